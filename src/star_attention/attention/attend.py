@@ -1,0 +1,152 @@
+"""One entry point to attention over a run of keys: by position, whatever the kernel.
+
+Axes: B batch, Q queries, K keys, H query heads, G KV heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from star_attention.attention import kernels
+from star_attention.attention.kernels import Call
+from star_attention.attention.state import State, empty_state, merge
+
+_WINDOW_ROWS = 512
+"""Rows handled at once where a window is written out as a mask: larger wastes scores, smaller calls."""
+_PACKED_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What one layer asks of attention: score scale, sliding window in tokens, and softcap of the scores."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend(
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    *,
+    rule: Rule,
+    offset: int,
+    key_mask_BK: Tensor | None = None,
+    kernel: str | None = None,
+) -> State:
+    """Attention of `Q` consecutive queries over `K` consecutive keys, where query i stands `offset + i` after key 0.
+
+    Query i sees key j when `j <= offset + i`, within `rule.window` where there is one, and where `key_mask_BK` (bool,
+    True = visible; for padding) allows. Rows that see nothing give the empty state. `kernel` forces one by name.
+    """
+    Q, K = q_BQHD.shape[1], k_BKGD.shape[1]
+    window = rule.window
+    # Keys that no row sees cost nothing: cut them off at both ends.
+    last = min(K, offset + Q)
+    first = 0 if window is None else max(0, offset - window + 1)
+    if first >= last:
+        return empty_state(q_BQHD.shape[0], Q, q_BQHD.shape[2], v_BKGD.shape[3], q_BQHD.device)
+    if first > 0 or last < K:
+        k_BKGD, v_BKGD = k_BKGD[:, first:last], v_BKGD[:, first:last]
+        key_mask_BK = None if key_mask_BK is None else key_mask_BK[:, first:last]
+        offset, K = offset - first, last - first
+    if window is not None and offset + Q <= window:
+        window = None  # even the last row reaches the first key
+    if key_mask_BK is None:
+        if window is None:
+            if offset >= K - 1:
+                return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=False, kernel=kernel)
+            if offset + Q == K:
+                if offset == 0:
+                    return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, kernel=kernel)
+                before = _run(q_BQHD, k_BKGD[:, :offset], v_BKGD[:, :offset], rule=rule, causal=False, kernel=kernel)
+                within = _run(q_BQHD, k_BKGD[:, offset:], v_BKGD[:, offset:], rule=rule, causal=True, kernel=kernel)
+                return merge([before, within])
+        elif offset + Q == K and kernels.find(_call(q_BQHD, k_BKGD, v_BKGD, rule, causal=True, window=window), kernel):
+            return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, window=window, kernel=kernel)
+    return _attend_masked(q_BQHD, k_BKGD, v_BKGD, rule, offset, window, key_mask_BK, kernel)
+
+
+def _call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **what: Any) -> Call:
+    # Kernels want one head size; where values are narrower than keys (MLA) they are padded with zeros.
+    return Call(
+        device=q_BQHD.device.type,
+        dtype=q_BQHD.dtype,
+        queries=q_BQHD.shape[1],
+        keys=k_BKGD.shape[1],
+        heads=q_BQHD.shape[2],
+        kv_heads=k_BKGD.shape[2],
+        head_size=q_BQHD.shape[3],
+        softcap=rule.softcap,
+        **what,
+    )
+
+
+def _run(
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    *,
+    rule: Rule,
+    causal: bool = False,
+    window: int | None = None,
+    mask_BQK: Tensor | None = None,
+    kernel: str | None = None,
+) -> State:
+    B, Q, H, D = q_BQHD.shape
+    G, v_size = k_BKGD.shape[2], v_BKGD.shape[3]
+    # On CPU a few rows against many keys read memory most of the time: rows of the heads that share a KV head are put
+    # together, so that its keys are read once.
+    packed = 1 < H // G and Q * (H // G) <= _PACKED_ROWS and not causal and mask_BQK is None and q_BQHD.device.type == "cpu"
+    if packed:
+        q_BQHD = q_BQHD.reshape(B, Q, G, H // G, D).transpose(2, 3).reshape(B, Q * (H // G), G, D)
+    if v_size < D:
+        v_BKGD = F.pad(v_BKGD, (0, D - v_size))
+    call = _call(q_BQHD, k_BKGD, v_BKGD, rule, causal=causal, window=window, masked=mask_BQK is not None)
+    name = kernels.choose(call, kernel)
+    state = kernels.load(name).attend(q_BQHD, k_BKGD, v_BKGD, call=call, scale=rule.scale, mask_BQK=mask_BQK)
+    out_BQHD, lse_BQH = state
+    if v_size < D:
+        out_BQHD = out_BQHD[..., :v_size]
+    if packed:
+        out_BQHD = out_BQHD.reshape(B, Q, H // G, G, v_size).transpose(2, 3).reshape(B, Q, H, v_size)
+        lse_BQH = lse_BQH.reshape(B, Q, H // G, G).transpose(2, 3).reshape(B, Q, H)
+    return State(out_BQHD, lse_BQH)
+
+
+def _attend_masked(
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    rule: Rule,
+    offset: int,
+    window: int | None,
+    key_mask_BK: Tensor | None,
+    kernel: str | None,
+) -> State:
+    """The same with the mask written out, a few rows at a time, each over the keys that they can see."""
+    Q, K = q_BQHD.shape[1], k_BKGD.shape[1]
+    parts, device = [], q_BQHD.device
+    for row in range(0, Q, _WINDOW_ROWS):
+        stop = min(row + _WINDOW_ROWS, Q)
+        first = 0 if window is None else max(0, offset + row - window + 1)
+        last = min(K, offset + stop)
+        if first >= last:
+            parts.append(empty_state(q_BQHD.shape[0], stop - row, q_BQHD.shape[2], v_BKGD.shape[3], device))
+            continue
+        ahead_QK = torch.arange(row, stop, device=device)[:, None] + offset - torch.arange(first, last, device=device)[None]
+        keep_BQK = (ahead_QK >= 0)[None] if window is None else ((ahead_QK >= 0) & (ahead_QK < window))[None]
+        if key_mask_BK is not None:
+            keep_BQK = keep_BQK & key_mask_BK[:, None, first:last]
+        parts.append(
+            _run(q_BQHD[:, row:stop], k_BKGD[:, first:last], v_BKGD[:, first:last], rule=rule, mask_BQK=keep_BQK, kernel=kernel)
+        )
+    if len(parts) == 1:
+        return parts[0]
+    return State(torch.cat([p.out_BQHD for p in parts], 1), torch.cat([p.lse_BQH for p in parts], 1))

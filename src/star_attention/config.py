@@ -1,0 +1,60 @@
+"""Settings of one engine: frozen, keyword-only, defaults in this one place (the command line reads them from here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from star_attention.errors import InvalidInputError, SizeError
+from star_attention.plan import BlockPlan, parse_size, resolve_sizes
+
+METHODS = {
+    "star": "star_attention.methods.star:Star",
+    "dense": "star_attention.methods.dense:Dense",
+}
+"""Attention methods by name, imported on use."""
+
+RESERVE_TOKENS = 4096
+"""Tokens kept free for query and answer where rotary frequencies depend on the total length (LongRoPE, dynamic NTK)."""
+
+MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarConfig:
+    """How contexts are encoded.
+
+    block_size: tokens encoded together; None takes the paper's rule anew for each context.
+    anchor_size: tokens at the head of the context that every block sees, 0..block_size; None takes the block size.
+    method: a name in `METHODS`.
+    tokens_per_forward: most context tokens in one forward of phase 1, which bounds its working memory; None takes
+        8192 on CPU and 32768 on an accelerator.
+    reserve_tokens: tokens kept free for query and answer where rotary frequencies depend on the total length.
+
+    Raises `SizeError` or `InvalidInputError` with the value, the limit and the remedy.
+    """
+
+    block_size: int | None = None
+    anchor_size: int | None = None
+    method: str = "star"
+    tokens_per_forward: int | None = None
+    reserve_tokens: int = RESERVE_TOKENS
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "anchor_size", "tokens_per_forward", "reserve_tokens"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, parse_size(value, name))
+        if self.block_size is not None:
+            resolve_sizes(self.block_size, self.block_size, self.anchor_size)
+        elif self.anchor_size is not None and self.anchor_size < 0:
+            resolve_sizes(1, None, self.anchor_size)
+        if self.tokens_per_forward is not None and self.tokens_per_forward < 1:
+            raise SizeError(f"tokens_per_forward {self.tokens_per_forward} is below 1; give a positive number of tokens, or None")
+        if self.reserve_tokens < 1:
+            raise SizeError(f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token")
+        if self.method not in METHODS:
+            raise InvalidInputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+
+    def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:
+        """The block plan of this method's settings for a context of `context_tokens`."""
+        return BlockPlan.resolve(context_tokens, self.block_size, self.anchor_size, ranks)

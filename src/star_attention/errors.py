@@ -1,0 +1,85 @@
+"""Every exception that the library raises on purpose.
+
+    StarAttentionError
+    ├── InvalidInputError (ValueError)        a value that cannot work: says the value, the limit and the remedy
+    │   ├── SizeError                         block, anchor or forward sizes
+    │   ├── ContextLengthError                more tokens than the model, or the encoded context, has positions for
+    │   ├── TokenError                        token ids outside the vocabulary, or no tokens at all
+    │   ├── TextError                         a text file that cannot be read as UTF-8
+    │   └── ModelNotFoundError                a model folder or tokenizer that is missing or unreadable
+    ├── UnsupportedModelError (ValueError)    a model family that Star Attention cannot run, with the reasons
+    ├── ContextFileError (ValueError)         a saved context
+    │   ├── CorruptContextError               truncated, changed, or not such a file
+    │   ├── ContextMismatchError              made with another model, tokenizer or setting: names the field
+    │   └── ContextSaveError (also OSError)   could not be written; what was there before is untouched
+    └── OutOfMemoryError (also MemoryError)   says which size to lower
+
+A wrong option name is a `TypeError`, as for any Python call.
+"""
+
+from __future__ import annotations
+
+
+class StarAttentionError(Exception):
+    """Base class of every error raised by this library on purpose."""
+
+
+class InvalidInputError(StarAttentionError, ValueError):
+    """A value that cannot work; the message says the value, the limit and the remedy."""
+
+
+class SizeError(InvalidInputError):
+    """A block, anchor or forward size that cannot work."""
+
+
+class ContextLengthError(InvalidInputError):
+    """More tokens than the model, or the encoded context, has positions for."""
+
+
+class TokenError(InvalidInputError):
+    """Token ids outside the vocabulary, or no tokens at all."""
+
+
+class TextError(InvalidInputError):
+    """A text file that is missing, unreadable or not UTF-8."""
+
+
+class ModelNotFoundError(InvalidInputError):
+    """A model folder, hub id or tokenizer that is missing or unreadable."""
+
+
+class UnsupportedModelError(StarAttentionError, ValueError):
+    """A model that Star Attention cannot run; `reasons` lists why."""
+
+    def __init__(self, name: str, reasons: list[str]) -> None:
+        self.name = name
+        self.reasons = list(reasons)
+        super().__init__(f"{name} cannot run with Star Attention: " + "; ".join(self.reasons))
+
+
+class UnsupportedCallError(StarAttentionError, ValueError):
+    """No attention kernel can run a call; the message lists every kernel's reasons."""
+
+
+class ContextFileError(StarAttentionError, ValueError):
+    """A saved context that cannot be used."""
+
+
+class CorruptContextError(ContextFileError):
+    """The file is truncated, was changed, or is not a saved context."""
+
+
+class ContextMismatchError(ContextFileError):
+    """The context was made with another model, tokenizer or setting; `field` names what differs."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(message)
+
+
+class ContextSaveError(ContextFileError, OSError):
+    """A context could not be written; a file that stood there before is untouched."""
+
+
+class OutOfMemoryError(StarAttentionError, MemoryError):
+    """The device or the machine ran out of memory; the message says which size to lower."""

@@ -1,0 +1,268 @@
+"""transformers caches over our store: `EncodeCache` writes a context (phase 1), `AnswerCache` reads it (phase 2).
+
+transformers calls `update` on a layer and then the attention function with, as a rule, the very tensors that `update`
+returned. So a cache here knows which of its layers an attention call belongs to, and computes it.
+
+Axes: B batch, G KV heads, S new tokens, Q queries, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.blocks import KV, block_attention, shard_attention, tail_attention
+from star_attention.attention.state import State, merge
+from star_attention.errors import UnsupportedModelError
+from star_attention.plan import BlockPlan, Span
+from star_attention.store import ContextKV, LayerKV, Tail
+
+
+def _by_token(pair: tuple[Tensor, Tensor]) -> KV:
+    """`[B, G, L, D]` as `[B, L, G, D]`, without a copy."""
+    return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+
+
+class _StarLayer(CacheLayerMixin):
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False  # windows are our own business: the store keeps absolute positions
+    supports_early_init = False
+
+    def __init__(self, cache: StarCache, window: int | None) -> None:
+        super().__init__()
+        self.cache = cache
+        self.window = window
+        self.returned: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        k_BGKD, v_BGKD = self.keep(key_states, value_states)
+        self.returned = k_BGKD
+        self.cache.last = self
+        return k_BGKD, v_BGKD
+
+    def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values, and return what the model's attention is to be called with."""
+        raise NotImplementedError
+
+    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        """Attention of the forward's queries, given the keys that `keep` returned (or their expansion)."""
+        raise NotImplementedError
+
+    @property
+    def kv(self) -> LayerKV:
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        return self.cache.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.seen_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class StarCache(Cache):
+    """What both phases share: finding the layer that an attention call belongs to."""
+
+    layers: list[Any]
+
+    def __init__(self, layers: list[Any]) -> None:
+        super().__init__(layers=layers)
+        self.last: _StarLayer | None = None
+        self.calls = 0
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens before the current forward: where its first position stands."""
+        raise NotImplementedError
+
+    def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
+        """Attention of one layer; `key` and `value` are `[B, G, K, D]` as the model handed them over."""
+        layer = self._layer_of(module, key)
+        self.calls += 1
+        rule = rule if rule.window is not None else Rule(scale=rule.scale, window=layer.window, softcap=rule.softcap)
+        return layer.attend(q_BQHD, *_by_token((key, value)), rule)
+
+    def _layer_of(self, module: Any, key: Tensor) -> _StarLayer:
+        last = self.last
+        assert last is not None, "attention before any update of the cache"
+        if key is last.returned:
+            if last.kv.expands is None:
+                last.kv.expands = False
+            return last
+        for layer in self.layers:  # KV sharing: a later layer attends to what an earlier one kept
+            if key is layer.returned:
+                return layer  # type: ignore[no-any-return]
+        # Neither: the layer computed its keys from what the cache keeps (MLA).
+        index = getattr(module, "layer_idx", None)
+        returned = last.returned
+        if index is not None and self.layers[index] is not last or returned is None or key.shape[2] != returned.shape[2]:
+            raise UnsupportedModelError(
+                type(module).__name__,
+                [f"layer {index} attends to keys that did not come from its cache layer ({tuple(key.shape)})"],
+            )
+        last.kv.expands = True
+        return last
+
+
+class EncodeLayer(_StarLayer):
+    cache: EncodeCache
+
+    def __init__(self, cache: EncodeCache, window: int | None, stores: list[LayerKV]) -> None:
+        super().__init__(cache, window)
+        self.stores = stores  # one per context of the batch
+
+    @property
+    def kv(self) -> LayerKV:
+        return self.stores[0]
+
+    def _stored(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        pairs = [store.slice(start, stop) for store in self.stores]
+        if len(pairs) == 1:
+            return pairs[0]
+        return torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])
+
+    def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        span, plan = self.cache.span, self.cache.plan
+        for store, k_GSD, v_GSD in zip(self.stores, k_BGSD, v_BGSD, strict=True):
+            store.write(span.start, k_GSD, v_GSD)
+        if not self.kv.expands or span.start == 0:
+            return k_BGSD, v_BGSD
+        parts = [(k_BGSD, v_BGSD)]
+        if span.start > span.block_start:
+            parts.insert(0, self._stored(span.block_start, span.start))
+        if span.block_start > 0 and plan.anchor_size:
+            parts.insert(0, self._stored(0, plan.anchor_size))
+        return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
+
+    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        span, plan = self.cache.span, self.cache.plan
+        anchor = earlier = None
+        needs_anchor = span.block_start > 0 and plan.anchor_size > 0
+        needs_earlier = span.start > span.block_start
+        if self.kv.expands and span.start > 0:
+            a = plan.anchor_size if needs_anchor else 0
+            e = a + span.start - span.block_start
+            anchor = (k_BKGD[:, :a], v_BKGD[:, :a]) if needs_anchor else None
+            earlier = (k_BKGD[:, a:e], v_BKGD[:, a:e]) if needs_earlier else None
+            k_BKGD, v_BKGD = k_BKGD[:, e:], v_BKGD[:, e:]
+        else:
+            anchor = _by_token(self._stored(0, plan.anchor_size)) if needs_anchor else None
+            earlier = _by_token(self._stored(span.block_start, span.start)) if needs_earlier else None
+        return block_attention(
+            q_BQHD,
+            (k_BKGD, v_BKGD),
+            anchor=anchor,
+            earlier=earlier,
+            start=span.start,
+            block_start=span.block_start,
+            block_size=plan.block_size,
+            anchor_size=plan.anchor_size,
+            rule=rule,
+        )
+
+
+class EncodeCache(StarCache):
+    """Phase 1: each forward is one `span` of the plan, for one context or several of equal length."""
+
+    def __init__(self, plan: BlockPlan, stores: list[ContextKV], windows: list[int | None]) -> None:
+        self.plan = plan
+        self.span = Span(start=0, stop=0, block_start=0)
+        super().__init__(
+            [EncodeLayer(self, window, [store.layers[i] for store in stores]) for i, window in enumerate(windows)]
+        )
+
+    @property
+    def seen_tokens(self) -> int:
+        return self.span.start
+
+
+class AnswerLayer(_StarLayer):
+    cache: AnswerCache
+
+    def __init__(self, cache: AnswerCache, window: int | None, shard: LayerKV) -> None:
+        super().__init__(cache, window)
+        self.shard = shard
+        self.tail = Tail()
+
+    @property
+    def kv(self) -> LayerKV:
+        return self.shard
+
+    def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        self.tail.append(k_BGSD, v_BGSD)
+        k_BGTD, v_BGTD = self.tail.pair()
+        if not self.shard.expands:
+            return k_BGTD, v_BGTD
+        batch = k_BGTD.shape[0]
+        k_1GLD, v_1GLD = self.shard.pair()
+        k_BGLD, v_BGLD = (t.expand(batch, -1, -1, -1) for t in (k_1GLD, v_1GLD))
+        return torch.cat([k_BGLD, k_BGTD], 2), torch.cat([v_BGLD, v_BGTD], 2)
+
+    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        B, Q = q_BQHD.shape[:2]
+        tokens = self.shard.tokens
+        padding = self.cache.row_padding(B)
+        before = self.tail.length - Q
+        offsets = [tokens + before - pad for pad in padding]
+        if self.shard.expands:
+            k_BLGD, v_BLGD = k_BKGD[:, :tokens], v_BKGD[:, :tokens]
+            k_BKGD, v_BKGD = k_BKGD[:, tokens:], v_BKGD[:, tokens:]
+            rows = [
+                shard_attention(q_BQHD[b : b + 1], (k_BLGD[b : b + 1], v_BLGD[b : b + 1]), rule=rule, offsets=[offsets[b]])
+                for b in range(B)
+            ]
+            over_shard = State(torch.cat([r.out_BQHD for r in rows]), torch.cat([r.lse_BQH for r in rows]))
+        else:
+            over_shard = shard_attention(q_BQHD, _by_token(self.shard.pair()), rule=rule, offsets=offsets)
+        return merge([over_shard, tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=rule, padding=padding)])
+
+    # What beam search, several answers and assisted decoding ask of a cache: only the tail differs between rows.
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.tail.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.tail.length:
+            rows = self.tail.pair()[0].shape[0]
+            self.tail.select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.tail.select(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # 5.17 counts down from a length or takes a negative number to remove; later releases the latter only.
+        if tokens_to_remove > 0:
+            tokens_to_remove -= self.shard.tokens + self.tail.length
+        self.tail.crop(-tokens_to_remove)
+
+
+class AnswerCache(StarCache):
+    """Phase 2: a frozen shard that every batch row shares, and a tail of their own.
+
+    padding: left padding of each query of the batch, in tokens.
+    """
+
+    layers: list[AnswerLayer]
+
+    def __init__(self, shard: ContextKV, windows: list[int | None], padding: list[int]) -> None:
+        self.shard = shard
+        self.padding = padding
+        super().__init__([AnswerLayer(self, window, shard.layers[i]) for i, window in enumerate(windows)])
+
+    @property
+    def seen_tokens(self) -> int:
+        return self.shard.tokens + self.layers[0].tail.length
+
+    def row_padding(self, rows: int) -> list[int]:
+        """Padding by batch row; beams and several answers put the rows of one query next to each other."""
+        repeats = rows // len(self.padding)
+        return [pad for pad in self.padding for _ in range(repeats)]

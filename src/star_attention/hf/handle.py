@@ -1,0 +1,101 @@
+"""A transformers model as the two phases see it: its decoder, its layers' windows, its limits, and how to run it.
+
+Axes: B batch, S tokens of a forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from star_attention.errors import InvalidInputError, UnsupportedModelError
+from star_attention.hf import hook, rope, support
+from star_attention.hf.cache import StarCache
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """Sliding window of each layer in tokens, None for full attention; the rule of transformers' own caches."""
+    layers: int = config.num_hidden_layers
+    window: int | None = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return [window] * layers
+    return [window if kind == "sliding_attention" else None for kind in types[:layers]]
+
+
+class ModelHandle:
+    """Raises `UnsupportedModelError` for a model that cannot run, and `InvalidInputError` for one in training mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        reasons = support.reasons(model)
+        if reasons:
+            raise UnsupportedModelError(type(model).__name__, reasons)
+        if model.training:
+            raise InvalidInputError(f"{type(model).__name__} is in training mode; call model.eval() first")
+        self.model: Any = support.unwrap(model)
+        self.outer: Any = model
+        self.decoder: Any = self.model.get_decoder()
+        self.config: Any = self.decoder.config
+        self.windows = layer_windows(self.config)
+        self.rotaries = rope.length_dependent(self.decoder)
+        configs = {id(c): c for m in self.decoder.modules() if (c := getattr(m, "config", None)) is not None}
+        self.configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
+        self.max_positions = rope.max_positions(self.config)
+        self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in (the embeddings' device, when layers are spread over several)."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    def running(self, cache: StarCache, rope_length: int | None) -> AbstractContextManager[None]:
+        """Our attention for the forwards of this thread inside the block."""
+        return hook.running(self.model, self.configs, self.rotaries, cache, rope_length)
+
+    @torch.no_grad()
+    def encode(self, ids_BS: Tensor, positions_1S: Tensor, cache: StarCache, rope_length: int | None) -> None:
+        """One forward of the decoder alone, for its keys and values: no logits."""
+        with self.running(cache, rope_length):
+            self.decoder(input_ids=ids_BS, position_ids=positions_1S.expand(ids_BS.shape[0], -1), past_key_values=cache, use_cache=True)
+        if not cache.calls:
+            raise UnsupportedModelError(type(self.model).__name__, ["its attention does not go through transformers' interface"])
+
+    @torch.no_grad()
+    def logits(
+        self, ids_BS: Tensor, positions_BS: Tensor, cache: StarCache, rope_length: int | None, *, keep: int = 1
+    ) -> Tensor:
+        """One forward of the whole model; the logits of the last `keep` tokens, `[B, keep, vocabulary]` (0: of all)."""
+        extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
+        with self.running(cache, rope_length):
+            logits: Tensor = self.model(
+                input_ids=ids_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True, return_dict=True, **extra
+            ).logits
+        return logits[:, -keep:] if keep else logits
+
+    def generating(self, cache: StarCache, rope_length: int | None) -> Any:
+        """The model as an object whose every forward goes through `cache`, for transformers' own `generate`.
+
+        It shares everything with the model but its class, so nothing is installed in the model.
+        """
+        stock: Any = type(self.model)
+        running = self.running
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with running(cache, rope_length):
+                return stock.__call__(self, *args, **kwargs)
+
+        kind = type(stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__})
+        proxy = object.__new__(kind)
+        object.__setattr__(proxy, "__dict__", self.model.__dict__)
+        return proxy

@@ -1,0 +1,138 @@
+"""Keys and values of one encoded context, and of the tail that a query adds to it.
+
+Axes: B batch rows, G KV heads, L tokens, D head size. Buffers lie as `[1, G, L, D]`, one per layer; a head's keys are
+contiguous, which is what decoding reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+class LayerKV:
+    """One layer's context keys and values, `[1, G, tokens, D]`, written once, block by block, then only read.
+
+    `expands` is True for layers whose attention computes keys and values from what is cached (MLA), None while not
+    known. `source` delivers the tensors of a saved context at first touch.
+    """
+
+    def __init__(self, tokens: int, *, expands: bool | None = None, source: Callable[[], Pair] | None = None) -> None:
+        self.tokens = tokens
+        self.expands = expands
+        self._source = source
+        self._k_1GLD: Tensor | None = None
+        self._v_1GLD: Tensor | None = None
+
+    def write(self, start: int, k_GSD: Tensor, v_GSD: Tensor) -> None:
+        """Keep the keys and values of tokens `start..start+S`; the buffers are allocated at the first write."""
+        if self._k_1GLD is None or self._v_1GLD is None:
+            self._k_1GLD = k_GSD.new_empty(1, k_GSD.shape[0], self.tokens, k_GSD.shape[2])
+            self._v_1GLD = v_GSD.new_empty(1, v_GSD.shape[0], self.tokens, v_GSD.shape[2])
+        stop = start + k_GSD.shape[1]
+        self._k_1GLD[0, :, start:stop].copy_(k_GSD)
+        self._v_1GLD[0, :, start:stop].copy_(v_GSD)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was written: a layer that reads another layer's keys and values (KV sharing)."""
+        return self._k_1GLD is None and self._source is None
+
+    def pair(self) -> Pair:
+        """The whole buffers, `[1, G, tokens, D]`; a saved context is read, verified and moved here at first touch."""
+        if self._source is not None:
+            self._k_1GLD, self._v_1GLD = self._source()
+            self._source = None
+        assert self._k_1GLD is not None and self._v_1GLD is not None, "this layer holds no keys"
+        return self._k_1GLD, self._v_1GLD
+
+    def slice(self, start: int, stop: int) -> Pair:
+        """Views of tokens `start..stop`, `[1, G, stop - start, D]`."""
+        k_1GLD, v_1GLD = self.pair()
+        return k_1GLD[:, :, start:stop], v_1GLD[:, :, start:stop]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.is_empty else sum(t.numel() * t.element_size() for t in self.pair())
+
+
+class ContextKV:
+    """All layers of one encoded context (the shard of this rank)."""
+
+    def __init__(self, layers: list[LayerKV], tokens: int) -> None:
+        self.layers = layers
+        self.tokens = tokens
+
+    @classmethod
+    def empty(cls, num_layers: int, tokens: int) -> ContextKV:
+        return cls([LayerKV(tokens) for _ in range(num_layers)], tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values. Touches every layer of a context loaded from a file."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def grown(self, tokens: int, keep: int) -> ContextKV:
+        """A new, larger store that starts with the first `keep` tokens of this one (copied)."""
+        new = ContextKV.empty(len(self.layers), tokens)
+        for old_layer, layer in zip(self.layers, new.layers, strict=True):
+            layer.expands = old_layer.expands
+            if not old_layer.is_empty:
+                k_1GSD, v_1GSD = old_layer.slice(0, keep)
+                layer.write(0, k_1GSD[0], v_1GSD[0])
+        return new
+
+
+class Tail:
+    """Keys and values of query and generated tokens of one layer, `[B, G, length, D]`, growing by doubling.
+
+    (A concatenation per token would copy the whole tail each time.)
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._k_BGCD: Tensor | None = None
+        self._v_BGCD: Tensor | None = None
+
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        self._k_BGCD = self._room(self._k_BGCD, k_BGSD)
+        self._v_BGCD = self._room(self._v_BGCD, v_BGSD)
+        stop = self.length + k_BGSD.shape[2]
+        self._k_BGCD[:, :, self.length : stop] = k_BGSD
+        self._v_BGCD[:, :, self.length : stop] = v_BGSD
+        self.length = stop
+
+    def _room(self, buffer: Tensor | None, new_BGSD: Tensor) -> Tensor:
+        B, G, S, D = new_BGSD.shape
+        needed = self.length + S
+        if buffer is not None and buffer.shape[2] >= needed:
+            return buffer
+        larger = new_BGSD.new_empty(B, G, max(64, needed, 0 if buffer is None else 2 * buffer.shape[2]), D)
+        if buffer is not None:
+            larger[:, :, : self.length] = buffer[:, :, : self.length]
+        return larger
+
+    def pair(self) -> Pair:
+        assert self._k_BGCD is not None and self._v_BGCD is not None, "the tail is empty"
+        return self._k_BGCD[:, :, : self.length], self._v_BGCD[:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, repeat or reorder batch rows (beams)."""
+        if self._k_BGCD is not None and self._v_BGCD is not None:
+            rows = rows.to(self._k_BGCD.device)
+            self._k_BGCD = self._k_BGCD.index_select(0, rows)
+            self._v_BGCD = self._v_BGCD.index_select(0, rows)
+
+    def crop(self, tokens: int) -> None:
+        """Drop the last `tokens` tokens."""
+        assert 0 <= tokens <= self.length, "only the tail can be cropped, never the context"
+        self.length -= tokens
+
+
+def as_tensor_ids(ids: Tensor) -> Tensor:
+    """Token ids as a contiguous 1-D int64 CPU tensor."""
+    return ids.detach().to(device="cpu", dtype=torch.int64).reshape(-1).contiguous()

@@ -1,0 +1,137 @@
+"""Importing does nothing: no transformers, GPU, process group or network; and the public names are there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import star_attention
+from star_attention import errors
+
+# Runs before the code under test. A class that cannot be made, rather than a function, so that libraries can
+# still derive from socket.socket while they are imported.
+NO_NETWORK = """
+import socket
+class Blocked(socket.socket):
+    def __new__(cls, *args, **kwargs):
+        raise AssertionError("a socket was opened")
+def blocked(*args, **kwargs):
+    raise AssertionError("a host name was looked up or connected to")
+socket.socket = Blocked
+socket.create_connection = socket.getaddrinfo = socket.gethostbyname = blocked
+"""
+
+REPORT = """
+import json, sys
+torch = sys.modules.get("torch")
+dist = sys.modules.get("torch.distributed")
+print("\\n" + json.dumps({
+    "status": status,
+    "torch": torch is not None,
+    "transformers": "transformers" in sys.modules,
+    "cuda": torch is not None and torch.cuda.is_initialized(),
+    "process_group": dist is not None and dist.is_available() and dist.is_initialized(),
+}))
+"""
+
+RUN_MODULE = """
+import runpy, sys
+sys.argv = ["star-attention", *{arguments!r}]
+status = 0
+try:
+    runpy.run_module("star_attention", run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    status = stop.code or 0
+"""
+
+
+# A process group must not be made even where torchrun's variables say that one could be.
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+
+
+def in_new_process(code: str) -> dict[str, Any]:
+    """Run `code` in a fresh interpreter without a network and report what it loaded and started."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", NO_NETWORK + code + REPORT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | TORCHRUN,
+    )
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "stdout": done.stdout}
+
+
+def test_import_starts_nothing() -> None:
+    seen = in_new_process("import star_attention; status = 0")
+    assert not seen["transformers"]
+    assert not seen["cuda"]
+    assert not seen["process_group"]
+
+
+@pytest.mark.parametrize("command", ["", "generate", "encode", "ask", "plan", "demo"])
+def test_help_imports_neither_torch_nor_transformers(command: str) -> None:
+    seen = in_new_process(RUN_MODULE.format(arguments=[*command.split(), "--help"]))
+    assert seen["status"] == 0
+    assert "Usage" in seen["stdout"]
+    assert not seen["torch"]
+    assert not seen["transformers"]
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        ("import transformers", "transformers"),
+        (
+            "import torch.distributed as dist; "
+            "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)",
+            "process_group",
+        ),
+    ],
+)
+def test_the_probe_sees_what_it_looks_for(code: str, name: str) -> None:
+    """Forbids a green run because the report looks in the wrong place."""
+    allow_sockets = "socket.socket = Blocked.__base__; "
+    assert in_new_process(f"{allow_sockets}{code}; status = 0")[name]
+
+
+def test_the_probe_sees_a_socket() -> None:
+    with pytest.raises(AssertionError, match="a socket was opened"):
+        in_new_process("socket.socket(); status = 0")
+
+
+def test_every_public_name_resolves() -> None:
+    assert len(set(star_attention.__all__)) == len(star_attention.__all__)
+    for name in star_attention.__all__:
+        assert getattr(star_attention, name) is not None
+        assert name in dir(star_attention)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """Forbids a lazy `__getattr__` that answers everything, which breaks `hasattr`, pickling and pydoc."""
+    assert not hasattr(star_attention, "no_such_name")
+
+
+DOCUMENTED = ["StarLLM", "EncodedContext", "Generation", "supported", "pipeline", "__version__"]
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_names_exist(name: str) -> None:
+    assert getattr(star_attention, name) is not None
+
+
+ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if e.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_every_error_is_public_and_ours(error: type[Exception]) -> None:
+    """A user catches what the library raises by one base class, under the package's own name."""
+    assert issubclass(error, errors.StarAttentionError)
+    assert getattr(star_attention, error.__name__) is error
+    assert error.__doc__
