@@ -25,10 +25,10 @@ FIND_PYTHON = python=; seen=; \
 	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3); do \
 	  version=$$("$$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue; \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then python=$$candidate; break; fi; \
-	  seen="$$seen $$candidate is Python $$version;"; \
+	  seen="$$seen$${seen:+, }$$candidate is Python $$version"; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "star-attention needs Python 3.11 or newer.$${seen:- No Python was found$(if $(PYTHON), at $(PYTHON)).}" >&2; \
+	  echo "star-attention needs Python 3.11 or newer; $${seen:-no Python was found$(if $(PYTHON), at $(PYTHON))}." >&2; \
 	  echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; \
 	fi
@@ -125,11 +125,12 @@ $(MATRIX)/transformers-5.17/.stamp: pyproject.toml constraints/transformers-5.17
 	@$(@D)/bin/python $(PIP_INSTALL) -c constraints/transformers-5.17.txt -e ".[test]"
 	@touch $@
 
-# torch 2.11 for Linux is offered as a CUDA build. Alone it is a fifth of what it asks for; the script lets it load
-# without the rest, and changes nothing where pip found a CPU build.
+# torch 2.11 for Linux is offered as a CUDA build. Alone it is 0.5 GB, with all that it asks for five times that; the
+# script lets it load without the rest (it needs a C compiler), and changes nothing where pip found a CPU build.
 $(MATRIX)/torch-2.11/.stamp: pyproject.toml constraints/torch-2.11.txt scripts/cuda_stand_ins.py
 	@$(FIND_PYTHON); $(call NEW_VENV,$(@D))
-	@$(@D)/bin/python $(PIP_INSTALL) -c constraints/torch-2.11.txt --no-deps torch
+	@$(@D)/bin/python $(PIP_INSTALL) -c constraints/torch-2.11.txt --no-deps torch \
+	  "nvidia-cuda-runtime; sys_platform == 'linux'"
 	@$(@D)/bin/python scripts/cuda_stand_ins.py
 	@$(@D)/bin/python $(PIP_INSTALL) -c constraints/torch-2.11.txt -e ".[test]"
 	@touch $@

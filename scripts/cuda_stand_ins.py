@@ -3,16 +3,15 @@
     some-venv/bin/python scripts/cuda_stand_ins.py
 
 Old torch versions for Linux come as one CUDA build that will not load unless a dozen CUDA libraries (two
-more gigabytes) are there, although CPU tests call none of them. For each library that is missing, this script
-compiles a stand-in of some kilobytes in which every function that torch looks up returns "no device"
-(cudaErrorNoDevice, 100), and drops the CUDA packages from that torch's list of requirements, so that pip does
-not fetch them after all. It acts on the environment of the interpreter that runs it, which must be a virtual
-environment, and does nothing where torch is a CPU build or finds its libraries.
+more gigabytes) are there, although CPU tests call none of them. The CUDA runtime itself (2 MB) must be real: torch
+asks it whether there is a device. For each of the others that is missing, this script compiles a stand-in of some
+kilobytes in which every function that torch looks up returns an error, and drops the CUDA packages from that
+torch's list of requirements, so that pip does not fetch them after all. It acts on the environment of the
+interpreter that runs it, which must be a virtual environment, and does nothing where no library is missing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import re
 import shutil
@@ -22,21 +21,15 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-CUDA_LIBRARY = re.compile(r"lib(cu|nccl|nvshmem)")
+CUDA_LIBRARY = re.compile(
+    r"lib(cu|nccl|nvshmem)(?!da\.so)"
+)  # but not libcuda, the driver: torch loads without
 CUDA_FUNCTION = re.compile(r"_*(cu|nccl|nvshmem)")
 CUDA_REQUIREMENT = re.compile(r"Requires-Dist: (cuda|nvidia|triton)")
 
 
 def output(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def loadable(name: str) -> bool:
-    try:
-        ctypes.CDLL(name)
-    except OSError:
-        return False
-    return True
 
 
 def needed(libraries: list[Path]) -> set[str]:
@@ -68,7 +61,7 @@ def compile_stand_in(target: Path, functions: dict[str, set[str]]) -> None:
     names = sorted(set().union(*functions.values()))
     with tempfile.TemporaryDirectory() as folder:
         source, script = Path(folder, "stand_in.c"), Path(folder, "versions.map")
-        source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in names))
+        source.write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in names))
         command = ["cc", "-shared", "-fPIC", "-w", "-fno-builtin", f"-Wl,-soname,{target.name}"]
         if "" not in functions:
             nodes = [f"{version} {{ {'; '.join(sorted(own))}; }};\n" for version, own in functions.items()]
@@ -101,10 +94,16 @@ def main() -> int:
         )
         return 1
     libraries = sorted(folder.glob("*.so*"))
-    missing = sorted(name for name in needed(libraries) if CUDA_LIBRARY.match(name) and not loadable(name))
+    packages = folder.parent.parent / "nvidia"  # where pip's CUDA packages lie and torch's libraries look
+    present = {lib.name for lib in packages.rglob("lib*.so*")}
+    missing = sorted(name for name in needed(libraries) - present if CUDA_LIBRARY.match(name))
+    if not missing:
+        return 0
+    if "libcudart.so.13" in missing:
+        print("cuda_stand_ins: the CUDA runtime must be real: pip install --no-deps nvidia-cuda-runtime")
+        return 1
     versioned, unversioned = wanted_functions(libraries)
-    # A folder on the search path that torch's libraries carry.
-    target = folder.parent.parent / "nvidia" / "cu13" / "lib"
+    target = packages / "cu13" / "lib"
     target.mkdir(parents=True, exist_ok=True)
     for name in missing:
         compile_stand_in(target / name, versioned.get(name) or {"": unversioned})

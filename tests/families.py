@@ -7,6 +7,7 @@ tokens, so that they cut inside a context of a hundred.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -53,9 +54,8 @@ def _config(class_name: str, *parts: dict[str, Any], **settings: Any) -> ConfigF
         merged |= part
 
     def make() -> PretrainedConfig:
-        # A config constructor may keep and change the dicts it is given.
-        fresh = {key: dict(value) if isinstance(value, dict) else value for key, value in merged.items()}
-        config: PretrainedConfig = getattr(transformers, class_name)(**fresh)
+        # A copy: a config keeps and changes the dicts it is given.
+        config: PretrainedConfig = getattr(transformers, class_name)(**copy.deepcopy(merged))
         return config
 
     return make
@@ -63,23 +63,6 @@ def _config(class_name: str, *parts: dict[str, Any], **settings: Any) -> ConfigF
 
 def _rope(rope_type: str, **settings: Any) -> dict[str, Any]:
     return dict(rope_parameters=dict(rope_type=rope_type, rope_theta=10000.0, **settings))
-
-
-def _gemma3_vlm() -> PretrainedConfig:
-    """The multimodal wrapper around Gemma 3, to be used with text only; its vision tower is one tiny layer."""
-    text = dict(BASE, query_pre_attn_scalar=16, sliding_window=WINDOW, layer_types=MIXED)
-    vision = dict(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    return transformers.Gemma3Config(
-        text_config=text,
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        image_token_index=210,
-        boi_token_index=209,
-        eoi_token_index=208,
-        eos_token_id=2,
-    )
 
 
 _LLAMA3_ROPE = _rope(
@@ -127,9 +110,6 @@ FAMILIES: dict[str, ConfigFactory] = {
     "helium": _config("HeliumConfig", DERIVED, head_dim=16),
     "gpt_neox": _config("GPTNeoXConfig", DERIVED),
     "gpt2": _config("GPT2Config", _TOKENS, n_embd=96, n_head=6, n_layer=3, n_positions=512, initializer_range=0.15),
-    "gpt_bigcode": _config(
-        "GPTBigCodeConfig", _TOKENS, n_embd=96, n_head=6, n_layer=3, n_positions=512, initializer_range=0.15
-    ),
     "opt": _config("OPTConfig", DERIVED, ffn_dim=112, word_embed_proj_dim=96),
     # sliding windows on every layer, or on some
     "mistral": _config("MistralConfig", BASE, sliding_window=WINDOW),
@@ -144,12 +124,55 @@ FAMILIES: dict[str, ConfigFactory] = {
         final_logit_softcapping=10.0,
     ),
     "gemma3": _config("Gemma3TextConfig", BASE, query_pre_attn_scalar=16, sliding_window=WINDOW, layer_types=MIXED),
-    "gemma3_vlm": _gemma3_vlm,
+    "gemma3_dynamic_ntk": _config(  # rotary frequencies of their own for each layer type
+        "Gemma3TextConfig",
+        BASE,
+        query_pre_attn_scalar=16,
+        sliding_window=WINDOW,
+        layer_types=MIXED,
+        max_position_embeddings=64,
+        rope_parameters={
+            FULL: dict(rope_type="dynamic", rope_theta=10000.0, factor=4.0),
+            SLIDING: dict(rope_type="default", rope_theta=1000.0),
+        },
+    ),
+    "gemma3_vlm": _config(  # the multimodal wrapper, used with text only
+        "Gemma3Config",
+        text_config=BASE | dict(query_pre_attn_scalar=16, sliding_window=WINDOW, layer_types=MIXED),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        ),
+        mm_tokens_per_image=4,
+        image_token_index=210,
+        boi_token_index=209,
+        eoi_token_index=208,
+        eos_token_id=2,
+    ),
     "olmo3": _config("Olmo3Config", DERIVED, sliding_window=WINDOW, layer_types=MIXED),
     "cohere2": _config("Cohere2Config", BASE, sliding_window=WINDOW, layer_types=MIXED, logit_scale=1.0),
     "exaone4": _config("Exaone4Config", DERIVED, sliding_window=WINDOW, layer_types=MIXED),
     "ministral": _config("MinistralConfig", BASE, sliding_window=WINDOW, layer_types=MIXED),
-    "ministral3": _config("Ministral3Config", BASE, sliding_window=WINDOW),
+    "ministral3": _config(  # queries are scaled by position, from the 32nd token on
+        "Ministral3Config",
+        BASE,
+        _rope(
+            "yarn",
+            factor=16.0,
+            original_max_position_embeddings=32,
+            llama_4_scaling_beta=0.5,
+            max_position_embeddings=512,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        ),
+        sliding_window=WINDOW,
+    ),
     "qwen2_sliding": _config(
         "Qwen2Config", DERIVED, use_sliding_window=True, sliding_window=WINDOW, layer_types=[FULL, SLIDING, SLIDING]
     ),
@@ -225,7 +248,7 @@ FAMILIES: dict[str, ConfigFactory] = {
     ),
     "deepseek_v3": _config("DeepseekV3Config", MLA, ROUTED, first_k_dense_replace=1),
     "glm4_moe_lite": _config("Glm4MoeLiteConfig", MLA, ROUTED, mlp_layer_types=["dense", "sparse", "sparse"]),
-    "minicpm3": _config("MiniCPM3Config", MLA),
+    "minicpm3": _config("MiniCPM3Config", MLA, scale_emb=1.0, scale_depth=1.7, dim_model_base=96),
     "longcat_flash": _config(  # two attentions, and so two cache layers, in each layer
         "LongcatFlashConfig",
         MLA,
@@ -363,7 +386,18 @@ REFUSED: dict[str, ConfigFactory] = {
         mlp_layer_types=["dense", "sparse", "sparse"],
     ),
     # compressed attention: keys stand for groups of tokens
-    "deepseek_v4": _config("DeepseekV4Config", DERIVED),
+    "deepseek_v4": _config(
+        "DeepseekV4Config",
+        BASE,
+        ROUTED,
+        qk_rope_head_dim=8,
+        q_lora_rank=36,
+        o_groups=2,
+        o_lora_rank=20,
+        index_n_heads=2,
+        index_head_dim=16,
+        partial_rotary_factor=0.5,
+    ),
     # a learned bias for each key, computed from the values, is written into the mask
     "doge": _config("DogeConfig", DERIVED),
     # encoder-decoder: the context goes through an encoder, not a causal decoder
@@ -410,7 +444,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
         model = rounded
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Mask = torch.Tensor | dict[str, torch.Tensor]  # what a model takes as `attention_mask`
@@ -107,7 +108,7 @@ def oracle_generate(
 
 
 def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tensor]) -> Mask:
-    """What `model` takes as `attention_mask` so that each layer gets the additive float mask `[1, 1, Q, K]` of its window.
+    """What `model` takes as `attention_mask` so that each layer gets the additive mask `[1, 1, Q, K]` of its window.
 
     `keep(window)` gives the bool mask `[Q, K]` of a layer with that window, or of a full layer for `None`.
     """
@@ -130,7 +131,13 @@ def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tenso
 
 def cached_kv(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values `(k_BGLD, v_BGLD)` of each layer that has any."""
-    return [(layer.keys, layer.values) for layer in cache.layers if layer.keys is not None]
+    kv: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            assert layer.keys is not None
+            assert layer.values is not None
+            kv.append((layer.keys, layer.values))
+    return kv
 
 
 @contextlib.contextmanager
@@ -141,7 +148,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
             configs[id(config)] = config
-    # Not through the public setter: it also writes to the sub-configs, each of which has a setting of its own to restore.
+    # Not through the public setter, which also writes to the sub-configs: each has a setting of its own to restore.
     saved = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -154,7 +161,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Rotary frequencies inside are those of a sequence of `length` tokens, whatever positions and lengths a forward has.
+    """Rotary frequencies inside are those of a sequence of `length` tokens, whatever positions a forward sees.
 
     Changes only LongRoPE and dynamic NTK; their state afterwards is exactly what it was.
     """
@@ -172,10 +179,10 @@ def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
                     replace(module, "inv_freq", _inv_freq(module, rope_type, None, length))
                     replace(module, "rope_type", "default")  # which turns the update in forward off
             elif isinstance(rope_type, dict):
-                for layer_type, name in rope_type.items():
-                    if name in _LENGTH_DEPENDENT:
-                        replace(module, f"{layer_type}_inv_freq", _inv_freq(module, name, layer_type, length))
-                replace(module, "rope_type", dict.fromkeys(rope_type, "default"))
+                pinned = {layer_type: name for layer_type, name in rope_type.items() if name in _LENGTH_DEPENDENT}
+                for layer_type, name in pinned.items():
+                    replace(module, f"{layer_type}_inv_freq", _inv_freq(module, name, layer_type, length))
+                replace(module, "rope_type", rope_type | dict.fromkeys(pinned, "default"))
         yield
     finally:
         for module, name, value in reversed(saved):
@@ -184,6 +191,7 @@ def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 def _inv_freq(module: nn.Module, rope_type: str, layer_type: str | None, length: int) -> torch.Tensor:
     # The length goes in as a tensor, as it does in the stock forward: the dynamic base is then rounded alike.
+    inv_freq: torch.Tensor
     inv_freq, _scaling = ROPE_INIT_FUNCTIONS[rope_type](
         module.config, torch.device("cpu"), seq_len=torch.tensor(length), layer_type=layer_type
     )

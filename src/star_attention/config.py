@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.plan import BlockPlan, parse_size, resolve_sizes
@@ -13,7 +14,7 @@ METHODS = {
 }
 """Attention methods by name, imported on use."""
 
-RESERVE_TOKENS = 4096
+RESERVE_TOKENS = 1024
 """Tokens kept free for query and answer where rotary frequencies depend on the total length (LongRoPE, dynamic NTK)."""
 
 MAX_NEW_TOKENS = 256
@@ -39,11 +40,13 @@ class StarConfig:
     tokens_per_forward: int | None = None
     reserve_tokens: int = RESERVE_TOKENS
 
+    @classmethod
+    def of(cls, **settings: Any) -> StarConfig:
+        """The same from sizes that may be written as `"4k"` or `"1m"`."""
+        sizes = ("block_size", "anchor_size", "tokens_per_forward", "reserve_tokens")
+        return cls(**{k: parse_size(v, k) if k in sizes and v is not None else v for k, v in settings.items()})
+
     def __post_init__(self) -> None:
-        for name in ("block_size", "anchor_size", "tokens_per_forward", "reserve_tokens"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, parse_size(value, name))
         if self.block_size is not None:
             resolve_sizes(self.block_size, self.block_size, self.anchor_size)
         elif self.anchor_size is not None and self.anchor_size < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class EncodedContext:
     rope_length: tokens that length-dependent rotary frequencies were computed for, or None.
     chat: how a chat continues, or None for raw text.
     encode_s: seconds that phase 1 took; peak_bytes: its peak device memory, or None where it is not measured (CPU).
+    model: the model that encoded it, while it lives.
     """
 
     token_ids: Tensor
@@ -38,7 +40,7 @@ class EncodedContext:
     chat: dict[str, Any] | None = None
     encode_s: float = 0.0
     peak_bytes: int | None = None
-    _extra: dict[str, Any] = field(default_factory=dict, repr=False)
+    model: weakref.ref[Any] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.plan.context_tokens

@@ -154,29 +154,22 @@ class BlockPlan:
         return (mine[0][0], mine[-1][1]) if mine else (self.context_tokens, self.context_tokens)
 
     def spans(self, tokens_per_forward: int, *, rank: int = 0, start: int = 0) -> Iterator[Span]:
-        """The forwards of one rank's phase 1 from token `start` (a block border), at most `tokens_per_forward` each.
+        """The forwards of one rank's phase 1 from token `start`, at most `tokens_per_forward` tokens each.
 
         Small blocks go several to a forward; a block that is larger than a forward is cut into pieces, so that working
         memory depends on `tokens_per_forward` alone. The ragged last block is a forward of its own, because the blocks
         of one forward are computed as a batch.
         """
-        assert start % self.block_size == 0, "a forward starts at a block border"
         first, stop = self.rank_range(rank)
         position = max(first, start)
         while position < stop:
-            whole = min(stop, self.context_tokens - self.context_tokens % self.block_size) - position
-            count = min(whole, tokens_per_forward) // self.block_size
-            if count:
-                end = position + count * self.block_size
-                yield Span(start=position, stop=end, block_start=position)
-                position = end
-            else:
-                block_start = position
-                block_stop = min(position + self.block_size, stop)
-                while position < block_stop:
-                    end = min(position + tokens_per_forward, block_stop)
-                    yield Span(start=position, stop=end, block_start=block_start)
-                    position = end
+            into = position % self.block_size
+            whole = 0 if into else min(stop, self.context_tokens - self.context_tokens % self.block_size) - position
+            tokens = min(whole, tokens_per_forward) // self.block_size * self.block_size
+            if not tokens:
+                tokens = min(self.block_size - into, stop - position, tokens_per_forward)
+            yield Span(start=position, stop=position + tokens, block_start=position - into)
+            position += tokens
 
     def __str__(self) -> str:
         head = (

@@ -59,6 +59,12 @@ class ModelHandle:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    def layer_device(self, index: int) -> torch.device:
+        """Where a layer's keys and values belong."""
+        layers = getattr(self.decoder, "layers", None)
+        parameter = None if layers is None else next(layers[index].parameters(), None)
+        return self.device if parameter is None else parameter.device
+
     def running(self, cache: StarCache, rope_length: int | None) -> AbstractContextManager[None]:
         """Our attention for the forwards of this thread inside the block."""
         return hook.running(self.model, self.configs, self.rotaries, cache, rope_length)

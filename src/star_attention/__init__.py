@@ -1,0 +1,58 @@
+"""Star Attention: long-context inference for any transformers decoder, in two phases (arXiv 2411.17116).
+
+Importing this package imports neither torch nor transformers; names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from star_attention._version import __version__
+
+if TYPE_CHECKING:
+    from star_attention import errors as errors
+    from star_attention.config import StarConfig as StarConfig
+    from star_attention.context import EncodedContext as EncodedContext
+    from star_attention.engine import Generation as Generation
+    from star_attention.engine import StarLLM as StarLLM
+    from star_attention.engine import Stream as Stream
+    from star_attention.engine import supported as supported
+    from star_attention.pipeline import pipeline as pipeline
+    from star_attention.plan import BlockPlan as BlockPlan
+
+_HOME = {
+    "BlockPlan": "plan",
+    "EncodedContext": "context",
+    "Generation": "engine",
+    "StarConfig": "config",
+    "StarLLM": "engine",
+    "Stream": "engine",
+    "pipeline": "pipeline",
+    "supported": "engine",
+}
+
+__all__ = [
+    "BlockPlan",
+    "EncodedContext",
+    "Generation",
+    "StarConfig",
+    "StarLLM",
+    "Stream",
+    "__version__",
+    "errors",
+    "pipeline",
+    "supported",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("star_attention.errors")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"star_attention.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'star_attention' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,110 @@
+"""What an encoded context depends on, field by field, so that a saved one is never used with something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from star_attention.errors import ContextMismatchError
+
+_CONFIG_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "layer_types",
+    "sliding_window",
+    "attn_logit_softcapping",
+    "rope_parameters",
+    "rms_norm_eps",
+    "num_kv_shared_layers",
+    "kv_lora_rank",
+)
+_SAMPLES = 16
+"""Elements looked at in each weight: enough to tell any two trainings apart, few enough to cost nothing."""
+
+
+def model_identity(model: Any, outer: Any) -> dict[str, Any]:
+    """Architecture, weights (sampled), precision and active adapters of a model; plain JSON values."""
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "config": {name: _plain(getattr(config, name, None)) for name in _CONFIG_FIELDS},
+        "dtype": str(model.dtype),
+        "adapters": adapters(outer),
+        "weights": _weights(model),
+    }
+
+
+def adapters(model: Any) -> list[str]:
+    """Names of the active PEFT adapters."""
+    active = getattr(model, "active_adapters", None)
+    if not hasattr(model, "peft_config") or active is None:
+        return []
+    names = active() if callable(active) else active
+    return [names] if isinstance(names, str) else sorted(names)
+
+
+def tokenizer_identity(tokenizer: Any) -> str | None:
+    """SHA-256 over a tokenizer's vocabulary, or None for none."""
+    if tokenizer is None:
+        return None
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def check(file: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises `ContextMismatchError` naming the first field that differs."""
+    for field, value in ours.items():
+        other = theirs.get(field)
+        if isinstance(value, dict) and isinstance(other, dict):
+            for name, inner in value.items():
+                _compare(file, f"{field}.{name}", other.get(name), inner)
+        else:
+            _compare(file, field, other, value)
+
+
+def _compare(file: str, field: str, theirs: Any, ours: Any) -> None:
+    if theirs == ours or (field == "tokenizer" and None in (theirs, ours)):  # token ids alone need no tokenizer
+        return
+    short = [text if len(text := str(value)) <= 40 else text[:12] + "..." for value in (theirs, ours)]
+    raise ContextMismatchError(
+        field,
+        f"{file} does not fit: its {field} is {short[0]}, this model's is {short[1]};"
+        " load the model that encoded it, or encode the context again",
+    )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str, sort_keys=True))
+
+
+def _weights(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and a few elements of every parameter (of the adapters' too)."""
+    digest, samples = hashlib.sha256(), []
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        sample = _sample(parameter.detach())
+        if sample is not None:
+            samples.append(sample)
+    # One transfer for all of them.
+    for device in sorted({s.device for s in samples}, key=str):
+        values = torch.cat([s for s in samples if s.device == device]).cpu()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(weight: Tensor) -> Tensor | None:
+    try:
+        flat = weight.reshape(-1)
+        step = max(1, flat.shape[0] // _SAMPLES)
+        return flat[::step][:_SAMPLES].float()
+    except (RuntimeError, NotImplementedError):  # quantized tensors that cannot be sliced: name and shape must do
+        return None

@@ -1,0 +1,93 @@
+"""Load a model and its tokenizer from a folder or a hub id, with errors that say what is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
+from star_attention.hf import support
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def pick_device(device: str) -> str:
+    """`"auto"` is the first accelerator, or the CPU."""
+    if device != "auto":
+        try:
+            kind = torch.device(device).type
+        except RuntimeError as error:
+            raise InvalidInputError(f"device {device!r} is unknown ({error}); use auto, cpu or cuda") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise InvalidInputError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or auto")
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_config(path: str | os.PathLike[str]) -> Any:
+    """The config of a model folder or hub id.
+
+    Raises `ModelNotFoundError` where there is none.
+    """
+    _check_path(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFoundError(f"no model could be read at {path}: {_first_line(error)}") from error
+
+
+def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Model in evaluation mode and tokenizer (None where the folder has none).
+
+    Raises `ModelNotFoundError`, `UnsupportedModelError` (before weights are read) or `InvalidInputError`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+    config = load_config(path)
+    reasons = support.reasons(config)
+    if reasons:
+        raise UnsupportedModelError(f"{config.model_type} ({path})", reasons)
+    options = {"dtype": name if name == "auto" else getattr(torch, name), **model_kwargs}
+    if "device_map" not in options:
+        device = pick_device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFoundError(f"the model at {path} could not be loaded: {_first_line(error)}") from error
+    if "device_map" not in options:
+        model = model.to(device)
+    return model.eval(), load_tokenizer(path)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a model folder, or None where the folder has none (token ids need none)."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")) and not any(folder.glob("vocab*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # the tokenizer libraries raise bare Exceptions for a broken file
+        raise ModelNotFoundError(f"the tokenizer at {path} could not be read: {_first_line(error)}") from error
+
+
+def _check_path(path: str | os.PathLike[str]) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFoundError(f"the folder {folder} holds no config.json: it is not a transformers model folder")
+        return
+    if folder.exists():
+        raise ModelNotFoundError(f"{folder} is a file; give the model's folder, or a hub id")
+    if folder.is_absolute() or not _HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
+        raise ModelNotFoundError(f"there is no model folder {path}; check the path, or give a hub id like organisation/name")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,184 @@
+"""Phase 2: a query and its answer over an encoded context (paper, section 2.2), with transformers' own `generate`.
+
+`generate` does the preparation in every case (settings, logits processors, stopping criteria). Greedy search and sampling
+then run in `_steps`, a loop of ours behind `custom_generate`: it yields after each token, so that a stream can be suspended
+without a thread, and draws from a generator of its own, so that a seed means the same whatever runs beside it. Beam search and
+assisted decoding run in transformers' loops, over the same cache.
+
+Axes: B queries (padded on the left to one length Q), R rows = B x answers each, L context tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+
+from star_attention.hf.cache import AnswerCache
+from star_attention.hf.handle import ModelHandle
+from star_attention.store import ContextKV
+
+STEPPED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+"""What our own loop does; every other mode is transformers'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One token a row: `tokens[r]`, whether the row ends with it, and its unprocessed logits `[R, V]` in fp32."""
+
+    tokens: list[int]
+    ended: list[bool]
+    logits_RV: Tensor
+
+
+@dataclass(kw_only=True)
+class Request:
+    """Queries on one context, ready to run; `words` are settings of `GenerationConfig`, over the model's own."""
+
+    handle: ModelHandle
+    context_ids_L: Tensor
+    shard: ContextKV
+    rope_length: int | None
+    queries: list[list[int]]
+    words: dict[str, Any]
+    tokens_per_forward: int
+    seed: int | None = None
+    logits_processor: LogitsProcessorList | None = None
+    stopping_criteria: StoppingCriteriaList | None = None
+
+    @property
+    def query_tokens(self) -> int:
+        """Length to which the queries are padded."""
+        return max(len(query) for query in self.queries)
+
+    @property
+    def padding(self) -> list[int]:
+        return [self.query_tokens - len(query) for query in self.queries]
+
+    def cache(self) -> AnswerCache:
+        return AnswerCache(self.shard, self.handle.windows, self.padding)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Queries padded on the left and their mask, both `[B, Q]`."""
+        fill = self.words.get("pad_token_id") or 0
+        rows = [[fill] * gap + query for gap, query in zip(self.padding, self.queries, strict=True)]
+        mask = [[0] * gap + [1] * len(query) for gap, query in zip(self.padding, self.queries, strict=True)]
+        return torch.tensor(rows, device=self.handle.device), torch.tensor(mask, device=self.handle.device)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Context and padded queries, and their mask, both `[B, L + Q]`: logits processors see the context too."""
+        ids_BQ, mask_BQ = self.padded()
+        context_BL = self.context_ids_L.to(ids_BQ.device)[None].expand(ids_BQ.shape[0], -1)
+        return torch.cat([context_BL, ids_BQ], 1), torch.cat([torch.ones_like(context_BL), mask_BQ], 1)
+
+    def generator(self) -> torch.Generator | None:
+        """The source of random numbers: torch's global one without a seed, as with the stock `generate`."""
+        return None if self.seed is None else torch.Generator(self.handle.device).manual_seed(self.seed)
+
+
+def logits(request: Request) -> Tensor:
+    """Logits of every query token of a single query, `[Q, V]` in fp32, teacher-forced."""
+    return torch.cat(list(_prefill(request, request.cache(), keep=0)), 1)[0]
+
+
+def steps(request: Request) -> Iterator[Step]:
+    """Answer by greedy search or sampling, a token a row at a time; ends when every row has ended."""
+    ids_BS, mask_BS = request.whole()
+    cache = request.cache()
+
+    def custom_generate(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Iterator[Step]:
+        return _steps(request, cache, input_ids, logits_processor, stopping_criteria, bool(generation_config.do_sample))
+
+    loop: Iterator[Step] = request.handle.model.generate(
+        ids_BS,
+        attention_mask=mask_BS,
+        past_key_values=cache,
+        logits_processor=request.logits_processor,
+        stopping_criteria=request.stopping_criteria,
+        custom_generate=custom_generate,
+        **request.words,
+    )
+    return loop
+
+
+def stock(request: Request) -> list[list[int]]:
+    """Answer by transformers' own decoding loop (beams, assisted); the new tokens of each row, in its order."""
+    cache = request.cache()
+    # Where rotary frequencies depend on the length, some models look at the ids' length to drop the cache; give the query alone.
+    ids_BS, mask_BS = request.whole()
+    if request.rope_length is not None:
+        ids_BS = ids_BS[:, len(request.context_ids_L) :]
+    devices = [ids_BS.device] if ids_BS.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=request.seed is not None):
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        sequences: Tensor = request.handle.generating(cache, request.rope_length).generate(
+            ids_BS,
+            attention_mask=mask_BS,
+            past_key_values=cache,
+            **request.words,
+            logits_processor=request.logits_processor,
+            stopping_criteria=request.stopping_criteria,
+        )
+    rows: list[list[int]] = sequences[:, ids_BS.shape[1] :].tolist()
+    return rows
+
+
+def _prefill(request: Request, cache: AnswerCache, *, keep: int) -> Iterator[Tensor]:
+    """Send the queries through the model, a bounded number of tokens a forward; logits of each forward's last `keep`."""
+    ids_BQ, _ = request.padded()
+    start = len(request.context_ids_L)
+    # Padding has no position of its own; 0 is as good as any, nothing sees it.
+    gap_B1 = torch.tensor(request.padding, device=ids_BQ.device)[:, None]
+    positions_BQ = (start + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1).clamp_(min=0)
+    columns = max(1, request.tokens_per_forward // ids_BQ.shape[0])
+    for at in range(0, ids_BQ.shape[1], columns):
+        part = slice(at, at + columns)
+        yield request.handle.logits(ids_BQ[:, part], positions_BQ[:, part], cache, request.rope_length, keep=keep).float()
+
+
+@torch.no_grad()
+def _steps(
+    request: Request,
+    cache: AnswerCache,
+    ids_RS: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    do_sample: bool,
+) -> Iterator[Step]:
+    generator = request.generator()
+    rows = ids_RS.shape[0]
+    answers = rows // len(request.queries)
+    for logits_B1V in _prefill(request, cache, keep=1):
+        logits_RV = logits_B1V[:, -1].repeat_interleave(answers, 0)
+    if answers > 1:
+        cache.batch_repeat_interleave(answers)
+    padding_R1 = torch.tensor(cache.row_padding(rows), device=ids_RS.device)[:, None]
+    ended_R = torch.zeros(rows, dtype=torch.bool, device=ids_RS.device)
+    while True:
+        scores_RV = logits_processor(ids_RS, logits_RV.clone())
+        if do_sample:
+            tokens_R1 = torch.multinomial(torch.softmax(scores_RV, -1), 1, generator=generator)
+        else:
+            tokens_R1 = scores_RV.argmax(-1, keepdim=True)
+        ids_RS = torch.cat([ids_RS, tokens_R1], 1)
+        # A row that has ended goes on unseen beside the others; a criterion that looks at the last token forgets it.
+        ended_R = ended_R | stopping_criteria(ids_RS, scores_RV)
+        ended = ended_R.tolist()
+        yield Step(tokens=tokens_R1[:, 0].tolist(), ended=ended, logits_RV=logits_RV)
+        if all(ended):
+            return
+        positions_R1 = cache.seen_tokens - padding_R1
+        logits_RV = request.handle.logits(tokens_R1, positions_R1, cache, request.rope_length)[:, -1].float()
