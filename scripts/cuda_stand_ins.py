@@ -3,11 +3,12 @@
     some-venv/bin/python scripts/cuda_stand_ins.py
 
 Old torch versions for Linux come as one CUDA build that will not load unless a dozen CUDA libraries (two
-more gigabytes) are there, although CPU tests call none of them. The CUDA runtime itself (2 MB) must be real: torch
-asks it whether there is a device. For each of the others that is missing, this script compiles a stand-in of some
-kilobytes in which every function that torch looks up returns an error, and drops the CUDA packages from that
-torch's list of requirements, so that pip does not fetch them after all. It acts on the environment of the
-interpreter that runs it, which must be a virtual environment, and does nothing where no library is missing.
+more gigabytes) are there, although CPU tests call none of them. The CUDA runtime itself (2 MB) must be real:
+torch asks it whether there is a device. For each of the others that is missing, this script compiles a
+stand-in of some kilobytes in which every function that torch looks up returns an error, and drops the CUDA
+packages from that torch's list of requirements, so that pip does not fetch them after all. It acts on the
+environment of the interpreter that runs it, which must be a virtual environment, and does nothing where no
+library is missing.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-CUDA_LIBRARY = re.compile(
-    r"lib(cu|nccl|nvshmem)(?!da\.so)"
-)  # but not libcuda, the driver: torch loads without
+# But not libcuda, the driver: torch loads without it.
+CUDA_LIBRARY = re.compile(r"lib(cu|nccl|nvshmem)(?!da\.so)")
 CUDA_FUNCTION = re.compile(r"_*(cu|nccl|nvshmem)")
 CUDA_REQUIREMENT = re.compile(r"Requires-Dist: (cuda|nvidia|triton)")
 

@@ -1,8 +1,8 @@
-"""Tiny random-weight models, one per decoder family, for tests that need a real transformers model but no download.
+"""Tiny random-weight models, one per decoder family, for tests that need a real model but no download.
 
-Sizes are chosen so that no two axes of a tensor have the same length (6 query heads, 3 KV heads, head size 16, 3 or 4
-layers, 5 experts, vocabulary 211); draw token ids from 3..199, which avoids every special token. Sliding windows are 20
-tokens, so that they cut inside a context of a hundred.
+Sizes are chosen so that no two axes of a tensor have the same length (6 query heads, 3 KV heads, head size 16,
+3 or 4 layers, 5 experts, vocabulary 211). Draw token ids from `FIRST_TOKEN`..`LAST_TOKEN`, which avoids every
+special token. Sliding windows are 20 tokens, so that they cut inside a context of a hundred.
 """
 
 from __future__ import annotations
@@ -40,10 +40,20 @@ DERIVED: dict[str, Any] = {k: v for k, v in BASE.items() if k != "head_dim"} | d
 EXPERTS: dict[str, Any] = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=48)
 # MLA: queries and keys are 16 + 8 = 24 wide, values 12; the cache holds what is compressed.
 MLA: dict[str, Any] = DERIVED | dict(
-    num_key_value_heads=6, q_lora_rank=36, kv_lora_rank=20, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
+    num_key_value_heads=6,
+    q_lora_rank=36,
+    kv_lora_rank=20,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
 )
 ROUTED: dict[str, Any] = dict(
-    n_routed_experts=5, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=48, n_group=1, topk_group=1
+    n_routed_experts=5,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    n_group=1,
+    topk_group=1,
 )
 
 
@@ -174,7 +184,11 @@ FAMILIES: dict[str, ConfigFactory] = {
         sliding_window=WINDOW,
     ),
     "qwen2_sliding": _config(
-        "Qwen2Config", DERIVED, use_sliding_window=True, sliding_window=WINDOW, layer_types=[FULL, SLIDING, SLIDING]
+        "Qwen2Config",
+        DERIVED,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=[FULL, SLIDING, SLIDING],
     ),
     # attention sinks
     "granite_swa": _config("GraniteSWAConfig", DERIVED, sliding_window=WINDOW, layer_types=MIXED),
@@ -244,7 +258,12 @@ FAMILIES: dict[str, ConfigFactory] = {
     ),
     # multi-head latent attention: the cache holds compressed keys and values
     "deepseek_v2": _config(
-        "DeepseekV2Config", MLA, ROUTED, first_k_dense_replace=1, topk_method="greedy", routed_scaling_factor=1.0
+        "DeepseekV2Config",
+        MLA,
+        ROUTED,
+        first_k_dense_replace=1,
+        topk_method="greedy",
+        routed_scaling_factor=1.0,
     ),
     "deepseek_v3": _config("DeepseekV3Config", MLA, ROUTED, first_k_dense_replace=1),
     "glm4_moe_lite": _config("Glm4MoeLiteConfig", MLA, ROUTED, mlp_layer_types=["dense", "sparse", "sparse"]),
@@ -312,7 +331,13 @@ REFUSED: dict[str, ConfigFactory] = {
         mamba_n_groups=1,
     ),
     "falcon_h1": _config(
-        "FalconH1Config", BASE, num_hidden_layers=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8
+        "FalconH1Config",
+        BASE,
+        num_hidden_layers=2,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_d_state=8,
     ),
     "granitemoehybrid": _config(
         "GraniteMoeHybridConfig",
@@ -347,7 +372,12 @@ REFUSED: dict[str, ConfigFactory] = {
         linear_value_head_dim=8,
     ),
     "minimax": _config(
-        "MiniMaxConfig", BASE, layer_types=_LINEAR_MIX, block_size=32, num_local_experts=5, num_experts_per_tok=2
+        "MiniMaxConfig",
+        BASE,
+        layer_types=_LINEAR_MIX,
+        block_size=32,
+        num_local_experts=5,
+        num_experts_per_tok=2,
     ),
     "recurrent_gemma": _config(
         "RecurrentGemmaConfig",
@@ -425,10 +455,10 @@ REFUSED: dict[str, ConfigFactory] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model of `FAMILIES`, `UNUSUAL` or `REFUSED`, in eval mode, that never stops at EOS and pads with token 0.
+    """A model of `FAMILIES`, `UNUSUAL` or `REFUSED` in eval mode; it never stops at EOS and pads with token 0.
 
-    The weights of any `dtype` are those of float32, rounded. Vectors (norms, biases, sinks), which start out as ones or
-    zeros, are random too, so that leaving one out shows.
+    The weights of any `dtype` are those of float32, rounded. Vectors (norms, biases, sinks), which start out
+    as ones or zeros, are random too, so that leaving one out shows.
     """
     factory = (FAMILIES | UNUSUAL | REFUSED)[name]
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The law of Star Attention on whole models, slow on purpose: the truth that every fast path is compared with.
+"""The law of Star Attention on whole models, slow on purpose: what every fast path is compared with.
 
 One eager forward over all tokens with explicit additive masks, and nothing from `star_attention`. The law:
 
@@ -61,10 +61,10 @@ def oracle_forward(
     anchor_size: int,
     rope_length: int | None = None,
 ) -> OracleResult:
-    """Logits, keys and values of `ids_BL` (context, then query, then generated tokens) under the law, in float32.
+    """Logits, keys and values of `ids_BL` (context, then query, then generated tokens) under the law.
 
-    `rope_length` is the length for which length-dependent rotary frequencies are taken; `None` takes that of `ids_BL`.
-    Afterwards the model's settings and rotary state are what they were.
+    For models in float32. `rope_length` is the length for which length-dependent rotary frequencies are taken;
+    `None` takes that of `ids_BL`. Afterwards the model's settings and rotary state are what they were.
     """
     B, L = ids_BL.shape
     mask = layer_masks(model, lambda window: law_mask(context_len, L, block_size, anchor_size, window))
@@ -90,7 +90,7 @@ def oracle_generate(
     steps: int,
     rope_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy `(tokens_BT, logits_BTV)` with `T = steps`: all tokens go through `oracle_forward` again at each step."""
+    """Greedy `(tokens_BT, logits_BTV)`, `T = steps`: all tokens go through `oracle_forward` at each step."""
     tokens: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     for _ in range(steps):
@@ -108,9 +108,10 @@ def oracle_generate(
 
 
 def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tensor]) -> Mask:
-    """What `model` takes as `attention_mask` so that each layer gets the additive mask `[1, 1, Q, K]` of its window.
+    """What `model` takes as `attention_mask` so that each layer gets the additive mask of its window.
 
-    `keep(window)` gives the bool mask `[Q, K]` of a layer with that window, or of a full layer for `None`.
+    `keep(window)` gives the bool mask `[Q, K]` of a layer with that window, or of a full layer for `None`;
+    the result holds `[1, 1, Q, K]` in float32.
     """
     config = model.config.get_text_config(decoder=True)
     window: int | None = getattr(config, "sliding_window", None)
@@ -124,8 +125,8 @@ def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tenso
 
     if len(layer_types) > 1:
         return {"full_attention": additive(None), "sliding_attention": additive(window)}
-    # Without layer types, the window (where there is one) rules every layer. With them it rules only sliding layers:
-    # configs of full layers may still hold a window (Qwen2-MoE: 0).
+    # Without layer types, the window (where there is one) rules every layer. With them it rules only sliding
+    # layers: configs of full layers may still hold a window (Qwen2-MoE: 0).
     return additive(None if layer_types == {"full_attention"} else window)
 
 
@@ -148,7 +149,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
             configs[id(config)] = config
-    # Not through the public setter, which also writes to the sub-configs: each has a setting of its own to restore.
+    # Not through the public setter, which also writes to sub-configs: each has a setting of its own to restore.
     saved = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -161,7 +162,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Rotary frequencies inside are those of a sequence of `length` tokens, whatever positions a forward sees.
+    """Rotary frequencies inside are those of a sequence of `length` tokens, whatever a forward sees.
 
     Changes only LongRoPE and dynamic NTK; their state afterwards is exactly what it was.
     """

@@ -12,23 +12,23 @@ from star_attention._version import __version__
 
 if TYPE_CHECKING:
     from star_attention import errors as errors
+    from star_attention.answering import Generation as Generation
+    from star_attention.answering import Stream as Stream
     from star_attention.config import StarConfig as StarConfig
     from star_attention.context import EncodedContext as EncodedContext
-    from star_attention.engine import Generation as Generation
     from star_attention.engine import StarLLM as StarLLM
-    from star_attention.engine import Stream as Stream
     from star_attention.engine import supported as supported
-    from star_attention.pipeline import pipeline as pipeline
     from star_attention.plan import BlockPlan as BlockPlan
+    from star_attention.question_answering import pipeline as pipeline
 
 _HOME = {
     "BlockPlan": "plan",
     "EncodedContext": "context",
-    "Generation": "engine",
+    "Generation": "answering",
     "StarConfig": "config",
     "StarLLM": "engine",
-    "Stream": "engine",
-    "pipeline": "pipeline",
+    "Stream": "answering",
+    "pipeline": "question_answering",
     "supported": "engine",
 }
 

@@ -44,7 +44,10 @@ class StarConfig:
     def of(cls, **settings: Any) -> StarConfig:
         """The same from sizes that may be written as `"4k"` or `"1m"`."""
         sizes = ("block_size", "anchor_size", "tokens_per_forward", "reserve_tokens")
-        return cls(**{k: parse_size(v, k) if k in sizes and v is not None else v for k, v in settings.items()})
+        for name in sizes:
+            if settings.get(name) is not None:
+                settings[name] = parse_size(settings[name], name)
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         if self.block_size is not None:
@@ -52,7 +55,9 @@ class StarConfig:
         elif self.anchor_size is not None and self.anchor_size < 0:
             resolve_sizes(1, None, self.anchor_size)
         if self.tokens_per_forward is not None and self.tokens_per_forward < 1:
-            raise SizeError(f"tokens_per_forward {self.tokens_per_forward} is below 1; give a positive number of tokens, or None")
+            raise SizeError(
+                f"tokens_per_forward {self.tokens_per_forward} is below 1; give a positive number of tokens, or None"
+            )
         if self.reserve_tokens < 1:
             raise SizeError(f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token")
         if self.method not in METHODS:

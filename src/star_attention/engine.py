@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from star_attention import methods, phase1, phase2
+from star_attention.answering import Run, Stream
+from star_attention.clock import Clock
 from star_attention.config import MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
 from star_attention.context import EncodedContext
-from star_attention.errors import ContextLengthError, InvalidInputError, OutOfMemoryError, TokenError
+from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from star_attention.hf import chat, identity, load, support, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import BlockPlan
@@ -31,42 +30,6 @@ Content = TextOrIds | Sequence[chat.Message]
 
 TOKENS_PER_FORWARD = {"cpu": 8192}
 TOKENS_PER_FORWARD_ACCELERATOR = 32768
-
-_OURS = {"max_length", "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate", "stop_strings"}
-_OURS |= {"output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size"}
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timings:
-    """Seconds and rates of one answer: phase 1, time to first token, and tokens a second after the first."""
-
-    encode_s: float
-    ttft_s: float
-    tokens_per_s: float | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Generation:
-    """One answer; `str(answer)` is its text.
-
-    text: the answer without special tokens, cut before a stop string ("" without a tokenizer).
-    token_ids: every generated id, the one that ended the answer included.
-    finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion) or "length" (`max_new_tokens`).
-    logits: fp32 `[tokens, vocabulary]` on CPU before any processing, when asked for.
-    query_tokens: length of the query; peak_bytes: peak device memory of the call, None where it is not measured (CPU).
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    query_tokens: int
-    timings: Timings
-    logits: Tensor | None = None
-    peak_bytes: int | None = None
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True)
@@ -90,37 +53,6 @@ def supported(model_or_config: Any) -> Support:
     if isinstance(model_or_config, (str, os.PathLike)):
         model_or_config = load.load_config(model_or_config)
     return Support(tuple(support.reasons(model_or_config)))
-
-
-class Stream(Iterator[str]):
-    """The text of one answer as it is generated; `result` is the whole `Generation` once it has ended.
-
-    Nothing runs between two pieces, so a stream may be suspended for any time, and other calls on the same model may run
-    meanwhile. `close()` ends it early; the result is then what was generated so far.
-    """
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        self._pieces = run.pieces()
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def result(self) -> Generation:
-        if not self._run.ended:
-            raise InvalidInputError("the stream has not ended; exhaust it or call close() first")
-        return self._run.generations()[0]
-
-    def close(self) -> None:
-        self._pieces.close()
-        self._run.finish()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class StarLLM:
@@ -201,15 +133,11 @@ class StarLLM:
 
     # ------------------------------------------------------------------ phase 1
 
-    @overload
-    def encode(self, content: Content, *, progress: phase1.Progress | None = None) -> EncodedContext: ...
-    @overload
-    def encode(self, content: Sequence[Content], *, progress: phase1.Progress | None = None) -> list[EncodedContext]: ...
+    def encode(self, content: Any, *, progress: phase1.Progress | None = None) -> Any:
+        """Encode a context (phase 1): an `EncodedContext`, or for a list of contexts a list of them.
 
-    def encode(self, content: Any, *, progress: phase1.Progress | None = None) -> EncodedContext | list[EncodedContext]:
-        """Encode a context (phase 1): text, token ids, or chat messages; or a list of contexts.
-
-        Text is tokenized with the tokenizer's defaults. Contexts of equal length in a list are encoded as one batch.
+        content: text (tokenized with the tokenizer's defaults), token ids, or chat messages; or a list of these, of which
+            those of equal length are encoded as one batch.
         progress: called after each forward with what it encoded.
 
         Raises `TokenError` (empty, or ids outside the vocabulary), `ContextLengthError` (beyond the model's positions),
@@ -240,7 +168,7 @@ class StarLLM:
         for indices in self._batches(plans):
             plan, rope_length = plans[indices[0]], rope_lengths[indices[0]]
             ids_BL = torch.stack([contexts[i][0] for i in indices])
-            started = self._start_clock()
+            clock = Clock(self.device)
             stores = phase1.encode(
                 self._handle,
                 ids_BL,
@@ -249,10 +177,12 @@ class StarLLM:
                 rope_length=rope_length,
                 progress=progress,
             )
-            encode_s, peak_bytes = self._stop_clock(started)
+            encode_s, peak_bytes = clock.stop()
             for i, store in zip(indices, stores, strict=True):
                 ids, opened = contexts[i]
-                done[i] = self._context(ids, plan, store, rope_length, opened and opened.as_dict(), encode_s, peak_bytes)
+                done[i] = self._context(
+                    ids, plan, store, rope_length, None if opened is None else opened.as_dict(), encode_s, peak_bytes
+                )
         return [done[i] for i in range(len(contexts))]
 
     def _batches(self, plans: list[BlockPlan]) -> list[list[int]]:
@@ -289,7 +219,9 @@ class StarLLM:
             model=weakref.ref(self._handle.model),
         )
 
-    def extend(self, context: EncodedContext, more: TextOrIds, *, progress: phase1.Progress | None = None) -> EncodedContext:
+    def extend(
+        self, context: EncodedContext, more: TextOrIds, *, progress: phase1.Progress | None = None
+    ) -> EncodedContext:
         """A new context that goes on with `more` (text, without special tokens, or token ids), at the context's own sizes.
 
         Equals encoding the joined ids, to rounding; only what is new goes through the model. The given context stays as it is.
@@ -301,17 +233,20 @@ class StarLLM:
             more = text.query_ids(self._need_tokenizer("text"), more)
         new_ids = self._ids(more, "extension")
         ids = torch.cat([context.token_ids, new_ids])
-        self._check_positions(len(ids), "the extended context has", "cut the extension, or use a model with more positions")
+        self._check_positions(
+            len(ids), "the extended context has", "cut the extension, or use a model with more positions"
+        )
         if context.rope_length is not None and len(ids) >= context.rope_length:
             raise ContextLengthError(
                 f"the extended context has {len(ids):,} tokens, but its rotary frequencies are pinned to {context.rope_length:,};"
-                f" encode the joined text anew, or encode the first part with a larger reserve_tokens (now {self.config.reserve_tokens:,})"
+                " encode the joined text anew, or encode the first part with a larger reserve_tokens"
+                f" (now {self.config.reserve_tokens:,})"
             )
         old = context.plan
         # A dense context is one block, and stays one.
         block_size = max(old.block_size, len(ids)) if context.method == "dense" else old.block_size
         plan = BlockPlan(context_tokens=len(ids), block_size=block_size, anchor_size=old.anchor_size, ranks=old.ranks)
-        started = self._start_clock()
+        clock = Clock(self.device)
         store = context.kv.grown(len(ids), keep=len(context.token_ids))
         phase1.encode(
             self._handle,
@@ -323,12 +258,14 @@ class StarLLM:
             start=len(context.token_ids),
             progress=progress,
         )
-        encode_s, peak_bytes = self._stop_clock(started)
+        encode_s, peak_bytes = clock.stop()
         chat_state = context.chat
         if chat_state is not None:
             opened = chat.ChatContext(**chat_state)
             if not opened.open:
-                raise InvalidInputError("this chat context ends in a closed turn; only an open user message can be extended")
+                raise InvalidInputError(
+                    "this chat context ends in a closed turn; only an open user message can be extended"
+                )
             chat_state = chat.extended(self.tokenizer, opened, text.decode(self.tokenizer, new_ids.tolist())).as_dict()
         return self._context(ids, plan, store, context.rope_length, chat_state, encode_s, peak_bytes)
 
@@ -342,7 +279,11 @@ class StarLLM:
         """
         file = SavedContext(path)
         header = file.header
-        identity.check(str(path), header["identity"] | {"method": header["method"]}, self._identity() | {"method": self.config.method})
+        identity.check(
+            str(path),
+            header["identity"] | {"method": header["method"]},
+            self._identity() | {"method": self.config.method},
+        )
 
         def layer(index: int) -> LayerKV:
             tokens, expands = header["context_tokens"], header["expands"][index]
@@ -453,13 +394,15 @@ class StarLLM:
             words=generation,
         )
         if not run.stepped or run.answers_per_query > 1:
-            raise InvalidInputError("a stream is one answer by greedy search or sampling; use generate for beams and several answers")
+            raise InvalidInputError(
+                "a stream is one answer by greedy search or sampling; use generate for beams and several answers"
+            )
         return Stream(run)
 
     def logits(self, context: EncodedContext, continuation: TextOrIds) -> Tensor:
         """Logits of every token of a continuation, fp32 `[tokens, vocabulary]`: row i is the distribution of token i + 1."""
         self._check_ours(context)
-        request = self._request(context, [self._query_ids(context, continuation)], {}, 0)
+        request = self._request(context, [self._query_ids(context, continuation)], 0)
         return phase2.logits(request)
 
     def _run(
@@ -467,15 +410,30 @@ class StarLLM:
         context: EncodedContext,
         queries: list[Any],
         *,
-        stop: str | Sequence[str] | None,
+        max_new_tokens: int,
+        seed: int | None,
         answer_prefix: str,
+        logits_processor: LogitsProcessorList | None,
+        stopping_criteria: StoppingCriteriaList | None,
         **settings: Any,
-    ) -> _Run:
+    ) -> Run:
         self._check_ours(context)
         if not queries:
             raise TokenError("there are no queries; give at least one")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens {max_new_tokens!r} is not a positive number of tokens")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise InvalidInputError(f"seed {seed!r} is not a whole number")
         ids = [self._query_ids(context, query, answer_prefix) for query in queries]
-        return _Run(self, context, ids, stops=_stops(stop), **settings)
+        request = self._request(
+            context,
+            ids,
+            max_new_tokens,
+            seed=seed,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+        )
+        return Run(request, self.tokenizer, max_new_tokens=max_new_tokens, encode_s=context.encode_s, **settings)
 
     def _query_ids(self, context: EncodedContext, query: Any, answer_prefix: str = "") -> list[int]:
         if context.chat is not None and (query is None or isinstance(query, str) or chat.is_messages(query)):
@@ -486,7 +444,9 @@ class StarLLM:
             query = text.query_ids(self.tokenizer, tail + answer_prefix)
             answer_prefix = ""
         elif chat.is_messages(query):
-            raise InvalidInputError("a query of chat messages needs a context of chat messages; encode the context as messages")
+            raise InvalidInputError(
+                "a query of chat messages needs a context of chat messages; encode the context as messages"
+            )
         elif isinstance(query, str):
             if not query:
                 raise TokenError("the query is empty; give at least 1 token")
@@ -501,7 +461,6 @@ class StarLLM:
         self,
         context: EncodedContext,
         queries: list[list[int]],
-        words: dict[str, Any],
         max_new_tokens: int,
         **more: Any,
     ) -> phase2.Request:
@@ -519,7 +478,6 @@ class StarLLM:
             shard=context.kv,
             rope_length=context.rope_length,
             queries=queries,
-            words=words,
             tokens_per_forward=self.tokens_per_forward,
             **more,
         )
@@ -578,190 +536,6 @@ class StarLLM:
     def _tokenizer_identity(self) -> str | None:
         return identity.tokenizer_identity(self.tokenizer)
 
-    def _start_clock(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        return time.perf_counter()
-
-    def _stop_clock(self, started: float) -> tuple[float, int | None]:
-        """Seconds since `started`, and peak device memory since then."""
-        if self.device.type != "cuda":
-            return time.perf_counter() - started, None
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter() - started, torch.cuda.max_memory_allocated(self.device)
-
-
-class _Run:
-    """One call of `generate` or `stream`: settings resolved at once, tokens on demand."""
-
-    def __init__(
-        self,
-        star: StarLLM,
-        context: EncodedContext,
-        queries: list[list[int]],
-        *,
-        max_new_tokens: int,
-        seed: int | None,
-        ignore_eos: bool,
-        stops: list[str],
-        return_logits: bool,
-        logits_processor: LogitsProcessorList | None,
-        stopping_criteria: StoppingCriteriaList | None,
-        words: dict[str, Any],
-    ) -> None:
-        self._star, self._context, self._queries = star, context, queries
-        self._started = star._start_clock()
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InvalidInputError(f"max_new_tokens {max_new_tokens!r} is not a positive number of tokens")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise InvalidInputError(f"seed {seed!r} is not a whole number")
-        self._max_new_tokens = max_new_tokens
-        config, words = _generation_words(star.model, words, max_new_tokens, ignore_eos)
-        mode = config.get_generation_mode()
-        self.stepped = mode in phase2.STEPPED
-        self.answers_per_query: int = config.num_return_sequences or 1
-        if mode == GenerationMode.GREEDY_SEARCH and self.answers_per_query > 1:
-            raise InvalidInputError(
-                f"num_return_sequences {self.answers_per_query} needs answers that can differ; add do_sample=True or num_beams"
-            )
-        if return_logits and not self.stepped:
-            raise InvalidInputError("return_logits works with greedy search and sampling, not with beams; use star.logits instead")
-        tokenizer = star._need_tokenizer("a stop string") if stops else star.tokenizer
-        eos = config.eos_token_id
-        eos_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-        rows = len(queries) * self.answers_per_query
-        self._answers = [text.Answer(tokenizer, stops, eos_ids) for _ in range(rows)]
-        self._logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if return_logits else None
-        if stops and not self.stepped:
-            prompt = max(len(q) for q in queries) + (0 if context.rope_length is not None else len(context))
-            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), text.StopStrings(tokenizer, stops, prompt)])
-        self._request = star._request(
-            context,
-            queries,
-            words,
-            max_new_tokens,
-            seed=seed,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-        )
-        self._first_s = self._end_s = 0.0
-        self._peak_bytes: int | None = None
-        self.ended = False
-
-    def pieces(self) -> Iterator[str]:
-        """Text of the first answer as it becomes certain; running it to its end completes all answers."""
-        try:
-            for piece in self._steps() if self.stepped else self._stock():
-                if piece:
-                    yield piece
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not phase1.is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(
-                f"out of memory in phase 2 with {len(self._answers)} answers at once over {len(self._context):,} context tokens:"
-                " ask fewer queries at once, or lower num_beams, num_return_sequences or tokens_per_forward"
-                f" (now {self._star.tokens_per_forward:,})"
-            ) from error
-        tail = self.finish()
-        if tail:
-            yield tail
-
-    def _steps(self) -> Iterator[str]:
-        for step in phase2.steps(self._request):
-            if not self._first_s:
-                self._first_s = time.perf_counter() - self._started
-            piece = ""
-            for row, answer in enumerate(self._answers):
-                if answer.finish_reason is not None:
-                    continue
-                new = answer.push(step.tokens[row])
-                if row == 0:
-                    piece = new
-                if self._logits is not None:
-                    self._logits[row].append(step.logits_RV[row].cpu())
-                if step.ended[row] and answer.finish_reason is None:
-                    new = answer.end("length" if len(answer.token_ids) >= self._max_new_tokens else "stop")
-                    piece += new if row == 0 else ""
-            yield piece
-            if all(answer.finish_reason is not None for answer in self._answers):
-                return
-
-    def _stock(self) -> Iterator[str]:
-        for answer, tokens in zip(self._answers, phase2.stock(self._request), strict=True):
-            for token in tokens:
-                if answer.finish_reason is None:
-                    answer.push(token)
-        self._first_s = time.perf_counter() - self._started
-        yield ""
-
-    def finish(self) -> str:
-        """Close all answers (an early end counts as "length"); the first one's text that was held back."""
-        if self.ended:
-            return ""
-        self.ended = True
-        self._end_s, self._peak_bytes = self._star._stop_clock(self._started)
-        tails = [answer.end("length") if answer.finish_reason is None else "" for answer in self._answers]
-        return tails[0]
-
-    def generations(self) -> list[Generation]:
-        after_first_s = self._end_s - self._first_s
-        done = []
-        for row, answer in enumerate(self._answers):
-            more = len(answer.token_ids) - 1
-            assert answer.finish_reason is not None
-            done.append(
-                Generation(
-                    text=answer.text,
-                    token_ids=answer.token_ids,
-                    finish_reason=answer.finish_reason,
-                    query_tokens=len(self._queries[row // self.answers_per_query]),
-                    timings=Timings(
-                        encode_s=self._context.encode_s,
-                        ttft_s=self._first_s,
-                        tokens_per_s=more / after_first_s if self.stepped and more > 0 and after_first_s > 0 else None,
-                    ),
-                    logits=None if self._logits is None else torch.stack(self._logits[row]),
-                    peak_bytes=self._peak_bytes,
-                )
-            )
-        return done
-
-
-def _generation_words(
-    model: Any, words: dict[str, Any], max_new_tokens: int, ignore_eos: bool
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The resolved settings, and the words to hand to transformers' `generate` (which outrank the model's defaults)."""
-    defaults = support.unwrap(model).generation_config
-    known = set(GenerationConfig().to_dict()) - _OURS
-    for word in words:
-        if word == "max_length":
-            raise TypeError("max_length counts the context too; use max_new_tokens")
-        if word not in known:
-            raise TypeError(f"generate() got an unknown word {word!r}; it takes those of transformers' GenerationConfig")
-    words = dict(words)
-    if words.get("temperature") == 0:
-        words |= {"do_sample": False, "temperature": None}
-    elif "do_sample" not in words and any(words.get(word) is not None for word in _SAMPLING):
-        words["do_sample"] = True
-    sampled = words.get("do_sample", defaults.do_sample)
-    if not sampled:
-        # The model's sampling defaults mean nothing without sampling; transformers would warn about each.
-        words |= {word: None for word in _SAMPLING if word not in words and hasattr(defaults, word)}
-    words["max_new_tokens"] = max_new_tokens
-    words["use_cache"] = True
-    if ignore_eos:
-        words["eos_token_id"] = None
-    eos = words.get("eos_token_id", defaults.eos_token_id)
-    if words.get("pad_token_id", defaults.pad_token_id) is None:
-        words["pad_token_id"] = 0 if eos is None else eos if isinstance(eos, int) else eos[0]
-    config = copy.deepcopy(defaults)
-    try:
-        config.update(**words)
-    except (ValueError, TypeError) as error:
-        raise InvalidInputError(f"these generation settings do not work: {str(error).strip().splitlines()[0]}") from error
-    return config, words
-
 
 def _is_several(content: Any) -> bool:
     """Whether a value is a list of contexts or queries, and not one of token ids or of chat messages."""
@@ -769,15 +543,9 @@ def _is_several(content: Any) -> bool:
         return content.dim() == 2 and content.shape[0] > 1
     if isinstance(content, str) or not isinstance(content, (list, tuple)) or chat.is_messages(content):
         return False
-    return not content or not all(isinstance(one, int) or (isinstance(one, Tensor) and one.dim() == 0) for one in content)
-
-
-def _stops(stop: str | Sequence[str] | None) -> list[str]:
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
-    for one in stops:
-        if not isinstance(one, str) or not one:
-            raise InvalidInputError(f"stop string {one!r} is not a text of at least one character")
-    return stops
+    return not content or not all(
+        isinstance(one, int) or (isinstance(one, Tensor) and one.dim() == 0) for one in content
+    )
 
 
 def _check_comm(comm: str | None) -> None:
@@ -786,5 +554,6 @@ def _check_comm(comm: str | None) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1") or 1)
     if comm is None and world > 1:
         raise InvalidInputError(
-            f"this process is one of {world} (WORLD_SIZE), but this version runs on one; start it without torchrun, or give comm='solo'"
+            f"this process is one of {world} (WORLD_SIZE), but this version runs on one;"
+            " start it without torchrun, or give comm='solo'"
         )

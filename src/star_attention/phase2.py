@@ -11,7 +11,7 @@ Axes: B queries (padded on the left to one length Q), R rows = B x answers each,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Request:
     shard: ContextKV
     rope_length: int | None
     queries: list[list[int]]
-    words: dict[str, Any]
     tokens_per_forward: int
+    words: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
@@ -55,6 +55,11 @@ class Request:
     def query_tokens(self) -> int:
         """Length to which the queries are padded."""
         return max(len(query) for query in self.queries)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens in front of an answer in what transformers' own loops are given (see `stock`)."""
+        return self.query_tokens + (len(self.context_ids_L) if self.rope_length is None else 0)
 
     @property
     def padding(self) -> list[int]:
@@ -118,8 +123,7 @@ def stock(request: Request) -> list[list[int]]:
     cache = request.cache()
     # Where rotary frequencies depend on the length, some models look at the ids' length to drop the cache; give the query alone.
     ids_BS, mask_BS = request.whole()
-    if request.rope_length is not None:
-        ids_BS = ids_BS[:, len(request.context_ids_L) :]
+    ids_BS = ids_BS[:, -request.prompt_tokens :]
     devices = [ids_BS.device] if ids_BS.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=request.seed is not None):
         if request.seed is not None:
@@ -132,7 +136,7 @@ def stock(request: Request) -> list[list[int]]:
             logits_processor=request.logits_processor,
             stopping_criteria=request.stopping_criteria,
         )
-    rows: list[list[int]] = sequences[:, ids_BS.shape[1] :].tolist()
+    rows: list[list[int]] = sequences[:, request.prompt_tokens :].tolist()
     return rows
 
 
@@ -146,7 +150,9 @@ def _prefill(request: Request, cache: AnswerCache, *, keep: int) -> Iterator[Ten
     columns = max(1, request.tokens_per_forward // ids_BQ.shape[0])
     for at in range(0, ids_BQ.shape[1], columns):
         part = slice(at, at + columns)
-        yield request.handle.logits(ids_BQ[:, part], positions_BQ[:, part], cache, request.rope_length, keep=keep).float()
+        yield request.handle.logits(
+            ids_BQ[:, part], positions_BQ[:, part], cache, request.rope_length, keep=keep
+        ).float()
 
 
 @torch.no_grad()

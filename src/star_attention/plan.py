@@ -65,10 +65,14 @@ def resolve_sizes(context_tokens: int, block_size: int | str | None, anchor_size
     """
     block = default_block_size(context_tokens) if block_size is None else parse_size(block_size, "block_size")
     if block < 1:
-        raise SizeError(f"block_size {block} is below 1; give a positive number of tokens, or None for the paper's rule")
+        raise SizeError(
+            f"block_size {block} is below 1; give a positive number of tokens, or None for the paper's rule"
+        )
     anchor = block if anchor_size is None else parse_size(anchor_size, "anchor_size")
     if anchor < 0:
-        raise SizeError(f"anchor_size {anchor} is negative; give 0 (no anchor) to block_size {block}, or None for the block size")
+        raise SizeError(
+            f"anchor_size {anchor} is negative; give 0 (no anchor) to block_size {block}, or None for the block size"
+        )
     if anchor > block:
         raise SizeError(
             f"anchor_size {anchor} is above block_size {block}: the anchor is the head of the first block;"
@@ -115,7 +119,11 @@ class BlockPlan:
 
     @classmethod
     def resolve(
-        cls, context_tokens: int, block_size: int | str | None = None, anchor_size: int | str | None = None, ranks: int = 1
+        cls,
+        context_tokens: int,
+        block_size: int | str | None = None,
+        anchor_size: int | str | None = None,
+        ranks: int = 1,
     ) -> BlockPlan:
         """The plan for a context, with the paper's rule where a size is None."""
         block, anchor = resolve_sizes(context_tokens, block_size, anchor_size)

@@ -28,7 +28,7 @@ _KEY = "star_attention"
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of a CPU tensor's bytes, in hexadecimal."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -40,7 +40,9 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     if target.is_dir():
         raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
     if not target.parent.is_dir():
-        raise ContextSaveError(f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first")
+        raise ContextSaveError(
+            f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
+        )
     temporary: str | None = None
     try:
         # Beside the target, so that the last step is a rename within one file system.
@@ -100,7 +102,9 @@ class SavedContext:
                 " encode the context again or use the version that wrote it"
             )
         if set(self._file.keys()) != set(self.header["tensors"]):
-            raise CorruptContextError(f"{self.path} does not hold the tensors that its header lists: the file was changed")
+            raise CorruptContextError(
+                f"{self.path} does not hold the tensors that its header lists: the file was changed"
+            )
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, on CPU, backed by the file's pages, after its checksum was verified."""
@@ -109,6 +113,12 @@ class SavedContext:
             tensor: Tensor = self._file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise CorruptContextError(f"{name} cannot be read from {self.path}: {error}") from error
-        if list(tensor.shape) != entry["shape"] or str(tensor.dtype) != entry["dtype"] or checksum(tensor) != entry["sha256"]:
-            raise CorruptContextError(f"{name} in {self.path} does not match its checksum: the file was changed or is damaged")
+        if (
+            list(tensor.shape) != entry["shape"]
+            or str(tensor.dtype) != entry["dtype"]
+            or checksum(tensor) != entry["sha256"]
+        ):
+            raise CorruptContextError(
+                f"{name} in {self.path} does not match its checksum: the file was changed or is damaged"
+            )
         return tensor

@@ -22,6 +22,7 @@ LAYERS = {
     "plan": 0,
     # L1: torch
     "attention": 1,
+    "clock": 1,
     # L2: where keys and values live, and how they travel
     "comm": 2,
     "context": 2,
@@ -37,7 +38,8 @@ LAYERS = {
     # L6: the facade; `from star_attention import StarLLM` reaches it through the package itself
     "__init__": 6,
     "engine": 6,
-    "pipeline": 6,
+    "question_answering": 6,
+    "answering": 6,
     # L7: programs over the facade
     "__main__": 7,
     "bench": 7,

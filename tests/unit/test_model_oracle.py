@@ -24,7 +24,8 @@ TOTAL = CONTEXT + QUERY
 GEOMETRIES = [(16, 16), (24, 10)]  # (block_size, anchor_size): both leave a ragged last block
 
 LENGTH_DEPENDENT = ["llama_dynamic_ntk", "phi3_longrope", "gemma3_dynamic_ntk"]
-# full attention, QK norm, softcap and windows, windows everywhere, sinks and windows; MLA, shared KV, KV heads by layer
+# full attention, QK norm, softcap and windows, windows everywhere, sinks and windows,
+# MLA, KV shared between layers, KV heads that differ between layers
 OFFICIAL = ["llama", "qwen3", "gemma2", "mistral", "gpt_oss", "deepseek_v3", "gemma3n", "mimo_v2_flash"]
 
 
@@ -39,7 +40,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def as_stock(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """Attention as users get it, except that softcap needs eager: sdpa, 5.17's default for Gemma 2, ignores it."""
+    """Attention as users get it; but softcap needs eager: sdpa, 5.17's default for Gemma 2, ignores it."""
     softcap = getattr(model.config, "attn_logit_softcapping", None)
     return contextlib.nullcontext() if softcap is None else eager_attention(model)
 
@@ -98,7 +99,7 @@ def test_one_block_is_the_stock_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_several_blocks_are_not_dense(name: str) -> None:
-    """The comparisons above can fail: blocks change keys, values and logits from layer 1 on, and nothing before."""
+    """The comparisons can fail: blocks change logits, and keys and values from layer 1 on, not before."""
     model, ids_BL = build(name), tokens()
     dense = oracle_forward(model, ids_BL, context_len=CONTEXT, block_size=CONTEXT, anchor_size=CONTEXT)
     star = oracle_forward(model, ids_BL, context_len=CONTEXT, block_size=24, anchor_size=10)
@@ -118,7 +119,7 @@ def test_several_blocks_are_not_dense(name: str) -> None:
 @pytest.mark.parametrize("name", [*OFFICIAL, *LENGTH_DEPENDENT])
 @torch.no_grad()
 def test_official_scheme_gives_the_same_context_and_answer(name: str, block_size: int, anchor_size: int) -> None:
-    """The official code's way, block by block: forward `[anchor | block]` at its own positions, drop the anchor's KV.
+    """The official code's way: each `[anchor | block]` at its own positions, then the anchor's KV dropped.
 
     The query then continues an ordinary cache of the whole context.
     """
@@ -143,7 +144,7 @@ def test_official_scheme_gives_the_same_context_and_answer(name: str, block_size
 def _encode_block(
     model: PreTrainedModel, ids_BL: torch.Tensor, start: int, block_size: int, anchor_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of the block at `start`, encoded behind a fresh copy of the anchor (the first block: alone)."""
+    """Keys and values of the block at `start`, encoded behind a fresh copy of the anchor (the first: alone)."""
     anchor = torch.arange(anchor_size if start else 0)
     block = torch.arange(start, min(start + block_size, CONTEXT))
     cache = DynamicCache()
@@ -154,7 +155,7 @@ def _encode_block(
 def _forward(
     model: PreTrainedModel, ids_BL: torch.Tensor, positions_Q: torch.Tensor, cache: DynamicCache
 ) -> torch.Tensor:
-    """Logits of the tokens at `positions_Q`, causal by position over the cache (tokens `0, 1, ...`) and themselves."""
+    """Logits of the tokens at `positions_Q`, which see the cache (tokens `0, 1, ...`) and each other causally."""
     keys_K = torch.cat([torch.arange(cache.get_seq_length()), positions_Q])
 
     def keep(window: int | None) -> torch.Tensor:
@@ -175,7 +176,7 @@ def _forward(
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
 @torch.no_grad()
 def test_rope_length_gives_the_frequencies_of_that_many_tokens(name: str) -> None:
-    """A short forward pinned at a length equals the beginning of a stock forward of that length, and no other."""
+    """A short forward pinned at a length equals the beginning of a stock forward of that length."""
     length, short = 150, 40  # the frequencies of these families change at 64 tokens
     ids_BL = tokens(length)
     stock_BLV = build(name)(ids_BL, use_cache=False).logits[:, :short]
@@ -212,7 +213,7 @@ def test_the_model_is_left_as_it_was(name: str, grown: bool) -> None:
 
 
 def _settings(model: PreTrainedModel) -> list[object]:
-    """Attention implementations, and every public attribute and buffer of the rotary modules (tensors as lists)."""
+    """Attention implementations, and public attributes and buffers of rotary modules (tensors as lists)."""
     found: list[object] = []
     for name, module in model.named_modules():
         found.append((name, getattr(getattr(module, "config", None), "_attn_implementation", None)))

@@ -103,7 +103,9 @@ def _run(
     G, v_size = k_BKGD.shape[2], v_BKGD.shape[3]
     # On CPU a few rows against many keys read memory most of the time: rows of the heads that share a KV head are put
     # together, so that its keys are read once.
-    packed = 1 < H // G and Q * (H // G) <= _PACKED_ROWS and not causal and mask_BQK is None and q_BQHD.device.type == "cpu"
+    packed = (
+        1 < H // G and Q * (H // G) <= _PACKED_ROWS and not causal and mask_BQK is None and q_BQHD.device.type == "cpu"
+    )
     if packed:
         q_BQHD = q_BQHD.reshape(B, Q, G, H // G, D).transpose(2, 3).reshape(B, Q * (H // G), G, D)
     if v_size < D:
@@ -140,12 +142,21 @@ def _attend_masked(
         if first >= last:
             parts.append(empty_state(q_BQHD.shape[0], stop - row, q_BQHD.shape[2], v_BKGD.shape[3], device))
             continue
-        ahead_QK = torch.arange(row, stop, device=device)[:, None] + offset - torch.arange(first, last, device=device)[None]
+        ahead_QK = (
+            torch.arange(row, stop, device=device)[:, None] + offset - torch.arange(first, last, device=device)[None]
+        )
         keep_BQK = (ahead_QK >= 0)[None] if window is None else ((ahead_QK >= 0) & (ahead_QK < window))[None]
         if key_mask_BK is not None:
             keep_BQK = keep_BQK & key_mask_BK[:, None, first:last]
         parts.append(
-            _run(q_BQHD[:, row:stop], k_BKGD[:, first:last], v_BKGD[:, first:last], rule=rule, mask_BQK=keep_BQK, kernel=kernel)
+            _run(
+                q_BQHD[:, row:stop],
+                k_BKGD[:, first:last],
+                v_BKGD[:, first:last],
+                rule=rule,
+                mask_BQK=keep_BQK,
+                kernel=kernel,
+            )
         )
     if len(parts) == 1:
         return parts[0]

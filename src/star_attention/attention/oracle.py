@@ -26,7 +26,9 @@ def law_mask(
     """
     i_Q1, j_1K = query_positions_Q[:, None], key_positions_K[None, :]
     same_block = (i_Q1 // block_size) == (j_1K // block_size)
-    keep_QK = (j_1K <= i_Q1) & ((i_Q1 >= context_tokens) | (same_block & (j_1K < context_tokens)) | (j_1K < anchor_size))
+    keep_QK = (j_1K <= i_Q1) & (
+        (i_Q1 >= context_tokens) | (same_block & (j_1K < context_tokens)) | (j_1K < anchor_size)
+    )
     return keep_QK if window is None else keep_QK & (i_Q1 - j_1K < window)
 
 

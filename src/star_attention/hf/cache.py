@@ -37,16 +37,19 @@ class _StarLayer(CacheLayerMixin):
         super().__init__()
         self.cache = cache
         self.window = window
-        self.returned: Tensor | None = None
+        self.returned: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        k_BGKD, v_BGKD = self.keep(key_states, value_states)
-        self.returned = k_BGKD
+        self.returned = self.keep(key_states, value_states)
         self.cache.last = self
-        return k_BGKD, v_BGKD
+        return self.returned
+
+    def handed_out(self, key: Tensor, value: Tensor) -> bool:
+        """Whether these are the very tensors that the last `update` returned."""
+        return self.returned is not None and key is self.returned[0] and value is self.returned[1]
 
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keep new keys and values, and return what the model's attention is to be called with."""
@@ -87,25 +90,24 @@ class StarCache(Cache):
 
     def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
         """Attention of one layer; `key` and `value` are `[B, G, K, D]` as the model handed them over."""
-        layer = self._layer_of(module, key)
+        layer = self._layer_of(module, key, value)
         self.calls += 1
         rule = rule if rule.window is not None else Rule(scale=rule.scale, window=layer.window, softcap=rule.softcap)
         return layer.attend(q_BQHD, *_by_token((key, value)), rule)
 
-    def _layer_of(self, module: Any, key: Tensor) -> _StarLayer:
+    def _layer_of(self, module: Any, key: Tensor, value: Tensor) -> _StarLayer:
         last = self.last
-        assert last is not None, "attention before any update of the cache"
-        if key is last.returned:
+        assert last is not None and last.returned is not None, "attention before any update of the cache"
+        if last.handed_out(key, value):
             if last.kv.expands is None:
                 last.kv.expands = False
             return last
         for layer in self.layers:  # KV sharing: a later layer attends to what an earlier one kept
-            if key is layer.returned:
+            if layer.handed_out(key, value):
                 return layer  # type: ignore[no-any-return]
-        # Neither: the layer computed its keys from what the cache keeps (MLA).
+        # Neither: the layer computed its keys or values from what the cache keeps (MLA).
         index = getattr(module, "layer_idx", None)
-        returned = last.returned
-        if index is not None and self.layers[index] is not last or returned is None or key.shape[2] != returned.shape[2]:
+        if (index is not None and self.layers[index] is not last) or key.shape[2] != last.returned[0].shape[2]:
             raise UnsupportedModelError(
                 type(module).__name__,
                 [f"layer {index} attends to keys that did not come from its cache layer ({tuple(key.shape)})"],
@@ -218,7 +220,9 @@ class AnswerLayer(_StarLayer):
             k_BLGD, v_BLGD = k_BKGD[:, :tokens], v_BKGD[:, :tokens]
             k_BKGD, v_BKGD = k_BKGD[:, tokens:], v_BKGD[:, tokens:]
             rows = [
-                shard_attention(q_BQHD[b : b + 1], (k_BLGD[b : b + 1], v_BLGD[b : b + 1]), rule=rule, offsets=[offsets[b]])
+                shard_attention(
+                    q_BQHD[b : b + 1], (k_BLGD[b : b + 1], v_BLGD[b : b + 1]), rule=rule, offsets=[offsets[b]]
+                )
                 for b in range(B)
             ]
             over_shard = State(torch.cat([r.out_BQHD for r in rows]), torch.cat([r.lse_BQH for r in rows]))

@@ -122,7 +122,9 @@ def _texts(message: Message) -> list[str]:
         kinds = {part.get("type", "text") for part in content}
         if kinds == {"text"}:
             return [part["text"] for part in content]
-        raise InvalidInputError(f"a message has parts of type {', '.join(sorted(kinds - {'text'}))}; only text can be encoded")
+        raise InvalidInputError(
+            f"a message has parts of type {', '.join(sorted(kinds - {'text'}))}; only text can be encoded"
+        )
     raise InvalidInputError(f"a chat message has no text: {message!r}")
 
 

@@ -17,20 +17,27 @@ from star_attention.hf import hook, rope, support
 from star_attention.hf.cache import StarCache
 
 
-def layer_windows(config: Any) -> list[int | None]:
-    """Sliding window of each layer in tokens, None for full attention; the rule of transformers' own caches."""
-    layers: int = config.num_hidden_layers
-    window: int | None = getattr(config, "sliding_window", None)
+def layer_windows(config: Any, cache_layers: int) -> list[int | None]:
+    """Sliding window of each cache layer in tokens, None for full attention; the rule of transformers' own caches."""
+    window: int | None = getattr(config, "sliding_window", None) or None
     types = getattr(config, "layer_types", None)
     if types is None:
-        return [window] * layers
-    return [window if kind == "sliding_attention" else None for kind in types[:layers]]
+        return [window] * cache_layers
+    windows = [window if kind == "sliding_attention" else None for kind in types]
+    # Some decoder layers hold several attentions, each with a cache layer of its own.
+    return [windows[index * len(windows) // cache_layers] for index in range(cache_layers)]
+
+
+def count_cache_layers(decoder: nn.Module, config: Any) -> int:
+    """Layers that a cache of this decoder needs: one for every index that its attention modules carry."""
+    indices = [index for m in decoder.modules() if isinstance(index := getattr(m, "layer_idx", None), int)]
+    return max([*(index + 1 for index in indices), config.num_hidden_layers])
 
 
 class ModelHandle:
     """Raises `UnsupportedModelError` for a model that cannot run, and `InvalidInputError` for one in training mode."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         reasons = support.reasons(model)
         if reasons:
             raise UnsupportedModelError(type(model).__name__, reasons)
@@ -40,7 +47,7 @@ class ModelHandle:
         self.outer: Any = model
         self.decoder: Any = self.model.get_decoder()
         self.config: Any = self.decoder.config
-        self.windows = layer_windows(self.config)
+        self.windows = layer_windows(self.config, count_cache_layers(self.decoder, self.config))
         self.rotaries = rope.length_dependent(self.decoder)
         configs = {id(c): c for m in self.decoder.modules() if (c := getattr(m, "config", None)) is not None}
         self.configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
@@ -73,9 +80,16 @@ class ModelHandle:
     def encode(self, ids_BS: Tensor, positions_1S: Tensor, cache: StarCache, rope_length: int | None) -> None:
         """One forward of the decoder alone, for its keys and values: no logits."""
         with self.running(cache, rope_length):
-            self.decoder(input_ids=ids_BS, position_ids=positions_1S.expand(ids_BS.shape[0], -1), past_key_values=cache, use_cache=True)
+            self.decoder(
+                input_ids=ids_BS,
+                position_ids=positions_1S.expand(ids_BS.shape[0], -1),
+                past_key_values=cache,
+                use_cache=True,
+            )
         if not cache.calls:
-            raise UnsupportedModelError(type(self.model).__name__, ["its attention does not go through transformers' interface"])
+            raise UnsupportedModelError(
+                type(self.model).__name__, ["its attention does not go through transformers' interface"]
+            )
 
     @torch.no_grad()
     def logits(
@@ -85,7 +99,12 @@ class ModelHandle:
         extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
         with self.running(cache, rope_length):
             logits: Tensor = self.model(
-                input_ids=ids_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True, return_dict=True, **extra
+                input_ids=ids_BS,
+                position_ids=positions_BS,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **extra,
             ).logits
         return logits[:, -keep:] if keep else logits
 
@@ -102,6 +121,6 @@ class ModelHandle:
                 return stock.__call__(self, *args, **kwargs)
 
         kind = type(stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__})
-        proxy = object.__new__(kind)
+        proxy: Any = object.__new__(kind)
         object.__setattr__(proxy, "__dict__", self.model.__dict__)
         return proxy

@@ -74,7 +74,7 @@ def _star_attention(
 
 def _stock_attention(stock: str, module: nn.Module) -> Callable[..., Any]:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(stock, eager)  # type: ignore[no-any-return, arg-type]
+    return ALL_ATTENTION_FUNCTIONS.get_interface(stock, eager)  # type: ignore[no-any-return]
 
 
 def implementation(stock: str) -> str:
@@ -83,7 +83,9 @@ def implementation(stock: str) -> str:
     if name in AttentionInterface._global_mapping:
         return name
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
         cache = _ACTIVE.get()
         if cache is None:
             return _stock_attention(stock, module)(module, query, key, value, attention_mask, **kwargs)

@@ -69,7 +69,12 @@ def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs:
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer of a model folder, or None where the folder has none (token ids need none)."""
     folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")) and not any(folder.glob("vocab*")):
+    if (
+        folder.is_dir()
+        and not any(folder.glob("tokenizer*"))
+        and not any(folder.glob("*.model"))
+        and not any(folder.glob("vocab*"))
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -86,7 +91,9 @@ def _check_path(path: str | os.PathLike[str]) -> None:
     if folder.exists():
         raise ModelNotFoundError(f"{folder} is a file; give the model's folder, or a hub id")
     if folder.is_absolute() or not _HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
-        raise ModelNotFoundError(f"there is no model folder {path}; check the path, or give a hub id like organisation/name")
+        raise ModelNotFoundError(
+            f"there is no model folder {path}; check the path, or give a hub id like organisation/name"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -104,5 +104,3 @@ def max_positions(config: Any) -> int | None:
         if parameters.get("rope_type", "default") != "default" and factor:
             stretched = max(stretched, int(original * factor))
     return stretched
-
-

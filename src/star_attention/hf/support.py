@@ -22,21 +22,25 @@ _CONFIG_REASONS = {
 }
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper (whose layers it holds), or the model itself."""
     base = getattr(model, "get_base_model", None)
     return base() if base is not None and hasattr(model, "peft_config") else model
 
 
-def reasons(model_or_config: nn.Module | PretrainedConfig) -> list[str]:
+def reasons(model_or_config: Any) -> list[str]:
     """Why a model, or the model of a config, cannot run; empty when it can."""
     if isinstance(model_or_config, PretrainedConfig):
         return _config_reasons(model_or_config) + _class_reasons(_class_of(model_or_config), model_or_config)
     why = []
-    for peft_config in getattr(model_or_config, "peft_config", {}).values() if hasattr(model_or_config, "get_base_model") else ():
-        if getattr(peft_config, "is_prompt_learning", False):
-            why.append(f"{peft_config.peft_type} adapters put virtual tokens in front of every forward; merge-type adapters (LoRA) work")
     model = unwrap(model_or_config)
+    if model is not model_or_config:
+        for adapter in model_or_config.peft_config.values():
+            if getattr(adapter, "is_prompt_learning", False):
+                why.append(
+                    f"{adapter.peft_type} adapters put virtual tokens in front of every forward;"
+                    " adapters inside the layers (LoRA) work"
+                )
     if not isinstance(model, PreTrainedModel):
         return [*why, f"{type(model).__name__} is not a transformers model"]
     return why + _config_reasons(model.config) + _class_reasons(type(model), model.config)
@@ -70,7 +74,11 @@ def _config_reasons(config: PretrainedConfig) -> list[str]:
     text: Any = config.get_text_config(decoder=True)
     why = []
     for kind in sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES):
-        why.append(_LAYER_REASONS.get(kind, f"it has {kind} layers; only full and sliding-window attention can be cut into blocks"))
+        why.append(
+            _LAYER_REASONS.get(
+                kind, f"it has {kind} layers; only full and sliding-window attention can be cut into blocks"
+            )
+        )
     for name, reason in _CONFIG_REASONS.items():
         if getattr(text, name, None) and reason not in why:
             why.append(reason)

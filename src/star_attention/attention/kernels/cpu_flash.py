@@ -27,7 +27,9 @@ def unsupported(call: Call) -> list[str]:
     return why
 
 
-def attend(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None) -> State:
+def attend(
+    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+) -> State:
     bias_B1QK = None
     if mask_BQK is not None:
         bias_B1QK = torch.zeros(mask_BQK.shape, dtype=q_BQHD.dtype).masked_fill_(~mask_BQK, float("-inf"))[:, None]

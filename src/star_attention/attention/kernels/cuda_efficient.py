@@ -28,7 +28,9 @@ def unsupported(call: Call) -> list[str]:
     return why
 
 
-def attend(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None) -> State:
+def attend(
+    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+) -> State:
     assert mask_BQK is None, "this kernel is used without a mask"
     groups = call.heads // call.kv_heads
     # No native GQA: expanding copies nothing, the reshape below does when there are groups.

@@ -29,7 +29,9 @@ def unsupported(call: Call) -> list[str]:
     return why
 
 
-def attend(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None) -> State:
+def attend(
+    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+) -> State:
     assert mask_BQK is None, "this kernel takes no mask"
     out_BHQD, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q_BQHD.transpose(1, 2),

@@ -21,7 +21,9 @@ def unsupported(call: Call) -> list[str]:
     return [] if call.window is None else ["takes windows as masks only"]
 
 
-def attend(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None) -> State:
+def attend(
+    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+) -> State:
     batch, queries, heads, _ = q_BQHD.shape
     keys = k_BKGD.shape[1]
     rows = max(1, MAX_SCORES // (batch * heads * min(keys, MAX_KEYS)))
@@ -37,14 +39,20 @@ def attend(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale:
             if call.causal:
                 limit_Q = torch.arange(row, stop, device=q_BQHD.device) + (keys - queries)
                 mask = (torch.arange(key, key_stop, device=q_BQHD.device) <= limit_Q[:, None])[None]
-            states.append(_attend(q_BQHD[:, row:stop], k_BKGD[:, key:key_stop], v_BKGD[:, key:key_stop], scale, mask, call.softcap))
+            states.append(
+                _attend(
+                    q_BQHD[:, row:stop], k_BKGD[:, key:key_stop], v_BKGD[:, key:key_stop], scale, mask, call.softcap
+                )
+            )
         parts.append(merge(states))
     if len(parts) == 1:
         return parts[0]
     return State(torch.cat([p.out_BQHD for p in parts], 1), torch.cat([p.lse_BQH for p in parts], 1))
 
 
-def _attend(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, scale: float, mask_BQK: Tensor | None, softcap: float | None) -> State:
+def _attend(
+    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, scale: float, mask_BQK: Tensor | None, softcap: float | None
+) -> State:
     B, Q, H, D = q_BQHD.shape
     G = k_BKGD.shape[2]
     # Query heads of one KV head become rows, so that keys are read once and never repeated in memory.

@@ -50,7 +50,9 @@ class StarPipeline:
         return {"answers": texts} if questions is not None else {"answer": texts[0]}
 
 
-def pipeline(model: str | os.PathLike[str] | nn.Module | StarLLM, tokenizer: Any = None, **settings: Any) -> StarPipeline:
+def pipeline(
+    model: str | os.PathLike[str] | nn.Module | StarLLM, tokenizer: Any = None, **settings: Any
+) -> StarPipeline:
     """A pipeline around a model folder, a hub id, a loaded model (with its tokenizer), or a `StarLLM`.
 
     settings: those of `StarLLM.from_pretrained` (for a path) or of `StarLLM` (block_size, anchor_size, method, ...).

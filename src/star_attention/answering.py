@@ -1,0 +1,256 @@
+"""One call of `generate` or `stream`: settings resolved, tokens on demand, and what comes of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+
+from star_attention import phase1, phase2
+from star_attention.clock import Clock
+from star_attention.errors import InvalidInputError, OutOfMemoryError
+from star_attention.hf import text
+
+_OURS = {"max_length", "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate", "stop_strings"}
+_OURS |= {"output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size"}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds and rates of one answer: phase 1, time to first token, and tokens a second after the first."""
+
+    encode_s: float
+    ttft_s: float
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """One answer; `str(answer)` is its text.
+
+    text: the answer without special tokens, cut before a stop string ("" without a tokenizer).
+    token_ids: every generated id, the one that ended the answer included.
+    finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion) or "length" (`max_new_tokens`).
+    logits: fp32 `[tokens, vocabulary]` on CPU before any processing, when asked for.
+    query_tokens: length of the query; peak_bytes: peak device memory of the call, None where it is not measured (CPU).
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    query_tokens: int
+    timings: Timings
+    logits: Tensor | None = None
+    peak_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Stream(Iterator[str]):
+    """The text of one answer as it is generated; `result` is the whole `Generation` once it has ended.
+
+    Nothing runs between two pieces, so a stream may be suspended for any time, and other calls on the same model may run
+    meanwhile. `close()` ends it early; the result is then what was generated so far.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._pieces = run.pieces()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def result(self) -> Generation:
+        if not self._run.ended:
+            raise InvalidInputError("the stream has not ended; exhaust it or call close() first")
+        return self._run.generations()[0]
+
+    def close(self) -> None:
+        self._pieces.close()
+        self._run.finish()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Run:
+    """One call: `pieces` yields the first answer's text and completes all of them; `generations` are the results."""
+
+    def __init__(
+        self,
+        request: phase2.Request,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        ignore_eos: bool,
+        stop: str | Sequence[str] | None,
+        return_logits: bool,
+        words: dict[str, Any],
+        encode_s: float,
+    ) -> None:
+        self._clock = Clock(request.handle.device)
+        self._encode_s = encode_s
+        self._max_new_tokens = max_new_tokens
+        config, request.words = generation_words(request.handle.model, words, max_new_tokens, ignore_eos)
+        mode = config.get_generation_mode()
+        self.stepped = mode in phase2.STEPPED
+        self.answers_per_query: int = config.num_return_sequences or 1
+        if mode == GenerationMode.GREEDY_SEARCH and self.answers_per_query > 1:
+            raise InvalidInputError(
+                f"num_return_sequences {self.answers_per_query} needs answers that can differ;"
+                " add do_sample=True or num_beams"
+            )
+        if return_logits and not self.stepped:
+            raise InvalidInputError(
+                "return_logits works with greedy search and sampling, not with beams; use StarLLM.logits instead"
+            )
+        stops = stop_strings(stop)
+        if stops and tokenizer is None:
+            raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
+        if stops and not self.stepped:
+            mine = text.StopStrings(tokenizer, stops, request.prompt_tokens)
+            request.stopping_criteria = StoppingCriteriaList([*(request.stopping_criteria or []), mine])
+        self._request = request
+        rows = len(request.queries) * self.answers_per_query
+        self._answers = [text.Answer(tokenizer, stops, _ids(config.eos_token_id)) for _ in range(rows)]
+        self._logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if return_logits else None
+        self._first_s = self._end_s = 0.0
+        self._peak_bytes: int | None = None
+        self.ended = False
+
+    def pieces(self) -> Generator[str, None, None]:
+        """Text of the first answer as it becomes certain; running it to its end completes all answers."""
+        try:
+            for piece in self._steps() if self.stepped else self._stock():
+                if piece:
+                    yield piece
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not phase1.is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"out of memory in phase 2 with {len(self._answers)} answers at once over"
+                f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or lower num_beams,"
+                f" num_return_sequences or tokens_per_forward (now {self._request.tokens_per_forward:,})"
+            ) from error
+        tail = self.finish()
+        if tail:
+            yield tail
+
+    def _steps(self) -> Iterator[str]:
+        for step in phase2.steps(self._request):
+            self._first_s = self._first_s or self._clock.elapsed()
+            piece = ""
+            for row, answer in enumerate(self._answers):
+                if answer.finish_reason is not None:
+                    continue
+                new = answer.push(step.tokens[row])
+                if self._logits is not None:
+                    self._logits[row].append(step.logits_RV[row].cpu())
+                if step.ended[row] and answer.finish_reason is None:
+                    new += answer.end("length" if len(answer.token_ids) >= self._max_new_tokens else "stop")
+                if row == 0:
+                    piece = new
+            yield piece
+            if all(answer.finish_reason is not None for answer in self._answers):
+                return
+
+    def _stock(self) -> Iterator[str]:
+        for answer, tokens in zip(self._answers, phase2.stock(self._request), strict=True):
+            for token in tokens:
+                if answer.finish_reason is None:
+                    answer.push(token)
+        self._first_s = self._clock.elapsed()
+        yield ""
+
+    def finish(self) -> str:
+        """Close all answers (an early end counts as "length"); the first one's text that was held back."""
+        if self.ended:
+            return ""
+        self.ended = True
+        self._end_s, self._peak_bytes = self._clock.stop()
+        tails = [answer.end("length") if answer.finish_reason is None else "" for answer in self._answers]
+        return tails[0]
+
+    def generations(self) -> list[Generation]:
+        """The answers, those to one query next to each other."""
+        return [self._generation(row, answer) for row, answer in enumerate(self._answers)]
+
+    def _generation(self, row: int, answer: text.Answer) -> Generation:
+        assert answer.finish_reason is not None, "the run has ended"
+        more, after_first_s = len(answer.token_ids) - 1, self._end_s - self._first_s
+        return Generation(
+            text=answer.text,
+            token_ids=answer.token_ids,
+            finish_reason=answer.finish_reason,
+            query_tokens=len(self._request.queries[row // self.answers_per_query]),
+            timings=Timings(
+                encode_s=self._encode_s,
+                ttft_s=self._first_s,
+                tokens_per_s=more / after_first_s if self.stepped and more > 0 and after_first_s > 0 else None,
+            ),
+            logits=None if self._logits is None else torch.stack(self._logits[row]),
+            peak_bytes=self._peak_bytes,
+        )
+
+
+def generation_words(
+    model: Any, words: dict[str, Any], max_new_tokens: int, ignore_eos: bool
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The resolved settings, and the words to hand to transformers' `generate` (which outrank the model's defaults)."""
+    defaults = model.generation_config
+    known = set(GenerationConfig().to_dict()) - _OURS
+    for word in words:
+        if word == "max_length":
+            raise TypeError("max_length counts the context too; use max_new_tokens")
+        if word not in known:
+            raise TypeError(
+                f"generate() got an unknown word {word!r}; it takes those of transformers' GenerationConfig"
+            )
+    words = dict(words)
+    if words.get("temperature") == 0:
+        words |= {"do_sample": False, "temperature": None}
+    elif "do_sample" not in words and any(words.get(word) is not None for word in _SAMPLING):
+        words["do_sample"] = True
+    sampled = words.get("do_sample", defaults.do_sample)
+    if not sampled:
+        # The model's sampling defaults mean nothing without sampling; transformers would warn about each.
+        words |= {word: None for word in _SAMPLING if word not in words and hasattr(defaults, word)}
+    words["max_new_tokens"] = max_new_tokens
+    words["use_cache"] = True
+    if ignore_eos:
+        words["eos_token_id"] = None
+    if words.get("pad_token_id", defaults.pad_token_id) is None:
+        words["pad_token_id"] = min(_ids(words.get("eos_token_id", defaults.eos_token_id)), default=0)
+    config = copy.deepcopy(defaults)
+    try:
+        config.update(**words)
+    except (ValueError, TypeError) as error:
+        raise InvalidInputError(
+            f"these generation settings do not work: {str(error).strip().splitlines()[0]}"
+        ) from error
+    return config, words
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    """Checked stop strings."""
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    for one in stops:
+        if not isinstance(one, str) or not one:
+            raise InvalidInputError(f"stop string {one!r} is not a text of at least one character")
+    return stops
+
+
+def _ids(ids: int | list[int] | None) -> set[int]:
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

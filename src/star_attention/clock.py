@@ -1,0 +1,29 @@
+"""Seconds and peak device memory of a piece of work."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Clock:
+    """Starts when made. On a GPU the work queued before and inside is waited for, so that the time is the work's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds so far, without waiting for the device."""
+        return time.perf_counter() - self._started
+
+    def stop(self) -> tuple[float, int | None]:
+        """Seconds, and peak bytes of device memory (None where they are not measured, on CPU)."""
+        if self._device.type != "cuda":
+            return self.elapsed(), None
+        torch.cuda.synchronize(self._device)
+        return self.elapsed(), torch.cuda.max_memory_allocated(self._device)

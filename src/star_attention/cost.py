@@ -1,0 +1,245 @@
+"""What a plan costs: floating-point operations and memory, in integers, before any tensor exists.
+
+A multiplication with its addition counts as two operations. Attention is counted by pairs of a query and a key that it
+sees, exactly as the law's mask has them (`attention/oracle.py`). Elementwise work (norms, activations, softmax) is left
+out: it is bound by memory, not by arithmetic. Standard library only; `hf/shape.py` reads a `ModelShape` off a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from star_attention.plan import BlockPlan
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """One attention call of a forward (as a rule there is one a layer).
+
+    heads: query heads. kv_heads: heads of the keys and values handed to attention (after MLA's expansion).
+    k_head_size, v_head_size: sizes of a key and of a value. window: sliding window in tokens, or None.
+    """
+
+    heads: int
+    kv_heads: int
+    k_head_size: int
+    v_head_size: int
+    window: int | None = None
+
+    @property
+    def flops_per_pair(self) -> int:
+        """A score costs `2 * k_head_size` a head, its share of the output `2 * v_head_size`."""
+        return 2 * self.heads * (self.k_head_size + self.v_head_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the cost of a model depends on.
+
+    attention: every attention call of a forward, in order.
+    kv_numbers_per_token: numbers that the context keeps for a token, all layers together: compressed ones for MLA,
+        nothing for a layer that reads another layer's keys (KV sharing).
+    linear_parameters: weights that one token is multiplied with in the layers; of a mixture of experts only those of
+        the experts that a token goes to.
+    expansion_parameters: weights that every *key* is multiplied with whenever it is attended to (MLA's expansion).
+    head_parameters: weights of the language-model head.
+    parameters: all of them, tied ones once. bytes_per_number: of weights, keys and values.
+    """
+
+    name: str
+    layers: int
+    hidden_size: int
+    attention: tuple[AttentionShape, ...]
+    kv_numbers_per_token: int
+    linear_parameters: int
+    expansion_parameters: int = 0
+    head_parameters: int
+    parameters: int
+    bytes_per_number: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.bytes_per_number
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.kv_numbers_per_token * self.bytes_per_number
+
+
+# ---------------------------------------------------------------------------------------------- pairs
+
+
+def causal_pairs(tokens: int, window: int | None = None) -> int:
+    """Pairs (i, j) with `j <= i` and `i - j < window` among `tokens` tokens: `w (w + 1) / 2 + (tokens - w) w`."""
+    w = tokens if window is None else min(window, tokens)
+    return w * (w + 1) // 2 + (tokens - w) * w
+
+
+def anchor_pairs(start: int, stop: int, anchor_size: int, window: int | None = None) -> int:
+    """Pairs of a token in `start..stop`, which lies behind the anchor, and an anchor token within its window."""
+    if window is None:
+        return (stop - start) * anchor_size
+    # Token i reaches back to i - window + 1: it sees the whole anchor below `window`, nothing of it from `end` on.
+    whole = min(max(window - start, 0), stop - start)
+    first, end = max(start, window), min(stop, anchor_size + window - 1)
+    rows = max(0, end - first)
+    return whole * anchor_size + rows * anchor_size - sum(range(first - window + 1, first - window + 1 + rows))
+
+
+def context_pairs(plan: BlockPlan, window: int | None = None, rank: int | None = None) -> int:
+    """Pairs that phase 1 computes, of all ranks or of one: the number of ones in the law's mask over the context."""
+    pairs = 0
+    for start, stop in plan.blocks if rank is None else plan.rank_blocks(rank):
+        pairs += causal_pairs(stop - start, window)
+        if start > 0:
+            pairs += anchor_pairs(start, stop, plan.anchor_size, window)
+    return pairs
+
+
+def answer_pairs(context_tokens: int, new_tokens: int, window: int | None = None) -> int:
+    """Pairs that phase 2 computes for `new_tokens` tokens behind the context: each sees all before it."""
+    return causal_pairs(context_tokens + new_tokens, window) - causal_pairs(context_tokens, window)
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations by where they are spent."""
+
+    linear: int = 0
+    attention: int = 0
+    expansion: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention + self.expansion + self.head
+
+
+def phase1(shape: ModelShape, plan: BlockPlan, *, tokens_per_forward: int, rank: int | None = None) -> Flops:
+    """Encoding a context as this library does it, on all ranks together or on one; `BlockPlan.dense` gives dense attention.
+
+        linear    = 2 * linear_parameters * tokens
+        attention = sum over layers of flops_per_pair * pairs of the law
+
+    Every token goes through the linear layers once, because the anchor's keys and values are shared (DESIGN, law 4). MLA
+    expands the keys that a forward looks at, so that its cost depends on how the plan is cut into forwards. Source: arXiv
+    2411.17116, section 2.1 and Algorithm 1.
+    """
+    ranks = range(plan.ranks) if rank is None else [rank]
+    tokens = sum(stop - start for r in ranks for start, stop in [plan.rank_range(r)])
+    expanded = sum(_keys_of_forwards(plan, tokens_per_forward, r) for r in ranks) if shape.expansion_parameters else 0
+    return Flops(
+        linear=2 * shape.linear_parameters * tokens,
+        attention=sum(call.flops_per_pair * pairs for call, pairs in _each(shape, plan, rank)),
+        expansion=2 * shape.expansion_parameters * expanded,
+    )
+
+
+def phase1_official(shape: ModelShape, plan: BlockPlan) -> Flops:
+    """The same with the anchor encoded again in front of every block but the first, as the official implementation does.
+
+        tokens = context_tokens + (blocks - 1) * anchor_size
+        pairs  = pairs of the law + (blocks - 1) * causal pairs within the anchor
+
+    With anchor = block this is twice the linear work for all but the first block, and a third more attention
+    (2 b^2 instead of 1.5 b^2 pairs a block). Source: the paper's Algorithm 1; NVIDIA/Star-Attention at c61059f.
+    """
+    again = plan.num_blocks - 1
+    tokens = plan.context_tokens + again * plan.anchor_size
+    return Flops(
+        linear=2 * shape.linear_parameters * tokens,
+        attention=sum(
+            call.flops_per_pair * (pairs + again * causal_pairs(plan.anchor_size, call.window))
+            for call, pairs in _each(shape, plan, None)
+        ),
+        expansion=2 * shape.expansion_parameters * tokens,
+    )
+
+
+def phase2(shape: ModelShape, context_tokens: int, *, query_tokens: int, answer_tokens: int, queries: int = 1) -> Flops:
+    """Answering `queries` queries of `query_tokens` each with `answer_tokens` each; the same for every method.
+
+    The last answer token is never fed back, and the head runs for answer tokens only. MLA expands the whole context at
+    every step: once for the query, once for each token after it. Source: arXiv 2411.17116, section 2.2 and Algorithm 2.
+    """
+    steps = max(answer_tokens - 1, 0)
+    new_tokens = query_tokens + steps
+    expanded = (steps + 1) * (context_tokens + query_tokens) + steps * (steps + 1) // 2
+    return Flops(
+        linear=2 * shape.linear_parameters * new_tokens * queries,
+        attention=queries
+        * sum(call.flops_per_pair * answer_pairs(context_tokens, new_tokens, call.window) for call in shape.attention),
+        expansion=2 * shape.expansion_parameters * expanded * queries,
+        head=2 * shape.head_parameters * answer_tokens * queries,
+    )
+
+
+def _each(shape: ModelShape, plan: BlockPlan, rank: int | None) -> Iterator[tuple[AttentionShape, int]]:
+    """Every attention call with its pairs, counted once for each window."""
+    pairs = {window: context_pairs(plan, window, rank) for window in {call.window for call in shape.attention}}
+    for call in shape.attention:
+        yield call, pairs[call.window]
+
+
+def _keys_of_forwards(plan: BlockPlan, tokens_per_forward: int, rank: int) -> int:
+    """Keys that all forwards of a rank look at: their own, those of their block before them, and the anchor."""
+    return sum(
+        span.stop - span.block_start + (plan.anchor_size if span.block_start else 0)
+        for span in plan.spans(tokens_per_forward, rank=rank)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device.
+
+    kv: keys and values of its blocks. anchor: the anchor's, on a device that does not hold the first block. tail: those
+    of queries and answers. working: an estimate of what a forward of phase 1 needs beside these.
+    """
+
+    weights: int
+    kv: int
+    anchor: int
+    tail: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.anchor + self.tail + self.working
+
+
+def memory(
+    shape: ModelShape, plan: BlockPlan, *, tokens_per_forward: int, tail_tokens: int = 0, rank: int = 0
+) -> Memory:
+    """Bytes on one rank's device; every rank holds all weights, only the last one the tail (DESIGN, phase 2)."""
+    start, stop = plan.rank_range(rank)
+    spans = list(plan.spans(tokens_per_forward, rank=rank))
+    return Memory(
+        weights=shape.weight_bytes,
+        kv=(stop - start) * shape.kv_bytes_per_token,
+        anchor=plan.anchor_size * shape.kv_bytes_per_token if start > 0 and spans else 0,
+        tail=tail_tokens * shape.kv_bytes_per_token if rank == plan.ranks - 1 else 0,
+        working=working_bytes(shape, max((span.tokens for span in spans), default=0)),
+    )
+
+
+def working_bytes(shape: ModelShape, tokens: int) -> int:
+    """An estimate from above of the working memory of a forward of `tokens` tokens; it does not depend on the context.
+
+    Nearly every weight matrix has the hidden size on one side, so `linear_parameters / (layers * hidden_size)` is how many
+    numbers a layer's matrices read and write a token beside the hidden states. To these come four hidden states (the
+    stream, its norm, a result, a sum) and the fp32 states of attention while they are merged (own block, anchor, result,
+    and a temporary).
+    """
+    widths = -(-shape.linear_parameters // (shape.layers * shape.hidden_size))
+    states = 4 * 4 * max((call.heads * call.v_head_size for call in shape.attention), default=0)
+    return tokens * ((widths + 4 * shape.hidden_size) * shape.bytes_per_number + states)
