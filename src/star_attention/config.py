@@ -28,7 +28,7 @@ class StarConfig:
     anchor_size: tokens at the head of the context that every block sees, 0..block_size; None takes the block size.
     method: a name in `METHODS`.
     tokens_per_forward: most context tokens in one forward of phase 1, which bounds its working memory; None takes
-        8192 on CPU and 32768 on an accelerator.
+        8192 on CPU and 16384 on an accelerator.
     reserve_tokens: tokens kept free for query and answer where rotary frequencies depend on the total length.
 
     Raises `SizeError` or `InvalidInputError` with the value, the limit and the remedy.

@@ -29,7 +29,7 @@ TextOrIds = str | Sequence[int] | Tensor
 Content = TextOrIds | Sequence[chat.Message]
 
 TOKENS_PER_FORWARD = {"cpu": 8192}
-TOKENS_PER_FORWARD_ACCELERATOR = 32768
+TOKENS_PER_FORWARD_ACCELERATOR = 16384
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ Axes: B batch, G KV heads, S new tokens, Q queries, H query heads, D head size.
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,29 +29,48 @@ def _by_token(pair: tuple[Tensor, Tensor]) -> KV:
     return pair[0].transpose(1, 2), pair[1].transpose(1, 2)
 
 
+class _Place:
+    """Where the current forward stands: shared by a cache and its layers.
+
+    (Layers do not know their cache: a cycle would keep a context's memory until the garbage collector comes by.)
+    """
+
+    last: int | None = None  # index of the layer whose `update` ran last
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens before the current forward: where its first position stands."""
+        raise NotImplementedError
+
+
 class _StarLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     is_sliding = False  # windows are our own business: the store keeps absolute positions
     supports_early_init = False
 
-    def __init__(self, cache: StarCache, window: int | None) -> None:
+    def __init__(self, index: int, place: _Place, window: int | None) -> None:
         super().__init__()
-        self.cache = cache
+        self.index = index
+        self.place: Any = place
         self.window = window
-        self.returned: tuple[Tensor, Tensor] | None = None
+        # Weak, so that a forward's keys do not outlive the attention that reads them.
+        self._returned: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None
+        self.returned_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.returned = self.keep(key_states, value_states)
-        self.cache.last = self
-        return self.returned
+        k_BGKD, v_BGKD = self.keep(key_states, value_states)
+        self._returned = weakref.ref(k_BGKD), weakref.ref(v_BGKD)
+        self.returned_tokens = k_BGKD.shape[2]
+        self.place.last = self.index
+        return k_BGKD, v_BGKD
 
     def handed_out(self, key: Tensor, value: Tensor) -> bool:
         """Whether these are the very tensors that the last `update` returned."""
-        return self.returned is not None and key is self.returned[0] and value is self.returned[1]
+        return self._returned is not None and key is self._returned[0]() and value is self._returned[1]()
 
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keep new keys and values, and return what the model's attention is to be called with."""
@@ -64,10 +85,11 @@ class _StarLayer(CacheLayerMixin):
         raise NotImplementedError
 
     def get_seq_length(self) -> int:
-        return self.cache.seen_tokens
+        seen: int = self.place.seen_tokens
+        return seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.seen_tokens + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -78,26 +100,27 @@ class StarCache(Cache):
 
     layers: list[Any]
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], place: _Place) -> None:
         super().__init__(layers=layers)
-        self.last: _StarLayer | None = None
+        self.place: Any = place
         self.calls = 0
 
     @property
     def seen_tokens(self) -> int:
-        """Tokens before the current forward: where its first position stands."""
-        raise NotImplementedError
+        """Tokens before the current forward."""
+        seen: int = self.place.seen_tokens
+        return seen
 
     def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
         """Attention of one layer; `key` and `value` are `[B, G, K, D]` as the model handed them over."""
         layer = self._layer_of(module, key, value)
         self.calls += 1
-        rule = rule if rule.window is not None else Rule(scale=rule.scale, window=layer.window, softcap=rule.softcap)
+        rule = rule if rule.window is not None else replace(rule, window=layer.window)
         return layer.attend(q_BQHD, *_by_token((key, value)), rule)
 
     def _layer_of(self, module: Any, key: Tensor, value: Tensor) -> _StarLayer:
-        last = self.last
-        assert last is not None and last.returned is not None, "attention before any update of the cache"
+        assert self.place.last is not None, "attention before any update of the cache"
+        last: _StarLayer = self.layers[self.place.last]
         if last.handed_out(key, value):
             if last.kv.expands is None:
                 last.kv.expands = False
@@ -107,7 +130,7 @@ class StarCache(Cache):
                 return layer  # type: ignore[no-any-return]
         # Neither: the layer computed its keys or values from what the cache keeps (MLA).
         index = getattr(module, "layer_idx", None)
-        if (index is not None and self.layers[index] is not last) or key.shape[2] != last.returned[0].shape[2]:
+        if index not in (None, last.index) or key.shape[2] != last.returned_tokens:
             raise UnsupportedModelError(
                 type(module).__name__,
                 [f"layer {index} attends to keys that did not come from its cache layer ({tuple(key.shape)})"],
@@ -116,11 +139,21 @@ class StarCache(Cache):
         return last
 
 
-class EncodeLayer(_StarLayer):
-    cache: EncodeCache
+class _EncodePlace(_Place):
+    def __init__(self, plan: BlockPlan) -> None:
+        self.plan = plan
+        self.span = Span(start=0, stop=0, block_start=0)
 
-    def __init__(self, cache: EncodeCache, window: int | None, stores: list[LayerKV]) -> None:
-        super().__init__(cache, window)
+    @property
+    def seen_tokens(self) -> int:
+        return self.span.start
+
+
+class EncodeLayer(_StarLayer):
+    place: _EncodePlace
+
+    def __init__(self, index: int, place: _EncodePlace, window: int | None, stores: list[LayerKV]) -> None:
+        super().__init__(index, place, window)
         self.stores = stores  # one per context of the batch
 
     @property
@@ -134,7 +167,7 @@ class EncodeLayer(_StarLayer):
         return torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])
 
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        span, plan = self.cache.span, self.cache.plan
+        span, plan = self.place.span, self.place.plan
         for store, k_GSD, v_GSD in zip(self.stores, k_BGSD, v_BGSD, strict=True):
             store.write(span.start, k_GSD, v_GSD)
         if not self.kv.expands or span.start == 0:
@@ -147,7 +180,7 @@ class EncodeLayer(_StarLayer):
         return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        span, plan = self.cache.span, self.cache.plan
+        span, plan = self.place.span, self.place.plan
         anchor = earlier = None
         needs_anchor = span.block_start > 0 and plan.anchor_size > 0
         needs_earlier = span.start > span.block_start
@@ -177,24 +210,44 @@ class EncodeCache(StarCache):
     """Phase 1: each forward is one `span` of the plan, for one context or several of equal length."""
 
     def __init__(self, plan: BlockPlan, stores: list[ContextKV], windows: list[int | None]) -> None:
-        self.plan = plan
-        self.span = Span(start=0, stop=0, block_start=0)
-        super().__init__(
-            [EncodeLayer(self, window, [store.layers[i] for store in stores]) for i, window in enumerate(windows)]
-        )
+        place = _EncodePlace(plan)
+        layers = [EncodeLayer(i, place, w, [store.layers[i] for store in stores]) for i, w in enumerate(windows)]
+        super().__init__(layers, place)
+
+    @property
+    def span(self) -> Span:
+        """What the current forward encodes."""
+        span: Span = self.place.span
+        return span
+
+    @span.setter
+    def span(self, span: Span) -> None:
+        self.place.span = span
+
+
+class _AnswerPlace(_Place):
+    def __init__(self, context_tokens: int, padding: list[int]) -> None:
+        self.context_tokens = context_tokens
+        self.padding = padding
+        self.tail = Tail()  # the first layer's, for its length
 
     @property
     def seen_tokens(self) -> int:
-        return self.span.start
+        return self.context_tokens + self.tail.length
+
+    def row_padding(self, rows: int) -> list[int]:
+        """Padding by batch row; beams and several answers put the rows of one query next to each other."""
+        repeats = rows // len(self.padding)
+        return [pad for pad in self.padding for _ in range(repeats)]
 
 
 class AnswerLayer(_StarLayer):
-    cache: AnswerCache
+    place: _AnswerPlace
 
-    def __init__(self, cache: AnswerCache, window: int | None, shard: LayerKV) -> None:
-        super().__init__(cache, window)
+    def __init__(self, index: int, place: _AnswerPlace, window: int | None, shard: LayerKV) -> None:
+        super().__init__(index, place, window)
         self.shard = shard
-        self.tail = Tail()
+        self.tail = place.tail if index == 0 else Tail()
 
     @property
     def kv(self) -> LayerKV:
@@ -213,7 +266,7 @@ class AnswerLayer(_StarLayer):
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         B, Q = q_BQHD.shape[:2]
         tokens = self.shard.tokens
-        padding = self.cache.row_padding(B)
+        padding = self.place.row_padding(B)
         before = self.tail.length - Q
         offsets = [tokens + before - pad for pad in padding]
         if self.shard.expands:
@@ -243,6 +296,8 @@ class AnswerLayer(_StarLayer):
         self.tail.select(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
+        if not self.tail.length:  # reads another layer's keys
+            return
         # 5.17 counts down from a length or takes a negative number to remove; later releases the latter only.
         if tokens_to_remove > 0:
             tokens_to_remove -= self.shard.tokens + self.tail.length
@@ -255,18 +310,11 @@ class AnswerCache(StarCache):
     padding: left padding of each query of the batch, in tokens.
     """
 
-    layers: list[AnswerLayer]
-
     def __init__(self, shard: ContextKV, windows: list[int | None], padding: list[int]) -> None:
-        self.shard = shard
-        self.padding = padding
-        super().__init__([AnswerLayer(self, window, shard.layers[i]) for i, window in enumerate(windows)])
-
-    @property
-    def seen_tokens(self) -> int:
-        return self.shard.tokens + self.layers[0].tail.length
+        place = _AnswerPlace(shard.tokens, padding)
+        super().__init__([AnswerLayer(i, place, w, shard.layers[i]) for i, w in enumerate(windows)], place)
 
     def row_padding(self, rows: int) -> list[int]:
-        """Padding by batch row; beams and several answers put the rows of one query next to each other."""
-        repeats = rows // len(self.padding)
-        return [pad for pad in self.padding for _ in range(repeats)]
+        """Padding of each of `rows` batch rows, in tokens."""
+        padding: list[int] = self.place.row_padding(rows)
+        return padding

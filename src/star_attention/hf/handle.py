@@ -30,8 +30,9 @@ def layer_windows(config: Any, cache_layers: int) -> list[int | None]:
 
 def count_cache_layers(decoder: nn.Module, config: Any) -> int:
     """Layers that a cache of this decoder needs: one for every index that its attention modules carry."""
-    indices = [index for m in decoder.modules() if isinstance(index := getattr(m, "layer_idx", None), int)]
-    return max([*(index + 1 for index in indices), config.num_hidden_layers])
+    indices: list[int] = [i for m in decoder.modules() if isinstance(i := getattr(m, "layer_idx", None), int)]
+    layers: int = config.num_hidden_layers
+    return max([layers, *(index + 1 for index in indices)])
 
 
 class ModelHandle:

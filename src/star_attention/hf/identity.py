@@ -34,9 +34,10 @@ _SAMPLES = 16
 
 def model_identity(model: Any, outer: Any) -> dict[str, Any]:
     """Architecture, weights (sampled), precision and active adapters of a model; plain JSON values."""
-    config = model.config.get_text_config(decoder=True)
+    # (Not by attribute: configs whose layers differ refuse to name one value for all of them.)
+    config = model.config.get_text_config(decoder=True).to_dict()
     return {
-        "config": {name: _plain(getattr(config, name, None)) for name in _CONFIG_FIELDS},
+        "config": {name: _plain(config.get(name)) for name in _CONFIG_FIELDS},
         "dtype": str(model.dtype),
         "adapters": adapters(outer),
         "weights": _weights(model),
