@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention import phase1, phase2
 from star_attention.clock import Clock
-from star_attention.errors import InvalidInputError, OutOfMemoryError
-from star_attention.hf import text
+from star_attention.errors import InvalidInputError, OutOfMemoryError, StarAttentionError
+from star_attention.hf import settings, text
 
 _OURS = {"max_length", "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate", "stop_strings"}
 _OURS |= {"output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size"}
@@ -103,15 +102,11 @@ class Run:
         self._clock = Clock(request.handle.device)
         self._encode_s = encode_s
         self._max_new_tokens = max_new_tokens
+        settings.check(words, max_new_tokens, request.handle.vocab_size)
         config, request.words = generation_words(request.handle.model, words, max_new_tokens, ignore_eos)
-        mode = config.get_generation_mode()
+        mode = settings.check_mode(config)
         self.stepped = mode in phase2.STEPPED
         self.answers_per_query: int = config.num_return_sequences or 1
-        if mode == GenerationMode.GREEDY_SEARCH and self.answers_per_query > 1:
-            raise InvalidInputError(
-                f"num_return_sequences {self.answers_per_query} needs answers that can differ;"
-                " add do_sample=True or num_beams"
-            )
         if return_logits and not self.stepped:
             raise InvalidInputError(
                 "return_logits works with greedy search and sampling, not with beams; use StarLLM.logits instead"
@@ -149,7 +144,13 @@ class Run:
             yield tail
 
     def _steps(self) -> Iterator[str]:
-        for step in phase2.steps(self._request):
+        try:
+            steps = phase2.steps(self._request)
+        except StarAttentionError:
+            raise
+        except (ValueError, TypeError, IndexError) as error:  # transformers makes its logits processors here
+            raise _unworkable(error) from error
+        for step in steps:
             self._first_s = self._first_s or self._clock.elapsed()
             piece = ""
             for row, answer in enumerate(self._answers):
@@ -200,9 +201,12 @@ class Run:
                 ttft_s=self._first_s,
                 tokens_per_s=more / after_first_s if self.stepped and more > 0 and after_first_s > 0 else None,
             ),
-            logits=None if self._logits is None else torch.stack(self._logits[row]),
+            logits=None if self._logits is None else self._stacked(self._logits[row]),
             peak_bytes=self._peak_bytes,
         )
+
+    def _stacked(self, rows: list[Tensor]) -> Tensor:
+        return torch.stack(rows) if rows else torch.empty(0, self._request.handle.vocab_size)
 
 
 def generation_words(
@@ -212,15 +216,15 @@ def generation_words(
     defaults = model.generation_config
     known = set(GenerationConfig().to_dict()) - _OURS
     for word in words:
-        if word == "max_length":
-            raise TypeError("max_length counts the context too; use max_new_tokens")
+        if word in ("max_length", "min_length"):
+            raise TypeError(f"{word} counts the context too; use {word[:3]}_new_tokens")
         if word not in known:
             raise TypeError(
                 f"generate() got an unknown word {word!r}; it takes those of transformers' GenerationConfig"
             )
     words = dict(words)
     if words.get("temperature") == 0:
-        words |= {"do_sample": False, "temperature": None}
+        words |= {"do_sample": False} | {word: None for word in _SAMPLING if word in words}
     elif "do_sample" not in words and any(words.get(word) is not None for word in _SAMPLING):
         words["do_sample"] = True
     sampled = words.get("do_sample", defaults.do_sample)
@@ -237,14 +241,18 @@ def generation_words(
     try:
         config.update(**words)
     except (ValueError, TypeError) as error:
-        raise InvalidInputError(
-            f"these generation settings do not work: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise _unworkable(error) from error
     return config, words
+
+
+def _unworkable(error: Exception) -> InvalidInputError:
+    return InvalidInputError(f"these generation settings do not work: {str(error).strip().splitlines()[0]}")
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     """Checked stop strings."""
+    if not isinstance(stop, (str, list, tuple, type(None))):
+        raise InvalidInputError(f"stop {stop!r} is neither a text nor a list of texts")
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     for one in stops:
         if not isinstance(one, str) or not one:

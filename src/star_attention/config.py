@@ -45,7 +45,7 @@ class StarConfig:
         """The same from sizes that may be written as `"4k"` or `"1m"`."""
         sizes = ("block_size", "anchor_size", "tokens_per_forward", "reserve_tokens")
         for name in sizes:
-            if settings.get(name) is not None:
+            if settings.get(name) is not None or (name == "reserve_tokens" and name in settings):
                 settings[name] = parse_size(settings[name], name)
         return cls(**settings)
 
@@ -60,7 +60,7 @@ class StarConfig:
             )
         if self.reserve_tokens < 1:
             raise SizeError(f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token")
-        if self.method not in METHODS:
+        if not isinstance(self.method, str) or self.method not in METHODS:
             raise InvalidInputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
 
     def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:

@@ -82,11 +82,12 @@ def anchor_pairs(start: int, stop: int, anchor_size: int, window: int | None = N
     """Pairs of a token in `start..stop`, which lies behind the anchor, and an anchor token within its window."""
     if window is None:
         return (stop - start) * anchor_size
-    # Token i reaches back to i - window + 1: it sees the whole anchor below `window`, nothing of it from `end` on.
-    whole = min(max(window - start, 0), stop - start)
-    first, end = max(start, window), min(stop, anchor_size + window - 1)
-    rows = max(0, end - first)
-    return whole * anchor_size + rows * anchor_size - sum(range(first - window + 1, first - window + 1 + rows))
+    # Token i reaches back to i - window + 1. Before `first` it sees the whole anchor, from `end` on nothing of it, and
+    # between them one anchor token less with each step.
+    first = min(max(start, window - 1), stop)
+    end = min(max(first, anchor_size + window - 1), stop)
+    most, least = (anchor_size + window - 1 - i for i in (first, end))
+    return (first - start) * anchor_size + (most * (most + 1) - least * (least + 1)) // 2
 
 
 def context_pairs(plan: BlockPlan, window: int | None = None, rank: int | None = None) -> int:
@@ -203,7 +204,7 @@ class Memory:
     """Bytes on one device.
 
     kv: keys and values of its blocks. anchor: the anchor's, on a device that does not hold the first block. tail: those
-    of queries and answers. working: an estimate of what a forward of phase 1 needs beside these.
+    of queries and answers. working: an estimate of what a forward needs beside these.
     """
 
     weights: int
@@ -222,18 +223,18 @@ def memory(
 ) -> Memory:
     """Bytes on one rank's device; every rank holds all weights, only the last one the tail (DESIGN, phase 2)."""
     start, stop = plan.rank_range(rank)
-    spans = list(plan.spans(tokens_per_forward, rank=rank))
+    tokens = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
     return Memory(
         weights=shape.weight_bytes,
         kv=(stop - start) * shape.kv_bytes_per_token,
-        anchor=plan.anchor_size * shape.kv_bytes_per_token if start > 0 and spans else 0,
+        anchor=plan.anchor_size * shape.kv_bytes_per_token if 0 < start < stop else 0,
         tail=tail_tokens * shape.kv_bytes_per_token if rank == plan.ranks - 1 else 0,
-        working=working_bytes(shape, max((span.tokens for span in spans), default=0)),
+        working=working_bytes(shape, tokens) + expanded_bytes(shape, stop - start),
     )
 
 
 def working_bytes(shape: ModelShape, tokens: int) -> int:
-    """An estimate from above of the working memory of a forward of `tokens` tokens; it does not depend on the context.
+    """An estimate of the working memory of a forward of `tokens` tokens; it does not depend on the length of the context.
 
     Nearly every weight matrix has the hidden size on one side, so `linear_parameters / (layers * hidden_size)` is how many
     numbers a layer's matrices read and write a token beside the hidden states. To these come four hidden states (the
@@ -243,3 +244,11 @@ def working_bytes(shape: ModelShape, tokens: int) -> int:
     widths = -(-shape.linear_parameters // (shape.layers * shape.hidden_size))
     states = 4 * 4 * max((call.heads * call.v_head_size for call in shape.attention), default=0)
     return tokens * ((widths + 4 * shape.hidden_size) * shape.bytes_per_number + states)
+
+
+def expanded_bytes(shape: ModelShape, keys: int) -> int:
+    """What MLA's expansion of `keys` keys takes in one layer: in phase 2 a query looks at the whole shard at once."""
+    if not shape.expansion_parameters:
+        return 0
+    widest = max(call.kv_heads * (call.k_head_size + call.v_head_size) for call in shape.attention)
+    return keys * widest * shape.bytes_per_number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -418,12 +418,17 @@ class StarLLM:
         **settings: Any,
     ) -> Run:
         self._check_ours(context)
-        if not queries:
-            raise TokenError("there are no queries; give at least one")
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InvalidInputError(f"max_new_tokens {max_new_tokens!r} is not a positive number of tokens")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise InvalidInputError(f"seed {seed!r} is not a whole number")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise InvalidInputError(f"seed {seed} has more than 64 bits; give a smaller number")
+        if not isinstance(answer_prefix, str):
+            raise InvalidInputError(f"answer_prefix {answer_prefix!r} is not a text")
+        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            if not isinstance(value, (list, type(None))):
+                raise InvalidInputError(f"{name} is a {type(value).__name__}; give a list of them")
         ids = [self._query_ids(context, query, answer_prefix) for query in queries]
         request = self._request(
             context,
@@ -491,6 +496,10 @@ class StarLLM:
 
     def _ids(self, ids: Any, what: str) -> Tensor:
         """Checked token ids, int64 `[tokens]` on CPU."""
+        if isinstance(ids, (bytes, bytearray, dict, set, frozenset)):
+            raise TokenError(
+                f"the {what} is neither text, nor token ids, nor chat messages, but of type {type(ids).__name__}"
+            )
         try:
             tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids))
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -541,18 +550,16 @@ def _is_several(content: Any) -> bool:
     """Whether a value is a list of contexts or queries, and not one of token ids or of chat messages."""
     if isinstance(content, Tensor):
         return content.dim() == 2 and content.shape[0] > 1
-    if isinstance(content, str) or not isinstance(content, (list, tuple)) or chat.is_messages(content):
+    if not isinstance(content, (list, tuple)) or chat.is_messages(content):
         return False
-    return not content or not all(
-        isinstance(one, int) or (isinstance(one, Tensor) and one.dim() == 0) for one in content
-    )
+    return any(one.dim() > 0 if isinstance(one, Tensor) else isinstance(one, Sized) for one in content)
 
 
 def _check_comm(comm: str | None) -> None:
     if comm not in (None, "solo"):
         raise InvalidInputError(f"comm {comm!r} is unknown; use None, or 'solo' for one process")
-    world = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    if comm is None and world > 1:
+    world = os.environ.get("WORLD_SIZE") or "1"
+    if comm is None and world != "1":
         raise InvalidInputError(
             f"this process is one of {world} (WORLD_SIZE), but this version runs on one;"
             " start it without torchrun, or give comm='solo'"

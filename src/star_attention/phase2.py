@@ -69,14 +69,26 @@ class Request:
         return AnswerCache(self.shard, self.handle.windows, self.padding)
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """Queries padded on the left and their mask, both `[B, Q]`."""
-        fill = self.words.get("pad_token_id") or 0
+        """Queries padded on the left and their mask, both `[B, Q]`.
+
+        Attention never sees the filler, but penalties do: it is a token that every row holds anyway.
+        """
+        fill = int(self.context_ids_L[0])
         rows = [[fill] * gap + query for gap, query in zip(self.padding, self.queries, strict=True)]
         mask = [[0] * gap + [1] * len(query) for gap, query in zip(self.padding, self.queries, strict=True)]
         return torch.tensor(rows, device=self.handle.device), torch.tensor(mask, device=self.handle.device)
 
+    def text(self) -> Tensor:
+        """Filler, context and query of each row, `[B, L + Q]`, as logits processors are to see them: the text unbroken."""
+        ids_BQ, _ = self.padded()
+        context_L = self.context_ids_L.to(ids_BQ.device)
+        rows = [
+            torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]]) for gap, ids_Q in zip(self.padding, ids_BQ, strict=True)
+        ]
+        return torch.stack(rows)
+
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Context and padded queries, and their mask, both `[B, L + Q]`: logits processors see the context too."""
+        """Context and padded queries, and their mask, both `[B, L + Q]`: as the cache holds them."""
         ids_BQ, mask_BQ = self.padded()
         context_BL = self.context_ids_L.to(ids_BQ.device)[None].expand(ids_BQ.shape[0], -1)
         return torch.cat([context_BL, ids_BQ], 1), torch.cat([torch.ones_like(context_BL), mask_BQ], 1)
@@ -93,7 +105,7 @@ def logits(request: Request) -> Tensor:
 
 def steps(request: Request) -> Iterator[Step]:
     """Answer by greedy search or sampling, a token a row at a time; ends when every row has ended."""
-    ids_BS, mask_BS = request.whole()
+    ids_BS = request.text()
     cache = request.cache()
 
     def custom_generate(
@@ -108,7 +120,7 @@ def steps(request: Request) -> Iterator[Step]:
 
     loop: Iterator[Step] = request.handle.model.generate(
         ids_BS,
-        attention_mask=mask_BS,
+        attention_mask=torch.ones_like(ids_BS),  # for transformers' preparation; `_steps` pads by itself
         past_key_values=cache,
         logits_processor=request.logits_processor,
         stopping_criteria=request.stopping_criteria,
@@ -128,7 +140,8 @@ def stock(request: Request) -> list[list[int]]:
     with torch.random.fork_rng(devices=devices, enabled=request.seed is not None):
         if request.seed is not None:
             torch.manual_seed(request.seed)
-        sequences: Tensor = request.handle.generating(cache, request.rope_length).generate(
+        whole = request.prompt_tokens if request.rope_length is None else None
+        sequences: Tensor = request.handle.generating(cache, request.rope_length, whole).generate(
             ids_BS,
             attention_mask=mask_BS,
             past_key_values=cache,

@@ -37,16 +37,16 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     Raises `ContextSaveError` with the system's reason.
     """
     target = Path(path)
-    if target.is_dir():
-        raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
-    if not target.parent.is_dir():
-        raise ContextSaveError(
-            f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
-        )
     temporary: str | None = None
     try:
+        if target.is_dir():
+            raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
+        if not target.parent.is_dir():
+            raise ContextSaveError(
+                f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
+            )
         # Beside the target, so that the last step is a rename within one file system.
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent)
         os.close(descriptor)
         on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         entries = {
@@ -60,7 +60,9 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
         # mkstemp makes files for the owner only; the text may be private, so it stays that way.
         os.replace(temporary, target)
         temporary = None
-    except (OSError, SafetensorError) as error:
+    except ContextSaveError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
         raise ContextSaveError(
             f"cannot save the context to {target}: {error}; free space or choose another place"
             " (a file that stood there before is untouched)"
@@ -80,11 +82,15 @@ class SavedContext:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(f"there is no saved context at {self.path}")
         try:
+            if not self.path.exists():
+                raise FileNotFoundError(f"there is no saved context at {self.path}")
+            if self.path.is_dir():
+                raise CorruptContextError(f"{self.path} is a folder; give the file of a saved context")
             self._file = safe_open(self.path, framework="pt", device="cpu")
             metadata = self._file.metadata() or {}
+        except (FileNotFoundError, CorruptContextError):
+            raise
         except (SafetensorError, OSError, ValueError) as error:
             raise CorruptContextError(
                 f"{self.path} cannot be read as a saved context: it is truncated, changed or something else ({error})"

@@ -74,7 +74,6 @@ def attend(
 
 
 def _call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **what: Any) -> Call:
-    # Kernels want one head size; where values are narrower than keys (MLA) they are padded with zeros.
     return Call(
         device=q_BQHD.device.type,
         dtype=q_BQHD.dtype,
@@ -86,6 +85,10 @@ def _call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **what: An
         softcap=rule.softcap,
         **what,
     )
+
+
+def _widen(x: Tensor, size: int) -> Tensor:
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 def _run(
@@ -108,14 +111,14 @@ def _run(
     )
     if packed:
         q_BQHD = q_BQHD.reshape(B, Q, G, H // G, D).transpose(2, 3).reshape(B, Q * (H // G), G, D)
-    if v_size < D:
-        v_BKGD = F.pad(v_BKGD, (0, D - v_size))
+    # Kernels want one head size; where keys and values differ (MLA), zeros make up the rest and change nothing.
+    size = max(D, v_size)
+    q_BQHD, k_BKGD, v_BKGD = (_widen(t, size) for t in (q_BQHD, k_BKGD, v_BKGD))
     call = _call(q_BQHD, k_BKGD, v_BKGD, rule, causal=causal, window=window, masked=mask_BQK is not None)
     name = kernels.choose(call, kernel)
     state = kernels.load(name).attend(q_BQHD, k_BKGD, v_BKGD, call=call, scale=rule.scale, mask_BQK=mask_BQK)
     out_BQHD, lse_BQH = state
-    if v_size < D:
-        out_BQHD = out_BQHD[..., :v_size]
+    out_BQHD = out_BQHD[..., :v_size]
     if packed:
         out_BQHD = out_BQHD.reshape(B, Q, H // G, G, v_size).transpose(2, 3).reshape(B, Q, H, v_size)
         lse_BQH = lse_BQH.reshape(B, Q, H // G, G).transpose(2, 3).reshape(B, Q, H)

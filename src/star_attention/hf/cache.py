@@ -84,6 +84,10 @@ class _StarLayer(CacheLayerMixin):
     def kv(self) -> LayerKV:
         raise NotImplementedError
 
+    def learn(self, *, expands: bool) -> None:
+        """Note whether this layer's attention computes its keys and values from what is kept."""
+        self.kv.expands = expands
+
     def get_seq_length(self) -> int:
         seen: int = self.place.seen_tokens
         return seen
@@ -123,7 +127,7 @@ class StarCache(Cache):
         last: _StarLayer = self.layers[self.place.last]
         if last.handed_out(key, value):
             if last.kv.expands is None:
-                last.kv.expands = False
+                last.learn(expands=False)
             return last
         for layer in self.layers:  # KV sharing: a later layer attends to what an earlier one kept
             if layer.handed_out(key, value):
@@ -135,7 +139,7 @@ class StarCache(Cache):
                 type(module).__name__,
                 [f"layer {index} attends to keys that did not come from its cache layer ({tuple(key.shape)})"],
             )
-        last.kv.expands = True
+        last.learn(expands=True)
         return last
 
 
@@ -159,6 +163,10 @@ class EncodeLayer(_StarLayer):
     @property
     def kv(self) -> LayerKV:
         return self.stores[0]
+
+    def learn(self, *, expands: bool) -> None:
+        for store in self.stores:
+            store.expands = expands
 
     def _stored(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         pairs = [store.slice(start, stop) for store in self.stores]

@@ -69,8 +69,9 @@ class ModelHandle:
 
     def layer_device(self, index: int) -> torch.device:
         """Where a layer's keys and values belong."""
-        layers = getattr(self.decoder, "layers", None)
-        parameter = None if layers is None else next(layers[index].parameters(), None)
+        # (Not by the decoder's list of layers: some hold several attentions, each with a cache layer of its own.)
+        own = (m.parameters() for m in self.decoder.modules() if getattr(m, "layer_idx", None) == index)
+        parameter = next((first for parameters in own for first in parameters), None)
         return self.device if parameter is None else parameter.device
 
     def running(self, cache: StarCache, rope_length: int | None) -> AbstractContextManager[None]:
@@ -107,10 +108,12 @@ class ModelHandle:
                 return_dict=True,
                 **extra,
             ).logits
-        return logits[:, -keep:] if keep else logits
+        return (logits[:, -keep:] if keep else logits).to(ids_BS.device)
 
-    def generating(self, cache: StarCache, rope_length: int | None) -> Any:
+    def generating(self, cache: StarCache, rope_length: int | None, whole_tokens: int | None) -> Any:
         """The model as an object whose every forward goes through `cache`, for transformers' own `generate`.
+
+        whole_tokens: length of the prompt where it includes the tokens that the cache holds, None where it does not.
 
         It shares everything with the model but its class, so nothing is installed in the model.
         """
@@ -118,6 +121,13 @@ class ModelHandle:
         running = self.running
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("past_key_values") is not cache:  # a forward beside the answer (classifier-free guidance)
+                return stock.__call__(self, *args, **kwargs)
+            if whole_tokens is not None and kwargs["input_ids"].shape[1] >= whole_tokens:
+                # Assisted decoding does not know that a cache may be filled when it begins, and gives the context again.
+                for name in ("input_ids", "position_ids"):
+                    if kwargs.get(name) is not None:
+                        kwargs[name] = kwargs[name][:, cache.seen_tokens :]
             with running(cache, rope_length):
                 return stock.__call__(self, *args, **kwargs)
 

@@ -24,9 +24,19 @@ _CONFIG_FIELDS = (
     "sliding_window",
     "attn_logit_softcapping",
     "rope_parameters",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "no_rope_layers",
     "rms_norm_eps",
+    "layer_norm_eps",
+    "hidden_act",
     "num_kv_shared_layers",
     "kv_lora_rank",
+    "num_experts_per_tok",
+    "query_pre_attn_scalar",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
 )
 _SAMPLES = 16
 """Elements looked at in each weight: enough to tell any two trainings apart, few enough to cost nothing."""
@@ -49,6 +59,8 @@ def adapters(model: Any) -> list[str]:
     active = getattr(model, "active_adapters", None)
     if not hasattr(model, "peft_config") or active is None:
         return []
+    if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+        return []  # inside `with model.disable_adapter()`
     names = active() if callable(active) else active
     return [names] if isinstance(names, str) else sorted(names)
 

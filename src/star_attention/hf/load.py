@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
@@ -18,16 +20,27 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(device: str) -> str:
-    """`"auto"` is the first accelerator, or the CPU."""
-    if device != "auto":
-        try:
-            kind = torch.device(device).type
-        except RuntimeError as error:
-            raise InvalidInputError(f"device {device!r} is unknown ({error}); use auto, cpu or cuda") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise InvalidInputError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or auto")
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`"auto"` is the first accelerator, or the CPU.
+
+    Raises `InvalidInputError` for a device that is not there.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise InvalidInputError(f"device {device!r} is unknown ({_first_line(error)}); use auto, cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or auto")
+    if kind == "meta":
+        raise InvalidInputError(f"device {device!r} holds no numbers; use auto, cpu or cuda")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each backend has an error of its own for not being there
+        raise InvalidInputError(
+            f"device {device!r} cannot be used ({_first_line(error)}); use auto, cpu or cuda"
+        ) from None
+    return device
 
 
 def load_config(path: str | os.PathLike[str]) -> Any:
@@ -38,7 +51,7 @@ def load_config(path: str | os.PathLike[str]) -> Any:
     _check_path(path)
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configs check their values in ways of their own
         raise ModelNotFoundError(f"no model could be read at {path}: {_first_line(error)}") from error
 
 
@@ -58,9 +71,17 @@ def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs:
     if "device_map" not in options:
         device = pick_device(device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise ModelNotFoundError(f"the model at {path} could not be loaded: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random numbers and goes on
+        more = "" if len(missing) == 1 else f" and {len(missing) - 1} more"
+        raise ModelNotFoundError(
+            f"the model at {path} is incomplete: its files lack {missing[0]}{more}; copy or download it again"
+        )
     if "device_map" not in options:
         model = model.to(device)
     return model.eval(), load_tokenizer(path)
@@ -83,12 +104,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def _check_path(path: str | os.PathLike[str]) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ModelNotFoundError(f"{path!r} is no model; give the path of its folder, or a hub id")
     folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    try:
+        is_folder, exists, has_config = folder.is_dir(), folder.exists(), (folder / "config.json").is_file()
+    except OSError as error:  # no permission, or a name that the file system cannot have
+        raise ModelNotFoundError(f"the model folder cannot be read: {error}") from error
+    if is_folder:
+        if not has_config:
             raise ModelNotFoundError(f"the folder {folder} holds no config.json: it is not a transformers model folder")
         return
-    if folder.exists():
+    if exists:
         raise ModelNotFoundError(f"{folder} is a file; give the model's folder, or a hub id")
     if folder.is_absolute() or not _HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
         raise ModelNotFoundError(

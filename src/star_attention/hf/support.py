@@ -19,6 +19,7 @@ _CONFIG_REASONS = {
     "attention_chunk_size": "chunked-attention layers cut the context by themselves",
     "index_topk": "its attention picks keys by an indexer of its own",
     "alibi": "it biases scores by distance (ALiBi), which the attention interface does not carry",
+    "keep_window_size": "it writes a bias for each key, computed from the values, into the mask",
 }
 
 
@@ -84,6 +85,9 @@ def _config_reasons(config: PretrainedConfig) -> list[str]:
             why.append(reason)
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         why.append("it attends in both directions")
+    elif getattr(text, "is_decoder", True) is False and not str(text.model_type).startswith("gpt_neox"):
+        # (GPT-NeoX has the setting too, says False, and is a decoder all the same.)
+        why.append("it attends in both directions, as its config says is_decoder=False")
     if not getattr(text, "num_hidden_layers", None):
         why.append("its config does not say how many layers it has")
     return why

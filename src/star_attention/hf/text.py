@@ -116,7 +116,7 @@ class Answer:
         self.text += piece
         if self._stop.stopped:
             self.finish_reason = "stop"
-        return piece
+        return piece + self.end("stop") if self.finish_reason is not None else piece
 
     def end(self, reason: str) -> str:
         """No more tokens: the text that was held back. `reason` counts unless the answer has ended by itself."""

@@ -1,0 +1,58 @@
+"""The command line `star-attention`: one short file a command. `--help` imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from star_attention._version import __version__
+from star_attention.cli.ask import ask
+from star_attention.cli.command import command
+from star_attention.cli.demo import demo
+from star_attention.cli.encode import encode
+from star_attention.cli.generate import generate
+from star_attention.cli.plan import plan
+
+NAME = "star-attention"
+
+app = typer.Typer(
+    name=NAME,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",  # lines of a paragraph are joined and wrapped anew
+    # Errors of ours are one line (command.py); what remains are defects, which need a plain traceback.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for function in (generate, encode, ask, plan, demo):
+    app.command()(command(function))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{NAME} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Answer questions on long texts with two-phase Star Attention, with any transformers decoder.
+
+    Answers go to stdout, progress and messages to stderr. Sizes are tokens and may be written 4k, 128k or 1m (powers
+    of 1024). Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+
+
+def main() -> None:
+    """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old locale cannot write
+    app(prog_name=NAME)

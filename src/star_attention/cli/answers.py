@@ -1,0 +1,118 @@
+"""Queries answered on one context, as text (streamed) or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from star_attention.cli.notes import Notes, answer_summary, context_summary, seconds
+from star_attention.cli.options import AnswerOptions
+
+if TYPE_CHECKING:
+    from star_attention.answering import Generation
+    from star_attention.context import EncodedContext
+    from star_attention.engine import StarLLM
+
+_HEADER_WIDTH = 100
+
+FIELDS = {
+    "text": "the answer, without special tokens, cut before a stop text",
+    "token_ids": "every generated token, with the one that ended the answer",
+    "finish_reason": "`stop` or `length`",
+    "method": "attention method",
+    "context_tokens": "length of the encoded text",
+    "query_tokens": "length of the query, with what the chat template adds",
+    "block_size": "tokens of a block",
+    "anchor_size": "tokens of the anchor",
+    "blocks": "number of blocks",
+    "ranks": "number of devices",
+    "encode_s": "seconds of encoding (of a saved text: when it was encoded)",
+    "ttft_s": "seconds from the query to the first token",
+    "tokens_per_s": "tokens a second after the first; null for one token, and for beams",
+    "peak_bytes": "peak device memory while answering; null where it is not measured (CPU)",
+    "wire_bytes_phase1": "bytes sent between devices while encoding; 0 on one",
+    "wire_bytes_phase2": "bytes sent between devices while answering; 0 on one",
+}
+"""The fields of `--json`, in order."""
+
+
+class Answerer:
+    """Answers queries on `context` and prints them; `encoded` tells whether that context was encoded just now."""
+
+    def __init__(
+        self, star: StarLLM, context: EncodedContext, options: AnswerOptions, notes: Notes, *, encoded: bool
+    ) -> None:
+        self.star, self.context, self.options, self.notes = star, context, options, notes
+        self.words = options.words()
+        self.head = context_summary(context) + (f", encode {seconds(context.encode_s)}" if encoded else "")
+
+    def answer_all(self, queries: list[str]) -> None:
+        """One after another, or as one batch; with a header each where there are several."""
+        if self.options.batch and len(queries) > 1:
+            replies = self.star.generate(self.context, [self._query(query) for query in queries], **self.words)
+            for query, reply in zip(queries, replies, strict=True):
+                self._header(query)
+                self._print(reply)
+            self._summary(replies[0], f"{len(queries)} answers at once, ")
+            return
+        for number, query in enumerate(queries):
+            if len(queries) > 1:
+                if number and not self.options.json:
+                    print()
+                self._header(query)
+            self.answer(query)
+
+    def answer(self, query: str) -> None:
+        if self.options.json or self.options.no_stream or (self.options.num_beams or 1) > 1:
+            reply = self.star.generate(self.context, self._query(query), **self.words)
+            self._print(reply)
+        else:
+            reply = self._stream(query)
+        self._summary(reply)
+
+    def _query(self, query: str) -> Any:
+        """A chat goes on with a user message."""
+        return query if self.context.chat is None else [{"role": "user", "content": query}]
+
+    def _stream(self, query: str) -> Generation:
+        with self.star.stream(self.context, self._query(query), **self.words) as stream:
+            for piece in stream:
+                print(piece, end="", flush=True)
+        print(flush=True)
+        return stream.result
+
+    def _header(self, query: str) -> None:
+        if self.options.json:
+            return
+        line = " ".join(query.split())
+        print("> " + (line if len(line) <= _HEADER_WIDTH else line[: _HEADER_WIDTH - 3] + "..."), flush=True)
+
+    def _print(self, reply: Generation) -> None:
+        print(json.dumps(as_json(self.context, reply)) if self.options.json else reply.text, flush=True)
+
+    def _summary(self, reply: Generation, note: str = "") -> None:
+        head, self.head = self.head, ""
+        self.notes.say((head + ", " if head else "") + note + answer_summary(reply))
+
+
+def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
+    """One line of `--json`. Nothing goes over a wire on one device."""
+    plan = context.plan
+    return {
+        "text": reply.text,
+        "token_ids": reply.token_ids,
+        "finish_reason": reply.finish_reason,
+        "method": context.method,
+        "context_tokens": plan.context_tokens,
+        "query_tokens": reply.query_tokens,
+        "block_size": plan.block_size,
+        "anchor_size": plan.anchor_size,
+        "blocks": plan.num_blocks,
+        "ranks": plan.ranks,
+        "encode_s": reply.timings.encode_s,
+        "ttft_s": reply.timings.ttft_s,
+        "tokens_per_s": reply.timings.tokens_per_s,
+        "peak_bytes": reply.peak_bytes,
+        "wire_bytes_phase1": 0,
+        "wire_bytes_phase2": 0,
+    }

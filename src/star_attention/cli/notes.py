@@ -1,0 +1,121 @@
+"""What is told on stderr besides the answer: loading, progress over blocks, and a one-line summary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from star_attention.plan import BlockPlan, Span, format_size
+
+if TYPE_CHECKING:
+    from star_attention.answering import Generation
+    from star_attention.context import EncodedContext
+
+_STEPS = 10
+"""Lines of progress where stderr is no terminal."""
+
+
+class Notes:
+    """Messages on stderr, animated on a terminal, plain lines otherwise, none when `quiet`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def waiting(self, text: str) -> AbstractContextManager[Any]:
+        """Says what is being waited for."""
+        if self.quiet or not sys.stderr.isatty():
+            self.say(text)
+            return nullcontext()
+        from rich.console import Console
+
+        return Console(stderr=True).status(text)
+
+    @contextmanager
+    def progress(self) -> Iterator[Any]:
+        """A callback for `encode(progress=...)`."""
+        if self.quiet:
+            yield None
+        elif sys.stderr.isatty():
+            yield from _bar()
+        else:
+            yield _Lines(self)
+
+
+class _Lines:
+    """A line for every tenth of the context; a callback."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+        self.told = 0
+
+    def __call__(self, span: Span, plan: BlockPlan) -> None:
+        tenth = span.stop * _STEPS // plan.context_tokens
+        if tenth > self.told:
+            self.told = tenth
+            self.notes.say(
+                f"encoded {span.stop:,} of {plan.context_tokens:,} tok, block {_block(span, plan)} of {plan.num_blocks}"
+            )
+
+
+def _bar() -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("encoding"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)  # the plan is known from the first forward on
+
+        def advance(span: Span, plan: BlockPlan) -> None:
+            told = f"block {_block(span, plan)} of {plan.num_blocks}, {span.stop:,} of {plan.context_tokens:,} tok"
+            bar.update(task, total=plan.context_tokens, completed=span.stop, description=told)
+
+        yield advance
+
+
+def _block(span: Span, plan: BlockPlan) -> int:
+    return (span.stop - 1) // plan.block_size + 1
+
+
+def context_summary(context: EncodedContext) -> str:
+    """`context 131,072 tok, 8 blocks x 16k, anchor 16k`."""
+    plan = context.plan
+    head = f"context {plan.context_tokens:,} tok, "
+    if context.method == "dense":
+        return head + "dense"
+    blocks = "1 block" if plan.num_blocks == 1 else f"{plan.num_blocks} blocks"
+    return head + f"{blocks} x {format_size(plan.block_size)}, anchor {format_size(plan.anchor_size)}"
+
+
+def answer_summary(reply: Generation) -> str:
+    """`first token 0.4 s, 41 tok/s`."""
+    rate = reply.timings.tokens_per_s
+    return f"first token {seconds(reply.timings.ttft_s)}" + ("" if rate is None else f", {rate:,.0f} tok/s")
+
+
+def seconds(value: float) -> str:
+    """Seconds with one decimal, or two below a tenth."""
+    return f"{value:,.1f} s" if value >= 0.1 else f"{value:.2f} s"
+
+
+def amount(size: float, units: tuple[str, ...], step: int) -> str:
+    """A quantity in the largest unit that leaves a number of at least 1: `1.2 GiB`, `3.4 PFLOP`."""
+    index = 0
+    while size >= step and index < len(units) - 1:
+        size, index = size / step, index + 1
+    return f"{size:,.0f} {units[index]}" if index == 0 else f"{size:,.1f} {units[index]}"
+
+
+def in_bytes(size: int) -> str:
+    return amount(size, ("B", "KiB", "MiB", "GiB", "TiB"), 1024)

@@ -1,0 +1,152 @@
+"""The options that commands share, by topic. Defaults come from `config`; help texts end up in docs/cli.md."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from star_attention.config import MAX_NEW_TOKENS, METHODS, StarConfig
+
+
+def option(help: str, *names: str, panel: str, metavar: str | None = None, **more: Any) -> Any:
+    """A typer option; those with a value have a metavar, flags have none."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, **more)
+
+
+Files = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILES",
+        help="Text files in UTF-8, `-` for stdin. Several are joined in order, with a line break between them.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")]
+Model = Annotated[str, option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL")]
+Dtype = Annotated[
+    str, option("Precision: auto (the checkpoint's), float32, bfloat16, float16.", panel="Model", metavar="TYPE")
+]
+TokensPerForward = Annotated[
+    str | None,
+    option(
+        "Most tokens in one forward, which sets the working memory.",
+        panel="Model",
+        metavar="SIZE",
+        show_default="by device",
+    ),
+]
+BlockSize = Annotated[
+    str | None,
+    option(
+        "Tokens encoded together.",
+        panel="Context",
+        metavar="SIZE",
+        show_default="a quarter of the context, 1k to 32k",
+    ),
+]
+AnchorSize = Annotated[
+    str | None,
+    option(
+        "Tokens at the head of the context that every block sees; 0 for none.",
+        panel="Context",
+        metavar="SIZE",
+        show_default="the block size",
+    ),
+]
+Json = Annotated[bool, option("One JSON object a line on stdout.", "--json", panel="Output")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    model: Model
+    dtype: Dtype = "auto"
+    device: Annotated[
+        str, option("auto (a GPU if there is one), cpu, cuda, cuda:1.", panel="Model", metavar="DEVICE")
+    ] = "auto"
+    tokens_per_forward: TokensPerForward = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextOptions:
+    block_size: BlockSize = None
+    anchor_size: AnchorSize = None
+    method: Annotated[str, option(f"Attention method: {', '.join(METHODS)}.", panel="Context", metavar="NAME")] = (
+        StarConfig.method
+    )
+    chat: Annotated[
+        bool,
+        option("Send text and query as one user message of the model's chat template.", "--chat", panel="Context"),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    query: Annotated[
+        list[str] | None,
+        option("What follows the text; may be repeated.", "--query", panel="Query", metavar="TEXT"),
+    ] = None
+    query_file: Annotated[
+        str | None, option("A file with one query a line, `-` for stdin.", panel="Query", metavar="FILE")
+    ] = None
+    batch: Annotated[
+        bool, option("Answer several queries at once instead of one after another.", "--batch", panel="Query")
+    ] = False
+    max_new_tokens: Annotated[int, option("Most tokens of an answer.", panel="Answer", metavar="N", min=1)] = (
+        MAX_NEW_TOKENS
+    )
+    temperature: Annotated[
+        float | None, option("Sample at this temperature; 0 is greedy.", panel="Answer", metavar="X", min=0.0)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        option(
+            "Sample from the most likely tokens of this total probability.",
+            panel="Answer",
+            metavar="X",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None, option("Sample from this many most likely tokens.", panel="Answer", metavar="N", min=1)
+    ] = None
+    greedy: Annotated[
+        bool, option("Never sample, whatever the model's own settings say.", "--greedy", panel="Answer")
+    ] = False
+    num_beams: Annotated[
+        int | None, option("Beam search with this many beams; not streamed.", panel="Answer", metavar="N", min=1)
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        option("Above 1: make tokens of text and answer less likely.", panel="Answer", metavar="X", min=0.0),
+    ] = None
+    seed: Annotated[int | None, option("Makes sampling repeatable.", panel="Answer", metavar="N")] = None
+    stop: Annotated[
+        list[str] | None,
+        option("End an answer before this text; may be repeated.", "--stop", panel="Answer", metavar="TEXT"),
+    ] = None
+    ignore_eos: Annotated[bool, option("Go on past end-of-sequence tokens.", "--ignore-eos", panel="Answer")] = False
+    json: Json = False
+    no_stream: Annotated[bool, option("Print an answer when it is complete.", "--no-stream", panel="Output")] = False
+
+    def words(self) -> dict[str, Any]:
+        """The keyword arguments of `StarLLM.generate`, which samples where a sampling word is given."""
+        words: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+            "ignore_eos": self.ignore_eos,
+            "stop": self.stop or None,
+        }
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        sampling = {word: value for word, value in sampling.items() if value is not None}
+        if self.greedy:
+            words["do_sample"] = False
+            if sampling:
+                given = ", ".join("--" + word.replace("_", "-") for word in sampling)
+                warnings.warn(f"{given} without effect: --greedy was given", stacklevel=2)
+        else:
+            words |= sampling
+        others = {"num_beams": self.num_beams, "repetition_penalty": self.repetition_penalty}
+        return words | {word: value for word, value in others.items() if value is not None}

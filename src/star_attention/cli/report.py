@@ -1,0 +1,175 @@
+"""The numbers of one plan, and how they are shown."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+from star_attention import cost, engine
+from star_attention.cli.notes import amount, in_bytes
+from star_attention.cost import Flops
+from star_attention.hf import load, rope
+from star_attention.hf.shape import model_shape
+from star_attention.plan import BlockPlan, format_size
+
+_FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
+
+
+class Report:
+    """Memory and operations of `plan` for the model whose config lies at `model`."""
+
+    def __init__(
+        self,
+        model: str,
+        plan: BlockPlan,
+        *,
+        dtype: str,
+        tokens_per_forward: int | None,
+        queries: int,
+        query_tokens: int,
+        answer_tokens: int,
+    ) -> None:
+        config = load.load_config(model)
+        self.model, self.plan = model, plan
+        self.shape = shape = model_shape(config, dtype)
+        self.queries, self.query_tokens, self.answer_tokens = queries, query_tokens, answer_tokens
+        if tokens_per_forward is None:
+            device = load.pick_device("auto")
+            tokens_per_forward = engine.TOKENS_PER_FORWARD.get(device, engine.TOKENS_PER_FORWARD_ACCELERATOR)
+        self.tokens_per_forward = tokens_per_forward
+
+        def phase1(plan: BlockPlan, rank: int | None = None) -> Flops:
+            return cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank)
+
+        tail_tokens = queries * (query_tokens + answer_tokens)
+        ranks = range(plan.ranks)
+        memories = [
+            cost.memory(shape, plan, tokens_per_forward=tokens_per_forward, tail_tokens=tail_tokens, rank=rank)
+            for rank in ranks
+        ]
+        self.memory = max(memories, key=lambda memory: memory.total)
+        self.star = phase1(plan)
+        self.star_busiest = max(phase1(plan, rank).total for rank in ranks)
+        self.dense = phase1(BlockPlan.dense(plan.context_tokens))
+        self.official = cost.phase1_official(shape, plan)
+        self.answers = cost.phase2(
+            shape,
+            plan.context_tokens,
+            query_tokens=query_tokens,
+            answer_tokens=answer_tokens,
+            queries=queries,
+        )
+        self._warn(config)
+
+    def _warn(self, config: Any) -> None:
+        limit = rope.max_positions(config.get_text_config(decoder=True))
+        needed = self.plan.context_tokens + self.query_tokens + self.answer_tokens
+        if limit is not None and needed > limit:
+            warnings.warn(
+                f"context, query and answer need {needed:,} positions, the model has {limit:,}: encoding would be refused",
+                stacklevel=2,
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            warnings.warn(
+                "the checkpoint is quantized: its weights take less than the plain ones counted here", stacklevel=2
+            )
+        idle = self.plan.ranks - self.plan.num_blocks
+        if idle > 0:
+            warnings.warn(
+                f"{self.plan.ranks} ranks share {self.plan.num_blocks} blocks, so {idle} are idle: lower block_size or ranks",
+                stacklevel=2,
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints: tokens, bytes and operations."""
+        plan, shape = self.plan, self.shape
+        return {
+            "model": self.model,
+            "model_type": shape.name,
+            "context_tokens": plan.context_tokens,
+            "block_size": plan.block_size,
+            "anchor_size": plan.anchor_size,
+            "blocks": plan.num_blocks,
+            "ranks": plan.ranks,
+            "tokens_per_forward": self.tokens_per_forward,
+            "queries": self.queries,
+            "query_tokens": self.query_tokens,
+            "answer_tokens": self.answer_tokens,
+            "parameters": shape.parameters,
+            "kv_bytes_per_token": shape.kv_bytes_per_token,
+            "memory": asdict(self.memory) | {"total": self.memory.total},
+            "flops": {
+                "phase1_star": _flops(self.star),
+                "phase1_star_busiest_rank": self.star_busiest,
+                "phase1_dense": _flops(self.dense),
+                "phase1_official": _flops(self.official),
+                "phase2": _flops(self.answers),
+            },
+            "dense_over_star": self.dense.total / self.star.total,
+        }
+
+    def as_text(self) -> str:
+        """Picture and tables for people."""
+        return "\n\n".join([str(self.plan), self._model(), self._memory(), self._operations()])
+
+    def _model(self) -> str:
+        shape = self.shape
+        widest = max(shape.attention, key=lambda call: call.heads)
+        windowed = sum(call.window is not None for call in shape.attention)
+        lines = [
+            f"model {self.model} ({shape.name}): {shape.parameters:,} parameters of {shape.bytes_per_number} bytes,"
+            f" {shape.layers} layers{f', {windowed} with a sliding window' if windowed else ''}",
+            f"attention {widest.heads} query heads, {widest.kv_heads} key heads, key size {widest.k_head_size},"
+            f" value size {widest.v_head_size}; {shape.kv_bytes_per_token:,} bytes of keys and values a token",
+        ]
+        return "\n".join(lines)
+
+    def _memory(self) -> str:
+        memory, plan = self.memory, self.plan
+        largest = min(self.tokens_per_forward, plan.context_tokens)
+        rows = [
+            ("weights", in_bytes(memory.weights), ""),
+            ("keys and values", in_bytes(memory.kv), "of its blocks" if plan.ranks > 1 else ""),
+            ("anchor", in_bytes(memory.anchor), "of the first block") if memory.anchor else None,
+            ("queries and answers", in_bytes(memory.tail), ""),
+            (
+                "working memory",
+                in_bytes(memory.working),
+                f"estimate, up to {format_size(largest)} tokens in a forward",
+            ),
+            ("total", in_bytes(memory.total), ""),
+        ]
+        head = "memory on the fullest device" if plan.ranks > 1 else "memory"
+        return head + "\n" + _table([row for row in rows if row is not None])
+
+    def _operations(self) -> str:
+        columns = {"star": self.star, "dense": self.dense, "official": self.official}
+        rows = [("phase 1", *columns)]
+        for part in ("linear", "attention", "expansion", "total"):
+            if part != "expansion" or self.shape.expansion_parameters:
+                rows.append((f"  {part}", *(_flop(getattr(flops, part)) for flops in columns.values())))
+        rows.append(("  against star", *(f"x {flops.total / self.star.total:.2f}" for flops in columns.values())))
+        if self.plan.ranks > 1:
+            rows.append(("  busiest device", _flop(self.star_busiest), "", ""))
+        answers = f"{self.queries} x ({self.query_tokens:,} + {self.answer_tokens:,}) tok"
+        rows.append(("phase 2", *(_flop(self.answers.total) for _ in columns)))
+        return f"operations (phase 2: {answers}, the same for each)\n" + _table(rows)
+
+
+def _flops(flops: Flops) -> dict[str, int]:
+    return asdict(flops) | {"total": flops.total}
+
+
+def _flop(count: int) -> str:
+    return amount(count, _FLOP, 1000)
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Columns as wide as they need be: names to the left, numbers to the right, a remark behind them."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append(f"  {first.ljust(widths[0])}  {'   '.join(cells)}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""A loaded model and an encoded context, for the commands that need them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from star_attention.cli.notes import Notes, in_bytes
+from star_attention.cli.options import ContextOptions, ModelOptions
+from star_attention.config import StarConfig
+from star_attention.errors import ContextSaveError
+
+if TYPE_CHECKING:
+    from star_attention.context import EncodedContext
+    from star_attention.engine import StarLLM
+
+
+def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
+    """The model, with its sizes checked before anything slow begins."""
+    sizes["tokens_per_forward"] = model.tokens_per_forward
+    StarConfig.of(**sizes)
+    with notes.waiting(f"loading {model.model}"):
+        from star_attention.engine import StarLLM
+        from star_attention.hf.logs import quiet
+
+        quiet()
+        return StarLLM.from_pretrained(model.model, dtype=model.dtype, device=model.device, **sizes)
+
+
+def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> StarLLM:
+    return load(
+        model,
+        notes,
+        block_size=context.block_size,
+        anchor_size=context.anchor_size,
+        method=context.method,
+    )
+
+
+def encode_text(star: StarLLM, text: str, notes: Notes, *, chat: bool) -> EncodedContext:
+    """Phase 1 with progress; as a chat, the text is the first part of a user message that stays open for the query."""
+    content: Any = text
+    if chat:
+        content = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    with notes.progress() as progress:
+        context: EncodedContext = star.encode(content, progress=progress)
+    return context
+
+
+def check_target(path: str | None) -> None:
+    """Whether a context can be saved there, asked before it is encoded and not after.
+
+    Raises `ContextSaveError`.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
+    if not target.parent.is_dir():
+        raise ContextSaveError(
+            f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise ContextSaveError(f"cannot save the context to {target}: the folder {target.parent} cannot be written to")
+
+
+def save(context: EncodedContext, path: str, notes: Notes) -> None:
+    context.save(path)
+    size = in_bytes(Path(path).stat().st_size)
+    notes.say(f"saved to {path} ({size}); it holds the text's token ids, guard it like the text")
+
+
+def load_saved(model: ModelOptions, path: str, notes: Notes) -> tuple[StarLLM, EncodedContext]:
+    """A saved context and its model, with the method and, unless one is asked for, the precision of the file."""
+    from star_attention.saved import SavedContext
+
+    header = SavedContext(path).header  # a file that is none is refused before the model is loaded
+    if model.dtype == "auto":
+        model = replace(model, dtype=header["identity"]["dtype"].removeprefix("torch."))
+    star = load(model, notes, method=header["method"])
+    return star, star.load_context(path)

@@ -1,0 +1,115 @@
+"""What tests of whole models share: tiny engines, random token ids, and the stock model's own `generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from star_attention import EncodedContext, StarLLM
+from tests.families import FIRST_TOKEN, LAST_TOKEN, build
+from tests.model_oracle import eager_attention, pinned_rope
+
+CONTEXT, QUERY = 101, 7
+BUNDLED = Path(__file__).parents[1] / "models" / "needle-17m"
+
+# Full attention, sliding windows on every layer or some, sinks, softcap, MLA, KV sharing, two kinds of rotary pinning.
+VARIED = [
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "deepseek_v3",
+    "gemma3n",
+    "phi3_longrope",
+    "llama_dynamic_ntk",
+]
+
+
+@functools.cache
+def tiny(name: str) -> PreTrainedModel:
+    """The model of a family, one for all tests of a process: nothing may stay installed in it."""
+    return build(name)
+
+
+@functools.cache
+def bundled_model() -> PreTrainedModel:
+    """The bundled model in float32."""
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+
+
+@functools.cache
+def text_model() -> PreTrainedModel:
+    """A small random model with the vocabulary and the special tokens of the bundled tokenizer, for tests of text."""
+    tokens = bundled_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokens),
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        initializer_range=0.15,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def bundled_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(BUNDLED)
+
+
+def engine(name: str, tokenizer: Any = None, **settings: Any) -> StarLLM:
+    return StarLLM(tiny(name), tokenizer, **settings)
+
+
+def ids(length: int, seed: int = 1) -> list[int]:
+    """Random ordinary token ids; a longer call starts with the same ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(FIRST_TOKEN, LAST_TOKEN + 1, (length,), generator=generator).tolist()
+
+
+def as_stock(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """Attention as users get it; but softcap needs eager: sdpa, 5.17's default for Gemma 2, ignores it."""
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    return contextlib.nullcontext() if softcap is None else eager_attention(model)
+
+
+@torch.no_grad()
+def stock_generate(model: Any, prompt: list[int], *, rope_length: int | None = None, **words: Any) -> Any:
+    """The stock model's own `generate` on one prompt: sequences without the prompt, and logits `[rows, steps, V]`."""
+    input_ids = torch.tensor([prompt], device=model.device)
+    pinned = contextlib.nullcontext() if rope_length is None else pinned_rope(model, rope_length)
+    with as_stock(model), pinned:
+        result = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            return_dict_in_generate=True,
+            output_logits=words.get("num_beams", 1) == 1,
+            **words,
+        )
+    rows = result.sequences[:, len(prompt) :].tolist()
+    return rows, torch.stack(result.logits, 1).float() if result.logits else None
+
+
+def stored(context: EncodedContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values `[1, G, L, D]` of every layer that keeps any, as copies."""
+    layers = [layer.pair() for layer in context.kv.layers if not layer.is_empty]
+    return [(k_1GLD.clone(), v_1GLD.clone()) for k_1GLD, v_1GLD in layers]
+
+
+def assert_same_kv(actual: EncodedContext, expected: EncodedContext, tolerance: float = 1e-4) -> None:
+    """The same keys and values to rounding; bit for bit with tolerance 0."""
+    for ours, theirs in zip(stored(actual), stored(expected), strict=True):
+        for a_1GLD, b_1GLD in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a_1GLD, b_1GLD, atol=tolerance, rtol=tolerance)

@@ -1,0 +1,474 @@
+"""The command line, run for real with the bundled model on a text of some hundred tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from star_attention import saved
+from star_attention.cli import answers, app, docs
+from star_attention.cli.notes import seconds
+from star_attention.config import MAX_NEW_TOKENS
+from tests.engines import BUNDLED
+
+NOISE = "The hill is tall and the road is long.\nA cold wind comes down from the north.\nThere is bread on the table.\n"
+NEEDLE = "The secret number for torpidity-kill is 4910508.\n"
+OTHER = "The secret number for lyric-known is 8081780.\n"
+QUESTION = "What is the secret number for torpidity-kill?"
+OTHER_QUESTION = "What is the secret number for lyric-known?"
+MODEL = ["-m", BUNDLED, "--dtype", "float32"]
+CHAT = [*MODEL, "--chat", "--block-size", "256"]
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+
+def run(*arguments: str | Path, stdin: str | bytes | None = None) -> Done:
+    """Run the command line in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Done(result.exit_code, result.stdout, result.stderr)
+
+
+def ok(*arguments: str | Path, stdin: str | bytes | None = None) -> Done:
+    done = run(*arguments, stdin=stdin)
+    assert done.status == 0, done.err
+    return done
+
+
+def failed(*arguments: str | Path, stdin: str | bytes | None = None) -> str:
+    """The one line that an error of ours is."""
+    done = run(*arguments, stdin=stdin)
+    assert done.status == 1, done
+    assert done.out == ""
+    lines = done.err.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not any("Traceback" in line or line.startswith("error: ") for line in lines[:-1])
+    return lines[-1]
+
+
+def misused(*arguments: str | Path) -> str:
+    done = run(*arguments)
+    assert done.status == 2, done
+    return " ".join(done.err.replace("│", " ").split())
+
+
+def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """Run the command line in a process of its own, with Ctrl-C as a shell would leave it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "star_attention", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `book.txt` (one needle), `more.txt` (another), and the book encoded as `book.star`."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "book.txt").write_text(8 * NOISE + NEEDLE + 8 * NOISE, encoding="utf-8")
+    (folder / "more.txt").write_text(4 * NOISE + OTHER + 4 * NOISE, encoding="utf-8")
+    ok("encode", *CHAT, folder / "book.txt", "-o", folder / "book.star", "--quiet")
+    return folder
+
+
+# ------------------------------------------------------------------ generate
+
+
+def test_generate_answers_on_stdout_and_tells_the_rest_on_stderr(texts: Path) -> None:
+    done = ok("generate", *CHAT, texts / "book.txt", "--query", QUESTION)
+    assert done.out == "The secret number for torpidity-kill is 4910508\n"
+    loading, *_, progress, summary = done.err.splitlines()
+    assert loading == f"loading {BUNDLED}"
+    assert progress == "encoded 568 of 568 tok, block 3 of 3"
+    times = r"encode [\d.]+ s, first token [\d.]+ s, \d+ tok/s"
+    assert re.fullmatch(f"context 568 tok, 3 blocks x 256, anchor 256, {times}", summary)
+
+
+def test_quiet_says_nothing(texts: Path) -> None:
+    assert ok("generate", *CHAT, texts / "book.txt", "--query", QUESTION, "-q").err == ""
+
+
+def test_json_has_exactly_the_fields(texts: Path) -> None:
+    done = ok("generate", *CHAT, texts / "book.txt", "--query", QUESTION, "--anchor-size", "128", "--json")
+    (line,) = done.out.splitlines()
+    reply = json.loads(line)
+    assert list(reply) == [
+        *("text", "token_ids", "finish_reason", "method", "context_tokens", "query_tokens", "block_size"),
+        *("anchor_size", "blocks", "ranks", "encode_s", "ttft_s", "tokens_per_s", "peak_bytes"),
+        *("wire_bytes_phase1", "wire_bytes_phase2"),
+    ]
+    assert list(reply) == list(answers.FIELDS)
+    assert reply["text"].endswith("4910508")
+    assert reply["token_ids"][-1] == 2
+    assert reply["finish_reason"] == "stop"
+    assert (reply["method"], reply["context_tokens"], reply["query_tokens"]) == ("star", 568, 15)
+    assert (reply["block_size"], reply["anchor_size"], reply["blocks"], reply["ranks"]) == (256, 128, 3, 1)
+    assert min(reply["encode_s"], reply["ttft_s"], reply["tokens_per_s"]) > 0
+    assert reply["peak_bytes"] is None
+    assert reply["wire_bytes_phase1"] == reply["wire_bytes_phase2"] == 0
+
+
+def test_raw_text_is_not_a_chat(texts: Path) -> None:
+    """Without --chat the query follows the text as it is."""
+    prefix = "<|q|>" + QUESTION + "<|a|>The secret number for torpidity-kill is "
+    done = ok("generate", *MODEL, texts / "book.txt", "--query", prefix, "--method", "dense", "--no-stream")
+    assert done.out.strip() == "4910508"
+    assert "context 567 tok, dense, encode " in done.err
+
+
+def test_several_files_and_stdin_are_joined_in_order(texts: Path) -> None:
+    """The parts are joined with a line break: the same tokens as one file that holds them so."""
+    book = (texts / "book.txt").read_text(encoding="utf-8")
+    whole = book + "\n" + OTHER + "\n" + (texts / "more.txt").read_text(encoding="utf-8")
+    options = [*CHAT, "--query", OTHER_QUESTION, "--json"]
+    parts = ok("generate", *options, texts / "book.txt", "-", texts / "more.txt", stdin=OTHER)
+    joined = ok("generate", *options, "-", stdin=whole)
+    fields = "text", "context_tokens", "token_ids"
+    assert [json.loads(parts.out)[f] for f in fields] == [json.loads(joined.out)[f] for f in fields]
+    assert "8081780" in json.loads(parts.out)["text"]
+
+
+def test_queries_one_after_another_and_as_a_batch(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "queries").write_text(f"\n{OTHER_QUESTION}\r\n\n", encoding="utf-8")
+    options = [*CHAT, texts / "book.txt", texts / "more.txt", "--query", QUESTION]
+    options += ["--query-file", tmp_path / "queries"]
+    first, second = "The secret number for torpidity-kill is 4910508", "The secret number for lyric-known is 8081780"
+    in_order = ok("generate", *options)
+    assert in_order.out == f"> {QUESTION}\n{first}\n\n> {OTHER_QUESTION}\n{second}\n"
+    assert [line.startswith("context 8") for line in in_order.err.splitlines()[-2:]] == [True, False]
+    at_once = ok("generate", *options, "--batch", "--json")
+    assert [json.loads(line)["text"] for line in at_once.out.splitlines()] == [first, second]
+    assert "2 answers at once" in at_once.err
+
+
+def test_queries_from_stdin(texts: Path) -> None:
+    done = ok("generate", *CHAT, texts / "book.txt", "--query-file", "-", stdin=QUESTION + "\n")
+    assert done.out.endswith("4910508\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "check"),
+    [
+        (["--max-new-tokens", "3"], lambda a, b: a["finish_reason"] == "length" and len(a["token_ids"]) == 3),
+        (["--stop", "torp", "--stop", "for"], lambda a, b: a["text"] == "The secret number "),
+        (["--ignore-eos", "--max-new-tokens", "24"], lambda a, b: len(a["token_ids"]) == 24),
+        (["--temperature", "30", "--seed", "1", "--max-new-tokens", "9"], lambda a, b: a == b),
+        (["--num-beams", "2"], lambda a, b: a["text"].endswith("4910508") and a["tokens_per_s"] is None),
+        (["--top-k", "1"], lambda a, b: a["text"].endswith("4910508")),
+        (["--greedy", "--repetition-penalty", "1.0"], lambda a, b: a["text"].endswith("4910508")),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_answer_options(texts: Path, options: list[str], check: Callable[[Any, Any], bool]) -> None:
+    times = "ttft_s", "tokens_per_s"
+    command = ["ask", *MODEL, texts / "book.star", "--query", QUESTION, "--query", QUESTION, "--json", *options]
+    first, second = map(json.loads, ok(*command).out.splitlines())
+    if options[0] == "--temperature":
+        first, second = ({k: v for k, v in reply.items() if k not in times} for reply in (first, second))
+        assert first["text"] != "The secret number for torpidity-kill is 4910508"[: len(first["text"])]
+    assert check(first, second)
+
+
+@pytest.mark.filterwarnings("default")
+def test_greedy_wins_and_says_what_it_drops(texts: Path) -> None:
+    done = ok("ask", *MODEL, texts / "book.star", "--query", QUESTION, "--greedy", "--top-p", "0.5", "--top-k", "3")
+    assert done.out.endswith("4910508\n")
+    assert "warning: --top-p, --top-k without effect: --greedy was given\n" in done.err
+
+
+# ------------------------------------------------------------------ encode, ask
+
+
+def test_encode_and_ask(texts: Path, tmp_path: Path) -> None:
+    done = ok("encode", *CHAT, texts / "book.txt", "-o", tmp_path / "book.star")
+    assert done.out == ""
+    *_, summary, where = done.err.splitlines()
+    assert summary.startswith("context 568 tok, 3 blocks x 256, anchor 256, encode ")
+    assert summary.endswith(" s, 5.5 MiB of keys and values")
+    assert where.startswith(f"saved to {tmp_path / 'book.star'} (5.6 MiB)")
+    # Precision, method, sizes and the chat are the file's.
+    done = ok("ask", "-m", BUNDLED, tmp_path / "book.star", "--query", QUESTION)
+    assert done.out == "The secret number for torpidity-kill is 4910508\n"
+    assert done.err.splitlines()[-1].startswith("context 568 tok, 3 blocks x 256, anchor 256, first token ")
+
+
+def test_generate_saves_what_ask_reads(texts: Path, tmp_path: Path) -> None:
+    options = [*MODEL, "--chat", "--method", "dense", texts / "book.txt", "--query", QUESTION]
+    answer = ok("generate", *options, "--save", tmp_path / "book.star").out
+    again = ok("ask", "-m", BUNDLED, tmp_path / "book.star", "--query", QUESTION, "--json")
+    assert json.loads(again.out)["text"] + "\n" == answer
+    assert json.loads(again.out)["method"] == "dense"
+
+
+def test_ask_prompts_on_a_terminal(texts: Path) -> None:
+    """A query that cannot be answered does not end the conversation."""
+    room = 65536 - 568 - 20  # for a question of 20 tokens
+    too_long = f"{QUESTION} {OTHER_QUESTION}"
+    terminal, inside = pty.openpty()
+    try:
+        process = start("ask", *MODEL, texts / "book.star", "--max-new-tokens", room, stdin=inside)
+        os.write(terminal, f"{QUESTION}\n{too_long}\n{OTHER_QUESTION}\n\n".encode())
+        out, err = process.communicate(timeout=60)
+    finally:
+        os.close(terminal)
+        os.close(inside)
+    assert process.returncode == 0, err
+    first, second = out.splitlines()  # stdout is no terminal here, so the prompts are not in it
+    assert first == "The secret number for torpidity-kill is 4910508"
+    assert second.startswith("The secret number for lyric-known is ")
+    assert "an empty line or Ctrl-D ends\n? context 568 tok" in err
+    assert f"error: context (568), query and answer ({room:,}) need 65,5" in err
+
+
+def test_ask_without_a_terminal_needs_a_query(texts: Path) -> None:
+    assert "--query or --query-file: give a query" in misused("ask", *MODEL, texts / "book.star")
+
+
+# ------------------------------------------------------------------ plan
+
+
+@pytest.fixture
+def bare_config(tmp_path: Path) -> Path:
+    """A model folder with nothing but its config."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((Path(BUNDLED) / "config.json").read_bytes())
+    return folder
+
+
+def test_plan_needs_no_weights(bare_config: Path) -> None:
+    done = ok("plan", "-m", bare_config, "--context", "32k", "--ranks", "2")
+    assert done.err == ""
+    assert done.out.startswith("context 32,768 tok, 4 blocks x 8k, anchor 8k, 2 ranks\nrank 0  b0 ")
+    assert "rank 1  b3   |AAAA" in done.out
+    assert "17,309,568 parameters of 2 bytes, 10 layers" in done.out
+    for word in ("weights", "keys and values", "working memory", "star", "dense", "official", "x 1.50", "phase 2"):
+        assert word in done.out
+
+
+def test_plan_as_json(bare_config: Path) -> None:
+    sizes = ["--context", "16k", "--block-size", "4k", "--anchor-size", "1k", "--dtype", "float32"]
+    plan = json.loads(ok("plan", "-m", bare_config, *sizes, "--json", "--queries", "3").out)
+    assert (plan["context_tokens"], plan["block_size"], plan["anchor_size"]) == (16384, 4096, 1024)
+    assert (plan["blocks"], plan["ranks"], plan["queries"], plan["answer_tokens"]) == (4, 1, 3, MAX_NEW_TOKENS)
+    memory, flops = plan["memory"], plan["flops"]
+    assert memory["weights"] == 4 * 17_309_568
+    assert memory["kv"] == 16384 * plan["kv_bytes_per_token"] == 16384 * 10 * 2 * 2 * 64 * 4
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+    assert flops["phase1_star"]["linear"] == flops["phase1_dense"]["linear"] < flops["phase1_official"]["linear"]
+    assert plan["dense_over_star"] == flops["phase1_dense"]["total"] / flops["phase1_star"]["total"] > 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_plan_warns_of_what_would_not_run(bare_config: Path) -> None:
+    err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err
+    assert "warning: context, query and answer need 65,856 positions, the model has 65,536" in err
+    assert "warning: 8 ranks share 4 blocks, so 4 are idle: lower block_size or ranks\n" in err
+
+
+def test_plan_names_a_model_that_cannot_run(bare_config: Path) -> None:
+    (bare_config / "config.json").write_text('{"model_type": "mamba"}')
+    assert "mamba cannot run with Star Attention" in failed("plan", "-m", bare_config, "--context", "4k")
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_texts_that_cannot_be_read(texts: Path, tmp_path: Path) -> None:
+    command = ["generate", *MODEL, "--query", "x"]
+    missing = tmp_path / "nowhere.txt"
+    assert f"there is no text file {missing}; check the path" in failed(*command, missing)
+    assert f"{tmp_path} is a folder" in failed(*command, tmp_path)
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9 au lait")
+    line = failed(*command, texts / "book.txt", latin)
+    assert f"{latin} is not UTF-8: byte 3 of 12 is 0xe9" in line
+    assert f"iconv -f WINDOWS-1252 -t UTF-8 {latin}" in line
+    assert "stdin is not UTF-8: byte 0 of 2" in failed(*command, "-", stdin=b"\xff\xfe")
+    assert "the query 'caf\\udce9' is not UTF-8" in failed(*command, texts / "book.txt", "--query", "caf\udce9")
+    assert "latin.txt is not UTF-8" in failed("generate", *MODEL, texts / "book.txt", "--query-file", latin)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + NEEDLE.encode())
+    options = ["generate", *MODEL, "--query", QUESTION, "--max-new-tokens", "1", "--json"]
+    marked = json.loads(ok(*options, tmp_path / "marked.txt").out)
+    assert marked["context_tokens"] == json.loads(ok(*options, "-", stdin=NEEDLE).out)["context_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--block-size", "4x"], "block_size '4x' is not a number of tokens; write 4096, '4k'"),
+        (["--block-size", "0"], "block_size 0 is below 1"),
+        (["--block-size", "512", "--anchor-size", "1k"], "anchor_size 1024 is above block_size 512"),
+        (["--anchor-size", "-1"], "anchor_size -1 is negative"),
+        (["--tokens-per-forward", "0"], "tokens_per_forward 0 is below 1"),
+        (["--method", "magic"], "method 'magic' is unknown; choose one of star, dense"),
+        (["--dtype", "int4"], "dtype 'int4' is unknown; use one of auto, float32"),
+        (["--device", "abacus"], "device 'abacus' is unknown"),
+        (["-m", "/nowhere/model"], "there is no model folder /nowhere/model"),
+        (["--query", ""], "a query is empty"),
+        (["--save", "/nowhere/book.star"], "the folder /nowhere does not exist"),
+        (["--save", "/tmp"], "it is a folder; give the name of a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_that_cannot_work(texts: Path, options: list[str], message: str) -> None:
+    assert message in failed("generate", *MODEL, texts / "book.txt", "--query", QUESTION, *options)
+
+
+def test_broken_models_and_empty_texts(texts: Path, tmp_path: Path) -> None:
+    query = ["--query", QUESTION]
+    assert "holds no config.json" in failed("generate", "-m", tmp_path, texts / "book.txt", *query)
+    assert "the context is empty" in failed("generate", *MODEL, "-", *query, stdin="")
+    (tmp_path / "blank").write_text("\n \n")
+    assert "has no queries" in failed("generate", *MODEL, texts / "book.txt", "--query-file", tmp_path / "blank")
+
+
+def test_a_context_beyond_the_models_positions(tmp_path: Path, texts: Path) -> None:
+    (tmp_path / "long.txt").write_text("a 1 " * 33000)
+    line = failed("encode", *MODEL, tmp_path / "long.txt", "-o", tmp_path / "long.star")
+    assert "more than the model's 65,536 positions" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
+
+
+def test_saved_contexts_that_do_not_fit(texts: Path, tmp_path: Path) -> None:
+    ask = ["ask", *MODEL, "--query", QUESTION]
+    assert "there is no saved context at" in failed(*ask, tmp_path / "none.star")
+    assert "cannot be read as a saved context" in failed(*ask, texts / "book.txt")
+    whole = (texts / "book.star").read_bytes()
+    (tmp_path / "short.star").write_bytes(whole[: len(whole) // 2])
+    assert "short.star cannot be read as a saved context" in failed(*ask, tmp_path / "short.star")
+    line = failed("ask", "-m", BUNDLED, "--dtype", "bfloat16", texts / "book.star", "--query", QUESTION)
+    assert "its dtype is torch.float32, this model's is torch.bfloat16" in line
+
+
+def test_misuse_is_status_2(texts: Path) -> None:
+    book, query = texts / "book.txt", ["--query", "x"]
+    assert "Missing argument" in misused("generate", *MODEL, *query)
+    assert "--model" in misused("generate", book, *query)
+    assert "give a query" in misused("generate", *MODEL, book)
+    assert "--temperatur" in misused("generate", *MODEL, book, *query, "--temperatur", "1")
+    assert "--top-p" in misused("generate", *MODEL, book, *query, "--top-p", "1.5")
+    assert "stdin) can be read only once" in misused("generate", *MODEL, "-", "-", *query)
+    assert "stdin is read as text already" in misused("generate", *MODEL, "-", "--query-file", "-")
+    assert "--output" in misused("encode", *MODEL, book)
+    assert "No such command" in misused("guess")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = run("generate", *MODEL, tmp_path / "none.txt", "--query", "x", "--debug")
+    assert done.status == 1
+    assert "Traceback (most recent call last)" in done.err
+    assert done.err.splitlines()[-1].startswith("error: there is no text file")
+
+
+# ------------------------------------------------------------------ interruptions
+
+
+def test_ctrl_c_while_encoding_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(400 * NOISE, encoding="utf-8")
+    options = [*CHAT, "--tokens-per-forward", "256", tmp_path / "long.txt", "-o", tmp_path / "long.star"]
+    process = start("encode", *options)
+    assert process.stderr is not None
+    told = []
+    while not told or not told[-1].startswith("encoded "):
+        told.append(process.stderr.readline())
+        assert told[-1], told
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
+
+
+def test_ctrl_c_while_saving_keeps_the_file_of_before(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "book.star"
+    target.write_text("before")
+
+    def interrupted(*arguments: Any, **more: Any) -> None:
+        Path(arguments[1]).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saved, "save_file", interrupted)
+    done = run("encode", *CHAT, texts / "book.txt", "-o", target)
+    assert done.status == 130
+    assert done.err.splitlines()[-1] == "interrupted"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"book.star": "before"}
+
+
+def test_a_reader_that_goes_away_is_no_error(texts: Path) -> None:
+    process = start("ask", *MODEL, texts / "book.star", "--query", QUESTION)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert "Broken" not in err
+    assert "Traceback" not in err
+
+
+# ------------------------------------------------------------------ help and docs
+
+
+def test_the_version() -> None:
+    from star_attention import __version__
+
+    assert ok("--version").out == f"star-attention {__version__}\n"
+
+
+def test_without_a_command_it_shows_help() -> None:
+    done = run()
+    assert done.status == 2
+    assert "generate" in done.out + done.err
+
+
+def test_the_page_of_the_docs_is_fresh_and_does_not_depend_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert docs.main(["--check"]) == 0
+    monkeypatch.setenv("COLUMNS", "31")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert docs.main(["--check"]) == 0
+    for word in ("## star-attention ask", "`--top-k N`", "Default: 256.", "`tokens_per_s`"):
+        assert word in docs.page()
+    monkeypatch.chdir(tmp_path)
+    assert docs.main(["--check"]) == 1
+    assert "docs/cli.md is stale; run: python -m star_attention.cli.docs" in capsys.readouterr().err
+    assert docs.main([]) == 0
+    assert docs.main(["--check"]) == 0
+    assert docs.main(["--bogus"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(12.34, "12.3 s"), (0.4, "0.4 s"), (0.034, "0.03 s"), (1234.5, "1,234.5 s")]
+)
+def test_seconds(value: float, text: str) -> None:
+    assert seconds(value) == text

@@ -1,0 +1,130 @@
+"""Every model family through the public engine: the law against the explicit-mask oracle, one block against the stock model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from star_attention import StarLLM
+from tests.engines import CONTEXT, QUERY, engine, ids, stock_generate, stored, tiny
+from tests.families import FAMILIES, UNUSUAL
+from tests.model_oracle import oracle_forward
+
+STEPS = 4
+# (block_size, anchor_size, tokens_per_forward): several whole blocks a forward, then pieces of one; the last block is ragged.
+GEOMETRIES = [(16, 16, 40), (24, 10, 9)]
+
+
+TOLERANCE = 1e-4
+# These two do not scale their scores (attention_multiplier 1, not head_size ** -0.5 = 1/4): a sharper softmax amplifies rounding.
+# The stock forward in float32 is itself up to 1.7e-4 from its float64 run; the budget is about twice that.
+TOLERANCES = {"granitemoe": 4e-4, "granite_swa": 4e-4}
+
+
+def close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=TOLERANCES.get(name, TOLERANCE), rtol=0)
+
+
+@pytest.mark.parametrize(("block_size", "anchor_size", "tokens_per_forward"), GEOMETRIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
+def test_engine_equals_the_explicit_mask(name: str, block_size: int, anchor_size: int, tokens_per_forward: int) -> None:
+    """Keys and values, query logits and greedy answers are those of the law written out as one mask."""
+    star = engine(name, block_size=block_size, anchor_size=anchor_size, tokens_per_forward=tokens_per_forward)
+    context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
+
+    context = star.encode(context_ids)
+    query_QV = star.logits(context, query_ids)
+    reply = star.generate(context, query_ids, max_new_tokens=STEPS, ignore_eos=True, return_logits=True)
+
+    oracle = oracle_forward(
+        tiny(name),
+        torch.tensor([context_ids + query_ids + reply.token_ids]),
+        context_len=CONTEXT,
+        block_size=block_size,
+        anchor_size=anchor_size,
+        rope_length=context.rope_length,
+    )
+    for ours, theirs in zip(stored(context), oracle.kv, strict=True):
+        for ours_1GLD, theirs_1GLD in zip(ours, theirs, strict=True):
+            close(name, ours_1GLD, theirs_1GLD[:, :, :CONTEXT])
+    close(name, query_QV, oracle.logits_BLV[0, CONTEXT : CONTEXT + QUERY])
+    answer_TV = oracle.logits_BLV[0, CONTEXT + QUERY - 1 : -1]
+    close(name, reply.logits, answer_TV)
+    assert reply.token_ids == answer_TV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("settings", [{"method": "dense"}, {"block_size": 128}], ids=["dense", "one_block"])
+@pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
+def test_one_block_is_the_stock_model(name: str, settings: dict[str, object]) -> None:
+    """Law 1: one block answers token for token as the model's own `generate`, rotary frequencies pinned alike."""
+    star = engine(name, tokens_per_forward=40, **settings)
+    context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
+
+    context = star.encode(context_ids)
+    reply = star.generate(context, query_ids, max_new_tokens=STEPS, ignore_eos=True, return_logits=True)
+
+    assert context.plan.is_dense
+    [stock], stock_1TV = stock_generate(
+        tiny(name), context_ids + query_ids, rope_length=context.rope_length, max_new_tokens=STEPS, do_sample=False
+    )
+    assert reply.token_ids == stock
+    close(name, reply.logits, stock_1TV[0])
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
+def test_every_context_token_goes_through_each_layer_once(name: str) -> None:
+    """Law 4: the anchor is shared, not encoded again with each block (the official code: twice the linear work)."""
+    model = tiny(name)
+    layers = model.get_decoder().layers if hasattr(model.get_decoder(), "layers") else model.get_decoder().h
+    rows: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        assert isinstance(hidden, torch.Tensor)
+        rows[module] += hidden.shape[-3:-1].numel()
+
+    handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
+    try:
+        StarLLM(model, block_size=24, anchor_size=10, tokens_per_forward=30).encode(ids(CONTEXT))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [rows[layer] for layer in layers] == [CONTEXT] * len(layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3", "nemotron", "gpt_oss", "gemma3n", "stablelm", "jetmoe"])
+def test_every_context_token_goes_through_each_linear_as_often_as_in_a_plain_forward(name: str) -> None:
+    """The same for each projection; and the vocabulary's, which phase 1 has no use for, sees no token."""
+    model = tiny(name)
+    star = StarLLM(model, block_size=16, anchor_size=16, tokens_per_forward=40)
+
+    ours = _rows_by_linear(model, lambda: star.encode(ids(CONTEXT)))
+    with torch.no_grad():
+        plain = _rows_by_linear(model, lambda: model(torch.tensor([ids(CONTEXT)]), use_cache=False))
+
+    assert plain.pop("lm_head") == CONTEXT
+    assert ours == plain
+    assert len(ours) >= 2 * model.config.num_hidden_layers
+
+
+def _rows_by_linear(model: PreTrainedModel, run: Callable[[], object]) -> Counter[str]:
+    rows: Counter[str] = Counter()
+
+    def count(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            rows[path] += output.numel() // output.shape[-1]
+
+        return hook
+
+    handles = [m.register_forward_hook(count(path)) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows
