@@ -324,7 +324,8 @@ class StarLLM:
 
         query: text (tokenized without special tokens), token ids, chat messages, or a list of these, answered as one batch.
             May be left out where chat messages came with their question.
-        max_new_tokens: most tokens of an answer. seed: makes sampling repeatable, whatever runs beside it.
+        max_new_tokens: most tokens of an answer. seed: makes sampling repeatable, whatever runs beside it (in beams: unless
+            another thread draws from torch's global generator, which transformers' own loops use).
         ignore_eos: go on past end-of-sequence tokens. stop: strings that end an answer; they are not part of its text.
         return_logits: keep the unprocessed logits (greedy search and sampling).
         answer_prefix: text that the answer is made to begin with, behind the chat template's start of the answer where there
@@ -348,7 +349,7 @@ class StarLLM:
             return_logits=return_logits,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
-            words=generation,
+            **generation,
         )
         for _ in run.pieces():
             pass
@@ -358,41 +359,15 @@ class StarLLM:
             return grouped if several else grouped[0]
         return answers if several else answers[0]
 
-    def stream(
-        self,
-        context: EncodedContext,
-        query: Any = None,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        stop: str | Sequence[str] | None = None,
-        return_logits: bool = False,
-        answer_prefix: str = "",
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        **generation: Any,
-    ) -> Stream:
-        """Answer one query piece by piece; the words are those of `generate`.
+    def stream(self, context: EncodedContext, query: Any = None, **settings: Any) -> Stream:
+        """Answer one query piece by piece; settings are the words of `generate`.
 
         Pieces are whole characters, and what may begin a stop string is held back. The stream's `result` is the `Generation`.
         """
         if isinstance(query, (list, tuple, Tensor)) and _is_several(query):
             raise InvalidInputError(f"a stream answers one query, not {len(query)}; use generate for several")
         self._need_tokenizer("a stream of text")
-        run = self._run(
-            context,
-            [query],
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            stop=stop,
-            answer_prefix=answer_prefix,
-            return_logits=return_logits,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            words=generation,
-        )
+        run = self._run(context, [query], **settings)
         if not run.stepped or run.answers_per_query > 1:
             raise InvalidInputError(
                 "a stream is one answer by greedy search or sampling; use generate for beams and several answers"
@@ -410,12 +385,15 @@ class StarLLM:
         context: EncodedContext,
         queries: list[Any],
         *,
-        max_new_tokens: int,
-        seed: int | None,
-        answer_prefix: str,
-        logits_processor: LogitsProcessorList | None,
-        stopping_criteria: StoppingCriteriaList | None,
-        **settings: Any,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] | None = None,
+        return_logits: bool = False,
+        answer_prefix: str = "",
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **words: Any,
     ) -> Run:
         self._check_ours(context)
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -438,7 +416,16 @@ class StarLLM:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
         )
-        return Run(request, self.tokenizer, max_new_tokens=max_new_tokens, encode_s=context.encode_s, **settings)
+        return Run(
+            request,
+            self.tokenizer,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            stop=stop,
+            return_logits=return_logits,
+            words=words,
+            encode_s=context.encode_s,
+        )
 
     def _query_ids(self, context: EncodedContext, query: Any, answer_prefix: str = "") -> list[int]:
         if context.chat is not None and (query is None or isinstance(query, str) or chat.is_messages(query)):

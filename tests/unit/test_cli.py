@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,9 +101,9 @@ def test_generate_answers_on_stdout_and_tells_the_rest_on_stderr(texts: Path) ->
     assert done.out == "The secret number for torpidity-kill is 4910508\n"
     loading, *_, progress, summary = done.err.splitlines()
     assert loading == f"loading {BUNDLED}"
-    assert progress == "encoded 568 of 568 tok, block 3 of 3"
+    assert progress == "encoded 567 of 567 tok, block 3 of 3"
     times = r"encode [\d.]+ s, first token [\d.]+ s, \d+ tok/s"
-    assert re.fullmatch(f"context 568 tok, 3 blocks x 256, anchor 256, {times}", summary)
+    assert re.fullmatch(f"context 567 tok, 3 blocks x 256, anchor 256, {times}", summary)
 
 
 def test_quiet_says_nothing(texts: Path) -> None:
@@ -122,7 +123,7 @@ def test_json_has_exactly_the_fields(texts: Path) -> None:
     assert reply["text"].endswith("4910508")
     assert reply["token_ids"][-1] == 2
     assert reply["finish_reason"] == "stop"
-    assert (reply["method"], reply["context_tokens"], reply["query_tokens"]) == ("star", 568, 15)
+    assert (reply["method"], reply["context_tokens"], reply["query_tokens"]) == ("star", 567, 16)
     assert (reply["block_size"], reply["anchor_size"], reply["blocks"], reply["ranks"]) == (256, 128, 3, 1)
     assert min(reply["encode_s"], reply["ttft_s"], reply["tokens_per_s"]) > 0
     assert reply["peak_bytes"] is None
@@ -204,13 +205,13 @@ def test_encode_and_ask(texts: Path, tmp_path: Path) -> None:
     done = ok("encode", *CHAT, texts / "book.txt", "-o", tmp_path / "book.star")
     assert done.out == ""
     *_, summary, where = done.err.splitlines()
-    assert summary.startswith("context 568 tok, 3 blocks x 256, anchor 256, encode ")
+    assert summary.startswith("context 567 tok, 3 blocks x 256, anchor 256, encode ")
     assert summary.endswith(" s, 5.5 MiB of keys and values")
     assert where.startswith(f"saved to {tmp_path / 'book.star'} (5.6 MiB)")
     # Precision, method, sizes and the chat are the file's.
     done = ok("ask", "-m", BUNDLED, tmp_path / "book.star", "--query", QUESTION)
     assert done.out == "The secret number for torpidity-kill is 4910508\n"
-    assert done.err.splitlines()[-1].startswith("context 568 tok, 3 blocks x 256, anchor 256, first token ")
+    assert done.err.splitlines()[-1].startswith("context 567 tok, 3 blocks x 256, anchor 256, first token ")
 
 
 def test_generate_saves_what_ask_reads(texts: Path, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_generate_saves_what_ask_reads(texts: Path, tmp_path: Path) -> None:
 
 def test_ask_prompts_on_a_terminal(texts: Path) -> None:
     """A query that cannot be answered does not end the conversation."""
-    room = 65536 - 568 - 20  # for a question of 20 tokens
+    room = 65536 - 567 - 20  # for a question of 20 tokens
     too_long = f"{QUESTION} {OTHER_QUESTION}"
     terminal, inside = pty.openpty()
     try:
@@ -237,8 +238,8 @@ def test_ask_prompts_on_a_terminal(texts: Path) -> None:
     first, second = out.splitlines()  # stdout is no terminal here, so the prompts are not in it
     assert first == "The secret number for torpidity-kill is 4910508"
     assert second.startswith("The secret number for lyric-known is ")
-    assert "an empty line or Ctrl-D ends\n? context 568 tok" in err
-    assert f"error: context (568), query and answer ({room:,}) need 65,5" in err
+    assert "an empty line or Ctrl-D ends\n? context 567 tok" in err
+    assert f"error: context (567), query and answer ({room:,}) need 65,5" in err
 
 
 def test_ask_without_a_terminal_needs_a_query(texts: Path) -> None:
@@ -385,6 +386,26 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.err.splitlines()[-1].startswith("error: there is no text file")
 
 
+# ------------------------------------------------------------------ demo
+
+
+def test_demo_hands_over_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(The demo itself is tested in test_demo.py; it takes a minute.)"""
+    called = []
+
+    def run_demo(*arguments: Any, **settings: Any) -> str:
+        called.append((arguments, settings))
+        return "a table"
+
+    stand_in = SimpleNamespace(run_demo=run_demo, to_stderr="lines")
+    monkeypatch.setitem(sys.modules, "star_attention.demo.run", stand_in)
+    assert ok("demo", "-m", BUNDLED, "--out", tmp_path, "--tokens", "2k", "--seed", "3").out == "a table\n"
+    assert called == [((str(BUNDLED), str(tmp_path)), {"tokens": 2048, "seed": 3, "progress": "lines"})]
+    assert "tokens '2x' is not a number of tokens" in failed("demo", "--tokens", "2x")
+    monkeypatch.chdir(tmp_path)
+    assert "run this in a checkout of the repository" in failed("demo")
+
+
 # ------------------------------------------------------------------ interruptions
 
 
@@ -453,6 +474,7 @@ def test_without_a_command_it_shows_help() -> None:
 def test_the_page_of_the_docs_is_fresh_and_does_not_depend_on_the_terminal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert docs.main(["--check"]) == 0
     monkeypatch.setenv("COLUMNS", "31")
     monkeypatch.setenv("FORCE_COLOR", "1")

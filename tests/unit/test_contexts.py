@@ -17,11 +17,11 @@ from tests.engines import (
     CONTEXT,
     VARIED,
     assert_same_kv,
-    bundled_model,
     bundled_tokenizer,
     engine,
     ids,
     stored,
+    text_model,
     tiny,
 )
 
@@ -159,7 +159,7 @@ def with_ends(*, eos: bool) -> StarLLM:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A <eos>" if eos else "<bos> $A", special_tokens=specials
     )
-    return StarLLM(bundled_model(), tokenizer)
+    return StarLLM(text_model(), tokenizer)
 
 
 TEXT = "A letter lies unopened on the desk.\n"

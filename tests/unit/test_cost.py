@@ -20,7 +20,7 @@ from star_attention.cost import AttentionShape, ModelShape
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.shape import model_shape
 from star_attention.plan import BlockPlan
-from tests.engines import engine, ids, tiny
+from tests.engines import BUNDLED, engine, ids, tiny
 from tests.families import FAMILIES, REFUSED, UNUSUAL
 
 SHAPE = ModelShape(
@@ -226,7 +226,7 @@ def test_precision(dtype: str, size: int) -> None:
 
 
 def test_the_configs_precision_counts_where_none_is_given() -> None:
-    assert model_shape(AutoConfig.from_pretrained("models/needle-17m")).bytes_per_number == 2
+    assert model_shape(AutoConfig.from_pretrained(BUNDLED)).bytes_per_number == 2
 
 
 def test_the_config_stays_as_it_was() -> None:

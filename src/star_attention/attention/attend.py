@@ -58,7 +58,7 @@ def attend(
         offset, K = offset - first, last - first
     if window is not None and offset + Q <= window:
         window = None  # even the last row reaches the first key
-    if key_mask_BK is None:
+    if key_mask_BK is None and offset >= 0:  # (a negative one leaves rows without keys, which is the mask's business)
         if window is None:
             if offset >= K - 1:
                 return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=False, kernel=kernel)

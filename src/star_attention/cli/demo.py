@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from star_attention.cli.options import option
+from star_attention.cli.options import Quiet, option
 from star_attention.errors import ModelNotFoundError
 from star_attention.plan import parse_size
 
@@ -20,6 +20,7 @@ def demo(
     ] = "demo-output",
     tokens: Annotated[str, option("Length of the text.", panel="Demo", metavar="SIZE")] = "16k",
     seed: Annotated[int, option("Which facts are planted, and where.", panel="Demo", metavar="N")] = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Plant facts in a long text and ask for them, with dense attention and with Star Attention.
 
@@ -33,8 +34,8 @@ def demo(
             f"there is no model folder {model}; run this in a checkout of the repository, which brings {BUNDLED_MODEL},"
             " or give another folder with --model"
         )
-    from star_attention.demo.run import run_demo
-    from star_attention.hf.logs import quiet
+    from star_attention.demo.run import run_demo, to_stderr
+    from star_attention.hf.logs import hide_progress_bars
 
-    quiet()
-    print(run_demo(model, out, tokens=length, seed=seed))
+    hide_progress_bars()
+    print(run_demo(model, out, tokens=length, seed=seed, progress=None if quiet else to_stderr))

@@ -23,9 +23,9 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
     StarConfig.of(**sizes)
     with notes.waiting(f"loading {model.model}"):
         from star_attention.engine import StarLLM
-        from star_attention.hf.logs import quiet
+        from star_attention.hf.logs import hide_progress_bars
 
-        quiet()
+        hide_progress_bars()
         return StarLLM.from_pretrained(model.model, dtype=model.dtype, device=model.device, **sizes)
 
 

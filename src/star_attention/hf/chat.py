@@ -1,8 +1,8 @@
 """Chat messages cut in two: what is encoded as context, and what a query continues.
 
-The chat template is rendered once around a sentinel and cut there, so that any template works: the head is the context, the
-tail (end of the turn, start of the answer) follows the query. The cut lies inside a user message: right behind the document part
-when the context ends in an open user message, right before the query's text otherwise.
+The chat template is rendered once around sentinels and cut there, so that any template works: the head is the context, what
+introduces the query and what follows it (end of the turn, start of the answer) goes with the query. The cut lies inside a user
+message: right behind the document part when the context ends in an open user message, right before the query's text otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from star_attention.errors import InvalidInputError, TokenError
 
 Message = dict[str, Any]
-_SENTINEL = "\u2063star-attention-cut\u2063"
+_CUT = "\u2063star-attention-cut\u2063"
+_QUERY = "\u2063star-attention-query\u2063"
 _WINDOW = 200
 """Characters on each side of the cut that are tokenized together, to see whether the cut changes them."""
 
@@ -61,12 +62,12 @@ def open_context(tokenizer: Any, messages: list[Message]) -> ChatContext:
         question = texts[-1][-1]
         last["content"] = [{"type": "text", "text": text} for text in texts[-1][:-1]]
     parts = _takes_parts(tokenizer)
-    head, _ = _cut(tokenizer, messages, is_open, parts, [])
+    head, _, _ = _cut(tokenizer, messages, is_open, parts, [])
     return ChatContext(messages=messages, open=is_open, parts=parts, question=question, head=head)
 
 
 def continue_context(tokenizer: Any, chat: ChatContext, query: str | list[Message] | None) -> str:
-    """The text that follows the context for a query: its words, the end of its turn, and the start of the answer."""
+    """The text that follows the context for a query: its turn, and the start of the answer."""
     if query is None:
         if chat.question is None:
             raise InvalidInputError("no query: this chat context came without a question; give one")
@@ -82,14 +83,14 @@ def continue_context(tokenizer: Any, chat: ChatContext, query: str | list[Messag
         query = "\n".join(texts)
     if not query:
         raise TokenError("the query is empty; give at least 1 token")
-    head, tail = _cut(tokenizer, chat.messages, chat.open, chat.parts, more)
+    head, before, after = _cut(tokenizer, chat.messages, chat.open, chat.parts, more)
     if head != chat.head:
         warnings.warn(
             "the chat template renders the context differently now than when it was encoded (a date, or a later message"
             " that changes earlier ones); the answer goes on from what was encoded",
             stacklevel=2,
         )
-    return query + tail
+    return before + query + after
 
 
 def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
@@ -98,7 +99,7 @@ def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
     texts = _texts(messages[-1])
     texts[-1] += more
     messages[-1]["content"] = [{"type": "text", "text": text} for text in texts]
-    head, _ = _cut(tokenizer, messages, True, chat.parts, [])
+    head, _, _ = _cut(tokenizer, messages, True, chat.parts, [])
     return replace(chat, messages=messages, head=head)
 
 
@@ -145,17 +146,21 @@ def _takes_parts(tokenizer: Any) -> bool:
     return "first" in text and "second" in text and "'text'" not in text and '"text"' not in text
 
 
-def _cut(tokenizer: Any, messages: list[Message], is_open: bool, parts: bool, more: list[Message]) -> tuple[str, str]:
-    """Rendered text before and after the place of the query."""
+def _cut(
+    tokenizer: Any, messages: list[Message], is_open: bool, parts: bool, more: list[Message]
+) -> tuple[str, str, str]:
+    """Rendered text up to the cut, from there to the place of the query, and behind it."""
     messages = copy.deepcopy(messages)
     if not is_open:
-        messages.append({"role": "user", "content": _SENTINEL})
+        messages.append({"role": "user", "content": _CUT + _QUERY})
     elif parts:
-        messages[-1]["content"] = [{"type": "text", "text": text} for text in [*_texts(messages[-1]), _SENTINEL]]
+        *earlier, last = _texts(messages[-1])
+        messages[-1]["content"] = [{"type": "text", "text": text} for text in [*earlier, last + _CUT, _QUERY]]
     else:
-        messages[-1]["content"] = "".join(_texts(messages[-1])) + _SENTINEL
+        messages[-1]["content"] = "".join(_texts(messages[-1])) + _CUT + _QUERY
     text: str = tokenizer.apply_chat_template(messages + more, tokenize=False, add_generation_prompt=True)
-    if text.count(_SENTINEL) != 1:
+    if text.count(_CUT) != 1 or text.count(_QUERY) != 1:
         raise InvalidInputError("the chat template does not write the user's text once, as it is; use raw text instead")
-    head, tail = text.split(_SENTINEL)
-    return head, tail
+    head, rest = text.split(_CUT)
+    before, after = rest.split(_QUERY)
+    return head, before, after

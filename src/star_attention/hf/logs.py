@@ -5,6 +5,6 @@ from __future__ import annotations
 from transformers.utils import logging
 
 
-def quiet() -> None:
+def hide_progress_bars() -> None:
     """No progress bars over weights."""
     logging.disable_progress_bar()

@@ -67,6 +67,8 @@ def pinned(modules: list[nn.Module], length: int | None, active: Callable[[], bo
     if length is None or not modules:
         yield
         return
+    # (accelerate puts a forward of its own on modules that it moves between devices.)
+    before = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         stock, stand_in = module.forward, _pinned_copy(module, length)
 
@@ -77,8 +79,11 @@ def pinned(modules: list[nn.Module], length: int | None, active: Callable[[], bo
     try:
         yield
     finally:
-        for module in modules:
-            del module.forward
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,116 @@
+"""The heat map over depth and length, as a PNG (matplotlib) and as SVG for the page; one palette for both."""
+
+from __future__ import annotations
+
+import importlib
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from star_attention.demo.result import DENSE, STAR, DemoResult
+from star_attention.errors import StarAttentionError
+from star_attention.plan import format_size
+
+MISSED, HALF, FOUND = (0xC8, 0x5A, 0x11), (0xF1, 0xEC, 0xE2), (0x1F, 0x5F, 0x9E)
+"""Orange, near white, blue: told apart by every common form of colour blindness, and in grey by the printed numbers."""
+
+PANELS = ((DENSE, "Dense attention"), (STAR, "Star Attention"))
+
+
+class MissingPackageError(StarAttentionError, ImportError):
+    """An optional package is missing; the message gives the command that installs it."""
+
+
+def require_matplotlib() -> Any:
+    """matplotlib, imported now.
+
+    Raises `MissingPackageError` where it is not installed.
+    """
+    try:
+        return importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise MissingPackageError(
+            'the demo draws its heat map with matplotlib, which is not installed; run: pip install "star-attention[plot]"'
+        ) from error
+
+
+def colour(accuracy: float) -> str:
+    """`#rrggbb` between missed (0), half, and found (1)."""
+    (low, high), part = ((MISSED, HALF), accuracy * 2) if accuracy < 0.5 else ((HALF, FOUND), accuracy * 2 - 1)
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
+
+
+def ink(accuracy: float) -> str:
+    """A colour for text on `colour(accuracy)`."""
+    return "#1c1c1c" if 0.15 < accuracy < 0.75 else "#ffffff"
+
+
+def cells(result: DemoResult, mode: str) -> list[tuple[int, int, float]]:
+    """`(row, column, accuracy)`; rows are depths from the top of the text, columns lengths from the shortest."""
+    return [
+        (row, column, result.score(mode, length, depth).accuracy)
+        for row, depth in enumerate(result.depths)
+        for column, length in enumerate(result.lengths)
+    ]
+
+
+def write_png(result: DemoResult, path: Path, caption: str) -> None:
+    """Both panels, with the caption underneath. Raises `MissingPackageError` and `OSError`."""
+    require_matplotlib()
+    # Figure and not pyplot: no global state, no windows, whatever backend is configured.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    lengths, depths = result.lengths, result.depths
+    figure = Figure(
+        figsize=(2.6 + 2 * (0.9 + 0.75 * len(lengths)), 1.9 + 0.36 * len(depths)), dpi=160, layout="constrained"
+    )
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, (mode, title) in zip(axes, PANELS, strict=True):
+        for row, column, accuracy in cells(result, mode):
+            axis.add_patch(Rectangle((column + 0.02, row + 0.03), 0.96, 0.94, facecolor=colour(accuracy), linewidth=0))
+            axis.text(
+                column + 0.5, row + 0.52, f"{accuracy:.0%}", color=ink(accuracy), ha="center", va="center", fontsize=8.5
+            )
+        axis.set(xlim=(0, len(lengths)), ylim=(len(depths), 0), xlabel="context length, tokens")
+        axis.set_xticks([one + 0.5 for one in range(len(lengths))], [format_size(length) for length in lengths])
+        axis.set_yticks([one + 0.5 for one in range(len(depths))], [f"{depth:.0%}" for depth in depths])
+        axis.set_title(f"{title}: {result.score(mode)} found", fontsize=11, fontweight="bold", pad=8)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    axes[0].set_ylabel("depth of the fact in the text")
+    figure.supxlabel(caption, fontsize=8.5, color="#444444")
+    figure.savefig(path, facecolor="white")
+
+
+def svg(result: DemoResult, mode: str, title: str) -> str:
+    """One panel; its text takes the page's colours (`currentColor`)."""
+    lengths, depths = result.lengths, result.depths
+    width, height, left, top = 74, 30, 62, 40
+    across, down = left + width * len(lengths) + 6, top + height * len(depths) + 48
+    parts = [
+        f'<svg viewBox="0 0 {across} {down}" role="img" aria-label="{escape(title)}: facts found by depth and length">',
+        f'<text x="{left}" y="20" class="title">{escape(title)}: {result.score(mode)} found</text>',
+    ]
+    for row, column, accuracy in cells(result, mode):
+        x, y = left + column * width, top + row * height
+        length, depth = lengths[column], depths[row]
+        told = f"{result.score(mode, length, depth)} at {format_size(length)} tokens, depth {depth:.0%}"
+        parts.append(
+            f"<g><title>{told}</title>"
+            f'<rect x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="3" fill="{colour(accuracy)}"/>'
+            f'<text x="{x + width / 2}" y="{y + height / 2 + 4.5}" class="cell" fill="{ink(accuracy)}">{accuracy:.0%}</text></g>'
+        )
+    for row, depth in enumerate(depths):
+        parts.append(f'<text x="{left - 8}" y="{top + (row + 0.5) * height + 4.5}" class="row">{depth:.0%}</text>')
+    base = top + height * len(depths)
+    for column, length in enumerate(lengths):
+        parts.append(
+            f'<text x="{left + (column + 0.5) * width}" y="{base + 18}" class="column">{format_size(length)}</text>'
+        )
+    middle = left + width * len(lengths) / 2
+    parts.append(f'<text x="{middle}" y="{base + 40}" class="column axis">context length, tokens</text>')
+    parts.append(
+        f'<text transform="translate(14 {(top + base) / 2}) rotate(-90)" class="column axis">depth of the fact in the text</text>'
+    )
+    return "\n".join([*parts, "</svg>"])
