@@ -17,6 +17,9 @@ METHODS = {
 RESERVE_TOKENS = 1024
 """Tokens kept free for query and answer where rotary frequencies depend on the total length (LongRoPE, dynamic NTK)."""
 
+TOKENS_PER_FORWARD = 8192
+TOKENS_PER_FORWARD_GPU = 16384
+
 MAX_NEW_TOKENS = 256
 
 
@@ -62,6 +65,12 @@ class StarConfig:
             raise SizeError(f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token")
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise InvalidInputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+
+    def forward_size(self, device_type: str) -> int:
+        """Most context tokens in one forward on a device of that type ("cpu", "cuda", ...)."""
+        if self.tokens_per_forward is not None:
+            return self.tokens_per_forward
+        return TOKENS_PER_FORWARD if device_type == "cpu" else TOKENS_PER_FORWARD_GPU
 
     def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:
         """The block plan of this method's settings for a context of `context_tokens`."""

@@ -28,9 +28,6 @@ from star_attention.store import ContextKV, LayerKV, as_tensor_ids
 TextOrIds = str | Sequence[int] | Tensor
 Content = TextOrIds | Sequence[chat.Message]
 
-TOKENS_PER_FORWARD = {"cpu": 8192}
-TOKENS_PER_FORWARD_ACCELERATOR = 16384
-
 
 @dataclass(frozen=True)
 class Support:
@@ -127,9 +124,7 @@ class StarLLM:
     @property
     def tokens_per_forward(self) -> int:
         """Most context tokens in one forward."""
-        if self.config.tokens_per_forward is not None:
-            return self.config.tokens_per_forward
-        return TOKENS_PER_FORWARD.get(self.device.type, TOKENS_PER_FORWARD_ACCELERATOR)
+        return self.config.forward_size(self.device.type)
 
     # ------------------------------------------------------------------ phase 1
 

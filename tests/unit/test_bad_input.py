@@ -383,7 +383,7 @@ WHY = {
     "qwen3_next": LINEAR,
     "qwen3_5": LINEAR,
     "minimax": LINEAR,
-    "recurrent_gemma": LINEAR,
+    "recurrent_gemma": "running state instead of keys and values",
     "lfm2": "conv layers",
     "llama4": "chunked-attention layers",
     "deepseek_v32": "picks keys by an indexer of its own",

@@ -3,8 +3,8 @@
 Measured in a process of its own as the high-water mark of resident memory (`VmHWM`, reset right before), less what was
 resident before (weights, libraries, and what a first short encode leaves behind), less the keys and values kept. glibc is
 told to hand blocks above 64 KiB back to the system when they are freed (it would keep them otherwise, and the mark would say
-less about the working memory). What is measured is therefore memory that was really touched, whole pages, with the allocator's own small
-change in it: hence the noise that the tests allow.
+less about the working memory). What is measured is therefore memory that was really touched, whole pages, with the
+allocator's own small change in it: hence the noise that the tests allow.
 """
 
 from __future__ import annotations

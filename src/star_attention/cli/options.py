@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from star_attention.config import MAX_NEW_TOKENS, METHODS, StarConfig
+from star_attention.config import MAX_NEW_TOKENS, METHODS, TOKENS_PER_FORWARD, TOKENS_PER_FORWARD_GPU, StarConfig
+from star_attention.plan import format_size
 
 
 def option(help: str, *names: str, panel: str, metavar: str | None = None, **more: Any) -> Any:
@@ -34,7 +35,7 @@ TokensPerForward = Annotated[
         "Most tokens in one forward, which sets the working memory.",
         panel="Model",
         metavar="SIZE",
-        show_default="by device",
+        show_default=f"{format_size(TOKENS_PER_FORWARD)} on CPU, {format_size(TOKENS_PER_FORWARD_GPU)} on a GPU",
     ),
 ]
 BlockSize = Annotated[

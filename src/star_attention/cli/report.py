@@ -6,8 +6,9 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from star_attention import cost, engine
+from star_attention import cost
 from star_attention.cli.notes import amount, in_bytes
+from star_attention.config import StarConfig
 from star_attention.cost import Flops
 from star_attention.hf import load, rope
 from star_attention.hf.shape import model_shape
@@ -34,10 +35,8 @@ class Report:
         self.model, self.plan = model, plan
         self.shape = shape = model_shape(config, dtype)
         self.queries, self.query_tokens, self.answer_tokens = queries, query_tokens, answer_tokens
-        if tokens_per_forward is None:
-            device = load.pick_device("auto")
-            tokens_per_forward = engine.TOKENS_PER_FORWARD.get(device, engine.TOKENS_PER_FORWARD_ACCELERATOR)
-        self.tokens_per_forward = tokens_per_forward
+        settings = StarConfig(tokens_per_forward=tokens_per_forward)
+        self.tokens_per_forward = tokens_per_forward = settings.forward_size(load.pick_device("auto"))
 
         def phase1(plan: BlockPlan, rank: int | None = None) -> Flops:
             return cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank)

@@ -80,13 +80,13 @@ def write_png(result: DemoResult, path: Path, caption: str) -> None:
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("depth of the fact in the text")
     figure.supxlabel(caption, fontsize=8.5, color="#444444")
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path, facecolor="white", bbox_inches="tight", pad_inches=0.2)
 
 
 def svg(result: DemoResult, mode: str, title: str) -> str:
     """One panel; its text takes the page's colours (`currentColor`)."""
     lengths, depths = result.lengths, result.depths
-    width, height, left, top = 74, 30, 62, 40
+    width, height, left, top = max(74, 300 // len(lengths)), 30, 62, 40  # wide enough for the title
     across, down = left + width * len(lengths) + 6, top + height * len(depths) + 48
     parts = [
         f'<svg viewBox="0 0 {across} {down}" role="img" aria-label="{escape(title)}: facts found by depth and length">',

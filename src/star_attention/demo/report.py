@@ -90,12 +90,18 @@ def summary(result: DemoResult) -> tuple[str, str]:
     found = f"with the anchor cut to {small.anchor_size} tokens it finds {small.score.correct}, with none {none.score.correct}"
     lost = star.score.accuracy - none.score.accuracy
     if lost <= 0.05:
-        verdict = "so this small model hardly needs an anchor"
+        verdict = f"so this {_model(result)} hardly needs an anchor for such questions"
         if none.score.accuracy < 0.5:
-            verdict = "but too little is found to say whether this model needs an anchor"
+            verdict = "but too little is found to say whether an anchor is needed"
     else:
-        verdict = f"so this model needs its anchor, and loses {lost * 100:.0f} points without"
+        verdict = f"so this {_model(result)} needs its anchor, and loses {lost * 100:.0f} points without"
     return first, f"{found[0].upper()}{found[1:]}, {verdict}."
+
+
+def _model(result: DemoResult) -> str:
+    parameters = result.settings["parameters"]
+    size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
+    return f"{'' if parameters >= 1e9 else 'small '}model ({size} parameters)"
 
 
 def _same(one: Row, other: Row) -> bool:
@@ -117,9 +123,9 @@ def notes(result: DemoResult) -> list[str]:
     return [
         f"Memory: on one device Star Attention's keys and values {kv}, since those of every token are kept once; what it"
         " saves here is work. Over several devices each would hold the share of its blocks.",
-        "The anchor: larger language models do need it. They park spare attention on the first tokens that they see (an"
-        " attention sink); without an anchor every block grows a sink of its own, which misleads the question. The"
-        f" paper's models lose {PAPER_LOSS} without an anchor.",
+        "The anchor: larger language models do need it. They give much attention to the first tokens that they see (an"
+        " attention sink); without an anchor every block grows a sink of its own, and the paper's models lose"
+        f" {PAPER_LOSS}. With one, a single sink is left, at the head of the text, as in dense attention.",
         f"Precision: with {asked} questions a method, a few points are chance (no miss in {asked} leaves room for a rate of"
         f" up to {unseen:.0%}). Times are medians on this machine, and each ratio (x) is against dense.",
     ]

@@ -91,7 +91,7 @@ class Example:
 class DemoResult:
     """Everything that a run of the demo measured.
 
-    settings: model, tokens, seed, facts, samples, dtype, device, threads. versions: by name. total_s: the whole run.
+    settings: model, parameters, tokens, seed, facts, samples, dtype, device, threads. versions: by name. total_s: the whole run.
     """
 
     trials: tuple[Trial, ...]

@@ -77,6 +77,7 @@ def run_demo(
         example=_example(base, first, next(one for one in trials if one.mode == STAR and one.length == tokens)),
         settings={
             "model": str(model_path),
+            "parameters": sum(weight.numel() for weight in base.model.parameters()),
             "tokens": tokens,
             "seed": seed,
             "facts": facts,

@@ -117,7 +117,9 @@ def _check_path(path: str | os.PathLike[str]) -> None:
         return
     if exists:
         raise ModelNotFoundError(f"{folder} is a file; give the model's folder, or a hub id")
-    if folder.is_absolute() or not _HUB_ID.fullmatch(str(path)) or str(path).startswith("."):
+    # `models/needle` reads like a hub id; where the folder `models` stands here, a path was meant.
+    is_path = folder.is_absolute() or str(path).startswith(".") or (len(folder.parts) > 1 and folder.parent.is_dir())
+    if is_path or not _HUB_ID.fullmatch(str(path)):
         raise ModelNotFoundError(
             f"there is no model folder {path}; check the path, or give a hub id like organisation/name"
         )

@@ -1,0 +1,334 @@
+"""The demo: a haystack that is what it says, and a small run that reports and writes what it measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from star_attention.demo import haystack, heatmap, report
+from star_attention.demo.haystack import build_haystack, prose_lines
+from star_attention.demo.heatmap import MissingPackageError
+from star_attention.demo.result import DENSE, MODES, NONE, SMALL, STAR, Answer, DemoResult, Example, Trial
+from star_attention.demo.run import run_demo
+from star_attention.errors import InvalidInputError, ModelNotFoundError, SizeError
+from tests.engines import BUNDLED, bundled_tokenizer
+
+LINE_TOKENS = 128
+"""No line of the text is longer; a fact stands within one line of its depth, and a haystack within one of its length."""
+
+
+def ids(text: str) -> list[int]:
+    return bundled_tokenizer()(text).input_ids
+
+
+# ------------------------------------------------------------------ the haystack
+
+
+def test_the_text_is_whole_lines_of_ascii_prose() -> None:
+    lines = prose_lines()
+    assert len(lines) > 1000
+    assert len(set(lines)) == len(lines)
+    for line in lines:
+        assert line.endswith("\n")
+        assert line.count("\n") == 1
+        assert line.isascii()
+        assert line[-2] in ".!?"
+        assert "secret" not in line
+        assert "://" not in line
+    assert max(len(ids(line)) for line in lines) <= LINE_TOKENS
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize("tokens", [1024, 2048, 3001, 16384])
+def test_the_length_is_never_above_what_was_asked_for(tokens: int, seed: int) -> None:
+    made = build_haystack(bundled_tokenizer(), tokens, seed=seed)
+    assert made.tokens == len(ids(made.text))
+    assert tokens - LINE_TOKENS < made.tokens <= tokens
+    assert made.text.endswith("\n")
+
+
+def test_a_tokenizer_whose_lines_do_not_add_up_is_not_given_more() -> None:
+    """Forbids trusting the sum over lines: this tokenizer needs more for joined lines than for each alone."""
+
+    class Greedy:
+        bos_token_id, eos_token_id, eos_token = None, None, None
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+            count = len(text.split()) + 2 * max(0, text.count("\n") - 1)
+            return type("Encoding", (), {"input_ids": list(range(3, 3 + count))})
+
+    made = build_haystack(Greedy(), 2000, seed=0)
+    assert 1900 < made.tokens <= 2000
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_every_fact_stands_once_at_its_depth(tokens: int) -> None:
+    made = build_haystack(bundled_tokenizer(), tokens, facts=8, seed=3)
+    lines = made.text.splitlines(keepends=True)
+    assert len({fact.key for fact in made.facts}) == len({fact.number for fact in made.facts}) == 8
+    assert [fact.depth for fact in made.facts] == [index / 7 for index in range(8)]
+    assert lines[0] == made.facts[0].line
+    assert lines[-1] == made.facts[-1].line
+    needle = len(ids(made.facts[0].line))
+    for fact in made.facts:
+        assert lines.count(fact.line) == 1
+        assert made.text.count(fact.key) == 1
+        assert made.text.count(fact.number) == 1
+        assert re.fullmatch(r"[1-9]\d{6}", fact.number)
+        before = made.text[: made.text.index(fact.line)]
+        assert fact.position == len(ids(before))
+        assert abs(fact.position - fact.depth * made.tokens) < LINE_TOKENS + needle
+
+
+def test_the_query_asks_without_telling() -> None:
+    made = build_haystack(bundled_tokenizer(), 2048, seed=0)
+    for fact in made.facts:
+        query = fact.query(bundled_tokenizer())
+        assert query.startswith("<|q|>What is the secret number for ")
+        assert query.endswith(f"<|a|>The secret number for {fact.key} is")
+        assert fact.number not in query
+        assert fact.found_in(f" {fact.number}")
+        assert fact.found_in(f" {fact.number}.\nMore")
+        assert not fact.found_in(f" {fact.number}0")
+        assert not fact.found_in(f" {fact.number[:-1]}")
+        assert not fact.found_in(f" not {fact.number}")
+        assert not fact.found_in("")
+
+
+def test_a_tokenizer_without_the_marks_is_asked_in_plain_words() -> None:
+    class Plain:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0}
+
+    fact = build_haystack(bundled_tokenizer(), 1024).facts[0]
+    assert "<|" not in fact.query(Plain())
+
+
+def test_the_seed_decides_everything() -> None:
+    def made(**settings: Any) -> haystack.Haystack:
+        return build_haystack(bundled_tokenizer(), 2048, **settings)
+
+    assert made(seed=5) == made(seed=5)
+    other = made(seed=6)
+    assert {fact.key for fact in other.facts} != {fact.key for fact in made(seed=5).facts}
+    assert other.text.splitlines()[1] != made(seed=5).text.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "facts", "message"),
+    [
+        (100, 10, "tokens 100 leave no room around 10 facts; give at least"),
+        (2048, 1, "facts 1 cannot be planted"),
+        (2048, 10**6, "facts 1000000 cannot be planted"),
+        (10**6, 10, "tokens 1,000,000 are more than the text has"),
+    ],
+)
+def test_a_haystack_that_cannot_be_is_refused(tokens: int, facts: int, message: str) -> None:
+    with pytest.raises(SizeError, match=message):
+        build_haystack(bundled_tokenizer(), tokens, facts=facts)
+
+
+def test_a_python_without_the_text_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    prose_lines.cache_clear()
+    with pytest.raises(InvalidInputError, match=r"pydoc_data\.topics of the standard library, is missing"):
+        prose_lines()
+
+
+# ------------------------------------------------------------------ what is said about the numbers
+
+
+def trial(mode: str, length: int = 16384, *, correct: int = 10, encode_s: float = 1.0) -> Trial:
+    block = length if mode == DENSE else length // 4
+    answers = [
+        Answer(key=f"k{i}", number="1", depth=i / 9, position=i, text=" 1", correct=i < correct) for i in range(10)
+    ]
+    return Trial(
+        mode=mode,
+        length=length,
+        seed=0,
+        tokens=length,
+        num_blocks=1 if mode == DENSE else 4,
+        block_size=block,
+        anchor_size={DENSE: 0, STAR: block, SMALL: block // 16, NONE: 0}[mode],
+        encode_s=encode_s,
+        first_token_s=0.5,
+        kv_bytes=2**20,
+        answers=tuple(answers),
+    )
+
+
+def result(**correct: int) -> DemoResult:
+    """A result whose modes found as many as said: dense, star, small, none; star takes half of dense's time."""
+    counts = dict(zip(MODES, (correct.get(name, 10) for name in ("dense", "star", "small", "none")), strict=True))
+    trials = [trial(mode, correct=found, encode_s=2.0 if mode == DENSE else 1.0) for mode, found in counts.items()]
+    return DemoResult(
+        trials=(*trials, trial(DENSE, 8192, correct=0), trial(STAR, 8192, correct=5)),
+        example=Example(before="a <b>\n", line="the fact\n", after="c & d\n", query="<|q|>?", answer=" 1"),
+        settings={"model": "m", "parameters": 17_000_000, "tokens": 16384, "samples": 1, "facts": 10},
+        versions={"python": "3"},
+        total_s=1.0,
+    )
+
+
+def test_the_sentences_follow_the_numbers() -> None:
+    """Forbids canned words: each verdict must change with what was measured."""
+    first, second = report.summary(result())
+    assert "16k tokens" in first
+    assert "as many as dense" in first
+    assert "in 50% of the time (1.0 s instead of 2.0 s)" in first
+    assert "so this small model (17M parameters) hardly needs an anchor" in second
+    assert "fewer than dense attention (10)" in report.summary(result(star=7))[0]
+    assert "more than dense attention (6)" in report.summary(result(dense=6))[0]
+    assert "needs its anchor, and loses 70 points without" in report.summary(result(none=3))[1]
+    assert "too little is found" in report.summary(result(dense=1, star=1, small=1, none=1))[1]
+    for sentence in (first, second):
+        assert sentence.endswith(".")
+        assert ". " not in sentence
+    slow = result()
+    slow = dataclasses.replace(slow, trials=tuple(dataclasses.replace(one, encode_s=1.0) for one in slow.trials))
+    assert "takes as long to encode" in report.summary(slow)[0]
+    slower = tuple(dataclasses.replace(one, encode_s=1.0 if one.mode == DENSE else 3.0) for one in slow.trials)
+    assert "takes 3.00 times as long" in report.summary(dataclasses.replace(slow, trials=slower))[0]
+
+
+def test_ratios_are_against_dense_and_times_are_medians() -> None:
+    noisy = result()
+    noisy = dataclasses.replace(noisy, trials=(*noisy.trials, trial(STAR, encode_s=9.0), trial(STAR, encode_s=1.5)))
+    row = noisy.row(STAR)
+    assert row.encode_s == 1.5
+    assert row.encode_ratio == 0.75
+    assert row.score.asked == 30
+    assert row.kv_ratio == 1
+
+
+def test_the_heat_map_puts_each_score_in_its_cell() -> None:
+    """Forbids swapped axes: star finds the first half of the depths at 8K and all at 16K."""
+    cells = {(row, column): accuracy for row, column, accuracy in heatmap.cells(result(), STAR)}
+    assert [cells[row, 0] for row in range(10)] == [1.0] * 5 + [0.0] * 5
+    assert [cells[row, 1] for row in range(10)] == [1.0] * 10
+
+
+def test_the_page_shows_its_input_as_text(tmp_path: Path) -> None:
+    report.write(result(), tmp_path)
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert "a &lt;b&gt;" in page
+    assert "c &amp; d" in page
+    assert "&lt;|q|&gt;" in page
+
+
+# ------------------------------------------------------------------ a run
+
+
+SAMPLES = 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, list[str]]:
+    """2K tokens with the bundled model; seconds."""
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    told: list[str] = []
+    return run_demo(BUNDLED, out, tokens=2048, samples=SAMPLES, progress=told.append), out, told
+
+
+def test_the_bundled_model_finds_the_facts(run: tuple[DemoResult, Path, list[str]]) -> None:
+    """The model card has the one-answer tasks at 0.92 and above in all modes: at most one of ten may be missed here."""
+    made, _, told = run
+    assert made.lengths == [1024, 2048]
+    assert len(told) == len(made.trials) == SAMPLES * (4 + 2)
+    for row in made.rows:
+        assert row.score.asked == 10 * SAMPLES
+        assert row.score.accuracy >= 0.9
+        assert row.kv_bytes == made.row(DENSE).kv_bytes  # one device keeps every token's keys and values once
+    for one in made.trials:
+        for answer in one.answers:
+            assert answer.correct == (answer.text.strip() == answer.number)
+    assert [(row.num_blocks, row.anchor_size) for row in made.rows] == [(1, 0), (4, 512), (4, 32), (4, 0)]
+
+
+def test_the_json_holds_the_numbers_of_the_table(run: tuple[DemoResult, Path, list[str]]) -> None:
+    made, out, _ = run
+    data = json.loads((out / "demo.json").read_text(encoding="utf-8"))
+    assert data["settings"]["seed"] == 0
+    assert {"star-attention", "python", "torch", "transformers", "matplotlib"} <= set(data["versions"])
+    assert [row["mode"] for row in data["table"]] == list(MODES)
+    for written, row in zip(data["table"], made.rows, strict=True):
+        trials = [one for one in data["trials"] if (one["mode"], one["length"]) == (row.mode, 2048)]
+        answers = [answer["correct"] for one in trials for answer in one["answers"]]
+        assert written["accuracy"] == row.score.accuracy == sum(answers) / len(answers)
+    assert len(data["heatmap"]["star"]) == len(data["heatmap"]["dense"]) == 2 * 10
+    assert data["summary"] == list(report.summary(made))
+
+
+class Resources(HTMLParser):
+    """What a page would load, and the tags that it closes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [tag] if tag in ("script", "link", "iframe", "object", "embed", "base") else []
+        for name, value in attrs:
+            if name in ("src", "srcset", "href", "xlink:href", "data", "action") and not (value or "").startswith(
+                "data:"
+            ):
+                self.loads.append(f"{tag} {name}={value}")
+
+
+def test_the_page_loads_nothing(run: tuple[DemoResult, Path, list[str]]) -> None:
+    made, out, _ = run
+    page = (out / "demo.html").read_text(encoding="utf-8")
+    seen = Resources()
+    seen.feed(page)
+    assert seen.loads == []
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "://" not in page
+    assert "$" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert page.count("<svg") == 2
+    assert " ".join(report.summary(made)).split(",")[0] in page
+
+
+def test_the_picture_is_a_picture(run: tuple[DemoResult, Path, list[str]]) -> None:
+    with Image.open(run[1] / "heatmap.png") as picture:
+        picture.verify()
+        assert min(picture.size) > 400
+
+
+def test_one_table_is_printed(run: tuple[DemoResult, Path, list[str]]) -> None:
+    console = Console(width=100, record=True, file=io.StringIO())
+    report.print_report(run[0], console)
+    text = console.export_text()
+    assert text.count("encode s") == 1
+    for mode in MODES:
+        assert len(re.findall(rf"^│ {mode}\b.*│$", text, re.MULTILINE)) == 1
+    assert str(run[0]).count("encode s") == 1
+
+
+def test_a_missing_matplotlib_is_said_before_anything_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingPackageError, match=r'pip install "star-attention\[plot\]"'):
+        run_demo("no-such-model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SizeError, match="samples 0 is below 1"):
+        run_demo(BUNDLED, tmp_path, samples=0)
+    with pytest.raises(ModelNotFoundError):
+        run_demo("./no-such-model", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        run_demo(BUNDLED, tmp_path / "file")
