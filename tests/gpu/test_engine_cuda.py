@@ -97,7 +97,7 @@ def test_bf16_logits_are_within_twice_a_plain_implementation() -> None:
 
 def test_phase_1_memory_depends_on_the_forward_not_on_the_context() -> None:
     star = StarLLM.from_pretrained(MODEL, block_size=2048, dtype="bfloat16", tokens_per_forward=4096)
-    star.encode(torch.randint(5, 4096, (4096,)))  # the libraries' own workspaces
+    star.encode(torch.randint(5, 4096, (8192,)))  # the libraries' own workspaces
     weights = torch.cuda.memory_allocated()
     extra = {}
     for tokens in (8192, 16384, 32768, 65536):
@@ -106,7 +106,7 @@ def test_phase_1_memory_depends_on_the_forward_not_on_the_context() -> None:
         extra[tokens] = context.peak_bytes - weights - context.nbytes
         del context
     print("bytes beyond weights and KV:", extra)
-    assert max(extra.values()) <= 1.1 * min(extra.values())
+    assert max(extra.values()) <= 1.1 * extra[8192]
 
 
 @pytest.mark.slow

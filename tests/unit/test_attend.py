@@ -163,6 +163,7 @@ def test_kernels_equal_the_oracle(name: str, kernel: str | None, dtype: torch.dt
     [
         Case(1100, 1300, 200, window=150),
         Case(1100, 1300, 200, hidden=(7, 600)),
+        Case(1100, 1300, 200, window=150, hidden=(7, 600)),
         Case(1100, 1300, 190),
         Case(600, 2111, 2200),
     ],
@@ -186,6 +187,20 @@ def test_math_is_the_same_in_small_pieces(case: Case, monkeypatch: pytest.Monkey
     rule = rule_of(case, 16)
     state = attend(q_BQHD, k_BKGD, v_BKGD, rule=rule, offset=case.offset, key_mask_BK=case.key_mask(), kernel="math")
     assert_within_budget(state, q_BQHD, k_BKGD, v_BKGD, case.keep(), rule)
+
+
+def test_causal_calls_are_aligned_at_the_last_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`attend` asks for square ones only, but the contract of a call is wider."""
+    case = Case(37, 53, 16)
+    q_BQHD, k_BKGD, v_BKGD = tensors(case, GQA, (16, 16), torch.float32)
+    call = replace(CALL, queries=37, keys=53, head_size=16, causal=True)
+    able = [name for name in CPU_KERNELS if not kernels.load(name).unsupported(call)]
+    assert "math" in able
+    for name in [*able, "math"]:
+        state = kernels.load(name).attend(q_BQHD, k_BKGD, v_BKGD, call=call, scale=0.25, mask_BQK=None)
+        assert_within_budget(state, q_BQHD, k_BKGD, v_BKGD, case.keep(), Rule(scale=0.25))
+        monkeypatch.setattr(kernels.load("math"), "MAX_SCORES", 700)
+        monkeypatch.setattr(kernels.load("math"), "MAX_KEYS", 10)
 
 
 @pytest.mark.parametrize("kernel", CPU_KERNELS)

@@ -83,11 +83,11 @@ def test_a_seed_repeats_whatever_runs_beside_it() -> None:
     star = engine("llama", block_size=16, anchor_size=16)
     context = star.encode(ids(CONTEXT))
     answers = {
-        tuple(star.generate(context, ids(QUERY, seed=2), max_new_tokens=24, seed=11, **SAMPLING).token_ids)
-        for _ in range(5)
+        tuple(star.generate(context, ids(QUERY, seed=2), max_new_tokens=12, seed=11, **SAMPLING).token_ids)
+        for _ in range(4)
     }
     others = {
-        tuple(star.generate(context, ids(QUERY, seed=2), max_new_tokens=24, seed=seed, **SAMPLING).token_ids)
+        tuple(star.generate(context, ids(QUERY, seed=2), max_new_tokens=12, seed=seed, **SAMPLING).token_ids)
         for seed in range(3)
     }
     assert len(answers) == 1
@@ -115,10 +115,10 @@ STOCK_MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIED)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss", "deepseek_v3", "gemma3n", "phi3_longrope"])
 @pytest.mark.parametrize("mode", STOCK_MODES)
 def test_decoding_modes_are_the_stock_ones(mode: str, name: str) -> None:
-    if name in ("phi3_longrope", "llama_dynamic_ntk") and mode == "penalty_in_beams":
+    if name == "phi3_longrope" and mode == "penalty_in_beams":
         pytest.skip("beams are given the query alone where rotary frequencies depend on the length")
     ours, stock = both(name, STOCK_MODES[mode], seed=1)
     assert ours == stock

@@ -176,6 +176,20 @@ def test_stop_strings_cut_the_text(
 
 
 @pytest.mark.parametrize("words", MODES, ids=["greedy", "beams", "sampling"])
+def test_a_stop_string_ends_the_work(
+    star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying
+) -> None:
+    """Nothing is computed behind it (a cut of the finished text alone would not end beams)."""
+    forwards: list[int] = []
+    handle = star.model.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        star.generate(context, QUERY, stop="number", max_new_tokens=60, **words, **saying("The secret number"))
+    finally:
+        handle.remove()
+    assert len(forwards) <= len(ids_of("The secret number")) + 1
+
+
+@pytest.mark.parametrize("words", MODES, ids=["greedy", "beams", "sampling"])
 def test_stop_strings_in_a_batch(star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying) -> None:
     texts = ["one STOP two", "a longer one, which goes on STOP two", "no such word"]
     replies = star.generate(context, [QUERY] * 3, stop=" STOP", max_new_tokens=40, **words, **saying(*texts))
