@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from star_attention import EncodedContext, StarLLM
+from star_attention.answering import generation_words
 from star_attention.errors import InvalidInputError
 from tests.engines import CONTEXT, QUERY, VARIED, engine, ids, stock_generate, tiny
 
@@ -305,6 +306,14 @@ def test_temperature_zero_is_greedy(llama: tuple[StarLLM, EncodedContext], words
     query = ids(QUERY, seed=2)
     greedy = star.generate(context, query, max_new_tokens=STEPS).token_ids
     assert star.generate(context, query, max_new_tokens=STEPS, **words).token_ids == greedy
+
+
+def test_greedy_search_is_given_no_sampling_words() -> None:
+    """Transformers logs a warning about each."""
+    words = dict(temperature=0, top_p=0.9, top_k=3, do_sample=True)
+    _, resolved = generation_words(tiny("llama"), words, 5, ignore_eos=False)
+    assert resolved["do_sample"] is False
+    assert [resolved[word] for word in ("temperature", "top_p", "top_k")] == [None] * 3
 
 
 def test_temperature_alone_means_sampling(llama: tuple[StarLLM, EncodedContext]) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from star_attention.demo import haystack, heatmap, report
 from star_attention.demo.haystack import build_haystack, prose_lines
 from star_attention.demo.heatmap import MissingPackageError
-from star_attention.demo.result import DENSE, MODES, NONE, SMALL, STAR, Answer, DemoResult, Example, Trial
+from star_attention.demo.result import DENSE, MODES, NONE, SMALL, STAR, Answer, DemoResult, Example, Trial, band
 from star_attention.demo.run import run_demo
 from star_attention.errors import InvalidInputError, ModelNotFoundError, SizeError
 from tests.engines import BUNDLED, bundled_tokenizer
@@ -51,7 +51,7 @@ def test_the_text_is_whole_lines_of_ascii_prose() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("tokens", [1024, 2048, 3001, 16384])
 def test_the_length_is_never_above_what_was_asked_for(tokens: int, seed: int) -> None:
-    made = build_haystack(bundled_tokenizer(), tokens, seed=seed)
+    made = build_haystack(bundled_tokenizer(), tokens, facts=10, seed=seed)
     assert made.tokens == len(ids(made.text))
     assert tokens - LINE_TOKENS < made.tokens <= tokens
     assert made.text.endswith("\n")
@@ -67,7 +67,7 @@ def test_a_tokenizer_whose_lines_do_not_add_up_is_not_given_more() -> None:
             count = len(text.split()) + 2 * max(0, text.count("\n") - 1)
             return type("Encoding", (), {"input_ids": list(range(3, 3 + count))})
 
-    made = build_haystack(Greedy(), 2000, seed=0)
+    made = build_haystack(Greedy(), 2000, facts=10)
     assert 1900 < made.tokens <= 2000
 
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_without_the_marks_is_asked_in_plain_words() -> None:
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0}
 
-    fact = build_haystack(bundled_tokenizer(), 1024).facts[0]
+    fact = build_haystack(bundled_tokenizer(), 1024, facts=4).facts[0]
     assert "<|" not in fact.query(Plain())
 
 
@@ -219,6 +219,13 @@ def test_the_heat_map_puts_each_score_in_its_cell() -> None:
     assert [cells[row, 1] for row in range(10)] == [1.0] * 10
 
 
+@pytest.mark.parametrize("facts", [10, 20, 30])
+def test_every_tenth_of_the_text_has_as_many_facts(facts: int) -> None:
+    """Forbids cells over uneven numbers of questions, by rounding at the borders or at the very end."""
+    tenths = [band(index / (facts - 1)) for index in range(facts)]
+    assert [tenths.count(tenth) for tenth in range(10)] == [facts // 10] * 10
+
+
 def test_the_page_shows_its_input_as_text(tmp_path: Path) -> None:
     report.write(result(), tmp_path)
     page = (tmp_path / "demo.html").read_text(encoding="utf-8")
@@ -238,7 +245,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, lis
     """2K tokens with the bundled model; seconds."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     told: list[str] = []
-    return run_demo(BUNDLED, out, tokens=2048, samples=SAMPLES, progress=told.append), out, told
+    return run_demo(BUNDLED, out, tokens=2048, facts=10, samples=SAMPLES, progress=told.append), out, told
 
 
 def test_the_bundled_model_finds_the_facts(run: tuple[DemoResult, Path, list[str]]) -> None:

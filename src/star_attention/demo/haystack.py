@@ -82,7 +82,7 @@ class Haystack:
     seed: int
 
 
-def build_haystack(tokenizer: Any, tokens: int, *, facts: int = 10, seed: int = 0) -> Haystack:
+def build_haystack(tokenizer: Any, tokens: int, *, facts: int = 30, seed: int = 0) -> Haystack:
     """A context of at most `tokens` tokens (BOS included), and as near to it as whole lines come.
 
     The facts stand at evenly spaced depths, the first on the first line and the last on the last, each on the first line

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from star_attention.demo.result import DENSE, STAR, DemoResult
+from star_attention.demo.result import DENSE, STAR, DemoResult, band_name
 from star_attention.errors import StarAttentionError
 from star_attention.plan import format_size
 
@@ -46,10 +46,10 @@ def ink(accuracy: float) -> str:
 
 
 def cells(result: DemoResult, mode: str) -> list[tuple[int, int, float]]:
-    """`(row, column, accuracy)`; rows are depths from the top of the text, columns lengths from the shortest."""
+    """`(row, column, accuracy)`; rows are tenths of the text from its beginning, columns lengths from the shortest."""
     return [
-        (row, column, result.score(mode, length, depth).accuracy)
-        for row, depth in enumerate(result.depths)
+        (row, column, result.score(mode, length, tenth).accuracy)
+        for row, tenth in enumerate(result.bands)
         for column, length in enumerate(result.lengths)
     ]
 
@@ -61,9 +61,9 @@ def write_png(result: DemoResult, path: Path, caption: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    lengths, depths = result.lengths, result.depths
+    lengths, bands = result.lengths, result.bands
     figure = Figure(
-        figsize=(2.6 + 2 * (0.9 + 0.75 * len(lengths)), 1.9 + 0.36 * len(depths)), dpi=160, layout="constrained"
+        figsize=(2.6 + 2 * (0.9 + 0.75 * len(lengths)), 1.9 + 0.36 * len(bands)), dpi=160, layout="constrained"
     )
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (mode, title) in zip(axes, PANELS, strict=True):
@@ -72,9 +72,9 @@ def write_png(result: DemoResult, path: Path, caption: str) -> None:
             axis.text(
                 column + 0.5, row + 0.52, f"{accuracy:.0%}", color=ink(accuracy), ha="center", va="center", fontsize=8.5
             )
-        axis.set(xlim=(0, len(lengths)), ylim=(len(depths), 0), xlabel="context length, tokens")
+        axis.set(xlim=(0, len(lengths)), ylim=(len(bands), 0), xlabel="context length, tokens")
         axis.set_xticks([one + 0.5 for one in range(len(lengths))], [format_size(length) for length in lengths])
-        axis.set_yticks([one + 0.5 for one in range(len(depths))], [f"{depth:.0%}" for depth in depths])
+        axis.set_yticks([one + 0.5 for one in range(len(bands))], [band_name(tenth) for tenth in bands])
         axis.set_title(f"{title}: {result.score(mode)} found", fontsize=11, fontweight="bold", pad=8)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
@@ -85,25 +85,27 @@ def write_png(result: DemoResult, path: Path, caption: str) -> None:
 
 def svg(result: DemoResult, mode: str, title: str) -> str:
     """One panel; its text takes the page's colours (`currentColor`)."""
-    lengths, depths = result.lengths, result.depths
-    width, height, left, top = max(74, 300 // len(lengths)), 30, 62, 40  # wide enough for the title
-    across, down = left + width * len(lengths) + 6, top + height * len(depths) + 48
+    lengths, bands = result.lengths, result.bands
+    width, height, left, top = max(74, 300 // len(lengths)), 30, 84, 40  # wide enough for the title
+    across, down = left + width * len(lengths) + 6, top + height * len(bands) + 48
     parts = [
         f'<svg viewBox="0 0 {across} {down}" role="img" aria-label="{escape(title)}: facts found by depth and length">',
         f'<text x="{left}" y="20" class="title">{escape(title)}: {result.score(mode)} found</text>',
     ]
     for row, column, accuracy in cells(result, mode):
         x, y = left + column * width, top + row * height
-        length, depth = lengths[column], depths[row]
-        told = f"{result.score(mode, length, depth)} at {format_size(length)} tokens, depth {depth:.0%}"
+        length, tenth = lengths[column], bands[row]
+        told = f"{result.score(mode, length, tenth)} at {format_size(length)} tokens, depth {band_name(tenth)}"
         parts.append(
             f"<g><title>{told}</title>"
             f'<rect x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="3" fill="{colour(accuracy)}"/>'
             f'<text x="{x + width / 2}" y="{y + height / 2 + 4.5}" class="cell" fill="{ink(accuracy)}">{accuracy:.0%}</text></g>'
         )
-    for row, depth in enumerate(depths):
-        parts.append(f'<text x="{left - 8}" y="{top + (row + 0.5) * height + 4.5}" class="row">{depth:.0%}</text>')
-    base = top + height * len(depths)
+    for row, tenth in enumerate(bands):
+        parts.append(
+            f'<text x="{left - 8}" y="{top + (row + 0.5) * height + 4.5}" class="row">{band_name(tenth)}</text>'
+        )
+    base = top + height * len(bands)
     for column, length in enumerate(lengths):
         parts.append(
             f'<text x="{left + (column + 0.5) * width}" y="{base + 18}" class="column">{format_size(length)}</text>'

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from star_attention.demo import heatmap, page
-from star_attention.demo.result import DENSE, SMALL, STAR, DemoResult, Row
+from star_attention.demo.result import DENSE, SMALL, STAR, DemoResult, Row, band_name
 from star_attention.plan import format_size
 
 PAPER_LOSS = "25 to 40 points"
@@ -119,6 +119,7 @@ def notes(result: DemoResult) -> list[str]:
     _, star, _, none = result.rows
     kv = "equal dense's" if star.kv_ratio == 1 else f"are x {star.kv_ratio:.2f} of dense's"
     asked = none.score.asked
+    times = "were measured once" if result.settings["samples"] == 1 else "are medians"
     unseen = min(1.0, 3 / asked)  # the rule of three: upper 95 % bound of a rate that never showed
     return [
         f"Memory: on one device Star Attention's keys and values {kv}, since those of every token are kept once; what it"
@@ -127,16 +128,20 @@ def notes(result: DemoResult) -> list[str]:
         " attention sink); without an anchor every block grows a sink of its own, and the paper's models lose"
         f" {PAPER_LOSS}. With one, a single sink is left, at the head of the text, as in dense attention.",
         f"Precision: with {asked} questions a method, a few points are chance (no miss in {asked} leaves room for a rate of"
-        f" up to {unseen:.0%}). Times are medians on this machine, and each ratio (x) is against dense.",
+        f" up to {unseen:.0%}). Times {times} on this machine; each ratio (x) is against dense.",
     ]
 
 
 def caption(result: DemoResult) -> str:
-    per_cell = result.settings["samples"]
-    cell = (
-        "Each cell is one question" if per_cell == 1 else f"Each cell is the mean of {per_cell} questions, one a text"
-    )
-    return f"{cell}; star with blocks of a quarter of the length and an anchor as large."
+    asked = {
+        result.score(mode, length, tenth).asked
+        for mode in (DENSE, STAR)
+        for length in result.lengths
+        for tenth in result.bands
+    }
+    least, most = min(asked), max(asked)
+    questions = f"{least} question{'s' * (least > 1)}" if least == most else f"{least} to {most} questions"
+    return f"Each cell is the share of {questions} answered; star has blocks of a quarter of the length, an anchor as large."
 
 
 def as_dict(result: DemoResult) -> dict[str, Any]:
@@ -153,9 +158,9 @@ def as_dict(result: DemoResult) -> dict[str, Any]:
         ],
         "heatmap": {
             mode: [
-                {"length": length, "depth": depth, **asdict(result.score(mode, length, depth))}
+                {"length": length, "depth": band_name(tenth), **asdict(result.score(mode, length, tenth))}
                 for length in result.lengths
-                for depth in result.depths
+                for tenth in result.bands
             ]
             for mode in (DENSE, STAR)
         },

@@ -10,6 +10,9 @@ from typing import Any
 DENSE, STAR, SMALL, NONE = "dense", "star", "small anchor", "no anchor"
 MODES = (DENSE, STAR, SMALL, NONE)
 
+BANDS = 10
+"""Rows of the heat map: tenths of the text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -110,8 +113,9 @@ class DemoResult:
         return sorted({trial.length for trial in self.trials})
 
     @property
-    def depths(self) -> list[float]:
-        return sorted({answer.depth for trial in self.trials for answer in trial.answers})
+    def bands(self) -> list[int]:
+        """The tenths of the text, from 0, that facts stood in."""
+        return sorted({band(answer.depth) for trial in self.trials for answer in trial.answers})
 
     @property
     def rows(self) -> list[Row]:
@@ -135,10 +139,10 @@ class DemoResult:
             kv_ratio=mine[0].kv_bytes / dense[0].kv_bytes,
         )
 
-    def score(self, mode: str, length: int | None = None, depth: float | None = None) -> Score:
-        """Correct answers of one mode, over all lengths and depths or at one."""
+    def score(self, mode: str, length: int | None = None, tenth: int | None = None) -> Score:
+        """Correct answers of one mode, over all lengths and the whole text, or at one length and in one tenth."""
         lengths = self.lengths if length is None else [length]
-        return _score([trial for one in lengths for trial in self._at(mode, one)], depth)
+        return _score([trial for one in lengths for trial in self._at(mode, one)], tenth)
 
     def _at(self, mode: str, length: int) -> list[Trial]:
         return [trial for trial in self.trials if trial.mode == mode and trial.length == length]
@@ -149,10 +153,19 @@ class DemoResult:
         return as_text(self)
 
 
+def band(depth: float) -> int:
+    """The tenth of the text that a depth of 0..1 lies in, from 0; the very end belongs to the last."""
+    return min(int(depth * BANDS), BANDS - 1)
+
+
+def band_name(tenth: int) -> str:
+    return f"{100 * tenth // BANDS}–{100 * (tenth + 1) // BANDS}%"
+
+
 def _median(trials: list[Trial], name: str) -> float:
     return float(statistics.median(getattr(trial, name) for trial in trials))
 
 
-def _score(trials: Iterable[Trial], depth: float | None = None) -> Score:
-    answers = [one for trial in trials for one in trial.answers if depth is None or one.depth == depth]
+def _score(trials: Iterable[Trial], tenth: int | None = None) -> Score:
+    answers = [one for trial in trials for one in trial.answers if tenth is None or band(one.depth) == tenth]
     return Score(correct=sum(one.correct for one in answers), asked=len(answers))

@@ -18,8 +18,9 @@ from star_attention.demo.haystack import Haystack, build_haystack
 from star_attention.demo.result import DENSE, MODES, NONE, SMALL, STAR, Answer, DemoResult, Example, Trial
 from star_attention.errors import ModelNotFoundError, SizeError
 
-SHORTEST = 1024
-"""Contexts of the heat map are the full length, its half, its quarter and its eighth, but no shorter than this."""
+TOKENS_PER_FACT = 64
+"""The heat map's contexts are the full length, its half, quarter and eighth, while they leave each fact this much room (a
+fact takes about 22), so that they are text with facts in it and not a list of facts."""
 ANSWER_TOKENS = 12
 """Seven digits, the space before them and the end, with room to see a number that goes on too long."""
 
@@ -36,8 +37,8 @@ def run_demo(
     *,
     tokens: int = 16384,
     seed: int = 0,
-    facts: int = 10,
-    samples: int = 3,
+    facts: int = 30,
+    samples: int = 1,
     dtype: str = "float32",
     device: str = "auto",
     progress: Progress | None = to_stderr,
@@ -66,7 +67,7 @@ def run_demo(
     seeds = range(seed, seed + samples)
     haystacks = {
         length: [build_haystack(base.tokenizer, length, facts=facts, seed=one) for one in seeds]
-        for length in _lengths(tokens)
+        for length in _lengths(tokens, facts)
     }
     # What runs first in a process pays for memory and kernels being set up.
     _trial(base, DENSE, min(haystacks), haystacks[min(haystacks)][0])
@@ -93,9 +94,9 @@ def run_demo(
     return result
 
 
-def _lengths(tokens: int) -> list[int]:
+def _lengths(tokens: int, facts: int) -> list[int]:
     """The full length first: it is what can fail, and what the table waits for."""
-    return [tokens, *(tokens // part for part in (2, 4, 8) if tokens // part >= SHORTEST)]
+    return [tokens, *(tokens // part for part in (2, 4, 8) if tokens // part >= TOKENS_PER_FACT * facts)]
 
 
 def _trials(base: StarLLM, haystacks: dict[int, list[Haystack]], say: Progress) -> Iterator[Trial]:

@@ -24,6 +24,7 @@ _CONFIG_FIELDS = (
     "sliding_window",
     "attn_logit_softcapping",
     "rope_parameters",
+    "max_position_embeddings",
     "original_max_position_embeddings",
     "partial_rotary_factor",
     "no_rope_layers",

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
+from star_attention.errors import InvalidInputError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from star_attention.hf import support
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -72,8 +72,11 @@ def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs:
         device = pick_device(device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"out of memory while loading {path}: choose a smaller dtype, quantized weights, or"
+            ' model_kwargs={"device_map": "auto"} to spread the layers'
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise ModelNotFoundError(f"the model at {path} could not be loaded: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])

@@ -26,6 +26,7 @@ def attend(
 ) -> State:
     batch, queries, heads, _ = q_BQHD.shape
     keys = k_BKGD.shape[1]
+    assert not call.causal or queries <= keys, "every causal row sees a key"
     rows = max(1, MAX_SCORES // (batch * heads * min(keys, MAX_KEYS)))
     parts = []
     for row in range(0, queries, rows):
