@@ -1,11 +1,15 @@
 # Everything starts from Python >= 3.11, pip and make. Each target does its own set-up once; stamp files remember it.
 #
 #   make demo PYTHON=/path/to/python3.12    another interpreter
-#   make test PYTEST_ARGS="-n 2 -k merge"   more arguments for pytest
+#   make test PYTEST_ARGS="-k merge"        more arguments for pytest
+#   make test WORKERS=8                     on a larger machine
 #   make setup CONSTRAINTS=                 pip's own choice of torch (for CUDA machines)
 
 PYTHON ?=
 PYTEST_ARGS ?=
+# Tests are many small computations: processes of one thread each finish them sooner than one process of many.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist worksteal
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output
 
@@ -80,11 +84,11 @@ demo: $(VENV)/.stamp-demo
 
 test: export HF_HUB_OFFLINE := 1
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(call PYTEST,$(BIN)) $(PYTEST_ARGS)
 
 test-slow: export HF_HUB_OFFLINE := 1
 test-slow: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(call PYTEST,$(BIN)) -m "slow and not gpu" $(PYTEST_ARGS)
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .
@@ -107,7 +111,7 @@ $(CELLS:%=matrix-%): matrix-%: $(MATRIX)/%/.stamp
 	@echo "== $*"
 	@$(MATRIX)/$*/bin/python -c 'import sys, torch, transformers; \
 	  print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__)'
-	$(MATRIX)/$*/bin/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(call PYTEST,$(MATRIX)/$*/bin) tests/unit $(PYTEST_ARGS)
 
 # "newest" is a moving target, so pip is asked again on every run.
 matrix-newest: $(MATRIX)/newest/.upgraded
