@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -237,6 +237,14 @@ class StarLLM:
                 " encode the joined text anew, or encode the first part with a larger reserve_tokens"
                 f" (now {self.config.reserve_tokens:,})"
             )
+        chat_state = context.chat
+        if chat_state is not None:
+            opened = chat.ChatContext(**chat_state)
+            if not opened.open:
+                raise InvalidInputError(
+                    "this chat context ends in a closed turn; only an open user message can be extended"
+                )
+            chat_state = chat.extended(self.tokenizer, opened, text.decode(self.tokenizer, new_ids.tolist())).as_dict()
         old = context.plan
         # A dense context is one block, and stays one.
         block_size = max(old.block_size, len(ids)) if context.method == "dense" else old.block_size
@@ -254,15 +262,9 @@ class StarLLM:
             progress=progress,
         )
         encode_s, peak_bytes = clock.stop()
-        chat_state = context.chat
-        if chat_state is not None:
-            opened = chat.ChatContext(**chat_state)
-            if not opened.open:
-                raise InvalidInputError(
-                    "this chat context ends in a closed turn; only an open user message can be extended"
-                )
-            chat_state = chat.extended(self.tokenizer, opened, text.decode(self.tokenizer, new_ids.tolist())).as_dict()
-        return self._context(ids, plan, store, context.rope_length, chat_state, encode_s, peak_bytes)
+        return replace(
+            context, token_ids=ids, plan=plan, kv=store, chat=chat_state, encode_s=encode_s, peak_bytes=peak_bytes
+        )
 
     def load_context(self, path: str | os.PathLike[str]) -> EncodedContext:
         """A saved context, mapped into memory; each layer is verified, and moved to its device, when it is first used.

@@ -31,6 +31,19 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
+def check_target(target: Path) -> None:
+    """Whether a file can stand there at all.
+
+    Raises `ContextSaveError` for a folder, or for a file in a folder that does not exist.
+    """
+    if target.is_dir():
+        raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
+    if not target.parent.is_dir():
+        raise ContextSaveError(
+            f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
+        )
+
+
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write header and tensors to `path`: all of it or nothing.
 
@@ -39,12 +52,7 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     target = Path(path)
     temporary: str | None = None
     try:
-        if target.is_dir():
-            raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
-        if not target.parent.is_dir():
-            raise ContextSaveError(
-                f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
-            )
+        check_target(target)
         # Beside the target, so that the last step is a rename within one file system.
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent)
         os.close(descriptor)

@@ -56,13 +56,10 @@ def check_target(path: str | None) -> None:
     """
     if path is None:
         return
+    from star_attention import saved
+
     target = Path(path)
-    if target.is_dir():
-        raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
-    if not target.parent.is_dir():
-        raise ContextSaveError(
-            f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
-        )
+    saved.check_target(target)
     if not os.access(target.parent, os.W_OK):
         raise ContextSaveError(f"cannot save the context to {target}: the folder {target.parent} cannot be written to")
 

@@ -62,11 +62,6 @@ class ModelHandle:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
     def layer_device(self, index: int) -> torch.device:
         """Where a layer's keys and values belong."""
         # (Not by the decoder's list of layers: some hold several attentions, each with a cache layer of its own.)
