@@ -24,6 +24,7 @@ from tests.engines import (
     text_model,
     tiny,
 )
+from tests.families import build
 
 SETTINGS: list[dict[str, Any]] = [dict(method="dense"), dict(block_size=16, anchor_size=10)]
 
@@ -197,3 +198,12 @@ def test_several_texts() -> None:
     star = with_ends(eos=False)
     contexts = star.encode([TEXT, TEXT * 2])
     assert [c.token_ids.tolist() for c in contexts] == [star.encode(t).token_ids.tolist() for t in (TEXT, TEXT * 2)]
+
+
+def test_extend_keeps_the_contexts_own_method() -> None:
+    """Forbids labelling a dense context with the method of the engine that extends it."""
+    model = build("llama")
+    dense = StarLLM(model, method="dense").encode(ids(CONTEXT))
+    longer = StarLLM(model, block_size=16).extend(dense, [5, 6, 7])
+    assert longer.method == "dense"
+    assert longer.plan.is_dense
