@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging import version
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 ConfigFactory = Callable[[], PretrainedConfig]
@@ -448,10 +449,15 @@ REFUSED: dict[str, ConfigFactory] = {
     # modeling code off transformers' attention interface (ALiBi, or old attention classes)
     "bloom": _config("BloomConfig", _TOKENS, hidden_size=96, n_layer=2, n_head=6),
     "mpt": _config("MptConfig", _TOKENS, d_model=96, n_layers=2, n_heads=6),
-    "codegen": _config("CodeGenConfig", _TOKENS, n_embd=96, n_layer=2, n_head=4, rotary_dim=8),
-    "gptj": _config("GPTJConfig", _TOKENS, n_embd=96, n_layer=2, n_head=6, rotary_dim=8),
     "falcon": _config("FalconConfig", _TOKENS, hidden_size=96, num_hidden_layers=2, num_attention_heads=6),
 }
+
+
+# These came to the attention interface with transformers 5.24; before, they are refused.
+(REFUSED if version.parse(transformers.__version__) < version.parse("5.24") else FAMILIES).update(
+    codegen=_config("CodeGenConfig", _TOKENS, n_embd=96, n_layer=3, n_head=4, rotary_dim=8, initializer_range=0.15),
+    gptj=_config("GPTJConfig", _TOKENS, n_embd=96, n_layer=3, n_head=6, rotary_dim=8, initializer_range=0.15),
+)
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

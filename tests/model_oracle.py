@@ -13,6 +13,7 @@ Axes: `B` batch, `L` tokens, `T` generated tokens, `V` vocabulary, `G` KV heads,
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -74,8 +75,8 @@ def oracle_forward(
             input_ids=ids_BL,
             attention_mask=mask,
             position_ids=torch.arange(L, device=ids_BL.device).expand(B, L),
-            past_key_values=cache,
             use_cache=True,
+            **cached(model, cache),
         )
     return OracleResult(logits_BLV=output.logits, kv=cached_kv(cache))
 
@@ -105,6 +106,12 @@ def oracle_generate(
         logits.append(result.logits_BLV[:, -1])
         tokens.append(logits[-1].argmax(-1))
     return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+
+def cached(model: nn.Module, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """The argument that hands a cache to a forward: transformers calls it `cache` since 5.24."""
+    word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {word: cache}
 
 
 def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tensor]) -> Mask:

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.hf.cache import AnswerCache
-from star_attention.hf.handle import ModelHandle
+from star_attention.hf.handle import ModelHandle, cache_word
 from star_attention.store import ContextKV
 
 STEPPED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """What our own loop does; every other mode is transformers'."""
+
+_CACHE_WORD = cache_word(GenerationMixin.prepare_inputs_for_generation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +124,10 @@ def steps(request: Request) -> Iterator[Step]:
     loop: Iterator[Step] = request.handle.model.generate(
         ids_BS,
         attention_mask=torch.ones_like(ids_BS),  # for transformers' preparation; `_steps` pads by itself
-        past_key_values=cache,
         logits_processor=request.logits_processor,
         stopping_criteria=request.stopping_criteria,
         custom_generate=custom_generate,
+        **{_CACHE_WORD: cache},
         **request.words,
     )
     return loop
@@ -144,7 +147,7 @@ def stock(request: Request) -> list[list[int]]:
         sequences: Tensor = request.handle.generating(cache, request.rope_length, whole).generate(
             ids_BS,
             attention_mask=mask_BS,
-            past_key_values=cache,
+            **{_CACHE_WORD: cache},
             **request.words,
             logits_processor=request.logits_processor,
             stopping_criteria=request.stopping_criteria,

@@ -353,7 +353,9 @@ def test_greedy_search_has_one_answer(llama: tuple[StarLLM, EncodedContext]) -> 
         star.generate(context, [5], num_return_sequences=2)
 
 
-@pytest.mark.parametrize("word", ["max_length", "maximum_tokens", "output_scores", "past_key_values", "input_ids"])
+@pytest.mark.parametrize(
+    "word", ["max_length", "maximum_tokens", "output_scores", "past_key_values", "cache", "input_ids"]
+)
 def test_unknown_words_are_a_type_error(llama: tuple[StarLLM, EncodedContext], word: str) -> None:
     star, context = llama
     with pytest.raises(TypeError, match=word):

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tests.families import FAMILIES, FIRST_TOKEN, LAST_TOKEN, build
 from tests.model_oracle import (
+    cached,
     cached_kv,
     eager_attention,
     law_mask,
@@ -167,8 +168,8 @@ def _forward(
             input_ids=ids_BL[:, positions_Q],
             position_ids=positions_Q.expand(BATCH, -1),
             attention_mask=layer_masks(model, keep),
-            past_key_values=cache,
             use_cache=True,
+            **cached(model, cache),
         ).logits
     return logits
 

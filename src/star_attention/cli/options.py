@@ -64,7 +64,9 @@ class ModelOptions:
     model: Model
     dtype: Dtype = "auto"
     device: Annotated[
-        str, option("auto (a GPU if there is one), cpu, cuda, cuda:1.", panel="Model", metavar="DEVICE")
+        # (Named, because typer 0.27 makes the option out of a metavar that differs in case only.)
+        str,
+        option("auto (a GPU if there is one), cpu, cuda, cuda:1.", "--device", panel="Model", metavar="DEVICE"),
     ] = "auto"
     tokens_per_forward: TokensPerForward = None
 

@@ -16,6 +16,14 @@ from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf import hook, rope, support
 from star_attention.hf.cache import StarCache
 
+_CACHE_WORDS = ("cache", "past_key_values")  # what transformers calls the cache since 5.24, and before
+
+
+def cache_word(function: Any) -> str:
+    """The name under which a forward, or a part of `generate`, takes the cache."""
+    parameters = inspect.signature(function).parameters
+    return next((word for word in _CACHE_WORDS if word in parameters), _CACHE_WORDS[-1])
+
 
 def layer_windows(config: Any, cache_layers: int) -> list[int | None]:
     """Sliding window of each cache layer in tokens, None for full attention; the rule of transformers' own caches."""
@@ -54,6 +62,7 @@ class ModelHandle:
         self.configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
         self.max_positions = rope.max_positions(self.config)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
+        self._decoder_cache, self._model_cache = cache_word(self.decoder.forward), cache_word(self.model.forward)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     @property
@@ -80,8 +89,8 @@ class ModelHandle:
             self.decoder(
                 input_ids=ids_BS,
                 position_ids=positions_1S.expand(ids_BS.shape[0], -1),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._decoder_cache: cache},
             )
         if not cache.calls:
             raise UnsupportedModelError(
@@ -93,12 +102,13 @@ class ModelHandle:
         self, ids_BS: Tensor, positions_BS: Tensor, cache: StarCache, rope_length: int | None, *, keep: int = 1
     ) -> Tensor:
         """One forward of the whole model; the logits of the last `keep` tokens, `[B, keep, vocabulary]` (0: of all)."""
-        extra = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
+        extra: dict[str, Any] = {self._model_cache: cache}
+        if self._takes_logits_to_keep:
+            extra["logits_to_keep"] = keep
         with self.running(cache, rope_length):
             logits: Tensor = self.model(
                 input_ids=ids_BS,
                 position_ids=positions_BS,
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
                 **extra,
@@ -116,7 +126,9 @@ class ModelHandle:
         running = self.running
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("past_key_values") is not cache:  # a forward beside the answer (classifier-free guidance)
+            if all(
+                kwargs.get(word) is not cache for word in _CACHE_WORDS
+            ):  # a forward beside the answer (classifier-free guidance)
                 return stock.__call__(self, *args, **kwargs)
             if whole_tokens is not None and kwargs["input_ids"].shape[1] >= whole_tokens:
                 # Assisted decoding does not know that a cache may be filled when it begins, and gives the context again.

@@ -16,7 +16,7 @@ def unsupported(call: Call) -> list[str]:
     why = half_precision_cuda(call, head_size_limit=128)
     if call.device != "cuda":
         return why
-    if not torch.backends.cudnn.is_available():
+    if not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
         why.append("cuDNN is not available")
     elif torch.cuda.get_device_capability()[0] < 9:
         why.append("is measured on Hopper and later only")
