@@ -23,13 +23,6 @@ NOISE = [
     "A letter lies unopened on the desk.",
     "Clouds move slowly over the valley.",
 ]
-_WORDS = """
-torpidity kill lyric known petal signature summery fillet autonomy inborn royal insertion factorial rein loftily newsmen eyeful
-surest alley wedge beauty bombast timetable thrum obey waterfowl shiny glycerin laminate headlong virtue tealight scoundrel
-editor stake overland zeta trust roan carpel
-"""
-WORDS = _WORDS.split()
-
 # Name of a task of the card: (what the facts stand in, what they tell, how many)
 TASKS = {
     "niah_single_noise": ("noise", "number", 1),
@@ -73,6 +66,13 @@ def prose() -> list[str]:
     return [line for line in lines if 30 <= len(line) <= 260 and line.isascii() and line[-1] in ".!?"]
 
 
+@functools.cache
+def words() -> list[str]:
+    """Words for keys, out of the same text: so many that few keys of a context share one, as in the card's samples."""
+    found = re.findall(r"\b[a-z]{4,9}\b", " ".join(prose()))
+    return sorted({word for word in found if not word.endswith(("s", "ing", "ed", "er"))})
+
+
 def make(task: str, tokenizer: Any, tokens: int, seed: int) -> Sample:
     """A sample of a task, `tokens` long (less at most one line), the same for the same seed."""
     draw = random.Random(f"{task} {tokens} {seed}")
@@ -85,7 +85,7 @@ def make(task: str, tokenizer: Any, tokens: int, seed: int) -> Sample:
         return len(tokenizer(line, add_special_tokens=False).input_ids)
 
     while count is None or len(facts) < count:
-        key = "-".join(draw.sample(WORDS, 2))
+        key = "-".join(draw.sample(words(), 2))
         if key in keys:
             continue
         number = draw.randrange(76924, 769230) * 13 + 5

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from star_attention import StarLLM
 from star_attention.hf.load import load_tokenizer
 from tests.engines import bundled_model, bundled_tokenizer
-from tests.model_oracle import law_mask
+from tests.model_oracle import cached, law_mask
 from tests.needles import TASKS, Fact, make
 
 ANSWER_TOKENS = 16
+ORACLE_ROWS = 1024
 # Anchor size by name, for a block of a quarter of the context.
 ANCHORS = {"anchor_block": 1.0, "anchor_quarter": 0.25, "no_anchor": 0.0, "dense": None}
 
@@ -34,17 +35,21 @@ def geometry(anchor: str, tokens: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def oracle_cache(model: PreTrainedModel, ids_L: torch.Tensor, block_size: int, anchor_size: int) -> DynamicCache:
-    """Keys and values of a context from one stock forward under the law's explicit mask."""
-    L, cache = len(ids_L), DynamicCache()
+    """Keys and values of a context from stock forwards under the law's explicit mask, some rows of it at a time."""
+    L, cache, decoder = len(ids_L), DynamicCache(), model.get_decoder()
     keep_11LL = law_mask(L, L, block_size, anchor_size)[None, None]
-    model.get_decoder()(ids_L[None], attention_mask=keep_11LL, past_key_values=cache, use_cache=True)
+    # (Rows see nothing behind themselves: half the work of one forward with the whole mask, and an eighth of its memory.)
+    for start in range(0, L, ORACLE_ROWS):
+        stop = min(start + ORACLE_ROWS, L)
+        rows = keep_11LL[:, :, start:stop, :stop]
+        decoder(ids_L[None, start:stop], attention_mask=rows, use_cache=True, **cached(decoder, cache))
     return cache
 
 
 @torch.no_grad()
 def oracle_answer(model: PreTrainedModel, cache: DynamicCache, query: list[int], answer: list[int]) -> torch.Tensor:
     """Logits that choose each token of an answer, teacher-forced: a query sees the whole context."""
-    logits_1QV = model(torch.tensor([query + answer[:-1]]), past_key_values=copy.deepcopy(cache)).logits
+    logits_1QV = model(torch.tensor([query + answer[:-1]]), **cached(model, copy.deepcopy(cache))).logits
     return logits_1QV[0, len(query) - 1 :]
 
 
@@ -58,7 +63,7 @@ def check_against_oracle(anchor: str, tokens: int, questions: int, at_least: flo
     sample = make("niah_multikey", tokenizer, tokens, seed=1)
     star = StarLLM(model, tokenizer, **geometry(anchor, tokens))
     context = star.encode(sample.context)
-    assert tokens - 80 < len(context) <= tokens
+    assert tokens - 160 < len(context) <= tokens  # less a line of prose
     assert context.plan.num_blocks == (1 if anchor == "dense" else 4)
     facts = sample.facts[:: len(sample.facts) // questions]
     replies = star.generate(context, [f.query for f in facts], max_new_tokens=ANSWER_TOKENS)
