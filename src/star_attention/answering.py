@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from star_attention import phase1, phase2
 from star_attention.clock import Clock
+from star_attention.comm import Comm
+from star_attention.config import MAX_NEW_TOKENS
 from star_attention.errors import InvalidInputError, OutOfMemoryError, StarAttentionError
 from star_attention.hf import settings, text
+from star_attention.hf.handle import ModelHandle
+from star_attention.wire import Traffic
 
+_INSTEAD = {
+    "stop_strings": "use stop=",
+    "output_logits": "use return_logits=True",
+    "output_scores": "use return_logits=True, which are the logits before any processing",
+    "return_dict_in_generate": "the result holds everything",
+    "use_cache": "the encoded context is the cache",
+    "cache_implementation": "the encoded context is the cache",
+}
 _OURS = {"max_length", "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate", "stop_strings"}
 _OURS |= {"output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size"}
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -39,6 +51,7 @@ class Generation:
     finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion) or "length" (`max_new_tokens`).
     logits: fp32 `[tokens, vocabulary]` on CPU before any processing, when asked for.
     query_tokens: length of the query; peak_bytes: peak device memory of the call, None where it is not measured (CPU).
+    wire: what the ranks exchanged meanwhile, all together. Every rank has the same answer, but only rank 0 logits.
     """
 
     text: str
@@ -48,6 +61,7 @@ class Generation:
     timings: Timings
     logits: Tensor | None = None
     peak_bytes: int | None = None
+    wire: Traffic = field(default_factory=Traffic)
 
     def __str__(self) -> str:
         return self.text
@@ -60,12 +74,17 @@ class Stream(Iterator[str]):
     meanwhile. `close()` ends it early; the result is then what was generated so far.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run | FollowedRun, comm: Comm) -> None:
         self._run = run
+        self._comm = comm
         self._pieces = run.pieces()
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._comm.call("a stream"):
+            piece = next(self._pieces, None)
+        if piece is None:
+            raise StopIteration
+        return piece
 
     @property
     def result(self) -> Generation:
@@ -74,14 +93,89 @@ class Stream(Iterator[str]):
         return self._run.generations()[0]
 
     def close(self) -> None:
-        self._pieces.close()
-        self._run.finish()
+        with self._comm.call("a stream"):
+            self._pieces.close()
+            self._run.finish()
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSettings:
+    """The settings of one call, checked and resolved; see `StarLLM.generate` for their meaning.
+
+    config: transformers' settings; words: what to hand to its `generate`, over the model's defaults.
+    """
+
+    max_new_tokens: int
+    seed: int | None
+    stops: list[str]
+    return_logits: bool
+    answer_prefix: str
+    logits_processor: LogitsProcessorList | None
+    stopping_criteria: StoppingCriteriaList | None
+    config: GenerationConfig
+    words: dict[str, Any]
+    stepped: bool
+
+    @property
+    def answers_per_query(self) -> int:
+        return self.config.num_return_sequences or 1
+
+    @classmethod
+    def of(
+        cls,
+        handle: ModelHandle,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] | None = None,
+        return_logits: bool = False,
+        answer_prefix: str = "",
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **words: Any,
+    ) -> AnswerSettings:
+        """Raises `InvalidInputError` for values that cannot work, `TypeError` for unknown words."""
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens {max_new_tokens!r} is not a positive number of tokens")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise InvalidInputError(f"seed {seed!r} is not a whole number")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise InvalidInputError(f"seed {seed} has more than 64 bits; give a smaller number")
+        if not isinstance(answer_prefix, str):
+            raise InvalidInputError(f"answer_prefix {answer_prefix!r} is not a text")
+        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            if not isinstance(value, (list, type(None))):
+                raise InvalidInputError(f"{name} is a {type(value).__name__}; give a list of them")
+        settings.check(words, max_new_tokens, handle.vocab_size)
+        config, words = generation_words(handle.model, words, max_new_tokens, ignore_eos)
+        stepped = settings.check_mode(config) in phase2.STEPPED
+        if return_logits and not stepped:
+            raise InvalidInputError(
+                "return_logits works with greedy search and sampling, not with beams; use StarLLM.logits instead"
+            )
+        stops = stop_strings(stop)
+        if stops and tokenizer is None:
+            raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
+        return cls(
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            stops=stops,
+            return_logits=return_logits,
+            answer_prefix=answer_prefix,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            config=config,
+            words=words,
+            stepped=stepped,
+        )
 
 
 class Run:
@@ -91,45 +185,41 @@ class Run:
         self,
         request: phase2.Request,
         tokenizer: Any,
+        settings: AnswerSettings,
         *,
-        max_new_tokens: int,
-        ignore_eos: bool,
-        stop: str | Sequence[str] | None,
-        return_logits: bool,
-        words: dict[str, Any],
         encode_s: float,
+        streamed: bool = False,
     ) -> None:
         self._clock = Clock(request.handle.device)
+        self._comm, self._streamed = request.comm, streamed
+        self._wire_before = copy.copy(request.comm.traffic)
         self._encode_s = encode_s
-        self._max_new_tokens = max_new_tokens
-        settings.check(words, max_new_tokens, request.handle.vocab_size)
-        config, request.words = generation_words(request.handle.model, words, max_new_tokens, ignore_eos)
-        mode = settings.check_mode(config)
-        self.stepped = mode in phase2.STEPPED
-        self.answers_per_query: int = config.num_return_sequences or 1
-        if return_logits and not self.stepped:
-            raise InvalidInputError(
-                "return_logits works with greedy search and sampling, not with beams; use StarLLM.logits instead"
-            )
-        stops = stop_strings(stop)
-        if stops and tokenizer is None:
-            raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
-        if stops and not self.stepped:
-            mine = text.StopStrings(tokenizer, stops, request.prompt_tokens)
+        self._max_new_tokens = settings.max_new_tokens
+        self.stepped, self.answers_per_query = settings.stepped, settings.answers_per_query
+        if settings.stops and not self.stepped:
+            mine = text.StopStrings(tokenizer, settings.stops, request.prompt_tokens)
             request.stopping_criteria = StoppingCriteriaList([*(request.stopping_criteria or []), mine])
         self._request = request
         rows = len(request.queries) * self.answers_per_query
-        self._answers = [text.Answer(tokenizer, stops, _ids(config.eos_token_id)) for _ in range(rows)]
-        self._logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if return_logits else None
+        eos_ids = _ids(settings.config.eos_token_id)
+        self._answers = [text.Answer(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
+        self._logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if settings.return_logits else None
         self._first_s = self._end_s = 0.0
         self._peak_bytes: int | None = None
-        self.ended = False
+        self._wire = Traffic()
+        self.ended = self._end_told = False
+
+    @property
+    def padding(self) -> list[int]:
+        """Left padding of each query, in tokens."""
+        return self._request.padding
 
     def pieces(self) -> Generator[str, None, None]:
         """Text of the first answer as it becomes certain; running it to its end completes all answers."""
         try:
             for piece in self._steps() if self.stepped else self._stock():
                 if piece:
+                    self._tell_piece(piece)
                     yield piece
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not phase1.is_out_of_memory(error):
@@ -139,9 +229,21 @@ class Run:
                 f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or lower num_beams,"
                 f" num_return_sequences or tokens_per_forward (now {self._request.tokens_per_forward:,})"
             ) from error
-        tail = self.finish()
+        tail = self._close()
+        if tail:
+            self._tell_piece(tail)
+        self._tell_end()
         if tail:
             yield tail
+
+    def _tell_piece(self, piece: str) -> None:
+        if self._streamed and self._comm.size > 1:
+            self._comm.tell(("piece", piece))
+
+    def _tell_end(self) -> None:
+        if self._comm.size > 1 and not self._end_told:
+            self._end_told = True
+            self._comm.tell(("end", [replace(answer, logits=None) for answer in self.generations()]))
 
     def _steps(self) -> Iterator[str]:
         try:
@@ -175,12 +277,19 @@ class Run:
         self._first_s = self._clock.elapsed()
         yield ""
 
-    def finish(self) -> str:
-        """Close all answers (an early end counts as "length"); the first one's text that was held back."""
+    def finish(self) -> None:
+        """Close all answers early, which counts as "length"; tells the other ranks."""
+        self._close()
+        self._tell_end()
+
+    def _close(self) -> str:
+        """The first answer's text that was held back."""
         if self.ended:
             return ""
         self.ended = True
         self._end_s, self._peak_bytes = self._clock.stop()
+        before, now = self._wire_before, self._comm.traffic
+        self._wire = Traffic(now.calls - before.calls, now.bytes - before.bytes)
         tails = [answer.end("length") if answer.finish_reason is None else "" for answer in self._answers]
         return tails[0]
 
@@ -203,10 +312,40 @@ class Run:
             ),
             logits=None if self._logits is None else self._stacked(self._logits[row]),
             peak_bytes=self._peak_bytes,
+            wire=self._wire,
         )
 
     def _stacked(self, rows: list[Tensor]) -> Tensor:
         return torch.stack(rows) if rows else torch.empty(0, self._request.handle.vocab_size)
+
+
+class FollowedRun:
+    """The same call on a rank that follows: it computes what rank 0 tells, and has rank 0's results."""
+
+    def __init__(self, following: Generator[str, None, Any], answers_per_query: int) -> None:
+        self._following = following
+        self._generations: list[Generation] = []
+        self.answers_per_query = answers_per_query
+        self.stepped = self.ended = False
+
+    def pieces(self) -> Generator[str, None, None]:
+        while (piece := self._next()) is not None:
+            yield piece
+
+    def _next(self) -> str | None:
+        try:
+            return next(self._following)
+        except StopIteration as end:
+            self._generations, self.ended = end.value, True
+            return None
+
+    def finish(self) -> None:
+        """Whatever this rank's reader wants, rank 0 decides when an answer ends."""
+        while not self.ended:
+            self._next()
+
+    def generations(self) -> list[Generation]:
+        return self._generations
 
 
 def generation_words(
@@ -218,6 +357,8 @@ def generation_words(
     for word in words:
         if word in ("max_length", "min_length"):
             raise TypeError(f"{word} counts the context too; use {word[:3]}_new_tokens")
+        if word in _INSTEAD:
+            raise TypeError(f"generate() takes no {word!r} here; {_INSTEAD[word]}")
         if word not in known:
             raise TypeError(
                 f"generate() got an unknown word {word!r}; it takes those of transformers' GenerationConfig"

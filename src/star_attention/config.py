@@ -14,6 +14,8 @@ METHODS = {
 }
 """Attention methods by name, imported on use."""
 
+ANCHOR_SOURCES = ("broadcast", "local")
+
 RESERVE_TOKENS = 1024
 """Tokens kept free for query and answer where rotary frequencies depend on the total length (LongRoPE, dynamic NTK)."""
 
@@ -33,6 +35,8 @@ class StarConfig:
     tokens_per_forward: most context tokens in one forward of phase 1, which bounds its working memory; None takes
         8192 on CPU and 16384 on an accelerator.
     reserve_tokens: tokens kept free for query and answer where rotary frequencies depend on the total length.
+    anchor_source: how ranks other than the first come by the anchor: "broadcast", or "local": each computes it once more,
+        and phase 1 does not communicate at all.
 
     Raises `SizeError` or `InvalidInputError` with the value, the limit and the remedy.
     """
@@ -42,6 +46,7 @@ class StarConfig:
     method: str = "star"
     tokens_per_forward: int | None = None
     reserve_tokens: int = RESERVE_TOKENS
+    anchor_source: str = ANCHOR_SOURCES[0]
 
     @classmethod
     def of(cls, **settings: Any) -> StarConfig:
@@ -65,6 +70,11 @@ class StarConfig:
             raise SizeError(f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token")
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise InvalidInputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+
+        if self.anchor_source not in ANCHOR_SOURCES:
+            raise InvalidInputError(
+                f"anchor_source {self.anchor_source!r} is unknown; choose one of {', '.join(ANCHOR_SOURCES)}"
+            )
 
     def forward_size(self, device_type: str) -> int:
         """Most context tokens in one forward on a device of that type ("cpu", "cuda", ...)."""

@@ -10,8 +10,24 @@ from typing import Any
 from torch import Tensor
 
 from star_attention import saved
-from star_attention.plan import BlockPlan
+from star_attention.comm import Comm, SoloComm
+from star_attention.plan import BlockPlan, Segments
 from star_attention.store import ContextKV
+from star_attention.wire import Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankStats:
+    """What one rank spent on phase 1.
+
+    elapsed_s: seconds until all ranks were done. busy_s: until this one was. peak_bytes: peak device memory, None where it is
+    not measured (CPU). wire: what the ranks exchanged, all together.
+    """
+
+    elapsed_s: float
+    busy_s: float
+    peak_bytes: int | None
+    wire: Traffic
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,25 +38,34 @@ class EncodedContext:
 
     token_ids: the context's token ids, int64 `[tokens]` on CPU.
     plan: blocks and anchor as they were resolved for this context.
-    kv: keys and values of every layer.
+    kv: keys and values of every layer: on several ranks those of this rank's share.
+    layout: which tokens each rank keeps.
     method: the attention method's name.
     identity: what the context depends on (model, tokenizer, precision), by field.
     rope_length: tokens that length-dependent rotary frequencies were computed for, or None.
     chat: how a chat continues, or None for raw text.
     encode_s: seconds that phase 1 took; peak_bytes: its peak device memory, or None where it is not measured (CPU).
+    stats: the same of every rank, with what they exchanged.
     model: the model that encoded it, while it lives.
     """
 
     token_ids: Tensor
     plan: BlockPlan
     kv: ContextKV
+    layout: tuple[Segments, ...]
     method: str
     identity: dict[str, Any]
     rope_length: int | None = None
     chat: dict[str, Any] | None = None
     encode_s: float = 0.0
     peak_bytes: int | None = None
+    stats: tuple[RankStats, ...] = ()
     model: weakref.ref[Any] | None = field(default=None, repr=False)
+    comm: Comm = field(default_factory=SoloComm, repr=False)
+    key: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", self.comm.register(self))
 
     def __len__(self) -> int:
         return self.plan.context_tokens
@@ -51,22 +76,23 @@ class EncodedContext:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the context's keys and values."""
+        """Bytes of the context's keys and values, on this rank."""
         return self.kv.nbytes
 
+    @property
+    def wire(self) -> Traffic:
+        """What the ranks exchanged in phase 1, all together."""
+        return self.stats[0].wire if self.stats else Traffic()
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the context to one file (safetensors), atomically.
+        """Write the context, atomically: to one file (safetensors); on several ranks to a folder, each rank its own share.
 
-        The file holds the text's token ids: guard it like the text.
+        What is written holds the text's token ids: guard it like the text. Any number of ranks can load it. On several
+        machines the folder must be on a file system that all of them see.
 
-        Raises `ContextSaveError` when it cannot be written (the disk is full, no permission); a file that stood there
+        Raises `ContextSaveError` when it cannot be written (the disk is full, no permission); what stood there
         before is then untouched.
         """
-        tensors, expands = {"token_ids": self.token_ids}, []
-        for index, layer in enumerate(self.kv.layers):
-            expands.append(layer.expands)
-            if not layer.is_empty:
-                tensors[f"layers.{index}.k"], tensors[f"layers.{index}.v"] = layer.pair()
         header = {
             "method": self.method,
             "context_tokens": self.plan.context_tokens,
@@ -75,7 +101,16 @@ class EncodedContext:
             "rope_length": self.rope_length,
             "chat": self.chat,
             "encode_s": self.encode_s,
-            "expands": expands,
+            "expands": [layer.expands for layer in self.kv.layers],
             "identity": self.identity,
         }
-        saved.write(path, header, tensors)
+        tensors = {"token_ids": self.token_ids} if self.comm.rank == 0 else {}
+        for index, layer in enumerate(self.kv.layers):
+            if not layer.is_empty:
+                tensors[f"layers.{index}.k"], tensors[f"layers.{index}.v"] = layer.pair()
+        if self.comm.size == 1:
+            saved.write(path, header | {"segments": self.kv.segments}, tensors)
+            return
+        with self.comm.call("save"):
+            place: str = self.comm.decide(lambda: os.fspath(path))
+            saved.write_shared(place, header, self.kv.segments, tensors, self.comm)

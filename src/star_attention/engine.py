@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 import weakref
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from star_attention import comm as ranks
 from star_attention import methods, phase1, phase2
-from star_attention.answering import Run, Stream
+from star_attention._version import __version__
+from star_attention.answering import AnswerSettings, FollowedRun, Run, Stream
 from star_attention.clock import Clock
-from star_attention.config import MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
-from star_attention.context import EncodedContext
-from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
+from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
+from star_attention.context import EncodedContext, RankStats
+from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
 from star_attention.hf import chat, identity, load, support, text
+from star_attention.hf.cache import AnswerCache
 from star_attention.hf.handle import ModelHandle
-from star_attention.plan import BlockPlan
+from star_attention.plan import BlockPlan, Segments
 from star_attention.saved import SavedContext
 from star_attention.store import ContextKV, LayerKV, as_tensor_ids
+from star_attention.wire import Traffic
 
 TextOrIds = str | Sequence[int] | Tensor
 Content = TextOrIds | Sequence[chat.Message]
@@ -58,8 +66,12 @@ class StarLLM:
     model: a loaded transformers causal language model (or a PEFT model around one), in evaluation mode. It stays the plain
         model: nothing of ours is installed between calls.
     tokenizer: its tokenizer; not needed when only token ids go in and out.
-    block_size, anchor_size, method, tokens_per_forward, reserve_tokens: see `StarConfig`.
-    comm: None, or "solo" for one process whatever the environment says.
+    block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source: see `StarConfig`.
+    comm: None takes torchrun's ranks where there are several, "solo" one process whatever the environment says; or a
+        `TorchComm` of one's own.
+
+    On several ranks the context is shared out, every call is collective (all ranks make the same calls in the same order), and
+    rank 0's arguments count: all ranks return the same answers.
 
     Raises `UnsupportedModelError` with the reasons for models that cannot run, `SizeError` for sizes that cannot work.
     """
@@ -74,19 +86,24 @@ class StarLLM:
         method: str = "star",
         tokens_per_forward: int | str | None = None,
         reserve_tokens: int | str = RESERVE_TOKENS,
-        comm: str | None = None,
+        anchor_source: str = ANCHOR_SOURCES[0],
+        comm: ranks.Comm | str | None = None,
     ) -> None:
-        _check_comm(comm)
+        self._comm = ranks.from_environment(comm)
         self.config = StarConfig.of(
             block_size=block_size,
             anchor_size=anchor_size,
             method=method,
             tokens_per_forward=tokens_per_forward,
             reserve_tokens=reserve_tokens,
+            anchor_source=anchor_source,
         )
         self._handle = ModelHandle(model)
         self.model = model
         self.tokenizer = tokenizer
+        if self._comm.size > 1:
+            with self._comm.call("the start"):
+                self._shake_hands()
 
     @classmethod
     def from_pretrained(
@@ -98,28 +115,68 @@ class StarLLM:
         method: str = "star",
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
-        comm: str | None = None,
+        comm: ranks.Comm | str | None = None,
         model_kwargs: dict[str, Any] | None = None,
         tokens_per_forward: int | str | None = None,
         reserve_tokens: int | str = RESERVE_TOKENS,
+        anchor_source: str = ANCHOR_SOURCES[0],
     ) -> StarLLM:
         """Load a model and its tokenizer from a folder or a hub id.
 
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto" (a GPU if there is one), "cpu",
-        "cuda", "cuda:1". model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config, device_map, ...).
+        "cuda", "cuda:1"; under torchrun "auto" and "cuda" are each rank's own GPU.
+        model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config, device_map, ...).
 
         Raises `ModelNotFoundError` and, before any weight is read, `UnsupportedModelError` and `SizeError`.
         """
-        _check_comm(comm)
         sizes: dict[str, Any] = dict(block_size=block_size, anchor_size=anchor_size, method=method)
-        sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens)
+        sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens, anchor_source=anchor_source)
         StarConfig.of(**sizes)
-        model, tokenizer = load.load(path, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {})
-        return cls(model, tokenizer, comm=comm, **sizes)
+        comm = ranks.from_environment(comm)
+        if comm.size > 1:
+            device = load.own_device(device)
+        loaded: list[Any] = []
+        failure: Exception | None = None
+        try:
+            loaded += load.load(path, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {})
+        except Exception as error:
+            failure = error
+        with comm.call("loading the model"):
+            comm.all_fine(failure)
+        return cls(*loaded, comm=comm, **sizes)
 
     @property
     def device(self) -> torch.device:
         return self._handle.device
+
+    @property
+    def rank(self) -> int:
+        """Which of the ranks this process is; rank 0 leads."""
+        return self._comm.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self._comm.size
+
+    def _shake_hands(self) -> None:
+        """Agree on what must be the same everywhere, and on how tensors travel.
+
+        Raises `RankError`, on all ranks, naming what differs.
+        """
+        mine = {
+            "star_attention": __version__,
+            "torch": torch.__version__.partition("+")[0],
+            "transformers": transformers.__version__,
+            "settings": asdict(self.config),
+        } | self._identity()
+        for rank, theirs in enumerate(self._comm.gather(mine)):
+            difference = identity.difference(mine, theirs)
+            if difference is not None:
+                field, ours, other = difference
+                raise RankError(
+                    rank, "the start", f"its {field} is {other}, rank {self.rank}'s is {ours}; all ranks need the same"
+                )
+        self._comm.use(self.device)
 
     @property
     def tokens_per_forward(self) -> int:
@@ -138,9 +195,24 @@ class StarLLM:
         Raises `TokenError` (empty, or ids outside the vocabulary), `ContextLengthError` (beyond the model's positions),
         `SizeError` and `OutOfMemoryError`.
         """
-        if _is_several(content):
-            return self._encode_all([self._context_ids(one) for one in content], progress)
-        return self._encode_all([self._context_ids(content)], progress)[0]
+        with self._comm.call("encode"):
+            several, prepared = self._comm.decide(lambda: self._prepare(content))
+            contexts = self._encode_all(prepared, progress)
+        return contexts if several else contexts[0]
+
+    def _prepare(self, content: Any) -> tuple[bool, list[tuple[Tensor, dict[str, Any] | None]]]:
+        """Whether these are several contexts, and their checked ids and how a chat goes on."""
+        several = _is_several(content)
+        prepared = []
+        for one in content if several else [content]:
+            ids, opened = self._context_ids(one)
+            self._check_positions(len(ids), "the context has", "cut the context, or use a model with more positions")
+            self._plan(len(ids))
+            prepared.append((ids, None if opened is None else opened.as_dict()))
+        return several, prepared
+
+    def _plan(self, context_tokens: int) -> BlockPlan:
+        return methods.get(self.config.method).plan(self.config, context_tokens, self._comm.size)
 
     def _context_ids(self, content: Content) -> tuple[Tensor, chat.ChatContext | None]:
         if chat.is_messages(content):
@@ -153,32 +225,43 @@ class StarLLM:
         return self._ids(content, "context"), None
 
     def _encode_all(
-        self, contexts: list[tuple[Tensor, chat.ChatContext | None]], progress: phase1.Progress | None
+        self, contexts: list[tuple[Tensor, dict[str, Any] | None]], progress: phase1.Progress | None
     ) -> list[EncodedContext]:
-        plans = [methods.get(self.config.method).plan(self.config, len(ids)) for ids, _ in contexts]
-        rope_lengths = [self._rope_length(len(ids)) for ids, _ in contexts]
-        for ids, _ in contexts:
-            self._check_positions(len(ids), "the context has", "cut the context, or use a model with more positions")
+        plans = [self._plan(len(ids)) for ids, _ in contexts]
+        method = methods.get(self.config.method)
         done: dict[int, EncodedContext] = {}
         for indices in self._batches(plans):
-            plan, rope_length = plans[indices[0]], rope_lengths[indices[0]]
-            ids_BL = torch.stack([contexts[i][0] for i in indices])
-            clock = Clock(self.device)
-            stores = phase1.encode(
-                self._handle,
-                ids_BL,
-                plan,
-                tokens_per_forward=self.tokens_per_forward,
-                rope_length=rope_length,
-                progress=progress,
-            )
-            encode_s, peak_bytes = clock.stop()
-            for i, store in zip(indices, stores, strict=True):
-                ids, opened = contexts[i]
-                done[i] = self._context(
-                    ids, plan, store, rope_length, None if opened is None else opened.as_dict(), encode_s, peak_bytes
+            plan = plans[indices[0]]
+            layout = method.layout(self.config, plan)
+            idle = sum(not segments for segments in layout)
+            if idle and self.rank == 0:
+                warnings.warn(
+                    f"{plan.num_blocks} blocks on {plan.ranks} ranks leave {idle} idle; a smaller block_size gives each one work",
+                    stacklevel=4,
                 )
+            ids_BL = torch.stack([contexts[i][0] for i in indices])
+            rope_length = self._rope_length(plan.context_tokens)
+            with self._measured() as stats:
+                stores = method.encode(
+                    self._handle, ids_BL, plan, self._comm, self.config, rope_length=rope_length, progress=progress
+                )
+            for i, store in zip(indices, stores, strict=True):
+                ids, chat_state = contexts[i]
+                done[i] = self._context(ids, plan, store, layout, rope_length, chat_state, stats)
         return [done[i] for i in range(len(contexts))]
+
+    @contextmanager
+    def _measured(self) -> Iterator[list[RankStats]]:
+        """Fills in what each rank spent; nobody goes on before all have."""
+        clock, before = Clock(self.device), copy.copy(self._comm.traffic)
+        stats: list[RankStats] = []
+        yield stats
+        busy_s, peak_bytes = clock.stop()
+        everyone = self._comm.gather((busy_s, peak_bytes))
+        now = self._comm.traffic
+        wire = Traffic(now.calls - before.calls, now.bytes - before.bytes)
+        elapsed_s = clock.elapsed() if self._comm.size > 1 else busy_s
+        stats += [RankStats(elapsed_s=elapsed_s, busy_s=busy, peak_bytes=peak, wire=wire) for busy, peak in everyone]
 
     def _batches(self, plans: list[BlockPlan]) -> list[list[int]]:
         """Indices of contexts that are encoded together: equal plans, and whole blocks still fit in one forward."""
@@ -196,22 +279,26 @@ class StarLLM:
         ids: Tensor,
         plan: BlockPlan,
         kv: ContextKV,
+        layout: tuple[Segments, ...],
         rope_length: int | None,
         chat_state: dict[str, Any] | None,
-        encode_s: float,
-        peak_bytes: int | None = None,
+        stats: list[RankStats],
+        encode_s: float | None = None,
     ) -> EncodedContext:
         return EncodedContext(
             token_ids=ids,
             plan=plan,
             kv=kv,
+            layout=layout,
             method=self.config.method,
             identity=self._identity(),
             rope_length=rope_length,
             chat=chat_state,
-            encode_s=encode_s,
-            peak_bytes=peak_bytes,
+            encode_s=stats[0].elapsed_s if encode_s is None else encode_s,
+            peak_bytes=stats[self.rank].peak_bytes if stats else None,
+            stats=tuple(stats),
             model=weakref.ref(self._handle.model),
+            comm=self._comm,
         )
 
     def extend(
@@ -223,7 +310,55 @@ class StarLLM:
 
         Raises `ContextLengthError` beyond the model's positions, or beyond the length that rotary frequencies are pinned to.
         """
+        with self._comm.call("extend"):
+            key, ids, chat_state = self._comm.decide(lambda: self._prepare_extension(context, more))
+            context = self._mine(context, key)
+            old = context.plan
+            # A dense context is one block, and stays one.
+            whole = context.plan.is_dense and context.method != "star"
+            plan = BlockPlan(
+                context_tokens=len(ids),
+                block_size=max(old.block_size, len(ids)) if whole else old.block_size,
+                anchor_size=old.anchor_size,
+                ranks=old.ranks,
+            )
+            known = len(context.token_ids)
+            owner = next(rank for rank, held in enumerate(context.layout) if held and held[-1][1] == known)
+            with self._measured() as stats:
+                store = phase1.extend(
+                    self._handle,
+                    ids,
+                    plan,
+                    self._comm,
+                    context.kv,
+                    start=known,
+                    owner=owner,
+                    tokens_per_forward=self.tokens_per_forward,
+                    rope_length=context.rope_length,
+                    progress=progress,
+                )
+            layout = [*context.layout]
+            layout[owner] = (*layout[owner][:-1], (layout[owner][-1][0], len(ids)))
+            return replace(
+                context,
+                token_ids=ids,
+                plan=plan,
+                kv=store,
+                layout=tuple(layout),
+                chat=chat_state,
+                encode_s=stats[0].elapsed_s,
+                peak_bytes=stats[self.rank].peak_bytes,
+                stats=tuple(stats),
+            )
+
+    def _prepare_extension(self, context: EncodedContext, more: TextOrIds) -> tuple[int, Tensor, dict[str, Any] | None]:
+        """Which context, its ids with the new ones, and how a chat goes on."""
         self._check_ours(context)
+        if context.method == "ring" and self._comm.size > 1:
+            raise InvalidInputError(
+                "a ring context on several ranks cannot be extended: its tokens are dealt out by the length; encode the"
+                " joined text anew"
+            )
         if isinstance(more, str):
             more = text.query_ids(self._need_tokenizer("text"), more)
         new_ids = self._ids(more, "extension")
@@ -245,26 +380,15 @@ class StarLLM:
                     "this chat context ends in a closed turn; only an open user message can be extended"
                 )
             chat_state = chat.extended(self.tokenizer, opened, text.decode(self.tokenizer, new_ids.tolist())).as_dict()
-        old = context.plan
-        # A dense context is one block, and stays one.
-        block_size = max(old.block_size, len(ids)) if context.method == "dense" else old.block_size
-        plan = BlockPlan(context_tokens=len(ids), block_size=block_size, anchor_size=old.anchor_size, ranks=old.ranks)
-        clock = Clock(self.device)
-        store = context.kv.grown(len(ids), keep=len(context.token_ids))
-        phase1.encode(
-            self._handle,
-            ids[None],
-            plan,
-            tokens_per_forward=self.tokens_per_forward,
-            rope_length=context.rope_length,
-            stores=[store],
-            start=len(context.token_ids),
-            progress=progress,
-        )
-        encode_s, peak_bytes = clock.stop()
-        return replace(
-            context, token_ids=ids, plan=plan, kv=store, chat=chat_state, encode_s=encode_s, peak_bytes=peak_bytes
-        )
+        return context.key, ids, chat_state
+
+    def _mine(self, context: Any, key: int) -> EncodedContext:
+        """This rank's part of the context that rank 0 means."""
+        if self._comm.size == 1:
+            assert isinstance(context, EncodedContext)
+            return context
+        held: EncodedContext = self._comm.held(key)
+        return held
 
     def load_context(self, path: str | os.PathLike[str]) -> EncodedContext:
         """A saved context, mapped into memory; each layer is verified, and moved to its device, when it is first used.
@@ -274,31 +398,43 @@ class StarLLM:
         Raises `ContextMismatchError` (naming the field) when model, tokenizer or settings differ, `CorruptContextError` for
         a file that is damaged or something else, `FileNotFoundError` where there is none.
         """
-        file = SavedContext(path)
-        header = file.header
-        identity.check(
-            str(path),
-            header["identity"] | {"method": header["method"]},
-            self._identity() | {"method": self.config.method},
-        )
+        with self._comm.call("load_context"):
+            path = self._comm.decide(lambda: str(path))
+            file = SavedContext(path)
+            header = file.header
+            identity.check(
+                str(path),
+                header["identity"] | {"method": header["method"]},
+                self._identity() | {"method": self.config.method},
+            )
+            plan = BlockPlan(
+                context_tokens=header["context_tokens"],
+                block_size=header["block_size"],
+                anchor_size=header["anchor_size"],
+                ranks=self._comm.size,
+            )
+            layout = methods.get(self.config.method).layout(self.config, plan)
+            held = layout[self.rank]
 
-        def layer(index: int) -> LayerKV:
-            tokens, expands = header["context_tokens"], header["expands"][index]
-            if f"layers.{index}.k" not in header["tensors"]:
-                return LayerKV(tokens, expands=expands)
-            device = self._handle.layer_device(index)
+            def layer(index: int) -> LayerKV:
+                expands = header["expands"][index]
+                if not held or not file.has_layer(index):
+                    return LayerKV(held, expands=expands)
+                device = self._handle.layer_device(index)
 
-            def source() -> tuple[Tensor, Tensor]:
-                return file.tensor(f"layers.{index}.k").to(device), file.tensor(f"layers.{index}.v").to(device)
+                def source() -> tuple[Tensor, Tensor]:
+                    k_1GLD, v_1GLD = file.layer(index, held)
+                    return k_1GLD.to(device), v_1GLD.to(device)
 
-            return LayerKV(tokens, expands=expands, source=source)
+                return LayerKV(held, expands=expands, source=source)
 
-        plan = BlockPlan(
-            context_tokens=header["context_tokens"], block_size=header["block_size"], anchor_size=header["anchor_size"]
-        )
-        kv = ContextKV([layer(i) for i in range(len(header["expands"]))], plan.context_tokens)
-        ids = file.tensor("token_ids").clone()
-        return self._context(ids, plan, kv, header["rope_length"], header["chat"], header["encode_s"])
+            kv = ContextKV([layer(i) for i in range(len(header["expands"]))], held)
+            ids = file.token_ids()
+            everyone = self._comm.gather(None)  # all have found their part
+            stats = [RankStats(elapsed_s=0.0, busy_s=0.0, peak_bytes=None, wire=Traffic()) for _ in everyone]
+            return self._context(
+                ids, plan, kv, layout, header["rope_length"], header["chat"], stats, encode_s=header["encode_s"]
+            )
 
     # ------------------------------------------------------------------ phase 2
 
@@ -328,28 +464,31 @@ class StarLLM:
         answer_prefix: text that the answer is made to begin with, behind the chat template's start of the answer where there
             is one; it is not part of the result.
         logits_processor, stopping_criteria: transformers' lists.
-        generation: any other word of `GenerationConfig` (do_sample, temperature, top_p, num_beams, num_return_sequences, ...), over
-            the model's own defaults. With num_return_sequences above 1 each query gives a list. `temperature=0` is greedy.
+        generation: other words of `GenerationConfig` about search and sampling (do_sample, temperature, top_p, num_beams,
+            ...), over the model's own defaults. With num_return_sequences above 1 each query gives a list.
+            `temperature=0` is greedy.
 
         The context is left as it was. Raises `TypeError` for an unknown word, `TokenError` for an empty query,
         `ContextLengthError` where context, query and answer exceed the positions.
         """
         several = isinstance(query, (list, tuple, Tensor)) and _is_several(query)
-        run = self._run(
-            context,
-            list(query) if several else [query],
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            ignore_eos=ignore_eos,
-            stop=stop,
-            answer_prefix=answer_prefix,
-            return_logits=return_logits,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            **generation,
-        )
-        for _ in run.pieces():
-            pass
+        with self._comm.call("generate"):
+            several, run = self._begin(
+                context,
+                several,
+                list(query) if several else [query],
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                ignore_eos=ignore_eos,
+                stop=stop,
+                answer_prefix=answer_prefix,
+                return_logits=return_logits,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                **generation,
+            )
+            for _ in run.pieces():
+                pass
         answers = run.generations()
         if run.answers_per_query > 1:
             grouped = [answers[at : at + run.answers_per_query] for at in range(0, len(answers), run.answers_per_query)]
@@ -361,68 +500,84 @@ class StarLLM:
 
         Pieces are whole characters, and what may begin a stop string is held back. The stream's `result` is the `Generation`.
         """
+        with self._comm.call("a stream"):
+            _, run = self._begin(context, False, [query], streamed=True, **settings)
+        return Stream(run, self._comm)
+
+    def logits(self, context: EncodedContext, continuation: TextOrIds) -> Tensor | None:
+        """Logits of every token of a continuation, fp32 `[tokens, vocabulary]`: row i is the distribution of token i + 1.
+
+        On several ranks, rank 0 has them and the others get None.
+        """
+        with self._comm.call("logits"):
+            request: list[phase2.Request] = []
+
+            def prepare() -> tuple[int, list[int], None]:
+                self._check_ours(context)
+                request.append(self._request(context, [self._query_ids(context, continuation)], 0))
+                return context.key, request[0].padding, None
+
+            following, _ = self._led(prepare)
+            if following is not None:
+                for _ in following:
+                    pass
+                return None
+            logits_QV = phase2.logits(request[0])
+            self._comm.tell(("end", None))
+            return logits_QV
+
+    def _led(self, prepare: Callable[[], tuple[int, list[int], Any]]) -> tuple[Generator[str, None, Any] | None, Any]:
+        """What this rank does where it follows, None where it leads; and what `prepare` found out on rank 0, beside the
+        context's key and the padding of the queries."""
+        key, padding, more = self._comm.decide(prepare)
+        if self.rank == 0:
+            return None, more
+        context: EncodedContext = self._comm.held(key)
+        tokens = len(context.token_ids)
+        cache = AnswerCache(context.kv, self._handle.windows, tokens, padding, self._comm)
+        return phase2.follow(self._handle, cache, context.rope_length), more
+
+    def _begin(
+        self, context: EncodedContext, several: bool, queries: list[Any], *, streamed: bool = False, **settings: Any
+    ) -> tuple[bool, Run | FollowedRun]:
+        """One call of phase 2: whether it has several queries, and the run, which rank 0 leads."""
+        started: list[Run] = []
+
+        def prepare() -> tuple[int, list[int], tuple[bool, int]]:
+            if streamed:
+                self._check_streamed(queries[0])
+            started.append(self._run(context, queries, streamed=streamed, **settings))
+            if streamed and (not started[0].stepped or started[0].answers_per_query > 1):
+                raise InvalidInputError(
+                    "a stream is one answer by greedy search or sampling; use generate for beams and several answers"
+                )
+            return context.key, started[0].padding, (several, started[0].answers_per_query)
+
+        following, (several, answers_per_query) = self._led(prepare)
+        return several, started[0] if following is None else FollowedRun(following, answers_per_query)
+
+    def _check_streamed(self, query: Any) -> None:
         if isinstance(query, (list, tuple, Tensor)) and _is_several(query):
             raise InvalidInputError(f"a stream answers one query, not {len(query)}; use generate for several")
         self._need_tokenizer("a stream of text")
-        run = self._run(context, [query], **settings)
-        if not run.stepped or run.answers_per_query > 1:
-            raise InvalidInputError(
-                "a stream is one answer by greedy search or sampling; use generate for beams and several answers"
-            )
-        return Stream(run)
 
-    def logits(self, context: EncodedContext, continuation: TextOrIds) -> Tensor:
-        """Logits of every token of a continuation, fp32 `[tokens, vocabulary]`: row i is the distribution of token i + 1."""
-        self._check_ours(context)
-        request = self._request(context, [self._query_ids(context, continuation)], 0)
-        return phase2.logits(request)
+    def check_settings(self, **settings: Any) -> None:
+        """Raise what `generate` would raise for these settings, without a context: before a long one is encoded."""
+        AnswerSettings.of(self._handle, self.tokenizer, **settings)
 
-    def _run(
-        self,
-        context: EncodedContext,
-        queries: list[Any],
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        stop: str | Sequence[str] | None = None,
-        return_logits: bool = False,
-        answer_prefix: str = "",
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        **words: Any,
-    ) -> Run:
+    def _run(self, context: EncodedContext, queries: list[Any], *, streamed: bool = False, **words: Any) -> Run:
         self._check_ours(context)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InvalidInputError(f"max_new_tokens {max_new_tokens!r} is not a positive number of tokens")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise InvalidInputError(f"seed {seed!r} is not a whole number")
-        if seed is not None and not -(2**63) <= seed < 2**64:
-            raise InvalidInputError(f"seed {seed} has more than 64 bits; give a smaller number")
-        if not isinstance(answer_prefix, str):
-            raise InvalidInputError(f"answer_prefix {answer_prefix!r} is not a text")
-        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
-            if not isinstance(value, (list, type(None))):
-                raise InvalidInputError(f"{name} is a {type(value).__name__}; give a list of them")
-        ids = [self._query_ids(context, query, answer_prefix) for query in queries]
+        settings = AnswerSettings.of(self._handle, self.tokenizer, **words)
         request = self._request(
             context,
-            ids,
-            max_new_tokens,
-            seed=seed,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
+            [self._query_ids(context, query, settings.answer_prefix) for query in queries],
+            settings.max_new_tokens,
+            words=settings.words,
+            seed=settings.seed,
+            logits_processor=settings.logits_processor,
+            stopping_criteria=settings.stopping_criteria,
         )
-        return Run(
-            request,
-            self.tokenizer,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            stop=stop,
-            return_logits=return_logits,
-            words=words,
-            encode_s=context.encode_s,
-        )
+        return Run(request, self.tokenizer, settings, encode_s=context.encode_s, streamed=streamed)
 
     def _query_ids(self, context: EncodedContext, query: Any, answer_prefix: str = "") -> list[int]:
         if context.chat is not None and (query is None or isinstance(query, str) or chat.is_messages(query)):
@@ -468,6 +623,7 @@ class StarLLM:
             rope_length=context.rope_length,
             queries=queries,
             tokens_per_forward=self.tokens_per_forward,
+            comm=self._comm,
             **more,
         )
 
@@ -484,6 +640,8 @@ class StarLLM:
             raise TokenError(
                 f"the {what} is neither text, nor token ids, nor chat messages, but of type {type(ids).__name__}"
             )
+        if not isinstance(ids, Tensor) and hasattr(ids, "input_ids"):
+            raise TokenError(f"the {what} is a tokenizer's output; give its input_ids")
         try:
             tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids))
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -537,14 +695,3 @@ def _is_several(content: Any) -> bool:
     if not isinstance(content, (list, tuple)) or chat.is_messages(content):
         return False
     return any(one.dim() > 0 if isinstance(one, Tensor) else isinstance(one, Sized) for one in content)
-
-
-def _check_comm(comm: str | None) -> None:
-    if comm not in (None, "solo"):
-        raise InvalidInputError(f"comm {comm!r} is unknown; use None, or 'solo' for one process")
-    world = os.environ.get("WORLD_SIZE") or "1"
-    if comm is None and world != "1":
-        raise InvalidInputError(
-            f"this process is one of {world} (WORLD_SIZE), but this version runs on one;"
-            " start it without torchrun, or give comm='solo'"
-        )

@@ -12,12 +12,15 @@
     │   ├── CorruptContextError               truncated, changed, or not such a file
     │   ├── ContextMismatchError              made with another model, tokenizer or setting: names the field
     │   └── ContextSaveError (also OSError)   could not be written; what was there before is untouched
+    ├── RankError (also RuntimeError)         another rank died, hangs or failed, or the network between them is cut
     └── OutOfMemoryError (also MemoryError)   says which size to lower
 
 A wrong option name is a `TypeError`, as for any Python call.
 """
 
 from __future__ import annotations
+
+import builtins
 
 
 class StarAttentionError(Exception):
@@ -83,3 +86,29 @@ class ContextSaveError(ContextFileError, OSError):
 
 class OutOfMemoryError(StarAttentionError, MemoryError):
     """The device or the machine ran out of memory; the message says which size to lower."""
+
+
+class RankError(StarAttentionError, RuntimeError):
+    """The ranks cannot go on: `rank` is the one at fault (None where it is not one), `where` what it was doing."""
+
+    def __init__(self, rank: int | None, where: str, cause: str) -> None:
+        self.rank, self.where, self.cause = rank, where, cause
+        who = "the ranks" if rank is None else f"rank {rank}"
+        super().__init__(f"{who} failed in {where}: {cause}")
+
+
+def rebuilt(name: str, message: str, reasons: list[str] | None = None, rank: int | None = None) -> Exception:
+    """An exception that another rank raised, from what was told about it.
+
+    Ours and Python's own keep their type, so that they can be caught as on one rank; others become a `RankError`.
+    """
+    kind = globals().get(name) or getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or kind is RankError:
+        return RankError(rank, "a call", f"{name}: {message}")
+    error = kind.__new__(kind)
+    error.args = (message,)
+    if isinstance(error, UnsupportedModelError):
+        error.reasons, error.name = reasons or [message], message.partition(" cannot run")[0]
+    elif isinstance(error, ContextMismatchError):
+        error.field = message
+    return error

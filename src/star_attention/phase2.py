@@ -10,7 +10,7 @@ Axes: B queries (padded on the left to one length Q), R rows = B x answers each,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
+from star_attention.comm import Comm
 from star_attention.hf.cache import AnswerCache
 from star_attention.hf.handle import ModelHandle, cache_word
 from star_attention.store import ContextKV
@@ -49,6 +50,7 @@ class Request:
     rope_length: int | None
     queries: list[list[int]]
     tokens_per_forward: int
+    comm: Comm
     words: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
@@ -69,7 +71,7 @@ class Request:
         return [self.query_tokens - len(query) for query in self.queries]
 
     def cache(self) -> AnswerCache:
-        return AnswerCache(self.shard, self.handle.windows, self.padding)
+        return AnswerCache(self.shard, self.handle.windows, len(self.context_ids_L), self.padding, self.comm)
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Queries padded on the left and their mask, both `[B, Q]`.
@@ -154,6 +156,25 @@ def stock(request: Request) -> list[list[int]]:
         )
     rows: list[list[int]] = sequences[:, request.prompt_tokens :].tolist()
     return rows
+
+
+def follow(handle: ModelHandle, cache: AnswerCache, rope_length: int | None) -> Generator[str, None, Any]:
+    """The part of every rank but 0: the forwards and changes of the cache that rank 0 tells, until it says that the answer ends.
+
+    Yields the pieces of text that rank 0 streams, and returns what it told last. Sampling, beams and stopping criteria are
+    rank 0's alone, so that nothing about them can differ between ranks.
+    """
+    while True:
+        what, *arguments = cache.comm.hear()
+        if what == "end":
+            return arguments[0]
+        if what == "piece":
+            yield arguments[0]
+        elif what == "forward":
+            ids_BS, positions_BS = (torch.tensor(rows, device=handle.device) for rows in arguments)
+            handle.encode(ids_BS, positions_BS, cache, rope_length)  # only rank 0 needs logits
+        else:
+            cache.follow(what, *arguments)
 
 
 def _prefill(request: Request, cache: AnswerCache, *, keep: int) -> Iterator[Tensor]:

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from star_attention.errors import SizeError, TokenError
 
 MIN_BLOCK_SIZE = 1024
 MAX_BLOCK_SIZE = 32768
+
+Segments = tuple[tuple[int, int], ...]
+"""Runs `[start, stop)` of context tokens, in the order in which a rank keeps them."""
+
+LINEAR_PAIRS = 24 * 1024
+"""What the linear layers cost for one token, in pairs of a query and a key that attention could compute instead: about
+`parameters / (2 * heads * head_size * layers)`, which is 18K to 53K for Llama models of 1B to 70B parameters."""
 
 _UNITS = {"k": 1024, "m": 1024**2, "g": 1024**3}
 
@@ -130,9 +138,9 @@ class BlockPlan:
         return cls(context_tokens=context_tokens, block_size=block, anchor_size=anchor, ranks=ranks)
 
     @classmethod
-    def dense(cls, context_tokens: int) -> BlockPlan:
+    def dense(cls, context_tokens: int, ranks: int = 1) -> BlockPlan:
         """One block holding the whole context: ordinary dense attention (law 1)."""
-        return cls(context_tokens=context_tokens, block_size=max(1, context_tokens), anchor_size=0)
+        return cls(context_tokens=context_tokens, block_size=max(1, context_tokens), anchor_size=0, ranks=ranks)
 
     @property
     def num_blocks(self) -> int:
@@ -151,25 +159,70 @@ class BlockPlan:
         ]
 
     def rank_blocks(self, rank: int) -> list[tuple[int, int]]:
-        """The blocks of one rank: contiguous runs, the first ranks holding one more where they do not divide."""
+        """The blocks of one rank: contiguous runs that differ by one block at most, so that the busiest rank has least to do.
+
+        Where the blocks do not divide, the first rank is a good place for one more, because the first block has no anchor
+        to look at, and the last rank is one, where the last block is short.
+        """
+        first = sum(self._counts[:rank])
+        return self.blocks[first : first + self._counts[rank]]
+
+    @cached_property
+    def _counts(self) -> tuple[int, ...]:
         base, more = divmod(self.num_blocks, self.ranks)
-        first = rank * base + min(rank, more)
-        return self.blocks[first : first + base + (rank < more)]
+        if not base:
+            return (1,) * more + (0,) * (self.ranks - more)
+        layouts = []
+        for head, tail in ((1, 0), (0, 0), (1, 1), (0, 1)):
+            middle = more - head - tail
+            if self.ranks > 1 and 0 <= middle <= self.ranks - 2:
+                counts = [head, *(1,) * middle, *(0,) * (self.ranks - 2 - middle), tail]
+                layouts.append(tuple(base + extra for extra in counts))
+        return min(layouts or [(base,)], key=lambda counts: sorted(self._costs(counts), reverse=True))
+
+    def _costs(self, counts: tuple[int, ...]) -> list[int]:
+        """Work of each rank in pairs, with so many blocks a rank."""
+        costs, first = [], 0
+        for count in counts:
+            own = self.blocks[first : first + count]
+            costs.append(sum(self._cost(start, stop) for start, stop in own))
+            first += count
+        return costs
+
+    def _cost(self, start: int, stop: int) -> int:
+        tokens = stop - start
+        return tokens * (LINEAR_PAIRS + (tokens + 1) // 2 + (self.anchor_size if start else 0))
 
     def rank_range(self, rank: int) -> tuple[int, int]:
         """`[start, stop)` of the context tokens held by one rank; empty when it holds no block."""
         mine = self.rank_blocks(rank)
         return (mine[0][0], mine[-1][1]) if mine else (self.context_tokens, self.context_tokens)
 
-    def spans(self, tokens_per_forward: int, *, rank: int = 0, start: int = 0) -> Iterator[Span]:
-        """The forwards of one rank's phase 1 from token `start`, at most `tokens_per_forward` tokens each.
+    @property
+    def layout(self) -> tuple[Segments, ...]:
+        """What each rank keeps."""
+        ranges = [self.rank_range(rank) for rank in range(self.ranks)]
+        return tuple(((start, stop),) if start < stop else () for start, stop in ranges)
+
+    @property
+    def busy_ranks(self) -> int:
+        """Ranks that hold a block: the first so many."""
+        return min(self.ranks, self.num_blocks)
+
+    def spans(self, tokens_per_forward: int, *, rank: int = 0) -> Iterator[Span]:
+        """The forwards of one rank's phase 1, at most `tokens_per_forward` tokens each.
 
         Small blocks go several to a forward; a block that is larger than a forward is cut into pieces, so that working
         memory depends on `tokens_per_forward` alone. The ragged last block is a forward of its own, because the blocks
         of one forward are computed as a batch.
         """
-        first, stop = self.rank_range(rank)
-        position = max(first, start)
+        return self._spans(*self.rank_range(rank), tokens_per_forward)
+
+    def from_token(self, start: int, tokens_per_forward: int) -> Iterator[Span]:
+        """The forwards of everything from token `start` on, whoever holds it: for a context that grows."""
+        return self._spans(start, self.context_tokens, tokens_per_forward)
+
+    def _spans(self, position: int, stop: int, tokens_per_forward: int) -> Iterator[Span]:
         while position < stop:
             into = position % self.block_size
             whole = 0 if into else min(stop, self.context_tokens - self.context_tokens % self.block_size) - position

@@ -37,6 +37,8 @@ class StarPipeline:
         """
         if (question is None) == (questions is None):
             raise InvalidInputError("give either question (one text) or questions (a list of texts)")
+        if isinstance(questions, str):
+            raise InvalidInputError("questions is one text; give a list of texts, or give it as question")
         asked = list(questions) if questions is not None else [question]
         if not all(isinstance(one, str) and one for one in asked) or not asked:
             raise TokenError("a question is empty or no text; give at least one word")

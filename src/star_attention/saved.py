@@ -1,7 +1,8 @@
-"""Files of encoded contexts: one safetensors file, written atomically, mapped into memory, checked before it is used.
+"""Encoded contexts on disk, written atomically, mapped into memory, checked before they are used.
 
-The file is an ordinary safetensors file (nothing in it is executable) whose metadata holds a JSON header and the
-header's checksum. The header is verified when the file is opened, each tensor when it is first touched.
+One rank writes one file: an ordinary safetensors file (nothing in it is executable) whose metadata holds a JSON header and
+the header's checksum. The header is verified when the file is opened, each tensor when it is first touched. Several ranks
+write a folder: such a file each, and an index that holds the header and names the files by their checksums.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from star_attention.comm import Comm
 from star_attention.errors import ContextSaveError, CorruptContextError
+from star_attention.plan import Segments
 
 FORMAT_VERSION = 1
+INDEX = "index.json"
 _KEY = "star_attention"
 
 
@@ -32,16 +37,32 @@ def checksum(tensor: Tensor) -> str:
 
 
 def check_target(target: Path) -> None:
-    """Whether a file can stand there at all.
+    """Whether a context may be saved there.
 
-    Raises `ContextSaveError` for a folder, or for a file in a folder that does not exist.
+    Raises `ContextSaveError` for a folder, for a file that is none of ours, and where there is no folder to hold it.
     """
-    if target.is_dir():
+    if target.is_dir() and not (target / INDEX).is_file():
         raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
+    if os.path.exists(target) and not is_saved(target):
+        raise ContextSaveError(
+            f"cannot save the context to {target}: it is a file of another kind, which would be lost; choose another name,"
+            " or remove it first"
+        )
     if not target.parent.is_dir():
         raise ContextSaveError(
             f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
         )
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a saved context stands there, whole or damaged: something that saving may replace."""
+    if path.is_dir():
+        return (path / INDEX).is_file()
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -53,6 +74,10 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     temporary: str | None = None
     try:
         check_target(target)
+        if target.is_dir():
+            raise IsADirectoryError(
+                f"{target} is a context saved by several ranks; remove it first, or choose another name"
+            )
         # Beside the target, so that the last step is a rename within one file system.
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent)
         os.close(descriptor)
@@ -81,8 +106,158 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
                 os.unlink(temporary)
 
 
+def write_shared(path: str, header: dict[str, Any], segments: Segments, tensors: dict[str, Tensor], comm: Comm) -> None:
+    """The same for a context that several ranks hold; called by all of them.
+
+    The folder is written beside its place and moved there when every rank is done.
+    """
+    target = Path(path)
+    folder = Path(comm.decide(lambda: str(_new_folder(target))))
+    try:
+        name = f"rank-{comm.rank}.safetensors"
+        part: dict[str, Any] | None = None
+        if tensors:
+            if not folder.is_dir():
+                raise ContextSaveError(
+                    f"rank {comm.rank} does not see {folder}, which rank 0 made: save to a file system that all machines share"
+                )
+            write(folder / name, {"segments": segments}, tensors)
+            part = {"file": name, "segments": segments, "sha256": SavedFile(folder / name).sha256}
+        parts = [one for one in comm.gather(part) if one is not None]
+        if comm.rank == 0:
+            text = json.dumps({"format_version": FORMAT_VERSION, **header, "parts": parts}, sort_keys=True)
+            index = {"header": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+            _move(folder, target, json.dumps(index))
+        comm.gather(None)  # nobody goes on before it is there
+    except BaseException:
+        if comm.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _new_folder(target: Path) -> Path:
+    check_target(target)
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent))
+    except OSError as error:
+        raise ContextSaveError(f"cannot save the context to {target}: {error}; choose another place") from error
+
+
+def _move(folder: Path, target: Path, index: str) -> None:
+    """Complete a written folder and put it where it belongs; what stood there goes last."""
+    try:
+        with open(folder / INDEX, "w", encoding="utf-8") as file:
+            file.write(index)
+            file.flush()
+            os.fsync(file.fileno())
+        old = folder.with_suffix(".old") if target.exists() else None
+        if old is not None:  # a folder cannot be renamed over another one
+            os.replace(target, old)
+        os.replace(folder, target)
+        if old is not None:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    except OSError as error:
+        raise ContextSaveError(
+            f"cannot save the context to {target}: {error}; free space or choose another place"
+        ) from error
+
+
+def _verified(path: Path, text: str, sha256: str) -> dict[str, Any]:
+    """A header whose checksum is right and whose format is known."""
+    if hashlib.sha256(text.encode()).hexdigest() != sha256:
+        raise CorruptContextError(f"the header of {path} does not match its checksum: the file was changed")
+    header: dict[str, Any] = json.loads(text)
+    version = header.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CorruptContextError(
+            f"{path} has format version {version}, this library reads version {FORMAT_VERSION};"
+            " encode the context again or use the version that wrote it"
+        )
+    return header
+
+
 class SavedContext:
-    """An open context file: `header` is verified, `tensor(name)` verifies what it returns.
+    """An open saved context, of one file or of several ranks' files.
+
+    Raises `CorruptContextError` for what is truncated, changed, or not a saved context, and `FileNotFoundError` where there is
+    nothing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._parts: list[tuple[Segments, SavedFile]] = []
+        if not os.path.isdir(self.path):
+            file = SavedFile(self.path)
+            self.header = file.header
+            self._parts.append((_segments(file.header["segments"]), file))
+            return
+        if not (self.path / INDEX).exists():
+            raise CorruptContextError(
+                f"{self.path} is a folder; give the file of a saved context, or the folder that several ranks saved"
+            )
+        try:
+            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
+            self.header = _verified(self.path, index["header"], index["sha256"])
+        except CorruptContextError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptContextError(
+                f"the folder {self.path} cannot be read as a saved context: its {INDEX} is missing, truncated or changed ({error})"
+            ) from error
+        for part in self.header["parts"]:
+            try:
+                file = SavedFile(self.path / part["file"])
+            except FileNotFoundError as error:
+                raise CorruptContextError(f"{self.path} lacks {part['file']}, one of the files of its ranks") from error
+            if file.sha256 != part["sha256"]:
+                raise CorruptContextError(f"{part['file']} in {self.path} belongs to another saved context")
+            self._parts.append((_segments(part["segments"]), file))
+
+    def token_ids(self) -> Tensor:
+        return self._parts[0][1].tensor("token_ids").clone()
+
+    def has_layer(self, index: int) -> bool:
+        return f"layers.{index}.k" in self._parts[0][1].header["tensors"]
+
+    def layer(self, index: int, wanted: Segments) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer for some tokens, `[1, G, tokens, D]`, in that order.
+
+        They are the file's own pages where one file holds just these.
+        """
+        for segments, file in self._parts:
+            if segments == wanted:
+                return file.tensor(f"layers.{index}.k"), file.tensor(f"layers.{index}.v")
+        opened: dict[int, tuple[Tensor, Tensor]] = {}
+        pieces: list[tuple[Tensor, Tensor]] = []
+        for start, stop in wanted:
+            while start < stop:
+                number, at, end = self._find(start)
+                if number not in opened:
+                    file = self._parts[number][1]
+                    opened[number] = file.tensor(f"layers.{index}.k"), file.tensor(f"layers.{index}.v")
+                tokens = min(stop, end) - start
+                k_1GLD, v_1GLD = opened[number]
+                pieces.append((k_1GLD[:, :, at : at + tokens], v_1GLD[:, :, at : at + tokens]))
+                start += tokens
+        return torch.cat([k for k, _ in pieces], 2), torch.cat([v for _, v in pieces], 2)
+
+    def _find(self, token: int) -> tuple[int, int, int]:
+        """The part that holds a token, where it lies in it, and where its run ends."""
+        for number, (segments, _) in enumerate(self._parts):
+            at = 0
+            for start, stop in segments:
+                if start <= token < stop:
+                    return number, at + token - start, stop
+                at += stop - start
+        raise CorruptContextError(f"{self.path} holds no keys for token {token:,}: the file was changed")
+
+
+def _segments(listed: list[list[int]]) -> Segments:
+    return tuple((start, stop) for start, stop in listed)
+
+
+class SavedFile:
+    """One open file: `header` is verified, `tensor(name)` verifies what it returns.
 
     Raises `CorruptContextError` for a file that is truncated, changed, or not a saved context, and
     `FileNotFoundError` (as `open` does) where there is none.
@@ -106,15 +281,8 @@ class SavedContext:
         if _KEY not in metadata:
             raise CorruptContextError(f"{self.path} is a safetensors file, but not a saved context of star-attention")
         text = metadata[_KEY]
-        if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
-            raise CorruptContextError(f"the header of {self.path} does not match its checksum: the file was changed")
-        self.header: dict[str, Any] = json.loads(text)
-        version = self.header.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CorruptContextError(
-                f"{self.path} has format version {version}, this library reads version {FORMAT_VERSION};"
-                " encode the context again or use the version that wrote it"
-            )
+        self.sha256 = str(metadata.get("sha256"))
+        self.header = _verified(self.path, text, self.sha256)
         if set(self._file.keys()) != set(self.header["tensors"]):
             raise CorruptContextError(
                 f"{self.path} does not hold the tensors that its header lists: the file was changed"

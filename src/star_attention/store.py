@@ -11,31 +11,50 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from star_attention.plan import Segments
+
 Pair = tuple[Tensor, Tensor]
 
 
 class LayerKV:
     """One layer's context keys and values, `[1, G, tokens, D]`, written once, block by block, then only read.
 
+    held: which context tokens, as runs that lie one behind the other in the buffers; a number stands for `0..number`.
     `expands` is True for layers whose attention computes keys and values from what is cached (MLA), None while not
     known. `source` delivers the tensors of a saved context at first touch.
     """
 
-    def __init__(self, tokens: int, *, expands: bool | None = None, source: Callable[[], Pair] | None = None) -> None:
-        self.tokens = tokens
+    def __init__(
+        self, held: int | Segments, *, expands: bool | None = None, source: Callable[[], Pair] | None = None
+    ) -> None:
+        self.segments: Segments = ((0, held),) if isinstance(held, int) else held
+        self.tokens = sum(stop - start for start, stop in self.segments)
         self.expands = expands
         self._source = source
         self._k_1GLD: Tensor | None = None
         self._v_1GLD: Tensor | None = None
+
+    def holds(self, position: int) -> bool:
+        return any(start <= position < stop for start, stop in self.segments)
+
+    def _at(self, position: int) -> int:
+        """Where a token lies in the buffers."""
+        at = 0
+        for start, stop in self.segments:
+            if start <= position < stop:
+                return at + position - start
+            at += stop - start
+        raise AssertionError(f"token {position} is not held here ({self.segments})")
 
     def write(self, start: int, k_GSD: Tensor, v_GSD: Tensor) -> None:
         """Keep the keys and values of tokens `start..start+S`; the buffers are allocated at the first write."""
         if self._k_1GLD is None or self._v_1GLD is None:
             self._k_1GLD = k_GSD.new_empty(1, k_GSD.shape[0], self.tokens, k_GSD.shape[2])
             self._v_1GLD = v_GSD.new_empty(1, v_GSD.shape[0], self.tokens, v_GSD.shape[2])
-        stop = start + k_GSD.shape[1]
-        self._k_1GLD[0, :, start:stop].copy_(k_GSD)
-        self._v_1GLD[0, :, start:stop].copy_(v_GSD)
+        at = self._at(start)
+        stop = at + k_GSD.shape[1]
+        self._k_1GLD[0, :, at:stop].copy_(k_GSD)
+        self._v_1GLD[0, :, at:stop].copy_(v_GSD)
 
     @property
     def is_empty(self) -> bool:
@@ -51,9 +70,10 @@ class LayerKV:
         return self._k_1GLD, self._v_1GLD
 
     def slice(self, start: int, stop: int) -> Pair:
-        """Views of tokens `start..stop`, `[1, G, stop - start, D]`."""
+        """Views of tokens `start..stop`, which lie in one segment, `[1, G, stop - start, D]`."""
         k_1GLD, v_1GLD = self.pair()
-        return k_1GLD[:, :, start:stop], v_1GLD[:, :, start:stop]
+        at = self._at(start)
+        return k_1GLD[:, :, at : at + stop - start], v_1GLD[:, :, at : at + stop - start]
 
     @property
     def nbytes(self) -> int:
@@ -61,29 +81,31 @@ class LayerKV:
 
 
 class ContextKV:
-    """All layers of one encoded context (the shard of this rank)."""
+    """All layers of what one rank keeps of a context (its shard): the whole context on one rank."""
 
-    def __init__(self, layers: list[LayerKV], tokens: int) -> None:
+    def __init__(self, layers: list[LayerKV], held: int | Segments) -> None:
         self.layers = layers
-        self.tokens = tokens
+        self.segments: Segments = ((0, held),) if isinstance(held, int) else held
+        self.tokens = sum(stop - start for start, stop in self.segments)
 
     @classmethod
-    def empty(cls, num_layers: int, tokens: int) -> ContextKV:
-        return cls([LayerKV(tokens) for _ in range(num_layers)], tokens)
+    def empty(cls, held: int | Segments, expands: list[bool | None]) -> ContextKV:
+        """Room for these tokens; `expands` as far as it is known, one entry a layer."""
+        return cls([LayerKV(held, expands=known) for known in expands], held)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values. Touches every layer of a context loaded from a file."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def grown(self, tokens: int, keep: int) -> ContextKV:
-        """A new, larger store that starts with the first `keep` tokens of this one (copied)."""
-        new = ContextKV.empty(len(self.layers), tokens)
+    def grown(self, held: int | Segments) -> ContextKV:
+        """A new, larger store that starts with all of this one (copied); `held` begins where this one does."""
+        new = ContextKV.empty(held, [layer.expands for layer in self.layers])
         for old_layer, layer in zip(self.layers, new.layers, strict=True):
-            layer.expands = old_layer.expands
             if not old_layer.is_empty:
-                k_1GSD, v_1GSD = old_layer.slice(0, keep)
-                layer.write(0, k_1GSD[0], v_1GSD[0])
+                for start, stop in self.segments:
+                    k_1GSD, v_1GSD = old_layer.slice(start, stop)
+                    layer.write(start, k_1GSD[0], v_1GSD[0])
         return new
 
 

@@ -178,7 +178,11 @@ BAD_SETTINGS = [
     (dict(reserve_tokens=None), SizeError, ["reserve_tokens None", NOT_A_SIZE]),
     (dict(method="stare"), InvalidInputError, ["method 'stare' is unknown; choose one of star, dense"]),
     (dict(method=["star"]), InvalidInputError, ["method ['star'] is unknown"]),
-    (dict(comm="nccl"), InvalidInputError, ["comm 'nccl' is unknown; use None, or 'solo'"]),
+    (
+        dict(comm="nccl"),
+        InvalidInputError,
+        ["comm 'nccl' is unknown; use None, 'solo' for one process, or a TorchComm"],
+    ),
 ]
 
 
@@ -202,12 +206,30 @@ def test_unknown_settings_are_type_errors(tmp_path: Path) -> None:
         StarLLM.from_pretrained(tmp_path, blocksize=5)
 
 
-@pytest.mark.parametrize("world", ["2", "64", "many"])
-def test_several_processes(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", world)
-    says = f"this process is one of {world} (WORLD_SIZE)"
-    refused(InvalidInputError, says, "or give comm='solo'", call=lambda: engine("llama"))
-    refused(InvalidInputError, says, call=lambda: StarLLM.from_pretrained(BUNDLED))
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "the environment lacks RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "the environment lacks MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "many", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "WORLD_SIZE 'many' is not a number",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+            "RANK 2 is not one of WORLD_SIZE 2",
+        ),
+    ],
+)
+def test_an_environment_of_several_processes_that_is_not_whole(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(InvalidInputError, says, call=lambda: engine("llama"))
+    refused(InvalidInputError, says, "comm='solo'", call=lambda: StarLLM.from_pretrained(BUNDLED))
     assert engine("llama", comm="solo").config.method == "star"
 
 
@@ -262,8 +284,8 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
     ("word", "says"),
     [
         ("tempratur", "unknown word 'tempratur'; it takes those of transformers' GenerationConfig"),
-        ("use_cache", "unknown word 'use_cache'"),
-        ("cache_implementation", "unknown word 'cache_implementation'"),
+        ("use_cache", "takes no 'use_cache' here; the encoded context is the cache"),
+        ("cache_implementation", "takes no 'cache_implementation' here"),
         ("max_length", "max_length counts the context too; use max_new_tokens"),
         ("min_length", "min_length counts the context too; use min_new_tokens"),
     ],

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,11 +116,12 @@ def test_json_has_exactly_the_fields(texts: Path) -> None:
     (line,) = done.out.splitlines()
     reply = json.loads(line)
     assert list(reply) == [
-        *("text", "token_ids", "finish_reason", "method", "context_tokens", "query_tokens", "block_size"),
+        *("query", "text", "token_ids", "finish_reason", "method", "context_tokens", "query_tokens", "block_size"),
         *("anchor_size", "blocks", "ranks", "encode_s", "ttft_s", "tokens_per_s", "peak_bytes"),
         *("wire_bytes_phase1", "wire_bytes_phase2"),
     ]
     assert list(reply) == list(answers.FIELDS)
+    assert reply["query"] == QUESTION
     assert reply["text"].endswith("4910508")
     assert reply["token_ids"][-1] == 2
     assert reply["finish_reason"] == "stop"
@@ -343,7 +345,8 @@ def test_values_that_cannot_work(texts: Path, options: list[str], message: str) 
 def test_broken_models_and_empty_texts(texts: Path, tmp_path: Path) -> None:
     query = ["--query", QUESTION]
     assert "holds no config.json" in failed("generate", "-m", tmp_path, texts / "book.txt", *query)
-    assert "the context is empty" in failed("generate", *MODEL, "-", *query, stdin="")
+    for chat in ([], ["--chat"]):
+        assert "the text of - is empty" in failed("generate", *MODEL, "-", *query, *chat, stdin="")
     (tmp_path / "blank").write_text("\n \n")
     assert "has no queries" in failed("generate", *MODEL, texts / "book.txt", "--query-file", tmp_path / "blank")
 
@@ -431,7 +434,7 @@ def test_ctrl_c_while_saving_keeps_the_file_of_before(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "book.star"
-    target.write_text("before")
+    shutil.copy(texts / "book.star", target)
 
     def interrupted(*arguments: Any, **more: Any) -> None:
         Path(arguments[1]).write_bytes(b"half")
@@ -441,7 +444,26 @@ def test_ctrl_c_while_saving_keeps_the_file_of_before(
     done = run("encode", *CHAT, texts / "book.txt", "-o", target)
     assert done.status == 130
     assert done.err.splitlines()[-1] == "interrupted"
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"book.star": "before"}
+    assert [path.name for path in tmp_path.iterdir()] == ["book.star"]
+    assert target.read_bytes() == (texts / "book.star").read_bytes()
+
+
+def test_a_file_that_is_no_context_is_never_replaced(texts: Path, tmp_path: Path) -> None:
+    """Forbids that a slip of the output's name costs the text itself."""
+    text = tmp_path / "book.txt"
+    shutil.copy(texts / "book.txt", text)
+    for arguments in (["encode", "-o", text], ["generate", "--query", QUESTION, "--save", text]):
+        assert "a file of another kind" in failed(arguments[0], *CHAT, text, *arguments[1:])
+        assert text.read_bytes() == (texts / "book.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "option", [["--stop", ""], ["--top-p", "0"], ["--seed", "9" * 23], ["--repetition-penalty", "0"]]
+)
+def test_settings_are_checked_before_the_text_is_encoded(texts: Path, option: list[str]) -> None:
+    done = run("generate", *CHAT, texts / "book.txt", "--query", QUESTION, *option)
+    assert done.status == 1
+    assert "encoded" not in done.err
 
 
 def test_a_reader_that_goes_away_is_no_error(texts: Path) -> None:

@@ -20,6 +20,7 @@ LAYERS = {
     "cost": 0,
     "errors": 0,
     "plan": 0,
+    "wire": 0,
     # L1: torch
     "attention": 1,
     "clock": 1,
@@ -28,6 +29,7 @@ LAYERS = {
     "context": 2,
     "saved": 2,
     "store": 2,
+    "watch": 2,
     # L3: all contact with transformers
     "hf": 3,
     # L4: the two phases

@@ -203,10 +203,12 @@ def test_forwards_cover_what_is_asked_for_once(plan: BlockPlan, budget: int, dat
     rank = data.draw(st.integers(0, plan.ranks - 1))
     start = data.draw(st.integers(0, plan.context_tokens))
     first, stop = plan.rank_range(rank)
-    spans = list(plan.spans(budget, rank=rank, start=start))
-    tokens = [token for span in spans for token in range(span.start, span.stop)]
-    assert tokens == list(range(max(first, start), stop))
-    for span in spans:
+    spans, later = list(plan.spans(budget, rank=rank)), list(plan.from_token(start, budget))
+    assert [token for span in spans for token in range(span.start, span.stop)] == list(range(first, stop))
+    assert [token for span in later for token in range(span.start, span.stop)] == list(
+        range(start, plan.context_tokens)
+    )
+    for span in spans + later:
         assert 1 <= span.tokens <= budget
         assert span.block_start == span.start // plan.block_size * plan.block_size
         whole = span.start == span.block_start and span.tokens % plan.block_size == 0

@@ -111,12 +111,12 @@ def test_a_source_that_fails_is_asked_again() -> None:
 
 def test_a_grown_context_starts_with_a_copy_of_the_old_one() -> None:
     old = ContextKV([written(seed=1, expands=True), LayerKV(L, expands=False), written(seed=2)], L)
-    new = old.grown(L + 6, keep=30)
+    new = old.grown(L + 6)
     assert (new.tokens, [layer.tokens for layer in new.layers]) == (L + 6, [L + 6] * 3)
     assert [layer.expands for layer in new.layers] == [True, False, None]
     assert new.layers[1].is_empty
     for index in (0, 2):
-        for ours, theirs in zip(new.layers[index].slice(0, 30), old.layers[index].slice(0, 30), strict=True):
+        for ours, theirs in zip(new.layers[index].slice(0, L), old.layers[index].slice(0, L), strict=True):
             assert torch.equal(ours, theirs)
         assert new.layers[index].pair()[0].shape == (1, G, L + 6, DK)
         assert new.layers[index].pair()[1].shape == (1, G, L + 6, DV)

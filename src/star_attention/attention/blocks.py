@@ -63,17 +63,22 @@ def block_attention(
 
 
 def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]) -> State:
-    """All query rows over the keys of one context, `k_1KGD, v_1KGD`, which every batch row shares (paper, section 2.2).
+    """All query rows over keys of one context (paper, section 2.2): `k_1KGD, v_1KGD`, which every batch row shares, or
+    `k_BKGD, v_BKGD`, where they were computed for each row.
 
     offsets: for each batch row, the position of its first query after the shard's first key.
     """
     B, Q, H, D = q_BQHD.shape
-    keys = shard[0].shape[1]
+    batch, keys = shard[0].shape[:2]
     if rule.window is None and min(offsets) >= keys - 1:
-        # Everything is visible to everybody: rows of all batch entries are queries of one call that reads the shard once.
-        state = attend(q_BQHD.reshape(1, B * Q, H, D), *shard, rule=rule, offset=keys)
+        # Everything is visible to everybody: rows of all batch entries that share keys are queries of one call that reads
+        # them once.
+        state = attend(q_BQHD.reshape(batch, B // batch * Q, H, D), *shard, rule=rule, offset=keys)
         return State(state.out_BQHD.reshape(B, Q, H, -1), state.lse_BQH.reshape(B, Q, H))
-    rows = [attend(q_BQHD[b : b + 1], *shard, rule=rule, offset=offset) for b, offset in enumerate(offsets)]
+    rows = []
+    for b, offset in enumerate(offsets):
+        k_1KGD, v_1KGD = shard if batch == 1 else (shard[0][b : b + 1], shard[1][b : b + 1])
+        rows.append(attend(q_BQHD[b : b + 1], k_1KGD, v_1KGD, rule=rule, offset=offset))
     return State(torch.cat([r.out_BQHD for r in rows]), torch.cat([r.lse_BQH for r in rows]))
 
 

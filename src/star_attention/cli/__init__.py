@@ -47,7 +47,7 @@ def root(
     """Answer questions on long texts with two-phase Star Attention, with any transformers decoder.
 
     Answers go to stdout, progress and messages to stderr. Sizes are tokens and may be written 4k, 128k or 1m (powers
-    of 1024). Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    of 1024). Exit status: 0 done, 1 failed, 2 options that are unknown, missing or cannot be read, 130 interrupted.
     """
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _HEADER_WIDTH = 100
 
 FIELDS = {
+    "query": "what was asked",
     "text": "the answer, without special tokens, cut before a stop text",
     "token_ids": "every generated token, with the one that ended the answer",
     "finish_reason": "`stop` or `length`",
@@ -27,7 +28,7 @@ FIELDS = {
     "blocks": "number of blocks",
     "ranks": "number of devices",
     "encode_s": "seconds of encoding (of a saved text: when it was encoded)",
-    "ttft_s": "seconds from the query to the first token",
+    "ttft_s": "seconds from the query to the first token (with beams: to the whole answer)",
     "tokens_per_s": "tokens a second after the first; null for one token, and for beams",
     "peak_bytes": "peak device memory while answering; null where it is not measured (CPU)",
     "wire_bytes_phase1": "bytes sent between devices while encoding; 0 on one",
@@ -50,22 +51,20 @@ class Answerer:
         """One after another, or as one batch; with a header each where there are several."""
         if self.options.batch and len(queries) > 1:
             replies = self.star.generate(self.context, [self._query(query) for query in queries], **self.words)
-            for query, reply in zip(queries, replies, strict=True):
-                self._header(query)
-                self._print(reply)
+            for number, (query, reply) in enumerate(zip(queries, replies, strict=True)):
+                self._header(query, first=not number)
+                self._print(query, reply)
             self._summary(replies[0], f"{len(queries)} answers at once, ")
             return
         for number, query in enumerate(queries):
             if len(queries) > 1:
-                if number and not self.options.json:
-                    print()
-                self._header(query)
+                self._header(query, first=not number)
             self.answer(query)
 
     def answer(self, query: str) -> None:
         if self.options.json or self.options.no_stream or (self.options.num_beams or 1) > 1:
             reply = self.star.generate(self.context, self._query(query), **self.words)
-            self._print(reply)
+            self._print(query, reply)
         else:
             reply = self._stream(query)
         self._summary(reply)
@@ -81,14 +80,18 @@ class Answerer:
         print(flush=True)
         return stream.result
 
-    def _header(self, query: str) -> None:
+    def _header(self, query: str, *, first: bool) -> None:
         if self.options.json:
             return
+        if not first:
+            print()
         line = " ".join(query.split())
         print("> " + (line if len(line) <= _HEADER_WIDTH else line[: _HEADER_WIDTH - 3] + "..."), flush=True)
 
-    def _print(self, reply: Generation) -> None:
-        print(json.dumps(as_json(self.context, reply)) if self.options.json else reply.text, flush=True)
+    def _print(self, query: str, reply: Generation) -> None:
+        print(
+            json.dumps({"query": query} | as_json(self.context, reply)) if self.options.json else reply.text, flush=True
+        )
 
     def _summary(self, reply: Generation, note: str = "") -> None:
         head, self.head = self.head, ""

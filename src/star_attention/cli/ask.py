@@ -36,7 +36,10 @@ def ask(
     queries = read_queries(answer.query, answer.query_file, context_files=[])
     interactive = sys.stdin.isatty()
     if not queries and not interactive:
-        raise typer.BadParameter("give a query, or use a terminal", param_hint="--query or --query-file")
+        raise typer.BadParameter(
+            "give a query (`--query-file -` reads them from stdin), or use a terminal",
+            param_hint="--query or --query-file",
+        )
     notes = Notes(quiet=quiet)
     star, context = session.load_saved(model, file, notes)
     answerer = Answerer(star, context, answer, notes, encoded=False)
@@ -57,6 +60,9 @@ def _converse(answerer: Answerer, notes: Notes) -> None:
             answerer.answer(query)
         except StarAttentionError as error:  # a query that is too long ends itself, not the conversation
             say(f"error: {error}")
+        except KeyboardInterrupt:  # so does Ctrl-C during an answer; at the prompt it ends everything
+            print(flush=True)
+            say("interrupted")
 
 
 def _question() -> str:

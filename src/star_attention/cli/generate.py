@@ -38,6 +38,7 @@ def generate(
     text = read_context(files)
     notes = Notes(quiet=quiet)
     star = session.load_for(model, context, notes)
+    star.check_settings(**answer.words())
     encoded = session.encode_text(star, text, notes, chat=context.chat)
     if save is not None:
         session.save(encoded, save, notes)

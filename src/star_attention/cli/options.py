@@ -96,6 +96,12 @@ class AnswerOptions:
     batch: Annotated[
         bool, option("Answer several queries at once instead of one after another.", "--batch", panel="Query")
     ] = False
+    answer_prefix: Annotated[
+        str,
+        option(
+            "What the answer is made to begin with; not printed.", panel="Answer", metavar="TEXT", show_default=False
+        ),
+    ] = ""
     max_new_tokens: Annotated[int, option("Most tokens of an answer.", panel="Answer", metavar="N", min=1)] = (
         MAX_NEW_TOKENS
     )
@@ -141,6 +147,7 @@ class AnswerOptions:
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
             "stop": self.stop or None,
+            "answer_prefix": self.answer_prefix,
         }
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         sampling = {word: value for word, value in sampling.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
 
 
 def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> StarLLM:
+    if context.method == "dense" and (context.block_size, context.anchor_size) != (None, None):
+        warnings.warn("--block-size and --anchor-size have no effect on dense attention", stacklevel=2)
     return load(
         model,
         notes,
@@ -42,6 +45,8 @@ def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> Star
 def encode_text(star: StarLLM, text: str, notes: Notes, *, chat: bool) -> EncodedContext:
     """Phase 1 with progress; as a chat, the text is the first part of a user message that stays open for the query."""
     content: Any = text
+    if not chat and getattr(star.tokenizer, "chat_template", None):
+        notes.say("the text goes in as it is; this model has a chat template, which --chat uses")
     if chat:
         content = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     with notes.progress() as progress:

@@ -40,7 +40,10 @@ def read_context(files: list[str]) -> str:
     """The texts of several files in order, with a line break between them."""
     if files.count(STDIN) > 1:
         raise typer.BadParameter("- (stdin) can be read only once", param_hint="FILES")
-    return "\n".join(read_text(name) for name in files)
+    text = "\n".join(read_text(name) for name in files)
+    if not text.strip():
+        raise TokenError(f"the text of {', '.join(files)} is empty; give at least one word")
+    return text
 
 
 def read_queries(queries: list[str] | None, file: str | None, *, context_files: list[str]) -> list[str]:

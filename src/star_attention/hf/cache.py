@@ -18,8 +18,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.blocks import KV, block_attention, shard_attention, tail_attention
-from star_attention.attention.state import State, merge
-from star_attention.errors import UnsupportedModelError
+from star_attention.attention.state import State, empty_state, merge
+from star_attention.comm import Comm
+from star_attention.errors import RankError, UnsupportedModelError
 from star_attention.plan import BlockPlan, Span
 from star_attention.store import ContextKV, LayerKV, Tail
 
@@ -104,10 +105,14 @@ class StarCache(Cache):
 
     layers: list[Any]
 
-    def __init__(self, layers: list[Any], place: _Place) -> None:
+    def __init__(self, layers: list[Any], place: _Place, comm: Comm) -> None:
         super().__init__(layers=layers)
         self.place: Any = place
+        self.comm = comm
         self.calls = 0
+
+    def begin(self, ids_BS: Tensor, positions_BS: Tensor) -> None:
+        """Called in front of each forward of the whole model."""
 
     @property
     def seen_tokens(self) -> int:
@@ -119,6 +124,7 @@ class StarCache(Cache):
         """Attention of one layer; `key` and `value` are `[B, G, K, D]` as the model handed them over."""
         layer = self._layer_of(module, key, value)
         self.calls += 1
+        self.comm.tick()
         rule = rule if rule.window is not None else replace(rule, window=layer.window)
         return layer.attend(q_BQHD, *_by_token((key, value)), rule)
 
@@ -143,9 +149,20 @@ class StarCache(Cache):
         return last
 
 
+class AnchorLink:
+    """How the anchor's keys and values come from rank 0 to ranks whose shard does not hold them (phase 1)."""
+
+    def kept(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        """A layer has kept what a forward computed."""
+
+    def needed(self, layer: int) -> None:
+        """A layer is about to read the anchor; returns when it is there."""
+
+
 class _EncodePlace(_Place):
-    def __init__(self, plan: BlockPlan) -> None:
+    def __init__(self, plan: BlockPlan, link: AnchorLink) -> None:
         self.plan = plan
+        self.link = link
         self.span = Span(start=0, stop=0, block_start=0)
 
     @property
@@ -156,35 +173,46 @@ class _EncodePlace(_Place):
 class EncodeLayer(_StarLayer):
     place: _EncodePlace
 
-    def __init__(self, index: int, place: _EncodePlace, window: int | None, stores: list[LayerKV]) -> None:
+    def __init__(
+        self, index: int, place: _EncodePlace, window: int | None, stores: list[LayerKV], anchors: list[LayerKV]
+    ) -> None:
         super().__init__(index, place, window)
         self.stores = stores  # one per context of the batch
+        self.anchors = anchors  # the same, or where the anchor is when the shard does not hold it
 
     @property
     def kv(self) -> LayerKV:
         return self.stores[0]
 
     def learn(self, *, expands: bool) -> None:
-        for store in self.stores:
+        for store in (*self.stores, *self.anchors):
             store.expands = expands
 
+    def _home(self, position: int) -> list[LayerKV]:
+        return self.stores if self.stores[0].holds(position) else self.anchors
+
     def _stored(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        pairs = [store.slice(start, stop) for store in self.stores]
+        pairs = [store.slice(start, stop) for store in self._home(start)]
         if len(pairs) == 1:
             return pairs[0]
         return torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])
 
+    def _anchor(self) -> tuple[Tensor, Tensor]:
+        self.place.link.needed(self.index)
+        return self._stored(0, self.place.plan.anchor_size)
+
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         span, plan = self.place.span, self.place.plan
-        for store, k_GSD, v_GSD in zip(self.stores, k_BGSD, v_BGSD, strict=True):
+        for store, k_GSD, v_GSD in zip(self._home(span.start), k_BGSD, v_BGSD, strict=True):
             store.write(span.start, k_GSD, v_GSD)
+        self.place.link.kept(self.index, span, k_BGSD, v_BGSD)
         if not self.kv.expands or span.start == 0:
             return k_BGSD, v_BGSD
         parts = [(k_BGSD, v_BGSD)]
         if span.start > span.block_start:
             parts.insert(0, self._stored(span.block_start, span.start))
         if span.block_start > 0 and plan.anchor_size:
-            parts.insert(0, self._stored(0, plan.anchor_size))
+            parts.insert(0, self._anchor())
         return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
@@ -199,7 +227,7 @@ class EncodeLayer(_StarLayer):
             earlier = (k_BKGD[:, a:e], v_BKGD[:, a:e]) if needs_earlier else None
             k_BKGD, v_BKGD = k_BKGD[:, e:], v_BKGD[:, e:]
         else:
-            anchor = _by_token(self._stored(0, plan.anchor_size)) if needs_anchor else None
+            anchor = _by_token(self._anchor()) if needs_anchor else None
             earlier = _by_token(self._stored(span.block_start, span.start)) if needs_earlier else None
         return block_attention(
             q_BQHD,
@@ -215,12 +243,40 @@ class EncodeLayer(_StarLayer):
 
 
 class EncodeCache(StarCache):
-    """Phase 1: each forward is one `span` of the plan, for one context or several of equal length."""
+    """Phase 1: each forward is one `span` of the plan, for one context or several of equal length.
 
-    def __init__(self, plan: BlockPlan, stores: list[ContextKV], windows: list[int | None]) -> None:
-        place = _EncodePlace(plan)
-        layers = [EncodeLayer(i, place, w, [store.layers[i] for store in stores]) for i, w in enumerate(windows)]
-        super().__init__(layers, place)
+    anchors: where the anchor is kept on ranks whose shard does not hold it; link: how it gets there.
+    """
+
+    def __init__(
+        self,
+        plan: BlockPlan,
+        stores: list[ContextKV],
+        windows: list[int | None],
+        comm: Comm,
+        *,
+        anchors: list[ContextKV] | None = None,
+        link: AnchorLink | None = None,
+    ) -> None:
+        place = _EncodePlace(plan, link or AnchorLink())
+        layers = [
+            EncodeLayer(
+                index,
+                place,
+                window,
+                [store.layers[index] for store in stores],
+                [store.layers[index] for store in anchors or stores],
+            )
+            for index, window in enumerate(windows)
+        ]
+        super().__init__(layers, place, comm)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of what is kept so far, for each token of all contexts."""
+        layers = [store for layer in self.layers for store in layer.stores]
+        held: int = self.layers[0].kv.tokens
+        return sum(int(store.nbytes) for store in layers) // max(1, held)
 
     @property
     def span(self) -> Span:
@@ -234,9 +290,10 @@ class EncodeCache(StarCache):
 
 
 class _AnswerPlace(_Place):
-    def __init__(self, context_tokens: int, padding: list[int]) -> None:
+    def __init__(self, context_tokens: int, padding: list[int], comm: Comm) -> None:
         self.context_tokens = context_tokens
         self.padding = padding
+        self.comm = comm
         self.tail = Tail()  # the first layer's, for its length
 
     @property
@@ -264,7 +321,7 @@ class AnswerLayer(_StarLayer):
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         self.tail.append(k_BGSD, v_BGSD)
         k_BGTD, v_BGTD = self.tail.pair()
-        if not self.shard.expands:
+        if not self.shard.expands or not self.shard.tokens:
             return k_BGTD, v_BGTD
         batch = k_BGTD.shape[0]
         k_1GLD, v_1GLD = self.shard.pair()
@@ -272,24 +329,27 @@ class AnswerLayer(_StarLayer):
         return torch.cat([k_BGLD, k_BGTD], 2), torch.cat([v_BGLD, v_BGTD], 2)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        B, Q = q_BQHD.shape[:2]
-        tokens = self.shard.tokens
+        """Over this rank's shard, on the last rank over the tail too; merged over all ranks."""
+        B, Q, H, _ = q_BQHD.shape
+        comm = self.place.comm
         padding = self.place.row_padding(B)
-        before = self.tail.length - Q
-        offsets = [tokens + before - pad for pad in padding]
+        positions = [self.place.context_tokens + self.tail.length - Q - pad for pad in padding]  # of the first queries
+        held = self.shard.tokens
+        # What is not kept but computed for this call comes first in what the model hands over.
+        shard = (
+            _by_token(self.shard.pair()) if held and not self.shard.expands else (k_BKGD[:, :held], v_BKGD[:, :held])
+        )
         if self.shard.expands:
-            k_BLGD, v_BLGD = k_BKGD[:, :tokens], v_BKGD[:, :tokens]
-            k_BKGD, v_BKGD = k_BKGD[:, tokens:], v_BKGD[:, tokens:]
-            rows = [
-                shard_attention(
-                    q_BQHD[b : b + 1], (k_BLGD[b : b + 1], v_BLGD[b : b + 1]), rule=rule, offsets=[offsets[b]]
-                )
-                for b in range(B)
-            ]
-            over_shard = State(torch.cat([r.out_BQHD for r in rows]), torch.cat([r.lse_BQH for r in rows]))
-        else:
-            over_shard = shard_attention(q_BQHD, _by_token(self.shard.pair()), rule=rule, offsets=offsets)
-        return merge([over_shard, tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=rule, padding=padding)])
+            k_BKGD, v_BKGD = k_BKGD[:, held:], v_BKGD[:, held:]
+        states, at = [], 0
+        for start, stop in self.shard.segments:
+            part = slice(at, at + stop - start)
+            offsets = [position - start for position in positions]
+            states.append(shard_attention(q_BQHD, (shard[0][:, part], shard[1][:, part]), rule=rule, offsets=offsets))
+            at = part.stop
+        if comm.rank == comm.size - 1:
+            states.append(tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=rule, padding=padding))
+        return comm.merge(merge(states) if states else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device))
 
     # What beam search, several answers and assisted decoding ask of a cache: only the tail differs between rows.
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -315,14 +375,53 @@ class AnswerLayer(_StarLayer):
 class AnswerCache(StarCache):
     """Phase 2: a frozen shard that every batch row shares, and a tail of their own.
 
-    padding: left padding of each query of the batch, in tokens.
+    On several ranks, rank 0's cache tells the others what is done to it, and theirs does the same (`follow`).
+
+    context_tokens: of the whole context. padding: left padding of each query of the batch, in tokens.
     """
 
-    def __init__(self, shard: ContextKV, windows: list[int | None], padding: list[int]) -> None:
-        place = _AnswerPlace(shard.tokens, padding)
-        super().__init__([AnswerLayer(i, place, w, shard.layers[i]) for i, w in enumerate(windows)], place)
+    def __init__(
+        self, shard: ContextKV, windows: list[int | None], context_tokens: int, padding: list[int], comm: Comm
+    ) -> None:
+        place = _AnswerPlace(context_tokens, padding, comm)
+        super().__init__([AnswerLayer(i, place, w, shard.layers[i]) for i, w in enumerate(windows)], place, comm)
 
     def row_padding(self, rows: int) -> list[int]:
         """Padding of each of `rows` batch rows, in tokens."""
         padding: list[int] = self.place.row_padding(rows)
         return padding
+
+    def _lead(self, what: str, *arguments: Any) -> None:
+        if self.comm.size > 1 and self.comm.rank == 0:
+            told = [argument.tolist() if isinstance(argument, Tensor) else argument for argument in arguments]
+            self.comm.tell((what, *told))
+
+    def begin(self, ids_BS: Tensor, positions_BS: Tensor) -> None:
+        self._lead("forward", ids_BS, positions_BS)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._lead("select", beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._lead("repeat", repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._lead("select", indices)
+        super().batch_select_indices(indices)
+
+    def crop(self, tokens: int) -> None:
+        self._lead("crop", tokens)
+        super().crop(tokens)
+
+    def follow(self, what: str, argument: Any) -> None:
+        """Do what rank 0's cache was told."""
+        if what == "select":
+            super().batch_select_indices(torch.tensor(argument))
+        elif what == "repeat":
+            super().batch_repeat_interleave(argument)
+        elif what == "crop":
+            super().crop(argument)
+        else:
+            raise RankError(0, "an answer", f"it is in another call than rank {self.comm.rank} ({what})")

@@ -57,6 +57,10 @@ def open_context(tokenizer: Any, messages: list[Message]) -> ChatContext:
     messages = copy.deepcopy(list(messages))
     last, question = messages[-1], None
     texts = [_texts(message) for message in messages]
+    if not any(text for told in texts for text in told):
+        raise TokenError(
+            "the context is empty: its messages hold no text; Star Attention needs at least 1 token of context"
+        )
     is_open = last["role"] == "user"
     if is_open and len(texts[-1]) > 1:
         question = texts[-1][-1]

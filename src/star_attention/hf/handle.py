@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf import hook, rope, support
+from star_attention.hf import hook, probe, rope, support
 from star_attention.hf.cache import StarCache
+from star_attention.hf.probe import Kept
 
 _CACHE_WORDS = ("cache", "past_key_values")  # what transformers calls the cache since 5.24, and before
 
@@ -78,17 +80,22 @@ class ModelHandle:
         parameter = next((first for parameters in own for first in parameters), None)
         return self.device if parameter is None else parameter.device
 
+    @cached_property
+    def kept(self) -> list[Kept | None]:
+        """What each cache layer keeps; found out by a forward of a few tokens."""
+        return probe.kept(self)
+
     def running(self, cache: StarCache, rope_length: int | None) -> AbstractContextManager[None]:
         """Our attention for the forwards of this thread inside the block."""
         return hook.running(self.model, self.configs, self.rotaries, cache, rope_length)
 
     @torch.no_grad()
-    def encode(self, ids_BS: Tensor, positions_1S: Tensor, cache: StarCache, rope_length: int | None) -> None:
+    def encode(self, ids_BS: Tensor, positions_BS: Tensor, cache: StarCache, rope_length: int | None) -> None:
         """One forward of the decoder alone, for its keys and values: no logits."""
         with self.running(cache, rope_length):
             self.decoder(
                 input_ids=ids_BS,
-                position_ids=positions_1S.expand(ids_BS.shape[0], -1),
+                position_ids=positions_BS.expand(ids_BS.shape[0], -1),
                 use_cache=True,
                 **{self._decoder_cache: cache},
             )
@@ -105,6 +112,7 @@ class ModelHandle:
         extra: dict[str, Any] = {self._model_cache: cache}
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = keep
+        cache.begin(ids_BS, positions_BS)
         with self.running(cache, rope_length):
             logits: Tensor = self.model(
                 input_ids=ids_BS,
@@ -135,6 +143,8 @@ class ModelHandle:
                 for name in ("input_ids", "position_ids"):
                     if kwargs.get(name) is not None:
                         kwargs[name] = kwargs[name][:, cache.seen_tokens :]
+            ids_BS = kwargs["input_ids"]
+            cache.begin(ids_BS, _positions(cache, ids_BS, kwargs))
             with running(cache, rope_length):
                 return stock.__call__(self, *args, **kwargs)
 
@@ -142,3 +152,14 @@ class ModelHandle:
         proxy: Any = object.__new__(kind)
         object.__setattr__(proxy, "__dict__", self.model.__dict__)
         return proxy
+
+
+def _positions(cache: StarCache, ids_BS: Tensor, words: dict[str, Any]) -> Tensor:
+    """Positions of a forward's tokens, as transformers' generation gives them or leaves them to the model."""
+    positions_BS: Tensor | None = words.get("position_ids")
+    if positions_BS is not None:
+        return positions_BS
+    tokens, mask_BL = ids_BS.shape[1], words.get("attention_mask")
+    if isinstance(mask_BL, Tensor) and mask_BL.dim() == 2:
+        return (mask_BL.cumsum(-1) - 1).clamp_(min=0)[:, -tokens:]
+    return (cache.seen_tokens + torch.arange(tokens, device=ids_BS.device)).expand_as(ids_BS)

@@ -74,26 +74,34 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def check(file: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises `ContextMismatchError` naming the first field that differs."""
+def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, str, str] | None:
+    """The first field of `ours` that differs, with both values in short; None where nothing does.
+
+    A field that holds fields is compared one by one (`config.vocab_size`).
+    """
     for field, value in ours.items():
         other = theirs.get(field)
+        pairs = [(field, other, value)]
         if isinstance(value, dict) and isinstance(other, dict):
-            for name, inner in value.items():
-                _compare(file, f"{field}.{name}", other.get(name), inner)
-        else:
-            _compare(file, field, other, value)
+            pairs = [(f"{field}.{name}", other.get(name), value[name]) for name in value]
+        for name, one, mine in pairs:
+            if one == mine or (name == "tokenizer" and None in (one, mine)):  # token ids alone need no tokenizer
+                continue
+            short = [text if len(text := str(value)) <= 40 else text[:12] + "..." for value in (one, mine)]
+            return name, short[0], short[1]
+    return None
 
 
-def _compare(file: str, field: str, theirs: Any, ours: Any) -> None:
-    if theirs == ours or (field == "tokenizer" and None in (theirs, ours)):  # token ids alone need no tokenizer
-        return
-    short = [text if len(text := str(value)) <= 40 else text[:12] + "..." for value in (theirs, ours)]
-    raise ContextMismatchError(
-        field,
-        f"{file} does not fit: its {field} is {short[0]}, this model's is {short[1]};"
-        " load the model that encoded it, or encode the context again",
-    )
+def check(file: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises `ContextMismatchError` naming the first field that differs."""
+    found = difference(theirs, ours)
+    if found is not None:
+        field, other, mine = found
+        raise ContextMismatchError(
+            field,
+            f"{file} does not fit: its {field} is {other}, this model's is {mine};"
+            " load the model that encoded it, or encode the context again",
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -43,6 +43,14 @@ def pick_device(device: str) -> str:
     return device
 
 
+def own_device(device: str) -> str:
+    """What `"auto"` and `"cuda"` mean for one of several processes on a machine: each its own GPU, as torchrun numbers them."""
+    gpus = torch.cuda.device_count()
+    if device in ("auto", "cuda") and gpus:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % gpus}"
+    return device
+
+
 def load_config(path: str | os.PathLike[str]) -> Any:
     """The config of a model folder or hub id.
 

@@ -16,20 +16,17 @@ from transformers import AutoModelForCausalLM
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
+from star_attention.comm import SoloComm
 from star_attention.cost import AttentionShape, ModelShape
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf import support
-from star_attention.hf.cache import StarCache, _Place, _StarLayer
+from star_attention.hf.cache import StarCache
 from star_attention.hf.handle import ModelHandle
-from star_attention.store import LayerKV
-
-_TOKENS = 4
+from star_attention.hf.probe import TOKENS, ProbeLayer, ProbePlace
 
 
-class _Record(_Place):
+class _Record(ProbePlace):
     """What one forward without numbers shows."""
-
-    seen_tokens = 0
 
     def __init__(self, counter: FlopCounterMode) -> None:
         self.counter = counter
@@ -39,23 +36,13 @@ class _Record(_Place):
         self.expansion_flops = 0
 
 
-class _ProbeLayer(_StarLayer):
-    """Keeps nothing, and writes down what it is given."""
-
+class _RecordingLayer(ProbeLayer):
     place: _Record
 
-    def __init__(self, index: int, record: _Record, window: int | None) -> None:
-        super().__init__(index, record, window)
-        self._kv = LayerKV(_TOKENS)
-
-    @property
-    def kv(self) -> LayerKV:
-        return self._kv
-
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        self.place.kv_numbers += (k_BGSD.numel() + v_BGSD.numel()) // _TOKENS
+        self.place.kv_numbers += (k_BGSD.numel() + v_BGSD.numel()) // TOKENS
         self.place.flops_at_keep = self.place.counter.get_total_flops()
-        return k_BGSD, v_BGSD
+        return super().keep(k_BGSD, v_BGSD)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         if self.kv.expands:  # what ran since `keep` made keys and values of what is kept
@@ -68,8 +55,7 @@ class _ProbeLayer(_StarLayer):
             window=rule.window,
         )
         self.place.attention.append(call)
-        out_BQHD = q_BQHD.new_empty(*q_BQHD.shape[:3], call.v_head_size, dtype=torch.float32)
-        return State(out_BQHD, out_BQHD[..., 0])
+        return super().attend(q_BQHD, k_BKGD, v_BKGD, rule)
 
 
 def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
@@ -84,13 +70,15 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
     torch_dtype = _dtype(config, dtype)
     model = _without_weights(config, torch_dtype)
     handle = ModelHandle(model)
-    ids_1S = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
-    positions_1S = torch.arange(_TOKENS, device="meta")[None]
+    ids_1S = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+    positions_1S = torch.arange(TOKENS, device="meta")[None]
     try:
         with FlopCounterMode(display=False) as counter:
             record = _Record(counter)
-            layers = [_ProbeLayer(i, record, window) for i, window in enumerate(handle.windows)]
-            handle.encode(ids_1S, positions_1S, StarCache(layers, record), 2 * _TOKENS if handle.rotaries else None)
+            layers = [_RecordingLayer(i, record, window) for i, window in enumerate(handle.windows)]
+            handle.encode(
+                ids_1S, positions_1S, StarCache(layers, record, SoloComm()), 2 * TOKENS if handle.rotaries else None
+            )
     except (RuntimeError, NotImplementedError) as error:
         raise InvalidInputError(
             f"the cost of {config.model_type} cannot be worked out from its config: its code looks at values while it"
@@ -103,8 +91,8 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         hidden_size=handle.config.hidden_size,
         attention=tuple(record.attention),
         kv_numbers_per_token=record.kv_numbers,
-        linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * _TOKENS),
-        expansion_parameters=record.expansion_flops // (2 * _TOKENS),
+        linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),
+        expansion_parameters=record.expansion_flops // (2 * TOKENS),
         head_parameters=0 if head is None else head.weight.numel(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes_per_number=torch_dtype.itemsize,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -42,6 +43,8 @@ def reasons(model_or_config: Any) -> list[str]:
                     f"{adapter.peft_type} adapters put virtual tokens in front of every forward;"
                     " adapters inside the layers (LoRA) work"
                 )
+    if isinstance(model, (str, os.PathLike)):
+        return [f"{str(model)!r} is a path, not a model; load it with StarLLM.from_pretrained"]
     if not isinstance(model, PreTrainedModel):
         return [*why, f"{type(model).__name__} is not a transformers model"]
     return why + _config_reasons(model.config) + _class_reasons(type(model), model.config)

@@ -1,18 +1,38 @@
-"""What differs between attention methods, one short file each: how a context is cut. Registered in `config.METHODS`."""
+"""What differs between attention methods, one short file each: how a context is cut and encoded. Registered in `config.METHODS`."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Protocol
 
+from torch import Tensor
+
+from star_attention.comm import Comm
 from star_attention.config import METHODS, StarConfig
-from star_attention.plan import BlockPlan
+from star_attention.hf.handle import ModelHandle
+from star_attention.phase1 import Progress
+from star_attention.plan import BlockPlan, Segments
+from star_attention.store import ContextKV
 
 
 class Method(Protocol):
-    """How a method cuts a context of `context_tokens` into blocks."""
+    """How a method cuts a context into blocks, who keeps which tokens, and how each rank encodes its own."""
 
-    def plan(self, config: StarConfig, context_tokens: int) -> BlockPlan: ...
+    def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan: ...
+
+    def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]: ...
+
+    def encode(
+        self,
+        handle: ModelHandle,
+        ids_BL: Tensor,
+        plan: BlockPlan,
+        comm: Comm,
+        config: StarConfig,
+        *,
+        rope_length: int | None,
+        progress: Progress | None,
+    ) -> list[ContextKV]: ...
 
 
 def get(name: str) -> Method:

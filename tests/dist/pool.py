@@ -1,0 +1,93 @@
+"""Real processes that act as ranks: started once for all tests of a session, asked by name of a function.
+
+A task is a function `task(comm, **arguments)` in a test module; it runs on the first `ranks` processes of the pool, each with a
+communicator of its own kind, and what each returns comes back. Processes are forked from a server that has imported torch
+and transformers once, so that seven of them start in a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import multiprocessing
+import os
+import queue
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from star_attention.comm import TorchComm
+
+SIZE = 7
+STALL_S = 20.0
+TIMEOUT_S = 170.0
+
+
+class Pool:
+    """`run(task, ranks, ...)`: results of all ranks, in order. Raises what a rank raised."""
+
+    def __init__(self, size: int = SIZE) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.dist.preload"])
+        self.size = size
+        self._numbers = itertools.count()
+        self._ports = context.Queue()
+        self._asked = [context.Queue() for _ in range(size)]
+        self._answers = context.Queue()
+        self._processes = [
+            context.Process(target=_serve, args=(rank, self._ports, self._asked[rank], self._answers), daemon=True)
+            for rank in range(size)
+        ]
+        for process in self._processes:
+            process.start()
+        self._port = self._ports.get(timeout=TIMEOUT_S)
+
+    def run(self, task: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
+        number = next(self._numbers)
+        for rank in range(ranks):
+            self._asked[rank].put((number, task.__module__, task.__name__, ranks, self._port, arguments))
+        results: dict[int, Any] = {}
+        errors: list[str] = []
+        while len(results) + len(errors) < ranks:
+            try:
+                answered, rank, fine, value = self._answers.get(timeout=TIMEOUT_S)
+            except queue.Empty:
+                raise AssertionError(f"no answer from {ranks - len(results)} ranks; {errors}") from None
+            if answered != number:
+                continue
+            if fine:
+                results[rank] = value
+            else:
+                errors.append(f"rank {rank}:\n{value}")
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [results[rank] for rank in range(ranks)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+
+def _serve(rank: int, ports: Any, asked: Any, answers: Any) -> None:
+    import torch
+    from torch.distributed import TCPStore
+
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if rank == 0:
+        master = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ports.put(master.port)
+    comms: dict[int, TorchComm] = {}
+    while True:
+        number, module, name, ranks, port, arguments = asked.get()
+        try:
+            if ranks not in comms:
+                # (A name of its own for each number of ranks: they share the store.)
+                comms[ranks] = TorchComm(rank, ranks, "127.0.0.1", port, name=f"of {ranks}", stall_s=STALL_S)
+            comms[ranks].merge_collective = arguments.pop("merge_collective", None)
+            value = getattr(importlib.import_module(module), name)(comms[ranks], **arguments)
+            answers.put((number, rank, True, value))
+        except BaseException:
+            answers.put((number, rank, False, traceback.format_exc()))
