@@ -15,7 +15,7 @@ from star_attention import phase1, phase2
 from star_attention.clock import Clock
 from star_attention.comm import Comm
 from star_attention.config import MAX_NEW_TOKENS
-from star_attention.errors import InvalidInputError, OutOfMemoryError, StarAttentionError
+from star_attention.errors import InvalidInputError, StarAttentionError
 from star_attention.hf import settings, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.wire import Traffic
@@ -216,25 +216,24 @@ class Run:
 
     def pieces(self) -> Generator[str, None, None]:
         """Text of the first answer as it becomes certain; running it to its end completes all answers."""
-        try:
+        with phase1.explained(self._out_of_memory):
             for piece in self._steps() if self.stepped else self._stock():
                 if piece:
                     self._tell_piece(piece)
                     yield piece
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not phase1.is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(
-                f"out of memory in phase 2 with {len(self._answers)} answers at once over"
-                f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or lower num_beams,"
-                f" num_return_sequences or tokens_per_forward (now {self._request.tokens_per_forward:,})"
-            ) from error
         tail = self._close()
         if tail:
             self._tell_piece(tail)
         self._tell_end()
         if tail:
             yield tail
+
+    def _out_of_memory(self) -> str:
+        return (
+            f"out of memory in phase 2 with {len(self._answers)} answers at once over"
+            f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or lower num_beams,"
+            f" num_return_sequences or tokens_per_forward (now {self._request.tokens_per_forward:,})"
+        )
 
     def _tell_piece(self, piece: str) -> None:
         if self._streamed and self._comm.size > 1:
@@ -334,7 +333,10 @@ class FollowedRun:
 
     def _next(self) -> str | None:
         try:
-            return next(self._following)
+            with phase1.explained(
+                lambda: "out of memory in phase 2: ask fewer queries at once, or encode over more ranks"
+            ):
+                return next(self._following)
         except StopIteration as end:
             self._generations, self.ended = end.value, True
             return None

@@ -423,7 +423,8 @@ class TorchComm:
         """Raise what any rank failed with, on all ranks; None for this rank's success."""
         for rank, told in enumerate(self.gather(None if failure is None else _told(failure))):
             if told is not None:
-                self._agreed = failure if rank == self.rank else errors.rebuilt(*told, rank=rank)
+                name, message, reasons = told
+                self._agreed = failure if rank == self.rank else errors.rebuilt(name, message, reasons, rank)
                 assert self._agreed is not None
                 raise self._agreed
 

@@ -21,6 +21,7 @@ A wrong option name is a `TypeError`, as for any Python call.
 from __future__ import annotations
 
 import builtins
+import contextlib
 
 
 class StarAttentionError(Exception):
@@ -103,12 +104,11 @@ def rebuilt(name: str, message: str, reasons: list[str] | None = None, rank: int
     Ours and Python's own keep their type, so that they can be caught as on one rank; others become a `RankError`.
     """
     kind = globals().get(name) or getattr(builtins, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)) or kind is RankError:
-        return RankError(rank, "a call", f"{name}: {message}")
-    error = kind.__new__(kind)
-    error.args = (message,)
-    if isinstance(error, UnsupportedModelError):
-        error.reasons, error.name = reasons or [message], message.partition(" cannot run")[0]
-    elif isinstance(error, ContextMismatchError):
-        error.field = message
-    return error
+    if kind is UnsupportedModelError:
+        return UnsupportedModelError(message.partition(" cannot run")[0], reasons or [message])
+    if kind is ContextMismatchError:
+        return ContextMismatchError(message.partition("its ")[2].partition(" ")[0], message)
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not RankError:
+        with contextlib.suppress(TypeError):  # some of Python's own need more than a message
+            return kind(message)
+    return RankError(rank, "a call", f"{name}: {message}")

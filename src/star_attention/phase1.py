@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from star_attention.comm import Comm, Pending
-from star_attention.errors import OutOfMemoryError
+from star_attention.errors import OutOfMemoryError, StarAttentionError
 from star_attention.hf.cache import AnchorLink, EncodeCache
 from star_attention.hf.handle import ModelHandle
 from star_attention.hf.probe import Kept
@@ -134,7 +135,7 @@ class _Forwards:
 
     def run(self, cache: EncodeCache, spans: Iterator[Span]) -> None:
         handle, plan = self._handle, self._plan
-        try:
+        with explained(lambda: self._out_of_memory(cache)):
             for span in spans:
                 cache.span = span
                 self._comm.tick(f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}")
@@ -143,15 +144,14 @@ class _Forwards:
                 handle.encode(ids_BS, positions_1S, cache, self._rope_length)
                 if self._progress is not None:
                     self._progress(span, plan)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(
-                f"out of memory in phase 1 after {cache.span.start:,} of {plan.context_tokens:,} context tokens, with"
-                f" {cache.span.tokens * self._ids_BL.shape[0]:,} tokens in one forward: lower tokens_per_forward (now"
-                f" {self._tokens_per_forward:,}; it sets the working memory), or encode a shorter context (keys and values"
-                f" take {cache.bytes_per_token:,} bytes a token here)"
-            ) from error
+
+    def _out_of_memory(self, cache: EncodeCache) -> str:
+        return (
+            f"out of memory in phase 1 after {cache.span.start:,} of {self._plan.context_tokens:,} context tokens, with"
+            f" {cache.span.tokens * self._ids_BL.shape[0]:,} tokens in one forward: lower tokens_per_forward (now"
+            f" {self._tokens_per_forward:,}; it sets the working memory), or encode a shorter context (keys and values"
+            f" take {cache.bytes_per_token:,} bytes a token here)"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- the anchor's way
@@ -245,8 +245,16 @@ def _unpacked(packed: Tensor, kept: Kept, batch: int, tokens: int) -> tuple[Tens
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch reports a full host as a plain `RuntimeError` of its allocator."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+@contextmanager
+def explained(message: Callable[[], str]) -> Iterator[None]:
+    """Raise an `OutOfMemoryError` of ours where the device or the machine runs out of memory inside.
+
+    torch reports a full host as a plain `RuntimeError` of its allocator.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not full or isinstance(error, StarAttentionError):
+            raise
+        raise OutOfMemoryError(message()) from error
