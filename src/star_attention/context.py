@@ -20,12 +20,11 @@ from star_attention.wire import Traffic
 class RankStats:
     """What one rank spent on phase 1.
 
-    elapsed_s: seconds until all ranks were done. busy_s: until this one was. peak_bytes: peak device memory, None where it is
-    not measured (CPU). wire: what the ranks exchanged, all together.
+    busy_s: seconds until it was done with its own share, None for a saved context. peak_bytes: peak device memory, None where
+    it is not measured (CPU). wire: what the ranks exchanged, all together.
     """
 
-    elapsed_s: float
-    busy_s: float
+    busy_s: float | None
     peak_bytes: int | None
     wire: Traffic
 
@@ -44,7 +43,8 @@ class EncodedContext:
     identity: what the context depends on (model, tokenizer, precision), by field.
     rope_length: tokens that length-dependent rotary frequencies were computed for, or None.
     chat: how a chat continues, or None for raw text.
-    encode_s: seconds that phase 1 took; peak_bytes: its peak device memory, or None where it is not measured (CPU).
+    encode_s: seconds that phase 1 took, on the slowest rank; peak_bytes: its peak device memory on this one, or None where it is
+        not measured (CPU).
     stats: the same of every rank, with what they exchanged.
     model: the model that encoded it, while it lives.
     """

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from star_attention import wire
+from star_attention.config import ANCHOR_SOURCES
 from star_attention.plan import BlockPlan
+from star_attention.wire import Traffic
 
 # ---------------------------------------------------------------------------------------------- the model
 
@@ -41,7 +44,7 @@ class ModelShape:
 
     attention: every attention call of a forward, in order.
     kv_numbers_per_token: numbers that the context keeps for a token, all layers together: compressed ones for MLA,
-        nothing for a layer that reads another layer's keys (KV sharing).
+        nothing for a layer that reads another layer's keys (KV sharing). kv_layers: layers that keep any.
     linear_parameters: weights that one token is multiplied with in the layers; of a mixture of experts only those of
         the experts that a token goes to.
     expansion_parameters: weights that every *key* is multiplied with whenever it is attended to (MLA's expansion).
@@ -54,6 +57,7 @@ class ModelShape:
     hidden_size: int
     attention: tuple[AttentionShape, ...]
     kv_numbers_per_token: int
+    kv_layers: int
     linear_parameters: int
     expansion_parameters: int = 0
     head_parameters: int
@@ -194,6 +198,48 @@ def _keys_of_forwards(plan: BlockPlan, tokens_per_forward: int, rank: int) -> in
         span.stop - span.block_start + (plan.anchor_size if span.block_start else 0)
         for span in plan.spans(tokens_per_forward, rank=rank)
     )
+
+
+# ---------------------------------------------------------------------------------------------- the wire
+
+
+def phase1_wire(
+    shape: ModelShape, plan: BlockPlan, *, tokens_per_forward: int, anchor_source: str = ANCHOR_SOURCES[0]
+) -> Traffic:
+    """What ranks exchange while they encode: the anchor's keys and values, from rank 0 to all others that hold a block.
+
+    One broadcast for each layer that keeps keys and each forward of rank 0 that holds a part of the anchor.
+    """
+    if anchor_source == "local" or plan.busy_ranks == 1 or not plan.anchor_size:
+        return Traffic()
+    shares = sum(span.start < plan.anchor_size for span in plan.spans(tokens_per_forward, rank=0))
+    payload = plan.anchor_size * shape.kv_bytes_per_token
+    return Traffic(shares * shape.kv_layers, wire.broadcast_bytes(payload, plan.busy_ranks))
+
+
+def phase2_wire(
+    shape: ModelShape,
+    ranks: int,
+    *,
+    query_tokens: int,
+    answer_tokens: int,
+    queries: int = 1,
+    tokens_per_forward: int,
+    merge_collective: str | None = None,
+) -> Traffic:
+    """What ranks exchange while they answer `queries` queries one after another: each attention call's states, once a forward.
+
+    The query goes through in forwards of `tokens_per_forward`, then every answer token but the last in one of its own.
+    """
+    whole, rest = divmod(query_tokens, tokens_per_forward)
+    forwards = {tokens_per_forward: whole, rest: 1 if rest else 0}
+    forwards[1] = forwards.get(1, 0) + max(answer_tokens - 1, 0)
+    total = Traffic()
+    for tokens, times in forwards.items():
+        for call in shape.attention:
+            one = wire.merge_traffic(ranks, tokens * call.heads, call.v_head_size, merge_collective)
+            total.add(one.bytes * times * queries, one.calls * times * queries)
+    return total
 
 
 # ---------------------------------------------------------------------------------------------- memory

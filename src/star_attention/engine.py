@@ -257,11 +257,10 @@ class StarLLM:
         stats: list[RankStats] = []
         yield stats
         busy_s, peak_bytes = clock.stop()
-        everyone = self._comm.gather((busy_s, peak_bytes))
         now = self._comm.traffic
-        wire = Traffic(now.calls - before.calls, now.bytes - before.bytes)
-        elapsed_s = clock.elapsed() if self._comm.size > 1 else busy_s
-        stats += [RankStats(elapsed_s=elapsed_s, busy_s=busy, peak_bytes=peak, wire=wire) for busy, peak in everyone]
+        everyone = self._comm.gather((busy_s, peak_bytes, (now.calls - before.calls, now.bytes - before.bytes)))
+        wire = Traffic(*everyone[0][2])  # rank 0 takes part in every exchange, an idle rank in none
+        stats += [RankStats(busy_s=busy, peak_bytes=peak, wire=wire) for busy, peak, _ in everyone]
 
     def _batches(self, plans: list[BlockPlan]) -> list[list[int]]:
         """Indices of contexts that are encoded together: equal plans, and whole blocks still fit in one forward."""
@@ -294,7 +293,7 @@ class StarLLM:
             identity=self._identity(),
             rope_length=rope_length,
             chat=chat_state,
-            encode_s=stats[0].elapsed_s if encode_s is None else encode_s,
+            encode_s=_slowest(stats) if encode_s is None else encode_s,
             peak_bytes=stats[self.rank].peak_bytes if stats else None,
             stats=tuple(stats),
             model=weakref.ref(self._handle.model),
@@ -346,7 +345,7 @@ class StarLLM:
                 kv=store,
                 layout=tuple(layout),
                 chat=chat_state,
-                encode_s=stats[0].elapsed_s,
+                encode_s=_slowest(stats),
                 peak_bytes=stats[self.rank].peak_bytes,
                 stats=tuple(stats),
             )
@@ -431,7 +430,7 @@ class StarLLM:
             kv = ContextKV([layer(i) for i in range(len(header["expands"]))], held)
             ids = file.token_ids()
             everyone = self._comm.gather(None)  # all have found their part
-            stats = [RankStats(elapsed_s=0.0, busy_s=0.0, peak_bytes=None, wire=Traffic()) for _ in everyone]
+            stats = [RankStats(busy_s=None, peak_bytes=None, wire=Traffic()) for _ in everyone]
             return self._context(
                 ids, plan, kv, layout, header["rope_length"], header["chat"], stats, encode_s=header["encode_s"]
             )
@@ -695,3 +694,7 @@ def _is_several(content: Any) -> bool:
     if not isinstance(content, (list, tuple)) or chat.is_messages(content):
         return False
     return any(one.dim() > 0 if isinstance(one, Tensor) else isinstance(one, Sized) for one in content)
+
+
+def _slowest(stats: list[RankStats]) -> float:
+    return max(rank.busy_s or 0.0 for rank in stats)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOAT32 = 4
-CALL_BYTES = 64 * 1024
+CALL_BYTES = 128 * 1024
 """What one more collective costs, as bytes that could move meanwhile: some 5 us on a fast link."""
 
 

@@ -32,6 +32,7 @@ SHAPE = ModelShape(
         AttentionShape(heads=6, kv_heads=3, k_head_size=5, v_head_size=4, window=9),
     ),
     kv_numbers_per_token=2 * 3 * (5 + 4),
+    kv_layers=2,
     linear_parameters=1000,
     head_parameters=77,
     parameters=1300,

@@ -26,13 +26,16 @@ FIELDS = {
     "block_size": "tokens of a block",
     "anchor_size": "tokens of the anchor",
     "blocks": "number of blocks",
-    "ranks": "number of devices",
+    "ranks": "number of processes that share the text",
     "encode_s": "seconds of encoding (of a saved text: when it was encoded)",
     "ttft_s": "seconds from the query to the first token (with beams: to the whole answer)",
     "tokens_per_s": "tokens a second after the first; null for one token, and for beams",
     "peak_bytes": "peak device memory while answering; null where it is not measured (CPU)",
-    "wire_bytes_phase1": "bytes sent between devices while encoding; 0 on one",
-    "wire_bytes_phase2": "bytes sent between devices while answering; 0 on one",
+    "wire_bytes_phase1": "bytes that the ranks exchanged while encoding, all together; 0 on one",
+    "wire_bytes_phase2": "bytes that the ranks exchanged while answering, all together; 0 on one",
+    "wire_calls_phase1": "collectives while encoding",
+    "wire_calls_phase2": "collectives while answering",
+    "per_rank": "for each rank: tokens kept, seconds of encoding, peak device memory while encoding",
 }
 """The fields of `--json`, in order."""
 
@@ -99,8 +102,9 @@ class Answerer:
 
 
 def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
-    """One line of `--json`. Nothing goes over a wire on one device."""
+    """One line of `--json`."""
     plan = context.plan
+    held = [sum(stop - start for start, stop in segments) for segments in context.layout]
     return {
         "text": reply.text,
         "token_ids": reply.token_ids,
@@ -116,6 +120,12 @@ def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
         "ttft_s": reply.timings.ttft_s,
         "tokens_per_s": reply.timings.tokens_per_s,
         "peak_bytes": reply.peak_bytes,
-        "wire_bytes_phase1": 0,
-        "wire_bytes_phase2": 0,
+        "wire_bytes_phase1": context.wire.bytes,
+        "wire_bytes_phase2": reply.wire.bytes,
+        "wire_calls_phase1": context.wire.calls,
+        "wire_calls_phase2": reply.wire.calls,
+        "per_rank": [
+            {"tokens": tokens, "encode_s": stats.busy_s, "peak_bytes": stats.peak_bytes}
+            for tokens, stats in zip(held, context.stats, strict=True)
+        ],
     }

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from star_attention.config import MAX_NEW_TOKENS, METHODS, TOKENS_PER_FORWARD, TOKENS_PER_FORWARD_GPU, StarConfig
+from star_attention.config import (
+    ANCHOR_SOURCES,
+    MAX_NEW_TOKENS,
+    METHODS,
+    TOKENS_PER_FORWARD,
+    TOKENS_PER_FORWARD_GPU,
+    StarConfig,
+)
 from star_attention.plan import format_size
 
 
@@ -56,6 +63,15 @@ AnchorSize = Annotated[
         show_default="the block size",
     ),
 ]
+AnchorSource = Annotated[
+    str,
+    option(
+        "How other ranks come by the anchor: broadcast, or local (each computes it; for links too slow to carry it).",
+        "--anchor-source",
+        panel="Ranks",
+        metavar="NAME",
+    ),
+]
 Json = Annotated[bool, option("One JSON object a line on stdout.", "--json", panel="Output")]
 
 
@@ -78,6 +94,7 @@ class ContextOptions:
     method: Annotated[str, option(f"Attention method: {', '.join(METHODS)}.", panel="Context", metavar="NAME")] = (
         StarConfig.method
     )
+    anchor_source: AnchorSource = ANCHOR_SOURCES[0]
     chat: Annotated[
         bool,
         option("Send text and query as one user message of the model's chat template.", "--chat", panel="Context"),

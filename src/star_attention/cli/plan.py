@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from star_attention.cli.options import AnchorSize, BlockSize, Dtype, Json, Model, TokensPerForward, option
-from star_attention.config import MAX_NEW_TOKENS, StarConfig
+from star_attention.cli.options import AnchorSize, AnchorSource, BlockSize, Dtype, Json, Model, TokensPerForward, option
+from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, StarConfig
 from star_attention.plan import BlockPlan, parse_size
 
 
@@ -18,8 +18,9 @@ def plan(
     block_size: BlockSize = None,
     anchor_size: AnchorSize = None,
     ranks: Annotated[
-        int, option("Devices that share the blocks.", panel="Context", metavar="N", min=1)
+        int, option("Processes that share the blocks.", "--ranks", panel="Ranks", metavar="N", min=1)
     ] = BlockPlan.ranks,
+    anchor_source: AnchorSource = ANCHOR_SOURCES[0],
     queries: Annotated[int, option("Queries on the context.", panel="Answer", metavar="N", min=1)] = 1,
     query_tokens: Annotated[int, option("Tokens of a query.", panel="Answer", metavar="N", min=1)] = 64,
     answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Answer", metavar="N", min=1)] = MAX_NEW_TOKENS,
@@ -32,7 +33,12 @@ def plan(
 
     Example: star-attention plan -m models/needle-17m --context 32k --ranks 4
     """
-    sizes = StarConfig.of(block_size=block_size, anchor_size=anchor_size, tokens_per_forward=tokens_per_forward)
+    sizes = StarConfig.of(
+        block_size=block_size,
+        anchor_size=anchor_size,
+        tokens_per_forward=tokens_per_forward,
+        anchor_source=anchor_source,
+    )
     blocks = sizes.plan(parse_size(context, "context"), ranks)
 
     from star_attention.cli.report import Report
@@ -45,5 +51,6 @@ def plan(
         queries=queries,
         query_tokens=query_tokens,
         answer_tokens=answer_tokens,
+        anchor_source=sizes.anchor_source,
     )
     print(json.dumps(report.as_dict()) if as_json else report.as_text())

@@ -8,7 +8,7 @@ from typing import Any
 
 from star_attention import cost
 from star_attention.cli.notes import amount, in_bytes
-from star_attention.config import StarConfig
+from star_attention.config import ANCHOR_SOURCES, StarConfig
 from star_attention.cost import Flops
 from star_attention.hf import load, rope
 from star_attention.hf.shape import model_shape
@@ -30,6 +30,7 @@ class Report:
         queries: int,
         query_tokens: int,
         answer_tokens: int,
+        anchor_source: str = ANCHOR_SOURCES[0],
     ) -> None:
         config = load.load_config(model)
         self.model, self.plan = model, plan
@@ -58,6 +59,15 @@ class Report:
             query_tokens=query_tokens,
             answer_tokens=answer_tokens,
             queries=queries,
+        )
+        self.wire1 = cost.phase1_wire(shape, plan, tokens_per_forward=tokens_per_forward, anchor_source=anchor_source)
+        self.wire2 = cost.phase2_wire(
+            shape,
+            plan.ranks,
+            query_tokens=query_tokens,
+            answer_tokens=answer_tokens,
+            queries=queries,
+            tokens_per_forward=tokens_per_forward,
         )
         self._warn(config)
 
@@ -105,12 +115,17 @@ class Report:
                 "phase1_official": _flops(self.official),
                 "phase2": _flops(self.answers),
             },
+            "wire_bytes_phase1": self.wire1.bytes,
+            "wire_calls_phase1": self.wire1.calls,
+            "wire_bytes_phase2": self.wire2.bytes,
+            "wire_calls_phase2": self.wire2.calls,
             "dense_over_star": self.dense.total / self.star.total,
         }
 
     def as_text(self) -> str:
         """Picture and tables for people."""
-        return "\n\n".join([str(self.plan), self._model(), self._memory(), self._operations()])
+        parts = [str(self.plan), self._model(), self._memory(), self._operations()]
+        return "\n\n".join([*parts, self._wire()] if self.plan.ranks > 1 else parts)
 
     def _model(self) -> str:
         shape = self.shape
@@ -154,6 +169,19 @@ class Report:
         answers = f"{self.queries} x ({self.query_tokens:,} + {self.answer_tokens:,}) tok"
         rows.append(("phase 2", *(_flop(self.answers.total) for _ in columns)))
         return f"operations (phase 2: {answers}, the same for each)\n" + _table(rows)
+
+    def _wire(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("phase 1", in_bytes(self.wire1.bytes), f"{self.wire1.calls:,} collectives", "the anchor to every rank"),
+            ("phase 2", in_bytes(self.wire2.bytes), f"{self.wire2.calls:,} collectives", "states of all answers"),
+            ("  an answer token", in_bytes(self._token_bytes()), "", ""),
+        ]
+        return "on the wire, all ranks together\n" + _table(rows)
+
+    def _token_bytes(self) -> int:
+        return cost.phase2_wire(
+            self.shape, self.plan.ranks, query_tokens=1, answer_tokens=1, tokens_per_forward=self.tokens_per_forward
+        ).bytes
 
 
 def _flops(flops: Flops) -> dict[str, int]:

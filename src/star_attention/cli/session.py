@@ -39,6 +39,7 @@ def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> Star
         block_size=context.block_size,
         anchor_size=context.anchor_size,
         method=context.method,
+        anchor_source=context.anchor_source,
     )
 
 
