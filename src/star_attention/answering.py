@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,9 @@ _INSTEAD = {
 }
 _OURS = {"max_length", "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate", "stop_strings"}
 _OURS |= {"output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size"}
+_LOOKS_AT_THE_TEXT = (
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
@@ -157,6 +161,13 @@ class AnswerSettings:
         settings.check(words, max_new_tokens, handle.vocab_size)
         config, words = generation_words(handle.model, words, max_new_tokens, ignore_eos)
         stepped = settings.check_mode(config) in phase2.STEPPED
+        blind = [word for word in _LOOKS_AT_THE_TEXT if getattr(config, word, None) not in (None, 0, 1.0)]
+        if blind and not stepped and handle.rotaries:
+            raise InvalidInputError(
+                f"{blind[0]} does not work with beams and prompt lookup for this model: its rotary frequencies depend on the"
+                " length, so transformers' loops are given the query alone and would not see the context; use greedy search"
+                " or sampling"
+            )
         if return_logits and not stepped:
             raise InvalidInputError(
                 "return_logits works with greedy search and sampling, not with beams; use StarLLM.logits instead"
@@ -201,18 +212,13 @@ class Run:
             request.stopping_criteria = StoppingCriteriaList([*(request.stopping_criteria or []), mine])
         self._request = request
         rows = len(request.queries) * self.answers_per_query
-        eos_ids = _ids(settings.config.eos_token_id)
+        eos_ids = _ids(settings.config.eos_token_id) | text.stop_tokens(tokenizer, settings.stops)
         self._answers = [text.Answer(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
         self._logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if settings.return_logits else None
         self._first_s = self._end_s = 0.0
         self._peak_bytes: int | None = None
         self._wire = Traffic()
         self.ended = self._end_told = False
-
-    @property
-    def padding(self) -> list[int]:
-        """Left padding of each query, in tokens."""
-        return self._request.padding
 
     def pieces(self) -> Generator[str, None, None]:
         """Text of the first answer as it becomes certain; running it to its end completes all answers."""
@@ -245,12 +251,8 @@ class Run:
             self._comm.tell(("end", [replace(answer, logits=None) for answer in self.generations()]))
 
     def _steps(self) -> Iterator[str]:
-        try:
+        with _workable():  # transformers makes its logits processors here
             steps = phase2.steps(self._request)
-        except StarAttentionError:
-            raise
-        except (ValueError, TypeError, IndexError) as error:  # transformers makes its logits processors here
-            raise _unworkable(error) from error
         for step in steps:
             self._first_s = self._first_s or self._clock.elapsed()
             piece = ""
@@ -269,10 +271,14 @@ class Run:
                 return
 
     def _stock(self) -> Iterator[str]:
-        for answer, tokens in zip(self._answers, phase2.stock(self._request), strict=True):
+        with _workable():
+            rows = phase2.stock(self._request)
+        for answer, tokens in zip(self._answers, rows, strict=True):
             for token in tokens:
                 if answer.finish_reason is None:
                     answer.push(token)
+            if answer.finish_reason is None:
+                answer.end("length" if len(tokens) >= self._max_new_tokens else "stop")
         self._first_s = self._clock.elapsed()
         yield ""
 
@@ -375,7 +381,8 @@ def generation_words(
         # The model's sampling defaults mean nothing without sampling; transformers would warn about each.
         words |= {word: None for word in _SAMPLING if word not in words and hasattr(defaults, word)}
     words["max_new_tokens"] = max_new_tokens
-    words["use_cache"] = True
+    # Defaults of the model that would change what comes back, or bring a cache of their own.
+    words |= dict(use_cache=True, return_dict_in_generate=False, cache_implementation=None, stop_strings=None)
     if ignore_eos:
         words["eos_token_id"] = None
     if words.get("pad_token_id", defaults.pad_token_id) is None:
@@ -386,6 +393,16 @@ def generation_words(
     except (ValueError, TypeError) as error:
         raise _unworkable(error) from error
     return config, words
+
+
+@contextmanager
+def _workable() -> Iterator[None]:
+    try:
+        yield
+    except StarAttentionError:
+        raise
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        raise _unworkable(error) from error
 
 
 def _unworkable(error: Exception) -> InvalidInputError:

@@ -46,7 +46,7 @@ class EncodedContext:
     encode_s: seconds that phase 1 took, on the slowest rank; peak_bytes: its peak device memory on this one, or None where it is
         not measured (CPU).
     stats: the same of every rank, with what they exchanged.
-    model: the model that encoded it, while it lives.
+    model: the model that encoded it, while it lives; model_state: how its weights and adapters were then.
     """
 
     token_ids: Tensor
@@ -61,6 +61,7 @@ class EncodedContext:
     peak_bytes: int | None = None
     stats: tuple[RankStats, ...] = ()
     model: weakref.ref[Any] | None = field(default=None, repr=False)
+    model_state: tuple[Any, ...] = field(default=(), repr=False)
     comm: Comm = field(default_factory=SoloComm, repr=False)
     key: int = field(init=False, repr=False)
 

@@ -26,7 +26,6 @@ from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, RESERVE_TOKENS
 from star_attention.context import EncodedContext, RankStats
 from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
 from star_attention.hf import chat, identity, load, support, text
-from star_attention.hf.cache import AnswerCache
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import BlockPlan, Segments
 from star_attention.saved import SavedContext
@@ -297,6 +296,7 @@ class StarLLM:
             peak_bytes=stats[self.rank].peak_bytes if stats else None,
             stats=tuple(stats),
             model=weakref.ref(self._handle.model),
+            model_state=identity.state(self._handle.outer),
             comm=self._comm,
         )
 
@@ -511,10 +511,10 @@ class StarLLM:
         with self._comm.call("logits"):
             request: list[phase2.Request] = []
 
-            def prepare() -> tuple[int, list[int], None]:
+            def prepare() -> tuple[int, None]:
                 self._check_ours(context)
                 request.append(self._request(context, [self._query_ids(context, continuation)], 0))
-                return context.key, request[0].padding, None
+                return context.key, None
 
             following, _ = self._led(prepare)
             if following is not None:
@@ -525,16 +525,15 @@ class StarLLM:
             self._comm.tell(("end", None))
             return logits_QV
 
-    def _led(self, prepare: Callable[[], tuple[int, list[int], Any]]) -> tuple[Generator[str, None, Any] | None, Any]:
-        """What this rank does where it follows, None where it leads; and what `prepare` found out on rank 0, beside the
-        context's key and the padding of the queries."""
-        key, padding, more = self._comm.decide(prepare)
+    def _led(self, prepare: Callable[[], tuple[int, Any]]) -> tuple[Generator[str, None, Any] | None, Any]:
+        """What this rank does where it follows, None where it leads; and what `prepare` found out on rank 0 beside the
+        context's key."""
+        key, more = self._comm.decide(prepare)
         if self.rank == 0:
             return None, more
         context: EncodedContext = self._comm.held(key)
         tokens = len(context.token_ids)
-        cache = AnswerCache(context.kv, self._handle.windows, tokens, padding, self._comm)
-        return phase2.follow(self._handle, cache, context.rope_length), more
+        return phase2.follow(self._handle, context.kv, tokens, context.rope_length, self._comm), more
 
     def _begin(
         self, context: EncodedContext, several: bool, queries: list[Any], *, streamed: bool = False, **settings: Any
@@ -542,7 +541,7 @@ class StarLLM:
         """One call of phase 2: whether it has several queries, and the run, which rank 0 leads."""
         started: list[Run] = []
 
-        def prepare() -> tuple[int, list[int], tuple[bool, int]]:
+        def prepare() -> tuple[int, tuple[bool, int]]:
             if streamed:
                 self._check_streamed(queries[0])
             started.append(self._run(context, queries, streamed=streamed, **settings))
@@ -550,7 +549,7 @@ class StarLLM:
                 raise InvalidInputError(
                     "a stream is one answer by greedy search or sampling; use generate for beams and several answers"
                 )
-            return context.key, started[0].padding, (several, started[0].answers_per_query)
+            return context.key, (several, started[0].answers_per_query)
 
         following, (several, answers_per_query) = self._led(prepare)
         return several, started[0] if following is None else FollowedRun(following, answers_per_query)
@@ -675,7 +674,7 @@ class StarLLM:
         if not isinstance(context, EncodedContext):
             raise InvalidInputError(f"not an encoded context: {type(context).__name__}; call encode first")
         same_model = context.model is not None and context.model() is self._handle.model
-        if same_model and context.identity["adapters"] == identity.adapters(self._handle.outer):
+        if same_model and context.model_state == identity.state(self._handle.outer):
             return
         identity.check("the context", context.identity, self._identity())
 

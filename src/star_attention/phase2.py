@@ -11,7 +11,7 @@ Axes: B queries (padded on the left to one length Q), R rows = B x answers each,
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,9 @@ class Request:
         return [self.query_tokens - len(query) for query in self.queries]
 
     def cache(self) -> AnswerCache:
+        """A new one, on all ranks."""
+        if self.comm.size > 1:
+            self.comm.tell(("cache", self.padding))
         return AnswerCache(self.shard, self.handle.windows, len(self.context_ids_L), self.padding, self.comm)
 
     def padded(self) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,24 @@ def steps(request: Request) -> Iterator[Step]:
 
 
 def stock(request: Request) -> list[list[int]]:
-    """Answer by transformers' own decoding loop (beams, assisted); the new tokens of each row, in its order."""
+    """Answer by transformers' own decoding loop (beams, assisted); the new tokens of each row, in its order.
+
+    Queries of different lengths go one after another: padding would stand inside the text that penalties look at.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, query in enumerate(request.queries):
+        alone = request.words.get("prompt_lookup_num_tokens") is not None  # transformers drafts for one row only
+        groups.setdefault(index if alone else len(query), []).append(index)
+    rows: dict[int, list[list[int]]] = {}
+    for indices in groups.values():
+        found = _stock(replace(request, queries=[request.queries[index] for index in indices]))
+        answers = len(found) // len(indices)
+        for at, index in enumerate(indices):
+            rows[index] = found[at * answers : (at + 1) * answers]
+    return [row for index in range(len(request.queries)) for row in rows[index]]
+
+
+def _stock(request: Request) -> list[list[int]]:
     cache = request.cache()
     # Where rotary frequencies depend on the length, some models look at the ids' length to drop the cache; give the query alone.
     ids_BS, mask_BS = request.whole()
@@ -146,30 +166,48 @@ def stock(request: Request) -> list[list[int]]:
         if request.seed is not None:
             torch.manual_seed(request.seed)
         whole = request.prompt_tokens if request.rope_length is None else None
-        sequences: Tensor = request.handle.generating(cache, request.rope_length, whole).generate(
-            ids_BS,
-            attention_mask=mask_BS,
-            **{_CACHE_WORD: cache},
-            **request.words,
-            logits_processor=request.logits_processor,
-            stopping_criteria=request.stopping_criteria,
-        )
+        with request.handle.generating(cache, request.rope_length, whole) as model:
+            sequences: Tensor = model.generate(
+                ids_BS,
+                attention_mask=mask_BS,
+                **{_CACHE_WORD: cache},
+                **request.words,
+                logits_processor=request.logits_processor,
+                stopping_criteria=request.stopping_criteria,
+            )
     rows: list[list[int]] = sequences[:, request.prompt_tokens :].tolist()
-    return rows
+    config = request.handle.model.generation_config
+    pad = request.words.get("pad_token_id", config.pad_token_id)
+    eos = request.words.get("eos_token_id", config.eos_token_id)
+    ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    return [_without_fill(row, {-1, pad} - ends) for row in rows]
 
 
-def follow(handle: ModelHandle, cache: AnswerCache, rope_length: int | None) -> Generator[str, None, Any]:
+def _without_fill(row: list[int], fill: set[int | None]) -> list[int]:
+    """A row as far as it was generated: transformers fills up those that a criterion ended before the others."""
+    length = len(row)
+    while length > 1 and row[length - 1] in fill:
+        length -= 1
+    return row[:length]
+
+
+def follow(
+    handle: ModelHandle, shard: ContextKV, context_tokens: int, rope_length: int | None, comm: Comm
+) -> Generator[str, None, Any]:
     """The part of every rank but 0: the forwards and changes of the cache that rank 0 tells, until it says that the answer ends.
 
     Yields the pieces of text that rank 0 streams, and returns what it told last. Sampling, beams and stopping criteria are
     rank 0's alone, so that nothing about them can differ between ranks.
     """
+    cache = AnswerCache(shard, handle.windows, context_tokens, [0], comm)
     while True:
-        what, *arguments = cache.comm.hear()
+        what, *arguments = comm.hear()
         if what == "end":
             return arguments[0]
         if what == "piece":
             yield arguments[0]
+        elif what == "cache":
+            cache = AnswerCache(shard, handle.windows, context_tokens, arguments[0], comm)
         elif what == "forward":
             ids_BS, positions_BS = (torch.tensor(rows, device=handle.device) for rows in arguments)
             handle.encode(ids_BS, positions_BS, cache, rope_length)  # only rank 0 needs logits

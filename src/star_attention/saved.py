@@ -173,6 +173,8 @@ def _verified(path: Path, text: str, sha256: str) -> dict[str, Any]:
             f"{path} has format version {version}, this library reads version {FORMAT_VERSION};"
             " encode the context again or use the version that wrote it"
         )
+    if not isinstance(header.get("tensors", header.get("parts")), (dict, list)):
+        raise CorruptContextError(f"the header of {path} does not say what it holds: the file was changed")
     return header
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -360,3 +363,68 @@ def test_unknown_words_are_a_type_error(llama: tuple[StarLLM, EncodedContext], w
     star, context = llama
     with pytest.raises(TypeError, match=word):
         star.generate(context, [5], **{word: 3})
+
+
+def test_padded_beams_see_no_filler_inside_their_text(llama: tuple[StarLLM, EncodedContext]) -> None:
+    """Forbids filler between context and query, which would make n-grams of its own."""
+    star, context = llama
+    last, first = context.token_ids[-1].item(), context.token_ids[0].item()
+    queries = [[int(last), 20, 30, 40], [int(first)]]
+    words: dict[str, Any] = dict(num_beams=2, no_repeat_ngram_size=2, max_new_tokens=8)
+    rows = star.generate(context, queries, **words)
+    alone = [star.generate(context, query, **words) for query in queries]
+    assert [row.token_ids for row in rows] == [row.token_ids for row in alone]
+
+
+def test_a_context_is_freed_after_beams_without_the_collector() -> None:
+    star = engine("llama", block_size=24)
+    context = star.encode(ids(60))
+    star.generate(context, [5, 6], num_beams=2, max_new_tokens=3)
+    kept = weakref.ref(context.kv)
+    gc.collect()
+    gc.disable()
+    try:
+        star.generate(context, [5, 6], num_beams=2, max_new_tokens=3)
+        del context
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("words", [dict(num_beams=2), dict(prompt_lookup_num_tokens=2)])
+def test_penalties_that_would_not_see_the_context_are_refused(words: dict[str, Any]) -> None:
+    star = engine("phi3_longrope", reserve_tokens=64)
+    context = star.encode(ids(60))
+    with pytest.raises(InvalidInputError, match="repetition_penalty does not work with beams"):
+        star.generate(context, [5, 6], repetition_penalty=1.5, **words)
+    assert len(star.generate(context, [5, 6], max_new_tokens=3, **words).token_ids) == 3
+
+
+@pytest.mark.parametrize("words", [{}, dict(num_beams=2)])
+def test_a_models_own_defaults_do_not_break_an_answer(words: dict[str, Any]) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    star = StarLLM(model, block_size=24)
+    context = star.encode(ids(60))
+    expected = star.generate(context, [5, 6], max_new_tokens=3, **words).token_ids
+    model.generation_config.return_dict_in_generate = True
+    model.generation_config.cache_implementation = "static"
+    assert star.generate(context, [5, 6], max_new_tokens=3, **words).token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "words", [dict(prompt_lookup_num_tokens=0), dict(prompt_lookup_num_tokens="x"), dict(num_beams=2, sequence_bias={})]
+)
+def test_settings_that_transformers_refuses_late_are_errors_of_ours(
+    llama: tuple[StarLLM, EncodedContext], words: dict[str, Any]
+) -> None:
+    star, context = llama
+    with pytest.raises(InvalidInputError):
+        star.generate(context, [5, 6], max_new_tokens=3, **words)
+
+
+def test_prompt_lookup_answers_several_queries(llama: tuple[StarLLM, EncodedContext]) -> None:
+    star, context = llama
+    rows = star.generate(context, [[5, 6], [7, 8]], prompt_lookup_num_tokens=2, max_new_tokens=4)
+    assert [row.token_ids for row in rows] == [
+        star.generate(context, query, max_new_tokens=4).token_ids for query in ([5, 6], [7, 8])
+    ]

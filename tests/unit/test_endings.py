@@ -360,3 +360,51 @@ def test_a_stream_is_one_answer_of_text(star: StarLLM, context: EncodedContext) 
             star.stream(context, QUERY, **words)
     with pytest.raises(InvalidInputError, match="a stream of text needs a tokenizer"):
         StarLLM(star.model).stream(context, [5])
+
+
+@pytest.mark.parametrize("words", [{}, dict(num_beams=2)], ids=["greedy", "beams"])
+def test_a_special_token_can_be_a_stop_string(
+    star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying
+) -> None:
+    """The answer's text leaves special tokens out, but they end it all the same."""
+    eos = bundled_tokenizer().eos_token
+    reply = star.generate(
+        context,
+        QUERY,
+        max_new_tokens=30,
+        ignore_eos=True,
+        stop=eos,
+        **words,
+        **saying("The secret number is 777 Th" + eos + "e end."),
+    )
+    assert (reply.text, reply.finish_reason) == ("The secret number is 777 Th", "stop")
+
+
+class AfterThree(StoppingCriteria):
+    """Ends the first row after three tokens."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        ended = torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        ended[0] = input_ids.shape[1] - self.prompt_tokens >= 3
+        return ended
+
+
+def test_a_row_that_a_criterion_ends_in_beams_has_no_fill(star: StarLLM, context: EncodedContext) -> None:
+    query = [7, 8]
+    ends = StoppingCriteriaList([AfterThree(len(context) + len(query))])
+    reply = star.generate(
+        context,
+        query,
+        num_beams=1,
+        prompt_lookup_num_tokens=2,
+        max_new_tokens=8,
+        ignore_eos=True,
+        stopping_criteria=ends,
+    )
+    plain = star.generate(context, query, max_new_tokens=8, ignore_eos=True)
+    assert reply.finish_reason == "stop"
+    assert 3 <= len(reply.token_ids) < 8
+    assert reply.token_ids == plain.token_ids[: len(reply.token_ids)]

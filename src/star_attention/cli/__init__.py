@@ -55,4 +55,7 @@ def main() -> None:
     """Run the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old locale cannot write
-    app(prog_name=NAME)
+    try:
+        app(prog_name=NAME)
+    except KeyboardInterrupt:  # before a command has begun
+        sys.exit(130)

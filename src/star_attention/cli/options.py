@@ -85,6 +85,14 @@ class ModelOptions:
         option("auto (a GPU if there is one), cpu, cuda, cuda:1.", "--device", panel="Model", metavar="DEVICE"),
     ] = "auto"
     tokens_per_forward: TokensPerForward = None
+    reserve_tokens: Annotated[
+        str,
+        option(
+            "Tokens kept free for queries and answers, for models whose rotary frequencies depend on the length.",
+            panel="Model",
+            metavar="SIZE",
+        ),
+    ] = str(StarConfig.reserve_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
     """The model, with its sizes checked before anything slow begins."""
-    sizes["tokens_per_forward"] = model.tokens_per_forward
+    sizes |= dict(tokens_per_forward=model.tokens_per_forward, reserve_tokens=model.reserve_tokens)
     StarConfig.of(**sizes)
     with notes.waiting(f"loading {model.model}"):
         from star_attention.engine import StarLLM

@@ -124,9 +124,14 @@ def _texts(message: Message) -> list[str]:
     if isinstance(content, str):
         return [content]
     if isinstance(content, (list, tuple)) and content:
+        if not all(isinstance(part, dict) for part in content):
+            raise InvalidInputError(f"a chat message has parts that are no dicts: {message!r}")
         kinds = {part.get("type", "text") for part in content}
         if kinds == {"text"}:
-            return [part["text"] for part in content]
+            texts = [part.get("text") for part in content]
+            if all(isinstance(text, str) for text in texts):
+                return texts
+            raise InvalidInputError(f"a chat message has a part without a text: {message!r}")
         raise InvalidInputError(
             f"a message has parts of type {', '.join(sorted(kinds - {'text'}))}; only text can be encoded"
         )
@@ -162,7 +167,10 @@ def _cut(
         messages[-1]["content"] = [{"type": "text", "text": text} for text in [*earlier, last + _CUT, _QUERY]]
     else:
         messages[-1]["content"] = "".join(_texts(messages[-1])) + _CUT + _QUERY
-    text: str = tokenizer.apply_chat_template(messages + more, tokenize=False, add_generation_prompt=True)
+    try:
+        text: str = tokenizer.apply_chat_template(messages + more, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything for messages that it does not take
+        raise InvalidInputError(f"the chat template refuses these messages: {error}") from error
     if text.count(_CUT) != 1 or text.count(_QUERY) != 1:
         raise InvalidInputError("the chat template does not write the user's text once, as it is; use raw text instead")
     head, rest = text.split(_CUT)

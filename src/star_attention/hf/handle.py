@@ -6,7 +6,8 @@ Axes: B batch, S tokens of a forward.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -123,7 +124,8 @@ class ModelHandle:
             ).logits
         return (logits[:, -keep:] if keep else logits).to(ids_BS.device)
 
-    def generating(self, cache: StarCache, rope_length: int | None, whole_tokens: int | None) -> Any:
+    @contextmanager
+    def generating(self, cache: StarCache, rope_length: int | None, whole_tokens: int | None) -> Iterator[Any]:
         """The model as an object whose every forward goes through `cache`, for transformers' own `generate`.
 
         whole_tokens: length of the prompt where it includes the tokens that the cache holds, None where it does not.
@@ -132,12 +134,13 @@ class ModelHandle:
         """
         stock: Any = type(self.model)
         running = self.running
+        # A class is in cycles with itself: emptied afterwards, so that a context's memory does not wait for the collector.
+        holder = [cache]
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if all(
-                kwargs.get(word) is not cache for word in _CACHE_WORDS
-            ):  # a forward beside the answer (classifier-free guidance)
-                return stock.__call__(self, *args, **kwargs)
+            if not holder or all(kwargs.get(word) is not holder[0] for word in _CACHE_WORDS):
+                return stock.__call__(self, *args, **kwargs)  # beside the answer (classifier-free guidance)
+            (cache,) = holder
             if whole_tokens is not None and kwargs["input_ids"].shape[1] >= whole_tokens:
                 # Assisted decoding does not know that a cache may be filled when it begins, and gives the context again.
                 for name in ("input_ids", "position_ids"):
@@ -151,7 +154,10 @@ class ModelHandle:
         kind = type(stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__})
         proxy: Any = object.__new__(kind)
         object.__setattr__(proxy, "__dict__", self.model.__dict__)
-        return proxy
+        try:
+            yield proxy
+        finally:
+            holder.clear()
 
 
 def _positions(cache: StarCache, ids_BS: Tensor, words: dict[str, Any]) -> Tensor:

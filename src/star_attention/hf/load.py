@@ -51,14 +51,25 @@ def own_device(device: str) -> str:
     return device
 
 
-def load_config(path: str | os.PathLike[str]) -> Any:
-    """The config of a model folder or hub id.
+_FOR_ALL_FILES = (
+    "trust_remote_code",
+    "revision",
+    "code_revision",
+    "token",
+    "subfolder",
+    "cache_dir",
+    "local_files_only",
+)
+
+
+def load_config(path: str | os.PathLike[str], **where: Any) -> Any:
+    """The config of a model folder or hub id; `where` goes to transformers (revision, subfolder, ...).
 
     Raises `ModelNotFoundError` where there is none.
     """
-    _check_path(path)
+    _check_path(path, str(where.get("subfolder") or ""))
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, **where)
     except Exception as error:  # configs check their values in ways of their own
         raise ModelNotFoundError(f"no model could be read at {path}: {_first_line(error)}") from error
 
@@ -71,7 +82,8 @@ def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs:
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
-    config = load_config(path)
+    where = {word: value for word, value in model_kwargs.items() if word in _FOR_ALL_FILES}
+    config = load_config(path, **where)
     reasons = support.reasons(config)
     if reasons:
         raise UnsupportedModelError(f"{config.model_type} ({path})", reasons)
@@ -95,12 +107,12 @@ def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs:
         )
     if "device_map" not in options:
         model = model.to(device)
-    return model.eval(), load_tokenizer(path)
+    return model.eval(), load_tokenizer(path, **where)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+def load_tokenizer(path: str | os.PathLike[str], **where: Any) -> Any:
     """The tokenizer of a model folder, or None where the folder has none (token ids need none)."""
-    folder = Path(path)
+    folder = Path(path) / str(where.get("subfolder") or "")
     if (
         folder.is_dir()
         and not any(folder.glob("tokenizer*"))
@@ -109,17 +121,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     ):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **where)
     except Exception as error:  # the tokenizer libraries raise bare Exceptions for a broken file
         raise ModelNotFoundError(f"the tokenizer at {path} could not be read: {_first_line(error)}") from error
 
 
-def _check_path(path: str | os.PathLike[str]) -> None:
+def _check_path(path: str | os.PathLike[str], subfolder: str = "") -> None:
     if not isinstance(path, (str, os.PathLike)):
         raise ModelNotFoundError(f"{path!r} is no model; give the path of its folder, or a hub id")
     folder = Path(path)
     try:
-        is_folder, exists, has_config = folder.is_dir(), folder.exists(), (folder / "config.json").is_file()
+        is_folder, exists, has_config = folder.is_dir(), folder.exists(), (folder / subfolder / "config.json").is_file()
     except OSError as error:  # no permission, or a name that the file system cannot have
         raise ModelNotFoundError(f"the model folder cannot be read: {error}") from error
     if is_folder:

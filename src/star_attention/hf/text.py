@@ -64,6 +64,15 @@ class Detokenizer:
         return now[len(before) :]
 
 
+def stop_tokens(tokenizer: Any, stops: list[str]) -> set[int]:
+    """Ids of the stop strings that are special tokens, which an answer's text leaves out."""
+    if tokenizer is None:
+        return set()
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    special |= {text: token for text, token in tokenizer.get_added_vocab().items() if tokenizer.decode([token]) == text}
+    return {special[stop] for stop in stops if stop in special}
+
+
 class StopText:
     """Cut a growing text before the first of some strings; text that may turn out to begin one is held back."""
 
@@ -135,8 +144,13 @@ class StopStrings(StoppingCriteria):
     def __init__(self, tokenizer: Any, stops: list[str], prompt_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._stops = stops
+        self._tokens = stop_tokens(tokenizer, stops)
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        texts = [decode(self._tokenizer, row) for row in input_ids[:, self._prompt_tokens :].tolist()]
-        return torch.tensor([any(stop in text for stop in self._stops) for text in texts], device=input_ids.device)
+        rows = input_ids[:, self._prompt_tokens :].tolist()
+        ended = [
+            not self._tokens.isdisjoint(row) or any(stop in decode(self._tokenizer, row) for stop in self._stops)
+            for row in rows
+        ]
+        return torch.tensor(ended, device=input_ids.device)
