@@ -9,7 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 # Tests are many small computations: processes of one thread each finish them sooner than one process of many.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist loadgroup
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output
 
@@ -55,7 +55,7 @@ help:
 	@echo "make demo         ask the bundled model about a long text; pictures and a page in $(DEMO_OUT)/"
 	@echo "make test         the tests that need no accelerator and no patience"
 	@echo "make check        format, lint, types, generated docs"
-	@echo "make test-matrix  the unit tests on the newest and the oldest supported transformers and torch"
+	@echo "make test-matrix  the tests on the newest and the oldest supported transformers and torch"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make setup        the development environment in $(VENV)/"
 	@echo "make clean        remove environments, caches and outputs"
@@ -111,7 +111,7 @@ $(CELLS:%=matrix-%): matrix-%: $(MATRIX)/%/.stamp
 	@echo "== $*"
 	@$(MATRIX)/$*/bin/python -c 'import sys, torch, transformers; \
 	  print("python", sys.version.split()[0], "torch", torch.__version__, "transformers", transformers.__version__)'
-	$(call PYTEST,$(MATRIX)/$*/bin) tests/unit $(PYTEST_ARGS)
+	$(call PYTEST,$(MATRIX)/$*/bin) $(PYTEST_ARGS)
 
 # "newest" is a moving target, so pip is asked again on every run.
 matrix-newest: $(MATRIX)/newest/.upgraded
