@@ -82,13 +82,26 @@ class Stream(Iterator[str]):
         self._run = run
         self._comm = comm
         self._pieces = run.pieces()
+        self._failed = False
 
     def __next__(self) -> str:
-        with self._comm.call("a stream"):
+        with self._guarded():
             piece = next(self._pieces, None)
         if piece is None:
             raise StopIteration
         return piece
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """One collective call; after an exception nobody listens to this stream any more."""
+        if self._failed:
+            raise InvalidInputError("this stream has failed; ask again")
+        try:
+            with self._comm.call("a stream"):
+                yield
+        except BaseException:
+            self._failed = True
+            raise
 
     @property
     def result(self) -> Generation:
@@ -97,7 +110,9 @@ class Stream(Iterator[str]):
         return self._run.generations()[0]
 
     def close(self) -> None:
-        with self._comm.call("a stream"):
+        if self._failed:
+            return
+        with self._guarded():
             self._pieces.close()
             self._run.finish()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import pickle
 import socket
@@ -28,14 +27,13 @@ from torch import Tensor
 
 from star_attention import errors, wire
 from star_attention.attention.state import State, merge
+from star_attention.config import STALL_S
 from star_attention.errors import InvalidInputError, RankError
 from star_attention.watch import BUSY, IDLE, WAITING, Fault, Watch
 from star_attention.wire import Traffic
 
 dist: Any = torch.distributed  # its type information leaves out stores and transports
 
-STALL_S = 60.0
-"""Longest silence of a rank, in seconds, before the others give up."""
 START_S = 300.0
 """Longest time that ranks wait for each other to start."""
 
@@ -74,6 +72,8 @@ class Comm(Protocol):
     def all_fine(self, failure: Exception | None) -> None: ...
     def call(self, where: str) -> contextlib.AbstractContextManager[None]: ...
     def tick(self, where: str | None = None) -> None: ...
+    def progress(self, done: int, total: int) -> None: ...
+    def lines(self) -> list[dict[str, Any]]: ...
     def merge(self, state: State) -> State: ...
     def broadcast(self, tensor: Tensor, ranks: int) -> Pending: ...
     def exchange(self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int) -> Pending: ...
@@ -117,6 +117,12 @@ class SoloComm:
 
     def tick(self, where: str | None = None) -> None:
         return
+
+    def progress(self, done: int, total: int) -> None:
+        return
+
+    def lines(self) -> list[dict[str, Any]]:
+        return []
 
     def merge(self, state: State) -> State:
         return state
@@ -316,7 +322,9 @@ class TorchComm:
         if error is self._agreed:  # every rank raises it by itself, and all are where they were
             return
         fault = self._watch.fault
-        if fault is None or fault.name is not None:
+        if not isinstance(error, Exception):  # Ctrl-C: end, whatever the others are doing
+            self._watch.tell_failure(type(error).__name__, "interrupted")
+        elif fault is None or fault.name is not None:
             if not isinstance(error, RankError):
                 self._watch.tell_failure(type(error).__name__, str(error))
             if self._recover():
@@ -357,9 +365,18 @@ class TorchComm:
         if fault is not None:
             raise _as_error(fault)
 
+    def progress(self, done: int, total: int) -> None:
+        """How much of its share of phase 1 this rank has done, in tokens; the others may ask with `lines`."""
+        self._watch.share = (done, total)
+
     def lines(self) -> list[dict[str, Any]]:
-        """What every rank last said about itself: `where`, `state`."""
+        """What every rank last said about itself: `where`, `state`, `done` and `total` tokens."""
         return list(self._watch.lines)
+
+    def diagnosis(self, cause: str) -> RankError:
+        """Why this rank is told to end from outside: the rank that has died, or `cause` where all seem well."""
+        fault = self._watch.suspect(cause)
+        return RankError(fault.rank, fault.where, fault.cause)
 
     # ------------------------------------------------------------------ messages
 
@@ -582,20 +599,26 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def from_environment(comm: Any) -> Comm:
-    """The communicator that `StarLLM(comm=...)` means: None takes torchrun's environment if there is one."""
+def from_environment(comm: Any, *, stall_s: float = STALL_S) -> Comm:
+    """The communicator that `StarLLM(comm=...)` means: None takes torchrun's environment if there is one.
+
+    stall_s: the longest silence of a rank; counts when the first engine of a process is made.
+    """
     if isinstance(comm, (SoloComm, TorchComm)):
         return comm
     if comm not in (None, "solo"):
         raise InvalidInputError(f"comm {comm!r} is unknown; use None, 'solo' for one process, or a TorchComm")
     if comm == "solo" or not (TorchComm.wanted() or (dist.is_initialized() and dist.get_world_size() > 1)):
         return SoloComm()
-    return _of_all_ranks()
+    if not _OWN:
+        _OWN.append(TorchComm.from_environment(stall_s=stall_s))
+        atexit.register(_OWN[0].close)
+    return _OWN[0]
 
 
-@functools.cache
-def _of_all_ranks() -> TorchComm:
-    """One for all engines of a process."""
-    comm = TorchComm.from_environment()
-    atexit.register(comm.close)
-    return comm
+_OWN: list[TorchComm] = []  # one for all engines of a process
+
+
+def own() -> TorchComm | None:
+    """The communicator that this process made from torchrun's environment, if it has."""
+    return _OWN[0] if _OWN else None

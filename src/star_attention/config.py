@@ -24,6 +24,9 @@ TOKENS_PER_FORWARD_GPU = 16384
 
 MAX_NEW_TOKENS = 256
 
+STALL_S = 60.0
+"""Longest silence of a rank, in seconds, before the others give up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StarConfig:

@@ -157,6 +157,15 @@ class StarLLM:
     def num_ranks(self) -> int:
         return self._comm.size
 
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks (on one: the value itself). Collective."""
+        with self._comm.call("waiting for rank 0"):
+            return self._comm.decide(lambda: value)
+
+    def rank_progress(self) -> list[tuple[int, int]]:
+        """How much of its share of phase 1 each rank has done, in tokens, and of how much; empty on one rank."""
+        return [(line.get("done", 0), line.get("total", 0)) for line in self._comm.lines()]
+
     def _shake_hands(self) -> None:
         """Agree on what must be the same everywhere, and on how tensors travel.
 

@@ -108,6 +108,8 @@ def rebuilt(name: str, message: str, reasons: list[str] | None = None, rank: int
         return UnsupportedModelError(message.partition(" cannot run")[0], reasons or [message])
     if kind is ContextMismatchError:
         return ContextMismatchError(message.partition("its ")[2].partition(" ")[0], message)
+    if kind is KeyboardInterrupt:
+        return RankError(rank, "a call", "it was interrupted")
     if isinstance(kind, type) and issubclass(kind, Exception) and kind is not RankError:
         with contextlib.suppress(TypeError):  # some of Python's own need more than a message
             return kind(message)

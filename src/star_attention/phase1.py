@@ -136,12 +136,17 @@ class _Forwards:
     def run(self, cache: EncodeCache, spans: Iterator[Span]) -> None:
         handle, plan = self._handle, self._plan
         with explained(lambda: self._out_of_memory(cache)):
+            held = sum(stop - start for start, stop in plan.layout[self._comm.rank])
+            self._comm.progress(0, held)
+            done = 0
             for span in spans:
                 cache.span = span
                 self._comm.tick(f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}")
                 positions_1S = torch.arange(span.start, span.stop, device=handle.device)[None]
                 ids_BS = self._ids_BL[:, span.start : span.stop].to(handle.device)
                 handle.encode(ids_BS, positions_1S, cache, self._rope_length)
+                done += span.tokens
+                self._comm.progress(done, max(done, held))
                 if self._progress is not None:
                     self._progress(span, plan)
 

@@ -7,6 +7,8 @@ others' lines. The limit is on silence, not on time: a rank that reports a layer
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -50,9 +52,11 @@ class Watch:
         self._interval = min(1.0, stall_s / 20)
         self._ticks, self._state, self._where = 0, IDLE, "between calls"
         self._beats = 0
+        self.share = (0, 0)  # how much of its share this rank has done, and of how much
         self.epoch = 0
         self.fault: Fault | None = None
         self.lines: list[dict[str, Any]] = [{} for _ in range(size)]
+        self._stuck = (0, time.monotonic())  # ticks, and since when they stand still with a fault known
         self._contact = time.monotonic()
         self._heard = [(time.monotonic(), time.monotonic(), "", "")] * size  # when a beat, a move; which
         self._store = connect()  # of the work's own thread; the watching thread has another
@@ -112,6 +116,7 @@ class Watch:
             self._beats += 1
             epoch = self.epoch
             line = {"beat": self._beats, "ticks": self._ticks, "state": self._state, "where": self._where}
+            line["done"], line["total"] = self.share
             try:
                 store.set(keys[self.rank], json.dumps(line))
                 here = [key for key in keys if store.check([key])]
@@ -119,9 +124,8 @@ class Watch:
                 failure = f"failure/{epoch}"
                 failed = store.get(failure) if store.check([failure]) else b""
             except Exception:
-                if not self._closing.wait(self._interval):
-                    self._lost_contact()
-                continue
+                # A client that has lost its store finds it no more, and torch would write a page about every attempt.
+                break
             self._contact = now = time.monotonic()
             for rank, key in enumerate(keys):
                 self.lines[rank] = other = json.loads(said.get(key, b"{}"))
@@ -137,10 +141,15 @@ class Watch:
                 self.fault = self._told(failed) if failed else self._silent(now)
                 if self.fault is not None:
                     self._on_fault()
+            self._end_if_stuck(now)
             self._closing.wait(self._interval)
+        while not self._closing.wait(self._interval):
+            self._lost_contact()
+            self._end_if_stuck(time.monotonic())
         line = {"beat": self._beats + 1, "ticks": self._ticks, "state": GONE, "where": self._where}
         try:
-            store.set(keys[self.rank], json.dumps(line))
+            if time.monotonic() - self._contact < 2 * self._interval:
+                store.set(keys[self.rank], json.dumps(line))
         except Exception:
             return
 
@@ -175,6 +184,18 @@ class Watch:
                 cause=f"all ranks have waited for each other for {self.stall_s:g} s: a link between them is cut",
             )
         return None
+
+    def _end_if_stuck(self, now: float) -> None:
+        """Leave no process behind: where the ranks have given up and this one does not notice, because its work hangs."""
+        if self.fault is None or self._state == IDLE or self._ticks != self._stuck[0]:
+            self._stuck = (self._ticks, now)
+        elif now - self._stuck[1] > self.stall_s:
+            print(
+                f"rank {self.rank}: error: it hangs in {self._where}, and the others have given it up: ended",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
 
     def _lost_contact(self) -> None:
         if self.fault is None and time.monotonic() - self._contact > self.stall_s / 2:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from star_attention.cli.command import say
+from star_attention.cli.command import leads, say
 from star_attention.cli.notes import Notes
 from star_attention.cli.options import AnswerOptions, ModelOptions, Quiet
 from star_attention.errors import StarAttentionError, TextError
@@ -33,15 +33,16 @@ def ask(
     from star_attention.cli.answers import Answerer
     from star_attention.cli.texts import read_queries
 
-    queries = read_queries(answer.query, answer.query_file, context_files=[])
+    queries = read_queries(answer.query, answer.query_file, context_files=[]) if leads() else []
     interactive = sys.stdin.isatty()
-    if not queries and not interactive:
+    if not queries and not interactive and leads():
         raise typer.BadParameter(
             "give a query (`--query-file -` reads them from stdin), or use a terminal",
             param_hint="--query or --query-file",
         )
     notes = Notes(quiet=quiet)
     star, context = session.load_saved(model, file, notes)
+    queries = star.from_rank_0(queries)
     answerer = Answerer(star, context, answer, notes, encoded=False)
     if queries:
         answerer.answer_all(queries)
@@ -55,7 +56,7 @@ def _converse(answerer: Answerer, notes: Notes) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then has a history and keys to edit a line)
     notes.say("one question a line; an empty line or Ctrl-D ends")
-    while query := _question():
+    while query := answerer.star.from_rank_0(_question() if leads() else None):
         try:
             answerer.answer(query)
         except StarAttentionError as error:  # a query that is too long ends itself, not the conversation

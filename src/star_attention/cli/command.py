@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -42,7 +44,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         debug = values.pop("debug")
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
-        with reported(debug=debug):
+        with reported(debug=debug), _one_of_several():
             function(**values)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -99,3 +101,70 @@ def _show_warning(
 def say(text: str) -> None:
     """One line on stderr, whatever the text."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- several ranks
+
+
+class Terminated(BaseException):
+    """The launcher asks this rank to end (SIGTERM), because another one has."""
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and how many there are, by torchrun's environment."""
+    rank, size = (os.environ.get(name) or default for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
+
+
+def leads() -> bool:
+    """Whether this process speaks for all: rank 0 alone reads texts, prints answers and shows progress."""
+    return ranks()[0] == 0
+
+
+@contextmanager
+def _one_of_several() -> Iterator[None]:
+    """What a command under torchrun does beside its work: other ranks print nothing, and the end of one is explained."""
+    rank, size = ranks()
+    if size == 1:
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    status = 0
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(sys.stdout if rank == 0 else nothing):
+            yield
+        return
+    except KeyboardInterrupt:
+        status = 130
+        if rank == 0:
+            say("interrupted")
+    except Terminated:
+        status = 1
+        say(f"rank {rank}: error: {_why_terminated()}")
+    except StarAttentionError as error:
+        status = 1
+        from star_attention.errors import RankError
+
+        if rank == 0 or isinstance(error, RankError):  # others repeat rank 0's own
+            say(f"rank {rank}: error: {error}")
+    except Exception as error:  # a defect: with its traceback, where it happened
+        status = 1
+        if "(on rank " not in str(error):
+            traceback.print_exc()
+        say(f"rank {rank}: error: {type(error).__name__}: {error}")
+    # Collectives that never end would keep the interpreter from ending.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _why_terminated() -> str:
+    from star_attention import comm
+
+    own = comm.own()
+    cause = "the launcher ended it (another rank failed before they had met, or it was asked to)"
+    return cause if own is None else str(own.diagnosis(cause))

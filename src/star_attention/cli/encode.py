@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from star_attention.cli.command import leads
 from star_attention.cli.notes import Notes, context_summary, in_bytes, seconds
 from star_attention.cli.options import ContextOptions, Files, ModelOptions, Quiet, option
 
@@ -24,11 +25,14 @@ def encode(
     from star_attention.cli import session
     from star_attention.cli.texts import read_context
 
-    session.check_target(output)
-    text = read_context(files)
+    text = ""
+    if leads():
+        session.check_target(output)
+        text = read_context(files)
     notes = Notes(quiet=quiet)
     star = session.load_for(model, context, notes)
     encoded = session.encode_text(star, text, notes, chat=context.chat)
     size = in_bytes(encoded.nbytes)
-    notes.say(f"{context_summary(encoded)}, encode {seconds(encoded.encode_s)}, {size} of keys and values")
+    where = " on rank 0" if encoded.plan.ranks > 1 else ""
+    notes.say(f"{context_summary(encoded)}, encode {seconds(encoded.encode_s)}, {size} of keys and values{where}")
     session.save(encoded, output, notes)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from star_attention.cli.command import leads
 from star_attention.cli.notes import Notes
 from star_attention.cli.options import AnswerOptions, ContextOptions, Files, ModelOptions, Quiet, option
 
@@ -31,14 +32,17 @@ def generate(
     from star_attention.cli.answers import Answerer
     from star_attention.cli.texts import read_context, read_queries
 
-    queries = read_queries(answer.query, answer.query_file, context_files=files)
-    if not queries:
-        raise typer.BadParameter("give a query", param_hint="--query or --query-file")
-    session.check_target(save)
-    text = read_context(files)
+    text, queries = "", [""]
+    if leads():
+        queries = read_queries(answer.query, answer.query_file, context_files=files)
+        if not queries:
+            raise typer.BadParameter("give a query", param_hint="--query or --query-file")
+        session.check_target(save)
+        text = read_context(files)
     notes = Notes(quiet=quiet)
     star = session.load_for(model, context, notes)
     star.check_settings(**answer.words())
+    text, queries = star.from_rank_0((text, queries))
     encoded = session.encode_text(star, text, notes, chat=context.chat)
     if save is not None:
         session.save(encoded, save, notes)

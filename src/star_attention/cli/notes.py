@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from star_attention.cli.command import leads
 from star_attention.plan import BlockPlan, Span, format_size
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Notes:
     """Messages on stderr, animated on a terminal, plain lines otherwise, none when `quiet`."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
+        self.quiet = quiet or not leads()
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -37,12 +38,14 @@ class Notes:
         return Console(stderr=True).status(text)
 
     @contextmanager
-    def progress(self) -> Iterator[Any]:
-        """A callback for `encode(progress=...)`."""
+    def progress(self, of_ranks: Callable[[], list[tuple[int, int]]]) -> Iterator[Any]:
+        """A callback for `encode(progress=...)`; `of_ranks` tells how far each of several ranks is."""
         if self.quiet:
             yield None
         elif sys.stderr.isatty():
-            yield from _bar()
+            yield from _bars(of_ranks) if of_ranks() else _bar()
+        elif of_ranks():
+            yield _RankLines(self, of_ranks)
         else:
             yield _Lines(self)
 
@@ -84,6 +87,51 @@ def _bar() -> Iterator[Any]:
         yield advance
 
 
+class _RankLines:
+    """A line about all ranks for every tenth of rank 0's share; a callback."""
+
+    def __init__(self, notes: Notes, of_ranks: Callable[[], list[tuple[int, int]]]) -> None:
+        self.notes, self.of_ranks = notes, of_ranks
+        self.told = 0
+
+    def __call__(self, span: Span, plan: BlockPlan) -> None:
+        start, stop = plan.rank_range(0)
+        tenth = (span.stop - start) * _STEPS // max(1, stop - start)
+        if tenth > self.told:
+            self.told = tenth
+            others = (
+                f"rank {rank} {done:,} of {total:,}" for rank, (done, total) in enumerate(self.of_ranks()) if rank
+            )
+            self.notes.say(f"encoded: rank 0 {span.stop - start:,} of {stop - start:,} tok, " + ", ".join(others))
+
+
+def _bars(of_ranks: Callable[[], list[tuple[int, int]]]) -> Iterator[Any]:
+    """A bar for each rank, kept up to date by a thread: rank 0 may be in the middle of a long block."""
+    import threading
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks = [bar.add_task(f"rank {rank}", total=None) for rank in range(len(of_ranks()))]
+        ended = threading.Event()
+
+        def refresh() -> None:
+            while not ended.wait(0.3):
+                for rank, (task, (done, total)) in enumerate(zip(tasks, of_ranks(), strict=True)):
+                    told = f"rank {rank}: {done:,} of {total:,} tok" if total else f"rank {rank}: idle"
+                    bar.update(task, total=total or None, completed=done, description=told)
+
+        thread = threading.Thread(target=refresh, daemon=True)
+        thread.start()
+        try:
+            yield lambda span, plan: None
+        finally:
+            ended.set()
+            thread.join()
+
+
 def _block(span: Span, plan: BlockPlan) -> int:
     return (span.stop - 1) // plan.block_size + 1
 
@@ -94,6 +142,8 @@ def context_summary(context: EncodedContext) -> str:
     head = f"context {plan.context_tokens:,} tok, "
     if context.method == "dense":
         return head + "dense"
+    if plan.ranks > 1:
+        head += f"{plan.ranks} ranks, "
     blocks = "1 block" if plan.num_blocks == 1 else f"{plan.num_blocks} blocks"
     return head + f"{blocks} x {format_size(plan.block_size)}, anchor {format_size(plan.anchor_size)}"
 

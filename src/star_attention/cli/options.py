@@ -12,6 +12,7 @@ from star_attention.config import (
     ANCHOR_SOURCES,
     MAX_NEW_TOKENS,
     METHODS,
+    STALL_S,
     TOKENS_PER_FORWARD,
     TOKENS_PER_FORWARD_GPU,
     StarConfig,
@@ -93,6 +94,17 @@ class ModelOptions:
             metavar="SIZE",
         ),
     ] = str(StarConfig.reserve_tokens)
+
+    stall_limit: Annotated[
+        float,
+        option(
+            "Seconds of silence after which the other ranks give a rank up; a long block is no silence.",
+            "--stall-limit",
+            panel="Ranks",
+            metavar="X",
+            min=1.0,
+        ),
+    ] = STALL_S
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,13 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
     sizes |= dict(tokens_per_forward=model.tokens_per_forward, reserve_tokens=model.reserve_tokens)
     StarConfig.of(**sizes)
     with notes.waiting(f"loading {model.model}"):
+        from star_attention import comm
         from star_attention.engine import StarLLM
         from star_attention.hf.logs import hide_progress_bars
 
         hide_progress_bars()
-        return StarLLM.from_pretrained(model.model, dtype=model.dtype, device=model.device, **sizes)
+        ranks = comm.from_environment(None, stall_s=model.stall_limit)
+        return StarLLM.from_pretrained(model.model, dtype=model.dtype, device=model.device, comm=ranks, **sizes)
 
 
 def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> StarLLM:
@@ -50,7 +52,7 @@ def encode_text(star: StarLLM, text: str, notes: Notes, *, chat: bool) -> Encode
         notes.say("the text goes in as it is; this model has a chat template, which --chat uses")
     if chat:
         content = [{"role": "user", "content": [{"type": "text", "text": text}]}]
-    with notes.progress() as progress:
+    with notes.progress(star.rank_progress) as progress:
         context: EncodedContext = star.encode(content, progress=progress)
     return context
 
@@ -72,7 +74,9 @@ def check_target(path: str | None) -> None:
 
 def save(context: EncodedContext, path: str, notes: Notes) -> None:
     context.save(path)
-    size = in_bytes(Path(path).stat().st_size)
+    target = Path(path)
+    files = target.iterdir() if target.is_dir() else [target]
+    size = in_bytes(sum(file.stat().st_size for file in files))
     notes.say(f"saved to {path} ({size}); it holds the text's token ids, guard it like the text")
 
 
