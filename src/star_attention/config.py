@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.plan import BlockPlan, parse_size, resolve_sizes
+from star_attention.plan import RING_LAYOUTS, BlockPlan, parse_size, resolve_sizes
 
 METHODS = {
     "star": "star_attention.methods.star:Star",
     "dense": "star_attention.methods.dense:Dense",
+    "ring": "star_attention.methods.ring:Ring",
 }
 """Attention methods by name, imported on use."""
 
@@ -40,6 +41,7 @@ class StarConfig:
     reserve_tokens: tokens kept free for query and answer where rotary frequencies depend on the total length.
     anchor_source: how ranks other than the first come by the anchor: "broadcast", or "local": each computes it once more,
         and phase 1 does not communicate at all.
+    ring_layout: how `ring` deals out tokens: "zigzag" (balanced), or "contiguous" as in the paper.
 
     Raises `SizeError` or `InvalidInputError` with the value, the limit and the remedy.
     """
@@ -50,6 +52,7 @@ class StarConfig:
     tokens_per_forward: int | None = None
     reserve_tokens: int = RESERVE_TOKENS
     anchor_source: str = ANCHOR_SOURCES[0]
+    ring_layout: str = RING_LAYOUTS[0]
 
     @classmethod
     def of(cls, **settings: Any) -> StarConfig:
@@ -77,6 +80,11 @@ class StarConfig:
         if self.anchor_source not in ANCHOR_SOURCES:
             raise InvalidInputError(
                 f"anchor_source {self.anchor_source!r} is unknown; choose one of {', '.join(ANCHOR_SOURCES)}"
+            )
+
+        if self.ring_layout not in RING_LAYOUTS:
+            raise InvalidInputError(
+                f"ring_layout {self.ring_layout!r} is unknown; choose one of {', '.join(RING_LAYOUTS)}"
             )
 
     def forward_size(self, device_type: str) -> int:

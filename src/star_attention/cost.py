@@ -217,6 +217,15 @@ def phase1_wire(
     return Traffic(shares * shape.kv_layers, wire.broadcast_bytes(payload, plan.busy_ranks))
 
 
+def ring_wire(shape: ModelShape, context_tokens: int, ranks: int) -> Traffic:
+    """What ranks exchange while they encode by ring attention: all keys and values pass by every rank, in every attention call."""
+    if ranks == 1 or context_tokens < 2 * ranks:
+        return Traffic()
+    numbers = sum(call.kv_heads * (call.k_head_size + call.v_head_size) for call in shape.attention)
+    steps = ranks - 1
+    return Traffic(steps * len(shape.attention), steps * context_tokens * numbers * shape.bytes_per_number)
+
+
 def phase2_wire(
     shape: ModelShape,
     ranks: int,

@@ -27,7 +27,7 @@ from star_attention.context import EncodedContext, RankStats
 from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
 from star_attention.hf import chat, identity, load, support, text
 from star_attention.hf.handle import ModelHandle
-from star_attention.plan import BlockPlan, Segments
+from star_attention.plan import RING_LAYOUTS, BlockPlan, Segments
 from star_attention.saved import SavedContext
 from star_attention.store import ContextKV, LayerKV, as_tensor_ids
 from star_attention.wire import Traffic
@@ -65,7 +65,7 @@ class StarLLM:
     model: a loaded transformers causal language model (or a PEFT model around one), in evaluation mode. It stays the plain
         model: nothing of ours is installed between calls.
     tokenizer: its tokenizer; not needed when only token ids go in and out.
-    block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source: see `StarConfig`.
+    block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source, ring_layout: see `StarConfig`.
     comm: None takes torchrun's ranks where there are several, "solo" one process whatever the environment says; or a
         `TorchComm` of one's own.
 
@@ -86,6 +86,7 @@ class StarLLM:
         tokens_per_forward: int | str | None = None,
         reserve_tokens: int | str = RESERVE_TOKENS,
         anchor_source: str = ANCHOR_SOURCES[0],
+        ring_layout: str = RING_LAYOUTS[0],
         comm: ranks.Comm | str | None = None,
     ) -> None:
         self._comm = ranks.from_environment(comm)
@@ -96,6 +97,7 @@ class StarLLM:
             tokens_per_forward=tokens_per_forward,
             reserve_tokens=reserve_tokens,
             anchor_source=anchor_source,
+            ring_layout=ring_layout,
         )
         self._handle = ModelHandle(model)
         self.model = model
@@ -119,6 +121,7 @@ class StarLLM:
         tokens_per_forward: int | str | None = None,
         reserve_tokens: int | str = RESERVE_TOKENS,
         anchor_source: str = ANCHOR_SOURCES[0],
+        ring_layout: str = RING_LAYOUTS[0],
     ) -> StarLLM:
         """Load a model and its tokenizer from a folder or a hub id.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from star_attention.errors import SizeError, TokenError
 
@@ -87,6 +88,28 @@ def resolve_sizes(context_tokens: int, block_size: int | str | None, anchor_size
             f" lower anchor_size to at most {block} or raise block_size"
         )
     return block, anchor
+
+
+RING_LAYOUTS = ("zigzag", "contiguous")
+
+
+def ring_layout(context_tokens: int, ranks: int, kind: str = RING_LAYOUTS[0]) -> tuple[Segments, ...]:
+    """Which tokens each rank has in ring attention.
+
+    "zigzag" cuts the context into two runs a rank and gives rank r the r-th from the front and the r-th from the back, so that
+    causal attention is the same work for all; "contiguous" gives each one run. A context of fewer than two tokens a rank stays
+    on the first.
+    """
+    if context_tokens < 2 * ranks:
+        return (((0, context_tokens),), *((),) * (ranks - 1))
+    runs = ranks if kind == "contiguous" else 2 * ranks
+    cuts = [run * context_tokens // runs for run in range(runs + 1)]
+    cut = [(start, stop) for start, stop in pairwise(cuts)]
+    if ranks == 1:
+        return (((0, context_tokens),),)
+    if kind == "contiguous":
+        return tuple((run,) for run in cut)
+    return tuple((cut[rank], cut[-1 - rank]) for rank in range(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,6 +115,15 @@ class ContextOptions:
         StarConfig.method
     )
     anchor_source: AnchorSource = ANCHOR_SOURCES[0]
+    ring_layout: Annotated[
+        str,
+        option(
+            "How the ring method deals out tokens: zigzag (balanced), or contiguous.",
+            "--ring-layout",
+            panel="Ranks",
+            metavar="NAME",
+        ),
+    ] = StarConfig.ring_layout
     chat: Annotated[
         bool,
         option("Send text and query as one user message of the model's chat template.", "--chat", panel="Context"),

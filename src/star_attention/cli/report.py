@@ -61,6 +61,7 @@ class Report:
             queries=queries,
         )
         self.wire1 = cost.phase1_wire(shape, plan, tokens_per_forward=tokens_per_forward, anchor_source=anchor_source)
+        self.ring = cost.ring_wire(shape, plan.context_tokens, plan.ranks)
         self.wire2 = cost.phase2_wire(
             shape,
             plan.ranks,
@@ -117,6 +118,7 @@ class Report:
             },
             "wire_bytes_phase1": self.wire1.bytes,
             "wire_calls_phase1": self.wire1.calls,
+            "wire_bytes_ring": self.ring.bytes,
             "wire_bytes_phase2": self.wire2.bytes,
             "wire_calls_phase2": self.wire2.calls,
             "dense_over_star": self.dense.total / self.star.total,
@@ -173,6 +175,7 @@ class Report:
     def _wire(self) -> str:
         rows: list[tuple[str, ...]] = [
             ("phase 1", in_bytes(self.wire1.bytes), f"{self.wire1.calls:,} collectives", "the anchor to every rank"),
+            ("  ring attention", in_bytes(self.ring.bytes), f"{self.ring.calls:,} collectives", "for comparison"),
             ("phase 2", in_bytes(self.wire2.bytes), f"{self.wire2.calls:,} collectives", "states of all answers"),
             ("  an answer token", in_bytes(self._token_bytes()), "", ""),
         ]

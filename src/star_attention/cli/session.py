@@ -33,8 +33,8 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
 
 
 def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> StarLLM:
-    if context.method == "dense" and (context.block_size, context.anchor_size) != (None, None):
-        warnings.warn("--block-size and --anchor-size have no effect on dense attention", stacklevel=2)
+    if context.method in ("dense", "ring") and (context.block_size, context.anchor_size) != (None, None):
+        warnings.warn(f"--block-size and --anchor-size have no effect on {context.method} attention", stacklevel=2)
     return load(
         model,
         notes,
@@ -42,6 +42,7 @@ def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> Star
         anchor_size=context.anchor_size,
         method=context.method,
         anchor_source=context.anchor_source,
+        ring_layout=context.ring_layout,
     )
 
 
