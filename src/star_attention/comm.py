@@ -70,6 +70,7 @@ class Comm(Protocol):
     def gather(self, value: Any) -> list[Any]: ...
     def decide(self, decision: Callable[[], Any]) -> Any: ...
     def all_fine(self, failure: Exception | None) -> None: ...
+    def agreed(self, error: Exception) -> Exception: ...
     def call(self, where: str) -> contextlib.AbstractContextManager[None]: ...
     def tick(self, where: str | None = None) -> None: ...
     def progress(self, done: int, total: int) -> None: ...
@@ -111,6 +112,9 @@ class SoloComm:
     def all_fine(self, failure: Exception | None) -> None:
         if failure is not None:
             raise failure
+
+    def agreed(self, error: Exception) -> Exception:
+        return error
 
     def call(self, where: str) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -322,8 +326,12 @@ class TorchComm:
         if error is self._agreed:  # every rank raises it by itself, and all are where they were
             return
         fault = self._watch.fault
-        if not isinstance(error, Exception):  # Ctrl-C: end, whatever the others are doing
+        if isinstance(error, KeyboardInterrupt):  # end, whatever the others are doing
             self._watch.tell_failure(type(error).__name__, "interrupted")
+        elif not isinstance(
+            error, Exception
+        ):  # ended from outside, as a rule because another rank has died: not the cause
+            pass
         elif fault is None or fault.name is not None:
             if not isinstance(error, RankError):
                 self._watch.tell_failure(type(error).__name__, str(error))
@@ -435,6 +443,11 @@ class TorchComm:
         longest = max(int(length) for length in self._collect(torch.tensor([len(data)]), self._control))
         mine = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
         return [pickle.loads(part.numpy().tobytes()) for part in self._collect(mine, self._control)]
+
+    def agreed(self, error: Exception) -> Exception:
+        """Mark an exception that every rank raises by itself at this place: there is nobody to tell."""
+        self._agreed = error
+        return error
 
     def all_fine(self, failure: Exception | None) -> None:
         """Raise what any rank failed with, on all ranks; None for this rank's success."""

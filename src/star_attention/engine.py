@@ -180,13 +180,13 @@ class StarLLM:
             "transformers": transformers.__version__,
             "settings": asdict(self.config),
         } | self._identity()
-        for rank, theirs in enumerate(self._comm.gather(mine)):
-            difference = identity.difference(mine, theirs)
+        first, *others = self._comm.gather(mine)
+        for rank, theirs in enumerate(others, start=1):
+            difference = identity.difference(theirs, first)
             if difference is not None:
-                field, ours, other = difference
-                raise RankError(
-                    rank, "the start", f"its {field} is {other}, rank {self.rank}'s is {ours}; all ranks need the same"
-                )
+                field, other, ours = difference
+                message = f"its {field} is {other}, rank 0's is {ours}; all ranks need the same"
+                raise self._comm.agreed(RankError(rank, "the start", message))
         self._comm.use(self.device)
 
     @property

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from star_attention import StarLLM
+from star_attention import engine as engine_module
 from star_attention.comm import SoloComm, TorchComm
-from star_attention.errors import InvalidInputError, TokenError
+from star_attention.errors import InvalidInputError, RankError, TokenError
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, bundled_model, bundled_tokenizer, engine, ids, text_model, tiny
+from tests.families import build
 
 SIZES = dict(block_size=24, anchor_size=10)
 WAYS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -213,3 +215,41 @@ def test_the_bundled_model_retrieves_over_ranks(pool: Pool) -> None:
     solo = retrieved(SoloComm())
     for ranks in (2, 4):
         assert pool.run(retrieved, ranks) == [solo] * ranks
+
+
+# ------------------------------------------------------------------------------------------------- the handshake
+
+
+def shaken(comm: TorchComm, what: str) -> str:
+    """An engine whose rank 1 differs."""
+    model, settings = tiny("llama"), dict[str, Any](SIZES)
+    tokenizer = None
+    odd = comm.rank == 1
+    if what == "weights":
+        model = build("llama", seed=3 if odd else 0)
+    elif what == "dtype":
+        model = build("llama", torch.bfloat16 if odd else torch.float32)
+    elif what == "config.num_hidden_layers":
+        model = tiny("llama") if not odd else build("granite")
+        what = "config.model_type"
+    elif what == "settings.block_size":
+        settings["block_size"] = 32 if odd else 24
+    elif what == "transformers":
+        real = engine_module.transformers.__version__
+        engine_module.transformers.__version__ = "0.1" if odd else real
+    try:
+        with pytest.raises(RankError) as caught:
+            StarLLM(model, tokenizer, comm=comm, **settings)
+    finally:
+        if what == "transformers":
+            engine_module.transformers.__version__ = real
+    assert caught.value.rank == 1
+    assert f"its {what} is " in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["weights", "dtype", "config.num_hidden_layers", "settings.block_size", "transformers"])
+def test_ranks_that_differ_are_refused_at_the_start(pool: Pool, what: str) -> None:
+    messages = pool.run(shaken, 3, what=what)
+    assert messages == [messages[0]] * 3
+    assert len(pool.run(refusals, 3)) == 3, "and the ranks can go on"

@@ -124,3 +124,26 @@ def test_ctrl_c_stops_all_ranks(tmp_path: Path) -> None:
     assert at - sent < STALL_S
     assert all("Traceback" not in one for one in told), told
     assert left(tmp_path) == []
+
+
+def test_torchrun_ends_the_others_and_they_say_why(tmp_path: Path) -> None:
+    """torchrun sends SIGTERM to all ranks as soon as one has died: they look who it was before they go."""
+    text = tmp_path / "book.txt"
+    text.write_text("The tea is hot and the cup is blue.\n" * 150)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{os.environ['TEST_PORT']}"),
+            *(str(FAULTY), "killed", "1", "2", "generate", "-m", str(BUNDLED), "--chat", "--block-size", "64"),
+            *("--tokens-per-forward", "64", "--query", "x", "--stall-limit", str(STALL_S), str(text)),
+        ],
+        env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", FAULT_TIME=str(tmp_path / "fault")),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert any("rank 2 failed in " in line and "died" in line for line in lines), done.stderr[-3000:]
+    assert not any("interrupted" in line for line in lines)

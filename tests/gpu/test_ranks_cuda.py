@@ -1,0 +1,98 @@
+"""Several ranks on one GPU: gloo carries CUDA tensors through the host; NCCL's collectives with one rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from star_attention import StarLLM
+from star_attention.attention.state import State
+from star_attention.comm import SoloComm, TorchComm
+
+pytestmark = pytest.mark.gpu
+MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
+
+
+def answered(comm: Any, method: str, dtype: str) -> dict[str, Any]:
+    star = StarLLM.from_pretrained(
+        MODEL,
+        dtype=dtype,
+        device="cuda",
+        comm=comm,
+        method=method,
+        **(dict(block_size=1024) if method == "star" else {}),
+    )
+    torch.manual_seed(1)
+    ids = torch.randint(5, 4096, (8000 + 9,)).tolist()
+    context = star.encode(ids[:8000])
+    reply = star.generate(context, ids[8000:], max_new_tokens=8, ignore_eos=True, return_logits=True)
+    beams = star.generate(context, ids[8000:], max_new_tokens=5, num_beams=2).token_ids
+    return dict(tokens=reply.token_ids, logits=reply.logits, beams=beams, backend=getattr(comm, "backend", None))
+
+
+def serve(rank: int, size: int, port: Any, answers: Any, words: dict[str, Any]) -> None:
+    try:
+        master = (
+            torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if not rank else None
+        )
+        if master is not None:
+            for _ in range(size - 1):
+                port.put(master.port)
+        comm = TorchComm(rank, size, "127.0.0.1", port.get() if master is None else master.port, master=master)
+        answers.put((rank, answered(comm, **words)))
+        comm.gather("nobody leaves before all are done")
+    except BaseException:
+        answers.put((rank, traceback.format_exc()))
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "ranks"), [("star", "float32", 3), ("ring", "float32", 2), ("star", "bfloat16", 2)]
+)
+def test_ranks_that_share_a_gpu(method: str, dtype: str, ranks: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    port, answers = context.Queue(), context.Queue()
+    words = dict(method=method, dtype=dtype)
+    processes = [context.Process(target=serve, args=(rank, ranks, port, answers, words)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    results = dict(answers.get(timeout=240) for _ in range(ranks))
+    for process in processes:
+        process.join()
+    assert all(isinstance(result, dict) for result in results.values()), results
+    expected = answered(SoloComm(), "dense" if method == "ring" else method, dtype)
+    assert {result["backend"] for result in results.values()} == {"gloo"}
+    assert [results[rank]["tokens"] for rank in range(ranks)] == [results[0]["tokens"]] * ranks
+    error = (results[0]["logits"][0] - expected["logits"][0]).norm() / expected["logits"][0].norm()
+    print(f"{method} {dtype} on {ranks} ranks: relative difference of the first logits {error:.1e}")
+    if dtype == "float32":
+        assert results[0]["tokens"] == expected["tokens"]
+        assert results[0]["beams"] == expected["beams"]
+        assert error < 1e-4
+    else:
+        assert error < 2e-2
+
+
+def test_nccl_with_one_rank() -> None:
+    master = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    comm = TorchComm(0, 1, "127.0.0.1", master.port, master=master)
+    comm.use(torch.device("cuda", 0))
+    assert comm.backend == "nccl"
+    state = State(torch.randn(2, 3, 5, 7, device="cuda"), torch.randn(2, 3, 5, device="cuda"))
+    with comm.call("a test"):
+        for how in ("gather", "reduce"):
+            comm.merge_collective = how
+            merged = comm.merge(state)
+            torch.testing.assert_close(merged.out_BQHD, state.out_BQHD)
+            torch.testing.assert_close(merged.lse_BQH, state.lse_BQH)
+        sent = torch.arange(6.0, device="cuda")
+        comm.broadcast(sent, 1).wait()
+        received = torch.zeros(6, device="cuda")
+        comm.exchange(sent, received, target=0, source=0, total=6).wait()
+        torch.cuda.synchronize()
+        assert received.tolist() == sent.tolist() == [0, 1, 2, 3, 4, 5]
+    comm.close()
