@@ -210,6 +210,7 @@ def follow(
             cache = AnswerCache(shard, handle.windows, context_tokens, arguments[0], comm)
         elif what == "forward":
             ids_BS, positions_BS = (torch.tensor(rows, device=handle.device) for rows in arguments)
+            cache.report()
             handle.encode(ids_BS, positions_BS, cache, rope_length)  # only rank 0 needs logits
         else:
             cache.follow(what, *arguments)

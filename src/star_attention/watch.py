@@ -173,7 +173,8 @@ class Watch:
                     where=where,
                     cause=f"no sign of life for {self.stall_s:g} s: it was killed or stopped, or the network is cut",
                 )
-            if state == BUSY and now - self._heard[rank][1] > self.stall_s:
+            here = now - self._heard[rank][0] < self.stall_s / 2  # else it is not the work that is silent
+            if here and state == BUSY and now - self._heard[rank][1] > self.stall_s:
                 return Fault(rank=rank, where=where, cause=f"it hangs: no progress for {self.stall_s:g} s")
         if all(line.get("state") == WAITING for line in self.lines) and all(
             now - moved > self.stall_s for _, moved, _, _ in self._heard

@@ -41,6 +41,10 @@ def planted(real: Any) -> Any:
                 fault()
         if what == "slow" and now == "1":
             time.sleep(1.5)
+        if what == "crawling" and now == "2":
+            with open(os.environ["FAULT_TIME"], "w") as file:
+                file.write("answering")
+            time.sleep(0.2)
         return real(self, ids, positions, cache, *more, **words)
 
     return forward

@@ -398,6 +398,11 @@ class AnswerCache(StarCache):
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor) -> None:
         self._lead("forward", ids_BS, positions_BS)
+        self.report()
+
+    def report(self) -> None:
+        """Say where this rank is, for the others to name should it fail."""
+        self.comm.tick(f"phase 2, {self.place.tail.length:,} tokens behind the context")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._lead("select", beam_idx)
