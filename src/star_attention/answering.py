@@ -223,8 +223,7 @@ class Run:
         self._max_new_tokens = settings.max_new_tokens
         self.stepped, self.answers_per_query = settings.stepped, settings.answers_per_query
         if settings.stops and not self.stepped:
-            mine = text.StopStrings(tokenizer, settings.stops, request.prompt_tokens)
-            request.stopping_criteria = StoppingCriteriaList([*(request.stopping_criteria or []), mine])
+            request.stop_after = lambda prompt_tokens: text.StopStrings(tokenizer, settings.stops, prompt_tokens)
         self._request = request
         rows = len(request.queries) * self.answers_per_query
         eos_ids = _ids(settings.config.eos_token_id) | text.stop_tokens(tokenizer, settings.stops)
@@ -308,8 +307,7 @@ class Run:
             return ""
         self.ended = True
         self._end_s, self._peak_bytes = self._clock.stop()
-        before, now = self._wire_before, self._comm.traffic
-        self._wire = Traffic(now.calls - before.calls, now.bytes - before.bytes)
+        self._wire = self._comm.traffic.since(self._wire_before)
         tails = [answer.end("length") if answer.finish_reason is None else "" for answer in self._answers]
         return tails[0]
 

@@ -172,7 +172,7 @@ class TorchComm:
         self.merge_collective = merge_collective
         self.traffic = Traffic()
         self._name = name
-        self._issued = self._open = self._groups = 0
+        self._issued = self._open = 0
         self._broken: RankError | None = None
         self._agreed: BaseException | None = None
         self._depth = 0
@@ -200,7 +200,6 @@ class TorchComm:
     def _group(self, backend: str, count: int) -> Any:
         """A process group of the first `count` ranks, of which this is one. Collective among them."""
         epoch = self._watch.epoch if hasattr(self, "_watch") else 0
-        self._groups += 1
         store = dist.PrefixStore(f"{self._name}/{epoch}/{backend}/{count}", self._store)
         if backend == "nccl":
             return dist.ProcessGroupNCCL(store, self.rank, count, _FOREVER)
@@ -326,17 +325,13 @@ class TorchComm:
         if error is self._agreed:  # every rank raises it by itself, and all are where they were
             return
         fault = self._watch.fault
-        if isinstance(error, KeyboardInterrupt):  # end, whatever the others are doing
-            self._watch.tell_failure(type(error).__name__, "interrupted")
-        elif not isinstance(
-            error, Exception
-        ):  # ended from outside, as a rule because another rank has died: not the cause
-            pass
-        elif fault is None or fault.name is not None:
-            if not isinstance(error, RankError):
-                self._watch.tell_failure(type(error).__name__, str(error))
-            if self._recover():
-                return
+        # (What ends this rank from outside is told to nobody: as a rule another has died, and that is the cause.)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        can_meet = isinstance(error, Exception) and (fault is None or fault.name is not None)
+        if interrupted or (can_meet and not isinstance(error, RankError)):
+            self._watch.tell_failure(type(error).__name__, "interrupted" if interrupted else str(error))
+        if can_meet and self._recover():
+            return
         self._broken = (
             error if isinstance(error, RankError) else RankError(None, self._watch.where, f"a call failed ({error})")
         )

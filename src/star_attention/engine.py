@@ -268,9 +268,8 @@ class StarLLM:
         stats: list[RankStats] = []
         yield stats
         busy_s, peak_bytes = clock.stop()
-        now = self._comm.traffic
-        everyone = self._comm.gather((busy_s, peak_bytes, (now.calls - before.calls, now.bytes - before.bytes)))
-        wire = Traffic(*everyone[0][2])  # rank 0 takes part in every exchange, an idle rank in none
+        everyone = self._comm.gather((busy_s, peak_bytes, self._comm.traffic.since(before)))
+        wire = everyone[0][2]  # rank 0 takes part in every exchange, an idle rank in none
         stats += [RankStats(busy_s=busy, peak_bytes=peak, wire=wire) for busy, peak, _ in everyone]
 
     def _batches(self, plans: list[BlockPlan]) -> list[list[int]]:

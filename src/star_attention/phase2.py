@@ -10,13 +10,13 @@ Axes: B queries (padded on the left to one length Q), R rows = B x answers each,
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -55,6 +55,7 @@ class Request:
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
+    stop_after: Callable[[int], StoppingCriteria] | None = None  # makes one more, for prompts of a length
 
     @property
     def query_tokens(self) -> int:
@@ -76,30 +77,23 @@ class Request:
             self.comm.tell(("cache", self.padding))
         return AnswerCache(self.shard, self.handle.windows, len(self.context_ids_L), self.padding, self.comm)
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Queries padded on the left and their mask, both `[B, Q]`.
+    def padded(self) -> Tensor:
+        """Queries padded on the left, `[B, Q]`.
 
         Attention never sees the filler, but penalties do: it is a token that every row holds anyway.
         """
         fill = int(self.context_ids_L[0])
         rows = [[fill] * gap + query for gap, query in zip(self.padding, self.queries, strict=True)]
-        mask = [[0] * gap + [1] * len(query) for gap, query in zip(self.padding, self.queries, strict=True)]
-        return torch.tensor(rows, device=self.handle.device), torch.tensor(mask, device=self.handle.device)
+        return torch.tensor(rows, device=self.handle.device)
 
     def text(self) -> Tensor:
         """Filler, context and query of each row, `[B, L + Q]`, as logits processors are to see them: the text unbroken."""
-        ids_BQ, _ = self.padded()
+        ids_BQ = self.padded()
         context_L = self.context_ids_L.to(ids_BQ.device)
         rows = [
             torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]]) for gap, ids_Q in zip(self.padding, ids_BQ, strict=True)
         ]
         return torch.stack(rows)
-
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Context and padded queries, and their mask, both `[B, L + Q]`: as the cache holds them."""
-        ids_BQ, mask_BQ = self.padded()
-        context_BL = self.context_ids_L.to(ids_BQ.device)[None].expand(ids_BQ.shape[0], -1)
-        return torch.cat([context_BL, ids_BQ], 1), torch.cat([torch.ones_like(context_BL), mask_BQ], 1)
 
     def generator(self) -> torch.Generator | None:
         """The source of random numbers: torch's global one without a seed, as with the stock `generate`."""
@@ -158,9 +152,13 @@ def stock(request: Request) -> list[list[int]]:
 
 def _stock(request: Request) -> list[list[int]]:
     cache = request.cache()
+    ids_BS = request.text()  # (of one length: without filler)
+    mask_BS = torch.ones_like(ids_BS)
     # Where rotary frequencies depend on the length, some models look at the ids' length to drop the cache; give the query alone.
-    ids_BS, mask_BS = request.whole()
     ids_BS = ids_BS[:, -request.prompt_tokens :]
+    criteria = list(request.stopping_criteria or [])
+    if request.stop_after is not None:
+        criteria.append(request.stop_after(request.prompt_tokens))
     devices = [ids_BS.device] if ids_BS.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=request.seed is not None):
         if request.seed is not None:
@@ -173,7 +171,7 @@ def _stock(request: Request) -> list[list[int]]:
                 **{_CACHE_WORD: cache},
                 **request.words,
                 logits_processor=request.logits_processor,
-                stopping_criteria=request.stopping_criteria,
+                stopping_criteria=StoppingCriteriaList(criteria),
             )
     rows: list[list[int]] = sequences[:, request.prompt_tokens :].tolist()
     config = request.handle.model.generation_config
@@ -218,7 +216,7 @@ def follow(
 
 def _prefill(request: Request, cache: AnswerCache, *, keep: int) -> Iterator[Tensor]:
     """Send the queries through the model, a bounded number of tokens a forward; logits of each forward's last `keep`."""
-    ids_BQ, _ = request.padded()
+    ids_BQ = request.padded()
     start = len(request.context_ids_L)
     # Padding has no position of its own; 0 is as good as any, nothing sees it.
     gap_B1 = torch.tensor(request.padding, device=ids_BQ.device)[:, None]

@@ -26,8 +26,9 @@ class Traffic:
         self.calls += calls
         self.bytes += bytes
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.calls + other.calls, self.bytes + other.bytes)
+    def since(self, before: Traffic) -> Traffic:
+        """What was added to an earlier copy of this."""
+        return Traffic(self.calls - before.calls, self.bytes - before.bytes)
 
 
 def broadcast_bytes(payload: int, ranks: int) -> int:

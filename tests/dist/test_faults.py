@@ -115,7 +115,10 @@ def test_slow_is_not_silent(tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_all_ranks(tmp_path: Path) -> None:
     processes = launched(tmp_path, "slow", 1, 1)
-    time.sleep(12)
+    deadline = time.monotonic() + 60
+    while "encoded: " not in (tmp_path / "stderr-0").read_text():  # in the middle of the work, however slow the start
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     for process in processes:
         process.send_signal(signal.SIGINT)
     sent = time.time()
