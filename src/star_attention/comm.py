@@ -335,6 +335,8 @@ class TorchComm:
         self._broken = (
             error if isinstance(error, RankError) else RankError(None, self._watch.where, f"a call failed ({error})")
         )
+        if isinstance(error, Exception):  # (else it is about to look for the rank that has died)
+            self._watch.leave(_first_line(self._broken))
 
     def _recover(self) -> bool:
         """Meet the other ranks after an exception; new groups where some were left in the middle of a collective."""
@@ -551,14 +553,16 @@ class TorchComm:
         self._watch.state(WAITING)
         try:
             while True:
+                ended = (
+                    work.is_completed()
+                )  # (asked before: it may end between our own timeout and a question after it)
                 try:
                     work.wait(_POLL)
                     return
                 except RuntimeError as error:
                     self._check()
-                    if not work.is_completed():  # our own timeout
-                        continue
-                    raise _as_error(self._watch.suspect(_first_line(error))) from error
+                    if ended:
+                        raise _as_error(self._watch.suspect(_first_line(error))) from error
         finally:
             self._watch.state(BUSY if self._depth else IDLE)
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 IDLE, BUSY, WAITING, GONE = "idle", "busy", "waiting", "gone"
@@ -73,8 +73,14 @@ class Watch:
             self._where = where
 
     def state(self, state: str) -> None:
-        self._state = state
+        if self._state != GONE:
+            self._state = state
         self._ticks += 1
+
+    def leave(self, cause: str) -> None:
+        """This rank takes part in nothing any more: the others are told the fault that it knows, or `cause`."""
+        self.fault = self.fault or Fault(rank=self.rank, where=self._where, cause=cause)
+        self.state(GONE)
 
     @property
     def where(self) -> str:
@@ -115,10 +121,8 @@ class Watch:
         while not self._closing.is_set():
             self._beats += 1
             epoch = self.epoch
-            line = {"beat": self._beats, "ticks": self._ticks, "state": self._state, "where": self._where}
-            line["done"], line["total"] = self.share
             try:
-                store.set(keys[self.rank], json.dumps(line))
+                store.set(keys[self.rank], self._line(self._state))
                 here = [key for key in keys if store.check([key])]
                 said = dict(zip(here, store.multi_get(here), strict=True))
                 failure = f"failure/{epoch}"
@@ -146,12 +150,22 @@ class Watch:
         while not self._closing.wait(self._interval):
             self._lost_contact()
             self._end_if_stuck(time.monotonic())
-        line = {"beat": self._beats + 1, "ticks": self._ticks, "state": GONE, "where": self._where}
         try:
             if time.monotonic() - self._contact < 2 * self._interval:
-                store.set(keys[self.rank], json.dumps(line))
+                self._beats += 1
+                store.set(keys[self.rank], self._line(GONE))
         except Exception:
             return
+
+    def _line(self, state: str) -> str:
+        """What this rank says about itself; why it left, where it did so because of a fault."""
+        done, total = self.share
+        line: dict[str, Any] = dict(
+            beat=self._beats, ticks=self._ticks, state=state, where=self._where, done=done, total=total
+        )
+        if state == GONE and self.fault is not None:
+            line["fault"] = asdict(self.fault)
+        return json.dumps(line)
 
     def _told(self, failed: bytes) -> Fault:
         said = json.loads(failed)
@@ -159,14 +173,14 @@ class Watch:
         return Fault(rank=said["rank"], where=said["where"], cause=cause, name=said["name"], message=said["message"])
 
     def _silent(self, now: float) -> Fault | None:
-        if self._state == IDLE:
+        if self._state in (IDLE, GONE):
             return None
         others = [rank for rank in range(self.size) if rank != self.rank]
         for rank in others:
             line = self.lines[rank]
             where, state = line.get("where", "before its first call"), line.get("state")
             if state == GONE:
-                return Fault(rank=rank, where=where, cause="it has ended")
+                return Fault(**line.get("fault") or dict(rank=rank, where=where, cause="it has ended"))
             if now - self._heard[rank][0] > self.stall_s:
                 return Fault(
                     rank=rank,
@@ -188,7 +202,7 @@ class Watch:
 
     def _end_if_stuck(self, now: float) -> None:
         """Leave no process behind: where the ranks have given up and this one does not notice, because its work hangs."""
-        if self.fault is None or self._state == IDLE or self._ticks != self._stuck[0]:
+        if self.fault is None or self._state in (IDLE, GONE) or self._ticks != self._stuck[0]:
             self._stuck = (self._ticks, now)
         elif now - self._stuck[1] > self.stall_s:
             print(

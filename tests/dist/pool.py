@@ -40,12 +40,12 @@ class Pool:
         ]
         for process in self._processes:
             process.start()
-        self._port = self._ports.get(timeout=TIMEOUT_S)
+        self.port = self._ports.get(timeout=TIMEOUT_S)
 
     def run(self, task: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
         number = next(self._numbers)
         for rank in range(ranks):
-            self._asked[rank].put((number, task.__module__, task.__name__, ranks, self._port, arguments))
+            self._asked[rank].put((number, task.__module__, task.__name__, ranks, self.port, arguments))
         results: dict[int, Any] = {}
         errors: list[str] = []
         while len(results) + len(errors) < ranks:
