@@ -460,13 +460,19 @@ REFUSED: dict[str, ConfigFactory] = {
 )
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> PreTrainedModel:
     """A model of `FAMILIES`, `UNUSUAL` or `REFUSED` in eval mode; it never stops at EOS and pads with token 0.
 
     The weights of any `dtype` are those of float32, rounded. Vectors (norms, biases, sinks), which start out
-    as ones or zeros, are random too, so that leaving one out shows.
+    as ones or zeros, are random too, so that leaving one out shows. sizes: other values for fields of the config.
     """
-    factory = (FAMILIES | UNUSUAL | REFUSED)[name]
+
+    def factory() -> PretrainedConfig:
+        config = (FAMILIES | UNUSUAL | REFUSED)[name]()
+        for field, size in sizes.items():
+            setattr(config.get_text_config(decoder=True), field, size)
+        return config
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_config(factory(), torch.float32)

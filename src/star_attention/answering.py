@@ -17,7 +17,7 @@ from star_attention.clock import Clock
 from star_attention.comm import Comm
 from star_attention.config import MAX_NEW_TOKENS
 from star_attention.errors import InvalidInputError, StarAttentionError
-from star_attention.hf import settings, text
+from star_attention.hf import settings, tensor, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.wire import Traffic
 
@@ -55,7 +55,8 @@ class Generation:
     finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion) or "length" (`max_new_tokens`).
     logits: fp32 `[tokens, vocabulary]` on CPU before any processing, when asked for.
     query_tokens: length of the query; peak_bytes: peak device memory of the call, None where it is not measured (CPU).
-    wire: what the ranks exchanged meanwhile, all together. Every rank has the same answer, but only rank 0 logits.
+    wire: what the hosts exchanged meanwhile, all together; wire_within: what the ranks within hosts did (tensor parallelism).
+    Every rank has the same answer, but only rank 0 logits.
     """
 
     text: str
@@ -66,6 +67,7 @@ class Generation:
     logits: Tensor | None = None
     peak_bytes: int | None = None
     wire: Traffic = field(default_factory=Traffic)
+    wire_within: Traffic = field(default_factory=Traffic)
 
     def __str__(self) -> str:
         return self.text
@@ -183,6 +185,11 @@ class AnswerSettings:
                 " length, so transformers' loops are given the query alone and would not see the context; use greedy search"
                 " or sampling"
             )
+        if tensor.share(handle.model) is not None and getattr(config, "guidance_scale", None) not in (None, 1):
+            raise InvalidInputError(
+                "guidance_scale needs forwards beside the answer, which the other ranks of a host do not follow; leave it"
+                " out, or use tensor_parallel 1"
+            )
         if return_logits and not stepped:
             raise InvalidInputError(
                 "return_logits works with greedy search and sampling, not with beams; use StarLLM.logits instead"
@@ -219,6 +226,7 @@ class Run:
         self._clock = Clock(request.handle.device)
         self._comm, self._streamed = request.comm, streamed
         self._wire_before = copy.copy(request.comm.traffic)
+        self._within_before = copy.copy(request.comm.traffic_within)
         self._encode_s = encode_s
         self._max_new_tokens = settings.max_new_tokens
         self.stepped, self.answers_per_query = settings.stepped, settings.answers_per_query
@@ -231,7 +239,7 @@ class Run:
         self._logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if settings.return_logits else None
         self._first_s = self._end_s = 0.0
         self._peak_bytes: int | None = None
-        self._wire = Traffic()
+        self._wire, self._wire_within = Traffic(), Traffic()
         self.ended = self._end_told = False
 
     def pieces(self) -> Generator[str, None, None]:
@@ -307,7 +315,11 @@ class Run:
             return ""
         self.ended = True
         self._end_s, self._peak_bytes = self._clock.stop()
-        self._wire = self._comm.traffic.since(self._wire_before)
+        comm = self._comm
+        self._wire = comm.traffic.since(self._wire_before)
+        # Every host sends the same tokens through.
+        within = comm.traffic_within.since(self._within_before)
+        self._wire_within = Traffic(within.calls * comm.hosts, within.bytes * comm.hosts)
         tails = [answer.end("length") if answer.finish_reason is None else "" for answer in self._answers]
         return tails[0]
 
@@ -331,6 +343,7 @@ class Run:
             logits=None if self._logits is None else self._stacked(self._logits[row]),
             peak_bytes=self._peak_bytes,
             wire=self._wire,
+            wire_within=self._wire_within,
         )
 
     def _stacked(self, rows: list[Tensor]) -> Tensor:

@@ -1,58 +1,31 @@
-"""Processes that share one context: `SoloComm` for one, `TorchComm` over torch.distributed for several.
+"""Who shares a context: `SoloComm` for one process, `TorchComm` over torch.distributed for several.
 
-Rank 0 leads: it decides, and tells the others with `tell`; they `hear`. Tensors travel by collectives on a process group of
-our own (never the default one), in an order that is the same on all ranks. Waiting for a collective looks out for faults of
-other ranks meanwhile (`watch.py`), so that no rank waits for one that does not come.
+Ranks stand in a mesh of hosts (the paper's word for what holds a shard of the context) and, within a host, of the ranks
+that share its heads and weights. Without tensor parallelism each rank is a host. Rank r belongs to host
+`r // tensor_parallel`. What hosts exchange goes between ranks with the same heads (a lane).
 
-Axes: B batch, Q query rows, H query heads, D head size, W ranks.
+Axes: B batch, Q query rows, H query heads, D head size.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import os
-import pickle
 import socket
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.distributed
 from torch import Tensor
 
-from star_attention import errors, wire
+from star_attention import wire
 from star_attention.attention.state import State, merge
 from star_attention.config import STALL_S
-from star_attention.errors import InvalidInputError, RankError
-from star_attention.watch import BUSY, IDLE, WAITING, Fault, Watch
+from star_attention.errors import InvalidInputError
 from star_attention.wire import Traffic
-
-dist: Any = torch.distributed  # its type information leaves out stores and transports
-
-START_S = 300.0
-"""Longest time that ranks wait for each other to start."""
-
-_POLL = timedelta(seconds=0.1)
-_FOREVER = timedelta(days=30)  # the watch decides how long to wait, not the transport
-_PACKET = 2048  # bytes of a message that need no second broadcast
-_LENGTH = 8
-
-
-class Pending:
-    """A collective under way; `wait` returns when its tensors are there."""
-
-    def __init__(self, wait: Callable[[], None] | None = None) -> None:
-        self._wait = wait
-
-    def wait(self) -> None:
-        if self._wait is not None:
-            wait, self._wait = self._wait, None
-            wait()
+from star_attention.world import Pending, World, dist
 
 
 class Comm(Protocol):
@@ -60,11 +33,16 @@ class Comm(Protocol):
 
     rank: int
     size: int
+    host: int
+    hosts: int
+    tensor_rank: int
+    tensor_parallel: int
     traffic: Traffic
+    traffic_within: Traffic
 
     def register(self, context: Any) -> int: ...
     def held(self, key: int | None) -> Any: ...
-    def use(self, device: torch.device) -> None: ...
+    def on(self, device: torch.device, tensor_parallel: int = 1) -> Comm: ...
     def tell(self, message: Any) -> None: ...
     def hear(self) -> Any: ...
     def gather(self, value: Any) -> list[Any]: ...
@@ -76,17 +54,21 @@ class Comm(Protocol):
     def progress(self, done: int, total: int) -> None: ...
     def lines(self) -> list[dict[str, Any]]: ...
     def merge(self, state: State) -> State: ...
-    def broadcast(self, tensor: Tensor, ranks: int) -> Pending: ...
+    def broadcast(self, tensor: Tensor, hosts: int) -> Pending: ...
     def exchange(self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int) -> Pending: ...
+    def tensor_sum(self, tensor: Tensor) -> Tensor: ...
+    def tensor_gather(self, tensor: Tensor) -> list[Tensor]: ...
 
 
 class SoloComm:
     """One process: nothing to say to anybody."""
 
     rank, size = 0, 1
+    host, hosts = 0, 1
+    tensor_rank, tensor_parallel = 0, 1
 
     def __init__(self) -> None:
-        self.traffic = Traffic()
+        self.traffic, self.traffic_within = Traffic(), Traffic()
 
     def register(self, context: Any) -> int:
         return 0
@@ -94,8 +76,9 @@ class SoloComm:
     def held(self, key: int | None) -> Any:
         raise AssertionError("a single process is given its contexts")
 
-    def use(self, device: torch.device) -> None:
-        return
+    def on(self, device: torch.device, tensor_parallel: int = 1) -> Comm:
+        assert tensor_parallel == 1
+        return self
 
     def tell(self, message: Any) -> None:
         return
@@ -131,372 +114,110 @@ class SoloComm:
     def merge(self, state: State) -> State:
         return state
 
-    def broadcast(self, tensor: Tensor, ranks: int) -> Pending:
+    def broadcast(self, tensor: Tensor, hosts: int) -> Pending:
         return Pending()
 
     def exchange(self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int) -> Pending:
         raise AssertionError("there is no other rank")
 
+    def tensor_sum(self, tensor: Tensor) -> Tensor:
+        return tensor
 
-class TorchComm:
-    """Ranks over torch.distributed's transports; making one is collective. `from_environment` takes torchrun's ranks.
+    def tensor_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
 
-    host, port: where rank 0's store listens, through which the ranks find each other. master: that store, on rank 0.
-    stall_s: longest silence of a rank before the others give up with a `RankError`.
-    merge_collective: "gather" or "reduce" instead of the one that moves fewer bytes.
 
-    Makes process groups of its own and leaves torch's default one alone. Raises `RankError` when not all ranks arrive.
+class TorchComm(World):
+    """Ranks over torch.distributed's transports, and the tensors that they exchange.
+
+    merge_collective: "gather" or "reduce" instead of the one that moves fewer bytes; the other settings are `World`'s.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        host: str,
-        port: int,
-        *,
-        master: Any = None,
-        name: str = "star-attention",
-        stall_s: float = STALL_S,
-        start_s: float = START_S,
-        merge_collective: str | None = None,
-    ) -> None:
-        if not stall_s > 0:
-            raise InvalidInputError(
-                f"stall_s {stall_s!r} is not above 0; give the longest silence of a rank in seconds"
-            )
+    def __init__(self, *place: Any, merge_collective: str | None = None, **settings: Any) -> None:
         if merge_collective not in (None, "gather", "reduce"):
             raise InvalidInputError(f"merge_collective {merge_collective!r} is unknown; use None, 'gather' or 'reduce'")
-        self.rank, self.size = rank, size
-        self.stall_s, self._start_s = stall_s, start_s
+        super().__init__(*place, **settings)
         self.merge_collective = merge_collective
-        self.traffic = Traffic()
-        self._name = name
-        self._issued = self._open = 0
-        self._broken: RankError | None = None
-        self._agreed: BaseException | None = None
-        self._depth = 0
-        self._lock = threading.RLock()
-        self._among: dict[int, Any] = {}
-        self._contexts: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._keys = 0
-        try:
-            self._store = _store(host, port, start_s)
-            self._control = self._group("gloo", size)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise RankError(
-                None, "the start", f"not all of {size} ranks came within {start_s:g} s ({_first_line(error)})"
-            ) from error
-        self._data = self._control
-        self._watch = Watch(
-            lambda: dist.PrefixStore(f"{name}/watch", _store(host, port, max(1.0, stall_s / 2))),
-            rank,
-            size,
-            stall_s,
-            on_fault=self._abort,
-        )
-        self._master = master  # lives as long as this rank
-
-    def _group(self, backend: str, count: int) -> Any:
-        """A process group of the first `count` ranks, of which this is one. Collective among them."""
-        epoch = self._watch.epoch if hasattr(self, "_watch") else 0
-        store = dist.PrefixStore(f"{self._name}/{epoch}/{backend}/{count}", self._store)
-        if backend == "nccl":
-            return dist.ProcessGroupNCCL(store, self.rank, count, _FOREVER)
-        group = dist.ProcessGroupGloo(store, self.rank, count, timedelta(seconds=self._start_s))
-        group._set_default_timeout(_FOREVER)
-        return group
-
-    @classmethod
-    def from_environment(cls, **settings: Any) -> TorchComm:
-        """The ranks of torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
-
-        Raises `InvalidInputError` where the environment does not say who they are.
-        """
-        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing:
-            raise InvalidInputError(
-                f"the environment lacks {', '.join(missing)}; start the processes with torchrun, or give comm='solo'"
-            )
-        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-            if not os.environ[name].isdecimal():
-                raise InvalidInputError(
-                    f"{name} {os.environ[name]!r} is not a number; give what torchrun gives, or comm='solo'"
-                )
-        if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-            raise InvalidInputError(
-                f"RANK {os.environ['RANK']} is not one of WORLD_SIZE {os.environ['WORLD_SIZE']}; give what torchrun gives,"
-                " or comm='solo'"
-            )
-        start_s = settings.get("start_s", START_S)
-        host = os.environ["MASTER_ADDR"]
-        master: Any = None
-        try:
-            if dist.is_initialized():  # the address in the environment is taken: ask over the group that is there
-                rank, size = dist.get_rank(), dist.get_world_size()
-                master = _listen(host) if rank == 0 else None
-                place: list[Any] = [master.port if rank == 0 else None]
-                dist.broadcast_object_list(place, src=0)
-                port = int(place[0])
-            else:
-                shared, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=start_s)))
-                shared = dist.PrefixStore("star-attention", shared)
-                if rank == 0:
-                    master = _listen(host)
-                    shared.set("port", str(master.port))
-                port = int(shared.get("port"))
-                _KEPT.append(shared)  # where rank 0 holds it, the others still read
-        except (RuntimeError, ValueError, OSError) as error:
-            raise RankError(None, "the start", f"the ranks did not find each other ({_first_line(error)})") from error
-        return cls(rank, size, host, port, master=master, **settings)
+        self.traffic, self.traffic_within = Traffic(), Traffic()  # between hosts, and within them
+        self.backend, self._device = "gloo", torch.device("cpu")
+        self._arrange(1)
 
     @classmethod
     def wanted(cls) -> bool:
         """Whether the environment says that this process is one of several."""
         return (os.environ.get("WORLD_SIZE") or "1") != "1"
 
-    # ------------------------------------------------------------------ devices
+    # ------------------------------------------------------------------ the mesh
 
-    def use(self, device: torch.device) -> None:
-        """Choose the transport of tensors: NCCL where every rank has a GPU of its own, gloo otherwise. Collective."""
+    def _arrange(self, tensor_parallel: int) -> None:
+        self.tensor_parallel = tensor_parallel
+        self.host, self.tensor_rank = divmod(self.rank, tensor_parallel)
+        self.hosts = self.size // tensor_parallel
+
+    def on(self, device: torch.device, tensor_parallel: int = 1) -> TorchComm:
+        """The same ranks in a mesh, exchanging tensors of that device. Collective.
+
+        Tensors go by NCCL where every rank has a GPU of its own, by gloo otherwise.
+        """
         mine = None
         if device.type == "cuda":
             mine = (socket.gethostname(), torch.cuda.current_device() if device.index is None else device.index)
         everyone = self.gather(mine)
         own_gpu = None not in everyone and len(set(everyone)) == self.size
+        mesh = copy.copy(self)
+        mesh._arrange(tensor_parallel)
+        mesh.backend, mesh._device = "gloo", torch.device("cpu")
         if own_gpu and dist.is_nccl_available():
             torch.cuda.set_device(device)
-            self._data = self._group("nccl", self.size)
-            self._among.clear()
+            mesh.backend, mesh._device = "nccl", torch.device("cuda", torch.cuda.current_device())
+        return mesh
 
-    @property
-    def backend(self) -> str:
-        return "gloo" if self._data is self._control else "nccl"
+    def _lane(self, hosts: int | None = None) -> Any:
+        """The ranks with this one's heads, of the first `hosts` hosts or of all."""
+        stop = self.tensor_rank + self.tensor_parallel * ((hosts or self.hosts) - 1) + 1
+        return self.group(self.backend, range(self.tensor_rank, stop, self.tensor_parallel))
 
-    # ------------------------------------------------------------------ what all ranks hold a part of
-
-    def register(self, context: Any) -> int:
-        """A number for a context, the same on all ranks, so that rank 0 can say which one it means."""
-        self._keys += 1
-        self._contexts[self._keys] = context
-        return self._keys
-
-    def held(self, key: int | None) -> Any:
-        """This rank's part of a context.
-
-        Raises `InvalidInputError` where it is gone.
-        """
-        context = None if key is None else self._contexts.get(key)
-        if context is None:
-            raise InvalidInputError(
-                f"rank {self.rank} no longer holds its part of this context; keep the result of encode or load_context on"
-                " all ranks as long as one asks it"
-            )
-        return context
-
-    # ------------------------------------------------------------------ calls and faults
-
-    @contextmanager
-    def call(self, where: str) -> Iterator[None]:
-        """One public call, on all ranks: an exception in it is told to the others, and theirs is raised here.
-
-        Afterwards the ranks have met again, so that the next call finds them together.
-        """
-        with self._lock:
-            if self._broken is not None:
-                raise self._broken
-            if self._depth:
-                yield
-                return
-            self._depth = 1
-            self._watch.state(BUSY)
-            self._watch.tick(where)
-            try:
-                yield
-            except BaseException as error:
-                self._fail(error)
-                raise
-            finally:
-                self._depth = 0
-                self._watch.state(IDLE)
-                self._watch.tick("between calls")
-
-    def _fail(self, error: BaseException) -> None:
-        if error is self._agreed:  # every rank raises it by itself, and all are where they were
-            return
-        fault = self._watch.fault
-        # (What ends this rank from outside is told to nobody: as a rule another has died, and that is the cause.)
-        interrupted = isinstance(error, KeyboardInterrupt)
-        can_meet = isinstance(error, Exception) and (fault is None or fault.name is not None)
-        if interrupted or (can_meet and not isinstance(error, RankError)):
-            self._watch.tell_failure(type(error).__name__, "interrupted" if interrupted else str(error))
-        if can_meet and self._recover():
-            return
-        self._broken = (
-            error if isinstance(error, RankError) else RankError(None, self._watch.where, f"a call failed ({error})")
-        )
-        if isinstance(error, Exception):  # (else it is about to look for the rank that has died)
-            self._watch.leave(_first_line(self._broken))
-
-    def _recover(self) -> bool:
-        """Meet the other ranks after an exception; new groups where some were left in the middle of a collective."""
-        self._watch.state(WAITING)
-        notes = self._watch.meet(f"met/{self._watch.epoch}", f"{self._issued} {self._open}")
-        if notes is None:
-            return False
-        self._watch.epoch += 1
-        self._watch.fault = None
-        if len(set(notes)) > 1 or self._open:
-            try:
-                backend = self.backend
-                abandoned = [self._control, self._data, *self._among.values()]
-                self._control = self._group("gloo", self.size)
-                self._data = self._control if backend == "gloo" else self._group(backend, self.size)
-                self._among.clear()
-                _KEPT.extend(abandoned)
-                self._issued = self._open = 0
-            except RuntimeError:
-                return False
-        return True
-
-    def tick(self, where: str | None = None) -> None:
-        """The work got on (a layer, a step); raises what the watch found out about other ranks."""
-        self._watch.tick(where)
-        if self._depth:
-            self._check()
-
-    def _check(self) -> None:
-        fault = self._watch.check()
-        if fault is not None:
-            raise _as_error(fault)
-
-    def progress(self, done: int, total: int) -> None:
-        """How much of its share of phase 1 this rank has done, in tokens; the others may ask with `lines`."""
-        self._watch.share = (done, total)
-
-    def lines(self) -> list[dict[str, Any]]:
-        """What every rank last said about itself: `where`, `state`, `done` and `total` tokens."""
-        return list(self._watch.lines)
-
-    def diagnosis(self, cause: str) -> RankError:
-        """Why this rank is told to end from outside: the rank that has died, or `cause` where all seem well."""
-        fault = self._watch.suspect(cause)
-        return RankError(fault.rank, fault.where, fault.cause)
-
-    # ------------------------------------------------------------------ messages
-
-    def tell(self, message: Any) -> None:
-        """Rank 0 to all others; one small broadcast unless the message is long."""
-        data = pickle.dumps(message)
-        packet = bytearray(_PACKET)
-        packet[:_LENGTH] = len(data).to_bytes(_LENGTH, "little")
-        packet[_LENGTH : _LENGTH + len(data)] = data[: _PACKET - _LENGTH]
-        self._send(torch.frombuffer(packet, dtype=torch.uint8))
-        rest = data[_PACKET - _LENGTH :]
-        if rest:
-            self._send(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
-
-    def hear(self) -> Any:
-        """What rank 0 told."""
-        packet = torch.empty(_PACKET, dtype=torch.uint8)
-        self._send(packet)
-        raw = packet.numpy().tobytes()
-        length = int.from_bytes(raw[:_LENGTH], "little")
-        data = raw[_LENGTH : _LENGTH + length]
-        if length > len(data):
-            rest = torch.empty(length - len(data), dtype=torch.uint8)
-            self._send(rest)
-            data += rest.numpy().tobytes()
-        return pickle.loads(data)
-
-    def _send(self, message: Tensor) -> None:
-        self._issue(self._control, lambda group: group.broadcast(message, 0)).wait()
-
-    def _collect(self, part: Tensor, group: Any) -> list[Tensor]:
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        self._issue(group, lambda group: group.allgather(parts, part)).wait()
-        return parts
-
-    def decide(self, decision: Callable[[], Any]) -> Any:
-        """Rank 0's result on every rank, or its exception raised on every rank."""
-        if self.rank == 0:
-            try:
-                value = decision()
-            except Exception as error:
-                self._agreed = error
-                self.tell((False, _told(error)))
-                raise
-            self.tell((True, value))
-            return value
-        fine, value = self.hear()
-        if not fine:
-            self._agreed = errors.rebuilt(*value)
-            raise self._agreed
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on all ranks, in the order of ranks."""
-        data = pickle.dumps(value)
-        longest = max(int(length) for length in self._collect(torch.tensor([len(data)]), self._control))
-        mine = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
-        return [pickle.loads(part.numpy().tobytes()) for part in self._collect(mine, self._control)]
-
-    def agreed(self, error: Exception) -> Exception:
-        """Mark an exception that every rank raises by itself at this place: there is nobody to tell."""
-        self._agreed = error
-        return error
-
-    def all_fine(self, failure: Exception | None) -> None:
-        """Raise what any rank failed with, on all ranks; None for this rank's success."""
-        for rank, told in enumerate(self.gather(None if failure is None else _told(failure))):
-            if told is not None:
-                name, message, reasons = told
-                self._agreed = failure if rank == self.rank else errors.rebuilt(name, message, reasons, rank)
-                assert self._agreed is not None
-                raise self._agreed
+    def _row(self) -> Any:
+        """The ranks of this one's host."""
+        first = self.host * self.tensor_parallel
+        return self.group(self.backend, range(first, first + self.tensor_parallel))
 
     # ------------------------------------------------------------------ tensors
 
-    def broadcast(self, tensor: Tensor, ranks: int) -> Pending:
-        """Rank 0's contiguous tensor, or room for it, to the first `ranks` ranks, of which this is one."""
-        assert tensor.is_contiguous() and self.rank < ranks <= self.size
-        self.traffic.add(wire.broadcast_bytes(tensor.numel() * tensor.element_size(), ranks))
-        if ranks == self.size:
-            group = self._data
-        else:
-            if ranks not in self._among:
-                self._among[ranks] = self._group(self.backend, ranks)
-            group = self._among[ranks]
-        staged = self._staged(tensor, fill=self.rank == 0)
-        pending = self._issue(group, lambda group: group.broadcast(staged, 0))
-        return Pending(lambda: self._unstage(pending, staged, tensor if self.rank else staged))
+    def broadcast(self, tensor: Tensor, hosts: int) -> Pending:
+        """The first host's contiguous tensor, or room for it, to the first `hosts` hosts, of which this is one."""
+        assert tensor.is_contiguous() and self.host < hosts <= self.hosts
+        self._count(wire.broadcast_bytes(tensor.numel() * tensor.element_size(), hosts))
+        staged = self._staged(tensor, fill=self.host == 0)
+        pending = self.issue(self._lane(hosts), lambda group: group.broadcast(staged, 0))
+        return Pending(lambda: self._unstage(pending, staged, tensor if self.host else staged))
 
     def exchange(self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int) -> Pending:
-        """Send a flat tensor to one rank and receive one from another; either may be empty. Collective.
+        """Send a flat tensor to one host and receive one from another; either may be empty. Collective.
 
-        total: numbers that move between all ranks together.
+        total: numbers that move between all hosts together.
         """
         assert tensor.dim() == received.dim() == 1 and tensor.is_contiguous() and received.is_contiguous()
-        self.traffic.add(total * received.element_size())
+        self._count(total * received.element_size())
         out, into = self._staged(tensor, fill=True), self._staged(received, fill=False)
         # (Not send and recv: gloo's cannot be waited for a while without breaking the connection.)
-        sent, got = [0] * self.size, [0] * self.size
+        sent, got = [0] * self.hosts, [0] * self.hosts
         sent[target], got[source] = out.numel(), into.numel()
-        pending = self._issue(self._data, lambda group: group.alltoall_base(into, out, got, sent))
+        pending = self.issue(self._lane(), lambda group: group.alltoall_base(into, out, got, sent))
         return Pending(lambda: self._unstage(pending, into, received))
 
     def merge(self, state: State) -> State:
-        """The state over all ranks' keys, the same bits on every rank (paper, Algorithm 2)."""
+        """The state over all hosts' keys, the same bits on every host (paper, Algorithm 2)."""
         out_BQHD, lse_BQH = state.out_BQHD.float(), state.lse_BQH.contiguous()
         rows, size = lse_BQH.numel(), out_BQHD.shape[-1]
-        how = self.merge_collective or wire.merge_choice(self.size, rows, size)
+        how = self.merge_collective or wire.merge_choice(self.hosts, rows, size)
         if how == "gather":
             packed = torch.cat([out_BQHD, lse_BQH[..., None]], -1).contiguous()
-            self.traffic.add(wire.gather_bytes(packed.numel() * packed.element_size(), self.size))
-            parts = [part.to(packed.device) for part in self._collect(self._staged(packed, fill=True), self._data)]
+            self._count(wire.gather_bytes(packed.numel() * packed.element_size(), self.hosts))
+            parts = [part.to(packed.device) for part in self.collect(self._staged(packed, fill=True), self._lane())]
             return merge([State(part[..., :-1], part[..., -1]) for part in parts])
         top_BQH = self._reduced(lse_BQH.clone(), dist.ReduceOp.MAX)
-        # Rows that no rank has keys for: -inf - -inf is NaN, and any weight is right for a zero row.
+        # Rows that no host has keys for: -inf - -inf is NaN, and any weight is right for a zero row.
         weight_BQH = (lse_BQH - top_BQH).exp().nan_to_num(0.0)
         packed = torch.cat([out_BQHD * weight_BQH[..., None], weight_BQH[..., None]], -1).contiguous()
         packed = self._reduced(packed, dist.ReduceOp.SUM)
@@ -506,109 +227,42 @@ class TorchComm:
 
     def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
         staged = self._staged(tensor, fill=True)
-        self.traffic.add(wire.reduce_bytes(tensor.numel() * tensor.element_size(), self.size))
-        self._issue(self._data, lambda group: group.allreduce(staged, op)).wait()
+        self._count(wire.reduce_bytes(tensor.numel() * tensor.element_size(), self.hosts))
+        self.issue(self._lane(), lambda group: group.allreduce(staged, op)).wait()
         return staged.to(tensor.device)
 
-    def _device(self, tensor: Tensor) -> torch.device:
-        return torch.device("cpu") if self.backend == "gloo" else tensor.device
+    def tensor_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks of this host, in the tensor's own precision and, where it can be, in its place."""
+        if self.tensor_parallel == 1:
+            return tensor
+        staged = self._staged(tensor.contiguous(), fill=True)
+        self.traffic_within.add(wire.reduce_bytes(staged.numel() * staged.element_size(), self.tensor_parallel))
+        self.issue(self._row(), lambda group: group.allreduce(staged, dist.ReduceOp.SUM)).wait()
+        return staged.to(tensor.device)
+
+    def tensor_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks of this host, which have one shape, in the order of ranks; on the CPU with gloo."""
+        if self.tensor_parallel == 1:
+            return [tensor]
+        part = self._staged(tensor.contiguous(), fill=True)
+        self.traffic_within.add(wire.gather_bytes(part.numel() * part.element_size(), self.tensor_parallel))
+        return self.collect(part, self._row())
+
+    def _count(self, bytes: int) -> None:
+        """All lanes do the same at the same time."""
+        self.traffic.add(bytes * self.tensor_parallel, self.tensor_parallel)
 
     def _staged(self, tensor: Tensor, *, fill: bool) -> Tensor:
-        """The tensor where the transport can reach it: gloo's is in the memory of the host."""
-        device = self._device(tensor)
-        if device == tensor.device:
+        """The tensor where the transport can reach it: in the host's memory with gloo, on the rank's own GPU with NCCL."""
+        if tensor.device == self._device:
             return tensor
-        return tensor.to(device) if fill else torch.empty_like(tensor, device=device)
+        return tensor.to(self._device) if fill else torch.empty_like(tensor, device=self._device)
 
     @staticmethod
     def _unstage(pending: Pending, staged: Tensor, tensor: Tensor) -> None:
         pending.wait()
         if staged is not tensor:
             tensor.copy_(staged)
-
-    # ------------------------------------------------------------------ waiting
-
-    def _issue(self, group: Any, collective: Callable[[Any], Any]) -> Pending:
-        self._check_alive()
-        self._issued += 1
-        self._open += 1
-        work = collective(group)
-
-        def wait() -> None:
-            self._wait(work, group)
-            self._open -= 1
-
-        return Pending(wait)
-
-    def _check_alive(self) -> None:
-        if self._broken is not None:
-            raise self._broken
-        if self._depth:
-            self._check()
-
-    def _wait(self, work: Any, group: Any) -> None:
-        if self._is_nccl(group):  # the stream waits; where a rank is lost, the watch ends the collective
-            work.wait()
-            return
-        self._watch.state(WAITING)
-        try:
-            while True:
-                ended = (
-                    work.is_completed()
-                )  # (asked before: it may end between our own timeout and a question after it)
-                try:
-                    work.wait(_POLL)
-                    return
-                except RuntimeError as error:
-                    self._check()
-                    if ended:
-                        raise _as_error(self._watch.suspect(_first_line(error))) from error
-        finally:
-            self._watch.state(BUSY if self._depth else IDLE)
-
-    def _is_nccl(self, group: Any) -> bool:
-        return self.backend == "nccl" and group is not self._control
-
-    def _abort(self) -> None:
-        """End collectives that run on the device, where nobody could look out for faults."""
-        if self.backend == "nccl":
-            for group in (self._data, *self._among.values()):
-                group.abort()
-
-    def close(self) -> None:
-        """Leave the other ranks, who are told."""
-        self._watch.close()
-        if self._broken is not None or self._open:
-            _KEPT.extend([self._control, self._data, *self._among.values()])
-
-
-_KEPT: list[Any] = []
-"""Stores that others still read, and groups with a collective that never ends (taking one down would wait for it)."""
-
-
-def _told(error: Exception) -> tuple[str, str, list[str] | None]:
-    """What `errors.rebuilt` makes an exception of again."""
-    return type(error).__name__, str(error), getattr(error, "reasons", None)
-
-
-def _as_error(fault: Fault) -> BaseException:
-    """The error of a fault: the other rank's own exception where it raised one that users know."""
-    if fault.name is not None:
-        return errors.rebuilt(fault.name, f"{fault.message} (on rank {fault.rank}, in {fault.where})", None, fault.rank)
-    return RankError(fault.rank, fault.where, fault.cause)
-
-
-def _store(host: str, port: int, timeout_s: float) -> Any:
-    timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-
-
-def _listen(host: str) -> Any:
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=START_S))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def from_environment(comm: Any, *, stall_s: float = STALL_S) -> Comm:

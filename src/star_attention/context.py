@@ -7,6 +7,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from star_attention import saved
@@ -18,15 +19,16 @@ from star_attention.wire import Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class RankStats:
-    """What one rank spent on phase 1.
+    """What one host (a rank, or those that share its heads) spent on phase 1.
 
     busy_s: seconds until it was done with its own share, None for a saved context. peak_bytes: peak device memory, None where
-    it is not measured (CPU). wire: what the ranks exchanged, all together.
+    it is not measured (CPU). wire: what the hosts exchanged, all together; wire_within: what the ranks of this one did.
     """
 
     busy_s: float | None
     peak_bytes: int | None
     wire: Traffic
+    wire_within: Traffic
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,14 +40,14 @@ class EncodedContext:
     token_ids: the context's token ids, int64 `[tokens]` on CPU.
     plan: blocks and anchor as they were resolved for this context.
     kv: keys and values of every layer: on several ranks those of this rank's share.
-    layout: which tokens each rank keeps.
+    layout: which tokens each host keeps.
     method: the attention method's name.
     identity: what the context depends on (model, tokenizer, precision), by field.
     rope_length: tokens that length-dependent rotary frequencies were computed for, or None.
     chat: how a chat continues, or None for raw text.
-    encode_s: seconds that phase 1 took, on the slowest rank; peak_bytes: its peak device memory on this one, or None where it is
+    encode_s: seconds that phase 1 took, on the slowest host; peak_bytes: its peak device memory on this one, or None where it is
         not measured (CPU).
-    stats: the same of every rank, with what they exchanged.
+    stats: the same of every host, with what they exchanged.
     model: the model that encoded it, while it lives; model_state: how its weights and adapters were then.
     """
 
@@ -82,8 +84,16 @@ class EncodedContext:
 
     @property
     def wire(self) -> Traffic:
-        """What the ranks exchanged in phase 1, all together."""
+        """What the hosts exchanged in phase 1, all together."""
         return self.stats[0].wire if self.stats else Traffic()
+
+    @property
+    def wire_within(self) -> Traffic:
+        """What ranks of one host exchanged in phase 1, of all hosts together (tensor parallelism)."""
+        total = Traffic()
+        for host in self.stats:
+            total.add(host.wire_within.bytes, host.wire_within.calls)
+        return total
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the context, atomically: to one file (safetensors); on several ranks to a folder, each rank its own share.
@@ -105,13 +115,22 @@ class EncodedContext:
             "expands": [layer.expands for layer in self.kv.layers],
             "identity": self.identity,
         }
-        tensors = {"token_ids": self.token_ids} if self.comm.rank == 0 else {}
-        for index, layer in enumerate(self.kv.layers):
-            if not layer.is_empty:
-                tensors[f"layers.{index}.k"], tensors[f"layers.{index}.v"] = layer.pair()
         if self.comm.size == 1:
-            saved.write(path, header | {"segments": self.kv.segments}, tensors)
+            saved.write(path, header | {"segments": self.kv.segments}, self._tensors())
             return
         with self.comm.call("save"):
             place: str = self.comm.decide(lambda: os.fspath(path))
-            saved.write_shared(place, header, self.kv.segments, tensors, self.comm)
+            saved.write_shared(place, header, self.kv.segments, self._tensors(), self.comm)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What this rank writes: of a host's ranks the first one writes the heads of all."""
+        tensors = {"token_ids": self.token_ids} if self.comm.rank == 0 else {}
+        for index, layer in enumerate(self.kv.layers):
+            if layer.is_empty:
+                continue
+            for name, part in zip("kv", layer.pair(), strict=True):
+                shares = self.comm.tensor_gather(part)
+                if self.comm.tensor_rank == 0:
+                    whole = part if len(shares) == 1 else torch.cat([share.cpu() for share in shares], 1)
+                    tensors[f"layers.{index}.{name}"] = whole
+        return tensors

@@ -47,6 +47,8 @@ class ModelShape:
         nothing for a layer that reads another layer's keys (KV sharing). kv_layers: layers that keep any.
     linear_parameters: weights that one token is multiplied with in the layers; of a mixture of experts only those of
         the experts that a token goes to.
+    cut_parameters: weights of layers that tensor parallelism shares out, 0 where it cannot; summed_numbers_per_token: numbers
+        of a token that the ranks of a host then sum, in `sums` collectives a forward.
     expansion_parameters: weights that every *key* is multiplied with whenever it is attended to (MLA's expansion).
     head_parameters: weights of the language-model head.
     parameters: all of them, tied ones once. bytes_per_number: of weights, keys and values.
@@ -59,6 +61,9 @@ class ModelShape:
     kv_numbers_per_token: int
     kv_layers: int
     linear_parameters: int
+    cut_parameters: int = 0
+    summed_numbers_per_token: int = 0
+    sums: int = 0
     expansion_parameters: int = 0
     head_parameters: int
     parameters: int
@@ -204,26 +209,59 @@ def _keys_of_forwards(plan: BlockPlan, tokens_per_forward: int, rank: int) -> in
 
 
 def phase1_wire(
-    shape: ModelShape, plan: BlockPlan, *, tokens_per_forward: int, anchor_source: str = ANCHOR_SOURCES[0]
+    shape: ModelShape,
+    plan: BlockPlan,
+    *,
+    tokens_per_forward: int,
+    anchor_source: str = ANCHOR_SOURCES[0],
+    tensor_parallel: int = 1,
 ) -> Traffic:
-    """What ranks exchange while they encode: the anchor's keys and values, from rank 0 to all others that hold a block.
+    """What hosts exchange while they encode: the anchor's keys and values, from the first to all others that hold a block.
 
-    One broadcast for each layer that keeps keys and each forward of rank 0 that holds a part of the anchor.
+    One broadcast for each layer that keeps keys and each forward of the first host that holds a part of the anchor; with
+    tensor parallelism one for each share of the heads.
     """
     if anchor_source == "local" or plan.busy_ranks == 1 or not plan.anchor_size:
         return Traffic()
     shares = sum(span.start < plan.anchor_size for span in plan.spans(tokens_per_forward, rank=0))
     payload = plan.anchor_size * shape.kv_bytes_per_token
-    return Traffic(shares * shape.kv_layers, wire.broadcast_bytes(payload, plan.busy_ranks))
+    return Traffic(shares * shape.kv_layers * tensor_parallel, wire.broadcast_bytes(payload, plan.busy_ranks))
 
 
-def ring_wire(shape: ModelShape, context_tokens: int, ranks: int) -> Traffic:
-    """What ranks exchange while they encode by ring attention: all keys and values pass by every rank, in every attention call."""
+def phase1_wire_within(
+    shape: ModelShape,
+    plan: BlockPlan,
+    *,
+    tokens_per_forward: int,
+    anchor_source: str = ANCHOR_SOURCES[0],
+    tensor_parallel: int,
+) -> Traffic:
+    """What ranks of one host exchange while they encode, of all hosts together: the sums behind attention and MLP."""
+    hosts = range(plan.ranks)
+    forwards = sum(1 for host in hosts for _ in plan.spans(tokens_per_forward, rank=host))
+    tokens = plan.context_tokens
+    if anchor_source == "local":
+        tokens += (plan.busy_ranks - 1) * plan.anchor_size
+        forwards += (plan.busy_ranks - 1) * -(-plan.anchor_size // tokens_per_forward)
+    return _sums(shape, tokens, forwards, tensor_parallel)
+
+
+def _sums(shape: ModelShape, tokens: int, forwards: int, tensor_parallel: int) -> Traffic:
+    if tensor_parallel == 1:
+        return Traffic()
+    payload = tokens * shape.summed_numbers_per_token * shape.bytes_per_number
+    return Traffic(forwards * shape.sums, wire.reduce_bytes(payload, tensor_parallel))
+
+
+def ring_wire(shape: ModelShape, context_tokens: int, ranks: int, tensor_parallel: int = 1) -> Traffic:
+    """What hosts exchange while they encode by ring attention: all keys and values pass by every host, in every attention call."""
     if ranks == 1 or context_tokens < 2 * ranks:
         return Traffic()
     numbers = sum(call.kv_heads * (call.k_head_size + call.v_head_size) for call in shape.attention)
     steps = ranks - 1
-    return Traffic(steps * len(shape.attention), steps * context_tokens * numbers * shape.bytes_per_number)
+    return Traffic(
+        steps * len(shape.attention) * tensor_parallel, steps * context_tokens * numbers * shape.bytes_per_number
+    )
 
 
 def phase2_wire(
@@ -235,20 +273,44 @@ def phase2_wire(
     queries: int = 1,
     tokens_per_forward: int,
     merge_collective: str | None = None,
+    tensor_parallel: int = 1,
 ) -> Traffic:
-    """What ranks exchange while they answer `queries` queries one after another: each attention call's states, once a forward.
+    """What hosts exchange while they answer `queries` queries one after another: each attention call's states, once a forward.
 
     The query goes through in forwards of `tokens_per_forward`, then every answer token but the last in one of its own.
     """
+    total = Traffic()
+    for tokens, times in _answer_forwards(query_tokens, answer_tokens, tokens_per_forward).items():
+        times *= queries * tensor_parallel
+        for call in shape.attention:
+            rows = tokens * call.heads // tensor_parallel
+            one = wire.merge_traffic(ranks, rows, call.v_head_size, merge_collective)
+            total.add(one.bytes * times, one.calls * times)
+    return total
+
+
+def phase2_wire_within(
+    shape: ModelShape,
+    hosts: int,
+    *,
+    query_tokens: int,
+    answer_tokens: int,
+    queries: int = 1,
+    tokens_per_forward: int,
+    tensor_parallel: int,
+) -> Traffic:
+    """What ranks of one host exchange while they answer, of all hosts together: every host sends all new tokens through."""
+    forwards = _answer_forwards(query_tokens, answer_tokens, tokens_per_forward)
+    tokens = sum(size * times for size, times in forwards.items())
+    return _sums(shape, tokens * queries * hosts, sum(forwards.values()) * queries * hosts, tensor_parallel)
+
+
+def _answer_forwards(query_tokens: int, answer_tokens: int, tokens_per_forward: int) -> dict[int, int]:
+    """How many forwards of how many tokens one answer takes."""
     whole, rest = divmod(query_tokens, tokens_per_forward)
     forwards = {tokens_per_forward: whole, rest: 1 if rest else 0}
     forwards[1] = forwards.get(1, 0) + max(answer_tokens - 1, 0)
-    total = Traffic()
-    for tokens, times in forwards.items():
-        for call in shape.attention:
-            one = wire.merge_traffic(ranks, tokens * call.heads, call.v_head_size, merge_collective)
-            total.add(one.bytes * times * queries, one.calls * times * queries)
-    return total
+    return forwards
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -274,21 +336,31 @@ class Memory:
 
 
 def memory(
-    shape: ModelShape, plan: BlockPlan, *, tokens_per_forward: int, tail_tokens: int = 0, rank: int = 0
+    shape: ModelShape,
+    plan: BlockPlan,
+    *,
+    tokens_per_forward: int,
+    tail_tokens: int = 0,
+    rank: int = 0,
+    tensor_parallel: int = 1,
 ) -> Memory:
-    """Bytes on one rank's device; every rank holds all weights, only the last one the tail (DESIGN, phase 2)."""
+    """Bytes on one rank's device; every host holds all weights, only the last one needs the tail (DESIGN, phase 2).
+
+    The ranks of a host share heads, and of the weights those that can be cut; embeddings and head are on each.
+    """
     start, stop = plan.rank_range(rank)
     tokens = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
+    share = tensor_parallel
     return Memory(
-        weights=shape.weight_bytes,
-        kv=(stop - start) * shape.kv_bytes_per_token,
-        anchor=plan.anchor_size * shape.kv_bytes_per_token if 0 < start < stop else 0,
-        tail=tail_tokens * shape.kv_bytes_per_token if rank == plan.ranks - 1 else 0,
-        working=working_bytes(shape, tokens) + expanded_bytes(shape, stop - start),
+        weights=shape.weight_bytes - (shape.cut_parameters - shape.cut_parameters // share) * shape.bytes_per_number,
+        kv=(stop - start) * shape.kv_bytes_per_token // share,
+        anchor=plan.anchor_size * shape.kv_bytes_per_token // share if 0 < start < stop else 0,
+        tail=tail_tokens * shape.kv_bytes_per_token // share if rank == plan.ranks - 1 else 0,
+        working=working_bytes(shape, tokens, share) + expanded_bytes(shape, stop - start),
     )
 
 
-def working_bytes(shape: ModelShape, tokens: int) -> int:
+def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> int:
     """An estimate of the working memory of a forward of `tokens` tokens; it does not depend on the length of the context.
 
     Nearly every weight matrix has the hidden size on one side, so `linear_parameters / (layers * hidden_size)` is how many
@@ -296,8 +368,8 @@ def working_bytes(shape: ModelShape, tokens: int) -> int:
     stream, its norm, a result, a sum) and the fp32 states of attention while they are merged (own block, anchor, result,
     and a temporary).
     """
-    widths = -(-shape.linear_parameters // (shape.layers * shape.hidden_size))
-    states = 4 * 4 * max((call.heads * call.v_head_size for call in shape.attention), default=0)
+    widths = -(-shape.linear_parameters // (shape.layers * shape.hidden_size * tensor_parallel))
+    states = 4 * 4 * max((call.heads * call.v_head_size for call in shape.attention), default=0) // tensor_parallel
     return tokens * ((widths + 4 * shape.hidden_size) * shape.bytes_per_number + states)
 
 

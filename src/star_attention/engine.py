@@ -25,7 +25,7 @@ from star_attention.clock import Clock
 from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
 from star_attention.context import EncodedContext, RankStats
 from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
-from star_attention.hf import chat, identity, load, support, text
+from star_attention.hf import chat, identity, load, support, tensor, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import RING_LAYOUTS, BlockPlan, Segments
 from star_attention.saved import SavedContext
@@ -100,8 +100,11 @@ class StarLLM:
             ring_layout=ring_layout,
         )
         self._handle = ModelHandle(model)
+        self._share = tensor.share(model)
         self.model = model
         self.tokenizer = tokenizer
+        if self._share is not None:
+            self._comm = self._share.comm
         if self._comm.size > 1:
             with self._comm.call("the start"):
                 self._shake_hands()
@@ -117,6 +120,7 @@ class StarLLM:
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         comm: ranks.Comm | str | None = None,
+        tensor_parallel: int = 1,
         model_kwargs: dict[str, Any] | None = None,
         tokens_per_forward: int | str | None = None,
         reserve_tokens: int | str = RESERVE_TOKENS,
@@ -127,6 +131,8 @@ class StarLLM:
 
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16". device: "auto" (a GPU if there is one), "cpu",
         "cuda", "cuda:1"; under torchrun "auto" and "cuda" are each rank's own GPU.
+        tensor_parallel: ranks that make up one host and share its heads and weights, for models that one device cannot hold;
+            the context is shared out over the hosts. It divides the number of ranks.
         model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config, device_map, ...).
 
         Raises `ModelNotFoundError` and, before any weight is read, `UnsupportedModelError` and `SizeError`.
@@ -135,8 +141,15 @@ class StarLLM:
         sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens, anchor_source=anchor_source)
         StarConfig.of(**sizes)
         comm = ranks.from_environment(comm)
+        with comm.call("the start"):
+            tensor_parallel = comm.decide(lambda: _divisor(tensor_parallel, comm.size))
         if comm.size > 1:
             device = load.own_device(device)
+        if tensor_parallel > 1:
+            share = tensor.load_share(
+                path, comm, tensor_parallel, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {}
+            )
+            return cls(*share, comm=comm, **sizes)
         loaded: list[Any] = []
         failure: Exception | None = None
         try:
@@ -160,14 +173,20 @@ class StarLLM:
     def num_ranks(self) -> int:
         return self._comm.size
 
+    @property
+    def tensor_parallel(self) -> int:
+        """How many ranks make up one host and share its heads and weights."""
+        return self._comm.tensor_parallel
+
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's value, on all ranks (on one: the value itself). Collective."""
         with self._comm.call("waiting for rank 0"):
             return self._comm.decide(lambda: value)
 
     def rank_progress(self) -> list[tuple[int, int]]:
-        """How much of its share of phase 1 each rank has done, in tokens, and of how much; empty on one rank."""
-        return [(line.get("done", 0), line.get("total", 0)) for line in self._comm.lines()]
+        """How much of its share of phase 1 each host has done, in tokens, and of how much; empty on one rank."""
+        lines = self._comm.lines()[:: self._comm.tensor_parallel]
+        return [(line.get("done", 0), line.get("total", 0)) for line in lines]
 
     def _shake_hands(self) -> None:
         """Agree on what must be the same everywhere, and on how tensors travel.
@@ -187,7 +206,10 @@ class StarLLM:
                 field, other, ours = difference
                 message = f"its {field} is {other}, rank 0's is {ours}; all ranks need the same"
                 raise self._comm.agreed(RankError(rank, "the start", message))
-        self._comm.use(self.device)
+        if self._share is None:
+            self._comm = self._comm.on(self.device)
+        if self._comm.hosts > 1:
+            self._handle.kept  # (a forward of its own, outside of what is measured)  # noqa: B018
 
     @property
     def tokens_per_forward(self) -> int:
@@ -223,7 +245,7 @@ class StarLLM:
         return several, prepared
 
     def _plan(self, context_tokens: int) -> BlockPlan:
-        return methods.get(self.config.method).plan(self.config, context_tokens, self._comm.size)
+        return methods.get(self.config.method).plan(self.config, context_tokens, self._comm.hosts)
 
     def _context_ids(self, content: Content) -> tuple[Tensor, chat.ChatContext | None]:
         if chat.is_messages(content):
@@ -247,7 +269,8 @@ class StarLLM:
             idle = sum(not segments for segments in layout)
             if idle and self.rank == 0:
                 warnings.warn(
-                    f"{plan.num_blocks} blocks on {plan.ranks} ranks leave {idle} idle; a smaller block_size gives each one work",
+                    f"{plan.num_blocks} blocks on {plan.ranks} {_hosts(self._comm)} leave {idle} idle; a smaller block_size"
+                    " gives each one work",
                     stacklevel=4,
                 )
             ids_BL = torch.stack([contexts[i][0] for i in indices])
@@ -263,14 +286,18 @@ class StarLLM:
 
     @contextmanager
     def _measured(self) -> Iterator[list[RankStats]]:
-        """Fills in what each rank spent; nobody goes on before all have."""
-        clock, before = Clock(self.device), copy.copy(self._comm.traffic)
+        """Fills in what each host spent; nobody goes on before all have."""
+        comm = self._comm
+        clock, before, before_within = Clock(self.device), copy.copy(comm.traffic), copy.copy(comm.traffic_within)
         stats: list[RankStats] = []
         yield stats
-        busy_s, peak_bytes = clock.stop()
-        everyone = self._comm.gather((busy_s, peak_bytes, self._comm.traffic.since(before)))
-        wire = everyone[0][2]  # rank 0 takes part in every exchange, an idle rank in none
-        stats += [RankStats(busy_s=busy, peak_bytes=peak, wire=wire) for busy, peak, _ in everyone]
+        spent = (*clock.stop(), comm.traffic.since(before), comm.traffic_within.since(before_within))
+        everyone = comm.gather(spent)
+        wire = everyone[0][2]  # the first host takes part in every exchange, an idle one in none
+        for first in range(0, comm.size, comm.tensor_parallel):
+            busy, peaks, _, within = zip(*everyone[first : first + comm.tensor_parallel], strict=True)
+            peak = None if None in peaks else max(peaks)
+            stats.append(RankStats(busy_s=max(busy), peak_bytes=peak, wire=wire, wire_within=within[0]))
 
     def _batches(self, plans: list[BlockPlan]) -> list[list[int]]:
         """Indices of contexts that are encoded together: equal plans, and whole blocks still fit in one forward."""
@@ -304,7 +331,7 @@ class StarLLM:
             rope_length=rope_length,
             chat=chat_state,
             encode_s=_slowest(stats) if encode_s is None else encode_s,
-            peak_bytes=stats[self.rank].peak_bytes if stats else None,
+            peak_bytes=stats[self._comm.host].peak_bytes if stats else None,
             stats=tuple(stats),
             model=weakref.ref(self._handle.model),
             model_state=identity.state(self._handle.outer),
@@ -357,16 +384,16 @@ class StarLLM:
                 layout=tuple(layout),
                 chat=chat_state,
                 encode_s=_slowest(stats),
-                peak_bytes=stats[self.rank].peak_bytes,
+                peak_bytes=stats[self._comm.host].peak_bytes,
                 stats=tuple(stats),
             )
 
     def _prepare_extension(self, context: EncodedContext, more: TextOrIds) -> tuple[int, Tensor, dict[str, Any] | None]:
         """Which context, its ids with the new ones, and how a chat goes on."""
         self._check_ours(context)
-        if context.method == "ring" and self._comm.size > 1:
+        if context.method == "ring" and self._comm.hosts > 1:
             raise InvalidInputError(
-                "a ring context on several ranks cannot be extended: its tokens are dealt out by the length; encode the"
+                "a ring context on several hosts cannot be extended: its tokens are dealt out by the length; encode the"
                 " joined text anew"
             )
         if isinstance(more, str):
@@ -421,10 +448,10 @@ class StarLLM:
                 context_tokens=header["context_tokens"],
                 block_size=header["block_size"],
                 anchor_size=header["anchor_size"],
-                ranks=self._comm.size,
+                ranks=self._comm.hosts,
             )
             layout = methods.get(self.config.method).layout(self.config, plan)
-            held = layout[self.rank]
+            held = layout[self._comm.host]
 
             def layer(index: int) -> LayerKV:
                 expands = header["expands"][index]
@@ -433,15 +460,21 @@ class StarLLM:
                 device = self._handle.layer_device(index)
 
                 def source() -> tuple[Tensor, Tensor]:
-                    k_1GLD, v_1GLD = file.layer(index, held)
+                    k_1GLD, v_1GLD = (
+                        kv_1GLD.chunk(self._comm.tensor_parallel, 1)[self._comm.tensor_rank]
+                        for kv_1GLD in file.layer(index, held)
+                    )
                     return k_1GLD.to(device), v_1GLD.to(device)
 
                 return LayerKV(held, expands=expands, source=source)
 
             kv = ContextKV([layer(i) for i in range(len(header["expands"]))], held)
             ids = file.token_ids()
-            everyone = self._comm.gather(None)  # all have found their part
-            stats = [RankStats(busy_s=None, peak_bytes=None, wire=Traffic()) for _ in everyone]
+            self._comm.gather(None)  # all have found their part
+            stats = [
+                RankStats(busy_s=None, peak_bytes=None, wire=Traffic(), wire_within=Traffic())
+                for _ in range(self._comm.hosts)
+            ]
             return self._context(
                 ids, plan, kv, layout, header["rope_length"], header["chat"], stats, encode_s=header["encode_s"]
             )
@@ -690,6 +723,8 @@ class StarLLM:
         identity.check("the context", context.identity, self._identity())
 
     def _identity(self) -> dict[str, Any]:
+        if self._share is not None:
+            return self._share.identity | {"tokenizer": self._tokenizer_identity}
         return identity.model_identity(self._handle.model, self._handle.outer) | {"tokenizer": self._tokenizer_identity}
 
     @cached_property
@@ -704,6 +739,21 @@ def _is_several(content: Any) -> bool:
     if not isinstance(content, (list, tuple)) or chat.is_messages(content):
         return False
     return any(one.dim() > 0 if isinstance(one, Tensor) else isinstance(one, Sized) for one in content)
+
+
+def _hosts(comm: ranks.Comm) -> str:
+    return "ranks" if comm.tensor_parallel == 1 else "hosts"
+
+
+def _divisor(tensor_parallel: Any, size: int) -> int:
+    if not isinstance(tensor_parallel, int) or isinstance(tensor_parallel, bool) or tensor_parallel < 1:
+        raise InvalidInputError(f"tensor_parallel {tensor_parallel!r} is not a number of ranks; give 1, 2, 4, ...")
+    if size % tensor_parallel:
+        raise InvalidInputError(
+            f"tensor_parallel {tensor_parallel} does not divide the number of ranks, {size}; start a multiple of"
+            f" {tensor_parallel} processes with torchrun"
+        )
+    return tensor_parallel
 
 
 def _slowest(stats: list[RankStats]) -> float:

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from star_attention.comm import Comm, Pending
+from star_attention.comm import Comm
 from star_attention.errors import OutOfMemoryError, StarAttentionError
 from star_attention.hf.cache import AnchorLink, EncodeCache
 from star_attention.hf.handle import ModelHandle
 from star_attention.hf.probe import Kept
 from star_attention.plan import BlockPlan, Segments, Span
 from star_attention.store import ContextKV
+from star_attention.world import Pending
 
 Progress = Callable[[Span, BlockPlan], None]
 """Called after each forward with what it encoded."""
@@ -48,26 +49,26 @@ def encode(
     allocated is freed with it.
     """
     B = ids_BL.shape[0]
-    stores = [empty(handle, plan.layout[comm.rank], comm) for _ in range(B)]
+    stores = [empty(handle, plan.layout[comm.host], comm) for _ in range(B)]
     # One batch of contexts shares the forward's budget.
     budget = max(1, tokens_per_forward // B)
     forwards = _Forwards(handle, ids_BL, plan, comm, tokens_per_forward, rope_length, progress)
-    if comm.rank >= plan.busy_ranks:
+    if comm.host >= plan.busy_ranks:
         return stores
     shares = plan.busy_ranks > 1 and plan.anchor_size > 0
     anchors: list[ContextKV] | None = None
     link: AnchorLink | None = None
     before: Iterator[Span] = iter(())
-    if shares and comm.rank == 0 and anchor_source == "broadcast":
+    if shares and comm.host == 0 and anchor_source == "broadcast":
         link = _Sender(comm, plan)
-    elif shares and comm.rank > 0:
+    elif shares and comm.host > 0:
         anchors = [empty(handle, ((0, plan.anchor_size),), comm) for _ in range(B)]
         if anchor_source == "broadcast":
             link = _Receiver(handle, comm, plan, anchors, budget)
         else:
             before = anchor_spans(plan, budget)
     cache = EncodeCache(plan, stores, handle.windows, comm, anchors=anchors, link=link)
-    for spans in (before, plan.spans(budget, rank=comm.rank)):
+    for spans in (before, plan.spans(budget, rank=comm.host)):
         forwards.run(cache, spans)
     if isinstance(link, _Sender):
         link.finish()
@@ -94,7 +95,7 @@ def extend(
     anchors = None
     if owner > 0 and plan.anchor_size:
         anchors = [_handed_anchor(handle, comm, kv, plan.anchor_size, owner)]
-    if comm.rank != owner:
+    if comm.host != owner:
         return kv
     *earlier, (first, _) = kv.segments
     store = kv.grown((*earlier, (first, plan.context_tokens)))
@@ -106,7 +107,7 @@ def extend(
 
 def empty(handle: ModelHandle, held: Segments, comm: Comm) -> ContextKV:
     """Room for a rank's share. Whether layers expand what they keep shows in the first forward, which a rank may not have."""
-    if comm.size == 1:
+    if comm.hosts == 1:
         return ContextKV.empty(held, [None] * len(handle.windows))
     return ContextKV.empty(held, [None if kept is None else kept.expands for kept in handle.kept])
 
@@ -136,7 +137,7 @@ class _Forwards:
     def run(self, cache: EncodeCache, spans: Iterator[Span]) -> None:
         handle, plan = self._handle, self._plan
         with explained(lambda: self._out_of_memory(cache)):
-            held = sum(stop - start for start, stop in plan.layout[self._comm.rank])
+            held = sum(stop - start for start, stop in plan.layout[self._comm.host])
             self._comm.progress(0, held)
             done = 0
             for span in spans:
@@ -227,12 +228,12 @@ def _handed_anchor(handle: ModelHandle, comm: Comm, kv: ContextKV, anchor_size: 
         if kept is None:
             continue
         size, device = anchor_size * kept.numbers, handle.layer_device(layer)
-        packed = torch.empty(size if comm.rank == owner else 0, dtype=kept.dtype, device=device)
+        packed = torch.empty(size if comm.host == owner else 0, dtype=kept.dtype, device=device)
         sent = torch.empty(0, dtype=kept.dtype, device=device)
-        if comm.rank == 0:
+        if comm.host == 0:
             sent = _packed(*kv.layers[layer].slice(0, anchor_size))
         comm.exchange(sent, packed, target=owner, source=0, total=size).wait()
-        if comm.rank == owner:
+        if comm.host == owner:
             k_1GSD, v_1GSD = _unpacked(packed, kept, 1, anchor_size)
             anchor.layers[layer].write(0, k_1GSD[0], v_1GSD[0])
     return anchor

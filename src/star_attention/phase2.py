@@ -207,9 +207,10 @@ def follow(
         elif what == "cache":
             cache = AnswerCache(shard, handle.windows, context_tokens, arguments[0], comm)
         elif what == "forward":
-            ids_BS, positions_BS = (torch.tensor(rows, device=handle.device) for rows in arguments)
+            *rows, keep = arguments
+            ids_BS, positions_BS = (torch.tensor(one, device=handle.device) for one in rows)
             cache.report()
-            handle.encode(ids_BS, positions_BS, cache, rope_length)  # only rank 0 needs logits
+            handle.encode(ids_BS, positions_BS, cache, rope_length, keep=keep)  # only rank 0 needs logits
         else:
             cache.follow(what, *arguments)
 

@@ -114,7 +114,7 @@ def write_shared(path: str, header: dict[str, Any], segments: Segments, tensors:
     target = Path(path)
     folder = Path(comm.decide(lambda: str(_new_folder(target))))
     try:
-        name = f"rank-{comm.rank}.safetensors"
+        name = f"rank-{comm.host}.safetensors"
         part: dict[str, Any] | None = None
         if tensors:
             if not folder.is_dir():

@@ -52,6 +52,7 @@ class Watch:
         self._interval = min(1.0, stall_s / 20)
         self._ticks, self._state, self._where = 0, IDLE, "between calls"
         self._beats = 0
+        self.issued = 0  # collectives
         self.share = (0, 0)  # how much of its share this rank has done, and of how much
         self.epoch = 0
         self.fault: Fault | None = None
@@ -161,7 +162,13 @@ class Watch:
         """What this rank says about itself; why it left, where it did so because of a fault."""
         done, total = self.share
         line: dict[str, Any] = dict(
-            beat=self._beats, ticks=self._ticks, state=state, where=self._where, done=done, total=total
+            beat=self._beats,
+            ticks=self._ticks,
+            state=state,
+            where=self._where,
+            issued=self.issued,
+            done=done,
+            total=total,
         )
         if state == GONE and self.fault is not None:
             line["fault"] = asdict(self.fault)
@@ -176,6 +183,7 @@ class Watch:
         if self._state in (IDLE, GONE):
             return None
         others = [rank for rank in range(self.size) if rank != self.rank]
+        hanging = []
         for rank in others:
             line = self.lines[rank]
             where, state = line.get("where", "before its first call"), line.get("state")
@@ -189,7 +197,12 @@ class Watch:
                 )
             here = now - self._heard[rank][0] < self.stall_s / 2  # else it is not the work that is silent
             if here and state == BUSY and now - self._heard[rank][1] > self.stall_s:
-                return Fault(rank=rank, where=where, cause=f"it hangs: no progress for {self.stall_s:g} s")
+                hanging.append(rank)
+        if hanging:
+            # On devices the others wait inside of their work: the one at fault has not come as far as they.
+            rank = min(hanging, key=lambda rank: self.lines[rank].get("issued", 0))
+            where = self.lines[rank].get("where", "")
+            return Fault(rank=rank, where=where, cause=f"it hangs: no progress for {self.stall_s:g} s")
         if all(line.get("state") == WAITING for line in self.lines) and all(
             now - moved > self.stall_s for _, moved, _, _ in self._heard
         ):

@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import queue
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -46,13 +47,17 @@ class Pool:
         number = next(self._numbers)
         for rank in range(ranks):
             self._asked[rank].put((number, task.__module__, task.__name__, ranks, self.port, arguments))
+        deadline = time.monotonic() + TIMEOUT_S
         results: dict[int, Any] = {}
         errors: list[str] = []
         while len(results) + len(errors) < ranks:
             try:
-                answered, rank, fine, value = self._answers.get(timeout=TIMEOUT_S)
+                answered, rank, fine, value = self._answers.get(timeout=1)
             except queue.Empty:
-                raise AssertionError(f"no answer from {ranks - len(results)} ranks; {errors}") from None
+                dead = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
+                if dead or time.monotonic() > deadline:
+                    raise AssertionError(f"no answer from {ranks - len(results)} ranks, {dead} died; {errors}") from None
+                continue
             if answered != number:
                 continue
             if fine:

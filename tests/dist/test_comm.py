@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from star_attention import comm as ranks
+from star_attention import world
 from star_attention.comm import TorchComm
 from star_attention.errors import RankError
 from star_attention.watch import Fault
@@ -21,7 +21,7 @@ def polled(comm: TorchComm) -> list[list[int]]:
     """Collectives that are looked at so often that some of them end while one looks."""
     numbers, late = [], random.Random(comm.rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks, "_POLL", timedelta(milliseconds=1))  # (0 would mean for ever)
+        patch.setattr(world, "_POLL", timedelta(milliseconds=1))  # (0 would mean for ever)
         for number in range(ROUNDS):
             time.sleep(0.003 * late.random())
             numbers.append(comm.gather(comm.rank * ROUNDS + number))
@@ -38,7 +38,7 @@ def given_up(comm: TorchComm, port: int) -> str:
     own = TorchComm(comm.rank, comm.size, "127.0.0.1", port, name="given up", stall_s=20)
     with pytest.raises(RankError) as raised, own.call("a test"):
         if own.rank == 1:
-            own._watch.fault = Fault(rank=None, where="a test", cause="the cable fell out")
+            own.watch.fault = Fault(rank=None, where="a test", cause="the cable fell out")
             own.tick()
         own.gather(None)
     with pytest.raises(RankError), own.call("the next call"):

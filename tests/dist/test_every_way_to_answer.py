@@ -172,7 +172,7 @@ def one_rank_fails(comm: TorchComm, phase: int) -> tuple[str, str, list[int]]:
     real = star._handle.encode
     if comm.rank == 1:
 
-        def failing(*arguments: Any) -> None:
+        def failing(*arguments: Any, **words: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory, or so")
 
         star._handle.encode = failing  # type: ignore[method-assign]

@@ -18,7 +18,9 @@ RANKS = 3
 FAULTY = Path(__file__).with_name("faulty.py")
 
 
-def launched(tmp_path: Path, what: str, phase: int, victim: int, *more: str) -> list[subprocess.Popen[str]]:
+def launched(
+    tmp_path: Path, what: str, phase: int, victim: int, *more: str, ranks: int = RANKS
+) -> list[subprocess.Popen[str]]:
     """The command on several ranks, started without torchrun: what ends a rank is then this library alone."""
     text = tmp_path / "book.txt"
     if not text.exists():
@@ -30,8 +32,8 @@ def launched(tmp_path: Path, what: str, phase: int, victim: int, *more: str) -> 
         *("--stall-limit", str(STALL_S), str(text), *more),
     ]
     processes = []
-    for rank in range(RANKS):
-        environment = dict(RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+    for rank in range(ranks):
+        environment = dict(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1")
         environment["FAULT_TIME"] = str(tmp_path / "stderr-and-the-time-of-the-fault")
         environment |= dict(MASTER_PORT=os.environ["TEST_PORT"], OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         with open(tmp_path / f"stderr-{rank}", "w") as stderr:  # (a pipe that nobody reads would fill up)
@@ -85,7 +87,16 @@ FAULTS = [
 
 @pytest.mark.parametrize(("what", "phase", "victim"), FAULTS)
 def test_the_others_stop_and_say_why(tmp_path: Path, what: str, phase: int, victim: int) -> None:
-    processes = launched(tmp_path, what, phase, victim, "--save", str(tmp_path / "book.star"))
+    check_stops(tmp_path, what, phase, victim)
+
+
+@pytest.mark.parametrize(("what", "phase"), [("killed", 1), pytest.param("hanging", 2, marks=pytest.mark.slow)])
+def test_ranks_that_share_heads_stop_too(tmp_path: Path, what: str, phase: int) -> None:
+    check_stops(tmp_path, what, phase, 3, "--tensor-parallel", "2", ranks=4)
+
+
+def check_stops(tmp_path: Path, what: str, phase: int, victim: int, *more: str, ranks: int = RANKS) -> None:
+    processes = launched(tmp_path, what, phase, victim, "--save", str(tmp_path / "book.star"), *more, ranks=ranks)
     statuses, told, at = ended(tmp_path, processes, victim)
     took = at - float((tmp_path / "stderr-and-the-time-of-the-fault").read_text())
     print(f"{what} rank {victim} in phase {phase}: {took:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from star_attention import StarLLM
 from star_attention.comm import TorchComm
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, QUERY, ids, tiny
+from tests.families import FAMILIES as ALL
 from tests.model_oracle import oracle_forward, oracle_generate
 
 STEPS = 6
@@ -25,10 +27,14 @@ GEOMETRIES = {
 
 
 def answered(comm: TorchComm, name: str, tokens_per_forward: int = 48, **settings: Any) -> dict[str, Any]:
-    """A context encoded and asked; what came out on this rank, logits on rank 0 only."""
     star = StarLLM(tiny(name), comm=comm, tokens_per_forward=tokens_per_forward, reserve_tokens=64, **settings)
+    return answer_of(star)
+
+
+def answer_of(star: StarLLM) -> dict[str, Any]:
+    """A context encoded and asked; what came out on this rank, logits on rank 0 only."""
     # Rank 0's arguments count.
-    own = comm.rank == 0
+    own = star.rank == 0
     context = star.encode(ids(CONTEXT) if own else [5])
     reply = star.generate(
         context,
@@ -52,7 +58,12 @@ def answered(comm: TorchComm, name: str, tokens_per_forward: int = 48, **setting
 
 
 def check_against_oracle(results: list[dict[str, Any]], name: str, block_size: int, anchor_size: int) -> None:
-    model = tiny(name)
+    check_model(results, tiny(name), block_size, anchor_size)
+
+
+def check_model(
+    results: list[dict[str, Any]], model: Any, block_size: int, anchor_size: int, tensor_parallel: int = 1
+) -> None:
     sizes = dict(
         context_len=CONTEXT, block_size=block_size, anchor_size=anchor_size, rope_length=results[0]["rope_length"]
     )
@@ -61,13 +72,14 @@ def check_against_oracle(results: list[dict[str, Any]], name: str, block_size: i
     cached = {index: at for at, index in enumerate(sorted({index for r in results for index, _ in r["kv"]}))}
     held: list[int] = []
     for rank, result in enumerate(results):
-        segments = result["layout"][rank]
+        host, share = divmod(rank, tensor_parallel)
+        segments = result["layout"][host]
         assert result["layout"] == results[0]["layout"]
-        held += [token for start, stop in segments for token in range(start, stop)]
+        held += [token for start, stop in segments if share == 0 for token in range(start, stop)]
         for index, pairs in result["kv"]:
             for (start, stop), pair in zip(segments, pairs, strict=True):
                 for ours, theirs in zip(pair, expected[cached[index]], strict=True):
-                    part = theirs[:, :, start:stop]
+                    part = theirs[:, :, start:stop].chunk(tensor_parallel, 1)[share]
                     torch.testing.assert_close(ours, part, atol=1e-4, rtol=1e-4)
     assert sorted(held) == list(range(CONTEXT))
     tokens, logits = oracle_generate(model, all_ids, steps=STEPS, **sizes)
@@ -96,6 +108,12 @@ def test_every_family(pool: Pool, name: str, ranks: int, how: str, source: str) 
     check_against_oracle(results, name, **sizes)
 
 
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(FAMILIES)))
+def test_every_other_decoder(pool: Pool, name: str) -> None:
+    sizes = GEOMETRIES["ragged, small anchor"]
+    check_against_oracle(pool.run(answered, 2, name=name, **sizes), name, **sizes)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3", "gemma3n"])
 def test_seven_ranks_with_three_blocks(pool: Pool, name: str) -> None:
     """Idle ranks take part."""
@@ -114,3 +132,17 @@ def test_an_anchor_in_several_forwards(pool: Pool, tokens_per_forward: int, sour
         answered, 3, name="gemma2", tokens_per_forward=tokens_per_forward, anchor_source=source, **sizes
     )
     check_against_oracle(results, "gemma2", **sizes)
+
+
+def spread(comm: TorchComm, path: Path) -> dict[str, Any]:
+    sizes = GEOMETRIES["ragged, small anchor"]
+    device_map = {"": "cpu"} if torch.cuda.is_available() else "auto"
+    star = StarLLM.from_pretrained(path, comm=comm, model_kwargs=dict(device_map=device_map), **sizes)
+    return answer_of(star)
+
+
+def test_each_rank_may_spread_its_layers(pool: Pool, tmp_path: Path) -> None:
+    """(Over the one device that there is here; over a GPU and the CPU in `tests/gpu`.)"""
+    pytest.importorskip("accelerate")
+    tiny("qwen3").save_pretrained(tmp_path)
+    check_against_oracle(pool.run(spread, 2, path=tmp_path), "qwen3", **GEOMETRIES["ragged, small anchor"])

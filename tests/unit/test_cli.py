@@ -117,8 +117,9 @@ def test_json_has_exactly_the_fields(texts: Path) -> None:
     reply = json.loads(line)
     assert list(reply) == [
         *("query", "text", "token_ids", "finish_reason", "method", "context_tokens", "query_tokens", "block_size"),
-        *("anchor_size", "blocks", "ranks", "encode_s", "ttft_s", "tokens_per_s", "peak_bytes"),
-        *("wire_bytes_phase1", "wire_bytes_phase2", "wire_calls_phase1", "wire_calls_phase2", "per_rank"),
+        *("anchor_size", "blocks", "ranks", "tensor_parallel", "encode_s", "ttft_s", "tokens_per_s", "peak_bytes"),
+        *("wire_bytes_phase1", "wire_bytes_phase2", "wire_calls_phase1", "wire_calls_phase2"),
+        *("wire_within_bytes_phase1", "wire_within_bytes_phase2", "per_rank"),
     ]
     assert list(reply) == list(answers.FIELDS)
     assert reply["query"] == QUESTION
@@ -129,7 +130,7 @@ def test_json_has_exactly_the_fields(texts: Path) -> None:
     assert (reply["block_size"], reply["anchor_size"], reply["blocks"], reply["ranks"]) == (256, 128, 3, 1)
     assert min(reply["encode_s"], reply["ttft_s"], reply["tokens_per_s"]) > 0
     assert reply["peak_bytes"] is None
-    assert reply["wire_bytes_phase1"] == reply["wire_bytes_phase2"] == 0
+    assert reply["wire_bytes_phase1"] == reply["wire_bytes_phase2"] == reply["wire_within_bytes_phase1"] == 0
     (rank,) = reply["per_rank"]
     assert rank == {"tokens": 567, "encode_s": reply["encode_s"], "peak_bytes": None}
 

@@ -30,6 +30,7 @@ LAYERS = {
     "saved": 2,
     "store": 2,
     "watch": 2,
+    "world": 2,
     # L3: all contact with transformers
     "hf": 3,
     # L4: the two phases

@@ -26,16 +26,19 @@ FIELDS = {
     "block_size": "tokens of a block",
     "anchor_size": "tokens of the anchor",
     "blocks": "number of blocks",
-    "ranks": "number of processes that share the text",
+    "ranks": "number of hosts that share the text: processes, or groups of `tensor_parallel` processes",
+    "tensor_parallel": "processes of a host, which share its heads and weights",
     "encode_s": "seconds of encoding (of a saved text: when it was encoded)",
     "ttft_s": "seconds from the query to the first token (with beams: to the whole answer)",
     "tokens_per_s": "tokens a second after the first; null for one token, and for beams",
     "peak_bytes": "peak device memory while answering; null where it is not measured (CPU)",
-    "wire_bytes_phase1": "bytes that the ranks exchanged while encoding, all together; 0 on one",
-    "wire_bytes_phase2": "bytes that the ranks exchanged while answering, all together; 0 on one",
+    "wire_bytes_phase1": "bytes that the hosts exchanged while encoding, all together; 0 on one",
+    "wire_bytes_phase2": "bytes that the hosts exchanged while answering, all together; 0 on one",
     "wire_calls_phase1": "collectives while encoding",
     "wire_calls_phase2": "collectives while answering",
-    "per_rank": "for each rank: tokens kept, seconds of encoding, peak device memory while encoding",
+    "wire_within_bytes_phase1": "bytes that the processes within hosts exchanged while encoding (tensor parallelism)",
+    "wire_within_bytes_phase2": "the same while answering",
+    "per_rank": "for each host: tokens kept, seconds of encoding, peak device memory while encoding",
 }
 """The fields of `--json`, in order."""
 
@@ -116,6 +119,7 @@ def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
         "anchor_size": plan.anchor_size,
         "blocks": plan.num_blocks,
         "ranks": plan.ranks,
+        "tensor_parallel": context.comm.tensor_parallel,
         "encode_s": reply.timings.encode_s,
         "ttft_s": reply.timings.ttft_s,
         "tokens_per_s": reply.timings.tokens_per_s,
@@ -124,6 +128,8 @@ def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
         "wire_bytes_phase2": reply.wire.bytes,
         "wire_calls_phase1": context.wire.calls,
         "wire_calls_phase2": reply.wire.calls,
+        "wire_within_bytes_phase1": context.wire_within.bytes,
+        "wire_within_bytes_phase2": reply.wire_within.bytes,
         "per_rank": [
             {"tokens": tokens, "encode_s": stats.busy_s, "peak_bytes": stats.peak_bytes}
             for tokens, stats in zip(held, context.stats, strict=True)

@@ -73,6 +73,16 @@ AnchorSource = Annotated[
         metavar="NAME",
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    option(
+        "Ranks that share the weights and heads of one host, for models that one device cannot hold.",
+        "--tensor-parallel",
+        panel="Ranks",
+        metavar="N",
+        min=1,
+    ),
+]
 Json = Annotated[bool, option("One JSON object a line on stdout.", "--json", panel="Output")]
 
 
@@ -94,7 +104,7 @@ class ModelOptions:
             metavar="SIZE",
         ),
     ] = str(StarConfig.reserve_tokens)
-
+    tensor_parallel: TensorParallel = 1
     stall_limit: Annotated[
         float,
         option(

@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from star_attention.cli.options import AnchorSize, AnchorSource, BlockSize, Dtype, Json, Model, TokensPerForward, option
+from star_attention.cli.options import (
+    AnchorSize,
+    AnchorSource,
+    BlockSize,
+    Dtype,
+    Json,
+    Model,
+    TensorParallel,
+    TokensPerForward,
+    option,
+)
 from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, StarConfig
 from star_attention.plan import BlockPlan, parse_size
 
@@ -18,8 +28,9 @@ def plan(
     block_size: BlockSize = None,
     anchor_size: AnchorSize = None,
     ranks: Annotated[
-        int, option("Processes that share the blocks.", "--ranks", panel="Ranks", metavar="N", min=1)
+        int, option("Hosts that share the blocks.", "--ranks", panel="Ranks", metavar="N", min=1)
     ] = BlockPlan.ranks,
+    tensor_parallel: TensorParallel = 1,
     anchor_source: AnchorSource = ANCHOR_SOURCES[0],
     queries: Annotated[int, option("Queries on the context.", panel="Answer", metavar="N", min=1)] = 1,
     query_tokens: Annotated[int, option("Tokens of a query.", panel="Answer", metavar="N", min=1)] = 64,
@@ -52,5 +63,6 @@ def plan(
         query_tokens=query_tokens,
         answer_tokens=answer_tokens,
         anchor_source=sizes.anchor_source,
+        tensor_parallel=tensor_parallel,
     )
     print(json.dumps(report.as_dict()) if as_json else report.as_text())

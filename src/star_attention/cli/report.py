@@ -10,7 +10,7 @@ from star_attention import cost
 from star_attention.cli.notes import amount, in_bytes
 from star_attention.config import ANCHOR_SOURCES, StarConfig
 from star_attention.cost import Flops
-from star_attention.hf import load, rope
+from star_attention.hf import load, rope, tensor
 from star_attention.hf.shape import model_shape
 from star_attention.plan import BlockPlan, format_size
 
@@ -31,8 +31,11 @@ class Report:
         query_tokens: int,
         answer_tokens: int,
         anchor_source: str = ANCHOR_SOURCES[0],
+        tensor_parallel: int = 1,
     ) -> None:
         config = load.load_config(model)
+        tensor.check(config, tensor_parallel)
+        self.tensor_parallel = tensor_parallel
         self.model, self.plan = model, plan
         self.shape = shape = model_shape(config, dtype)
         self.queries, self.query_tokens, self.answer_tokens = queries, query_tokens, answer_tokens
@@ -42,15 +45,13 @@ class Report:
         def phase1(plan: BlockPlan, rank: int | None = None) -> Flops:
             return cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank)
 
+        forwards: dict[str, Any] = dict(tokens_per_forward=tokens_per_forward, tensor_parallel=tensor_parallel)
         tail_tokens = queries * (query_tokens + answer_tokens)
         ranks = range(plan.ranks)
-        memories = [
-            cost.memory(shape, plan, tokens_per_forward=tokens_per_forward, tail_tokens=tail_tokens, rank=rank)
-            for rank in ranks
-        ]
+        memories = [cost.memory(shape, plan, **forwards, tail_tokens=tail_tokens, rank=rank) for rank in ranks]
         self.memory = max(memories, key=lambda memory: memory.total)
         self.star = phase1(plan)
-        self.star_busiest = max(phase1(plan, rank).total for rank in ranks)
+        self.star_busiest = max(phase1(plan, rank).total for rank in ranks) // tensor_parallel
         self.dense = phase1(BlockPlan.dense(plan.context_tokens))
         self.official = cost.phase1_official(shape, plan)
         self.answers = cost.phase2(
@@ -60,16 +61,12 @@ class Report:
             answer_tokens=answer_tokens,
             queries=queries,
         )
-        self.wire1 = cost.phase1_wire(shape, plan, tokens_per_forward=tokens_per_forward, anchor_source=anchor_source)
-        self.ring = cost.ring_wire(shape, plan.context_tokens, plan.ranks)
-        self.wire2 = cost.phase2_wire(
-            shape,
-            plan.ranks,
-            query_tokens=query_tokens,
-            answer_tokens=answer_tokens,
-            queries=queries,
-            tokens_per_forward=tokens_per_forward,
-        )
+        answers: dict[str, Any] = dict(query_tokens=query_tokens, answer_tokens=answer_tokens, queries=queries)
+        self.wire1 = cost.phase1_wire(shape, plan, **forwards, anchor_source=anchor_source)
+        self.ring = cost.ring_wire(shape, plan.context_tokens, plan.ranks, tensor_parallel)
+        self.wire2 = cost.phase2_wire(shape, plan.ranks, **forwards, **answers)
+        self.within1 = cost.phase1_wire_within(shape, plan, **forwards, anchor_source=anchor_source)
+        self.within2 = cost.phase2_wire_within(shape, plan.ranks, **forwards, **answers)
         self._warn(config)
 
     def _warn(self, config: Any) -> None:
@@ -102,6 +99,7 @@ class Report:
             "anchor_size": plan.anchor_size,
             "blocks": plan.num_blocks,
             "ranks": plan.ranks,
+            "tensor_parallel": self.tensor_parallel,
             "tokens_per_forward": self.tokens_per_forward,
             "queries": self.queries,
             "query_tokens": self.query_tokens,
@@ -121,13 +119,15 @@ class Report:
             "wire_bytes_ring": self.ring.bytes,
             "wire_bytes_phase2": self.wire2.bytes,
             "wire_calls_phase2": self.wire2.calls,
+            "wire_within_bytes_phase1": self.within1.bytes,
+            "wire_within_bytes_phase2": self.within2.bytes,
             "dense_over_star": self.dense.total / self.star.total,
         }
 
     def as_text(self) -> str:
         """Picture and tables for people."""
         parts = [str(self.plan), self._model(), self._memory(), self._operations()]
-        return "\n\n".join([*parts, self._wire()] if self.plan.ranks > 1 else parts)
+        return "\n\n".join([*parts, self._wire()] if self._devices > 1 else parts)
 
     def _model(self) -> str:
         shape = self.shape
@@ -156,7 +156,7 @@ class Report:
             ),
             ("total", in_bytes(memory.total), ""),
         ]
-        head = "memory on the fullest device" if plan.ranks > 1 else "memory"
+        head = "memory on the fullest device" if self._devices > 1 else "memory"
         return head + "\n" + _table([row for row in rows if row is not None])
 
     def _operations(self) -> str:
@@ -166,7 +166,7 @@ class Report:
             if part != "expansion" or self.shape.expansion_parameters:
                 rows.append((f"  {part}", *(_flop(getattr(flops, part)) for flops in columns.values())))
         rows.append(("  against star", *(f"x {flops.total / self.star.total:.2f}" for flops in columns.values())))
-        if self.plan.ranks > 1:
+        if self._devices > 1:
             rows.append(("  busiest device", _flop(self.star_busiest), "", ""))
         answers = f"{self.queries} x ({self.query_tokens:,} + {self.answer_tokens:,}) tok"
         rows.append(("phase 2", *(_flop(self.answers.total) for _ in columns)))
@@ -179,11 +179,26 @@ class Report:
             ("phase 2", in_bytes(self.wire2.bytes), f"{self.wire2.calls:,} collectives", "states of all answers"),
             ("  an answer token", in_bytes(self._token_bytes()), "", ""),
         ]
+        if self.tensor_parallel > 1:
+            sums = "sums within hosts"
+            rows += [
+                ("phase 1, within hosts", in_bytes(self.within1.bytes), f"{self.within1.calls:,} collectives", sums),
+                ("phase 2, within hosts", in_bytes(self.within2.bytes), f"{self.within2.calls:,} collectives", sums),
+            ]
         return "on the wire, all ranks together\n" + _table(rows)
+
+    @property
+    def _devices(self) -> int:
+        return self.plan.ranks * self.tensor_parallel
 
     def _token_bytes(self) -> int:
         return cost.phase2_wire(
-            self.shape, self.plan.ranks, query_tokens=1, answer_tokens=1, tokens_per_forward=self.tokens_per_forward
+            self.shape,
+            self.plan.ranks,
+            query_tokens=1,
+            answer_tokens=1,
+            tokens_per_forward=self.tokens_per_forward,
+            tensor_parallel=self.tensor_parallel,
         ).bytes
 
 

@@ -29,7 +29,14 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
 
         hide_progress_bars()
         ranks = comm.from_environment(None, stall_s=model.stall_limit)
-        return StarLLM.from_pretrained(model.model, dtype=model.dtype, device=model.device, comm=ranks, **sizes)
+        return StarLLM.from_pretrained(
+            model.model,
+            dtype=model.dtype,
+            device=model.device,
+            comm=ranks,
+            tensor_parallel=model.tensor_parallel,
+            **sizes,
+        )
 
 
 def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> StarLLM:

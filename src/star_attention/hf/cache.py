@@ -111,8 +111,8 @@ class StarCache(Cache):
         self.comm = comm
         self.calls = 0
 
-    def begin(self, ids_BS: Tensor, positions_BS: Tensor) -> None:
-        """Called in front of each forward of the whole model."""
+    def begin(self, ids_BS: Tensor, positions_BS: Tensor, keep: int) -> None:
+        """Called in front of each forward of the whole model; `keep` as in `ModelHandle.logits`."""
 
     @property
     def seen_tokens(self) -> int:
@@ -329,7 +329,7 @@ class AnswerLayer(_StarLayer):
         return torch.cat([k_BGLD, k_BGTD], 2), torch.cat([v_BGLD, v_BGTD], 2)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        """Over this rank's shard, on the last rank over the tail too; merged over all ranks."""
+        """Over this host's shard, on the last host over the tail too; merged over all hosts."""
         B, Q, H, _ = q_BQHD.shape
         comm = self.place.comm
         padding = self.place.row_padding(B)
@@ -347,9 +347,10 @@ class AnswerLayer(_StarLayer):
             offsets = [position - start for position in positions]
             states.append(shard_attention(q_BQHD, (shard[0][:, part], shard[1][:, part]), rule=rule, offsets=offsets))
             at = part.stop
-        if comm.rank == comm.size - 1:
+        if comm.host == comm.hosts - 1:
             states.append(tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=rule, padding=padding))
-        return comm.merge(merge(states) if states else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device))
+        state = merge(states) if states else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
+        return state if comm.hosts == 1 else comm.merge(state)
 
     # What beam search, several answers and assisted decoding ask of a cache: only the tail differs between rows.
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -396,8 +397,8 @@ class AnswerCache(StarCache):
             told = [argument.tolist() if isinstance(argument, Tensor) else argument for argument in arguments]
             self.comm.tell((what, *told))
 
-    def begin(self, ids_BS: Tensor, positions_BS: Tensor) -> None:
-        self._lead("forward", ids_BS, positions_BS)
+    def begin(self, ids_BS: Tensor, positions_BS: Tensor, keep: int) -> None:
+        self._lead("forward", ids_BS, positions_BS, keep)
         self.report()
 
     def report(self) -> None:

@@ -66,20 +66,20 @@ class ModelHandle:
         self.max_positions = rope.max_positions(self.config)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._decoder_cache, self._model_cache = cache_word(self.decoder.forward), cache_word(self.model.forward)
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._decoder_takes_logits_to_keep, self._takes_logits_to_keep = (
+            "logits_to_keep" in inspect.signature(module.forward).parameters for module in (self.decoder, self.model)
+        )
 
     @property
     def device(self) -> torch.device:
         """Where token ids go in (the embeddings' device, when layers are spread over several)."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return _device(self.model.get_input_embeddings()) or torch.device("cpu")
 
     def layer_device(self, index: int) -> torch.device:
         """Where a layer's keys and values belong."""
         # (Not by the decoder's list of layers: some hold several attentions, each with a cache layer of its own.)
-        own = (m.parameters() for m in self.decoder.modules() if getattr(m, "layer_idx", None) == index)
-        parameter = next((first for parameters in own for first in parameters), None)
-        return self.device if parameter is None else parameter.device
+        own = (_device(m) for m in self.decoder.modules() if getattr(m, "layer_idx", None) == index)
+        return next((device for device in own if device is not None), self.device)
 
     @cached_property
     def kept(self) -> list[Kept | None]:
@@ -91,14 +91,21 @@ class ModelHandle:
         return hook.running(self.model, self.configs, self.rotaries, cache, rope_length)
 
     @torch.no_grad()
-    def encode(self, ids_BS: Tensor, positions_BS: Tensor, cache: StarCache, rope_length: int | None) -> None:
-        """One forward of the decoder alone, for its keys and values: no logits."""
+    def encode(
+        self, ids_BS: Tensor, positions_BS: Tensor, cache: StarCache, rope_length: int | None, *, keep: int = 0
+    ) -> None:
+        """One forward of the decoder alone, for its keys and values: no logits.
+
+        keep: tokens whose logits are computed elsewhere (0: all): some decoders send only these through their last layers.
+        """
+        extra = {"logits_to_keep": keep} if self._decoder_takes_logits_to_keep else {}
         with self.running(cache, rope_length):
             self.decoder(
                 input_ids=ids_BS,
                 position_ids=positions_BS.expand(ids_BS.shape[0], -1),
                 use_cache=True,
                 **{self._decoder_cache: cache},
+                **extra,
             )
         if not cache.calls:
             raise UnsupportedModelError(
@@ -113,7 +120,7 @@ class ModelHandle:
         extra: dict[str, Any] = {self._model_cache: cache}
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = keep
-        cache.begin(ids_BS, positions_BS)
+        cache.begin(ids_BS, positions_BS, keep)
         with self.running(cache, rope_length):
             logits: Tensor = self.model(
                 input_ids=ids_BS,
@@ -147,7 +154,7 @@ class ModelHandle:
                     if kwargs.get(name) is not None:
                         kwargs[name] = kwargs[name][:, cache.seen_tokens :]
             ids_BS = kwargs["input_ids"]
-            cache.begin(ids_BS, _positions(cache, ids_BS, kwargs))
+            cache.begin(ids_BS, _positions(cache, ids_BS, kwargs), kwargs.get("logits_to_keep", 0))
             with running(cache, rope_length):
                 return stock.__call__(self, *args, **kwargs)
 
@@ -158,6 +165,17 @@ class ModelHandle:
             yield proxy
         finally:
             holder.clear()
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a module computes; None for one without weights."""
+    first = next(module.parameters(), None)
+    if first is None or first.device.type != "meta":
+        return None if first is None else first.device
+    # accelerate keeps the weights elsewhere and brings them for each forward.
+    hooks = (getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in module.modules())
+    place = next((place for place in hooks if place is not None), "meta")
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
 
 
 def _positions(cache: StarCache, ids_BS: Tensor, words: dict[str, Any]) -> Tensor:

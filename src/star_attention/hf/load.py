@@ -62,6 +62,11 @@ _FOR_ALL_FILES = (
 )
 
 
+def for_all_files(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those words of `from_pretrained` that say where a model's files are."""
+    return {word: value for word, value in model_kwargs.items() if word in _FOR_ALL_FILES}
+
+
 def load_config(path: str | os.PathLike[str], **where: Any) -> Any:
     """The config of a model folder or hub id; `where` goes to transformers (revision, subfolder, ...).
 
@@ -82,7 +87,7 @@ def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs:
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
-    where = {word: value for word, value in model_kwargs.items() if word in _FOR_ALL_FILES}
+    where = for_all_files(model_kwargs)
     config = load_config(path, **where)
     reasons = support.reasons(config)
     if reasons:

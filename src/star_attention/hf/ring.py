@@ -57,20 +57,20 @@ class RingLayer(_StarLayer):
         B, _, G, k_size = k_BKGD.shape
         v_heads, v_size = v_BKGD.shape[2:]
         numbers = B * (G * k_size + v_heads * v_size)  # of one token
-        own, owner = layout[comm.rank], comm.rank
+        own, owner = layout[comm.host], comm.host
         total = numbers * sum(_tokens(segments) for segments in layout)
         passing = torch.cat([k_BKGD.reshape(-1), v_BKGD.reshape(-1)])
         states: list[list[State]] = [[] for _ in own]
-        for step in range(comm.size):
+        for step in range(comm.hosts):
             pending, following = None, passing
-            if step < comm.size - 1:
-                behind = (owner - 1) % comm.size
+            if step < comm.hosts - 1:
+                behind = (owner - 1) % comm.hosts
                 following = passing.new_empty(numbers * _tokens(layout[behind]))
                 pending = comm.exchange(
                     passing,
                     following,
-                    target=(comm.rank + 1) % comm.size,
-                    source=(comm.rank - 1) % comm.size,
+                    target=(comm.host + 1) % comm.hosts,
+                    source=(comm.host - 1) % comm.hosts,
                     total=total,
                 )
             held = _tokens(layout[owner])
@@ -80,7 +80,7 @@ class RingLayer(_StarLayer):
             _attend_to(states, q_BQHD, own, k, v, layout[owner], rule)
             if pending is not None:
                 pending.wait()
-                passing, owner = following, (owner - 1) % comm.size
+                passing, owner = following, (owner - 1) % comm.hosts
             comm.tick()
         H, device = q_BQHD.shape[2], q_BQHD.device
         merged = [

@@ -19,7 +19,7 @@ from star_attention.attention.state import State
 from star_attention.comm import SoloComm
 from star_attention.cost import AttentionShape, ModelShape
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf import support
+from star_attention.hf import support, tensor
 from star_attention.hf.cache import StarCache
 from star_attention.hf.handle import ModelHandle
 from star_attention.hf.probe import TOKENS, ProbeLayer, ProbePlace
@@ -86,6 +86,9 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
             " runs; encode a short context and look at its nbytes and encode_s instead"
         ) from error
     head = model.get_output_embeddings()
+    cut = [] if tensor.reasons(config, 1) else list(tensor.layers(model))
+    summed = [module.out_features for _, module, style in cut if style == "rowwise"]
+    summed += [module.down_proj.shape[1] for _, module, style in cut if style == "experts"]
     return ModelShape(
         name=str(config.model_type),
         layers=len(handle.windows),
@@ -94,6 +97,9 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         kv_numbers_per_token=record.kv_numbers,
         kv_layers=record.kv_layers,
         linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),
+        cut_parameters=sum(weight.numel() for _, module, _ in cut for weight in module.parameters(recurse=False)),
+        summed_numbers_per_token=sum(summed),
+        sums=len(summed),
         expansion_parameters=record.expansion_flops // (2 * TOKENS),
         head_parameters=0 if head is None else head.weight.numel(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -37,7 +37,7 @@ class Ring(Dense):
         layout = self.layout(config, plan)
         if sum(bool(segments) for segments in layout) == 1:  # one rank, or next to nothing to deal out
             return super().encode(handle, ids_BL, plan, comm, config, rope_length=rope_length, progress=progress)
-        own = layout[comm.rank]
+        own = layout[comm.host]
         stores = [phase1.empty(handle, own, comm) for _ in range(ids_BL.shape[0])]
         comm.tick(f"phase 1, ring over {plan.context_tokens:,} tokens")
         comm.progress(0, sum(stop - start for start, stop in own))
