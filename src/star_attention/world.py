@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,7 +96,12 @@ class World:
         self._contexts: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         try:
             self._store = _store(host, port, start_s)
+            here = dist.PrefixStore(f"{name}/here", self._store)
+            here.set(str(rank), "")
+            _await(here, {str(other): other for other in range(size)}, start_s)
             self._control()
+        except RankError:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             raise RankError(
                 None, "the start", f"not all of {size} ranks came within {start_s:g} s ({_first_line(error)})"
@@ -166,8 +172,11 @@ class World:
                 if rank == 0:
                     master = _listen(host)
                     shared.set("port", str(master.port))
+                _await(shared, {"port": 0}, start_s)
                 port = int(shared.get("port"))
                 _KEPT.append(shared)  # where rank 0 holds it, the others still read
+        except RankError:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             raise RankError(None, "the start", f"the ranks did not find each other ({_first_line(error)})") from error
         return cls(rank, size, host, port, master=master, **settings)
@@ -430,6 +439,22 @@ def _store(host: str, port: int, timeout_s: float) -> Any:
 
 def _listen(host: str) -> Any:
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=START_S))
+
+
+def _await(store: Any, keys: dict[str, int], start_s: float) -> None:
+    """Wait until the ranks have set their keys (key to rank). Ctrl-C ends it, which it does not inside of torch's own wait.
+
+    Raises `RankError` naming those that have not come within `start_s`.
+    """
+    deadline = time.monotonic() + start_s
+    while not store.check(list(keys)):
+        if time.monotonic() > deadline:
+            late = [rank for key, rank in keys.items() if not store.check([key])]
+            who = f"rank {late[0]}" if len(late) == 1 else f"ranks {', '.join(map(str, late))}"
+            raise RankError(
+                late[0] if len(late) == 1 else None, "the start", f"{who} did not come within {start_s:g} s"
+            )
+        time.sleep(0.02)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 import time
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from star_attention import world
 from star_attention.comm import TorchComm
@@ -49,3 +53,18 @@ def given_up(comm: TorchComm, port: int) -> str:
 def test_a_rank_that_gave_up_tells_the_others(pool: Pool) -> None:
     for said in pool.run(given_up, 3, port=pool.port):
         assert "the cable fell out" in said
+
+
+def test_who_does_not_come_is_named() -> None:
+    master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RankError, match="ranks 1, 2 did not come within 0.2 s"):
+        TorchComm(0, 3, "127.0.0.1", master.port, start_s=0.2)
+
+
+def test_ctrl_c_ends_the_wait_for_others() -> None:
+    master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    interrupt = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        TorchComm(0, 2, "127.0.0.1", master.port, start_s=60)
+    interrupt.join()
