@@ -64,7 +64,11 @@ def test_who_does_not_come_is_named() -> None:
 def test_ctrl_c_ends_the_wait_for_others() -> None:
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     interrupt = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        TorchComm(0, 2, "127.0.0.1", master.port, start_s=60)
-    interrupt.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # (ignored where a shell started us in the background)
+    try:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            TorchComm(0, 2, "127.0.0.1", master.port, start_s=60)
+        interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, before)

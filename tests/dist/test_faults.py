@@ -39,7 +39,13 @@ def launched(
         with open(tmp_path / f"stderr-{rank}", "w") as stderr:  # (a pipe that nobody reads would fill up)
             processes.append(
                 subprocess.Popen(
-                    command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=stderr, text=True
+                    command,
+                    env=os.environ | environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    text=True,
+                    # (What a shell starts in the background ignores Ctrl-C, and so would its children.)
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                 )
             )
     return processes
