@@ -58,6 +58,7 @@ class Comm(Protocol):
     def exchange(self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int) -> Pending: ...
     def tensor_sum(self, tensor: Tensor) -> Tensor: ...
     def tensor_gather(self, tensor: Tensor) -> list[Tensor]: ...
+    def is_of(self, comm: Any) -> bool: ...
 
 
 class SoloComm:
@@ -126,6 +127,9 @@ class SoloComm:
     def tensor_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
 
+    def is_of(self, comm: Any) -> bool:
+        return comm is self
+
 
 class TorchComm(World):
     """Ranks over torch.distributed's transports, and the tensors that they exchange.
@@ -161,7 +165,8 @@ class TorchComm(World):
         """
         mine = None
         if device.type == "cuda":
-            mine = (socket.gethostname(), torch.cuda.current_device() if device.index is None else device.index)
+            # (By its own number: where each rank is shown one GPU only, all call theirs 0.)
+            mine = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
         everyone = self.gather(mine)
         own_gpu = None not in everyone and len(set(everyone)) == self.size
         mesh = copy.copy(self)
@@ -171,6 +176,10 @@ class TorchComm(World):
             torch.cuda.set_device(device)
             mesh.backend, mesh._device = "nccl", torch.device("cuda", torch.cuda.current_device())
         return mesh
+
+    def is_of(self, comm: Any) -> bool:
+        """Whether these are the ranks of `comm`, in whatever mesh."""
+        return isinstance(comm, TorchComm) and comm._now is self._now
 
     def _lane(self, hosts: int | None = None) -> Any:
         """The ranks with this one's heads, of the first `hosts` hosts or of all."""

@@ -24,7 +24,7 @@ from star_attention.answering import AnswerSettings, FollowedRun, Run, Stream
 from star_attention.clock import Clock
 from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
 from star_attention.context import EncodedContext, RankStats
-from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
+from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError, UnsupportedModelError
 from star_attention.hf import chat, identity, load, support, tensor, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import RING_LAYOUTS, BlockPlan, Segments
@@ -63,7 +63,8 @@ class StarLLM:
     """A transformers decoder with two-phase Star Attention around it.
 
     model: a loaded transformers causal language model (or a PEFT model around one), in evaluation mode. It stays the plain
-        model: nothing of ours is installed between calls.
+        model: nothing of ours is installed between calls. (Except one that `from_pretrained` shared out by tensor_parallel: it has
+        this rank's weights only, and its every forward is collective.)
     tokenizer: its tokenizer; not needed when only token ids go in and out.
     block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source, ring_layout: see `StarConfig`.
     comm: None takes torchrun's ranks where there are several, "solo" one process whatever the environment says; or a
@@ -89,25 +90,42 @@ class StarLLM:
         ring_layout: str = RING_LAYOUTS[0],
         comm: ranks.Comm | str | None = None,
     ) -> None:
-        self._comm = ranks.from_environment(comm)
-        self.config = StarConfig.of(
-            block_size=block_size,
-            anchor_size=anchor_size,
-            method=method,
-            tokens_per_forward=tokens_per_forward,
-            reserve_tokens=reserve_tokens,
-            anchor_source=anchor_source,
-            ring_layout=ring_layout,
-        )
-        self._handle = ModelHandle(model)
         self._share = tensor.share(model)
+        self._comm = ranks.from_environment(comm) if self._share is None else self._share.comm
+        failure: Exception | None = None
+        try:
+            self.config = StarConfig.of(
+                block_size=block_size,
+                anchor_size=anchor_size,
+                method=method,
+                tokens_per_forward=tokens_per_forward,
+                reserve_tokens=reserve_tokens,
+                anchor_source=anchor_source,
+                ring_layout=ring_layout,
+            )
+            self._handle = ModelHandle(model)
+            self._check_share(comm)
+        except Exception as error:
+            failure = error
         self.model = model
         self.tokenizer = tokenizer
-        if self._share is not None:
-            self._comm = self._share.comm
-        if self._comm.size > 1:
-            with self._comm.call("the start"):
+        with self._comm.call("the start"):
+            self._comm.all_fine(failure)
+            if self._comm.size > 1:
                 self._shake_hands()
+
+    def _check_share(self, comm: ranks.Comm | str | None) -> None:
+        """What goes with a model of which this rank has a share."""
+        if self._share is None:
+            return
+        if comm is not None and not self._share.comm.is_of(comm):
+            raise InvalidInputError(
+                "this model was shared out to other ranks than comm names (tensor_parallel); leave comm out"
+            )
+        if self._handle.outer is not self._handle.model or identity.adapters(self._handle.outer):
+            raise UnsupportedModelError(
+                type(self._handle.outer).__name__, ["adapters do not work on a model shared out by tensor_parallel"]
+            )
 
     @classmethod
     def from_pretrained(
@@ -138,10 +156,16 @@ class StarLLM:
         Raises `ModelNotFoundError` and, before any weight is read, `UnsupportedModelError` and `SizeError`.
         """
         sizes: dict[str, Any] = dict(block_size=block_size, anchor_size=anchor_size, method=method)
-        sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens, anchor_source=anchor_source)
-        StarConfig.of(**sizes)
+        sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens)
+        sizes |= dict(anchor_source=anchor_source, ring_layout=ring_layout)
         comm = ranks.from_environment(comm)
+        failure: Exception | None = None
+        try:
+            StarConfig.of(**sizes)
+        except Exception as error:
+            failure = error
         with comm.call("the start"):
+            comm.all_fine(failure)
             tensor_parallel = comm.decide(lambda: _divisor(tensor_parallel, comm.size))
         if comm.size > 1:
             device = load.own_device(device)
@@ -151,7 +175,6 @@ class StarLLM:
             )
             return cls(*share, comm=comm, **sizes)
         loaded: list[Any] = []
-        failure: Exception | None = None
         try:
             loaded += load.load(path, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {})
         except Exception as error:
@@ -717,6 +740,12 @@ class StarLLM:
         """A context works with the model that encoded it, or an equal one, and with the adapters it was encoded with."""
         if not isinstance(context, EncodedContext):
             raise InvalidInputError(f"not an encoded context: {type(context).__name__}; call encode first")
+        theirs, ours = ((comm.hosts, comm.tensor_parallel) for comm in (context.comm, self._comm))
+        if theirs != ours:
+            raise InvalidInputError(
+                f"the context lies on {theirs[0]} hosts of {theirs[1]} ranks, this engine runs on {ours[0]} of {ours[1]}; save it"
+                " and load it with this engine"
+            )
         same_model = context.model is not None and context.model() is self._handle.model
         if same_model and context.model_state == identity.state(self._handle.outer):
             return

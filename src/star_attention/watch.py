@@ -52,7 +52,7 @@ class Watch:
         self._interval = min(1.0, stall_s / 20)
         self._ticks, self._state, self._where = 0, IDLE, "between calls"
         self._beats = 0
-        self.issued = 0  # collectives
+        self.issued = 0  # collectives of this call
         self.share = (0, 0)  # how much of its share this rank has done, and of how much
         self.epoch = 0
         self.fault: Fault | None = None
@@ -97,19 +97,19 @@ class Watch:
         except Exception:  # the store is gone, and so are those who would read it
             return
 
-    def meet(self, name: str, note: str) -> list[str] | None:
-        """Every rank's note, or None where some rank does not come within the stall limit."""
+    def meet(self, name: str) -> bool:
+        """Whether every rank comes within the stall limit."""
         deadline = time.monotonic() + self.stall_s
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         try:
-            self._store.set(keys[self.rank], note)
+            self._store.set(keys[self.rank], "")
             while time.monotonic() < deadline:
                 if self._store.check(keys):
-                    return [value.decode() for value in self._store.multi_get(keys)]
+                    return True
                 time.sleep(0.01)
         except Exception:
-            return None
-        return None
+            return False
+        return False
 
     # ------------------------------------------------------------------ the thread
 

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
@@ -55,7 +55,6 @@ class _Now:
     """How the ranks stand; one for all that use them."""
 
     depth: int = 0  # of calls
-    issued: int = 0  # collectives
     open: int = 0  # collectives that nobody has waited for
     keys: int = 0  # contexts
     broken: RankError | None = None
@@ -96,9 +95,6 @@ class World:
         self._contexts: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         try:
             self._store = _store(host, port, start_s)
-            here = dist.PrefixStore(f"{name}/here", self._store)
-            here.set(str(rank), "")
-            _await(here, {str(other): other for other in range(size)}, start_s)
             self._control()
         except RankError:
             raise
@@ -118,13 +114,20 @@ class World:
     def group(self, backend: str, ranks: range) -> Any:
         """The process group of these ranks, of which this is one; made at first use, which is collective among them."""
         if (backend, ranks) not in self._groups:
-            self._groups[backend, ranks] = self._new_group(backend, ranks)
+            if hasattr(self, "watch"):
+                with self._waiting():
+                    self._groups[backend, ranks] = self._new_group(backend, ranks, self._check_alive)
+            else:
+                self._groups[backend, ranks] = self._new_group(backend, ranks)
         return self._groups[backend, ranks]
 
-    def _new_group(self, backend: str, ranks: range) -> Any:
+    def _new_group(self, backend: str, ranks: range, check: Callable[[], None] | None = None) -> Any:
         epoch = self.watch.epoch if hasattr(self, "watch") else 0
         name = f"{self._name}/{epoch}/{backend}/{ranks.start}-{ranks.stop}-{ranks.step}"
         store, place = dist.PrefixStore(name, self._store), ranks.index(self.rank)
+        # (Making a group waits for the others inside of torch, where neither Ctrl-C nor a fault of theirs would end it.)
+        store.set(f"here/{self.rank}", "")
+        _await(store, {f"here/{rank}": rank for rank in ranks}, self._start_s, check)
         if backend == "nccl":
             return dist.ProcessGroupNCCL(store, place, len(ranks), _FOREVER)
         group = dist.ProcessGroupGloo(store, place, len(ranks), timedelta(seconds=self._start_s))
@@ -217,6 +220,7 @@ class World:
                 yield
                 return
             self._now.depth = 1
+            self.watch.issued = 0
             self.watch.state(BUSY)
             self.watch.tick(where)
             try:
@@ -247,21 +251,21 @@ class World:
             self.watch.leave(_first_line(self._now.broken))
 
     def _recover(self) -> bool:
-        """Meet the other ranks after an exception; new groups where some were left in the middle of a collective."""
+        """Meet the other ranks after an exception, and make new groups: in the old ones some may wait for others that left."""
         self.watch.state(WAITING)
-        notes = self.watch.meet(f"met/{self.watch.epoch}", f"{self._now.issued} {self._now.open}")
-        if notes is None:
+        if not self.watch.meet(f"met/{self.watch.epoch}"):
             return False
         self.watch.epoch += 1
         self.watch.fault = None
-        if len(set(notes)) > 1 or self._now.open:
-            try:
-                _KEPT.extend(self._groups.values())
-                self._groups.clear()
-                self._control()
-                self._now.issued = self._now.open = 0
-            except RuntimeError:
-                return False
+        self._abort()
+        if self._now.open:
+            _KEPT.extend(self._groups.values())
+        self._groups.clear()
+        self._now.open = 0
+        try:
+            self._control()
+        except RuntimeError:
+            return False
         return True
 
     def tick(self, where: str | None = None) -> None:
@@ -364,7 +368,6 @@ class World:
 
     def issue(self, group: Any, collective: Callable[[Any], Any]) -> Pending:
         self._check_alive()
-        self._now.issued += 1
         self.watch.issued += 1
         self._now.open += 1
         work = collective(group)
@@ -387,8 +390,7 @@ class World:
         ):  # the stream waits; where a rank is lost, the watch ends the collective
             work.wait()
             return
-        self.watch.state(WAITING)
-        try:
+        with self._waiting():
             while True:
                 ended = (
                     work.is_completed()
@@ -400,6 +402,13 @@ class World:
                     self._check()
                     if ended:
                         raise _as_error(self.watch.suspect(_first_line(error))) from error
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Waiting for other ranks is not hanging."""
+        self.watch.state(WAITING)
+        try:
+            yield
         finally:
             self.watch.state(BUSY if self._now.depth else IDLE)
 
@@ -407,7 +416,8 @@ class World:
         """End collectives that run on the device, where nobody could look out for faults."""
         for (backend, _), group in list(self._groups.items()):
             if backend == "nccl":
-                group.abort()
+                with suppress(RuntimeError):  # (aborted before)
+                    group.abort()
 
     def close(self) -> None:
         """Leave the other ranks, who are told."""
@@ -441,8 +451,8 @@ def _listen(host: str) -> Any:
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=START_S))
 
 
-def _await(store: Any, keys: dict[str, int], start_s: float) -> None:
-    """Wait until the ranks have set their keys (key to rank). Ctrl-C ends it, which it does not inside of torch's own wait.
+def _await(store: Any, keys: dict[str, int], start_s: float, check: Callable[[], None] | None = None) -> None:
+    """Wait until the ranks have set their keys (key to rank), with Ctrl-C and `check` looked at meanwhile.
 
     Raises `RankError` naming those that have not come within `start_s`.
     """
@@ -454,7 +464,9 @@ def _await(store: Any, keys: dict[str, int], start_s: float) -> None:
             raise RankError(
                 late[0] if len(late) == 1 else None, "the start", f"{who} did not come within {start_s:g} s"
             )
-        time.sleep(0.02)
+        if check is not None:
+            check()
+        time.sleep(0.01)
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention import StarLLM, cost
+from star_attention import StarLLM, cost, world
 from star_attention.comm import SoloComm, TorchComm
-from star_attention.errors import InvalidInputError, UnsupportedModelError
+from star_attention.errors import InvalidInputError, SizeError, UnsupportedModelError
 from star_attention.hf import tensor
 from star_attention.hf.shape import model_shape
 from star_attention.plan import BlockPlan
 from tests.dist.pool import Pool
 from tests.dist.test_ranks_are_invisible import answer_of, check_model
-from tests.engines import CONTEXT, ids
+from tests.engines import BUNDLED, CONTEXT, ids
 from tests.families import build
 
 SIZES = dict(block_size=24, anchor_size=10)
@@ -259,3 +259,108 @@ def guided(comm: TorchComm, path: Path) -> list[Any]:
 def test_guidance_is_refused_and_the_ranks_go_on(pool: Pool, folder: Path) -> None:
     results = pool.run(guided, 4, path=on_disk(folder, "llama"))
     assert results == [results[0]] * 4
+
+
+# ------------------------------------------------------------------------------------------------- several calls and engines
+
+
+def one_rank_fails(comm: TorchComm, path: Path, tensor_parallel: int, victim: int, phase: int) -> Any:
+    star = star_of(comm, path, tensor_parallel, block_size=40)  # 3 blocks
+    real = star._handle.encode
+
+    def failing(*arguments: Any, **words: Any) -> None:
+        raise ZeroDivisionError("planted")
+
+    context = star.encode(ids(CONTEXT)) if phase == 2 else None
+    if star.rank == victim:
+        star._handle.encode = failing  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        star.generate(context, [5, 6], max_new_tokens=3) if phase == 2 else star.encode(ids(CONTEXT))
+    star._handle.encode = real  # type: ignore[method-assign]
+    kept = len(world._KEPT)
+    context = star.encode(ids(CONTEXT))
+    return star.generate(context, [5, 6], max_new_tokens=3).token_ids, kept
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize(("tensor_parallel", "victim"), [(2, 3), (2, 1), (1, 2)])
+def test_an_exception_is_raised_on_all_and_the_next_call_works(
+    pool: Pool, folder: Path, tensor_parallel: int, victim: int, phase: int
+) -> None:
+    """Also before the ranks of a host, or those with the same heads, have first spoken to each other."""
+    words: dict[str, Any] = dict(path=on_disk(folder, "llama"), tensor_parallel=tensor_parallel, victim=victim)
+    results = pool.run(one_rank_fails, 4, phase=phase, **words)
+    star = star_of(SoloComm(), words["path"], 1, block_size=40)
+    tokens = star.generate(star.encode(ids(CONTEXT)), [5, 6], max_new_tokens=3).token_ids
+    assert [found for found, _ in results] == [tokens] * 4
+
+
+def two_engines(comm: TorchComm, path: Path) -> Any:
+    plain, cut = star_of(comm, path, 1), star_of(comm, path, 2)
+    contexts = [star.encode(ids(CONTEXT)) for star in (plain, cut)]
+    said = [star.generate(context, [5, 6], max_new_tokens=4).token_ids for star, context in zip((plain, cut), contexts)]
+    for star, context in ((plain, contexts[1]), (cut, contexts[0])):
+        with pytest.raises(InvalidInputError, match="lies on"):
+            star.generate(context, [5, 6], max_new_tokens=4)
+    again = StarLLM(cut.model, **SIZES)  # finds out by itself
+    said.append(again.generate(again.encode(ids(CONTEXT)), [5, 6], max_new_tokens=4).token_ids)
+    with pytest.raises(InvalidInputError, match="other ranks"):
+        StarLLM(cut.model, comm="solo", **SIZES)
+    return said
+
+
+def test_engines_of_different_meshes_live_side_by_side(pool: Pool, folder: Path) -> None:
+    results = pool.run(two_engines, 4, path=on_disk(folder, "llama"))
+    assert results == [[results[0][0]] * 3] * 4
+
+
+def adapted(comm: TorchComm, path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    star = star_of(comm, path, 2)
+    with pytest.raises(UnsupportedModelError, match="adapters"):
+        StarLLM(peft.get_peft_model(star.model, peft.LoraConfig(target_modules=["q_proj"])).eval())
+
+
+def test_adapters_are_refused(pool: Pool, folder: Path) -> None:
+    pool.run(adapted, 2, path=on_disk(folder, "llama"))
+
+
+def streamed(comm: TorchComm) -> Any:
+    star = StarLLM.from_pretrained(
+        BUNDLED, dtype="float32", device="cpu", comm=comm, block_size=64, tensor_parallel=min(2, comm.size)
+    )
+    context = star.encode([{"role": "user", "content": "The tea is hot and the cup is blue.\n" * 30}])
+    words: dict[str, Any] = dict(max_new_tokens=8, ignore_eos=True)
+    pieces = list(star.stream(context, [{"role": "user", "content": "What is hot?"}], **words))
+    with star.stream(context, [{"role": "user", "content": "What is blue?"}], **words) as stream:
+        first = [piece for piece, _ in zip(stream, range(2), strict=False)]
+    return pieces, first, stream.result.finish_reason
+
+
+def test_streams(pool: Pool) -> None:
+    assert pool.run(streamed, 4) == [streamed(SoloComm())] * 4
+
+
+def laid_out(comm: TorchComm, path: Path, ring_layout: str) -> Any:
+    star = StarLLM.from_pretrained(path, comm=comm, device="cpu", method="ring", ring_layout=ring_layout)
+    return [len(segments) for segments in star.encode(ids(CONTEXT)).layout]
+
+
+def test_from_pretrained_passes_all_settings_on(pool: Pool, folder: Path) -> None:
+    for ring_layout, runs in (("zigzag", 2), ("contiguous", 1)):
+        assert pool.run(laid_out, 2, path=on_disk(folder, "llama"), ring_layout=ring_layout) == [[runs, runs]] * 2
+
+
+def refused_on_one_rank(comm: TorchComm, path: Path) -> int:
+    for settings in (dict(anchor_size=50), dict(tensor_parallel=2, model_kwargs=dict(device_map="auto"))):
+        with pytest.raises((InvalidInputError, SizeError)):
+            StarLLM.from_pretrained(path, comm=comm, device="cpu", **(SIZES | settings if comm.rank == 1 else SIZES | dict(tensor_parallel=2)))
+    star = star_of(comm, path, 1)
+    star.model.train(comm.rank == 1)
+    with pytest.raises(InvalidInputError, match="training"):
+        StarLLM(star.model, comm=comm)
+    return comm.rank
+
+
+def test_what_one_rank_refuses_all_refuse(pool: Pool, folder: Path) -> None:
+    assert pool.run(refused_on_one_rank, 2, path=on_disk(folder, "llama")) == [0, 1]

@@ -15,6 +15,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,9 @@ def share(model: Any) -> Share | None:
 
 def reasons(config: Any, tensor_parallel: int) -> list[str]:
     """Why the model of a config cannot be shared out to so many ranks; empty where it can."""
-    config = config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    quantized = any(getattr(one, "quantization_config", None) is not None for one in (config, text))
+    config = text
     plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
     attention = {name.rpartition(".")[2]: style for name, style in plan.items()}
     odd = sorted({style for style in plan.values() if style not in (*_CUT, *_EXPERTS, *_WHOLE)})
@@ -65,10 +68,10 @@ def reasons(config: Any, tensor_parallel: int) -> list[str]:
         found.append("its tensor-parallel plan does not share out the attention heads")
     if any(getattr(config, field, None) is not None for field in _WHOLE_WIDTH):
         found.append("its MLP looks at all of its width at once")
-    if getattr(config, "quantization_config", None) is not None:
+    if quantized:
         found.append("its weights are quantized")
-    for what in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        for size in {number for number in _numbers(getattr(config, what, None)) if number % tensor_parallel}:
+    for what in ("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads", "intermediate_size"):
+        for size in sorted({number for number in _numbers(config, what) if number % tensor_parallel}):
             found.append(f"its {what} {size} does not divide by tensor_parallel {tensor_parallel}")
     return found
 
@@ -80,9 +83,14 @@ def check(config: Any, tensor_parallel: int) -> None:
         raise UnsupportedModelError(f"{config.model_type} with tensor_parallel {tensor_parallel}", found)
 
 
-def _numbers(value: Any) -> list[int]:
-    """A size that may be one for all layers, or one for each."""
-    return [value] if isinstance(value, int) else [number for number in value or [] if isinstance(number, int)]
+def _numbers(config: Any, what: str) -> list[int]:
+    """A size of all layers, which may differ between them."""
+    found: list[int] = []
+    for one in (config, *(getattr(config, "per_layer_config", None) or ())):
+        with suppress(RuntimeError):  # (a config whose layers differ refuses to name one value for all of them)
+            value = getattr(one, what, None)
+            found += [value] if isinstance(value, int) else [n for n in value or () if isinstance(n, int)]
+    return found
 
 
 def load_share(
@@ -100,9 +108,6 @@ def load_share(
 
     Raises what `load.load` does, `UnsupportedModelError` for models that cannot be shared out.
     """
-    for word in ("device_map", "quantization_config", "tp_plan", "distributed_config"):
-        if word in model_kwargs:
-            raise InvalidInputError(f"tensor_parallel {tensor_parallel} does not go with {word} in model_kwargs")
     with comm.call("the start"):
         mesh = comm.on(torch.device(load.pick_device(device)), tensor_parallel)
     loaded: tuple[Any, Any] | None = None
@@ -110,6 +115,11 @@ def load_share(
         failure: Exception | None = None
         if turn == mesh.tensor_rank:
             try:
+                for word in ("device_map", "quantization_config", "tp_plan", "distributed_config"):
+                    if word in model_kwargs:
+                        raise InvalidInputError(
+                            f"tensor_parallel {tensor_parallel} does not go with {word} in model_kwargs"
+                        )
                 check(load.load_config(path, **load.for_all_files(model_kwargs)), tensor_parallel)
                 loaded = load.load(path, dtype=dtype, device="cpu", model_kwargs=model_kwargs)
                 cut(loaded[0], mesh)
