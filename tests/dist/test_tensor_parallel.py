@@ -29,6 +29,8 @@ OTHERS = ["olmo", "granite", "smollm3", "nemotron", "glm", "glm4", "ernie4_5", "
 OTHERS += ["exaone4", "ministral", "ministral3", "qwen2_sliding", "gemma3_dynamic_ntk", "llama_yarn", "llama_llama3scaling"]
 OTHERS += ["gemma4", "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "ernie4_5_moe", "dots1", "exaone_moe"]
 
+QUICK = ["gemma4", "mixtral", "qwen3_moe", "exaone4"]
+
 
 @functools.cache
 def model(name: str) -> Any:
@@ -60,7 +62,10 @@ def answered(comm: TorchComm, path: Path, tensor_parallel: int, **settings: Any)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(2, 2), (4, 2), (4, 4), (6, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "tensor_parallel"),
+    [(4, 2), (4, 4), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 2), (6, 2)))],
+)
 def test_every_family_against_the_oracle(
     pool: Pool, folder: Path, name: str, ranks: int, tensor_parallel: int
 ) -> None:
@@ -68,7 +73,9 @@ def test_every_family_against_the_oracle(
     check_model(results, model(name), **SIZES, tensor_parallel=tensor_parallel)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
 def test_other_families_against_the_oracle(pool: Pool, folder: Path, name: str) -> None:
     missing = tensor.reasons(model(name).config, 2)
     if missing:
