@@ -18,6 +18,7 @@ from star_attention import cost
 from star_attention.attention.oracle import law_mask
 from star_attention.cost import AttentionShape, ModelShape
 from star_attention.errors import InvalidInputError, UnsupportedModelError
+from star_attention.hf import tensor
 from star_attention.hf.shape import model_shape
 from star_attention.plan import BlockPlan
 from tests.engines import BUNDLED, engine, ids, tiny
@@ -251,6 +252,19 @@ def test_models_that_look_at_values_are_refused_by_name() -> None:
 def test_an_unknown_precision_is_an_error() -> None:
     with pytest.raises(InvalidInputError, match="dtype 'float23' is unknown; use auto"):
         model_shape(FAMILIES["llama"](), "float23")
+
+
+def test_layers_may_differ_in_their_kv_heads() -> None:
+    """Gemma 4 has full-attention layers with KV heads of their own; such a config has no one value to name."""
+    plain = FAMILIES["gemma4"]().get_text_config(decoder=True)
+    if not hasattr(plain, "per_layer_config"):
+        pytest.skip("this release of transformers has one value for all layers")
+    config = plain.to_dict()
+    config.pop("per_layer_config", None)
+    made = AutoConfig.for_model(**(config | dict(attention_k_eq_v=True, num_global_key_value_heads=2)))
+    assert model_shape(made, "float32").kv_numbers_per_token > 0
+    assert any("num_key_value_heads 3" in reason for reason in tensor.reasons(made, 2))
+    assert any("num_key_value_heads 2" in reason for reason in tensor.reasons(made, 3))
 
 
 @pytest.mark.parametrize(
