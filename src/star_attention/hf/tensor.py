@@ -48,7 +48,8 @@ _SHARES: weakref.WeakKeyDictionary[nn.Module, Share] = weakref.WeakKeyDictionary
 
 def share(model: Any) -> Share | None:
     """What is known of a model that was cut, None for a whole one."""
-    return _SHARES.get(support.unwrap(model))
+    model = support.unwrap(model)
+    return _SHARES.get(model) if isinstance(model, nn.Module) else None
 
 
 def reasons(config: Any, tensor_parallel: int) -> list[str]:
