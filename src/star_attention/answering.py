@@ -20,6 +20,7 @@ from star_attention.errors import InvalidInputError, StarAttentionError
 from star_attention.hf import settings, tensor, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.wire import Traffic
+from star_attention.world import END
 
 _INSTEAD = {
     "stop_strings": "use stop=",
@@ -77,7 +78,8 @@ class Stream(Iterator[str]):
     """The text of one answer as it is generated; `result` is the whole `Generation` once it has ended.
 
     Nothing runs between two pieces, so a stream may be suspended for any time, and other calls on the same model may run
-    meanwhile. `close()` ends it early; the result is then what was generated so far.
+    meanwhile. `close()`, or the end of a `with` block, ends it early; the result is then what was generated so far. On several
+    ranks rank 0's stream counts: where it is closed, or left for another call, it ends on all ranks.
     """
 
     def __init__(self, run: Run | FollowedRun, comm: Comm) -> None:
@@ -99,7 +101,7 @@ class Stream(Iterator[str]):
         if self._failed:
             raise InvalidInputError("this stream has failed; ask again")
         try:
-            with self._comm.call("a stream"):
+            with self._comm.call("a stream", greet=False):
                 yield
         except BaseException:
             self._failed = True
@@ -270,7 +272,7 @@ class Run:
     def _tell_end(self) -> None:
         if self._comm.size > 1 and not self._end_told:
             self._end_told = True
-            self._comm.tell(("end", [replace(answer, logits=None) for answer in self.generations()]))
+            self._comm.tell((END, [replace(answer, logits=None) for answer in self.generations()]))
 
     def _steps(self) -> Iterator[str]:
         with _workable():  # transformers makes its logits processors here
@@ -370,7 +372,7 @@ class FollowedRun:
             ):
                 return next(self._following)
         except StopIteration as end:
-            self._generations, self.ended = end.value, True
+            self._generations, self.ended = end.value or [], True
             return None
 
     def finish(self) -> None:
@@ -379,6 +381,10 @@ class FollowedRun:
             self._next()
 
     def generations(self) -> list[Generation]:
+        if not self._generations:
+            raise InvalidInputError(
+                "rank 0 left this stream before its end; close it there with close() or a with block"
+            )
         return self._generations
 
 

@@ -70,7 +70,7 @@ class StarConfig:
             resolve_sizes(1, None, self.anchor_size)
         if self.tokens_per_forward is not None and self.tokens_per_forward < 1:
             raise SizeError(
-                f"tokens_per_forward {self.tokens_per_forward} is below 1; give a positive number of tokens, or None"
+                f"tokens_per_forward {self.tokens_per_forward} is below 1; give a positive number of tokens, or leave it out"
             )
         if self.reserve_tokens < 1:
             raise SizeError(f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token")

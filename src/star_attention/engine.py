@@ -31,6 +31,7 @@ from star_attention.plan import RING_LAYOUTS, BlockPlan, Segments
 from star_attention.saved import SavedContext
 from star_attention.store import ContextKV, LayerKV, as_tensor_ids
 from star_attention.wire import Traffic
+from star_attention.world import END
 
 TextOrIds = str | Sequence[int] | Tensor
 Content = TextOrIds | Sequence[chat.Message]
@@ -292,8 +293,8 @@ class StarLLM:
             idle = sum(not segments for segments in layout)
             if idle and self.rank == 0:
                 warnings.warn(
-                    f"{plan.num_blocks} blocks on {plan.ranks} {_hosts(self._comm)} leave {idle} idle; a smaller block_size"
-                    " gives each one work",
+                    f"{idle} of {plan.ranks} {_hosts(self._comm)} are idle: the context has {plan.num_blocks:,}"
+                    f" {'block' if plan.num_blocks == 1 else 'blocks'}; a smaller block_size gives each one work",
                     stacklevel=4,
                 )
             ids_BL = torch.stack([contexts[i][0] for i in indices])
@@ -589,7 +590,7 @@ class StarLLM:
                     pass
                 return None
             logits_QV = phase2.logits(request[0])
-            self._comm.tell(("end", None))
+            self._comm.tell((END, None))
             return logits_QV
 
     def _led(self, prepare: Callable[[], tuple[int, Any]]) -> tuple[Generator[str, None, Any] | None, Any]:

@@ -24,6 +24,7 @@ from star_attention.comm import Comm
 from star_attention.hf.cache import AnswerCache
 from star_attention.hf.handle import ModelHandle, cache_word
 from star_attention.store import ContextKV
+from star_attention.world import CALL, END
 
 STEPPED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """What our own loop does; every other mode is transformers'."""
@@ -194,14 +195,18 @@ def follow(
 ) -> Generator[str, None, Any]:
     """The part of every rank but 0: the forwards and changes of the cache that rank 0 tells, until it says that the answer ends.
 
-    Yields the pieces of text that rank 0 streams, and returns what it told last. Sampling, beams and stopping criteria are
+    Yields the pieces of text that rank 0 streams, and returns what it told last, None where it left the answer for another
+    call. Sampling, beams and stopping criteria are
     rank 0's alone, so that nothing about them can differ between ranks.
     """
     cache = AnswerCache(shard, handle.windows, context_tokens, [0], comm)
     while True:
         what, *arguments = comm.hear()
-        if what == "end":
+        if what == END:
             return arguments[0]
+        if what == CALL:
+            comm.unhear((what, *arguments))
+            return None
         if what == "piece":
             yield arguments[0]
         elif what == "cache":

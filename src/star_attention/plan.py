@@ -75,12 +75,12 @@ def resolve_sizes(context_tokens: int, block_size: int | str | None, anchor_size
     block = default_block_size(context_tokens) if block_size is None else parse_size(block_size, "block_size")
     if block < 1:
         raise SizeError(
-            f"block_size {block} is below 1; give a positive number of tokens, or None for the paper's rule"
+            f"block_size {block} is below 1; give a positive number of tokens, or leave it out for the paper's rule"
         )
     anchor = block if anchor_size is None else parse_size(anchor_size, "anchor_size")
     if anchor < 0:
         raise SizeError(
-            f"anchor_size {anchor} is negative; give 0 (no anchor) to block_size {block}, or None for the block size"
+            f"anchor_size {anchor} is negative; give 0 (no anchor) to block_size {block}, or leave it out for the block size"
         )
     if anchor > block:
         raise SizeError(

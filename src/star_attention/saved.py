@@ -36,11 +36,16 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
-def check_target(target: Path) -> None:
-    """Whether a context may be saved there.
+def check_target(target: Path, *, as_folder: bool) -> None:
+    """Whether a context may be saved there, `as_folder` by several ranks, or as a file.
 
     Raises `ContextSaveError` for a folder, for a file that is none of ours, and where there is no folder to hold it.
     """
+    if target.is_dir() and (target / INDEX).is_file() and not as_folder:
+        raise ContextSaveError(
+            f"cannot save the context to {target}: it is a folder that several ranks saved, and one process writes a file;"
+            " choose another name, or remove it first"
+        )
     if target.is_dir() and not (target / INDEX).is_file():
         raise ContextSaveError(f"cannot save the context to {target}: it is a folder; give the name of a file")
     if os.path.exists(target) and not is_saved(target):
@@ -73,11 +78,7 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
     target = Path(path)
     temporary: str | None = None
     try:
-        check_target(target)
-        if target.is_dir():
-            raise IsADirectoryError(
-                f"{target} is a context saved by several ranks; remove it first, or choose another name"
-            )
+        check_target(target, as_folder=False)
         # Beside the target, so that the last step is a rename within one file system.
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent)
         os.close(descriptor)
@@ -136,7 +137,7 @@ def write_shared(path: str, header: dict[str, Any], segments: Segments, tensors:
 
 
 def _new_folder(target: Path) -> Path:
-    check_target(target)
+    check_target(target, as_folder=True)
     try:
         return Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent))
     except OSError as error:

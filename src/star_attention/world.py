@@ -34,6 +34,9 @@ START_S = 300.0
 
 _POLL = timedelta(seconds=0.1)
 _FOREVER = timedelta(days=30)  # the watch decides how long to wait, not the transport
+CALL, END = "call", "end"
+"""What rank 0 tells first when a call begins, and last of an answer."""
+
 _PACKET = 2048  # bytes of a message that need no second broadcast
 _LENGTH = 8
 
@@ -59,6 +62,7 @@ class _Now:
     keys: int = 0  # contexts
     broken: RankError | None = None
     agreed: BaseException | None = None
+    early: Any = None  # heard, but meant for what comes next
 
 
 class World:
@@ -208,10 +212,13 @@ class World:
     # ------------------------------------------------------------------ calls and faults
 
     @contextmanager
-    def call(self, where: str) -> Iterator[None]:
+    def call(self, where: str, *, greet: bool = True) -> Iterator[None]:
         """One public call, on all ranks: an exception in it is told to the others, and theirs is raised here.
 
-        Afterwards the ranks have met again, so that the next call finds them together.
+        Afterwards the ranks have met again, so that the next call finds them together. greet: make sure first that all ranks
+        are in the same call (where the first message shows it, there is no need).
+
+        Raises `InvalidInputError` where they are not.
         """
         with self._lock:
             if self._now.broken is not None:
@@ -224,6 +231,8 @@ class World:
             self.watch.state(BUSY)
             self.watch.tick(where)
             try:
+                if greet:
+                    self._greet(where)
                 yield
             except BaseException as error:
                 self._fail(error)
@@ -232,6 +241,20 @@ class World:
                 self._now.depth = 0
                 self.watch.state(IDLE)
                 self.watch.tick("between calls")
+
+    def _greet(self, where: str) -> None:
+        if self.rank == 0:
+            self.tell((CALL, where))
+            return
+        what, *more = self.hear()
+        while what == END:  # of a stream that this rank has left
+            what, *more = self.hear()
+        if (what, more) != (CALL, [where]):
+            theirs = more[0] if what == CALL else "the stream of an answer"
+            raise InvalidInputError(
+                f"rank 0 is in {theirs}, rank {self.rank} in {where}: every call is collective, so make the same calls in"
+                " the same order on all ranks"
+            )
 
     def _fail(self, error: BaseException) -> None:
         if error is self._now.agreed:  # every rank raises it by itself, and all are where they were
@@ -261,7 +284,7 @@ class World:
         if self._now.open:
             _KEPT.extend(self._groups.values())
         self._groups.clear()
-        self._now.open = 0
+        self._now.open, self._now.early = 0, None
         try:
             self._control()
         except RuntimeError:
@@ -307,6 +330,9 @@ class World:
 
     def hear(self) -> Any:
         """What rank 0 told."""
+        if self._now.early is not None:
+            message, self._now.early = self._now.early, None
+            return message
         packet = torch.empty(_PACKET, dtype=torch.uint8)
         self._send(packet)
         raw = packet.numpy().tobytes()
@@ -317,6 +343,10 @@ class World:
             self._send(rest)
             data += rest.numpy().tobytes()
         return pickle.loads(data)
+
+    def unhear(self, message: Any) -> None:
+        """Leave a message for who hears next."""
+        self._now.early = message
 
     def _send(self, message: Tensor) -> None:
         self.issue(self._control(), lambda group: group.broadcast(message, 0)).wait()

@@ -137,7 +137,62 @@ def test_batches_and_growing_contexts(pool: Pool, name: str, ranks: int) -> None
     assert [sum(held) for held in zip(*(result["held"] for result in results), strict=True)] == solo["held"]
 
 
+def left_by_rank_0(comm: TorchComm, closed_late: bool) -> tuple[list[str], list[int]]:
+    """Rank 0 alone leaves a stream (a `break`), and asks something else."""
+    star = StarLLM(text_model(), bundled_tokenizer(), comm=comm, block_size=32)
+    context = star.encode("The hill is tall. " * 20)
+    stream = star.stream(context, "A dog", max_new_tokens=40, ignore_eos=True)
+    pieces = []
+    for piece in stream:
+        pieces.append(piece)
+        if comm.rank == 0 and len(pieces) == 2:
+            break
+    tokens = star.generate(context, "x", max_new_tokens=4, ignore_eos=True).token_ids
+    if closed_late:
+        stream.close()
+    elif comm.rank:
+        with pytest.raises(InvalidInputError, match="rank 0 left this stream before its end"):
+            stream.result  # noqa: B018
+    again = star.generate(context, "x", max_new_tokens=4, ignore_eos=True).token_ids
+    assert again == tokens
+    return pieces, tokens
+
+
+@pytest.mark.parametrize("closed_late", [False, True])
+def test_leaving_rank_0s_stream_ends_all(pool: Pool, closed_late: bool) -> None:
+    (pieces, tokens), *others = pool.run(left_by_rank_0, 3, closed_late=closed_late)
+    assert len(pieces) == 2
+    assert len(tokens) == 4
+    assert others == [(pieces, tokens)] * 2
+
+
 # ------------------------------------------------------------------------------------------------- errors
+
+
+def different_calls(comm: TorchComm) -> list[str]:
+    """Ranks that are not in the same call say so, and go on together."""
+    star = engine("llama", comm=comm, **SIZES)
+    context = star.encode(ids(CONTEXT))
+    said = []
+    with pytest.raises(InvalidInputError) as caught:
+        star.generate(context, [5], max_new_tokens=3) if comm.rank == 1 else star.encode(ids(CONTEXT))
+    said.append(str(caught.value))
+    stream = StarLLM(text_model(), bundled_tokenizer(), comm=comm, block_size=32)
+    story = stream.encode("The hill is tall. " * 20)
+    pieces = stream.stream(story, "A dog", max_new_tokens=5, ignore_eos=True)
+    next(pieces)
+    with pytest.raises(InvalidInputError) as caught:
+        star.generate(context, [5], max_new_tokens=3) if comm.rank == 1 else list(pieces)
+    said.append(str(caught.value))
+    assert star.generate(context, [5], max_new_tokens=3).token_ids
+    return said
+
+
+def test_ranks_in_different_calls_are_told(pool: Pool) -> None:
+    first, *others = pool.run(different_calls, 3)
+    assert "rank 0 is in encode, rank 1 in generate: every call is collective" in first[0]
+    assert "rank 0 is in the stream of an answer, rank 1 in generate" in first[1]
+    assert all("every call is collective" in message for said in others for message in said)
 
 
 def refusals(comm: TorchComm) -> list[str]:

@@ -348,6 +348,17 @@ def test_streams(pool: Pool) -> None:
     assert pool.run(streamed, 4) == [streamed(SoloComm())] * 4
 
 
+def saved_as_a_model(comm: TorchComm, path: Path, to: Path) -> None:
+    star = StarLLM.from_pretrained(path, comm=comm, device="cpu", tensor_parallel=2, **SIZES)
+    with pytest.raises(InvalidInputError, match="this rank's weights only"):
+        star.model.save_pretrained(to)
+
+
+def test_a_share_is_not_saved_as_a_model(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    pool.run(saved_as_a_model, 2, path=on_disk(folder, "llama"), to=tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
 def laid_out(comm: TorchComm, path: Path, ring_layout: str) -> Any:
     star = StarLLM.from_pretrained(path, comm=comm, device="cpu", method="ring", ring_layout=ring_layout)
     return [len(segments) for segments in star.encode(ids(CONTEXT)).layout]

@@ -290,7 +290,7 @@ def test_plan_as_json(bare_config: Path) -> None:
 def test_plan_warns_of_what_would_not_run(bare_config: Path) -> None:
     err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err
     assert "warning: context, query and answer need 65,856 positions, the model has 65,536" in err
-    assert "warning: 8 ranks share 4 blocks, so 4 are idle: lower block_size or ranks\n" in err
+    assert "warning: 4 of 8 ranks are idle: the context has 4 blocks; lower --block-size or --ranks\n" in err
 
 
 def test_plan_names_a_model_that_cannot_run(bare_config: Path) -> None:
@@ -338,6 +338,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         (["--query", ""], "a query is empty"),
         (["--save", "/nowhere/book.star"], "the folder /nowhere does not exist"),
         (["--save", "/tmp"], "it is a folder; give the name of a file"),
+        (["--save", "/proc/book.star"], "the folder /proc cannot be written to"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

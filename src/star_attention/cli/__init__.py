@@ -10,7 +10,7 @@ import typer
 
 from star_attention._version import __version__
 from star_attention.cli.ask import ask
-from star_attention.cli.command import command
+from star_attention.cli.command import command, speak_once_a_machine
 from star_attention.cli.demo import demo
 from star_attention.cli.encode import encode
 from star_attention.cli.generate import generate
@@ -47,7 +47,8 @@ def root(
     """Answer questions on long texts with two-phase Star Attention, with any transformers decoder.
 
     Answers go to stdout, progress and messages to stderr. Sizes are tokens and may be written 4k, 128k or 1m (powers
-    of 1024). Exit status: 0 done, 1 failed, 2 options that are unknown, missing or cannot be read, 130 interrupted.
+    of 1024). Exit status: 0 done, 1 failed, 2 options that are unknown, missing or cannot be read, 130 interrupted
+    (torchrun returns 1 for each of these).
     """
 
 
@@ -55,6 +56,7 @@ def main() -> None:
     """Run the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old locale cannot write
+    speak_once_a_machine()
     try:
         app(prog_name=NAME)
     except KeyboardInterrupt:  # before a command has begun

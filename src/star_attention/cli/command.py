@@ -95,12 +95,15 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    say(f"warning: {message}")
+    if leads():  # the others would say the same
+        say(f"warning: {message}")
 
 
 def say(text: str) -> None:
     """One line on stderr, whatever the text."""
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    # (Written at once: print writes the line's end by itself, and another rank's line may come between.)
+    sys.stderr.write(" ".join(text.split()) + "\n")
+    sys.stderr.flush()
 
 
 # ------------------------------------------------------------------------------------------------- several ranks
@@ -114,6 +117,12 @@ def ranks() -> tuple[int, int]:
     """This process's rank and how many there are, by torchrun's environment."""
     rank, size = (os.environ.get(name) or default for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
+
+
+def speak_once_a_machine() -> None:
+    """What is printed before a command begins (help, misuse) comes from one rank of each machine."""
+    if ranks()[1] > 1 and (os.environ.get("LOCAL_RANK") or "0") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
 
 
 def leads() -> bool:
@@ -132,12 +141,15 @@ def _one_of_several() -> Iterator[None]:
     def terminate(*_: Any) -> None:
         raise Terminated
 
+    sys.stdout, sys.stderr = sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr
     signal.signal(signal.SIGTERM, terminate)
     status = 0
     try:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(sys.stdout if rank == 0 else nothing):
             yield
         return
+    except typer.BadParameter:  # found by rank 0 alone, before it meets the others
+        raise
     except KeyboardInterrupt:
         status = 130
         if rank == 0:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from star_attention.cli.command import leads
+from star_attention.cli.command import leads, say
 from star_attention.plan import BlockPlan, Span, format_size
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Notes:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def waiting(self, text: str) -> AbstractContextManager[Any]:
         """Says what is being waited for."""
@@ -43,9 +43,11 @@ class Notes:
         if self.quiet:
             yield None
         elif sys.stderr.isatty():
-            yield from _bars(of_ranks) if of_ranks() else _bar()
-        elif of_ranks():
-            yield _RankLines(self, of_ranks)
+            yield from _bars(of_ranks) if len(of_ranks()) > 1 else _bar()
+        elif len(of_ranks()) > 1:
+            lines = _RankLines(self, of_ranks)
+            yield lines
+            lines.end()
         else:
             yield _Lines(self)
 
@@ -99,10 +101,16 @@ class _RankLines:
         tenth = (span.stop - start) * _STEPS // max(1, stop - start)
         if tenth > self.told:
             self.told = tenth
-            others = (
-                f"rank {rank} {done:,} of {total:,}" for rank, (done, total) in enumerate(self.of_ranks()) if rank
-            )
-            self.notes.say(f"encoded: rank 0 {span.stop - start:,} of {stop - start:,} tok, " + ", ".join(others))
+            # (What the others say is a second old at most; one that has said nothing yet may be idle, too.)
+            others = [
+                f", rank {rank} {done:,} of {total:,}"
+                for rank, (done, total) in enumerate(self.of_ranks())
+                if rank and total
+            ]
+            self.notes.say(f"encoded: rank 0 {span.stop - start:,} of {stop - start:,} tok" + "".join(others))
+
+    def end(self) -> None:
+        self.notes.say(f"encoded: all {len(self.of_ranks())} ranks are done")
 
 
 def _bars(of_ranks: Callable[[], list[tuple[int, int]]]) -> Iterator[Any]:
@@ -140,10 +148,10 @@ def context_summary(context: EncodedContext) -> str:
     """`context 131,072 tok, 8 blocks x 16k, anchor 16k`."""
     plan = context.plan
     head = f"context {plan.context_tokens:,} tok, "
-    if context.method == "dense":
-        return head + "dense"
     if plan.ranks > 1:
         head += f"{plan.ranks} ranks, "
+    if context.method in ("dense", "ring"):
+        return head + context.method
     blocks = "1 block" if plan.num_blocks == 1 else f"{plan.num_blocks} blocks"
     return head + f"{blocks} x {format_size(plan.block_size)}, anchor {format_size(plan.anchor_size)}"
 

@@ -84,7 +84,8 @@ class Report:
         idle = self.plan.ranks - self.plan.num_blocks
         if idle > 0:
             warnings.warn(
-                f"{self.plan.ranks} ranks share {self.plan.num_blocks} blocks, so {idle} are idle: lower block_size or ranks",
+                f"{idle} of {self.plan.ranks} ranks are idle: the context has {self.plan.num_blocks:,}"
+                f" {'block' if self.plan.num_blocks == 1 else 'blocks'}; lower --block-size or --ranks",
                 stacklevel=2,
             )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from star_attention.cli.command import ranks
 from star_attention.cli.notes import Notes, in_bytes
 from star_attention.cli.options import ContextOptions, ModelOptions
 from star_attention.config import StarConfig
@@ -28,12 +29,12 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
         from star_attention.hf.logs import hide_progress_bars
 
         hide_progress_bars()
-        ranks = comm.from_environment(None, stall_s=model.stall_limit)
+        own = comm.from_environment(None, stall_s=model.stall_limit)
         return StarLLM.from_pretrained(
             model.model,
             dtype=model.dtype,
             device=model.device,
-            comm=ranks,
+            comm=own,
             tensor_parallel=model.tensor_parallel,
             **sizes,
         )
@@ -75,9 +76,14 @@ def check_target(path: str | None) -> None:
     from star_attention import saved
 
     target = Path(path)
-    saved.check_target(target)
-    if not os.access(target.parent, os.W_OK):
-        raise ContextSaveError(f"cannot save the context to {target}: the folder {target.parent} cannot be written to")
+    saved.check_target(target, as_folder=ranks()[1] > 1)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent):
+            pass
+    except OSError as error:
+        raise ContextSaveError(
+            f"cannot save the context to {target}: the folder {target.parent} cannot be written to ({error.strerror})"
+        ) from None
 
 
 def save(context: EncodedContext, path: str, notes: Notes) -> None:

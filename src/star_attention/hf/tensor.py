@@ -156,6 +156,14 @@ def cut(model: Any, comm: Comm) -> None:
                     type(model).__name__, [f"its attention has weights for each head ({name}) that its plan leaves out"]
                 )
     _SHARES[support.unwrap(model)] = Share(comm=comm, identity=whole)
+    model.save_pretrained = _refuse_to_save
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise InvalidInputError(
+        "this model was shared out by tensor_parallel and holds this rank's weights only; save the whole one, loaded without"
+        " tensor_parallel"
+    )
 
 
 def layers(model: Any) -> Iterator[tuple[str, Any, str]]:

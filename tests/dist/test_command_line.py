@@ -1,0 +1,67 @@
+"""The command under torchrun: what every rank would say is said once, misuse is told as on one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.engines import BUNDLED
+
+
+def torchrun(*arguments: str | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+            *("-m", "star_attention", *map(str, arguments)),
+        ],
+        env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def book(tmp_path: Path) -> Path:
+    text = tmp_path / "book.txt"
+    text.write_text("The tea is hot and the cup is blue.\n" * 60)
+    return text
+
+
+def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
+    saved = tmp_path / "book.star"
+    done = torchrun(
+        *("encode", "-m", BUNDLED, "--chat", "--method", "ring", "--block-size", "64", book(tmp_path), "-o", saved)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stderr.splitlines()
+    assert sum("have no effect on ring attention" in line for line in lines) == 1
+    assert [line for line in lines if line.startswith("encoded: ")][-1] == "encoded: all 2 ranks are done"
+    assert any(line.startswith("context ") and "tok, 2 ranks, ring, encode " in line for line in lines)
+    alone = subprocess.run(
+        [sys.executable, "-m", "star_attention", "encode", "-m", BUNDLED, book(tmp_path), "-o", saved],
+        env=os.environ | dict(HF_HUB_OFFLINE="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert alone.returncode == 1
+    assert "a folder that several ranks saved, and one process writes a file" in alone.stderr
+    assert "loading" not in alone.stderr, "before any work"
+
+
+def test_misuse_is_told_once_and_without_a_traceback(tmp_path: Path) -> None:
+    text = book(tmp_path)
+    for arguments, message in (
+        (["generate", "-m", BUNDLED, text], "Invalid value for --query or --query-file: give a query"),
+        (["generate", "-m", BUNDLED, text, "--qury", "x"], "No such option: --qury"),
+    ):
+        done = torchrun(*arguments)
+        assert done.returncode != 0
+        said = " ".join(done.stderr.replace("│", " ").split())
+        assert said.count(message) == 1, done.stderr[-3000:]
+        ours = done.stderr.partition("torch/distributed/elastic")[0]  # (torchrun's own report has a traceback)
+        assert 'star_attention/cli' not in done.stderr, ours
