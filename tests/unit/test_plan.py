@@ -127,7 +127,7 @@ def test_the_rule_is_the_smallest_power_of_two_within_its_limits(tokens: int) ->
     ("block", "anchor", "message"),
     [
         ("4x", None, "block_size '4x' is not a number of tokens"),
-        (0, None, "block_size 0 is below 1; give a positive number of tokens, or None for the paper's rule"),
+        (0, None, "block_size 0 is below 1; give a positive number of tokens, or leave it out for the paper's rule"),
         (-5, None, "block_size -5 is below 1"),
         (8, "4y", "anchor_size '4y' is not a number of tokens"),
         (8, -1, r"anchor_size -1 is negative; give 0 \(no anchor\) to block_size 8"),

@@ -175,8 +175,8 @@ def _one_of_several() -> Iterator[None]:
 
 
 def _why_terminated() -> str:
-    from star_attention import comm
-
-    own = comm.own()
+    # (Not imported here: the signal may have come in the middle of importing torch.)
+    comm = sys.modules.get("star_attention.comm")
+    own = comm.own() if comm is not None and hasattr(comm, "own") else None
     cause = "the launcher ended it (another rank failed before they had met, or it was asked to)"
     return cause if own is None else str(own.diagnosis(cause))
