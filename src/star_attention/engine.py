@@ -68,6 +68,8 @@ class StarLLM:
         this rank's weights only, and its every forward is collective.)
     tokenizer: its tokenizer; not needed when only token ids go in and out.
     block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source, ring_layout: see `StarConfig`.
+    compile: layers through torch.compile and forwards of few tokens as CUDA graphs: None where there are a GPU and Triton, False
+        never. Answers are the same to rounding.
     comm: None takes torchrun's ranks where there are several, "solo" one process whatever the environment says; or a
         `TorchComm` of one's own.
 
@@ -89,6 +91,7 @@ class StarLLM:
         reserve_tokens: int | str = RESERVE_TOKENS,
         anchor_source: str = ANCHOR_SOURCES[0],
         ring_layout: str = RING_LAYOUTS[0],
+        compile: bool | None = None,
         comm: ranks.Comm | str | None = None,
     ) -> None:
         self._share = tensor.share(model)
@@ -104,7 +107,7 @@ class StarLLM:
                 anchor_source=anchor_source,
                 ring_layout=ring_layout,
             )
-            self._handle = ModelHandle(model)
+            self._handle = ModelHandle(model, compile=compile)
             self._check_share(comm)
         except Exception as error:
             failure = error
@@ -145,6 +148,7 @@ class StarLLM:
         reserve_tokens: int | str = RESERVE_TOKENS,
         anchor_source: str = ANCHOR_SOURCES[0],
         ring_layout: str = RING_LAYOUTS[0],
+        compile: bool | None = None,
     ) -> StarLLM:
         """Load a model and its tokenizer from a folder or a hub id.
 
@@ -174,7 +178,7 @@ class StarLLM:
             share = tensor.load_share(
                 path, comm, tensor_parallel, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {}
             )
-            return cls(*share, comm=comm, **sizes)
+            return cls(*share, comm=comm, compile=compile, **sizes)
         loaded: list[Any] = []
         try:
             loaded += load.load(path, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {})
@@ -182,7 +186,7 @@ class StarLLM:
             failure = error
         with comm.call("loading the model"):
             comm.all_fine(failure)
-        return cls(*loaded, comm=comm, **sizes)
+        return cls(*loaded, comm=comm, compile=compile, **sizes)
 
     @property
     def device(self) -> torch.device:

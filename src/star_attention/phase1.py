@@ -7,8 +7,8 @@ which holds the anchor, sends it to the others layer by layer. Axes: B contexts,
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from star_attention.comm import Comm
 from star_attention.errors import OutOfMemoryError, StarAttentionError
 from star_attention.hf.cache import AnchorLink, EncodeCache
+from star_attention.hf.compiled import FULL
 from star_attention.hf.handle import ModelHandle
 from star_attention.hf.probe import Kept
 from star_attention.plan import BlockPlan, Segments, Span
@@ -25,6 +26,9 @@ from star_attention.world import Pending
 
 Progress = Callable[[Span, BlockPlan], None]
 """Called after each forward with what it encoded."""
+
+_WORTH_COMPILING = 4096
+"""Tokens of a forward; compiling takes seconds, and few tokens wait for launches rather than for the device."""
 
 _AHEAD = 2
 """Layers for which a rank has asked for the anchor before it needs it: enough for the transfer to hide behind attention."""
@@ -134,22 +138,33 @@ class _Forwards:
         self._handle, self._ids_BL, self._plan, self._comm = handle, ids_BL, plan, comm
         self._tokens_per_forward, self._rope_length, self._progress = tokens_per_forward, rope_length, progress
 
-    def run(self, cache: EncodeCache, spans: Iterator[Span]) -> None:
+    def run(self, cache: EncodeCache, spans: Iterable[Span]) -> None:
         handle, plan = self._handle, self._plan
         with explained(lambda: self._out_of_memory(cache)):
             held = sum(stop - start for start, stop in plan.layout[self._comm.host])
             self._comm.progress(0, held)
-            done = 0
+            done, spans = 0, list(spans)
+            usual = self._usual_tokens(spans)
             for span in spans:
                 cache.span = span
                 self._comm.tick(f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}")
                 positions_1S = torch.arange(span.start, span.stop, device=handle.device)[None]
                 ids_BS = self._ids_BL[:, span.start : span.stop].to(handle.device)
-                handle.encode(ids_BS, positions_1S, cache, self._rope_length)
+                what = FULL if span.tokens == usual else None
+                handle.encode(ids_BS, positions_1S, cache, self._rope_length, what=what)
                 done += span.tokens
                 self._comm.progress(done, max(done, held))
                 if self._progress is not None:
                     self._progress(span, plan)
+
+    def _usual_tokens(self, spans: list[Span]) -> int | None:
+        """Length for which compiling layers pays: of most forwards, or of the largest that there are. Others are as they are."""
+        batch = self._ids_BL.shape[0]
+        counts = Counter(span.tokens for span in spans if span.tokens * batch >= _WORTH_COMPILING)
+        for tokens, count in counts.most_common(1):
+            if count > 1 or tokens * batch == self._tokens_per_forward:
+                return tokens
+        return None
 
     def _out_of_memory(self, cache: EncodeCache) -> str:
         return (

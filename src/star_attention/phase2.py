@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.comm import Comm
 from star_attention.hf.cache import AnswerCache
+from star_attention.hf.graphs import Graphs
 from star_attention.hf.handle import ModelHandle, cache_word
 from star_attention.store import ContextKV
 from star_attention.world import CALL, END
@@ -72,24 +74,38 @@ class Request:
     def padding(self) -> list[int]:
         return [self.query_tokens - len(query) for query in self.queries]
 
-    def cache(self) -> AnswerCache:
-        """A new one, on all ranks."""
+    def cache(self, query_tokens: int | None = None) -> AnswerCache:
+        """A new one, on all ranks, for queries padded to `query_tokens` (else: to the longest)."""
+        padding = [(query_tokens or self.query_tokens) - len(query) for query in self.queries]
         if self.comm.size > 1:
-            self.comm.tell(("cache", self.padding))
-        return AnswerCache(self.shard, self.handle.windows, len(self.context_ids_L), self.padding, self.comm)
+            self.comm.tell(("cache", padding))
+        return AnswerCache(self.shard, self.handle.windows, len(self.context_ids_L), padding, self.comm)
 
-    def padded(self) -> Tensor:
+    def padded(self, padding: list[int]) -> Tensor:
         """Queries padded on the left, `[B, Q]`.
 
         Attention never sees the filler, but penalties do: it is a token that every row holds anyway.
         """
         fill = int(self.context_ids_L[0])
-        rows = [[fill] * gap + query for gap, query in zip(self.padding, self.queries, strict=True)]
+        rows = [[fill] * gap + query for gap, query in zip(padding, self.queries, strict=True)]
         return torch.tensor(rows, device=self.handle.device)
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """CUDA graphs for this request's forwards, None where there are none that serve it."""
+        graphs = self.handle.graphs
+        return graphs if graphs is not None and graphs.serve(self.shard, self.comm) else None
+
+    def forward(self, ids_RQ: Tensor, positions_RQ: Tensor, cache: AnswerCache) -> Tensor:
+        """Logits of each row's last token, fp32 `[R, V]`: by a CUDA graph where there is one for so many tokens."""
+        logits_RV = None if self.graphs is None else self.graphs.run(cache, ids_RQ, positions_RQ)
+        if logits_RV is not None:
+            return logits_RV
+        return self.handle.logits(ids_RQ, positions_RQ, cache, self.rope_length)[:, -1].float()
 
     def text(self) -> Tensor:
         """Filler, context and query of each row, `[B, L + Q]`, as logits processors are to see them: the text unbroken."""
-        ids_BQ = self.padded()
+        ids_BQ = self.padded(self.padding)
         context_L = self.context_ids_L.to(ids_BQ.device)
         rows = [
             torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]]) for gap, ids_Q in zip(self.padding, ids_BQ, strict=True)
@@ -103,13 +119,19 @@ class Request:
 
 def logits(request: Request) -> Tensor:
     """Logits of every query token of a single query, `[Q, V]` in fp32, teacher-forced."""
-    return torch.cat(list(_prefill(request, request.cache(), keep=0)), 1)[0]
+    cache = request.cache()
+    parts = [
+        request.handle.logits(ids_BS, positions_BS, cache, request.rope_length, keep=0).float()
+        for ids_BS, positions_BS in _forwards(request, cache)
+    ]
+    return torch.cat(parts, 1)[0]
 
 
 def steps(request: Request) -> Iterator[Step]:
     """Answer by greedy search or sampling, a token a row at a time; ends when every row has ended."""
     ids_BS = request.text()
-    cache = request.cache()
+    rows = len(request.queries)
+    cache = request.cache(None if request.graphs is None else request.graphs.bucket(rows, request.query_tokens))
 
     def custom_generate(
         model: Any,
@@ -220,19 +242,18 @@ def follow(
             cache.follow(what, *arguments)
 
 
-def _prefill(request: Request, cache: AnswerCache, *, keep: int) -> Iterator[Tensor]:
-    """Send the queries through the model, a bounded number of tokens a forward; logits of each forward's last `keep`."""
-    ids_BQ = request.padded()
+def _forwards(request: Request, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:
+    """The queries, as padded for `cache`, a bounded number of tokens a forward: ids and positions, `[B, S]` each."""
+    padding = cache.row_padding(len(request.queries))
+    ids_BQ = request.padded(padding)
     start = len(request.context_ids_L)
     # Padding has no position of its own; 0 is as good as any, nothing sees it.
-    gap_B1 = torch.tensor(request.padding, device=ids_BQ.device)[:, None]
+    gap_B1 = torch.tensor(padding, device=ids_BQ.device)[:, None]
     positions_BQ = (start + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1).clamp_(min=0)
     columns = max(1, request.tokens_per_forward // ids_BQ.shape[0])
     for at in range(0, ids_BQ.shape[1], columns):
         part = slice(at, at + columns)
-        yield request.handle.logits(
-            ids_BQ[:, part], positions_BQ[:, part], cache, request.rope_length, keep=keep
-        ).float()
+        yield ids_BQ[:, part], positions_BQ[:, part]
 
 
 @torch.no_grad()
@@ -247,24 +268,52 @@ def _steps(
     generator = request.generator()
     rows = ids_RS.shape[0]
     answers = rows // len(request.queries)
-    for logits_B1V in _prefill(request, cache, keep=1):
-        logits_RV = logits_B1V[:, -1].repeat_interleave(answers, 0)
+    for ids_BS, positions_BS in _forwards(request, cache):
+        logits_RV = request.forward(ids_BS, positions_BS, cache).repeat_interleave(answers, 0)
     if answers > 1:
         cache.batch_repeat_interleave(answers)
     padding_R1 = torch.tensor(cache.row_padding(rows), device=ids_RS.device)[:, None]
     ended_R = torch.zeros(rows, dtype=torch.bool, device=ids_RS.device)
-    while True:
-        scores_RV = logits_processor(ids_RS, logits_RV.clone())
+    most = int(request.words["max_new_tokens"])
+    prompt_tokens = ids_RS.shape[1]
+    ids_RT = torch.cat([ids_RS, ids_RS.new_empty(rows, most)], 1)
+    for number in range(1, most + 1):
+        scores_RV = logits_processor(ids_RS, logits_RV.clone()) if logits_processor else logits_RV
         if do_sample:
             tokens_R1 = torch.multinomial(torch.softmax(scores_RV, -1), 1, generator=generator)
         else:
             tokens_R1 = scores_RV.argmax(-1, keepdim=True)
-        ids_RS = torch.cat([ids_RS, tokens_R1], 1)
+        ids_RT[:, prompt_tokens + number - 1] = tokens_R1[:, 0]
+        ids_RS = ids_RT[:, : prompt_tokens + number]
         # A row that has ended goes on unseen beside the others; a criterion that looks at the last token forgets it.
         ended_R = ended_R | stopping_criteria(ids_RS, scores_RV)
-        ended = ended_R.tolist()
-        yield Step(tokens=tokens_R1[:, 0].tolist(), ended=ended, logits_RV=logits_RV)
+        told = _Told(torch.cat([tokens_R1[:, 0], ended_R.long()]))
+        next_RV = None
+        if request.graphs is not None and number < most:
+            # The device goes on while Python looks at the token; should it have been the last one, a forward was in vain.
+            next_RV = request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache)
+        numbers = told.numbers()
+        tokens, ended = numbers[:rows], [bool(number) for number in numbers[rows:]]
+        yield Step(tokens=tokens, ended=ended, logits_RV=logits_RV)
         if all(ended):
             return
-        positions_R1 = cache.seen_tokens - padding_R1
-        logits_RV = request.handle.logits(tokens_R1, positions_R1, cache, request.rope_length)[:, -1].float()
+        logits_RV = request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache) if next_RV is None else next_RV
+
+
+class _Told:
+    """Numbers on their way from the device, which works on meanwhile."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._arrived = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def numbers(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        numbers: list[int] = self._numbers.tolist()
+        return numbers

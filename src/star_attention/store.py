@@ -109,6 +109,10 @@ class ContextKV:
         return new
 
 
+_ROOM = 64
+"""Tokens for which a tail has room at first."""
+
+
 class Tail:
     """Keys and values of query and generated tokens of one layer, `[B, G, length, D]`, growing by doubling.
 
@@ -117,12 +121,27 @@ class Tail:
 
     def __init__(self) -> None:
         self.length = 0
+        self.version = 0  # of the buffers: changes whenever they lie elsewhere
         self._k_BGCD: Tensor | None = None
         self._v_BGCD: Tensor | None = None
 
-    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+    def reserve(self, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        """Room for as many tokens as these more, which are like them in shape otherwise."""
         self._k_BGCD = self._room(self._k_BGCD, k_BGSD)
         self._v_BGCD = self._room(self._v_BGCD, v_BGSD)
+
+    def capacity(self, rows: int) -> int:
+        """Tokens for which there is room, 0 where the buffers are of another number of rows."""
+        return self._k_BGCD.shape[2] if self._k_BGCD is not None and self._k_BGCD.shape[0] == rows else 0
+
+    def buffers(self) -> Pair:
+        """All of the buffers, `[B, G, capacity, D]`, of which the first `length` tokens are in use."""
+        assert self._k_BGCD is not None and self._v_BGCD is not None, "the tail is empty"
+        return self._k_BGCD, self._v_BGCD
+
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        self.reserve(k_BGSD, v_BGSD)
+        assert self._k_BGCD is not None and self._v_BGCD is not None
         stop = self.length + k_BGSD.shape[2]
         self._k_BGCD[:, :, self.length : stop] = k_BGSD
         self._v_BGCD[:, :, self.length : stop] = v_BGSD
@@ -133,7 +152,8 @@ class Tail:
         needed = self.length + S
         if buffer is not None and buffer.shape[2] >= needed:
             return buffer
-        larger = new_BGSD.new_empty(B, G, max(64, needed, 0 if buffer is None else 2 * buffer.shape[2]), D)
+        self.version += 1
+        larger = new_BGSD.new_empty(B, G, max(_ROOM, needed, 0 if buffer is None else 2 * buffer.shape[2]), D)
         if buffer is not None:
             larger[:, :, : self.length] = buffer[:, :, : self.length]
         return larger
@@ -146,6 +166,7 @@ class Tail:
         """Keep, repeat or reorder batch rows (beams)."""
         if self._k_BGCD is not None and self._v_BGCD is not None:
             rows = rows.to(self._k_BGCD.device)
+            self.version += 1
             self._k_BGCD = self._k_BGCD.index_select(0, rows)
             self._v_BGCD = self._v_BGCD.index_select(0, rows)
 

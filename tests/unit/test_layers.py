@@ -20,6 +20,7 @@ LAYERS = {
     "cost": 0,
     "errors": 0,
     "plan": 0,
+    "scale": 0,
     "wire": 0,
     # L1: torch
     "attention": 1,

@@ -23,11 +23,13 @@ _PACKED_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What one layer asks of attention: score scale, sliding window in tokens, and softcap of the scores."""
+    """What one layer asks of attention: score scale, sliding window in tokens, softcap of the scores, and to what precision merged
+    results may be rounded (None: fp32, for what is merged further)."""
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    dtype: torch.dtype | None = None
 
 
 def attend(

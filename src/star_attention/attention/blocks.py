@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend
-from star_attention.attention.state import State, merge
+from star_attention.attention.state import State, merge, merge_last
 
 KV = tuple[Tensor, Tensor]
 
@@ -53,13 +53,7 @@ def block_attention(
         assert start == 0, "later forwards are given the anchor"
         anchor = (k_BQGD[:, :anchor_size], v_BQGD[:, :anchor_size])
     seen = attend(q_BQHD[:, first:], *anchor, rule=rule, offset=start + first)
-    later = merge([seen, State(state.out_BQHD[:, first:], state.lse_BQH[:, first:])])
-    if first == 0:
-        return later
-    return State(
-        torch.cat([state.out_BQHD[:, :first].float(), later.out_BQHD], 1),
-        torch.cat([state.lse_BQH[:, :first], later.lse_BQH], 1),
-    )
+    return merge_last(state, seen, dtype=rule.dtype)
 
 
 def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]) -> State:

@@ -10,7 +10,10 @@ empty state (`out = 0`, `lse = -inf`) is its identity.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -31,20 +34,53 @@ def empty_state(batch: int, queries: int, heads: int, head_size: int, device: to
     return State(out_BQHD, lse_BQH)
 
 
-def merge(states: Sequence[State]) -> State:
+def merge(states: Sequence[State], *, dtype: torch.dtype | None = None) -> State:
     """The state over the union of disjoint key sets; fp32 for two or more states, one state comes back as it is.
 
-    The sigmoid form cannot overflow, whatever the gap between the lse (the textbook `lse + log(1 + exp(gap))` does
-    above 88 in fp32).
+    dtype: to what the merged `out` may be rounded at the end, where nothing is merged to it any more.
     """
     assert states, "merge needs at least one state"
     merged = states[0]
-    for state in states[1:]:
-        merged = _merge_two(merged, state)
+    for number, state in enumerate(states[1:], start=2):
+        merged = merge_last(merged, state, dtype=dtype if number == len(states) else None)
     return merged
 
 
+def merge_last(state: State, more: State, *, dtype: torch.dtype | None = None) -> State:
+    """The same for two states, of which the second may be of the last query rows only: the rows before see none of its keys."""
+    if _fused(state.out_BQHD.device):
+        from star_attention.attention.kernels import triton_merge
+
+        return State(*triton_merge.merge(*state, *more, dtype=dtype or torch.float32))
+    first = state.lse_BQH.shape[1] - more.lse_BQH.shape[1]
+    last = _merge_two(State(state.out_BQHD[:, first:], state.lse_BQH[:, first:]), more)
+    if first == 0:
+        return last
+    return State(
+        torch.cat([state.out_BQHD[:, :first].float(), last.out_BQHD], 1),
+        torch.cat([state.lse_BQH[:, :first], last.lse_BQH], 1),
+    )
+
+
+@cache
+def _fused(device: torch.device) -> bool:
+    """Whether Triton's kernel for it runs there (it needs a C compiler, which a machine may lack)."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from star_attention.attention.kernels import triton_merge
+
+    state = empty_state(1, 1, 1, 16, device)
+    try:
+        triton_merge.merge(*state, *state, dtype=torch.float32)
+    except Exception as error:  # of the compiler, the driver, ...
+        logging.getLogger("star_attention").info("states are merged without Triton: %s", error)
+        return False
+    return True
+
+
 def _merge_two(a: State, b: State) -> State:
+    # The sigmoid form cannot overflow, whatever the gap between the lse (the textbook `lse + log(1 + exp(gap))` does above 88 in
+    # fp32).
     gap_BQH = a.lse_BQH - b.lse_BQH
     # Both empty: -inf - -inf is NaN, and any weight is right for two zero rows.
     weight_BQH = torch.sigmoid(gap_BQH).nan_to_num(0.0)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from star_attention._version import __version__
+from star_attention.cli import bench
 from star_attention.cli.ask import ask
 from star_attention.cli.command import command, speak_once_a_machine
 from star_attention.cli.demo import demo
@@ -30,6 +31,12 @@ app = typer.Typer(
 
 for function in (generate, encode, ask, plan, demo):
     app.command()(command(function))
+benchmarks = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(
+    benchmarks, name="bench", help="Measure speed beside the machine's ceilings and what one would otherwise run."
+)
+for benchmark in bench.COMMANDS:
+    benchmarks.command()(command(benchmark))
 
 
 def _version(wanted: bool) -> None:

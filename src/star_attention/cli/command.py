@@ -139,6 +139,9 @@ def _one_of_several() -> Iterator[None]:
         return
 
     def terminate(*_: Any) -> None:
+        if _own_ranks() is None:  # nothing to clean up, and importing torch does not let exceptions through as they are
+            say(f"rank {rank}: error: {_why_terminated()}")
+            os._exit(1)
         raise Terminated
 
     sys.stdout, sys.stderr = sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr
@@ -174,9 +177,13 @@ def _one_of_several() -> Iterator[None]:
     os._exit(status)
 
 
-def _why_terminated() -> str:
-    # (Not imported here: the signal may have come in the middle of importing torch.)
+def _own_ranks() -> Any:
+    """The communicator of this process, once it has met the others. (Imports nothing: a signal may come in the middle of that.)"""
     comm = sys.modules.get("star_attention.comm")
-    own = comm.own() if comm is not None and hasattr(comm, "own") else None
+    return comm.own() if comm is not None and hasattr(comm, "own") else None
+
+
+def _why_terminated() -> str:
+    own = _own_ranks()
     cause = "the launcher ended it (another rank failed before they had met, or it was asked to)"
     return cause if own is None else str(own.diagnosis(cause))

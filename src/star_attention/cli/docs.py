@@ -26,10 +26,19 @@ def page() -> str:
     """The whole page."""
     root: Any = typer.main.get_command(app)
     parts = [_HEAD, "# Command line", _help(root), _listing(root)]
-    for name, command in root.commands.items():
+    for name, command in _commands(root):
         parts += [f"## {NAME} {name}", _help(command), *_parameters(command)]
     parts += ["## JSON", _JSON, _table(("field", "meaning"), [(f"`{name}`", what) for name, what in FIELDS.items()])]
     return "\n\n".join(parts) + "\n"
+
+
+def _commands(group: Any) -> Iterator[tuple[str, Any]]:
+    """Every command by its whole name, those of groups in place of the group."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name} {inner}", one) for inner, one in _commands(command))
+        else:
+            yield name, command
 
 
 def _help(command: Any) -> str:
@@ -41,7 +50,10 @@ def _help(command: Any) -> str:
 
 
 def _listing(root: Any) -> str:
-    rows = [(f"[`{name}`](#{NAME}-{name})", _help(command).split("\n")[0]) for name, command in root.commands.items()]
+    rows = [
+        (f"[`{name}`](#{NAME}-{name.replace(' ', '-')})", _help(command).split("\n")[0])
+        for name, command in _commands(root)
+    ]
     return _table(("command", "does"), rows)
 
 
@@ -58,7 +70,7 @@ def _parameters(command: Any) -> Iterator[str]:
 
 
 def _row(parameter: Any, is_argument: bool) -> tuple[str, str]:
-    names = [parameter.metavar] if is_argument else parameter.opts
+    names = [parameter.metavar] if is_argument else [*parameter.opts, *parameter.secondary_opts]
     value = "" if is_argument or parameter.metavar is None else f" {parameter.metavar}"
     remark = ""
     if parameter.required:

@@ -177,3 +177,13 @@ def amount(size: float, units: tuple[str, ...], step: int) -> str:
 
 def in_bytes(size: int) -> str:
     return amount(size, ("B", "KiB", "MiB", "GiB", "TiB"), 1024)
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Columns as wide as they need be: names to the left, numbers to the right, a remark behind them."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append(f"  {first.ljust(widths[0])}  {'   '.join(cells)}".rstrip())
+    return "\n".join(lines)

@@ -104,6 +104,15 @@ class ModelOptions:
             metavar="SIZE",
         ),
     ] = str(StarConfig.reserve_tokens)
+    compile: Annotated[
+        bool | None,
+        option(
+            "Compile layers and use CUDA graphs: faster after some seconds at the first use.",
+            "--compile/--no-compile",
+            panel="Model",
+            show_default="on a GPU, where Triton is installed",
+        ),
+    ] = None
     tensor_parallel: TensorParallel = 1
     stall_limit: Annotated[
         float,

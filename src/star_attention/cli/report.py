@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from star_attention import cost
-from star_attention.cli.notes import amount, in_bytes
+from star_attention.cli.notes import amount, in_bytes, table
 from star_attention.config import ANCHOR_SOURCES, StarConfig
 from star_attention.cost import Flops
 from star_attention.hf import load, rope, tensor
@@ -158,7 +158,7 @@ class Report:
             ("total", in_bytes(memory.total), ""),
         ]
         head = "memory on the fullest device" if self._devices > 1 else "memory"
-        return head + "\n" + _table([row for row in rows if row is not None])
+        return head + "\n" + table([row for row in rows if row is not None])
 
     def _operations(self) -> str:
         columns = {"star": self.star, "dense": self.dense, "official": self.official}
@@ -171,7 +171,7 @@ class Report:
             rows.append(("  busiest device", _flop(self.star_busiest), "", ""))
         answers = f"{self.queries} x ({self.query_tokens:,} + {self.answer_tokens:,}) tok"
         rows.append(("phase 2", *(_flop(self.answers.total) for _ in columns)))
-        return f"operations (phase 2: {answers}, the same for each)\n" + _table(rows)
+        return f"operations (phase 2: {answers}, the same for each)\n" + table(rows)
 
     def _wire(self) -> str:
         rows: list[tuple[str, ...]] = [
@@ -186,7 +186,7 @@ class Report:
                 ("phase 1, within hosts", in_bytes(self.within1.bytes), f"{self.within1.calls:,} collectives", sums),
                 ("phase 2, within hosts", in_bytes(self.within2.bytes), f"{self.within2.calls:,} collectives", sums),
             ]
-        return "on the wire, all ranks together\n" + _table(rows)
+        return "on the wire, all ranks together\n" + table(rows)
 
     @property
     def _devices(self) -> int:
@@ -209,13 +209,3 @@ def _flops(flops: Flops) -> dict[str, int]:
 
 def _flop(count: int) -> str:
     return amount(count, _FLOP, 1000)
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Columns as wide as they need be: names to the left, numbers to the right, a remark behind them."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append(f"  {first.ljust(widths[0])}  {'   '.join(cells)}".rstrip())
-    return "\n".join(lines)

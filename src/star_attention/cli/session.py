@@ -36,6 +36,7 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
             device=model.device,
             comm=own,
             tensor_parallel=model.tensor_parallel,
+            compile=model.compile,
             **sizes,
         )
 

@@ -105,6 +105,9 @@ class StarCache(Cache):
 
     layers: list[Any]
 
+    # (Where layers are compiled, keeping and attending stay outside.)
+    update = torch.compiler.disable(Cache.update)
+
     def __init__(self, layers: list[Any], place: _Place, comm: Comm) -> None:
         super().__init__(layers=layers)
         self.place: Any = place
@@ -349,7 +352,7 @@ class AnswerLayer(_StarLayer):
             at = part.stop
         if comm.host == comm.hosts - 1:
             states.append(tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=rule, padding=padding))
-        state = merge(states) if states else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
+        state = merge(states, dtype=rule.dtype) if states else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
         return state if comm.hosts == 1 else comm.merge(state)
 
     # What beam search, several answers and assisted decoding ask of a cache: only the tail differs between rows.
@@ -386,6 +389,52 @@ class AnswerCache(StarCache):
     ) -> None:
         place = _AnswerPlace(context_tokens, padding, comm)
         super().__init__([AnswerLayer(i, place, w, shard.layers[i]) for i, w in enumerate(windows)], place, comm)
+
+    @property
+    def context_tokens(self) -> int:
+        tokens: int = self.place.context_tokens
+        return tokens
+
+    # For graphs, which write into the tails by themselves (`hf.graphs`).
+
+    def _kept(self) -> list[AnswerLayer]:
+        """Layers that keep keys of their own."""
+        return [layer for layer in self.layers if not layer.shard.is_empty]
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Room in all tails for new tokens."""
+        for layer in self._kept():
+            k_1GLD, v_1GLD = layer.shard.pair()
+            layer.tail.reserve(*(t[:, :, :1].expand(rows, -1, tokens, -1) for t in (k_1GLD, v_1GLD)))
+
+    def appended(self, tokens: int) -> None:
+        for layer in self._kept():
+            layer.tail.length += tokens
+
+    @property
+    def version(self) -> int:
+        """Changes whenever tails lie elsewhere (all do at once)."""
+        version: int = self.place.tail.version
+        return version
+
+    @property
+    def tail_tokens(self) -> int:
+        tokens: int = self.place.tail.length
+        return tokens
+
+    def tail_capacity(self, rows: int) -> int:
+        """Tokens for which the tails of so many rows have room."""
+        capacity: int = self.place.tail.capacity(rows)
+        return capacity
+
+    def addresses(self) -> list[list[int]]:
+        """Of each layer's context and tail, keys and values each; zeros for layers that read another one's."""
+        return [
+            [0] * 4
+            if layer.shard.is_empty
+            else [t.data_ptr() for pair in (layer.shard.pair(), layer.tail.buffers()) for t in pair]
+            for layer in self.layers
+        ]
 
     def row_padding(self, rows: int) -> list[int]:
         """Padding of each of `rows` batch rows, in tokens."""

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf import hook, probe, rope, support
+from star_attention.hf import graphs, hook, probe, rope, support
 from star_attention.hf.cache import StarCache
+from star_attention.hf.compiled import CompiledLayers
+from star_attention.hf.graphs import Graphs
 from star_attention.hf.probe import Kept
 
 _CACHE_WORDS = ("cache", "past_key_values")  # what transformers calls the cache since 5.24, and before
@@ -49,7 +53,7 @@ def count_cache_layers(decoder: nn.Module, config: Any) -> int:
 class ModelHandle:
     """Raises `UnsupportedModelError` for a model that cannot run, and `InvalidInputError` for one in training mode."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, compile: bool | None = None) -> None:
         reasons = support.reasons(model)
         if reasons:
             raise UnsupportedModelError(type(model).__name__, reasons)
@@ -64,6 +68,7 @@ class ModelHandle:
         configs = {id(c): c for m in self.decoder.modules() if (c := getattr(m, "config", None)) is not None}
         self.configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
         self.max_positions = rope.max_positions(self.config)
+        self._compile = compile
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._decoder_cache, self._model_cache = cache_word(self.decoder.forward), cache_word(self.model.forward)
         self._decoder_takes_logits_to_keep, self._takes_logits_to_keep = (
@@ -86,25 +91,54 @@ class ModelHandle:
         """What each cache layer keeps; found out by a forward of a few tokens."""
         return probe.kept(self)
 
-    def running(self, cache: StarCache, rope_length: int | None) -> AbstractContextManager[None]:
-        """Our attention for the forwards of this thread inside the block."""
-        return hook.running(self.model, self.configs, self.rotaries, cache, rope_length)
+    @cached_property
+    def compiled(self) -> CompiledLayers | None:
+        """The layers through torch.compile, None where they are not to be."""
+        automatic = self.device.type == "cuda" and find_spec("triton") is not None
+        with hook.lock_of(self.model):
+            # Somebody else's forwards (accelerate's, which bring weights for each module) stay.
+            replaced = any("forward" in vars(module) for module in self.decoder.modules())
+            wanted = automatic if self._compile is None else self._compile
+            return CompiledLayers(self.decoder, hook.is_ours) if wanted and not replaced else None
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """Forwards of few tokens as CUDA graphs, None where there are none."""
+        return Graphs(self) if self.compiled is not None and graphs.usable(self) else None
+
+    @contextmanager
+    def running(self, cache: StarCache, rope_length: int | None, what: str | None = None) -> Iterator[None]:
+        """Our attention for the forwards of this thread inside the block; `what` they are compiled for, if they are."""
+        with hook.running(self.model, self.configs, self.rotaries, cache, rope_length):
+            if what is None or self.compiled is None:
+                yield
+            else:
+                with self.compiled.active(what):
+                    yield
 
     @torch.no_grad()
     def encode(
-        self, ids_BS: Tensor, positions_BS: Tensor, cache: StarCache, rope_length: int | None, *, keep: int = 0
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        cache: StarCache,
+        rope_length: int | None,
+        *,
+        keep: int = 0,
+        what: str | None = None,
     ) -> None:
         """One forward of the decoder alone, for its keys and values: no logits.
 
         keep: tokens whose logits are computed elsewhere (0: all): some decoders send only these through their last layers.
+        what: its layers are compiled for, if they are (`hf.compiled`).
         """
         extra = {"logits_to_keep": keep} if self._decoder_takes_logits_to_keep else {}
-        with self.running(cache, rope_length):
+        with self.running(cache, rope_length, what):
             self.decoder(
                 input_ids=ids_BS,
                 position_ids=positions_BS.expand(ids_BS.shape[0], -1),
                 use_cache=True,
-                **{self._decoder_cache: cache},
+                **{self._decoder_cache: _alike(cache)},
                 **extra,
             )
         if not cache.calls:
@@ -114,14 +148,24 @@ class ModelHandle:
 
     @torch.no_grad()
     def logits(
-        self, ids_BS: Tensor, positions_BS: Tensor, cache: StarCache, rope_length: int | None, *, keep: int = 1
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        cache: StarCache,
+        rope_length: int | None,
+        *,
+        keep: int = 1,
+        what: str | None = None,
     ) -> Tensor:
-        """One forward of the whole model; the logits of the last `keep` tokens, `[B, keep, vocabulary]` (0: of all)."""
-        extra: dict[str, Any] = {self._model_cache: cache}
+        """One forward of the whole model; the logits of the last `keep` tokens, `[B, keep, vocabulary]` (0: of all).
+
+        what: its layers are compiled for, if they are.
+        """
+        extra: dict[str, Any] = {self._model_cache: _alike(cache)}
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = keep
         cache.begin(ids_BS, positions_BS, keep)
-        with self.running(cache, rope_length):
+        with self.running(cache, rope_length, what):
             logits: Tensor = self.model(
                 input_ids=ids_BS,
                 position_ids=positions_BS,
@@ -165,6 +209,18 @@ class ModelHandle:
             yield proxy
         finally:
             holder.clear()
+
+
+def _alike(cache: StarCache) -> Cache:
+    """The cache as the model's code is to see it: of one class in both phases, so that what is compiled serves both."""
+    return _PlainCache(cache)
+
+
+class _PlainCache(Cache):
+    update = torch.compiler.disable(Cache.update)
+
+    def __init__(self, cache: StarCache) -> None:
+        super().__init__(layers=cache.layers)
 
 
 def _device(module: nn.Module) -> torch.device | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -65,7 +66,12 @@ def _star_attention(
         why.append("it attends in both directions")
     if why:
         raise UnsupportedModelError(type(module).__name__, why)
-    rule = Rule(scale=query.shape[-1] ** -0.5 if scaling is None else scaling, window=sliding_window, softcap=softcap)
+    rule = Rule(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        dtype=query.dtype if s_aux is None and cache.comm.hosts == 1 else None,
+    )
     state = cache.attend(module, query.transpose(1, 2), key, value, rule)
     if s_aux is not None:
         state = add_sink(state, s_aux)
@@ -83,6 +89,7 @@ def implementation(stock: str) -> str:
     if name in AttentionInterface._global_mapping:
         return name
 
+    @torch.compiler.disable  # layers are compiled around it
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
@@ -100,6 +107,11 @@ def implementation(stock: str) -> str:
         AttentionMaskInterface.register(name, mask)
     AttentionInterface.register(name, attention)
     return name
+
+
+def is_ours() -> bool:
+    """Whether this thread is inside one of our forwards."""
+    return _ACTIVE.get() is not None
 
 
 @contextmanager

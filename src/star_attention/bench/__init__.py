@@ -1,0 +1,1 @@
+"""Measurements beside their ceilings and what a user would otherwise run; behind `star-attention bench`."""

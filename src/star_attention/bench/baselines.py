@@ -1,0 +1,69 @@
+"""What a user would otherwise run: stock transformers, and the scheme of the paper's own implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
+
+from star_attention.comm import SoloComm
+from star_attention.hf.cache import EncodeCache
+from star_attention.hf.compiled import FULL
+from star_attention.hf.handle import ModelHandle, cache_word
+from star_attention.plan import BlockPlan
+from star_attention.store import ContextKV
+
+STOCK_BACKENDS: dict[str, SDPBackend | None] = {"stock": None, "stock-cudnn": SDPBackend.CUDNN_ATTENTION}
+"""transformers' own dense prefill, with the attention kernel that torch takes by itself and pinned to cuDNN's."""
+
+
+@torch.no_grad()
+def stock_prefill(model: Any, ids_L: Tensor, backend: SDPBackend | None) -> Any:
+    """All tokens in one forward of the decoder, keys and values kept: the cache."""
+    cache = DynamicCache()
+    decoder = model.get_decoder()
+    with _sdpa(model), nullcontext() if backend is None else sdpa_kernel(backend):
+        decoder(input_ids=ids_L[None].to(decoder.device), use_cache=True, **{cache_word(decoder.forward): cache})
+    return cache
+
+
+@contextmanager
+def _sdpa(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def official_encode(handle: ModelHandle, ids_L: Tensor, plan: BlockPlan, tokens_per_forward: int) -> ContextKV:
+    """The paper's own implementation, with this library's kernels: the anchor is encoded again in front of every block.
+
+    The same keys and values as `phase1.encode`, for twice the linear work of all blocks but the first.
+    """
+    store = ContextKV.empty(plan.context_tokens, [None] * len(handle.windows))
+    for start, stop in plan.blocks:
+        anchor = plan.anchor_size if start else 0
+        positions_S = torch.cat([torch.arange(anchor), torch.arange(start, stop)])
+        both = ContextKV.empty(len(positions_S), [None] * len(handle.windows))
+        dense = BlockPlan.dense(len(positions_S))
+        cache = EncodeCache(dense, [both], handle.windows, SoloComm())
+        for span in dense.spans(tokens_per_forward):
+            cache.span = span
+            places_S = positions_S[span.start : span.stop]
+            what = FULL if span.tokens == tokens_per_forward else None
+            handle.encode(
+                ids_L[places_S][None].to(handle.device), places_S[None].to(handle.device), cache, None, what=what
+            )
+        for layer, kept in zip(store.layers, both.layers, strict=True):
+            if not kept.is_empty:
+                k_1GSD, v_1GSD = kept.slice(anchor, len(positions_S))
+                layer.write(start, k_1GSD[0], v_1GSD[0])
+    return store

@@ -1,0 +1,125 @@
+"""What a measurement stands on: the machine's ceilings, how times are taken, and a record of everything that matters to them."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+from star_attention import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What the device does at most, measured here: no work is done faster than its operations or its bytes allow.
+
+    flops_per_s: of a large square matrix product in the model's precision. bytes_per_s: of a large copy, read and written.
+    """
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"ceilings: matrix product {self.flops_per_s / 1e12:,.3g} TFLOP/s, copy {self.bytes_per_s / 1e12:,.3g} TB/s"
+        )
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Both, in about a second."""
+    large = device.type == "cuda"
+    size = 8192 if large else 1024
+    # (On zeros a device may run faster than it ever will on data.)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product_s = median(timed(lambda: a @ b, repeats=10, device=device))
+    source = torch.empty(2**32 if large else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_s = median(timed(lambda: target.copy_(source), repeats=10, device=device))
+    return Ceilings(flops_per_s=2 * size**3 / product_s, bytes_per_s=2 * source.numel() / copy_s)
+
+
+def timed(work: Callable[[], Any], *, repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each of `repeats` runs after one that is not counted; what a run returns is freed before the next."""
+    work()
+    return [once(work, device) for _ in range(repeats)]
+
+
+def once(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run, with the device's work in it."""
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
+    """Most device memory during a run; None where it is not measured (CPU)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def record(device: torch.device, measured: Ceilings) -> dict[str, Any]:
+    """Hardware, versions and date."""
+    return {
+        "date": date.today().isoformat(),
+        "command": " ".join(["star-attention", *sys.argv[1:]]),
+        "hardware": hardware(device),
+        "versions": {
+            "star_attention": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "triton": _version("triton"),
+            "python": platform.python_version(),
+        },
+        "git": git_revision(),
+        "ceilings": asdict(measured),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_revision() -> str | None:
+    """The commit that this package is a checkout of, with `+` for changes; None for an installed one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,110 @@
+"""The pictures of a benchmark: time and memory against length, speed-ups, answers against their floor.
+
+Colours are those of Okabe and Ito (2008), told apart by every common form of colour blindness; markers differ as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from star_attention.bench import decode, prefill
+from star_attention.demo.heatmap import require_matplotlib
+from star_attention.plan import format_size
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*"
+
+
+def prefill_plots(rows: list[prefill.Row], flops_per_s: float, folder: Path) -> list[Path]:
+    """Time against length with the floor of each method's operations, speed-ups, and working memory; the files written."""
+    made = [_save(_time_against_length(rows, flops_per_s), folder / "prefill-time.png")]
+    if any(row.method == "star" and _baseline(row, rows) for row in rows):
+        made.append(_save(_speed_ups(rows), folder / "prefill-speedup.png"))
+    if any(row.working_bytes is not None for row in rows):
+        made.append(_save(_memory(rows), folder / "prefill-memory.png"))
+    return made
+
+
+def decode_plots(rows: list[decode.Row], folder: Path) -> list[Path]:
+    """Milliseconds a token against length, with the floor of the bytes."""
+    figure, axes = _figure("context, tokens", "ms a token")
+    for index, compiled in enumerate(sorted({row.compiled for row in rows}, reverse=True)):
+        some = [row for row in rows if row.compiled == compiled and row.token_s is not None]
+        name = "compiled, CUDA graphs" if compiled else "plain"
+        _line(axes, index, name, [row.context for row in some], [(row.token_s or 0.0) * 1e3 for row in some])
+    lengths = sorted({(row.context, row.floor_s) for row in rows})
+    axes.plot(
+        [length for length, _ in lengths], [floor * 1e3 for _, floor in lengths], "--", color="#777777", label="floor"
+    )
+    _finish(axes, [length for length, _ in lengths])
+    axes.set_ylim(bottom=0)
+    return [_save(figure, folder / "decode.png")]
+
+
+def _time_against_length(rows: list[prefill.Row], flops_per_s: float) -> Any:
+    figure, axes = _figure("context, tokens", "seconds")
+    for index, (name, some) in enumerate(prefill.series(rows)):
+        lengths = [row.context for row in some]
+        _line(axes, index, name, lengths, [row.seconds or 0.0 for row in some])
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.plot(lengths, [row.flops / flops_per_s for row in some], ":", color=colour, linewidth=1)
+    axes.plot([], [], ":", color="#777777", label="floor: operations at the ceiling")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    _finish(axes, sorted({row.context for row in rows}))
+    return figure
+
+
+def _speed_ups(rows: list[prefill.Row]) -> Any:
+    figure, axes = _figure("", "times as fast as dense attention")
+    bars = [(row, factor) for row in rows if row.method == "star" and (factor := _baseline(row, rows))]
+    names = [f"{format_size(row.context)}\nblock {format_size(row.block or 0)}" for row, _ in bars]
+    drawn = axes.bar(names, [factor for _, factor in bars], color=_COLOURS[0])
+    axes.bar_label(drawn, fmt="%.2f")
+    axes.axhline(1, color="#777777", linewidth=1)
+    return figure
+
+
+def _baseline(row: prefill.Row, rows: list[prefill.Row]) -> float | None:
+    return prefill.speed_up(row, rows, "dense") or prefill.speed_up(row, rows, "stock")
+
+
+def _memory(rows: list[prefill.Row]) -> Any:
+    figure, axes = _figure("context, tokens", "GiB beyond weights and KV")
+    for index, (name, some) in enumerate(prefill.series(rows)):
+        _line(axes, index, name, [row.context for row in some], [(row.working_bytes or 0) / 2**30 for row in some])
+    _finish(axes, sorted({row.context for row in rows}))
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def _figure(across: str, up: str) -> tuple[Any, Any]:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _line(axes: Any, index: int, name: str, lengths: list[int], values: list[float]) -> None:
+    colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    axes.plot(lengths, values, color=colour, marker=marker, label=name)
+
+
+def _finish(axes: Any, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [format_size(length) for length in lengths])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,223 @@
+"""Encoding: Star Attention beside dense attention (stock transformers and ours) and the scheme of the paper's implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_attention import cost
+from star_attention.bench import machine
+from star_attention.bench.baselines import STOCK_BACKENDS, official_encode, stock_prefill
+from star_attention.bench.machine import Ceilings
+from star_attention.bench.subject import random_ids
+from star_attention.cost import Flops, ModelShape
+from star_attention.engine import StarLLM
+from star_attention.errors import InvalidInputError, OutOfMemoryError
+from star_attention.plan import BlockPlan, format_size, parse_size
+
+METHODS = (*STOCK_BACKENDS, "dense", "official", "star")
+"""In the order of measurement: baselines first."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one length. seconds: median; first_s: of the first run, which compiles. flops: of the method's own work.
+
+    asked: how the block size was written. of_ceiling: the rate over that of a large matrix product. working_bytes: peak memory
+    beyond weights and keys and values; None where it is not measured. failed: why there are no numbers.
+    """
+
+    method: str
+    context: int
+    block: int | None
+    asked: str | None = None
+    seconds: float | None = None
+    all_seconds: tuple[float, ...] = ()
+    first_s: float | None = None
+    flops: int = 0
+    flops_per_s: float | None = None
+    of_ceiling: float | None = None
+    working_bytes: int | None = None
+    failed: str | None = None
+
+
+def run(
+    model: Any,
+    shape: ModelShape,
+    ceilings: Ceilings,
+    *,
+    contexts: list[str],
+    blocks: list[str],
+    methods: list[str],
+    repeats: int,
+    tokens_per_forward: str | None,
+    compile: bool | None,
+    progress: Progress,
+) -> list[Row]:
+    """Measure every method at every length.
+
+    blocks: of Star Attention and the official scheme; sizes, or `/4` for a quarter of the context. A block that a context does not
+    hold twice is left out.
+
+    Raises `InvalidInputError` for methods and sizes that cannot work.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise InvalidInputError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+    device = next(model.parameters()).device
+    rows: list[Row] = []
+    for context in (parse_size(size, "context") for size in contexts):
+        ids_L = random_ids(model, context)
+        asked = {size: one for one in blocks if 2 * (size := block_size(one, context)) <= context}
+        sizes = sorted(asked, reverse=True)
+        for method in (method for method in METHODS if method in methods):
+            for block in sizes if method in ("official", "star") else [None]:
+                progress(
+                    f"{method}, context {format_size(context)}" + (f", block {format_size(block)}" if block else "")
+                )
+                work, star = _work(model, method, ids_L, block, tokens_per_forward, compile)
+                plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
+                flops = _flops(shape, plan, method, star)
+                what: dict[str, Any] = dict(method=method, context=context, block=block, asked=asked.get(block or 0))
+                rows.append(
+                    _measured(work, device, repeats, ceilings, what, flops.total, _fixed(model, shape, context))
+                )
+    return rows
+
+
+def block_size(text: str, context: int) -> int:
+    """A block size as it may be written: `8k`, or `/4` for that share of the context."""
+    if text.startswith("/"):
+        if not text[1:].isdecimal() or int(text[1:]) < 1:
+            raise InvalidInputError(f"block size {text!r} is no share of the context; write /4 for a quarter")
+        return max(1, context // int(text[1:]))
+    return parse_size(text, "block_size")
+
+
+def _fixed(model: Any, shape: ModelShape, context: int) -> int:
+    """Bytes of weights, and of keys and values."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return int(weights) + context * shape.kv_bytes_per_token
+
+
+def _flops(shape: ModelShape, plan: BlockPlan, method: str, star: StarLLM | None) -> Flops:
+    if method == "official":
+        return cost.phase1_official(shape, plan)
+    tokens = plan.context_tokens if star is None else star.tokens_per_forward
+    return cost.phase1(shape, plan, tokens_per_forward=tokens)
+
+
+def _work(
+    model: Any, method: str, ids_L: Tensor, block: int | None, tokens_per_forward: str | None, compile: bool | None
+) -> tuple[Callable[[], Any], StarLLM | None]:
+    """What is timed, and the engine that does it, if one of ours does."""
+    if method in STOCK_BACKENDS:
+        return (lambda: stock_prefill(model, ids_L, STOCK_BACKENDS[method])), None
+    star = StarLLM(
+        model,
+        block_size=block,
+        method="dense" if block is None else "star",
+        tokens_per_forward=tokens_per_forward,
+        compile=compile,
+        comm="solo",
+    )
+    if method == "official":
+        plan = BlockPlan.resolve(len(ids_L), block, None, 1)
+        return (lambda: official_encode(star._handle, ids_L, plan, star.tokens_per_forward)), star
+    return (lambda: star.encode(ids_L)), star
+
+
+def _measured(
+    work: Callable[[], Any],
+    device: torch.device,
+    repeats: int,
+    ceilings: Ceilings,
+    what: dict[str, Any],
+    flops: int,
+    fixed_bytes: int,
+) -> Row:
+    row = what | dict(flops=flops)
+    try:
+        first_s = machine.once(work, device)
+        peak = machine.peak_bytes(work, device)
+        seconds = [machine.once(work, device) for _ in range(repeats)]
+    except (torch.OutOfMemoryError, OutOfMemoryError, MemoryError):
+        return Row(**row, failed="out of memory")
+    except RuntimeError as error:  # a kernel that is not there for these shapes
+        return Row(**row, failed=str(error).strip().splitlines()[0][:120])
+    middle = median(seconds)
+    return Row(
+        **row,
+        seconds=middle,
+        all_seconds=tuple(seconds),
+        first_s=first_s,
+        flops_per_s=flops / middle,
+        of_ceiling=flops / middle / ceilings.flops_per_s,
+        working_bytes=None if peak is None else peak - fixed_bytes,
+    )
+
+
+def table(rows: list[Row]) -> list[tuple[str, ...]]:
+    """For people; speed-ups are over each dense baseline at the same length."""
+    baselines = [method for method in (*STOCK_BACKENDS, "dense") if any(row.method == method for row in rows)]
+    head = ("context", "method", "block", "s", "TFLOP/s", "of ceiling", *(f"x {name}" for name in baselines))
+    head = (*head, "of FLOP ratio", "first s", "working GiB")
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        if row.seconds is None:
+            lines.append(
+                (format_size(row.context), row.method, _size(row.block), row.failed or "", *[""] * (len(head) - 4))
+            )
+            continue
+        assert row.flops_per_s is not None and row.of_ceiling is not None and row.first_s is not None
+        ratio = flop_ratio_reached(row, rows)
+        lines.append(
+            (
+                *(format_size(row.context), row.method, _size(row.block), f"{row.seconds:,.3g}"),
+                *(f"{row.flops_per_s / 1e12:,.3g}", f"{row.of_ceiling:.2f}"),
+                *(_over(speed_up(row, rows, name)) for name in baselines),
+                *("" if ratio is None else f"{ratio:.2f}", f"{row.first_s:,.3g}"),
+                "" if row.working_bytes is None else f"{row.working_bytes / 2**30:.2f}",
+            )
+        )
+    return lines
+
+
+def speed_up(row: Row, rows: list[Row], baseline: str) -> float | None:
+    """How many times faster than a baseline at the same length; None for itself and where one of them has no time."""
+    other = next((one for one in rows if one.method == baseline and one.context == row.context), None)
+    if other is None or other is row or other.seconds is None or row.seconds is None:
+        return None
+    return other.seconds / row.seconds
+
+
+def flop_ratio_reached(row: Row, rows: list[Row]) -> float | None:
+    """The speed-up over our dense attention (for stock kernels: over the default one) by the ratio of operations."""
+    for baseline in ("dense", *STOCK_BACKENDS):
+        gained = speed_up(row, rows, baseline)
+        other = next((one for one in rows if one.method == baseline and one.context == row.context), None)
+        if gained is not None and other is not None and row.method in ("star", "official"):
+            return gained / (other.flops / row.flops)
+    return None
+
+
+def _size(block: int | None) -> str:
+    return "" if block is None else format_size(block)
+
+
+def _over(factor: float | None) -> str:
+    return "" if factor is None else f"{factor:.2f}"
+
+
+def series(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Rows of one method, and of a block size as it was asked for, over the lengths; those that have a time."""
+    for method, asked in dict.fromkeys((row.method, row.asked) for row in rows if row.seconds is not None):
+        name = method if asked is None else f"{method}, block {asked.replace('/', 'length / ')}"
+        yield name, [row for row in rows if (row.method, row.asked) == (method, asked) and row.seconds is not None]

@@ -1,0 +1,103 @@
+"""Many questions on one text: encoded once, against transformers reading it again for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from star_attention.bench import machine
+from star_attention.bench.subject import random_ids
+from star_attention.engine import StarLLM
+from star_attention.errors import OutOfMemoryError
+from star_attention.plan import format_size, parse_size
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method at one length. encode_s: once a text; question_s: median of one further question with its answer."""
+
+    method: str
+    context: int
+    questions: int
+    encode_s: float | None = None
+    question_s: float | None = None
+    failed: str | None = None
+
+    @property
+    def total_s(self) -> float | None:
+        """Of all questions: the text once, where it is kept, and each question."""
+        if self.encode_s is None or self.question_s is None:
+            return None
+        return self.encode_s + self.questions * self.question_s
+
+
+def run(
+    model: Any,
+    *,
+    contexts: list[str],
+    block: str,
+    questions: int,
+    query_tokens: int,
+    tokens: int,
+    repeats: int,
+    compile: bool | None,
+    progress: Progress,
+) -> list[Row]:
+    """Star Attention, our dense attention, and stock `generate` over text and question, at every length."""
+    device = next(model.parameters()).device
+    query = random_ids(model, query_tokens, seed=1)
+    rows = []
+    for context in (parse_size(size, "context") for size in contexts):
+        ids_L = random_ids(model, context)
+        for method in ("stock", "dense", "star"):
+            progress(f"{method}, context {format_size(context)}")
+            row: dict[str, Any] = dict(method=method, context=context, questions=questions)
+            try:
+                if method == "stock":
+                    ask = partial(_stock, model, torch.cat([ids_L, query]), tokens)
+                    encode_s = 0.0
+                else:
+                    size = min(parse_size(block, "block_size"), context)
+                    star = StarLLM(model, block_size=size, method=method, compile=compile, comm="solo")
+                    encode_s = median(machine.timed(partial(star.encode, ids_L), repeats=repeats, device=device))
+                    encoded = star.encode(ids_L)
+                    ask = partial(star.generate, encoded, query, max_new_tokens=tokens, ignore_eos=True)
+                question_s = median(machine.timed(ask, repeats=repeats, device=device))
+            except (torch.OutOfMemoryError, OutOfMemoryError, MemoryError):
+                rows.append(Row(**row, failed="out of memory"))
+                continue
+            rows.append(Row(**row, encode_s=encode_s, question_s=question_s))
+            ask = encoded = None  # type: ignore[assignment]  # before the next one needs the memory
+    return rows
+
+
+@torch.no_grad()
+def _stock(model: Any, ids_L: torch.Tensor, tokens: int) -> Any:
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids_1L = ids_L[None].to(model.device)
+    return model.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), generation_config=config)
+
+
+def table(rows: list[Row]) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [("context", "method", "text s", "a question s", "questions", "all s", "x stock")]
+    for row in rows:
+        head = (format_size(row.context), row.method)
+        if row.total_s is None or row.encode_s is None or row.question_s is None:
+            lines.append((*head, row.failed or "", "", "", "", ""))
+            continue
+        stock = next((one.total_s for one in rows if (one.method, one.context) == ("stock", row.context)), None)
+        lines.append(
+            (
+                *(*head, f"{row.encode_s:,.3g}", f"{row.question_s:,.3g}", str(row.questions), f"{row.total_s:,.3g}"),
+                "" if stock is None or row.method == "stock" else f"{stock / row.total_s:.2f}",
+            )
+        )
+    return lines

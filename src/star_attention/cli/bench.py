@@ -1,0 +1,256 @@
+"""`star-attention bench`: measurements beside the machine's ceilings, a table and then one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from star_attention.cli.command import say
+from star_attention.cli.notes import table
+from star_attention.cli.options import Dtype, Quiet, TokensPerForward, option
+
+if TYPE_CHECKING:
+    from star_attention.bench.machine import Ceilings
+    from star_attention.cost import ModelShape
+
+Compile = Annotated[
+    bool | None,
+    option(
+        "With compiled layers and CUDA graphs, or without.",
+        "--compile/--no-compile",
+        panel="Benchmark",
+        show_default="on a GPU, where Triton is installed",
+    ),
+]
+Contexts = Annotated[str, option("Lengths in tokens, with commas between.", panel="Benchmark", metavar="SIZES")]
+Block = Annotated[str, option("Block size of Star Attention.", panel="Benchmark", metavar="SIZE")]
+Repeats = Annotated[int, option("Runs of each, of which the median counts.", panel="Benchmark", metavar="N", min=1)]
+QueryTokens = Annotated[int, option("Tokens of a query.", panel="Benchmark", metavar="N", min=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured, and where the results go."""
+
+    model: Annotated[
+        str | None, option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL")
+    ] = None
+    shapes: Annotated[
+        str | None,
+        option(
+            "Instead of a model: random weights of the shapes of llama-3.1-8b or llama-3.2-1b.",
+            "--shapes",
+            panel="Model",
+            metavar="NAME",
+        ),
+    ] = None
+    dtype: Dtype = "auto"
+    device: Annotated[
+        str, option("auto (a GPU if there is one), cpu, cuda, cuda:1.", "--device", panel="Model", metavar="DEVICE")
+    ] = "auto"
+    out: Annotated[
+        str | None,
+        option("A folder for the JSON and the pictures.", "--out", panel="Output", metavar="FOLDER"),
+    ] = None
+
+
+def prefill(
+    subject: Subject,
+    context: Contexts = "32k",
+    block: Annotated[
+        str,
+        option("Block sizes, with commas between; /4 is a quarter of the context.", panel="Benchmark", metavar="SIZES"),
+    ] = "/4,/8",
+    methods: Annotated[
+        str,
+        option(
+            "Of stock (transformers), stock-cudnn (pinned to cuDNN's attention), dense and star (ours), official (the paper's"
+            " implementation, which encodes the anchor for each block), with commas between.",
+            panel="Benchmark",
+            metavar="NAMES",
+        ),
+    ] = "stock,dense,official,star",
+    tokens_per_forward: TokensPerForward = None,
+    repeats: Repeats = 3,
+    compile: Compile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time to encode a context, beside dense attention and the paper's own scheme.
+
+    Every method is measured in the same run, on random token ids. The rate counts a method's own operations; "of FLOP ratio"
+    says how much of what the operations promise against dense attention is reached.
+
+    Example: star-attention bench prefill -m models/needle-17m --context 8k,32k --block 4k
+    """
+    from star_attention.bench import prefill as bench
+
+    bench_model, shape, ceilings, progress = _begin(subject, quiet)
+    rows = bench.run(
+        bench_model,
+        shape,
+        ceilings,
+        contexts=context.split(","),
+        blocks=block.split(","),
+        methods=methods.split(","),
+        repeats=repeats,
+        tokens_per_forward=tokens_per_forward,
+        compile=compile,
+        progress=progress,
+    )
+    _report("prefill", subject, bench_model, ceilings, rows, bench.table(rows))
+    if subject.out is not None:
+        from star_attention.bench import plots
+
+        plots.prefill_plots(rows, ceilings.flops_per_s, Path(subject.out))
+
+
+def decode(
+    subject: Subject,
+    context: Contexts = "16k",
+    block: Block = "16k",
+    queries: Annotated[int, option("Queries answered at once.", panel="Benchmark", metavar="N", min=1)] = 1,
+    query_tokens: QueryTokens = 64,
+    answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=2)] = 256,
+    repeats: Repeats = 3,
+    compile: Compile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time for each token of an answer, beside what reading weights, keys and values once would take.
+
+    Unless --compile or --no-compile is given, both are measured where there is a GPU.
+
+    Example: star-attention bench decode --shapes llama-3.1-8b --context 16k,128k
+    """
+    from star_attention.bench import decode as bench
+
+    bench_model, shape, ceilings, progress = _begin(subject, quiet)
+    on_gpu = next(bench_model.parameters()).device.type == "cuda"
+    rows = bench.run(
+        bench_model,
+        shape,
+        ceilings,
+        contexts=context.split(","),
+        block=block,
+        queries=queries,
+        query_tokens=query_tokens,
+        tokens=answer_tokens,
+        repeats=repeats,
+        compile=[compile] if compile is not None else [True, False] if on_gpu else [False],
+        progress=progress,
+    )
+    _report("decode", subject, bench_model, ceilings, rows, bench.table(rows))
+    if subject.out is not None:
+        from star_attention.bench import plots
+
+        plots.decode_plots(rows, Path(subject.out))
+
+
+def questions(
+    subject: Subject,
+    context: Contexts = "16k",
+    block: Block = "4k",
+    questions: Annotated[int, option("Questions on each text.", panel="Benchmark", metavar="N", min=1)] = 20,
+    query_tokens: QueryTokens = 64,
+    answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=1)] = 32,
+    repeats: Repeats = 3,
+    compile: Compile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time for many questions on one text: encoded once, against transformers reading it again for each.
+
+    One question is measured (the median of --repeats) and counted --questions times.
+
+    Example: star-attention bench questions -m models/needle-17m --context 8k --questions 100
+    """
+    from star_attention.bench import questions as bench
+
+    bench_model, _, ceilings, progress = _begin(subject, quiet)
+    rows = bench.run(
+        bench_model,
+        contexts=context.split(","),
+        block=block,
+        questions=questions,
+        query_tokens=query_tokens,
+        tokens=answer_tokens,
+        repeats=repeats,
+        compile=compile,
+        progress=progress,
+    )
+    _report("questions", subject, bench_model, ceilings, rows, bench.table(rows))
+
+
+def kernels(
+    subject: Subject,
+    context: Contexts = "16k,128k",
+    block: Annotated[str, option("Block sizes, with commas between.", panel="Benchmark", metavar="SIZES")] = "4k,16k",
+    repeats: Repeats = 10,
+    quiet: Quiet = False,
+) -> None:
+    """Attention kernels one by one, in the model's shapes, beside the ceiling that bounds each.
+
+    Example: star-attention bench kernels --shapes llama-3.1-8b
+    """
+    from star_attention.bench import kernels as bench
+
+    bench_model, shape, ceilings, progress = _begin(subject, quiet)
+    first = next(bench_model.parameters())
+    rows = bench.run(
+        max(shape.attention, key=lambda call: call.heads),
+        shape.hidden_size,
+        ceilings,
+        first.device,
+        first.dtype,
+        blocks=block.split(","),
+        contexts=context.split(","),
+        repeats=repeats,
+        progress=progress,
+    )
+    _report("kernels", subject, bench_model, ceilings, rows, bench.table(rows))
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (prefill, decode, questions, kernels)
+
+
+def _begin(subject: Subject, quiet: bool) -> tuple[Any, ModelShape, Ceilings, Callable[[str], None]]:
+    """The loaded model, its shape, the ceilings (printed first), and what is told on the way."""
+    if subject.out is not None:
+        from star_attention.demo.heatmap import require_matplotlib
+
+        require_matplotlib()
+        Path(subject.out).mkdir(parents=True, exist_ok=True)
+
+    def progress(line: str) -> None:
+        if not quiet:
+            say(line)
+
+    from star_attention.bench import machine
+    from star_attention.bench.subject import model_of, name_of
+    from star_attention.hf.logs import hide_progress_bars
+    from star_attention.hf.shape import model_shape
+
+    hide_progress_bars()
+    model = model_of(subject.model, subject.shapes, dtype=subject.dtype, device=subject.device)
+    first = next(model.parameters())
+    ceilings = machine.ceilings(first.device, first.dtype)
+    kind = str(first.dtype).removeprefix("torch.")
+    print(f"{name_of(model)}, {kind}, on {machine.hardware(first.device)}\n{ceilings}\n", flush=True)
+    return model, model_shape(model.config, kind), ceilings, progress
+
+
+def _report(
+    what: str, subject: Subject, model: Any, ceilings: Ceilings, rows: list[Any], lines: list[tuple[str, ...]]
+) -> None:
+    """The table, then one line of JSON, which also goes to the folder."""
+    from star_attention.bench import machine
+    from star_attention.bench.subject import name_of
+
+    first = next(model.parameters())
+    found = {"benchmark": what, "model": name_of(model), "dtype": str(first.dtype).removeprefix("torch.")}
+    found |= machine.record(first.device, ceilings) | {"rows": [asdict(row) for row in rows]}
+    print(table(lines) + "\n", flush=True)
+    print(json.dumps(found), flush=True)
+    if subject.out is not None:
+        Path(subject.out, f"{what}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

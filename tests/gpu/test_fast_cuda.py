@@ -1,0 +1,190 @@
+"""What makes a GPU fast - compiled layers, CUDA graphs, our kernels - against the oracle and against the same without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from star_attention import StarLLM, phase1
+from tests.answer_oracle import CASES, expected, real_rows, setup
+from tests.families import FIRST_TOKEN, LAST_TOKEN, build
+from tests.model_oracle import oracle_forward, oracle_generate
+
+pytestmark = pytest.mark.gpu
+MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
+TEXT = "The secret number for otter is 12345.\n" + "Rain falls on the hill and the dog sleeps.\n" * 600
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+QUESTION = chat("What is the secret number for otter?")
+
+
+# ------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_answers_attention(name: str, dtype: torch.dtype) -> None:
+    """Within twice the error of a plain implementation in that precision."""
+    from star_attention.attention.kernels import triton_answer
+
+    torch.manual_seed(0)
+    case = CASES[name]
+    made = setup(case, dtype, "cuda")
+    where: dict[str, Any] = dict(table=made.table, lengths=made.lengths, layer=1)
+    triton_answer.append(made.k_RGQD, made.v_RGQD, **where)
+    assert torch.equal(made.tail_k_RGCD[:, :, case.T : case.T + case.Q], made.k_RGQD)
+    rule = dict(window=case.window, softcap=case.softcap)
+    out, lse = triton_answer.attend(
+        made.q_RQHD, case.G, **where, padding_R=made.padding_R, scale=0.2, dtype=dtype, **rule
+    )
+    right, real = expected(made, 0.2), real_rows(case)
+    unit = (
+        2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    )  # of q, k, v and the result, rounded once each
+    assert (out.double().cpu() - right.out_BQHD)[real].norm() <= 2 * unit * right.out_BQHD[real].norm()
+    torch.testing.assert_close(lse.double().cpu()[real], right.lse_BQH[real], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(128, 4096), (1000, 96), (37, 14336)])
+def test_one_row_times_a_matrix(shape: tuple[int, int]) -> None:
+    from star_attention.attention.kernels import triton_row
+
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape).cuda().bfloat16(), torch.randn(1, 1, shape[1]).cuda().bfloat16()
+    exact = x.double() @ weight.double().T
+    assert (triton_row.linear(x, weight, None) - exact).norm() <= 2 * (x @ weight.T - exact).norm()
+
+
+# ------------------------------------------------------------------------------------------------- the bundled model
+
+
+@pytest.fixture(scope="module")
+def engines() -> dict[bool, StarLLM]:
+    """float32, with what is fast and without."""
+    sizes: dict[str, Any] = dict(dtype="float32", block_size=2048, tokens_per_forward=4096)
+    return {fast: StarLLM.from_pretrained(MODEL, compile=fast, **sizes) for fast in (True, False)}
+
+
+def test_the_same_tokens_as_without(engines: dict[bool, StarLLM]) -> None:
+    said = []
+    for star in engines.values():
+        context = star.encode(chat(TEXT))
+        assert len(context) > 8192, "several whole forwards, and a rest"
+        words: dict[str, Any] = dict(ignore_eos=True, max_new_tokens=100)
+        said.append(
+            [
+                star.generate(context, QUESTION, **words).token_ids,
+                [r.token_ids for r in star.generate(context, [QUESTION, chat("What does the dog do?")], **words)],
+                [r.token_ids for r in star.generate(context, QUESTION, num_return_sequences=2, seed=3, do_sample=True)],
+                star.generate(context, chat("What? " * 150), max_new_tokens=5).token_ids,  # longer than any bucket
+                star.generate(context, QUESTION, repetition_penalty=1.3, no_repeat_ngram_size=2).token_ids,
+                star.generate(context, QUESTION, stop="3").text,
+                star.generate(star.extend(context, " The end."), QUESTION, max_new_tokens=5).token_ids,
+            ]
+        )
+    assert said[0] == said[1]
+    assert "12345" in engines[True].tokenizer.decode(said[0][0])
+    graphs = engines[True]._handle.graphs
+    assert graphs is not None
+    captured = {key for key, graph in graphs._graphs.items() if graph is not None}
+    assert {(1, 1), (1, 16), (2, 1), (2, 16)} <= captured
+
+
+def test_nothing_is_compiled_or_captured_again(engines: dict[bool, StarLLM]) -> None:
+    star = engines[True]
+
+    def ask(text: str, question: str) -> list[int]:
+        return star.generate(star.encode(chat(text)), chat(question), max_new_tokens=20, ignore_eos=True).token_ids
+
+    ask(TEXT, "What does the dog do?")
+    assert star._handle.graphs is not None
+    before = len(star._handle.graphs._graphs), torch._dynamo.utils.counters["frames"]["total"]
+    ask(TEXT + "It snows.\n" * 200, "Is it cold on the hill?")
+    ask("A cat. " * 3000, "Who?")
+    assert (len(star._handle.graphs._graphs), torch._dynamo.utils.counters["frames"]["total"]) == before
+
+
+def test_streams_over_two_contexts_take_turns(engines: dict[bool, StarLLM]) -> None:
+    """They share graphs, and each has its own keys, tail and place in it."""
+    star = engines[True]
+    contexts = [star.encode(chat(text)) for text in (TEXT, "The sea is blue. " * 900)]
+    words: dict[str, Any] = dict(max_new_tokens=90, ignore_eos=True)
+    alone = [star.generate(context, QUESTION, **words).token_ids for context in contexts]
+    streams = [star.stream(context, QUESTION, **words) for context in contexts]
+    while any([next(stream, None) is not None for stream in streams]):
+        pass
+    assert [stream.result.token_ids for stream in streams] == alone
+
+
+class Forced(LogitsProcessor):  # type: ignore[misc]
+    """Makes an answer of given tokens."""
+
+    def __init__(self, tokens: Tensor, prompt_tokens: int) -> None:
+        self.tokens, self.prompt_tokens = tokens, prompt_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, self.tokens[input_ids.shape[1] - self.prompt_tokens]] = 0.0
+        return forced
+
+
+def test_bf16_logits_over_256_steps_are_within_twice_a_plain_implementation() -> None:
+    half = StarLLM.from_pretrained(MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", compile=True)
+    exact = StarLLM.from_pretrained(MODEL, dtype="float32", compile=False)
+    torch.manual_seed(0)
+    context, query, steps = 8192, 8, 256
+    ids = torch.randint(5, 4096, (context + query + steps,))
+    force = Forced(ids[context + query :], context + query)
+    reply = half.generate(
+        half.encode(ids[:context]),
+        ids[context : context + query],
+        max_new_tokens=steps,
+        ignore_eos=True,
+        return_logits=True,
+        logits_processor=[force],
+    )
+    assert reply.token_ids == ids[context + query :].tolist()
+    rows = slice(context + query - 1, context + query - 1 + steps)
+    sizes = dict(context_len=context, block_size=2048, anchor_size=2048)
+    plain = oracle_forward(half.model, ids[None].cuda(), **sizes).logits_BLV[0, rows].float()
+    oracle = oracle_forward(exact.model, ids[None].cuda(), **sizes).logits_BLV[0, rows].float()
+    ours, theirs = (reply.logits.cuda() - oracle).norm() / oracle.norm(), (plain - oracle).norm() / oracle.norm()
+    print(f"relative error bf16: ours {ours:.4f}, plain {theirs:.4f}")
+    assert ours <= 2 * theirs
+
+
+# ------------------------------------------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gemma3n"])
+def test_families_against_the_mask_oracle(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything compiled that would be for long contexts; windows, softcap, sinks, layers that share keys."""
+    monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
+    model = build(family).to("cuda")
+    star = StarLLM(model, block_size=24, anchor_size=10, tokens_per_forward=48, compile=True)
+    torch.manual_seed(1)
+    ids = torch.randint(FIRST_TOKEN, LAST_TOKEN + 1, (1, 108), device="cuda")
+    sizes = dict(context_len=101, block_size=24, anchor_size=10, rope_length=None)
+    reply = star.generate(
+        star.encode(ids[0, :101]), ids[0, 101:], max_new_tokens=5, return_logits=True, ignore_eos=True
+    )
+    tokens, logits = oracle_generate(model, ids, steps=5, **sizes)
+    scale = max(1.0, logits.abs().max().item())
+    assert (reply.logits - logits[0].cpu()).abs().max().item() <= 2e-4 * scale
+    assert reply.token_ids == tokens[0].tolist()
+    print(family, star._handle.graphs and {key: bool(graph) for key, graph in star._handle.graphs._graphs.items()})

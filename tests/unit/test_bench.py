@@ -1,0 +1,161 @@
+"""Each benchmark runs, and what it computes from times is right. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from star_attention import StarLLM, cost
+from star_attention.bench import decode, prefill, questions, subject
+from star_attention.bench.baselines import official_encode, stock_prefill
+from star_attention.cli import app
+from star_attention.hf.shape import model_shape
+from star_attention.plan import BlockPlan
+from tests.engines import BUNDLED, bundled_model, ids, tiny
+
+MODEL = ["-m", str(BUNDLED), "--dtype", "float32", "--device", "cpu", "--quiet"]
+
+
+def bench(*arguments: object) -> tuple[str, dict[str, Any]]:
+    """What is printed above the line of JSON, and that."""
+    done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    text, _, last = done.stdout.rstrip("\n").rpartition("\n")
+    return text, json.loads(last)
+
+
+def test_prefill(tmp_path: Path) -> None:
+    text, found = bench(
+        *("prefill", *MODEL, "--context", "128,256", "--block", "/4,128", "--repeats", "1", "--out", tmp_path)
+    )
+    assert text.startswith(f"{BUNDLED}, float32, on CPU")
+    assert "ceilings: matrix product" in text
+    rows = [(row["method"], row["context"], row["block"]) for row in found["rows"]]
+    whole = [(name, length, None) for length in (128, 256) for name in ("stock", "dense")]
+    cut = [(name, *sizes) for name in ("official", "star") for sizes in ((128, 32), (256, 128), (256, 64))]
+    assert sorted(rows, key=str) == sorted(whole + cut, key=str)
+    assert all(row["seconds"] > 0 and row["failed"] is None for row in found["rows"])
+    assert {"date", "hardware", "versions", "git", "ceilings", "command"} <= set(found)
+    assert json.loads((tmp_path / "prefill.json").read_text()) == found
+    assert {path.name for path in tmp_path.iterdir()} == {"prefill.json", "prefill-time.png", "prefill-speedup.png"}
+
+
+def test_decode(tmp_path: Path) -> None:
+    arguments = ["--context", "128", "--block", "32", "--query-tokens", "8", "--answer-tokens", "4", "--repeats", "1"]
+    text, found = bench("decode", *MODEL, *arguments, "--queries", "2", "--out", tmp_path)
+    (row,) = found["rows"]
+    assert row["tokens"] == 4
+    assert not row["compiled"]
+    assert "over floor" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"decode.json", "decode.png"}
+
+
+def test_questions() -> None:
+    arguments = ["--context", "128", "--block", "32", "--query-tokens", "8", "--answer-tokens", "2", "--repeats", "1"]
+    _, found = bench("questions", *MODEL, *arguments)
+    assert [row["method"] for row in found["rows"]] == ["stock", "dense", "star"]
+    assert all(row["question_s"] > 0 for row in found["rows"])
+
+
+def test_kernels() -> None:
+    _, found = bench("kernels", *MODEL, "--context", "512", "--block", "64", "--repeats", "1")
+    calls = {row["what"] for row in found["rows"]}
+    assert {"a block of 64", "64 over an anchor of 64", "merging 64", "a token over 512"} <= calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prefill"], "give either a model (-m) or the shapes of one (--shapes)"),
+        (["decode", "--shapes", "gpt-9"], "shapes 'gpt-9' are unknown; choose one of llama-3.1-8b"),
+        (["prefill", *MODEL, "--methods", "star,magic"], "method 'magic' is unknown; choose from stock"),
+        (["prefill", *MODEL, "--block", "/x"], "block size '/x' is no share of the context"),
+        (["prefill", *MODEL, "--context", "many"], "context 'many' is not a number of tokens"),
+    ],
+)
+def test_what_cannot_be_measured(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["bench", *arguments])
+    assert done.exit_code == 1
+    assert message in done.stderr
+
+
+# ------------------------------------------------------------------ baselines compute what they are said to
+
+
+@pytest.mark.parametrize("tokens_per_forward", [24, 48, 512])
+def test_the_official_scheme_gives_the_same_keys(tokens_per_forward: int) -> None:
+    star = StarLLM(tiny("llama"), block_size=24, tokens_per_forward=tokens_per_forward)
+    tokens = torch.tensor(ids(101))
+    expected = star.encode(tokens)
+    store = official_encode(star._handle, tokens, expected.plan, tokens_per_forward)
+    for ours, theirs in zip(store.layers, expected.kv.layers, strict=True):
+        for a, b in zip(ours.pair(), theirs.pair(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_the_stock_prefill_is_dense_attention() -> None:
+    model = bundled_model()
+    before = model.config._attn_implementation
+    tokens = torch.tensor(ids(300)) + 100
+    cache = stock_prefill(model, tokens, None)
+    expected = StarLLM(model, method="dense").encode(tokens)
+    for layer, kept in zip(cache.layers, expected.kv.layers, strict=True):
+        torch.testing.assert_close(layer.keys, kept.pair()[0], atol=1e-4, rtol=1e-4)
+    assert model.config._attn_implementation == before
+
+
+def test_random_shapes_are_the_models() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        small = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=200)
+        patch.setitem(subject.SHAPES, "small", small | dict(num_attention_heads=4, num_key_value_heads=2))
+        model = subject.model_of(None, "small", dtype="auto", device="cpu")
+    assert subject.name_of(model) == "small"
+    assert next(model.parameters()).dtype == torch.float32
+    head = model.get_output_embeddings().weight
+    assert subject.weight_bytes_per_token(model) == 4 * (sum(p.numel() for p in model.parameters()) - head.numel())
+    assert float(head.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+def test_tied_embeddings_are_read_for_each_token() -> None:
+    model = bundled_model()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert subject.weight_bytes_per_token(model) == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_eight_billion_shapes_cost_what_the_paper_model_does() -> None:
+    """Model FLOPs as they are counted for it elsewhere: 2 x 6.98e9 L + 4 x 4096 x 32 b^2 (0.5 + 1.5 (n - 1))."""
+    from transformers import LlamaConfig
+
+    shape = model_shape(LlamaConfig(**subject.SHAPES["llama-3.1-8b"]), "bfloat16")
+    plan = BlockPlan.resolve(131072, 16384, None, 1)
+    counted = cost.phase1(shape, plan, tokens_per_forward=16384)
+    assert counted.linear == pytest.approx(2 * 6.98e9 * 131072, rel=1e-3)
+    assert counted.attention == pytest.approx(4 * 4096 * 32 * 16384**2 * (0.5 + 1.5 * 7), rel=1e-3)
+
+
+# ------------------------------------------------------------------ ratios
+
+
+def test_ratios_of_prefill() -> None:
+    dense = prefill.Row(method="dense", context=100, block=None, seconds=10.0, flops=100)
+    star = prefill.Row(method="star", context=100, block=25, asked="/4", seconds=4.0, flops=50)
+    gone = prefill.Row(method="stock", context=100, block=None, flops=100, failed="out of memory")
+    rows = [gone, dense, star]
+    assert prefill.speed_up(star, rows, "dense") == 2.5
+    assert prefill.speed_up(star, rows, "stock") is None
+    assert prefill.speed_up(dense, rows, "dense") is None
+    assert prefill.flop_ratio_reached(star, rows) == 1.25
+    assert prefill.flop_ratio_reached(dense, rows) is None
+    assert [name for name, _ in prefill.series(rows)] == ["dense", "star, block length / 4"]
+
+
+def test_ratios_of_answers() -> None:
+    row = decode.Row(context=10, block=5, compiled=True, queries=1, query_tokens=1, tokens=2, token_s=0.3, floor_s=0.2)
+    assert row.over_floor == pytest.approx(1.5)
+    asked = questions.Row(method="star", context=10, questions=7, encode_s=3.0, question_s=2.0)
+    assert asked.total_s == 17.0

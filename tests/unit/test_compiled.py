@@ -1,0 +1,68 @@
+"""Layers through torch.compile, here with its C++ backend. (On a GPU: tests/gpu/test_fast_cuda.py.)"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from star_attention import StarLLM, phase1
+from star_attention.hf.compiled import FULL, layers_of
+from tests.engines import engine, ids, tiny
+
+SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma3n", "deepseek_v3", "gpt2"])
+def test_layers_are_found(name: str) -> None:
+    model = tiny(name)
+    assert len(layers_of(model.get_decoder())) == model.config.get_text_config().num_hidden_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_encoding_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
+    plain, fast = engine(name, compile=False, **SIZES), engine(name, compile=True, **SIZES)
+    for tokens in (101, 125):
+        expected, context = plain.encode(ids(tokens)), fast.encode(ids(tokens))
+        for ours, theirs in zip(context.kv.layers, expected.kv.layers, strict=True):
+            for a, b in zip(ours.pair(), theirs.pair(), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    before = counters["frames"]["total"]
+    assert before > 0
+    fast.encode(ids(149, seed=4))
+    assert counters["frames"]["total"] == before, "nothing is compiled again"
+    words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+    assert fast.generate(context, ids(5), **words).token_ids == plain.generate(expected, ids(5), **words).token_ids
+
+
+def test_other_threads_and_later_calls_find_the_plain_model() -> None:
+    model = tiny("llama")
+    star = StarLLM(model, compile=True, **SIZES)
+    compiled, layers = star._handle.compiled, layers_of(model.get_decoder())
+    assert compiled is not None
+    expected = model(torch.tensor([ids(9)])).logits
+    seen: list[Any] = []
+    with compiled.active(FULL):
+        assert all("forward" in vars(layer) for layer in layers)
+        thread = threading.Thread(target=lambda: seen.append(model(torch.tensor([ids(9)])).logits))
+        thread.start()
+        thread.join()
+    assert torch.equal(seen[0], expected)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_somebody_elses_forward_stays() -> None:
+    """accelerate replaces forwards to bring weights; compiling would go around it."""
+    model = tiny("llama")
+    layer = layers_of(model.get_decoder())[0]
+    layer.forward = layer.forward  # type: ignore[method-assign]
+    try:
+        assert StarLLM(model, compile=True, **SIZES)._handle.compiled is None
+        assert "forward" in vars(layer)
+    finally:
+        del layer.forward

@@ -1,0 +1,156 @@
+"""Forwards by CUDA graphs, their logic: everything but the capture itself, which a CPU does not have.
+
+What stands in for a graph does the captured work anew at each replay; kernels run in Triton's interpreter. (With real graphs:
+tests/gpu/test_fast_cuda.py.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from star_attention import EncodedContext, StarLLM, store
+from star_attention.hf import graphs
+from tests.engines import bundled_tokenizer, engine, ids, tiny
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
+
+from star_attention.attention.kernels import triton_answer  # noqa: E402
+
+SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a millisecond for each program."""
+    monkeypatch.setattr(triton_answer, "SPLITS", 2)
+    monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
+    monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
+    monkeypatch.setattr(store, "_ROOM", 6)
+
+
+class Replayed(graphs.Graphs):
+    """Counts what it would capture."""
+
+    def __init__(self, handle: Any) -> None:
+        super().__init__(handle)
+        self.captures = self.replays = 0
+
+    def _record(self, work: Callable[[], None], warm_up: Callable[[], Any]) -> Callable[[], None]:
+        self.captures += 1
+        if self.captures == 1:  # (it takes its time here; on a GPU it is done for each)
+            warm_up()
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay
+
+
+def with_graphs(star: StarLLM) -> Replayed:
+    replayed = Replayed(star._handle)
+    star._handle.__dict__["graphs"] = replayed  # (a cached property)
+    return replayed
+
+
+def pair(name: str) -> tuple[StarLLM, StarLLM, Replayed]:
+    """The same engine without graphs and with them."""
+    plain, fast = engine(name, **SIZES), engine(name, **SIZES)
+    return plain, fast, with_graphs(fast)
+
+
+QUICK = ("gemma2", "gpt_oss", "gemma3n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3", "gemma3", "mistral"))],
+)
+def test_families(name: str) -> None:
+    """Windows, softcap, sinks, layers that share keys: the tokens and the logits as without."""
+    plain, fast, replayed = pair(name)
+    words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
+    expected, reply = (star.generate(star.encode(ids(101)), ids(7, seed=2), **words) for star in (plain, fast))
+    assert replayed.replays == 4
+    assert set(replayed._graphs) == {(1, 8), (1, 1)}
+    assert reply.token_ids == expected.token_ids
+    torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3"])
+def test_what_graphs_cannot_serve_runs_without(name: str) -> None:
+    plain, fast, replayed = pair(name)
+    expected, reply = (star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast))
+    assert reply.token_ids == expected.token_ids
+    assert replayed.captures == 0
+
+
+def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast, replayed = pair("llama")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replayed, "_record", refuse)
+    expected, reply = (star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast))
+    assert reply.token_ids == expected.token_ids
+    assert set(replayed._graphs.values()) == {None}
+
+
+def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
+    """Every way to answer that steps token by token, and some that do not."""
+    words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
+    sampled = star.generate(context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **words)
+    return [
+        [reply.token_ids for reply in star.generate(context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **words)],
+        [reply.token_ids for reply in sampled],
+        star.generate(context, ids(1), max_new_tokens=1).token_ids,
+        star.generate(context, ids(300), max_new_tokens=2).token_ids,
+        star.generate(context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **words).token_ids,
+        star.generate(context, ids(5), num_beams=2, **words).token_ids,
+        star.generate(star.extend(context, ids(30, seed=9)), ids(5), **words).token_ids,
+        star.generate(context, ids(5), max_new_tokens=12, ignore_eos=True).token_ids,  # the tail moves as it grows
+    ]
+
+
+def test_every_way_to_answer() -> None:
+    plain, fast, replayed = pair("llama")
+    assert answers(fast, fast.encode(ids(101))) == answers(plain, plain.encode(ids(101)))
+    captures = replayed.captures
+    words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
+    other = [star.generate(star.encode(ids(77, seed=8)), ids(4), **words).token_ids for star in (plain, fast)]
+    assert other[0] == other[1]
+    assert replayed.captures == captures, "no graph is captured for a second context"
+
+
+def test_streams_over_two_contexts_take_turns() -> None:
+    """They share a graph; each is loaded into it before its turn."""
+    star = StarLLM(tiny("llama"), bundled_tokenizer(), **SIZES)
+    replayed = with_graphs(star)
+    contexts = [star.encode(ids(101)), star.encode(ids(53, seed=3))]
+    words: dict[str, Any] = dict(max_new_tokens=8, ignore_eos=True)
+    alone = [star.generate(context, ids(4), **words).token_ids for context in contexts]
+    streams = [star.stream(context, ids(4), **words) for context in contexts]
+    while any([next(stream, None) is not None for stream in streams]):
+        pass
+    assert [stream.result.token_ids for stream in streams] == alone
+    assert (replayed.captures, replayed.replays) == (2, 32)
+
+
+def test_an_end_before_the_last_token_leaves_no_trace() -> None:
+    """The forward of the next token has begun when the end is seen."""
+    plain, fast, _ = pair("llama")
+    contexts = [star.encode(ids(101)) for star in (plain, fast)]
+    free = plain.generate(contexts[0], ids(7), max_new_tokens=9, ignore_eos=True).token_ids
+    ends = [
+        star.generate(context, ids(7), max_new_tokens=9, eos_token_id=free[3]).token_ids
+        for star, context in zip((plain, fast), contexts, strict=True)
+    ]
+    assert ends[0] == ends[1] == free[: free.index(free[3]) + 1]
+    assert fast.generate(contexts[1], ids(7), max_new_tokens=9, ignore_eos=True).token_ids == free

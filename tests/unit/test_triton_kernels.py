@@ -1,0 +1,67 @@
+"""Our Triton kernels on the CPU, through Triton's interpreter. (On a GPU: tests/gpu/test_fast_cuda.py.)"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from star_attention.attention.state import State, merge, merge_last
+from tests.answer_oracle import CASES, expected, real_rows, setup
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
+
+from star_attention.attention.kernels import triton_answer, triton_merge, triton_row  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_answers_attention(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    case = CASES[name]
+    made = setup(case, dtype, "cpu")
+    where = dict(table=made.table, lengths=made.lengths, layer=1)
+    triton_answer.append(made.k_RGQD, made.v_RGQD, **where)
+    new = slice(case.T, case.T + case.Q)
+    assert torch.equal(made.tail_k_RGCD[:, :, new], made.k_RGQD)
+    assert torch.equal(made.tail_v_RGCD[:, :, new], made.v_RGQD)
+    out, lse = triton_answer.attend(
+        made.q_RQHD,
+        case.G,
+        **where,
+        padding_R=made.padding_R,
+        scale=0.2,
+        window=case.window,
+        softcap=case.softcap,
+        splits=3,
+    )
+    right, real = expected(made, 0.2), real_rows(case)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-3
+    assert (out.double() - right.out_BQHD)[real].norm() <= tolerance * right.out_BQHD[real].norm()
+    torch.testing.assert_close(lse.double()[real], right.lse_BQH[real], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_merging(first: int) -> None:
+    """Both layouts that kernels return, rows without keys, and a second state of the last rows only."""
+    torch.manual_seed(0)
+    a = State(torch.randn(2, 9, 3, 80), torch.randn(2, 9, 3) * 50)
+    b = State(torch.randn(2, 3, 9 - first, 80).transpose(1, 2), torch.randn(2, 9 - first, 3) * 50)
+    for state, rows in ((a, ((0, 0, 0), (0, 8, 1))), (b, ((0, -1, 1), (1, 0, 2)))):
+        for row in rows:
+            state.lse_BQH[row], state.out_BQHD[row] = float("-inf"), 0.0
+    out, lse = triton_merge.merge(*a, *b, dtype=torch.float32)
+    right = merge_last(a, b) if first else merge([a, b])
+    torch.testing.assert_close(out, right.out_BQHD)
+    torch.testing.assert_close(lse, right.lse_BQH)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_times_a_matrix(bias: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, 1500), torch.randn(37, 1500)
+    bias_N = torch.randn(37) if bias else None
+    out = triton_row.linear(x, weight, bias_N)
+    torch.testing.assert_close(out, linear(x, weight, bias_N), atol=1e-4, rtol=1e-5)
