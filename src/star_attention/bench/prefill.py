@@ -42,6 +42,8 @@ class Row:
     all_seconds: tuple[float, ...] = ()
     first_s: float | None = None
     flops: int = 0
+    linear_flops: int = 0
+    attention_flops: int = 0
     flops_per_s: float | None = None
     of_ceiling: float | None = None
     working_bytes: int | None = None
@@ -86,9 +88,7 @@ def run(
                 plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
                 flops = _flops(shape, plan, method, star)
                 what: dict[str, Any] = dict(method=method, context=context, block=block, asked=asked.get(block or 0))
-                rows.append(
-                    _measured(work, device, repeats, ceilings, what, flops.total, _fixed(model, shape, context))
-                )
+                rows.append(_measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, context)))
     return rows
 
 
@@ -140,10 +140,10 @@ def _measured(
     repeats: int,
     ceilings: Ceilings,
     what: dict[str, Any],
-    flops: int,
+    flops: Flops,
     fixed_bytes: int,
 ) -> Row:
-    row = what | dict(flops=flops)
+    row = what | dict(flops=flops.total, linear_flops=flops.linear, attention_flops=flops.attention)
     try:
         first_s = machine.once(work, device)
         peak = machine.peak_bytes(work, device)
@@ -158,8 +158,8 @@ def _measured(
         seconds=middle,
         all_seconds=tuple(seconds),
         first_s=first_s,
-        flops_per_s=flops / middle,
-        of_ceiling=flops / middle / ceilings.flops_per_s,
+        flops_per_s=flops.total / middle,
+        of_ceiling=flops.total / middle / ceilings.flops_per_s,
         working_bytes=None if peak is None else peak - fixed_bytes,
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
+import typer
+
 from star_attention.cli.options import (
     AnchorSize,
     AnchorSource,
-    BlockSize,
     Dtype,
     Json,
     Model,
@@ -22,19 +23,53 @@ from star_attention.plan import BlockPlan, parse_size
 
 def plan(
     model: Model,
-    context: Annotated[str, option("Tokens of context.", panel="Context", metavar="SIZE")],
+    context: Annotated[
+        str,
+        option(
+            "Tokens of context; with --hardware several, or a range of doublings: 128k..1m.",
+            panel="Context",
+            metavar="SIZE",
+        ),
+    ],
     dtype: Dtype = "auto",
     tokens_per_forward: TokensPerForward = None,
-    block_size: BlockSize = None,
+    block_size: Annotated[
+        str | None,
+        option(
+            "Tokens encoded together; with --hardware also `quarter`: the quickest from a quarter of the context on.",
+            panel="Context",
+            metavar="SIZE",
+            show_default="a quarter of the context, 1k to 32k",
+        ),
+    ] = None,
     anchor_size: AnchorSize = None,
     ranks: Annotated[
-        int, option("Hosts that share the blocks.", "--ranks", panel="Ranks", metavar="N", min=1)
-    ] = BlockPlan.ranks,
+        str,
+        option("Hosts that share the blocks; with --hardware several: 1..1024.", "--ranks", panel="Ranks", metavar="N"),
+    ] = str(BlockPlan.ranks),
     tensor_parallel: TensorParallel = 1,
     anchor_source: AnchorSource = ANCHOR_SOURCES[0],
     queries: Annotated[int, option("Queries on the context.", panel="Answer", metavar="N", min=1)] = 1,
     query_tokens: Annotated[int, option("Tokens of a query.", panel="Answer", metavar="N", min=1)] = 64,
     answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Answer", metavar="N", min=1)] = MAX_NEW_TOKENS,
+    hardware: Annotated[
+        str | None,
+        option(
+            "Estimate times on h200-nvlink, h200-ib, a100-nvlink, cpu-ethernet, or numbers (h200-ib,link=2e10).",
+            "--hardware",
+            panel="Hardware",
+            metavar="NAME",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        option(
+            "Take the rates from this JSON of `bench prefill`, and show how well they fit it.",
+            "--calibrate",
+            panel="Hardware",
+            metavar="FILE",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how a context would be cut, what memory it takes and how many operations it costs.
@@ -42,15 +77,42 @@ def plan(
     Reads the model's config.json and no weights. "dense" is ordinary attention over the whole context, "official" the
     scheme of the paper's own implementation, which encodes the anchor again for every block.
 
+    With --hardware it estimates times instead, for star, its variants, and ring attention over the same ranks, one row for
+    each length and number of ranks.
+
     Example: star-attention plan -m models/needle-17m --context 32k --ranks 4
     """
+    if hardware is not None:
+        from star_attention.cli import scale
+
+        StarConfig.of(tokens_per_forward=tokens_per_forward)
+        print(
+            scale.report(
+                model,
+                hardware,
+                contexts=scale.sizes(context, "context"),
+                ranks=scale.sizes(ranks, "ranks", of_ranks=True),
+                block=block_size,
+                dtype=dtype,
+                tokens_per_forward=None
+                if tokens_per_forward is None
+                else parse_size(tokens_per_forward, "tokens_per_forward"),
+                calibrate=calibrate,
+                as_json=as_json,
+            )
+        )
+        return
+    if calibrate is not None:
+        raise typer.BadParameter("it needs --hardware, whose other numbers it keeps", param_hint="--calibrate")
+    if not ranks.isdecimal() or int(ranks) < 1:
+        raise typer.BadParameter(f"{ranks!r} is not a number above 0", param_hint="--ranks")
     sizes = StarConfig.of(
         block_size=block_size,
         anchor_size=anchor_size,
         tokens_per_forward=tokens_per_forward,
         anchor_source=anchor_source,
     )
-    blocks = sizes.plan(parse_size(context, "context"), ranks)
+    blocks = sizes.plan(parse_size(context, "context"), int(ranks))
 
     from star_attention.cli.report import Report
 

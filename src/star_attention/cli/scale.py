@@ -1,0 +1,170 @@
+"""`plan --hardware`: phase 1 and phase 2 over lengths and numbers of ranks, on hardware that need not be there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from star_attention import scale
+from star_attention.cli.notes import in_bytes, table
+from star_attention.config import StarConfig
+from star_attention.cost import Flops, ModelShape
+from star_attention.errors import InvalidInputError
+from star_attention.hf import load
+from star_attention.hf.shape import model_shape
+from star_attention.plan import default_block_size, format_size, parse_size
+from star_attention.scale import Estimate, Hardware
+
+_QUARTER = "quarter"
+
+
+def sizes(text: str, name: str, *, of_ranks: bool = False) -> list[int]:
+    """`128k`, several with commas between, or a range of doublings: `128k..1m`.
+
+    Raises `InvalidInputError` for a range that ends before it begins.
+    """
+
+    def one(part: str) -> int:
+        if not of_ranks:
+            return parse_size(part, name)
+        if not part.isdecimal() or int(part) < 1:
+            raise InvalidInputError(f"{name} {part!r} is not a number of ranks; write 8, or 1..1024")
+        return int(part)
+
+    found: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.strip().partition("..")
+        if not dots:
+            found.append(one(first))
+            continue
+        size, stop = one(first), one(last)
+        if stop < size:
+            raise InvalidInputError(f"{name} {part!r} ends before it begins")
+        while size <= stop:
+            found.append(size)
+            size *= 2
+    return found
+
+
+def report(
+    model: str,
+    hardware: str,
+    *,
+    contexts: list[int],
+    ranks: list[int],
+    block: str | None,
+    dtype: str,
+    tokens_per_forward: int | None,
+    calibrate: str | None,
+    as_json: bool,
+) -> str:
+    """The estimates as a table for people, or as JSON; see `scale`.
+
+    block: a size, `quarter` (the quickest of blocks of a quarter of the context or more, the paper's rule for full accuracy), or
+    None for the paper's default.
+    """
+    shape = model_shape(load.load_config(model), dtype)
+    on = scale.hardware(hardware)
+    forward = StarConfig(tokens_per_forward=tokens_per_forward).forward_size("cuda")
+    fit: list[dict[str, float]] = []
+    if calibrate is not None:
+        on, fit = _calibrated(on, calibrate)
+    found = [
+        {scheme.scheme: scheme for scheme in _schemes(shape, on, length, count, block, forward)}
+        for length in contexts
+        for count in ranks
+    ]
+    if as_json:
+        rows = [{name: vars(one) | {"encode_s": one.encode_s} for name, one in schemes.items()} for schemes in found]
+        return json.dumps({"model": model, "hardware": vars(on), "calibration": fit, "estimates": rows})
+    return _text(model, on, found, fit)
+
+
+def _schemes(
+    shape: ModelShape, on: Hardware, context: int, ranks: int, block: str | None, tokens_per_forward: int
+) -> list[Estimate]:
+    if block == _QUARTER:
+        best = scale.best_block(
+            shape,
+            on,
+            context=context,
+            ranks=ranks,
+            smallest=-(-context // 4),
+            tokens_per_forward=tokens_per_forward,
+        )
+        size = best.block
+    else:
+        size = default_block_size(context) if block is None else min(parse_size(block, "block_size"), context)
+    return [
+        scale.estimate(
+            shape, on, scheme, context=context, ranks=ranks, block=size, tokens_per_forward=tokens_per_forward
+        )
+        for scheme in scale.SCHEMES
+    ]
+
+
+def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float]]]:
+    """Rates from the JSON of `bench prefill`, and measured beside predicted seconds of each of its rows.
+
+    Raises `InvalidInputError` for a file that is none.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        measured: list[tuple[dict[str, Any], Flops]] = [
+            (row, Flops(linear=row["linear_flops"], attention=row["attention_flops"]))
+            for row in rows
+            if row["seconds"] is not None and row["method"] in ("dense", "star", "official")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"{path} is no JSON of `bench prefill` ({error})") from None
+    on = scale.calibrated(on, [(flops, row["seconds"]) for row, flops in measured])
+    return on, [
+        {
+            "method": row["method"],
+            "context": row["context"],
+            "block": row["block"],
+            "measured_s": row["seconds"],
+            "predicted_s": flops.linear / on.matrix + flops.attention / on.attention,
+        }
+        for row, flops in measured
+    ]
+
+
+def _text(model: str, on: Hardware, found: list[dict[str, Estimate]], fit: list[dict[str, float]]) -> str:
+    lines: list[tuple[str, ...]] = [
+        (
+            *("context", "ranks", "block", "star s", "anchor local", "official", "ring", "plain ring"),
+            *("x ring", "x plain", "ms a token", "memory"),
+        )
+    ]
+    for schemes in found:
+        star = schemes["star"]
+        others = [schemes[name] for name in ("star-local", "official", "ring", "ring-plain")]
+        lines.append(
+            (
+                *(format_size(star.context), str(star.ranks), format_size(star.block or 0)),
+                *(f"{one.encode_s:,.3g}" for one in (star, *others)),
+                *(f"{schemes[name].encode_s / star.encode_s:.2f}" for name in ("ring", "ring-plain")),
+                f"{star.token_s * 1e3:,.3g}",
+                in_bytes(star.memory) + ("" if star.fits else " (too much)"),
+            )
+        )
+    rates = (
+        f"{model} on {on.name}: linear layers {on.matrix / 1e12:,.4g} and attention {on.attention / 1e12:,.4g} TFLOP/s,"
+        f" memory {on.bandwidth / 1e12:,.3g} TB/s, link {on.link / 1e9:,.4g} GB/s"
+    )
+    parts = [rates, "seconds of phase 1 by scheme; a token of an answer; memory of the fullest device\n" + table(lines)]
+    if fit:
+        compared: list[tuple[str, ...]] = [("method", "context", "block", "measured s", "predicted s", "error")]
+        for row in fit:
+            error = row["predicted_s"] / row["measured_s"] - 1
+            block = row["block"]
+            compared.append(
+                (
+                    *(str(row["method"]), format_size(int(row["context"])), format_size(int(block)) if block else ""),
+                    *(f"{row['measured_s']:,.3g}", f"{row['predicted_s']:,.3g}", f"{error:+.1%}"),
+                )
+            )
+        parts.append("calibrated on\n" + table(compared))
+    return "\n\n".join(parts)
