@@ -15,6 +15,7 @@ METHODS = {
 }
 """Attention methods by name, imported on use."""
 
+KV_DTYPES, KV_DEVICES = ("fp8",), ("cpu",)
 ANCHOR_SOURCES = ("broadcast", "local")
 
 RESERVE_TOKENS = 1024
@@ -41,6 +42,9 @@ class StarConfig:
     reserve_tokens: tokens kept free for query and answer where rotary frequencies depend on the total length.
     anchor_source: how ranks other than the first come by the anchor: "broadcast", or "local": each computes it once more,
         and phase 1 does not communicate at all.
+    kv_dtype: None keeps the context's keys and values in the model's precision, "fp8" in e4m3 with a scale for each token of each
+        head. Blocks read the anchor as it was computed; one that is larger than a forward reads its own earlier part rounded.
+    kv_device: None keeps them where they were computed, "cpu" in the host's memory, from which each layer is brought back.
     ring_layout: how `ring` deals out tokens: "zigzag" (balanced), or "contiguous" as in the paper.
 
     Raises `SizeError` or `InvalidInputError` with the value, the limit and the remedy.
@@ -53,6 +57,8 @@ class StarConfig:
     reserve_tokens: int = RESERVE_TOKENS
     anchor_source: str = ANCHOR_SOURCES[0]
     ring_layout: str = RING_LAYOUTS[0]
+    kv_dtype: str | None = None
+    kv_device: str | None = None
 
     @classmethod
     def of(cls, **settings: Any) -> StarConfig:
@@ -86,6 +92,12 @@ class StarConfig:
             raise InvalidInputError(
                 f"ring_layout {self.ring_layout!r} is unknown; choose one of {', '.join(RING_LAYOUTS)}"
             )
+
+        for name, known in (("kv_dtype", KV_DTYPES), ("kv_device", KV_DEVICES)):
+            if getattr(self, name) not in (None, *known):
+                raise InvalidInputError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose {', '.join(known)}, or leave it out"
+                )
 
     def forward_size(self, device_type: str) -> int:
         """Most context tokens in one forward on a device of that type ("cpu", "cuda", ...)."""

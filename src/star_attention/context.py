@@ -13,7 +13,7 @@ from torch import Tensor
 from star_attention import saved
 from star_attention.comm import Comm, SoloComm
 from star_attention.plan import BlockPlan, Segments
-from star_attention.store import ContextKV
+from star_attention.store import NAMES, ContextKV
 from star_attention.wire import Traffic
 
 
@@ -112,6 +112,7 @@ class EncodedContext:
             "rope_length": self.rope_length,
             "chat": self.chat,
             "encode_s": self.encode_s,
+            "kv_dtype": self.kv.keeping.dtype,
             "expands": [layer.expands for layer in self.kv.layers],
             "identity": self.identity,
         }
@@ -128,7 +129,7 @@ class EncodedContext:
         for index, layer in enumerate(self.kv.layers):
             if layer.is_empty:
                 continue
-            for name, part in zip("kv", layer.pair(), strict=True):
+            for name, part in zip(NAMES, layer.kept(), strict=False):
                 shares = self.comm.tensor_gather(part)
                 if self.comm.tensor_rank == 0:
                     whole = part if len(shares) == 1 else torch.cat([share.cpu() for share in shares], 1)

@@ -29,7 +29,7 @@ from star_attention.hf import chat, identity, load, support, tensor, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import RING_LAYOUTS, BlockPlan, Segments
 from star_attention.saved import SavedContext
-from star_attention.store import ContextKV, LayerKV, as_tensor_ids
+from star_attention.store import ContextKV, Keeping, Kept, LayerKV, as_tensor_ids
 from star_attention.wire import Traffic
 from star_attention.world import END
 
@@ -67,7 +67,8 @@ class StarLLM:
         model: nothing of ours is installed between calls. (Except one that `from_pretrained` shared out by tensor_parallel: it has
         this rank's weights only, and its every forward is collective.)
     tokenizer: its tokenizer; not needed when only token ids go in and out.
-    block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source, ring_layout: see `StarConfig`.
+    block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source, ring_layout, kv_dtype, kv_device: see
+        `StarConfig`.
     compile: layers through torch.compile and forwards of few tokens as CUDA graphs: None where there are a GPU and Triton, False
         never. Answers are the same to rounding.
     comm: None takes torchrun's ranks where there are several, "solo" one process whatever the environment says; or a
@@ -91,6 +92,8 @@ class StarLLM:
         reserve_tokens: int | str = RESERVE_TOKENS,
         anchor_source: str = ANCHOR_SOURCES[0],
         ring_layout: str = RING_LAYOUTS[0],
+        kv_dtype: str | None = None,
+        kv_device: str | None = None,
         compile: bool | None = None,
         comm: ranks.Comm | str | None = None,
     ) -> None:
@@ -106,6 +109,8 @@ class StarLLM:
                 reserve_tokens=reserve_tokens,
                 anchor_source=anchor_source,
                 ring_layout=ring_layout,
+                kv_dtype=kv_dtype,
+                kv_device=kv_device,
             )
             self._handle = ModelHandle(model, compile=compile)
             self._check_share(comm)
@@ -148,6 +153,8 @@ class StarLLM:
         reserve_tokens: int | str = RESERVE_TOKENS,
         anchor_source: str = ANCHOR_SOURCES[0],
         ring_layout: str = RING_LAYOUTS[0],
+        kv_dtype: str | None = None,
+        kv_device: str | None = None,
         compile: bool | None = None,
     ) -> StarLLM:
         """Load a model and its tokenizer from a folder or a hub id.
@@ -162,7 +169,7 @@ class StarLLM:
         """
         sizes: dict[str, Any] = dict(block_size=block_size, anchor_size=anchor_size, method=method)
         sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens)
-        sizes |= dict(anchor_source=anchor_source, ring_layout=ring_layout)
+        sizes |= dict(anchor_source=anchor_source, ring_layout=ring_layout, kv_dtype=kv_dtype, kv_device=kv_device)
         comm = ranks.from_environment(comm)
         failure: Exception | None = None
         try:
@@ -458,7 +465,7 @@ class StarLLM:
     def load_context(self, path: str | os.PathLike[str]) -> EncodedContext:
         """A saved context, mapped into memory; each layer is verified, and moved to its device, when it is first used.
 
-        Its sizes come from the file.
+        Its sizes, and the precision of its keys and values, come from the file.
 
         Raises `ContextMismatchError` (naming the field) when model, tokenizer or settings differ, `CorruptContextError` for
         a file that is damaged or something else, `FileNotFoundError` where there is none.
@@ -481,20 +488,21 @@ class StarLLM:
             layout = methods.get(self.config.method).layout(self.config, plan)
             held = layout[self._comm.host]
 
+            keeping = Keeping(dtype=header.get("kv_dtype"), device=self.config.kv_device)
+            share, part = self._comm.tensor_parallel, self._comm.tensor_rank
+
             def layer(index: int) -> LayerKV:
                 expands = header["expands"][index]
                 if not held or not file.has_layer(index):
-                    return LayerKV(held, expands=expands)
+                    return LayerKV(held, expands=expands, keeping=keeping)
                 device = self._handle.layer_device(index)
+                stays = device if keeping.device is None else torch.device(keeping.device)
 
-                def source() -> tuple[Tensor, Tensor]:
-                    k_1GLD, v_1GLD = (
-                        kv_1GLD.chunk(self._comm.tensor_parallel, 1)[self._comm.tensor_rank]
-                        for kv_1GLD in file.layer(index, held)
-                    )
-                    return k_1GLD.to(device), v_1GLD.to(device)
+                def source() -> Kept:
+                    return tuple(tensor.chunk(share, 1)[part].to(stays) for tensor in file.layer(index, held))
 
-                return LayerKV(held, expands=expands, source=source)
+                dtype = self._handle.dtype
+                return LayerKV(held, expands=expands, keeping=keeping, source=source, dtype=dtype, device=device)
 
             kv = ContextKV([layer(i) for i in range(len(header["expands"]))], held)
             ids = file.token_ids()

@@ -21,7 +21,7 @@ from star_attention.hf.compiled import FULL
 from star_attention.hf.handle import ModelHandle
 from star_attention.hf.probe import Kept
 from star_attention.plan import BlockPlan, Segments, Span
-from star_attention.store import ContextKV
+from star_attention.store import AS_COMPUTED, ContextKV, Keeping
 from star_attention.world import Pending
 
 Progress = Callable[[Span, BlockPlan], None]
@@ -43,9 +43,12 @@ def encode(
     tokens_per_forward: int,
     rope_length: int | None = None,
     anchor_source: str = "broadcast",
+    keeping: Keeping = AS_COMPUTED,
     progress: Progress | None = None,
 ) -> list[ContextKV]:
     """This rank's keys and values of B contexts of equal length, encoded as one batch.
+
+    keeping: how they are stored; blocks look at the anchor as it was computed all the same.
 
     anchor_source: "broadcast" (from rank 0) or "local" (every rank computes the anchor once more, and none communicates).
 
@@ -53,7 +56,7 @@ def encode(
     allocated is freed with it.
     """
     B = ids_BL.shape[0]
-    stores = [empty(handle, plan.layout[comm.host], comm) for _ in range(B)]
+    stores = [empty(handle, plan.layout[comm.host], comm, keeping) for _ in range(B)]
     # One batch of contexts shares the forward's budget.
     budget = max(1, tokens_per_forward // B)
     forwards = _Forwards(handle, ids_BL, plan, comm, tokens_per_forward, rope_length, progress)
@@ -65,8 +68,10 @@ def encode(
     before: Iterator[Span] = iter(())
     if shares and comm.host == 0 and anchor_source == "broadcast":
         link = _Sender(comm, plan)
-    elif shares and comm.host > 0:
+    if (shares and comm.host > 0) or (not keeping.as_computed and plan.anchor_size and plan.num_blocks > 1):
         anchors = [empty(handle, ((0, plan.anchor_size),), comm) for _ in range(B)]
+    if shares and comm.host > 0:
+        assert anchors is not None
         if anchor_source == "broadcast":
             link = _Receiver(handle, comm, plan, anchors, budget)
         else:
@@ -109,11 +114,11 @@ def extend(
     return store
 
 
-def empty(handle: ModelHandle, held: Segments, comm: Comm) -> ContextKV:
+def empty(handle: ModelHandle, held: Segments, comm: Comm, keeping: Keeping = AS_COMPUTED) -> ContextKV:
     """Room for a rank's share. Whether layers expand what they keep shows in the first forward, which a rank may not have."""
     if comm.hosts == 1:
-        return ContextKV.empty(held, [None] * len(handle.windows))
-    return ContextKV.empty(held, [None if kept is None else kept.expands for kept in handle.kept])
+        return ContextKV.empty(held, [None] * len(handle.windows), keeping)
+    return ContextKV.empty(held, [None if kept is None else kept.expands for kept in handle.kept], keeping)
 
 
 def anchor_spans(plan: BlockPlan, budget: int) -> Iterator[Span]:

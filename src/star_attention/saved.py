@@ -24,6 +24,7 @@ from torch import Tensor
 from star_attention.comm import Comm
 from star_attention.errors import ContextSaveError, CorruptContextError
 from star_attention.plan import Segments
+from star_attention.store import NAMES, Kept
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -222,27 +223,25 @@ class SavedContext:
     def has_layer(self, index: int) -> bool:
         return f"layers.{index}.k" in self._parts[0][1].header["tensors"]
 
-    def layer(self, index: int, wanted: Segments) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer for some tokens, `[1, G, tokens, D]`, in that order.
+    def layer(self, index: int, wanted: Segments) -> Kept:
+        """What is stored of a layer for some tokens, `[1, G, tokens, ...]`, in that order.
 
         They are the file's own pages where one file holds just these.
         """
         for segments, file in self._parts:
             if segments == wanted:
-                return file.tensor(f"layers.{index}.k"), file.tensor(f"layers.{index}.v")
-        opened: dict[int, tuple[Tensor, Tensor]] = {}
-        pieces: list[tuple[Tensor, Tensor]] = []
+                return file.layer(index)
+        opened: dict[int, Kept] = {}
+        pieces: list[Kept] = []
         for start, stop in wanted:
             while start < stop:
                 number, at, end = self._find(start)
                 if number not in opened:
-                    file = self._parts[number][1]
-                    opened[number] = file.tensor(f"layers.{index}.k"), file.tensor(f"layers.{index}.v")
+                    opened[number] = self._parts[number][1].layer(index)
                 tokens = min(stop, end) - start
-                k_1GLD, v_1GLD = opened[number]
-                pieces.append((k_1GLD[:, :, at : at + tokens], v_1GLD[:, :, at : at + tokens]))
+                pieces.append(tuple(tensor[:, :, at : at + tokens] for tensor in opened[number]))
                 start += tokens
-        return torch.cat([k for k, _ in pieces], 2), torch.cat([v for _, v in pieces], 2)
+        return tuple(torch.cat(parts, 2) for parts in zip(*pieces, strict=True))
 
     def _find(self, token: int) -> tuple[int, int, int]:
         """The part that holds a token, where it lies in it, and where its run ends."""
@@ -290,6 +289,11 @@ class SavedFile:
             raise CorruptContextError(
                 f"{self.path} does not hold the tensors that its header lists: the file was changed"
             )
+
+    def layer(self, index: int) -> Kept:
+        """All that is stored of a layer."""
+        names = [f"layers.{index}.{name}" for name in NAMES]
+        return tuple(self.tensor(name) for name in names if name in self.header["tensors"])
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, on CPU, backed by the file's pages, after its checksum was verified."""

@@ -7,6 +7,7 @@ contiguous, which is what decoding reads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,37 @@ from torch import Tensor
 from star_attention.plan import Segments
 
 Pair = tuple[Tensor, Tensor]
+Kept = tuple[Tensor, ...]
+"""What is stored: keys and values, behind them in fp8 the scales of both, `[1, G, L]`."""
+
+NAMES = ("k", "v", "k_scale", "v_scale")
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(FP8).max
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How a context's keys and values are stored.
+
+    dtype: None as they were computed, "fp8" in e4m3 with a scale for each token of each head (a little over half the bytes of
+    bfloat16). device: None where they were computed, "cpu" in the host's memory, from which each layer is brought when it is read.
+    """
+
+    dtype: str | None = None
+    device: str | None = None
+
+    @property
+    def as_computed(self) -> bool:
+        return self.dtype is None and self.device is None
+
+
+AS_COMPUTED = Keeping()
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`[..., D]` in e4m3, and the fp32 scale `[...]` of each row: its largest number becomes the largest of e4m3."""
+    scale = x.abs().amax(-1).float().div_(_FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (x / scale[..., None]).clamp_(-_FP8_MAX, _FP8_MAX).to(FP8), scale
 
 
 class LayerKV:
@@ -21,18 +53,26 @@ class LayerKV:
 
     held: which context tokens, as runs that lie one behind the other in the buffers; a number stands for `0..number`.
     `expands` is True for layers whose attention computes keys and values from what is cached (MLA), None while not
-    known. `source` delivers the tensors of a saved context at first touch.
+    known. `source` delivers what a saved context has stored at first touch, for attention on `device` in `dtype`.
     """
 
     def __init__(
-        self, held: int | Segments, *, expands: bool | None = None, source: Callable[[], Pair] | None = None
+        self,
+        held: int | Segments,
+        *,
+        expands: bool | None = None,
+        keeping: Keeping = AS_COMPUTED,
+        source: Callable[[], Kept] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.segments: Segments = ((0, held),) if isinstance(held, int) else held
         self.tokens = sum(stop - start for start, stop in self.segments)
         self.expands = expands
+        self.keeping = keeping
         self._source = source
-        self._k_1GLD: Tensor | None = None
-        self._v_1GLD: Tensor | None = None
+        self._dtype, self._device = dtype, device  # with which attention reads them
+        self._kept: Kept | None = None
 
     def holds(self, position: int) -> bool:
         return any(start <= position < stop for start, stop in self.segments)
@@ -48,36 +88,72 @@ class LayerKV:
 
     def write(self, start: int, k_GSD: Tensor, v_GSD: Tensor) -> None:
         """Keep the keys and values of tokens `start..start+S`; the buffers are allocated at the first write."""
-        if self._k_1GLD is None or self._v_1GLD is None:
-            self._k_1GLD = k_GSD.new_empty(1, k_GSD.shape[0], self.tokens, k_GSD.shape[2])
-            self._v_1GLD = v_GSD.new_empty(1, v_GSD.shape[0], self.tokens, v_GSD.shape[2])
+        self._dtype, self._device = k_GSD.dtype, k_GSD.device
+        parts: Kept = (k_GSD, v_GSD)
+        if self.keeping.dtype is not None:
+            (k_GSD, k_scale_GS), (v_GSD, v_scale_GS) = quantized(k_GSD), quantized(v_GSD)
+            parts = (k_GSD, v_GSD, k_scale_GS, v_scale_GS)
+        self._write(start, parts)
+
+    def _write(self, start: int, parts: Kept) -> None:
+        if self._kept is None:
+            self._kept = tuple(self._room(part) for part in parts)
         at = self._at(start)
-        stop = at + k_GSD.shape[1]
-        self._k_1GLD[0, :, at:stop].copy_(k_GSD)
-        self._v_1GLD[0, :, at:stop].copy_(v_GSD)
+        for buffer, part in zip(self._kept, parts, strict=True):
+            buffer[0, :, at : at + part.shape[1]].copy_(part, non_blocking=True)
+
+    def _room(self, part: Tensor) -> Tensor:
+        shape = (1, part.shape[0], self.tokens, *part.shape[2:])
+        if self.keeping.device is None or part.device.type == "cpu":
+            return part.new_empty(shape)
+        return torch.empty(shape, dtype=part.dtype, device=self.keeping.device, pin_memory=True)
 
     @property
     def is_empty(self) -> bool:
         """Nothing was written: a layer that reads another layer's keys and values (KV sharing)."""
-        return self._k_1GLD is None and self._source is None
+        return self._kept is None and self._source is None
+
+    def kept(self) -> Kept:
+        """What is stored, as it is stored; a saved context is read and verified at first touch."""
+        if self._source is not None:
+            self._kept = self._source()
+            self._source = None
+        assert self._kept is not None, "this layer holds no keys"
+        return self._kept
 
     def pair(self) -> Pair:
-        """The whole buffers, `[1, G, tokens, D]`; a saved context is read, verified and moved here at first touch."""
-        if self._source is not None:
-            self._k_1GLD, self._v_1GLD = self._source()
-            self._source = None
-        assert self._k_1GLD is not None and self._v_1GLD is not None, "this layer holds no keys"
-        return self._k_1GLD, self._v_1GLD
+        """All keys and values, `[1, G, tokens, D]`, for attention: the buffers, or copies where they are stored in another way."""
+        return self._read(self.kept())
 
     def slice(self, start: int, stop: int) -> Pair:
-        """Views of tokens `start..stop`, which lie in one segment, `[1, G, stop - start, D]`."""
-        k_1GLD, v_1GLD = self.pair()
-        at = self._at(start)
-        return k_1GLD[:, :, at : at + stop - start], v_1GLD[:, :, at : at + stop - start]
+        """The same of tokens `start..stop`, which lie in one segment, `[1, G, stop - start, D]`."""
+        kept, at = self.kept(), self._at(start)
+        return self._read(tuple(tensor[:, :, at : at + stop - start] for tensor in kept))
+
+    def _read(self, kept: Kept) -> Pair:
+        if self.keeping.as_computed:
+            return kept[0], kept[1]
+        assert self._dtype is not None
+        k_1GLD, v_1GLD, *scales = (tensor.to(self._device, non_blocking=True) for tensor in kept)
+        if scales:
+            k_1GLD, v_1GLD = (
+                tensor.to(self._dtype).mul_(scale[..., None])
+                for tensor, scale in zip((k_1GLD, v_1GLD), scales, strict=True)
+            )
+        return k_1GLD, v_1GLD
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.is_empty else sum(t.numel() * t.element_size() for t in self.pair())
+        return 0 if self.is_empty else sum(t.numel() * t.element_size() for t in self.kept())
+
+    def take(self, other: LayerKV) -> None:
+        """All that another layer holds, which this one has room for, as it is stored there."""
+        self._dtype, self._device = other._dtype, other._device
+        kept = other.kept()
+        at = 0
+        for start, stop in other.segments:
+            self._write(start, tuple(tensor[0, :, at : at + stop - start] for tensor in kept))
+            at += stop - start
 
 
 class ContextKV:
@@ -89,9 +165,13 @@ class ContextKV:
         self.tokens = sum(stop - start for start, stop in self.segments)
 
     @classmethod
-    def empty(cls, held: int | Segments, expands: list[bool | None]) -> ContextKV:
+    def empty(cls, held: int | Segments, expands: list[bool | None], keeping: Keeping = AS_COMPUTED) -> ContextKV:
         """Room for these tokens; `expands` as far as it is known, one entry a layer."""
-        return cls([LayerKV(held, expands=known) for known in expands], held)
+        return cls([LayerKV(held, expands=known, keeping=keeping) for known in expands], held)
+
+    @property
+    def keeping(self) -> Keeping:
+        return self.layers[0].keeping
 
     @property
     def nbytes(self) -> int:
@@ -100,12 +180,10 @@ class ContextKV:
 
     def grown(self, held: int | Segments) -> ContextKV:
         """A new, larger store that starts with all of this one (copied); `held` begins where this one does."""
-        new = ContextKV.empty(held, [layer.expands for layer in self.layers])
+        new = ContextKV.empty(held, [layer.expands for layer in self.layers], self.keeping)
         for old_layer, layer in zip(self.layers, new.layers, strict=True):
             if not old_layer.is_empty:
-                for start, stop in self.segments:
-                    k_1GSD, v_1GSD = old_layer.slice(start, stop)
-                    layer.write(start, k_1GSD[0], v_1GSD[0])
+                layer.take(old_layer)
         return new
 
 

@@ -65,12 +65,15 @@ def pair(name: str) -> tuple[StarLLM, StarLLM, Replayed]:
     return plain, fast, with_graphs(fast)
 
 
-QUICK = ("gemma2", "gpt_oss", "gemma3n")
+QUICK = ("gemma2", "gpt_oss")
 
 
 @pytest.mark.parametrize(
     "name",
-    [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3", "gemma3", "mistral"))],
+    [
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3", "gemma3", "gemma3n", "mistral")),
+    ],
 )
 def test_families(name: str) -> None:
     """Windows, softcap, sinks, layers that share keys: the tokens and the logits as without."""
@@ -134,23 +137,23 @@ def test_streams_over_two_contexts_take_turns() -> None:
     star = StarLLM(tiny("llama"), bundled_tokenizer(), **SIZES)
     replayed = with_graphs(star)
     contexts = [star.encode(ids(101)), star.encode(ids(53, seed=3))]
-    words: dict[str, Any] = dict(max_new_tokens=8, ignore_eos=True)
+    words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
     alone = [star.generate(context, ids(4), **words).token_ids for context in contexts]
     streams = [star.stream(context, ids(4), **words) for context in contexts]
     while any([next(stream, None) is not None for stream in streams]):
         pass
     assert [stream.result.token_ids for stream in streams] == alone
-    assert (replayed.captures, replayed.replays) == (2, 32)
+    assert (replayed.captures, replayed.replays) == (2, 16)
 
 
 def test_an_end_before_the_last_token_leaves_no_trace() -> None:
     """The forward of the next token has begun when the end is seen."""
     plain, fast, _ = pair("llama")
     contexts = [star.encode(ids(101)) for star in (plain, fast)]
-    free = plain.generate(contexts[0], ids(7), max_new_tokens=9, ignore_eos=True).token_ids
+    free = plain.generate(contexts[0], ids(7), max_new_tokens=5, ignore_eos=True).token_ids
     ends = [
-        star.generate(context, ids(7), max_new_tokens=9, eos_token_id=free[3]).token_ids
+        star.generate(context, ids(7), max_new_tokens=5, eos_token_id=free[2]).token_ids
         for star, context in zip((plain, fast), contexts, strict=True)
     ]
-    assert ends[0] == ends[1] == free[: free.index(free[3]) + 1]
-    assert fast.generate(contexts[1], ids(7), max_new_tokens=9, ignore_eos=True).token_ids == free
+    assert ends[0] == ends[1] == free[: free.index(free[2]) + 1]
+    assert fast.generate(contexts[1], ids(7), max_new_tokens=5, ignore_eos=True).token_ids == free

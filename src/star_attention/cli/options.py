@@ -83,6 +83,15 @@ TensorParallel = Annotated[
         min=1,
     ),
 ]
+KvDevice = Annotated[
+    str | None,
+    option(
+        "Where the encoded text's keys and values are kept: cpu is the host's memory, for a GPU that is too small.",
+        panel="Context",
+        metavar="DEVICE",
+        show_default="where they are computed",
+    ),
+]
 Json = Annotated[bool, option("One JSON object a line on stdout.", "--json", panel="Output")]
 
 
@@ -143,6 +152,16 @@ class ContextOptions:
             metavar="NAME",
         ),
     ] = StarConfig.ring_layout
+    kv_dtype: Annotated[
+        str | None,
+        option(
+            "Precision of the encoded text's keys and values: fp8 takes a little over half of bfloat16's memory.",
+            panel="Context",
+            metavar="TYPE",
+            show_default="the model's",
+        ),
+    ] = None
+    kv_device: KvDevice = None
     chat: Annotated[
         bool,
         option("Send text and query as one user message of the model's chat template.", "--chat", panel="Context"),

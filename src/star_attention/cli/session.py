@@ -52,6 +52,8 @@ def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> Star
         method=context.method,
         anchor_source=context.anchor_source,
         ring_layout=context.ring_layout,
+        kv_dtype=context.kv_dtype,
+        kv_device=context.kv_device,
     )
 
 

@@ -9,6 +9,7 @@ Axes: B batch, G KV heads, S new tokens, Q queries, H query heads, D head size.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -152,6 +153,12 @@ class StarCache(Cache):
         return last
 
 
+def _together(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Those of all contexts of a batch."""
+    keys, values = zip(*pairs, strict=True)
+    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))
+
+
 class AnchorLink:
     """How the anchor's keys and values come from rank 0 to ranks whose shard does not hold them (phase 1)."""
 
@@ -195,19 +202,21 @@ class EncodeLayer(_StarLayer):
         return self.stores if self.stores[0].holds(position) else self.anchors
 
     def _stored(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        pairs = [store.slice(start, stop) for store in self._home(start)]
-        if len(pairs) == 1:
-            return pairs[0]
-        return torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])
+        return _together(store.slice(start, stop) for store in self._home(start))
 
     def _anchor(self) -> tuple[Tensor, Tensor]:
         self.place.link.needed(self.index)
-        return self._stored(0, self.place.plan.anchor_size)
+        return _together(store.slice(0, self.place.plan.anchor_size) for store in self.anchors)
 
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         span, plan = self.place.span, self.place.plan
-        for store, k_GSD, v_GSD in zip(self._home(span.start), k_BGSD, v_BGSD, strict=True):
+        home = self._home(span.start)
+        for store, k_GSD, v_GSD in zip(home, k_BGSD, v_BGSD, strict=True):
             store.write(span.start, k_GSD, v_GSD)
+        tokens = min(span.stop, plan.anchor_size) - span.start
+        if home is self.stores and self.anchors is not self.stores and tokens > 0:
+            for store, k_GSD, v_GSD in zip(self.anchors, k_BGSD, v_BGSD, strict=True):
+                store.write(span.start, k_GSD[:, :tokens], v_GSD[:, :tokens])
         self.place.link.kept(self.index, span, k_BGSD, v_BGSD)
         if not self.kv.expands or span.start == 0:
             return k_BGSD, v_BGSD
@@ -248,7 +257,7 @@ class EncodeLayer(_StarLayer):
 class EncodeCache(StarCache):
     """Phase 1: each forward is one `span` of the plan, for one context or several of equal length.
 
-    anchors: where the anchor is kept on ranks whose shard does not hold it; link: how it gets there.
+    anchors: where the anchor is kept on ranks whose shard does not hold it, or not as it was computed; link: how it gets there.
     """
 
     def __init__(
@@ -267,8 +276,8 @@ class EncodeCache(StarCache):
                 index,
                 place,
                 window,
-                [store.layers[index] for store in stores],
-                [store.layers[index] for store in anchors or stores],
+                own := [store.layers[index] for store in stores],
+                own if anchors is None else [store.layers[index] for store in anchors],
             )
             for index, window in enumerate(windows)
         ]

@@ -214,6 +214,8 @@ def _fits(shard: ContextKV, device: torch.device) -> bool:
             return False
         if layer.is_empty:
             continue
+        if not layer.keeping.as_computed:
+            return False
         k_1GLD, v_1GLD = layer.pair()
         shapes |= {(t.dtype, t.is_contiguous(), t.device) for t in (k_1GLD, v_1GLD)}
         if k_1GLD.shape != v_1GLD.shape or k_1GLD.shape[3] % 16 or k_1GLD.shape[3] > 256:

@@ -80,6 +80,12 @@ class ModelHandle:
         """Where token ids go in (the embeddings' device, when layers are spread over several)."""
         return _device(self.model.get_input_embeddings()) or torch.device("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """With which attention computes: the embeddings' (quantized weights have another)."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
     def layer_device(self, index: int) -> torch.device:
         """Where a layer's keys and values belong."""
         # (Not by the decoder's list of layers: some hold several attentions, each with a cache layer of its own.)

@@ -9,7 +9,7 @@ from star_attention.comm import Comm
 from star_attention.config import StarConfig
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import BlockPlan, Segments
-from star_attention.store import ContextKV
+from star_attention.store import ContextKV, Keeping
 
 
 class Star:
@@ -38,5 +38,6 @@ class Star:
             tokens_per_forward=config.forward_size(handle.device.type),
             rope_length=rope_length,
             anchor_source=config.anchor_source,
+            keeping=Keeping(dtype=config.kv_dtype, device=config.kv_device),
             progress=progress,
         )
