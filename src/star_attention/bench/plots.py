@@ -51,6 +51,7 @@ def _time_against_length(rows: list[prefill.Row], flops_per_s: float) -> Any:
         axes.plot(lengths, [row.flops / flops_per_s for row in some], ":", color=colour, linewidth=1)
     axes.plot([], [], ":", color="#777777", label="floor: operations at the ceiling")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(_log_ticks())
     axes.yaxis.set_major_formatter("{x:g}")
     _finish(axes, sorted({row.context for row in rows}))
     return figure
@@ -103,6 +104,12 @@ def _finish(axes: Any, lengths: list[int]) -> None:
     axes.set_xticks(lengths, [format_size(length) for length in lengths])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _log_ticks() -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(base=10, subs=(1, 2, 5))
 
 
 def _save(figure: Any, path: Path) -> Path:
