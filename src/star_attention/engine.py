@@ -69,8 +69,8 @@ class StarLLM:
     tokenizer: its tokenizer; not needed when only token ids go in and out.
     block_size, anchor_size, method, tokens_per_forward, reserve_tokens, anchor_source, ring_layout, kv_dtype, kv_device: see
         `StarConfig`.
-    compile: layers through torch.compile and forwards of few tokens as CUDA graphs: None where there are a GPU and Triton, False
-        never. Answers are the same to rounding.
+    compile: layers through torch.compile and forwards of few tokens as CUDA graphs: None where there are a GPU and Triton and one
+        process, False never. Answers are the same to rounding.
     comm: None takes torchrun's ranks where there are several, "solo" one process whatever the environment says; or a
         `TorchComm` of one's own.
 
@@ -112,7 +112,7 @@ class StarLLM:
                 kv_dtype=kv_dtype,
                 kv_device=kv_device,
             )
-            self._handle = ModelHandle(model, compile=compile)
+            self._handle = ModelHandle(model, compile=self._compiles(compile))
             self._check_share(comm)
         except Exception as error:
             failure = error
@@ -122,6 +122,15 @@ class StarLLM:
             self._comm.all_fine(failure)
             if self._comm.size > 1:
                 self._shake_hands()
+
+    def _compiles(self, compile: bool | None) -> bool | None:
+        """None leaves it to the device. Compiling takes its time, which other ranks would take for hanging.
+
+        Raises `InvalidInputError` where it cannot be.
+        """
+        if compile and self._share is not None:
+            raise InvalidInputError("compile=True does not go with tensor_parallel; leave one of them out")
+        return False if compile is None and self._comm.size > 1 else compile
 
     def _check_share(self, comm: ranks.Comm | str | None) -> None:
         """What goes with a model of which this rank has a share."""

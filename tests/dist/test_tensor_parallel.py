@@ -359,6 +359,16 @@ def test_a_share_is_not_saved_as_a_model(pool: Pool, folder: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def compiled_share(comm: TorchComm, path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="compile=True does not go with tensor_parallel"):
+        StarLLM.from_pretrained(path, comm=comm, device="cpu", tensor_parallel=2, compile=True, **SIZES)
+    assert StarLLM.from_pretrained(path, comm=comm, device="cpu", **SIZES)._handle.compiled is None
+
+
+def test_a_share_is_not_compiled(pool: Pool, folder: Path) -> None:
+    pool.run(compiled_share, 2, path=on_disk(folder, "llama"))
+
+
 def laid_out(comm: TorchComm, path: Path, ring_layout: str) -> Any:
     star = StarLLM.from_pretrained(path, comm=comm, device="cpu", method="ring", ring_layout=ring_layout)
     return [len(segments) for segments in star.encode(ids(CONTEXT)).layout]

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 FULL, STEP = "full", "step"
 """What a forward is compiled for: many tokens, of a number that comes again and again (phase 1), or one token (phase 2)."""
 
-_RECOMPILES = 64
-"""Kinds of layers, batch sizes and shapes add up; torch gives up at 8."""
+_SETTINGS = {
+    "allow_unspec_int_on_nn_module": True,  # layers' numbers are no constants
+    "recompile_limit": 64,  # kinds of layers, batch sizes and shapes add up; torch gives up at 8
+}
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
@@ -45,7 +47,8 @@ class CompiledLayers:
     @contextmanager
     def active(self, what: str) -> Iterator[None]:
         linears = self._linears if what == STEP else []
-        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=_RECOMPILES):
+        # (Before torch 2.13 they are all threads'; then another one that compiles meanwhile may compile more often than it needs to.)
+        with torch._dynamo.config.patch(**_SETTINGS):
             for layer, forward in zip(self._layers, self._forwards[what], strict=True):
                 layer.forward = forward
             for linear in linears:
