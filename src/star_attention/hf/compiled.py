@@ -47,8 +47,8 @@ class CompiledLayers:
     @contextmanager
     def active(self, what: str) -> Iterator[None]:
         linears = self._linears if what == STEP else []
-        # (Before torch 2.13 they are all threads'; then another one that compiles meanwhile may compile more often than it needs to.)
-        with torch._dynamo.config.patch(**_SETTINGS):
+        # (Before torch 2.13 they are all threads'; another one may then compile more often than it needs to.)
+        with torch._dynamo.config.patch(_SETTINGS):
             for layer, forward in zip(self._layers, self._forwards[what], strict=True):
                 layer.forward = forward
             for linear in linears:
