@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.state import State
+from star_attention.store import quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Case:
     padding: tuple[int, ...] = (0,)
     window: int | None = None
     softcap: float | None = None
+    fp8: bool = False
 
 
 CASES = {
@@ -37,6 +39,8 @@ CASES = {
     "a softcap": Case(R=2, padding=(0, 0), softcap=30.0, D=96),
     "more rows than a tile": Case(R=20, padding=(0,) * 20, H=16, G=2, T=3, L=90),
     "one key": Case(L=1, T=0),
+    "fp8": Case(T=70, L=290, fp8=True),
+    "fp8, a padded query": Case(R=2, Q=18, padding=(0, 3), T=4, D=80, window=150, fp8=True),
 }
 
 
@@ -45,6 +49,7 @@ class Setup:
     """The tensors of a case; the kernel reads the tail where `append` has put the new keys and values."""
 
     case: Case
+    held: list[Tensor]  # that their addresses stay good
     q_RQHD: Tensor
     k_GLD: Tensor
     v_GLD: Tensor
@@ -66,8 +71,14 @@ def setup(case: Case, dtype: torch.dtype, device: str) -> Setup:
     k_GLD, v_GLD = (random(case.G, case.L, case.D) for _ in range(2))
     tail_k, tail_v = (random(case.R, case.G, capacity, case.D) for _ in range(2))
     new_k, new_v = (random(case.R, case.Q, case.G, case.D).transpose(1, 2) for _ in range(2))
-    addresses = [[0] * 4, [t.data_ptr() for t in (k_GLD, v_GLD, tail_k, tail_v)]]
+    held = [k_GLD, v_GLD, tail_k, tail_v]
+    if case.fp8:
+        (k8, k_scale), (v8, v_scale) = quantized(k_GLD), quantized(v_GLD)
+        held = [k8, v8, tail_k, tail_v, k_scale, v_scale]
+        k_GLD, v_GLD = k8.double() * k_scale[..., None], v8.double() * v_scale[..., None]
+    addresses = [[0] * 6, [*(t.data_ptr() for t in held), *[0] * (6 - len(held))]]
     return Setup(
+        held=held,
         case=case,
         q_RQHD=random(case.R, case.Q, case.H, case.D),
         k_GLD=k_GLD,

@@ -48,7 +48,7 @@ def test_answers_attention(name: str, dtype: torch.dtype) -> None:
     where: dict[str, Any] = dict(table=made.table, lengths=made.lengths, layer=1)
     triton_answer.append(made.k_RGQD, made.v_RGQD, **where)
     assert torch.equal(made.tail_k_RGCD[:, :, case.T : case.T + case.Q], made.k_RGQD)
-    rule = dict(window=case.window, softcap=case.softcap)
+    rule = dict(window=case.window, softcap=case.softcap, fp8=case.fp8)
     out, lse = triton_answer.attend(
         made.q_RQHD, case.G, **where, padding_R=made.padding_R, scale=0.2, dtype=dtype, **rule
     )
@@ -101,8 +101,27 @@ def test_the_same_tokens_as_without(engines: dict[bool, StarLLM]) -> None:
     assert "12345" in engines[True].tokenizer.decode(said[0][0])
     graphs = engines[True]._handle.graphs
     assert graphs is not None
-    captured = {key for key, graph in graphs._graphs.items() if graph is not None}
+    captured = {key[:2] for key, graph in graphs._graphs.items() if graph is not None}
     assert {(1, 1), (1, 16), (2, 1), (2, 16)} <= captured
+
+
+@pytest.mark.parametrize(
+    "setting", [dict(kv_dtype="fp8"), dict(kv_device="cpu"), dict(kv_dtype="fp8", kv_device="cpu")]
+)
+def test_contexts_that_are_kept_in_other_ways(setting: dict[str, str]) -> None:
+    """fp8 by graphs, the host's memory without; the same answers as by plain forwards over the same contexts."""
+    sizes: dict[str, Any] = dict(dtype="float32", block_size=2048, tokens_per_forward=4096)
+    said = []
+    for fast in (True, False):
+        star = StarLLM.from_pretrained(MODEL, compile=fast, **sizes, **setting)
+        context = star.encode(chat(TEXT))
+        places = {tensor.device.type for layer in context.kv.layers for tensor in layer.kept()}
+        assert places == {"cpu" if "kv_device" in setting else "cuda"}
+        said.append(star.generate(context, QUESTION, max_new_tokens=40, ignore_eos=True).token_ids)
+        assert "12345" in star.tokenizer.decode(said[-1])
+        if fast:
+            assert bool(star._handle.graphs._graphs) == ("kv_device" not in setting)
+    assert said[0] == said[1]
 
 
 def test_nothing_is_compiled_or_captured_again(engines: dict[bool, StarLLM]) -> None:

@@ -81,9 +81,22 @@ def test_families(name: str) -> None:
     words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
     expected, reply = (star.generate(star.encode(ids(101)), ids(7, seed=2), **words) for star in (plain, fast))
     assert replayed.replays == 4
-    assert set(replayed._graphs) == {(1, 8), (1, 1)}
+    assert set(replayed._graphs) == {(1, 8, False), (1, 1, False)}
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
+
+
+def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
+    plain, fast = (engine("llama", kv_dtype="fp8", **SIZES) for _ in range(2))
+    replayed = with_graphs(fast)
+    words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True, return_logits=True)
+    expected, reply = (star.generate(star.encode(ids(101)), ids(4), **words) for star in (plain, fast))
+    assert reply.token_ids == expected.token_ids
+    torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
+    as_computed = engine("llama", **SIZES).encode(ids(101))
+    other = fast.generate(as_computed, ids(4), **words)
+    assert not torch.equal(other.logits, reply.logits)
+    assert set(replayed._graphs) == {(1, size, fp8) for size in (4, 1) for fp8 in (True, False)}
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3"])
@@ -108,7 +121,7 @@ def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.Monk
 
 def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
     """Every way to answer that steps token by token, and some that do not."""
-    words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
+    words: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
     sampled = star.generate(context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **words)
     return [
         [reply.token_ids for reply in star.generate(context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **words)],
@@ -118,7 +131,7 @@ def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
         star.generate(context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **words).token_ids,
         star.generate(context, ids(5), num_beams=2, **words).token_ids,
         star.generate(star.extend(context, ids(30, seed=9)), ids(5), **words).token_ids,
-        star.generate(context, ids(5), max_new_tokens=12, ignore_eos=True).token_ids,  # the tail moves as it grows
+        star.generate(context, ids(5), max_new_tokens=8, ignore_eos=True).token_ids,  # the tail moves as it grows
     ]
 
 

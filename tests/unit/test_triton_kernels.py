@@ -37,6 +37,7 @@ def test_answers_attention(name: str, dtype: torch.dtype) -> None:
         scale=0.2,
         window=case.window,
         softcap=case.softcap,
+        fp8=case.fp8,
         splits=3,
     )
     right, real = expected(made, 0.2), real_rows(case)

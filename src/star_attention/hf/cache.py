@@ -23,7 +23,7 @@ from star_attention.attention.state import State, empty_state, merge
 from star_attention.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.plan import BlockPlan, Span
-from star_attention.store import ContextKV, LayerKV, Tail
+from star_attention.store import ContextKV, Keeping, LayerKV, Tail
 
 
 def _by_token(pair: tuple[Tensor, Tensor]) -> KV:
@@ -385,6 +385,11 @@ class AnswerLayer(_StarLayer):
         self.tail.crop(-tokens_to_remove)
 
 
+def _first_token(shard: LayerKV) -> tuple[int, int]:
+    start = shard.segments[0][0]
+    return start, start + 1
+
+
 class AnswerCache(StarCache):
     """Phase 2: a frozen shard that every batch row shares, and a tail of their own.
 
@@ -413,8 +418,8 @@ class AnswerCache(StarCache):
     def reserve(self, rows: int, tokens: int) -> None:
         """Room in all tails for new tokens."""
         for layer in self._kept():
-            k_1GLD, v_1GLD = layer.shard.pair()
-            layer.tail.reserve(*(t[:, :, :1].expand(rows, -1, tokens, -1) for t in (k_1GLD, v_1GLD)))
+            k_1G1D, v_1G1D = layer.shard.slice(*_first_token(layer.shard))
+            layer.tail.reserve(*(t.expand(rows, -1, tokens, -1) for t in (k_1G1D, v_1G1D)))
 
     def appended(self, tokens: int) -> None:
         for layer in self._kept():
@@ -437,13 +442,21 @@ class AnswerCache(StarCache):
         return capacity
 
     def addresses(self) -> list[list[int]]:
-        """Of each layer's context and tail, keys and values each; zeros for layers that read another one's."""
-        return [
-            [0] * 4
-            if layer.shard.is_empty
-            else [t.data_ptr() for pair in (layer.shard.pair(), layer.tail.buffers()) for t in pair]
-            for layer in self.layers
-        ]
+        """Of each layer's context and tail, keys and values each, and of the scales in fp8 (zeros for what there is none of)."""
+        rows = []
+        for layer in self.layers:
+            held: list[Tensor] = []
+            if not layer.shard.is_empty:
+                k, v, *scales = layer.shard.kept()
+                held = [k, v, *layer.tail.buffers(), *scales]
+            rows.append([*(tensor.data_ptr() for tensor in held), *[0] * (6 - len(held))])
+        return rows
+
+    @property
+    def keeping(self) -> Keeping:
+        """How the context is stored."""
+        keeping: Keeping = self.layers[0].shard.keeping
+        return keeping
 
     def row_padding(self, rows: int) -> list[int]:
         """Padding of each of `rows` batch rows, in tokens."""

@@ -43,6 +43,7 @@ class _GraphPlace(_Place):
         self.table = torch.zeros(layers, triton_answer.COLUMNS, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(triton_answer.LENGTHS, dtype=torch.int64, device=device)
         self.padding_R = torch.zeros(MOST_TOKENS, dtype=torch.int32, device=device)
+        self.fp8 = False  # how the context of the forward that is being captured is stored
 
 
 class _GraphLayer(_StarLayer):
@@ -78,6 +79,7 @@ class _GraphLayer(_StarLayer):
             window=rule.window,
             softcap=rule.softcap,
             dtype=rule.dtype or torch.float32,
+            fp8=place.fp8,
         )
         return state
 
@@ -99,7 +101,7 @@ class Graphs:
         self._place = _GraphPlace(len(handle.windows), handle.device)
         layers = [_GraphLayer(index, self._place, window) for index, window in enumerate(handle.windows)]
         self._cache = StarCache(layers, self._place, SoloComm())
-        self._graphs: dict[tuple[int, int], _Graph | None] = {}
+        self._graphs: dict[tuple[int, int, bool], _Graph | None] = {}
         self._pool: Any = None
         self._weights: int | None = None
         self._loaded: tuple[Any, ...] = ()
@@ -130,11 +132,13 @@ class Graphs:
             if cache.tail_tokens + queries > cache.tail_capacity(rows):
                 cache.reserve(rows, queries)
             self._load(cache, rows)
-            if (rows, queries) not in self._graphs:
-                self._graphs[rows, queries] = self._captured(ids_RQ, positions_RQ)
+            key = rows, queries, cache.keeping.dtype is not None
+            if key not in self._graphs:
+                self._place.fp8 = key[2]
+                self._graphs[key] = self._captured(ids_RQ, positions_RQ)
                 self._loaded = ()
                 self._load(cache, rows)
-            graph = self._graphs[rows, queries]
+            graph = self._graphs[key]
             if graph is None:
                 return None
             graph.ids_RQ.copy_(ids_RQ)
@@ -214,9 +218,7 @@ def _fits(shard: ContextKV, device: torch.device) -> bool:
             return False
         if layer.is_empty:
             continue
-        if not layer.keeping.as_computed:
-            return False
-        k_1GLD, v_1GLD = layer.pair()
+        k_1GLD, v_1GLD = layer.kept()[:2]
         shapes |= {(t.dtype, t.is_contiguous(), t.device) for t in (k_1GLD, v_1GLD)}
         if k_1GLD.shape != v_1GLD.shape or k_1GLD.shape[3] % 16 or k_1GLD.shape[3] > 256:
             return False

@@ -22,8 +22,9 @@ TAIL_SPLITS = 4
 SPLITS = 32
 _BLOCK_N = 64
 
-COLUMNS = 4
-"""Of the table: addresses of the context's keys and values, `[G, tokens, D]`, and of the tail's, `[R, G, capacity, D]`."""
+COLUMNS = 6
+"""Of the table: addresses of the context's keys and values, `[G, tokens, D]`, of the tail's, `[R, G, capacity, D]`, and of the fp32
+scales of a context in fp8, `[G, tokens]`."""
 LENGTHS = 3
 """Tokens of the context, tokens of the tail before the new ones, and how many the tail has room for."""
 
@@ -59,7 +60,7 @@ def _runs(
     rows, queries, tiles, tail_tiles, splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kind: tl.constexpr = q_ptr.dtype.element_ty
@@ -103,6 +104,13 @@ def _runs(
     k_ptr = tl.multiple_of(k_at.to(tl.pointer_type(kind)) + base, 16)
     v_ptr = tl.multiple_of(v_at.to(tl.pointer_type(kind)) + base, 16)
 
+    if FP8:
+        k8_ptr = tl.multiple_of(k_at.to(tl.pointer_type(tl.float8e4nv)) + base, 16)
+        v8_ptr = tl.multiple_of(v_at.to(tl.pointer_type(tl.float8e4nv)) + base, 16)
+        scales = tl.where(of_tail, 0, g * tokens)
+        k_scale_ptr = tl.load(table_ptr + layer * COLUMNS + 4).to(tl.pointer_type(tl.float32)) + scales
+        v_scale_ptr = tl.load(table_ptr + layer * COLUMNS + 5).to(tl.pointer_type(tl.float32)) + scales
+
     each = tl.cdiv(tl.cdiv(length, pieces), BLOCK_N) * BLOCK_N
     start = number * each
     stop = tl.minimum(start + each, length)
@@ -116,8 +124,17 @@ def _runs(
     for at in tl.range(start, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         inside = (n < stop)[:, None] & there[None, :]
-        k_ND = tl.load(k_ptr + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        place_ND = n.to(tl.int64)[:, None] * D + d[None, :]
+        if FP8:  # (one of two loads has nothing to do then: the tail is in the queries' precision)
+            stored = n < tl.where(of_tail, 0, stop)
+            near = (n < tl.where(of_tail, stop, 0))[:, None] & there[None, :]
+            far = stored[:, None] & there[None, :]
+        k_ND = tl.load(k_ptr + place_ND, mask=near if FP8 else inside, other=0.0)
+        if FP8:
+            k_ND = tl.where(of_tail, k_ND, tl.load(k8_ptr + place_ND, mask=far).to(kind))
         scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale
+        if FP8:
+            scores_MN = scores_MN * tl.load(k_scale_ptr + n, mask=stored, other=1.0)[None, :]
         if SOFTCAP:
             scores_MN = softcap * (2.0 * tl.sigmoid(2.0 * scores_MN / softcap) - 1.0)
         seen = (n < stop)[None, :] & (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
@@ -126,7 +143,11 @@ def _runs(
         safe_M = tl.where(new_M == float("-inf"), 0.0, new_M)
         shrink_M = tl.exp2(top_M - safe_M)
         weight_MN = tl.exp2(scores_MN - safe_M[:, None])
-        v_ND = tl.load(v_ptr + n.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        v_ND = tl.load(v_ptr + place_ND, mask=near if FP8 else inside, other=0.0)
+        if FP8:
+            v8_ND = tl.load(v8_ptr + place_ND, mask=far).to(tl.float32)
+            v_scale_N = tl.load(v_scale_ptr + n, mask=stored, other=0.0)
+            v_ND = tl.where(of_tail, v_ND, tl.where(far, v8_ND * v_scale_N[:, None], 0.0).to(kind))
         out_MD = tl.dot(weight_MN.to(kind), v_ND, acc=out_MD * shrink_M[:, None], input_precision=PRECISION)
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
         top_M = new_M
@@ -181,12 +202,14 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
     splits: int | None = None,
 ) -> State:
     """Attention of Q new tokens a row over the context and the row's tail, themselves included (`append` comes first).
 
-    table: int64 `[layers, COLUMNS]`; lengths: int64 `[LENGTHS]`; what they point to is in the queries' precision. padding_R: int32,
-    void entries at the head of each row's tail; the result of a query among them means nothing. dtype: of the result.
+    table: int64 `[layers, COLUMNS]`; lengths: int64 `[LENGTHS]`. fp8: the context is in e4m3 with scales; else it is in the
+    queries' precision, as the tail always is. padding_R: int32, void entries at the head of each row's tail; the result of a
+    query among them means nothing. dtype: of the result.
     """
     R, Q, H, D = q_RQHD.shape
     q_RQHD = q_RQHD.contiguous()
@@ -208,7 +231,7 @@ def attend(
         HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_SPLITS=TAIL_SPLITS, COLUMNS=COLUMNS,
         BLOCK_M=block_m, BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2, BLOCK_D=block_d,
         SOFTCAP=softcap is not None, WINDOW=window is not None,
-        PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32", FP8=fp8,
         num_warps=4, num_stages=3 if q_RQHD.element_size() == 2 else 2,
     )  # fmt: skip
     out_RQHD = torch.empty(R, Q, H, D, dtype=dtype, device=q_RQHD.device)
