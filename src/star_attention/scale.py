@@ -172,7 +172,9 @@ def estimate(
     plan = BlockPlan.dense(context, ranks) if ring else BlockPlan.resolve(context, block, None, ranks)
     compute_s, wire_s, exposed_s = (_ring if ring else _blocks)(shape, on, scheme, plan, tokens_per_forward)
     share = -(-context // ranks) if ring else _most_tokens(plan)
-    memory = _memory(shape, plan, share, tokens_per_forward, anchor=not ring and plan.num_blocks > 1 and ranks > 1)
+    kept = BlockPlan.dense(share) if ring else plan
+    memories = (cost.memory(shape, kept, tokens_per_forward=tokens_per_forward, rank=r) for r in _telling_ranks(kept))
+    memory = max(memory.total for memory in memories)
     return Estimate(
         scheme=scheme,
         ranks=ranks,
@@ -269,13 +271,6 @@ def _token_s(shape: ModelShape, on: Hardware, share: int, ranks: int) -> float:
         traffic = wire.merge_traffic(ranks, call.heads, call.v_head_size)
         merges_s += traffic.bytes / ranks / on.link + traffic.calls * on.latency
     return read_s + merges_s
-
-
-def _memory(shape: ModelShape, plan: BlockPlan, share: int, tokens_per_forward: int, *, anchor: bool) -> int:
-    kept = share + (plan.anchor_size if anchor else 0)
-    one = BlockPlan.dense(max(1, min(share, tokens_per_forward)))
-    working = cost.memory(shape, one, tokens_per_forward=tokens_per_forward, tail_tokens=0).working
-    return shape.weight_bytes + kept * shape.kv_bytes_per_token + working
 
 
 def _most_tokens(plan: BlockPlan) -> int:

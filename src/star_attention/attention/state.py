@@ -10,14 +10,13 @@ empty state (`out = 0`, `lse = -inf`) is its identity.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from star_attention.attention.kernels import triton_works
 
 
 class State(NamedTuple):
@@ -48,7 +47,7 @@ def merge(states: Sequence[State], *, dtype: torch.dtype | None = None) -> State
 
 def merge_last(state: State, more: State, *, dtype: torch.dtype | None = None) -> State:
     """The same for two states, of which the second may be of the last query rows only: the rows before see none of its keys."""
-    if _fused(state.out_BQHD.device):
+    if triton_works(state.out_BQHD.device):
         from star_attention.attention.kernels import triton_merge
 
         return State(*triton_merge.merge(*state, *more, dtype=dtype or torch.float32))
@@ -60,22 +59,6 @@ def merge_last(state: State, more: State, *, dtype: torch.dtype | None = None) -
         torch.cat([state.out_BQHD[:, :first].float(), last.out_BQHD], 1),
         torch.cat([state.lse_BQH[:, :first], last.lse_BQH], 1),
     )
-
-
-@cache
-def _fused(device: torch.device) -> bool:
-    """Whether Triton's kernel for it runs there (it needs a C compiler, which a machine may lack)."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    from star_attention.attention.kernels import triton_merge
-
-    state = empty_state(1, 1, 1, 16, device)
-    try:
-        triton_merge.merge(*state, *state, dtype=torch.float32)
-    except Exception as error:  # of the compiler, the driver, ...
-        logging.getLogger("star_attention").info("states are merged without Triton: %s", error)
-        return False
-    return True
 
 
 def _merge_two(a: State, b: State) -> State:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from star_attention.bench import machine
-from star_attention.bench.machine import Ceilings
+from star_attention.bench.machine import Ceilings, Progress
 from star_attention.bench.subject import random_ids, weight_bytes_per_token
 from star_attention.cost import ModelShape
 from star_attention.engine import StarLLM
-from star_attention.errors import OutOfMemoryError
 from star_attention.plan import format_size, parse_size
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +71,24 @@ def run(
             row |= dict(query_tokens=query_tokens, floor_s=floor_bytes / ceilings.bytes_per_s)
             star = StarLLM(model, block_size=size, compile=compiled, comm="solo")
             try:
-                encoded = star.encode(random_ids(model, context))
-
-                answer = partial(star.generate, encoded, asked, ignore_eos=True)
-                first_s = machine.once(partial(answer, max_new_tokens=2), device)
-                whole = [machine.once(partial(answer, max_new_tokens=tokens), device) for _ in range(repeats)]
-                one = [machine.once(partial(answer, max_new_tokens=1), device) for _ in range(repeats)]
-            except (torch.OutOfMemoryError, OutOfMemoryError, MemoryError):
+                times = _times(star, random_ids(model, context), asked, tokens, repeats, device)
+            except machine.OUT_OF_MEMORY:
                 rows.append(Row(**row, failed="out of memory"))
                 continue
-            token_s = (median(whole) - median(one)) / max(1, tokens - 1)
-            rows.append(Row(**row, token_s=token_s, ttft_s=median(one), first_s=first_s))
-            del encoded, answer  # before the next one needs the memory
+            rows.append(Row(**row, **times))
     return rows
+
+
+def _times(
+    star: StarLLM, ids_L: Tensor, asked: list[Tensor], tokens: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """The times of a `Row`. (A function, so that the context's memory is free when it ends, however it does.)"""
+    answer = partial(star.generate, star.encode(ids_L), asked, ignore_eos=True)
+    first_s = machine.once(partial(answer, max_new_tokens=2), device)
+    whole = [machine.once(partial(answer, max_new_tokens=tokens), device) for _ in range(repeats)]
+    one = [machine.once(partial(answer, max_new_tokens=1), device) for _ in range(repeats)]
+    token_s = (median(whole) - median(one)) / max(1, tokens - 1)
+    return dict(token_s=token_s, ttft_s=median(one), first_s=first_s)
 
 
 def table(rows: list[Row]) -> list[tuple[str, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,12 +17,11 @@ from star_attention.attention.attend import Rule, attend
 from star_attention.attention.kernels import Call
 from star_attention.attention.state import State, merge
 from star_attention.bench import machine
-from star_attention.bench.machine import Ceilings
+from star_attention.bench.machine import Ceilings, Progress
 from star_attention.cost import AttentionShape
 from star_attention.errors import InvalidInputError
 from star_attention.plan import format_size, parse_size
 
-Progress = Callable[[str], None]
 _CAPACITY, _TAIL = 512, 256
 
 
@@ -81,20 +80,20 @@ def run(
                 measure(what, name, work, flops=shape.flops_per_pair * pairs)
         a, b = (State(random(1, block, H, D), torch.randn(1, block, H, device=device)) for _ in range(2))
         moved = 3 * a.out_BQHD.numel() * a.out_BQHD.element_size()
-        measure(f"merging {size}", "ours", lambda a=a, b=b: merge([a, b], dtype=dtype), bytes=moved)  # type: ignore[misc]
+        measure(f"merging {size}", "ours", partial(merge, [a, b], dtype=dtype), bytes=moved)
     for context in (parse_size(size, "context") for size in contexts):
         q, k, v = random(1, 1, H, D), random(1, G, context, D), random(1, G, context, D)
         what, moved = f"a token over {format_size(context)}", 2 * k.numel() * k.element_size()
         by_token = k.transpose(1, 2), v.transpose(1, 2)
         for name in _able(device, dtype, 1, context, shape, causal=False):
             measure(what, name, _attends(q, *by_token, D, context, name), bytes=moved)
-        if device.type == "cuda" and find_spec("triton") is not None:
+        if kernels.triton_works(device):
             measure(what, "triton", _answers(q, k, v, random, G, D), bytes=moved)
     weight, x = random(4 * hidden_size, hidden_size), random(1, 1, hidden_size)
     moved = weight.numel() * weight.element_size()
     what = f"one row, {hidden_size} to {4 * hidden_size}"
     measure(what, "torch", lambda: linear(x, weight), bytes=moved)
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if kernels.triton_works(device):
         from star_attention.attention.kernels import triton_row
 
         measure(what, "triton", lambda: triton_row.linear(x, weight, None), bytes=moved)
@@ -132,7 +131,7 @@ def _answers(
 
     tail_k, tail_v = random(1, kv_heads, _CAPACITY, size), random(1, kv_heads, _CAPACITY, size)
     held = (k, v, tail_k, tail_v)
-    table = torch.tensor([[t.data_ptr() for t in held]], device=q.device)
+    table = triton_answer.addresses([held]).to(q.device)
     lengths = torch.tensor([k.shape[2], _TAIL, _CAPACITY], device=q.device)
     padding_R = torch.zeros(1, dtype=torch.int32, device=q.device)
 

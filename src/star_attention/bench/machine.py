@@ -19,6 +19,12 @@ import transformers
 
 from star_attention import __version__
 
+Progress = Callable[[str], None]
+"""Told what is measured next."""
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""Of the device or of the machine (this library's own error is one of the latter)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:

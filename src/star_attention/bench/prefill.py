@@ -13,17 +13,15 @@ from torch import Tensor
 from star_attention import cost
 from star_attention.bench import machine
 from star_attention.bench.baselines import STOCK_BACKENDS, official_encode, stock_prefill
-from star_attention.bench.machine import Ceilings
+from star_attention.bench.machine import Ceilings, Progress
 from star_attention.bench.subject import random_ids
 from star_attention.cost import Flops, ModelShape
 from star_attention.engine import StarLLM
-from star_attention.errors import InvalidInputError, OutOfMemoryError
+from star_attention.errors import InvalidInputError
 from star_attention.plan import BlockPlan, format_size, parse_size
 
 METHODS = (*STOCK_BACKENDS, "dense", "official", "star")
 """In the order of measurement: baselines first."""
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +146,7 @@ def _measured(
         first_s = machine.once(work, device)
         peak = machine.peak_bytes(work, device)
         seconds = [machine.once(work, device) for _ in range(repeats)]
-    except (torch.OutOfMemoryError, OutOfMemoryError, MemoryError):
+    except machine.OUT_OF_MEMORY:
         return Row(**row, failed="out of memory")
     except RuntimeError as error:  # a kernel that is not there for these shapes
         return Row(**row, failed=str(error).strip().splitlines()[0][:120])

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from star_attention.bench import machine
+from star_attention.bench.machine import Progress
 from star_attention.bench.subject import random_ids
 from star_attention.engine import StarLLM
-from star_attention.errors import OutOfMemoryError
 from star_attention.plan import format_size, parse_size
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,25 +60,32 @@ def run(
             row: dict[str, Any] = dict(method=method, context=context, questions=questions)
             try:
                 if method == "stock":
-                    ask = partial(_stock, model, torch.cat([ids_L, query]), tokens)
-                    encode_s = 0.0
+                    stock = partial(_stock, model, torch.cat([ids_L, query]), tokens)
+                    times: dict[str, Any] = dict(
+                        encode_s=0.0, question_s=median(machine.timed(stock, repeats=repeats, device=device))
+                    )
                 else:
                     size = min(parse_size(block, "block_size"), context)
                     star = StarLLM(model, block_size=size, method=method, compile=compile, comm="solo")
-                    encode_s = median(machine.timed(partial(star.encode, ids_L), repeats=repeats, device=device))
-                    encoded = star.encode(ids_L)
-                    ask = partial(star.generate, encoded, query, max_new_tokens=tokens, ignore_eos=True)
-                question_s = median(machine.timed(ask, repeats=repeats, device=device))
-            except (torch.OutOfMemoryError, OutOfMemoryError, MemoryError):
+                    times = _times(star, ids_L, query, tokens, repeats, device)
+            except machine.OUT_OF_MEMORY:
                 rows.append(Row(**row, failed="out of memory"))
                 continue
-            rows.append(Row(**row, encode_s=encode_s, question_s=question_s))
-            ask = encoded = None  # type: ignore[assignment]  # before the next one needs the memory
+            rows.append(Row(**row, **times))
     return rows
 
 
+def _times(
+    star: StarLLM, ids_L: Tensor, query: Tensor, tokens: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """The times of a `Row` of ours. (A function, so that the context's memory is free when it ends, however it does.)"""
+    encode_s = median(machine.timed(partial(star.encode, ids_L), repeats=repeats, device=device))
+    ask = partial(star.generate, star.encode(ids_L), query, max_new_tokens=tokens, ignore_eos=True)
+    return dict(encode_s=encode_s, question_s=median(machine.timed(ask, repeats=repeats, device=device)))
+
+
 @torch.no_grad()
-def _stock(model: Any, ids_L: torch.Tensor, tokens: int) -> Any:
+def _stock(model: Any, ids_L: Tensor, tokens: int) -> Any:
     config = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     ids_1L = ids_L[None].to(model.device)
     return model.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), generation_config=config)

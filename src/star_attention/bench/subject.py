@@ -49,17 +49,15 @@ def model_of(model: str | None, shapes: str | None, *, dtype: str, device: str) 
     if shapes not in SHAPES:
         raise InvalidInputError(f"shapes {shapes!r} are unknown; choose one of {', '.join(SHAPES)}")
     place = torch.device(load.pick_device(device))
-    kind = {"auto": torch.bfloat16 if place.type == "cuda" else torch.float32} | {
-        name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")
-    }
-    if dtype not in kind:
-        raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(kind)}")
+    kind = load.check_dtype(dtype)
+    if kind == "auto":
+        kind = "bfloat16" if place.type == "cuda" else "float32"
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     config = LlamaConfig(**SHAPES[shapes], max_position_embeddings=_POSITIONS, rope_parameters=rope)
     config.name_or_path = shapes
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(kind[dtype])
+        torch.set_default_dtype(getattr(torch, kind))
         with place:
             built = LlamaForCausalLM(config).eval()
     finally:

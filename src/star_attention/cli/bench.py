@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from star_attention.cli.command import say
 from star_attention.cli.notes import table
-from star_attention.cli.options import Dtype, Quiet, TokensPerForward, option
+from star_attention.cli.options import Device, Dtype, Quiet, TokensPerForward, option
 
 if TYPE_CHECKING:
     from star_attention.bench.machine import Ceilings
@@ -48,9 +48,7 @@ class Subject:
         ),
     ] = None
     dtype: Dtype = "auto"
-    device: Annotated[
-        str, option("auto (a GPU if there is one), cpu, cuda, cuda:1.", "--device", panel="Model", metavar="DEVICE")
-    ] = "auto"
+    device: Device = "auto"
     out: Annotated[
         str | None,
         option("A folder for the JSON and the pictures.", "--out", panel="Output", metavar="FOLDER"),

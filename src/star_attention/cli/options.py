@@ -37,6 +37,11 @@ Model = Annotated[str, option("Model folder, or hub id.", "--model", "-m", panel
 Dtype = Annotated[
     str, option("Precision: auto (the checkpoint's), float32, bfloat16, float16.", panel="Model", metavar="TYPE")
 ]
+Device = Annotated[
+    # (Named, because typer 0.27 makes the option out of a metavar that differs in case only.)
+    str,
+    option("auto (a GPU if there is one), cpu, cuda, cuda:1.", "--device", panel="Model", metavar="DEVICE"),
+]
 TokensPerForward = Annotated[
     str | None,
     option(
@@ -99,11 +104,7 @@ Json = Annotated[bool, option("One JSON object a line on stdout.", "--json", pan
 class ModelOptions:
     model: Model
     dtype: Dtype = "auto"
-    device: Annotated[
-        # (Named, because typer 0.27 makes the option out of a metavar that differs in case only.)
-        str,
-        option("auto (a GPU if there is one), cpu, cuda, cuda:1.", "--device", panel="Model", metavar="DEVICE"),
-    ] = "auto"
+    device: Device = "auto"
     tokens_per_forward: TokensPerForward = None
     reserve_tokens: Annotated[
         str,

@@ -385,11 +385,6 @@ class AnswerLayer(_StarLayer):
         self.tail.crop(-tokens_to_remove)
 
 
-def _first_token(shard: LayerKV) -> tuple[int, int]:
-    start = shard.segments[0][0]
-    return start, start + 1
-
-
 class AnswerCache(StarCache):
     """Phase 2: a frozen shard that every batch row shares, and a tail of their own.
 
@@ -418,7 +413,8 @@ class AnswerCache(StarCache):
     def reserve(self, rows: int, tokens: int) -> None:
         """Room in all tails for new tokens."""
         for layer in self._kept():
-            k_1G1D, v_1G1D = layer.shard.slice(*_first_token(layer.shard))
+            start = layer.shard.segments[0][0]
+            k_1G1D, v_1G1D = layer.shard.slice(start, start + 1)
             layer.tail.reserve(*(t.expand(rows, -1, tokens, -1) for t in (k_1G1D, v_1G1D)))
 
     def appended(self, tokens: int) -> None:
@@ -441,16 +437,16 @@ class AnswerCache(StarCache):
         capacity: int = self.place.tail.capacity(rows)
         return capacity
 
-    def addresses(self) -> list[list[int]]:
-        """Of each layer's context and tail, keys and values each, and of the scales in fp8 (zeros for what there is none of)."""
-        rows = []
+    def held(self) -> list[tuple[Tensor, ...]]:
+        """Each layer's context and tail, keys and values each, and scales in fp8; nothing of a layer that reads another one's."""
+        layers: list[tuple[Tensor, ...]] = []
         for layer in self.layers:
-            held: list[Tensor] = []
-            if not layer.shard.is_empty:
-                k, v, *scales = layer.shard.kept()
-                held = [k, v, *layer.tail.buffers(), *scales]
-            rows.append([*(tensor.data_ptr() for tensor in held), *[0] * (6 - len(held))])
-        return rows
+            if layer.shard.is_empty:
+                layers.append(())
+                continue
+            k, v, *scales = layer.shard.kept()
+            layers.append((k, v, *layer.tail.buffers(), *scales))
+        return layers
 
     @property
     def keeping(self) -> Keeping:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule
+from star_attention.attention.kernels import triton_works
 from star_attention.attention.state import State
 from star_attention.comm import Comm, SoloComm
 from star_attention.errors import UnsupportedModelError
@@ -158,7 +158,7 @@ class Graphs:
         if signature == self._loaded:
             return
         place = self._place
-        place.table.copy_(torch.tensor(cache.addresses()))
+        place.table.copy_(place.kernel.addresses(cache.held()))
         place.lengths.copy_(torch.tensor([cache.context_tokens, cache.tail_tokens, cache.tail_capacity(rows)]))
         place.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
         self._loaded = signature
@@ -169,8 +169,10 @@ class Graphs:
         what = compiled.STEP if rows * queries == 1 else None
 
         def forward() -> Tensor:
-            logits_R1V = self._handle.logits(graph.ids_RQ, graph.positions_RQ, self._cache, None, keep=1, what=what)
-            return logits_R1V[:, -1].float()  # type: ignore[no-any-return]
+            logits_R1V: Tensor = self._handle.logits(
+                graph.ids_RQ, graph.positions_RQ, self._cache, None, keep=1, what=what
+            )
+            return logits_R1V[:, -1].float()
 
         def work() -> None:
             graph.logits_RV = forward()
@@ -202,12 +204,8 @@ class Graphs:
 def usable(handle: Any) -> bool:
     """Whether graphs may serve a model at all."""
     devices = {parameter.device for parameter in handle.model.parameters()}
-    return (
-        handle.device.type == "cuda"
-        and devices == {handle.device}
-        and not handle.rotaries  # their frequencies are computed anew for each length
-        and find_spec("triton") is not None
-    )
+    # (Rotary frequencies that depend on the length are computed anew for each.)
+    return devices == {handle.device} and not handle.rotaries and triton_works(handle.device)
 
 
 def _fits(shard: ContextKV, device: torch.device) -> bool:

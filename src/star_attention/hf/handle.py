@@ -9,13 +9,13 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from star_attention.attention.kernels import triton_works
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf import graphs, hook, probe, rope, support
 from star_attention.hf.cache import StarCache
@@ -100,11 +100,10 @@ class ModelHandle:
     @cached_property
     def compiled(self) -> CompiledLayers | None:
         """The layers through torch.compile, None where they are not to be."""
-        automatic = self.device.type == "cuda" and find_spec("triton") is not None
         with hook.lock_of(self.model):
             # Somebody else's forwards (accelerate's, which bring weights for each module) stay.
             replaced = any("forward" in vars(module) for module in self.decoder.modules())
-            wanted = automatic if self._compile is None else self._compile
+            wanted = triton_works(self.device) if self._compile is None else self._compile
             return CompiledLayers(self.decoder, hook.is_ours) if wanted and not replaced else None
 
     @cached_property

@@ -79,14 +79,23 @@ def load_config(path: str | os.PathLike[str], **where: Any) -> Any:
         raise ModelNotFoundError(f"no model could be read at {path}: {_first_line(error)}") from error
 
 
+def check_dtype(dtype: str | torch.dtype) -> str:
+    """A precision's name, without torch's.
+
+    Raises `InvalidInputError` for one that no model is loaded in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+    return name
+
+
 def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer (None where the folder has none).
 
     Raises `ModelNotFoundError`, `UnsupportedModelError` (before weights are read) or `InvalidInputError`.
     """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+    name = check_dtype(dtype)
     where = for_all_files(model_kwargs)
     config = load_config(path, **where)
     reasons = support.reasons(config)

@@ -8,7 +8,10 @@ ever see states with `lse_BQH` in fp32.
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -71,6 +74,24 @@ def choose(call: Call, name: str | None = None) -> str:
         reasons = [f"{n}: {', '.join(load(n).unsupported(call))}" for n in ([name] if name else KERNELS)]
         raise UnsupportedCallError(f"no attention kernel can run {call}: " + "; ".join(reasons))
     return found
+
+
+@cache
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton's kernels, and with them compiled layers, run there: they need a C compiler, which may be missing."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from star_attention.attention.kernels import triton_merge
+
+    out_BQHD, lse_BQH = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 1, device=device)
+    try:
+        triton_merge.merge(out_BQHD, lse_BQH, out_BQHD, lse_BQH, dtype=torch.float32)
+    except (
+        Exception
+    ) as error:  # of the compiler, of the driver: whatever it is, torch's own operations do the same work
+        logging.getLogger("star_attention").info("going on without Triton: %s", error)
+        return False
+    return True
 
 
 def half_precision_cuda(call: Call, *, head_size_limit: int) -> list[str]:

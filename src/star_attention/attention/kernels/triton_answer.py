@@ -11,6 +11,8 @@ Axes: R batch rows, Q new tokens of each, H query heads, G KV heads, M query row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -177,6 +179,12 @@ def _merged(
     out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=inside, other=0.0)
     tl.store(result_ptr + at * D + d, tl.sum(out_SD * weight_S[:, None], 0) / weights, mask=there)
     tl.store(result_lse_ptr + at, (top + tl.log2(weights)) / _LOG2_E)
+
+
+def addresses(layers: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The table, on the CPU, of what each layer holds, in the order of its columns; zeros for what there is none of."""
+    rows = [[tensor.data_ptr() for tensor in held] for held in layers]
+    return torch.tensor([row + [0] * (COLUMNS - len(row)) for row in rows])
 
 
 def append(k_RGQD: Tensor, v_RGQD: Tensor, *, table: Tensor, lengths: Tensor, layer: int) -> None:
