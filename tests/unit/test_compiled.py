@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from star_attention import StarLLM, phase1
+from star_attention import EncodedContext, StarLLM, phase1
 from star_attention.hf.compiled import FULL, layers_of
 from tests.engines import engine, ids, tiny
 
@@ -22,20 +22,32 @@ def test_layers_are_found(name: str) -> None:
     assert len(layers_of(model.get_decoder())) == model.config.get_text_config().num_hidden_layers
 
 
+def assert_same(context: EncodedContext, expected: EncodedContext) -> None:
+    for ours, theirs in zip(context.kv.layers, expected.kv.layers, strict=True):
+        assert ours.is_empty == theirs.is_empty
+        for a, b in () if ours.is_empty else zip(ours.pair(), theirs.pair(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+WHOLE = {"llama": 1, "gemma2": 2, "gpt_oss": 2, "qwen3_moe": 1}
+"""Families whose layers are compiled with their attention, and their kinds of layers."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("name", [*WHOLE, "gemma3n", "deepseek_v3"])
 def test_encoding_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
+    counters.clear()
     plain, fast = engine(name, compile=False, **SIZES), engine(name, compile=True, **SIZES)
     for tokens in (101, 125):
         expected, context = plain.encode(ids(tokens)), fast.encode(ids(tokens))
-        for ours, theirs in zip(context.kv.layers, expected.kv.layers, strict=True):
-            for a, b in zip(ours.pair(), theirs.pair(), strict=True):
-                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    before = counters["frames"]["total"]
-    assert before > 0
+        assert_same(context, expected)
+    before = counters["stats"]["unique_graphs"]
+    assert fast._handle.compiled is not None
+    assert fast._handle.compiled.whole == (name in WHOLE)
+    assert before == WHOLE[name] if name in WHOLE else before > 2, "once for each kind of layer"
     fast.encode(ids(149, seed=4))
-    assert counters["frames"]["total"] == before, "nothing is compiled again"
+    assert counters["stats"]["unique_graphs"] == before, "nothing is compiled again"
     words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
     assert fast.generate(context, ids(5), **words).token_ids == plain.generate(expected, ids(5), **words).token_ids
 
@@ -54,6 +66,24 @@ def test_other_threads_and_later_calls_find_the_plain_model() -> None:
         thread.join()
     assert torch.equal(seen[0], expected)
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_a_layer_that_cannot_be_compiled_whole_is_compiled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
+    kind = type(layers_of(tiny("llama").get_decoder())[0].mlp)
+    stock = kind.forward
+
+    def interrupted(self: Any, x: Any) -> Any:
+        torch._dynamo.graph_break()
+        return stock(self, x)
+
+    expected = engine("llama", compile=False, **SIZES).encode(ids(101))
+    monkeypatch.setattr(kind, "forward", interrupted)
+    fast = engine("llama", compile=True, **SIZES)
+    context = fast.encode(ids(101))
+    assert fast._handle.compiled is not None
+    assert not fast._handle.compiled.whole
+    assert_same(context, expected)
 
 
 def test_somebody_elses_forward_stays() -> None:

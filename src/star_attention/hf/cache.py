@@ -114,6 +114,7 @@ class StarCache(Cache):
         self.place: Any = place
         self.comm = comm
         self.calls = 0
+        self.entered = 0  # the layer that runs, where layers are compiled whole
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, keep: int) -> None:
         """Called in front of each forward of the whole model; `keep` as in `ModelHandle.logits`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -195,10 +196,31 @@ class Graphs:
             for _ in range(2):
                 warm_up()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+        current = torch.cuda.current_stream()
+        try:
+            return _capture(work, self._pool)
+        except Exception:
+            torch.cuda.set_stream(current)
+            _after_a_broken_capture(self._handle.device, self._pool)
+            self._pool = None
+            raise
+
+
+def _capture(work: Callable[[], Any], pool: Any) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def _after_a_broken_capture(device: torch.device, pool: Any) -> None:
+    """Set torch right, which would go on taking memory from the pool, and draw no random numbers before the capture's end."""
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        with suppress(RuntimeError):  # where torch has done so by itself
+            end(device.index or 0, pool)
+    number = torch.zeros(1, device=device)
+    _capture(lambda: number.zero_(), None)
 
 
 def usable(handle: Any) -> bool:

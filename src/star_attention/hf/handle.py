@@ -21,7 +21,7 @@ from star_attention.hf import graphs, hook, probe, rope, support
 from star_attention.hf.cache import StarCache
 from star_attention.hf.compiled import CompiledLayers
 from star_attention.hf.graphs import Graphs
-from star_attention.hf.probe import Kept
+from star_attention.hf.probe import Kept, Seen
 
 _CACHE_WORDS = ("cache", "past_key_values")  # what transformers calls the cache since 5.24, and before
 
@@ -93,9 +93,14 @@ class ModelHandle:
         return next((device for device in own if device is not None), self.device)
 
     @cached_property
+    def seen(self) -> Seen:
+        """What a forward of a few tokens shows about the layers."""
+        return probe.look(self)
+
+    @property
     def kept(self) -> list[Kept | None]:
-        """What each cache layer keeps; found out by a forward of a few tokens."""
-        return probe.kept(self)
+        """What each cache layer keeps."""
+        return self.seen.kept
 
     @cached_property
     def compiled(self) -> CompiledLayers | None:
@@ -104,7 +109,7 @@ class ModelHandle:
             # Somebody else's forwards (accelerate's, which bring weights for each module) stay.
             replaced = any("forward" in vars(module) for module in self.decoder.modules())
             wanted = triton_works(self.device) if self._compile is None else self._compile
-            return CompiledLayers(self.decoder, hook.is_ours) if wanted and not replaced else None
+            return CompiledLayers(self) if wanted and not replaced else None
 
     @cached_property
     def graphs(self) -> Graphs | None:
@@ -114,11 +119,13 @@ class ModelHandle:
     @contextmanager
     def running(self, cache: StarCache, rope_length: int | None, what: str | None = None) -> Iterator[None]:
         """Our attention for the forwards of this thread inside the block; `what` they are compiled for, if they are."""
-        with hook.running(self.model, self.configs, self.rotaries, cache, rope_length):
-            if what is None or self.compiled is None:
+        compiled = None if what is None else self.compiled
+        within = compiled is not None and compiled.whole
+        with hook.running(self.model, self.configs, self.rotaries, cache, rope_length, within=within):
+            if what is None or compiled is None:
                 yield
             else:
-                with self.compiled.active(what):
+                with compiled.active(what):
                     yield
 
     @torch.no_grad()
@@ -143,7 +150,7 @@ class ModelHandle:
                 input_ids=ids_BS,
                 position_ids=positions_BS.expand(ids_BS.shape[0], -1),
                 use_cache=True,
-                **{self._decoder_cache: _alike(cache)},
+                **{self._decoder_cache: _Alike(cache, self.config)},
                 **extra,
             )
         if not cache.calls:
@@ -166,7 +173,7 @@ class ModelHandle:
 
         what: its layers are compiled for, if they are.
         """
-        extra: dict[str, Any] = {self._model_cache: _alike(cache)}
+        extra: dict[str, Any] = {self._model_cache: _Alike(cache, self.config)}
         if self._takes_logits_to_keep:
             extra["logits_to_keep"] = keep
         cache.begin(ids_BS, positions_BS, keep)
@@ -216,16 +223,21 @@ class ModelHandle:
             holder.clear()
 
 
-def _alike(cache: StarCache) -> Cache:
+class _Alike(Cache):
     """The cache as the model's code is to see it: of one class in both phases, so that what is compiled serves both."""
-    return _PlainCache(cache)
 
-
-class _PlainCache(Cache):
-    update = torch.compiler.disable(Cache.update)
-
-    def __init__(self, cache: StarCache) -> None:
+    def __init__(self, cache: StarCache, config: Any) -> None:
         super().__init__(layers=cache.layers)
+        self._config = config
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling() and hook.is_within(self._config):
+            return key_states, value_states  # attention keeps them
+        return self._keep(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+
+    @torch.compiler.disable
+    def _keep(self, *args: Any, **kwargs: Any) -> Any:
+        return super().update(*args, **kwargs)
 
 
 def _device(module: nn.Module) -> torch.device | None:

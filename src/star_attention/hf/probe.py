@@ -51,6 +51,7 @@ class ProbeLayer(_StarLayer):
         super().__init__(index, place, window)
         self._kv = LayerKV(TOKENS)
         self.given: tuple[Tensor, Tensor] | None = None
+        self.was_read = False
 
     @property
     def kv(self) -> LayerKV:
@@ -79,12 +80,32 @@ class ProbeLayer(_StarLayer):
         )
 
 
-def kept(handle: Any) -> list[Kept | None]:
-    """What each cache layer of a loaded model keeps."""
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What each cache layer keeps, and whether every attention reads just what its own layer has kept."""
+
+    kept: list[Kept | None]
+    simple: bool
+
+
+class _ProbeCache(StarCache):
+    simple = True
+
+    def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
+        last: ProbeLayer = self.layers[self.place.last]
+        own = getattr(module, "layer_idx", None) == last.index and last.handed_out(key, value)
+        self.simple = self.simple and own and not last.was_read
+        last.was_read = True
+        return super().attend(module, q_BQHD, key, value, rule)
+
+
+def look(handle: Any) -> Seen:
+    """Send a few tokens through a loaded model and watch."""
     place = ProbePlace()
     layers = [ProbeLayer(index, place, window) for index, window in enumerate(handle.windows)]
     ids_1S = torch.full((1, TOKENS), handle.vocab_size // 2, device=handle.device)
     positions_1S = torch.arange(TOKENS, device=handle.device)[None]
     rope_length = 2 * TOKENS if handle.rotaries else None
-    handle.encode(ids_1S, positions_1S, StarCache(layers, place, SoloComm()), rope_length)
-    return [layer.kept() for layer in layers]
+    cache = _ProbeCache(layers, place, SoloComm())
+    handle.encode(ids_1S, positions_1S, cache, rope_length)
+    return Seen(kept=[layer.kept() for layer in layers], simple=cache.simple)
