@@ -44,7 +44,8 @@ class ModelShape:
 
     attention: every attention call of a forward, in order.
     kv_numbers_per_token: numbers that the context keeps for a token, all layers together: compressed ones for MLA,
-        nothing for a layer that reads another layer's keys (KV sharing). kv_layers: layers that keep any.
+        nothing for a layer that reads another layer's keys (KV sharing). kv_rows_per_token: the heads of keys and of values that
+        they belong to. kv_layers: layers that keep any.
     linear_parameters: weights that one token is multiplied with in the layers; of a mixture of experts only those of
         the experts that a token goes to.
     cut_parameters: weights of layers that tensor parallelism shares out, 0 where it cannot; summed_numbers_per_token: numbers
@@ -59,6 +60,7 @@ class ModelShape:
     hidden_size: int
     attention: tuple[AttentionShape, ...]
     kv_numbers_per_token: int
+    kv_rows_per_token: int
     kv_layers: int
     linear_parameters: int
     cut_parameters: int = 0
@@ -75,7 +77,12 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """As they are computed."""
         return self.kv_numbers_per_token * self.bytes_per_number
+
+    def kept_bytes_per_token(self, kv_dtype: str | None) -> int:
+        """As they are kept: in fp8 a byte a number, and a scale in fp32 for each row (`store.quantized`)."""
+        return self.kv_bytes_per_token if kv_dtype is None else self.kv_numbers_per_token + 4 * self.kv_rows_per_token
 
 
 # ---------------------------------------------------------------------------------------------- pairs
@@ -321,7 +328,8 @@ class Memory:
     """Bytes on one device.
 
     kv: keys and values of its blocks. anchor: the anchor's, on a device that does not hold the first block. tail: those
-    of queries and answers. working: an estimate of what a forward needs beside these.
+    of queries and answers. working: an estimate of what a forward needs beside these. host: keys and values in the host's memory
+    instead, not part of the total.
     """
 
     weights: int
@@ -329,6 +337,7 @@ class Memory:
     anchor: int
     tail: int
     working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -343,20 +352,30 @@ def memory(
     tail_tokens: int = 0,
     rank: int = 0,
     tensor_parallel: int = 1,
+    kv_dtype: str | None = None,
+    kv_device: str | None = None,
 ) -> Memory:
     """Bytes on one rank's device; every host holds all weights, only the last one needs the tail (DESIGN, phase 2).
 
-    The ranks of a host share heads, and of the weights those that can be cut; embeddings and head are on each.
+    The ranks of a host share heads, and of the weights those that can be cut; embeddings and head are on each. Where keys and
+    values are not kept as they are computed (kv_dtype, kv_device), blocks look at an anchor that is, on each rank with blocks
+    behind it; those in the host's memory take none here, but one layer's share of `working`, which answers bring back.
     """
     start, stop = plan.rank_range(rank)
+    kept = (stop - start) * shape.kept_bytes_per_token(kv_dtype) // tensor_parallel
+    own_anchor = 0 < start < stop or ((kv_dtype or kv_device) is not None and plan.num_blocks > 1 and start < stop)
+    brought = (stop - start) * shape.kv_bytes_per_token // tensor_parallel // max(1, shape.kv_layers)
     tokens = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
     share = tensor_parallel
     return Memory(
         weights=shape.weight_bytes - (shape.cut_parameters - shape.cut_parameters // share) * shape.bytes_per_number,
-        kv=(stop - start) * shape.kv_bytes_per_token // share,
-        anchor=plan.anchor_size * shape.kv_bytes_per_token // share if 0 < start < stop else 0,
+        kv=0 if kv_device is not None else kept,
+        anchor=plan.anchor_size * shape.kv_bytes_per_token // share if own_anchor else 0,
         tail=tail_tokens * shape.kv_bytes_per_token // share if rank == plan.ranks - 1 else 0,
-        working=working_bytes(shape, tokens, share) + expanded_bytes(shape, stop - start),
+        working=working_bytes(shape, tokens, share)
+        + expanded_bytes(shape, stop - start)
+        + (0 if kv_device is None else brought),
+        host=0 if kv_device is None else kept,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from star_attention import cost, wire
 from star_attention.cost import Flops, ModelShape
@@ -164,8 +165,9 @@ def estimate(
     ranks: int,
     block: int | None,
     tokens_per_forward: int,
+    kv_dtype: str | None = None,
 ) -> Estimate:
-    """One scheme over `ranks` devices; `block` (with an anchor as large) is for star and official."""
+    """One scheme over `ranks` devices; `block` (with an anchor as large) is for star and official, `kv_dtype` as in `StarLLM`."""
     if scheme not in SCHEMES:
         raise InvalidInputError(f"scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
     ring = scheme.startswith("ring")
@@ -173,7 +175,8 @@ def estimate(
     compute_s, wire_s, exposed_s = (_ring if ring else _blocks)(shape, on, scheme, plan, tokens_per_forward)
     share = -(-context // ranks) if ring else _most_tokens(plan)
     kept = BlockPlan.dense(share) if ring else plan
-    memories = (cost.memory(shape, kept, tokens_per_forward=tokens_per_forward, rank=r) for r in _telling_ranks(kept))
+    forwards: dict[str, Any] = dict(tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype)
+    memories = (cost.memory(shape, kept, **forwards, rank=rank) for rank in _telling_ranks(kept))
     memory = max(memory.total for memory in memories)
     return Estimate(
         scheme=scheme,
@@ -183,7 +186,7 @@ def estimate(
         compute_s=compute_s,
         wire_s=wire_s,
         exposed_s=exposed_s,
-        token_s=_token_s(shape, on, share, ranks),
+        token_s=_token_s(shape, on, share * shape.kept_bytes_per_token(kv_dtype), ranks),
         memory=memory,
         fits=memory <= on.memory,
     )
@@ -263,9 +266,9 @@ def _ring(
     return linear_s + attention_s, wire_s, max(0.0, wire_s - attention_s)
 
 
-def _token_s(shape: ModelShape, on: Hardware, share: int, ranks: int) -> float:
+def _token_s(shape: ModelShape, on: Hardware, kept_bytes: int, ranks: int) -> float:
     """Weights, and a rank's keys and values, once; and the merge of each layer."""
-    read_s = (shape.weight_bytes + share * shape.kv_bytes_per_token) / on.bandwidth
+    read_s = (shape.weight_bytes + kept_bytes) / on.bandwidth
     merges_s = 0.0
     for call in shape.attention if ranks > 1 else ():
         traffic = wire.merge_traffic(ranks, call.heads, call.v_head_size)

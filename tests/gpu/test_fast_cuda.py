@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from star_attention import StarLLM, phase1
+from star_attention.errors import OutOfMemoryError
 from tests.answer_oracle import CASES, expected, real_rows, setup
 from tests.families import FIRST_TOKEN, LAST_TOKEN, build
 from tests.model_oracle import oracle_forward, oracle_generate
@@ -185,6 +186,32 @@ def test_bf16_logits_over_256_steps_are_within_twice_a_plain_implementation() ->
     ours, theirs = (reply.logits.cuda() - oracle).norm() / oracle.norm(), (plain - oracle).norm() / oracle.norm()
     print(f"relative error bf16: ours {ours:.4f}, plain {theirs:.4f}")
     assert ours <= 2 * theirs
+
+
+def test_out_of_memory_frees_what_it_took_and_says_what_to_lower() -> None:
+    """In both phases, really, with a limit on the process; then smaller requests work."""
+    star = StarLLM.from_pretrained(MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", device="cuda")
+    ids = torch.randint(5, 4096, (400_000,))
+    context = star.encode(ids[:16384])
+    answer = star.generate(context, QUESTION, max_new_tokens=5).token_ids
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free = 700 * 2**20
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + free) / total)
+    before = torch.cuda.memory_allocated()
+    try:
+        for _ in range(2):
+            with pytest.raises(OutOfMemoryError, match=r"out of memory in phase 1 after .* lower tokens_per_forward"):
+                star.encode(ids)
+            assert torch.cuda.memory_allocated() - before < 2**20
+            with pytest.raises(OutOfMemoryError, match="out of memory in phase 2 with 4,000 answers at once"):
+                star.generate(context, [[5 + n, 6, 7] for n in range(4000)], max_new_tokens=400, ignore_eos=True)
+            assert torch.cuda.memory_allocated() - before < 2**20
+            assert star.generate(context, QUESTION, max_new_tokens=5).token_ids == answer
+            assert star.generate(star.encode(ids[:16384]), QUESTION, max_new_tokens=5).token_ids == answer
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 # ------------------------------------------------------------------------------------------------- families

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from star_attention import StarLLM, cost
-from star_attention.bench import decode, prefill, questions, subject
+from star_attention.bench import decode, plots, prefill, questions, subject
 from star_attention.bench.baselines import official_encode, stock_prefill
 from star_attention.cli import app
+from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
 from star_attention.plan import BlockPlan
 from tests.engines import BUNDLED, bundled_model, ids, tiny
@@ -159,3 +161,51 @@ def test_ratios_of_answers() -> None:
     assert row.over_floor == pytest.approx(1.5)
     asked = questions.Row(method="star", context=10, questions=7, encode_s=3.0, question_s=2.0)
     assert asked.total_s == 17.0
+
+
+def test_dense_times_beyond_what_is_run_are_worked_out() -> None:
+    """From two runs, the linear part and that of attention apart; from one, nothing."""
+    flops = [cost.Flops(linear=10 * k, attention=3 * k * k) for k in (1, 4, 8)]
+    rows = [
+        prefill.Row(
+            method="dense",
+            context=1024 * k,
+            block=None,
+            seconds=(10 * k) / 100 + (3 * k * k) / 50,
+            linear_flops=10 * k,
+            attention_flops=3 * k * k,
+        )
+        for k in (1, 4)
+    ]
+    far = prefill._extrapolated("dense", flops[2], rows, 8192)
+    assert far.extrapolated
+    assert far.seconds == pytest.approx(80 / 100 + 192 / 50)
+    assert prefill._extrapolated("dense", flops[2], rows[:1], 8192).failed
+    star = prefill.Row(method="star", context=8192, block=1024, seconds=1.0, flops=1)
+    assert prefill.speed_up(star, [*rows, far, star], "dense") == pytest.approx(far.seconds)
+
+
+def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    star, dense = (
+        prefill.Row(method=m, context=10, block=b, seconds=2.0, flops=4) for m, b in (("star", 5), ("dense", None))
+    )
+    steps = decode.Row(
+        context=10, block=5, compiled=True, queries=1, query_tokens=1, tokens=2, token_s=0.3, floor_s=0.2
+    )
+    head: dict[str, Any] = dict(model="m", dtype="d", hardware="h", ceilings={"flops_per_s": 1.0})
+    for name, kind, rows in (("a", "prefill", [star]), ("b", "prefill", [dense]), ("c", "decode", [steps])):
+        found = head | dict(benchmark=kind, rows=[asdict(row) for row in rows])
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    made = plots.of_files(files, tmp_path / "new")
+    assert [path.name for path in made] == ["prefill-time.png", "prefill-speedup.png", "decode.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    other = json.loads(files[1].read_text()) | {"hardware": "another"}
+    files[1].write_text(json.dumps(other))
+    with pytest.raises(InvalidInputError, match="draw them apart"):
+        plots.of_files(files, tmp_path)
+    for text in ("{}", "no JSON", json.dumps(head | {"benchmark": "kernels", "rows": []})):
+        files[0].write_text(text)
+        with pytest.raises(InvalidInputError, match=r"a\.json"):
+            plots.of_files(files, tmp_path)

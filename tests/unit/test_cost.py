@@ -33,6 +33,7 @@ SHAPE = ModelShape(
         AttentionShape(heads=6, kv_heads=3, k_head_size=5, v_head_size=4, window=9),
     ),
     kv_numbers_per_token=2 * 3 * (5 + 4),
+    kv_rows_per_token=2 * (3 + 3),
     kv_layers=2,
     linear_parameters=1000,
     head_parameters=77,
@@ -302,3 +303,20 @@ def test_the_cost_model_needs_the_standard_library_only(tmp_path: Path) -> None:
     code = "import sys, json, star_attention.cost; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert not {"torch", "transformers", "numpy"} & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3n", "deepseek_v3"])
+def test_what_is_kept_in_other_ways_takes_what_is_counted(name: str) -> None:
+    """The bytes of a context in fp8, of keys of different sizes, and nothing on the device where they are in the host's memory."""
+    shape = model_shape(tiny(name).config, "float32")
+    star = engine(name, block_size=24, anchor_size=10, tokens_per_forward=48, kv_dtype="fp8")
+    context = star.encode(ids(96))
+    assert shape.kept_bytes_per_token("fp8") * 96 == context.nbytes
+    plan = context.plan
+    kept = cost.memory(shape, plan, tokens_per_forward=48, kv_dtype="fp8")
+    assert (kept.kv, kept.host) == (context.nbytes, 0)
+    assert kept.anchor == 10 * shape.kv_bytes_per_token
+    there = cost.memory(shape, plan, tokens_per_forward=48, kv_dtype="fp8", kv_device="cpu")
+    assert (there.kv, there.host) == (0, context.nbytes)
+    assert there.working - kept.working == 96 * shape.kv_bytes_per_token // shape.kv_layers
+    assert cost.memory(shape, plan, tokens_per_forward=48).anchor == 0

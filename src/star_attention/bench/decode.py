@@ -32,6 +32,7 @@ class Row:
     queries: int
     query_tokens: int
     tokens: int
+    kv_dtype: str | None = None
     token_s: float | None = None
     floor_s: float = 0.0
     ttft_s: float | None = None
@@ -55,6 +56,7 @@ def run(
     tokens: int,
     repeats: int,
     compile: list[bool],
+    kv_dtype: str | None = None,
     progress: Progress,
 ) -> list[Row]:
     """Answers of `tokens` tokens to `queries` random queries at once, for each length; with what `compile` brings and without."""
@@ -63,13 +65,13 @@ def run(
     rows = []
     for context in (parse_size(size, "context") for size in contexts):
         size = min(parse_size(block, "block_size"), context)
-        floor_bytes = weight_bytes_per_token(model) + context * shape.kv_bytes_per_token
+        floor_bytes = weight_bytes_per_token(model) + context * shape.kept_bytes_per_token(kv_dtype)
         for compiled in compile:
             what = "compiled" if compiled else "plain"
             progress(f"{what}, context {format_size(context)}")
             row: dict[str, Any] = dict(context=context, block=size, compiled=compiled, queries=queries, tokens=tokens)
-            row |= dict(query_tokens=query_tokens, floor_s=floor_bytes / ceilings.bytes_per_s)
-            star = StarLLM(model, block_size=size, compile=compiled, comm="solo")
+            row |= dict(query_tokens=query_tokens, kv_dtype=kv_dtype, floor_s=floor_bytes / ceilings.bytes_per_s)
+            star = StarLLM(model, block_size=size, compile=compiled, comm="solo", kv_dtype=kv_dtype)
             try:
                 times = _times(star, random_ids(model, context), asked, tokens, repeats, device)
             except machine.OUT_OF_MEMORY:

@@ -75,16 +75,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
-    """Most device memory during a run; None where it is not measured (CPU)."""
+def once_with_peak(work: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
+    """The same, and the most device memory during the run; None where that is not measured (CPU)."""
     if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
+        return once(work, device), None
     torch.cuda.reset_peak_memory_stats(device)
-    work()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    seconds = once(work, device)
+    return seconds, torch.cuda.max_memory_allocated(device)
 
 
 def record(device: torch.device, measured: Ceilings) -> dict[str, Any]:

@@ -5,15 +5,49 @@ Colours are those of Okabe and Ito (2008), told apart by every common form of co
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from star_attention.bench import decode, prefill
 from star_attention.demo.heatmap import require_matplotlib
+from star_attention.errors import InvalidInputError
 from star_attention.plan import format_size
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
+
+
+def of_files(files: list[Path], folder: Path) -> list[Path]:
+    """The pictures of what benchmarks have written, rows of one kind together; the files written.
+
+    Raises `InvalidInputError` for files that are none, and where one kind was measured on several machines or models.
+    """
+    require_matplotlib()
+    prefills: list[prefill.Row] = []
+    decodes: list[decode.Row] = []
+    of: dict[str, tuple[Any, Path]] = {}
+    rates = []
+    for path in files:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            kind, same = found["benchmark"], (found["model"], found["dtype"], found["hardware"])
+            if kind == "prefill":
+                prefills += [prefill.Row(**row) for row in found["rows"]]
+                rates.append(float(found["ceilings"]["flops_per_s"]))
+            if kind == "decode":
+                decodes += [decode.Row(**row) for row in found["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidInputError(f"{path} is no JSON of `bench prefill` or `bench decode` ({error})") from None
+        if kind not in ("prefill", "decode"):
+            raise InvalidInputError(f"{path} holds a benchmark of {kind}; pictures are of prefill and decode")
+        before = of.setdefault(kind, (same, path))
+        if before[0] != same:
+            raise InvalidInputError(f"{before[1]} and {path} differ: {before[0]} and {same}; draw them apart")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = prefill_plots(prefills, median(rates), folder) if prefills else []
+    return made + (decode_plots(decodes, folder) if decodes else [])
 
 
 def prefill_plots(rows: list[prefill.Row], flops_per_s: float, folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_attention import cost
+from star_attention import cost, scale
 from star_attention.bench import machine
 from star_attention.bench.baselines import STOCK_BACKENDS, official_encode, stock_prefill
 from star_attention.bench.machine import Ceilings, Progress
@@ -29,7 +29,8 @@ class Row:
     """One method at one length. seconds: median; first_s: of the first run, which compiles. flops: of the method's own work.
 
     asked: how the block size was written. of_ceiling: the rate over that of a large matrix product. working_bytes: peak memory
-    beyond weights and keys and values; None where it is not measured. failed: why there are no numbers.
+    beyond weights and keys and values; None where it is not measured. kv_dtype: how ours keep these. extrapolated: worked out from
+    the two longest runs of the method. failed: why there are no numbers.
     """
 
     method: str
@@ -45,6 +46,8 @@ class Row:
     flops_per_s: float | None = None
     of_ceiling: float | None = None
     working_bytes: int | None = None
+    kv_dtype: str | None = None
+    extrapolated: bool = False
     failed: str | None = None
 
 
@@ -59,12 +62,15 @@ def run(
     repeats: int,
     tokens_per_forward: str | None,
     compile: bool | None,
+    kv_dtype: str | None = None,
+    dense_up_to: int | None = None,
     progress: Progress,
 ) -> list[Row]:
     """Measure every method at every length.
 
     blocks: of Star Attention and the official scheme; sizes, or `/4` for a quarter of the context. A block that a context does not
-    hold twice is left out.
+    hold twice is left out. repeats: runs after the first one; with 0 that one counts. dense_up_to: the longest context at which
+    dense methods run; beyond it they are extrapolated.
 
     Raises `InvalidInputError` for methods and sizes that cannot work.
     """
@@ -73,20 +79,27 @@ def run(
         raise InvalidInputError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
     device = next(model.parameters()).device
     rows: list[Row] = []
-    for context in (parse_size(size, "context") for size in contexts):
+    for context in sorted(parse_size(size, "context") for size in contexts):
         ids_L = random_ids(model, context)
         asked = {size: one for one in blocks if 2 * (size := block_size(one, context)) <= context}
         sizes = sorted(asked, reverse=True)
         for method in (method for method in METHODS if method in methods):
             for block in sizes if method in ("official", "star") else [None]:
+                plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
+                if block is None and dense_up_to is not None and context > dense_up_to:
+                    rows.append(
+                        _extrapolated(method, cost.phase1(shape, plan, tokens_per_forward=context), rows, context)
+                    )
+                    continue
                 progress(
                     f"{method}, context {format_size(context)}" + (f", block {format_size(block)}" if block else "")
                 )
-                work, star = _work(model, method, ids_L, block, tokens_per_forward, compile)
-                plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
+                work, star = _work(model, method, ids_L, block, tokens_per_forward, compile, kv_dtype)
                 flops = _flops(shape, plan, method, star)
-                what: dict[str, Any] = dict(method=method, context=context, block=block, asked=asked.get(block or 0))
-                rows.append(_measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, context)))
+                kept = kv_dtype if method in ("dense", "star") else None
+                what: dict[str, Any] = dict(method=method, context=context, block=block, kv_dtype=kept)
+                what |= dict(asked=asked.get(block or 0))
+                rows.append(_measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, plan, kept)))
     return rows
 
 
@@ -99,10 +112,24 @@ def block_size(text: str, context: int) -> int:
     return parse_size(text, "block_size")
 
 
-def _fixed(model: Any, shape: ModelShape, context: int) -> int:
+def _fixed(model: Any, shape: ModelShape, plan: BlockPlan, kv_dtype: str | None) -> int:
     """Bytes of weights, and of keys and values."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return int(weights) + context * shape.kv_bytes_per_token
+    memory = cost.memory(shape, plan, tokens_per_forward=1, kv_dtype=kv_dtype)
+    return int(weights) + memory.kv + memory.anchor
+
+
+def _extrapolated(method: str, flops: Flops, rows: list[Row], context: int) -> Row:
+    """A dense method at a length at which it is not run."""
+    row: dict[str, Any] = dict(method=method, context=context, block=None, flops=flops.total, extrapolated=True)
+    runs = [one for one in rows if one.method == method and one.seconds is not None and not one.extrapolated][-2:]
+    parts = [(Flops(linear=one.linear_flops, attention=one.attention_flops), one.seconds or 0.0) for one in runs]
+    try:
+        rates = scale.calibrated(scale.HARDWARE["h200-nvlink"], parts)
+    except InvalidInputError:
+        return Row(**row, failed="not two runs to extrapolate from")
+    seconds = flops.linear / rates.matrix + flops.attention / rates.attention
+    return Row(**row, seconds=seconds, linear_flops=flops.linear, attention_flops=flops.attention)
 
 
 def _flops(shape: ModelShape, plan: BlockPlan, method: str, star: StarLLM | None) -> Flops:
@@ -113,7 +140,13 @@ def _flops(shape: ModelShape, plan: BlockPlan, method: str, star: StarLLM | None
 
 
 def _work(
-    model: Any, method: str, ids_L: Tensor, block: int | None, tokens_per_forward: str | None, compile: bool | None
+    model: Any,
+    method: str,
+    ids_L: Tensor,
+    block: int | None,
+    tokens_per_forward: str | None,
+    compile: bool | None,
+    kv_dtype: str | None,
 ) -> tuple[Callable[[], Any], StarLLM | None]:
     """What is timed, and the engine that does it, if one of ours does."""
     if method in STOCK_BACKENDS:
@@ -125,6 +158,7 @@ def _work(
         tokens_per_forward=tokens_per_forward,
         compile=compile,
         comm="solo",
+        kv_dtype=kv_dtype,
     )
     if method == "official":
         plan = BlockPlan.resolve(len(ids_L), block, None, 1)
@@ -143,9 +177,11 @@ def _measured(
 ) -> Row:
     row = what | dict(flops=flops.total, linear_flops=flops.linear, attention_flops=flops.attention)
     try:
-        first_s = machine.once(work, device)
-        peak = machine.peak_bytes(work, device)
-        seconds = [machine.once(work, device) for _ in range(repeats)]
+        first_s, peak = machine.once_with_peak(work, device)
+        seconds = [] if repeats else [first_s]
+        for _ in range(repeats):
+            one_s, peak = machine.once_with_peak(work, device)
+            seconds.append(one_s)
     except machine.OUT_OF_MEMORY:
         return Row(**row, failed="out of memory")
     except RuntimeError as error:  # a kernel that is not there for these shapes
@@ -169,16 +205,21 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
     head = (*head, "of FLOP ratio", "first s", "working GiB")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
+        method = f"{row.method}, {row.kv_dtype}" if row.kv_dtype else row.method
+        if row.extrapolated and row.seconds is not None:
+            ends = (f"{row.seconds:,.3g}", *[""] * (len(head) - 4))
+            lines.append((format_size(row.context), f"{method}, extrapolated", "", *ends))
+            continue
         if row.seconds is None:
             lines.append(
-                (format_size(row.context), row.method, _size(row.block), row.failed or "", *[""] * (len(head) - 4))
+                (format_size(row.context), method, _size(row.block), row.failed or "", *[""] * (len(head) - 4))
             )
             continue
         assert row.flops_per_s is not None and row.of_ceiling is not None and row.first_s is not None
         ratio = flop_ratio_reached(row, rows)
         lines.append(
             (
-                *(format_size(row.context), row.method, _size(row.block), f"{row.seconds:,.3g}"),
+                *(format_size(row.context), method, _size(row.block), f"{row.seconds:,.3g}"),
                 *(f"{row.flops_per_s / 1e12:,.3g}", f"{row.of_ceiling:.2f}"),
                 *(_over(speed_up(row, rows, name)) for name in baselines),
                 *("" if ratio is None else f"{ratio:.2f}", f"{row.first_s:,.3g}"),

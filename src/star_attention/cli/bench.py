@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from star_attention.cli.command import say
 from star_attention.cli.notes import table
-from star_attention.cli.options import Device, Dtype, Quiet, TokensPerForward, option
+from star_attention.cli.options import Device, Dtype, KvDtype, Quiet, TokensPerForward, option
+from star_attention.plan import parse_size
 
 if TYPE_CHECKING:
     from star_attention.bench.machine import Ceilings
@@ -72,7 +75,25 @@ def prefill(
         ),
     ] = "stock,dense,official,star",
     tokens_per_forward: TokensPerForward = None,
-    repeats: Repeats = 3,
+    repeats: Annotated[
+        int,
+        option(
+            "Runs of each after the first, of which the median counts; with 0 the first counts.",
+            panel="Benchmark",
+            metavar="N",
+            min=0,
+        ),
+    ] = 3,
+    dense_up_to: Annotated[
+        str | None,
+        option(
+            "Longest context at which dense methods run; beyond it their time is worked out from their two longest runs.",
+            "--dense-up-to",
+            panel="Benchmark",
+            metavar="SIZE",
+        ),
+    ] = None,
+    kv_dtype: KvDtype = None,
     compile: Compile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -96,6 +117,8 @@ def prefill(
         repeats=repeats,
         tokens_per_forward=tokens_per_forward,
         compile=compile,
+        kv_dtype=kv_dtype,
+        dense_up_to=None if dense_up_to is None else parse_size(dense_up_to, "dense-up-to"),
         progress=progress,
     )
     _report("prefill", subject, bench_model, ceilings, rows, bench.table(rows))
@@ -113,6 +136,7 @@ def decode(
     query_tokens: QueryTokens = 64,
     answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=2)] = 256,
     repeats: Repeats = 3,
+    kv_dtype: KvDtype = None,
     compile: Compile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -137,6 +161,7 @@ def decode(
         tokens=answer_tokens,
         repeats=repeats,
         compile=[compile] if compile is not None else [True, False] if on_gpu else [False],
+        kv_dtype=kv_dtype,
         progress=progress,
     )
     _report("decode", subject, bench_model, ceilings, rows, bench.table(rows))
@@ -209,7 +234,21 @@ def kernels(
     _report("kernels", subject, bench_model, ceilings, rows, bench.table(rows))
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (prefill, decode, questions, kernels)
+def plot(
+    files: Annotated[list[str], typer.Argument(help="JSON of `bench prefill` or `bench decode`.", metavar="FILES")],
+    out: Annotated[str, option("A folder for the pictures.", "--out", panel="Output", metavar="FOLDER")],
+) -> None:
+    """Draw the pictures of measurements that were made before, those of several files in one.
+
+    Example: star-attention bench plot prefill.json --out pictures
+    """
+    from star_attention.bench import plots
+
+    for made in plots.of_files([Path(name) for name in files], Path(out)):
+        print(made)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (prefill, decode, questions, kernels, plot)
 
 
 def _begin(subject: Subject, quiet: bool) -> tuple[Any, ModelShape, Ceilings, Callable[[str], None]]:

@@ -88,6 +88,16 @@ TensorParallel = Annotated[
         min=1,
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    option(
+        "Precision of the encoded text's keys and values: fp8 takes a little over half of bfloat16's memory.",
+        "--kv-dtype",
+        panel="Context",
+        metavar="TYPE",
+        show_default="the model's",
+    ),
+]
 KvDevice = Annotated[
     str | None,
     option(
@@ -153,15 +163,7 @@ class ContextOptions:
             metavar="NAME",
         ),
     ] = StarConfig.ring_layout
-    kv_dtype: Annotated[
-        str | None,
-        option(
-            "Precision of the encoded text's keys and values: fp8 takes a little over half of bfloat16's memory.",
-            panel="Context",
-            metavar="TYPE",
-            show_default="the model's",
-        ),
-    ] = None
+    kv_dtype: KvDtype = None
     kv_device: KvDevice = None
     chat: Annotated[
         bool,

@@ -12,6 +12,8 @@ from star_attention.cli.options import (
     AnchorSource,
     Dtype,
     Json,
+    KvDevice,
+    KvDtype,
     Model,
     TensorParallel,
     TokensPerForward,
@@ -49,6 +51,8 @@ def plan(
     ] = str(BlockPlan.ranks),
     tensor_parallel: TensorParallel = 1,
     anchor_source: AnchorSource = ANCHOR_SOURCES[0],
+    kv_dtype: KvDtype = None,
+    kv_device: KvDevice = None,
     queries: Annotated[int, option("Queries on the context.", panel="Answer", metavar="N", min=1)] = 1,
     query_tokens: Annotated[int, option("Tokens of a query.", panel="Answer", metavar="N", min=1)] = 64,
     answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Answer", metavar="N", min=1)] = MAX_NEW_TOKENS,
@@ -85,7 +89,11 @@ def plan(
     if hardware is not None:
         from star_attention.cli import scale
 
-        StarConfig.of(tokens_per_forward=tokens_per_forward)
+        StarConfig.of(tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype)
+        if kv_device is not None:
+            raise typer.BadParameter(
+                "--hardware does not know how fast the host's memory is; leave it out", param_hint="--kv-device"
+            )
         print(
             scale.report(
                 model,
@@ -97,6 +105,7 @@ def plan(
                 tokens_per_forward=None
                 if tokens_per_forward is None
                 else parse_size(tokens_per_forward, "tokens_per_forward"),
+                kv_dtype=kv_dtype,
                 calibrate=calibrate,
                 as_json=as_json,
             )
@@ -111,6 +120,8 @@ def plan(
         anchor_size=anchor_size,
         tokens_per_forward=tokens_per_forward,
         anchor_source=anchor_source,
+        kv_dtype=kv_dtype,
+        kv_device=kv_device,
     )
     blocks = sizes.plan(parse_size(context, "context"), int(ranks))
 
@@ -126,5 +137,7 @@ def plan(
         answer_tokens=answer_tokens,
         anchor_source=sizes.anchor_source,
         tensor_parallel=tensor_parallel,
+        kv_dtype=sizes.kv_dtype,
+        kv_device=sizes.kv_device,
     )
     print(json.dumps(report.as_dict()) if as_json else report.as_text())

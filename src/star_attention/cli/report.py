@@ -32,6 +32,8 @@ class Report:
         answer_tokens: int,
         anchor_source: str = ANCHOR_SOURCES[0],
         tensor_parallel: int = 1,
+        kv_dtype: str | None = None,
+        kv_device: str | None = None,
     ) -> None:
         config = load.load_config(model)
         tensor.check(config, tensor_parallel)
@@ -48,7 +50,10 @@ class Report:
         forwards: dict[str, Any] = dict(tokens_per_forward=tokens_per_forward, tensor_parallel=tensor_parallel)
         tail_tokens = queries * (query_tokens + answer_tokens)
         ranks = range(plan.ranks)
-        memories = [cost.memory(shape, plan, **forwards, tail_tokens=tail_tokens, rank=rank) for rank in ranks]
+        kept: dict[str, Any] = dict(kv_dtype=kv_dtype, kv_device=kv_device)
+        memories = [cost.memory(shape, plan, **forwards, **kept, tail_tokens=tail_tokens, rank=rank) for rank in ranks]
+        self.kept_bytes = shape.kept_bytes_per_token(kv_dtype)
+        self.kv_dtype, self.kv_device = kv_dtype, kv_device
         self.memory = max(memories, key=lambda memory: memory.total)
         self.star = phase1(plan)
         self.star_busiest = max(phase1(plan, rank).total for rank in ranks) // tensor_parallel
@@ -106,7 +111,9 @@ class Report:
             "query_tokens": self.query_tokens,
             "answer_tokens": self.answer_tokens,
             "parameters": shape.parameters,
-            "kv_bytes_per_token": shape.kv_bytes_per_token,
+            "kv_bytes_per_token": self.kept_bytes,
+            "kv_dtype": self.kv_dtype,
+            "kv_device": self.kv_device,
             "memory": asdict(self.memory) | {"total": self.memory.total},
             "flops": {
                 "phase1_star": _flops(self.star),
@@ -138,7 +145,7 @@ class Report:
             f"model {self.model} ({shape.name}): {shape.parameters:,} parameters of {shape.bytes_per_number} bytes,"
             f" {shape.layers} layers{f', {windowed} with a sliding window' if windowed else ''}",
             f"attention {widest.heads} query heads, {widest.kv_heads} key heads, key size {widest.k_head_size},"
-            f" value size {widest.v_head_size}; {shape.kv_bytes_per_token:,} bytes of keys and values a token",
+            f" value size {widest.v_head_size}; {self.kept_bytes:,} bytes of keys and values a token",
         ]
         return "\n".join(lines)
 
@@ -148,7 +155,7 @@ class Report:
         rows = [
             ("weights", in_bytes(memory.weights), ""),
             ("keys and values", in_bytes(memory.kv), "of its blocks" if plan.ranks > 1 else ""),
-            ("anchor", in_bytes(memory.anchor), "of the first block") if memory.anchor else None,
+            ("anchor", in_bytes(memory.anchor), "of the first block, as computed") if memory.anchor else None,
             ("queries and answers", in_bytes(memory.tail), ""),
             (
                 "working memory",
@@ -156,6 +163,7 @@ class Report:
                 f"estimate, up to {format_size(largest)} tokens in a forward",
             ),
             ("total", in_bytes(memory.total), ""),
+            ("in the host's memory", in_bytes(memory.host), "keys and values") if memory.host else None,
         ]
         head = "memory on the fullest device" if self._devices > 1 else "memory"
         return head + "\n" + table([row for row in rows if row is not None])

@@ -56,6 +56,7 @@ def report(
     block: str | None,
     dtype: str,
     tokens_per_forward: int | None,
+    kv_dtype: str | None,
     calibrate: str | None,
     as_json: bool,
 ) -> str:
@@ -71,7 +72,7 @@ def report(
     if calibrate is not None:
         on, fit = _calibrated(on, calibrate)
     found = [
-        {scheme.scheme: scheme for scheme in _schemes(shape, on, length, count, block, forward)}
+        {scheme.scheme: scheme for scheme in _schemes(shape, on, length, count, block, forward, kv_dtype)}
         for length in contexts
         for count in ranks
     ]
@@ -82,7 +83,13 @@ def report(
 
 
 def _schemes(
-    shape: ModelShape, on: Hardware, context: int, ranks: int, block: str | None, tokens_per_forward: int
+    shape: ModelShape,
+    on: Hardware,
+    context: int,
+    ranks: int,
+    block: str | None,
+    tokens_per_forward: int,
+    kv_dtype: str | None,
 ) -> list[Estimate]:
     if block == _QUARTER:
         best = scale.best_block(
@@ -98,7 +105,14 @@ def _schemes(
         size = default_block_size(context) if block is None else min(parse_size(block, "block_size"), context)
     return [
         scale.estimate(
-            shape, on, scheme, context=context, ranks=ranks, block=size, tokens_per_forward=tokens_per_forward
+            shape,
+            on,
+            scheme,
+            context=context,
+            ranks=ranks,
+            block=size,
+            tokens_per_forward=tokens_per_forward,
+            kv_dtype=kv_dtype,
         )
         for scheme in scale.SCHEMES
     ]

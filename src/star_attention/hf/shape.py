@@ -31,7 +31,7 @@ class _Record(ProbePlace):
     def __init__(self, counter: FlopCounterMode) -> None:
         self.counter = counter
         self.attention: list[AttentionShape] = []
-        self.kv_numbers = self.kv_layers = 0
+        self.kv_numbers = self.kv_rows = self.kv_layers = 0
         self.flops_at_keep = 0
         self.expansion_flops = 0
 
@@ -42,6 +42,7 @@ class _RecordingLayer(ProbeLayer):
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         self.place.kv_layers += 1
         self.place.kv_numbers += (k_BGSD.numel() + v_BGSD.numel()) // TOKENS
+        self.place.kv_rows += k_BGSD.shape[1] + v_BGSD.shape[1]
         self.place.flops_at_keep = self.place.counter.get_total_flops()
         return super().keep(k_BGSD, v_BGSD)
 
@@ -95,6 +96,7 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         hidden_size=handle.config.hidden_size,
         attention=tuple(record.attention),
         kv_numbers_per_token=record.kv_numbers,
+        kv_rows_per_token=record.kv_rows,
         kv_layers=record.kv_layers,
         linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),
         cut_parameters=sum(weight.numel() for _, module, _ in cut for weight in module.parameters(recurse=False)),
