@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import traceback
+from collections.abc import Iterator
 
 
 class StarAttentionError(Exception):
@@ -87,6 +89,21 @@ class ContextSaveError(ContextFileError, OSError):
 
 class OutOfMemoryError(StarAttentionError, MemoryError):
     """The device or the machine ran out of memory; the message says which size to lower."""
+
+
+@contextlib.contextmanager
+def let_go() -> Iterator[None]:
+    """What a call took before an `OutOfMemoryError` is freed, even while somebody holds the error.
+
+    (Its traceback would keep the variables of all that ran, and with them keys and values.)
+    """
+    try:
+        yield
+    except OutOfMemoryError as error:
+        for one in (error, error.__cause__):
+            if one is not None:
+                traceback.clear_frames(one.__traceback__)
+        raise
 
 
 class RankError(StarAttentionError, RuntimeError):

@@ -21,7 +21,7 @@ from star_attention.hf.compiled import FULL
 from star_attention.hf.handle import ModelHandle
 from star_attention.hf.probe import Kept
 from star_attention.plan import BlockPlan, Segments, Span
-from star_attention.store import AS_COMPUTED, ContextKV, Keeping
+from star_attention.store import AS_COMPUTED, ContextKV, Keeping, is_out_of_memory
 from star_attention.world import Pending
 
 Progress = Callable[[Span, BlockPlan], None]
@@ -175,8 +175,8 @@ class _Forwards:
         return (
             f"out of memory in phase 1 after {cache.span.start:,} of {self._plan.context_tokens:,} context tokens, with"
             f" {cache.span.tokens * self._ids_BL.shape[0]:,} tokens in one forward: lower tokens_per_forward (now"
-            f" {self._tokens_per_forward:,}; it sets the working memory), or encode a shorter context (keys and values"
-            f" take {cache.bytes_per_token:,} bytes a token here)"
+            f" {self._tokens_per_forward:,}; it sets the working memory), keep keys and values in fp8 (kv_dtype) or in the host's"
+            f" memory (kv_device), or encode a shorter context (they take {cache.bytes_per_token:,} bytes a token here)"
         )
 
 
@@ -273,14 +273,10 @@ def _unpacked(packed: Tensor, kept: Kept, batch: int, tokens: int) -> tuple[Tens
 
 @contextmanager
 def explained(message: Callable[[], str]) -> Iterator[None]:
-    """Raise an `OutOfMemoryError` of ours where the device or the machine runs out of memory inside.
-
-    torch reports a full host as a plain `RuntimeError` of its allocator.
-    """
+    """Raise an `OutOfMemoryError` of ours where the device or the machine runs out of memory inside."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not full or isinstance(error, StarAttentionError):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or isinstance(error, StarAttentionError):
             raise
         raise OutOfMemoryError(message()) from error

@@ -6,6 +6,7 @@ contiguous, which is what decoding reads.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,6 +47,26 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     """`[..., D]` in e4m3, and the fp32 scale `[...]` of each row: its largest number becomes the largest of e4m3."""
     scale = x.abs().amax(-1).float().div_(_FP8_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
     return (x / scale[..., None]).clamp_(-_FP8_MAX, _FP8_MAX).to(FP8), scale
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine ran out of memory; torch reports a full host as a plain error of its allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _allocated(make: Callable[[], Tensor]) -> Tensor:
+    """What `make` allocates, at a second attempt if need be: whole contexts may wait for Python's garbage collector, which looks
+    at the number of objects and not at their size. (What torch.compile leaves behind refers to the first one.)
+    """
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    gc.collect()
+    return make()
 
 
 class LayerKV:
@@ -105,8 +126,8 @@ class LayerKV:
     def _room(self, part: Tensor) -> Tensor:
         shape = (1, part.shape[0], self.tokens, *part.shape[2:])
         if self.keeping.device is None or part.device.type == "cpu":
-            return part.new_empty(shape)
-        return torch.empty(shape, dtype=part.dtype, device=self.keeping.device, pin_memory=True)
+            return _allocated(lambda: part.new_empty(shape))
+        return _allocated(lambda: torch.empty(shape, dtype=part.dtype, device=self.keeping.device, pin_memory=True))
 
     @property
     def is_empty(self) -> bool:
@@ -231,7 +252,8 @@ class Tail:
         if buffer is not None and buffer.shape[2] >= needed:
             return buffer
         self.version += 1
-        larger = new_BGSD.new_empty(B, G, max(_ROOM, needed, 0 if buffer is None else 2 * buffer.shape[2]), D)
+        tokens = max(_ROOM, needed, 0 if buffer is None else 2 * buffer.shape[2])
+        larger = _allocated(lambda: new_BGSD.new_empty(B, G, tokens, D))
         if buffer is not None:
             larger[:, :, : self.length] = buffer[:, :, : self.length]
         return larger

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from star_attention import errors
 from star_attention.config import STALL_S
-from star_attention.errors import InvalidInputError, RankError
+from star_attention.errors import InvalidInputError, RankError, let_go
 from star_attention.watch import BUSY, IDLE, WAITING, Fault, Watch
 
 dist: Any = torch.distributed  # its type information leaves out stores and transports
@@ -233,7 +233,8 @@ class World:
             try:
                 if greet:
                     self._greet(where)
-                yield
+                with let_go():
+                    yield
             except BaseException as error:
                 self._fail(error)
                 raise

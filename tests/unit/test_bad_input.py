@@ -625,11 +625,12 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 # ---------------------------------------------------------------------- out of memory
 
 OUT_OF_MEMORY = """
-import json, resource, sys
+import gc, json, resource, sys, weakref
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from star_attention import StarLLM
+from star_attention.store import LayerKV
 from star_attention.errors import OutOfMemoryError
 from tests.families import FAMILIES
 
@@ -651,7 +652,17 @@ for _ in range(2):
     except OutOfMemoryError as error:
         assert isinstance(error, MemoryError)
         errors.append(str(error))
-# The failed attempts left nothing behind, and the remedy works.
+# The failed attempts left nothing behind, though somebody holds an error, and the remedy works.
+gc.disable()
+written = []
+write = LayerKV.write
+LayerKV.write = lambda kv, *more: (written.append(weakref.ref(kv)), write(kv, *more))[1]
+try:
+    large.encode(ids)
+except OutOfMemoryError as error:
+    held = error
+assert held and not any(one() for one in written), written
+LayerKV.write = write
 after = small.generate(small.encode(ids), [5, 6, 7], max_new_tokens=4).token_ids
 print(json.dumps([errors, before, after]))
 """
@@ -667,3 +678,34 @@ def test_out_of_memory_in_phase_1() -> None:
         assert re.search(r"out of memory in phase 1 after 0 of 16,384 context tokens, with 16,384 tokens in one", error)
         assert "lower tokens_per_forward (now 16,384; it sets the working memory)" in error
     assert before == after
+
+
+GARBAGE = """
+import gc, resource
+import torch
+from pathlib import Path
+from star_attention.store import LayerKV
+
+def filled():
+    kv = LayerKV(1 << 18)
+    kv.write(0, torch.zeros(8, 1, 64), torch.zeros(8, 1, 64))  # 2 x 512 MB of address space
+    return kv
+
+gc.disable()
+waiting = [filled()]
+waiting.append(waiting)
+del waiting
+words = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+limit = int(words["VmSize"].split()[0]) * 1024 + (768 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+kv = filled()  # there is room for one
+try:
+    filled()
+except RuntimeError as error:
+    print("full")
+"""
+
+
+def test_contexts_that_wait_for_the_garbage_collector_make_room() -> None:
+    done = subprocess.run([sys.executable, "-c", GARBAGE], capture_output=True, text=True, check=False)
+    assert done.stdout == "full\n", done.stderr[-3000:]

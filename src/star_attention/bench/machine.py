@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def once_with_peak(work: Callable[[], Any], device: torch.device) -> tuple[float
     """The same, and the most device memory during the run; None where that is not measured (CPU)."""
     if device.type != "cuda":
         return once(work, device), None
+    gc.collect()  # (what an earlier row's compiling has left behind would count)
     torch.cuda.reset_peak_memory_stats(device)
     seconds = once(work, device)
     return seconds, torch.cuda.max_memory_allocated(device)
