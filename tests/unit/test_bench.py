@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from star_attention import StarLLM, cost
-from star_attention.bench import decode, plots, prefill, questions, subject
+from star_attention.bench import decode, plots, prefill, questions, startup, subject
 from star_attention.bench.baselines import official_encode, stock_prefill
 from star_attention.cli import app
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, StarAttentionError
 from star_attention.hf.shape import model_shape
 from star_attention.plan import BlockPlan
 from tests.engines import BUNDLED, bundled_model, ids, tiny
@@ -138,6 +138,25 @@ def test_eight_billion_shapes_cost_what_the_paper_model_does() -> None:
     counted = cost.phase1(shape, plan, tokens_per_forward=16384)
     assert counted.linear == pytest.approx(2 * 6.98e9 * 131072, rel=1e-3)
     assert counted.attention == pytest.approx(4 * 4096 * 32 * 16384**2 * (0.5 + 1.5 * 7), rel=1e-3)
+
+
+SHORT = ["--context", "256", "--block", "128", "--query-tokens", "4"]
+
+
+def test_startup() -> None:
+    text, found = bench("startup", *MODEL, *SHORT, "--in-this-process")
+    assert [row["what"] for row in found["rows"]] == ["a context", "a query", "a further token"]
+    assert all(row["first_s"] > 0 and row["again_s"] > 0 for row in found["rows"])
+    assert "cost s" in text
+
+
+@pytest.mark.slow
+def test_startup_in_processes_of_its_own(tmp_path: Path) -> None:
+    _, found = bench("startup", *MODEL, *SHORT, "--out", tmp_path / "new")
+    assert [row["caches"] for row in found["rows"]] == ["empty"] * 3 + ["filled"] * 3
+    assert json.loads((tmp_path / "new" / "startup.json").read_text()) == found
+    with pytest.raises(StarAttentionError, match=r"the measured process failed: .*no such model"):
+        startup.in_new_processes(["bench", "startup", "--in-this-process", "-m", "no such model"], print)
 
 
 # ------------------------------------------------------------------ ratios

@@ -90,7 +90,7 @@ def record(device: torch.device, measured: Ceilings) -> dict[str, Any]:
     """Hardware, versions and date."""
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(["star-attention", *sys.argv[1:]]),
+        "command": command(),
         "hardware": hardware(device),
         "versions": {
             "star_attention": __version__,
@@ -102,6 +102,11 @@ def record(device: torch.device, measured: Ceilings) -> dict[str, Any]:
         "git": git_revision(),
         "ceilings": asdict(measured),
     }
+
+
+def command() -> str:
+    """What this process was started with."""
+    return " ".join(["star-attention", *sys.argv[1:]])
 
 
 def hardware(device: torch.device) -> str:

@@ -6,6 +6,7 @@ Colours are those of Okabe and Ito (2008), told apart by every common form of co
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,10 +79,9 @@ def decode_plots(rows: list[decode.Row], folder: Path) -> list[Path]:
 
 def _time_against_length(rows: list[prefill.Row], flops_per_s: float) -> Any:
     figure, axes = _figure("context, tokens", "seconds")
-    for index, (name, some) in enumerate(prefill.series(rows)):
+    for name, some, colour, marker in _series(rows):
         lengths = [row.context for row in some]
-        _line(axes, index, name, lengths, [row.seconds or 0.0 for row in some])
-        colour = _COLOURS[index % len(_COLOURS)]
+        axes.plot(lengths, [row.seconds or 0.0 for row in some], color=colour, marker=marker, label=name)
         axes.plot(lengths, [row.flops / flops_per_s for row in some], ":", color=colour, linewidth=1)
     axes.plot([], [], ":", color="#777777", label="floor: operations at the ceiling")
     axes.set_yscale("log")
@@ -94,11 +94,25 @@ def _time_against_length(rows: list[prefill.Row], flops_per_s: float) -> Any:
 def _speed_ups(rows: list[prefill.Row]) -> Any:
     figure, axes = _figure("", "times as fast as dense attention")
     bars = [(row, factor) for row in rows if row.method == "star" and (factor := _baseline(row, rows))]
-    names = [f"{format_size(row.context)}\nblock {format_size(row.block or 0)}" for row, _ in bars]
+    bars.sort(key=lambda bar: (bar[0].context, -(bar[0].block or 0), bar[0].kv_dtype or ""))
+    names = [
+        "\n".join([format_size(row.context), f"block {format_size(row.block or 0)}", row.kv_dtype or ""])
+        for row, _ in bars
+    ]
     drawn = axes.bar(names, [factor for _, factor in bars], color=_COLOURS[0])
     axes.bar_label(drawn, fmt="%.2f")
+    axes.tick_params("x", labelsize=8)
     axes.axhline(1, color="#777777", linewidth=1)
     return figure
+
+
+def _series(rows: list[prefill.Row]) -> Iterator[tuple[str, list[prefill.Row], str, str]]:
+    """Each with its colour, which is its method's, and a marker that tells a method's settings apart."""
+    drawn: dict[str, int] = {}
+    for name, some in prefill.series(rows):
+        method = some[0].method
+        index = drawn[method] = drawn.get(method, -1) + 1
+        yield name, some, _COLOURS[prefill.METHODS.index(method) % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
 
 
 def _baseline(row: prefill.Row, rows: list[prefill.Row]) -> float | None:
@@ -107,8 +121,10 @@ def _baseline(row: prefill.Row, rows: list[prefill.Row]) -> float | None:
 
 def _memory(rows: list[prefill.Row]) -> Any:
     figure, axes = _figure("context, tokens", "GiB beyond weights and KV")
-    for index, (name, some) in enumerate(prefill.series(rows)):
-        _line(axes, index, name, [row.context for row in some], [(row.working_bytes or 0) / 2**30 for row in some])
+    for name, every, colour, marker in _series(rows):
+        some = [row for row in every if row.working_bytes is not None]
+        memory = [(row.working_bytes or 0) / 2**30 for row in some]
+        axes.plot([row.context for row in some], memory, color=colour, marker=marker, label=name)
     _finish(axes, sorted({row.context for row in rows}))
     axes.set_ylim(bottom=0)
     return figure

@@ -26,7 +26,8 @@ METHODS = (*STOCK_BACKENDS, "dense", "official", "star")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method at one length. seconds: median; first_s: of the first run, which compiles. flops: of the method's own work.
+    """One method at one length. seconds: median; first_s: of the first run, which compiles if
+    others follow. flops: of the method's own work.
 
     asked: how the block size was written. of_ceiling: the rate over that of a large matrix product. working_bytes: peak memory
     beyond weights and keys and values; None where it is not measured. kv_dtype: how ours keep these. extrapolated: worked out from
@@ -69,7 +70,8 @@ def run(
     """Measure every method at every length.
 
     blocks: of Star Attention and the official scheme; sizes, or `/4` for a quarter of the context. A block that a context does not
-    hold twice is left out. repeats: runs after the first one; with 0 that one counts. dense_up_to: the longest context at which
+    hold twice is left out. repeats: runs after the first one; with 0 that one counts, and a short
+    context goes before it. dense_up_to: the longest context at which
     dense methods run; beyond it they are extrapolated.
 
     Raises `InvalidInputError` for methods and sizes that cannot work.
@@ -99,6 +101,8 @@ def run(
                 kept = kv_dtype if method in ("dense", "star") else None
                 what: dict[str, Any] = dict(method=method, context=context, block=block, kv_dtype=kept)
                 what |= dict(asked=asked.get(block or 0))
+                if star is not None and not repeats:  # what is compiled is not to count
+                    star.encode(ids_L[: 2 * star.tokens_per_forward])
                 rows.append(_measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, plan, kept)))
     return rows
 
@@ -122,6 +126,7 @@ def _fixed(model: Any, shape: ModelShape, plan: BlockPlan, kv_dtype: str | None)
 def _extrapolated(method: str, flops: Flops, rows: list[Row], context: int) -> Row:
     """A dense method at a length at which it is not run."""
     row: dict[str, Any] = dict(method=method, context=context, block=None, flops=flops.total, extrapolated=True)
+    row |= dict(kv_dtype=next((one.kv_dtype for one in rows if one.method == method), None))
     runs = [one for one in rows if one.method == method and one.seconds is not None and not one.extrapolated][-2:]
     parts = [(Flops(linear=one.linear_flops, attention=one.attention_flops), one.seconds or 0.0) for one in runs]
     try:
@@ -231,7 +236,8 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
 
 def speed_up(row: Row, rows: list[Row], baseline: str) -> float | None:
     """How many times faster than a baseline at the same length; None for itself and where one of them has no time."""
-    other = next((one for one in rows if one.method == baseline and one.context == row.context), None)
+    others = [one for one in rows if one.method == baseline and one.context == row.context]
+    other = next(iter(sorted(others, key=lambda one: one.kv_dtype != row.kv_dtype)), None)
     if other is None or other is row or other.seconds is None or row.seconds is None:
         return None
     return other.seconds / row.seconds
@@ -257,6 +263,12 @@ def _over(factor: float | None) -> str:
 
 def series(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Rows of one method, and of a block size as it was asked for, over the lengths; those that have a time."""
-    for method, asked in dict.fromkeys((row.method, row.asked) for row in rows if row.seconds is not None):
-        name = method if asked is None else f"{method}, block {asked.replace('/', 'length / ')}"
-        yield name, [row for row in rows if (row.method, row.asked) == (method, asked) and row.seconds is not None]
+    for key in dict.fromkeys((row.method, row.asked, row.kv_dtype) for row in rows if row.seconds is not None):
+        some = [row for row in rows if (row.method, row.asked, row.kv_dtype) == key and row.seconds is not None]
+        yield name_of(some[0]), sorted(some, key=lambda row: row.context)
+
+
+def name_of(row: Row) -> str:
+    """A method with its settings."""
+    block = None if row.asked is None else f"block {row.asked.replace('/', 'length / ')}"
+    return ", ".join(part for part in (row.method, block, row.kv_dtype) if part)

@@ -234,6 +234,59 @@ def kernels(
     _report("kernels", subject, bench_model, ceilings, rows, bench.table(rows))
 
 
+def startup(
+    subject: Subject,
+    context: Annotated[str, option("Tokens of the context.", panel="Benchmark", metavar="SIZE")] = "48k",
+    block: Block = "16k",
+    query_tokens: QueryTokens = 64,
+    compile: Compile = None,
+    in_this_process: Annotated[
+        bool,
+        option("Measure this process alone, with the caches that there are.", "--in-this-process", panel="Benchmark"),
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """What the first context, query and token of a process cost beyond their work, with empty and with filled caches on disk.
+
+    Two processes are measured one after the other, with a cache folder of their own.
+
+    Example: star-attention bench startup --shapes llama-3.1-8b
+    """
+    from star_attention.bench import machine
+    from star_attention.bench import startup as bench
+
+    if in_this_process:
+        bench_model, _, ceilings, progress = _begin(subject, quiet)
+        rows = bench.in_this_process(
+            bench_model,
+            context=parse_size(context, "context"),
+            block=parse_size(block, "block_size"),
+            query_tokens=query_tokens,
+            compile=compile,
+            progress=progress,
+        )
+        _report("startup", subject, bench_model, ceilings, rows, bench.table(rows))
+        return
+    arguments = [
+        "bench",
+        "startup",
+        "--in-this-process",
+        "--quiet",
+        "--dtype",
+        subject.dtype,
+        "--device",
+        subject.device,
+    ]
+    arguments += ["--context", context, "--block", block, "--query-tokens", str(query_tokens)]
+    arguments += [] if subject.model is None else ["--model", subject.model]
+    arguments += [] if subject.shapes is None else ["--shapes", subject.shapes]
+    arguments += [] if compile is None else ["--compile" if compile else "--no-compile"]
+    found, rows = bench.in_new_processes(arguments, lambda line: None if quiet else say(line))
+    print(f"{found['model']}, {found['dtype']}, on {found['hardware']}\n")
+    found |= {"command": machine.command(), "rows": [asdict(row) for row in rows]}
+    _write("startup", subject, found, bench.table(rows))
+
+
 def plot(
     files: Annotated[list[str], typer.Argument(help="JSON of `bench prefill` or `bench decode`.", metavar="FILES")],
     out: Annotated[str, option("A folder for the pictures.", "--out", panel="Output", metavar="FOLDER")],
@@ -248,7 +301,7 @@ def plot(
         print(made)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (prefill, decode, questions, kernels, plot)
+COMMANDS: tuple[Callable[..., None], ...] = (prefill, decode, questions, kernels, startup, plot)
 
 
 def _begin(subject: Subject, quiet: bool) -> tuple[Any, ModelShape, Ceilings, Callable[[str], None]]:
@@ -280,14 +333,20 @@ def _begin(subject: Subject, quiet: bool) -> tuple[Any, ModelShape, Ceilings, Ca
 def _report(
     what: str, subject: Subject, model: Any, ceilings: Ceilings, rows: list[Any], lines: list[tuple[str, ...]]
 ) -> None:
-    """The table, then one line of JSON, which also goes to the folder."""
+    """The table, then one line of JSON."""
     from star_attention.bench import machine
     from star_attention.bench.subject import name_of
 
     first = next(model.parameters())
     found = {"benchmark": what, "model": name_of(model), "dtype": str(first.dtype).removeprefix("torch.")}
     found |= machine.record(first.device, ceilings) | {"rows": [asdict(row) for row in rows]}
+    _write(what, subject, found, lines)
+
+
+def _write(what: str, subject: Subject, found: dict[str, Any], lines: list[tuple[str, ...]]) -> None:
+    """What was found, for people, in one line of JSON, and in the folder."""
     print(table(lines) + "\n", flush=True)
     print(json.dumps(found), flush=True)
     if subject.out is not None:
+        Path(subject.out).mkdir(parents=True, exist_ok=True)
         Path(subject.out, f"{what}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

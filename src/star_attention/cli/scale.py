@@ -128,7 +128,9 @@ def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float
         measured: list[tuple[dict[str, Any], Flops]] = [
             (row, Flops(linear=row["linear_flops"], attention=row["attention_flops"]))
             for row in rows
-            if row["seconds"] is not None and row["method"] in ("dense", "star", "official")
+            if row["seconds"] is not None
+            and row["method"] in ("dense", "star", "official")
+            and not row.get("extrapolated")
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(f"{path} is no JSON of `bench prefill` ({error})") from None
