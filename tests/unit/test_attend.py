@@ -404,3 +404,23 @@ def test_the_law_lets_a_query_see_everything_and_a_block_itself_and_the_anchor()
         "...xxxx.",
         "....xxxx",
     ]
+
+
+def test_a_newer_flash_attention_is_taken_where_it_was_activated() -> None:
+    """It goes before cuDNN, which goes before torch's own FlashAttention 2. (Which of them can run, only a GPU says.)"""
+    call = replace(CALL, device="cuda", dtype=torch.bfloat16, queries=9, head_size=128, causal=True)
+    assert kernels._in_order() == list(KERNELS)
+    torch.nn.attention.register_flash_attention_impl("made up", register_fn=lambda: Activated())
+    torch.nn.attention.activate_flash_attention_impl("made up")
+    try:
+        assert kernels._in_order()[:2] == ["cuda_flash", "cudnn"]
+        assert kernels.choose(call) == "cuda_flash"
+        assert kernels.choose(replace(call, softcap=30.0)) == "math", "what it cannot do goes elsewhere"
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    assert kernels._in_order() == list(KERNELS)
+
+
+class Activated:
+    def remove(self) -> None:
+        pass

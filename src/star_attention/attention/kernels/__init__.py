@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
 from star_attention.errors import UnsupportedCallError
 
@@ -61,7 +62,13 @@ def load(name: str) -> ModuleType:
 
 def find(call: Call, name: str | None = None) -> str | None:
     """The first kernel that can run the call, or None; `name` asks about that one only."""
-    return next((n for n in ([name] if name else KERNELS) if not load(n).unsupported(call)), None)
+    return next((n for n in ([name] if name else _in_order()) if not load(n).unsupported(call)), None)
+
+
+def _in_order() -> list[str]:
+    """FlashAttention first where a newer one than torch's own was activated (`torch.nn.attention.activate_flash_attention_impl`)."""
+    newer = current_flash_attention_impl() is not None
+    return sorted(KERNELS, key=lambda name: name != "cuda_flash") if newer else list(KERNELS)
 
 
 def choose(call: Call, name: str | None = None) -> str:

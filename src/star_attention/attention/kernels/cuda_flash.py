@@ -1,4 +1,7 @@
-"""FlashAttention-2 as built into torch: half precision, bottom-right causal, native windows; best for decoding."""
+"""FlashAttention as torch has it: half precision, bottom-right causal, native windows.
+
+That is version 2, unless the user has activated version 3 or 4 in torch, which then take the place of the same operation.
+"""
 
 from __future__ import annotations
 
