@@ -12,6 +12,7 @@ METHODS = {
     "star": "star_attention.methods.star:Star",
     "dense": "star_attention.methods.dense:Dense",
     "ring": "star_attention.methods.ring:Ring",
+    "streaming_llm": "star_attention.methods.streaming_llm:StreamingLLM",
 }
 """Attention methods by name, imported on use."""
 
@@ -36,7 +37,7 @@ class StarConfig:
 
     block_size: tokens encoded together; None takes the paper's rule anew for each context.
     anchor_size: tokens at the head of the context that every block sees, 0..block_size; None takes the block size.
-    method: a name in `METHODS`.
+    method: a name in `METHODS`. For `streaming_llm` block_size is the window and anchor_size the number of sinks (None: 4).
     tokens_per_forward: most context tokens in one forward of phase 1, which bounds its working memory; None takes
         8192 on CPU and 16384 on an accelerator.
     reserve_tokens: tokens kept free for query and answer where rotary frequencies depend on the total length.

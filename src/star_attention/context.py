@@ -75,6 +75,9 @@ class EncodedContext:
 
     def __repr__(self) -> str:
         sizes = f"{self.plan.context_tokens:,} tokens, {self.plan.num_blocks} x {self.plan.block_size:,}"
+        if self.method == "streaming_llm":
+            sizes = f"{self.plan.context_tokens:,} tokens, window {self.plan.block_size:,}"
+            return f"EncodedContext({self.method}, {sizes}, {self.plan.anchor_size:,} sinks)"
         return f"EncodedContext({self.method}, {sizes}, anchor {self.plan.anchor_size:,})"
 
     @property

@@ -116,6 +116,17 @@ def context_pairs(plan: BlockPlan, window: int | None = None, rank: int | None =
     return pairs
 
 
+def streaming_pairs(plan: BlockPlan, window: int | None = None) -> int:
+    """Pairs of StreamingLLM's phase 1: the last `block_size` tokens, and the first `anchor_size` behind them."""
+    tokens, near = plan.context_tokens, plan.block_size if window is None else min(plan.block_size, window)
+
+    def sinks_beyond(size: int) -> int:
+        return causal_pairs(max(0, tokens - size), plan.anchor_size) if plan.anchor_size else 0
+
+    far = sinks_beyond(plan.block_size) if window is None or window > plan.block_size else 0
+    return causal_pairs(tokens, near) + far - (sinks_beyond(window) if far and window is not None else 0)
+
+
 def answer_pairs(context_tokens: int, new_tokens: int, window: int | None = None) -> int:
     """Pairs that phase 2 computes for `new_tokens` tokens behind the context: each sees all before it."""
     return causal_pairs(context_tokens + new_tokens, window) - causal_pairs(context_tokens, window)
@@ -176,6 +187,14 @@ def phase1_official(shape: ModelShape, plan: BlockPlan) -> Flops:
             for call, pairs in _each(shape, plan, None)
         ),
         expansion=2 * shape.expansion_parameters * tokens,
+    )
+
+
+def phase1_streaming(shape: ModelShape, plan: BlockPlan) -> Flops:
+    """StreamingLLM's phase 1 (`methods.streaming_llm`): a linear cost. What MLA expands is not counted."""
+    return Flops(
+        linear=2 * shape.linear_parameters * plan.context_tokens,
+        attention=sum(call.flops_per_pair * streaming_pairs(plan, call.window) for call in shape.attention),
     )
 
 

@@ -440,6 +440,11 @@ class StarLLM:
                 "a ring context on several hosts cannot be extended: its tokens are dealt out by the length; encode the"
                 " joined text anew"
             )
+        if context.method == "streaming_llm":
+            raise InvalidInputError(
+                "a streaming_llm context cannot be extended: it holds its first and last tokens alone; encode the joined text"
+                " anew"
+            )
         if isinstance(more, str):
             more = text.query_ids(self._need_tokenizer("text"), more)
         new_ids = self._ids(more, "extension")
@@ -494,7 +499,8 @@ class StarLLM:
                 anchor_size=header["anchor_size"],
                 ranks=self._comm.hosts,
             )
-            layout = methods.get(self.config.method).layout(self.config, plan)
+            method = methods.get(self.config.method)
+            layout = method.layout(self.config, plan)
             held = layout[self._comm.host]
 
             keeping = Keeping(dtype=header.get("kv_dtype"), device=self.config.kv_device)
@@ -513,7 +519,7 @@ class StarLLM:
                 dtype = self._handle.dtype
                 return LayerKV(held, expands=expands, keeping=keeping, source=source, dtype=dtype, device=device)
 
-            kv = ContextKV([layer(i) for i in range(len(header["expands"]))], held)
+            kv = ContextKV([layer(i) for i in range(len(header["expands"]))], held, method.sight(plan))
             ids = file.token_ids()
             self._comm.gather(None)  # all have found their part
             stats = [

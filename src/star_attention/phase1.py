@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def encode(
     stores = [empty(handle, plan.layout[comm.host], comm, keeping) for _ in range(B)]
     # One batch of contexts shares the forward's budget.
     budget = max(1, tokens_per_forward // B)
-    forwards = _Forwards(handle, ids_BL, plan, comm, tokens_per_forward, rope_length, progress)
+    forwards = Forwards(handle, ids_BL, plan, comm, tokens_per_forward, rope_length, progress)
     if comm.host >= plan.busy_ranks:
         return stores
     shares = plan.busy_ranks > 1 and plan.anchor_size > 0
@@ -109,7 +110,7 @@ def extend(
     *earlier, (first, _) = kv.segments
     store = kv.grown((*earlier, (first, plan.context_tokens)))
     cache = EncodeCache(plan, [store], handle.windows, comm, anchors=anchors)
-    forwards = _Forwards(handle, ids_L[None], plan, comm, tokens_per_forward, rope_length, progress)
+    forwards = Forwards(handle, ids_L[None], plan, comm, tokens_per_forward, rope_length, progress)
     forwards.run(cache, plan.from_token(start, tokens_per_forward))
     return store
 
@@ -127,8 +128,8 @@ def anchor_spans(plan: BlockPlan, budget: int) -> Iterator[Span]:
         yield Span(start=start, stop=min(start + budget, plan.anchor_size), block_start=0)
 
 
-class _Forwards:
-    """Runs spans of one batch of contexts through the decoder."""
+class Forwards:
+    """Runs spans of one batch of contexts through the decoder; a cache has a `span` and `layers` with their `stores`."""
 
     def __init__(
         self,
@@ -143,7 +144,7 @@ class _Forwards:
         self._handle, self._ids_BL, self._plan, self._comm = handle, ids_BL, plan, comm
         self._tokens_per_forward, self._rope_length, self._progress = tokens_per_forward, rope_length, progress
 
-    def run(self, cache: EncodeCache, spans: Iterable[Span]) -> None:
+    def run(self, cache: Any, spans: Iterable[Span]) -> None:
         handle, plan = self._handle, self._plan
         with explained(lambda: self._out_of_memory(cache)):
             held = sum(stop - start for start, stop in plan.layout[self._comm.host])
@@ -171,13 +172,19 @@ class _Forwards:
                 return tokens
         return None
 
-    def _out_of_memory(self, cache: EncodeCache) -> str:
+    def _out_of_memory(self, cache: Any) -> str:
         return (
             f"out of memory in phase 1 after {cache.span.start:,} of {self._plan.context_tokens:,} context tokens, with"
             f" {cache.span.tokens * self._ids_BL.shape[0]:,} tokens in one forward: lower tokens_per_forward (now"
             f" {self._tokens_per_forward:,}; it sets the working memory), keep keys and values in fp8 (kv_dtype) or in the host's"
-            f" memory (kv_device), or encode a shorter context (they take {cache.bytes_per_token:,} bytes a token here)"
+            f" memory (kv_device), or encode a shorter context (they take {_bytes_per_token(cache):,} bytes a token here)"
         )
+
+
+def _bytes_per_token(cache: Any) -> int:
+    """Bytes of what is kept so far, for each token of all contexts."""
+    stores = [store for layer in cache.layers for store in layer.stores]
+    return sum(int(store.nbytes) for store in stores) // max(1, int(cache.layers[0].kv.tokens))
 
 
 # ------------------------------------------------------------------------------------------------- the anchor's way

@@ -177,18 +177,36 @@ class LayerKV:
             at += stop - start
 
 
-class ContextKV:
-    """All layers of what one rank keeps of a context (its shard): the whole context on one rank."""
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """The first tokens of a context, and of all else those that are fewer than `recent` tokens back."""
 
-    def __init__(self, layers: list[LayerKV], held: int | Segments) -> None:
+    first: int
+    recent: int
+
+
+class ContextKV:
+    """All layers of what one rank keeps of a context (its shard): the whole context on one rank.
+
+    sight: what queries see of it; None: all.
+    """
+
+    def __init__(self, layers: list[LayerKV], held: int | Segments, sight: Sight | None = None) -> None:
         self.layers = layers
+        self.sight = sight
         self.segments: Segments = ((0, held),) if isinstance(held, int) else held
         self.tokens = sum(stop - start for start, stop in self.segments)
 
     @classmethod
-    def empty(cls, held: int | Segments, expands: list[bool | None], keeping: Keeping = AS_COMPUTED) -> ContextKV:
+    def empty(
+        cls,
+        held: int | Segments,
+        expands: list[bool | None],
+        keeping: Keeping = AS_COMPUTED,
+        sight: Sight | None = None,
+    ) -> ContextKV:
         """Room for these tokens; `expands` as far as it is known, one entry a layer."""
-        return cls([LayerKV(held, expands=known, keeping=keeping) for known in expands], held)
+        return cls([LayerKV(held, expands=known, keeping=keeping) for known in expands], held, sight)
 
     @property
     def keeping(self) -> Keeping:

@@ -20,7 +20,8 @@ from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.plan import BlockPlan, format_size, parse_size
 
-METHODS = (*STOCK_BACKENDS, "dense", "official", "star")
+METHODS = (*STOCK_BACKENDS, "dense", "official", "streaming_llm", "star")
+_BLOCKED = ("official", "streaming_llm", "star")
 """In the order of measurement: baselines first."""
 
 
@@ -69,10 +70,9 @@ def run(
 ) -> list[Row]:
     """Measure every method at every length.
 
-    blocks: of Star Attention and the official scheme; sizes, or `/4` for a quarter of the context. A block that a context does not
-    hold twice is left out. repeats: runs after the first one; with 0 that one counts, and a short
-    context goes before it. dense_up_to: the longest context at which
-    dense methods run; beyond it they are extrapolated.
+    blocks: of Star Attention and the official scheme, and StreamingLLM's window; sizes, or `/4` for a quarter of the context. A
+    block that a context does not hold twice is left out. repeats: runs after the first one; with 0 that one counts, and a short
+    context goes before it. dense_up_to: the longest context at which dense methods run; beyond it they are extrapolated.
 
     Raises `InvalidInputError` for methods and sizes that cannot work.
     """
@@ -86,7 +86,7 @@ def run(
         asked = {size: one for one in blocks if 2 * (size := block_size(one, context)) <= context}
         sizes = sorted(asked, reverse=True)
         for method in (method for method in METHODS if method in methods):
-            for block in sizes if method in ("official", "star") else [None]:
+            for block in sizes if method in _BLOCKED else [None]:
                 plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
                 if block is None and dense_up_to is not None and context > dense_up_to:
                     rows.append(
@@ -97,13 +97,18 @@ def run(
                     f"{method}, context {format_size(context)}" + (f", block {format_size(block)}" if block else "")
                 )
                 work, star = _work(model, method, ids_L, block, tokens_per_forward, compile, kv_dtype)
+                if method == "streaming_llm":
+                    assert star is not None
+                    plan = star._plan(context)
                 flops = _flops(shape, plan, method, star)
-                kept = kv_dtype if method in ("dense", "star") else None
+                kept = kv_dtype if star is not None and method != "official" else None
                 what: dict[str, Any] = dict(method=method, context=context, block=block, kv_dtype=kept)
                 what |= dict(asked=asked.get(block or 0))
                 if star is not None and not repeats:  # what is compiled is not to count
                     star.encode(ids_L[: 2 * star.tokens_per_forward])
-                rows.append(_measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, plan, kept)))
+                rows.append(
+                    _measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, plan, method, kept))
+                )
     return rows
 
 
@@ -116,11 +121,14 @@ def block_size(text: str, context: int) -> int:
     return parse_size(text, "block_size")
 
 
-def _fixed(model: Any, shape: ModelShape, plan: BlockPlan, kv_dtype: str | None) -> int:
+def _fixed(model: Any, shape: ModelShape, plan: BlockPlan, method: str, kv_dtype: str | None) -> int:
     """Bytes of weights, and of keys and values."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = int(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
+    if method == "streaming_llm":
+        held = min(plan.context_tokens, plan.anchor_size + plan.block_size)
+        return weights + held * shape.kept_bytes_per_token(kv_dtype)
     memory = cost.memory(shape, plan, tokens_per_forward=1, kv_dtype=kv_dtype)
-    return int(weights) + memory.kv + memory.anchor
+    return weights + memory.kv + memory.anchor
 
 
 def _extrapolated(method: str, flops: Flops, rows: list[Row], context: int) -> Row:
@@ -140,6 +148,8 @@ def _extrapolated(method: str, flops: Flops, rows: list[Row], context: int) -> R
 def _flops(shape: ModelShape, plan: BlockPlan, method: str, star: StarLLM | None) -> Flops:
     if method == "official":
         return cost.phase1_official(shape, plan)
+    if method == "streaming_llm":
+        return cost.phase1_streaming(shape, plan)
     tokens = plan.context_tokens if star is None else star.tokens_per_forward
     return cost.phase1(shape, plan, tokens_per_forward=tokens)
 
@@ -159,7 +169,7 @@ def _work(
     star = StarLLM(
         model,
         block_size=block,
-        method="dense" if block is None else "star",
+        method="dense" if block is None else method if method == "streaming_llm" else "star",
         tokens_per_forward=tokens_per_forward,
         compile=compile,
         comm="solo",
@@ -248,7 +258,7 @@ def flop_ratio_reached(row: Row, rows: list[Row]) -> float | None:
     for baseline in ("dense", *STOCK_BACKENDS):
         gained = speed_up(row, rows, baseline)
         other = next((one for one in rows if one.method == baseline and one.context == row.context), None)
-        if gained is not None and other is not None and row.method in ("star", "official"):
+        if gained is not None and other is not None and row.method in _BLOCKED:
             return gained / (other.flops / row.flops)
     return None
 

@@ -69,7 +69,8 @@ def prefill(
         str,
         option(
             "Of stock (transformers), stock-cudnn (pinned to cuDNN's attention), dense and star (ours), official (the paper's"
-            " implementation, which encodes the anchor for each block), with commas between.",
+            " implementation, which encodes the anchor for each block), streaming_llm (the block is its window), with commas"
+            " between.",
             panel="Benchmark",
             metavar="NAMES",
         ),

@@ -152,6 +152,8 @@ def context_summary(context: EncodedContext) -> str:
         head += f"{plan.ranks} ranks, "
     if context.method in ("dense", "ring"):
         return head + context.method
+    if context.method == "streaming_llm":
+        return head + f"{plan.anchor_size:,} sinks, window {format_size(plan.block_size)}"
     blocks = "1 block" if plan.num_blocks == 1 else f"{plan.num_blocks} blocks"
     return head + f"{blocks} x {format_size(plan.block_size)}, anchor {format_size(plan.anchor_size)}"
 

@@ -23,7 +23,7 @@ from star_attention.attention.state import State, empty_state, merge
 from star_attention.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.plan import BlockPlan, Span
-from star_attention.store import ContextKV, Keeping, LayerKV, Tail
+from star_attention.store import ContextKV, Keeping, LayerKV, Sight, Tail
 
 
 def _by_token(pair: tuple[Tensor, Tensor]) -> KV:
@@ -285,13 +285,6 @@ class EncodeCache(StarCache):
         super().__init__(layers, place, comm)
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes of what is kept so far, for each token of all contexts."""
-        layers = [store for layer in self.layers for store in layer.stores]
-        held: int = self.layers[0].kv.tokens
-        return sum(int(store.nbytes) for store in layers) // max(1, held)
-
-    @property
     def span(self) -> Span:
         """What the current forward encodes."""
         span: Span = self.place.span
@@ -303,8 +296,9 @@ class EncodeCache(StarCache):
 
 
 class _AnswerPlace(_Place):
-    def __init__(self, context_tokens: int, padding: list[int], comm: Comm) -> None:
+    def __init__(self, context_tokens: int, padding: list[int], comm: Comm, sight: Sight | None) -> None:
         self.context_tokens = context_tokens
+        self.sight = sight
         self.padding = padding
         self.comm = comm
         self.tail = Tail()  # the first layer's, for its length
@@ -355,13 +349,16 @@ class AnswerLayer(_StarLayer):
         if self.shard.expands:
             k_BKGD, v_BKGD = k_BKGD[:, held:], v_BKGD[:, held:]
         states, at = [], 0
+        sight = self.place.sight
+        near = rule if sight is None else replace(rule, window=min(sight.recent, rule.window or sight.recent))
         for start, stop in self.shard.segments:
             part = slice(at, at + stop - start)
             offsets = [position - start for position in positions]
-            states.append(shard_attention(q_BQHD, (shard[0][:, part], shard[1][:, part]), rule=rule, offsets=offsets))
+            seen = rule if sight is not None and start < sight.first else near
+            states.append(shard_attention(q_BQHD, (shard[0][:, part], shard[1][:, part]), rule=seen, offsets=offsets))
             at = part.stop
         if comm.host == comm.hosts - 1:
-            states.append(tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=rule, padding=padding))
+            states.append(tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=near, padding=padding))
         state = merge(states, dtype=rule.dtype) if states else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
         return state if comm.hosts == 1 else comm.merge(state)
 
@@ -397,7 +394,7 @@ class AnswerCache(StarCache):
     def __init__(
         self, shard: ContextKV, windows: list[int | None], context_tokens: int, padding: list[int], comm: Comm
     ) -> None:
-        place = _AnswerPlace(context_tokens, padding, comm)
+        place = _AnswerPlace(context_tokens, padding, comm, shard.sight)
         super().__init__([AnswerLayer(i, place, w, shard.layers[i]) for i, w in enumerate(windows)], place, comm)
 
     @property

@@ -12,15 +12,17 @@ from star_attention.config import METHODS, StarConfig
 from star_attention.hf.handle import ModelHandle
 from star_attention.phase1 import Progress
 from star_attention.plan import BlockPlan, Segments
-from star_attention.store import ContextKV
+from star_attention.store import ContextKV, Sight
 
 
 class Method(Protocol):
-    """How a method cuts a context into blocks, who keeps which tokens, and how each rank encodes its own."""
+    """How a method cuts a context into blocks, who keeps which tokens, how each rank encodes its own, and what queries see."""
 
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan: ...
 
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]: ...
+
+    def sight(self, plan: BlockPlan) -> Sight | None: ...
 
     def encode(
         self,

@@ -9,7 +9,7 @@ from star_attention.comm import Comm
 from star_attention.config import StarConfig
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import BlockPlan, Segments
-from star_attention.store import ContextKV, Keeping
+from star_attention.store import ContextKV, Keeping, Sight
 
 
 class Star:
@@ -18,6 +18,9 @@ class Star:
 
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]:
         return plan.layout
+
+    def sight(self, plan: BlockPlan) -> Sight | None:
+        return None
 
     def encode(
         self,

@@ -66,7 +66,7 @@ def find(call: Call, name: str | None = None) -> str | None:
 
 
 def _in_order() -> list[str]:
-    """FlashAttention first where a newer one than torch's own was activated (`torch.nn.attention.activate_flash_attention_impl`)."""
+    """FlashAttention first where version 3 or 4 was activated in torch (`torch.nn.attention.activate_flash_attention_impl`)."""
     newer = current_flash_attention_impl() is not None
     return sorted(KERNELS, key=lambda name: name != "cuda_flash") if newer else list(KERNELS)
 
