@@ -1,0 +1,1 @@
+"""Accuracy: task generators, readers of published data sets, metrics, and a runner that puts methods side by side."""

@@ -1,0 +1,48 @@
+"""Scores of predictions, from 0 to 1: of one sample's prediction, by the rule that its data set publishes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+
+from star_attention.errors import InvalidInputError
+from star_attention.evals.record import Sample
+
+Metric = Callable[[str, Sample], float]
+
+METRICS = {
+    "string_match_all": "star_attention.evals.metrics:string_match_all",
+    "string_match_part": "star_attention.evals.metrics:string_match_part",
+}
+"""By name, imported on use; suites add theirs."""
+
+
+def score(prediction: str, sample: Sample) -> float:
+    """Of one prediction, by the sample's own metric.
+
+    Raises `InvalidInputError` for an unknown one.
+    """
+    if sample.metric not in METRICS:
+        raise InvalidInputError(
+            f"metric {sample.metric!r} of sample {sample.id} is unknown; choose one of {', '.join(METRICS)}"
+        )
+    module, _, name = METRICS[sample.metric].partition(":")
+    metric: Metric = getattr(importlib.import_module(module), name)
+    return metric(prediction, sample)
+
+
+def string_match_all(prediction: str, sample: Sample) -> float:
+    """RULER's: the share of the answers that stand somewhere in the prediction, in whatever case."""
+    given = _cleaned(prediction)
+    return sum(answer.lower() in given for answer in sample.answers) / len(sample.answers)
+
+
+def string_match_part(prediction: str, sample: Sample) -> float:
+    """RULER's for questions with several right answers: whether any of them stands in the prediction."""
+    given = _cleaned(prediction)
+    return float(any(answer.lower() in given for answer in sample.answers))
+
+
+def _cleaned(prediction: str) -> str:
+    return re.sub(r"[\x00-\x1f]", "\n", prediction).strip().lower()
