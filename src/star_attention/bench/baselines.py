@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,9 @@ from star_attention.hf.compiled import FULL
 from star_attention.hf.handle import ModelHandle, cache_word
 from star_attention.plan import BlockPlan
 from star_attention.store import ContextKV
+
+Anchor = tuple[Tensor, Tensor]
+"""Token ids, and the positions at which they say that they stand, `[A]` each."""
 
 STOCK_BACKENDS: dict[str, SDPBackend | None] = {"stock": None, "stock-cudnn": SDPBackend.CUDNN_ATTENTION}
 """transformers' own dense prefill, with the attention kernel that torch takes by itself and pinned to cuDNN's."""
@@ -43,24 +46,39 @@ def _sdpa(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def official_encode(handle: ModelHandle, ids_L: Tensor, plan: BlockPlan, tokens_per_forward: int) -> ContextKV:
+def official_encode(
+    handle: ModelHandle,
+    ids_L: Tensor,
+    plan: BlockPlan,
+    tokens_per_forward: int,
+    *,
+    anchor_of: Callable[[int, int], Anchor | None] | None = None,
+) -> ContextKV:
     """The paper's own implementation, with this library's kernels: the anchor is encoded again in front of every block.
 
-    The same keys and values as `phase1.encode`, for twice the linear work of all blocks but the first.
+    The same keys and values as `phase1.encode`, for twice the linear work of all blocks but the first. anchor_of: what else stands
+    in front of the block `start..stop`, and at which positions; None for nothing.
     """
     store = ContextKV.empty(plan.context_tokens, [None] * len(handle.windows))
     for start, stop in plan.blocks:
-        anchor = plan.anchor_size if start else 0
-        positions_S = torch.cat([torch.arange(anchor), torch.arange(start, stop)])
+        if anchor_of is None:
+            size = plan.anchor_size if start else 0
+            front: Anchor | None = (ids_L[:size], torch.arange(size))
+        else:
+            front = anchor_of(start, stop)
+        ids_A, places_A = front or (ids_L[:0], torch.arange(0))
+        anchor = len(ids_A)
+        ids_S = torch.cat([ids_A, ids_L[start:stop]])
+        positions_S = torch.cat([places_A, torch.arange(start, stop)])
         both = ContextKV.empty(len(positions_S), [None] * len(handle.windows))
         dense = BlockPlan.dense(len(positions_S))
         cache = EncodeCache(dense, [both], handle.windows, SoloComm())
         for span in dense.spans(tokens_per_forward):
             cache.span = span
-            places_S = positions_S[span.start : span.stop]
+            part = slice(span.start, span.stop)
             what = FULL if span.tokens == tokens_per_forward else None
             handle.encode(
-                ids_L[places_S][None].to(handle.device), places_S[None].to(handle.device), cache, None, what=what
+                ids_S[part][None].to(handle.device), positions_S[part][None].to(handle.device), cache, None, what=what
             )
         for layer, kept in zip(store.layers, both.layers, strict=True):
             if not kept.is_empty:
