@@ -12,6 +12,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist loadgroup
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output
+SMOKE_OUT ?= build/eval-smoke
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,10 +50,11 @@ INSTALL = echo "installing star-attention[$(1)] into $(VENV) (a few minutes the 
 	$(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(1)]"
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow check test-matrix clean
+.PHONY: help setup demo eval-smoke test test-slow check test-matrix clean
 
 help:
 	@echo "make demo         ask the bundled model about a long text; pictures and a page in $(DEMO_OUT)/"
+	@echo "make eval-smoke   two tasks, two methods, 1K and 2K, in about 20 seconds; a report in $(SMOKE_OUT)/"
 	@echo "make test         the tests that need no accelerator and no patience"
 	@echo "make check        format, lint, types, generated docs"
 	@echo "make test-matrix  the tests on the newest and the oldest supported transformers and torch"
@@ -82,9 +84,17 @@ demo: export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.stamp-demo
 	$(BIN)/star-attention demo --out $(DEMO_OUT)
 
+# (Anew each time: in a folder that has its answers there would be nothing to do.)
+eval-smoke: export HF_HUB_OFFLINE := 1
+eval-smoke: $(VENV)/.stamp-test
+	rm -rf $(SMOKE_OUT)
+	$(BIN)/star-attention eval ruler -m models/needle-17m --dtype float32 --device cpu --out $(SMOKE_OUT) \
+	  --task niah_single_1,vt --length 1k,2k --samples 2 --max-new-tokens 16 --variants dense,star:/4
+
 test: export HF_HUB_OFFLINE := 1
 test: $(VENV)/.stamp-test
 	$(call PYTEST,$(BIN)) $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,@$(MAKE) --no-print-directory eval-smoke)
 
 test-slow: export HF_HUB_OFFLINE := 1
 test-slow: $(VENV)/.stamp-test

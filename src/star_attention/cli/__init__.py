@@ -10,6 +10,7 @@ import typer
 
 from star_attention._version import __version__
 from star_attention.cli import bench
+from star_attention.cli import eval as evaluation
 from star_attention.cli.ask import ask
 from star_attention.cli.command import command, speak_once_a_machine
 from star_attention.cli.demo import demo
@@ -37,6 +38,14 @@ app.add_typer(
 )
 for benchmark in bench.COMMANDS:
     benchmarks.command()(command(benchmark))
+evaluations = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(
+    evaluations,
+    name="eval",
+    help="Measure accuracy: methods side by side on the same samples, with intervals and reports.",
+)
+for one in evaluation.COMMANDS:
+    evaluations.command()(command(one))
 
 
 def _version(wanted: bool) -> None:

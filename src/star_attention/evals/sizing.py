@@ -33,29 +33,40 @@ class Size:
     def largest(self, build: Callable[[int], Sample], *, least: int = 1, most: int | None = None) -> tuple[int, Sample]:
         """The largest number of units (needles, words, sentences, ...) for which what `build` makes of them fits, and that sample.
 
-        `build` must be the same for the same number; more units are taken to be longer. Found by doubling and then by halves.
+        `build` must be the same for the same number; more units are taken to be longer. Found between a number that fits and one
+        that does not, which close in by the tokens that a unit takes, and by halves each third time, because units differ.
 
         Raises `SizeError` where `least` units do not fit.
         """
         best = build(least)
-        if not self.fits(best):
+        used = first = self.tokens(best)
+        if used > self.length:
             raise SizeError(
-                f"length {self.length:,} is too short for a sample of {best.task}, which takes {self.tokens(best):,} tokens at"
+                f"length {self.length:,} is too short for a sample of {best.task}, which takes {used:,} tokens at"
                 " least; give a larger length"
             )
-        low, high = least, None
+        low, high, beyond = (
+            least,
+            None if most is None else most + 1,
+            0,
+        )  # beyond: tokens of `high` units, where they were built
+        probes = 0
         while high is None or high - low > 1:
-            middle = 2 * low + 1 if high is None else (low + high) // 2
-            if most is not None and middle >= most:
-                if high is None and low < most:
-                    middle = most
-                elif high is None:
-                    break
-            sample = build(middle)
-            if self.fits(sample):
-                low, best = middle, sample
-                if most is not None and low >= most:
-                    break
+            probes += 1
+            room = self.length - used
+            if high is not None and beyond and probes % 3 == 0:
+                middle = (low + high) // 2
+            elif high is not None and beyond:
+                middle = low + room * (high - low) // (beyond - used)
+            elif used > first:
+                middle = min(2 * low + 1, low + room * (low - least) // (used - first))
             else:
-                high = middle
+                middle = 2 * low + 1
+            middle = max(low + 1, middle if high is None else min(middle, high - 1))
+            sample = build(middle)
+            tokens = self.tokens(sample)
+            if tokens <= self.length:
+                low, best, used = middle, sample, tokens
+            else:
+                high, beyond = middle, tokens
         return low, best

@@ -1,0 +1,576 @@
+"""`star-attention eval`: accuracy of attention methods side by side on the same samples, with reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from star_attention.cli.command import leads
+from star_attention.cli.notes import Notes, table
+from star_attention.cli.options import ModelOptions, Quiet, option
+from star_attention.cli.texts import read_text
+from star_attention.errors import InvalidInputError
+from star_attention.plan import parse_size
+
+if TYPE_CHECKING:
+    from star_attention.engine import StarLLM
+    from star_attention.evals.record import Sample
+    from star_attention.evals.variants import Variant
+
+VARIANTS = "dense,star:/4"
+
+_PANEL = "Evaluation"
+
+Variants = Annotated[
+    str,
+    option(
+        "Methods side by side, with commas between: METHOD[:BLOCK[:ANCHOR]], as dense, star:/4 (blocks of a quarter of the length),"
+        " star:4k:1k, star:/4:kv=fp8, ring, streaming_llm:2k:64 (window and sinks).",
+        "--variants",
+        panel=_PANEL,
+        metavar="LIST",
+    ),
+]
+Seed = Annotated[int, option("Which samples are made.", panel=_PANEL, metavar="N")]
+Task = Annotated[
+    str | None,
+    option("Tasks, with commas between.", "--task", panel="Data", metavar="NAMES", show_default="all of the suite"),
+]
+Length = Annotated[str, option("Lengths in tokens, with commas between.", "--length", panel="Data", metavar="SIZES")]
+Samples = Annotated[int, option("Samples of each task and length.", "--samples", panel="Data", metavar="N", min=1)]
+Essays = Annotated[
+    str | None,
+    option(
+        "Prose for the haystacks: a .json with a field text, a folder of .txt, or a text file.",
+        "--essays",
+        panel="Data",
+        metavar="PATH",
+        show_default="prose found in the running Python, named as such",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What all runs take: where results go, and how answers are made."""
+
+    out: Annotated[
+        str,
+        option(
+            "Folder of the run. One that a run was begun in goes on where it was.",
+            "--out",
+            "-o",
+            panel="Output",
+            metavar="FOLDER",
+        ),
+    ]
+    limit: Annotated[
+        int | None,
+        option("Only the first so many samples of each task and length.", "--limit", panel=_PANEL, metavar="N", min=1),
+    ] = None
+    chat: Annotated[
+        bool,
+        option("Context and query as one user message of the model's chat template.", "--chat", panel=_PANEL),
+    ] = False
+    max_new_tokens: Annotated[
+        int | None,
+        option(
+            "Most tokens of an answer.",
+            "--max-new-tokens",
+            panel=_PANEL,
+            metavar="N",
+            min=1,
+            show_default="each sample's own",
+        ),
+    ] = None
+    skip_too_long: Annotated[
+        bool,
+        option("Leave out, and list, samples that the model has no positions for.", "--skip-too-long", panel=_PANEL),
+    ] = False
+    quiet: Quiet = False
+
+
+def run(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILES",
+            help="Data sets: our own jsonl, or those of Star Attention, RULER, kvpress, BABILong, InfiniteBench, SCBench.",
+        ),
+    ],
+    model: ModelOptions,
+    options: RunOptions,
+    format: Annotated[
+        str | None,
+        option("What the files are.", "--format", panel="Data", metavar="NAME", show_default="told by their fields"),
+    ] = None,
+    variants: Variants = VARIANTS,
+    seed: Seed = 0,
+) -> None:
+    """Answer the samples of data sets with several methods, and report.
+
+    Example: star-attention eval run my.jsonl -m models/needle-17m --variants dense,star:/4 --out results
+    """
+
+    def make(_: Any) -> list[Sample]:
+        from star_attention.evals import files as readers
+
+        return [sample for name in files for sample in readers.read(name, format=format)]
+
+    data = _Data(make=make, suite="files", options={"files": files} | _given(format=format), seed=seed)
+    _evaluate(model, options, variants, lambda: data)
+
+
+def ruler(
+    model: ModelOptions,
+    options: RunOptions,
+    task: Task = None,
+    length: Length = "4k",
+    samples: Samples = 50,
+    variants: Variants = VARIANTS,
+    seed: Seed = 0,
+    essays: Essays = None,
+    squad: Annotated[
+        str | None, option("SQuAD's dev-v2.0.json, which qa_1 needs.", "--squad", panel="Data", metavar="PATH")
+    ] = None,
+    hotpot: Annotated[
+        str | None,
+        option("HotpotQA's hotpot_dev_distractor_v1.json, which qa_2 needs.", "--hotpot", panel="Data", metavar="PATH"),
+    ] = None,
+    compat: Annotated[
+        str | None,
+        option(
+            "star-attention: vt, cwe and fwe as in the official implementation.",
+            "--compat",
+            panel="Data",
+            metavar="NAME",
+        ),
+    ] = None,
+) -> None:
+    """RULER: needles, variable tracking, word counts and, with their data sets, questions on documents.
+
+    Without --task, the tasks whose data is there: qa_1 needs --squad, qa_2 --hotpot.
+
+    Example: star-attention eval ruler -m models/needle-17m --task niah_single_1,vt --length 1k,2k --samples 10 --out ruler
+    """
+    given = _given(essays=essays, squad=squad, hotpot=hotpot, compat=compat)
+    absent = {name for name, path in (("qa_1", squad), ("qa_2", hotpot)) if path is None}
+    _evaluate(
+        model,
+        options,
+        variants,
+        lambda: _suite("ruler", task, length, samples, seed, given, chat=options.chat, absent=absent),
+    )
+
+
+def babilong(
+    model: ModelOptions,
+    options: RunOptions,
+    task: Task = None,
+    length: Length = "4k",
+    samples: Samples = 50,
+    variants: Variants = VARIANTS,
+    seed: Seed = 0,
+    background: Annotated[
+        str | None,
+        option(
+            "The text that facts are scattered in: .json, a folder of .txt, or a text file.",
+            "--background",
+            panel="Data",
+            metavar="PATH",
+            show_default="prose found in the running Python",
+        ),
+    ] = None,
+) -> None:
+    """BABILong: facts of small stories scattered in a long text (qa1 to qa5).
+
+    Example: star-attention eval babilong -m models/needle-17m --task qa1 --length 4k --out babilong
+    """
+    _evaluate(
+        model,
+        options,
+        variants,
+        lambda: _suite("babilong", task, length, samples, seed, _given(background=background), chat=options.chat),
+    )
+
+
+def infinitebench(
+    model: ModelOptions,
+    options: RunOptions,
+    task: Task = None,
+    length: Length = "4k",
+    samples: Samples = 50,
+    variants: Variants = VARIANTS,
+    seed: Seed = 0,
+) -> None:
+    """InfiniteBench's tasks that can be generated; its published files go through `eval run`.
+
+    Example: star-attention eval infinitebench -m models/needle-17m --task passkey --length 4k --out infinitebench
+    """
+    _evaluate(
+        model, options, variants, lambda: _suite("infinitebench", task, length, samples, seed, {}, chat=options.chat)
+    )
+
+
+def niah(
+    model: ModelOptions,
+    options: RunOptions,
+    length: Length = "1k,2k,4k",
+    samples: Annotated[
+        int, option("Samples of each depth and length.", "--samples", panel="Data", metavar="N", min=1)
+    ] = 10,
+    depths: Annotated[
+        str | None,
+        option(
+            "Where the needle stands, in percent of the text, with commas between.",
+            "--depths",
+            panel="Data",
+            metavar="NUMBERS",
+            show_default="0,10,...,100",
+        ),
+    ] = None,
+    variants: Variants = VARIANTS,
+    seed: Seed = 0,
+    essays: Essays = None,
+) -> None:
+    """One needle at each depth and length, shown as heat maps.
+
+    Example: star-attention eval niah -m models/needle-17m --length 1k,2k --samples 5 --out niah
+    """
+    given = _given(depths=depths, essays=essays)
+    _evaluate(model, options, variants, lambda: _suite("niah", None, length, samples, seed, given, chat=options.chat))
+
+
+def shared(
+    model: ModelOptions,
+    options: RunOptions,
+    task: Task = None,
+    length: Length = "4k",
+    samples: Annotated[
+        int, option("Questions of each task and length, all together.", "--samples", panel="Data", metavar="N", min=1)
+    ] = 50,
+    questions: Annotated[
+        int | None,
+        option("Questions on each context.", "--questions", panel="Data", metavar="N", min=1, show_default="10"),
+    ] = None,
+    variants: Variants = VARIANTS,
+    seed: Seed = 0,
+    essays: Essays = None,
+) -> None:
+    """Many questions on each context, which is encoded once.
+
+    Example: star-attention eval shared -m models/needle-17m --length 4k --samples 5 --out shared
+    """
+    given = _given(questions=None if questions is None else str(questions), essays=essays)
+    _evaluate(model, options, variants, lambda: _suite("shared", task, length, samples, seed, given, chat=options.chat))
+
+
+Suite = Annotated[
+    str, option("Suite of the tasks: ruler, babilong, infinitebench, niah, shared.", panel="Data", metavar="NAME")
+]
+RETRIEVAL = "niah_single_1,niah_multikey_1,niah_multiquery"
+"""Of the kinds that the paper's ablations are measured on: single, multi-key, multi-query."""
+
+
+def sweep(
+    model: ModelOptions,
+    options: RunOptions,
+    suite: Suite = "ruler",
+    task: Task = RETRIEVAL,
+    length: Length = "16k",
+    samples: Samples = 50,
+    blocks: Annotated[
+        str,
+        option(
+            "Block sizes, with commas between, /4 for a quarter of the length; the anchor is as large.",
+            "--blocks",
+            panel=_PANEL,
+            metavar="SIZES",
+        ),
+    ] = "/32,/16,/8,/4,/2",
+    anchors: Annotated[
+        str | None,
+        option(
+            "Sweep over these anchor sizes instead (0 for none, = for the block size), behind the one size of --blocks.",
+            "--anchors",
+            panel=_PANEL,
+            metavar="SIZES",
+        ),
+    ] = None,
+    seed: Seed = 0,
+    essays: Essays = None,
+) -> None:
+    """Accuracy against block size or anchor size at a fixed length, beside dense attention: the paper's figures 5a and 5b.
+
+    Example: star-attention eval sweep -m models/needle-17m --length 8k --blocks /4 --anchors 0,64,256,1k,= --out anchors
+    """
+    sizes = blocks.split(",")
+    if anchors is not None and len(sizes) != 1:
+        raise typer.BadParameter("--anchors need one block size; give --blocks /4", param_hint="--blocks")
+    tried = (
+        [f"star:{size}" for size in sizes]
+        if anchors is None
+        else [f"star:{blocks}:{size}" for size in anchors.split(",")]
+    )
+    _evaluate(
+        model,
+        options,
+        ",".join(["dense", *tried]),
+        lambda: _suite(suite, task, length, samples, seed, _given(essays=essays), chat=options.chat),
+    )
+
+
+TABLE_4 = (
+    "anchor=none",
+    "positions=random",
+    "positions=previous-block",
+    "",
+    "anchor=constant",
+    "anchor=random",
+    "anchor=shuffled",
+    "anchor=previous-block",
+    "anchor=previous-block:positions=previous-block",
+)
+"""Rows of the paper's table, behind `star:BLOCK`; "" is Star Attention itself."""
+
+
+def ablations(
+    model: ModelOptions,
+    options: RunOptions,
+    suite: Suite = "ruler",
+    task: Task = RETRIEVAL,
+    length: Length = "16k",
+    samples: Samples = 50,
+    block: Annotated[str, option("Block size.", "--block", panel=_PANEL, metavar="SIZE")] = "/4",
+    seed: Seed = 0,
+    essays: Essays = None,
+) -> None:
+    """What the anchor is for: other tokens in its place, or at other positions, beside dense attention: the paper's table 4.
+
+    Example: star-attention eval ablations -m models/needle-17m --length 4k --samples 20 --out ablations
+    """
+    tried = [":".join(part for part in ("star", block, row) if part) for row in TABLE_4]
+    _evaluate(
+        model,
+        options,
+        ",".join(["dense", *tried]),
+        lambda: _suite(suite, task, length, samples, seed, _given(essays=essays), chat=options.chat),
+    )
+
+
+def perplexity(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A text file in UTF-8.")],
+    model: ModelOptions,
+    length: Annotated[str, option("Tokens of a window.", "--length", panel="Data", metavar="SIZE")] = "4k",
+    tail: Annotated[
+        str, option("Tokens at a window's end that are predicted.", "--tail", panel="Data", metavar="SIZE")
+    ] = "512",
+    windows: Annotated[
+        int | None,
+        option(
+            "Windows of the text, from its start.", "--windows", panel="Data", metavar="N", min=1, show_default="all"
+        ),
+    ] = None,
+    batch: Annotated[int, option("Windows encoded at once.", "--batch", panel=_PANEL, metavar="N", min=1)] = 4,
+    variants: Variants = VARIANTS,
+    seed: Annotated[int, option("Of anchors that are random.", panel=_PANEL, metavar="N")] = 0,
+    out: Annotated[
+        str | None, option("A folder for perplexity.json.", "--out", "-o", panel="Output", metavar="FOLDER")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity of a text's tails given their heads; differences are against the first variant, paired by window.
+
+    Example: star-attention eval perplexity book.txt -m models/needle-17m --length 2k --tail 256 --variants dense,star:/4
+    """
+    tried, text, tokens, last = [], "", 0, 0
+    if leads():
+        tried, text = _parsed(variants), read_text(file)
+        tokens, last = parse_size(length, "length"), parse_size(tail, "tail")
+    notes = Notes(quiet=quiet)
+    star = _loaded(model, notes)
+    from star_attention.evals import perplexity as measure
+
+    cut = measure.windows_of(star.tokenizer, text, length=tokens, count=windows) if leads() else []
+    cut, tried, last = star.from_rank_0((cut, tried, last))
+    rows = measure.run(star, cut, tried, tail=last, batch=batch, seed=seed, progress=notes.say)
+    if not rows:  # (another rank's)
+        return
+    lines: list[tuple[str, ...]] = [("", "perplexity", "nll", "ratio", "95 % interval", "")]
+    for variant, row in zip(tried, rows, strict=True):
+        beside = ("", "", "")
+        one = row.difference
+        if one is not None:
+            ratio = f"{math.exp(one.value):.4f}"
+            beside = (ratio, "", one.verdict)
+            if one.low is not None and one.high is not None:
+                beside = (ratio, f"{math.exp(one.low):.4f} to {math.exp(one.high):.4f}", one.verdict)
+        error = "" if row.nll.stderr is None else f" ± {row.nll.stderr:.4f}"
+        lines.append((variant.name, f"{row.perplexity:.3f}", f"{row.nll.value:.4f}{error}", *beside))
+    print(f"{len(cut):,} windows of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}")
+    if out is not None:
+        from star_attention.bench import machine
+
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {
+            "file": file,
+            "length": tokens,
+            "tail": last,
+            "seed": seed,
+            "command": machine.command(),
+            "hardware": machine.hardware(star.device),
+            "git": machine.git_revision(),
+            "model": star._identity(),
+            "rows": [asdict(row) | {"perplexity": row.perplexity} for row in rows],
+        }
+        (folder / "perplexity.json").write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def report(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that a run was written to.")],
+) -> None:
+    """Write the reports of a run again, from its predictions.
+
+    Example: star-attention eval report results
+    """
+    _report(Path(folder))
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(run, ruler, babilong, infinitebench, niah, shared),
+    *(sweep, ablations, perplexity, report),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """Where samples come from: `make` takes the tokenizer; the rest is for the record."""
+
+    make: Callable[[Any], Iterable[Sample]]
+    suite: str
+    options: dict[str, Any]
+    seed: int
+
+
+_NONE = _Data(make=lambda tokenizer: [], suite="", options={}, seed=0)
+"""What other ranks know."""
+
+
+def _given(**options: str | None) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _parsed(variants: str) -> list[Variant]:
+    from star_attention.evals.variants import parse_all
+
+    return parse_all(variants)
+
+
+def _suite(
+    name: str,
+    task: str | None,
+    length: str,
+    samples: int,
+    seed: int,
+    options: dict[str, Any],
+    *,
+    chat: bool,
+    absent: Iterable[str] = (),
+) -> _Data:
+    """Samples of a suite's tasks at each length. absent: tasks that are not meant where none are named.
+
+    Raises `InvalidInputError` for an unknown suite or task, `SizeError` for a length that is none.
+    """
+    lengths = [parse_size(one, "length") for one in length.split(",")]
+    from star_attention.evals import suites
+
+    suite = suites.get(name)
+    tasks = [one for one in suite.TASKS if one not in absent] if task is None else task.split(",")
+    for one in tasks:
+        suites.check(suite, name, one, options)
+    for what, given in (("task", tasks), ("length", lengths)):
+        if len(set(given)) < len(given):
+            raise InvalidInputError(f"a {what} is named twice in {', '.join(map(str, given))}; give each once")
+
+    def make(tokenizer: Any) -> list[Sample]:
+        from star_attention.evals.runner import chat_tokens
+        from star_attention.evals.sizing import Size
+
+        reserve = chat_tokens(tokenizer) if chat else 0
+        return [
+            sample
+            for tokens in lengths
+            for one in tasks
+            for sample in suite.generate(
+                one,
+                size=Size(tokenizer=tokenizer, length=tokens, reserve=reserve),
+                count=samples,
+                seed=seed,
+                options=options,
+            )
+        ]
+
+    return _Data(make=make, suite=name, options=options, seed=seed)
+
+
+def _loaded(model: ModelOptions, notes: Notes) -> StarLLM:
+    from star_attention.cli import session
+
+    return session.load(model, notes)
+
+
+def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Callable[[], _Data]) -> None:
+    """Samples first, then the model, the answers and the reports.
+
+    (Rank 0 alone reads what was asked for: were all to find the same mistake, one could end before rank 0 has told it.)
+    """
+    notes = Notes(quiet=options.quiet)
+    data, tried, samples = _NONE, [], []
+    if leads():
+        from star_attention.hf.load import load_tokenizer
+
+        data, tried = of(), _parsed(variants)
+        with notes.waiting(f"making samples of {data.suite}"):
+            samples = list(data.make(load_tokenizer(model.model)))
+        notes.say(f"{len(samples):,} samples, {len(tried):,} variants")
+    star = _loaded(model, notes)
+    if not options.chat and getattr(star.tokenizer, "chat_template", None):
+        notes.say("texts go in as they are; this model has a chat template, which --chat uses")
+    from star_attention.evals import runner
+
+    done = runner.run(
+        star,
+        samples,
+        tried,
+        options.out,
+        suite=data.suite,
+        options=data.options,
+        seed=data.seed,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens,
+        limit=options.limit,
+        skip_too_long=options.skip_too_long,
+        progress=notes.say,
+    )
+    if not leads():
+        return
+    if done.found:
+        notes.say(f"{done.found:,} answers were there already")
+    if done.skipped:
+        notes.say(f"{done.skipped:,} samples are too long for the model and were left out; the report lists them")
+    _report(done.folder)
+
+
+def _report(folder: Path) -> None:
+    from star_attention.evals import report as reports
+
+    files = reports.write(folder)
+    print("\n".join(reports.short(reports.Results.read(folder))))
+    print("\n" + ", ".join(str(file) for file in files if file.suffix in (".md", ".html", ".csv", ".json")))

@@ -1,0 +1,531 @@
+"""What a run's predictions say: metrics.json, summary.csv, report.md and a report.html that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from statistics import median, mode
+from typing import Any
+
+from star_attention.demo.heatmap import MissingPackageError
+from star_attention.errors import InvalidInputError
+from star_attention.evals import runner, stats
+from star_attention.evals.runner import Prediction
+from star_attention.evals.stats import Difference, Mean, Scored
+from star_attention.evals.variants import Variant, parse
+from star_attention.plan import format_size
+
+BASELINE = "dense"
+METRICS, SUMMARY, MARKDOWN, PAGE, PICTURES = "metrics.json", "summary.csv", "report.md", "report.html", "pictures"
+
+_MOST_LENGTHS = 12
+"""Data sets whose samples each have a length of their own are reported by powers of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Scores of one variant on some cells, beside the baseline's. difference: None for the baseline itself, and where there is no
+    pair; `unpaired` then says why.
+    """
+
+    variant: str
+    mean: Mean
+    difference: Difference | None = None
+    unpaired: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        told = asdict(self)
+        if self.difference is not None:
+            told["difference"]["verdict"] = self.difference.verdict
+        return told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Medians in seconds at one length: encoding, an answer, and a question with its share of the encoding."""
+
+    variant: str
+    length: int
+    encode_s: float
+    answer_s: float
+    question_s: float
+    blocks: int
+    block_size: int
+    anchor_size: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """The predictions of a run and what follows from them. Tasks, groups and variants stand in the order of the run."""
+
+    run: Mapping[str, Any]
+    predictions: tuple[Prediction, ...]
+    _compared: dict[tuple[str, str | None, str | None, int | None], Compared] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Results:
+        """Raises `InvalidInputError` for a folder that holds no run, or a damaged one (with the line)."""
+        return cls(runner.read_run(Path(folder)), tuple(runner.read_predictions(Path(folder))))
+
+    @cached_property
+    def variants(self) -> list[str]:
+        made = {prediction.variant for prediction in self.predictions}
+        return [key for key in self.run["variants"] if key in made]
+
+    @property
+    def baseline(self) -> str:
+        """What differences are against: dense attention, or else the first variant."""
+        return BASELINE if BASELINE in self.variants else self.variants[0]
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(prediction.task for prediction in self._ordered))
+
+    @cached_property
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(prediction.group for prediction in self._ordered))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return sorted({self.length_of(prediction) for prediction in self.predictions})
+
+    @cached_property
+    def _ordered(self) -> list[Prediction]:
+        order = {cell["task"]: place for place, cell in reversed(list(enumerate(self.run["cells"])))}
+        return sorted(self.predictions, key=lambda prediction: order.get(prediction.task, len(order)))
+
+    @cached_property
+    def _many_lengths(self) -> bool:
+        return len({prediction.length for prediction in self.predictions}) > _MOST_LENGTHS
+
+    def length_of(self, prediction: Prediction) -> int:
+        """The length that it is reported under; 0 where the data does not say."""
+        if not self._many_lengths or prediction.length == 0:
+            return prediction.length
+        return 1 << int(prediction.length - 1).bit_length()
+
+    def name(self, variant: str) -> str:
+        return parse(variant).name
+
+    def some(
+        self,
+        variant: str,
+        *,
+        task: str | None = None,
+        group: str | None = None,
+        length: int | None = None,
+    ) -> list[Prediction]:
+        return [
+            prediction
+            for prediction in self._by_variant[variant]
+            if (task is None or prediction.task == task)
+            and (group is None or prediction.group == group)
+            and (length is None or self.length_of(prediction) == length)
+        ]
+
+    @cached_property
+    def _by_variant(self) -> dict[str, list[Prediction]]:
+        found: dict[str, list[Prediction]] = {key: [] for key in self.variants}
+        for prediction in self.predictions:
+            found[prediction.variant].append(prediction)
+        return found
+
+    def scored(self, predictions: Iterable[Prediction]) -> list[Scored]:
+        return [
+            Scored(
+                sample=one.sample,
+                cell=f"{one.task} {self.length_of(one)}",
+                context=one.context_sha256,
+                score=one.score,
+                prose=str(one.meta.get("prose_sha256", "")),
+            )
+            for one in predictions
+        ]
+
+    def compared(
+        self,
+        variant: str,
+        *,
+        task: str | None = None,
+        group: str | None = None,
+        length: int | None = None,
+    ) -> Compared | None:
+        """One variant on some of the cells, against the baseline; None where it has no predictions there."""
+        key = (variant, task, group, length)
+        if key not in self._compared:
+            mine = self.scored(self.some(variant, task=task, group=group, length=length))
+            if not mine:
+                return None
+            difference, unpaired = None, None
+            if variant != self.baseline:
+                theirs = self.scored(self.some(self.baseline, task=task, group=group, length=length))
+                try:
+                    difference = stats.paired(mine, theirs)
+                except InvalidInputError as error:
+                    unpaired = str(error)
+            self._compared[key] = Compared(
+                variant=variant, mean=stats.mean(mine), difference=difference, unpaired=unpaired
+            )
+        return self._compared[key]
+
+    def speed(self, variant: str, length: int) -> Speed | None:
+        some = self.some(variant, length=length)
+        if not some:
+            return None
+        peaks = [one.peak_bytes for one in some if one.peak_bytes is not None]
+        return Speed(
+            variant=variant,
+            length=length,
+            encode_s=median(one.encode_s for one in some),
+            answer_s=median(one.answer_s for one in some),
+            question_s=median(one.question_s for one in some),
+            blocks=mode(one.blocks for one in some),
+            block_size=mode(one.block_size for one in some),
+            anchor_size=mode(one.anchor_size for one in some),
+            peak_bytes=max(peaks, default=None),
+        )
+
+    def star_variants(self) -> list[tuple[str, Variant]]:
+        """Those whose block and anchor may be compared."""
+        found = [(key, parse(key)) for key in self.variants]
+        return [(key, variant) for key, variant in found if variant.method == "star" and not variant.ablates]
+
+    @property
+    def missing(self) -> int:
+        """Predictions that the run still lacks."""
+        wanted: int = sum(cell["samples"] for cell in self.run["cells"]) - len(self.run["skipped"])
+        return max(0, wanted * len(self.run["variants"]) - len(self.predictions))
+
+
+def write(folder: str | Path) -> list[Path]:
+    """All four files and, where matplotlib is installed, the pictures, from what the folder holds; the files written.
+
+    Raises `InvalidInputError` for a folder that holds no run, or a damaged one.
+    """
+    place = Path(folder)
+    results = Results.read(place)
+    pictures: dict[str, Path] = {}
+    notes = []
+    try:
+        from star_attention.evals import plots
+
+        pictures = plots.draw(results, place / PICTURES)
+    except MissingPackageError:
+        notes.append('Without pictures: matplotlib is not installed; run: pip install "star-attention[plot]"')
+    sections = _sections(results, pictures, notes)
+    made = [place / METRICS, place / SUMMARY, place / MARKDOWN, place / PAGE]
+    made[0].write_text(json.dumps(metrics(results), indent=2) + "\n", encoding="utf-8")
+    with made[1].open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(_summary(results))
+    made[2].write_text(_markdown(results, sections), encoding="utf-8")
+    made[3].write_text(_page(results, sections), encoding="utf-8")
+    return made + list(pictures.values())
+
+
+def metrics(results: Results) -> dict[str, Any]:
+    """metrics.json: what the run was, and every mean and difference. `length` null: over all lengths."""
+
+    def over(**cells: Any) -> list[dict[str, Any]]:
+        found = [results.compared(variant, **cells) for variant in results.variants]
+        return [cells | {"length": cells.get("length")} | one.as_dict() for one in found if one is not None]
+
+    lengths = [None, *results.lengths]
+    speeds = [results.speed(variant, length) for variant in results.variants for length in results.lengths]
+    return {
+        "baseline": results.baseline,
+        "missing": results.missing,
+        "overall": [line for length in lengths for line in over(length=length)],
+        "groups": [line for group in results.groups for length in lengths for line in over(group=group, length=length)],
+        "tasks": [line for task in results.tasks for length in lengths for line in over(task=task, length=length)],
+        "speed": [asdict(speed) for speed in speeds if speed is not None],
+        "run": dict(results.run),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    title: str
+    lines: tuple[str, ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
+    picture: Path | None = None
+
+
+def short(results: Results) -> list[str]:
+    """One line for each variant: its accuracy over all, and how it stands to the baseline."""
+    lines = []
+    for variant in results.variants:
+        found = results.compared(variant)
+        assert found is not None
+        line = f"{results.name(variant)}: {accuracy(found.mean)}"
+        if variant != results.baseline:
+            line += f"; against {results.name(results.baseline)} {told(found)}"
+        lines.append(line)
+    return lines
+
+
+def accuracy(value: Mean) -> str:
+    """In percent, with the standard error: `87.5 ± 1.2`."""
+    error = "" if value.stderr is None else f" ± {100 * value.stderr:.1f}"
+    return f"{100 * value.value:.1f}{error}"
+
+
+def told(compared: Compared) -> str:
+    """`-4.0 points, 95 % interval -6.1 to -1.9: lower`."""
+    difference = compared.difference
+    if difference is None:
+        return f"not compared: {compared.unpaired}"
+    if difference.low is None or difference.high is None:
+        return f"{points(difference.value)} points, {difference.verdict}"
+    interval = f"{points(difference.low)} to {points(difference.high)}"
+    return f"{points(difference.value)} points, 95 % interval {interval}: {difference.verdict}"
+
+
+def points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
+
+
+def length_name(length: int) -> str:
+    return format_size(length) if length else "as given"
+
+
+def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) -> list[Section]:
+    baseline = results.name(results.baseline)
+    against = f"In percent, ± one standard error. Differences are against {baseline} on the same samples, in points, with the 95 %"
+    against += " interval of a paired bootstrap; one whose interval holds 0 is no difference seen."
+    sections = [
+        Section(title="In short", lines=(*short(results), *_warnings(results), *notes)),
+        Section(
+            title="Accuracy by length",
+            lines=(against, "A length's value is the mean of its tasks' means; all: the mean over tasks and lengths."),
+            table=_table(results, [("all lengths", {})] + [(length_name(n), {"length": n}) for n in results.lengths]),
+            picture=pictures.get("length"),
+        ),
+    ]
+    if len(results.groups) > 1:
+        sections.append(
+            Section(
+                title="By category",
+                table=_table(results, [(group, {"group": group}) for group in results.groups]),
+                picture=pictures.get("groups"),
+            )
+        )
+    cells = [
+        (f"{task}, {length_name(length)}", {"task": task, "length": length})
+        for task in results.tasks
+        for length in results.lengths
+    ]
+    sections.append(Section(title="By task and length", table=_table(results, cells)))
+    for name, title in (("blocks", "Accuracy against block size"), ("anchors", "Accuracy against anchor size")):
+        if name in pictures:
+            sections.append(Section(title=title, picture=pictures[name]))
+    if "depth" in pictures:
+        sections.append(Section(title="Accuracy by depth and length", picture=pictures["depth"]))
+    sections.append(
+        Section(
+            title="Speed",
+            lines=("Medians on this machine; a question counts with its share of the encoding.",),
+            table=_speeds(results),
+            picture=pictures.get("speed"),
+        )
+    )
+    if results.run["skipped"]:
+        sections.append(
+            Section(
+                title="Left out",
+                lines=("Longer than the model has positions for (--skip-too-long).",),
+                table=(
+                    ("sample", "tokens", "positions"),
+                    *((one["sample"], f"{one['tokens']:,}", f"{one['positions']:,}") for one in results.run["skipped"]),
+                ),
+            )
+        )
+    sections.append(Section(title="How it was run", table=_facts(results)))
+    return sections
+
+
+def _warnings(results: Results) -> list[str]:
+    found = []
+    if results.missing:
+        found.append(
+            f"This run is not complete: {results.missing:,} predictions are missing; run the same command again."
+        )
+    for variant in results.variants:
+        some = results.some(variant)
+        empty = sum(not one.prediction.strip() for one in some)
+        if empty:
+            found.append(f"{results.name(variant)}: {empty:,} of {len(some):,} predictions are empty.")
+    whole = [
+        f"{results.name(key)} at {length_name(length)}"
+        for key, _ in results.star_variants()
+        for length in results.lengths
+        if (speed := results.speed(key, length)) is not None and speed.blocks == 1
+    ]
+    if whole:
+        found.append(f"One block holds the whole context, which is then dense attention: {', '.join(whole)}.")
+    return found
+
+
+def _table(results: Results, rows: list[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, ...], ...]:
+    """Each row some cells, with the accuracy of each variant and, behind them, the differences."""
+    others = [variant for variant in results.variants if variant != results.baseline]
+    head = ("", "n", *map(results.name, results.variants), *(f"{results.name(one)}, difference" for one in others))
+    lines = [head]
+    for title, cells in rows:
+        found = {variant: results.compared(variant, **cells) for variant in results.variants}
+        counts = {one.mean.n for one in found.values() if one is not None}
+        if not counts:
+            continue
+        n = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
+        means = ["–" if one is None else accuracy(one.mean) for one in found.values()]
+        lines.append((title, n, *means, *(_difference(found[variant]) for variant in others)))
+    return tuple(lines)
+
+
+def _difference(found: Compared | None) -> str:
+    if found is None:
+        return "–"
+    if found.difference is None:
+        return "not compared"
+    difference = found.difference
+    if difference.low is None or difference.high is None:
+        return f"{points(difference.value)} (too few)"
+    mark = "" if difference.verdict == "no difference seen" else " *"
+    return f"{points(difference.value)} [{points(difference.low)}, {points(difference.high)}]{mark}"
+
+
+def _speeds(results: Results) -> tuple[tuple[str, ...], ...]:
+    lines = [("", "length", "blocks", "block", "anchor", "encode s", "answer s", "question s", "peak GiB")]
+    for variant in results.variants:
+        for length in results.lengths:
+            speed = results.speed(variant, length)
+            if speed is not None:
+                lines.append(
+                    (
+                        results.name(variant),
+                        length_name(length),
+                        f"{speed.blocks:,}",
+                        f"{speed.block_size:,}",
+                        f"{speed.anchor_size:,}",
+                        f"{speed.encode_s:.3f}",
+                        f"{speed.answer_s:.3f}",
+                        f"{speed.question_s:.3f}",
+                        "–" if speed.peak_bytes is None else f"{speed.peak_bytes / 2**30:.2f}",
+                    )
+                )
+    return tuple(lines)
+
+
+def _facts(results: Results) -> tuple[tuple[str, ...], ...]:
+    settings, sessions = results.run["settings"], results.run["sessions"]
+
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(session[name]) for session in sessions))
+
+    facts = {
+        "suite": settings["suite"],
+        "options": ", ".join(f"{name}={value}" for name, value in settings["options"].items()) or "none",
+        "seed": settings["seed"],
+        "chat template": "yes" if settings["chat"] else "no",
+        "decoding": settings["decoding"],
+        "prose": ", ".join(f"{name} ({sha})" for name, sha in results.run["prose"].items()) or "none",
+        "model": all_of("model"),
+        "precision": settings["model"]["dtype"],
+        "weights (sampled)": settings["model"]["weights"][:16],
+        "tokenizer": str(settings["model"]["tokenizer"])[:16],
+        "hardware": all_of("hardware"),
+        "ranks": all_of("ranks"),
+        "versions": ", ".join(f"{name} {number}" for name, number in settings["versions"].items()),
+        "git": all_of("git"),
+        "dates": all_of("date"),
+        "commands": all_of("command"),
+        "settings": results.run["settings_sha256"],
+    }
+    return (("", ""), *((name, str(value)) for name, value in facts.items()))
+
+
+def _summary(results: Results) -> list[tuple[Any, ...]]:
+    head = ("task", "length", "variant", "n", "accuracy", "stderr", "empty", "baseline", "difference", "low", "high")
+    lines: list[tuple[Any, ...]] = [(*head, "verdict", "question_s")]
+    for task in results.tasks:
+        for length in results.lengths:
+            for variant in results.variants:
+                found = results.compared(variant, task=task, length=length)
+                if found is None:
+                    continue
+                some = results.some(variant, task=task, length=length)
+                beside: tuple[Any, ...] = ("", "", "", "", "")
+                if found.difference is not None:
+                    one = found.difference
+                    beside = (results.baseline, one.value, one.low, one.high, one.verdict)
+                empty = sum(not prediction.prediction.strip() for prediction in some)
+                seconds = median(prediction.question_s for prediction in some)
+                mean = found.mean
+                lines.append((task, length, variant, mean.n, mean.value, mean.stderr, empty, *beside, seconds))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------- pages
+
+
+def _title(results: Results) -> str:
+    return f"{results.run['settings']['suite']}: {', '.join(map(results.name, results.variants))}"
+
+
+def _markdown(results: Results, sections: list[Section]) -> str:
+    parts = [f"# {_title(results)}"]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts += ["\n".join(f"- {line}" for line in section.lines)] if section.lines else []
+        if section.table:
+            head, *rows = section.table
+            lines = [head, ("---", *("---:",) * (len(head) - 1)), *rows]
+            parts.append(
+                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+            )
+        if section.picture is not None:
+            parts.append(f"![{section.title}]({PICTURES}/{section.picture.name})")
+    return "\n\n".join(parts) + "\n"
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff }
+body { max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+th { border-bottom: 2px solid #888; vertical-align: bottom }
+th:first-child, td:first-child { text-align: left }
+table.facts td { text-align: left; overflow-wrap: anywhere }
+img { max-width: 100%; height: auto }
+"""
+
+
+def _page(results: Results, sections: list[Section]) -> str:
+    parts = [f"<h1>{escape(_title(results))}</h1>"]
+    for section in sections:
+        parts.append(f"<h2>{escape(section.title)}</h2>")
+        if section.lines:
+            parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.lines) + "</ul>")
+        if section.table:
+            head, *rows = section.table
+            kind = "" if any(head) else ' class="facts"'
+            titles = "".join(f"<th>{escape(cell)}</th>" for cell in head) if any(head) else ""
+            lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+            parts.append(f"<table{kind}><tr>{titles}</tr>{''.join(lines)}</table>")
+        if section.picture is not None:
+            data = base64.b64encode(section.picture.read_bytes()).decode()
+            parts.append(f'<p><img alt="{escape(section.title)}" src="data:image/png;base64,{data}"></p>')
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(_title(results))}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
+    )

@@ -1,0 +1,686 @@
+"""Samples through variants, one prediction a line, so that a run that was killed goes on where it was.
+
+A run is a folder: `run.json` says what the answers depend on, `predictions.jsonl` has them as they come. A prediction is known by
+its sample, its variant and a hash of the settings; what is there already is not done again. Consecutive samples on one context
+share its encoding. Under torchrun every rank makes the same calls, rank 0 reads, writes and tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import transformers
+
+from star_attention import __version__
+from star_attention.bench import machine
+from star_attention.context import EncodedContext
+from star_attention.engine import StarLLM
+from star_attention.errors import ContextLengthError, InvalidInputError
+from star_attention.evals.metrics import score
+from star_attention.evals.record import Sample
+from star_attention.evals.variants import Variant
+from star_attention.hf import chat as chats
+from star_attention.hf import identity
+from star_attention.hf.text import context_ids, query_ids
+
+RUN, PREDICTIONS = "run.json", "predictions.jsonl"
+FORMAT = 1
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+"""The most likely token, whatever the model's own generation settings say."""
+
+_TOLD_EVERY_S = 5.0
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One line of predictions.jsonl.
+
+    sample, variant, settings: its key: the sample's id, `Variant.key`, and the hash of run.json's `settings`.
+    sample_sha256, context_sha256: of all of the sample, and of its context (first 16 digits). group: `Sample.group`.
+    score: 0 to 1. block_size, anchor_size, blocks: as they were resolved for this context. encode_s: of the context;
+    sharing: samples of the run on that encoding. answer_s: of the whole answer. peak_bytes: the larger of both phases'; None on a
+    CPU.
+    """
+
+    sample: str
+    variant: str
+    settings: str
+    task: str
+    group: str
+    length: int
+    sample_sha256: str
+    context_sha256: str
+    prediction: str
+    answers: tuple[str, ...]
+    metric: str
+    score: float
+    finish_reason: str
+    context_tokens: int
+    query_tokens: int
+    answer_tokens: int
+    block_size: int
+    anchor_size: int
+    blocks: int
+    encode_s: float
+    sharing: int
+    answer_s: float
+    peak_bytes: int | None
+    meta: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.sample, self.variant
+
+    @property
+    def question_s(self) -> float:
+        """Seconds for one question, with its share of the encoding."""
+        return self.encode_s / self.sharing + self.answer_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a call of `run` did. made: predictions of this call, found: of earlier ones. skipped: samples that are too long."""
+
+    folder: Path
+    made: int
+    found: int
+    skipped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One context under one variant, and which samples are still to be answered on it. sizes: block and anchor for the engine."""
+
+    variant: int
+    sizes: tuple[int | None, int | None]
+    samples: tuple[int, ...]
+    sharing: int
+    tokens: int
+
+
+def run(
+    star: StarLLM,
+    samples: Iterable[Sample],
+    variants: Sequence[Variant],
+    out: str | Path,
+    *,
+    suite: str = "files",
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    skip_too_long: bool = False,
+    progress: Progress | None = None,
+) -> Done:
+    """Answer every sample under every variant, but for what the folder `out` has already.
+
+    star: a loaded model; its own method and sizes do not count, its other settings do. On several ranks, rank 0's other arguments
+    count.
+    suite, options, seed: where the samples are from, for the record (seed is also that of random anchors). chat: context and query
+    as one user message of the model's chat template. max_new_tokens: of an answer, in place of the samples' own numbers. limit: so
+    many samples of each task and length, the first ones. skip_too_long: leave out, and list, what the model has no positions for.
+
+    Answers are greedy and end at an end-of-sequence token. More samples and variants may be added to a folder later.
+
+    Raises `InvalidInputError` for samples that cannot be run, a folder with other settings (naming the field) or a damaged line
+    (with its number), and `ContextLengthError` for samples beyond the model's positions; all before the first answer.
+    """
+    prepared: list[_Prepared] = []
+
+    def prepare() -> tuple[list[_Job], list[Variant]]:
+        prepared.append(
+            _prepare(
+                star,
+                _limited(list(samples), limit),
+                list(variants),
+                Path(out),
+                settings={
+                    "suite": suite,
+                    "options": dict(options or {}),
+                    "seed": seed,
+                    "chat": chat,
+                    "max_new_tokens": max_new_tokens,
+                },
+                skip_too_long=skip_too_long,
+            )
+        )
+        return prepared[0].jobs, list(variants)
+
+    with star._comm.call("preparing the run"):
+        jobs, agreed = star._comm.decide(prepare)
+    leading = prepared[0] if prepared else None
+    try:
+        _answer_all(star, agreed, jobs, leading, chat=chat, seed=seed, max_new_tokens=max_new_tokens, told=progress)
+    finally:
+        if leading is not None:
+            leading.file.close()
+    if leading is None:
+        return Done(folder=Path(out), made=0, found=0, skipped=0)
+    return Done(
+        folder=Path(out),
+        made=sum(len(job.samples) for job in jobs),
+        found=leading.found,
+        skipped=len(leading.skipped),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What rank 0 knows beside the jobs."""
+
+    samples: list[Sample]
+    jobs: list[_Job]
+    settings: str
+    file: IO[bytes]
+    found: int
+    skipped: list[dict[str, Any]]
+
+
+def _answer_all(
+    star: StarLLM,
+    variants: list[Variant],
+    jobs: list[_Job],
+    leading: _Prepared | None,
+    *,
+    chat: bool,
+    seed: int,
+    max_new_tokens: int | None,
+    told: Progress | None,
+) -> None:
+    clock = _Eta(jobs, told if leading is not None else None)
+    for job in jobs:
+        variant = variants[job.variant]
+        engine = engine_of(star, variant, job.sizes)
+        some = [None for _ in job.samples] if leading is None else [leading.samples[index] for index in job.samples]
+        context = encoded(engine, variant, content_of(some[0], chat=chat), seed=seed)
+        for sample in some:
+            started = time.perf_counter()
+            reply = engine.generate(
+                context,
+                **({} if sample is None else _asked(sample)),
+                max_new_tokens=1 if sample is None else max_new_tokens or sample.max_new_tokens,
+                **GREEDY,
+            )
+            if sample is not None:
+                assert leading is not None
+                made = _prediction(
+                    sample, variant, leading.settings, context, reply, job, time.perf_counter() - started
+                )
+                leading.file.write(json.dumps(asdict(made)).encode() + b"\n")
+                leading.file.flush()
+        del context  # its keys and values, before those of the next
+        clock.after(job, variant)
+
+
+def engine_of(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | None]) -> StarLLM:
+    """The same engine with the method and sizes of a variant, in tokens."""
+    block, anchor = sizes
+    # (A copy shares the model's handle, and with it what was compiled and captured; ranks need not meet again.)
+    engine = copy.copy(star)
+    engine.config = replace(
+        star.config,
+        method=variant.method,
+        block_size=block,
+        anchor_size=anchor,
+        kv_dtype=variant.kv_dtype or star.config.kv_dtype,
+    )
+    return engine
+
+
+def encoded(engine: StarLLM, variant: Variant, content: Any, *, seed: int) -> EncodedContext:
+    """Phase 1 of a variant; `engine` has its sizes."""
+    if variant.ablates:
+        from star_attention.evals import ablations
+
+        return ablations.encode(
+            engine,
+            content,
+            anchor=variant.anchor or ablations.CONTENTS[0],
+            positions=variant.anchor_positions or ablations.POSITIONS[0],
+            seed=seed,
+        )
+    context: EncodedContext = engine.encode(content)
+    return context
+
+
+def content_of(sample: Sample | None, *, chat: bool) -> Any:
+    """What `StarLLM.encode` takes; as a chat, a user message that stays open for the query."""
+    if sample is None or not chat:
+        return None if sample is None else sample.context
+    return [{"role": "user", "content": [{"type": "text", "text": sample.context}]}]
+
+
+def chat_tokens(tokenizer: Any) -> int:
+    """Tokens that a chat template adds to context and query, for `Size.reserve`.
+
+    Raises `InvalidInputError` where the tokenizer has no chat template.
+    """
+    context, query = "A context.\n", "A question?"
+    plain = len(context_ids(tokenizer, context)) + len(query_ids(tokenizer, query))
+    opened = chats.open_context(tokenizer, [{"role": "user", "content": [{"type": "text", "text": context}]}])
+    tail = chats.continue_context(tokenizer, opened, query)
+    rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
+    return max(0, rendered - plain) + 2  # (where words meet the template, a token more on each side)
+
+
+def _asked(sample: Sample) -> dict[str, Any]:
+    """The engine wants a query; where a sample has a prefix of the answer alone, that is one."""
+    if not sample.query:
+        return {"query": sample.answer_prefix}
+    return {"query": sample.query, "answer_prefix": sample.answer_prefix}
+
+
+def _prediction(
+    sample: Sample,
+    variant: Variant,
+    settings: str,
+    context: EncodedContext,
+    reply: Any,
+    job: _Job,
+    answer_s: float,
+) -> Prediction:
+    peaks = [peak for peak in (context.peak_bytes, reply.peak_bytes) if peak is not None]
+    return Prediction(
+        sample=sample.id,
+        variant=variant.key,
+        settings=settings,
+        task=sample.task,
+        group=sample.group,
+        length=sample.length,
+        sample_sha256=_sample_sha256(sample),
+        context_sha256=_sha256(sample.context),
+        prediction=reply.text,
+        answers=sample.answers,
+        metric=sample.metric,
+        score=score(reply.text, sample),
+        finish_reason=reply.finish_reason,
+        context_tokens=context.plan.context_tokens,
+        query_tokens=reply.query_tokens,
+        answer_tokens=len(reply.token_ids),
+        block_size=context.plan.block_size,
+        anchor_size=context.plan.anchor_size,
+        blocks=context.plan.num_blocks,
+        encode_s=context.encode_s,
+        sharing=job.sharing,
+        answer_s=answer_s,
+        peak_bytes=max(peaks, default=None),
+        meta=sample.meta,
+    )
+
+
+class _Eta:
+    """A line every few seconds: how far it is, and about how long it takes, by tokens of context."""
+
+    def __init__(self, jobs: list[_Job], progress: Progress | None) -> None:
+        self._progress = progress
+        self._total = sum(len(job.samples) for job in jobs)
+        self._left = sum(job.tokens for job in jobs)
+        self._done = self._tokens = 0
+        self._started = self._told = time.monotonic()
+
+    def after(self, job: _Job, variant: Variant) -> None:
+        self._done += len(job.samples)
+        self._tokens += job.tokens
+        self._left -= job.tokens
+        now = time.monotonic()
+        last = self._done == self._total
+        if self._progress is None or (now - self._told < _TOLD_EVERY_S and not last):
+            return
+        self._told = now
+        spent = now - self._started
+        rest = f"in {clock(spent)}" if last else f"{variant.name}, ETA {clock(spent / self._tokens * self._left)}"
+        self._progress(f"{self._done:,} of {self._total:,} answers, {rest}")
+
+
+def clock(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+# ------------------------------------------------------------------------------------------------- before the first answer
+
+
+def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """The first so many of each task and length; ids are unique."""
+    seen: set[str] = set()
+    counts: dict[tuple[str, int], int] = {}
+    kept = []
+    for sample in samples:
+        if sample.id in seen:
+            raise InvalidInputError(f"two samples have the id {sample.id!r}; give each its own")
+        seen.add(sample.id)
+        cell = (sample.task, sample.length)
+        counts[cell] = counts.get(cell, 0) + 1
+        if limit is None or counts[cell] <= limit:
+            kept.append(sample)
+    if not kept:
+        raise InvalidInputError("there are no samples to run; check the data, --samples and --limit")
+    return kept
+
+
+def _prepare(
+    star: StarLLM,
+    samples: list[Sample],
+    variants: list[Variant],
+    out: Path,
+    *,
+    settings: dict[str, Any],
+    skip_too_long: bool,
+) -> _Prepared:
+    if not variants:
+        raise InvalidInputError("there are no variants to run; give at least one method")
+    if star.tokenizer is None:
+        raise InvalidInputError("samples are text, and this model has no tokenizer; give one to StarLLM")
+    settings = settings | {
+        "decoding": "greedy",
+        "versions": {
+            "star_attention": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "model": _plain(star._identity()),
+    }
+    digest = _sha256(_canonical(settings))[:12]
+    out.mkdir(parents=True, exist_ok=True)
+    before = _read_run(out)
+    if before is not None:
+        _check_same(out, before, settings)
+    file = _opened(out / PREDICTIONS)
+    try:
+        found = list(read_predictions(out, whole=False))
+        _check_found(out, found, samples, digest)
+        lengths, skipped = _measured(star, samples, settings, skip_too_long=skip_too_long)
+        jobs = _jobs(samples, variants, lengths, {prediction.key for prediction in found})
+        _write_run(star, out, before, settings, digest, samples, variants, jobs, skipped)
+    except BaseException:
+        file.close()
+        raise
+    return _Prepared(samples=samples, jobs=jobs, settings=digest, file=file, found=len(found), skipped=skipped)
+
+
+def _measured(
+    star: StarLLM, samples: list[Sample], settings: Mapping[str, Any], *, skip_too_long: bool
+) -> tuple[dict[int, int], list[dict[str, Any]]]:
+    """Context tokens by a sample's index, without those that are too long; and these, with what they would take."""
+    chat, limit = settings["chat"], star._handle.max_positions
+    lengths: dict[int, int] = {}
+    skipped: list[dict[str, Any]] = []
+    last: tuple[str, int, chats.ChatContext | None] | None = None
+    for index, sample in enumerate(samples):
+        star._comm.tick("reading samples")
+        if not sample.context or not (sample.query or sample.answer_prefix):
+            raise InvalidInputError(
+                f"sample {sample.id} has no {'query' if sample.context else 'context'}; each needs text in both"
+            )
+        if chat and not sample.query:
+            raise InvalidInputError(f"sample {sample.id} has no query, which a chat needs; leave --chat out")
+        score(
+            "", sample
+        )  # (an unknown metric, or answers that it cannot read, are found now and not after the first answer)
+        answer = settings["max_new_tokens"] or sample.max_new_tokens
+        if answer < 1:
+            raise InvalidInputError(f"sample {sample.id} has max_new_tokens 0; give --max-new-tokens")
+        if last is None or last[0] != sample.context:
+            opened = None
+            if chat:
+                opened = chats.open_context(star.tokenizer, content_of(sample, chat=True))
+                tokens = len(query_ids(star.tokenizer, opened.head))
+            else:
+                tokens = len(context_ids(star.tokenizer, sample.context))
+            last = (sample.context, tokens, opened)
+        _, tokens, opened = last
+        asked = sample.query if opened is None else chats.continue_context(star.tokenizer, opened, sample.query)
+        needed = tokens + len(query_ids(star.tokenizer, asked + sample.answer_prefix)) + answer
+        if limit is not None and needed > limit:
+            skipped.append({"sample": sample.id, "tokens": needed, "positions": limit})
+        else:
+            lengths[index] = tokens
+    if skipped and not skip_too_long:
+        one = skipped[0]
+        raise ContextLengthError(
+            f"{len(skipped):,} of {len(samples):,} samples are too long for the model: {one['sample']} needs {one['tokens']:,}"
+            f" tokens and the model has {limit:,} positions; leave them out with --skip-too-long, or give a smaller length"
+        )
+    if not lengths:
+        raise ContextLengthError(f"all {len(samples):,} samples are longer than the model's {limit:,} positions")
+    return lengths, skipped
+
+
+def _jobs(
+    samples: list[Sample], variants: list[Variant], lengths: dict[int, int], known: set[tuple[str, str]]
+) -> list[_Job]:
+    """Consecutive samples on one context are one job of each variant; a context that is all answered is none."""
+    jobs = []
+    for _, group in groupby(lengths, key=lambda index: (samples[index].context, samples[index].length)):
+        indices = list(group)
+        first = samples[indices[0]]
+        for number, variant in enumerate(variants):
+            # (A share is of the length that a sample was made for, so that blocks are the same for all of that length.)
+            sizes = variant.sizes(max(first.length, lengths[indices[0]]))
+            left = tuple(index for index in indices if (samples[index].id, variant.key) not in known)
+            if left:
+                jobs.append(
+                    _Job(
+                        variant=number,
+                        sizes=sizes,
+                        samples=left,
+                        sharing=len(indices),
+                        tokens=lengths[indices[0]],
+                    )
+                )
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------------- the folder
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a folder. Raises `InvalidInputError` where there is none, or one that is damaged."""
+    found = _read_run(folder)
+    if found is None:
+        raise InvalidInputError(f"{folder} holds no {RUN}; give a folder that `eval` has written with --out")
+    return found
+
+
+def _read_run(folder: Path) -> dict[str, Any] | None:
+    path = folder / RUN
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise InvalidInputError(f"{path} has format {found['format']}, this version reads {FORMAT}")
+        return dict(found)
+    except FileNotFoundError:
+        return None
+    except InvalidInputError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(f"{path} is damaged ({error}); give another folder") from None
+
+
+def read_predictions(folder: Path, *, whole: bool = True) -> Iterator[Prediction]:
+    """Those of a folder, in order. A last line without an end is what a kill has left, and is passed over.
+
+    whole: raise where there are none.
+
+    Raises `InvalidInputError` for a damaged line, with its number, and for two of one sample and variant.
+    """
+    path = folder / PREDICTIONS
+    names = {one.name for one in fields(Prediction)}
+    seen: dict[tuple[str, str], int] = {}
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    values = json.loads(line)
+                    if set(values) != names:
+                        raise ValueError(f"fields {', '.join(sorted(set(values) ^ names))} are missing or unknown")
+                    prediction = Prediction(**values | {"answers": tuple(values["answers"])})
+                    prediction.key.__hash__()
+                except (ValueError, TypeError) as error:
+                    raise InvalidInputError(
+                        f"{path}, line {number:,} is damaged ({error}); remove that line, and run again to make it anew"
+                    ) from None
+                if prediction.key in seen:
+                    raise InvalidInputError(
+                        f"{path}, line {number:,} repeats line {seen[prediction.key]:,} (sample {prediction.sample}, variant"
+                        f" {prediction.variant}); remove one of them"
+                    )
+                seen[prediction.key] = number
+                yield prediction
+    except FileNotFoundError:
+        pass
+    if whole and not seen:
+        raise InvalidInputError(f"{path} holds no predictions; run `eval` first")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """For appending, without a line that a kill has left unfinished; held against a second run in the same folder."""
+    file = path.open("ab+")
+    try:
+        with contextlib.suppress(ImportError):  # (Windows has no such locks.)
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InvalidInputError(f"another run is writing to {path}; wait for it, or give another folder") from None
+    except OSError:
+        pass  # (some network file systems have no locks)
+    file.seek(0)
+    data = file.read()
+    file.truncate(data.rfind(b"\n") + 1)
+    return file
+
+
+def _check_same(out: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises `InvalidInputError` naming the first setting that differs."""
+    theirs, ours = before["settings"], _plain(settings)
+    for one, mine in ((theirs, ours), (theirs["model"], ours["model"])):
+        found = identity.difference(
+            *({key: value for key, value in side.items() if key != "model"} for side in (one, mine))
+        )
+        if found is not None:
+            field, other, own = found
+            raise InvalidInputError(
+                f"{out} holds a run with another {field}: {other}, and this one's is {own}; give another folder with --out, or the"
+                " same settings"
+            )
+
+
+def _check_found(out: Path, found: list[Prediction], samples: list[Sample], digest: str) -> None:
+    """What is there already was made with these settings, and from these samples."""
+    by_id = {sample.id: sample for sample in samples}
+    for prediction in found:
+        if prediction.settings != digest:
+            raise InvalidInputError(
+                f"{out} holds predictions of other settings ({prediction.settings}, these are {digest}); give another folder"
+            )
+        sample = by_id.get(prediction.sample)
+        if sample is None or prediction.sample_sha256 == _sample_sha256(sample):
+            continue
+        texts = [meta.get("prose_sha256") for meta in (prediction.meta, sample.meta)]
+        what = f"prose: {texts[0]}, and this one's is {texts[1]}" if texts[0] != texts[1] else "text or answers"
+        raise InvalidInputError(
+            f"{out} holds a run in which sample {sample.id} has another {what}; give another folder"
+        )
+
+
+def _write_run(
+    star: StarLLM,
+    out: Path,
+    before: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    digest: str,
+    samples: list[Sample],
+    variants: list[Variant],
+    jobs: list[_Job],
+    skipped: list[dict[str, Any]],
+) -> None:
+    """run.json anew, with all that earlier calls said; in one move, so that a kill leaves the old one."""
+    before = before or {"cells": [], "variants": {}, "skipped": [], "prose": {}, "sessions": []}
+    counts = {(cell["task"], cell["length"]): cell["samples"] for cell in before["cells"]}
+    now: dict[tuple[str, int], int] = {}
+    for sample in samples:
+        now[sample.task, sample.length] = now.get((sample.task, sample.length), 0) + 1
+    for cell, count in now.items():
+        counts[cell] = max(count, counts.get(cell, 0))
+    plans = {name: dict(told) for name, told in before["variants"].items()}
+    for variant in variants:
+        plans.setdefault(variant.key, {"name": variant.name, "plans": []})
+    for job in jobs:
+        told = plans[variants[job.variant].key]["plans"]
+        engine = engine_of(star, variants[job.variant], job.sizes)
+        plan = engine._plan(job.tokens)
+        line = {
+            "length": samples[job.samples[0]].length,
+            "block_size": plan.block_size,
+            "anchor_size": plan.anchor_size,
+            "ranks": plan.ranks,
+        }
+        if line not in told:
+            told.append(line)
+    prose = before["prose"] | {
+        str(sample.meta["prose"]): str(sample.meta["prose_sha256"])
+        for sample in samples
+        if "prose_sha256" in sample.meta
+    }
+    session = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": machine.command(),
+        "model": str(star._handle.config.name_or_path),
+        "hardware": machine.hardware(star.device),
+        "ranks": star.num_ranks,
+        "git": machine.git_revision(),
+        "answers": sum(len(job.samples) for job in jobs),
+    }
+    told_skipped = {one["sample"]: one for one in [*before["skipped"], *skipped]}
+    found = {
+        "format": FORMAT,
+        "settings": settings,
+        "settings_sha256": digest,
+        "cells": [{"task": task, "length": length, "samples": count} for (task, length), count in counts.items()],
+        "variants": plans,
+        "skipped": list(told_skipped.values()),
+        "prose": prose,
+        "sessions": [*before["sessions"], session],
+    }
+    part = out / (RUN + ".part")
+    part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    part.replace(out / RUN)
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _sample_sha256(sample: Sample) -> str:
+    return _sha256(_canonical(sample.as_dict()))

@@ -1,0 +1,265 @@
+"""BABILong: stories against a checker that knows the text alone, samples of a given length, and the published comparison."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from star_attention.errors import InvalidInputError, SizeError
+from star_attention.evals import babilong
+from star_attention.evals.babi_world import FACTS, ROOMS, Story, story
+from star_attention.evals.metrics import score
+from star_attention.evals.record import Sample
+from star_attention.evals.sizing import Size
+from star_attention.hf.text import query_ids
+from tests.engines import bundled_tokenizer
+
+LENGTHS = (900, 2048)
+
+
+def size(length: int) -> Size:
+    return Size(tokenizer=bundled_tokenizer(), length=length)
+
+
+def made(task: str, length: int = 900, count: int = 4, seed: int = 0, **options: str) -> list[Sample]:
+    return list(babilong.generate(task, size=size(length), count=count, seed=seed, options=options))
+
+
+# ------------------------------------------------------------------ a reader of stories
+
+MOVE = re.compile(r"\b(\w+) (?:moved|went|journeyed|travelled) to the (\w+)\.")
+TAKE = re.compile(r"\b(\w+) (?:took|grabbed|picked up|got) the (\w+)\.")
+DROP = re.compile(r"\b(\w+) (?:dropped|discarded|put down|left) the (\w+)\.")
+GIVE = re.compile(r"\b(\w+) (?:gave|handed|passed) the (\w+) to (\w+)\.")
+LIES = re.compile(r"\bThe (\w+) is (north|south|east|west) of the (\w+)\.")
+
+
+def answers(text: str, question: str) -> set[str]:
+    """Everything that a text of facts, with whatever between them, answers to a question."""
+    events = sorted(
+        (match.start(), kind, match.groups())
+        for kind, pattern in {"move": MOVE, "take": TAKE, "drop": DROP, "give": GIVE}.items()
+        for match in pattern.finditer(text)
+    )
+    at: dict[str, str] = {}
+    held: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    seen: dict[str, list[str]] = {}
+    gifts = []
+
+    def place(thing: str) -> str | None:
+        return at.get(held[thing]) if thing in held else dropped.get(thing)
+
+    for _, kind, (who, what, *whom) in events:
+        if kind == "move":
+            assert at.get(who) != what, "moved to where they were"
+            at[who] = what
+        elif kind == "take":
+            assert what not in held, "taken from somebody's hands"
+            assert dropped.get(what, at[who]) == at[who], "taken in another room than it was left in"
+            held[what] = who
+        elif kind == "drop":
+            assert held.pop(what) == who
+            dropped[what] = at[who]
+        else:
+            assert held[what] == who
+            assert at[who] == at[whom[0]]
+            held[what] = whom[0]
+            gifts.append((who, what, whom[0]))
+        for thing in {*held, *dropped}:
+            rooms = seen.setdefault(thing, [])
+            if rooms[-1:] != [place(thing)]:
+                rooms.append(str(place(thing)))
+
+    if match := re.fullmatch(r"Where is (?:the )?(\w+)\?", question):
+        name = match[1]
+        return {str(place(name) if name in {*held, *dropped} else at[name])}
+    if match := re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question):
+        rooms = ["nowhere known", *seen[match[1]]]
+        return {before for before, room in pairwise(rooms) if room == match[2]}
+    back = {"north": "south", "south": "north", "east": "west", "west": "east"}
+    lies = {(a, side, b) for a, side, b in LIES.findall(text)}
+    lies |= {(b, back[side], a) for a, side, b in lies}
+    if match := re.fullmatch(r"What is (\w+) of the (\w+)\?", question):
+        return {a for a, side, b in lies if (side, b) == match.groups()}
+    if match := re.fullmatch(r"What is the (\w+) (\w+) of\?", question):
+        return {b for a, side, b in lies if (a, side) == match.groups()}
+    if match := re.fullmatch(r"What did (\w+) give to (\w+)\?", question):
+        return {what for who, what, whom in gifts if (who, whom) == match.groups()}
+    if match := re.fullmatch(r"Who gave the (\w+) to (\w+)\?", question):
+        return {who for who, what, whom in gifts if (what, whom) == match.groups()}
+    if match := re.fullmatch(r"Who did (\w+) give the (\w+) to\?", question):
+        return {whom for who, what, whom in gifts if (who, what) == match.groups()}
+    if match := re.fullmatch(r"Who gave the (\w+)\?", question):
+        return {who for who, what, _ in gifts if what == match[1]}
+    match = re.fullmatch(r"Who received the (\w+)\?", question)
+    assert match, question
+    return {whom for _, what, whom in gifts if what == match[1]}
+
+
+# ------------------------------------------------------------------ stories
+
+
+def stories(task: str, count: int = 150) -> list[Story]:
+    rng = random.Random(f"stories {task}")
+    return [story(task, rng.randint(*FACTS[task]), rng) for _ in range(count)]
+
+
+@pytest.mark.parametrize("task", babilong.TASKS)
+def test_a_story_has_one_answer_that_follows_from_its_text(task: str) -> None:
+    for one in stories(task):
+        assert answers(" ".join(one.facts), one.question) == {one.answer}, one
+        assert one.answer in babilong.LABELS[task]
+
+
+@pytest.mark.parametrize("task", babilong.TASKS)
+def test_worked_examples_are_right(task: str) -> None:
+    for text, question, answer in babilong._EXAMPLES[task]:
+        assert answers(text, question) == {answer}
+
+
+def test_stories_ask_every_kind_of_question_and_have_every_answer() -> None:
+    for task in babilong.TASKS:
+        assert {one.answer for one in stories(task, 400)} == set(babilong.LABELS[task]), task
+    shapes = {re.sub(r"Bill|Fred|Jeff|Mary|apple|football|milk", "_", one.question) for one in stories("qa5")}
+    assert len(shapes) == 5
+    ends = {one.question.endswith("of?") for one in stories("qa4")}
+    assert ends == {True, False}
+
+
+def test_things_are_dropped_and_carried_on() -> None:
+    told = [" ".join(one.facts) for one in stories("qa2")]
+    assert any(DROP.search(text) for text in told)
+    assert any(len(TAKE.findall(text)) > 3 for text in told), "nothing is taken again"
+
+
+# ------------------------------------------------------------------ samples
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("task", babilong.TASKS)
+def test_samples_fit_and_fill_their_length_and_hold_their_story_in_the_context(task: str, length: int) -> None:
+    for sample in made(task, length):
+        assert length - 120 < size(length).tokens(sample) <= length
+        text = sample.context.rpartition("<context>\n")[2].removesuffix("\n</context>\n\n")
+        question = sample.query.removeprefix("Question: ")
+        assert answers(text, question) == set(sample.answers)
+        assert [fact for fact in sample.meta["evidence"] if fact in text] == sample.meta["evidence"]
+        assert len(query_ids(bundled_tokenizer(), " ".join(sample.meta["evidence"]))) <= length / 8
+        assert sample.answers[0].lower() not in sample.query.lower()
+        assert sample.meta["prose"] == "pydoc_data.topics"
+
+
+def test_facts_stand_between_sentences_all_over_the_text() -> None:
+    depths = []
+    for sample in made("qa1", 2048, count=20):
+        text = sample.context.rpartition("<context>\n")[2]
+        depths += [text.index(fact) / len(text) for fact in sample.meta["evidence"]]
+    assert min(depths) < 0.1
+    assert max(depths) > 0.9
+    assert 0.3 < sum(depths) / len(depths) < 0.7
+
+
+@pytest.mark.parametrize("task", babilong.TASKS)
+def test_a_sample_is_the_same_whatever_is_made_with_it(task: str) -> None:
+    assert made(task, count=3) == made(task, count=5)[:3]
+    assert made(task)[0].context != made(task, seed=1)[0].context
+    assert len({sample.id for sample in [*made(task), *made(task, seed=1), *made(task, 901)]}) == 12
+
+
+@pytest.mark.parametrize("task", babilong.TASKS)
+def test_the_answer_scores_1_and_nothing_else_does(task: str) -> None:
+    for sample in made(task):
+        assert score(f"\nAnswer: {sample.answers[0]}.", sample) == 1.0
+        for wrong in {"", *babilong.LABELS[task]} - set(sample.answers):
+            assert score(wrong, sample) == 0.0
+
+
+def test_background_is_repeated_where_it_is_short_and_does_not_tell_of_the_people(tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("It rained all day. Mary went to the office. The Marys of this world like rain.")
+    for sample in made("qa1", background=str(text)):
+        assert sample.context.count("It rained all day.") > 20
+        assert sample.context.count("The Marys of this world like rain.") > 20
+        asked = sample.query.removeprefix("Question: ")
+        assert answers(sample.context.rpartition("<context>")[2], asked) == set(sample.answers)
+        assert sample.meta["prose"] == "book.txt"
+    text = tmp_path / "play.txt"
+    text.write_text("Mary went to the office.")
+    with pytest.raises(InvalidInputError, match="no sentence without the people"):
+        made("qa1", background=str(text))
+
+
+def test_what_cannot_be_made_is_refused() -> None:
+    with pytest.raises(SizeError, match="length 100 is too short for qa3: its facts may take an eighth"):
+        made("qa3", 100)
+    with pytest.raises(SizeError, match="length 250 is too short for a sample of qa4"):
+        made("qa4", 250)
+    with pytest.raises(InvalidInputError, match="task 'qa6' of babilong is unknown"):
+        made("qa6")
+    with pytest.raises(InvalidInputError, match="option 'essays' of babilong is unknown"):
+        made("qa1", essays="x")
+
+
+# ------------------------------------------------------------------ published rows and their score
+
+ROW = {"input": "Mary moved to the office. It rained.", "question": "Where is Mary? ", "target": "office"}
+
+
+def test_a_published_row_becomes_the_same_prompt() -> None:
+    sample = babilong.sample_of_row(ROW, task="qa1", id="qa1-0")
+    assert sample.context.endswith("\n\n<context>\nMary moved to the office. It rained.\n</context>\n\n")
+    assert sample.context.split("<context>")[0] == made("qa1")[0].context.split("<context>")[0]
+    assert (sample.query, sample.answers, sample.length) == ("Question: Where is Mary? ", ("office",), 0)
+    with pytest.raises(InvalidInputError, match="task 'qa6' of BABILong"):
+        babilong.sample_of_row(ROW, task="qa6", id="x")
+    with pytest.raises(InvalidInputError, match="target None"):
+        babilong.sample_of_row({**ROW, "target": None}, task="qa1", id="x")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [
+        ("office", True),
+        ("The OFFICE", True),
+        (" Mary is in the office. Before, she was in the kitchen.", True),
+        ("office<context> kitchen", True),
+        ("office<example> kitchen", True),
+        ("office or kitchen", False),
+        ("kitchen", False),
+        (". office", False),
+        ("", False),
+    ],
+)
+def test_the_published_comparison(prediction: str, right: bool) -> None:
+    sample = babilong.sample_of_row(ROW, task="qa1", id="x")
+    assert score(prediction, sample) == right
+
+
+def test_labels_of_the_question_do_not_count() -> None:
+    row = {"input": "", "question": "What is north of the kitchen?", "target": "office"}
+    sample = babilong.sample_of_row(row, task="qa4", id="x")
+    assert score("The office is north of the kitchen.", sample) == 1.0
+    assert score("kitchen", sample) == 0.0
+
+
+def test_targets_with_commas_are_sets() -> None:
+    sample = replace(babilong.sample_of_row(ROW, task="qa1", id="x"), answers=("office,kitchen",))
+    assert score("kitchen and office", sample) == 1.0
+    assert score("kitchen", sample) == 0.0
+    assert score("kitchen, office, garden", sample) == 0.0
+
+
+def test_a_task_without_labels_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="knows no labels of task 'qa9'"):
+        score("yes", replace(babilong.sample_of_row(ROW, task="qa1", id="x"), task="qa9"))
+
+
+def test_the_labels_are_the_published_ones() -> None:
+    assert set(ROOMS) == {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
+    assert set(babilong.LABELS["qa5"]) == {"Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"}

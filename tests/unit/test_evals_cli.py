@@ -1,0 +1,186 @@
+"""`star-attention eval`, with a small random model: what is made, what goes on, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from star_attention.cli import app
+from star_attention.cli.eval import TABLE_4
+from star_attention.evals import report, runner
+from star_attention.evals.suites import SUITES
+from star_attention.evals.variants import parse
+from tests.engines import bundled_tokenizer, text_model
+
+SHORT = ("--max-new-tokens", "2", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    text_model().save_pretrained(folder)
+    bundled_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def invoke(model: Path, *arguments: object) -> Any:
+    command, *others = map(str, arguments)
+    return CliRunner().invoke(app, ["eval", command, *others, "-m", str(model), "--device", "cpu"])
+
+
+def ok(model: Path, *arguments: object) -> Any:
+    done = invoke(model, *arguments)
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def error(model: Path, *arguments: object) -> str:
+    done = invoke(model, *arguments)
+    assert done.exit_code == 1, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def predictions(folder: Path) -> list[runner.Prediction]:
+    return list(runner.read_predictions(folder))
+
+
+def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Path) -> None:
+    arguments = [
+        "ruler",
+        "--task",
+        "niah_single_1,vt",
+        "--length",
+        "768,1k",
+        "--out",
+        tmp_path,
+        "--max-new-tokens",
+        "2",
+    ]
+    done = ok(model, *arguments, "--samples", "1", "--variants", "dense,star:/4")
+    assert done.stdout.startswith("dense: ")
+    assert "star b=/4: " in done.stdout
+    assert "4 samples, 2 variants" in done.stderr
+    assert "8 of 8 answers, in " in done.stderr
+    assert "which --chat uses" in done.stderr
+    made = predictions(tmp_path)
+    assert {(one.task, one.length, one.variant) for one in made} == {
+        (task, length, variant)
+        for task in ("niah_single_1", "vt")
+        for length in (768, 1024)
+        for variant in ("dense", "star:/4")
+    }
+    assert {(one.length, one.block_size) for one in made if one.variant == "star:/4"} == {(768, 192), (1024, 256)}
+    for name in (report.METRICS, report.SUMMARY, report.MARKDOWN, report.PAGE, runner.RUN):
+        assert (tmp_path / name).is_file()
+    more = ok(model, *arguments, "--samples", "2", "--variants", "dense,star:/4", "--limit", "2")
+    assert "8 answers were there already" in more.stderr
+    assert len(predictions(tmp_path)) == 16
+    assert "another seed: 0, and this one's is 1" in error(model, *arguments, "--seed", "1")
+
+
+def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Path) -> None:
+    sample = {"context": "One. Two. Three.\n" * 9, "query": "Which?", "answers": ["Two"], "metric": "string_match_all"}
+    sample |= {"id": "a", "task": "own", "length": 0, "answer_prefix": " It is", "max_new_tokens": 2, "meta": {}}
+    data = tmp_path / "my.jsonl"
+    data.write_text(json.dumps(sample) + "\n")
+    ok(model, "run", data, "--variants", "dense,star:16", "--out", tmp_path / "run", "--quiet")
+    assert [(one.sample, one.variant) for one in predictions(tmp_path / "run")] == [("a", "dense"), ("a", "star:16")]
+    assert "| own, as given |" in (tmp_path / "run" / report.MARKDOWN).read_text()
+    data.write_text(json.dumps(sample) + '\n{"id": \n')
+    message = error(model, "run", data, "--out", tmp_path / "other", *SHORT)
+    assert re.search(r"my\.jsonl, line 2\b", message)
+    assert "no such file" in error(model, "run", tmp_path / "none.jsonl", "--out", tmp_path / "other", *SHORT).lower()
+
+
+def test_the_grid_of_depths_is_drawn(model: Path, tmp_path: Path) -> None:
+    ok(model, "niah", "--length", "512", "--samples", "1", "--depths", "0,100", "--out", tmp_path, *SHORT)
+    assert {one.meta["depth"] for one in predictions(tmp_path)} == {0, 100}
+    assert (tmp_path / report.PICTURES / "depth.png").is_file()
+
+
+def test_questions_on_one_context_share_its_encoding(model: Path, tmp_path: Path) -> None:
+    arguments = ["shared", "--task", "shared_kv", "--length", "1k", "--samples", "6", "--questions", "3"]
+    ok(model, *arguments, "--variants", "dense", "--out", tmp_path, *SHORT)
+    assert [one.sharing for one in predictions(tmp_path)] == [3] * 6
+
+
+@pytest.mark.parametrize(("suite", "task"), [("babilong", "qa1"), ("infinitebench", "passkey")])
+def test_other_suites(model: Path, tmp_path: Path, suite: str, task: str) -> None:
+    arguments = ["--task", task, "--length", "1k", "--samples", "1", "--variants", "star:/4", "--chat"]
+    ok(model, suite, *arguments, "--out", tmp_path, *SHORT)
+    (made,) = predictions(tmp_path)
+    assert made.task == task
+    assert json.loads((tmp_path / runner.RUN).read_text())["settings"]["suite"] == suite
+    assert suite in SUITES
+
+
+def test_sweeps_are_drawn(model: Path, tmp_path: Path) -> None:
+    arguments = ["sweep", "--task", "niah_single_1", "--length", "512", "--samples", "1", *SHORT]
+    ok(model, *arguments, "--blocks", "/4,/2", "--out", tmp_path / "blocks")
+    assert {one.variant for one in predictions(tmp_path / "blocks")} == {"dense", "star:/4", "star:/2"}
+    assert (tmp_path / "blocks" / report.PICTURES / "blocks.png").is_file()
+    ok(model, *arguments, "--blocks", "/4", "--anchors", "0,=", "--out", tmp_path / "anchors")
+    assert {one.variant for one in predictions(tmp_path / "anchors")} == {"dense", "star:/4:0", "star:/4"}
+    assert (tmp_path / "anchors" / report.PICTURES / "anchors.png").is_file()
+
+
+def test_the_table_of_ablations(model: Path, tmp_path: Path) -> None:
+    arguments = ["ablations", "--task", "niah_single_1", "--length", "512", "--samples", "1", "--out", tmp_path, *SHORT]
+    ok(model, *arguments)
+    made = [parse(one.variant) for one in predictions(tmp_path)]
+    assert len(made) == 1 + len(TABLE_4)
+    assert {one.anchor for one in made} >= {None, "none", "constant", "random", "shuffled", "previous-block"}
+    assert {one.anchor_positions for one in made} == {None, "random", "previous-block"}
+
+
+def test_perplexity(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("A cold wind comes down from the north, and there is bread on the table.\n" * 40)
+    arguments = ["perplexity", text, "--length", "128", "--tail", "32", "--windows", "3", "--variants", "dense,star:/4"]
+    done = ok(model, *arguments, "--out", tmp_path / "out")
+    assert done.stdout.startswith("3 windows of 128 tokens, the last 32 predicted")
+    dense, star = json.loads((tmp_path / "out" / "perplexity.json").read_text())["rows"]
+    assert dense["difference"] is None
+    assert (star["block_size"], len(star["windows"])) == (32, 3)
+    assert f"{dense['perplexity']:.3f}" in done.stdout
+
+
+def test_a_report_is_written_again(model: Path, tmp_path: Path) -> None:
+    ok(model, "ruler", "--task", "vt", "--length", "768", "--samples", "1", "--out", tmp_path, *SHORT)
+    before = (tmp_path / report.METRICS).read_text()
+    (tmp_path / report.METRICS).unlink()
+    done = CliRunner().invoke(app, ["eval", "report", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / report.METRICS).read_text() == before
+    done = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "none")])
+    assert done.exit_code == 1
+    assert "holds no run.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ruler", "--task", "vt", "--variants", "dense,magic"], "method 'magic' is unknown; choose one of star"),
+        (["ruler", "--task", "vt,magic"], "task 'magic' of ruler is unknown"),
+        (["ruler", "--task", "vt,vt"], "a task is named twice"),
+        (["ruler", "--task", "vt", "--length", "many"], "length 'many' is not a number of tokens"),
+        (["ruler", "--task", "vt", "--length", "16"], "length 16 is too short for a sample of vt"),
+        (["ruler", "--task", "niah_single_1", "--length", "4k", "--samples", "1"], "too long for the model"),
+        (["sweep", "--suite", "magic", "--task", "x"], "suite 'magic' is unknown; choose one of ruler"),
+    ],
+)
+def test_what_cannot_be_run(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    assert message in error(model, *arguments, "--out", tmp_path / "out", *SHORT)
+    assert not (tmp_path / "out" / report.METRICS).exists()
+
+
+def test_anchors_need_one_block(model: Path, tmp_path: Path) -> None:
+    done = invoke(model, "sweep", "--anchors", "0,=", "--out", tmp_path)
+    assert done.exit_code == 2
+    assert "give --blocks /4" in done.stderr

@@ -1,0 +1,242 @@
+"""What the reports say follows from the predictions: means, differences, tables, pictures, and what they cannot say."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_attention.demo import heatmap
+from star_attention.demo.heatmap import MissingPackageError
+from star_attention.errors import InvalidInputError
+from star_attention.evals import plots, report, runner
+from star_attention.evals.report import Results
+from star_attention.evals.runner import Prediction
+from star_attention.evals.variants import parse
+
+TASKS = {"niah": "retrieval", "vt": "multi-hop", "cwe": "aggregation"}
+Score = Callable[[str, str, int, int], float]
+
+
+def chance(part: float) -> Score:
+    """Right with this probability; dense is always."""
+
+    def of(task: str, variant: str, length: int, index: int) -> float:
+        hit = random.Random(f"{task} {variant} {length} {index}").random() < part
+        return 1.0 if variant == "dense" or hit else 0.0
+
+    return of
+
+
+def folder(
+    place: Path,
+    variants: str = "dense,star:/4",
+    *,
+    lengths: tuple[int, ...] = (1024, 2048),
+    count: int = 8,
+    score: Score | None = None,
+    meta: Callable[[int], dict[str, Any]] = lambda index: {},
+    tasks: dict[str, str] = TASKS,
+    skipped: tuple[dict[str, Any], ...] = (),
+    change: Callable[[Prediction], Prediction | None] = lambda one: one,
+) -> Path:
+    """A run as `runner.run` writes it, with scores by rule."""
+    place.mkdir(parents=True, exist_ok=True)
+    keys = variants.split(",")
+    score = score or chance(0.4)
+    made = []
+    for task, group in tasks.items():
+        for length in lengths:
+            for index in range(count):
+                for key in keys:
+                    block, anchor = parse(key).sizes(length)
+                    block = block or length
+                    one = Prediction(
+                        sample=f"{task}-{length}-{index}",
+                        variant=key,
+                        settings="abc",
+                        task=task,
+                        group=group,
+                        length=length,
+                        sample_sha256="0",
+                        context_sha256=f"{task}-{length}-{index}",
+                        prediction="an answer",
+                        answers=("an answer",),
+                        metric="string_match_all",
+                        score=score(task, key, length, index),
+                        finish_reason="stop",
+                        context_tokens=length,
+                        query_tokens=9,
+                        answer_tokens=3,
+                        block_size=block,
+                        anchor_size=block if anchor is None else anchor,
+                        blocks=-(-length // block),
+                        encode_s=length / 1000 * (2 if key == "dense" else 1),
+                        sharing=2,
+                        answer_s=0.25,
+                        peak_bytes=None,
+                        meta=meta(index),
+                    )
+                    kept = change(one)
+                    made += [] if kept is None else [kept]
+    run = {
+        "format": runner.FORMAT,
+        "settings": {
+            "suite": "ruler",
+            "options": {"essays": "a|b"},
+            "seed": 0,
+            "chat": False,
+            "max_new_tokens": None,
+            "decoding": "greedy",
+            "versions": {"torch": "1"},
+            "model": {"dtype": "torch.float32", "weights": "w" * 64, "tokenizer": "t" * 64},
+        },
+        "settings_sha256": "abc",
+        "cells": [{"task": task, "length": length, "samples": count} for task in tasks for length in lengths],
+        "variants": {key: {"name": parse(key).name, "plans": []} for key in keys},
+        "skipped": list(skipped),
+        "prose": {"essays": "1234"},
+        "sessions": [
+            {"date": "d", "command": "c", "model": "m", "hardware": "h", "ranks": 1, "git": None, "answers": 1}
+        ],
+    }
+    (place / runner.RUN).write_text(json.dumps(run))
+    (place / runner.PREDICTIONS).write_text("".join(json.dumps(asdict(one)) + "\n" for one in made))
+    return place
+
+
+def found(place: Path) -> dict[str, Any]:
+    report.write(place)
+    read: dict[str, Any] = json.loads((place / report.METRICS).read_text())
+    return read
+
+
+def test_overall_is_the_mean_of_task_means(tmp_path: Path) -> None:
+    def score(task: str, variant: str, length: int, index: int) -> float:
+        return 1.0 if variant == "dense" else {"niah": 1.0, "vt": 0.5, "cwe": 0.0}[task] * (length == 1024)
+
+    told = found(folder(tmp_path, score=score))
+    star = {line["length"]: line for line in told["overall"] if line["variant"] == "star:/4"}
+    assert star[None]["mean"]["value"] == pytest.approx(0.25)
+    assert star[1024]["mean"]["value"] == pytest.approx(0.5)
+    assert star[2048]["mean"]["value"] == 0.0
+    assert star[1024]["difference"] == {"value": -0.5, "low": -0.5, "high": -0.5, "n": 24, "verdict": "lower"}
+    groups = {(one["group"], one["length"], one["variant"]): one["mean"]["value"] for one in told["groups"]}
+    assert groups["multi-hop", 1024, "star:/4"] == 0.5
+    tasks = {(one["task"], one["length"]): one for one in told["tasks"] if one["variant"] == "star:/4"}
+    assert tasks["niah", 1024]["difference"]["verdict"] == "no difference seen"
+    assert told["baseline"] == "dense"
+    assert told["missing"] == 0
+
+
+def test_the_same_predictions_give_the_same_files(tmp_path: Path) -> None:
+    made = [folder(tmp_path / name) for name in "ab"]
+    for place in made:
+        report.write(place)
+    for name in (report.METRICS, report.SUMMARY, report.MARKDOWN):
+        assert (made[0] / name).read_text() == (made[1] / name).read_text()
+
+
+def test_summary_has_a_line_for_each_cell_and_variant(tmp_path: Path) -> None:
+    report.write(folder(tmp_path))
+    with (tmp_path / report.SUMMARY).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["task"], row["length"], row["variant"]) for row in rows] == [
+        (task, length, variant) for task in TASKS for length in ("1024", "2048") for variant in ("dense", "star:/4")
+    ]
+    dense, star = rows[:2]
+    assert (dense["accuracy"], dense["n"], dense["baseline"], dense["difference"]) == ("1.0", "8", "", "")
+    assert star["baseline"] == "dense"
+    assert float(star["difference"]) == pytest.approx(float(star["accuracy"]) - 1)
+    assert star["verdict"] in ("lower", "no difference seen")
+    assert float(star["question_s"]) == pytest.approx(1.024 / 2 + 0.25)
+
+
+def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
+    depths = [0.0, 50.0, 100.0, 25.0]
+    variants = "dense,star:/4,star:/8,star:/4:16"
+    files = report.write(folder(tmp_path, variants, meta=lambda index: {"depth": depths[index % 4]}))
+    drawn = {file.stem for file in files if file.suffix == ".png"}
+    assert drawn == {"length", "groups", "blocks", "anchors", "depth", "speed"}
+    page = (tmp_path / report.PAGE).read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 6
+    assert all(base64.b64decode(data).startswith(b"\x89PNG") for data in pictures)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    text = (tmp_path / report.MARKDOWN).read_text()
+    for name in re.findall(r"\]\((pictures/[^)]+)\)", text):
+        assert (tmp_path / name).is_file()
+    assert "essays=a\\|b" in text, "a bar in a value must not end its cell"
+    assert len({line.count(" | ") for line in text.splitlines() if line.startswith("| niah")}) == 1
+
+
+def test_pictures_only_of_what_there_is(tmp_path: Path) -> None:
+    place = folder(tmp_path, lengths=(1024,), tasks={"niah": "retrieval"})
+    assert set(plots.draw(Results.read(place), tmp_path / "pictures")) == {"speed"}
+
+
+def test_without_matplotlib_there_are_tables_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise MissingPackageError("no matplotlib")
+
+    monkeypatch.setattr(plots, "require_matplotlib", missing)
+    files = report.write(folder(tmp_path))
+    assert not [file for file in files if file.suffix == ".png"]
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert 'Without pictures: matplotlib is not installed; run: pip install "star-attention[plot]"' in text
+    assert "| niah, 1k |" in text
+    assert heatmap.MissingPackageError is MissingPackageError
+
+
+def test_what_is_missing_is_said_and_not_paired(tmp_path: Path) -> None:
+    def change(one: Prediction) -> Prediction | None:
+        return None if one.variant != "dense" and one.sample == "vt-1024-3" else one
+
+    told = found(folder(tmp_path, change=change))
+    assert told["missing"] == 1
+    star = next(one for one in told["tasks"] if (one["task"], one["length"], one["variant"]) == ("vt", 1024, "star:/4"))
+    assert star["difference"] is None
+    assert "1 samples have a score on one side only, vt-1024-3 first" in star["unpaired"]
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "This run is not complete: 1 predictions are missing" in text
+    assert "not compared" in text
+
+
+def test_empty_predictions_and_single_blocks_are_told(tmp_path: Path) -> None:
+    def change(one: Prediction) -> Prediction:
+        return Prediction(**vars(one) | {"prediction": " \n" if one.variant == "dense" else one.prediction})
+
+    report.write(folder(tmp_path, "dense,star:2k", change=change))
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "- dense: 48 of 48 predictions are empty." in text
+    assert "One block holds the whole context, which is then dense attention: star b=2k at 1k, star b=2k at 2k." in text
+
+
+def test_without_dense_the_first_variant_is_the_baseline(tmp_path: Path) -> None:
+    assert found(folder(tmp_path, "star:/4,star:/8"))["baseline"] == "star:/4"
+
+
+def test_data_of_many_lengths_is_reported_by_powers_of_two(tmp_path: Path) -> None:
+    place = folder(tmp_path, lengths=tuple(range(1000, 1030, 2)), count=2)
+    assert Results.read(place).lengths == [1024, 2048]
+    assert found(place)["overall"][0]["mean"]["n"] == 3 * 15 * 2
+
+
+def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"holds no run\.json; give a folder that `eval` has written"):
+        report.write(tmp_path)
+    place = folder(tmp_path)
+    (place / runner.PREDICTIONS).write_bytes(b"")
+    with pytest.raises(InvalidInputError, match="holds no predictions"):
+        report.write(place)
+    (place / runner.RUN).write_text("{}")
+    with pytest.raises(InvalidInputError, match=r"run\.json is damaged"):
+        report.write(place)

@@ -1,0 +1,152 @@
+"""Many questions on one context: contexts are the same text, with an answer for every question; SCBench's lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_attention.errors import InvalidInputError, SizeError
+from star_attention.evals import shared
+from star_attention.evals.metrics import METRICS, score
+from star_attention.evals.record import Sample
+from star_attention.evals.sizing import Size
+from tests.engines import bundled_tokenizer
+
+LENGTHS = (1200, 2048)
+
+
+def size(length: int) -> Size:
+    return Size(tokenizer=bundled_tokenizer(), length=length)
+
+
+def made(task: str, length: int = 1200, count: int = 7, seed: int = 0, **options: Any) -> list[Sample]:
+    return list(shared.generate(task, size=size(length), count=count, seed=seed, options={"questions": 3} | options))
+
+
+def worked_out(sample: Sample) -> str:
+    """The answer, from the text of context and query alone."""
+    if sample.task == "shared_kv":
+        (key,) = re.findall(r'"(.+)"', sample.query)
+        return str(json.loads(sample.context.partition("\n\n")[2])[key])
+    (key,) = re.findall(r"magic number for (\S+) mentioned", sample.query)
+    (value,) = re.findall(rf"One of the special magic numbers for {key} is: (\d+)\.", sample.context)
+    return str(value)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("task", shared.TASKS)
+def test_samples_fit_and_their_context_has_their_answer(task: str, length: int) -> None:
+    samples = made(task, length)
+    for sample in samples:
+        assert length - 120 < size(length).tokens(sample) <= length
+        assert sample.answers == (worked_out(sample),)
+        assert sample.answers[0] not in sample.query + sample.answer_prefix
+        assert score(f" {sample.answers[0]}", sample) == 1.0
+        assert score("", sample) == 0.0
+    for one, other in pairwise(samples):
+        assert score(other.answers[0], one) == 0.0
+
+
+@pytest.mark.parametrize("task", shared.TASKS)
+def test_samples_of_one_context_follow_each_other(task: str) -> None:
+    samples = made(task)
+    runs = [(context, len(list(run))) for context, run in groupby(sample.context for sample in samples)]
+    assert [number for _, number in runs] == [3, 3, 1]
+    assert len({context for context, _ in runs}) == 3
+    assert len({sample.query for sample in samples}) == 7
+    assert [sample.meta["context"] for sample in samples] == [0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("task", shared.TASKS)
+def test_a_sample_is_the_same_whatever_is_made_with_it(task: str) -> None:
+    assert made(task, count=4) == made(task, count=7)[:4]
+    assert made(task)[0].context != made(task, seed=1)[0].context
+    assert len({sample.id for sample in [*made(task), *made(task, seed=1), *made(task, 1201)]}) == 21
+
+
+def test_ten_questions_are_asked_unless_told() -> None:
+    samples = list(shared.generate("shared_kv", size=size(2048), count=11, seed=0, options={}))
+    assert len({sample.context for sample in samples[:10]}) == 1
+    assert samples[10].context != samples[9].context
+
+
+def test_essays_are_what_needles_stand_in(tmp_path: Path) -> None:
+    text = tmp_path / "essay.txt"
+    text.write_text("It rained all day. The sun came out.")
+    sample = made("shared_niah", essays=str(text))[0]
+    assert sample.context.count("The sun came out.") > 20
+    assert sample.meta["prose"] == "essay.txt"
+
+
+@pytest.mark.parametrize("questions", [0, -1, "many", 1.5, None])
+def test_a_number_of_questions_that_is_none_is_refused(questions: Any) -> None:
+    with pytest.raises(InvalidInputError, match="is no number of questions"):
+        made("shared_kv", questions=questions)
+
+
+def test_what_cannot_be_made_is_refused() -> None:
+    with pytest.raises(SizeError, match="too short for a sample of shared_kv"):
+        made("shared_kv", 200)
+    with pytest.raises(InvalidInputError, match="task 'shared' of shared is unknown"):
+        made("shared")
+
+
+# ------------------------------------------------------------------ SCBench
+
+TURNS: list[dict[str, Any]] = [
+    {"input": "Value of a?", "answer": "1-x"},
+    {"input": "The value of b is: ", "answer": ["2-y"]},
+]
+
+
+def read(task: str, *turns: dict[str, Any], **changed: Any) -> list[Sample]:
+    row = {"id": 5, "context": "c", "multi_turns": list(turns)} | changed
+    return shared.samples_of_row(row, task=task, id="5")
+
+
+def test_every_turn_is_a_question_on_the_same_context() -> None:
+    one, two = read("scbench_kv", *TURNS)
+    assert one.context == two.context == "c\n\n"
+    assert (one.id, two.id) == ("5-0", "5-1")
+    assert (one.query, one.answer_prefix, one.answers) == ("Value of a?", "\nAnswer:", ("1-x",))
+    assert (two.query, two.answer_prefix, two.answers) == ("The value of b is: ", "", ("2-y",))
+    assert (one.metric, one.max_new_tokens) == ("string_match_part", 150)
+    assert read("mine", *TURNS)[0].metric == "string_match_all"
+
+
+def test_options_and_mixed_tasks() -> None:
+    turn = {"input": "Who?", "answer": "Cy", "options": ["Bo", "Cy", "Di", "Ed"]}
+    (sample,) = read("scbench_choice_eng", turn)
+    assert sample.query == "Who?\nA. Bo\nB. Cy\nC. Di\nD. Ed"
+    assert score(" B", sample) == 1.0
+    assert score(" C", sample) == 0.0
+    (sample,) = read("scbench_summary_with_needles", {"input": "q", "answer": "12", "task": "scbench_passkey"})
+    assert (sample.task, sample.metric) == ("scbench_passkey", "first_integer")
+
+
+def test_every_task_has_a_metric_that_there_is() -> None:
+    assert {metric for metric, _ in shared.SCBENCH.values()} <= set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("task", "turns", "changed", "message"),
+    [
+        ("scbench_repoqa", TURNS, {}, "task 'scbench_repoqa' of SCBench has no metric here"),
+        ("mine", TURNS, {"context": None}, "context None of SCBench is no text"),
+        ("mine", [], {}, "multi_turns of SCBench is no list of questions"),
+        ("mine", TURNS, {"multi_turns": ["q"]}, "multi_turns of SCBench is no list of questions"),
+        ("mine", [{"input": "", "answer": "x"}], {}, "is no question"),
+        ("mine", [{"input": "q", "answer": []}], {}, "answer .* of a turn is empty"),
+        ("mine", [{"input": "q", "answer": "x", "options": ["x"]}], {}, "no list of 4 texts"),
+    ],
+)
+def test_malformed_lines_are_refused(
+    task: str, turns: list[dict[str, Any]], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        read(task, *turns, **changed)
