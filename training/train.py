@@ -1,0 +1,342 @@
+"""Train the bundled model from scratch on the tasks of the evaluations, in pieces: each call goes on where the last one stopped.
+
+    python -m training.train --out runs/needle --minutes 9        # again and again, until it says that it is done
+
+A step has the same number of tokens at every length, and lengths grow stage by stage: retrieval is learned on short texts, within
+about forty million tokens, and carried over to long ones. Training depends on the settings and the seed, not on the clock; only
+where a piece ends does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from training import data
+
+ANSWER = 2
+"""From here on a row's mask names the task whose answer a token belongs to; 1 is any other text, 0 filler."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a model is made of. A checkpoint goes on only with the settings that it was begun with.
+
+    stages: lengths of rows, each with the tokens that it is trained for. tokens: of a step. warmup: steps. decay_from: share of all
+    steps after which learning rates fall linearly, to nothing at the end. rest_weight: of the loss on text that is no answer.
+    """
+
+    hidden: int = 384
+    layers: int = 10
+    heads: int = 6
+    kv_heads: int = 2
+    intermediate: int = 1024
+    theta: float = 500000.0
+    positions: int = 65536
+    stages: str = "512:80m,1024:60m,2048:60m,4096:80m,8192:90m,16384:80m,32768:50m"
+    tokens: int = 131072
+    lr: float = 1.2e-3
+    muon_lr: float = 2.2e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    decay_from: float = 0.6
+    rest_weight: float = 0.1
+    z_weight: float = 1e-4
+    clip: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    length: int
+    steps: int
+
+
+def stages_of(settings: Settings) -> list[Stage]:
+    """Raises `ValueError` for a length that does not divide a step's tokens."""
+    units = {"k": 10**3, "m": 10**6}
+    stages = []
+    for part in settings.stages.split(","):
+        length, _, tokens = part.partition(":")
+        if settings.tokens % int(length):
+            raise ValueError(f"a step of {settings.tokens:,} tokens holds no whole rows of {length}")
+        unit = units.get(tokens[-1], 1)
+        steps = max(1, round(float(tokens.rstrip("km")) * unit / settings.tokens))
+        stages.append(Stage(length=int(length), steps=steps))
+    return stages
+
+
+def built(settings: Settings, tokenizer: Any) -> LlamaForCausalLM:
+    """The model with fresh weights, in fp32."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        head_dim=settings.hidden // settings.heads,
+        max_position_embeddings=settings.positions,
+        rope_parameters={"rope_type": "default", "rope_theta": settings.theta},
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # what is added to the residual stream, layer by layer
+            torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * settings.layers))
+    return model
+
+
+class Optimizers:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+
+    def __init__(self, model: LlamaForCausalLM, settings: Settings, *, fused: bool) -> None:
+        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+        inside = {id(p) for p in matrices}
+        others = [p for p in model.parameters() if id(p) not in inside]
+        self._rates = (settings.muon_lr, settings.lr)
+        self._both = (
+            torch.optim.Muon(
+                matrices,
+                lr=settings.muon_lr,
+                weight_decay=settings.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            torch.optim.AdamW(others, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=fused),
+        )
+
+    def step(self, factor: float) -> None:
+        for optimizer, rate in zip(self._both, self._rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+
+    def state_dict(self) -> list[Any]:
+        return [optimizer.state_dict() for optimizer in self._both]
+
+    def load_state_dict(self, states: list[Any]) -> None:
+        for optimizer, state in zip(self._both, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+_CHUNK = 32768
+"""Tokens whose logits are there at once: all of a step's would take gigabytes."""
+
+
+def _nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token its loss, its log-sum-exp, and whether the target is the likeliest."""
+    logits_NV = (hidden_ND @ weight_VD.T).float()
+    lse_N = torch.logsumexp(logits_NV, -1)
+    return lse_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], lse_N, logits_NV.argmax(-1) == targets_N
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    total: Tensor
+    answers: Tensor
+    rest: Tensor
+    right_BT: Tensor
+
+
+class Trainer:
+    def __init__(self, settings: Settings, tokenizer: Any, *, device: torch.device, compile: bool) -> None:
+        self.settings, self.device = settings, device
+        self.model = built(settings, tokenizer).to(device).train()
+        self.optimizers = Optimizers(self.model, settings, fused=device.type == "cuda")
+        self.step = 0
+        self._nll = torch.compile(_nll, dynamic=False) if compile else _nll
+        if compile:
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
+
+    def losses(self, ids_BT: Tensor, mask_BT: Tensor) -> Losses:
+        """Every token but the first of a row is predicted; filler counts nowhere."""
+        settings = self.settings
+        targets_BT, kind_BT = F.pad(ids_BT[:, 1:], (0, 1)), F.pad(mask_BT[:, 1:], (0, 1))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            hidden_BTD = self.model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            weight_VD = self.model.get_output_embeddings().weight
+            parts = [
+                self._nll(hidden, weight_VD, targets)
+                for hidden, targets in zip(
+                    hidden_BTD.flatten(0, 1).split(_CHUNK), targets_BT.flatten().split(_CHUNK), strict=True
+                )
+            ]
+        nll_N, lse_N, right_N = (torch.cat(part) for part in zip(*parts, strict=True))
+        kind_N = kind_BT.flatten()
+        answer_N, rest_N = (kind_N >= ANSWER).float(), (kind_N == 1).float()
+        answers = (nll_N * answer_N).sum() / answer_N.sum().clamp(min=1)
+        rest = (nll_N * rest_N).sum() / rest_N.sum().clamp(min=1)
+        drift = (lse_N.square() * (kind_N > 0)).mean()
+        total = answers + settings.rest_weight * rest + settings.z_weight * drift
+        return Losses(total=total, answers=answers, rest=rest, right_BT=right_N.view_as(ids_BT))
+
+    def train(self, ids_BT: Tensor, mask_BT: Tensor, factor: float) -> Losses:
+        losses = self.losses(ids_BT, mask_BT)
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        if bool(torch.isfinite(norm)):  # (and the host waits here, so that it does not run ahead)
+            self.optimizers.step(factor)
+        self.model.zero_grad(set_to_none=True)
+        self.step += 1
+        return losses
+
+    @torch.no_grad()
+    def accuracy(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, tuple[float, int]]:
+        """Of each task the share of answers that greedy decoding would write, token by token, and their number."""
+        right_BT = self.losses(ids_BT, mask_BT).right_BT.cpu()
+        found: dict[str, list[bool]] = defaultdict(list)
+        for right_T, mask_T in zip(right_BT, F.pad(mask_BT[:, 1:], (0, 1)).cpu(), strict=True):
+            edges = torch.nonzero(torch.diff(mask_T.int(), prepend=torch.zeros(1), append=torch.zeros(1)))[
+                :, 0
+            ].tolist()
+            for start, stop in pairwise(edges):
+                if mask_T[start] >= ANSWER:
+                    found[data.TASKS[int(mask_T[start]) - ANSWER]].append(bool(right_T[start:stop].all()))
+        return {task: (sum(all_) / len(all_), len(all_)) for task, all_ in sorted(found.items())}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, path: Path) -> None:
+        state = {
+            "settings": dataclasses.asdict(self.settings),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+        }
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+
+    def load(self, path: Path) -> None:
+        """Raises `ValueError` for a checkpoint of other settings."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        ours = dataclasses.asdict(self.settings)
+        for name, value in state["settings"].items():
+            if ours[name] != value:
+                raise ValueError(f"{path} was begun with {name} {value!r}, not {ours[name]!r}; name another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.step = int(state["step"])
+
+
+def factor_of(step: int, steps: int, settings: Settings) -> float:
+    """Of the learning rates at a step: up from nothing, level, and down to nothing."""
+    up = min(1.0, (step + 1) / settings.warmup)
+    down = min(1.0, (1 - step / steps) / (1 - settings.decay_from))
+    return up * max(down, 0.0)
+
+
+def lengths_of(stages: list[Stage]) -> Iterator[int]:
+    """The row length of every step."""
+    for stage in stages:
+        yield from [stage.length] * stage.steps
+
+
+def export(model: LlamaForCausalLM, tokenizer_folder: Path, out: Path) -> None:
+    """The model as transformers loads it, in bf16, with the tokenizer's files."""
+    half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()})
+    half.generation_config.do_sample = False
+    half.save_pretrained(out, max_shard_size="15MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer_folder / name, out / name)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, the log and the model")
+    parser.add_argument("--minutes", type=float, default=9.0, help="length of this piece")
+    parser.add_argument("--steps", type=int, help="most steps of this piece")
+    parser.add_argument("--tokenizer", type=Path, default=data.TOKENIZER, help="folder of the tokenizer")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make data"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--every", type=float, default=30.0, help="seconds between lines of the log")
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    given = vars(parser.parse_args(arguments))
+    settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
+    run(settings, given)
+
+
+def run(settings: Settings, given: dict[str, Any]) -> None:
+    started = time.monotonic()
+    out, device = given["out"], torch.device(given["device"])
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = data.load_tokenizer(given["tokenizer"])
+    torch.set_float32_matmul_precision("high")
+    trainer = Trainer(settings, tokenizer, device=device, compile=device.type == "cuda" and not given["no_compile"])
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        trainer.load(checkpoint)
+    lengths = list(lengths_of(stages_of(settings)))
+    parameters = sum(weight.numel() for weight in trainer.model.parameters())
+    print(f"{parameters / 1e6:.1f}M parameters, {len(lengths):,} steps, from step {trainer.step:,}", flush=True)
+
+    def batch(rows: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        return tuple(torch.as_tensor(part).to(device, torch.int64, non_blocking=True) for part in rows)  # type: ignore[return-value]
+
+    # (Each step has a seed of its own, so that a piece that goes on sees what it would have seen.)
+    stop = len(lengths) if given["steps"] is None else min(len(lengths), trainer.step + given["steps"])
+    shapes = [(step, settings.tokens // lengths[step], lengths[step]) for step in range(trainer.step, stop)]
+    with data.Feed(shapes, settings.seed, given["tokenizer"], workers=given["workers"]) as feed:
+        held_out: dict[int, tuple[Tensor, Tensor]] = {}
+        said, tokens, losses = time.monotonic(), 0, None
+        for (step, rows, length), made in zip(shapes, feed, strict=False):
+            if time.monotonic() - started > given["minutes"] * 60:
+                break
+            losses = trainer.train(*batch(made), factor_of(step, len(lengths), settings))
+            tokens += rows * length
+            if time.monotonic() - said < given["every"] and step + 1 < stop:
+                continue
+            if length not in held_out:
+                held_out = {length: batch(data.held_out(rows, length, settings.seed, given["tokenizer"]))}
+            spent = time.monotonic() - said
+            line = {
+                "step": step + 1,
+                "length": length,
+                "tokens_per_s": round(tokens / spent),
+                "answers": round(float(losses.answers.detach()), 4),
+                "rest": round(float(losses.rest.detach()), 4),
+                "right": {task: [round(a, 3), n] for task, (a, n) in trainer.accuracy(*held_out[length]).items()},
+            }
+            print(json.dumps(line), flush=True)
+            with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            said, tokens = time.monotonic(), 0
+    trainer.save(checkpoint)
+    if trainer.step == len(lengths):
+        export(trainer.model, given["tokenizer"], out / "model")
+        print(f"done: {out / 'model'}", flush=True)
+    else:
+        print(f"step {trainer.step:,} of {len(lengths):,}; call again to go on", flush=True)
+
+
+if __name__ == "__main__":
+    main()
