@@ -109,6 +109,27 @@ def test_answers_run_on_it_and_repeat() -> None:
     assert not torch.equal(logits[0], logits[2])
 
 
+@pytest.mark.parametrize(
+    ("anchor", "positions"), [("random", "first-block"), ("shuffled", "first-block"), ("first-block", "random")]
+)
+def test_what_is_random_is_drawn_for_each_context(anchor: str, positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw for all contexts would measure that draw. (The contexts differ in their last token alone.)"""
+    drawn: list[list[int]] = []
+    content, places = ablations._content, ablations._places
+
+    def note(made: Any) -> Any:
+        drawn[-1].extend(made.tolist())
+        return made
+
+    monkeypatch.setattr(ablations, "_content", lambda *given: note(content(*given)))
+    monkeypatch.setattr(ablations, "_places", lambda *given: note(places(*given)))
+    star, tokens = engine("llama", **SIZES), ids(TOKENS)
+    for context in (tokens, tokens, [*tokens[:-1], tokens[-1] - 1]):
+        drawn.append([])
+        ablations.encode(star, context, anchor=anchor, positions=positions)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_what_cannot_be_ablated() -> None:
     star = engine("llama", **SIZES)
     with pytest.raises(InvalidInputError, match="anchor 'middle' is unknown; choose one of first-block, none"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from typing import Any
 
@@ -80,11 +81,24 @@ def test_hidden_lines_stand_at_all_depths() -> None:
     found = []
     for sample in made("passkey", 2048, count=20):
         text = sample.context.partition("\n\n")[2]
-        depth = text.index("The pass key is") / len(text)
-        assert depth == pytest.approx(sample.meta["depth"], abs=0.05)
-        found.append(depth)
-    assert min(found) < 0.2
-    assert max(found) > 0.8
+        found.append(100 * text.index("The pass key is") / len(text))
+        assert sample.meta["depths"] == [pytest.approx(found[-1], abs=5)]
+    assert min(found) < 20
+    assert max(found) > 80
+
+
+def test_the_pair_that_is_asked_for_stands_at_its_depth() -> None:
+    for sample in made("kv_retrieval", 2048):
+        pairs = list(json.loads(sample.context.partition("\n\n")[2]).values())
+        depth = 100 * pairs.index(sample.answers[0]) / (len(pairs) - 1)
+        assert sample.meta["depths"] == [pytest.approx(depth, abs=0.5)]
+
+
+def test_no_chain_of_functions_returns_what_it_is_given() -> None:
+    """Every draw of steps ends, also where three of them sum to 0, and the question never holds its answer."""
+    for seed in range(500):
+        made = infinitebench._code_run(3, random.Random(seed))
+        assert made.answers[0] not in made.question
 
 
 def test_a_number_string_is_five_digits_in_runs() -> None:

@@ -73,6 +73,15 @@ def test_depths_differ_in_nothing_else() -> None:
     assert shortest > max(map(len, words)) - 10
 
 
+def test_depths_of_one_text_are_one_cluster() -> None:
+    """Their scores depend on one another, although their contexts differ; those of another index, length or seed do not."""
+    depths = "0,50"
+    samples = [*make(512, 2, depths=depths), *make(513, depths=depths), *make(512, seed=1, depths=depths)]
+    clusters = [sample.meta["cluster"] for sample in samples]
+    assert clusters == [sample.id.removesuffix(f"-{sample.meta['depth']:g}") for sample in samples]
+    assert len(set(clusters)) == 4
+
+
 @pytest.mark.parametrize("length", [1024, 2048, 4096])
 def test_a_sample_fits_and_is_answered(length: int) -> None:
     size = Size(tokenizer=bundled_tokenizer(), length=length)

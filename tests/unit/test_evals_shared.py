@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals import shared
+from star_attention.evals import shared, sources
 from star_attention.evals.metrics import METRICS, score
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
@@ -81,6 +81,18 @@ def test_essays_are_what_needles_stand_in(tmp_path: Path) -> None:
     sample = made("shared_niah", essays=str(text))[0]
     assert sample.context.count("The sun came out.") > 20
     assert sample.meta["prose"] == "essay.txt"
+
+
+def test_keys_are_made_of_the_words_that_are_asked_for() -> None:
+    """So that a model can be asked for words that it was not trained on."""
+    held_out = sources.words("eval")
+    for sample in made("shared_niah", words="eval"):
+        (key,) = re.findall(r"magic number for (\S+) mentioned", sample.query)
+        assert key in {f"{one}-{other}" for one in held_out.adjectives for other in held_out.nouns}
+        assert sample.meta["words"] == held_out.release
+    assert made("shared_niah")[0].meta["words"] == sources.words().release
+    with pytest.raises(InvalidInputError, match="words 'test' are unknown"):
+        made("shared_niah", words="test")
 
 
 @pytest.mark.parametrize("questions", [0, -1, "many", 1.5, None])

@@ -7,6 +7,7 @@ sliding layers count places here, not positions.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
@@ -37,7 +38,8 @@ def encode(
 ) -> EncodedContext:
     """A context whose blocks saw another anchor; the sizes are the engine's, and answers run as on any other.
 
-    constant: text whose first token "constant" repeats. seed: of what is random; the same for the same context and block.
+    constant: text whose first token "constant" repeats. seed: of what is random; the same for the same context and
+    block, another for others.
 
     Raises `InvalidInputError` for unknown names, engines of other methods or of several ranks, and models whose rotary frequencies
     depend on the length.
@@ -52,12 +54,13 @@ def encode(
     (_, prepared) = star._prepare(content)
     ((ids_L, chat_state),) = prepared
     plan = star._plan(len(ids_L))
+    drawn_for = hashlib.sha256(str(ids_L.tolist()).encode()).hexdigest()
 
     def anchor_of(start: int, stop: int) -> Anchor | None:
         size = 0 if anchor == "none" else plan.anchor_size
         if start == 0 or size == 0:
             return None
-        rng = random.Random(f"anchor {anchor} {positions} {seed} {start} {size}")
+        rng = random.Random(f"anchor {anchor} {positions} {seed} {start} {size} {drawn_for}")
         return _content(star, ids_L, anchor, start, size, constant, rng), _places(positions, start, size, rng)
 
     with star._measured() as stats:

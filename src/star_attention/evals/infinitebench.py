@@ -14,7 +14,6 @@ import random
 import re
 import string
 import unicodedata
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from star_attention.errors import InvalidInputError
 from star_attention.evals import suites
 from star_attention.evals.babilong import scattered
 from star_attention.evals.record import Sample
+from star_attention.evals.ruler_case import depths
+from star_attention.evals.ruler_needles import NOISE, Draw
 from star_attention.evals.sizing import Size
 
 TASKS = ("passkey", "number_string", "kv_retrieval", "math_find", "code_run")
@@ -130,7 +131,6 @@ KINDS = {
 }
 """All 12 tasks."""
 
-_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _ORDINALS = ("", "second ", "third ")
 _CHAIN = 3
 """Functions that code_run's question goes through."""
@@ -139,9 +139,10 @@ _CHAIN = 3
 def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
     """Samples as the published ones are made, with sentences of our own.
 
-    passkey, number_string: a number of 5 or 10 digits in a line among lines of noise, at a random depth (meta `depth`, 0 to 1).
-    kv_retrieval: a JSON object of UUIDs. math_find: the largest, second, third largest or smallest of a list of two-digit numbers,
-    each of which stands in it once. code_run: a function that calls a second that calls a third, each adding or subtracting.
+    passkey, number_string: a number of 5 or 10 digits in a line among lines of noise, at a random depth. kv_retrieval: a JSON
+    object of UUIDs. (meta of these three: `depths`, in percent, as RULER's.) math_find: the largest, second, third largest or
+    smallest of a list of two-digit numbers, each of which stands in it once. code_run: a function that calls a second that calls
+    a third, each adding or subtracting.
 
     Raises `SizeError` for a length that is too short, `InvalidInputError` for an unknown task or option.
     """
@@ -216,20 +217,15 @@ def _number_string(lines: int, rng: random.Random) -> _Made:
 
 
 def _hidden(task: str, line: str, answer: str, lines: int, rng: random.Random) -> _Made:
-    depth = rng.random()
-    before = int(depth * (lines + 1))
-    text = [_NOISE] * before + [line] + [_NOISE] * (lines - before)
+    before = int(rng.random() * (lines + 1))
+    context = "\n".join([NOISE] * before + [line] + [NOISE] * (lines - before))
     return _Made(
-        context="\n".join(text),
+        context=context,
         question=KINDS[task].question,
         answers=(answer,),
         prefix=KINDS[task].prefix,
-        meta={"depth": round(depth, 4)},
+        meta={"depths": depths(context, [line])},
     )
-
-
-def random_uuid(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def asked_for_key(key: str) -> str:
@@ -239,14 +235,16 @@ def asked_for_key(key: str) -> str:
 
 def _kv_retrieval(pairs: int, rng: random.Random) -> _Made:
     depth = rng.random()
-    asked, *others = [(random_uuid(rng), random_uuid(rng)) for _ in range(pairs)]
+    draw = Draw(rng, None)
+    asked, *others = [(draw("uuids"), draw("uuids")) for _ in range(pairs)]
     others.insert(int(depth * pairs), asked)
+    context = json.dumps(dict(others))
     return _Made(
-        context=json.dumps(dict(others)),
+        context=context,
         question=asked_for_key(asked[0]),
         answers=(asked[1],),
         prefix=KINDS["kv_retrieval"].prefix,
-        meta={"depth": round(depth, 4)},
+        meta={"depths": depths(context, [json.dumps(dict([asked]))[1:-1]])},
     )
 
 
@@ -271,18 +269,19 @@ def _math_find(numbers: int, rng: random.Random) -> _Made:
 def _code_run(functions: int, rng: random.Random) -> _Made:
     """So many functions in chains of three (the last may be shorter), in random order; the question asks for the head of one."""
     numbers = rng.sample(range(functions), functions)
-    steps = [rng.choice((-1, 1)) * rng.randrange(1, 50) for _ in range(functions)]
-    code = []
-    for i, (number, step) in enumerate(zip(numbers, steps, strict=True)):
-        ends = i % _CHAIN == _CHAIN - 1 or i == functions - 1
-        value = "x" if ends else f"func_{numbers[i + 1]}(x)"
-        code.append(f"def func_{number}(x):\n    return {value} {'+' if step > 0 else '-'} {abs(step)}")
+    steps = [_step(rng) for _ in range(functions)]
     while True:
         given = rng.randrange(1, 100)
         question = f"What does func_{numbers[0]}({given}) return?"
         answer = str(given + sum(steps[:_CHAIN]))
         if answer not in question:
             break
+        steps[:_CHAIN] = [_step(rng) for _ in range(_CHAIN)]  # (no number will do where their sum is 0)
+    code = []
+    for i, (number, step) in enumerate(zip(numbers, steps, strict=True)):
+        ends = i % _CHAIN == _CHAIN - 1 or i == functions - 1
+        value = "x" if ends else f"func_{numbers[i + 1]}(x)"
+        code.append(f"def func_{number}(x):\n    return {value} {'+' if step > 0 else '-'} {abs(step)}")
     rng.shuffle(code)
     return _Made(
         context="\n\n".join(code),
@@ -291,6 +290,10 @@ def _code_run(functions: int, rng: random.Random) -> _Made:
         prefix=KINDS["code_run"].prefix,
         meta={"chain": [f"func_{number}" for number in numbers[:_CHAIN]]},
     )
+
+
+def _step(rng: random.Random) -> int:
+    return rng.choice((-1, 1)) * rng.randrange(1, 50)
 
 
 # ------------------------------------------------------------------ published files

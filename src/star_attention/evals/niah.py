@@ -27,7 +27,8 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
     """`count` samples for each depth, one after another through the depths: RULER's needle with a number, and its question.
 
     The same needle and text are asked for at each depth, so that depths differ in nothing else. The needle stands between the two
-    sentences nearest to its depth, `meta["depth"]`; where that is, `meta["depths"]` says.
+    sentences nearest to its depth, `meta["depth"]`; where that is, `meta["depths"]` says. All depths of one needle
+    and text, whose scores depend on one another, have the same `meta["cluster"]`.
 
     Raises `InvalidInputError` for an unknown task or option, depths that are none, and prose that cannot be read; `SizeError` for a
     length that is too short.
@@ -61,6 +62,7 @@ def _needle(case: Case, depth: float) -> Sample:
             [value],
             "numbers",
             depth=depth,
+            cluster=f"{case.task}-{case.size.length}-{case.seed}-{case.index}",
             depths=depths(text, [hidden]),
             haystack=haystack_kind(case.options),
             words=known.release,

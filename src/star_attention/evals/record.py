@@ -34,7 +34,7 @@ class Sample:
 
     @property
     def group(self) -> str:
-        """The task without its number, for what papers report together; `meta["category"]` where a task states it."""
+        """What is reported together: `meta["category"]`, as RULER's tasks have one ("retrieval"), or else the task by itself."""
         return str(self.meta.get("category", self.task))
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,12 +50,21 @@ class Sample:
             told = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
             raise InvalidInputError(f"not a sample: {', '.join(told)}")
         answers = values["answers"]
-        if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
-            raise InvalidInputError(f"not a sample: answers {answers!r} is no list of texts")
+        if (
+            not isinstance(answers, list | tuple)
+            or not answers
+            or not all(isinstance(answer, str) and answer.strip() for answer in answers)
+        ):
+            raise InvalidInputError(
+                f"not a sample: answers {answers!r} is no list of texts, at least one and none of them empty"
+            )
+        meta = {} if values.get("meta") is None else values["meta"]
+        if not isinstance(meta, Mapping):
+            raise InvalidInputError(f"not a sample: meta {meta!r} has no named fields")
         for name in ("id", "task", "context", "query", "answer_prefix", "metric"):
             if not isinstance(values[name], str):
                 raise InvalidInputError(f"not a sample: {name} {values[name]!r} is no text")
         for name in ("length", "max_new_tokens"):
             if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 0:
                 raise InvalidInputError(f"not a sample: {name} {values[name]!r} is no number of tokens")
-        return cls(**{**values, "answers": tuple(answers), "meta": dict(values.get("meta") or {})})
+        return cls(**{**values, "answers": tuple(answers), "meta": dict(meta)})

@@ -15,16 +15,18 @@ from typing import Any
 from star_attention.errors import InvalidInputError
 from star_attention.evals import suites
 from star_attention.evals.babilong import scattered
-from star_attention.evals.infinitebench import KINDS, asked_for_key, leads_in, listed, random_uuid
+from star_attention.evals.infinitebench import KINDS, asked_for_key, leads_in, listed
 from star_attention.evals.record import Sample
+from star_attention.evals.ruler_needles import Draw, head, question, sentence
 from star_attention.evals.sizing import Size
-from star_attention.evals.sources import Prose, prose, words
+from star_attention.evals.sources import Prose, Words, prose, words
 from star_attention.hf.text import query_ids
 
 TASKS = ("shared_kv", "shared_niah")
 OPTIONS = {
     "questions": "questions on each context (10)",
     "essays": "the text that shared_niah's needles are scattered in: .json, a folder of .txt, or a text file",
+    "words": "of shared_niah's keys: train or eval, those that the bundled model was trained on, or the others",
 }
 
 SCBENCH = {
@@ -53,14 +55,15 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
     """`count` samples, `questions` of them on each context (on the last one as many as are left).
 
     shared_kv: InfiniteBench's kv_retrieval; shared_niah: RULER's needles between sentences of `essays`, one for each question.
-    A context is sized for the longest of its questions. meta: `context`, its number.
+    A context is sized for the longest of its questions. meta: `context`, its number; of shared_niah also what its text and
+    words are.
 
     Raises `SizeError` for a length that is too short, `InvalidInputError` for an unknown task or an option that cannot be.
     """
     suites.check(suites.get("shared"), "shared", task, options)
     questions = _positive(options.get("questions", 10))
-    text = prose(options.get("essays")) if task == "shared_niah" else None
-    return _generated(task, size, count, seed, questions, text)
+    source = (prose(options.get("essays")), words(options.get("words"))) if task == "shared_niah" else None
+    return _generated(task, size, count, seed, questions, source)
 
 
 def _positive(questions: Any) -> int:
@@ -79,13 +82,16 @@ class _Question:
     answer: str
 
 
-def _generated(task: str, size: Size, count: int, seed: int, questions: int, text: Prose | None) -> Iterator[Sample]:
+def _generated(
+    task: str, size: Size, count: int, seed: int, questions: int, source: tuple[Prose, Words] | None
+) -> Iterator[Sample]:
+    described = {} if source is None else source[0].described | {"words": source[1].release}
     for number in range(-(-count // questions)):
         name = f"shared {task} {size.length} {seed} {number}"
 
         def samples(units: int, *, name: str = name, number: int = number) -> list[Sample]:
             rng = random.Random(name)
-            context, asked = _kv(units, questions, rng) if text is None else _niah(units, questions, rng, text)
+            context, asked = _kv(units, questions, rng) if source is None else _niah(units, questions, rng, *source)
             return [
                 Sample(
                     id=f"{task}-{size.length}-{seed}-{number * questions + i}",
@@ -97,7 +103,7 @@ def _generated(task: str, size: Size, count: int, seed: int, questions: int, tex
                     answers=(one.answer,),
                     max_new_tokens=_MAX_NEW_TOKENS[task],
                     metric=_METRIC[task],
-                    meta={"context": number} | (text.described if text else {}),
+                    meta={"context": number} | described,
                 )
                 for i, one in enumerate(asked)
             ]
@@ -105,42 +111,31 @@ def _generated(task: str, size: Size, count: int, seed: int, questions: int, tex
         def longest(units: int, *, samples: Callable[[int], list[Sample]] = samples) -> Sample:
             return max(samples(units), key=lambda one: len(query_ids(size.tokenizer, one.query + one.answer_prefix)))
 
-        units, _ = size.largest(longest, least=questions if text is None else 0)
+        units, _ = size.largest(longest, least=questions if source is None else 0)
         yield from samples(units)[: count - number * questions]
 
 
 def _kv(pairs: int, questions: int, rng: random.Random) -> tuple[str, list[_Question]]:
     kind = KINDS["kv_retrieval"]
-    table = [(random_uuid(rng), random_uuid(rng)) for _ in range(pairs)]
+    draw = Draw(rng, None)
+    table = [(draw("uuids"), draw("uuids")) for _ in range(pairs)]
     asked = [_Question(query=asked_for_key(key), prefix=kind.prefix, answer=value) for key, value in table[:questions]]
     rng.shuffle(table)
     return f"{kind.instruction}\n\n{json.dumps(dict(table))}\n\n", asked
 
 
-def _niah(sentences: int, questions: int, rng: random.Random, text: Prose) -> tuple[str, list[_Question]]:
+def _niah(sentences: int, questions: int, rng: random.Random, text: Prose, known: Words) -> tuple[str, list[_Question]]:
     """RULER's templates for several needles; each of them is asked for by itself."""
-    lists = words()
-    keys: dict[str, None] = {}
-    while len(keys) < questions:
-        keys[f"{rng.choice(lists.adjectives)}-{rng.choice(lists.nouns)}"] = None
-    values = [str(value) for value in rng.sample(range(1_000_000, 10_000_000), questions)]
-    needles = [
-        f"One of the special magic numbers for {key} is: {value}." for key, value in zip(keys, values, strict=True)
-    ]
+    draw = Draw(rng, known)
+    pairs = [(draw("words"), draw("numbers")) for _ in range(questions)]
+    needles = [sentence(key, value, "numbers") for key, value in pairs]
     start = rng.randrange(len(text.sentences))
     between = [text.sentences[(start + i) % len(text.sentences)] for i in range(sentences)]
-    context = (
-        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about the"
-        f" numbers afterwards.\n{' '.join(scattered(needles, between, rng))}\n"
-    )
-    asked = [
-        _Question(
-            query=f"What is the special magic number for {key} mentioned in the provided text?",
-            prefix=f" The special magic number for {key} mentioned in the provided text is",
-            answer=value,
-        )
-        for key, value in zip(keys, values, strict=True)
-    ]
+    context = f"{head('numbers', one=False)}{' '.join(scattered(needles, between, rng))}\n"
+    asked = []
+    for key, value in pairs:
+        query, prefix = question([key], "numbers", one=True)
+        asked.append(_Question(query=query, prefix=prefix, answer=value))
     return context, asked
 
 

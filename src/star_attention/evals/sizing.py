@@ -45,11 +45,9 @@ class Size:
                 f"length {self.length:,} is too short for a sample of {best.task}, which takes {used:,} tokens at"
                 " least; give a larger length"
             )
-        low, high, beyond = (
-            least,
-            None if most is None else most + 1,
-            0,
-        )  # beyond: tokens of `high` units, where they were built
+        low = least
+        high = None if most is None else most + 1
+        beyond = 0  # tokens of `high` units, where they were built
         probes = 0
         while high is None or high - low > 1:
             probes += 1
