@@ -130,6 +130,38 @@ def test_sweeps_are_drawn(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "anchors" / report.PICTURES / "anchors.png").is_file()
 
 
+def test_sweeps_take_other_suites_and_their_data(model: Path, tmp_path: Path) -> None:
+    background = tmp_path / "text.txt"
+    background.write_text("A cold wind comes down from the north. There is bread on the table. " * 200)
+    arguments = ["--suite", "babilong", "--length", "768", "--samples", "1", "--background", background, *SHORT]
+    ok(model, "sweep", *arguments, "--blocks", "/2", "--out", tmp_path / "out")
+    assert {one.task for one in predictions(tmp_path / "out")} == {"qa1", "qa2", "qa3", "qa4", "qa5"}
+    assert {one.meta["prose"] for one in predictions(tmp_path / "out")} == {"text.txt"}
+
+
+@pytest.mark.parametrize("command", [["ruler"], ["sweep", "--blocks", "/2"]])
+def test_held_out_words_and_tasks_with_spaces(model: Path, tmp_path: Path, command: list[str]) -> None:
+    arguments = ["--task", "niah_single_1, niah_multikey_1", "--length", "768", "--samples", "1", "--words", "eval"]
+    ok(model, *command, *arguments, "--out", tmp_path, *SHORT)
+    made = predictions(tmp_path)
+    assert {one.task for one in made} == {"niah_single_1", "niah_multikey_1"}
+    assert all(one.meta["words"].endswith(", eval") for one in made)
+
+
+def test_data_sets_of_several_lengths_run_together(model: Path, tmp_path: Path) -> None:
+    row = {"input_context": "One. Two. Three.\n" * 9, "input_query": "Which?", "outputs": ["Two"]}
+    files = [tmp_path / "data" / size / "vt" / "validation.jsonl" for size in ("4096", "8k")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(row) + "\n")
+    ok(model, "run", files[0], "--variants", "dense", "--out", tmp_path / "out", *SHORT)
+    ok(model, "run", *files, "--variants", "dense", "--out", tmp_path / "out", *SHORT)
+    assert [(one.sample, one.length) for one in predictions(tmp_path / "out")] == [
+        ("vt-4096-0", 4096),
+        ("vt-8192-0", 8192),
+    ]
+
+
 def test_the_table_of_ablations(model: Path, tmp_path: Path) -> None:
     arguments = ["ablations", "--task", "niah_single_1", "--length", "512", "--samples", "1", "--out", tmp_path, *SHORT]
     ok(model, *arguments)

@@ -14,7 +14,7 @@ import pytest
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals import babilong, infinitebench, shared
-from star_attention.evals.files import FORMATS, WRITTEN, read, write
+from star_attention.evals.files import FORMATS, WRITTEN, read, read_all, write
 from star_attention.evals.metrics import METRICS, score
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
@@ -229,6 +229,36 @@ def test_files_of_infinitebench_and_scbench(tmp_path: Path) -> None:
     assert {sample.task for sample in samples} == {"scbench_kv"}
 
 
+# ------------------------------------------------------------------ several files
+
+BARE = {"input_context": "c", "input_query": "q", "outputs": ["x"]}
+
+
+@pytest.mark.parametrize(("folder", "length"), [("4096", 4096), ("16k", 16384), ("2024", 0), ("run-4096", 0)])
+def test_a_folder_named_as_a_size_is_the_length(tmp_path: Path, folder: str, length: int) -> None:
+    place = tmp_path / folder / "vt"
+    place.mkdir(parents=True)
+    bare, told = read(lines(place / "validation.jsonl", [BARE, {**BARE, "length": 4011}]))
+    assert (bare.length, told.length) == (length, 4011)
+    assert bare.id == (f"vt-{length}-0" if length else "vt-0")
+    story = {"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}
+    (sample,) = read(lines(place / "qa1.jsonl", [story]))
+    assert sample.length == length
+
+
+def test_ids_that_repeat_are_told_apart_by_folders(tmp_path: Path) -> None:
+    places = [tmp_path / "a" / "data", tmp_path / "b" / "data", tmp_path / "c"]
+    for place in places:
+        place.mkdir(parents=True)
+    files = [lines(place / "vt.jsonl", [BARE]) for place in places]
+    files.append(lines(places[2] / "more.jsonl", [{**BARE, "task": "vt"}]))
+    ids = ["vt-0", "b/data/vt-0", "c/vt-0", "more.jsonl/vt-0"]
+    for count in range(1, 5):
+        assert [sample.id for sample in read_all(files[:count])] == ids[:count], "more files change no id"
+    with pytest.raises(InvalidInputError, match=r"vt\.jsonl is named twice; give it once"):
+        read_all([files[0], files[0]])
+
+
 # ------------------------------------------------------------------ errors
 
 
@@ -258,6 +288,29 @@ def test_errors_name_file_and_line(tmp_path: Path, text: str, message: str) -> N
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(InvalidInputError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"answers": []}, r"answers \[\] is no list of texts, at least one and none of them empty"),
+        ({"answers": 42}, "answers 42 is no list of texts"),
+        ({"answers": None}, "answers None is no list of texts"),
+        ({"answers": {"a": 1}}, r"answers \{'a': 1\} is no list of texts"),
+        ({"answers": ["x", ""]}, r"answers \['x', ''\] is no list of texts, at least one and none of them empty"),
+        ({"answers": [" "]}, r"answers \[' '\] is no list of texts"),
+        ({"answers": ["x", 1]}, r"answers \['x', 1\] is no list of texts"),
+        ({"meta": "text"}, "meta 'text' has no named fields"),
+        ({"meta": [1]}, r"meta \[1\] has no named fields"),
+        ({"meta": []}, r"meta \[\] has no named fields"),
+    ],
+)
+def test_samples_that_cannot_be_scored_are_refused_with_their_line(
+    tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    path = lines(tmp_path / "data.jsonl", [GOOD, {**GOOD, "id": "x", **wrong}])
+    with pytest.raises(InvalidInputError, match=f"data.jsonl, line 2: not a sample: {message}"):
         read(path)
 
 

@@ -58,7 +58,7 @@ def folder(
             for index in range(count):
                 for key in keys:
                     block, anchor = parse(key).sizes(length)
-                    block = block or length
+                    block = block or length or 1
                     one = Prediction(
                         sample=f"{task}-{length}-{index}",
                         variant=key,
@@ -87,6 +87,7 @@ def folder(
                     )
                     kept = change(one)
                     made += [] if kept is None else [kept]
+    cells = [{"task": task, "length": length, "samples": count} for task in tasks for length in lengths]
     run = {
         "format": runner.FORMAT,
         "settings": {
@@ -95,17 +96,27 @@ def folder(
             "seed": 0,
             "chat": False,
             "max_new_tokens": None,
+            "reserve_tokens": 64,
             "decoding": "greedy",
             "versions": {"torch": "1"},
             "model": {"dtype": "torch.float32", "weights": "w" * 64, "tokenizer": "t" * 64},
         },
         "settings_sha256": "abc",
-        "cells": [{"task": task, "length": length, "samples": count} for task in tasks for length in lengths],
-        "variants": {key: {"name": parse(key).name, "plans": []} for key in keys},
+        "cells": cells,
+        "variants": {key: {"name": parse(key).name, "plans": [], "cells": cells} for key in keys},
         "skipped": list(skipped),
         "prose": {"essays": "1234"},
         "sessions": [
-            {"date": "d", "command": "c", "model": "m", "hardware": "h", "ranks": 1, "git": None, "answers": 1}
+            {
+                "date": "d",
+                "command": "c",
+                "model": "m",
+                "hardware": "h",
+                "ranks": 1,
+                "git": None,
+                "options": {"squad": "s"},
+                "answers": 1,
+            }
         ],
     }
     (place / runner.RUN).write_text(json.dumps(run))
@@ -183,6 +194,48 @@ def test_pictures_only_of_what_there_is(tmp_path: Path) -> None:
     assert set(plots.draw(Results.read(place), tmp_path / "pictures")) == {"speed"}
 
 
+def test_pictures_do_not_draw_what_is_not_known(tmp_path: Path) -> None:
+    variants = "dense,star:/4,star:/8"
+    places = [folder(tmp_path / f"{count}", variants, lengths=(0, 1024, 2048), count=count) for count in (1, 8)]
+    one, eight = map(Results.read, places)
+    for results, bars in ((one, 0), (eight, 2)):
+        length, sweep = plots._length(results), plots._sweep(results, "block")
+        axes = length.axes[0]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1k", "2k"], "0 is no length"
+        for figure in (length, sweep):
+            drawn = [
+                segment
+                for lines in figure.axes[0].containers
+                for bar in lines.lines[2]
+                for segment in bar.get_segments()
+                if len(segment)
+            ]
+            assert bool(drawn) == bool(bars), "no bars where the error is not known"
+    titles = [axes.get_title(loc="left") for axes in plots._groups(eight).axes]
+    assert titles == ["as given", "1k", "2k"]
+
+
+def test_a_missing_bar_is_not_a_bar_of_zero(tmp_path: Path) -> None:
+    def change(one: Prediction) -> Prediction | None:
+        return None if one.variant == "star:/4" and one.group == "multi-hop" else one
+
+    place = folder(tmp_path, lengths=(1024,), change=change, score=lambda *_: 0.0)
+    (axes,) = plots._groups(Results.read(place)).axes
+    assert [text.get_text() for text in axes.texts] == ["–", "–"]
+
+
+def test_many_depths_are_drawn_by_tenths(tmp_path: Path) -> None:
+    place = folder(tmp_path, count=20, tasks={"niah": "retrieval"}, meta=lambda index: {"depth": index * 5.1})
+    axes = plots._depth(Results.read(place)).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{depth} %" for depth in range(0, 101, 10)]
+
+
+def test_one_sample_a_cell_is_told_so(tmp_path: Path) -> None:
+    place = folder(tmp_path, count=1, tasks={"niah": "retrieval"}, meta=lambda index: {"depth": 50})
+    figure = plots._depth(Results.read(place))
+    assert figure.get_supxlabel() == "length, tokens (accuracy in %, 1 sample a cell)"
+
+
 def test_without_matplotlib_there_are_tables_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise MissingPackageError("no matplotlib")
@@ -224,10 +277,73 @@ def test_without_dense_the_first_variant_is_the_baseline(tmp_path: Path) -> None
     assert found(folder(tmp_path, "star:/4,star:/8"))["baseline"] == "star:/4"
 
 
-def test_data_of_many_lengths_is_reported_by_powers_of_two(tmp_path: Path) -> None:
-    place = folder(tmp_path, lengths=tuple(range(1000, 1030, 2)), count=2)
-    assert Results.read(place).lengths == [1024, 2048]
-    assert found(place)["overall"][0]["mean"]["n"] == 3 * 15 * 2
+def test_samples_of_one_cluster_are_one_draw(tmp_path: Path) -> None:
+    place = folder(tmp_path, count=12, meta=lambda index: {"depth": index % 2 * 50, "cluster": f"c{index // 2}"})
+    (star,) = (
+        one for one in found(place)["tasks"] if (one["task"], one["length"], one["variant"]) == ("vt", 1024, "star:/4")
+    )
+    assert (star["mean"]["n"], star["mean"]["contexts"]) == (12, 6)
+
+
+def test_means_are_over_the_cells_that_all_variants_have(tmp_path: Path) -> None:
+    def change(one: Prediction) -> Prediction | None:
+        return one if one.variant == "dense" or (one.task == "niah" and one.length == 1024) else None
+
+    def score(task: str, variant: str, length: int, index: int) -> float:
+        return float(task == "niah")
+
+    told = found(folder(tmp_path, change=change, score=score))
+    overall = {(line["variant"], line["length"]): line["mean"] for line in told["overall"]}
+    assert set(overall) == {(variant, length) for variant in ("dense", "star:/4") for length in (None, 1024)}
+    assert {(mean["value"], mean["n"]) for mean in overall.values()} == {(1.0, 8)}
+    assert [line["variant"] for line in told["tasks"] if (line["task"], line["length"]) == ("vt", 2048)] == ["dense"]
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "Not all variants have niah at 2k, vt at 1k, vt at 2k, cwe at 1k, cwe at 2k: means over several" in text
+    assert "| 2k (no cell that all variants have) | – | – | – | – |" in text
+
+
+def test_variants_without_a_common_cell_have_no_mean(tmp_path: Path) -> None:
+    place = folder(tmp_path, change=lambda one: one if (one.variant == "dense") == (one.task == "vt") else None)
+    report.write(place)
+    assert report.short(Results.read(place))[0] == "dense: – (no task and length that all variants have)"
+
+
+def test_ablations_are_not_timed(tmp_path: Path) -> None:
+    report.write(folder(tmp_path, "dense,star:/4,star:/4:anchor=none"))
+    speed = (tmp_path / report.MARKDOWN).read_text().partition("## Speed")[2].partition("##")[0]
+    assert "| star b=/4 | 1k |" in speed
+    assert "anchor=none" not in speed
+    report.write(folder(tmp_path, "star:/4:anchor=none"))
+    assert not (tmp_path / report.PICTURES / "speed.png").exists()
+
+
+def test_prose_and_prompts_that_are_not_the_published_ones_are_named(tmp_path: Path) -> None:
+    tasks = {"niah_single_2": "retrieval", "qa1": "qa1"}
+    report.write(folder(tmp_path, tasks=tasks, meta=lambda index: {"prose": "pydoc_data.topics", "prose_sha256": "1"}))
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "- Tasks marked pydoc_data.topics stand in prose of the running Python" in text
+    assert "- qa1: prompts of our own, so that these are no numbers of BABILong or InfiniteBench." in text
+    assert "| niah_single_2, 1k (pydoc_data.topics) |" in text
+    with (tmp_path / report.SUMMARY).open(newline="") as file:
+        assert {row["prose"] for row in csv.DictReader(file)} == {"pydoc_data.topics"}
+    report.write(folder(tmp_path, meta=lambda index: {"prose": "essays.json", "prose_sha256": "1"}))
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "are no" not in text
+    assert "| niah, 1k (essays.json) |" in text
+
+
+def test_variants_of_the_same_sizes_are_told(tmp_path: Path) -> None:
+    report.write(folder(tmp_path, "dense,ring,star:/4,star:256,star:/4:kv=fp8"))
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "- star b=/4 and star b=256 have the same blocks and anchor at 1k." in text
+    assert text.count("have the same blocks") == 1
+
+
+def test_options_and_limits_are_in_the_facts(tmp_path: Path) -> None:
+    report.write(folder(tmp_path))
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "| options | essays=a\\|b, squad=s |" in text
+    assert "| max_new_tokens | each sample's own |" in text
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
         ("star:/4:0:kv=fp8", "star:/4:0:kv=fp8", "star b=/4 a=0 kv=fp8"),
         ("star:/4:anchor=random", "star:/4:anchor=random", "star b=/4 anchor=random"),
         ("streaming_llm:2k:64", "streaming_llm:2k:64", "streaming_llm window=2k sinks=64"),
+        ("streaming_llm:2k:=", "streaming_llm:2k:=", "streaming_llm window=2k sinks=2k"),
         (" dense", "dense", "dense"),
     ],
 )
@@ -98,6 +99,7 @@ def test_a_share_is_rounded_up_so_that_blocks_are_as_many() -> None:
         ("star:/4:anchor=magic", "anchor 'magic' is unknown; choose one of first-block"),
         ("streaming_llm:1k:anchor=random", "ablations of the anchor are of method 'star'"),
         ("streaming_llm::=", "give a block_size with it"),
+        ("dense,", "variants 'dense,' have an empty one; give methods with single commas between"),
         ("dense,star:4k,star:4096", "variant 'star:4k' is named twice"),
     ],
 )
@@ -109,7 +111,7 @@ def test_bad_variants(text: str, message: str) -> None:
 
 def test_an_anchor_above_the_block_is_found_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(SizeError, match="anchor of 128 tokens and blocks of 64 at 256"):
-        runner.run(engine(), samples(), [parse("star:/4:128")], tmp_path)
+        runner.run(engine(), samples(), [parse("star:/4:128")], tmp_path, suite="ruler")
     assert (tmp_path / PREDICTIONS).read_bytes() == b""
 
 
@@ -118,7 +120,7 @@ def test_an_anchor_above_the_block_is_found_before_anything_runs(tmp_path: Path)
 
 def test_predictions_are_the_engines_answers(tmp_path: Path) -> None:
     some = samples(2)
-    done = runner.run(engine(), some, VARIANTS, tmp_path)
+    done = runner.run(engine(), some, VARIANTS, tmp_path, suite="ruler")
     assert (done.made, done.found, done.skipped) == (4, 0, 0)
     made = list(runner.read_predictions(tmp_path))
     assert [one.key for one in made] == [(s.id, v.key) for s in some for v in VARIANTS]
@@ -133,7 +135,8 @@ def test_predictions_are_the_engines_answers(tmp_path: Path) -> None:
         assert prediction.query_tokens == len(query_ids(star.tokenizer, some[0].query + " It is"))
         assert prediction.answer_tokens == 3
     told = json.loads((tmp_path / RUN).read_text())
-    assert told["variants"]["star:/4"]["plans"] == [{"length": 256, "block_size": 64, "anchor_size": 64, "ranks": 1}]
+    assert told["variants"]["star:/4"]["plans"] == [{"length": 256, "ranks": 1, "block_size": 64, "anchor_size": 64}]
+    assert told["variants"]["dense"]["plans"] == [{"length": 256, "ranks": 1}]
     assert told["cells"] == [{"task": "needles", "length": 256, "samples": 2}]
     assert {"date", "command", "hardware", "git", "ranks"} <= set(told["sessions"][0])
     assert told["settings"]["model"]["weights"]
@@ -186,6 +189,37 @@ def test_limit_counts_for_each_task(tmp_path: Path) -> None:
     done = runner.run(engine(), samples(3) + samples(3, task="others"), VARIANTS[:1], tmp_path, limit=2)
     assert done.made == 4
     assert {line["sample"] for line in lines(tmp_path)} == {"needles-0", "needles-1", "others-0", "others-1"}
+
+
+def test_limit_counts_for_each_depth(tmp_path: Path) -> None:
+    some = [replace(one, meta={"depth": index % 2 * 50}) for index, one in enumerate(samples(6))]
+    runner.run(engine(), some, VARIANTS[:1], tmp_path, limit=2)
+    assert [line["sample"] for line in lines(tmp_path)] == [f"needles-{index}" for index in range(4)]
+
+
+def test_lengths_that_are_each_samples_own_count_are_named_by_powers_of_two(tmp_path: Path) -> None:
+    counts = (4100, 4090, 3001, 2201, 2049, 8100)
+    some = [replace(one, length=count) for one, count in zip(samples(6), counts, strict=True)]
+    named = [one.length for one in runner.with_nominal_lengths(some)]
+    assert named == [4096, 4096, 4096, 4096, 2048, 8192]
+    meant = [
+        replace(one, length=count) for one, count in zip(samples(6), (0, 768, 1000, 1500, 3072, 6001), strict=True)
+    ]
+    assert runner.with_nominal_lengths(meant) == meant
+    runner.run(engine(), some, VARIANTS[:1], tmp_path, limit=1)
+    assert [(line["sample"], line["length"]) for line in lines(tmp_path)] == [
+        ("needles-0", 4096),
+        ("needles-4", 2048),
+        ("needles-5", 8192),
+    ]
+    assert runner.run(engine(), some[:1], VARIANTS[:1], tmp_path).found == 3, "its length alone makes no other sample"
+
+
+def test_shares_of_data_sets_are_of_the_contexts_own_tokens(tmp_path: Path) -> None:
+    (sample,) = samples(1)
+    runner.run(engine(), [replace(sample, length=4096)], [parse("star:/4")], tmp_path)
+    tokens = len(context_ids(bundled_tokenizer(), sample.context))
+    assert [line["block_size"] for line in lines(tmp_path)] == [-(-tokens // 4)]
 
 
 def test_progress_ends_with_all(tmp_path: Path) -> None:
@@ -261,6 +295,69 @@ def test_more_samples_and_variants_may_come_later(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys)) == 6
 
 
+def test_a_run_that_is_whole_is_never_called_incomplete(tmp_path: Path) -> None:
+    star = engine()
+    runner.run(star, samples(2) + samples(2, task="others"), VARIANTS[:1], tmp_path)
+    runner.run(star, samples(2), VARIANTS, tmp_path)
+    assert report.Results.read(tmp_path).missing == 0
+    runner.run(star, samples(1, task="third"), VARIANTS[1:], tmp_path)
+    assert report.Results.read(tmp_path).missing == 0
+    file = tmp_path / PREDICTIONS
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert report.Results.read(tmp_path).missing == 1
+
+
+def test_the_same_samples_may_come_from_elsewhere(tmp_path: Path) -> None:
+    star = engine()
+    runner.run(star, samples(1), VARIANTS[:1], tmp_path, options={"files": ["a"], "compat": "x"})
+    done = runner.run(star, samples(2), VARIANTS[:1], tmp_path, options={"files": ["./a", "b"], "compat": "x"})
+    assert (done.found, done.made) == (1, 1)
+    told = runner.read_run(tmp_path)
+    assert told["settings"]["options"] == {"compat": "x"}
+    assert [session["options"] for session in told["sessions"]] == [{"files": ["a"]}, {"files": ["./a", "b"]}]
+    report.write(tmp_path)
+    assert "compat=x, files=['a'], files=['./a', 'b']" in (tmp_path / report.MARKDOWN).read_text()
+
+
+def test_settings_hold_what_changes_answers(tmp_path: Path) -> None:
+    runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
+    settings = runner.read_run(tmp_path)["settings"]
+    assert (settings["ranks"], settings["device"], settings["reserve_tokens"]) == (
+        1,
+        "cpu",
+        engine().config.reserve_tokens,
+    )
+
+
+def test_what_is_no_folder_of_a_run_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        with pytest.raises(InvalidInputError, match=r"is no folder; give another one with --out"):
+            runner.run(engine(), samples(1), VARIANTS[:1], out)
+    with pytest.raises(InvalidInputError, match=r"holds no run\.json"):
+        report.write(file)
+    runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
+    whole = json.loads((tmp_path / RUN).read_text())
+    for bad, missing in (
+        ({**whole, "settings": {}}, "suite, options, model"),
+        ({"format": runner.FORMAT}, "settings, "),
+    ):
+        (tmp_path / RUN).write_text(json.dumps(bad))
+        with pytest.raises(InvalidInputError, match=rf"run\.json is damaged \({missing}"):
+            runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
+
+
+def test_ablations_that_cannot_run_are_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    star = engine()
+    monkeypatch.setattr(star._handle, "rotaries", [object()])
+    with pytest.raises(
+        InvalidInputError, match=r"variant 'star:/4:anchor=none' changes the anchor, which works on one rank"
+    ):
+        runner.run(star, samples(1), parse_all("dense,star:/4:anchor=none"), tmp_path)
+    assert not (tmp_path / PREDICTIONS).exists()
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -268,7 +365,7 @@ def test_more_samples_and_variants_may_come_later(tmp_path: Path) -> None:
         ({"chat": True}, "chat: False, and this one's is True"),
         ({"max_new_tokens": 9}, "max_new_tokens: None, and this one's is 9"),
         ({"suite": "ruler"}, "suite: files, and this one's is ruler"),
-        ({"options": {"essays": "x"}}, "options.essays: None, and this one's is x"),
+        ({"options": {"compat": "x"}}, "options.compat: None, and this one's is x"),
     ],
 )
 def test_another_setting_is_refused_by_name(tmp_path: Path, change: dict[str, Any], field: str) -> None:
@@ -336,6 +433,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         ({"context": ""}, "sample bad has no context"),
         ({"query": "", "answer_prefix": ""}, "sample bad has no query"),
         ({"max_new_tokens": 0}, "sample bad has max_new_tokens 0"),
+        ({"answers": ("",)}, "sample bad counts an empty answer as right"),
     ],
 )
 def test_bad_samples(tmp_path: Path, bad: dict[str, Any], message: str) -> None:

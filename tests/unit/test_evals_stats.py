@@ -22,26 +22,35 @@ def scored(scores: list[float], cell: str = "task", *, sharing: int = 1, prose: 
 
 
 def test_mean_and_standard_error_are_the_textbooks() -> None:
-    values = [0.0, 1.0, 1.0, 0.25, 0.5]
+    values = [0.0, 1.0, 1.0, 0.25, 0.5, 0.75]
     found = stats.mean(scored(values))
     assert found.value == pytest.approx(mean(values))
-    assert found.stderr == pytest.approx(stdev(values) / math.sqrt(5))
-    assert (found.n, found.contexts) == (5, 5)
+    assert found.stderr == pytest.approx(stdev(values) / math.sqrt(6))
+    assert (found.n, found.contexts) == (6, 6)
 
 
 def test_overall_is_the_mean_of_task_means() -> None:
-    large, small = [1.0] * 8 + [0.0] * 2, [0.0, 1.0]
+    large, small = [1.0] * 8 + [0.0] * 2, [0.0, 1.0] * 3
     found = stats.mean(scored(large, "a") + scored(small, "b"))
     assert found.value == pytest.approx((0.8 + 0.5) / 2)
-    errors = [stdev(large) / math.sqrt(10), stdev(small) / math.sqrt(2)]
+    errors = [stdev(large) / math.sqrt(10), stdev(small) / math.sqrt(6)]
     assert found.stderr == pytest.approx(math.hypot(*errors) / 2)
 
 
-def test_one_sample_has_no_error_and_no_interval() -> None:
-    assert stats.mean(scored([1.0])).stderr is None
-    found = stats.paired(scored([1.0]), scored([0.0]))
-    assert (found.value, found.low, found.high) == (1.0, None, None)
-    assert found.verdict == "too few samples to say"
+@pytest.mark.parametrize(("count", "sharing"), [(1, 1), (2, 1), (5, 1), (20, 4)])
+def test_few_contexts_have_no_error_and_no_interval(count: int, sharing: int) -> None:
+    ones, zeros = (scored([value] * count, sharing=sharing) for value in (1.0, 0.0))
+    many = [scored([value] * 50, "many") for value in (1.0, 0.0)]
+    assert stats.mean(ones).stderr is None
+    assert stats.mean(ones + many[0]).stderr is None
+    for found in (stats.paired(ones, zeros), stats.paired(ones + many[0], zeros + many[1])):
+        assert (found.value, found.low, found.high) == (1.0, None, None)
+        assert found.verdict == "too few samples to say"
+
+
+def test_six_contexts_are_enough() -> None:
+    assert stats.mean(scored([1.0] * 6)).stderr == 0.0
+    assert stats.paired(scored([1.0] * 6), scored([0.0] * 6)).verdict == "higher"
 
 
 def test_questions_on_one_context_count_as_one_draw() -> None:
@@ -64,7 +73,7 @@ def test_questions_on_one_context_count_as_one_draw() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "verdict"),
     [
-        ([1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 1.0, 0.0], "no difference seen"),
+        ([1.0, 0.0] * 4, [1.0, 0.0] * 4, "no difference seen"),
         ([1.0] * 10, [0.0] * 10, "higher"),
         ([0.0] * 10, [1.0] * 10, "lower"),
         ([1.0] * 10, [0.0] + [1.0] * 9, "no difference seen"),
@@ -82,7 +91,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_pairing_is_by_sample_and_not_by_place() -> None:
-    one = scored([0.0, 1.0, 0.0, 1.0])
+    one = scored([0.0, 1.0] * 4)
     assert stats.paired(one, one[::-1]) == stats.paired(one, one)
 
 

@@ -55,6 +55,34 @@ Essays = Annotated[
     ),
 ]
 
+Words = Annotated[
+    str | None,
+    option(
+        "train or eval: the words that the bundled model was trained on, or the others.",
+        "--words",
+        panel="Data",
+        metavar="PART",
+        show_default="all",
+    ),
+]
+Squad = Annotated[
+    str | None, option("SQuAD's dev-v2.0.json, which qa_1 needs.", "--squad", panel="Data", metavar="PATH")
+]
+Hotpot = Annotated[
+    str | None,
+    option("HotpotQA's hotpot_dev_distractor_v1.json, which qa_2 needs.", "--hotpot", panel="Data", metavar="PATH"),
+]
+Background = Annotated[
+    str | None,
+    option(
+        "The text that facts are scattered in: .json, a folder of .txt, or a text file.",
+        "--background",
+        panel="Data",
+        metavar="PATH",
+        show_default="prose found in the running Python",
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -72,7 +100,13 @@ class RunOptions:
     ]
     limit: Annotated[
         int | None,
-        option("Only the first so many samples of each task and length.", "--limit", panel=_PANEL, metavar="N", min=1),
+        option(
+            "Only the first so many samples of each task, length and depth.",
+            "--limit",
+            panel=_PANEL,
+            metavar="N",
+            min=1,
+        ),
     ] = None
     chat: Annotated[
         bool,
@@ -121,7 +155,7 @@ def run(
     def make(_: Any) -> list[Sample]:
         from star_attention.evals import files as readers
 
-        return [sample for name in files for sample in readers.read(name, format=format)]
+        return readers.read_all(files, format=format)
 
     data = _Data(make=make, suite="files", options={"files": files} | _given(format=format), seed=seed)
     _evaluate(model, options, variants, lambda: data)
@@ -136,13 +170,9 @@ def ruler(
     variants: Variants = VARIANTS,
     seed: Seed = 0,
     essays: Essays = None,
-    squad: Annotated[
-        str | None, option("SQuAD's dev-v2.0.json, which qa_1 needs.", "--squad", panel="Data", metavar="PATH")
-    ] = None,
-    hotpot: Annotated[
-        str | None,
-        option("HotpotQA's hotpot_dev_distractor_v1.json, which qa_2 needs.", "--hotpot", panel="Data", metavar="PATH"),
-    ] = None,
+    words: Words = None,
+    squad: Squad = None,
+    hotpot: Hotpot = None,
     compat: Annotated[
         str | None,
         option(
@@ -159,14 +189,8 @@ def ruler(
 
     Example: star-attention eval ruler -m models/needle-17m --task niah_single_1,vt --length 1k,2k --samples 10 --out ruler
     """
-    given = _given(essays=essays, squad=squad, hotpot=hotpot, compat=compat)
-    absent = {name for name, path in (("qa_1", squad), ("qa_2", hotpot)) if path is None}
-    _evaluate(
-        model,
-        options,
-        variants,
-        lambda: _suite("ruler", task, length, samples, seed, given, chat=options.chat, absent=absent),
-    )
+    given = _given(essays=essays, words=words, squad=squad, hotpot=hotpot, compat=compat)
+    _evaluate(model, options, variants, lambda: _suite("ruler", task, length, samples, seed, given, chat=options.chat))
 
 
 def babilong(
@@ -177,16 +201,7 @@ def babilong(
     samples: Samples = 50,
     variants: Variants = VARIANTS,
     seed: Seed = 0,
-    background: Annotated[
-        str | None,
-        option(
-            "The text that facts are scattered in: .json, a folder of .txt, or a text file.",
-            "--background",
-            panel="Data",
-            metavar="PATH",
-            show_default="prose found in the running Python",
-        ),
-    ] = None,
+    background: Background = None,
 ) -> None:
     """BABILong: facts of small stories scattered in a long text (qa1 to qa5).
 
@@ -238,12 +253,13 @@ def niah(
     variants: Variants = VARIANTS,
     seed: Seed = 0,
     essays: Essays = None,
+    words: Words = None,
 ) -> None:
     """One needle at each depth and length, shown as heat maps.
 
     Example: star-attention eval niah -m models/needle-17m --length 1k,2k --samples 5 --out niah
     """
-    given = _given(depths=depths, essays=essays)
+    given = _given(depths=depths, essays=essays, words=words)
     _evaluate(model, options, variants, lambda: _suite("niah", None, length, samples, seed, given, chat=options.chat))
 
 
@@ -262,12 +278,13 @@ def shared(
     variants: Variants = VARIANTS,
     seed: Seed = 0,
     essays: Essays = None,
+    words: Words = None,
 ) -> None:
     """Many questions on each context, which is encoded once.
 
     Example: star-attention eval shared -m models/needle-17m --length 4k --samples 5 --out shared
     """
-    given = _given(questions=None if questions is None else str(questions), essays=essays)
+    given = _given(questions=None if questions is None else str(questions), essays=essays, words=words)
     _evaluate(model, options, variants, lambda: _suite("shared", task, length, samples, seed, given, chat=options.chat))
 
 
@@ -278,13 +295,43 @@ RETRIEVAL = "niah_single_1,niah_multikey_1,niah_multiquery"
 """Of the kinds that the paper's ablations are measured on: single, multi-key, multi-query."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Samples of any suite."""
+
+    suite: Suite = "ruler"
+    task: Annotated[
+        str | None,
+        option(
+            "Tasks, with commas between.",
+            "--task",
+            panel="Data",
+            metavar="NAMES",
+            show_default=f"{RETRIEVAL}; all of another suite",
+        ),
+    ] = None
+    length: Length = "16k"
+    samples: Samples = 50
+    seed: Seed = 0
+    essays: Essays = None
+    words: Words = None
+    squad: Squad = None
+    hotpot: Hotpot = None
+    background: Background = None
+
+    def make(self, *, chat: bool) -> _Data:
+        """Raises `InvalidInputError` for an unknown suite or task, and for options that the suite does not take."""
+        given = _given(
+            essays=self.essays, words=self.words, squad=self.squad, hotpot=self.hotpot, background=self.background
+        )
+        task = RETRIEVAL if self.task is None and self.suite == "ruler" else self.task
+        return _suite(self.suite, task, self.length, self.samples, self.seed, given, chat=chat)
+
+
 def sweep(
     model: ModelOptions,
     options: RunOptions,
-    suite: Suite = "ruler",
-    task: Task = RETRIEVAL,
-    length: Length = "16k",
-    samples: Samples = 50,
+    data: DataOptions,
     blocks: Annotated[
         str,
         option(
@@ -303,8 +350,6 @@ def sweep(
             metavar="SIZES",
         ),
     ] = None,
-    seed: Seed = 0,
-    essays: Essays = None,
 ) -> None:
     """Accuracy against block size or anchor size at a fixed length, beside dense attention: the paper's figures 5a and 5b.
 
@@ -318,12 +363,7 @@ def sweep(
         if anchors is None
         else [f"star:{blocks}:{size}" for size in anchors.split(",")]
     )
-    _evaluate(
-        model,
-        options,
-        ",".join(["dense", *tried]),
-        lambda: _suite(suite, task, length, samples, seed, _given(essays=essays), chat=options.chat),
-    )
+    _evaluate(model, options, ",".join(["dense", *tried]), lambda: data.make(chat=options.chat))
 
 
 TABLE_4 = (
@@ -343,25 +383,15 @@ TABLE_4 = (
 def ablations(
     model: ModelOptions,
     options: RunOptions,
-    suite: Suite = "ruler",
-    task: Task = RETRIEVAL,
-    length: Length = "16k",
-    samples: Samples = 50,
+    data: DataOptions,
     block: Annotated[str, option("Block size.", "--block", panel=_PANEL, metavar="SIZE")] = "/4",
-    seed: Seed = 0,
-    essays: Essays = None,
 ) -> None:
     """What the anchor is for: other tokens in its place, or at other positions, beside dense attention: the paper's table 4.
 
     Example: star-attention eval ablations -m models/needle-17m --length 4k --samples 20 --out ablations
     """
     tried = [":".join(part for part in ("star", block, row) if part) for row in TABLE_4]
-    _evaluate(
-        model,
-        options,
-        ",".join(["dense", *tried]),
-        lambda: _suite(suite, task, length, samples, seed, _given(essays=essays), chat=options.chat),
-    )
+    _evaluate(model, options, ",".join(["dense", *tried]), lambda: data.make(chat=options.chat))
 
 
 def perplexity(
@@ -482,9 +512,8 @@ def _suite(
     options: dict[str, Any],
     *,
     chat: bool,
-    absent: Iterable[str] = (),
 ) -> _Data:
-    """Samples of a suite's tasks at each length. absent: tasks that are not meant where none are named.
+    """Samples of a suite's tasks at each length; without a task, of all whose data is there.
 
     Raises `InvalidInputError` for an unknown suite or task, `SizeError` for a length that is none.
     """
@@ -492,7 +521,11 @@ def _suite(
     from star_attention.evals import suites
 
     suite = suites.get(name)
-    tasks = [one for one in suite.TASKS if one not in absent] if task is None else task.split(",")
+    needs = {"qa_1": "squad", "qa_2": "hotpot"}
+    if task is None:
+        tasks = [one for one in suite.TASKS if one not in needs or needs[one] in options]
+    else:
+        tasks = [one.strip() for one in task.split(",")]
     for one in tasks:
         suites.check(suite, name, one, options)
     for what, given in (("task", tasks), ("length", lengths)):

@@ -18,7 +18,9 @@ others wrote:
   begin with "qa", string_match_all for all others; except for names of tasks of BABILong and InfiniteBench. kvpress: the same,
   but a task of unknown name is refused, because its data sets have many other metrics.
 - max_new_tokens: the task's, as published; 128 for tasks of unknown name.
-- id: the task with the line's own number (`id` or `index`), else with how many lines stand before it.
+- length: that of the nearest folder that is named as a size (`4096`, `16k`).
+- id: the task, the folder's size where there is one, and the line's own number (`id` or `index`), else how many lines stand before
+  it.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals import babilong, infinitebench, shared
 from star_attention.evals.record import Sample
+from star_attention.plan import parse_size
 
 FORMATS = {
     "samples": ("context", "query", "answers", "metric"),
@@ -86,6 +90,35 @@ def read(path: str | Path, *, format: str | None = None) -> list[Sample]:
     if not samples:
         raise InvalidInputError(f"{path} holds no samples")
     return samples
+
+
+def read_all(paths: Sequence[str | Path], *, format: str | None = None) -> list[Sample]:
+    """The samples of several files. Where a file has an id that an earlier one has, its ids begin with the names of as many of its
+    folders as tell it from the earlier ones (or its own, in the same folder).
+
+    Raises `InvalidInputError` as `read` does, and for a file that is named twice.
+    """
+    found: list[Sample] = []
+    before: list[Path] = []
+    ids: set[str] = set()
+    for path in paths:
+        folder = Path(path).resolve().parent
+        if Path(path).resolve() in before:
+            raise InvalidInputError(f"{path} is named twice; give it once")
+        samples = read(path, format=format)
+        if any(sample.id in ids for sample in samples):
+            tails = (Path(*folder.parts[-count:]) for count in range(1, len(folder.parts) + 1))
+            tail = next((one for one in tails if not any(_ends_in(other.parent, one) for other in before)), None)
+            name = Path(path).name if tail is None else tail.as_posix()
+            samples = [replace(sample, id=f"{name}/{sample.id}") for sample in samples]
+        before.append(Path(path).resolve())
+        ids.update(sample.id for sample in samples)
+        found += samples
+    return found
+
+
+def _ends_in(folder: Path, tail: Path) -> bool:
+    return folder.parts[-len(tail.parts) :] == tail.parts
 
 
 def write(path: str | Path, samples: Iterable[Sample], *, format: str) -> None:
@@ -227,13 +260,16 @@ def _samples(row: Mapping[str, Any], format: str, path: Path, index: int) -> lis
         raise InvalidInputError(f"{', '.join(missing)} missing, which format {format} has")
     task = _text(row, "task", _task(path, format))
     number = next((row[name] for name in ("id", "index") if row.get(name) not in (None, "")), index)
-    id = number if isinstance(number, str) else f"{task}-{number}"  # numbers begin anew in every file
-    if format == "babilong":
-        return [babilong.sample_of_row(row, task=task, id=id)]
-    if format == "infinitebench":
-        return [infinitebench.sample_of_row(row, task=task, id=id)]
-    if format == "scbench":
-        return shared.samples_of_row(row, task=task, id=id)
+    size = _size_of_folder(path)
+    # (Numbers begin anew in every file.)
+    id = number if isinstance(number, str) else "-".join([task, *([str(size)] if size else []), str(number)])
+    if format in ("babilong", "infinitebench", "scbench"):
+        if format == "scbench":
+            samples = shared.samples_of_row(row, task=task, id=id)
+        else:
+            suite = babilong if format == "babilong" else infinitebench
+            samples = [suite.sample_of_row(row, task=task, id=id)]
+        return [replace(sample, length=sample.length or size) for sample in samples]
     prefix = _text(row, "answer_prefix", "")
     if format == "kvpress":
         context, query = _text(row, "context"), _text(row, "question")
@@ -253,7 +289,7 @@ def _samples(row: Mapping[str, Any], format: str, path: Path, index: int) -> lis
         Sample(
             id=id,
             task=task,
-            length=_number(row, "length", 0),
+            length=_number(row, "length", 0) or size,
             context=context,
             query=query,
             answer_prefix=prefix,
@@ -275,6 +311,15 @@ def _task(path: Path, format: str) -> str:
             )
         return str(named[0])
     return stem
+
+
+def _size_of_folder(path: Path) -> int:
+    """Tokens that the nearest folder is named by; 0 where none is."""
+    for folder in path.resolve().parents:
+        named = re.fullmatch(r"([1-9]\d*)([kK]?)", folder.name)
+        if named and (named[2] or int(named[1]) % 128 == 0):
+            return parse_size(folder.name, "length")
+    return 0
 
 
 def _known(task: str, *, strict: bool) -> tuple[str, int]:

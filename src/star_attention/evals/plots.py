@@ -6,6 +6,7 @@ attention is black and dashed in all of them.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from star_attention.plan import format_size
 
 if TYPE_CHECKING:
     from star_attention.evals.report import Results
+    from star_attention.evals.stats import Mean
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _MARKERS = "osD^vP*Xhp"
 _GREY = "#777777"
+_MOST_DEPTHS = 12
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
@@ -28,12 +31,12 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
     require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
-        "length": _length(results) if len(results.lengths) > 1 else None,
+        "length": _length(results) if sum(map(bool, results.lengths)) > 1 else None,
         "groups": _groups(results) if len(results.groups) > 1 else None,
         "blocks": _sweep(results, "block"),
         "anchors": _sweep(results, "anchor"),
         "depth": _depth(results),
-        "speed": _speed(results),
+        "speed": _speed(results) if any(map(results.is_timed, results.variants)) else None,
     }
     made = {}
     for name, figure in drawn.items():
@@ -48,19 +51,20 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
 def _length(results: Results) -> Any:
     """Overall accuracy against length, with bars of two standard errors to each side."""
     figure, axes = _figure("length, tokens", "accuracy, %")
+    lengths = [length for length in results.lengths if length]
     middle = (len(results.variants) - 1) / 2  # (side by side, so that bars do not hide one another)
     for place, variant in enumerate(results.variants):
-        found = [(length, results.compared(variant, length=length)) for length in results.lengths]
+        found = [(length, results.compared(variant, length=length)) for length in lengths]
         some = [(length, one.mean) for length, one in found if one is not None]
         axes.errorbar(
-            [results.lengths.index(length) + 0.03 * (place - middle) for length, _ in some],
+            [lengths.index(length) + 0.03 * (place - middle) for length, _ in some],
             [100 * mean.value for _, mean in some],
-            yerr=[200 * (mean.stderr or 0.0) for _, mean in some],
+            yerr=[_bar(mean) for _, mean in some],
             capsize=3,
             label=results.name(variant),
             **_look(results, variant),
         )
-    axes.set_xticks(range(len(results.lengths)), [format_size(length) for length in results.lengths])
+    axes.set_xticks(range(len(lengths)), [format_size(length) for length in lengths])
     _accuracy_axis(axes)
     _legend(axes)
     axes.set_title("mean over tasks; bars: ± two standard errors", fontsize=9, color="#444444", loc="left")
@@ -80,10 +84,13 @@ def _groups(results: Results) -> Any:
             places, heights, errors = [], [], []
             for place, group in enumerate(results.groups):
                 found = results.compared(variant, group=group, length=length)
-                if found is not None:
-                    places.append(place + (index + 0.5) * width - 0.4)
-                    heights.append(100 * found.mean.value)
-                    errors.append(200 * (found.mean.stderr or 0.0))
+                across = place + (index + 0.5) * width - 0.4
+                if found is None:
+                    axes.text(across, 1, "–", ha="center", color=_GREY)
+                    continue
+                places.append(across)
+                heights.append(100 * found.mean.value)
+                errors.append(_bar(found.mean))
             axes.bar(
                 places,
                 heights,
@@ -96,7 +103,7 @@ def _groups(results: Results) -> Any:
                 error_kw={"ecolor": _GREY, "capsize": 2, "linewidth": 1},
                 label=results.name(variant),
             )
-        axes.set_title(format_size(length) if length else "", fontsize=10, loc="left")
+        axes.set_title(format_size(length) if length else "as given", fontsize=10, loc="left")
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(0, 105)
         _plain(axes)
@@ -113,7 +120,7 @@ def _sweep(results: Results, what: str) -> Any:
     (Blocks are compared with the anchor written in the same way, so that "as large as the block" is one line: Figure 5a of the
     paper. Anchors are compared behind the same block: Figure 5b.)
     """
-    lines: dict[tuple[Any, ...], dict[int, float]] = {}
+    lines: dict[tuple[Any, ...], dict[int, Mean]] = {}
     for key, variant in results.star_variants():
         for length in results.lengths:
             speed, found = results.speed(key, length), results.compared(key, length=length)
@@ -129,7 +136,7 @@ def _sweep(results: Results, what: str) -> Any:
             else:
                 line = (length, f"block {format_size(speed.block_size)}", variant.kv_dtype)
                 size = speed.anchor_size
-            lines.setdefault(line, {})[size] = found.mean.value
+            lines.setdefault(line, {})[size] = found.mean
     lines = {line: values for line, values in lines.items() if len(values) > 1}
     if not lines:
         return None
@@ -139,16 +146,30 @@ def _sweep(results: Results, what: str) -> Any:
         shade, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
         name = ", ".join(part for part in (format_size(length) if length else "", fixed, kv) if part)
         places = [sizes.index(size) for size in sorted(values)]
-        axes.plot(places, [100 * values[size] for size in sorted(values)], color=shade, marker=marker, label=name)
+        axes.errorbar(
+            places,
+            [100 * values[size].value for size in sorted(values)],
+            yerr=[_bar(values[size]) for size in sorted(values)],
+            capsize=3,
+            color=shade,
+            marker=marker,
+            label=name,
+        )
         dense = results.compared("dense", length=length) if "dense" in results.variants else None
         if dense is not None:
             axes.axhline(100 * dense.mean.value, color=shade, linestyle="--", linewidth=1)
     if "dense" in results.variants:
         axes.plot([], [], "--", color=_GREY, linewidth=1, label="dense, same length")
     axes.set_xticks(range(len(sizes)), [format_size(size) for size in sizes])
+    axes.set_title("bars: ± two standard errors", fontsize=9, color="#444444", loc="left")
     _accuracy_axis(axes)
     _legend(axes)
     return figure
+
+
+def _bar(mean: Mean) -> float:
+    """Two standard errors in percent; NaN, which draws no bar, where there is no error."""
+    return math.nan if mean.stderr is None else 200 * mean.stderr
 
 
 def _by_length(line: tuple[tuple[Any, ...], Any]) -> tuple[int, str]:
@@ -157,12 +178,18 @@ def _by_length(line: tuple[tuple[Any, ...], Any]) -> tuple[int, str]:
 
 
 def _depth(results: Results) -> Any:
-    """Accuracy by depth of the needle (`meta["depth"]`, percent) and length, one panel a variant; None where no sample has one."""
+    """Accuracy by depth of the needle (`meta["depth"]`, percent) and length, one panel a variant; None where no sample has one.
+
+    (Many depths, as where each sample has its own, are drawn by tenths.)
+    """
+    distinct = {one.meta.get("depth") for one in results.predictions if isinstance(one.meta.get("depth"), (int, float))}
+    by_tenths = len(distinct) > _MOST_DEPTHS
     found: dict[tuple[str, float, int], list[float]] = {}
     for prediction in results.predictions:
         depth = prediction.meta.get("depth")
         if isinstance(depth, (int, float)):
-            cell = (prediction.variant, float(depth), results.length_of(prediction))
+            row = float(round(depth, -1) if by_tenths else depth)
+            cell = (prediction.variant, row, prediction.length)
             found.setdefault(cell, []).append(prediction.score)
     if not found:
         return None
@@ -197,7 +224,11 @@ def _depth(results: Results) -> Any:
         axes.spines[:].set_visible(False)
     counts = sorted({len(scores) for scores in found.values()})
     each = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    figure.supxlabel(f"length, tokens (accuracy in %, {each} samples a cell)", fontsize=9, color="#444444")
+    figure.supxlabel(
+        f"length, tokens (accuracy in %, {each} sample{'' if counts == [1] else 's'} a cell)",
+        fontsize=9,
+        color="#444444",
+    )
     figure.supylabel("depth of the needle", fontsize=9, color="#444444")
     return figure
 
@@ -205,7 +236,7 @@ def _depth(results: Results) -> Any:
 def _speed(results: Results) -> Any:
     """Accuracy against the time of a question, a point for each length."""
     figure, axes = _figure("seconds a question, with its share of the encoding", "accuracy, %")
-    for variant in results.variants:
+    for place, variant in enumerate(filter(results.is_timed, results.variants)):
         points = []
         for length in results.lengths:
             speed, found = results.speed(variant, length), results.compared(variant, length=length)
@@ -213,10 +244,15 @@ def _speed(results: Results) -> Any:
                 points.append((speed.question_s, 100 * found.mean.value, length))
         look = _look(results, variant) | {"linewidth": 0.8}
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=results.name(variant), **look)
-        for x, y, length in (points[0], points[-1])[: len(points)]:
+        for x, y, length in (*points[:1], *points[1:][-1:]):
             if length:
                 axes.annotate(
-                    format_size(length), (x, y), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center"
+                    format_size(length),
+                    (x, y),
+                    xytext=(0, (6, -12)[place % 2]),
+                    textcoords="offset points",
+                    fontsize=7,
+                    ha="center",
                 )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(_log_ticks())

@@ -6,7 +6,7 @@ import base64
 import csv
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from star_attention.demo.heatmap import MissingPackageError
 from star_attention.errors import InvalidInputError
-from star_attention.evals import runner, stats
+from star_attention.evals import babilong, infinitebench, runner, stats
 from star_attention.evals.runner import Prediction
 from star_attention.evals.stats import Difference, Mean, Scored
 from star_attention.evals.variants import Variant, parse
@@ -24,8 +24,8 @@ from star_attention.plan import format_size
 BASELINE = "dense"
 METRICS, SUMMARY, MARKDOWN, PAGE, PICTURES = "metrics.json", "summary.csv", "report.md", "report.html", "pictures"
 
-_MOST_LENGTHS = 12
-"""Data sets whose samples each have a length of their own are reported by powers of two."""
+_FOUND_PROSE = "pydoc_data.topics"
+"""What `sources.prose` names the prose that it finds by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,22 +94,25 @@ class Results:
 
     @cached_property
     def lengths(self) -> list[int]:
-        return sorted({self.length_of(prediction) for prediction in self.predictions})
+        return sorted({prediction.length for prediction in self.predictions})
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, int], set[str]]:
+        """Variants that have predictions in a cell, by its task and length."""
+        found: dict[tuple[str, int], set[str]] = {}
+        for prediction in self.predictions:
+            found.setdefault((prediction.task, prediction.length), set()).add(prediction.variant)
+        return found
+
+    @property
+    def partial(self) -> list[tuple[str, int]]:
+        """Cells that not all variants have: means over several cells leave them out."""
+        return [cell for cell, variants in self._cells.items() if len(variants) < len(self.variants)]
 
     @cached_property
     def _ordered(self) -> list[Prediction]:
         order = {cell["task"]: place for place, cell in reversed(list(enumerate(self.run["cells"])))}
         return sorted(self.predictions, key=lambda prediction: order.get(prediction.task, len(order)))
-
-    @cached_property
-    def _many_lengths(self) -> bool:
-        return len({prediction.length for prediction in self.predictions}) > _MOST_LENGTHS
-
-    def length_of(self, prediction: Prediction) -> int:
-        """The length that it is reported under; 0 where the data does not say."""
-        if not self._many_lengths or prediction.length == 0:
-            return prediction.length
-        return 1 << int(prediction.length - 1).bit_length()
 
     def name(self, variant: str) -> str:
         return parse(variant).name
@@ -127,7 +130,7 @@ class Results:
             for prediction in self._by_variant[variant]
             if (task is None or prediction.task == task)
             and (group is None or prediction.group == group)
-            and (length is None or self.length_of(prediction) == length)
+            and (length is None or prediction.length == length)
         ]
 
     @cached_property
@@ -138,11 +141,12 @@ class Results:
         return found
 
     def scored(self, predictions: Iterable[Prediction]) -> list[Scored]:
+        """(Samples on different contexts that are made of one draw say in `meta["cluster"]` that they are not independent.)"""
         return [
             Scored(
                 sample=one.sample,
-                cell=f"{one.task} {self.length_of(one)}",
-                context=one.context_sha256,
+                cell=f"{one.task} {one.length}",
+                context=str(one.meta.get("cluster", one.context_sha256)),
                 score=one.score,
                 prose=str(one.meta.get("prose_sha256", "")),
             )
@@ -157,15 +161,25 @@ class Results:
         group: str | None = None,
         length: int | None = None,
     ) -> Compared | None:
-        """One variant on some of the cells, against the baseline; None where it has no predictions there."""
+        """One variant on some of the cells, against the baseline; None where it has no predictions there.
+
+        Several cells count as far as all variants have them, so that variants side by side are measured on the same.
+        """
         key = (variant, task, group, length)
+
+        def some(of: str) -> list[Scored]:
+            found = self.some(of, task=task, group=group, length=length)
+            if task is None or length is None:
+                found = [one for one in found if len(self._cells[one.task, one.length]) == len(self.variants)]
+            return self.scored(found)
+
         if key not in self._compared:
-            mine = self.scored(self.some(variant, task=task, group=group, length=length))
+            mine = some(variant)
             if not mine:
                 return None
             difference, unpaired = None, None
             if variant != self.baseline:
-                theirs = self.scored(self.some(self.baseline, task=task, group=group, length=length))
+                theirs = some(self.baseline)
                 try:
                     difference = stats.paired(mine, theirs)
                 except InvalidInputError as error:
@@ -200,8 +214,17 @@ class Results:
     @property
     def missing(self) -> int:
         """Predictions that the run still lacks."""
-        wanted: int = sum(cell["samples"] for cell in self.run["cells"]) - len(self.run["skipped"])
-        return max(0, wanted * len(self.run["variants"]) - len(self.predictions))
+        wanted: int = sum(cell["samples"] for variant in self.run["variants"].values() for cell in variant["cells"])
+        return max(0, wanted - len(self.predictions))
+
+    def prose(self, *, task: str) -> str:
+        """Of a task, by name; "" where its samples have none."""
+        named = {str(one.meta["prose"]) for one in self.predictions if one.task == task and "prose" in one.meta}
+        return ", ".join(sorted(named))
+
+    def is_timed(self, variant: str) -> bool:
+        """(Ablations of the anchor go through code that is not made to be fast.)"""
+        return not parse(variant).ablates
 
 
 def write(folder: str | Path) -> list[Path]:
@@ -265,7 +288,9 @@ def short(results: Results) -> list[str]:
     lines = []
     for variant in results.variants:
         found = results.compared(variant)
-        assert found is not None
+        if found is None:
+            lines.append(f"{results.name(variant)}: – (no task and length that all variants have)")
+            continue
         line = f"{results.name(variant)}: {accuracy(found.mean)}"
         if variant != results.baseline:
             line += f"; against {results.name(results.baseline)} {told(found)}"
@@ -320,8 +345,9 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
             )
         )
     cells = [
-        (f"{task}, {length_name(length)}", {"task": task, "length": length})
+        (f"{task}, {length_name(length)}{f' ({prose})' if prose else ''}", {"task": task, "length": length})
         for task in results.tasks
+        for prose in (results.prose(task=task),)
         for length in results.lengths
     ]
     sections.append(Section(title="By task and length", table=_table(results, cells)))
@@ -359,6 +385,21 @@ def _warnings(results: Results) -> list[str]:
         found.append(
             f"This run is not complete: {results.missing:,} predictions are missing; run the same command again."
         )
+    if results.partial:
+        named = ", ".join(f"{task} at {length_name(length)}" for task, length in results.partial)
+        found.append(f"Not all variants have {named}: means over several tasks or lengths leave that out.")
+    if any(_FOUND_PROSE in results.prose(task=task) for task in results.tasks):
+        found.append(
+            f"Tasks marked {_FOUND_PROSE} stand in prose of the running Python, without --essays or --background: such numbers"
+            " are no RULER or BABILong numbers."
+        )
+    ours = [task for task in results.tasks if task in (*babilong.TASKS, *infinitebench.KINDS)]
+    if ours:
+        found.append(
+            f"{', '.join(ours)}: prompts of our own, so that these are no numbers of BABILong or InfiniteBench."
+        )
+    for names, length in _repeated(results):
+        found.append(f"{' and '.join(names)} have the same blocks and anchor at {length_name(length)}.")
     for variant in results.variants:
         some = results.some(variant)
         empty = sum(not one.prediction.strip() for one in some)
@@ -375,6 +416,19 @@ def _warnings(results: Results) -> list[str]:
     return found
 
 
+def _repeated(results: Results) -> list[tuple[list[str], int]]:
+    """Variants whose sizes come out the same, with the length at which they do."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for key in results.variants:
+        variant = parse(key)
+        for length in results.lengths if variant.has_blocks else ():
+            speed = results.speed(key, length)
+            if speed is not None:
+                other = replace(variant, block_size=None, anchor_size=None)
+                found.setdefault((length, other, speed.block_size, speed.anchor_size), []).append(variant.name)
+    return [(names, length) for (length, *_), names in found.items() if len(names) > 1]
+
+
 def _table(results: Results, rows: list[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, ...], ...]:
     """Each row some cells, with the accuracy of each variant and, behind them, the differences."""
     others = [variant for variant in results.variants if variant != results.baseline]
@@ -384,6 +438,8 @@ def _table(results: Results, rows: list[tuple[str, dict[str, Any]]]) -> tuple[tu
         found = {variant: results.compared(variant, **cells) for variant in results.variants}
         counts = {one.mean.n for one in found.values() if one is not None}
         if not counts:
+            if any(results.some(variant, **cells) for variant in results.variants):
+                lines.append((f"{title} (no cell that all variants have)", *("–",) * (len(head) - 1)))
             continue
         n = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
         means = ["–" if one is None else accuracy(one.mean) for one in found.values()]
@@ -405,7 +461,7 @@ def _difference(found: Compared | None) -> str:
 
 def _speeds(results: Results) -> tuple[tuple[str, ...], ...]:
     lines = [("", "length", "blocks", "block", "anchor", "encode s", "answer s", "question s", "peak GiB")]
-    for variant in results.variants:
+    for variant in filter(results.is_timed, results.variants):
         for length in results.lengths:
             speed = results.speed(variant, length)
             if speed is not None:
@@ -431,12 +487,16 @@ def _facts(results: Results) -> tuple[tuple[str, ...], ...]:
     def all_of(name: str) -> str:
         return ", ".join(dict.fromkeys(str(session[name]) for session in sessions))
 
+    options = [*settings["options"].items(), *(item for session in sessions for item in session["options"].items())]
+
     facts = {
         "suite": settings["suite"],
-        "options": ", ".join(f"{name}={value}" for name, value in settings["options"].items()) or "none",
+        "options": ", ".join(dict.fromkeys(f"{name}={value}" for name, value in options)) or "none",
         "seed": settings["seed"],
         "chat template": "yes" if settings["chat"] else "no",
         "decoding": settings["decoding"],
+        "max_new_tokens": settings["max_new_tokens"] or "each sample's own",
+        "reserve_tokens": settings["reserve_tokens"],
         "prose": ", ".join(f"{name} ({sha})" for name, sha in results.run["prose"].items()) or "none",
         "model": all_of("model"),
         "precision": settings["model"]["dtype"],
@@ -455,7 +515,7 @@ def _facts(results: Results) -> tuple[tuple[str, ...], ...]:
 
 def _summary(results: Results) -> list[tuple[Any, ...]]:
     head = ("task", "length", "variant", "n", "accuracy", "stderr", "empty", "baseline", "difference", "low", "high")
-    lines: list[tuple[Any, ...]] = [(*head, "verdict", "question_s")]
+    lines: list[tuple[Any, ...]] = [(*head, "verdict", "question_s", "prose")]
     for task in results.tasks:
         for length in results.lengths:
             for variant in results.variants:
@@ -470,7 +530,20 @@ def _summary(results: Results) -> list[tuple[Any, ...]]:
                 empty = sum(not prediction.prediction.strip() for prediction in some)
                 seconds = median(prediction.question_s for prediction in some)
                 mean = found.mean
-                lines.append((task, length, variant, mean.n, mean.value, mean.stderr, empty, *beside, seconds))
+                lines.append(
+                    (
+                        task,
+                        length,
+                        variant,
+                        mean.n,
+                        mean.value,
+                        mean.stderr,
+                        empty,
+                        *beside,
+                        seconds,
+                        results.prose(task=task),
+                    )
+                )
     return lines
 
 

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -35,10 +36,18 @@ from star_attention.hf import identity
 from star_attention.hf.text import context_ids, query_ids
 
 RUN, PREDICTIONS = "run.json", "predictions.jsonl"
-FORMAT = 1
+FORMAT = 2
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 """The most likely token, whatever the model's own generation settings say."""
 
+SOURCES = ("files", "format", "essays", "squad", "hotpot", "background", "depths")
+"""Options that say where samples are from or which there are: they may change from one session to the next, since a sample that is
+there already is known by its hash."""
+
+_KEYS = ("settings", "settings_sha256", "cells", "variants", "skipped", "prose", "sessions")
+"""Of run.json, beside its format."""
+_ODD_LENGTHS = 3
+"""So many lengths of a task that are not round are taken as meant; with more, they are each sample's own count."""
 _TOLD_EVERY_S = 5.0
 
 Progress = Callable[[str], None]
@@ -130,9 +139,10 @@ def run(
 
     star: a loaded model; its own method and sizes do not count, its other settings do. On several ranks, rank 0's other arguments
     count.
-    suite, options, seed: where the samples are from, for the record (seed is also that of random anchors). chat: context and query
-    as one user message of the model's chat template. max_new_tokens: of an answer, in place of the samples' own numbers. limit: so
-    many samples of each task and length, the first ones. skip_too_long: leave out, and list, what the model has no positions for.
+    suite, options, seed: where the samples are from, for the record (seed is also that of random anchors). Shares of the length are
+    of what samples were made for, and for the suite "files" of the context's tokens. chat: context and query as one user message of
+    the model's chat template. max_new_tokens: of an answer, in place of the samples' own numbers. limit: so many samples of each
+    task, length and depth, the first ones. skip_too_long: leave out, and list, what the model has no positions for.
 
     Answers are greedy and end at an end-of-sequence token. More samples and variants may be added to a folder later.
 
@@ -145,16 +155,17 @@ def run(
         prepared.append(
             _prepare(
                 star,
-                _limited(list(samples), limit),
+                _limited(with_nominal_lengths(list(samples)), limit),
                 list(variants),
                 Path(out),
                 settings={
                     "suite": suite,
-                    "options": dict(options or {}),
+                    "options": {name: value for name, value in (options or {}).items() if name not in SOURCES},
                     "seed": seed,
                     "chat": chat,
                     "max_new_tokens": max_new_tokens,
                 },
+                sources={name: value for name, value in (options or {}).items() if name in SOURCES},
                 skip_too_long=skip_too_long,
             )
         )
@@ -359,16 +370,39 @@ def clock(seconds: float) -> str:
 # ------------------------------------------------------------------------------------------------- before the first answer
 
 
+def with_nominal_lengths(samples: list[Sample]) -> list[Sample]:
+    """Samples with the length that they are reported under.
+
+    In data sets where each sample has its own count of tokens, that is the power of two at or above it (or up to 3 % below, as
+    counts of another tokenizer may be); all other lengths stay.
+    """
+    odd: dict[str, set[int]] = {}
+    for sample in samples:
+        if sample.length % 128 and sample.length % 500:
+            odd.setdefault(sample.task, set()).add(sample.length)
+    return [
+        replace(sample, length=_power_of_two(sample.length))
+        if sample.length and len(odd.get(sample.task, ())) > _ODD_LENGTHS
+        else sample
+        for sample in samples
+    ]
+
+
+def _power_of_two(length: int) -> int:
+    below = 1 << (length.bit_length() - 1)
+    return below if length <= 1.03 * below else 2 * below
+
+
 def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
-    """The first so many of each task and length; ids are unique."""
+    """The first so many of each task, length and depth; ids are unique."""
     seen: set[str] = set()
-    counts: dict[tuple[str, int], int] = {}
+    counts: dict[tuple[str, int, str], int] = {}
     kept = []
     for sample in samples:
         if sample.id in seen:
             raise InvalidInputError(f"two samples have the id {sample.id!r}; give each its own")
         seen.add(sample.id)
-        cell = (sample.task, sample.length)
+        cell = (sample.task, sample.length, str(sample.meta.get("depth")))
         counts[cell] = counts.get(cell, 0) + 1
         if limit is None or counts[cell] <= limit:
             kept.append(sample)
@@ -384,14 +418,24 @@ def _prepare(
     out: Path,
     *,
     settings: dict[str, Any],
+    sources: Mapping[str, Any],
     skip_too_long: bool,
 ) -> _Prepared:
     if not variants:
         raise InvalidInputError("there are no variants to run; give at least one method")
     if star.tokenizer is None:
         raise InvalidInputError("samples are text, and this model has no tokenizer; give one to StarLLM")
+    ablated = next((variant for variant in variants if variant.ablates), None)
+    if ablated is not None and (star._comm.size > 1 or star._handle.rotaries):
+        raise InvalidInputError(
+            f"variant {ablated.key!r} changes the anchor, which works on one rank alone and only where rotary frequencies do not"
+            " depend on the length; leave such variants out"
+        )
     settings = settings | {
         "decoding": "greedy",
+        "reserve_tokens": star.config.reserve_tokens,
+        "ranks": star.num_ranks,
+        "device": star.device.type,
         "versions": {
             "star_attention": __version__,
             "torch": torch.__version__,
@@ -400,7 +444,10 @@ def _prepare(
         "model": _plain(star._identity()),
     }
     digest = _sha256(_canonical(settings))[:12]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InvalidInputError(f"{out} is no folder; give another one with --out") from None
     before = _read_run(out)
     if before is not None:
         _check_same(out, before, settings)
@@ -409,8 +456,11 @@ def _prepare(
         found = list(read_predictions(out, whole=False))
         _check_found(out, found, samples, digest)
         lengths, skipped = _measured(star, samples, settings, skip_too_long=skip_too_long)
-        jobs = _jobs(samples, variants, lengths, {prediction.key for prediction in found})
-        _write_run(star, out, before, settings, digest, samples, variants, jobs, skipped)
+        own = settings["suite"] == "files"  # (whose lengths are counts of other tokenizers)
+        jobs = _jobs(samples, variants, lengths, {prediction.key for prediction in found}, own_lengths=own)
+        meant = [samples[index] for index in lengths]
+        cells = {variant.key: _cells(before, variant.key, meant, found) for variant in variants}
+        _write_run(star, out, before, settings, digest, samples, variants, jobs, skipped, cells, sources)
     except BaseException:
         file.close()
         raise
@@ -433,9 +483,12 @@ def _measured(
             )
         if chat and not sample.query:
             raise InvalidInputError(f"sample {sample.id} has no query, which a chat needs; leave --chat out")
-        score(
-            "", sample
-        )  # (an unknown metric, or answers that it cannot read, are found now and not after the first answer)
+        # (An unknown metric, or answers that it cannot read, are found now and not after the first answer.)
+        if score("", sample) > 0:
+            raise InvalidInputError(
+                f"sample {sample.id} counts an empty answer as right (answers {list(sample.answers)!r}, metric {sample.metric});"
+                " give answers that are not empty"
+            )
         answer = settings["max_new_tokens"] or sample.max_new_tokens
         if answer < 1:
             raise InvalidInputError(f"sample {sample.id} has max_new_tokens 0; give --max-new-tokens")
@@ -466,16 +519,25 @@ def _measured(
 
 
 def _jobs(
-    samples: list[Sample], variants: list[Variant], lengths: dict[int, int], known: set[tuple[str, str]]
+    samples: list[Sample],
+    variants: list[Variant],
+    lengths: dict[int, int],
+    known: set[tuple[str, str]],
+    *,
+    own_lengths: bool,
 ) -> list[_Job]:
-    """Consecutive samples on one context are one job of each variant; a context that is all answered is none."""
+    """Consecutive samples on one context are one job of each variant; a context that is all answered is none.
+
+    own_lengths: shares are of the context's tokens, whatever length the samples state.
+    """
     jobs = []
     for _, group in groupby(lengths, key=lambda index: (samples[index].context, samples[index].length)):
         indices = list(group)
         first = samples[indices[0]]
         for number, variant in enumerate(variants):
             # (A share is of the length that a sample was made for, so that blocks are the same for all of that length.)
-            sizes = variant.sizes(max(first.length, lengths[indices[0]]))
+            tokens = lengths[indices[0]]
+            sizes = variant.sizes(tokens if own_lengths else max(first.length, tokens))
             left = tuple(index for index in indices if (samples[index].id, variant.key) not in known)
             if left:
                 jobs.append(
@@ -484,10 +546,22 @@ def _jobs(
                         sizes=sizes,
                         samples=left,
                         sharing=len(indices),
-                        tokens=lengths[indices[0]],
+                        tokens=tokens,
                     )
                 )
     return jobs
+
+
+def _cells(
+    before: Mapping[str, Any] | None, variant: str, meant: list[Sample], found: list[Prediction]
+) -> list[dict[str, Any]]:
+    """How many samples of each task and length a variant has to answer: in earlier sessions or now."""
+    made = {one.sample: (one.task, one.length) for one in found if one.variant == variant}
+    now = Counter([*made.values(), *((one.task, one.length) for one in meant if one.id not in made)])
+    earlier = [] if before is None or variant not in before["variants"] else before["variants"][variant]["cells"]
+    counts = Counter({(cell["task"], cell["length"]): cell["samples"] for cell in earlier})
+    counts |= now
+    return [{"task": task, "length": length, "samples": count} for (task, length), count in counts.items()]
 
 
 # ------------------------------------------------------------------------------------------------- the folder
@@ -507,8 +581,12 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise InvalidInputError(f"{path} has format {found['format']}, this version reads {FORMAT}")
+        missing = [name for name in _KEYS if name not in found]
+        missing += [name for name in ("suite", "options", "model") if not missing and name not in found["settings"]]
+        if missing:
+            raise InvalidInputError(f"{path} is damaged ({', '.join(missing)} missing); give another folder")
         return dict(found)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except InvalidInputError:
         raise
@@ -616,6 +694,8 @@ def _write_run(
     variants: list[Variant],
     jobs: list[_Job],
     skipped: list[dict[str, Any]],
+    cells: Mapping[str, list[dict[str, Any]]],
+    sources: Mapping[str, Any],
 ) -> None:
     """run.json anew, with all that earlier calls said; in one move, so that a kill leaves the old one."""
     before = before or {"cells": [], "variants": {}, "skipped": [], "prose": {}, "sessions": []}
@@ -627,17 +707,14 @@ def _write_run(
         counts[cell] = max(count, counts.get(cell, 0))
     plans = {name: dict(told) for name, told in before["variants"].items()}
     for variant in variants:
-        plans.setdefault(variant.key, {"name": variant.name, "plans": []})
+        plans.setdefault(variant.key, {"name": variant.name, "plans": []})["cells"] = cells[variant.key]
     for job in jobs:
         told = plans[variants[job.variant].key]["plans"]
         engine = engine_of(star, variants[job.variant], job.sizes)
         plan = engine._plan(job.tokens)
-        line = {
-            "length": samples[job.samples[0]].length,
-            "block_size": plan.block_size,
-            "anchor_size": plan.anchor_size,
-            "ranks": plan.ranks,
-        }
+        line: dict[str, Any] = {"length": samples[job.samples[0]].length, "ranks": plan.ranks}
+        if variants[job.variant].has_blocks:
+            line |= {"block_size": plan.block_size, "anchor_size": plan.anchor_size}
         if line not in told:
             told.append(line)
     prose = before["prose"] | {
@@ -652,6 +729,7 @@ def _write_run(
         "hardware": machine.hardware(star.device),
         "ranks": star.num_ranks,
         "git": machine.git_revision(),
+        "options": dict(sources),
         "answers": sum(len(job.samples) for job in jobs),
     }
     told_skipped = {one["sample"]: one for one in [*before["skipped"], *skipped]}
@@ -683,4 +761,5 @@ def _sha256(text: str) -> str:
 
 
 def _sample_sha256(sample: Sample) -> str:
-    return _sha256(_canonical(sample.as_dict()))
+    """Of all of a sample but its length, which is named by what other samples there are."""
+    return _sha256(_canonical(sample.as_dict() | {"length": 0}))

@@ -15,6 +15,8 @@ import torch
 from star_attention.errors import InvalidInputError
 
 RESAMPLES = 4000
+LEAST = 6
+"""Contexts of a cell: with fewer, errors and intervals say less than they seem to, and are None."""
 LEVEL = 0.95
 _DRAWS = 4_000_000
 """Random numbers held at once."""
@@ -33,7 +35,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """stderr: None where there are fewer than two contexts. contexts: independent ones among the `n` samples."""
+    """stderr: None where a cell has fewer than `LEAST` contexts. contexts: independent ones among the `n` samples."""
 
     value: float
     stderr: float | None
@@ -43,7 +45,7 @@ class Mean:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Mean of one method minus that of another. low, high: the 95 % interval; None where a cell has fewer than two contexts."""
+    """Mean of one method minus that of another. low, high: the 95 % interval; None where a cell has fewer than `LEAST` contexts."""
 
     value: float
     low: float | None
@@ -98,7 +100,7 @@ def paired(
     cells = [_clusters(cell) for cell in _by_cell(differences).values()]
     value = math.fsum(_mean(cell) for cell in cells) / len(cells)
     n = len(differences)
-    if any(len(cell) < 2 for cell in cells):
+    if any(len(cell) < LEAST for cell in cells):
         return Difference(value=value, low=None, high=None, n=n)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(resamples, dtype=torch.float64)
@@ -152,7 +154,7 @@ def _mean(cell: list[tuple[float, int]]) -> float:
 
 def _stderr(cell: list[tuple[float, int]]) -> float | None:
     clusters = len(cell)
-    if clusters < 2:
+    if clusters < LEAST:
         return None
     middle, n = _mean(cell), sum(count for _, count in cell)
     squares = math.fsum((total - count * middle) ** 2 for total, count in cell)

@@ -45,7 +45,7 @@ class Variant:
             raise InvalidInputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise InvalidInputError(f"kv_dtype {self.kv_dtype!r} is unknown; choose {', '.join(KV_DTYPES)}, or none")
-        if self.method not in _BLOCKED and (self.block_size, self.anchor_size) != (None, None):
+        if not self.has_blocks and (self.block_size, self.anchor_size) != (None, None):
             raise InvalidInputError(f"method {self.method!r} takes no block and no anchor; leave the sizes out")
         if self.ablates:
             if self.method != "star":
@@ -65,6 +65,11 @@ class Variant:
             raise SizeError("anchor_size '=' is as large as the block; give a block_size with it")
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether the method has a block size and an anchor size (or window and sinks)."""
+        return self.method in _BLOCKED
+
+    @property
     def ablates(self) -> bool:
         """Whether blocks are encoded behind an anchor of another kind."""
         return (self.anchor, self.anchor_positions) != (None, None)
@@ -82,7 +87,8 @@ class Variant:
         """For tables and pictures: "dense", "star b=/4 a=1k"."""
         sizes = [("b", self.block_size), ("a", self.anchor_size)]
         if self.method == "streaming_llm":
-            sizes = [("window", self.block_size), ("sinks", self.anchor_size)]
+            sinks = self.block_size if self.anchor_size == SAME else self.anchor_size
+            sizes = [("window", self.block_size), ("sinks", sinks)]
         words = [f"{word}={_written(size)}" for word, size in sizes if size is not None]
         words += [f"{word}={value}" for word, name in _WORDS.items() if (value := getattr(self, name)) is not None]
         return " ".join([self.method, *words])
@@ -126,7 +132,9 @@ def parse(text: str) -> Variant:
 
 
 def parse_all(text: str) -> list[Variant]:
-    """Several, with commas between. Raises `InvalidInputError` for one that is named twice."""
+    """Several, with commas between. Raises `InvalidInputError` for one that is named twice, or empty."""
+    if not all(part.strip() for part in text.split(",")):
+        raise InvalidInputError(f"variants {text!r} have an empty one; give methods with single commas between")
     found = [parse(part) for part in text.split(",")]
     for index, variant in enumerate(found):
         if variant in found[:index]:
