@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from star_attention.comm import Comm
 from star_attention.errors import OutOfMemoryError, StarAttentionError
-from star_attention.hf.cache import AnchorLink, EncodeCache
+from star_attention.hf.cache import AnchorLink, EncodeCache, SpanCache
 from star_attention.hf.compiled import FULL
 from star_attention.hf.handle import ModelHandle
 from star_attention.hf.probe import Kept
@@ -129,7 +128,7 @@ def anchor_spans(plan: BlockPlan, budget: int) -> Iterator[Span]:
 
 
 class Forwards:
-    """Runs spans of one batch of contexts through the decoder; a cache has a `span` and `layers` with their `stores`."""
+    """Runs spans of one batch of contexts through the decoder."""
 
     def __init__(
         self,
@@ -144,7 +143,7 @@ class Forwards:
         self._handle, self._ids_BL, self._plan, self._comm = handle, ids_BL, plan, comm
         self._tokens_per_forward, self._rope_length, self._progress = tokens_per_forward, rope_length, progress
 
-    def run(self, cache: Any, spans: Iterable[Span]) -> None:
+    def run(self, cache: SpanCache, spans: Iterable[Span]) -> None:
         handle, plan = self._handle, self._plan
         with explained(lambda: self._out_of_memory(cache)):
             held = sum(stop - start for start, stop in plan.layout[self._comm.host])
@@ -172,19 +171,13 @@ class Forwards:
                 return tokens
         return None
 
-    def _out_of_memory(self, cache: Any) -> str:
+    def _out_of_memory(self, cache: SpanCache) -> str:
         return (
             f"out of memory in phase 1 after {cache.span.start:,} of {self._plan.context_tokens:,} context tokens, with"
             f" {cache.span.tokens * self._ids_BL.shape[0]:,} tokens in one forward: lower tokens_per_forward (now"
             f" {self._tokens_per_forward:,}; it sets the working memory), keep keys and values in fp8 (kv_dtype) or in the host's"
-            f" memory (kv_device), or encode a shorter context (they take {_bytes_per_token(cache):,} bytes a token here)"
+            f" memory (kv_device), or encode a shorter context (they take {cache.bytes_per_token:,} bytes a token here)"
         )
-
-
-def _bytes_per_token(cache: Any) -> int:
-    """Bytes of what is kept so far, for each token of all contexts."""
-    stores = [store for layer in cache.layers for store in layer.stores]
-    return sum(int(store.nbytes) for store in stores) // max(1, int(cache.layers[0].kv.tokens))
 
 
 # ------------------------------------------------------------------------------------------------- the anchor's way

@@ -114,8 +114,14 @@ def hardware(text: str) -> Hardware:
 
 
 def calibrated(base: Hardware, samples: Sequence[tuple[Flops, float]]) -> Hardware:
-    """The same with rates for which `linear / matrix + attention / attention` fits measured seconds best (least squares of the
-    relative errors).
+    """The same with the rates of measured seconds (`fitted`)."""
+    matrix, attention = fitted(samples)
+    return replace(base, matrix=matrix, attention=attention, name=f"{base.name}, calibrated")
+
+
+def fitted(samples: Sequence[tuple[Flops, float]]) -> tuple[float, float]:
+    """Rates of linear layers and of attention for which `linear / rate + attention / rate` fits measured seconds best (least
+    squares of the relative errors).
 
     Raises `InvalidInputError` where the samples do not tell the two rates apart.
     """
@@ -130,7 +136,7 @@ def calibrated(base: Hardware, samples: Sequence[tuple[Flops, float]]) -> Hardwa
             "these measurements do not tell the rates of linear layers and attention apart; measure dense attention at two"
             " lengths or more"
         )
-    return replace(base, matrix=determinant / x, attention=determinant / y, name=f"{base.name}, calibrated")
+    return determinant / x, determinant / y
 
 
 @dataclass(frozen=True, kw_only=True)

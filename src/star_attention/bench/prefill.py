@@ -138,10 +138,10 @@ def _extrapolated(method: str, flops: Flops, rows: list[Row], context: int) -> R
     runs = [one for one in rows if one.method == method and one.seconds is not None and not one.extrapolated][-2:]
     parts = [(Flops(linear=one.linear_flops, attention=one.attention_flops), one.seconds or 0.0) for one in runs]
     try:
-        rates = scale.calibrated(scale.HARDWARE["h200-nvlink"], parts)
+        matrix, attention = scale.fitted(parts)
     except InvalidInputError:
         return Row(**row, failed="not two runs to extrapolate from")
-    seconds = flops.linear / rates.matrix + flops.attention / rates.attention
+    seconds = flops.linear / matrix + flops.attention / attention
     return Row(**row, seconds=seconds, linear_flops=flops.linear, attention_flops=flops.attention)
 
 

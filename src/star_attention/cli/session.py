@@ -63,7 +63,9 @@ def encode_text(star: StarLLM, text: str, notes: Notes, *, chat: bool) -> Encode
     if not chat and getattr(star.tokenizer, "chat_template", None):
         notes.say("the text goes in as it is; this model has a chat template, which --chat uses")
     if chat:
-        content = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        from star_attention.hf.chat import user_message
+
+        content = user_message(text)
     with notes.progress(star.rank_progress) as progress:
         context: EncodedContext = star.encode(content, progress=progress)
     return context

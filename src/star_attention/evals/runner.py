@@ -272,7 +272,7 @@ def content_of(sample: Sample | None, *, chat: bool) -> Any:
     """What `StarLLM.encode` takes; as a chat, a user message that stays open for the query."""
     if sample is None or not chat:
         return None if sample is None else sample.context
-    return [{"role": "user", "content": [{"type": "text", "text": sample.context}]}]
+    return chats.user_message(sample.context)
 
 
 def chat_tokens(tokenizer: Any) -> int:
@@ -282,7 +282,7 @@ def chat_tokens(tokenizer: Any) -> int:
     """
     context, query = "A context.\n", "A question?"
     plain = len(context_ids(tokenizer, context)) + len(query_ids(tokenizer, query))
-    opened = chats.open_context(tokenizer, [{"role": "user", "content": [{"type": "text", "text": context}]}])
+    opened = chats.open_context(tokenizer, chats.user_message(context))
     tail = chats.continue_context(tokenizer, opened, query)
     rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
     return max(0, rendered - plain) + 2  # (where words meet the template, a token more on each side)

@@ -170,15 +170,44 @@ class AnchorLink:
         """A layer is about to read the anchor; returns when it is there."""
 
 
-class _EncodePlace(_Place):
-    def __init__(self, plan: BlockPlan, link: AnchorLink) -> None:
+class SpanPlace(_Place):
+    """Of a cache that encodes a plan's context one span after another."""
+
+    def __init__(self, plan: BlockPlan) -> None:
         self.plan = plan
-        self.link = link
         self.span = Span(start=0, stop=0, block_start=0)
 
     @property
     def seen_tokens(self) -> int:
         return self.span.start
+
+
+class SpanCache(StarCache):
+    """Phase 1, one `span` a forward; its layers write into `stores`, one for each context of a batch."""
+
+    place: SpanPlace
+
+    @property
+    def span(self) -> Span:
+        """What the current forward encodes."""
+        return self.place.span
+
+    @span.setter
+    def span(self, span: Span) -> None:
+        self.place.span = span
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of what is kept so far, for each token of all contexts."""
+        stores = [store for layer in self.layers for store in layer.stores]
+        held: int = self.layers[0].kv.tokens
+        return sum(int(store.nbytes) for store in stores) // max(1, held)
+
+
+class _EncodePlace(SpanPlace):
+    def __init__(self, plan: BlockPlan, link: AnchorLink) -> None:
+        super().__init__(plan)
+        self.link = link
 
 
 class EncodeLayer(_StarLayer):
@@ -255,7 +284,7 @@ class EncodeLayer(_StarLayer):
         )
 
 
-class EncodeCache(StarCache):
+class EncodeCache(SpanCache):
     """Phase 1: each forward is one `span` of the plan, for one context or several of equal length.
 
     anchors: where the anchor is kept on ranks whose shard does not hold it, or not as it was computed; link: how it gets there.
@@ -283,16 +312,6 @@ class EncodeCache(StarCache):
             for index, window in enumerate(windows)
         ]
         super().__init__(layers, place, comm)
-
-    @property
-    def span(self) -> Span:
-        """What the current forward encodes."""
-        span: Span = self.place.span
-        return span
-
-    @span.setter
-    def span(self, span: Span) -> None:
-        self.place.span = span
 
 
 class _AnswerPlace(_Place):

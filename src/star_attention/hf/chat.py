@@ -47,6 +47,11 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
 
 
+def user_message(text: str) -> list[Message]:
+    """A text as messages: the first part of a user message, which stays open for the query."""
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
 def open_context(tokenizer: Any, messages: list[Message]) -> ChatContext:
     """Render messages as a context.
 

@@ -17,25 +17,15 @@ from torch import Tensor
 from star_attention.attention.attend import Rule, attend
 from star_attention.attention.state import State, merge
 from star_attention.comm import Comm
-from star_attention.hf.cache import StarCache, _Place, _StarLayer
-from star_attention.plan import BlockPlan, Span
+from star_attention.hf.cache import SpanCache, SpanPlace, _by_token, _StarLayer
+from star_attention.plan import BlockPlan
 from star_attention.store import ContextKV, LayerKV, Pair
 
 
-class _WindowPlace(_Place):
-    def __init__(self, plan: BlockPlan) -> None:
-        self.plan = plan
-        self.span = Span(start=0, stop=0, block_start=0)
-
-    @property
-    def seen_tokens(self) -> int:
-        return self.span.start
-
-
 class WindowLayer(_StarLayer):
-    place: _WindowPlace
+    place: SpanPlace
 
-    def __init__(self, index: int, place: _WindowPlace, window: int | None, stores: list[LayerKV]) -> None:
+    def __init__(self, index: int, place: SpanPlace, window: int | None, stores: list[LayerKV]) -> None:
         super().__init__(index, place, window)
         self.stores = stores  # one per context of the batch, written at the end
         self._new: Pair | None = None  # of the forward that runs, or ran last
@@ -73,7 +63,7 @@ class WindowLayer(_StarLayer):
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         size, start = self.place.plan.block_size, self.place.span.start
-        sinks, recent = _by_token(self._sinks), _by_token(self._recent)
+        sinks, recent = (None if pair is None else _by_token(pair) for pair in (self._sinks, self._recent))
         if self.kv.expands:
             a = 0 if sinks is None else sinks[0].shape[1]
             r = 0 if recent is None else recent[0].shape[1]
@@ -110,29 +100,16 @@ def _joined(before: Pair | None, new: Pair) -> Pair:
     return new if before is None else (torch.cat([before[0], new[0]], 2), torch.cat([before[1], new[1]], 2))
 
 
-def _by_token(pair: Pair | None) -> Pair | None:
-    return None if pair is None else (pair[0].transpose(1, 2), pair[1].transpose(1, 2))
-
-
-class WindowCache(StarCache):
-    """Phase 1 for one context or several of equal length; `span` is what a forward encodes."""
+class WindowCache(SpanCache):
+    """Phase 1 for one context or several of equal length."""
 
     def __init__(self, plan: BlockPlan, stores: list[ContextKV], windows: list[int | None], comm: Comm) -> None:
-        place = _WindowPlace(plan)
+        place = SpanPlace(plan)
         layers: list[Any] = [
             WindowLayer(index, place, window, [store.layers[index] for store in stores])
             for index, window in enumerate(windows)
         ]
         super().__init__(layers, place, comm)
-
-    @property
-    def span(self) -> Span:
-        span: Span = self.place.span
-        return span
-
-    @span.setter
-    def span(self, span: Span) -> None:
-        self.place.span = span
 
     def finish(self) -> None:
         for layer in self.layers:

@@ -16,7 +16,7 @@ from star_attention.hf.handle import ModelHandle
 from star_attention.hf.ring import RingCache
 from star_attention.methods.dense import Dense
 from star_attention.plan import BlockPlan, Segments, ring_layout
-from star_attention.store import ContextKV, Keeping
+from star_attention.store import ContextKV
 
 
 class Ring(Dense):
@@ -38,7 +38,7 @@ class Ring(Dense):
         if sum(bool(segments) for segments in layout) == 1:  # one rank, or next to nothing to deal out
             return super().encode(handle, ids_BL, plan, comm, config, rope_length=rope_length, progress=progress)
         own = layout[comm.host]
-        keeping = Keeping(dtype=config.kv_dtype, device=config.kv_device)
+        keeping = self.keeping(config)
         stores = [phase1.empty(handle, own, comm, keeping) for _ in range(ids_BL.shape[0])]
         comm.tick(f"phase 1, ring over {plan.context_tokens:,} tokens")
         comm.progress(0, sum(stop - start for start, stop in own))

@@ -19,6 +19,9 @@ class Star:
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]:
         return plan.layout
 
+    def keeping(self, config: StarConfig) -> Keeping:
+        return Keeping(dtype=config.kv_dtype, device=config.kv_device)
+
     def sight(self, plan: BlockPlan) -> Sight | None:
         return None
 
@@ -41,6 +44,6 @@ class Star:
             tokens_per_forward=config.forward_size(handle.device.type),
             rope_length=rope_length,
             anchor_source=config.anchor_source,
-            keeping=Keeping(dtype=config.kv_dtype, device=config.kv_device),
+            keeping=self.keeping(config),
             progress=progress,
         )

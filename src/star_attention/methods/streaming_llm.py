@@ -17,7 +17,7 @@ from star_attention.hf.handle import ModelHandle
 from star_attention.hf.window import WindowCache
 from star_attention.methods.star import Star
 from star_attention.plan import BlockPlan, Segments, Span, resolve_sizes
-from star_attention.store import ContextKV, Keeping, Sight
+from star_attention.store import ContextKV, Sight
 
 SINKS = 4
 """Enough, by the StreamingLLM paper's table 2."""
@@ -53,7 +53,7 @@ class StreamingLLM(Star):
         rope_length: int | None,
         progress: phase1.Progress | None,
     ) -> list[ContextKV]:
-        keeping = Keeping(dtype=config.kv_dtype, device=config.kv_device)
+        keeping = self.keeping(config)
         held, size = self.layout(config, plan)[0], config.forward_size(handle.device.type)
         expands: list[bool | None] = [None] * len(handle.windows)
         stores = [ContextKV.empty(held, expands, keeping, sight=self.sight(plan)) for _ in ids_BL]
