@@ -260,7 +260,7 @@ class Run:
 
     def _out_of_memory(self) -> str:
         return (
-            f"out of memory in phase 2 with {len(self._answers)} answers at once over"
+            f"out of memory in phase 2 with {len(self._answers):,} answers at once over"
             f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or lower num_beams,"
             f" num_return_sequences or tokens_per_forward (now {self._request.tokens_per_forward:,})"
         )

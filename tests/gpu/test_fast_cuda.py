@@ -68,7 +68,13 @@ def test_one_row_times_a_matrix(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(shape).cuda().bfloat16(), torch.randn(1, 1, shape[1]).cuda().bfloat16()
     exact = x.double() @ weight.double().T
-    assert (triton_row.linear(x, weight, None) - exact).norm() <= 2 * (x @ weight.T - exact).norm()
+    least = 2 * (x @ weight.T - exact).norm()
+    assert (triton_row.linear(x, weight, None) - exact).norm() <= least
+    other, bias = torch.randn(5, shape[1]).cuda().bfloat16(), torch.randn(5).cuda().bfloat16()
+    first, second, third = triton_row.linears(x, [weight, other, weight], [None, bias, None])
+    assert torch.equal(first, third)
+    assert torch.equal(first, triton_row.linear(x, weight, None))
+    assert torch.equal(second, triton_row.linear(x, other, bias))
 
 
 # ------------------------------------------------------------------------------------------------- the bundled model

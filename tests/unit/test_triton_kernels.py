@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from star_attention.attention.state import State, merge, merge_last
@@ -68,3 +70,30 @@ def test_one_row_times_a_matrix(bias: bool) -> None:
     bias_N = torch.randn(37) if bias else None
     out = triton_row.linear(x, weight, bias_N)
     torch.testing.assert_close(out, linear(x, weight, bias_N), atol=1e-4, rtol=1e-5)
+
+
+def test_one_row_times_several_matrices() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(1, 1, 70), [torch.randn(N, 70) for N in (37, 4, 16)]
+    biases = [None, torch.randn(4), None]
+    outs = triton_row.linears(x, weights, biases)
+    for out, weight, bias_N in zip(outs, weights, biases, strict=True):
+        torch.testing.assert_close(out, linear(x, weight, bias_N), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("matrices", [1, 2, 3, 5])
+def test_products_with_one_row_share_launches(matrices: int) -> None:
+    torch.manual_seed(0)
+
+    def layer(x: Tensor, *weights: Tensor) -> Tensor:
+        outs = [triton_row.linear(x, weight, None) for weight in weights]
+        return triton_row.linear(torch.cat(outs, -1), last, None)
+
+    x, last, weights = torch.randn(1, 1, 70), torch.randn(3, 8 * matrices), torch.randn(matrices, 8, 70).unbind()
+    traced = make_fx(layer)(x, *weights)
+    triton_row.together(traced.graph)
+    traced.recompile()
+    op = torch.ops.star_attention.linears.default
+    sizes = [len(node.args[1]) for node in traced.graph.nodes if node.target == op]
+    assert sizes == {1: [1, 1], 2: [2, 1], 3: [3, 1], 5: [3, 2, 1]}[matrices]
+    torch.testing.assert_close(traced(x, *weights), layer(x, *weights))

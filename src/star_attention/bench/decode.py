@@ -33,6 +33,7 @@ class Row:
     query_tokens: int
     tokens: int
     kv_dtype: str | None = None
+    kv_device: str | None = None
     token_s: float | None = None
     floor_s: float = 0.0
     ttft_s: float | None = None
@@ -57,6 +58,7 @@ def run(
     repeats: int,
     compile: list[bool],
     kv_dtype: str | None = None,
+    kv_device: str | None = None,
     progress: Progress,
 ) -> list[Row]:
     """Answers of `tokens` tokens to `queries` random queries at once, for each length; with what `compile` brings and without."""
@@ -70,8 +72,10 @@ def run(
             what = "compiled" if compiled else "plain"
             progress(f"{what}, context {format_size(context)}")
             row: dict[str, Any] = dict(context=context, block=size, compiled=compiled, queries=queries, tokens=tokens)
-            row |= dict(query_tokens=query_tokens, kv_dtype=kv_dtype, floor_s=floor_bytes / ceilings.bytes_per_s)
-            star = StarLLM(model, block_size=size, compile=compiled, comm="solo", kv_dtype=kv_dtype)
+            row |= dict(query_tokens=query_tokens, kv_dtype=kv_dtype, kv_device=kv_device)
+            row["floor_s"] = floor_bytes / ceilings.bytes_per_s
+            place: dict[str, Any] = dict(kv_dtype=kv_dtype, kv_device=kv_device)
+            star = StarLLM(model, block_size=size, compile=compiled, comm="solo", **place)
             try:
                 times = _times(star, random_ids(model, context), asked, tokens, repeats, device)
             except machine.OUT_OF_MEMORY:

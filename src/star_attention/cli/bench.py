@@ -12,7 +12,7 @@ import typer
 
 from star_attention.cli.command import say
 from star_attention.cli.notes import table
-from star_attention.cli.options import Device, Dtype, KvDtype, Quiet, TokensPerForward, option
+from star_attention.cli.options import Device, Dtype, KvDevice, KvDtype, Quiet, TokensPerForward, option
 from star_attention.plan import parse_size
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def decode(
     answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=2)] = 256,
     repeats: Repeats = 3,
     kv_dtype: KvDtype = None,
+    kv_device: KvDevice = None,
     compile: Compile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -163,6 +164,7 @@ def decode(
         repeats=repeats,
         compile=[compile] if compile is not None else [True, False] if on_gpu else [False],
         kv_dtype=kv_dtype,
+        kv_device=kv_device,
         progress=progress,
     )
     _report("decode", subject, bench_model, ceilings, rows, bench.table(rows))

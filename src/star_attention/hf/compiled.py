@@ -1,8 +1,8 @@
 """The decoder's layers through torch.compile, for our forwards only.
 
 Each layer is compiled by itself, its attention staying ours: norms, rotary embeddings, activations and residual sums become
-few kernels. For a single token, linear layers go through a kernel of ours. Layers of one kind share what is compiled, so that it
-happens once for a model and not once a layer.
+few kernels. For a single token, linear layers go through a kernel of ours, those with one input in one launch. Layers of one
+kind share what is compiled, so that it happens once for a model and not once a layer.
 
 A layer is compiled whole, with our attention as one operation in it, or where that is not possible in pieces around it, of which
 each takes its time to compile.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from star_attention.attention.kernels import triton_works
 from star_attention.hf import hook
@@ -49,21 +50,23 @@ class CompiledLayers:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._layers: list[Any] = layers_of(handle.decoder)
+        self._linears: list[nn.Module] = []
         numbers: list[set[Any]] = [
             {m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in self._layers
         ]
         self._numbered = all(len(own) == 1 for own in numbers)
         self._gave_up = False
-        self._forwards = {
-            what: [self._dispatch(layer, min(own), what) for layer, own in zip(self._layers, numbers, strict=True)]
-            for what in (FULL, STEP)
-        }
-        self._linears: list[nn.Module] = []
+        self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}}
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_row
 
             self._row_linear = triton_row.RowLinear
             self._linears = [m for layer in self._layers for m in layer.modules() if triton_row.fits(m)]
+            self._options[STEP] = {"post_grad_custom_pre_pass": _TOGETHER}
+        self._forwards = {
+            what: [self._dispatch(layer, min(own), what) for layer, own in zip(self._layers, numbers, strict=True)]
+            for what in (FULL, STEP)
+        }
 
     @property
     def whole(self) -> bool:
@@ -87,9 +90,10 @@ class CompiledLayers:
 
     def _dispatch(self, layer: Any, number: int, what: str) -> Callable[..., Any]:
         stock = layer.forward
-        whole = torch.compile(stock, dynamic=False, fullgraph=True)
+        options = self._options[what]
+        whole = torch.compile(stock, dynamic=False, fullgraph=True, options=options)
         # Dynamic, so that what is compiled for one layer's number serves all.
-        pieces = torch.compile(stock, dynamic=True)
+        pieces = torch.compile(stock, dynamic=True, options=options)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not hook.is_ours():
@@ -111,6 +115,22 @@ class CompiledLayers:
                 return pieces(*args, **kwargs)
 
         return forward
+
+
+class _Together(CustomGraphPass):  # type: ignore[misc]
+    """`triton_row.together`, named for torch's caches on disk by what it does."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        from star_attention.attention.kernels import triton_row
+
+        triton_row.together(graph)
+
+    def uuid(self) -> str:
+        return "star_attention: linears together, 1"
+
+
+_TOGETHER = _Together()
+"""One for all: what is compiled for one layer serves another only if its passes are equal."""
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

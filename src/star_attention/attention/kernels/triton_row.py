@@ -1,9 +1,12 @@
-"""A matrix times one row; ours, in Triton.
+"""Matrices times one row; ours, in Triton.
 
-cuBLAS moves the weights of a single token at two thirds of the memory's bandwidth on Hopper (bench/results), this at nine tenths.
+In the shapes of an 8B model's layer cuBLAS moves the weights of a single token at 0.44 to 0.83 of an H200's bandwidth, this at 0.71 to
+0.94 (bench/results/2026-11-26-h200.md).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -12,10 +15,13 @@ from torch import Tensor, nn
 
 _BLOCK_K = 1024
 
+MOST = 3
+"""Matrices of one launch."""
+
 
 @triton.jit
-def _row(x_ptr, w_ptr, bias_ptr, out_ptr, K, stride, BLOCK_K: tl.constexpr, BIAS: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+def _row(n, x_ptr, w_ptr, bias_ptr, out_ptr, K, stride, BLOCK_K: tl.constexpr, BIAS: tl.constexpr):
+    n = n.to(tl.int64)
     sum_K = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -27,14 +33,51 @@ def _row(x_ptr, w_ptr, bias_ptr, out_ptr, K, stride, BLOCK_K: tl.constexpr, BIAS
     tl.store(out_ptr + n, out)
 
 
+@triton.jit
+def _rows(
+    x_ptr, K,
+    w0_ptr, bias0_ptr, out0_ptr, N0, stride0,
+    w1_ptr, bias1_ptr, out1_ptr, N1, stride1,
+    w2_ptr, bias2_ptr, out2_ptr, stride2,
+    BLOCK_K: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    if n < N0:
+        _row(n, x_ptr, w0_ptr, bias0_ptr, out0_ptr, K, stride0, BLOCK_K, BIAS0)
+    elif n < N0 + N1:
+        _row(n - N0, x_ptr, w1_ptr, bias1_ptr, out1_ptr, K, stride1, BLOCK_K, BIAS1)
+    else:
+        _row(n - N0 - N1, x_ptr, w2_ptr, bias2_ptr, out2_ptr, K, stride2, BLOCK_K, BIAS2)
+
+
+@torch.library.custom_op("star_attention::linears", mutates_args=())
+def linears(x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
+    """`torch.nn.functional.linear` of a single row and up to `MOST` matrices in one launch; sums in fp32.
+
+    `[..., K]` to `[..., N]` for each. The next matrix's weights are on their way while the last one's sums are finished.
+    """
+    outs = [torch.empty(*x.shape[:-1], len(w), dtype=x.dtype, device=x.device) for w in weights_NK]
+    each = list(zip(weights_NK, biases_N, outs, strict=True))
+    each += each[:1] * (MOST - len(each))  # (named, and never reached)
+    sizes = [len(w) for w in weights_NK] + [0] * (MOST - len(outs))
+    (a, b, c) = ((w, w if bias is None else bias, out) for w, bias, out in each)
+    bias = [bias is not None for _, bias, _ in each]
+    _rows[(sum(sizes),)](
+        x.contiguous(), x.shape[-1],
+        *a, sizes[0], a[0].stride(0), *b, sizes[1], b[0].stride(0), *c, c[0].stride(0),
+        BLOCK_K=_BLOCK_K, BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2], num_warps=4,
+    )  # fmt: skip
+    return outs
+
+
+@linears.register_fake
+def _(x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights_NK]
+
+
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`; sums in fp32."""
-    N, K = weight_NK.shape
-    out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
-    _row[(N,)](
-        x.contiguous(), weight_NK, weight_NK if bias_N is None else bias_N, out, K, weight_NK.stride(0),
-        BLOCK_K=_BLOCK_K, BIAS=bias_N is not None, num_warps=4,
-    )  # fmt: skip
+    (out,) = linears(x, [weight_NK], [bias_N])
     return out
 
 
@@ -50,3 +93,35 @@ class RowLinear(nn.Linear):
 def fits(module: nn.Module) -> bool:
     """Whether a module may become a `RowLinear`: a plain linear layer of plain weights (not of a quantized kind)."""
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.stride(1) == 1
+
+
+def together(graph: torch.fx.Graph) -> None:
+    """Give products with the same row one launch: query, key and value, or both halves of a gated layer."""
+    by_row: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    op = torch.ops.star_attention.linears.default
+    for node in graph.find_nodes(op="call_function", target=op):
+        by_row.setdefault(node.args[0], []).append(node)
+    for row, nodes in by_row.items():
+        for at in range(0, len(nodes), MOST):
+            several = nodes[at : at + MOST]
+            if len(several) > 1:
+                _join(graph, row, several)
+
+
+def _join(graph: torch.fx.Graph, row: torch.fx.Node, nodes: list[torch.fx.Node]) -> None:
+    """(Weights and biases are inputs of a layer's graph, so that they are there before the first of the nodes.)"""
+    inputs = [item for node in nodes for part in node.args[1:] for item in part if item is not None]
+    if any(item.op != "placeholder" for item in inputs) or any(len(node.args[1]) != 1 for node in nodes):
+        return
+    with graph.inserting_before(nodes[0]):
+        weights, biases = ([node.args[part][0] for node in nodes] for part in (1, 2))
+        all_ = graph.call_function(nodes[0].target, (row, weights, biases))
+    all_.meta["val"] = [node.meta["val"][0] for node in nodes]
+    for index, node in enumerate(nodes):
+        for user in list(node.users):  # each takes the only result
+            with graph.inserting_before(user):
+                one = graph.call_function(user.target, (all_, index))
+            one.meta = dict(user.meta)
+            user.replace_all_uses_with(one)
+            graph.erase_node(user)
+        graph.erase_node(node)
