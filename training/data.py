@@ -332,16 +332,16 @@ def _frequent(maker: Maker, room: int) -> Document:
 
 
 def _stories(maker: Maker, room: int) -> Document:
-    """BABILong's stories, with everything that can be asked of them."""
+    """BABILong's stories, with everything that can be asked of them, easier tasks' questions among it."""
     rng = maker.rng
     task = rng.choice(babilong.TASKS)
     least, most = babi_world.FACTS[task]
     facts = rng.randint(least, max(least, min(most, room // 60)))
-    told, kinds = babi_world.story_with_questions(task, facts, rng)
-    able = [one for kind in kinds for one in kind]
+    told, asked = babi_world.story_with_questions(task, facts, rng)
+    able = [(one, *pair) for one, kinds in asked.items() for kind in kinds for pair in kind]
     head, tail = babilong.frame(task)
     chosen = rng.sample(able, min(len(able), maker.asked(room)))
-    questions = [Question(task=task, asked=f"{babilong.ASK}{asked}", answer=f" {answer}") for asked, answer in chosen]
+    questions = [Question(task=one, asked=f"{babilong.ASK}{asks}", answer=f" {answer}") for one, asks, answer in chosen]
     rest = room - maker.size(head + tail + " ".join(told)) - maker.size_of(questions)
     filler = maker.filled(maker.prose(), max(0, rest - 8), " ")
     text = babilong.scattered(told, filler, rng)
@@ -349,12 +349,12 @@ def _stories(maker: Maker, room: int) -> Document:
 
 
 _KINDS: dict[str, tuple[float, int, Callable[[Maker, int], Document]]] = {
-    "needles": (46, 0, _needles),
-    "secrets": (12, 0, _secrets),
+    "needles": (38, 0, _needles),
+    "secrets": (8, 0, _secrets),
     "chains": (14, 0, _chains),
-    "common": (6, 1000, _common),
-    "frequent": (6, 256, _frequent),
-    "stories": (16, 400, _stories),
+    "common": (7, 1000, _common),
+    "frequent": (7, 256, _frequent),
+    "stories": (26, 400, _stories),
 }
 """Share of documents, fewest tokens that one takes, and what makes it."""
 
@@ -384,8 +384,11 @@ def encoded(document: Document, encode: Encoder) -> tuple[list[int], list[int]]:
     return ids, mask
 
 
-def row(length: int, maker: Maker) -> tuple[list[int], list[int]]:
-    """Documents one behind another, `length` tokens in all; half of the rows are one document alone."""
+def row(length: int, maker: Maker, bos: str = "document") -> tuple[list[int], list[int]]:
+    """Documents one behind another, `length` tokens in all; half of the rows are one document alone.
+
+    bos: before each `document`, or before a `row`'s first one.
+    """
     ids: list[int] = []
     mask: list[int] = []
     least = min(192, length)
@@ -393,15 +396,17 @@ def row(length: int, maker: Maker) -> tuple[list[int], list[int]]:
         left = length - len(ids)
         room = left if left < 2 * least or maker.rng.random() < 0.5 else maker.rng.randint(least, left)
         some_ids, some_mask = encoded(maker.document(room), maker.encode)
+        if ids and bos == "row":
+            some_ids, some_mask = some_ids[1:], some_mask[1:]
         ids += some_ids[:left]  # (what is longer than its room ends with the row)
         mask += some_mask[:left]
     filler = length - len(ids)
     return ids + [0] * filler, mask + [0] * filler
 
 
-def batch(rows: int, length: int, maker: Maker) -> tuple[Tensor, Tensor]:
+def batch(rows: int, length: int, maker: Maker, bos: str = "document") -> tuple[Tensor, Tensor]:
     """`[rows, length]` each: ids in int16, mask in uint8."""
-    made = [row(length, maker) for _ in range(rows)]
+    made = [row(length, maker, bos) for _ in range(rows)]
     return (
         torch.tensor([ids for ids, _ in made], dtype=torch.int16),
         torch.tensor([mask for _, mask in made], dtype=torch.uint8),
@@ -423,12 +428,12 @@ Shape = tuple[int, int, int]
 class Feed:
     """Batches for the steps in their order, made by processes beside the training: the same ones, however many they are."""
 
-    def __init__(self, shapes: list[Shape], seed: int, tokenizer: Path, *, workers: int) -> None:
+    def __init__(self, shapes: list[Shape], seed: int, tokenizer: Path, *, workers: int, bos: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._queues = [context.Queue(maxsize=4) for _ in range(workers)]
         self._steps = len(shapes)
         self._processes = [
-            context.Process(target=_work, args=(queue, shapes[number::workers], seed, tokenizer), daemon=True)
+            context.Process(target=_work, args=(queue, shapes[number::workers], seed, tokenizer, bos), daemon=True)
             for number, queue in enumerate(self._queues)
         ]
 
@@ -447,9 +452,9 @@ class Feed:
             yield torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def _work(queue: Any, shapes: list[Shape], seed: int, tokenizer: Path) -> None:
+def _work(queue: Any, shapes: list[Shape], seed: int, tokenizer: Path, bos: str) -> None:
     torch.set_num_threads(1)
     encode = Encoder(load_tokenizer(tokenizer))
     for step, rows, length in shapes:
-        ids, mask = batch(rows, length, Maker(rng=random.Random(f"train {seed} {step}"), encode=encode))
+        ids, mask = batch(rows, length, Maker(rng=random.Random(f"train {seed} {step}"), encode=encode), bos)
         queue.put((ids.numpy(), mask.numpy()))

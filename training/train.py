@@ -38,8 +38,11 @@ ANSWER = 2
 class Settings:
     """What a model is made of. A checkpoint goes on only with the settings that it was begun with.
 
-    stages: lengths of rows, each with the tokens that it is trained for. tokens: of a step. warmup: steps. decay_from: share of all
-    steps after which learning rates fall linearly, to nothing at the end. rest_weight: of the loss on text that is no answer.
+    stages: lengths of rows, each with the tokens that it is trained for. tokens: of a step. optimizer: muon or adamw, of the layers'
+    matrices, whose rate is matrix_lr. warmup: steps. decay_from: share of all
+    steps after which learning rates fall linearly, to nothing at the end. weights: of a token of an answer, by task; answers of one
+    word would hardly count beside those of a hundred digits. rest_weight: of the loss on text that is no answer. bos: whether each
+    document begins with `<bos>`, or the first of a row alone.
     """
 
     hidden: int = 384
@@ -51,14 +54,17 @@ class Settings:
     positions: int = 65536
     stages: str = "512:80m,1024:60m,2048:60m,4096:80m,8192:90m,16384:80m,32768:50m"
     tokens: int = 131072
+    optimizer: str = "muon"
     lr: float = 1.2e-3
-    muon_lr: float = 2.2e-3
+    matrix_lr: float = 2.2e-3
     weight_decay: float = 0.1
     warmup: int = 100
     decay_from: float = 0.6
+    weights: str = "vt:1.5,multivalue:1.5,multiquery:1.5,cwe:2,fwe:3,qa1:5,qa2:6,qa3:6,qa4:5,qa5:5"
     rest_weight: float = 0.1
     z_weight: float = 1e-4
     clip: float = 1.0
+    bos: str = "document"
     seed: int = 0
 
 
@@ -80,6 +86,17 @@ def stages_of(settings: Settings) -> list[Stage]:
         steps = max(1, round(float(tokens.rstrip("km")) * unit / settings.tokens))
         stages.append(Stage(length=int(length), steps=steps))
     return stages
+
+
+def weights_of(settings: Settings) -> list[float]:
+    """Of a token in the loss on answers, by what the mask says of it.
+
+    Raises `ValueError` for a name that is no task.
+    """
+    given = {task: float(weight) for task, weight in (part.split(":") for part in settings.weights.split(","))}
+    if unknown := given.keys() - set(data.TASKS):
+        raise ValueError(f"no task is named {', '.join(sorted(unknown))}; there are {', '.join(data.TASKS)}")
+    return [0.0] * ANSWER + [given.get(task, 1.0) for task in data.TASKS]
 
 
 def built(settings: Settings, tokenizer: Any) -> LlamaForCausalLM:
@@ -111,23 +128,22 @@ def built(settings: Settings, tokenizer: Any) -> LlamaForCausalLM:
 
 
 class Optimizers:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    """Muon for the matrices of the layers (or AdamW with weight decay), AdamW without for embeddings and norms."""
 
     def __init__(self, model: LlamaForCausalLM, settings: Settings, *, fused: bool) -> None:
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
         inside = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in inside]
-        self._rates = (settings.muon_lr, settings.lr)
-        self._both = (
-            torch.optim.Muon(
-                matrices,
-                lr=settings.muon_lr,
-                weight_decay=settings.weight_decay,
-                momentum=0.95,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            torch.optim.AdamW(others, lr=settings.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, fused=fused),
-        )
+        adam: dict[str, Any] = dict(betas=(0.9, 0.95), eps=1e-8, fused=fused)
+        decay = settings.weight_decay
+        first: torch.optim.Optimizer
+        if settings.optimizer == "muon":
+            words: dict[str, Any] = dict(momentum=0.95, adjust_lr_fn="match_rms_adamw")
+            first = torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=decay, **words)
+        else:
+            first = torch.optim.AdamW(matrices, lr=settings.matrix_lr, weight_decay=decay, **adam)
+        self._rates = (settings.matrix_lr, settings.lr)
+        self._both = (first, torch.optim.AdamW(others, lr=settings.lr, weight_decay=0.0, **adam))
 
     def step(self, factor: float) -> None:
         for optimizer, rate in zip(self._both, self._rates, strict=True):
@@ -168,10 +184,11 @@ class Trainer:
         self.model = built(settings, tokenizer).to(device).train()
         self.optimizers = Optimizers(self.model, settings, fused=device.type == "cuda")
         self.step = 0
+        self._weights = torch.tensor(weights_of(settings), device=device)
         self._nll = torch.compile(_nll, dynamic=False) if compile else _nll
         if compile:
             for layer in self.model.model.layers:
-                layer.compile(dynamic=False)
+                layer.compile()  # (of the second length on for any length)
 
     def losses(self, ids_BT: Tensor, mask_BT: Tensor) -> Losses:
         """Every token but the first of a row is predicted; filler counts nowhere."""
@@ -188,7 +205,7 @@ class Trainer:
             ]
         nll_N, lse_N, right_N = (torch.cat(part) for part in zip(*parts, strict=True))
         kind_N = kind_BT.flatten()
-        answer_N, rest_N = (kind_N >= ANSWER).float(), (kind_N == 1).float()
+        answer_N, rest_N = self._weights[kind_N], (kind_N == 1).float()
         answers = (nll_N * answer_N).sum() / answer_N.sum().clamp(min=1)
         rest = (nll_N * rest_N).sum() / rest_N.sum().clamp(min=1)
         drift = (lse_N.square() * (kind_N > 0)).mean()
@@ -208,7 +225,8 @@ class Trainer:
     @torch.no_grad()
     def accuracy(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, tuple[float, int]]:
         """Of each task the share of answers that greedy decoding would write, token by token, and their number."""
-        right_BT = self.losses(ids_BT, mask_BT).right_BT.cpu()
+        with torch.compiler.set_stance("force_eager"):
+            right_BT = self.losses(ids_BT, mask_BT).right_BT.cpu()
         found: dict[str, list[bool]] = defaultdict(list)
         for right_T, mask_T in zip(right_BT, F.pad(mask_BT[:, 1:], (0, 1)).cpu(), strict=True):
             edges = torch.nonzero(torch.diff(mask_T.int(), prepend=torch.zeros(1), append=torch.zeros(1)))[
@@ -268,7 +286,9 @@ def export(model: LlamaForCausalLM, tokenizer_folder: Path, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, the log and the model")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the checkpoint, the log and the model so far"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="length of this piece")
     parser.add_argument("--steps", type=int, help="most steps of this piece")
     parser.add_argument("--tokenizer", type=Path, default=data.TOKENIZER, help="folder of the tokenizer")
@@ -276,6 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make data"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--init", type=Path, help="begin with the weights of this model instead of fresh ones")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--every", type=float, default=30.0, help="seconds between lines of the log")
     for field in dataclasses.fields(Settings):
@@ -295,6 +316,8 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         trainer.load(checkpoint)
+    elif given["init"] is not None:
+        trainer.model.load_state_dict(LlamaForCausalLM.from_pretrained(given["init"], dtype="float32").state_dict())
     lengths = list(lengths_of(stages_of(settings)))
     parameters = sum(weight.numel() for weight in trainer.model.parameters())
     print(f"{parameters / 1e6:.1f}M parameters, {len(lengths):,} steps, from step {trainer.step:,}", flush=True)
@@ -305,7 +328,7 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
     # (Each step has a seed of its own, so that a piece that goes on sees what it would have seen.)
     stop = len(lengths) if given["steps"] is None else min(len(lengths), trainer.step + given["steps"])
     shapes = [(step, settings.tokens // lengths[step], lengths[step]) for step in range(trainer.step, stop)]
-    with data.Feed(shapes, settings.seed, given["tokenizer"], workers=given["workers"]) as feed:
+    with data.Feed(shapes, settings.seed, given["tokenizer"], workers=given["workers"], bos=settings.bos) as feed:
         held_out: dict[int, tuple[Tensor, Tensor]] = {}
         said, tokens, losses = time.monotonic(), 0, None
         for (step, rows, length), made in zip(shapes, feed, strict=False):
@@ -331,8 +354,8 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
                 log.write(json.dumps(line) + "\n")
             said, tokens = time.monotonic(), 0
     trainer.save(checkpoint)
+    export(trainer.model, given["tokenizer"], out / "model")
     if trainer.step == len(lengths):
-        export(trainer.model, given["tokenizer"], out / "model")
         print(f"done: {out / 'model'}", flush=True)
     else:
         print(f"step {trainer.step:,} of {len(lengths):,}; call again to go on", flush=True)

@@ -120,7 +120,7 @@ def test_pieces_make_the_model_that_one_run_makes(tmp_path: Path, capsys: pytest
 
 def test_a_model_learns() -> None:
     """A few steps on one batch: its loss falls, and answers are counted by task."""
-    settings = train.Settings(**(SETTINGS | dict(lr=1e-2, muon_lr=1e-2)))
+    settings = train.Settings(**(SETTINGS | dict(lr=1e-2, matrix_lr=1e-2)))
     trainer = train.Trainer(settings, bundled_tokenizer(), device=torch.device("cpu"), compile=False)
     ids, mask = (part.long() for part in data.batch(2, 256, maker()))
     losses = [float(trainer.train(ids, mask, 1.0).total.detach()) for _ in range(30)]

@@ -36,23 +36,29 @@ class Story:
 
 def story(task: str, facts: int, rng: random.Random) -> Story:
     """A story of so many facts with a question that they settle; stories that settle none are made anew."""
-    told, kinds = story_with_questions(task, facts, rng)
-    question, answer = rng.choice(rng.choice(kinds))
+    told, asked = story_with_questions(task, facts, rng)
+    question, answer = rng.choice(rng.choice(asked[task]))
     return Story(facts=told, question=question, answer=answer)
 
 
-def story_with_questions(
-    task: str, facts: int, rng: random.Random
-) -> tuple[tuple[str, ...], list[list[tuple[str, str]]]]:
-    """The facts of a story, and everything that they settle: (question, answer) by kind of question, no kind empty."""
+Asked = list[list[tuple[str, str]]]
+"""Questions with their answers, by kind of question, no kind empty."""
+
+_STEPS = {"qa2": ("qa1",), "qa3": ("qa1", "qa2"), "qa5": ("qa1", "qa2")}
+"""What else can be asked of a task's stories: what one has to know on the way to its answers."""
+
+
+def story_with_questions(task: str, facts: int, rng: random.Random) -> tuple[tuple[str, ...], dict[str, Asked]]:
+    """The facts of a story, and everything that they settle: its task's questions, and those of easier tasks."""
     if task == "qa4":
-        return _directions(rng)
+        told, asked = _directions(rng)
+        return told, {task: asked}
     while True:
         world = _World(rng=rng, actors=ACTORS[task], handling=task != "qa1", giving=task == "qa5")
         told = tuple(world.event() for _ in range(facts))
-        kinds = [kind for kind in _questions(task, world) if kind]
-        if kinds:
-            return told, kinds
+        settled = {one: [kind for kind in _questions(one, world) if kind] for one in (task, *_STEPS.get(task, ()))}
+        if settled[task]:
+            return told, settled
 
 
 @dataclass(kw_only=True)
@@ -117,7 +123,7 @@ class _World:
         return f"{actor} {self.rng.choice(_GAVE)} the {thing} to {receiver}."
 
 
-def _questions(task: str, world: _World) -> list[list[tuple[str, str]]]:
+def _questions(task: str, world: _World) -> Asked:
     """(question, answer) of everything that can be asked of a world, by kind of question."""
     if task == "qa1":
         return [[(f"Where is {actor}?", room) for actor, room in world.places.items()]]
@@ -149,7 +155,7 @@ def _where_before(world: _World) -> list[tuple[str, str]]:
     return able
 
 
-def _directions(rng: random.Random) -> tuple[tuple[str, ...], list[list[tuple[str, str]]]]:
+def _directions(rng: random.Random) -> tuple[tuple[str, ...], Asked]:
     """Two rooms beside a third, each told from either end. Only the third is named in the question, for which two rooms in one
     line leave no second answer."""
     middle, *others = rng.sample(ROOMS, 3)
