@@ -38,11 +38,11 @@ ANSWER = 2
 class Settings:
     """What a model is made of. A checkpoint goes on only with the settings that it was begun with.
 
-    stages: lengths of rows, each with the tokens that it is trained for. tokens: of a step. optimizer: muon or adamw, of the layers'
-    matrices, whose rate is matrix_lr. warmup: steps. decay_from: share of all
-    steps after which learning rates fall linearly, to nothing at the end. weights: of a token of an answer, by task; answers of one
-    word would hardly count beside those of a hundred digits. rest_weight: of the loss on text that is no answer. bos: whether each
-    document begins with `<bos>`, or the first of a row alone.
+    stages: lengths of rows, each with the tokens that it is trained for. tokens: of a step. optimizer: muon or adamw, of the
+    layers' matrices, whose rate is matrix_lr. warmup: steps. decay_from: share of all steps after which learning rates fall
+    linearly, to nothing at the end. weights: of a token of an answer, by task; answers of one word would hardly count beside
+    those of a hundred digits. rest_weight: of the loss on text that is no answer. bos: whether each document begins with
+    `<bos>`, or the first of a row alone.
     """
 
     hidden: int = 384

@@ -117,7 +117,7 @@ class CompiledLayers:
         return forward
 
 
-class _Together(CustomGraphPass):  # type: ignore[misc]
+class _Together(CustomGraphPass):
     """`triton_row.together`, named for torch's caches on disk by what it does."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:

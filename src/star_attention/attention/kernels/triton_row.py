@@ -1,12 +1,13 @@
 """Matrices times one row; ours, in Triton.
 
-In the shapes of an 8B model's layer cuBLAS moves the weights of a single token at 0.44 to 0.83 of an H200's bandwidth, this at 0.71 to
-0.94 (bench/results/2026-11-26-h200.md).
+In the shapes of an 8B model's layer cuBLAS moves the weights of a single token at 0.44 to 0.83 of an H200's bandwidth, this at
+0.71 to 0.94 (bench/results/2026-11-26-h200.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -77,8 +78,8 @@ def _(x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`; sums in fp32."""
-    (out,) = linears(x, [weight_NK], [bias_N])
-    return out
+    outs: list[Tensor] = linears(x, [weight_NK], [bias_N])
+    return outs[0]
 
 
 class RowLinear(nn.Linear):
@@ -97,7 +98,7 @@ def fits(module: nn.Module) -> bool:
 
 def together(graph: torch.fx.Graph) -> None:
     """Give products with the same row one launch: query, key and value, or both halves of a gated layer."""
-    by_row: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    by_row: dict[Any, list[Any]] = {}
     op = torch.ops.star_attention.linears.default
     for node in graph.find_nodes(op="call_function", target=op):
         by_row.setdefault(node.args[0], []).append(node)
@@ -108,7 +109,7 @@ def together(graph: torch.fx.Graph) -> None:
                 _join(graph, row, several)
 
 
-def _join(graph: torch.fx.Graph, row: torch.fx.Node, nodes: list[torch.fx.Node]) -> None:
+def _join(graph: torch.fx.Graph, row: Any, nodes: list[Any]) -> None:
     """(Weights and biases are inputs of a layer's graph, so that they are there before the first of the nodes.)"""
     inputs = [item for node in nodes for part in node.args[1:] for item in part if item is not None]
     if any(item.op != "placeholder" for item in inputs) or any(len(node.args[1]) != 1 for node in nodes):
