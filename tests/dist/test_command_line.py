@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from star_attention.cli import app
+from star_attention.evals import runner
 from tests.engines import BUNDLED
 
 
@@ -65,3 +69,18 @@ def test_misuse_is_told_once_and_without_a_traceback(tmp_path: Path) -> None:
         assert said.count(message) == 1, done.stderr[-3000:]
         ours = done.stderr.partition("torch/distributed/elastic")[0]  # (torchrun's own report has a traceback)
         assert 'star_attention/cli' not in done.stderr, ours
+
+
+def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
+    arguments = [
+        *("eval", "ruler", "-m", BUNDLED, "--dtype", "float32", "--task", "niah_single_1,vt", "--length", "768"),
+        *("--samples", "2", "--max-new-tokens", "6", "--variants", "star:/4,ring", "--device", "cpu", "--out"),
+    ]
+    done = torchrun(*arguments, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report.html") == 1
+    assert sum("8 of 8 answers" in line for line in done.stderr.splitlines()) == 1
+    assert CliRunner().invoke(app, [*map(str, arguments), str(tmp_path / "one")]).exit_code == 0
+    two, one = (list(runner.read_predictions(tmp_path / name)) for name in ("two", "one"))
+    assert [(line.key, line.prediction) for line in two] == [(line.key, line.prediction) for line in one]
+    assert runner.read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2

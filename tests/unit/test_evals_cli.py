@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from star_attention.cli import app
-from star_attention.cli.eval import TABLE_4
-from star_attention.evals import report, runner
+from star_attention.cli.eval import TABLE_4, _suite
+from star_attention.errors import SizeError
+from star_attention.evals import report, ruler, runner
 from star_attention.evals.suites import SUITES
 from star_attention.evals.variants import parse
 from tests.engines import bundled_tokenizer, text_model
@@ -210,6 +211,16 @@ def test_a_report_is_written_again(model: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_run(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     assert message in error(model, *arguments, "--out", tmp_path / "out", *SHORT)
     assert not (tmp_path / "out" / report.METRICS).exists()
+
+
+def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit() -> None:
+    data = _suite("ruler", None, "100,1k", 1, 0, {}, chat=False)
+    told: list[str] = []
+    made = list(data.make(bundled_tokenizer(), told.append))
+    assert any(line.startswith("vt at 100 tokens is left out: length 100 is too short") for line in told)
+    assert {sample.task for sample in made if sample.length == 1024} == set(ruler.TASKS) - {"cwe", "qa_1", "qa_2"}
+    with pytest.raises(SizeError, match="no task of ruler fits into 16; give a larger --length"):
+        list(_suite("ruler", None, "16", 1, 0, {}, chat=False).make(bundled_tokenizer(), told.append))
 
 
 def test_anchors_need_one_block(model: Path, tmp_path: Path) -> None:

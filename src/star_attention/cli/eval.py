@@ -15,7 +15,7 @@ from star_attention.cli.command import leads
 from star_attention.cli.notes import Notes, table
 from star_attention.cli.options import ModelOptions, Quiet, option
 from star_attention.cli.texts import read_text
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, SizeError
 from star_attention.plan import parse_size
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def run(
     Example: star-attention eval run my.jsonl -m models/needle-17m --variants dense,star:/4 --out results
     """
 
-    def make(_: Any) -> list[Sample]:
+    def make(tokenizer: Any, tell: Callable[[str], None]) -> list[Sample]:
         from star_attention.evals import files as readers
 
         return readers.read_all(files, format=format)
@@ -185,7 +185,7 @@ def ruler(
 ) -> None:
     """RULER: needles, variable tracking, word counts and, with their data sets, questions on documents.
 
-    Without --task, the tasks whose data is there: qa_1 needs --squad, qa_2 --hotpot.
+    Without --task, the tasks that fit into the length and whose data is there: qa_1 needs --squad, qa_2 --hotpot.
 
     Example: star-attention eval ruler -m models/needle-17m --task niah_single_1,vt --length 1k,2k --samples 10 --out ruler
     """
@@ -481,15 +481,15 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """Where samples come from: `make` takes the tokenizer; the rest is for the record."""
+    """Where samples come from: `make` takes the tokenizer, and whom to tell what it leaves out; the rest is for the record."""
 
-    make: Callable[[Any], Iterable[Sample]]
+    make: Callable[[Any, Callable[[str], None]], Iterable[Sample]]
     suite: str
     options: dict[str, Any]
     seed: int
 
 
-_NONE = _Data(make=lambda tokenizer: [], suite="", options={}, seed=0)
+_NONE = _Data(make=lambda tokenizer, tell: [], suite="", options={}, seed=0)
 """What other ranks know."""
 
 
@@ -513,7 +513,7 @@ def _suite(
     *,
     chat: bool,
 ) -> _Data:
-    """Samples of a suite's tasks at each length; without a task, of all whose data is there.
+    """Samples of a suite's tasks at each length; without a task, of all whose data is there and that fit.
 
     Raises `InvalidInputError` for an unknown suite or task, `SizeError` for a length that is none.
     """
@@ -532,23 +532,24 @@ def _suite(
         if len(set(given)) < len(given):
             raise InvalidInputError(f"a {what} is named twice in {', '.join(map(str, given))}; give each once")
 
-    def make(tokenizer: Any) -> list[Sample]:
+    def make(tokenizer: Any, tell: Callable[[str], None]) -> list[Sample]:
         from star_attention.evals.runner import chat_tokens
         from star_attention.evals.sizing import Size
 
         reserve = chat_tokens(tokenizer) if chat else 0
-        return [
-            sample
-            for tokens in lengths
-            for one in tasks
-            for sample in suite.generate(
-                one,
-                size=Size(tokenizer=tokenizer, length=tokens, reserve=reserve),
-                count=samples,
-                seed=seed,
-                options=options,
-            )
-        ]
+        made: list[Sample] = []
+        for tokens in lengths:
+            size = Size(tokenizer=tokenizer, length=tokens, reserve=reserve)
+            for one in tasks:
+                try:
+                    made += suite.generate(one, size=size, count=samples, seed=seed, options=options)
+                except SizeError as error:
+                    if task is not None or (len(tasks) == 1 and len(lengths) == 1):
+                        raise
+                    tell(f"{one} at {tokens:,} tokens is left out: {error}")
+        if not made:
+            raise SizeError(f"no task of {name} fits into {length}; give a larger --length")
+        return made
 
     return _Data(make=make, suite=name, options=options, seed=seed)
 
@@ -566,12 +567,15 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
     """
     notes = Notes(quiet=options.quiet)
     data, tried, samples = _NONE, [], []
+    left_out: list[str] = []
     if leads():
         from star_attention.hf.load import load_tokenizer
 
         data, tried = of(), _parsed(variants)
         with notes.waiting(f"making samples of {data.suite}"):
-            samples = list(data.make(load_tokenizer(model.model)))
+            samples = list(data.make(load_tokenizer(model.model), left_out.append))
+        for line in left_out:
+            notes.say(line)
         notes.say(f"{len(samples):,} samples, {len(tried):,} variants")
     star = _loaded(model, notes)
     if not options.chat and getattr(star.tokenizer, "chat_template", None):
