@@ -52,7 +52,7 @@ class Settings:
     intermediate: int = 1024
     theta: float = 500000.0
     positions: int = 65536
-    stages: str = "512:80m,1024:60m,2048:60m,4096:80m,8192:90m,16384:80m,32768:50m"
+    stages: str = "512:110m,1024:100m,2048:100m,4096:140m,8192:150m,16384:130m,32768:70m"
     tokens: int = 131072
     optimizer: str = "muon"
     lr: float = 1.2e-3

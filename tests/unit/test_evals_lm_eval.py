@@ -54,7 +54,7 @@ DOCS = [
     {
         "context": boxes(i % 2),
         "question": f"What is the number of box {i}?",
-        "answer_prefix": "It is",
+        "answer_prefix": "The special magic number for",
         "answer": str(i * 37 + i % 2),
     }
     for i in range(4)
@@ -108,7 +108,9 @@ def request(prompt: str, second: Any, doc: Any = None, **more: Any) -> Instance:
 
 
 @pytest.mark.parametrize(
-    ("chat", "head", "tail"), [(False, "", " It is"), (True, "<bos><|q|>", "<|a|>It is")], ids=["plain", "chat"]
+    ("chat", "head", "tail"),
+    [(False, "", " The special magic number for"), (True, "<bos><|q|>", "<|a|>The special magic number for")],
+    ids=["plain", "chat"],
 )
 def test_answers_are_those_of_the_engine_on_the_same_split(
     chat: bool, head: str, tail: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

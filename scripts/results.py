@@ -1,0 +1,129 @@
+"""Run what docs/results.md shows, several evaluations at a time, and print its tables.
+
+    python scripts/results.py --out results --jobs 12          # on a GPU, about ten minutes; a run that is cut off goes on
+
+Each evaluation is a `star-attention eval` of its own, in a folder of its own; the commands are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from star_attention.evals.report import Results, short
+from star_attention.plan import format_size
+
+LENGTHS = ("4k", "8k", "16k", "32k")
+ONE_BLOCK_TASKS = (
+    "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multiquery"
+)
+SWEPT = f"{ONE_BLOCK_TASKS},niah_multivalue,vt"
+
+JOBS: dict[str, tuple[str, ...]] = {
+    **{
+        f"ruler-{length}": (
+            "ruler",
+            "--length",
+            length,
+            "--variants",
+            "dense,star:/4,star:2k,star:/4:0,streaming_llm:/4:64",
+        )
+        for length in LENGTHS
+    },
+    **{
+        f"babilong-{length}": (
+            "babilong",
+            "--length",
+            length,
+            "--variants",
+            "dense,star:/4,star:/4:0,streaming_llm:/4:64",
+        )
+        for length in ("1k", *LENGTHS)
+    },
+    **{f"ablations-{length}": ("ablations", "--length", length, "--task", ONE_BLOCK_TASKS) for length in ("4k", "16k")},
+    "blocks-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "512,1k,2k,4k,8k"),
+    "anchors-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "/4", "--anchors", "0,16,64,256,1k,="),
+    "shared-16k": ("shared", "--length", "16k", "--variants", "dense,star:/4,star:/4:0"),
+    "niah": ("niah", "--length", "4k,8k,16k,32k", "--variants", "dense,star:/4,star:/4:0"),
+}
+"""Largest first, so that none of them is left over at the end: `run` sorts them by length."""
+
+WORDS = ("ruler", "ablations", "sweep", "niah")
+"""Commands that draw words, of which training has not seen these."""
+
+
+def command(name: str, model: str, out: Path, samples: int) -> list[str]:
+    suite, *others = JOBS[name]
+    words = ["--words", "eval"] if suite in WORDS else []
+    count = ["--samples", str(samples if suite not in ("niah", "shared") else max(1, samples // 10))]
+    return ["eval", suite, "-m", model, *others, *words, *count, "--out", str(out / name)]
+
+
+def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> bool:
+    """Whether all of them ended well."""
+    out.mkdir(parents=True, exist_ok=True)
+    waiting = sorted(names, key=lambda name: ("32k" in name, "16k" in name, "niah" in name), reverse=True)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    started, good = time.monotonic(), True
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            arguments = command(name, model, out, samples)
+            print("star-attention", *arguments, flush=True)
+            with (out / f"{name}.log").open("ab") as log:
+                running[name] = subprocess.Popen(
+                    [sys.executable, "-m", "star_attention", *arguments],
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                good &= process.returncode == 0
+                verdict = "done" if process.returncode == 0 else f"FAILED, see {out / name}.log"
+                print(f"{name}: {verdict}, {time.monotonic() - started:.0f} s after the start", flush=True)
+        time.sleep(0.5)
+    return good
+
+
+def tables(names: list[str], out: Path) -> None:
+    """Of each evaluation that is there: means by task, in percent, and what `eval` says of all of it."""
+    for name in names:
+        if not (out / name / "predictions.jsonl").exists():
+            continue
+        results = Results.read(out / name)
+        scores: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+        for one in results.predictions:
+            scores[one.task, one.length, one.variant].append(one.score)
+        variants = results.variants
+        print(f"\n## {name}\n\n| task | length | samples | {' | '.join(variants)} |\n|{'---|' * (3 + len(variants))}")
+        for task, length in dict.fromkeys((task, length) for task, length, _ in scores):
+            cells = [scores[task, length, variant] for variant in variants]
+            means = [f"{100 * sum(cell) / len(cell):.1f}" if cell else "" for cell in cells]
+            print(f"| {task} | {format_size(length)} | {len(cells[0])} | {' | '.join(means)} |")
+        print("\n" + "\n".join(short(results)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="models/needle-17m")
+    parser.add_argument("--samples", type=int, default=50, help="of each task and length")
+    parser.add_argument("--jobs", type=int, default=4, help="evaluations at a time")
+    parser.add_argument("--only", default="", help="beginnings of names, with commas between")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is there, and run nothing")
+    given = parser.parse_args()
+    names = [name for name in JOBS if name.startswith(tuple(given.only.split(",")))]
+    good = given.tables or run(names, given.model, given.out, given.samples, given.jobs)
+    tables(names, given.out)
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
