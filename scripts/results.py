@@ -1,4 +1,4 @@
-"""Run what docs/results.md shows, several evaluations at a time, and print its tables.
+"""Measure the bundled model, several evaluations at a time, and print tables as in docs/results.md.
 
     python scripts/results.py --out results --jobs 12          # on a GPU, about ten minutes; a run that is cut off goes on
 
@@ -15,7 +15,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from star_attention.evals.report import Results, short
+from star_attention.evals.report import short
+from star_attention.evals.results import Results
 from star_attention.plan import format_size
 
 LENGTHS = ("4k", "8k", "16k", "32k")
@@ -53,14 +54,18 @@ JOBS: dict[str, tuple[str, ...]] = {
 }
 """Largest first, so that none of them is left over at the end: `run` sorts them by length."""
 
-WORDS = ("ruler", "ablations", "sweep", "niah")
+WORDS = ("ruler", "ablations", "sweep", "niah", "shared")
 """Commands that draw words, of which training has not seen these."""
 
 
 def command(name: str, model: str, out: Path, samples: int) -> list[str]:
     suite, *others = JOBS[name]
     words = ["--words", "eval"] if suite in WORDS else []
-    count = ["--samples", str(samples if suite not in ("niah", "shared") else max(1, samples // 10))]
+    each = {
+        "niah": max(1, samples // 10),
+        "shared": 10 * samples,
+    }  # (at each of many depths; ten questions to a context)
+    count = ["--samples", str(each.get(suite, samples))]
     return ["eval", suite, "-m", model, *others, *words, *count, "--out", str(out / name)]
 
 

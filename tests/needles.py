@@ -1,6 +1,6 @@
-"""Needle-in-a-haystack samples in the format of the bundled model's card: one fact is asked, among filler or other facts.
+"""Needle-in-a-haystack samples in the format of the bundled model's secrets: one fact is asked, among filler or other facts.
 
-Values are of the kind that the card's training held out (value % 13 == 5), so that none can be remembered.
+(Values are of those that the training of needle-32m held out, value % 13 == 5.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOISE = [
     "A letter lies unopened on the desk.",
     "Clouds move slowly over the valley.",
 ]
-# Name of a task of the card: (what the facts stand in, what they tell, how many)
+# Name of a task: (what the facts stand in, what they tell, how many)
 TASKS = {
     "niah_single_noise": ("noise", "number", 1),
     "niah_single_prose": ("prose", "number", 1),
@@ -68,7 +68,7 @@ def prose() -> list[str]:
 
 @functools.cache
 def words() -> list[str]:
-    """Words for keys, out of the same text: so many that few keys of a context share one, as in the card's samples."""
+    """Words for keys, out of the same text: so many that few keys of a context share one."""
     found = re.findall(r"\b[a-z]{4,9}\b", " ".join(prose()))
     return sorted({word for word in found if not word.endswith(("s", "ing", "ed", "er"))})
 

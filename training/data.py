@@ -384,6 +384,9 @@ def encoded(document: Document, encode: Encoder) -> tuple[list[int], list[int]]:
     return ids, mask
 
 
+BOS = ("document", "row")
+
+
 def row(length: int, maker: Maker, bos: str = "document") -> tuple[list[int], list[int]]:
     """Documents one behind another, `length` tokens in all; half of the rows are one document alone.
 
@@ -413,12 +416,12 @@ def batch(rows: int, length: int, maker: Maker, bos: str = "document") -> tuple[
     )
 
 
-def held_out(rows: int, length: int, seed: int, tokenizer: Path) -> tuple[Tensor, Tensor]:
+def held_out(rows: int, length: int, seed: int, tokenizer: Path, bos: str) -> tuple[Tensor, Tensor]:
     """Rows of the words that training does not see."""
     maker = Maker(
         rng=random.Random(f"held out {seed} {length}"), encode=Encoder(load_tokenizer(tokenizer)), part="eval"
     )
-    return batch(rows, length, maker)
+    return batch(rows, length, maker, bos)
 
 
 Shape = tuple[int, int, int]

@@ -34,6 +34,9 @@ ANSWER = 2
 """From here on a row's mask names the task whose answer a token belongs to; 1 is any other text, 0 filler."""
 
 
+OPTIMIZERS = ("muon", "adamw")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a model is made of. A checkpoint goes on only with the settings that it was begun with.
@@ -66,6 +69,11 @@ class Settings:
     clip: float = 1.0
     bos: str = "document"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("bos", self.bos, data.BOS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,8 +262,8 @@ class Trainer:
         state = torch.load(path, map_location=self.device, weights_only=True)
         ours = dataclasses.asdict(self.settings)
         for name, value in state["settings"].items():
-            if ours[name] != value:
-                raise ValueError(f"{path} was begun with {name} {value!r}, not {ours[name]!r}; name another --out")
+            if ours.get(name) != value:
+                raise ValueError(f"{path} was begun with {name} {value!r}, not {ours.get(name)!r}; name another --out")
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.step = int(state["step"])
@@ -315,6 +323,10 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
     trainer = Trainer(settings, tokenizer, device=device, compile=device.type == "cuda" and not given["no_compile"])
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
+        if given["init"] is not None:
+            raise ValueError(
+                f"{checkpoint} is there, and goes on without --init; name another --out, or leave --init out"
+            )
         trainer.load(checkpoint)
     elif given["init"] is not None:
         trainer.model.load_state_dict(LlamaForCausalLM.from_pretrained(given["init"], dtype="float32").state_dict())
@@ -339,7 +351,7 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
             if time.monotonic() - said < given["every"] and step + 1 < stop:
                 continue
             if length not in held_out:
-                held_out = {length: batch(data.held_out(rows, length, settings.seed, given["tokenizer"]))}
+                held_out = {length: batch(data.held_out(rows, length, settings.seed, given["tokenizer"], settings.bos))}
             spent = time.monotonic() - said
             line = {
                 "step": step + 1,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from star_attention.cli import app
-from star_attention.evals import runner
+from star_attention.evals import run_folder
 from tests.engines import BUNDLED
 
 
@@ -81,6 +81,6 @@ def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path
     assert done.stdout.count("report.html") == 1
     assert sum("8 of 8 answers" in line for line in done.stderr.splitlines()) == 1
     assert CliRunner().invoke(app, [*map(str, arguments), str(tmp_path / "one")]).exit_code == 0
-    two, one = (list(runner.read_predictions(tmp_path / name)) for name in ("two", "one"))
+    two, one = (list(run_folder.read_predictions(tmp_path / name)) for name in ("two", "one"))
     assert [(line.key, line.prediction) for line in two] == [(line.key, line.prediction) for line in one]
-    assert runner.read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2
+    assert run_folder.read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2

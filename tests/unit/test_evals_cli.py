@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from star_attention.cli import app
 from star_attention.cli.eval import TABLE_4, _suite
 from star_attention.errors import SizeError
-from star_attention.evals import report, ruler, runner
+from star_attention.evals import report, ruler, run_folder
 from star_attention.evals.suites import SUITES
 from star_attention.evals.variants import parse
 from tests.engines import bundled_tokenizer, text_model
@@ -47,8 +47,8 @@ def error(model: Path, *arguments: object) -> str:
     return line
 
 
-def predictions(folder: Path) -> list[runner.Prediction]:
-    return list(runner.read_predictions(folder))
+def predictions(folder: Path) -> list[run_folder.Prediction]:
+    return list(run_folder.read_predictions(folder))
 
 
 def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Pa
         for variant in ("dense", "star:/4")
     }
     assert {(one.length, one.block_size) for one in made if one.variant == "star:/4"} == {(768, 192), (1024, 256)}
-    for name in (report.METRICS, report.SUMMARY, report.MARKDOWN, report.PAGE, runner.RUN):
+    for name in (report.METRICS, report.SUMMARY, report.MARKDOWN, report.PAGE, run_folder.RUN):
         assert (tmp_path / name).is_file()
     more = ok(model, *arguments, "--samples", "2", "--variants", "dense,star:/4", "--limit", "2")
     assert "8 answers were there already" in more.stderr
@@ -117,7 +117,7 @@ def test_other_suites(model: Path, tmp_path: Path, suite: str, task: str) -> Non
     ok(model, suite, *arguments, "--out", tmp_path, *SHORT)
     (made,) = predictions(tmp_path)
     assert made.task == task
-    assert json.loads((tmp_path / runner.RUN).read_text())["settings"]["suite"] == suite
+    assert json.loads((tmp_path / run_folder.RUN).read_text())["settings"]["suite"] == suite
     assert suite in SUITES
 
 
@@ -213,14 +213,20 @@ def test_what_cannot_be_run(model: Path, tmp_path: Path, arguments: list[str], m
     assert not (tmp_path / "out" / report.METRICS).exists()
 
 
-def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit() -> None:
-    data = _suite("ruler", None, "100,1k", 1, 0, {}, chat=False)
-    told: list[str] = []
-    made = list(data.make(bundled_tokenizer(), told.append))
-    assert any(line.startswith("vt at 100 tokens is left out: length 100 is too short") for line in told)
+def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(model: Path, tmp_path: Path) -> None:
+    data = _suite("ruler", None, "320,1k", 5, 0, {}, chat=False)
+    told: dict[str, str] = {}
+    made = list(data.make(bundled_tokenizer(), told))
+    assert told["vt at 320 tokens"].startswith("length 320 is too short for a sample of vt")
+    assert "niah_multikey_1 at 320 tokens" in told, "only some of its samples would have fitted"
+    assert not any(sample.length == 320 and sample.task in ("vt", "niah_multikey_1") for sample in made)
     assert {sample.task for sample in made if sample.length == 1024} == set(ruler.TASKS) - {"cwe", "qa_1", "qa_2"}
-    with pytest.raises(SizeError, match="no task of ruler fits into 16; give a larger --length"):
-        list(_suite("ruler", None, "16", 1, 0, {}, chat=False).make(bundled_tokenizer(), told.append))
+    with pytest.raises(SizeError, match="no task of ruler fits; of the first: length 16 is too short"):
+        list(_suite("ruler", None, "16", 1, 0, {}, chat=False).make(bundled_tokenizer(), {}))
+    with pytest.raises(SizeError, match="length 16 is too short"):
+        list(_suite("niah", None, "16,1k", 1, 0, {}, chat=False).make(bundled_tokenizer(), {}))
+    ok(model, "ruler", "--length", "320", "--samples", "1", "--out", tmp_path, "--variants", "dense", *SHORT)
+    assert "vt at 320 tokens is left out: length 320 is too short" in (tmp_path / report.MARKDOWN).read_text()
 
 
 def test_anchors_need_one_block(model: Path, tmp_path: Path) -> None:

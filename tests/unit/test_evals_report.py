@@ -17,9 +17,9 @@ import pytest
 from star_attention.demo import heatmap
 from star_attention.demo.heatmap import MissingPackageError
 from star_attention.errors import InvalidInputError
-from star_attention.evals import plots, report, runner
-from star_attention.evals.report import Results
-from star_attention.evals.runner import Prediction
+from star_attention.evals import plots, report, run_folder
+from star_attention.evals.results import Results
+from star_attention.evals.run_folder import Prediction
 from star_attention.evals.variants import parse
 
 TASKS = {"niah": "retrieval", "vt": "multi-hop", "cwe": "aggregation"}
@@ -89,7 +89,7 @@ def folder(
                     made += [] if kept is None else [kept]
     cells = [{"task": task, "length": length, "samples": count} for task in tasks for length in lengths]
     run = {
-        "format": runner.FORMAT,
+        "format": run_folder.FORMAT,
         "settings": {
             "suite": "ruler",
             "options": {"essays": "a|b"},
@@ -105,6 +105,7 @@ def folder(
         "cells": cells,
         "variants": {key: {"name": parse(key).name, "plans": [], "cells": cells} for key in keys},
         "skipped": list(skipped),
+        "left_out": {},
         "prose": {"essays": "1234"},
         "sessions": [
             {
@@ -119,8 +120,8 @@ def folder(
             }
         ],
     }
-    (place / runner.RUN).write_text(json.dumps(run))
-    (place / runner.PREDICTIONS).write_text("".join(json.dumps(asdict(one)) + "\n" for one in made))
+    (place / run_folder.RUN).write_text(json.dumps(run))
+    (place / run_folder.PREDICTIONS).write_text("".join(json.dumps(asdict(one)) + "\n" for one in made))
     return place
 
 
@@ -350,9 +351,9 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"holds no run\.json; give a folder that `eval` has written"):
         report.write(tmp_path)
     place = folder(tmp_path)
-    (place / runner.PREDICTIONS).write_bytes(b"")
+    (place / run_folder.PREDICTIONS).write_bytes(b"")
     with pytest.raises(InvalidInputError, match="holds no predictions"):
         report.write(place)
-    (place / runner.RUN).write_text("{}")
+    (place / run_folder.RUN).write_text("{}")
     with pytest.raises(InvalidInputError, match=r"run\.json is damaged"):
         report.write(place)

@@ -16,9 +16,9 @@ import pytest
 
 from star_attention import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError, SizeError
-from star_attention.evals import perplexity, report, runner
+from star_attention.evals import perplexity, report, results, run_folder, runner
 from star_attention.evals.record import Sample
-from star_attention.evals.runner import PREDICTIONS, RUN
+from star_attention.evals.run_folder import PREDICTIONS, RUN
 from star_attention.evals.variants import Variant, parse, parse_all
 from star_attention.hf.text import context_ids, query_ids
 from tests.engines import bundled_tokenizer, text_model
@@ -122,7 +122,7 @@ def test_predictions_are_the_engines_answers(tmp_path: Path) -> None:
     some = samples(2)
     done = runner.run(engine(), some, VARIANTS, tmp_path, suite="ruler")
     assert (done.made, done.found, done.skipped) == (4, 0, 0)
-    made = list(runner.read_predictions(tmp_path))
+    made = list(run_folder.read_predictions(tmp_path))
     assert [one.key for one in made] == [(s.id, v.key) for s in some for v in VARIANTS]
     for prediction, settings in zip(made[:2], ({"method": "dense"}, {"block_size": 64}), strict=True):
         star = StarLLM(text_model(), bundled_tokenizer(), **settings)
@@ -149,7 +149,7 @@ def test_a_shared_context_is_encoded_once(tmp_path: Path, monkeypatch: pytest.Mo
     runner.run(engine(), samples(6, on=3), VARIANTS, tmp_path)
     assert len(encodings) == 4  # two contexts, two variants
     assert {line["sharing"] for line in lines(tmp_path)} == {3}
-    found = report.Results.read(tmp_path).compared("dense")
+    found = results.Results.read(tmp_path).compared("dense")
     assert found is not None
     assert (found.mean.n, found.mean.contexts) == (6, 2)
 
@@ -160,7 +160,7 @@ def test_chat_goes_through_the_template(tmp_path: Path) -> None:
     star = StarLLM(text_model(), bundled_tokenizer(), method="dense")
     content = [{"role": "user", "content": [{"type": "text", "text": sample.context}]}]
     reply = star.generate(star.encode(content), sample.query, answer_prefix=" It is", max_new_tokens=3, do_sample=False)
-    (made,) = runner.read_predictions(tmp_path)
+    (made,) = run_folder.read_predictions(tmp_path)
     assert (made.prediction, made.query_tokens) == (reply.text, reply.query_tokens)
     plain = len(query_ids(star.tokenizer, sample.query + " It is"))
     assert plain < made.query_tokens <= plain + runner.chat_tokens(star.tokenizer)
@@ -299,12 +299,12 @@ def test_a_run_that_is_whole_is_never_called_incomplete(tmp_path: Path) -> None:
     star = engine()
     runner.run(star, samples(2) + samples(2, task="others"), VARIANTS[:1], tmp_path)
     runner.run(star, samples(2), VARIANTS, tmp_path)
-    assert report.Results.read(tmp_path).missing == 0
+    assert results.Results.read(tmp_path).missing == 0
     runner.run(star, samples(1, task="third"), VARIANTS[1:], tmp_path)
-    assert report.Results.read(tmp_path).missing == 0
+    assert results.Results.read(tmp_path).missing == 0
     file = tmp_path / PREDICTIONS
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    assert report.Results.read(tmp_path).missing == 1
+    assert results.Results.read(tmp_path).missing == 1
 
 
 def test_the_same_samples_may_come_from_elsewhere(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_the_same_samples_may_come_from_elsewhere(tmp_path: Path) -> None:
     runner.run(star, samples(1), VARIANTS[:1], tmp_path, options={"files": ["a"], "compat": "x"})
     done = runner.run(star, samples(2), VARIANTS[:1], tmp_path, options={"files": ["./a", "b"], "compat": "x"})
     assert (done.found, done.made) == (1, 1)
-    told = runner.read_run(tmp_path)
+    told = run_folder.read_run(tmp_path)
     assert told["settings"]["options"] == {"compat": "x"}
     assert [session["options"] for session in told["sessions"]] == [{"files": ["a"]}, {"files": ["./a", "b"]}]
     report.write(tmp_path)
@@ -321,7 +321,7 @@ def test_the_same_samples_may_come_from_elsewhere(tmp_path: Path) -> None:
 
 def test_settings_hold_what_changes_answers(tmp_path: Path) -> None:
     runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
-    settings = runner.read_run(tmp_path)["settings"]
+    settings = run_folder.read_run(tmp_path)["settings"]
     assert (settings["ranks"], settings["device"], settings["reserve_tokens"]) == (
         1,
         "cpu",
@@ -341,7 +341,7 @@ def test_what_is_no_folder_of_a_run_is_refused(tmp_path: Path) -> None:
     whole = json.loads((tmp_path / RUN).read_text())
     for bad, missing in (
         ({**whole, "settings": {}}, "suite, options, model"),
-        ({"format": runner.FORMAT}, "settings, "),
+        ({"format": run_folder.FORMAT}, "settings, "),
     ):
         (tmp_path / RUN).write_text(json.dumps(bad))
         with pytest.raises(InvalidInputError, match=rf"run\.json is damaged \({missing}"):
@@ -418,7 +418,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     star = engine()
     runner.run(star, samples(1), VARIANTS[:1], tmp_path)
-    with runner._opened(tmp_path / PREDICTIONS), pytest.raises(InvalidInputError, match="another run is writing to"):
+    with run_folder.opened(tmp_path / PREDICTIONS), pytest.raises(InvalidInputError, match="another run is writing to"):
         runner.run(star, samples(2), VARIANTS[:1], tmp_path)
 
 

@@ -137,3 +137,34 @@ def test_stages() -> None:
     assert factors == pytest.approx([0.1, 1, 1, 0.5, 0.002])
     with pytest.raises(ValueError, match="a step of 1,024 tokens holds no whole rows of 300"):
         train.stages_of(train.Settings(tokens=1024, stages="300:1k"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (dict(optimizer="sgd"), "optimizer 'sgd' is unknown; choose muon or adamw"),
+        (dict(bos="nowhere"), "bos 'nowhere' is unknown; choose document or row"),
+        (dict(weights="qa9:2"), "no task is named qa9"),
+    ],
+)
+def test_unknown_settings_are_refused(setting: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **setting)
+
+
+def test_a_row_may_have_one_beginning() -> None:
+    one = maker(2)
+    rows = [data.row(2000, one, "row")[0] for _ in range(8)]
+    assert all(row[0] == one.encode.bos and one.encode.bos not in row[1:] for row in rows)
+    assert any(one.encode.bos in data.row(2000, one)[0][1:] for _ in range(8))
+
+
+def test_training_begins_with_given_weights(tmp_path: Path) -> None:
+    run(tmp_path / "first", steps=1)
+    first = load_file(tmp_path / "first" / "model" / "model.safetensors")
+    run(tmp_path / "second", steps=1, init=tmp_path / "first" / "model", lr=0, matrix_lr=0, weight_decay=0)
+    second = load_file(tmp_path / "second" / "model" / "model.safetensors")
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    with pytest.raises(ValueError, match="goes on without --init"):
+        run(tmp_path / "second", init=tmp_path / "first" / "model", lr=0, matrix_lr=0, weight_decay=0)

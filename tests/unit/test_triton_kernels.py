@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from star_attention.attention.state import State, merge, merge_last
+from star_attention.hf import compiled
 from tests.answer_oracle import CASES, expected, real_rows, setup
+from tests.engines import tiny
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -97,3 +103,29 @@ def test_products_with_one_row_share_launches(matrices: int) -> None:
     sizes = [len(node.args[1]) for node in traced.graph.nodes if node.target == op]
     assert sizes == {1: [1, 1], 2: [2, 1], 3: [3, 1], 5: [3, 2, 1]}[matrices]
     torch.testing.assert_close(traced(x, *weights), layer(x, *weights))
+
+
+def test_a_compiled_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate and up together, then down: what torch.compile makes of weights is what the pass looks for."""
+    layer: Any = tiny("llama").model.layers[0].mlp
+    x = torch.randn(1, 1, layer.gate_proj.in_features)
+    expected = layer(x)
+    launches: list[int] = []
+    joined = triton_row.together
+
+    def seen(graph: torch.fx.Graph) -> None:
+        joined(graph)
+        op = torch.ops.star_attention.linears.default
+        launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
+
+    monkeypatch.setattr(triton_row, "together", seen)
+    for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
+        module.__class__ = triton_row.RowLinear
+    compiled_layer = torch.compile(layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._TOGETHER})
+    fresh = (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    )
+    with torch.no_grad(), fresh[0], fresh[1]:
+        torch.testing.assert_close(compiled_layer(x), expected, atol=1e-5, rtol=1e-4)
+    assert launches == [2, 1]

@@ -107,7 +107,7 @@ def _timed(work: Callable[[], Any], repeats: int, device: torch.device) -> list[
         return machine.timed(work, repeats=repeats, device=device)
     work()  # (what is compiled, or loaded, at first use)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):
         for _ in range(_CALLS):
             work()
     return [seconds / _CALLS for seconds in machine.timed(graph.replay, repeats=repeats, device=device)]

@@ -152,7 +152,7 @@ def run(
     Example: star-attention eval run my.jsonl -m models/needle-17m --variants dense,star:/4 --out results
     """
 
-    def make(tokenizer: Any, tell: Callable[[str], None]) -> list[Sample]:
+    def make(tokenizer: Any, left_out: dict[str, str]) -> list[Sample]:
         from star_attention.evals import files as readers
 
         return readers.read_all(files, format=format)
@@ -481,15 +481,15 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """Where samples come from: `make` takes the tokenizer, and whom to tell what it leaves out; the rest is for the record."""
+    """Where samples come from: `make` takes the tokenizer, and where to write what it leaves out; the rest is for the record."""
 
-    make: Callable[[Any, Callable[[str], None]], Iterable[Sample]]
+    make: Callable[[Any, dict[str, str]], Iterable[Sample]]
     suite: str
     options: dict[str, Any]
     seed: int
 
 
-_NONE = _Data(make=lambda tokenizer, tell: [], suite="", options={}, seed=0)
+_NONE = _Data(make=lambda tokenizer, left_out: [], suite="", options={}, seed=0)
 """What other ranks know."""
 
 
@@ -532,7 +532,7 @@ def _suite(
         if len(set(given)) < len(given):
             raise InvalidInputError(f"a {what} is named twice in {', '.join(map(str, given))}; give each once")
 
-    def make(tokenizer: Any, tell: Callable[[str], None]) -> list[Sample]:
+    def make(tokenizer: Any, left_out: dict[str, str]) -> list[Sample]:
         from star_attention.evals.runner import chat_tokens
         from star_attention.evals.sizing import Size
 
@@ -542,13 +542,15 @@ def _suite(
             size = Size(tokenizer=tokenizer, length=tokens, reserve=reserve)
             for one in tasks:
                 try:
-                    made += suite.generate(one, size=size, count=samples, seed=seed, options=options)
+                    some = list(suite.generate(one, size=size, count=samples, seed=seed, options=options))
                 except SizeError as error:
-                    if task is not None or (len(tasks) == 1 and len(lengths) == 1):
+                    if task is not None or len(tasks) == 1:
                         raise
-                    tell(f"{one} at {tokens:,} tokens is left out: {error}")
+                    left_out[f"{one} at {tokens:,} tokens"] = str(error)
+                else:
+                    made += some
         if not made:
-            raise SizeError(f"no task of {name} fits into {length}; give a larger --length")
+            raise SizeError(f"no task of {name} fits; of the first: {next(iter(left_out.values()))}")
         return made
 
     return _Data(make=make, suite=name, options=options, seed=seed)
@@ -567,15 +569,15 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
     """
     notes = Notes(quiet=options.quiet)
     data, tried, samples = _NONE, [], []
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}
     if leads():
         from star_attention.hf.load import load_tokenizer
 
         data, tried = of(), _parsed(variants)
         with notes.waiting(f"making samples of {data.suite}"):
-            samples = list(data.make(load_tokenizer(model.model), left_out.append))
-        for line in left_out:
-            notes.say(line)
+            samples = list(data.make(load_tokenizer(model.model), left_out))
+        for what, why in left_out.items():
+            notes.say(f"{what} is left out: {why}")
         notes.say(f"{len(samples):,} samples, {len(tried):,} variants")
     star = _loaded(model, notes)
     if not options.chat and getattr(star.tokenizer, "chat_template", None):
@@ -594,6 +596,7 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
         max_new_tokens=options.max_new_tokens,
         limit=options.limit,
         skip_too_long=options.skip_too_long,
+        left_out=left_out,
         progress=notes.say,
     )
     if not leads():
@@ -607,7 +610,8 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
 
 def _report(folder: Path) -> None:
     from star_attention.evals import report as reports
+    from star_attention.evals.results import Results
 
     files = reports.write(folder)
-    print("\n".join(reports.short(reports.Results.read(folder))))
+    print("\n".join(reports.short(Results.read(folder))))
     print("\n" + ", ".join(str(file) for file in files if file.suffix in (".md", ".html", ".csv", ".json")))

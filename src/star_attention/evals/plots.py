@@ -14,7 +14,7 @@ from star_attention.demo.heatmap import colour, ink, require_matplotlib
 from star_attention.plan import format_size
 
 if TYPE_CHECKING:
-    from star_attention.evals.report import Results
+    from star_attention.evals.results import Results
     from star_attention.evals.stats import Mean
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")

@@ -7,14 +7,12 @@ share its encoding. Under torchrun every rank makes the same calls, rank 0 reads
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -28,15 +26,14 @@ from star_attention.bench import machine
 from star_attention.context import EncodedContext
 from star_attention.engine import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError
+from star_attention.evals import run_folder
 from star_attention.evals.metrics import score
 from star_attention.evals.record import Sample
+from star_attention.evals.run_folder import Prediction
 from star_attention.evals.variants import Variant
 from star_attention.hf import chat as chats
-from star_attention.hf import identity
 from star_attention.hf.text import context_ids, query_ids
 
-RUN, PREDICTIONS = "run.json", "predictions.jsonl"
-FORMAT = 2
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 """The most likely token, whatever the model's own generation settings say."""
 
@@ -44,59 +41,11 @@ SOURCES = ("files", "format", "essays", "squad", "hotpot", "background", "depths
 """Options that say where samples are from or which there are: they may change from one session to the next, since a sample that is
 there already is known by its hash."""
 
-_KEYS = ("settings", "settings_sha256", "cells", "variants", "skipped", "prose", "sessions")
-"""Of run.json, beside its format."""
 _ODD_LENGTHS = 3
 """So many lengths of a task that are not round are taken as meant; with more, they are each sample's own count."""
 _TOLD_EVERY_S = 5.0
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One line of predictions.jsonl.
-
-    sample, variant, settings: its key: the sample's id, `Variant.key`, and the hash of run.json's `settings`.
-    sample_sha256, context_sha256: of all of the sample, and of its context (first 16 digits). group: `Sample.group`.
-    score: 0 to 1. block_size, anchor_size, blocks: as they were resolved for this context. encode_s: of the context;
-    sharing: samples of the run on that encoding. answer_s: of the whole answer. peak_bytes: the larger of both phases'; None on a
-    CPU.
-    """
-
-    sample: str
-    variant: str
-    settings: str
-    task: str
-    group: str
-    length: int
-    sample_sha256: str
-    context_sha256: str
-    prediction: str
-    answers: tuple[str, ...]
-    metric: str
-    score: float
-    finish_reason: str
-    context_tokens: int
-    query_tokens: int
-    answer_tokens: int
-    block_size: int
-    anchor_size: int
-    blocks: int
-    encode_s: float
-    sharing: int
-    answer_s: float
-    peak_bytes: int | None
-    meta: Mapping[str, Any]
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.sample, self.variant
-
-    @property
-    def question_s(self) -> float:
-        """Seconds for one question, with its share of the encoding."""
-        return self.encode_s / self.sharing + self.answer_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +82,7 @@ def run(
     max_new_tokens: int | None = None,
     limit: int | None = None,
     skip_too_long: bool = False,
+    left_out: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Done:
     """Answer every sample under every variant, but for what the folder `out` has already.
@@ -143,6 +93,7 @@ def run(
     of what samples were made for, and for the suite "files" of the context's tokens. chat: context and query as one user message of
     the model's chat template. max_new_tokens: of an answer, in place of the samples' own numbers. limit: so many samples of each
     task, length and depth, the first ones. skip_too_long: leave out, and list, what the model has no positions for.
+    left_out: what was not made in the first place, with the reason, for the record.
 
     Answers are greedy and end at an end-of-sequence token. More samples and variants may be added to a folder later.
 
@@ -167,6 +118,7 @@ def run(
                 },
                 sources={name: value for name, value in (options or {}).items() if name in SOURCES},
                 skip_too_long=skip_too_long,
+                left_out=left_out or {},
             )
         )
         return prepared[0].jobs, list(variants)
@@ -312,8 +264,8 @@ def _prediction(
         task=sample.task,
         group=sample.group,
         length=sample.length,
-        sample_sha256=_sample_sha256(sample),
-        context_sha256=_sha256(sample.context),
+        sample_sha256=run_folder.sample_sha256(sample),
+        context_sha256=run_folder.sha256(sample.context),
         prediction=reply.text,
         answers=sample.answers,
         metric=sample.metric,
@@ -420,6 +372,7 @@ def _prepare(
     settings: dict[str, Any],
     sources: Mapping[str, Any],
     skip_too_long: bool,
+    left_out: Mapping[str, str],
 ) -> _Prepared:
     if not variants:
         raise InvalidInputError("there are no variants to run; give at least one method")
@@ -441,26 +394,33 @@ def _prepare(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "model": _plain(star._identity()),
+        "model": run_folder.plain(star._identity()),
     }
-    digest = _sha256(_canonical(settings))[:12]
+    digest = run_folder.sha256(run_folder.canonical(settings))[:12]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InvalidInputError(f"{out} is no folder; give another one with --out") from None
-    before = _read_run(out)
+    before = run_folder.find_run(out)
     if before is not None:
-        _check_same(out, before, settings)
-    file = _opened(out / PREDICTIONS)
+        run_folder.check_same(out, before, settings)
+    file = run_folder.opened(out / run_folder.PREDICTIONS)
     try:
-        found = list(read_predictions(out, whole=False))
-        _check_found(out, found, samples, digest)
+        found = list(run_folder.read_predictions(out, whole=False))
+        run_folder.check_found(out, found, samples, digest)
         lengths, skipped = _measured(star, samples, settings, skip_too_long=skip_too_long)
         own = settings["suite"] == "files"  # (whose lengths are counts of other tokenizers)
         jobs = _jobs(samples, variants, lengths, {prediction.key for prediction in found}, own_lengths=own)
         meant = [samples[index] for index in lengths]
         cells = {variant.key: _cells(before, variant.key, meant, found) for variant in variants}
-        _write_run(star, out, before, settings, digest, samples, variants, jobs, skipped, cells, sources)
+        run_folder.write_run(
+            *(out, before, settings, digest, samples, variants),
+            plans=_plans(star, samples, variants, jobs),
+            skipped=skipped,
+            left_out=left_out,
+            cells=cells,
+            session=_session(star, jobs, sources),
+        )
     except BaseException:
         file.close()
         raise
@@ -564,165 +524,24 @@ def _cells(
     return [{"task": task, "length": length, "samples": count} for (task, length), count in counts.items()]
 
 
-# ------------------------------------------------------------------------------------------------- the folder
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a folder. Raises `InvalidInputError` where there is none, or one that is damaged."""
-    found = _read_run(folder)
-    if found is None:
-        raise InvalidInputError(f"{folder} holds no {RUN}; give a folder that `eval` has written with --out")
-    return found
-
-
-def _read_run(folder: Path) -> dict[str, Any] | None:
-    path = folder / RUN
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise InvalidInputError(f"{path} has format {found['format']}, this version reads {FORMAT}")
-        missing = [name for name in _KEYS if name not in found]
-        missing += [name for name in ("suite", "options", "model") if not missing and name not in found["settings"]]
-        if missing:
-            raise InvalidInputError(f"{path} is damaged ({', '.join(missing)} missing); give another folder")
-        return dict(found)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except InvalidInputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInputError(f"{path} is damaged ({error}); give another folder") from None
-
-
-def read_predictions(folder: Path, *, whole: bool = True) -> Iterator[Prediction]:
-    """Those of a folder, in order. A last line without an end is what a kill has left, and is passed over.
-
-    whole: raise where there are none.
-
-    Raises `InvalidInputError` for a damaged line, with its number, and for two of one sample and variant.
-    """
-    path = folder / PREDICTIONS
-    names = {one.name for one in fields(Prediction)}
-    seen: dict[tuple[str, str], int] = {}
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    values = json.loads(line)
-                    if set(values) != names:
-                        raise ValueError(f"fields {', '.join(sorted(set(values) ^ names))} are missing or unknown")
-                    prediction = Prediction(**values | {"answers": tuple(values["answers"])})
-                    prediction.key.__hash__()
-                except (ValueError, TypeError) as error:
-                    raise InvalidInputError(
-                        f"{path}, line {number:,} is damaged ({error}); remove that line, and run again to make it anew"
-                    ) from None
-                if prediction.key in seen:
-                    raise InvalidInputError(
-                        f"{path}, line {number:,} repeats line {seen[prediction.key]:,} (sample {prediction.sample}, variant"
-                        f" {prediction.variant}); remove one of them"
-                    )
-                seen[prediction.key] = number
-                yield prediction
-    except FileNotFoundError:
-        pass
-    if whole and not seen:
-        raise InvalidInputError(f"{path} holds no predictions; run `eval` first")
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """For appending, without a line that a kill has left unfinished; held against a second run in the same folder."""
-    file = path.open("ab+")
-    try:
-        with contextlib.suppress(ImportError):  # (Windows has no such locks.)
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InvalidInputError(f"another run is writing to {path}; wait for it, or give another folder") from None
-    except OSError:
-        pass  # (some network file systems have no locks)
-    file.seek(0)
-    data = file.read()
-    file.truncate(data.rfind(b"\n") + 1)
-    return file
-
-
-def _check_same(out: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises `InvalidInputError` naming the first setting that differs."""
-    theirs, ours = before["settings"], _plain(settings)
-    for one, mine in ((theirs, ours), (theirs["model"], ours["model"])):
-        found = identity.difference(
-            *({key: value for key, value in side.items() if key != "model"} for side in (one, mine))
-        )
-        if found is not None:
-            field, other, own = found
-            raise InvalidInputError(
-                f"{out} holds a run with another {field}: {other}, and this one's is {own}; give another folder with --out, or the"
-                " same settings"
-            )
-
-
-def _check_found(out: Path, found: list[Prediction], samples: list[Sample], digest: str) -> None:
-    """What is there already was made with these settings, and from these samples."""
-    by_id = {sample.id: sample for sample in samples}
-    for prediction in found:
-        if prediction.settings != digest:
-            raise InvalidInputError(
-                f"{out} holds predictions of other settings ({prediction.settings}, these are {digest}); give another folder"
-            )
-        sample = by_id.get(prediction.sample)
-        if sample is None or prediction.sample_sha256 == _sample_sha256(sample):
-            continue
-        texts = [meta.get("prose_sha256") for meta in (prediction.meta, sample.meta)]
-        what = f"prose: {texts[0]}, and this one's is {texts[1]}" if texts[0] != texts[1] else "text or answers"
-        raise InvalidInputError(
-            f"{out} holds a run in which sample {sample.id} has another {what}; give another folder"
-        )
-
-
-def _write_run(
-    star: StarLLM,
-    out: Path,
-    before: Mapping[str, Any] | None,
-    settings: Mapping[str, Any],
-    digest: str,
-    samples: list[Sample],
-    variants: list[Variant],
-    jobs: list[_Job],
-    skipped: list[dict[str, Any]],
-    cells: Mapping[str, list[dict[str, Any]]],
-    sources: Mapping[str, Any],
-) -> None:
-    """run.json anew, with all that earlier calls said; in one move, so that a kill leaves the old one."""
-    before = before or {"cells": [], "variants": {}, "skipped": [], "prose": {}, "sessions": []}
-    counts = {(cell["task"], cell["length"]): cell["samples"] for cell in before["cells"]}
-    now: dict[tuple[str, int], int] = {}
-    for sample in samples:
-        now[sample.task, sample.length] = now.get((sample.task, sample.length), 0) + 1
-    for cell, count in now.items():
-        counts[cell] = max(count, counts.get(cell, 0))
-    plans = {name: dict(told) for name, told in before["variants"].items()}
-    for variant in variants:
-        plans.setdefault(variant.key, {"name": variant.name, "plans": []})["cells"] = cells[variant.key]
+def _plans(
+    star: StarLLM, samples: list[Sample], variants: list[Variant], jobs: list[_Job]
+) -> list[tuple[str, dict[str, Any]]]:
+    """A variant's key and the blocks that a job of it comes to, for the record."""
+    plans = []
     for job in jobs:
-        told = plans[variants[job.variant].key]["plans"]
-        engine = engine_of(star, variants[job.variant], job.sizes)
-        plan = engine._plan(job.tokens)
+        variant = variants[job.variant]
+        plan = engine_of(star, variant, job.sizes)._plan(job.tokens)
         line: dict[str, Any] = {"length": samples[job.samples[0]].length, "ranks": plan.ranks}
-        if variants[job.variant].has_blocks:
+        if variant.has_blocks:
             line |= {"block_size": plan.block_size, "anchor_size": plan.anchor_size}
-        if line not in told:
-            told.append(line)
-    prose = before["prose"] | {
-        str(sample.meta["prose"]): str(sample.meta["prose_sha256"])
-        for sample in samples
-        if "prose_sha256" in sample.meta
-    }
-    session = {
+        plans.append((variant.key, line))
+    return plans
+
+
+def _session(star: StarLLM, jobs: list[_Job], sources: Mapping[str, Any]) -> dict[str, Any]:
+    """What this call is, for the record."""
+    return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": machine.command(),
         "model": str(star._handle.config.name_or_path),
@@ -732,34 +551,3 @@ def _write_run(
         "options": dict(sources),
         "answers": sum(len(job.samples) for job in jobs),
     }
-    told_skipped = {one["sample"]: one for one in [*before["skipped"], *skipped]}
-    found = {
-        "format": FORMAT,
-        "settings": settings,
-        "settings_sha256": digest,
-        "cells": [{"task": task, "length": length, "samples": count} for (task, length), count in counts.items()],
-        "variants": plans,
-        "skipped": list(told_skipped.values()),
-        "prose": prose,
-        "sessions": [*before["sessions"], session],
-    }
-    part = out / (RUN + ".part")
-    part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    part.replace(out / RUN)
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _sample_sha256(sample: Sample) -> str:
-    """Of all of a sample but its length, which is named by what other samples there are."""
-    return _sha256(_canonical(sample.as_dict() | {"length": 0}))

@@ -1,7 +1,7 @@
 """Matrices times one row; ours, in Triton.
 
 In the shapes of an 8B model's layer cuBLAS moves the weights of a single token at 0.44 to 0.83 of an H200's bandwidth, this at
-0.71 to 0.94 (bench/results/2026-11-26-h200.md).
+0.71 to 0.94 (bench/results/2026-11-26-h200.md); matrices much larger than those it moves as well.
 """
 
 from __future__ import annotations
