@@ -12,10 +12,10 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
-from star_attention.evals.report import short
+from star_attention.evals.report import accuracy, short
 from star_attention.evals.results import Results
 from star_attention.plan import format_size
 
@@ -52,7 +52,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "shared-16k": ("shared", "--length", "16k", "--variants", "dense,star:/4,star:/4:0"),
     "niah": ("niah", "--length", "4k,8k,16k,32k", "--variants", "dense,star:/4,star:/4:0"),
 }
-"""Largest first, so that none of them is left over at the end: `run` sorts them by length."""
+"""By name: the command of `star-attention eval` and its options."""
 
 WORDS = ("ruler", "ablations", "sweep", "niah", "shared")
 """Commands that draw words, of which training has not seen these."""
@@ -70,7 +70,7 @@ def command(name: str, model: str, out: Path, samples: int) -> list[str]:
 
 
 def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> bool:
-    """Whether all of them ended well."""
+    """Whether all of them ended well. Long texts begin first, so that none of them is left over at the end."""
     out.mkdir(parents=True, exist_ok=True)
     waiting = sorted(names, key=lambda name: ("32k" in name, "16k" in name, "niah" in name), reverse=True)
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -103,15 +103,14 @@ def tables(names: list[str], out: Path) -> None:
         if not (out / name / "predictions.jsonl").exists():
             continue
         results = Results.read(out / name)
-        scores: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-        for one in results.predictions:
-            scores[one.task, one.length, one.variant].append(one.score)
         variants = results.variants
         print(f"\n## {name}\n\n| task | length | samples | {' | '.join(variants)} |\n|{'---|' * (3 + len(variants))}")
-        for task, length in dict.fromkeys((task, length) for task, length, _ in scores):
-            cells = [scores[task, length, variant] for variant in variants]
-            means = [f"{100 * sum(cell) / len(cell):.1f}" if cell else "" for cell in cells]
-            print(f"| {task} | {format_size(length)} | {len(cells[0])} | {' | '.join(means)} |")
+        for task, length in product(results.tasks, results.lengths):
+            cells = [results.compared(variant, task=task, length=length) for variant in variants]
+            counts = [cell.mean.n for cell in cells if cell is not None]
+            if counts:
+                means = ["" if cell is None else accuracy(cell.mean) for cell in cells]
+                print(f"| {task} | {format_size(length)} | {max(counts)} | {' | '.join(means)} |")
         print("\n" + "\n".join(short(results)))
 
 

@@ -114,13 +114,20 @@ def _is_prose(sentence: str) -> bool:
 # --------------------------------------------------------------------------------------------- documents
 
 
+BOS = ("document", "row")
+
+
 @dataclass(kw_only=True)
 class Maker:
-    """Documents of about `room` tokens in all, for one random generator."""
+    """Documents of about `room` tokens in all, for one random generator.
+
+    bos: whether `<bos>` stands before each `document` of a row, or before the `row`'s first one.
+    """
 
     rng: random.Random
     encode: Encoder
     part: str = "train"
+    bos: str = "document"
 
     def document(self, room: int) -> Document:
         able = {kind: share for kind, (share, least, _) in _KINDS.items() if room >= least}
@@ -359,14 +366,17 @@ _KINDS: dict[str, tuple[float, int, Callable[[Maker, int], Document]]] = {
 """Share of documents, fewest tokens that one takes, and what makes it."""
 
 TASKS = ("needles", "multivalue", "multiquery", "secrets", "vt", "cwe", "fwe", *babilong.TASKS)
-"""What an answer's mask says, from 2 on."""
+"""What an answer's mask says, from `ANSWER` on."""
+
+ANSWER = 2
+"""From here on a row's mask names the task whose answer a token belongs to; 1 is any other text, 0 filler."""
 
 
 # --------------------------------------------------------------------------------------------- rows
 
 
 def encoded(document: Document, encode: Encoder) -> tuple[list[int], list[int]]:
-    """A document's ids and its mask: 1 for text, 2 and more for answers and the `<eos>` behind them."""
+    """A document's ids and its mask: 1 for text, `ANSWER` and more for answers and the `<eos>` behind them."""
     before, hint, after = document.context.partition(document.hint) if document.hint else (document.context, "", "")
     ids, mask = [encode.bos], [1]
 
@@ -375,23 +385,17 @@ def encoded(document: Document, encode: Encoder) -> tuple[list[int], list[int]]:
         ids.extend(new)
         mask.extend([kind] * len(new))
 
-    first = TASKS.index(document.questions[0].task) + 2
+    first = TASKS.index(document.questions[0].task) + ANSWER
     for text, kind in ((before, 1), (hint, first), (after, 1)):
         put(text, kind)
     for question in document.questions:
         put(question.asked, 1)
-        put(question.answer, TASKS.index(question.task) + 2, end=True)
+        put(question.answer, TASKS.index(question.task) + ANSWER, end=True)
     return ids, mask
 
 
-BOS = ("document", "row")
-
-
-def row(length: int, maker: Maker, bos: str = "document") -> tuple[list[int], list[int]]:
-    """Documents one behind another, `length` tokens in all; half of the rows are one document alone.
-
-    bos: before each `document`, or before a `row`'s first one.
-    """
+def row(length: int, maker: Maker) -> tuple[list[int], list[int]]:
+    """Documents one behind another, `length` tokens in all; half of the rows are one document alone."""
     ids: list[int] = []
     mask: list[int] = []
     least = min(192, length)
@@ -399,7 +403,7 @@ def row(length: int, maker: Maker, bos: str = "document") -> tuple[list[int], li
         left = length - len(ids)
         room = left if left < 2 * least or maker.rng.random() < 0.5 else maker.rng.randint(least, left)
         some_ids, some_mask = encoded(maker.document(room), maker.encode)
-        if ids and bos == "row":
+        if ids and maker.bos == "row":
             some_ids, some_mask = some_ids[1:], some_mask[1:]
         ids += some_ids[:left]  # (what is longer than its room ends with the row)
         mask += some_mask[:left]
@@ -407,9 +411,9 @@ def row(length: int, maker: Maker, bos: str = "document") -> tuple[list[int], li
     return ids + [0] * filler, mask + [0] * filler
 
 
-def batch(rows: int, length: int, maker: Maker, bos: str = "document") -> tuple[Tensor, Tensor]:
+def batch(rows: int, length: int, maker: Maker) -> tuple[Tensor, Tensor]:
     """`[rows, length]` each: ids in int16, mask in uint8."""
-    made = [row(length, maker, bos) for _ in range(rows)]
+    made = [row(length, maker) for _ in range(rows)]
     return (
         torch.tensor([ids for ids, _ in made], dtype=torch.int16),
         torch.tensor([mask for _, mask in made], dtype=torch.uint8),
@@ -419,9 +423,12 @@ def batch(rows: int, length: int, maker: Maker, bos: str = "document") -> tuple[
 def held_out(rows: int, length: int, seed: int, tokenizer: Path, bos: str) -> tuple[Tensor, Tensor]:
     """Rows of the words that training does not see."""
     maker = Maker(
-        rng=random.Random(f"held out {seed} {length}"), encode=Encoder(load_tokenizer(tokenizer)), part="eval"
+        rng=random.Random(f"held out {seed} {length}"),
+        encode=Encoder(load_tokenizer(tokenizer)),
+        part="eval",
+        bos=bos,
     )
-    return batch(rows, length, maker, bos)
+    return batch(rows, length, maker)
 
 
 Shape = tuple[int, int, int]
@@ -459,5 +466,6 @@ def _work(queue: Any, shapes: list[Shape], seed: int, tokenizer: Path, bos: str)
     torch.set_num_threads(1)
     encode = Encoder(load_tokenizer(tokenizer))
     for step, rows, length in shapes:
-        ids, mask = batch(rows, length, Maker(rng=random.Random(f"train {seed} {step}"), encode=encode), bos)
+        maker = Maker(rng=random.Random(f"train {seed} {step}"), encode=encode, bos=bos)
+        ids, mask = batch(rows, length, maker)
         queue.put((ids.numpy(), mask.numpy()))

@@ -29,10 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import data
-
-ANSWER = 2
-"""From here on a row's mask names the task whose answer a token belongs to; 1 is any other text, 0 filler."""
-
+from training.data import ANSWER
 
 OPTIMIZERS = ("muon", "adamw")
 

@@ -215,16 +215,15 @@ def test_what_cannot_be_run(model: Path, tmp_path: Path, arguments: list[str], m
 
 def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(model: Path, tmp_path: Path) -> None:
     data = _suite("ruler", None, "320,1k", 5, 0, {}, chat=False)
-    told: dict[str, str] = {}
-    made = list(data.make(bundled_tokenizer(), told))
+    made, told = data.make(bundled_tokenizer())
     assert told["vt at 320 tokens"].startswith("length 320 is too short for a sample of vt")
     assert "niah_multikey_1 at 320 tokens" in told, "only some of its samples would have fitted"
     assert not any(sample.length == 320 and sample.task in ("vt", "niah_multikey_1") for sample in made)
     assert {sample.task for sample in made if sample.length == 1024} == set(ruler.TASKS) - {"cwe", "qa_1", "qa_2"}
     with pytest.raises(SizeError, match="no task of ruler fits; of the first: length 16 is too short"):
-        list(_suite("ruler", None, "16", 1, 0, {}, chat=False).make(bundled_tokenizer(), {}))
+        _suite("ruler", None, "16", 1, 0, {}, chat=False).make(bundled_tokenizer())
     with pytest.raises(SizeError, match="length 16 is too short"):
-        list(_suite("niah", None, "16,1k", 1, 0, {}, chat=False).make(bundled_tokenizer(), {}))
+        _suite("niah", None, "16,1k", 1, 0, {}, chat=False).make(bundled_tokenizer())
     ok(model, "ruler", "--length", "320", "--samples", "1", "--out", tmp_path, "--variants", "dense", *SHORT)
     assert "vt at 320 tokens is left out: length 320 is too short" in (tmp_path / report.MARKDOWN).read_text()
 

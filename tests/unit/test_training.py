@@ -154,8 +154,10 @@ def test_unknown_settings_are_refused(setting: dict[str, str], message: str, tmp
 
 def test_a_row_may_have_one_beginning() -> None:
     one = maker(2)
-    rows = [data.row(2000, one, "row")[0] for _ in range(8)]
+    one.bos = "row"
+    rows = [data.row(2000, one)[0] for _ in range(8)]
     assert all(row[0] == one.encode.bos and one.encode.bos not in row[1:] for row in rows)
+    one.bos = "document"
     assert any(one.encode.bos in data.row(2000, one)[0][1:] for _ in range(8))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -152,10 +152,10 @@ def run(
     Example: star-attention eval run my.jsonl -m models/needle-17m --variants dense,star:/4 --out results
     """
 
-    def make(tokenizer: Any, left_out: dict[str, str]) -> list[Sample]:
+    def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
         from star_attention.evals import files as readers
 
-        return readers.read_all(files, format=format)
+        return readers.read_all(files, format=format), {}
 
     data = _Data(make=make, suite="files", options={"files": files} | _given(format=format), seed=seed)
     _evaluate(model, options, variants, lambda: data)
@@ -481,15 +481,18 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """Where samples come from: `make` takes the tokenizer, and where to write what it leaves out; the rest is for the record."""
+    """Where samples come from.
 
-    make: Callable[[Any, dict[str, str]], Iterable[Sample]]
+    make: from the tokenizer, all samples and what is left out, with the reasons. The rest is for the record.
+    """
+
+    make: Callable[[Any], tuple[list[Sample], dict[str, str]]]
     suite: str
     options: dict[str, Any]
     seed: int
 
 
-_NONE = _Data(make=lambda tokenizer, left_out: [], suite="", options={}, seed=0)
+_NONE = _Data(make=lambda tokenizer: ([], {}), suite="", options={}, seed=0)
 """What other ranks know."""
 
 
@@ -532,12 +535,13 @@ def _suite(
         if len(set(given)) < len(given):
             raise InvalidInputError(f"a {what} is named twice in {', '.join(map(str, given))}; give each once")
 
-    def make(tokenizer: Any, left_out: dict[str, str]) -> list[Sample]:
+    def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
         from star_attention.evals.runner import chat_tokens
         from star_attention.evals.sizing import Size
 
         reserve = chat_tokens(tokenizer) if chat else 0
         made: list[Sample] = []
+        left_out: dict[str, str] = {}
         for tokens in lengths:
             size = Size(tokenizer=tokenizer, length=tokens, reserve=reserve)
             for one in tasks:
@@ -551,7 +555,7 @@ def _suite(
                     made += some
         if not made:
             raise SizeError(f"no task of {name} fits; of the first: {next(iter(left_out.values()))}")
-        return made
+        return made, left_out
 
     return _Data(make=make, suite=name, options=options, seed=seed)
 
@@ -568,14 +572,15 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
     (Rank 0 alone reads what was asked for: were all to find the same mistake, one could end before rank 0 has told it.)
     """
     notes = Notes(quiet=options.quiet)
-    data, tried, samples = _NONE, [], []
+    data, tried = _NONE, []
+    samples: list[Sample] = []
     left_out: dict[str, str] = {}
     if leads():
         from star_attention.hf.load import load_tokenizer
 
         data, tried = of(), _parsed(variants)
         with notes.waiting(f"making samples of {data.suite}"):
-            samples = list(data.make(load_tokenizer(model.model), left_out))
+            samples, left_out = data.make(load_tokenizer(model.model))
         for what, why in left_out.items():
             notes.say(f"{what} is left out: {why}")
         notes.say(f"{len(samples):,} samples, {len(tried):,} variants")
