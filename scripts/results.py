@@ -1,6 +1,6 @@
 """Measure the bundled model, several evaluations at a time, and print tables as in docs/results.md.
 
-    python scripts/results.py --out results --jobs 12          # on a GPU, about ten minutes; a run that is cut off goes on
+    python scripts/results.py --out results --jobs 12          # on a GPU, about 25 minutes; a run that is cut off goes on
 
 Each evaluation is a `star-attention eval` of its own, in a folder of its own; the commands are printed.
 """
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
 from itertools import product
 from pathlib import Path
 
-from star_attention.evals.report import accuracy, short
+from star_attention.evals.joining import join
+from star_attention.evals.report import accuracy, short, write
 from star_attention.evals.results import Results
 from star_attention.plan import format_size
 
@@ -49,6 +51,10 @@ JOBS: dict[str, tuple[str, ...]] = {
     **{f"ablations-{length}": ("ablations", "--length", length, "--task", ONE_BLOCK_TASKS) for length in ("4k", "16k")},
     "blocks-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "512,1k,2k,4k,8k"),
     "anchors-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "/4", "--anchors", "0,16,64,256,1k,="),
+    **{
+        f"infinitebench-{length}": ("infinitebench", "--length", length, "--variants", "dense,star:/4,star:/4:0")
+        for length in ("16k", "32k")
+    },
     "shared-16k": ("shared", "--length", "16k", "--variants", "dense,star:/4,star:/4:0"),
     "niah": ("niah", "--length", "4k,8k,16k,32k", "--variants", "dense,star:/4,star:/4:0"),
 }
@@ -97,11 +103,24 @@ def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> boo
     return good
 
 
+def joined(names: list[str], out: Path) -> list[str]:
+    """Evaluations of one suite at several lengths as one, for the pictures; the names of what is there then."""
+    left = [name for name in names if (out / name / "predictions.jsonl").exists()]
+    for suite in ("ruler", "babilong", "infinitebench"):
+        parts = [name for name in left if name.startswith(suite)]
+        if len(parts) < 2:
+            continue
+        shutil.rmtree(out / suite, ignore_errors=True)
+        join([out / name for name in parts], out / suite)
+        write(out / suite)
+        left[left.index(parts[0])] = suite
+        left = [name for name in left if name not in parts]
+    return left
+
+
 def tables(names: list[str], out: Path) -> None:
     """Of each evaluation that is there: means by task, in percent, and what `eval` says of all of it."""
     for name in names:
-        if not (out / name / "predictions.jsonl").exists():
-            continue
         results = Results.read(out / name)
         variants = results.variants
         print(f"\n## {name}\n\n| task | length | samples | {' | '.join(variants)} |\n|{'---|' * (3 + len(variants))}")
@@ -125,7 +144,7 @@ def main() -> None:
     given = parser.parse_args()
     names = [name for name in JOBS if name.startswith(tuple(given.only.split(",")))]
     good = given.tables or run(names, given.model, given.out, given.samples, given.jobs)
-    tables(names, given.out)
+    tables(joined(names, given.out), given.out)
     sys.exit(not good)
 
 

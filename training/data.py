@@ -11,6 +11,7 @@ library here, its language reference there).
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import math
 import multiprocessing
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from star_attention.evals import babi_world, babilong, ruler_lists, ruler_needles, sources
+from star_attention.evals import babi_world, babilong, infinitebench, ruler_lists, ruler_needles, shared, sources
 from star_attention.evals.ruler_needles import NOISE, Draw
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "needle-17m"
@@ -167,9 +168,9 @@ class Maker:
         """With what ends each answer."""
         return sum(self.size(question.asked) + self.size(question.answer) + 1 for question in questions)
 
-    def asked(self, room: int) -> int:
-        """How many questions a document has: up to one in sixty tokens, which half of the documents have."""
-        most = max(1, min(32, room // 60))
+    def asked(self, room: int, each: int = 60) -> int:
+        """How many questions a document has: up to one in `each` tokens, which half of the documents have."""
+        most = max(1, min(32, room // each))
         return most if self.rng.random() < 0.5 else self.rng.randint(1, most)
 
 
@@ -327,58 +328,134 @@ def _frequent(maker: Maker, room: int) -> Document:
     query, prefix = ruler_lists.FWE_QUERY, ruler_lists.FWE_PREFIX
     rest = room - maker.size(ruler_lists.FWE_HEAD + query + prefix) - 40
     vocabulary = max(5, room // 50)
-    # A number of words that fits: tokens grow nearly with it, so that one probe says how many.
-    probe = 200
-    state = maker.rng.getstate()
-    each = maker.size(" ".join(ruler_lists.coded(maker.rng, probe, vocabulary)[0])) / probe
-    maker.rng.setstate(state)
-    entries, answers = ruler_lists.coded(maker.rng, max(60, int(0.95 * rest / each)), vocabulary)
-    text = " ".join(entries)
+    number, state = max(60, rest // 3), maker.rng.getstate()
+    while True:
+        maker.rng.setstate(state)
+        entries, answers = ruler_lists.coded(maker.rng, number, vocabulary)
+        text = " ".join(entries)
+        taken = maker.size(text)
+        if taken <= rest or number <= 60:
+            break
+        number = max(60, min(number - 1, int(0.99 * number * rest / taken)))
     question = Question(task="fwe", asked=query + prefix, answer=f" {', '.join(answers)}")
     return Document(context=f"{ruler_lists.FWE_HEAD}{text}\n", questions=[question])
 
 
+_STORIES = {"qa1": 1, "qa2": 3, "qa3": 4, "qa4": 1, "qa5": 1}
+"""Shares of the stories."""
+
+
 def _stories(maker: Maker, room: int) -> Document:
-    """BABILong's stories, with everything that can be asked of them, easier tasks' questions among it."""
+    """BABILong's stories, with everything that can be asked of them, easier tasks' questions among it.
+
+    Half of them go on behind the questions, a few facts and questions at a time: what changes from one fact to the next is what
+    has to be learned.
+    """
     rng = maker.rng
-    task = rng.choice(babilong.TASKS)
+    task = rng.choices(list(_STORIES), list(_STORIES.values()))[0]
     least, most = babi_world.FACTS[task]
     facts = rng.randint(least, max(least, min(most, room // 60)))
-    told, asked = babi_world.story_with_questions(task, facts, rng)
-    able = [(one, *pair) for one, kinds in asked.items() for kind in kinds for pair in kind]
+    goes_on = task != "qa4" and rng.random() < 0.5
+    first, *others = babi_world.chapters(task, [facts, *(rng.randint(1, 4) for _ in range(24 * goes_on))], rng)
     head, tail = babilong.frame(task)
-    chosen = rng.sample(able, min(len(able), maker.asked(room)))
-    questions = [Question(task=one, asked=f"{babilong.ASK}{asks}", answer=f" {answer}") for one, asks, answer in chosen]
-    rest = room - maker.size(head + tail + " ".join(told)) - maker.size_of(questions)
+    questions = _story_questions(first, task, maker.asked(room, 30), rng)
+    rest = room - maker.size(head + tail + " ".join(first.facts)) - maker.size_of(questions)
+    most_of_rest = rng.random() * rest
+    for chapter in others:
+        more = _story_questions(chapter, task, rng.randint(1, 3), rng)
+        told = f"{' '.join(chapter.facts)}\n"
+        more[0] = dataclasses.replace(more[0], asked=f"{told}{more[0].asked}")
+        taken = maker.size_of(more)
+        if taken > most_of_rest:
+            break
+        rest, most_of_rest = rest - taken, most_of_rest - taken
+        questions += more
     filler = maker.filled(maker.prose(), max(0, rest - 8), " ")
-    text = babilong.scattered(told, filler, rng)
+    text = babilong.scattered(first.facts, filler, rng)
     return Document(context=f"{head}{' '.join(text)}{tail}", questions=questions)
 
 
+def _story_questions(chapter: babi_world.Chapter, task: str, count: int, rng: random.Random) -> list[Question]:
+    """Two of three, as far as they go, are of the task itself."""
+    asked = {
+        one: [(one, *pair) for kind in kinds for pair in rng.sample(kind, len(kind))]
+        for one, kinds in chapter.asked.items()
+    }
+    own = asked.pop(task)
+    others = [pair for pairs in asked.values() for pair in pairs]
+    chosen = rng.sample(own, min(len(own), math.ceil(count * 2 / 3)))
+    chosen += rng.sample(others, min(len(others), count - len(chosen)))
+    rng.shuffle(chosen)
+    return [Question(task=one, asked=f"{babilong.ASK}{asks}", answer=f" {answer}") for one, asks, answer in chosen]
+
+
+def _searches(maker: Maker, room: int) -> Document:
+    """InfiniteBench's pass keys, strings of digits, and largest and smallest numbers."""
+    rng = maker.rng
+    task = rng.choice(("passkey", "number_string", "math_find"))
+    seed = rng.random()
+
+    def sized(units: int) -> tuple[int, Document]:
+        sample = infinitebench.sample_of_units(task, units, random.Random(seed), id="", length=0)
+        question = Question(task=task, asked=sample.query + sample.answer_prefix, answer=f" {sample.answers[0]}")
+        document = Document(context=sample.context, questions=[question])
+        return maker.size(document.context) + maker.size_of(document.questions), document
+
+    none, document = sized(0)
+    each = (sized(50)[0] - none) / 50
+    units = int((room - none) / each)
+    while units > 0:
+        taken, document = sized(units)
+        if taken <= room:
+            break
+        units -= math.ceil((taken - room) / each)
+    return document
+
+
+def _pairs(maker: Maker, room: int) -> Document:
+    """InfiniteBench's keys and values, several asked for."""
+    each, asked = 75, 80  # tokens of a pair and of a question with its answer, about
+    questions = max(1, min(12, maker.asked(room, 300)))
+    pairs = max(questions, (room - 40 - questions * asked) // each)
+    context, found = shared.key_values(pairs, questions, maker.rng)
+    return Document(
+        context=context,
+        questions=[
+            Question(task="kv_retrieval", asked=one.query + one.prefix, answer=f" {one.answer}") for one in found
+        ],
+    )
+
+
 _KINDS: dict[str, tuple[float, int, Callable[[Maker, int], Document]]] = {
-    "needles": (38, 0, _needles),
-    "secrets": (8, 0, _secrets),
-    "chains": (14, 0, _chains),
-    "common": (7, 1000, _common),
-    "frequent": (7, 256, _frequent),
-    "stories": (26, 400, _stories),
+    "needles": (33, 0, _needles),
+    "secrets": (6, 0, _secrets),
+    "chains": (11, 0, _chains),
+    "common": (8, 1000, _common),
+    "frequent": (6, 256, _frequent),
+    "stories": (30, 400, _stories),
+    "searches": (3, 150, _searches),
+    "pairs": (3, 400, _pairs),
 }
 """Share of documents, fewest tokens that one takes, and what makes it."""
 
-TASKS = ("needles", "multivalue", "multiquery", "secrets", "vt", "cwe", "fwe", *babilong.TASKS)
+TASKS = (
+    *("needles", "multivalue", "multiquery", "secrets", "vt", "cwe", "fwe"),
+    *babilong.TASKS,
+    *("passkey", "number_string", "math_find", "kv_retrieval"),
+)
 """What an answer's mask says, from `ANSWER` on."""
 
 ANSWER = 2
-"""From here on a row's mask names the task whose answer a token belongs to; 1 is any other text, 0 filler."""
+"""From here on a row's mask names the task whose answer a token belongs to; 1 is any other text, 0 filler and `<bos>`."""
 
 
 # --------------------------------------------------------------------------------------------- rows
 
 
 def encoded(document: Document, encode: Encoder) -> tuple[list[int], list[int]]:
-    """A document's ids and its mask: 1 for text, `ANSWER` and more for answers and the `<eos>` behind them."""
+    """A document's ids and its mask: 0 for `<bos>`, 1 for text, `ANSWER` and more for answers and the `<eos>` behind them."""
     before, hint, after = document.context.partition(document.hint) if document.hint else (document.context, "", "")
-    ids, mask = [encode.bos], [1]
+    ids, mask = [encode.bos], [0]
 
     def put(text: str, kind: int, *, end: bool = False) -> None:
         new = [*encode(text), *([encode.eos] if end else [])]

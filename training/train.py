@@ -42,7 +42,9 @@ class Settings:
     layers' matrices, whose rate is matrix_lr. warmup: steps. decay_from: share of all steps after which learning rates fall
     linearly, to nothing at the end. weights: of a token of an answer, by task; answers of one word would hardly count beside
     those of a hundred digits. rest_weight: of the loss on text that is no answer. bos: whether each document begins with
-    `<bos>`, or the first of a row alone.
+    `<bos>`, or the first of a row alone. bos_scale: how many times as long as another token's its embedding is at first.
+    common: length of what all other embeddings have in common at first, relative to what they do not. sink: the score of `<bos>`
+    that the first layer begins with, 0 for none.
     """
 
     hidden: int = 384
@@ -52,7 +54,7 @@ class Settings:
     intermediate: int = 1024
     theta: float = 500000.0
     positions: int = 65536
-    stages: str = "512:110m,1024:100m,2048:100m,4096:140m,8192:150m,16384:130m,32768:70m"
+    stages: str = "512:110m,1024:110m,2048:110m,4096:150m,8192:150m,16384:130m,32768:80m"
     tokens: int = 131072
     optimizer: str = "muon"
     lr: float = 1.2e-3
@@ -60,14 +62,19 @@ class Settings:
     weight_decay: float = 0.1
     warmup: int = 100
     decay_from: float = 0.6
-    weights: str = "vt:1.5,multivalue:1.5,multiquery:1.5,cwe:2,fwe:3,qa1:5,qa2:6,qa3:6,qa4:5,qa5:5"
-    rest_weight: float = 0.1
+    weights: str = "vt:1.5,multivalue:1.5,multiquery:1.5,cwe:2,fwe:3,qa1:5,qa2:6,qa3:6,qa4:5,qa5:5,math_find:5"
+    rest_weight: float = 0.5
     z_weight: float = 1e-4
     clip: float = 1.0
     bos: str = "document"
+    bos_scale: float = 16.0
+    common: float = 1.0
+    sink: float = 10.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.sink and not self.common:
+            raise ValueError(f"sink {self.sink} needs a common component of embeddings to be found by; give --common 1")
         for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("bos", self.bos, data.BOS)):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
@@ -129,7 +136,32 @@ def built(settings: Settings, tokenizer: Any) -> LlamaForCausalLM:
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # what is added to the residual stream, layer by layer
             torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * settings.layers))
+    _plant_sink(model, tokenizer.bos_token_id, settings)
     return model
+
+
+@torch.no_grad()
+def _plant_sink(model: LlamaForCausalLM, bos: int, settings: Settings) -> None:
+    """Let every query find `<bos>` from the first step on, as queries of large models do.
+
+    Queries know each other by what all embeddings but that of `<bos>` have in common, keys of `<bos>` by its own embedding; both
+    are written to the dimension of each head that RoPE turns least, so that the score is the same at every distance.
+    """
+    embed_VD, size = model.get_input_embeddings().weight, settings.hidden // settings.heads
+    common_D, bos_D = F.normalize(torch.randn(settings.hidden), dim=0), F.normalize(embed_VD[bos], dim=0)
+    length = settings.common * 0.02 * math.sqrt(settings.hidden)
+    own_D = settings.bos_scale * embed_VD[bos]
+    embed_VD += length * common_D
+    embed_VD[bos] = own_D
+    if not settings.sink:
+        return
+    # What a first layer sees of either direction: all of sqrt(hidden) of `<bos>`, this share of it of any other token.
+    share = settings.common / math.hypot(1, settings.common)
+    factor = math.sqrt(settings.sink * math.sqrt(size) / (share * settings.hidden))
+    for layer in model.model.layers:
+        slowest = slice(size // 2 - 1, None, size)
+        layer.self_attn.q_proj.weight[slowest] += factor * common_D
+        layer.self_attn.k_proj.weight[slowest] += factor * bos_D
 
 
 class Optimizers:

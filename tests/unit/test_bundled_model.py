@@ -1,6 +1,7 @@
 """The bundled model, which really retrieves: answers of every geometry are the mask oracle's, and nearly all right.
 
-The accuracies with needle-32m, which needs its anchor, would show an anchor that was lost.
+Without an anchor it finds next to nothing but in the first block, so that its accuracies would show an anchor that was lost. The
+same with needle-32m, whose first tokens matter by chance and not by design.
 """
 
 from __future__ import annotations
@@ -57,8 +58,12 @@ def right(text: str, fact: Fact) -> bool:
     return text.strip() == fact.value
 
 
-def check_against_oracle(anchor: str, tokens: int, questions: int, at_least: float) -> None:
-    """All answers token for token those of the oracle, and enough of them right."""
+FOUND = {anchor: (0.0, 0.5) if anchor == "no_anchor" else (0.85, 1.0) for anchor in ANCHORS}
+"""Share of facts that is found, at least and at most: without its anchor the model reads no block but the first."""
+
+
+def check_against_oracle(anchor: str, tokens: int, questions: int) -> None:
+    """All answers token for token those of the oracle, and as many of them right as should be."""
     model, tokenizer = bundled_model(), bundled_tokenizer()
     sample = make("niah_multikey", tokenizer, tokens, seed=1)
     star = StarLLM(model, tokenizer, **geometry(anchor, tokens))
@@ -78,19 +83,20 @@ def check_against_oracle(anchor: str, tokens: int, questions: int, at_least: flo
         assert reply.token_ids == chosen
     accuracy = sum(right(reply.text, fact) for fact, reply in zip(facts, replies, strict=True)) / len(facts)
     print(f"{anchor} {tokens}: {accuracy:.2f}")
-    assert accuracy >= at_least
+    low, high = FOUND[anchor]
+    assert low <= accuracy <= high
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_answers_at_4k_are_the_oracles(anchor: str) -> None:
-    check_against_oracle(anchor, 4096, questions=8, at_least=0.85)
+    check_against_oracle(anchor, 4096, questions=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("anchor", ANCHORS)
 @pytest.mark.parametrize("tokens", [8192, 16384])
 def test_longer_answers_are_the_oracles(anchor: str, tokens: int) -> None:
-    check_against_oracle(anchor, tokens, questions=16, at_least=0.85)
+    check_against_oracle(anchor, tokens, questions=16)
 
 
 def accuracy(star: StarLLM, tokens: int, samples: int, tasks: list[str]) -> float:
@@ -132,9 +138,10 @@ def test_one_answer_retrieval_at_1k() -> None:
 @pytest.mark.parametrize("anchor", ANCHORS)
 @pytest.mark.parametrize("tokens", [4096, 16384])
 def test_one_answer_retrieval_in_longer_texts(anchor: str, tokens: int) -> None:
-    """In every geometry (single facts hardly need the anchor)."""
+    """In every geometry; a lost anchor would be seen."""
     star = StarLLM(bundled_model(), bundled_tokenizer(), **geometry(anchor, tokens))
-    assert accuracy(star, tokens, samples=4 if tokens == 4096 else 2, tasks=list(TASKS)) >= 0.9
+    low, high = FOUND[anchor]
+    assert low <= accuracy(star, tokens, samples=4 if tokens == 4096 else 2, tasks=list(TASKS)) <= high
 
 
 # ----------------------------------------------------------------------------------------------------------- needle-32m

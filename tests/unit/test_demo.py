@@ -249,13 +249,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, lis
 
 
 def test_the_bundled_model_finds_the_facts(run: tuple[DemoResult, Path, list[str]]) -> None:
-    """At most one of ten may be missed, in all modes."""
+    """At most one of ten may be missed; without its anchor most are."""
     made, _, told = run
     assert made.lengths == [1024, 2048]
     assert len(told) == len(made.trials) == SAMPLES * (4 + 2)
     for row in made.rows:
         assert row.score.asked == 10 * SAMPLES
-        assert row.score.accuracy >= 0.9
+        assert row.score.accuracy <= 0.5 if row.mode == NONE else row.score.accuracy >= 0.9
         assert row.kv_bytes == made.row(DENSE).kv_bytes  # one device keeps every token's keys and values once
     for one in made.trials:
         for answer in one.answers:

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from star_attention import StarLLM
-from star_attention.evals import sources
+from star_attention.evals import babilong, sources
 from star_attention.hf.text import context_ids, query_ids
 from tests.engines import bundled_tokenizer
+from tests.unit.test_evals_babilong import answers
 from training import data, train
 
 
@@ -72,6 +73,55 @@ def test_answers_are_right() -> None:
             for _hop in range(4):
                 names += re.findall(rf"VAR (\w+) = VAR {names[-1]} \n", document.context)
             assert question.answer == " ".join(names)
+
+
+def test_stories_that_go_on_are_answered_from_what_was_told_so_far() -> None:
+    one, going_on, asked = maker(5), 0, 0
+    for _ in range(60):
+        document = data._stories(one, 1200)
+        text = document.context.split("<context>")[-1]
+        for place, question in enumerate(document.questions):
+            more, _, rest = question.asked.rpartition(babilong.ASK)
+            going_on += bool(more) and place > 0
+            text += more
+            assert answers(text, rest.split("\n")[0]) == {question.answer.strip()}, rest
+            asked += 1
+    assert going_on > 20
+    assert asked > 300
+
+
+def test_searches_have_their_answers_in_the_text() -> None:
+    one = maker(6)
+    for _ in range(20):
+        document = data._searches(one, 800)
+        (question,) = document.questions
+        if question.task == "math_find":
+            numbers = sorted(map(int, re.findall(r"\b\d\d\b", document.context)))
+            rank = next((n for n, word in enumerate(("second", "third"), start=1) if word in question.asked), 0)
+            assert int(question.answer) == (numbers[rank] if "smallest" in question.asked else numbers[-1 - rank])
+        else:
+            assert document.context.count(question.answer) == 2
+        document = data._pairs(one, 1500)
+        pairs = json.loads(document.context[document.context.index("{") :])
+        for question in document.questions:
+            key = re.search(r'"(.+?)"', question.asked)
+            assert key is not None
+            assert question.answer == f" {pairs[key[1]]}"
+
+
+def test_a_model_begins_with_a_sink() -> None:
+    """Every query of the first layer finds `<bos>`, at any distance; without, none does."""
+    ids = torch.randint(5, 4000, (1, 600), generator=torch.Generator().manual_seed(0))
+    ids[0, 0] = bundled_tokenizer().bos_token_id
+    shares = {}
+    for sink in (0.0, 10.0):
+        model = train.built(train.Settings(layers=2, sink=sink), bundled_tokenizer()).eval()
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            (first, _) = model(ids, output_attentions=True).attentions
+        shares[sink] = first[0, :, 100:, 0].mean(1)  # of each head
+    assert shares[0.0].max() < 0.05
+    assert shares[10.0].min() > 0.8
 
 
 def test_words_are_held_apart() -> None:
@@ -145,9 +195,10 @@ def test_stages() -> None:
         (dict(optimizer="sgd"), "optimizer 'sgd' is unknown; choose muon or adamw"),
         (dict(bos="nowhere"), "bos 'nowhere' is unknown; choose document or row"),
         (dict(weights="qa9:2"), "no task is named qa9"),
+        (dict(common=0.0), "sink 10.0 needs a common component of embeddings"),
     ],
 )
-def test_unknown_settings_are_refused(setting: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_unknown_settings_are_refused(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **setting)
 

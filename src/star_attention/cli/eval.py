@@ -464,13 +464,27 @@ def perplexity(
 
 
 def report(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that a run was written to.")],
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="FOLDER", help="A folder that a run was written to, or several, joined in --out."),
+    ],
+    out: Annotated[
+        str | None, option("New folder for runs that are joined.", "--out", "-o", panel="Output", metavar="FOLDER")
+    ] = None,
 ) -> None:
-    """Write the reports of a run again, from its predictions.
+    """Write the reports of a run again, from its predictions; or join runs that differ in samples or variants alone, and report.
 
-    Example: star-attention eval report results
+    Examples: star-attention eval report results
+
+    star-attention eval report gpu0 gpu1 gpu2 --out results
     """
-    _report(Path(folder))
+    if out is None and len(folders) > 1:
+        raise InvalidInputError(f"{len(folders)} folders are to be joined, into none; name a new one with --out")
+    if out is not None:
+        from star_attention.evals.joining import join
+
+        join(folders, out)
+    _report(Path(out or folders[0]))
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (

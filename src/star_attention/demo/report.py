@@ -124,9 +124,9 @@ def notes(result: DemoResult) -> list[str]:
     return [
         f"Memory: on one device Star Attention's keys and values {kv}, since those of every token are kept once; what it"
         " saves here is work. Over several devices each would hold the share of its blocks.",
-        "The anchor: larger language models do need it. They give much attention to the first tokens that they see (an"
-        " attention sink); without an anchor every block grows a sink of its own, and the paper's models lose"
-        f" {PAPER_LOSS}. With one, a single sink is left, at the head of the text, as in dense attention.",
+        "The anchor: language models give much attention to the first tokens that they see (an attention sink). In the paper's"
+        f" models every block without an anchor grows a sink of its own, and they lose {PAPER_LOSS}. With one, a single sink is"
+        " left, at the head of the text, as in dense attention.",
         f"Precision: with {asked} questions a method, a few points are chance (no miss in {asked} leaves room for a rate of"
         f" up to {unseen:.0%}). Times {times} on this machine; each ratio (x) is against dense.",
     ]

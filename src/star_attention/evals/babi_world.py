@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -36,29 +37,43 @@ class Story:
 
 def story(task: str, facts: int, rng: random.Random) -> Story:
     """A story of so many facts with a question that they settle; stories that settle none are made anew."""
-    told, asked = story_with_questions(task, facts, rng)
-    question, answer = rng.choice(rng.choice(asked[task]))
-    return Story(facts=told, question=question, answer=answer)
+    (told,) = chapters(task, [facts], rng)
+    question, answer = rng.choice(rng.choice(told.asked[task]))
+    return Story(facts=told.facts, question=question, answer=answer)
 
 
 Asked = list[list[tuple[str, str]]]
 """Questions with their answers, by kind of question, no kind empty."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """facts: sentences in the order of events. asked: by task, everything that the story so far settles, of easier tasks too."""
+
+    facts: tuple[str, ...]
+    asked: Mapping[str, Asked]
+
+
 _STEPS = {"qa2": ("qa1",), "qa3": ("qa1", "qa2"), "qa5": ("qa1", "qa2")}
 """What else can be asked of a task's stories: what one has to know on the way to its answers."""
 
 
-def story_with_questions(task: str, facts: int, rng: random.Random) -> tuple[tuple[str, ...], dict[str, Asked]]:
-    """The facts of a story, and everything that they settle: its task's questions, and those of easier tasks."""
+def chapters(task: str, facts: Sequence[int], rng: random.Random) -> list[Chapter]:
+    """A story that goes on, so many facts a chapter, the first of which settles a question of its task. (qa4 has one chapter.)"""
     if task == "qa4":
         told, asked = _directions(rng)
-        return told, {task: asked}
+        return [Chapter(facts=told, asked={task: asked})]
     while True:
         world = _World(rng=rng, actors=ACTORS[task], handling=task != "qa1", giving=task == "qa5")
-        told = tuple(world.event() for _ in range(facts))
-        settled = {one: [kind for kind in _questions(one, world) if kind] for one in (task, *_STEPS.get(task, ()))}
-        if settled[task]:
-            return told, settled
+        first = _chapter(task, facts[0], world)
+        if first.asked[task]:
+            return [first, *(_chapter(task, count, world) for count in facts[1:])]
+
+
+def _chapter(task: str, facts: int, world: _World) -> Chapter:
+    told = tuple(world.event() for _ in range(facts))
+    asked = {one: [kind for kind in _questions(one, world) if kind] for one in (task, *_STEPS.get(task, ()))}
+    return Chapter(facts=told, asked=asked)
 
 
 @dataclass(kw_only=True)

@@ -147,21 +147,14 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
     Raises `SizeError` for a length that is too short, `InvalidInputError` for an unknown task or option.
     """
     suites.check(suites.get("infinitebench"), "infinitebench", task, options)
-    build = {
-        "passkey": _passkey,
-        "number_string": _number_string,
-        "kv_retrieval": _kv_retrieval,
-        "math_find": _math_find,
-        "code_run": _code_run,
-    }[task]
     least = {"passkey": 0, "number_string": 0, "kv_retrieval": 1, "math_find": 0, "code_run": _CHAIN}[task]
 
     def generated(index: int) -> Sample:
         name = f"infinitebench {task} {size.length} {seed} {index}"
 
         def sample(units: int) -> Sample:
-            made = build(units, random.Random(name))
-            return _sample(id=f"{task}-{size.length}-{seed}-{index}", task=task, length=size.length, made=made)
+            id = f"{task}-{size.length}-{seed}-{index}"
+            return sample_of_units(task, units, random.Random(name), id=id, length=size.length)
 
         return size.largest(sample, least=least)[1]
 
@@ -196,6 +189,18 @@ def _sample(*, id: str, task: str, length: int, made: _Made) -> Sample:
 
 
 # ------------------------------------------------------------------ generators
+
+
+def sample_of_units(task: str, units: int, rng: random.Random, *, id: str, length: int) -> Sample:
+    """A sample whose text has so many lines, pairs, numbers or functions."""
+    build = {
+        "passkey": _passkey,
+        "number_string": _number_string,
+        "kv_retrieval": _kv_retrieval,
+        "math_find": _math_find,
+        "code_run": _code_run,
+    }[task]
+    return _sample(id=id, task=task, length=length, made=build(units, rng))
 
 
 def _passkey(lines: int, rng: random.Random) -> _Made:

@@ -199,7 +199,7 @@ def write_run(
     cells: Mapping[str, list[dict[str, Any]]],
     session: dict[str, Any],
 ) -> None:
-    """run.json anew, with all that earlier calls said; in one move, so that a kill leaves the old one.
+    """run.json anew, with all that earlier calls said; a kill leaves the old one.
 
     plans: a variant's key and one of its resolved block plans. cells: of each variant, how many samples it has to answer.
     """
@@ -233,6 +233,11 @@ def write_run(
         "prose": prose,
         "sessions": [*before["sessions"], session],
     }
+    write_json(out, found)
+
+
+def write_json(out: Path, found: Mapping[str, Any]) -> None:
+    """run.json, in one move."""
     part = out / (RUN + ".part")
     part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     part.replace(out / RUN)

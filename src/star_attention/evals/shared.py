@@ -76,7 +76,7 @@ def _positive(questions: Any) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Question:
+class Question:
     query: str
     prefix: str
     answer: str
@@ -91,7 +91,9 @@ def _generated(
 
         def samples(units: int, *, name: str = name, number: int = number) -> list[Sample]:
             rng = random.Random(name)
-            context, asked = _kv(units, questions, rng) if source is None else _niah(units, questions, rng, *source)
+            context, asked = (
+                key_values(units, questions, rng) if source is None else _niah(units, questions, rng, *source)
+            )
             return [
                 Sample(
                     id=f"{task}-{size.length}-{seed}-{number * questions + i}",
@@ -115,16 +117,17 @@ def _generated(
         yield from samples(units)[: count - number * questions]
 
 
-def _kv(pairs: int, questions: int, rng: random.Random) -> tuple[str, list[_Question]]:
+def key_values(pairs: int, questions: int, rng: random.Random) -> tuple[str, list[Question]]:
+    """A context of so many pairs, and questions for the values of some of them."""
     kind = KINDS["kv_retrieval"]
     draw = Draw(rng, None)
     table = [(draw("uuids"), draw("uuids")) for _ in range(pairs)]
-    asked = [_Question(query=asked_for_key(key), prefix=kind.prefix, answer=value) for key, value in table[:questions]]
+    asked = [Question(query=asked_for_key(key), prefix=kind.prefix, answer=value) for key, value in table[:questions]]
     rng.shuffle(table)
     return f"{kind.instruction}\n\n{json.dumps(dict(table))}\n\n", asked
 
 
-def _niah(sentences: int, questions: int, rng: random.Random, text: Prose, known: Words) -> tuple[str, list[_Question]]:
+def _niah(sentences: int, questions: int, rng: random.Random, text: Prose, known: Words) -> tuple[str, list[Question]]:
     """RULER's templates for several needles; each of them is asked for by itself."""
     draw = Draw(rng, known)
     pairs = [(draw("words"), draw("numbers")) for _ in range(questions)]
@@ -135,7 +138,7 @@ def _niah(sentences: int, questions: int, rng: random.Random, text: Prose, known
     asked = []
     for key, value in pairs:
         query, prefix = question([key], "numbers", one=True)
-        asked.append(_Question(query=query, prefix=prefix, answer=value))
+        asked.append(Question(query=query, prefix=prefix, answer=value))
     return context, asked
 
 
