@@ -1,6 +1,6 @@
 """Measure the bundled model, several evaluations at a time, and print tables as in docs/results.md.
 
-    python scripts/results.py --out results --jobs 12          # on a GPU, about 25 minutes; a run that is cut off goes on
+    python scripts/results.py --out results --jobs 16          # on a GPU, about 25 minutes; a run that is cut off goes on
 
 Each evaluation is a `star-attention eval` of its own, in a folder of its own; the commands are printed.
 """
@@ -55,6 +55,10 @@ JOBS: dict[str, tuple[str, ...]] = {
         f"infinitebench-{length}": ("infinitebench", "--length", length, "--variants", "dense,star:/4,star:/4:0")
         for length in ("16k", "32k")
     },
+    "ruler-64k": (
+        *("ruler", "--length", "64k", "--task", "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,vt"),
+        *("--variants", "dense,star:/4"),
+    ),
     "shared-16k": ("shared", "--length", "16k", "--variants", "dense,star:/4,star:/4:0"),
     "niah": ("niah", "--length", "4k,8k,16k,32k", "--variants", "dense,star:/4,star:/4:0"),
 }
@@ -105,17 +109,23 @@ def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> boo
 
 def joined(names: list[str], out: Path) -> list[str]:
     """Evaluations of one suite at several lengths as one, for the pictures; the names of what is there then."""
-    left = [name for name in names if (out / name / "predictions.jsonl").exists()]
+    left = [name for name in names if _begun(out / name / "predictions.jsonl")]
+    shutil.rmtree(out / "joined", ignore_errors=True)
     for suite in ("ruler", "babilong", "infinitebench"):
-        parts = [name for name in left if name.startswith(suite)]
+        parts = [name for name in left if name.startswith(suite) and name != "ruler-64k"]
         if len(parts) < 2:
             continue
-        shutil.rmtree(out / suite, ignore_errors=True)
-        join([out / name for name in parts], out / suite)
-        write(out / suite)
-        left[left.index(parts[0])] = suite
+        whole = f"joined/{suite}"
+        join([out / name for name in parts], out / whole)
+        write(out / whole)
+        left[left.index(parts[0])] = whole
         left = [name for name in left if name not in parts]
     return left
+
+
+def _begun(predictions: Path) -> bool:
+    """Whether there is a whole line (a kill may leave none)."""
+    return predictions.exists() and b"\n" in predictions.read_bytes()
 
 
 def tables(names: list[str], out: Path) -> None:

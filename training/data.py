@@ -471,19 +471,27 @@ def encoded(document: Document, encode: Encoder) -> tuple[list[int], list[int]]:
     return ids, mask
 
 
+_TRIES = 8
+"""Documents made for a place in a row before it is left empty: some kinds are now and then longer than they should be, and one that
+is cut off would lose its questions."""
+
+
 def row(length: int, maker: Maker) -> tuple[list[int], list[int]]:
-    """Documents one behind another, `length` tokens in all; half of the rows are one document alone."""
+    """Whole documents one behind another, `length` tokens in all with the filler; half of the rows are one document alone."""
     ids: list[int] = []
     mask: list[int] = []
     least = min(192, length)
     while length - len(ids) >= least:
         left = length - len(ids)
         room = left if left < 2 * least or maker.rng.random() < 0.5 else maker.rng.randint(least, left)
-        some_ids, some_mask = encoded(maker.document(room), maker.encode)
+        tries = (encoded(maker.document(room - 1), maker.encode) for _ in range(_TRIES))  # (less `<bos>`)
+        some_ids, some_mask = next((made for made in tries if len(made[0]) <= left), ([], []))
+        if not some_ids:
+            break
         if ids and maker.bos == "row":
             some_ids, some_mask = some_ids[1:], some_mask[1:]
-        ids += some_ids[:left]  # (what is longer than its room ends with the row)
-        mask += some_mask[:left]
+        ids += some_ids
+        mask += some_mask
     filler = length - len(ids)
     return ids + [0] * filler, mask + [0] * filler
 

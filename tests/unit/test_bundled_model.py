@@ -1,7 +1,7 @@
 """The bundled model, which really retrieves: answers of every geometry are the mask oracle's, and nearly all right.
 
 Without an anchor it finds next to nothing but in the first block, so that its accuracies would show an anchor that was lost. The
-same with needle-32m, whose first tokens matter by chance and not by design.
+same with needle-32m, whose attention sink came about by itself.
 """
 
 from __future__ import annotations

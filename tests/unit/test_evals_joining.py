@@ -59,6 +59,40 @@ def test_what_two_folders_have_is_taken_once(tmp_path: Path) -> None:
     assert results.missing == 0
 
 
+def test_parts_may_have_samples_of_the_same_tasks(tmp_path: Path) -> None:
+    """How many there are is counted, so that a join is called complete only where it is."""
+    halves = [
+        folder(tmp_path / str(half), change=lambda one, half=half: one if int(one.sample[-1]) % 2 == half else None)  # type: ignore[misc]
+        for half in (0, 1)
+    ]
+    with pytest.raises(
+        InvalidInputError, match=r"0 has 4 of 8 samples of niah at 1,024 tokens, .*run its command again"
+    ):
+        join(halves, tmp_path / "joined")
+    for half in halves:
+        change_run(half, halved)
+    join(halves, tmp_path / "joined")
+    results = Results.read(tmp_path / "joined")
+    assert results.missing == 0
+    assert {cell["samples"] for cell in results.run["cells"]} == {8}
+    assert len(results.predictions) == 3 * 2 * 8 * 2
+
+
+def halved(told: dict[str, Any]) -> None:
+    for cells in (told["cells"], *(variant["cells"] for variant in told["variants"].values())):
+        for cell in cells:
+            cell["samples"] = 4
+
+
+def test_a_part_that_is_not_complete_is_told_so(tmp_path: Path) -> None:
+    parts = [
+        folder(tmp_path / "a", lengths=(1024,)),
+        folder(tmp_path / "b", lengths=(2048,), change=lambda one: one if one.sample[-1] != "7" else None),
+    ]
+    join(parts, tmp_path / "joined")
+    assert Results.read(tmp_path / "joined").missing == 3 * 2
+
+
 def test_a_joined_run_goes_on(tmp_path: Path) -> None:
     """Of real runs: what is there is not done again, and more may be added."""
     star = engine()
@@ -81,7 +115,7 @@ def other_prose(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_setting, r"b holds a run with another seed: 0, and this one's is 1"),
+        (other_setting, r"b was made with another seed \(1\) than .*a \(0\); report on each by itself"),
         (other_prose, r"b was made with another essays \(5678\) than .*a \(1234\), so that their samples differ"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from star_attention import StarLLM
-from star_attention.evals import babilong, sources
+from star_attention.evals import babilong, ruler_lists, sources
 from star_attention.hf.text import context_ids, query_ids
 from tests.engines import bundled_tokenizer
 from tests.unit.test_evals_babilong import answers
@@ -73,6 +74,21 @@ def test_answers_are_right() -> None:
             for _hop in range(4):
                 names += re.findall(rf"VAR (\w+) = VAR {names[-1]} \n", document.context)
             assert question.answer == " ".join(names)
+
+
+def test_counted_words_are_the_most_common() -> None:
+    one = maker(8)
+    for _ in range(10):
+        document = data._frequent(one, 700)
+        counts = Counter(re.findall(r"\b[a-z]{6}\b", document.context.removeprefix(ruler_lists.FWE_HEAD)))
+        named = document.questions[0].answer.strip().split(", ")
+        most = sorted(counts.values(), reverse=True)[:3]
+        assert [counts[name] for name in named] == most, document.context[:300]
+        document = data._common(one, 2500)
+        listed = Counter(re.findall(r"\d+\. ([\w-]+)", document.context.rpartition(ruler_lists.CWE_HEAD)[2]))
+        named = re.findall(r"\d+\. ([\w-]+)", document.questions[0].answer)
+        assert len(named) == 10
+        assert set(named) == {word for word, _ in listed.most_common(10)}
 
 
 def test_stories_that_go_on_are_answered_from_what_was_told_so_far() -> None:
@@ -201,6 +217,24 @@ def test_stages() -> None:
 def test_unknown_settings_are_refused(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **setting)
+
+
+@pytest.mark.parametrize("length", [256, 512, 1024, 3000])
+def test_rows_hold_whole_documents(length: int) -> None:
+    """A document that is cut off would lose its questions, and with them what it is for."""
+    one = maker(length)
+    asked, filled = 0, 0
+    for _ in range(40):
+        ids, mask = data.row(length, one)
+        assert len(ids) == len(mask) == length
+        end = max(place for place, token in enumerate(ids) if token) + 1
+        assert ids[end - 1] == one.encode.eos
+        assert mask[end - 1] >= data.ANSWER
+        assert not any(mask[end:])
+        filled += end
+        asked += sum(token == one.encode.eos for token in ids)
+    assert filled > 0.75 * 40 * length
+    assert asked >= 40
 
 
 def test_a_row_may_have_one_beginning() -> None:

@@ -152,19 +152,26 @@ def opened(path: Path) -> IO[bytes]:
     return file
 
 
-def check_same(out: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises `InvalidInputError` naming the first setting that differs."""
-    theirs, ours = before["settings"], plain(settings)
-    for one, mine in ((theirs, ours), (theirs["model"], ours["model"])):
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The first of the settings that differs: its name, and what it is in either."""
+    for mine, theirs in ((one, other), (one["model"], other["model"])):
         found = identity.difference(
-            *({key: value for key, value in side.items() if key != "model"} for side in (one, mine))
+            *({key: value for key, value in side.items() if key != "model"} for side in (mine, theirs))
         )
         if found is not None:
-            field, other, own = found
-            raise InvalidInputError(
-                f"{out} holds a run with another {field}: {other}, and this one's is {own}; give another folder with --out, or the"
-                " same settings"
-            )
+            return found
+    return None
+
+
+def check_same(out: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises `InvalidInputError` naming the first setting that differs."""
+    found = differing(before["settings"], plain(settings))
+    if found is not None:
+        field, other, own = found
+        raise InvalidInputError(
+            f"{out} holds a run with another {field}: {other}, and this one's is {own}; give another folder with --out, or the"
+            " same settings"
+        )
 
 
 def check_found(out: Path, found: list[Prediction], samples: list[Sample], digest: str) -> None:
