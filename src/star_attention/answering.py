@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from star_attention import phase1, phase2
 from star_attention.clock import Clock
 from star_attention.comm import Comm
 from star_attention.config import MAX_NEW_TOKENS
-from star_attention.errors import InvalidInputError, StarAttentionError
+from star_attention.errors import InvalidInputError, StarAttentionError, UnknownOptionError
 from star_attention.hf import settings, tensor, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.wire import Traffic
@@ -165,7 +166,7 @@ class AnswerSettings:
         stopping_criteria: StoppingCriteriaList | None = None,
         **words: Any,
     ) -> AnswerSettings:
-        """Raises `InvalidInputError` for values that cannot work, `TypeError` for unknown words."""
+        """Raises `InvalidInputError` for values that cannot work, `UnknownOptionError` for unknown words."""
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise InvalidInputError(f"max_new_tokens {max_new_tokens!r} is not a positive number of tokens")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -396,12 +397,14 @@ def generation_words(
     known = set(GenerationConfig().to_dict()) - _OURS
     for word in words:
         if word in ("max_length", "min_length"):
-            raise TypeError(f"{word} counts the context too; use {word[:3]}_new_tokens")
+            raise UnknownOptionError(f"{word} counts the context too; use {word[:3]}_new_tokens")
         if word in _INSTEAD:
-            raise TypeError(f"generate() takes no {word!r} here; {_INSTEAD[word]}")
+            raise UnknownOptionError(f"generate() takes no {word!r} here; {_INSTEAD[word]}")
         if word not in known:
-            raise TypeError(
-                f"generate() got an unknown word {word!r}; it takes those of transformers' GenerationConfig"
+            near = difflib.get_close_matches(word, [*known, "stop", "seed", "answer_prefix", "ignore_eos"], n=1)
+            meant = f"did you mean {near[0]!r}? It" if near else "it"
+            raise UnknownOptionError(
+                f"generate() got an unknown word {word!r}; {meant} takes those of transformers' GenerationConfig"
             )
     words = dict(words)
     if words.get("temperature") == 0:

@@ -482,7 +482,7 @@ class StarLLM:
         Its sizes, and the precision of its keys and values, come from the file.
 
         Raises `ContextMismatchError` (naming the field) when model, tokenizer or settings differ, `CorruptContextError` for
-        a file that is damaged or something else, `FileNotFoundError` where there is none.
+        a file that is damaged or something else, `ContextNotFoundError` where there is none.
         """
         with self._comm.call("load_context"):
             path = self._comm.decide(lambda: str(path))
@@ -562,7 +562,7 @@ class StarLLM:
             ...), over the model's own defaults. With num_return_sequences above 1 each query gives a list.
             `temperature=0` is greedy.
 
-        The context is left as it was. Raises `TypeError` for an unknown word, `TokenError` for an empty query,
+        The context is left as it was. Raises `UnknownOptionError` for an unknown word, `TokenError` for an empty query,
         `ContextLengthError` where context, query and answer exceed the positions.
         """
         several = isinstance(query, (list, tuple, Tensor)) and _is_several(query)

@@ -11,11 +11,13 @@
     ├── ContextFileError (ValueError)         a saved context
     │   ├── CorruptContextError               truncated, changed, or not such a file
     │   ├── ContextMismatchError              made with another model, tokenizer or setting: names the field
+    │   ├── ContextNotFoundError (also FileNotFoundError)    there is none
     │   └── ContextSaveError (also OSError)   could not be written; what was there before is untouched
     ├── RankError (also RuntimeError)         another rank died, hangs or failed, or the network between them is cut
+    ├── UnknownOptionError (also TypeError)   a word that `generate` does not take, with the one that may have been meant
     └── OutOfMemoryError (also MemoryError)   says which size to lower
 
-A wrong option name is a `TypeError`, as for any Python call.
+Other wrong argument names are a `TypeError`, as for any Python call.
 """
 
 from __future__ import annotations
@@ -83,8 +85,16 @@ class ContextMismatchError(ContextFileError):
         super().__init__(message)
 
 
+class ContextNotFoundError(ContextFileError, FileNotFoundError):
+    """There is no saved context at this path."""
+
+
 class ContextSaveError(ContextFileError, OSError):
     """A context could not be written; a file that stood there before is untouched."""
+
+
+class UnknownOptionError(StarAttentionError, TypeError):
+    """A word that `generate` does not take."""
 
 
 class OutOfMemoryError(StarAttentionError, MemoryError):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from star_attention.comm import Comm
-from star_attention.errors import ContextSaveError, CorruptContextError
+from star_attention.errors import ContextNotFoundError, ContextSaveError, CorruptContextError
 from star_attention.plan import Segments
 from star_attention.store import NAMES, Kept
 
@@ -164,10 +164,13 @@ def _move(folder: Path, target: Path, index: str) -> None:
         ) from error
 
 
+_AGAIN = "encode the context again, or take a copy that is whole"
+
+
 def _verified(path: Path, text: str, sha256: str) -> dict[str, Any]:
     """A header whose checksum is right and whose format is known."""
     if hashlib.sha256(text.encode()).hexdigest() != sha256:
-        raise CorruptContextError(f"the header of {path} does not match its checksum: the file was changed")
+        raise CorruptContextError(f"the header of {path} does not match its checksum: the file was changed; {_AGAIN}")
     header: dict[str, Any] = json.loads(text)
     version = header.get("format_version")
     if version != FORMAT_VERSION:
@@ -176,15 +179,15 @@ def _verified(path: Path, text: str, sha256: str) -> dict[str, Any]:
             " encode the context again or use the version that wrote it"
         )
     if not isinstance(header.get("tensors", header.get("parts")), (dict, list)):
-        raise CorruptContextError(f"the header of {path} does not say what it holds: the file was changed")
+        raise CorruptContextError(f"the header of {path} does not say what it holds: the file was changed; {_AGAIN}")
     return header
 
 
 class SavedContext:
     """An open saved context, of one file or of several ranks' files.
 
-    Raises `CorruptContextError` for what is truncated, changed, or not a saved context, and `FileNotFoundError` where there is
-    nothing.
+    Raises `CorruptContextError` for what is truncated, changed, or not a saved context, and `ContextNotFoundError` where there
+    is nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -206,13 +209,16 @@ class SavedContext:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptContextError(
-                f"the folder {self.path} cannot be read as a saved context: its {INDEX} is missing, truncated or changed ({error})"
+                f"the folder {self.path} cannot be read as a saved context: its {INDEX} is missing, truncated or changed ({error});"
+                f" {_AGAIN}"
             ) from error
         for part in self.header["parts"]:
             try:
                 file = SavedFile(self.path / part["file"])
             except FileNotFoundError as error:
-                raise CorruptContextError(f"{self.path} lacks {part['file']}, one of the files of its ranks") from error
+                raise CorruptContextError(
+                    f"{self.path} lacks {part['file']}, one of the files of its ranks; {_AGAIN}"
+                ) from error
             if file.sha256 != part["sha256"]:
                 raise CorruptContextError(f"{part['file']} in {self.path} belongs to another saved context")
             self._parts.append((_segments(part["segments"]), file))
@@ -262,14 +268,16 @@ class SavedFile:
     """One open file: `header` is verified, `tensor(name)` verifies what it returns.
 
     Raises `CorruptContextError` for a file that is truncated, changed, or not a saved context, and
-    `FileNotFoundError` (as `open` does) where there is none.
+    `ContextNotFoundError` where there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
             if not self.path.exists():
-                raise FileNotFoundError(f"there is no saved context at {self.path}")
+                raise ContextNotFoundError(
+                    f"there is no saved context at {self.path}; check the path, or encode and save it first"
+                )
             if self.path.is_dir():
                 raise CorruptContextError(f"{self.path} is a folder; give the file of a saved context")
             self._file = safe_open(self.path, framework="pt", device="cpu")
@@ -278,7 +286,8 @@ class SavedFile:
             raise
         except (SafetensorError, OSError, ValueError) as error:
             raise CorruptContextError(
-                f"{self.path} cannot be read as a saved context: it is truncated, changed or something else ({error})"
+                f"{self.path} cannot be read as a saved context: it is truncated, changed or something else ({error});"
+                f" {_AGAIN}"
             ) from error
         if _KEY not in metadata:
             raise CorruptContextError(f"{self.path} is a safetensors file, but not a saved context of star-attention")
@@ -287,7 +296,7 @@ class SavedFile:
         self.header = _verified(self.path, text, self.sha256)
         if set(self._file.keys()) != set(self.header["tensors"]):
             raise CorruptContextError(
-                f"{self.path} does not hold the tensors that its header lists: the file was changed"
+                f"{self.path} does not hold the tensors that its header lists: the file was changed; {_AGAIN}"
             )
 
     def layer(self, index: int) -> Kept:
@@ -301,13 +310,13 @@ class SavedFile:
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CorruptContextError(f"{name} cannot be read from {self.path}: {error}") from error
+            raise CorruptContextError(f"{name} cannot be read from {self.path}: {error}; {_AGAIN}") from error
         if (
             list(tensor.shape) != entry["shape"]
             or str(tensor.dtype) != entry["dtype"]
             or checksum(tensor) != entry["sha256"]
         ):
             raise CorruptContextError(
-                f"{name} in {self.path} does not match its checksum: the file was changed or is damaged"
+                f"{name} in {self.path} does not match its checksum: the file was changed or is damaged; {_AGAIN}"
             )
         return tensor

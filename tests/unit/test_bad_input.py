@@ -27,6 +27,7 @@ from star_attention.errors import (
     SizeError,
     StarAttentionError,
     TokenError,
+    UnknownOptionError,
     UnsupportedModelError,
 )
 from tests.engines import BUNDLED, bundled_tokenizer, engine, ids, tiny
@@ -283,7 +284,8 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("tempratur", "unknown word 'tempratur'; it takes those of transformers' GenerationConfig"),
+        ("tempratur", "unknown word 'tempratur'; did you mean 'temperature'. It takes those of transformers'"),
+        ("qqqq", "unknown word 'qqqq'; it takes those of transformers' GenerationConfig"),
         ("use_cache", "takes no 'use_cache' here; the encoded context is the cache"),
         ("cache_implementation", "takes no 'cache_implementation' here"),
         ("max_length", "max_length counts the context too; use max_new_tokens"),
@@ -291,8 +293,9 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
     ],
 )
 def test_an_unknown_word_is_a_type_error(word: str, says: str, star: StarLLM, context: EncodedContext) -> None:
-    with pytest.raises(TypeError, match=says):
+    with pytest.raises(TypeError, match=says) as raised:
         star.generate(context, ids(5), **{word: 1})
+    assert isinstance(raised.value, UnknownOptionError)
 
 
 BAD_WORDS = [

@@ -136,7 +136,7 @@ def test_one_answer_retrieval_at_1k() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("anchor", ANCHORS)
-@pytest.mark.parametrize("tokens", [4096, 16384])
+@pytest.mark.parametrize("tokens", [4096, 8192, 16384])
 def test_one_answer_retrieval_in_longer_texts(anchor: str, tokens: int) -> None:
     """In every geometry; a lost anchor would be seen."""
     star = StarLLM(bundled_model(), bundled_tokenizer(), **geometry(anchor, tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -286,6 +287,21 @@ def test_plan_as_json(bare_config: Path) -> None:
     assert plan["dense_over_star"] == flops["phase1_dense"]["total"] / flops["phase1_star"]["total"] > 1
 
 
+def test_plan_tells_the_memory_of_each_rank(bare_config: Path) -> None:
+    sizes = ["-m", bare_config, "--context", "32k", "--block-size", "4k", "--ranks", "3"]
+    plan = json.loads(ok("plan", *sizes, "--json").out)
+    first, second, third = plan["memory_by_rank"]
+    block = 4096 * plan["kv_bytes_per_token"]
+    assert second - first == block  # three blocks each, and the anchor beside them
+    assert third < second
+    assert plan["memory"]["total"] == max(first, second, third)
+    assert re.search(
+        r"fullest device \(rank \d; the others' totals: [\d.]+ \w+ to [\d.]+ \w+\)", ok("plan", *sizes).out
+    )
+    alike = ok("plan", "-m", bare_config, "--context", "32k", "--block-size", "4k").out
+    assert "fullest" not in alike
+
+
 @pytest.mark.filterwarnings("default")
 def test_plan_warns_of_what_would_not_run(bare_config: Path) -> None:
     err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err
@@ -336,6 +352,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         (["--device", "abacus"], "device 'abacus' is unknown"),
         (["-m", "/nowhere/model"], "there is no model folder /nowhere/model"),
         (["--query", ""], "a query is empty"),
+        (["--query", "  "], "a query is empty"),
+        (["--max-new-tokens", "4x"], "max_new_tokens '4x' is not a number of tokens; write 4096, '4k'"),
+        (["--max-new-tokens", "0"], "max_new_tokens 0 is not a positive number of tokens"),
         (["--save", "/nowhere/book.star"], "the folder /nowhere does not exist"),
         (["--save", "/tmp"], "it is a folder; give the name of a file"),
         (["--save", "/proc/book.star"], "the folder /proc cannot be written to"),
@@ -413,7 +432,68 @@ def test_demo_hands_over_what_it_was_given(tmp_path: Path, monkeypatch: pytest.M
     assert "run this in a checkout of the repository" in failed("demo")
 
 
+# ------------------------------------------------------------------ as it comes
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(60 * NOISE, encoding="utf-8")
+    terminal, inside = pty.openpty()
+    shown = b""
+    try:
+        options = [*CHAT, "--tokens-per-forward", "256", tmp_path / "long.txt", "-o", tmp_path / "long.star"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "star_attention", "encode", *map(str, options)],
+            stdout=subprocess.PIPE,
+            stderr=inside,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
+        )
+        os.close(inside)
+        with contextlib.suppress(OSError):  # how a terminal ends whose other side is closed
+            while part := os.read(terminal, 4096):
+                shown += part
+        assert process.wait(timeout=60) == 0
+    finally:
+        os.close(terminal)
+    assert process.stdout is not None
+    process.stdout.close()
+    told = shown.decode()
+    assert "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in told  # of the bar
+    assert re.search(r"block \d+ of \d+, [\d,]+ of [\d,]+ tok", told)
+    assert not re.search(r"^encoded [\d,]+ of", told, re.MULTILINE)  # the plain lines
+    assert (tmp_path / "long.star").exists()
+
+
+def test_an_answer_is_written_while_it_is_made(texts: Path) -> None:
+    """Its first words are there long before its end."""
+    process = start("ask", *MODEL, texts / "book.star", "--query", QUESTION, "--max-new-tokens", "4k", "--ignore-eos")
+    assert process.stdout is not None
+    try:
+        assert os.read(process.stdout.fileno(), 4)
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
 # ------------------------------------------------------------------ interruptions
+
+
+def test_ctrl_c_before_a_command_has_begun() -> None:
+    """While its modules are imported, by the script that is installed."""
+    code = """
+import sys
+from importlib.metadata import entry_points
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "star_attention.cli.generate":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+(script,) = entry_points(group="console_scripts", name="star-attention")
+script.load()()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr == ""
 
 
 def test_ctrl_c_while_encoding_leaves_nothing_behind(tmp_path: Path) -> None:

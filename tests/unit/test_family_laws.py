@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from star_attention import StarLLM
+from star_attention.attention import kernels
 from tests.engines import CONTEXT, QUERY, VARIED, engine, ids, stock_generate, stored, tiny
 from tests.families import FAMILIES, UNUSUAL
 from tests.model_oracle import oracle_forward
@@ -76,6 +78,47 @@ def test_one_block_is_the_stock_model(name: str, settings: dict[str, object]) ->
     )
     assert reply.token_ids == stock
     close(name, reply.logits, stock_1TV[0])
+
+
+@pytest.fixture
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by plain matrix products alone, which is otherwise the last choice."""
+    for name in set(kernels.KERNELS) - {"math"}:
+        monkeypatch.delitem(kernels.KERNELS, name)
+
+
+@pytest.mark.usefixtures("plain_products")
+@pytest.mark.parametrize("name", VARIED)
+def test_plain_products_obey_the_laws_too(name: str) -> None:
+    for block_size, anchor_size, tokens_per_forward in GEOMETRIES:
+        test_engine_equals_the_explicit_mask(name, block_size, anchor_size, tokens_per_forward)
+    test_one_block_is_the_stock_model(name, {"block_size": 128})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VARIED)
+def test_half_precision_is_as_exact_as_a_plain_implementation(name: str, dtype: torch.dtype) -> None:
+    """Teacher-forced logits are within twice the error of a plain masked forward in the same precision."""
+    half = copy.deepcopy(tiny(name)).to(dtype)
+    star = StarLLM(half, block_size=24, anchor_size=10, tokens_per_forward=30)
+    context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
+    context = star.encode(context_ids)
+    ours_QV = star.logits(context, query_ids).float()
+
+    def oracle(model: PreTrainedModel) -> torch.Tensor:
+        logits_BLV = oracle_forward(
+            model,
+            torch.tensor([context_ids + query_ids]),
+            context_len=CONTEXT,
+            block_size=24,
+            anchor_size=10,
+            rope_length=context.rope_length,
+        ).logits_BLV
+        return logits_BLV[0, CONTEXT:].float()
+
+    exact_QV, plain_QV = oracle(tiny(name)), oracle(half)
+    ours, plain = (float((logits - exact_QV).norm() / exact_QV.norm()) for logits in (ours_QV, plain_QV))
+    assert 0 < ours <= 2 * plain
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])

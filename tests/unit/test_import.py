@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import star_attention
 from star_attention import errors
+from tests.engines import BUNDLED
 
 # Runs before the code under test. A class that cannot be made, rather than a function, so that libraries can
 # still derive from socket.socket while they are imported.
@@ -55,10 +57,10 @@ except SystemExit as stop:
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
 
 
-def in_new_process(code: str) -> dict[str, Any]:
+def in_new_process(code: str, *, warnings: str = "error") -> dict[str, Any]:
     """Run `code` in a fresh interpreter without a network and report what it loaded and started."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", NO_NETWORK + code + REPORT],
+        [sys.executable, "-W", warnings, "-c", NO_NETWORK + code + REPORT],
         capture_output=True,
         text=True,
         timeout=120,
@@ -70,12 +72,28 @@ def in_new_process(code: str) -> dict[str, Any]:
 
 def test_import_starts_nothing() -> None:
     seen = in_new_process("import star_attention; status = 0")
+    assert not seen["torch"]
     assert not seen["transformers"]
     assert not seen["cuda"]
     assert not seen["process_group"]
 
 
-@pytest.mark.parametrize("command", ["", "generate", "encode", "ask", "plan", "demo"])
+HELPED = (
+    "",
+    "generate",
+    "encode",
+    "ask",
+    "plan",
+    "demo",
+    "bench",
+    "bench prefill",
+    "eval",
+    "eval ruler",
+    "eval report",
+)
+
+
+@pytest.mark.parametrize("command", HELPED)
 def test_help_imports_neither_torch_nor_transformers(command: str) -> None:
     seen = in_new_process(RUN_MODULE.format(arguments=[*command.split(), "--help"]))
     assert seen["status"] == 0
@@ -104,6 +122,25 @@ def test_the_probe_sees_what_it_looks_for(code: str, name: str) -> None:
 def test_the_probe_sees_a_socket() -> None:
     with pytest.raises(AssertionError, match="a socket was opened"):
         in_new_process("socket.socket(); status = 0")
+
+
+def test_a_model_folder_needs_no_network(tmp_path: Path) -> None:
+    """Also where nobody has told the hub's library to stay offline."""
+    code = f"""
+import os
+os.environ.pop("HF_HUB_OFFLINE", None)
+import logging
+logging.disable(logging.WARNING)
+from star_attention import StarLLM
+star = StarLLM.from_pretrained({str(BUNDLED)!r}, block_size=256, device="cpu")
+context = star.encode("The secret number for otter is 7." + " Tea is hot." * 100)
+star.generate(context, "<|q|>What?<|a|>", max_new_tokens=2)
+context.save({str(tmp_path / "a.star")!r})
+star.load_context({str(tmp_path / "a.star")!r})
+status = 0
+"""
+    # (Other libraries' deprecations are not what this is about.)
+    assert in_new_process(code, warnings="ignore")["status"] == 0
 
 
 def test_every_public_name_resolves() -> None:

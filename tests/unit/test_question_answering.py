@@ -8,7 +8,13 @@ import pytest
 
 import star_attention
 from star_attention import StarLLM, pipeline, supported
-from star_attention.errors import InvalidInputError, ModelNotFoundError, TokenError, UnsupportedModelError
+from star_attention.errors import (
+    InvalidInputError,
+    ModelNotFoundError,
+    TokenError,
+    UnknownOptionError,
+    UnsupportedModelError,
+)
 from tests.engines import BUNDLED, bundled_model, bundled_tokenizer, text_model
 from tests.families import FAMILIES, REFUSED, UNUSUAL, build
 
@@ -50,7 +56,7 @@ def test_without_the_template_the_question_follows_the_text(pipe: Any) -> None:
 
 def test_words_of_generate_are_passed_on(pipe: Any) -> None:
     assert len(bundled_tokenizer()(pipe(TEXT, QUESTIONS[0], max_new_tokens=3)["answer"]).input_ids) <= 4
-    with pytest.raises(TypeError, match="unknown word 'temprature'"):
+    with pytest.raises(UnknownOptionError, match="unknown word 'temprature'; did you mean 'temperature'"):
         pipe(TEXT, QUESTIONS[0], temprature=1.0)
 
 

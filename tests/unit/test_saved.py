@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_attention import EncodedContext, StarLLM
-from star_attention.errors import ContextMismatchError, ContextSaveError, CorruptContextError
+from star_attention.errors import ContextMismatchError, ContextNotFoundError, ContextSaveError, CorruptContextError
 from tests.engines import BUNDLED, CONTEXT, QUERY, assert_same_kv, bundled_tokenizer, engine, ids, stored, tiny
 from tests.families import FAMILIES, build
 
@@ -291,7 +291,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no saved context at .*none\.star"):
+    with pytest.raises(ContextNotFoundError, match=r"there is no saved context at .*none\.star"):
         engine("llama").load_context(tmp_path / "none.star")
 
 

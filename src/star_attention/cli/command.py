@@ -65,8 +65,9 @@ def _parameters(group: type[Any]) -> Iterator[inspect.Parameter]:
 @contextmanager
 def reported(*, debug: bool) -> Iterator[None]:
     """Turn what ends a command into a line on stderr and an exit status: 1 for errors, 130 for Ctrl-C."""
-    # On import, torchao tells everybody without a matching GPU which kernels it was built without.
-    for name in ("torchao", "torch.utils._pytree"):
+    # On import, torchao tells everybody without a matching GPU which kernels it was built without; and why the hub cannot be asked,
+    # the error says once.
+    for name in ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():

@@ -113,13 +113,12 @@ class RunOptions:
         option("Context and query as one user message of the model's chat template.", "--chat", panel=_PANEL),
     ] = False
     max_new_tokens: Annotated[
-        int | None,
+        str | None,
         option(
             "Most tokens of an answer.",
             "--max-new-tokens",
             panel=_PANEL,
-            metavar="N",
-            min=1,
+            metavar="SIZE",
             show_default="each sample's own",
         ),
     ] = None
@@ -612,7 +611,7 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
         options=data.options,
         seed=data.seed,
         chat=options.chat,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=None if options.max_new_tokens is None else parse_size(options.max_new_tokens, "max_new_tokens"),
         limit=options.limit,
         skip_too_long=options.skip_too_long,
         left_out=left_out,

@@ -17,7 +17,7 @@ from star_attention.config import (
     TOKENS_PER_FORWARD_GPU,
     StarConfig,
 )
-from star_attention.plan import format_size
+from star_attention.plan import format_size, parse_size
 
 
 def option(help: str, *names: str, panel: str, metavar: str | None = None, **more: Any) -> Any:
@@ -189,7 +189,7 @@ class AnswerOptions:
             "What the answer is made to begin with; not printed.", panel="Answer", metavar="TEXT", show_default=False
         ),
     ] = ""
-    max_new_tokens: Annotated[int, option("Most tokens of an answer.", panel="Answer", metavar="N", min=1)] = (
+    max_new_tokens: Annotated[str, option("Most tokens of an answer.", panel="Answer", metavar="SIZE")] = str(
         MAX_NEW_TOKENS
     )
     temperature: Annotated[
@@ -230,7 +230,7 @@ class AnswerOptions:
     def words(self) -> dict[str, Any]:
         """The keyword arguments of `StarLLM.generate`, which samples where a sampling word is given."""
         words: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": parse_size(self.max_new_tokens, "max_new_tokens"),
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
             "stop": self.stop or None,

@@ -55,6 +55,7 @@ class Report:
         self.kept_bytes = shape.kept_bytes_per_token(kv_dtype)
         self.kv_dtype, self.kv_device = kv_dtype, kv_device
         self.memory = max(memories, key=lambda memory: memory.total)
+        self.memory_by_rank = [memory.total for memory in memories]
         self.star = phase1(plan)
         self.star_busiest = max(phase1(plan, rank).total for rank in ranks) // tensor_parallel
         self.dense = phase1(BlockPlan.dense(plan.context_tokens))
@@ -115,6 +116,7 @@ class Report:
             "kv_dtype": self.kv_dtype,
             "kv_device": self.kv_device,
             "memory": asdict(self.memory) | {"total": self.memory.total},
+            "memory_by_rank": self.memory_by_rank,
             "flops": {
                 "phase1_star": _flops(self.star),
                 "phase1_star_busiest_rank": self.star_busiest,
@@ -166,6 +168,11 @@ class Report:
             ("in the host's memory", in_bytes(memory.host), "keys and values") if memory.host else None,
         ]
         head = "memory on the fullest device" if self._devices > 1 else "memory"
+        if len(set(self.memory_by_rank)) > 1:
+            fullest = self.memory_by_rank.index(memory.total)
+            others = [total for rank, total in enumerate(self.memory_by_rank) if rank != fullest]
+            least, most = in_bytes(min(others)), in_bytes(max(others))
+            head += f" (rank {fullest}; the others' totals: {least if least == most else f'{least} to {most}'})"
         return head + "\n" + table([row for row in rows if row is not None])
 
     def _operations(self) -> str:

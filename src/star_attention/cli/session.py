@@ -23,7 +23,8 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
     """The model, with its sizes checked before anything slow begins."""
     sizes |= dict(tokens_per_forward=model.tokens_per_forward, reserve_tokens=model.reserve_tokens)
     StarConfig.of(**sizes)
-    with notes.waiting(f"loading {model.model}"):
+    where = "" if Path(model.model).exists() else ", which is no folder here, from the hub"
+    with notes.waiting(f"loading {model.model}{where}"):
         from star_attention import comm
         from star_attention.engine import StarLLM
         from star_attention.hf.logs import hide_progress_bars

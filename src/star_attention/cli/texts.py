@@ -50,7 +50,7 @@ def read_queries(queries: list[str] | None, file: str | None, *, context_files: 
     """The queries of `--query`, then those of `--query-file`, one a line; empty lines are none."""
     found = list(queries or [])
     for query in found:
-        if not query:
+        if not query.strip():
             raise TokenError("a query is empty; give --query at least one word")
         if any("\ud800" <= character <= "\udfff" for character in query):  # how Python keeps undecodable bytes
             raise TextError(f"the query {query!r} is not UTF-8; check the terminal's locale, or use --query-file")

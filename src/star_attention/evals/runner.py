@@ -100,6 +100,8 @@ def run(
     Raises `InvalidInputError` for samples that cannot be run, a folder with other settings (naming the field) or a damaged line
     (with its number), and `ContextLengthError` for samples beyond the model's positions; all before the first answer.
     """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InvalidInputError(f"max_new_tokens {max_new_tokens} is not a positive number of tokens")
     prepared: list[_Prepared] = []
 
     def prepare() -> tuple[list[_Job], list[Variant]]:

@@ -76,7 +76,10 @@ def load_config(path: str | os.PathLike[str], **where: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(path, **where)
     except Exception as error:  # configs check their values in ways of their own
-        raise ModelNotFoundError(f"no model could be read at {path}: {_first_line(error)}") from error
+        what = f"no model could be read at {path}"
+        if not Path(path).exists():
+            what = f"there is no folder {path} here, and it could not be had as a hub id"
+        raise ModelNotFoundError(f"{what}: {_first_line(error)}") from error
 
 
 def check_dtype(dtype: str | torch.dtype) -> str:
