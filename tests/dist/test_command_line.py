@@ -14,13 +14,13 @@ from star_attention.evals import run_folder
 from tests.engines import BUNDLED
 
 
-def torchrun(*arguments: str | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str | Path, ranks: int = 2, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
             *("-m", "star_attention", *map(str, arguments)),
         ],
-        env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"),
+        env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1") | env,
         capture_output=True,
         text=True,
         check=False,
@@ -58,12 +58,17 @@ def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
 
 
 def test_misuse_is_told_once_and_without_a_traceback(tmp_path: Path) -> None:
+    """Also where the rank that tells it is late: the launcher would end it with the first that ends."""
     text = book(tmp_path)
+    late = "import os, time\ntime.sleep(1.5 * (os.environ.get('LOCAL_RANK') == '0'))\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     for arguments, message in (
         (["generate", "-m", BUNDLED, text], "Invalid value for --query or --query-file: give a query"),
         (["generate", "-m", BUNDLED, text, "--qury", "x"], "No such option: --qury"),
+        (["generate", "-m", BUNDLED, text, "--query", "x", "--block-size", "4x"], "block_size '4x' is not a number"),
     ):
-        done = torchrun(*arguments)
+        done = torchrun(*arguments, PYTHONPATH=path)
         assert done.returncode != 0
         said = " ".join(done.stderr.replace("│", " ").split())
         assert said.count(message) == 1, done.stderr[-3000:]

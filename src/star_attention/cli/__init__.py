@@ -12,7 +12,7 @@ from star_attention._version import __version__
 from star_attention.cli import bench
 from star_attention.cli import eval as evaluation
 from star_attention.cli.ask import ask
-from star_attention.cli.command import command, speak_once_a_machine
+from star_attention.cli.command import command, let_the_first_speak, speak_once_a_machine
 from star_attention.cli.demo import demo
 from star_attention.cli.encode import encode
 from star_attention.cli.generate import generate
@@ -72,8 +72,12 @@ def main() -> None:
     """Run the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old locale cannot write
-    speak_once_a_machine()
+    speaks = speak_once_a_machine()
     try:
         app(prog_name=NAME)
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(130)
+    except SystemExit as end:
+        if end.code and not speaks:
+            let_the_first_speak()
+        raise

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -120,10 +121,21 @@ def ranks() -> tuple[int, int]:
     return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
 
 
-def speak_once_a_machine() -> None:
-    """What is printed before a command begins (help, misuse) comes from one rank of each machine."""
-    if ranks()[1] > 1 and (os.environ.get("LOCAL_RANK") or "0") != "0":
+def speak_once_a_machine() -> bool:
+    """What is printed before a command begins (help, misuse) comes from one rank of each machine; whether this is the one."""
+    speaks = ranks()[1] == 1 or (os.environ.get("LOCAL_RANK") or "0") == "0"
+    if not speaks:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+    return speaks
+
+
+_PATIENCE_S = 5.0
+
+
+def let_the_first_speak() -> None:
+    """Wait before ending for a reason that another rank tells: with the first rank that ends, the launcher ends all others."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_PATIENCE_S)
 
 
 def leads() -> bool:
@@ -165,8 +177,10 @@ def _one_of_several() -> Iterator[None]:
         status = 1
         from star_attention.errors import RankError
 
-        if rank == 0 or isinstance(error, RankError):  # others repeat rank 0's own
+        if rank == 0 or isinstance(error, RankError):
             say(f"rank {rank}: error: {error}")
+        else:  # it repeats rank 0's own
+            let_the_first_speak()
     except Exception as error:  # a defect: with its traceback, where it happened
         status = 1
         if "(on rank " not in str(error):
