@@ -19,6 +19,7 @@ from pathlib import Path
 from star_attention.evals.joining import join
 from star_attention.evals.report import accuracy, short, write
 from star_attention.evals.results import Results
+from star_attention.evals.run_folder import read_predictions
 from star_attention.plan import format_size
 
 LENGTHS = ("4k", "8k", "16k", "32k")
@@ -109,7 +110,7 @@ def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> boo
 
 def joined(names: list[str], out: Path) -> list[str]:
     """Evaluations of one suite at several lengths as one, for the pictures; the names of what is there then."""
-    left = [name for name in names if _begun(out / name / "predictions.jsonl")]
+    left = [name for name in names if any(True for _ in read_predictions(out / name, whole=False))]
     shutil.rmtree(out / "joined", ignore_errors=True)
     for suite in ("ruler", "babilong", "infinitebench"):
         parts = [name for name in left if name.startswith(suite) and name != "ruler-64k"]
@@ -121,11 +122,6 @@ def joined(names: list[str], out: Path) -> list[str]:
         left[left.index(parts[0])] = whole
         left = [name for name in left if name not in parts]
     return left
-
-
-def _begun(predictions: Path) -> bool:
-    """Whether there is a whole line (a kill may leave none)."""
-    return predictions.exists() and b"\n" in predictions.read_bytes()
 
 
 def tables(names: list[str], out: Path) -> None:

@@ -377,10 +377,7 @@ def _stories(maker: Maker, room: int) -> Document:
 
 def _story_questions(chapter: babi_world.Chapter, task: str, count: int, rng: random.Random) -> list[Question]:
     """Two of three, as far as they go, are of the task itself."""
-    asked = {
-        one: [(one, *pair) for kind in kinds for pair in rng.sample(kind, len(kind))]
-        for one, kinds in chapter.asked.items()
-    }
+    asked = {one: [(one, *pair) for kind in kinds for pair in kind] for one, kinds in chapter.asked.items()}
     own = asked.pop(task)
     others = [pair for pairs in asked.values() for pair in pairs]
     chosen = rng.sample(own, min(len(own), math.ceil(count * 2 / 3)))

@@ -16,6 +16,7 @@ from star_attention.errors import InvalidInputError
 from star_attention.evals import report, run_folder
 from star_attention.evals.joining import join
 from star_attention.evals.results import Results
+from star_attention.evals.run_folder import Prediction
 from star_attention.evals.runner import run
 from tests.unit.test_evals_report import folder
 from tests.unit.test_evals_runner import VARIANTS, engine, samples
@@ -61,10 +62,7 @@ def test_what_two_folders_have_is_taken_once(tmp_path: Path) -> None:
 
 def test_parts_may_have_samples_of_the_same_tasks(tmp_path: Path) -> None:
     """How many there are is counted, so that a join is called complete only where it is."""
-    halves = [
-        folder(tmp_path / str(half), change=lambda one, half=half: one if int(one.sample[-1]) % 2 == half else None)  # type: ignore[misc]
-        for half in (0, 1)
-    ]
+    halves = [folder(tmp_path / str(half), change=every_second(half)) for half in (0, 1)]
     with pytest.raises(
         InvalidInputError, match=r"0 has 4 of 8 samples of niah at 1,024 tokens, .*run its command again"
     ):
@@ -76,6 +74,10 @@ def test_parts_may_have_samples_of_the_same_tasks(tmp_path: Path) -> None:
     assert results.missing == 0
     assert {cell["samples"] for cell in results.run["cells"]} == {8}
     assert len(results.predictions) == 3 * 2 * 8 * 2
+
+
+def every_second(first: int) -> Callable[[Prediction], Prediction | None]:
+    return lambda one: one if int(one.sample[-1]) % 2 == first else None
 
 
 def halved(told: dict[str, Any]) -> None:
@@ -136,10 +138,10 @@ def test_other_settings_are_refused_by_name(
         (dict(prediction="no"), r"a and .*b answer sample niah-1024-0, variant dense, differently"),
     ],
 )
-def test_other_samples_and_answers_are_refused(change: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_other_samples_and_answers_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     parts = [
         folder(tmp_path / "a"),
-        folder(tmp_path / "b", change=lambda one: dataclasses.replace(one, **change)),  # type: ignore[arg-type]
+        folder(tmp_path / "b", change=lambda one: dataclasses.replace(one, **change)),
     ]
     with pytest.raises(InvalidInputError, match=message):
         join(parts, tmp_path / "joined")

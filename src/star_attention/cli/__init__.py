@@ -75,8 +75,6 @@ def main() -> None:
     speaks = speak_once_a_machine()
     try:
         app(prog_name=NAME)
-    except KeyboardInterrupt:  # before a command has begun
-        sys.exit(130)
     except SystemExit as end:
         if end.code and not speaks:
             let_the_first_speak()
