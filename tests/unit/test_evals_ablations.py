@@ -30,6 +30,17 @@ def test_the_first_block_where_it_stands_is_star_attention(name: str) -> None:
     assert_same_kv(ablations.encode(star, ids(TOKENS)), star.encode(ids(TOKENS)))
 
 
+def test_keys_and_values_are_kept_as_the_engine_says() -> None:
+    star = engine("llama", **(SIZES | {"tokens_per_forward": 48}), kv_dtype="fp8")
+    other, own = ablations.encode(star, ids(TOKENS)), star.encode(ids(TOKENS))
+    assert other.kv.keeping == own.kv.keeping
+    assert other.kv.nbytes == own.kv.nbytes
+    for a, b in zip(other.kv.layers, own.kv.layers, strict=True):
+        for x, y in zip(a.pair(), b.pair(), strict=True):
+            moved = ((x - y).abs() > 1e-4).float().mean()  # (rounded the other way)
+            assert moved < 0.001
+
+
 def test_no_anchor_is_star_attention_without_one() -> None:
     star, bare = engine("llama", **SIZES), engine("llama", **(SIZES | {"anchor_size": 0}))
     assert_same_kv(ablations.encode(star, ids(TOKENS), anchor="none"), bare.encode(ids(TOKENS)))

@@ -110,6 +110,10 @@ def other_setting(told: dict[str, Any]) -> None:
     told["settings"]["seed"] = 1
 
 
+def other_options(told: dict[str, Any]) -> None:
+    told["settings"]["options"] = {"words": "eval"}
+
+
 def other_prose(told: dict[str, Any]) -> None:
     told["prose"]["essays"] = "5678"
 
@@ -118,6 +122,7 @@ def other_prose(told: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (other_setting, r"b was made with another seed \(1\) than .*a \(0\); report on each by itself"),
+        (other_options, r"b was made with another options\.words \(eval\) than .*a \(None\); report"),
         (other_prose, r"b was made with another essays \(5678\) than .*a \(1234\), so that their samples differ"),
     ],
 )
@@ -128,6 +133,8 @@ def test_other_settings_are_refused_by_name(
     change_run(parts[1], change)
     with pytest.raises(InvalidInputError, match=message):
         join(parts, tmp_path / "joined")
+    with pytest.raises(InvalidInputError, match=r"a was made with another .*; report on each by itself"):
+        join(parts[::-1], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
 

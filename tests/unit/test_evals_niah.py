@@ -120,7 +120,7 @@ def test_what_cannot_be_asked_for() -> None:
         suites.get("niah").generate("niah", size=size, count=1, seed=0, options={})
     with pytest.raises(InvalidInputError, match="option 'depth' of NIAH is unknown; it takes depths, essays"):
         make(1024, depth="1")
-    with pytest.raises(InvalidInputError, match=r"gone\.txt cannot be read as prose"):
+    with pytest.raises(InvalidInputError, match=r"gone\.txt. is not there; check the path"):
         make(1024, essays="gone.txt")
     with pytest.raises(SizeError, match="length 150 is too short for a sample of niah_grid"):
         make(150)

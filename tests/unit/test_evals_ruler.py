@@ -425,14 +425,18 @@ def test_the_official_variant() -> None:
     """300 and 30 repeats from 4096 tokens on, vt as its older code joins and spells it, 120 tokens for fwe."""
     official = {"compat": "star-attention"}
     (cwe,) = make("cwe", 32768, **official)
-    counts = Counter(re.findall(r"\d+\. (.*?)(?= \d+\. |$)", parts(cwe)["text"]))
+    counts = Counter(re.findall(r"\d+\. (.*?)(?= \d+\. |$)", cwe.context.rpartition("often.\n")[2].rstrip()))
     assert {counts[word] for word in cwe.answers} == {300}
     assert set(counts.values()) == {300, 30}
-    assert make("cwe", 2048, **official) == make("cwe", 2048)
+    assert re.search(r"in the list are:1\. \S+ 2\. ", cwe.context), "the example's answer"
+    assert re.search(r"in the list are: 1\. \S+ 2\. ", make("cwe", 32768)[0].context)
+    assert make("cwe", 2048, **official)[0].meta["repeats"] == make("cwe", 2048)[0].meta["repeats"]
     (vt,) = make("vt", 1024, **official)
     assert f"{NOISE}\n {NOISE}\n" in vt.context
     assert vt.answer_prefix.startswith(" Answer: According")
     assert "5 variables are assgined the value" in vt.answer_prefix
+    assert re.match(r" Memorize and track", vt.context)
+    assert re.search(r"they are:  \w{3} \w{3} \w{3} \w{3} \w{3}\n\n\n\nMemorize and track", vt.context)
     (fwe,) = make("fwe", 1024, **official)
     assert fwe.max_new_tokens == 120
     assert make("niah_single_1", 1024, **official) == make("niah_single_1", 1024)
@@ -498,7 +502,7 @@ def test_more_than_the_documents_can_fill(files: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("task", "option", "content", "message"),
     [
-        ("qa_1", "squad", None, r"squad\.json cannot be read as SQuAD \(.*No such file"),
+        ("qa_1", "squad", None, r"squad '.*squad\.json' is not there; check the path"),
         ("qa_1", "squad", "{", r"squad\.json cannot be read as SQuAD \(Expecting"),
         ("qa_1", "squad", "[1]", r"not in SQuAD's published format \(TypeError: .*\); give dev-v2\.0\.json"),
         ("qa_1", "squad", '{"data": [{"paragraphs": [{"qas": []}]}]}', r"KeyError: 'context'"),
@@ -509,7 +513,7 @@ def test_more_than_the_documents_can_fill(files: dict[str, str]) -> None:
             '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": [{"text": 1}]}]}]}]}',
             r"TypeError: 1 is no text",
         ),
-        ("qa_2", "hotpot", None, r"hotpot\.json cannot be read as HotpotQA"),
+        ("qa_2", "hotpot", None, r"hotpot '.*hotpot\.json' is not there"),
         ("qa_2", "hotpot", '{"data": []}', r"not in HotpotQA's published format"),
         ("qa_2", "hotpot", '[{"context": [["a"]]}]', r"give hotpot_dev_distractor_v1\.json"),
         ("qa_2", "hotpot", '[{"context": [], "question": "q", "supporting_facts": []}]', r"KeyError: 'answer'"),
@@ -531,9 +535,15 @@ def test_files_that_are_not_as_published(
         ("niah_single_4", {}, r"task 'niah_single_4' of RULER is unknown; choose from niah_single_1, "),
         ("vt", {"essay": "x"}, r"option 'essay' of RULER is unknown; it takes essays, squad, hotpot, words, compat"),
         ("cwe", {"compat": "lm-eval"}, r"compat 'lm-eval' is unknown; give star-attention"),
-        ("qa_1", {}, r"SQuAD does not come with this package; give the path of its published file as the option squad"),
-        ("qa_2", {"squad": "x"}, r"HotpotQA does not come .* as the option hotpot"),
-        ("niah_single_2", {"essays": "/no/such/essays.txt"}, r"/no/such/essays\.txt cannot be read as prose"),
+        (
+            "qa_1",
+            {},
+            r"SQuAD does not come with this package; give its published file with --squad \(the option squad\)",
+        ),
+        ("qa_2", {}, r"HotpotQA does not come .* with --hotpot \(the option hotpot\)"),
+        ("vt", {"squad": "x"}, r"squad 'x' is not there; check the path"),
+        ("vt", {"words": "x"}, r"words 'x' are unknown; choose one of train, eval"),
+        ("niah_single_2", {"essays": "/no/such/essays.txt"}, r"essays '/no/such/essays\.txt' is not there"),
     ],
 )
 def test_what_cannot_be_asked_for(task: str, options: dict[str, str], message: str) -> None:

@@ -378,6 +378,13 @@ def test_another_setting_is_refused_by_name(tmp_path: Path, change: dict[str, An
     assert (tmp_path / PREDICTIONS).read_bytes() == before
 
 
+def test_an_option_that_is_left_out_is_refused_by_name(tmp_path: Path) -> None:
+    star = engine()
+    runner.run(star, samples(1), VARIANTS, tmp_path, options={"words": "eval"})
+    with pytest.raises(InvalidInputError, match=r"another options\.words: eval, and this one's is None"):
+        runner.run(star, samples(1), VARIANTS, tmp_path)
+
+
 def test_another_model_is_refused_by_field(tmp_path: Path) -> None:
     runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
     path = tmp_path / RUN

@@ -16,7 +16,7 @@ from star_attention.hf.cache import EncodeCache
 from star_attention.hf.compiled import FULL
 from star_attention.hf.handle import ModelHandle, cache_word
 from star_attention.plan import BlockPlan
-from star_attention.store import ContextKV
+from star_attention.store import AS_COMPUTED, ContextKV, Keeping
 
 Anchor = tuple[Tensor, Tensor]
 """Token ids, and the positions at which they say that they stand, `[A]` each."""
@@ -53,13 +53,15 @@ def official_encode(
     tokens_per_forward: int,
     *,
     anchor_of: Callable[[int, int], Anchor | None] | None = None,
+    keeping: Keeping = AS_COMPUTED,
 ) -> ContextKV:
     """The paper's own implementation, with this library's kernels: the anchor is encoded again in front of every block.
 
     The same keys and values as `phase1.encode`, for twice the linear work of all blocks but the first. anchor_of: what else stands
-    in front of the block `start..stop`, and at which positions; None for nothing.
+    in front of the block `start..stop`, and at which positions; None for nothing. keeping: how the result is
+    stored; a block sees itself as it was computed, where `phase1.encode` reads back what earlier forwards have stored.
     """
-    store = ContextKV.empty(plan.context_tokens, [None] * len(handle.windows))
+    store = ContextKV.empty(plan.context_tokens, [None] * len(handle.windows), keeping)
     for start, stop in plan.blocks:
         if anchor_of is None:
             size = plan.anchor_size if start else 0

@@ -18,6 +18,7 @@ from star_attention.bench.baselines import Anchor, official_encode
 from star_attention.context import EncodedContext
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
+from star_attention.methods.star import Star
 
 CONTENTS = ("first-block", "none", "constant", "random", "shuffled", "previous-block")
 """What stands in front of a block: the head of the first block; nothing; one token again and again; random tokens; the first
@@ -64,7 +65,9 @@ def encode(
         return _content(star, ids_L, anchor, start, size, constant, rng), _places(positions, start, size, rng)
 
     with star._measured() as stats:
-        kv = official_encode(star._handle, ids_L, plan, star.tokens_per_forward, anchor_of=anchor_of)
+        kv = official_encode(
+            star._handle, ids_L, plan, star.tokens_per_forward, anchor_of=anchor_of, keeping=Star().keeping(star.config)
+        )
     return star._context(ids_L, plan, kv, plan.layout, None, chat_state, stats)
 
 

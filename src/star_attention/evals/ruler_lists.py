@@ -1,8 +1,8 @@
 """RULER's tracking of variables (vt), common words (cwe) and frequent words (fwe).
 
-By `compat` "star-attention" they are as the official Star Attention implementation has them, which its published numbers may come
-from: in vt noise is joined otherwise and a word of the answer's beginning misspelt, in cwe words are ten times as frequent, and
-in fwe answers are longer.
+By `compat` "star-attention" they are as the official Star Attention implementation has them (without a chat template), which its
+published numbers may come from: in vt noise and the example are joined otherwise and a word of the answer's beginning misspelt, in
+cwe words are ten times as frequent and the example's answer follows its colon at once, and in fwe answers are longer.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def vt(case: Case) -> Sample:
     while len(query_ids(case.size.tokenizer, example(noises + 1))) <= tokens:
         noises += 1
     before = f"{example(noises)} {' '.join(other_names)}\n\n"
+    if case.options.get("compat") is not None:
+        before = f" {before}\n\n"
     return case.size.largest(lambda count: _chain(case, count, names, value, before=before), least=len(names))[1]
 
 
@@ -96,7 +98,8 @@ def cwe(case: Case) -> Sample:
     rng = case.rng("example")
     known = words(case.options.get("words"))
     example, answers = listed(rng, rng.sample(known.all, shown), *repeats)
-    before = f"{CWE_HEAD}{example}\n{CWE_QUERY}{CWE_PREFIX} {numbered(answers)}\n"
+    gap = "" if official else " "
+    before = f"{CWE_HEAD}{example}\n{CWE_QUERY}{CWE_PREFIX}{gap}{numbered(answers)}\n"
 
     def build(count: int) -> Sample:
         rng = case.rng()

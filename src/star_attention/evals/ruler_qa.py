@@ -98,7 +98,7 @@ def _qa(case: Case, source: Questions) -> Sample:
 def _read(option: str, name: str, parse: Callable[[Any], Questions], path: str | None) -> Questions:
     if path is None:
         raise InvalidInputError(
-            f"{name} does not come with this package; give the path of its published file as the option {option}"
+            f"{name} does not come with this package; give its published file with --{option} (the option {option})"
         )
     return _parsed(name, parse, path)
 

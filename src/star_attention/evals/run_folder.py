@@ -153,13 +153,15 @@ def opened(path: Path) -> IO[bytes]:
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """The first of the settings that differs: its name, and what it is in either."""
-    for mine, theirs in ((one, other), (one["model"], other["model"])):
-        found = identity.difference(
-            *({key: value for key, value in side.items() if key != "model"} for side in (mine, theirs))
-        )
+    """The first of the settings that differs, or that only one of them has: its name, and what it is in either."""
+    for sides in ((one, other), (one["model"], other["model"])):
+        mine, theirs = ({key: value for key, value in side.items() if key != "model"} for side in sides)
+        found = identity.difference(mine, theirs)
         if found is not None:
             return found
+        found = identity.difference(theirs, mine)
+        if found is not None:
+            return found[0], found[2], found[1]
     return None
 
 

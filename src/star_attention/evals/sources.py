@@ -98,17 +98,22 @@ PARTS = ("train", "eval")
 """Six in seven words, and the others: what the bundled model is trained on, and what it has not seen."""
 
 
+def check_part(part: str | None) -> None:
+    """Raises `InvalidInputError` for what is none of `PARTS`."""
+    if part not in (None, *PARTS):
+        raise InvalidInputError(
+            f"words {part!r} are unknown; choose one of {', '.join(PARTS)}, or leave it out for all"
+        )
+
+
 @functools.cache
 def words(part: str | None = None) -> Words:
     """The word lists that RULER uses (the package wonderwords, of the extra `eval`); of `PARTS` one, or all.
 
     Raises `InvalidInputError` where it is not installed, and for an unknown part.
     """
+    check_part(part)
     if part is not None:
-        if part not in PARTS:
-            raise InvalidInputError(
-                f"words {part!r} are unknown; choose one of {', '.join(PARTS)}, or leave it out for all"
-            )
         every = words()
         lists = (
             tuple(word for word in some if _part(word) == part) for some in (every.adjectives, every.nouns, every.verbs)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
+from star_attention.evals.sources import check_part
 
 SUITES = {
     "ruler": "star_attention.evals.ruler",
@@ -18,6 +20,7 @@ SUITES = {
     "shared": "star_attention.evals.shared",
 }
 """By name, imported on use."""
+_PATHS = ("essays", "background", "squad", "hotpot", "prompts")
 
 
 class Suite(Protocol):
@@ -39,7 +42,9 @@ def get(name: str) -> Suite:
 
 
 def check(suite: Suite, name: str, task: str, options: Mapping[str, Any]) -> None:
-    """Raises `InvalidInputError` for a task or an option that a suite does not have."""
+    """Raises `InvalidInputError` for a task or an option that a suite does not have, and for values that no task could use,
+    though this one may not need them.
+    """
     if task not in suite.TASKS:
         raise InvalidInputError(f"task {task!r} of {name} is unknown; choose from {', '.join(suite.TASKS)}")
     unknown = sorted(set(options) - set(suite.OPTIONS))
@@ -47,3 +52,7 @@ def check(suite: Suite, name: str, task: str, options: Mapping[str, Any]) -> Non
         raise InvalidInputError(
             f"option {unknown[0]!r} of {name} is unknown; it takes {', '.join(suite.OPTIONS) or 'none'}"
         )
+    for option in _PATHS:
+        if options.get(option) is not None and not Path(options[option]).exists():
+            raise InvalidInputError(f"{option} {str(options[option])!r} is not there; check the path")
+    check_part(options.get("words"))
