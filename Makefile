@@ -89,7 +89,7 @@ eval-smoke: export HF_HUB_OFFLINE := 1
 eval-smoke: $(VENV)/.stamp-test
 	rm -rf $(SMOKE_OUT)
 	$(BIN)/star-attention eval ruler -m models/needle-17m --dtype float32 --device cpu --out $(SMOKE_OUT) \
-	  --task niah_single_1,vt --length 1k,2k --samples 2 --max-new-tokens 16 --variants dense,star:/4
+	  --task niah_single_1,vt --length 1k,2k --samples 2 --max-new-tokens 32 --variants dense,star:/4
 
 test: export HF_HUB_OFFLINE := 1
 test: $(VENV)/.stamp-test

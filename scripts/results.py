@@ -75,8 +75,9 @@ def command(name: str, model: str, out: Path, samples: int) -> list[str]:
     each = {
         "niah": max(1, samples // 10),
         "shared": 10 * samples,
-    }  # (at each of many depths; ten questions to a context)
-    count = ["--samples", str(each.get(suite, samples))]
+        "ruler-64k": max(1, samples * 2 // 5),
+    }  # (at each of many depths; ten questions to a context; a look beyond what the model was trained on)
+    count = ["--samples", str(each.get(name, each.get(suite, samples)))]
     return ["eval", suite, "-m", model, *others, *words, *count, "--out", str(out / name)]
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from star_attention.evals import babi_world, babilong, infinitebench, ruler_lists, ruler_needles, shared, sources
+from star_attention.evals.babilong_prompts import ASK, frame
 from star_attention.evals.ruler_needles import NOISE, Draw
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "needle-17m"
@@ -357,9 +358,9 @@ def _stories(maker: Maker, room: int) -> Document:
     facts = rng.randint(least, max(least, min(most, room // 60)))
     goes_on = task != "qa4" and rng.random() < 0.5
     first, *others = babi_world.chapters(task, [facts, *(rng.randint(1, 4) for _ in range(24 * goes_on))], rng)
-    head, tail = babilong.frame(task)
+    around = frame(task)
     questions = _story_questions(first, task, maker.asked(room, 30), rng)
-    rest = room - maker.size(head + tail + " ".join(first.facts)) - maker.size_of(questions)
+    rest = room - maker.size(around.before + around.after + " ".join(first.facts)) - maker.size_of(questions)
     most_of_rest = rng.random() * rest
     for chapter in others:
         more = _story_questions(chapter, task, rng.randint(1, 3), rng)
@@ -372,7 +373,7 @@ def _stories(maker: Maker, room: int) -> Document:
         questions += more
     filler = maker.filled(maker.prose(), max(0, rest - 8), " ")
     text = babilong.scattered(first.facts, filler, rng)
-    return Document(context=f"{head}{' '.join(text)}{tail}", questions=questions)
+    return Document(context=f"{around.before}{' '.join(text)}{around.after}", questions=questions)
 
 
 def _story_questions(chapter: babi_world.Chapter, task: str, count: int, rng: random.Random) -> list[Question]:
@@ -383,7 +384,7 @@ def _story_questions(chapter: babi_world.Chapter, task: str, count: int, rng: ra
     chosen = rng.sample(own, min(len(own), math.ceil(count * 2 / 3)))
     chosen += rng.sample(others, min(len(others), count - len(chosen)))
     rng.shuffle(chosen)
-    return [Question(task=one, asked=f"{babilong.ASK}{asks}", answer=f" {answer}") for one, asks, answer in chosen]
+    return [Question(task=one, asked=f"{ASK}{asks}", answer=f" {answer}") for one, asks, answer in chosen]
 
 
 def _searches(maker: Maker, room: int) -> Document:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals import babilong
+from star_attention.evals import babilong, babilong_prompts
 from star_attention.evals.babi_world import FACTS, ROOMS, Story, story
 from star_attention.evals.metrics import score
 from star_attention.evals.record import Sample
@@ -119,7 +119,7 @@ def test_a_story_has_one_answer_that_follows_from_its_text(task: str) -> None:
 
 @pytest.mark.parametrize("task", babilong.TASKS)
 def test_worked_examples_are_right(task: str) -> None:
-    for text, question, answer in babilong._EXAMPLES[task]:
+    for text, question, answer in babilong_prompts._EXAMPLES[task]:
         assert answers(text, question) == {answer}
 
 
@@ -220,6 +220,69 @@ def test_a_published_row_becomes_the_same_prompt() -> None:
         babilong.sample_of_row(ROW, task="qa6", id="x")
     with pytest.raises(InvalidInputError, match="target None"):
         babilong.sample_of_row({**ROW, "target": None}, task="qa1", id="x")
+
+
+PUBLISHED = """
+import os
+
+os.abort()
+DEFAULT_TEMPLATE = '{instruction}\\n{examples}\\n{post_prompt}\\n<context>\\n{context}\\n</context>\\nAsked: {question}'
+DEFAULT_PROMPTS = {
+    'qa1': {
+        'instruction': 'Where {people} '
+            'go.',
+        'examples': '<example>x</example>',
+        'post_prompt': 'One word. '
+    },
+}
+"""
+
+
+def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
+    """As their authors fill the template; the code beside it does not run."""
+    path = tmp_path / "prompts.py"
+    path.write_text(PUBLISHED)
+    sample = babilong.sample_of_row(ROW, task="qa1", id="x", prompts=str(path))
+    assert sample.context == (
+        "Where {people} go.\n<example>x</example>\nOne word. \n<context>\nMary moved to the office. It rained.\n</context>\n"
+    )
+    assert sample.query == "Asked: Where is Mary? "
+    assert len(sample.meta["prompts_sha256"]) == 16
+    story = made("qa1", prompts=str(path))[0]
+    assert story.context.startswith("Where {people} go.\n<example>")
+    assert story.query.startswith("Asked: Where is ")
+    with pytest.raises(InvalidInputError, match=r"prompts\.py has no prompt for qa2; it has qa1"):
+        babilong.sample_of_row(ROW, task="qa2", id="x", prompts=str(path))
+    prompts = path.with_suffix(".json")
+    prompts.write_text('{"qa1": {"instruction": "i", "examples": "e", "post_prompt": "p"}}')
+    sample = babilong.sample_of_row(ROW, task="qa1", id="x", prompts=str(prompts))
+    assert sample.context.startswith("i\n\ne\n\np\n\n<context>\nMary")
+    assert sample.query == "Question: Where is Mary? "
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.py", "x = 1", r"a\.py has no DEFAULT_PROMPTS; give babilong/prompts\.py of github\.com/booydar/babilong"),
+        ("b.py", "x = (", r"b\.py cannot be read as prompts \(.*; give"),
+        ("c.json", "{", r"c\.json cannot be read as prompts"),
+        (
+            "d.py",
+            "DEFAULT_PROMPTS = {'qa1': {'examples': 3}}",
+            r"the prompt of qa1 is not of texts instruction, ",
+        ),
+        (
+            "e.py",
+            PUBLISHED.replace("\\nAsked", " Asked").replace("{context}\\n", "{context}"),
+            r"has no question on a line below the context",
+        ),
+    ],
+)
+def test_files_that_are_no_prompts(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InvalidInputError, match=message):
+        babilong.sample_of_row(ROW, task="qa1", id="x", prompts=str(path))
 
 
 @pytest.mark.parametrize(

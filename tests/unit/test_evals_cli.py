@@ -96,7 +96,25 @@ def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Pat
     data.write_text(json.dumps(sample) + '\n{"id": \n')
     message = error(model, "run", data, "--out", tmp_path / "other", *SHORT)
     assert re.search(r"my\.jsonl, line 2\b", message)
-    assert "no such file" in error(model, "run", tmp_path / "none.jsonl", "--out", tmp_path / "other", *SHORT).lower()
+    message = error(model, "run", tmp_path / "none.jsonl", "--out", tmp_path / "other", *SHORT)
+    assert message.endswith("none.jsonl; check the path")
+    assert "data sets are not read from stdin" in error(model, "run", "-", "--out", tmp_path / "other", *SHORT)
+    assert "is a folder; name the files in it" in error(model, "run", tmp_path, "--out", tmp_path / "other", *SHORT)
+
+
+def test_published_prompts(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "prompts.json"
+    own.write_text(json.dumps({"qa1": {"instruction": "Read this.", "examples": "None.", "post_prompt": "One word."}}))
+    arguments = ["babilong", "--task", "qa1", "--length", "512", "--samples", "1", "--variants", "dense", *SHORT]
+    ok(model, *arguments, "--prompts", own, "--out", tmp_path / "made")
+    (made,) = predictions(tmp_path / "made")
+    assert made.meta["prompts_sha256"] == run_folder.sha256(own.read_text())[:16]
+    data = tmp_path / "qa1.jsonl"
+    data.write_text(json.dumps({"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}))
+    ok(model, "run", data, "--prompts", own, "--variants", "dense", "--out", tmp_path / "read", *SHORT)
+    (read,) = predictions(tmp_path / "read")
+    assert read.meta["prompts_sha256"] == made.meta["prompts_sha256"]
+    assert "prompts '/none' is not there" in error(model, *arguments, "--prompts", "/none", "--out", tmp_path / "no")
 
 
 def test_the_grid_of_depths_is_drawn(model: Path, tmp_path: Path) -> None:
@@ -182,6 +200,10 @@ def test_perplexity(model: Path, tmp_path: Path) -> None:
     assert dense["difference"] is None
     assert (star["block_size"], len(star["windows"])) == (32, 3)
     assert f"{dense['perplexity']:.3f}" in done.stdout
+    told = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    assert (told["text_sha256"], told["ranks"]) == (run_folder.sha256(text.read_text()), 1)
+    assert set(told["versions"]) == {"star_attention", "torch", "transformers"}
+    assert "is there already; give another folder" in error(model, *arguments, "--out", tmp_path / "out")
 
 
 def test_a_report_is_written_again(model: Path, tmp_path: Path) -> None:

@@ -50,6 +50,29 @@ def lines(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
+# ------------------------------------------------------------------ our own
+
+
+def test_a_line_needs_context_query_and_answers(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"context": "c", "query": "q", "answers": ["x"]}
+    more = row | {"id": 7, "task": "vt", "max_new_tokens": 9}
+    one, two = read(lines(tmp_path / "4k" / "mine.jsonl", [row, more]))
+    assert one == Sample(
+        id="mine-0",
+        task="mine",
+        length=4096,
+        context="c",
+        query="q",
+        answer_prefix="",
+        answers=("x",),
+        max_new_tokens=128,
+        metric="string_match_all",
+    )
+    assert (two.id, two.task, two.max_new_tokens) == ("vt-7", "vt", 9)
+    with pytest.raises(InvalidInputError, match="line 1: not a sample: promt is unknown"):
+        read(lines(tmp_path / "typo.jsonl", [row | {"promt": "x"}]))
+
+
 # ------------------------------------------------------------------ round trips
 
 
@@ -219,6 +242,15 @@ def test_files_of_babilong(tmp_path: Path, name: str) -> None:
         read(lines(tmp_path / "16k.jsonl", rows))
 
 
+@pytest.mark.parametrize("name", ["qa1/4k.jsonl", "4k/qa1.jsonl", "4k/qa1-00000-of-00001.jsonl", "4k/qa1/test.jsonl"])
+def test_layouts_of_babilong(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    row = {"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}
+    (sample,) = read(lines(path, [row]))
+    assert (sample.task, sample.length, sample.id) == ("qa1", 4096, "qa1-4096-0")
+
+
 def test_files_of_infinitebench_and_scbench(tmp_path: Path) -> None:
     row = {"id": 7, "context": "c", "input": "What is the pass key?", "answer": ["71432"], "options": []}
     (sample,) = read(lines(tmp_path / "passkey.jsonl", [row]))
@@ -227,6 +259,12 @@ def test_files_of_infinitebench_and_scbench(tmp_path: Path) -> None:
     samples = read(lines(tmp_path / "scbench_kv.jsonl", [row, {**row, "id": 1}]))
     assert [sample.id for sample in samples] == [f"scbench_kv-{i}-{turn}" for i in (0, 1) for turn in (0, 1)]
     assert {sample.task for sample in samples} == {"scbench_kv"}
+    for shard in ("test.jsonl", "test-00000-of-00001.jsonl"):
+        assert read(lines(tmp_path / "scbench_kv" / shard, [row]))[0].task == "scbench_kv"
+    (sample,) = read(
+        lines(tmp_path / "scbench_mf.jsonl", [{**row, "context": [3, 14], "multi_turns": row["multi_turns"][:1]}])
+    )
+    assert sample.context == "[3, 14]\n\n"
 
 
 # ------------------------------------------------------------------ several files
@@ -269,7 +307,10 @@ GOOD = NEEDLE.as_dict()
     ("text", "message"),
     [
         (json.dumps(GOOD) + "\n{oops\n", r"data.jsonl, line 2: no JSON \("),
-        (json.dumps(GOOD) + "\n\n[1]\n", "data.jsonl, line 3: no object with named fields"),
+        (
+            json.dumps(GOOD) + "\n\n[1]\n",
+            "data.jsonl, line 3: no object with named fields; give one JSON object for each",
+        ),
         ('{"a": 1}\n', "data.jsonl, line 1: fields a are of no known format: samples has context, query"),
         (
             json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "x", "answers": "y"}),
@@ -326,7 +367,7 @@ def test_errors_of_tables_and_files_as_a_whole(tmp_path: Path) -> None:
     path.write_text("[\n1")
     with pytest.raises(InvalidInputError, match=r"data.json, line 2: no JSON"):
         read(path)
-    with pytest.raises(InvalidInputError, match=r"gone.jsonl cannot be read"):
+    with pytest.raises(InvalidInputError, match=r"there is no file .*gone\.jsonl; check the path"):
         read(tmp_path / "gone.jsonl")
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"a": "\xff"}')

@@ -122,7 +122,7 @@ def other_prose(told: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (other_setting, r"b was made with another seed \(1\) than .*a \(0\); report on each by itself"),
-        (other_options, r"b was made with another options\.words \(eval\) than .*a \(None\); report"),
+        (other_options, r"b was made with another options\.words \(eval\) than .*a \(not given\); report"),
         (other_prose, r"b was made with another essays \(5678\) than .*a \(1234\), so that their samples differ"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from lm_eval.tasks import TaskManager
 from star_attention import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from star_attention.evals import lm_eval as adapter
+from star_attention.evals import ruler
 from star_attention.evals.lm_eval import SENTINEL, StarLM, cut
+from star_attention.evals.sizing import Size
 from star_attention.hf.text import context_ids, query_ids
 from tests.engines import BUNDLED, bundled_model, bundled_tokenizer
 
@@ -127,6 +130,24 @@ def test_answers_are_those_of_the_engine_on_the_same_split(
     assert answers == expected
     assert len(encoded) == 2, "documents on one context share its encoding"
     assert found["samples"]["boxes"][0]["arguments"][0][0] == head + DOCS[0]["context"] + DOCS[0]["question"] + tail
+
+
+def test_the_task_of_the_docs_scores_right_answers(tmp_path: Path) -> None:
+    """As docs/evaluation.md has it, on the bundled model."""
+    docs = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
+    (sample,) = ruler.generate(
+        "niah_single_1", size=Size(tokenizer=bundled_tokenizer(), length=512), count=1, seed=0, options={}
+    )
+    (tmp_path / "mine.jsonl").write_text(json.dumps(sample.as_dict()) + "\n")
+    (tmp_path / "mine.yaml").write_text(
+        written.replace("{test: mine.jsonl}", f"{{test: {tmp_path}/mine.jsonl}}, cache_dir: {tmp_path}/cache")
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = lm_eval.simple_evaluate(
+        model=StarLM(star(block_size=256)), tasks=["mine"], task_manager=manager, bootstrap_iters=0
+    )
+    assert found["results"]["mine"]["exact_match,stripped"] == 1.0
 
 
 def test_a_chat_without_a_prefix_ends_in_the_start_of_the_answer(tmp_path: Path) -> None:

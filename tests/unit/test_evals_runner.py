@@ -348,6 +348,15 @@ def test_what_is_no_folder_of_a_run_is_refused(tmp_path: Path) -> None:
             runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
 
 
+def test_files_of_a_user_are_not_replaced(tmp_path: Path) -> None:
+    notes = tmp_path / report.MARKDOWN
+    notes.write_text("my own")
+    with pytest.raises(InvalidInputError, match=r"holds no run, but report\.md, which the reports would replace"):
+        runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [report.MARKDOWN]
+    assert notes.read_text() == "my own"
+
+
 def test_ablations_that_cannot_run_are_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     star = engine()
     monkeypatch.setattr(star._handle, "rotaries", [object()])
@@ -363,9 +372,9 @@ def test_ablations_that_cannot_run_are_refused_first(tmp_path: Path, monkeypatch
     [
         ({"seed": 1}, "seed: 0, and this one's is 1"),
         ({"chat": True}, "chat: False, and this one's is True"),
-        ({"max_new_tokens": 9}, "max_new_tokens: None, and this one's is 9"),
+        ({"max_new_tokens": 9}, "max_new_tokens: not given, and this one's is 9"),
         ({"suite": "ruler"}, "suite: files, and this one's is ruler"),
-        ({"options": {"compat": "x"}}, "options.compat: None, and this one's is x"),
+        ({"options": {"compat": "x"}}, "options.compat: not given, and this one's is x"),
     ],
 )
 def test_another_setting_is_refused_by_name(tmp_path: Path, change: dict[str, Any], field: str) -> None:
@@ -381,7 +390,7 @@ def test_another_setting_is_refused_by_name(tmp_path: Path, change: dict[str, An
 def test_an_option_that_is_left_out_is_refused_by_name(tmp_path: Path) -> None:
     star = engine()
     runner.run(star, samples(1), VARIANTS, tmp_path, options={"words": "eval"})
-    with pytest.raises(InvalidInputError, match=r"another options\.words: eval, and this one's is None"):
+    with pytest.raises(InvalidInputError, match=r"another options\.words: eval, and this one's is not given"):
         runner.run(star, samples(1), VARIANTS, tmp_path)
 
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from star_attention import StarLLM
-from star_attention.evals import babilong, ruler_lists, sources
+from star_attention.evals import ruler_lists, sources
+from star_attention.evals.babilong_prompts import ASK
 from star_attention.hf.text import context_ids, query_ids
 from tests.engines import bundled_tokenizer
 from tests.unit.test_evals_babilong import answers
@@ -97,7 +98,7 @@ def test_stories_that_go_on_are_answered_from_what_was_told_so_far() -> None:
         document = data._stories(one, 1200)
         text = document.context.split("<context>")[-1]
         for place, question in enumerate(document.questions):
-            more, _, rest = question.asked.rpartition(babilong.ASK)
+            more, _, rest = question.asked.rpartition(ASK)
             going_on += bool(more) and place > 0
             text += more
             assert answers(text, rest.split("\n")[0]) == {question.answer.strip()}, rest

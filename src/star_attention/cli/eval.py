@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from star_attention.evals.variants import Variant
 
 VARIANTS = "dense,star:/4"
+PERPLEXITY = "perplexity.json"
 
 _PANEL = "Evaluation"
 
@@ -80,6 +81,19 @@ Background = Annotated[
         panel="Data",
         metavar="PATH",
         show_default="prose found in the running Python",
+    ),
+]
+
+
+Prompts = Annotated[
+    str | None,
+    option(
+        "BABILong's published prompts: babilong/prompts.py of github.com/booydar/babilong (read, not run), or .json of its"
+        " DEFAULT_PROMPTS.",
+        "--prompts",
+        panel="Data",
+        metavar="PATH",
+        show_default="prompts of our own, which the bundled model was trained on",
     ),
 ]
 
@@ -143,6 +157,7 @@ def run(
         str | None,
         option("What the files are.", "--format", panel="Data", metavar="NAME", show_default="told by their fields"),
     ] = None,
+    prompts: Prompts = None,
     variants: Variants = VARIANTS,
     seed: Seed = 0,
 ) -> None:
@@ -154,9 +169,10 @@ def run(
     def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
         from star_attention.evals import files as readers
 
-        return readers.read_all(files, format=format), {}
+        return readers.read_all(files, format=format, prompts=prompts), {}
 
-    data = _Data(make=make, suite="files", options={"files": files} | _given(format=format), seed=seed)
+    given = {"files": files} | _given(format=format, prompts=prompts)
+    data = _Data(make=make, suite="files", options=given, seed=seed)
     _evaluate(model, options, variants, lambda: data)
 
 
@@ -201,16 +217,15 @@ def babilong(
     variants: Variants = VARIANTS,
     seed: Seed = 0,
     background: Background = None,
+    prompts: Prompts = None,
 ) -> None:
     """BABILong: facts of small stories scattered in a long text (qa1 to qa5).
 
     Example: star-attention eval babilong -m models/needle-17m --task qa1 --length 4k --out babilong
     """
+    given = _given(background=background, prompts=prompts)
     _evaluate(
-        model,
-        options,
-        variants,
-        lambda: _suite("babilong", task, length, samples, seed, _given(background=background), chat=options.chat),
+        model, options, variants, lambda: _suite("babilong", task, length, samples, seed, given, chat=options.chat)
     )
 
 
@@ -317,11 +332,13 @@ class DataOptions:
     squad: Squad = None
     hotpot: Hotpot = None
     background: Background = None
+    prompts: Prompts = None
 
     def make(self, *, chat: bool) -> _Data:
         """Raises `InvalidInputError` for an unknown suite or task, and for options that the suite does not take."""
         given = _given(
-            essays=self.essays, words=self.words, squad=self.squad, hotpot=self.hotpot, background=self.background
+            **dict(essays=self.essays, words=self.words, squad=self.squad, hotpot=self.hotpot),
+            **dict(background=self.background, prompts=self.prompts),
         )
         task = RETRIEVAL if self.task is None and self.suite == "ruler" else self.task
         return _suite(self.suite, task, self.length, self.samples, self.seed, given, chat=chat)
@@ -410,7 +427,8 @@ def perplexity(
     variants: Variants = VARIANTS,
     seed: Annotated[int, option("Of anchors that are random.", panel=_PANEL, metavar="N")] = 0,
     out: Annotated[
-        str | None, option("A folder for perplexity.json.", "--out", "-o", panel="Output", metavar="FOLDER")
+        str | None,
+        option(f"A folder for {PERPLEXITY}, which has none yet.", "--out", "-o", panel="Output", metavar="FOLDER"),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -422,6 +440,8 @@ def perplexity(
     if leads():
         tried, text = _parsed(variants), read_text(file)
         tokens, last = parse_size(length, "length"), parse_size(tail, "tail")
+        if out is not None:
+            _check_new(Path(out) / PERPLEXITY)
     notes = Notes(quiet=quiet)
     star = _loaded(model, notes)
     from star_attention.evals import perplexity as measure
@@ -445,21 +465,33 @@ def perplexity(
     print(f"{len(cut):,} windows of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}")
     if out is not None:
         from star_attention.bench import machine
+        from star_attention.evals import run_folder, runner
 
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         told = {
             "file": file,
+            "text_sha256": run_folder.sha256(text),
             "length": tokens,
             "tail": last,
             "seed": seed,
             "command": machine.command(),
             "hardware": machine.hardware(star.device),
             "git": machine.git_revision(),
+            "versions": runner.versions(),
+            "ranks": star.num_ranks,
             "model": star._identity(),
             "rows": [asdict(row) | {"perplexity": row.perplexity} for row in rows],
         }
-        (folder / "perplexity.json").write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
+        (folder / PERPLEXITY).write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _check_new(path: Path) -> None:
+    from star_attention.evals import run_folder
+
+    run_folder.check_place(path.parent)
+    if path.exists():
+        raise InvalidInputError(f"{path} is there already; give another folder with --out")
 
 
 def report(
@@ -589,9 +621,11 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
     samples: list[Sample] = []
     left_out: dict[str, str] = {}
     if leads():
+        from star_attention.evals import run_folder
         from star_attention.hf.load import load_tokenizer
 
         data, tried = of(), _parsed(variants)
+        run_folder.check_place(Path(options.out))
         with notes.waiting(f"making samples of {data.suite}"):
             samples, left_out = data.make(load_tokenizer(model.model))
         for what, why in left_out.items():

@@ -1,9 +1,9 @@
 """BABILong (Kuratov et al., arXiv 2406.10149), tasks qa1 to qa5: facts of a short story scattered in a long text.
 
 The stories are bAbI-style, made by our own simulation (`babi_world`), so they are not the published samples; those are read with
-`sample_of_row`. The prompt has the published structure: instruction, worked examples, what the answer should look like, and the
-text between `<context>` and `</context>`; then `Question: ...`. Its sentences are our own, so that scores come near published
-ones without being the same measurement. Answers are compared as published.
+`sample_of_row`. The prompt is instruction, worked examples, what the answer should look like, and the text between `<context>` and
+`</context>`; then `Question: ...`. Without the published file of `prompts` its sentences are our own, which the bundled model was
+trained on: scores come near published ones without being the same measurement. Answers are compared as published.
 """
 
 from __future__ import annotations
@@ -17,93 +17,22 @@ from typing import Any
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals import suites
 from star_attention.evals.babi_world import ACTORS, FACTS, OBJECTS, ROOMS, Story, story
+from star_attention.evals.babilong_prompts import Frame, frame
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
 from star_attention.evals.sources import prose
 from star_attention.hf.text import query_ids
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
-OPTIONS = {"background": "the text that facts are scattered in: .json, a folder of .txt, or a text file"}
+OPTIONS = {
+    "background": "the text that facts are scattered in: .json, a folder of .txt, or a text file",
+    "prompts": "BABILong's published prompts.py, or .json of its DEFAULT_PROMPTS; else prompts of our own",
+}
 LABELS = {task: ROOMS for task in TASKS} | {"qa5": (*ACTORS["qa5"], *OBJECTS)}
 """All that can be an answer of a task, as published."""
 MAX_NEW_TOKENS = 20
-ASK = "Question: "
 SHARE_OF_FACTS = 8
 """Facts take at most one token in so many of a sample's length."""
-
-_READ = (
-    "A few sentences about {} are hidden in a long text about other things. Use nothing but those sentences to answer."
-)
-_INSTRUCTION = {
-    "qa1": _READ.format("where people go") + " A person is where they went last.",
-    "qa2": _READ.format("people, where they go and what they carry")
-    + " A thing is where its holder is, or where it was put down last.",
-    "qa3": _READ.format("people, where they go and what they carry")
-    + " A thing goes wherever its holder goes; you are asked in which room it was before it came to another.",
-    "qa4": _READ.format("which room lies on which side of another"),
-    "qa5": _READ.format("people, what they carry and what they give to each other"),
-}
-_EXAMPLES = {
-    "qa1": (
-        ("Mary went to the office. John moved to the garden. Mary moved to the kitchen.", "Where is Mary?", "kitchen"),
-        ("Sandra journeyed to the hallway. Daniel went to the bedroom.", "Where is Sandra?", "hallway"),
-    ),
-    "qa2": (
-        (
-            "Daniel went to the office. Daniel took the milk. Daniel travelled to the garden.",
-            "Where is the milk?",
-            "garden",
-        ),
-        (
-            "Mary moved to the bedroom. Mary grabbed the apple. Mary dropped the apple. Mary went to the kitchen.",
-            "Where is the apple?",
-            "bedroom",
-        ),
-    ),
-    "qa3": (
-        (
-            "John went to the kitchen. John got the football. John moved to the office. John journeyed to the hallway.",
-            "Where was the football before the hallway?",
-            "office",
-        ),
-        (
-            "Sandra moved to the bathroom. Sandra picked up the milk. Sandra went to the garden. Sandra left the milk.",
-            "Where was the milk before the garden?",
-            "bathroom",
-        ),
-    ),
-    "qa4": (
-        (
-            "The office is north of the kitchen. The kitchen is east of the garden.",
-            "What is north of the kitchen?",
-            "office",
-        ),
-        (
-            "The bedroom is west of the hallway. The bathroom is south of the hallway.",
-            "What is the hallway east of?",
-            "bedroom",
-        ),
-    ),
-    "qa5": (
-        (
-            "Fred went to the office. Mary moved to the office. Fred took the milk. Fred gave the milk to Mary.",
-            "Who did Fred give the milk to?",
-            "Mary",
-        ),
-        (
-            "Bill went to the garden. Jeff went to the garden. Jeff got the apple. Jeff handed the apple to Bill.",
-            "What did Jeff give to Bill?",
-            "apple",
-        ),
-    ),
-}
-_ANSWER = {
-    "qa1": "Answer with the name of one room and nothing else.",
-    "qa2": "Answer with the name of one room and nothing else.",
-    "qa3": "Answer with the name of one room and nothing else.",
-    "qa4": "Answer with the name of one room and nothing else.",
-    "qa5": "Answer with the name of one person or one thing and nothing else.",
-}
 
 
 def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
@@ -112,19 +41,23 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
 
     Sentences of the background that name somebody of the stories are left out, so that the facts alone tell of them. A story has
     fewer facts than drawn where they would take more than an eighth of the length. meta: `facts`, their number; `evidence`, the
-    facts themselves; the background's name and hash.
+    facts themselves; the background's name and hash; that of published prompts.
 
     Raises `SizeError` for a length that is too short, `InvalidInputError` for an unknown task or option and unusable background.
     """
     suites.check(suites.get("babilong"), "babilong", task, options)
     between = _background(options.get("background"))
     described = prose(options.get("background")).described
+    around = frame(task, options.get("prompts"))
     return (
-        _generated(task, size, f"{task} {size.length} {seed} {index}", between, described) for index in range(count)
+        _generated(task, size, f"{task} {size.length} {seed} {index}", between, around, described)
+        for index in range(count)
     )
 
 
-def _generated(task: str, size: Size, name: str, between: Sequence[str], described: Mapping[str, str]) -> Sample:
+def _generated(
+    task: str, size: Size, name: str, between: Sequence[str], around: Frame, described: Mapping[str, str]
+) -> Sample:
     told = _fitting_story(task, size, name)
     start = random.Random(f"babilong {name} start").randrange(len(between))
 
@@ -135,6 +68,7 @@ def _generated(task: str, size: Size, name: str, between: Sequence[str], describ
             id=name.replace(" ", "-"),
             task=task,
             length=size.length,
+            around=around,
             text=" ".join(text),
             question=told.question,
             target=told.answer,
@@ -178,10 +112,12 @@ def scattered(parts: Sequence[str], between: Sequence[str], rng: random.Random) 
     return text + list(between[done:])
 
 
-def sample_of_row(row: Mapping[str, Any], *, task: str, id: str) -> Sample:
+def sample_of_row(row: Mapping[str, Any], *, task: str, id: str, prompts: str | None = None) -> Sample:
     """Of a row of the published files (`input`, `question`, `target`), whose lengths are counted in other tokens: `length` is 0.
 
-    Raises `InvalidInputError` for tasks other than qa1 to qa5, and for fields that are missing or no text.
+    prompts: path of the published ones, as in `OPTIONS`.
+
+    Raises `InvalidInputError` for tasks other than qa1 to qa5, for fields that are missing or no text, and for unusable prompts.
     """
     if task not in TASKS:
         raise InvalidInputError(f"task {task!r} of BABILong has no prompt here; choose from {', '.join(TASKS)}")
@@ -189,34 +125,32 @@ def sample_of_row(row: Mapping[str, Any], *, task: str, id: str) -> Sample:
         if not isinstance(row.get(field), str):
             raise InvalidInputError(f"{field} {row.get(field)!r} of BABILong is no text")
     return _sample(
-        id=id, task=task, length=0, text=row["input"], question=row["question"], target=row["target"], meta={}
+        id=id,
+        task=task,
+        length=0,
+        around=frame(task, prompts),
+        text=row["input"],
+        question=row["question"],
+        target=row["target"],
+        meta={},
     )
 
 
 def _sample(
-    *, id: str, task: str, length: int, text: str, question: str, target: str, meta: Mapping[str, Any]
+    *, id: str, task: str, length: int, around: Frame, text: str, question: str, target: str, meta: Mapping[str, Any]
 ) -> Sample:
-    before, after = frame(task)
     return Sample(
         id=id,
         task=task,
         length=length,
-        context=f"{before}{text}{after}",
-        query=f"{ASK}{question}",
+        context=f"{around.before}{text}{around.after}",
+        query=f"{around.ask}{question}",
         answer_prefix="",
         answers=(target,),
         max_new_tokens=MAX_NEW_TOKENS,
         metric="babilong",
-        meta=meta,
+        meta=dict(meta) | ({"prompts_sha256": around.sha256} if around.sha256 else {}),
     )
-
-
-def frame(task: str) -> tuple[str, str]:
-    """What stands before a task's text in the context, and behind it."""
-    examples = "\n\n".join(
-        f"<example>\n{facts}\n{ASK}{asked}\nAnswer: {answer}\n</example>" for facts, asked, answer in _EXAMPLES[task]
-    )
-    return f"{_INSTRUCTION[task]}\n\n{examples}\n\n{_ANSWER[task]}\n\n<context>\n", "\n</context>\n\n"
 
 
 def answer_match(prediction: str, sample: Sample) -> float:

@@ -1,7 +1,7 @@
 """Data sets from and to files: our own records and the formats that others publish.
 
 format            fields of a line                                               read    written
-samples           those of `Sample`                                              jsonl   jsonl
+samples           context, query, answers, and the others of `Sample`            jsonl   jsonl
 star-attention    index, input_context, input_query, outputs | output, length    jsonl   jsonl
 kvpress           context, question, answer_prefix, answer, max_new_tokens, task jsonl, csv, parquet (with pyarrow): both
 ruler             index, input, outputs, length, (answer_prefix)                 jsonl   jsonl
@@ -13,12 +13,13 @@ A `.json` file holds a list of what would be the lines. What is written in the f
 theirs (which their readers pass over), so that reading it gives the same samples again. Where they are missing, in files that
 others wrote:
 
-- task: the field `task`, else the file's name (for `niah_single_1/validation.jsonl`, as RULER lays its data out, the folder's).
+- task: the field `task`, else the file's name; for names of splits and shards (`niah_single_1/validation.jsonl`, as RULER lays its
+  data out, `test-00000-of-00001.parquet`) the folder's. BABILong's is the `qa1` in the file's name, or the nearest folder `qa1`.
 - metric: babilong, infinitebench, scbench: the task's own. star-attention, ruler: RULER's rule, string_match_part for tasks that
   begin with "qa", string_match_all for all others; except for names of tasks of BABILong and InfiniteBench. kvpress: the same,
   but a task of unknown name is refused, because its data sets have many other metrics.
 - max_new_tokens: the task's, as published; 128 for tasks of unknown name.
-- length: that of the nearest folder that is named as a size (`4096`, `16k`).
+- length: that of the file, or else of the nearest folder, that is named as a size (`4096`, `16k`).
 - id: the task, the folder's size where there is one, and the line's own number (`id` or `index`), else how many lines stand before
   it.
 """
@@ -42,7 +43,7 @@ from star_attention.evals.record import Sample
 from star_attention.plan import parse_size
 
 FORMATS = {
-    "samples": ("context", "query", "answers", "metric"),
+    "samples": ("context", "query", "answers"),
     "star-attention": ("input_context", "input_query"),
     "scbench": ("context", "multi_turns"),
     "kvpress": ("context", "question", "answer"),
@@ -63,14 +64,15 @@ _RULER = {
 }
 """Families of RULER's tasks: tokens to generate, and how the question begins (as in kvpress)."""
 _EXTRAS = ("id", "task", "length", "answer_prefix", "max_new_tokens", "metric", "meta")
-_PLACEHOLDERS = ("validation", "test", "train")
+_PLACEHOLDER = re.compile(r"(?:validation|test|train)(?:-\d+-of-\d+)?")
 
 
-def read(path: str | Path, *, format: str | None = None) -> list[Sample]:
+def read(path: str | Path, *, format: str | None = None, prompts: str | None = None) -> list[Sample]:
     """The samples of a file, in its order. format: a name in `FORMATS`; by the fields of the first line where it is not given.
+    prompts: path of BABILong's published ones, for its rows; else prompts of our own.
 
-    Raises `InvalidInputError`, with file and line, for what is missing, malformed, empty or of an unknown format, and for two
-    samples of one id.
+    Raises `InvalidInputError`, with file and line, for what is missing, malformed, empty or of an unknown format, for two
+    samples of one id, and for prompts where the format has none.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -80,7 +82,11 @@ def read(path: str | Path, *, format: str | None = None) -> list[Sample]:
     for index, (place, row) in enumerate(_rows(path)):
         try:
             format = format or _detected(row)
-            for sample in _samples(row, format, path, index):
+            if prompts is not None and format != "babilong":
+                raise InvalidInputError(
+                    f"prompts are for BABILong's files, and this one is of format {format}; leave them out"
+                )
+            for sample in _samples(row, format, path, index, prompts):
                 if sample.id in seen:
                     raise InvalidInputError(f"id {sample.id!r} was {seen[sample.id]}'s already; ids must differ")
                 seen[sample.id] = place
@@ -92,7 +98,7 @@ def read(path: str | Path, *, format: str | None = None) -> list[Sample]:
     return samples
 
 
-def read_all(paths: Sequence[str | Path], *, format: str | None = None) -> list[Sample]:
+def read_all(paths: Sequence[str | Path], *, format: str | None = None, prompts: str | None = None) -> list[Sample]:
     """The samples of several files. Where a file has an id that an earlier one has, its ids begin with the names of as many of its
     folders as tell it from the earlier ones (or its own, in the same folder).
 
@@ -105,7 +111,7 @@ def read_all(paths: Sequence[str | Path], *, format: str | None = None) -> list[
         folder = Path(path).resolve().parent
         if Path(path).resolve() in before:
             raise InvalidInputError(f"{path} is named twice; give it once")
-        samples = read(path, format=format)
+        samples = read(path, format=format, prompts=prompts)
         if any(sample.id in ids for sample in samples):
             tails = (Path(*folder.parts[-count:]) for count in range(1, len(folder.parts) + 1))
             tail = next((one for one in tails if not any(_ends_in(other.parent, one) for other in before)), None)
@@ -184,6 +190,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _json_rows(path)
     except InvalidInputError:
         raise
+    except FileNotFoundError:
+        hint = "; data sets are not read from stdin" if str(path) == "-" else ""
+        raise InvalidInputError(f"there is no file {path}; check the path{hint}") from None
+    except IsADirectoryError:
+        raise InvalidInputError(f"{path} is a folder; name the files in it") from None
     except (OSError, ValueError) as error:  # UnicodeDecodeError, and pyarrow's ArrowInvalid
         raise InvalidInputError(f"{path} cannot be read: {error}") from None
 
@@ -202,7 +213,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             pairs = _json_lines(path, file)
         for place, row in pairs:
             if not isinstance(row, dict):
-                raise InvalidInputError(f"{path}, {place}: no object with named fields")
+                raise InvalidInputError(
+                    f'{path}, {place}: no object with named fields; give one JSON object for each sample, as {{"context": ...}}'
+                )
             yield place, row
 
 
@@ -252,23 +265,27 @@ def _detected(row: Mapping[str, Any]) -> str:
     raise InvalidInputError(f"fields {', '.join(map(str, row))} are of no known format: {known}")
 
 
-def _samples(row: Mapping[str, Any], format: str, path: Path, index: int) -> list[Sample]:
-    if format == "samples":
-        return [Sample.from_dict(row)]
+def _samples(row: Mapping[str, Any], format: str, path: Path, index: int, prompts: str | None) -> list[Sample]:
     missing = [name for name in FORMATS[format] if name not in row and name != "outputs"]
     if missing:
         raise InvalidInputError(f"{', '.join(missing)} missing, which format {format} has")
+    if format == "samples":
+        values = _defaults(row, path, index) | dict(row)
+        if isinstance(values["id"], int):
+            values["id"] = f"{values['task']}-{values['id']}"
+        return [Sample.from_dict(values)]
     task = _text(row, "task", _task(path, format))
     number = next((row[name] for name in ("id", "index") if row.get(name) not in (None, "")), index)
-    size = _size_of_folder(path)
+    size = _named_size(path)
     # (Numbers begin anew in every file.)
     id = number if isinstance(number, str) else "-".join([task, *([str(size)] if size else []), str(number)])
     if format in ("babilong", "infinitebench", "scbench"):
         if format == "scbench":
             samples = shared.samples_of_row(row, task=task, id=id)
+        elif format == "babilong":
+            samples = [babilong.sample_of_row(row, task=task, id=id, prompts=prompts)]
         else:
-            suite = babilong if format == "babilong" else infinitebench
-            samples = [suite.sample_of_row(row, task=task, id=id)]
+            samples = [infinitebench.sample_of_row(row, task=task, id=id)]
         return [replace(sample, length=sample.length or size) for sample in samples]
     prefix = _text(row, "answer_prefix", "")
     if format == "kvpress":
@@ -301,25 +318,45 @@ def _samples(row: Mapping[str, Any], format: str, path: Path, index: int) -> lis
     ]
 
 
+def _defaults(row: Mapping[str, Any], path: Path, index: int) -> dict[str, Any]:
+    """What a sample of our own may leave out."""
+    task = _text(row, "task", _task(path, "samples"))
+    metric, max_new_tokens = _known(task, strict=False)
+    return {
+        "id": f"{task}-{index}",
+        "task": task,
+        "length": _named_size(path),
+        "answer_prefix": "",
+        "max_new_tokens": max_new_tokens,
+        "metric": metric,
+    }
+
+
 def _task(path: Path, format: str) -> str:
-    stem = path.resolve().parent.name if path.stem in _PLACEHOLDERS else path.stem
     if format == "babilong":
-        named = re.findall(r"(?<![a-z0-9])qa\d+(?!\d)", stem)
-        if not named:
-            raise InvalidInputError(
-                "the task is named neither in a field task nor in the file's name; call it qa1.jsonl or alike"
-            )
-        return str(named[0])
-    return stem
+        stem, *folders = _names(path)
+        named = re.search(r"(?<![a-z0-9])qa\d+(?!\d)", stem)
+        task = named[0] if named else next((name for name in folders if re.fullmatch(r"qa\d+", name)), None)
+        if task is not None:
+            return task
+        raise InvalidInputError(
+            "the task is named neither in a field task nor by the file or its folders; call it qa1.jsonl or alike"
+        )
+    return path.resolve().parent.name if _PLACEHOLDER.fullmatch(path.stem) else path.stem
 
 
-def _size_of_folder(path: Path) -> int:
-    """Tokens that the nearest folder is named by; 0 where none is."""
-    for folder in path.resolve().parents:
-        named = re.fullmatch(r"([1-9]\d*)([kK]?)", folder.name)
+def _named_size(path: Path) -> int:
+    """Tokens that the file or the nearest folder is named by; 0 where none is."""
+    for name in _names(path):
+        named = re.fullmatch(r"([1-9]\d*)([kK]?)", name)
         if named and (named[2] or int(named[1]) % 128 == 0):
-            return parse_size(folder.name, "length")
+            return parse_size(name, "length")
     return 0
+
+
+def _names(path: Path) -> list[str]:
+    """The file's, without its suffix, and its folders', from the nearest on."""
+    return [path.stem, *(folder.name for folder in path.resolve().parents)]
 
 
 def _known(task: str, *, strict: bool) -> tuple[str, int]:

@@ -24,11 +24,13 @@ def join(folders: Sequence[str | Path], out: str | Path) -> None:
 
     Raises `InvalidInputError` for a folder that holds no run or a damaged one, for settings or prose that differ (named), for a
     sample or an answer that is not the same in two of them, for a part that is not complete where another has samples of the same
-    task and length (how many there are in all could not be told), and where `out` holds a run already.
+    task and length (how many there are in all could not be told), and where `out` holds a run already, or files that would be
+    replaced.
     """
     out = Path(out)
     if (out / run_folder.RUN).exists():
         raise InvalidInputError(f"{out} holds a run already; give a new folder with --out")
+    run_folder.check_place(out)
     parts = [_Part(folder=Path(folder), run=run_folder.read_run(Path(folder))) for folder in folders]
     first = parts[0]
     for part in parts[1:]:

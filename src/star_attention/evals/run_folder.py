@@ -68,6 +68,23 @@ class Prediction:
         return self.encode_s / self.sharing + self.answer_s
 
 
+def check_place(out: Path) -> None:
+    """Raises `InvalidInputError` for what is no folder and cannot become one, and for one without a run that has files of the names
+    that a run and its reports would write.
+    """
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InvalidInputError(f"{out} is no folder; give another one with --out")
+    from star_attention.evals import report  # (which reads what this module keeps)
+
+    names = (report.METRICS, report.SUMMARY, report.MARKDOWN, report.PAGE, report.PICTURES)
+    found = [name for name in names if (out / name).exists()]
+    if found and not (out / RUN).exists():
+        raise InvalidInputError(
+            f"{out} holds no run, but {', '.join(found)}, which the reports would replace; give a new folder with --out"
+        )
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json of a folder. Raises `InvalidInputError` where there is none, or one that is damaged."""
     found = find_run(folder)
@@ -156,12 +173,12 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, st
     """The first of the settings that differs, or that only one of them has: its name, and what it is in either."""
     for sides in ((one, other), (one["model"], other["model"])):
         mine, theirs = ({key: value for key, value in side.items() if key != "model"} for side in sides)
-        found = identity.difference(mine, theirs)
+        found, swapped = identity.difference(mine, theirs), identity.difference(theirs, mine)
+        if found is None and swapped is not None:
+            found = swapped[0], swapped[2], swapped[1]
         if found is not None:
-            return found
-        found = identity.difference(theirs, mine)
-        if found is not None:
-            return found[0], found[2], found[1]
+            own, others = ("not given" if value == "None" else value for value in found[1:])
+            return found[0], own, others
     return None
 
 

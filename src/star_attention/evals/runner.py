@@ -391,18 +391,12 @@ def _prepare(
         "reserve_tokens": star.config.reserve_tokens,
         "ranks": star.num_ranks,
         "device": star.device.type,
-        "versions": {
-            "star_attention": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "model": run_folder.plain(star._identity()),
     }
     digest = run_folder.sha256(run_folder.canonical(settings))[:12]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InvalidInputError(f"{out} is no folder; give another one with --out") from None
+    run_folder.check_place(out)
+    out.mkdir(parents=True, exist_ok=True)
     before = run_folder.find_run(out)
     if before is not None:
         run_folder.check_same(out, before, settings)
@@ -427,6 +421,15 @@ def _prepare(
         file.close()
         raise
     return _Prepared(samples=samples, jobs=jobs, settings=digest, file=file, found=len(found), skipped=skipped)
+
+
+def versions() -> dict[str, str]:
+    """Of what answers depend on."""
+    return {
+        "star_attention": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _measured(

@@ -150,6 +150,8 @@ def samples_of_row(row: Mapping[str, Any], *, task: str, id: str) -> list[Sample
     Raises `InvalidInputError` for fields that are missing or of the wrong kind, and for SCBench's tasks without a metric here.
     """
     context, turns = row.get("context"), row.get("multi_turns")
+    if isinstance(context, list) and all(isinstance(one, int | float) for one in context):
+        context = json.dumps(context)  # scbench_mf's numbers
     if not isinstance(context, str):
         raise InvalidInputError(f"context {context!r} of SCBench is no text")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
