@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import IO, Any
 
@@ -386,6 +386,9 @@ def _prepare(
             f"variant {ablated.key!r} changes the anchor, which works on one rank alone and only where rotary frequencies do not"
             " depend on the length; leave such variants out"
         )
+    own = settings["suite"] == "files"  # (whose lengths are counts of other tokenizers)
+    for variant, length in product(variants, set() if own else {sample.length for sample in samples}):
+        variant.sizes(length)  # (before anything is written)
     settings = settings | {
         "decoding": "greedy",
         "reserve_tokens": star.config.reserve_tokens,
@@ -405,7 +408,6 @@ def _prepare(
         found = list(run_folder.read_predictions(out, whole=False))
         run_folder.check_found(out, found, samples, digest)
         lengths, skipped = _measured(star, samples, settings, skip_too_long=skip_too_long)
-        own = settings["suite"] == "files"  # (whose lengths are counts of other tokenizers)
         jobs = _jobs(samples, variants, lengths, {prediction.key for prediction in found}, own_lengths=own)
         meant = [samples[index] for index in lengths]
         cells = {variant.key: _cells(before, variant.key, meant, found) for variant in variants}

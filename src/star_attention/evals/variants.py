@@ -63,6 +63,8 @@ class Variant:
             object.__setattr__(self, "anchor_size", None)
         elif self.block_size is None:
             raise SizeError("anchor_size '=' is as large as the block; give a block_size with it")
+        if isinstance(self.block_size, int) and isinstance(self.anchor_size, int):
+            self.sizes(self.block_size)
 
     @property
     def has_blocks(self) -> bool:
