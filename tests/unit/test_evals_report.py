@@ -149,6 +149,20 @@ def test_overall_is_the_mean_of_task_means(tmp_path: Path) -> None:
     assert told["missing"] == 0
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_no_interval_is_beyond_what_scores_can_differ_by(tmp_path: Path, sign: int) -> None:
+    """It must not say "-100.5 to -68.9 points"."""
+
+    def score(task: str, variant: str, length: int, index: int) -> float:
+        return float((variant == "dense") == (sign < 0) or index == 0)
+
+    told = found(folder(tmp_path, count=10, score=score))
+    star = [one["difference"] for one in told["tasks"] if one["variant"] == "star:/4"]
+    assert {one["value"] for one in star} == {sign * 0.9}
+    limits = [one["low"] if sign < 0 else one["high"] for one in star]
+    assert set(limits) == {float(sign)}
+
+
 def test_the_same_predictions_give_the_same_files(tmp_path: Path) -> None:
     made = [folder(tmp_path / name) for name in "ab"]
     for place in made:

@@ -83,6 +83,17 @@ def test_an_interval_that_holds_zero_is_no_difference(one: list[float], other: l
     assert stats.paired(scored(one), scored(other)).verdict == verdict
 
 
+def test_limits_cut_an_interval_and_nothing_else() -> None:
+    """Losses, as perplexity has them, differ by as much as they like: `paired` must not cut by itself."""
+    far = stats.paired(scored([0.0] * 7 + [9.0]), scored([10.0] * 8))
+    assert far.low is not None
+    assert far.low < -10.0 < far.value
+    near = far.within(-10.0, 10.0)
+    assert (near.value, near.low, near.high, near.n) == (far.value, -10.0, far.high, far.n)
+    few = stats.paired(scored([1.0]), scored([0.0]))
+    assert few.within(-1.0, 1.0) == few
+
+
 def test_the_same_seed_gives_the_same_interval() -> None:
     rng = random.Random("seeds")
     one, other = (scored([rng.random() for _ in range(30)]) for _ in range(2))

@@ -171,7 +171,7 @@ class Results:
             if variant != self.baseline:
                 theirs = some(self.baseline)
                 try:
-                    difference = stats.paired(mine, theirs)
+                    difference = stats.paired(mine, theirs).within(-1.0, 1.0)  # (scores are from 0 to 1)
                 except InvalidInputError as error:
                     unpaired = str(error)
             self._compared[key] = Compared(

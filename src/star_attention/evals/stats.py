@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,6 +60,12 @@ class Difference:
         if self.low <= 0 <= self.high:
             return "no difference seen"
         return "higher" if self.value > 0 else "lower"
+
+    def within(self, least: float, most: float) -> Difference:
+        """With an interval of what differences can be; the bootstrap, being stretched, knows of no limits."""
+        if self.low is None or self.high is None:
+            return self
+        return replace(self, low=max(least, self.low), high=min(most, self.high))
 
 
 def mean(scores: Iterable[Scored]) -> Mean:
