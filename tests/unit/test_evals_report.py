@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,39 @@ def test_empty_predictions_and_single_blocks_are_told(tmp_path: Path) -> None:
     text = (tmp_path / report.MARKDOWN).read_text()
     assert "- dense: 48 of 48 predictions are empty." in text
     assert "One block holds the whole context, which is then dense attention: star b=2k at 1k, star b=2k at 2k." in text
+
+
+def test_answers_that_were_cut_off_are_told_where_they_are_not_right(tmp_path: Path) -> None:
+    """Cut off before it is complete, an answer is wrong for want of tokens, and the report must not keep quiet about it."""
+
+    def change(one: Prediction) -> Prediction:
+        star = {"niah": 1.0, "vt": 0.5, "cwe": 0.0}[one.task]
+        score = 1.0 if one.variant == "dense" else star
+        reason = "stop" if one.task == "cwe" else "length"
+        return replace(one, score=score, finish_reason=reason)
+
+    place = folder(tmp_path, change=change)
+    told = found(place)
+    assert told["at_limit"] == [
+        {"variant": "dense", "answers": 48, "ended": 32, "not_right": 0},
+        {"variant": "star:/4", "answers": 48, "ended": 32, "not_right": 16},
+    ]
+    line = "Answers that ended at the token limit and are not fully right: star b=/4 (16 of 48); --max-new-tokens"
+    line += " gives more. 48 right ones ended there too."
+    assert report.short(Results.read(place))[2:] == [line]
+    assert f"- {line}" in (tmp_path / report.MARKDOWN).read_text()
+    assert line in (tmp_path / report.PAGE).read_text()
+    with (tmp_path / report.SUMMARY).open(newline="") as file:
+        cut_off = {(row["task"], row["length"], row["variant"]): row["cut_off"] for row in csv.DictReader(file)}
+    assert {cell: count for cell, count in cut_off.items() if count != "0"} == {
+        ("vt", "1024", "star:/4"): "8",
+        ("vt", "2048", "star:/4"): "8",
+    }
+
+
+def test_answers_that_are_right_at_the_limit_are_not_worth_a_word(tmp_path: Path) -> None:
+    place = folder(tmp_path, score=lambda *_: 1.0, change=lambda one: replace(one, finish_reason="length"))
+    assert len(report.short(Results.read(place))) == 2
 
 
 def test_without_dense_the_first_variant_is_the_baseline(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def metrics(results: Results) -> dict[str, Any]:
         "groups": [line for group in results.groups for length in lengths for line in over(group=group, length=length)],
         "tasks": [line for task in results.tasks for length in lengths for line in over(task=task, length=length)],
         "speed": [asdict(speed) for speed in speeds if speed is not None],
+        "at_limit": [asdict(results.at_limit(variant)) for variant in results.variants],
         "run": dict(results.run),
     }
 
@@ -82,7 +83,7 @@ class Section:
 
 
 def short(results: Results) -> list[str]:
-    """One line for each variant: its accuracy over all, and how it stands to the baseline."""
+    """One line for each variant: its accuracy over all, and how it stands to the baseline. One more where answers were cut off."""
     lines = []
     for variant in results.variants:
         found = results.compared(variant)
@@ -93,7 +94,19 @@ def short(results: Results) -> list[str]:
         if variant != results.baseline:
             line += f"; against {results.name(results.baseline)} {told(found)}"
         lines.append(line)
-    return lines
+    return lines + _cut_off(results)
+
+
+def _cut_off(results: Results) -> list[str]:
+    """(Many tasks end all answers at the limit, so that only those that are not right are worth a word.)"""
+    counts = list(map(results.at_limit, results.variants))
+    wrong = [f"{results.name(one.variant)} ({one.not_right:,} of {one.answers:,})" for one in counts if one.not_right]
+    if not wrong:
+        return []
+    right = sum(one.ended - one.not_right for one in counts)
+    beside = f" {right:,} right ones ended there too." if right else ""
+    line = f"Answers that ended at the token limit and are not fully right: {', '.join(wrong)}; --max-new-tokens gives more."
+    return [line + beside]
 
 
 def accuracy(value: Mean) -> str:
@@ -313,8 +326,8 @@ def _facts(results: Results) -> tuple[tuple[str, ...], ...]:
 
 
 def _summary(results: Results) -> list[tuple[Any, ...]]:
-    head = ("task", "length", "variant", "n", "accuracy", "stderr", "empty", "baseline", "difference", "low", "high")
-    lines: list[tuple[Any, ...]] = [(*head, "verdict", "question_s", "prose")]
+    head = ("task", "length", "variant", "n", "accuracy", "stderr", "empty", "cut_off", "baseline", "difference")
+    lines: list[tuple[Any, ...]] = [(*head, "low", "high", "verdict", "question_s", "prose")]
     for task in results.tasks:
         for length in results.lengths:
             for variant in results.variants:
@@ -338,6 +351,7 @@ def _summary(results: Results) -> list[tuple[Any, ...]]:
                         mean.value,
                         mean.stderr,
                         empty,
+                        results.at_limit(variant, task=task, length=length).not_right,
                         *beside,
                         seconds,
                         results.prose(task=task),

@@ -51,6 +51,18 @@ class Speed:
     peak_bytes: int | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AtLimit:
+    """How many answers of a variant ended at the limit of tokens, and how many of these are not fully right: more tokens might
+    have made them so.
+    """
+
+    variant: str
+    answers: int
+    ended: int
+    not_right: int
+
+
 @dataclass(frozen=True)
 class Results:
     """The predictions of a run and what follows from them. Tasks, groups and variants stand in the order of the run."""
@@ -195,6 +207,12 @@ class Results:
             anchor_size=mode(one.anchor_size for one in some),
             peak_bytes=max(peaks, default=None),
         )
+
+    def at_limit(self, variant: str, *, task: str | None = None, length: int | None = None) -> AtLimit:
+        some = self.some(variant, task=task, length=length)
+        ended = [one for one in some if one.finish_reason == "length"]
+        wrong = sum(one.score < 1 for one in ended)
+        return AtLimit(variant=variant, answers=len(some), ended=len(ended), not_right=wrong)
 
     def star_variants(self) -> list[tuple[str, Variant]]:
         """Those whose block and anchor may be compared."""
