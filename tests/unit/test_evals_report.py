@@ -390,7 +390,7 @@ def test_variants_of_the_same_sizes_are_told(tmp_path: Path) -> None:
 def test_options_and_limits_are_in_the_facts(tmp_path: Path) -> None:
     report.write(folder(tmp_path))
     text = (tmp_path / report.MARKDOWN).read_text()
-    assert "| options | essays=a\\|b, squad=s |" in text
+    assert "| options | essays=a\\|b; squad=s |" in text
     assert "| max_new_tokens | each sample's own |" in text
 
 

@@ -317,7 +317,7 @@ def test_the_same_samples_may_come_from_elsewhere(tmp_path: Path) -> None:
     assert told["settings"]["options"] == {"compat": "x"}
     assert [session["options"] for session in told["sessions"]] == [{"files": ["a"]}, {"files": ["./a", "b"]}]
     report.write(tmp_path)
-    assert "compat=x, files=['a'], files=['./a', 'b']" in (tmp_path / report.MARKDOWN).read_text()
+    assert "compat=x; files=a; files=./a, b" in (tmp_path / report.MARKDOWN).read_text()
 
 
 def test_settings_hold_what_changes_answers(tmp_path: Path) -> None:

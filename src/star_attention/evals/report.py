@@ -297,23 +297,23 @@ def _facts(results: Results) -> tuple[tuple[str, ...], ...]:
     settings, sessions = results.run["settings"], results.run["sessions"]
 
     def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(session[name]) for session in sessions))
+        return ", ".join(dict.fromkeys(_plain(session[name]) for session in sessions))
 
     options = [*settings["options"].items(), *(item for session in sessions for item in session["options"].items())]
 
     facts = {
         "suite": settings["suite"],
-        "options": ", ".join(dict.fromkeys(f"{name}={value}" for name, value in options)) or "none",
+        "options": "; ".join(dict.fromkeys(f"{name}={_plain(value)}" for name, value in options)) or "none",
         "seed": settings["seed"],
-        "chat template": "yes" if settings["chat"] else "no",
+        "chat template": _plain(settings["chat"]),
         "decoding": settings["decoding"],
         "max_new_tokens": settings["max_new_tokens"] or "each sample's own",
         "reserve_tokens": settings["reserve_tokens"],
         "prose": ", ".join(f"{name} ({sha})" for name, sha in results.run["prose"].items()) or "none",
         "model": all_of("model"),
-        "precision": settings["model"]["dtype"],
+        "precision": settings["model"]["dtype"].removeprefix("torch."),
         "weights (sampled)": settings["model"]["weights"][:16],
-        "tokenizer": str(settings["model"]["tokenizer"])[:16],
+        "tokenizer": _plain(settings["model"]["tokenizer"])[:16],
         "hardware": all_of("hardware"),
         "ranks": all_of("ranks"),
         "versions": ", ".join(f"{name} {number}" for name, number in settings["versions"].items()),
@@ -377,6 +377,15 @@ def _markdown(results: Results, sections: list[Section]) -> str:
             lines = [head, ("---", *("---:",) * (len(head) - 1)), *rows]
             parts.append(
                 "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _plain(value: Any) -> str:
+    """As one would write it: lists with commas, and no words of Python's."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
             )
         if section.picture is not None:
             parts.append(f"![{section.title}]({PICTURES}/{section.picture.name})")
