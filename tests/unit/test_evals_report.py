@@ -387,6 +387,78 @@ def test_variants_of_the_same_sizes_are_told(tmp_path: Path) -> None:
     assert text.count("have the same blocks") == 1
 
 
+def test_many_variants_stand_below_one_another(tmp_path: Path) -> None:
+    """Ten variants beside one another made tables of twenty columns, which no page can hold."""
+    anchors = ("none", "constant", "random", "shuffled", "previous-block")
+    variants = ",".join(("dense", "star:/4", *(f"star:/4:anchor={anchor}" for anchor in anchors)))
+    report.write(folder(tmp_path, variants, score=lambda task, key, *_: float(key in ("dense", "star:/4"))))
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert text.startswith("# ruler: 7 variants\n")
+    tables = text.partition("## Accuracy by length")[2].partition("## Speed")[0]
+    rows = [line for line in tables.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {6}
+    assert rows[:5] == [
+        "|  | variant | n | accuracy | difference |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| all lengths | dense | 48 | 100.0 ± 0.0 |  |",
+        "|  | star b=/4 | 48 | 100.0 ± 0.0 | 0.0 [0.0, 0.0] |",
+        "|  | star b=/4 anchor=none | 48 | 0.0 ± 0.0 | −100.0 [−100.0, −100.0] * |",
+    ]
+    assert len(rows) == 3 * 2 + 7 * (3 + 3 + 6)
+    assert '<table class="words"><tr><th></th><th>variant</th>' in (tmp_path / report.PAGE).read_text()
+
+
+def test_marks_are_explained_below_the_tables_that_have_them(tmp_path: Path) -> None:
+    """A star behind an interval says nothing to one who has not read the code."""
+
+    def told(place: Path) -> list[str]:
+        report.write(place)
+        lines = [line for line in (place / report.MARKDOWN).read_text().splitlines() if line.startswith("Marks: ")]
+        assert [line for line in lines if f"<p>{line}</p>" not in (place / report.PAGE).read_text()] == []
+        return lines
+
+    lower, none = (
+        "* the interval does not hold 0",
+        "(too few) no interval, where a task and length has fewer than 6 contexts",
+    )
+    assert told(folder(tmp_path / "lower", score=chance(0.0))) == [f"Marks: {lower}."] * 3
+    assert told(folder(tmp_path / "same", score=chance(1.0))) == []
+    assert told(folder(tmp_path / "few", score=chance(0.0), count=2)) == [f"Marks: {none}."] * 3
+
+    def change(one: Prediction) -> Prediction | None:
+        return None if one.task == "vt" and not one.sample.endswith("-0") else one
+
+    both = told(folder(tmp_path / "both", score=chance(0.0), change=change))
+    assert both[-1] == f"Marks: {lower}; {none}."
+
+
+def test_one_length_is_told_once(tmp_path: Path) -> None:
+    report.write(folder(tmp_path, lengths=(1024,)))
+    text = (tmp_path / report.MARKDOWN).read_text()
+    assert "| 1k | 24 | 100.0" in text
+    assert "| all lengths |" not in text
+
+
+def test_variants_are_told_by_name_and_as_they_are_written(tmp_path: Path) -> None:
+    report.write(folder(tmp_path, "dense,star:/4:0"))
+    text = (tmp_path / report.MARKDOWN).read_text().partition("## Variants")[2]
+    assert "| variant | written |\n| --- | --- |\n| dense | dense |\n| star b=/4 a=0 | star:/4:0 |\n" in text
+
+
+def test_facts_are_in_plain_words(tmp_path: Path) -> None:
+    """No words of Python's, as `files=['my.jsonl']` or torch.bfloat16."""
+    place = folder(tmp_path)
+    run = json.loads((place / run_folder.RUN).read_text())
+    run["sessions"][0]["options"] = {"files": ["my.jsonl", "b.jsonl"]}
+    (place / run_folder.RUN).write_text(json.dumps(run))
+    report.write(place)
+    facts = (place / report.MARKDOWN).read_text().partition("## How it was run")[2]
+    assert "| options | essays=a\\|b; files=my.jsonl, b.jsonl |" in facts
+    assert "| precision | float32 |" in facts
+    assert "| git | none |" in facts
+    assert "| chat template | no |" in facts
+
+
 def test_options_and_limits_are_in_the_facts(tmp_path: Path) -> None:
     report.write(folder(tmp_path))
     text = (tmp_path / report.MARKDOWN).read_text()

@@ -15,7 +15,7 @@ from typing import Any
 from star_attention.demo.heatmap import MissingPackageError
 from star_attention.evals import babilong, infinitebench
 from star_attention.evals.results import Compared, Results
-from star_attention.evals.stats import Mean
+from star_attention.evals.stats import LEAST, Mean
 from star_attention.evals.variants import parse
 from star_attention.plan import format_size
 
@@ -23,6 +23,9 @@ METRICS, SUMMARY, MARKDOWN, PAGE, PICTURES = "metrics.json", "summary.csv", "rep
 
 _FOUND_PROSE = "pydoc_data.topics"
 """What `sources.prose` names the prose that it finds by itself."""
+
+_MOST_BESIDE = 5
+"""Variants beside one another in a table. More of them stand below one another, so that a page can hold their names."""
 
 
 def write(folder: str | Path) -> list[Path]:
@@ -76,10 +79,23 @@ def metrics(results: Results) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
+    """words: columns, from the first on, that hold words and not numbers. The table's marks are explained below it."""
+
     title: str
     lines: tuple[str, ...] = ()
     table: tuple[tuple[str, ...], ...] = ()
+    words: int = 1
     picture: Path | None = None
+
+    @property
+    def legend(self) -> str:
+        cells = [cell for row in self.table for cell in row]
+        marks = []
+        if any(cell.endswith(_MARK) for cell in cells):
+            marks.append(f"{_MARK.strip()} the interval does not hold 0")
+        if any(cell.endswith(_TOO_FEW) for cell in cells):
+            marks.append(f"{_TOO_FEW.strip()} no interval, where a task and length has fewer than {LEAST} contexts")
+        return f"Marks: {'; '.join(marks)}." if marks else ""
 
 
 def short(results: Results) -> list[str]:
@@ -138,12 +154,17 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
     baseline = results.name(results.baseline)
     against = f"In percent, ± one standard error. Differences are against {baseline} on the same samples, in points, with the 95 %"
     against += " interval of a paired bootstrap; one whose interval holds 0 is no difference seen."
+    words = 1 if len(results.variants) <= _MOST_BESIDE else 2
+    lengths: list[tuple[str, dict[str, Any]]] = [
+        (length_name(length), {"length": length}) for length in results.lengths
+    ]
     sections = [
         Section(title="In short", lines=(*short(results), *_warnings(results), *notes)),
         Section(
             title="Accuracy by length",
             lines=(against, "A length's value is the mean of its tasks' means; all: the mean over tasks and lengths."),
-            table=_table(results, [("all lengths", {})] + [(length_name(n), {"length": n}) for n in results.lengths]),
+            table=_table(results, lengths if len(lengths) == 1 else [("all lengths", {}), *lengths]),
+            words=words,
             picture=pictures.get("length"),
         ),
     ]
@@ -152,6 +173,7 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
             Section(
                 title="By category",
                 table=_table(results, [(group, {"group": group}) for group in results.groups]),
+                words=words,
                 picture=pictures.get("groups"),
             )
         )
@@ -161,7 +183,7 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
         for prose in (results.prose(task=task),)
         for length in results.lengths
     ]
-    sections.append(Section(title="By task and length", table=_table(results, cells)))
+    sections.append(Section(title="By task and length", table=_table(results, cells), words=words))
     for name, title in (("blocks", "Accuracy against block size"), ("anchors", "Accuracy against anchor size")):
         if name in pictures:
             sections.append(Section(title=title, picture=pictures[name]))
@@ -186,7 +208,15 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
                 ),
             )
         )
-    sections.append(Section(title="How it was run", table=_facts(results)))
+    sections.append(
+        Section(
+            title="Variants",
+            lines=(f"{SUMMARY} and {METRICS} name a variant as it is written for --variants.",),
+            table=(("variant", "written"), *((results.name(variant), variant) for variant in results.variants)),
+            words=2,
+        )
+    )
+    sections.append(Section(title="How it was run", table=_facts(results), words=2))
     return sections
 
 
@@ -242,9 +272,14 @@ def _repeated(results: Results) -> list[tuple[list[str], int]]:
 
 
 def _table(results: Results, rows: list[tuple[str, dict[str, Any]]]) -> tuple[tuple[str, ...], ...]:
-    """Each row some cells, with the accuracy of each variant and, behind them, the differences."""
+    """Each row some cells, with the accuracy of each variant and, behind them, the differences. Of many variants, a row for each
+    of them.
+    """
+    beside = len(results.variants) <= _MOST_BESIDE
     others = [variant for variant in results.variants if variant != results.baseline]
-    head = ("", "n", *map(results.name, results.variants), *(f"{results.name(one)}, difference" for one in others))
+    head: tuple[str, ...] = ("", "variant", "n", "accuracy", "difference")
+    if beside:
+        head = ("", "n", *map(results.name, results.variants), *(f"{results.name(one)}, difference" for one in others))
     lines = [head]
     for title, cells in rows:
         found = {variant: results.compared(variant, **cells) for variant in results.variants}
@@ -253,10 +288,27 @@ def _table(results: Results, rows: list[tuple[str, dict[str, Any]]]) -> tuple[tu
             if any(results.some(variant, **cells) for variant in results.variants):
                 lines.append((f"{title} (no cell that all variants have)", *("–",) * (len(head) - 1)))
             continue
+        if not beside:
+            names = (title, *("",) * (len(found) - 1))
+            lines += [
+                (name, *_row(results, variant, one)) for name, (variant, one) in zip(names, found.items(), strict=True)
+            ]
+            continue
         n = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
         means = ["–" if one is None else accuracy(one.mean) for one in found.values()]
         lines.append((title, n, *means, *(_difference(found[variant]) for variant in others)))
     return tuple(lines)
+
+
+def _row(results: Results, variant: str, found: Compared | None) -> tuple[str, ...]:
+    if found is None:
+        return results.name(variant), "–", "–", "–"
+    difference = "" if variant == results.baseline else _difference(found)
+    return results.name(variant), f"{found.mean.n:,}", accuracy(found.mean), difference
+
+
+_MARK, _TOO_FEW = " *", " (too few)"
+"""Behind differences; `Section.legend` explains them."""
 
 
 def _difference(found: Compared | None) -> str:
@@ -266,8 +318,8 @@ def _difference(found: Compared | None) -> str:
         return "not compared"
     difference = found.difference
     if difference.low is None or difference.high is None:
-        return f"{points(difference.value)} (too few)"
-    mark = "" if difference.verdict == "no difference seen" else " *"
+        return f"{points(difference.value)}{_TOO_FEW}"
+    mark = "" if difference.verdict == "no difference seen" else _MARK
     return f"{points(difference.value)} [{points(difference.low)}, {points(difference.high)}]{mark}"
 
 
@@ -325,6 +377,15 @@ def _facts(results: Results) -> tuple[tuple[str, ...], ...]:
     return (("", ""), *((name, str(value)) for name, value in facts.items()))
 
 
+def _plain(value: Any) -> str:
+    """As one would write it: lists with commas, and no words of Python's."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
 def _summary(results: Results) -> list[tuple[Any, ...]]:
     head = ("task", "length", "variant", "n", "accuracy", "stderr", "empty", "cut_off", "baseline", "difference")
     lines: list[tuple[Any, ...]] = [(*head, "low", "high", "verdict", "question_s", "prose")]
@@ -364,7 +425,10 @@ def _summary(results: Results) -> list[tuple[Any, ...]]:
 
 
 def _title(results: Results) -> str:
-    return f"{results.run['settings']['suite']}: {', '.join(map(results.name, results.variants))}"
+    names = f"{len(results.variants)} variants"
+    if len(results.variants) <= _MOST_BESIDE:
+        names = ", ".join(map(results.name, results.variants))
+    return f"{results.run['settings']['suite']}: {names}"
 
 
 def _markdown(results: Results, sections: list[Section]) -> str:
@@ -374,19 +438,12 @@ def _markdown(results: Results, sections: list[Section]) -> str:
         parts += ["\n".join(f"- {line}" for line in section.lines)] if section.lines else []
         if section.table:
             head, *rows = section.table
-            lines = [head, ("---", *("---:",) * (len(head) - 1)), *rows]
+            rule = (*("---",) * section.words, *("---:",) * (len(head) - section.words))
+            lines = [head, rule, *rows]
             parts.append(
                 "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-def _plain(value: Any) -> str:
-    """As one would write it: lists with commas, and no words of Python's."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
-
-
             )
+        parts += [section.legend] if section.legend else []
         if section.picture is not None:
             parts.append(f"![{section.title}]({PICTURES}/{section.picture.name})")
     return "\n\n".join(parts) + "\n"
@@ -399,7 +456,8 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
 th { border-bottom: 2px solid #888; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
-table.facts td { text-align: left; overflow-wrap: anywhere }
+table.words th:nth-child(2), table.words td:nth-child(2) { text-align: left }
+table.facts td { overflow-wrap: anywhere }
 img { max-width: 100%; height: auto }
 """
 
@@ -412,10 +470,12 @@ def _page(results: Results, sections: list[Section]) -> str:
             parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.lines) + "</ul>")
         if section.table:
             head, *rows = section.table
-            kind = "" if any(head) else ' class="facts"'
+            kinds = ["words"] * (section.words > 1) + ["facts"] * (not any(head))
+            kind = f' class="{" ".join(kinds)}"' if kinds else ""
             titles = "".join(f"<th>{escape(cell)}</th>" for cell in head) if any(head) else ""
             lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
             parts.append(f"<table{kind}><tr>{titles}</tr>{''.join(lines)}</table>")
+        parts += [f"<p>{escape(section.legend)}</p>"] if section.legend else []
         if section.picture is not None:
             data = base64.b64encode(section.picture.read_bytes()).decode()
             parts.append(f'<p><img alt="{escape(section.title)}" src="data:image/png;base64,{data}"></p>')
