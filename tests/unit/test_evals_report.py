@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -228,6 +230,145 @@ def test_pictures_do_not_draw_what_is_not_known(tmp_path: Path) -> None:
             assert bool(drawn) == bool(bars), "no bars where the error is not known"
     titles = [axes.get_title(loc="left") for axes in plots._groups(eight).axes]
     assert titles == ["as given", "1k", "2k"]
+
+
+def test_bars_of_errors_end_where_scores_do(tmp_path: Path) -> None:
+    """No accuracy is below 0 % or above 100 %, with its error neither."""
+
+    def score(task: str, variant: str, length: int, index: int) -> float:
+        return float((index == 0) == (variant == "dense"))
+
+    variants = "dense,star:/4,star:/8,star:/4:anchor=none"
+    results = Results.read(folder(tmp_path, variants, count=8, tasks={"niah": "a", "vt": "b"}, score=score))
+    dense = results.compared("dense", task="vt", length=1024)
+    assert dense is not None
+    assert dense.mean.stderr is not None
+    assert dense.mean.value < 2 * dense.mean.stderr
+    for figure, axis in (
+        (plots._length(results), 1),
+        (plots._groups(results), 1),
+        (plots._sweep(results, "block"), 1),
+        (plots._variants(results), 0),
+    ):
+        bars = [bar for axes in figure.axes for bar in _error_bars(axes)]
+        ends = [end for segment in bars for end in segment[:, axis]]
+        assert ends
+        assert min(ends) >= 0
+        assert max(ends) <= 100
+
+
+def _error_bars(axes: Any) -> list[Any]:
+    from matplotlib.collections import LineCollection
+
+    lines = [one for one in axes.get_children() if isinstance(one, LineCollection)]
+    return [segment for one in lines for segment in one.get_segments() if len(segment)]
+
+
+def test_bars_are_told_where_they_are_drawn(tmp_path: Path) -> None:
+    """Not where there are too few samples for one."""
+    variants = "dense,star:/4,star:/8,star:/4:anchor=none"
+    one, eight = (Results.read(folder(tmp_path / f"{count}", variants, count=count)) for count in (1, 8))
+    for results, told in ((one, ""), (eight, "bars: ± two standard errors")):
+        beside = f"mean over tasks; {told}" if told else "mean over tasks"
+        assert plots._length(results).axes[0].get_title(loc="left") == beside
+        assert plots._sweep(results, "block").axes[0].get_title(loc="left") == told
+        assert plots._groups(results).get_supxlabel() == (f"grey {told}" if told else "")
+        assert plots._variants(results).get_supxlabel() == f"dashed: dense, 100.0{'; grey ' if told else ''}{told}"
+
+
+def test_ablations_have_a_picture_of_their_own(tmp_path: Path) -> None:
+    """They had one of their times alone, in which most of them are not."""
+    anchors = ("none", "constant", "random")
+    variants = ",".join(("dense", "star:/4", *(f"star:/4:anchor={anchor}" for anchor in anchors)))
+    place = folder(tmp_path, variants, score=lambda task, key, *_: {"dense": 1.0, "star:/4": 0.75}.get(key, 0.25))
+    results = Results.read(place)
+    (axes,) = plots._variants(results).axes
+    names = ["star b=/4", *(f"star b=/4 anchor={anchor}" for anchor in anchors)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert [bar.get_width() for bar in axes.patches] == [75, 25, 25, 25]
+    assert [text.get_text() for text in axes.texts] == ["75.0", "25.0", "25.0", "25.0"]
+    (dense,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert dense.get_xdata() == [100, 100]
+    drawn = {file.stem for file in report.write(place) if file.suffix == ".png"}
+    assert "variants" in drawn
+    assert "![Accuracy of each variant](pictures/variants.png)" in (tmp_path / report.MARKDOWN).read_text()
+    assert '<img alt="Accuracy of each variant"' in (tmp_path / report.PAGE).read_text()
+    assert "variants" not in plots.draw(Results.read(folder(tmp_path)), tmp_path / report.PICTURES)
+    alone = folder(
+        tmp_path,
+        "dense,star:/4:anchor=none",
+        change=lambda one: one if (one.variant == "dense") == (one.task == "vt") else None,
+    )
+    assert plots._variants(Results.read(alone)) is None, "no task and length has both"
+
+
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_names_of_categories_do_not_overlap(tmp_path: Path, count: int) -> None:
+    """Names of twelve tasks were a smear."""
+    tasks = {f"longdialogue_qa_{index}": f"longdialogue_qa_{index}" for index in range(count)}
+    figure = plots._groups(
+        Results.read(folder(tmp_path, "dense,star:/4,star:/8", count=1, lengths=(1024,), tasks=tasks))
+    )
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = axes.get_xticklabels()
+    ends = [label.get_window_extent() for label in labels]
+    angle = math.radians(labels[0].get_rotation())
+    for one, other in itertools.pairwise(ends):
+        apart = (other.x1 - one.x1) * math.sin(angle) > labels[0].get_fontsize() if angle else other.x0 > one.x1
+        assert apart
+    assert (angle > 0) == (count > 2)
+    assert min(end.x0 for end in ends) >= 0
+    assert axes.get_window_extent().height > 150, "labels take nothing from the bars"
+
+
+def test_long_names_of_variants_leave_room_for_the_plot(tmp_path: Path) -> None:
+    variants = "dense,star:/4:anchor=previous-block:positions=previous-block"
+    figure = plots._length(Results.read(folder(tmp_path, variants, count=1)))
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().width > 500
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.55, 1.2), (0.139, 0.151), (0.08, 0.55), (1.0, 9.9), (0.5, 0.5), (0.02, 9.0)]
+)
+def test_an_axis_of_times_has_labels(tmp_path: Path, low: float, high: float) -> None:
+    """From 0.55 to 1.2 s there was one."""
+
+    def change(one: Prediction) -> Prediction:
+        return replace(one, encode_s=0.0, answer_s=low if one.variant == "dense" else high)
+
+    (axes,) = plots._speed(Results.read(folder(tmp_path, lengths=(1024,), count=1, change=change))).axes
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    assert 3 <= len(ticks) <= 12
+    names = axes.xaxis.get_major_formatter().format_ticks(ticks)
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) <= 5
+
+
+def test_the_legend_of_a_sweep_is_as_drawn(tmp_path: Path) -> None:
+    """Its solid line had no name where samples have no length, and dense attention was grey in it and blue in the picture."""
+
+    def legend(results: Results, what: str) -> dict[str, str]:
+        (axes,) = plots._sweep(results, what).axes
+        drawn = {line.get_label(): line.get_color() for line in axes.lines if line.get_linestyle() == "--"}
+        shown = zip(axes.get_legend().get_texts(), axes.get_legend().legend_handles, strict=True)
+        named = {text.get_text(): handle for text, handle in shown}
+        lines = {name: handle for name, handle in named.items() if name.startswith("dense")}
+        assert {name: handle.get_color() for name, handle in lines.items()} == drawn
+        return {name: drawn.get(name, "") for name in named}
+
+    def change(one: Prediction) -> Prediction:
+        sizes = {"dense": 4096, "star:256": 256, "star:512": 512}
+        return replace(one, block_size=sizes[one.variant])
+
+    given = Results.read(folder(tmp_path, "dense,star:256,star:512", lengths=(0,), change=change))
+    assert legend(given, "block") == {"star": "", "dense": "#000000"}
+    two = Results.read(folder(tmp_path, "dense,star:/4,star:/8"))
+    assert legend(two, "block") == {"star, 1k": "", "star, 2k": "", "dense, 1k": "#0072B2", "dense, 2k": "#D55E00"}
+    anchors = Results.read(folder(tmp_path, "dense,star:/4:16,star:/4:64,star:/8:16,star:/8:64", lengths=(1024,)))
+    assert legend(anchors, "anchor") == {"star, 1k, block 128": "", "star, 1k, block 256": "", "dense": "#000000"}
 
 
 def test_a_missing_bar_is_not_a_bar_of_zero(tmp_path: Path) -> None:

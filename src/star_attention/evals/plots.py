@@ -1,16 +1,19 @@
-"""The pictures of a run: accuracy against length, block and anchor size, speed, by category, and by depth.
+"""The pictures of a run: accuracy against length, block and anchor size, speed, by category, variant, and depth.
 
 Colours are those of Okabe and Ito (2008), told apart by every common form of colour blindness; markers differ as well. Dense
-attention is black and dashed in all of them.
+attention is black and dashed in all of them (in the colours of the lengths where several have such a line).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_attention.demo.heatmap import colour, ink, require_matplotlib
+from star_attention.evals.results import length_name
+from star_attention.evals.variants import parse
 from star_attention.plan import format_size
 
 if TYPE_CHECKING:
@@ -21,10 +24,13 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vP*Xhp"
 _GREY = "#777777"
 _MOST_DEPTHS = 12
+_PLOT, _WIDEST, _CHARACTER = 5.6, 12.0, 0.085
+"""Inches: a plot without its legend, at least and at most; and a character of a label."""
 
 
 def draw(results: Results, folder: Path) -> dict[str, Path]:
-    """The pictures for which there is something to show, by name ("length", "groups", "blocks", "anchors", "depth", "speed").
+    """The pictures for which there is something to show, by name ("length", "groups", "variants", "blocks", "anchors", "depth",
+    "speed").
 
     Raises `MissingPackageError` without matplotlib.
     """
@@ -33,6 +39,7 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
     drawn = {
         "length": _length(results) if sum(map(bool, results.lengths)) > 1 else None,
         "groups": _groups(results) if len(results.groups) > 1 else None,
+        "variants": _variants(results) if any(parse(variant).ablates for variant in results.variants) else None,
         "blocks": _sweep(results, "block"),
         "anchors": _sweep(results, "anchor"),
         "depth": _depth(results),
@@ -50,16 +57,18 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
 
 def _length(results: Results) -> Any:
     """Overall accuracy against length, with bars of two standard errors to each side."""
+    drawn: list[Mean] = []
     figure, axes = _figure("length, tokens", "accuracy, %")
     lengths = [length for length in results.lengths if length]
     middle = (len(results.variants) - 1) / 2  # (side by side, so that bars do not hide one another)
     for place, variant in enumerate(results.variants):
         found = [(length, results.compared(variant, length=length)) for length in lengths]
         some = [(length, one.mean) for length, one in found if one is not None]
+        drawn += [mean for _, mean in some]
         axes.errorbar(
             [lengths.index(length) + 0.03 * (place - middle) for length, _ in some],
             [100 * mean.value for _, mean in some],
-            yerr=[_bar(mean) for _, mean in some],
+            yerr=_bars([mean for _, mean in some]),
             capsize=3,
             label=results.name(variant),
             **_look(results, variant),
@@ -67,7 +76,8 @@ def _length(results: Results) -> Any:
     axes.set_xticks(range(len(lengths)), [format_size(length) for length in lengths])
     _accuracy_axis(axes)
     _legend(axes)
-    axes.set_title("mean over tasks; bars: ± two standard errors", fontsize=9, color="#444444", loc="left")
+    told = _bars_told(drawn)
+    _subtitle(axes, f"mean over tasks; {told}" if told else "mean over tasks")
     return figure
 
 
@@ -75,27 +85,31 @@ def _groups(results: Results) -> Any:
     """Bars of each category, one panel a length."""
     from matplotlib.figure import Figure
 
-    lengths = results.lengths
-    figure = Figure(figsize=(9, 0.8 + 2.3 * len(lengths)), layout="constrained")
+    lengths, groups = results.lengths, results.groups
+    longest = _CHARACTER * max(map(len, groups))
+    each = max(0.35, _PLOT / len(groups), min(0.14 * len(results.variants) + 0.1, _WIDEST / len(groups)))
+    slanted = longest > each
+    figure = Figure(figsize=(9, 0.8 + (longest / 2 if slanted else 0.0) + 2.3 * len(lengths)), layout="constrained")
     panels = figure.subplots(len(lengths), 1, squeeze=False, sharex=True)[:, 0]
     width = 0.8 / len(results.variants)
+    drawn: list[Mean] = []
     for axes, length in zip(panels, lengths, strict=True):
         for index, variant in enumerate(results.variants):
-            places, heights, errors = [], [], []
-            for place, group in enumerate(results.groups):
+            places, means = [], []
+            for place, group in enumerate(groups):
                 found = results.compared(variant, group=group, length=length)
                 across = place + (index + 0.5) * width - 0.4
                 if found is None:
                     axes.text(across, 1, "–", ha="center", color=_GREY)
                     continue
                 places.append(across)
-                heights.append(100 * found.mean.value)
-                errors.append(_bar(found.mean))
+                means.append(found.mean)
+            drawn += means
             axes.bar(
                 places,
-                heights,
+                [100 * mean.value for mean in means],
                 width * 0.9,
-                yerr=errors,
+                yerr=_bars(means),
                 color=_colour(results, variant),
                 hatch="//" if _place(results, variant) >= len(_COLOURS) else None,
                 edgecolor="white",
@@ -103,14 +117,56 @@ def _groups(results: Results) -> Any:
                 error_kw={"ecolor": _GREY, "capsize": 2, "linewidth": 1},
                 label=results.name(variant),
             )
-        axes.set_title(format_size(length) if length else "as given", fontsize=10, loc="left")
+        axes.set_title(length_name(length), fontsize=10, loc="left")
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(0, 105)
         _plain(axes)
         axes.grid(visible=False, axis="x")
-    panels[-1].set_xticks(range(len(results.groups)), results.groups)
-    panels[-1].tick_params("x", length=0)
-    _legend(panels[0])
+        axes.tick_params("x", length=0)
+        axes.margins(x=0.02)
+    turned = {"rotation": 30, "rotation_mode": "anchor", "ha": "right"} if slanted else {}
+    panels[-1].set_xticks(range(len(groups)), groups, **turned)
+    if told := _bars_told(drawn):
+        figure.supxlabel(f"grey {told}", fontsize=9, color="#444444")
+    _legend(panels[0], plot=each * len(groups))
+    return figure
+
+
+def _variants(results: Results) -> Any:
+    """Bars of each variant's overall accuracy, dense attention as a line; None where no task and length has all variants.
+
+    (For ablations, which differ in more than a size that an axis could have.)
+    """
+    means = {key: found.mean for key in results.variants if (found := results.compared(key)) is not None}
+    dense = means.pop("dense", None)
+    if not means:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.9 + 0.36 * len(means)), layout="constrained")
+    axes = figure.subplots()
+    places, values = range(len(means)), [100 * mean.value for mean in means.values()]
+    axes.barh(
+        places,
+        values,
+        0.7,
+        xerr=_bars(list(means.values())),
+        color=_COLOURS[0],
+        error_kw={"ecolor": _GREY, "capsize": 2, "linewidth": 1},
+    )
+    for place, value in zip(places, values, strict=True):
+        axes.text(1.01, place, f"{value:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+    if dense is not None:
+        axes.axvline(100 * dense.value, color=_colour(results, "dense"), linestyle="--", linewidth=1)
+    axes.set_yticks(places, list(map(results.name, means)))
+    axes.set(xlabel="accuracy, %, mean over tasks and lengths", xlim=(0, 105))
+    axes.invert_yaxis()
+    _plain(axes)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params("y", length=0)
+    told = [] if dense is None else [f"dashed: dense, {100 * dense.value:.1f}"]
+    told += [f"grey {bars}"] if (bars := _bars_told(means.values())) else []
+    figure.supxlabel("; ".join(told), fontsize=9, color="#444444")
     return figure
 
 
@@ -141,35 +197,54 @@ def _sweep(results: Results, what: str) -> Any:
     if not lines:
         return None
     sizes = sorted({size for values in lines.values() for size in values})
+    several = len({length for length, *_ in lines}) > 1
+    shades: dict[int, str] = {}
+    handles = []
     figure, axes = _figure(f"{what} size, tokens", "accuracy, %")
     for index, ((length, fixed, kv), values) in enumerate(sorted(lines.items(), key=_by_length)):
         shade, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-        name = ", ".join(part for part in (format_size(length) if length else "", fixed, kv) if part)
-        places = [sizes.index(size) for size in sorted(values)]
-        axes.errorbar(
-            places,
-            [100 * values[size].value for size in sorted(values)],
-            yerr=[_bar(values[size]) for size in sorted(values)],
+        shades.setdefault(length, shade)
+        at = length_name(length) if length or several else ""
+        means = [values[size] for size in sorted(values)]
+        line = axes.errorbar(
+            [sizes.index(size) for size in sorted(values)],
+            [100 * mean.value for mean in means],
+            yerr=_bars(means),
             capsize=3,
             color=shade,
             marker=marker,
-            label=name,
+            label=", ".join(part for part in ("star", at, fixed, kv) if part),
         )
+        handles.append(line)
+    for length, shade in shades.items():  # (once, however many lines a length has)
         dense = results.compared("dense", length=length) if "dense" in results.variants else None
         if dense is not None:
-            axes.axhline(100 * dense.mean.value, color=shade, linestyle="--", linewidth=1)
-    if "dense" in results.variants:
-        axes.plot([], [], "--", color=_GREY, linewidth=1, label="dense, same length")
+            shade = shade if several else _colour(results, "dense")
+            name = f"dense, {length_name(length)}" if several else "dense"
+            level = 100 * dense.mean.value
+            handles.append(axes.axhline(level, color=shade, linestyle="--", linewidth=1, label=name))
     axes.set_xticks(range(len(sizes)), [format_size(size) for size in sizes])
-    axes.set_title("bars: ± two standard errors", fontsize=9, color="#444444", loc="left")
+    _subtitle(axes, _bars_told(mean for values in lines.values() for mean in values.values()))
     _accuracy_axis(axes)
-    _legend(axes)
+    _legend(axes, handles=handles)
     return figure
 
 
-def _bar(mean: Mean) -> float:
-    """Two standard errors in percent; NaN, which draws no bar, where there is no error."""
-    return math.nan if mean.stderr is None else 200 * mean.stderr
+def _bars(means: Sequence[Mean]) -> list[list[float]] | None:
+    """Two standard errors below and above each mean, in percent, as far as 0 and 100; NaN draws no bar where there is no error, and
+    None none at all.
+    """
+    if all(mean.stderr is None for mean in means):
+        return None
+    errors = [math.nan if mean.stderr is None else 200 * mean.stderr for mean in means]
+    values = [100 * mean.value for mean in means]
+    below = [min(error, value) for error, value in zip(errors, values, strict=True)]
+    return [below, [min(error, 100 - value) for error, value in zip(errors, values, strict=True)]]
+
+
+def _bars_told(means: Iterable[Mean]) -> str:
+    """What bars of errors mean, where there are any."""
+    return "bars: ± two standard errors" if any(mean.stderr is not None for mean in means) else ""
 
 
 def _by_length(line: tuple[tuple[Any, ...], Any]) -> tuple[int, str]:
@@ -255,19 +330,20 @@ def _speed(results: Results) -> Any:
                     ha="center",
                 )
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(_log_ticks())
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_locator(_ticks(*axes.get_xlim()))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.margins(x=0.1)
     _accuracy_axis(axes)
     _legend(axes)
     return figure
 
 
-def _log_ticks() -> Any:
-    from matplotlib.ticker import LogLocator
+def _ticks(low: float, high: float) -> Any:
+    """Of a logarithmic axis: 1, 2 and 5 in every decade; even steps where it is too short for three of these."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
-    return LogLocator(base=10, subs=(1, 2, 5))
+    return LogLocator(base=10, subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
 
 
 def _colour(results: Results, variant: str) -> str:
@@ -313,5 +389,13 @@ def _accuracy_axis(axes: Any) -> None:
     axes.set_yticks(range(0, 101, 20))
 
 
-def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def _subtitle(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=9, color="#444444", loc="left")
+
+
+def _legend(axes: Any, *, handles: list[Any] | None = None, plot: float = _PLOT) -> None:
+    """On the right, for which the figure is made wider where long names would leave less than `plot` inches."""
+    known = axes.get_legend_handles_labels()[0] if handles is None else handles
+    legend = axes.legend(handles=known, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    wide = legend.get_window_extent().width / axes.figure.dpi
+    axes.figure.set_figwidth(max(axes.figure.get_figwidth(), plot + wide + 0.6))

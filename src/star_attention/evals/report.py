@@ -14,15 +14,17 @@ from typing import Any
 
 from star_attention.demo.heatmap import MissingPackageError
 from star_attention.evals import babilong, infinitebench
-from star_attention.evals.results import Compared, Results
+from star_attention.evals.results import Compared, Results, length_name
 from star_attention.evals.stats import LEAST, Mean
 from star_attention.evals.variants import parse
-from star_attention.plan import format_size
 
 METRICS, SUMMARY, MARKDOWN, PAGE, PICTURES = "metrics.json", "summary.csv", "report.md", "report.html", "pictures"
 
 _FOUND_PROSE = "pydoc_data.topics"
 """What `sources.prose` names the prose that it finds by itself."""
+
+_MARK, _TOO_FEW = " *", " (too few)"
+"""Behind differences; `Section.legend` explains them."""
 
 _MOST_BESIDE = 5
 """Variants beside one another in a table. More of them stand below one another, so that a page can hold their names."""
@@ -146,10 +148,6 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
 
 
-def length_name(length: int) -> str:
-    return format_size(length) if length else "as given"
-
-
 def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) -> list[Section]:
     baseline = results.name(results.baseline)
     against = f"In percent, ± one standard error. Differences are against {baseline} on the same samples, in points, with the 95 %"
@@ -184,11 +182,13 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
         for length in results.lengths
     ]
     sections.append(Section(title="By task and length", table=_table(results, cells), words=words))
-    for name, title in (("blocks", "Accuracy against block size"), ("anchors", "Accuracy against anchor size")):
-        if name in pictures:
-            sections.append(Section(title=title, picture=pictures[name]))
-    if "depth" in pictures:
-        sections.append(Section(title="Accuracy by depth and length", picture=pictures["depth"]))
+    titles = {
+        "variants": "Accuracy of each variant",
+        "blocks": "Accuracy against block size",
+        "anchors": "Accuracy against anchor size",
+        "depth": "Accuracy by depth and length",
+    }
+    sections += [Section(title=title, picture=pictures[name]) for name, title in titles.items() if name in pictures]
     sections.append(
         Section(
             title="Speed",
@@ -305,10 +305,6 @@ def _row(results: Results, variant: str, found: Compared | None) -> tuple[str, .
         return results.name(variant), "–", "–", "–"
     difference = "" if variant == results.baseline else _difference(found)
     return results.name(variant), f"{found.mean.n:,}", accuracy(found.mean), difference
-
-
-_MARK, _TOO_FEW = " *", " (too few)"
-"""Behind differences; `Section.legend` explains them."""
 
 
 def _difference(found: Compared | None) -> str:

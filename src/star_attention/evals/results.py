@@ -14,8 +14,13 @@ from star_attention.evals import run_folder, stats
 from star_attention.evals.run_folder import Prediction
 from star_attention.evals.stats import Difference, Mean, Scored
 from star_attention.evals.variants import Variant, parse
+from star_attention.plan import format_size
 
 BASELINE = "dense"
+
+
+def length_name(length: int) -> str:
+    return format_size(length) if length else "as given"
 
 
 @dataclass(frozen=True, kw_only=True)
