@@ -235,11 +235,14 @@ def _warnings(results: Results) -> list[str]:
             f"Tasks marked {_FOUND_PROSE} stand in prose of the running Python, without --essays or --background: such numbers"
             " are no RULER or BABILong numbers."
         )
-    ours = [task for task in results.tasks if task in (*babilong.TASKS, *infinitebench.KINDS)]
+    asked = {one.task for one in results.predictions if "prompts_sha256" in one.meta}
+    ours = [task for task in results.tasks if task in (*babilong.TASKS, *infinitebench.KINDS) and task not in asked]
     if ours:
         found.append(
             f"{', '.join(ours)}: prompts of our own, so that these are no numbers of BABILong or InfiniteBench."
         )
+    if asked and results.run["settings"]["suite"] == "babilong":
+        found.append(f"{', '.join(sorted(asked))}: published prompts, but stories of our own.")
     for names, length in _repeated(results):
         found.append(f"{' and '.join(names)} have the same blocks and anchor at {length_name(length)}.")
     for variant in results.variants:
