@@ -512,8 +512,8 @@ def test_prose_and_prompts_that_are_not_the_published_ones_are_named(tmp_path: P
     text = (tmp_path / report.MARKDOWN).read_text()
     assert "- Tasks marked pydoc_data.topics stand in prose of the running Python" in text
     assert "- qa1: prompts of our own, so that these are no numbers of BABILong or InfiniteBench." in text
-    report.write(folder(tmp_path, tasks=tasks, meta=lambda index: {"prompts_sha256": "1"}))
-    assert "prompts of our own" not in (tmp_path / report.MARKDOWN).read_text()
+    report.write(folder(tmp_path / "asked", tasks=tasks, meta=lambda index: {"prompts_sha256": "1"}))
+    assert "prompts of our own" not in (tmp_path / "asked" / report.MARKDOWN).read_text()
     assert "| niah_single_2, 1k (pydoc_data.topics) |" in text
     with (tmp_path / report.SUMMARY).open(newline="") as file:
         assert {row["prose"] for row in csv.DictReader(file)} == {"pydoc_data.topics"}
