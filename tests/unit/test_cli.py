@@ -562,6 +562,42 @@ def test_a_reader_that_goes_away_is_no_error(texts: Path) -> None:
     assert "Traceback" not in err
 
 
+def through_a_shell(redirection: str, *arguments: str | Path, **env: str) -> Done:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "star_attention", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | env,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def test_closed_streams(bare_config: Path, texts: Path, tmp_path: Path) -> None:
+    """As cron and daemons leave them. Forbids an AttributeError of None."""
+    plan = ["plan", "-m", bare_config, "--context", "8k"]
+    assert through_a_shell(">&-", *plan) == Done(0, "", "")
+    assert through_a_shell("<&- >&- 2>&-", *plan) == Done(0, "", "")
+    done = through_a_shell("<&-", "generate", *CHAT, "-", "--query", "x")
+    assert (done.status, done.err) == (1, "error: the text of - is empty; give at least one word\n")
+    done = through_a_shell("<&-", "ask", *MODEL, texts / "book.star")
+    assert done.status == 2
+    assert "give a query" in done.err
+    done = through_a_shell(">&- 2>&-", "encode", *CHAT, texts / "book.txt", "-o", tmp_path / "book.star")
+    assert done.status == 0
+    assert (tmp_path / "book.star").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_is_full(bare_config: Path, unbuffered: str) -> None:
+    """Forbids the system's bare error, and Python's complaint at exit."""
+    says = "error: standard output could not be written (No space left on device); free space there, or send it elsewhere\n"
+    for arguments in (["plan", "-m", bare_config, "--context", "8k"], ["--version"]):
+        assert through_a_shell(">/dev/full", *arguments, PYTHONUNBUFFERED=unbuffered) == Done(1, "", says)
+
+
 # ------------------------------------------------------------------ help and docs
 
 

@@ -12,11 +12,19 @@ from star_attention._version import __version__
 from star_attention.cli import bench
 from star_attention.cli import eval as evaluation
 from star_attention.cli.ask import ask
-from star_attention.cli.command import command, let_the_first_speak, speak_once_a_machine
+from star_attention.cli.command import (
+    command,
+    let_the_first_speak,
+    open_streams,
+    say,
+    speak_once_a_machine,
+    stdout_told,
+)
 from star_attention.cli.demo import demo
 from star_attention.cli.encode import encode
 from star_attention.cli.generate import generate
 from star_attention.cli.plan import plan
+from star_attention.errors import StarAttentionError
 
 NAME = "star-attention"
 
@@ -70,12 +78,17 @@ def root(
 
 def main() -> None:
     """Run the command line."""
+    open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old locale cannot write
     speaks = speak_once_a_machine()
     try:
-        app(prog_name=NAME)
+        with stdout_told():  # help and the version
+            app(prog_name=NAME)
     except SystemExit as end:
         if end.code and not speaks:
             let_the_first_speak()
         raise
+    except StarAttentionError as error:
+        say(f"error: {error}")
+        sys.exit(1)

@@ -45,7 +45,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         debug = values.pop("debug")
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
-        with reported(debug=debug), _one_of_several():
+        with reported(debug=debug), _one_of_several(), _writing():
             function(**values)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -74,19 +74,64 @@ def reported(*, debug: bool) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
-            sys.stdout.flush()
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(130) from None
     except BrokenPipeError:
-        # The reader has gone (`| head`). Python would write what is left at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # the reader has gone (`| head`)
         raise typer.Exit(1) from None
     except (StarAttentionError, OSError) as error:
         if debug:
             traceback.print_exc()
         say(f"error: {error}")
         raise typer.Exit(1) from None
+
+
+class _Stdout:
+    """Standard output whose failure to write says that it was standard output's."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with stdout_told():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with stdout_told():
+            self._stream.flush()
+
+
+@contextmanager
+def stdout_told() -> Iterator[None]:
+    """Raises `StarAttentionError` for what cannot be written: the system's own error does not say where. (A reader that has gone is
+    none.)
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_stdout()
+        raise StarAttentionError(
+            f"standard output could not be written ({error.strerror or error}); free space there, or send it elsewhere"
+        ) from error
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """While a command runs."""
+    with contextlib.redirect_stdout(_Stdout(sys.stdout)):
+        yield
+        sys.stdout.flush()
+
+
+def _drop_stdout() -> None:
+    """What is left to be written goes nowhere: Python would try at exit, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(
@@ -119,6 +164,13 @@ def ranks() -> tuple[int, int]:
     """This process's rank and how many there are, by torchrun's environment."""
     rank, size = (os.environ.get(name) or default for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
+
+
+def open_streams() -> None:
+    """Streams that were closed when the program began (by cron, a daemon, `>&-`) read as empty and take what is written."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
 
 
 def speak_once_a_machine() -> bool:
