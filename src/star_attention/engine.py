@@ -262,30 +262,49 @@ class StarLLM:
 
     # ------------------------------------------------------------------ phase 1
 
-    def encode(self, content: Any, *, progress: phase1.Progress | None = None) -> Any:
+    def encode(
+        self,
+        content: Any,
+        *,
+        progress: phase1.Progress | None = None,
+        query: Any = None,
+        settings: dict[str, Any] | None = None,
+    ) -> Any:
         """Encode a context (phase 1): an `EncodedContext`, or for a list of contexts a list of them.
 
         content: text (tokenized with the tokenizer's defaults), token ids, or chat messages; or a list of these, of which
             those of equal length are encoded as one batch.
         progress: called after each forward with what it encoded.
+        query, settings: what `generate` will be asked on each context, and its words, where they are known: what it would refuse
+            (an answer for which there are no positions) is refused before anything is encoded.
 
         Raises `TokenError` (empty, or ids outside the vocabulary), `ContextLengthError` (beyond the model's positions),
         `SizeError` and `OutOfMemoryError`.
         """
         with self._comm.call("encode"):
-            several, prepared = self._comm.decide(lambda: self._prepare(content))
+            several, prepared = self._comm.decide(lambda: self._prepare(content, query, settings))
             contexts = self._encode_all(prepared, progress)
         return contexts if several else contexts[0]
 
-    def _prepare(self, content: Any) -> tuple[bool, list[tuple[Tensor, dict[str, Any] | None]]]:
+    def _prepare(
+        self, content: Any, query: Any = None, settings: dict[str, Any] | None = None
+    ) -> tuple[bool, list[tuple[Tensor, dict[str, Any] | None]]]:
         """Whether these are several contexts, and their checked ids and how a chat goes on."""
         several = _is_several(content)
+        queries = _queries(query)
+        answer = None
+        if query is not None or settings is not None:
+            answer = AnswerSettings.of(self._handle, self.tokenizer, **(settings or {}))
         prepared = []
         for one in content if several else [content]:
             ids, opened = self._context_ids(one)
             self._check_positions(len(ids), "the context has", "cut the context, or use a model with more positions")
             self._plan(len(ids))
-            prepared.append((ids, None if opened is None else opened.as_dict()))
+            chat_state = None if opened is None else opened.as_dict()
+            if answer is not None:
+                asked = [self._tail_ids(chat_state, one, answer.answer_prefix, warn=False) for one in queries]
+                self._check_room(len(ids), self._rope_length(len(ids)), asked, answer.max_new_tokens)
+            prepared.append((ids, chat_state))
         return several, prepared
 
     def _plan(self, context_tokens: int) -> BlockPlan:
@@ -565,12 +584,11 @@ class StarLLM:
         The context is left as it was. Raises `UnknownOptionError` for an unknown word, `TokenError` for an empty query,
         `ContextLengthError` where context, query and answer exceed the positions.
         """
-        several = isinstance(query, (list, tuple, Tensor)) and _is_several(query)
         with self._comm.call("generate"):
             several, run = self._begin(
                 context,
-                several,
-                list(query) if several else [query],
+                _is_several(query),
+                _queries(query),
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 ignore_eos=ignore_eos,
@@ -650,7 +668,7 @@ class StarLLM:
         return several, started[0] if following is None else FollowedRun(following, answers_per_query)
 
     def _check_streamed(self, query: Any) -> None:
-        if isinstance(query, (list, tuple, Tensor)) and _is_several(query):
+        if _is_several(query):
             raise InvalidInputError(f"a stream answers one query, not {len(query)}; use generate for several")
         self._need_tokenizer("a stream of text")
 
@@ -673,11 +691,16 @@ class StarLLM:
         return Run(request, self.tokenizer, settings, encode_s=context.encode_s, streamed=streamed)
 
     def _query_ids(self, context: EncodedContext, query: Any, answer_prefix: str = "") -> list[int]:
-        if context.chat is not None and (query is None or isinstance(query, str) or chat.is_messages(query)):
+        return self._tail_ids(context.chat, query, answer_prefix, warn=True)
+
+    def _tail_ids(self, chat_state: dict[str, Any] | None, query: Any, answer_prefix: str, *, warn: bool) -> list[int]:
+        """What follows a context that goes on as `chat_state` says (None: as raw text)."""
+        if chat_state is not None and (query is None or isinstance(query, str) or chat.is_messages(query)):
             self._need_tokenizer("chat messages")
-            opened = chat.ChatContext(**context.chat)
+            opened = chat.ChatContext(**chat_state)
             tail = chat.continue_context(self.tokenizer, opened, query)
-            chat.warn_about_cut(self.tokenizer, opened.head, tail)
+            if warn:
+                chat.warn_about_cut(self.tokenizer, opened.head, tail)
             query = text.query_ids(self.tokenizer, tail + answer_prefix)
             answer_prefix = ""
         elif chat.is_messages(query):
@@ -701,14 +724,7 @@ class StarLLM:
         max_new_tokens: int,
         **more: Any,
     ) -> phase2.Request:
-        longest = len(context) + max(len(query) for query in queries) + max_new_tokens
-        what = f"context ({len(context):,}), query and answer ({max_new_tokens:,}) need"
-        self._check_positions(longest, what, "lower max_new_tokens, or shorten the query or the context")
-        if context.rope_length is not None and longest > context.rope_length:
-            raise ContextLengthError(
-                f"{what} {longest:,} tokens, but the context's rotary frequencies are pinned to {context.rope_length:,};"
-                f" lower max_new_tokens, or encode the context with a larger reserve_tokens (now {self.config.reserve_tokens:,})"
-            )
+        self._check_room(len(context), context.rope_length, queries, max_new_tokens)
         return phase2.Request(
             handle=self._handle,
             context_ids_L=context.token_ids,
@@ -764,6 +780,19 @@ class StarLLM:
         if limit is not None and tokens > limit:
             raise ContextLengthError(f"{what} {tokens:,} tokens, more than the model's {limit:,} positions; {remedy}")
 
+    def _check_room(
+        self, context_tokens: int, rope_length: int | None, queries: list[list[int]], max_new_tokens: int
+    ) -> None:
+        """Whether there are positions for query and answer behind a context."""
+        longest = context_tokens + max(len(query) for query in queries) + max_new_tokens
+        what = f"context ({context_tokens:,}), query and answer ({max_new_tokens:,}) need"
+        self._check_positions(longest, what, "lower max_new_tokens, or shorten the query or the context")
+        if rope_length is not None and longest > rope_length:
+            raise ContextLengthError(
+                f"{what} {longest:,} tokens, but the context's rotary frequencies are pinned to {rope_length:,};"
+                f" lower max_new_tokens, or encode the context with a larger reserve_tokens (now {self.config.reserve_tokens:,})"
+            )
+
     def _check_ours(self, context: EncodedContext) -> None:
         """A context works with the model that encoded it, or an equal one, and with the adapters it was encoded with."""
         if not isinstance(context, EncodedContext):
@@ -796,6 +825,10 @@ def _is_several(content: Any) -> bool:
     if not isinstance(content, (list, tuple)) or chat.is_messages(content):
         return False
     return any(one.dim() > 0 if isinstance(one, Tensor) else isinstance(one, Sized) for one in content)
+
+
+def _queries(query: Any) -> list[Any]:
+    return list(query) if _is_several(query) else [query]
 
 
 def _hosts(comm: ranks.Comm) -> str:

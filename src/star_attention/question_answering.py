@@ -44,10 +44,10 @@ class StarPipeline:
             raise TokenError("a question is empty or no text; give at least one word")
         if chat is None:
             chat = bool(getattr(self.star.tokenizer, "chat_template", None))
-        encoded = self.star.encode([{"role": "user", "content": context}] if chat else context)
-        replies = self.star.generate(
-            encoded, asked, answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation
-        )
+        settings: dict[str, Any] = dict(answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation)
+        content = [{"role": "user", "content": context}] if chat else context
+        encoded = self.star.encode(content, query=asked, settings=settings)
+        replies = self.star.generate(encoded, asked, **settings)
         texts = [reply.text for reply in replies]
         return {"answers": texts} if questions is not None else {"answer": texts[0]}
 

@@ -10,7 +10,7 @@ import torch
 from star_attention import StarLLM
 from star_attention import engine as engine_module
 from star_attention.comm import SoloComm, TorchComm
-from star_attention.errors import InvalidInputError, RankError, TokenError
+from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, bundled_model, bundled_tokenizer, engine, ids, text_model, tiny
 from tests.families import build
@@ -204,6 +204,7 @@ def refusals(comm: TorchComm) -> list[str]:
         (TokenError, lambda: star.encode([])),
         (TokenError, lambda: star.encode([500] if comm.rank == 0 else [5])),
         (TokenError, lambda: star.generate(context, [])),
+        (ContextLengthError, lambda: star.encode(ids(CONTEXT), query=[5], settings=dict(max_new_tokens=512))),
         (TypeError, lambda: star.generate(context, [5], maximum=3)),
         (InvalidInputError, lambda: star.generate(context, [5], top_p=7)),
         (InvalidInputError, lambda: star.stream(context, [5])),
@@ -216,7 +217,7 @@ def refusals(comm: TorchComm) -> list[str]:
 
 def test_refusals_are_raised_on_all_ranks(pool: Pool) -> None:
     first, *others = pool.run(refusals, 3)
-    assert len(first) == 7
+    assert len(first) == 8
     assert others == [first] * 2
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,36 @@ def test_query_and_answer_beyond_the_positions(star: StarLLM) -> None:
     assert len(star.generate(context, ids(5), max_new_tokens=7).token_ids) == 7
     refused(ContextLengthError, "need 513 tokens", call=lambda: star.logits(context, ids(13)))
     assert len(star.logits(context, ids(12))) == 12
+
+
+@pytest.fixture
+def forwards(star: StarLLM) -> Iterator[list[int]]:
+    """One entry for each forward of the model."""
+    seen: list[int] = []
+    handle = star.model.get_decoder().register_forward_pre_hook(lambda *_: seen.append(1))
+    yield seen
+    handle.remove()
+
+
+def test_what_an_answer_would_be_refused_for_is_said_before_encoding(star: StarLLM, forwards: list[int]) -> None:
+    """Forbids a long context that is encoded in vain."""
+    says = ["context (500), query and answer (8) need 513 tokens, more than the model's 512", "lower max_new_tokens"]
+    for query in (ids(5), [[5], ids(5)], torch.tensor([ids(5)])):
+        eight = dict(query=query, settings=dict(max_new_tokens=8))
+        refused(ContextLengthError, *says, call=lambda words=eight: star.encode(ids(500), **words))
+        refused(ContextLengthError, *says, call=lambda words=eight: star.encode([ids(20), ids(500)], **words))
+    refused(ContextLengthError, "answer (256) need 517", call=lambda: star.encode(ids(256), query=ids(5)))
+    pinned = engine("phi3_longrope", block_size=BLOCK, reserve_tokens=10)
+    words = dict(query=ids(5), settings=dict(max_new_tokens=6))
+    refused(ContextLengthError, "need 61 tokens, but", "pinned to 60", call=lambda: pinned.encode(ids(50), **words))
+    refused(TokenError, "the query has token id 211", call=lambda: star.encode(ids(50), query=[211]))
+    refused(InvalidInputError, "top_p 2", call=lambda: star.encode(ids(50), query=[5], settings=dict(top_p=2)))
+    refused(InvalidInputError, "needs a tokenizer", call=lambda: star.encode(ids(50), query="text"))
+    with pytest.raises(UnknownOptionError, match="unknown word 'topp'"):
+        star.encode(ids(50), query=[5], settings=dict(topp=1))
+    assert forwards == []
+    assert len(star.encode(ids(500), query=ids(5), settings=dict(max_new_tokens=7))) == 500
+    assert forwards
 
 
 def test_an_extension_beyond_the_positions(star: StarLLM) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from star_attention import EncodedContext, StarLLM
-from star_attention.errors import InvalidInputError, TokenError
+from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from star_attention.hf.load import load_tokenizer
 from tests.engines import BUNDLED, bundled_tokenizer, text_model
 
@@ -187,6 +187,20 @@ def test_bad_messages_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         star.generate(star.encode(messages), query, max_new_tokens=1)
+
+
+def test_what_a_chats_answer_would_be_refused_for_is_said_before_encoding(star: StarLLM) -> None:
+    """With the template's own tokens, and for the question that came with the messages."""
+    context = star.encode([user(DOCUMENT)])
+    room = 2048 - len(context) - len(star._query_ids(context, QUESTION))
+    for words in (dict(query=QUESTION), dict(query=[QUESTION, "x"]), dict(query=[user(QUESTION)])):
+        assert star.encode([user(DOCUMENT)], **words, settings=dict(max_new_tokens=room))
+        with pytest.raises(ContextLengthError, match="more than the model's 2,048 positions"):
+            star.encode([user(DOCUMENT)], **words, settings=dict(max_new_tokens=room + 1))
+    with pytest.raises(ContextLengthError):
+        star.encode([user(DOCUMENT, QUESTION)], settings=dict(max_new_tokens=room + 99))
+    with pytest.raises(InvalidInputError, match="came without a question"):
+        star.encode([user(DOCUMENT)], settings={})
 
 
 def test_messages_need_a_template_and_a_chat_context() -> None:

@@ -201,7 +201,9 @@ def test_answer_options(texts: Path, options: list[str], check: Callable[[Any, A
 def test_greedy_wins_and_says_what_it_drops(texts: Path) -> None:
     done = ok("ask", *MODEL, texts / "book.star", "--query", QUESTION, "--greedy", "--top-p", "0.5", "--top-k", "3")
     assert done.out.endswith("4910508\n")
-    assert "warning: --top-p, --top-k without effect: --greedy was given\n" in done.err
+    assert done.err.count("warning: --top-p, --top-k without effect: --greedy was given\n") == 1
+    done = ok("generate", *CHAT, texts / "book.txt", "--query", QUESTION, "--greedy", "--top-k", "3")
+    assert done.err.count("--greedy was given") == 1
 
 
 # ------------------------------------------------------------------ encode, ask
@@ -542,11 +544,13 @@ def test_a_file_that_is_no_context_is_never_replaced(texts: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "option", [["--stop", ""], ["--top-p", "0"], ["--seed", "9" * 23], ["--repetition-penalty", "0"]]
+    "option",
+    [["--stop", ""], ["--seed", "9" * 23], ["--max-new-tokens", "64k"], ["--query", "x", "--max-new-tokens", "64k"]],
 )
 def test_settings_are_checked_before_the_text_is_encoded(texts: Path, option: list[str]) -> None:
     done = run("generate", *CHAT, texts / "book.txt", "--query", QUESTION, *option)
     assert done.status == 1
+    assert "loading" in done.err
     assert "encoded" not in done.err
 
 

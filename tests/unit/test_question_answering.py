@@ -9,6 +9,7 @@ import pytest
 import star_attention
 from star_attention import StarLLM, pipeline, supported
 from star_attention.errors import (
+    ContextLengthError,
     InvalidInputError,
     ModelNotFoundError,
     TokenError,
@@ -58,6 +59,20 @@ def test_words_of_generate_are_passed_on(pipe: Any) -> None:
     assert len(bundled_tokenizer()(pipe(TEXT, QUESTIONS[0], max_new_tokens=3)["answer"]).input_ids) <= 4
     with pytest.raises(UnknownOptionError, match="unknown word 'temprature'; did you mean 'temperature'"):
         pipe(TEXT, QUESTIONS[0], temprature=1.0)
+
+
+@pytest.mark.parametrize("chat", [None, False])
+def test_nothing_is_encoded_in_vain(pipe: Any, chat: bool | None) -> None:
+    forwards: list[int] = []
+    handle = pipe.star.model.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
+    try:
+        with pytest.raises(ContextLengthError, match=r"query and answer \(65,536\) need .* lower max_new_tokens"):
+            pipe(TEXT, questions=QUESTIONS, max_new_tokens=65536, chat=chat)
+        with pytest.raises(UnknownOptionError):
+            pipe(TEXT, QUESTIONS[0], temprature=1.0, chat=chat)
+    finally:
+        handle.remove()
+    assert forwards == []
 
 
 def test_a_pipeline_around_a_folder_or_an_engine() -> None:

@@ -44,13 +44,22 @@ FIELDS = {
 
 
 class Answerer:
-    """Answers queries on `context` and prints them; `encoded` tells whether that context was encoded just now."""
+    """Answers queries on `context` and prints them.
+
+    words: those of the options; encoded: whether the context was encoded just now.
+    """
 
     def __init__(
-        self, star: StarLLM, context: EncodedContext, options: AnswerOptions, notes: Notes, *, encoded: bool
+        self,
+        star: StarLLM,
+        context: EncodedContext,
+        options: AnswerOptions,
+        words: dict[str, Any],
+        notes: Notes,
+        *,
+        encoded: bool,
     ) -> None:
-        self.star, self.context, self.options, self.notes = star, context, options, notes
-        self.words = options.words()
+        self.star, self.context, self.options, self.words, self.notes = star, context, options, words, notes
         self.head = context_summary(context) + (f", encode {seconds(context.encode_s)}" if encoded else "")
 
     def answer_all(self, queries: list[str]) -> None:

@@ -33,6 +33,7 @@ def ask(
     from star_attention.cli.answers import Answerer
     from star_attention.cli.texts import read_queries
 
+    words = answer.words()
     queries = read_queries(answer.query, answer.query_file, context_files=[]) if leads() else []
     interactive = sys.stdin.isatty()
     if not queries and not interactive and leads():
@@ -43,7 +44,7 @@ def ask(
     notes = Notes(quiet=quiet)
     star, context = session.load_saved(model, file, notes)
     queries = star.from_rank_0(queries)
-    answerer = Answerer(star, context, answer, notes, encoded=False)
+    answerer = Answerer(star, context, answer, words, notes, encoded=False)
     if queries:
         answerer.answer_all(queries)
     else:

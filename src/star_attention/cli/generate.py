@@ -32,6 +32,7 @@ def generate(
     from star_attention.cli.answers import Answerer
     from star_attention.cli.texts import read_context, read_queries
 
+    words = answer.words()
     text, queries = "", [""]
     if leads():
         queries = read_queries(answer.query, answer.query_file, context_files=files)
@@ -41,9 +42,8 @@ def generate(
         text = read_context(files)
     notes = Notes(quiet=quiet)
     star = session.load_for(model, context, notes)
-    star.check_settings(**answer.words())
     text, queries = star.from_rank_0((text, queries))
-    encoded = session.encode_text(star, text, notes, chat=context.chat)
+    encoded = session.encode_text(star, text, notes, chat=context.chat, queries=queries, words=words)
     if save is not None:
         session.save(encoded, save, notes)
-    Answerer(star, encoded, answer, notes, encoded=True).answer_all(queries)
+    Answerer(star, encoded, answer, words, notes, encoded=True).answer_all(queries)

@@ -58,8 +58,19 @@ def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> Star
     )
 
 
-def encode_text(star: StarLLM, text: str, notes: Notes, *, chat: bool) -> EncodedContext:
-    """Phase 1 with progress; as a chat, the text is the first part of a user message that stays open for the query."""
+def encode_text(
+    star: StarLLM,
+    text: str,
+    notes: Notes,
+    *,
+    chat: bool,
+    queries: list[str] | None = None,
+    words: dict[str, Any] | None = None,
+) -> EncodedContext:
+    """Phase 1 with progress; as a chat, the text is the first part of a user message that stays open for the query.
+
+    What queries and the words of `generate` would be refused for is said before.
+    """
     content: Any = text
     if not chat and getattr(star.tokenizer, "chat_template", None):
         notes.say("the text goes in as it is; this model has a chat template, which --chat uses")
@@ -68,7 +79,7 @@ def encode_text(star: StarLLM, text: str, notes: Notes, *, chat: bool) -> Encode
 
         content = user_message(text)
     with notes.progress(star.rank_progress) as progress:
-        context: EncodedContext = star.encode(content, progress=progress)
+        context: EncodedContext = star.encode(content, progress=progress, query=queries, settings=words)
     return context
 
 
