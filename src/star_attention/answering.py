@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from star_attention import phase1, phase2
 from star_attention.clock import Clock
 from star_attention.comm import Comm
-from star_attention.config import MAX_NEW_TOKENS
+from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
 from star_attention.errors import InvalidInputError, StarAttentionError, UnknownOptionError
 from star_attention.hf import settings, tensor, text
 from star_attention.hf.handle import ModelHandle
@@ -167,8 +167,7 @@ class AnswerSettings:
         **words: Any,
     ) -> AnswerSettings:
         """Raises `InvalidInputError` for values that cannot work, `UnknownOptionError` for unknown words."""
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InvalidInputError(f"max_new_tokens {max_new_tokens!r} is not a positive number of tokens")
+        check_max_new_tokens(max_new_tokens)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise InvalidInputError(f"seed {seed!r} is not a whole number")
         if seed is not None and not -(2**63) <= seed < 2**64:

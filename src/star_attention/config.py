@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,36 @@ TOKENS_PER_FORWARD_GPU = 16384
 
 MAX_NEW_TOKENS = 256
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 STALL_S = 60.0
 """Longest silence of a rank, in seconds, before the others give up."""
+
+
+def check_dtype(dtype: Any) -> str:
+    """A precision's name, without torch's.
+
+    Raises `InvalidInputError` for one that no model is loaded in.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    return name
+
+
+def check_device(device: Any) -> None:
+    """What can be said of a device without torch, which knows more kinds than these.
+
+    Raises `InvalidInputError` for what is none anywhere.
+    """
+    if not isinstance(device, str) or not re.fullmatch(r"(?!gpu\b)[a-z]+(:\d+)?", device):
+        raise InvalidInputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1")
+
+
+def check_max_new_tokens(tokens: Any) -> None:
+    """Raises `InvalidInputError` for what is no positive number."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise InvalidInputError(f"max_new_tokens {tokens!r} is not a positive number of tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -633,7 +633,9 @@ def test_no_tokenizer_is_needed_for_token_ids(folder: Path) -> None:
 BAD_PLACES = [
     (dict(dtype="float64"), "dtype 'float64' is unknown; use one of auto, float32, bfloat16, float16"),
     (dict(dtype=torch.int8), "dtype 'torch.int8' is unknown; use one of auto"),
-    (dict(device="quantum"), "device 'quantum' is unknown"),
+    (dict(device="quantum"), "device 'quantum' is unknown; use auto, cpu, cuda or cuda:1"),
+    (dict(device="gpu"), "device 'gpu' is unknown; use auto, cpu, cuda or cuda:1"),
+    (dict(device="cuda1"), "device 'cuda1' is unknown; use auto, cpu, cuda or cuda:1"),
     (dict(device=""), "device '' is unknown"),
     (dict(device=None), "device None is unknown"),
     (dict(device="meta"), "device 'meta' holds no numbers; use auto, cpu or cuda"),

@@ -367,6 +367,27 @@ def test_values_that_cannot_work(texts: Path, options: list[str], message: str) 
     assert message in failed("generate", *MODEL, texts / "book.txt", "--query", QUESTION, *options)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--method", "start"], "method 'start' is unknown"),
+        (["--dtype", "fp32"], "dtype 'fp32' is unknown; use one of auto, float32, bfloat16, float16"),
+        (["--device", "gpu"], "device 'gpu' is unknown; use auto, cpu, cuda or cuda:1"),
+        (["--device", "cuda1"], "device 'cuda1' is unknown; use auto, cpu, cuda or cuda:1"),
+        (["--max-new-tokens", "0"], "max_new_tokens 0 is not a positive number of tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_cheap_mistakes_are_found_before_the_model_is_loaded(texts: Path, option: list[str], message: str) -> None:
+    commands = [["generate", *MODEL, texts / "book.txt"]]
+    if option[0] != "--method":
+        commands.append(["ask", *MODEL, texts / "book.star"])
+    for command in commands:
+        done = run(*command, "--query", QUESTION, *option)
+        assert (done.status, done.out) == (1, "")
+        assert done.err.startswith(f"error: {message}"), "and not `loading`"
+
+
 def test_broken_models_and_empty_texts(texts: Path, tmp_path: Path) -> None:
     query = ["--query", QUESTION]
     assert "holds no config.json" in failed("generate", "-m", tmp_path, texts / "book.txt", *query)

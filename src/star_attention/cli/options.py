@@ -16,6 +16,7 @@ from star_attention.config import (
     TOKENS_PER_FORWARD,
     TOKENS_PER_FORWARD_GPU,
     StarConfig,
+    check_max_new_tokens,
 )
 from star_attention.plan import format_size, parse_size
 
@@ -229,8 +230,10 @@ class AnswerOptions:
 
     def words(self) -> dict[str, Any]:
         """The keyword arguments of `StarLLM.generate`, which samples where a sampling word is given."""
+        max_new_tokens = parse_size(self.max_new_tokens, "max_new_tokens")
+        check_max_new_tokens(max_new_tokens)  # before a model is loaded
         words: dict[str, Any] = {
-            "max_new_tokens": parse_size(self.max_new_tokens, "max_new_tokens"),
+            "max_new_tokens": max_new_tokens,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
             "stop": self.stop or None,

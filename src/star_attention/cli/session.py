@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from star_attention.cli.command import ranks
 from star_attention.cli.notes import Notes, in_bytes
 from star_attention.cli.options import ContextOptions, ModelOptions
-from star_attention.config import StarConfig
+from star_attention.config import StarConfig, check_device, check_dtype
 from star_attention.errors import ContextSaveError
 
 if TYPE_CHECKING:
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from star_attention.engine import StarLLM
 
 
+def check_place(model: ModelOptions) -> None:
+    check_dtype(model.dtype)
+    check_device(model.device)
+
+
 def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
-    """The model, with its sizes checked before anything slow begins."""
+    """The model, with what is asked for checked before anything slow begins."""
+    check_place(model)
     sizes |= dict(tokens_per_forward=model.tokens_per_forward, reserve_tokens=model.reserve_tokens)
     StarConfig.of(**sizes)
     where = "" if Path(model.model).exists() else ", which is no folder here, from the hub"
@@ -113,6 +119,8 @@ def save(context: EncodedContext, path: str, notes: Notes) -> None:
 
 def load_saved(model: ModelOptions, path: str, notes: Notes) -> tuple[StarLLM, EncodedContext]:
     """A saved context and its model, with the method and, unless one is asked for, the precision of the file."""
+    check_place(model)
+
     from star_attention.saved import SavedContext
 
     header = SavedContext(path).header  # a file that is none is refused before the model is loaded

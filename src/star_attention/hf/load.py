@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from star_attention.config import check_device
+from star_attention.config import check_dtype as check_dtype
 from star_attention.errors import InvalidInputError, ModelNotFoundError, OutOfMemoryError, UnsupportedModelError
 from star_attention.hf import support
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(device: str) -> str:
@@ -24,12 +25,13 @@ def pick_device(device: str) -> str:
 
     Raises `InvalidInputError` for a device that is not there.
     """
+    check_device(device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
-    except (RuntimeError, TypeError) as error:
-        raise InvalidInputError(f"device {device!r} is unknown ({_first_line(error)}); use auto, cpu or cuda") from None
+    except RuntimeError:  # its message lists every kind that there has been
+        raise InvalidInputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1") from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or auto")
     if kind == "meta":
@@ -80,17 +82,6 @@ def load_config(path: str | os.PathLike[str], **where: Any) -> Any:
         if not Path(path).exists():
             what = f"there is no folder {path} here, and it could not be had as a hub id"
         raise ModelNotFoundError(f"{what}: {_first_line(error)}") from error
-
-
-def check_dtype(dtype: str | torch.dtype) -> str:
-    """A precision's name, without torch's.
-
-    Raises `InvalidInputError` for one that no model is loaded in.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
-    return name
 
 
 def load(path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs: dict[str, Any]) -> tuple[Any, Any]:
