@@ -421,7 +421,12 @@ def test_misuse_is_status_2(texts: Path) -> None:
     assert "--model" in misused("generate", book, *query)
     assert "give a query" in misused("generate", *MODEL, book)
     assert "--temperatur" in misused("generate", *MODEL, book, *query, "--temperatur", "1")
-    assert "--top-p" in misused("generate", *MODEL, book, *query, "--top-p", "1.5")
+    for option, value in (("--top-p", "1.5"), ("--temperature", "-1"), ("--top-k", "x"), ("--stall-limit", "0.5")):
+        said = misused("generate", *MODEL, book, *query, option, value)
+        assert option in said
+        assert re.search(f"[ ']{re.escape(value)}", said), "the value, whatever the version of typer"
+    for option in ("--top-p", "--repetition-penalty"):
+        assert f"'{option}': 0 is not above 0" in misused("generate", *MODEL, book, *query, option, "0")
     assert "stdin) can be read only once" in misused("generate", *MODEL, "-", "-", *query)
     assert "stdin is read as text already" in misused("generate", *MODEL, "-", "--query-file", "-")
     assert "--output" in misused("encode", *MODEL, book)

@@ -13,6 +13,7 @@ from star_attention.cli import bench
 from star_attention.cli import eval as evaluation
 from star_attention.cli.ask import ask
 from star_attention.cli.command import (
+    Command,
     command,
     let_the_first_speak,
     open_streams,
@@ -39,13 +40,13 @@ app = typer.Typer(
 )
 
 for function in (generate, encode, ask, plan, demo):
-    app.command()(command(function))
+    app.command(cls=Command)(command(function))
 benchmarks = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(
     benchmarks, name="bench", help="Measure speed beside the machine's ceilings and what one would otherwise run."
 )
 for benchmark in bench.COMMANDS:
-    benchmarks.command()(command(benchmark))
+    benchmarks.command(cls=Command)(command(benchmark))
 evaluations = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(
     evaluations,
@@ -53,7 +54,7 @@ app.add_typer(
     help="Measure accuracy: methods side by side on the same samples, with intervals and reports.",
 )
 for one in evaluation.COMMANDS:
-    evaluations.command()(command(one))
+    evaluations.command(cls=Command)(command(one))
 
 
 def _version(wanted: bool) -> None:
@@ -71,8 +72,9 @@ def root(
     """Answer questions on long texts with two-phase Star Attention, with any transformers decoder.
 
     Answers go to stdout, progress and messages to stderr. Sizes are tokens and may be written 4k, 128k or 1m (powers
-    of 1024). Exit status: 0 done, 1 failed, 2 options that are unknown, missing or cannot be read, 130 interrupted
-    (torchrun returns 1 for each of these).
+    of 1024). Exit status: 0 done, 1 failed, with a line `error:` (also for a value that does not work), 2 misuse, with the
+    usage (an option that is unknown, missing, or no number in its range), 130 interrupted (torchrun returns 1 for each
+    of these).
     """
 
 

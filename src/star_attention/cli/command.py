@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from star_attention.errors import StarAttentionError
 
@@ -61,6 +62,19 @@ def _parameters(group: type[Any]) -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
         )
+
+
+class Command(TyperCommand):
+    """typer's own, whose message on a value that does not work names the value, too: newer ones leave it to pydantic."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            details = getattr(error.__cause__, "errors", None)
+            if details is not None:
+                error.message += f", not {details()[0]['input']}"
+            raise
 
 
 @contextmanager

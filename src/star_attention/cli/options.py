@@ -26,6 +26,13 @@ def option(help: str, *names: str, panel: str, metavar: str | None = None, **mor
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, **more)
 
 
+def _above_0(value: float | None) -> float | None:
+    """A callback: typer's ranges include their ends."""
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
+
+
 Files = Annotated[
     list[str],
     typer.Argument(
@@ -199,11 +206,11 @@ class AnswerOptions:
     top_p: Annotated[
         float | None,
         option(
-            "Sample from the most likely tokens of this total probability.",
+            "Sample from the most likely tokens of this total probability, above 0.",
             panel="Answer",
             metavar="X",
-            min=0.0,
             max=1.0,
+            callback=_above_0,
         ),
     ] = None
     top_k: Annotated[
@@ -217,7 +224,12 @@ class AnswerOptions:
     ] = None
     repetition_penalty: Annotated[
         float | None,
-        option("Above 1: make tokens of text and answer less likely.", panel="Answer", metavar="X", min=0.0),
+        option(
+            "Above 1: make tokens of text and answer less likely; above 0 and below 1: more likely.",
+            panel="Answer",
+            metavar="X",
+            callback=_above_0,
+        ),
     ] = None
     seed: Annotated[int | None, option("Makes sampling repeatable.", panel="Answer", metavar="N")] = None
     stop: Annotated[
