@@ -29,6 +29,7 @@ from star_attention.store import NAMES, Kept
 FORMAT_VERSION = 1
 INDEX = "index.json"
 _KEY = "star_attention"
+_BRACE = b"{"  # behind the eight bytes of a header's length
 
 
 def checksum(tensor: Tensor) -> str:
@@ -69,6 +70,11 @@ def is_saved(path: Path) -> bool:
             return _KEY in (file.metadata() or {})
     except (SafetensorError, OSError, ValueError):
         return False
+
+
+def begins(data: bytes) -> bool:
+    """Whether bytes are the beginning of a saved context: the length of its header, and the header with our key."""
+    return data[8:9] == _BRACE and f'"{_KEY}":'.encode() in data[:256]
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -285,6 +291,10 @@ class SavedFile:
         except (FileNotFoundError, CorruptContextError):
             raise
         except (SafetensorError, OSError, ValueError) as error:
+            if self._is_foreign():
+                raise CorruptContextError(
+                    f"{self.path} is no saved context: it does not begin like one; give what was saved, or encode the text first"
+                ) from error
             raise CorruptContextError(
                 f"{self.path} cannot be read as a saved context: it is truncated, changed or something else ({error});"
                 f" {_AGAIN}"
@@ -298,6 +308,14 @@ class SavedFile:
             raise CorruptContextError(
                 f"{self.path} does not hold the tensors that its header lists: the file was changed; {_AGAIN}"
             )
+
+    def _is_foreign(self) -> bool:
+        """Whether its beginning, as far as there is one and it can be read, is not the format's."""
+        try:
+            with open(self.path, "rb") as file:
+                return file.read(9)[8:] not in (b"", _BRACE)
+        except (OSError, ValueError):
+            return False
 
     def layer(self, index: int) -> Kept:
         """All that is stored of a layer."""

@@ -334,6 +334,17 @@ def test_texts_that_cannot_be_read(texts: Path, tmp_path: Path) -> None:
     assert "latin.txt is not UTF-8" in failed("generate", *MODEL, texts / "book.txt", "--query-file", latin)
 
 
+def test_a_saved_context_is_no_text(texts: Path, tmp_path: Path) -> None:
+    """Forbids the advice to convert it to UTF-8."""
+    command = ["generate", *MODEL, "--query", "x"]
+    says = "is a saved context and no text; `star-attention ask` answers queries on it"
+    assert f"book.star {says}" in failed(*command, texts / "book.star")
+    assert f"stdin {says}" in failed(*command, "-", stdin=(texts / "book.star").read_bytes())
+    (tmp_path / "of_ranks").mkdir()
+    shutil.copy(texts / "book.star", tmp_path / "of_ranks" / "rank-0.safetensors")
+    assert f"of_ranks {says}" in failed(*command, tmp_path / "of_ranks")
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + NEEDLE.encode())
     options = ["generate", *MODEL, "--query", QUESTION, "--max-new-tokens", "1", "--json"]
@@ -407,7 +418,7 @@ def test_a_context_beyond_the_models_positions(tmp_path: Path, texts: Path) -> N
 def test_saved_contexts_that_do_not_fit(texts: Path, tmp_path: Path) -> None:
     ask = ["ask", *MODEL, "--query", QUESTION]
     assert "there is no saved context at" in failed(*ask, tmp_path / "none.star")
-    assert "cannot be read as a saved context" in failed(*ask, texts / "book.txt")
+    assert "book.txt is no saved context: it does not begin like one" in failed(*ask, texts / "book.txt")
     whole = (texts / "book.star").read_bytes()
     (tmp_path / "short.star").write_bytes(whole[: len(whole) // 2])
     assert "short.star cannot be read as a saved context" in failed(*ask, tmp_path / "short.star")

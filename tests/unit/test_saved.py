@@ -267,8 +267,10 @@ def test_every_flipped_bit_is_refused(path: Path) -> None:
     ("change", "message"),
     [
         pytest.param(lambda data: b"", "truncated, changed or something else", id="empty"),
-        pytest.param(lambda data: b"Once upon a time.\n" * 99, "truncated, changed or something else", id="text"),
-        pytest.param(lambda data: b"\x00" * 4096, "truncated, changed or something else", id="zeros"),
+        pytest.param(lambda data: b"Once upon a time.\n" * 99, "it does not begin like one; give what", id="text"),
+        pytest.param(lambda data: b"\x00" * 4096, "is no saved context: it does not begin", id="zeros"),
+        pytest.param(lambda data: data[:100], "truncated, changed or something else", id="shorter"),
+        pytest.param(lambda data: data[:8], "truncated, changed or something else", id="eight bytes"),
         pytest.param(lambda data: data + b"!", "truncated, changed or something else", id="longer"),
         pytest.param(lambda data: data + data, "truncated, changed or something else", id="twice"),
     ],

@@ -16,7 +16,8 @@ _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 def read_text(name: str) -> str:
     """The text of a file, or of stdin for `-`; a byte-order mark at its head is no part of it.
 
-    Raises `TextError` naming the file: missing, a folder, unreadable, or not UTF-8 (with the offset of the first bad byte).
+    Raises `TextError` naming the file: missing, a folder, unreadable, a saved context, or not UTF-8 (with the offset of the first
+    bad byte).
     """
     shown = "stdin" if name == STDIN else name
     try:
@@ -24,16 +25,26 @@ def read_text(name: str) -> str:
     except FileNotFoundError:
         raise TextError(f"there is no text file {shown}; check the path, or give - for stdin") from None
     except IsADirectoryError:
+        if any(Path(name).glob("rank-*.safetensors")):
+            raise _saved(shown) from None
         raise TextError(f"{shown} is a folder; give the text files in it by name") from None
     except OSError as error:
         raise TextError(f"the text file {shown} cannot be read: {error.strerror or error}") from error
     try:
         return data.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
+        from star_attention.saved import begins
+
+        if begins(data):
+            raise _saved(shown) from None
         raise TextError(
             f"{shown} is not UTF-8: byte {error.start:,} of {len(data):,} is 0x{data[error.start]:02x} ({error.reason});"
             f" convert it first, for example with: iconv -f WINDOWS-1252 -t UTF-8 {'' if name == STDIN else shown}"
         ) from None
+
+
+def _saved(shown: str) -> TextError:
+    return TextError(f"{shown} is a saved context and no text; `star-attention ask` answers queries on it")
 
 
 def read_context(files: list[str]) -> str:
