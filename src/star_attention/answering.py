@@ -24,6 +24,8 @@ from star_attention.wire import Traffic
 from star_attention.world import END
 
 _INSTEAD = {
+    "generation_config": "the model's own is used already: give what is to differ as words (top_p=0.9), or set"
+    " model.generation_config",
     "stop_strings": "use stop=",
     "output_logits": "use return_logits=True",
     "output_scores": "use return_logits=True, which are the logits before any processing",

@@ -464,6 +464,11 @@ class StarLLM:
                 "a streaming_llm context cannot be extended: it holds its first and last tokens alone; encode the joined text"
                 " anew"
             )
+        if chat.is_messages(more):
+            raise InvalidInputError(
+                "extend takes text or token ids, not chat messages; give the text alone (a chat goes on with it in its open user"
+                " message), or encode all messages anew"
+            )
         if isinstance(more, str):
             more = text.query_ids(self._need_tokenizer("text"), more)
         new_ids = self._ids(more, "extension")

@@ -154,6 +154,12 @@ def test_messages_on_a_raw_context(reader: StarLLM) -> None:
     )
 
 
+def test_messages_as_an_extension(reader: StarLLM, context: EncodedContext) -> None:
+    """Forbids that they are said to be no messages."""
+    says = "extend takes text or token ids, not chat messages; give the text alone"
+    refused(InvalidInputError, says, call=lambda: reader.extend(context, MESSAGES))
+
+
 def test_what_is_not_a_context(star: StarLLM) -> None:
     for call in (star.generate, star.logits, star.extend):
         refused(InvalidInputError, "not an encoded context: str; call encode first", call=lambda c=call: c("a", [5]))
@@ -316,6 +322,10 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
     [
         ("tempratur", "unknown word 'tempratur'; did you mean 'temperature'. It takes those of transformers'"),
         ("qqqq", "unknown word 'qqqq'; it takes those of transformers' GenerationConfig"),
+        (
+            "generation_config",
+            "takes no 'generation_config' here; the model's own is used already: give what is to differ",
+        ),
         ("use_cache", "takes no 'use_cache' here; the encoded context is the cache"),
         ("cache_implementation", "takes no 'cache_implementation' here"),
         ("max_length", "max_length counts the context too; use max_new_tokens"),

@@ -24,6 +24,7 @@ from star_attention import saved
 from star_attention.cli import answers, app, docs
 from star_attention.cli.notes import seconds
 from star_attention.config import MAX_NEW_TOKENS
+from star_attention.hf.load import load_tokenizer
 from tests.engines import BUNDLED
 
 NOISE = "The hill is tall and the road is long.\nA cold wind comes down from the north.\nThere is bread on the table.\n"
@@ -408,6 +409,21 @@ def test_broken_models_and_empty_texts(texts: Path, tmp_path: Path) -> None:
     assert "has no queries" in failed("generate", *MODEL, texts / "book.txt", "--query-file", tmp_path / "blank")
 
 
+def test_models_without_tokenizer_or_template(texts: Path, tmp_path: Path) -> None:
+    """With remedies of the command line, not of Python."""
+    for file in (BUNDLED / "config.json", *BUNDLED.glob("model*")):
+        (tmp_path / file.name).symlink_to(file)
+    bare = ["-m", tmp_path, "--dtype", "float32", "--query", QUESTION]
+    says = f"the model at {tmp_path} has no tokenizer, which texts need; copy its files"
+    assert says in failed("generate", *bare, texts / "book.txt")
+    assert says in failed("ask", *bare, texts / "book.star")
+    tokenizer = load_tokenizer(BUNDLED)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    line = failed("generate", *bare, texts / "book.txt", "--chat")
+    assert line == "error: this model has no chat template; leave out --chat"
+
+
 def test_a_context_beyond_the_models_positions(tmp_path: Path, texts: Path) -> None:
     (tmp_path / "long.txt").write_text("a 1 " * 33000)
     line = failed("encode", *MODEL, tmp_path / "long.txt", "-o", tmp_path / "long.star")
@@ -423,7 +439,10 @@ def test_saved_contexts_that_do_not_fit(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "short.star").write_bytes(whole[: len(whole) // 2])
     assert "short.star cannot be read as a saved context" in failed(*ask, tmp_path / "short.star")
     line = failed("ask", "-m", BUNDLED, "--dtype", "bfloat16", texts / "book.star", "--query", QUESTION)
-    assert "its dtype is torch.float32, this model's is torch.bfloat16" in line
+    assert (
+        "its dtype is torch.float32, this model's is torch.bfloat16; load the model in float32 (dtype=, or --dtype)"
+        in line
+    )
 
 
 def test_misuse_is_status_2(texts: Path) -> None:

@@ -387,7 +387,8 @@ def test_a_mismatch_is_refused_by_the_field_that_differs(
     with pytest.raises(ContextMismatchError, match=rf"a\.star does not fit: its {field} is .*, this model's is") as no:
         other().load_context(path)
     assert no.value.field == field
-    assert "load the model that encoded it, or encode the context again" in str(no.value)
+    remedy = "load the model in float32 (dtype=, or --dtype)" if field == "dtype" else "load the model that encoded it"
+    assert f"; {remedy}, or encode the context again" in str(no.value)
     use(path, mine)
 
 

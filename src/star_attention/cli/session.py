@@ -12,7 +12,7 @@ from star_attention.cli.command import ranks
 from star_attention.cli.notes import Notes, in_bytes
 from star_attention.cli.options import ContextOptions, ModelOptions
 from star_attention.config import StarConfig, check_device, check_dtype
-from star_attention.errors import ContextSaveError
+from star_attention.errors import ContextSaveError, InvalidInputError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from star_attention.context import EncodedContext
@@ -51,7 +51,7 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
 def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> StarLLM:
     if context.method in ("dense", "ring") and (context.block_size, context.anchor_size) != (None, None):
         warnings.warn(f"--block-size and --anchor-size have no effect on {context.method} attention", stacklevel=2)
-    return load(
+    star = load(
         model,
         notes,
         block_size=context.block_size,
@@ -62,6 +62,15 @@ def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> Star
         kv_dtype=context.kv_dtype,
         kv_device=context.kv_device,
     )
+    _check_tokenizer(star, model)
+    return star
+
+
+def _check_tokenizer(star: StarLLM, model: ModelOptions) -> None:
+    if star.tokenizer is None:
+        raise ModelNotFoundError(
+            f"the model at {model.model} has no tokenizer, which texts need; copy its files (tokenizer.json and the like) there"
+        )
 
 
 def encode_text(
@@ -78,7 +87,10 @@ def encode_text(
     What queries and the words of `generate` would be refused for is said before.
     """
     content: Any = text
-    if not chat and getattr(star.tokenizer, "chat_template", None):
+    has_template = bool(getattr(star.tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise InvalidInputError("this model has no chat template; leave out --chat")
+    if not chat and has_template:
         notes.say("the text goes in as it is; this model has a chat template, which --chat uses")
     if chat:
         from star_attention.hf.chat import user_message
@@ -127,4 +139,5 @@ def load_saved(model: ModelOptions, path: str, notes: Notes) -> tuple[StarLLM, E
     if model.dtype == "auto":
         model = replace(model, dtype=header["identity"]["dtype"].removeprefix("torch."))
     star = load(model, notes, method=header["method"])
+    _check_tokenizer(star, model)
     return star, star.load_context(path)

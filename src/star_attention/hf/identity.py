@@ -107,10 +107,13 @@ def check(file: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     found = difference(theirs, ours)
     if found is not None:
         field, other, mine = found
+        remedy = "load the model that encoded it"
+        if field == "dtype":
+            remedy = f"load the model in {other.removeprefix('torch.')} (dtype=, or --dtype)"
         raise ContextMismatchError(
             field,
             f"{file} does not fit: its {field} is {other}, this model's is {mine};"
-            " load the model that encoded it, or encode the context again",
+            f" {remedy}, or encode the context again",
         )
 
 
