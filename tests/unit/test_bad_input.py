@@ -6,6 +6,7 @@ Files that cannot be saved or loaded are in test_saved.py, text files in test_cl
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer
 
 from star_attention import EncodedContext, StarLLM, supported
 from star_attention.errors import (
@@ -30,6 +32,8 @@ from star_attention.errors import (
     UnknownOptionError,
     UnsupportedModelError,
 )
+from star_attention.hf.load import load_tokenizer
+from star_attention.hf.text import context_ids, query_ids
 from tests.engines import BUNDLED, bundled_tokenizer, engine, ids, tiny
 from tests.families import FAMILIES, REFUSED, UNUSUAL, build
 
@@ -254,6 +258,23 @@ def test_a_context_beyond_the_positions(star: StarLLM) -> None:
     refused(ContextLengthError, says, call=lambda: star.encode(ids(513)))
     refused(ContextLengthError, says, call=lambda: star.encode([ids(20), ids(513)]))
     assert len(star.encode(ids(512))) == 512
+
+
+@pytest.mark.parametrize("make", [lambda: load_tokenizer(BUNDLED), ByT5Tokenizer], ids=["fast", "slow"])
+def test_the_tokenizer_does_not_speak_of_length(make: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Forbids transformers' own line, of "indexing errors", in front of our error."""
+    tokenizer = make()
+    tokenizer.model_max_length = 5
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(context_ids(tokenizer, "x y " * 9)) > 5
+        assert len(query_ids(tokenizer, "x y " * 9)) > 5
+        assert caplog.messages == []
+        tokenizer("x y " * 9)
+        assert "Token indices sequence length is longer" in caplog.text, "the probe sees it"
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_query_and_answer_beyond_the_positions(star: StarLLM) -> None:

@@ -63,7 +63,7 @@ def test_a_tokenizer_whose_lines_do_not_add_up_is_not_given_more() -> None:
     class Greedy:
         bos_token_id, eos_token_id, eos_token = None, None, None
 
-        def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
             count = len(text.split()) + 2 * max(0, text.count("\n") - 1)
             return type("Encoding", (), {"input_ids": list(range(3, 3 + count))})
 

@@ -601,7 +601,7 @@ class Letters:
 
     bos_token_id, eos_token_id = 0, None
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[0] * add_special_tokens + [1] * len(text))
 
 

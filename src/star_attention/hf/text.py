@@ -13,7 +13,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 def context_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a context: the tokenizer's defaults, so that BOS stands where the model expects it, once, and no EOS ends it."""
-    ids: list[int] = tokenizer(text).input_ids
+    ids: list[int] = tokenizer(text, verbose=False).input_ids  # (what is too long is said by us)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]  # the text brought its own
@@ -24,7 +24,7 @@ def context_ids(tokenizer: Any, text: str) -> list[int]:
 
 def query_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of what follows a context: no special tokens are added."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 
 
