@@ -123,7 +123,7 @@ class EncodedContext:
             saved.write(path, header | {"segments": self.kv.segments}, self._tensors())
             return
         with self.comm.call("save"):
-            place: str = self.comm.decide(lambda: os.fspath(path))
+            place: str = self.comm.decide(lambda: str(saved.as_path(path)))
             saved.write_shared(place, header, self.kv.segments, self._tensors(), self.comm)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import os
 import warnings
 import weakref
@@ -10,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Never
 
 import torch
 import transformers
@@ -24,7 +26,14 @@ from star_attention.answering import AnswerSettings, FollowedRun, Run, Stream
 from star_attention.clock import Clock
 from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
 from star_attention.context import EncodedContext, RankStats
-from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError, UnsupportedModelError
+from star_attention.errors import (
+    ContextLengthError,
+    InvalidInputError,
+    RankError,
+    TokenError,
+    UnknownOptionError,
+    UnsupportedModelError,
+)
 from star_attention.hf import chat, identity, load, support, tensor, text
 from star_attention.hf.handle import ModelHandle
 from star_attention.plan import RING_LAYOUTS, BlockPlan, Segments
@@ -32,6 +41,12 @@ from star_attention.saved import SavedContext
 from star_attention.store import ContextKV, Keeping, Kept, LayerKV, as_tensor_ids
 from star_attention.wire import Traffic
 from star_attention.world import END
+
+_INSTEAD = {
+    "torch_dtype": "use dtype=",
+    "tokenizer": "it is loaded with the model; to use another, set the engine's tokenizer",
+    "device_map": "use device=, or to spread the layers model_kwargs={'device_map': 'auto'}",
+}
 
 TextOrIds = str | Sequence[int] | Tensor
 Content = TextOrIds | Sequence[chat.Message]
@@ -165,6 +180,7 @@ class StarLLM:
         kv_dtype: str | None = None,
         kv_device: str | None = None,
         compile: bool | None = None,
+        **unknown: Never,
     ) -> StarLLM:
         """Load a model and its tokenizer from a folder or a hub id.
 
@@ -174,8 +190,18 @@ class StarLLM:
             the context is shared out over the hosts. It divides the number of ranks.
         model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config, device_map, ...).
 
-        Raises `ModelNotFoundError` and, before any weight is read, `UnsupportedModelError` and `SizeError`.
+        Raises `ModelNotFoundError` and, before any weight is read, `UnsupportedModelError` and `SizeError`; for words other than
+        these `UnknownOptionError`.
         """
+        for word in unknown:
+            known = [name for name in inspect.signature(cls.from_pretrained).parameters if name != "unknown"]
+            near = difflib.get_close_matches(word, known, n=1)
+            instead = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"words of transformers go into model_kwargs={{{word!r}: ...}}"
+            )
+            raise UnknownOptionError(f"from_pretrained() takes no {word!r} here; {_INSTEAD.get(word, instead)}")
         sizes: dict[str, Any] = dict(block_size=block_size, anchor_size=anchor_size, method=method)
         sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens)
         sizes |= dict(anchor_source=anchor_source, ring_layout=ring_layout, kv_dtype=kv_dtype, kv_device=kv_device)
@@ -203,6 +229,16 @@ class StarLLM:
         with comm.call("loading the model"):
             comm.all_fine(failure)
         return cls(*loaded, comm=comm, compile=compile, **sizes)
+
+    def __repr__(self) -> str:
+        """`StarLLM(llama, star, block_size=1024, cpu, float32)`: sizes that are left to the rule are left out."""
+        config = self.config
+        sizes = [
+            f"{name}={size}" for name in ("block_size", "anchor_size") if (size := getattr(config, name)) is not None
+        ]
+        place = [str(self.device), str(self._handle.dtype).removeprefix("torch.")]
+        ranks = [f"rank {self.rank} of {self.num_ranks}"] if self.num_ranks > 1 else []
+        return f"StarLLM({', '.join([self._handle.config.model_type, config.method, *sizes, *place, *ranks])})"
 
     @property
     def device(self) -> torch.device:
@@ -583,8 +619,9 @@ class StarLLM:
             is one; it is not part of the result.
         logits_processor, stopping_criteria: transformers' lists.
         generation: other words of `GenerationConfig` about search and sampling (do_sample, temperature, top_p, num_beams,
-            ...), over the model's own defaults. With num_return_sequences above 1 each query gives a list.
-            `temperature=0` is greedy.
+            ...), over the model's own defaults. With num_return_sequences above 1 each query gives a list. A word about
+            sampling alone (temperature=0.7, top_p, top_k, ...) switches sampling on, where transformers would ignore it without
+            do_sample=True; `temperature=0` is greedy.
 
         The context is left as it was. Raises `UnknownOptionError` for an unknown word, `TokenError` for an empty query,
         `ContextLengthError` where context, query and answer exceed the positions.

@@ -14,7 +14,7 @@
     │   ├── ContextNotFoundError (also FileNotFoundError)    there is none
     │   └── ContextSaveError (also OSError)   could not be written; what was there before is untouched
     ├── RankError (also RuntimeError)         another rank died, hangs or failed, or the network between them is cut
-    ├── UnknownOptionError (also TypeError)   a word that `generate` does not take, with the one that may have been meant
+    ├── UnknownOptionError (also TypeError)   a word that `generate` or `from_pretrained` does not take, with what may be meant
     └── OutOfMemoryError (also MemoryError)   says which size to lower
 
 Other wrong argument names are a `TypeError`, as for any Python call.
@@ -94,7 +94,7 @@ class ContextSaveError(ContextFileError, OSError):
 
 
 class UnknownOptionError(StarAttentionError, TypeError):
-    """A word that `generate` does not take."""
+    """A word that `generate` or `from_pretrained` does not take."""
 
 
 class OutOfMemoryError(StarAttentionError, MemoryError):

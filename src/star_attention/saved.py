@@ -57,8 +57,24 @@ def check_target(target: Path, *, as_folder: bool) -> None:
         )
     if not target.parent.is_dir():
         raise ContextSaveError(
-            f"cannot save the context to {target}: the folder {target.parent} does not exist; create it first"
+            f"cannot save the context to {target}: the folder {target.parent} does not exist; {_home(target) or 'create it first'}"
         )
+
+
+def as_path(path: Any) -> Path:
+    """Raises `ContextSaveError` for what is no path."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise ContextSaveError(
+            f"cannot save the context to {path!r}: it is no path, but of type {type(path).__name__}; give a text or a pathlib.Path"
+        ) from None
+
+
+def _home(path: Path) -> str:
+    """What helps with a name that a shell would have changed; "" for others."""
+    is_tilde = len(path.parts) > 1 and path.parts[0].startswith("~")
+    return "~ is not expanded here: write the folder out (in Python: os.path.expanduser)" if is_tilde else ""
 
 
 def is_saved(path: Path) -> bool:
@@ -82,7 +98,7 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
 
     Raises `ContextSaveError` with the system's reason.
     """
-    target = Path(path)
+    target = as_path(path)
     temporary: str | None = None
     try:
         check_target(target, as_folder=False)
@@ -282,7 +298,8 @@ class SavedFile:
         try:
             if not self.path.exists():
                 raise ContextNotFoundError(
-                    f"there is no saved context at {self.path}; check the path, or encode and save it first"
+                    f"there is no saved context at {self.path};"
+                    f" {_home(self.path) or 'check the path, or encode and save it first'}"
                 )
             if self.path.is_dir():
                 raise CorruptContextError(f"{self.path} is a folder; give the file of a saved context")

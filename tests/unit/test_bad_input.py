@@ -218,6 +218,30 @@ def test_unknown_settings_are_type_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("torch_dtype", "takes no 'torch_dtype' here; use dtype="),
+        ("device_map", "takes no 'device_map' here; use device=, or to spread the layers model_kwargs="),
+        ("tokenizer", "it is loaded with the model; to use another, set the engine's tokenizer"),
+        ("blocksize", "takes no 'blocksize' here; did you mean 'block_size'?"),
+        ("revision", "words of transformers go into model_kwargs={'revision': ...}"),
+        ("unknown", "words of transformers go into model_kwargs="),
+    ],
+)
+def test_words_that_from_pretrained_does_not_take(word: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError) as raised:
+        StarLLM.from_pretrained(tmp_path, **{word: 1})
+    assert isinstance(raised.value, UnknownOptionError)
+    assert says in str(raised.value)
+
+
+def test_an_engine_says_what_it_is() -> None:
+    assert repr(engine("llama")) == "StarLLM(llama, star, cpu, float32)"
+    sized = engine("llama", block_size="4k", anchor_size=12, method="dense")
+    assert repr(sized) == "StarLLM(llama, dense, block_size=4096, anchor_size=12, cpu, float32)"
+
+
+@pytest.mark.parametrize(
     ("environment", "says"),
     [
         ({"WORLD_SIZE": "2"}, "the environment lacks RANK, MASTER_ADDR, MASTER_PORT"),

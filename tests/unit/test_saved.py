@@ -172,6 +172,21 @@ def test_a_place_that_cannot_be_written(target: str, path: Path, context: Encode
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("target", [5, None, ["a.star"]])
+def test_what_is_no_path(target: Any, context: EncodedContext) -> None:
+    with pytest.raises(ContextSaveError, match=r"it is no path, but of type .*; give a text or a pathlib.Path"):
+        context.save(target)
+
+
+def test_a_home_is_not_expanded_and_it_says_so(context: EncodedContext) -> None:
+    """As everywhere in Python; forbids the advice to create a folder `~`."""
+    says = "; ~ is not expanded here: write the folder out"
+    with pytest.raises(ContextSaveError, match=f"the folder ~ does not exist{says}"):
+        context.save("~/nowhere.star")
+    with pytest.raises(ContextNotFoundError, match=f"no saved context at ~/nowhere.star{says}"):
+        engine("llama").load_context("~/nowhere.star")
+
+
 def test_a_long_name_is_no_hindrance(tmp_path: Path, context: EncodedContext) -> None:
     """Forbids a temporary name that is longer than the name that was asked for."""
     context.save(tmp_path / ("x" * 255))
