@@ -56,6 +56,11 @@ def format_size(tokens: int) -> str:
     return f"{tokens:,}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 block`, `2,048 blocks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def default_block_size(context_tokens: int) -> int:
     """The paper's rule: the smallest power of two that is at least a quarter of the context, within 1024..32768.
 
@@ -257,9 +262,8 @@ class BlockPlan:
 
     def __str__(self) -> str:
         head = (
-            f"context {self.context_tokens:,} tok, {self.num_blocks} block{'s' * (self.num_blocks > 1)} x "
-            f"{format_size(self.block_size)}, anchor {format_size(self.anchor_size)}, "
-            f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+            f"context {self.context_tokens:,} tok, {counted(self.num_blocks, 'block')} x {format_size(self.block_size)},"
+            f" anchor {format_size(self.anchor_size)}, {counted(self.ranks, 'rank')}"
         )
         return head + "\n" + self.draw()
 

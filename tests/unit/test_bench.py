@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from star_attention import StarLLM, cost
-from star_attention.bench import decode, plots, prefill, questions, startup, subject
+from star_attention.bench import decode, machine, plots, prefill, questions, startup, subject
 from star_attention.bench.baselines import official_encode, stock_prefill
 from star_attention.cli import app
 from star_attention.errors import InvalidInputError, StarAttentionError
@@ -84,6 +84,12 @@ def test_what_cannot_be_measured(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert done.exit_code == 1
     assert message in done.stderr
+
+
+def test_one_thread_is_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, told in ((1, "CPU, 1 thread ("), (2, "CPU, 2 threads (")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert machine.hardware(torch.device("cpu")).startswith(told)
 
 
 # ------------------------------------------------------------------ baselines compute what they are said to

@@ -310,6 +310,8 @@ def test_plan_warns_of_what_would_not_run(bare_config: Path) -> None:
     err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err
     assert "warning: context, query and answer need 65,856 positions, the model has 65,536" in err
     assert "warning: 4 of 8 ranks are idle: the context has 4 blocks; lower --block-size or --ranks\n" in err
+    err = ok("plan", "-m", bare_config, "--context", "1k", "--ranks", "2").err
+    assert err == "warning: 1 of 2 ranks is idle: the context has 1 block; lower --block-size or --ranks\n"
 
 
 def test_plan_names_a_model_that_cannot_run(bare_config: Path) -> None:

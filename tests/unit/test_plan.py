@@ -11,7 +11,7 @@ from hypothesis import given
 
 from star_attention import StarConfig
 from star_attention.errors import SizeError, TokenError
-from star_attention.plan import BlockPlan, default_block_size, format_size, parse_size, resolve_sizes
+from star_attention.plan import BlockPlan, counted, default_block_size, format_size, parse_size, resolve_sizes
 
 K, M = 1024, 1024**2
 PLANS = st.builds(
@@ -265,3 +265,13 @@ def test_a_printed_plan_names_its_sizes() -> None:
     assert str(plan).splitlines()[0] == "context 131,072 tok, 8 blocks x 16k, anchor 16k, 2 ranks"
     assert str(BlockPlan.dense(5)).splitlines()[0] == "context 5 tok, 1 block x 5, anchor 0, 1 rank"
     assert plan.draw() in str(plan)
+
+
+def test_one_is_no_plural() -> None:
+    """Forbids `1 blocks`."""
+    assert [counted(number, "block") for number in (0, 1, 2, 2000)] == [
+        "0 blocks",
+        "1 block",
+        "2 blocks",
+        "2,000 blocks",
+    ]

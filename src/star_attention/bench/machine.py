@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from star_attention import __version__
+from star_attention.plan import counted
 
 Progress = Callable[[str], None]
 """Told what is measured next."""
@@ -112,7 +113,7 @@ def command() -> str:
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} ({platform.machine()})"
 
 
 def _version(package: str) -> str | None:

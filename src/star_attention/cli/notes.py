@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.command import leads, say
-from star_attention.plan import BlockPlan, Span, format_size
+from star_attention.plan import BlockPlan, Span, counted, format_size
 
 if TYPE_CHECKING:
     from star_attention.answering import Generation
@@ -153,9 +153,9 @@ def context_summary(context: EncodedContext) -> str:
     if context.method in ("dense", "ring"):
         return head + context.method
     if context.method == "streaming_llm":
-        return head + f"{plan.anchor_size:,} sinks, window {format_size(plan.block_size)}"
-    blocks = "1 block" if plan.num_blocks == 1 else f"{plan.num_blocks} blocks"
-    return head + f"{blocks} x {format_size(plan.block_size)}, anchor {format_size(plan.anchor_size)}"
+        return head + f"{counted(plan.anchor_size, 'sink')}, window {format_size(plan.block_size)}"
+    blocks = f"{counted(plan.num_blocks, 'block')} x {format_size(plan.block_size)}"
+    return head + f"{blocks}, anchor {format_size(plan.anchor_size)}"
 
 
 def answer_summary(reply: Generation) -> str:

@@ -12,7 +12,7 @@ from star_attention.config import ANCHOR_SOURCES, StarConfig
 from star_attention.cost import Flops
 from star_attention.hf import load, rope, tensor
 from star_attention.hf.shape import model_shape
-from star_attention.plan import BlockPlan, format_size
+from star_attention.plan import BlockPlan, counted, format_size
 
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 
@@ -90,8 +90,8 @@ class Report:
         idle = self.plan.ranks - self.plan.num_blocks
         if idle > 0:
             warnings.warn(
-                f"{idle} of {self.plan.ranks} ranks are idle: the context has {self.plan.num_blocks:,}"
-                f" {'block' if self.plan.num_blocks == 1 else 'blocks'}; lower --block-size or --ranks",
+                f"{idle} of {self.plan.ranks} ranks {'is' if idle == 1 else 'are'} idle: the context has"
+                f" {counted(self.plan.num_blocks, 'block')}; lower --block-size or --ranks",
                 stacklevel=2,
             )
 
@@ -145,9 +145,10 @@ class Report:
         windowed = sum(call.window is not None for call in shape.attention)
         lines = [
             f"model {self.model} ({shape.name}): {shape.parameters:,} parameters of {shape.bytes_per_number} bytes,"
-            f" {shape.layers} layers{f', {windowed} with a sliding window' if windowed else ''}",
-            f"attention {widest.heads} query heads, {widest.kv_heads} key heads, key size {widest.k_head_size},"
-            f" value size {widest.v_head_size}; {self.kept_bytes:,} bytes of keys and values a token",
+            f" {counted(shape.layers, 'layer')}{f', {windowed} with a sliding window' if windowed else ''}",
+            f"attention {counted(widest.heads, 'query head')}, {counted(widest.kv_heads, 'key head')},"
+            f" key size {widest.k_head_size}, value size {widest.v_head_size};"
+            f" {self.kept_bytes:,} bytes of keys and values a token",
         ]
         return "\n".join(lines)
 
@@ -190,16 +191,31 @@ class Report:
 
     def _wire(self) -> str:
         rows: list[tuple[str, ...]] = [
-            ("phase 1", in_bytes(self.wire1.bytes), f"{self.wire1.calls:,} collectives", "the anchor to every rank"),
-            ("  ring attention", in_bytes(self.ring.bytes), f"{self.ring.calls:,} collectives", "for comparison"),
-            ("phase 2", in_bytes(self.wire2.bytes), f"{self.wire2.calls:,} collectives", "states of all answers"),
+            (
+                "phase 1",
+                in_bytes(self.wire1.bytes),
+                counted(self.wire1.calls, "collective"),
+                "the anchor to every rank",
+            ),
+            ("  ring attention", in_bytes(self.ring.bytes), counted(self.ring.calls, "collective"), "for comparison"),
+            ("phase 2", in_bytes(self.wire2.bytes), counted(self.wire2.calls, "collective"), "states of all answers"),
             ("  an answer token", in_bytes(self._token_bytes()), "", ""),
         ]
         if self.tensor_parallel > 1:
             sums = "sums within hosts"
             rows += [
-                ("phase 1, within hosts", in_bytes(self.within1.bytes), f"{self.within1.calls:,} collectives", sums),
-                ("phase 2, within hosts", in_bytes(self.within2.bytes), f"{self.within2.calls:,} collectives", sums),
+                (
+                    "phase 1, within hosts",
+                    in_bytes(self.within1.bytes),
+                    counted(self.within1.calls, "collective"),
+                    sums,
+                ),
+                (
+                    "phase 2, within hosts",
+                    in_bytes(self.within2.bytes),
+                    counted(self.within2.calls, "collective"),
+                    sums,
+                ),
             ]
         return "on the wire, all ranks together\n" + table(rows)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from star_attention.demo import heatmap, page
 from star_attention.demo.result import DENSE, SMALL, STAR, DemoResult, Row, band_name
-from star_attention.plan import format_size
+from star_attention.plan import counted, format_size
 
 PAPER_LOSS = "25 to 40 points"
 """Accuracy that the paper's models lose without an anchor, at 128K and 64K (arXiv 2411.17116, ablation of the anchor)."""
@@ -140,7 +140,7 @@ def caption(result: DemoResult) -> str:
         for tenth in result.bands
     }
     least, most = min(asked), max(asked)
-    questions = f"{least} question{'s' * (least > 1)}" if least == most else f"{least} to {most} questions"
+    questions = counted(least, "question") if least == most else f"{least} to {most} questions"
     return f"Each cell is the share of {questions} answered; star has blocks of a quarter of the length, an anchor as large."
 
 
