@@ -138,6 +138,16 @@ def test_a_haystack_that_cannot_be_is_refused(tokens: int, facts: int, message: 
         build_haystack(bundled_tokenizer(), tokens, facts=facts)
 
 
+@pytest.mark.parametrize("facts", [5, 30])
+def test_the_length_asked_for_is_long_enough(facts: int) -> None:
+    """Forbids a minimum that another length, with other facts, does not keep to."""
+    with pytest.raises(SizeError, match=r"leave no room") as refused:
+        build_haystack(bundled_tokenizer(), 100, facts=facts)
+    least = int(str(refused.value).rpartition("give at least ")[2].replace(",", ""))
+    for tokens in range(least, least + 8):
+        assert build_haystack(bundled_tokenizer(), tokens, facts=facts, seed=tokens).tokens <= tokens
+
+
 def test_a_python_without_the_text_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     prose_lines.cache_clear()
@@ -217,6 +227,17 @@ def test_the_heat_map_puts_each_score_in_its_cell() -> None:
     cells = {(row, column): accuracy for row, column, accuracy in heatmap.cells(result(), STAR)}
     assert [cells[row, 0] for row in range(10)] == [1.0] * 5 + [0.0] * 5
     assert [cells[row, 1] for row in range(10)] == [1.0] * 10
+
+
+@pytest.mark.parametrize("lengths", [[2048], [1024, 2048], [512, 1024, 2048, 4096]])
+def test_titles_do_not_overlap(lengths: list[int]) -> None:
+    """Forbids panels narrower than their titles, as those of one length were."""
+    pytest.importorskip("matplotlib")
+    made = dataclasses.replace(result(), trials=tuple(trial(mode, one) for mode in MODES for one in lengths))
+    figure = heatmap.drawn(made, report.caption(made))
+    figure.draw_without_rendering()
+    left, right = (axis.title.get_window_extent() for axis in figure.axes)
+    assert left.x1 + 5 < right.x0
 
 
 @pytest.mark.parametrize("facts", [10, 20, 30])

@@ -14,6 +14,9 @@ from star_attention.plan import format_size
 MISSED, HALF, FOUND = (0xC8, 0x5A, 0x11), (0xF1, 0xEC, 0xE2), (0x1F, 0x5F, 0x9E)
 """Orange, near white, blue: told apart by every common form of colour blindness, and in grey by the printed numbers."""
 
+_TITLE_WIDTH = 2.5
+"""Inches of a panel that its title fits into."""
+
 PANELS = ((DENSE, "Dense attention"), (STAR, "Star Attention"))
 
 
@@ -56,15 +59,19 @@ def cells(result: DemoResult, mode: str) -> list[tuple[int, int, float]]:
 
 def write_png(result: DemoResult, path: Path, caption: str) -> None:
     """Both panels, with the caption underneath. Raises `MissingPackageError` and `OSError`."""
+    drawn(result, caption).savefig(path, facecolor="white", bbox_inches="tight", pad_inches=0.2)
+
+
+def drawn(result: DemoResult, caption: str) -> Any:
+    """The same as a figure."""
     require_matplotlib()
     # Figure and not pyplot: no global state, no windows, whatever backend is configured.
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     lengths, bands = result.lengths, result.bands
-    figure = Figure(
-        figsize=(2.6 + 2 * (0.9 + 0.75 * len(lengths)), 1.9 + 0.36 * len(bands)), dpi=160, layout="constrained"
-    )
+    panel = max(0.9 + 0.75 * len(lengths), _TITLE_WIDTH)
+    figure = Figure(figsize=(2.6 + 2 * panel, 1.9 + 0.36 * len(bands)), dpi=160, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (mode, title) in zip(axes, PANELS, strict=True):
         for row, column, accuracy in cells(result, mode):
@@ -80,7 +87,7 @@ def write_png(result: DemoResult, path: Path, caption: str) -> None:
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("depth of the fact in the text")
     figure.supxlabel(caption, fontsize=8.5, color="#444444")
-    figure.savefig(path, facecolor="white", bbox_inches="tight", pad_inches=0.2)
+    return figure
 
 
 def svg(result: DemoResult, mode: str, title: str) -> str:
