@@ -148,7 +148,9 @@ class BlockPlan:
 
     def __post_init__(self) -> None:
         if self.context_tokens < 1:
-            raise TokenError("the context is empty (0 tokens); Star Attention needs at least 1 token of context")
+            raise TokenError(
+                f"the context is empty ({self.context_tokens:,} tokens); Star Attention needs at least 1 token of context"
+            )
         if self.ranks < 1:
             raise SizeError(f"ranks {self.ranks} is below 1; give the number of processes")
         resolve_sizes(self.context_tokens, self.block_size, self.anchor_size)

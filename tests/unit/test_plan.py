@@ -150,7 +150,7 @@ def test_sizes_at_their_limits_work() -> None:
 
 @pytest.mark.parametrize("tokens", [0, -3])
 def test_an_empty_context(tokens: int) -> None:
-    with pytest.raises(TokenError, match=r"the context is empty .* at least 1 token"):
+    with pytest.raises(TokenError, match=rf"the context is empty \({tokens} tokens\); .* at least 1 token"):
         BlockPlan.resolve(tokens)
 
 

@@ -135,7 +135,10 @@ def test_hardware_that_cannot_be(text: str, message: str) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("config")
-    LlamaConfig(**SHAPES["llama-3.1-8b"], architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(folder)
+    settings: dict[str, Any] = dict(
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", max_position_embeddings=1 << 20
+    )
+    LlamaConfig(**SHAPES["llama-3.1-8b"], **settings).save_pretrained(folder)
     return str(folder)
 
 
@@ -150,6 +153,16 @@ def test_a_row_for_each_length_and_number_of_ranks(model: str) -> None:
     rows = [line.split()[:3] for line in text.splitlines() if line.startswith("  ") and "16k" in line.split()[2:3]]
     assert rows == [[length, ranks, "16k"] for length in ("128k", "256k", "512k") for ranks in ("1", "8")]
     assert "link 40 GB/s" in text
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_beyond_the_models_positions_is_said_once(model: str) -> None:
+    arguments = ["plan", "-m", model, "--hardware", "h200-ib", "--ranks", "1,8", "--context"]
+    assert CliRunner().invoke(app, [*arguments, "512k"]).stderr == ""
+    (line,) = CliRunner().invoke(app, [*arguments, "512k..2m"]).stderr.splitlines()
+    assert line == (
+        "warning: context, query and answer need 2,097,472 positions, the model has 1,048,576: encoding would be refused"
+    )
 
 
 def test_json_and_the_rule_of_a_quarter(model: str) -> None:
@@ -176,7 +189,11 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
     [
         (["--context", "1m..128k", "--hardware", "h200-ib"], 1, "context '1m..128k' ends before it begins"),
         (["--context", "1m", "--hardware", "h200-ib", "--ranks", "many"], 1, "ranks 'many' is not a number of ranks"),
-        (["--context", "1m", "--ranks", "1..8"], 2, "'1..8' is not a number above 0"),
+        (["--context", "0..8k", "--hardware", "h200-ib"], 1, "context 0 is below 1; give a positive number of tokens"),
+        (["--context", "1m", "--ranks", "1..8"], 2, "'1..8' is not a number above 0 (several need --hardware)"),
+        (["--context", "8k,16k"], 2, "--context: '8k,16k' is several lengths, which need --hardware"),
+        (["--context", "8k..16k"], 2, "--context: '8k..16k' is several lengths, which need --hardware"),
+        (["--context", "8k", "--block-size", "quarter"], 2, "--block-size: 'quarter' needs --hardware"),
         (["--context", "1m", "--calibrate", "x.json"], 2, "it needs --hardware"),
     ],
 )

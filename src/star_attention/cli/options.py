@@ -18,7 +18,11 @@ from star_attention.config import (
     StarConfig,
     check_max_new_tokens,
 )
+from star_attention.errors import InvalidInputError, SizeError
 from star_attention.plan import format_size, parse_size
+
+QUARTER = "quarter"
+"""What `plan --hardware` takes for a block size: the quickest from a quarter of the context on."""
 
 
 def option(help: str, *names: str, panel: str, metavar: str | None = None, **more: Any) -> Any:
@@ -31,6 +35,37 @@ def _above_0(value: float | None) -> float | None:
     if value is not None and not value > 0:
         raise typer.BadParameter(f"{value:g} is not above 0")
     return value
+
+
+def sizes(text: str, name: str, *, of_ranks: bool = False) -> list[int]:
+    """`128k`, several with commas between, or a range of doublings: `128k..1m`.
+
+    Raises `InvalidInputError` for numbers below 1, and for a range that ends before it begins.
+    """
+
+    def one(part: str) -> int:
+        if not of_ranks:
+            size = parse_size(part, name)
+            if size < 1:
+                raise SizeError(f"{name} {size:,} is below 1; give a positive number of tokens")
+            return size
+        if not part.isdecimal() or int(part) < 1:
+            raise InvalidInputError(f"{name} {part!r} is not a number of ranks; write 8, or 1..1024")
+        return int(part)
+
+    found: list[int] = []
+    for part in text.split(","):
+        first, dots, last = part.strip().partition("..")
+        if not dots:
+            found.append(one(first))
+            continue
+        size, stop = one(first), one(last)
+        if stop < size:
+            raise InvalidInputError(f"{name} {part!r} ends before it begins")
+        while size <= stop:
+            found.append(size)
+            size *= 2
+    return found
 
 
 Files = Annotated[

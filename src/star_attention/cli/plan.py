@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from star_attention.cli.options import (
+    QUARTER,
     AnchorSize,
     AnchorSource,
     Dtype,
@@ -18,6 +19,7 @@ from star_attention.cli.options import (
     TensorParallel,
     TokensPerForward,
     option,
+    sizes,
 )
 from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, StarConfig
 from star_attention.plan import BlockPlan, parse_size
@@ -98,8 +100,9 @@ def plan(
             scale.report(
                 model,
                 hardware,
-                contexts=scale.sizes(context, "context"),
-                ranks=scale.sizes(ranks, "ranks", of_ranks=True),
+                contexts=sizes(context, "context"),
+                tail_tokens=query_tokens + answer_tokens,
+                ranks=sizes(ranks, "ranks", of_ranks=True),
                 block=block_size,
                 dtype=dtype,
                 tokens_per_forward=None
@@ -113,9 +116,17 @@ def plan(
         return
     if calibrate is not None:
         raise typer.BadParameter("it needs --hardware, whose other numbers it keeps", param_hint="--calibrate")
+    if "," in context or ".." in context:
+        raise typer.BadParameter(
+            f"{context!r} is several lengths, which need --hardware; give one", param_hint="--context"
+        )
+    if block_size == QUARTER:
+        raise typer.BadParameter(
+            "'quarter' needs --hardware, by whose times it chooses; give a size", param_hint="--block-size"
+        )
     if not ranks.isdecimal() or int(ranks) < 1:
-        raise typer.BadParameter(f"{ranks!r} is not a number above 0", param_hint="--ranks")
-    sizes = StarConfig.of(
+        raise typer.BadParameter(f"{ranks!r} is not a number above 0 (several need --hardware)", param_hint="--ranks")
+    settings = StarConfig.of(
         block_size=block_size,
         anchor_size=anchor_size,
         tokens_per_forward=tokens_per_forward,
@@ -123,7 +134,7 @@ def plan(
         kv_dtype=kv_dtype,
         kv_device=kv_device,
     )
-    blocks = sizes.plan(parse_size(context, "context"), int(ranks))
+    blocks = settings.plan(parse_size(context, "context"), int(ranks))
 
     from star_attention.cli.report import Report
 
@@ -131,13 +142,13 @@ def plan(
         model,
         blocks,
         dtype=dtype,
-        tokens_per_forward=sizes.tokens_per_forward,
+        tokens_per_forward=settings.tokens_per_forward,
         queries=queries,
         query_tokens=query_tokens,
         answer_tokens=answer_tokens,
-        anchor_source=sizes.anchor_source,
+        anchor_source=settings.anchor_source,
         tensor_parallel=tensor_parallel,
-        kv_dtype=sizes.kv_dtype,
-        kv_device=sizes.kv_device,
+        kv_dtype=settings.kv_dtype,
+        kv_device=settings.kv_device,
     )
     print(json.dumps(report.as_dict()) if as_json else report.as_text())

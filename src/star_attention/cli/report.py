@@ -76,13 +76,7 @@ class Report:
         self._warn(config)
 
     def _warn(self, config: Any) -> None:
-        limit = rope.max_positions(config.get_text_config(decoder=True))
-        needed = self.plan.context_tokens + self.query_tokens + self.answer_tokens
-        if limit is not None and needed > limit:
-            warnings.warn(
-                f"context, query and answer need {needed:,} positions, the model has {limit:,}: encoding would be refused",
-                stacklevel=2,
-            )
+        warn_of_positions(config, self.plan.context_tokens + self.query_tokens + self.answer_tokens)
         if getattr(config, "quantization_config", None) is not None:
             warnings.warn(
                 "the checkpoint is quantized: its weights take less than the plain ones counted here", stacklevel=2
@@ -232,6 +226,16 @@ class Report:
             tokens_per_forward=self.tokens_per_forward,
             tensor_parallel=self.tensor_parallel,
         ).bytes
+
+
+def warn_of_positions(config: Any, needed: int) -> None:
+    """Where the longest context, with a query and its answer, is more than the model has positions for."""
+    limit = rope.max_positions(config.get_text_config(decoder=True))
+    if limit is not None and needed > limit:
+        warnings.warn(
+            f"context, query and answer need {needed:,} positions, the model has {limit:,}: encoding would be refused",
+            stacklevel=3,
+        )
 
 
 def _flops(flops: Flops) -> dict[str, int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from star_attention import scale
 from star_attention.cli.notes import in_bytes, table
+from star_attention.cli.options import QUARTER
+from star_attention.cli.report import warn_of_positions
 from star_attention.config import StarConfig
 from star_attention.cost import Flops, ModelShape
 from star_attention.errors import InvalidInputError
@@ -16,42 +18,13 @@ from star_attention.hf.shape import model_shape
 from star_attention.plan import default_block_size, format_size, parse_size
 from star_attention.scale import Estimate, Hardware
 
-_QUARTER = "quarter"
-
-
-def sizes(text: str, name: str, *, of_ranks: bool = False) -> list[int]:
-    """`128k`, several with commas between, or a range of doublings: `128k..1m`.
-
-    Raises `InvalidInputError` for a range that ends before it begins.
-    """
-
-    def one(part: str) -> int:
-        if not of_ranks:
-            return parse_size(part, name)
-        if not part.isdecimal() or int(part) < 1:
-            raise InvalidInputError(f"{name} {part!r} is not a number of ranks; write 8, or 1..1024")
-        return int(part)
-
-    found: list[int] = []
-    for part in text.split(","):
-        first, dots, last = part.strip().partition("..")
-        if not dots:
-            found.append(one(first))
-            continue
-        size, stop = one(first), one(last)
-        if stop < size:
-            raise InvalidInputError(f"{name} {part!r} ends before it begins")
-        while size <= stop:
-            found.append(size)
-            size *= 2
-    return found
-
 
 def report(
     model: str,
     hardware: str,
     *,
     contexts: list[int],
+    tail_tokens: int,
     ranks: list[int],
     block: str | None,
     dtype: str,
@@ -62,10 +35,11 @@ def report(
 ) -> str:
     """The estimates as a table for people, or as JSON; see `scale`.
 
-    block: a size, `quarter` (the quickest of blocks of a quarter of the context or more, the paper's rule for full accuracy), or
-    None for the paper's default.
+    tail_tokens: of a query and its answer. block: a size, `quarter` (the quickest of blocks of a quarter of the context or more,
+    the paper's rule for full accuracy), or None for the paper's default.
     """
-    shape = model_shape(load.load_config(model), dtype)
+    config = load.load_config(model)
+    shape = model_shape(config, dtype)
     on = scale.hardware(hardware)
     forward = StarConfig(tokens_per_forward=tokens_per_forward).forward_size("cuda")
     fit: list[dict[str, float]] = []
@@ -76,6 +50,7 @@ def report(
         for length in contexts
         for count in ranks
     ]
+    warn_of_positions(config, max(contexts) + tail_tokens)
     if as_json:
         rows = [{name: vars(one) | {"encode_s": one.encode_s} for name, one in schemes.items()} for schemes in found]
         return json.dumps({"model": model, "hardware": vars(on), "calibration": fit, "estimates": rows})
@@ -91,7 +66,7 @@ def _schemes(
     tokens_per_forward: int,
     kv_dtype: str | None,
 ) -> list[Estimate]:
-    if block == _QUARTER:
+    if block == QUARTER:
         best = scale.best_block(
             shape,
             on,
