@@ -113,10 +113,10 @@ def hardware(text: str) -> Hardware:
     return Hardware(name=text, **given)
 
 
-def calibrated(base: Hardware, samples: Sequence[tuple[Flops, float]]) -> Hardware:
-    """The same with the rates of measured seconds (`fitted`)."""
+def calibrated(base: Hardware, samples: Sequence[tuple[Flops, float]], bandwidth: float) -> Hardware:
+    """The same with the rates of measured seconds (`fitted`), and a measured bandwidth."""
     matrix, attention = fitted(samples)
-    return replace(base, matrix=matrix, attention=attention, name=f"{base.name}, calibrated")
+    return replace(base, matrix=matrix, attention=attention, bandwidth=bandwidth, name=f"{base.name}, calibrated")
 
 
 def fitted(samples: Sequence[tuple[Flops, float]]) -> tuple[float, float]:

@@ -230,7 +230,22 @@ def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
     files[1].write_text(json.dumps(other))
     with pytest.raises(InvalidInputError, match="draw them apart"):
         plots.of_files(files, tmp_path)
-    for text in ("{}", "no JSON", json.dumps(head | {"benchmark": "kernels", "rows": []})):
+    for text, message in (
+        ("{}", "is no JSON of `bench prefill` or `bench decode`$"),
+        ("no JSON", "is no JSON of `bench prefill` or `bench decode`$"),
+        (
+            json.dumps(head | {"benchmark": "prefill", "rows": [{}]}),
+            "is no JSON of `bench prefill` as this version writes it",
+        ),
+        (
+            json.dumps(head | {"benchmark": "kernels", "rows": []}),
+            "is the JSON of `bench kernels`; give that of `bench prefill` or",
+        ),
+    ):
         files[0].write_text(text)
-        with pytest.raises(InvalidInputError, match=r"a\.json"):
+        with pytest.raises(InvalidInputError, match=rf"a\.json {message}"):
             plots.of_files(files, tmp_path)
+    with pytest.raises(InvalidInputError, match=r"there is no file .*none\.json; give the JSON"):
+        plots.of_files([tmp_path / "none.json"], tmp_path)
+    with pytest.raises(InvalidInputError, match=r"is a folder; give the JSON of .* in it by name"):
+        plots.of_files([tmp_path], tmp_path)

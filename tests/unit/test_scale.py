@@ -100,11 +100,11 @@ def test_calibration_finds_the_rates() -> None:
         (Flops(linear=linear, attention=rest), linear / 7e14 + rest / 5e14)
         for linear, rest in ((10**15, 10**14), (2 * 10**15, 9 * 10**15))
     ]
-    found = scale.calibrated(H200, samples)
-    assert (found.matrix, found.attention) == pytest.approx((7e14, 5e14))
+    found = scale.calibrated(H200, samples, 4e12)
+    assert (found.matrix, found.attention, found.bandwidth) == pytest.approx((7e14, 5e14, 4e12))
     assert (found.link, found.name) == (H200.link, "h200-nvlink, calibrated")
     with pytest.raises(InvalidInputError, match="do not tell the rates"):
-        scale.calibrated(H200, samples[:1])
+        scale.calibrated(H200, samples[:1], 4e12)
 
 
 def test_hardware_by_name_and_by_number() -> None:
@@ -176,12 +176,28 @@ def test_json_and_the_rule_of_a_quarter(model: str) -> None:
 def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
     row = dict(method="dense", block=None, linear_flops=10**15, attention_flops=10**14)
     rows = [row | dict(context=16 * K, seconds=1.7), row | dict(context=64 * K, attention_flops=10**16, seconds=22.0)]
-    (tmp_path / "prefill.json").write_text(json.dumps({"rows": rows}))
+    file = tmp_path / "prefill.json"
+    measured = {"benchmark": "prefill", "ceilings": {"flops_per_s": 7e14, "bytes_per_s": 2.5e12}, "rows": rows}
+    file.write_text(json.dumps(measured))
     options = ["--hardware", "h200-ib", "--context", "64k", "--calibrate"]
-    text = plan(model, *options, str(tmp_path / "prefill.json"))
+    text = plan(model, *options, str(file))
     assert "h200-ib, calibrated" in text
     assert "predicted s" in text
-    assert "is no JSON of `bench prefill`" in plan(model, *options, str(tmp_path / "none.json"), status=1)
+    assert "memory 2.5 TB/s, link 40 GB/s" in text
+    found = json.loads(plan(model, *options, str(file), "--json"))["hardware"]
+    assert (found["bandwidth"], found["link"]) == (2.5e12, 4e10)
+    for text, message in (
+        (
+            json.dumps(measured | {"benchmark": "decode"}),
+            " is the JSON of `bench decode`; give that of `bench prefill`",
+        ),
+        (json.dumps(measured | {"rows": [{}]}), " is no JSON of `bench prefill` as this version writes it"),
+        ("{}", " is no JSON of `bench prefill`"),
+    ):
+        file.write_text(text)
+        assert plan(model, *options, str(file), status=1) == f"error: {file}{message}\n"
+    file.unlink()
+    assert plan(model, *options, str(file), status=1).startswith(f"error: there is no file {file}; give the JSON")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import platform
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 import transformers
 
 from star_attention import __version__
+from star_attention.errors import InvalidInputError
 from star_attention.plan import counted
 
 Progress = Callable[[str], None]
@@ -103,6 +105,28 @@ def record(device: torch.device, measured: Ceilings) -> dict[str, Any]:
         "git": git_revision(),
         "ceilings": asdict(measured),
     }
+
+
+def recorded(path: Path, *kinds: str) -> dict[str, Any]:
+    """What a benchmark of one of these kinds has written.
+
+    Raises `InvalidInputError` for a file that is not there, is none, or holds another benchmark.
+    """
+    wanted = " or ".join(f"`bench {kind}`" for kind in kinds)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind = found["benchmark"]
+    except FileNotFoundError:
+        raise InvalidInputError(f"there is no file {path}; give the JSON that {wanted} wrote to its --out") from None
+    except IsADirectoryError:
+        raise InvalidInputError(f"{path} is a folder; give the JSON of {wanted} in it by name") from None
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise InvalidInputError(f"{path} is no JSON of {wanted}") from None
+    if kind not in kinds:
+        raise InvalidInputError(f"{path} is the JSON of `bench {kind}`; give that of {wanted}")
+    return found
 
 
 def command() -> str:

@@ -5,13 +5,12 @@ Colours are those of Okabe and Ito (2008), told apart by every common form of co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from star_attention.bench import decode, prefill
+from star_attention.bench import decode, machine, prefill
 from star_attention.demo.heatmap import require_matplotlib
 from star_attention.errors import InvalidInputError
 from star_attention.plan import format_size
@@ -31,18 +30,17 @@ def of_files(files: list[Path], folder: Path) -> list[Path]:
     of: dict[str, tuple[Any, Path]] = {}
     rates = []
     for path in files:
+        found = machine.recorded(path, "prefill", "decode")
+        kind = found["benchmark"]
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            kind, same = found["benchmark"], (found["model"], found["dtype"], found["hardware"])
+            same = found["model"], found["dtype"], found["hardware"]
             if kind == "prefill":
                 prefills += [prefill.Row(**row) for row in found["rows"]]
                 rates.append(float(found["ceilings"]["flops_per_s"]))
             if kind == "decode":
                 decodes += [decode.Row(**row) for row in found["rows"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidInputError(f"{path} is no JSON of `bench prefill` or `bench decode` ({error})") from None
-        if kind not in ("prefill", "decode"):
-            raise InvalidInputError(f"{path} holds a benchmark of {kind}; pictures are of prefill and decode")
+        except (ValueError, KeyError, TypeError):
+            raise InvalidInputError(f"{path} is no JSON of `bench {kind}` as this version writes it") from None
         before = of.setdefault(kind, (same, path))
         if before[0] != same:
             raise InvalidInputError(f"{before[1]} and {path} differ: {before[0]} and {same}; draw them apart")

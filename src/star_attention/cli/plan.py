@@ -70,7 +70,8 @@ def plan(
     calibrate: Annotated[
         str | None,
         option(
-            "Take the rates from this JSON of `bench prefill`, and show how well they fit it.",
+            "Take the rates of linear layers, attention and memory from this JSON of `bench prefill`, and show how well they"
+            " fit it.",
             "--calibrate",
             panel="Hardware",
             metavar="FILE",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from star_attention import scale
+from star_attention.bench import machine
 from star_attention.cli.notes import in_bytes, table
 from star_attention.cli.options import QUARTER
 from star_attention.cli.report import warn_of_positions
@@ -98,18 +99,19 @@ def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float
 
     Raises `InvalidInputError` for a file that is none.
     """
+    found = machine.recorded(Path(path), "prefill")
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
         measured: list[tuple[dict[str, Any], Flops]] = [
             (row, Flops(linear=row["linear_flops"], attention=row["attention_flops"]))
-            for row in rows
+            for row in found["rows"]
             if row["seconds"] is not None
             and row["method"] in ("dense", "star", "official")
             and not row.get("extrapolated")
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidInputError(f"{path} is no JSON of `bench prefill` ({error})") from None
-    on = scale.calibrated(on, [(flops, row["seconds"]) for row, flops in measured])
+        bandwidth = float(found["ceilings"]["bytes_per_s"])
+    except (ValueError, KeyError, TypeError):
+        raise InvalidInputError(f"{path} is no JSON of `bench prefill` as this version writes it") from None
+    on = scale.calibrated(on, [(flops, row["seconds"]) for row, flops in measured], bandwidth)
     return on, [
         {
             "method": row["method"],
