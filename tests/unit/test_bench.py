@@ -31,6 +31,15 @@ def bench(*arguments: object) -> tuple[str, dict[str, Any]]:
     return text, json.loads(last)
 
 
+def failed(*arguments: object) -> str:
+    """The one line that an error of ours is."""
+    done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert done.exit_code == 1, done.output
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    return line
+
+
 def test_prefill(tmp_path: Path) -> None:
     text, found = bench(
         *("prefill", *MODEL, "--context", "128,256", "--block", "/4,128", "--repeats", "1", "--out", tmp_path)
@@ -84,6 +93,26 @@ def test_what_cannot_be_measured(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert done.exit_code == 1
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode", "questions", "kernels", "startup"])
+def test_a_measurement_is_never_replaced(tmp_path: Path, what: str) -> None:
+    """Asked before the model is loaded: there is none here."""
+    (tmp_path / f"{what}.json").write_text("a day's work")
+    line = failed(what, "-m", "no such model", "--out", tmp_path)
+    assert (
+        line
+        == f"error: {tmp_path / what}.json holds a measurement, which would be lost; give another folder with --out"
+    )
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["a day's work"]
+
+
+def test_results_go_to_folders(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("a book")
+    for command in (["decode", "-m", "no such model"], ["startup", "-m", "no such model"], ["plot", "none.json"]):
+        for out in (book, book / "new"):
+            assert failed(*command, "--out", out) == f"error: {book} is no folder; give another one with --out"
 
 
 def test_one_thread_is_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -488,6 +488,10 @@ def test_demo_hands_over_what_it_was_given(tmp_path: Path, monkeypatch: pytest.M
     assert ok("demo", "-m", BUNDLED, "--out", tmp_path, "--tokens", "2k", "--seed", "3").out == "a table\n"
     assert called == [((str(BUNDLED), str(tmp_path)), {"tokens": 2048, "seed": 3, "progress": "lines"})]
     assert "tokens '2x' is not a number of tokens" in failed("demo", "--tokens", "2x")
+    (tmp_path / "book.txt").write_text("a book")
+    assert "book.txt is no folder; give another one with --out" in failed(
+        "demo", "-m", BUNDLED, "--out", tmp_path / "book.txt"
+    )
     monkeypatch.chdir(tmp_path)
     assert "run this in a checkout of the repository" in failed("demo")
 

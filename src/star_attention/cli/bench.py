@@ -13,6 +13,8 @@ import typer
 from star_attention.cli.command import say
 from star_attention.cli.notes import table
 from star_attention.cli.options import Device, Dtype, KvDevice, KvDtype, Quiet, TokensPerForward, option
+from star_attention.cli.session import check_folder
+from star_attention.errors import InvalidInputError
 from star_attention.plan import parse_size
 
 if TYPE_CHECKING:
@@ -54,7 +56,12 @@ class Subject:
     device: Device = "auto"
     out: Annotated[
         str | None,
-        option("A folder for the JSON and the pictures.", "--out", panel="Output", metavar="FOLDER"),
+        option(
+            "A folder for the JSON and the pictures; it must not hold the same benchmark's already.",
+            "--out",
+            panel="Output",
+            metavar="FOLDER",
+        ),
     ] = None
 
 
@@ -107,7 +114,7 @@ def prefill(
     """
     from star_attention.bench import prefill as bench
 
-    bench_model, shape, ceilings, progress = _begin(subject, quiet)
+    bench_model, shape, ceilings, progress = _begin("prefill", subject, quiet)
     rows = bench.run(
         bench_model,
         shape,
@@ -150,7 +157,7 @@ def decode(
     """
     from star_attention.bench import decode as bench
 
-    bench_model, shape, ceilings, progress = _begin(subject, quiet)
+    bench_model, shape, ceilings, progress = _begin("decode", subject, quiet)
     on_gpu = next(bench_model.parameters()).device.type == "cuda"
     rows = bench.run(
         bench_model,
@@ -193,7 +200,7 @@ def questions(
     """
     from star_attention.bench import questions as bench
 
-    bench_model, _, ceilings, progress = _begin(subject, quiet)
+    bench_model, _, ceilings, progress = _begin("questions", subject, quiet)
     rows = bench.run(
         bench_model,
         contexts=context.split(","),
@@ -221,7 +228,7 @@ def kernels(
     """
     from star_attention.bench import kernels as bench
 
-    bench_model, shape, ceilings, progress = _begin(subject, quiet)
+    bench_model, shape, ceilings, progress = _begin("kernels", subject, quiet)
     first = next(bench_model.parameters())
     rows = bench.run(
         max(shape.attention, key=lambda call: call.heads),
@@ -259,7 +266,7 @@ def startup(
     from star_attention.bench import startup as bench
 
     if in_this_process:
-        bench_model, _, ceilings, progress = _begin(subject, quiet)
+        bench_model, _, ceilings, progress = _begin("startup", subject, quiet)
         rows = bench.in_this_process(
             bench_model,
             context=parse_size(context, "context"),
@@ -270,6 +277,7 @@ def startup(
         )
         _report("startup", subject, bench_model, ceilings, rows, bench.table(rows))
         return
+    _target("startup", subject)
     arguments = [
         "bench",
         "startup",
@@ -300,6 +308,7 @@ def plot(
     """
     from star_attention.bench import plots
 
+    check_folder(out)
     for made in plots.of_files([Path(name) for name in files], Path(out)):
         print(made)
 
@@ -307,13 +316,26 @@ def plot(
 COMMANDS: tuple[Callable[..., None], ...] = (prefill, decode, questions, kernels, startup, plot)
 
 
-def _begin(subject: Subject, quiet: bool) -> tuple[Any, ModelShape, Ceilings, Callable[[str], None]]:
+def _target(what: str, subject: Subject) -> Path | None:
+    """The JSON to be written, if there is one to be.
+
+    Raises `InvalidInputError` where it cannot be, or would replace another.
+    """
+    if subject.out is None:
+        return None
+    check_folder(subject.out)
+    target = Path(subject.out, f"{what}.json")
+    if target.exists():
+        raise InvalidInputError(f"{target} holds a measurement, which would be lost; give another folder with --out")
+    return target
+
+
+def _begin(what: str, subject: Subject, quiet: bool) -> tuple[Any, ModelShape, Ceilings, Callable[[str], None]]:
     """The loaded model, its shape, the ceilings (printed first), and what is told on the way."""
-    if subject.out is not None:
+    if _target(what, subject) is not None:
         from star_attention.demo.heatmap import require_matplotlib
 
         require_matplotlib()
-        Path(subject.out).mkdir(parents=True, exist_ok=True)
 
     def progress(line: str) -> None:
         if not quiet:
@@ -350,6 +372,7 @@ def _write(what: str, subject: Subject, found: dict[str, Any], lines: list[tuple
     """What was found, for people, in one line of JSON, and in the folder."""
     print(table(lines) + "\n", flush=True)
     print(json.dumps(found), flush=True)
-    if subject.out is not None:
-        Path(subject.out).mkdir(parents=True, exist_ok=True)
-        Path(subject.out, f"{what}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    target = _target(what, subject)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

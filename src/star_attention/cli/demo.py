@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from star_attention.cli.options import Quiet, option
+from star_attention.cli.session import check_folder
 from star_attention.errors import ModelNotFoundError
 from star_attention.plan import parse_size
 
@@ -34,6 +35,7 @@ def demo(
             f"there is no model folder {model}; run this in a checkout of the repository, which brings {BUNDLED_MODEL},"
             " or give another folder with --model"
         )
+    check_folder(out)
     from star_attention.demo.run import run_demo, to_stderr
     from star_attention.hf.logs import hide_progress_bars
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from dataclasses import replace
@@ -119,6 +120,18 @@ def check_target(path: str | None) -> None:
         raise ContextSaveError(
             f"cannot save the context to {target}: the folder {target.parent} cannot be written to ({error.strerror})"
         ) from None
+
+
+def check_folder(path: str) -> None:
+    """Whether results can be written there, asked before anything is measured and not after.
+
+    Raises `InvalidInputError`.
+    """
+    nearest = next(one for one in (Path(path), *Path(path).parents) if one.exists())
+    if not nearest.is_dir():
+        raise InvalidInputError(f"{nearest} is no folder; give another one with --out")
+    if not os.access(nearest, os.W_OK):
+        raise InvalidInputError(f"the folder {nearest} cannot be written to; give another one with --out")
 
 
 def save(context: EncodedContext, path: str, notes: Notes) -> None:
