@@ -40,6 +40,7 @@ def failed(*arguments: object) -> str:
     return line
 
 
+@pytest.mark.filterwarnings("ignore:context 128 does not hold two blocks of 128")
 def test_prefill(tmp_path: Path) -> None:
     text, found = bench(
         *("prefill", *MODEL, "--context", "128,256", "--block", "/4,128", "--repeats", "1", "--out", tmp_path)
@@ -79,23 +80,60 @@ def test_kernels() -> None:
     assert {"a block of 64", "64 over an anchor of 64", "merging 64", "a token over 512"} <= calls
 
 
+BELOW = "is below 1; give a positive number of tokens"
+COMMANDS = ("prefill", "decode", "questions", "kernels", "startup")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["prefill"], "give either a model (-m) or the shapes of one (--shapes)"),
         (["decode", "--shapes", "gpt-9"], "shapes 'gpt-9' are unknown; choose one of llama-3.1-8b"),
         (["prefill", *MODEL, "--methods", "star,magic"], "method 'magic' is unknown; choose from stock"),
+        (
+            ["prefill", *MODEL, "--methods", "stock-cudnn"],
+            "'stock-cudnn' needs a CUDA device, this is cpu; leave it out",
+        ),
         (["prefill", *MODEL, "--block", "/x"], "block size '/x' is no share of the context"),
+        (["prefill", *MODEL, "--block", "0"], "block size '0' is below 1; give tokens, or /4"),
         (["prefill", *MODEL, "--context", "many"], "context 'many' is not a number of tokens"),
+        (["prefill", *MODEL, "--tokens-per-forward", "0"], "tokens_per_forward 0 is below 1"),
+        (["prefill", *MODEL, "--kv-dtype", "fp9"], "kv_dtype 'fp9' is unknown"),
+        (
+            ["prefill", *MODEL, "--context", "1k,4k", "--block", "4k,3k", "--methods", "star,official"],
+            "nothing is left to measure: no context holds two blocks of 4k or 3k; give smaller blocks or longer contexts",
+        ),
+        (["decode", *MODEL, "--kv-device", "gpu"], "kv_device 'gpu' is unknown"),
+        *(([what, *MODEL, "--context", "0"], f"context 0 {BELOW}") for what in COMMANDS),
+        *(([what, *MODEL, "--block", "-1"], f"block_size -1 {BELOW}") for what in COMMANDS[1:]),
+        (
+            ["prefill", *MODEL, "--context", "65537"],
+            "65,537 tokens are more than the model's 65,536 positions; give a shorter",
+        ),
+        (["decode", *MODEL, "--context", "64k"], "65,856 tokens are more than the model's 65,536 positions"),
     ],
 )
-def test_what_cannot_be_measured(arguments: list[str], message: str) -> None:
+def test_what_cannot_be_measured(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids measuring anything first: a minute's ceilings, or an hour's rows, before a mistake is told."""
+    monkeypatch.delattr(machine, "ceilings")
+    assert message in failed(*arguments)
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_left_out_is_told_and_rows_are_counted() -> None:
+    arguments = ["prefill", *MODEL, "--context", "64,128", "--block", "/4,64", "--methods", "star", "--repeats", "0"]
+    arguments.remove("--quiet")
     done = CliRunner().invoke(app, ["bench", *arguments])
-    assert done.exit_code == 1
-    assert message in done.stderr
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines() == [
+        "warning: context 64 does not hold two blocks of 64, which are left out",
+        "1 of 3: star, context 64, block 16",
+        "2 of 3: star, context 128, block 64",
+        "3 of 3: star, context 128, block 32",
+    ]
 
 
-@pytest.mark.parametrize("what", ["prefill", "decode", "questions", "kernels", "startup"])
+@pytest.mark.parametrize("what", COMMANDS)
 def test_a_measurement_is_never_replaced(tmp_path: Path, what: str) -> None:
     """Asked before the model is loaded: there is none here."""
     (tmp_path / f"{what}.json").write_text("a day's work")

@@ -15,7 +15,7 @@ from star_attention.bench.machine import Ceilings, Progress
 from star_attention.bench.subject import random_ids, weight_bytes_per_token
 from star_attention.cost import ModelShape
 from star_attention.engine import StarLLM
-from star_attention.plan import format_size, parse_size
+from star_attention.plan import format_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ def run(
     shape: ModelShape,
     ceilings: Ceilings,
     *,
-    contexts: list[str],
-    block: str,
+    contexts: list[int],
+    block: int,
     queries: int,
     query_tokens: int,
     tokens: int,
@@ -64,13 +64,13 @@ def run(
     """Answers of `tokens` tokens to `queries` random queries at once, for each length; with what `compile` brings and without."""
     device = next(model.parameters()).device
     asked = [random_ids(model, query_tokens, seed) for seed in range(1, queries + 1)]
-    rows = []
-    for context in (parse_size(size, "context") for size in contexts):
-        size = min(parse_size(block, "block_size"), context)
+    rows: list[Row] = []
+    for context in contexts:
+        size = min(block, context)
         floor_bytes = weight_bytes_per_token(model) + context * shape.kept_bytes_per_token(kv_dtype)
         for compiled in compile:
             what = "compiled" if compiled else "plain"
-            progress(f"{what}, context {format_size(context)}")
+            progress(f"{len(rows) + 1} of {len(contexts) * len(compile)}: {what}, context {format_size(context)}")
             row: dict[str, Any] = dict(context=context, block=size, compiled=compiled, queries=queries, tokens=tokens)
             row |= dict(query_tokens=query_tokens, kv_dtype=kv_dtype, kv_device=kv_device)
             row["floor_s"] = floor_bytes / ceilings.bytes_per_s

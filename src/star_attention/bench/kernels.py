@@ -20,7 +20,7 @@ from star_attention.bench import machine
 from star_attention.bench.machine import Ceilings, Progress
 from star_attention.cost import AttentionShape
 from star_attention.errors import InvalidInputError
-from star_attention.plan import format_size, parse_size
+from star_attention.plan import format_size
 
 _CAPACITY, _TAIL = 512, 256
 _CALLS = 8  # of a kernel between two looks at the clock
@@ -45,8 +45,8 @@ def run(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    blocks: list[str],
-    contexts: list[str],
+    blocks: list[int],
+    contexts: list[int],
     repeats: int,
     progress: Progress,
 ) -> list[Row]:
@@ -70,7 +70,7 @@ def run(
             Row(what=what, kernel=kernel, seconds=seconds, flops=flops, bytes=bytes, of_ceiling=floor_s / seconds)
         )
 
-    for block in (parse_size(size, "block_size") for size in blocks):
+    for block in blocks:
         q, k, v = random(1, block, H, D), random(1, block, G, D), random(1, block, G, D)
         size = format_size(block)
         for causal, what in ((True, f"a block of {size}"), (False, f"{size} over an anchor of {size}")):
@@ -82,7 +82,7 @@ def run(
         a, b = (State(random(1, block, H, D), torch.randn(1, block, H, device=device)) for _ in range(2))
         moved = 3 * a.out_BQHD.numel() * a.out_BQHD.element_size()
         measure(f"merging {size}", "ours", partial(merge, [a, b], dtype=dtype), bytes=moved)
-    for context in (parse_size(size, "context") for size in contexts):
+    for context in contexts:
         q, k, v = random(1, 1, H, D), random(1, G, context, D), random(1, G, context, D)
         what, moved = f"a token over {format_size(context)}", 2 * k.numel() * k.element_size()
         by_token = k.transpose(1, 2), v.transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -21,8 +22,63 @@ from star_attention.errors import InvalidInputError
 from star_attention.plan import BlockPlan, format_size, parse_size
 
 METHODS = (*STOCK_BACKENDS, "dense", "official", "streaming_llm", "star")
-_BLOCKED = ("official", "streaming_llm", "star")
 """In the order of measurement: baselines first."""
+_BLOCKED = ("official", "streaming_llm", "star")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What one row is of. asked: how the block size was written. extrapolated: it is worked out, not run."""
+
+    method: str
+    context: int
+    block: int | None = None
+    asked: str | None = None
+    extrapolated: bool = False
+
+    def __str__(self) -> str:
+        block = "" if self.block is None else f", block {format_size(self.block)}"
+        return f"{self.method}, context {format_size(self.context)}{block}"
+
+
+def cases(
+    contexts: list[int], blocks: list[str], methods: list[str], *, device: str, dense_up_to: int | None = None
+) -> list[Case]:
+    """Every method at every length, in the order of measurement.
+
+    blocks: of Star Attention and the official scheme, and StreamingLLM's window; sizes, or `/4` for a quarter of the context. A
+    block that a context does not hold twice is left out, with a warning. dense_up_to: the longest context at which dense methods
+    run; beyond it they are extrapolated.
+
+    Raises `InvalidInputError` for methods and sizes that cannot work, and where nothing is left.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise InvalidInputError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+    if "stock-cudnn" in methods and not device.startswith("cuda"):
+        raise InvalidInputError(f"method 'stock-cudnn' needs a CUDA device, this is {device}; leave it out")
+    found: list[Case] = []
+    left_out: list[tuple[int, str]] = []
+    for context in sorted(contexts):
+        asked = {block_size(one, context): one for one in blocks}
+        sizes = sorted((size for size in asked if 2 * size <= context), reverse=True)
+        left_out += [(context, one) for size, one in asked.items() if size not in sizes]
+        for method in (method for method in METHODS if method in methods):
+            if method in _BLOCKED:
+                found += [Case(method=method, context=context, block=size, asked=asked[size]) for size in sizes]
+            else:
+                beyond = dense_up_to is not None and context > dense_up_to
+                found.append(Case(method=method, context=context, extrapolated=beyond))
+    if not found:
+        raise InvalidInputError(
+            f"nothing is left to measure: no context holds two blocks of {' or '.join(blocks)}; give smaller blocks or longer"
+            " contexts"
+        )
+    for context, one in left_out if set(methods) & set(_BLOCKED) else ():
+        warnings.warn(
+            f"context {format_size(context)} does not hold two blocks of {one}, which are left out", stacklevel=2
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,58 +113,38 @@ def run(
     model: Any,
     shape: ModelShape,
     ceilings: Ceilings,
+    cases: list[Case],
     *,
-    contexts: list[str],
-    blocks: list[str],
-    methods: list[str],
     repeats: int,
     tokens_per_forward: str | None,
     compile: bool | None,
     kv_dtype: str | None = None,
-    dense_up_to: int | None = None,
     progress: Progress,
 ) -> list[Row]:
-    """Measure every method at every length.
+    """A row for each case.
 
-    blocks: of Star Attention and the official scheme, and StreamingLLM's window; sizes, or `/4` for a quarter of the context. A
-    block that a context does not hold twice is left out. repeats: runs after the first one; with 0 that one counts, and a short
-    context goes before it. dense_up_to: the longest context at which dense methods run; beyond it they are extrapolated.
-
-    Raises `InvalidInputError` for methods and sizes that cannot work.
+    repeats: runs after the first one; with 0 that one counts, and a short context goes before it.
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise InvalidInputError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
     device = next(model.parameters()).device
     rows: list[Row] = []
-    for context in sorted(parse_size(size, "context") for size in contexts):
+    for case in cases:
+        context, block, method = case.context, case.block, case.method
+        plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
+        if case.extrapolated:
+            rows.append(_extrapolated(method, cost.phase1(shape, plan, tokens_per_forward=context), rows, context))
+            continue
+        progress(f"{len(rows) + 1} of {len(cases)}: {case}")
         ids_L = random_ids(model, context)
-        asked = {size: one for one in blocks if 2 * (size := block_size(one, context)) <= context}
-        sizes = sorted(asked, reverse=True)
-        for method in (method for method in METHODS if method in methods):
-            for block in sizes if method in _BLOCKED else [None]:
-                plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
-                if block is None and dense_up_to is not None and context > dense_up_to:
-                    rows.append(
-                        _extrapolated(method, cost.phase1(shape, plan, tokens_per_forward=context), rows, context)
-                    )
-                    continue
-                progress(
-                    f"{method}, context {format_size(context)}" + (f", block {format_size(block)}" if block else "")
-                )
-                work, star = _work(model, method, ids_L, block, tokens_per_forward, compile, kv_dtype)
-                if method == "streaming_llm":
-                    assert star is not None
-                    plan = star._plan(context)
-                flops = _flops(shape, plan, method, star)
-                kept = kv_dtype if star is not None and method != "official" else None
-                what: dict[str, Any] = dict(method=method, context=context, block=block, kv_dtype=kept)
-                what |= dict(asked=asked.get(block or 0))
-                if star is not None and not repeats:  # what is compiled is not to count
-                    star.encode(ids_L[: 2 * star.tokens_per_forward])
-                rows.append(
-                    _measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, plan, method, kept))
-                )
+        work, star = _work(model, method, ids_L, block, tokens_per_forward, compile, kv_dtype)
+        if method == "streaming_llm":
+            assert star is not None
+            plan = star._plan(context)
+        flops = _flops(shape, plan, method, star)
+        kept = kv_dtype if star is not None and method != "official" else None
+        what: dict[str, Any] = dict(method=method, context=context, block=block, asked=case.asked, kv_dtype=kept)
+        if star is not None and not repeats:  # what is compiled is not to count
+            star.encode(ids_L[: 2 * star.tokens_per_forward])
+        rows.append(_measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, plan, method, kept)))
     return rows
 
 
@@ -118,7 +154,10 @@ def block_size(text: str, context: int) -> int:
         if not text[1:].isdecimal() or int(text[1:]) < 1:
             raise InvalidInputError(f"block size {text!r} is no share of the context; write /4 for a quarter")
         return max(1, context // int(text[1:]))
-    return parse_size(text, "block_size")
+    size = parse_size(text, "block_size")
+    if size < 1:
+        raise InvalidInputError(f"block size {text!r} is below 1; give tokens, or /4 for a quarter of the context")
+    return size
 
 
 def _fixed(model: Any, shape: ModelShape, plan: BlockPlan, method: str, kv_dtype: str | None) -> int:

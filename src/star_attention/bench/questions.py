@@ -15,7 +15,9 @@ from star_attention.bench import machine
 from star_attention.bench.machine import Progress
 from star_attention.bench.subject import random_ids
 from star_attention.engine import StarLLM
-from star_attention.plan import format_size, parse_size
+from star_attention.plan import format_size
+
+METHODS = ("stock", "dense", "star")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class Row:
 def run(
     model: Any,
     *,
-    contexts: list[str],
-    block: str,
+    contexts: list[int],
+    block: int,
     questions: int,
     query_tokens: int,
     tokens: int,
@@ -52,11 +54,11 @@ def run(
     """Star Attention, our dense attention, and stock `generate` over text and question, at every length."""
     device = next(model.parameters()).device
     query = random_ids(model, query_tokens, seed=1)
-    rows = []
-    for context in (parse_size(size, "context") for size in contexts):
+    rows: list[Row] = []
+    for context in contexts:
         ids_L = random_ids(model, context)
-        for method in ("stock", "dense", "star"):
-            progress(f"{method}, context {format_size(context)}")
+        for method in METHODS:
+            progress(f"{len(rows) + 1} of {len(contexts) * len(METHODS)}: {method}, context {format_size(context)}")
             row: dict[str, Any] = dict(method=method, context=context, questions=questions)
             try:
                 if method == "stock":
@@ -65,8 +67,7 @@ def run(
                         encode_s=0.0, question_s=median(machine.timed(stock, repeats=repeats, device=device))
                     )
                 else:
-                    size = min(parse_size(block, "block_size"), context)
-                    star = StarLLM(model, block_size=size, method=method, compile=compile, comm="solo")
+                    star = StarLLM(model, block_size=min(block, context), method=method, compile=compile, comm="solo")
                     times = _times(star, ids_L, query, tokens, repeats, device)
             except machine.OUT_OF_MEMORY:
                 rows.append(Row(**row, failed="out of memory"))

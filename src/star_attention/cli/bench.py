@@ -12,10 +12,10 @@ import typer
 
 from star_attention.cli.command import say
 from star_attention.cli.notes import table
-from star_attention.cli.options import Device, Dtype, KvDevice, KvDtype, Quiet, TokensPerForward, option
+from star_attention.cli.options import Device, Dtype, KvDevice, KvDtype, Quiet, TokensPerForward, option, size, sizes
 from star_attention.cli.session import check_folder
-from star_attention.errors import InvalidInputError
-from star_attention.plan import parse_size
+from star_attention.config import StarConfig
+from star_attention.errors import ContextLengthError, InvalidInputError
 
 if TYPE_CHECKING:
     from star_attention.bench.machine import Ceilings
@@ -30,7 +30,9 @@ Compile = Annotated[
         show_default="on a GPU, where Triton is installed",
     ),
 ]
-Contexts = Annotated[str, option("Lengths in tokens, with commas between.", panel="Benchmark", metavar="SIZES")]
+Contexts = Annotated[
+    str, option("Lengths in tokens, with commas between, or doublings: 8k..64k.", panel="Benchmark", metavar="SIZES")
+]
 Block = Annotated[str, option("Block size of Star Attention.", panel="Benchmark", metavar="SIZE")]
 Repeats = Annotated[int, option("Runs of each, of which the median counts.", panel="Benchmark", metavar="N", min=1)]
 QueryTokens = Annotated[int, option("Tokens of a query.", panel="Benchmark", metavar="N", min=1)]
@@ -113,20 +115,27 @@ def prefill(
     Example: star-attention bench prefill -m models/needle-17m --context 8k,32k --block 4k
     """
     from star_attention.bench import prefill as bench
+    from star_attention.hf import load
 
-    bench_model, shape, ceilings, progress = _begin("prefill", subject, quiet)
+    StarConfig.of(tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype)
+    cases = bench.cases(
+        sizes(context, "context"),
+        [one.strip() for one in block.split(",")],
+        [one.strip() for one in methods.split(",")],
+        device=load.pick_device(subject.device),
+        dense_up_to=None if dense_up_to is None else size(dense_up_to, "dense-up-to"),
+    )
+    longest = max((case.context for case in cases if not case.extrapolated), default=0)
+    bench_model, shape, ceilings, progress = _begin("prefill", subject, quiet, longest)
     rows = bench.run(
         bench_model,
         shape,
         ceilings,
-        contexts=context.split(","),
-        blocks=block.split(","),
-        methods=methods.split(","),
+        cases,
         repeats=repeats,
         tokens_per_forward=tokens_per_forward,
         compile=compile,
         kv_dtype=kv_dtype,
-        dense_up_to=None if dense_up_to is None else parse_size(dense_up_to, "dense-up-to"),
         progress=progress,
     )
     _report("prefill", subject, bench_model, ceilings, rows, bench.table(rows))
@@ -157,14 +166,17 @@ def decode(
     """
     from star_attention.bench import decode as bench
 
-    bench_model, shape, ceilings, progress = _begin("decode", subject, quiet)
+    StarConfig.of(kv_dtype=kv_dtype, kv_device=kv_device)
+    lengths, block_size = sizes(context, "context"), size(block, "block_size")
+    longest = max(lengths) + query_tokens + answer_tokens
+    bench_model, shape, ceilings, progress = _begin("decode", subject, quiet, longest)
     on_gpu = next(bench_model.parameters()).device.type == "cuda"
     rows = bench.run(
         bench_model,
         shape,
         ceilings,
-        contexts=context.split(","),
-        block=block,
+        contexts=lengths,
+        block=block_size,
         queries=queries,
         query_tokens=query_tokens,
         tokens=answer_tokens,
@@ -200,11 +212,13 @@ def questions(
     """
     from star_attention.bench import questions as bench
 
-    bench_model, _, ceilings, progress = _begin("questions", subject, quiet)
+    lengths, block_size = sizes(context, "context"), size(block, "block_size")
+    longest = max(lengths) + query_tokens + answer_tokens
+    bench_model, _, ceilings, progress = _begin("questions", subject, quiet, longest)
     rows = bench.run(
         bench_model,
-        contexts=context.split(","),
-        block=block,
+        contexts=lengths,
+        block=block_size,
         questions=questions,
         query_tokens=query_tokens,
         tokens=answer_tokens,
@@ -228,6 +242,7 @@ def kernels(
     """
     from star_attention.bench import kernels as bench
 
+    lengths, blocks = sizes(context, "context"), sizes(block, "block_size")
     bench_model, shape, ceilings, progress = _begin("kernels", subject, quiet)
     first = next(bench_model.parameters())
     rows = bench.run(
@@ -236,8 +251,8 @@ def kernels(
         ceilings,
         first.device,
         first.dtype,
-        blocks=block.split(","),
-        contexts=context.split(","),
+        blocks=blocks,
+        contexts=lengths,
         repeats=repeats,
         progress=progress,
     )
@@ -265,12 +280,13 @@ def startup(
     from star_attention.bench import machine
     from star_attention.bench import startup as bench
 
+    length, block_size = size(context, "context"), size(block, "block_size")
     if in_this_process:
-        bench_model, _, ceilings, progress = _begin("startup", subject, quiet)
+        bench_model, _, ceilings, progress = _begin("startup", subject, quiet, length + query_tokens + 2)
         rows = bench.in_this_process(
             bench_model,
-            context=parse_size(context, "context"),
-            block=parse_size(block, "block_size"),
+            context=length,
+            block=block_size,
             query_tokens=query_tokens,
             compile=compile,
             progress=progress,
@@ -330,8 +346,13 @@ def _target(what: str, subject: Subject) -> Path | None:
     return target
 
 
-def _begin(what: str, subject: Subject, quiet: bool) -> tuple[Any, ModelShape, Ceilings, Callable[[str], None]]:
-    """The loaded model, its shape, the ceilings (printed first), and what is told on the way."""
+def _begin(
+    what: str, subject: Subject, quiet: bool, longest: int = 0
+) -> tuple[Any, ModelShape, Ceilings, Callable[[str], None]]:
+    """The loaded model, its shape, the ceilings (printed first), and what is told on the way. longest: positions that are needed.
+
+    Raises `ContextLengthError` where the model has fewer.
+    """
     if _target(what, subject) is not None:
         from star_attention.demo.heatmap import require_matplotlib
 
@@ -343,11 +364,17 @@ def _begin(what: str, subject: Subject, quiet: bool) -> tuple[Any, ModelShape, C
 
     from star_attention.bench import machine
     from star_attention.bench.subject import model_of, name_of
+    from star_attention.hf import rope
     from star_attention.hf.logs import hide_progress_bars
     from star_attention.hf.shape import model_shape
 
     hide_progress_bars()
     model = model_of(subject.model, subject.shapes, dtype=subject.dtype, device=subject.device)
+    limit = rope.max_positions(model.config.get_text_config(decoder=True))
+    if limit is not None and longest > limit:
+        raise ContextLengthError(
+            f"{longest:,} tokens are more than the model's {limit:,} positions; give a shorter --context"
+        )
     first = next(model.parameters())
     ceilings = machine.ceilings(first.device, first.dtype)
     kind = str(first.dtype).removeprefix("torch.")

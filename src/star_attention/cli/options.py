@@ -37,6 +37,17 @@ def _above_0(value: float | None) -> float | None:
     return value
 
 
+def size(text: str, name: str) -> int:
+    """A number of tokens, as `parse_size` reads it.
+
+    Raises `SizeError`, also for numbers below 1.
+    """
+    tokens = parse_size(text, name)
+    if tokens < 1:
+        raise SizeError(f"{name} {tokens:,} is below 1; give a positive number of tokens")
+    return tokens
+
+
 def sizes(text: str, name: str, *, of_ranks: bool = False) -> list[int]:
     """`128k`, several with commas between, or a range of doublings: `128k..1m`.
 
@@ -45,10 +56,7 @@ def sizes(text: str, name: str, *, of_ranks: bool = False) -> list[int]:
 
     def one(part: str) -> int:
         if not of_ranks:
-            size = parse_size(part, name)
-            if size < 1:
-                raise SizeError(f"{name} {size:,} is below 1; give a positive number of tokens")
-            return size
+            return size(part, name)
         if not part.isdecimal() or int(part) < 1:
             raise InvalidInputError(f"{name} {part!r} is not a number of ranks; write 8, or 1..1024")
         return int(part)
@@ -59,12 +67,12 @@ def sizes(text: str, name: str, *, of_ranks: bool = False) -> list[int]:
         if not dots:
             found.append(one(first))
             continue
-        size, stop = one(first), one(last)
-        if stop < size:
+        number, stop = one(first), one(last)
+        if stop < number:
             raise InvalidInputError(f"{name} {part!r} ends before it begins")
-        while size <= stop:
-            found.append(size)
-            size *= 2
+        while number <= stop:
+            found.append(number)
+            number *= 2
     return found
 
 
