@@ -689,6 +689,7 @@ def test_the_page_of_the_docs_is_fresh_and_does_not_depend_on_the_terminal(
     assert docs.main(["--check"]) == 0
     for word in ("## star-attention ask", "`--top-k N`", "Default: 256.", "`tokens_per_s`"):
         assert word in docs.page()
+    assert "Default: ." not in docs.page()
     monkeypatch.chdir(tmp_path)
     assert docs.main(["--check"]) == 1
     assert "docs/cli.md is stale; run: python -m star_attention.cli.docs" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def _row(parameter: Any, is_argument: bool) -> tuple[str, str]:
         remark = " Required."
     elif isinstance(parameter.show_default, str):
         remark = f" Default: {parameter.show_default}."
-    elif isinstance(parameter.default, (str, int, float)) and not isinstance(parameter.default, bool):
+    elif parameter.default != "" and type(parameter.default) in (str, int, float):
         remark = f" Default: {parameter.default}."
     return ", ".join(f"`{name}{value}`" for name in names), (parameter.help or "") + remark
 

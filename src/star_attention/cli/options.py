@@ -21,6 +21,9 @@ from star_attention.config import (
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.plan import format_size, parse_size
 
+DEFAULT_BLOCK = "a quarter of the context, rounded up to a power of two, 1k to 32k"
+"""`plan.default_block_size`, in words."""
+
 QUARTER = "quarter"
 """What `plan --hardware` takes for a block size: the quickest from a quarter of the context on."""
 
@@ -108,7 +111,7 @@ BlockSize = Annotated[
         "Tokens encoded together.",
         panel="Context",
         metavar="SIZE",
-        show_default="a quarter of the context, 1k to 32k",
+        show_default=DEFAULT_BLOCK,
     ),
 ]
 AnchorSize = Annotated[

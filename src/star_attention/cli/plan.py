@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from star_attention.cli.options import (
+    DEFAULT_BLOCK,
     QUARTER,
     AnchorSize,
     AnchorSource,
@@ -43,7 +44,7 @@ def plan(
             "Tokens encoded together; with --hardware also `quarter`: the quickest from a quarter of the context on.",
             panel="Context",
             metavar="SIZE",
-            show_default="a quarter of the context, 1k to 32k",
+            show_default=DEFAULT_BLOCK,
         ),
     ] = None,
     anchor_size: AnchorSize = None,
