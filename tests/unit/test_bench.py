@@ -293,6 +293,9 @@ def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
     made = plots.of_files(files, tmp_path / "new")
     assert [path.name for path in made] == ["prefill-time.png", "prefill-speedup.png", "decode.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+    for figure in (plots._time_against_length([star, dense], 1.0), plots._milliseconds_a_token([steps])):
+        (floor,) = {line.get_marker() for line in figure.axes[0].lines if line.get_linestyle() == "None"}
+        assert floor == "_"  # of one length: a line would not be seen
     other = json.loads(files[1].read_text()) | {"hardware": "another"}
     files[1].write_text(json.dumps(other))
     with pytest.raises(InvalidInputError, match="draw them apart"):

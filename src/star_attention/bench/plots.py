@@ -60,28 +60,33 @@ def prefill_plots(rows: list[prefill.Row], flops_per_s: float, folder: Path) -> 
 
 
 def decode_plots(rows: list[decode.Row], folder: Path) -> list[Path]:
-    """Milliseconds a token against length, with the floor of the bytes."""
+    """Milliseconds a token against length, with the floor of the bytes; the files written."""
+    return [_save(_milliseconds_a_token(rows), folder / "decode.png")]
+
+
+def _milliseconds_a_token(rows: list[decode.Row]) -> Any:
     figure, axes = _figure("context, tokens", "ms a token")
     for index, compiled in enumerate(sorted({row.compiled for row in rows}, reverse=True)):
         some = [row for row in rows if row.compiled == compiled and row.token_s is not None]
         name = "compiled, CUDA graphs" if compiled else "plain"
         _line(axes, index, name, [row.context for row in some], [(row.token_s or 0.0) * 1e3 for row in some])
     lengths = sorted({(row.context, row.floor_s) for row in rows})
-    axes.plot(
-        [length for length, _ in lengths], [floor * 1e3 for _, floor in lengths], "--", color="#777777", label="floor"
-    )
+    floors = [floor * 1e3 for _, floor in lengths]
+    style = _floor_style([length for length, _ in lengths], "--")
+    axes.plot([length for length, _ in lengths], floors, color="#777777", label="floor", **style)
     _finish(axes, [length for length, _ in lengths])
     axes.set_ylim(bottom=0)
-    return [_save(figure, folder / "decode.png")]
+    return figure
 
 
 def _time_against_length(rows: list[prefill.Row], flops_per_s: float) -> Any:
     figure, axes = _figure("context, tokens", "seconds")
+    style = _floor_style([row.context for row in rows], ":")
     for name, some, colour, marker in _series(rows):
         lengths = [row.context for row in some]
         axes.plot(lengths, [row.seconds or 0.0 for row in some], color=colour, marker=marker, label=name)
-        axes.plot(lengths, [row.flops / flops_per_s for row in some], ":", color=colour, linewidth=1)
-    axes.plot([], [], ":", color="#777777", label="floor: operations at the ceiling")
+        axes.plot(lengths, [row.flops / flops_per_s for row in some], color=colour, linewidth=1, **style)
+    axes.plot([], [], color="#777777", label="floor: operations at the ceiling", **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(_log_ticks())
     axes.yaxis.set_major_formatter("{x:g}")
@@ -145,6 +150,11 @@ def _figure(across: str, up: str) -> tuple[Any, Any]:
 def _line(axes: Any, index: int, name: str, lengths: list[int], values: list[float]) -> None:
     colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
     axes.plot(lengths, values, color=colour, marker=marker, label=name)
+
+
+def _floor_style(lengths: list[int], line: str) -> dict[str, Any]:
+    """A line, or a dash where there is one length alone, at which a line would not be seen."""
+    return dict(linestyle=line) if len(set(lengths)) > 1 else dict(linestyle="", marker="_", markersize=14)
 
 
 def _finish(axes: Any, lengths: list[int]) -> None:
