@@ -102,6 +102,18 @@ def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Pat
     assert "is a folder; name the files in it" in error(model, "run", tmp_path, "--out", tmp_path / "other", *SHORT)
 
 
+def test_a_chat_needs_a_template(tmp_path: Path) -> None:
+    bare = bundled_tokenizer()
+    bare.chat_template = None
+    for part in (text_model(), bare):
+        part.save_pretrained(tmp_path / "model")
+    data = tmp_path / "my.jsonl"
+    data.write_text(json.dumps({"context": "It is 7.", "query": "What is it?", "answers": ["7"]}))
+    told = "error: this model has no chat template; leave --chat out"
+    assert error(tmp_path / "model", "run", data, "--chat", "--out", tmp_path / "a", *SHORT) == told
+    assert error(tmp_path / "model", "niah", "--length", "512", "--chat", "--out", tmp_path / "b", *SHORT) == told
+
+
 def test_published_prompts(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "prompts.json"
     own.write_text(json.dumps({"qa1": {"instruction": "Read this.", "examples": "None.", "post_prompt": "One word."}}))

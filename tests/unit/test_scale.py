@@ -211,6 +211,10 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         (["--context", "8k..16k"], 2, "--context: '8k..16k' is several lengths, which need --hardware"),
         (["--context", "8k", "--block-size", "quarter"], 2, "--block-size: 'quarter' needs --hardware"),
         (["--context", "1m", "--calibrate", "x.json"], 2, "it needs --hardware"),
+        *(
+            (["--context", "1m", "--hardware", "h200-ib", name, value], 2, f"{name}: --hardware has no times for it")
+            for name, value in (("--anchor-size", "1k"), ("--tensor-parallel", "2"), ("--queries", "9"))
+        ),
     ],
 )
 def test_what_cannot_be_planned(model: str, arguments: list[str], status: int, message: str) -> None:

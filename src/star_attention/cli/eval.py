@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from star_attention.cli import session
 from star_attention.cli.command import leads
 from star_attention.cli.notes import Notes, table
 from star_attention.cli.options import ModelOptions, Quiet, option
 from star_attention.cli.texts import read_text
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.plan import parse_size
+from star_attention.plan import counted, parse_size
 
 if TYPE_CHECKING:
-    from star_attention.engine import StarLLM
     from star_attention.evals.record import Sample
     from star_attention.evals.variants import Variant
 
@@ -441,9 +441,10 @@ def perplexity(
         tried, text = _parsed(variants), read_text(file)
         tokens, last = parse_size(length, "length"), parse_size(tail, "tail")
         if out is not None:
+            session.check_folder(out)
             _check_new(Path(out) / PERPLEXITY)
     notes = Notes(quiet=quiet)
-    star = _loaded(model, notes)
+    star = session.load(model, notes)
     from star_attention.evals import perplexity as measure
 
     cut = measure.windows_of(star.tokenizer, text, length=tokens, count=windows) if leads() else []
@@ -462,7 +463,7 @@ def perplexity(
                 beside = (ratio, f"{math.exp(one.low):.4f} to {math.exp(one.high):.4f}", one.verdict)
         error = "" if row.nll.stderr is None else f" ± {row.nll.stderr:.4f}"
         lines.append((variant.name, f"{row.perplexity:.3f}", f"{row.nll.value:.4f}{error}", *beside))
-    print(f"{len(cut):,} windows of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}")
+    print(f"{counted(len(cut), 'window')} of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}")
     if out is not None:
         from star_attention.bench import machine
         from star_attention.evals import run_folder, runner
@@ -605,12 +606,6 @@ def _suite(
     return _Data(make=make, suite=name, options=options, seed=seed)
 
 
-def _loaded(model: ModelOptions, notes: Notes) -> StarLLM:
-    from star_attention.cli import session
-
-    return session.load(model, notes)
-
-
 def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Callable[[], _Data]) -> None:
     """Samples first, then the model, the answers and the reports.
 
@@ -625,13 +620,14 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
         from star_attention.hf.load import load_tokenizer
 
         data, tried = of(), _parsed(variants)
+        session.check_folder(options.out)
         run_folder.check_place(Path(options.out))
         with notes.waiting(f"making samples of {data.suite}"):
             samples, left_out = data.make(load_tokenizer(model.model))
         for what, why in left_out.items():
             notes.say(f"{what} is left out: {why}")
-        notes.say(f"{len(samples):,} samples, {len(tried):,} variants")
-    star = _loaded(model, notes)
+        notes.say(f"{counted(len(samples), 'sample')}, {counted(len(tried), 'variant')}")
+    star = session.load(model, notes)
     if not options.chat and getattr(star.tokenizer, "chat_template", None):
         notes.say("texts go in as they are; this model has a chat template, which --chat uses")
     from star_attention.evals import runner

@@ -98,6 +98,13 @@ def plan(
             raise typer.BadParameter(
                 "--hardware does not know how fast the host's memory is; leave it out", param_hint="--kv-device"
             )
+        ignored = {
+            "--anchor-size": anchor_size is not None,
+            "--tensor-parallel": tensor_parallel != 1,
+            "--queries": queries != 1,
+        }
+        for name in (name for name, given in ignored.items() if given):
+            raise typer.BadParameter("--hardware has no times for it; leave it out", param_hint=name)
         print(
             scale.report(
                 model,

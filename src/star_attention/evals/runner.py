@@ -234,12 +234,18 @@ def chat_tokens(tokenizer: Any) -> int:
 
     Raises `InvalidInputError` where the tokenizer has no chat template.
     """
+    _check_template(tokenizer)
     context, query = "A context.\n", "A question?"
     plain = len(context_ids(tokenizer, context)) + len(query_ids(tokenizer, query))
     opened = chats.open_context(tokenizer, chats.user_message(context))
     tail = chats.continue_context(tokenizer, opened, query)
     rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
     return max(0, rendered - plain) + 2  # (where words meet the template, a token more on each side)
+
+
+def _check_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidInputError("this model has no chat template; leave --chat out")
 
 
 def _asked(sample: Sample) -> dict[str, Any]:
@@ -380,6 +386,8 @@ def _prepare(
         raise InvalidInputError("there are no variants to run; give at least one method")
     if star.tokenizer is None:
         raise InvalidInputError("samples are text, and this model has no tokenizer; give one to StarLLM")
+    if settings["chat"]:
+        _check_template(star.tokenizer)
     ablated = next((variant for variant in variants if variant.ablates), None)
     if ablated is not None and (star._comm.size > 1 or star._handle.rotaries):
         raise InvalidInputError(
