@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Pat
 
 
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
-    bare = bundled_tokenizer()
+    bare = copy.deepcopy(bundled_tokenizer())
     bare.chat_template = None
     for part in (text_model(), bare):
         part.save_pretrained(tmp_path / "model")

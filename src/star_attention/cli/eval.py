@@ -583,22 +583,22 @@ def _suite(
 
     def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
         from star_attention.evals.runner import chat_tokens
-        from star_attention.evals.sizing import Size
 
         reserve = chat_tokens(tokenizer) if chat else 0
+        cells = [(one, tokens) for tokens in lengths for one in tasks]
         made: list[Sample] = []
         left_out: dict[str, str] = {}
-        for tokens in lengths:
-            size = Size(tokenizer=tokenizer, length=tokens, reserve=reserve)
-            for one in tasks:
-                try:
-                    some = list(suite.generate(one, size=size, count=samples, seed=seed, options=options))
-                except SizeError as error:
-                    if task is not None or len(tasks) == 1:
-                        raise
-                    left_out[f"{one} at {tokens:,} tokens"] = str(error)
-                else:
-                    made += some
+        for (one, tokens), some in zip(
+            cells,
+            suites.made(suite, cells, tokenizer=tokenizer, reserve=reserve, count=samples, seed=seed, options=options),
+            strict=True,
+        ):
+            if not isinstance(some, SizeError):
+                made += some
+            elif task is not None or len(tasks) == 1:
+                raise some
+            else:
+                left_out[f"{one} at {tokens:,} tokens"] = str(some)
         if not made:
             raise SizeError(f"no task of {name} fits; of the first: {next(iter(left_out.values()))}")
         return made, left_out

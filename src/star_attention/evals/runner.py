@@ -386,8 +386,6 @@ def _prepare(
         raise InvalidInputError("there are no variants to run; give at least one method")
     if star.tokenizer is None:
         raise InvalidInputError("samples are text, and this model has no tokenizer; give one to StarLLM")
-    if settings["chat"]:
-        _check_template(star.tokenizer)
     ablated = next((variant for variant in variants if variant.ablates), None)
     if ablated is not None and (star._comm.size > 1 or star._handle.rotaries):
         raise InvalidInputError(
@@ -411,6 +409,8 @@ def _prepare(
     before = run_folder.find_run(out)
     if before is not None:
         run_folder.check_same(out, before, settings)
+    if settings["chat"]:
+        _check_template(star.tokenizer)
     file = run_folder.opened(out / run_folder.PREDICTIONS)
     try:
         found = list(run_folder.read_predictions(out, whole=False))

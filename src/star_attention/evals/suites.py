@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from star_attention.errors import InvalidInputError
+import torch
+
+from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
 from star_attention.evals.sources import check_part
@@ -39,6 +44,51 @@ def get(name: str) -> Suite:
         raise InvalidInputError(f"suite {name!r} is unknown; choose one of {', '.join(SUITES)}")
     suite: Any = importlib.import_module(SUITES[name])
     return suite  # type: ignore[no-any-return]
+
+
+def made(
+    suite: Suite,
+    cells: Sequence[tuple[str, int]],
+    *,
+    tokenizer: Any,
+    reserve: int,
+    count: int,
+    seed: int,
+    options: Mapping[str, Any],
+) -> list[list[Sample] | SizeError]:
+    """The samples of each task and length, or why it has none, in their order.
+
+    Several are made at a time, on as many threads as torch has: most of the work is counting tokens, which fast tokenizers do
+    outside of Python's lock.
+
+    Raises what `generate` does, but for `SizeError`.
+    """
+    threads = min(len(cells), torch.get_num_threads()) if getattr(tokenizer, "is_fast", False) else 1
+    own = threading.local()
+    left = threading.Event()
+
+    def begin() -> None:
+        own.tokenizer = (
+            tokenizer if threads == 1 else copy.deepcopy(tokenizer)
+        )  # (one is not for two threads at a time)
+
+    def one(task: str, length: int) -> list[Sample] | SizeError:
+        size = Size(tokenizer=own.tokenizer, length=length, reserve=reserve)
+        samples: list[Sample] = []
+        try:
+            for sample in suite.generate(task, size=size, count=count, seed=seed, options=options):
+                samples.append(sample)
+                if left.is_set():
+                    break
+        except SizeError as error:
+            return error
+        return samples
+
+    with ThreadPoolExecutor(threads, initializer=begin) as pool:
+        try:
+            return list(pool.map(one, *zip(*cells, strict=True)))
+        finally:
+            left.set()  # an error or Ctrl-C: no thread goes on to its last sample
 
 
 def check(suite: Suite, name: str, task: str, options: Mapping[str, Any]) -> None:
