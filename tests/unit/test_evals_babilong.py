@@ -215,7 +215,7 @@ def test_a_published_row_becomes_the_same_prompt() -> None:
     sample = babilong.sample_of_row(ROW, task="qa1", id="qa1-0")
     assert sample.context.endswith("\n\n<context>\nMary moved to the office. It rained.\n</context>\n\n")
     assert sample.context.split("<context>")[0] == made("qa1")[0].context.split("<context>")[0]
-    assert (sample.query, sample.answers, sample.length) == ("Question: Where is Mary? ", ("office",), 0)
+    assert (sample.query, sample.answers, sample.length) == ("Question: Where is Mary?", ("office",), 0)
     with pytest.raises(InvalidInputError, match="task 'qa6' of BABILong"):
         babilong.sample_of_row(ROW, task="qa6", id="x")
     with pytest.raises(InvalidInputError, match="target None"):
@@ -246,7 +246,7 @@ def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
     assert sample.context == (
         "Where {people} go.\n<example>x</example>\nOne word. \n<context>\nMary moved to the office. It rained.\n</context>\n"
     )
-    assert sample.query == "Asked: Where is Mary? "
+    assert sample.query == "Asked: Where is Mary?"
     assert len(sample.meta["prompts_sha256"]) == 16
     story = made("qa1", prompts=str(path))[0]
     assert story.context.startswith("Where {people} go.\n<example>")
@@ -257,7 +257,7 @@ def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
     prompts.write_text('{"qa1": {"instruction": "i", "examples": "e", "post_prompt": "p"}}')
     sample = babilong.sample_of_row(ROW, task="qa1", id="x", prompts=str(prompts))
     assert sample.context.startswith("i\n\ne\n\np\n\n<context>\nMary")
-    assert sample.query == "Question: Where is Mary? "
+    assert sample.query == "Question: Where is Mary?"
 
 
 @pytest.mark.parametrize(

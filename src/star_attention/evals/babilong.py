@@ -144,7 +144,7 @@ def _sample(
         task=task,
         length=length,
         context=f"{around.before}{text}{around.after}",
-        query=f"{around.ask}{question}",
+        query=f"{around.ask}{question}".rstrip(),  # (published questions end in a space, and published prompts do not)
         answer_prefix="",
         answers=(target,),
         max_new_tokens=MAX_NEW_TOKENS,
