@@ -337,8 +337,12 @@ class DataOptions:
     def make(self, *, chat: bool) -> _Data:
         """Raises `InvalidInputError` for an unknown suite or task, and for options that the suite does not take."""
         given = _given(
-            **dict(essays=self.essays, words=self.words, squad=self.squad, hotpot=self.hotpot),
-            **dict(background=self.background, prompts=self.prompts),
+            essays=self.essays,
+            words=self.words,
+            squad=self.squad,
+            hotpot=self.hotpot,
+            background=self.background,
+            prompts=self.prompts,
         )
         task = RETRIEVAL if self.task is None and self.suite == "ruler" else self.task
         return _suite(self.suite, task, self.length, self.samples, self.seed, given, chat=chat)
