@@ -48,7 +48,9 @@ def wanted_functions(libraries: list[Path]) -> tuple[dict[str, dict[str, set[str
                 file = found[1]
             elif found := re.search(r"Name: (\S+)  Flags", line):
                 library_of[found[1]] = file
-        for name, version in re.findall(r" UND (\w+)(?:@(\S+))?", output("readelf", "--dyn-syms", "-W", lib)):
+        for name, version in re.findall(
+            r" UND (\w+)(?:@(\S+))?", output("readelf", "--dyn-syms", "-W", lib)
+        ):
             if version:
                 versioned[library_of.get(version, "")][version].add(name)
             elif CUDA_FUNCTION.match(name):
@@ -64,7 +66,10 @@ def compile_stand_in(target: Path, functions: dict[str, set[str]]) -> None:
         source.write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in names))
         command = ["cc", "-shared", "-fPIC", "-w", "-fno-builtin", f"-Wl,-soname,{target.name}"]
         if "" not in functions:
-            nodes = [f"{version} {{ {'; '.join(sorted(own))}; }};\n" for version, own in functions.items()]
+            nodes = [
+                f"{version} {{ {'; '.join(sorted(own))}; }};\n"
+                for version, own in functions.items()
+            ]
             script.write_text("".join(nodes))
             command.append(f"-Wl,--version-script={script}")
         output(*command, "-o", target, source)
@@ -80,7 +85,9 @@ def main() -> int:
     if not sys.platform.startswith("linux"):
         return 0  # torch has CPU builds only, or brings its libraries along
     if sys.prefix == sys.base_prefix:
-        print("cuda_stand_ins: this changes the installed torch, so it only works in a virtual environment")
+        print(
+            "cuda_stand_ins: this changes the installed torch, so it only works in a virtual environment"
+        )
         return 1
     torch = importlib.metadata.distribution("torch")
     folder = Path(str(torch.locate_file("torch/lib")))
@@ -94,13 +101,17 @@ def main() -> int:
         )
         return 1
     libraries = sorted(folder.glob("*.so*"))
-    packages = folder.parent.parent / "nvidia"  # where pip's CUDA packages lie and torch's libraries look
+    packages = (
+        folder.parent.parent / "nvidia"
+    )  # where pip's CUDA packages lie and torch's libraries look
     present = {lib.name for lib in packages.rglob("lib*.so*")}
     missing = sorted(name for name in needed(libraries) - present if CUDA_LIBRARY.match(name))
     if not missing:
         return 0
     if "libcudart.so.13" in missing:
-        print("cuda_stand_ins: the CUDA runtime must be real: pip install --no-deps nvidia-cuda-runtime")
+        print(
+            "cuda_stand_ins: the CUDA runtime must be real: pip install --no-deps nvidia-cuda-runtime"
+        )
         return 1
     versioned, unversioned = wanted_functions(libraries)
     target = packages / "cu13" / "lib"
@@ -108,7 +119,9 @@ def main() -> int:
     for name in missing:
         compile_stand_in(target / name, versioned.get(name) or {"": unversioned})
     drop_requirements(torch)
-    print(f"torch {torch.version} runs on the CPU only here: stand-ins for {len(missing)} CUDA libraries")
+    print(
+        f"torch {torch.version} runs on the CPU only here: stand-ins for {len(missing)} CUDA libraries"
+    )
     return 0
 
 

@@ -20,12 +20,10 @@ from star_attention.evals.joining import join
 from star_attention.evals.report import accuracy, short, write
 from star_attention.evals.results import Results
 from star_attention.evals.run_folder import read_predictions
-from star_attention.plan import format_size
+from star_attention.planning.plan import format_size
 
 LENGTHS = ("4k", "8k", "16k", "32k")
-ONE_BLOCK_TASKS = (
-    "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multiquery"
-)
+ONE_BLOCK_TASKS = "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multiquery"
 SWEPT = f"{ONE_BLOCK_TASKS},niah_multivalue,vt"
 
 JOBS: dict[str, tuple[str, ...]] = {
@@ -49,15 +47,40 @@ JOBS: dict[str, tuple[str, ...]] = {
         )
         for length in ("1k", *LENGTHS)
     },
-    **{f"ablations-{length}": ("ablations", "--length", length, "--task", ONE_BLOCK_TASKS) for length in ("4k", "16k")},
-    "blocks-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "512,1k,2k,4k,8k"),
-    "anchors-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "/4", "--anchors", "0,16,64,256,1k,="),
     **{
-        f"infinitebench-{length}": ("infinitebench", "--length", length, "--variants", "dense,star:/4,star:/4:0")
+        f"ablations-{length}": ("ablations", "--length", length, "--task", ONE_BLOCK_TASKS)
+        for length in ("4k", "16k")
+    },
+    "blocks-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "512,1k,2k,4k,8k"),
+    "anchors-16k": (
+        "sweep",
+        "--length",
+        "16k",
+        "--task",
+        SWEPT,
+        "--blocks",
+        "/4",
+        "--anchors",
+        "0,16,64,256,1k,=",
+    ),
+    **{
+        f"infinitebench-{length}": (
+            "infinitebench",
+            "--length",
+            length,
+            "--variants",
+            "dense,star:/4,star:/4:0",
+        )
         for length in ("16k", "32k")
     },
     "ruler-64k": (
-        *("ruler", "--length", "64k", "--task", "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,vt"),
+        *(
+            "ruler",
+            "--length",
+            "64k",
+            "--task",
+            "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,vt",
+        ),
         *("--variants", "dense,star:/4"),
     ),
     "shared-16k": ("shared", "--length", "16k", "--variants", "dense,star:/4,star:/4:0"),
@@ -84,7 +107,9 @@ def command(name: str, model: str, out: Path, samples: int) -> list[str]:
 def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> bool:
     """Whether all of them ended well. Long texts begin first, so that none of them is left over at the end."""
     out.mkdir(parents=True, exist_ok=True)
-    waiting = sorted(names, key=lambda name: ("32k" in name, "16k" in name, "niah" in name), reverse=True)
+    waiting = sorted(
+        names, key=lambda name: ("32k" in name, "16k" in name, "niah" in name), reverse=True
+    )
     running: dict[str, subprocess.Popen[bytes]] = {}
     started, good = time.monotonic(), True
     while waiting or running:
@@ -104,7 +129,10 @@ def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> boo
                 del running[name]
                 good &= process.returncode == 0
                 verdict = "done" if process.returncode == 0 else f"FAILED, see {out / name}.log"
-                print(f"{name}: {verdict}, {time.monotonic() - started:.0f} s after the start", flush=True)
+                print(
+                    f"{name}: {verdict}, {time.monotonic() - started:.0f} s after the start",
+                    flush=True,
+                )
         time.sleep(0.5)
     return good
 
@@ -130,7 +158,9 @@ def tables(names: list[str], out: Path) -> None:
     for name in names:
         results = Results.read(out / name)
         variants = results.variants
-        print(f"\n## {name}\n\n| task | length | samples | {' | '.join(variants)} |\n|{'---|' * (3 + len(variants))}")
+        print(
+            f"\n## {name}\n\n| task | length | samples | {' | '.join(variants)} |\n|{'---|' * (3 + len(variants))}"
+        )
         for task, length in product(results.tasks, results.lengths):
             cells = [results.compared(variant, task=task, length=length) for variant in variants]
             counts = [cell.mean.n for cell in cells if cell is not None]
@@ -141,13 +171,17 @@ def tables(names: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="models/needle-17m")
     parser.add_argument("--samples", type=int, default=50, help="of each task and length")
     parser.add_argument("--jobs", type=int, default=4, help="evaluations at a time")
     parser.add_argument("--only", default="", help="beginnings of names, with commas between")
-    parser.add_argument("--tables", action="store_true", help="print the tables of what is there, and run nothing")
+    parser.add_argument(
+        "--tables", action="store_true", help="print the tables of what is there, and run nothing"
+    )
     given = parser.parse_args()
     names = [name for name in JOBS if name.startswith(tuple(given.only.split(",")))]
     good = given.tables or run(names, given.model, given.out, given.samples, given.jobs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.state import State
-from star_attention.store import quantized
+from star_attention.storage.kv import quantized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,10 @@ def expected(made: Setup, scale: float) -> State:
     last = case.T + case.Q
     for row, padding in enumerate(case.padding):
         k_HKD, v_HKD = (
-            torch.cat([whole, tail[row, :, :last]], 1).repeat_interleave(case.H // case.G, 0).double().cpu()
+            torch.cat([whole, tail[row, :, :last]], 1)
+            .repeat_interleave(case.H // case.G, 0)
+            .double()
+            .cpu()
             for whole, tail in ((made.k_GLD, made.tail_k_RGCD), (made.v_GLD, made.tail_v_RGCD))
         )
         scores = torch.einsum("qhd,hkd->qhk", made.q_RQHD[row].double().cpu(), k_HKD) * scale

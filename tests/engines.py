@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from star_attention import EncodedContext, StarLLM
 from tests.families import FIRST_TOKEN, LAST_TOKEN, build
@@ -86,7 +92,9 @@ def as_stock(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def stock_generate(model: Any, prompt: list[int], *, rope_length: int | None = None, **words: Any) -> Any:
+def stock_generate(
+    model: Any, prompt: list[int], *, rope_length: int | None = None, **words: Any
+) -> Any:
     """The stock model's own `generate` on one prompt: sequences without the prompt, and logits `[rows, steps, V]`."""
     input_ids = torch.tensor([prompt], device=model.device)
     pinned = contextlib.nullcontext() if rope_length is None else pinned_rope(model, rope_length)
@@ -108,7 +116,9 @@ def stored(context: EncodedContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(k_1GLD.clone(), v_1GLD.clone()) for k_1GLD, v_1GLD in layers]
 
 
-def assert_same_kv(actual: EncodedContext, expected: EncodedContext, tolerance: float = 1e-4) -> None:
+def assert_same_kv(
+    actual: EncodedContext, expected: EncodedContext, tolerance: float = 1e-4
+) -> None:
     """The same keys and values to rounding; bit for bit with tolerance 0."""
     for ours, theirs in zip(stored(actual), stored(expected), strict=True):
         for a_1GLD, b_1GLD in zip(ours, theirs, strict=True):

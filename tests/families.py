@@ -14,7 +14,12 @@ from typing import Any
 import torch
 import transformers
 from packaging import version
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 ConfigFactory = Callable[[], PretrainedConfig]
 
@@ -23,9 +28,16 @@ FIRST_TOKEN, LAST_TOKEN = 3, 199  # the ids that are ordinary tokens in every fa
 WINDOW = 20
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = [SLIDING, FULL, SLIDING]
-MIXED_SHARED = [SLIDING, FULL, SLIDING, FULL]  # the last two layers read the keys and values of the first two
+MIXED_SHARED = [
+    SLIDING,
+    FULL,
+    SLIDING,
+    FULL,
+]  # the last two layers read the keys and values of the first two
 
-_TOKENS: dict[str, Any] = dict(vocab_size=VOCAB_SIZE, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_TOKENS: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE, pad_token_id=0, bos_token_id=1, eos_token_id=2
+)
 BASE: dict[str, Any] = _TOKENS | dict(
     hidden_size=72,
     intermediate_size=112,
@@ -77,7 +89,11 @@ def _rope(rope_type: str, **settings: Any) -> dict[str, Any]:
 
 
 _LLAMA3_ROPE = _rope(
-    "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    "llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
 )
 _LONGROPE = _rope(
     "longrope",
@@ -92,8 +108,12 @@ FAMILIES: dict[str, ConfigFactory] = {
     "llama": _config("LlamaConfig", BASE),
     "llama_mqa": _config("LlamaConfig", BASE, num_key_value_heads=1),
     "llama_mha": _config("LlamaConfig", BASE, num_key_value_heads=6),
-    "llama_dynamic_ntk": _config("LlamaConfig", BASE, _rope("dynamic", factor=4.0), max_position_embeddings=64),
-    "llama_yarn": _config("LlamaConfig", BASE, _rope("yarn", factor=8.0, original_max_position_embeddings=64)),
+    "llama_dynamic_ntk": _config(
+        "LlamaConfig", BASE, _rope("dynamic", factor=4.0), max_position_embeddings=64
+    ),
+    "llama_yarn": _config(
+        "LlamaConfig", BASE, _rope("yarn", factor=8.0, original_max_position_embeddings=64)
+    ),
     "llama_llama3scaling": _config("LlamaConfig", BASE, _LLAMA3_ROPE),
     # dense, full attention
     "qwen2": _config("Qwen2Config", DERIVED),
@@ -107,7 +127,9 @@ FAMILIES: dict[str, ConfigFactory] = {
     "olmo": _config("OlmoConfig", DERIVED),
     "olmo2": _config("Olmo2Config", DERIVED),
     "granite": _config("GraniteConfig", DERIVED, attention_multiplier=0.2, residual_multiplier=0.5),
-    "smollm3": _config("SmolLM3Config", DERIVED, no_rope_layers=[1, 0, 1], use_sliding_window=False),
+    "smollm3": _config(
+        "SmolLM3Config", DERIVED, no_rope_layers=[1, 0, 1], use_sliding_window=False
+    ),
     "cohere": _config("CohereConfig", DERIVED, use_qk_norm=True, logit_scale=1.0),
     "stablelm": _config("StableLmConfig", DERIVED, use_qkv_bias=True, qk_layernorm=True),
     "nemotron": _config("NemotronConfig", BASE),
@@ -120,7 +142,15 @@ FAMILIES: dict[str, ConfigFactory] = {
     "arcee": _config("ArceeConfig", BASE),
     "helium": _config("HeliumConfig", DERIVED, head_dim=16),
     "gpt_neox": _config("GPTNeoXConfig", DERIVED),
-    "gpt2": _config("GPT2Config", _TOKENS, n_embd=96, n_head=6, n_layer=3, n_positions=512, initializer_range=0.15),
+    "gpt2": _config(
+        "GPT2Config",
+        _TOKENS,
+        n_embd=96,
+        n_head=6,
+        n_layer=3,
+        n_positions=512,
+        initializer_range=0.15,
+    ),
     "opt": _config("OPTConfig", DERIVED, ffn_dim=112, word_embed_proj_dim=96),
     # sliding windows on every layer, or on some
     "mistral": _config("MistralConfig", BASE, sliding_window=WINDOW),
@@ -134,7 +164,9 @@ FAMILIES: dict[str, ConfigFactory] = {
         attn_logit_softcapping=5.0,
         final_logit_softcapping=10.0,
     ),
-    "gemma3": _config("Gemma3TextConfig", BASE, query_pre_attn_scalar=16, sliding_window=WINDOW, layer_types=MIXED),
+    "gemma3": _config(
+        "Gemma3TextConfig", BASE, query_pre_attn_scalar=16, sliding_window=WINDOW, layer_types=MIXED
+    ),
     "gemma3_dynamic_ntk": _config(  # rotary frequencies of their own for each layer type
         "Gemma3TextConfig",
         BASE,
@@ -165,7 +197,9 @@ FAMILIES: dict[str, ConfigFactory] = {
         eos_token_id=2,
     ),
     "olmo3": _config("Olmo3Config", DERIVED, sliding_window=WINDOW, layer_types=MIXED),
-    "cohere2": _config("Cohere2Config", BASE, sliding_window=WINDOW, layer_types=MIXED, logit_scale=1.0),
+    "cohere2": _config(
+        "Cohere2Config", BASE, sliding_window=WINDOW, layer_types=MIXED, logit_scale=1.0
+    ),
     "exaone4": _config("Exaone4Config", DERIVED, sliding_window=WINDOW, layer_types=MIXED),
     "ministral": _config("MinistralConfig", BASE, sliding_window=WINDOW, layer_types=MIXED),
     "ministral3": _config(  # queries are scaled by position, from the 32nd token on
@@ -230,8 +264,12 @@ FAMILIES: dict[str, ConfigFactory] = {
         hidden_size_per_layer_input=8,
     ),
     # mixtures of experts
-    "mixtral": _config("MixtralConfig", BASE, num_local_experts=5, num_experts_per_tok=2, sliding_window=None),
-    "phimoe": _config("PhimoeConfig", DERIVED, num_local_experts=5, num_experts_per_tok=2, sliding_window=WINDOW),
+    "mixtral": _config(
+        "MixtralConfig", BASE, num_local_experts=5, num_experts_per_tok=2, sliding_window=None
+    ),
+    "phimoe": _config(
+        "PhimoeConfig", DERIVED, num_local_experts=5, num_experts_per_tok=2, sliding_window=WINDOW
+    ),
     "qwen2_moe": _config("Qwen2MoeConfig", DERIVED, EXPERTS, shared_expert_intermediate_size=48),
     "qwen3_moe": _config("Qwen3MoeConfig", BASE, EXPERTS),
     "olmoe": _config("OlmoeConfig", DERIVED, num_experts=5, num_experts_per_tok=2),
@@ -244,10 +282,14 @@ FAMILIES: dict[str, ConfigFactory] = {
         num_local_experts=5,
         num_experts_per_tok=2,
     ),
-    "ernie4_5_moe": _config("Ernie4_5_MoeConfig", DERIVED, moe_num_experts=5, moe_k=2, moe_intermediate_size=48),
+    "ernie4_5_moe": _config(
+        "Ernie4_5_MoeConfig", DERIVED, moe_num_experts=5, moe_k=2, moe_intermediate_size=48
+    ),
     "hunyuan_v1_moe": _config("HunYuanMoEV1Config", BASE, num_experts=5, moe_topk=2),
     "dots1": _config("Dots1Config", BASE, ROUTED, first_k_dense_replace=1),
-    "exaone_moe": _config("ExaoneMoeConfig", BASE, EXPERTS, sliding_window=WINDOW, layer_types=MIXED),
+    "exaone_moe": _config(
+        "ExaoneMoeConfig", BASE, EXPERTS, sliding_window=WINDOW, layer_types=MIXED
+    ),
     "cohere2_moe": _config(
         "Cohere2MoeConfig",
         BASE,
@@ -267,7 +309,9 @@ FAMILIES: dict[str, ConfigFactory] = {
         routed_scaling_factor=1.0,
     ),
     "deepseek_v3": _config("DeepseekV3Config", MLA, ROUTED, first_k_dense_replace=1),
-    "glm4_moe_lite": _config("Glm4MoeLiteConfig", MLA, ROUTED, mlp_layer_types=["dense", "sparse", "sparse"]),
+    "glm4_moe_lite": _config(
+        "Glm4MoeLiteConfig", MLA, ROUTED, mlp_layer_types=["dense", "sparse", "sparse"]
+    ),
     "minicpm3": _config("MiniCPM3Config", MLA, scale_emb=1.0, scale_depth=1.7, dim_model_base=96),
     "longcat_flash": _config(  # two attentions, and so two cache layers, in each layer
         "LongcatFlashConfig",
@@ -288,7 +332,9 @@ if hasattr(transformers, "InternLM3Config"):  # newer than 5.17
 # Families that run, but whose layers change keys or values between cache and attention other than by MLA.
 UNUSUAL: dict[str, ConfigFactory] = {
     # repeats the KV heads (as a tile, not interleaved) after the cache
-    "jetmoe": _config("JetMoeConfig", DERIVED, kv_channels=16, num_local_experts=5, num_experts_per_tok=2),
+    "jetmoe": _config(
+        "JetMoeConfig", DERIVED, kv_channels=16, num_local_experts=5, num_experts_per_tok=2
+    ),
     # attends twice for each cache update, each time with half of the value heads, repeated
     "diffllama": _config("DiffLlamaConfig", DERIVED, num_attention_heads=8, num_key_value_heads=4),
 }
@@ -309,7 +355,9 @@ REFUSED: dict[str, ConfigFactory] = {
         head_dim=16,
         n_groups=1,
     ),
-    "falcon_mamba": _config("FalconMambaConfig", _TOKENS, hidden_size=96, num_hidden_layers=2, state_size=8),
+    "falcon_mamba": _config(
+        "FalconMambaConfig", _TOKENS, hidden_size=96, num_hidden_layers=2, state_size=8
+    ),
     "rwkv": _config("RwkvConfig", _TOKENS, hidden_size=96, num_hidden_layers=2, context_length=512),
     # the same, mixed with attention layers
     "jamba": _config(
@@ -449,18 +497,32 @@ REFUSED: dict[str, ConfigFactory] = {
     # modeling code off transformers' attention interface (ALiBi, or old attention classes)
     "bloom": _config("BloomConfig", _TOKENS, hidden_size=96, n_layer=2, n_head=6),
     "mpt": _config("MptConfig", _TOKENS, d_model=96, n_layers=2, n_heads=6),
-    "falcon": _config("FalconConfig", _TOKENS, hidden_size=96, num_hidden_layers=2, num_attention_heads=6),
+    "falcon": _config(
+        "FalconConfig", _TOKENS, hidden_size=96, num_hidden_layers=2, num_attention_heads=6
+    ),
 }
 
 
 # These came to the attention interface with transformers 5.24; before, they are refused.
 (REFUSED if version.parse(transformers.__version__) < version.parse("5.24") else FAMILIES).update(
-    codegen=_config("CodeGenConfig", _TOKENS, n_embd=96, n_layer=3, n_head=4, rotary_dim=8, initializer_range=0.15),
-    gptj=_config("GPTJConfig", _TOKENS, n_embd=96, n_layer=3, n_head=6, rotary_dim=8, initializer_range=0.15),
+    codegen=_config(
+        "CodeGenConfig",
+        _TOKENS,
+        n_embd=96,
+        n_layer=3,
+        n_head=4,
+        rotary_dim=8,
+        initializer_range=0.15,
+    ),
+    gptj=_config(
+        "GPTJConfig", _TOKENS, n_embd=96, n_layer=3, n_head=6, rotary_dim=8, initializer_range=0.15
+    ),
 )
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> PreTrainedModel:
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int
+) -> PreTrainedModel:
     """A model of `FAMILIES`, `UNUSUAL` or `REFUSED` in eval mode; it never stops at EOS and pads with token 0.
 
     The weights of any `dtype` are those of float32, rounded. Vectors (norms, biases, sinks), which start out

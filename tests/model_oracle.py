@@ -25,7 +25,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Mask = torch.Tensor | dict[str, torch.Tensor]  # what a model takes as `attention_mask`
 
-_LENGTH_DEPENDENT = ("dynamic", "longrope")  # the rotary types that choose frequencies by the length they see
+_LENGTH_DEPENDENT = (
+    "dynamic",
+    "longrope",
+)  # the rotary types that choose frequencies by the length they see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,9 @@ def oracle_forward(
     `None` takes that of `ids_BL`. Afterwards the model's settings and rotary state are what they were.
     """
     B, L = ids_BL.shape
-    mask = layer_masks(model, lambda window: law_mask(context_len, L, block_size, anchor_size, window))
+    mask = layer_masks(
+        model, lambda window: law_mask(context_len, L, block_size, anchor_size, window)
+    )
     cache = DynamicCache()  # given no config, it keeps every token even in sliding layers
     with eager_attention(model), pinned_rope(model, L if rope_length is None else rope_length):
         output = model(
@@ -123,7 +128,9 @@ def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tenso
     config = model.config.get_text_config(decoder=True)
     window: int | None = getattr(config, "sliding_window", None)
     layer_types = set(getattr(config, "layer_types", None) or [])
-    assert layer_types <= {"full_attention", "sliding_attention"}, f"no law for layers of {layer_types}"
+    assert layer_types <= {"full_attention", "sliding_attention"}, (
+        f"no law for layers of {layer_types}"
+    )
 
     def additive(window: int | None) -> torch.Tensor:
         allowed = keep(window)
@@ -187,9 +194,17 @@ def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
                     replace(module, "inv_freq", _inv_freq(module, rope_type, None, length))
                     replace(module, "rope_type", "default")  # which turns the update in forward off
             elif isinstance(rope_type, dict):
-                pinned = {layer_type: name for layer_type, name in rope_type.items() if name in _LENGTH_DEPENDENT}
+                pinned = {
+                    layer_type: name
+                    for layer_type, name in rope_type.items()
+                    if name in _LENGTH_DEPENDENT
+                }
                 for layer_type, name in pinned.items():
-                    replace(module, f"{layer_type}_inv_freq", _inv_freq(module, name, layer_type, length))
+                    replace(
+                        module,
+                        f"{layer_type}_inv_freq",
+                        _inv_freq(module, name, layer_type, length),
+                    )
                 replace(module, "rope_type", rope_type | dict.fromkeys(pinned, "default"))
         yield
     finally:
@@ -197,7 +212,9 @@ def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _inv_freq(module: nn.Module, rope_type: str, layer_type: str | None, length: int) -> torch.Tensor:
+def _inv_freq(
+    module: nn.Module, rope_type: str, layer_type: str | None, length: int
+) -> torch.Tensor:
     # The length goes in as a tensor, as it does in the stock forward: the dynamic base is then rounded alike.
     inv_freq: torch.Tensor
     inv_freq, _scaling = ROPE_INIT_FUNCTIONS[rope_type](

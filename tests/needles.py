@@ -63,7 +63,9 @@ def prose() -> list[str]:
     text = " ".join(pydoc_data.topics.topics.values())
     sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", re.sub(r"[`*_\[\]]", "", text))
     lines = [re.sub(r"\s+", " ", sentence).strip() for sentence in sentences]
-    return [line for line in lines if 30 <= len(line) <= 260 and line.isascii() and line[-1] in ".!?"]
+    return [
+        line for line in lines if 30 <= len(line) <= 260 and line.isascii() and line[-1] in ".!?"
+    ]
 
 
 @functools.cache
@@ -101,7 +103,9 @@ def make(task: str, tokenizer: Any, tokens: int, seed: int) -> Sample:
     stock = NOISE if hay == "noise" else prose() if hay == "prose" else []
     start = draw.randrange(len(stock)) if stock else 0
     while stock:
-        line = (draw.choice(stock) if hay == "noise" else stock[(start + len(filler)) % len(stock)]) + "\n"
+        line = (
+            draw.choice(stock) if hay == "noise" else stock[(start + len(filler)) % len(stock)]
+        ) + "\n"
         if length(line) > room:
             break
         filler.append(line)

@@ -29,7 +29,15 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from star_attention.evals import babi_world, babilong, infinitebench, ruler_lists, ruler_needles, shared, sources
+from star_attention.evals import (
+    babi_world,
+    babilong,
+    infinitebench,
+    ruler_lists,
+    ruler_needles,
+    shared,
+    sources,
+)
 from star_attention.evals.babilong_prompts import ASK, frame
 from star_attention.evals.ruler_needles import NOISE, Draw
 
@@ -96,7 +104,9 @@ def prose() -> tuple[str, ...]:
         except (SyntaxError, UnicodeDecodeError):
             continue
         for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (
+                text := ast.get_docstring(node)
+            ):
                 for paragraph in text.split("\n\n"):
                     found |= dict.fromkeys(filter(_is_prose, sources.split_sentences(paragraph)))
     return tuple(found)
@@ -167,7 +177,9 @@ class Maker:
 
     def size_of(self, questions: list[Question]) -> int:
         """With what ends each answer."""
-        return sum(self.size(question.asked) + self.size(question.answer) + 1 for question in questions)
+        return sum(
+            self.size(question.asked) + self.size(question.answer) + 1 for question in questions
+        )
 
     def asked(self, room: int, each: int = 60) -> int:
         """How many questions a document has: up to one in `each` tokens, which half of the documents have."""
@@ -197,7 +209,10 @@ def _needles(maker: Maker, room: int) -> Document:
     if len(single) >= 4 and rng.random() < 0.5:
         groups.append(rng.sample(single, rng.randint(2, 4)))
     rng.shuffle(groups)
-    questions = [_needle_question(group, [value for key in group for value in facts[key]], values) for group in groups]
+    questions = [
+        _needle_question(group, [value for key in group for value in facts[key]], values)
+        for group in groups
+    ]
     planted = [ruler_needles.sentence(key, value, values) for key, value in hidden]
     one = len(questions) == 1 and len(hidden) == 1
     head = ruler_needles.head(values, one=one)
@@ -210,8 +225,12 @@ def _needles(maker: Maker, room: int) -> Document:
     elif haystack == "repeat":
         filler = maker.filled(lambda: NOISE, rest, joint)
     else:
-        filler = maker.filled(lambda: ruler_needles.sentence(draw(keys), draw(values), values), rest, joint)
-    return Document(context=head + joint.join(maker.scattered(planted, filler)) + "\n", questions=questions)
+        filler = maker.filled(
+            lambda: ruler_needles.sentence(draw(keys), draw(values), values), rest, joint
+        )
+    return Document(
+        context=head + joint.join(maker.scattered(planted, filler)) + "\n", questions=questions
+    )
 
 
 def _needle_question(keys: list[str], answers: list[str], values: str) -> Question:
@@ -263,21 +282,29 @@ def _chains(maker: Maker, room: int) -> Document:
         # (In a context, its beginning is no cut.)
         hint = f" {asked[0].answer}"
         shown = f"{text}{asked[0].asked.rstrip()}"
-    text, questions = _chain_text(maker, room - maker.size(f"{shown}{hint}\n\n"), letters=5, chains=rng.randint(1, 4))
+    text, questions = _chain_text(
+        maker, room - maker.size(f"{shown}{hint}\n\n"), letters=5, chains=rng.randint(1, 4)
+    )
     if shown:
         return Document(context=f"{shown}{hint}\n\n{text}", questions=questions, hint=hint)
     return Document(context=text, questions=questions)
 
 
-def _chain_text(maker: Maker, room: int, *, letters: int, chains: int) -> tuple[str, list[Question]]:
+def _chain_text(
+    maker: Maker, room: int, *, letters: int, chains: int
+) -> tuple[str, list[Question]]:
     rng = maker.rng
-    names = [*dict.fromkeys("".join(rng.choices(string.ascii_uppercase, k=letters)) for _ in range(40))]
+    names = [
+        *dict.fromkeys("".join(rng.choices(string.ascii_uppercase, k=letters)) for _ in range(40))
+    ]
     values = rng.sample(range(10_000, 99_999), chains)
     lines: list[list[str]] = []
     questions = []
     for chain, value in enumerate(values):
         own = names[5 * chain : 5 * chain + 5]
-        lines.append([f"VAR {own[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(own))])
+        lines.append(
+            [f"VAR {own[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(own))]
+        )
         query, prefix = ruler_lists.chain_question(str(value), len(own))
         questions.append(Question(task="vt", asked=query + prefix, answer=" ".join(own)))
     flat = [line for own in lines for line in own]
@@ -290,7 +317,9 @@ def _chain_text(maker: Maker, room: int, *, letters: int, chains: int) -> tuple[
         for place, line in zip(sorted(rng.random() for _ in own), own, strict=True)
     )
     placed = ruler_needles.planted(
-        text, [line for _, _, line in put], sorted(int(place * (len(text) + 1)) for place, _, _ in put)
+        text,
+        [line for _, _, line in put],
+        sorted(int(place * (len(text) + 1)) for place, _, _ in put),
     )
     rng.shuffle(questions)
     return f"{ruler_lists.CHAIN_HEAD}{chr(10).join(placed)}\n", questions
@@ -312,7 +341,9 @@ def _common(maker: Maker, room: int) -> Document:
     each = 6.5  # tokens of an entry, about: its number, a full stop, a word
     count = max(11, int((rest / each - 10 * common) / uncommon) + 10)
     while True:
-        text, answers = ruler_lists.listed(rng, rng.sample(pool, min(count, len(pool))), common, uncommon)
+        text, answers = ruler_lists.listed(
+            rng, rng.sample(pool, min(count, len(pool))), common, uncommon
+        )
         over = maker.size(text) - rest
         if over <= 0 or count <= 11:
             break
@@ -357,10 +388,16 @@ def _stories(maker: Maker, room: int) -> Document:
     least, most = babi_world.FACTS[task]
     facts = rng.randint(least, max(least, min(most, room // 60)))
     goes_on = task != "qa4" and rng.random() < 0.5
-    first, *others = babi_world.chapters(task, [facts, *(rng.randint(1, 4) for _ in range(24 * goes_on))], rng)
+    first, *others = babi_world.chapters(
+        task, [facts, *(rng.randint(1, 4) for _ in range(24 * goes_on))], rng
+    )
     around = frame(task)
     questions = _story_questions(first, task, maker.asked(room, 30), rng)
-    rest = room - maker.size(around.before + around.after + " ".join(first.facts)) - maker.size_of(questions)
+    rest = (
+        room
+        - maker.size(around.before + around.after + " ".join(first.facts))
+        - maker.size_of(questions)
+    )
     most_of_rest = rng.random() * rest
     for chapter in others:
         more = _story_questions(chapter, task, rng.randint(1, 3), rng)
@@ -376,15 +413,23 @@ def _stories(maker: Maker, room: int) -> Document:
     return Document(context=f"{around.before}{' '.join(text)}{around.after}", questions=questions)
 
 
-def _story_questions(chapter: babi_world.Chapter, task: str, count: int, rng: random.Random) -> list[Question]:
+def _story_questions(
+    chapter: babi_world.Chapter, task: str, count: int, rng: random.Random
+) -> list[Question]:
     """Two of three, as far as they go, are of the task itself."""
-    asked = {one: [(one, *pair) for kind in kinds for pair in kind] for one, kinds in chapter.asked.items()}
+    asked = {
+        one: [(one, *pair) for kind in kinds for pair in kind]
+        for one, kinds in chapter.asked.items()
+    }
     own = asked.pop(task)
     others = [pair for pairs in asked.values() for pair in pairs]
     chosen = rng.sample(own, min(len(own), math.ceil(count * 2 / 3)))
     chosen += rng.sample(others, min(len(others), count - len(chosen)))
     rng.shuffle(chosen)
-    return [Question(task=one, asked=f"{ASK}{asks}", answer=f" {answer}") for one, asks, answer in chosen]
+    return [
+        Question(task=one, asked=f"{ASK}{asks}", answer=f" {answer}")
+        for one, asks, answer in chosen
+    ]
 
 
 def _searches(maker: Maker, room: int) -> Document:
@@ -395,7 +440,9 @@ def _searches(maker: Maker, room: int) -> Document:
 
     def sized(units: int) -> tuple[int, Document]:
         sample = infinitebench.sample_of_units(task, units, random.Random(seed), id="", length=0)
-        question = Question(task=task, asked=sample.query + sample.answer_prefix, answer=f" {sample.answers[0]}")
+        question = Question(
+            task=task, asked=sample.query + sample.answer_prefix, answer=f" {sample.answers[0]}"
+        )
         document = Document(context=sample.context, questions=[question])
         return maker.size(document.context) + maker.size_of(document.questions), document
 
@@ -419,7 +466,8 @@ def _pairs(maker: Maker, room: int) -> Document:
     return Document(
         context=context,
         questions=[
-            Question(task="kv_retrieval", asked=one.query + one.prefix, answer=f" {one.answer}") for one in found
+            Question(task="kv_retrieval", asked=one.query + one.prefix, answer=f" {one.answer}")
+            for one in found
         ],
     )
 
@@ -452,7 +500,9 @@ ANSWER = 2
 
 def encoded(document: Document, encode: Encoder) -> tuple[list[int], list[int]]:
     """A document's ids and its mask: 0 for `<bos>`, 1 for text, `ANSWER` and more for answers and the `<eos>` behind them."""
-    before, hint, after = document.context.partition(document.hint) if document.hint else (document.context, "", "")
+    before, hint, after = (
+        document.context.partition(document.hint) if document.hint else (document.context, "", "")
+    )
     ids, mask = [encode.bos], [0]
 
     def put(text: str, kind: int, *, end: bool = False) -> None:
@@ -481,8 +531,12 @@ def row(length: int, maker: Maker) -> tuple[list[int], list[int]]:
     least = min(192, length)
     while length - len(ids) >= least:
         left = length - len(ids)
-        room = left if left < 2 * least or maker.rng.random() < 0.5 else maker.rng.randint(least, left)
-        tries = (encoded(maker.document(room - 1), maker.encode) for _ in range(_TRIES))  # (less `<bos>`)
+        room = (
+            left if left < 2 * least or maker.rng.random() < 0.5 else maker.rng.randint(least, left)
+        )
+        tries = (
+            encoded(maker.document(room - 1), maker.encode) for _ in range(_TRIES)
+        )  # (less `<bos>`)
         some_ids, some_mask = next((made for made in tries if len(made[0]) <= left), ([], []))
         if not some_ids:
             break
@@ -521,12 +575,18 @@ Shape = tuple[int, int, int]
 class Feed:
     """Batches for the steps in their order, made by processes beside the training: the same ones, however many they are."""
 
-    def __init__(self, shapes: list[Shape], seed: int, tokenizer: Path, *, workers: int, bos: str) -> None:
+    def __init__(
+        self, shapes: list[Shape], seed: int, tokenizer: Path, *, workers: int, bos: str
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._queues = [context.Queue(maxsize=4) for _ in range(workers)]
         self._steps = len(shapes)
         self._processes = [
-            context.Process(target=_work, args=(queue, shapes[number::workers], seed, tokenizer, bos), daemon=True)
+            context.Process(
+                target=_work,
+                args=(queue, shapes[number::workers], seed, tokenizer, bos),
+                daemon=True,
+            )
             for number, queue in enumerate(self._queues)
         ]
 

@@ -62,7 +62,9 @@ class Settings:
     weight_decay: float = 0.1
     warmup: int = 100
     decay_from: float = 0.6
-    weights: str = "vt:1.5,multivalue:1.5,multiquery:1.5,cwe:2,fwe:3,qa1:5,qa2:6,qa3:6,qa4:5,qa5:5,math_find:5"
+    weights: str = (
+        "vt:1.5,multivalue:1.5,multiquery:1.5,cwe:2,fwe:3,qa1:5,qa2:6,qa3:6,qa4:5,qa5:5,math_find:5"
+    )
     rest_weight: float = 0.5
     z_weight: float = 1e-4
     clip: float = 1.0
@@ -74,8 +76,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.sink and not self.common:
-            raise ValueError(f"sink {self.sink} needs a common component of embeddings to be found by; give --common 1")
-        for name, value, known in (("optimizer", self.optimizer, OPTIMIZERS), ("bos", self.bos, data.BOS)):
+            raise ValueError(
+                f"sink {self.sink} needs a common component of embeddings to be found by; give --common 1"
+            )
+        for name, value, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("bos", self.bos, data.BOS),
+        ):
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
 
@@ -93,7 +100,9 @@ def stages_of(settings: Settings) -> list[Stage]:
     for part in settings.stages.split(","):
         length, _, tokens = part.partition(":")
         if settings.tokens % int(length):
-            raise ValueError(f"a step of {settings.tokens:,} tokens holds no whole rows of {length}")
+            raise ValueError(
+                f"a step of {settings.tokens:,} tokens holds no whole rows of {length}"
+            )
         unit = units.get(tokens[-1], 1)
         steps = max(1, round(float(tokens.rstrip("km")) * unit / settings.tokens))
         stages.append(Stage(length=int(length), steps=steps))
@@ -105,9 +114,14 @@ def weights_of(settings: Settings) -> list[float]:
 
     Raises `ValueError` for a name that is no task.
     """
-    given = {task: float(weight) for task, weight in (part.split(":") for part in settings.weights.split(","))}
+    given = {
+        task: float(weight)
+        for task, weight in (part.split(":") for part in settings.weights.split(","))
+    }
     if unknown := given.keys() - set(data.TASKS):
-        raise ValueError(f"no task is named {', '.join(sorted(unknown))}; there are {', '.join(data.TASKS)}")
+        raise ValueError(
+            f"no task is named {', '.join(sorted(unknown))}; there are {', '.join(data.TASKS)}"
+        )
     return [0.0] * ANSWER + [given.get(task, 1.0) for task in data.TASKS]
 
 
@@ -134,7 +148,9 @@ def built(settings: Settings, tokenizer: Any) -> LlamaForCausalLM:
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(config)
     for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # what is added to the residual stream, layer by layer
+        if name.endswith(
+            ("o_proj.weight", "down_proj.weight")
+        ):  # what is added to the residual stream, layer by layer
             torch.nn.init.normal_(weight, std=0.02 / math.sqrt(2 * settings.layers))
     _plant_sink(model, tokenizer.bos_token_id, settings)
     return model
@@ -148,7 +164,10 @@ def _plant_sink(model: LlamaForCausalLM, bos: int, settings: Settings) -> None:
     are written to the dimension of each head that RoPE turns least, so that the score is the same at every distance.
     """
     embed_VD, size = model.get_input_embeddings().weight, settings.hidden // settings.heads
-    common_D, bos_D = F.normalize(torch.randn(settings.hidden), dim=0), F.normalize(embed_VD[bos], dim=0)
+    common_D, bos_D = (
+        F.normalize(torch.randn(settings.hidden), dim=0),
+        F.normalize(embed_VD[bos], dim=0),
+    )
     length = settings.common * 0.02 * math.sqrt(settings.hidden)
     own_D = settings.bos_scale * embed_VD[bos]
     embed_VD += length * common_D
@@ -168,7 +187,11 @@ class Optimizers:
     """Muon for the matrices of the layers (or AdamW with weight decay), AdamW without for embeddings and norms."""
 
     def __init__(self, model: LlamaForCausalLM, settings: Settings, *, fused: bool) -> None:
-        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+        matrices = [
+            p
+            for n, p in model.named_parameters()
+            if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+        ]
         inside = {id(p) for p in matrices}
         others = [p for p in model.parameters() if id(p) not in inside]
         adam: dict[str, Any] = dict(betas=(0.9, 0.95), eps=1e-8, fused=fused)
@@ -204,7 +227,11 @@ def _nll(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tenso
     """Of each token its loss, its log-sum-exp, and whether the target is the likeliest."""
     logits_NV = (hidden_ND @ weight_VD.T).float()
     lse_N = torch.logsumexp(logits_NV, -1)
-    return lse_N - logits_NV.gather(-1, targets_N[:, None])[:, 0], lse_N, logits_NV.argmax(-1) == targets_N
+    return (
+        lse_N - logits_NV.gather(-1, targets_N[:, None])[:, 0],
+        lse_N,
+        logits_NV.argmax(-1) == targets_N,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +243,9 @@ class Losses:
 
 
 class Trainer:
-    def __init__(self, settings: Settings, tokenizer: Any, *, device: torch.device, compile: bool) -> None:
+    def __init__(
+        self, settings: Settings, tokenizer: Any, *, device: torch.device, compile: bool
+    ) -> None:
         self.settings, self.device = settings, device
         self.model = built(settings, tokenizer).to(device).train()
         self.optimizers = Optimizers(self.model, settings, fused=device.type == "cuda")
@@ -237,7 +266,9 @@ class Trainer:
             parts = [
                 self._nll(hidden, weight_VD, targets)
                 for hidden, targets in zip(
-                    hidden_BTD.flatten(0, 1).split(_CHUNK), targets_BT.flatten().split(_CHUNK), strict=True
+                    hidden_BTD.flatten(0, 1).split(_CHUNK),
+                    targets_BT.flatten().split(_CHUNK),
+                    strict=True,
                 )
             ]
         nll_N, lse_N, right_N = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -266,12 +297,14 @@ class Trainer:
             right_BT = self.losses(ids_BT, mask_BT).right_BT.cpu()
         found: dict[str, list[bool]] = defaultdict(list)
         for right_T, mask_T in zip(right_BT, F.pad(mask_BT[:, 1:], (0, 1)).cpu(), strict=True):
-            edges = torch.nonzero(torch.diff(mask_T.int(), prepend=torch.zeros(1), append=torch.zeros(1)))[
-                :, 0
-            ].tolist()
+            edges = torch.nonzero(
+                torch.diff(mask_T.int(), prepend=torch.zeros(1), append=torch.zeros(1))
+            )[:, 0].tolist()
             for start, stop in pairwise(edges):
                 if mask_T[start] >= ANSWER:
-                    found[data.TASKS[int(mask_T[start]) - ANSWER]].append(bool(right_T[start:stop].all()))
+                    found[data.TASKS[int(mask_T[start]) - ANSWER]].append(
+                        bool(right_T[start:stop].all())
+                    )
         return {task: (sum(all_) / len(all_), len(all_)) for task, all_ in sorted(found.items())}
 
     # ------------------------------------------------------------------ checkpoints
@@ -292,7 +325,9 @@ class Trainer:
         ours = dataclasses.asdict(self.settings)
         for name, value in state["settings"].items():
             if ours.get(name) != value:
-                raise ValueError(f"{path} was begun with {name} {value!r}, not {ours.get(name)!r}; name another --out")
+                raise ValueError(
+                    f"{path} was begun with {name} {value!r}, not {ours.get(name)!r}; name another --out"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.step = int(state["step"])
@@ -314,7 +349,9 @@ def lengths_of(stages: list[Stage]) -> Iterator[int]:
 def export(model: LlamaForCausalLM, tokenizer_folder: Path, out: Path) -> None:
     """The model as transformers loads it, in bf16, with the tokenizer's files."""
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
-    half.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()})
+    half.load_state_dict(
+        {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    )
     half.generation_config.do_sample = False
     half.save_pretrained(out, max_shard_size="15MB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -322,22 +359,38 @@ def export(model: LlamaForCausalLM, tokenizer_folder: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the checkpoint, the log and the model so far"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the checkpoint, the log and the model so far",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="length of this piece")
     parser.add_argument("--steps", type=int, help="most steps of this piece")
-    parser.add_argument("--tokenizer", type=Path, default=data.TOKENIZER, help="folder of the tokenizer")
     parser.add_argument(
-        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make data"
+        "--tokenizer", type=Path, default=data.TOKENIZER, help="folder of the tokenizer"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) - 2),
+        help="processes that make data",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--init", type=Path, help="begin with the weights of this model instead of fresh ones")
+    parser.add_argument(
+        "--init", type=Path, help="begin with the weights of this model instead of fresh ones"
+    )
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--every", type=float, default=30.0, help="seconds between lines of the log")
+    parser.add_argument(
+        "--every", type=float, default=30.0, help="seconds between lines of the log"
+    )
     for field in dataclasses.fields(Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
+        )
     given = vars(parser.parse_args(arguments))
     settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
     run(settings, given)
@@ -349,7 +402,12 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = data.load_tokenizer(given["tokenizer"])
     torch.set_float32_matmul_precision("high")
-    trainer = Trainer(settings, tokenizer, device=device, compile=device.type == "cuda" and not given["no_compile"])
+    trainer = Trainer(
+        settings,
+        tokenizer,
+        device=device,
+        compile=device.type == "cuda" and not given["no_compile"],
+    )
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         if given["init"] is not None:
@@ -358,18 +416,32 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
             )
         trainer.load(checkpoint)
     elif given["init"] is not None:
-        trainer.model.load_state_dict(LlamaForCausalLM.from_pretrained(given["init"], dtype="float32").state_dict())
+        trainer.model.load_state_dict(
+            LlamaForCausalLM.from_pretrained(given["init"], dtype="float32").state_dict()
+        )
     lengths = list(lengths_of(stages_of(settings)))
     parameters = sum(weight.numel() for weight in trainer.model.parameters())
-    print(f"{parameters / 1e6:.1f}M parameters, {len(lengths):,} steps, from step {trainer.step:,}", flush=True)
+    print(
+        f"{parameters / 1e6:.1f}M parameters, {len(lengths):,} steps, from step {trainer.step:,}",
+        flush=True,
+    )
 
     def batch(rows: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-        return tuple(torch.as_tensor(part).to(device, torch.int64, non_blocking=True) for part in rows)  # type: ignore[return-value]
+        return tuple(
+            torch.as_tensor(part).to(device, torch.int64, non_blocking=True) for part in rows
+        )  # type: ignore[return-value]
 
     # (Each step has a seed of its own, so that a piece that goes on sees what it would have seen.)
-    stop = len(lengths) if given["steps"] is None else min(len(lengths), trainer.step + given["steps"])
-    shapes = [(step, settings.tokens // lengths[step], lengths[step]) for step in range(trainer.step, stop)]
-    with data.Feed(shapes, settings.seed, given["tokenizer"], workers=given["workers"], bos=settings.bos) as feed:
+    stop = (
+        len(lengths) if given["steps"] is None else min(len(lengths), trainer.step + given["steps"])
+    )
+    shapes = [
+        (step, settings.tokens // lengths[step], lengths[step])
+        for step in range(trainer.step, stop)
+    ]
+    with data.Feed(
+        shapes, settings.seed, given["tokenizer"], workers=given["workers"], bos=settings.bos
+    ) as feed:
         held_out: dict[int, tuple[Tensor, Tensor]] = {}
         said, tokens, losses = time.monotonic(), 0, None
         for (step, rows, length), made in zip(shapes, feed, strict=False):
@@ -380,7 +452,11 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
             if time.monotonic() - said < given["every"] and step + 1 < stop:
                 continue
             if length not in held_out:
-                held_out = {length: batch(data.held_out(rows, length, settings.seed, given["tokenizer"], settings.bos))}
+                held_out = {
+                    length: batch(
+                        data.held_out(rows, length, settings.seed, given["tokenizer"], settings.bos)
+                    )
+                }
             spent = time.monotonic() - said
             line = {
                 "step": step + 1,
@@ -388,7 +464,10 @@ def run(settings: Settings, given: dict[str, Any]) -> None:
                 "tokens_per_s": round(tokens / spent),
                 "answers": round(float(losses.answers.detach()), 4),
                 "rest": round(float(losses.rest.detach()), 4),
-                "right": {task: [round(a, 3), n] for task, (a, n) in trainer.accuracy(*held_out[length]).items()},
+                "right": {
+                    task: [round(a, 3), n]
+                    for task, (a, n) in trainer.accuracy(*held_out[length]).items()
+                },
             }
             print(json.dumps(line), flush=True)
             with (out / "log.jsonl").open("a", encoding="utf-8") as log:

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from star_attention.answering import Generation as Generation
     from star_attention.answering import Stream as Stream
     from star_attention.config import StarConfig as StarConfig
-    from star_attention.context import EncodedContext as EncodedContext
     from star_attention.engine import StarLLM as StarLLM
     from star_attention.engine import supported as supported
-    from star_attention.plan import BlockPlan as BlockPlan
+    from star_attention.planning.plan import BlockPlan as BlockPlan
     from star_attention.question_answering import pipeline as pipeline
+    from star_attention.storage.context import EncodedContext as EncodedContext
 
 _HOME = {
-    "BlockPlan": "plan",
-    "EncodedContext": "context",
+    "BlockPlan": "planning.plan",
+    "EncodedContext": "storage.context",
     "Generation": "answering",
     "StarConfig": "config",
     "StarLLM": "engine",

@@ -15,13 +15,15 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from star_attention import phase1, phase2
 from star_attention.clock import Clock
-from star_attention.comm import Comm
 from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
+from star_attention.distributed.comm import Comm
+from star_attention.distributed.world import END
 from star_attention.errors import InvalidInputError, StarAttentionError, UnknownOptionError
-from star_attention.hf import settings, tensor, text
-from star_attention.hf.handle import ModelHandle
-from star_attention.wire import Traffic
-from star_attention.world import END
+from star_attention.hf import generation_config
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.loading import tensor_parallel
+from star_attention.hf.text import tokens
+from star_attention.planning.traffic import Traffic
 
 _INSTEAD = {
     "generation_config": "the model's own is used already: give what is to differ as words (top_p=0.9), or set"
@@ -33,12 +35,39 @@ _INSTEAD = {
     "use_cache": "the encoded context is the cache",
     "cache_implementation": "the encoded context is the cache",
 }
-_OURS = {"max_length", "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate", "stop_strings"}
-_OURS |= {"output_scores", "output_logits", "output_attentions", "output_hidden_states", "prefill_chunk_size"}
+_OURS = {
+    "max_length",
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+    "return_dict_in_generate",
+    "stop_strings",
+}
+_OURS |= {
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "prefill_chunk_size",
+}
 _LOOKS_AT_THE_TEXT = (
-    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+    *(
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "encoder_no_repeat_ngram_size",
+    ),
 )
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_h",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +114,7 @@ class Stream(Iterator[str]):
     ranks rank 0's stream counts: where it is closed, or left for another call, it ends on all ranks.
     """
 
-    def __init__(self, run: Run | FollowedRun, comm: Comm) -> None:
+    def __init__(self, run: Run | FollowerRun, comm: Comm) -> None:
         self._run = run
         self._comm = comm
         self._pieces = run.pieces()
@@ -104,7 +133,7 @@ class Stream(Iterator[str]):
         if self._failed:
             raise InvalidInputError("this stream has failed; ask again")
         try:
-            with self._comm.call("a stream", greet=False):
+            with self._comm.collective("a stream", check_in=False):
                 yield
         except BaseException:
             self._failed = True
@@ -146,7 +175,7 @@ class AnswerSettings:
     stopping_criteria: StoppingCriteriaList | None
     config: GenerationConfig
     words: dict[str, Any]
-    stepped: bool
+    uses_own_loop: bool
 
     @property
     def answers_per_query(self) -> int:
@@ -176,25 +205,32 @@ class AnswerSettings:
             raise InvalidInputError(f"seed {seed} has more than 64 bits; give a smaller number")
         if not isinstance(answer_prefix, str):
             raise InvalidInputError(f"answer_prefix {answer_prefix!r} is not a text")
-        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+        for name, value in (
+            ("logits_processor", logits_processor),
+            ("stopping_criteria", stopping_criteria),
+        ):
             if not isinstance(value, (list, type(None))):
                 raise InvalidInputError(f"{name} is a {type(value).__name__}; give a list of them")
-        settings.check(words, max_new_tokens, handle.vocab_size)
-        config, words = generation_words(handle.model, words, max_new_tokens, ignore_eos)
-        stepped = settings.check_mode(config) in phase2.STEPPED
-        blind = [word for word in _LOOKS_AT_THE_TEXT if getattr(config, word, None) not in (None, 0, 1.0)]
-        if blind and not stepped and handle.rotaries:
+        generation_config.check(words, max_new_tokens, handle.vocab_size)
+        config, words = generation_kwargs(handle.model, words, max_new_tokens, ignore_eos)
+        uses_own_loop = generation_config.check_mode(config) in phase2.OWN_LOOP_MODES
+        blind = [
+            word for word in _LOOKS_AT_THE_TEXT if getattr(config, word, None) not in (None, 0, 1.0)
+        ]
+        if blind and not uses_own_loop and handle.rotaries:
             raise InvalidInputError(
                 f"{blind[0]} does not work with beams and prompt lookup for this model: its rotary frequencies depend on the"
                 " length, so transformers' loops are given the query alone and would not see the context; use greedy search"
                 " or sampling"
             )
-        if tensor.share(handle.model) is not None and getattr(config, "guidance_scale", None) not in (None, 1):
+        if tensor_parallel.share(handle.model) is not None and getattr(
+            config, "guidance_scale", None
+        ) not in (None, 1):
             raise InvalidInputError(
                 "guidance_scale needs forwards beside the answer, which the other ranks of a host do not follow; leave it"
                 " out, or use tensor_parallel 1"
             )
-        if return_logits and not stepped:
+        if return_logits and not uses_own_loop:
             raise InvalidInputError(
                 "return_logits works with greedy search and sampling, not with beams; use StarLLM.logits instead"
             )
@@ -211,7 +247,7 @@ class AnswerSettings:
             stopping_criteria=stopping_criteria,
             config=config,
             words=words,
-            stepped=stepped,
+            uses_own_loop=uses_own_loop,
         )
 
 
@@ -233,14 +269,21 @@ class Run:
         self._within_before = copy.copy(request.comm.traffic_within)
         self._encode_s = encode_s
         self._max_new_tokens = settings.max_new_tokens
-        self.stepped, self.answers_per_query = settings.stepped, settings.answers_per_query
-        if settings.stops and not self.stepped:
-            request.stop_after = lambda prompt_tokens: text.StopStrings(tokenizer, settings.stops, prompt_tokens)
+        self.uses_own_loop, self.answers_per_query = (
+            settings.uses_own_loop,
+            settings.answers_per_query,
+        )
+        if settings.stops and not self.uses_own_loop:
+            request.stop_after = lambda prompt_tokens: tokens.StopStrings(
+                tokenizer, settings.stops, prompt_tokens
+            )
         self._request = request
         rows = len(request.queries) * self.answers_per_query
-        eos_ids = _ids(settings.config.eos_token_id) | text.stop_tokens(tokenizer, settings.stops)
-        self._answers = [text.Answer(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
-        self._logits: list[list[Tensor]] | None = [[] for _ in range(rows)] if settings.return_logits else None
+        eos_ids = _ids(settings.config.eos_token_id) | tokens.stop_tokens(tokenizer, settings.stops)
+        self._answers = [tokens.Answer(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
+        self._logits: list[list[Tensor]] | None = (
+            [[] for _ in range(rows)] if settings.return_logits else None
+        )
         self._first_s = self._end_s = 0.0
         self._peak_bytes: int | None = None
         self._wire, self._wire_within = Traffic(), Traffic()
@@ -248,8 +291,8 @@ class Run:
 
     def pieces(self) -> Generator[str, None, None]:
         """Text of the first answer as it becomes certain; running it to its end completes all answers."""
-        with phase1.explained(self._out_of_memory):
-            for piece in self._steps() if self.stepped else self._stock():
+        with phase1.translate_oom(self._out_of_memory):
+            for piece in self._steps() if self.uses_own_loop else self._stock():
                 if piece:
                     self._tell_piece(piece)
                     yield piece
@@ -269,12 +312,14 @@ class Run:
 
     def _tell_piece(self, piece: str) -> None:
         if self._streamed and self._comm.size > 1:
-            self._comm.tell(("piece", piece))
+            self._comm.broadcast_object(("piece", piece))
 
     def _tell_end(self) -> None:
         if self._comm.size > 1 and not self._end_told:
             self._end_told = True
-            self._comm.tell((END, [replace(answer, logits=None) for answer in self.generations()]))
+            self._comm.broadcast_object(
+                (END, [replace(answer, logits=None) for answer in self.generations()])
+            )
 
     def _steps(self) -> Iterator[str]:
         with _workable():  # transformers makes its logits processors here
@@ -289,7 +334,9 @@ class Run:
                 if self._logits is not None:
                     self._logits[row].append(step.logits_RV[row].cpu())
                 if step.ended[row] and answer.finish_reason is None:
-                    new += answer.end("length" if len(answer.token_ids) >= self._max_new_tokens else "stop")
+                    new += answer.end(
+                        "length" if len(answer.token_ids) >= self._max_new_tokens else "stop"
+                    )
                 if row == 0:
                     piece = new
             yield piece
@@ -299,12 +346,12 @@ class Run:
     def _stock(self) -> Iterator[str]:
         with _workable():
             rows = phase2.stock(self._request)
-        for answer, tokens in zip(self._answers, rows, strict=True):
-            for token in tokens:
+        for answer, row in zip(self._answers, rows, strict=True):
+            for token in row:
                 if answer.finish_reason is None:
                     answer.push(token)
             if answer.finish_reason is None:
-                answer.end("length" if len(tokens) >= self._max_new_tokens else "stop")
+                answer.end("length" if len(row) >= self._max_new_tokens else "stop")
         self._first_s = self._clock.elapsed()
         yield ""
 
@@ -323,15 +370,17 @@ class Run:
         self._wire = comm.traffic.since(self._wire_before)
         # Every host sends the same tokens through.
         within = comm.traffic_within.since(self._within_before)
-        self._wire_within = Traffic(within.calls * comm.hosts, within.bytes * comm.hosts)
-        tails = [answer.end("length") if answer.finish_reason is None else "" for answer in self._answers]
+        self._wire_within = Traffic(within.calls * comm.cp_size, within.bytes * comm.cp_size)
+        tails = [
+            answer.end("length") if answer.finish_reason is None else "" for answer in self._answers
+        ]
         return tails[0]
 
     def generations(self) -> list[Generation]:
         """The answers, those to one query next to each other."""
         return [self._generation(row, answer) for row, answer in enumerate(self._answers)]
 
-    def _generation(self, row: int, answer: text.Answer) -> Generation:
+    def _generation(self, row: int, answer: tokens.Answer) -> Generation:
         assert answer.finish_reason is not None, "the run has ended"
         more, after_first_s = len(answer.token_ids) - 1, self._end_s - self._first_s
         return Generation(
@@ -342,7 +391,9 @@ class Run:
             timings=Timings(
                 encode_s=self._encode_s,
                 ttft_s=self._first_s,
-                tokens_per_s=more / after_first_s if self.stepped and more > 0 and after_first_s > 0 else None,
+                tokens_per_s=more / after_first_s
+                if self.uses_own_loop and more > 0 and after_first_s > 0
+                else None,
             ),
             logits=None if self._logits is None else self._stacked(self._logits[row]),
             peak_bytes=self._peak_bytes,
@@ -354,14 +405,14 @@ class Run:
         return torch.stack(rows) if rows else torch.empty(0, self._request.handle.vocab_size)
 
 
-class FollowedRun:
+class FollowerRun:
     """The same call on a rank that follows: it computes what rank 0 tells, and has rank 0's results."""
 
     def __init__(self, following: Generator[str, None, Any], answers_per_query: int) -> None:
         self._following = following
         self._generations: list[Generation] = []
         self.answers_per_query = answers_per_query
-        self.stepped = self.ended = False
+        self.uses_own_loop = self.ended = False
 
     def pieces(self) -> Generator[str, None, None]:
         while (piece := self._next()) is not None:
@@ -369,8 +420,10 @@ class FollowedRun:
 
     def _next(self) -> str | None:
         try:
-            with phase1.explained(
-                lambda: "out of memory in phase 2: ask fewer queries at once, or encode over more ranks"
+            with phase1.translate_oom(
+                lambda: (
+                    "out of memory in phase 2: ask fewer queries at once, or encode over more ranks"
+                )
             ):
                 return next(self._following)
         except StopIteration as end:
@@ -390,7 +443,7 @@ class FollowedRun:
         return self._generations
 
 
-def generation_words(
+def generation_kwargs(
     model: Any, words: dict[str, Any], max_new_tokens: int, ignore_eos: bool
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """The resolved settings, and the words to hand to transformers' `generate` (which outrank the model's defaults)."""
@@ -402,7 +455,9 @@ def generation_words(
         if word in _INSTEAD:
             raise UnknownOptionError(f"generate() takes no {word!r} here; {_INSTEAD[word]}")
         if word not in known:
-            near = difflib.get_close_matches(word, [*known, "stop", "seed", "answer_prefix", "ignore_eos"], n=1)
+            near = difflib.get_close_matches(
+                word, [*known, "stop", "seed", "answer_prefix", "ignore_eos"], n=1
+            )
             meant = f"did you mean {near[0]!r}? It" if near else "it"
             raise UnknownOptionError(
                 f"generate() got an unknown word {word!r}; {meant} takes those of transformers' GenerationConfig"
@@ -418,11 +473,15 @@ def generation_words(
         words |= {word: None for word in _SAMPLING if word not in words and hasattr(defaults, word)}
     words["max_new_tokens"] = max_new_tokens
     # Defaults of the model that would change what comes back, or bring a cache of their own.
-    words |= dict(use_cache=True, return_dict_in_generate=False, cache_implementation=None, stop_strings=None)
+    words |= dict(
+        use_cache=True, return_dict_in_generate=False, cache_implementation=None, stop_strings=None
+    )
     if ignore_eos:
         words["eos_token_id"] = None
     if words.get("pad_token_id", defaults.pad_token_id) is None:
-        words["pad_token_id"] = min(_ids(words.get("eos_token_id", defaults.eos_token_id)), default=0)
+        words["pad_token_id"] = min(
+            _ids(words.get("eos_token_id", defaults.eos_token_id)), default=0
+        )
     config = copy.deepcopy(defaults)
     try:
         config.update(**words)
@@ -437,12 +496,21 @@ def _workable() -> Iterator[None]:
         yield
     except StarAttentionError:
         raise
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
         raise _unworkable(error) from error
 
 
 def _unworkable(error: Exception) -> InvalidInputError:
-    return InvalidInputError(f"these generation settings do not work: {str(error).strip().splitlines()[0]}")
+    return InvalidInputError(
+        f"these generation settings do not work: {str(error).strip().splitlines()[0]}"
+    )
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> list[str]:

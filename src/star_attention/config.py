@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.plan import RING_LAYOUTS, BlockPlan, parse_size, resolve_sizes
+from star_attention.planning.plan import RING_LAYOUTS, BlockPlan, parse_size, resolve_sizes
 
 METHODS = {
     "star": "star_attention.methods.star:Star",
@@ -109,9 +109,13 @@ class StarConfig:
                 f"tokens_per_forward {self.tokens_per_forward} is below 1; give a positive number of tokens, or leave it out"
             )
         if self.reserve_tokens < 1:
-            raise SizeError(f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token")
+            raise SizeError(
+                f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token"
+            )
         if not isinstance(self.method, str) or self.method not in METHODS:
-            raise InvalidInputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+            raise InvalidInputError(
+                f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}"
+            )
 
         if self.anchor_source not in ANCHOR_SOURCES:
             raise InvalidInputError(

@@ -19,13 +19,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from star_attention import comm as ranks
 from star_attention import methods, phase1, phase2
 from star_attention._version import __version__
-from star_attention.answering import AnswerSettings, FollowedRun, Run, Stream
+from star_attention.answering import AnswerSettings, FollowerRun, Run, Stream
 from star_attention.clock import Clock
 from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
-from star_attention.context import EncodedContext, RankStats
+from star_attention.distributed import comm as ranks
+from star_attention.distributed.world import END
 from star_attention.errors import (
     ContextLengthError,
     InvalidInputError,
@@ -34,13 +34,15 @@ from star_attention.errors import (
     UnknownOptionError,
     UnsupportedModelError,
 )
-from star_attention.hf import chat, identity, load, support, tensor, text
-from star_attention.hf.handle import ModelHandle
-from star_attention.plan import RING_LAYOUTS, BlockPlan, Segments
-from star_attention.saved import SavedContext
-from star_attention.store import ContextKV, Keeping, Kept, LayerKV, as_tensor_ids
-from star_attention.wire import Traffic
-from star_attention.world import END
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.loading import identity, load, support, tensor_parallel
+from star_attention.hf.loading.tensor_parallel import load_share
+from star_attention.hf.text import chat, tokens
+from star_attention.planning.plan import RING_LAYOUTS, BlockPlan, Segments
+from star_attention.planning.traffic import Traffic
+from star_attention.storage.context import EncodedContext, RankStats
+from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, StoredKV, as_tensor_ids
+from star_attention.storage.saved import SavedContext
 
 _INSTEAD = {
     "torch_dtype": "use dtype=",
@@ -112,7 +114,7 @@ class StarLLM:
         compile: bool | None = None,
         comm: ranks.Comm | str | None = None,
     ) -> None:
-        self._share = tensor.share(model)
+        self._share = tensor_parallel.share(model)
         self._comm = ranks.from_environment(comm) if self._share is None else self._share.comm
         failure: Exception | None = None
         try:
@@ -133,8 +135,8 @@ class StarLLM:
             failure = error
         self.model = model
         self.tokenizer = tokenizer
-        with self._comm.call("the start"):
-            self._comm.all_fine(failure)
+        with self._comm.collective("the start"):
+            self._comm.raise_if_any_failed(failure)
             if self._comm.size > 1:
                 self._shake_hands()
 
@@ -144,20 +146,23 @@ class StarLLM:
         Raises `InvalidInputError` where it cannot be.
         """
         if compile and self._share is not None:
-            raise InvalidInputError("compile=True does not go with tensor_parallel; leave one of them out")
+            raise InvalidInputError(
+                "compile=True does not go with tensor_parallel; leave one of them out"
+            )
         return False if compile is None and self._comm.size > 1 else compile
 
     def _check_share(self, comm: ranks.Comm | str | None) -> None:
         """What goes with a model of which this rank has a share."""
         if self._share is None:
             return
-        if comm is not None and not self._share.comm.is_of(comm):
+        if comm is not None and not self._share.comm.has_same_ranks(comm):
             raise InvalidInputError(
                 "this model was shared out to other ranks than comm names (tensor_parallel); leave comm out"
             )
         if self._handle.outer is not self._handle.model or identity.adapters(self._handle.outer):
             raise UnsupportedModelError(
-                type(self._handle.outer).__name__, ["adapters do not work on a model shared out by tensor_parallel"]
+                type(self._handle.outer).__name__,
+                ["adapters do not work on a model shared out by tensor_parallel"],
             )
 
     @classmethod
@@ -194,47 +199,67 @@ class StarLLM:
         these `UnknownOptionError`.
         """
         for word in unknown:
-            known = [name for name in inspect.signature(cls.from_pretrained).parameters if name != "unknown"]
+            known = [
+                name
+                for name in inspect.signature(cls.from_pretrained).parameters
+                if name != "unknown"
+            ]
             near = difflib.get_close_matches(word, known, n=1)
             instead = (
                 f"did you mean {near[0]!r}?"
                 if near
                 else f"words of transformers go into model_kwargs={{{word!r}: ...}}"
             )
-            raise UnknownOptionError(f"from_pretrained() takes no {word!r} here; {_INSTEAD.get(word, instead)}")
+            raise UnknownOptionError(
+                f"from_pretrained() takes no {word!r} here; {_INSTEAD.get(word, instead)}"
+            )
         sizes: dict[str, Any] = dict(block_size=block_size, anchor_size=anchor_size, method=method)
         sizes |= dict(tokens_per_forward=tokens_per_forward, reserve_tokens=reserve_tokens)
-        sizes |= dict(anchor_source=anchor_source, ring_layout=ring_layout, kv_dtype=kv_dtype, kv_device=kv_device)
+        sizes |= dict(
+            anchor_source=anchor_source,
+            ring_layout=ring_layout,
+            kv_dtype=kv_dtype,
+            kv_device=kv_device,
+        )
         comm = ranks.from_environment(comm)
         failure: Exception | None = None
         try:
             StarConfig.of(**sizes)
         except Exception as error:
             failure = error
-        with comm.call("the start"):
-            comm.all_fine(failure)
-            tensor_parallel = comm.decide(lambda: _divisor(tensor_parallel, comm.size))
+        with comm.collective("the start"):
+            comm.raise_if_any_failed(failure)
+            tensor_parallel = comm.run_on_rank_0(lambda: _divisor(tensor_parallel, comm.size))
         if comm.size > 1:
             device = load.own_device(device)
         if tensor_parallel > 1:
-            share = tensor.load_share(
-                path, comm, tensor_parallel, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {}
+            share = load_share(
+                path,
+                comm,
+                tensor_parallel,
+                dtype=str(dtype),
+                device=device,
+                model_kwargs=model_kwargs or {},
             )
             return cls(*share, comm=comm, compile=compile, **sizes)
         loaded: list[Any] = []
         try:
-            loaded += load.load(path, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {})
+            loaded += load.load(
+                path, dtype=str(dtype), device=device, model_kwargs=model_kwargs or {}
+            )
         except Exception as error:
             failure = error
-        with comm.call("loading the model"):
-            comm.all_fine(failure)
+        with comm.collective("loading the model"):
+            comm.raise_if_any_failed(failure)
         return cls(*loaded, comm=comm, compile=compile, **sizes)
 
     def __repr__(self) -> str:
         """`StarLLM(llama, star, block_size=1024, cpu, float32)`: sizes that are left to the rule are left out."""
         config = self.config
         sizes = [
-            f"{name}={size}" for name in ("block_size", "anchor_size") if (size := getattr(config, name)) is not None
+            f"{name}={size}"
+            for name in ("block_size", "anchor_size")
+            if (size := getattr(config, name)) is not None
         ]
         place = [str(self.device), str(self._handle.dtype).removeprefix("torch.")]
         ranks = [f"rank {self.rank} of {self.num_ranks}"] if self.num_ranks > 1 else []
@@ -256,16 +281,16 @@ class StarLLM:
     @property
     def tensor_parallel(self) -> int:
         """How many ranks make up one host and share its heads and weights."""
-        return self._comm.tensor_parallel
+        return self._comm.tp_size
 
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's value, on all ranks (on one: the value itself). Collective."""
-        with self._comm.call("waiting for rank 0"):
-            return self._comm.decide(lambda: value)
+        with self._comm.collective("waiting for rank 0"):
+            return self._comm.run_on_rank_0(lambda: value)
 
     def rank_progress(self) -> list[tuple[int, int]]:
         """How much of its share of phase 1 each host has done, in tokens, and of how much; empty on one rank."""
-        lines = self._comm.lines()[:: self._comm.tensor_parallel]
+        lines = self._comm.rank_status()[:: self._comm.tp_size]
         return [(line.get("done", 0), line.get("total", 0)) for line in lines]
 
     def _shake_hands(self) -> None:
@@ -285,10 +310,10 @@ class StarLLM:
             if difference is not None:
                 field, other, ours = difference
                 message = f"its {field} is {other}, rank 0's is {ours}; all ranks need the same"
-                raise self._comm.agreed(RankError(rank, "the start", message))
+                raise self._comm.mark_collective(RankError(rank, "the start", message))
         if self._share is None:
             self._comm = self._comm.on(self.device)
-        if self._comm.hosts > 1:
+        if self._comm.cp_size > 1:
             self._handle.kept  # (a forward of its own, outside of what is measured)  # noqa: B018
 
     @property
@@ -317,8 +342,10 @@ class StarLLM:
         Raises `TokenError` (empty, or ids outside the vocabulary), `ContextLengthError` (beyond the model's positions),
         `SizeError` and `OutOfMemoryError`.
         """
-        with self._comm.call("encode"):
-            several, prepared = self._comm.decide(lambda: self._prepare(content, query, settings))
+        with self._comm.collective("encode"):
+            several, prepared = self._comm.run_on_rank_0(
+                lambda: self._prepare(content, query, settings)
+            )
             contexts = self._encode_all(prepared, progress)
         return contexts if several else contexts[0]
 
@@ -334,26 +361,37 @@ class StarLLM:
         prepared = []
         for one in content if several else [content]:
             ids, opened = self._context_ids(one)
-            self._check_positions(len(ids), "the context has", "cut the context, or use a model with more positions")
+            self._check_positions(
+                len(ids), "the context has", "cut the context, or use a model with more positions"
+            )
             self._plan(len(ids))
             chat_state = None if opened is None else opened.as_dict()
             if answer is not None:
-                asked = [self._tail_ids(chat_state, one, answer.answer_prefix, warn=False) for one in queries]
-                self._check_room(len(ids), self._rope_length(len(ids)), asked, answer.max_new_tokens)
+                asked = [
+                    self._tail_ids(chat_state, one, answer.answer_prefix, warn=False)
+                    for one in queries
+                ]
+                self._check_room(
+                    len(ids), self._rope_length(len(ids)), asked, answer.max_new_tokens
+                )
             prepared.append((ids, chat_state))
         return several, prepared
 
     def _plan(self, context_tokens: int) -> BlockPlan:
-        return methods.get(self.config.method).plan(self.config, context_tokens, self._comm.hosts)
+        return methods.get(self.config.method).plan(self.config, context_tokens, self._comm.cp_size)
 
     def _context_ids(self, content: Content) -> tuple[Tensor, chat.ChatContext | None]:
         if chat.is_messages(content):
             opened = chat.open_context(self.tokenizer, list(content))  # type: ignore[arg-type]
-            return self._ids(text.query_ids(self.tokenizer, opened.head), "context"), opened
+            return self._ids(tokens.query_ids(self.tokenizer, opened.head), "context"), opened
         if isinstance(content, str):
             if not content:
-                raise TokenError("the context is empty; Star Attention needs at least 1 token of context")
-            return self._ids(text.context_ids(self._need_tokenizer("text"), content), "context"), None
+                raise TokenError(
+                    "the context is empty; Star Attention needs at least 1 token of context"
+                )
+            return self._ids(
+                tokens.context_ids(self._need_tokenizer("text"), content), "context"
+            ), None
         return self._ids(content, "context"), None
 
     def _encode_all(
@@ -376,7 +414,13 @@ class StarLLM:
             rope_length = self._rope_length(plan.context_tokens)
             with self._measured() as stats:
                 stores = method.encode(
-                    self._handle, ids_BL, plan, self._comm, self.config, rope_length=rope_length, progress=progress
+                    self._handle,
+                    ids_BL,
+                    plan,
+                    self._comm,
+                    self.config,
+                    rope_length=rope_length,
+                    progress=progress,
                 )
             for i, store in zip(indices, stores, strict=True):
                 ids, chat_state = contexts[i]
@@ -387,16 +431,26 @@ class StarLLM:
     def _measured(self) -> Iterator[list[RankStats]]:
         """Fills in what each host spent; nobody goes on before all have."""
         comm = self._comm
-        clock, before, before_within = Clock(self.device), copy.copy(comm.traffic), copy.copy(comm.traffic_within)
+        clock, before, before_within = (
+            Clock(self.device),
+            copy.copy(comm.traffic),
+            copy.copy(comm.traffic_within),
+        )
         stats: list[RankStats] = []
         yield stats
-        spent = (*clock.stop(), comm.traffic.since(before), comm.traffic_within.since(before_within))
+        spent = (
+            *clock.stop(),
+            comm.traffic.since(before),
+            comm.traffic_within.since(before_within),
+        )
         everyone = comm.gather(spent)
         wire = everyone[0][2]  # the first host takes part in every exchange, an idle one in none
-        for first in range(0, comm.size, comm.tensor_parallel):
-            busy, peaks, _, within = zip(*everyone[first : first + comm.tensor_parallel], strict=True)
+        for first in range(0, comm.size, comm.tp_size):
+            busy, peaks, _, within = zip(*everyone[first : first + comm.tp_size], strict=True)
             peak = None if None in peaks else max(peaks)
-            stats.append(RankStats(busy_s=max(busy), peak_bytes=peak, wire=wire, wire_within=within[0]))
+            stats.append(
+                RankStats(busy_s=max(busy), peak_bytes=peak, wire=wire, wire_within=within[0])
+            )
 
     def _batches(self, plans: list[BlockPlan]) -> list[list[int]]:
         """Indices of contexts that are encoded together: equal plans, and whole blocks still fit in one forward."""
@@ -430,7 +484,7 @@ class StarLLM:
             rope_length=rope_length,
             chat=chat_state,
             encode_s=_slowest(stats) if encode_s is None else encode_s,
-            peak_bytes=stats[self._comm.host].peak_bytes if stats else None,
+            peak_bytes=stats[self._comm.cp_rank].peak_bytes if stats else None,
             stats=tuple(stats),
             model=weakref.ref(self._handle.model),
             model_state=identity.state(self._handle.outer),
@@ -446,8 +500,10 @@ class StarLLM:
 
         Raises `ContextLengthError` beyond the model's positions, or beyond the length that rotary frequencies are pinned to.
         """
-        with self._comm.call("extend"):
-            key, ids, chat_state = self._comm.decide(lambda: self._prepare_extension(context, more))
+        with self._comm.collective("extend"):
+            key, ids, chat_state = self._comm.run_on_rank_0(
+                lambda: self._prepare_extension(context, more)
+            )
             context = self._mine(context, key)
             old = context.plan
             # A dense context is one block, and stays one.
@@ -459,7 +515,9 @@ class StarLLM:
                 ranks=old.ranks,
             )
             known = len(context.token_ids)
-            owner = next(rank for rank, held in enumerate(context.layout) if held and held[-1][1] == known)
+            owner = next(
+                rank for rank, held in enumerate(context.layout) if held and held[-1][1] == known
+            )
             with self._measured() as stats:
                 store = phase1.extend(
                     self._handle,
@@ -483,14 +541,16 @@ class StarLLM:
                 layout=tuple(layout),
                 chat=chat_state,
                 encode_s=_slowest(stats),
-                peak_bytes=stats[self._comm.host].peak_bytes,
+                peak_bytes=stats[self._comm.cp_rank].peak_bytes,
                 stats=tuple(stats),
             )
 
-    def _prepare_extension(self, context: EncodedContext, more: TextOrIds) -> tuple[int, Tensor, dict[str, Any] | None]:
+    def _prepare_extension(
+        self, context: EncodedContext, more: TextOrIds
+    ) -> tuple[int, Tensor, dict[str, Any] | None]:
         """Which context, its ids with the new ones, and how a chat goes on."""
         self._check_ours(context)
-        if context.method == "ring" and self._comm.hosts > 1:
+        if context.method == "ring" and self._comm.cp_size > 1:
             raise InvalidInputError(
                 "a ring context on several hosts cannot be extended: its tokens are dealt out by the length; encode the"
                 " joined text anew"
@@ -506,11 +566,13 @@ class StarLLM:
                 " message), or encode all messages anew"
             )
         if isinstance(more, str):
-            more = text.query_ids(self._need_tokenizer("text"), more)
+            more = tokens.query_ids(self._need_tokenizer("text"), more)
         new_ids = self._ids(more, "extension")
         ids = torch.cat([context.token_ids, new_ids])
         self._check_positions(
-            len(ids), "the extended context has", "cut the extension, or use a model with more positions"
+            len(ids),
+            "the extended context has",
+            "cut the extension, or use a model with more positions",
         )
         if context.rope_length is not None and len(ids) >= context.rope_length:
             raise ContextLengthError(
@@ -525,7 +587,9 @@ class StarLLM:
                 raise InvalidInputError(
                     "this chat context ends in a closed turn; only an open user message can be extended"
                 )
-            chat_state = chat.extended(self.tokenizer, opened, text.decode(self.tokenizer, new_ids.tolist())).as_dict()
+            chat_state = chat.extended(
+                self.tokenizer, opened, tokens.decode(self.tokenizer, new_ids.tolist())
+            ).as_dict()
         return context.key, ids, chat_state
 
     def _mine(self, context: Any, key: int) -> EncodedContext:
@@ -544,8 +608,8 @@ class StarLLM:
         Raises `ContextMismatchError` (naming the field) when model, tokenizer or settings differ, `CorruptContextError` for
         a file that is damaged or something else, `ContextNotFoundError` where there is none.
         """
-        with self._comm.call("load_context"):
-            path = self._comm.decide(lambda: str(path))
+        with self._comm.collective("load_context"):
+            path = self._comm.run_on_rank_0(lambda: str(path))
             file = SavedContext(path)
             header = file.header
             identity.check(
@@ -557,37 +621,55 @@ class StarLLM:
                 context_tokens=header["context_tokens"],
                 block_size=header["block_size"],
                 anchor_size=header["anchor_size"],
-                ranks=self._comm.hosts,
+                ranks=self._comm.cp_size,
             )
             method = methods.get(self.config.method)
             layout = method.layout(self.config, plan)
-            held = layout[self._comm.host]
+            held = layout[self._comm.cp_rank]
 
-            keeping = Keeping(dtype=header.get("kv_dtype"), device=self.config.kv_device)
-            share, part = self._comm.tensor_parallel, self._comm.tensor_rank
+            kv_format = KVFormat(dtype=header.get("kv_dtype"), device=self.config.kv_device)
+            share, part = self._comm.tp_size, self._comm.tp_rank
 
             def layer(index: int) -> LayerKV:
                 expands = header["expands"][index]
                 if not held or not file.has_layer(index):
-                    return LayerKV(held, expands=expands, keeping=keeping)
+                    return LayerKV(held, expands=expands, kv_format=kv_format)
                 device = self._handle.layer_device(index)
-                stays = device if keeping.device is None else torch.device(keeping.device)
+                stays = device if kv_format.device is None else torch.device(kv_format.device)
 
-                def source() -> Kept:
-                    return tuple(tensor.chunk(share, 1)[part].to(stays) for tensor in file.layer(index, held))
+                def source() -> StoredKV:
+                    return tuple(
+                        tensor.chunk(share, 1)[part].to(stays) for tensor in file.layer(index, held)
+                    )
 
                 dtype = self._handle.dtype
-                return LayerKV(held, expands=expands, keeping=keeping, source=source, dtype=dtype, device=device)
+                return LayerKV(
+                    held,
+                    expands=expands,
+                    kv_format=kv_format,
+                    source=source,
+                    dtype=dtype,
+                    device=device,
+                )
 
-            kv = ContextKV([layer(i) for i in range(len(header["expands"]))], held, method.sight(plan))
+            kv = ContextKV(
+                [layer(i) for i in range(len(header["expands"]))], held, method.visible(plan)
+            )
             ids = file.token_ids()
             self._comm.gather(None)  # all have found their part
             stats = [
                 RankStats(busy_s=None, peak_bytes=None, wire=Traffic(), wire_within=Traffic())
-                for _ in range(self._comm.hosts)
+                for _ in range(self._comm.cp_size)
             ]
             return self._context(
-                ids, plan, kv, layout, header["rope_length"], header["chat"], stats, encode_s=header["encode_s"]
+                ids,
+                plan,
+                kv,
+                layout,
+                header["rope_length"],
+                header["chat"],
+                stats,
+                encode_s=header["encode_s"],
             )
 
     # ------------------------------------------------------------------ phase 2
@@ -626,7 +708,7 @@ class StarLLM:
         The context is left as it was. Raises `UnknownOptionError` for an unknown word, `TokenError` for an empty query,
         `ContextLengthError` where context, query and answer exceed the positions.
         """
-        with self._comm.call("generate"):
+        with self._comm.collective("generate"):
             several, run = self._begin(
                 context,
                 _is_several(query),
@@ -645,7 +727,10 @@ class StarLLM:
                 pass
         answers = run.generations()
         if run.answers_per_query > 1:
-            grouped = [answers[at : at + run.answers_per_query] for at in range(0, len(answers), run.answers_per_query)]
+            grouped = [
+                answers[at : at + run.answers_per_query]
+                for at in range(0, len(answers), run.answers_per_query)
+            ]
             return grouped if several else grouped[0]
         return answers if several else answers[0]
 
@@ -654,7 +739,7 @@ class StarLLM:
 
         Pieces are whole characters, and what may begin a stop string is held back. The stream's `result` is the `Generation`.
         """
-        with self._comm.call("a stream"):
+        with self._comm.collective("a stream"):
             _, run = self._begin(context, False, [query], streamed=True, **settings)
         return Stream(run, self._comm)
 
@@ -663,7 +748,7 @@ class StarLLM:
 
         On several ranks, rank 0 has them and the others get None.
         """
-        with self._comm.call("logits"):
+        with self._comm.collective("logits"):
             request: list[phase2.Request] = []
 
             def prepare() -> tuple[int, None]:
@@ -677,22 +762,32 @@ class StarLLM:
                     pass
                 return None
             logits_QV = phase2.logits(request[0])
-            self._comm.tell((END, None))
+            self._comm.broadcast_object((END, None))
             return logits_QV
 
-    def _led(self, prepare: Callable[[], tuple[int, Any]]) -> tuple[Generator[str, None, Any] | None, Any]:
+    def _led(
+        self, prepare: Callable[[], tuple[int, Any]]
+    ) -> tuple[Generator[str, None, Any] | None, Any]:
         """What this rank does where it follows, None where it leads; and what `prepare` found out on rank 0 beside the
         context's key."""
-        key, more = self._comm.decide(prepare)
+        key, more = self._comm.run_on_rank_0(prepare)
         if self.rank == 0:
             return None, more
         context: EncodedContext = self._comm.held(key)
         tokens = len(context.token_ids)
-        return phase2.follow(self._handle, context.kv, tokens, context.rope_length, self._comm), more
+        return phase2.follow(
+            self._handle, context.kv, tokens, context.rope_length, self._comm
+        ), more
 
     def _begin(
-        self, context: EncodedContext, several: bool, queries: list[Any], *, streamed: bool = False, **settings: Any
-    ) -> tuple[bool, Run | FollowedRun]:
+        self,
+        context: EncodedContext,
+        several: bool,
+        queries: list[Any],
+        *,
+        streamed: bool = False,
+        **settings: Any,
+    ) -> tuple[bool, Run | FollowerRun]:
         """One call of phase 2: whether it has several queries, and the run, which rank 0 leads."""
         started: list[Run] = []
 
@@ -700,25 +795,31 @@ class StarLLM:
             if streamed:
                 self._check_streamed(queries[0])
             started.append(self._run(context, queries, streamed=streamed, **settings))
-            if streamed and (not started[0].stepped or started[0].answers_per_query > 1):
+            if streamed and (not started[0].uses_own_loop or started[0].answers_per_query > 1):
                 raise InvalidInputError(
                     "a stream is one answer by greedy search or sampling; use generate for beams and several answers"
                 )
             return context.key, (several, started[0].answers_per_query)
 
         following, (several, answers_per_query) = self._led(prepare)
-        return several, started[0] if following is None else FollowedRun(following, answers_per_query)
+        return several, started[0] if following is None else FollowerRun(
+            following, answers_per_query
+        )
 
     def _check_streamed(self, query: Any) -> None:
         if _is_several(query):
-            raise InvalidInputError(f"a stream answers one query, not {len(query)}; use generate for several")
+            raise InvalidInputError(
+                f"a stream answers one query, not {len(query)}; use generate for several"
+            )
         self._need_tokenizer("a stream of text")
 
     def check_settings(self, **settings: Any) -> None:
         """Raise what `generate` would raise for these settings, without a context: before a long one is encoded."""
         AnswerSettings.of(self._handle, self.tokenizer, **settings)
 
-    def _run(self, context: EncodedContext, queries: list[Any], *, streamed: bool = False, **words: Any) -> Run:
+    def _run(
+        self, context: EncodedContext, queries: list[Any], *, streamed: bool = False, **words: Any
+    ) -> Run:
         self._check_ours(context)
         settings = AnswerSettings.of(self._handle, self.tokenizer, **words)
         request = self._request(
@@ -735,15 +836,19 @@ class StarLLM:
     def _query_ids(self, context: EncodedContext, query: Any, answer_prefix: str = "") -> list[int]:
         return self._tail_ids(context.chat, query, answer_prefix, warn=True)
 
-    def _tail_ids(self, chat_state: dict[str, Any] | None, query: Any, answer_prefix: str, *, warn: bool) -> list[int]:
+    def _tail_ids(
+        self, chat_state: dict[str, Any] | None, query: Any, answer_prefix: str, *, warn: bool
+    ) -> list[int]:
         """What follows a context that goes on as `chat_state` says (None: as raw text)."""
-        if chat_state is not None and (query is None or isinstance(query, str) or chat.is_messages(query)):
+        if chat_state is not None and (
+            query is None or isinstance(query, str) or chat.is_messages(query)
+        ):
             self._need_tokenizer("chat messages")
             opened = chat.ChatContext(**chat_state)
             tail = chat.continue_context(self.tokenizer, opened, query)
             if warn:
                 chat.warn_about_cut(self.tokenizer, opened.head, tail)
-            query = text.query_ids(self.tokenizer, tail + answer_prefix)
+            query = tokens.query_ids(self.tokenizer, tail + answer_prefix)
             answer_prefix = ""
         elif chat.is_messages(query):
             raise InvalidInputError(
@@ -752,12 +857,16 @@ class StarLLM:
         elif isinstance(query, str):
             if not query:
                 raise TokenError("the query is empty; give at least 1 token")
-            query = text.query_ids(self._need_tokenizer("text"), query + answer_prefix)
+            query = tokens.query_ids(self._need_tokenizer("text"), query + answer_prefix)
             answer_prefix = ""
         elif query is None:
             raise TokenError("the query is empty; give at least 1 token")
         ids: list[int] = self._ids(query, "query").tolist()
-        return ids + text.query_ids(self._need_tokenizer("an answer prefix"), answer_prefix) if answer_prefix else ids
+        return (
+            ids + tokens.query_ids(self._need_tokenizer("an answer prefix"), answer_prefix)
+            if answer_prefix
+            else ids
+        )
 
     def _request(
         self,
@@ -782,7 +891,9 @@ class StarLLM:
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.tokenizer is None:
-            raise InvalidInputError(f"{what} needs a tokenizer; give one to StarLLM, or use token ids")
+            raise InvalidInputError(
+                f"{what} needs a tokenizer; give one to StarLLM, or use token ids"
+            )
         return self.tokenizer
 
     def _ids(self, ids: Any, what: str) -> Tensor:
@@ -796,11 +907,15 @@ class StarLLM:
         try:
             tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids))
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TokenError(f"the {what} is neither text, nor token ids, nor chat messages ({error})") from None
+            raise TokenError(
+                f"the {what} is neither text, nor token ids, nor chat messages ({error})"
+            ) from None
         if tensor.dim() == 2 and tensor.shape[0] == 1:
             tensor = tensor[0]
         if tensor.dim() != 1:
-            raise TokenError(f"the {what} has ids of shape {tuple(tensor.shape)}; give one row of token ids")
+            raise TokenError(
+                f"the {what} has ids of shape {tuple(tensor.shape)}; give one row of token ids"
+            )
         if tensor.numel() == 0:
             raise TokenError(f"the {what} is empty (0 tokens); give at least 1 token")
         if tensor.is_floating_point() or tensor.dtype == torch.bool:
@@ -820,15 +935,23 @@ class StarLLM:
     def _check_positions(self, tokens: int, what: str, remedy: str) -> None:
         limit = self._handle.max_positions
         if limit is not None and tokens > limit:
-            raise ContextLengthError(f"{what} {tokens:,} tokens, more than the model's {limit:,} positions; {remedy}")
+            raise ContextLengthError(
+                f"{what} {tokens:,} tokens, more than the model's {limit:,} positions; {remedy}"
+            )
 
     def _check_room(
-        self, context_tokens: int, rope_length: int | None, queries: list[list[int]], max_new_tokens: int
+        self,
+        context_tokens: int,
+        rope_length: int | None,
+        queries: list[list[int]],
+        max_new_tokens: int,
     ) -> None:
         """Whether there are positions for query and answer behind a context."""
         longest = context_tokens + max(len(query) for query in queries) + max_new_tokens
         what = f"context ({context_tokens:,}), query and answer ({max_new_tokens:,}) need"
-        self._check_positions(longest, what, "lower max_new_tokens, or shorten the query or the context")
+        self._check_positions(
+            longest, what, "lower max_new_tokens, or shorten the query or the context"
+        )
         if rope_length is not None and longest > rope_length:
             raise ContextLengthError(
                 f"{what} {longest:,} tokens, but the context's rotary frequencies are pinned to {rope_length:,};"
@@ -838,8 +961,10 @@ class StarLLM:
     def _check_ours(self, context: EncodedContext) -> None:
         """A context works with the model that encoded it, or an equal one, and with the adapters it was encoded with."""
         if not isinstance(context, EncodedContext):
-            raise InvalidInputError(f"not an encoded context: {type(context).__name__}; call encode first")
-        theirs, ours = ((comm.hosts, comm.tensor_parallel) for comm in (context.comm, self._comm))
+            raise InvalidInputError(
+                f"not an encoded context: {type(context).__name__}; call encode first"
+            )
+        theirs, ours = ((comm.cp_size, comm.tp_size) for comm in (context.comm, self._comm))
         if theirs != ours:
             raise InvalidInputError(
                 f"the context lies on {theirs[0]} hosts of {theirs[1]} ranks, this engine runs on {ours[0]} of {ours[1]}; save it"
@@ -853,7 +978,9 @@ class StarLLM:
     def _identity(self) -> dict[str, Any]:
         if self._share is not None:
             return self._share.identity | {"tokenizer": self._tokenizer_identity}
-        return identity.model_identity(self._handle.model, self._handle.outer) | {"tokenizer": self._tokenizer_identity}
+        return identity.model_identity(self._handle.model, self._handle.outer) | {
+            "tokenizer": self._tokenizer_identity
+        }
 
     @cached_property
     def _tokenizer_identity(self) -> str | None:
@@ -866,7 +993,9 @@ def _is_several(content: Any) -> bool:
         return content.dim() == 2 and content.shape[0] > 1
     if not isinstance(content, (list, tuple)) or chat.is_messages(content):
         return False
-    return any(one.dim() > 0 if isinstance(one, Tensor) else isinstance(one, Sized) for one in content)
+    return any(
+        one.dim() > 0 if isinstance(one, Tensor) else isinstance(one, Sized) for one in content
+    )
 
 
 def _queries(query: Any) -> list[Any]:
@@ -874,12 +1003,18 @@ def _queries(query: Any) -> list[Any]:
 
 
 def _hosts(comm: ranks.Comm) -> str:
-    return "ranks" if comm.tensor_parallel == 1 else "hosts"
+    return "ranks" if comm.tp_size == 1 else "hosts"
 
 
 def _divisor(tensor_parallel: Any, size: int) -> int:
-    if not isinstance(tensor_parallel, int) or isinstance(tensor_parallel, bool) or tensor_parallel < 1:
-        raise InvalidInputError(f"tensor_parallel {tensor_parallel!r} is not a number of ranks; give 1, 2, 4, ...")
+    if (
+        not isinstance(tensor_parallel, int)
+        or isinstance(tensor_parallel, bool)
+        or tensor_parallel < 1
+    ):
+        raise InvalidInputError(
+            f"tensor_parallel {tensor_parallel!r} is not a number of ranks; give 1, 2, 4, ..."
+        )
     if size % tensor_parallel:
         raise InvalidInputError(
             f"tensor_parallel {tensor_parallel} does not divide the number of ranks, {size}; start a multiple of"

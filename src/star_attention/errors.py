@@ -102,7 +102,7 @@ class OutOfMemoryError(StarAttentionError, MemoryError):
 
 
 @contextlib.contextmanager
-def let_go() -> Iterator[None]:
+def release_frames_on_oom() -> Iterator[None]:
     """What a call took before an `OutOfMemoryError` is freed, even while somebody holds the error.
 
     (Its traceback would keep the variables of all that ran, and with them keys and values.)
@@ -125,7 +125,9 @@ class RankError(StarAttentionError, RuntimeError):
         super().__init__(f"{who} failed in {where}: {cause}")
 
 
-def rebuilt(name: str, message: str, reasons: list[str] | None = None, rank: int | None = None) -> Exception:
+def rebuilt(
+    name: str, message: str, reasons: list[str] | None = None, rank: int | None = None
+) -> Exception:
     """An exception that another rank raised, from what was told about it.
 
     Ours and Python's own keep their type, so that they can be caught as on one rank; others become a `RankError`.

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from star_attention.comm import Comm
+from star_attention.distributed.comm import Comm
+from star_attention.distributed.world import Pending
 from star_attention.errors import OutOfMemoryError, StarAttentionError
-from star_attention.hf.cache import AnchorLink, EncodeCache, SpanCache
-from star_attention.hf.compiled import FULL
-from star_attention.hf.handle import ModelHandle
-from star_attention.hf.probe import Kept
-from star_attention.plan import BlockPlan, Segments, Span
-from star_attention.store import AS_COMPUTED, ContextKV, Keeping, is_out_of_memory
-from star_attention.world import Pending
+from star_attention.hf.cache.base import AnchorLink, EncodeCache, SpanCache
+from star_attention.hf.cache.probe import LayerKVShape
+from star_attention.hf.execution.compiled import FULL
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.planning.plan import BlockPlan, Segments, Span
+from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat, is_out_of_memory
 
 Progress = Callable[[Span, BlockPlan], None]
 """Called after each forward with what it encoded."""
@@ -43,12 +43,12 @@ def encode(
     tokens_per_forward: int,
     rope_length: int | None = None,
     anchor_source: str = "broadcast",
-    keeping: Keeping = AS_COMPUTED,
+    kv_format: KVFormat = DEFAULT_FORMAT,
     progress: Progress | None = None,
 ) -> list[ContextKV]:
     """This rank's keys and values of B contexts of equal length, encoded as one batch.
 
-    keeping: how they are stored; blocks look at the anchor as it was computed all the same.
+    kv_format: how they are stored; blocks look at the anchor as it was computed all the same.
 
     anchor_source: "broadcast" (from rank 0) or "local" (every rank computes the anchor once more, and none communicates).
 
@@ -56,28 +56,30 @@ def encode(
     allocated is freed with it.
     """
     B = ids_BL.shape[0]
-    stores = [empty(handle, plan.layout[comm.host], comm, keeping) for _ in range(B)]
+    stores = [empty(handle, plan.layout[comm.cp_rank], comm, kv_format) for _ in range(B)]
     # One batch of contexts shares the forward's budget.
     budget = max(1, tokens_per_forward // B)
     forwards = Forwards(handle, ids_BL, plan, comm, tokens_per_forward, rope_length, progress)
-    if comm.host >= plan.busy_ranks:
+    if comm.cp_rank >= plan.busy_ranks:
         return stores
     shares = plan.busy_ranks > 1 and plan.anchor_size > 0
     anchors: list[ContextKV] | None = None
     link: AnchorLink | None = None
     before: Iterator[Span] = iter(())
-    if shares and comm.host == 0 and anchor_source == "broadcast":
+    if shares and comm.cp_rank == 0 and anchor_source == "broadcast":
         link = _Sender(comm, plan)
-    if (shares and comm.host > 0) or (not keeping.as_computed and plan.anchor_size and plan.num_blocks > 1):
+    if (shares and comm.cp_rank > 0) or (
+        not kv_format.as_computed and plan.anchor_size and plan.num_blocks > 1
+    ):
         anchors = [empty(handle, ((0, plan.anchor_size),), comm) for _ in range(B)]
-    if shares and comm.host > 0:
+    if shares and comm.cp_rank > 0:
         assert anchors is not None
         if anchor_source == "broadcast":
             link = _Receiver(handle, comm, plan, anchors, budget)
         else:
             before = anchor_spans(plan, budget)
     cache = EncodeCache(plan, stores, handle.windows, comm, anchors=anchors, link=link)
-    for spans in (before, plan.spans(budget, rank=comm.host)):
+    for spans in (before, plan.spans(budget, rank=comm.cp_rank)):
         forwards.run(cache, spans)
     if isinstance(link, _Sender):
         link.finish()
@@ -104,7 +106,7 @@ def extend(
     anchors = None
     if owner > 0 and plan.anchor_size:
         anchors = [_handed_anchor(handle, comm, kv, plan.anchor_size, owner)]
-    if comm.host != owner:
+    if comm.cp_rank != owner:
         return kv
     *earlier, (first, _) = kv.segments
     store = kv.grown((*earlier, (first, plan.context_tokens)))
@@ -114,11 +116,15 @@ def extend(
     return store
 
 
-def empty(handle: ModelHandle, held: Segments, comm: Comm, keeping: Keeping = AS_COMPUTED) -> ContextKV:
+def empty(
+    handle: ModelHandle, held: Segments, comm: Comm, kv_format: KVFormat = DEFAULT_FORMAT
+) -> ContextKV:
     """Room for a rank's share. Whether layers expand what they keep shows in the first forward, which a rank may not have."""
-    if comm.hosts == 1:
-        return ContextKV.empty(held, [None] * len(handle.windows), keeping)
-    return ContextKV.empty(held, [None if kept is None else kept.expands for kept in handle.kept], keeping)
+    if comm.cp_size == 1:
+        return ContextKV.empty(held, [None] * len(handle.windows), kv_format)
+    return ContextKV.empty(
+        held, [None if kept is None else kept.expands for kept in handle.kept], kv_format
+    )
 
 
 def anchor_spans(plan: BlockPlan, budget: int) -> Iterator[Span]:
@@ -141,18 +147,24 @@ class Forwards:
         progress: Progress | None,
     ) -> None:
         self._handle, self._ids_BL, self._plan, self._comm = handle, ids_BL, plan, comm
-        self._tokens_per_forward, self._rope_length, self._progress = tokens_per_forward, rope_length, progress
+        self._tokens_per_forward, self._rope_length, self._progress = (
+            tokens_per_forward,
+            rope_length,
+            progress,
+        )
 
     def run(self, cache: SpanCache, spans: Iterable[Span]) -> None:
         handle, plan = self._handle, self._plan
-        with explained(lambda: self._out_of_memory(cache)):
-            held = sum(stop - start for start, stop in plan.layout[self._comm.host])
+        with translate_oom(lambda: self._out_of_memory(cache)):
+            held = sum(stop - start for start, stop in plan.layout[self._comm.cp_rank])
             self._comm.progress(0, held)
             done, spans = 0, list(spans)
             usual = self._usual_tokens(spans)
             for span in spans:
                 cache.span = span
-                self._comm.tick(f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}")
+                self._comm.tick(
+                    f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}"
+                )
                 positions_1S = torch.arange(span.start, span.stop, device=handle.device)[None]
                 ids_BS = self._ids_BL[:, span.start : span.stop].to(handle.device)
                 what = FULL if span.tokens == usual else None
@@ -204,7 +216,14 @@ class _Sender(AnchorLink):
 class _Receiver(AnchorLink):
     """Other ranks: ask for the anchor a few layers ahead, in the order in which rank 0 sends."""
 
-    def __init__(self, handle: ModelHandle, comm: Comm, plan: BlockPlan, anchors: list[ContextKV], budget: int) -> None:
+    def __init__(
+        self,
+        handle: ModelHandle,
+        comm: Comm,
+        plan: BlockPlan,
+        anchors: list[ContextKV],
+        budget: int,
+    ) -> None:
         self._handle, self._comm, self._plan, self._anchors = handle, comm, plan, anchors
         layers = [layer for layer, kept in enumerate(handle.kept) if kept is not None]
         shares = [
@@ -219,7 +238,9 @@ class _Receiver(AnchorLink):
         if not (self._to_ask or self._under_way):
             return
         # Shares of the anchor come one after the other, all layers of each: up to the last share of this layer.
-        last = max((at for at, (asked, *_) in enumerate(self._to_ask) if asked == layer), default=-1)
+        last = max(
+            (at for at, (asked, *_) in enumerate(self._to_ask) if asked == layer), default=-1
+        )
         for _ in range(min(last + 1 + _AHEAD, len(self._to_ask))):
             self._ask()
         while any(asked == layer for asked, *_ in self._under_way):
@@ -236,24 +257,30 @@ class _Receiver(AnchorLink):
         kept = self._handle.kept[layer]
         assert kept is not None
         packed = torch.empty(
-            len(self._anchors) * tokens * kept.numbers, dtype=kept.dtype, device=self._handle.layer_device(layer)
+            len(self._anchors) * tokens * kept.numbers,
+            dtype=kept.dtype,
+            device=self._handle.layer_device(layer),
         )
-        self._under_way.append((layer, start, tokens, packed, self._comm.broadcast(packed, self._plan.busy_ranks)))
+        self._under_way.append(
+            (layer, start, tokens, packed, self._comm.broadcast(packed, self._plan.busy_ranks))
+        )
 
 
-def _handed_anchor(handle: ModelHandle, comm: Comm, kv: ContextKV, anchor_size: int, owner: int) -> ContextKV:
+def _handed_anchor(
+    handle: ModelHandle, comm: Comm, kv: ContextKV, anchor_size: int, owner: int
+) -> ContextKV:
     """Rank 0's anchor on the owner, where it is needed for a while; called by all ranks."""
     anchor = empty(handle, ((0, anchor_size),), comm)
     for layer, kept in enumerate(handle.kept):
         if kept is None:
             continue
         size, device = anchor_size * kept.numbers, handle.layer_device(layer)
-        packed = torch.empty(size if comm.host == owner else 0, dtype=kept.dtype, device=device)
+        packed = torch.empty(size if comm.cp_rank == owner else 0, dtype=kept.dtype, device=device)
         sent = torch.empty(0, dtype=kept.dtype, device=device)
-        if comm.host == 0:
+        if comm.cp_rank == 0:
             sent = _packed(*kv.layers[layer].slice(0, anchor_size))
         comm.exchange(sent, packed, target=owner, source=0, total=size).wait()
-        if comm.host == owner:
+        if comm.cp_rank == owner:
             k_1GSD, v_1GSD = _unpacked(packed, kept, 1, anchor_size)
             anchor.layers[layer].write(0, k_1GSD[0], v_1GSD[0])
     return anchor
@@ -263,7 +290,7 @@ def _packed(k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
     return torch.cat([k_BGSD.reshape(-1), v_BGSD.reshape(-1)])
 
 
-def _unpacked(packed: Tensor, kept: Kept, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
+def _unpacked(packed: Tensor, kept: LayerKVShape, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
     keys = batch * tokens * kept.k_heads * kept.k_size
     return (
         packed[:keys].reshape(batch, kept.k_heads, tokens, kept.k_size),
@@ -272,7 +299,7 @@ def _unpacked(packed: Tensor, kept: Kept, batch: int, tokens: int) -> tuple[Tens
 
 
 @contextmanager
-def explained(message: Callable[[], str]) -> Iterator[None]:
+def translate_oom(message: Callable[[], str]) -> Iterator[None]:
     """Raise an `OutOfMemoryError` of ours where the device or the machine runs out of memory inside."""
     try:
         yield

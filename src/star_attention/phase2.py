@@ -17,18 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from star_attention.comm import Comm
-from star_attention.hf.cache import AnswerCache
-from star_attention.hf.graphs import Graphs
-from star_attention.hf.handle import ModelHandle, cache_word
-from star_attention.store import ContextKV
-from star_attention.world import CALL, END
+from star_attention.distributed.comm import Comm
+from star_attention.distributed.world import CALL, END
+from star_attention.hf.cache.base import AnswerCache
+from star_attention.hf.execution.graphs import Graphs
+from star_attention.hf.execution.handle import ModelHandle, cache_word
+from star_attention.storage.kv import ContextKV
 
-STEPPED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+OWN_LOOP_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """What our own loop does; every other mode is transformers'."""
 
 _CACHE_WORD = cache_word(GenerationMixin.prepare_inputs_for_generation)
@@ -58,7 +63,9 @@ class Request:
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
-    stop_after: Callable[[int], StoppingCriteria] | None = None  # makes one more, for prompts of a length
+    stop_after: Callable[[int], StoppingCriteria] | None = (
+        None  # makes one more, for prompts of a length
+    )
 
     @property
     def query_tokens(self) -> int:
@@ -78,8 +85,10 @@ class Request:
         """A new one, on all ranks, for queries padded to `query_tokens` (else: to the longest)."""
         padding = [(query_tokens or self.query_tokens) - len(query) for query in self.queries]
         if self.comm.size > 1:
-            self.comm.tell(("cache", padding))
-        return AnswerCache(self.shard, self.handle.windows, len(self.context_ids_L), padding, self.comm)
+            self.comm.broadcast_object(("cache", padding))
+        return AnswerCache(
+            self.shard, self.handle.windows, len(self.context_ids_L), padding, self.comm
+        )
 
     def padded(self, padding: list[int]) -> Tensor:
         """Queries padded on the left, `[B, Q]`.
@@ -108,13 +117,18 @@ class Request:
         ids_BQ = self.padded(self.padding)
         context_L = self.context_ids_L.to(ids_BQ.device)
         rows = [
-            torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]]) for gap, ids_Q in zip(self.padding, ids_BQ, strict=True)
+            torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]])
+            for gap, ids_Q in zip(self.padding, ids_BQ, strict=True)
         ]
         return torch.stack(rows)
 
     def generator(self) -> torch.Generator | None:
         """The source of random numbers: torch's global one without a seed, as with the stock `generate`."""
-        return None if self.seed is None else torch.Generator(self.handle.device).manual_seed(self.seed)
+        return (
+            None
+            if self.seed is None
+            else torch.Generator(self.handle.device).manual_seed(self.seed)
+        )
 
 
 def logits(request: Request) -> Tensor:
@@ -131,7 +145,9 @@ def steps(request: Request) -> Iterator[Step]:
     """Answer by greedy search or sampling, a token a row at a time; ends when every row has ended."""
     ids_BS = request.text()
     rows = len(request.queries)
-    cache = request.cache(None if request.graphs is None else request.graphs.bucket(rows, request.query_tokens))
+    cache = request.cache(
+        None if request.graphs is None else request.graphs.bucket(rows, request.query_tokens)
+    )
 
     def custom_generate(
         model: Any,
@@ -141,11 +157,20 @@ def steps(request: Request) -> Iterator[Step]:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Iterator[Step]:
-        return _steps(request, cache, input_ids, logits_processor, stopping_criteria, bool(generation_config.do_sample))
+        return _steps(
+            request,
+            cache,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            bool(generation_config.do_sample),
+        )
 
     loop: Iterator[Step] = request.handle.model.generate(
         ids_BS,
-        attention_mask=torch.ones_like(ids_BS),  # for transformers' preparation; `_steps` pads by itself
+        attention_mask=torch.ones_like(
+            ids_BS
+        ),  # for transformers' preparation; `_steps` pads by itself
         logits_processor=request.logits_processor,
         stopping_criteria=request.stopping_criteria,
         custom_generate=custom_generate,
@@ -162,7 +187,9 @@ def stock(request: Request) -> list[list[int]]:
     """
     groups: dict[Any, list[int]] = {}
     for index, query in enumerate(request.queries):
-        alone = request.words.get("prompt_lookup_num_tokens") is not None  # transformers drafts for one row only
+        alone = (
+            request.words.get("prompt_lookup_num_tokens") is not None
+        )  # transformers drafts for one row only
         groups.setdefault(index if alone else len(query), []).append(index)
     rows: dict[int, list[list[int]]] = {}
     for indices in groups.values():
@@ -223,11 +250,11 @@ def follow(
     """
     cache = AnswerCache(shard, handle.windows, context_tokens, [0], comm)
     while True:
-        what, *arguments = comm.hear()
+        what, *arguments = comm.receive_object()
         if what == END:
             return arguments[0]
         if what == CALL:
-            comm.unhear((what, *arguments))
+            comm.push_back((what, *arguments))
             return None
         if what == "piece":
             yield arguments[0]
@@ -237,7 +264,9 @@ def follow(
             *rows, keep = arguments
             ids_BS, positions_BS = (torch.tensor(one, device=handle.device) for one in rows)
             cache.report()
-            handle.encode(ids_BS, positions_BS, cache, rope_length, keep=keep)  # only rank 0 needs logits
+            handle.encode(
+                ids_BS, positions_BS, cache, rope_length, keep=keep
+            )  # only rank 0 needs logits
         else:
             cache.follow(what, *arguments)
 
@@ -249,7 +278,9 @@ def _forwards(request: Request, cache: AnswerCache) -> Iterator[tuple[Tensor, Te
     start = len(request.context_ids_L)
     # Padding has no position of its own; 0 is as good as any, nothing sees it.
     gap_B1 = torch.tensor(padding, device=ids_BQ.device)[:, None]
-    positions_BQ = (start + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1).clamp_(min=0)
+    positions_BQ = (
+        start + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1
+    ).clamp_(min=0)
     columns = max(1, request.tokens_per_forward // ids_BQ.shape[0])
     for at in range(0, ids_BQ.shape[1], columns):
         part = slice(at, at + columns)
@@ -297,7 +328,11 @@ def _steps(
         yield Step(tokens=tokens, ended=ended, logits_RV=logits_RV)
         if all(ended):
             return
-        logits_RV = request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache) if next_RV is None else next_RV
+        logits_RV = (
+            request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache)
+            if next_RV is None
+            else next_RV
+        )
 
 
 class _Told:

@@ -36,15 +36,21 @@ class StarPipeline:
         generation: the words of `StarLLM.generate`.
         """
         if (question is None) == (questions is None):
-            raise InvalidInputError("give either question (one text) or questions (a list of texts)")
+            raise InvalidInputError(
+                "give either question (one text) or questions (a list of texts)"
+            )
         if isinstance(questions, str):
-            raise InvalidInputError("questions is one text; give a list of texts, or give it as question")
+            raise InvalidInputError(
+                "questions is one text; give a list of texts, or give it as question"
+            )
         asked = list(questions) if questions is not None else [question]
         if not all(isinstance(one, str) and one for one in asked) or not asked:
             raise TokenError("a question is empty or no text; give at least one word")
         if chat is None:
             chat = bool(getattr(self.star.tokenizer, "chat_template", None))
-        settings: dict[str, Any] = dict(answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation)
+        settings: dict[str, Any] = dict(
+            answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation
+        )
         content = [{"role": "user", "content": context}] if chat else context
         encoded = self.star.encode(content, query=asked, settings=settings)
         replies = self.star.generate(encoded, asked, **settings)
@@ -64,7 +70,9 @@ def pipeline(
     """
     if isinstance(model, StarLLM):
         if settings or tokenizer is not None:
-            raise InvalidInputError("a StarLLM brings its own tokenizer and settings; give no others")
+            raise InvalidInputError(
+                "a StarLLM brings its own tokenizer and settings; give no others"
+            )
         return StarPipeline(model)
     if isinstance(model, nn.Module):
         return StarPipeline(StarLLM(model, tokenizer, **settings))

@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 from star_attention.cli import main
-from star_attention.hf.cache import EncodeCache
-from star_attention.hf.handle import ModelHandle
+from star_attention.hf.cache.base import EncodeCache
+from star_attention.hf.execution.handle import ModelHandle
 
 what, phase, victim = sys.argv[1:4]
 sys.argv[1:] = sys.argv[4:]

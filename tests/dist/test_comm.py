@@ -12,10 +12,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from star_attention import world
-from star_attention.comm import TorchComm
+from star_attention.distributed import world
+from star_attention.distributed.comm import TorchComm
 from star_attention.errors import RankError
-from star_attention.watch import Fault
+from star_attention.distributed.watchdog import Fault
 from tests.dist.pool import Pool
 
 ROUNDS = 1000
@@ -40,12 +40,12 @@ def test_a_collective_may_end_at_any_moment(pool: Pool) -> None:
 def given_up(comm: TorchComm, port: int) -> str:
     """What a rank raises when rank 1 has found a fault that only it can see."""
     own = TorchComm(comm.rank, comm.size, "127.0.0.1", port, name="given up", stall_s=20)
-    with pytest.raises(RankError) as raised, own.call("a test"):
+    with pytest.raises(RankError) as raised, own.collective("a test"):
         if own.rank == 1:
             own.watch.fault = Fault(rank=None, where="a test", cause="the cable fell out")
             own.tick()
         own.gather(None)
-    with pytest.raises(RankError), own.call("the next call"):
+    with pytest.raises(RankError), own.collective("the next call"):
         pass
     return str(raised.value)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention.comm import SoloComm
+from star_attention.distributed.comm import SoloComm
 from tests.dist.pool import Pool
 from tests.engines import engine, ids
 
@@ -30,7 +30,7 @@ def answered(comm: Any, method: str, source: str, save: Path | None) -> Any:
 def loaded(comm: Any, path: Path) -> Any:
     star = engine("llama", comm=comm, **SIZES)
     context = star.load_context(path)
-    assert context.kv.keeping.dtype == "fp8"
+    assert context.kv.kv_format.dtype == "fp8"
     reply = star.generate(context, ids(7, seed=2), **WORDS)
     return star.generate(star.extend(context, ids(9)), ids(3), **WORDS).token_ids, reply.token_ids
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention import StarLLM, cost
-from star_attention.comm import TorchComm
+from star_attention import StarLLM
+from star_attention.planning import cost
+from star_attention.distributed.comm import TorchComm
 from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
 from tests.dist.pool import Pool

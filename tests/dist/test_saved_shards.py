@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from star_attention import StarLLM
-from star_attention.comm import SoloComm, TorchComm
+from star_attention.distributed.comm import (SoloComm, TorchComm)
 from star_attention.errors import ContextSaveError, CorruptContextError
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, ids, tiny
@@ -68,7 +68,7 @@ def test_saving_again_replaces_the_folder(pool: Pool, tmp_path: Path) -> None:
 def fails_to_save(comm: TorchComm, path: Path) -> str:
     star = star_of(comm, "llama", "star")
     context = star.encode(ids(CONTEXT, seed=3))
-    from star_attention import saved as module
+    from star_attention.storage import saved as module
 
     real = module.save_file
     if comm.rank == 1:

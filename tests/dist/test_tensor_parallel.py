@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention import StarLLM, cost, world
-from star_attention.comm import SoloComm, TorchComm
+from star_attention import StarLLM
+from star_attention.planning import cost
+from star_attention.distributed import world
+from star_attention.distributed.comm import (SoloComm, TorchComm)
 from star_attention.errors import InvalidInputError, SizeError, UnsupportedModelError
-from star_attention.hf import tensor
+from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.shape import model_shape
-from star_attention.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan
 from tests.dist.pool import Pool
 from tests.dist.test_ranks_are_invisible import answer_of, check_model
 from tests.engines import BUNDLED, CONTEXT, ids
@@ -77,7 +79,7 @@ def test_every_family_against_the_oracle(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 )
 def test_other_families_against_the_oracle(pool: Pool, folder: Path, name: str) -> None:
-    missing = tensor.reasons(model(name).config, 2)
+    missing = tensor_parallel.reasons(model(name).config, 2)
     if missing:
         pytest.skip(f"in this release of transformers, {missing[0]}")
     results = pool.run(answered, 4, path=on_disk(folder, name), tensor_parallel=2)

@@ -25,18 +25,29 @@ def exact_float32() -> None:
 @pytest.mark.parametrize("family", [*FAMILIES, *UNUSUAL])
 def test_family_equals_the_mask_oracle(family: str) -> None:
     model = build(family).to("cuda")
-    star = StarLLM(model, block_size=24, anchor_size=10, tokens_per_forward=48, reserve_tokens=64, compile=False)
+    star = StarLLM(
+        model,
+        block_size=24,
+        anchor_size=10,
+        tokens_per_forward=48,
+        reserve_tokens=64,
+        compile=False,
+    )
     torch.manual_seed(1)
     ids = torch.randint(FIRST_TOKEN, LAST_TOKEN + 1, (1, CONTEXT + QUERY), device="cuda")
     context = star.encode(ids[0, :CONTEXT])
-    sizes = dict(context_len=CONTEXT, block_size=24, anchor_size=10, rope_length=context.rope_length)
+    sizes = dict(
+        context_len=CONTEXT, block_size=24, anchor_size=10, rope_length=context.rope_length
+    )
     expected = oracle_forward(model, ids[:, :CONTEXT], **sizes)
     layers = [layer for layer in context.kv.layers if not layer.is_empty]
     for layer, (k, v) in zip(layers, expected.kv, strict=True):
         scale = max(1.0, k.abs().max().item(), v.abs().max().item())
         assert (layer.pair()[0] - k).abs().max().item() <= 1e-4 * scale
         assert (layer.pair()[1] - v).abs().max().item() <= 1e-4 * scale
-    reply = star.generate(context, ids[0, CONTEXT:], max_new_tokens=STEPS, return_logits=True, ignore_eos=True)
+    reply = star.generate(
+        context, ids[0, CONTEXT:], max_new_tokens=STEPS, return_logits=True, ignore_eos=True
+    )
     tokens, logits = oracle_generate(model, ids, steps=STEPS, **sizes)
     scale = max(1.0, logits.abs().max().item())
     assert (reply.logits - logits[0].cpu()).abs().max().item() <= 2e-4 * scale
@@ -53,14 +64,28 @@ def _needles(tokenizer: object, tokens: int, count: int) -> tuple[str, list[tupl
     while len(tokenizer("".join(lines)).input_ids) < tokens - 60:  # type: ignore[operator]
         lines += [rows[(len(lines) + i) % 3] for i in range(64)]
     facts = [
-        (f"{a}-{b}", str(4100000 + 61873 * i)) for i, (a, b) in enumerate(zip(WORDS, reversed(WORDS), strict=True))
+        (f"{a}-{b}", str(4100000 + 61873 * i))
+        for i, (a, b) in enumerate(zip(WORDS, reversed(WORDS), strict=True))
     ][:count]
     for i, (key, number) in enumerate(facts):
-        lines.insert((len(lines) * (2 * i + 1)) // (2 * count), f"The secret number for {key} is {number}.\n")
+        lines.insert(
+            (len(lines) * (2 * i + 1)) // (2 * count), f"The secret number for {key} is {number}.\n"
+        )
     return "".join(lines), facts
 
 
-WORDS = ["petal", "lyric", "autumn", "stake", "booth", "summer", "alley", "trust", "editor", "beauty"]
+WORDS = [
+    "petal",
+    "lyric",
+    "autumn",
+    "stake",
+    "booth",
+    "summer",
+    "alley",
+    "trust",
+    "editor",
+    "beauty",
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -68,7 +93,10 @@ def test_bundled_model_retrieves_at_16k(dtype: str) -> None:
     star = StarLLM.from_pretrained(MODEL, block_size=4096, dtype=dtype)
     text, facts = _needles(star.tokenizer, 16384, 8)
     context = star.encode(text)
-    asked = [f"<|q|>What is the secret number for {k}?<|a|>The secret number for {k} is" for k, _ in facts]
+    asked = [
+        f"<|q|>What is the secret number for {k}?<|a|>The secret number for {k} is"
+        for k, _ in facts
+    ]
     replies = star.generate(context, asked, max_new_tokens=12)
     right = [number in reply.text for (_, number), reply in zip(facts, replies, strict=True)]
     print(dtype, len(context), right, f"encode {context.encode_s:.3f} s", replies[0].timings)
@@ -90,13 +118,18 @@ def test_bf16_logits_are_within_twice_a_plain_implementation() -> None:
     plain = oracle_forward(half.model, ids[None].cuda(), **sizes).logits_BLV[0, 4096:].float()
     oracle = oracle_forward(exact.model, ids[None].cuda(), **sizes).logits_BLV[0, 4096:]
     assert (a.cuda() - oracle).abs().max().item() <= 1e-3
-    ours, theirs = (b.cuda() - oracle).norm() / oracle.norm(), (plain - oracle).norm() / oracle.norm()
+    ours, theirs = (
+        (b.cuda() - oracle).norm() / oracle.norm(),
+        (plain - oracle).norm() / oracle.norm(),
+    )
     print(f"relative error bf16: ours {ours:.4f}, plain {theirs:.4f}")
     assert ours <= 2 * theirs
 
 
 def test_phase_1_memory_depends_on_the_forward_not_on_the_context() -> None:
-    star = StarLLM.from_pretrained(MODEL, block_size=2048, dtype="bfloat16", tokens_per_forward=4096)
+    star = StarLLM.from_pretrained(
+        MODEL, block_size=2048, dtype="bfloat16", tokens_per_forward=4096
+    )
     star.encode(torch.randint(5, 4096, (8192,)))  # the libraries' own workspaces
     weights = torch.cuda.memory_allocated()
     extra = {}

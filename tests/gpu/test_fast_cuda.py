@@ -18,7 +18,9 @@ from tests.model_oracle import oracle_forward, oracle_generate
 
 pytestmark = pytest.mark.gpu
 MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
-TEXT = "The secret number for otter is 12345.\n" + "Rain falls on the hill and the dog sleeps.\n" * 600
+TEXT = (
+    "The secret number for otter is 12345.\n" + "Rain falls on the hill and the dog sleeps.\n" * 600
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,9 @@ def test_answers_attention(name: str, dtype: torch.dtype) -> None:
     unit = (
         2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     )  # of q, k, v and the result, rounded once each
-    assert (out.double().cpu() - right.out_BQHD)[real].norm() <= 2 * unit * right.out_BQHD[real].norm()
+    assert (out.double().cpu() - right.out_BQHD)[real].norm() <= 2 * unit * right.out_BQHD[
+        real
+    ].norm()
     torch.testing.assert_close(lse.double().cpu()[real], right.lse_BQH[real], atol=1e-3, rtol=1e-4)
 
 
@@ -96,12 +100,28 @@ def test_the_same_tokens_as_without(engines: dict[bool, StarLLM]) -> None:
         said.append(
             [
                 star.generate(context, QUESTION, **words).token_ids,
-                [r.token_ids for r in star.generate(context, [QUESTION, chat("What does the dog do?")], **words)],
-                [r.token_ids for r in star.generate(context, QUESTION, num_return_sequences=2, seed=3, do_sample=True)],
-                star.generate(context, chat("What? " * 150), max_new_tokens=5).token_ids,  # longer than any bucket
-                star.generate(context, QUESTION, repetition_penalty=1.3, no_repeat_ngram_size=2).token_ids,
+                [
+                    r.token_ids
+                    for r in star.generate(
+                        context, [QUESTION, chat("What does the dog do?")], **words
+                    )
+                ],
+                [
+                    r.token_ids
+                    for r in star.generate(
+                        context, QUESTION, num_return_sequences=2, seed=3, do_sample=True
+                    )
+                ],
+                star.generate(
+                    context, chat("What? " * 150), max_new_tokens=5
+                ).token_ids,  # longer than any bucket
+                star.generate(
+                    context, QUESTION, repetition_penalty=1.3, no_repeat_ngram_size=2
+                ).token_ids,
                 star.generate(context, QUESTION, stop="3").text,
-                star.generate(star.extend(context, " The end."), QUESTION, max_new_tokens=5).token_ids,
+                star.generate(
+                    star.extend(context, " The end."), QUESTION, max_new_tokens=5
+                ).token_ids,
             ]
         )
     assert said[0] == said[1]
@@ -122,7 +142,7 @@ def test_contexts_that_are_kept_in_other_ways(setting: dict[str, str]) -> None:
     for fast in (True, False):
         star = StarLLM.from_pretrained(MODEL, compile=fast, **sizes, **setting)
         context = star.encode(chat(TEXT))
-        places = {tensor.device.type for layer in context.kv.layers for tensor in layer.kept()}
+        places = {tensor.device.type for layer in context.kv.layers for tensor in layer.stored()}
         assert places == {"cpu" if "kv_device" in setting else "cuda"}
         said.append(star.generate(context, QUESTION, max_new_tokens=40, ignore_eos=True).token_ids)
         assert "12345" in star.tokenizer.decode(said[-1])
@@ -135,14 +155,22 @@ def test_nothing_is_compiled_or_captured_again(engines: dict[bool, StarLLM]) -> 
     star = engines[True]
 
     def ask(text: str, question: str) -> list[int]:
-        return star.generate(star.encode(chat(text)), chat(question), max_new_tokens=20, ignore_eos=True).token_ids
+        return star.generate(
+            star.encode(chat(text)), chat(question), max_new_tokens=20, ignore_eos=True
+        ).token_ids
 
     ask(TEXT, "What does the dog do?")
     assert star._handle.graphs is not None
-    before = len(star._handle.graphs._graphs), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    before = (
+        len(star._handle.graphs._graphs),
+        torch._dynamo.utils.counters["stats"]["unique_graphs"],
+    )
     ask(TEXT + "It snows.\n" * 200, "Is it cold on the hill?")
     ask("A cat. " * 3000, "Who?")
-    assert (len(star._handle.graphs._graphs), torch._dynamo.utils.counters["stats"]["unique_graphs"]) == before
+    assert (
+        len(star._handle.graphs._graphs),
+        torch._dynamo.utils.counters["stats"]["unique_graphs"],
+    ) == before
 
 
 def test_streams_over_two_contexts_take_turns(engines: dict[bool, StarLLM]) -> None:
@@ -170,7 +198,9 @@ class Forced(LogitsProcessor):  # type: ignore[misc]
 
 
 def test_bf16_logits_over_256_steps_are_within_twice_a_plain_implementation() -> None:
-    half = StarLLM.from_pretrained(MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", compile=True)
+    half = StarLLM.from_pretrained(
+        MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", compile=True
+    )
     exact = StarLLM.from_pretrained(MODEL, dtype="float32", compile=False)
     torch.manual_seed(0)
     context, query, steps = 8192, 8, 256
@@ -189,14 +219,19 @@ def test_bf16_logits_over_256_steps_are_within_twice_a_plain_implementation() ->
     sizes = dict(context_len=context, block_size=2048, anchor_size=2048)
     plain = oracle_forward(half.model, ids[None].cuda(), **sizes).logits_BLV[0, rows].float()
     oracle = oracle_forward(exact.model, ids[None].cuda(), **sizes).logits_BLV[0, rows].float()
-    ours, theirs = (reply.logits.cuda() - oracle).norm() / oracle.norm(), (plain - oracle).norm() / oracle.norm()
+    ours, theirs = (
+        (reply.logits.cuda() - oracle).norm() / oracle.norm(),
+        (plain - oracle).norm() / oracle.norm(),
+    )
     print(f"relative error bf16: ours {ours:.4f}, plain {theirs:.4f}")
     assert ours <= 2 * theirs
 
 
 def test_out_of_memory_frees_what_it_took_and_says_what_to_lower() -> None:
     """In both phases, really, with a limit on the process; then smaller requests work."""
-    star = StarLLM.from_pretrained(MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", device="cuda")
+    star = StarLLM.from_pretrained(
+        MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", device="cuda"
+    )
     ids = torch.randint(5, 4096, (65_000,))
     context = star.encode(ids[:16384])
     answer = star.generate(context, [5, 6, 7], max_new_tokens=5).token_ids
@@ -208,14 +243,27 @@ def test_out_of_memory_frees_what_it_took_and_says_what_to_lower() -> None:
     before = torch.cuda.memory_allocated()
     try:
         for _ in range(2):
-            with pytest.raises(OutOfMemoryError, match=r"out of memory in phase 1 after .* lower tokens_per_forward"):
+            with pytest.raises(
+                OutOfMemoryError,
+                match=r"out of memory in phase 1 after .* lower tokens_per_forward",
+            ):
                 star.encode(ids)
             assert torch.cuda.memory_allocated() - before < 2**24
-            with pytest.raises(OutOfMemoryError, match="out of memory in phase 2 with 4,000 answers at once"):
-                star.generate(context, [[5 + n, 6, 7] for n in range(4000)], max_new_tokens=400, ignore_eos=True)
+            with pytest.raises(
+                OutOfMemoryError, match="out of memory in phase 2 with 4,000 answers at once"
+            ):
+                star.generate(
+                    context,
+                    [[5 + n, 6, 7] for n in range(4000)],
+                    max_new_tokens=400,
+                    ignore_eos=True,
+                )
             assert torch.cuda.memory_allocated() - before < 2**24
             assert star.generate(context, [5, 6, 7], max_new_tokens=5).token_ids == answer
-            assert star.generate(star.encode(ids[:16384]), [5, 6, 7], max_new_tokens=5).token_ids == answer
+            assert (
+                star.generate(star.encode(ids[:16384]), [5, 6, 7], max_new_tokens=5).token_ids
+                == answer
+            )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -233,13 +281,21 @@ def test_families_against_the_mask_oracle(family: str, monkeypatch: pytest.Monke
     ids = torch.randint(FIRST_TOKEN, LAST_TOKEN + 1, (1, 108), device="cuda")
     sizes = dict(context_len=101, block_size=24, anchor_size=10, rope_length=None)
     reply = star.generate(
-        star.encode(ids[0, :101]), ids[0, 101:], max_new_tokens=5, return_logits=True, ignore_eos=True
+        star.encode(ids[0, :101]),
+        ids[0, 101:],
+        max_new_tokens=5,
+        return_logits=True,
+        ignore_eos=True,
     )
     tokens, logits = oracle_generate(model, ids, steps=5, **sizes)
     scale = max(1.0, logits.abs().max().item())
     assert (reply.logits - logits[0].cpu()).abs().max().item() <= 2e-4 * scale
     assert reply.token_ids == tokens[0].tolist()
-    print(family, star._handle.graphs and {key: bool(graph) for key, graph in star._handle.graphs._graphs.items()})
+    print(
+        family,
+        star._handle.graphs
+        and {key: bool(graph) for key, graph in star._handle.graphs._graphs.items()},
+    )
 
 
 def test_a_capture_that_breaks_off_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -> None:

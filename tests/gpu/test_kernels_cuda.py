@@ -32,14 +32,22 @@ SHAPES = [
 
 
 def _error(
-    dtype: torch.dtype, heads: tuple[int, int], sizes: tuple[int, int], shape: tuple, kernel: str | None
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    shape: tuple,
+    kernel: str | None,
 ) -> tuple:
     queries, keys, offset, window, softcap = shape
     batch = 2
     q = torch.randn(batch, queries, heads[0], sizes[0], device="cuda").to(dtype)
     k = torch.randn(batch, keys, heads[1], sizes[0], device="cuda").to(dtype)
     v = torch.randn(batch, keys, heads[1], sizes[1], device="cuda").to(dtype)
-    ahead = torch.arange(queries, device="cuda")[:, None] + offset - torch.arange(keys, device="cuda")[None]
+    ahead = (
+        torch.arange(queries, device="cuda")[:, None]
+        + offset
+        - torch.arange(keys, device="cuda")[None]
+    )
     keep = (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
     rule = Rule(scale=sizes[0] ** -0.5, window=window, softcap=softcap)
     got = attend(q, k, v, rule=rule, offset=offset, kernel=kernel)
@@ -83,7 +91,11 @@ def test_each_kernel_takes_the_calls_it_says_it_takes(kernel: str) -> None:
             softcap=softcap,
             window=None,
         )
-        if window is not None or (offset and offset < keys - 1) or kernels.find(call, kernel) is None:
+        if (
+            window is not None
+            or (offset and offset < keys - 1)
+            or kernels.find(call, kernel) is None
+        ):
             continue
         taken += 1
         out, plain, _ = _error(dtype, (12, 3), sizes, shape, kernel)

@@ -28,25 +28,49 @@ GPUS = torch.cuda.device_count()
 
 def book(folder: Path) -> Path:
     path = folder / "book.txt"
-    path.write_text("".join(f"The tea of day {day} is hot and the cup is blue.\n" for day in range(600)))
+    path.write_text(
+        "".join(f"The tea of day {day} is hot and the cup is blue.\n" for day in range(600))
+    )
     return path
 
 
 def run(
-    folder: Path, ranks: int, *words: str, program: tuple[str, ...] = ("-m", "star_attention"), **environment: str
+    folder: Path,
+    ranks: int,
+    *words: str,
+    program: tuple[str, ...] = ("-m", "star_attention"),
+    **environment: str,
 ) -> Any:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--rdzv-backend",
+        "c10d",
+    ]
     launcher += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
     return subprocess.run(
         [
             *(sys.executable, *(launcher if ranks > 1 else []), *program),
-            *("generate", "-m", str(MODEL), "--chat", "--dtype", "float32", "--query", "What is the cup like?"),
+            *(
+                "generate",
+                "-m",
+                str(MODEL),
+                "--chat",
+                "--dtype",
+                "float32",
+                "--query",
+                "What is the cup like?",
+            ),
             *("--max-new-tokens", "12", "--ignore-eos", "--json", str(book(folder)), *words),
         ],
-        env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2", TORCH_NCCL_DEBUG="WARN") | environment,
+        env=os.environ
+        | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2", TORCH_NCCL_DEBUG="WARN")
+        | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -91,15 +115,21 @@ def test_ranks_with_a_gpu_each(tmp_path: Path, ranks: int, words: list[str]) -> 
     assert all(host["peak_bytes"] > 0 for host in shared["per_rank"])
 
 
-@pytest.mark.parametrize(("what", "phase"), [("killed", "1"), ("hanging", "1"), ("hanging", "2"), ("failing", "2")])
+@pytest.mark.parametrize(
+    ("what", "phase"), [("killed", "1"), ("hanging", "1"), ("hanging", "2"), ("failing", "2")]
+)
 @pytest.mark.parametrize("words", [[], ["--tensor-parallel", "2"]])
-def test_a_lost_rank_ends_the_others(tmp_path: Path, what: str, phase: str, words: list[str]) -> None:
+def test_a_lost_rank_ends_the_others(
+    tmp_path: Path, what: str, phase: str, words: list[str]
+) -> None:
     """NCCL's collectives wait on the device, where the watch has to end them."""
     if GPUS < 2:
         pytest.skip("needs 2 GPUs")
     sizes = ["--block-size", "256", "--tokens-per-forward", "256", "--stall-limit", str(STALL_S)]
     at = tmp_path / "fault"
-    done = run(tmp_path, 2, *sizes, *words, program=(str(FAULTY), what, phase, "1"), FAULT_TIME=str(at))
+    done = run(
+        tmp_path, 2, *sizes, *words, program=(str(FAULTY), what, phase, "1"), FAULT_TIME=str(at)
+    )
     took = time.time() - float(at.read_text())
     print(f"NCCL {words}, rank 1 {what} in phase {phase}: {took:.1f} s")
     assert done.returncode != 0

@@ -13,7 +13,7 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.attention.state import State
-from star_attention.comm import SoloComm, TorchComm
+from star_attention.distributed.comm import SoloComm, TorchComm
 
 pytestmark = pytest.mark.gpu
 MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
@@ -35,21 +35,31 @@ def answered(comm: Any, method: str, dtype: str, **more: Any) -> dict[str, Any]:
     torch.manual_seed(1)
     ids = torch.randint(5, 4096, (8000 + 9,)).tolist()
     context = star.encode(ids[:8000])
-    reply = star.generate(context, ids[8000:], max_new_tokens=8, ignore_eos=True, return_logits=True)
+    reply = star.generate(
+        context, ids[8000:], max_new_tokens=8, ignore_eos=True, return_logits=True
+    )
     beams = star.generate(context, ids[8000:], max_new_tokens=5, num_beams=2).token_ids
-    logits = reply.logits.numpy() if star.rank == 0 else None  # (a tensor's memory would go with its process)
-    return dict(tokens=reply.token_ids, logits=logits, beams=beams, backend=getattr(comm, "backend", None))
+    logits = (
+        reply.logits.numpy() if star.rank == 0 else None
+    )  # (a tensor's memory would go with its process)
+    return dict(
+        tokens=reply.token_ids, logits=logits, beams=beams, backend=getattr(comm, "backend", None)
+    )
 
 
 def serve(rank: int, size: int, port: Any, answers: Any, words: dict[str, Any]) -> None:
     try:
         master = (
-            torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if not rank else None
+            torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            if not rank
+            else None
         )
         if master is not None:
             for _ in range(size - 1):
                 port.put(master.port)
-        comm = TorchComm(rank, size, "127.0.0.1", port.get() if master is None else master.port, master=master)
+        comm = TorchComm(
+            rank, size, "127.0.0.1", port.get() if master is None else master.port, master=master
+        )
         answers.put((rank, answered(comm, **words)))
         comm.gather("nobody leaves before all are done")
     except BaseException:
@@ -75,7 +85,10 @@ def test_ranks_that_share_a_gpu(method: str, dtype: str, ranks: int, more: dict[
     context = multiprocessing.get_context("spawn")
     port, answers = context.Queue(), context.Queue()
     words: dict[str, Any] = dict(method=method, dtype=dtype, **more)
-    processes = [context.Process(target=serve, args=(rank, ranks, port, answers, words)) for rank in range(ranks)]
+    processes = [
+        context.Process(target=serve, args=(rank, ranks, port, answers, words))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     results = dict(answers.get(timeout=240) for _ in range(ranks))
@@ -87,7 +100,9 @@ def test_ranks_that_share_a_gpu(method: str, dtype: str, ranks: int, more: dict[
     assert [results[rank]["tokens"] for rank in range(ranks)] == [results[0]["tokens"]] * ranks
     first, right = results[0]["logits"][0], expected["logits"][0]
     error = np.linalg.norm(first - right) / np.linalg.norm(right)
-    print(f"{method} {dtype} on {ranks} ranks {more}: relative difference of the first logits {error:.1e}")
+    print(
+        f"{method} {dtype} on {ranks} ranks {more}: relative difference of the first logits {error:.1e}"
+    )
     if dtype == "float32":
         assert results[0]["tokens"] == expected["tokens"]
         assert results[0]["beams"] == expected["beams"]
@@ -102,7 +117,7 @@ def test_nccl_with_one_rank() -> None:
     comm = comm.on(torch.device("cuda", 0))
     assert comm.backend == "nccl"
     state = State(torch.randn(2, 3, 5, 7, device="cuda"), torch.randn(2, 3, 5, device="cuda"))
-    with comm.call("a test"):
+    with comm.collective("a test"):
         for how in ("gather", "reduce"):
             comm.merge_collective = how
             merged = comm.merge(state)

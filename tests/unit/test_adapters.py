@@ -22,7 +22,9 @@ SIZES: dict[str, Any] = dict(block_size=16, anchor_size=10)
 
 def with_lora(model: PreTrainedModel, name: str = "default", seed: int = 0) -> Any:
     """The model with a random LoRA adapter on queries, values and the MLP."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config, adapter_name=name).eval()
@@ -33,7 +35,9 @@ def test_a_lora_model_answers_as_its_merged_model(family: str) -> None:
     lora = with_lora(build(family))
     merged = copy.deepcopy(lora).merge_and_unload()
     assert supported(lora)
-    contexts = [StarLLM(model, **SIZES).encode(ids(CONTEXT)) for model in (lora, merged, build(family))]
+    contexts = [
+        StarLLM(model, **SIZES).encode(ids(CONTEXT)) for model in (lora, merged, build(family))
+    ]
     assert_same_kv(contexts[0], contexts[1])
     with pytest.raises(AssertionError):  # the adapter does something
         assert_same_kv(contexts[0], contexts[2])
@@ -88,7 +92,9 @@ def test_a_context_of_the_base_model_is_not_for_its_adapter() -> None:
 
 
 def test_adapters_that_put_tokens_in_front_are_refused() -> None:
-    model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = peft.get_peft_model(
+        build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
     assert not supported(model)
     with pytest.raises(UnsupportedModelError, match="virtual tokens"):
         StarLLM(model.eval())
@@ -97,7 +103,9 @@ def test_adapters_that_put_tokens_in_front_are_refused() -> None:
 # ----------------------------------------------------------------------------------------------------------- quantized
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 def test_an_int8_model_answers_as_its_own_generate(tmp_path: Path) -> None:
     """Quantized while it loads, by transformers' own words; and star with several blocks runs on it."""
     pytest.importorskip("torchao")
@@ -120,7 +128,9 @@ def test_an_int8_model_answers_as_its_own_generate(tmp_path: Path) -> None:
     assert reply.token_ids == stock
     torch.testing.assert_close(reply.logits, stock_1TV[0], atol=1e-3, rtol=1e-3)
     exact = StarLLM(build("llama"), method="dense")
-    difference = (exact.logits(exact.encode(ids(CONTEXT)), QUERY) - star.logits(context, QUERY)).abs().max()
+    difference = (
+        (exact.logits(exact.encode(ids(CONTEXT)), QUERY) - star.logits(context, QUERY)).abs().max()
+    )
     assert 1e-3 < difference < 1  # it is quantized
 
     context.save(tmp_path / "context.star")
@@ -130,7 +140,9 @@ def test_an_int8_model_answers_as_its_own_generate(tmp_path: Path) -> None:
     assert len(blocks.generate(blocks.encode(ids(CONTEXT)), QUERY, max_new_tokens=3).token_ids) == 3
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 def test_a_model_quantized_in_place() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     model = copy.deepcopy(text_model())

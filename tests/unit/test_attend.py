@@ -19,7 +19,7 @@ from star_attention.attention.kernels import KERNELS, Call
 from star_attention.attention.oracle import law_mask, masked_attention
 from star_attention.attention.state import State, merge
 from star_attention.errors import UnsupportedCallError
-from star_attention.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan
 from tests.tolerances import FACTOR, FLOOR
 
 CALL = Call(device="cpu", dtype=torch.float32, queries=7, keys=9, heads=6, kv_heads=3, head_size=64)
@@ -28,7 +28,13 @@ DTYPES = list(FLOOR)
 GQA, MQA, MHA = (6, 3), (6, 1), (5, 5)
 # Of keys and of values: one size, MLA's two, and values wider than keys.
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128), (80, 112)]
-SHAPES = [*((GQA, sizes) for sizes in SIZES), (MQA, (64, 64)), (MQA, (192, 128)), (MHA, (64, 64)), (MHA, (192, 128))]
+SHAPES = [
+    *((GQA, sizes) for sizes in SIZES),
+    (MQA, (64, 64)),
+    (MQA, (192, 128)),
+    (MHA, (64, 64)),
+    (MHA, (192, 128)),
+]
 BATCH = 2
 
 
@@ -120,7 +126,9 @@ def error(actual: Tensor, exact: Tensor) -> float:
 def assert_within_budget(
     state: State, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, keep_BQK: Tensor, rule: Rule
 ) -> None:
-    exact = masked_attention(q_BQHD, k_BKGD, v_BKGD, keep_BQK, scale=rule.scale, softcap=rule.softcap)
+    exact = masked_attention(
+        q_BQHD, k_BKGD, v_BKGD, keep_BQK, scale=rule.scale, softcap=rule.softcap
+    )
     rough = plain(q_BQHD, k_BKGD, v_BKGD, keep_BQK, rule)
     assert state.lse_BQH.dtype == torch.float32
     for ours, theirs, truth in zip(state, rough, exact, strict=True):
@@ -146,13 +154,22 @@ def test_there_are_kernels_to_test() -> None:
 def test_kernels_equal_the_oracle(name: str, kernel: str | None, dtype: torch.dtype) -> None:
     case = CASES[name]
     forced = [kernel] if kernel else list(KERNELS)
-    if all(kernels.load(k).unsupported(replace(CALL, dtype=dtype, softcap=case.softcap)) for k in forced):
+    if all(
+        kernels.load(k).unsupported(replace(CALL, dtype=dtype, softcap=case.softcap))
+        for k in forced
+    ):
         pytest.skip(f"{kernel} has no softcap")
     for heads, sizes in SHAPES:
         q_BQHD, k_BKGD, v_BKGD = tensors(case, heads, sizes, dtype)
         rule = rule_of(case, sizes[0])
         state = attend(
-            q_BQHD, k_BKGD, v_BKGD, rule=rule, offset=case.offset, key_mask_BK=case.key_mask(), kernel=kernel
+            q_BQHD,
+            k_BKGD,
+            v_BKGD,
+            rule=rule,
+            offset=case.offset,
+            key_mask_BK=case.key_mask(),
+            kernel=kernel,
         )
         assert_within_budget(state, q_BQHD, k_BKGD, v_BKGD, case.keep(), rule)
 
@@ -173,11 +190,21 @@ def test_many_rows_are_cut_into_chunks(case: Case, kernel: str) -> None:
     """Masks are written out 512 rows at a time."""
     q_BQHD, k_BKGD, v_BKGD = tensors(case, (6, 3), (16, 16), torch.float32)
     rule = rule_of(case, 16)
-    state = attend(q_BQHD, k_BKGD, v_BKGD, rule=rule, offset=case.offset, key_mask_BK=case.key_mask(), kernel=kernel)
+    state = attend(
+        q_BQHD,
+        k_BKGD,
+        v_BKGD,
+        rule=rule,
+        offset=case.offset,
+        key_mask_BK=case.key_mask(),
+        kernel=kernel,
+    )
     assert_within_budget(state, q_BQHD, k_BKGD, v_BKGD, case.keep(), rule)
 
 
-@pytest.mark.parametrize("case", [Case(37, 37, 0), Case(37, 53, 60), Case(37, 53, 16, hidden=(0, 21))], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(37, 37, 0), Case(37, 53, 60), Case(37, 53, 16, hidden=(0, 21))], ids=str
+)
 def test_math_is_the_same_in_small_pieces(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its limits are beyond what a test can afford, so they are lowered."""
     module = kernels.load("math")
@@ -185,7 +212,15 @@ def test_math_is_the_same_in_small_pieces(case: Case, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "MAX_KEYS", 10)
     q_BQHD, k_BKGD, v_BKGD = tensors(case, (6, 3), (16, 24), torch.float32)
     rule = rule_of(case, 16)
-    state = attend(q_BQHD, k_BKGD, v_BKGD, rule=rule, offset=case.offset, key_mask_BK=case.key_mask(), kernel="math")
+    state = attend(
+        q_BQHD,
+        k_BKGD,
+        v_BKGD,
+        rule=rule,
+        offset=case.offset,
+        key_mask_BK=case.key_mask(),
+        kernel="math",
+    )
     assert_within_budget(state, q_BQHD, k_BKGD, v_BKGD, case.keep(), rule)
 
 
@@ -197,7 +232,9 @@ def test_causal_calls_are_aligned_at_the_last_key(monkeypatch: pytest.MonkeyPatc
     able = [name for name in CPU_KERNELS if not kernels.load(name).unsupported(call)]
     assert "math" in able
     for name in [*able, "math"]:
-        state = kernels.load(name).attend(q_BQHD, k_BKGD, v_BKGD, call=call, scale=0.25, mask_BQK=None)
+        state = kernels.load(name).attend(
+            q_BQHD, k_BKGD, v_BKGD, call=call, scale=0.25, mask_BQK=None
+        )
         assert_within_budget(state, q_BQHD, k_BKGD, v_BKGD, case.keep(), Rule(scale=0.25))
         monkeypatch.setattr(kernels.load("math"), "MAX_SCORES", 700)
         monkeypatch.setattr(kernels.load("math"), "MAX_KEYS", 10)
@@ -219,22 +256,41 @@ def test_large_scores_do_not_overflow(kernel: str) -> None:
     ("kernel", "change", "reason"),
     [
         ("cpu_flash", dict(device="cuda"), "runs on cpu, not cuda"),
-        ("cpu_flash", dict(dtype=torch.float64), "takes float32, bfloat16 and float16, not torch.float64"),
+        (
+            "cpu_flash",
+            dict(dtype=torch.float64),
+            "takes float32, bfloat16 and float16, not torch.float64",
+        ),
         ("cpu_flash", dict(softcap=5.0), "has no softcap"),
         ("cpu_flash", dict(window=5), "takes windows as masks only"),
         ("cpu_flash", dict(causal=True), "causal needs as many queries as keys"),
         ("math", dict(window=5), "takes windows as masks only"),
-        *((name, dict(), "runs on cuda, not cpu") for name in ("cudnn", "cuda_flash", "cuda_efficient")),
+        *(
+            (name, dict(), "runs on cuda, not cpu")
+            for name in ("cudnn", "cuda_flash", "cuda_efficient")
+        ),
         ("cudnn", dict(device="cuda"), "takes float16 and bfloat16, not torch.float32"),
         ("cuda_flash", dict(device="cuda", dtype=torch.bfloat16, softcap=5.0), "has no softcap"),
-        ("cuda_flash", dict(device="cuda", dtype=torch.bfloat16, masked=True), "takes no explicit mask"),
+        (
+            "cuda_flash",
+            dict(device="cuda", dtype=torch.bfloat16, masked=True),
+            "takes no explicit mask",
+        ),
         ("cudnn", dict(device="cuda", dtype=torch.float16, head_size=256), "head sizes up to"),
-        ("cuda_flash", dict(device="cuda", dtype=torch.float16, head_size=65), "in steps of 8, not 65"),
+        (
+            "cuda_flash",
+            dict(device="cuda", dtype=torch.float16, head_size=65),
+            "in steps of 8, not 65",
+        ),
     ],
 )
-def test_kernels_say_why_they_cannot_run(kernel: str, change: dict[str, object], reason: str) -> None:
+def test_kernels_say_why_they_cannot_run(
+    kernel: str, change: dict[str, object], reason: str
+) -> None:
     call = replace(CALL, **change)
-    assert any(reason in one for one in kernels.load(kernel).unsupported(call)), kernels.load(kernel).unsupported(call)
+    assert any(reason in one for one in kernels.load(kernel).unsupported(call)), kernels.load(
+        kernel
+    ).unsupported(call)
     assert kernels.find(call, kernel) is None
     with pytest.raises(UnsupportedCallError) as caught:
         kernels.choose(call, kernel)
@@ -286,7 +342,9 @@ def context(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return tensors(Case(LENGTH, LENGTH, 0), (H, G), (D, V), dtype)
 
 
-def by_blocks(plan: BlockPlan, forward: int, rule: Rule, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor) -> State:
+def by_blocks(
+    plan: BlockPlan, forward: int, rule: Rule, q_BLHD: Tensor, k_BLGD: Tensor, v_BLGD: Tensor
+) -> State:
     """Phase 1's attention, one forward after the other, with what phase 1 hands to each."""
     parts = []
     for span in plan.spans(forward):
@@ -297,7 +355,9 @@ def by_blocks(plan: BlockPlan, forward: int, rule: Rule, q_BLHD: Tensor, k_BLGD:
             anchor=(k_BLGD[:, : plan.anchor_size], v_BLGD[:, : plan.anchor_size])
             if span.block_start > 0 and plan.anchor_size
             else None,
-            earlier=(k_BLGD[:, before], v_BLGD[:, before]) if span.start > span.block_start else None,
+            earlier=(k_BLGD[:, before], v_BLGD[:, before])
+            if span.start > span.block_start
+            else None,
             start=span.start,
             block_start=span.block_start,
             block_size=plan.block_size,
@@ -306,22 +366,31 @@ def by_blocks(plan: BlockPlan, forward: int, rule: Rule, q_BLHD: Tensor, k_BLGD:
         )
         assert state.out_BQHD.shape == (BATCH, span.tokens, H, V)
         parts.append(state)
-    return State(torch.cat([s.out_BQHD.float() for s in parts], 1), torch.cat([s.lse_BQH for s in parts], 1))
+    return State(
+        torch.cat([s.out_BQHD.float() for s in parts], 1), torch.cat([s.lse_BQH for s in parts], 1)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", [Rule(scale=0.3), Rule(scale=0.3, softcap=2.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize(
+    "rule", [Rule(scale=0.3), Rule(scale=0.3, softcap=2.0)], ids=["plain", "softcap"]
+)
 @pytest.mark.parametrize("window", [None, 1, 13, 30, 90])
 @pytest.mark.parametrize(
-    ("block", "anchor"), [(20, 20), (20, 7), (20, 0), (20, 1), (101, 9), (200, 200), (1, 1), (50, 50)]
+    ("block", "anchor"),
+    [(20, 20), (20, 7), (20, 0), (20, 1), (101, 9), (200, 200), (1, 1), (50, 50)],
 )
-def test_blocks_equal_the_law(block: int, anchor: int, window: int | None, rule: Rule, dtype: torch.dtype) -> None:
+def test_blocks_equal_the_law(
+    block: int, anchor: int, window: int | None, rule: Rule, dtype: torch.dtype
+) -> None:
     """Blocks as a batch, one block at a time, and pieces of blocks; the last one is ragged."""
     q_BLHD, k_BLGD, v_BLGD = context(dtype)
     plan = BlockPlan(context_tokens=LENGTH, block_size=block, anchor_size=anchor)
     rule = replace(rule, window=window)
     at_L = torch.arange(LENGTH)
-    keep_LL = law_mask(at_L, at_L, context_tokens=LENGTH, block_size=block, anchor_size=anchor, window=window)
+    keep_LL = law_mask(
+        at_L, at_L, context_tokens=LENGTH, block_size=block, anchor_size=anchor, window=window
+    )
     if block >= LENGTH and window is None:
         assert torch.equal(keep_LL, torch.ones_like(keep_LL).tril()), "law 1: one block is dense"
     for forward in (7, 20, 45, 1000):
@@ -354,7 +423,12 @@ def test_a_forward_holds_whole_blocks_or_a_piece_of_one() -> None:
 @pytest.mark.parametrize("padding", [[0, 0], [0, 4], [8, 3]])
 @pytest.mark.parametrize(("tail", "queries"), [(9, 9), (23, 9), (14, 1)])
 def test_shard_and_tail_equal_the_law(
-    tail: int, queries: int, padding: list[int], window: int | None, softcap: float | None, dtype: torch.dtype
+    tail: int,
+    queries: int,
+    padding: list[int],
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
 ) -> None:
     """Rows share one context and are padded on the left; each equals what it would be alone, at its own positions."""
     rule = Rule(scale=0.3, window=window, softcap=softcap)
@@ -370,11 +444,16 @@ def test_shard_and_tail_equal_the_law(
     assert not state.out_BQHD.isnan().any()
     for b, pad in enumerate(padding):
         gap = max(0, pad - before)  # void queries: nothing looks at them
-        keys, values = (torch.cat([s, t[b : b + 1, pad:]], 1) for s, t in zip(shard, (k_BTGD, v_BTGD), strict=True))
+        keys, values = (
+            torch.cat([s, t[b : b + 1, pad:]], 1)
+            for s, t in zip(shard, (k_BTGD, v_BTGD), strict=True)
+        )
         at_K = torch.arange(LENGTH + tail - pad)
         at_Q = at_K[len(at_K) - queries + gap :]
         # Queries and answers are no context tokens: they see every block. (The size of blocks does not matter.)
-        keep_QK = law_mask(at_Q, at_K, context_tokens=LENGTH, block_size=20, anchor_size=0, window=window)
+        keep_QK = law_mask(
+            at_Q, at_K, context_tokens=LENGTH, block_size=20, anchor_size=0, window=window
+        )
         mine = State(state.out_BQHD[b : b + 1, gap:], state.lse_BQH[b : b + 1, gap:])
         assert_within_budget(mine, q_BQHD[b : b + 1, gap:], keys, values, keep_QK[None], rule)
 
@@ -415,7 +494,9 @@ def test_a_newer_flash_attention_is_taken_where_it_was_activated() -> None:
     try:
         assert kernels._in_order()[:2] == ["cuda_flash", "cudnn"]
         assert kernels.choose(call) == "cuda_flash"
-        assert kernels.choose(replace(call, softcap=30.0)) == "math", "what it cannot do goes elsewhere"
+        assert kernels.choose(replace(call, softcap=30.0)) == "math", (
+            "what it cannot do goes elsewhere"
+        )
     finally:
         torch.nn.attention.restore_flash_attention_impl()
     assert kernels._in_order() == list(KERNELS)

@@ -32,8 +32,8 @@ from star_attention.errors import (
     UnknownOptionError,
     UnsupportedModelError,
 )
-from star_attention.hf.load import load_tokenizer
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.loading.load import load_tokenizer
+from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import BUNDLED, bundled_tokenizer, engine, ids, tiny
 from tests.families import FAMILIES, REFUSED, UNUSUAL, build
 
@@ -87,7 +87,9 @@ BAD_IDS = [
     pytest.param([5, None], NOT_IDS, id="a gap"),
     pytest.param(5, NOT_IDS, id="a number"),
     pytest.param(torch.tensor(5), "shape (); give one row of token ids", id="a scalar"),
-    pytest.param(torch.ones(2, 3, 4, dtype=torch.int64), "give one row of token ids", id="three axes"),
+    pytest.param(
+        torch.ones(2, 3, 4, dtype=torch.int64), "give one row of token ids", id="three axes"
+    ),
     pytest.param(b"abc", "but of type bytes", id="bytes"),
     pytest.param({3, 4}, "but of type set", id="a set"),
     pytest.param({"role": "user", "content": "x"}, "but of type dict", id="one message"),
@@ -95,14 +97,23 @@ BAD_IDS = [
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_IDS)
-def test_bad_token_ids(content: Any, message: str, star: StarLLM, reader: StarLLM, context: EncodedContext) -> None:
+def test_bad_token_ids(
+    content: Any, message: str, star: StarLLM, reader: StarLLM, context: EncodedContext
+) -> None:
     refused(TokenError, "the context ", message, call=lambda: star.encode(content))
     refused(TokenError, "the context ", message, call=lambda: star.encode([ids(5), content]))
     refused(TokenError, "the query ", message, call=lambda: star.generate(context, content))
-    refused(TokenError, "the query ", message, call=lambda: star.generate(context, [ids(5), content]))
+    refused(
+        TokenError, "the query ", message, call=lambda: star.generate(context, [ids(5), content])
+    )
     refused(TokenError, "the query ", message, call=lambda: star.logits(context, content))
     refused(TokenError, "the extension ", message, call=lambda: star.extend(context, content))
-    refused(TokenError, "the query ", message, call=lambda: reader.stream(reader.encode(ids(50)), content))
+    refused(
+        TokenError,
+        "the query ",
+        message,
+        call=lambda: reader.stream(reader.encode(ids(50)), content),
+    )
 
 
 def test_the_largest_token_id_works(star: StarLLM, context: EncodedContext) -> None:
@@ -112,10 +123,27 @@ def test_the_largest_token_id_works(star: StarLLM, context: EncodedContext) -> N
 
 def test_an_empty_text(star: StarLLM, reader: StarLLM, context: EncodedContext) -> None:
     for one in (star, reader):
-        refused(TokenError, "the context is empty", "at least 1 token", call=lambda one=one: one.encode(""))
-    refused(TokenError, "the query is empty", "at least 1 token", call=lambda: star.generate(context, ""))
-    refused(TokenError, "the query is empty", "at least 1 token", call=lambda: star.generate(context))
-    refused(TokenError, "the extension is empty", "at least 1", call=lambda: reader.extend(reader.encode(ids(5)), ""))
+        refused(
+            TokenError,
+            "the context is empty",
+            "at least 1 token",
+            call=lambda one=one: one.encode(""),
+        )
+    refused(
+        TokenError,
+        "the query is empty",
+        "at least 1 token",
+        call=lambda: star.generate(context, ""),
+    )
+    refused(
+        TokenError, "the query is empty", "at least 1 token", call=lambda: star.generate(context)
+    )
+    refused(
+        TokenError,
+        "the extension is empty",
+        "at least 1",
+        call=lambda: reader.extend(reader.encode(ids(5)), ""),
+    )
 
 
 def test_text_without_a_tokenizer(star: StarLLM, context: EncodedContext) -> None:
@@ -124,8 +152,18 @@ def test_text_without_a_tokenizer(star: StarLLM, context: EncodedContext) -> Non
     refused(InvalidInputError, "chat messages need a tokenizer", call=lambda: star.encode(MESSAGES))
     refused(InvalidInputError, "text", needs, call=lambda: star.generate(context, "text"))
     refused(InvalidInputError, "text", needs, call=lambda: star.extend(context, "text"))
-    refused(InvalidInputError, "a stop string", needs, call=lambda: star.generate(context, [5], stop="x"))
-    refused(InvalidInputError, "an answer prefix", needs, call=lambda: star.generate(context, [5], answer_prefix="x"))
+    refused(
+        InvalidInputError,
+        "a stop string",
+        needs,
+        call=lambda: star.generate(context, [5], stop="x"),
+    )
+    refused(
+        InvalidInputError,
+        "an answer prefix",
+        needs,
+        call=lambda: star.generate(context, [5], answer_prefix="x"),
+    )
     refused(InvalidInputError, "a stream of text", needs, call=lambda: star.stream(context, [5]))
 
 
@@ -143,7 +181,10 @@ def test_a_tokenizer_of_another_model(reader: StarLLM) -> None:
         ([{"role": "user"}], "a chat message has no text: {'role': 'user'}"),
         ([{"role": "user", "content": 5}], "a chat message has no text"),
         ([{"role": "user", "content": []}], "a chat message has no text"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "parts of type image; only text can be"),
+        (
+            [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+            "parts of type image; only text can be",
+        ),
     ],
 )
 def test_messages_without_text(messages: list[Any], message: str, reader: StarLLM) -> None:
@@ -166,7 +207,11 @@ def test_messages_as_an_extension(reader: StarLLM, context: EncodedContext) -> N
 
 def test_what_is_not_a_context(star: StarLLM) -> None:
     for call in (star.generate, star.logits, star.extend):
-        refused(InvalidInputError, "not an encoded context: str; call encode first", call=lambda c=call: c("a", [5]))
+        refused(
+            InvalidInputError,
+            "not an encoded context: str; call encode first",
+            call=lambda c=call: c("a", [5]),
+        )
 
 
 # ---------------------------------------------------------------------- sizes and settings
@@ -182,12 +227,24 @@ BAD_SETTINGS = [
     (dict(block_size="-4k"), SizeError, ["block_size -4096 is below 1", "give a positive number"]),
     (dict(anchor_size="x"), SizeError, ["anchor_size 'x'", NOT_A_SIZE]),
     (dict(anchor_size=-1), SizeError, ["anchor_size -1 is negative", "give 0 (no anchor)"]),
-    (dict(block_size=10, anchor_size=11), SizeError, ["anchor_size 11 is above block_size 10", "at most 10"]),
+    (
+        dict(block_size=10, anchor_size=11),
+        SizeError,
+        ["anchor_size 11 is above block_size 10", "at most 10"],
+    ),
     (dict(tokens_per_forward="q"), SizeError, ["tokens_per_forward 'q'", NOT_A_SIZE]),
-    (dict(tokens_per_forward=0), SizeError, ["tokens_per_forward 0 is below 1", "give a positive number"]),
+    (
+        dict(tokens_per_forward=0),
+        SizeError,
+        ["tokens_per_forward 0 is below 1", "give a positive number"],
+    ),
     (dict(reserve_tokens=0), SizeError, ["reserve_tokens 0 is below 1", "at least one token"]),
     (dict(reserve_tokens=None), SizeError, ["reserve_tokens None", NOT_A_SIZE]),
-    (dict(method="stare"), InvalidInputError, ["method 'stare' is unknown; choose one of star, dense"]),
+    (
+        dict(method="stare"),
+        InvalidInputError,
+        ["method 'stare' is unknown; choose one of star, dense"],
+    ),
     (dict(method=["star"]), InvalidInputError, ["method ['star'] is unknown"]),
     (
         dict(comm="nccl"),
@@ -197,8 +254,12 @@ BAD_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "kind", "pieces"), BAD_SETTINGS, ids=lambda v: str(v) if type(v) is dict else "")
-def test_bad_settings(settings: dict[str, Any], kind: type[Exception], pieces: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "kind", "pieces"), BAD_SETTINGS, ids=lambda v: str(v) if type(v) is dict else ""
+)
+def test_bad_settings(
+    settings: dict[str, Any], kind: type[Exception], pieces: list[str], tmp_path: Path
+) -> None:
     refused(kind, *pieces, call=lambda: engine("llama", **settings))
     # Before the model is looked for.
     refused(kind, *pieces, call=lambda: StarLLM.from_pretrained(tmp_path / "none", **settings))
@@ -207,7 +268,9 @@ def test_bad_settings(settings: dict[str, Any], kind: type[Exception], pieces: l
 def test_an_anchor_above_the_block_of_the_rule() -> None:
     """The block size is known only with the context."""
     star = engine("llama", anchor_size=2000)
-    refused(SizeError, "anchor_size 2000 is above block_size 1024", call=lambda: star.encode(ids(30)))
+    refused(
+        SizeError, "anchor_size 2000 is above block_size 1024", call=lambda: star.encode(ids(30))
+    )
 
 
 def test_unknown_settings_are_type_errors(tmp_path: Path) -> None:
@@ -221,7 +284,10 @@ def test_unknown_settings_are_type_errors(tmp_path: Path) -> None:
     ("word", "says"),
     [
         ("torch_dtype", "takes no 'torch_dtype' here; use dtype="),
-        ("device_map", "takes no 'device_map' here; use device=, or to spread the layers model_kwargs="),
+        (
+            "device_map",
+            "takes no 'device_map' here; use device=, or to spread the layers model_kwargs=",
+        ),
         ("tokenizer", "it is loaded with the model; to use another, set the engine's tokenizer"),
         ("blocksize", "takes no 'blocksize' here; did you mean 'block_size'?"),
         ("revision", "words of transformers go into model_kwargs={'revision': ...}"),
@@ -245,7 +311,10 @@ def test_an_engine_says_what_it_is() -> None:
     ("environment", "says"),
     [
         ({"WORLD_SIZE": "2"}, "the environment lacks RANK, MASTER_ADDR, MASTER_PORT"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "the environment lacks MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+            "the environment lacks MASTER_PORT",
+        ),
         (
             {"WORLD_SIZE": "many", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             "WORLD_SIZE 'many' is not a number",
@@ -284,8 +353,12 @@ def test_a_context_beyond_the_positions(star: StarLLM) -> None:
     assert len(star.encode(ids(512))) == 512
 
 
-@pytest.mark.parametrize("make", [lambda: load_tokenizer(BUNDLED), ByT5Tokenizer], ids=["fast", "slow"])
-def test_the_tokenizer_does_not_speak_of_length(make: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: load_tokenizer(BUNDLED), ByT5Tokenizer], ids=["fast", "slow"]
+)
+def test_the_tokenizer_does_not_speak_of_length(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Forbids transformers' own line, of "indexing errors", in front of our error."""
     tokenizer = make()
     tokenizer.model_max_length = 5
@@ -303,9 +376,18 @@ def test_the_tokenizer_does_not_speak_of_length(make: Callable[[], Any], caplog:
 
 def test_query_and_answer_beyond_the_positions(star: StarLLM) -> None:
     context = star.encode(ids(500))
-    says = ["context (500), query and answer (8) need 513 tokens, more than the model's 512", "lower max_new_tokens"]
-    refused(ContextLengthError, *says, call=lambda: star.generate(context, ids(5), max_new_tokens=8))
-    refused(ContextLengthError, *says, call=lambda: star.generate(context, [[5], ids(5)], max_new_tokens=8))
+    says = [
+        "context (500), query and answer (8) need 513 tokens, more than the model's 512",
+        "lower max_new_tokens",
+    ]
+    refused(
+        ContextLengthError, *says, call=lambda: star.generate(context, ids(5), max_new_tokens=8)
+    )
+    refused(
+        ContextLengthError,
+        *says,
+        call=lambda: star.generate(context, [[5], ids(5)], max_new_tokens=8),
+    )
     assert len(star.generate(context, ids(5), max_new_tokens=7).token_ids) == 7
     refused(ContextLengthError, "need 513 tokens", call=lambda: star.logits(context, ids(13)))
     assert len(star.logits(context, ids(12))) == 12
@@ -320,19 +402,43 @@ def forwards(star: StarLLM) -> Iterator[list[int]]:
     handle.remove()
 
 
-def test_what_an_answer_would_be_refused_for_is_said_before_encoding(star: StarLLM, forwards: list[int]) -> None:
+def test_what_an_answer_would_be_refused_for_is_said_before_encoding(
+    star: StarLLM, forwards: list[int]
+) -> None:
     """Forbids a long context that is encoded in vain."""
-    says = ["context (500), query and answer (8) need 513 tokens, more than the model's 512", "lower max_new_tokens"]
+    says = [
+        "context (500), query and answer (8) need 513 tokens, more than the model's 512",
+        "lower max_new_tokens",
+    ]
     for query in (ids(5), [[5], ids(5)], torch.tensor([ids(5)])):
         eight = dict(query=query, settings=dict(max_new_tokens=8))
         refused(ContextLengthError, *says, call=lambda words=eight: star.encode(ids(500), **words))
-        refused(ContextLengthError, *says, call=lambda words=eight: star.encode([ids(20), ids(500)], **words))
-    refused(ContextLengthError, "answer (256) need 517", call=lambda: star.encode(ids(256), query=ids(5)))
+        refused(
+            ContextLengthError,
+            *says,
+            call=lambda words=eight: star.encode([ids(20), ids(500)], **words),
+        )
+    refused(
+        ContextLengthError,
+        "answer (256) need 517",
+        call=lambda: star.encode(ids(256), query=ids(5)),
+    )
     pinned = engine("phi3_longrope", block_size=BLOCK, reserve_tokens=10)
     words = dict(query=ids(5), settings=dict(max_new_tokens=6))
-    refused(ContextLengthError, "need 61 tokens, but", "pinned to 60", call=lambda: pinned.encode(ids(50), **words))
-    refused(TokenError, "the query has token id 211", call=lambda: star.encode(ids(50), query=[211]))
-    refused(InvalidInputError, "top_p 2", call=lambda: star.encode(ids(50), query=[5], settings=dict(top_p=2)))
+    refused(
+        ContextLengthError,
+        "need 61 tokens, but",
+        "pinned to 60",
+        call=lambda: pinned.encode(ids(50), **words),
+    )
+    refused(
+        TokenError, "the query has token id 211", call=lambda: star.encode(ids(50), query=[211])
+    )
+    refused(
+        InvalidInputError,
+        "top_p 2",
+        call=lambda: star.encode(ids(50), query=[5], settings=dict(top_p=2)),
+    )
     refused(InvalidInputError, "needs a tokenizer", call=lambda: star.encode(ids(50), query="text"))
     with pytest.raises(UnknownOptionError, match="unknown word 'topp'"):
         star.encode(ids(50), query=[5], settings=dict(topp=1))
@@ -351,10 +457,21 @@ def test_an_extension_beyond_the_positions(star: StarLLM) -> None:
 def test_positions_beyond_the_pinned_frequencies() -> None:
     star = engine("phi3_longrope", block_size=BLOCK, reserve_tokens=10)
     context = star.encode(ids(50))
-    says = ["tokens, but the context's rotary frequencies are pinned to 60", "larger reserve_tokens (now 10)"]
-    refused(ContextLengthError, "need 61", *says, call=lambda: star.generate(context, ids(5), max_new_tokens=6))
+    says = [
+        "tokens, but the context's rotary frequencies are pinned to 60",
+        "larger reserve_tokens (now 10)",
+    ]
+    refused(
+        ContextLengthError,
+        "need 61",
+        *says,
+        call=lambda: star.generate(context, ids(5), max_new_tokens=6),
+    )
     assert len(star.generate(context, ids(5), max_new_tokens=5).token_ids) == 5
-    says = ["has 60 tokens, but its rotary frequencies are pinned to 60", "encode the joined text anew"]
+    says = [
+        "has 60 tokens, but its rotary frequencies are pinned to 60",
+        "encode the joined text anew",
+    ]
     refused(ContextLengthError, *says, call=lambda: star.extend(context, ids(10)))
     assert len(star.extend(context, ids(9))) == 59
 
@@ -365,7 +482,10 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("tempratur", "unknown word 'tempratur'; did you mean 'temperature'. It takes those of transformers'"),
+        (
+            "tempratur",
+            "unknown word 'tempratur'; did you mean 'temperature'. It takes those of transformers'",
+        ),
         ("qqqq", "unknown word 'qqqq'; it takes those of transformers' GenerationConfig"),
         (
             "generation_config",
@@ -377,7 +497,9 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
         ("min_length", "min_length counts the context too; use min_new_tokens"),
     ],
 )
-def test_an_unknown_word_is_a_type_error(word: str, says: str, star: StarLLM, context: EncodedContext) -> None:
+def test_an_unknown_word_is_a_type_error(
+    word: str, says: str, star: StarLLM, context: EncodedContext
+) -> None:
     with pytest.raises(TypeError, match=says) as raised:
         star.generate(context, ids(5), **{word: 1})
     assert isinstance(raised.value, UnknownOptionError)
@@ -388,7 +510,10 @@ BAD_WORDS = [
     (dict(max_new_tokens=2.5), "max_new_tokens 2.5 is not a positive number of tokens"),
     (dict(max_new_tokens=None), "max_new_tokens None is not a positive number"),
     (dict(max_new_tokens=True), "max_new_tokens True is not a positive number"),
-    (dict(min_new_tokens=5), "min_new_tokens 5 does not work; give a whole number up to max_new_tokens 3"),
+    (
+        dict(min_new_tokens=5),
+        "min_new_tokens 5 does not work; give a whole number up to max_new_tokens 3",
+    ),
     (dict(temperature=-0.5), "temperature -0.5 does not work; give a number of at least 0"),
     (dict(temperature="hot"), "temperature 'hot' does not work"),
     (dict(temperature=float("nan")), "temperature nan does not work"),
@@ -403,14 +528,26 @@ BAD_WORDS = [
     (dict(do_sample="maybe"), "do_sample 'maybe' does not work; give True or False"),
     (dict(num_beams=0), "num_beams 0 does not work; give a whole number of at least 1"),
     (dict(num_beams="2"), "num_beams '2' does not work"),
-    (dict(num_return_sequences=0), "num_return_sequences 0 does not work; give a whole number of at least 1"),
+    (
+        dict(num_return_sequences=0),
+        "num_return_sequences 0 does not work; give a whole number of at least 1",
+    ),
     (dict(num_return_sequences=2), "num_return_sequences"),
-    (dict(num_return_sequences=3, num_beams=2), "`num_return_sequences` (3) has to be smaller or equal to"),
+    (
+        dict(num_return_sequences=3, num_beams=2),
+        "`num_return_sequences` (3) has to be smaller or equal to",
+    ),
     (dict(num_beams=2, length_penalty="x"), "length_penalty 'x' does not work; give a number"),
-    (dict(num_beams=2, early_stopping="x"), "`early_stopping` must be a boolean or 'never', but is x"),
+    (
+        dict(num_beams=2, early_stopping="x"),
+        "`early_stopping` must be a boolean or 'never', but is x",
+    ),
     (dict(num_beams=2, return_logits=True), "not with beams; use StarLLM.logits instead"),
     (dict(max_time=-1), "max_time -1 does not work; give a number above 0"),
-    (dict(eos_token_id=211), "eos_token_id 211 is outside the model's vocabulary; give token ids in 0..210"),
+    (
+        dict(eos_token_id=211),
+        "eos_token_id 211 is outside the model's vocabulary; give token ids in 0..210",
+    ),
     (dict(eos_token_id=[5, -5]), "eos_token_id -5 is outside the model's vocabulary"),
     (dict(pad_token_id=9999), "pad_token_id 9999 is outside the model's vocabulary"),
     (dict(forced_eos_token_id=211), "forced_eos_token_id 211 is outside"),
@@ -422,7 +559,10 @@ BAD_WORDS = [
     (dict(dola_layers="low"), "dola generation, which transformers no longer holds"),
     (dict(num_beams=4, num_beam_groups=2), "group beam search, which transformers no longer holds"),
     (dict(constraints=[]), "constrained beam search, which transformers no longer holds"),
-    (dict(do_sample=False, penalty_alpha=0.6, top_k=4), "contrastive search, which transformers no longer holds"),
+    (
+        dict(do_sample=False, penalty_alpha=0.6, top_k=4),
+        "contrastive search, which transformers no longer holds",
+    ),
     (dict(seed="x"), "seed 'x' is not a whole number"),
     (dict(seed=1.5), "seed 1.5 is not a whole number"),
     (dict(seed=2**64), "has more than 64 bits; give a smaller number"),
@@ -440,7 +580,11 @@ def test_a_bad_value_of_a_known_word(
     words: dict[str, Any], says: str, reader: StarLLM, capfd: pytest.CaptureFixture[str]
 ) -> None:
     context = reader.encode(ids(50))
-    refused(InvalidInputError, says, call=lambda: reader.generate(context, ids(5), **{"max_new_tokens": 3} | words))
+    refused(
+        InvalidInputError,
+        says,
+        call=lambda: reader.generate(context, ids(5), **{"max_new_tokens": 3} | words),
+    )
 
 
 @pytest.mark.parametrize(
@@ -458,7 +602,9 @@ def test_a_bad_value_of_a_known_word(
     ],
     ids=str,
 )
-def test_values_at_the_limit_work(words: dict[str, Any], star: StarLLM, context: EncodedContext) -> None:
+def test_values_at_the_limit_work(
+    words: dict[str, Any], star: StarLLM, context: EncodedContext
+) -> None:
     """Forbids limits that are too narrow."""
     assert star.generate(context, ids(5), **{"max_new_tokens": 3} | words).token_ids
 
@@ -467,19 +613,30 @@ def test_streams_have_one_answer(reader: StarLLM) -> None:
     context = reader.encode(ids(50))
     one = "a stream is one answer by greedy search or sampling; use generate"
     refused(InvalidInputError, one, call=lambda: reader.stream(context, ids(5), num_beams=2))
-    refused(InvalidInputError, one, call=lambda: reader.stream(context, ids(5), do_sample=True, num_return_sequences=2))
+    refused(
+        InvalidInputError,
+        one,
+        call=lambda: reader.stream(context, ids(5), do_sample=True, num_return_sequences=2),
+    )
     refused(
         InvalidInputError,
         "a stream answers one query, not 2; use generate",
         call=lambda: reader.stream(context, [ids(5), ids(6)]),
     )
     stream = reader.stream(context, ids(5), max_new_tokens=3)
-    refused(InvalidInputError, "the stream has not ended; exhaust it or call close()", call=lambda: stream.result)
+    refused(
+        InvalidInputError,
+        "the stream has not ended; exhaust it or call close()",
+        call=lambda: stream.result,
+    )
 
 
 # ---------------------------------------------------------------------- models that cannot run
 
-RUNNING_STATE, LINEAR = "running state instead of keys and values of all tokens", "linear-attention layers"
+RUNNING_STATE, LINEAR = (
+    "running state instead of keys and values of all tokens",
+    "linear-attention layers",
+)
 OFF_INTERFACE = "attention does not go through transformers' attention interface"
 WHY = {
     "mamba": RUNNING_STATE,
@@ -522,7 +679,12 @@ def test_families_are_refused_by_name_with_the_reason(name: str, tmp_path: Path)
     refused(UnsupportedModelError, type(model).__name__, WHY[name], call=lambda: StarLLM(model))
     # Before any weight is read: the folder holds none.
     config.save_pretrained(tmp_path)
-    refused(UnsupportedModelError, config.model_type, WHY[name], call=lambda: StarLLM.from_pretrained(tmp_path))
+    refused(
+        UnsupportedModelError,
+        config.model_type,
+        WHY[name],
+        call=lambda: StarLLM.from_pretrained(tmp_path),
+    )
     assert not supported(tmp_path)
 
 
@@ -535,7 +697,12 @@ def test_no_family_is_refused_by_mistake(name: str) -> None:
 
 @pytest.mark.parametrize("thing", [None, 5, torch.nn.Linear(2, 3), torch.nn.Linear])
 def test_what_is_no_model(thing: Any) -> None:
-    refused(UnsupportedModelError, type(thing).__name__, "is not a transformers model", call=lambda: StarLLM(thing))
+    refused(
+        UnsupportedModelError,
+        type(thing).__name__,
+        "is not a transformers model",
+        call=lambda: StarLLM(thing),
+    )
     assert "is not a transformers model" in str(supported(thing))
 
 
@@ -547,7 +714,9 @@ def test_a_model_in_training_mode() -> None:
 
 
 def test_prompt_tuning() -> None:
-    words = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", num_layers=3, token_dim=72)
+    words = PromptTuningConfig(
+        num_virtual_tokens=4, task_type="CAUSAL_LM", num_layers=3, token_dim=72
+    )
     model = get_peft_model(build("llama"), words).eval()
     says = ["virtual tokens in front of every forward", "adapters inside the layers (LoRA) work"]
     refused(UnsupportedModelError, *says, call=lambda: StarLLM(model))
@@ -580,7 +749,10 @@ def test_a_complete_folder_loads(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("{}/none", "there is no model folder {}/none; check the path, or give a hub id like organisation/name"),
+        (
+            "{}/none",
+            "there is no model folder {}/none; check the path, or give a hub id like organisation/name",
+        ),
         ("./none", "there is no model folder ./none"),
         ("no/such/folder", "there is no model folder no/such/folder"),
         ("{}/config.json", "config.json is a file; give the model's folder, or a hub id"),
@@ -615,7 +787,9 @@ def test_no_model_there(path: Any, says: str, folder: Path) -> None:
 def test_a_broken_config(text: str, folder: Path) -> None:
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     refused(ModelNotFoundError, f"no model could be read at {folder}: ", call=lambda: load(folder))
-    refused(ModelNotFoundError, f"no model could be read at {folder}: ", call=lambda: supported(folder))
+    refused(
+        ModelNotFoundError, f"no model could be read at {folder}: ", call=lambda: supported(folder)
+    )
 
 
 def test_missing_weights(folder: Path) -> None:
@@ -628,12 +802,18 @@ def test_missing_weights(folder: Path) -> None:
 def test_truncated_weights(size: int, folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
-    refused(ModelNotFoundError, f"the model at {folder} could not be loaded", call=lambda: load(folder))
+    refused(
+        ModelNotFoundError, f"the model at {folder} could not be loaded", call=lambda: load(folder)
+    )
 
 
 def test_weights_that_are_something_else(folder: Path) -> None:
-    (folder / "model.safetensors").write_text("a page saying that the download needs a login\n" * 99)
-    refused(ModelNotFoundError, f"the model at {folder} could not be loaded", call=lambda: load(folder))
+    (folder / "model.safetensors").write_text(
+        "a page saying that the download needs a login\n" * 99
+    )
+    refused(
+        ModelNotFoundError, f"the model at {folder} could not be loaded", call=lambda: load(folder)
+    )
 
 
 def test_a_missing_shard(folder: Path) -> None:
@@ -645,7 +825,9 @@ def test_a_missing_shard(folder: Path) -> None:
     refused(ModelNotFoundError, shard.name, call=lambda: load(folder))
 
 
-@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "lost", ["model.layers.1.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"]
+)
 def test_a_missing_weight(lost: str, folder: Path) -> None:
     """Forbids answers of a model of which a part is random: transformers only prints a table."""
     weights = load_file(folder / "model.safetensors")
@@ -661,19 +843,29 @@ def test_a_weight_of_another_shape(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(3, 5)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(ModelNotFoundError, f"the model at {folder} could not be loaded", call=lambda: load(folder))
+    refused(
+        ModelNotFoundError, f"the model at {folder} could not be loaded", call=lambda: load(folder)
+    )
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
 def test_a_broken_tokenizer(file: str, text: str, folder: Path) -> None:
     (folder / file).write_bytes(text.encode(errors="surrogateescape"))
-    refused(ModelNotFoundError, f"the tokenizer at {folder} could not be read: ", call=lambda: load(folder))
+    refused(
+        ModelNotFoundError,
+        f"the tokenizer at {folder} could not be read: ",
+        call=lambda: load(folder),
+    )
 
 
 def test_half_a_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
-    refused(ModelNotFoundError, f"the tokenizer at {folder} could not be read: ", call=lambda: load(folder))
+    refused(
+        ModelNotFoundError,
+        f"the tokenizer at {folder} could not be read: ",
+        call=lambda: load(folder),
+    )
 
 
 def test_no_tokenizer_is_needed_for_token_ids(folder: Path) -> None:
@@ -686,7 +878,10 @@ def test_no_tokenizer_is_needed_for_token_ids(folder: Path) -> None:
 
 
 BAD_PLACES = [
-    (dict(dtype="float64"), "dtype 'float64' is unknown; use one of auto, float32, bfloat16, float16"),
+    (
+        dict(dtype="float64"),
+        "dtype 'float64' is unknown; use one of auto, float32, bfloat16, float16",
+    ),
     (dict(dtype=torch.int8), "dtype 'torch.int8' is unknown; use one of auto"),
     (dict(device="quantum"), "device 'quantum' is unknown; use auto, cpu, cuda or cuda:1"),
     (dict(device="gpu"), "device 'gpu' is unknown; use auto, cpu, cuda or cuda:1"),
@@ -760,12 +955,17 @@ print(json.dumps([errors, before, after]))
 
 def test_out_of_memory_in_phase_1() -> None:
     """Really, in a process of its own whose address space is limited; then a smaller request works in the same process."""
-    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     errors, before, after = json.loads(done.stdout.splitlines()[-1])
     assert len(errors) == 2
     for error in errors:
-        assert re.search(r"out of memory in phase 1 after 0 of 16,384 context tokens, with 16,384 tokens in one", error)
+        assert re.search(
+            r"out of memory in phase 1 after 0 of 16,384 context tokens, with 16,384 tokens in one",
+            error,
+        )
         assert "lower tokens_per_forward (now 16,384; it sets the working memory)" in error
     assert before == after
 
@@ -797,5 +997,7 @@ except RuntimeError as error:
 
 
 def test_contexts_that_wait_for_the_garbage_collector_make_room() -> None:
-    done = subprocess.run([sys.executable, "-c", GARBAGE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", GARBAGE], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "full\n", done.stderr[-3000:]

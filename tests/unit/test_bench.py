@@ -11,13 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from star_attention import StarLLM, cost
+from star_attention import StarLLM
 from star_attention.bench import decode, machine, plots, prefill, questions, startup, subject
 from star_attention.bench.baselines import official_encode, stock_prefill
 from star_attention.cli import app
 from star_attention.errors import InvalidInputError, StarAttentionError
 from star_attention.hf.shape import model_shape
-from star_attention.plan import BlockPlan
+from star_attention.planning import cost
+from star_attention.planning.plan import BlockPlan
 from tests.engines import BUNDLED, bundled_model, ids, tiny
 
 MODEL = ["-m", str(BUNDLED), "--dtype", "float32", "--device", "cpu", "--quiet"]
@@ -43,22 +44,52 @@ def failed(*arguments: object) -> str:
 @pytest.mark.filterwarnings("ignore:context 128 does not hold two blocks of 128")
 def test_prefill(tmp_path: Path) -> None:
     text, found = bench(
-        *("prefill", *MODEL, "--context", "128,256", "--block", "/4,128", "--repeats", "1", "--out", tmp_path)
+        *(
+            "prefill",
+            *MODEL,
+            "--context",
+            "128,256",
+            "--block",
+            "/4,128",
+            "--repeats",
+            "1",
+            "--out",
+            tmp_path,
+        )
     )
     assert text.startswith(f"{BUNDLED}, float32, on CPU")
     assert "ceilings: matrix product" in text
     rows = [(row["method"], row["context"], row["block"]) for row in found["rows"]]
     whole = [(name, length, None) for length in (128, 256) for name in ("stock", "dense")]
-    cut = [(name, *sizes) for name in ("official", "star") for sizes in ((128, 32), (256, 128), (256, 64))]
+    cut = [
+        (name, *sizes)
+        for name in ("official", "star")
+        for sizes in ((128, 32), (256, 128), (256, 64))
+    ]
     assert sorted(rows, key=str) == sorted(whole + cut, key=str)
     assert all(row["seconds"] > 0 and row["failed"] is None for row in found["rows"])
     assert {"date", "hardware", "versions", "git", "ceilings", "command"} <= set(found)
     assert json.loads((tmp_path / "prefill.json").read_text()) == found
-    assert {path.name for path in tmp_path.iterdir()} == {"prefill.json", "prefill-time.png", "prefill-speedup.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "prefill.json",
+        "prefill-time.png",
+        "prefill-speedup.png",
+    }
 
 
 def test_decode(tmp_path: Path) -> None:
-    arguments = ["--context", "128", "--block", "32", "--query-tokens", "8", "--answer-tokens", "4", "--repeats", "1"]
+    arguments = [
+        "--context",
+        "128",
+        "--block",
+        "32",
+        "--query-tokens",
+        "8",
+        "--answer-tokens",
+        "4",
+        "--repeats",
+        "1",
+    ]
     text, found = bench("decode", *MODEL, *arguments, "--queries", "2", "--out", tmp_path)
     (row,) = found["rows"]
     assert row["tokens"] == 4
@@ -68,7 +99,18 @@ def test_decode(tmp_path: Path) -> None:
 
 
 def test_questions() -> None:
-    arguments = ["--context", "128", "--block", "32", "--query-tokens", "8", "--answer-tokens", "2", "--repeats", "1"]
+    arguments = [
+        "--context",
+        "128",
+        "--block",
+        "32",
+        "--query-tokens",
+        "8",
+        "--answer-tokens",
+        "2",
+        "--repeats",
+        "1",
+    ]
     _, found = bench("questions", *MODEL, *arguments)
     assert [row["method"] for row in found["rows"]] == ["stock", "dense", "star"]
     assert all(row["question_s"] > 0 for row in found["rows"])
@@ -89,7 +131,10 @@ COMMANDS = ("prefill", "decode", "questions", "kernels", "startup")
     [
         (["prefill"], "give either a model (-m) or the shapes of one (--shapes)"),
         (["decode", "--shapes", "gpt-9"], "shapes 'gpt-9' are unknown; choose one of llama-3.1-8b"),
-        (["prefill", *MODEL, "--methods", "star,magic"], "method 'magic' is unknown; choose from stock"),
+        (
+            ["prefill", *MODEL, "--methods", "star,magic"],
+            "method 'magic' is unknown; choose from stock",
+        ),
         (
             ["prefill", *MODEL, "--methods", "stock-cudnn"],
             "'stock-cudnn' needs a CUDA device, this is cpu; leave it out",
@@ -100,7 +145,16 @@ COMMANDS = ("prefill", "decode", "questions", "kernels", "startup")
         (["prefill", *MODEL, "--tokens-per-forward", "0"], "tokens_per_forward 0 is below 1"),
         (["prefill", *MODEL, "--kv-dtype", "fp9"], "kv_dtype 'fp9' is unknown"),
         (
-            ["prefill", *MODEL, "--context", "1k,4k", "--block", "4k,3k", "--methods", "star,official"],
+            [
+                "prefill",
+                *MODEL,
+                "--context",
+                "1k,4k",
+                "--block",
+                "4k,3k",
+                "--methods",
+                "star,official",
+            ],
             "nothing is left to measure: no context holds two blocks of 4k or 3k; give smaller blocks or longer contexts",
         ),
         (["decode", *MODEL, "--kv-device", "gpu"], "kv_device 'gpu' is unknown"),
@@ -110,10 +164,15 @@ COMMANDS = ("prefill", "decode", "questions", "kernels", "startup")
             ["prefill", *MODEL, "--context", "65537"],
             "65,537 tokens are more than the model's 65,536 positions; give a shorter",
         ),
-        (["decode", *MODEL, "--context", "64k"], "65,856 tokens are more than the model's 65,536 positions"),
+        (
+            ["decode", *MODEL, "--context", "64k"],
+            "65,856 tokens are more than the model's 65,536 positions",
+        ),
     ],
 )
-def test_what_cannot_be_measured(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forbids measuring anything first: a minute's ceilings, or an hour's rows, before a mistake is told."""
     monkeypatch.delattr(machine, "ceilings")
     assert message in failed(*arguments)
@@ -121,7 +180,18 @@ def test_what_cannot_be_measured(arguments: list[str], message: str, monkeypatch
 
 @pytest.mark.filterwarnings("default")
 def test_what_is_left_out_is_told_and_rows_are_counted() -> None:
-    arguments = ["prefill", *MODEL, "--context", "64,128", "--block", "/4,64", "--methods", "star", "--repeats", "0"]
+    arguments = [
+        "prefill",
+        *MODEL,
+        "--context",
+        "64,128",
+        "--block",
+        "/4,64",
+        "--methods",
+        "star",
+        "--repeats",
+        "0",
+    ]
     arguments.remove("--quiet")
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert done.exit_code == 0, done.output
@@ -148,9 +218,16 @@ def test_a_measurement_is_never_replaced(tmp_path: Path, what: str) -> None:
 def test_results_go_to_folders(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("a book")
-    for command in (["decode", "-m", "no such model"], ["startup", "-m", "no such model"], ["plot", "none.json"]):
+    for command in (
+        ["decode", "-m", "no such model"],
+        ["startup", "-m", "no such model"],
+        ["plot", "none.json"],
+    ):
         for out in (book, book / "new"):
-            assert failed(*command, "--out", out) == f"error: {book} is no folder; give another one with --out"
+            assert (
+                failed(*command, "--out", out)
+                == f"error: {book} is no folder; give another one with --out"
+            )
 
 
 def test_one_thread_is_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,12 +264,16 @@ def test_the_stock_prefill_is_dense_attention() -> None:
 def test_random_shapes_are_the_models() -> None:
     with pytest.MonkeyPatch.context() as patch:
         small = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=200)
-        patch.setitem(subject.SHAPES, "small", small | dict(num_attention_heads=4, num_key_value_heads=2))
+        patch.setitem(
+            subject.SHAPES, "small", small | dict(num_attention_heads=4, num_key_value_heads=2)
+        )
         model = subject.model_of(None, "small", dtype="auto", device="cpu")
     assert subject.name_of(model) == "small"
     assert next(model.parameters()).dtype == torch.float32
     head = model.get_output_embeddings().weight
-    assert subject.weight_bytes_per_token(model) == 4 * (sum(p.numel() for p in model.parameters()) - head.numel())
+    assert subject.weight_bytes_per_token(model) == 4 * (
+        sum(p.numel() for p in model.parameters()) - head.numel()
+    )
     assert float(head.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
@@ -229,7 +310,9 @@ def test_startup_in_processes_of_its_own(tmp_path: Path) -> None:
     assert [row["caches"] for row in found["rows"]] == ["empty"] * 3 + ["filled"] * 3
     assert json.loads((tmp_path / "new" / "startup.json").read_text()) == found
     with pytest.raises(StarAttentionError, match=r"the measured process failed: .*no such model"):
-        startup.in_new_processes(["bench", "startup", "--in-this-process", "-m", "no such model"], print)
+        startup.in_new_processes(
+            ["bench", "startup", "--in-this-process", "-m", "no such model"], print
+        )
 
 
 # ------------------------------------------------------------------ ratios
@@ -249,7 +332,16 @@ def test_ratios_of_prefill() -> None:
 
 
 def test_ratios_of_answers() -> None:
-    row = decode.Row(context=10, block=5, compiled=True, queries=1, query_tokens=1, tokens=2, token_s=0.3, floor_s=0.2)
+    row = decode.Row(
+        context=10,
+        block=5,
+        compiled=True,
+        queries=1,
+        query_tokens=1,
+        tokens=2,
+        token_s=0.3,
+        floor_s=0.2,
+    )
     assert row.over_floor == pytest.approx(1.5)
     asked = questions.Row(method="star", context=10, questions=7, encode_s=3.0, question_s=2.0)
     assert asked.total_s == 17.0
@@ -280,21 +372,38 @@ def test_dense_times_beyond_what_is_run_are_worked_out() -> None:
 def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     star, dense = (
-        prefill.Row(method=m, context=10, block=b, seconds=2.0, flops=4) for m, b in (("star", 5), ("dense", None))
+        prefill.Row(method=m, context=10, block=b, seconds=2.0, flops=4)
+        for m, b in (("star", 5), ("dense", None))
     )
     steps = decode.Row(
-        context=10, block=5, compiled=True, queries=1, query_tokens=1, tokens=2, token_s=0.3, floor_s=0.2
+        context=10,
+        block=5,
+        compiled=True,
+        queries=1,
+        query_tokens=1,
+        tokens=2,
+        token_s=0.3,
+        floor_s=0.2,
     )
     head: dict[str, Any] = dict(model="m", dtype="d", hardware="h", ceilings={"flops_per_s": 1.0})
-    for name, kind, rows in (("a", "prefill", [star]), ("b", "prefill", [dense]), ("c", "decode", [steps])):
+    for name, kind, rows in (
+        ("a", "prefill", [star]),
+        ("b", "prefill", [dense]),
+        ("c", "decode", [steps]),
+    ):
         found = head | dict(benchmark=kind, rows=[asdict(row) for row in rows])
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     files = [tmp_path / f"{name}.json" for name in "abc"]
     made = plots.of_files(files, tmp_path / "new")
     assert [path.name for path in made] == ["prefill-time.png", "prefill-speedup.png", "decode.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
-    for figure in (plots._time_against_length([star, dense], 1.0), plots._milliseconds_a_token([steps])):
-        (floor,) = {line.get_marker() for line in figure.axes[0].lines if line.get_linestyle() == "None"}
+    for figure in (
+        plots._time_against_length([star, dense], 1.0),
+        plots._milliseconds_a_token([steps]),
+    ):
+        (floor,) = {
+            line.get_marker() for line in figure.axes[0].lines if line.get_linestyle() == "None"
+        }
         assert floor == "_"  # of one length: a line would not be seen
     other = json.loads(files[1].read_text()) | {"hardware": "another"}
     files[1].write_text(json.dumps(other))

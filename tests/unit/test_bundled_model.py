@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from star_attention import StarLLM
-from star_attention.hf.load import load_tokenizer
+from star_attention.hf.loading.load import load_tokenizer
 from tests.engines import bundled_model, bundled_tokenizer
 from tests.model_oracle import cached, law_mask
 from tests.needles import TASKS, Fact, make
@@ -35,7 +35,9 @@ def geometry(anchor: str, tokens: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def oracle_cache(model: PreTrainedModel, ids_L: torch.Tensor, block_size: int, anchor_size: int) -> DynamicCache:
+def oracle_cache(
+    model: PreTrainedModel, ids_L: torch.Tensor, block_size: int, anchor_size: int
+) -> DynamicCache:
     """Keys and values of a context from stock forwards under the law's explicit mask, some rows of it at a time."""
     L, cache, decoder = len(ids_L), DynamicCache(), model.get_decoder()
     keep_11LL = law_mask(L, L, block_size, anchor_size)[None, None]
@@ -43,14 +45,20 @@ def oracle_cache(model: PreTrainedModel, ids_L: torch.Tensor, block_size: int, a
     for start in range(0, L, ORACLE_ROWS):
         stop = min(start + ORACLE_ROWS, L)
         rows = keep_11LL[:, :, start:stop, :stop]
-        decoder(ids_L[None, start:stop], attention_mask=rows, use_cache=True, **cached(decoder, cache))
+        decoder(
+            ids_L[None, start:stop], attention_mask=rows, use_cache=True, **cached(decoder, cache)
+        )
     return cache
 
 
 @torch.no_grad()
-def oracle_answer(model: PreTrainedModel, cache: DynamicCache, query: list[int], answer: list[int]) -> torch.Tensor:
+def oracle_answer(
+    model: PreTrainedModel, cache: DynamicCache, query: list[int], answer: list[int]
+) -> torch.Tensor:
     """Logits that choose each token of an answer, teacher-forced: a query sees the whole context."""
-    logits_1QV = model(torch.tensor([query + answer[:-1]]), **cached(model, copy.deepcopy(cache))).logits
+    logits_1QV = model(
+        torch.tensor([query + answer[:-1]]), **cached(model, copy.deepcopy(cache))
+    ).logits
     return logits_1QV[0, len(query) - 1 :]
 
 
@@ -73,15 +81,21 @@ def check_against_oracle(anchor: str, tokens: int, questions: int) -> None:
     facts = sample.facts[:: len(sample.facts) // questions]
     replies = star.generate(context, [f.query for f in facts], max_new_tokens=ANSWER_TOKENS)
 
-    cache = oracle_cache(model, context.token_ids, context.plan.block_size, context.plan.anchor_size)
-    for (k_1GLD, v_1GLD), layer in zip([layer.pair() for layer in context.kv.layers], cache.layers, strict=True):
+    cache = oracle_cache(
+        model, context.token_ids, context.plan.block_size, context.plan.anchor_size
+    )
+    for (k_1GLD, v_1GLD), layer in zip(
+        [layer.pair() for layer in context.kv.layers], cache.layers, strict=True
+    ):
         torch.testing.assert_close(k_1GLD, layer.keys, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(v_1GLD, layer.values, atol=1e-3, rtol=1e-3)
     for fact, reply in zip(facts, replies, strict=True):
         query = tokenizer(fact.query, add_special_tokens=False).input_ids
         chosen = oracle_answer(model, cache, query, reply.token_ids).argmax(-1).tolist()
         assert reply.token_ids == chosen
-    accuracy = sum(right(reply.text, fact) for fact, reply in zip(facts, replies, strict=True)) / len(facts)
+    accuracy = sum(
+        right(reply.text, fact) for fact, reply in zip(facts, replies, strict=True)
+    ) / len(facts)
     print(f"{anchor} {tokens}: {accuracy:.2f}")
     low, high = FOUND[anchor]
     assert low <= accuracy <= high
@@ -105,9 +119,15 @@ def accuracy(star: StarLLM, tokens: int, samples: int, tasks: list[str]) -> floa
     for task in tasks:
         for seed in range(samples):
             sample = make(task, star.tokenizer, tokens, seed)
-            facts = sample.facts if len(sample.facts) < 3 else sample.facts[:: (len(sample.facts) + 2) // 3]
+            facts = (
+                sample.facts
+                if len(sample.facts) < 3
+                else sample.facts[:: (len(sample.facts) + 2) // 3]
+            )
             queries = [fact.query for fact in facts]
-            replies = star.generate(star.encode(sample.context), queries, max_new_tokens=ANSWER_TOKENS)
+            replies = star.generate(
+                star.encode(sample.context), queries, max_new_tokens=ANSWER_TOKENS
+            )
             results += [right(reply.text, fact) for fact, reply in zip(facts, replies, strict=True)]
     share = sum(results) / len(results)
     print(
@@ -125,7 +145,9 @@ def test_a_sample_is_what_its_task_says(task: str) -> None:
     assert sample.context.endswith("\n")
     at = [sample.context.index(fact.line) for fact in sample.facts]
     assert at == sorted(at)
-    assert {"niah_multikey": 16, "niah_needles": 20, "niah_needles_code": 20}.get(task, 1) <= len(sample.facts)
+    assert {"niah_multikey": 16, "niah_needles": 20, "niah_needles_code": 20}.get(task, 1) <= len(
+        sample.facts
+    )
 
 
 def test_one_answer_retrieval_at_1k() -> None:
@@ -141,7 +163,9 @@ def test_one_answer_retrieval_in_longer_texts(anchor: str, tokens: int) -> None:
     """In every geometry; a lost anchor would be seen."""
     star = StarLLM(bundled_model(), bundled_tokenizer(), **geometry(anchor, tokens))
     low, high = FOUND[anchor]
-    assert low <= accuracy(star, tokens, samples=4 if tokens == 4096 else 2, tasks=list(TASKS)) <= high
+    assert (
+        low <= accuracy(star, tokens, samples=4 if tokens == 4096 else 2, tasks=list(TASKS)) <= high
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- needle-32m
@@ -149,7 +173,9 @@ def test_one_answer_retrieval_in_longer_texts(anchor: str, tokens: int) -> None:
 NEEDLE_32M = os.environ.get("STAR_ATTENTION_NEEDLE_32M")
 needle32m = [
     pytest.mark.needle32m,
-    pytest.mark.skipif(NEEDLE_32M is None, reason="STAR_ATTENTION_NEEDLE_32M names no folder of needle-32m"),
+    pytest.mark.skipif(
+        NEEDLE_32M is None, reason="STAR_ATTENTION_NEEDLE_32M names no folder of needle-32m"
+    ),
 ]
 
 
@@ -162,7 +188,12 @@ def larger() -> tuple[PreTrainedModel, Any]:
 
 @pytest.mark.parametrize(
     ("anchor", "low", "high"),
-    [("anchor_block", 0.95, 1.0), ("anchor_quarter", 0.95, 1.0), ("dense", 0.95, 1.0), ("no_anchor", 0.0, 0.5)],
+    [
+        ("anchor_block", 0.95, 1.0),
+        ("anchor_quarter", 0.95, 1.0),
+        ("dense", 0.95, 1.0),
+        ("no_anchor", 0.0, 0.5),
+    ],
 )
 @pytest.mark.parametrize("tokens", [pytest.param(4096, marks=needle32m)])
 def test_needle_32m_needs_its_anchor(anchor: str, low: float, high: float, tokens: int) -> None:

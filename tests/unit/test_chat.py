@@ -9,7 +9,7 @@ import pytest
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
-from star_attention.hf.load import load_tokenizer
+from star_attention.hf.loading.load import load_tokenizer
 from tests.engines import BUNDLED, bundled_tokenizer, text_model
 
 # Templates that take a message's content as one string, in the manner of Llama 3, of ChatML, and of those that trim.
@@ -57,7 +57,9 @@ def star(request: pytest.FixtureRequest) -> StarLLM:
 
 
 def rendered(star: StarLLM, messages: list[dict[str, Any]]) -> str:
-    text: str = star.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text: str = star.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     return text
 
 
@@ -73,25 +75,33 @@ def asked(star: StarLLM, context: EncodedContext, query: Any, **words: Any) -> l
 
 @pytest.mark.parametrize("before", [[], [SYSTEM]], ids=["user", "system"])
 @pytest.mark.parametrize("how", ["text", "messages", "part"])
-def test_an_open_message_goes_on_with_the_query(star: StarLLM, before: list[dict[str, Any]], how: str) -> None:
+def test_an_open_message_goes_on_with_the_query(
+    star: StarLLM, before: list[dict[str, Any]], how: str
+) -> None:
     """Document and question are one user message, whichever way the question comes."""
     messages = [*before, user(DOCUMENT, QUESTION) if how == "part" else user(DOCUMENT)]
     query = {"text": QUESTION, "messages": [user(QUESTION)], "part": None}[how]
     is_bundled = star.tokenizer.chat_template == BUNDLED_TEMPLATE
     takes_parts = star.tokenizer.chat_template in (BUNDLED_TEMPLATE, PARTS)
-    whole = rendered(star, [*before, user(DOCUMENT, QUESTION) if takes_parts else user(DOCUMENT + QUESTION)])
+    whole = rendered(
+        star, [*before, user(DOCUMENT, QUESTION) if takes_parts else user(DOCUMENT + QUESTION)]
+    )
 
     context = star.encode(messages)
 
     assert asked(star, context, query) == whole_ids(star, whole)
     # The cut is right behind the document: what introduces the question belongs to the query.
     assert star.tokenizer.decode(context.token_ids).endswith(DOCUMENT)
-    assert context.token_ids.tolist().count(star.tokenizer.bos_token_id) == whole.count("<bos>") <= 1
+    assert (
+        context.token_ids.tolist().count(star.tokenizer.bos_token_id) == whole.count("<bos>") <= 1
+    )
     if is_bundled and not before:
         assert context.token_ids.tolist() == star.encode(DOCUMENT).token_ids.tolist()
     reply = star.generate(context, query, max_new_tokens=3, ignore_eos=True)
     ids = whole_ids(star, whole)
-    by_ids = star.generate(star.encode(ids[: len(context)]), ids[len(context) :], max_new_tokens=3, ignore_eos=True)
+    by_ids = star.generate(
+        star.encode(ids[: len(context)]), ids[len(context) :], max_new_tokens=3, ignore_eos=True
+    )
     assert reply.token_ids == by_ids.token_ids
 
 
@@ -99,7 +109,9 @@ def test_a_closed_turn_is_followed_by_a_new_message(star: StarLLM) -> None:
     messages = [SYSTEM, user(DOCUMENT), ASSISTANT]
     context = star.encode(messages)
     for query in (QUESTION, [user(QUESTION)]):
-        assert asked(star, context, query) == whole_ids(star, rendered(star, [*messages, user(QUESTION)]))
+        assert asked(star, context, query) == whole_ids(
+            star, rendered(star, [*messages, user(QUESTION)])
+        )
     assert DOCUMENT.strip() in star.tokenizer.decode(context.token_ids)
     assert ASSISTANT["content"] in star.tokenizer.decode(context.token_ids)
 
@@ -128,20 +140,28 @@ def test_several_queries_on_one_chat(star: StarLLM) -> None:
 
 def test_several_chats(star: StarLLM) -> None:
     chats = [[user(DOCUMENT)], [SYSTEM, user(DOCUMENT * 2, QUESTION)]]
-    for together, alone in zip(star.encode(chats), [star.encode(chat) for chat in chats], strict=True):
+    for together, alone in zip(
+        star.encode(chats), [star.encode(chat) for chat in chats], strict=True
+    ):
         assert together.token_ids.tolist() == alone.token_ids.tolist()
         assert together.chat == alone.chat
 
 
 def test_the_answer_prefix_stands_behind_the_start_of_the_answer(star: StarLLM) -> None:
     context = star.encode([user(DOCUMENT)])
-    plain, prefixed = asked(star, context, QUESTION), asked(star, context, QUESTION, answer_prefix="The secret")
+    plain, prefixed = (
+        asked(star, context, QUESTION),
+        asked(star, context, QUESTION, answer_prefix="The secret"),
+    )
     assert prefixed == plain + whole_ids(star, "The secret")
 
 
 def test_an_open_chat_can_be_extended(star: StarLLM) -> None:
     more = "A letter lies unopened on the desk.\n"
-    context, whole = star.encode([SYSTEM, user(DOCUMENT)]), star.encode([SYSTEM, user(DOCUMENT + more)])
+    context, whole = (
+        star.encode([SYSTEM, user(DOCUMENT)]),
+        star.encode([SYSTEM, user(DOCUMENT + more)]),
+    )
     extended = star.extend(context, more)
     assert asked(star, extended, QUESTION) == asked(star, whole, QUESTION)
     with warnings.catch_warnings():
@@ -159,7 +179,9 @@ def test_token_ids_are_taken_as_they_are(star: StarLLM) -> None:
 def test_a_cut_that_changes_tokens_is_a_warning() -> None:
     star = star_with(CHATML)
     context = star.encode([user("The secret numb")])
-    with pytest.warns(UserWarning, match=r"tokenized differently across the cut .*secret numb' \| 'er is 7"):
+    with pytest.warns(
+        UserWarning, match=r"tokenized differently across the cut .*secret numb' \| 'er is 7"
+    ):
         star.generate(context, "er is 7.", max_new_tokens=1)
 
 
@@ -176,9 +198,19 @@ def test_a_template_that_renders_the_context_anew_is_a_warning() -> None:
     [
         ([user(DOCUMENT)], None, InvalidInputError, "came without a question"),
         ([user(DOCUMENT)], "", TokenError, "the query is empty"),
-        ([user(DOCUMENT)], [ASSISTANT], InvalidInputError, "must begin with a user message, not with role 'assistant'"),
+        (
+            [user(DOCUMENT)],
+            [ASSISTANT],
+            InvalidInputError,
+            "must begin with a user message, not with role 'assistant'",
+        ),
         ([{"role": "user", "content": []}], "x", InvalidInputError, "has no text"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "x", InvalidInputError, "type image"),
+        (
+            [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
+            "x",
+            InvalidInputError,
+            "type image",
+        ),
         ([{"role": "user"}], "x", InvalidInputError, "has no text"),
     ],
 )
@@ -205,7 +237,9 @@ def test_what_a_chats_answer_would_be_refused_for_is_said_before_encoding(star: 
 
 def test_messages_need_a_template_and_a_chat_context() -> None:
     star = star_with(LLAMA)
-    with pytest.raises(InvalidInputError, match="a query of chat messages needs a context of chat messages"):
+    with pytest.raises(
+        InvalidInputError, match="a query of chat messages needs a context of chat messages"
+    ):
         star.generate(star.encode(DOCUMENT), [user(QUESTION)])
     star.tokenizer.chat_template = None
     with pytest.raises(InvalidInputError, match="no chat template"):

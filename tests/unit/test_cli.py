@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from star_attention import saved
 from star_attention.cli import answers, app, docs
 from star_attention.cli.notes import seconds
 from star_attention.config import MAX_NEW_TOKENS
-from star_attention.hf.load import load_tokenizer
+from star_attention.hf.loading.load import load_tokenizer
+from star_attention.storage import saved
 from tests.engines import BUNDLED
 
 NOISE = "The hill is tall and the road is long.\nA cold wind comes down from the north.\nThere is bread on the table.\n"
@@ -114,12 +114,32 @@ def test_quiet_says_nothing(texts: Path) -> None:
 
 
 def test_json_has_exactly_the_fields(texts: Path) -> None:
-    done = ok("generate", *CHAT, texts / "book.txt", "--query", QUESTION, "--anchor-size", "128", "--json")
+    done = ok(
+        "generate", *CHAT, texts / "book.txt", "--query", QUESTION, "--anchor-size", "128", "--json"
+    )
     (line,) = done.out.splitlines()
     reply = json.loads(line)
     assert list(reply) == [
-        *("query", "text", "token_ids", "finish_reason", "method", "context_tokens", "query_tokens", "block_size"),
-        *("anchor_size", "blocks", "ranks", "tensor_parallel", "encode_s", "ttft_s", "tokens_per_s", "peak_bytes"),
+        *(
+            "query",
+            "text",
+            "token_ids",
+            "finish_reason",
+            "method",
+            "context_tokens",
+            "query_tokens",
+            "block_size",
+        ),
+        *(
+            "anchor_size",
+            "blocks",
+            "ranks",
+            "tensor_parallel",
+            "encode_s",
+            "ttft_s",
+            "tokens_per_s",
+            "peak_bytes",
+        ),
         *("wire_bytes_phase1", "wire_bytes_phase2", "wire_calls_phase1", "wire_calls_phase2"),
         *("wire_within_bytes_phase1", "wire_within_bytes_phase2", "per_rank"),
     ]
@@ -129,10 +149,20 @@ def test_json_has_exactly_the_fields(texts: Path) -> None:
     assert reply["token_ids"][-1] == 2
     assert reply["finish_reason"] == "stop"
     assert (reply["method"], reply["context_tokens"], reply["query_tokens"]) == ("star", 567, 16)
-    assert (reply["block_size"], reply["anchor_size"], reply["blocks"], reply["ranks"]) == (256, 128, 3, 1)
+    assert (reply["block_size"], reply["anchor_size"], reply["blocks"], reply["ranks"]) == (
+        256,
+        128,
+        3,
+        1,
+    )
     assert min(reply["encode_s"], reply["ttft_s"], reply["tokens_per_s"]) > 0
     assert reply["peak_bytes"] is None
-    assert reply["wire_bytes_phase1"] == reply["wire_bytes_phase2"] == reply["wire_within_bytes_phase1"] == 0
+    assert (
+        reply["wire_bytes_phase1"]
+        == reply["wire_bytes_phase2"]
+        == reply["wire_within_bytes_phase1"]
+        == 0
+    )
     (rank,) = reply["per_rank"]
     assert rank == {"tokens": 567, "encode_s": reply["encode_s"], "peak_bytes": None}
 
@@ -140,7 +170,16 @@ def test_json_has_exactly_the_fields(texts: Path) -> None:
 def test_raw_text_is_not_a_chat(texts: Path) -> None:
     """Without --chat the query follows the text as it is."""
     prefix = "<|q|>" + QUESTION + "<|a|>The secret number for torpidity-kill is "
-    done = ok("generate", *MODEL, texts / "book.txt", "--query", prefix, "--method", "dense", "--no-stream")
+    done = ok(
+        "generate",
+        *MODEL,
+        texts / "book.txt",
+        "--query",
+        prefix,
+        "--method",
+        "dense",
+        "--no-stream",
+    )
     assert done.out.strip() == "4910508"
     assert "context 567 tok, dense, encode " in done.err
 
@@ -161,10 +200,16 @@ def test_queries_one_after_another_and_as_a_batch(texts: Path, tmp_path: Path) -
     (tmp_path / "queries").write_text(f"\n{OTHER_QUESTION}\r\n\n", encoding="utf-8")
     options = [*CHAT, texts / "book.txt", texts / "more.txt", "--query", QUESTION]
     options += ["--query-file", tmp_path / "queries"]
-    first, second = "The secret number for torpidity-kill is 4910508", "The secret number for lyric-known is 8081780"
+    first, second = (
+        "The secret number for torpidity-kill is 4910508",
+        "The secret number for lyric-known is 8081780",
+    )
     in_order = ok("generate", *options)
     assert in_order.out == f"> {QUESTION}\n{first}\n\n> {OTHER_QUESTION}\n{second}\n"
-    assert [line.startswith("context 8") for line in in_order.err.splitlines()[-2:]] == [True, False]
+    assert [line.startswith("context 8") for line in in_order.err.splitlines()[-2:]] == [
+        True,
+        False,
+    ]
     at_once = ok("generate", *options, "--batch", "--json")
     assert [json.loads(line)["text"] for line in at_once.out.splitlines()] == [first, second]
     assert "2 answers at once" in at_once.err
@@ -178,11 +223,17 @@ def test_queries_from_stdin(texts: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "check"),
     [
-        (["--max-new-tokens", "3"], lambda a, b: a["finish_reason"] == "length" and len(a["token_ids"]) == 3),
+        (
+            ["--max-new-tokens", "3"],
+            lambda a, b: a["finish_reason"] == "length" and len(a["token_ids"]) == 3,
+        ),
         (["--stop", "torp", "--stop", "for"], lambda a, b: a["text"] == "The secret number "),
         (["--ignore-eos", "--max-new-tokens", "24"], lambda a, b: len(a["token_ids"]) == 24),
         (["--temperature", "30", "--seed", "1", "--max-new-tokens", "9"], lambda a, b: a == b),
-        (["--num-beams", "2"], lambda a, b: a["text"].endswith("4910508") and a["tokens_per_s"] is None),
+        (
+            ["--num-beams", "2"],
+            lambda a, b: a["text"].endswith("4910508") and a["tokens_per_s"] is None,
+        ),
         (["--top-k", "1"], lambda a, b: a["text"].endswith("4910508")),
         (["--greedy", "--repetition-penalty", "1.0"], lambda a, b: a["text"].endswith("4910508")),
     ],
@@ -190,20 +241,47 @@ def test_queries_from_stdin(texts: Path) -> None:
 )
 def test_answer_options(texts: Path, options: list[str], check: Callable[[Any, Any], bool]) -> None:
     times = "ttft_s", "tokens_per_s"
-    command = ["ask", *MODEL, texts / "book.star", "--query", QUESTION, "--query", QUESTION, "--json", *options]
+    command = [
+        "ask",
+        *MODEL,
+        texts / "book.star",
+        "--query",
+        QUESTION,
+        "--query",
+        QUESTION,
+        "--json",
+        *options,
+    ]
     first, second = map(json.loads, ok(*command).out.splitlines())
     if options[0] == "--temperature":
-        first, second = ({k: v for k, v in reply.items() if k not in times} for reply in (first, second))
-        assert first["text"] != "The secret number for torpidity-kill is 4910508"[: len(first["text"])]
+        first, second = (
+            {k: v for k, v in reply.items() if k not in times} for reply in (first, second)
+        )
+        assert (
+            first["text"] != "The secret number for torpidity-kill is 4910508"[: len(first["text"])]
+        )
     assert check(first, second)
 
 
 @pytest.mark.filterwarnings("default")
 def test_greedy_wins_and_says_what_it_drops(texts: Path) -> None:
-    done = ok("ask", *MODEL, texts / "book.star", "--query", QUESTION, "--greedy", "--top-p", "0.5", "--top-k", "3")
+    done = ok(
+        "ask",
+        *MODEL,
+        texts / "book.star",
+        "--query",
+        QUESTION,
+        "--greedy",
+        "--top-p",
+        "0.5",
+        "--top-k",
+        "3",
+    )
     assert done.out.endswith("4910508\n")
     assert done.err.count("warning: --top-p, --top-k without effect: --greedy was given\n") == 1
-    done = ok("generate", *CHAT, texts / "book.txt", "--query", QUESTION, "--greedy", "--top-k", "3")
+    done = ok(
+        "generate", *CHAT, texts / "book.txt", "--query", QUESTION, "--greedy", "--top-k", "3"
+    )
     assert done.err.count("--greedy was given") == 1
 
 
@@ -220,7 +298,9 @@ def test_encode_and_ask(texts: Path, tmp_path: Path) -> None:
     # Precision, method, sizes and the chat are the file's.
     done = ok("ask", "-m", BUNDLED, tmp_path / "book.star", "--query", QUESTION)
     assert done.out == "The secret number for torpidity-kill is 4910508\n"
-    assert done.err.splitlines()[-1].startswith("context 567 tok, 3 blocks x 256, anchor 256, first token ")
+    assert done.err.splitlines()[-1].startswith(
+        "context 567 tok, 3 blocks x 256, anchor 256, first token "
+    )
 
 
 def test_generate_saves_what_ask_reads(texts: Path, tmp_path: Path) -> None:
@@ -273,7 +353,16 @@ def test_plan_needs_no_weights(bare_config: Path) -> None:
     assert done.out.startswith("context 32,768 tok, 4 blocks x 8k, anchor 8k, 2 ranks\nrank 0  b0 ")
     assert "rank 1  b3   |AAAA" in done.out
     assert "17,309,568 parameters of 2 bytes, 10 layers" in done.out
-    for word in ("weights", "keys and values", "working memory", "star", "dense", "official", "x 1.50", "phase 2"):
+    for word in (
+        "weights",
+        "keys and values",
+        "working memory",
+        "star",
+        "dense",
+        "official",
+        "x 1.50",
+        "phase 2",
+    ):
         assert word in done.out
 
 
@@ -281,13 +370,26 @@ def test_plan_as_json(bare_config: Path) -> None:
     sizes = ["--context", "16k", "--block-size", "4k", "--anchor-size", "1k", "--dtype", "float32"]
     plan = json.loads(ok("plan", "-m", bare_config, *sizes, "--json", "--queries", "3").out)
     assert (plan["context_tokens"], plan["block_size"], plan["anchor_size"]) == (16384, 4096, 1024)
-    assert (plan["blocks"], plan["ranks"], plan["queries"], plan["answer_tokens"]) == (4, 1, 3, MAX_NEW_TOKENS)
+    assert (plan["blocks"], plan["ranks"], plan["queries"], plan["answer_tokens"]) == (
+        4,
+        1,
+        3,
+        MAX_NEW_TOKENS,
+    )
     memory, flops = plan["memory"], plan["flops"]
     assert memory["weights"] == 4 * 17_309_568
     assert memory["kv"] == 16384 * plan["kv_bytes_per_token"] == 16384 * 10 * 2 * 2 * 64 * 4
     assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
-    assert flops["phase1_star"]["linear"] == flops["phase1_dense"]["linear"] < flops["phase1_official"]["linear"]
-    assert plan["dense_over_star"] == flops["phase1_dense"]["total"] / flops["phase1_star"]["total"] > 1
+    assert (
+        flops["phase1_star"]["linear"]
+        == flops["phase1_dense"]["linear"]
+        < flops["phase1_official"]["linear"]
+    )
+    assert (
+        plan["dense_over_star"]
+        == flops["phase1_dense"]["total"] / flops["phase1_star"]["total"]
+        > 1
+    )
 
 
 def test_plan_tells_the_memory_of_each_rank(bare_config: Path) -> None:
@@ -299,7 +401,8 @@ def test_plan_tells_the_memory_of_each_rank(bare_config: Path) -> None:
     assert third < second
     assert plan["memory"]["total"] == max(first, second, third)
     assert re.search(
-        r"fullest device \(rank \d; the others' totals: [\d.]+ \w+ to [\d.]+ \w+\)", ok("plan", *sizes).out
+        r"fullest device \(rank \d; the others' totals: [\d.]+ \w+ to [\d.]+ \w+\)",
+        ok("plan", *sizes).out,
     )
     alike = ok("plan", "-m", bare_config, "--context", "32k", "--block-size", "4k").out
     assert "fullest" not in alike
@@ -309,14 +412,22 @@ def test_plan_tells_the_memory_of_each_rank(bare_config: Path) -> None:
 def test_plan_warns_of_what_would_not_run(bare_config: Path) -> None:
     err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err
     assert "warning: context, query and answer need 65,856 positions, the model has 65,536" in err
-    assert "warning: 4 of 8 ranks are idle: the context has 4 blocks; lower --block-size or --ranks\n" in err
+    assert (
+        "warning: 4 of 8 ranks are idle: the context has 4 blocks; lower --block-size or --ranks\n"
+        in err
+    )
     err = ok("plan", "-m", bare_config, "--context", "1k", "--ranks", "2").err
-    assert err == "warning: 1 of 2 ranks is idle: the context has 1 block; lower --block-size or --ranks\n"
+    assert (
+        err
+        == "warning: 1 of 2 ranks is idle: the context has 1 block; lower --block-size or --ranks\n"
+    )
 
 
 def test_plan_names_a_model_that_cannot_run(bare_config: Path) -> None:
     (bare_config / "config.json").write_text('{"model_type": "mamba"}')
-    assert "mamba cannot run with Star Attention" in failed("plan", "-m", bare_config, "--context", "4k")
+    assert "mamba cannot run with Star Attention" in failed(
+        "plan", "-m", bare_config, "--context", "4k"
+    )
 
 
 # ------------------------------------------------------------------ errors
@@ -333,8 +444,12 @@ def test_texts_that_cannot_be_read(texts: Path, tmp_path: Path) -> None:
     assert f"{latin} is not UTF-8: byte 3 of 12 is 0xe9" in line
     assert f"iconv -f WINDOWS-1252 -t UTF-8 {latin}" in line
     assert "stdin is not UTF-8: byte 0 of 2" in failed(*command, "-", stdin=b"\xff\xfe")
-    assert "the query 'caf\\udce9' is not UTF-8" in failed(*command, texts / "book.txt", "--query", "caf\udce9")
-    assert "latin.txt is not UTF-8" in failed("generate", *MODEL, texts / "book.txt", "--query-file", latin)
+    assert "the query 'caf\\udce9' is not UTF-8" in failed(
+        *command, texts / "book.txt", "--query", "caf\udce9"
+    )
+    assert "latin.txt is not UTF-8" in failed(
+        "generate", *MODEL, texts / "book.txt", "--query-file", latin
+    )
 
 
 def test_a_saved_context_is_no_text(texts: Path, tmp_path: Path) -> None:
@@ -352,7 +467,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + NEEDLE.encode())
     options = ["generate", *MODEL, "--query", QUESTION, "--max-new-tokens", "1", "--json"]
     marked = json.loads(ok(*options, tmp_path / "marked.txt").out)
-    assert marked["context_tokens"] == json.loads(ok(*options, "-", stdin=NEEDLE).out)["context_tokens"]
+    assert (
+        marked["context_tokens"]
+        == json.loads(ok(*options, "-", stdin=NEEDLE).out)["context_tokens"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -360,7 +478,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     [
         (["--block-size", "4x"], "block_size '4x' is not a number of tokens; write 4096, '4k'"),
         (["--block-size", "0"], "block_size 0 is below 1"),
-        (["--block-size", "512", "--anchor-size", "1k"], "anchor_size 1024 is above block_size 512"),
+        (
+            ["--block-size", "512", "--anchor-size", "1k"],
+            "anchor_size 1024 is above block_size 512",
+        ),
         (["--anchor-size", "-1"], "anchor_size -1 is negative"),
         (["--tokens-per-forward", "0"], "tokens_per_forward 0 is below 1"),
         (["--method", "magic"], "method 'magic' is unknown; choose one of star, dense"),
@@ -369,7 +490,10 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         (["-m", "/nowhere/model"], "there is no model folder /nowhere/model"),
         (["--query", ""], "a query is empty"),
         (["--query", "  "], "a query is empty"),
-        (["--max-new-tokens", "4x"], "max_new_tokens '4x' is not a number of tokens; write 4096, '4k'"),
+        (
+            ["--max-new-tokens", "4x"],
+            "max_new_tokens '4x' is not a number of tokens; write 4096, '4k'",
+        ),
         (["--max-new-tokens", "0"], "max_new_tokens 0 is not a positive number of tokens"),
         (["--save", "/nowhere/book.star"], "the folder /nowhere does not exist"),
         (["--save", "/tmp"], "it is a folder; give the name of a file"),
@@ -385,14 +509,19 @@ def test_values_that_cannot_work(texts: Path, options: list[str], message: str) 
     ("option", "message"),
     [
         (["--method", "start"], "method 'start' is unknown"),
-        (["--dtype", "fp32"], "dtype 'fp32' is unknown; use one of auto, float32, bfloat16, float16"),
+        (
+            ["--dtype", "fp32"],
+            "dtype 'fp32' is unknown; use one of auto, float32, bfloat16, float16",
+        ),
         (["--device", "gpu"], "device 'gpu' is unknown; use auto, cpu, cuda or cuda:1"),
         (["--device", "cuda1"], "device 'cuda1' is unknown; use auto, cpu, cuda or cuda:1"),
         (["--max-new-tokens", "0"], "max_new_tokens 0 is not a positive number of tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_cheap_mistakes_are_found_before_the_model_is_loaded(texts: Path, option: list[str], message: str) -> None:
+def test_cheap_mistakes_are_found_before_the_model_is_loaded(
+    texts: Path, option: list[str], message: str
+) -> None:
     commands = [["generate", *MODEL, texts / "book.txt"]]
     if option[0] != "--method":
         commands.append(["ask", *MODEL, texts / "book.star"])
@@ -408,7 +537,9 @@ def test_broken_models_and_empty_texts(texts: Path, tmp_path: Path) -> None:
     for chat in ([], ["--chat"]):
         assert "the text of - is empty" in failed("generate", *MODEL, "-", *query, *chat, stdin="")
     (tmp_path / "blank").write_text("\n \n")
-    assert "has no queries" in failed("generate", *MODEL, texts / "book.txt", "--query-file", tmp_path / "blank")
+    assert "has no queries" in failed(
+        "generate", *MODEL, texts / "book.txt", "--query-file", tmp_path / "blank"
+    )
 
 
 def test_models_without_tokenizer_or_template(texts: Path, tmp_path: Path) -> None:
@@ -436,11 +567,15 @@ def test_a_context_beyond_the_models_positions(tmp_path: Path, texts: Path) -> N
 def test_saved_contexts_that_do_not_fit(texts: Path, tmp_path: Path) -> None:
     ask = ["ask", *MODEL, "--query", QUESTION]
     assert "there is no saved context at" in failed(*ask, tmp_path / "none.star")
-    assert "book.txt is no saved context: it does not begin like one" in failed(*ask, texts / "book.txt")
+    assert "book.txt is no saved context: it does not begin like one" in failed(
+        *ask, texts / "book.txt"
+    )
     whole = (texts / "book.star").read_bytes()
     (tmp_path / "short.star").write_bytes(whole[: len(whole) // 2])
     assert "short.star cannot be read as a saved context" in failed(*ask, tmp_path / "short.star")
-    line = failed("ask", "-m", BUNDLED, "--dtype", "bfloat16", texts / "book.star", "--query", QUESTION)
+    line = failed(
+        "ask", "-m", BUNDLED, "--dtype", "bfloat16", texts / "book.star", "--query", QUESTION
+    )
     assert (
         "its dtype is torch.float32, this model's is torch.bfloat16; load the model in float32 (dtype=, or --dtype)"
         in line
@@ -453,12 +588,21 @@ def test_misuse_is_status_2(texts: Path) -> None:
     assert "--model" in misused("generate", book, *query)
     assert "give a query" in misused("generate", *MODEL, book)
     assert "--temperatur" in misused("generate", *MODEL, book, *query, "--temperatur", "1")
-    for option, value in (("--top-p", "1.5"), ("--temperature", "-1"), ("--top-k", "x"), ("--stall-limit", "0.5")):
+    for option, value in (
+        ("--top-p", "1.5"),
+        ("--temperature", "-1"),
+        ("--top-k", "x"),
+        ("--stall-limit", "0.5"),
+    ):
         said = misused("generate", *MODEL, book, *query, option, value)
         assert option in said
-        assert re.search(f"[ ']{re.escape(value)}", said), "the value, whatever the version of typer"
+        assert re.search(f"[ ']{re.escape(value)}", said), (
+            "the value, whatever the version of typer"
+        )
     for option in ("--top-p", "--repetition-penalty"):
-        assert f"'{option}': 0 is not above 0" in misused("generate", *MODEL, book, *query, option, "0")
+        assert f"'{option}': 0 is not above 0" in misused(
+            "generate", *MODEL, book, *query, option, "0"
+        )
     assert "stdin) can be read only once" in misused("generate", *MODEL, "-", "-", *query)
     assert "stdin is read as text already" in misused("generate", *MODEL, "-", "--query-file", "-")
     assert "--output" in misused("encode", *MODEL, book)
@@ -485,8 +629,13 @@ def test_demo_hands_over_what_it_was_given(tmp_path: Path, monkeypatch: pytest.M
 
     stand_in = SimpleNamespace(run_demo=run_demo, to_stderr="lines")
     monkeypatch.setitem(sys.modules, "star_attention.demo.run", stand_in)
-    assert ok("demo", "-m", BUNDLED, "--out", tmp_path, "--tokens", "2k", "--seed", "3").out == "a table\n"
-    assert called == [((str(BUNDLED), str(tmp_path)), {"tokens": 2048, "seed": 3, "progress": "lines"})]
+    assert (
+        ok("demo", "-m", BUNDLED, "--out", tmp_path, "--tokens", "2k", "--seed", "3").out
+        == "a table\n"
+    )
+    assert called == [
+        ((str(BUNDLED), str(tmp_path)), {"tokens": 2048, "seed": 3, "progress": "lines"})
+    ]
     assert "tokens '2x' is not a number of tokens" in failed("demo", "--tokens", "2x")
     (tmp_path / "book.txt").write_text("a book")
     assert "book.txt is no folder; give another one with --out" in failed(
@@ -504,7 +653,14 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
     terminal, inside = pty.openpty()
     shown = b""
     try:
-        options = [*CHAT, "--tokens-per-forward", "256", tmp_path / "long.txt", "-o", tmp_path / "long.star"]
+        options = [
+            *CHAT,
+            "--tokens-per-forward",
+            "256",
+            tmp_path / "long.txt",
+            "-o",
+            tmp_path / "long.star",
+        ]
         process = subprocess.Popen(
             [sys.executable, "-m", "star_attention", "encode", *map(str, options)],
             stdout=subprocess.PIPE,
@@ -529,7 +685,16 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
 
 def test_an_answer_is_written_while_it_is_made(texts: Path) -> None:
     """Its first words are there long before its end."""
-    process = start("ask", *MODEL, texts / "book.star", "--query", QUESTION, "--max-new-tokens", "4k", "--ignore-eos")
+    process = start(
+        "ask",
+        *MODEL,
+        texts / "book.star",
+        "--query",
+        QUESTION,
+        "--max-new-tokens",
+        "4k",
+        "--ignore-eos",
+    )
     assert process.stdout is not None
     try:
         assert os.read(process.stdout.fileno(), 4)
@@ -562,7 +727,14 @@ script.load()()
 
 def test_ctrl_c_while_encoding_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(400 * NOISE, encoding="utf-8")
-    options = [*CHAT, "--tokens-per-forward", "256", tmp_path / "long.txt", "-o", tmp_path / "long.star"]
+    options = [
+        *CHAT,
+        "--tokens-per-forward",
+        "256",
+        tmp_path / "long.txt",
+        "-o",
+        tmp_path / "long.star",
+    ]
     process = start("encode", *options)
     assert process.stderr is not None
     told = []
@@ -607,7 +779,12 @@ def test_a_file_that_is_no_context_is_never_replaced(texts: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     "option",
-    [["--stop", ""], ["--seed", "9" * 23], ["--max-new-tokens", "64k"], ["--query", "x", "--max-new-tokens", "64k"]],
+    [
+        ["--stop", ""],
+        ["--seed", "9" * 23],
+        ["--max-new-tokens", "64k"],
+        ["--query", "x", "--max-new-tokens", "64k"],
+    ],
 )
 def test_settings_are_checked_before_the_text_is_encoded(texts: Path, option: list[str]) -> None:
     done = run("generate", *CHAT, texts / "book.txt", "--query", QUESTION, *option)
@@ -630,7 +807,16 @@ def test_a_reader_that_goes_away_is_no_error(texts: Path) -> None:
 
 def through_a_shell(redirection: str, *arguments: str | Path, **env: str) -> Done:
     done = subprocess.run(
-        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "star_attention", *map(str, arguments)],
+        [
+            "sh",
+            "-c",
+            f'exec "$@" {redirection}',
+            "sh",
+            sys.executable,
+            "-m",
+            "star_attention",
+            *map(str, arguments),
+        ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -650,7 +836,9 @@ def test_closed_streams(bare_config: Path, texts: Path, tmp_path: Path) -> None:
     done = through_a_shell("<&-", "ask", *MODEL, texts / "book.star")
     assert done.status == 2
     assert "give a query" in done.err
-    done = through_a_shell(">&- 2>&-", "encode", *CHAT, texts / "book.txt", "-o", tmp_path / "book.star")
+    done = through_a_shell(
+        ">&- 2>&-", "encode", *CHAT, texts / "book.txt", "-o", tmp_path / "book.star"
+    )
     assert done.status == 0
     assert (tmp_path / "book.star").exists()
 
@@ -661,7 +849,9 @@ def test_standard_output_that_is_full(bare_config: Path, unbuffered: str) -> Non
     """Forbids the system's bare error, and Python's complaint at exit."""
     says = "error: standard output could not be written (No space left on device); free space there, or send it elsewhere\n"
     for arguments in (["plan", "-m", bare_config, "--context", "8k"], ["--version"]):
-        assert through_a_shell(">/dev/full", *arguments, PYTHONUNBUFFERED=unbuffered) == Done(1, "", says)
+        assert through_a_shell(">/dev/full", *arguments, PYTHONUNBUFFERED=unbuffered) == Done(
+            1, "", says
+        )
 
 
 # ------------------------------------------------------------------ help and docs

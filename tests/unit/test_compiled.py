@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from star_attention import EncodedContext, StarLLM, phase1
-from star_attention.hf.compiled import FULL, layers_of
+from star_attention.hf.execution.compiled import FULL, layers_of
 from tests.engines import engine, ids, tiny
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
@@ -49,7 +49,10 @@ def test_encoding_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     fast.encode(ids(149, seed=4))
     assert counters["stats"]["unique_graphs"] == before, "nothing is compiled again"
     words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
-    assert fast.generate(context, ids(5), **words).token_ids == plain.generate(expected, ids(5), **words).token_ids
+    assert (
+        fast.generate(context, ids(5), **words).token_ids
+        == plain.generate(expected, ids(5), **words).token_ids
+    )
 
 
 def test_other_threads_and_later_calls_find_the_plain_model() -> None:
@@ -68,7 +71,9 @@ def test_other_threads_and_later_calls_find_the_plain_model() -> None:
     assert not any("forward" in vars(layer) for layer in layers)
 
 
-def test_a_layer_that_cannot_be_compiled_whole_is_compiled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_cannot_be_compiled_whole_is_compiled_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
     kind = type(layers_of(tiny("llama").get_decoder())[0].mlp)
     stock = kind.forward

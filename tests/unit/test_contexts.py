@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from star_attention import StarLLM
 from star_attention.errors import ContextLengthError, TokenError
-from star_attention.hf.load import load_tokenizer
+from star_attention.hf.loading.load import load_tokenizer
 from tests.engines import (
     BUNDLED,
     CONTEXT,
@@ -42,7 +42,10 @@ def test_several_contexts_are_as_one_each(name: str, settings: dict[str, Any]) -
         assert together.token_ids.tolist() == text
         assert together.plan == alone.plan
         assert_same_kv(together, alone)
-        replies = [star.generate(c, [5, 6, 7], max_new_tokens=5, return_logits=True) for c in (together, alone)]
+        replies = [
+            star.generate(c, [5, 6, 7], max_new_tokens=5, return_logits=True)
+            for c in (together, alone)
+        ]
         assert replies[0].token_ids == replies[1].token_ids
         torch.testing.assert_close(replies[0].logits, replies[1].logits, atol=1e-4, rtol=1e-4)
 
@@ -51,13 +54,18 @@ def test_equal_lengths_share_forwards() -> None:
     star = engine("llama", block_size=16, tokens_per_forward=64)
     forwards: list[int] = []
     handle = (
-        tiny("llama").get_decoder().layers[0].register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+        tiny("llama")
+        .get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
     )
     try:
         star.encode([ids(32, seed=seed) for seed in range(3)])
         assert forwards == [3, 3]
         forwards.clear()
-        star.encode([ids(32, seed=seed) for seed in range(6)])  # no more than tokens_per_forward at once
+        star.encode(
+            [ids(32, seed=seed) for seed in range(6)]
+        )  # no more than tokens_per_forward at once
         assert forwards == [4, 4, 2]
     finally:
         handle.remove()
@@ -72,14 +80,28 @@ def test_nothing_is_no_context(content: Any) -> None:
 def test_ids_may_come_in_any_shape_of_one_row() -> None:
     star, expected = engine("llama", block_size=16), ids(40)
     array = torch.tensor(expected).numpy()
-    for content in (expected, tuple(expected), torch.tensor(expected), torch.tensor([expected]), array, list(array)):
+    for content in (
+        expected,
+        tuple(expected),
+        torch.tensor(expected),
+        torch.tensor([expected]),
+        array,
+        list(array),
+    ):
         assert star.encode(content).token_ids.tolist() == expected
     two = star.encode(torch.tensor([expected, expected[::-1]]))
     assert [context.token_ids.tolist() for context in two] == [expected, expected[::-1]]
 
 
 # (context, extension, block, anchor): a ragged last block, a border, less than the anchor, within one block, one token
-EXTENSIONS = [(37, 30, 16, 10), (32, 20, 16, 16), (6, 40, 16, 10), (5, 4, 16, 0), (16, 1, 16, 16), (15, 1, 16, 16)]
+EXTENSIONS = [
+    (37, 30, 16, 10),
+    (32, 20, 16, 16),
+    (6, 40, 16, 10),
+    (5, 4, 16, 0),
+    (16, 1, 16, 16),
+    (15, 1, 16, 16),
+]
 
 
 @pytest.mark.parametrize(("length", "more", "block_size", "anchor_size"), EXTENSIONS)
@@ -88,20 +110,30 @@ def test_extending_equals_encoding_the_joined_ids(
     name: str, length: int, more: int, block_size: int, anchor_size: int
 ) -> None:
     # The same pinned length: that of the first context.
-    star = engine(name, block_size=block_size, anchor_size=anchor_size, reserve_tokens=100, tokens_per_forward=40)
+    star = engine(
+        name,
+        block_size=block_size,
+        anchor_size=anchor_size,
+        reserve_tokens=100,
+        tokens_per_forward=40,
+    )
     joined = ids(length + more)
     context = star.encode(joined[:length])
     before = stored(context)
     extended = star.extend(context, joined[length:])
 
-    whole_star = engine(name, block_size=block_size, anchor_size=anchor_size, reserve_tokens=100 - more)
+    whole_star = engine(
+        name, block_size=block_size, anchor_size=anchor_size, reserve_tokens=100 - more
+    )
     whole = whole_star.encode(joined)
     assert extended.rope_length == whole.rope_length
     assert extended.plan == whole.plan
     assert extended.token_ids.tolist() == joined
     assert_same_kv(extended, whole)
     query = ids(5, seed=2)
-    torch.testing.assert_close(star.logits(extended, query), star.logits(whole, query), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        star.logits(extended, query), star.logits(whole, query), atol=1e-4, rtol=1e-4
+    )
 
     assert len(context) == length
     for (k_1GLD, v_1GLD), (old_k_1GLD, old_v_1GLD) in zip(stored(context), before, strict=True):
@@ -120,7 +152,10 @@ def test_a_dense_context_stays_dense(name: str) -> None:
 def test_sizes_are_the_contexts_own() -> None:
     """An engine with other sizes extends at those that the context was encoded with."""
     joined = ids(60)
-    first, other = engine("llama", block_size=16, anchor_size=4), engine("llama", block_size=8, anchor_size=8)
+    first, other = (
+        engine("llama", block_size=16, anchor_size=4),
+        engine("llama", block_size=8, anchor_size=8),
+    )
     extended = other.extend(first.encode(joined[:30]), joined[30:])
     assert (extended.plan.block_size, extended.plan.anchor_size) == (16, 4)
     assert_same_kv(extended, first.encode(joined))
@@ -139,7 +174,9 @@ def test_answering_leaves_a_context_as_it_was(name: str) -> None:
     star = engine(name, bundled_tokenizer(), block_size=16, anchor_size=10)
     context = star.encode(ids(CONTEXT))
     before, first = stored(context), star.generate(context, [5, 6], max_new_tokens=6).token_ids
-    star.generate(context, [[5, 6], [7]], max_new_tokens=3, do_sample=True, num_return_sequences=2, seed=0)
+    star.generate(
+        context, [[5, 6], [7]], max_new_tokens=3, do_sample=True, num_return_sequences=2, seed=0
+    )
     star.generate(context, [[5, 6], [7]], max_new_tokens=3, num_beams=2)
     star.generate(context, [5, 6], max_new_tokens=3, prompt_lookup_num_tokens=2)
     star.logits(context, [5, 6])
@@ -197,7 +234,9 @@ def test_extending_by_text_adds_no_special_tokens() -> None:
 def test_several_texts() -> None:
     star = with_ends(eos=False)
     contexts = star.encode([TEXT, TEXT * 2])
-    assert [c.token_ids.tolist() for c in contexts] == [star.encode(t).token_ids.tolist() for t in (TEXT, TEXT * 2)]
+    assert [c.token_ids.tolist() for c in contexts] == [
+        star.encode(t).token_ids.tolist() for t in (TEXT, TEXT * 2)
+    ]
 
 
 def test_extend_keeps_the_contexts_own_method() -> None:

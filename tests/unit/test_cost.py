@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from star_attention import cost
 from star_attention.attention.oracle import law_mask
-from star_attention.cost import AttentionShape, ModelShape
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf import tensor
+from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.shape import model_shape
-from star_attention.plan import BlockPlan
+from star_attention.planning import cost
+from star_attention.planning.cost import AttentionShape, ModelShape
+from star_attention.planning.plan import BlockPlan
 from tests.engines import BUNDLED, engine, ids, tiny
 from tests.families import FAMILIES, REFUSED, UNUSUAL
 
@@ -72,7 +72,9 @@ def ones_of_the_law(plan: BlockPlan, window: int | None, new_tokens: int = 0) ->
 
 @settings(max_examples=300, deadline=None)
 @given(plans, windows)
-def test_pairs_of_the_context_are_the_ones_of_the_laws_mask(plan: BlockPlan, window: int | None) -> None:
+def test_pairs_of_the_context_are_the_ones_of_the_laws_mask(
+    plan: BlockPlan, window: int | None
+) -> None:
     seen = ones_of_the_law(plan, window)
     assert cost.context_pairs(plan, window) == int(seen.sum())
     for rank in range(plan.ranks):
@@ -82,7 +84,9 @@ def test_pairs_of_the_context_are_the_ones_of_the_laws_mask(plan: BlockPlan, win
 
 @settings(max_examples=100, deadline=None)
 @given(plans, windows, st.integers(0, 20))
-def test_pairs_of_the_answer_are_the_ones_of_the_laws_mask(plan: BlockPlan, window: int | None, new: int) -> None:
+def test_pairs_of_the_answer_are_the_ones_of_the_laws_mask(
+    plan: BlockPlan, window: int | None, new: int
+) -> None:
     seen = ones_of_the_law(plan, window, new)[plan.context_tokens :]
     assert cost.answer_pairs(plan.context_tokens, new, window) == int(seen.sum())
 
@@ -90,7 +94,11 @@ def test_pairs_of_the_answer_are_the_ones_of_the_laws_mask(plan: BlockPlan, wind
 def test_a_context_of_a_million_tokens_is_counted_at_once() -> None:
     """Forbids a count that walks over tokens: closed forms, also with windows."""
     plan = BlockPlan.resolve(1024**2, 1024)
-    assert cost.context_pairs(plan, 1500) < cost.context_pairs(plan) < cost.context_pairs(BlockPlan.dense(1024**2))
+    assert (
+        cost.context_pairs(plan, 1500)
+        < cost.context_pairs(plan)
+        < cost.context_pairs(BlockPlan.dense(1024**2))
+    )
 
 
 # ------------------------------------------------------------------ operations
@@ -100,7 +108,9 @@ def test_a_context_of_a_million_tokens_is_counted_at_once() -> None:
 def test_attention_operations_of_phase_1_equal_a_count_by_hand(window: int | None) -> None:
     plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7)
     flops = cost.phase1(SHAPE, plan, tokens_per_forward=32)
-    by_hand = sum(int(ones_of_the_law(plan, call.window).sum()) * 2 * 6 * (5 + 4) for call in SHAPE.attention)
+    by_hand = sum(
+        int(ones_of_the_law(plan, call.window).sum()) * 2 * 6 * (5 + 4) for call in SHAPE.attention
+    )
     assert flops.attention == by_hand
     assert flops.linear == 2 * 1000 * 50
     assert flops.expansion == flops.head == 0
@@ -111,7 +121,10 @@ def test_ranks_share_what_one_device_would_do() -> None:
     alone = cost.phase1(SHAPE, BlockPlan.resolve(100, 16), tokens_per_forward=16)
     plan = BlockPlan.resolve(100, 16, ranks=3)
     assert cost.phase1(SHAPE, plan, tokens_per_forward=16) == alone
-    assert sum(cost.phase1(SHAPE, plan, tokens_per_forward=16, rank=r).total for r in range(3)) == alone.total
+    assert (
+        sum(cost.phase1(SHAPE, plan, tokens_per_forward=16, rank=r).total for r in range(3))
+        == alone.total
+    )
 
 
 def test_one_block_costs_what_dense_attention_costs() -> None:
@@ -148,7 +161,9 @@ def test_mla_expands_the_keys_that_a_forward_looks_at() -> None:
     # Forwards of 8: 0..8, 8..16 (with 8 before), then blocks with the anchor: 8+4, 16+4, and the last block 8+4.
     keys = 8 + 16 + 12 + 20 + 12
     assert cost.phase1(shape, plan, tokens_per_forward=8).expansion == 2 * 10 * keys
-    assert cost.phase2(shape, 40, query_tokens=5, answer_tokens=3).expansion == 2 * 10 * (45 + 46 + 47)
+    assert cost.phase2(shape, 40, query_tokens=5, answer_tokens=3).expansion == 2 * 10 * (
+        45 + 46 + 47
+    )
     assert cost.memory(shape, plan, tokens_per_forward=8).working == (
         cost.working_bytes(shape, 8) + 40 * 3 * (5 + 4) * 2
     )
@@ -158,9 +173,12 @@ def test_mla_expands_the_keys_that_a_forward_looks_at() -> None:
 
 
 def test_memory_of_every_rank() -> None:
-    plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7, ranks=3)  # 1 block, 1 block, 1 and a short one
+    plan = BlockPlan(
+        context_tokens=50, block_size=16, anchor_size=7, ranks=3
+    )  # 1 block, 1 block, 1 and a short one
     first, middle, last = (
-        cost.memory(SHAPE, plan, tokens_per_forward=16, tail_tokens=11, rank=rank) for rank in range(3)
+        cost.memory(SHAPE, plan, tokens_per_forward=16, tail_tokens=11, rank=rank)
+        for rank in range(3)
     )
     token = SHAPE.kv_bytes_per_token
     assert token == 2 * 54
@@ -181,7 +199,17 @@ def test_a_rank_without_blocks_holds_weights_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama_mqa", "gpt2", "gemma3n", "deepseek_v3", "gpt_oss", "mimo_v2_flash", "phi3_longrope"]
+    "name",
+    [
+        "llama",
+        "llama_mqa",
+        "gpt2",
+        "gemma3n",
+        "deepseek_v3",
+        "gpt_oss",
+        "mimo_v2_flash",
+        "phi3_longrope",
+    ],
 )
 def test_keys_and_values_of_a_really_encoded_context(name: str) -> None:
     """GQA, MQA, fused projections, shared KV, MLA, and heads that differ between layers, from the config alone."""
@@ -215,12 +243,19 @@ def test_mla_is_told_apart() -> None:
     shape = model_shape(FAMILIES["deepseek_v3"]())
     assert shape.kv_numbers_per_token == 3 * (20 + 8)
     assert shape.attention[0] == AttentionShape(heads=6, kv_heads=6, k_head_size=24, v_head_size=12)
-    expansion = sum(p.numel() for n, p in tiny("deepseek_v3").named_parameters() if "kv_b_proj" in n)
+    expansion = sum(
+        p.numel() for n, p in tiny("deepseek_v3").named_parameters() if "kv_b_proj" in n
+    )
     assert shape.expansion_parameters == expansion
 
 
 def test_windows_are_those_of_the_layers() -> None:
-    assert [call.window for call in model_shape(FAMILIES["gemma3n"]()).attention] == [20, None, 20, None]
+    assert [call.window for call in model_shape(FAMILIES["gemma3n"]()).attention] == [
+        20,
+        None,
+        20,
+        None,
+    ]
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("bfloat16", 2), ("float32", 4)])
@@ -246,7 +281,9 @@ def test_what_cannot_run_has_no_cost() -> None:
 
 
 def test_models_that_look_at_values_are_refused_by_name() -> None:
-    with pytest.raises(InvalidInputError, match="the cost of jetmoe cannot be worked out from its config"):
+    with pytest.raises(
+        InvalidInputError, match="the cost of jetmoe cannot be worked out from its config"
+    ):
         model_shape(UNUSUAL["jetmoe"]())
 
 
@@ -262,10 +299,12 @@ def test_layers_may_differ_in_their_kv_heads() -> None:
         pytest.skip("this release of transformers has one value for all layers")
     config = plain.to_dict()
     config.pop("per_layer_config", None)
-    made = AutoConfig.for_model(**(config | dict(attention_k_eq_v=True, num_global_key_value_heads=2)))
+    made = AutoConfig.for_model(
+        **(config | dict(attention_k_eq_v=True, num_global_key_value_heads=2))
+    )
     assert model_shape(made, "float32").kv_numbers_per_token > 0
-    assert any("num_key_value_heads 3" in reason for reason in tensor.reasons(made, 2))
-    assert any("num_key_value_heads 2" in reason for reason in tensor.reasons(made, 3))
+    assert any("num_key_value_heads 3" in reason for reason in tensor_parallel.reasons(made, 2))
+    assert any("num_key_value_heads 2" in reason for reason in tensor_parallel.reasons(made, 3))
 
 
 @pytest.mark.parametrize(
@@ -290,7 +329,9 @@ def test_layers_may_differ_in_their_kv_heads() -> None:
     ],
     ids=["llama-3.1-8b", "deepseek-v3"],
 )
-def test_large_models_take_no_memory_and_little_time(config: dict[str, Any], parameters: int, kv_bytes: int) -> None:
+def test_large_models_take_no_memory_and_little_time(
+    config: dict[str, Any], parameters: int, kv_bytes: int
+) -> None:
     shape = model_shape(AutoConfig.for_model(**config), "bfloat16")
     assert shape.parameters == parameters
     assert shape.kv_bytes_per_token == kv_bytes
@@ -300,8 +341,10 @@ def test_large_models_take_no_memory_and_little_time(config: dict[str, Any], par
 
 
 def test_the_cost_model_needs_the_standard_library_only(tmp_path: Path) -> None:
-    code = "import sys, json, star_attention.cost; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    code = "import sys, json, star_attention.planning.cost; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
     assert not {"torch", "transformers", "numpy"} & set(json.loads(done.stdout))
 
 

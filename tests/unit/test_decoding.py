@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from star_attention import EncodedContext, StarLLM
-from star_attention.answering import generation_words
+from star_attention.answering import generation_kwargs
 from star_attention.errors import InvalidInputError
 from tests.engines import CONTEXT, QUERY, VARIED, engine, ids, stock_generate, tiny
 
@@ -27,7 +27,9 @@ def stock_words(words: dict[str, Any]) -> dict[str, Any]:
     return dict(max_new_tokens=STEPS, **words)
 
 
-def both(name: str, words: dict[str, Any], seed: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
+def both(
+    name: str, words: dict[str, Any], seed: int | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
     """Answers of ours and of the stock model to one query on one dense context, a row each."""
     star = engine(name, method="dense")
     context = star.encode(ids(CONTEXT))
@@ -37,7 +39,10 @@ def both(name: str, words: dict[str, Any], seed: int | None = None) -> tuple[lis
         if seed is not None:
             torch.manual_seed(seed)
         stock, _ = stock_generate(
-            tiny(name), ids(CONTEXT) + ids(QUERY, seed=2), rope_length=context.rope_length, **stock_words(words)
+            tiny(name),
+            ids(CONTEXT) + ids(QUERY, seed=2),
+            rope_length=context.rope_length,
+            **stock_words(words),
         )
     return ours, stock
 
@@ -87,11 +92,19 @@ def test_a_seed_repeats_whatever_runs_beside_it() -> None:
     star = engine("llama", block_size=16, anchor_size=16)
     context = star.encode(ids(CONTEXT))
     answers = {
-        tuple(star.generate(context, ids(QUERY, seed=2), max_new_tokens=12, seed=11, **SAMPLING).token_ids)
+        tuple(
+            star.generate(
+                context, ids(QUERY, seed=2), max_new_tokens=12, seed=11, **SAMPLING
+            ).token_ids
+        )
         for _ in range(4)
     }
     others = {
-        tuple(star.generate(context, ids(QUERY, seed=2), max_new_tokens=12, seed=seed, **SAMPLING).token_ids)
+        tuple(
+            star.generate(
+                context, ids(QUERY, seed=2), max_new_tokens=12, seed=seed, **SAMPLING
+            ).token_ids
+        )
         for seed in range(3)
     }
     assert len(answers) == 1
@@ -119,7 +132,9 @@ STOCK_MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss", "deepseek_v3", "gemma3n", "phi3_longrope"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gemma3", "gpt_oss", "deepseek_v3", "gemma3n", "phi3_longrope"]
+)
 @pytest.mark.parametrize("mode", STOCK_MODES)
 def test_decoding_modes_are_the_stock_ones(mode: str, name: str) -> None:
     if name == "phi3_longrope" and mode == "penalty_in_beams":
@@ -144,7 +159,9 @@ class _Follow(LogitsProcessor):
 
 
 @pytest.mark.parametrize("name", VARIED)
-@pytest.mark.parametrize("settings", [dict(method="dense"), dict(block_size=16, anchor_size=10)], ids=["dense", "star"])
+@pytest.mark.parametrize(
+    "settings", [dict(method="dense"), dict(block_size=16, anchor_size=10)], ids=["dense", "star"]
+)
 def test_prompt_lookup_gives_the_greedy_answer(name: str, settings: dict[str, Any]) -> None:
     """Transformers gives assisted decoding the context once more, behind what is cached: answers were wrong.
 
@@ -153,7 +170,9 @@ def test_prompt_lookup_gives_the_greedy_answer(name: str, settings: dict[str, An
     star = engine(name, **settings)
     order = ids(24, seed=9)
     context = star.encode((order * 5)[:CONTEXT])
-    words: dict[str, Any] = dict(max_new_tokens=30, logits_processor=LogitsProcessorList([_Follow(order)]))
+    words: dict[str, Any] = dict(
+        max_new_tokens=30, logits_processor=LogitsProcessorList([_Follow(order)])
+    )
     forwards: list[int] = []
     handle = tiny(name).get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
@@ -174,11 +193,18 @@ def test_penalties_see_the_context() -> None:
     context = star.encode(context_ids)
     plain = star.generate(context, [5, 6], max_new_tokens=4).token_ids
     assert 150 not in plain
-    assert star.generate(context, [5, 6], max_new_tokens=1, no_repeat_ngram_size=1).token_ids[0] not in context_ids
+    assert (
+        star.generate(context, [5, 6], max_new_tokens=1, no_repeat_ngram_size=1).token_ids[0]
+        not in context_ids
+    )
 
 
-@pytest.mark.parametrize("settings", [dict(method="dense"), dict(block_size=16, anchor_size=10)], ids=["dense", "star"])
-@pytest.mark.parametrize("name", [*VARIED, "gpt2", "opt", "mixtral", "ministral3", "longcat_flash", "diffllama"])
+@pytest.mark.parametrize(
+    "settings", [dict(method="dense"), dict(block_size=16, anchor_size=10)], ids=["dense", "star"]
+)
+@pytest.mark.parametrize(
+    "name", [*VARIED, "gpt2", "opt", "mixtral", "ministral3", "longcat_flash", "diffllama"]
+)
 def test_queries_in_a_padded_batch_are_as_alone(name: str, settings: dict[str, Any]) -> None:
     """Padding has no influence: each row has the tokens and the logits of its single run."""
     star = engine(name, tokens_per_forward=13, **settings)
@@ -195,10 +221,17 @@ def test_queries_in_a_padded_batch_are_as_alone(name: str, settings: dict[str, A
 
 @pytest.mark.parametrize(
     "words",
-    [dict(repetition_penalty=1.5), dict(no_repeat_ngram_size=2), dict(num_beams=3), dict(min_new_tokens=5)],
+    [
+        dict(repetition_penalty=1.5),
+        dict(no_repeat_ngram_size=2),
+        dict(num_beams=3),
+        dict(min_new_tokens=5),
+    ],
     ids=lambda words: next(iter(words)),
 )
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "deepseek_v3", "llama_dynamic_ntk"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gpt_oss", "deepseek_v3", "llama_dynamic_ntk"]
+)
 def test_padding_is_not_text_to_any_mode(name: str, words: dict[str, Any]) -> None:
     """The filler between context and a short query used to count as text that was there: it was penalised."""
     star = engine(name, block_size=16, anchor_size=10)
@@ -279,7 +312,10 @@ def llama() -> tuple[StarLLM, EncodedContext]:
 def test_shape_of_results(llama: tuple[StarLLM, EncodedContext]) -> None:
     """One query: an answer, or a list of n. A list of queries, of one too: a list of these."""
     star, context = llama
-    one, n = dict(max_new_tokens=2), dict(max_new_tokens=2, do_sample=True, num_return_sequences=2, seed=0)
+    one, n = (
+        dict(max_new_tokens=2),
+        dict(max_new_tokens=2, do_sample=True, num_return_sequences=2, seed=0),
+    )
     assert len(star.generate(context, [5, 6], **one).token_ids) == 2
     assert [len(r.token_ids) for r in star.generate(context, [5, 6], **n)] == [2, 2]
     assert [len(r.token_ids) for r in star.generate(context, [[5, 6]], **one)] == [2]
@@ -289,22 +325,33 @@ def test_shape_of_results(llama: tuple[StarLLM, EncodedContext]) -> None:
     assert [r.token_ids for r in star.generate(context, tensor, **one)] == [
         star.generate(context, row, **one).token_ids for row in tensor
     ]
-    assert star.generate(context, tensor[:1], **one).token_ids == star.generate(context, [5, 6], **one).token_ids
+    assert (
+        star.generate(context, tensor[:1], **one).token_ids
+        == star.generate(context, [5, 6], **one).token_ids
+    )
 
 
-def test_sampled_answers_of_a_batch_stay_with_their_query(llama: tuple[StarLLM, EncodedContext]) -> None:
+def test_sampled_answers_of_a_batch_stay_with_their_query(
+    llama: tuple[StarLLM, EncodedContext],
+) -> None:
     """With top_k=1 sampling is greedy, so each query's answers are known."""
     star, context = llama
     queries = [ids(5, seed=3), ids(2, seed=4)]
-    rows = star.generate(context, queries, max_new_tokens=5, do_sample=True, top_k=1, num_return_sequences=2)
+    rows = star.generate(
+        context, queries, max_new_tokens=5, do_sample=True, top_k=1, num_return_sequences=2
+    )
     for query, row in zip(queries, rows, strict=True):
         greedy = star.generate(context, query, max_new_tokens=5).token_ids
         assert [reply.token_ids for reply in row] == [greedy, greedy]
         assert [reply.query_tokens for reply in row] == [len(query)] * 2
 
 
-@pytest.mark.parametrize("words", [dict(temperature=0), dict(temperature=0.0, top_p=0.9, do_sample=True)])
-def test_temperature_zero_is_greedy(llama: tuple[StarLLM, EncodedContext], words: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "words", [dict(temperature=0), dict(temperature=0.0, top_p=0.9, do_sample=True)]
+)
+def test_temperature_zero_is_greedy(
+    llama: tuple[StarLLM, EncodedContext], words: dict[str, Any]
+) -> None:
     star, context = llama
     query = ids(QUERY, seed=2)
     greedy = star.generate(context, query, max_new_tokens=STEPS).token_ids
@@ -314,7 +361,7 @@ def test_temperature_zero_is_greedy(llama: tuple[StarLLM, EncodedContext], words
 def test_greedy_search_is_given_no_sampling_words() -> None:
     """Transformers logs a warning about each."""
     words = dict(temperature=0, top_p=0.9, top_k=3, do_sample=True)
-    _, resolved = generation_words(tiny("llama"), words, 5, ignore_eos=False)
+    _, resolved = generation_kwargs(tiny("llama"), words, 5, ignore_eos=False)
     assert resolved["do_sample"] is False
     assert [resolved[word] for word in ("temperature", "top_p", "top_k")] == [None] * 3
 
@@ -322,7 +369,9 @@ def test_greedy_search_is_given_no_sampling_words() -> None:
 def test_temperature_alone_means_sampling(llama: tuple[StarLLM, EncodedContext]) -> None:
     star, context = llama
     words: dict[str, Any] = dict(max_new_tokens=12, temperature=3.0)
-    answers = {tuple(star.generate(context, [5], seed=seed, **words).token_ids) for seed in range(4)}
+    answers = {
+        tuple(star.generate(context, [5], seed=seed, **words).token_ids) for seed in range(4)
+    }
     assert len(answers) == 4
 
 
@@ -336,7 +385,9 @@ def test_logits_are_the_stock_ones_before_processing() -> None:
     assert reply.logits.dtype == torch.float32
     torch.testing.assert_close(reply.logits, stock_1TV[0], atol=1e-4, rtol=0)
     assert star.generate(context, query, max_new_tokens=1).logits is None
-    with pytest.raises(InvalidInputError, match="return_logits works with greedy search and sampling"):
+    with pytest.raises(
+        InvalidInputError, match="return_logits works with greedy search and sampling"
+    ):
         star.generate(context, query, num_beams=2, return_logits=True)
 
 
@@ -357,7 +408,8 @@ def test_greedy_search_has_one_answer(llama: tuple[StarLLM, EncodedContext]) -> 
 
 
 @pytest.mark.parametrize(
-    "word", ["max_length", "maximum_tokens", "output_scores", "past_key_values", "cache", "input_ids"]
+    "word",
+    ["max_length", "maximum_tokens", "output_scores", "past_key_values", "cache", "input_ids"],
 )
 def test_unknown_words_are_a_type_error(llama: tuple[StarLLM, EncodedContext], word: str) -> None:
     star, context = llama
@@ -365,7 +417,9 @@ def test_unknown_words_are_a_type_error(llama: tuple[StarLLM, EncodedContext], w
         star.generate(context, [5], **{word: 3})
 
 
-def test_padded_beams_see_no_filler_inside_their_text(llama: tuple[StarLLM, EncodedContext]) -> None:
+def test_padded_beams_see_no_filler_inside_their_text(
+    llama: tuple[StarLLM, EncodedContext],
+) -> None:
     """Forbids filler between context and query, which would make n-grams of its own."""
     star, context = llama
     last, first = context.token_ids[-1].item(), context.token_ids[0].item()
@@ -412,7 +466,12 @@ def test_a_models_own_defaults_do_not_break_an_answer(words: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    "words", [dict(prompt_lookup_num_tokens=0), dict(prompt_lookup_num_tokens="x"), dict(num_beams=2, sequence_bias={})]
+    "words",
+    [
+        dict(prompt_lookup_num_tokens=0),
+        dict(prompt_lookup_num_tokens="x"),
+        dict(num_beams=2, sequence_bias={}),
+    ],
 )
 def test_settings_that_transformers_refuses_late_are_errors_of_ours(
     llama: tuple[StarLLM, EncodedContext], words: dict[str, Any]

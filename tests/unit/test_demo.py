@@ -18,7 +18,18 @@ from rich.console import Console
 from star_attention.demo import haystack, heatmap, report
 from star_attention.demo.haystack import build_haystack, prose_lines
 from star_attention.demo.heatmap import MissingPackageError
-from star_attention.demo.result import DENSE, MODES, NONE, SMALL, STAR, Answer, DemoResult, Example, Trial, band
+from star_attention.demo.result import (
+    DENSE,
+    MODES,
+    NONE,
+    SMALL,
+    STAR,
+    Answer,
+    DemoResult,
+    Example,
+    Trial,
+    band,
+)
 from star_attention.demo.run import run_demo
 from star_attention.errors import InvalidInputError, ModelNotFoundError, SizeError
 from tests.engines import BUNDLED, bundled_tokenizer
@@ -145,13 +156,17 @@ def test_the_length_asked_for_is_long_enough(facts: int) -> None:
         build_haystack(bundled_tokenizer(), 100, facts=facts)
     least = int(str(refused.value).rpartition("give at least ")[2].replace(",", ""))
     for tokens in range(least, least + 8):
-        assert build_haystack(bundled_tokenizer(), tokens, facts=facts, seed=tokens).tokens <= tokens
+        assert (
+            build_haystack(bundled_tokenizer(), tokens, facts=facts, seed=tokens).tokens <= tokens
+        )
 
 
 def test_a_python_without_the_text_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     prose_lines.cache_clear()
-    with pytest.raises(InvalidInputError, match=r"pydoc_data\.topics of the standard library, is missing"):
+    with pytest.raises(
+        InvalidInputError, match=r"pydoc_data\.topics of the standard library, is missing"
+    ):
         prose_lines()
 
 
@@ -161,7 +176,8 @@ def test_a_python_without_the_text_is_told_so(monkeypatch: pytest.MonkeyPatch) -
 def trial(mode: str, length: int = 16384, *, correct: int = 10, encode_s: float = 1.0) -> Trial:
     block = length if mode == DENSE else length // 4
     answers = [
-        Answer(key=f"k{i}", number="1", depth=i / 9, position=i, text=" 1", correct=i < correct) for i in range(10)
+        Answer(key=f"k{i}", number="1", depth=i / 9, position=i, text=" 1", correct=i < correct)
+        for i in range(10)
     ]
     return Trial(
         mode=mode,
@@ -180,12 +196,29 @@ def trial(mode: str, length: int = 16384, *, correct: int = 10, encode_s: float 
 
 def result(**correct: int) -> DemoResult:
     """A result whose modes found as many as said: dense, star, small, none; star takes half of dense's time."""
-    counts = dict(zip(MODES, (correct.get(name, 10) for name in ("dense", "star", "small", "none")), strict=True))
-    trials = [trial(mode, correct=found, encode_s=2.0 if mode == DENSE else 1.0) for mode, found in counts.items()]
+    counts = dict(
+        zip(
+            MODES,
+            (correct.get(name, 10) for name in ("dense", "star", "small", "none")),
+            strict=True,
+        )
+    )
+    trials = [
+        trial(mode, correct=found, encode_s=2.0 if mode == DENSE else 1.0)
+        for mode, found in counts.items()
+    ]
     return DemoResult(
         trials=(*trials, trial(DENSE, 8192, correct=0), trial(STAR, 8192, correct=5)),
-        example=Example(before="a <b>\n", line="the fact\n", after="c & d\n", query="<|q|>?", answer=" 1"),
-        settings={"model": "m", "parameters": 17_000_000, "tokens": 16384, "samples": 1, "facts": 10},
+        example=Example(
+            before="a <b>\n", line="the fact\n", after="c & d\n", query="<|q|>?", answer=" 1"
+        ),
+        settings={
+            "model": "m",
+            "parameters": 17_000_000,
+            "tokens": 16384,
+            "samples": 1,
+            "facts": 10,
+        },
         versions={"python": "3"},
         total_s=1.0,
     )
@@ -206,15 +239,21 @@ def test_the_sentences_follow_the_numbers() -> None:
         assert sentence.endswith(".")
         assert ". " not in sentence
     slow = result()
-    slow = dataclasses.replace(slow, trials=tuple(dataclasses.replace(one, encode_s=1.0) for one in slow.trials))
+    slow = dataclasses.replace(
+        slow, trials=tuple(dataclasses.replace(one, encode_s=1.0) for one in slow.trials)
+    )
     assert "takes as long to encode" in report.summary(slow)[0]
-    slower = tuple(dataclasses.replace(one, encode_s=1.0 if one.mode == DENSE else 3.0) for one in slow.trials)
+    slower = tuple(
+        dataclasses.replace(one, encode_s=1.0 if one.mode == DENSE else 3.0) for one in slow.trials
+    )
     assert "takes 3.00 times as long" in report.summary(dataclasses.replace(slow, trials=slower))[0]
 
 
 def test_ratios_are_against_dense_and_times_are_medians() -> None:
     noisy = result()
-    noisy = dataclasses.replace(noisy, trials=(*noisy.trials, trial(STAR, encode_s=9.0), trial(STAR, encode_s=1.5)))
+    noisy = dataclasses.replace(
+        noisy, trials=(*noisy.trials, trial(STAR, encode_s=9.0), trial(STAR, encode_s=1.5))
+    )
     row = noisy.row(STAR)
     assert row.encode_s == 1.5
     assert row.encode_ratio == 0.75
@@ -233,7 +272,9 @@ def test_the_heat_map_puts_each_score_in_its_cell() -> None:
 def test_titles_do_not_overlap(lengths: list[int]) -> None:
     """Forbids panels narrower than their titles, as those of one length were."""
     pytest.importorskip("matplotlib")
-    made = dataclasses.replace(result(), trials=tuple(trial(mode, one) for mode in MODES for one in lengths))
+    made = dataclasses.replace(
+        result(), trials=tuple(trial(mode, one) for mode in MODES for one in lengths)
+    )
     figure = heatmap.drawn(made, report.caption(made))
     figure.draw_without_rendering()
     left, right = (axis.title.get_window_extent() for axis in figure.axes)
@@ -266,7 +307,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, lis
     """2K tokens with the bundled model; seconds."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
     told: list[str] = []
-    return run_demo(BUNDLED, out, tokens=2048, facts=10, samples=SAMPLES, progress=told.append), out, told
+    return (
+        run_demo(BUNDLED, out, tokens=2048, facts=10, samples=SAMPLES, progress=told.append),
+        out,
+        told,
+    )
 
 
 def test_the_bundled_model_finds_the_facts(run: tuple[DemoResult, Path, list[str]]) -> None:
@@ -277,18 +322,27 @@ def test_the_bundled_model_finds_the_facts(run: tuple[DemoResult, Path, list[str
     for row in made.rows:
         assert row.score.asked == 10 * SAMPLES
         assert row.score.accuracy <= 0.5 if row.mode == NONE else row.score.accuracy >= 0.9
-        assert row.kv_bytes == made.row(DENSE).kv_bytes  # one device keeps every token's keys and values once
+        assert (
+            row.kv_bytes == made.row(DENSE).kv_bytes
+        )  # one device keeps every token's keys and values once
     for one in made.trials:
         for answer in one.answers:
             assert answer.correct == (answer.text.strip() == answer.number)
-    assert [(row.num_blocks, row.anchor_size) for row in made.rows] == [(1, 0), (4, 512), (4, 32), (4, 0)]
+    assert [(row.num_blocks, row.anchor_size) for row in made.rows] == [
+        (1, 0),
+        (4, 512),
+        (4, 32),
+        (4, 0),
+    ]
 
 
 def test_the_json_holds_the_numbers_of_the_table(run: tuple[DemoResult, Path, list[str]]) -> None:
     made, out, _ = run
     data = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     assert data["settings"]["seed"] == 0
-    assert {"star-attention", "python", "torch", "transformers", "matplotlib"} <= set(data["versions"])
+    assert {"star-attention", "python", "torch", "transformers", "matplotlib"} <= set(
+        data["versions"]
+    )
     assert [row["mode"] for row in data["table"]] == list(MODES)
     for written, row in zip(data["table"], made.rows, strict=True):
         trials = [one for one in data["trials"] if (one["mode"], one["length"]) == (row.mode, 2048)]
@@ -306,11 +360,13 @@ class Resources(HTMLParser):
         self.loads: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loads += [tag] if tag in ("script", "link", "iframe", "object", "embed", "base") else []
+        self.loads += (
+            [tag] if tag in ("script", "link", "iframe", "object", "embed", "base") else []
+        )
         for name, value in attrs:
-            if name in ("src", "srcset", "href", "xlink:href", "data", "action") and not (value or "").startswith(
-                "data:"
-            ):
+            if name in ("src", "srcset", "href", "xlink:href", "data", "action") and not (
+                value or ""
+            ).startswith("data:"):
                 self.loads.append(f"{tag} {name}={value}")
 
 
@@ -345,7 +401,9 @@ def test_one_table_is_printed(run: tuple[DemoResult, Path, list[str]]) -> None:
     assert str(run[0]).count("encode s") == 1
 
 
-def test_a_missing_matplotlib_is_said_before_anything_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_matplotlib_is_said_before_anything_slow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingPackageError, match=r'pip install "star-attention\[plot\]"'):
         run_demo("no-such-model", tmp_path / "out")

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.hf.text import Detokenizer, StopText
+from star_attention.hf.text.tokens import Detokenizer, StopText
 from tests.engines import bundled_tokenizer, text_model
 
 # Letters, accents, signs of two, three and four bytes, joined emoji, right-to-left, lone combining marks.
@@ -89,8 +94,12 @@ def test_an_answer_ends_with_eos(star: StarLLM, context: EncodedContext, saying:
 
 
 @pytest.mark.parametrize("words", [{}, dict(num_beams=2)], ids=["greedy", "beams"])
-def test_ignore_eos_goes_on(star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying) -> None:
-    reply = star.generate(context, QUERY, max_new_tokens=20, ignore_eos=True, **words, **saying("7", then="<eos>"))
+def test_ignore_eos_goes_on(
+    star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying
+) -> None:
+    reply = star.generate(
+        context, QUERY, max_new_tokens=20, ignore_eos=True, **words, **saying("7", then="<eos>")
+    )
     assert reply.token_ids == [*ids_of("7"), *[star.tokenizer.eos_token_id] * 19]
     assert (reply.text, reply.finish_reason) == ("7", "length")
 
@@ -102,34 +111,50 @@ def test_length_ends_an_answer(star: StarLLM, context: EncodedContext, max_new_t
     assert reply.finish_reason == "length"
 
 
-def test_eos_as_the_last_possible_token_is_a_stop(star: StarLLM, context: EncodedContext, saying: Saying) -> None:
+def test_eos_as_the_last_possible_token_is_a_stop(
+    star: StarLLM, context: EncodedContext, saying: Saying
+) -> None:
     reply = star.generate(context, QUERY, max_new_tokens=1, **saying("", then="<eos>"))
     assert (reply.finish_reason, reply.text) == ("stop", "")
 
 
-def test_eos_tokens_of_the_call_count(star: StarLLM, context: EncodedContext, saying: Saying) -> None:
+def test_eos_tokens_of_the_call_count(
+    star: StarLLM, context: EncodedContext, saying: Saying
+) -> None:
     [dot, seven] = ids_of(".7")
-    reply = star.generate(context, QUERY, max_new_tokens=9, eos_token_id=[seven, dot], **saying("The number"))
+    reply = star.generate(
+        context, QUERY, max_new_tokens=9, eos_token_id=[seven, dot], **saying("The number")
+    )
     assert reply.finish_reason == "stop"
     assert reply.token_ids == [*ids_of("The number"), dot]
 
 
 @pytest.mark.parametrize("words", [{}, dict(num_beams=2)], ids=["greedy", "beams"])
-def test_rows_end_one_by_one(star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying) -> None:
+def test_rows_end_one_by_one(
+    star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying
+) -> None:
     """A row that has ended keeps its own tokens, logits and reason while the others go on."""
     texts = ["The number", "The secret number is 7"]
-    replies = star.generate(context, [QUERY, QUERY], max_new_tokens=30, **words, **saying(*texts, then="<eos>"))
+    replies = star.generate(
+        context, [QUERY, QUERY], max_new_tokens=30, **words, **saying(*texts, then="<eos>")
+    )
     eos = star.tokenizer.eos_token_id
     assert [reply.token_ids for reply in replies] == [[*ids_of(text), eos] for text in texts]
     assert [reply.text for reply in replies] == texts
     assert {reply.finish_reason for reply in replies} == {"stop"}
 
 
-def test_logits_of_rows_that_end_one_by_one(star: StarLLM, context: EncodedContext, saying: Saying) -> None:
+def test_logits_of_rows_that_end_one_by_one(
+    star: StarLLM, context: EncodedContext, saying: Saying
+) -> None:
     texts = ["The number", "The secret number is 7"]
     words = saying(*texts, then="<eos>")
-    for reply in star.generate(context, [QUERY, QUERY], max_new_tokens=30, return_logits=True, **words):
-        teacher_forced = star.logits(context, ids_of(QUERY) + reply.token_ids[:-1])[-len(reply.token_ids) :]
+    for reply in star.generate(
+        context, [QUERY, QUERY], max_new_tokens=30, return_logits=True, **words
+    ):
+        teacher_forced = star.logits(context, ids_of(QUERY) + reply.token_ids[:-1])[
+            -len(reply.token_ids) :
+        ]
         torch.testing.assert_close(reply.logits, teacher_forced, atol=1e-3, rtol=1e-3)
 
 
@@ -137,7 +162,9 @@ class _AfterTokens(StoppingCriteria):
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
 
 
@@ -165,7 +192,12 @@ MODES = [{}, dict(num_beams=2), dict(do_sample=True, seed=1)]
     ],
 )
 def test_stop_strings_cut_the_text(
-    star: StarLLM, context: EncodedContext, stop: Any, text: str, words: dict[str, Any], saying: Saying
+    star: StarLLM,
+    context: EncodedContext,
+    stop: Any,
+    text: str,
+    words: dict[str, Any],
+    saying: Saying,
 ) -> None:
     said = "The secret number is 7777777"
     reply = star.generate(context, QUERY, stop=stop, max_new_tokens=40, **words, **saying(said))
@@ -183,23 +215,33 @@ def test_a_stop_string_ends_the_work(
     forwards: list[int] = []
     handle = star.model.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
-        star.generate(context, QUERY, stop="..", max_new_tokens=60, **words, **saying("The secret number"))
+        star.generate(
+            context, QUERY, stop="..", max_new_tokens=60, **words, **saying("The secret number")
+        )
     finally:
         handle.remove()
     assert len(forwards) <= len(ids_of("The secret number")) + (6 if "num_beams" in words else 2)
 
 
 @pytest.mark.parametrize("words", MODES, ids=["greedy", "beams", "sampling"])
-def test_stop_strings_in_a_batch(star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying) -> None:
+def test_stop_strings_in_a_batch(
+    star: StarLLM, context: EncodedContext, words: dict[str, Any], saying: Saying
+) -> None:
     texts = ["one STOP two", "a longer one, which goes on STOP two", "no such word"]
-    replies = star.generate(context, [QUERY] * 3, stop=" STOP", max_new_tokens=40, **words, **saying(*texts))
+    replies = star.generate(
+        context, [QUERY] * 3, stop=" STOP", max_new_tokens=40, **words, **saying(*texts)
+    )
     assert [reply.text for reply in replies[:2]] == ["one", "a longer one, which goes on"]
     assert replies[2].text.startswith("no such word...")
     assert [reply.finish_reason for reply in replies] == ["stop", "stop", "length"]
 
 
-def test_what_only_begins_a_stop_string_is_given_back(star: StarLLM, context: EncodedContext, saying: Saying) -> None:
-    reply = star.generate(context, QUERY, stop="is 78", max_new_tokens=40, **saying("It is 7", then="<eos>"))
+def test_what_only_begins_a_stop_string_is_given_back(
+    star: StarLLM, context: EncodedContext, saying: Saying
+) -> None:
+    reply = star.generate(
+        context, QUERY, stop="is 78", max_new_tokens=40, **saying("It is 7", then="<eos>")
+    )
     assert (reply.text, reply.finish_reason) == ("It is 7", "stop")
 
 
@@ -273,7 +315,9 @@ def test_stream_is_generate(
     star: StarLLM, context: EncodedContext, text: str, stop: str | None, saying: Saying
 ) -> None:
     text += "END" if stop == "END" else ""
-    words: dict[str, Any] = dict(max_new_tokens=len(ids_of(text)) + 1, stop=stop, **saying(text, then="<eos>"))
+    words: dict[str, Any] = dict(
+        max_new_tokens=len(ids_of(text)) + 1, stop=stop, **saying(text, then="<eos>")
+    )
     reply = star.generate(context, QUERY, **words)
     stream = star.stream(context, QUERY, **words)
     pieces = list(stream)
@@ -319,7 +363,9 @@ def test_a_stream_can_be_closed_early(star: StarLLM, context: EncodedContext) ->
     assert whole.text.startswith(stream.result.text)
 
 
-def test_a_stream_that_never_began_has_an_empty_result(star: StarLLM, context: EncodedContext) -> None:
+def test_a_stream_that_never_began_has_an_empty_result(
+    star: StarLLM, context: EncodedContext
+) -> None:
     with star.stream(context, QUERY, return_logits=True) as stream:
         pass
     assert (stream.result.text, stream.result.token_ids) == ("", [])
@@ -332,7 +378,9 @@ def test_a_suspended_stream_is_not_disturbed(star: StarLLM, context: EncodedCont
     expected = star.generate(context, QUERY, **words).text
     sampled = [star.generate(context, QUERY, seed=seed, **sampling).text for seed in (1, 2)]
     plain_ids = torch.tensor([context.token_ids.tolist() + ids_of(QUERY)])
-    plain_words: dict[str, Any] = dict(attention_mask=torch.ones_like(plain_ids), max_new_tokens=6, pad_token_id=0)
+    plain_words: dict[str, Any] = dict(
+        attention_mask=torch.ones_like(plain_ids), max_new_tokens=6, pad_token_id=0
+    )
     plain = star.model.generate(plain_ids, **plain_words)
 
     streams = [star.stream(context, QUERY, **words)]
@@ -356,7 +404,9 @@ def test_a_stream_is_one_answer_of_text(star: StarLLM, context: EncodedContext) 
     with pytest.raises(InvalidInputError, match="a stream answers one query, not 2"):
         star.stream(context, [QUERY, QUERY])
     for words in (dict(num_beams=2), dict(do_sample=True, num_return_sequences=2)):
-        with pytest.raises(InvalidInputError, match="a stream is one answer by greedy search or sampling"):
+        with pytest.raises(
+            InvalidInputError, match="a stream is one answer by greedy search or sampling"
+        ):
             star.stream(context, QUERY, **words)
     with pytest.raises(InvalidInputError, match="a stream of text needs a tokenizer"):
         StarLLM(star.model).stream(context, [5])
@@ -386,13 +436,17 @@ class AfterThree(StoppingCriteria):
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         ended = torch.zeros(input_ids.shape[0], dtype=torch.bool)
         ended[0] = input_ids.shape[1] - self.prompt_tokens >= 3
         return ended
 
 
-def test_a_row_that_a_criterion_ends_in_beams_has_no_fill(star: StarLLM, context: EncodedContext) -> None:
+def test_a_row_that_a_criterion_ends_in_beams_has_no_fill(
+    star: StarLLM, context: EncodedContext
+) -> None:
     query = [7, 8]
     ends = StoppingCriteriaList([AfterThree(len(context) + len(query))])
     reply = star.generate(

@@ -33,7 +33,7 @@ def test_the_first_block_where_it_stands_is_star_attention(name: str) -> None:
 def test_keys_and_values_are_kept_as_the_engine_says() -> None:
     star = engine("llama", **(SIZES | {"tokens_per_forward": 48}), kv_dtype="fp8")
     other, own = ablations.encode(star, ids(TOKENS)), star.encode(ids(TOKENS))
-    assert other.kv.keeping == own.kv.keeping
+    assert other.kv.kv_format == own.kv.kv_format
     assert other.kv.nbytes == own.kv.nbytes
     for a, b in zip(other.kv.layers, own.kv.layers, strict=True):
         for x, y in zip(a.pair(), b.pair(), strict=True):
@@ -51,7 +51,12 @@ def seen(model: Any, tokens: list[int], places: list[int]) -> list[Any]:
     """Keys and values of tokens at positions, by one plain forward."""
     cache = DynamicCache()
     with eager_attention(model):
-        model(torch.tensor([tokens]), position_ids=torch.tensor([places]), use_cache=True, **cached(model, cache))
+        model(
+            torch.tensor([tokens]),
+            position_ids=torch.tensor([places]),
+            use_cache=True,
+            **cached(model, cache),
+        )
     return cached_kv(cache)
 
 
@@ -80,7 +85,11 @@ def test_a_block_sees_just_what_stands_in_front_of_it(
     assert sorted(stood) == [24, 48, 72, 96]
     for start, (front, where) in stood.items():
         stop = min(start + 24, TOKENS)
-        plain = seen(star.model, [*front.tolist(), *tokens[start:stop]], [*where.tolist(), *range(start, stop)])
+        plain = seen(
+            star.model,
+            [*front.tolist(), *tokens[start:stop]],
+            [*where.tolist(), *range(start, stop)],
+        )
         for layer, (k, v) in zip(context.kv.layers, plain, strict=True):
             for ours, theirs in zip(layer.slice(start, stop), (k, v), strict=True):
                 torch.testing.assert_close(ours, theirs[:, :, 10:], atol=1e-4, rtol=1e-4)
@@ -104,7 +113,10 @@ def test_what_stands_there() -> None:
     assert len(set(made["constant"])) == 1
     assert len(set(made["random"])) > 16
     assert not set(made["random"]) & set(star.tokenizer.all_special_ids)
-    where = {name: ablations._places(name, 128, 32, random.Random(0)).tolist() for name in ablations.POSITIONS}
+    where = {
+        name: ablations._places(name, 128, 32, random.Random(0)).tolist()
+        for name in ablations.POSITIONS
+    }
     assert where["first-block"] == [*range(32)]
     assert where["previous-block"] == [*range(96, 128)]
     assert where["random"] == sorted({*where["random"]})
@@ -114,16 +126,21 @@ def test_what_stands_there() -> None:
 
 def test_answers_run_on_it_and_repeat() -> None:
     star = engine("llama", **SIZES)
-    first, second, other = (ablations.encode(star, ids(TOKENS), anchor="random", seed=seed) for seed in (1, 1, 2))
+    first, second, other = (
+        ablations.encode(star, ids(TOKENS), anchor="random", seed=seed) for seed in (1, 1, 2)
+    )
     logits = [star.logits(context, ids(5)) for context in (first, second, other)]
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize(
-    ("anchor", "positions"), [("random", "first-block"), ("shuffled", "first-block"), ("first-block", "random")]
+    ("anchor", "positions"),
+    [("random", "first-block"), ("shuffled", "first-block"), ("first-block", "random")],
 )
-def test_what_is_random_is_drawn_for_each_context(anchor: str, positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_random_is_drawn_for_each_context(
+    anchor: str, positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One draw for all contexts would measure that draw. (The contexts differ in their last token alone.)"""
     drawn: list[list[int]] = []
     content, places = ablations._content, ablations._places
@@ -143,9 +160,14 @@ def test_what_is_random_is_drawn_for_each_context(anchor: str, positions: str, m
 
 def test_what_cannot_be_ablated() -> None:
     star = engine("llama", **SIZES)
-    with pytest.raises(InvalidInputError, match="anchor 'middle' is unknown; choose one of first-block, none"):
+    with pytest.raises(
+        InvalidInputError, match="anchor 'middle' is unknown; choose one of first-block, none"
+    ):
         ablations.encode(star, ids(50), anchor="middle")
-    with pytest.raises(InvalidInputError, match="anchor 'end' is unknown; choose one of first-block, previous-block"):
+    with pytest.raises(
+        InvalidInputError,
+        match="anchor 'end' is unknown; choose one of first-block, previous-block",
+    ):
         ablations.encode(star, ids(50), positions="end")
     with pytest.raises(InvalidInputError, match="need method 'star' on one rank"):
         ablations.encode(StarLLM(tiny("llama"), method="dense"), ids(50))

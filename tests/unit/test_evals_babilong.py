@@ -16,7 +16,7 @@ from star_attention.evals.babi_world import FACTS, ROOMS, Story, story
 from star_attention.evals.metrics import score
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
-from star_attention.hf.text import query_ids
+from star_attention.hf.text.tokens import query_ids
 from tests.engines import bundled_tokenizer
 
 LENGTHS = (900, 2048)
@@ -26,7 +26,9 @@ def size(length: int) -> Size:
     return Size(tokenizer=bundled_tokenizer(), length=length)
 
 
-def made(task: str, length: int = 900, count: int = 4, seed: int = 0, **options: str) -> list[Sample]:
+def made(
+    task: str, length: int = 900, count: int = 4, seed: int = 0, **options: str
+) -> list[Sample]:
     return list(babilong.generate(task, size=size(length), count=count, seed=seed, options=options))
 
 
@@ -61,7 +63,9 @@ def answers(text: str, question: str) -> set[str]:
             at[who] = what
         elif kind == "take":
             assert what not in held, "taken from somebody's hands"
-            assert dropped.get(what, at[who]) == at[who], "taken in another room than it was left in"
+            assert dropped.get(what, at[who]) == at[who], (
+                "taken in another room than it was left in"
+            )
             held[what] = who
         elif kind == "drop":
             assert held.pop(what) == who
@@ -126,7 +130,10 @@ def test_worked_examples_are_right(task: str) -> None:
 def test_stories_ask_every_kind_of_question_and_have_every_answer() -> None:
     for task in babilong.TASKS:
         assert {one.answer for one in stories(task, 400)} == set(babilong.LABELS[task]), task
-    shapes = {re.sub(r"Bill|Fred|Jeff|Mary|apple|football|milk", "_", one.question) for one in stories("qa5")}
+    shapes = {
+        re.sub(r"Bill|Fred|Jeff|Mary|apple|football|milk", "_", one.question)
+        for one in stories("qa5")
+    }
     assert len(shapes) == 5
     ends = {one.question.endswith("of?") for one in stories("qa4")}
     assert ends == {True, False}
@@ -143,7 +150,9 @@ def test_things_are_dropped_and_carried_on() -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("task", babilong.TASKS)
-def test_samples_fit_and_fill_their_length_and_hold_their_story_in_the_context(task: str, length: int) -> None:
+def test_samples_fit_and_fill_their_length_and_hold_their_story_in_the_context(
+    task: str, length: int
+) -> None:
     for sample in made(task, length):
         assert length - 120 < size(length).tokens(sample) <= length
         text = sample.context.rpartition("<context>\n")[2].removesuffix("\n</context>\n\n")
@@ -180,9 +189,13 @@ def test_the_answer_scores_1_and_nothing_else_does(task: str) -> None:
             assert score(wrong, sample) == 0.0
 
 
-def test_background_is_repeated_where_it_is_short_and_does_not_tell_of_the_people(tmp_path: Path) -> None:
+def test_background_is_repeated_where_it_is_short_and_does_not_tell_of_the_people(
+    tmp_path: Path,
+) -> None:
     text = tmp_path / "book.txt"
-    text.write_text("It rained all day. Mary went to the office. The Marys of this world like rain.")
+    text.write_text(
+        "It rained all day. Mary went to the office. The Marys of this world like rain."
+    )
     for sample in made("qa1", background=str(text)):
         assert sample.context.count("It rained all day.") > 20
         assert sample.context.count("The Marys of this world like rain.") > 20
@@ -196,7 +209,9 @@ def test_background_is_repeated_where_it_is_short_and_does_not_tell_of_the_peopl
 
 
 def test_what_cannot_be_made_is_refused() -> None:
-    with pytest.raises(SizeError, match="length 100 is too short for qa3: its facts may take an eighth"):
+    with pytest.raises(
+        SizeError, match="length 100 is too short for qa3: its facts may take an eighth"
+    ):
         made("qa3", 100)
     with pytest.raises(SizeError, match="length 250 is too short for a sample of qa4"):
         made("qa4", 250)
@@ -208,14 +223,24 @@ def test_what_cannot_be_made_is_refused() -> None:
 
 # ------------------------------------------------------------------ published rows and their score
 
-ROW = {"input": "Mary moved to the office. It rained.", "question": "Where is Mary? ", "target": "office"}
+ROW = {
+    "input": "Mary moved to the office. It rained.",
+    "question": "Where is Mary? ",
+    "target": "office",
+}
 
 
 def test_a_published_row_becomes_the_same_prompt() -> None:
     sample = babilong.sample_of_row(ROW, task="qa1", id="qa1-0")
-    assert sample.context.endswith("\n\n<context>\nMary moved to the office. It rained.\n</context>\n\n")
+    assert sample.context.endswith(
+        "\n\n<context>\nMary moved to the office. It rained.\n</context>\n\n"
+    )
     assert sample.context.split("<context>")[0] == made("qa1")[0].context.split("<context>")[0]
-    assert (sample.query, sample.answers, sample.length) == ("Question: Where is Mary?", ("office",), 0)
+    assert (sample.query, sample.answers, sample.length) == (
+        "Question: Where is Mary?",
+        ("office",),
+        0,
+    )
     with pytest.raises(InvalidInputError, match="task 'qa6' of BABILong"):
         babilong.sample_of_row(ROW, task="qa6", id="x")
     with pytest.raises(InvalidInputError, match="target None"):
@@ -263,7 +288,11 @@ def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.py", "x = 1", r"a\.py has no DEFAULT_PROMPTS; give babilong/prompts\.py of github\.com/booydar/babilong"),
+        (
+            "a.py",
+            "x = 1",
+            r"a\.py has no DEFAULT_PROMPTS; give babilong/prompts\.py of github\.com/booydar/babilong",
+        ),
         ("b.py", "x = (", r"b\.py cannot be read as prompts \(.*; give"),
         ("c.json", "{", r"c\.json cannot be read as prompts"),
         (
@@ -325,4 +354,12 @@ def test_a_task_without_labels_is_refused() -> None:
 
 def test_the_labels_are_the_published_ones() -> None:
     assert set(ROOMS) == {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
-    assert set(babilong.LABELS["qa5"]) == {"Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"}
+    assert set(babilong.LABELS["qa5"]) == {
+        "Bill",
+        "Fred",
+        "Jeff",
+        "Mary",
+        "apple",
+        "football",
+        "milk",
+    }

@@ -77,7 +77,10 @@ def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Pa
         for length in (768, 1024)
         for variant in ("dense", "star:/4")
     }
-    assert {(one.length, one.block_size) for one in made if one.variant == "star:/4"} == {(768, 192), (1024, 256)}
+    assert {(one.length, one.block_size) for one in made if one.variant == "star:/4"} == {
+        (768, 192),
+        (1024, 256),
+    }
     for name in (report.METRICS, report.SUMMARY, report.MARKDOWN, report.PAGE, run_folder.RUN):
         assert (tmp_path / name).is_file()
     more = ok(model, *arguments, "--samples", "2", "--variants", "dense,star:/4", "--limit", "2")
@@ -87,20 +90,39 @@ def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Pa
 
 
 def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Path) -> None:
-    sample = {"context": "One. Two. Three.\n" * 9, "query": "Which?", "answers": ["Two"], "metric": "string_match_all"}
-    sample |= {"id": "a", "task": "own", "length": 0, "answer_prefix": " It is", "max_new_tokens": 2, "meta": {}}
+    sample = {
+        "context": "One. Two. Three.\n" * 9,
+        "query": "Which?",
+        "answers": ["Two"],
+        "metric": "string_match_all",
+    }
+    sample |= {
+        "id": "a",
+        "task": "own",
+        "length": 0,
+        "answer_prefix": " It is",
+        "max_new_tokens": 2,
+        "meta": {},
+    }
     data = tmp_path / "my.jsonl"
     data.write_text(json.dumps(sample) + "\n")
     ok(model, "run", data, "--variants", "dense,star:16", "--out", tmp_path / "run", "--quiet")
-    assert [(one.sample, one.variant) for one in predictions(tmp_path / "run")] == [("a", "dense"), ("a", "star:16")]
+    assert [(one.sample, one.variant) for one in predictions(tmp_path / "run")] == [
+        ("a", "dense"),
+        ("a", "star:16"),
+    ]
     assert "| own, as given |" in (tmp_path / "run" / report.MARKDOWN).read_text()
     data.write_text(json.dumps(sample) + '\n{"id": \n')
     message = error(model, "run", data, "--out", tmp_path / "other", *SHORT)
     assert re.search(r"my\.jsonl, line 2\b", message)
     message = error(model, "run", tmp_path / "none.jsonl", "--out", tmp_path / "other", *SHORT)
     assert message.endswith("none.jsonl; check the path")
-    assert "data sets are not read from stdin" in error(model, "run", "-", "--out", tmp_path / "other", *SHORT)
-    assert "is a folder; name the files in it" in error(model, "run", tmp_path, "--out", tmp_path / "other", *SHORT)
+    assert "data sets are not read from stdin" in error(
+        model, "run", "-", "--out", tmp_path / "other", *SHORT
+    )
+    assert "is a folder; name the files in it" in error(
+        model, "run", tmp_path, "--out", tmp_path / "other", *SHORT
+    )
 
 
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
@@ -112,39 +134,108 @@ def test_a_chat_needs_a_template(tmp_path: Path) -> None:
     data.write_text(json.dumps({"context": "It is 7.", "query": "What is it?", "answers": ["7"]}))
     told = "error: this model has no chat template; leave --chat out"
     assert error(tmp_path / "model", "run", data, "--chat", "--out", tmp_path / "a", *SHORT) == told
-    assert error(tmp_path / "model", "niah", "--length", "512", "--chat", "--out", tmp_path / "b", *SHORT) == told
+    assert (
+        error(
+            tmp_path / "model", "niah", "--length", "512", "--chat", "--out", tmp_path / "b", *SHORT
+        )
+        == told
+    )
 
 
 def test_published_prompts(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "prompts.json"
-    own.write_text(json.dumps({"qa1": {"instruction": "Read this.", "examples": "None.", "post_prompt": "One word."}}))
-    arguments = ["babilong", "--task", "qa1", "--length", "512", "--samples", "1", "--variants", "dense", *SHORT]
+    own.write_text(
+        json.dumps(
+            {"qa1": {"instruction": "Read this.", "examples": "None.", "post_prompt": "One word."}}
+        )
+    )
+    arguments = [
+        "babilong",
+        "--task",
+        "qa1",
+        "--length",
+        "512",
+        "--samples",
+        "1",
+        "--variants",
+        "dense",
+        *SHORT,
+    ]
     ok(model, *arguments, "--prompts", own, "--out", tmp_path / "made")
     (made,) = predictions(tmp_path / "made")
     assert made.meta["prompts_sha256"] == run_folder.sha256(own.read_text())[:16]
     data = tmp_path / "qa1.jsonl"
-    data.write_text(json.dumps({"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}))
-    ok(model, "run", data, "--prompts", own, "--variants", "dense", "--out", tmp_path / "read", *SHORT)
+    data.write_text(
+        json.dumps(
+            {"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}
+        )
+    )
+    ok(
+        model,
+        "run",
+        data,
+        "--prompts",
+        own,
+        "--variants",
+        "dense",
+        "--out",
+        tmp_path / "read",
+        *SHORT,
+    )
     (read,) = predictions(tmp_path / "read")
     assert read.meta["prompts_sha256"] == made.meta["prompts_sha256"]
-    assert "prompts '/none' is not there" in error(model, *arguments, "--prompts", "/none", "--out", tmp_path / "no")
+    assert "prompts '/none' is not there" in error(
+        model, *arguments, "--prompts", "/none", "--out", tmp_path / "no"
+    )
 
 
 def test_the_grid_of_depths_is_drawn(model: Path, tmp_path: Path) -> None:
-    ok(model, "niah", "--length", "512", "--samples", "1", "--depths", "0,100", "--out", tmp_path, *SHORT)
+    ok(
+        model,
+        "niah",
+        "--length",
+        "512",
+        "--samples",
+        "1",
+        "--depths",
+        "0,100",
+        "--out",
+        tmp_path,
+        *SHORT,
+    )
     assert {one.meta["depth"] for one in predictions(tmp_path)} == {0, 100}
     assert (tmp_path / report.PICTURES / "depth.png").is_file()
 
 
 def test_questions_on_one_context_share_its_encoding(model: Path, tmp_path: Path) -> None:
-    arguments = ["shared", "--task", "shared_kv", "--length", "1k", "--samples", "6", "--questions", "3"]
+    arguments = [
+        "shared",
+        "--task",
+        "shared_kv",
+        "--length",
+        "1k",
+        "--samples",
+        "6",
+        "--questions",
+        "3",
+    ]
     ok(model, *arguments, "--variants", "dense", "--out", tmp_path, *SHORT)
     assert [one.sharing for one in predictions(tmp_path)] == [3] * 6
 
 
 @pytest.mark.parametrize(("suite", "task"), [("babilong", "qa1"), ("infinitebench", "passkey")])
 def test_other_suites(model: Path, tmp_path: Path, suite: str, task: str) -> None:
-    arguments = ["--task", task, "--length", "1k", "--samples", "1", "--variants", "star:/4", "--chat"]
+    arguments = [
+        "--task",
+        task,
+        "--length",
+        "1k",
+        "--samples",
+        "1",
+        "--variants",
+        "star:/4",
+        "--chat",
+    ]
     ok(model, suite, *arguments, "--out", tmp_path, *SHORT)
     (made,) = predictions(tmp_path)
     assert made.task == task
@@ -155,25 +246,62 @@ def test_other_suites(model: Path, tmp_path: Path, suite: str, task: str) -> Non
 def test_sweeps_are_drawn(model: Path, tmp_path: Path) -> None:
     arguments = ["sweep", "--task", "niah_single_1", "--length", "512", "--samples", "1", *SHORT]
     ok(model, *arguments, "--blocks", "/4,/2", "--out", tmp_path / "blocks")
-    assert {one.variant for one in predictions(tmp_path / "blocks")} == {"dense", "star:/4", "star:/2"}
+    assert {one.variant for one in predictions(tmp_path / "blocks")} == {
+        "dense",
+        "star:/4",
+        "star:/2",
+    }
     assert (tmp_path / "blocks" / report.PICTURES / "blocks.png").is_file()
     ok(model, *arguments, "--blocks", "/4", "--anchors", "0,=", "--out", tmp_path / "anchors")
-    assert {one.variant for one in predictions(tmp_path / "anchors")} == {"dense", "star:/4:0", "star:/4"}
+    assert {one.variant for one in predictions(tmp_path / "anchors")} == {
+        "dense",
+        "star:/4:0",
+        "star:/4",
+    }
     assert (tmp_path / "anchors" / report.PICTURES / "anchors.png").is_file()
 
 
 def test_sweeps_take_other_suites_and_their_data(model: Path, tmp_path: Path) -> None:
     background = tmp_path / "text.txt"
-    background.write_text("A cold wind comes down from the north. There is bread on the table. " * 200)
-    arguments = ["--suite", "babilong", "--length", "768", "--samples", "1", "--background", background, *SHORT]
+    background.write_text(
+        "A cold wind comes down from the north. There is bread on the table. " * 200
+    )
+    arguments = [
+        "--suite",
+        "babilong",
+        "--length",
+        "768",
+        "--samples",
+        "1",
+        "--background",
+        background,
+        *SHORT,
+    ]
     ok(model, "sweep", *arguments, "--blocks", "/2", "--out", tmp_path / "out")
-    assert {one.task for one in predictions(tmp_path / "out")} == {"qa1", "qa2", "qa3", "qa4", "qa5"}
+    assert {one.task for one in predictions(tmp_path / "out")} == {
+        "qa1",
+        "qa2",
+        "qa3",
+        "qa4",
+        "qa5",
+    }
     assert {one.meta["prose"] for one in predictions(tmp_path / "out")} == {"text.txt"}
 
 
 @pytest.mark.parametrize("command", [["ruler"], ["sweep", "--blocks", "/2"]])
-def test_held_out_words_and_tasks_with_spaces(model: Path, tmp_path: Path, command: list[str]) -> None:
-    arguments = ["--task", "niah_single_1, niah_multikey_1", "--length", "768", "--samples", "1", "--words", "eval"]
+def test_held_out_words_and_tasks_with_spaces(
+    model: Path, tmp_path: Path, command: list[str]
+) -> None:
+    arguments = [
+        "--task",
+        "niah_single_1, niah_multikey_1",
+        "--length",
+        "768",
+        "--samples",
+        "1",
+        "--words",
+        "eval",
+    ]
     ok(model, *command, *arguments, "--out", tmp_path, *SHORT)
     made = predictions(tmp_path)
     assert {one.task for one in made} == {"niah_single_1", "niah_multikey_1"}
@@ -195,18 +323,49 @@ def test_data_sets_of_several_lengths_run_together(model: Path, tmp_path: Path) 
 
 
 def test_the_table_of_ablations(model: Path, tmp_path: Path) -> None:
-    arguments = ["ablations", "--task", "niah_single_1", "--length", "512", "--samples", "1", "--out", tmp_path, *SHORT]
+    arguments = [
+        "ablations",
+        "--task",
+        "niah_single_1",
+        "--length",
+        "512",
+        "--samples",
+        "1",
+        "--out",
+        tmp_path,
+        *SHORT,
+    ]
     ok(model, *arguments)
     made = [parse(one.variant) for one in predictions(tmp_path)]
     assert len(made) == 1 + len(TABLE_4)
-    assert {one.anchor for one in made} >= {None, "none", "constant", "random", "shuffled", "previous-block"}
+    assert {one.anchor for one in made} >= {
+        None,
+        "none",
+        "constant",
+        "random",
+        "shuffled",
+        "previous-block",
+    }
     assert {one.anchor_positions for one in made} == {None, "random", "previous-block"}
 
 
 def test_perplexity(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
-    text.write_text("A cold wind comes down from the north, and there is bread on the table.\n" * 40)
-    arguments = ["perplexity", text, "--length", "128", "--tail", "32", "--windows", "3", "--variants", "dense,star:/4"]
+    text.write_text(
+        "A cold wind comes down from the north, and there is bread on the table.\n" * 40
+    )
+    arguments = [
+        "perplexity",
+        text,
+        "--length",
+        "128",
+        "--tail",
+        "32",
+        "--windows",
+        "3",
+        "--variants",
+        "dense,star:/4",
+    ]
     done = ok(model, *arguments, "--out", tmp_path / "out")
     assert done.stdout.startswith("3 windows of 128 tokens, the last 32 predicted")
     dense, star = json.loads((tmp_path / "out" / "perplexity.json").read_text())["rows"]
@@ -216,11 +375,25 @@ def test_perplexity(model: Path, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert (told["text_sha256"], told["ranks"]) == (run_folder.sha256(text.read_text()), 1)
     assert set(told["versions"]) == {"star_attention", "torch", "transformers"}
-    assert "is there already; give another folder" in error(model, *arguments, "--out", tmp_path / "out")
+    assert "is there already; give another folder" in error(
+        model, *arguments, "--out", tmp_path / "out"
+    )
 
 
 def test_a_report_is_written_again(model: Path, tmp_path: Path) -> None:
-    ok(model, "ruler", "--task", "vt", "--length", "768", "--samples", "1", "--out", tmp_path, *SHORT)
+    ok(
+        model,
+        "ruler",
+        "--task",
+        "vt",
+        "--length",
+        "768",
+        "--samples",
+        "1",
+        "--out",
+        tmp_path,
+        *SHORT,
+    )
     before = (tmp_path / report.METRICS).read_text()
     (tmp_path / report.METRICS).unlink()
     done = CliRunner().invoke(app, ["eval", "report", str(tmp_path)])
@@ -234,33 +407,69 @@ def test_a_report_is_written_again(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ruler", "--task", "vt", "--variants", "dense,magic"], "method 'magic' is unknown; choose one of star"),
+        (
+            ["ruler", "--task", "vt", "--variants", "dense,magic"],
+            "method 'magic' is unknown; choose one of star",
+        ),
         (["ruler", "--task", "vt,magic"], "task 'magic' of ruler is unknown"),
         (["ruler", "--task", "vt,vt"], "a task is named twice"),
         (["ruler", "--task", "vt", "--length", "many"], "length 'many' is not a number of tokens"),
         (["ruler", "--task", "vt", "--length", "16"], "length 16 is too short for a sample of vt"),
-        (["ruler", "--task", "niah_single_1", "--length", "4k", "--samples", "1"], "too long for the model"),
-        (["sweep", "--suite", "magic", "--task", "x"], "suite 'magic' is unknown; choose one of ruler"),
+        (
+            ["ruler", "--task", "niah_single_1", "--length", "4k", "--samples", "1"],
+            "too long for the model",
+        ),
+        (
+            ["sweep", "--suite", "magic", "--task", "x"],
+            "suite 'magic' is unknown; choose one of ruler",
+        ),
     ],
 )
-def test_what_cannot_be_run(model: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_what_cannot_be_run(
+    model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     assert message in error(model, *arguments, "--out", tmp_path / "out", *SHORT)
     assert not (tmp_path / "out" / report.METRICS).exists()
 
 
-def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(model: Path, tmp_path: Path) -> None:
+def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(
+    model: Path, tmp_path: Path
+) -> None:
     data = _suite("ruler", None, "320,1k", 5, 0, {}, chat=False)
     made, told = data.make(bundled_tokenizer())
     assert told["vt at 320 tokens"].startswith("length 320 is too short for a sample of vt")
     assert "niah_multikey_1 at 320 tokens" in told, "only some of its samples would have fitted"
-    assert not any(sample.length == 320 and sample.task in ("vt", "niah_multikey_1") for sample in made)
-    assert {sample.task for sample in made if sample.length == 1024} == set(ruler.TASKS) - {"cwe", "qa_1", "qa_2"}
-    with pytest.raises(SizeError, match="no task of ruler fits; of the first: length 16 is too short"):
+    assert not any(
+        sample.length == 320 and sample.task in ("vt", "niah_multikey_1") for sample in made
+    )
+    assert {sample.task for sample in made if sample.length == 1024} == set(ruler.TASKS) - {
+        "cwe",
+        "qa_1",
+        "qa_2",
+    }
+    with pytest.raises(
+        SizeError, match="no task of ruler fits; of the first: length 16 is too short"
+    ):
         _suite("ruler", None, "16", 1, 0, {}, chat=False).make(bundled_tokenizer())
     with pytest.raises(SizeError, match="length 16 is too short"):
         _suite("niah", None, "16,1k", 1, 0, {}, chat=False).make(bundled_tokenizer())
-    ok(model, "ruler", "--length", "320", "--samples", "1", "--out", tmp_path, "--variants", "dense", *SHORT)
-    assert "vt at 320 tokens is left out: length 320 is too short" in (tmp_path / report.MARKDOWN).read_text()
+    ok(
+        model,
+        "ruler",
+        "--length",
+        "320",
+        "--samples",
+        "1",
+        "--out",
+        tmp_path,
+        "--variants",
+        "dense",
+        *SHORT,
+    )
+    assert (
+        "vt at 320 tokens is left out: length 320 is too short"
+        in (tmp_path / report.MARKDOWN).read_text()
+    )
 
 
 def test_anchors_need_one_block(model: Path, tmp_path: Path) -> None:

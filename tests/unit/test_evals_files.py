@@ -76,7 +76,9 @@ def test_a_line_needs_context_query_and_answers(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ round trips
 
 
-@pytest.mark.parametrize(("format", "name"), [(format, "data.jsonl") for format in WRITTEN] + [("kvpress", "data.csv")])
+@pytest.mark.parametrize(
+    ("format", "name"), [(format, "data.jsonl") for format in WRITTEN] + [("kvpress", "data.csv")]
+)
 @pytest.mark.parametrize("told", [True, False])
 def test_what_is_written_is_read_again(tmp_path: Path, format: str, name: str, told: bool) -> None:
     path = tmp_path / name
@@ -132,12 +134,23 @@ def test_the_fields_of_others_are_what_they_read(tmp_path: Path) -> None:
     asked = NEEDLE.query + NEEDLE.answer_prefix
     official = first("star-attention")
     assert official["input_context"] + official["input_query"] == NEEDLE.context + asked
-    assert (official["index"], official["outputs"], official["length"]) == (0, list(NEEDLE.answers), 4096)
+    assert (official["index"], official["outputs"], official["length"]) == (
+        0,
+        list(NEEDLE.answers),
+        4096,
+    )
     ruler = first("ruler")
     assert ruler["input"] + ruler["answer_prefix"] == NEEDLE.context + asked
     kvpress = first("kvpress")
-    assert kvpress["context"] + kvpress["question"] + kvpress["answer_prefix"] == NEEDLE.context + asked
-    assert (kvpress["answer"], kvpress["max_new_tokens"], kvpress["task"]) == (list(NEEDLE.answers), 17, NEEDLE.task)
+    assert (
+        kvpress["context"] + kvpress["question"] + kvpress["answer_prefix"]
+        == NEEDLE.context + asked
+    )
+    assert (kvpress["answer"], kvpress["max_new_tokens"], kvpress["task"]) == (
+        list(NEEDLE.answers),
+        17,
+        NEEDLE.task,
+    )
 
 
 # ------------------------------------------------------------------ files of others
@@ -145,7 +158,13 @@ def test_the_fields_of_others_are_what_they_read(tmp_path: Path) -> None:
 
 def test_files_of_the_official_implementation(tmp_path: Path) -> None:
     rows = [
-        {"index": 3, "input_context": "c", "input_query": "q is", "outputs": ["1", "2"], "length": 99},
+        {
+            "index": 3,
+            "input_context": "c",
+            "input_query": "q is",
+            "outputs": ["1", "2"],
+            "length": 99,
+        },
         {"index": 4, "input_context": "c", "input_query": "q is", "output": "1", "length": 99},
     ]
     one, two = read(lines(tmp_path / "qa_2" / "validation.jsonl", rows))
@@ -177,7 +196,13 @@ TOKENS = {"niah_single_1": 128, "niah_multivalue": 128, "vt": 30, "cwe": 120, "f
 @pytest.mark.parametrize("named", [True, False])
 def test_plain_ruler_is_cut_at_the_last_question(tmp_path: Path, task: str, named: bool) -> None:
     head, asked = f"{QUESTIONS[task]} An example.\nA text.\n", QUESTIONS[task]
-    row = {"index": 0, "input": head + asked + " Answer:", "outputs": ["x"], "length": 50, "answer_prefix": " Answer:"}
+    row = {
+        "index": 0,
+        "input": head + asked + " Answer:",
+        "outputs": ["x"],
+        "length": 50,
+        "answer_prefix": " Answer:",
+    }
     (sample,) = read(lines(tmp_path / (f"{task}.jsonl" if named else "some.jsonl"), [row]))
     assert (sample.context, sample.query, sample.answer_prefix) == (head, asked, " Answer:")
     if named:
@@ -186,19 +211,32 @@ def test_plain_ruler_is_cut_at_the_last_question(tmp_path: Path, task: str, name
 
 
 def test_plain_ruler_without_a_prefix_keeps_its_whole_end(tmp_path: Path) -> None:
-    row = {"index": 0, "input": f"c\n{QUESTIONS['vt']} Answer: they are", "outputs": ["x"], "length": 50}
+    row = {
+        "index": 0,
+        "input": f"c\n{QUESTIONS['vt']} Answer: they are",
+        "outputs": ["x"],
+        "length": 50,
+    }
     (sample,) = read(lines(tmp_path / "vt.jsonl", [row]))
     assert (sample.query, sample.answer_prefix) == (f"{QUESTIONS['vt']} Answer: they are", "")
 
 
 def test_the_question_of_another_task_is_no_place_to_cut(tmp_path: Path) -> None:
     row = {"index": 0, "input": f"c\n{QUESTIONS['vt']}", "outputs": ["x"], "length": 50}
-    with pytest.raises(InvalidInputError, match=r"cwe.jsonl, line 1: no question of RULER's is in input"):
+    with pytest.raises(
+        InvalidInputError, match=r"cwe.jsonl, line 1: no question of RULER's is in input"
+    ):
         read(lines(tmp_path / "cwe.jsonl", [row]))
 
 
 def test_columns_of_kvpress_take_the_metric_of_their_task(tmp_path: Path) -> None:
-    row = {"context": "c", "question": "q", "answer_prefix": "p", "answer": "[x]", "max_new_tokens": 9}
+    row = {
+        "context": "c",
+        "question": "q",
+        "answer_prefix": "p",
+        "answer": "[x]",
+        "max_new_tokens": 9,
+    }
     tasks = ["niah_multikey_1", "qa_1", "kv_retrieval", "longbook_qa_eng", "qa1"]
     samples = read(lines(tmp_path / "a.jsonl", [{**row, "task": task} for task in tasks]))
     assert [sample.metric for sample in samples] == [
@@ -210,7 +248,10 @@ def test_columns_of_kvpress_take_the_metric_of_their_task(tmp_path: Path) -> Non
     ]
     assert samples[0].answers == ("[x]",)
     assert samples[0].max_new_tokens == 9
-    with pytest.raises(InvalidInputError, match=r"b.jsonl, line 2: no metric is known for task 'qasper'; add a column"):
+    with pytest.raises(
+        InvalidInputError,
+        match=r"b.jsonl, line 2: no metric is known for task 'qasper'; add a column",
+    ):
         read(lines(tmp_path / "b.jsonl", [{**row, "task": "vt"}, {**row, "task": "qasper"}]))
     (sample,) = read(lines(tmp_path / "b.jsonl", [{**row, "task": "qasper", "metric": "token_f1"}]))
     assert sample.metric == "token_f1"
@@ -218,7 +259,11 @@ def test_columns_of_kvpress_take_the_metric_of_their_task(tmp_path: Path) -> Non
 
 def test_a_table_of_csv_has_lists_as_pandas_writes_them(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("context,question,answer,max_new_tokens,task\nc,q,\"['it''s', 'b']\",7,vt\n".replace("''", ""))
+    path.write_text(
+        "context,question,answer,max_new_tokens,task\nc,q,\"['it''s', 'b']\",7,vt\n".replace(
+            "''", ""
+        )
+    )
     assert read(path)[0].answers == ("its", "b")
     path.write_text('context,question,answer,max_new_tokens,task\nc,q,"[a",,vt\n')
     assert read(path)[0].answers == ("[a",)
@@ -227,22 +272,30 @@ def test_a_table_of_csv_has_lists_as_pandas_writes_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qa1.jsonl", "babilong_qa1_16k.json", "qa1.csv"])
 def test_files_of_babilong(tmp_path: Path, name: str) -> None:
-    rows = [{"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}] * 2
+    rows = [
+        {"input": "Mary went to the office.", "question": "Where is Mary?", "target": "office"}
+    ] * 2
     path = tmp_path / name
     if path.suffix == ".json":
         path.write_text(json.dumps(rows))
     elif path.suffix == ".csv":
-        path.write_text("input,question,target\n" + "Mary went to the office.,Where is Mary?,office\n" * 2)
+        path.write_text(
+            "input,question,target\n" + "Mary went to the office.,Where is Mary?,office\n" * 2
+        )
     else:
         lines(path, rows)
     one, two = read(path)
     assert (one.id, two.id, one.task) == ("qa1-0", "qa1-1", "qa1")
     assert score("The office", one) == 1.0
-    with pytest.raises(InvalidInputError, match="line 1: the task is named neither in a field task nor"):
+    with pytest.raises(
+        InvalidInputError, match="line 1: the task is named neither in a field task nor"
+    ):
         read(lines(tmp_path / "16k.jsonl", rows))
 
 
-@pytest.mark.parametrize("name", ["qa1/4k.jsonl", "4k/qa1.jsonl", "4k/qa1-00000-of-00001.jsonl", "4k/qa1/test.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["qa1/4k.jsonl", "4k/qa1.jsonl", "4k/qa1-00000-of-00001.jsonl", "4k/qa1/test.jsonl"]
+)
 def test_layouts_of_babilong(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True)
@@ -252,17 +305,32 @@ def test_layouts_of_babilong(tmp_path: Path, name: str) -> None:
 
 
 def test_files_of_infinitebench_and_scbench(tmp_path: Path) -> None:
-    row = {"id": 7, "context": "c", "input": "What is the pass key?", "answer": ["71432"], "options": []}
+    row = {
+        "id": 7,
+        "context": "c",
+        "input": "What is the pass key?",
+        "answer": ["71432"],
+        "options": [],
+    }
     (sample,) = read(lines(tmp_path / "passkey.jsonl", [row]))
     assert (sample.id, sample.task, sample.metric) == ("passkey-7", "passkey", "first_integer")
-    row = {"id": 0, "context": "c", "multi_turns": [{"input": "a", "answer": "x"}, {"input": "b", "answer": "y"}]}
+    row = {
+        "id": 0,
+        "context": "c",
+        "multi_turns": [{"input": "a", "answer": "x"}, {"input": "b", "answer": "y"}],
+    }
     samples = read(lines(tmp_path / "scbench_kv.jsonl", [row, {**row, "id": 1}]))
-    assert [sample.id for sample in samples] == [f"scbench_kv-{i}-{turn}" for i in (0, 1) for turn in (0, 1)]
+    assert [sample.id for sample in samples] == [
+        f"scbench_kv-{i}-{turn}" for i in (0, 1) for turn in (0, 1)
+    ]
     assert {sample.task for sample in samples} == {"scbench_kv"}
     for shard in ("test.jsonl", "test-00000-of-00001.jsonl"):
         assert read(lines(tmp_path / "scbench_kv" / shard, [row]))[0].task == "scbench_kv"
     (sample,) = read(
-        lines(tmp_path / "scbench_mf.jsonl", [{**row, "context": [3, 14], "multi_turns": row["multi_turns"][:1]}])
+        lines(
+            tmp_path / "scbench_mf.jsonl",
+            [{**row, "context": [3, 14], "multi_turns": row["multi_turns"][:1]}],
+        )
     )
     assert sample.context == "[3, 14]\n\n"
 
@@ -272,7 +340,9 @@ def test_files_of_infinitebench_and_scbench(tmp_path: Path) -> None:
 BARE = {"input_context": "c", "input_query": "q", "outputs": ["x"]}
 
 
-@pytest.mark.parametrize(("folder", "length"), [("4096", 4096), ("16k", 16384), ("2024", 0), ("run-4096", 0)])
+@pytest.mark.parametrize(
+    ("folder", "length"), [("4096", 4096), ("16k", 16384), ("2024", 0), ("run-4096", 0)]
+)
 def test_a_folder_named_as_a_size_is_the_length(tmp_path: Path, folder: str, length: int) -> None:
     place = tmp_path / folder / "vt"
     place.mkdir(parents=True)
@@ -292,7 +362,9 @@ def test_ids_that_repeat_are_told_apart_by_folders(tmp_path: Path) -> None:
     files.append(lines(places[2] / "more.jsonl", [{**BARE, "task": "vt"}]))
     ids = ["vt-0", "b/data/vt-0", "c/vt-0", "more.jsonl/vt-0"]
     for count in range(1, 5):
-        assert [sample.id for sample in read_all(files[:count])] == ids[:count], "more files change no id"
+        assert [sample.id for sample in read_all(files[:count])] == ids[:count], (
+            "more files change no id"
+        )
     with pytest.raises(InvalidInputError, match=r"vt\.jsonl is named twice; give it once"):
         read_all([files[0], files[0]])
 
@@ -311,18 +383,36 @@ GOOD = NEEDLE.as_dict()
             json.dumps(GOOD) + "\n\n[1]\n",
             "data.jsonl, line 3: no object with named fields; give one JSON object for each",
         ),
-        ('{"a": 1}\n', "data.jsonl, line 1: fields a are of no known format: samples has context, query"),
+        (
+            '{"a": 1}\n',
+            "data.jsonl, line 1: fields a are of no known format: samples has context, query",
+        ),
         (
             json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "x", "answers": "y"}),
             "data.jsonl, line 2: not a sample: answers 'y'",
         ),
-        (json.dumps(GOOD) + "\n\n" + json.dumps(GOOD), "data.jsonl, line 3: id 'first' was line 1's already"),
+        (
+            json.dumps(GOOD) + "\n\n" + json.dumps(GOOD),
+            "data.jsonl, line 3: id 'first' was line 1's already",
+        ),
         ("\n \n", "data.jsonl holds no samples"),
-        ('{"input_context": "c", "input_query": 3, "output": "x"}', "line 1: input_query 3 is no text"),
+        (
+            '{"input_context": "c", "input_query": 3, "output": "x"}',
+            "line 1: input_query 3 is no text",
+        ),
         ('{"input_context": "c", "input_query": "q"}', "line 1: answer None is no text"),
-        ('{"input_context": "c", "input_query": "q", "output": []}', r"line 1: answer \[\] is no text"),
-        ('{"input_context": "c", "input_query": "q", "output": "x", "length": -1}', "length -1 is no number of tokens"),
-        ('{"input_context": "c", "input_query": "q", "output": "x", "meta": 3}', "meta 3 has no named fields"),
+        (
+            '{"input_context": "c", "input_query": "q", "output": []}',
+            r"line 1: answer \[\] is no text",
+        ),
+        (
+            '{"input_context": "c", "input_query": "q", "output": "x", "length": -1}',
+            "length -1 is no number of tokens",
+        ),
+        (
+            '{"input_context": "c", "input_query": "q", "output": "x", "meta": 3}',
+            "meta 3 has no named fields",
+        ),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, text: str, message: str) -> None:
@@ -339,7 +429,10 @@ def test_errors_name_file_and_line(tmp_path: Path, text: str, message: str) -> N
         ({"answers": 42}, "answers 42 is no list of texts"),
         ({"answers": None}, "answers None is no list of texts"),
         ({"answers": {"a": 1}}, r"answers \{'a': 1\} is no list of texts"),
-        ({"answers": ["x", ""]}, r"answers \['x', ''\] is no list of texts, at least one and none of them empty"),
+        (
+            {"answers": ["x", ""]},
+            r"answers \['x', ''\] is no list of texts, at least one and none of them empty",
+        ),
         ({"answers": [" "]}, r"answers \[' '\] is no list of texts"),
         ({"answers": ["x", 1]}, r"answers \['x', 1\] is no list of texts"),
         ({"meta": "text"}, "meta 'text' has no named fields"),
@@ -377,20 +470,32 @@ def test_errors_of_tables_and_files_as_a_whole(tmp_path: Path) -> None:
 
 def test_formats_that_are_not_what_the_file_has(tmp_path: Path) -> None:
     path = lines(tmp_path / "data.jsonl", [GOOD])
-    with pytest.raises(InvalidInputError, match="line 1: input, question, target missing, which format babilong has"):
+    with pytest.raises(
+        InvalidInputError,
+        match="line 1: input, question, target missing, which format babilong has",
+    ):
         read(path, format="babilong")
     with pytest.raises(InvalidInputError, match="format 'xml' is unknown; choose one of samples"):
         read(path, format="xml")
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="format 'babilong' cannot be written; choose one of samples"):
+    with pytest.raises(
+        InvalidInputError, match="format 'babilong' cannot be written; choose one of samples"
+    ):
         write(tmp_path / "a.jsonl", PAIR, format="babilong")
-    with pytest.raises(InvalidInputError, match=r"cannot hold format ruler; name a file ending in .jsonl"):
+    with pytest.raises(
+        InvalidInputError, match=r"cannot hold format ruler; name a file ending in .jsonl"
+    ):
         write(tmp_path / "a.csv", PAIR, format="ruler")
     for query in ("Which number?", f"So: {NEEDLE.query}", f"{NEEDLE.query} {NEEDLE.query}"):
-        with pytest.raises(InvalidInputError, match=r"sample first cannot be written as ruler|no question of RULER's"):
-            write(tmp_path / "a.jsonl", [replace(NEEDLE, context="c\n", query=query)], format="ruler")
+        with pytest.raises(
+            InvalidInputError,
+            match=r"sample first cannot be written as ruler|no question of RULER's",
+        ):
+            write(
+                tmp_path / "a.jsonl", [replace(NEEDLE, context="c\n", query=query)], format="ruler"
+            )
     assert not (tmp_path / "a.jsonl").exists()
 
 

@@ -14,7 +14,7 @@ from star_attention.evals import infinitebench
 from star_attention.evals.metrics import score
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
-from star_attention.hf.text import query_ids
+from star_attention.hf.text.tokens import query_ids
 from tests.engines import bundled_tokenizer
 
 LENGTHS = (600, 2048)
@@ -54,7 +54,9 @@ def worked_out(sample: Sample) -> str:
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("task", infinitebench.TASKS)
-def test_samples_fit_and_fill_their_length_and_have_the_answer_that_their_text_has(task: str, length: int) -> None:
+def test_samples_fit_and_fill_their_length_and_have_the_answer_that_their_text_has(
+    task: str, length: int
+) -> None:
     for sample in made(task, length):
         assert length - 70 < size(length).tokens(sample) <= length
         assert sample.answers == (worked_out(sample),)
@@ -119,22 +121,57 @@ def test_what_cannot_be_made_is_refused() -> None:
 # ------------------------------------------------------------------ published lines
 
 LINES: dict[str, dict[str, Any]] = {
-    "passkey": {"context": "c", "input": "What is the pass key?", "answer": ["71432"], "options": []},
+    "passkey": {
+        "context": "c",
+        "input": "What is the pass key?",
+        "answer": ["71432"],
+        "options": [],
+    },
     "number_string": {
         "context": "c",
         "input": "What is the sequence of digits?",
         "answer": "2299446600",
         "options": [],
     },
-    "kv_retrieval": {"context": "c", "input": 'Key: "a"\nThe value is: ', "answer": ["b-1"], "options": []},
+    "kv_retrieval": {
+        "context": "c",
+        "input": 'Key: "a"\nThe value is: ',
+        "answer": ["b-1"],
+        "options": [],
+    },
     "longbook_sum_eng": {"context": "c", "input": "", "answer": ["She leaves."], "options": []},
-    "longbook_qa_eng": {"context": "c", "input": "Who?", "answer": ["The Rain", "Bronwyn Hale"], "options": []},
+    "longbook_qa_eng": {
+        "context": "c",
+        "input": "Who?",
+        "answer": ["The Rain", "Bronwyn Hale"],
+        "options": [],
+    },
     "longbook_qa_chn": {"context": "c", "input": "谁", "answer": ["王小明"], "options": []},
-    "longbook_choice_eng": {"context": "c", "input": "Who?", "answer": ["Ann"], "options": ["Bo", "Cy", "Ann", "Di"]},
+    "longbook_choice_eng": {
+        "context": "c",
+        "input": "Who?",
+        "answer": ["Ann"],
+        "options": ["Bo", "Cy", "Ann", "Di"],
+    },
     "longdialogue_qa_eng": {"context": "c", "input": "", "answer": ["HOOPER"], "options": []},
-    "code_debug": {"context": "c", "input": "", "answer": ["read", "B"], "options": ["open", "read", "x", "y"]},
-    "code_run": {"context": "c", "input": "Return value of func_7(3)?", "answer": [-12], "options": []},
-    "math_find": {"context": "[1, 98]", "input": "The largest number of the list is: ", "answer": 98, "options": []},
+    "code_debug": {
+        "context": "c",
+        "input": "",
+        "answer": ["read", "B"],
+        "options": ["open", "read", "x", "y"],
+    },
+    "code_run": {
+        "context": "c",
+        "input": "Return value of func_7(3)?",
+        "answer": [-12],
+        "options": [],
+    },
+    "math_find": {
+        "context": "[1, 98]",
+        "input": "The largest number of the list is: ",
+        "answer": 98,
+        "options": [],
+    },
     "math_calc": {"context": "1 + 3 - 8", "input": "", "answer": [1, 4, -4], "options": []},
 }
 RIGHT = {
@@ -154,7 +191,9 @@ def read(task: str, **changed: Any) -> Sample:
 def test_a_line_of_every_task_is_read_and_scored(task: str) -> None:
     sample = read(task)
     assert sample.context.endswith(f"\n\n{LINES[task]['context']}\n\n")
-    assert sample.query.startswith(LINES[task]["input"].strip() or infinitebench.KINDS[task].question)
+    assert sample.query.startswith(
+        LINES[task]["input"].strip() or infinitebench.KINDS[task].question
+    )
     assert score(RIGHT.get(task, sample.answers[0]), sample) == 1.0
     assert score("", sample) == score("nonsense", sample) == 0.0
 
@@ -284,5 +323,7 @@ def test_rouge_lsum_is_that_of_rouge_score(prediction: str, answer: str, expecte
 
 def test_answers_that_are_no_numbers_are_refused_before_any_prediction_is_read() -> None:
     for metric in ("last_integer", "first_number", "leading_integers"):
-        with pytest.raises(InvalidInputError, match=f"metric {metric} of sample x needs numbers, not seven"):
+        with pytest.raises(
+            InvalidInputError, match=f"metric {metric} of sample x needs numbers, not seven"
+        ):
             scored(metric, "", "seven")

@@ -34,7 +34,9 @@ def test_parts_are_reported_as_the_whole(tmp_path: Path) -> None:
     join(parts, tmp_path / "joined")
     for place in (whole, tmp_path / "joined"):
         report.write(place)
-    told = [json.loads((place / report.METRICS).read_text()) for place in (whole, tmp_path / "joined")]
+    told = [
+        json.loads((place / report.METRICS).read_text()) for place in (whole, tmp_path / "joined")
+    ]
     for name in ("baseline", "missing", "overall", "groups", "tasks", "speed"):
         assert told[0][name] == told[1][name], name
     assert (tmp_path / "joined" / "pictures" / "length.png").exists()
@@ -42,7 +44,10 @@ def test_parts_are_reported_as_the_whole(tmp_path: Path) -> None:
 
 
 def test_variants_of_the_same_samples_are_compared(tmp_path: Path) -> None:
-    parts = [folder(tmp_path / str(place), key) for place, key in enumerate(("dense", "star:/4", "star:/2"))]
+    parts = [
+        folder(tmp_path / str(place), key)
+        for place, key in enumerate(("dense", "star:/4", "star:/2"))
+    ]
     join(parts, tmp_path / "joined")
     results = Results.read(tmp_path / "joined")
     assert results.variants == ["dense", "star:/4", "star:/2"]
@@ -64,7 +69,8 @@ def test_parts_may_have_samples_of_the_same_tasks(tmp_path: Path) -> None:
     """How many there are is counted, so that a join is called complete only where it is."""
     halves = [folder(tmp_path / str(half), change=every_second(half)) for half in (0, 1)]
     with pytest.raises(
-        InvalidInputError, match=r"0 has 4 of 8 samples of niah at 1,024 tokens, .*run its command again"
+        InvalidInputError,
+        match=r"0 has 4 of 8 samples of niah at 1,024 tokens, .*run its command again",
     ):
         join(halves, tmp_path / "joined")
     for half in halves:
@@ -89,7 +95,11 @@ def halved(told: dict[str, Any]) -> None:
 def test_a_part_that_is_not_complete_is_told_so(tmp_path: Path) -> None:
     parts = [
         folder(tmp_path / "a", lengths=(1024,)),
-        folder(tmp_path / "b", lengths=(2048,), change=lambda one: one if one.sample[-1] != "7" else None),
+        folder(
+            tmp_path / "b",
+            lengths=(2048,),
+            change=lambda one: one if one.sample[-1] != "7" else None,
+        ),
     ]
     join(parts, tmp_path / "joined")
     assert Results.read(tmp_path / "joined").missing == 3 * 2
@@ -121,9 +131,18 @@ def other_prose(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_setting, r"b was made with another seed \(1\) than .*a \(0\); report on each by itself"),
-        (other_options, r"b was made with another options\.words \(eval\) than .*a \(not given\); report"),
-        (other_prose, r"b was made with another essays \(5678\) than .*a \(1234\), so that their samples differ"),
+        (
+            other_setting,
+            r"b was made with another seed \(1\) than .*a \(0\); report on each by itself",
+        ),
+        (
+            other_options,
+            r"b was made with another options\.words \(eval\) than .*a \(not given\); report",
+        ),
+        (
+            other_prose,
+            r"b was made with another essays \(5678\) than .*a \(1234\), so that their samples differ",
+        ),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -133,7 +152,9 @@ def test_other_settings_are_refused_by_name(
     change_run(parts[1], change)
     with pytest.raises(InvalidInputError, match=message):
         join(parts, tmp_path / "joined")
-    with pytest.raises(InvalidInputError, match=r"a was made with another .*; report on each by itself"):
+    with pytest.raises(
+        InvalidInputError, match=r"a was made with another .*; report on each by itself"
+    ):
         join(parts[::-1], tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
@@ -145,7 +166,9 @@ def test_other_settings_are_refused_by_name(
         (dict(prediction="no"), r"a and .*b answer sample niah-1024-0, variant dense, differently"),
     ],
 )
-def test_other_samples_and_answers_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_other_samples_and_answers_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     parts = [
         folder(tmp_path / "a"),
         folder(tmp_path / "b", change=lambda one: dataclasses.replace(one, **change)),

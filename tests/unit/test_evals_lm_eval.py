@@ -26,7 +26,7 @@ from star_attention.evals import lm_eval as adapter
 from star_attention.evals import ruler
 from star_attention.evals.lm_eval import SENTINEL, StarLM, cut
 from star_attention.evals.sizing import Size
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import BUNDLED, bundled_model, bundled_tokenizer
 
 GENERATE = """\
@@ -69,7 +69,9 @@ def star(**settings: Any) -> StarLLM:
     return StarLLM(bundled_model(), bundled_tokenizer(), **({"block_size": 64} | settings))
 
 
-def tasks(folder: Path, kind: str, *, prompt: str = "{{context}}{{question}}", docs: Any = None) -> TaskManager:
+def tasks(
+    folder: Path, kind: str, *, prompt: str = "{{context}}{{question}}", docs: Any = None
+) -> TaskManager:
     """A task `boxes`, and no other."""
     (folder / "boxes.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs or DOCS))
     (folder / "boxes.yaml").write_text(
@@ -82,7 +84,12 @@ def tasks(folder: Path, kind: str, *, prompt: str = "{{context}}{{question}}", d
 def evaluate(model: Any, manager: TaskManager, **settings: Any) -> tuple[list[Any], dict[str, Any]]:
     """The model's responses for each document, and all of the results."""
     found = lm_eval.simple_evaluate(
-        model=model, tasks=["boxes"], task_manager=manager, log_samples=True, bootstrap_iters=0, **settings
+        model=model,
+        tasks=["boxes"],
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+        **settings,
     )
     return [sample["filtered_resps"] for sample in found["samples"]["boxes"]], found
 
@@ -103,7 +110,11 @@ def counted(engine: StarLLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def request(prompt: str, second: Any, doc: Any = None, **more: Any) -> Instance:
     kind = "loglikelihood" if isinstance(second, str) else "generate_until"
     return Instance(
-        request_type=kind, doc=doc or {}, arguments=(prompt, second, *more.values()), idx=0, metadata=("mine", 7, 1)
+        request_type=kind,
+        doc=doc or {},
+        arguments=(prompt, second, *more.values()),
+        idx=0,
+        metadata=("mine", 7, 1),
     )
 
 
@@ -112,7 +123,10 @@ def request(prompt: str, second: Any, doc: Any = None, **more: Any) -> Instance:
 
 @pytest.mark.parametrize(
     ("chat", "head", "tail"),
-    [(False, "", " The special magic number for"), (True, "<bos><|q|>", "<|a|>The special magic number for")],
+    [
+        (False, "", " The special magic number for"),
+        (True, "<bos><|q|>", "<|a|>The special magic number for"),
+    ],
     ids=["plain", "chat"],
 )
 def test_answers_are_those_of_the_engine_on_the_same_split(
@@ -122,14 +136,19 @@ def test_answers_are_those_of_the_engine_on_the_same_split(
     expected = []
     for doc in DOCS:
         context = engine.encode(head + doc["context"])
-        reply = engine.generate(context, doc["question"] + tail, max_new_tokens=5, stop="\n", do_sample=False)
+        reply = engine.generate(
+            context, doc["question"] + tail, max_new_tokens=5, stop="\n", do_sample=False
+        )
         expected.append([reply.text])
     assert len({text for (text,) in expected}) > 1
     encoded = counted(engine, monkeypatch)
     answers, found = evaluate(StarLM(engine), tasks(tmp_path, GENERATE), apply_chat_template=chat)
     assert answers == expected
     assert len(encoded) == 2, "documents on one context share its encoding"
-    assert found["samples"]["boxes"][0]["arguments"][0][0] == head + DOCS[0]["context"] + DOCS[0]["question"] + tail
+    assert (
+        found["samples"]["boxes"][0]["arguments"][0][0]
+        == head + DOCS[0]["context"] + DOCS[0]["question"] + tail
+    )
 
 
 def test_the_task_of_the_docs_scores_right_answers(tmp_path: Path) -> None:
@@ -137,11 +156,17 @@ def test_the_task_of_the_docs_scores_right_answers(tmp_path: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
     (sample,) = ruler.generate(
-        "niah_single_1", size=Size(tokenizer=bundled_tokenizer(), length=512), count=1, seed=0, options={}
+        "niah_single_1",
+        size=Size(tokenizer=bundled_tokenizer(), length=512),
+        count=1,
+        seed=0,
+        options={},
     )
     (tmp_path / "mine.jsonl").write_text(json.dumps(sample.as_dict()) + "\n")
     (tmp_path / "mine.yaml").write_text(
-        written.replace("{test: mine.jsonl}", f"{{test: {tmp_path}/mine.jsonl}}, cache_dir: {tmp_path}/cache")
+        written.replace(
+            "{test: mine.jsonl}", f"{{test: {tmp_path}/mine.jsonl}}, cache_dir: {tmp_path}/cache"
+        )
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = lm_eval.simple_evaluate(
@@ -156,7 +181,9 @@ def test_a_chat_without_a_prefix_ends_in_the_start_of_the_answer(tmp_path: Path)
     assert found["samples"]["boxes"][0]["arguments"][0][0].endswith("box 0?<|a|>")
 
 
-def test_choices_are_scored_by_the_engines_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_are_scored_by_the_engines_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = star()
     expected = []
     for doc in DOCS:
@@ -173,15 +200,21 @@ def test_choices_are_scored_by_the_engines_logits(tmp_path: Path, monkeypatch: p
     answers, _ = evaluate(StarLM(engine), tasks(tmp_path, CHOOSE))
     scores = [score for doc in answers for score in doc]
     assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
-    assert [score for score, _ in scores] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [score for score, _ in scores] == pytest.approx(
+        [score for score, _ in expected], abs=1e-4
+    )
     assert len(encoded) == 2
 
 
-@pytest.mark.parametrize("prompt", ["{{context}}{{question}}", "{{context}}", "{{question}} {{answer_prefix}} "])
+@pytest.mark.parametrize(
+    "prompt", ["{{context}}{{question}}", "{{context}}", "{{question}} {{answer_prefix}} "]
+)
 def test_dense_scores_are_the_stock_models(prompt: str, tmp_path: Path) -> None:
     """Forbids a score of the wrong tokens, whatever the cut: behind a query, behind a bare context, behind one block."""
     answers, found = evaluate(
-        StarLM(star(block_size=None, method="dense")), tasks(tmp_path, CHOOSE, prompt=prompt), limit=1
+        StarLM(star(block_size=None, method="dense")),
+        tasks(tmp_path, CHOOSE, prompt=prompt),
+        limit=1,
     )
     tokenizer = bundled_tokenizer()
     for scores, sample in zip(answers, found["samples"]["boxes"], strict=True):
@@ -235,7 +268,11 @@ RULER = {
 def test_the_harness_own_tasks_are_cut_before_their_question(name: str) -> None:
     example = f"An example.\n{RULER[name]} It is 3.\n"
     found = cut(example + f"Text.\n{RULER[name]} It is", {"input": "..."}, name)
-    assert (found.context, found.query, found.how) == (f"{example}Text.\n", f"{RULER[name]} It is", "pattern")
+    assert (found.context, found.query, found.how) == (
+        f"{example}Text.\n",
+        f"{RULER[name]} It is",
+        "pattern",
+    )
     assert cut(f"Text.\n{RULER[name]}", {}, "another_task").how == "last block"
 
 
@@ -257,7 +294,9 @@ def test_the_harness_own_tasks_are_cut_before_their_question(name: str) -> None:
         ("Text. b?", "no columns", "mine", ("Text. b?", "", "last block")),
     ],
 )  # fmt: skip
-def test_where_a_prompt_is_cut(prompt: str, doc: Any, task: str, expected: tuple[str, str, str]) -> None:
+def test_where_a_prompt_is_cut(
+    prompt: str, doc: Any, task: str, expected: tuple[str, str, str]
+) -> None:
     found = cut(prompt, doc, task)
     assert (found.context, found.query, found.how) == expected
 
@@ -277,15 +316,22 @@ def test_without_a_known_place_the_last_block_is_the_query(tokens: int, query: i
     reply = engine.generate(engine.encode(ids[:-query]), ids[-query:], max_new_tokens=3)
     model = StarLM(engine)
     assert model._jobs([request(text, {})], room=[0])[0][0] == ids[:-query]
-    assert model.generate_until([request(text, {"max_gen_toks": 3})], disable_tqdm=True) == [reply.text]
+    assert model.generate_until([request(text, {"max_gen_toks": 3})], disable_tqdm=True) == [
+        reply.text
+    ]
 
 
-def test_each_task_says_once_how_it_is_cut(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_task_says_once_how_it_is_cut(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)
     caplog.set_level(logging.INFO, logger="lm_eval.star_attention")
     model = StarLM(star())
     some = [request("Some words to go on.", {"max_gen_toks": 1}) for _ in range(2)]
-    model.generate_until([*some, request("Words. And?", {"max_gen_toks": 1}, {"context": "Words."})], disable_tqdm=True)
+    model.generate_until(
+        [*some, request("Words. And?", {"max_gen_toks": 1}, {"context": "Words."})],
+        disable_tqdm=True,
+    )
     told = [(record.levelname, record.message) for record in caplog.records]
     assert [level for level, _ in told] == ["WARNING", "INFO"]
     assert "mine: it is not known where the query begins" in told[0][1]
@@ -301,20 +347,27 @@ def test_a_whole_text_has_no_likelihood(tmp_path: Path) -> None:
         evaluate(StarLM(star()), tasks(tmp_path, ROLL))
 
 
-def test_a_prompt_that_is_too_long_stops_the_run_before_the_first_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_is_too_long_stops_the_run_before_the_first_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = star()
     encoded = counted(engine, monkeypatch)
     limit = engine._handle.max_positions
     assert limit is not None
     long = request("Some words.", {"max_gen_toks": limit})
-    with pytest.raises(ContextLengthError, match=rf"document 7 of task mine needs .* the model's {limit:,} positions"):
+    with pytest.raises(
+        ContextLengthError,
+        match=rf"document 7 of task mine needs .* the model's {limit:,} positions",
+    ):
         StarLM(engine).generate_until([request("Some words.", {"max_gen_toks": 1}), long])
     assert encoded == []
 
 
 @pytest.mark.parametrize("prompt", ["", " "])
 def test_a_score_without_a_prompt_is_refused(prompt: str) -> None:
-    with pytest.raises(TokenError, match=r"has a prompt of [01] tokens; Star Attention needs 1 of context"):
+    with pytest.raises(
+        TokenError, match=r"has a prompt of [01] tokens; Star Attention needs 1 of context"
+    ):
         StarLM(star()).loglikelihood([request(prompt, "words")])
 
 
@@ -324,7 +377,9 @@ def test_an_empty_continuation_is_refused() -> None:
 
 
 def test_images_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="document 7 of task mine comes with more than text"):
+    with pytest.raises(
+        InvalidInputError, match="document 7 of task mine comes with more than text"
+    ):
         StarLM(star()).generate_until([request("Some words.", {}, images={"visual": []})])
 
 
@@ -332,7 +387,9 @@ def test_a_chat_without_a_template_is_refused() -> None:
     engine = star()
     engine.tokenizer = copy.deepcopy(engine.tokenizer)
     engine.tokenizer.chat_template = None
-    with pytest.raises(InvalidInputError, match="no chat template; leave --apply_chat_template out"):
+    with pytest.raises(
+        InvalidInputError, match="no chat template; leave --apply_chat_template out"
+    ):
         StarLM(engine).apply_chat_template([{"role": "user", "content": "Where?"}])
 
 
@@ -349,7 +406,9 @@ def test_an_engine_brings_its_settings() -> None:
 def test_the_harness_knows_the_model_by_name(tmp_path: Path) -> None:
     manager = tasks(tmp_path, GENERATE, prompt="{{context}}" + SENTINEL + "{{question}}")
     args = f"pretrained={BUNDLED},block_size=64,anchor_size=32,dtype=float32,context_column=none"
-    answers, found = evaluate("star", manager, model_args=args, limit=1, device="cuda:0", batch_size=1)
+    answers, found = evaluate(
+        "star", manager, model_args=args, limit=1, device="cuda:0", batch_size=1
+    )
     expected, _ = evaluate(StarLM(star(anchor_size=32)), tasks(tmp_path, GENERATE), limit=1)
     assert answers == expected
     assert found["config"]["star_splits"] == {"boxes": "sentinel"}
@@ -379,13 +438,17 @@ def test_ruler_as_the_harness_has_it(tmp_path: Path) -> None:
     prompt = sample["arguments"][0][0]
     at = prompt.index("What is the special magic number")
     engine = model.star
-    reply = engine.generate(engine.encode(prompt[:at]), prompt[at:], max_new_tokens=8, do_sample=False)
+    reply = engine.generate(
+        engine.encode(prompt[:at]), prompt[at:], max_new_tokens=8, do_sample=False
+    )
     assert sample["filtered_resps"] == [reply.text]
 
 
 def test_errors_of_the_command_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sys, "argv", ["star", "run", "--model", "star", "--tasks", "x", "--model_args", "pretrained=/none"]
+        sys,
+        "argv",
+        ["star", "run", "--model", "star", "--tasks", "x", "--model_args", "pretrained=/none"],
     )
     monkeypatch.setattr(lm_eval.evaluator, "TaskManager", None)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda *a, **k: _Nothing())

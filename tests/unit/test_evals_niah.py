@@ -52,10 +52,15 @@ def test_the_needle_stands_at_its_depth() -> None:
             rest = NEEDLE.sub("", prose)
             sentences = sources.split_sentences(rest)
             at = found.start()
-            assert at in {len(" ".join(sentences[:count])) + (0 < count) for count in range(len(sentences) + 1)}
+            assert at in {
+                len(" ".join(sentences[:count])) + (0 < count)
+                for count in range(len(sentences) + 1)
+            }
             longest = max(map(len, sentences)) + 1
             assert abs(at - len(rest) * sample.meta["depth"] / 100) <= longest / 2 + 1
-            assert sample.meta["depths"] == [round(100 * at / (len(prose) - len(found[0].rstrip(" "))), 1)]
+            assert sample.meta["depths"] == [
+                round(100 * at / (len(prose) - len(found[0].rstrip(" "))), 1)
+            ]
         assert at == len(rest) + 1 - rest.endswith(" ")
     assert make(1024, depths="0")[0].meta["depths"] == [0.0]
     assert make(1024, depths="100")[0].meta["depths"] == [100.0]
@@ -76,7 +81,11 @@ def test_depths_differ_in_nothing_else() -> None:
 def test_depths_of_one_text_are_one_cluster() -> None:
     """Their scores depend on one another, although their contexts differ; those of another index, length or seed do not."""
     depths = "0,50"
-    samples = [*make(512, 2, depths=depths), *make(513, depths=depths), *make(512, seed=1, depths=depths)]
+    samples = [
+        *make(512, 2, depths=depths),
+        *make(513, depths=depths),
+        *make(512, seed=1, depths=depths),
+    ]
     clusters = [sample.meta["cluster"] for sample in samples]
     assert clusters == [sample.id.removesuffix(f"-{sample.meta['depth']:g}") for sample in samples]
     assert len(set(clusters)) == 4
@@ -91,8 +100,14 @@ def test_a_sample_fits_and_is_answered(length: int) -> None:
         (key, value), *others = NEEDLE.findall(sample.context)
         assert not others
         assert sample.answers == (value,)
-        assert sample.query == f"What is the special magic number for {key} mentioned in the provided text?"
-        assert sample.answer_prefix == f" The special magic number for {key} mentioned in the provided text is"
+        assert (
+            sample.query
+            == f"What is the special magic number for {key} mentioned in the provided text?"
+        )
+        assert (
+            sample.answer_prefix
+            == f" The special magic number for {key} mentioned in the provided text is"
+        )
         assert metrics.score(f"{sample.answer_prefix} {value}.", sample) == 1.0
         assert metrics.score("", sample) == metrics.score("1111111", sample) == 0.0
         assert Sample.from_dict(json.loads(json.dumps(sample.as_dict()))) == sample
@@ -110,15 +125,22 @@ def test_prose_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depths", ["deep", "0,,10", "-1", "0,101", "nan", "10,10.0"])
 def test_depths_that_are_none(depths: str) -> None:
-    with pytest.raises(InvalidInputError, match="are no percents; give different numbers from 0 to 100, with commas"):
+    with pytest.raises(
+        InvalidInputError,
+        match="are no percents; give different numbers from 0 to 100, with commas",
+    ):
         make(1024, depths=depths)
 
 
 def test_what_cannot_be_asked_for() -> None:
     size = Size(tokenizer=bundled_tokenizer(), length=1024)
-    with pytest.raises(InvalidInputError, match="task 'niah' of NIAH is unknown; choose from niah_grid"):
+    with pytest.raises(
+        InvalidInputError, match="task 'niah' of NIAH is unknown; choose from niah_grid"
+    ):
         suites.get("niah").generate("niah", size=size, count=1, seed=0, options={})
-    with pytest.raises(InvalidInputError, match="option 'depth' of NIAH is unknown; it takes depths, essays"):
+    with pytest.raises(
+        InvalidInputError, match="option 'depth' of NIAH is unknown; it takes depths, essays"
+    ):
         make(1024, depth="1")
     with pytest.raises(InvalidInputError, match=r"gone\.txt. is not there; check the path"):
         make(1024, essays="gone.txt")

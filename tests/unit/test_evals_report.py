@@ -89,7 +89,9 @@ def folder(
                     )
                     kept = change(one)
                     made += [] if kept is None else [kept]
-    cells = [{"task": task, "length": length, "samples": count} for task in tasks for length in lengths]
+    cells = [
+        {"task": task, "length": length, "samples": count} for task in tasks for length in lengths
+    ]
     run = {
         "format": run_folder.FORMAT,
         "settings": {
@@ -123,7 +125,9 @@ def folder(
         ],
     }
     (place / run_folder.RUN).write_text(json.dumps(run))
-    (place / run_folder.PREDICTIONS).write_text("".join(json.dumps(asdict(one)) + "\n" for one in made))
+    (place / run_folder.PREDICTIONS).write_text(
+        "".join(json.dumps(asdict(one)) + "\n" for one in made)
+    )
     return place
 
 
@@ -135,17 +139,32 @@ def found(place: Path) -> dict[str, Any]:
 
 def test_overall_is_the_mean_of_task_means(tmp_path: Path) -> None:
     def score(task: str, variant: str, length: int, index: int) -> float:
-        return 1.0 if variant == "dense" else {"niah": 1.0, "vt": 0.5, "cwe": 0.0}[task] * (length == 1024)
+        return (
+            1.0
+            if variant == "dense"
+            else {"niah": 1.0, "vt": 0.5, "cwe": 0.0}[task] * (length == 1024)
+        )
 
     told = found(folder(tmp_path, score=score))
     star = {line["length"]: line for line in told["overall"] if line["variant"] == "star:/4"}
     assert star[None]["mean"]["value"] == pytest.approx(0.25)
     assert star[1024]["mean"]["value"] == pytest.approx(0.5)
     assert star[2048]["mean"]["value"] == 0.0
-    assert star[1024]["difference"] == {"value": -0.5, "low": -0.5, "high": -0.5, "n": 24, "verdict": "lower"}
-    groups = {(one["group"], one["length"], one["variant"]): one["mean"]["value"] for one in told["groups"]}
+    assert star[1024]["difference"] == {
+        "value": -0.5,
+        "low": -0.5,
+        "high": -0.5,
+        "n": 24,
+        "verdict": "lower",
+    }
+    groups = {
+        (one["group"], one["length"], one["variant"]): one["mean"]["value"]
+        for one in told["groups"]
+    }
     assert groups["multi-hop", 1024, "star:/4"] == 0.5
-    tasks = {(one["task"], one["length"]): one for one in told["tasks"] if one["variant"] == "star:/4"}
+    tasks = {
+        (one["task"], one["length"]): one for one in told["tasks"] if one["variant"] == "star:/4"
+    }
     assert tasks["niah", 1024]["difference"]["verdict"] == "no difference seen"
     assert told["baseline"] == "dense"
     assert told["missing"] == 0
@@ -178,10 +197,18 @@ def test_summary_has_a_line_for_each_cell_and_variant(tmp_path: Path) -> None:
     with (tmp_path / report.SUMMARY).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["task"], row["length"], row["variant"]) for row in rows] == [
-        (task, length, variant) for task in TASKS for length in ("1024", "2048") for variant in ("dense", "star:/4")
+        (task, length, variant)
+        for task in TASKS
+        for length in ("1024", "2048")
+        for variant in ("dense", "star:/4")
     ]
     dense, star = rows[:2]
-    assert (dense["accuracy"], dense["n"], dense["baseline"], dense["difference"]) == ("1.0", "8", "", "")
+    assert (dense["accuracy"], dense["n"], dense["baseline"], dense["difference"]) == (
+        "1.0",
+        "8",
+        "",
+        "",
+    )
     assert star["baseline"] == "dense"
     assert float(star["difference"]) == pytest.approx(float(star["accuracy"]) - 1)
     assert star["verdict"] in ("lower", "no difference seen")
@@ -191,7 +218,9 @@ def test_summary_has_a_line_for_each_cell_and_variant(tmp_path: Path) -> None:
 def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     depths = [0.0, 50.0, 100.0, 25.0]
     variants = "dense,star:/4,star:/8,star:/4:16"
-    files = report.write(folder(tmp_path, variants, meta=lambda index: {"depth": depths[index % 4]}))
+    files = report.write(
+        folder(tmp_path, variants, meta=lambda index: {"depth": depths[index % 4]})
+    )
     drawn = {file.stem for file in files if file.suffix == ".png"}
     assert drawn == {"length", "groups", "blocks", "anchors", "depth", "speed"}
     page = (tmp_path / report.PAGE).read_text()
@@ -213,12 +242,17 @@ def test_pictures_only_of_what_there_is(tmp_path: Path) -> None:
 
 def test_pictures_do_not_draw_what_is_not_known(tmp_path: Path) -> None:
     variants = "dense,star:/4,star:/8"
-    places = [folder(tmp_path / f"{count}", variants, lengths=(0, 1024, 2048), count=count) for count in (1, 8)]
+    places = [
+        folder(tmp_path / f"{count}", variants, lengths=(0, 1024, 2048), count=count)
+        for count in (1, 8)
+    ]
     one, eight = map(Results.read, places)
     for results, bars in ((one, 0), (eight, 2)):
         length, sweep = plots._length(results), plots._sweep(results, "block")
         axes = length.axes[0]
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["1k", "2k"], "0 is no length"
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1k", "2k"], (
+            "0 is no length"
+        )
         for figure in (length, sweep):
             drawn = [
                 segment
@@ -239,7 +273,9 @@ def test_bars_of_errors_end_where_scores_do(tmp_path: Path) -> None:
         return float((index == 0) == (variant == "dense"))
 
     variants = "dense,star:/4,star:/8,star:/4:anchor=none"
-    results = Results.read(folder(tmp_path, variants, count=8, tasks={"niah": "a", "vt": "b"}, score=score))
+    results = Results.read(
+        folder(tmp_path, variants, count=8, tasks={"niah": "a", "vt": "b"}, score=score)
+    )
     dense = results.compared("dense", task="vt", length=1024)
     assert dense is not None
     assert dense.mean.stderr is not None
@@ -267,20 +303,29 @@ def _error_bars(axes: Any) -> list[Any]:
 def test_bars_are_told_where_they_are_drawn(tmp_path: Path) -> None:
     """Not where there are too few samples for one."""
     variants = "dense,star:/4,star:/8,star:/4:anchor=none"
-    one, eight = (Results.read(folder(tmp_path / f"{count}", variants, count=count)) for count in (1, 8))
+    one, eight = (
+        Results.read(folder(tmp_path / f"{count}", variants, count=count)) for count in (1, 8)
+    )
     for results, told in ((one, ""), (eight, "bars: ± two standard errors")):
         beside = f"mean over tasks; {told}" if told else "mean over tasks"
         assert plots._length(results).axes[0].get_title(loc="left") == beside
         assert plots._sweep(results, "block").axes[0].get_title(loc="left") == told
         assert plots._groups(results).get_supxlabel() == (f"grey {told}" if told else "")
-        assert plots._variants(results).get_supxlabel() == f"dashed: dense, 100.0{'; grey ' if told else ''}{told}"
+        assert (
+            plots._variants(results).get_supxlabel()
+            == f"dashed: dense, 100.0{'; grey ' if told else ''}{told}"
+        )
 
 
 def test_ablations_have_a_picture_of_their_own(tmp_path: Path) -> None:
     """They had one of their times alone, in which most of them are not."""
     anchors = ("none", "constant", "random")
     variants = ",".join(("dense", "star:/4", *(f"star:/4:anchor={anchor}" for anchor in anchors)))
-    place = folder(tmp_path, variants, score=lambda task, key, *_: {"dense": 1.0, "star:/4": 0.75}.get(key, 0.25))
+    place = folder(
+        tmp_path,
+        variants,
+        score=lambda task, key, *_: {"dense": 1.0, "star:/4": 0.75}.get(key, 0.25),
+    )
     results = Results.read(place)
     (axes,) = plots._variants(results).axes
     names = ["star b=/4", *(f"star b=/4 anchor={anchor}" for anchor in anchors)]
@@ -291,7 +336,10 @@ def test_ablations_have_a_picture_of_their_own(tmp_path: Path) -> None:
     assert dense.get_xdata() == [100, 100]
     drawn = {file.stem for file in report.write(place) if file.suffix == ".png"}
     assert "variants" in drawn
-    assert "![Accuracy of each variant](pictures/variants.png)" in (tmp_path / report.MARKDOWN).read_text()
+    assert (
+        "![Accuracy of each variant](pictures/variants.png)"
+        in (tmp_path / report.MARKDOWN).read_text()
+    )
     assert '<img alt="Accuracy of each variant"' in (tmp_path / report.PAGE).read_text()
     assert "variants" not in plots.draw(Results.read(folder(tmp_path)), tmp_path / report.PICTURES)
     alone = folder(
@@ -307,7 +355,9 @@ def test_names_of_categories_do_not_overlap(tmp_path: Path, count: int) -> None:
     """Names of twelve tasks were a smear."""
     tasks = {f"longdialogue_qa_{index}": f"longdialogue_qa_{index}" for index in range(count)}
     figure = plots._groups(
-        Results.read(folder(tmp_path, "dense,star:/4,star:/8", count=1, lengths=(1024,), tasks=tasks))
+        Results.read(
+            folder(tmp_path, "dense,star:/4,star:/8", count=1, lengths=(1024,), tasks=tasks)
+        )
     )
     figure.draw_without_rendering()
     (axes,) = figure.axes
@@ -315,7 +365,11 @@ def test_names_of_categories_do_not_overlap(tmp_path: Path, count: int) -> None:
     ends = [label.get_window_extent() for label in labels]
     angle = math.radians(labels[0].get_rotation())
     for one, other in itertools.pairwise(ends):
-        apart = (other.x1 - one.x1) * math.sin(angle) > labels[0].get_fontsize() if angle else other.x0 > one.x1
+        apart = (
+            (other.x1 - one.x1) * math.sin(angle) > labels[0].get_fontsize()
+            if angle
+            else other.x0 > one.x1
+        )
         assert apart
     assert (angle > 0) == (count > 2)
     assert min(end.x0 for end in ends) >= 0
@@ -330,7 +384,8 @@ def test_long_names_of_variants_leave_room_for_the_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0.55, 1.2), (0.139, 0.151), (0.08, 0.55), (1.0, 9.9), (0.5, 0.5), (0.02, 9.0)]
+    ("low", "high"),
+    [(0.55, 1.2), (0.139, 0.151), (0.08, 0.55), (1.0, 9.9), (0.5, 0.5), (0.02, 9.0)],
 )
 def test_an_axis_of_times_has_labels(tmp_path: Path, low: float, high: float) -> None:
     """From 0.55 to 1.2 s there was one."""
@@ -338,7 +393,9 @@ def test_an_axis_of_times_has_labels(tmp_path: Path, low: float, high: float) ->
     def change(one: Prediction) -> Prediction:
         return replace(one, encode_s=0.0, answer_s=low if one.variant == "dense" else high)
 
-    (axes,) = plots._speed(Results.read(folder(tmp_path, lengths=(1024,), count=1, change=change))).axes
+    (axes,) = plots._speed(
+        Results.read(folder(tmp_path, lengths=(1024,), count=1, change=change))
+    ).axes
     left, right = axes.get_xlim()
     ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
     assert 3 <= len(ticks) <= 12
@@ -352,7 +409,11 @@ def test_the_legend_of_a_sweep_is_as_drawn(tmp_path: Path) -> None:
 
     def legend(results: Results, what: str) -> dict[str, str]:
         (axes,) = plots._sweep(results, what).axes
-        drawn = {line.get_label(): line.get_color() for line in axes.lines if line.get_linestyle() == "--"}
+        drawn = {
+            line.get_label(): line.get_color()
+            for line in axes.lines
+            if line.get_linestyle() == "--"
+        }
         shown = zip(axes.get_legend().get_texts(), axes.get_legend().legend_handles, strict=True)
         named = {text.get_text(): handle for text, handle in shown}
         lines = {name: handle for name, handle in named.items() if name.startswith("dense")}
@@ -366,9 +427,20 @@ def test_the_legend_of_a_sweep_is_as_drawn(tmp_path: Path) -> None:
     given = Results.read(folder(tmp_path, "dense,star:256,star:512", lengths=(0,), change=change))
     assert legend(given, "block") == {"star": "", "dense": "#000000"}
     two = Results.read(folder(tmp_path, "dense,star:/4,star:/8"))
-    assert legend(two, "block") == {"star, 1k": "", "star, 2k": "", "dense, 1k": "#0072B2", "dense, 2k": "#D55E00"}
-    anchors = Results.read(folder(tmp_path, "dense,star:/4:16,star:/4:64,star:/8:16,star:/8:64", lengths=(1024,)))
-    assert legend(anchors, "anchor") == {"star, 1k, block 128": "", "star, 1k, block 256": "", "dense": "#000000"}
+    assert legend(two, "block") == {
+        "star, 1k": "",
+        "star, 2k": "",
+        "dense, 1k": "#0072B2",
+        "dense, 2k": "#D55E00",
+    }
+    anchors = Results.read(
+        folder(tmp_path, "dense,star:/4:16,star:/4:64,star:/8:16,star:/8:64", lengths=(1024,))
+    )
+    assert legend(anchors, "anchor") == {
+        "star, 1k, block 128": "",
+        "star, 1k, block 256": "",
+        "dense": "#000000",
+    }
 
 
 def test_a_missing_bar_is_not_a_bar_of_zero(tmp_path: Path) -> None:
@@ -381,9 +453,13 @@ def test_a_missing_bar_is_not_a_bar_of_zero(tmp_path: Path) -> None:
 
 
 def test_many_depths_are_drawn_by_tenths(tmp_path: Path) -> None:
-    place = folder(tmp_path, count=20, tasks={"niah": "retrieval"}, meta=lambda index: {"depth": index * 5.1})
+    place = folder(
+        tmp_path, count=20, tasks={"niah": "retrieval"}, meta=lambda index: {"depth": index * 5.1}
+    )
     axes = plots._depth(Results.read(place)).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{depth} %" for depth in range(0, 101, 10)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{depth} %" for depth in range(0, 101, 10)
+    ]
 
 
 def test_one_sample_a_cell_is_told_so(tmp_path: Path) -> None:
@@ -392,7 +468,9 @@ def test_one_sample_a_cell_is_told_so(tmp_path: Path) -> None:
     assert figure.get_supxlabel() == "length, tokens (accuracy in %, 1 sample a cell)"
 
 
-def test_without_matplotlib_there_are_tables_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_there_are_tables_and_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing() -> None:
         raise MissingPackageError("no matplotlib")
 
@@ -400,7 +478,10 @@ def test_without_matplotlib_there_are_tables_and_a_note(tmp_path: Path, monkeypa
     files = report.write(folder(tmp_path))
     assert not [file for file in files if file.suffix == ".png"]
     text = (tmp_path / report.MARKDOWN).read_text()
-    assert 'Without pictures: matplotlib is not installed; run: pip install "star-attention[plot]"' in text
+    assert (
+        'Without pictures: matplotlib is not installed; run: pip install "star-attention[plot]"'
+        in text
+    )
     assert "| niah, 1k |" in text
     assert heatmap.MissingPackageError is MissingPackageError
 
@@ -411,7 +492,11 @@ def test_what_is_missing_is_said_and_not_paired(tmp_path: Path) -> None:
 
     told = found(folder(tmp_path, change=change))
     assert told["missing"] == 1
-    star = next(one for one in told["tasks"] if (one["task"], one["length"], one["variant"]) == ("vt", 1024, "star:/4"))
+    star = next(
+        one
+        for one in told["tasks"]
+        if (one["task"], one["length"], one["variant"]) == ("vt", 1024, "star:/4")
+    )
     assert star["difference"] is None
     assert "1 samples have a score on one side only, vt-1024-3 first" in star["unpaired"]
     text = (tmp_path / report.MARKDOWN).read_text()
@@ -421,12 +506,17 @@ def test_what_is_missing_is_said_and_not_paired(tmp_path: Path) -> None:
 
 def test_empty_predictions_and_single_blocks_are_told(tmp_path: Path) -> None:
     def change(one: Prediction) -> Prediction:
-        return Prediction(**vars(one) | {"prediction": " \n" if one.variant == "dense" else one.prediction})
+        return Prediction(
+            **vars(one) | {"prediction": " \n" if one.variant == "dense" else one.prediction}
+        )
 
     report.write(folder(tmp_path, "dense,star:2k", change=change))
     text = (tmp_path / report.MARKDOWN).read_text()
     assert "- dense: 48 of 48 predictions are empty." in text
-    assert "One block holds the whole context, which is then dense attention: star b=2k at 1k, star b=2k at 2k." in text
+    assert (
+        "One block holds the whole context, which is then dense attention: star b=2k at 1k, star b=2k at 2k."
+        in text
+    )
 
 
 def test_answers_that_were_cut_off_are_told_where_they_are_not_right(tmp_path: Path) -> None:
@@ -450,7 +540,10 @@ def test_answers_that_were_cut_off_are_told_where_they_are_not_right(tmp_path: P
     assert f"- {line}" in (tmp_path / report.MARKDOWN).read_text()
     assert line in (tmp_path / report.PAGE).read_text()
     with (tmp_path / report.SUMMARY).open(newline="") as file:
-        cut_off = {(row["task"], row["length"], row["variant"]): row["cut_off"] for row in csv.DictReader(file)}
+        cut_off = {
+            (row["task"], row["length"], row["variant"]): row["cut_off"]
+            for row in csv.DictReader(file)
+        }
     assert {cell: count for cell, count in cut_off.items() if count != "0"} == {
         ("vt", "1024", "star:/4"): "8",
         ("vt", "2048", "star:/4"): "8",
@@ -458,7 +551,9 @@ def test_answers_that_were_cut_off_are_told_where_they_are_not_right(tmp_path: P
 
 
 def test_answers_that_are_right_at_the_limit_are_not_worth_a_word(tmp_path: Path) -> None:
-    place = folder(tmp_path, score=lambda *_: 1.0, change=lambda one: replace(one, finish_reason="length"))
+    place = folder(
+        tmp_path, score=lambda *_: 1.0, change=lambda one: replace(one, finish_reason="length")
+    )
     assert len(report.short(Results.read(place))) == 2
 
 
@@ -467,34 +562,54 @@ def test_without_dense_the_first_variant_is_the_baseline(tmp_path: Path) -> None
 
 
 def test_samples_of_one_cluster_are_one_draw(tmp_path: Path) -> None:
-    place = folder(tmp_path, count=12, meta=lambda index: {"depth": index % 2 * 50, "cluster": f"c{index // 2}"})
+    place = folder(
+        tmp_path,
+        count=12,
+        meta=lambda index: {"depth": index % 2 * 50, "cluster": f"c{index // 2}"},
+    )
     (star,) = (
-        one for one in found(place)["tasks"] if (one["task"], one["length"], one["variant"]) == ("vt", 1024, "star:/4")
+        one
+        for one in found(place)["tasks"]
+        if (one["task"], one["length"], one["variant"]) == ("vt", 1024, "star:/4")
     )
     assert (star["mean"]["n"], star["mean"]["contexts"]) == (12, 6)
 
 
 def test_means_are_over_the_cells_that_all_variants_have(tmp_path: Path) -> None:
     def change(one: Prediction) -> Prediction | None:
-        return one if one.variant == "dense" or (one.task == "niah" and one.length == 1024) else None
+        return (
+            one if one.variant == "dense" or (one.task == "niah" and one.length == 1024) else None
+        )
 
     def score(task: str, variant: str, length: int, index: int) -> float:
         return float(task == "niah")
 
     told = found(folder(tmp_path, change=change, score=score))
     overall = {(line["variant"], line["length"]): line["mean"] for line in told["overall"]}
-    assert set(overall) == {(variant, length) for variant in ("dense", "star:/4") for length in (None, 1024)}
+    assert set(overall) == {
+        (variant, length) for variant in ("dense", "star:/4") for length in (None, 1024)
+    }
     assert {(mean["value"], mean["n"]) for mean in overall.values()} == {(1.0, 8)}
-    assert [line["variant"] for line in told["tasks"] if (line["task"], line["length"]) == ("vt", 2048)] == ["dense"]
+    assert [
+        line["variant"] for line in told["tasks"] if (line["task"], line["length"]) == ("vt", 2048)
+    ] == ["dense"]
     text = (tmp_path / report.MARKDOWN).read_text()
-    assert "Not all variants have niah at 2k, vt at 1k, vt at 2k, cwe at 1k, cwe at 2k: means over several" in text
+    assert (
+        "Not all variants have niah at 2k, vt at 1k, vt at 2k, cwe at 1k, cwe at 2k: means over several"
+        in text
+    )
     assert "| 2k (no cell that all variants have) | – | – | – | – |" in text
 
 
 def test_variants_without_a_common_cell_have_no_mean(tmp_path: Path) -> None:
-    place = folder(tmp_path, change=lambda one: one if (one.variant == "dense") == (one.task == "vt") else None)
+    place = folder(
+        tmp_path, change=lambda one: one if (one.variant == "dense") == (one.task == "vt") else None
+    )
     report.write(place)
-    assert report.short(Results.read(place))[0] == "dense: – (no task and length that all variants have)"
+    assert (
+        report.short(Results.read(place))[0]
+        == "dense: – (no task and length that all variants have)"
+    )
 
 
 def test_ablations_are_not_timed(tmp_path: Path) -> None:
@@ -508,11 +623,22 @@ def test_ablations_are_not_timed(tmp_path: Path) -> None:
 
 def test_prose_and_prompts_that_are_not_the_published_ones_are_named(tmp_path: Path) -> None:
     tasks = {"niah_single_2": "retrieval", "qa1": "qa1"}
-    report.write(folder(tmp_path, tasks=tasks, meta=lambda index: {"prose": "pydoc_data.topics", "prose_sha256": "1"}))
+    report.write(
+        folder(
+            tmp_path,
+            tasks=tasks,
+            meta=lambda index: {"prose": "pydoc_data.topics", "prose_sha256": "1"},
+        )
+    )
     text = (tmp_path / report.MARKDOWN).read_text()
     assert "- Tasks marked pydoc_data.topics stand in prose of the running Python" in text
-    assert "- qa1: prompts of our own, so that these are no numbers of BABILong or InfiniteBench." in text
-    report.write(folder(tmp_path / "asked", tasks=tasks, meta=lambda index: {"prompts_sha256": "1"}))
+    assert (
+        "- qa1: prompts of our own, so that these are no numbers of BABILong or InfiniteBench."
+        in text
+    )
+    report.write(
+        folder(tmp_path / "asked", tasks=tasks, meta=lambda index: {"prompts_sha256": "1"})
+    )
     assert "prompts of our own" not in (tmp_path / "asked" / report.MARKDOWN).read_text()
     assert "| niah_single_2, 1k (pydoc_data.topics) |" in text
     with (tmp_path / report.SUMMARY).open(newline="") as file:
@@ -534,7 +660,9 @@ def test_many_variants_stand_below_one_another(tmp_path: Path) -> None:
     """Ten variants beside one another made tables of twenty columns, which no page can hold."""
     anchors = ("none", "constant", "random", "shuffled", "previous-block")
     variants = ",".join(("dense", "star:/4", *(f"star:/4:anchor={anchor}" for anchor in anchors)))
-    report.write(folder(tmp_path, variants, score=lambda task, key, *_: float(key in ("dense", "star:/4"))))
+    report.write(
+        folder(tmp_path, variants, score=lambda task, key, *_: float(key in ("dense", "star:/4")))
+    )
     text = (tmp_path / report.MARKDOWN).read_text()
     assert text.startswith("# ruler: 7 variants\n")
     tables = text.partition("## Accuracy by length")[2].partition("## Speed")[0]
@@ -548,7 +676,9 @@ def test_many_variants_stand_below_one_another(tmp_path: Path) -> None:
         "|  | star b=/4 anchor=none | 48 | 0.0 ± 0.0 | −100.0 [−100.0, −100.0] * |",
     ]
     assert len(rows) == 3 * 2 + 7 * (3 + 3 + 6)
-    assert '<table class="words"><tr><th></th><th>variant</th>' in (tmp_path / report.PAGE).read_text()
+    assert (
+        '<table class="words"><tr><th></th><th>variant</th>' in (tmp_path / report.PAGE).read_text()
+    )
 
 
 def test_marks_are_explained_below_the_tables_that_have_them(tmp_path: Path) -> None:
@@ -556,8 +686,14 @@ def test_marks_are_explained_below_the_tables_that_have_them(tmp_path: Path) -> 
 
     def told(place: Path) -> list[str]:
         report.write(place)
-        lines = [line for line in (place / report.MARKDOWN).read_text().splitlines() if line.startswith("Marks: ")]
-        assert [line for line in lines if f"<p>{line}</p>" not in (place / report.PAGE).read_text()] == []
+        lines = [
+            line
+            for line in (place / report.MARKDOWN).read_text().splitlines()
+            if line.startswith("Marks: ")
+        ]
+        assert [
+            line for line in lines if f"<p>{line}</p>" not in (place / report.PAGE).read_text()
+        ] == []
         return lines
 
     lower, none = (
@@ -585,7 +721,10 @@ def test_one_length_is_told_once(tmp_path: Path) -> None:
 def test_variants_are_told_by_name_and_as_they_are_written(tmp_path: Path) -> None:
     report.write(folder(tmp_path, "dense,star:/4:0"))
     text = (tmp_path / report.MARKDOWN).read_text().partition("## Variants")[2]
-    assert "| variant | written |\n| --- | --- |\n| dense | dense |\n| star b=/4 a=0 | star:/4:0 |\n" in text
+    assert (
+        "| variant | written |\n| --- | --- |\n| dense | dense |\n| star b=/4 a=0 | star:/4:0 |\n"
+        in text
+    )
 
 
 def test_facts_are_in_plain_words(tmp_path: Path) -> None:
@@ -610,7 +749,9 @@ def test_options_and_limits_are_in_the_facts(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"holds no run\.json; give a folder that `eval` has written"):
+    with pytest.raises(
+        InvalidInputError, match=r"holds no run\.json; give a folder that `eval` has written"
+    ):
         report.write(tmp_path)
     place = folder(tmp_path)
     (place / run_folder.PREDICTIONS).write_bytes(b"")

@@ -23,7 +23,7 @@ from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals import metrics, ruler, ruler_lists, ruler_needles, sources, suites
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import bundled_tokenizer, text_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ruler_scores.json"
@@ -77,7 +77,9 @@ PROMPTS = {
     "qa_2": QA,
 }
 NEEDLE_TASKS = [task for task in PROMPTS if task.startswith("niah")]
-TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32} | dict.fromkeys(NEEDLE_TASKS, 128)
+TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32} | dict.fromkeys(
+    NEEDLE_TASKS, 128
+)
 UNIT = {
     "cwe": 160,
     "qa_1": 100,
@@ -99,8 +101,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         for number in range(40):
             year = str(1900 + number)
             answers = [{"text": year, "answer_start": 0}, {"text": f"in {year}", "answer_start": 0}]
-            answered = {"id": "a", "question": f"When was {name.lower()} {number} made?", "is_impossible": False}
-            impossible = {"id": "b", "question": "Who knows?", "is_impossible": True, "answers": answers}
+            answered = {
+                "id": "a",
+                "question": f"When was {name.lower()} {number} made?",
+                "is_impossible": False,
+            }
+            impossible = {
+                "id": "b",
+                "question": "Who knows?",
+                "is_impossible": True,
+                "answers": answers,
+            }
             unanswered = {"id": "c", "question": "Who knows?", "answers": []}
             qas = [answered | {"answers": [*answers, answers[0]]}, impossible, unanswered]
             paragraphs.append({"context": paragraph(name, number), "qas": qas})
@@ -109,7 +120,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     squad.write_text(json.dumps({"version": "v2.0", "data": articles}))
     asked = []
     for number in range(20):
-        pages = [[f"Page {number * 10 + k}", [paragraph("Page", number * 10 + k), " It is old."]] for k in range(10)]
+        pages = [
+            [f"Page {number * 10 + k}", [paragraph("Page", number * 10 + k), " It is old."]]
+            for k in range(10)
+        ]
         facts = [[pages[2][0], 0], [pages[7][0], 1]]
         asked.append(
             {
@@ -207,7 +221,9 @@ def test_the_prompt_is_rulers(task: str, files: dict[str, str]) -> None:
     for length in (2048, 4096):
         for sample in make(task, length, 2, **for_task(task, files)):
             found = parts(sample)
-            assert sample.context.endswith(found.get("text", found["context"]) + ("\n\n" if "qa" in task else "\n"))
+            assert sample.context.endswith(
+                found.get("text", found["context"]) + ("\n\n" if "qa" in task else "\n")
+            )
             assert sample.answer_prefix.startswith((" The special magic", " Answer:"))
 
 
@@ -222,7 +238,9 @@ def test_the_answer_is_in_the_context_alone(task: str, files: dict[str, str]) ->
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)
-def test_scores_of_the_right_answer_of_none_and_of_a_wrong_one(task: str, files: dict[str, str]) -> None:
+def test_scores_of_the_right_answer_of_none_and_of_a_wrong_one(
+    task: str, files: dict[str, str]
+) -> None:
     one, other = make(task, 2048, 2, **for_task(task, files))
     assert metrics.score(gold(one), one) == 1.0
     assert metrics.score("", one) == 0.0
@@ -250,10 +268,15 @@ def test_the_split_is_what_the_model_sees(task: str, files: dict[str, str]) -> N
     (sample,) = make(task, 2048, **for_task(task, files))
     star = StarLLM(text_model(), tokenizer, block_size=512)
     context = star.encode(sample.context)
-    head, tail = context_ids(tokenizer, sample.context), query_ids(tokenizer, sample.query + sample.answer_prefix)
+    head, tail = (
+        context_ids(tokenizer, sample.context),
+        query_ids(tokenizer, sample.query + sample.answer_prefix),
+    )
     assert context.token_ids.tolist() == head
     assert star._query_ids(context, sample.query, sample.answer_prefix) == tail
-    assert len(head) + len(tail) + sample.max_new_tokens == Size(tokenizer=tokenizer, length=0).tokens(sample)
+    assert len(head) + len(tail) + sample.max_new_tokens == Size(
+        tokenizer=tokenizer, length=0
+    ).tokens(sample)
     prompt = sample.context + sample.query + sample.answer_prefix
     assert tokenizer.decode(head + tail, skip_special_tokens=True) == prompt
 
@@ -262,7 +285,9 @@ def test_the_split_is_what_the_model_sees(task: str, files: dict[str, str]) -> N
 def test_a_long_sample_takes_few_attempts(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     tokens = Size.tokens
-    monkeypatch.setattr(Size, "tokens", lambda self, sample: counted.append(tokens(self, sample)) or counted[-1])
+    monkeypatch.setattr(
+        Size, "tokens", lambda self, sample: counted.append(tokens(self, sample)) or counted[-1]
+    )
     make(task, 32768)
     assert sum(counted) < 15 * 32768
 
@@ -290,8 +315,12 @@ def test_needles(task: str) -> None:
             keys, answers = expected.get(task, (1, 1))
             assert (len({key for key, _ in hidden}), len(sample.answers)) == (keys, answers)
             assert len(hidden) == max(keys, answers)
-            places = [match.start() / len(found["context"]) for match in needle.finditer(found["context"])]
-            assert sorted(sample.meta["depths"]) == pytest.approx([100 * place for place in places], abs=2)
+            places = [
+                match.start() / len(found["context"]) for match in needle.finditer(found["context"])
+            ]
+            assert sorted(sample.meta["depths"]) == pytest.approx(
+                [100 * place for place in places], abs=2
+            )
         else:
             assert len({key for key, _ in hidden}) == len(hidden)
             assert needle.sub("", found["context"]).strip("\n") == ""
@@ -319,7 +348,9 @@ def test_prose_is_named(tmp_path: Path) -> None:
     assert theirs.meta["prose"] == "PaulGrahamEssays.json"
     assert theirs.meta["prose_sha256"] != ours.meta["prose_sha256"]
     text = re.sub(r"One of the special magic .*?\. ?", "", parts(theirs)["context"])
-    assert text.count("A short essay. It ends here, after few words. ") > 20  # repeated to fill the length
+    assert (
+        text.count("A short essay. It ends here, after few words. ") > 20
+    )  # repeated to fill the length
 
 
 def test_prose_goes_round() -> None:
@@ -336,7 +367,14 @@ def test_nothing_is_drawn_twice() -> None:
 
 
 def test_planted_sentences_stand_at_their_places() -> None:
-    assert ruler_needles.planted(["a", "b", "c"], ["x", "y", "z"], [0, 2, 3]) == ["x", "a", "b", "y", "c", "z"]
+    assert ruler_needles.planted(["a", "b", "c"], ["x", "y", "z"], [0, 2, 3]) == [
+        "x",
+        "a",
+        "b",
+        "y",
+        "c",
+        "z",
+    ]
     assert ruler_needles.planted(["a"], ["x", "y"], [1, 1]) == ["a", "x", "y"]
 
 
@@ -363,7 +401,9 @@ def test_chains_of_variables() -> None:
         assert 500 - 40 < tokens <= 500
 
 
-@pytest.mark.parametrize(("length", "common", "shown"), [(2048, (6, 1), (3, 1)), (4096, (30, 3), (10, 3))])
+@pytest.mark.parametrize(
+    ("length", "common", "shown"), [(2048, (6, 1), (3, 1)), (4096, (30, 3), (10, 3))]
+)
 def test_common_words(length: int, common: tuple[int, int], shown: tuple[int, int]) -> None:
     for sample in make("cwe", length, 2):
         found = parts(sample)
@@ -378,14 +418,18 @@ def test_common_words(length: int, common: tuple[int, int], shown: tuple[int, in
             assert {word for word, count in counts.items() if count == many} == set(often)
             assert {count for word, count in counts.items() if word not in often} == {few}
             assert len(often) == 10
-        assert len(Counter(re.findall(r"\d+\. (.*?)(?= \d+\. |$)", found["context"]))) == (20 if length < 4096 else 40)
+        assert len(Counter(re.findall(r"\d+\. (.*?)(?= \d+\. |$)", found["context"]))) == (
+            20 if length < 4096 else 40
+        )
         assert sample.meta["pairs"] == 0
 
 
 def test_common_words_beyond_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer lists than there are words go on with pairs of them, and say so."""
     known = sources.words()
-    few = dataclasses.replace(known, adjectives=known.adjectives[:30], nouns=known.nouns[:30], verbs=known.verbs[:5])
+    few = dataclasses.replace(
+        known, adjectives=known.adjectives[:30], nouns=known.nouns[:30], verbs=known.verbs[:5]
+    )
     monkeypatch.setattr(ruler_lists, "words", lambda part: few)
     (sample,) = make("cwe", 8192)
     counts = Counter(re.findall(r"\d+\. (.*?)(?= \d+\. |$)", parts(sample)["text"]))
@@ -418,14 +462,18 @@ def test_frequent_words_of_the_shortest_list() -> None:
     for sample in made:
         counts = Counter(parts(sample)["context"].split(" "))
         fourth = counts[sample.answers[2]]
-        assert all(count < fourth for word, count in counts.items() if word not in ("...", *sample.answers))
+        assert all(
+            count < fourth for word, count in counts.items() if word not in ("...", *sample.answers)
+        )
 
 
 def test_the_official_variant() -> None:
     """300 and 30 repeats from 4096 tokens on, vt as its older code joins and spells it, 120 tokens for fwe."""
     official = {"compat": "star-attention"}
     (cwe,) = make("cwe", 32768, **official)
-    counts = Counter(re.findall(r"\d+\. (.*?)(?= \d+\. |$)", cwe.context.rpartition("often.\n")[2].rstrip()))
+    counts = Counter(
+        re.findall(r"\d+\. (.*?)(?= \d+\. |$)", cwe.context.rpartition("often.\n")[2].rstrip())
+    )
     assert {counts[word] for word in cwe.answers} == {300}
     assert set(counts.values()) == {300, 30}
     assert re.search(r"in the list are:1\. \S+ 2\. ", cwe.context), "the example's answer"
@@ -436,7 +484,9 @@ def test_the_official_variant() -> None:
     assert vt.answer_prefix.startswith(" Answer: According")
     assert "5 variables are assgined the value" in vt.answer_prefix
     assert re.match(r" Memorize and track", vt.context)
-    assert re.search(r"they are:  \w{3} \w{3} \w{3} \w{3} \w{3}\n\n\n\nMemorize and track", vt.context)
+    assert re.search(
+        r"they are:  \w{3} \w{3} \w{3} \w{3} \w{3}\n\n\n\nMemorize and track", vt.context
+    )
     (fwe,) = make("fwe", 1024, **official)
     assert fwe.max_new_tokens == 120
     assert make("niah_single_1", 1024, **official) == make("niah_single_1", 1024)
@@ -444,7 +494,9 @@ def test_the_official_variant() -> None:
 
 @pytest.mark.parametrize("length", [4096, 16384])
 def test_the_official_variant_where_its_list_would_be_empty(length: int) -> None:
-    with pytest.raises(SizeError, match=r"leave out compat: the official variant repeats its 10 answers 300 times"):
+    with pytest.raises(
+        SizeError, match=r"leave out compat: the official variant repeats its 10 answers 300 times"
+    ):
         make("cwe", length, compat="star-attention")
 
 
@@ -452,14 +504,19 @@ def test_the_official_variant_where_its_list_would_be_empty(length: int) -> None
 
 
 def documents(sample: Sample) -> list[str]:
-    numbered = re.findall(r"Document (\d+):\n(.*?)(?=\n\nDocument |$)", parts(sample)["context"], re.DOTALL)
+    numbered = re.findall(
+        r"Document (\d+):\n(.*?)(?=\n\nDocument |$)", parts(sample)["context"], re.DOTALL
+    )
     assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
     return [document for _, document in numbered]
 
 
 def test_squad(files: dict[str, str]) -> None:
     """The answering paragraph, those of its article, then others; answerable questions only, each answer once."""
-    short, long = make("qa_1", 1024, 5, **for_task("qa_1", files)), make("qa_1", 4096, 5, **for_task("qa_1", files))
+    short, long = (
+        make("qa_1", 1024, 5, **for_task("qa_1", files)),
+        make("qa_1", 4096, 5, **for_task("qa_1", files)),
+    )
     for sample in short + long:
         name, number = re.findall(r"Question: When was (\w+) (\d+) made\?$", sample.query)[0]
         shown = documents(sample)
@@ -469,7 +526,9 @@ def test_squad(files: dict[str, str]) -> None:
         assert right in shown
         assert sample.answers == (str(1900 + int(number)), f"in {1900 + int(number)}")
         assert set(shown) <= paragraphs or paragraphs <= set(shown)
-        assert sample.meta["depths"] == pytest.approx([100 * shown.index(right) / (len(shown) - 1)], abs=5)
+        assert sample.meta["depths"] == pytest.approx(
+            [100 * shown.index(right) / (len(shown) - 1)], abs=5
+        )
     assert all(len(documents(sample)) < 40 for sample in short)
     assert all(len(documents(sample)) > 40 for sample in long)
     assert [sample.query for sample in short] == [sample.query for sample in long]
@@ -483,18 +542,20 @@ def test_hotpot(files: dict[str, str]) -> None:
         own = [f"Page {k}\n{paragraph('Page', k)} It is old." for k in range(first, first + 10)]
         shown = documents(sample)
         assert set(own) < set(shown)
-        assert [round(depth / 100 * (len(shown) - 1)) for depth in sample.meta["depths"]] == pytest.approx(
-            [shown.index(own[2]), shown.index(own[7])], abs=1
-        )
+        assert [
+            round(depth / 100 * (len(shown) - 1)) for depth in sample.meta["depths"]
+        ] == pytest.approx([shown.index(own[2]), shown.index(own[7])], abs=1)
 
 
 def test_more_than_the_documents_can_fill(files: dict[str, str]) -> None:
     with pytest.raises(
-        SizeError, match=r"length 32,768 is more than the file has: 200 documents, with which the sample takes"
+        SizeError,
+        match=r"length 32,768 is more than the file has: 200 documents, with which the sample takes",
     ):
         make("qa_1", 32768, **for_task("qa_1", files))
     with pytest.raises(
-        InvalidInputError, match=r"sample 21 of qa_2 cannot be made: the file holds 20 answerable questions"
+        InvalidInputError,
+        match=r"sample 21 of qa_2 cannot be made: the file holds 20 answerable questions",
     ):
         make("qa_2", 2048, 21, **for_task("qa_2", files))
 
@@ -504,7 +565,12 @@ def test_more_than_the_documents_can_fill(files: dict[str, str]) -> None:
     [
         ("qa_1", "squad", None, r"squad '.*squad\.json' is not there; check the path"),
         ("qa_1", "squad", "{", r"squad\.json cannot be read as SQuAD \(Expecting"),
-        ("qa_1", "squad", "[1]", r"not in SQuAD's published format \(TypeError: .*\); give dev-v2\.0\.json"),
+        (
+            "qa_1",
+            "squad",
+            "[1]",
+            r"not in SQuAD's published format \(TypeError: .*\); give dev-v2\.0\.json",
+        ),
         ("qa_1", "squad", '{"data": [{"paragraphs": [{"qas": []}]}]}', r"KeyError: 'context'"),
         ("qa_1", "squad", '{"data": []}', r"holds no question with an answer"),
         (
@@ -516,7 +582,12 @@ def test_more_than_the_documents_can_fill(files: dict[str, str]) -> None:
         ("qa_2", "hotpot", None, r"hotpot '.*hotpot\.json' is not there"),
         ("qa_2", "hotpot", '{"data": []}', r"not in HotpotQA's published format"),
         ("qa_2", "hotpot", '[{"context": [["a"]]}]', r"give hotpot_dev_distractor_v1\.json"),
-        ("qa_2", "hotpot", '[{"context": [], "question": "q", "supporting_facts": []}]', r"KeyError: 'answer'"),
+        (
+            "qa_2",
+            "hotpot",
+            '[{"context": [], "question": "q", "supporting_facts": []}]',
+            r"KeyError: 'answer'",
+        ),
     ],
 )
 def test_files_that_are_not_as_published(
@@ -532,8 +603,16 @@ def test_files_that_are_not_as_published(
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("niah_single_4", {}, r"task 'niah_single_4' of RULER is unknown; choose from niah_single_1, "),
-        ("vt", {"essay": "x"}, r"option 'essay' of RULER is unknown; it takes essays, squad, hotpot, words, compat"),
+        (
+            "niah_single_4",
+            {},
+            r"task 'niah_single_4' of RULER is unknown; choose from niah_single_1, ",
+        ),
+        (
+            "vt",
+            {"essay": "x"},
+            r"option 'essay' of RULER is unknown; it takes essays, squad, hotpot, words, compat",
+        ),
         ("cwe", {"compat": "lm-eval"}, r"compat 'lm-eval' is unknown; give star-attention"),
         (
             "qa_1",
@@ -543,7 +622,11 @@ def test_files_that_are_not_as_published(
         ("qa_2", {}, r"HotpotQA does not come .* with --hotpot \(the option hotpot\)"),
         ("vt", {"squad": "x"}, r"squad 'x' is not there; check the path"),
         ("vt", {"words": "x"}, r"words 'x' are unknown; choose one of train, eval"),
-        ("niah_single_2", {"essays": "/no/such/essays.txt"}, r"essays '/no/such/essays\.txt' is not there"),
+        (
+            "niah_single_2",
+            {"essays": "/no/such/essays.txt"},
+            r"essays '/no/such/essays\.txt' is not there",
+        ),
     ],
 )
 def test_what_cannot_be_asked_for(task: str, options: dict[str, str], message: str) -> None:
@@ -554,7 +637,8 @@ def test_what_cannot_be_asked_for(task: str, options: dict[str, str], message: s
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_3", "vt", "cwe", "fwe"])
 def test_lengths_that_are_too_short(task: str) -> None:
     with pytest.raises(
-        SizeError, match=rf"length 192 is too short for a sample of {task}, which takes \d+ tokens at least"
+        SizeError,
+        match=rf"length 192 is too short for a sample of {task}, which takes \d+ tokens at least",
     ):
         make(task, 192)
 
@@ -601,7 +685,9 @@ class Letters:
 
     bos_token_id, eos_token_id = 0, None
 
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> SimpleNamespace:
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, verbose: bool = True
+    ) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[0] * add_special_tokens + [1] * len(text))
 
 
@@ -649,13 +735,16 @@ def test_too_short_for_the_least() -> None:
     size = Size(tokenizer=Letters(), length=1019)
     assert size.largest(sized, least=1010)[0] == 1010
     with pytest.raises(
-        SizeError, match=r"length 1,019 is too short for a sample of vt, which takes 1,020 tokens at least"
+        SizeError,
+        match=r"length 1,019 is too short for a sample of vt, which takes 1,020 tokens at least",
     ):
         size.largest(sized, least=1011)
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=3, max_size=80), st.integers(0, 900), st.integers(1, 3))
+@given(
+    st.lists(st.integers(1, 60), min_size=3, max_size=80), st.integers(0, 900), st.integers(1, 3)
+)
 def test_the_largest_is_what_trying_each_finds(units: list[int], room: int, least: int) -> None:
     """Whatever the units take, and in few steps."""
 
@@ -703,12 +792,18 @@ def test_words_are_held_apart() -> None:
     assert set(train.all) | set(held.all) == set(every.all)
     assert not set(train.all) & set(held.all)
     size = Size(tokenizer=bundled_tokenizer(), length=2048)
-    (needles,) = ruler.generate("niah_multikey_2", size=size, count=1, seed=0, options={"words": "eval"})
+    (needles,) = ruler.generate(
+        "niah_multikey_2", size=size, count=1, seed=0, options={"words": "eval"}
+    )
     keys = re.findall(r" for (.+?) is: ", needles.context)
     assert len(keys) > 10
-    assert set(keys) <= {f"{adjective}-{noun}" for adjective in held.adjectives for noun in held.nouns}
+    assert set(keys) <= {
+        f"{adjective}-{noun}" for adjective in held.adjectives for noun in held.nouns
+    }
     (common,) = ruler.generate("cwe", size=size, count=1, seed=0, options={"words": "eval"})
     assert set(re.findall(r"\d+\. (.+?)(?= \d+\.|\n)", common.context)) <= set(held.all)
     assert needles.meta["words"] == common.meta["words"] == held.release
-    with pytest.raises(InvalidInputError, match="words 'test' are unknown; choose one of train, eval"):
+    with pytest.raises(
+        InvalidInputError, match="words 'test' are unknown; choose one of train, eval"
+    ):
         list(ruler.generate("cwe", size=size, count=1, seed=0, options={"words": "test"}))

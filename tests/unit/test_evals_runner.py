@@ -20,7 +20,7 @@ from star_attention.evals import perplexity, report, results, run_folder, runner
 from star_attention.evals.record import Sample
 from star_attention.evals.run_folder import PREDICTIONS, RUN
 from star_attention.evals.variants import Variant, parse, parse_all
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import bundled_tokenizer, text_model
 
 VARIANTS = parse_all("dense,star:/4")
@@ -37,7 +37,9 @@ def samples(count: int = 4, *, on: int = 1, task: str = "needles") -> list[Sampl
             id=f"{task}-{i}",
             task=task,
             length=256,
-            context="".join(f"The number of box {line} is {line * 37 + i // on}.\n" for line in range(12)),
+            context="".join(
+                f"The number of box {line} is {line * 37 + i // on}.\n" for line in range(12)
+            ),
             query=f"What is the number of box {i % 12}?",
             answer_prefix=" It is",
             answers=(str(i),),
@@ -125,10 +127,14 @@ def test_predictions_are_the_engines_answers(tmp_path: Path) -> None:
     assert (done.made, done.found, done.skipped) == (4, 0, 0)
     made = list(run_folder.read_predictions(tmp_path))
     assert [one.key for one in made] == [(s.id, v.key) for s in some for v in VARIANTS]
-    for prediction, settings in zip(made[:2], ({"method": "dense"}, {"block_size": 64}), strict=True):
+    for prediction, settings in zip(
+        made[:2], ({"method": "dense"}, {"block_size": 64}), strict=True
+    ):
         star = StarLLM(text_model(), bundled_tokenizer(), **settings)
         context = star.encode(some[0].context)
-        reply = star.generate(context, some[0].query, answer_prefix=" It is", max_new_tokens=3, do_sample=False)
+        reply = star.generate(
+            context, some[0].query, answer_prefix=" It is", max_new_tokens=3, do_sample=False
+        )
         assert prediction.prediction == reply.text
         assert prediction.block_size == context.plan.block_size
         ids = len(context_ids(star.tokenizer, some[0].context))
@@ -136,7 +142,9 @@ def test_predictions_are_the_engines_answers(tmp_path: Path) -> None:
         assert prediction.query_tokens == len(query_ids(star.tokenizer, some[0].query + " It is"))
         assert prediction.answer_tokens == 3
     told = json.loads((tmp_path / RUN).read_text())
-    assert told["variants"]["star:/4"]["plans"] == [{"length": 256, "ranks": 1, "block_size": 64, "anchor_size": 64}]
+    assert told["variants"]["star:/4"]["plans"] == [
+        {"length": 256, "ranks": 1, "block_size": 64, "anchor_size": 64}
+    ]
     assert told["variants"]["dense"]["plans"] == [{"length": 256, "ranks": 1}]
     assert told["cells"] == [{"task": "needles", "length": 256, "samples": 2}]
     assert {"date", "command", "hardware", "git", "ranks"} <= set(told["sessions"][0])
@@ -146,7 +154,9 @@ def test_predictions_are_the_engines_answers(tmp_path: Path) -> None:
 def test_a_shared_context_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encodings = []
     encode = StarLLM.encode
-    monkeypatch.setattr(StarLLM, "encode", lambda self, *a, **k: encodings.append(a) or encode(self, *a, **k))
+    monkeypatch.setattr(
+        StarLLM, "encode", lambda self, *a, **k: encodings.append(a) or encode(self, *a, **k)
+    )
     runner.run(engine(), samples(6, on=3), VARIANTS, tmp_path)
     assert len(encodings) == 4  # two contexts, two variants
     assert {line["sharing"] for line in lines(tmp_path)} == {3}
@@ -160,7 +170,13 @@ def test_chat_goes_through_the_template(tmp_path: Path) -> None:
     runner.run(engine(), [sample], [Variant(method="dense")], tmp_path, chat=True)
     star = StarLLM(text_model(), bundled_tokenizer(), method="dense")
     content = [{"role": "user", "content": [{"type": "text", "text": sample.context}]}]
-    reply = star.generate(star.encode(content), sample.query, answer_prefix=" It is", max_new_tokens=3, do_sample=False)
+    reply = star.generate(
+        star.encode(content),
+        sample.query,
+        answer_prefix=" It is",
+        max_new_tokens=3,
+        do_sample=False,
+    )
     (made,) = run_folder.read_predictions(tmp_path)
     assert (made.prediction, made.query_tokens) == (reply.text, reply.query_tokens)
     plain = len(query_ids(star.tokenizer, sample.query + " It is"))
@@ -178,7 +194,8 @@ def test_an_ablation_changes_what_blocks_see(tmp_path: Path) -> None:
     star, (sample,) = engine(), samples(1)
     variants = parse_all("star:/4,star:/4:anchor=none")
     contexts = [
-        runner.encoded(runner.engine_of(star, one, one.sizes(256)), one, sample.context, seed=0) for one in variants
+        runner.encoded(runner.engine_of(star, one, one.sizes(256)), one, sample.context, seed=0)
+        for one in variants
     ]
     keys = [context.kv.layers[-1].pair()[0] for context in contexts]
     assert keys[0].shape == keys[1].shape
@@ -187,15 +204,24 @@ def test_an_ablation_changes_what_blocks_see(tmp_path: Path) -> None:
 
 
 def test_limit_counts_for_each_task(tmp_path: Path) -> None:
-    done = runner.run(engine(), samples(3) + samples(3, task="others"), VARIANTS[:1], tmp_path, limit=2)
+    done = runner.run(
+        engine(), samples(3) + samples(3, task="others"), VARIANTS[:1], tmp_path, limit=2
+    )
     assert done.made == 4
-    assert {line["sample"] for line in lines(tmp_path)} == {"needles-0", "needles-1", "others-0", "others-1"}
+    assert {line["sample"] for line in lines(tmp_path)} == {
+        "needles-0",
+        "needles-1",
+        "others-0",
+        "others-1",
+    }
 
 
 def test_limit_counts_for_each_depth(tmp_path: Path) -> None:
     some = [replace(one, meta={"depth": index % 2 * 50}) for index, one in enumerate(samples(6))]
     runner.run(engine(), some, VARIANTS[:1], tmp_path, limit=2)
-    assert [line["sample"] for line in lines(tmp_path)] == [f"needles-{index}" for index in range(4)]
+    assert [line["sample"] for line in lines(tmp_path)] == [
+        f"needles-{index}" for index in range(4)
+    ]
 
 
 def test_lengths_that_are_each_samples_own_count_are_named_by_powers_of_two(tmp_path: Path) -> None:
@@ -204,7 +230,8 @@ def test_lengths_that_are_each_samples_own_count_are_named_by_powers_of_two(tmp_
     named = [one.length for one in runner.with_nominal_lengths(some)]
     assert named == [4096, 4096, 4096, 4096, 2048, 8192]
     meant = [
-        replace(one, length=count) for one, count in zip(samples(6), (0, 768, 1000, 1500, 3072, 6001), strict=True)
+        replace(one, length=count)
+        for one, count in zip(samples(6), (0, 768, 1000, 1500, 3072, 6001), strict=True)
     ]
     assert runner.with_nominal_lengths(meant) == meant
     runner.run(engine(), some, VARIANTS[:1], tmp_path, limit=1)
@@ -213,7 +240,9 @@ def test_lengths_that_are_each_samples_own_count_are_named_by_powers_of_two(tmp_
         ("needles-4", 2048),
         ("needles-5", 8192),
     ]
-    assert runner.run(engine(), some[:1], VARIANTS[:1], tmp_path).found == 3, "its length alone makes no other sample"
+    assert runner.run(engine(), some[:1], VARIANTS[:1], tmp_path).found == 3, (
+        "its length alone makes no other sample"
+    )
 
 
 def test_shares_of_data_sets_are_of_the_contexts_own_tokens(tmp_path: Path) -> None:
@@ -265,14 +294,18 @@ def test_a_killed_run_goes_on_to_the_same_report(tmp_path: Path) -> None:
     kept = file.read_bytes()
     before = kept.count(b"\n")
     assert 5 <= before < 80, "killed in the middle"
-    file.write_bytes(kept[: kept.rfind(b"\n") + 1] + b'{"sample": "needles-')  # what a kill in a write leaves
+    file.write_bytes(
+        kept[: kept.rfind(b"\n") + 1] + b'{"sample": "needles-'
+    )  # what a kill in a write leaves
 
     star = StarLLM.from_pretrained(model, device="cpu")
     done = runner.run(star, samples(40, on=4), VARIANTS, killed)
     assert (done.found, done.made) == (before, 80 - before)
     runner.run(star, samples(40, on=4), VARIANTS, whole)
     assert file.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1]), "nothing is written anew"
-    assert sorted(map(untimed, lines(killed)), key=str) == sorted(map(untimed, lines(whole)), key=str)
+    assert sorted(map(untimed, lines(killed)), key=str) == sorted(
+        map(untimed, lines(whole)), key=str
+    )
     assert accuracy(killed) == accuracy(whole)
     assert len(json.loads((killed / RUN).read_text())["sessions"]) == 2
     assert runner.run(star, samples(40, on=4), VARIANTS, killed).made == 0
@@ -311,11 +344,16 @@ def test_a_run_that_is_whole_is_never_called_incomplete(tmp_path: Path) -> None:
 def test_the_same_samples_may_come_from_elsewhere(tmp_path: Path) -> None:
     star = engine()
     runner.run(star, samples(1), VARIANTS[:1], tmp_path, options={"files": ["a"], "compat": "x"})
-    done = runner.run(star, samples(2), VARIANTS[:1], tmp_path, options={"files": ["./a", "b"], "compat": "x"})
+    done = runner.run(
+        star, samples(2), VARIANTS[:1], tmp_path, options={"files": ["./a", "b"], "compat": "x"}
+    )
     assert (done.found, done.made) == (1, 1)
     told = run_folder.read_run(tmp_path)
     assert told["settings"]["options"] == {"compat": "x"}
-    assert [session["options"] for session in told["sessions"]] == [{"files": ["a"]}, {"files": ["./a", "b"]}]
+    assert [session["options"] for session in told["sessions"]] == [
+        {"files": ["a"]},
+        {"files": ["./a", "b"]},
+    ]
     report.write(tmp_path)
     assert "compat=x; files=a; files=./a, b" in (tmp_path / report.MARKDOWN).read_text()
 
@@ -352,17 +390,22 @@ def test_what_is_no_folder_of_a_run_is_refused(tmp_path: Path) -> None:
 def test_files_of_a_user_are_not_replaced(tmp_path: Path) -> None:
     notes = tmp_path / report.MARKDOWN
     notes.write_text("my own")
-    with pytest.raises(InvalidInputError, match=r"holds no run, but report\.md, which the reports would replace"):
+    with pytest.raises(
+        InvalidInputError, match=r"holds no run, but report\.md, which the reports would replace"
+    ):
         runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [report.MARKDOWN]
     assert notes.read_text() == "my own"
 
 
-def test_ablations_that_cannot_run_are_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablations_that_cannot_run_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     star = engine()
     monkeypatch.setattr(star._handle, "rotaries", [object()])
     with pytest.raises(
-        InvalidInputError, match=r"variant 'star:/4:anchor=none' changes the anchor, which works on one rank"
+        InvalidInputError,
+        match=r"variant 'star:/4:anchor=none' changes the anchor, which works on one rank",
     ):
         runner.run(star, samples(1), parse_all("dense,star:/4:anchor=none"), tmp_path)
     assert not (tmp_path / PREDICTIONS).exists()
@@ -378,7 +421,9 @@ def test_ablations_that_cannot_run_are_refused_first(tmp_path: Path, monkeypatch
         ({"options": {"compat": "x"}}, "options.compat: not given, and this one's is x"),
     ],
 )
-def test_another_setting_is_refused_by_name(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+def test_another_setting_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], field: str
+) -> None:
     star = engine()
     runner.run(star, samples(1), VARIANTS, tmp_path)
     before = (tmp_path / PREDICTIONS).read_bytes()
@@ -391,7 +436,9 @@ def test_another_setting_is_refused_by_name(tmp_path: Path, change: dict[str, An
 def test_an_option_that_is_left_out_is_refused_by_name(tmp_path: Path) -> None:
     star = engine()
     runner.run(star, samples(1), VARIANTS, tmp_path, options={"words": "eval"})
-    with pytest.raises(InvalidInputError, match=r"another options\.words: eval, and this one's is not given"):
+    with pytest.raises(
+        InvalidInputError, match=r"another options\.words: eval, and this one's is not given"
+    ):
         runner.run(star, samples(1), VARIANTS, tmp_path)
 
 
@@ -399,7 +446,9 @@ def test_another_model_is_refused_by_field(tmp_path: Path) -> None:
     runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
     path = tmp_path / RUN
     path.write_text(path.read_text().replace('"hidden_size": 48', '"hidden_size": 64'))
-    with pytest.raises(InvalidInputError, match=r"another config\.hidden_size: 64, and this one's is 48"):
+    with pytest.raises(
+        InvalidInputError, match=r"another config\.hidden_size: 64, and this one's is 48"
+    ):
         runner.run(engine(), samples(1), VARIANTS[:1], tmp_path)
 
 
@@ -407,8 +456,13 @@ def test_other_texts_under_the_same_ids_are_refused(tmp_path: Path) -> None:
     star, (sample,) = engine(), samples(1)
     of_prose = replace(sample, meta={"prose": "a", "prose_sha256": "1" * 16})
     runner.run(star, [of_prose], VARIANTS[:1], tmp_path)
-    other = replace(of_prose, context=sample.context * 2, meta={"prose": "a", "prose_sha256": "2" * 16})
-    with pytest.raises(InvalidInputError, match=r"sample needles-0 has another prose: 1{16}, and this one's is 2{16}"):
+    other = replace(
+        of_prose, context=sample.context * 2, meta={"prose": "a", "prose_sha256": "2" * 16}
+    )
+    with pytest.raises(
+        InvalidInputError,
+        match=r"sample needles-0 has another prose: 1{16}, and this one's is 2{16}",
+    ):
         runner.run(star, [other], VARIANTS, tmp_path)
     with pytest.raises(InvalidInputError, match="sample needles-0 has another text or answers"):
         runner.run(star, [replace(of_prose, answers=("7",))], VARIANTS, tmp_path)
@@ -435,7 +489,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     star = engine()
     runner.run(star, samples(1), VARIANTS[:1], tmp_path)
-    with run_folder.opened(tmp_path / PREDICTIONS), pytest.raises(InvalidInputError, match="another run is writing to"):
+    with (
+        run_folder.opened(tmp_path / PREDICTIONS),
+        pytest.raises(InvalidInputError, match="another run is writing to"),
+    ):
         runner.run(star, samples(2), VARIANTS[:1], tmp_path)
 
 
@@ -496,11 +553,15 @@ def test_perplexity_is_that_of_the_plain_model() -> None:
     assert all(len(window) == 96 and window[0] == star.tokenizer.bos_token_id for window in windows)
     joined = [token for window in windows for token in window[1:]]
     assert joined == query_ids(star.tokenizer, text)[: len(joined)]
-    dense, blocks, one = perplexity.run(star, windows, parse_all("dense,star:16,star:96"), tail=24, batch=2)
+    dense, blocks, one = perplexity.run(
+        star, windows, parse_all("dense,star:16,star:96"), tail=24, batch=2
+    )
     with torch.no_grad():
         for window, loss in zip(windows, dense.windows, strict=True):
             logits_SV = text_model()(torch.tensor([window])).logits[0]
-            expected = torch.nn.functional.cross_entropy(logits_SV[-25:-1], torch.tensor(window[-24:]))
+            expected = torch.nn.functional.cross_entropy(
+                logits_SV[-25:-1], torch.tensor(window[-24:])
+            )
             assert loss == pytest.approx(expected.item(), abs=1e-4)
     assert one.windows == pytest.approx(dense.windows, abs=1e-4)
     assert blocks.windows != pytest.approx(dense.windows, abs=1e-4)
@@ -514,6 +575,10 @@ def test_windows_that_there_are_not() -> None:
     star = engine()
     with pytest.raises(SizeError, match=r"enough for 0 windows of 64 and not for 1"):
         perplexity.windows_of(star.tokenizer, "short", length=64, count=None)
-    windows = perplexity.windows_of(star.tokenizer, "one two three four five " * 30, length=64, count=1)
-    with pytest.raises(SizeError, match="tail 63 leaves windows of 64 tokens no context; give 1 to 62"):
+    windows = perplexity.windows_of(
+        star.tokenizer, "one two three four five " * 30, length=64, count=1
+    )
+    with pytest.raises(
+        SizeError, match="tail 63 leaves windows of 64 tokens no context; give 1 to 62"
+    ):
         perplexity.run(star, windows, VARIANTS, tail=63)

@@ -24,8 +24,14 @@ def size(length: int) -> Size:
     return Size(tokenizer=bundled_tokenizer(), length=length)
 
 
-def made(task: str, length: int = 1200, count: int = 7, seed: int = 0, **options: Any) -> list[Sample]:
-    return list(shared.generate(task, size=size(length), count=count, seed=seed, options={"questions": 3} | options))
+def made(
+    task: str, length: int = 1200, count: int = 7, seed: int = 0, **options: Any
+) -> list[Sample]:
+    return list(
+        shared.generate(
+            task, size=size(length), count=count, seed=seed, options={"questions": 3} | options
+        )
+    )
 
 
 def worked_out(sample: Sample) -> str:
@@ -34,7 +40,9 @@ def worked_out(sample: Sample) -> str:
         (key,) = re.findall(r'"(.+)"', sample.query)
         return str(json.loads(sample.context.partition("\n\n")[2])[key])
     (key,) = re.findall(r"magic number for (\S+) mentioned", sample.query)
-    (value,) = re.findall(rf"One of the special magic numbers for {key} is: (\d+)\.", sample.context)
+    (value,) = re.findall(
+        rf"One of the special magic numbers for {key} is: (\d+)\.", sample.context
+    )
     return str(value)
 
 
@@ -55,7 +63,9 @@ def test_samples_fit_and_their_context_has_their_answer(task: str, length: int) 
 @pytest.mark.parametrize("task", shared.TASKS)
 def test_samples_of_one_context_follow_each_other(task: str) -> None:
     samples = made(task)
-    runs = [(context, len(list(run))) for context, run in groupby(sample.context for sample in samples)]
+    runs = [
+        (context, len(list(run))) for context, run in groupby(sample.context for sample in samples)
+    ]
     assert [number for _, number in runs] == [3, 3, 1]
     assert len({context for context, _ in runs}) == 3
     assert len({sample.query for sample in samples}) == 7
@@ -66,7 +76,9 @@ def test_samples_of_one_context_follow_each_other(task: str) -> None:
 def test_a_sample_is_the_same_whatever_is_made_with_it(task: str) -> None:
     assert made(task, count=4) == made(task, count=7)[:4]
     assert made(task)[0].context != made(task, seed=1)[0].context
-    assert len({sample.id for sample in [*made(task), *made(task, seed=1), *made(task, 1201)]}) == 21
+    assert (
+        len({sample.id for sample in [*made(task), *made(task, seed=1), *made(task, 1201)]}) == 21
+    )
 
 
 def test_ten_questions_are_asked_unless_told() -> None:
@@ -137,7 +149,9 @@ def test_options_and_mixed_tasks() -> None:
     assert sample.query == "Who?\nA. Bo\nB. Cy\nC. Di\nD. Ed"
     assert score(" B", sample) == 1.0
     assert score(" C", sample) == 0.0
-    (sample,) = read("scbench_summary_with_needles", {"input": "q", "answer": "12", "task": "scbench_passkey"})
+    (sample,) = read(
+        "scbench_summary_with_needles", {"input": "q", "answer": "12", "task": "scbench_passkey"}
+    )
     assert (sample.task, sample.metric) == ("scbench_passkey", "first_integer")
 
 

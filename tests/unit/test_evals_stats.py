@@ -13,10 +13,18 @@ from star_attention.evals import stats
 from star_attention.evals.stats import Scored
 
 
-def scored(scores: list[float], cell: str = "task", *, sharing: int = 1, prose: str = "") -> list[Scored]:
+def scored(
+    scores: list[float], cell: str = "task", *, sharing: int = 1, prose: str = ""
+) -> list[Scored]:
     """`sharing` samples in a row have one context."""
     return [
-        Scored(sample=f"{cell}-{i}", cell=cell, context=f"{cell}-{i // sharing}", score=score, prose=prose)
+        Scored(
+            sample=f"{cell}-{i}",
+            cell=cell,
+            context=f"{cell}-{i // sharing}",
+            score=score,
+            prose=prose,
+        )
         for i, score in enumerate(scores)
     ]
 
@@ -79,7 +87,9 @@ def test_questions_on_one_context_count_as_one_draw() -> None:
         ([1.0] * 10, [0.0] + [1.0] * 9, "no difference seen"),
     ],
 )
-def test_an_interval_that_holds_zero_is_no_difference(one: list[float], other: list[float], verdict: str) -> None:
+def test_an_interval_that_holds_zero_is_no_difference(
+    one: list[float], other: list[float], verdict: str
+) -> None:
     assert stats.paired(scored(one), scored(other)).verdict == verdict
 
 
@@ -117,7 +127,12 @@ def test_intervals_cover(tasks: int) -> None:
             pairs = []
             for _ in range(40):
                 easy = rng.random()  # (what both find easy, so that they are correlated)
-                pairs.append((float(easy < 0.8 or rng.random() < 0.1), float(easy < 0.6 or rng.random() < 0.2)))
+                pairs.append(
+                    (
+                        float(easy < 0.8 or rng.random() < 0.1),
+                        float(easy < 0.6 or rng.random() < 0.2),
+                    )
+                )
             one += scored([a for a, _ in pairs], f"{task}")
             other += scored([b for _, b in pairs], f"{task}")
         truth = (0.8 + 0.2 * 0.1) - (0.6 + 0.4 * 0.2)
@@ -131,9 +146,17 @@ def test_intervals_cover(tasks: int) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "message"),
     [
-        (scored([1.0, 0.0]), scored([1.0]), "1 samples have a score on one side only, task-1 first"),
+        (
+            scored([1.0, 0.0]),
+            scored([1.0]),
+            "1 samples have a score on one side only, task-1 first",
+        ),
         (scored([1.0], prose="ab"), scored([1.0], prose="cd"), "made of different prose (ab, cd)"),
-        (scored([1.0]), [Scored(sample="task-0", cell="task", context="x", score=1.0)], "differs between both sides"),
+        (
+            scored([1.0]),
+            [Scored(sample="task-0", cell="task", context="x", score=1.0)],
+            "differs between both sides",
+        ),
         ([], [], "no scores to compare"),
     ],
 )

@@ -15,7 +15,11 @@ from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
 from tests.engines import bundled_tokenizer
 
-CELLS = [(task, length) for length in (400, 700) for task in ("niah_single_2", "vt", "niah_multikey_2", "fwe", "cwe")]
+CELLS = [
+    (task, length)
+    for length in (400, 700)
+    for task in ("niah_single_2", "vt", "niah_multikey_2", "fwe", "cwe")
+]
 
 
 @pytest.fixture
@@ -26,8 +30,12 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def made(suite: suites.Suite, cells: list[tuple[str, int]], count: int = 3) -> list[list[Sample] | SizeError]:
-    return suites.made(suite, cells, tokenizer=bundled_tokenizer(), reserve=5, count=count, seed=1, options={})
+def made(
+    suite: suites.Suite, cells: list[tuple[str, int]], count: int = 3
+) -> list[list[Sample] | SizeError]:
+    return suites.made(
+        suite, cells, tokenizer=bundled_tokenizer(), reserve=5, count=count, seed=1, options={}
+    )
 
 
 def test_threads_make_what_one_makes(threads: None) -> None:

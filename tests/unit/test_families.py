@@ -23,7 +23,9 @@ def test_the_seed_decides_the_weights_and_nothing_else_is_drawn_from() -> None:
     state = torch.get_rng_state()
     first, again, other = build("llama"), build("llama"), build("llama", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
+    for (name, a), b, c in zip(
+        first.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
         assert not torch.equal(a, c), name
 

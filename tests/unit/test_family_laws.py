@@ -34,14 +34,20 @@ def close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("block_size", "anchor_size", "tokens_per_forward"), GEOMETRIES)
 @pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
-def test_engine_equals_the_explicit_mask(name: str, block_size: int, anchor_size: int, tokens_per_forward: int) -> None:
+def test_engine_equals_the_explicit_mask(
+    name: str, block_size: int, anchor_size: int, tokens_per_forward: int
+) -> None:
     """Keys and values, query logits and greedy answers are those of the law written out as one mask."""
-    star = engine(name, block_size=block_size, anchor_size=anchor_size, tokens_per_forward=tokens_per_forward)
+    star = engine(
+        name, block_size=block_size, anchor_size=anchor_size, tokens_per_forward=tokens_per_forward
+    )
     context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
 
     context = star.encode(context_ids)
     query_QV = star.logits(context, query_ids)
-    reply = star.generate(context, query_ids, max_new_tokens=STEPS, ignore_eos=True, return_logits=True)
+    reply = star.generate(
+        context, query_ids, max_new_tokens=STEPS, ignore_eos=True, return_logits=True
+    )
 
     oracle = oracle_forward(
         tiny(name),
@@ -62,7 +68,8 @@ def test_engine_equals_the_explicit_mask(name: str, block_size: int, anchor_size
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [(name, {"method": "dense"}) for name in [*FAMILIES, *UNUSUAL]] + [(name, {"block_size": 128}) for name in VARIED],
+    [(name, {"method": "dense"}) for name in [*FAMILIES, *UNUSUAL]]
+    + [(name, {"block_size": 128}) for name in VARIED],
 )
 def test_one_block_is_the_stock_model(name: str, settings: dict[str, object]) -> None:
     """Law 1: one block answers token for token as the model's own `generate`, rotary frequencies pinned alike."""
@@ -70,11 +77,17 @@ def test_one_block_is_the_stock_model(name: str, settings: dict[str, object]) ->
     context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
 
     context = star.encode(context_ids)
-    reply = star.generate(context, query_ids, max_new_tokens=STEPS, ignore_eos=True, return_logits=True)
+    reply = star.generate(
+        context, query_ids, max_new_tokens=STEPS, ignore_eos=True, return_logits=True
+    )
 
     assert context.plan.is_dense
     [stock], stock_1TV = stock_generate(
-        tiny(name), context_ids + query_ids, rope_length=context.rope_length, max_new_tokens=STEPS, do_sample=False
+        tiny(name),
+        context_ids + query_ids,
+        rope_length=context.rope_length,
+        max_new_tokens=STEPS,
+        do_sample=False,
     )
     assert reply.token_ids == stock
     close(name, reply.logits, stock_1TV[0])
@@ -97,7 +110,9 @@ def test_plain_products_obey_the_laws_too(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", VARIED)
-def test_half_precision_is_as_exact_as_a_plain_implementation(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_is_as_exact_as_a_plain_implementation(
+    name: str, dtype: torch.dtype
+) -> None:
     """Teacher-forced logits are within twice the error of a plain masked forward in the same precision."""
     half = copy.deepcopy(tiny(name)).to(dtype)
     star = StarLLM(half, block_size=24, anchor_size=10, tokens_per_forward=30)
@@ -117,7 +132,9 @@ def test_half_precision_is_as_exact_as_a_plain_implementation(name: str, dtype: 
         return logits_BLV[0, CONTEXT:].float()
 
     exact_QV, plain_QV = oracle(tiny(name)), oracle(half)
-    ours, plain = (float((logits - exact_QV).norm() / exact_QV.norm()) for logits in (ours_QV, plain_QV))
+    ours, plain = (
+        float((logits - exact_QV).norm() / exact_QV.norm()) for logits in (ours_QV, plain_QV)
+    )
     assert 0 < ours <= 2 * plain
 
 
@@ -125,7 +142,11 @@ def test_half_precision_is_as_exact_as_a_plain_implementation(name: str, dtype: 
 def test_every_context_token_goes_through_each_layer_once(name: str) -> None:
     """Law 4: the anchor is shared, not encoded again with each block (the official code: twice the linear work)."""
     model = tiny(name)
-    layers = model.get_decoder().layers if hasattr(model.get_decoder(), "layers") else model.get_decoder().h
+    layers = (
+        model.get_decoder().layers
+        if hasattr(model.get_decoder(), "layers")
+        else model.get_decoder().h
+    )
     rows: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
@@ -142,8 +163,12 @@ def test_every_context_token_goes_through_each_layer_once(name: str) -> None:
     assert [rows[layer] for layer in layers] == [CONTEXT] * len(layers)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gemma3", "nemotron", "gpt_oss", "gemma3n", "stablelm", "jetmoe"])
-def test_every_context_token_goes_through_each_linear_as_often_as_in_a_plain_forward(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["llama", "phi3", "gemma3", "nemotron", "gpt_oss", "gemma3n", "stablelm", "jetmoe"]
+)
+def test_every_context_token_goes_through_each_linear_as_often_as_in_a_plain_forward(
+    name: str,
+) -> None:
     """The same for each projection; and the vocabulary's, which phase 1 has no use for, sees no token."""
     model = tiny(name)
     star = StarLLM(model, block_size=16, anchor_size=16, tokens_per_forward=40)
@@ -166,7 +191,11 @@ def _rows_by_linear(model: PreTrainedModel, run: Callable[[], object]) -> Counte
 
         return hook
 
-    handles = [m.register_forward_hook(count(path)) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    handles = [
+        m.register_forward_hook(count(path))
+        for path, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    ]
     try:
         run()
     finally:

@@ -40,7 +40,9 @@ def engine(case: dict[str, Any], **settings: Any) -> StarLLM:
         return star_with(case["checkpoint"], method="dense", **settings)
     anchor = case["anchor_block_size"]
     anchor_size = None if anchor == -1 else anchor
-    return star_with(case["checkpoint"], block_size=case["block_size"], anchor_size=anchor_size, **settings)
+    return star_with(
+        case["checkpoint"], block_size=case["block_size"], anchor_size=anchor_size, **settings
+    )
 
 
 CASES = [case for checkpoint in "AB" for case in manifest(checkpoint).values()]
@@ -80,7 +82,9 @@ def test_case(case: dict[str, Any], tokens_per_forward: int) -> None:
 
     context = star.encode(case["context_ids"])
     query_QV = star.logits(context, case["query_ids"])
-    reply = star.generate(context, case["query_ids"], max_new_tokens=12, ignore_eos=True, return_logits=True)
+    reply = star.generate(
+        context, case["query_ids"], max_new_tokens=12, ignore_eos=True, return_logits=True
+    )
 
     assert_official_kv(context, case)
     assert reply.token_ids == case["generated_ids"]
@@ -97,7 +101,9 @@ def test_cases_are_all_there() -> None:
     assert sum(case["anchor_block_size"] > 0 for case in CASES) == 4
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c["mode"] == "star"], ids=lambda case: case["name"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c["mode"] == "star"], ids=lambda case: case["name"]
+)
 def test_a_mistake_would_show(case: dict[str, Any]) -> None:
     """The smallest mistake, an anchor one token short, moves the logits by a hundred times the tolerance and more."""
     anchor_size = case["anchor_used"] - 1

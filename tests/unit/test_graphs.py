@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention import EncodedContext, StarLLM, store
-from star_attention.hf import graphs
+from star_attention import EncodedContext, StarLLM
+from star_attention.hf.execution import graphs
+from star_attention.storage import kv
 from tests.engines import bundled_tokenizer, engine, ids, tiny
 
 triton = pytest.importorskip("triton")
@@ -31,7 +32,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_answer, "SPLITS", 2)
     monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
-    monkeypatch.setattr(store, "_ROOM", 6)
+    monkeypatch.setattr(kv, "_ROOM", 6)
 
 
 class Replayed(graphs.Graphs):
@@ -72,14 +73,19 @@ QUICK = ("gemma2", "gpt_oss")
     "name",
     [
         *QUICK,
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3", "gemma3", "gemma3n", "mistral")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama", "qwen3", "gemma3", "gemma3n", "mistral")
+        ),
     ],
 )
 def test_families(name: str) -> None:
     """Windows, softcap, sinks, layers that share keys: the tokens and the logits as without."""
     plain, fast, replayed = pair(name)
     words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
-    expected, reply = (star.generate(star.encode(ids(101)), ids(7, seed=2), **words) for star in (plain, fast))
+    expected, reply = (
+        star.generate(star.encode(ids(101)), ids(7, seed=2), **words) for star in (plain, fast)
+    )
     assert replayed.replays == 4
     assert set(replayed._graphs) == {(1, 8, False), (1, 1, False)}
     assert reply.token_ids == expected.token_ids
@@ -90,7 +96,9 @@ def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
     plain, fast = (engine("llama", kv_dtype="fp8", **SIZES) for _ in range(2))
     replayed = with_graphs(fast)
     words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True, return_logits=True)
-    expected, reply = (star.generate(star.encode(ids(101)), ids(4), **words) for star in (plain, fast))
+    expected, reply = (
+        star.generate(star.encode(ids(101)), ids(4), **words) for star in (plain, fast)
+    )
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
     as_computed = engine("llama", **SIZES).encode(ids(101))
@@ -102,7 +110,9 @@ def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
 @pytest.mark.parametrize("name", ["deepseek_v3"])
 def test_what_graphs_cannot_serve_runs_without(name: str) -> None:
     plain, fast, replayed = pair(name)
-    expected, reply = (star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast))
+    expected, reply = (
+        star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
+    )
     assert reply.token_ids == expected.token_ids
     assert replayed.captures == 0
 
@@ -114,7 +124,9 @@ def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.Monk
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(replayed, "_record", refuse)
-    expected, reply = (star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast))
+    expected, reply = (
+        star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
+    )
     assert reply.token_ids == expected.token_ids
     assert set(replayed._graphs.values()) == {None}
 
@@ -122,16 +134,25 @@ def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.Monk
 def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
     """Every way to answer that steps token by token, and some that do not."""
     words: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
-    sampled = star.generate(context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **words)
+    sampled = star.generate(
+        context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **words
+    )
     return [
-        [reply.token_ids for reply in star.generate(context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **words)],
+        [
+            reply.token_ids
+            for reply in star.generate(context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **words)
+        ],
         [reply.token_ids for reply in sampled],
         star.generate(context, ids(1), max_new_tokens=1).token_ids,
         star.generate(context, ids(300), max_new_tokens=2).token_ids,
-        star.generate(context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **words).token_ids,
+        star.generate(
+            context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **words
+        ).token_ids,
         star.generate(context, ids(5), num_beams=2, **words).token_ids,
         star.generate(star.extend(context, ids(30, seed=9)), ids(5), **words).token_ids,
-        star.generate(context, ids(5), max_new_tokens=8, ignore_eos=True).token_ids,  # the tail moves as it grows
+        star.generate(
+            context, ids(5), max_new_tokens=8, ignore_eos=True
+        ).token_ids,  # the tail moves as it grows
     ]
 
 
@@ -140,7 +161,10 @@ def test_every_way_to_answer() -> None:
     assert answers(fast, fast.encode(ids(101))) == answers(plain, plain.encode(ids(101)))
     captures = replayed.captures
     words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
-    other = [star.generate(star.encode(ids(77, seed=8)), ids(4), **words).token_ids for star in (plain, fast)]
+    other = [
+        star.generate(star.encode(ids(77, seed=8)), ids(4), **words).token_ids
+        for star in (plain, fast)
+    ]
     assert other[0] == other[1]
     assert replayed.captures == captures, "no graph is captured for a second context"
 

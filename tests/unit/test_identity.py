@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from star_attention import StarLLM
 from star_attention.errors import ContextMismatchError
-from star_attention.hf import identity
+from star_attention.hf.loading import identity
 from tests.engines import CONTEXT, bundled_tokenizer, ids
 from tests.families import FAMILIES, build
 
@@ -57,7 +57,9 @@ def test_running_a_model_does_not_change_its_identity(family: str) -> None:
 
 def test_buffers_count() -> None:
     model = build("deepseek_v3")
-    name, buffer = next((name, buffer) for name, buffer in model.named_buffers() if "correction_bias" in name)
+    name, buffer = next(
+        (name, buffer) for name, buffer in model.named_buffers() if "correction_bias" in name
+    )
     before = identity.model_identity(model, model)
     buffer += 1.0
     found = identity.difference(before, identity.model_identity(model, model))
@@ -86,7 +88,13 @@ def test_rules_of_a_tokenizer_count_and_its_last_call_does_not() -> None:
 
 def with_lora(alpha: int) -> Any:
     torch.manual_seed(5)
-    words = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    words = LoraConfig(
+        r=2,
+        lora_alpha=alpha,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(build("llama"), words).eval()
 
 
@@ -104,7 +112,9 @@ def test_weights_changed_after_encoding_are_noticed() -> None:
     star.generate(context, [5], max_new_tokens=2)
     model.delete_adapter("default")
     torch.manual_seed(6)
-    again = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    again = LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     model.add_adapter("default", again)
     model.set_adapter("default")
     model.eval()

@@ -155,7 +155,15 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(star_attention, "no_such_name")
 
 
-DOCUMENTED = ["StarLLM", "EncodedContext", "Generation", "supported", "pipeline", "errors", "__version__"]
+DOCUMENTED = [
+    "StarLLM",
+    "EncodedContext",
+    "Generation",
+    "supported",
+    "pipeline",
+    "errors",
+    "__version__",
+]
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -163,7 +171,9 @@ def test_documented_names_exist(name: str) -> None:
     assert getattr(star_attention, name) is not None
 
 
-ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if e.__module__ == errors.__name__]
+ERRORS = [
+    e for _, e in inspect.getmembers(errors, inspect.isclass) if e.__module__ == errors.__name__
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)

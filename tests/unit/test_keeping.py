@@ -10,7 +10,7 @@ import torch
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.store import FP8, Keeping, LayerKV, quantized
+from star_attention.storage.kv import FP8, KVFormat, LayerKV, quantized
 from tests.engines import BUNDLED, engine, ids
 from tests.needles import make
 
@@ -29,7 +29,9 @@ def test_a_row_is_rounded_to_four_bits() -> None:
     torch.testing.assert_close(back.abs().amax(-1), x.abs().amax(-1))
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 16), torch.full((2, 16), 3e38), torch.full((1, 16), 1e-42)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, 16), torch.full((2, 16), 3e38), torch.full((1, 16), 1e-42)]
+)
 def test_extreme_rows_stay_numbers(x: torch.Tensor) -> None:
     kept, scale = quantized(x)
     back = kept.float() * scale[..., None]
@@ -48,7 +50,7 @@ def test_what_is_stored_is_what_was_computed_rounded_once(name: str) -> None:
             continue
         rounded = [quantized(tensor) for tensor in theirs.pair()]
         kept = [rounded[0][0], rounded[1][0], rounded[0][1], rounded[1][1]]
-        for a, b in zip(ours.kept(), kept, strict=True):
+        for a, b in zip(ours.stored(), kept, strict=True):
             assert torch.equal(a.float(), b.float())
 
 
@@ -67,7 +69,10 @@ def test_answers_are_those_over_what_is_stored(name: str) -> None:
     context = small.encode(ids(101))
     same = as_plain(plain, context)
     words: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True, return_logits=True)
-    a, b = small.generate(context, ids(7, seed=2), **words), plain.generate(same, ids(7, seed=2), **words)
+    a, b = (
+        small.generate(context, ids(7, seed=2), **words),
+        plain.generate(same, ids(7, seed=2), **words),
+    )
     assert a.token_ids == b.token_ids
     torch.testing.assert_close(a.logits, b.logits)
     exact = plain.generate(plain.encode(ids(101)), ids(7, seed=2), **words).logits
@@ -75,7 +80,10 @@ def test_answers_are_those_over_what_is_stored(name: str) -> None:
 
 
 def test_it_takes_the_bytes_that_it_says() -> None:
-    plain, small = engine("llama", **SIZES).encode(ids(101)), engine("llama", kv_dtype="fp8", **SIZES).encode(ids(101))
+    plain, small = (
+        engine("llama", **SIZES).encode(ids(101)),
+        engine("llama", kv_dtype="fp8", **SIZES).encode(ids(101)),
+    )
     size = plain.kv.layers[0].pair()[0].shape[-1]
     assert small.nbytes / plain.nbytes == (size + 4) / (4 * size)
 
@@ -85,11 +93,16 @@ def test_batches_and_growing_contexts() -> None:
     both = star.encode([ids(101), ids(101, seed=3)])
     alone = star.encode(ids(101, seed=3))
     words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
-    assert star.generate(both[1], ids(5), **words).token_ids == star.generate(alone, ids(5), **words).token_ids
+    assert (
+        star.generate(both[1], ids(5), **words).token_ids
+        == star.generate(alone, ids(5), **words).token_ids
+    )
     longer = star.extend(alone, ids(30, seed=6))
     for old, new in zip(alone.kv.layers, longer.kv.layers, strict=True):
-        for a, b in zip(old.kept(), new.kept(), strict=True):
-            assert torch.equal(a.float(), b[:, :, :101].float()), "what was there is not rounded again"
+        for a, b in zip(old.stored(), new.stored(), strict=True):
+            assert torch.equal(a.float(), b[:, :, :101].float()), (
+                "what was there is not rounded again"
+            )
     assert len(star.generate(longer, ids(5), **words).token_ids) == 4
 
 
@@ -104,17 +117,19 @@ def test_files_keep_the_precision(tmp_path: Path) -> None:
     expected = small.generate(context, ids(5), **words).token_ids
     for star in (small, plain):  # the file says how it is
         loaded = star.load_context(tmp_path / "small.star")
-        assert loaded.kv.keeping == Keeping(dtype="fp8")
+        assert loaded.kv.kv_format == KVFormat(dtype="fp8")
         assert loaded.nbytes == context.nbytes
         assert star.generate(loaded, ids(5), **words).token_ids == expected
         assert star.generate(star.extend(loaded, ids(9)), ids(5), **words).token_ids
-    assert small.load_context(tmp_path / "plain.star").kv.keeping == Keeping()
+    assert small.load_context(tmp_path / "plain.star").kv.kv_format == KVFormat()
 
 
 def test_the_hosts_memory_on_a_cpu_is_where_it_is_anyway() -> None:
     plain, kept = engine("llama", **SIZES), engine("llama", kv_device="cpu", **SIZES)
     words: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True)
-    answers = [star.generate(star.encode(ids(101)), ids(5), **words).token_ids for star in (plain, kept)]
+    answers = [
+        star.generate(star.encode(ids(101)), ids(5), **words).token_ids for star in (plain, kept)
+    ]
     assert answers[0] == answers[1]
 
 
@@ -125,7 +140,7 @@ def test_unknown_ways_are_refused(setting: dict[str, str]) -> None:
 
 
 def test_a_layer_that_nobody_wrote_is_empty() -> None:
-    assert LayerKV(5, keeping=Keeping(dtype="fp8")).is_empty
+    assert LayerKV(5, kv_format=KVFormat(dtype="fp8")).is_empty
 
 
 def test_the_bundled_model_still_finds_its_facts() -> None:
@@ -135,7 +150,9 @@ def test_the_bundled_model_still_finds_its_facts() -> None:
         sample = make("niah_multikey", star.tokenizer, 4096, seed=0)
         context = star.encode(sample.context)
         replies = star.generate(context, [fact.query for fact in sample.facts], max_new_tokens=12)
-        found[kv_dtype] = [fact.value in reply.text for fact, reply in zip(sample.facts, replies, strict=True)]
+        found[kv_dtype] = [
+            fact.value in reply.text for fact, reply in zip(sample.facts, replies, strict=True)
+        ]
     assert len(found["fp8"]) == 16
     assert sum(found[None]) >= 15
     assert sum(found["fp8"]) >= sum(found[None]) - 1

@@ -52,7 +52,10 @@ print(json.dumps([resident("VmHWM") - before - context.nbytes, context.nbytes]))
 def working_bytes(tokens: int, forward: int = TOKENS_PER_FORWARD, block: int = 2048) -> int:
     """Peak bytes of encoding `tokens` tokens beyond what was there before and what is kept."""
     words = dict(
-        MALLOC_MMAP_THRESHOLD_=str(64 * K), MALLOC_TRIM_THRESHOLD_="0", MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1"
+        MALLOC_MMAP_THRESHOLD_=str(64 * K),
+        MALLOC_TRIM_THRESHOLD_="0",
+        MALLOC_ARENA_MAX="1",
+        OMP_NUM_THREADS="1",
     )
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tokens), str(forward), str(block)],
@@ -63,7 +66,9 @@ def working_bytes(tokens: int, forward: int = TOKENS_PER_FORWARD, block: int = 2
     )
     assert done.returncode == 0, done.stderr[-3000:]
     peak, kept = json.loads(done.stdout.splitlines()[-1])
-    assert kept == tokens * 10 * 2 * 2 * 64 * 4, "10 layers, keys and values, 2 heads of 64, float32"
+    assert kept == tokens * 10 * 2 * 2 * 64 * 4, (
+        "10 layers, keys and values, 2 heads of 64, float32"
+    )
     return int(peak)
 
 
@@ -72,7 +77,9 @@ def working_bytes(tokens: int, forward: int = TOKENS_PER_FORWARD, block: int = 2
 def test_working_memory_does_not_depend_on_the_context(tokens: int) -> None:
     """Forbids anything that grows with the context beside its keys and values: masks, logits, hidden states of all tokens."""
     peak = working_bytes(tokens)
-    print(f"{tokens:,} tokens: {peak / 2**20:.1f} MiB, bound {BOUND / 2**20:.1f} + {NOISE / 2**20:.0f} MiB")
+    print(
+        f"{tokens:,} tokens: {peak / 2**20:.1f} MiB, bound {BOUND / 2**20:.1f} + {NOISE / 2**20:.0f} MiB"
+    )
     assert 0 < peak < BOUND + NOISE
     assert abs(peak - working_bytes(8 * K)) < NOISE
 

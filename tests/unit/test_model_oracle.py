@@ -27,13 +27,24 @@ GEOMETRIES = [(16, 16), (24, 10)]  # (block_size, anchor_size): both leave a rag
 LENGTH_DEPENDENT = ["llama_dynamic_ntk", "phi3_longrope", "gemma3_dynamic_ntk"]
 # full attention, QK norm, softcap and windows, windows everywhere, sinks and windows,
 # MLA, KV shared between layers, KV heads that differ between layers
-OFFICIAL = ["llama", "qwen3", "gemma2", "mistral", "gpt_oss", "deepseek_v3", "gemma3n", "mimo_v2_flash"]
+OFFICIAL = [
+    "llama",
+    "qwen3",
+    "gemma2",
+    "mistral",
+    "gpt_oss",
+    "deepseek_v3",
+    "gemma3n",
+    "mimo_v2_flash",
+]
 
 
 def tokens(length: int = TOTAL, seed: int = 1) -> torch.Tensor:
     """Random ordinary token ids `[BATCH, length]`; a longer call starts with the same ids in each row."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(FIRST_TOKEN, LAST_TOKEN + 1, (length, BATCH), generator=generator).T.contiguous()
+    return torch.randint(
+        FIRST_TOKEN, LAST_TOKEN + 1, (length, BATCH), generator=generator
+    ).T.contiguous()
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -91,7 +102,9 @@ def test_one_block_is_the_stock_model(name: str) -> None:
                 output_logits=True,
             )
     oracle = oracle_forward(model, ids_BL, **dense)
-    tokens_BT, logits_BTV = oracle_generate(model, ids_BL, **dense, steps=STEPS, rope_length=TOTAL + STEPS)
+    tokens_BT, logits_BTV = oracle_generate(
+        model, ids_BL, **dense, steps=STEPS, rope_length=TOTAL + STEPS
+    )
 
     close(oracle.logits_BLV, stock_BLV)
     assert tokens_BT.tolist() == stock.sequences[:, TOTAL:].tolist()
@@ -102,7 +115,9 @@ def test_one_block_is_the_stock_model(name: str) -> None:
 def test_several_blocks_are_not_dense(name: str) -> None:
     """The comparisons can fail: blocks change logits, and keys and values from layer 1 on, not before."""
     model, ids_BL = build(name), tokens()
-    dense = oracle_forward(model, ids_BL, context_len=CONTEXT, block_size=CONTEXT, anchor_size=CONTEXT)
+    dense = oracle_forward(
+        model, ids_BL, context_len=CONTEXT, block_size=CONTEXT, anchor_size=CONTEXT
+    )
     star = oracle_forward(model, ids_BL, context_len=CONTEXT, block_size=24, anchor_size=10)
 
     assert (star.logits_BLV - dense.logits_BLV)[:, CONTEXT:].abs().max() > 0.3
@@ -112,21 +127,28 @@ def test_several_blocks_are_not_dense(name: str) -> None:
             assert star_BGLD.shape[0] == BATCH
             assert star_BGLD.shape[2] == TOTAL  # sliding layers keep every token too
             difference_L = (star_BGLD - dense_BGLD).abs().amax((0, 1, 3))
-            assert difference_L[:24].max() < 1e-4  # the first block sees what it sees in dense attention
+            assert (
+                difference_L[:24].max() < 1e-4
+            )  # the first block sees what it sees in dense attention
             assert (difference_L[24:].max() > 0.1) == (layer > 0)
 
 
 @pytest.mark.parametrize(("block_size", "anchor_size"), GEOMETRIES)
 @pytest.mark.parametrize("name", [*OFFICIAL, *LENGTH_DEPENDENT])
 @torch.no_grad()
-def test_official_scheme_gives_the_same_context_and_answer(name: str, block_size: int, anchor_size: int) -> None:
+def test_official_scheme_gives_the_same_context_and_answer(
+    name: str, block_size: int, anchor_size: int
+) -> None:
     """The official code's way: each `[anchor | block]` at its own positions, then the anchor's KV dropped.
 
     The query then continues an ordinary cache of the whole context.
     """
     model, ids_BL = build(name), tokens()
     settings = {"context_len": CONTEXT, "block_size": block_size, "anchor_size": anchor_size}
-    blocks = [_encode_block(model, ids_BL, start, block_size, anchor_size) for start in range(0, CONTEXT, block_size)]
+    blocks = [
+        _encode_block(model, ids_BL, start, block_size, anchor_size)
+        for start in range(0, CONTEXT, block_size)
+    ]
     cache = DynamicCache()
     for layer, parts in enumerate(zip(*blocks, strict=True)):
         keys, values = zip(*parts, strict=True)
@@ -150,7 +172,10 @@ def _encode_block(
     block = torch.arange(start, min(start + block_size, CONTEXT))
     cache = DynamicCache()
     _forward(model, ids_BL, torch.cat([anchor, block]), cache)
-    return [(k_BGLD[:, :, len(anchor) :], v_BGLD[:, :, len(anchor) :]) for k_BGLD, v_BGLD in cached_kv(cache)]
+    return [
+        (k_BGLD[:, :, len(anchor) :], v_BGLD[:, :, len(anchor) :])
+        for k_BGLD, v_BGLD in cached_kv(cache)
+    ]
 
 
 def _forward(
@@ -185,7 +210,9 @@ def test_rope_length_gives_the_frequencies_of_that_many_tokens(name: str) -> Non
 
     def dense(rope_length: int | None) -> torch.Tensor:
         settings = {"context_len": short, "block_size": short, "anchor_size": 0}
-        return oracle_forward(model, ids_BL[:, :short], **settings, rope_length=rope_length).logits_BLV
+        return oracle_forward(
+            model, ids_BL[:, :short], **settings, rope_length=rope_length
+        ).logits_BLV
 
     close(dense(length), stock_BLV)
     close(dense(None), model(ids_BL[:, :short], use_cache=False).logits)
@@ -203,13 +230,23 @@ def test_the_model_is_left_as_it_was(name: str, grown: bool) -> None:
     before = _settings(model)
 
     with eager_attention(model):
-        assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
-            "eager"
-        }
-    oracle_forward(model, ids_BL, context_len=CONTEXT, block_size=24, anchor_size=10, rope_length=200)
+        assert {
+            module.config._attn_implementation
+            for module in model.modules()
+            if hasattr(module, "config")
+        } == {"eager"}
+    oracle_forward(
+        model, ids_BL, context_len=CONTEXT, block_size=24, anchor_size=10, rope_length=200
+    )
     assert _settings(model) == before
     with pytest.raises(IndexError):
-        oracle_forward(model, torch.full_like(ids_BL, 10**6), context_len=CONTEXT, block_size=24, anchor_size=10)
+        oracle_forward(
+            model,
+            torch.full_like(ids_BL, 10**6),
+            context_len=CONTEXT,
+            block_size=24,
+            anchor_size=10,
+        )
     assert _settings(model) == before
 
 
@@ -221,6 +258,8 @@ def _settings(model: PreTrainedModel) -> list[object]:
         if hasattr(module, "rope_type"):
             state = {key: value for key, value in vars(module).items() if not key.startswith("_")}
             state |= dict(module.named_buffers(recurse=False))
-            found += [(key, v.tolist() if isinstance(v, torch.Tensor) else v) for key, v in state.items()]
+            found += [
+                (key, v.tolist() if isinstance(v, torch.Tensor) else v) for key, v in state.items()
+            ]
             found.append(sorted(module._non_persistent_buffers_set))
     return found

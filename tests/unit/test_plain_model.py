@@ -42,7 +42,17 @@ def everything(model: PreTrainedModel) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "gemma2", "gemma3_vlm", "gpt_oss", "deepseek_v3", "phi3_longrope", "llama_dynamic_ntk"]
+    "name",
+    [
+        "llama",
+        "mistral",
+        "gemma2",
+        "gemma3_vlm",
+        "gpt_oss",
+        "deepseek_v3",
+        "phi3_longrope",
+        "llama_dynamic_ntk",
+    ],
 )
 def test_the_plain_model_is_the_stock_one_before_between_and_after(name: str) -> None:
     model, reference = build(name), build(name)  # (dynamic NTK changes its own state as it goes)
@@ -57,7 +67,12 @@ def test_the_plain_model_is_the_stock_one_before_between_and_after(name: str) ->
         between = everything(model)
         stream = star.stream(context, QUERY, max_new_tokens=20)
         next(stream)
-        for words in ({}, dict(num_beams=2), dict(do_sample=True, seed=1), dict(prompt_lookup_num_tokens=2)):
+        for words in (
+            {},
+            dict(num_beams=2),
+            dict(do_sample=True, seed=1),
+            dict(prompt_lookup_num_tokens=2),
+        ):
             star.generate(context, QUERY, max_new_tokens=4, **words)
         star.extend(context, ids(20))
         assert everything(model) == between
@@ -76,7 +91,11 @@ def fail_in(model: PreTrainedModel, when: int) -> Callable[[], None]:
         if calls[0] == when:
             raise ArithmeticError("broken")
 
-    handles = [m.register_forward_pre_hook(hook) for n, m in model.named_modules() if n.endswith(("self_attn", "attn"))]
+    handles = [
+        m.register_forward_pre_hook(hook)
+        for n, m in model.named_modules()
+        if n.endswith(("self_attn", "attn"))
+    ]
     return lambda: [handle.remove() for handle in handles] and None
 
 

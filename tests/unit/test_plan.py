@@ -11,7 +11,14 @@ from hypothesis import given
 
 from star_attention import StarConfig
 from star_attention.errors import SizeError, TokenError
-from star_attention.plan import BlockPlan, counted, default_block_size, format_size, parse_size, resolve_sizes
+from star_attention.planning.plan import (
+    BlockPlan,
+    counted,
+    default_block_size,
+    format_size,
+    parse_size,
+    resolve_sizes,
+)
 
 K, M = 1024, 1024**2
 PLANS = st.builds(
@@ -76,7 +83,9 @@ def test_sizes(text: Any, tokens: int) -> None:
     ],
 )
 def test_what_is_no_size(text: Any) -> None:
-    message = re.escape(f"block_size {text!r} is not a number of tokens; write 4096, '4k', '128k' or '1m'")
+    message = re.escape(
+        f"block_size {text!r} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
+    )
     with pytest.raises(SizeError, match=message):
         parse_size(text, "block_size")
 
@@ -87,7 +96,8 @@ def test_a_written_size_reads_as_the_same(tokens: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "text"), [(0, "0"), (1000, "1,000"), (1024, "1k"), (1536, "1,536"), (M, "1m"), (3 * M + K, "3073k")]
+    ("tokens", "text"),
+    [(0, "0"), (1000, "1,000"), (1024, "1k"), (1536, "1,536"), (M, "1m"), (3 * M + K, "3073k")],
 )
 def test_sizes_are_written_short(tokens: int, text: str) -> None:
     assert format_size(tokens) == text
@@ -127,11 +137,19 @@ def test_the_rule_is_the_smallest_power_of_two_within_its_limits(tokens: int) ->
     ("block", "anchor", "message"),
     [
         ("4x", None, "block_size '4x' is not a number of tokens"),
-        (0, None, "block_size 0 is below 1; give a positive number of tokens, or leave it out for the paper's rule"),
+        (
+            0,
+            None,
+            "block_size 0 is below 1; give a positive number of tokens, or leave it out for the paper's rule",
+        ),
         (-5, None, "block_size -5 is below 1"),
         (8, "4y", "anchor_size '4y' is not a number of tokens"),
         (8, -1, r"anchor_size -1 is negative; give 0 \(no anchor\) to block_size 8"),
-        (8, 9, "anchor_size 9 is above block_size 8: .* lower anchor_size to at most 8 or raise block_size"),
+        (
+            8,
+            9,
+            "anchor_size 9 is above block_size 8: .* lower anchor_size to at most 8 or raise block_size",
+        ),
         (None, 2000, "anchor_size 2000 is above block_size 1024"),
     ],
 )
@@ -150,7 +168,9 @@ def test_sizes_at_their_limits_work() -> None:
 
 @pytest.mark.parametrize("tokens", [0, -3])
 def test_an_empty_context(tokens: int) -> None:
-    with pytest.raises(TokenError, match=rf"the context is empty \({tokens} tokens\); .* at least 1 token"):
+    with pytest.raises(
+        TokenError, match=rf"the context is empty \({tokens} tokens\); .* at least 1 token"
+    ):
         BlockPlan.resolve(tokens)
 
 
@@ -161,7 +181,12 @@ def test_no_ranks() -> None:
 
 def test_a_config_resolves_to_a_plan() -> None:
     plan = StarConfig.of(block_size="2k", anchor_size="1k").plan(5000, ranks=2)
-    assert (plan.context_tokens, plan.block_size, plan.anchor_size, plan.ranks) == (5000, 2048, 1024, 2)
+    assert (plan.context_tokens, plan.block_size, plan.anchor_size, plan.ranks) == (
+        5000,
+        2048,
+        1024,
+        2,
+    )
 
 
 # ---------------------------------------------------------------------- blocks
@@ -171,7 +196,9 @@ def test_a_config_resolves_to_a_plan() -> None:
 def test_blocks_cover_the_context_once(plan: BlockPlan) -> None:
     blocks = plan.blocks
     assert len(blocks) == plan.num_blocks
-    assert [t for start, stop in blocks for t in range(start, stop)] == list(range(plan.context_tokens))
+    assert [t for start, stop in blocks for t in range(start, stop)] == list(
+        range(plan.context_tokens)
+    )
     assert all(stop - start == plan.block_size for start, stop in blocks[:-1])
     assert 1 <= blocks[-1][1] - blocks[-1][0] <= plan.block_size
     assert plan.is_dense == (plan.context_tokens <= plan.block_size)
@@ -184,7 +211,9 @@ def test_ranks_hold_contiguous_runs_that_cover_all_blocks(plan: BlockPlan) -> No
     assert max(map(len, runs)) - min(map(len, runs)) <= 1
     for rank, run in enumerate(runs):
         start, stop = plan.rank_range(rank)
-        assert (start, stop) == ((run[0][0], run[-1][1]) if run else (plan.context_tokens, plan.context_tokens))
+        assert (start, stop) == (
+            (run[0][0], run[-1][1]) if run else (plan.context_tokens, plan.context_tokens)
+        )
 
 
 @given(st.integers(1, 5000))
@@ -199,12 +228,16 @@ def test_dense_is_one_block_without_an_anchor(tokens: int) -> None:
 
 
 @given(PLANS, st.integers(1, 900), st.data())
-def test_forwards_cover_what_is_asked_for_once(plan: BlockPlan, budget: int, data: st.DataObject) -> None:
+def test_forwards_cover_what_is_asked_for_once(
+    plan: BlockPlan, budget: int, data: st.DataObject
+) -> None:
     rank = data.draw(st.integers(0, plan.ranks - 1))
     start = data.draw(st.integers(0, plan.context_tokens))
     first, stop = plan.rank_range(rank)
     spans, later = list(plan.spans(budget, rank=rank)), list(plan.from_token(start, budget))
-    assert [token for span in spans for token in range(span.start, span.stop)] == list(range(first, stop))
+    assert [token for span in spans for token in range(span.start, span.stop)] == list(
+        range(first, stop)
+    )
     assert [token for span in later for token in range(span.start, span.stop)] == list(
         range(start, plan.context_tokens)
     )
@@ -232,13 +265,17 @@ def test_forwards_are_as_large_as_they_may_be(plan: BlockPlan, budget: int) -> N
     ("tokens", "block", "anchor", "ranks"),
     [(72, 20, 5, 1), (72, 20, 20, 3), (72, 24, 0, 2), (72, 72, 72, 1), (72, 5, 4, 4)],
 )
-def test_the_picture_is_what_each_block_sees(tokens: int, block: int, anchor: int, ranks: int) -> None:
+def test_the_picture_is_what_each_block_sees(
+    tokens: int, block: int, anchor: int, ranks: int
+) -> None:
     """At one column a token the picture is the law itself."""
     plan = BlockPlan(context_tokens=tokens, block_size=block, anchor_size=anchor, ranks=ranks)
     lines = plan.draw(width=tokens).splitlines()
     assert len(lines) == plan.num_blocks + 1
     for index, ((start, stop), line) in enumerate(zip(plan.blocks, lines[:-1], strict=True)):
-        picture = "".join("#" if start <= t < stop else "A" if t < anchor else "." for t in range(tokens))
+        picture = "".join(
+            "#" if start <= t < stop else "A" if t < anchor else "." for t in range(tokens)
+        )
         owner = next(rank for rank in range(ranks) if (start, stop) in plan.rank_blocks(rank))
         assert line.split("|")[1] == picture
         assert line.split("|")[0].split() == ["rank", str(owner), f"b{index}"]
@@ -257,7 +294,9 @@ def test_a_long_picture_says_what_it_leaves_out() -> None:
     shown = [line for line in lines if re.search(r"b\d+ ", line)]
     assert len(shown) + 85 == plan.num_blocks
     assert all("#" in line for line in shown)
-    assert len(BlockPlan(context_tokens=16 * K, block_size=K, anchor_size=0).draw().splitlines()) == 17
+    assert (
+        len(BlockPlan(context_tokens=16 * K, block_size=K, anchor_size=0).draw().splitlines()) == 17
+    )
 
 
 def test_a_printed_plan_names_its_sizes() -> None:

@@ -23,7 +23,10 @@ TEXT = (
     "Stars come out one after another.\nThe secret number for petal-signature is 5335582.\n"
     "A letter lies unopened on the desk.\nThe secret number for summery-fillet is 3821004.\n"
 )
-QUESTIONS = ["What is the secret number for petal-signature?", "What is the secret number for summery-fillet?"]
+QUESTIONS = [
+    "What is the secret number for petal-signature?",
+    "What is the secret number for summery-fillet?",
+]
 NUMBERS = ["5335582", "3821004"]
 
 
@@ -40,13 +43,18 @@ def test_one_question_gives_an_answer(pipe: Any) -> None:
 
 def test_several_questions_give_answers_in_their_order(pipe: Any) -> None:
     answers = pipe(TEXT, questions=QUESTIONS)["answers"]
-    assert [number in answer for number, answer in zip(NUMBERS, answers, strict=True)] == [True, True]
+    assert [number in answer for number, answer in zip(NUMBERS, answers, strict=True)] == [
+        True,
+        True,
+    ]
     assert answers == [pipe(TEXT, question)["answer"] for question in QUESTIONS]
     assert pipe(TEXT, questions=QUESTIONS[:1]) == {"answers": answers[:1]}
 
 
 def test_the_answer_prefix_is_not_part_of_the_answer(pipe: Any) -> None:
-    answer = pipe(TEXT, QUESTIONS[1], answer_prefix="The secret number for summery-fillet is")["answer"]
+    answer = pipe(TEXT, QUESTIONS[1], answer_prefix="The secret number for summery-fillet is")[
+        "answer"
+    ]
     assert answer.strip() == NUMBERS[1]
 
 
@@ -56,8 +64,13 @@ def test_without_the_template_the_question_follows_the_text(pipe: Any) -> None:
 
 
 def test_words_of_generate_are_passed_on(pipe: Any) -> None:
-    assert len(bundled_tokenizer()(pipe(TEXT, QUESTIONS[0], max_new_tokens=3)["answer"]).input_ids) <= 4
-    with pytest.raises(UnknownOptionError, match="unknown word 'temprature'; did you mean 'temperature'"):
+    assert (
+        len(bundled_tokenizer()(pipe(TEXT, QUESTIONS[0], max_new_tokens=3)["answer"]).input_ids)
+        <= 4
+    )
+    with pytest.raises(
+        UnknownOptionError, match="unknown word 'temprature'; did you mean 'temperature'"
+    ):
         pipe(TEXT, QUESTIONS[0], temprature=1.0)
 
 
@@ -66,7 +79,9 @@ def test_nothing_is_encoded_in_vain(pipe: Any, chat: bool | None) -> None:
     forwards: list[int] = []
     handle = pipe.star.model.get_decoder().register_forward_pre_hook(lambda *_: forwards.append(1))
     try:
-        with pytest.raises(ContextLengthError, match=r"query and answer \(65,536\) need .* lower max_new_tokens"):
+        with pytest.raises(
+            ContextLengthError, match=r"query and answer \(65,536\) need .* lower max_new_tokens"
+        ):
             pipe(TEXT, questions=QUESTIONS, max_new_tokens=65536, chat=chat)
         with pytest.raises(UnknownOptionError):
             pipe(TEXT, QUESTIONS[0], temprature=1.0, chat=chat)

@@ -22,8 +22,23 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_attention import EncodedContext, StarLLM
-from star_attention.errors import ContextMismatchError, ContextNotFoundError, ContextSaveError, CorruptContextError
-from tests.engines import BUNDLED, CONTEXT, QUERY, assert_same_kv, bundled_tokenizer, engine, ids, stored, tiny
+from star_attention.errors import (
+    ContextMismatchError,
+    ContextNotFoundError,
+    ContextSaveError,
+    CorruptContextError,
+)
+from tests.engines import (
+    BUNDLED,
+    CONTEXT,
+    QUERY,
+    assert_same_kv,
+    bundled_tokenizer,
+    engine,
+    ids,
+    stored,
+    tiny,
+)
 from tests.families import FAMILIES, build
 
 BLOCK = 20
@@ -59,21 +74,41 @@ def use(path: Path, star: StarLLM | None = None) -> EncodedContext:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_round_trip_keeps_every_bit_and_every_answer(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    star = StarLLM(tiny(name) if dtype == torch.float32 else build(name, dtype), block_size=BLOCK, anchor_size=7)
+def test_a_round_trip_keeps_every_bit_and_every_answer(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    star = StarLLM(
+        tiny(name) if dtype == torch.float32 else build(name, dtype),
+        block_size=BLOCK,
+        anchor_size=7,
+    )
     context = star.encode(ids(CONTEXT))
     context.save(tmp_path / "a.star")
     again = star.load_context(tmp_path / "a.star")
     assert torch.equal(again.token_ids, context.token_ids)
     assert again.token_ids.dtype == torch.int64
-    assert (again.plan, again.method, again.identity) == (context.plan, context.method, context.identity)
-    assert (again.rope_length, again.chat, again.encode_s) == (context.rope_length, None, context.encode_s)
+    assert (again.plan, again.method, again.identity) == (
+        context.plan,
+        context.method,
+        context.identity,
+    )
+    assert (again.rope_length, again.chat, again.encode_s) == (
+        context.rope_length,
+        None,
+        context.encode_s,
+    )
     assert (again.rope_length is not None) == (name == "phi3_longrope")
-    assert [layer.expands for layer in again.kv.layers] == [layer.expands for layer in context.kv.layers]
-    assert [layer.is_empty for layer in again.kv.layers] == [layer.is_empty for layer in context.kv.layers]
+    assert [layer.expands for layer in again.kv.layers] == [
+        layer.expands for layer in context.kv.layers
+    ]
+    assert [layer.is_empty for layer in again.kv.layers] == [
+        layer.is_empty for layer in context.kv.layers
+    ]
     assert_same_kv(again, context, tolerance=0)
     assert again.nbytes == context.nbytes
-    first, second = (star.generate(c, ids(QUERY), max_new_tokens=6, return_logits=True) for c in (context, again))
+    first, second = (
+        star.generate(c, ids(QUERY), max_new_tokens=6, return_logits=True) for c in (context, again)
+    )
     assert first.token_ids == second.token_ids
     assert torch.equal(first.logits, second.logits)
 
@@ -87,7 +122,9 @@ def test_kinds_differ_in_what_they_keep() -> None:
     assert contexts["phi3_longrope"].rope_length == CONTEXT + 1024
 
 
-def test_a_loaded_context_can_be_extended_and_saved_again(path: Path, context: EncodedContext) -> None:
+def test_a_loaded_context_can_be_extended_and_saved_again(
+    path: Path, context: EncodedContext
+) -> None:
     star = engine("llama", block_size=64)
     extended = star.extend(star.load_context(path), ids(31, seed=3))
     assert_same_kv(extended, star.extend(context, ids(31, seed=3)), tolerance=0)
@@ -98,7 +135,10 @@ def test_a_loaded_context_can_be_extended_and_saved_again(path: Path, context: E
 
 def test_the_bundled_model_answers_the_same_from_a_file(tmp_path: Path) -> None:
     star = StarLLM.from_pretrained(BUNDLED, dtype="float32", block_size=256, anchor_size=64)
-    text = "The hill is tall and the road is long.\nThe secret number for torpidity-kill is 4910508.\n" * 30
+    text = (
+        "The hill is tall and the road is long.\nThe secret number for torpidity-kill is 4910508.\n"
+        * 30
+    )
     messages = [{"role": "user", "content": text}]
     question = "What is the secret number for torpidity-kill?"
     context = star.encode(messages)
@@ -128,7 +168,10 @@ def test_the_file_is_plain_safetensors_for_its_owner_only(path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with safe_open(path, framework="pt") as file:
         assert file.get_tensor("token_ids").tolist() == ids(CONTEXT)
-        assert set(file.keys()) == {"token_ids", *(f"layers.{i}.{kv}" for i in range(3) for kv in "kv")}
+        assert set(file.keys()) == {
+            "token_ids",
+            *(f"layers.{i}.{kv}" for i in range(3) for kv in "kv"),
+        }
 
 
 def test_opening_a_file_reads_no_keys(path: Path) -> None:
@@ -145,7 +188,9 @@ def test_opening_a_file_reads_no_keys(path: Path) -> None:
     opened.kv.layers[1].pair()
     assert opened.kv.layers[2]._kept is None
     for _ in range(2):
-        with pytest.raises(CorruptContextError, match=r"layers\.2\.v in .*a\.star does not match its checksum"):
+        with pytest.raises(
+            CorruptContextError, match=r"layers\.2\.v in .*a\.star does not match its checksum"
+        ):
             answer(star, opened)
 
 
@@ -174,7 +219,9 @@ def test_a_place_that_cannot_be_written(target: str, path: Path, context: Encode
 
 @pytest.mark.parametrize("target", [5, None, ["a.star"]])
 def test_what_is_no_path(target: Any, context: EncodedContext) -> None:
-    with pytest.raises(ContextSaveError, match=r"it is no path, but of type .*; give a text or a pathlib.Path"):
+    with pytest.raises(
+        ContextSaveError, match=r"it is no path, but of type .*; give a text or a pathlib.Path"
+    ):
         context.save(target)
 
 
@@ -210,7 +257,10 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(limit: int, path: Path)
     other = engine("llama", block_size=BLOCK).encode(ids(CONTEXT, seed=5))
     with (
         file_size_limit(limit),
-        pytest.raises(ContextSaveError, match=r"cannot save .*File too large.*free space or choose another place"),
+        pytest.raises(
+            ContextSaveError,
+            match=r"cannot save .*File too large.*free space or choose another place",
+        ),
     ):
         other.save(path)
     assert path.read_bytes() == before
@@ -224,7 +274,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 128 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
@@ -236,7 +288,10 @@ def test_a_full_disk(small_disk: Path, context: EncodedContext) -> None:
     target = small_disk / "a.star"
     context.save(target)  # 117 KiB
     before = target.read_bytes()
-    with pytest.raises(ContextSaveError, match=r"No space left on device.*a file that stood there before is untouched"):
+    with pytest.raises(
+        ContextSaveError,
+        match=r"No space left on device.*a file that stood there before is untouched",
+    ):
         context.save(target)
     assert target.read_bytes() == before
     assert os.listdir(small_disk) == ["a.star"]
@@ -282,15 +337,25 @@ def test_every_flipped_bit_is_refused(path: Path) -> None:
     ("change", "message"),
     [
         pytest.param(lambda data: b"", "truncated, changed or something else", id="empty"),
-        pytest.param(lambda data: b"Once upon a time.\n" * 99, "it does not begin like one; give what", id="text"),
-        pytest.param(lambda data: b"\x00" * 4096, "is no saved context: it does not begin", id="zeros"),
+        pytest.param(
+            lambda data: b"Once upon a time.\n" * 99,
+            "it does not begin like one; give what",
+            id="text",
+        ),
+        pytest.param(
+            lambda data: b"\x00" * 4096, "is no saved context: it does not begin", id="zeros"
+        ),
         pytest.param(lambda data: data[:100], "truncated, changed or something else", id="shorter"),
-        pytest.param(lambda data: data[:8], "truncated, changed or something else", id="eight bytes"),
+        pytest.param(
+            lambda data: data[:8], "truncated, changed or something else", id="eight bytes"
+        ),
         pytest.param(lambda data: data + b"!", "truncated, changed or something else", id="longer"),
         pytest.param(lambda data: data + data, "truncated, changed or something else", id="twice"),
     ],
 )
-def test_other_files_are_refused(change: Callable[[bytes], bytes], message: str, path: Path) -> None:
+def test_other_files_are_refused(
+    change: Callable[[bytes], bytes], message: str, path: Path
+) -> None:
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(CorruptContextError, match=message):
         engine("llama").load_context(path)
@@ -330,13 +395,17 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
 
 def test_a_format_of_the_future_is_refused_by_its_version(path: Path) -> None:
     rewrite(path, lambda header, _: header.update(format_version=2))
-    with pytest.raises(CorruptContextError, match="has format version 2, this library reads version 1"):
+    with pytest.raises(
+        CorruptContextError, match="has format version 2, this library reads version 1"
+    ):
         engine("llama").load_context(path)
 
 
 def test_tensors_must_be_those_of_the_header(path: Path) -> None:
     rewrite(path, lambda _, tensors: tensors.pop("layers.1.k"))
-    with pytest.raises(CorruptContextError, match="does not hold the tensors that its header lists"):
+    with pytest.raises(
+        CorruptContextError, match="does not hold the tensors that its header lists"
+    ):
         engine("llama").load_context(path)
 
 
@@ -347,7 +416,9 @@ def test_tensors_must_be_where_they_were(path: Path) -> None:
         tensors["layers.0.k"], tensors["layers.1.k"] = tensors["layers.1.k"], tensors["layers.0.k"]
 
     rewrite(path, swap)
-    with pytest.raises(CorruptContextError, match=r"layers\.0\.k in .* does not match its checksum"):
+    with pytest.raises(
+        CorruptContextError, match=r"layers\.0\.k in .* does not match its checksum"
+    ):
         use(path)
 
 
@@ -366,7 +437,9 @@ def llama(**settings: Any) -> Any:
 def lora(seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        words = LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        words = LoraConfig(
+            r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         return get_peft_model(build("llama"), words).eval()
 
 
@@ -399,10 +472,16 @@ def test_a_mismatch_is_refused_by_the_field_that_differs(
     path = tmp_path / "a.star"
     mine = engine("llama", bundled_tokenizer(), block_size=BLOCK)
     mine.encode(ids(CONTEXT)).save(path)
-    with pytest.raises(ContextMismatchError, match=rf"a\.star does not fit: its {field} is .*, this model's is") as no:
+    with pytest.raises(
+        ContextMismatchError, match=rf"a\.star does not fit: its {field} is .*, this model's is"
+    ) as no:
         other().load_context(path)
     assert no.value.field == field
-    remedy = "load the model in float32 (dtype=, or --dtype)" if field == "dtype" else "load the model that encoded it"
+    remedy = (
+        "load the model in float32 (dtype=, or --dtype)"
+        if field == "dtype"
+        else "load the model that encoded it"
+    )
     assert f"; {remedy}, or encode the context again" in str(no.value)
     use(path, mine)
 

@@ -37,7 +37,8 @@ def state(lse: float, seed: int, dtype: torch.dtype = torch.float32) -> State:
 def same(a: State, b: State) -> None:
     """Equal to rounding: an lse of thousands is only known to its last digit, and so are the weights that come of it."""
     largest = max(
-        (s.lse_BQH[s.lse_BQH.isfinite()].abs().max().item() if s.lse_BQH.isfinite().any() else 0) for s in (a, b)
+        (s.lse_BQH[s.lse_BQH.isfinite()].abs().max().item() if s.lse_BQH.isfinite().any() else 0)
+        for s in (a, b)
     )
     slack = EXACT + 8 * torch.finfo(torch.float32).eps * largest
     torch.testing.assert_close(a.out_BQHD, b.out_BQHD, atol=slack, rtol=0)
@@ -130,7 +131,9 @@ def test_rows_and_heads_are_merged_on_their_own() -> None:
     lse_BQH = 5 * torch.randn(B, Q, H, generator=generator)
     merged = merge([State(a.out_BQHD, lse_BQH), State(b.out_BQHD, -lse_BQH)])
     weight_BQH1 = torch.exp(lse_BQH)[..., None]
-    expected_BQHD = (a.out_BQHD * weight_BQH1 + b.out_BQHD / weight_BQH1) / (weight_BQH1 + 1 / weight_BQH1)
+    expected_BQHD = (a.out_BQHD * weight_BQH1 + b.out_BQHD / weight_BQH1) / (
+        weight_BQH1 + 1 / weight_BQH1
+    )
     torch.testing.assert_close(merged.out_BQHD, expected_BQHD, atol=EXACT, rtol=EXACT)
 
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from star_attention import StarLLM, cost
+from star_attention import StarLLM
 from star_attention.errors import ContextMismatchError, InvalidInputError
-from star_attention.plan import BlockPlan
+from star_attention.planning import cost
+from star_attention.planning.plan import BlockPlan
 from tests.engines import engine, ids, tiny
 from tests.model_oracle import cached, cached_kv, eager_attention, layer_masks
 
@@ -26,11 +27,15 @@ def mask(total: int, sinks: int, window: int, own: int | None = None) -> torch.T
 
 
 @torch.no_grad()
-def oracle(model: Any, tokens: list[int], sinks: int, window: int) -> tuple[torch.Tensor, list[Any]]:
+def oracle(
+    model: Any, tokens: list[int], sinks: int, window: int
+) -> tuple[torch.Tensor, list[Any]]:
     cache = DynamicCache()
     masks = layer_masks(model, lambda own: mask(len(tokens), sinks, window, own))
     with eager_attention(model):
-        out = model(torch.tensor([tokens]), attention_mask=masks, use_cache=True, **cached(model, cache))
+        out = model(
+            torch.tensor([tokens]), attention_mask=masks, use_cache=True, **cached(model, cache)
+        )
     return out.logits[0], cached_kv(cache)
 
 
@@ -42,13 +47,19 @@ FAMILIES = ["llama", "gemma2", "gpt_oss", "gemma3n", "deepseek_v3", "qwen3_moe"]
 def test_against_the_mask(name: str, sinks: int, window: int) -> None:
     """Keys and values as they stay behind, and logits of a query and of an answer longer than the window."""
     context, query, steps = 101, 5, 12
-    star = engine(name, method="streaming_llm", block_size=window, anchor_size=sinks, tokens_per_forward=23)
+    star = engine(
+        name, method="streaming_llm", block_size=window, anchor_size=sinks, tokens_per_forward=23
+    )
     tokens = ids(context + query)
     encoded = star.encode(tokens[:context])
-    reply = star.generate(encoded, tokens[context:], max_new_tokens=steps, ignore_eos=True, return_logits=True)
+    reply = star.generate(
+        encoded, tokens[context:], max_new_tokens=steps, ignore_eos=True, return_logits=True
+    )
     logits, kv = oracle(star.model, [*tokens, *reply.token_ids], sinks, window)
     right = logits[context + query - 1 : -1]
-    torch.testing.assert_close(reply.logits, right, atol=2e-4 * max(1.0, right.abs().max().item()), rtol=0)
+    torch.testing.assert_close(
+        reply.logits, right, atol=2e-4 * max(1.0, right.abs().max().item()), rtol=0
+    )
     assert reply.token_ids == right.argmax(-1).tolist()
     kept = [*range(min(sinks, context)), *range(max(sinks, context - window), context)]
     ours = [layer.pair() for layer in encoded.kv.layers if not layer.is_empty]
@@ -89,13 +100,18 @@ def test_saved_and_loaded(tmp_path: Path, kept: dict[str, str]) -> None:
     context = star.encode(ids(90))
     context.save(tmp_path / "a.star")
     loaded = star.load_context(tmp_path / "a.star")
-    assert loaded.kv.sight == context.kv.sight
+    assert loaded.kv.visible == context.kv.visible
     words: dict[str, Any] = dict(max_new_tokens=30, ignore_eos=True)
-    assert star.generate(loaded, ids(6), **words).token_ids == star.generate(context, ids(6), **words).token_ids
+    assert (
+        star.generate(loaded, ids(6), **words).token_ids
+        == star.generate(context, ids(6), **words).token_ids
+    )
 
 
 def test_batches_beams_and_streams() -> None:
-    star = engine("llama", method="streaming_llm", block_size=20, anchor_size=3, tokens_per_forward=32)
+    star = engine(
+        "llama", method="streaming_llm", block_size=20, anchor_size=3, tokens_per_forward=32
+    )
     first, second = star.encode([ids(90), ids(90, seed=3)])
     queries = [ids(6, seed=4), ids(9, seed=5)]
     words: dict[str, Any] = dict(max_new_tokens=25, ignore_eos=True)
@@ -114,7 +130,9 @@ def test_what_it_does_not_do(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="a streaming_llm context cannot be extended"):
         star.extend(context, ids(5))
     context.save(tmp_path / "a.star")
-    with pytest.raises(ContextMismatchError, match="its method is streaming_llm, this model's is star"):
+    with pytest.raises(
+        ContextMismatchError, match="its method is streaming_llm, this model's is star"
+    ):
         StarLLM(tiny("llama")).load_context(tmp_path / "a.star")
 
 
@@ -122,5 +140,7 @@ def test_what_it_does_not_do(tmp_path: Path) -> None:
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 25), st.none() | st.integers(1, 70))
 def test_operations(tokens: int, window: int, sinks: int, own: int | None) -> None:
     """The pairs that are counted are the ones of the mask."""
-    plan = BlockPlan(context_tokens=tokens, block_size=window, anchor_size=min(sinks, window), ranks=1)
+    plan = BlockPlan(
+        context_tokens=tokens, block_size=window, anchor_size=min(sinks, window), ranks=1
+    )
     assert cost.streaming_pairs(plan, own) == int(mask(tokens, plan.anchor_size, window, own).sum())

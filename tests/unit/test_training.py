@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from star_attention import StarLLM
 from star_attention.evals import ruler_lists, sources
 from star_attention.evals.babilong_prompts import ASK
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import bundled_tokenizer
 from tests.unit.test_evals_babilong import answers
 from training import data, train
@@ -43,11 +43,17 @@ def test_documents_are_what_a_model_sees(kind: str, room: int) -> None:
         ids, mask = data.encoded(document, one.encode)
         expected = context_ids(tokenizer, document.context)
         for question in document.questions:
-            expected += query_ids(tokenizer, question.asked) + query_ids(tokenizer, question.answer) + [one.encode.eos]
+            expected += (
+                query_ids(tokenizer, question.asked)
+                + query_ids(tokenizer, question.answer)
+                + [one.encode.eos]
+            )
         assert ids == expected
         assert len(mask) == len(ids) <= 1.1 * max(room, least) + 120
         answers = [data.TASKS[kind - 2] for kind in mask if kind >= train.ANSWER]
-        counted = sum(len(query_ids(tokenizer, question.answer)) + 1 for question in document.questions)
+        counted = sum(
+            len(query_ids(tokenizer, question.answer)) + 1 for question in document.questions
+        )
         hint = len(query_ids(tokenizer, document.hint)) if document.hint else 0
         assert len(answers) == counted + hint
         assert {question.task for question in document.questions} == set(answers)
@@ -59,7 +65,9 @@ def test_answers_are_right() -> None:
     for _ in range(20):
         document = data._needles(one, 1500)
         facts: dict[str, list[str]] = {}
-        for key, value in re.findall(r"One of the special magic \w+ for (.+?) is: ([\w-]+)\.", document.context):
+        for key, value in re.findall(
+            r"One of the special magic \w+ for (.+?) is: ([\w-]+)\.", document.context
+        ):
             facts.setdefault(key, []).append(value)
         for question in document.questions:
             named = re.search(r" for (.+) mentioned in the provided text\?", question.asked)
@@ -81,12 +89,16 @@ def test_counted_words_are_the_most_common() -> None:
     one = maker(8)
     for _ in range(10):
         document = data._frequent(one, 700)
-        counts = Counter(re.findall(r"\b[a-z]{6}\b", document.context.removeprefix(ruler_lists.FWE_HEAD)))
+        counts = Counter(
+            re.findall(r"\b[a-z]{6}\b", document.context.removeprefix(ruler_lists.FWE_HEAD))
+        )
         named = document.questions[0].answer.strip().split(", ")
         most = sorted(counts.values(), reverse=True)[:3]
         assert [counts[name] for name in named] == most, document.context[:300]
         document = data._common(one, 2500)
-        listed = Counter(re.findall(r"\d+\. ([\w-]+)", document.context.rpartition(ruler_lists.CWE_HEAD)[2]))
+        listed = Counter(
+            re.findall(r"\d+\. ([\w-]+)", document.context.rpartition(ruler_lists.CWE_HEAD)[2])
+        )
         named = re.findall(r"\d+\. ([\w-]+)", document.questions[0].answer)
         assert len(named) == 10
         assert set(named) == {word for word, _ in listed.most_common(10)}
@@ -114,8 +126,17 @@ def test_searches_have_their_answers_in_the_text() -> None:
         (question,) = document.questions
         if question.task == "math_find":
             numbers = sorted(map(int, re.findall(r"\b\d\d\b", document.context)))
-            rank = next((n for n, word in enumerate(("second", "third"), start=1) if word in question.asked), 0)
-            assert int(question.answer) == (numbers[rank] if "smallest" in question.asked else numbers[-1 - rank])
+            rank = next(
+                (
+                    n
+                    for n, word in enumerate(("second", "third"), start=1)
+                    if word in question.asked
+                ),
+                0,
+            )
+            assert int(question.answer) == (
+                numbers[rank] if "smallest" in question.asked else numbers[-1 - rank]
+            )
         else:
             assert document.context.count(question.answer) == 2
         document = data._pairs(one, 1500)
@@ -146,17 +167,28 @@ def test_words_are_held_apart() -> None:
     for part in sources.PARTS:
         one = maker(7, part)
         texts = [data._needles(one, 2000).context for _ in range(10)]
-        found.append({key for text in texts for key in re.findall(r" for ([a-z]+-[a-z]+) is: ", text)})
+        found.append(
+            {key for text in texts for key in re.findall(r" for ([a-z]+-[a-z]+) is: ", text)}
+        )
     train_keys, eval_keys = found
     assert train_keys
     assert eval_keys
     held = sources.words("eval")
-    assert eval_keys <= {f"{adjective}-{noun}" for adjective in held.adjectives for noun in held.nouns}
+    assert eval_keys <= {
+        f"{adjective}-{noun}" for adjective in held.adjectives for noun in held.nouns
+    }
     assert not train_keys & eval_keys
 
 
 SETTINGS: dict[str, Any] = dict(
-    hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, tokens=512, stages="256:2k,512:1k", warmup=2
+    hidden=32,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    intermediate=48,
+    tokens=512,
+    stages="256:2k,512:1k",
+    warmup=2,
 )
 
 
@@ -167,20 +199,28 @@ def run(out: Path, **more: Any) -> None:
     train.main(arguments)
 
 
-def test_pieces_make_the_model_that_one_run_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pieces_make_the_model_that_one_run_makes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(tmp_path / "whole")
     assert "done: " in capsys.readouterr().out
     for _ in range(3):
         run(tmp_path / "pieces", steps=2)
-    whole, pieces = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "pieces"))
+    whole, pieces = (
+        load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "pieces")
+    )
     assert whole.keys() == pieces.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(weight, pieces[name], atol=2e-2, rtol=2e-2)  # (bf16)
-    lines = [json.loads(line) for line in (tmp_path / "pieces" / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "pieces" / "log.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["length"] for line in lines] == [256] * 4 + [512] * 2
     star = StarLLM.from_pretrained(tmp_path / "whole" / "model", block_size=64)
-    assert star.generate(star.encode("The grass is green. " * 40), "What?", max_new_tokens=3).token_ids
+    assert star.generate(
+        star.encode("The grass is green. " * 40), "What?", max_new_tokens=3
+    ).token_ids
     with pytest.raises(ValueError, match=r"was begun with hidden 32, not 64"):
         run(tmp_path / "whole", hidden=64)
 
@@ -188,7 +228,9 @@ def test_pieces_make_the_model_that_one_run_makes(tmp_path: Path, capsys: pytest
 def test_a_model_learns() -> None:
     """A few steps on one batch: its loss falls, and answers are counted by task."""
     settings = train.Settings(**(SETTINGS | dict(lr=1e-2, matrix_lr=1e-2)))
-    trainer = train.Trainer(settings, bundled_tokenizer(), device=torch.device("cpu"), compile=False)
+    trainer = train.Trainer(
+        settings, bundled_tokenizer(), device=torch.device("cpu"), compile=False
+    )
     ids, mask = (part.long() for part in data.batch(2, 256, maker()))
     losses = [float(trainer.train(ids, mask, 1.0).total.detach()) for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]
@@ -199,8 +241,14 @@ def test_a_model_learns() -> None:
 
 def test_stages() -> None:
     settings = train.Settings(tokens=1024, stages="256:10k,1024:0.5m")
-    assert [(stage.length, stage.steps) for stage in train.stages_of(settings)] == [(256, 10), (1024, 488)]
-    factors = [train.factor_of(step, 1000, train.Settings(warmup=10, decay_from=0.5)) for step in (0, 9, 499, 750, 999)]
+    assert [(stage.length, stage.steps) for stage in train.stages_of(settings)] == [
+        (256, 10),
+        (1024, 488),
+    ]
+    factors = [
+        train.factor_of(step, 1000, train.Settings(warmup=10, decay_from=0.5))
+        for step in (0, 9, 499, 750, 999)
+    ]
     assert factors == pytest.approx([0.1, 1, 1, 0.5, 0.002])
     with pytest.raises(ValueError, match="a step of 1,024 tokens holds no whole rows of 300"):
         train.stages_of(train.Settings(tokens=1024, stages="300:1k"))
@@ -215,7 +263,9 @@ def test_stages() -> None:
         (dict(common=0.0), "sink 10.0 needs a common component of embeddings"),
     ],
 )
-def test_unknown_settings_are_refused(setting: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unknown_settings_are_refused(
+    setting: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **setting)
 
@@ -250,9 +300,22 @@ def test_a_row_may_have_one_beginning() -> None:
 def test_training_begins_with_given_weights(tmp_path: Path) -> None:
     run(tmp_path / "first", steps=1)
     first = load_file(tmp_path / "first" / "model" / "model.safetensors")
-    run(tmp_path / "second", steps=1, init=tmp_path / "first" / "model", lr=0, matrix_lr=0, weight_decay=0)
+    run(
+        tmp_path / "second",
+        steps=1,
+        init=tmp_path / "first" / "model",
+        lr=0,
+        matrix_lr=0,
+        weight_decay=0,
+    )
     second = load_file(tmp_path / "second" / "model" / "model.safetensors")
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
     with pytest.raises(ValueError, match="goes on without --init"):
-        run(tmp_path / "second", init=tmp_path / "first" / "model", lr=0, matrix_lr=0, weight_decay=0)
+        run(
+            tmp_path / "second",
+            init=tmp_path / "first" / "model",
+            lr=0,
+            matrix_lr=0,
+            weight_decay=0,
+        )

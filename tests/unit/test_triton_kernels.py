@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 from star_attention.attention.state import State, merge, merge_last
-from star_attention.hf import compiled
+from star_attention.hf.execution import compiled
 from tests.answer_oracle import CASES, expected, real_rows, setup
 from tests.engines import tiny
 
@@ -26,7 +26,11 @@ from star_attention.attention.kernels import triton_answer, triton_merge, triton
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.float32) for name in CASES), ("a window", torch.float16), ("a query", torch.float16)],
+    [
+        *((name, torch.float32) for name in CASES),
+        ("a window", torch.float16),
+        ("a query", torch.float16),
+    ],
 )
 def test_answers_attention(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -95,7 +99,11 @@ def test_products_with_one_row_share_launches(matrices: int) -> None:
         outs = [triton_row.linear(x, weight, None) for weight in weights]
         return triton_row.linear(torch.cat(outs, -1), last, None)
 
-    x, last, weights = torch.randn(1, 1, 70), torch.randn(3, 8 * matrices), torch.randn(matrices, 8, 70).unbind()
+    x, last, weights = (
+        torch.randn(1, 1, 70),
+        torch.randn(3, 8 * matrices),
+        torch.randn(matrices, 8, 70).unbind(),
+    )
     traced = make_fx(layer)(x, *weights)
     triton_row.together(traced.graph)
     traced.recompile()
@@ -121,7 +129,9 @@ def test_a_compiled_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton_row, "together", seen)
     for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
         module.__class__ = triton_row.RowLinear
-    compiled_layer = torch.compile(layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._TOGETHER})
+    compiled_layer = torch.compile(
+        layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._TOGETHER}
+    )
     fresh = (
         torch._inductor.config.patch(fx_graph_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),

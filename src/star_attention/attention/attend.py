@@ -60,18 +60,38 @@ def attend(
         offset, K = offset - first, last - first
     if window is not None and offset + Q <= window:
         window = None  # even the last row reaches the first key
-    if key_mask_BK is None and offset >= 0:  # (a negative one leaves rows without keys, which is the mask's business)
+    if (
+        key_mask_BK is None and offset >= 0
+    ):  # (a negative one leaves rows without keys, which is the mask's business)
         if window is None:
             if offset >= K - 1:
                 return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=False, kernel=kernel)
             if offset + Q == K:
                 if offset == 0:
                     return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, kernel=kernel)
-                before = _run(q_BQHD, k_BKGD[:, :offset], v_BKGD[:, :offset], rule=rule, causal=False, kernel=kernel)
-                within = _run(q_BQHD, k_BKGD[:, offset:], v_BKGD[:, offset:], rule=rule, causal=True, kernel=kernel)
+                before = _run(
+                    q_BQHD,
+                    k_BKGD[:, :offset],
+                    v_BKGD[:, :offset],
+                    rule=rule,
+                    causal=False,
+                    kernel=kernel,
+                )
+                within = _run(
+                    q_BQHD,
+                    k_BKGD[:, offset:],
+                    v_BKGD[:, offset:],
+                    rule=rule,
+                    causal=True,
+                    kernel=kernel,
+                )
                 return merge([before, within])
-        elif offset + Q == K and kernels.find(_call(q_BQHD, k_BKGD, v_BKGD, rule, causal=True, window=window), kernel):
-            return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, window=window, kernel=kernel)
+        elif offset + Q == K and kernels.find(
+            _call(q_BQHD, k_BKGD, v_BKGD, rule, causal=True, window=window), kernel
+        ):
+            return _run(
+                q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, window=window, kernel=kernel
+            )
     return _attend_masked(q_BQHD, k_BKGD, v_BKGD, rule, offset, window, key_mask_BK, kernel)
 
 
@@ -109,20 +129,30 @@ def _run(
     # On CPU a few rows against many keys read memory most of the time: rows of the heads that share a KV head are put
     # together, so that its keys are read once.
     packed = (
-        1 < H // G and Q * (H // G) <= _PACKED_ROWS and not causal and mask_BQK is None and q_BQHD.device.type == "cpu"
+        1 < H // G
+        and Q * (H // G) <= _PACKED_ROWS
+        and not causal
+        and mask_BQK is None
+        and q_BQHD.device.type == "cpu"
     )
     if packed:
         q_BQHD = q_BQHD.reshape(B, Q, G, H // G, D).transpose(2, 3).reshape(B, Q * (H // G), G, D)
     # Kernels want one head size; where keys and values differ (MLA), zeros make up the rest and change nothing.
     size = max(D, v_size)
     q_BQHD, k_BKGD, v_BKGD = (_widen(t, size) for t in (q_BQHD, k_BKGD, v_BKGD))
-    call = _call(q_BQHD, k_BKGD, v_BKGD, rule, causal=causal, window=window, masked=mask_BQK is not None)
+    call = _call(
+        q_BQHD, k_BKGD, v_BKGD, rule, causal=causal, window=window, masked=mask_BQK is not None
+    )
     name = kernels.choose(call, kernel)
-    state = kernels.load(name).attend(q_BQHD, k_BKGD, v_BKGD, call=call, scale=rule.scale, mask_BQK=mask_BQK)
+    state = kernels.load(name).attend(
+        q_BQHD, k_BKGD, v_BKGD, call=call, scale=rule.scale, mask_BQK=mask_BQK
+    )
     out_BQHD, lse_BQH = state
     out_BQHD = out_BQHD[..., :v_size]
     if packed:
-        out_BQHD = out_BQHD.reshape(B, Q, H // G, G, v_size).transpose(2, 3).reshape(B, Q, H, v_size)
+        out_BQHD = (
+            out_BQHD.reshape(B, Q, H // G, G, v_size).transpose(2, 3).reshape(B, Q, H, v_size)
+        )
         lse_BQH = lse_BQH.reshape(B, Q, H // G, G).transpose(2, 3).reshape(B, Q, H)
     return State(out_BQHD, lse_BQH)
 
@@ -145,12 +175,20 @@ def _attend_masked(
         first = 0 if window is None else max(0, offset + row - window + 1)
         last = min(K, offset + stop)
         if first >= last:
-            parts.append(empty_state(q_BQHD.shape[0], stop - row, q_BQHD.shape[2], v_BKGD.shape[3], device))
+            parts.append(
+                empty_state(q_BQHD.shape[0], stop - row, q_BQHD.shape[2], v_BKGD.shape[3], device)
+            )
             continue
         ahead_QK = (
-            torch.arange(row, stop, device=device)[:, None] + offset - torch.arange(first, last, device=device)[None]
+            torch.arange(row, stop, device=device)[:, None]
+            + offset
+            - torch.arange(first, last, device=device)[None]
         )
-        keep_BQK = (ahead_QK >= 0)[None] if window is None else ((ahead_QK >= 0) & (ahead_QK < window))[None]
+        keep_BQK = (
+            (ahead_QK >= 0)[None]
+            if window is None
+            else ((ahead_QK >= 0) & (ahead_QK < window))[None]
+        )
         if key_mask_BK is not None:
             keep_BQK = keep_BQK & key_mask_BK[:, None, first:last]
         parts.append(
@@ -165,4 +203,6 @@ def _attend_masked(
         )
     if len(parts) == 1:
         return parts[0]
-    return State(torch.cat([p.out_BQHD for p in parts], 1), torch.cat([p.lse_BQH for p in parts], 1))
+    return State(
+        torch.cat([p.out_BQHD for p in parts], 1), torch.cat([p.lse_BQH for p in parts], 1)
+    )

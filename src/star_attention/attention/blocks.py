@@ -76,7 +76,9 @@ def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]
     return State(torch.cat([r.out_BQHD for r in rows]), torch.cat([r.lse_BQH for r in rows]))
 
 
-def tail_attention(q_BQHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, rule: Rule, padding: list[int]) -> State:
+def tail_attention(
+    q_BQHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, rule: Rule, padding: list[int]
+) -> State:
     """Query rows over the tail, whose last Q entries are their own keys; `padding[b]` first entries of row b are void."""
     T, Q = k_BTGD.shape[1], q_BQHD.shape[1]
     visible_BT = None

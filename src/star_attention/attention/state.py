@@ -26,7 +26,9 @@ class State(NamedTuple):
     lse_BQH: Tensor
 
 
-def empty_state(batch: int, queries: int, heads: int, head_size: int, device: torch.device) -> State:
+def empty_state(
+    batch: int, queries: int, heads: int, head_size: int, device: torch.device
+) -> State:
     """The state over no keys: `out = 0`, `lse = -inf`, both fp32."""
     out_BQHD = torch.zeros(batch, queries, heads, head_size, dtype=torch.float32, device=device)
     lse_BQH = torch.full((batch, queries, heads), float("-inf"), dtype=torch.float32, device=device)
@@ -78,4 +80,6 @@ def add_sink(state: State, sink_H: Tensor) -> State:
     """
     sink_H = sink_H.float()
     share_BQH = torch.sigmoid(state.lse_BQH - sink_H)
-    return State(state.out_BQHD.float() * share_BQH[..., None], torch.logaddexp(state.lse_BQH, sink_H))
+    return State(
+        state.out_BQHD.float() * share_BQH[..., None], torch.logaddexp(state.lse_BQH, sink_H)
+    )

@@ -11,17 +11,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from star_attention.comm import SoloComm
-from star_attention.hf.cache import EncodeCache
-from star_attention.hf.compiled import FULL
-from star_attention.hf.handle import ModelHandle, cache_word
-from star_attention.plan import BlockPlan
-from star_attention.store import AS_COMPUTED, ContextKV, Keeping
+from star_attention.distributed.comm import SoloComm
+from star_attention.hf.cache.base import EncodeCache
+from star_attention.hf.execution.compiled import FULL
+from star_attention.hf.execution.handle import ModelHandle, cache_word
+from star_attention.planning.plan import BlockPlan
+from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
 
 Anchor = tuple[Tensor, Tensor]
 """Token ids, and the positions at which they say that they stand, `[A]` each."""
 
-STOCK_BACKENDS: dict[str, SDPBackend | None] = {"stock": None, "stock-cudnn": SDPBackend.CUDNN_ATTENTION}
+STOCK_BACKENDS: dict[str, SDPBackend | None] = {
+    "stock": None,
+    "stock-cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 """transformers' own dense prefill, with the attention kernel that torch takes by itself and pinned to cuDNN's."""
 
 
@@ -31,7 +34,11 @@ def stock_prefill(model: Any, ids_L: Tensor, backend: SDPBackend | None) -> Any:
     cache = DynamicCache()
     decoder = model.get_decoder()
     with _sdpa(model), nullcontext() if backend is None else sdpa_kernel(backend):
-        decoder(input_ids=ids_L[None].to(decoder.device), use_cache=True, **{cache_word(decoder.forward): cache})
+        decoder(
+            input_ids=ids_L[None].to(decoder.device),
+            use_cache=True,
+            **{cache_word(decoder.forward): cache},
+        )
     return cache
 
 
@@ -53,15 +60,15 @@ def official_encode(
     tokens_per_forward: int,
     *,
     anchor_of: Callable[[int, int], Anchor | None] | None = None,
-    keeping: Keeping = AS_COMPUTED,
+    kv_format: KVFormat = DEFAULT_FORMAT,
 ) -> ContextKV:
     """The paper's own implementation, with this library's kernels: the anchor is encoded again in front of every block.
 
     The same keys and values as `phase1.encode`, for twice the linear work of all blocks but the first. anchor_of: what else stands
-    in front of the block `start..stop`, and at which positions; None for nothing. keeping: how the result is
+    in front of the block `start..stop`, and at which positions; None for nothing. kv_format: how the result is
     stored; a block sees itself as it was computed, where `phase1.encode` reads back what earlier forwards have stored.
     """
-    store = ContextKV.empty(plan.context_tokens, [None] * len(handle.windows), keeping)
+    store = ContextKV.empty(plan.context_tokens, [None] * len(handle.windows), kv_format)
     for start, stop in plan.blocks:
         if anchor_of is None:
             size = plan.anchor_size if start else 0
@@ -80,7 +87,11 @@ def official_encode(
             part = slice(span.start, span.stop)
             what = FULL if span.tokens == tokens_per_forward else None
             handle.encode(
-                ids_S[part][None].to(handle.device), positions_S[part][None].to(handle.device), cache, None, what=what
+                ids_S[part][None].to(handle.device),
+                positions_S[part][None].to(handle.device),
+                cache,
+                None,
+                what=what,
             )
         for layer, kept in zip(store.layers, both.layers, strict=True):
             if not kept.is_empty:

@@ -13,9 +13,9 @@ from torch import Tensor
 from star_attention.bench import machine
 from star_attention.bench.machine import Ceilings, Progress
 from star_attention.bench.subject import random_ids, weight_bytes_per_token
-from star_attention.cost import ModelShape
 from star_attention.engine import StarLLM
-from star_attention.plan import format_size
+from star_attention.planning.cost import ModelShape
+from star_attention.planning.plan import format_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,12 @@ def run(
         floor_bytes = weight_bytes_per_token(model) + context * shape.kept_bytes_per_token(kv_dtype)
         for compiled in compile:
             what = "compiled" if compiled else "plain"
-            progress(f"{len(rows) + 1} of {len(contexts) * len(compile)}: {what}, context {format_size(context)}")
-            row: dict[str, Any] = dict(context=context, block=size, compiled=compiled, queries=queries, tokens=tokens)
+            progress(
+                f"{len(rows) + 1} of {len(contexts) * len(compile)}: {what}, context {format_size(context)}"
+            )
+            row: dict[str, Any] = dict(
+                context=context, block=size, compiled=compiled, queries=queries, tokens=tokens
+            )
             row |= dict(query_tokens=query_tokens, kv_dtype=kv_dtype, kv_device=kv_device)
             row["floor_s"] = floor_bytes / ceilings.bytes_per_s
             place: dict[str, Any] = dict(kv_dtype=kv_dtype, kv_device=kv_device)
@@ -86,7 +90,12 @@ def run(
 
 
 def _times(
-    star: StarLLM, ids_L: Tensor, asked: list[Tensor], tokens: int, repeats: int, device: torch.device
+    star: StarLLM,
+    ids_L: Tensor,
+    asked: list[Tensor],
+    tokens: int,
+    repeats: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The times of a `Row`. (A function, so that the context's memory is free when it ends, however it does.)"""
     answer = partial(star.generate, star.encode(ids_L), asked, ignore_eos=True)
@@ -99,7 +108,16 @@ def _times(
 
 def table(rows: list[Row]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [
-        ("context", "layers", "ms a token", "floor ms", "over floor", "tok/s", "next query s", "first query s")
+        (
+            "context",
+            "layers",
+            "ms a token",
+            "floor ms",
+            "over floor",
+            "tok/s",
+            "next query s",
+            "first query s",
+        )
     ]
     for row in rows:
         head = (format_size(row.context), "compiled" if row.compiled else "plain")
@@ -109,7 +127,11 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
         lines.append(
             (
                 *head,
-                *(f"{row.token_s * 1e3:,.3g}", f"{row.floor_s * 1e3:,.3g}", f"{row.over_floor:.2f}"),
+                *(
+                    f"{row.token_s * 1e3:,.3g}",
+                    f"{row.floor_s * 1e3:,.3g}",
+                    f"{row.over_floor:.2f}",
+                ),
                 *(f"{row.queries / row.token_s:,.0f}", f"{row.ttft_s:,.3f}", f"{row.first_s:,.3g}"),
             )
         )

@@ -18,9 +18,9 @@ from star_attention.attention.kernels import Call
 from star_attention.attention.state import State, merge
 from star_attention.bench import machine
 from star_attention.bench.machine import Ceilings, Progress
-from star_attention.cost import AttentionShape
 from star_attention.errors import InvalidInputError
-from star_attention.plan import format_size
+from star_attention.planning.cost import AttentionShape
+from star_attention.planning.plan import format_size
 
 _CAPACITY, _TAIL = 512, 256
 _CALLS = 8  # of a kernel between two looks at the clock
@@ -55,31 +55,47 @@ def run(
     Raises `InvalidInputError` for a model whose keys and values differ in size.
     """
     if shape.k_head_size != shape.v_head_size:
-        raise InvalidInputError("kernels are measured for models whose keys and values have one size")
+        raise InvalidInputError(
+            "kernels are measured for models whose keys and values have one size"
+        )
     H, G, D = shape.heads, shape.kv_heads, shape.k_head_size
     rows: list[Row] = []
 
     def random(*size: int) -> Tensor:
         return torch.randn(size, device=device).to(dtype)
 
-    def measure(what: str, kernel: str, work: Callable[[], Any], flops: int = 0, bytes: int = 0) -> None:
+    def measure(
+        what: str, kernel: str, work: Callable[[], Any], flops: int = 0, bytes: int = 0
+    ) -> None:
         progress(f"{what}, {kernel}")
         seconds = median(_timed(work, repeats, device))
         floor_s = max(flops / ceilings.flops_per_s, bytes / ceilings.bytes_per_s)
         rows.append(
-            Row(what=what, kernel=kernel, seconds=seconds, flops=flops, bytes=bytes, of_ceiling=floor_s / seconds)
+            Row(
+                what=what,
+                kernel=kernel,
+                seconds=seconds,
+                flops=flops,
+                bytes=bytes,
+                of_ceiling=floor_s / seconds,
+            )
         )
 
     for block in blocks:
         q, k, v = random(1, block, H, D), random(1, block, G, D), random(1, block, G, D)
         size = format_size(block)
-        for causal, what in ((True, f"a block of {size}"), (False, f"{size} over an anchor of {size}")):
+        for causal, what in (
+            (True, f"a block of {size}"),
+            (False, f"{size} over an anchor of {size}"),
+        ):
             pairs = block * (block + 1) // 2 if causal else block * block
             for name in _able(device, dtype, block, block, shape, causal):
                 offset = 0 if causal else block
                 work = _attends(q, k, v, D, offset, name)
                 measure(what, name, work, flops=shape.flops_per_pair * pairs)
-        a, b = (State(random(1, block, H, D), torch.randn(1, block, H, device=device)) for _ in range(2))
+        a, b = (
+            State(random(1, block, H, D), torch.randn(1, block, H, device=device)) for _ in range(2)
+        )
         moved = 3 * a.out_BQHD.numel() * a.out_BQHD.element_size()
         measure(f"merging {size}", "ours", partial(merge, [a, b], dtype=dtype), bytes=moved)
     for context in contexts:
@@ -110,11 +126,18 @@ def _timed(work: Callable[[], Any], repeats: int, device: torch.device) -> list[
     with torch.cuda.device(device), torch.cuda.graph(graph):
         for _ in range(_CALLS):
             work()
-    return [seconds / _CALLS for seconds in machine.timed(graph.replay, repeats=repeats, device=device)]
+    return [
+        seconds / _CALLS for seconds in machine.timed(graph.replay, repeats=repeats, device=device)
+    ]
 
 
 def _able(
-    device: torch.device, dtype: torch.dtype, queries: int, keys: int, shape: AttentionShape, causal: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    queries: int,
+    keys: int,
+    shape: AttentionShape,
+    causal: bool,
 ) -> Iterator[str]:
     """Kernels that can run a call, without the one of plain matrix products where there are others."""
     call = Call(
@@ -131,7 +154,9 @@ def _able(
     yield from [name for name in able if name != "math"] or able
 
 
-def _attends(q: Tensor, k: Tensor, v: Tensor, size: int, offset: int, name: str) -> Callable[[], State]:
+def _attends(
+    q: Tensor, k: Tensor, v: Tensor, size: int, offset: int, name: str
+) -> Callable[[], State]:
     rule = Rule(scale=size**-0.5)
     return lambda: attend(q, k, v, rule=rule, offset=offset, kernel=name)
 
@@ -148,9 +173,18 @@ def _answers(
     lengths = torch.tensor([k.shape[2], _TAIL, _CAPACITY], device=q.device)
     padding_R = torch.zeros(1, dtype=torch.int32, device=q.device)
 
-    def work(held: tuple[Tensor, ...] = held) -> State:  # (which must live as long as their addresses)
+    def work(
+        held: tuple[Tensor, ...] = held,
+    ) -> State:  # (which must live as long as their addresses)
         return triton_answer.attend(
-            q, kv_heads, table=table, lengths=lengths, padding_R=padding_R, layer=0, scale=size**-0.5, dtype=q.dtype
+            q,
+            kv_heads,
+            table=table,
+            lengths=lengths,
+            padding_R=padding_R,
+            layer=0,
+            scale=size**-0.5,
+            dtype=q.dtype,
         )
 
     return work

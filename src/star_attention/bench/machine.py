@@ -21,7 +21,7 @@ import transformers
 
 from star_attention import __version__
 from star_attention.errors import InvalidInputError
-from star_attention.plan import counted
+from star_attention.planning.plan import counted
 
 Progress = Callable[[str], None]
 """Told what is measured next."""
@@ -41,9 +41,7 @@ class Ceilings:
     bytes_per_s: float
 
     def __str__(self) -> str:
-        return (
-            f"ceilings: matrix product {self.flops_per_s / 1e12:,.3g} TFLOP/s, copy {self.bytes_per_s / 1e12:,.3g} TB/s"
-        )
+        return f"ceilings: matrix product {self.flops_per_s / 1e12:,.3g} TFLOP/s, copy {self.bytes_per_s / 1e12:,.3g} TB/s"
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -117,9 +115,13 @@ def recorded(path: Path, *kinds: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind = found["benchmark"]
     except FileNotFoundError:
-        raise InvalidInputError(f"there is no file {path}; give the JSON that {wanted} wrote to its --out") from None
+        raise InvalidInputError(
+            f"there is no file {path}; give the JSON that {wanted} wrote to its --out"
+        ) from None
     except IsADirectoryError:
-        raise InvalidInputError(f"{path} is a folder; give the JSON of {wanted} in it by name") from None
+        raise InvalidInputError(
+            f"{path} is a folder; give the JSON of {wanted} in it by name"
+        ) from None
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
@@ -152,9 +154,13 @@ def git_revision() -> str | None:
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here)) else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", str(here)) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

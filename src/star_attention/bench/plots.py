@@ -13,7 +13,7 @@ from typing import Any
 from star_attention.bench import decode, machine, prefill
 from star_attention.demo.heatmap import require_matplotlib
 from star_attention.errors import InvalidInputError
-from star_attention.plan import format_size
+from star_attention.planning.plan import format_size
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"
@@ -40,10 +40,14 @@ def of_files(files: list[Path], folder: Path) -> list[Path]:
             if kind == "decode":
                 decodes += [decode.Row(**row) for row in found["rows"]]
         except (ValueError, KeyError, TypeError):
-            raise InvalidInputError(f"{path} is no JSON of `bench {kind}` as this version writes it") from None
+            raise InvalidInputError(
+                f"{path} is no JSON of `bench {kind}` as this version writes it"
+            ) from None
         before = of.setdefault(kind, (same, path))
         if before[0] != same:
-            raise InvalidInputError(f"{before[1]} and {path} differ: {before[0]} and {same}; draw them apart")
+            raise InvalidInputError(
+                f"{before[1]} and {path} differ: {before[0]} and {same}; draw them apart"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     made = prefill_plots(prefills, median(rates), folder) if prefills else []
     return made + (decode_plots(decodes, folder) if decodes else [])
@@ -69,7 +73,13 @@ def _milliseconds_a_token(rows: list[decode.Row]) -> Any:
     for index, compiled in enumerate(sorted({row.compiled for row in rows}, reverse=True)):
         some = [row for row in rows if row.compiled == compiled and row.token_s is not None]
         name = "compiled, CUDA graphs" if compiled else "plain"
-        _line(axes, index, name, [row.context for row in some], [(row.token_s or 0.0) * 1e3 for row in some])
+        _line(
+            axes,
+            index,
+            name,
+            [row.context for row in some],
+            [(row.token_s or 0.0) * 1e3 for row in some],
+        )
     lengths = sorted({(row.context, row.floor_s) for row in rows})
     floors = [floor * 1e3 for _, floor in lengths]
     style = _floor_style([length for length, _ in lengths], "--")
@@ -84,8 +94,12 @@ def _time_against_length(rows: list[prefill.Row], flops_per_s: float) -> Any:
     style = _floor_style([row.context for row in rows], ":")
     for name, some, colour, marker in _series(rows):
         lengths = [row.context for row in some]
-        axes.plot(lengths, [row.seconds or 0.0 for row in some], color=colour, marker=marker, label=name)
-        axes.plot(lengths, [row.flops / flops_per_s for row in some], color=colour, linewidth=1, **style)
+        axes.plot(
+            lengths, [row.seconds or 0.0 for row in some], color=colour, marker=marker, label=name
+        )
+        axes.plot(
+            lengths, [row.flops / flops_per_s for row in some], color=colour, linewidth=1, **style
+        )
     axes.plot([], [], color="#777777", label="floor: operations at the ceiling", **style)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(_log_ticks())
@@ -96,10 +110,14 @@ def _time_against_length(rows: list[prefill.Row], flops_per_s: float) -> Any:
 
 def _speed_ups(rows: list[prefill.Row]) -> Any:
     figure, axes = _figure("", "times as fast as dense attention")
-    bars = [(row, factor) for row in rows if row.method == "star" and (factor := _baseline(row, rows))]
+    bars = [
+        (row, factor) for row in rows if row.method == "star" and (factor := _baseline(row, rows))
+    ]
     bars.sort(key=lambda bar: (bar[0].context, -(bar[0].block or 0), bar[0].kv_dtype or ""))
     names = [
-        "\n".join([format_size(row.context), f"block {format_size(row.block or 0)}", row.kv_dtype or ""])
+        "\n".join(
+            [format_size(row.context), f"block {format_size(row.block or 0)}", row.kv_dtype or ""]
+        )
         for row, _ in bars
     ]
     drawn = axes.bar(names, [factor for _, factor in bars], color=_COLOURS[0])
@@ -115,7 +133,12 @@ def _series(rows: list[prefill.Row]) -> Iterator[tuple[str, list[prefill.Row], s
     for name, some in prefill.series(rows):
         method = some[0].method
         index = drawn[method] = drawn.get(method, -1) + 1
-        yield name, some, _COLOURS[prefill.METHODS.index(method) % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        yield (
+            name,
+            some,
+            _COLOURS[prefill.METHODS.index(method) % len(_COLOURS)],
+            _MARKERS[index % len(_MARKERS)],
+        )
 
 
 def _baseline(row: prefill.Row, rows: list[prefill.Row]) -> float | None:
@@ -154,7 +177,11 @@ def _line(axes: Any, index: int, name: str, lengths: list[int], values: list[flo
 
 def _floor_style(lengths: list[int], line: str) -> dict[str, Any]:
     """A line, or a dash where there is one length alone, at which a line would not be seen."""
-    return dict(linestyle=line) if len(set(lengths)) > 1 else dict(linestyle="", marker="_", markersize=14)
+    return (
+        dict(linestyle=line)
+        if len(set(lengths)) > 1
+        else dict(linestyle="", marker="_", markersize=14)
+    )
 
 
 def _finish(axes: Any, lengths: list[int]) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_attention import cost, scale
 from star_attention.bench import machine
 from star_attention.bench.baselines import STOCK_BACKENDS, official_encode, stock_prefill
 from star_attention.bench.machine import Ceilings, Progress
 from star_attention.bench.subject import random_ids
-from star_attention.cost import Flops, ModelShape
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.plan import BlockPlan, format_size, parse_size
+from star_attention.planning import cost, estimate
+from star_attention.planning.cost import Flops, ModelShape
+from star_attention.planning.plan import BlockPlan, format_size, parse_size
 
 METHODS = (*STOCK_BACKENDS, "dense", "official", "streaming_llm", "star")
 """In the order of measurement: baselines first."""
@@ -42,7 +42,12 @@ class Case:
 
 
 def cases(
-    contexts: list[int], blocks: list[str], methods: list[str], *, device: str, dense_up_to: int | None = None
+    contexts: list[int],
+    blocks: list[str],
+    methods: list[str],
+    *,
+    device: str,
+    dense_up_to: int | None = None,
 ) -> list[Case]:
     """Every method at every length, in the order of measurement.
 
@@ -54,9 +59,13 @@ def cases(
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
-        raise InvalidInputError(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+        raise InvalidInputError(
+            f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}"
+        )
     if "stock-cudnn" in methods and not device.startswith("cuda"):
-        raise InvalidInputError(f"method 'stock-cudnn' needs a CUDA device, this is {device}; leave it out")
+        raise InvalidInputError(
+            f"method 'stock-cudnn' needs a CUDA device, this is {device}; leave it out"
+        )
     found: list[Case] = []
     left_out: list[tuple[int, str]] = []
     for context in sorted(contexts):
@@ -65,7 +74,10 @@ def cases(
         left_out += [(context, one) for size, one in asked.items() if size not in sizes]
         for method in (method for method in METHODS if method in methods):
             if method in _BLOCKED:
-                found += [Case(method=method, context=context, block=size, asked=asked[size]) for size in sizes]
+                found += [
+                    Case(method=method, context=context, block=size, asked=asked[size])
+                    for size in sizes
+                ]
             else:
                 beyond = dense_up_to is not None and context > dense_up_to
                 found.append(Case(method=method, context=context, extrapolated=beyond))
@@ -76,7 +88,8 @@ def cases(
         )
     for context, one in left_out if set(methods) & set(_BLOCKED) else ():
         warnings.warn(
-            f"context {format_size(context)} does not hold two blocks of {one}, which are left out", stacklevel=2
+            f"context {format_size(context)} does not hold two blocks of {one}, which are left out",
+            stacklevel=2,
         )
     return found
 
@@ -129,9 +142,17 @@ def run(
     rows: list[Row] = []
     for case in cases:
         context, block, method = case.context, case.block, case.method
-        plan = BlockPlan.dense(context) if block is None else BlockPlan.resolve(context, block, None, 1)
+        plan = (
+            BlockPlan.dense(context)
+            if block is None
+            else BlockPlan.resolve(context, block, None, 1)
+        )
         if case.extrapolated:
-            rows.append(_extrapolated(method, cost.phase1(shape, plan, tokens_per_forward=context), rows, context))
+            rows.append(
+                _extrapolated(
+                    method, cost.phase1(shape, plan, tokens_per_forward=context), rows, context
+                )
+            )
             continue
         progress(f"{len(rows) + 1} of {len(cases)}: {case}")
         ids_L = random_ids(model, context)
@@ -141,10 +162,22 @@ def run(
             plan = star._plan(context)
         flops = _flops(shape, plan, method, star)
         kept = kv_dtype if star is not None and method != "official" else None
-        what: dict[str, Any] = dict(method=method, context=context, block=block, asked=case.asked, kv_dtype=kept)
+        what: dict[str, Any] = dict(
+            method=method, context=context, block=block, asked=case.asked, kv_dtype=kept
+        )
         if star is not None and not repeats:  # what is compiled is not to count
             star.encode(ids_L[: 2 * star.tokens_per_forward])
-        rows.append(_measured(work, device, repeats, ceilings, what, flops, _fixed(model, shape, plan, method, kept)))
+        rows.append(
+            _measured(
+                work,
+                device,
+                repeats,
+                ceilings,
+                what,
+                flops,
+                _fixed(model, shape, plan, method, kept),
+            )
+        )
     return rows
 
 
@@ -152,17 +185,25 @@ def block_size(text: str, context: int) -> int:
     """A block size as it may be written: `8k`, or `/4` for that share of the context."""
     if text.startswith("/"):
         if not text[1:].isdecimal() or int(text[1:]) < 1:
-            raise InvalidInputError(f"block size {text!r} is no share of the context; write /4 for a quarter")
+            raise InvalidInputError(
+                f"block size {text!r} is no share of the context; write /4 for a quarter"
+            )
         return max(1, context // int(text[1:]))
     size = parse_size(text, "block_size")
     if size < 1:
-        raise InvalidInputError(f"block size {text!r} is below 1; give tokens, or /4 for a quarter of the context")
+        raise InvalidInputError(
+            f"block size {text!r} is below 1; give tokens, or /4 for a quarter of the context"
+        )
     return size
 
 
-def _fixed(model: Any, shape: ModelShape, plan: BlockPlan, method: str, kv_dtype: str | None) -> int:
+def _fixed(
+    model: Any, shape: ModelShape, plan: BlockPlan, method: str, kv_dtype: str | None
+) -> int:
     """Bytes of weights, and of keys and values."""
-    weights = int(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
+    weights = int(
+        sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    )
     if method == "streaming_llm":
         held = min(plan.context_tokens, plan.anchor_size + plan.block_size)
         return weights + held * shape.kept_bytes_per_token(kv_dtype)
@@ -172,12 +213,21 @@ def _fixed(model: Any, shape: ModelShape, plan: BlockPlan, method: str, kv_dtype
 
 def _extrapolated(method: str, flops: Flops, rows: list[Row], context: int) -> Row:
     """A dense method at a length at which it is not run."""
-    row: dict[str, Any] = dict(method=method, context=context, block=None, flops=flops.total, extrapolated=True)
+    row: dict[str, Any] = dict(
+        method=method, context=context, block=None, flops=flops.total, extrapolated=True
+    )
     row |= dict(kv_dtype=next((one.kv_dtype for one in rows if one.method == method), None))
-    runs = [one for one in rows if one.method == method and one.seconds is not None and not one.extrapolated][-2:]
-    parts = [(Flops(linear=one.linear_flops, attention=one.attention_flops), one.seconds or 0.0) for one in runs]
+    runs = [
+        one
+        for one in rows
+        if one.method == method and one.seconds is not None and not one.extrapolated
+    ][-2:]
+    parts = [
+        (Flops(linear=one.linear_flops, attention=one.attention_flops), one.seconds or 0.0)
+        for one in runs
+    ]
     try:
-        matrix, attention = scale.fitted(parts)
+        matrix, attention = estimate.fitted(parts)
     except InvalidInputError:
         return Row(**row, failed="not two runs to extrapolate from")
     seconds = flops.linear / matrix + flops.attention / attention
@@ -254,8 +304,18 @@ def _measured(
 
 def table(rows: list[Row]) -> list[tuple[str, ...]]:
     """For people; speed-ups are over each dense baseline at the same length."""
-    baselines = [method for method in (*STOCK_BACKENDS, "dense") if any(row.method == method for row in rows)]
-    head = ("context", "method", "block", "s", "TFLOP/s", "of ceiling", *(f"x {name}" for name in baselines))
+    baselines = [
+        method for method in (*STOCK_BACKENDS, "dense") if any(row.method == method for row in rows)
+    ]
+    head = (
+        "context",
+        "method",
+        "block",
+        "s",
+        "TFLOP/s",
+        "of ceiling",
+        *(f"x {name}" for name in baselines),
+    )
     head = (*head, "of FLOP ratio", "first s", "working GiB")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
@@ -266,10 +326,18 @@ def table(rows: list[Row]) -> list[tuple[str, ...]]:
             continue
         if row.seconds is None:
             lines.append(
-                (format_size(row.context), method, _size(row.block), row.failed or "", *[""] * (len(head) - 4))
+                (
+                    format_size(row.context),
+                    method,
+                    _size(row.block),
+                    row.failed or "",
+                    *[""] * (len(head) - 4),
+                )
             )
             continue
-        assert row.flops_per_s is not None and row.of_ceiling is not None and row.first_s is not None
+        assert (
+            row.flops_per_s is not None and row.of_ceiling is not None and row.first_s is not None
+        )
         ratio = flop_ratio_reached(row, rows)
         lines.append(
             (
@@ -296,7 +364,9 @@ def flop_ratio_reached(row: Row, rows: list[Row]) -> float | None:
     """The speed-up over our dense attention (for stock kernels: over the default one) by the ratio of operations."""
     for baseline in ("dense", *STOCK_BACKENDS):
         gained = speed_up(row, rows, baseline)
-        other = next((one for one in rows if one.method == baseline and one.context == row.context), None)
+        other = next(
+            (one for one in rows if one.method == baseline and one.context == row.context), None
+        )
         if gained is not None and other is not None and row.method in _BLOCKED:
             return gained / (other.flops / row.flops)
     return None
@@ -312,8 +382,14 @@ def _over(factor: float | None) -> str:
 
 def series(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Rows of one method, and of a block size as it was asked for, over the lengths; those that have a time."""
-    for key in dict.fromkeys((row.method, row.asked, row.kv_dtype) for row in rows if row.seconds is not None):
-        some = [row for row in rows if (row.method, row.asked, row.kv_dtype) == key and row.seconds is not None]
+    for key in dict.fromkeys(
+        (row.method, row.asked, row.kv_dtype) for row in rows if row.seconds is not None
+    ):
+        some = [
+            row
+            for row in rows
+            if (row.method, row.asked, row.kv_dtype) == key and row.seconds is not None
+        ]
         yield name_of(some[0]), sorted(some, key=lambda row: row.context)
 
 

@@ -40,7 +40,13 @@ class Row:
 
 
 def in_this_process(
-    model: Any, *, context: int, block: int | None, query_tokens: int, compile: bool | None, progress: Progress
+    model: Any,
+    *,
+    context: int,
+    block: int | None,
+    query_tokens: int,
+    compile: bool | None,
+    progress: Progress,
 ) -> list[Row]:
     """Rows of a process that has done nothing yet."""
     device = next(model.parameters()).device
@@ -72,9 +78,13 @@ def in_new_processes(arguments: list[str], progress: Progress) -> tuple[dict[str
         for caches in CACHES:
             progress(f"a process of its own, caches {caches}")
             command = [sys.executable, "-m", "star_attention", *arguments]
-            done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, env=os.environ | own, capture_output=True, text=True, check=False
+            )
             if done.returncode:
-                raise StarAttentionError(f"the measured process failed: {done.stderr.strip()[-1000:]}")
+                raise StarAttentionError(
+                    f"the measured process failed: {done.stderr.strip()[-1000:]}"
+                )
             found = json.loads(done.stdout.splitlines()[-1])
             rows += [replace(Row(**row), caches=caches) for row in found["rows"]]
     return found, rows
@@ -83,7 +93,9 @@ def in_new_processes(arguments: list[str], progress: Progress) -> tuple[dict[str
 def table(rows: list[Row]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("caches", "what", "first s", "again s", "cost s")]
     for row in rows:
-        lines.append((row.caches, row.what, f"{row.first_s:.2f}", f"{row.again_s:.2f}", f"{row.cost_s:.2f}"))
+        lines.append(
+            (row.caches, row.what, f"{row.first_s:.2f}", f"{row.again_s:.2f}", f"{row.cost_s:.2f}")
+        )
     for caches in dict.fromkeys(row.caches for row in rows):
         cost_s = sum(row.cost_s for row in rows if row.caches == caches)
         lines.append((caches, "all", "", "", f"{cost_s:.2f}"))

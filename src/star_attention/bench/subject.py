@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from star_attention.errors import InvalidInputError
-from star_attention.hf import load
+from star_attention.hf.loading import load
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(
@@ -77,7 +77,9 @@ def weight_bytes_per_token(model: Any) -> int:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    total: int = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    total: int = sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters()
+    )
     return total if tied else total - int(embedding.numel() * embedding.element_size())
 
 

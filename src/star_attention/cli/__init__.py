@@ -43,7 +43,9 @@ for function in (generate, encode, ask, plan, demo):
     app.command(cls=Command)(command(function))
 benchmarks = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(
-    benchmarks, name="bench", help="Measure speed beside the machine's ceilings and what one would otherwise run."
+    benchmarks,
+    name="bench",
+    help="Measure speed beside the machine's ceilings and what one would otherwise run.",
 )
 for benchmark in bench.COMMANDS:
     benchmarks.command(cls=Command)(command(benchmark))
@@ -82,7 +84,9 @@ def main() -> None:
     """Run the command line."""
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what an old locale cannot write
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # an answer may hold what an old locale cannot write
     speaks = speak_once_a_machine()
     try:
         with stdout_told():  # help and the version

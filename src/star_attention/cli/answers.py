@@ -10,8 +10,8 @@ from star_attention.cli.options import AnswerOptions
 
 if TYPE_CHECKING:
     from star_attention.answering import Generation
-    from star_attention.context import EncodedContext
     from star_attention.engine import StarLLM
+    from star_attention.storage.context import EncodedContext
 
 _HEADER_WIDTH = 100
 
@@ -59,13 +59,23 @@ class Answerer:
         *,
         encoded: bool,
     ) -> None:
-        self.star, self.context, self.options, self.words, self.notes = star, context, options, words, notes
-        self.head = context_summary(context) + (f", encode {seconds(context.encode_s)}" if encoded else "")
+        self.star, self.context, self.options, self.words, self.notes = (
+            star,
+            context,
+            options,
+            words,
+            notes,
+        )
+        self.head = context_summary(context) + (
+            f", encode {seconds(context.encode_s)}" if encoded else ""
+        )
 
     def answer_all(self, queries: list[str]) -> None:
         """One after another, or as one batch; with a header each where there are several."""
         if self.options.batch and len(queries) > 1:
-            replies = self.star.generate(self.context, [self._query(query) for query in queries], **self.words)
+            replies = self.star.generate(
+                self.context, [self._query(query) for query in queries], **self.words
+            )
             for number, (query, reply) in enumerate(zip(queries, replies, strict=True)):
                 self._header(query, first=not number)
                 self._print(query, reply)
@@ -101,11 +111,17 @@ class Answerer:
         if not first:
             print()
         line = " ".join(query.split())
-        print("> " + (line if len(line) <= _HEADER_WIDTH else line[: _HEADER_WIDTH - 3] + "..."), flush=True)
+        print(
+            "> " + (line if len(line) <= _HEADER_WIDTH else line[: _HEADER_WIDTH - 3] + "..."),
+            flush=True,
+        )
 
     def _print(self, query: str, reply: Generation) -> None:
         print(
-            json.dumps({"query": query} | as_json(self.context, reply)) if self.options.json else reply.text, flush=True
+            json.dumps({"query": query} | as_json(self.context, reply))
+            if self.options.json
+            else reply.text,
+            flush=True,
         )
 
     def _summary(self, reply: Generation, note: str = "") -> None:
@@ -128,7 +144,7 @@ def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
         "anchor_size": plan.anchor_size,
         "blocks": plan.num_blocks,
         "ranks": plan.ranks,
-        "tensor_parallel": context.comm.tensor_parallel,
+        "tensor_parallel": context.comm.tp_size,
         "encode_s": reply.timings.encode_s,
         "ttft_s": reply.timings.ttft_s,
         "tokens_per_s": reply.timings.tokens_per_s,

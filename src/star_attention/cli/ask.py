@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def ask(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="An encoded text, made by `encode`.", show_default=False)],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="An encoded text, made by `encode`.", show_default=False
+        ),
+    ],
     model: ModelOptions,
     answer: AnswerOptions,
     quiet: Quiet = False,
@@ -60,9 +65,13 @@ def _converse(answerer: Answerer, notes: Notes) -> None:
     while query := answerer.star.from_rank_0(_question() if leads() else None):
         try:
             answerer.answer(query)
-        except StarAttentionError as error:  # a query that is too long ends itself, not the conversation
+        except (
+            StarAttentionError
+        ) as error:  # a query that is too long ends itself, not the conversation
             say(f"error: {error}")
-        except KeyboardInterrupt:  # so does Ctrl-C during an answer; at the prompt it ends everything
+        except (
+            KeyboardInterrupt
+        ):  # so does Ctrl-C during an answer; at the prompt it ends everything
             print(flush=True)
             say("interrupted")
 

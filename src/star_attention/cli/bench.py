@@ -12,14 +12,24 @@ import typer
 
 from star_attention.cli.command import say
 from star_attention.cli.notes import table
-from star_attention.cli.options import Device, Dtype, KvDevice, KvDtype, Quiet, TokensPerForward, option, size, sizes
+from star_attention.cli.options import (
+    Device,
+    Dtype,
+    KvDevice,
+    KvDtype,
+    Quiet,
+    TokensPerForward,
+    option,
+    size,
+    sizes,
+)
 from star_attention.cli.session import check_folder
 from star_attention.config import StarConfig
 from star_attention.errors import ContextLengthError, InvalidInputError
 
 if TYPE_CHECKING:
     from star_attention.bench.machine import Ceilings
-    from star_attention.cost import ModelShape
+    from star_attention.planning.cost import ModelShape
 
 Compile = Annotated[
     bool | None,
@@ -31,10 +41,17 @@ Compile = Annotated[
     ),
 ]
 Contexts = Annotated[
-    str, option("Lengths in tokens, with commas between, or doublings: 8k..64k.", panel="Benchmark", metavar="SIZES")
+    str,
+    option(
+        "Lengths in tokens, with commas between, or doublings: 8k..64k.",
+        panel="Benchmark",
+        metavar="SIZES",
+    ),
 ]
 Block = Annotated[str, option("Block size of Star Attention.", panel="Benchmark", metavar="SIZE")]
-Repeats = Annotated[int, option("Runs of each, of which the median counts.", panel="Benchmark", metavar="N", min=1)]
+Repeats = Annotated[
+    int, option("Runs of each, of which the median counts.", panel="Benchmark", metavar="N", min=1)
+]
 QueryTokens = Annotated[int, option("Tokens of a query.", panel="Benchmark", metavar="N", min=1)]
 
 
@@ -43,7 +60,8 @@ class Subject:
     """What is measured, and where the results go."""
 
     model: Annotated[
-        str | None, option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL")
+        str | None,
+        option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL"),
     ] = None
     shapes: Annotated[
         str | None,
@@ -72,7 +90,11 @@ def prefill(
     context: Contexts = "32k",
     block: Annotated[
         str,
-        option("Block sizes, with commas between; /4 is a quarter of the context.", panel="Benchmark", metavar="SIZES"),
+        option(
+            "Block sizes, with commas between; /4 is a quarter of the context.",
+            panel="Benchmark",
+            metavar="SIZES",
+        ),
     ] = "/4,/8",
     methods: Annotated[
         str,
@@ -115,7 +137,7 @@ def prefill(
     Example: star-attention bench prefill -m models/needle-17m --context 8k,32k --block 4k
     """
     from star_attention.bench import prefill as bench
-    from star_attention.hf import load
+    from star_attention.hf.loading import load
 
     StarConfig.of(tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype)
     cases = bench.cases(
@@ -149,9 +171,13 @@ def decode(
     subject: Subject,
     context: Contexts = "16k",
     block: Block = "16k",
-    queries: Annotated[int, option("Queries answered at once.", panel="Benchmark", metavar="N", min=1)] = 1,
+    queries: Annotated[
+        int, option("Queries answered at once.", panel="Benchmark", metavar="N", min=1)
+    ] = 1,
     query_tokens: QueryTokens = 64,
-    answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=2)] = 256,
+    answer_tokens: Annotated[
+        int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=2)
+    ] = 256,
     repeats: Repeats = 3,
     kv_dtype: KvDtype = None,
     kv_device: KvDevice = None,
@@ -197,9 +223,13 @@ def questions(
     subject: Subject,
     context: Contexts = "16k",
     block: Block = "4k",
-    questions: Annotated[int, option("Questions on each text.", panel="Benchmark", metavar="N", min=1)] = 20,
+    questions: Annotated[
+        int, option("Questions on each text.", panel="Benchmark", metavar="N", min=1)
+    ] = 20,
     query_tokens: QueryTokens = 64,
-    answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=1)] = 32,
+    answer_tokens: Annotated[
+        int, option("Tokens of an answer.", panel="Benchmark", metavar="N", min=1)
+    ] = 32,
     repeats: Repeats = 3,
     compile: Compile = None,
     quiet: Quiet = False,
@@ -232,7 +262,9 @@ def questions(
 def kernels(
     subject: Subject,
     context: Contexts = "16k,128k",
-    block: Annotated[str, option("Block sizes, with commas between.", panel="Benchmark", metavar="SIZES")] = "4k,16k",
+    block: Annotated[
+        str, option("Block sizes, with commas between.", panel="Benchmark", metavar="SIZES")
+    ] = "4k,16k",
     repeats: Repeats = 10,
     quiet: Quiet = False,
 ) -> None:
@@ -261,13 +293,19 @@ def kernels(
 
 def startup(
     subject: Subject,
-    context: Annotated[str, option("Tokens of the context.", panel="Benchmark", metavar="SIZE")] = "48k",
+    context: Annotated[
+        str, option("Tokens of the context.", panel="Benchmark", metavar="SIZE")
+    ] = "48k",
     block: Block = "16k",
     query_tokens: QueryTokens = 64,
     compile: Compile = None,
     in_this_process: Annotated[
         bool,
-        option("Measure this process alone, with the caches that there are.", "--in-this-process", panel="Benchmark"),
+        option(
+            "Measure this process alone, with the caches that there are.",
+            "--in-this-process",
+            panel="Benchmark",
+        ),
     ] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -282,7 +320,9 @@ def startup(
 
     length, block_size = size(context, "context"), size(block, "block_size")
     if in_this_process:
-        bench_model, _, ceilings, progress = _begin("startup", subject, quiet, length + query_tokens + 2)
+        bench_model, _, ceilings, progress = _begin(
+            "startup", subject, quiet, length + query_tokens + 2
+        )
         rows = bench.in_this_process(
             bench_model,
             context=length,
@@ -315,8 +355,13 @@ def startup(
 
 
 def plot(
-    files: Annotated[list[str], typer.Argument(help="JSON of `bench prefill` or `bench decode`.", metavar="FILES")],
-    out: Annotated[str, option("A folder for the pictures.", "--out", panel="Output", metavar="FOLDER")],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="JSON of `bench prefill` or `bench decode`.", metavar="FILES"),
+    ],
+    out: Annotated[
+        str, option("A folder for the pictures.", "--out", panel="Output", metavar="FOLDER")
+    ],
 ) -> None:
     """Draw the pictures of measurements that were made before, those of several files in one.
 
@@ -342,7 +387,9 @@ def _target(what: str, subject: Subject) -> Path | None:
     check_folder(subject.out)
     target = Path(subject.out, f"{what}.json")
     if target.exists():
-        raise InvalidInputError(f"{target} holds a measurement, which would be lost; give another folder with --out")
+        raise InvalidInputError(
+            f"{target} holds a measurement, which would be lost; give another folder with --out"
+        )
     return target
 
 
@@ -364,7 +411,7 @@ def _begin(
 
     from star_attention.bench import machine
     from star_attention.bench.subject import model_of, name_of
-    from star_attention.hf import rope
+    from star_attention.hf.loading import rope
     from star_attention.hf.logs import hide_progress_bars
     from star_attention.hf.shape import model_shape
 
@@ -378,24 +425,37 @@ def _begin(
     first = next(model.parameters())
     ceilings = machine.ceilings(first.device, first.dtype)
     kind = str(first.dtype).removeprefix("torch.")
-    print(f"{name_of(model)}, {kind}, on {machine.hardware(first.device)}\n{ceilings}\n", flush=True)
+    print(
+        f"{name_of(model)}, {kind}, on {machine.hardware(first.device)}\n{ceilings}\n", flush=True
+    )
     return model, model_shape(model.config, kind), ceilings, progress
 
 
 def _report(
-    what: str, subject: Subject, model: Any, ceilings: Ceilings, rows: list[Any], lines: list[tuple[str, ...]]
+    what: str,
+    subject: Subject,
+    model: Any,
+    ceilings: Ceilings,
+    rows: list[Any],
+    lines: list[tuple[str, ...]],
 ) -> None:
     """The table, then one line of JSON."""
     from star_attention.bench import machine
     from star_attention.bench.subject import name_of
 
     first = next(model.parameters())
-    found = {"benchmark": what, "model": name_of(model), "dtype": str(first.dtype).removeprefix("torch.")}
+    found = {
+        "benchmark": what,
+        "model": name_of(model),
+        "dtype": str(first.dtype).removeprefix("torch."),
+    }
     found |= machine.record(first.device, ceilings) | {"rows": [asdict(row) for row in rows]}
     _write(what, subject, found, lines)
 
 
-def _write(what: str, subject: Subject, found: dict[str, Any], lines: list[tuple[str, ...]]) -> None:
+def _write(
+    what: str, subject: Subject, found: dict[str, Any], lines: list[tuple[str, ...]]
+) -> None:
     """What was found, for people, in one line of JSON, and in the folder."""
     print(table(lines) + "\n", flush=True)
     print(json.dumps(found), flush=True)

@@ -39,13 +39,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             groups[name] = hints[name]
             parameters += _parameters(hints[name])
         else:
-            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(
+                parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            )
     parameters.append(_DEBUG)
 
     def run(**values: Any) -> None:
         debug = values.pop("debug")
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            values[name] = group(
+                **{field.name: values.pop(field.name) for field in dataclasses.fields(group)}
+            )
         with reported(debug=debug), _one_of_several(), _writing():
             function(**values)
 
@@ -60,7 +64,10 @@ def _parameters(group: type[Any]) -> Iterator[inspect.Parameter]:
     for field in dataclasses.fields(group):
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         yield inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=hints[field.name],
         )
 
 
@@ -176,7 +183,9 @@ class Terminated(BaseException):
 
 def ranks() -> tuple[int, int]:
     """This process's rank and how many there are, by torchrun's environment."""
-    rank, size = (os.environ.get(name) or default for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, size = (
+        os.environ.get(name) or default for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+    )
     return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
 
 
@@ -218,7 +227,9 @@ def _one_of_several() -> Iterator[None]:
         return
 
     def terminate(*_: Any) -> None:
-        if _own_ranks() is None:  # nothing to clean up, and importing torch does not let exceptions through as they are
+        if (
+            _own_ranks() is None
+        ):  # nothing to clean up, and importing torch does not let exceptions through as they are
             say(f"rank {rank}: error: {_why_terminated()}")
             os._exit(1)
         raise Terminated
@@ -227,7 +238,10 @@ def _one_of_several() -> Iterator[None]:
     signal.signal(signal.SIGTERM, terminate)
     status = 0
     try:
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(sys.stdout if rank == 0 else nothing):
+        with (
+            open(os.devnull, "w") as nothing,
+            contextlib.redirect_stdout(sys.stdout if rank == 0 else nothing),
+        ):
             yield
         return
     except typer.BadParameter:  # found by rank 0 alone, before it meets the others
@@ -260,7 +274,7 @@ def _one_of_several() -> Iterator[None]:
 
 def _own_ranks() -> Any:
     """The communicator of this process, once it has met the others. (Imports nothing: a signal may come in the middle of that.)"""
-    comm = sys.modules.get("star_attention.comm")
+    comm = sys.modules.get("star_attention.distributed.comm")
     return comm.own() if comm is not None and hasattr(comm, "own") else None
 
 

@@ -8,19 +8,23 @@ from typing import Annotated
 from star_attention.cli.options import Quiet, option
 from star_attention.cli.session import check_folder
 from star_attention.errors import ModelNotFoundError
-from star_attention.plan import parse_size
+from star_attention.planning.plan import parse_size
 
 BUNDLED_MODEL = "models/needle-17m"
 """Where the bundled model lies in a checkout of the repository."""
 
 
 def demo(
-    model: Annotated[str, option("Model folder.", "--model", "-m", panel="Demo", metavar="MODEL")] = BUNDLED_MODEL,
+    model: Annotated[
+        str, option("Model folder.", "--model", "-m", panel="Demo", metavar="MODEL")
+    ] = BUNDLED_MODEL,
     out: Annotated[
         str, option("Folder for the pictures and the page.", panel="Demo", metavar="FOLDER")
     ] = "demo-output",
     tokens: Annotated[str, option("Length of the text.", panel="Demo", metavar="SIZE")] = "16k",
-    seed: Annotated[int, option("Which facts are planted, and where.", panel="Demo", metavar="N")] = 0,
+    seed: Annotated[
+        int, option("Which facts are planted, and where.", panel="Demo", metavar="N")
+    ] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Plant facts in a long text and ask for them, with dense attention and with Star Attention.

@@ -28,7 +28,11 @@ def page() -> str:
     parts = [_HEAD, "# Command line", _help(root), _listing(root)]
     for name, command in _commands(root):
         parts += [f"## {NAME} {name}", _help(command), *_parameters(command)]
-    parts += ["## JSON", _JSON, _table(("field", "meaning"), [(f"`{name}`", what) for name, what in FIELDS.items()])]
+    parts += [
+        "## JSON",
+        _JSON,
+        _table(("field", "meaning"), [(f"`{name}`", what) for name, what in FIELDS.items()]),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,7 +66,9 @@ def _parameters(command: Any) -> Iterator[str]:
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.params:
         is_argument = parameter.param_type_name == "argument"
-        group = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Other"
+        group = (
+            "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Other"
+        )
         groups.setdefault(group, []).append(_row(parameter, is_argument))
     for group in sorted(groups, key=lambda group: (group == "Other", group != "Arguments")):
         yield f"**{group}**"
@@ -84,7 +90,9 @@ def _row(parameter: Any, is_argument: bool) -> tuple[str, str]:
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     lines = [head, ("---", "---"), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -96,7 +104,10 @@ def main(arguments: list[str]) -> int:
             return 1
         return 0
     if arguments:
-        print("usage: python -m star_attention.cli.docs [--check]   (in the repository's root)", file=sys.stderr)
+        print(
+            "usage: python -m star_attention.cli.docs [--check]   (in the repository's root)",
+            file=sys.stderr,
+        )
         return 2
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(fresh, encoding="utf-8")

@@ -13,7 +13,9 @@ def encode(
     files: Files,
     model: ModelOptions,
     context: ContextOptions,
-    output: Annotated[str, option("The file to write.", "--output", "-o", panel="Output", metavar="FILE")],
+    output: Annotated[
+        str, option("The file to write.", "--output", "-o", panel="Output", metavar="FILE")
+    ],
     quiet: Quiet = False,
 ) -> None:
     """Encode texts once and keep them in a file, to be asked any number of times with `ask`.
@@ -34,5 +36,7 @@ def encode(
     encoded = session.encode_text(star, text, notes, chat=context.chat)
     size = in_bytes(encoded.nbytes)
     where = " on rank 0" if encoded.plan.ranks > 1 else ""
-    notes.say(f"{context_summary(encoded)}, encode {seconds(encoded.encode_s)}, {size} of keys and values{where}")
+    notes.say(
+        f"{context_summary(encoded)}, encode {seconds(encoded.encode_s)}, {size} of keys and values{where}"
+    )
     session.save(encoded, output, notes)

@@ -17,7 +17,7 @@ from star_attention.cli.notes import Notes, table
 from star_attention.cli.options import ModelOptions, Quiet, option
 from star_attention.cli.texts import read_text
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.plan import counted, parse_size
+from star_attention.planning.plan import counted, parse_size
 
 if TYPE_CHECKING:
     from star_attention.evals.record import Sample
@@ -41,10 +41,21 @@ Variants = Annotated[
 Seed = Annotated[int, option("Which samples are made.", panel=_PANEL, metavar="N")]
 Task = Annotated[
     str | None,
-    option("Tasks, with commas between.", "--task", panel="Data", metavar="NAMES", show_default="all of the suite"),
+    option(
+        "Tasks, with commas between.",
+        "--task",
+        panel="Data",
+        metavar="NAMES",
+        show_default="all of the suite",
+    ),
 ]
-Length = Annotated[str, option("Lengths in tokens, with commas between.", "--length", panel="Data", metavar="SIZES")]
-Samples = Annotated[int, option("Samples of each task and length.", "--samples", panel="Data", metavar="N", min=1)]
+Length = Annotated[
+    str,
+    option("Lengths in tokens, with commas between.", "--length", panel="Data", metavar="SIZES"),
+]
+Samples = Annotated[
+    int, option("Samples of each task and length.", "--samples", panel="Data", metavar="N", min=1)
+]
 Essays = Annotated[
     str | None,
     option(
@@ -67,11 +78,17 @@ Words = Annotated[
     ),
 ]
 Squad = Annotated[
-    str | None, option("SQuAD's dev-v2.0.json, which qa_1 needs.", "--squad", panel="Data", metavar="PATH")
+    str | None,
+    option("SQuAD's dev-v2.0.json, which qa_1 needs.", "--squad", panel="Data", metavar="PATH"),
 ]
 Hotpot = Annotated[
     str | None,
-    option("HotpotQA's hotpot_dev_distractor_v1.json, which qa_2 needs.", "--hotpot", panel="Data", metavar="PATH"),
+    option(
+        "HotpotQA's hotpot_dev_distractor_v1.json, which qa_2 needs.",
+        "--hotpot",
+        panel="Data",
+        metavar="PATH",
+    ),
 ]
 Background = Annotated[
     str | None,
@@ -124,7 +141,11 @@ class RunOptions:
     ] = None
     chat: Annotated[
         bool,
-        option("Context and query as one user message of the model's chat template.", "--chat", panel=_PANEL),
+        option(
+            "Context and query as one user message of the model's chat template.",
+            "--chat",
+            panel=_PANEL,
+        ),
     ] = False
     max_new_tokens: Annotated[
         str | None,
@@ -138,7 +159,11 @@ class RunOptions:
     ] = None
     skip_too_long: Annotated[
         bool,
-        option("Leave out, and list, samples that the model has no positions for.", "--skip-too-long", panel=_PANEL),
+        option(
+            "Leave out, and list, samples that the model has no positions for.",
+            "--skip-too-long",
+            panel=_PANEL,
+        ),
     ] = False
     quiet: Quiet = False
 
@@ -155,7 +180,13 @@ def run(
     options: RunOptions,
     format: Annotated[
         str | None,
-        option("What the files are.", "--format", panel="Data", metavar="NAME", show_default="told by their fields"),
+        option(
+            "What the files are.",
+            "--format",
+            panel="Data",
+            metavar="NAME",
+            show_default="told by their fields",
+        ),
     ] = None,
     prompts: Prompts = None,
     variants: Variants = VARIANTS,
@@ -205,7 +236,12 @@ def ruler(
     Example: star-attention eval ruler -m models/needle-17m --task niah_single_1,vt --length 1k,2k --samples 10 --out ruler
     """
     given = _given(essays=essays, words=words, squad=squad, hotpot=hotpot, compat=compat)
-    _evaluate(model, options, variants, lambda: _suite("ruler", task, length, samples, seed, given, chat=options.chat))
+    _evaluate(
+        model,
+        options,
+        variants,
+        lambda: _suite("ruler", task, length, samples, seed, given, chat=options.chat),
+    )
 
 
 def babilong(
@@ -225,7 +261,10 @@ def babilong(
     """
     given = _given(background=background, prompts=prompts)
     _evaluate(
-        model, options, variants, lambda: _suite("babilong", task, length, samples, seed, given, chat=options.chat)
+        model,
+        options,
+        variants,
+        lambda: _suite("babilong", task, length, samples, seed, given, chat=options.chat),
     )
 
 
@@ -243,7 +282,10 @@ def infinitebench(
     Example: star-attention eval infinitebench -m models/needle-17m --task passkey --length 4k --out infinitebench
     """
     _evaluate(
-        model, options, variants, lambda: _suite("infinitebench", task, length, samples, seed, {}, chat=options.chat)
+        model,
+        options,
+        variants,
+        lambda: _suite("infinitebench", task, length, samples, seed, {}, chat=options.chat),
     )
 
 
@@ -252,7 +294,8 @@ def niah(
     options: RunOptions,
     length: Length = "1k,2k,4k",
     samples: Annotated[
-        int, option("Samples of each depth and length.", "--samples", panel="Data", metavar="N", min=1)
+        int,
+        option("Samples of each depth and length.", "--samples", panel="Data", metavar="N", min=1),
     ] = 10,
     depths: Annotated[
         str | None,
@@ -274,7 +317,12 @@ def niah(
     Example: star-attention eval niah -m models/needle-17m --length 1k,2k --samples 5 --out niah
     """
     given = _given(depths=depths, essays=essays, words=words)
-    _evaluate(model, options, variants, lambda: _suite("niah", None, length, samples, seed, given, chat=options.chat))
+    _evaluate(
+        model,
+        options,
+        variants,
+        lambda: _suite("niah", None, length, samples, seed, given, chat=options.chat),
+    )
 
 
 def shared(
@@ -283,11 +331,25 @@ def shared(
     task: Task = None,
     length: Length = "4k",
     samples: Annotated[
-        int, option("Questions of each task and length, all together.", "--samples", panel="Data", metavar="N", min=1)
+        int,
+        option(
+            "Questions of each task and length, all together.",
+            "--samples",
+            panel="Data",
+            metavar="N",
+            min=1,
+        ),
     ] = 50,
     questions: Annotated[
         int | None,
-        option("Questions on each context.", "--questions", panel="Data", metavar="N", min=1, show_default="10"),
+        option(
+            "Questions on each context.",
+            "--questions",
+            panel="Data",
+            metavar="N",
+            min=1,
+            show_default="10",
+        ),
     ] = None,
     variants: Variants = VARIANTS,
     seed: Seed = 0,
@@ -298,12 +360,24 @@ def shared(
 
     Example: star-attention eval shared -m models/needle-17m --length 4k --samples 5 --out shared
     """
-    given = _given(questions=None if questions is None else str(questions), essays=essays, words=words)
-    _evaluate(model, options, variants, lambda: _suite("shared", task, length, samples, seed, given, chat=options.chat))
+    given = _given(
+        questions=None if questions is None else str(questions), essays=essays, words=words
+    )
+    _evaluate(
+        model,
+        options,
+        variants,
+        lambda: _suite("shared", task, length, samples, seed, given, chat=options.chat),
+    )
 
 
 Suite = Annotated[
-    str, option("Suite of the tasks: ruler, babilong, infinitebench, niah, shared.", panel="Data", metavar="NAME")
+    str,
+    option(
+        "Suite of the tasks: ruler, babilong, infinitebench, niah, shared.",
+        panel="Data",
+        metavar="NAME",
+    ),
 ]
 RETRIEVAL = "niah_single_1,niah_multikey_1,niah_multiquery"
 """Of the kinds that the paper's ablations are measured on: single, multi-key, multi-query."""
@@ -377,7 +451,9 @@ def sweep(
     """
     sizes = blocks.split(",")
     if anchors is not None and len(sizes) != 1:
-        raise typer.BadParameter("--anchors need one block size; give --blocks /4", param_hint="--blocks")
+        raise typer.BadParameter(
+            "--anchors need one block size; give --blocks /4", param_hint="--blocks"
+        )
     tried = (
         [f"star:{size}" for size in sizes]
         if anchors is None
@@ -417,22 +493,40 @@ def ablations(
 def perplexity(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A text file in UTF-8.")],
     model: ModelOptions,
-    length: Annotated[str, option("Tokens of a window.", "--length", panel="Data", metavar="SIZE")] = "4k",
+    length: Annotated[
+        str, option("Tokens of a window.", "--length", panel="Data", metavar="SIZE")
+    ] = "4k",
     tail: Annotated[
-        str, option("Tokens at a window's end that are predicted.", "--tail", panel="Data", metavar="SIZE")
+        str,
+        option(
+            "Tokens at a window's end that are predicted.", "--tail", panel="Data", metavar="SIZE"
+        ),
     ] = "512",
     windows: Annotated[
         int | None,
         option(
-            "Windows of the text, from its start.", "--windows", panel="Data", metavar="N", min=1, show_default="all"
+            "Windows of the text, from its start.",
+            "--windows",
+            panel="Data",
+            metavar="N",
+            min=1,
+            show_default="all",
         ),
     ] = None,
-    batch: Annotated[int, option("Windows encoded at once.", "--batch", panel=_PANEL, metavar="N", min=1)] = 4,
+    batch: Annotated[
+        int, option("Windows encoded at once.", "--batch", panel=_PANEL, metavar="N", min=1)
+    ] = 4,
     variants: Variants = VARIANTS,
     seed: Annotated[int, option("Of anchors that are random.", panel=_PANEL, metavar="N")] = 0,
     out: Annotated[
         str | None,
-        option(f"A folder for {PERPLEXITY}, which has none yet.", "--out", "-o", panel="Output", metavar="FOLDER"),
+        option(
+            f"A folder for {PERPLEXITY}, which has none yet.",
+            "--out",
+            "-o",
+            panel="Output",
+            metavar="FOLDER",
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -464,10 +558,18 @@ def perplexity(
             ratio = f"{math.exp(one.value):.4f}"
             beside = (ratio, "", one.verdict)
             if one.low is not None and one.high is not None:
-                beside = (ratio, f"{math.exp(one.low):.4f} to {math.exp(one.high):.4f}", one.verdict)
+                beside = (
+                    ratio,
+                    f"{math.exp(one.low):.4f} to {math.exp(one.high):.4f}",
+                    one.verdict,
+                )
         error = "" if row.nll.stderr is None else f" ± {row.nll.stderr:.4f}"
-        lines.append((variant.name, f"{row.perplexity:.3f}", f"{row.nll.value:.4f}{error}", *beside))
-    print(f"{counted(len(cut), 'window')} of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}")
+        lines.append(
+            (variant.name, f"{row.perplexity:.3f}", f"{row.nll.value:.4f}{error}", *beside)
+        )
+    print(
+        f"{counted(len(cut), 'window')} of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}"
+    )
     if out is not None:
         from star_attention.bench import machine
         from star_attention.evals import run_folder, runner
@@ -488,7 +590,9 @@ def perplexity(
             "model": star._identity(),
             "rows": [asdict(row) | {"perplexity": row.perplexity} for row in rows],
         }
-        (folder / PERPLEXITY).write_text(json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8")
+        (folder / PERPLEXITY).write_text(
+            json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8"
+        )
 
 
 def _check_new(path: Path) -> None:
@@ -502,10 +606,16 @@ def _check_new(path: Path) -> None:
 def report(
     folders: Annotated[
         list[str],
-        typer.Argument(metavar="FOLDER", help="A folder that a run was written to, or several, joined in --out."),
+        typer.Argument(
+            metavar="FOLDER",
+            help="A folder that a run was written to, or several, joined in --out.",
+        ),
     ],
     out: Annotated[
-        str | None, option("New folder for runs that are joined.", "--out", "-o", panel="Output", metavar="FOLDER")
+        str | None,
+        option(
+            "New folder for runs that are joined.", "--out", "-o", panel="Output", metavar="FOLDER"
+        ),
     ] = None,
 ) -> None:
     """Write the reports of a run again, from its predictions; or join runs that differ in samples or variants alone, and report.
@@ -515,7 +625,9 @@ def report(
     star-attention eval report gpu0 gpu1 gpu2 --out results
     """
     if out is None and len(folders) > 1:
-        raise InvalidInputError(f"{len(folders)} folders are to be joined, into none; name a new one with --out")
+        raise InvalidInputError(
+            f"{len(folders)} folders are to be joined, into none; name a new one with --out"
+        )
     if out is not None:
         from star_attention.evals.joining import join
 
@@ -583,7 +695,9 @@ def _suite(
         suites.check(suite, name, one, options)
     for what, given in (("task", tasks), ("length", lengths)):
         if len(set(given)) < len(given):
-            raise InvalidInputError(f"a {what} is named twice in {', '.join(map(str, given))}; give each once")
+            raise InvalidInputError(
+                f"a {what} is named twice in {', '.join(map(str, given))}; give each once"
+            )
 
     def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
         from star_attention.evals.runner import chat_tokens
@@ -594,7 +708,15 @@ def _suite(
         left_out: dict[str, str] = {}
         for (one, tokens), some in zip(
             cells,
-            suites.made(suite, cells, tokenizer=tokenizer, reserve=reserve, count=samples, seed=seed, options=options),
+            suites.made(
+                suite,
+                cells,
+                tokenizer=tokenizer,
+                reserve=reserve,
+                count=samples,
+                seed=seed,
+                options=options,
+            ),
             strict=True,
         ):
             if not isinstance(some, SizeError):
@@ -604,13 +726,17 @@ def _suite(
             else:
                 left_out[f"{one} at {tokens:,} tokens"] = str(some)
         if not made:
-            raise SizeError(f"no task of {name} fits; of the first: {next(iter(left_out.values()))}")
+            raise SizeError(
+                f"no task of {name} fits; of the first: {next(iter(left_out.values()))}"
+            )
         return made, left_out
 
     return _Data(make=make, suite=name, options=options, seed=seed)
 
 
-def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Callable[[], _Data]) -> None:
+def _evaluate(
+    model: ModelOptions, options: RunOptions, variants: str, of: Callable[[], _Data]
+) -> None:
     """Samples first, then the model, the answers and the reports.
 
     (Rank 0 alone reads what was asked for: were all to find the same mistake, one could end before rank 0 has told it.)
@@ -621,7 +747,7 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
     left_out: dict[str, str] = {}
     if leads():
         from star_attention.evals import run_folder
-        from star_attention.hf.load import load_tokenizer
+        from star_attention.hf.loading.load import load_tokenizer
 
         data, tried = of(), _parsed(variants)
         session.check_folder(options.out)
@@ -645,7 +771,9 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
         options=data.options,
         seed=data.seed,
         chat=options.chat,
-        max_new_tokens=None if options.max_new_tokens is None else parse_size(options.max_new_tokens, "max_new_tokens"),
+        max_new_tokens=None
+        if options.max_new_tokens is None
+        else parse_size(options.max_new_tokens, "max_new_tokens"),
         limit=options.limit,
         skip_too_long=options.skip_too_long,
         left_out=left_out,
@@ -656,7 +784,9 @@ def _evaluate(model: ModelOptions, options: RunOptions, variants: str, of: Calla
     if done.found:
         notes.say(f"{done.found:,} answers were there already")
     if done.skipped:
-        notes.say(f"{done.skipped:,} samples are too long for the model and were left out; the report lists them")
+        notes.say(
+            f"{done.skipped:,} samples are too long for the model and were left out; the report lists them"
+        )
     _report(done.folder)
 
 
@@ -666,4 +796,7 @@ def _report(folder: Path) -> None:
 
     files = reports.write(folder)
     print("\n".join(reports.short(Results.read(folder))))
-    print("\n" + ", ".join(str(file) for file in files if file.suffix in (".md", ".html", ".csv", ".json")))
+    print(
+        "\n"
+        + ", ".join(str(file) for file in files if file.suffix in (".md", ".html", ".csv", ".json"))
+    )

@@ -8,7 +8,14 @@ import typer
 
 from star_attention.cli.command import leads
 from star_attention.cli.notes import Notes
-from star_attention.cli.options import AnswerOptions, ContextOptions, Files, ModelOptions, Quiet, option
+from star_attention.cli.options import (
+    AnswerOptions,
+    ContextOptions,
+    Files,
+    ModelOptions,
+    Quiet,
+    option,
+)
 
 
 def generate(
@@ -18,7 +25,12 @@ def generate(
     answer: AnswerOptions,
     save: Annotated[
         str | None,
-        option("Keep the encoded text in this file too, for `ask`.", "--save", panel="Output", metavar="FILE"),
+        option(
+            "Keep the encoded text in this file too, for `ask`.",
+            "--save",
+            panel="Output",
+            metavar="FILE",
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -43,7 +55,9 @@ def generate(
     notes = Notes(quiet=quiet)
     star = session.load_for(model, context, notes)
     text, queries = star.from_rank_0((text, queries))
-    encoded = session.encode_text(star, text, notes, chat=context.chat, queries=queries, words=words)
+    encoded = session.encode_text(
+        star, text, notes, chat=context.chat, queries=queries, words=words
+    )
     if save is not None:
         session.save(encoded, save, notes)
     Answerer(star, encoded, answer, words, notes, encoded=True).answer_all(queries)

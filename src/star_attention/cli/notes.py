@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.command import leads, say
-from star_attention.plan import BlockPlan, Span, counted, format_size
+from star_attention.planning.plan import BlockPlan, Span, counted, format_size
 
 if TYPE_CHECKING:
     from star_attention.answering import Generation
-    from star_attention.context import EncodedContext
+    from star_attention.storage.context import EncodedContext
 
 _STEPS = 10
 """Lines of progress where stderr is no terminal."""
@@ -70,7 +70,13 @@ class _Lines:
 
 def _bar() -> Iterator[Any]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("encoding"),
@@ -107,7 +113,9 @@ class _RankLines:
                 for rank, (done, total) in enumerate(self.of_ranks())
                 if rank and total
             ]
-            self.notes.say(f"encoded: rank 0 {span.stop - start:,} of {stop - start:,} tok" + "".join(others))
+            self.notes.say(
+                f"encoded: rank 0 {span.stop - start:,} of {stop - start:,} tok" + "".join(others)
+            )
 
     def end(self) -> None:
         self.notes.say(f"encoded: all {len(self.of_ranks())} ranks are done")
@@ -118,9 +126,20 @@ def _bars(of_ranks: Callable[[], list[tuple[int, int]]]) -> Iterator[Any]:
     import threading
 
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks = [bar.add_task(f"rank {rank}", total=None) for rank in range(len(of_ranks()))]
         ended = threading.Event()
@@ -128,7 +147,9 @@ def _bars(of_ranks: Callable[[], list[tuple[int, int]]]) -> Iterator[Any]:
         def refresh() -> None:
             while not ended.wait(0.3):
                 for rank, (task, (done, total)) in enumerate(zip(tasks, of_ranks(), strict=True)):
-                    told = f"rank {rank}: {done:,} of {total:,} tok" if total else f"rank {rank}: idle"
+                    told = (
+                        f"rank {rank}: {done:,} of {total:,} tok" if total else f"rank {rank}: idle"
+                    )
                     bar.update(task, total=total or None, completed=done, description=told)
 
         thread = threading.Thread(target=refresh, daemon=True)
@@ -161,7 +182,9 @@ def context_summary(context: EncodedContext) -> str:
 def answer_summary(reply: Generation) -> str:
     """`first token 0.4 s, 41 tok/s`."""
     rate = reply.timings.tokens_per_s
-    return f"first token {seconds(reply.timings.ttft_s)}" + ("" if rate is None else f", {rate:,.0f} tok/s")
+    return f"first token {seconds(reply.timings.ttft_s)}" + (
+        "" if rate is None else f", {rate:,.0f} tok/s"
+    )
 
 
 def seconds(value: float) -> str:

@@ -19,7 +19,7 @@ from star_attention.config import (
     check_max_new_tokens,
 )
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.plan import format_size, parse_size
+from star_attention.planning.plan import format_size, parse_size
 
 DEFAULT_BLOCK = "a quarter of the context, rounded up to a power of two, 1k to 32k"
 """`plan.default_block_size`, in words."""
@@ -61,7 +61,9 @@ def sizes(text: str, name: str, *, of_ranks: bool = False) -> list[int]:
         if not of_ranks:
             return size(part, name)
         if not part.isdecimal() or int(part) < 1:
-            raise InvalidInputError(f"{name} {part!r} is not a number of ranks; write 8, or 1..1024")
+            raise InvalidInputError(
+                f"{name} {part!r} is not a number of ranks; write 8, or 1..1024"
+            )
         return int(part)
 
     found: list[int] = []
@@ -87,14 +89,26 @@ Files = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")]
-Model = Annotated[str, option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL")]
+Model = Annotated[
+    str, option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL")
+]
 Dtype = Annotated[
-    str, option("Precision: auto (the checkpoint's), float32, bfloat16, float16.", panel="Model", metavar="TYPE")
+    str,
+    option(
+        "Precision: auto (the checkpoint's), float32, bfloat16, float16.",
+        panel="Model",
+        metavar="TYPE",
+    ),
 ]
 Device = Annotated[
     # (Named, because typer 0.27 makes the option out of a metavar that differs in case only.)
     str,
-    option("auto (a GPU if there is one), cpu, cuda, cuda:1.", "--device", panel="Model", metavar="DEVICE"),
+    option(
+        "auto (a GPU if there is one), cpu, cuda, cuda:1.",
+        "--device",
+        panel="Model",
+        metavar="DEVICE",
+    ),
 ]
 TokensPerForward = Annotated[
     str | None,
@@ -204,9 +218,9 @@ class ModelOptions:
 class ContextOptions:
     block_size: BlockSize = None
     anchor_size: AnchorSize = None
-    method: Annotated[str, option(f"Attention method: {', '.join(METHODS)}.", panel="Context", metavar="NAME")] = (
-        StarConfig.method
-    )
+    method: Annotated[
+        str, option(f"Attention method: {', '.join(METHODS)}.", panel="Context", metavar="NAME")
+    ] = StarConfig.method
     anchor_source: AnchorSource = ANCHOR_SOURCES[0]
     ring_layout: Annotated[
         str,
@@ -221,7 +235,11 @@ class ContextOptions:
     kv_device: KvDevice = None
     chat: Annotated[
         bool,
-        option("Send text and query as one user message of the model's chat template.", "--chat", panel="Context"),
+        option(
+            "Send text and query as one user message of the model's chat template.",
+            "--chat",
+            panel="Context",
+        ),
     ] = False
 
 
@@ -232,22 +250,30 @@ class AnswerOptions:
         option("What follows the text; may be repeated.", "--query", panel="Query", metavar="TEXT"),
     ] = None
     query_file: Annotated[
-        str | None, option("A file with one query a line, `-` for stdin.", panel="Query", metavar="FILE")
+        str | None,
+        option("A file with one query a line, `-` for stdin.", panel="Query", metavar="FILE"),
     ] = None
     batch: Annotated[
-        bool, option("Answer several queries at once instead of one after another.", "--batch", panel="Query")
+        bool,
+        option(
+            "Answer several queries at once instead of one after another.", "--batch", panel="Query"
+        ),
     ] = False
     answer_prefix: Annotated[
         str,
         option(
-            "What the answer is made to begin with; not printed.", panel="Answer", metavar="TEXT", show_default=False
+            "What the answer is made to begin with; not printed.",
+            panel="Answer",
+            metavar="TEXT",
+            show_default=False,
         ),
     ] = ""
-    max_new_tokens: Annotated[str, option("Most tokens of an answer.", panel="Answer", metavar="SIZE")] = str(
-        MAX_NEW_TOKENS
-    )
+    max_new_tokens: Annotated[
+        str, option("Most tokens of an answer.", panel="Answer", metavar="SIZE")
+    ] = str(MAX_NEW_TOKENS)
     temperature: Annotated[
-        float | None, option("Sample at this temperature; 0 is greedy.", panel="Answer", metavar="X", min=0.0)
+        float | None,
+        option("Sample at this temperature; 0 is greedy.", panel="Answer", metavar="X", min=0.0),
     ] = None
     top_p: Annotated[
         float | None,
@@ -260,13 +286,18 @@ class AnswerOptions:
         ),
     ] = None
     top_k: Annotated[
-        int | None, option("Sample from this many most likely tokens.", panel="Answer", metavar="N", min=1)
+        int | None,
+        option("Sample from this many most likely tokens.", panel="Answer", metavar="N", min=1),
     ] = None
     greedy: Annotated[
-        bool, option("Never sample, whatever the model's own settings say.", "--greedy", panel="Answer")
+        bool,
+        option("Never sample, whatever the model's own settings say.", "--greedy", panel="Answer"),
     ] = False
     num_beams: Annotated[
-        int | None, option("Beam search with this many beams; not streamed.", panel="Answer", metavar="N", min=1)
+        int | None,
+        option(
+            "Beam search with this many beams; not streamed.", panel="Answer", metavar="N", min=1
+        ),
     ] = None
     repetition_penalty: Annotated[
         float | None,
@@ -277,14 +308,25 @@ class AnswerOptions:
             callback=_above_0,
         ),
     ] = None
-    seed: Annotated[int | None, option("Makes sampling repeatable.", panel="Answer", metavar="N")] = None
+    seed: Annotated[
+        int | None, option("Makes sampling repeatable.", panel="Answer", metavar="N")
+    ] = None
     stop: Annotated[
         list[str] | None,
-        option("End an answer before this text; may be repeated.", "--stop", panel="Answer", metavar="TEXT"),
+        option(
+            "End an answer before this text; may be repeated.",
+            "--stop",
+            panel="Answer",
+            metavar="TEXT",
+        ),
     ] = None
-    ignore_eos: Annotated[bool, option("Go on past end-of-sequence tokens.", "--ignore-eos", panel="Answer")] = False
+    ignore_eos: Annotated[
+        bool, option("Go on past end-of-sequence tokens.", "--ignore-eos", panel="Answer")
+    ] = False
     json: Json = False
-    no_stream: Annotated[bool, option("Print an answer when it is complete.", "--no-stream", panel="Output")] = False
+    no_stream: Annotated[
+        bool, option("Print an answer when it is complete.", "--no-stream", panel="Output")
+    ] = False
 
     def words(self) -> dict[str, Any]:
         """The keyword arguments of `StarLLM.generate`, which samples where a sampling word is given."""

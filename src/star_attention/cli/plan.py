@@ -23,7 +23,7 @@ from star_attention.cli.options import (
     sizes,
 )
 from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, StarConfig
-from star_attention.plan import BlockPlan, parse_size
+from star_attention.planning.plan import BlockPlan, parse_size
 
 
 def plan(
@@ -50,15 +50,26 @@ def plan(
     anchor_size: AnchorSize = None,
     ranks: Annotated[
         str,
-        option("Hosts that share the blocks; with --hardware several: 1..1024.", "--ranks", panel="Ranks", metavar="N"),
+        option(
+            "Hosts that share the blocks; with --hardware several: 1..1024.",
+            "--ranks",
+            panel="Ranks",
+            metavar="N",
+        ),
     ] = str(BlockPlan.ranks),
     tensor_parallel: TensorParallel = 1,
     anchor_source: AnchorSource = ANCHOR_SOURCES[0],
     kv_dtype: KvDtype = None,
     kv_device: KvDevice = None,
-    queries: Annotated[int, option("Queries on the context.", panel="Answer", metavar="N", min=1)] = 1,
-    query_tokens: Annotated[int, option("Tokens of a query.", panel="Answer", metavar="N", min=1)] = 64,
-    answer_tokens: Annotated[int, option("Tokens of an answer.", panel="Answer", metavar="N", min=1)] = MAX_NEW_TOKENS,
+    queries: Annotated[
+        int, option("Queries on the context.", panel="Answer", metavar="N", min=1)
+    ] = 1,
+    query_tokens: Annotated[
+        int, option("Tokens of a query.", panel="Answer", metavar="N", min=1)
+    ] = 64,
+    answer_tokens: Annotated[
+        int, option("Tokens of an answer.", panel="Answer", metavar="N", min=1)
+    ] = MAX_NEW_TOKENS,
     hardware: Annotated[
         str | None,
         option(
@@ -96,7 +107,8 @@ def plan(
         StarConfig.of(tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype)
         if kv_device is not None:
             raise typer.BadParameter(
-                "--hardware does not know how fast the host's memory is; leave it out", param_hint="--kv-device"
+                "--hardware does not know how fast the host's memory is; leave it out",
+                param_hint="--kv-device",
             )
         ignored = {
             "--anchor-size": anchor_size is not None,
@@ -104,7 +116,9 @@ def plan(
             "--queries": queries != 1,
         }
         for name in (name for name, given in ignored.items() if given):
-            raise typer.BadParameter("--hardware has no times for it; leave it out", param_hint=name)
+            raise typer.BadParameter(
+                "--hardware has no times for it; leave it out", param_hint=name
+            )
         print(
             scale.report(
                 model,
@@ -124,17 +138,23 @@ def plan(
         )
         return
     if calibrate is not None:
-        raise typer.BadParameter("it needs --hardware, whose other numbers it keeps", param_hint="--calibrate")
+        raise typer.BadParameter(
+            "it needs --hardware, whose other numbers it keeps", param_hint="--calibrate"
+        )
     if "," in context or ".." in context:
         raise typer.BadParameter(
-            f"{context!r} is several lengths, which need --hardware; give one", param_hint="--context"
+            f"{context!r} is several lengths, which need --hardware; give one",
+            param_hint="--context",
         )
     if block_size == QUARTER:
         raise typer.BadParameter(
-            "'quarter' needs --hardware, by whose times it chooses; give a size", param_hint="--block-size"
+            "'quarter' needs --hardware, by whose times it chooses; give a size",
+            param_hint="--block-size",
         )
     if not ranks.isdecimal() or int(ranks) < 1:
-        raise typer.BadParameter(f"{ranks!r} is not a number above 0 (several need --hardware)", param_hint="--ranks")
+        raise typer.BadParameter(
+            f"{ranks!r} is not a number above 0 (several need --hardware)", param_hint="--ranks"
+        )
     settings = StarConfig.of(
         block_size=block_size,
         anchor_size=anchor_size,

@@ -6,13 +6,14 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from star_attention import cost
 from star_attention.cli.notes import amount, in_bytes, table
 from star_attention.config import ANCHOR_SOURCES, StarConfig
-from star_attention.cost import Flops
-from star_attention.hf import load, rope, tensor
+from star_attention.hf.loading import load, rope
+from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
-from star_attention.plan import BlockPlan, counted, format_size
+from star_attention.planning import cost
+from star_attention.planning.cost import Flops
+from star_attention.planning.plan import BlockPlan, counted, format_size
 
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 
@@ -36,22 +37,29 @@ class Report:
         kv_device: str | None = None,
     ) -> None:
         config = load.load_config(model)
-        tensor.check(config, tensor_parallel)
+        check_tensor_parallel(config, tensor_parallel)
         self.tensor_parallel = tensor_parallel
         self.model, self.plan = model, plan
         self.shape = shape = model_shape(config, dtype)
         self.queries, self.query_tokens, self.answer_tokens = queries, query_tokens, answer_tokens
         settings = StarConfig(tokens_per_forward=tokens_per_forward)
-        self.tokens_per_forward = tokens_per_forward = settings.forward_size(load.pick_device("auto"))
+        self.tokens_per_forward = tokens_per_forward = settings.forward_size(
+            load.pick_device("auto")
+        )
 
         def phase1(plan: BlockPlan, rank: int | None = None) -> Flops:
             return cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank)
 
-        forwards: dict[str, Any] = dict(tokens_per_forward=tokens_per_forward, tensor_parallel=tensor_parallel)
+        forwards: dict[str, Any] = dict(
+            tokens_per_forward=tokens_per_forward, tensor_parallel=tensor_parallel
+        )
         tail_tokens = queries * (query_tokens + answer_tokens)
         ranks = range(plan.ranks)
         kept: dict[str, Any] = dict(kv_dtype=kv_dtype, kv_device=kv_device)
-        memories = [cost.memory(shape, plan, **forwards, **kept, tail_tokens=tail_tokens, rank=rank) for rank in ranks]
+        memories = [
+            cost.memory(shape, plan, **forwards, **kept, tail_tokens=tail_tokens, rank=rank)
+            for rank in ranks
+        ]
         self.kept_bytes = shape.kept_bytes_per_token(kv_dtype)
         self.kv_dtype, self.kv_device = kv_dtype, kv_device
         self.memory = max(memories, key=lambda memory: memory.total)
@@ -67,7 +75,9 @@ class Report:
             answer_tokens=answer_tokens,
             queries=queries,
         )
-        answers: dict[str, Any] = dict(query_tokens=query_tokens, answer_tokens=answer_tokens, queries=queries)
+        answers: dict[str, Any] = dict(
+            query_tokens=query_tokens, answer_tokens=answer_tokens, queries=queries
+        )
         self.wire1 = cost.phase1_wire(shape, plan, **forwards, anchor_source=anchor_source)
         self.ring = cost.ring_wire(shape, plan.context_tokens, plan.ranks, tensor_parallel)
         self.wire2 = cost.phase2_wire(shape, plan.ranks, **forwards, **answers)
@@ -79,7 +89,8 @@ class Report:
         warn_of_positions(config, self.plan.context_tokens + self.query_tokens + self.answer_tokens)
         if getattr(config, "quantization_config", None) is not None:
             warnings.warn(
-                "the checkpoint is quantized: its weights take less than the plain ones counted here", stacklevel=2
+                "the checkpoint is quantized: its weights take less than the plain ones counted here",
+                stacklevel=2,
             )
         idle = self.plan.ranks - self.plan.num_blocks
         if idle > 0:
@@ -152,7 +163,9 @@ class Report:
         rows = [
             ("weights", in_bytes(memory.weights), ""),
             ("keys and values", in_bytes(memory.kv), "of its blocks" if plan.ranks > 1 else ""),
-            ("anchor", in_bytes(memory.anchor), "of the first block, as computed") if memory.anchor else None,
+            ("anchor", in_bytes(memory.anchor), "of the first block, as computed")
+            if memory.anchor
+            else None,
             ("queries and answers", in_bytes(memory.tail), ""),
             (
                 "working memory",
@@ -160,7 +173,9 @@ class Report:
                 f"estimate, up to {format_size(largest)} tokens in a forward",
             ),
             ("total", in_bytes(memory.total), ""),
-            ("in the host's memory", in_bytes(memory.host), "keys and values") if memory.host else None,
+            ("in the host's memory", in_bytes(memory.host), "keys and values")
+            if memory.host
+            else None,
         ]
         head = "memory on the fullest device" if self._devices > 1 else "memory"
         if len(set(self.memory_by_rank)) > 1:
@@ -175,8 +190,15 @@ class Report:
         rows = [("phase 1", *columns)]
         for part in ("linear", "attention", "expansion", "total"):
             if part != "expansion" or self.shape.expansion_parameters:
-                rows.append((f"  {part}", *(_flop(getattr(flops, part)) for flops in columns.values())))
-        rows.append(("  against star", *(f"x {flops.total / self.star.total:.2f}" for flops in columns.values())))
+                rows.append(
+                    (f"  {part}", *(_flop(getattr(flops, part)) for flops in columns.values()))
+                )
+        rows.append(
+            (
+                "  against star",
+                *(f"x {flops.total / self.star.total:.2f}" for flops in columns.values()),
+            )
+        )
         if self._devices > 1:
             rows.append(("  busiest device", _flop(self.star_busiest), "", ""))
         answers = f"{self.queries} x ({self.query_tokens:,} + {self.answer_tokens:,}) tok"
@@ -191,8 +213,18 @@ class Report:
                 counted(self.wire1.calls, "collective"),
                 "the anchor to every rank",
             ),
-            ("  ring attention", in_bytes(self.ring.bytes), counted(self.ring.calls, "collective"), "for comparison"),
-            ("phase 2", in_bytes(self.wire2.bytes), counted(self.wire2.calls, "collective"), "states of all answers"),
+            (
+                "  ring attention",
+                in_bytes(self.ring.bytes),
+                counted(self.ring.calls, "collective"),
+                "for comparison",
+            ),
+            (
+                "phase 2",
+                in_bytes(self.wire2.bytes),
+                counted(self.wire2.calls, "collective"),
+                "states of all answers",
+            ),
             ("  an answer token", in_bytes(self._token_bytes()), "", ""),
         ]
         if self.tensor_parallel > 1:

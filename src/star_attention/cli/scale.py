@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from star_attention import scale
 from star_attention.bench import machine
 from star_attention.cli.notes import in_bytes, table
 from star_attention.cli.options import QUARTER
 from star_attention.cli.report import warn_of_positions
 from star_attention.config import StarConfig
-from star_attention.cost import Flops, ModelShape
 from star_attention.errors import InvalidInputError
-from star_attention.hf import load
+from star_attention.hf.loading import load
 from star_attention.hf.shape import model_shape
-from star_attention.plan import default_block_size, format_size, parse_size
-from star_attention.scale import Estimate, Hardware
+from star_attention.planning import estimate
+from star_attention.planning.cost import Flops, ModelShape
+from star_attention.planning.estimate import Estimate, Hardware
+from star_attention.planning.plan import default_block_size, format_size, parse_size
 
 
 def report(
@@ -41,20 +41,28 @@ def report(
     """
     config = load.load_config(model)
     shape = model_shape(config, dtype)
-    on = scale.hardware(hardware)
+    on = estimate.hardware(hardware)
     forward = StarConfig(tokens_per_forward=tokens_per_forward).forward_size("cuda")
     fit: list[dict[str, float]] = []
     if calibrate is not None:
         on, fit = _calibrated(on, calibrate)
     found = [
-        {scheme.scheme: scheme for scheme in _schemes(shape, on, length, count, block, forward, kv_dtype)}
+        {
+            scheme.scheme: scheme
+            for scheme in _schemes(shape, on, length, count, block, forward, kv_dtype)
+        }
         for length in contexts
         for count in ranks
     ]
     warn_of_positions(config, max(contexts) + tail_tokens)
     if as_json:
-        rows = [{name: vars(one) | {"encode_s": one.encode_s} for name, one in schemes.items()} for schemes in found]
-        return json.dumps({"model": model, "hardware": vars(on), "calibration": fit, "estimates": rows})
+        rows = [
+            {name: vars(one) | {"encode_s": one.encode_s} for name, one in schemes.items()}
+            for schemes in found
+        ]
+        return json.dumps(
+            {"model": model, "hardware": vars(on), "calibration": fit, "estimates": rows}
+        )
     return _text(model, on, found, fit)
 
 
@@ -68,7 +76,7 @@ def _schemes(
     kv_dtype: str | None,
 ) -> list[Estimate]:
     if block == QUARTER:
-        best = scale.best_block(
+        best = estimate.best_block(
             shape,
             on,
             context=context,
@@ -78,9 +86,13 @@ def _schemes(
         )
         size = best.block
     else:
-        size = default_block_size(context) if block is None else min(parse_size(block, "block_size"), context)
+        size = (
+            default_block_size(context)
+            if block is None
+            else min(parse_size(block, "block_size"), context)
+        )
     return [
-        scale.estimate(
+        estimate.estimate(
             shape,
             on,
             scheme,
@@ -90,7 +102,7 @@ def _schemes(
             tokens_per_forward=tokens_per_forward,
             kv_dtype=kv_dtype,
         )
-        for scheme in scale.SCHEMES
+        for scheme in estimate.SCHEMES
     ]
 
 
@@ -110,8 +122,10 @@ def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float
         ]
         bandwidth = float(found["ceilings"]["bytes_per_s"])
     except (ValueError, KeyError, TypeError):
-        raise InvalidInputError(f"{path} is no JSON of `bench prefill` as this version writes it") from None
-    on = scale.calibrated(on, [(flops, row["seconds"]) for row, flops in measured], bandwidth)
+        raise InvalidInputError(
+            f"{path} is no JSON of `bench prefill` as this version writes it"
+        ) from None
+    on = estimate.calibrated(on, [(flops, row["seconds"]) for row, flops in measured], bandwidth)
     return on, [
         {
             "method": row["method"],
@@ -124,10 +138,21 @@ def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float
     ]
 
 
-def _text(model: str, on: Hardware, found: list[dict[str, Estimate]], fit: list[dict[str, float]]) -> str:
+def _text(
+    model: str, on: Hardware, found: list[dict[str, Estimate]], fit: list[dict[str, float]]
+) -> str:
     lines: list[tuple[str, ...]] = [
         (
-            *("context", "ranks", "block", "star s", "anchor local", "official", "ring", "plain ring"),
+            *(
+                "context",
+                "ranks",
+                "block",
+                "star s",
+                "anchor local",
+                "official",
+                "ring",
+                "plain ring",
+            ),
             *("x ring", "x plain", "ms a token", "memory"),
         )
     ]
@@ -138,7 +163,10 @@ def _text(model: str, on: Hardware, found: list[dict[str, Estimate]], fit: list[
             (
                 *(format_size(star.context), str(star.ranks), format_size(star.block or 0)),
                 *(f"{one.encode_s:,.3g}" for one in (star, *others)),
-                *(f"{schemes[name].encode_s / star.encode_s:.2f}" for name in ("ring", "ring-plain")),
+                *(
+                    f"{schemes[name].encode_s / star.encode_s:.2f}"
+                    for name in ("ring", "ring-plain")
+                ),
                 f"{star.token_s * 1e3:,.3g}",
                 in_bytes(star.memory) + ("" if star.fits else " (too much)"),
             )
@@ -147,15 +175,25 @@ def _text(model: str, on: Hardware, found: list[dict[str, Estimate]], fit: list[
         f"{model} on {on.name}: linear layers {on.matrix / 1e12:,.4g} and attention {on.attention / 1e12:,.4g} TFLOP/s,"
         f" memory {on.bandwidth / 1e12:,.3g} TB/s, link {on.link / 1e9:,.4g} GB/s"
     )
-    parts = [rates, "seconds of phase 1 by scheme; a token of an answer; memory of the fullest device\n" + table(lines)]
+    parts = [
+        rates,
+        "seconds of phase 1 by scheme; a token of an answer; memory of the fullest device\n"
+        + table(lines),
+    ]
     if fit:
-        compared: list[tuple[str, ...]] = [("method", "context", "block", "measured s", "predicted s", "error")]
+        compared: list[tuple[str, ...]] = [
+            ("method", "context", "block", "measured s", "predicted s", "error")
+        ]
         for row in fit:
             error = row["predicted_s"] / row["measured_s"] - 1
             block = row["block"]
             compared.append(
                 (
-                    *(str(row["method"]), format_size(int(row["context"])), format_size(int(block)) if block else ""),
+                    *(
+                        str(row["method"]),
+                        format_size(int(row["context"])),
+                        format_size(int(block)) if block else "",
+                    ),
                     *(f"{row['measured_s']:,.3g}", f"{row['predicted_s']:,.3g}", f"{error:+.1%}"),
                 )
             )

@@ -16,8 +16,8 @@ from star_attention.config import StarConfig, check_device, check_dtype
 from star_attention.errors import ContextSaveError, InvalidInputError, ModelNotFoundError
 
 if TYPE_CHECKING:
-    from star_attention.context import EncodedContext
     from star_attention.engine import StarLLM
+    from star_attention.storage.context import EncodedContext
 
 
 def check_place(model: ModelOptions) -> None:
@@ -32,7 +32,7 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
     StarConfig.of(**sizes)
     where = "" if Path(model.model).exists() else ", which is no folder here, from the hub"
     with notes.waiting(f"loading {model.model}{where}"):
-        from star_attention import comm
+        from star_attention.distributed import comm
         from star_attention.engine import StarLLM
         from star_attention.hf.logs import hide_progress_bars
 
@@ -50,8 +50,14 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
 
 
 def load_for(model: ModelOptions, context: ContextOptions, notes: Notes) -> StarLLM:
-    if context.method in ("dense", "ring") and (context.block_size, context.anchor_size) != (None, None):
-        warnings.warn(f"--block-size and --anchor-size have no effect on {context.method} attention", stacklevel=2)
+    if context.method in ("dense", "ring") and (context.block_size, context.anchor_size) != (
+        None,
+        None,
+    ):
+        warnings.warn(
+            f"--block-size and --anchor-size have no effect on {context.method} attention",
+            stacklevel=2,
+        )
     star = load(
         model,
         notes,
@@ -94,11 +100,13 @@ def encode_text(
     if not chat and has_template:
         notes.say("the text goes in as it is; this model has a chat template, which --chat uses")
     if chat:
-        from star_attention.hf.chat import user_message
+        from star_attention.hf.text.chat import user_message
 
         content = user_message(text)
     with notes.progress(star.rank_progress) as progress:
-        context: EncodedContext = star.encode(content, progress=progress, query=queries, settings=words)
+        context: EncodedContext = star.encode(
+            content, progress=progress, query=queries, settings=words
+        )
     return context
 
 
@@ -109,12 +117,14 @@ def check_target(path: str | None) -> None:
     """
     if path is None:
         return
-    from star_attention import saved
+    from star_attention.storage import saved
 
     target = Path(path)
     saved.check_target(target, as_folder=ranks()[1] > 1)
     try:
-        with tempfile.NamedTemporaryFile(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent):
+        with tempfile.NamedTemporaryFile(
+            prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent
+        ):
             pass
     except OSError as error:
         raise ContextSaveError(
@@ -131,7 +141,9 @@ def check_folder(path: str) -> None:
     if not nearest.is_dir():
         raise InvalidInputError(f"{nearest} is no folder; give another one with --out")
     if not os.access(nearest, os.W_OK):
-        raise InvalidInputError(f"the folder {nearest} cannot be written to; give another one with --out")
+        raise InvalidInputError(
+            f"the folder {nearest} cannot be written to; give another one with --out"
+        )
 
 
 def save(context: EncodedContext, path: str, notes: Notes) -> None:
@@ -146,7 +158,7 @@ def load_saved(model: ModelOptions, path: str, notes: Notes) -> tuple[StarLLM, E
     """A saved context and its model, with the method and, unless one is asked for, the precision of the file."""
     check_place(model)
 
-    from star_attention.saved import SavedContext
+    from star_attention.storage.saved import SavedContext
 
     header = SavedContext(path).header  # a file that is none is refused before the model is loaded
     if model.dtype == "auto":

@@ -23,17 +23,21 @@ def read_text(name: str) -> str:
     try:
         data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
     except FileNotFoundError:
-        raise TextError(f"there is no text file {shown}; check the path, or give - for stdin") from None
+        raise TextError(
+            f"there is no text file {shown}; check the path, or give - for stdin"
+        ) from None
     except IsADirectoryError:
         if any(Path(name).glob("rank-*.safetensors")):
             raise _saved(shown) from None
         raise TextError(f"{shown} is a folder; give the text files in it by name") from None
     except OSError as error:
-        raise TextError(f"the text file {shown} cannot be read: {error.strerror or error}") from error
+        raise TextError(
+            f"the text file {shown} cannot be read: {error.strerror or error}"
+        ) from error
     try:
         return data.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
-        from star_attention.saved import begins
+        from star_attention.storage.saved import begins
 
         if begins(data):
             raise _saved(shown) from None
@@ -44,7 +48,9 @@ def read_text(name: str) -> str:
 
 
 def _saved(shown: str) -> TextError:
-    return TextError(f"{shown} is a saved context and no text; `star-attention ask` answers queries on it")
+    return TextError(
+        f"{shown} is a saved context and no text; `star-attention ask` answers queries on it"
+    )
 
 
 def read_context(files: list[str]) -> str:
@@ -57,14 +63,20 @@ def read_context(files: list[str]) -> str:
     return text
 
 
-def read_queries(queries: list[str] | None, file: str | None, *, context_files: list[str]) -> list[str]:
+def read_queries(
+    queries: list[str] | None, file: str | None, *, context_files: list[str]
+) -> list[str]:
     """The queries of `--query`, then those of `--query-file`, one a line; empty lines are none."""
     found = list(queries or [])
     for query in found:
         if not query.strip():
             raise TokenError("a query is empty; give --query at least one word")
-        if any("\ud800" <= character <= "\udfff" for character in query):  # how Python keeps undecodable bytes
-            raise TextError(f"the query {query!r} is not UTF-8; check the terminal's locale, or use --query-file")
+        if any(
+            "\ud800" <= character <= "\udfff" for character in query
+        ):  # how Python keeps undecodable bytes
+            raise TextError(
+                f"the query {query!r} is not UTF-8; check the terminal's locale, or use --query-file"
+            )
     if file is not None:
         if file == STDIN and STDIN in context_files:
             raise typer.BadParameter("stdin is read as text already", param_hint="--query-file")

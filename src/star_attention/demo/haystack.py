@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.tokens import context_ids, query_ids
 
 ADJECTIVES = tuple(
     """
@@ -34,11 +34,15 @@ saddle sparrow teapot thistle tunnel violin walnut willow
 )
 QUESTION_MARK, ANSWER_MARK = "<|q|>", "<|a|>"
 
-_TO_ASCII = str.maketrans({"“": '"', "”": '"', "\u2018": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\xa0": " "})
+_TO_ASCII = str.maketrans(
+    {"“": '"', "”": '"', "\u2018": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\xa0": " "}
+)
 _LEAD_IN = re.compile(r"^(?:[*-] |\d+\. |Note: |(?:Changed|New|Added|Deprecated)[^:]{0,60}: )+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.) +(?=[A-Z\"'(])")
 # Prompts, grammar rules, assignments and other statements, rules under headings and between table rows, links.
-_NO_PROSE = re.compile(r">>>|::=| == | = |\{|\}|\\|\*\*\*|---|===|~~~|\^\^\^|://|^(?:def|class|import|from|async) ")
+_NO_PROSE = re.compile(
+    r">>>|::=| == | = |\{|\}|\\|\*\*\*|---|===|~~~|\^\^\^|://|^(?:def|class|import|from|async) "
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +98,14 @@ def build_haystack(tokenizer: Any, tokens: int, *, facts: int = 30, seed: int = 
     """
     most = len(ADJECTIVES) * len(NOUNS)
     if not 2 <= facts <= most:
-        raise SizeError(f"facts {facts} cannot be planted at evenly spaced depths; give 2 to {most}")
+        raise SizeError(
+            f"facts {facts} cannot be planted at evenly spaced depths; give 2 to {most}"
+        )
     rng = random.Random(f"haystack {tokens} {facts} {seed}")
     keys = [_key(pair) for pair in rng.sample(range(most), facts)]
     planted = [
-        (key, str(number)) for key, number in zip(keys, rng.sample(range(1_000_000, 10_000_000), facts), strict=True)
+        (key, str(number))
+        for key, number in zip(keys, rng.sample(range(1_000_000, 10_000_000), facts), strict=True)
     ]
     lines = prose_lines()
     first = rng.randrange(len(lines))
@@ -110,8 +117,12 @@ def build_haystack(tokenizer: Any, tokens: int, *, facts: int = 30, seed: int = 
     # By the dearest key and not by those drawn, which are others for another length: what is asked for must do.
     least = 2 * facts * max(cost(_line(_key(pair), planted[0][1])) for pair in range(most))
     if tokens < least:
-        raise SizeError(f"tokens {tokens:,} leave no room around {facts} facts; give at least {least:,}")
-    room = tokens - (len(context_ids(tokenizer, "\n")) - cost("\n") + sum(cost(_line(*pair)) for pair in planted))
+        raise SizeError(
+            f"tokens {tokens:,} leave no room around {facts} facts; give at least {least:,}"
+        )
+    room = tokens - (
+        len(context_ids(tokenizer, "\n")) - cost("\n") + sum(cost(_line(*pair)) for pair in planted)
+    )
     while True:
         haystack = _assemble(tokenizer, _fill(lines, room, cost, tokens), planted, seed)
         if haystack.tokens <= tokens:
@@ -144,7 +155,9 @@ def _fill(lines: tuple[str, ...], room: int, cost: Any, tokens: int) -> list[tup
     )
 
 
-def _assemble(tokenizer: Any, filler: list[tuple[str, int]], planted: list[tuple[str, str]], seed: int) -> Haystack:
+def _assemble(
+    tokenizer: Any, filler: list[tuple[str, int]], planted: list[tuple[str, str]], seed: int
+) -> Haystack:
     total = sum(size for _, size in filler)
     depths = [index / (len(planted) - 1) for index in range(len(planted))]
     parts: list[str] = []
@@ -160,7 +173,9 @@ def _assemble(tokenizer: Any, filler: list[tuple[str, int]], planted: list[tuple
         characters += len(parts[-1])
     text = "".join(parts)  # depth 1 is behind the last line, so that all of them are in
     facts = tuple(
-        Fact(key=key, number=number, depth=depth, position=len(context_ids(tokenizer, text[:start])))
+        Fact(
+            key=key, number=number, depth=depth, position=len(context_ids(tokenizer, text[:start]))
+        )
         for (key, number), depth, start in zip(planted, depths, starts, strict=True)
     )
     return Haystack(text=text, tokens=len(context_ids(tokenizer, text)), facts=facts, seed=seed)
@@ -179,7 +194,11 @@ def prose_lines() -> tuple[str, ...]:
             "the demo's text, pydoc_data.topics of the standard library, is missing from this Python; install the full standard"
             " library (on Debian and Ubuntu the package libpython3-stdlib), or use a Python from python.org"
         ) from error
-    return tuple(dict.fromkeys(f"{sentence}\n" for name in sorted(topics) for sentence in _sentences(topics[name])))
+    return tuple(
+        dict.fromkeys(
+            f"{sentence}\n" for name in sorted(topics) for sentence in _sentences(topics[name])
+        )
+    )
 
 
 def _sentences(topic: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from star_attention.demo.result import DENSE, STAR, DemoResult, band_name
 from star_attention.errors import StarAttentionError
-from star_attention.plan import format_size
+from star_attention.planning.plan import format_size
 
 MISSED, HALF, FOUND = (0xC8, 0x5A, 0x11), (0xF1, 0xEC, 0xE2), (0x1F, 0x5F, 0x9E)
 """Orange, near white, blue: told apart by every common form of colour blindness, and in grey by the printed numbers."""
@@ -39,7 +39,9 @@ def require_matplotlib() -> Any:
 
 def colour(accuracy: float) -> str:
     """`#rrggbb` between missed (0), half, and found (1)."""
-    (low, high), part = ((MISSED, HALF), accuracy * 2) if accuracy < 0.5 else ((HALF, FOUND), accuracy * 2 - 1)
+    (low, high), part = (
+        ((MISSED, HALF), accuracy * 2) if accuracy < 0.5 else ((HALF, FOUND), accuracy * 2 - 1)
+    )
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
 
 
@@ -71,18 +73,36 @@ def drawn(result: DemoResult, caption: str) -> Any:
 
     lengths, bands = result.lengths, result.bands
     panel = max(0.9 + 0.75 * len(lengths), _TITLE_WIDTH)
-    figure = Figure(figsize=(2.6 + 2 * panel, 1.9 + 0.36 * len(bands)), dpi=160, layout="constrained")
+    figure = Figure(
+        figsize=(2.6 + 2 * panel, 1.9 + 0.36 * len(bands)), dpi=160, layout="constrained"
+    )
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (mode, title) in zip(axes, PANELS, strict=True):
         for row, column, accuracy in cells(result, mode):
-            axis.add_patch(Rectangle((column + 0.02, row + 0.03), 0.96, 0.94, facecolor=colour(accuracy), linewidth=0))
+            axis.add_patch(
+                Rectangle(
+                    (column + 0.02, row + 0.03), 0.96, 0.94, facecolor=colour(accuracy), linewidth=0
+                )
+            )
             axis.text(
-                column + 0.5, row + 0.52, f"{accuracy:.0%}", color=ink(accuracy), ha="center", va="center", fontsize=8.5
+                column + 0.5,
+                row + 0.52,
+                f"{accuracy:.0%}",
+                color=ink(accuracy),
+                ha="center",
+                va="center",
+                fontsize=8.5,
             )
         axis.set(xlim=(0, len(lengths)), ylim=(len(bands), 0), xlabel="context length, tokens")
-        axis.set_xticks([one + 0.5 for one in range(len(lengths))], [format_size(length) for length in lengths])
-        axis.set_yticks([one + 0.5 for one in range(len(bands))], [band_name(tenth) for tenth in bands])
-        axis.set_title(f"{title}: {result.score(mode)} found", fontsize=11, fontweight="bold", pad=8)
+        axis.set_xticks(
+            [one + 0.5 for one in range(len(lengths))], [format_size(length) for length in lengths]
+        )
+        axis.set_yticks(
+            [one + 0.5 for one in range(len(bands))], [band_name(tenth) for tenth in bands]
+        )
+        axis.set_title(
+            f"{title}: {result.score(mode)} found", fontsize=11, fontweight="bold", pad=8
+        )
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
     axes[0].set_ylabel("depth of the fact in the text")
@@ -118,7 +138,9 @@ def svg(result: DemoResult, mode: str, title: str) -> str:
             f'<text x="{left + (column + 0.5) * width}" y="{base + 18}" class="column">{format_size(length)}</text>'
         )
     middle = left + width * len(lengths) / 2
-    parts.append(f'<text x="{middle}" y="{base + 40}" class="column axis">context length, tokens</text>')
+    parts.append(
+        f'<text x="{middle}" y="{base + 40}" class="column axis">context length, tokens</text>'
+    )
     parts.append(
         f'<text transform="translate(14 {(top + base) / 2}) rotate(-90)" class="column axis">depth of the fact in the text</text>'
     )

@@ -7,7 +7,7 @@ from string import Template
 
 from star_attention.demo import heatmap
 from star_attention.demo.result import DENSE, DemoResult, Row
-from star_attention.plan import format_size
+from star_attention.planning.plan import format_size
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -99,7 +99,9 @@ $facts
 
 def html(result: DemoResult, summary: tuple[str, str], notes: list[str], caption: str) -> str:
     """The whole page."""
-    shown = result.settings | {f"version of {name}": version for name, version in result.versions.items()}
+    shown = result.settings | {
+        f"version of {name}": version for name, version in result.versions.items()
+    }
     shown["seconds in all"] = f"{result.total_s:.0f}"
     return _PAGE.substitute(
         summary=escape(" ".join(summary)),
@@ -112,7 +114,9 @@ def html(result: DemoResult, summary: tuple[str, str], notes: list[str], caption
         missed=heatmap.colour(0),
         caption=escape(caption),
         example=_example(result),
-        facts="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in shown.items()),
+        facts="\n".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in shown.items()
+        ),
     )
 
 

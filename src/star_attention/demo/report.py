@@ -13,7 +13,7 @@ from rich.table import Table
 
 from star_attention.demo import heatmap, page
 from star_attention.demo.result import DENSE, SMALL, STAR, DemoResult, Row, band_name
-from star_attention.plan import counted, format_size
+from star_attention.planning.plan import counted, format_size
 
 PAPER_LOSS = "25 to 40 points"
 """Accuracy that the paper's models lose without an anchor, at 128K and 64K (arXiv 2411.17116, ablation of the anchor)."""
@@ -24,7 +24,9 @@ COLUMNS = ("method", "facts found", "encode s", "first token s", "KV MiB")
 def write(result: DemoResult, out: Path) -> None:
     """heatmap.png, demo.html and demo.json in a folder that exists. Raises `MissingPackageError` and `OSError`."""
     heatmap.write_png(result, out / "heatmap.png", caption(result))
-    (out / "demo.html").write_text(page.html(result, summary(result), notes(result), caption(result)), encoding="utf-8")
+    (out / "demo.html").write_text(
+        page.html(result, summary(result), notes(result), caption(result)), encoding="utf-8"
+    )
     (out / "demo.json").write_text(json.dumps(as_dict(result), indent=2) + "\n", encoding="utf-8")
 
 
@@ -80,7 +82,9 @@ def summary(result: DemoResult) -> tuple[str, str]:
     if share < 0.95:
         pace = f"encodes the text in {share:.0%} of the time ({star.encode_s:.1f} s instead of {dense.encode_s:.1f} s)"
     elif share <= 1.05:
-        pace = f"takes as long to encode the text ({star.encode_s:.1f} s and {dense.encode_s:.1f} s)"
+        pace = (
+            f"takes as long to encode the text ({star.encode_s:.1f} s and {dense.encode_s:.1f} s)"
+        )
     else:
         pace = f"takes {share:.2f} times as long to encode the text ({star.encode_s:.1f} s and {dense.encode_s:.1f} s)"
     first = (
@@ -94,7 +98,9 @@ def summary(result: DemoResult) -> tuple[str, str]:
         if none.score.accuracy < 0.5:
             verdict = "but too little is found to say whether an anchor is needed"
     else:
-        verdict = f"so this {_model(result)} needs its anchor, and loses {lost * 100:.0f} points without"
+        verdict = (
+            f"so this {_model(result)} needs its anchor, and loses {lost * 100:.0f} points without"
+        )
     return first, f"{found[0].upper()}{found[1:]}, {verdict}."
 
 
@@ -158,7 +164,11 @@ def as_dict(result: DemoResult) -> dict[str, Any]:
         ],
         "heatmap": {
             mode: [
-                {"length": length, "depth": band_name(tenth), **asdict(result.score(mode, length, tenth))}
+                {
+                    "length": length,
+                    "depth": band_name(tenth),
+                    **asdict(result.score(mode, length, tenth)),
+                }
                 for length in result.lengths
                 for tenth in result.bands
             ]

@@ -167,5 +167,10 @@ def _median(trials: list[Trial], name: str) -> float:
 
 
 def _score(trials: Iterable[Trial], tenth: int | None = None) -> Score:
-    answers = [one for trial in trials for one in trial.answers if tenth is None or band(one.depth) == tenth]
+    answers = [
+        one
+        for trial in trials
+        for one in trial.answers
+        if tenth is None or band(one.depth) == tenth
+    ]
     return Score(correct=sum(one.correct for one in answers), asked=len(answers))

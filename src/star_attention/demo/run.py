@@ -15,7 +15,17 @@ import transformers
 from star_attention import StarLLM, __version__
 from star_attention.demo import heatmap, report
 from star_attention.demo.haystack import Haystack, build_haystack
-from star_attention.demo.result import DENSE, MODES, NONE, SMALL, STAR, Answer, DemoResult, Example, Trial
+from star_attention.demo.result import (
+    DENSE,
+    MODES,
+    NONE,
+    SMALL,
+    STAR,
+    Answer,
+    DemoResult,
+    Example,
+    Trial,
+)
 from star_attention.errors import ModelNotFoundError, SizeError
 
 TOKENS_PER_FACT = 64
@@ -63,7 +73,9 @@ def run_demo(
     say = progress or (lambda line: None)
     base = StarLLM.from_pretrained(model_path, dtype=dtype, device=device)
     if base.tokenizer is None:
-        raise ModelNotFoundError(f"the model at {model_path} has no tokenizer; the demo asks in text and needs one")
+        raise ModelNotFoundError(
+            f"the model at {model_path} has no tokenizer; the demo asks in text and needs one"
+        )
     seeds = range(seed, seed + samples)
     haystacks = {
         length: [build_haystack(base.tokenizer, length, facts=facts, seed=one) for one in seeds]
@@ -75,7 +87,9 @@ def run_demo(
     first = haystacks[tokens][0]
     result = DemoResult(
         trials=tuple(trials),
-        example=_example(base, first, next(one for one in trials if one.mode == STAR and one.length == tokens)),
+        example=_example(
+            base, first, next(one for one in trials if one.mode == STAR and one.length == tokens)
+        ),
         settings={
             "model": str(model_path),
             "parameters": sum(weight.numel() for weight in base.model.parameters()),
@@ -96,7 +110,10 @@ def run_demo(
 
 def _lengths(tokens: int, facts: int) -> list[int]:
     """The full length first: it is what can fail, and what the table waits for."""
-    return [tokens, *(tokens // part for part in (2, 4, 8) if tokens // part >= TOKENS_PER_FACT * facts)]
+    return [
+        tokens,
+        *(tokens // part for part in (2, 4, 8) if tokens // part >= TOKENS_PER_FACT * facts),
+    ]
 
 
 def _trials(base: StarLLM, haystacks: dict[int, list[Haystack]], say: Progress) -> Iterator[Trial]:
@@ -169,7 +186,11 @@ def _example(base: StarLLM, haystack: Haystack, trial: Trial) -> Example:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})"
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from star_attention.bench.baselines import Anchor, official_encode
-from star_attention.context import EncodedContext
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.methods.star import Star
+from star_attention.storage.context import EncodedContext
 
 CONTENTS = ("first-block", "none", "constant", "random", "shuffled", "previous-block")
 """What stands in front of a block: the head of the first block; nothing; one token again and again; random tokens; the first
@@ -47,11 +47,15 @@ def encode(
     """
     for value, known in ((anchor, CONTENTS), (positions, POSITIONS)):
         if value not in known:
-            raise InvalidInputError(f"anchor {value!r} is unknown; choose one of {', '.join(known)}")
+            raise InvalidInputError(
+                f"anchor {value!r} is unknown; choose one of {', '.join(known)}"
+            )
     if star.config.method != "star" or star._comm.size > 1:
         raise InvalidInputError("ablations of the anchor need method 'star' on one rank")
     if star._handle.rotaries:
-        raise InvalidInputError("ablations of the anchor do not work where rotary frequencies depend on the length")
+        raise InvalidInputError(
+            "ablations of the anchor do not work where rotary frequencies depend on the length"
+        )
     (_, prepared) = star._prepare(content)
     ((ids_L, chat_state),) = prepared
     plan = star._plan(len(ids_L))
@@ -62,20 +66,35 @@ def encode(
         if start == 0 or size == 0:
             return None
         rng = random.Random(f"anchor {anchor} {positions} {seed} {start} {size} {drawn_for}")
-        return _content(star, ids_L, anchor, start, size, constant, rng), _places(positions, start, size, rng)
+        return _content(star, ids_L, anchor, start, size, constant, rng), _places(
+            positions, start, size, rng
+        )
 
     with star._measured() as stats:
         kv = official_encode(
-            star._handle, ids_L, plan, star.tokens_per_forward, anchor_of=anchor_of, keeping=Star().keeping(star.config)
+            star._handle,
+            ids_L,
+            plan,
+            star.tokens_per_forward,
+            anchor_of=anchor_of,
+            kv_format=Star().kv_format(star.config),
         )
     return star._context(ids_L, plan, kv, plan.layout, None, chat_state, stats)
 
 
 def _content(
-    star: StarLLM, ids_L: Tensor, anchor: str, start: int, size: int, constant: str, rng: random.Random
+    star: StarLLM,
+    ids_L: Tensor,
+    anchor: str,
+    start: int,
+    size: int,
+    constant: str,
+    rng: random.Random,
 ) -> Tensor:
     if anchor == "constant":
-        (token, *_) = star._need_tokenizer("a constant anchor")(constant, add_special_tokens=False).input_ids
+        (token, *_) = star._need_tokenizer("a constant anchor")(
+            constant, add_special_tokens=False
+        ).input_ids
         return torch.full((size,), int(token), dtype=torch.int64)
     if anchor == "random":
         special = set() if star.tokenizer is None else set(star.tokenizer.all_special_ids)

@@ -72,7 +72,10 @@ def chapters(task: str, facts: Sequence[int], rng: random.Random) -> list[Chapte
 
 def _chapter(task: str, facts: int, world: _World) -> Chapter:
     told = tuple(world.event() for _ in range(facts))
-    asked = {one: [kind for kind in _questions(one, world) if kind] for one in (task, *_STEPS.get(task, ()))}
+    asked = {
+        one: [kind for kind in _questions(one, world) if kind]
+        for one in (task, *_STEPS.get(task, ()))
+    }
     return Chapter(facts=told, asked=asked)
 
 
@@ -118,7 +121,11 @@ class _World:
         for thing, holder in self.holders.items():
             able.append(("drop", holder, thing, ""))
             if self.giving:
-                near = [who for who, room in self.places.items() if who != holder and room == self.places[holder]]
+                near = [
+                    who
+                    for who, room in self.places.items()
+                    if who != holder and room == self.places[holder]
+                ]
                 able += [("give", holder, thing, receiver) for receiver in near]
         return able
 
@@ -153,7 +160,9 @@ def _questions(task: str, world: _World) -> Asked:
         kinds[2][f"Who did {giver} give the {thing} to?"].add(receiver)
         kinds[3][f"Who gave the {thing}?"].add(giver)
         kinds[4][f"Who received the {thing}?"].add(receiver)
-    return [[(asked, min(found)) for asked, found in kind.items() if len(found) == 1] for kind in kinds]
+    return [
+        [(asked, min(found)) for asked, found in kind.items() if len(found) == 1] for kind in kinds
+    ]
 
 
 def _where_before(world: _World) -> list[tuple[str, str]]:
@@ -178,6 +187,13 @@ def _directions(rng: random.Random) -> tuple[tuple[str, ...], Asked]:
     facts, asked = [], []
     for room, side in zip(others, sides, strict=True):
         back = _OPPOSITE[side]
-        facts.append(rng.choice((f"The {room} is {side} of the {middle}.", f"The {middle} is {back} of the {room}.")))
-        asked += [(f"What is {side} of the {middle}?", room), (f"What is the {middle} {back} of?", room)]
+        facts.append(
+            rng.choice(
+                (f"The {room} is {side} of the {middle}.", f"The {middle} is {back} of the {room}.")
+            )
+        )
+        asked += [
+            (f"What is {side} of the {middle}?", room),
+            (f"What is the {middle} {back} of?", room),
+        ]
     return tuple(facts), [asked]

@@ -21,7 +21,7 @@ from star_attention.evals.babilong_prompts import Frame, frame
 from star_attention.evals.record import Sample
 from star_attention.evals.sizing import Size
 from star_attention.evals.sources import prose
-from star_attention.hf.text import query_ids
+from star_attention.hf.text.tokens import query_ids
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 OPTIONS = {
@@ -35,7 +35,9 @@ SHARE_OF_FACTS = 8
 """Facts take at most one token in so many of a sample's length."""
 
 
-def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
+def generate(
+    task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]
+) -> Iterator[Sample]:
     """Samples whose facts stand in order between the sentences of `background`, read from a random one on and again from its
     first where it is too short.
 
@@ -56,7 +58,12 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
 
 
 def _generated(
-    task: str, size: Size, name: str, between: Sequence[str], around: Frame, described: Mapping[str, str]
+    task: str,
+    size: Size,
+    name: str,
+    between: Sequence[str],
+    around: Frame,
+    described: Mapping[str, str],
 ) -> Sample:
     told = _fitting_story(task, size, name)
     start = random.Random(f"babilong {name} start").randrange(len(between))
@@ -94,10 +101,14 @@ def _fitting_story(task: str, size: Size, name: str) -> Story:
 
 @functools.cache
 def _background(path: str | None) -> tuple[str, ...]:
-    people = re.compile(rf"\b({'|'.join(sorted({name for names in ACTORS.values() for name in names}))})\b")
+    people = re.compile(
+        rf"\b({'|'.join(sorted({name for names in ACTORS.values() for name in names}))})\b"
+    )
     kept = tuple(sentence for sentence in prose(path).sentences if not people.search(sentence))
     if not kept:
-        raise InvalidInputError(f"{path} has no sentence without the people of the stories; give another background")
+        raise InvalidInputError(
+            f"{path} has no sentence without the people of the stories; give another background"
+        )
     return kept
 
 
@@ -112,7 +123,9 @@ def scattered(parts: Sequence[str], between: Sequence[str], rng: random.Random) 
     return text + list(between[done:])
 
 
-def sample_of_row(row: Mapping[str, Any], *, task: str, id: str, prompts: str | None = None) -> Sample:
+def sample_of_row(
+    row: Mapping[str, Any], *, task: str, id: str, prompts: str | None = None
+) -> Sample:
     """Of a row of the published files (`input`, `question`, `target`), whose lengths are counted in other tokens: `length` is 0.
 
     prompts: path of the published ones, as in `OPTIONS`.
@@ -120,7 +133,9 @@ def sample_of_row(row: Mapping[str, Any], *, task: str, id: str, prompts: str | 
     Raises `InvalidInputError` for tasks other than qa1 to qa5, for fields that are missing or no text, and for unusable prompts.
     """
     if task not in TASKS:
-        raise InvalidInputError(f"task {task!r} of BABILong has no prompt here; choose from {', '.join(TASKS)}")
+        raise InvalidInputError(
+            f"task {task!r} of BABILong has no prompt here; choose from {', '.join(TASKS)}"
+        )
     for field in ("input", "question", "target"):
         if not isinstance(row.get(field), str):
             raise InvalidInputError(f"{field} {row.get(field)!r} of BABILong is no text")
@@ -137,7 +152,15 @@ def sample_of_row(row: Mapping[str, Any], *, task: str, id: str, prompts: str | 
 
 
 def _sample(
-    *, id: str, task: str, length: int, around: Frame, text: str, question: str, target: str, meta: Mapping[str, Any]
+    *,
+    id: str,
+    task: str,
+    length: int,
+    around: Frame,
+    text: str,
+    question: str,
+    target: str,
+    meta: Mapping[str, Any],
 ) -> Sample:
     return Sample(
         id=id,
@@ -167,4 +190,9 @@ def answer_match(prediction: str, sample: Sample) -> float:
     question = sample.query.lower()
     labels = [label.lower() for label in LABELS[sample.task]]
     found = {label for label in labels if label in given and label not in question}
-    return float(any(found == {part.strip() for part in answer.lower().split(",")} for answer in sample.answers))
+    return float(
+        any(
+            found == {part.strip() for part in answer.lower().split(",")}
+            for answer in sample.answers
+        )
+    )

@@ -18,9 +18,15 @@ from typing import Any
 from star_attention.errors import InvalidInputError
 
 ASK = "Question: "
-_TEMPLATE = "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\n" + ASK + "{question}"
+_TEMPLATE = (
+    "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\n"
+    + ASK
+    + "{question}"
+)
 _PARTS = ("instruction", "examples", "post_prompt")
-_PUBLISHED = "give babilong/prompts.py of github.com/booydar/babilong, or .json with its DEFAULT_PROMPTS"
+_PUBLISHED = (
+    "give babilong/prompts.py of github.com/booydar/babilong, or .json with its DEFAULT_PROMPTS"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +41,7 @@ class Frame:
     sha256: str = ""
 
 
-_READ = (
-    "A few sentences about {} are hidden in a long text about other things. Use nothing but those sentences to answer."
-)
+_READ = "A few sentences about {} are hidden in a long text about other things. Use nothing but those sentences to answer."
 _INSTRUCTION = {
     "qa1": _READ.format("where people go") + " A person is where they went last.",
     "qa2": _READ.format("people, where they go and what they carry")
@@ -49,8 +53,16 @@ _INSTRUCTION = {
 }
 _EXAMPLES = {
     "qa1": (
-        ("Mary went to the office. John moved to the garden. Mary moved to the kitchen.", "Where is Mary?", "kitchen"),
-        ("Sandra journeyed to the hallway. Daniel went to the bedroom.", "Where is Sandra?", "hallway"),
+        (
+            "Mary went to the office. John moved to the garden. Mary moved to the kitchen.",
+            "Where is Mary?",
+            "kitchen",
+        ),
+        (
+            "Sandra journeyed to the hallway. Daniel went to the bedroom.",
+            "Where is Sandra?",
+            "hallway",
+        ),
     ),
     "qa2": (
         (
@@ -120,7 +132,11 @@ def frame(task: str, path: str | None = None) -> Frame:
             f"<example>\n{facts}\n{ASK}{asked}\nAnswer: {answer}\n</example>"
             for facts, asked, answer in _EXAMPLES[task]
         )
-        parts = {"instruction": _INSTRUCTION[task], "examples": examples, "post_prompt": _ANSWER[task]}
+        parts = {
+            "instruction": _INSTRUCTION[task],
+            "examples": examples,
+            "post_prompt": _ANSWER[task],
+        }
         return _framed(_TEMPLATE, parts, "")
     template, prompts, sha256 = _published(path)
     if task not in prompts:
@@ -142,17 +158,27 @@ def _published(path: str) -> tuple[str, dict[str, dict[str, str]], str]:
     """The template, the prompts and the hash of a published file, whose code is read and not run."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        named: dict[str, Any] = {"DEFAULT_PROMPTS": json.loads(text)} if path.endswith(".json") else _literals(text)
+        named: dict[str, Any] = (
+            {"DEFAULT_PROMPTS": json.loads(text)} if path.endswith(".json") else _literals(text)
+        )
     except (OSError, ValueError, SyntaxError) as error:
-        raise InvalidInputError(f"{path} cannot be read as prompts ({error}); {_PUBLISHED}") from None
+        raise InvalidInputError(
+            f"{path} cannot be read as prompts ({error}); {_PUBLISHED}"
+        ) from None
     prompts = named.get("DEFAULT_PROMPTS")
     if not isinstance(prompts, dict) or not prompts:
         raise InvalidInputError(f"{path} has no DEFAULT_PROMPTS; {_PUBLISHED}")
     for task, parts in prompts.items():
-        if not isinstance(parts, dict) or not all(isinstance(parts.get(part), str) for part in _PARTS):
-            raise InvalidInputError(f"{path}: the prompt of {task} is not of texts {', '.join(_PARTS)}; {_PUBLISHED}")
+        if not isinstance(parts, dict) or not all(
+            isinstance(parts.get(part), str) for part in _PARTS
+        ):
+            raise InvalidInputError(
+                f"{path}: the prompt of {task} is not of texts {', '.join(_PARTS)}; {_PUBLISHED}"
+            )
     template = named.get("DEFAULT_TEMPLATE", _TEMPLATE)
-    if not isinstance(template, str) or not re.search(r"\{context\}.*\n.*\{question\}", template, re.DOTALL):
+    if not isinstance(template, str) or not re.search(
+        r"\{context\}.*\n.*\{question\}", template, re.DOTALL
+    ):
         raise InvalidInputError(
             f"{path}: DEFAULT_TEMPLATE {template!r} has no question on a line below the context; {_PUBLISHED}"
         )

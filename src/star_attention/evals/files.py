@@ -40,7 +40,7 @@ from typing import Any
 from star_attention.errors import InvalidInputError
 from star_attention.evals import babilong, infinitebench, shared
 from star_attention.evals.record import Sample
-from star_attention.plan import parse_size
+from star_attention.planning.plan import parse_size
 
 FORMATS = {
     "samples": ("context", "query", "answers"),
@@ -67,7 +67,9 @@ _EXTRAS = ("id", "task", "length", "answer_prefix", "max_new_tokens", "metric", 
 _PLACEHOLDER = re.compile(r"(?:validation|test|train)(?:-\d+-of-\d+)?")
 
 
-def read(path: str | Path, *, format: str | None = None, prompts: str | None = None) -> list[Sample]:
+def read(
+    path: str | Path, *, format: str | None = None, prompts: str | None = None
+) -> list[Sample]:
     """The samples of a file, in its order. format: a name in `FORMATS`; by the fields of the first line where it is not given.
     prompts: path of BABILong's published ones, for its rows; else prompts of our own.
 
@@ -88,7 +90,9 @@ def read(path: str | Path, *, format: str | None = None, prompts: str | None = N
                 )
             for sample in _samples(row, format, path, index, prompts):
                 if sample.id in seen:
-                    raise InvalidInputError(f"id {sample.id!r} was {seen[sample.id]}'s already; ids must differ")
+                    raise InvalidInputError(
+                        f"id {sample.id!r} was {seen[sample.id]}'s already; ids must differ"
+                    )
                 seen[sample.id] = place
                 samples.append(sample)
         except InvalidInputError as error:
@@ -98,7 +102,9 @@ def read(path: str | Path, *, format: str | None = None, prompts: str | None = N
     return samples
 
 
-def read_all(paths: Sequence[str | Path], *, format: str | None = None, prompts: str | None = None) -> list[Sample]:
+def read_all(
+    paths: Sequence[str | Path], *, format: str | None = None, prompts: str | None = None
+) -> list[Sample]:
     """The samples of several files. Where a file has an id that an earlier one has, its ids begin with the names of as many of its
     folders as tell it from the earlier ones (or its own, in the same folder).
 
@@ -114,7 +120,10 @@ def read_all(paths: Sequence[str | Path], *, format: str | None = None, prompts:
         samples = read(path, format=format, prompts=prompts)
         if any(sample.id in ids for sample in samples):
             tails = (Path(*folder.parts[-count:]) for count in range(1, len(folder.parts) + 1))
-            tail = next((one for one in tails if not any(_ends_in(other.parent, one) for other in before)), None)
+            tail = next(
+                (one for one in tails if not any(_ends_in(other.parent, one) for other in before)),
+                None,
+            )
             name = Path(path).name if tail is None else tail.as_posix()
             samples = [replace(sample, id=f"{name}/{sample.id}") for sample in samples]
         before.append(Path(path).resolve())
@@ -135,20 +144,28 @@ def write(path: str | Path, samples: Iterable[Sample], *, format: str) -> None:
     """
     path = Path(path)
     if format not in WRITTEN:
-        raise InvalidInputError(f"format {format!r} cannot be written; choose one of {', '.join(WRITTEN)}")
+        raise InvalidInputError(
+            f"format {format!r} cannot be written; choose one of {', '.join(WRITTEN)}"
+        )
     suffixes = _SUFFIXES.get(format, (".jsonl",))
     if path.suffix not in suffixes:
-        raise InvalidInputError(f"{path} cannot hold format {format}; name a file ending in {' or '.join(suffixes)}")
+        raise InvalidInputError(
+            f"{path} cannot hold format {format}; name a file ending in {' or '.join(suffixes)}"
+        )
     rows = [_row(sample, format, index) for index, sample in enumerate(samples)]
     if path.suffix == ".parquet":
-        table = _pyarrow("pyarrow").Table.from_pylist([row | {"meta": json.dumps(row["meta"])} for row in rows])
+        table = _pyarrow("pyarrow").Table.from_pylist(
+            [row | {"meta": json.dumps(row["meta"])} for row in rows]
+        )
         _pyarrow("pyarrow.parquet").write_table(table, path)
     elif path.suffix == ".csv":
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
             writer.writeheader()
             for row in rows:
-                lists = {name: json.dumps(row[name], ensure_ascii=False) for name in ("answer", "meta")}
+                lists = {
+                    name: json.dumps(row[name], ensure_ascii=False) for name in ("answer", "meta")
+                }
                 writer.writerow(row | lists)
     else:
         with path.open("w", encoding="utf-8") as file:
@@ -160,11 +177,20 @@ def _row(sample: Sample, format: str, index: int) -> dict[str, Any]:
     extras = {name: values[name] for name in _EXTRAS}
     if format == "star-attention":
         query = sample.query + sample.answer_prefix
-        named = {"index": index, "input_context": sample.context, "input_query": query, "outputs": values["answers"]}
+        named = {
+            "index": index,
+            "input_context": sample.context,
+            "input_query": query,
+            "outputs": values["answers"],
+        }
     elif format == "kvpress":
         named = {"context": sample.context, "question": sample.query, "answer": values["answers"]}
     elif format == "ruler":
-        named = {"index": index, "input": sample.context + sample.query, "outputs": values["answers"]}
+        named = {
+            "index": index,
+            "input": sample.context + sample.query,
+            "outputs": values["answers"],
+        }
         if _cut(named["input"], sample.task)[0] != len(sample.context):
             raise InvalidInputError(
                 f"sample {sample.id} cannot be written as ruler, whose lines are cut where RULER's questions begin: write another"
@@ -205,10 +231,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 found = json.load(file)
             except json.JSONDecodeError as error:
-                raise InvalidInputError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
+                raise InvalidInputError(
+                    f"{path}, line {error.lineno}: no JSON ({error.msg})"
+                ) from None
             if not isinstance(found, list):
-                raise InvalidInputError(f"{path} holds no list of samples; give .json with a list, or .jsonl")
-            pairs: Iterable[tuple[str, Any]] = ((f"row {number}", row) for number, row in enumerate(found, 1))
+                raise InvalidInputError(
+                    f"{path} holds no list of samples; give .json with a list, or .jsonl"
+                )
+            pairs: Iterable[tuple[str, Any]] = (
+                (f"row {number}", row) for number, row in enumerate(found, 1)
+            )
         else:
             pairs = _json_lines(path, file)
         for place, row in pairs:
@@ -225,7 +257,9 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"line {number}", json.loads(line)
             except json.JSONDecodeError as error:
-                raise InvalidInputError(f"{path}, line {number}: no JSON ({error.msg}, column {error.colno})") from None
+                raise InvalidInputError(
+                    f"{path}, line {number}: no JSON ({error.msg}, column {error.colno})"
+                ) from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -259,13 +293,17 @@ def _pyarrow(name: str) -> Any:
 
 def _detected(row: Mapping[str, Any]) -> str:
     for format, names in FORMATS.items():
-        if all(name in row for name in names) or (format == "ruler" and {"input", "output"} <= set(row)):
+        if all(name in row for name in names) or (
+            format == "ruler" and {"input", "output"} <= set(row)
+        ):
             return format
     known = "; ".join(f"{format} has {', '.join(names)}" for format, names in FORMATS.items())
     raise InvalidInputError(f"fields {', '.join(map(str, row))} are of no known format: {known}")
 
 
-def _samples(row: Mapping[str, Any], format: str, path: Path, index: int, prompts: str | None) -> list[Sample]:
+def _samples(
+    row: Mapping[str, Any], format: str, path: Path, index: int, prompts: str | None
+) -> list[Sample]:
     missing = [name for name in FORMATS[format] if name not in row and name != "outputs"]
     if missing:
         raise InvalidInputError(f"{', '.join(missing)} missing, which format {format} has")
@@ -278,7 +316,11 @@ def _samples(row: Mapping[str, Any], format: str, path: Path, index: int, prompt
     number = next((row[name] for name in ("id", "index") if row.get(name) not in (None, "")), index)
     size = _named_size(path)
     # (Numbers begin anew in every file.)
-    id = number if isinstance(number, str) else "-".join([task, *([str(size)] if size else []), str(number)])
+    id = (
+        number
+        if isinstance(number, str)
+        else "-".join([task, *([str(size)] if size else []), str(number)])
+    )
     if format in ("babilong", "infinitebench", "scbench"):
         if format == "scbench":
             samples = shared.samples_of_row(row, task=task, id=id)
@@ -336,7 +378,11 @@ def _task(path: Path, format: str) -> str:
     if format == "babilong":
         stem, *folders = _names(path)
         named = re.search(r"(?<![a-z0-9])qa\d+(?!\d)", stem)
-        task = named[0] if named else next((name for name in folders if re.fullmatch(r"qa\d+", name)), None)
+        task = (
+            named[0]
+            if named
+            else next((name for name in folders if re.fullmatch(r"qa\d+", name)), None)
+        )
         if task is not None:
             return task
         raise InvalidInputError(

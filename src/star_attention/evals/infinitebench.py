@@ -136,7 +136,9 @@ _CHAIN = 3
 """Functions that code_run's question goes through."""
 
 
-def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
+def generate(
+    task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]
+) -> Iterator[Sample]:
     """Samples as the published ones are made, with sentences of our own.
 
     passkey, number_string: a number of 5 or 10 digits in a line among lines of noise, at a random depth. kv_retrieval: a JSON
@@ -147,7 +149,13 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
     Raises `SizeError` for a length that is too short, `InvalidInputError` for an unknown task or option.
     """
     suites.check(suites.get("infinitebench"), "infinitebench", task, options)
-    least = {"passkey": 0, "number_string": 0, "kv_retrieval": 1, "math_find": 0, "code_run": _CHAIN}[task]
+    least = {
+        "passkey": 0,
+        "number_string": 0,
+        "kv_retrieval": 1,
+        "math_find": 0,
+        "code_run": _CHAIN,
+    }[task]
 
     def generated(index: int) -> Sample:
         name = f"infinitebench {task} {size.length} {seed} {index}"
@@ -206,7 +214,11 @@ def sample_of_units(task: str, units: int, rng: random.Random, *, id: str, lengt
 def _passkey(lines: int, rng: random.Random) -> _Made:
     digits = str(rng.randrange(10_000, 100_000))
     return _hidden(
-        "passkey", f"The pass key is {digits}. Do not forget it: {digits} is the pass key.", digits, lines, rng
+        "passkey",
+        f"The pass key is {digits}. Do not forget it: {digits} is the pass key.",
+        digits,
+        lines,
+        rng,
     )
 
 
@@ -281,12 +293,16 @@ def _code_run(functions: int, rng: random.Random) -> _Made:
         answer = str(given + sum(steps[:_CHAIN]))
         if answer not in question:
             break
-        steps[:_CHAIN] = [_step(rng) for _ in range(_CHAIN)]  # (no number will do where their sum is 0)
+        steps[:_CHAIN] = [
+            _step(rng) for _ in range(_CHAIN)
+        ]  # (no number will do where their sum is 0)
     code = []
     for i, (number, step) in enumerate(zip(numbers, steps, strict=True)):
         ends = i % _CHAIN == _CHAIN - 1 or i == functions - 1
         value = "x" if ends else f"func_{numbers[i + 1]}(x)"
-        code.append(f"def func_{number}(x):\n    return {value} {'+' if step > 0 else '-'} {abs(step)}")
+        code.append(
+            f"def func_{number}(x):\n    return {value} {'+' if step > 0 else '-'} {abs(step)}"
+        )
     rng.shuffle(code)
     return _Made(
         context="\n\n".join(code),
@@ -312,7 +328,9 @@ def sample_of_row(row: Mapping[str, Any], *, task: str, id: str) -> Sample:
     Raises `InvalidInputError` for an unknown task, and for fields that are missing or of the wrong kind.
     """
     if task not in KINDS:
-        raise InvalidInputError(f"task {task!r} is none of InfiniteBench's; choose from {', '.join(KINDS)}")
+        raise InvalidInputError(
+            f"task {task!r} is none of InfiniteBench's; choose from {', '.join(KINDS)}"
+        )
     kind = KINDS[task]
     context, question, options = row.get("context"), row.get("input", ""), row.get("options") or []
     if not isinstance(context, str) or not isinstance(question, str):
@@ -337,14 +355,20 @@ def listed(options: Any) -> str:
 
     Raises `InvalidInputError` for anything else.
     """
-    if not isinstance(options, list) or len(options) not in (0, 4) or not all(isinstance(one, str) for one in options):
+    if (
+        not isinstance(options, list)
+        or len(options) not in (0, 4)
+        or not all(isinstance(one, str) for one in options)
+    ):
         raise InvalidInputError(f"options {options!r} are no list of 4 texts")
     return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
 
 
 def _answers(task: str, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
     """As texts. With options: the letter, then the text of the right one. For math_calc: all numbers in their order."""
-    answers = [str(one) for one in (answer if isinstance(answer, list) else [answer]) if one is not None]
+    answers = [
+        str(one) for one in (answer if isinstance(answer, list) else [answer]) if one is not None
+    ]
     if task == "math_calc":
         answers = [number for one in answers for number in re.findall(r"-?\d+", one)]
     if not answers or not all(answers):
@@ -370,7 +394,11 @@ def last_integer(prediction: str, sample: Sample) -> float:
     """Whether the last word is the whole number of an answer."""
     right = _values(sample, int)
     words = _words(prediction, "\n.`'\":")
-    return float(bool(words) and re.fullmatch(r"[+-]?[0-9]+", words[-1]) is not None and int(words[-1]) in right)
+    return float(
+        bool(words)
+        and re.fullmatch(r"[+-]?[0-9]+", words[-1]) is not None
+        and int(words[-1]) in right
+    )
 
 
 def _values(sample: Sample, kind: Callable[[str], float]) -> list[float]:
@@ -465,7 +493,9 @@ def _plain_words(text: str) -> list[str]:
 
 def character_f1(prediction: str, sample: Sample) -> float:
     """F1 of characters, in lower case, without white space, ASCII and Chinese punctuation; of the answer that it is highest for."""
-    return max(_f1(_plain_characters(prediction), _plain_characters(answer)) for answer in sample.answers)
+    return max(
+        _f1(_plain_characters(prediction), _plain_characters(answer)) for answer in sample.answers
+    )
 
 
 def _plain_characters(text: str) -> list[str]:
@@ -476,7 +506,9 @@ def _is_mark(one: str) -> bool:
     """Punctuation of ASCII, in full width as well, of Chinese, and quotation marks and dashes."""
     if unicodedata.normalize("NFKC", one) in string.punctuation:
         return True
-    return unicodedata.category(one)[0] == "P" and ("\u2010" <= one <= "\u2027" or "\u3000" <= one <= "\uffef")
+    return unicodedata.category(one)[0] == "P" and (
+        "\u2010" <= one <= "\u2027" or "\u3000" <= one <= "\uffef"
+    )
 
 
 def _f1(given: Sequence[str], right: Sequence[str]) -> float:

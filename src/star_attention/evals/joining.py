@@ -31,7 +31,9 @@ def join(folders: Sequence[str | Path], out: str | Path) -> None:
     if (out / run_folder.RUN).exists():
         raise InvalidInputError(f"{out} holds a run already; give a new folder with --out")
     run_folder.check_place(out)
-    parts = [_Part(folder=Path(folder), run=run_folder.read_run(Path(folder))) for folder in folders]
+    parts = [
+        _Part(folder=Path(folder), run=run_folder.read_run(Path(folder))) for folder in folders
+    ]
     first = parts[0]
     for part in parts[1:]:
         field = run_folder.differing(first.run["settings"], part.run["settings"])
@@ -116,7 +118,10 @@ def _cells(parts: Sequence[_Part], variant: str | None) -> list[dict[str, Any]]:
                     " have samples too; run its command again first"
                 )
         counts[cell] = len(set().union(*(part.made(variant)[cell] for part in having)))
-    return [{"task": task, "length": length, "samples": count} for (task, length), count in counts.items()]
+    return [
+        {"task": task, "length": length, "samples": count}
+        for (task, length), count in counts.items()
+    ]
 
 
 def _predictions(parts: Iterable[_Part]) -> list[Prediction]:

@@ -23,10 +23,15 @@ from typing import Any
 from star_attention._version import __version__
 from star_attention.config import MAX_NEW_TOKENS
 from star_attention.engine import StarLLM
-from star_attention.errors import ContextLengthError, InvalidInputError, StarAttentionError, TokenError
+from star_attention.errors import (
+    ContextLengthError,
+    InvalidInputError,
+    StarAttentionError,
+    TokenError,
+)
 from star_attention.evals.runner import GREEDY
-from star_attention.hf.chat import warn_about_cut
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.chat import warn_about_cut
+from star_attention.hf.text.tokens import context_ids, query_ids
 
 try:
     from lm_eval.api.instance import Instance
@@ -70,7 +75,9 @@ class Cut:
     how: str
 
 
-def cut(prompt: str, doc: Any, task: str, *, context_column: str = "context", sentinel: str = SENTINEL) -> Cut:
+def cut(
+    prompt: str, doc: Any, task: str, *, context_column: str = "context", sentinel: str = SENTINEL
+) -> Cut:
     """Where a prompt's query begins. doc: the row that it was made from."""
     parts = prompt.split(sentinel) if sentinel else [prompt]
     prompt = "".join(parts)
@@ -88,7 +95,11 @@ def cut(prompt: str, doc: Any, task: str, *, context_column: str = "context", se
         for name, pattern in PATTERNS:
             if task.startswith(name):
                 question = str(columns.get("question", "")).strip()
-                found = [*re.finditer(pattern.replace("{question}", re.escape(question) or "(?!)"), prompt)]
+                found = [
+                    *re.finditer(
+                        pattern.replace("{question}", re.escape(question) or "(?!)"), prompt
+                    )
+                ]
                 if found:
                     yield "pattern", found[-1].start()
 
@@ -133,19 +144,25 @@ class StarLM(LM):
         super().__init__()
         if isinstance(pretrained, StarLLM):
             if settings:
-                raise InvalidInputError(f"a StarLLM brings its own settings; leave {', '.join(settings)} out")
+                raise InvalidInputError(
+                    f"a StarLLM brings its own settings; leave {', '.join(settings)} out"
+                )
             self.star = pretrained
         else:
             device = "auto" if device in (None, _DEVICE) else device
             self.star = StarLLM.from_pretrained(pretrained, device=device, **settings)
         if self.star.tokenizer is None:
-            raise InvalidInputError("tasks are text, and this model has no tokenizer; give one to StarLLM")
+            raise InvalidInputError(
+                "tasks are text, and this model has no tokenizer; give one to StarLLM"
+            )
         self.splits: dict[str, list[str]] = {}
         """How each task's prompts were cut."""
         self._column, self._sentinel = context_column, sentinel
         self._template: str | None = None
         # (Requests on one context come one after another; its ids are needed with and without a continuation.)
-        self._context_ids = functools.lru_cache(maxsize=2)(functools.partial(context_ids, self.star.tokenizer))
+        self._context_ids = functools.lru_cache(maxsize=2)(
+            functools.partial(context_ids, self.star.tokenizer)
+        )
 
     # ------------------------------------------------------------------ what the harness calls
 
@@ -165,7 +182,9 @@ class StarLM(LM):
 
         return self._run("generate_until", requests, jobs, answer, quiet=disable_tqdm)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """For each request the continuation's log-probability in nats, and whether it is what greedy search gives.
 
         Logits of a whole query are held at once, fp32 `[tokens, vocabulary]`.
@@ -187,21 +206,27 @@ class StarLM(LM):
 
         return self._run("loglikelihood", requests, jobs, score, quiet=disable_tqdm)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Raises `InvalidInputError`: phase 1 predicts nothing, so that a whole text has no likelihood."""
         raise InvalidInputError(
             "a whole text has no likelihood under Star Attention: its phase 1 predicts no tokens; measure the perplexity of texts'"
             " tails with `star-attention eval perplexity`, or leave tasks of output_type loglikelihood_rolling out"
         )
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """Messages as a prompt; without a generation prompt the last message, a prefix of the answer, stays open.
 
         Raises `InvalidInputError` where there is no template, or it refuses the messages.
         """
         tokenizer = self.star.tokenizer
         if not getattr(tokenizer, "chat_template", None):
-            raise InvalidInputError("this model has no chat template; leave --apply_chat_template out")
+            raise InvalidInputError(
+                "this model has no chat template; leave --apply_chat_template out"
+            )
         try:
             text: str = tokenizer.apply_chat_template(
                 chat_history,
@@ -210,7 +235,9 @@ class StarLM(LM):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
-        except Exception as error:  # a template may raise anything for messages that it does not take
+        except (
+            Exception
+        ) as error:  # a template may raise anything for messages that it does not take
             raise InvalidInputError(f"the chat template refuses these messages: {error}") from error
         return text
 
@@ -255,7 +282,9 @@ class StarLM(LM):
     ) -> list[Any]:
         """Each context encoded once, with all that is asked on it; in the requests' order."""
         found: list[Any] = [None] * len(requests)
-        with tqdm(total=len(requests), desc=f"star {kind}", disable=quiet or self.star.rank > 0) as bar:
+        with tqdm(
+            total=len(requests), desc=f"star {kind}", disable=quiet or self.star.rank > 0
+        ) as bar:
             for ids, asks in jobs:
                 context = self.star.encode(ids)
                 for ask in asks:
@@ -281,7 +310,9 @@ class StarLM(LM):
         )
         return jobs
 
-    def _ids(self, request: Instance, prompt: str, continuation: str | None) -> tuple[list[int], list[int], list[int]]:
+    def _ids(
+        self, request: Instance, prompt: str, continuation: str | None
+    ) -> tuple[list[int], list[int], list[int]]:
         """Token ids of context, query and continuation. As everywhere in the harness, spaces at a prompt's end are the
         continuation's."""
         task = request.task_name or ""
@@ -289,12 +320,16 @@ class StarLM(LM):
         self._tell(task, found)
         if found.query:
             context = self._context_ids(found.context)
-            query, more = _continued(functools.partial(query_ids, self.star.tokenizer), found.query, continuation)
+            query, more = _continued(
+                functools.partial(query_ids, self.star.tokenizer), found.query, continuation
+            )
         else:
             context, more = _continued(self._context_ids, found.context, continuation)
             query = []
         if continuation is not None and not more:
-            raise TokenError(f"{_named(request)} has an empty continuation, {continuation!r}; give it at least 1 token")
+            raise TokenError(
+                f"{_named(request)} has an empty continuation, {continuation!r}; give it at least 1 token"
+            )
         moved = 0 if query else 1  # (the first token of an answer is predicted by a query's last)
         if found.how == "last block" and context:
             block = self.star._plan(len(context)).block_size
@@ -337,7 +372,9 @@ class StarLM(LM):
             )
 
 
-def _continued(ids_of: Callable[[str], list[int]], text: str, continuation: str | None) -> tuple[list[int], list[int]]:
+def _continued(
+    ids_of: Callable[[str], list[int]], text: str, continuation: str | None
+) -> tuple[list[int], list[int]]:
     """Token ids of a text and of its continuation, which are tokenized together."""
     if continuation is None:
         return ids_of(text), []

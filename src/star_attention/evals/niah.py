@@ -23,7 +23,9 @@ OPTIONS = {
 }
 
 
-def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
+def generate(
+    task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]
+) -> Iterator[Sample]:
     """`count` samples for each depth, one after another through the depths: RULER's needle with a number, and its question.
 
     The same needle and text are asked for at each depth, so that depths differ in nothing else. The needle stands between the two
@@ -36,7 +38,18 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
     suites.check(suites.get("niah"), "NIAH", task, options)
     asked = _depths(str(options.get("depths") or DEPTHS))
     cases = (
-        (Case(suite="niah", task=task, size=size, seed=seed, index=index, options=options, label=f"-{depth:g}"), depth)
+        (
+            Case(
+                suite="niah",
+                task=task,
+                size=size,
+                seed=seed,
+                index=index,
+                options=options,
+                label=f"-{depth:g}",
+            ),
+            depth,
+        )
         for index in range(count)
         for depth in asked
     )
@@ -78,5 +91,7 @@ def _depths(text: str) -> list[float]:
     except ValueError:
         found = []
     if not found or not all(0 <= depth <= 100 for depth in found) or len(set(found)) < len(found):
-        raise InvalidInputError(f"depths {text!r} are no percents; give different numbers from 0 to 100, with commas")
+        raise InvalidInputError(
+            f"depths {text!r} are no percents; give different numbers from 0 to 100, with commas"
+        )
     return found

@@ -15,7 +15,7 @@ from star_attention.evals import stats
 from star_attention.evals.runner import Progress, encoded, engine_of
 from star_attention.evals.stats import Difference, Mean, Scored
 from star_attention.evals.variants import Variant
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.tokens import context_ids, query_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,9 @@ def run(
     """
     length = len(windows[0])
     if not 1 <= tail <= length - 2:
-        raise SizeError(f"tail {tail:,} leaves windows of {length:,} tokens no context; give 1 to {length - 2:,}")
+        raise SizeError(
+            f"tail {tail:,} leaves windows of {length:,} tokens no context; give 1 to {length - 2:,}"
+        )
     limit = star._handle.max_positions
     if limit is not None and length > limit:
         raise ContextLengthError(
@@ -95,21 +97,30 @@ def run(
         for at in range(0, len(windows), batch):
             some = windows[at : at + batch]
             heads = [list(window[: -tail - 1]) for window in some]
-            alone = [encoded(engine, variant, head, seed=seed) for head in heads] if variant.ablates else None
+            alone = (
+                [encoded(engine, variant, head, seed=seed) for head in heads]
+                if variant.ablates
+                else None
+            )
             contexts = engine.encode(heads) if alone is None else alone
             for context, window in zip(contexts, some, strict=True):
                 logits_QV = engine.logits(context, list(window[-tail - 1 :]))
                 if logits_QV is not None:
                     targets_Q = torch.tensor(window[-tail:], device=logits_QV.device)
-                    losses.append(torch.nn.functional.cross_entropy(logits_QV[:-1], targets_Q).item())
+                    losses.append(
+                        torch.nn.functional.cross_entropy(logits_QV[:-1], targets_Q).item()
+                    )
                 sizes = (context.plan.block_size, context.plan.anchor_size)
             del contexts
             if progress is not None:
-                progress(f"{variant.name}: {min(at + batch, len(windows)):,} of {len(windows):,} windows")
+                progress(
+                    f"{variant.name}: {min(at + batch, len(windows)):,} of {len(windows):,} windows"
+                )
         if not losses:  # (rank 0 has them)
             continue
         scored = [
-            Scored(sample=str(index), cell="", context=str(index), score=loss) for index, loss in enumerate(losses)
+            Scored(sample=str(index), cell="", context=str(index), score=loss)
+            for index, loss in enumerate(losses)
         ]
         found.append(
             Perplexity(

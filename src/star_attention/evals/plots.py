@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from star_attention.demo.heatmap import colour, ink, require_matplotlib
 from star_attention.evals.results import length_name
 from star_attention.evals.variants import parse
-from star_attention.plan import format_size
+from star_attention.planning.plan import format_size
 
 if TYPE_CHECKING:
     from star_attention.evals.results import Results
@@ -39,7 +39,9 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
     drawn = {
         "length": _length(results) if sum(map(bool, results.lengths)) > 1 else None,
         "groups": _groups(results) if len(results.groups) > 1 else None,
-        "variants": _variants(results) if any(parse(variant).ablates for variant in results.variants) else None,
+        "variants": _variants(results)
+        if any(parse(variant).ablates for variant in results.variants)
+        else None,
         "blocks": _sweep(results, "block"),
         "anchors": _sweep(results, "anchor"),
         "depth": _depth(results),
@@ -87,9 +89,14 @@ def _groups(results: Results) -> Any:
 
     lengths, groups = results.lengths, results.groups
     longest = _CHARACTER * max(map(len, groups))
-    each = max(0.35, _PLOT / len(groups), min(0.14 * len(results.variants) + 0.1, _WIDEST / len(groups)))
+    each = max(
+        0.35, _PLOT / len(groups), min(0.14 * len(results.variants) + 0.1, _WIDEST / len(groups))
+    )
     slanted = longest > each
-    figure = Figure(figsize=(9, 0.8 + (longest / 2 if slanted else 0.0) + 2.3 * len(lengths)), layout="constrained")
+    figure = Figure(
+        figsize=(9, 0.8 + (longest / 2 if slanted else 0.0) + 2.3 * len(lengths)),
+        layout="constrained",
+    )
     panels = figure.subplots(len(lengths), 1, squeeze=False, sharex=True)[:, 0]
     width = 0.8 / len(results.variants)
     drawn: list[Mean] = []
@@ -137,7 +144,9 @@ def _variants(results: Results) -> Any:
 
     (For ablations, which differ in more than a size that an axis could have.)
     """
-    means = {key: found.mean for key in results.variants if (found := results.compared(key)) is not None}
+    means = {
+        key: found.mean for key in results.variants if (found := results.compared(key)) is not None
+    }
     dense = means.pop("dense", None)
     if not means:
         return None
@@ -155,9 +164,18 @@ def _variants(results: Results) -> Any:
         error_kw={"ecolor": _GREY, "capsize": 2, "linewidth": 1},
     )
     for place, value in zip(places, values, strict=True):
-        axes.text(1.01, place, f"{value:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+        axes.text(
+            1.01,
+            place,
+            f"{value:.1f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+        )
     if dense is not None:
-        axes.axvline(100 * dense.value, color=_colour(results, "dense"), linestyle="--", linewidth=1)
+        axes.axvline(
+            100 * dense.value, color=_colour(results, "dense"), linestyle="--", linewidth=1
+        )
     axes.set_yticks(places, list(map(results.name, means)))
     axes.set(xlabel="accuracy, %, mean over tasks and lengths", xlim=(0, 105))
     axes.invert_yaxis()
@@ -222,7 +240,9 @@ def _sweep(results: Results, what: str) -> Any:
             shade = shade if several else _colour(results, "dense")
             name = f"dense, {length_name(length)}" if several else "dense"
             level = 100 * dense.mean.value
-            handles.append(axes.axhline(level, color=shade, linestyle="--", linewidth=1, label=name))
+            handles.append(
+                axes.axhline(level, color=shade, linestyle="--", linewidth=1, label=name)
+            )
     axes.set_xticks(range(len(sizes)), [format_size(size) for size in sizes])
     _subtitle(axes, _bars_told(mean for values in lines.values() for mean in values.values()))
     _accuracy_axis(axes)
@@ -257,7 +277,11 @@ def _depth(results: Results) -> Any:
 
     (Many depths, as where each sample has its own, are drawn by tenths.)
     """
-    distinct = {one.meta.get("depth") for one in results.predictions if isinstance(one.meta.get("depth"), (int, float))}
+    distinct = {
+        one.meta.get("depth")
+        for one in results.predictions
+        if isinstance(one.meta.get("depth"), (int, float))
+    }
     by_tenths = len(distinct) > _MOST_DEPTHS
     found: dict[tuple[str, float, int], list[float]] = {}
     for prediction in results.predictions:
@@ -275,7 +299,10 @@ def _depth(results: Results) -> Any:
     depths, lengths = sorted({key[1] for key in found}), sorted({key[2] for key in found})
     across = min(3, len(variants))
     down = -(-len(variants) // across)
-    size = (1.2 + across * (0.7 + max(1.9, 0.75 * len(lengths))), 0.6 + down * (1.1 + 0.34 * len(depths)))
+    size = (
+        1.2 + across * (0.7 + max(1.9, 0.75 * len(lengths))),
+        0.6 + down * (1.1 + 0.34 * len(depths)),
+    )
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharey=True)
     for index, axes in enumerate(panels.flat):
@@ -288,12 +315,27 @@ def _depth(results: Results) -> Any:
                 if scores is None:
                     continue
                 part = sum(scores) / len(scores)
-                axes.add_patch(Rectangle((column + 0.02, row + 0.03), 0.96, 0.94, facecolor=colour(part), linewidth=0))
+                axes.add_patch(
+                    Rectangle(
+                        (column + 0.02, row + 0.03), 0.96, 0.94, facecolor=colour(part), linewidth=0
+                    )
+                )
                 place = (column + 0.5, row + 0.52)
-                axes.text(*place, f"{100 * part:.0f}", color=ink(part), ha="center", va="center", fontsize=8.5)
+                axes.text(
+                    *place,
+                    f"{100 * part:.0f}",
+                    color=ink(part),
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                )
         axes.set(xlim=(0, len(lengths)), ylim=(len(depths), 0))
-        axes.set_xticks([one + 0.5 for one in range(len(lengths))], [format_size(length) for length in lengths])
-        axes.set_yticks([one + 0.5 for one in range(len(depths))], [f"{depth:g} %" for depth in depths])
+        axes.set_xticks(
+            [one + 0.5 for one in range(len(lengths))], [format_size(length) for length in lengths]
+        )
+        axes.set_yticks(
+            [one + 0.5 for one in range(len(depths))], [f"{depth:g} %" for depth in depths]
+        )
         axes.set_title(results.name(variants[index]), fontsize=10, fontweight="bold")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -318,7 +360,12 @@ def _speed(results: Results) -> Any:
             if speed is not None and found is not None:
                 points.append((speed.question_s, 100 * found.mean.value, length))
         look = _look(results, variant) | {"linewidth": 0.8}
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], label=results.name(variant), **look)
+        axes.plot(
+            [x for x, _, _ in points],
+            [y for _, y, _ in points],
+            label=results.name(variant),
+            **look,
+        )
         for x, y, length in (*points[:1], *points[1:][-1:]):
             if length:
                 axes.annotate(
@@ -343,7 +390,11 @@ def _ticks(low: float, high: float) -> Any:
     """Of a logarithmic axis: 1, 2 and 5 in every decade; even steps where it is too short for three of these."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    return LogLocator(base=10, subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
+    return (
+        LogLocator(base=10, subs=(1, 2, 5))
+        if high > 10 * low
+        else MaxNLocator(nbins=8, steps=[1, 2, 5, 10])
+    )
 
 
 def _colour(results: Results, variant: str) -> str:
@@ -354,7 +405,11 @@ def _colour(results: Results, variant: str) -> str:
 
 def _place(results: Results, variant: str) -> int:
     """Among the variants that have colours; 0 for dense."""
-    return 0 if variant == "dense" else [one for one in results.variants if one != "dense"].index(variant)
+    return (
+        0
+        if variant == "dense"
+        else [one for one in results.variants if one != "dense"].index(variant)
+    )
 
 
 def _look(results: Results, variant: str) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class Sample:
         unknown = sorted(set(values) - set(known))
         missing = sorted(set(known) - set(values) - {"meta"})
         if unknown or missing:
-            told = [f"{name} is missing" for name in missing] + [f"{name} is unknown" for name in unknown]
+            told = [f"{name} is missing" for name in missing] + [
+                f"{name} is unknown" for name in unknown
+            ]
             raise InvalidInputError(f"not a sample: {', '.join(told)}")
         answers = values["answers"]
         if (
@@ -65,6 +67,12 @@ class Sample:
             if not isinstance(values[name], str):
                 raise InvalidInputError(f"not a sample: {name} {values[name]!r} is no text")
         for name in ("length", "max_new_tokens"):
-            if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 0:
-                raise InvalidInputError(f"not a sample: {name} {values[name]!r} is no number of tokens")
+            if (
+                not isinstance(values[name], int)
+                or isinstance(values[name], bool)
+                or values[name] < 0
+            ):
+                raise InvalidInputError(
+                    f"not a sample: {name} {values[name]!r} is no number of tokens"
+                )
         return cls(**{**values, "answers": tuple(answers), "meta": dict(meta)})

@@ -18,7 +18,13 @@ from star_attention.evals.results import Compared, Results, length_name
 from star_attention.evals.stats import LEAST, Mean
 from star_attention.evals.variants import parse
 
-METRICS, SUMMARY, MARKDOWN, PAGE, PICTURES = "metrics.json", "summary.csv", "report.md", "report.html", "pictures"
+METRICS, SUMMARY, MARKDOWN, PAGE, PICTURES = (
+    "metrics.json",
+    "summary.csv",
+    "report.md",
+    "report.html",
+    "pictures",
+)
 
 _FOUND_PROSE = "pydoc_data.topics"
 """What `sources.prose` names the prose that it finds by itself."""
@@ -44,7 +50,9 @@ def write(folder: str | Path) -> list[Path]:
 
         pictures = plots.draw(results, place / PICTURES)
     except MissingPackageError:
-        notes.append('Without pictures: matplotlib is not installed; run: pip install "star-attention[plot]"')
+        notes.append(
+            'Without pictures: matplotlib is not installed; run: pip install "star-attention[plot]"'
+        )
     sections = _sections(results, pictures, notes)
     made = [place / METRICS, place / SUMMARY, place / MARKDOWN, place / PAGE]
     made[0].write_text(json.dumps(metrics(results), indent=2) + "\n", encoding="utf-8")
@@ -60,16 +68,32 @@ def metrics(results: Results) -> dict[str, Any]:
 
     def over(**cells: Any) -> list[dict[str, Any]]:
         found = [results.compared(variant, **cells) for variant in results.variants]
-        return [cells | {"length": cells.get("length")} | one.as_dict() for one in found if one is not None]
+        return [
+            cells | {"length": cells.get("length")} | one.as_dict()
+            for one in found
+            if one is not None
+        ]
 
     lengths = [None, *results.lengths]
-    speeds = [results.speed(variant, length) for variant in results.variants for length in results.lengths]
+    speeds = [
+        results.speed(variant, length) for variant in results.variants for length in results.lengths
+    ]
     return {
         "baseline": results.baseline,
         "missing": results.missing,
         "overall": [line for length in lengths for line in over(length=length)],
-        "groups": [line for group in results.groups for length in lengths for line in over(group=group, length=length)],
-        "tasks": [line for task in results.tasks for length in lengths for line in over(task=task, length=length)],
+        "groups": [
+            line
+            for group in results.groups
+            for length in lengths
+            for line in over(group=group, length=length)
+        ],
+        "tasks": [
+            line
+            for task in results.tasks
+            for length in lengths
+            for line in over(task=task, length=length)
+        ],
         "speed": [asdict(speed) for speed in speeds if speed is not None],
         "at_limit": [asdict(results.at_limit(variant)) for variant in results.variants],
         "run": dict(results.run),
@@ -96,7 +120,9 @@ class Section:
         if any(cell.endswith(_MARK) for cell in cells):
             marks.append(f"{_MARK.strip()} the interval does not hold 0")
         if any(cell.endswith(_TOO_FEW) for cell in cells):
-            marks.append(f"{_TOO_FEW.strip()} no interval, where a task and length has fewer than {LEAST} contexts")
+            marks.append(
+                f"{_TOO_FEW.strip()} no interval, where a task and length has fewer than {LEAST} contexts"
+            )
         return f"Marks: {'; '.join(marks)}." if marks else ""
 
 
@@ -118,7 +144,11 @@ def short(results: Results) -> list[str]:
 def _cut_off(results: Results) -> list[str]:
     """(Many tasks end all answers at the limit, so that only those that are not right are worth a word.)"""
     counts = list(map(results.at_limit, results.variants))
-    wrong = [f"{results.name(one.variant)} ({one.not_right:,} of {one.answers:,})" for one in counts if one.not_right]
+    wrong = [
+        f"{results.name(one.variant)} ({one.not_right:,} of {one.answers:,})"
+        for one in counts
+        if one.not_right
+    ]
     if not wrong:
         return []
     right = sum(one.ended - one.not_right for one in counts)
@@ -160,8 +190,13 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
         Section(title="In short", lines=(*short(results), *_warnings(results), *notes)),
         Section(
             title="Accuracy by length",
-            lines=(against, "A length's value is the mean of its tasks' means; all: the mean over tasks and lengths."),
-            table=_table(results, lengths if len(lengths) == 1 else [("all lengths", {}), *lengths]),
+            lines=(
+                against,
+                "A length's value is the mean of its tasks' means; all: the mean over tasks and lengths.",
+            ),
+            table=_table(
+                results, lengths if len(lengths) == 1 else [("all lengths", {}), *lengths]
+            ),
             words=words,
             picture=pictures.get("length"),
         ),
@@ -176,7 +211,10 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
             )
         )
     cells = [
-        (f"{task}, {length_name(length)}{f' ({prose})' if prose else ''}", {"task": task, "length": length})
+        (
+            f"{task}, {length_name(length)}{f' ({prose})' if prose else ''}",
+            {"task": task, "length": length},
+        )
         for task in results.tasks
         for prose in (results.prose(task=task),)
         for length in results.lengths
@@ -188,7 +226,11 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
         "anchors": "Accuracy against anchor size",
         "depth": "Accuracy by depth and length",
     }
-    sections += [Section(title=title, picture=pictures[name]) for name, title in titles.items() if name in pictures]
+    sections += [
+        Section(title=title, picture=pictures[name])
+        for name, title in titles.items()
+        if name in pictures
+    ]
     sections.append(
         Section(
             title="Speed",
@@ -204,7 +246,10 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
                 lines=("Longer than the model has positions for (--skip-too-long).",),
                 table=(
                     ("sample", "tokens", "positions"),
-                    *((one["sample"], f"{one['tokens']:,}", f"{one['positions']:,}") for one in results.run["skipped"]),
+                    *(
+                        (one["sample"], f"{one['tokens']:,}", f"{one['positions']:,}")
+                        for one in results.run["skipped"]
+                    ),
                 ),
             )
         )
@@ -212,7 +257,10 @@ def _sections(results: Results, pictures: Mapping[str, Path], notes: list[str]) 
         Section(
             title="Variants",
             lines=(f"{SUMMARY} and {METRICS} name a variant as it is written for --variants.",),
-            table=(("variant", "written"), *((results.name(variant), variant) for variant in results.variants)),
+            table=(
+                ("variant", "written"),
+                *((results.name(variant), variant) for variant in results.variants),
+            ),
             words=2,
         )
     )
@@ -229,14 +277,20 @@ def _warnings(results: Results) -> list[str]:
     found += [f"{what} is left out: {why}." for what, why in results.run["left_out"].items()]
     if results.partial:
         named = ", ".join(f"{task} at {length_name(length)}" for task, length in results.partial)
-        found.append(f"Not all variants have {named}: means over several tasks or lengths leave that out.")
+        found.append(
+            f"Not all variants have {named}: means over several tasks or lengths leave that out."
+        )
     if any(_FOUND_PROSE in results.prose(task=task) for task in results.tasks):
         found.append(
             f"Tasks marked {_FOUND_PROSE} stand in prose of the running Python, without --essays or --background: such numbers"
             " are no RULER or BABILong numbers."
         )
     asked = {one.task for one in results.predictions if "prompts_sha256" in one.meta}
-    ours = [task for task in results.tasks if task in (*babilong.TASKS, *infinitebench.KINDS) and task not in asked]
+    ours = [
+        task
+        for task in results.tasks
+        if task in (*babilong.TASKS, *infinitebench.KINDS) and task not in asked
+    ]
     if ours:
         found.append(
             f"{', '.join(ours)}: prompts of our own, so that these are no numbers of BABILong or InfiniteBench."
@@ -244,12 +298,16 @@ def _warnings(results: Results) -> list[str]:
     if asked and results.run["settings"]["suite"] == "babilong":
         found.append(f"{', '.join(sorted(asked))}: published prompts, but stories of our own.")
     for names, length in _repeated(results):
-        found.append(f"{' and '.join(names)} have the same blocks and anchor at {length_name(length)}.")
+        found.append(
+            f"{' and '.join(names)} have the same blocks and anchor at {length_name(length)}."
+        )
     for variant in results.variants:
         some = results.some(variant)
         empty = sum(not one.prediction.strip() for one in some)
         if empty:
-            found.append(f"{results.name(variant)}: {empty:,} of {len(some):,} predictions are empty.")
+            found.append(
+                f"{results.name(variant)}: {empty:,} of {len(some):,} predictions are empty."
+            )
     whole = [
         f"{results.name(key)} at {length_name(length)}"
         for key, _ in results.star_variants()
@@ -257,7 +315,9 @@ def _warnings(results: Results) -> list[str]:
         if (speed := results.speed(key, length)) is not None and speed.blocks == 1
     ]
     if whole:
-        found.append(f"One block holds the whole context, which is then dense attention: {', '.join(whole)}.")
+        found.append(
+            f"One block holds the whole context, which is then dense attention: {', '.join(whole)}."
+        )
     return found
 
 
@@ -270,7 +330,9 @@ def _repeated(results: Results) -> list[tuple[list[str], int]]:
             speed = results.speed(key, length)
             if speed is not None:
                 other = replace(variant, block_size=None, anchor_size=None)
-                found.setdefault((length, other, speed.block_size, speed.anchor_size), []).append(variant.name)
+                found.setdefault((length, other, speed.block_size, speed.anchor_size), []).append(
+                    variant.name
+                )
     return [(names, length) for (length, *_), names in found.items() if len(names) > 1]
 
 
@@ -282,19 +344,27 @@ def _table(results: Results, rows: list[tuple[str, dict[str, Any]]]) -> tuple[tu
     others = [variant for variant in results.variants if variant != results.baseline]
     head: tuple[str, ...] = ("", "variant", "n", "accuracy", "difference")
     if beside:
-        head = ("", "n", *map(results.name, results.variants), *(f"{results.name(one)}, difference" for one in others))
+        head = (
+            "",
+            "n",
+            *map(results.name, results.variants),
+            *(f"{results.name(one)}, difference" for one in others),
+        )
     lines = [head]
     for title, cells in rows:
         found = {variant: results.compared(variant, **cells) for variant in results.variants}
         counts = {one.mean.n for one in found.values() if one is not None}
         if not counts:
             if any(results.some(variant, **cells) for variant in results.variants):
-                lines.append((f"{title} (no cell that all variants have)", *("–",) * (len(head) - 1)))
+                lines.append(
+                    (f"{title} (no cell that all variants have)", *("–",) * (len(head) - 1))
+                )
             continue
         if not beside:
             names = (title, *("",) * (len(found) - 1))
             lines += [
-                (name, *_row(results, variant, one)) for name, (variant, one) in zip(names, found.items(), strict=True)
+                (name, *_row(results, variant, one))
+                for name, (variant, one) in zip(names, found.items(), strict=True)
             ]
             continue
         n = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
@@ -323,7 +393,19 @@ def _difference(found: Compared | None) -> str:
 
 
 def _speeds(results: Results) -> tuple[tuple[str, ...], ...]:
-    lines = [("", "length", "blocks", "block", "anchor", "encode s", "answer s", "question s", "peak GiB")]
+    lines = [
+        (
+            "",
+            "length",
+            "blocks",
+            "block",
+            "anchor",
+            "encode s",
+            "answer s",
+            "question s",
+            "peak GiB",
+        )
+    ]
     for variant in filter(results.is_timed, results.variants):
         for length in results.lengths:
             speed = results.speed(variant, length)
@@ -350,17 +432,22 @@ def _facts(results: Results) -> tuple[tuple[str, ...], ...]:
     def all_of(name: str) -> str:
         return ", ".join(dict.fromkeys(_plain(session[name]) for session in sessions))
 
-    options = [*settings["options"].items(), *(item for session in sessions for item in session["options"].items())]
+    options = [
+        *settings["options"].items(),
+        *(item for session in sessions for item in session["options"].items()),
+    ]
 
     facts = {
         "suite": settings["suite"],
-        "options": "; ".join(dict.fromkeys(f"{name}={_plain(value)}" for name, value in options)) or "none",
+        "options": "; ".join(dict.fromkeys(f"{name}={_plain(value)}" for name, value in options))
+        or "none",
         "seed": settings["seed"],
         "chat template": _plain(settings["chat"]),
         "decoding": settings["decoding"],
         "max_new_tokens": settings["max_new_tokens"] or "each sample's own",
         "reserve_tokens": settings["reserve_tokens"],
-        "prose": ", ".join(f"{name} ({sha})" for name, sha in results.run["prose"].items()) or "none",
+        "prose": ", ".join(f"{name} ({sha})" for name, sha in results.run["prose"].items())
+        or "none",
         "model": all_of("model"),
         "precision": settings["model"]["dtype"].removeprefix("torch."),
         "weights (sampled)": settings["model"]["weights"][:16],
@@ -386,7 +473,18 @@ def _plain(value: Any) -> str:
 
 
 def _summary(results: Results) -> list[tuple[Any, ...]]:
-    head = ("task", "length", "variant", "n", "accuracy", "stderr", "empty", "cut_off", "baseline", "difference")
+    head = (
+        "task",
+        "length",
+        "variant",
+        "n",
+        "accuracy",
+        "stderr",
+        "empty",
+        "cut_off",
+        "baseline",
+        "difference",
+    )
     lines: list[tuple[Any, ...]] = [(*head, "low", "high", "verdict", "question_s", "prose")]
     for task in results.tasks:
         for length in results.lengths:
@@ -440,7 +538,10 @@ def _markdown(results: Results, sections: list[Section]) -> str:
             rule = (*("---",) * section.words, *("---:",) * (len(head) - section.words))
             lines = [head, rule, *rows]
             parts.append(
-                "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+                "\n".join(
+                    "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+                    for line in lines
+                )
             )
         parts += [section.legend] if section.legend else []
         if section.picture is not None:
@@ -466,18 +567,25 @@ def _page(results: Results, sections: list[Section]) -> str:
     for section in sections:
         parts.append(f"<h2>{escape(section.title)}</h2>")
         if section.lines:
-            parts.append("<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.lines) + "</ul>")
+            parts.append(
+                "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in section.lines) + "</ul>"
+            )
         if section.table:
             head, *rows = section.table
             kinds = ["words"] * (section.words > 1) + ["facts"] * (not any(head))
             kind = f' class="{" ".join(kinds)}"' if kinds else ""
             titles = "".join(f"<th>{escape(cell)}</th>" for cell in head) if any(head) else ""
-            lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+            lines = [
+                "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+                for row in rows
+            ]
             parts.append(f"<table{kind}><tr>{titles}</tr>{''.join(lines)}</table>")
         parts += [f"<p>{escape(section.legend)}</p>"] if section.legend else []
         if section.picture is not None:
             data = base64.b64encode(section.picture.read_bytes()).decode()
-            parts.append(f'<p><img alt="{escape(section.title)}" src="data:image/png;base64,{data}"></p>')
+            parts.append(
+                f'<p><img alt="{escape(section.title)}" src="data:image/png;base64,{data}"></p>'
+            )
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(_title(results))}</title>'

@@ -14,7 +14,7 @@ from star_attention.evals import run_folder, stats
 from star_attention.evals.run_folder import Prediction
 from star_attention.evals.stats import Difference, Mean, Scored
 from star_attention.evals.variants import Variant, parse
-from star_attention.plan import format_size
+from star_attention.planning.plan import format_size
 
 BASELINE = "dense"
 
@@ -74,12 +74,16 @@ class Results:
 
     run: Mapping[str, Any]
     predictions: tuple[Prediction, ...]
-    _compared: dict[tuple[str, str | None, str | None, int | None], Compared] = field(default_factory=dict, repr=False)
+    _compared: dict[tuple[str, str | None, str | None, int | None], Compared] = field(
+        default_factory=dict, repr=False
+    )
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
         """Raises `InvalidInputError` for a folder that holds no run, or a damaged one (with the line)."""
-        return cls(run_folder.read_run(Path(folder)), tuple(run_folder.read_predictions(Path(folder))))
+        return cls(
+            run_folder.read_run(Path(folder)), tuple(run_folder.read_predictions(Path(folder)))
+        )
 
     @cached_property
     def variants(self) -> list[str]:
@@ -114,12 +118,18 @@ class Results:
     @property
     def partial(self) -> list[tuple[str, int]]:
         """Cells that not all variants have: means over several cells leave them out."""
-        return [cell for cell, variants in self._cells.items() if len(variants) < len(self.variants)]
+        return [
+            cell for cell, variants in self._cells.items() if len(variants) < len(self.variants)
+        ]
 
     @cached_property
     def _ordered(self) -> list[Prediction]:
-        order = {cell["task"]: place for place, cell in reversed(list(enumerate(self.run["cells"])))}
-        return sorted(self.predictions, key=lambda prediction: order.get(prediction.task, len(order)))
+        order = {
+            cell["task"]: place for place, cell in reversed(list(enumerate(self.run["cells"])))
+        }
+        return sorted(
+            self.predictions, key=lambda prediction: order.get(prediction.task, len(order))
+        )
 
     def name(self, variant: str) -> str:
         return parse(variant).name
@@ -177,7 +187,11 @@ class Results:
         def some(of: str) -> list[Scored]:
             found = self.some(of, task=task, group=group, length=length)
             if task is None or length is None:
-                found = [one for one in found if len(self._cells[one.task, one.length]) == len(self.variants)]
+                found = [
+                    one
+                    for one in found
+                    if len(self._cells[one.task, one.length]) == len(self.variants)
+                ]
             return self.scored(found)
 
         if key not in self._compared:
@@ -188,7 +202,9 @@ class Results:
             if variant != self.baseline:
                 theirs = some(self.baseline)
                 try:
-                    difference = stats.paired(mine, theirs).within(-1.0, 1.0)  # (scores are from 0 to 1)
+                    difference = stats.paired(mine, theirs).within(
+                        -1.0, 1.0
+                    )  # (scores are from 0 to 1)
                 except InvalidInputError as error:
                     unpaired = str(error)
             self._compared[key] = Compared(
@@ -213,7 +229,9 @@ class Results:
             peak_bytes=max(peaks, default=None),
         )
 
-    def at_limit(self, variant: str, *, task: str | None = None, length: int | None = None) -> AtLimit:
+    def at_limit(
+        self, variant: str, *, task: str | None = None, length: int | None = None
+    ) -> AtLimit:
         some = self.some(variant, task=task, length=length)
         ended = [one for one in some if one.finish_reason == "length"]
         wrong = sum(one.score < 1 for one in ended)
@@ -222,17 +240,29 @@ class Results:
     def star_variants(self) -> list[tuple[str, Variant]]:
         """Those whose block and anchor may be compared."""
         found = [(key, parse(key)) for key in self.variants]
-        return [(key, variant) for key, variant in found if variant.method == "star" and not variant.ablates]
+        return [
+            (key, variant)
+            for key, variant in found
+            if variant.method == "star" and not variant.ablates
+        ]
 
     @property
     def missing(self) -> int:
         """Predictions that the run still lacks."""
-        wanted: int = sum(cell["samples"] for variant in self.run["variants"].values() for cell in variant["cells"])
+        wanted: int = sum(
+            cell["samples"]
+            for variant in self.run["variants"].values()
+            for cell in variant["cells"]
+        )
         return max(0, wanted - len(self.predictions))
 
     def prose(self, *, task: str) -> str:
         """Of a task, by name; "" where its samples have none."""
-        named = {str(one.meta["prose"]) for one in self.predictions if one.task == task and "prose" in one.meta}
+        named = {
+            str(one.meta["prose"])
+            for one in self.predictions
+            if one.task == task and "prose" in one.meta
+        }
         return ", ".join(sorted(named))
 
     def is_timed(self, variant: str) -> bool:

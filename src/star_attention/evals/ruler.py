@@ -37,7 +37,9 @@ OPTIONS = {
 }
 
 
-def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
+def generate(
+    task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]
+) -> Iterator[Sample]:
     """`count` samples of a task, each as long as whole units of it (sentences, words, documents) let it be within `size`.
 
     `meta`: category, and where they apply haystack, depths of the needles in percent of the characters, prose and its hash, and
@@ -49,8 +51,11 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
     suites.check(suites.get("ruler"), "RULER", task, options)
     compat = options.get("compat")
     if compat not in (None, "star-attention"):
-        raise InvalidInputError(f"compat {compat!r} is unknown; give star-attention, or leave it out")
+        raise InvalidInputError(
+            f"compat {compat!r} is unknown; give star-attention, or leave it out"
+        )
     cases = (
-        Case(suite="ruler", task=task, size=size, seed=seed, index=index, options=options) for index in range(count)
+        Case(suite="ruler", task=task, size=size, seed=seed, index=index, options=options)
+        for index in range(count)
     )
     return map(_MAKERS[task], cases)

@@ -29,7 +29,9 @@ class Case:
     def rng(self, *part: str) -> random.Random:
         """The same numbers at each call, so that a sample can be built again with more or fewer units; others for each part."""
         return random.Random(
-            " ".join(map(str, (self.suite, self.task, self.size.length, self.seed, self.index, *part)))
+            " ".join(
+                map(str, (self.suite, self.task, self.size.length, self.seed, self.index, *part))
+            )
         )
 
     def sample(

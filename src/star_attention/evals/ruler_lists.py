@@ -17,7 +17,7 @@ from star_attention.evals.record import Sample
 from star_attention.evals.ruler_case import Case, depths
 from star_attention.evals.ruler_needles import NOISE, Draw, planted
 from star_attention.evals.sources import Words, words
-from star_attention.hf.text import query_ids
+from star_attention.hf.text.tokens import query_ids
 
 _HOPS = 4
 _EXAMPLE_TOKENS = 500
@@ -42,7 +42,9 @@ def vt(case: Case) -> Sample:
     before = f"{example(noises)} {' '.join(other_names)}\n\n"
     if case.options.get("compat") is not None:
         before = f" {before}\n\n"
-    return case.size.largest(lambda count: _chain(case, count, names, value, before=before), least=len(names))[1]
+    return case.size.largest(
+        lambda count: _chain(case, count, names, value, before=before), least=len(names)
+    )[1]
 
 
 def _variables(rng: random.Random, letters: int) -> list[str]:
@@ -52,12 +54,16 @@ def _variables(rng: random.Random, letters: int) -> list[str]:
     return list(names)
 
 
-def _chain(case: Case, noises: int, names: list[str], value: str, *, part: str = "chain", before: str = "") -> Sample:
+def _chain(
+    case: Case, noises: int, names: list[str], value: str, *, part: str = "chain", before: str = ""
+) -> Sample:
     lines = [f"VAR {names[0]} = {value}"]
     lines += [f"VAR {name} = VAR {source} " for source, name in itertools.pairwise(names)]
     places = sorted(case.rng(part).sample(range(noises), len(lines)))
     official = case.options.get("compat") is not None
-    noise, joint, assigned = (f"{NOISE}\n", " ", "assgined") if official else (NOISE, "\n", "assigned")
+    noise, joint, assigned = (
+        (f"{NOISE}\n", " ", "assgined") if official else (NOISE, "\n", "assigned")
+    )
     text = joint.join(planted([noise] * noises, lines, places))
     return case.sample(
         f"{before}{CHAIN_HEAD}{text}\n",
@@ -70,7 +76,9 @@ def _chain(case: Case, noises: int, names: list[str], value: str, *, part: str =
     )
 
 
-CHAIN_HEAD = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+CHAIN_HEAD = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+)
 
 
 def chain_question(value: str, count: int, assigned: str = "assigned") -> tuple[str, str]:
@@ -137,7 +145,9 @@ CWE_QUERY = f"Question: What are the {_COMMON} most common words in the above li
 CWE_PREFIX = f" Answer: The top {_COMMON} words that appear most often in the list are:"
 
 
-def listed(rng: random.Random, chosen: list[str], common: int, uncommon: int) -> tuple[str, list[str]]:
+def listed(
+    rng: random.Random, chosen: list[str], common: int, uncommon: int
+) -> tuple[str, list[str]]:
     """A numbered list in which the first ten words stand more often, and those."""
     answers = chosen[:_COMMON]
     entries = answers * common + chosen[_COMMON:] * uncommon
@@ -170,7 +180,9 @@ def fwe(case: Case) -> Sample:
             alpha=2.0,
         )
 
-    return case.size.largest(build, least=53)[1]  # with fewer, the fourth word may be as frequent as the fifth
+    return case.size.largest(build, least=53)[
+        1
+    ]  # with fewer, the fourth word may be as frequent as the fifth
 
 
 FWE_HEAD = (
@@ -181,7 +193,9 @@ FWE_QUERY = (
     "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared words in"
     " the above coded text?"
 )
-FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+FWE_PREFIX = (
+    " Answer: According to the coded text above, the three most frequently appeared words are:"
+)
 
 
 def coded(rng: random.Random, count: int, vocabulary: int) -> tuple[list[str], list[str]]:

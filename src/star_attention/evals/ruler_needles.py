@@ -61,11 +61,15 @@ def needles(case: Case) -> Sample:
         rng.shuffle(hidden)
         if essay is not None:
             sentences = list(split_sentences(opening(essay, count)))
-            places = sorted(len(sentences) * depth // 100 for depth in rng.sample(_DEPTHS, len(hidden)))
+            places = sorted(
+                len(sentences) * depth // 100 for depth in rng.sample(_DEPTHS, len(hidden))
+            )
         else:
             sentences = [NOISE] * count
             if task.haystack == "needle":
-                sentences = [sentence(draw(task.keys), draw(task.values), task.values) for _ in range(count)]
+                sentences = [
+                    sentence(draw(task.keys), draw(task.values), task.values) for _ in range(count)
+                ]
             places = sorted(rng.sample(range(count), len(hidden)))
         text = (" " if essay is not None else "\n").join(planted(sentences, hidden, places))
         return ask(
@@ -111,7 +115,9 @@ def sentence(key: str, value: str, values: str) -> str:
     return f"One of the special magic {values} for {key} is: {value}."
 
 
-def ask(case: Case, text: str, keys: list[str], answers: list[str], values: str, **meta: Any) -> Sample:
+def ask(
+    case: Case, text: str, keys: list[str], answers: list[str], values: str, **meta: Any
+) -> Sample:
     """The question for the values of some keys in a text, as RULER words it: in the singular where there is one answer."""
     one = len(answers) == 1
     return case.sample(
@@ -135,7 +141,9 @@ def head(values: str, *, one: bool) -> str:
 
 def question(keys: list[str], values: str, *, one: bool) -> tuple[str, str]:
     """The question for the values of some keys, and how its answer begins."""
-    what, are, kind = ("is the", "is", values.removesuffix("s")) if one else ("are all the", "are", values)
+    what, are, kind = (
+        ("is the", "is", values.removesuffix("s")) if one else ("are all the", "are", values)
+    )
     named = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
     return (
         f"What {what} special magic {kind} for {named} mentioned in the provided text?",

@@ -14,9 +14,7 @@ from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals.record import Sample
 from star_attention.evals.ruler_case import Case, depths
 
-_ASK = (
-    "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
-)
+_ASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +70,14 @@ def _qa(case: Case, source: Questions) -> Sample:
     def build(count: int) -> Sample:
         shown = chosen[:count]
         case.rng("order").shuffle(shown)
-        text = "\n\n".join(f"Document {place}:\n{source.documents[number]}" for place, number in enumerate(shown, 1))
-        titles = [f"Document {shown.index(number) + 1}:\n{source.documents[number]}" for number in question.gold]
+        text = "\n\n".join(
+            f"Document {place}:\n{source.documents[number]}"
+            for place, number in enumerate(shown, 1)
+        )
+        titles = [
+            f"Document {shown.index(number) + 1}:\n{source.documents[number]}"
+            for number in question.gold
+        ]
         return case.sample(
             f"{_ASK}The following are given documents.\n\n{text}\n\n",
             f"{_ASK}Question: {question.text}",
@@ -128,7 +132,9 @@ _FILES = {"SQuAD": "dev-v2.0.json", "HotpotQA": "hotpot_dev_distractor_v1.json"}
 def _squad(values: Any) -> Questions:
     """`{"data": [{"paragraphs": [{"context", "qas": [{"question", "is_impossible", "answers": [{"text"}]}]}]}]}`."""
     articles = [article["paragraphs"] for article in values["data"]]
-    documents = sorted({paragraph["context"] for paragraphs in articles for paragraph in paragraphs})
+    documents = sorted(
+        {paragraph["context"] for paragraphs in articles for paragraph in paragraphs}
+    )
     number = {document: place for place, document in enumerate(documents)}
     questions = []
     for paragraphs in articles:
@@ -152,7 +158,10 @@ def _squad(values: Any) -> Questions:
 
 def _hotpot(values: Any) -> Questions:
     """`[{"question", "answer", "supporting_facts": [[title, sentence], ...], "context": [[title, [sentence, ...]], ...]}]`."""
-    pages = [[(title, f"{title}\n{''.join(lines)}") for title, lines in asked["context"]] for asked in values]
+    pages = [
+        [(title, f"{title}\n{''.join(lines)}") for title, lines in asked["context"]]
+        for asked in values
+    ]
     documents = sorted({document for page in pages for _, document in page})
     number = {document: place for place, document in enumerate(documents)}
     questions = []
@@ -163,7 +172,11 @@ def _hotpot(values: Any) -> Questions:
                 text=asked["question"],
                 answers=(asked["answer"],),
                 given=tuple(dict.fromkeys(number[document] for _, document in page)),
-                gold=tuple(dict.fromkeys(number[document] for title, document in page if title in supporting)),
+                gold=tuple(
+                    dict.fromkeys(
+                        number[document] for title, document in page if title in supporting
+                    )
+                ),
             )
         )
     return Questions(documents=tuple(documents), questions=tuple(questions))

@@ -13,12 +13,21 @@ from typing import IO, Any
 from star_attention.errors import InvalidInputError
 from star_attention.evals.record import Sample
 from star_attention.evals.variants import Variant
-from star_attention.hf import identity
+from star_attention.hf.loading import identity
 
 RUN, PREDICTIONS = "run.json", "predictions.jsonl"
 FORMAT = 3
 
-_KEYS = ("settings", "settings_sha256", "cells", "variants", "skipped", "left_out", "prose", "sessions")
+_KEYS = (
+    "settings",
+    "settings_sha256",
+    "cells",
+    "variants",
+    "skipped",
+    "left_out",
+    "prose",
+    "sessions",
+)
 """Of run.json, beside its format."""
 
 
@@ -89,7 +98,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     """run.json of a folder. Raises `InvalidInputError` where there is none, or one that is damaged."""
     found = find_run(folder)
     if found is None:
-        raise InvalidInputError(f"{folder} holds no {RUN}; give a folder that `eval` has written with --out")
+        raise InvalidInputError(
+            f"{folder} holds no {RUN}; give a folder that `eval` has written with --out"
+        )
     return found
 
 
@@ -98,11 +109,19 @@ def find_run(folder: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
-            raise InvalidInputError(f"{path} has format {found['format']}, this version reads {FORMAT}")
+            raise InvalidInputError(
+                f"{path} has format {found['format']}, this version reads {FORMAT}"
+            )
         missing = [name for name in _KEYS if name not in found]
-        missing += [name for name in ("suite", "options", "model") if not missing and name not in found["settings"]]
+        missing += [
+            name
+            for name in ("suite", "options", "model")
+            if not missing and name not in found["settings"]
+        ]
         if missing:
-            raise InvalidInputError(f"{path} is damaged ({', '.join(missing)} missing); give another folder")
+            raise InvalidInputError(
+                f"{path} is damaged ({', '.join(missing)} missing); give another folder"
+            )
         return dict(found)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -130,7 +149,9 @@ def read_predictions(folder: Path, *, whole: bool = True) -> Iterator[Prediction
                 try:
                     values = json.loads(line)
                     if set(values) != names:
-                        raise ValueError(f"fields {', '.join(sorted(set(values) ^ names))} are missing or unknown")
+                        raise ValueError(
+                            f"fields {', '.join(sorted(set(values) ^ names))} are missing or unknown"
+                        )
                     prediction = Prediction(**values | {"answers": tuple(values["answers"])})
                     prediction.key.__hash__()
                 except (ValueError, TypeError) as error:
@@ -160,7 +181,9 @@ def opened(path: Path) -> IO[bytes]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise InvalidInputError(f"another run is writing to {path}; wait for it, or give another folder") from None
+        raise InvalidInputError(
+            f"another run is writing to {path}; wait for it, or give another folder"
+        ) from None
     except OSError:
         pass  # (some network file systems have no locks)
     file.seek(0)
@@ -172,7 +195,9 @@ def opened(path: Path) -> IO[bytes]:
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str, str] | None:
     """The first of the settings that differs, or that only one of them has: its name, and what it is in either."""
     for sides in ((one, other), (one["model"], other["model"])):
-        mine, theirs = ({key: value for key, value in side.items() if key != "model"} for side in sides)
+        mine, theirs = (
+            {key: value for key, value in side.items() if key != "model"} for side in sides
+        )
         found, swapped = identity.difference(mine, theirs), identity.difference(theirs, mine)
         if found is None and swapped is not None:
             found = swapped[0], swapped[2], swapped[1]
@@ -205,7 +230,11 @@ def check_found(out: Path, found: list[Prediction], samples: list[Sample], diges
         if sample is None or prediction.sample_sha256 == sample_sha256(sample):
             continue
         texts = [meta.get("prose_sha256") for meta in (prediction.meta, sample.meta)]
-        what = f"prose: {texts[0]}, and this one's is {texts[1]}" if texts[0] != texts[1] else "text or answers"
+        what = (
+            f"prose: {texts[0]}, and this one's is {texts[1]}"
+            if texts[0] != texts[1]
+            else "text or answers"
+        )
         raise InvalidInputError(
             f"{out} holds a run in which sample {sample.id} has another {what}; give another folder"
         )
@@ -229,7 +258,14 @@ def write_run(
 
     plans: a variant's key and one of its resolved block plans. cells: of each variant, how many samples it has to answer.
     """
-    before = before or {"cells": [], "variants": {}, "skipped": [], "left_out": {}, "prose": {}, "sessions": []}
+    before = before or {
+        "cells": [],
+        "variants": {},
+        "skipped": [],
+        "left_out": {},
+        "prose": {},
+        "sessions": [],
+    }
     counts = {(cell["task"], cell["length"]): cell["samples"] for cell in before["cells"]}
     now: dict[tuple[str, int], int] = {}
     for sample in samples:
@@ -238,7 +274,9 @@ def write_run(
         counts[cell] = max(count, counts.get(cell, 0))
     told = {name: dict(one) for name, one in before["variants"].items()}
     for variant in variants:
-        told.setdefault(variant.key, {"name": variant.name, "plans": []})["cells"] = cells[variant.key]
+        told.setdefault(variant.key, {"name": variant.name, "plans": []})["cells"] = cells[
+            variant.key
+        ]
     for key, plan in plans:
         if plan not in told[key]["plans"]:
             told[key]["plans"].append(plan)
@@ -252,7 +290,10 @@ def write_run(
         "format": FORMAT,
         "settings": settings,
         "settings_sha256": digest,
-        "cells": [{"task": task, "length": length, "samples": count} for (task, length), count in counts.items()],
+        "cells": [
+            {"task": task, "length": length, "samples": count}
+            for (task, length), count in counts.items()
+        ],
         "variants": told,
         "skipped": list(told_skipped.values()),
         "left_out": before["left_out"] | dict(left_out),

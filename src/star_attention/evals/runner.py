@@ -23,7 +23,6 @@ import transformers
 
 from star_attention import __version__
 from star_attention.bench import machine
-from star_attention.context import EncodedContext
 from star_attention.engine import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError
 from star_attention.evals import run_folder
@@ -31,8 +30,9 @@ from star_attention.evals.metrics import score
 from star_attention.evals.record import Sample
 from star_attention.evals.run_folder import Prediction
 from star_attention.evals.variants import Variant
-from star_attention.hf import chat as chats
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text import chat as chats
+from star_attention.hf.text.tokens import context_ids, query_ids
+from star_attention.storage.context import EncodedContext
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 """The most likely token, whatever the model's own generation settings say."""
@@ -101,7 +101,9 @@ def run(
     (with its number), and `ContextLengthError` for samples beyond the model's positions; all before the first answer.
     """
     if max_new_tokens is not None and max_new_tokens < 1:
-        raise InvalidInputError(f"max_new_tokens {max_new_tokens} is not a positive number of tokens")
+        raise InvalidInputError(
+            f"max_new_tokens {max_new_tokens} is not a positive number of tokens"
+        )
     prepared: list[_Prepared] = []
 
     def prepare() -> tuple[list[_Job], list[Variant]]:
@@ -113,7 +115,11 @@ def run(
                 Path(out),
                 settings={
                     "suite": suite,
-                    "options": {name: value for name, value in (options or {}).items() if name not in SOURCES},
+                    "options": {
+                        name: value
+                        for name, value in (options or {}).items()
+                        if name not in SOURCES
+                    },
                     "seed": seed,
                     "chat": chat,
                     "max_new_tokens": max_new_tokens,
@@ -125,11 +131,20 @@ def run(
         )
         return prepared[0].jobs, list(variants)
 
-    with star._comm.call("preparing the run"):
-        jobs, agreed = star._comm.decide(prepare)
+    with star._comm.collective("preparing the run"):
+        jobs, agreed = star._comm.run_on_rank_0(prepare)
     leading = prepared[0] if prepared else None
     try:
-        _answer_all(star, agreed, jobs, leading, chat=chat, seed=seed, max_new_tokens=max_new_tokens, told=progress)
+        _answer_all(
+            star,
+            agreed,
+            jobs,
+            leading,
+            chat=chat,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            told=progress,
+        )
     finally:
         if leading is not None:
             leading.file.close()
@@ -170,7 +185,11 @@ def _answer_all(
     for job in jobs:
         variant = variants[job.variant]
         engine = engine_of(star, variant, job.sizes)
-        some = [None for _ in job.samples] if leading is None else [leading.samples[index] for index in job.samples]
+        some = (
+            [None for _ in job.samples]
+            if leading is None
+            else [leading.samples[index] for index in job.samples]
+        )
         context = encoded(engine, variant, content_of(some[0], chat=chat), seed=seed)
         for sample in some:
             started = time.perf_counter()
@@ -183,7 +202,13 @@ def _answer_all(
             if sample is not None:
                 assert leading is not None
                 made = _prediction(
-                    sample, variant, leading.settings, context, reply, job, time.perf_counter() - started
+                    sample,
+                    variant,
+                    leading.settings,
+                    context,
+                    reply,
+                    job,
+                    time.perf_counter() - started,
                 )
                 leading.file.write(json.dumps(asdict(made)).encode() + b"\n")
                 leading.file.flush()
@@ -240,7 +265,9 @@ def chat_tokens(tokenizer: Any) -> int:
     opened = chats.open_context(tokenizer, chats.user_message(context))
     tail = chats.continue_context(tokenizer, opened, query)
     rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
-    return max(0, rendered - plain) + 2  # (where words meet the template, a token more on each side)
+    return (
+        max(0, rendered - plain) + 2
+    )  # (where words meet the template, a token more on each side)
 
 
 def _check_template(tokenizer: Any) -> None:
@@ -313,7 +340,11 @@ class _Eta:
             return
         self._told = now
         spent = now - self._started
-        rest = f"in {clock(spent)}" if last else f"{variant.name}, ETA {clock(spent / self._tokens * self._left)}"
+        rest = (
+            f"in {clock(spent)}"
+            if last
+            else f"{variant.name}, ETA {clock(spent / self._tokens * self._left)}"
+        )
         self._progress(f"{self._done:,} of {self._total:,} answers, {rest}")
 
 
@@ -367,7 +398,9 @@ def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
         if limit is None or counts[cell] <= limit:
             kept.append(sample)
     if not kept:
-        raise InvalidInputError("there are no samples to run; check the data, --samples and --limit")
+        raise InvalidInputError(
+            "there are no samples to run; check the data, --samples and --limit"
+        )
     return kept
 
 
@@ -385,7 +418,9 @@ def _prepare(
     if not variants:
         raise InvalidInputError("there are no variants to run; give at least one method")
     if star.tokenizer is None:
-        raise InvalidInputError("samples are text, and this model has no tokenizer; give one to StarLLM")
+        raise InvalidInputError(
+            "samples are text, and this model has no tokenizer; give one to StarLLM"
+        )
     ablated = next((variant for variant in variants if variant.ablates), None)
     if ablated is not None and (star._comm.size > 1 or star._handle.rotaries):
         raise InvalidInputError(
@@ -393,7 +428,9 @@ def _prepare(
             " depend on the length; leave such variants out"
         )
     own = settings["suite"] == "files"  # (whose lengths are counts of other tokenizers)
-    for variant, length in product(variants, set() if own else {sample.length for sample in samples}):
+    for variant, length in product(
+        variants, set() if own else {sample.length for sample in samples}
+    ):
         variant.sizes(length)  # (before anything is written)
     settings = settings | {
         "decoding": "greedy",
@@ -416,7 +453,9 @@ def _prepare(
         found = list(run_folder.read_predictions(out, whole=False))
         run_folder.check_found(out, found, samples, digest)
         lengths, skipped = _measured(star, samples, settings, skip_too_long=skip_too_long)
-        jobs = _jobs(samples, variants, lengths, {prediction.key for prediction in found}, own_lengths=own)
+        jobs = _jobs(
+            samples, variants, lengths, {prediction.key for prediction in found}, own_lengths=own
+        )
         meant = [samples[index] for index in lengths]
         cells = {variant.key: _cells(before, variant.key, meant, found) for variant in variants}
         run_folder.write_run(
@@ -430,7 +469,9 @@ def _prepare(
     except BaseException:
         file.close()
         raise
-    return _Prepared(samples=samples, jobs=jobs, settings=digest, file=file, found=len(found), skipped=skipped)
+    return _Prepared(
+        samples=samples, jobs=jobs, settings=digest, file=file, found=len(found), skipped=skipped
+    )
 
 
 def versions() -> dict[str, str]:
@@ -457,7 +498,9 @@ def _measured(
                 f"sample {sample.id} has no {'query' if sample.context else 'context'}; each needs text in both"
             )
         if chat and not sample.query:
-            raise InvalidInputError(f"sample {sample.id} has no query, which a chat needs; leave --chat out")
+            raise InvalidInputError(
+                f"sample {sample.id} has no query, which a chat needs; leave --chat out"
+            )
         # (An unknown metric, or answers that it cannot read, are found now and not after the first answer.)
         if score("", sample) > 0:
             raise InvalidInputError(
@@ -466,7 +509,9 @@ def _measured(
             )
         answer = settings["max_new_tokens"] or sample.max_new_tokens
         if answer < 1:
-            raise InvalidInputError(f"sample {sample.id} has max_new_tokens 0; give --max-new-tokens")
+            raise InvalidInputError(
+                f"sample {sample.id} has max_new_tokens 0; give --max-new-tokens"
+            )
         if last is None or last[0] != sample.context:
             opened = None
             if chat:
@@ -476,7 +521,11 @@ def _measured(
                 tokens = len(context_ids(star.tokenizer, sample.context))
             last = (sample.context, tokens, opened)
         _, tokens, opened = last
-        asked = sample.query if opened is None else chats.continue_context(star.tokenizer, opened, sample.query)
+        asked = (
+            sample.query
+            if opened is None
+            else chats.continue_context(star.tokenizer, opened, sample.query)
+        )
         needed = tokens + len(query_ids(star.tokenizer, asked + sample.answer_prefix)) + answer
         if limit is not None and needed > limit:
             skipped.append({"sample": sample.id, "tokens": needed, "positions": limit})
@@ -489,7 +538,9 @@ def _measured(
             f" tokens and the model has {limit:,} positions; leave them out with --skip-too-long, or give a smaller length"
         )
     if not lengths:
-        raise ContextLengthError(f"all {len(samples):,} samples are longer than the model's {limit:,} positions")
+        raise ContextLengthError(
+            f"all {len(samples):,} samples are longer than the model's {limit:,} positions"
+        )
     return lengths, skipped
 
 
@@ -506,14 +557,18 @@ def _jobs(
     own_lengths: shares are of the context's tokens, whatever length the samples state.
     """
     jobs = []
-    for _, group in groupby(lengths, key=lambda index: (samples[index].context, samples[index].length)):
+    for _, group in groupby(
+        lengths, key=lambda index: (samples[index].context, samples[index].length)
+    ):
         indices = list(group)
         first = samples[indices[0]]
         for number, variant in enumerate(variants):
             # (A share is of the length that a sample was made for, so that blocks are the same for all of that length.)
             tokens = lengths[indices[0]]
             sizes = variant.sizes(tokens if own_lengths else max(first.length, tokens))
-            left = tuple(index for index in indices if (samples[index].id, variant.key) not in known)
+            left = tuple(
+                index for index in indices if (samples[index].id, variant.key) not in known
+            )
             if left:
                 jobs.append(
                     _Job(
@@ -532,11 +587,20 @@ def _cells(
 ) -> list[dict[str, Any]]:
     """How many samples of each task and length a variant has to answer: in earlier sessions or now."""
     made = {one.sample: (one.task, one.length) for one in found if one.variant == variant}
-    now = Counter([*made.values(), *((one.task, one.length) for one in meant if one.id not in made)])
-    earlier = [] if before is None or variant not in before["variants"] else before["variants"][variant]["cells"]
+    now = Counter(
+        [*made.values(), *((one.task, one.length) for one in meant if one.id not in made)]
+    )
+    earlier = (
+        []
+        if before is None or variant not in before["variants"]
+        else before["variants"][variant]["cells"]
+    )
     counts = Counter({(cell["task"], cell["length"]): cell["samples"] for cell in earlier})
     counts |= now
-    return [{"task": task, "length": length, "samples": count} for (task, length), count in counts.items()]
+    return [
+        {"task": task, "length": length, "samples": count}
+        for (task, length), count in counts.items()
+    ]
 
 
 def _plans(

@@ -20,7 +20,7 @@ from star_attention.evals.record import Sample
 from star_attention.evals.ruler_needles import Draw, head, question, sentence
 from star_attention.evals.sizing import Size
 from star_attention.evals.sources import Prose, Words, prose, words
-from star_attention.hf.text import query_ids
+from star_attention.hf.text.tokens import query_ids
 
 TASKS = ("shared_kv", "shared_niah")
 OPTIONS = {
@@ -51,7 +51,9 @@ _OTHERS = ("string_match_all", 128)
 """Of files in SCBench's shape that are none of its own."""
 
 
-def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
+def generate(
+    task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]
+) -> Iterator[Sample]:
     """`count` samples, `questions` of them on each context (on the last one as many as are left).
 
     shared_kv: InfiniteBench's kv_retrieval; shared_niah: RULER's needles between sentences of `essays`, one for each question.
@@ -62,7 +64,11 @@ def generate(task: str, *, size: Size, count: int, seed: int, options: Mapping[s
     """
     suites.check(suites.get("shared"), "shared", task, options)
     questions = _positive(options.get("questions", 10))
-    source = (prose(options.get("essays")), words(options.get("words"))) if task == "shared_niah" else None
+    source = (
+        (prose(options.get("essays")), words(options.get("words")))
+        if task == "shared_niah"
+        else None
+    )
     return _generated(task, size, count, seed, questions, source)
 
 
@@ -92,7 +98,9 @@ def _generated(
         def samples(units: int, *, name: str = name, number: int = number) -> list[Sample]:
             rng = random.Random(name)
             context, asked = (
-                key_values(units, questions, rng) if source is None else _niah(units, questions, rng, *source)
+                key_values(units, questions, rng)
+                if source is None
+                else _niah(units, questions, rng, *source)
             )
             return [
                 Sample(
@@ -111,7 +119,10 @@ def _generated(
             ]
 
         def longest(units: int, *, samples: Callable[[int], list[Sample]] = samples) -> Sample:
-            return max(samples(units), key=lambda one: len(query_ids(size.tokenizer, one.query + one.answer_prefix)))
+            return max(
+                samples(units),
+                key=lambda one: len(query_ids(size.tokenizer, one.query + one.answer_prefix)),
+            )
 
         units, _ = size.largest(longest, least=questions if source is None else 0)
         yield from samples(units)[: count - number * questions]
@@ -122,12 +133,17 @@ def key_values(pairs: int, questions: int, rng: random.Random) -> tuple[str, lis
     kind = KINDS["kv_retrieval"]
     draw = Draw(rng, None)
     table = [(draw("uuids"), draw("uuids")) for _ in range(pairs)]
-    asked = [Question(query=asked_for_key(key), prefix=kind.prefix, answer=value) for key, value in table[:questions]]
+    asked = [
+        Question(query=asked_for_key(key), prefix=kind.prefix, answer=value)
+        for key, value in table[:questions]
+    ]
     rng.shuffle(table)
     return f"{kind.instruction}\n\n{json.dumps(dict(table))}\n\n", asked
 
 
-def _niah(sentences: int, questions: int, rng: random.Random, text: Prose, known: Words) -> tuple[str, list[Question]]:
+def _niah(
+    sentences: int, questions: int, rng: random.Random, text: Prose, known: Words
+) -> tuple[str, list[Question]]:
     """RULER's templates for several needles; each of them is asked for by itself."""
     draw = Draw(rng, known)
     pairs = [(draw("words"), draw("numbers")) for _ in range(questions)]
@@ -154,7 +170,11 @@ def samples_of_row(row: Mapping[str, Any], *, task: str, id: str) -> list[Sample
         context = json.dumps(context)  # scbench_mf's numbers
     if not isinstance(context, str):
         raise InvalidInputError(f"context {context!r} of SCBench is no text")
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, Mapping) for turn in turns)
+    ):
         raise InvalidInputError("multi_turns of SCBench is no list of questions")
     return [
         _turn(turn, context=f"{context}\n\n", task=str(turn.get("task", task)), id=f"{id}-{i}")
@@ -164,12 +184,18 @@ def samples_of_row(row: Mapping[str, Any], *, task: str, id: str) -> list[Sample
 
 def _turn(turn: Mapping[str, Any], *, context: str, task: str, id: str) -> Sample:
     if task.startswith("scbench_") and task not in SCBENCH:
-        raise InvalidInputError(f"task {task!r} of SCBench has no metric here; choose from {', '.join(SCBENCH)}")
+        raise InvalidInputError(
+            f"task {task!r} of SCBench has no metric here; choose from {', '.join(SCBENCH)}"
+        )
     metric, max_new_tokens = SCBENCH.get(task, _OTHERS)
     question, answer, options = turn.get("input"), turn.get("answer"), turn.get("options") or []
     if not isinstance(question, str) or not question.strip():
         raise InvalidInputError(f"input {question!r} of a turn is no question")
-    answers = [str(one) for one in (answer if isinstance(answer, list) else [answer]) if one not in (None, "")]
+    answers = [
+        str(one)
+        for one in (answer if isinstance(answer, list) else [answer])
+        if one not in (None, "")
+    ]
     if not answers:
         raise InvalidInputError(f"answer {answer!r} of a turn is empty")
     lines = listed(options)

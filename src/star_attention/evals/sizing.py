@@ -8,7 +8,7 @@ from typing import Any
 
 from star_attention.errors import SizeError
 from star_attention.evals.record import Sample
-from star_attention.hf.text import context_ids, query_ids
+from star_attention.hf.text.tokens import context_ids, query_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +25,19 @@ class Size:
         """What a sample takes of the length."""
         text = sample.query + sample.answer_prefix
         asked = len(query_ids(self.tokenizer, text)) if text else 0
-        return len(context_ids(self.tokenizer, sample.context)) + asked + sample.max_new_tokens + self.reserve
+        return (
+            len(context_ids(self.tokenizer, sample.context))
+            + asked
+            + sample.max_new_tokens
+            + self.reserve
+        )
 
     def fits(self, sample: Sample) -> bool:
         return self.tokens(sample) <= self.length
 
-    def largest(self, build: Callable[[int], Sample], *, least: int = 1, most: int | None = None) -> tuple[int, Sample]:
+    def largest(
+        self, build: Callable[[int], Sample], *, least: int = 1, most: int | None = None
+    ) -> tuple[int, Sample]:
         """The largest number of units (needles, words, sentences, ...) for which what `build` makes of them fits, and that sample.
 
         `build` must be the same for the same number; more units are taken to be longer. Found between a number that fits and one

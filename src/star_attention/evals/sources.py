@@ -41,7 +41,11 @@ class Prose:
 def split_sentences(text: str) -> tuple[str, ...]:
     """Sentences of a text, by their ends; white space within becomes single spaces."""
     flat = re.sub(r"\s+", " ", text).strip()
-    return tuple(re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z\"'(])", flat)) if flat else ()
+    return (
+        tuple(re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z\"'(])", flat))
+        if flat
+        else ()
+    )
 
 
 @functools.cache
@@ -60,7 +64,9 @@ def prose(path: str | None = None) -> Prose:
         if place.is_dir():
             files = sorted(place.glob("*.txt"))
             if not files:
-                raise InvalidInputError(f"{path} holds no .txt files; name a folder of texts, a .json or a text file")
+                raise InvalidInputError(
+                    f"{path} holds no .txt files; name a folder of texts, a .json or a text file"
+                )
             text = "\n".join(file.read_text(encoding="utf-8") for file in files)
         elif place.suffix == ".json":
             text = json.loads(place.read_text(encoding="utf-8"))["text"]
@@ -116,10 +122,13 @@ def words(part: str | None = None) -> Words:
     if part is not None:
         every = words()
         lists = (
-            tuple(word for word in some if _part(word) == part) for some in (every.adjectives, every.nouns, every.verbs)
+            tuple(word for word in some if _part(word) == part)
+            for some in (every.adjectives, every.nouns, every.verbs)
         )
         adjectives, nouns, verbs = lists
-        return Words(adjectives=adjectives, nouns=nouns, verbs=verbs, release=f"{every.release}, {part}")
+        return Words(
+            adjectives=adjectives, nouns=nouns, verbs=verbs, release=f"{every.release}, {part}"
+        )
     try:
         from wonderwords import random_word
     except ImportError:
@@ -127,7 +136,10 @@ def words(part: str | None = None) -> Words:
             "the generators take their words from the package wonderwords; install star-attention[eval]"
         ) from None
     source = random_word.RandomWord()
-    found = {name: tuple(source.filter(include_parts_of_speech=[name])) for name in ("adjectives", "nouns", "verbs")}
+    found = {
+        name: tuple(source.filter(include_parts_of_speech=[name]))
+        for name in ("adjectives", "nouns", "verbs")
+    }
     return Words(**found, release=f"wonderwords {version('wonderwords')}")
 
 

@@ -88,7 +88,12 @@ def mean(scores: Iterable[Scored]) -> Mean:
 
 
 def paired(
-    one: Iterable[Scored], other: Iterable[Scored], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+    one: Iterable[Scored],
+    other: Iterable[Scored],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> Difference:
     """`one` minus `other` on the same samples, by the bootstrap: contexts are drawn with replacement within each cell, and what is
     drawn is the mean over cells of their means.
@@ -100,7 +105,12 @@ def paired(
     ours, theirs = ({score.sample: score for score in scores} for scores in (one, other))
     check_pairs(ours, theirs)
     differences = [
-        Scored(sample=name, cell=score.cell, context=score.context, score=score.score - theirs[name].score)
+        Scored(
+            sample=name,
+            cell=score.cell,
+            context=score.context,
+            score=score.score - theirs[name].score,
+        )
         for name, score in ours.items()
     ]
     cells = [_clusters(cell) for cell in _by_cell(differences).values()]
@@ -136,7 +146,9 @@ def check_pairs(ours: Mapping[str, Scored], theirs: Mapping[str, Scored]) -> Non
                 " pair, run both on the same text"
             )
         if (score.cell, score.context) != (other.cell, other.context):
-            raise InvalidInputError(f"sample {name} differs between both sides; run both on the same data")
+            raise InvalidInputError(
+                f"sample {name} differs between both sides; run both on the same data"
+            )
 
 
 def _by_cell(scores: Iterable[Scored]) -> dict[str, list[Scored]]:
@@ -167,13 +179,17 @@ def _stderr(cell: list[tuple[float, int]]) -> float | None:
     return math.sqrt(squares * clusters / (clusters - 1)) / n
 
 
-def _resampled(cell: list[tuple[float, int]], resamples: int, generator: torch.Generator) -> torch.Tensor:
+def _resampled(
+    cell: list[tuple[float, int]], resamples: int, generator: torch.Generator
+) -> torch.Tensor:
     """Means of `resamples` draws of as many contexts as there are, fp64 `[resamples]`."""
     sums, counts = (torch.tensor(part, dtype=torch.float64) for part in zip(*cell, strict=True))
     at_once = max(1, _DRAWS // len(cell))
     parts = []
     for start in range(0, resamples, at_once):
-        drawn = torch.randint(len(cell), (min(at_once, resamples - start), len(cell)), generator=generator)
+        drawn = torch.randint(
+            len(cell), (min(at_once, resamples - start), len(cell)), generator=generator
+        )
         parts.append(sums[drawn].sum(1) / counts[drawn].sum(1))
     return torch.cat(parts)
 

@@ -34,7 +34,9 @@ class Suite(Protocol):
     TASKS: tuple[str, ...]
     OPTIONS: Mapping[str, str]
 
-    def generate(self, task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]) -> Iterator[Sample]:
+    def generate(
+        self, task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]
+    ) -> Iterator[Sample]:
         """`count` samples, the same for the same arguments; sample n does not depend on `count`."""
 
 
@@ -63,7 +65,9 @@ def made(
 
     Raises what `generate` does, but for `SizeError`.
     """
-    threads = min(len(cells), torch.get_num_threads()) if getattr(tokenizer, "is_fast", False) else 1
+    threads = (
+        min(len(cells), torch.get_num_threads()) if getattr(tokenizer, "is_fast", False) else 1
+    )
     own = threading.local()
     left = threading.Event()
 
@@ -96,7 +100,9 @@ def check(suite: Suite, name: str, task: str, options: Mapping[str, Any]) -> Non
     though this one may not need them.
     """
     if task not in suite.TASKS:
-        raise InvalidInputError(f"task {task!r} of {name} is unknown; choose from {', '.join(suite.TASKS)}")
+        raise InvalidInputError(
+            f"task {task!r} of {name} is unknown; choose from {', '.join(suite.TASKS)}"
+        )
     unknown = sorted(set(options) - set(suite.OPTIONS))
     if unknown:
         raise InvalidInputError(
@@ -104,5 +110,7 @@ def check(suite: Suite, name: str, task: str, options: Mapping[str, Any]) -> Non
         )
     for option in _PATHS:
         if options.get(option) is not None and not Path(options[option]).exists():
-            raise InvalidInputError(f"{option} {str(options[option])!r} is not there; check the path")
+            raise InvalidInputError(
+                f"{option} {str(options[option])!r} is not there; check the path"
+            )
     check_part(options.get("words"))

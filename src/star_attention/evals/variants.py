@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from star_attention.config import KV_DTYPES, METHODS
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.plan import format_size, parse_size
+from star_attention.planning.plan import format_size, parse_size
 
 SAME = "="
 """An anchor as large as the block."""
@@ -42,19 +42,32 @@ class Variant:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise InvalidInputError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+            raise InvalidInputError(
+                f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}"
+            )
         if self.kv_dtype not in (None, *KV_DTYPES):
-            raise InvalidInputError(f"kv_dtype {self.kv_dtype!r} is unknown; choose {', '.join(KV_DTYPES)}, or none")
+            raise InvalidInputError(
+                f"kv_dtype {self.kv_dtype!r} is unknown; choose {', '.join(KV_DTYPES)}, or none"
+            )
         if not self.has_blocks and (self.block_size, self.anchor_size) != (None, None):
-            raise InvalidInputError(f"method {self.method!r} takes no block and no anchor; leave the sizes out")
+            raise InvalidInputError(
+                f"method {self.method!r} takes no block and no anchor; leave the sizes out"
+            )
         if self.ablates:
             if self.method != "star":
-                raise InvalidInputError(f"ablations of the anchor are of method 'star', not of {self.method!r}")
+                raise InvalidInputError(
+                    f"ablations of the anchor are of method 'star', not of {self.method!r}"
+                )
             from star_attention.evals import ablations
 
-            for value, known in ((self.anchor, ablations.CONTENTS), (self.anchor_positions, ablations.POSITIONS)):
+            for value, known in (
+                (self.anchor, ablations.CONTENTS),
+                (self.anchor_positions, ablations.POSITIONS),
+            ):
                 if value not in (None, *known):
-                    raise InvalidInputError(f"anchor {value!r} is unknown; choose one of {', '.join(known)}")
+                    raise InvalidInputError(
+                        f"anchor {value!r} is unknown; choose one of {', '.join(known)}"
+                    )
         # (One way to write a size, so that equal variants have equal keys.)
         object.__setattr__(self, "block_size", _checked(self.block_size, "block_size"))
         if self.anchor_size != SAME:
@@ -79,9 +92,17 @@ class Variant:
     @property
     def key(self) -> str:
         """What `parse` reads back; results are kept under it."""
-        sizes = [] if self.block_size is None and self.anchor_size is None else [_written(self.block_size)]
+        sizes = (
+            []
+            if self.block_size is None and self.anchor_size is None
+            else [_written(self.block_size)]
+        )
         sizes += [] if self.anchor_size is None else [_written(self.anchor_size)]
-        more = [f"{word}={value}" for word, name in _WORDS.items() if (value := getattr(self, name)) is not None]
+        more = [
+            f"{word}={value}"
+            for word, name in _WORDS.items()
+            if (value := getattr(self, name)) is not None
+        ]
         return ":".join([self.method, *sizes, *more])
 
     @property
@@ -92,7 +113,11 @@ class Variant:
             sinks = self.block_size if self.anchor_size == SAME else self.anchor_size
             sizes = [("window", self.block_size), ("sinks", sinks)]
         words = [f"{word}={_written(size)}" for word, size in sizes if size is not None]
-        words += [f"{word}={value}" for word, name in _WORDS.items() if (value := getattr(self, name)) is not None]
+        words += [
+            f"{word}={value}"
+            for word, name in _WORDS.items()
+            if (value := getattr(self, name)) is not None
+        ]
         return " ".join([self.method, *words])
 
     def sizes(self, tokens: int) -> tuple[int | None, int | None]:
@@ -123,7 +148,9 @@ def parse(text: str) -> Variant:
         word, equals, value = part.partition("=")
         if word and equals:
             if word not in _WORDS or _WORDS[word] in words or not value:
-                raise InvalidInputError(f"variant {text!r} has {part!r}, which is no setting; {SYNTAX}")
+                raise InvalidInputError(
+                    f"variant {text!r} has {part!r}, which is no setting; {SYNTAX}"
+                )
             words[_WORDS[word]] = value
         elif words or len(sizes) == 2:
             raise InvalidInputError(f"variant {text!r} has {part!r} out of place; {SYNTAX}")
@@ -136,7 +163,9 @@ def parse(text: str) -> Variant:
 def parse_all(text: str) -> list[Variant]:
     """Several, with commas between. Raises `InvalidInputError` for one that is named twice, or empty."""
     if not all(part.strip() for part in text.split(",")):
-        raise InvalidInputError(f"variants {text!r} have an empty one; give methods with single commas between")
+        raise InvalidInputError(
+            f"variants {text!r} have an empty one; give methods with single commas between"
+        )
     found = [parse(part) for part in text.split(",")]
     for index, variant in enumerate(found):
         if variant in found[:index]:

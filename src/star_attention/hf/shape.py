@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
-from star_attention.comm import SoloComm
-from star_attention.cost import AttentionShape, ModelShape
+from star_attention.distributed.comm import SoloComm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf import support, tensor
-from star_attention.hf.cache import StarCache
-from star_attention.hf.handle import ModelHandle
-from star_attention.hf.probe import TOKENS, ProbeLayer, ProbePlace
+from star_attention.hf.cache.base import StarCache
+from star_attention.hf.cache.probe import TOKENS, ProbeLayer, ProbePlace
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.loading import support, tensor_parallel
+from star_attention.planning.cost import AttentionShape, ModelShape
 
 
 class _Record(ProbePlace):
@@ -48,7 +48,9 @@ class _RecordingLayer(ProbeLayer):
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         if self.kv.expands:  # what ran since `keep` made keys and values of what is kept
-            self.place.expansion_flops += self.place.counter.get_total_flops() - self.place.flops_at_keep
+            self.place.expansion_flops += (
+                self.place.counter.get_total_flops() - self.place.flops_at_keep
+            )
         call = AttentionShape(
             heads=q_BQHD.shape[2],
             kv_heads=k_BKGD.shape[2],
@@ -79,7 +81,10 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
             record = _Record(counter)
             layers = [_RecordingLayer(i, record, window) for i, window in enumerate(handle.windows)]
             handle.encode(
-                ids_1S, positions_1S, StarCache(layers, record, SoloComm()), 2 * TOKENS if handle.rotaries else None
+                ids_1S,
+                positions_1S,
+                StarCache(layers, record, SoloComm()),
+                2 * TOKENS if handle.rotaries else None,
             )
     except (RuntimeError, NotImplementedError) as error:
         raise InvalidInputError(
@@ -87,7 +92,7 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
             " runs; encode a short context and look at its nbytes and encode_s instead"
         ) from error
     head = model.get_output_embeddings()
-    cut = [] if tensor.reasons(config, 1) else list(tensor.layers(model))
+    cut = [] if tensor_parallel.reasons(config, 1) else list(tensor_parallel.layers(model))
     summed = [module.out_features for _, module, style in cut if style == "rowwise"]
     summed += [module.down_proj.shape[1] for _, module, style in cut if style == "experts"]
     return ModelShape(
@@ -99,7 +104,9 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         kv_rows_per_token=record.kv_rows,
         kv_layers=record.kv_layers,
         linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),
-        cut_parameters=sum(weight.numel() for _, module, _ in cut for weight in module.parameters(recurse=False)),
+        cut_parameters=sum(
+            weight.numel() for _, module, _ in cut for weight in module.parameters(recurse=False)
+        ),
         summed_numbers_per_token=sum(summed),
         sums=len(summed),
         expansion_parameters=record.expansion_flops // (2 * TOKENS),
@@ -113,9 +120,13 @@ def _dtype(config: Any, dtype: str) -> torch.dtype:
     if dtype != "auto":
         named = getattr(torch, dtype, None)
         if not isinstance(named, torch.dtype):
-            raise InvalidInputError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+            raise InvalidInputError(
+                f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16"
+            )
         return named
-    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    stated = getattr(config, "dtype", None) or getattr(
+        config.get_text_config(decoder=True), "dtype", None
+    )
     return stated if isinstance(stated, torch.dtype) else torch.float32
 
 

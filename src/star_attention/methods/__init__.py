@@ -7,12 +7,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from star_attention.comm import Comm
 from star_attention.config import METHODS, StarConfig
-from star_attention.hf.handle import ModelHandle
+from star_attention.distributed.comm import Comm
+from star_attention.hf.execution.handle import ModelHandle
 from star_attention.phase1 import Progress
-from star_attention.plan import BlockPlan, Segments
-from star_attention.store import ContextKV, Sight
+from star_attention.planning.plan import BlockPlan, Segments
+from star_attention.storage.kv import ContextKV, VisibleRange
 
 
 class Method(Protocol):
@@ -22,7 +22,7 @@ class Method(Protocol):
 
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]: ...
 
-    def sight(self, plan: BlockPlan) -> Sight | None: ...
+    def visible(self, plan: BlockPlan) -> VisibleRange | None: ...
 
     def encode(
         self,

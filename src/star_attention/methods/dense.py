@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from star_attention.config import StarConfig
 from star_attention.methods.star import Star
-from star_attention.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan
 
 
 class Dense(Star):

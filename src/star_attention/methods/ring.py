@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from star_attention import phase1
-from star_attention.comm import Comm
 from star_attention.config import StarConfig
-from star_attention.hf.handle import ModelHandle
-from star_attention.hf.ring import RingCache
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.ring import RingCache
+from star_attention.hf.execution.handle import ModelHandle
 from star_attention.methods.dense import Dense
-from star_attention.plan import BlockPlan, Segments, ring_layout
-from star_attention.store import ContextKV
+from star_attention.planning.plan import BlockPlan, Segments, ring_layout
+from star_attention.storage.kv import ContextKV
 
 
 class Ring(Dense):
@@ -35,15 +35,19 @@ class Ring(Dense):
         progress: phase1.Progress | None,
     ) -> list[ContextKV]:
         layout = self.layout(config, plan)
-        if sum(bool(segments) for segments in layout) == 1:  # one rank, or next to nothing to deal out
-            return super().encode(handle, ids_BL, plan, comm, config, rope_length=rope_length, progress=progress)
-        own = layout[comm.host]
-        keeping = self.keeping(config)
-        stores = [phase1.empty(handle, own, comm, keeping) for _ in range(ids_BL.shape[0])]
+        if (
+            sum(bool(segments) for segments in layout) == 1
+        ):  # one rank, or next to nothing to deal out
+            return super().encode(
+                handle, ids_BL, plan, comm, config, rope_length=rope_length, progress=progress
+            )
+        own = layout[comm.cp_rank]
+        kv_format = self.kv_format(config)
+        stores = [phase1.empty(handle, own, comm, kv_format) for _ in range(ids_BL.shape[0])]
         comm.tick(f"phase 1, ring over {plan.context_tokens:,} tokens")
         comm.progress(0, sum(stop - start for start, stop in own))
         positions_S = torch.cat([torch.arange(start, stop) for start, stop in own])
-        with phase1.explained(
+        with phase1.translate_oom(
             lambda: (
                 f"out of memory in phase 1: ring attention sends all {len(positions_S):,} tokens of a rank through in one"
                 " forward; use more ranks, a shorter context, or method 'star'"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from star_attention import phase1
-from star_attention.comm import Comm
 from star_attention.config import StarConfig
-from star_attention.hf.handle import ModelHandle
-from star_attention.plan import BlockPlan, Segments
-from star_attention.store import ContextKV, Keeping, Sight
+from star_attention.distributed.comm import Comm
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.planning.plan import BlockPlan, Segments
+from star_attention.storage.kv import ContextKV, KVFormat, VisibleRange
 
 
 class Star:
@@ -19,10 +19,10 @@ class Star:
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]:
         return plan.layout
 
-    def keeping(self, config: StarConfig) -> Keeping:
-        return Keeping(dtype=config.kv_dtype, device=config.kv_device)
+    def kv_format(self, config: StarConfig) -> KVFormat:
+        return KVFormat(dtype=config.kv_dtype, device=config.kv_device)
 
-    def sight(self, plan: BlockPlan) -> Sight | None:
+    def visible(self, plan: BlockPlan) -> VisibleRange | None:
         return None
 
     def encode(
@@ -44,6 +44,6 @@ class Star:
             tokens_per_forward=config.forward_size(handle.device.type),
             rope_length=rope_length,
             anchor_source=config.anchor_source,
-            keeping=self.keeping(config),
+            kv_format=self.kv_format(config),
             progress=progress,
         )

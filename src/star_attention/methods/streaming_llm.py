@@ -10,14 +10,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from star_attention import phase1
-from star_attention.comm import Comm
 from star_attention.config import StarConfig
+from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
-from star_attention.hf.handle import ModelHandle
-from star_attention.hf.window import WindowCache
+from star_attention.hf.cache.window import WindowCache
+from star_attention.hf.execution.handle import ModelHandle
 from star_attention.methods.star import Star
-from star_attention.plan import BlockPlan, Segments, Span, resolve_sizes
-from star_attention.store import ContextKV, Sight
+from star_attention.planning.plan import BlockPlan, Segments, Span, resolve_sizes
+from star_attention.storage.kv import ContextKV, VisibleRange
 
 SINKS = 4
 """Enough, by the StreamingLLM paper's table 2."""
@@ -39,8 +39,8 @@ class StreamingLLM(Star):
         runs = ((0, sinks), (recent, plan.context_tokens))
         return (tuple((start, stop) for start, stop in runs if start < stop),)
 
-    def sight(self, plan: BlockPlan) -> Sight | None:
-        return Sight(first=plan.anchor_size, recent=plan.block_size)
+    def visible(self, plan: BlockPlan) -> VisibleRange | None:
+        return VisibleRange(first=plan.anchor_size, recent=plan.block_size)
 
     def encode(
         self,
@@ -53,10 +53,12 @@ class StreamingLLM(Star):
         rope_length: int | None,
         progress: phase1.Progress | None,
     ) -> list[ContextKV]:
-        keeping = self.keeping(config)
+        kv_format = self.kv_format(config)
         held, size = self.layout(config, plan)[0], config.forward_size(handle.device.type)
         expands: list[bool | None] = [None] * len(handle.windows)
-        stores = [ContextKV.empty(held, expands, keeping, sight=self.sight(plan)) for _ in ids_BL]
+        stores = [
+            ContextKV.empty(held, expands, kv_format, visible=self.visible(plan)) for _ in ids_BL
+        ]
         cache = WindowCache(plan, stores, handle.windows, comm)
         budget = max(1, size // ids_BL.shape[0])
         spans = [

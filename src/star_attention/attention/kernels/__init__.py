@@ -62,7 +62,9 @@ def load(name: str) -> ModuleType:
 
 def find(call: Call, name: str | None = None) -> str | None:
     """The first kernel that can run the call, or None; `name` asks about that one only."""
-    return next((n for n in ([name] if name else _in_order()) if not load(n).unsupported(call)), None)
+    return next(
+        (n for n in ([name] if name else _in_order()) if not load(n).unsupported(call)), None
+    )
 
 
 def _in_order() -> list[str]:
@@ -78,7 +80,9 @@ def choose(call: Call, name: str | None = None) -> str:
     """
     found = find(call, name)
     if found is None:
-        reasons = [f"{n}: {', '.join(load(n).unsupported(call))}" for n in ([name] if name else KERNELS)]
+        reasons = [
+            f"{n}: {', '.join(load(n).unsupported(call))}" for n in ([name] if name else KERNELS)
+        ]
         raise UnsupportedCallError(f"no attention kernel can run {call}: " + "; ".join(reasons))
     return found
 
@@ -93,9 +97,7 @@ def triton_works(device: torch.device) -> bool:
     out_BQHD, lse_BQH = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 1, device=device)
     try:
         triton_merge.merge(out_BQHD, lse_BQH, out_BQHD, lse_BQH, dtype=torch.float32)
-    except (
-        Exception
-    ) as error:  # of the compiler, of the driver: whatever it is, torch's own operations do the same work
+    except Exception as error:  # of the compiler, of the driver: whatever it is, torch's own operations do the same work
         logging.getLogger("star_attention").info("going on without Triton: %s", error)
         return False
     return True

@@ -28,11 +28,19 @@ def unsupported(call: Call) -> list[str]:
 
 
 def attend(
-    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    *,
+    call: Call,
+    scale: float,
+    mask_BQK: Tensor | None,
 ) -> State:
     bias_B1QK = None
     if mask_BQK is not None:
-        bias_B1QK = torch.zeros(mask_BQK.shape, dtype=q_BQHD.dtype).masked_fill_(~mask_BQK, float("-inf"))[:, None]
+        bias_B1QK = torch.zeros(mask_BQK.shape, dtype=q_BQHD.dtype).masked_fill_(
+            ~mask_BQK, float("-inf")
+        )[:, None]
     out_BHQD, lse_BHQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_BQHD.transpose(1, 2),
         k_BKGD.transpose(1, 2),

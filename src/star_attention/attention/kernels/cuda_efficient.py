@@ -29,7 +29,13 @@ def unsupported(call: Call) -> list[str]:
 
 
 def attend(
-    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    *,
+    call: Call,
+    scale: float,
+    mask_BQK: Tensor | None,
 ) -> State:
     assert mask_BQK is None, "this kernel is used without a mask"
     groups = call.heads // call.kv_heads

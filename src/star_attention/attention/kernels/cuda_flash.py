@@ -17,10 +17,18 @@ def unsupported(call: Call) -> list[str]:
 
 
 def attend(
-    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    *,
+    call: Call,
+    scale: float,
+    mask_BQK: Tensor | None,
 ) -> State:
     assert mask_BQK is None, "this kernel takes no mask"
-    window = {} if call.window is None else {"window_size_left": call.window - 1, "window_size_right": 0}
+    window = (
+        {} if call.window is None else {"window_size_left": call.window - 1, "window_size_right": 0}
+    )
     out_BQHD, lse_BHQ = torch.ops.aten._flash_attention_forward(
         q_BQHD,
         k_BKGD,

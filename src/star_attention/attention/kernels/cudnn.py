@@ -30,7 +30,13 @@ def unsupported(call: Call) -> list[str]:
 
 
 def attend(
-    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    *,
+    call: Call,
+    scale: float,
+    mask_BQK: Tensor | None,
 ) -> State:
     assert mask_BQK is None, "this kernel takes no mask"
     out_BHQD, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(

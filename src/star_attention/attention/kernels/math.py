@@ -22,7 +22,13 @@ def unsupported(call: Call) -> list[str]:
 
 
 def attend(
-    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, call: Call, scale: float, mask_BQK: Tensor | None
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    *,
+    call: Call,
+    scale: float,
+    mask_BQK: Tensor | None,
 ) -> State:
     batch, queries, heads, _ = q_BQHD.shape
     keys = k_BKGD.shape[1]
@@ -42,22 +48,39 @@ def attend(
                 mask = (torch.arange(key, key_stop, device=q_BQHD.device) <= limit_Q[:, None])[None]
             states.append(
                 _attend(
-                    q_BQHD[:, row:stop], k_BKGD[:, key:key_stop], v_BKGD[:, key:key_stop], scale, mask, call.softcap
+                    q_BQHD[:, row:stop],
+                    k_BKGD[:, key:key_stop],
+                    v_BKGD[:, key:key_stop],
+                    scale,
+                    mask,
+                    call.softcap,
                 )
             )
         parts.append(merge(states))
     if len(parts) == 1:
         return parts[0]
-    return State(torch.cat([p.out_BQHD for p in parts], 1), torch.cat([p.lse_BQH for p in parts], 1))
+    return State(
+        torch.cat([p.out_BQHD for p in parts], 1), torch.cat([p.lse_BQH for p in parts], 1)
+    )
 
 
 def _attend(
-    q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, scale: float, mask_BQK: Tensor | None, softcap: float | None
+    q_BQHD: Tensor,
+    k_BKGD: Tensor,
+    v_BKGD: Tensor,
+    scale: float,
+    mask_BQK: Tensor | None,
+    softcap: float | None,
 ) -> State:
     B, Q, H, D = q_BQHD.shape
     G = k_BKGD.shape[2]
     # Query heads of one KV head become rows, so that keys are read once and never repeated in memory.
-    q_BGMD = q_BQHD.reshape(B, Q, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, (H // G) * Q, D).float()
+    q_BGMD = (
+        q_BQHD.reshape(B, Q, G, H // G, D)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(B, G, (H // G) * Q, D)
+        .float()
+    )
     k_BGDK = k_BKGD.permute(0, 2, 3, 1).float()
     v_BGKD = v_BKGD.permute(0, 2, 1, 3).float()
     scores_BGMK = torch.matmul(q_BGMD, k_BGDK).mul_(scale)

@@ -51,8 +51,12 @@ def _append(
     to = ((r * KV_HEADS + g) * tl.load(lengths_ptr + 2) + slot) * D + d
     k_D = tl.load(k_ptr + r * k_r + g * k_g + q * k_q + d, mask=there)
     v_D = tl.load(v_ptr + r * v_r + g * v_g + q * v_q + d, mask=there)
-    tl.store(tl.load(table_ptr + layer * COLUMNS + 2).to(tl.pointer_type(kind)) + to, k_D, mask=there)
-    tl.store(tl.load(table_ptr + layer * COLUMNS + 3).to(tl.pointer_type(kind)) + to, v_D, mask=there)
+    tl.store(
+        tl.load(table_ptr + layer * COLUMNS + 2).to(tl.pointer_type(kind)) + to, k_D, mask=there
+    )
+    tl.store(
+        tl.load(table_ptr + layer * COLUMNS + 3).to(tl.pointer_type(kind)) + to, v_D, mask=there
+    )
 
 
 @triton.jit
@@ -87,7 +91,9 @@ def _runs(
     at_M = ((row * queries + query) * HEADS + g * GROUP + m % GROUP).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     there = d < D
-    q_MD = tl.load(q_ptr + at_M[:, None] * D + d[None, :], mask=held[:, None] & there[None, :], other=0.0)
+    q_MD = tl.load(
+        q_ptr + at_M[:, None] * D + d[None, :], mask=held[:, None] & there[None, :], other=0.0
+    )
 
     # The keys that each row sees: from `first` on, before `last`.
     padding = tl.load(padding_ptr + row, mask=held, other=0)
@@ -110,8 +116,12 @@ def _runs(
         k8_ptr = tl.multiple_of(k_at.to(tl.pointer_type(tl.float8e4nv)) + base, 16)
         v8_ptr = tl.multiple_of(v_at.to(tl.pointer_type(tl.float8e4nv)) + base, 16)
         scales = tl.where(of_tail, 0, g * tokens)
-        k_scale_ptr = tl.load(table_ptr + layer * COLUMNS + 4).to(tl.pointer_type(tl.float32)) + scales
-        v_scale_ptr = tl.load(table_ptr + layer * COLUMNS + 5).to(tl.pointer_type(tl.float32)) + scales
+        k_scale_ptr = (
+            tl.load(table_ptr + layer * COLUMNS + 4).to(tl.pointer_type(tl.float32)) + scales
+        )
+        v_scale_ptr = (
+            tl.load(table_ptr + layer * COLUMNS + 5).to(tl.pointer_type(tl.float32)) + scales
+        )
 
     each = tl.cdiv(tl.cdiv(length, pieces), BLOCK_N) * BLOCK_N
     start = number * each
@@ -150,7 +160,9 @@ def _runs(
             v8_ND = tl.load(v8_ptr + place_ND, mask=far).to(tl.float32)
             v_scale_N = tl.load(v_scale_ptr + n, mask=stored, other=0.0)
             v_ND = tl.where(of_tail, v_ND, tl.where(far, v8_ND * v_scale_N[:, None], 0.0).to(kind))
-        out_MD = tl.dot(weight_MN.to(kind), v_ND, acc=out_MD * shrink_M[:, None], input_precision=PRECISION)
+        out_MD = tl.dot(
+            weight_MN.to(kind), v_ND, acc=out_MD * shrink_M[:, None], input_precision=PRECISION
+        )
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
         top_M = new_M
 
@@ -158,7 +170,11 @@ def _runs(
     place_M = at_M * (splits + TAIL_SPLITS) + run
     some_M = sum_M > 0.0
     sum_M = tl.where(some_M, sum_M, 1.0)
-    tl.store(out_ptr + place_M[:, None] * D + d[None, :], out_MD / sum_M[:, None], mask=held[:, None] & there[None, :])
+    tl.store(
+        out_ptr + place_M[:, None] * D + d[None, :],
+        out_MD / sum_M[:, None],
+        mask=held[:, None] & there[None, :],
+    )
     tl.store(lse_ptr + place_M, tl.where(some_M, top_M + tl.log2(sum_M), float("-inf")), mask=held)
 
 
@@ -230,7 +246,8 @@ def attend(
     runs = splits + TAIL_SPLITS
     block_d = max(16, triton.next_power_of_2(D))
     out, lse = (
-        torch.empty(shape, dtype=torch.float32, device=q_RQHD.device) for shape in ((R, Q, H, runs, D), (R, Q, H, runs))
+        torch.empty(shape, dtype=torch.float32, device=q_RQHD.device)
+        for shape in ((R, Q, H, runs, D), (R, Q, H, runs))
     )
     _runs[(kv_heads, splits * tiles + R * tail_tiles * TAIL_SPLITS)](
         q_RQHD, table, lengths, padding_R, out, lse,

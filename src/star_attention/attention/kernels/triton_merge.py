@@ -30,25 +30,38 @@ def _merge(
     there = inside[:, None] & (d < D)[None, :]
     later = inside & (q >= first)
     a_lse = tl.load(a_lse_ptr + b * al_b + q * al_q + h * al_h, mask=inside, other=float("-inf"))
-    b_lse = tl.load(b_lse_ptr + b * bl_b + (q - first) * bl_q + h * bl_h, mask=later, other=float("-inf"))
+    b_lse = tl.load(
+        b_lse_ptr + b * bl_b + (q - first) * bl_q + h * bl_h, mask=later, other=float("-inf")
+    )
     top = tl.maximum(a_lse, b_lse)
     safe = tl.where(top == float("-inf"), 0.0, top)
     a_weight = tl.exp(a_lse - safe)
     b_weight = tl.exp(b_lse - safe)
     weights = a_weight + b_weight
     some = tl.where(weights > 0.0, weights, 1.0)
-    a = tl.load(a_ptr + (b * a_b + q * a_q + h * a_h)[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
+    a = tl.load(
+        a_ptr + (b * a_b + q * a_q + h * a_h)[:, None] + d[None, :], mask=there, other=0.0
+    ).to(tl.float32)
     b_mask = there & later[:, None]
-    other = tl.load(b_ptr + (b * b_b + (q - first) * b_q + h * b_h)[:, None] + d[None, :], mask=b_mask, other=0.0).to(
-        tl.float32
-    )
+    other = tl.load(
+        b_ptr + (b * b_b + (q - first) * b_q + h * b_h)[:, None] + d[None, :],
+        mask=b_mask,
+        other=0.0,
+    ).to(tl.float32)
     out = a * (a_weight / some)[:, None] + other * (b_weight / some)[:, None]
     tl.store(out_ptr + at[:, None] * D + d[None, :], out, mask=there)
-    tl.store(lse_ptr + at, safe + tl.log(some) + tl.where(weights > 0.0, 0.0, float("-inf")), mask=inside)
+    tl.store(
+        lse_ptr + at, safe + tl.log(some) + tl.where(weights > 0.0, 0.0, float("-inf")), mask=inside
+    )
 
 
 def merge(
-    a_out_BQHD: Tensor, a_lse_BQH: Tensor, b_out_BQHD: Tensor, b_lse_BQH: Tensor, *, dtype: torch.dtype
+    a_out_BQHD: Tensor,
+    a_lse_BQH: Tensor,
+    b_out_BQHD: Tensor,
+    b_lse_BQH: Tensor,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The state over both key sets, `out` in `dtype`; the second one may be of the last rows only."""
     B, Q, H, D = a_out_BQHD.shape

@@ -52,7 +52,9 @@ def _rows(
 
 
 @torch.library.custom_op("star_attention::linears", mutates_args=())
-def linears(x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
+def linears(
+    x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]
+) -> list[Tensor]:
     """`torch.nn.functional.linear` of a single row and up to `MOST` matrices in one launch; sums in fp32.
 
     `[..., K]` to `[..., N]` for each. The next matrix's weights are on their way while the last one's sums are finished.
@@ -93,7 +95,11 @@ class RowLinear(nn.Linear):
 
 def fits(module: nn.Module) -> bool:
     """Whether a module may become a `RowLinear`: a plain linear layer of plain weights (not of a quantized kind)."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.stride(1) == 1
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.stride(1) == 1
+    )
 
 
 def together(graph: torch.fx.Graph) -> None:
@@ -112,7 +118,9 @@ def together(graph: torch.fx.Graph) -> None:
 def _join(graph: torch.fx.Graph, row: Any, nodes: list[Any]) -> None:
     """(Weights and biases are inputs of a layer's graph, so that they are there before the first of the nodes.)"""
     inputs = [item for node in nodes for part in node.args[1:] for item in part if item is not None]
-    if any(item.op != "placeholder" for item in inputs) or any(len(node.args[1]) != 1 for node in nodes):
+    if any(item.op != "placeholder" for item in inputs) or any(
+        len(node.args[1]) != 1 for node in nodes
+    ):
         return
     with graph.inserting_before(nodes[0]):
         weights, biases = ([node.args[part][0] for node in nodes] for part in (1, 2))

@@ -1,0 +1,1 @@
+"""Processes that share a context: their mesh, messages, collectives and failures."""

@@ -1,0 +1,1 @@
+"""transformers caches that compute attention over our stores."""

@@ -1,0 +1,1 @@
+"""Running a transformers model with our attention: hooks, compiled layers, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Decisions in integers, before any tensor: blocks, operations, bytes and times."""

@@ -1,0 +1,315 @@
+"""The cost model of both phases on hardware that is not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from star_attention.bench.subject import SHAPES
+from star_attention.cli import app
+from star_attention.errors import InvalidInputError
+from star_attention.hf.shape import model_shape
+from star_attention.planning import cost, estimate
+from star_attention.planning.cost import Flops
+from star_attention.planning.plan import BlockPlan
+
+SHAPE = model_shape(LlamaConfig(**SHAPES["llama-3.1-8b"]), "bfloat16")
+H200 = estimate.HARDWARE["h200-nvlink"]
+K = 1024
+
+
+def seconds(
+    scheme: str, *, context: int = 256 * K, ranks: int = 8, block: int = 32 * K, on: Any = H200
+) -> estimate.Estimate:
+    return estimate.estimate(
+        SHAPE, on, scheme, context=context, ranks=ranks, block=block, tokens_per_forward=16 * K
+    )
+
+
+def test_one_rank_takes_its_operations_at_the_rates() -> None:
+    flops = cost.phase1(
+        SHAPE, BlockPlan.resolve(256 * K, 32 * K, None, 1), tokens_per_forward=16 * K
+    )
+    star = seconds("star", ranks=1)
+    assert star.encode_s == pytest.approx(
+        flops.linear / H200.matrix + flops.attention / H200.attention
+    )
+    assert star.wire_s == star.exposed_s == 0
+    dense = cost.phase1(SHAPE, BlockPlan.dense(256 * K), tokens_per_forward=16 * K)
+    for scheme in ("ring", "ring-plain"):
+        expected = dense.linear / H200.matrix + dense.attention / H200.attention
+        assert seconds(scheme, ranks=1).encode_s == pytest.approx(expected)
+
+
+def test_a_token_takes_the_bytes_and_the_merges() -> None:
+    alone = seconds("star", ranks=1)
+    read = (SHAPE.weight_bytes + 256 * K * SHAPE.kv_bytes_per_token) / H200.bandwidth
+    assert alone.token_s == pytest.approx(read)
+    shared = seconds("star")
+    least = (SHAPE.weight_bytes + 32 * K * SHAPE.kv_bytes_per_token) / H200.bandwidth
+    assert shared.token_s >= least + 32 * H200.latency
+
+
+def test_schemes_stand_in_the_order_of_their_work() -> None:
+    """Eight blocks on eight ranks: whoever encodes the anchor once more takes longer, whatever the link."""
+    star, local, official = (seconds(scheme) for scheme in ("star", "star-local", "official"))
+    assert star.encode_s < local.encode_s == pytest.approx(official.encode_s)
+    two_each = [seconds(scheme, context=512 * K) for scheme in ("star", "star-local", "official")]
+    assert two_each[0].encode_s < two_each[1].encode_s < two_each[2].encode_s
+
+
+def test_a_contiguous_ring_does_nearly_twice_the_attention() -> None:
+    ring, plain = (seconds(scheme, context=2**20, ranks=64) for scheme in ("ring", "ring-plain"))
+    free = estimate.hardware("h200-nvlink,attention=1e30")
+    linear = seconds("ring", context=2**20, ranks=64, on=free).compute_s
+    assert (plain.compute_s - linear) / (ring.compute_s - linear) == pytest.approx(
+        2 * 63.5 / 64, rel=1e-3
+    )
+
+
+def test_a_slow_link_shows() -> None:
+    slow = estimate.hardware("h200-nvlink,link=1e9")
+    assert seconds("star").exposed_s == 0
+    star, local = seconds("star", on=slow), seconds("star-local", on=slow)
+    assert star.wire_s == pytest.approx(32 * K * SHAPE.kv_bytes_per_token / 1e9 + 32 * slow.latency)
+    assert 0 < star.exposed_s < star.wire_s
+    assert local.wire_s == 0
+    assert local.encode_s < star.encode_s, "then computing the anchor pays"
+    assert seconds("ring", on=slow).exposed_s > star.exposed_s
+
+
+def test_memory_is_the_fullest_ranks() -> None:
+    kv = SHAPE.kv_bytes_per_token
+    two = seconds("star", context=512 * K)
+    assert two.memory - seconds("star").memory == 32 * K * kv, (
+        "two blocks a rank, beside the anchor"
+    )
+    assert seconds("star", ranks=1, context=2**20).fits is False
+    assert seconds("star", ranks=16, context=2**20).fits
+
+
+def test_the_best_block_is_the_quickest_of_those_allowed() -> None:
+    options = dict(context=512 * K, ranks=8, tokens_per_forward=16 * K)
+    best = estimate.best_block(SHAPE, H200, smallest=8 * K, **options)
+    times = {
+        b: seconds("star", context=512 * K, block=b).encode_s
+        for b in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K)
+    }
+    assert best.block == min(times, key=times.__getitem__)
+    assert estimate.best_block(SHAPE, H200, smallest=128 * K, **options).block == 128 * K
+    assert (
+        estimate.best_block(
+            SHAPE, H200, smallest=1, context=700, ranks=2, tokens_per_forward=512
+        ).block
+        == 700
+    )
+
+
+# ------------------------------------------------------------------ hardware
+
+
+def test_calibration_finds_the_rates() -> None:
+    samples = [
+        (Flops(linear=linear, attention=rest), linear / 7e14 + rest / 5e14)
+        for linear, rest in ((10**15, 10**14), (2 * 10**15, 9 * 10**15))
+    ]
+    found = estimate.calibrated(H200, samples, 4e12)
+    assert (found.matrix, found.attention, found.bandwidth) == pytest.approx((7e14, 5e14, 4e12))
+    assert (found.link, found.name) == (H200.link, "h200-nvlink, calibrated")
+    with pytest.raises(InvalidInputError, match="do not tell the rates"):
+        estimate.calibrated(H200, samples[:1], 4e12)
+
+
+def test_hardware_by_name_and_by_number() -> None:
+    assert estimate.hardware("h200-ib") is estimate.HARDWARE["h200-ib"]
+    assert estimate.hardware("h200-ib, link=5").link == 5
+    own = estimate.hardware("matrix=1,attention=2,bandwidth=3,memory=4,link=5,latency=6")
+    assert (own.matrix, own.latency) == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h300", "hardware 'h300' is unknown; choose one of h200-nvlink"),
+        ("h200-ib,speed=3", "hardware 'speed=3' is unknown; give matrix="),
+        ("h200-ib,link=fast", "hardware link 'fast' is no number"),
+        ("h200-ib,link=0", "hardware link 0.0 is not above 0"),
+        ("matrix=1,link=2", "leaves out attention, bandwidth, memory, latency"),
+    ],
+)
+def test_hardware_that_cannot_be(text: str, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        estimate.hardware(text)
+
+
+# ------------------------------------------------------------------ command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("config")
+    settings: dict[str, Any] = dict(
+        architectures=["LlamaForCausalLM"], dtype="bfloat16", max_position_embeddings=1 << 20
+    )
+    LlamaConfig(**SHAPES["llama-3.1-8b"], **settings).save_pretrained(folder)
+    return str(folder)
+
+
+def plan(model: str, *arguments: str, status: int = 0) -> str:
+    done = CliRunner().invoke(app, ["plan", "-m", model, *arguments])
+    assert done.exit_code == status, done.output
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_a_row_for_each_length_and_number_of_ranks(model: str) -> None:
+    text = plan(
+        model,
+        "--hardware",
+        "h200-ib",
+        "--context",
+        "128k..512k",
+        "--ranks",
+        "1,8",
+        "--block-size",
+        "16k",
+    )
+    rows = [
+        line.split()[:3]
+        for line in text.splitlines()
+        if line.startswith("  ") and "16k" in line.split()[2:3]
+    ]
+    assert rows == [
+        [length, ranks, "16k"] for length in ("128k", "256k", "512k") for ranks in ("1", "8")
+    ]
+    assert "link 40 GB/s" in text
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_beyond_the_models_positions_is_said_once(model: str) -> None:
+    arguments = ["plan", "-m", model, "--hardware", "h200-ib", "--ranks", "1,8", "--context"]
+    assert CliRunner().invoke(app, [*arguments, "512k"]).stderr == ""
+    (line,) = CliRunner().invoke(app, [*arguments, "512k..2m"]).stderr.splitlines()
+    assert line == (
+        "warning: context, query and answer need 2,097,472 positions, the model has 1,048,576: encoding would be refused"
+    )
+
+
+def test_json_and_the_rule_of_a_quarter(model: str) -> None:
+    arguments = [
+        "--hardware",
+        "a100-nvlink",
+        "--context",
+        "128k",
+        "--ranks",
+        "4",
+        "--block-size",
+        "quarter",
+        "--json",
+    ]
+    (found,) = json.loads(plan(model, *arguments))["estimates"]
+    assert list(found) == list(estimate.SCHEMES)
+    assert found["star"]["block"] == 32 * K
+    assert found["star"]["encode_s"] == found["star"]["compute_s"] + found["star"]["exposed_s"]
+
+
+def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
+    row = dict(method="dense", block=None, linear_flops=10**15, attention_flops=10**14)
+    rows = [
+        row | dict(context=16 * K, seconds=1.7),
+        row | dict(context=64 * K, attention_flops=10**16, seconds=22.0),
+    ]
+    file = tmp_path / "prefill.json"
+    measured = {
+        "benchmark": "prefill",
+        "ceilings": {"flops_per_s": 7e14, "bytes_per_s": 2.5e12},
+        "rows": rows,
+    }
+    file.write_text(json.dumps(measured))
+    options = ["--hardware", "h200-ib", "--context", "64k", "--calibrate"]
+    text = plan(model, *options, str(file))
+    assert "h200-ib, calibrated" in text
+    assert "predicted s" in text
+    assert "memory 2.5 TB/s, link 40 GB/s" in text
+    found = json.loads(plan(model, *options, str(file), "--json"))["hardware"]
+    assert (found["bandwidth"], found["link"]) == (2.5e12, 4e10)
+    for text, message in (
+        (
+            json.dumps(measured | {"benchmark": "decode"}),
+            " is the JSON of `bench decode`; give that of `bench prefill`",
+        ),
+        (
+            json.dumps(measured | {"rows": [{}]}),
+            " is no JSON of `bench prefill` as this version writes it",
+        ),
+        ("{}", " is no JSON of `bench prefill`"),
+    ):
+        file.write_text(text)
+        assert plan(model, *options, str(file), status=1) == f"error: {file}{message}\n"
+    file.unlink()
+    assert plan(model, *options, str(file), status=1).startswith(
+        f"error: there is no file {file}; give the JSON"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (
+            ["--context", "1m..128k", "--hardware", "h200-ib"],
+            1,
+            "context '1m..128k' ends before it begins",
+        ),
+        (
+            ["--context", "1m", "--hardware", "h200-ib", "--ranks", "many"],
+            1,
+            "ranks 'many' is not a number of ranks",
+        ),
+        (
+            ["--context", "0..8k", "--hardware", "h200-ib"],
+            1,
+            "context 0 is below 1; give a positive number of tokens",
+        ),
+        (
+            ["--context", "1m", "--ranks", "1..8"],
+            2,
+            "'1..8' is not a number above 0 (several need --hardware)",
+        ),
+        (
+            ["--context", "8k,16k"],
+            2,
+            "--context: '8k,16k' is several lengths, which need --hardware",
+        ),
+        (
+            ["--context", "8k..16k"],
+            2,
+            "--context: '8k..16k' is several lengths, which need --hardware",
+        ),
+        (
+            ["--context", "8k", "--block-size", "quarter"],
+            2,
+            "--block-size: 'quarter' needs --hardware",
+        ),
+        (["--context", "1m", "--calibrate", "x.json"], 2, "it needs --hardware"),
+        *(
+            (
+                ["--context", "1m", "--hardware", "h200-ib", name, value],
+                2,
+                f"{name}: --hardware has no times for it",
+            )
+            for name, value in (
+                ("--anchor-size", "1k"),
+                ("--tensor-parallel", "2"),
+                ("--queries", "9"),
+            )
+        ),
+    ],
+)
+def test_what_cannot_be_planned(
+    model: str, arguments: list[str], status: int, message: str
+) -> None:
+    assert message in " ".join(plan(model, *arguments, status=status).replace("│", " ").split())
