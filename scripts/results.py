@@ -16,10 +16,10 @@ import time
 from itertools import product
 from pathlib import Path
 
-from star_attention.evals.joining import join
-from star_attention.evals.report import accuracy, short, write
-from star_attention.evals.results import Results
-from star_attention.evals.run_folder import read_predictions
+from star_attention.evals.reports.report import accuracy, short, write
+from star_attention.evals.reports.results import Results
+from star_attention.evals.runs.merge import join
+from star_attention.evals.runs.run_folder import read_predictions
 from star_attention.planning.plan import format_size
 
 LENGTHS = ("4k", "8k", "16k", "32k")

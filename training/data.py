@@ -29,17 +29,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from star_attention.evals import (
-    babi_world,
-    babilong,
-    infinitebench,
-    ruler_lists,
-    ruler_needles,
-    shared,
-    sources,
-)
-from star_attention.evals.babilong_prompts import ASK, frame
-from star_attention.evals.ruler_needles import NOISE, Draw
+from star_attention.evals.samples import sources
+from star_attention.evals.suites import babilong, infinitebench, shared
+from star_attention.evals.suites.babilong import world
+from star_attention.evals.suites.babilong.prompts import ASK, frame
+from star_attention.evals.suites.ruler import lists, needles
+from star_attention.evals.suites.ruler.needles import NOISE, Draw
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "needle-17m"
 
@@ -173,7 +168,7 @@ class Maker:
     def scattered(self, hidden: list[str], sentences: list[str]) -> list[str]:
         """Hidden ones in their order at random places."""
         places = sorted(self.rng.randrange(len(sentences) + 1) for _ in hidden)
-        return ruler_needles.planted(sentences, hidden, places)
+        return needles.planted(sentences, hidden, places)
 
     def size_of(self, questions: list[Question]) -> int:
         """With what ends each answer."""
@@ -213,9 +208,9 @@ def _needles(maker: Maker, room: int) -> Document:
         _needle_question(group, [value for key in group for value in facts[key]], values)
         for group in groups
     ]
-    planted = [ruler_needles.sentence(key, value, values) for key, value in hidden]
+    planted = [needles.sentence(key, value, values) for key, value in hidden]
     one = len(questions) == 1 and len(hidden) == 1
-    head = ruler_needles.head(values, one=one)
+    head = needles.head(values, one=one)
     joint = " " if haystack == "essay" else "\n"
     rest = room - maker.size(head + joint.join(planted)) - maker.size_of(questions)
     while rest < 0 and len(questions) > 1:
@@ -226,7 +221,7 @@ def _needles(maker: Maker, room: int) -> Document:
         filler = maker.filled(lambda: NOISE, rest, joint)
     else:
         filler = maker.filled(
-            lambda: ruler_needles.sentence(draw(keys), draw(values), values), rest, joint
+            lambda: needles.sentence(draw(keys), draw(values), values), rest, joint
         )
     return Document(
         context=head + joint.join(maker.scattered(planted, filler)) + "\n", questions=questions
@@ -234,7 +229,7 @@ def _needles(maker: Maker, room: int) -> Document:
 
 
 def _needle_question(keys: list[str], answers: list[str], values: str) -> Question:
-    query, prefix = ruler_needles.question(keys, values, one=len(answers) == 1)
+    query, prefix = needles.question(keys, values, one=len(answers) == 1)
     task = "needles" if len(answers) == 1 else "multivalue" if len(keys) == 1 else "multiquery"
     return Question(task=task, asked=query + prefix, answer=f" {', '.join(answers)}")
 
@@ -305,10 +300,10 @@ def _chain_text(
         lines.append(
             [f"VAR {own[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in pairwise(own))]
         )
-        query, prefix = ruler_lists.chain_question(str(value), len(own))
+        query, prefix = lists.chain_question(str(value), len(own))
         questions.append(Question(task="vt", asked=query + prefix, answer=" ".join(own)))
     flat = [line for own in lines for line in own]
-    rest = room - maker.size(ruler_lists.CHAIN_HEAD + "\n".join(flat)) - maker.size_of(questions)
+    rest = room - maker.size(lists.CHAIN_HEAD + "\n".join(flat)) - maker.size_of(questions)
     text = maker.filled(lambda: NOISE, max(0, rest - 8), "\n")
     # Each chain in its order, the chains among one another at random.
     put = sorted(
@@ -316,13 +311,13 @@ def _chain_text(
         for one, own in enumerate(lines)
         for place, line in zip(sorted(rng.random() for _ in own), own, strict=True)
     )
-    placed = ruler_needles.planted(
+    placed = needles.planted(
         text,
         [line for _, _, line in put],
         sorted(int(place * (len(text) + 1)) for place, _, _ in put),
     )
     rng.shuffle(questions)
-    return f"{ruler_lists.CHAIN_HEAD}{chr(10).join(placed)}\n", questions
+    return f"{lists.CHAIN_HEAD}{chr(10).join(placed)}\n", questions
 
 
 def _common(maker: Maker, room: int) -> Document:
@@ -331,46 +326,44 @@ def _common(maker: Maker, room: int) -> Document:
     pool = sources.words(maker.part).all
     short = room < 4096
     shown, repeats = (20, (3, 1)) if short else (40, (10, 3))
-    text, answers = ruler_lists.listed(rng, rng.sample(pool, shown), *repeats)
-    hint = f" {ruler_lists.numbered(answers)}"
-    asked = ruler_lists.CWE_QUERY + ruler_lists.CWE_PREFIX
-    before = f"{ruler_lists.CWE_HEAD}{text}\n{asked}{hint}\n"
+    text, answers = lists.listed(rng, rng.sample(pool, shown), *repeats)
+    hint = f" {lists.numbered(answers)}"
+    asked = lists.CWE_QUERY + lists.CWE_PREFIX
+    before = f"{lists.CWE_HEAD}{text}\n{asked}{hint}\n"
     common, uncommon = (6, 1) if short else (30, 3)
     count = 10
-    rest = room - maker.size(before + ruler_lists.CWE_HEAD + asked) - 60
+    rest = room - maker.size(before + lists.CWE_HEAD + asked) - 60
     each = 6.5  # tokens of an entry, about: its number, a full stop, a word
     count = max(11, int((rest / each - 10 * common) / uncommon) + 10)
     while True:
-        text, answers = ruler_lists.listed(
-            rng, rng.sample(pool, min(count, len(pool))), common, uncommon
-        )
+        text, answers = lists.listed(rng, rng.sample(pool, min(count, len(pool))), common, uncommon)
         over = maker.size(text) - rest
         if over <= 0 or count <= 11:
             break
         count = max(11, count - max(1, math.ceil(over / each / uncommon)))
     return Document(
-        context=f"{before}{ruler_lists.CWE_HEAD}{text}\n",
-        questions=[Question(task="cwe", asked=asked, answer=f" {ruler_lists.numbered(answers)}")],
+        context=f"{before}{lists.CWE_HEAD}{text}\n",
+        questions=[Question(task="cwe", asked=asked, answer=f" {lists.numbered(answers)}")],
         hint=hint,
     )
 
 
 def _frequent(maker: Maker, room: int) -> Document:
     """RULER's frequent words."""
-    query, prefix = ruler_lists.FWE_QUERY, ruler_lists.FWE_PREFIX
-    rest = room - maker.size(ruler_lists.FWE_HEAD + query + prefix) - 40
+    query, prefix = lists.FWE_QUERY, lists.FWE_PREFIX
+    rest = room - maker.size(lists.FWE_HEAD + query + prefix) - 40
     vocabulary = max(5, room // 50)
     number, state = max(60, rest // 3), maker.rng.getstate()
     while True:
         maker.rng.setstate(state)
-        entries, answers = ruler_lists.coded(maker.rng, number, vocabulary)
+        entries, answers = lists.coded(maker.rng, number, vocabulary)
         text = " ".join(entries)
         taken = maker.size(text)
         if taken <= rest or number <= 60:
             break
         number = max(60, min(number - 1, int(0.99 * number * rest / taken)))
     question = Question(task="fwe", asked=query + prefix, answer=f" {', '.join(answers)}")
-    return Document(context=f"{ruler_lists.FWE_HEAD}{text}\n", questions=[question])
+    return Document(context=f"{lists.FWE_HEAD}{text}\n", questions=[question])
 
 
 _STORIES = {"qa1": 1, "qa2": 3, "qa3": 4, "qa4": 1, "qa5": 1}
@@ -385,10 +378,10 @@ def _stories(maker: Maker, room: int) -> Document:
     """
     rng = maker.rng
     task = rng.choices(list(_STORIES), list(_STORIES.values()))[0]
-    least, most = babi_world.FACTS[task]
+    least, most = world.FACTS[task]
     facts = rng.randint(least, max(least, min(most, room // 60)))
     goes_on = task != "qa4" and rng.random() < 0.5
-    first, *others = babi_world.chapters(
+    first, *others = world.chapters(
         task, [facts, *(rng.randint(1, 4) for _ in range(24 * goes_on))], rng
     )
     around = frame(task)
@@ -414,7 +407,7 @@ def _stories(maker: Maker, room: int) -> Document:
 
 
 def _story_questions(
-    chapter: babi_world.Chapter, task: str, count: int, rng: random.Random
+    chapter: world.Chapter, task: str, count: int, rng: random.Random
 ) -> list[Question]:
     """Two of three, as far as they go, are of the task itself."""
     asked = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from star_attention.cli import app
-from star_attention.evals import run_folder
+from star_attention.evals.runs import run_folder
 from tests.engines import BUNDLED
 
 

@@ -12,13 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from star_attention import StarLLM
-from star_attention.bench import decode, machine, plots, prefill, questions, startup, subject
-from star_attention.bench.baselines import official_encode, stock_prefill
+from star_attention.bench import decode, plots, prefill, questions, startup, subject
 from star_attention.cli import app
 from star_attention.errors import InvalidInputError, StarAttentionError
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost
 from star_attention.planning.plan import BlockPlan
+from star_attention.tools import machine
+from star_attention.tools.baselines import official_encode, stock_prefill
 from tests.engines import BUNDLED, bundled_model, ids, tiny
 
 MODEL = ["-m", str(BUNDLED), "--dtype", "float32", "--device", "cpu", "--quiet"]

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from star_attention.cli import answers, app, docs
-from star_attention.cli.notes import seconds
+from star_attention.cli import app, docs, output
+from star_attention.cli.progress import seconds
 from star_attention.config import MAX_NEW_TOKENS
 from star_attention.hf.loading.load import load_tokenizer
 from star_attention.storage import saved
@@ -143,7 +143,7 @@ def test_json_has_exactly_the_fields(texts: Path) -> None:
         *("wire_bytes_phase1", "wire_bytes_phase2", "wire_calls_phase1", "wire_calls_phase2"),
         *("wire_within_bytes_phase1", "wire_within_bytes_phase2", "per_rank"),
     ]
-    assert list(reply) == list(answers.FIELDS)
+    assert list(reply) == list(output.FIELDS)
     assert reply["query"] == QUESTION
     assert reply["text"].endswith("4910508")
     assert reply["token_ids"][-1] == 2

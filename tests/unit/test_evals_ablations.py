@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from star_attention import StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.evals import ablations
+from star_attention.evals.runs import ablations
 from tests.engines import bundled_model, bundled_tokenizer, engine, ids, tiny
 from tests.model_oracle import cached, cached_kv, eager_attention
 

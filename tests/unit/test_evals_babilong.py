@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals import babilong, babilong_prompts
-from star_attention.evals.babi_world import FACTS, ROOMS, Story, story
 from star_attention.evals.metrics import score
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites import babilong
+from star_attention.evals.suites.babilong import prompts
+from star_attention.evals.suites.babilong.world import FACTS, ROOMS, Story, story
 from star_attention.hf.text.tokens import query_ids
 from tests.engines import bundled_tokenizer
 
@@ -123,7 +124,7 @@ def test_a_story_has_one_answer_that_follows_from_its_text(task: str) -> None:
 
 @pytest.mark.parametrize("task", babilong.TASKS)
 def test_worked_examples_are_right(task: str) -> None:
-    for text, question, answer in babilong_prompts._EXAMPLES[task]:
+    for text, question, answer in prompts._EXAMPLES[task]:
         assert answers(text, question) == {answer}
 
 

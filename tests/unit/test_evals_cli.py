@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from star_attention.cli import app
 from star_attention.cli.eval import TABLE_4, _suite
 from star_attention.errors import SizeError
-from star_attention.evals import report, ruler, run_folder
-from star_attention.evals.suites import SUITES
-from star_attention.evals.variants import parse
+from star_attention.evals.reports import report
+from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.variants import parse
+from star_attention.evals.suites import SUITES, ruler
 from tests.engines import bundled_tokenizer, text_model
 
 SHORT = ("--max-new-tokens", "2", "--quiet")

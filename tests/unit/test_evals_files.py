@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals import babilong, infinitebench, shared
-from star_attention.evals.files import FORMATS, WRITTEN, read, read_all, write
+from star_attention.evals.formats.files import FORMATS, WRITTEN, read, read_all, write
 from star_attention.evals.metrics import METRICS, score
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites import babilong, infinitebench, shared
 from tests.engines import bundled_tokenizer
 
 NEEDLE = Sample(

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals import infinitebench
 from star_attention.evals.metrics import score
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites import infinitebench
 from star_attention.hf.text.tokens import query_ids
 from tests.engines import bundled_tokenizer
 

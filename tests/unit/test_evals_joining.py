@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from star_attention.cli import app
 from star_attention.errors import InvalidInputError
-from star_attention.evals import report, run_folder
-from star_attention.evals.joining import join
-from star_attention.evals.results import Results
-from star_attention.evals.run_folder import Prediction
-from star_attention.evals.runner import run
+from star_attention.evals.reports import report
+from star_attention.evals.reports.results import Results
+from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.merge import join
+from star_attention.evals.runs.run_folder import Prediction
+from star_attention.evals.runs.runner import run
 from tests.unit.test_evals_report import folder
 from tests.unit.test_evals_runner import VARIANTS, engine, samples
 

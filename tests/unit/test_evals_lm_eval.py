@@ -23,9 +23,9 @@ from lm_eval.tasks import TaskManager
 from star_attention import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from star_attention.evals import lm_eval as adapter
-from star_attention.evals import ruler
 from star_attention.evals.lm_eval import SENTINEL, StarLM, cut
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites import ruler
 from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import BUNDLED, bundled_model, bundled_tokenizer
 

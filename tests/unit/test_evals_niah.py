@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals import metrics, niah, sources, suites
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals import metrics, suites
+from star_attention.evals.samples import sources
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites import niah
 from tests.engines import bundled_tokenizer
 
 NEEDLE = re.compile(r"One of the special magic numbers for (.+?) is: (\d{7})\. ?")

@@ -19,10 +19,11 @@ import pytest
 from star_attention.demo import heatmap
 from star_attention.demo.heatmap import MissingPackageError
 from star_attention.errors import InvalidInputError
-from star_attention.evals import plots, report, run_folder
-from star_attention.evals.results import Results
-from star_attention.evals.run_folder import Prediction
-from star_attention.evals.variants import parse
+from star_attention.evals.reports import plots, report
+from star_attention.evals.reports.results import Results
+from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.run_folder import Prediction
+from star_attention.evals.runs.variants import parse
 
 TASKS = {"niah": "retrieval", "vt": "multi-hop", "cwe": "aggregation"}
 Score = Callable[[str, str, int, int], float]

@@ -20,9 +20,12 @@ from hypothesis import strategies as st
 
 from star_attention import StarLLM
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals import metrics, ruler, ruler_lists, ruler_needles, sources, suites
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals import metrics, suites
+from star_attention.evals.samples import sources
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites import ruler
+from star_attention.evals.suites.ruler import needles
 from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import bundled_tokenizer, text_model
 
@@ -355,19 +358,19 @@ def test_prose_is_named(tmp_path: Path) -> None:
 
 def test_prose_goes_round() -> None:
     essay = sources.Prose(name="x", text=" one two\n three ", sha256="")
-    assert ruler_needles.opening(essay, 2) == "one two"
-    assert ruler_needles.opening(essay, 3) == "one two three"
-    assert ruler_needles.opening(essay, 7) == "one two three one two three one"
+    assert needles.opening(essay, 2) == "one two"
+    assert needles.opening(essay, 3) == "one two three"
+    assert needles.opening(essay, 7) == "one two three one two three one"
 
 
 def test_nothing_is_drawn_twice() -> None:
     few = dataclasses.replace(sources.words(), adjectives=("red", "old"), nouns=("barn", "mill"))
-    draw = ruler_needles.Draw(random.Random(1), few)
+    draw = needles.Draw(random.Random(1), few)
     assert {draw("words") for _ in range(4)} == {"red-barn", "red-mill", "old-barn", "old-mill"}
 
 
 def test_planted_sentences_stand_at_their_places() -> None:
-    assert ruler_needles.planted(["a", "b", "c"], ["x", "y", "z"], [0, 2, 3]) == [
+    assert needles.planted(["a", "b", "c"], ["x", "y", "z"], [0, 2, 3]) == [
         "x",
         "a",
         "b",
@@ -375,7 +378,7 @@ def test_planted_sentences_stand_at_their_places() -> None:
         "c",
         "z",
     ]
-    assert ruler_needles.planted(["a"], ["x", "y"], [1, 1]) == ["a", "x", "y"]
+    assert needles.planted(["a"], ["x", "y"], [1, 1]) == ["a", "x", "y"]
 
 
 # ------------------------------------------------------------------ lists
@@ -430,7 +433,7 @@ def test_common_words_beyond_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     few = dataclasses.replace(
         known, adjectives=known.adjectives[:30], nouns=known.nouns[:30], verbs=known.verbs[:5]
     )
-    monkeypatch.setattr(ruler_lists, "words", lambda part: few)
+    monkeypatch.setattr(lists, "words", lambda part: few)
     (sample,) = make("cwe", 8192)
     counts = Counter(re.findall(r"\d+\. (.*?)(?= \d+\. |$)", parts(sample)["text"]))
     assert sample.meta["pairs"] == len(counts) - len(few.all) > 0

@@ -16,10 +16,11 @@ import pytest
 
 from star_attention import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError, SizeError
-from star_attention.evals import perplexity, report, results, run_folder, runner
-from star_attention.evals.record import Sample
-from star_attention.evals.run_folder import PREDICTIONS, RUN
-from star_attention.evals.variants import Variant, parse, parse_all
+from star_attention.evals.reports import report, results
+from star_attention.evals.runs import perplexity, run_folder, runner
+from star_attention.evals.runs.run_folder import PREDICTIONS, RUN
+from star_attention.evals.runs.variants import Variant, parse, parse_all
+from star_attention.evals.samples.sample import Sample
 from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import bundled_tokenizer, text_model
 

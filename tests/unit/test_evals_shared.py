@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals import shared, sources
 from star_attention.evals.metrics import METRICS, score
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples import sources
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites import shared
 from tests.engines import bundled_tokenizer
 
 LENGTHS = (1200, 2048)

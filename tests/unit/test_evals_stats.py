@@ -9,8 +9,8 @@ from statistics import mean, stdev
 import pytest
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals import stats
-from star_attention.evals.stats import Scored
+from star_attention.evals.reports import stats
+from star_attention.evals.reports.stats import Scored
 
 
 def scored(

@@ -11,8 +11,8 @@ import torch
 
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals import suites
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
 from tests.engines import bundled_tokenizer
 
 CELLS = [

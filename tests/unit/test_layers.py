@@ -43,6 +43,7 @@ LAYERS = {
     "cli": 7,
     "demo": 7,
     "evals": 7,
+    "tools": 7,
 }
 
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -189,7 +190,11 @@ def test_a_breach_is_seen(module: str, is_package: bool, text: str) -> None:
             False,
             "import torch, transformers\nfrom ..storage.kv import ContextKV",
         ),
-        ("star_attention.hf", True, "from .cache.base import StarCache\nfrom ..planning.plan import BlockPlan"),
+        (
+            "star_attention.hf",
+            True,
+            "from .cache.base import StarCache\nfrom ..planning.plan import BlockPlan",
+        ),
         (
             "star_attention.attention.kernels.math",
             False,

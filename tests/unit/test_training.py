@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from star_attention import StarLLM
-from star_attention.evals import ruler_lists, sources
-from star_attention.evals.babilong_prompts import ASK
+from star_attention.evals.samples import sources
+from star_attention.evals.suites.babilong.prompts import ASK
+from star_attention.evals.suites.ruler import lists
 from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import bundled_tokenizer
 from tests.unit.test_evals_babilong import answers
@@ -89,15 +90,13 @@ def test_counted_words_are_the_most_common() -> None:
     one = maker(8)
     for _ in range(10):
         document = data._frequent(one, 700)
-        counts = Counter(
-            re.findall(r"\b[a-z]{6}\b", document.context.removeprefix(ruler_lists.FWE_HEAD))
-        )
+        counts = Counter(re.findall(r"\b[a-z]{6}\b", document.context.removeprefix(lists.FWE_HEAD)))
         named = document.questions[0].answer.strip().split(", ")
         most = sorted(counts.values(), reverse=True)[:3]
         assert [counts[name] for name in named] == most, document.context[:300]
         document = data._common(one, 2500)
         listed = Counter(
-            re.findall(r"\d+\. ([\w-]+)", document.context.rpartition(ruler_lists.CWE_HEAD)[2])
+            re.findall(r"\d+\. ([\w-]+)", document.context.rpartition(lists.CWE_HEAD)[2])
         )
         named = re.findall(r"\d+\. ([\w-]+)", document.questions[0].answer)
         assert len(named) == 10

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_attention.bench import machine
-from star_attention.bench.machine import Ceilings, Progress
 from star_attention.bench.subject import random_ids, weight_bytes_per_token
 from star_attention.engine import StarLLM
 from star_attention.planning.cost import ModelShape
 from star_attention.planning.plan import format_size
+from star_attention.tools import machine
+from star_attention.tools.machine import Ceilings, Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from star_attention.attention import kernels
 from star_attention.attention.attend import Rule, attend
 from star_attention.attention.kernels import Call
 from star_attention.attention.state import State, merge
-from star_attention.bench import machine
-from star_attention.bench.machine import Ceilings, Progress
 from star_attention.errors import InvalidInputError
 from star_attention.planning.cost import AttentionShape
 from star_attention.planning.plan import format_size
+from star_attention.tools import machine
+from star_attention.tools.machine import Ceilings, Progress
 
 _CAPACITY, _TAIL = 512, 256
 _CALLS = 8  # of a kernel between two looks at the clock

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_attention.bench import machine
-from star_attention.bench.baselines import STOCK_BACKENDS, official_encode, stock_prefill
-from star_attention.bench.machine import Ceilings, Progress
 from star_attention.bench.subject import random_ids
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.planning import cost, estimate
 from star_attention.planning.cost import Flops, ModelShape
 from star_attention.planning.plan import BlockPlan, format_size, parse_size
+from star_attention.tools import machine
+from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stock_prefill
+from star_attention.tools.machine import Ceilings, Progress
 
 METHODS = (*STOCK_BACKENDS, "dense", "official", "streaming_llm", "star")
 """In the order of measurement: baselines first."""

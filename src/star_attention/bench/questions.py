@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from star_attention.bench import machine
-from star_attention.bench.machine import Progress
 from star_attention.bench.subject import random_ids
 from star_attention.engine import StarLLM
 from star_attention.planning.plan import format_size
+from star_attention.tools import machine
+from star_attention.tools.machine import Progress
 
 METHODS = ("stock", "dense", "star")
 

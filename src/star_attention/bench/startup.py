@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from star_attention.bench import machine
-from star_attention.bench.machine import Progress
 from star_attention.bench.subject import random_ids
 from star_attention.engine import StarLLM
 from star_attention.errors import StarAttentionError
+from star_attention.tools import machine
+from star_attention.tools.machine import Progress
 
 CACHES = ("empty", "filled")
 """torch's and Triton's caches on disk: as on a new machine, and as in every process after the first."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from star_attention.cli.command import leads, say
-from star_attention.cli.notes import Notes
 from star_attention.cli.options import AnswerOptions, ModelOptions, Quiet
+from star_attention.cli.progress import Notes
 from star_attention.errors import StarAttentionError, TextError
 
 if TYPE_CHECKING:
-    from star_attention.cli.answers import Answerer
+    from star_attention.cli.output import Answerer
 
 
 def ask(
@@ -35,8 +35,8 @@ def ask(
     Example: star-attention ask -m models/needle-17m book.star --query "What is the secret number for otter?"
     """
     from star_attention.cli import session
-    from star_attention.cli.answers import Answerer
-    from star_attention.cli.texts import read_queries
+    from star_attention.cli.inputs import read_queries
+    from star_attention.cli.output import Answerer
 
     words = answer.words()
     queries = read_queries(answer.query, answer.query_file, context_files=[]) if leads() else []

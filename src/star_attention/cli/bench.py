@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from star_attention.cli.command import say
-from star_attention.cli.notes import table
 from star_attention.cli.options import (
     Device,
     Dtype,
@@ -23,13 +22,14 @@ from star_attention.cli.options import (
     size,
     sizes,
 )
+from star_attention.cli.progress import table
 from star_attention.cli.session import check_folder
 from star_attention.config import StarConfig
 from star_attention.errors import ContextLengthError, InvalidInputError
 
 if TYPE_CHECKING:
-    from star_attention.bench.machine import Ceilings
     from star_attention.planning.cost import ModelShape
+    from star_attention.tools.machine import Ceilings
 
 Compile = Annotated[
     bool | None,
@@ -315,8 +315,8 @@ def startup(
 
     Example: star-attention bench startup --shapes llama-3.1-8b
     """
-    from star_attention.bench import machine
     from star_attention.bench import startup as bench
+    from star_attention.tools import machine
 
     length, block_size = size(context, "context"), size(block, "block_size")
     if in_this_process:
@@ -409,11 +409,11 @@ def _begin(
         if not quiet:
             say(line)
 
-    from star_attention.bench import machine
     from star_attention.bench.subject import model_of, name_of
     from star_attention.hf.loading import rope
     from star_attention.hf.logs import hide_progress_bars
     from star_attention.hf.shape import model_shape
+    from star_attention.tools import machine
 
     hide_progress_bars()
     model = model_of(subject.model, subject.shapes, dtype=subject.dtype, device=subject.device)
@@ -440,8 +440,8 @@ def _report(
     lines: list[tuple[str, ...]],
 ) -> None:
     """The table, then one line of JSON."""
-    from star_attention.bench import machine
     from star_attention.bench.subject import name_of
+    from star_attention.tools import machine
 
     first = next(model.parameters())
     found = {

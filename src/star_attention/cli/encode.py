@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from star_attention.cli.command import leads
-from star_attention.cli.notes import Notes, context_summary, in_bytes, seconds
 from star_attention.cli.options import ContextOptions, Files, ModelOptions, Quiet, option
+from star_attention.cli.progress import Notes, context_summary, in_bytes, seconds
 
 
 def encode(
@@ -25,7 +25,7 @@ def encode(
     Example: star-attention encode -m models/needle-17m --chat book.txt -o book.star
     """
     from star_attention.cli import session
-    from star_attention.cli.texts import read_context
+    from star_attention.cli.inputs import read_context
 
     text = ""
     if leads():

@@ -13,15 +13,15 @@ import typer
 
 from star_attention.cli import session
 from star_attention.cli.command import leads
-from star_attention.cli.notes import Notes, table
+from star_attention.cli.inputs import read_text
 from star_attention.cli.options import ModelOptions, Quiet, option
-from star_attention.cli.texts import read_text
+from star_attention.cli.progress import Notes, table
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.planning.plan import counted, parse_size
 
 if TYPE_CHECKING:
-    from star_attention.evals.record import Sample
-    from star_attention.evals.variants import Variant
+    from star_attention.evals.runs.variants import Variant
+    from star_attention.evals.samples.sample import Sample
 
 VARIANTS = "dense,star:/4"
 PERPLEXITY = "perplexity.json"
@@ -198,7 +198,7 @@ def run(
     """
 
     def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
-        from star_attention.evals import files as readers
+        from star_attention.evals.formats import files as readers
 
         return readers.read_all(files, format=format, prompts=prompts), {}
 
@@ -543,7 +543,7 @@ def perplexity(
             _check_new(Path(out) / PERPLEXITY)
     notes = Notes(quiet=quiet)
     star = session.load(model, notes)
-    from star_attention.evals import perplexity as measure
+    from star_attention.evals.runs import perplexity as measure
 
     cut = measure.windows_of(star.tokenizer, text, length=tokens, count=windows) if leads() else []
     cut, tried, last = star.from_rank_0((cut, tried, last))
@@ -571,8 +571,8 @@ def perplexity(
         f"{counted(len(cut), 'window')} of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}"
     )
     if out is not None:
-        from star_attention.bench import machine
-        from star_attention.evals import run_folder, runner
+        from star_attention.evals.runs import run_folder, runner
+        from star_attention.tools import machine
 
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -596,7 +596,7 @@ def perplexity(
 
 
 def _check_new(path: Path) -> None:
-    from star_attention.evals import run_folder
+    from star_attention.evals.runs import run_folder
 
     run_folder.check_place(path.parent)
     if path.exists():
@@ -629,7 +629,7 @@ def report(
             f"{len(folders)} folders are to be joined, into none; name a new one with --out"
         )
     if out is not None:
-        from star_attention.evals.joining import join
+        from star_attention.evals.runs.merge import join
 
         join(folders, out)
     _report(Path(out or folders[0]))
@@ -663,7 +663,7 @@ def _given(**options: str | None) -> dict[str, Any]:
 
 
 def _parsed(variants: str) -> list[Variant]:
-    from star_attention.evals.variants import parse_all
+    from star_attention.evals.runs.variants import parse_all
 
     return parse_all(variants)
 
@@ -700,7 +700,7 @@ def _suite(
             )
 
     def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
-        from star_attention.evals.runner import chat_tokens
+        from star_attention.evals.runs.runner import chat_tokens
 
         reserve = chat_tokens(tokenizer) if chat else 0
         cells = [(one, tokens) for tokens in lengths for one in tasks]
@@ -746,7 +746,7 @@ def _evaluate(
     samples: list[Sample] = []
     left_out: dict[str, str] = {}
     if leads():
-        from star_attention.evals import run_folder
+        from star_attention.evals.runs import run_folder
         from star_attention.hf.loading.load import load_tokenizer
 
         data, tried = of(), _parsed(variants)
@@ -760,7 +760,7 @@ def _evaluate(
     star = session.load(model, notes)
     if not options.chat and getattr(star.tokenizer, "chat_template", None):
         notes.say("texts go in as they are; this model has a chat template, which --chat uses")
-    from star_attention.evals import runner
+    from star_attention.evals.runs import runner
 
     done = runner.run(
         star,
@@ -791,8 +791,8 @@ def _evaluate(
 
 
 def _report(folder: Path) -> None:
-    from star_attention.evals import report as reports
-    from star_attention.evals.results import Results
+    from star_attention.evals.reports import report as reports
+    from star_attention.evals.reports.results import Results
 
     files = reports.write(folder)
     print("\n".join(reports.short(Results.read(folder))))

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from star_attention.cli.command import leads
-from star_attention.cli.notes import Notes
 from star_attention.cli.options import (
     AnswerOptions,
     ContextOptions,
@@ -16,6 +15,7 @@ from star_attention.cli.options import (
     Quiet,
     option,
 )
+from star_attention.cli.progress import Notes
 
 
 def generate(
@@ -41,8 +41,8 @@ def generate(
     Example: star-attention generate -m models/needle-17m --chat book.txt --query "What is the secret number for otter?"
     """
     from star_attention.cli import session
-    from star_attention.cli.answers import Answerer
-    from star_attention.cli.texts import read_context, read_queries
+    from star_attention.cli.inputs import read_context, read_queries
+    from star_attention.cli.output import Answerer
 
     words = answer.words()
     text, queries = "", [""]

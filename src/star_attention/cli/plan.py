@@ -102,7 +102,7 @@ def plan(
     Example: star-attention plan -m models/needle-17m --context 32k --ranks 4
     """
     if hardware is not None:
-        from star_attention.cli import scale
+        from star_attention.cli import estimate
 
         StarConfig.of(tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype)
         if kv_device is not None:
@@ -120,7 +120,7 @@ def plan(
                 "--hardware has no times for it; leave it out", param_hint=name
             )
         print(
-            scale.report(
+            estimate.report(
                 model,
                 hardware,
                 contexts=sizes(context, "context"),

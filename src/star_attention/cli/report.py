@@ -6,7 +6,7 @@ import warnings
 from dataclasses import asdict
 from typing import Any
 
-from star_attention.cli.notes import amount, in_bytes, table
+from star_attention.cli.progress import amount, in_bytes, table
 from star_attention.config import ANCHOR_SOURCES, StarConfig
 from star_attention.hf.loading import load, rope
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.command import ranks
-from star_attention.cli.notes import Notes, in_bytes
 from star_attention.cli.options import ContextOptions, ModelOptions
+from star_attention.cli.progress import Notes, in_bytes
 from star_attention.config import StarConfig, check_device, check_dtype
 from star_attention.errors import ContextSaveError, InvalidInputError, ModelNotFoundError
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_attention.bench.baselines import Anchor, official_encode
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.methods.star import Star
 from star_attention.storage.context import EncodedContext
+from star_attention.tools.baselines import Anchor, official_encode
 
 CONTENTS = ("first-block", "none", "constant", "random", "shuffled", "previous-block")
 """What stands in front of a block: the head of the first block; nothing; one token again and again; random tokens; the first

@@ -13,10 +13,10 @@ from statistics import median
 from typing import Any
 
 from star_attention.demo.heatmap import MissingPackageError
-from star_attention.evals import babilong, infinitebench
-from star_attention.evals.results import Compared, Results, length_name
-from star_attention.evals.stats import LEAST, Mean
-from star_attention.evals.variants import parse
+from star_attention.evals.reports.results import Compared, Results, length_name
+from star_attention.evals.reports.stats import LEAST, Mean
+from star_attention.evals.runs.variants import parse
+from star_attention.evals.suites import babilong, infinitebench
 
 METRICS, SUMMARY, MARKDOWN, PAGE, PICTURES = (
     "metrics.json",
@@ -46,7 +46,7 @@ def write(folder: str | Path) -> list[Path]:
     pictures: dict[str, Path] = {}
     notes = []
     try:
-        from star_attention.evals import plots
+        from star_attention.evals.reports import plots
 
         pictures = plots.draw(results, place / PICTURES)
     except MissingPackageError:

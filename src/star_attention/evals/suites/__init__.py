@@ -13,16 +13,16 @@ from typing import Any, Protocol
 import torch
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
-from star_attention.evals.sources import check_part
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.samples.sources import check_part
 
 SUITES = {
-    "ruler": "star_attention.evals.ruler",
-    "babilong": "star_attention.evals.babilong",
-    "infinitebench": "star_attention.evals.infinitebench",
-    "niah": "star_attention.evals.niah",
-    "shared": "star_attention.evals.shared",
+    "ruler": "star_attention.evals.suites.ruler",
+    "babilong": "star_attention.evals.suites.babilong",
+    "infinitebench": "star_attention.evals.suites.infinitebench",
+    "niah": "star_attention.evals.suites.niah",
+    "shared": "star_attention.evals.suites.shared",
 }
 """By name, imported on use."""
 _PATHS = ("essays", "background", "squad", "hotpot", "prompts")

@@ -38,8 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals import babilong, infinitebench, shared
-from star_attention.evals.record import Sample
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.suites import babilong, infinitebench, shared
 from star_attention.planning.plan import parse_size
 
 FORMATS = {

@@ -12,12 +12,12 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals import suites
-from star_attention.evals.record import Sample
-from star_attention.evals.ruler_case import Case
-from star_attention.evals.ruler_lists import cwe, fwe, vt
-from star_attention.evals.ruler_needles import NEEDLES, needles
-from star_attention.evals.ruler_qa import qa_1, qa_2
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites.ruler.case import Case
+from star_attention.evals.suites.ruler.lists import cwe, fwe, vt
+from star_attention.evals.suites.ruler.needles import NEEDLES, needles
+from star_attention.evals.suites.ruler.qa import qa_1, qa_2
 
 _MAKERS: dict[str, Callable[[Case], Sample]] = {
     **dict.fromkeys(NEEDLES, needles),

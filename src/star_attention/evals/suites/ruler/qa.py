@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.evals.record import Sample
-from star_attention.evals.ruler_case import Case, depths
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.suites.ruler.case import Case, depths
 
 _ASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
 

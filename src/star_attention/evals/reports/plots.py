@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_attention.demo.heatmap import colour, ink, require_matplotlib
-from star_attention.evals.results import length_name
-from star_attention.evals.variants import parse
+from star_attention.evals.reports.results import length_name
+from star_attention.evals.runs.variants import parse
 from star_attention.planning.plan import format_size
 
 if TYPE_CHECKING:
-    from star_attention.evals.results import Results
-    from star_attention.evals.stats import Mean
+    from star_attention.evals.reports.results import Results
+    from star_attention.evals.reports.stats import Mean
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 _MARKERS = "osD^vP*Xhp"

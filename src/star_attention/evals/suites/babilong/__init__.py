@@ -16,11 +16,11 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals import suites
-from star_attention.evals.babi_world import ACTORS, FACTS, OBJECTS, ROOMS, Story, story
-from star_attention.evals.babilong_prompts import Frame, frame
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
-from star_attention.evals.sources import prose
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.samples.sources import prose
+from star_attention.evals.suites.babilong.prompts import Frame, frame
+from star_attention.evals.suites.babilong.world import ACTORS, FACTS, OBJECTS, ROOMS, Story, story
 from star_attention.hf.text.tokens import query_ids
 
 TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")

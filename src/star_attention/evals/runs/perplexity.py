@@ -11,10 +11,10 @@ import torch
 
 from star_attention.engine import StarLLM
 from star_attention.errors import ContextLengthError, SizeError
-from star_attention.evals import stats
-from star_attention.evals.runner import Progress, encoded, engine_of
-from star_attention.evals.stats import Difference, Mean, Scored
-from star_attention.evals.variants import Variant
+from star_attention.evals.reports import stats
+from star_attention.evals.reports.stats import Difference, Mean, Scored
+from star_attention.evals.runs.runner import Progress, encoded, engine_of
+from star_attention.evals.runs.variants import Variant
 from star_attention.hf.text.tokens import context_ids, query_ids
 
 

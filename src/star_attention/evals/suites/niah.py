@@ -8,11 +8,18 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals import suites
-from star_attention.evals.record import Sample
-from star_attention.evals.ruler_case import Case, depths
-from star_attention.evals.ruler_needles import Draw, ask, haystack_kind, opening, planted, sentence
-from star_attention.evals.sizing import Size
-from star_attention.evals.sources import prose, split_sentences, words
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.samples.sources import prose, split_sentences, words
+from star_attention.evals.suites.ruler.case import Case, depths
+from star_attention.evals.suites.ruler.needles import (
+    Draw,
+    ask,
+    haystack_kind,
+    opening,
+    planted,
+    sentence,
+)
 
 TASKS = ("niah_grid",)
 DEPTHS = "0,10,20,30,40,50,60,70,80,90,100"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals import run_folder
-from star_attention.evals.run_folder import Prediction
+from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.run_folder import Prediction
 
 
 def join(folders: Sequence[str | Path], out: str | Path) -> None:

@@ -22,11 +22,11 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals import suites
-from star_attention.evals.babilong import scattered
-from star_attention.evals.record import Sample
-from star_attention.evals.ruler_case import depths
-from star_attention.evals.ruler_needles import NOISE, Draw
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.suites.babilong import scattered
+from star_attention.evals.suites.ruler.case import depths
+from star_attention.evals.suites.ruler.needles import NOISE, Draw
 
 TASKS = ("passkey", "number_string", "kv_retrieval", "math_find", "code_run")
 """Those with a generator."""

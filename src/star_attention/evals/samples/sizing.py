@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_attention.errors import SizeError
-from star_attention.evals.record import Sample
+from star_attention.evals.samples.sample import Sample
 from star_attention.hf.text.tokens import context_ids, query_ids
 
 

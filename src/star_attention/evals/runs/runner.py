@@ -22,17 +22,17 @@ import torch
 import transformers
 
 from star_attention import __version__
-from star_attention.bench import machine
 from star_attention.engine import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError
-from star_attention.evals import run_folder
 from star_attention.evals.metrics import score
-from star_attention.evals.record import Sample
-from star_attention.evals.run_folder import Prediction
-from star_attention.evals.variants import Variant
+from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.run_folder import Prediction
+from star_attention.evals.runs.variants import Variant
+from star_attention.evals.samples.sample import Sample
 from star_attention.hf.text import chat as chats
 from star_attention.hf.text.tokens import context_ids, query_ids
 from star_attention.storage.context import EncodedContext
+from star_attention.tools import machine
 
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 """The most likely token, whatever the model's own generation settings say."""
@@ -234,7 +234,7 @@ def engine_of(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | No
 def encoded(engine: StarLLM, variant: Variant, content: Any, *, seed: int) -> EncodedContext:
     """Phase 1 of a variant; `engine` has its sizes."""
     if variant.ablates:
-        from star_attention.evals import ablations
+        from star_attention.evals.runs import ablations
 
         return ablations.encode(
             engine,

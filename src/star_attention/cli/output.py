@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from star_attention.cli.notes import Notes, answer_summary, context_summary, seconds
 from star_attention.cli.options import AnswerOptions
+from star_attention.cli.progress import Notes, answer_summary, context_summary, seconds
 
 if TYPE_CHECKING:
     from star_attention.answering import Generation

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals.record import Sample
-from star_attention.evals.variants import Variant
+from star_attention.evals.runs.variants import Variant
+from star_attention.evals.samples.sample import Sample
 from star_attention.hf.loading import identity
 
 RUN, PREDICTIONS = "run.json", "predictions.jsonl"
@@ -84,7 +84,7 @@ def check_place(out: Path) -> None:
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InvalidInputError(f"{out} is no folder; give another one with --out")
-    from star_attention.evals import report  # (which reads what this module keeps)
+    from star_attention.evals.reports import report  # (which reads what this module keeps)
 
     names = (report.METRICS, report.SUMMARY, report.MARKDOWN, report.PAGE, report.PICTURES)
     found = [name for name in names if (out / name).exists()]

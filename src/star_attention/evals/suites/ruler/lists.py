@@ -13,10 +13,10 @@ import random
 import string
 
 from star_attention.errors import SizeError
-from star_attention.evals.record import Sample
-from star_attention.evals.ruler_case import Case, depths
-from star_attention.evals.ruler_needles import NOISE, Draw, planted
-from star_attention.evals.sources import Words, words
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sources import Words, words
+from star_attention.evals.suites.ruler.case import Case, depths
+from star_attention.evals.suites.ruler.needles import NOISE, Draw, planted
 from star_attention.hf.text.tokens import query_ids
 
 _HOPS = 4

@@ -14,12 +14,12 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals import suites
-from star_attention.evals.babilong import scattered
-from star_attention.evals.infinitebench import KINDS, asked_for_key, leads_in, listed
-from star_attention.evals.record import Sample
-from star_attention.evals.ruler_needles import Draw, head, question, sentence
-from star_attention.evals.sizing import Size
-from star_attention.evals.sources import Prose, Words, prose, words
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
+from star_attention.evals.samples.sources import Prose, Words, prose, words
+from star_attention.evals.suites.babilong import scattered
+from star_attention.evals.suites.infinitebench import KINDS, asked_for_key, leads_in, listed
+from star_attention.evals.suites.ruler.needles import Draw, head, question, sentence
 from star_attention.hf.text.tokens import query_ids
 
 TASKS = ("shared_kv", "shared_niah")

@@ -10,10 +10,11 @@ from statistics import median, mode
 from typing import Any
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals import run_folder, stats
-from star_attention.evals.run_folder import Prediction
-from star_attention.evals.stats import Difference, Mean, Scored
-from star_attention.evals.variants import Variant, parse
+from star_attention.evals.reports import stats
+from star_attention.evals.reports.stats import Difference, Mean, Scored
+from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.run_folder import Prediction
+from star_attention.evals.runs.variants import Variant, parse
 from star_attention.planning.plan import format_size
 
 BASELINE = "dense"

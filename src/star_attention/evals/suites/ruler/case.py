@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from star_attention.evals.record import Sample
-from star_attention.evals.sizing import Size
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sizing import Size
 
 
 @dataclass(frozen=True, kw_only=True)

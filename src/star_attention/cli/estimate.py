@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from star_attention.bench import machine
-from star_attention.cli.notes import in_bytes, table
 from star_attention.cli.options import QUARTER
+from star_attention.cli.progress import in_bytes, table
 from star_attention.cli.report import warn_of_positions
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
@@ -18,6 +17,7 @@ from star_attention.planning import estimate
 from star_attention.planning.cost import Flops, ModelShape
 from star_attention.planning.estimate import Estimate, Hardware
 from star_attention.planning.plan import default_block_size, format_size, parse_size
+from star_attention.tools import machine
 
 
 def report(

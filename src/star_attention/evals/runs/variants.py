@@ -58,7 +58,7 @@ class Variant:
                 raise InvalidInputError(
                     f"ablations of the anchor are of method 'star', not of {self.method!r}"
                 )
-            from star_attention.evals import ablations
+            from star_attention.evals.runs import ablations
 
             for value, known in (
                 (self.anchor, ablations.CONTENTS),

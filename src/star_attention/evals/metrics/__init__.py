@@ -7,25 +7,25 @@ import re
 from collections.abc import Callable
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals.record import Sample
+from star_attention.evals.samples.sample import Sample
 
 Metric = Callable[[str, Sample], float]
 
 METRICS = {
     "string_match_all": "star_attention.evals.metrics:string_match_all",
     "string_match_part": "star_attention.evals.metrics:string_match_part",
-    "babilong": "star_attention.evals.babilong:answer_match",
-    "first_integer": "star_attention.evals.infinitebench:first_integer",
-    "last_integer": "star_attention.evals.infinitebench:last_integer",
-    "first_number": "star_attention.evals.infinitebench:first_number",
-    "leading_integers": "star_attention.evals.infinitebench:leading_integers",
-    "whole_word": "star_attention.evals.infinitebench:whole_word",
-    "name_word": "star_attention.evals.infinitebench:name_word",
-    "option_letter": "star_attention.evals.infinitebench:option_letter",
-    "option_function": "star_attention.evals.infinitebench:option_function",
-    "token_f1": "star_attention.evals.infinitebench:token_f1",
-    "character_f1": "star_attention.evals.infinitebench:character_f1",
-    "rouge_lsum": "star_attention.evals.infinitebench:rouge_lsum",
+    "babilong": "star_attention.evals.suites.babilong:answer_match",
+    "first_integer": "star_attention.evals.suites.infinitebench:first_integer",
+    "last_integer": "star_attention.evals.suites.infinitebench:last_integer",
+    "first_number": "star_attention.evals.suites.infinitebench:first_number",
+    "leading_integers": "star_attention.evals.suites.infinitebench:leading_integers",
+    "whole_word": "star_attention.evals.suites.infinitebench:whole_word",
+    "name_word": "star_attention.evals.suites.infinitebench:name_word",
+    "option_letter": "star_attention.evals.suites.infinitebench:option_letter",
+    "option_function": "star_attention.evals.suites.infinitebench:option_function",
+    "token_f1": "star_attention.evals.suites.infinitebench:token_f1",
+    "character_f1": "star_attention.evals.suites.infinitebench:character_f1",
+    "rouge_lsum": "star_attention.evals.suites.infinitebench:rouge_lsum",
 }
 """By name, imported on use; suites add theirs."""
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from star_attention.evals.record import Sample
-from star_attention.evals.ruler_case import Case, depths
-from star_attention.evals.sources import Prose, Words, prose, split_sentences, words
+from star_attention.evals.samples.sample import Sample
+from star_attention.evals.samples.sources import Prose, Words, prose, split_sentences, words
+from star_attention.evals.suites.ruler.case import Case, depths
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 MAX_NEW_TOKENS = 128

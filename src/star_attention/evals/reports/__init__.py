@@ -1,0 +1,1 @@
+"""Results, their statistics, and how they are shown."""

@@ -1,0 +1,1 @@
+"""Running an evaluation: variants, folders, resuming, merging."""

@@ -1,0 +1,1 @@
+"""Samples: what a question of an evaluation is, how long, and from which text."""

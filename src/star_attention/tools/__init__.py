@@ -1,0 +1,1 @@
+"""What several programs share: facts about the machine, baselines, plotting."""
