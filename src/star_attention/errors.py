@@ -15,6 +15,7 @@
     │   └── ContextSaveError (also OSError)   could not be written; what was there before is untouched
     ├── RankError (also RuntimeError)         another rank died, hangs or failed, or the network between them is cut
     ├── UnknownOptionError (also TypeError)   a word that `generate` or `from_pretrained` does not take, with what may be meant
+    ├── MissingPackageError (also ImportError)  an optional package is missing: gives the command that installs it
     └── OutOfMemoryError (also MemoryError)   says which size to lower
 
 Other wrong argument names are a `TypeError`, as for any Python call.
@@ -95,6 +96,10 @@ class ContextSaveError(ContextFileError, OSError):
 
 class UnknownOptionError(StarAttentionError, TypeError):
     """A word that `generate` or `from_pretrained` does not take."""
+
+
+class MissingPackageError(StarAttentionError, ImportError):
+    """An optional package is missing; the message gives the command that installs it."""
 
 
 class OutOfMemoryError(StarAttentionError, MemoryError):

@@ -16,8 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from star_attention.demo import haystack, heatmap, report
-from star_attention.demo.haystack import build_haystack, prose_lines
-from star_attention.demo.heatmap import MissingPackageError
+from star_attention.demo.haystack import build_haystack
 from star_attention.demo.result import (
     DENSE,
     MODES,
@@ -31,7 +30,13 @@ from star_attention.demo.result import (
     band,
 )
 from star_attention.demo.run import run_demo
-from star_attention.errors import InvalidInputError, ModelNotFoundError, SizeError
+from star_attention.errors import (
+    InvalidInputError,
+    MissingPackageError,
+    ModelNotFoundError,
+    SizeError,
+)
+from star_attention.tools.prose import prose_lines
 from tests.engines import BUNDLED, bundled_tokenizer
 
 LINE_TOKENS = 128

@@ -25,7 +25,7 @@ from star_attention.evals.samples import sources
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sizing import Size
 from star_attention.evals.suites import ruler
-from star_attention.evals.suites.ruler import needles
+from star_attention.evals.suites.ruler import lists, needles
 from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import bundled_tokenizer, text_model
 

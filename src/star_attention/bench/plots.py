@@ -11,10 +11,10 @@ from statistics import median
 from typing import Any
 
 from star_attention.bench import decode, prefill
-from star_attention.demo.heatmap import require_matplotlib
 from star_attention.errors import InvalidInputError
 from star_attention.planning.plan import format_size
 from star_attention.tools import machine
+from star_attention.tools.plotting import require_matplotlib
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*"

@@ -401,7 +401,7 @@ def _begin(
     Raises `ContextLengthError` where the model has fewer.
     """
     if _target(what, subject) is not None:
-        from star_attention.demo.heatmap import require_matplotlib
+        from star_attention.tools.plotting import require_matplotlib
 
         require_matplotlib()
 

@@ -8,16 +8,14 @@ the same for the same release of Python.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from star_attention.errors import InvalidInputError, SizeError
+from star_attention.errors import SizeError
 from star_attention.hf.text.tokens import context_ids, query_ids
+from star_attention.tools.prose import prose_lines
 
 ADJECTIVES = tuple(
     """
@@ -33,16 +31,6 @@ saddle sparrow teapot thistle tunnel violin walnut willow
 """.split()  # noqa: SIM905
 )
 QUESTION_MARK, ANSWER_MARK = "<|q|>", "<|a|>"
-
-_TO_ASCII = str.maketrans(
-    {"“": '"', "”": '"', "\u2018": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\xa0": " "}
-)
-_LEAD_IN = re.compile(r"^(?:[*-] |\d+\. |Note: |(?:Changed|New|Added|Deprecated)[^:]{0,60}: )+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.) +(?=[A-Z\"'(])")
-# Prompts, grammar rules, assignments and other statements, rules under headings and between table rows, links.
-_NO_PROSE = re.compile(
-    r">>>|::=| == | = |\{|\}|\\|\*\*\*|---|===|~~~|\^\^\^|://|^(?:def|class|import|from|async) "
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,40 +167,3 @@ def _assemble(
         for (key, number), depth, start in zip(planted, depths, starts, strict=True)
     )
     return Haystack(text=text, tokens=len(context_ids(tokenizer, text)), facts=facts, seed=seed)
-
-
-@functools.cache
-def prose_lines() -> tuple[str, ...]:
-    """The sentences of the language reference, topic by topic in alphabetical order, each once and ending in a newline.
-
-    Raises `InvalidInputError` where this Python comes without `pydoc_data` (some systems package it apart).
-    """
-    try:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except ModuleNotFoundError as error:
-        raise InvalidInputError(
-            "the demo's text, pydoc_data.topics of the standard library, is missing from this Python; install the full standard"
-            " library (on Debian and Ubuntu the package libpython3-stdlib), or use a Python from python.org"
-        ) from error
-    return tuple(
-        dict.fromkeys(
-            f"{sentence}\n" for name in sorted(topics) for sentence in _sentences(topics[name])
-        )
-    )
-
-
-def _sentences(topic: str) -> Iterator[str]:
-    for paragraph in re.split(r"\n\s*\n", topic):
-        unbroken = re.sub(r"(?<=\w)-\n\s*(?=\w)", "-", paragraph)
-        joined = _LEAD_IN.sub("", " ".join(unbroken.split()).translate(_TO_ASCII))
-        for sentence in _SENTENCE_END.split(joined):
-            letters = sum(character.isalpha() or character == " " for character in sentence)
-            if (
-                30 <= len(sentence) <= 300
-                and sentence.isascii()
-                and (sentence[0].isupper() or sentence[0] == '"')
-                and sentence[-1] in ".!?"
-                and letters >= 0.8 * len(sentence)
-                and not _NO_PROSE.search(sentence)
-            ):
-                yield sentence

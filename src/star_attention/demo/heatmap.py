@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from star_attention.demo.result import DENSE, STAR, DemoResult, band_name
-from star_attention.errors import StarAttentionError
 from star_attention.planning.plan import format_size
-
-MISSED, HALF, FOUND = (0xC8, 0x5A, 0x11), (0xF1, 0xEC, 0xE2), (0x1F, 0x5F, 0x9E)
-"""Orange, near white, blue: told apart by every common form of colour blindness, and in grey by the printed numbers."""
+from star_attention.tools.plotting import heat_color, require_matplotlib, text_color
 
 _TITLE_WIDTH = 2.5
 """Inches of a panel that its title fits into."""
 
 PANELS = ((DENSE, "Dense attention"), (STAR, "Star Attention"))
-
-
-class MissingPackageError(StarAttentionError, ImportError):
-    """An optional package is missing; the message gives the command that installs it."""
-
-
-def require_matplotlib() -> Any:
-    """matplotlib, imported now.
-
-    Raises `MissingPackageError` where it is not installed.
-    """
-    try:
-        return importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise MissingPackageError(
-            'the demo draws its heat map with matplotlib, which is not installed; run: pip install "star-attention[plot]"'
-        ) from error
-
-
-def colour(accuracy: float) -> str:
-    """`#rrggbb` between missed (0), half, and found (1)."""
-    (low, high), part = (
-        ((MISSED, HALF), accuracy * 2) if accuracy < 0.5 else ((HALF, FOUND), accuracy * 2 - 1)
-    )
-    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
-
-
-def ink(accuracy: float) -> str:
-    """A colour for text on `colour(accuracy)`."""
-    return "#1c1c1c" if 0.15 < accuracy < 0.75 else "#ffffff"
 
 
 def cells(result: DemoResult, mode: str) -> list[tuple[int, int, float]]:
@@ -81,14 +47,18 @@ def drawn(result: DemoResult, caption: str) -> Any:
         for row, column, accuracy in cells(result, mode):
             axis.add_patch(
                 Rectangle(
-                    (column + 0.02, row + 0.03), 0.96, 0.94, facecolor=colour(accuracy), linewidth=0
+                    (column + 0.02, row + 0.03),
+                    0.96,
+                    0.94,
+                    facecolor=heat_color(accuracy),
+                    linewidth=0,
                 )
             )
             axis.text(
                 column + 0.5,
                 row + 0.52,
                 f"{accuracy:.0%}",
-                color=ink(accuracy),
+                color=text_color(accuracy),
                 ha="center",
                 va="center",
                 fontsize=8.5,
@@ -122,11 +92,14 @@ def svg(result: DemoResult, mode: str, title: str) -> str:
     for row, column, accuracy in cells(result, mode):
         x, y = left + column * width, top + row * height
         length, tenth = lengths[column], bands[row]
-        told = f"{result.score(mode, length, tenth)} at {format_size(length)} tokens, depth {band_name(tenth)}"
+        score = result.score(mode, length, tenth)
+        tooltip = f"{score} at {format_size(length)} tokens, depth {band_name(tenth)}"
         parts.append(
-            f"<g><title>{told}</title>"
-            f'<rect x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}" rx="3" fill="{colour(accuracy)}"/>'
-            f'<text x="{x + width / 2}" y="{y + height / 2 + 4.5}" class="cell" fill="{ink(accuracy)}">{accuracy:.0%}</text></g>'
+            f"<g><title>{tooltip}</title>"
+            f'<rect x="{x + 1}" y="{y + 1}" width="{width - 2}" height="{height - 2}"'
+            f' rx="3" fill="{heat_color(accuracy)}"/>'
+            f'<text x="{x + width / 2}" y="{y + height / 2 + 4.5}" class="cell"'
+            f' fill="{text_color(accuracy)}">{accuracy:.0%}</text></g>'
         )
     for row, tenth in enumerate(bands):
         parts.append(

@@ -8,6 +8,7 @@ from string import Template
 from star_attention.demo import heatmap
 from star_attention.demo.result import DENSE, DemoResult, Row
 from star_attention.planning.plan import format_size
+from star_attention.tools.plotting import heat_color
 
 _PAGE = Template("""<!doctype html>
 <html lang="en">
@@ -109,9 +110,9 @@ def html(result: DemoResult, summary: tuple[str, str], notes: list[str], caption
         rows="\n".join(_row(row) for row in result.rows),
         notes="\n".join(f'<p class="soft">{escape(note)}</p>' for note in notes),
         maps="\n".join(heatmap.svg(result, mode, title) for mode, title in heatmap.PANELS),
-        found=heatmap.colour(1),
-        half=heatmap.colour(0.5),
-        missed=heatmap.colour(0),
+        found=heat_color(1),
+        half=heat_color(0.5),
+        missed=heat_color(0),
         caption=escape(caption),
         example=_example(result),
         facts="\n".join(

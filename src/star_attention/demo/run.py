@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from star_attention import StarLLM, __version__
-from star_attention.demo import heatmap, report
+from star_attention.demo import report
 from star_attention.demo.haystack import Haystack, build_haystack
 from star_attention.demo.result import (
     DENSE,
@@ -27,6 +27,7 @@ from star_attention.demo.result import (
     Trial,
 )
 from star_attention.errors import ModelNotFoundError, SizeError
+from star_attention.tools.plotting import require_matplotlib
 
 TOKENS_PER_FACT = 64
 """The heat map's contexts are the full length, its half, quarter and eighth, while they leave each fact this much room (a
@@ -65,7 +66,7 @@ def run_demo(
     where `out_dir` cannot be written; all of them before the slow part.
     """
     started = time.perf_counter()
-    heatmap.require_matplotlib()
+    require_matplotlib()
     if samples < 1:
         raise SizeError(f"samples {samples} is below 1; give the number of contexts of each length")
     out = Path(out_dir)
@@ -199,5 +200,5 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "matplotlib": heatmap.require_matplotlib().__version__,
+        "matplotlib": require_matplotlib().__version__,
     }

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star_attention.demo.heatmap import colour, ink, require_matplotlib
 from star_attention.evals.reports.results import length_name
 from star_attention.evals.runs.variants import parse
 from star_attention.planning.plan import format_size
+from star_attention.tools.plotting import heat_color, require_matplotlib, text_color
 
 if TYPE_CHECKING:
     from star_attention.evals.reports.results import Results
@@ -317,14 +317,18 @@ def _depth(results: Results) -> Any:
                 part = sum(scores) / len(scores)
                 axes.add_patch(
                     Rectangle(
-                        (column + 0.02, row + 0.03), 0.96, 0.94, facecolor=colour(part), linewidth=0
+                        (column + 0.02, row + 0.03),
+                        0.96,
+                        0.94,
+                        facecolor=heat_color(part),
+                        linewidth=0,
                     )
                 )
                 place = (column + 0.5, row + 0.52)
                 axes.text(
                     *place,
                     f"{100 * part:.0f}",
-                    color=ink(part),
+                    color=text_color(part),
                     ha="center",
                     va="center",
                     fontsize=8.5,

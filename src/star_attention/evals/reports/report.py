@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from star_attention.demo.heatmap import MissingPackageError
+from star_attention.errors import MissingPackageError
 from star_attention.evals.reports.results import Compared, Results, length_name
 from star_attention.evals.reports.stats import LEAST, Mean
 from star_attention.evals.runs.variants import parse

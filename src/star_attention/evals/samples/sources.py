@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from star_attention.errors import InvalidInputError
+from star_attention.tools.prose import prose_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,6 @@ def prose(path: str | None = None) -> Prose:
     Raises `InvalidInputError` for a file that is none of these.
     """
     if path is None:
-        from star_attention.demo.haystack import prose_lines
-
         return _prose("pydoc_data.topics", " ".join(line.strip() for line in prose_lines()))
     place = Path(path)
     try:
