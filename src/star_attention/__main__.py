@@ -1,10 +1,10 @@
-"""`python -m star_attention` and the script `star-attention`: the command line."""
+"""Run the command line: `python -m star_attention` and the script `star-attention`."""
 
 import sys
 
 
 def main() -> None:
-    """Run a command. Interrupted before one has begun, it ends as one that is interrupted does, without a traceback."""
+    """Run a command. Ctrl-C while its modules are imported exits with status 130, no traceback."""
     try:
         from star_attention.cli import main as run
 

@@ -847,7 +847,7 @@ def test_closed_streams(bare_config: Path, texts: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_standard_output_that_is_full(bare_config: Path, unbuffered: str) -> None:
     """Forbids the system's bare error, and Python's complaint at exit."""
-    says = "error: standard output could not be written (No space left on device); free space there, or send it elsewhere\n"
+    says = "error: cannot write to standard output (No space left on device); free some space, or redirect it\n"
     for arguments in (["plan", "-m", bare_config, "--context", "8k"], ["--version"]):
         assert through_a_shell(">/dev/full", *arguments, PYTHONUNBUFFERED=unbuffered) == Done(
             1, "", says

@@ -1,9 +1,13 @@
-"""The command line `star-attention`: one short file a command. `--help` imports neither torch nor transformers."""
+"""The command line `star-attention`, one file per command.
+
+`--help` imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import typer
@@ -12,19 +16,13 @@ from star_attention._version import __version__
 from star_attention.cli import bench
 from star_attention.cli import eval as evaluation
 from star_attention.cli.ask import ask
-from star_attention.cli.command import (
-    Command,
-    command,
-    let_the_first_speak,
-    open_streams,
-    say,
-    speak_once_a_machine,
-    stdout_told,
-)
+from star_attention.cli.command import Command, command
 from star_attention.cli.demo import demo
 from star_attention.cli.encode import encode
 from star_attention.cli.generate import generate
 from star_attention.cli.plan import plan
+from star_attention.cli.streams import open_streams, say, translate_stdout_errors
+from star_attention.cli.torchrun import mute_extra_ranks, wait_for_rank_0_error
 from star_attention.errors import StarAttentionError
 
 NAME = "star-attention"
@@ -33,34 +31,40 @@ app = typer.Typer(
     name=NAME,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="markdown",  # lines of a paragraph are joined and wrapped anew
-    # Errors of ours are one line (command.py); what remains are defects, which need a plain traceback.
+    # Joins and rewraps the lines of a paragraph.
+    rich_markup_mode="markdown",
+    # Our errors are one line (errors.py). What remains is a defect, which needs a plain traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for function in (generate, encode, ask, plan, demo):
-    app.command(cls=Command)(command(function))
-benchmarks = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(
-    benchmarks,
-    name="bench",
-    help="Measure speed beside the machine's ceilings and what one would otherwise run.",
-)
-for benchmark in bench.COMMANDS:
-    benchmarks.command(cls=Command)(command(benchmark))
-evaluations = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(
-    evaluations,
-    name="eval",
-    help="Measure accuracy: methods side by side on the same samples, with intervals and reports.",
-)
-for one in evaluation.COMMANDS:
-    evaluations.command(cls=Command)(command(one))
+
+def _add(group: typer.Typer, functions: Iterable[Callable[..., None]]) -> None:
+    for function in functions:
+        group.command(cls=Command)(command(function))
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _add_group(name: str, functions: Iterable[Callable[..., None]], help: str) -> None:
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+    _add(group, functions)
+    app.add_typer(group, name=name, help=help)
+
+
+_add(app, (generate, encode, ask, plan, demo))
+_add_group(
+    "bench",
+    bench.COMMANDS,
+    help="Measure speed, next to the hardware's limits and to the alternatives.",
+)
+_add_group(
+    "eval",
+    evaluation.COMMANDS,
+    help="Compare the accuracy of methods on the same samples, with confidence intervals.",
+)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"{NAME} {__version__}")
         raise typer.Exit
 
@@ -68,15 +72,18 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Answer questions on long texts with two-phase Star Attention, with any transformers decoder.
+    """Answer questions about long texts with two-phase Star Attention and any transformers decoder.
 
-    Answers go to stdout, progress and messages to stderr. Sizes are tokens and may be written 4k, 128k or 1m (powers
-    of 1024). Exit status: 0 done, 1 failed, with a line `error:` (also for a value that does not work), 2 misuse, with the
-    usage (an option that is unknown, missing, or no number in its range), 130 interrupted (torchrun returns 1 for each
-    of these).
+    Answers go to stdout, progress and messages to stderr. Sizes are in tokens and may be written
+    as 4k, 128k or 1m (powers of 1024). Exit status: 0 success; 1 error, reported in a line that
+    starts with `error:`; 2 usage error (an unknown or missing option, or a number out of range);
+    130 interrupted. Under torchrun every failure is 1.
     """
 
 
@@ -84,16 +91,16 @@ def main() -> None:
     """Run the command line."""
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # an answer may hold what an old locale cannot write
-    speaks = speak_once_a_machine()
+        # An answer may contain characters that the locale cannot encode.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    prints = mute_extra_ranks()
     try:
-        with stdout_told():  # help and the version
+        # Help and the version are printed outside of any command.
+        with translate_stdout_errors():
             app(prog_name=NAME)
     except SystemExit as end:
-        if end.code and not speaks:
-            let_the_first_speak()
+        if end.code and not prints:
+            wait_for_rank_0_error()
         raise
     except StarAttentionError as error:
         say(f"error: {error}")

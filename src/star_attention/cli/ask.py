@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from star_attention.cli.command import leads, say
 from star_attention.cli.options import AnswerOptions, ModelOptions, Quiet
 from star_attention.cli.progress import Notes
+from star_attention.cli.streams import say
+from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import StarAttentionError, TextError
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def ask(
     from star_attention.cli.output import Answerer
 
     words = answer.words()
-    queries = read_queries(answer.query, answer.query_file, context_files=[]) if leads() else []
+    queries = read_queries(answer.query, answer.query_file, context_files=[]) if is_rank_0() else []
     interactive = sys.stdin.isatty()
-    if not queries and not interactive and leads():
+    if not queries and not interactive and is_rank_0():
         raise typer.BadParameter(
             "give a query (`--query-file -` reads them from stdin), or use a terminal",
             param_hint="--query or --query-file",
@@ -62,7 +63,7 @@ def _converse(answerer: Answerer, notes: Notes) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then has a history and keys to edit a line)
     notes.say("one question a line; an empty line or Ctrl-D ends")
-    while query := answerer.star.from_rank_0(_question() if leads() else None):
+    while query := answerer.star.from_rank_0(_question() if is_rank_0() else None):
         try:
             answerer.answer(query)
         except (

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from star_attention.cli.command import say
 from star_attention.cli.options import (
     Device,
     Dtype,
@@ -24,6 +23,7 @@ from star_attention.cli.options import (
 )
 from star_attention.cli.progress import table
 from star_attention.cli.session import check_folder
+from star_attention.cli.streams import say
 from star_attention.config import StarConfig
 from star_attention.errors import ContextLengthError, InvalidInputError
 

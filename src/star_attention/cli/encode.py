@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from star_attention.cli.command import leads
 from star_attention.cli.options import ContextOptions, Files, ModelOptions, Quiet, option
 from star_attention.cli.progress import Notes, context_summary, in_bytes, seconds
+from star_attention.cli.torchrun import is_rank_0
 
 
 def encode(
@@ -28,7 +28,7 @@ def encode(
     from star_attention.cli.inputs import read_context
 
     text = ""
-    if leads():
+    if is_rank_0():
         session.check_target(output)
         text = read_context(files)
     notes = Notes(quiet=quiet)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from star_attention.cli import session
-from star_attention.cli.command import leads
 from star_attention.cli.inputs import read_text
 from star_attention.cli.options import ModelOptions, Quiet, option
 from star_attention.cli.progress import Notes, table
+from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.planning.plan import counted, parse_size
 
@@ -535,7 +535,7 @@ def perplexity(
     Example: star-attention eval perplexity book.txt -m models/needle-17m --length 2k --tail 256 --variants dense,star:/4
     """
     tried, text, tokens, last = [], "", 0, 0
-    if leads():
+    if is_rank_0():
         tried, text = _parsed(variants), read_text(file)
         tokens, last = parse_size(length, "length"), parse_size(tail, "tail")
         if out is not None:
@@ -545,7 +545,11 @@ def perplexity(
     star = session.load(model, notes)
     from star_attention.evals.runs import perplexity as measure
 
-    cut = measure.windows_of(star.tokenizer, text, length=tokens, count=windows) if leads() else []
+    cut = (
+        measure.windows_of(star.tokenizer, text, length=tokens, count=windows)
+        if is_rank_0()
+        else []
+    )
     cut, tried, last = star.from_rank_0((cut, tried, last))
     rows = measure.run(star, cut, tried, tail=last, batch=batch, seed=seed, progress=notes.say)
     if not rows:  # (another rank's)
@@ -745,7 +749,7 @@ def _evaluate(
     data, tried = _NONE, []
     samples: list[Sample] = []
     left_out: dict[str, str] = {}
-    if leads():
+    if is_rank_0():
         from star_attention.evals.runs import run_folder
         from star_attention.hf.loading.load import load_tokenizer
 
@@ -779,7 +783,7 @@ def _evaluate(
         left_out=left_out,
         progress=notes.say,
     )
-    if not leads():
+    if not is_rank_0():
         return
     if done.found:
         notes.say(f"{done.found:,} answers were there already")

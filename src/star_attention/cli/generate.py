@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from star_attention.cli.command import leads
 from star_attention.cli.options import (
     AnswerOptions,
     ContextOptions,
@@ -16,6 +15,7 @@ from star_attention.cli.options import (
     option,
 )
 from star_attention.cli.progress import Notes
+from star_attention.cli.torchrun import is_rank_0
 
 
 def generate(
@@ -46,7 +46,7 @@ def generate(
 
     words = answer.words()
     text, queries = "", [""]
-    if leads():
+    if is_rank_0():
         queries = read_queries(answer.query, answer.query_file, context_files=files)
         if not queries:
             raise typer.BadParameter("give a query", param_hint="--query or --query-file")

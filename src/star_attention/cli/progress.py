@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from star_attention.cli.command import leads, say
+from star_attention.cli.streams import say
+from star_attention.cli.torchrun import is_rank_0
 from star_attention.planning.plan import BlockPlan, Span, counted, format_size
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Notes:
     """Messages on stderr, animated on a terminal, plain lines otherwise, none when `quiet`."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet or not leads()
+        self.quiet = quiet or not is_rank_0()
 
     def say(self, text: str) -> None:
         if not self.quiet:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star_attention.cli.command import ranks
 from star_attention.cli.options import ContextOptions, ModelOptions
 from star_attention.cli.progress import Notes, in_bytes
+from star_attention.cli.torchrun import rank_and_size
 from star_attention.config import StarConfig, check_device, check_dtype
 from star_attention.errors import ContextSaveError, InvalidInputError, ModelNotFoundError
 
@@ -120,7 +120,7 @@ def check_target(path: str | None) -> None:
     from star_attention.storage import saved
 
     target = Path(path)
-    saved.check_target(target, as_folder=ranks()[1] > 1)
+    saved.check_target(target, as_folder=rank_and_size()[1] > 1)
     try:
         with tempfile.NamedTemporaryFile(
             prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent
