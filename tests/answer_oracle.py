@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.state import State
-from star_attention.storage.kv import quantized
+from star_attention.storage.kv import quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def setup(case: Case, dtype: torch.dtype, device: str) -> Setup:
     new_k, new_v = (random(case.R, case.Q, case.G, case.D).transpose(1, 2) for _ in range(2))
     held = [k_GLD, v_GLD, tail_k, tail_v]
     if case.fp8:
-        (k8, k_scale), (v8, v_scale) = quantized(k_GLD), quantized(v_GLD)
+        (k8, k_scale), (v8, v_scale) = quantize(k_GLD), quantize(v_GLD)
         held = [k8, v8, tail_k, tail_v, k_scale, v_scale]
         k_GLD, v_GLD = k8.double() * k_scale[..., None], v8.double() * v_scale[..., None]
     addresses = [[0] * 6, [*(t.data_ptr() for t in held), *[0] * (6 - len(held))]]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from star_attention import phase1, phase2
+from star_attention import phase2
 from star_attention.clock import Clock
 from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
 from star_attention.distributed.comm import Comm
@@ -24,6 +24,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.text import tokens
 from star_attention.planning.traffic import Traffic
+from star_attention.storage.oom import translate_oom
 
 _INSTEAD = {
     "generation_config": "the model's own is used already: give what is to differ as words (top_p=0.9), or set"
@@ -291,7 +292,7 @@ class Run:
 
     def pieces(self) -> Generator[str, None, None]:
         """Text of the first answer as it becomes certain; running it to its end completes all answers."""
-        with phase1.translate_oom(self._out_of_memory):
+        with translate_oom(self._out_of_memory):
             for piece in self._steps() if self.uses_own_loop else self._stock():
                 if piece:
                     self._tell_piece(piece)
@@ -420,7 +421,7 @@ class FollowerRun:
 
     def _next(self) -> str | None:
         try:
-            with phase1.translate_oom(
+            with translate_oom(
                 lambda: (
                     "out of memory in phase 2: ask fewer queries at once, or encode over more ranks"
                 )

@@ -38,7 +38,8 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import identity, load, support, tensor_parallel
 from star_attention.hf.loading.tensor_parallel import load_share
 from star_attention.hf.text import chat, tokens
-from star_attention.planning.plan import RING_LAYOUTS, BlockPlan, Segments
+from star_attention.planning.plan import RING_LAYOUTS, BlockPlan
+from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, StoredKV, as_tensor_ids
@@ -532,7 +533,7 @@ class StarLLM:
                     progress=progress,
                 )
             layout = [*context.layout]
-            layout[owner] = (*layout[owner][:-1], (layout[owner][-1][0], len(ids)))
+            layout[owner] = layout[owner].grow_to(len(ids))
             return replace(
                 context,
                 token_ids=ids,

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.world import Pending
-from star_attention.errors import OutOfMemoryError, StarAttentionError
 from star_attention.hf.cache.base import AnchorLink, EncodeCache, SpanCache
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle
-from star_attention.planning.plan import BlockPlan, Segments, Span
-from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat, is_out_of_memory
+from star_attention.planning.plan import BlockPlan, Span
+from star_attention.planning.segments import Segments
+from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
+from star_attention.storage.oom import translate_oom
 
 Progress = Callable[[Span, BlockPlan], None]
 """Called after each forward with what it encoded."""
@@ -71,7 +71,7 @@ def encode(
     if (shares and comm.cp_rank > 0) or (
         not kv_format.as_computed and plan.anchor_size and plan.num_blocks > 1
     ):
-        anchors = [empty(handle, ((0, plan.anchor_size),), comm) for _ in range(B)]
+        anchors = [empty(handle, Segments.prefix(plan.anchor_size), comm) for _ in range(B)]
     if shares and comm.cp_rank > 0:
         assert anchors is not None
         if anchor_source == "broadcast":
@@ -108,8 +108,7 @@ def extend(
         anchors = [_handed_anchor(handle, comm, kv, plan.anchor_size, owner)]
     if comm.cp_rank != owner:
         return kv
-    *earlier, (first, _) = kv.segments
-    store = kv.grown((*earlier, (first, plan.context_tokens)))
+    store = kv.grown(kv.segments.grow_to(plan.context_tokens))
     cache = EncodeCache(plan, [store], handle.windows, comm, anchors=anchors)
     forwards = Forwards(handle, ids_L[None], plan, comm, tokens_per_forward, rope_length, progress)
     forwards.run(cache, plan.from_token(start, tokens_per_forward))
@@ -156,7 +155,7 @@ class Forwards:
     def run(self, cache: SpanCache, spans: Iterable[Span]) -> None:
         handle, plan = self._handle, self._plan
         with translate_oom(lambda: self._out_of_memory(cache)):
-            held = sum(stop - start for start, stop in plan.layout[self._comm.cp_rank])
+            held = plan.layout[self._comm.cp_rank].tokens
             self._comm.progress(0, held)
             done, spans = 0, list(spans)
             usual = self._usual_tokens(spans)
@@ -270,7 +269,7 @@ def _handed_anchor(
     handle: ModelHandle, comm: Comm, kv: ContextKV, anchor_size: int, owner: int
 ) -> ContextKV:
     """Rank 0's anchor on the owner, where it is needed for a while; called by all ranks."""
-    anchor = empty(handle, ((0, anchor_size),), comm)
+    anchor = empty(handle, Segments.prefix(anchor_size), comm)
     for layer, kept in enumerate(handle.kept):
         if kept is None:
             continue
@@ -296,14 +295,3 @@ def _unpacked(packed: Tensor, kept: LayerKVShape, batch: int, tokens: int) -> tu
         packed[:keys].reshape(batch, kept.k_heads, tokens, kept.k_size),
         packed[keys:].reshape(batch, kept.v_heads, tokens, kept.v_size),
     )
-
-
-@contextmanager
-def translate_oom(message: Callable[[], str]) -> Iterator[None]:
-    """Raise an `OutOfMemoryError` of ours where the device or the machine runs out of memory inside."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or isinstance(error, StarAttentionError):
-            raise
-        raise OutOfMemoryError(message()) from error

@@ -915,7 +915,8 @@ import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from star_attention import StarLLM
-from star_attention.store import LayerKV
+from star_attention.planning.segments import Segments
+from star_attention.storage.kv import LayerKV
 from star_attention.errors import OutOfMemoryError
 from tests.families import FAMILIES
 
@@ -974,10 +975,11 @@ GARBAGE = """
 import gc, resource
 import torch
 from pathlib import Path
-from star_attention.store import LayerKV
+from star_attention.planning.segments import Segments
+from star_attention.storage.kv import LayerKV
 
 def filled():
-    kv = LayerKV(1 << 18)
+    kv = LayerKV(Segments.prefix(1 << 18))
     kv.write(0, torch.zeros(8, 1, 64), torch.zeros(8, 1, 64))  # 2 x 512 MB of address space
     return kv
 

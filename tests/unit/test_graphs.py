@@ -32,7 +32,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_answer, "SPLITS", 2)
     monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
-    monkeypatch.setattr(kv, "_ROOM", 6)
+    monkeypatch.setattr(kv, "_INITIAL_CAPACITY", 6)
 
 
 class Replayed(graphs.Graphs):

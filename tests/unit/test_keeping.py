@@ -10,7 +10,8 @@ import torch
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.storage.kv import FP8, KVFormat, LayerKV, quantized
+from star_attention.planning.segments import Segments
+from star_attention.storage.kv import FP8, KVFormat, LayerKV, quantize
 from tests.engines import BUNDLED, engine, ids
 from tests.needles import make
 
@@ -21,7 +22,7 @@ def test_a_row_is_rounded_to_four_bits() -> None:
     """Three of mantissa: an error of a sixteenth of each number at most, or of the smallest steps of its row."""
     torch.manual_seed(0)
     x = torch.randn(3, 50, 64) * torch.logspace(-20, 20, 50)[:, None]
-    kept, scale = quantized(x)
+    kept, scale = quantize(x)
     assert kept.dtype == FP8
     assert scale.shape == (3, 50)
     back = kept.float() * scale[..., None]
@@ -33,7 +34,7 @@ def test_a_row_is_rounded_to_four_bits() -> None:
     "x", [torch.zeros(2, 16), torch.full((2, 16), 3e38), torch.full((1, 16), 1e-42)]
 )
 def test_extreme_rows_stay_numbers(x: torch.Tensor) -> None:
-    kept, scale = quantized(x)
+    kept, scale = quantize(x)
     back = kept.float() * scale[..., None]
     assert back.isfinite().all()
     torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-38)
@@ -48,7 +49,7 @@ def test_what_is_stored_is_what_was_computed_rounded_once(name: str) -> None:
         if theirs.is_empty:
             assert ours.is_empty
             continue
-        rounded = [quantized(tensor) for tensor in theirs.pair()]
+        rounded = [quantize(tensor) for tensor in theirs.pair()]
         kept = [rounded[0][0], rounded[1][0], rounded[0][1], rounded[1][1]]
         for a, b in zip(ours.stored(), kept, strict=True):
             assert torch.equal(a.float(), b.float())
@@ -140,7 +141,7 @@ def test_unknown_ways_are_refused(setting: dict[str, str]) -> None:
 
 
 def test_a_layer_that_nobody_wrote_is_empty() -> None:
-    assert LayerKV(5, kv_format=KVFormat(dtype="fp8")).is_empty
+    assert LayerKV(Segments.prefix(5), kv_format=KVFormat(dtype="fp8")).is_empty
 
 
 def test_the_bundled_model_still_finds_its_facts() -> None:

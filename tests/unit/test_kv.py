@@ -8,9 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, LayerKV, Pair, Tail, as_tensor_ids
 
 G, L, DK, DV = 3, 37, 8, 5
+ALL = Segments.prefix(L)
 
 
 def pair(tokens: int = L, seed: int = 0) -> Pair:
@@ -21,7 +23,7 @@ def pair(tokens: int = L, seed: int = 0) -> Pair:
 
 
 def written(tokens: int = L, seed: int = 0, **settings: bool) -> LayerKV:
-    layer = LayerKV(tokens, **settings)
+    layer = LayerKV(Segments.prefix(tokens), **settings)
     layer.write(0, *pair(tokens, seed))
     return layer
 
@@ -34,7 +36,7 @@ def batch(rows: int, tokens: int, seed: int) -> Pair:
 
 def test_a_layer_gives_back_what_was_written_piece_by_piece() -> None:
     k_GLD, v_GLD = pair()
-    layer = LayerKV(L)
+    layer = LayerKV(ALL)
     for start, stop in [(0, 10), (10, 11), (11, 30), (30, L)]:
         layer.write(start, k_GLD[:, start:stop], v_GLD[:, start:stop])
     assert torch.equal(layer.pair()[0], k_GLD[None])
@@ -55,7 +57,7 @@ def test_a_layer_is_allocated_once_and_its_slices_are_views() -> None:
 
 def test_a_layer_keeps_nothing_of_what_it_was_given() -> None:
     k_GLD, v_GLD = pair()
-    layer = LayerKV(L)
+    layer = LayerKV(ALL)
     layer.write(0, k_GLD, v_GLD)
     k_GLD.zero_()
     assert layer.pair()[0].abs().min() > 0
@@ -67,7 +69,7 @@ def test_a_write_beyond_the_end_is_refused() -> None:
 
 
 def test_an_empty_layer_says_so() -> None:
-    layer = LayerKV(L)
+    layer = LayerKV(ALL)
     assert layer.is_empty
     assert layer.nbytes == 0
     with pytest.raises(AssertionError, match="holds no keys"):
@@ -77,9 +79,9 @@ def test_an_empty_layer_says_so() -> None:
 
 def test_bytes_count_keys_and_values_of_the_layers_that_hold_any() -> None:
     assert written().nbytes == G * L * (DK + DV) * 4
-    half = LayerKV(L)
+    half = LayerKV(ALL)
     half.write(0, *(t.bfloat16() for t in pair()))
-    assert ContextKV([written(), LayerKV(L), half], L).nbytes == G * L * (DK + DV) * (4 + 2)
+    assert ContextKV([written(), LayerKV(ALL), half], ALL).nbytes == G * L * (DK + DV) * (4 + 2)
 
 
 def test_a_source_is_asked_once_and_only_when_the_keys_are_needed() -> None:
@@ -90,7 +92,7 @@ def test_a_source_is_asked_once_and_only_when_the_keys_are_needed() -> None:
         k_GLD, v_GLD = pair()
         return k_GLD[None], v_GLD[None]
 
-    layer = LayerKV(L, source=source)
+    layer = LayerKV(ALL, source=source)
     assert not layer.is_empty
     assert asked == []
     assert torch.equal(layer.slice(3, 7)[0], pair()[0][None, :, 3:7])
@@ -104,7 +106,7 @@ def test_a_source_that_fails_is_asked_again() -> None:
     def source() -> Pair:
         raise ValueError("damaged")
 
-    layer = LayerKV(L, source=source)
+    layer = LayerKV(ALL, source=source)
     for _ in range(2):
         with pytest.raises(ValueError, match="damaged"):
             layer.pair()
@@ -112,8 +114,10 @@ def test_a_source_that_fails_is_asked_again() -> None:
 
 
 def test_a_grown_context_starts_with_a_copy_of_the_old_one() -> None:
-    old = ContextKV([written(seed=1, expands=True), LayerKV(L, expands=False), written(seed=2)], L)
-    new = old.grown(L + 6)
+    old = ContextKV(
+        [written(seed=1, expands=True), LayerKV(ALL, expands=False), written(seed=2)], ALL
+    )
+    new = old.grown(ALL.grow_to(L + 6))
     assert (new.tokens, [layer.tokens for layer in new.layers]) == (L + 6, [L + 6] * 3)
     assert [layer.expands for layer in new.layers] == [True, False, None]
     assert new.layers[1].is_empty

@@ -183,10 +183,10 @@ def test_opening_a_file_reads_no_keys(path: Path) -> None:
     data[data.index(needle) + 100] ^= 1
     path.write_bytes(data)
     opened = star.load_context(path)
-    assert all(layer._kept is None for layer in opened.kv.layers)
+    assert all(not layer.is_loaded for layer in opened.kv.layers)
     opened.kv.layers[0].pair()
     opened.kv.layers[1].pair()
-    assert opened.kv.layers[2]._kept is None
+    assert not opened.kv.layers[2].is_loaded
     for _ in range(2):
         with pytest.raises(
             CorruptContextError, match=r"layers\.2\.v in .*a\.star does not match its checksum"

@@ -132,7 +132,7 @@ class Answerer:
 def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
     """One line of `--json`."""
     plan = context.plan
-    held = [sum(stop - start for start, stop in segments) for segments in context.layout]
+    held = [segments.tokens for segments in context.layout]
     return {
         "text": reply.text,
         "token_ids": reply.token_ids,

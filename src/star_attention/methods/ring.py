@@ -15,8 +15,10 @@ from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.ring import RingCache
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.methods.dense import Dense
-from star_attention.planning.plan import BlockPlan, Segments, ring_layout
+from star_attention.planning.plan import BlockPlan, ring_layout
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
+from star_attention.storage.oom import translate_oom
 
 
 class Ring(Dense):
@@ -45,9 +47,9 @@ class Ring(Dense):
         kv_format = self.kv_format(config)
         stores = [phase1.empty(handle, own, comm, kv_format) for _ in range(ids_BL.shape[0])]
         comm.tick(f"phase 1, ring over {plan.context_tokens:,} tokens")
-        comm.progress(0, sum(stop - start for start, stop in own))
+        comm.progress(0, own.tokens)
         positions_S = torch.cat([torch.arange(start, stop) for start, stop in own])
-        with phase1.translate_oom(
+        with translate_oom(
             lambda: (
                 f"out of memory in phase 1: ring attention sends all {len(positions_S):,} tokens of a rank through in one"
                 " forward; use more ranks, a shorter context, or method 'star'"

@@ -8,7 +8,8 @@ from star_attention import phase1
 from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm
 from star_attention.hf.execution.handle import ModelHandle
-from star_attention.planning.plan import BlockPlan, Segments
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, KVFormat, VisibleRange
 
 

@@ -16,7 +16,8 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.cache.window import WindowCache
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.methods.star import Star
-from star_attention.planning.plan import BlockPlan, Segments, Span, resolve_sizes
+from star_attention.planning.plan import BlockPlan, Span, resolve_sizes
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, VisibleRange
 
 SINKS = 4
@@ -37,7 +38,7 @@ class StreamingLLM(Star):
         sinks = min(plan.anchor_size, plan.context_tokens)
         recent = max(sinks, plan.context_tokens - plan.block_size)
         runs = ((0, sinks), (recent, plan.context_tokens))
-        return (tuple((start, stop) for start, stop in runs if start < stop),)
+        return (Segments((start, stop) for start, stop in runs if start < stop),)
 
     def visible(self, plan: BlockPlan) -> VisibleRange | None:
         return VisibleRange(first=plan.anchor_size, recent=plan.block_size)

@@ -173,7 +173,8 @@ def phase1(
     2411.17116, section 2.1 and Algorithm 1.
     """
     ranks = range(plan.ranks) if rank is None else [rank]
-    tokens = sum(stop - start for r in ranks for start, stop in [plan.rank_range(r)])
+    layout = plan.layout
+    tokens = sum(layout[r].tokens for r in ranks)
     expanded = (
         sum(_keys_of_forwards(plan, tokens_per_forward, r) for r in ranks)
         if shape.expansion_parameters

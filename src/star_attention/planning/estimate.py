@@ -330,9 +330,8 @@ def _token_s(shape: ModelShape, on: Hardware, kept_bytes: int, ranks: int) -> fl
 
 
 def _most_tokens(plan: BlockPlan) -> int:
-    return max(
-        stop - start for start, stop in (plan.rank_range(rank) for rank in _telling_ranks(plan))
-    )
+    layout = plan.layout
+    return max(layout[rank].tokens for rank in _telling_ranks(plan))
 
 
 def _telling_ranks(plan: BlockPlan) -> list[int]:

@@ -12,12 +12,10 @@ from functools import cached_property
 from itertools import pairwise
 
 from star_attention.errors import SizeError, TokenError
+from star_attention.planning.segments import Segments
 
 MIN_BLOCK_SIZE = 1024
 MAX_BLOCK_SIZE = 32768
-
-Segments = tuple[tuple[int, int], ...]
-"""Runs `[start, stop)` of context tokens, in the order in which a rank keeps them."""
 
 LINEAR_PAIRS = 24 * 1024
 """What the linear layers cost for one token, in pairs of a query and a key that attention could compute instead: about
@@ -118,15 +116,15 @@ def ring_layout(
     on the first.
     """
     if context_tokens < 2 * ranks:
-        return (((0, context_tokens),), *((),) * (ranks - 1))
+        return (Segments.prefix(context_tokens), *(Segments(),) * (ranks - 1))
     runs = ranks if kind == "contiguous" else 2 * ranks
     cuts = [run * context_tokens // runs for run in range(runs + 1)]
     cut = [(start, stop) for start, stop in pairwise(cuts)]
     if ranks == 1:
-        return (((0, context_tokens),),)
+        return (Segments.prefix(context_tokens),)
     if kind == "contiguous":
-        return tuple((run,) for run in cut)
-    return tuple((cut[rank], cut[-1 - rank]) for rank in range(ranks))
+        return tuple(Segments([run]) for run in cut)
+    return tuple(Segments([cut[rank], cut[-1 - rank]]) for rank in range(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +249,7 @@ class BlockPlan:
     def layout(self) -> tuple[Segments, ...]:
         """What each rank keeps."""
         ranges = [self.rank_range(rank) for rank in range(self.ranks)]
-        return tuple(((start, stop),) if start < stop else () for start, stop in ranges)
+        return tuple(Segments([(start, stop)] if start < stop else []) for start, stop in ranges)
 
     @property
     def busy_ranks(self) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed.comm import Comm, SoloComm
-from star_attention.planning.plan import BlockPlan, Segments
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
 from star_attention.storage import saved
 from star_attention.storage.kv import NAMES, ContextKV

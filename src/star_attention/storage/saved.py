@@ -23,7 +23,7 @@ from torch import Tensor
 
 from star_attention.distributed.comm import Comm
 from star_attention.errors import ContextNotFoundError, ContextSaveError, CorruptContextError
-from star_attention.planning.plan import Segments
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import NAMES, StoredKV
 
 FORMAT_VERSION = 1
@@ -306,18 +306,16 @@ class SavedContext:
     def _find(self, token: int) -> tuple[int, int, int]:
         """The part that holds a token, where it lies in it, and where its run ends."""
         for number, (segments, _) in enumerate(self._parts):
-            at = 0
             for start, stop in segments:
                 if start <= token < stop:
-                    return number, at + token - start, stop
-                at += stop - start
+                    return number, segments.offset(token), stop
         raise CorruptContextError(
             f"{self.path} holds no keys for token {token:,}: the file was changed"
         )
 
 
 def _segments(listed: list[list[int]]) -> Segments:
-    return tuple((start, stop) for start, stop in listed)
+    return Segments((start, stop) for start, stop in listed)
 
 
 class SavedFile:

@@ -16,6 +16,7 @@ from star_attention.hf.cache.base import EncodeCache
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle, cache_word
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
 
 Anchor = tuple[Tensor, Tensor]
@@ -68,7 +69,9 @@ def official_encode(
     in front of the block `start..stop`, and at which positions; None for nothing. kv_format: how the result is
     stored; a block sees itself as it was computed, where `phase1.encode` reads back what earlier forwards have stored.
     """
-    store = ContextKV.empty(plan.context_tokens, [None] * len(handle.windows), kv_format)
+    store = ContextKV.empty(
+        Segments.prefix(plan.context_tokens), [None] * len(handle.windows), kv_format
+    )
     for start, stop in plan.blocks:
         if anchor_of is None:
             size = plan.anchor_size if start else 0
@@ -79,7 +82,7 @@ def official_encode(
         anchor = len(ids_A)
         ids_S = torch.cat([ids_A, ids_L[start:stop]])
         positions_S = torch.cat([places_A, torch.arange(start, stop)])
-        both = ContextKV.empty(len(positions_S), [None] * len(handle.windows))
+        both = ContextKV.empty(Segments.prefix(len(positions_S)), [None] * len(handle.windows))
         dense = BlockPlan.dense(len(positions_S))
         cache = EncodeCache(dense, [both], handle.windows, SoloComm())
         for span in dense.spans(tokens_per_forward):

@@ -15,6 +15,7 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed.comm import SoloComm
 from star_attention.hf.cache.base import StarCache, _Place, _StarLayer
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import LayerKV
 
 TOKENS = 4
@@ -49,7 +50,7 @@ class ProbeLayer(_StarLayer):
 
     def __init__(self, index: int, place: ProbePlace, window: int | None) -> None:
         super().__init__(index, place, window)
-        self._kv = LayerKV(TOKENS)
+        self._kv = LayerKV(Segments.prefix(TOKENS))
         self.given: tuple[Tensor, Tensor] | None = None
         self.was_read = False
 

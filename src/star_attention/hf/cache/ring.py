@@ -17,7 +17,7 @@ from star_attention.attention.attend import Rule, attend
 from star_attention.attention.state import State, empty_state, merge
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.base import StarCache, _Place, _StarLayer
-from star_attention.planning.plan import Segments
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, LayerKV
 
 
@@ -48,12 +48,11 @@ class RingLayer(_StarLayer):
 
     def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         for store, k_GSD, v_GSD in zip(self.stores, k_BGSD, v_BGSD, strict=True):
-            at = 0
             for start, stop in store.segments:
+                at = store.segments.offset(start)
                 store.write(
                     start, k_GSD[:, at : at + stop - start], v_GSD[:, at : at + stop - start]
                 )
-                at += stop - start
         return k_BGSD, v_BGSD
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
@@ -62,14 +61,14 @@ class RingLayer(_StarLayer):
         v_heads, v_size = v_BKGD.shape[2:]
         numbers = B * (G * k_size + v_heads * v_size)  # of one token
         own, owner = layout[comm.cp_rank], comm.cp_rank
-        total = numbers * sum(_tokens(segments) for segments in layout)
+        total = numbers * sum(segments.tokens for segments in layout)
         passing = torch.cat([k_BKGD.reshape(-1), v_BKGD.reshape(-1)])
         states: list[list[State]] = [[] for _ in own]
         for step in range(comm.cp_size):
             pending, following = None, passing
             if step < comm.cp_size - 1:
                 behind = (owner - 1) % comm.cp_size
-                following = passing.new_empty(numbers * _tokens(layout[behind]))
+                following = passing.new_empty(numbers * layout[behind].tokens)
                 pending = comm.exchange(
                     passing,
                     following,
@@ -77,7 +76,7 @@ class RingLayer(_StarLayer):
                     source=(comm.cp_rank - 1) % comm.cp_size,
                     total=total,
                 )
-            held = _tokens(layout[owner])
+            held = layout[owner].tokens
             keys = B * held * G * k_size
             k = passing[:keys].reshape(B, held, G, k_size)
             v = passing[keys:].reshape(B, held, v_heads, v_size)
@@ -95,10 +94,6 @@ class RingLayer(_StarLayer):
             torch.cat([s.out_BQHD.float() for s in merged], 1),
             torch.cat([s.lse_BQH for s in merged], 1),
         )
-
-
-def _tokens(segments: Segments) -> int:
-    return sum(stop - start for start, stop in segments)
 
 
 def _attend_to(

@@ -25,6 +25,7 @@ from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import AnswerCache, StarCache, _Place, _StarLayer
 from star_attention.hf.execution import compiled, hook
 from star_attention.hf.loading import identity
+from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, LayerKV
 
 _log = logging.getLogger("star_attention")
@@ -53,7 +54,7 @@ class _GraphLayer(_StarLayer):
 
     def __init__(self, index: int, place: _GraphPlace, window: int | None) -> None:
         super().__init__(index, place, window)
-        self._kv = LayerKV(0, expands=False)
+        self._kv = LayerKV(Segments(), expands=False)
 
     @property
     def kv(self) -> LayerKV:
