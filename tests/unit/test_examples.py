@@ -1,0 +1,108 @@
+"""Each program in `examples/` runs offline on the bundled model and prints what its page promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run an example in this process, as `python examples/NAME ARGUMENTS` at the root would."""
+    monkeypatch.chdir(ROOT)
+
+    def run_example(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def test_every_example_is_tested() -> None:
+    tested = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text(encoding="utf-8")))
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_both_phases_in_one_file_equal_the_mask(run: Run) -> None:
+    printed = run("star_attention_in_one_file.py")
+    differences = re.findall(r"phase \d, largest difference from the mask: (\S+)", printed)
+    assert len(differences) == 2
+    assert all(0 < float(difference) < 1e-5 for difference in differences)
+
+
+def test_ask_a_book(run: Run) -> None:
+    printed = run("ask_a_book.py")
+    assert "tokens in 5 blocks" in printed
+    assert "The secret number for quiet-harbor is 8811503\n" in printed
+
+
+def test_ask_another_book(run: Run, tmp_path: Path) -> None:
+    book = tmp_path / "notes.txt"
+    book.write_text("The tea is hot.\n" * 9 + "The secret number for grey-goose is 4471903.\n")
+    printed = run("ask_a_book.py", str(book), "What is the secret number for grey-goose?")
+    assert "The secret number for grey-goose is 4471903\n" in printed
+
+
+def test_many_questions(run: Run) -> None:
+    printed = run("many_questions.py")
+    answers = [line.split()[-1] for line in printed.splitlines() if line.startswith("What")]
+    assert answers == ["1991709", "b34a-fe4c", "1486206", "2893308"]
+
+
+def test_many_questions_from_a_file(run: Run, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("What is the secret number for dusty-violin?\n")
+    printed = run("many_questions.py", "--questions", str(questions))
+    assert (
+        "What is the secret number for dusty-violin?  The secret number for dusty-violin" in printed
+    )
+    assert " 2844290\n" in printed
+    assert "1 answers in" in printed
+
+
+def test_saved_contexts(run: Run, tmp_path: Path) -> None:
+    saved = str(tmp_path / "book.star")
+    first, second = (run("saved_contexts.py", "--saved", saved) for _ in range(2))
+    assert "encoded 4,910 tokens and saved them to" in first
+    assert "loaded 4,910 tokens from" in second
+    assert first.splitlines()[1:] == second.splitlines()[1:]
+    assert "velvet-raven is 0bd3-6911\n" in second
+    assert "extended by 36 tokens\n" in second
+    assert "paper-kite is 5301946\n" in second
+
+
+def test_several_gpus_on_one_process(run: Run) -> None:
+    printed = run("several_gpus.py")
+    assert "rank 0 of 1 holds 24.0 MiB" in printed
+    assert "The secret number for silver-otter is 7382745\n" in printed
+
+
+@pytest.mark.dist
+def test_several_gpus_on_two_ranks() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "several_gpus.py")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 1  b4 " in done.stdout
+    assert "rank 0 of 2 holds 10.0 MiB" in done.stdout
+    assert done.stdout.count("The secret number for silver-otter is 7382745\n") == 1
