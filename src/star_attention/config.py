@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.planning.plan import RING_LAYOUTS, BlockPlan, parse_size, resolve_sizes
+from star_attention.planning.plan import (
+    ANCHOR_SOURCES,
+    RING_LAYOUTS,
+    BlockPlan,
+    parse_size,
+    resolve_sizes,
+)
 
 METHODS = {
     "star": "star_attention.methods.star:Star",
@@ -18,7 +24,6 @@ METHODS = {
 """Attention methods by name, imported on use."""
 
 KV_DTYPES, KV_DEVICES = ("fp8",), ("cpu",)
-ANCHOR_SOURCES = ("broadcast", "local")
 
 RESERVE_TOKENS = 1024
 """Tokens kept free for query and answer where rotary frequencies depend on the total length (LongRoPE, dynamic NTK)."""

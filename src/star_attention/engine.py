@@ -23,7 +23,7 @@ from star_attention import methods, phase1, phase2
 from star_attention._version import __version__
 from star_attention.answering import AnswerSettings, FollowerRun, Run, Stream
 from star_attention.clock import Clock
-from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
+from star_attention.config import MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
 from star_attention.distributed import comm as ranks
 from star_attention.distributed.world import END
 from star_attention.errors import (
@@ -38,7 +38,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import identity, load, support, tensor_parallel
 from star_attention.hf.loading.tensor_parallel import load_share
 from star_attention.hf.text import chat, tokens
-from star_attention.planning.plan import RING_LAYOUTS, BlockPlan
+from star_attention.planning.plan import ANCHOR_SOURCES, RING_LAYOUTS, BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
 from star_attention.storage.context import EncodedContext, RankStats

@@ -1,24 +1,26 @@
-"""Every exception that the library raises on purpose.
+"""All exceptions that the library raises on purpose; catch `StarAttentionError` for any of them.
 
     StarAttentionError
-    ├── InvalidInputError (ValueError)        a value that cannot work: says the value, the limit and the remedy
-    │   ├── SizeError                         block, anchor or forward sizes
-    │   ├── ContextLengthError                more tokens than the model, or the encoded context, has positions for
-    │   ├── TokenError                        token ids outside the vocabulary, or no tokens at all
-    │   ├── TextError                         a text file that cannot be read as UTF-8
-    │   └── ModelNotFoundError                a model folder or tokenizer that is missing or unreadable
-    ├── UnsupportedModelError (ValueError)    a model family that Star Attention cannot run, with the reasons
-    ├── ContextFileError (ValueError)         a saved context
-    │   ├── CorruptContextError               truncated, changed, or not such a file
-    │   ├── ContextMismatchError              made with another model, tokenizer or setting: names the field
-    │   ├── ContextNotFoundError (also FileNotFoundError)    there is none
-    │   └── ContextSaveError (also OSError)   could not be written; what was there before is untouched
-    ├── RankError (also RuntimeError)         another rank died, hangs or failed, or the network between them is cut
-    ├── UnknownOptionError (also TypeError)   a word that `generate` or `from_pretrained` does not take, with what may be meant
-    ├── MissingPackageError (also ImportError)  an optional package is missing: gives the command that installs it
-    └── OutOfMemoryError (also MemoryError)   says which size to lower
+    ├── InvalidInputError (ValueError)      an invalid value: the message gives value, limit, remedy
+    │   ├── SizeError                       block, anchor or forward size
+    │   ├── ContextLengthError              more tokens than the model or the context has positions for
+    │   ├── TokenError                      token ids outside the vocabulary, or no tokens at all
+    │   ├── TextError                       text file that is missing, unreadable or not UTF-8
+    │   └── ModelNotFoundError              model folder, hub id or tokenizer, missing or unreadable
+    ├── UnsupportedModelError (ValueError)  model that Star Attention cannot run, with the reasons
+    ├── UnsupportedCallError (ValueError)   attention call that no kernel can run, with the reasons
+    ├── ContextFileError (ValueError)       saved context that cannot be used
+    │   ├── CorruptContextError             truncated, modified, or not a saved context
+    │   ├── ContextMismatchError            from another model, tokenizer or setting: names the field
+    │   ├── ContextNotFoundError (FileNotFoundError)  no saved context at the path
+    │   └── ContextSaveError (OSError)      cannot be written; an existing file is left unchanged
+    ├── UnknownOptionError (TypeError)      unknown keyword, with the closest valid one
+    ├── MissingPackageError (ImportError)   optional package not installed: gives the install command
+    ├── OutOfMemoryError (MemoryError)      names the setting to lower
+    └── RankError (RuntimeError)            another rank died, hung, failed or cannot be reached
 
-Other wrong argument names are a `TypeError`, as for any Python call.
+In parentheses: the built-in exception that a class also derives from. Any other wrong argument is an
+ordinary `TypeError`. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,35 +32,40 @@ from collections.abc import Iterator
 
 
 class StarAttentionError(Exception):
-    """Base class of every error raised by this library on purpose."""
+    """Base class of all errors that the library raises on purpose."""
 
 
 class InvalidInputError(StarAttentionError, ValueError):
-    """A value that cannot work; the message says the value, the limit and the remedy."""
+    """A value is invalid; the message gives the value, the limit and the remedy."""
 
 
 class SizeError(InvalidInputError):
-    """A block, anchor or forward size that cannot work."""
+    """A block, anchor or forward size is invalid."""
 
 
 class ContextLengthError(InvalidInputError):
-    """More tokens than the model, or the encoded context, has positions for."""
+    """There are more tokens than the model, or the encoded context, has positions for."""
 
 
 class TokenError(InvalidInputError):
-    """Token ids outside the vocabulary, or no tokens at all."""
+    """Token ids are outside the vocabulary, or there are no tokens at all."""
 
 
 class TextError(InvalidInputError):
-    """A text file that is missing, unreadable or not UTF-8."""
+    """A text file is missing, unreadable or not UTF-8."""
 
 
 class ModelNotFoundError(InvalidInputError):
-    """A model folder, hub id or tokenizer that is missing or unreadable."""
+    """A model folder, hub id or tokenizer is missing or unreadable."""
 
 
 class UnsupportedModelError(StarAttentionError, ValueError):
-    """A model that Star Attention cannot run; `reasons` lists why."""
+    """Star Attention cannot run a model.
+
+    Attributes:
+        name: the model's type or class.
+        reasons: the reasons, one sentence each.
+    """
 
     def __init__(self, name: str, reasons: list[str]) -> None:
         self.name = name
@@ -67,19 +74,23 @@ class UnsupportedModelError(StarAttentionError, ValueError):
 
 
 class UnsupportedCallError(StarAttentionError, ValueError):
-    """No attention kernel can run a call; the message lists every kernel's reasons."""
+    """No attention kernel can run a call; the message lists the reasons of each kernel."""
 
 
 class ContextFileError(StarAttentionError, ValueError):
-    """A saved context that cannot be used."""
+    """A saved context cannot be used."""
 
 
 class CorruptContextError(ContextFileError):
-    """The file is truncated, was changed, or is not a saved context."""
+    """A file is truncated, was modified, or is not a saved context."""
 
 
 class ContextMismatchError(ContextFileError):
-    """The context was made with another model, tokenizer or setting; `field` names what differs."""
+    """A context was encoded with another model, tokenizer or setting.
+
+    Attributes:
+        field: the first field that differs, such as `config.vocab_size`.
+    """
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
@@ -87,55 +98,74 @@ class ContextMismatchError(ContextFileError):
 
 
 class ContextNotFoundError(ContextFileError, FileNotFoundError):
-    """There is no saved context at this path."""
+    """There is no saved context at a path."""
 
 
 class ContextSaveError(ContextFileError, OSError):
-    """A context could not be written; a file that stood there before is untouched."""
+    """A context cannot be written; a file that was at the path before is left unchanged."""
 
 
 class UnknownOptionError(StarAttentionError, TypeError):
-    """A word that `generate` or `from_pretrained` does not take."""
+    """A call does not take a keyword; the message suggests what may be meant."""
 
 
 class MissingPackageError(StarAttentionError, ImportError):
-    """An optional package is missing; the message gives the command that installs it."""
+    """An optional package is not installed; the message gives the install command."""
 
 
 class OutOfMemoryError(StarAttentionError, MemoryError):
-    """The device or the machine ran out of memory; the message says which size to lower."""
+    """The device or the machine ran out of memory; the message names the setting to lower."""
+
+
+class RankError(StarAttentionError, RuntimeError):
+    """The ranks cannot continue, because one of them died, hung, failed or cannot be reached.
+
+    Attributes:
+        rank: the rank at fault, None if it is not a single one.
+        where: what that rank was doing.
+        cause: what went wrong.
+    """
+
+    def __init__(self, rank: int | None, where: str, cause: str) -> None:
+        self.rank, self.where, self.cause = rank, where, cause
+        subject = "the ranks" if rank is None else f"rank {rank}"
+        super().__init__(f"{subject} failed in {where}: {cause}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
 def release_frames_on_oom() -> Iterator[None]:
-    """What a call took before an `OutOfMemoryError` is freed, even while somebody holds the error.
-
-    (Its traceback would keep the variables of all that ran, and with them keys and values.)
-    """
+    """Free the local variables of a call that raises `OutOfMemoryError`."""
+    # The traceback would otherwise keep them, keys and values among them, for as long as anybody
+    # holds the error.
     try:
         yield
     except OutOfMemoryError as error:
-        for one in (error, error.__cause__):
-            if one is not None:
-                traceback.clear_frames(one.__traceback__)
+        for link in (error, error.__cause__):
+            if link is not None:
+                traceback.clear_frames(link.__traceback__)
         raise
 
 
-class RankError(StarAttentionError, RuntimeError):
-    """The ranks cannot go on: `rank` is the one at fault (None where it is not one), `where` what it was doing."""
-
-    def __init__(self, rank: int | None, where: str, cause: str) -> None:
-        self.rank, self.where, self.cause = rank, where, cause
-        who = "the ranks" if rank is None else f"rank {rank}"
-        super().__init__(f"{who} failed in {where}: {cause}")
-
-
-def rebuilt(
+def rebuild(
     name: str, message: str, reasons: list[str] | None = None, rank: int | None = None
 ) -> Exception:
-    """An exception that another rank raised, from what was told about it.
+    """Rebuild an exception that another rank raised.
 
-    Ours and Python's own keep their type, so that they can be caught as on one rank; others become a `RankError`.
+    Our exceptions and the built-in ones keep their type, so that callers catch them as on one rank.
+
+    Args:
+        name: name of its type.
+        message: its message.
+        reasons: its `reasons`, if it has any.
+        rank: the rank that raised it.
+
+    Returns:
+        An exception of the same type, or a `RankError` for types that cannot be rebuilt.
     """
     kind = globals().get(name) or getattr(builtins, name, None)
     if kind is UnsupportedModelError:
@@ -145,6 +175,7 @@ def rebuilt(
     if kind is KeyboardInterrupt:
         return RankError(rank, "a call", "it was interrupted")
     if isinstance(kind, type) and issubclass(kind, Exception) and kind is not RankError:
-        with contextlib.suppress(TypeError):  # some of Python's own need more than a message
+        # Some built-in exceptions take more than a message.
+        with contextlib.suppress(TypeError):
             return kind(message)
     return RankError(rank, "a call", f"{name}: {message}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,7 @@ def test_a_model_folder_needs_no_network(tmp_path: Path) -> None:
     """Also where nobody has told the hub's library to stay offline."""
     code = f"""
 import os
+import re
 os.environ.pop("HF_HUB_OFFLINE", None)
 import logging
 logging.disable(logging.WARNING)
@@ -181,3 +183,10 @@ def test_every_error_is_ours(error: type[Exception]) -> None:
     """A user catches whatever the library raises on purpose by one base class."""
     assert issubclass(error, errors.StarAttentionError)
     assert error.__doc__
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_every_error_is_in_the_drawn_tree(error: type[Exception]) -> None:
+    assert re.search(
+        rf"^[ │]*(├── |└── )?{error.__name__}( |$)", errors.__doc__ or "", re.MULTILINE
+    )

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from star_attention.config import (
-    ANCHOR_SOURCES,
     MAX_NEW_TOKENS,
     METHODS,
     STALL_S,
@@ -19,7 +18,7 @@ from star_attention.config import (
     check_max_new_tokens,
 )
 from star_attention.errors import InvalidInputError, SizeError
-from star_attention.planning.plan import format_size, parse_size
+from star_attention.planning.plan import ANCHOR_SOURCES, format_size, parse_size
 
 DEFAULT_BLOCK = "a quarter of the context, rounded up to a power of two, 1k to 32k"
 """`plan.default_block_size`, in words."""

@@ -130,33 +130,17 @@ class Answerer:
 
 
 def as_json(context: EncodedContext, reply: Generation) -> dict[str, Any]:
-    """One line of `--json`."""
-    plan = context.plan
-    held = [segments.tokens for segments in context.layout]
-    return {
+    """One line of `--json`, without the query."""
+    values = context.as_dict() | {
         "text": reply.text,
         "token_ids": reply.token_ids,
         "finish_reason": reply.finish_reason,
-        "method": context.method,
-        "context_tokens": plan.context_tokens,
         "query_tokens": reply.query_tokens,
-        "block_size": plan.block_size,
-        "anchor_size": plan.anchor_size,
-        "blocks": plan.num_blocks,
-        "ranks": plan.ranks,
-        "tensor_parallel": context.comm.tp_size,
-        "encode_s": reply.timings.encode_s,
         "ttft_s": reply.timings.ttft_s,
         "tokens_per_s": reply.timings.tokens_per_s,
         "peak_bytes": reply.peak_bytes,
-        "wire_bytes_phase1": context.wire.bytes,
         "wire_bytes_phase2": reply.wire.bytes,
-        "wire_calls_phase1": context.wire.calls,
         "wire_calls_phase2": reply.wire.calls,
-        "wire_within_bytes_phase1": context.wire_within.bytes,
         "wire_within_bytes_phase2": reply.wire_within.bytes,
-        "per_rank": [
-            {"tokens": tokens, "encode_s": stats.busy_s, "peak_bytes": stats.peak_bytes}
-            for tokens, stats in zip(held, context.stats, strict=True)
-        ],
     }
+    return {name: values[name] for name in FIELDS if name != "query"}

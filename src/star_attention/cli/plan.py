@@ -22,8 +22,8 @@ from star_attention.cli.options import (
     option,
     sizes,
 )
-from star_attention.config import ANCHOR_SOURCES, MAX_NEW_TOKENS, StarConfig
-from star_attention.planning.plan import BlockPlan, parse_size
+from star_attention.config import MAX_NEW_TOKENS, StarConfig
+from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan, parse_size
 
 
 def plan(

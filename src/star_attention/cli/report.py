@@ -7,13 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from star_attention.cli.progress import amount, in_bytes, table
-from star_attention.config import ANCHOR_SOURCES, StarConfig
+from star_attention.config import StarConfig
 from star_attention.hf.loading import load, rope
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost
 from star_attention.planning.cost import Flops
-from star_attention.planning.plan import BlockPlan, counted, format_size
+from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan, counted, format_size
 
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from star_attention import errors
 from star_attention.config import STALL_S
 from star_attention.distributed.watchdog import BUSY, IDLE, WAITING, Fault, Watch
-from star_attention.errors import InvalidInputError, RankError, release_frames_on_oom
+from star_attention.errors import InvalidInputError, RankError, first_line, release_frames_on_oom
 
 dist: Any = torch.distributed  # its type information leaves out stores and transports
 
@@ -106,7 +106,7 @@ class World:
             raise RankError(
                 None,
                 "the start",
-                f"not all of {size} ranks came within {start_s:g} s ({_first_line(error)})",
+                f"not all of {size} ranks came within {start_s:g} s ({first_line(error)})",
             ) from error
         self.watch = Watch(
             lambda: dist.PrefixStore(f"{name}/watch", _store(host, port, max(1.0, stall_s / 2))),
@@ -200,7 +200,7 @@ class World:
             raise
         except (RuntimeError, ValueError, OSError) as error:
             raise RankError(
-                None, "the start", f"the ranks did not find each other ({_first_line(error)})"
+                None, "the start", f"the ranks did not find each other ({first_line(error)})"
             ) from error
         return cls(rank, size, host, port, master=master, **settings)
 
@@ -292,7 +292,7 @@ class World:
             else RankError(None, self.watch.where, f"a call failed ({error})")
         )
         if isinstance(error, Exception):  # (else it is about to look for the rank that has died)
-            self.watch.leave(_first_line(self._now.broken))
+            self.watch.leave(first_line(self._now.broken))
 
     def _recover(self) -> bool:
         """Meet the other ranks after an exception, and make new groups: in the old ones some may wait for others that left."""
@@ -390,7 +390,7 @@ class World:
             return value
         fine, value = self.receive_object()
         if not fine:
-            self._now.agreed = errors.rebuilt(*value)
+            self._now.agreed = errors.rebuild(*value)
             raise self._now.agreed
         return value
 
@@ -416,7 +416,7 @@ class World:
             if told is not None:
                 name, message, reasons = told
                 self._now.agreed = (
-                    failure if rank == self.rank else errors.rebuilt(name, message, reasons, rank)
+                    failure if rank == self.rank else errors.rebuild(name, message, reasons, rank)
                 )
                 assert self._now.agreed is not None
                 raise self._now.agreed
@@ -458,7 +458,7 @@ class World:
                 except RuntimeError as error:
                     self._check()
                     if ended:
-                        raise _as_error(self.watch.suspect(_first_line(error))) from error
+                        raise _as_error(self.watch.suspect(first_line(error))) from error
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -488,14 +488,14 @@ _KEPT: list[Any] = []
 
 
 def _told(error: Exception) -> tuple[str, str, list[str] | None]:
-    """What `errors.rebuilt` makes an exception of again."""
+    """What `errors.rebuild` makes an exception of again."""
     return type(error).__name__, str(error), getattr(error, "reasons", None)
 
 
 def _as_error(fault: Fault) -> BaseException:
     """The error of a fault: the other rank's own exception where it raised one that users know."""
     if fault.name is not None:
-        return errors.rebuilt(
+        return errors.rebuild(
             fault.name,
             f"{fault.message} (on rank {fault.rank}, in {fault.where})",
             None,
@@ -535,7 +535,3 @@ def _await(
         if check is not None:
             check()
         time.sleep(0.01)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

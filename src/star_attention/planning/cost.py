@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from star_attention.config import ANCHOR_SOURCES
 from star_attention.planning import traffic
-from star_attention.planning.plan import BlockPlan
+from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 from star_attention.planning.traffic import Traffic
 
 # ---------------------------------------------------------------------------------------------- the model

@@ -103,7 +103,11 @@ def resolve_sizes(
     return block, anchor
 
 
+ANCHOR_SOURCES = ("broadcast", "local")
+"""How ranks other than the first get the anchor: rank 0 sends it, or each computes it again."""
+
 RING_LAYOUTS = ("zigzag", "contiguous")
+"""How ring attention assigns tokens to ranks, see `ring_layout`."""
 
 
 def ring_layout(

@@ -1,4 +1,4 @@
-"""What phase 1 leaves behind: `EncodedContext`, one object a user keeps, asks and saves."""
+"""`EncodedContext`: the result of phase 1, which users keep, query and save."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ from star_attention.storage.kv import NAMES, ContextKV
 
 @dataclass(frozen=True, kw_only=True)
 class RankStats:
-    """What one host (a rank, or those that share its heads) spent on phase 1.
+    """Time, memory and traffic of phase 1 on one context-parallel rank.
 
-    busy_s: seconds until it was done with its own share, None for a saved context. peak_bytes: peak device memory, None where
-    it is not measured (CPU). wire: what the hosts exchanged, all together; wire_within: what the ranks of this one did.
+    With tensor parallelism one entry covers all ranks that share a context shard.
+
+    Attributes:
+        busy_s: seconds until its shard was encoded; None for a saved context.
+        peak_bytes: peak device memory; None if it is not measured (CPU).
+        wire: traffic between context-parallel ranks, summed over all of them.
+        wire_within: traffic of tensor parallelism, among the ranks of this entry.
     """
 
     busy_s: float | None
@@ -34,22 +39,29 @@ class RankStats:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedContext:
-    """An encoded context: its tokens, its sizes and its keys and values.
+    """A context after phase 1: its token ids, its block plan, and its keys and values.
 
-    Answering leaves it as it was, so that any number of queries can share it.
+    Made by `StarLLM.encode`, `StarLLM.extend` and `StarLLM.load_context`. Generating from a context
+    never changes it, so that any number of queries can share one. `len(context)` is its number of
+    tokens.
 
-    token_ids: the context's token ids, int64 `[tokens]` on CPU.
-    plan: blocks and anchor as they were resolved for this context.
-    kv: keys and values of every layer: on several ranks those of this rank's share.
-    layout: which tokens each host keeps.
-    method: the attention method's name.
-    identity: what the context depends on (model, tokenizer, precision), by field.
-    rope_length: tokens that length-dependent rotary frequencies were computed for, or None.
-    chat: how a chat continues, or None for raw text.
-    encode_s: seconds that phase 1 took, on the slowest host; peak_bytes: its peak device memory on this one, or None where it is
-        not measured (CPU).
-    stats: the same of every host, with what they exchanged.
-    model: the model that encoded it, while it lives; model_state: how its weights and adapters were then.
+    Attributes:
+        token_ids: the context's token ids, int64 `[tokens]` on the CPU.
+        plan: the blocks and the anchor, with sizes resolved for this context.
+        kv: keys and values of every layer; on several ranks, the shard of this rank.
+        layout: the tokens that each context-parallel rank holds.
+        method: name of the attention method.
+        identity: everything that the KV depends on (model, tokenizer, precision), by field.
+        rope_length: length in tokens that length-dependent rotary frequencies are computed for;
+            None if they do not depend on it.
+        chat: how a chat continues after the context; None for raw text and token ids.
+        encode_s: seconds that phase 1 took on the slowest rank.
+        peak_bytes: peak device memory of phase 1 on this rank; None if it is not measured (CPU).
+        stats: the statistics of every context-parallel rank.
+        model: weak reference to the model that encoded the context.
+        model_state: fingerprint of that model's weights and adapters at the time.
+        comm: the communicator of the ranks that hold the context.
+        key: identifies the context to the other ranks.
     """
 
     token_ids: Tensor
@@ -75,38 +87,68 @@ class EncodedContext:
         return self.plan.context_tokens
 
     def __repr__(self) -> str:
-        sizes = f"{self.plan.context_tokens:,} tokens, {self.plan.num_blocks} x {self.plan.block_size:,}"
-        if self.method == "streaming_llm":
-            sizes = f"{self.plan.context_tokens:,} tokens, window {self.plan.block_size:,}"
-            return f"EncodedContext({self.method}, {sizes}, {self.plan.anchor_size:,} sinks)"
-        return f"EncodedContext({self.method}, {sizes}, anchor {self.plan.anchor_size:,})"
+        plan, visible = self.plan, self.kv.visible
+        if visible is None:
+            sizes = f"{plan.num_blocks} x {plan.block_size:,}, anchor {plan.anchor_size:,}"
+        else:
+            sizes = f"window {visible.recent:,}, {visible.first:,} sinks"
+        return f"EncodedContext({self.method}, {len(self):,} tokens, {sizes})"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the context's keys and values, on this rank."""
+        """Bytes of the context's keys and values on this rank."""
         return self.kv.nbytes
 
     @property
     def wire(self) -> Traffic:
-        """What the hosts exchanged in phase 1, all together."""
+        """Traffic of phase 1 between context-parallel ranks, summed over all of them."""
         return self.stats[0].wire if self.stats else Traffic()
 
     @property
     def wire_within(self) -> Traffic:
-        """What ranks of one host exchanged in phase 1, of all hosts together (tensor parallelism)."""
+        """Traffic of phase 1 from tensor parallelism, summed over all ranks."""
         total = Traffic()
-        for host in self.stats:
-            total.add(host.wire_within.bytes, host.wire_within.calls)
+        for stats in self.stats:
+            total.add(stats.wire_within.bytes, stats.wire_within.calls)
         return total
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return sizes and statistics as JSON values: the context's part of `--json`."""
+        return {
+            "method": self.method,
+            "context_tokens": self.plan.context_tokens,
+            "block_size": self.plan.block_size,
+            "anchor_size": self.plan.anchor_size,
+            "blocks": self.plan.num_blocks,
+            "ranks": self.plan.ranks,
+            "tensor_parallel": self.comm.tp_size,
+            "encode_s": self.encode_s,
+            "wire_bytes_phase1": self.wire.bytes,
+            "wire_calls_phase1": self.wire.calls,
+            "wire_within_bytes_phase1": self.wire_within.bytes,
+            "per_rank": [
+                {
+                    "tokens": segments.tokens,
+                    "encode_s": stats.busy_s,
+                    "peak_bytes": stats.peak_bytes,
+                }
+                for segments, stats in zip(self.layout, self.stats, strict=True)
+            ],
+        }
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the context, atomically: to one file (safetensors); on several ranks to a folder, each rank its own share.
+        """Save the context atomically, to be loaded by `StarLLM.load_context` on any number of ranks.
 
-        What is written holds the text's token ids: guard it like the text. Any number of ranks can load it. On several
-        machines the folder must be on a file system that all of them see.
+        One process writes a file (safetensors); several ranks write a folder with one file each, on a
+        file system that all machines share. The files contain the text's token ids: protect them
+        like the text.
 
-        Raises `ContextSaveError` when it cannot be written (the disk is full, no permission); what stood there
-        before is then untouched.
+        Args:
+            path: the file, or on several ranks the folder. An earlier saved context there is replaced.
+
+        Raises:
+            ContextSaveError: the context cannot be written (disk full, no permission, something else
+                is at the path). A context saved there before is left unchanged.
         """
         header = {
             "method": self.method,
@@ -124,22 +166,21 @@ class EncodedContext:
             saved.write(path, header | {"segments": self.kv.segments}, self._tensors())
             return
         with self.comm.collective("save"):
-            place: str = self.comm.run_on_rank_0(lambda: str(saved.as_path(path)))
-            saved.write_shared(place, header, self.kv.segments, self._tensors(), self.comm)
+            target: str = self.comm.run_on_rank_0(lambda: str(saved.as_path(path)))
+            saved.write_shared(target, header, self.kv.segments, self._tensors(), self.comm)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What this rank writes: of a host's ranks the first one writes the heads of all."""
+        """Return the tensors that this rank writes; the first tensor-parallel rank has all heads."""
         tensors = {"token_ids": self.token_ids} if self.comm.rank == 0 else {}
         for index, layer in enumerate(self.kv.layers):
             if layer.is_empty:
                 continue
-            for name, part in zip(NAMES, layer.stored(), strict=False):
-                shares = self.comm.tp_gather(part)
+            for name, tensor in zip(NAMES, layer.stored(), strict=False):
+                shards = self.comm.tp_gather(tensor)
                 if self.comm.tp_rank == 0:
-                    whole = (
-                        part
-                        if len(shares) == 1
-                        else torch.cat([share.cpu() for share in shares], 1)
+                    tensors[f"layers.{index}.{name}"] = (
+                        tensor
+                        if len(shards) == 1
+                        else torch.cat([shard.cpu() for shard in shards], 1)
                     )
-                    tensors[f"layers.{index}.{name}"] = whole
         return tensors

@@ -19,6 +19,7 @@ from star_attention.errors import (
     ModelNotFoundError,
     OutOfMemoryError,
     UnsupportedModelError,
+    first_line,
 )
 from star_attention.hf.loading import support
 
@@ -49,7 +50,7 @@ def pick_device(device: str) -> str:
         torch.empty(0, device=device)
     except Exception as error:  # each backend has an error of its own for not being there
         raise InvalidInputError(
-            f"device {device!r} cannot be used ({_first_line(error)}); use auto, cpu or cuda"
+            f"device {device!r} cannot be used ({first_line(error)}); use auto, cpu or cuda"
         ) from None
     return device
 
@@ -90,7 +91,7 @@ def load_config(path: str | os.PathLike[str], **where: Any) -> Any:
         what = f"no model could be read at {path}"
         if not Path(path).exists():
             what = f"there is no folder {path} here, and it could not be had as a hub id"
-        raise ModelNotFoundError(f"{what}: {_first_line(error)}") from error
+        raise ModelNotFoundError(f"{what}: {first_line(error)}") from error
 
 
 def load(
@@ -128,7 +129,7 @@ def load(
         UnpicklingError,
     ) as error:
         raise ModelNotFoundError(
-            f"the model at {path} could not be loaded: {_first_line(error)}"
+            f"the model at {path} could not be loaded: {first_line(error)}"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers fills them with random numbers and goes on
@@ -155,7 +156,7 @@ def load_tokenizer(path: str | os.PathLike[str], **where: Any) -> Any:
         return AutoTokenizer.from_pretrained(path, **where)
     except Exception as error:  # the tokenizer libraries raise bare Exceptions for a broken file
         raise ModelNotFoundError(
-            f"the tokenizer at {path} could not be read: {_first_line(error)}"
+            f"the tokenizer at {path} could not be read: {first_line(error)}"
         ) from error
 
 
@@ -189,7 +190,3 @@ def _check_path(path: str | os.PathLike[str], subfolder: str = "") -> None:
         raise ModelNotFoundError(
             f"there is no model folder {path}; check the path, or give a hub id like organisation/name"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
