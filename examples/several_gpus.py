@@ -5,7 +5,7 @@ torchrun the program runs on one process; without GPUs the ranks are processes o
 
     python examples/several_gpus.py
     torchrun --nproc-per-node 2 examples/several_gpus.py
-    torchrun --nproc-per-node 8 examples/several_gpus.py FILE QUESTION --model MODEL --block-size 16k
+    torchrun --nproc-per-node 8 examples/several_gpus.py FILE QUESTION --model MODEL
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Star Attention in one file: both phases on random tensors, from `attend` and `merge` alone.
 
-`attend` computes attention over one run of keys and returns a state: each query row's output, and the
-logarithm of the sum of its exponentiated scores. `merge` joins states over disjoint keys into the
-state over their union, exactly. The method only chooses which keys each query sees; the last lines
-compare both phases with that choice written out as one mask over all scores (docs/method.md).
+`attend` computes attention over one run of keys and returns a state: each query row's output, and
+the logarithm of the sum of its exponentiated scores. `merge` joins states over disjoint keys into
+the state over their union, exactly. The method only chooses which keys each query sees; the last
+lines compare both phases with that choice written out as one mask (docs/method.md).
 
     python examples/star_attention_in_one_file.py
 
