@@ -17,7 +17,7 @@ from star_attention import phase2
 from star_attention.clock import Clock
 from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
 from star_attention.distributed.comm import Comm
-from star_attention.distributed.world import END
+from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError, StarAttentionError, UnknownOptionError
 from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle

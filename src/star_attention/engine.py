@@ -25,7 +25,8 @@ from star_attention.answering import AnswerSettings, FollowerRun, Run, Stream
 from star_attention.clock import Clock
 from star_attention.config import MAX_NEW_TOKENS, RESERVE_TOKENS, StarConfig
 from star_attention.distributed import comm as ranks
-from star_attention.distributed.world import END
+from star_attention.distributed.environment import from_environment
+from star_attention.distributed.messages import END
 from star_attention.errors import (
     ContextLengthError,
     InvalidInputError,
@@ -116,7 +117,7 @@ class StarLLM:
         comm: ranks.Comm | str | None = None,
     ) -> None:
         self._share = tensor_parallel.share(model)
-        self._comm = ranks.from_environment(comm) if self._share is None else self._share.comm
+        self._comm = from_environment(comm) if self._share is None else self._share.comm
         failure: Exception | None = None
         try:
             self.config = StarConfig.of(
@@ -222,7 +223,7 @@ class StarLLM:
             kv_dtype=kv_dtype,
             kv_device=kv_device,
         )
-        comm = ranks.from_environment(comm)
+        comm = from_environment(comm)
         failure: Exception | None = None
         try:
             StarConfig.of(**sizes)
@@ -598,7 +599,7 @@ class StarLLM:
         if self._comm.size == 1:
             assert isinstance(context, EncodedContext)
             return context
-        held: EncodedContext = self._comm.held(key)
+        held: EncodedContext = self._comm.contexts.get(key)
         return held
 
     def load_context(self, path: str | os.PathLike[str]) -> EncodedContext:
@@ -774,7 +775,7 @@ class StarLLM:
         key, more = self._comm.run_on_rank_0(prepare)
         if self.rank == 0:
             return None, more
-        context: EncodedContext = self._comm.held(key)
+        context: EncodedContext = self._comm.contexts.get(key)
         tokens = len(context.token_ids)
         return phase2.follow(
             self._handle, context.kv, tokens, context.rope_length, self._comm

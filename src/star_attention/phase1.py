@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from star_attention.distributed.comm import Comm
-from star_attention.distributed.world import Pending
+from star_attention.distributed.comm import Comm, Pending
 from star_attention.hf.cache.base import AnchorLink, EncodeCache, SpanCache
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.execution.compiled import FULL

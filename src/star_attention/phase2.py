@@ -27,7 +27,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.distributed.comm import Comm
-from star_attention.distributed.world import CALL, END
+from star_attention.distributed.messages import CALL, END
 from star_attention.hf.cache.base import AnswerCache
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle, cache_word

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from star_attention.distributed.comm import TorchComm
+from star_attention.distributed import TorchComm
 
 SIZE = 7
 STALL_S = 20.0

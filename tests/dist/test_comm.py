@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from star_attention.distributed import world
-from star_attention.distributed.comm import TorchComm
+from star_attention.distributed import TorchComm
 from star_attention.errors import RankError
 from star_attention.distributed.watchdog import Fault
 from tests.dist.pool import Pool
@@ -25,7 +25,7 @@ def polled(comm: TorchComm) -> list[list[int]]:
     """Collectives that are looked at so often that some of them end while one looks."""
     numbers, late = [], random.Random(comm.rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "_POLL", timedelta(milliseconds=1))  # (0 would mean for ever)
+        patch.setattr(world, "POLL", timedelta(milliseconds=1))  # (0 would mean for ever)
         for number in range(ROUNDS):
             time.sleep(0.003 * late.random())
             numbers.append(comm.gather(comm.rank * ROUNDS + number))
@@ -42,7 +42,7 @@ def given_up(comm: TorchComm, port: int) -> str:
     own = TorchComm(comm.rank, comm.size, "127.0.0.1", port, name="given up", stall_s=20)
     with pytest.raises(RankError) as raised, own.collective("a test"):
         if own.rank == 1:
-            own.watch.fault = Fault(rank=None, where="a test", cause="the cable fell out")
+            own.world.watchdog.fault = Fault(rank=None, where="a test", cause="the cable fell out")
             own.tick()
         own.gather(None)
     with pytest.raises(RankError), own.collective("the next call"):
@@ -57,7 +57,7 @@ def test_a_rank_that_gave_up_tells_the_others(pool: Pool) -> None:
 
 def test_who_does_not_come_is_named() -> None:
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(RankError, match="ranks 1, 2 did not come within 0.2 s"):
+    with pytest.raises(RankError, match="ranks 1, 2 did not connect within 0.2 s"):
         TorchComm(0, 3, "127.0.0.1", master.port, start_s=0.2)
 
 

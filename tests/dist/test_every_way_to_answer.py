@@ -9,7 +9,7 @@ import torch
 
 from star_attention import StarLLM
 from star_attention import engine as engine_module
-from star_attention.distributed.comm import (SoloComm, TorchComm)
+from star_attention.distributed import SoloComm, TorchComm
 from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, bundled_model, bundled_tokenizer, engine, ids, text_model, tiny

@@ -110,8 +110,8 @@ def check_stops(tmp_path: Path, what: str, phase: int, victim: int, *more: str, 
     assert took <= STALL_S + 4, "the stall limit, and what it takes to notice and to end on a busy machine"
     lines = [line for one in told for line in one.splitlines() if ": error: " in line]
     cause = {
-        "killed": ("died", "no sign of life", "store cannot be reached", "has ended"),
-        "stopped": ("no sign of life", "store cannot be reached", "died"),
+        "killed": ("died", "no sign of life", "store is unreachable", "it exited"),
+        "stopped": ("no sign of life", "store is unreachable", "died"),
         "hanging": ("no progress",),
         "failing": ("planted",),
         "full": ("planted", "out of memory"),

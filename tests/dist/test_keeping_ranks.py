@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention.distributed.comm import SoloComm
+from star_attention.distributed import SoloComm
 from tests.dist.pool import Pool
 from tests.engines import engine, ids
 

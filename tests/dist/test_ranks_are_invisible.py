@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from star_attention import StarLLM
-from star_attention.distributed.comm import TorchComm
+from star_attention.distributed import TorchComm
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, QUERY, ids, tiny
 from tests.families import FAMILIES as ALL

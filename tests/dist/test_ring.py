@@ -9,7 +9,7 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.planning import cost
-from star_attention.distributed.comm import TorchComm
+from star_attention.distributed import TorchComm
 from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
 from tests.dist.pool import Pool

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from star_attention import StarLLM
-from star_attention.distributed.comm import (SoloComm, TorchComm)
+from star_attention.distributed import SoloComm, TorchComm
 from star_attention.errors import ContextSaveError, CorruptContextError
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, ids, tiny

@@ -8,7 +8,7 @@ import pytest
 
 from star_attention import StarLLM
 from star_attention.planning import cost
-from star_attention.distributed.comm import TorchComm
+from star_attention.distributed import TorchComm
 from star_attention.hf.shape import model_shape
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.traffic import (Traffic, merge_choice)

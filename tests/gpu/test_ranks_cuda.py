@@ -13,7 +13,7 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.attention.state import State
-from star_attention.distributed.comm import SoloComm, TorchComm
+from star_attention.distributed import SoloComm, TorchComm
 
 pytestmark = pytest.mark.gpu
 MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
@@ -113,8 +113,8 @@ def test_ranks_that_share_a_gpu(method: str, dtype: str, ranks: int, more: dict[
 
 def test_nccl_with_one_rank() -> None:
     master = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    comm = TorchComm(0, 1, "127.0.0.1", master.port, master=master)
-    comm = comm.on(torch.device("cuda", 0))
+    ranks = TorchComm(0, 1, "127.0.0.1", master.port, master=master)
+    comm = ranks.on(torch.device("cuda", 0))
     assert comm.backend == "nccl"
     state = State(torch.randn(2, 3, 5, 7, device="cuda"), torch.randn(2, 3, 5, device="cuda"))
     with comm.collective("a test"):
@@ -129,17 +129,18 @@ def test_nccl_with_one_rank() -> None:
         comm.exchange(sent, received, target=0, source=0, total=6).wait()
         torch.cuda.synchronize()
         assert received.tolist() == sent.tolist() == [0, 1, 2, 3, 4, 5]
-    comm.close()
+    ranks.close()
 
 
 def test_nccl_collectives_are_ended_when_a_rank_is_lost() -> None:
     """What the watch does when it finds a fault: nobody would look out for one while the device waits."""
     master = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    comm = TorchComm(0, 1, "127.0.0.1", master.port, master=master).on(torch.device("cuda", 0))
+    ranks = TorchComm(0, 1, "127.0.0.1", master.port, master=master)
+    comm = ranks.on(torch.device("cuda", 0))
     state = State(torch.randn(2, 3, 5, 7, device="cuda"), torch.randn(2, 3, 5, device="cuda"))
     comm.merge(state)
     torch.cuda.synchronize()
-    comm._abort()
+    comm.world.groups.abort()
     with pytest.raises(RuntimeError):
         comm.merge(state)
-    comm.close()
+    ranks.close()

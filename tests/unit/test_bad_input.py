@@ -321,7 +321,7 @@ def test_an_engine_says_what_it_is() -> None:
         ),
         (
             {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
-            "RANK 2 is not one of WORLD_SIZE 2",
+            "RANK 2 is not below WORLD_SIZE 2",
         ),
     ],
 )

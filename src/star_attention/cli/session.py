@@ -32,12 +32,12 @@ def load(model: ModelOptions, notes: Notes, **sizes: Any) -> StarLLM:
     StarConfig.of(**sizes)
     where = "" if Path(model.model).exists() else ", which is no folder here, from the hub"
     with notes.waiting(f"loading {model.model}{where}"):
-        from star_attention.distributed import comm
+        from star_attention.distributed import from_environment
         from star_attention.engine import StarLLM
         from star_attention.hf.logs import hide_progress_bars
 
         hide_progress_bars()
-        own = comm.from_environment(None, stall_s=model.stall_limit)
+        own = from_environment(None, stall_s=model.stall_limit)
         return StarLLM.from_pretrained(
             model.model,
             dtype=model.dtype,

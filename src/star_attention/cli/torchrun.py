@@ -118,11 +118,11 @@ def _terminate(*_: Any) -> None:
 def _communicator() -> Any:
     """This process's communicator, once it has met the others."""
     # Looks into sys.modules: a signal may arrive in the middle of that module's import.
-    comm = sys.modules.get("star_attention.distributed.comm")
-    return comm.own() if comm is not None and hasattr(comm, "own") else None
+    environment = sys.modules.get("star_attention.distributed.environment")
+    return environment.process_comm() if hasattr(environment, "process_comm") else None
 
 
 def _termination_cause() -> str:
     comm = _communicator()
     cause = "terminated by the launcher (another rank failed during startup, or the launcher was stopped)"
-    return cause if comm is None else str(comm.diagnosis(cause))
+    return cause if comm is None else str(comm.diagnose(cause))

@@ -1,7 +1,8 @@
-"""Whether the other ranks are alive and get on, through a store beside the collectives.
+"""Notices ranks that died, hang or failed, through a store next to the collectives.
 
-Each rank has a thread that writes a line about itself to the store several times within the stall limit and reads the
-others' lines. The limit is on silence, not on time: a rank that reports a layer now and then may take as long as it needs.
+Each rank has a thread that writes the rank's status to the store several times within the stall
+limit, and reads the statuses of the others. The limit is on silence, not on time: a rank that
+reports a layer now and then may take as long as it needs.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from star_attention import errors
+from star_attention.errors import RankError
+
 IDLE, BUSY, WAITING, GONE = "idle", "busy", "waiting", "gone"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Why the ranks cannot go on: the rank at fault (None where it is not one rank), and the cause.
+    """Why the ranks cannot continue.
 
-    `name` and `message` are those of the exception, where the rank raised one.
+    rank: the rank at fault; None if it is not a single one. name, message: type and text of the
+    exception, if the rank raised one.
     """
 
     rank: int | None
@@ -31,11 +36,43 @@ class Fault:
     name: str | None = None
     message: str = ""
 
+    @property
+    def is_exception(self) -> bool:
+        return self.name is not None
 
-class Watch:
-    """The thread of one rank. `tick` is called by the work itself, `fault` is what the thread found out.
+    def as_error(self) -> BaseException:
+        """Return the rank's own exception if it raised one that users know, else a `RankError`."""
+        if self.name is None:
+            return RankError(self.rank, self.where, self.cause)
+        message = f"{self.message} (on rank {self.rank}, in {self.where})"
+        return errors.rebuild(self.name, message, None, self.rank)
 
-    connect: makes a client of the store. stall_s: longest silence. on_fault: called in the thread when it finds one.
+
+class _Pulse:
+    """When a rank last gave a sign of life, and when it last made progress."""
+
+    def __init__(self) -> None:
+        self.beat_at = self.progress_at = time.monotonic()
+        self._beat = self._progress = ""
+
+    def update(self, status: dict[str, Any], now: float) -> None:
+        beat = str(status.get("beat"))
+        progress = f"{status.get('ticks')} {status.get('state')}"
+        if beat != self._beat:
+            self._beat, self.beat_at = beat, now
+        if progress != self._progress:
+            self._progress, self.progress_at = progress, now
+
+
+class Watchdog:
+    """The watching thread of one rank, and what the working thread tells and asks it.
+
+    Attributes:
+        issued: collectives that this rank has started in the current call.
+        share: tokens of its share of phase 1 that this rank has done, and all of them.
+        epoch: recoveries so far.
+        fault: what the thread has found.
+        statuses: what each rank last reported about itself.
     """
 
     def __init__(
@@ -46,129 +83,162 @@ class Watch:
         stall_s: float,
         on_fault: Callable[[], None],
     ) -> None:
-        self.rank, self.size, self.stall_s = rank, size, stall_s
-        self._connect = connect
-        self._on_fault = on_fault
-        self._interval = min(1.0, stall_s / 20)
-        self._ticks, self._state, self._where = 0, IDLE, "between calls"
-        self._beats = 0
-        self.issued = 0  # collectives of this call
-        self.share = (0, 0)  # how much of its share this rank has done, and of how much
+        """Start the thread.
+
+        Args:
+            connect: makes a client of the store; each thread needs its own.
+            stall_s: longest silence of a rank, in seconds.
+            on_fault: called in the thread when it finds a fault.
+        """
+        self.issued = 0
+        self.share = (0, 0)
         self.epoch = 0
         self.fault: Fault | None = None
-        self.lines: list[dict[str, Any]] = [{} for _ in range(size)]
-        self._stuck = (
-            0,
-            time.monotonic(),
-        )  # ticks, and since when they stand still with a fault known
-        self._contact = time.monotonic()
-        self._heard = [
-            (time.monotonic(), time.monotonic(), "", "")
-        ] * size  # when a beat, a move; which
-        self._store = connect()  # of the work's own thread; the watching thread has another
+        self.statuses: list[dict[str, Any]] = [{} for _ in range(size)]
+        self._rank, self._size, self._stall_s = rank, size, stall_s
+        self._connect = connect
+        self._on_fault = on_fault
+        self._interval_s = min(1.0, stall_s / 20)
+        self._ticks, self._state, self._where = 0, IDLE, "between calls"
+        self._beats = 0
+        # Ticks, and since when they have stood still while a fault is known.
+        self._stuck = (0, time.monotonic())
+        self._contact_at = time.monotonic()
+        self._pulses = [_Pulse() for _ in range(size)]
+        self._store = connect()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="star-attention-watch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, name="star-attention-watchdog", daemon=True
+        )
         self._thread.start()
 
-    # ------------------------------------------------------------------ what the work tells
+    # ------------------------------------------------------------------ the working thread
 
     def tick(self, where: str | None = None) -> None:
-        """The work got on; `where` says with what."""
+        """Report progress; `where` names what the rank does from now on."""
         self._ticks += 1
         if where is not None:
             self._where = where
 
-    def state(self, state: str) -> None:
+    def set_state(self, state: str) -> None:
         if self._state != GONE:
             self._state = state
         self._ticks += 1
 
     def leave(self, cause: str) -> None:
-        """This rank takes part in nothing any more: the others are told the fault that it knows, or `cause`."""
-        self.fault = self.fault or Fault(rank=self.rank, where=self._where, cause=cause)
-        self.state(GONE)
+        """Stop taking part for good; the others get the known fault, or `cause` as this rank's."""
+        self.fault = self.fault or Fault(rank=self._rank, where=self._where, cause=cause)
+        self.set_state(GONE)
 
     @property
     def where(self) -> str:
         return self._where
 
-    # ------------------------------------------------------------------ failures that are told
-
-    def tell_failure(self, name: str, message: str) -> None:
-        """Make an exception of this rank known; the first one of all ranks counts."""
-        said = json.dumps(
-            {"rank": self.rank, "where": self._where, "name": name, "message": message}
+    def report_failure(self, name: str, message: str) -> None:
+        """Publish an exception of this rank; the first one of all ranks counts."""
+        failure = json.dumps(
+            {"rank": self._rank, "where": self._where, "name": name, "message": message}
         )
         try:
-            self._store.compare_set(f"failure/{self.epoch}", "", said)
-        except Exception:  # the store is gone, and so are those who would read it
+            self._store.compare_set(f"failure/{self.epoch}", "", failure)
+        except Exception:
+            # The store is gone, and so are those who would read it.
             return
 
-    def meet(self, name: str) -> bool:
-        """Whether every rank comes within the stall limit."""
-        deadline = time.monotonic() + self.stall_s
-        keys = [f"{name}/{rank}" for rank in range(self.size)]
+    def meet(self) -> bool:
+        """Wait for every rank to recover; return False if not all come within the stall limit."""
+        deadline = time.monotonic() + self._stall_s
+        keys = [f"met/{self.epoch}/{rank}" for rank in range(self._size)]
         try:
-            self._store.set(keys[self.rank], "")
-            while time.monotonic() < deadline:
-                if self._store.check(keys):
-                    return True
+            self._store.set(keys[self._rank], "")
+            while not self._store.check(keys):
+                if time.monotonic() >= deadline:
+                    return False
                 time.sleep(0.01)
         except Exception:
             return False
-        return False
+        self.epoch += 1
+        self.fault = None
+        return True
 
-    # ------------------------------------------------------------------ the thread
+    def check(self) -> Fault | None:
+        """Return the known fault. The thread itself may hang in the store's socket."""
+        if self.fault is None and time.monotonic() - self._contact_at > self._stall_s:
+            self.fault = self._unreachable()
+        return self.fault
 
-    def _run(self) -> None:
+    def suspect(self, cause: str) -> Fault:
+        """Find out why a connection broke.
+
+        Waits until a rank has reported a failure or falls silent; returns `cause` if none does.
+        """
+        quiet_s = 4 * self._interval_s
+        deadline = time.monotonic() + 2 * quiet_s
+        while time.monotonic() < deadline and self.fault is None:
+            time.sleep(self._interval_s / 4)
+            for rank, pulse in enumerate(self._pulses):
+                if rank != self._rank and time.monotonic() - pulse.beat_at > quiet_s:
+                    self.fault = self._fault_of(rank, "it died: its connections closed")
+                    break
+        self.fault = self.check() or Fault(rank=None, where=self._where, cause=cause)
+        return self.fault
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(timeout=2 * self._interval_s + 1)
+
+    # ------------------------------------------------------------------ the watching thread
+
+    def _watch(self) -> None:
         try:
             store = self._connect()
         except Exception:
             return
-        keys = [f"line/{rank}" for rank in range(self.size)]
         while not self._closing.is_set():
-            self._beats += 1
             epoch = self.epoch
             try:
-                store.set(keys[self.rank], self._line(self._state))
-                here = [key for key in keys if store.check([key])]
-                said = dict(zip(here, store.multi_get(here), strict=True))
-                failure = f"failure/{epoch}"
-                failed = store.get(failure) if store.check([failure]) else b""
+                failure = self._exchange_statuses(store, epoch)
             except Exception:
-                # A client that has lost its store finds it no more, and torch would write a page about every attempt.
+                # A client that has lost its store does not find it again, and torch would write a
+                # page about every attempt.
                 break
-            self._contact = now = time.monotonic()
-            for rank, key in enumerate(keys):
-                self.lines[rank] = other = json.loads(said.get(key, b"{}"))
-                beat, move = str(other.get("beat")), f"{other.get('ticks')} {other.get('state')}"
-                last_beat, last_move, old_beat, old_move = self._heard[rank]
-                self._heard[rank] = (
-                    last_beat if beat == old_beat else now,
-                    last_move if move == old_move else now,
-                    beat,
-                    move,
-                )
             if self.fault is None and epoch == self.epoch:
-                self.fault = self._told(failed) if failed else self._silent(now)
+                self.fault = self._reported(failure) if failure else self._find_fault()
                 if self.fault is not None:
                     self._on_fault()
-            self._end_if_stuck(now)
-            self._closing.wait(self._interval)
-        while not self._closing.wait(self._interval):
-            self._lost_contact()
-            self._end_if_stuck(time.monotonic())
+            self._exit_if_stuck(self._contact_at)
+            self._closing.wait(self._interval_s)
+        while not self._closing.wait(self._interval_s):
+            now = time.monotonic()
+            if self.fault is None and now - self._contact_at > self._stall_s / 2:
+                self.fault = self._unreachable()
+            self._exit_if_stuck(now)
         try:
-            if time.monotonic() - self._contact < 2 * self._interval:
+            if time.monotonic() - self._contact_at < 2 * self._interval_s:
                 self._beats += 1
-                store.set(keys[self.rank], self._line(GONE))
+                store.set(f"status/{self._rank}", self._status(GONE))
         except Exception:
             return
 
-    def _line(self, state: str) -> str:
-        """What this rank says about itself; why it left, where it did so because of a fault."""
+    def _exchange_statuses(self, store: Any, epoch: int) -> bytes:
+        """Write this rank's status, read all of them, and return the failure that was reported."""
+        self._beats += 1
+        keys = [f"status/{rank}" for rank in range(self._size)]
+        store.set(keys[self._rank], self._status(self._state))
+        present = [key for key in keys if store.check([key])]
+        texts = dict(zip(present, store.multi_get(present), strict=True))
+        failure_key = f"failure/{epoch}"
+        failure: bytes = store.get(failure_key) if store.check([failure_key]) else b""
+        self._contact_at = now = time.monotonic()
+        for rank, key in enumerate(keys):
+            self.statuses[rank] = json.loads(texts.get(key, b"{}"))
+            self._pulses[rank].update(self.statuses[rank], now)
+        return failure
+
+    def _status(self, state: str) -> str:
+        """This rank's status as JSON; with the reason if it left because of a fault."""
         done, total = self.share
-        line: dict[str, Any] = dict(
+        status: dict[str, Any] = dict(
             beat=self._beats,
             ticks=self._ticks,
             state=state,
@@ -178,105 +248,64 @@ class Watch:
             total=total,
         )
         if state == GONE and self.fault is not None:
-            line["fault"] = asdict(self.fault)
-        return json.dumps(line)
+            status["fault"] = asdict(self.fault)
+        return json.dumps(status)
 
-    def _told(self, failed: bytes) -> Fault:
-        said = json.loads(failed)
-        cause = f"{said['name']}: {said['message']}"
-        return Fault(
-            rank=said["rank"],
-            where=said["where"],
-            cause=cause,
-            name=said["name"],
-            message=said["message"],
-        )
+    @staticmethod
+    def _reported(failure: bytes) -> Fault:
+        fields = json.loads(failure)
+        return Fault(cause=f"{fields['name']}: {fields['message']}", **fields)
 
-    def _silent(self, now: float) -> Fault | None:
+    def _find_fault(self) -> Fault | None:
+        """Judge the other ranks by their statuses and pulses."""
+        now = self._contact_at
         if self._state in (IDLE, GONE):
             return None
-        others = [rank for rank in range(self.size) if rank != self.rank]
         hanging = []
-        for rank in others:
-            line = self.lines[rank]
-            where, state = line.get("where", "before its first call"), line.get("state")
-            if state == GONE:
-                return Fault(
-                    **line.get("fault") or dict(rank=rank, where=where, cause="it has ended")
-                )
-            if now - self._heard[rank][0] > self.stall_s:
-                return Fault(
-                    rank=rank,
-                    where=where,
-                    cause=f"no sign of life for {self.stall_s:g} s: it was killed or stopped, or the network is cut",
-                )
-            here = (
-                now - self._heard[rank][0] < self.stall_s / 2
-            )  # else it is not the work that is silent
-            if here and state == BUSY and now - self._heard[rank][1] > self.stall_s:
+        for rank in range(self._size):
+            if rank == self._rank:
+                continue
+            status, pulse = self.statuses[rank], self._pulses[rank]
+            if status.get("state") == GONE:
+                fault = status.get("fault")
+                return Fault(**fault) if fault else self._fault_of(rank, "it exited")
+            if now - pulse.beat_at > self._stall_s:
+                cause = "it was killed or stopped, or the network is down"
+                return self._fault_of(rank, f"no sign of life for {self._stall_s:g} s: {cause}")
+            # Without recent beats it is not the work that is silent.
+            beats = now - pulse.beat_at < self._stall_s / 2
+            if beats and status.get("state") == BUSY and now - pulse.progress_at > self._stall_s:
                 hanging.append(rank)
         if hanging:
-            # On devices the others wait inside of their work: the one at fault has not come as far as they.
-            rank = min(hanging, key=lambda rank: self.lines[rank].get("issued", 0))
-            where = self.lines[rank].get("where", "")
-            return Fault(
-                rank=rank, where=where, cause=f"it hangs: no progress for {self.stall_s:g} s"
-            )
-        if all(line.get("state") == WAITING for line in self.lines) and all(
-            now - moved > self.stall_s for _, moved, _, _ in self._heard
+            # On devices the others wait inside their work, too: the rank at fault is the one that
+            # has started the fewest collectives.
+            rank = min(hanging, key=lambda rank: self.statuses[rank].get("issued", 0))
+            return self._fault_of(rank, f"it hangs: no progress for {self._stall_s:g} s")
+        if all(status.get("state") == WAITING for status in self.statuses) and all(
+            now - pulse.progress_at > self._stall_s for pulse in self._pulses
         ):
+            cause = f"all ranks have waited for each other for {self._stall_s:g} s"
             return Fault(
-                rank=None,
-                where=self._where,
-                cause=f"all ranks have waited for each other for {self.stall_s:g} s: a link between them is cut",
+                rank=None, where=self._where, cause=f"{cause}: a link between them is down"
             )
         return None
 
-    def _end_if_stuck(self, now: float) -> None:
-        """Leave no process behind: where the ranks have given up and this one does not notice, because its work hangs."""
+    def _fault_of(self, rank: int, cause: str) -> Fault:
+        return Fault(rank=rank, where=self.statuses[rank].get("where", "startup"), cause=cause)
+
+    def _unreachable(self) -> Fault:
+        cause = "its store is unreachable: it was killed, or the network is down"
+        return Fault(rank=0, where=self._where, cause=cause)
+
+    def _exit_if_stuck(self, now: float) -> None:
+        """End this process if its work hangs and so does not notice that the ranks failed."""
         if self.fault is None or self._state in (IDLE, GONE) or self._ticks != self._stuck[0]:
             self._stuck = (self._ticks, now)
-        elif now - self._stuck[1] > self.stall_s:
+        elif now - self._stuck[1] > self._stall_s:
             print(
-                f"rank {self.rank}: error: it hangs in {self._where}, and the others have given it up: ended",
+                f"rank {self._rank}: error: stuck in {self._where};"
+                " the other ranks have already failed, exiting",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(1)
-
-    def _lost_contact(self) -> None:
-        if self.fault is None and time.monotonic() - self._contact > self.stall_s / 2:
-            self.fault = self.unreachable()
-
-    def unreachable(self) -> Fault:
-        return Fault(
-            rank=0,
-            where=self._where,
-            cause="its store cannot be reached: it was killed, or the network is cut",
-        )
-
-    def check(self) -> Fault | None:
-        """What is known to be wrong, from the work's own thread (the other one may hang in the store's socket)."""
-        if self.fault is None and time.monotonic() - self._contact > self.stall_s:
-            self.fault = self.unreachable()
-        return self.fault
-
-    def suspect(self, cause: str) -> Fault:
-        """After a connection broke: the rank that has told why, or that falls silent now; `cause` where none does."""
-        quiet_s = 4 * self._interval
-        deadline = time.monotonic() + 2 * quiet_s
-        while time.monotonic() < deadline and self.fault is None:
-            time.sleep(self._interval / 4)
-            for rank, (beat, *_) in enumerate(self._heard):
-                if rank != self.rank and time.monotonic() - beat > quiet_s:
-                    where = self.lines[rank].get("where", "its first call")
-                    self.fault = Fault(
-                        rank=rank, where=where, cause="it died: its connections are closed"
-                    )
-                    break
-        self.fault = self.check() or Fault(rank=None, where=self._where, cause=cause)
-        return self.fault
-
-    def close(self) -> None:
-        self._closing.set()
-        self._thread.join(timeout=2 * self._interval + 1)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
-from star_attention.distributed.comm import SoloComm
+from star_attention.distributed import SoloComm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.cache.base import StarCache
 from star_attention.hf.cache.probe import TOKENS, ProbeLayer, ProbePlace

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_attention.distributed.comm import Comm, SoloComm
+from star_attention.distributed import Comm, SoloComm
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
@@ -81,7 +81,7 @@ class EncodedContext:
     key: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", self.comm.register(self))
+        object.__setattr__(self, "key", self.comm.contexts.add(self))
 
     def __len__(self) -> int:
         return self.plan.context_tokens

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from star_attention.distributed.comm import SoloComm
+from star_attention.distributed import SoloComm
 from star_attention.hf.cache.base import EncodeCache
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle, cache_word

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
-from star_attention.distributed.comm import SoloComm
+from star_attention.distributed import SoloComm
 from star_attention.hf.cache.base import StarCache, _Place, _StarLayer
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import LayerKV

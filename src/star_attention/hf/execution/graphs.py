@@ -20,7 +20,7 @@ from torch import Tensor
 from star_attention.attention.attend import Rule
 from star_attention.attention.kernels import triton_works
 from star_attention.attention.state import State
-from star_attention.distributed.comm import Comm, SoloComm
+from star_attention.distributed import Comm, SoloComm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import AnswerCache, StarCache, _Place, _StarLayer
 from star_attention.hf.execution import compiled, hook

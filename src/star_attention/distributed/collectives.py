@@ -1,0 +1,307 @@
+"""`TorchComm`: ranks over torch.distributed, and the tensors that they exchange.
+
+Axes: B batch, Q query rows, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.state import State, merge
+from star_attention.config import STALL_S
+from star_attention.distributed.comm import Pending
+from star_attention.distributed.messages import WorldControl
+from star_attention.distributed.rendezvous import START_S, dist, rendezvous
+from star_attention.distributed.world import World
+from star_attention.errors import InvalidInputError, RankError
+from star_attention.planning import traffic
+from star_attention.planning.traffic import Traffic
+
+
+class MeshComm(WorldControl):
+    """The ranks of a world in a mesh, and the transport of their tensors.
+
+    Tensors travel between the cp ranks that have the same heads (a lane of the mesh), or between
+    the tp ranks of one cp rank (a row).
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        tp_size: int = 1,
+        backend: str = "gloo",
+        device: torch.device | None = None,
+        merge_collective: str | None = None,
+    ) -> None:
+        """Arrange the ranks.
+
+        Args:
+            tp_size: ranks that share the heads and weights of one cp rank.
+            backend: "gloo" or "nccl".
+            device: where the transport reaches tensors; None for the CPU.
+            merge_collective: see `TorchComm`.
+        """
+        super().__init__(world)
+        self.tp_size = tp_size
+        self.cp_size = world.size // tp_size
+        self.cp_rank, self.tp_rank = divmod(world.rank, tp_size)
+        self.backend = backend
+        self.merge_collective = merge_collective
+        self.contexts = world.contexts
+        self.traffic, self.traffic_within = Traffic(), Traffic()
+        self._device = device or torch.device("cpu")
+
+    # ------------------------------------------------------------------ the mesh
+
+    def on(self, device: torch.device, tp_size: int = 1) -> MeshComm:
+        """Return the same ranks in another mesh, which exchanges tensors of `device`. Collective.
+
+        Tensors go by NCCL if every rank has a GPU of its own, else by gloo.
+        """
+        gpu = None
+        if device.type == "cuda":
+            # By its UUID: where each rank sees one GPU only, all call theirs cuda:0.
+            gpu = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+        gpus = self.gather(gpu)
+        backend, transport_device = "gloo", torch.device("cpu")
+        if None not in gpus and len(set(gpus)) == self.size and dist.is_nccl_available():
+            torch.cuda.set_device(device)
+            backend = "nccl"
+            transport_device = torch.device("cuda", torch.cuda.current_device())
+        return MeshComm(
+            self.world,
+            tp_size=tp_size,
+            backend=backend,
+            device=transport_device,
+            merge_collective=self.merge_collective,
+        )
+
+    def has_same_ranks(self, comm: Any) -> bool:
+        """Return True if `comm` is over the same ranks, in whatever mesh."""
+        return isinstance(comm, MeshComm) and comm.world is self.world
+
+    def _lane(self, ranks: int | None = None) -> Any:
+        """Return the group of the ranks with this one's heads, on the first `ranks` cp ranks."""
+        stop = self.tp_rank + self.tp_size * ((ranks or self.cp_size) - 1) + 1
+        return self.world.group(self.backend, range(self.tp_rank, stop, self.tp_size))
+
+    def _row(self) -> Any:
+        """Return the group of the tp ranks of this one's cp rank."""
+        first = self.cp_rank * self.tp_size
+        return self.world.group(self.backend, range(first, first + self.tp_size))
+
+    # ------------------------------------------------------------------ progress
+
+    def tick(self, where: str | None = None) -> None:
+        """Report progress (a layer, a step), and what the rank does from now on.
+
+        Raises:
+            RankError: another rank died or hangs. Its exception, if it raised one.
+        """
+        self.world.tick(where)
+
+    def progress(self, done: int, total: int) -> None:
+        """Report how many tokens of its share of phase 1 this rank has done."""
+        self.world.watchdog.share = (done, total)
+
+    def rank_status(self) -> list[dict[str, Any]]:
+        """Return what each rank last reported: `where`, `state`, `done` and `total` tokens."""
+        return list(self.world.watchdog.statuses)
+
+    # ------------------------------------------------------------------ tensors
+
+    def broadcast(self, tensor: Tensor, ranks: int) -> Pending:
+        """Send a contiguous tensor from the first cp rank to the first `ranks` cp ranks.
+
+        Collective among those. On the others `tensor` is overwritten.
+        """
+        assert tensor.is_contiguous() and self.cp_rank < ranks <= self.cp_size
+        self._count(traffic.broadcast_bytes(tensor.numel() * tensor.element_size(), ranks))
+        staged = self._staged(tensor, fill=self.cp_rank == 0)
+        pending = self.world.issue(self._lane(ranks), lambda group: group.broadcast(staged, 0))
+        return Pending(lambda: self._unstage(pending, staged, tensor if self.cp_rank else staged))
+
+    def exchange(
+        self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int
+    ) -> Pending:
+        """Send a flat tensor to one cp rank and receive one from another. Collective.
+
+        Args:
+            tensor: what to send; may be empty.
+            received: room for what arrives; may be empty.
+            target: cp rank to send to.
+            source: cp rank to receive from.
+            total: elements that all ranks together send.
+        """
+        assert (
+            tensor.dim() == received.dim() == 1
+            and tensor.is_contiguous()
+            and received.is_contiguous()
+        )
+        self._count(total * received.element_size())
+        sent, arriving = self._staged(tensor, fill=True), self._staged(received, fill=False)
+        # Not send and recv: a wait for gloo's with a timeout breaks the connection.
+        sent_sizes, arriving_sizes = [0] * self.cp_size, [0] * self.cp_size
+        sent_sizes[target], arriving_sizes[source] = sent.numel(), arriving.numel()
+        pending = self.world.issue(
+            self._lane(),
+            lambda group: group.alltoall_base(arriving, sent, arriving_sizes, sent_sizes),
+        )
+        return Pending(lambda: self._unstage(pending, arriving, received))
+
+    def merge(self, state: State) -> State:
+        """Return the state over all cp ranks' keys, the same bits on every rank (Algorithm 2)."""
+        out_BQHD, lse_BQH = state.out_BQHD.float(), state.lse_BQH.contiguous()
+        rows, head_size = lse_BQH.numel(), out_BQHD.shape[-1]
+        collective = self.merge_collective or traffic.merge_choice(self.cp_size, rows, head_size)
+        merge_states = self._merge_gathered if collective == "gather" else self._merge_reduced
+        return merge_states(out_BQHD, lse_BQH)
+
+    def _merge_gathered(self, out_BQHD: Tensor, lse_BQH: Tensor) -> State:
+        packed = torch.cat([out_BQHD, lse_BQH[..., None]], -1).contiguous()
+        self._count(traffic.gather_bytes(packed.numel() * packed.element_size(), self.cp_size))
+        parts = [
+            part.to(packed.device)
+            for part in self.world.all_gather(self._staged(packed, fill=True), self._lane())
+        ]
+        return merge([State(part[..., :-1], part[..., -1]) for part in parts])
+
+    def _merge_reduced(self, out_BQHD: Tensor, lse_BQH: Tensor) -> State:
+        top_BQH = self._reduced(lse_BQH.clone(), dist.ReduceOp.MAX)
+        # Rows for which no rank has keys: -inf - -inf is NaN, and a zero row may have any weight.
+        weight_BQH = (lse_BQH - top_BQH).exp().nan_to_num(0.0)
+        packed = torch.cat(
+            [out_BQHD * weight_BQH[..., None], weight_BQH[..., None]], -1
+        ).contiguous()
+        packed = self._reduced(packed, dist.ReduceOp.SUM)
+        sum_BQH = packed[..., -1]
+        out_BQHD = packed[..., :-1] / sum_BQH.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        return State(out_BQHD, top_BQH + sum_BQH.log())
+
+    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+        staged = self._staged(tensor, fill=True)
+        self._count(traffic.reduce_bytes(tensor.numel() * tensor.element_size(), self.cp_size))
+        self.world.issue(self._lane(), lambda group: group.allreduce(staged, op)).wait()
+        return staged.to(tensor.device)
+
+    def tp_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the tp ranks, in the tensor's precision; in place if possible."""
+        if self.tp_size == 1:
+            return tensor
+        staged = self._staged(tensor.contiguous(), fill=True)
+        self.traffic_within.add(
+            traffic.reduce_bytes(staged.numel() * staged.element_size(), self.tp_size)
+        )
+        self.world.issue(
+            self._row(), lambda group: group.allreduce(staged, dist.ReduceOp.SUM)
+        ).wait()
+        return staged.to(tensor.device)
+
+    def tp_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tp ranks' tensors, of one shape, in their order; on the CPU with gloo."""
+        if self.tp_size == 1:
+            return [tensor]
+        part = self._staged(tensor.contiguous(), fill=True)
+        self.traffic_within.add(
+            traffic.gather_bytes(part.numel() * part.element_size(), self.tp_size)
+        )
+        return self.world.all_gather(part, self._row())
+
+    def _count(self, bytes: int) -> None:
+        """Count what all lanes move: they do the same at the same time."""
+        self.traffic.add(bytes * self.tp_size, self.tp_size)
+
+    def _staged(self, tensor: Tensor, *, fill: bool) -> Tensor:
+        """Return the tensor, or a copy, where the transport reaches it: host memory with gloo."""
+        if tensor.device == self._device:
+            return tensor
+        return tensor.to(self._device) if fill else torch.empty_like(tensor, device=self._device)
+
+    @staticmethod
+    def _unstage(pending: Pending, staged: Tensor, tensor: Tensor) -> None:
+        pending.wait()
+        if staged is not tensor:
+            tensor.copy_(staged)
+
+
+class TorchComm(MeshComm):
+    """Ranks over torch.distributed's transports, before any mesh: every rank is a cp rank.
+
+    Creating one is collective. It makes process groups of its own and leaves torch's default group
+    alone. `from_environment` takes torchrun's ranks.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        host: str,
+        port: int,
+        *,
+        master: Any = None,
+        name: str = "star-attention",
+        stall_s: float = STALL_S,
+        start_s: float = START_S,
+        merge_collective: str | None = None,
+    ) -> None:
+        """Connect to the other ranks.
+
+        Args:
+            host: network name or address at which rank 0's `TCPStore` listens.
+            port: its port.
+            master: that store, on rank 0, to keep it alive.
+            name: prefix of all keys in the store; groups of ranks that share a store need
+                different ones.
+            stall_s: stall limit, the longest silence of a rank in seconds.
+            start_s: seconds to wait for the other ranks.
+            merge_collective: "gather" or "reduce" to merge states; None for the one that moves
+                fewer bytes.
+
+        Raises:
+            InvalidInputError: a value cannot work.
+            RankError: not all ranks connect.
+        """
+        if merge_collective not in (None, "gather", "reduce"):
+            raise InvalidInputError(
+                f"merge_collective {merge_collective!r} is unknown; use None, 'gather' or 'reduce'"
+            )
+        world = World(
+            rank, size, host, port, server=master, name=name, stall_s=stall_s, start_s=start_s
+        )
+        super().__init__(world, merge_collective=merge_collective)
+
+    @classmethod
+    def from_environment(cls, *, start_s: float = START_S, **settings: Any) -> Self:
+        """Connect the ranks that torchrun's environment names.
+
+        The environment variables are RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `settings` are
+        keywords of `TorchComm`.
+
+        Raises:
+            InvalidInputError: the environment is incomplete or wrong.
+            RankError: not all ranks connect.
+        """
+        place = rendezvous(start_s)
+        return cls(
+            place.rank,
+            place.size,
+            place.host,
+            place.port,
+            master=place.server,
+            start_s=start_s,
+            **settings,
+        )
+
+    def diagnose(self, cause: str) -> RankError:
+        """Return why a signal ends this rank: the rank that died, or `cause` if all seem well."""
+        fault = self.world.watchdog.suspect(cause)
+        return RankError(fault.rank, fault.where, fault.cause)
+
+    def close(self) -> None:
+        """Leave the other ranks and let them know."""
+        self.world.close()

@@ -1,0 +1,72 @@
+"""torch's process groups, our own: the default group is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from star_attention.distributed.rendezvous import dist, wait_for_ranks
+
+# The watchdog decides how long to wait, not the transport.
+_FOREVER = timedelta(days=30)
+
+# Groups with a collective that never ends: destroying one would wait for it.
+_ABANDONED: list[Any] = []
+
+
+class ProcessGroups:
+    """The groups of one rank, by transport and members, each made when it is first used.
+
+    Making a group is collective among its members.
+    """
+
+    def __init__(self, store: Any, name: str, rank: int, start_s: float) -> None:
+        self._store = store
+        self._name = name
+        self._rank = rank
+        self._start_s = start_s
+        self._groups: dict[tuple[str, range], Any] = {}
+
+    def get(self, backend: str, ranks: range) -> Any | None:
+        return self._groups.get((backend, ranks))
+
+    def make(
+        self, backend: str, ranks: range, *, epoch: int, check: Callable[[], None] | None = None
+    ) -> Any:
+        """Make the group of these ranks, of which this is one.
+
+        Args:
+            epoch: recoveries so far; groups of different epochs do not meet.
+            check: called while this rank waits for the others; may raise.
+        """
+        name = f"{self._name}/{epoch}/{backend}/{ranks.start}-{ranks.stop}-{ranks.step}"
+        store, member = dist.PrefixStore(name, self._store), ranks.index(self._rank)
+        # torch waits for the others inside the constructor, where neither Ctrl-C nor a fault of
+        # theirs would end it: so wait here, until all are about to call it.
+        store.set(f"here/{self._rank}", "")
+        wait_for_ranks(store, {f"here/{rank}": rank for rank in ranks}, self._start_s, check)
+        if backend == "nccl":
+            group = dist.ProcessGroupNCCL(store, member, len(ranks), _FOREVER)
+        else:
+            timeout = timedelta(seconds=self._start_s)
+            group = dist.ProcessGroupGloo(store, member, len(ranks), timeout)
+            group._set_default_timeout(_FOREVER)
+        self._groups[backend, ranks] = group
+        return group
+
+    def abort(self) -> None:
+        """End collectives that run on the device, where nothing else would notice a fault."""
+        for (backend, _), group in list(self._groups.items()):
+            if backend == "nccl":
+                # It may be aborted already.
+                with suppress(RuntimeError):
+                    group.abort()
+
+    def abandon(self) -> None:
+        """Keep all groups alive to the end of the process: a collective of theirs may never end."""
+        _ABANDONED.extend(self._groups.values())
+
+    def clear(self) -> None:
+        self._groups.clear()

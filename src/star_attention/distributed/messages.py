@@ -1,0 +1,150 @@
+"""Python objects between ranks: rank 0 decides and broadcasts, or all ranks gather."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_attention import errors
+from star_attention.distributed.world import World
+from star_attention.errors import InvalidInputError
+
+CALL = "call"
+"""First word of the message with which rank 0 starts a call."""
+
+END = "end"
+"""First word of the last message about an answer."""
+
+# Bytes of a broadcast; a longer message takes a second one.
+_PACKET = 2048
+_LENGTH = 8
+
+
+class WorldControl:
+    """`Control` over the gloo group of all ranks of a world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rank, self.size = world.rank, world.size
+
+    @contextmanager
+    def collective(self, where: str, *, check_in: bool = True) -> Iterator[None]:
+        """Run one public call on all ranks; an exception on one rank is raised on all of them.
+
+        After an exception the ranks meet again, so that the next call finds them together.
+
+        Args:
+            where: name of the call, for errors.
+            check_in: verify first that all ranks are in the same call. Not needed where the first
+                message shows it.
+
+        Raises:
+            InvalidInputError: the ranks are in different calls.
+            RankError: another rank died, hangs or failed.
+        """
+        with self.world.call(where) as outermost:
+            if outermost and check_in:
+                self._check_in(where)
+            yield
+
+    def _check_in(self, where: str) -> None:
+        if self.rank == 0:
+            self.broadcast_object((CALL, where))
+            return
+        kind, *arguments = self.receive_object()
+        # The end of a stream that this rank has left.
+        while kind == END:
+            kind, *arguments = self.receive_object()
+        if (kind, arguments) != (CALL, [where]):
+            leading = arguments[0] if kind == CALL else "the stream of an answer"
+            raise InvalidInputError(
+                f"rank 0 is in {leading}, rank {self.rank} in {where}: every call is collective, so"
+                " make the same calls in the same order on all ranks"
+            )
+
+    def broadcast_object(self, message: Any) -> None:
+        """Send a message from rank 0 to all others: one small broadcast unless it is long."""
+        data = pickle.dumps(message)
+        packet = bytearray(_PACKET)
+        packet[:_LENGTH] = len(data).to_bytes(_LENGTH, "little")
+        packet[_LENGTH : _LENGTH + len(data)] = data[: _PACKET - _LENGTH]
+        self._broadcast_bytes(torch.frombuffer(packet, dtype=torch.uint8))
+        rest = data[_PACKET - _LENGTH :]
+        if rest:
+            self._broadcast_bytes(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
+
+    def receive_object(self) -> Any:
+        """Return rank 0's next message."""
+        if self.world.early_message is not None:
+            message, self.world.early_message = self.world.early_message, None
+            return message
+        packet = torch.empty(_PACKET, dtype=torch.uint8)
+        self._broadcast_bytes(packet)
+        raw = packet.numpy().tobytes()
+        length = int.from_bytes(raw[:_LENGTH], "little")
+        data = raw[_LENGTH : _LENGTH + length]
+        if length > len(data):
+            rest = torch.empty(length - len(data), dtype=torch.uint8)
+            self._broadcast_bytes(rest)
+            data += rest.numpy().tobytes()
+        return pickle.loads(data)
+
+    def push_back(self, message: Any) -> None:
+        """Return a message that belongs to the next call; `receive_object` returns it first."""
+        self.world.early_message = message
+
+    def _broadcast_bytes(self, data: Tensor) -> None:
+        self.world.issue(self.world.everyone(), lambda group: group.broadcast(data, 0)).wait()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, on all ranks, in the order of ranks."""
+        data = pickle.dumps(value)
+        everyone = self.world.everyone()
+        lengths = self.world.all_gather(torch.tensor([len(data)]), everyone)
+        longest = max(int(length) for length in lengths)
+        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
+        parts = self.world.all_gather(padded, everyone)
+        return [pickle.loads(part.numpy().tobytes()) for part in parts]
+
+    def run_on_rank_0(self, decision: Callable[[], Any]) -> Any:
+        """Return rank 0's result on every rank, or raise its exception on every rank."""
+        if self.rank == 0:
+            try:
+                value = decision()
+            except Exception as error:
+                self.mark_collective(error)
+                self.broadcast_object((False, _describe(error)))
+                raise
+            self.broadcast_object((True, value))
+            return value
+        succeeded, value = self.receive_object()
+        if not succeeded:
+            raise self.mark_collective(errors.rebuild(*value))
+        return value
+
+    def raise_if_any_failed(self, failure: Exception | None) -> None:
+        """Raise the exception of the first rank that has one, on all ranks; None means success."""
+        failures = self.gather(None if failure is None else _describe(failure))
+        for rank, description in enumerate(failures):
+            if description is None:
+                continue
+            if rank == self.rank:
+                assert failure is not None
+                raise self.mark_collective(failure)
+            name, message, reasons = description
+            raise self.mark_collective(errors.rebuild(name, message, reasons, rank))
+
+    def mark_collective(self, error: Exception) -> Exception:
+        """Mark an exception that every rank raises at this point: the others need not be told."""
+        self.world.shared_error = error
+        return error
+
+
+def _describe(error: Exception) -> tuple[str, str, list[str] | None]:
+    """What `errors.rebuild` needs to make the exception again."""
+    return type(error).__name__, str(error), getattr(error, "reasons", None)

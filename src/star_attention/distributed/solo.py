@@ -1,0 +1,92 @@
+"""One process: no other ranks to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from star_attention.distributed.comm import Comm, Pending
+from star_attention.distributed.registry import ContextRegistry
+from star_attention.errors import release_frames_on_oom
+from star_attention.planning.traffic import Traffic
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from star_attention.attention.state import State
+
+
+class SoloControl:
+    """`Control` of one process, which is rank 0."""
+
+    def collective(self, where: str, *, check_in: bool = True) -> AbstractContextManager[None]:
+        return release_frames_on_oom()
+
+    def broadcast_object(self, message: Any) -> None:
+        return
+
+    def receive_object(self) -> Any:
+        raise AssertionError("a single process is rank 0, which sends")
+
+    def push_back(self, message: Any) -> None:
+        raise AssertionError("a single process is rank 0, which sends")
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def run_on_rank_0(self, decision: Callable[[], Any]) -> Any:
+        return decision()
+
+    def raise_if_any_failed(self, failure: Exception | None) -> None:
+        if failure is not None:
+            raise failure
+
+    def mark_collective(self, error: Exception) -> Exception:
+        return error
+
+
+class SoloComm(SoloControl):
+    """One process that holds the whole context and the whole model."""
+
+    rank, size = 0, 1
+    cp_rank, cp_size = 0, 1
+    tp_rank, tp_size = 0, 1
+
+    def __init__(self) -> None:
+        self.contexts = ContextRegistry(0)
+        self.traffic, self.traffic_within = Traffic(), Traffic()
+
+    def on(self, device: torch.device, tp_size: int = 1) -> Comm:
+        assert tp_size == 1
+        return self
+
+    def has_same_ranks(self, comm: Any) -> bool:
+        return comm is self
+
+    def broadcast(self, tensor: Tensor, ranks: int) -> Pending:
+        return Pending()
+
+    def exchange(
+        self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int
+    ) -> Pending:
+        raise AssertionError("there is no other rank")
+
+    def merge(self, state: State) -> State:
+        return state
+
+    def tp_sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def tp_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def tick(self, where: str | None = None) -> None:
+        return
+
+    def progress(self, done: int, total: int) -> None:
+        return
+
+    def rank_status(self) -> list[dict[str, Any]]:
+        return []
