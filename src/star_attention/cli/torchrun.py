@@ -119,7 +119,9 @@ def _communicator() -> Any:
     """This process's communicator, once it has met the others."""
     # Looks into sys.modules: a signal may arrive in the middle of that module's import.
     environment = sys.modules.get("star_attention.distributed.environment")
-    return environment.process_comm() if hasattr(environment, "process_comm") else None
+    if environment is None or not hasattr(environment, "process_comm"):
+        return None
+    return environment.process_comm()
 
 
 def _termination_cause() -> str:
