@@ -12,11 +12,11 @@ from star_attention._version import __version__
 
 if TYPE_CHECKING:
     from star_attention import errors as errors
-    from star_attention.answering import Generation as Generation
-    from star_attention.answering import Stream as Stream
     from star_attention.config import StarConfig as StarConfig
     from star_attention.engine import StarLLM as StarLLM
     from star_attention.engine import supported as supported
+    from star_attention.generation.result import Generation as Generation
+    from star_attention.generation.stream import Stream as Stream
     from star_attention.planning.plan import BlockPlan as BlockPlan
     from star_attention.question_answering import pipeline as pipeline
     from star_attention.storage.context import EncodedContext as EncodedContext
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _HOME = {
     "BlockPlan": "planning.plan",
     "EncodedContext": "storage.context",
-    "Generation": "answering",
+    "Generation": "generation.result",
     "StarConfig": "config",
     "StarLLM": "engine",
-    "Stream": "answering",
+    "Stream": "generation.stream",
     "pipeline": "question_answering",
     "supported": "engine",
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypedDict
 
-from star_attention.errors import InvalidInputError, SizeError
+from star_attention.errors import InvalidInputError, SizeError, UnknownOptionError
 from star_attention.planning.plan import (
     ANCHOR_SOURCES,
     RING_LAYOUTS,
@@ -65,6 +67,40 @@ def check_max_new_tokens(tokens: Any) -> None:
         raise InvalidInputError(f"max_new_tokens {tokens!r} is not a positive number of tokens")
 
 
+def unknown_option(
+    call: str, name: str, *, known: Iterable[str], instead: Mapping[str, str], otherwise: str
+) -> UnknownOptionError:
+    """Return the error for a keyword that a call does not take.
+
+    Args:
+        call: the call, as the user writes it.
+        name: the unknown keyword.
+        known: keywords that the call takes; the nearest one is suggested.
+        instead: what to use instead of keywords that other libraries take.
+        otherwise: the remedy where no keyword is near.
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    remedy = instead.get(name) or (f"did you mean {near[0]!r}?" if near else otherwise)
+    return UnknownOptionError(f"{call} does not take {name!r}; {remedy}")
+
+
+class StarSettings(TypedDict, total=False):
+    """The fields of `StarConfig` as keywords, for editors and type checkers.
+
+    Sizes may be written as `"4k"` or `"1m"`.
+    """
+
+    block_size: int | str | None
+    anchor_size: int | str | None
+    method: str
+    tokens_per_forward: int | str | None
+    reserve_tokens: int | str
+    anchor_source: str
+    ring_layout: str
+    kv_dtype: str | None
+    kv_device: str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class StarConfig:
     """How contexts are encoded.
@@ -96,13 +132,30 @@ class StarConfig:
     kv_device: str | None = None
 
     @classmethod
-    def of(cls, **settings: Any) -> StarConfig:
-        """The same from sizes that may be written as `"4k"` or `"1m"`."""
+    def of(cls, config: StarConfig | None = None, **settings: Any) -> StarConfig:
+        """Return `config` (default: all defaults) with some fields replaced.
+
+        Sizes may be written as `"4k"` or `"1m"`.
+
+        Raises:
+            UnknownOptionError: a keyword that is not a field.
+            SizeError, InvalidInputError: as for `StarConfig`.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise unknown_option(
+                    "StarConfig",
+                    name,
+                    known=known,
+                    instead={},
+                    otherwise=f"its fields are {', '.join(known)}",
+                )
         sizes = ("block_size", "anchor_size", "tokens_per_forward", "reserve_tokens")
         for name in sizes:
             if settings.get(name) is not None or (name == "reserve_tokens" and name in settings):
                 settings[name] = parse_size(settings[name], name)
-        return cls(**settings)
+        return cls(**settings) if config is None else replace(config, **settings)
 
     def __post_init__(self) -> None:
         if self.block_size is not None:

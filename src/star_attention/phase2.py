@@ -1,11 +1,13 @@
-"""Phase 2: a query and its answer over an encoded context (paper, section 2.2), with transformers' own `generate`.
+"""Phase 2: a query and its answer over an encoded context (paper, section 2.2).
 
-`generate` does the preparation in every case (settings, logits processors, stopping criteria). Greedy search and sampling
-then run in `_steps`, a loop of ours behind `custom_generate`: it yields after each token, so that a stream can be suspended
-without a thread, and draws from a generator of its own, so that a seed means the same whatever runs beside it. Beam search and
-assisted decoding run in transformers' loops, over the same cache.
+transformers' own `generate` always does the preparation (settings, logits processors, stopping
+criteria). Greedy search and sampling then run in `_steps`, our own loop, passed as `custom_generate`:
+it yields after each token, so that a stream can be suspended without a thread, and draws from its own
+generator, so that a seed means the same whatever else runs. Beam search and assisted decoding run in
+transformers' loops, over the same cache.
 
-Axes: B queries (padded on the left to one length Q), R rows = B x answers each, L context tokens, V vocabulary.
+Axes: B queries (padded on the left to one length Q), R rows = B x answers each, L context tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,14 +36,20 @@ from star_attention.hf.execution.handle import ModelHandle, cache_word
 from star_attention.storage.kv import ContextKV
 
 OWN_LOOP_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-"""What our own loop does; every other mode is transformers'."""
+"""Modes that run in our own loop; transformers runs all others."""
 
 _CACHE_WORD = cache_word(GenerationMixin.prepare_inputs_for_generation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One token a row: `tokens[r]`, whether the row ends with it, and its unprocessed logits `[R, V]` in fp32."""
+    """One decoded token per row.
+
+    Attributes:
+        tokens: the token of each row.
+        ended: True for rows that end with it.
+        logits_RV: unprocessed logits, fp32 `[R, V]`.
+    """
 
     tokens: list[int]
     ended: list[bool]
@@ -50,7 +58,21 @@ class Step:
 
 @dataclass(kw_only=True)
 class Request:
-    """Queries on one context, ready to run; `words` are settings of `GenerationConfig`, over the model's own."""
+    """Queries on one context, ready to run.
+
+    Attributes:
+        handle: the model.
+        context_ids_L: token ids of the whole context, on CPU.
+        shard: this rank's keys and values of the context.
+        rope_length: tokens that length-dependent rotary frequencies are computed for, or None.
+        queries: token ids of each query.
+        tokens_per_forward: most query tokens of one forward, over all queries.
+        comm: the ranks.
+        generation_kwargs: arguments of `GenerationConfig`; they override the model's defaults.
+        seed: seed of sampling, or None for torch's global generator.
+        logits_processor, stopping_criteria: transformers' lists.
+        stop_after: makes a stopping criterion for prompts of a given length.
+    """
 
     handle: ModelHandle
     context_ids_L: Tensor
@@ -59,13 +81,11 @@ class Request:
     queries: list[list[int]]
     tokens_per_forward: int
     comm: Comm
-    words: dict[str, Any] = field(default_factory=dict)
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
-    stop_after: Callable[[int], StoppingCriteria] | None = (
-        None  # makes one more, for prompts of a length
-    )
+    stop_after: Callable[[int], StoppingCriteria] | None = None
 
     @property
     def query_tokens(self) -> int:
@@ -74,15 +94,20 @@ class Request:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens in front of an answer in what transformers' own loops are given (see `stock`)."""
+        """Tokens before an answer in the input of transformers' own loops (see `stock`)."""
         return self.query_tokens + (len(self.context_ids_L) if self.rope_length is None else 0)
 
     @property
     def padding(self) -> list[int]:
+        """Left padding of each query, in tokens."""
         return [self.query_tokens - len(query) for query in self.queries]
 
     def cache(self, query_tokens: int | None = None) -> AnswerCache:
-        """A new one, on all ranks, for queries padded to `query_tokens` (else: to the longest)."""
+        """Return a new cache, on all ranks.
+
+        Args:
+            query_tokens: length that queries are padded to; the longest query by default.
+        """
         padding = [(query_tokens or self.query_tokens) - len(query) for query in self.queries]
         if self.comm.size > 1:
             self.comm.broadcast_object(("cache", padding))
@@ -91,9 +116,9 @@ class Request:
         )
 
     def padded(self, padding: list[int]) -> Tensor:
-        """Queries padded on the left, `[B, Q]`.
+        """Return the queries padded on the left, `[B, Q]`.
 
-        Attention never sees the filler, but penalties do: it is a token that every row holds anyway.
+        Attention never sees the filler, but penalties do, so it is a token that every row holds.
         """
         fill = int(self.context_ids_L[0])
         rows = [[fill] * gap + query for gap, query in zip(padding, self.queries, strict=True)]
@@ -101,19 +126,22 @@ class Request:
 
     @cached_property
     def graphs(self) -> Graphs | None:
-        """CUDA graphs for this request's forwards, None where there are none that serve it."""
+        """CUDA graphs that serve this request's forwards, or None."""
         graphs = self.handle.graphs
         return graphs if graphs is not None and graphs.serve(self.shard, self.comm) else None
 
     def forward(self, ids_RQ: Tensor, positions_RQ: Tensor, cache: AnswerCache) -> Tensor:
-        """Logits of each row's last token, fp32 `[R, V]`: by a CUDA graph where there is one for so many tokens."""
+        """Return logits of each row's last token, fp32 `[R, V]`; by a CUDA graph if one fits."""
         logits_RV = None if self.graphs is None else self.graphs.run(cache, ids_RQ, positions_RQ)
         if logits_RV is not None:
             return logits_RV
         return self.handle.logits(ids_RQ, positions_RQ, cache, self.rope_length)[:, -1].float()
 
     def text(self) -> Tensor:
-        """Filler, context and query of each row, `[B, L + Q]`, as logits processors are to see them: the text unbroken."""
+        """Return filler, context and query of each row, `[B, L + Q]`.
+
+        That is what logits processors read: context and query in one piece.
+        """
         ids_BQ = self.padded(self.padding)
         context_L = self.context_ids_L.to(ids_BQ.device)
         rows = [
@@ -123,16 +151,14 @@ class Request:
         return torch.stack(rows)
 
     def generator(self) -> torch.Generator | None:
-        """The source of random numbers: torch's global one without a seed, as with the stock `generate`."""
-        return (
-            None
-            if self.seed is None
-            else torch.Generator(self.handle.device).manual_seed(self.seed)
-        )
+        """Return a seeded generator; None for torch's global one, as in the stock `generate`."""
+        if self.seed is None:
+            return None
+        return torch.Generator(self.handle.device).manual_seed(self.seed)
 
 
 def logits(request: Request) -> Tensor:
-    """Logits of every query token of a single query, `[Q, V]` in fp32, teacher-forced."""
+    """Return the logits of every token of a single query, fp32 `[Q, V]`."""
     cache = request.cache()
     parts = [
         request.handle.logits(ids_BS, positions_BS, cache, request.rope_length, keep=0).float()
@@ -142,7 +168,7 @@ def logits(request: Request) -> Tensor:
 
 
 def steps(request: Request) -> Iterator[Step]:
-    """Answer by greedy search or sampling, a token a row at a time; ends when every row has ended."""
+    """Answer by greedy search or sampling, one token per row and step, until every row has ended."""
     ids_BS = request.text()
     rows = len(request.queries)
     cache = request.cache(
@@ -168,43 +194,47 @@ def steps(request: Request) -> Iterator[Step]:
 
     loop: Iterator[Step] = request.handle.model.generate(
         ids_BS,
-        attention_mask=torch.ones_like(
-            ids_BS
-        ),  # for transformers' preparation; `_steps` pads by itself
+        # Only transformers' preparation reads this mask; `_steps` handles padding itself.
+        attention_mask=torch.ones_like(ids_BS),
         logits_processor=request.logits_processor,
         stopping_criteria=request.stopping_criteria,
         custom_generate=custom_generate,
         **{_CACHE_WORD: cache},
-        **request.words,
+        **request.generation_kwargs,
     )
     return loop
 
 
 def stock(request: Request) -> list[list[int]]:
-    """Answer by transformers' own decoding loop (beams, assisted); the new tokens of each row, in its order.
+    """Answer by transformers' own decoding loop (beams, assisted).
 
-    Queries of different lengths go one after another: padding would stand inside the text that penalties look at.
+    Queries of different lengths run one after another: padding would lie inside the text that
+    penalties look at.
+
+    Returns:
+        The new tokens of each row.
     """
     groups: dict[Any, list[int]] = {}
     for index, query in enumerate(request.queries):
-        alone = (
-            request.words.get("prompt_lookup_num_tokens") is not None
-        )  # transformers drafts for one row only
-        groups.setdefault(index if alone else len(query), []).append(index)
+        # transformers drafts for one row only.
+        is_drafted = request.generation_kwargs.get("prompt_lookup_num_tokens") is not None
+        groups.setdefault(index if is_drafted else len(query), []).append(index)
     rows: dict[int, list[list[int]]] = {}
     for indices in groups.values():
-        found = _stock(replace(request, queries=[request.queries[index] for index in indices]))
-        answers = len(found) // len(indices)
-        for at, index in enumerate(indices):
-            rows[index] = found[at * answers : (at + 1) * answers]
+        new_rows = _stock(replace(request, queries=[request.queries[index] for index in indices]))
+        answers = len(new_rows) // len(indices)
+        for i, index in enumerate(indices):
+            rows[index] = new_rows[i * answers : (i + 1) * answers]
     return [row for index in range(len(request.queries)) for row in rows[index]]
 
 
 def _stock(request: Request) -> list[list[int]]:
     cache = request.cache()
-    ids_BS = request.text()  # (of one length: without filler)
+    # All queries have one length here, so there is no filler.
+    ids_BS = request.text()
     mask_BS = torch.ones_like(ids_BS)
-    # Where rotary frequencies depend on the length, some models look at the ids' length to drop the cache; give the query alone.
+    # Where rotary frequencies depend on the length, some models drop the cache by the ids' length:
+    # they get the query alone.
     ids_BS = ids_BS[:, -request.prompt_tokens :]
     criteria = list(request.stopping_criteria or [])
     if request.stop_after is not None:
@@ -219,20 +249,20 @@ def _stock(request: Request) -> list[list[int]]:
                 ids_BS,
                 attention_mask=mask_BS,
                 **{_CACHE_WORD: cache},
-                **request.words,
+                **request.generation_kwargs,
                 logits_processor=request.logits_processor,
                 stopping_criteria=StoppingCriteriaList(criteria),
             )
     rows: list[list[int]] = sequences[:, request.prompt_tokens :].tolist()
     config = request.handle.model.generation_config
-    pad = request.words.get("pad_token_id", config.pad_token_id)
-    eos = request.words.get("eos_token_id", config.eos_token_id)
+    pad = request.generation_kwargs.get("pad_token_id", config.pad_token_id)
+    eos = request.generation_kwargs.get("eos_token_id", config.eos_token_id)
     ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
     return [_without_fill(row, {-1, pad} - ends) for row in rows]
 
 
 def _without_fill(row: list[int], fill: set[int | None]) -> list[int]:
-    """A row as far as it was generated: transformers fills up those that a criterion ended before the others."""
+    """Cut a row where it ended: transformers pads rows that a criterion ends before the others."""
     length = len(row)
     while length > 1 and row[length - 1] in fill:
         length -= 1
@@ -242,48 +272,52 @@ def _without_fill(row: list[int], fill: set[int | None]) -> list[int]:
 def follow(
     handle: ModelHandle, shard: ContextKV, context_tokens: int, rope_length: int | None, comm: Comm
 ) -> Generator[str, None, Any]:
-    """The part of every rank but 0: the forwards and changes of the cache that rank 0 tells, until it says that the answer ends.
+    """Follow rank 0 through one call: run its forwards and its changes of the cache until the end.
 
-    Yields the pieces of text that rank 0 streams, and returns what it told last, None where it left the answer for another
-    call. Sampling, beams and stopping criteria are
-    rank 0's alone, so that nothing about them can differ between ranks.
+    Sampling, beams and stopping criteria run on rank 0 alone, so that ranks cannot differ in them.
+
+    Yields:
+        The pieces of text that rank 0 streams.
+
+    Returns:
+        Rank 0's last message (the answers); None where it left the answer for another call.
     """
     cache = AnswerCache(shard, handle.windows, context_tokens, [0], comm)
     while True:
-        what, *arguments = comm.receive_object()
-        if what == END:
+        kind, *arguments = comm.receive_object()
+        if kind == END:
             return arguments[0]
-        if what == CALL:
-            comm.push_back((what, *arguments))
+        if kind == CALL:
+            comm.push_back((kind, *arguments))
             return None
-        if what == "piece":
+        if kind == "piece":
             yield arguments[0]
-        elif what == "cache":
+        elif kind == "cache":
             cache = AnswerCache(shard, handle.windows, context_tokens, arguments[0], comm)
-        elif what == "forward":
-            *rows, keep = arguments
-            ids_BS, positions_BS = (torch.tensor(one, device=handle.device) for one in rows)
+        elif kind == "forward":
+            ids, positions, keep = arguments
+            ids_BS = torch.tensor(ids, device=handle.device)
+            positions_BS = torch.tensor(positions, device=handle.device)
             cache.report()
-            handle.encode(
-                ids_BS, positions_BS, cache, rope_length, keep=keep
-            )  # only rank 0 needs logits
+            # Only rank 0 needs logits.
+            handle.encode(ids_BS, positions_BS, cache, rope_length, keep=keep)
         else:
-            cache.follow(what, *arguments)
+            cache.follow(kind, *arguments)
 
 
 def _forwards(request: Request, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:
-    """The queries, as padded for `cache`, a bounded number of tokens a forward: ids and positions, `[B, S]` each."""
+    """Yield ids and positions of the padded queries, `[B, S]` each, one pair for each forward."""
     padding = cache.row_padding(len(request.queries))
     ids_BQ = request.padded(padding)
-    start = len(request.context_ids_L)
-    # Padding has no position of its own; 0 is as good as any, nothing sees it.
+    context_tokens = len(request.context_ids_L)
+    # Padding has no position of its own; nothing sees it, so 0 will do.
     gap_B1 = torch.tensor(padding, device=ids_BQ.device)[:, None]
     positions_BQ = (
-        start + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1
+        context_tokens + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1
     ).clamp_(min=0)
     columns = max(1, request.tokens_per_forward // ids_BQ.shape[0])
-    for at in range(0, ids_BQ.shape[1], columns):
-        part = slice(at, at + columns)
+    for start in range(0, ids_BQ.shape[1], columns):
+        part = slice(start, start + columns)
         yield ids_BQ[:, part], positions_BQ[:, part]
 
 
@@ -305,7 +339,7 @@ def _steps(
         cache.batch_repeat_interleave(answers)
     padding_R1 = torch.tensor(cache.row_padding(rows), device=ids_RS.device)[:, None]
     ended_R = torch.zeros(rows, dtype=torch.bool, device=ids_RS.device)
-    most = int(request.words["max_new_tokens"])
+    most = int(request.generation_kwargs["max_new_tokens"])
     prompt_tokens = ids_RS.shape[1]
     ids_RT = torch.cat([ids_RS, ids_RS.new_empty(rows, most)], 1)
     for number in range(1, most + 1):
@@ -316,15 +350,17 @@ def _steps(
             tokens_R1 = scores_RV.argmax(-1, keepdim=True)
         ids_RT[:, prompt_tokens + number - 1] = tokens_R1[:, 0]
         ids_RS = ids_RT[:, : prompt_tokens + number]
-        # A row that has ended goes on unseen beside the others; a criterion that looks at the last token forgets it.
+        # A row that has ended continues unseen next to the others, and criteria that look at the
+        # last token alone would forget its end.
         ended_R = ended_R | stopping_criteria(ids_RS, scores_RV)
-        told = _Told(torch.cat([tokens_R1[:, 0], ended_R.long()]))
+        copied = _AsyncCopy(torch.cat([tokens_R1[:, 0], ended_R.long()]))
         next_RV = None
         if request.graphs is not None and number < most:
-            # The device goes on while Python looks at the token; should it have been the last one, a forward was in vain.
+            # The device works on the next token while Python looks at this one. If this one was the
+            # last, that forward was for nothing.
             next_RV = request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache)
-        numbers = told.numbers()
-        tokens, ended = numbers[:rows], [bool(number) for number in numbers[rows:]]
+        values = copied.wait()
+        tokens, ended = values[:rows], [bool(value) for value in values[rows:]]
         yield Step(tokens=tokens, ended=ended, logits_RV=logits_RV)
         if all(ended):
             return
@@ -335,20 +371,21 @@ def _steps(
         )
 
 
-class _Told:
-    """Numbers on their way from the device, which works on meanwhile."""
+class _AsyncCopy:
+    """A copy of integers from the device to the host, which the device does not wait for."""
 
-    def __init__(self, numbers: Tensor) -> None:
+    def __init__(self, values: Tensor) -> None:
         self._arrived = None
-        self._numbers = numbers
-        if numbers.is_cuda:
-            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def numbers(self) -> list[int]:
+    def wait(self) -> list[int]:
+        """Return the values once they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        numbers: list[int] = self._numbers.tolist()
-        return numbers
+        values: list[int] = self._values.tolist()
+        return values

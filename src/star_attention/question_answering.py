@@ -43,17 +43,17 @@ class StarPipeline:
             raise InvalidInputError(
                 "questions is one text; give a list of texts, or give it as question"
             )
-        asked = list(questions) if questions is not None else [question]
-        if not all(isinstance(one, str) and one for one in asked) or not asked:
-            raise TokenError("a question is empty or no text; give at least one word")
+        queries: list[Any] = list(questions) if questions is not None else [question]
+        if not queries or not all(isinstance(query, str) and query for query in queries):
+            raise TokenError("a question is empty or not a str; give at least one word")
         if chat is None:
             chat = bool(getattr(self.star.tokenizer, "chat_template", None))
         settings: dict[str, Any] = dict(
             answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation
         )
         content = [{"role": "user", "content": context}] if chat else context
-        encoded = self.star.encode(content, query=asked, settings=settings)
-        replies = self.star.generate(encoded, asked, **settings)
+        prepared = self.star.prepare(content, queries, **settings)
+        replies = self.star.generate(self.star.encode(prepared), prepared)
         texts = [reply.text for reply in replies]
         return {"answers": texts} if questions is not None else {"answer": texts[0]}
 

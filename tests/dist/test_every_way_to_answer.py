@@ -225,19 +225,19 @@ def one_rank_fails(comm: TorchComm, phase: int) -> tuple[str, str, list[int]]:
     """An exception in the middle of one rank's work reaches all, and the next call works."""
     star = engine("llama", comm=comm, **SIZES)
     context = star.encode(ids(CONTEXT))
-    real = star._handle.encode
+    real = star.runtime.handle.encode
     if comm.rank == 1:
 
         def failing(*arguments: Any, **words: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory, or so")
 
-        star._handle.encode = failing  # type: ignore[method-assign]
+        star.runtime.handle.encode = failing  # type: ignore[method-assign]
     with pytest.raises(MemoryError) as caught:
         if phase == 1:
             star.encode(ids(CONTEXT, seed=7))
         else:
             star.generate(context, [5, 6], max_new_tokens=3)
-    star._handle.encode = real  # type: ignore[method-assign]
+    star.runtime.handle.encode = real  # type: ignore[method-assign]
     return type(caught.value).__name__, str(caught.value), star.generate(context, [5, 6], max_new_tokens=3).token_ids
 
 

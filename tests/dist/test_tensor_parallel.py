@@ -274,17 +274,17 @@ def test_guidance_is_refused_and_the_ranks_go_on(pool: Pool, folder: Path) -> No
 
 def one_rank_fails(comm: TorchComm, path: Path, tensor_parallel: int, victim: int, phase: int) -> Any:
     star = star_of(comm, path, tensor_parallel, block_size=40)  # 3 blocks
-    real = star._handle.encode
+    real = star.runtime.handle.encode
 
     def failing(*arguments: Any, **words: Any) -> None:
         raise ZeroDivisionError("planted")
 
     context = star.encode(ids(CONTEXT)) if phase == 2 else None
     if star.rank == victim:
-        star._handle.encode = failing  # type: ignore[method-assign]
+        star.runtime.handle.encode = failing  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError, match="planted"):
         star.generate(context, [5, 6], max_new_tokens=3) if phase == 2 else star.encode(ids(CONTEXT))
-    star._handle.encode = real  # type: ignore[method-assign]
+    star.runtime.handle.encode = real  # type: ignore[method-assign]
     context = star.encode(ids(CONTEXT))
     return star.generate(context, [5, 6], max_new_tokens=3).token_ids
 
@@ -362,7 +362,7 @@ def test_a_share_is_not_saved_as_a_model(pool: Pool, folder: Path, tmp_path: Pat
 def compiled_share(comm: TorchComm, path: Path) -> None:
     with pytest.raises(InvalidInputError, match="compile=True does not go with tensor_parallel"):
         StarLLM.from_pretrained(path, comm=comm, device="cpu", tensor_parallel=2, compile=True, **SIZES)
-    assert StarLLM.from_pretrained(path, comm=comm, device="cpu", **SIZES)._handle.compiled is None
+    assert StarLLM.from_pretrained(path, comm=comm, device="cpu", **SIZES).runtime.handle.compiled is None
 
 
 def test_a_share_is_not_compiled(pool: Pool, folder: Path) -> None:

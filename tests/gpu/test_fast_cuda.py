@@ -126,7 +126,7 @@ def test_the_same_tokens_as_without(engines: dict[bool, StarLLM]) -> None:
         )
     assert said[0] == said[1]
     assert "12345" in engines[True].tokenizer.decode(said[0][0])
-    graphs = engines[True]._handle.graphs
+    graphs = engines[True].runtime.handle.graphs
     assert graphs is not None
     captured = {key[:2] for key, graph in graphs._graphs.items() if graph is not None}
     assert {(1, 1), (1, 16), (2, 1), (2, 16)} <= captured
@@ -147,7 +147,7 @@ def test_contexts_that_are_kept_in_other_ways(setting: dict[str, str]) -> None:
         said.append(star.generate(context, QUESTION, max_new_tokens=40, ignore_eos=True).token_ids)
         assert "12345" in star.tokenizer.decode(said[-1])
         if fast:
-            assert bool(star._handle.graphs._graphs) == ("kv_device" not in setting)
+            assert bool(star.runtime.handle.graphs._graphs) == ("kv_device" not in setting)
     assert said[0] == said[1]
 
 
@@ -160,15 +160,15 @@ def test_nothing_is_compiled_or_captured_again(engines: dict[bool, StarLLM]) -> 
         ).token_ids
 
     ask(TEXT, "What does the dog do?")
-    assert star._handle.graphs is not None
+    assert star.runtime.handle.graphs is not None
     before = (
-        len(star._handle.graphs._graphs),
+        len(star.runtime.handle.graphs._graphs),
         torch._dynamo.utils.counters["stats"]["unique_graphs"],
     )
     ask(TEXT + "It snows.\n" * 200, "Is it cold on the hill?")
     ask("A cat. " * 3000, "Who?")
     assert (
-        len(star._handle.graphs._graphs),
+        len(star.runtime.handle.graphs._graphs),
         torch._dynamo.utils.counters["stats"]["unique_graphs"],
     ) == before
 
@@ -293,15 +293,15 @@ def test_families_against_the_mask_oracle(family: str, monkeypatch: pytest.Monke
     assert reply.token_ids == tokens[0].tolist()
     print(
         family,
-        star._handle.graphs
-        and {key: bool(graph) for key, graph in star._handle.graphs._graphs.items()},
+        star.runtime.handle.graphs
+        and {key: bool(graph) for key, graph in star.runtime.handle.graphs._graphs.items()},
     )
 
 
 def test_a_capture_that_breaks_off_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -> None:
     """Random numbers, the current stream and later captures work on."""
     star = engines[True]
-    graphs = star._handle.graphs
+    graphs = star.runtime.handle.graphs
     assert graphs is not None
     stream, number = torch.cuda.current_stream(), torch.ones(1, device="cuda")
     with pytest.raises(RuntimeError):

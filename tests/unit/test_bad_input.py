@@ -70,7 +70,7 @@ def refused(kind: type[Exception], *pieces: str, call: Call) -> None:
 
 # ---------------------------------------------------------------------- tokens
 
-NOT_IDS = "neither text, nor token ids, nor chat messages"
+NOT_IDS = "must be text, token ids or chat messages"
 BAD_IDS = [
     pytest.param([], "is empty (0 tokens); give at least 1 token", id="none"),
     pytest.param((), "is empty (0 tokens)", id="no tuple"),
@@ -80,19 +80,19 @@ BAD_IDS = [
     pytest.param([-1, 5], "token id -1, outside the model's vocabulary 0..210", id="negative"),
     pytest.param([2**40], f"token id {2**40}, outside the model's vocabulary", id="far above"),
     pytest.param([2**70], NOT_IDS, id="above int64"),
-    pytest.param([5.0, 6.5], "float32 values; token ids are whole numbers", id="floats"),
-    pytest.param([5, 6.5], "float32 values; token ids are whole numbers", id="one float"),
-    pytest.param(torch.ones(5), "float32 values; token ids are whole numbers", id="float tensor"),
-    pytest.param([True, False], "bool values; token ids are whole numbers", id="bools"),
+    pytest.param([5.0, 6.5], "float32 values; token ids are integers", id="floats"),
+    pytest.param([5, 6.5], "float32 values; token ids are integers", id="one float"),
+    pytest.param(torch.ones(5), "float32 values; token ids are integers", id="float tensor"),
+    pytest.param([True, False], "bool values; token ids are integers", id="bools"),
     pytest.param([5, None], NOT_IDS, id="a gap"),
     pytest.param(5, NOT_IDS, id="a number"),
     pytest.param(torch.tensor(5), "shape (); give one row of token ids", id="a scalar"),
     pytest.param(
         torch.ones(2, 3, 4, dtype=torch.int64), "give one row of token ids", id="three axes"
     ),
-    pytest.param(b"abc", "but of type bytes", id="bytes"),
-    pytest.param({3, 4}, "but of type set", id="a set"),
-    pytest.param({"role": "user", "content": "x"}, "but of type dict", id="one message"),
+    pytest.param(b"abc", "got bytes", id="bytes"),
+    pytest.param({3, 4}, "got set", id="a set"),
+    pytest.param({"role": "user", "content": "x"}, "got dict", id="one message"),
 ]
 
 
@@ -201,7 +201,7 @@ def test_messages_on_a_raw_context(reader: StarLLM) -> None:
 
 def test_messages_as_an_extension(reader: StarLLM, context: EncodedContext) -> None:
     """Forbids that they are said to be no messages."""
-    says = "extend takes text or token ids, not chat messages; give the text alone"
+    says = "extend takes text or token ids, got chat messages; give the text alone"
     refused(InvalidInputError, says, call=lambda: reader.extend(context, MESSAGES))
 
 
@@ -209,7 +209,7 @@ def test_what_is_not_a_context(star: StarLLM) -> None:
     for call in (star.generate, star.logits, star.extend):
         refused(
             InvalidInputError,
-            "not an encoded context: str; call encode first",
+            "context: expected an EncodedContext, got str; call encode first",
             call=lambda c=call: c("a", [5]),
         )
 
@@ -283,15 +283,15 @@ def test_unknown_settings_are_type_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("torch_dtype", "takes no 'torch_dtype' here; use dtype="),
+        ("torch_dtype", "does not take 'torch_dtype'; use dtype="),
         (
             "device_map",
-            "takes no 'device_map' here; use device=, or to spread the layers model_kwargs=",
+            "does not take 'device_map'; use device=, or to spread the layers model_kwargs=",
         ),
         ("tokenizer", "it is loaded with the model; to use another, set the engine's tokenizer"),
-        ("blocksize", "takes no 'blocksize' here; did you mean 'block_size'?"),
-        ("revision", "words of transformers go into model_kwargs={'revision': ...}"),
-        ("unknown", "words of transformers go into model_kwargs="),
+        ("blocksize", "does not take 'blocksize'; did you mean 'block_size'?"),
+        ("revision", "give arguments of transformers as model_kwargs={'revision': ...}"),
+        ("unknown", "give arguments of transformers as model_kwargs="),
     ],
 )
 def test_words_that_from_pretrained_does_not_take(word: str, says: str, tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_what_an_answer_would_be_refused_for_is_said_before_encoding(
         call=lambda: star.encode(ids(50), query=[5], settings=dict(top_p=2)),
     )
     refused(InvalidInputError, "needs a tokenizer", call=lambda: star.encode(ids(50), query="text"))
-    with pytest.raises(UnknownOptionError, match="unknown word 'topp'"):
+    with pytest.raises(UnknownOptionError, match="does not take 'topp'"):
         star.encode(ids(50), query=[5], settings=dict(topp=1))
     assert forwards == []
     assert len(star.encode(ids(500), query=ids(5), settings=dict(max_new_tokens=7))) == 500
@@ -470,7 +470,7 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
     assert len(star.generate(context, ids(5), max_new_tokens=5).token_ids) == 5
     says = [
         "has 60 tokens, but its rotary frequencies are pinned to 60",
-        "encode the joined text anew",
+        "encode the joined text again",
     ]
     refused(ContextLengthError, *says, call=lambda: star.extend(context, ids(10)))
     assert len(star.extend(context, ids(9))) == 59
@@ -484,15 +484,15 @@ def test_positions_beyond_the_pinned_frequencies() -> None:
     [
         (
             "tempratur",
-            "unknown word 'tempratur'; did you mean 'temperature'. It takes those of transformers'",
+            "does not take 'tempratur'; did you mean 'temperature'",
         ),
-        ("qqqq", "unknown word 'qqqq'; it takes those of transformers' GenerationConfig"),
+        ("qqqq", "does not take 'qqqq'; it takes those of transformers' GenerationConfig"),
         (
             "generation_config",
-            "takes no 'generation_config' here; the model's own is used already: give what is to differ",
+            "does not take 'generation_config'; the model's own is in use already: give the arguments that differ",
         ),
-        ("use_cache", "takes no 'use_cache' here; the encoded context is the cache"),
-        ("cache_implementation", "takes no 'cache_implementation' here"),
+        ("use_cache", "does not take 'use_cache'; the encoded context is the cache"),
+        ("cache_implementation", "does not take 'cache_implementation'"),
         ("max_length", "max_length counts the context too; use max_new_tokens"),
         ("min_length", "min_length counts the context too; use min_new_tokens"),
     ],
@@ -563,15 +563,15 @@ BAD_WORDS = [
         dict(do_sample=False, penalty_alpha=0.6, top_k=4),
         "contrastive search, which transformers no longer holds",
     ),
-    (dict(seed="x"), "seed 'x' is not a whole number"),
-    (dict(seed=1.5), "seed 1.5 is not a whole number"),
+    (dict(seed="x"), "seed 'x' is not an integer"),
+    (dict(seed=1.5), "seed 1.5 is not an integer"),
     (dict(seed=2**64), "has more than 64 bits; give a smaller number"),
-    (dict(stop=""), "stop string '' is not a text of at least one character"),
-    (dict(stop=["a", 3]), "stop string 3 is not a text"),
-    (dict(stop=5), "stop 5 is neither a text nor a list of texts"),
-    (dict(answer_prefix=5), "answer_prefix 5 is not a text"),
-    (dict(logits_processor=5), "logits_processor is a int; give a list"),
-    (dict(stopping_criteria=5), "stopping_criteria is a int; give a list"),
+    (dict(stop=""), "stop string '' is empty or not a str; give at least one character"),
+    (dict(stop=["a", 3]), "stop string 3 is empty or not a str"),
+    (dict(stop=5), "stop 5: expected a str or a list of str, got int"),
+    (dict(answer_prefix=5), "answer_prefix 5: expected a str, got int"),
+    (dict(logits_processor=5), "logits_processor: expected a list of them, got int"),
+    (dict(stopping_criteria=5), "stopping_criteria: expected a list of them, got int"),
 ]
 
 
@@ -620,7 +620,7 @@ def test_streams_have_one_answer(reader: StarLLM) -> None:
     )
     refused(
         InvalidInputError,
-        "a stream answers one query, not 2; use generate",
+        "a stream answers one query, got 2; use generate",
         call=lambda: reader.stream(context, [ids(5), ids(6)]),
     )
     stream = reader.stream(context, ids(5), max_new_tokens=3)

@@ -245,7 +245,7 @@ def test_the_official_scheme_gives_the_same_keys(tokens_per_forward: int) -> Non
     star = StarLLM(tiny("llama"), block_size=24, tokens_per_forward=tokens_per_forward)
     tokens = torch.tensor(ids(101))
     expected = star.encode(tokens)
-    store = official_encode(star._handle, tokens, expected.plan, tokens_per_forward)
+    store = official_encode(star.runtime.handle, tokens, expected.plan, tokens_per_forward)
     for ours, theirs in zip(store.layers, expected.kv.layers, strict=True):
         for a, b in zip(ours.pair(), theirs.pair(), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

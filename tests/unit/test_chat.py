@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from star_attention import EncodedContext, StarLLM
+from star_attention import EncodedContext, StarLLM, inputs
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from star_attention.hf.loading.load import load_tokenizer
 from tests.engines import BUNDLED, bundled_tokenizer, text_model
@@ -70,7 +70,9 @@ def whole_ids(star: StarLLM, text: str) -> list[int]:
 
 def asked(star: StarLLM, context: EncodedContext, query: Any, **words: Any) -> list[int]:
     """Ids of context and query as the model sees them."""
-    return context.token_ids.tolist() + star._query_ids(context, query, **words)
+    return context.token_ids.tolist() + inputs.prompt_ids(
+        star.runtime, context.chat, query, **words
+    )
 
 
 @pytest.mark.parametrize("before", [[], [SYSTEM]], ids=["user", "system"])
@@ -224,7 +226,7 @@ def test_bad_messages_are_refused(
 def test_what_a_chats_answer_would_be_refused_for_is_said_before_encoding(star: StarLLM) -> None:
     """With the template's own tokens, and for the question that came with the messages."""
     context = star.encode([user(DOCUMENT)])
-    room = 2048 - len(context) - len(star._query_ids(context, QUESTION))
+    room = 2048 - len(context) - len(inputs.prompt_ids(star.runtime, context.chat, QUESTION))
     for words in (dict(query=QUESTION), dict(query=[QUESTION, "x"]), dict(query=[user(QUESTION)])):
         assert star.encode([user(DOCUMENT)], **words, settings=dict(max_new_tokens=room))
         with pytest.raises(ContextLengthError, match="more than the model's 2,048 positions"):

@@ -43,8 +43,8 @@ def test_encoding_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         expected, context = plain.encode(ids(tokens)), fast.encode(ids(tokens))
         assert_same(context, expected)
     before = counters["stats"]["unique_graphs"]
-    assert fast._handle.compiled is not None
-    assert fast._handle.compiled.whole == (name in WHOLE)
+    assert fast.runtime.handle.compiled is not None
+    assert fast.runtime.handle.compiled.whole == (name in WHOLE)
     assert before == WHOLE[name] if name in WHOLE else before > 2, "once for each kind of layer"
     fast.encode(ids(149, seed=4))
     assert counters["stats"]["unique_graphs"] == before, "nothing is compiled again"
@@ -58,7 +58,7 @@ def test_encoding_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_threads_and_later_calls_find_the_plain_model() -> None:
     model = tiny("llama")
     star = StarLLM(model, compile=True, **SIZES)
-    compiled, layers = star._handle.compiled, layers_of(model.get_decoder())
+    compiled, layers = star.runtime.handle.compiled, layers_of(model.get_decoder())
     assert compiled is not None
     expected = model(torch.tensor([ids(9)])).logits
     seen: list[Any] = []
@@ -86,8 +86,8 @@ def test_a_layer_that_cannot_be_compiled_whole_is_compiled_in_pieces(
     monkeypatch.setattr(kind, "forward", interrupted)
     fast = engine("llama", compile=True, **SIZES)
     context = fast.encode(ids(101))
-    assert fast._handle.compiled is not None
-    assert not fast._handle.compiled.whole
+    assert fast.runtime.handle.compiled is not None
+    assert not fast.runtime.handle.compiled.whole
     assert_same(context, expected)
 
 
@@ -97,7 +97,7 @@ def test_somebody_elses_forward_stays() -> None:
     layer = layers_of(model.get_decoder())[0]
     layer.forward = layer.forward  # type: ignore[method-assign]
     try:
-        assert StarLLM(model, compile=True, **SIZES)._handle.compiled is None
+        assert StarLLM(model, compile=True, **SIZES).runtime.handle.compiled is None
         assert "forward" in vars(layer)
     finally:
         del layer.forward

@@ -164,7 +164,7 @@ def test_sizes_are_the_contexts_own() -> None:
 def test_an_extension_beyond_the_pinned_length_is_refused() -> None:
     star = engine("phi3_longrope", block_size=16, reserve_tokens=20)
     context = star.encode(ids(30))
-    with pytest.raises(ContextLengthError, match="pinned to 50; encode the joined text anew"):
+    with pytest.raises(ContextLengthError, match="pinned to 50; encode the joined text again"):
         star.extend(context, ids(20))
 
 

@@ -14,8 +14,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from star_attention import EncodedContext, StarLLM
-from star_attention.answering import generation_kwargs
 from star_attention.errors import InvalidInputError
+from star_attention.generation.settings import resolve_generation_kwargs
 from tests.engines import CONTEXT, QUERY, VARIED, engine, ids, stock_generate, tiny
 
 STEPS = 8
@@ -361,7 +361,7 @@ def test_temperature_zero_is_greedy(
 def test_greedy_search_is_given_no_sampling_words() -> None:
     """Transformers logs a warning about each."""
     words = dict(temperature=0, top_p=0.9, top_k=3, do_sample=True)
-    _, resolved = generation_kwargs(tiny("llama"), words, 5, ignore_eos=False)
+    _, resolved = resolve_generation_kwargs(tiny("llama"), words, 5, ignore_eos=False)
     assert resolved["do_sample"] is False
     assert [resolved[word] for word in ("temperature", "top_p", "top_k")] == [None] * 3
 

@@ -401,7 +401,7 @@ def test_a_suspended_stream_is_not_disturbed(star: StarLLM, context: EncodedCont
 
 
 def test_a_stream_is_one_answer_of_text(star: StarLLM, context: EncodedContext) -> None:
-    with pytest.raises(InvalidInputError, match="a stream answers one query, not 2"):
+    with pytest.raises(InvalidInputError, match="a stream answers one query, got 2"):
         star.stream(context, [QUERY, QUERY])
     for words in (dict(num_beams=2), dict(do_sample=True, num_return_sequences=2)):
         with pytest.raises(

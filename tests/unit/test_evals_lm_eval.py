@@ -352,7 +352,7 @@ def test_a_prompt_that_is_too_long_stops_the_run_before_the_first_answer(
 ) -> None:
     engine = star()
     encoded = counted(engine, monkeypatch)
-    limit = engine._handle.max_positions
+    limit = engine.runtime.handle.max_positions
     assert limit is not None
     long = request("Some words.", {"max_gen_toks": limit})
     with pytest.raises(

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_attention import StarLLM
+from star_attention import StarLLM, inputs
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals import metrics, suites
 from star_attention.evals.samples import sources
@@ -276,7 +276,7 @@ def test_the_split_is_what_the_model_sees(task: str, files: dict[str, str]) -> N
         query_ids(tokenizer, sample.query + sample.answer_prefix),
     )
     assert context.token_ids.tolist() == head
-    assert star._query_ids(context, sample.query, sample.answer_prefix) == tail
+    assert inputs.prompt_ids(star.runtime, context.chat, sample.query, sample.answer_prefix) == tail
     assert len(head) + len(tail) + sample.max_new_tokens == Size(
         tokenizer=tokenizer, length=0
     ).tokens(sample)

@@ -403,7 +403,7 @@ def test_ablations_that_cannot_run_are_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     star = engine()
-    monkeypatch.setattr(star._handle, "rotaries", [object()])
+    monkeypatch.setattr(star.runtime.handle, "rotaries", [object()])
     with pytest.raises(
         InvalidInputError,
         match=r"variant 'star:/4:anchor=none' changes the anchor, which works on one rank",

@@ -55,8 +55,8 @@ class Replayed(graphs.Graphs):
 
 
 def with_graphs(star: StarLLM) -> Replayed:
-    replayed = Replayed(star._handle)
-    star._handle.__dict__["graphs"] = replayed  # (a cached property)
+    replayed = Replayed(star.runtime.handle)
+    star.runtime.handle.__dict__["graphs"] = replayed  # (a cached property)
     return replayed
 
 

@@ -22,7 +22,6 @@ LAYERS = {
     "planning": 0,
     # L1: torch
     "attention": 1,
-    "clock": 1,
     # L2: other ranks, and where keys and values live
     "distributed": 2,
     "storage": 2,
@@ -37,7 +36,10 @@ LAYERS = {
     "__init__": 6,
     "engine": 6,
     "question_answering": 6,
-    "answering": 6,
+    "generation": 6,
+    "inputs": 6,
+    "encoding": 6,
+    "runtime": 6,
     # L7: what several programs share
     "tools": 7,
     # L8: programs over the facade, each by itself

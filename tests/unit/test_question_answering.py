@@ -69,7 +69,7 @@ def test_words_of_generate_are_passed_on(pipe: Any) -> None:
         <= 4
     )
     with pytest.raises(
-        UnknownOptionError, match="unknown word 'temprature'; did you mean 'temperature'"
+        UnknownOptionError, match="does not take 'temprature'; did you mean 'temperature'"
     ):
         pipe(TEXT, QUESTIONS[0], temprature=1.0)
 

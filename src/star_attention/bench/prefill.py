@@ -159,7 +159,7 @@ def run(
         work, star = _work(model, method, ids_L, block, tokens_per_forward, compile, kv_dtype)
         if method == "streaming_llm":
             assert star is not None
-            plan = star._plan(context)
+            plan = star.runtime.plan_for(context)
         flops = _flops(shape, plan, method, star)
         kept = kv_dtype if star is not None and method != "official" else None
         what: dict[str, Any] = dict(
@@ -266,7 +266,9 @@ def _work(
     )
     if method == "official":
         plan = BlockPlan.resolve(len(ids_L), block, None, 1)
-        return (lambda: official_encode(star._handle, ids_L, plan, star.tokens_per_forward)), star
+        return (
+            lambda: official_encode(star.runtime.handle, ids_L, plan, star.tokens_per_forward)
+        ), star
     return (lambda: star.encode(ids_L)), star
 
 

@@ -591,7 +591,7 @@ def perplexity(
             "git": machine.git_revision(),
             "versions": runner.versions(),
             "ranks": star.num_ranks,
-            "model": star._identity(),
+            "model": star.runtime.identity,
             "rows": [asdict(row) | {"perplexity": row.perplexity} for row in rows],
         }
         (folder / PERPLEXITY).write_text(

@@ -9,8 +9,8 @@ from star_attention.cli.options import AnswerOptions
 from star_attention.cli.progress import Notes, answer_summary, context_summary, seconds
 
 if TYPE_CHECKING:
-    from star_attention.answering import Generation
     from star_attention.engine import StarLLM
+    from star_attention.generation.result import Generation
     from star_attention.storage.context import EncodedContext
 
 _HEADER_WIDTH = 100

@@ -12,7 +12,7 @@ from star_attention.cli.torchrun import is_rank_0
 from star_attention.planning.plan import BlockPlan, Span, counted, format_size
 
 if TYPE_CHECKING:
-    from star_attention.answering import Generation
+    from star_attention.generation.result import Generation
     from star_attention.storage.context import EncodedContext
 
 _STEPS = 10

@@ -201,8 +201,9 @@ class StarLM(LM):
                 targets_C = logp_CV.new_tensor(ask.continuation).long()
                 picked_C = logp_CV.gather(1, targets_C[:, None])
                 found = picked_C.sum().item(), bool((logp_CV.argmax(-1) == targets_C).all())
-            agreed: tuple[float, bool] = self.star.from_rank_0(found)
-            return agreed
+            result = self.star.from_rank_0(found)
+            assert result is not None
+            return result
 
         return self._run("loglikelihood", requests, jobs, score, quiet=disable_tqdm)
 
@@ -332,7 +333,7 @@ class StarLM(LM):
             )
         moved = 0 if query else 1  # (the first token of an answer is predicted by a query's last)
         if found.how == "last block" and context:
-            block = self.star._plan(len(context)).block_size
+            block = self.star.runtime.plan_for(len(context)).block_size
             moved = block if block < len(context) else 1
         at = max(0, len(context) - moved)
         context, query = context[:at], context[at:] + query
@@ -364,7 +365,7 @@ class StarLM(LM):
         )
 
     def _check(self, request: Instance, tokens: int) -> None:
-        limit = self.star._handle.max_positions
+        limit = self.star.runtime.handle.max_positions
         if limit is not None and tokens > limit:
             raise ContextLengthError(
                 f"{_named(request)} needs {tokens:,} tokens with its answer, more than the model's {limit:,} positions; leave it"

@@ -1,45 +1,68 @@
-"""What differs between attention methods, one short file each: how a context is cut and encoded. Registered in `config.METHODS`."""
+"""What differs between attention methods, one short file each, registered in `config.METHODS`.
+
+A method says how a context is cut into blocks, which rank keeps which tokens, how a rank encodes its
+own, and what queries see. The rest of the library asks the method and never compares its name.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import Protocol
 
-from torch import Tensor
-
 from star_attention.config import METHODS, StarConfig
-from star_attention.distributed.comm import Comm
-from star_attention.hf.execution.handle import ModelHandle
-from star_attention.phase1 import Progress
+from star_attention.phase1 import EncodeJob
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, VisibleRange
 
 
 class Method(Protocol):
-    """How a method cuts a context into blocks, who keeps which tokens, how each rank encodes its own, and what queries see."""
+    """An attention method.
 
-    def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan: ...
+    Attributes:
+        name: its name in the registry.
+        takes_sizes: True if `block_size` and `anchor_size` have a meaning for it.
+        size_names: what its block size and anchor size are called in tables.
+        shares_anchor: True if blocks other than the first attend to an anchor. Such methods can be
+            compared by block and anchor size, and their anchor can be ablated.
+    """
 
-    def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]: ...
+    name: str
+    takes_sizes: bool
+    size_names: tuple[str, str]
+    shares_anchor: bool
 
-    def visible(self, plan: BlockPlan) -> VisibleRange | None: ...
+    def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
+        """Cut a context into blocks, for a number of context-parallel ranks."""
+        ...
 
-    def encode(
-        self,
-        handle: ModelHandle,
-        ids_BL: Tensor,
-        plan: BlockPlan,
-        comm: Comm,
-        config: StarConfig,
-        *,
-        rope_length: int | None,
-        progress: Progress | None,
-    ) -> list[ContextKV]: ...
+    def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]:
+        """Return the segments that each context-parallel rank keeps."""
+        ...
+
+    def visible_range(self, plan: BlockPlan) -> VisibleRange | None:
+        """Return what queries see of the context; None for all of it."""
+        ...
+
+    def encode(self, job: EncodeJob) -> list[ContextKV]:
+        """Encode a batch of contexts; return this rank's keys and values of each."""
+        ...
+
+    def why_not_extend(self, ranks: int) -> str | None:
+        """Return why contexts on that many context-parallel ranks cannot be extended, or None."""
+        ...
+
+    def extended_plan(self, plan: BlockPlan, context_tokens: int) -> BlockPlan:
+        """Return the plan of an extended context."""
+        ...
+
+    def describe(self, plan: BlockPlan) -> str:
+        """Describe a context's sizes in a few words: `8 blocks x 16k, anchor 16k`."""
+        ...
 
 
 def get(name: str) -> Method:
-    """The method of that name, imported on use."""
+    """Return the method of that name. Its module is imported on first use."""
     module, _, attribute = METHODS[name].partition(":")
     method: Method = getattr(importlib.import_module(module), attribute)()
     return method

@@ -1,6 +1,6 @@
-"""Dense attention: the whole context is one block, so that every token sees all before it (law 1).
+"""Dense attention: the whole context is one block, so every token sees all tokens before it (law 1).
 
-One block lies on one rank; `ring` shares dense attention out.
+One block lies on one rank; `ring` shards dense attention.
 """
 
 from __future__ import annotations
@@ -11,5 +11,23 @@ from star_attention.planning.plan import BlockPlan
 
 
 class Dense(Star):
+    """Ordinary attention through the same engine, for comparison."""
+
+    name = "dense"
+    takes_sizes = False
+    shares_anchor = False
+
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
         return BlockPlan.dense(context_tokens, ranks)
+
+    def extended_plan(self, plan: BlockPlan, context_tokens: int) -> BlockPlan:
+        """The context is one block, and stays one."""
+        return BlockPlan(
+            context_tokens=context_tokens,
+            block_size=max(plan.block_size, context_tokens),
+            anchor_size=plan.anchor_size,
+            ranks=plan.ranks,
+        )
+
+    def describe(self, plan: BlockPlan) -> str:
+        return self.name

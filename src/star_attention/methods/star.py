@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from star_attention import phase1
 from star_attention.config import StarConfig
-from star_attention.distributed.comm import Comm
-from star_attention.hf.execution.handle import ModelHandle
-from star_attention.planning.plan import BlockPlan
+from star_attention.phase1 import EncodeJob
+from star_attention.planning.plan import BlockPlan, counted, format_size
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, KVFormat, VisibleRange
+from star_attention.storage.kv import ContextKV, VisibleRange
 
 
 class Star:
+    """The paper's method, and the base of the others: each overrides what differs."""
+
+    name = "star"
+    takes_sizes = True
+    size_names = ("b", "a")
+    shares_anchor = True
+
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
         return config.plan(context_tokens, ranks)
 
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]:
         return plan.layout
 
-    def kv_format(self, config: StarConfig) -> KVFormat:
-        return KVFormat(dtype=config.kv_dtype, device=config.kv_device)
-
-    def visible(self, plan: BlockPlan) -> VisibleRange | None:
+    def visible_range(self, plan: BlockPlan) -> VisibleRange | None:
         return None
 
-    def encode(
-        self,
-        handle: ModelHandle,
-        ids_BL: Tensor,
-        plan: BlockPlan,
-        comm: Comm,
-        config: StarConfig,
-        *,
-        rope_length: int | None,
-        progress: phase1.Progress | None,
-    ) -> list[ContextKV]:
-        return phase1.encode(
-            handle,
-            ids_BL,
-            plan,
-            comm,
-            tokens_per_forward=config.forward_size(handle.device.type),
-            rope_length=rope_length,
-            anchor_source=config.anchor_source,
-            kv_format=self.kv_format(config),
-            progress=progress,
+    def encode(self, job: EncodeJob) -> list[ContextKV]:
+        return phase1.encode(job)
+
+    def why_not_extend(self, ranks: int) -> str | None:
+        return None
+
+    def extended_plan(self, plan: BlockPlan, context_tokens: int) -> BlockPlan:
+        return BlockPlan(
+            context_tokens=context_tokens,
+            block_size=plan.block_size,
+            anchor_size=plan.anchor_size,
+            ranks=plan.ranks,
         )
+
+    def describe(self, plan: BlockPlan) -> str:
+        blocks = f"{counted(plan.num_blocks, 'block')} x {format_size(plan.block_size)}"
+        return f"{blocks}, anchor {format_size(plan.anchor_size)}"

@@ -1,34 +1,44 @@
-"""StreamingLLM: every token sees the first few tokens (sinks) and a window of the last ones (Xiao et al.: arXiv 2309.17453).
+"""StreamingLLM: tokens see a few first tokens (sinks) and a window (Xiao et al.: arXiv 2309.17453).
 
-A baseline of the paper. `anchor_size` is the number of sinks (4, where it is left out), `block_size` the window. All else is
-forgotten, so that memory does not grow with the context, and neither does what a query can find. Tokens keep their positions;
-the StreamingLLM paper counts them anew within the cache, for texts longer than what the model was trained on.
+One of the paper's baselines. `anchor_size` is the number of sinks (4 by default), `block_size` the
+window. Everything else is forgotten, so memory does not grow with the context, and neither does what
+a query can find. Tokens keep their positions in the text; the StreamingLLM paper counts positions
+within the cache, for texts longer than those that the model was trained on.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from star_attention import phase1
 from star_attention.config import StarConfig
-from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
 from star_attention.hf.cache.window import WindowCache
-from star_attention.hf.execution.handle import ModelHandle
 from star_attention.methods.star import Star
-from star_attention.planning.plan import BlockPlan, Span, resolve_sizes
+from star_attention.phase1 import EncodeJob, Forwards
+from star_attention.planning.plan import (
+    BlockPlan,
+    Span,
+    counted,
+    format_size,
+    resolve_sizes,
+)
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, VisibleRange
 
 SINKS = 4
-"""Enough, by the StreamingLLM paper's table 2."""
+"""Enough sinks, by table 2 of the StreamingLLM paper."""
 
 
 class StreamingLLM(Star):
+    """Sinks and a sliding window, on one rank."""
+
+    name = "streaming_llm"
+    size_names = ("window", "sinks")
+    shares_anchor = False
+
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
         if ranks > 1:
             raise InvalidInputError(
-                f"method 'streaming_llm' runs on one rank, not on {ranks}: each token waits for those before it; use 'star'"
+                f"method 'streaming_llm' runs on one rank, got {ranks}: each token waits for those"
+                " before it; use 'star'"
             )
         window, _ = resolve_sizes(context_tokens, config.block_size, None)
         sinks = min(SINKS, window) if config.anchor_size is None else config.anchor_size
@@ -40,32 +50,39 @@ class StreamingLLM(Star):
         runs = ((0, sinks), (recent, plan.context_tokens))
         return (Segments((start, stop) for start, stop in runs if start < stop),)
 
-    def visible(self, plan: BlockPlan) -> VisibleRange | None:
+    def visible_range(self, plan: BlockPlan) -> VisibleRange | None:
         return VisibleRange(first=plan.anchor_size, recent=plan.block_size)
 
-    def encode(
-        self,
-        handle: ModelHandle,
-        ids_BL: Tensor,
-        plan: BlockPlan,
-        comm: Comm,
-        config: StarConfig,
-        *,
-        rope_length: int | None,
-        progress: phase1.Progress | None,
-    ) -> list[ContextKV]:
-        kv_format = self.kv_format(config)
-        held, size = self.layout(config, plan)[0], config.forward_size(handle.device.type)
-        expands: list[bool | None] = [None] * len(handle.windows)
+    def why_not_extend(self, ranks: int) -> str | None:
+        return (
+            "a streaming_llm context cannot be extended: it holds its first and last tokens only;"
+            " encode the joined text again"
+        )
+
+    def describe(self, plan: BlockPlan) -> str:
+        sinks = counted(plan.anchor_size, "sink")
+        return f"{sinks}, window {format_size(plan.block_size)}"
+
+    def encode(self, job: EncodeJob) -> list[ContextKV]:
+        plan, windows = job.plan, job.handle.windows
         stores = [
-            ContextKV.empty(held, expands, kv_format, visible=self.visible(plan)) for _ in ids_BL
+            ContextKV.empty(
+                job.segments,
+                [None] * len(windows),
+                job.kv_format,
+                visible=self.visible_range(plan),
+            )
+            for _ in range(job.contexts)
         ]
-        cache = WindowCache(plan, stores, handle.windows, comm)
-        budget = max(1, size // ids_BL.shape[0])
+        cache = WindowCache(plan, stores, windows, job.comm)
         spans = [
-            Span(start=start, stop=min(start + budget, plan.context_tokens), block_start=0)
-            for start in range(0, plan.context_tokens, budget)
+            Span(
+                start=start,
+                stop=min(start + job.span_tokens, plan.context_tokens),
+                block_start=0,
+            )
+            for start in range(0, plan.context_tokens, job.span_tokens)
         ]
-        phase1.Forwards(handle, ids_BL, plan, comm, size, rope_length, progress).run(cache, spans)
+        Forwards(job).run(cache, spans)
         cache.finish()
         return stores

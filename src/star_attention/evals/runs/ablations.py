@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from star_attention import encoding, inputs
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.methods.star import Star
+from star_attention.phase1 import EncodeJob
 from star_attention.storage.context import EncodedContext
+from star_attention.storage.kv import ContextKV
 from star_attention.tools.baselines import Anchor, official_encode
 
 CONTENTS = ("first-block", "none", "constant", "random", "shuffled", "previous-block")
@@ -50,36 +54,48 @@ def encode(
             raise InvalidInputError(
                 f"anchor {value!r} is unknown; choose one of {', '.join(known)}"
             )
-    if star.config.method != "star" or star._comm.size > 1:
+    runtime = star.runtime
+    if not runtime.method.shares_anchor or runtime.comm.size > 1:
         raise InvalidInputError("ablations of the anchor need method 'star' on one rank")
-    if star._handle.rotaries:
+    if runtime.handle.rotaries:
         raise InvalidInputError(
             "ablations of the anchor do not work where rotary frequencies depend on the length"
         )
-    (_, prepared) = star._prepare(content)
-    ((ids_L, chat_state),) = prepared
-    plan = star._plan(len(ids_L))
-    drawn_for = hashlib.sha256(str(ids_L.tolist()).encode()).hexdigest()
+    _, (context,) = inputs.prepare_contexts(runtime, content)
+    ids_L, plan = context.ids_L, runtime.plan_for(len(context.ids_L))
+    ids_hash = hashlib.sha256(str(ids_L.tolist()).encode()).hexdigest()
 
     def anchor_of(start: int, stop: int) -> Anchor | None:
         size = 0 if anchor == "none" else plan.anchor_size
         if start == 0 or size == 0:
             return None
-        rng = random.Random(f"anchor {anchor} {positions} {seed} {start} {size} {drawn_for}")
+        rng = random.Random(f"anchor {anchor} {positions} {seed} {start} {size} {ids_hash}")
         return _content(star, ids_L, anchor, start, size, constant, rng), _places(
             positions, start, size, rng
         )
 
-    with star._measured() as stats:
-        kv = official_encode(
-            star._handle,
-            ids_L,
-            plan,
-            star.tokens_per_forward,
-            anchor_of=anchor_of,
-            kv_format=Star().kv_format(star.config),
-        )
-    return star._context(ids_L, plan, kv, plan.layout, None, chat_state, stats)
+    (encoded,) = encoding.encode(runtime, [context], method=_AblatedStar(anchor_of))
+    return encoded
+
+
+class _AblatedStar(Star):
+    """Star Attention with another anchor before each block, encoded again for each."""
+
+    def __init__(self, anchor_of: Callable[[int, int], Anchor | None]) -> None:
+        self._anchor_of = anchor_of
+
+    def encode(self, job: EncodeJob) -> list[ContextKV]:
+        return [
+            official_encode(
+                job.handle,
+                ids_L,
+                job.plan,
+                job.tokens_per_forward,
+                anchor_of=self._anchor_of,
+                kv_format=job.kv_format,
+            )
+            for ids_L in job.ids_BL
+        ]
 
 
 def _content(
@@ -92,13 +108,15 @@ def _content(
     rng: random.Random,
 ) -> Tensor:
     if anchor == "constant":
-        (token, *_) = star._need_tokenizer("a constant anchor")(
+        (token, *_) = star.runtime.need_tokenizer("a constant anchor")(
             constant, add_special_tokens=False
         ).input_ids
         return torch.full((size,), int(token), dtype=torch.int64)
     if anchor == "random":
         special = set() if star.tokenizer is None else set(star.tokenizer.all_special_ids)
-        ordinary = [token for token in range(star._handle.vocab_size) if token not in special]
+        ordinary = [
+            token for token in range(star.runtime.handle.vocab_size) if token not in special
+        ]
         return torch.tensor(rng.choices(ordinary, k=size))
     if anchor == "previous-block":
         return ids_L[start - size : start]

@@ -83,7 +83,7 @@ def run(
         raise SizeError(
             f"tail {tail:,} leaves windows of {length:,} tokens no context; give 1 to {length - 2:,}"
         )
-    limit = star._handle.max_positions
+    limit = star.runtime.handle.max_positions
     if limit is not None and length > limit:
         raise ContextLengthError(
             f"windows have {length:,} tokens, more than the model's {limit:,} positions; give a smaller length"

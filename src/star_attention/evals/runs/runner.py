@@ -7,7 +7,6 @@ share its encoding. Under torchrun every rank makes the same calls, rank 0 reads
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections import Counter
@@ -131,8 +130,8 @@ def run(
         )
         return prepared[0].jobs, list(variants)
 
-    with star._comm.collective("preparing the run"):
-        jobs, agreed = star._comm.run_on_rank_0(prepare)
+    with star.runtime.comm.collective("preparing the run"):
+        jobs, agreed = star.runtime.comm.run_on_rank_0(prepare)
     leading = prepared[0] if prepared else None
     try:
         _answer_all(
@@ -219,16 +218,12 @@ def _answer_all(
 def engine_of(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | None]) -> StarLLM:
     """The same engine with the method and sizes of a variant, in tokens."""
     block, anchor = sizes
-    # (A copy shares the model's handle, and with it what was compiled and captured; ranks need not meet again.)
-    engine = copy.copy(star)
-    engine.config = replace(
-        star.config,
+    return star.with_config(
         method=variant.method,
         block_size=block,
         anchor_size=anchor,
         kv_dtype=variant.kv_dtype or star.config.kv_dtype,
     )
-    return engine
 
 
 def encoded(engine: StarLLM, variant: Variant, content: Any, *, seed: int) -> EncodedContext:
@@ -422,7 +417,7 @@ def _prepare(
             "samples are text, and this model has no tokenizer; give one to StarLLM"
         )
     ablated = next((variant for variant in variants if variant.ablates), None)
-    if ablated is not None and (star._comm.size > 1 or star._handle.rotaries):
+    if ablated is not None and (star.runtime.comm.size > 1 or star.runtime.handle.rotaries):
         raise InvalidInputError(
             f"variant {ablated.key!r} changes the anchor, which works on one rank alone and only where rotary frequencies do not"
             " depend on the length; leave such variants out"
@@ -438,7 +433,7 @@ def _prepare(
         "ranks": star.num_ranks,
         "device": star.device.type,
         "versions": versions(),
-        "model": run_folder.plain(star._identity()),
+        "model": run_folder.plain(star.runtime.identity),
     }
     digest = run_folder.sha256(run_folder.canonical(settings))[:12]
     run_folder.check_place(out)
@@ -487,12 +482,12 @@ def _measured(
     star: StarLLM, samples: list[Sample], settings: Mapping[str, Any], *, skip_too_long: bool
 ) -> tuple[dict[int, int], list[dict[str, Any]]]:
     """Context tokens by a sample's index, without those that are too long; and these, with what they would take."""
-    chat, limit = settings["chat"], star._handle.max_positions
+    chat, limit = settings["chat"], star.runtime.handle.max_positions
     lengths: dict[int, int] = {}
     skipped: list[dict[str, Any]] = []
     last: tuple[str, int, chats.ChatContext | None] | None = None
     for index, sample in enumerate(samples):
-        star._comm.tick("reading samples")
+        star.runtime.comm.tick("reading samples")
         if not sample.context or not (sample.query or sample.answer_prefix):
             raise InvalidInputError(
                 f"sample {sample.id} has no {'query' if sample.context else 'context'}; each needs text in both"
@@ -610,7 +605,7 @@ def _plans(
     plans = []
     for job in jobs:
         variant = variants[job.variant]
-        plan = engine_of(star, variant, job.sizes)._plan(job.tokens)
+        plan = engine_of(star, variant, job.sizes).runtime.plan_for(job.tokens)
         line: dict[str, Any] = {"length": samples[job.samples[0]].length, "ranks": plan.ranks}
         if variant.has_blocks:
             line |= {"block_size": plan.block_size, "anchor_size": plan.anchor_size}
@@ -623,7 +618,7 @@ def _session(star: StarLLM, jobs: list[_Job], sources: Mapping[str, Any]) -> dic
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": machine.command(),
-        "model": str(star._handle.config.name_or_path),
+        "model": str(star.runtime.handle.config.name_or_path),
         "hardware": machine.hardware(star.device),
         "ranks": star.num_ranks,
         "git": machine.git_revision(),

@@ -8,7 +8,10 @@ import torch
 
 
 class Clock:
-    """Starts when made. On a GPU the work queued before and inside is waited for, so that the time is the work's own."""
+    """A stopwatch that starts when it is made.
+
+    On a GPU it waits for the work queued before and inside, so that the time is the work's own.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -18,11 +21,11 @@ class Clock:
         self._started = time.perf_counter()
 
     def elapsed(self) -> float:
-        """Seconds so far, without waiting for the device."""
+        """Return the seconds so far, without waiting for the device."""
         return time.perf_counter() - self._started
 
     def stop(self) -> tuple[float, int | None]:
-        """Seconds, and peak bytes of device memory (None where they are not measured, on CPU)."""
+        """Return the seconds, and the peak bytes of device memory (None on a CPU)."""
         if self._device.type != "cuda":
             return self.elapsed(), None
         torch.cuda.synchronize(self._device)

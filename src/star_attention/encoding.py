@@ -1,0 +1,252 @@
+"""From checked inputs to encoded contexts: batches, measurements, extension, and saved contexts."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from star_attention import inputs, methods, phase1
+from star_attention.errors import InvalidInputError
+from star_attention.hf.loading import identity
+from star_attention.inputs import ContextInput, TextOrIds
+from star_attention.methods import Method
+from star_attention.phase1 import EncodeJob, Progress
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.segments import Segments
+from star_attention.planning.traffic import Traffic
+from star_attention.runtime import Runtime
+from star_attention.storage.context import EncodedContext, RankStats
+from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, StoredKV
+from star_attention.storage.saved import SavedContext
+
+
+def encode(
+    runtime: Runtime,
+    contexts: list[ContextInput],
+    progress: Progress | None = None,
+    *,
+    method: Method | None = None,
+) -> list[EncodedContext]:
+    """Encode contexts, those of equal length as one batch. Collective.
+
+    Args:
+        runtime: the engine's.
+        contexts: checked inputs.
+        progress: called after each forward.
+        method: a method object to use in place of the configured one, which it must resemble in
+            plan and layout.
+    """
+    method = method or runtime.method
+    plans = [runtime.plan_for(len(context.ids_L)) for context in contexts]
+    encoded: dict[int, EncodedContext] = {}
+    for indices in _batches(plans, runtime.tokens_per_forward):
+        plan = plans[indices[0]]
+        job = EncodeJob(
+            handle=runtime.handle,
+            comm=runtime.comm,
+            config=runtime.config,
+            ids_BL=torch.stack([contexts[i].ids_L for i in indices]),
+            plan=plan,
+            layout=method.layout(runtime.config, plan),
+            rope_length=runtime.rope_length(plan.context_tokens),
+            progress=progress,
+        )
+        _warn_if_idle(job)
+        with runtime.measured() as stats:
+            stores = method.encode(job)
+        for i, store in zip(indices, stores, strict=True):
+            encoded[i] = _context(runtime, contexts[i], job, store, stats)
+    return [encoded[i] for i in range(len(contexts))]
+
+
+def _batches(plans: list[BlockPlan], tokens_per_forward: int) -> list[list[int]]:
+    """Group contexts with equal plans, as many as whole blocks fit in one forward."""
+    groups: dict[BlockPlan, list[int]] = {}
+    for index, plan in enumerate(plans):
+        groups.setdefault(plan, []).append(index)
+    batches = []
+    for plan, indices in groups.items():
+        size = max(1, tokens_per_forward // min(plan.block_size, plan.context_tokens))
+        batches += [indices[i : i + size] for i in range(0, len(indices), size)]
+    return batches
+
+
+def _warn_if_idle(job: EncodeJob) -> None:
+    idle = sum(not segments for segments in job.layout)
+    if idle and job.comm.rank == 0:
+        blocks = job.plan.num_blocks
+        warnings.warn(
+            f"{idle} of {job.plan.ranks} context-parallel ranks are idle: the context has"
+            f" {blocks:,} {'block' if blocks == 1 else 'blocks'}; a smaller block_size gives each"
+            " rank work",
+            stacklevel=4,
+        )
+
+
+def _context(
+    runtime: Runtime,
+    source: ContextInput,
+    job: EncodeJob,
+    kv: ContextKV,
+    stats: list[RankStats],
+) -> EncodedContext:
+    return EncodedContext(
+        token_ids=source.ids_L,
+        plan=job.plan,
+        kv=kv,
+        layout=job.layout,
+        method=runtime.config.method,
+        identity=runtime.identity,
+        rope_length=job.rope_length,
+        chat=source.chat,
+        encode_s=_slowest(stats),
+        peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
+        stats=tuple(stats),
+        model=weakref.ref(runtime.handle.model),
+        model_state=identity.state(runtime.handle.outer),
+        comm=runtime.comm,
+    )
+
+
+def extend(
+    runtime: Runtime,
+    context: EncodedContext,
+    more: TextOrIds,
+    progress: Progress | None = None,
+) -> EncodedContext:
+    """Return a new context that continues with `more`. Collective; rank 0's arguments count."""
+
+    def prepare() -> tuple[int, ContextInput]:
+        runtime.check_context(context)
+        method = methods.get(context.method)
+        refusal = method.why_not_extend(runtime.comm.cp_size)
+        if refusal is not None:
+            raise InvalidInputError(refusal)
+        return context.key, inputs.extended(runtime, context, more)
+
+    key, source = runtime.comm.run_on_rank_0(prepare)
+    old = local_context(runtime, context, key)
+    ids_L, start = source.ids_L, len(old.token_ids)
+    owner = next(rank for rank, held in enumerate(old.layout) if held and held[-1][1] == start)
+    job = EncodeJob(
+        handle=runtime.handle,
+        comm=runtime.comm,
+        config=runtime.config,
+        ids_BL=ids_L[None],
+        plan=methods.get(old.method).extended_plan(old.plan, len(ids_L)),
+        layout=_extended_layout(old.layout, owner, len(ids_L)),
+        rope_length=old.rope_length,
+        progress=progress,
+    )
+    with runtime.measured() as stats:
+        store = phase1.extend(job, old.kv, start=start, owner=owner)
+    return replace(
+        old,
+        token_ids=ids_L,
+        plan=job.plan,
+        kv=store,
+        layout=job.layout,
+        chat=source.chat,
+        encode_s=_slowest(stats),
+        peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
+        stats=tuple(stats),
+    )
+
+
+def _extended_layout(
+    layout: tuple[Segments, ...], owner: int, context_tokens: int
+) -> tuple[Segments, ...]:
+    extended = [*layout]
+    extended[owner] = layout[owner].grow_to(context_tokens)
+    return tuple(extended)
+
+
+def local_context(runtime: Runtime, context: Any, key: int) -> EncodedContext:
+    """Return this rank's part of the context that rank 0 means by `key`."""
+    if runtime.comm.size == 1:
+        assert isinstance(context, EncodedContext)
+        return context
+    local: EncodedContext = runtime.comm.contexts.get(key)
+    return local
+
+
+def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
+    """Map a saved context into memory. Collective; rank 0's path counts."""
+    comm = runtime.comm
+    path = comm.run_on_rank_0(lambda: str(path))
+    file = SavedContext(path)
+    header = file.header
+    identity.check(
+        str(path),
+        header["identity"] | {"method": header["method"]},
+        runtime.identity | {"method": runtime.config.method},
+    )
+    plan = BlockPlan(
+        context_tokens=header["context_tokens"],
+        block_size=header["block_size"],
+        anchor_size=header["anchor_size"],
+        ranks=comm.cp_size,
+    )
+    layout = runtime.method.layout(runtime.config, plan)
+    segments = layout[comm.cp_rank]
+    kv_format = KVFormat(dtype=header.get("kv_dtype"), device=runtime.config.kv_device)
+    layers = [
+        _saved_layer(runtime, file, index, segments, kv_format)
+        for index in range(len(header["expands"]))
+    ]
+    ids_L = file.token_ids()
+    # Wait here, so that a rank that cannot find its part fails on all ranks.
+    comm.gather(None)
+    stats = [
+        RankStats(busy_s=None, peak_bytes=None, wire=Traffic(), wire_within=Traffic())
+        for _ in range(comm.cp_size)
+    ]
+    return EncodedContext(
+        token_ids=ids_L,
+        plan=plan,
+        kv=ContextKV(layers, segments, runtime.method.visible_range(plan)),
+        layout=layout,
+        method=runtime.config.method,
+        identity=runtime.identity,
+        rope_length=header["rope_length"],
+        chat=header["chat"],
+        encode_s=header["encode_s"],
+        stats=tuple(stats),
+        model=weakref.ref(runtime.handle.model),
+        model_state=identity.state(runtime.handle.outer),
+        comm=comm,
+    )
+
+
+def _saved_layer(
+    runtime: Runtime, file: SavedContext, index: int, segments: Segments, kv_format: KVFormat
+) -> LayerKV:
+    """Return a layer that is read, verified and moved to its device at first use."""
+    expands = file.header["expands"][index]
+    if not segments or not file.has_layer(index):
+        return LayerKV(segments, expands=expands, kv_format=kv_format)
+    device = runtime.handle.layer_device(index)
+    stored_on = device if kv_format.device is None else torch.device(kv_format.device)
+    tp_rank, tp_size = runtime.comm.tp_rank, runtime.comm.tp_size
+
+    def source() -> StoredKV:
+        tensors = file.layer(index, segments)
+        return tuple(tensor.chunk(tp_size, 1)[tp_rank].to(stored_on) for tensor in tensors)
+
+    return LayerKV(
+        segments,
+        expands=expands,
+        kv_format=kv_format,
+        source=source,
+        dtype=runtime.handle.dtype,
+        device=device,
+    )
+
+
+def _slowest(stats: list[RankStats]) -> float:
+    return max(rank.busy_s or 0.0 for rank in stats)

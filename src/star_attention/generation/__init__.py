@@ -1,0 +1,1 @@
+"""Answering: settings of a call, the run that produces its tokens, and the result."""

@@ -1,0 +1,74 @@
+"""The result of answering a query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from star_attention.planning.traffic import Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """How long an answer took.
+
+    Attributes:
+        encode_s: seconds of phase 1, when the context was encoded.
+        ttft_s: seconds from the call to the first token (with beams: to the whole answer).
+        tokens_per_s: tokens per second after the first; None for one token, and for beams.
+    """
+
+    encode_s: float
+    ttft_s: float
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation:
+    """One answer; `str(answer)` is its text.
+
+    Every rank has the same answer, but only rank 0 has logits.
+
+    Attributes:
+        text: the answer without special tokens, cut before a stop string ("" without a tokenizer).
+        token_ids: every generated id, including the one that ended the answer.
+        finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion) or
+            "length" (`max_new_tokens`).
+        query_tokens: length of the query in tokens.
+        timings: seconds and rates.
+        logits: fp32 `[tokens, vocabulary]` on CPU, before any processing; None unless asked for.
+        peak_bytes: peak device memory of the call; None on a CPU.
+        wire: traffic between context-parallel ranks during the call, all ranks together.
+        wire_within: traffic between tensor-parallel ranks during the call, all ranks together.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    query_tokens: int
+    timings: Timings
+    logits: Tensor | None = None
+    peak_bytes: int | None = None
+    wire: Traffic = field(default_factory=Traffic)
+    wire_within: Traffic = field(default_factory=Traffic)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the answer's part of a line of `--json`, without logits."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "query_tokens": self.query_tokens,
+            "encode_s": self.timings.encode_s,
+            "ttft_s": self.timings.ttft_s,
+            "tokens_per_s": self.timings.tokens_per_s,
+            "peak_bytes": self.peak_bytes,
+            "wire_bytes_phase2": self.wire.bytes,
+            "wire_calls_phase2": self.wire.calls,
+            "wire_within_bytes_phase2": self.wire_within.bytes,
+        }

@@ -1,0 +1,395 @@
+"""One call of `generate` or `stream`: tokens on demand, on the leading and the following ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_attention import inputs, phase2
+from star_attention.distributed.messages import END
+from star_attention.errors import InvalidInputError
+from star_attention.generation.result import Generation, Timings
+from star_attention.generation.settings import (
+    GenerationSettings,
+    ResolvedSettings,
+    translate_generation_errors,
+)
+from star_attention.hf.execution.timing import Clock
+from star_attention.hf.text import tokens
+from star_attention.inputs import Prepared
+from star_attention.planning.traffic import Traffic
+from star_attention.runtime import Runtime
+from star_attention.storage.context import EncodedContext
+from star_attention.storage.oom import translate_oom
+
+Follower = Generator[str, None, Any]
+"""The work of a rank that follows rank 0 through phase 2; see `phase2.follow`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How the answers of a call are grouped: one or several queries, and answers to each."""
+
+    several_queries: bool
+    answers_per_query: int
+
+    def group(self, answers: list[Generation]) -> Any:
+        """Return an answer for one query, a list for several; lists where each has several."""
+        size = self.answers_per_query
+        if size == 1:
+            return answers if self.several_queries else answers[0]
+        groups = [answers[i : i + size] for i in range(0, len(answers), size)]
+        return groups if self.several_queries else groups[0]
+
+
+@dataclass
+class _Measurements:
+    """Times, memory and traffic of a run."""
+
+    first_s: float = 0.0
+    end_s: float = 0.0
+    peak_bytes: int | None = None
+    wire: Traffic = field(default_factory=Traffic)
+    wire_within: Traffic = field(default_factory=Traffic)
+
+
+class GenerationRun:
+    """A call on rank 0: `pieces` yields the first answer's text and completes all answers."""
+
+    def __init__(
+        self,
+        request: phase2.Request,
+        settings: ResolvedSettings,
+        shape: Shape,
+        *,
+        tokenizer: Any,
+        encode_s: float,
+        streamed: bool = False,
+    ) -> None:
+        self._clock = Clock(request.handle.device)
+        self._comm, self._streamed = request.comm, streamed
+        self._wire_before = copy.copy(request.comm.traffic)
+        self._wire_within_before = copy.copy(request.comm.traffic_within)
+        self._encode_s = encode_s
+        self.settings, self.shape = settings, shape
+        if settings.stops and not settings.uses_own_loop:
+            request.stop_after = lambda prompt_tokens: tokens.StopStrings(
+                tokenizer, settings.stops, prompt_tokens
+            )
+        self._request = request
+        rows = len(request.queries) * settings.answers_per_query
+        eos_ids = settings.eos_ids | tokens.stop_tokens(tokenizer, settings.stops)
+        self._answers = [tokens.Answer(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
+        keeps_logits = settings.given.return_logits
+        self._logits: list[list[Tensor]] | None = (
+            [[] for _ in range(rows)] if keeps_logits else None
+        )
+        self._measured = _Measurements()
+        self.ended = self._end_sent = False
+
+    def pieces(self) -> Follower:
+        """Yield text of the first answer once it is final; running to the end completes all."""
+        with translate_oom(self._out_of_memory):
+            for piece in self._own_loop() if self.settings.uses_own_loop else self._stock_loop():
+                if piece:
+                    self._send_piece(piece)
+                    yield piece
+        tail = self._close()
+        if tail:
+            self._send_piece(tail)
+        self._send_end()
+        if tail:
+            yield tail
+
+    def _out_of_memory(self) -> str:
+        return (
+            f"out of memory in phase 2 with {len(self._answers):,} answers at once over"
+            f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or"
+            " lower num_beams, num_return_sequences or tokens_per_forward"
+            f" (now {self._request.tokens_per_forward:,})"
+        )
+
+    def _send_piece(self, piece: str) -> None:
+        if self._streamed and self._comm.size > 1:
+            self._comm.broadcast_object(("piece", piece))
+
+    def _send_end(self) -> None:
+        if self._comm.size > 1 and not self._end_sent:
+            self._end_sent = True
+            answers = [replace(answer, logits=None) for answer in self.generations()]
+            self._comm.broadcast_object((END, answers))
+
+    def _own_loop(self) -> Iterator[str]:
+        # transformers makes its logits processors in here.
+        with translate_generation_errors():
+            steps = phase2.steps(self._request)
+        for step in steps:
+            self._measured.first_s = self._measured.first_s or self._clock.elapsed()
+            yield self._push(step)
+            if all(answer.finish_reason is not None for answer in self._answers):
+                return
+
+    def _push(self, step: phase2.Step) -> str:
+        """Append one step's tokens to all unfinished answers; return the first answer's text."""
+        piece = ""
+        for row, answer in enumerate(self._answers):
+            if answer.finish_reason is not None:
+                continue
+            text = answer.push(step.tokens[row])
+            if self._logits is not None:
+                self._logits[row].append(step.logits_RV[row].cpu())
+            if step.ended[row] and answer.finish_reason is None:
+                text += answer.end(self._finish_reason(len(answer.token_ids)))
+            if row == 0:
+                piece = text
+        return piece
+
+    def _stock_loop(self) -> Iterator[str]:
+        with translate_generation_errors():
+            rows = phase2.stock(self._request)
+        for answer, row in zip(self._answers, rows, strict=True):
+            for token in row:
+                if answer.finish_reason is None:
+                    answer.push(token)
+            if answer.finish_reason is None:
+                answer.end(self._finish_reason(len(row)))
+        self._measured.first_s = self._clock.elapsed()
+        yield ""
+
+    def _finish_reason(self, answer_tokens: int) -> str:
+        return "length" if answer_tokens >= self.settings.max_new_tokens else "stop"
+
+    def finish(self) -> None:
+        """End all answers early, with reason "length"; the other ranks end theirs."""
+        self._close()
+        self._send_end()
+
+    def _close(self) -> str:
+        """Take the measurements, end all answers; return the first answer's text held back."""
+        if self.ended:
+            return ""
+        self.ended = True
+        measured, comm = self._measured, self._comm
+        measured.end_s, measured.peak_bytes = self._clock.stop()
+        measured.wire = comm.traffic.since(self._wire_before)
+        # The tensor-parallel ranks of every context-parallel rank exchange the same amount.
+        within = comm.traffic_within.since(self._wire_within_before)
+        measured.wire_within = Traffic(within.calls * comm.cp_size, within.bytes * comm.cp_size)
+        tails = [
+            answer.end("length") if answer.finish_reason is None else "" for answer in self._answers
+        ]
+        return tails[0]
+
+    def generations(self) -> list[Generation]:
+        """Return the answers, those to one query next to each other."""
+        return [self._generation(row, answer) for row, answer in enumerate(self._answers)]
+
+    def _generation(self, row: int, answer: tokens.Answer) -> Generation:
+        assert answer.finish_reason is not None, "the run has not ended"
+        measured = self._measured
+        later_tokens = len(answer.token_ids) - 1
+        later_s = measured.end_s - measured.first_s
+        has_rate = self.settings.uses_own_loop and later_tokens > 0 and later_s > 0
+        query = self._request.queries[row // self.settings.answers_per_query]
+        return Generation(
+            text=answer.text,
+            token_ids=answer.token_ids,
+            finish_reason=answer.finish_reason,
+            query_tokens=len(query),
+            timings=Timings(
+                encode_s=self._encode_s,
+                ttft_s=measured.first_s,
+                tokens_per_s=later_tokens / later_s if has_rate else None,
+            ),
+            logits=None if self._logits is None else self._stack(self._logits[row]),
+            peak_bytes=measured.peak_bytes,
+            wire=measured.wire,
+            wire_within=measured.wire_within,
+        )
+
+    def _stack(self, rows: list[Tensor]) -> Tensor:
+        if not rows:
+            return torch.empty(0, self._request.handle.vocab_size)
+        return torch.stack(rows)
+
+
+class FollowerRun:
+    """The same call on another rank: it computes what rank 0 asks for, and gets its results."""
+
+    def __init__(self, follower: Follower, shape: Shape) -> None:
+        self._follower = follower
+        self._generations: list[Generation] = []
+        self.shape = shape
+        self.ended = False
+
+    def pieces(self) -> Follower:
+        """Yield the pieces of text that rank 0 streams."""
+        while (piece := self._next()) is not None:
+            yield piece
+
+    def _next(self) -> str | None:
+        try:
+            with translate_oom(
+                lambda: (
+                    "out of memory in phase 2: ask fewer queries at once, or encode over more ranks"
+                )
+            ):
+                return next(self._follower)
+        except StopIteration as end:
+            self._generations, self.ended = end.value or [], True
+            return None
+
+    def finish(self) -> None:
+        """Follow to the end: rank 0 decides when an answer ends, not this rank's reader."""
+        while not self.ended:
+            self._next()
+
+    def generations(self) -> list[Generation]:
+        """Return rank 0's answers.
+
+        Raises:
+            InvalidInputError: rank 0 left the stream before its end.
+        """
+        if not self._generations:
+            raise InvalidInputError(
+                "rank 0 left this stream before its end; close it there with close() or a with"
+                " block"
+            )
+        return self._generations
+
+
+def start(
+    runtime: Runtime,
+    context: EncodedContext,
+    query: Any,
+    options: dict[str, Any],
+    *,
+    streamed: bool = False,
+) -> GenerationRun | FollowerRun:
+    """Start one call of phase 2, which rank 0 leads. Collective.
+
+    Args:
+        runtime: the engine's.
+        context: the context to ask.
+        query: a query, a list of them, or `Prepared`.
+        options: keywords of `generate`.
+        streamed: True for `stream`, which answers one query.
+    """
+    runs: list[GenerationRun] = []
+
+    def prepare() -> tuple[int, Shape]:
+        if streamed:
+            _check_streamed(runtime, query)
+        runtime.check_context(context)
+        prepared = _prepared(runtime, context, query, options)
+        request = phase2_request(
+            runtime,
+            context,
+            prepared.prompts,
+            prepared.settings.max_new_tokens,
+            generation_kwargs=prepared.settings.generation_kwargs,
+            seed=prepared.settings.given.seed,
+            logits_processor=prepared.settings.given.logits_processor,
+            stopping_criteria=prepared.settings.given.stopping_criteria,
+        )
+        shape = Shape(
+            several_queries=prepared.several_queries,
+            answers_per_query=prepared.settings.answers_per_query,
+        )
+        run = GenerationRun(
+            request,
+            prepared.settings,
+            shape,
+            tokenizer=runtime.tokenizer,
+            encode_s=context.encode_s,
+            streamed=streamed,
+        )
+        if streamed and (not prepared.settings.uses_own_loop or shape.answers_per_query > 1):
+            raise InvalidInputError(
+                "a stream is one answer by greedy search or sampling; use generate for beams and"
+                " several answers"
+            )
+        runs.append(run)
+        return context.key, shape
+
+    follower, shape = start_on_followers(runtime, prepare)
+    return runs[0] if follower is None else FollowerRun(follower, shape)
+
+
+def start_on_followers(
+    runtime: Runtime, prepare: Callable[[], tuple[int, Any]]
+) -> tuple[Follower | None, Any]:
+    """Run `prepare` on rank 0 and broadcast its result, a context's key and a value.
+
+    Returns:
+        The work of a follower (None on rank 0), and the value.
+    """
+    key, value = runtime.comm.run_on_rank_0(prepare)
+    if runtime.comm.rank == 0:
+        return None, value
+    context: EncodedContext = runtime.comm.contexts.get(key)
+    tokens_before = len(context.token_ids)
+    follower = phase2.follow(
+        runtime.handle, context.kv, tokens_before, context.rope_length, runtime.comm
+    )
+    return follower, value
+
+
+def phase2_request(
+    runtime: Runtime,
+    context: EncodedContext,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    **options: Any,
+) -> phase2.Request:
+    """Return a request of phase 2, after checking that there are positions for its answers."""
+    inputs.check_room(runtime, len(context), context.rope_length, prompts, max_new_tokens)
+    return phase2.Request(
+        handle=runtime.handle,
+        context_ids_L=context.token_ids,
+        shard=context.kv,
+        rope_length=context.rope_length,
+        queries=prompts,
+        tokens_per_forward=runtime.tokens_per_forward,
+        comm=runtime.comm,
+        **options,
+    )
+
+
+def _prepared(
+    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
+) -> Prepared:
+    if isinstance(query, Prepared):
+        if options:
+            raise InvalidInputError(
+                f"a prepared query brings its own settings, got {', '.join(options)} too; give"
+                " them to prepare()"
+            )
+        query.check_fits(context.token_ids)
+        return query
+    settings = GenerationSettings.of(**options).resolve(runtime.handle, runtime.tokenizer)
+    queries = inputs.as_queries(query)
+    return Prepared(
+        contexts=(),
+        prompts=[
+            inputs.prompt_ids(runtime, context.chat, each, settings.answer_prefix)
+            for each in queries
+        ],
+        settings=settings,
+        several_queries=inputs.is_several(query),
+    )
+
+
+def _check_streamed(runtime: Runtime, query: Any) -> None:
+    count = len(query.prompts) if isinstance(query, Prepared) else len(inputs.as_queries(query))
+    several = query.several_queries if isinstance(query, Prepared) else inputs.is_several(query)
+    if several:
+        raise InvalidInputError(
+            f"a stream answers one query, got {count}; use generate for several"
+        )
+    runtime.need_tokenizer("a stream of text")

@@ -1,0 +1,67 @@
+"""Loading a model and its tokenizer on one rank or several."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from star_attention.distributed.comm import Comm
+from star_attention.errors import InvalidInputError
+from star_attention.hf.loading import load
+from star_attention.hf.loading.tensor_parallel import load_share
+
+
+def load_pretrained(
+    path: str | os.PathLike[str],
+    comm: Comm,
+    *,
+    tensor_parallel: int,
+    dtype: str,
+    device: str,
+    model_kwargs: dict[str, Any],
+) -> tuple[Any, Any]:
+    """Load a model, or this rank's share of it, with its tokenizer. Collective.
+
+    Args:
+        path: folder or hub id.
+        comm: the ranks.
+        tensor_parallel: ranks that share the weights of one model; rank 0's value counts.
+        dtype: precision, as for `load.load`.
+        device: "auto", "cpu", "cuda" or "cuda:1"; of several ranks each takes its own GPU.
+        model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        What any rank raised, on all ranks.
+    """
+    with comm.collective("the start"):
+        tensor_parallel = comm.run_on_rank_0(lambda: _check_divides(tensor_parallel, comm.size))
+    if comm.size > 1:
+        device = load.own_device(device)
+    if tensor_parallel > 1:
+        return load_share(
+            path, comm, tensor_parallel, dtype=dtype, device=device, model_kwargs=model_kwargs
+        )
+    loaded: list[tuple[Any, Any]] = []
+    failure: Exception | None = None
+    try:
+        loaded.append(load.load(path, dtype=dtype, device=device, model_kwargs=model_kwargs))
+    except Exception as error:
+        failure = error
+    with comm.collective("loading the model"):
+        comm.raise_if_any_failed(failure)
+    return loaded[0]
+
+
+def _check_divides(tensor_parallel: Any, size: int) -> int:
+    is_int = isinstance(tensor_parallel, int) and not isinstance(tensor_parallel, bool)
+    if not is_int or tensor_parallel < 1:
+        raise InvalidInputError(
+            f"tensor_parallel {tensor_parallel!r} is not a number of ranks; give 1, 2, 4, ..."
+        )
+    if size % tensor_parallel:
+        raise InvalidInputError(
+            f"tensor_parallel {tensor_parallel} does not divide the number of ranks, {size}; start"
+            f" a multiple of {tensor_parallel} processes with torchrun"
+        )
+    count: int = tensor_parallel
+    return count

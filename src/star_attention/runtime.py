@@ -1,0 +1,321 @@
+"""`Runtime`: a model, its tokenizer, settings and ranks, which everything above the phases works with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from star_attention import methods
+from star_attention._version import __version__
+from star_attention.config import StarConfig
+from star_attention.distributed.comm import Comm
+from star_attention.distributed.environment import from_environment
+from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.execution.timing import Clock
+from star_attention.hf.loading import identity, tensor_parallel
+from star_attention.methods import Method
+from star_attention.planning.plan import BlockPlan
+from star_attention.storage.context import EncodedContext, RankStats
+
+
+class Runtime:
+    """A loaded model on its ranks, with the settings of one engine.
+
+    Attributes:
+        handle: the model as the two phases see it.
+        tokenizer: its tokenizer, or None.
+        config: the settings.
+        comm: the ranks that share the work.
+    """
+
+    def __init__(self, handle: ModelHandle, tokenizer: Any, config: StarConfig, comm: Comm) -> None:
+        self.handle, self.tokenizer, self.config, self.comm = handle, tokenizer, config, comm
+        self._tokenizer_identity: tuple[Any, str | None] | None = None
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        config: StarConfig | None,
+        settings: dict[str, Any],
+        compile: bool | None,
+        comm: Comm | str | None,
+    ) -> Runtime:
+        """Set up a model on its ranks and verify that they agree. Collective.
+
+        Raises:
+            UnsupportedModelError: the model cannot run, with the reasons.
+            SizeError, InvalidInputError: settings that cannot work.
+            RankError: ranks differ in what must be the same everywhere.
+        """
+        share = tensor_parallel.share(model)
+        own = from_environment(comm) if share is None else share.comm
+        started: list[Runtime] = []
+        failure: Exception | None = None
+        try:
+            resolved = StarConfig.of(config, **settings)
+            handle = ModelHandle(
+                model, compile=_compile_mode(compile, own, is_cut=share is not None)
+            )
+            if share is not None:
+                _check_cut_model(handle, share, comm)
+            started.append(cls(handle, tokenizer, resolved, own))
+        except Exception as error:
+            failure = error
+        with own.collective("the start"):
+            own.raise_if_any_failed(failure)
+            (runtime,) = started
+            if own.size > 1:
+                runtime._join_ranks(is_cut=share is not None)
+        return runtime
+
+    def _join_ranks(self, *, is_cut: bool) -> None:
+        """Verify that all ranks agree, and choose how tensors travel."""
+        self._verify_ranks_agree()
+        if not is_cut:
+            self.comm = self.comm.on(self.device)
+        if self.comm.cp_size > 1:
+            # Probe the layers now: it takes a forward, which is not to count as work of a call.
+            self.handle.kept  # noqa: B018
+
+    def _verify_ranks_agree(self) -> None:
+        """Raise `RankError` on all ranks, naming what differs between them."""
+        essentials = {
+            "star_attention": __version__,
+            "torch": torch.__version__.partition("+")[0],
+            "transformers": transformers.__version__,
+            "settings": asdict(self.config),
+        } | self.identity
+        first, *others = self.comm.gather(essentials)
+        for rank, other in enumerate(others, start=1):
+            difference = identity.difference(other, first)
+            if difference is not None:
+                field, value, first_value = difference
+                message = (
+                    f"its {field} is {value}, rank 0's is {first_value}; all ranks need the same"
+                )
+                raise self.comm.mark_collective(RankError(rank, "the start", message))
+
+    def with_config(self, **changes: Any) -> Runtime:
+        """Return the same model on the same ranks with other settings."""
+        other = copy.copy(self)
+        other.config = StarConfig.of(self.config, **changes)
+        return other
+
+    # ------------------------------------------------------------------------------ sizes
+
+    @property
+    def method(self) -> Method:
+        """The attention method that contexts are encoded with."""
+        return methods.get(self.config.method)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids enter the model."""
+        return self.handle.device
+
+    @property
+    def tokens_per_forward(self) -> int:
+        """Most context tokens in one forward."""
+        return self.config.forward_size(self.device.type)
+
+    def plan_for(self, context_tokens: int) -> BlockPlan:
+        """Return the block plan of a context of that length."""
+        return self.method.plan(self.config, context_tokens, self.comm.cp_size)
+
+    def rope_length(self, context_tokens: int) -> int | None:
+        """Return the length that rotary frequencies are computed for; None if independent of it."""
+        return context_tokens + self.config.reserve_tokens if self.handle.rotaries else None
+
+    # --------------------------------------------------------------------------- identity
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an encoded context depends on: model, precision and tokenizer, by field."""
+        share = tensor_parallel.share(self.handle.model)
+        model = (
+            identity.model_identity(self.handle.model, self.handle.outer)
+            if share is None
+            else share.identity
+        )
+        if self._tokenizer_identity is None or self._tokenizer_identity[0] is not self.tokenizer:
+            self._tokenizer_identity = (
+                self.tokenizer,
+                identity.tokenizer_identity(self.tokenizer),
+            )
+        return model | {"tokenizer": self._tokenizer_identity[1]}
+
+    def check_context(self, context: EncodedContext) -> None:
+        """Raise an error unless this model, or an equal one, encoded the context.
+
+        Raises:
+            InvalidInputError: another type, or a context on another mesh.
+            ContextMismatchError: another model, precision, tokenizer or set of adapters.
+        """
+        if not isinstance(context, EncodedContext):
+            raise InvalidInputError(
+                f"context: expected an EncodedContext, got {type(context).__name__};"
+                " call encode first"
+            )
+        other, own = ((c.cp_size, c.tp_size) for c in (context.comm, self.comm))
+        if other != own:
+            raise InvalidInputError(
+                f"the context lies on a mesh of {other[0]} x {other[1]} ranks (context x tensor"
+                f" parallel), this engine runs on {own[0]} x {own[1]}; save it and load it with"
+                " this engine"
+            )
+        same_model = context.model is not None and context.model() is self.handle.model
+        if same_model and context.model_state == identity.state(self.handle.outer):
+            return
+        identity.check("the context", context.identity, self.identity)
+
+    def need_tokenizer(self, purpose: str) -> Any:
+        """Return the tokenizer.
+
+        Raises:
+            InvalidInputError: there is none; `purpose` says what needs it.
+        """
+        if self.tokenizer is None:
+            raise InvalidInputError(
+                f"{purpose} needs a tokenizer; give one to StarLLM, or use token ids"
+            )
+        return self.tokenizer
+
+    # -------------------------------------------------------------------------- measuring
+
+    @contextmanager
+    def measured(self) -> Iterator[list[RankStats]]:
+        """Fill the yielded list with what each context-parallel rank spent. Collective.
+
+        All ranks leave the block together.
+        """
+        comm = self.comm
+        clock = Clock(self.device)
+        before, within_before = copy.copy(comm.traffic), copy.copy(comm.traffic_within)
+        stats: list[RankStats] = []
+        yield stats
+        spent = (
+            *clock.stop(),
+            comm.traffic.since(before),
+            comm.traffic_within.since(within_before),
+        )
+        everyone = comm.gather(spent)
+        # Rank 0 takes part in every exchange, an idle rank in none.
+        wire = everyone[0][2]
+        for first in range(0, comm.size, comm.tp_size):
+            seconds, peaks, _, within = zip(*everyone[first : first + comm.tp_size], strict=True)
+            stats.append(
+                RankStats(
+                    busy_s=max(seconds),
+                    peak_bytes=None if None in peaks else max(peaks),
+                    wire=wire,
+                    wire_within=within[0],
+                )
+            )
+
+
+class RuntimeView:
+    """What an engine says about itself."""
+
+    runtime: Runtime
+
+    @property
+    def model(self) -> Any:
+        """The model, as it was given."""
+        return self.runtime.handle.outer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; may be set."""
+        return self.runtime.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self.runtime.tokenizer = tokenizer
+
+    @property
+    def config(self) -> StarConfig:
+        """The settings; `with_config` returns an engine with others."""
+        return self.runtime.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids enter the model."""
+        return self.runtime.device
+
+    @property
+    def rank(self) -> int:
+        """This process among all ranks; rank 0 leads."""
+        return self.runtime.comm.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of processes."""
+        return self.runtime.comm.size
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share the weights and heads of one model."""
+        return self.runtime.comm.tp_size
+
+    @property
+    def tokens_per_forward(self) -> int:
+        """Most context tokens in one forward."""
+        return self.runtime.tokens_per_forward
+
+    def rank_progress(self) -> list[tuple[int, int]]:
+        """Return, for each context-parallel rank, tokens encoded so far and in all; [] on one."""
+        status = self.runtime.comm.rank_status()[:: self.runtime.comm.tp_size]
+        return [(rank.get("done", 0), rank.get("total", 0)) for rank in status]
+
+    def __repr__(self) -> str:
+        """Return e.g. `StarLLM(llama, star, block_size=1024, cpu, float32)`, without default sizes."""
+        config, handle = self.config, self.runtime.handle
+        sizes = [
+            f"{name}={size}"
+            for name in ("block_size", "anchor_size")
+            if (size := getattr(config, name)) is not None
+        ]
+        place = [str(self.device), str(handle.dtype).removeprefix("torch.")]
+        ranks = [f"rank {self.rank} of {self.num_ranks}"] if self.num_ranks > 1 else []
+        parts = [handle.config.model_type, config.method, *sizes, *place, *ranks]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _compile_mode(compile: bool | None, comm: Comm, *, is_cut: bool) -> bool | None:
+    """Return False or True, or None to let the device decide.
+
+    Compiling takes long enough for other ranks to count it as a stall, so several ranks compile only
+    when asked to.
+    """
+    if compile and is_cut:
+        raise InvalidInputError(
+            "compile=True does not work with tensor_parallel; leave one of them out"
+        )
+    return False if compile is None and comm.size > 1 else compile
+
+
+def _check_cut_model(
+    handle: ModelHandle, share: tensor_parallel.Share, comm: Comm | str | None
+) -> None:
+    """Check what goes with a model of which this rank has a share."""
+    if comm is not None and not share.comm.has_same_ranks(comm):
+        raise InvalidInputError(
+            "comm names other ranks than this model was sharded over (tensor_parallel); leave comm"
+            " out"
+        )
+    if handle.outer is not handle.model or identity.adapters(handle.outer):
+        raise UnsupportedModelError(
+            type(handle.outer).__name__,
+            ["adapters do not work on a model sharded by tensor_parallel"],
+        )
