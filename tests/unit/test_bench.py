@@ -12,7 +12,18 @@ import torch
 from typer.testing import CliRunner
 
 from star_attention import StarLLM
-from star_attention.bench import decode, plots, prefill, questions, startup, subject
+from star_attention.bench import decode, models, pictures
+from star_attention.bench.decode import DecodeRow
+from star_attention.bench.prefill import plots
+from star_attention.bench.prefill.rows import (
+    PrefillRow,
+    extrapolate,
+    flop_ratio_reached,
+    series,
+    speed_up,
+)
+from star_attention.bench.questions import QuestionsRow
+from star_attention.bench.startup import run_in_new_processes
 from star_attention.cli import app
 from star_attention.errors import InvalidInputError, StarAttentionError
 from star_attention.hf.shape import model_shape
@@ -140,7 +151,7 @@ COMMANDS = ("prefill", "decode", "questions", "kernels", "startup")
             ["prefill", *MODEL, "--methods", "stock-cudnn"],
             "'stock-cudnn' needs a CUDA device, this is cpu; leave it out",
         ),
-        (["prefill", *MODEL, "--block", "/x"], "block size '/x' is no share of the context"),
+        (["prefill", *MODEL, "--block", "/x"], "block size '/x' is not a fraction of the context"),
         (["prefill", *MODEL, "--block", "0"], "block size '0' is below 1; give tokens, or /4"),
         (["prefill", *MODEL, "--context", "many"], "context 'many' is not a number of tokens"),
         (["prefill", *MODEL, "--tokens-per-forward", "0"], "tokens_per_forward 0 is below 1"),
@@ -175,7 +186,7 @@ def test_what_cannot_be_measured(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forbids measuring anything first: a minute's ceilings, or an hour's rows, before a mistake is told."""
-    monkeypatch.delattr(machine, "ceilings")
+    monkeypatch.delattr(machine, "measure_ceilings")
     assert message in failed(*arguments)
 
 
@@ -197,7 +208,7 @@ def test_what_is_left_out_is_told_and_rows_are_counted() -> None:
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert done.exit_code == 0, done.output
     assert done.stderr.splitlines() == [
-        "warning: context 64 does not hold two blocks of 64, which are left out",
+        "warning: context 64 does not hold two blocks of 64; this block size is left out",
         "1 of 3: star, context 64, block 16",
         "2 of 3: star, context 128, block 64",
         "3 of 3: star, context 128, block 32",
@@ -210,8 +221,8 @@ def test_a_measurement_is_never_replaced(tmp_path: Path, what: str) -> None:
     (tmp_path / f"{what}.json").write_text("a day's work")
     line = failed(what, "-m", "no such model", "--out", tmp_path)
     assert (
-        line
-        == f"error: {tmp_path / what}.json holds a measurement, which would be lost; give another folder with --out"
+        line == f"error: {tmp_path / what}.json exists, and a measurement is never overwritten;"
+        " give another folder with --out"
     )
     assert [path.read_text() for path in tmp_path.iterdir()] == ["a day's work"]
 
@@ -266,13 +277,13 @@ def test_random_shapes_are_the_models() -> None:
     with pytest.MonkeyPatch.context() as patch:
         small = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=200)
         patch.setitem(
-            subject.SHAPES, "small", small | dict(num_attention_heads=4, num_key_value_heads=2)
+            models.SHAPES, "small", small | dict(num_attention_heads=4, num_key_value_heads=2)
         )
-        model = subject.model_of(None, "small", dtype="auto", device="cpu")
-    assert subject.name_of(model) == "small"
+        model = models.load_model(None, "small", dtype="auto", device="cpu")
+    assert models.model_name(model) == "small"
     assert next(model.parameters()).dtype == torch.float32
     head = model.get_output_embeddings().weight
-    assert subject.weight_bytes_per_token(model) == 4 * (
+    assert models.weight_bytes_per_token(model) == 4 * (
         sum(p.numel() for p in model.parameters()) - head.numel()
     )
     assert float(head.detach().std()) == pytest.approx(0.02, rel=0.1)
@@ -281,14 +292,14 @@ def test_random_shapes_are_the_models() -> None:
 def test_tied_embeddings_are_read_for_each_token() -> None:
     model = bundled_model()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    assert subject.weight_bytes_per_token(model) == 4 * sum(p.numel() for p in model.parameters())
+    assert models.weight_bytes_per_token(model) == 4 * sum(p.numel() for p in model.parameters())
 
 
 def test_eight_billion_shapes_cost_what_the_paper_model_does() -> None:
     """Model FLOPs as they are counted for it elsewhere: 2 x 6.98e9 L + 4 x 4096 x 32 b^2 (0.5 + 1.5 (n - 1))."""
     from transformers import LlamaConfig
 
-    shape = model_shape(LlamaConfig(**subject.SHAPES["llama-3.1-8b"]), "bfloat16")
+    shape = model_shape(LlamaConfig(**models.SHAPES["llama-3.1-8b"]), "bfloat16")
     plan = BlockPlan.resolve(131072, 16384, None, 1)
     counted = cost.phase1(shape, plan, tokens_per_forward=16384)
     assert counted.linear == pytest.approx(2 * 6.98e9 * 131072, rel=1e-3)
@@ -311,7 +322,7 @@ def test_startup_in_processes_of_its_own(tmp_path: Path) -> None:
     assert [row["caches"] for row in found["rows"]] == ["empty"] * 3 + ["filled"] * 3
     assert json.loads((tmp_path / "new" / "startup.json").read_text()) == found
     with pytest.raises(StarAttentionError, match=r"the measured process failed: .*no such model"):
-        startup.in_new_processes(
+        run_in_new_processes(
             ["bench", "startup", "--in-this-process", "-m", "no such model"], print
         )
 
@@ -320,20 +331,20 @@ def test_startup_in_processes_of_its_own(tmp_path: Path) -> None:
 
 
 def test_ratios_of_prefill() -> None:
-    dense = prefill.Row(method="dense", context=100, block=None, seconds=10.0, flops=100)
-    star = prefill.Row(method="star", context=100, block=25, asked="/4", seconds=4.0, flops=50)
-    gone = prefill.Row(method="stock", context=100, block=None, flops=100, failed="out of memory")
+    dense = PrefillRow(method="dense", context=100, block=None, seconds=10.0, flops=100)
+    star = PrefillRow(method="star", context=100, block=25, asked="/4", seconds=4.0, flops=50)
+    gone = PrefillRow(method="stock", context=100, block=None, flops=100, failed="out of memory")
     rows = [gone, dense, star]
-    assert prefill.speed_up(star, rows, "dense") == 2.5
-    assert prefill.speed_up(star, rows, "stock") is None
-    assert prefill.speed_up(dense, rows, "dense") is None
-    assert prefill.flop_ratio_reached(star, rows) == 1.25
-    assert prefill.flop_ratio_reached(dense, rows) is None
-    assert [name for name, _ in prefill.series(rows)] == ["dense", "star, block length / 4"]
+    assert speed_up(star, rows, "dense") == 2.5
+    assert speed_up(star, rows, "stock") is None
+    assert speed_up(dense, rows, "dense") is None
+    assert flop_ratio_reached(star, rows) == 1.25
+    assert flop_ratio_reached(dense, rows) is None
+    assert [name for name, _ in series(rows)] == ["dense", "star, block length / 4"]
 
 
 def test_ratios_of_answers() -> None:
-    row = decode.Row(
+    row = DecodeRow(
         context=10,
         block=5,
         compiled=True,
@@ -344,7 +355,7 @@ def test_ratios_of_answers() -> None:
         floor_s=0.2,
     )
     assert row.over_floor == pytest.approx(1.5)
-    asked = questions.Row(method="star", context=10, questions=7, encode_s=3.0, question_s=2.0)
+    asked = QuestionsRow(method="star", context=10, questions=7, encode_s=3.0, question_s=2.0)
     assert asked.total_s == 17.0
 
 
@@ -352,7 +363,7 @@ def test_dense_times_beyond_what_is_run_are_worked_out() -> None:
     """From two runs, the linear part and that of attention apart; from one, nothing."""
     flops = [cost.Flops(linear=10 * k, attention=3 * k * k) for k in (1, 4, 8)]
     rows = [
-        prefill.Row(
+        PrefillRow(
             method="dense",
             context=1024 * k,
             block=None,
@@ -362,21 +373,21 @@ def test_dense_times_beyond_what_is_run_are_worked_out() -> None:
         )
         for k in (1, 4)
     ]
-    far = prefill._extrapolated("dense", flops[2], rows, 8192)
+    far = extrapolate("dense", 8192, flops[2], rows)
     assert far.extrapolated
     assert far.seconds == pytest.approx(80 / 100 + 192 / 50)
-    assert prefill._extrapolated("dense", flops[2], rows[:1], 8192).failed
-    star = prefill.Row(method="star", context=8192, block=1024, seconds=1.0, flops=1)
-    assert prefill.speed_up(star, [*rows, far, star], "dense") == pytest.approx(far.seconds)
+    assert extrapolate("dense", 8192, flops[2], rows[:1]).failed
+    star = PrefillRow(method="star", context=8192, block=1024, seconds=1.0, flops=1)
+    assert speed_up(star, [*rows, far, star], "dense") == pytest.approx(far.seconds)
 
 
 def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     star, dense = (
-        prefill.Row(method=m, context=10, block=b, seconds=2.0, flops=4)
+        PrefillRow(method=m, context=10, block=b, seconds=2.0, flops=4)
         for m, b in (("star", 5), ("dense", None))
     )
-    steps = decode.Row(
+    steps = DecodeRow(
         context=10,
         block=5,
         compiled=True,
@@ -395,12 +406,12 @@ def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
         found = head | dict(benchmark=kind, rows=[asdict(row) for row in rows])
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     files = [tmp_path / f"{name}.json" for name in "abc"]
-    made = plots.of_files(files, tmp_path / "new")
+    made = pictures.draw_files(files, tmp_path / "new")
     assert [path.name for path in made] == ["prefill-time.png", "prefill-speedup.png", "decode.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
     for figure in (
-        plots._time_against_length([star, dense], 1.0),
-        plots._milliseconds_a_token([steps]),
+        plots.time_figure([star, dense], 1.0),
+        decode.token_figure([steps]),
     ):
         (floor,) = {
             line.get_marker() for line in figure.axes[0].lines if line.get_linestyle() == "None"
@@ -408,14 +419,14 @@ def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
         assert floor == "_"  # of one length: a line would not be seen
     other = json.loads(files[1].read_text()) | {"hardware": "another"}
     files[1].write_text(json.dumps(other))
-    with pytest.raises(InvalidInputError, match="draw them apart"):
-        plots.of_files(files, tmp_path)
+    with pytest.raises(InvalidInputError, match="draw them separately"):
+        pictures.draw_files(files, tmp_path)
     for text, message in (
-        ("{}", "is no JSON of `bench prefill` or `bench decode`$"),
-        ("no JSON", "is no JSON of `bench prefill` or `bench decode`$"),
+        ("{}", "is not JSON of `bench prefill` or `bench decode`$"),
+        ("no JSON", "is not JSON of `bench prefill` or `bench decode`$"),
         (
             json.dumps(head | {"benchmark": "prefill", "rows": [{}]}),
-            "is no JSON of `bench prefill` as this version writes it",
+            "is not JSON of `bench prefill` as this version writes it",
         ),
         (
             json.dumps(head | {"benchmark": "kernels", "rows": []}),
@@ -424,8 +435,8 @@ def test_pictures_of_earlier_measurements(tmp_path: Path) -> None:
     ):
         files[0].write_text(text)
         with pytest.raises(InvalidInputError, match=rf"a\.json {message}"):
-            plots.of_files(files, tmp_path)
+            pictures.draw_files(files, tmp_path)
     with pytest.raises(InvalidInputError, match=r"there is no file .*none\.json; give the JSON"):
-        plots.of_files([tmp_path / "none.json"], tmp_path)
-    with pytest.raises(InvalidInputError, match=r"is a folder; give the JSON of .* in it by name"):
-        plots.of_files([tmp_path], tmp_path)
+        pictures.draw_files([tmp_path / "none.json"], tmp_path)
+    with pytest.raises(InvalidInputError, match=r"is a folder; give the JSON file of .* in it"):
+        pictures.draw_files([tmp_path], tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from star_attention.bench.subject import SHAPES
+from star_attention.bench.models import SHAPES
 from star_attention.cli import app
 from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
@@ -244,9 +244,9 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         ),
         (
             json.dumps(measured | {"rows": [{}]}),
-            " is no JSON of `bench prefill` as this version writes it",
+            " is not JSON of `bench prefill` as this version writes it",
         ),
-        ("{}", " is no JSON of `bench prefill`"),
+        ("{}", " is not JSON of `bench prefill`"),
     ):
         file.write_text(text)
         assert plan(model, *options, str(file), status=1) == f"error: {file}{message}\n"

@@ -1,1 +1,5 @@
-"""Measurements beside their ceilings and what a user would otherwise run; behind `star-attention bench`."""
+"""Benchmarks, behind `star-attention bench`.
+
+Each measures a piece of work together with the machine's ceilings and the alternatives that a user
+has today.
+"""

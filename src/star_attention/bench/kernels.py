@@ -1,4 +1,9 @@
-"""Attention kernels one by one, in the shapes of both phases: rates beside the ceilings, for every kernel that can run."""
+"""`bench kernels`: attention kernels one by one, in the shapes of both phases.
+
+Every kernel that can run a call is measured, with the ceiling that bounds the call.
+
+Axes: B batch, Q query rows, K keys, H query heads, G KV heads, D head size, R rows of a batch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,19 +21,27 @@ from star_attention.attention import kernels
 from star_attention.attention.attend import Rule, attend
 from star_attention.attention.kernels import Call
 from star_attention.attention.state import State, merge
+from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.errors import InvalidInputError
 from star_attention.planning.cost import AttentionShape
 from star_attention.planning.plan import format_size
 from star_attention.tools import machine
-from star_attention.tools.machine import Ceilings, Progress
 
 _CAPACITY, _TAIL = 512, 256
-_CALLS = 8  # of a kernel between two looks at the clock
+_CALLS_PER_GRAPH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One kernel on one call: seconds (median), operations or bytes, and the rate over the ceiling that bounds it."""
+class KernelRow:
+    """One kernel on one call.
+
+    Attributes:
+        what: the call.
+        kernel: the kernel.
+        seconds: the median.
+        flops, bytes: operations, or bytes read and written; the other is 0.
+        of_ceiling: the rate relative to the ceiling that bounds the call.
+    """
 
     what: str
     kernel: str
@@ -38,167 +51,222 @@ class Row:
     of_ceiling: float = 0.0
 
 
-def run(
-    shape: AttentionShape,
-    hidden_size: int,
-    ceilings: Ceilings,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    blocks: list[int],
-    contexts: list[int],
-    repeats: int,
-    progress: Progress,
-) -> list[Row]:
-    """Phase 1's two calls for each block size, phase 2's for each context length, merging, and one row's linear layer.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A call to measure, with its operations or bytes."""
 
-    Raises `InvalidInputError` for a model whose keys and values differ in size.
-    """
-    if shape.k_head_size != shape.v_head_size:
-        raise InvalidInputError(
-            "kernels are measured for models whose keys and values have one size"
+    what: str
+    kernel: str
+    work: Callable[[], Any]
+    flops: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCalls:
+    """Attention calls on random tensors, in the shape of a model's."""
+
+    shape: AttentionShape
+    device: torch.device
+    dtype: torch.dtype
+
+    def random(self, *size: int) -> Tensor:
+        return torch.randn(size, device=self.device).to(self.dtype)
+
+    def kernels(self, queries: int, keys: int, *, causal: bool) -> list[str]:
+        """Name the kernels that can run a call.
+
+        The one of plain matrix products is left out where there are others.
+        """
+        call = Call(
+            device=self.device.type,
+            dtype=self.dtype,
+            queries=queries,
+            keys=keys,
+            heads=self.shape.heads,
+            kv_heads=self.shape.kv_heads,
+            head_size=self.shape.k_head_size,
+            causal=causal,
         )
-    H, G, D = shape.heads, shape.kv_heads, shape.k_head_size
-    rows: list[Row] = []
+        names = [name for name in kernels.KERNELS if not kernels.load(name).unsupported(call)]
+        return [name for name in names if name != "math"] or names
 
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, device=device).to(dtype)
+    def attend(
+        self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, offset: int, kernel: str
+    ) -> Callable[[], State]:
+        rule = Rule(scale=self.shape.k_head_size**-0.5)
+        return partial(attend, q_BQHD, k_BKGD, v_BKGD, rule=rule, offset=offset, kernel=kernel)
 
-    def measure(
-        what: str, kernel: str, work: Callable[[], Any], flops: int = 0, bytes: int = 0
-    ) -> None:
-        progress(f"{what}, {kernel}")
-        seconds = median(_timed(work, repeats, device))
-        floor_s = max(flops / ceilings.flops_per_s, bytes / ceilings.bytes_per_s)
-        rows.append(
-            Row(
-                what=what,
-                kernel=kernel,
-                seconds=seconds,
-                flops=flops,
-                bytes=bytes,
-                of_ceiling=floor_s / seconds,
+    def answer(self, q_BQHD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Callable[[], State]:
+        """Our kernel for phase 2, with a tail of an answer's length."""
+        from star_attention.attention.kernels import triton_answer
+
+        G, D = self.shape.kv_heads, self.shape.k_head_size
+        tail_k, tail_v = self.random(1, G, _CAPACITY, D), self.random(1, G, _CAPACITY, D)
+        # The table holds addresses, so these tensors must live as long as it does.
+        addressed = (k_BGKD, v_BGKD, tail_k, tail_v)
+        table = triton_answer.addresses([addressed]).to(self.device)
+        lengths = torch.tensor([k_BGKD.shape[2], _TAIL, _CAPACITY], device=self.device)
+        padding_R = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+        def work(addressed: tuple[Tensor, ...] = addressed) -> State:
+            return triton_answer.attend(
+                q_BQHD,
+                G,
+                table=table,
+                lengths=lengths,
+                padding_R=padding_R,
+                layer=0,
+                scale=D**-0.5,
+                dtype=self.dtype,
             )
+
+        return work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels(Benchmark[KernelRow]):
+    """Settings of `bench kernels`.
+
+    Attributes:
+        blocks: block sizes of the calls of phase 1, in tokens.
+        contexts: context lengths of the calls of phase 2, in tokens.
+        repeats: runs of each, of which the median counts.
+    """
+
+    name: ClassVar[str] = "kernels"
+    blocks: list[int]
+    contexts: list[int]
+    repeats: int
+
+    def run(self, target: Target) -> list[KernelRow]:
+        """Measure the largest attention call of the model, merging, and a linear layer of one row.
+
+        Raises:
+            InvalidInputError: the model's keys and values differ in size.
+        """
+        shape = max(target.shape.attention, key=lambda call: call.heads)
+        if shape.k_head_size != shape.v_head_size:
+            raise InvalidInputError(
+                f"the model's keys have size {shape.k_head_size} and its values"
+                f" {shape.v_head_size}; kernels are measured only for models with one size, so"
+                " give another model"
+            )
+        calls = AttentionCalls(shape=shape, device=target.device, dtype=target.dtype)
+        return [self._measure(task, target) for task in self._tasks(calls, target)]
+
+    def _tasks(self, calls: AttentionCalls, target: Target) -> Iterator[Task]:
+        for block in self.blocks:
+            yield from _block_tasks(block, calls)
+        for context in self.contexts:
+            yield from _token_tasks(context, calls)
+        yield from _linear_tasks(target.shape.hidden_size, calls)
+
+    def _measure(self, task: Task, target: Target) -> KernelRow:
+        target.progress(f"{task.what}, {task.kernel}")
+        seconds = median(_time(task.work, self.repeats, target.device))
+        ceilings = target.ceilings
+        floor_s = max(task.flops / ceilings.flops_per_s, task.bytes / ceilings.bytes_per_s)
+        return KernelRow(
+            what=task.what,
+            kernel=task.kernel,
+            seconds=seconds,
+            flops=task.flops,
+            bytes=task.bytes,
+            of_ceiling=floor_s / seconds,
         )
 
-    for block in blocks:
-        q, k, v = random(1, block, H, D), random(1, block, G, D), random(1, block, G, D)
-        size = format_size(block)
-        for causal, what in (
-            (True, f"a block of {size}"),
-            (False, f"{size} over an anchor of {size}"),
-        ):
-            pairs = block * (block + 1) // 2 if causal else block * block
-            for name in _able(device, dtype, block, block, shape, causal):
-                offset = 0 if causal else block
-                work = _attends(q, k, v, D, offset, name)
-                measure(what, name, work, flops=shape.flops_per_pair * pairs)
-        a, b = (
-            State(random(1, block, H, D), torch.randn(1, block, H, device=device)) for _ in range(2)
+    def table(self, rows: list[KernelRow]) -> list[tuple[str, ...]]:
+        header = ("call", "kernel", "ms", "TFLOP/s", "TB/s", "of ceiling")
+        return [header, *(_cells(row) for row in rows)]
+
+
+def _block_tasks(block: int, calls: AttentionCalls) -> Iterator[Task]:
+    """The two calls of phase 1 for a block, and merging their states."""
+    shape = calls.shape
+    H, G, D = shape.heads, shape.kv_heads, shape.k_head_size
+    q_BQHD = calls.random(1, block, H, D)
+    k_BKGD, v_BKGD = calls.random(1, block, G, D), calls.random(1, block, G, D)
+    size = format_size(block)
+    for kernel in calls.kernels(block, block, causal=True):
+        yield Task(
+            what=f"a block of {size}",
+            kernel=kernel,
+            work=calls.attend(q_BQHD, k_BKGD, v_BKGD, 0, kernel),
+            flops=shape.flops_per_pair * (block * (block + 1) // 2),
         )
-        moved = 3 * a.out_BQHD.numel() * a.out_BQHD.element_size()
-        measure(f"merging {size}", "ours", partial(merge, [a, b], dtype=dtype), bytes=moved)
-    for context in contexts:
-        q, k, v = random(1, 1, H, D), random(1, G, context, D), random(1, G, context, D)
-        what, moved = f"a token over {format_size(context)}", 2 * k.numel() * k.element_size()
-        by_token = k.transpose(1, 2), v.transpose(1, 2)
-        for name in _able(device, dtype, 1, context, shape, causal=False):
-            measure(what, name, _attends(q, *by_token, D, context, name), bytes=moved)
-        if kernels.triton_works(device):
-            measure(what, "triton", _answers(q, k, v, random, G, D), bytes=moved)
-    weight, x = random(4 * hidden_size, hidden_size), random(1, 1, hidden_size)
-    moved = weight.numel() * weight.element_size()
-    what = f"one row, {hidden_size} to {4 * hidden_size}"
-    measure(what, "torch", lambda: linear(x, weight), bytes=moved)
-    if kernels.triton_works(device):
+    for kernel in calls.kernels(block, block, causal=False):
+        yield Task(
+            what=f"{size} over an anchor of {size}",
+            kernel=kernel,
+            work=calls.attend(q_BQHD, k_BKGD, v_BKGD, block, kernel),
+            flops=shape.flops_per_pair * (block * block),
+        )
+    states = [
+        State(calls.random(1, block, H, D), torch.randn(1, block, H, device=calls.device))
+        for _ in range(2)
+    ]
+    yield Task(
+        what=f"merging {size}",
+        kernel="ours",
+        work=partial(merge, states, dtype=calls.dtype),
+        bytes=3 * _nbytes(states[0].out_BQHD),
+    )
+
+
+def _token_tasks(context: int, calls: AttentionCalls) -> Iterator[Task]:
+    """The call of phase 2: one token over a context."""
+    H, G, D = calls.shape.heads, calls.shape.kv_heads, calls.shape.k_head_size
+    q_BQHD = calls.random(1, 1, H, D)
+    k_BGKD, v_BGKD = calls.random(1, G, context, D), calls.random(1, G, context, D)
+    k_BKGD, v_BKGD = k_BGKD.transpose(1, 2), v_BGKD.transpose(1, 2)
+    what, moved = f"a token over {format_size(context)}", 2 * _nbytes(k_BGKD)
+    for kernel in calls.kernels(1, context, causal=False):
+        work = calls.attend(q_BQHD, k_BKGD, v_BKGD, context, kernel)
+        yield Task(what=what, kernel=kernel, work=work, bytes=moved)
+    if kernels.triton_works(calls.device):
+        work = calls.answer(q_BQHD, k_BGKD, v_BGKD)
+        yield Task(what=what, kernel="triton", work=work, bytes=moved)
+
+
+def _linear_tasks(hidden_size: int, calls: AttentionCalls) -> Iterator[Task]:
+    """A linear layer on the hidden state of one token."""
+    weight, x = calls.random(4 * hidden_size, hidden_size), calls.random(1, 1, hidden_size)
+    what, moved = f"one row, {hidden_size} to {4 * hidden_size}", _nbytes(weight)
+    yield Task(what=what, kernel="torch", work=partial(linear, x, weight), bytes=moved)
+    if kernels.triton_works(calls.device):
         from star_attention.attention.kernels import triton_row
 
-        measure(what, "triton", lambda: triton_row.linear(x, weight, None), bytes=moved)
-    return rows
+        work = partial(triton_row.linear, x, weight, None)
+        yield Task(what=what, kernel="triton", work=work, bytes=moved)
 
 
-def _timed(work: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
-    """Seconds of a call; on a GPU without what Python takes for it, which is more than a short kernel does."""
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _time(work: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
+    """Seconds per call; on a GPU without Python's own time, which exceeds that of a short kernel."""
     if device.type != "cuda":
-        return machine.timed(work, repeats=repeats, device=device)
-    work()  # (what is compiled, or loaded, at first use)
+        return machine.time_repeatedly(work, repeats=repeats, device=device)
+    # The first call compiles and loads, which a capture cannot.
+    work()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph):
-        for _ in range(_CALLS):
+        for _ in range(_CALLS_PER_GRAPH):
             work()
     return [
-        seconds / _CALLS for seconds in machine.timed(graph.replay, repeats=repeats, device=device)
+        seconds / _CALLS_PER_GRAPH
+        for seconds in machine.time_repeatedly(graph.replay, repeats=repeats, device=device)
     ]
 
 
-def _able(
-    device: torch.device,
-    dtype: torch.dtype,
-    queries: int,
-    keys: int,
-    shape: AttentionShape,
-    causal: bool,
-) -> Iterator[str]:
-    """Kernels that can run a call, without the one of plain matrix products where there are others."""
-    call = Call(
-        device=device.type,
-        dtype=dtype,
-        queries=queries,
-        keys=keys,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_size=shape.k_head_size,
-        causal=causal,
+def _cells(row: KernelRow) -> tuple[str, ...]:
+    return (
+        row.what,
+        row.kernel,
+        f"{row.seconds * 1e3:,.3g}",
+        f"{row.flops / row.seconds / 1e12:,.3g}" if row.flops else "",
+        f"{row.bytes / row.seconds / 1e12:,.3g}" if row.bytes else "",
+        f"{row.of_ceiling:.2f}",
     )
-    able = [name for name in kernels.KERNELS if not kernels.load(name).unsupported(call)]
-    yield from [name for name in able if name != "math"] or able
-
-
-def _attends(
-    q: Tensor, k: Tensor, v: Tensor, size: int, offset: int, name: str
-) -> Callable[[], State]:
-    rule = Rule(scale=size**-0.5)
-    return lambda: attend(q, k, v, rule=rule, offset=offset, kernel=name)
-
-
-def _answers(
-    q: Tensor, k: Tensor, v: Tensor, random: Callable[..., Tensor], kv_heads: int, size: int
-) -> Callable[[], State]:
-    """Our kernel for phase 2, with a tail of an answer's length."""
-    from star_attention.attention.kernels import triton_answer
-
-    tail_k, tail_v = random(1, kv_heads, _CAPACITY, size), random(1, kv_heads, _CAPACITY, size)
-    held = (k, v, tail_k, tail_v)
-    table = triton_answer.addresses([held]).to(q.device)
-    lengths = torch.tensor([k.shape[2], _TAIL, _CAPACITY], device=q.device)
-    padding_R = torch.zeros(1, dtype=torch.int32, device=q.device)
-
-    def work(
-        held: tuple[Tensor, ...] = held,
-    ) -> State:  # (which must live as long as their addresses)
-        return triton_answer.attend(
-            q,
-            kv_heads,
-            table=table,
-            lengths=lengths,
-            padding_R=padding_R,
-            layer=0,
-            scale=size**-0.5,
-            dtype=q.dtype,
-        )
-
-    return work
-
-
-def table(rows: list[Row]) -> list[tuple[str, ...]]:
-    lines: list[tuple[str, ...]] = [("call", "kernel", "ms", "TFLOP/s", "TB/s", "of ceiling")]
-    for row in rows:
-        lines.append(
-            (
-                *(row.what, row.kernel, f"{row.seconds * 1e3:,.3g}"),
-                f"{row.flops / row.seconds / 1e12:,.3g}" if row.flops else "",
-                f"{row.bytes / row.seconds / 1e12:,.3g}" if row.bytes else "",
-                f"{row.of_ceiling:.2f}",
-            )
-        )
-    return lines

@@ -1,4 +1,4 @@
-"""What the first of everything costs beyond its work: compiling, capturing, and reading caches."""
+"""`bench startup`: what first uses cost beyond their work, for compiling, capturing and loading."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from star_attention.bench.subject import random_ids
+from star_attention.bench.benchmark import Benchmark, Target
+from star_attention.bench.models import random_ids
 from star_attention.engine import StarLLM
 from star_attention.errors import StarAttentionError
 from star_attention.tools import machine
@@ -22,12 +24,17 @@ CACHES = ("empty", "filled")
 """torch's and Triton's caches on disk: as on a new machine, and as in every process after the first."""
 _CACHE_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
-Twice = Callable[[], Any]
-
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One kind of work. first_s: of the first time in a process; again_s: of the next. caches: one of `CACHES`."""
+class StartupRow:
+    """One kind of work.
+
+    Attributes:
+        what: the work.
+        first_s: time of the first run in a process.
+        again_s: time of the second run.
+        caches: one of `CACHES`.
+    """
 
     what: str
     first_s: float
@@ -39,64 +46,90 @@ class Row:
         return self.first_s - self.again_s
 
 
-def in_this_process(
-    model: Any,
-    *,
-    context: int,
-    block: int | None,
-    query_tokens: int,
-    compile: bool | None,
-    progress: Progress,
-) -> list[Row]:
-    """Rows of a process that has done nothing yet."""
-    device = next(model.parameters()).device
-    star = StarLLM(model, block_size=block, compile=compile, comm="solo")
-    ids_L, query = random_ids(model, context), random_ids(model, query_tokens, seed=1)
-    rows = []
+@dataclass(frozen=True, kw_only=True)
+class Startup(Benchmark[StartupRow]):
+    """Settings of `bench startup`, which measures this process; it must not have run a model yet.
 
-    def twice(what: str, work: Twice) -> None:
-        progress(what)
-        first_s, again_s = (machine.once(work, device) for _ in range(2))
-        rows.append(Row(what=what, first_s=first_s, again_s=again_s))
-
-    twice("a context", lambda: star.encode(ids_L))
-    encoded = star.encode(ids_L)
-    words: dict[str, Any] = dict(ignore_eos=True)
-    twice("a query", lambda: star.generate(encoded, query, max_new_tokens=1, **words))
-    twice("a further token", lambda: star.generate(encoded, query, max_new_tokens=2, **words))
-    return rows
-
-
-def in_new_processes(arguments: list[str], progress: Progress) -> tuple[dict[str, Any], list[Row]]:
-    """What `arguments` print as JSON in a process with empty caches and in a second one: the record of the last, and all rows.
-
-    Raises `StarAttentionError` with what such a process said where it failed.
+    Attributes:
+        context: length in tokens.
+        block: block size in tokens.
+        query_tokens: length of a query.
+        compile: as for `StarLLM`.
     """
-    rows: list[Row] = []
+
+    name: ClassVar[str] = "startup"
+    context: int
+    block: int
+    query_tokens: int
+    compile: bool | None = None
+
+    @property
+    def longest_input(self) -> int:
+        return self.context + self.query_tokens + 2
+
+    def run(self, target: Target) -> list[StartupRow]:
+        star = StarLLM(target.model, block_size=self.block, compile=self.compile, comm="solo")
+        ids_L = random_ids(target.model, self.context)
+        query = random_ids(target.model, self.query_tokens, seed=1)
+        rows = []
+
+        def time_twice(what: str, work: Callable[[], Any]) -> None:
+            target.progress(what)
+            first_s, again_s = (machine.time_once(work, target.device) for _ in range(2))
+            rows.append(StartupRow(what=what, first_s=first_s, again_s=again_s))
+
+        time_twice("a context", partial(star.encode, ids_L))
+        context = star.encode(ids_L)
+        generate = partial(star.generate, context, query, ignore_eos=True)
+        time_twice("a query", partial(generate, max_new_tokens=1))
+        time_twice("a further token", partial(generate, max_new_tokens=2))
+        return rows
+
+    def table(self, rows: list[StartupRow]) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = [("caches", "what", "first s", "again s", "cost s")]
+        lines += [
+            (row.caches, row.what, *(f"{s:.2f}" for s in (row.first_s, row.again_s, row.cost_s)))
+            for row in rows
+        ]
+        for caches in dict.fromkeys(row.caches for row in rows):
+            cost_s = sum(row.cost_s for row in rows if row.caches == caches)
+            lines.append((caches, "all", "", "", f"{cost_s:.2f}"))
+        return lines
+
+
+def run_in_new_processes(
+    arguments: list[str], progress: Progress
+) -> tuple[dict[str, Any], list[StartupRow]]:
+    """Measure a process with empty caches on disk, and a second one with the caches of the first.
+
+    Args:
+        arguments: of `star-attention`, for a command that prints the JSON of this benchmark.
+        progress: called with a line before each process.
+
+    Returns:
+        The JSON of the last process, and the rows of both.
+
+    Raises:
+        StarAttentionError: a process failed; the message ends with the end of its stderr.
+    """
+    rows: list[StartupRow] = []
     with tempfile.TemporaryDirectory() as folder:
-        own = {name: str(Path(folder, name.lower())) for name in _CACHE_FOLDERS}
+        environment = os.environ | {
+            name: str(Path(folder, name.lower())) for name in _CACHE_FOLDERS
+        }
         for caches in CACHES:
             progress(f"a process of its own, caches {caches}")
-            command = [sys.executable, "-m", "star_attention", *arguments]
-            done = subprocess.run(
-                command, env=os.environ | own, capture_output=True, text=True, check=False
+            process = subprocess.run(
+                [sys.executable, "-m", "star_attention", *arguments],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
             )
-            if done.returncode:
+            if process.returncode:
                 raise StarAttentionError(
-                    f"the measured process failed: {done.stderr.strip()[-1000:]}"
+                    f"the measured process failed: {process.stderr.strip()[-1000:]}"
                 )
-            found = json.loads(done.stdout.splitlines()[-1])
-            rows += [replace(Row(**row), caches=caches) for row in found["rows"]]
-    return found, rows
-
-
-def table(rows: list[Row]) -> list[tuple[str, ...]]:
-    lines: list[tuple[str, ...]] = [("caches", "what", "first s", "again s", "cost s")]
-    for row in rows:
-        lines.append(
-            (row.caches, row.what, f"{row.first_s:.2f}", f"{row.again_s:.2f}", f"{row.cost_s:.2f}")
-        )
-    for caches in dict.fromkeys(row.caches for row in rows):
-        cost_s = sum(row.cost_s for row in rows if row.caches == caches)
-        lines.append((caches, "all", "", "", f"{cost_s:.2f}"))
-    return lines
+            record = json.loads(process.stdout.splitlines()[-1])
+            rows += [replace(StartupRow(**row), caches=caches) for row in record["rows"]]
+    return record, rows

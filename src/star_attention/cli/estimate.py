@@ -111,7 +111,7 @@ def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float
 
     Raises `InvalidInputError` for a file that is none.
     """
-    found = machine.recorded(Path(path), "prefill")
+    found = machine.read_record(Path(path), "prefill")
     try:
         measured: list[tuple[dict[str, Any], Flops]] = [
             (row, Flops(linear=row["linear_flops"], attention=row["attention_flops"]))
@@ -123,7 +123,7 @@ def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float
         bandwidth = float(found["ceilings"]["bytes_per_s"])
     except (ValueError, KeyError, TypeError):
         raise InvalidInputError(
-            f"{path} is no JSON of `bench prefill` as this version writes it"
+            f"{path} is not JSON of `bench prefill` as this version writes it"
         ) from None
     on = estimate.calibrated(on, [(flops, row["seconds"]) for row, flops in measured], bandwidth)
     return on, [

@@ -1,1 +1,1 @@
-"""What several programs share: facts about the machine, baselines, plotting."""
+"""What several programs share: timing, facts about the machine, baselines, plotting, prose."""

@@ -1,4 +1,4 @@
-"""What a measurement stands on: the machine's ceilings, how times are taken, and a record of everything that matters to them."""
+"""The ground of a measurement: timing, the machine's ceilings, and a record of its circumstances."""
 
 from __future__ import annotations
 
@@ -24,71 +24,80 @@ from star_attention.errors import InvalidInputError
 from star_attention.planning.plan import counted
 
 Progress = Callable[[str], None]
-"""Told what is measured next."""
+"""Called with a line about the next measurement."""
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-"""Of the device or of the machine (this library's own error is one of the latter)."""
+"""The device or the machine is out of memory. `star_attention.OutOfMemoryError` is a MemoryError."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What the device does at most, measured here: no work is done faster than its operations or its bytes allow.
+    """The rates that bound all work on a device: it needs time for its operations and its bytes.
 
-    flops_per_s: of a large square matrix product in the model's precision. bytes_per_s: of a large copy, read and written.
+    Attributes:
+        flops_per_s: of a large square matrix product in the model's precision.
+        bytes_per_s: of a large copy, counting bytes read and bytes written.
     """
 
     flops_per_s: float
     bytes_per_s: float
 
     def __str__(self) -> str:
-        return f"ceilings: matrix product {self.flops_per_s / 1e12:,.3g} TFLOP/s, copy {self.bytes_per_s / 1e12:,.3g} TB/s"
+        return (
+            f"ceilings: matrix product {self.flops_per_s / 1e12:,.3g} TFLOP/s,"
+            f" copy {self.bytes_per_s / 1e12:,.3g} TB/s"
+        )
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Both, in about a second."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure the ceilings of a device, in about a second."""
     large = device.type == "cuda"
     size = 8192 if large else 1024
-    # (On zeros a device may run faster than it ever will on data.)
+    # On zeros a device may run faster than it ever does on data.
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product_s = median(timed(lambda: a @ b, repeats=10, device=device))
+    product_s = median(time_repeatedly(lambda: a @ b, repeats=10, device=device))
     source = torch.empty(2**32 if large else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_s = median(timed(lambda: target.copy_(source), repeats=10, device=device))
+    copy_s = median(time_repeatedly(lambda: target.copy_(source), repeats=10, device=device))
     return Ceilings(flops_per_s=2 * size**3 / product_s, bytes_per_s=2 * source.numel() / copy_s)
 
 
-def timed(work: Callable[[], Any], *, repeats: int, device: torch.device) -> list[float]:
-    """Seconds of each of `repeats` runs after one that is not counted; what a run returns is freed before the next."""
+def time_repeatedly(work: Callable[[], Any], *, repeats: int, device: torch.device) -> list[float]:
+    """Return the seconds of each of `repeats` runs, after one that is not counted.
+
+    The result of a run is freed before the next.
+    """
     work()
-    return [once(work, device) for _ in range(repeats)]
+    return [time_once(work, device) for _ in range(repeats)]
 
 
-def once(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one run, with the device's work in it."""
-    synchronize(device)
+def time_once(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of one run, until the device has finished."""
+    _synchronize(device)
     started = time.perf_counter()
     work()
-    synchronize(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
-def synchronize(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def once_with_peak(work: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
-    """The same, and the most device memory during the run; None where that is not measured (CPU)."""
+def time_with_peak(work: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
+    """Return the seconds of one run and its peak device memory in bytes (None on a CPU)."""
     if device.type != "cuda":
-        return once(work, device), None
-    gc.collect()  # (what an earlier row's compiling has left behind would count)
+        return time_once(work, device), None
+    # Garbage of an earlier row's compilation would count.
+    gc.collect()
     torch.cuda.reset_peak_memory_stats(device)
-    seconds = once(work, device)
+    seconds = time_once(work, device)
     return seconds, torch.cuda.max_memory_allocated(device)
 
 
-def record(device: torch.device, measured: Ceilings) -> dict[str, Any]:
-    """Hardware, versions and date."""
+def record(device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
+    """Return date, command, hardware, versions, commit and ceilings."""
     return {
         "date": date.today().isoformat(),
         "command": command(),
@@ -101,38 +110,39 @@ def record(device: torch.device, measured: Ceilings) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "git": git_revision(),
-        "ceilings": asdict(measured),
+        "ceilings": asdict(ceilings),
     }
 
 
-def recorded(path: Path, *kinds: str) -> dict[str, Any]:
-    """What a benchmark of one of these kinds has written.
+def read_record(path: Path, *benchmarks: str) -> dict[str, Any]:
+    """Read the JSON that one of these benchmarks has written.
 
-    Raises `InvalidInputError` for a file that is not there, is none, or holds another benchmark.
+    Raises:
+        InvalidInputError: the file is missing, unreadable, not such JSON, or another benchmark's.
     """
-    wanted = " or ".join(f"`bench {kind}`" for kind in kinds)
+    wanted = " or ".join(f"`bench {name}`" for name in benchmarks)
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind = found["benchmark"]
+        contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        benchmark = contents["benchmark"]
     except FileNotFoundError:
         raise InvalidInputError(
             f"there is no file {path}; give the JSON that {wanted} wrote to its --out"
         ) from None
     except IsADirectoryError:
         raise InvalidInputError(
-            f"{path} is a folder; give the JSON of {wanted} in it by name"
+            f"{path} is a folder; give the JSON file of {wanted} in it"
         ) from None
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
-        raise InvalidInputError(f"{path} is no JSON of {wanted}") from None
-    if kind not in kinds:
-        raise InvalidInputError(f"{path} is the JSON of `bench {kind}`; give that of {wanted}")
-    return found
+        raise InvalidInputError(f"{path} is not JSON of {wanted}") from None
+    if benchmark not in benchmarks:
+        raise InvalidInputError(f"{path} is the JSON of `bench {benchmark}`; give that of {wanted}")
+    return contents
 
 
 def command() -> str:
-    """What this process was started with."""
+    """Return the command line of this process."""
     return " ".join(["star-attention", *sys.argv[1:]])
 
 
@@ -150,7 +160,7 @@ def _version(package: str) -> str | None:
 
 
 def git_revision() -> str | None:
-    """The commit that this package is a checkout of, with `+` for changes; None for an installed one."""
+    """Return the commit of this checkout, with `+` for local changes; None if it is installed."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -159,8 +169,7 @@ def git_revision() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+" if git("status", "--porcelain", "--", str(here)) else ""
-        )
+        changes = git("status", "--porcelain", "--", str(here))
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None

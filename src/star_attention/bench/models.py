@@ -1,4 +1,4 @@
-"""The model that is measured: one from a folder, or random weights of a known model's shapes, made on the device."""
+"""The model that is measured: one from a folder, or random weights in the shapes of a known model."""
 
 from __future__ import annotations
 
@@ -30,17 +30,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
     ),
 }
-"""Speed depends on shapes alone, so that no weights need to be there."""
+"""Known models. Speed depends on shapes alone, so their weights are not needed."""
 
 _POSITIONS = 2**21
 
 
-def model_of(model: str | None, shapes: str | None, *, dtype: str, device: str) -> Any:
-    """A loaded model in evaluation mode.
+def load_model(model: str | None, shapes: str | None, *, dtype: str, device: str) -> Any:
+    """Load a model, or build one with random weights on the device, in evaluation mode.
 
-    dtype: "auto" is the checkpoint's, and for random weights bfloat16 on a GPU and float32 on a CPU.
+    Args:
+        model: folder or hub id.
+        shapes: a name in `SHAPES`, instead of a model.
+        dtype: "auto" takes the checkpoint's precision; for random weights bfloat16 on a GPU and
+            float32 on a CPU.
+        device: "auto", or a torch device.
 
-    Raises `InvalidInputError` unless exactly one of both is given.
+    Raises:
+        InvalidInputError: unless exactly one of model and shapes is given, and for unknown shapes.
     """
     if (model is None) == (shapes is None):
         raise InvalidInputError("give either a model (-m) or the shapes of one (--shapes)")
@@ -48,43 +54,51 @@ def model_of(model: str | None, shapes: str | None, *, dtype: str, device: str) 
         return load.load(model, dtype=dtype, device=device, model_kwargs={})[0]
     if shapes not in SHAPES:
         raise InvalidInputError(f"shapes {shapes!r} are unknown; choose one of {', '.join(SHAPES)}")
-    place = torch.device(load.pick_device(device))
-    kind = load.check_dtype(dtype)
-    if kind == "auto":
-        kind = "bfloat16" if place.type == "cuda" else "float32"
+    return _random_model(shapes, load.check_dtype(dtype), torch.device(load.pick_device(device)))
+
+
+def _random_model(shapes: str, dtype: str, device: torch.device) -> Any:
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     config = LlamaConfig(**SHAPES[shapes], max_position_embeddings=_POSITIONS, rope_parameters=rope)
     config.name_or_path = shapes
-    before = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(getattr(torch, kind))
-        with place:
-            built = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(getattr(torch, dtype))
+        with device:
+            model = LlamaForCausalLM(config).eval()
     finally:
-        torch.set_default_dtype(before)
-    generator = torch.Generator(place).manual_seed(0)
-    for parameter in built.parameters():
+        torch.set_default_dtype(default_dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
         parameter.data.normal_(0, 0.02, generator=generator)
-    return built
+    return model
 
 
-def name_of(model: Any) -> str:
+def model_name(model: Any) -> str:
     return str(model.config.name_or_path or type(model).__name__)
 
 
+def weight_bytes(model: Any) -> int:
+    return int(sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+
+
 def weight_bytes_per_token(model: Any) -> int:
-    """Weights that are read for one token: all but the input embedding (of which one row is), unless it is the head, too."""
+    """Bytes of the weights that a forward of one token reads.
+
+    These are all weights but the input embedding, of which one row is read, unless it is tied to
+    the head.
+    """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    total: int = sum(
-        parameter.numel() * parameter.element_size() for parameter in model.parameters()
-    )
+    total = weight_bytes(model)
     return total if tied else total - int(embedding.numel() * embedding.element_size())
 
 
 def random_ids(model: Any, tokens: int, seed: int = 0) -> torch.Tensor:
-    """Ordinary token ids, int64 `[tokens]` on the CPU."""
+    """Return random ids of ordinary tokens, int64 `[tokens]` on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return torch.randint(min(100, vocabulary // 2), vocabulary, (tokens,), generator=generator)

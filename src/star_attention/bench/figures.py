@@ -1,0 +1,68 @@
+"""What the pictures of all benchmarks share: colors, axes, floors, and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from star_attention.planning.plan import format_size
+from star_attention.tools.plotting import require_matplotlib
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Those of Okabe and Ito (2008), distinct under every common form of color blindness."""
+GRAY = "#777777"
+_MARKERS = "osD^vP*"
+
+
+def color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def marker(index: int) -> str:
+    return _MARKERS[index % len(_MARKERS)]
+
+
+def new(x_label: str, y_label: str) -> tuple[Any, Any]:
+    """Return an empty figure and its axes.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def floor_style(lengths: list[int], linestyle: str) -> dict[str, Any]:
+    """Return the style of a floor: a line, or a dash at a single length, which has no line."""
+    if len(set(lengths)) > 1:
+        return {"linestyle": linestyle}
+    return {"linestyle": "", "marker": "_", "markersize": 14}
+
+
+def finish(axes: Any, lengths: list[int]) -> None:
+    """Scale and label the axis of lengths, and add the legend."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [format_size(length) for length in lengths])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def log_ticks() -> Any:
+    """Return a locator of ticks at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(base=10, subs=(1, 2, 5))
+
+
+def save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

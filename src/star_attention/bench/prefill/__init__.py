@@ -1,0 +1,1 @@
+"""`bench prefill`: encoding with Star Attention, dense attention and the official implementation."""

@@ -1,0 +1,278 @@
+"""The options of the benchmarks. Each group makes the benchmark that it is the settings of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from star_attention.cli.options import (
+    Device,
+    Dtype,
+    KvDevice,
+    KvDtype,
+    TokensPerForward,
+    option,
+    size,
+    sizes,
+)
+from star_attention.config import StarConfig
+
+if TYPE_CHECKING:
+    from star_attention.bench.decode import Decode
+    from star_attention.bench.kernels import Kernels
+    from star_attention.bench.prefill.benchmark import Prefill
+    from star_attention.bench.questions import Questions
+    from star_attention.bench.startup import Startup
+
+_PANEL = "Benchmark"
+
+Compile = Annotated[
+    bool | None,
+    option(
+        "Use compiled layers and CUDA graphs, or do not.",
+        "--compile/--no-compile",
+        panel=_PANEL,
+        show_default="on a GPU, where Triton is installed",
+    ),
+]
+Contexts = Annotated[
+    str,
+    option(
+        "Lengths in tokens, separated by commas, or a range of doublings: 8k..64k.",
+        panel=_PANEL,
+        metavar="SIZES",
+    ),
+]
+Block = Annotated[str, option("Block size of Star Attention.", panel=_PANEL, metavar="SIZE")]
+Blocks = Annotated[str, option("Block sizes, separated by commas.", panel=_PANEL, metavar="SIZES")]
+Repeats = Annotated[
+    int,
+    option("Runs of each measurement; the median counts.", panel=_PANEL, metavar="N", min=1),
+]
+QueryTokens = Annotated[int, option("Tokens of a query.", panel=_PANEL, metavar="N", min=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """What is measured, and where the results go."""
+
+    model: Annotated[
+        str | None,
+        option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL"),
+    ] = None
+    shapes: Annotated[
+        str | None,
+        option(
+            "Random weights in the shapes of llama-3.1-8b or llama-3.2-1b, instead of a model.",
+            "--shapes",
+            panel="Model",
+            metavar="NAME",
+        ),
+    ] = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    out: Annotated[
+        str | None,
+        option(
+            "Folder for the JSON and the pictures. A measurement in it is never overwritten.",
+            "--out",
+            panel="Output",
+            metavar="FOLDER",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillOptions:
+    context: Contexts = "32k"
+    block: Annotated[
+        str,
+        option(
+            "Block sizes, separated by commas; /4 is a quarter of the context.",
+            panel=_PANEL,
+            metavar="SIZES",
+        ),
+    ] = "/4,/8"
+    methods: Annotated[
+        str,
+        option(
+            "Methods, separated by commas: stock (transformers), stock-cudnn (the same with"
+            " cuDNN's attention), dense and star (this library), official (the paper's"
+            " implementation, which encodes the anchor with each block), streaming_llm (the block"
+            " is its window).",
+            panel=_PANEL,
+            metavar="NAMES",
+        ),
+    ] = "stock,dense,official,star"
+    tokens_per_forward: TokensPerForward = None
+    repeats: Annotated[
+        int,
+        option(
+            "Runs of each measurement after the first; the median counts. With 0 the first counts.",
+            panel=_PANEL,
+            metavar="N",
+            min=0,
+        ),
+    ] = 3
+    dense_up_to: Annotated[
+        str | None,
+        option(
+            "Longest context at which dense methods run. Beyond it their time is extrapolated from"
+            " their two longest runs.",
+            "--dense-up-to",
+            panel=_PANEL,
+            metavar="SIZE",
+        ),
+    ] = None
+    kv_dtype: KvDtype = None
+    compile: Compile = None
+
+    def benchmark(self, device: str) -> Prefill:
+        """Check the options. `device` is that of the model."""
+        from star_attention.bench.prefill.benchmark import Prefill
+        from star_attention.bench.prefill.cases import plan_cases
+        from star_attention.bench.prefill.contenders import EngineSettings
+        from star_attention.hf.loading import load
+
+        StarConfig.of(tokens_per_forward=self.tokens_per_forward, kv_dtype=self.kv_dtype)
+        dense_up_to = None if self.dense_up_to is None else size(self.dense_up_to, "dense-up-to")
+        return Prefill(
+            cases=plan_cases(
+                sizes(self.context, "context"),
+                _names(self.block),
+                _names(self.methods),
+                device=load.pick_device(device),
+                dense_up_to=dense_up_to,
+            ),
+            repeats=self.repeats,
+            engine=EngineSettings(
+                tokens_per_forward=self.tokens_per_forward,
+                compile=self.compile,
+                kv_dtype=self.kv_dtype,
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    context: Contexts = "16k"
+    block: Block = "16k"
+    queries: Annotated[
+        int, option("Queries answered in a batch.", panel=_PANEL, metavar="N", min=1)
+    ] = 1
+    query_tokens: QueryTokens = 64
+    answer_tokens: Annotated[
+        int, option("Tokens of an answer.", panel=_PANEL, metavar="N", min=2)
+    ] = 256
+    repeats: Repeats = 3
+    kv_dtype: KvDtype = None
+    kv_device: KvDevice = None
+    compile: Compile = None
+
+    def benchmark(self) -> Decode:
+        """Check the options."""
+        from star_attention.bench.decode import Decode
+
+        StarConfig.of(kv_dtype=self.kv_dtype, kv_device=self.kv_device)
+        return Decode(
+            contexts=sizes(self.context, "context"),
+            block=size(self.block, "block_size"),
+            queries=self.queries,
+            query_tokens=self.query_tokens,
+            answer_tokens=self.answer_tokens,
+            repeats=self.repeats,
+            compile=self.compile,
+            kv_dtype=self.kv_dtype,
+            kv_device=self.kv_device,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionsOptions:
+    context: Contexts = "16k"
+    block: Block = "4k"
+    questions: Annotated[
+        int, option("Questions on each text.", panel=_PANEL, metavar="N", min=1)
+    ] = 20
+    query_tokens: QueryTokens = 64
+    answer_tokens: Annotated[
+        int, option("Tokens of an answer.", panel=_PANEL, metavar="N", min=1)
+    ] = 32
+    repeats: Repeats = 3
+    compile: Compile = None
+
+    def benchmark(self) -> Questions:
+        """Check the options."""
+        from star_attention.bench.questions import Questions
+
+        return Questions(
+            contexts=sizes(self.context, "context"),
+            block=size(self.block, "block_size"),
+            questions=self.questions,
+            query_tokens=self.query_tokens,
+            answer_tokens=self.answer_tokens,
+            repeats=self.repeats,
+            compile=self.compile,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsOptions:
+    context: Contexts = "16k,128k"
+    block: Blocks = "4k,16k"
+    repeats: Repeats = 10
+
+    def benchmark(self) -> Kernels:
+        """Check the options."""
+        from star_attention.bench.kernels import Kernels
+
+        return Kernels(
+            contexts=sizes(self.context, "context"),
+            blocks=sizes(self.block, "block_size"),
+            repeats=self.repeats,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartupOptions:
+    context: Annotated[str, option("Tokens of the context.", panel=_PANEL, metavar="SIZE")] = "48k"
+    block: Block = "16k"
+    query_tokens: QueryTokens = 64
+    compile: Compile = None
+    in_this_process: Annotated[
+        bool,
+        option(
+            "Measure this process only, with the caches on disk as they are.",
+            "--in-this-process",
+            panel=_PANEL,
+        ),
+    ] = False
+
+    def benchmark(self) -> Startup:
+        """Check the options."""
+        from star_attention.bench.startup import Startup
+
+        return Startup(
+            context=size(self.context, "context"),
+            block=size(self.block, "block_size"),
+            query_tokens=self.query_tokens,
+            compile=self.compile,
+        )
+
+    def arguments(self, target: TargetOptions) -> list[str]:
+        """Return the arguments of the command that measures its own process with these options."""
+        arguments = ["bench", "startup", "--in-this-process", "--quiet"]
+        arguments += ["--dtype", target.dtype, "--device", target.device]
+        arguments += ["--context", self.context, "--block", self.block]
+        arguments += ["--query-tokens", str(self.query_tokens)]
+        if target.model is not None:
+            arguments += ["--model", target.model]
+        if target.shapes is not None:
+            arguments += ["--shapes", target.shapes]
+        if self.compile is not None:
+            arguments.append("--compile" if self.compile else "--no-compile")
+        return arguments
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
