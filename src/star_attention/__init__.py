@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from star_attention import errors as errors
     from star_attention.config import StarConfig as StarConfig
     from star_attention.engine import StarLLM as StarLLM
-    from star_attention.engine import supported as supported
     from star_attention.generation.result import Generation as Generation
     from star_attention.generation.stream import Stream as Stream
+    from star_attention.hf.loading.pretrained import supported as supported
     from star_attention.planning.plan import BlockPlan as BlockPlan
     from star_attention.question_answering import pipeline as pipeline
     from star_attention.storage.context import EncodedContext as EncodedContext
@@ -29,7 +29,7 @@ _HOME = {
     "StarLLM": "engine",
     "Stream": "generation.stream",
     "pipeline": "question_answering",
-    "supported": "engine",
+    "supported": "hf.loading.pretrained",
 }
 
 __all__ = [

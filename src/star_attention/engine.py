@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from dataclasses import dataclass
 from typing import Any, TypeVar, Unpack, overload
 
 import torch
@@ -20,7 +19,6 @@ from star_attention.generation import run as runs
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
-from star_attention.hf.loading import load, support
 from star_attention.hf.loading.pretrained import load_pretrained
 from star_attention.inputs import Content, Contents, Prepared, TextOrIds
 from star_attention.phase1 import Progress
@@ -34,30 +32,6 @@ _INSTEAD = {
     "tokenizer": "it is loaded with the model; to use another, set the engine's tokenizer",
     "device_map": "use device=, or to spread the layers model_kwargs={'device_map': 'auto'}",
 }
-
-
-@dataclass(frozen=True)
-class Support:
-    """The result of `supported`: true or false, with the reasons against."""
-
-    reasons: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return not self.reasons
-
-    def __str__(self) -> str:
-        return "supported" if self else "not supported: " + "; ".join(self.reasons)
-
-
-def supported(model_or_config: Any) -> Support:
-    """Say if Star Attention can run a transformers model, and if not, why. Loads no weights.
-
-    Args:
-        model_or_config: a model, a PEFT model, a config, or the path or hub id of one.
-    """
-    if isinstance(model_or_config, (str, os.PathLike)):
-        model_or_config = load.load_config(model_or_config)
-    return Support(tuple(support.reasons(model_or_config)))
 
 
 class StarLLM(RuntimeView):

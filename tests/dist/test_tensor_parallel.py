@@ -259,7 +259,7 @@ def test_settings_that_do_not_go_together(pool: Pool, folder: Path) -> None:
 def guided(comm: TorchComm, path: Path) -> list[Any]:
     star = star_of(comm, path, 2)
     context = star.encode(ids(CONTEXT))
-    with pytest.raises(InvalidInputError, match="forwards beside the answer"):
+    with pytest.raises(InvalidInputError, match="guidance_scale needs extra forwards"):
         star.generate(context, [5, 6], max_new_tokens=3, guidance_scale=1.5)
     return star.generate(context, [5, 6], max_new_tokens=3).token_ids  # the ranks have met again
 
@@ -360,7 +360,7 @@ def test_a_share_is_not_saved_as_a_model(pool: Pool, folder: Path, tmp_path: Pat
 
 
 def compiled_share(comm: TorchComm, path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="compile=True does not go with tensor_parallel"):
+    with pytest.raises(InvalidInputError, match="compile=True does not work with tensor_parallel"):
         StarLLM.from_pretrained(path, comm=comm, device="cpu", tensor_parallel=2, compile=True, **SIZES)
     assert StarLLM.from_pretrained(path, comm=comm, device="cpu", **SIZES).runtime.handle.compiled is None
 

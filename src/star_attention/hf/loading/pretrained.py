@@ -1,14 +1,39 @@
-"""Loading a model and its tokenizer on one rank or several."""
+"""Loading a model and its tokenizer on one rank or several, and asking if a model can run."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
-from star_attention.hf.loading import load
+from star_attention.hf.loading import load, support
 from star_attention.hf.loading.tensor_parallel import load_share
+
+
+@dataclass(frozen=True)
+class Support:
+    """The result of `supported`: true or false, with the reasons against."""
+
+    reasons: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.reasons
+
+    def __str__(self) -> str:
+        return "supported" if self else "not supported: " + "; ".join(self.reasons)
+
+
+def supported(model_or_config: Any) -> Support:
+    """Say if Star Attention can run a transformers model, and if not, why. Loads no weights.
+
+    Args:
+        model_or_config: a model, a PEFT model, a config, or the path or hub id of one.
+    """
+    if isinstance(model_or_config, (str, os.PathLike)):
+        model_or_config = load.load_config(model_or_config)
+    return Support(tuple(support.reasons(model_or_config)))
 
 
 def load_pretrained(
