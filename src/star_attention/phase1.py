@@ -19,7 +19,7 @@ from torch import Tensor
 
 from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm, Pending
-from star_attention.hf.cache.base import AnchorLink, EncodeCache, SpanCache
+from star_attention.hf.cache.encode import AnchorLink, EncodeCache, SpanCache
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle
@@ -169,7 +169,7 @@ def empty(
     """
     if comm.cp_size == 1:
         return ContextKV.empty(segments, [None] * len(handle.windows), kv_format)
-    expands = [None if shape is None else shape.expands for shape in handle.kept]
+    expands = [None if shape is None else shape.expands for shape in handle.layer_shapes]
     return ContextKV.empty(segments, expands, kv_format)
 
 
@@ -204,8 +204,8 @@ class Forwards:
                 )
                 positions_1S = torch.arange(span.start, span.stop, device=handle.device)[None]
                 ids_BS = job.ids_BL[:, span.start : span.stop].to(handle.device)
-                what = FULL if span.tokens == usual else None
-                handle.encode(ids_BS, positions_1S, cache, job.rope_length, what=what)
+                mode = FULL if span.tokens == usual else None
+                handle.encode(ids_BS, positions_1S, cache, job.rope_length, compiled_for=mode)
                 done += span.tokens
                 comm.progress(done, max(done, own_tokens))
                 if job.progress is not None:
@@ -246,7 +246,7 @@ class _AnchorSender(AnchorLink):
         self._comm, self._plan = comm, plan
         self._pending: list[Pending] = []
 
-    def kept(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+    def send(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
         tokens = min(span.stop, self._plan.anchor_size) - span.start
         if tokens > 0:
             packed = _pack(k_BGSD[:, :, :tokens], v_BGSD[:, :, :tokens])
@@ -272,7 +272,7 @@ class _AnchorReceiver(AnchorLink):
     def __init__(self, job: EncodeJob, anchors: list[ContextKV]) -> None:
         self._handle, self._comm, self._plan = job.handle, job.comm, job.plan
         self._anchors = anchors
-        layers = [i for i, shape in enumerate(job.handle.kept) if shape is not None]
+        layers = [i for i, shape in enumerate(job.handle.layer_shapes) if shape is not None]
         anchor_size = job.plan.anchor_size
         self._waiting = deque(
             _AnchorPart(layer, span.start, min(span.stop, anchor_size) - span.start)
@@ -282,7 +282,7 @@ class _AnchorReceiver(AnchorLink):
         )
         self._in_flight: deque[tuple[_AnchorPart, Tensor, Pending]] = deque()
 
-    def needed(self, layer: int) -> None:
+    def wait_for(self, layer: int) -> None:
         if not (self._waiting or self._in_flight):
             return
         # Rank 0 sends all layers of one part of the anchor, then all layers of the next part.
@@ -296,7 +296,7 @@ class _AnchorReceiver(AnchorLink):
         part = self._waiting.popleft()
         shape = self._shape(part.layer)
         packed = torch.empty(
-            len(self._anchors) * part.tokens * shape.numbers,
+            len(self._anchors) * part.tokens * shape.elements,
             dtype=shape.dtype,
             device=self._handle.layer_device(part.layer),
         )
@@ -312,7 +312,7 @@ class _AnchorReceiver(AnchorLink):
             store.layers[part.layer].write(part.start, k_GSD, v_GSD)
 
     def _shape(self, layer: int) -> LayerKVShape:
-        shape = self._handle.kept[layer]
+        shape = self._handle.layer_shapes[layer]
         assert shape is not None
         return shape
 
@@ -325,10 +325,10 @@ def _send_anchor_to(owner: int, job: EncodeJob, kv: ContextKV) -> ContextKV:
     """
     handle, comm, anchor_size = job.handle, job.comm, job.plan.anchor_size
     anchor = empty(handle, Segments.prefix(anchor_size), comm)
-    for layer, shape in enumerate(handle.kept):
+    for layer, shape in enumerate(handle.layer_shapes):
         if shape is None:
             continue
-        size, device = anchor_size * shape.numbers, handle.layer_device(layer)
+        size, device = anchor_size * shape.elements, handle.layer_device(layer)
         received = torch.empty(
             size if comm.cp_rank == owner else 0, dtype=shape.dtype, device=device
         )

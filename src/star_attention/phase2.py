@@ -30,15 +30,16 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.messages import CALL, END
-from star_attention.hf.cache.base import AnswerCache
+from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.cache.mirrored import Mirror, MirroredCache
 from star_attention.hf.execution.graphs import Graphs
-from star_attention.hf.execution.handle import ModelHandle, cache_word
+from star_attention.hf.execution.handle import ModelHandle, cache_argument
 from star_attention.storage.kv import ContextKV
 
 OWN_LOOP_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Modes that run in our own loop; transformers runs all others."""
 
-_CACHE_WORD = cache_word(GenerationMixin.prepare_inputs_for_generation)
+_CACHE_ARGUMENT = cache_argument(GenerationMixin.prepare_inputs_for_generation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +110,8 @@ class Request:
             query_tokens: length that queries are padded to; the longest query by default.
         """
         padding = [(query_tokens or self.query_tokens) - len(query) for query in self.queries]
-        if self.comm.size > 1:
-            self.comm.broadcast_object(("cache", padding))
-        return AnswerCache(
+        cache_type = MirroredCache if self.comm.size > 1 else AnswerCache
+        return cache_type(
             self.shard, self.handle.windows, len(self.context_ids_L), padding, self.comm
         )
 
@@ -161,7 +161,9 @@ def logits(request: Request) -> Tensor:
     """Return the logits of every token of a single query, fp32 `[Q, V]`."""
     cache = request.cache()
     parts = [
-        request.handle.logits(ids_BS, positions_BS, cache, request.rope_length, keep=0).float()
+        request.handle.logits(
+            ids_BS, positions_BS, cache, request.rope_length, logits_to_keep=0
+        ).float()
         for ids_BS, positions_BS in _forwards(request, cache)
     ]
     return torch.cat(parts, 1)[0]
@@ -199,7 +201,7 @@ def steps(request: Request) -> Iterator[Step]:
         logits_processor=request.logits_processor,
         stopping_criteria=request.stopping_criteria,
         custom_generate=custom_generate,
-        **{_CACHE_WORD: cache},
+        **{_CACHE_ARGUMENT: cache},
         **request.generation_kwargs,
     )
     return loop
@@ -248,7 +250,7 @@ def _stock(request: Request) -> list[list[int]]:
             sequences: Tensor = model.generate(
                 ids_BS,
                 attention_mask=mask_BS,
-                **{_CACHE_WORD: cache},
+                **{_CACHE_ARGUMENT: cache},
                 **request.generation_kwargs,
                 logits_processor=request.logits_processor,
                 stopping_criteria=StoppingCriteriaList(criteria),
@@ -282,7 +284,18 @@ def follow(
     Returns:
         Rank 0's last message (the answers); None where it left the answer for another call.
     """
-    cache = AnswerCache(shard, handle.windows, context_tokens, [0], comm)
+
+    def new_cache(padding: list[int]) -> AnswerCache:
+        return AnswerCache(shard, handle.windows, context_tokens, padding, comm)
+
+    def forward(
+        cache: AnswerCache, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int
+    ) -> None:
+        ids_BS, positions_BS = ids_BS.to(handle.device), positions_BS.to(handle.device)
+        # Only rank 0 needs logits.
+        handle.encode(ids_BS, positions_BS, cache, rope_length, logits_to_keep=logits_to_keep)
+
+    mirror = Mirror(new_cache, forward)
     while True:
         kind, *arguments = comm.receive_object()
         if kind == END:
@@ -292,17 +305,8 @@ def follow(
             return None
         if kind == "piece":
             yield arguments[0]
-        elif kind == "cache":
-            cache = AnswerCache(shard, handle.windows, context_tokens, arguments[0], comm)
-        elif kind == "forward":
-            ids, positions, keep = arguments
-            ids_BS = torch.tensor(ids, device=handle.device)
-            positions_BS = torch.tensor(positions, device=handle.device)
-            cache.report()
-            # Only rank 0 needs logits.
-            handle.encode(ids_BS, positions_BS, cache, rope_length, keep=keep)
         else:
-            cache.follow(kind, *arguments)
+            mirror.run(kind, *arguments)
 
 
 def _forwards(request: Request, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:

@@ -86,7 +86,7 @@ class Runtime:
             self.comm = self.comm.on(self.device)
         if self.comm.cp_size > 1:
             # Probe the layers now: it takes a forward, which is not to count as work of a call.
-            self.handle.kept  # noqa: B018
+            self.handle.layer_shapes  # noqa: B018
 
     def _verify_ranks_agree(self) -> None:
         """Raise `RankError` on all ranks, naming what differs between them."""

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from star_attention.cli import main
-from star_attention.hf.cache.base import EncodeCache
+from star_attention.hf.cache.encode import EncodeCache
 from star_attention.hf.execution.handle import ModelHandle
 
 what, phase, victim = sys.argv[1:4]

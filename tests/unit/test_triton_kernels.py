@@ -105,7 +105,7 @@ def test_products_with_one_row_share_launches(matrices: int) -> None:
         torch.randn(matrices, 8, 70).unbind(),
     )
     traced = make_fx(layer)(x, *weights)
-    triton_row.together(traced.graph)
+    triton_row.fuse_linears(traced.graph)
     traced.recompile()
     op = torch.ops.star_attention.linears.default
     sizes = [len(node.args[1]) for node in traced.graph.nodes if node.target == op]
@@ -119,18 +119,18 @@ def test_a_compiled_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> N
     x = torch.randn(1, 1, layer.gate_proj.in_features)
     expected = layer(x)
     launches: list[int] = []
-    joined = triton_row.together
+    joined = triton_row.fuse_linears
 
     def seen(graph: torch.fx.Graph) -> None:
         joined(graph)
         op = torch.ops.star_attention.linears.default
         launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
 
-    monkeypatch.setattr(triton_row, "together", seen)
+    monkeypatch.setattr(triton_row, "fuse_linears", seen)
     for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
         module.__class__ = triton_row.RowLinear
     compiled_layer = torch.compile(
-        layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._TOGETHER}
+        layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
     )
     fresh = (
         torch._inductor.config.patch(fx_graph_cache=False),

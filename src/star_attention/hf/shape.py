@@ -7,6 +7,7 @@ every layer keeps and attends with, whatever the family calls its settings; torc
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,39 +19,40 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed import SoloComm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf.cache.base import StarCache
-from star_attention.hf.cache.probe import TOKENS, ProbeLayer, ProbePlace
+from star_attention.hf.cache.base import ForwardPosition, StarCache, build_layers
+from star_attention.hf.cache.probe import TOKENS, ProbeLayer, no_stores, run_probe
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import support, tensor_parallel
 from star_attention.planning.cost import AttentionShape, ModelShape
 
 
-class _Record(ProbePlace):
-    """What one forward without numbers shows."""
+@dataclass(kw_only=True)
+class _Record(ForwardPosition):
+    """What one forward without data shows."""
 
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self.counter = counter
-        self.attention: list[AttentionShape] = []
-        self.kv_numbers = self.kv_rows = self.kv_layers = 0
-        self.flops_at_keep = 0
-        self.expansion_flops = 0
+    counter: FlopCounterMode
+    attention: list[AttentionShape] = field(default_factory=list)
+    kv_elements: int = 0
+    kv_rows: int = 0
+    kv_layers: int = 0
+    expansion_flops: int = 0
+    flops_at_append: int = 0
 
 
-class _RecordingLayer(ProbeLayer):
-    place: _Record
-
-    def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        self.place.kv_layers += 1
-        self.place.kv_numbers += (k_BGSD.numel() + v_BGSD.numel()) // TOKENS
-        self.place.kv_rows += k_BGSD.shape[1] + v_BGSD.shape[1]
-        self.place.flops_at_keep = self.place.counter.get_total_flops()
-        return super().keep(k_BGSD, v_BGSD)
+class _RecordingLayer(ProbeLayer[_Record]):
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        record = self.position
+        record.kv_layers += 1
+        record.kv_elements += (k_BGSD.numel() + v_BGSD.numel()) // TOKENS
+        record.kv_rows += k_BGSD.shape[1] + v_BGSD.shape[1]
+        record.flops_at_append = record.counter.get_total_flops()
+        return super().append(k_BGSD, v_BGSD)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        if self.kv.expands:  # what ran since `keep` made keys and values of what is kept
-            self.place.expansion_flops += (
-                self.place.counter.get_total_flops() - self.place.flops_at_keep
-            )
+        record = self.position
+        # Operations since `append` expanded the stored keys and values.
+        if self.kv.expands:
+            record.expansion_flops += record.counter.get_total_flops() - record.flops_at_append
         call = AttentionShape(
             heads=q_BQHD.shape[2],
             kv_heads=k_BKGD.shape[2],
@@ -58,7 +60,7 @@ class _RecordingLayer(ProbeLayer):
             v_head_size=v_BKGD.shape[3],
             window=rule.window,
         )
-        self.place.attention.append(call)
+        record.attention.append(call)
         return super().attend(q_BQHD, k_BKGD, v_BKGD, rule)
 
 
@@ -74,18 +76,13 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
     torch_dtype = _dtype(config, dtype)
     model = _without_weights(config, torch_dtype)
     handle = ModelHandle(model)
-    ids_1S = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
-    positions_1S = torch.arange(TOKENS, device="meta")[None]
     try:
         with FlopCounterMode(display=False) as counter:
-            record = _Record(counter)
-            layers = [_RecordingLayer(i, record, window) for i, window in enumerate(handle.windows)]
-            handle.encode(
-                ids_1S,
-                positions_1S,
-                StarCache(layers, record, SoloComm()),
-                2 * TOKENS if handle.rotaries else None,
+            record = _Record(counter=counter)
+            layers = build_layers(
+                _RecordingLayer, handle.windows, record, no_stores(handle.windows)
             )
+            run_probe(handle, StarCache(layers, record, SoloComm()))
     except (RuntimeError, NotImplementedError) as error:
         raise InvalidInputError(
             f"the cost of {config.model_type} cannot be worked out from its config: its code looks at values while it"
@@ -100,7 +97,7 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         layers=len(handle.windows),
         hidden_size=handle.config.hidden_size,
         attention=tuple(record.attention),
-        kv_numbers_per_token=record.kv_numbers,
+        kv_numbers_per_token=record.kv_elements,
         kv_rows_per_token=record.kv_rows,
         kv_layers=record.kv_layers,
         linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),

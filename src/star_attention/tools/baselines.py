@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from star_attention.distributed import SoloComm
-from star_attention.hf.cache.base import EncodeCache
+from star_attention.hf.cache.encode import EncodeCache
 from star_attention.hf.execution.compiled import FULL
-from star_attention.hf.execution.handle import ModelHandle, cache_word
+from star_attention.hf.execution.handle import ModelHandle, cache_argument
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
@@ -38,7 +38,7 @@ def stock_prefill(model: Any, ids_L: Tensor, backend: SDPBackend | None) -> Any:
         decoder(
             input_ids=ids_L[None].to(decoder.device),
             use_cache=True,
-            **{cache_word(decoder.forward): cache},
+            **{cache_argument(decoder.forward): cache},
         )
     return cache
 
@@ -88,13 +88,13 @@ def official_encode(
         for span in dense.spans(tokens_per_forward):
             cache.span = span
             part = slice(span.start, span.stop)
-            what = FULL if span.tokens == tokens_per_forward else None
+            mode = FULL if span.tokens == tokens_per_forward else None
             handle.encode(
                 ids_S[part][None].to(handle.device),
                 positions_S[part][None].to(handle.device),
                 cache,
                 None,
-                what=what,
+                compiled_for=mode,
             )
         for layer, kept in zip(store.layers, both.layers, strict=True):
             if not kept.is_empty:

@@ -1,7 +1,8 @@
-"""Matrices times one row; ours, in Triton.
+"""Matrices times a single row, in Triton.
 
-In the shapes of an 8B model's layer cuBLAS moves the weights of a single token at 0.44 to 0.83 of an H200's bandwidth, this at
-0.71 to 0.94 (bench/results/2026-11-26-h200.md); matrices much larger than those it moves as well.
+In the shapes of an 8B model's layers, cuBLAS multiplies a single token at 0.44 to 0.83 of an H200's
+memory bandwidth, this kernel at 0.71 to 0.94 (bench/results/2026-11-26-h200.md). With much larger
+matrices cuBLAS is as fast.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 _BLOCK_K = 1024
 
-MOST = 3
-"""Matrices of one launch."""
+MAX_MATRICES = 3
+"""Matrices of one launch, at most."""
 
 
 @triton.jit
@@ -55,14 +56,24 @@ def _rows(
 def linears(
     x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """`torch.nn.functional.linear` of a single row and up to `MOST` matrices in one launch; sums in fp32.
+    """`torch.nn.functional.linear` of a single row and up to `MAX_MATRICES` matrices in one launch.
 
-    `[..., K]` to `[..., N]` for each. The next matrix's weights are on their way while the last one's sums are finished.
+    Sums are in fp32. One launch loads the next matrix's weights while it finishes the last one's
+    sums.
+
+    Args:
+        x: The row, `[..., K]`.
+        weights_NK: Weights of each matrix.
+        biases_N: Bias of each matrix, or None.
+
+    Returns:
+        A result `[..., N]` for each matrix.
     """
     outs = [torch.empty(*x.shape[:-1], len(w), dtype=x.dtype, device=x.device) for w in weights_NK]
     each = list(zip(weights_NK, biases_N, outs, strict=True))
-    each += each[:1] * (MOST - len(each))  # (named, and never reached)
-    sizes = [len(w) for w in weights_NK] + [0] * (MOST - len(outs))
+    # Missing matrices are the first one again, which no program reaches: their size is 0.
+    each += each[:1] * (MAX_MATRICES - len(each))
+    sizes = [len(w) for w in weights_NK] + [0] * (MAX_MATRICES - len(outs))
     (a, b, c) = ((w, w if bias is None else bias, out) for w, bias, out in each)
     bias = [bias is not None for _, bias, _ in each]
     _rows[(sum(sizes),)](
@@ -79,13 +90,13 @@ def _(x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`; sums in fp32."""
+    """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`, with sums in fp32."""
     outs: list[Tensor] = linears(x, [weight_NK], [bias_N])
     return outs[0]
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that takes `linear` for a single row where it is compiled; in plain calls it is the one of torch."""
+    """A linear layer that, once compiled, multiplies a single row by `linear`; else it is torch's."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and input.numel() == input.shape[-1]:
@@ -93,8 +104,8 @@ class RowLinear(nn.Linear):
         return super().forward(input)
 
 
-def fits(module: nn.Module) -> bool:
-    """Whether a module may become a `RowLinear`: a plain linear layer of plain weights (not of a quantized kind)."""
+def is_plain_linear(module: nn.Module) -> bool:
+    """True if a module may become a `RowLinear`: a linear layer of plain, not quantized, weights."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -102,21 +113,23 @@ def fits(module: nn.Module) -> bool:
     )
 
 
-def together(graph: torch.fx.Graph) -> None:
-    """Give products with the same row one launch: query, key and value, or both halves of a gated layer."""
+def fuse_linears(graph: torch.fx.Graph) -> None:
+    """Compute products with the same row in one launch: query, key and value, or both halves of a
+    gated layer."""
     by_row: dict[Any, list[Any]] = {}
     op = torch.ops.star_attention.linears.default
     for node in graph.find_nodes(op="call_function", target=op):
         by_row.setdefault(node.args[0], []).append(node)
     for row, nodes in by_row.items():
-        for at in range(0, len(nodes), MOST):
-            several = nodes[at : at + MOST]
-            if len(several) > 1:
-                _join(graph, row, several)
+        for at in range(0, len(nodes), MAX_MATRICES):
+            launch = nodes[at : at + MAX_MATRICES]
+            if len(launch) > 1:
+                _fuse(graph, row, launch)
 
 
-def _join(graph: torch.fx.Graph, row: Any, nodes: list[Any]) -> None:
-    """(Weights and biases are inputs of a layer's graph, so that they are there before the first of the nodes.)"""
+def _fuse(graph: torch.fx.Graph, row: Any, nodes: list[Any]) -> None:
+    """Replace several products with one row by a single call, if all their weights are inputs."""
+    # Inputs of the layer's graph are there before the first of the nodes.
     inputs = [item for node in nodes for part in node.args[1:] for item in part if item is not None]
     if any(item.op != "placeholder" for item in inputs) or any(
         len(node.args[1]) != 1 for node in nodes
@@ -124,13 +137,14 @@ def _join(graph: torch.fx.Graph, row: Any, nodes: list[Any]) -> None:
         return
     with graph.inserting_before(nodes[0]):
         weights, biases = ([node.args[part][0] for node in nodes] for part in (1, 2))
-        all_ = graph.call_function(nodes[0].target, (row, weights, biases))
-    all_.meta["val"] = [node.meta["val"][0] for node in nodes]
+        fused = graph.call_function(nodes[0].target, (row, weights, biases))
+    fused.meta["val"] = [node.meta["val"][0] for node in nodes]
     for index, node in enumerate(nodes):
-        for user in list(node.users):  # each takes the only result
+        # Each user takes the only result of its node.
+        for user in list(node.users):
             with graph.inserting_before(user):
-                one = graph.call_function(user.target, (all_, index))
-            one.meta = dict(user.meta)
-            user.replace_all_uses_with(one)
+                result = graph.call_function(user.target, (fused, index))
+            result.meta = dict(user.meta)
+            user.replace_all_uses_with(result)
             graph.erase_node(user)
         graph.erase_node(node)

@@ -1,1 +1,1 @@
-"""transformers caches that compute attention over our stores."""
+"""Caches for transformers' models that store keys and values and compute attention over them."""

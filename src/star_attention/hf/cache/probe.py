@@ -1,4 +1,4 @@
-"""What each layer of a model keeps and attends with, seen in one forward of a few tokens.
+"""A look at a model's layers: one forward of a few tokens shows what each stores and attends with.
 
 Axes: B batch, S tokens, K keys, Q queries, H query heads, G KV heads, D head size.
 """
@@ -14,18 +14,24 @@ from torch import Tensor
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed import SoloComm
-from star_attention.hf.cache.base import StarCache, _Place, _StarLayer
+from star_attention.hf.cache.base import ForwardPosition, P, StarCache, StarLayer, build_layers
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import LayerKV
+from star_attention.storage.kv import ContextKV, LayerKV
 
 TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKVShape:
-    """What one cache layer keeps of a token: `k_heads` keys of `k_size` and `v_heads` values of `v_size` numbers.
+    """What one cache layer stores of a token.
 
-    expands: its attention computes keys and values from that (MLA).
+    Args:
+        k_heads: Heads of its keys.
+        k_size: Elements of each key.
+        v_heads: Heads of its values.
+        v_size: Elements of each value.
+        dtype: Precision of both.
+        expands: True if its attention computes keys and values from the stored ones (MLA).
     """
 
     k_heads: int
@@ -36,77 +42,91 @@ class LayerKVShape:
     expands: bool
 
     @property
-    def numbers(self) -> int:
-        """Numbers a token."""
+    def elements(self) -> int:
+        """Elements stored for each token."""
         return self.k_heads * self.k_size + self.v_heads * self.v_size
 
 
-class ProbePlace(_Place):
-    seen_tokens = 0
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """What one forward shows of a model's layers.
+
+    Args:
+        layer_shapes: What each cache layer stores, None for one that reads another layer's keys.
+        reads_own_keys: True if every attention reads just what its own layer has stored, once.
+    """
+
+    layer_shapes: list[LayerKVShape | None]
+    reads_own_keys: bool
 
 
-class ProbeLayer(_StarLayer):
-    """Keeps nothing, and notes what it is given."""
+class ProbeLayer(StarLayer[P]):
+    """Stores nothing, and remembers the keys and values that it is passed."""
 
-    def __init__(self, index: int, place: ProbePlace, window: int | None) -> None:
-        super().__init__(index, place, window)
-        self._kv = LayerKV(Segments.prefix(TOKENS))
-        self.given: tuple[Tensor, Tensor] | None = None
+    def __init__(self, index: int, window: int | None, position: P, stores: list[LayerKV]) -> None:
+        super().__init__(index, window, position, stores)
+        self.pair: tuple[Tensor, Tensor] | None = None
         self.was_read = False
 
-    @property
-    def kv(self) -> LayerKV:
-        return self._kv
-
-    def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        self.given = k_BGSD, v_BGSD
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        self.pair = k_BGSD, v_BGSD
         return k_BGSD, v_BGSD
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         out_BQHD = q_BQHD.new_zeros(*q_BQHD.shape[:3], v_BKGD.shape[3], dtype=torch.float32)
         return State(out_BQHD, out_BQHD[..., 0])
 
-    def kept(self) -> LayerKVShape | None:
-        """What this layer keeps; None for one that reads another layer's keys."""
-        if self.given is None:
+    def shape(self) -> LayerKVShape | None:
+        """What this layer stores, None if it reads another layer's keys."""
+        if self.pair is None:
             return None
-        k_BGSD, v_BGSD = self.given
+        k_BGSD, v_BGSD = self.pair
         return LayerKVShape(
             k_heads=k_BGSD.shape[1],
             k_size=k_BGSD.shape[3],
             v_heads=v_BGSD.shape[1],
             v_size=v_BGSD.shape[3],
             dtype=k_BGSD.dtype,
-            expands=bool(self._kv.expands),
+            expands=bool(self.kv.expands),
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What each cache layer keeps, and whether every attention reads just what its own layer has kept."""
+class ProbeCache(StarCache):
+    layers: list[ProbeLayer[ForwardPosition]]
 
-    kept: list[LayerKVShape | None]
-    simple: bool
-
-
-class _ProbeCache(StarCache):
-    simple = True
+    def __init__(self, windows: list[int | None]) -> None:
+        position = ForwardPosition()
+        super().__init__(
+            build_layers(ProbeLayer, windows, position, no_stores(windows)), position, SoloComm()
+        )
+        self.reads_own_keys = True
 
     def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
-        last: ProbeLayer = self.layers[self.place.last]
-        own = getattr(module, "layer_idx", None) == last.index and last.handed_out(key, value)
-        self.simple = self.simple and own and not last.was_read
+        assert self.position.last_layer is not None, "attention before any update of the cache"
+        last = self.layers[self.position.last_layer]
+        own = getattr(module, "layer_idx", None) == last.index and last.owns(key, value)
+        self.reads_own_keys = self.reads_own_keys and own and not last.was_read
         last.was_read = True
         return super().attend(module, q_BQHD, key, value, rule)
 
 
-def look(handle: Any) -> Seen:
-    """Send a few tokens through a loaded model and watch."""
-    place = ProbePlace()
-    layers = [ProbeLayer(index, place, window) for index, window in enumerate(handle.windows)]
+def no_stores(windows: list[int | None]) -> list[ContextKV]:
+    """Stores for layers that write nothing into them."""
+    return [ContextKV.empty(Segments.prefix(TOKENS), [None] * len(windows))]
+
+
+def run_probe(handle: Any, cache: StarCache) -> None:
+    """Send a few tokens through the decoder of a `ModelHandle`."""
     ids_1S = torch.full((1, TOKENS), handle.vocab_size // 2, device=handle.device)
     positions_1S = torch.arange(TOKENS, device=handle.device)[None]
-    rope_length = 2 * TOKENS if handle.rotaries else None
-    cache = _ProbeCache(layers, place, SoloComm())
-    handle.encode(ids_1S, positions_1S, cache, rope_length)
-    return Seen(kept=[layer.kept() for layer in layers], simple=cache.simple)
+    handle.encode(ids_1S, positions_1S, cache, 2 * TOKENS if handle.rotaries else None)
+
+
+def probe_layers(handle: Any) -> ProbeResult:
+    """Run the decoder of a `ModelHandle` over a few tokens and report what its layers store."""
+    cache = ProbeCache(handle.windows)
+    run_probe(handle, cache)
+    return ProbeResult(
+        layer_shapes=[layer.shape() for layer in cache.layers],
+        reads_own_keys=cache.reads_own_keys,
+    )

@@ -1,1 +1,1 @@
-"""Running a transformers model with our attention: hooks, compiled layers, CUDA graphs."""
+"""Forwards of a transformers model with our attention: hooks, compiled layers, CUDA graphs."""

@@ -1,11 +1,13 @@
 """The decoder's layers through torch.compile, for our forwards only.
 
-Each layer is compiled by itself, its attention staying ours: norms, rotary embeddings, activations and residual sums become
-few kernels. For a single token, linear layers go through a kernel of ours, those with one input in one launch. Layers of one
-kind share what is compiled, so that it happens once for a model and not once a layer.
+Each layer is compiled by itself: norms, rotary embeddings, activations and residual sums become few
+kernels. For a single token, linear layers go through a kernel of ours, those with the same input in
+one launch. Layers of one kind share what is compiled, so compiling happens once for each kind.
 
-A layer is compiled whole, with our attention as one operation in it, or where that is not possible in pieces around it, of which
-each takes its time to compile.
+A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
+not possible it is compiled in pieces around the attention, each of which takes its time to compile:
+in models whose layers do not simply read their own keys (KV sharing, MLA), and for layers that
+torch.compile cannot trace without a break.
 """
 
 from __future__ import annotations
@@ -26,41 +28,46 @@ from star_attention.hf.execution import hook
 _log = logging.getLogger("star_attention")
 
 FULL, STEP = "full", "step"
-"""What a forward is compiled for: many tokens, of a number that comes again and again (phase 1), or one token (phase 2)."""
+"""Modes of compiled layers: many tokens, the same number again and again (phase 1), or one token
+(phase 2)."""
 
-# Whole layers are compiled with constants for everything but their weights and inputs: kinds of layers, lengths and models add
-# up, but one that knows its own number in other ways than by its place would be compiled again and again.
+# Whole layers are compiled with constants for everything but weights and inputs. Kinds of layers,
+# lengths and models add up, and a layer that knows its index in other ways than by `layer_idx`
+# would be compiled again and again without a limit.
 _WHOLE = {"recompile_limit": 16}
-# The pieces are handed their layer's number, which must be no constant then.
+# Pieces read their layer's index, which must not be a constant then.
 _PIECES = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers: those of its lists whose members hold attention."""
+    """The decoder's layers: the members of its module lists that contain attention."""
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     return [
         layer
-        for one in lists
-        for layer in one
+        for layers in lists
+        for layer in layers
         if any(hasattr(module, "layer_idx") for module in layer.modules())
     ]
 
 
 class CompiledLayers:
-    """Compiled forwards of a decoder's layers, in place while `active`, for threads that are inside our forwards.
+    """Compiled forwards of a decoder's layers, installed while `active`.
 
-    handle: the `ModelHandle` of the decoder.
+    Threads outside of our forwards keep the stock forwards meanwhile.
+
+    Args:
+        handle: The `ModelHandle` of the decoder.
     """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._layers: list[Any] = layers_of(handle.decoder)
         self._linears: list[nn.Module] = []
-        numbers: list[set[Any]] = [
-            {m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")}
+        cache_indices: list[set[Any]] = [
+            {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
             for layer in self._layers
         ]
-        self._numbered = all(len(own) == 1 for own in numbers)
+        self._one_cache_layer_each = all(len(indices) == 1 for indices in cache_indices)
         self._gave_up = False
         self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}}
         if triton_works(handle.device):
@@ -68,26 +75,31 @@ class CompiledLayers:
 
             self._row_linear = triton_row.RowLinear
             self._linears = [
-                m for layer in self._layers for m in layer.modules() if triton_row.fits(m)
+                module
+                for layer in self._layers
+                for module in layer.modules()
+                if triton_row.is_plain_linear(module)
             ]
-            self._options[STEP] = {"post_grad_custom_pre_pass": _TOGETHER}
+            self._options[STEP] = {"post_grad_custom_pre_pass": _FUSE_LINEARS}
         self._forwards = {
-            what: [
-                self._dispatch(layer, min(own), what)
-                for layer, own in zip(self._layers, numbers, strict=True)
+            mode: [
+                self._dispatch(layer, min(indices), mode)
+                for layer, indices in zip(self._layers, cache_indices, strict=True)
             ]
-            for what in (FULL, STEP)
+            for mode in (FULL, STEP)
         }
 
     @property
     def whole(self) -> bool:
-        """Whether layers are compiled together with their attention."""
-        return self._numbered and not self._gave_up and bool(self._handle.seen.simple)
+        """True if layers are compiled together with their attention."""
+        reads_own_keys: bool = self._handle.probe_result.reads_own_keys
+        return self._one_cache_layer_each and not self._gave_up and reads_own_keys
 
     @contextmanager
-    def active(self, what: str) -> Iterator[None]:
-        linears = self._linears if what == STEP else []
-        for layer, forward in zip(self._layers, self._forwards[what], strict=True):
+    def active(self, mode: str) -> Iterator[None]:
+        """Install the layers compiled for `mode`, FULL or STEP, for the length of the block."""
+        linears = self._linears if mode == STEP else []
+        for layer, forward in zip(self._layers, self._forwards[mode], strict=True):
             layer.forward = forward
         for linear in linears:
             linear.__class__ = self._row_linear
@@ -99,29 +111,31 @@ class CompiledLayers:
             for linear in linears:
                 linear.__class__ = nn.Linear
 
-    def _dispatch(self, layer: Any, number: int, what: str) -> Callable[..., Any]:
+    def _dispatch(self, layer: Any, cache_index: int, mode: str) -> Callable[..., Any]:
+        """A forward that runs a layer compiled whole, in pieces or, outside of ours, as it was."""
         stock = layer.forward
-        options = self._options[what]
+        options = self._options[mode]
         whole = torch.compile(stock, dynamic=False, fullgraph=True, options=options)
-        # Dynamic, so that what is compiled for one layer's number serves all.
+        # Dynamic, so that what is compiled with one layer's index serves all.
         pieces = torch.compile(stock, dynamic=True, options=options)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not hook.is_ours():
+            if not hook.in_our_forward():
                 return stock(*args, **kwargs)
-            # (Before torch 2.13 settings are all threads'; another one may then compile more often than it needs to.)
+            # Before torch 2.13 these settings are shared by all threads: another one may then
+            # compile more often than it needs to.
             if self.whole:
-                hook.enter(number)
+                hook.enter_layer(cache_index)
                 try:
                     with torch._dynamo.config.patch(_WHOLE):
                         return whole(*args, **kwargs)
-                except (
-                    torch._dynamo.exc.TorchDynamoException
-                ) as error:  # nothing of the layer has run
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    # Nothing of the layer has run.
                     _log.info("layers are compiled in pieces: %s", error)
                     self._gave_up = True
             hook.step_outside(self._handle.configs)
-            if what == FULL:  # (rotary embeddings of an unknown length take ten times as long)
+            if mode == FULL:
+                # Rotary embeddings of an unknown length take ten times as long.
                 for tensor in _tensors((args, kwargs)):
                     torch._dynamo.mark_static(tensor)
             with torch._dynamo.config.patch(_PIECES):
@@ -130,27 +144,27 @@ class CompiledLayers:
         return forward
 
 
-class _Together(CustomGraphPass):
-    """`triton_row.together`, named for torch's caches on disk by what it does."""
+class _FuseLinearsPass(CustomGraphPass):
+    """`triton_row.fuse_linears`, with a name for torch's caches on disk."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         from star_attention.attention.kernels import triton_row
 
-        triton_row.together(graph)
+        triton_row.fuse_linears(graph)
 
     def uuid(self) -> str:
-        return "star_attention: linears together, 1"
+        return "star_attention: fuse linears, 1"
 
 
-_TOGETHER = _Together()
-"""One for all: what is compiled for one layer serves another only if its passes are equal."""
+_FUSE_LINEARS = _FuseLinearsPass()
+"""A single instance: what is compiled for one layer serves another only if their passes are equal."""
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
+        for item in value:
+            yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))

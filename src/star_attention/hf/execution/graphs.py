@@ -1,9 +1,10 @@
-"""Forwards of few tokens as CUDA graphs: launched whole, they cost what the device needs and not what Python does.
+"""Forwards of few tokens as CUDA graphs: launched as a whole, they cost the device's time, not Python's.
 
-A graph is captured once for a number of rows and new tokens. Where a context's and a tail's keys lie and how many there are, it
-reads on the device (`attention.kernels.triton_answer`), so that it serves every context, query and step.
+A graph is captured once for each number of rows and new tokens. It contains no context data: the
+kernels read the addresses and lengths of the keys from tables on the device
+(`attention.kernels.triton_answer`), so one graph serves every context, query and step.
 
-Axes: R rows, Q new tokens of each, G KV heads, V vocabulary.
+Axes: R rows, Q new tokens of each row, G KV heads, D head size, H query heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,77 +23,128 @@ from star_attention.attention.kernels import triton_works
 from star_attention.attention.state import State
 from star_attention.distributed import Comm, SoloComm
 from star_attention.errors import UnsupportedModelError
-from star_attention.hf.cache.base import AnswerCache, StarCache, _Place, _StarLayer
+from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
+from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.execution import compiled, hook
 from star_attention.hf.loading import identity
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, LayerKV
+from star_attention.storage.kv import ContextKV
 
 _log = logging.getLogger("star_attention")
 
 BUCKETS = (1, 16, 32, 64, 128, 256)
-"""New tokens a row: one, or a query's, filled up from the left."""
-MOST_TOKENS = 512
-"""Of all rows together; above, launches are no longer what a forward waits for."""
+"""New tokens a row: one, or a query's, padded on the left."""
+MAX_TOKENS = 512
+"""New tokens of all rows together. Above, a forward no longer waits for launches."""
 
 
-class _GraphPlace(_Place):
-    seen_tokens = 1
+class TailBuffers:
+    """The tails of a cache as the kernels of a graph see them: addresses, room and length.
+
+    A graph appends to them on the device; `advance` then says so on the host.
+    """
+
+    def __init__(self, cache: AnswerCache) -> None:
+        self._cache = cache
+        # Layers that read another layer's keys have no tail.
+        self._layers = [layer for layer in cache.layers if not layer.shard.is_empty]
+        # All tails grow and move together; the first layer's stands for them.
+        self._first = cache.position.tail
+
+    @property
+    def tokens(self) -> int:
+        return self._first.length
+
+    @property
+    def version(self) -> int:
+        """A number that changes whenever the buffers move."""
+        return self._first.version
+
+    def capacity(self, rows: int) -> int:
+        """Tokens for which tails of that many rows have room."""
+        return self._first.capacity(rows)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for new tokens in all tails."""
+        for layer in self._layers:
+            start = layer.shard.segments[0][0]
+            k_1G1D, v_1G1D = layer.shard.slice(start, start + 1)
+            layer.tail.reserve(*(t.expand(rows, -1, tokens, -1) for t in (k_1G1D, v_1G1D)))
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a graph has appended."""
+        for layer in self._layers:
+            layer.tail.length += tokens
+
+    def addressed(self) -> list[tuple[Tensor, ...]]:
+        """The tensors whose addresses the kernels read, in the order of their table's columns.
+
+        Each layer's context and tail, keys and values each, and scales in fp8; nothing for a layer
+        that reads another one's keys.
+        """
+        layers: list[tuple[Tensor, ...]] = []
+        for layer in self._cache.layers:
+            if layer.shard.is_empty:
+                layers.append(())
+                continue
+            k, v, *scales = layer.shard.stored()
+            layers.append((k, v, *layer.tail.buffers(), *scales))
+        return layers
+
+
+class _GraphPosition(ForwardPosition):
+    """The tables on the device from which captured kernels read where and how long the keys are."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         from star_attention.attention.kernels import triton_answer
 
+        super().__init__()
         self.kernel = triton_answer
         self.table = torch.zeros(layers, triton_answer.COLUMNS, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(triton_answer.LENGTHS, dtype=torch.int64, device=device)
-        self.padding_R = torch.zeros(MOST_TOKENS, dtype=torch.int32, device=device)
-        self.fp8 = False  # how the context of the forward that is being captured is stored
-
-
-class _GraphLayer(_StarLayer):
-    place: _GraphPlace
-
-    def __init__(self, index: int, place: _GraphPlace, window: int | None) -> None:
-        super().__init__(index, place, window)
-        self._kv = LayerKV(Segments(), expands=False)
+        self.padding_R = torch.zeros(MAX_TOKENS, dtype=torch.int32, device=device)
+        # How the context of the forward that is being captured is stored.
+        self.fp8 = False
 
     @property
-    def kv(self) -> LayerKV:
-        return self._kv
+    def seen_tokens(self) -> int:
+        return 1
 
-    def learn(self, *, expands: bool) -> None:
+
+class _GraphLayer(StarLayer[_GraphPosition]):
+    def set_expands(self, expands: bool) -> None:
         if expands:
             raise UnsupportedModelError(
-                "a layer", ["it computes keys and values from what is kept"]
+                "a layer", ["it computes keys and values from the stored ones"]
             )
 
-    def keep(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        place = self.place
-        place.kernel.append(
-            k_BGSD, v_BGSD, table=place.table, lengths=place.lengths, layer=self.index
+    def append(self, k_RGQD: Tensor, v_RGQD: Tensor) -> tuple[Tensor, Tensor]:
+        position = self.position
+        position.kernel.append(
+            k_RGQD, v_RGQD, table=position.table, lengths=position.lengths, layer=self.index
         )
-        return k_BGSD, v_BGSD
+        return k_RGQD, v_RGQD
 
-    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        place = self.place
-        state: State = place.kernel.attend(
-            q_BQHD,
-            k_BKGD.shape[2],
-            table=place.table,
-            lengths=place.lengths,
-            padding_R=place.padding_R,
+    def attend(self, q_RQHD: Tensor, k_RKGD: Tensor, v_RKGD: Tensor, rule: Rule) -> State:
+        position = self.position
+        state: State = position.kernel.attend(
+            q_RQHD,
+            k_RKGD.shape[2],
+            table=position.table,
+            lengths=position.lengths,
+            padding_R=position.padding_R,
             layer=self.index,
             scale=rule.scale,
             window=rule.window,
             softcap=rule.softcap,
             dtype=rule.dtype or torch.float32,
-            fp8=place.fp8,
+            fp8=position.fp8,
         )
         return state
 
 
 class _Graph:
-    """One captured forward and the tensors that it reads and writes."""
+    """One captured forward, and the tensors that it reads and writes."""
 
     def __init__(self, ids_RQ: Tensor, positions_RQ: Tensor) -> None:
         self.ids_RQ, self.positions_RQ = ids_RQ.clone(), positions_RQ.clone()
@@ -105,50 +157,54 @@ class Graphs:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._place = _GraphPlace(len(handle.windows), handle.device)
-        layers = [
-            _GraphLayer(index, self._place, window) for index, window in enumerate(handle.windows)
-        ]
-        self._cache = StarCache(layers, self._place, SoloComm())
+        windows = handle.windows
+        self._position = _GraphPosition(len(windows), handle.device)
+        no_stores = [ContextKV.empty(Segments(), [False] * len(windows))]
+        layers = build_layers(_GraphLayer, windows, self._position, no_stores)
+        self._cache = StarCache(layers, self._position, SoloComm())
         self._graphs: dict[tuple[int, int, bool], _Graph | None] = {}
         self._pool: Any = None
         self._weights: int | None = None
         self._loaded: tuple[Any, ...] = ()
 
     def serve(self, shard: ContextKV, comm: Comm) -> bool:
-        """Whether they serve a context: it lies as the kernel reads it, on this GPU alone."""
+        """True if graphs can read a context: as the kernel needs it, on this GPU alone."""
         outer = self._handle.outer
         weights = hash(
             (*identity.adapters(outer), *(parameter.data_ptr() for parameter in outer.parameters()))
         )
-        if weights != self._weights:  # moved, or other adapters: graphs hold addresses
+        # Graphs hold addresses of weights, which may have moved, and know one set of adapters.
+        if weights != self._weights:
             self._weights = weights
             self._graphs.clear()
         return comm.size == 1 and _fits(shard, self._handle.device)
 
     def bucket(self, rows: int, queries: int) -> int | None:
-        """To how many tokens each of `rows` queries is best filled up; None for too many."""
+        """Tokens to which each of `rows` queries is padded, None if that would be too many."""
         size = next((size for size in BUCKETS if size >= queries), None)
-        return None if size is None or rows * size > MOST_TOKENS else size
+        return None if size is None or rows * size > MAX_TOKENS else size
 
     def run(self, cache: AnswerCache, ids_RQ: Tensor, positions_RQ: Tensor) -> Tensor | None:
-        """A forward of new tokens, kept in the cache's tail: logits of the last one of each row, fp32 `[R, V]`.
+        """Run a forward of new tokens, which are appended to the cache's tail.
 
-        None where there is no graph for so many, or it could not be captured: nothing has happened then.
+        Returns:
+            Logits of each row's last token, fp32 `[R, V]`. None if there is no graph for that many
+            tokens, or if it cannot be captured: nothing has happened then.
         """
         rows, queries = ids_RQ.shape
         if self.bucket(rows, queries) != queries:
             return None
         with hook.lock_of(self._handle.model):
-            if cache.tail_tokens + queries > cache.tail_capacity(rows):
-                cache.reserve(rows, queries)
-            self._load(cache, rows)
+            tails = TailBuffers(cache)
+            if tails.tokens + queries > tails.capacity(rows):
+                tails.reserve(rows, queries)
+            self._load(cache, tails, rows)
             key = rows, queries, cache.kv_format.dtype is not None
             if key not in self._graphs:
-                self._place.fp8 = key[2]
+                self._position.fp8 = key[2]
                 self._graphs[key] = self._captured(ids_RQ, positions_RQ)
                 self._loaded = ()
-                self._load(cache, rows)
+                self._load(cache, tails, rows)
             graph = self._graphs[key]
             if graph is None:
                 return None
@@ -156,55 +212,66 @@ class Graphs:
             graph.positions_RQ.copy_(positions_RQ)
             graph.replay()
             logits_RV = graph.logits_RV.clone()
-            cache.appended(queries)
-            self._loaded = self._signature(cache, rows)
+            tails.advance(queries)
+            self._loaded = self._signature(cache, tails, rows)
         return logits_RV
 
-    def _signature(self, cache: AnswerCache, rows: int) -> tuple[Any, ...]:
-        return weakref.ref(cache), cache.version, cache.tail_tokens, rows
+    def _signature(self, cache: AnswerCache, tails: TailBuffers, rows: int) -> tuple[Any, ...]:
+        return weakref.ref(cache), tails.version, tails.tokens, rows
 
-    def _load(self, cache: AnswerCache, rows: int) -> None:
-        """Point the graphs at a cache; where they have just run on it, they are there already."""
-        signature = self._signature(cache, rows)
+    def _load(self, cache: AnswerCache, tails: TailBuffers, rows: int) -> None:
+        """Point the graphs at a cache, unless they have just run on it."""
+        signature = self._signature(cache, tails, rows)
         if signature == self._loaded:
             return
-        place = self._place
-        place.table.copy_(place.kernel.addresses(cache.held()))
-        place.lengths.copy_(
-            torch.tensor([cache.context_tokens, cache.tail_tokens, cache.tail_capacity(rows)])
+        position = self._position
+        position.table.copy_(position.kernel.addresses(tails.addressed()))
+        position.lengths.copy_(
+            torch.tensor([cache.context_tokens, tails.tokens, tails.capacity(rows)])
         )
-        place.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
+        position.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
         self._loaded = signature
 
     def _captured(self, ids_RQ: Tensor, positions_RQ: Tensor) -> _Graph | None:
         rows, queries = ids_RQ.shape
         graph = _Graph(ids_RQ, positions_RQ)
-        what = compiled.STEP if rows * queries == 1 else None
+        mode = compiled.STEP if rows * queries == 1 else None
 
         def forward() -> Tensor:
             logits_R1V: Tensor = self._handle.logits(
-                graph.ids_RQ, graph.positions_RQ, self._cache, None, keep=1, what=what
+                graph.ids_RQ,
+                graph.positions_RQ,
+                self._cache,
+                None,
+                logits_to_keep=1,
+                compiled_for=mode,
             )
             return logits_R1V[:, -1].float()
 
         def work() -> None:
             graph.logits_RV = forward()
-            self._place.lengths[1:2].add_(queries)
+            self._position.lengths[1:2].add_(queries)
 
         try:
             graph.replay = self._record(work, warm_up=forward)
-        except Exception as error:  # whatever a model does that cannot be captured; the plain forward does it as well
+        except Exception as error:
+            # Whatever a model does that cannot be captured, the plain forward can do.
             _log.info("no CUDA graph for %d x %d tokens: %s", rows, queries, error)
             return None
         return graph
 
     def _record(self, work: Callable[[], None], warm_up: Callable[[], Any]) -> Callable[[], None]:
-        """Capture what `work` does, which happens whenever the result is called; `warm_up` does it without counting."""
+        """Capture `work`, and return the function that replays it.
+
+        Args:
+            work: The forward; it also advances the length of the tail.
+            warm_up: The forward alone, for what is compiled or allocated at first use.
+        """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is compiled or allocated at first use
+        with torch.cuda.stream(stream):
             for _ in range(2):
                 warm_up()
         torch.cuda.current_stream().wait_stream(stream)
@@ -213,7 +280,7 @@ class Graphs:
             return _capture(work, self._pool)
         except Exception:
             torch.cuda.set_stream(current)
-            _after_a_broken_capture(self._handle.device, self._pool)
+            _reset_after_broken_capture(self._handle.device, self._pool)
             self._pool = None
             raise
 
@@ -225,35 +292,37 @@ def _capture(work: Callable[[], Any], pool: Any) -> Callable[[], None]:
     return graph.replay
 
 
-def _after_a_broken_capture(device: torch.device, pool: Any) -> None:
-    """Set torch right, which would go on taking memory from the pool, and draw no random numbers before the capture's end."""
+def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
+    """Restore torch's state: it would keep allocating from the pool, and refuse random numbers."""
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)
     if end is not None:
-        with suppress(RuntimeError):  # where torch has done so by itself
+        # torch may have ended it by itself.
+        with suppress(RuntimeError):
             end(device.index or 0, pool)
-    number = torch.zeros(1, device=device)
-    _capture(lambda: number.zero_(), None)
+    # A capture that succeeds ends the broken one for the random number generator.
+    scratch = torch.zeros(1, device=device)
+    _capture(lambda: scratch.zero_(), None)
 
 
 def usable(handle: Any) -> bool:
-    """Whether graphs may serve a model at all."""
+    """True if graphs may serve a model at all."""
     devices = {parameter.device for parameter in handle.model.parameters()}
-    # (Rotary frequencies that depend on the length are computed anew for each.)
+    # Rotary frequencies that depend on the length are computed anew for each length.
     return devices == {handle.device} and not handle.rotaries and triton_works(handle.device)
 
 
 def _fits(shard: ContextKV, device: torch.device) -> bool:
-    """Whether all of a context lies as the kernel reads it."""
-    shapes = set()
+    """True if all of a context is stored as the kernel reads it."""
+    layouts = set()
     for layer in shard.layers:
         if layer.expands or len(layer.segments) != 1:
             return False
         if layer.is_empty:
             continue
         k_1GLD, v_1GLD = layer.stored()[:2]
-        shapes |= {(t.dtype, t.is_contiguous(), t.device) for t in (k_1GLD, v_1GLD)}
+        layouts |= {(t.dtype, t.is_contiguous(), t.device) for t in (k_1GLD, v_1GLD)}
         if k_1GLD.shape != v_1GLD.shape or k_1GLD.shape[3] % 16 or k_1GLD.shape[3] > 256:
             return False
-    return len(shapes) == 1 and all(
-        contiguous and place == device for _, contiguous, place in shapes
+    return len(layouts) == 1 and all(
+        contiguous and layout_device == device for _, contiguous, layout_device in layouts
     )

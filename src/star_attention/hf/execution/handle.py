@@ -1,4 +1,4 @@
-"""A transformers model as the two phases see it: its decoder, its layers' windows, its limits, and how to run it.
+"""A transformers model as the two phases use it: its decoder, its windows, its limits, its forwards.
 
 Axes: B batch, S tokens of a forward.
 """
@@ -17,48 +17,59 @@ from transformers.cache_utils import Cache
 
 from star_attention.attention.kernels import triton_works
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf.cache import probe
 from star_attention.hf.cache.base import StarCache
-from star_attention.hf.cache.probe import LayerKVShape, Seen
+from star_attention.hf.cache.probe import LayerKVShape, ProbeResult, probe_layers
 from star_attention.hf.execution import graphs, hook
 from star_attention.hf.execution.compiled import CompiledLayers
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.loading import rope, support
 
-_CACHE_WORDS = (
-    "cache",
-    "past_key_values",
-)  # what transformers calls the cache since 5.24, and before
+# The name of the cache in transformers since 5.24, and before.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
-def cache_word(function: Any) -> str:
-    """The name under which a forward, or a part of `generate`, takes the cache."""
+def cache_argument(function: Any) -> str:
+    """The name of the argument by which a forward, or a part of `generate`, takes the cache."""
     parameters = inspect.signature(function).parameters
-    return next((word for word in _CACHE_WORDS if word in parameters), _CACHE_WORDS[-1])
+    return next((name for name in _CACHE_ARGUMENTS if name in parameters), _CACHE_ARGUMENTS[-1])
 
 
 def layer_windows(config: Any, cache_layers: int) -> list[int | None]:
-    """Sliding window of each cache layer in tokens, None for full attention; the rule of transformers' own caches."""
+    """Sliding window of each cache layer in tokens, None for full attention.
+
+    The rule is that of transformers' own caches.
+    """
     window: int | None = getattr(config, "sliding_window", None) or None
     types = getattr(config, "layer_types", None)
     if types is None:
         return [window] * cache_layers
-    windows = [window if kind == "sliding_attention" else None for kind in types]
+    windows = [window if layer_type == "sliding_attention" else None for layer_type in types]
     # Some decoder layers hold several attentions, each with a cache layer of its own.
     return [windows[index * len(windows) // cache_layers] for index in range(cache_layers)]
 
 
 def count_cache_layers(decoder: nn.Module, config: Any) -> int:
-    """Layers that a cache of this decoder needs: one for every index that its attention modules carry."""
+    """Layers that a cache of this decoder needs: one for every index of its attention modules."""
     indices: list[int] = [
-        i for m in decoder.modules() if isinstance(i := getattr(m, "layer_idx", None), int)
+        index
+        for module in decoder.modules()
+        if isinstance(index := getattr(module, "layer_idx", None), int)
     ]
     layers: int = config.num_hidden_layers
     return max([layers, *(index + 1 for index in indices)])
 
 
 class ModelHandle:
-    """Raises `UnsupportedModelError` for a model that cannot run, and `InvalidInputError` for one in training mode."""
+    """A model, wrapped or plain, and its forwards through our caches.
+
+    Args:
+        model: A causal language model of transformers, in evaluation mode.
+        compile: Run layers through torch.compile; None where Triton works.
+
+    Raises:
+        UnsupportedModelError: The model cannot run with Star Attention.
+        InvalidInputError: The model is in training mode.
+    """
 
     def __init__(self, model: Any, *, compile: bool | None = None) -> None:
         reasons = support.reasons(model)
@@ -75,17 +86,19 @@ class ModelHandle:
         self.windows = layer_windows(self.config, count_cache_layers(self.decoder, self.config))
         self.rotaries = rope.length_dependent(self.decoder)
         configs = {
-            id(c): c
-            for m in self.decoder.modules()
-            if (c := getattr(m, "config", None)) is not None
+            id(config): config
+            for module in self.decoder.modules()
+            if (config := getattr(module, "config", None)) is not None
         }
-        self.configs = [c for c in configs.values() if hasattr(c, "_attn_implementation")]
+        self.configs = [
+            config for config in configs.values() if hasattr(config, "_attn_implementation")
+        ]
         self.max_positions = rope.max_positions(self.config)
         self._compile = compile
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._decoder_cache, self._model_cache = (
-            cache_word(self.decoder.forward),
-            cache_word(self.model.forward),
+            cache_argument(self.decoder.forward),
+            cache_argument(self.model.forward),
         )
         self._decoder_takes_logits_to_keep, self._takes_logits_to_keep = (
             "logits_to_keep" in inspect.signature(module.forward).parameters
@@ -94,59 +107,71 @@ class ModelHandle:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in (the embeddings' device, when layers are spread over several)."""
+        """Device of the token ids: the embeddings', where layers are spread over several devices."""
         return _device(self.model.get_input_embeddings()) or torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """With which attention computes: the embeddings' (quantized weights have another)."""
+        """Precision of attention: the embeddings', since quantized weights have another."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
     def layer_device(self, index: int) -> torch.device:
-        """Where a layer's keys and values belong."""
-        # (Not by the decoder's list of layers: some hold several attentions, each with a cache layer of its own.)
-        own = (_device(m) for m in self.decoder.modules() if getattr(m, "layer_idx", None) == index)
-        return next((device for device in own if device is not None), self.device)
+        """Device of a cache layer's keys and values."""
+        # Not from the decoder's list of layers: some hold several attentions, each with a cache
+        # layer of its own.
+        devices = (
+            _device(module)
+            for module in self.decoder.modules()
+            if getattr(module, "layer_idx", None) == index
+        )
+        return next((device for device in devices if device is not None), self.device)
 
     @cached_property
-    def seen(self) -> Seen:
-        """What a forward of a few tokens shows about the layers."""
-        return probe.look(self)
+    def probe_result(self) -> ProbeResult:
+        """What a forward of a few tokens shows of the layers."""
+        return probe_layers(self)
 
     @property
-    def kept(self) -> list[LayerKVShape | None]:
-        """What each cache layer keeps."""
-        return self.seen.kept
+    def layer_shapes(self) -> list[LayerKVShape | None]:
+        """What each cache layer stores, None for one that reads another layer's keys."""
+        return self.probe_result.layer_shapes
 
     @cached_property
     def compiled(self) -> CompiledLayers | None:
-        """The layers through torch.compile, None where they are not to be."""
+        """The layers through torch.compile, None if they run as they are."""
         with hook.lock_of(self.model):
-            # Somebody else's forwards (accelerate's, which bring weights for each module) stay.
+            # Forwards that others have installed stay: accelerate's bring each module's weights.
             replaced = any("forward" in vars(module) for module in self.decoder.modules())
             wanted = triton_works(self.device) if self._compile is None else self._compile
             return CompiledLayers(self) if wanted and not replaced else None
 
     @cached_property
     def graphs(self) -> Graphs | None:
-        """Forwards of few tokens as CUDA graphs, None where there are none."""
+        """Forwards of few tokens as CUDA graphs, None if the model cannot run in them."""
         return Graphs(self) if self.compiled is not None and graphs.usable(self) else None
 
     @contextmanager
     def running(
-        self, cache: StarCache, rope_length: int | None, what: str | None = None
+        self, cache: StarCache, rope_length: int | None, compiled_for: str | None = None
     ) -> Iterator[None]:
-        """Our attention for the forwards of this thread inside the block; `what` they are compiled for, if they are."""
-        compiled = None if what is None else self.compiled
+        """Send the forwards of this thread inside the block through `cache`.
+
+        Args:
+            cache: The cache that stores and attends.
+            rope_length: Tokens for which length-dependent rotary frequencies are taken.
+            compiled_for: Mode of the compiled layers (`hf.execution.compiled`), None for layers as
+                they are.
+        """
+        compiled = None if compiled_for is None else self.compiled
         within = compiled is not None and compiled.whole
         with hook.running(
             self.model, self.configs, self.rotaries, cache, rope_length, within=within
         ):
-            if what is None or compiled is None:
+            if compiled_for is None or compiled is None:
                 yield
             else:
-                with compiled.active(what):
+                with compiled.active(compiled_for):
                     yield
 
     @torch.no_grad()
@@ -157,21 +182,27 @@ class ModelHandle:
         cache: StarCache,
         rope_length: int | None,
         *,
-        keep: int = 0,
-        what: str | None = None,
+        logits_to_keep: int = 0,
+        compiled_for: str | None = None,
     ) -> None:
-        """One forward of the decoder alone, for its keys and values: no logits.
+        """Run one forward of the decoder alone, for its keys and values: no logits.
 
-        keep: tokens whose logits are computed elsewhere (0: all): some decoders send only these through their last layers.
-        what: its layers are compiled for, if they are (`hf.compiled`).
+        Args:
+            ids_BS: Token ids.
+            positions_BS: Their positions, `[B, S]` or `[1, S]`.
+            cache: The cache that stores and attends.
+            rope_length: Tokens for which length-dependent rotary frequencies are taken.
+            logits_to_keep: Last tokens whose logits another rank computes, 0 for all: some decoders
+                send only these through their last layers.
+            compiled_for: Mode of the compiled layers, None for layers as they are.
         """
-        extra = {"logits_to_keep": keep} if self._decoder_takes_logits_to_keep else {}
-        with self.running(cache, rope_length, what):
+        extra = {"logits_to_keep": logits_to_keep} if self._decoder_takes_logits_to_keep else {}
+        with self.running(cache, rope_length, compiled_for):
             self.decoder(
                 input_ids=ids_BS,
                 position_ids=positions_BS.expand(ids_BS.shape[0], -1),
                 use_cache=True,
-                **{self._decoder_cache: _Alike(cache, self.config)},
+                **{self._decoder_cache: _UniformCacheView(cache, self.config)},
                 **extra,
             )
         if not cache.calls:
@@ -188,18 +219,27 @@ class ModelHandle:
         cache: StarCache,
         rope_length: int | None,
         *,
-        keep: int = 1,
-        what: str | None = None,
+        logits_to_keep: int = 1,
+        compiled_for: str | None = None,
     ) -> Tensor:
-        """One forward of the whole model; the logits of the last `keep` tokens, `[B, keep, vocabulary]` (0: of all).
+        """Run one forward of the whole model.
 
-        what: its layers are compiled for, if they are.
+        Args:
+            ids_BS: Token ids.
+            positions_BS: Their positions.
+            cache: The cache that stores and attends.
+            rope_length: Tokens for which length-dependent rotary frequencies are taken.
+            logits_to_keep: Last tokens whose logits are computed, 0 for all.
+            compiled_for: Mode of the compiled layers, None for layers as they are.
+
+        Returns:
+            Logits, `[B, logits_to_keep, vocabulary]`, on the device of `ids_BS`.
         """
-        extra: dict[str, Any] = {self._model_cache: _Alike(cache, self.config)}
+        extra: dict[str, Any] = {self._model_cache: _UniformCacheView(cache, self.config)}
         if self._takes_logits_to_keep:
-            extra["logits_to_keep"] = keep
-        cache.begin(ids_BS, positions_BS, keep)
-        with self.running(cache, rope_length, what):
+            extra["logits_to_keep"] = logits_to_keep
+        cache.begin(ids_BS, positions_BS, logits_to_keep)
+        with self.running(cache, rope_length, compiled_for):
             logits: Tensor = self.model(
                 input_ids=ids_BS,
                 position_ids=positions_BS,
@@ -207,31 +247,35 @@ class ModelHandle:
                 return_dict=True,
                 **extra,
             ).logits
-        return (logits[:, -keep:] if keep else logits).to(ids_BS.device)
+        return (logits[:, -logits_to_keep:] if logits_to_keep else logits).to(ids_BS.device)
 
     @contextmanager
     def generating(
         self, cache: StarCache, rope_length: int | None, whole_tokens: int | None
     ) -> Iterator[Any]:
-        """The model as an object whose every forward goes through `cache`, for transformers' own `generate`.
-
-        whole_tokens: length of the prompt where it includes the tokens that the cache holds, None where it does not.
+        """A stand-in for the model whose every forward goes through `cache`, for stock `generate`.
 
         It shares everything with the model but its class, so nothing is installed in the model.
+
+        Args:
+            cache: The cache that stores and attends.
+            rope_length: Tokens for which length-dependent rotary frequencies are taken.
+            whole_tokens: Length of the prompt if it includes the tokens of the cache, else None.
         """
         stock: Any = type(self.model)
         running = self.running
-        # A class is in cycles with itself: emptied afterwards, so that a context's memory does not wait for the collector.
+        # A class is in reference cycles with itself. The list is emptied afterwards, so that a
+        # context's memory does not wait for the garbage collector.
         holder = [cache]
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not holder or all(kwargs.get(word) is not holder[0] for word in _CACHE_WORDS):
-                return stock.__call__(
-                    self, *args, **kwargs
-                )  # beside the answer (classifier-free guidance)
+            if not holder or all(kwargs.get(name) is not holder[0] for name in _CACHE_ARGUMENTS):
+                # A forward next to the answer's own: classifier-free guidance.
+                return stock.__call__(self, *args, **kwargs)
             (cache,) = holder
             if whole_tokens is not None and kwargs["input_ids"].shape[1] >= whole_tokens:
-                # Assisted decoding does not know that a cache may be filled when it begins, and gives the context again.
+                # Assisted decoding assumes an empty cache at its start, and passes the context
+                # again.
                 for name in ("input_ids", "position_ids"):
                     if kwargs.get(name) is not None:
                         kwargs[name] = kwargs[name][:, cache.seen_tokens :]
@@ -249,8 +293,9 @@ class ModelHandle:
             holder.clear()
 
 
-class _Alike(Cache):
-    """The cache as the model's code is to see it: of one class in both phases, so that what is compiled serves both."""
+class _UniformCacheView(Cache):
+    """A cache as the model's code sees it: of one class in both phases, so that both share what is
+    compiled."""
 
     def __init__(self, cache: StarCache, config: Any) -> None:
         super().__init__(layers=cache.layers)
@@ -260,33 +305,35 @@ class _Alike(Cache):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling() and hook.is_within(self._config):
-            return key_states, value_states  # attention keeps them
-        return self._keep(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            # The attention operation stores them.
+            return key_states, value_states
+        return self._store(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 
     @torch.compiler.disable
-    def _keep(self, *args: Any, **kwargs: Any) -> Any:
+    def _store(self, *args: Any, **kwargs: Any) -> Any:
         return super().update(*args, **kwargs)
 
 
 def _device(module: nn.Module) -> torch.device | None:
-    """Where a module computes; None for one without weights."""
+    """Where a module computes, None for one without weights."""
     first = next(module.parameters(), None)
     if first is None or first.device.type != "meta":
         return None if first is None else first.device
     # accelerate keeps the weights elsewhere and brings them for each forward.
-    hooks = (
-        getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in module.modules()
+    devices = (
+        getattr(getattr(submodule, "_hf_hook", None), "execution_device", None)
+        for submodule in module.modules()
     )
-    place = next((place for place in hooks if place is not None), "meta")
-    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    device = next((device for device in devices if device is not None), "meta")
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
-def _positions(cache: StarCache, ids_BS: Tensor, words: dict[str, Any]) -> Tensor:
-    """Positions of a forward's tokens, as transformers' generation gives them or leaves them to the model."""
-    positions_BS: Tensor | None = words.get("position_ids")
+def _positions(cache: StarCache, ids_BS: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Positions of a forward's tokens, as transformers' generation passes them or as the model derives them."""
+    positions_BS: Tensor | None = arguments.get("position_ids")
     if positions_BS is not None:
         return positions_BS
-    tokens, mask_BL = ids_BS.shape[1], words.get("attention_mask")
+    tokens, mask_BL = ids_BS.shape[1], arguments.get("attention_mask")
     if isinstance(mask_BL, Tensor) and mask_BL.dim() == 2:
         return (mask_BL.cumsum(-1) - 1).clamp_(min=0)[:, -tokens:]
     return (cache.seen_tokens + torch.arange(tokens, device=ids_BS.device)).expand_as(ids_BS)

@@ -1,8 +1,11 @@
-"""Our attention function and mask function inside transformers, active only within our own forwards.
+"""Our attention and mask functions inside transformers, active only within our own forwards.
 
-Nothing stays installed: for the length of one forward, behind a lock per model, the model's config names our function. The
-function looks at a context variable for the cache it works for. In any other thread, or outside our forwards, it finds
-none and calls the implementation that the model had before, so that a plain `model.generate` elsewhere never notices.
+Nothing stays installed: for one forward, under a lock per model, the model's config names our
+function. The function finds its cache in a context variable. In another thread, or outside our
+forwards, there is none, and it calls the implementation that the model had before, so that a plain
+`model.generate` elsewhere is not affected.
+
+Axes: B batch, Q queries, K keys, H query heads, G KV heads, D head size.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from star_attention.hf.cache.base import StarCache
 from star_attention.hf.loading import rope
 
 _ACTIVE: ContextVar[StarCache | None] = ContextVar("star_attention_cache", default=None)
+
+# Two functions are registered over each implementation of transformers. "Within" is one operation
+# of a compiled layer, "over" is called outside of what is compiled.
 _OVER, _WITHIN = "star_attention_over_", "star_attention_within_"
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -35,12 +41,12 @@ _locks_guard = threading.Lock()
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
-    """The lock under which a model runs our forwards; the same for every engine around that model."""
+    """The lock under which a model runs our forwards; the same for every engine of that model."""
     with _locks_guard:
         return _locks.setdefault(model, threading.RLock())
 
 
-def _refuse_what_is_unknown(
+def _refuse_unknown_arguments(
     module: nn.Module | None,
     attention_mask: Tensor | None,
     *,
@@ -48,15 +54,15 @@ def _refuse_what_is_unknown(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> None:
-    why = []
+    reasons = []
     if attention_mask is not None:
-        why.append("it brings an attention mask of its own")
+        reasons.append("it brings an attention mask of its own")
     if position_bias is not None:
-        why.append("it adds a position bias to the scores")
+        reasons.append("it adds a position bias to the scores")
     if is_causal is False:
-        why.append("it attends in both directions")
-    if why:
-        raise UnsupportedModelError(type(module).__name__, why)
+        reasons.append("it attends in both directions")
+    if reasons:
+        raise UnsupportedModelError(type(module).__name__, reasons)
 
 
 def _star_attention(
@@ -75,8 +81,18 @@ def _star_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention; `query` is `[B, H, Q, D]`, `key` and `value` `[B, G, K, D]`, the result `[B, Q, H, D]`."""
-    _refuse_what_is_unknown(
+    """Attention of one layer, with the parameters of transformers' attention functions.
+
+    Args:
+        cache: The cache of the forward.
+        query: `[B, H, Q, D]`.
+        key: `[B, G, K, D]`, as is `value`.
+        s_aux: Learned sinks, `[H]`.
+
+    Returns:
+        The output, `[B, Q, H, D]`, and None for the attention weights.
+    """
+    _refuse_unknown_arguments(
         module, attention_mask, is_causal=is_causal, position_bias=position_bias
     )
     rule = Rule(
@@ -106,14 +122,15 @@ def _layer_op(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """Keeps a layer's new keys and values and attends, as one operation of a compiled layer; shapes as in `_star_attention`.
+    """Store a layer's new keys and values and attend, as one operation of a compiled layer.
 
-    Of which layer, `enter` has said: as an argument it would be a constant of what is compiled, or make everything dynamic.
+    Shapes as in `_star_attention`. `enter_layer` names the layer beforehand: as an argument, its
+    index would be a constant of the compiled code, or make all of it dynamic.
     """
     cache = _ACTIVE.get()
     if cache is None:
         raise RuntimeError(
-            "a layer that was compiled for Star Attention ran outside of it, in another thread"
+            "a layer compiled for Star Attention ran outside of its forward, in another thread"
         )
     key, value = cache.update(key, value, cache.entered)
     rule: dict[str, Any] = dict(
@@ -129,9 +146,14 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 
 def implementation(stock: str, *, within: bool = False) -> str:
-    """The name, registered with transformers, of our function in front of the implementation `stock`.
+    """Register our function over an attention implementation of transformers.
 
-    within: as one operation of a compiled layer, instead of outside of what is compiled.
+    Args:
+        stock: Name of the implementation that other threads and plain forwards keep using.
+        within: Take the function that is one operation of a compiled layer.
+
+    Returns:
+        The name under which transformers finds our function.
     """
     plain = stock.replace("/", "_").replace("|", "_")
     name = (_WITHIN if within else _OVER) + plain
@@ -164,18 +186,16 @@ def implementation(stock: str, *, within: bool = False) -> str:
     ) -> Any:
         if not torch.compiler.is_compiling():
             return outside(module, query, key, value, attention_mask, **kwargs)
-        _refuse_what_is_unknown(module, attention_mask, **kwargs)
-        words = (kwargs.get(word) for word in ("scaling", "sliding_window", "softcap", "s_aux"))
-        return _layer_op(query, key, value, *words), None
+        _refuse_unknown_arguments(module, attention_mask, **kwargs)
+        rule = (kwargs.get(field) for field in ("scaling", "sliding_window", "softcap", "s_aux"))
+        return _layer_op(query, key, value, *rule), None
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        # Our cache knows every mask by position, so none is built. (A name that is missing from the mask interface would
-        # drop padding for plain forwards without a word.)
-        return (
-            None
-            if _ACTIVE.get() is not None
-            else ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
-        )
+        # Our cache masks by position, so no mask is built. The name must be registered all the
+        # same: without it, plain forwards would silently lose their padding.
+        if _ACTIVE.get() is not None:
+            return None
+        return ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
 
     for prefix, attention in ((_OVER, outside), (_WITHIN, inside)):
         if stock in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -184,28 +204,28 @@ def implementation(stock: str, *, within: bool = False) -> str:
     return name
 
 
-def enter(layer: int) -> None:
-    """The next operation of compiled layers is that of cache layer `layer`."""
+def enter_layer(index: int) -> None:
+    """Name the cache layer of the next operation of a compiled layer."""
     cache = _ACTIVE.get()
     assert cache is not None
-    cache.entered = layer
+    cache.entered = index
 
 
 def is_within(config: Any) -> bool:
-    """Whether a model's attention is an operation of compiled layers at present."""
+    """True while a model's attention is an operation of compiled layers."""
     return str(config._attn_implementation).startswith(_WITHIN)
 
 
 def step_outside(configs: list[Any]) -> None:
-    """For the rest of what is `running`: attention outside of what is compiled."""
+    """Take attention out of compiled layers for the rest of the current `running` block."""
     for config in configs:
         name = config._attn_implementation
         if name.startswith(_WITHIN):
             config._attn_implementation_internal = _OVER + name.removeprefix(_WITHIN)
 
 
-def is_ours() -> bool:
-    """Whether this thread is inside one of our forwards."""
+def in_our_forward() -> bool:
+    """True if this thread is inside one of our forwards."""
     return _ACTIVE.get() is not None
 
 
@@ -219,16 +239,22 @@ def running(
     *,
     within: bool = False,
 ) -> Iterator[None]:
-    """Make the forwards of this thread go through `cache`; everything is as before when the block ends.
+    """Send this thread's forwards through `cache`, and restore everything when the block ends.
 
-    within: attention is one operation of layers that are compiled (`step_outside` takes it back).
+    Args:
+        model: The model, whose lock is held for the block.
+        configs: Configs that name the attention of its modules.
+        rotaries: Its rotary modules whose frequencies depend on the length.
+        cache: The cache that stores and attends.
+        rope_length: Tokens for which those frequencies are taken.
+        within: Make attention an operation of compiled layers, until `step_outside`.
     """
     with lock_of(model):
         before = [config._attn_implementation for config in configs]
         token = _ACTIVE.set(cache)
         try:
             for config, stock in zip(configs, before, strict=True):
-                # Not the public setter: that one would reach into the configs of vision towers as well.
+                # Not the public setter, which would also change the configs of vision towers.
                 config._attn_implementation_internal = implementation(
                     stock or "eager", within=within
                 )

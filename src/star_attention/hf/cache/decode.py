@@ -1,0 +1,193 @@
+"""The cache of phase 2: a context that only gets read, and a tail that grows with every token.
+
+Axes: B batch rows, G KV heads, S new tokens, T tail tokens, L context tokens, K keys, Q queries,
+H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.blocks import KV, shard_attention, tail_attention
+from star_attention.attention.state import State, empty_state, merge
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.base import (
+    ForwardPosition,
+    StarCache,
+    StarLayer,
+    build_layers,
+    by_token,
+)
+from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Tail, VisibleRange
+
+
+@dataclass(kw_only=True)
+class AnswerPosition(ForwardPosition):
+    """The end of a context and its tail, and what the layers need to know of the request.
+
+    Args:
+        context_tokens: Tokens of the whole context.
+        padding: Left padding of each query, in tokens.
+        visible: What queries see of the context, None for all of it.
+        tail: The first layer's tail, for its length.
+    """
+
+    context_tokens: int
+    padding: list[int]
+    visible: VisibleRange | None
+    comm: Comm
+    tail: Tail = field(default_factory=Tail)
+
+    @property
+    def seen_tokens(self) -> int:
+        return self.context_tokens + self.tail.length
+
+    def row_padding(self, rows: int) -> list[int]:
+        """Padding of each batch row. Beams and several answers repeat a query in consecutive rows."""
+        repeats = rows // len(self.padding)
+        return [pad for pad in self.padding for _ in range(repeats)]
+
+
+class AnswerLayer(StarLayer[AnswerPosition]):
+    """One layer's shard of the context, which all batch rows share, and its tail, a row's own."""
+
+    def __init__(
+        self, index: int, window: int | None, position: AnswerPosition, stores: list[LayerKV]
+    ) -> None:
+        super().__init__(index, window, position, stores)
+        (self.shard,) = stores
+        self.tail = position.tail if index == 0 else Tail()
+
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        self.tail.append(k_BGSD, v_BGSD)
+        k_BGTD, v_BGTD = self.tail.pair()
+        if not self.shard.expands or not self.shard.tokens:
+            return k_BGTD, v_BGTD
+        batch = k_BGTD.shape[0]
+        k_1GLD, v_1GLD = self.shard.pair()
+        k_BGLD, v_BGLD = (t.expand(batch, -1, -1, -1) for t in (k_1GLD, v_1GLD))
+        return torch.cat([k_BGLD, k_BGTD], 2), torch.cat([v_BGLD, v_BGTD], 2)
+
+    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        """Attention over this rank's shard, on the last rank over the tail too; merged over all ranks."""
+        B, Q, H, _ = q_BQHD.shape
+        comm, padding = self.position.comm, self.position.row_padding(B)
+        shard_tokens = self.shard.tokens
+        if shard_tokens and not self.shard.expands:
+            shard = by_token(self.shard.pair())
+        else:
+            # Keys that the model expanded: the shard's come before the tail's.
+            shard = k_BKGD[:, :shard_tokens], v_BKGD[:, :shard_tokens]
+            k_BKGD, v_BKGD = k_BKGD[:, shard_tokens:], v_BKGD[:, shard_tokens:]
+        states = self._attend_to_shard(q_BQHD, shard, rule, padding)
+        if comm.cp_rank == comm.cp_size - 1:
+            near = self._limited(rule)
+            states.append(tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=near, padding=padding))
+        state = (
+            merge(states, dtype=rule.dtype)
+            if states
+            else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
+        )
+        return state if comm.cp_size == 1 else comm.merge(state)
+
+    def _attend_to_shard(
+        self, q_BQHD: Tensor, shard: KV, rule: Rule, padding: list[int]
+    ) -> list[State]:
+        """One state for each segment of the shard."""
+        first_query = self.position.context_tokens + self.tail.length - q_BQHD.shape[1]
+        visible = self.position.visible
+        states, at = [], 0
+        for start, stop in self.shard.segments:
+            part = slice(at, at + stop - start)
+            at = part.stop
+            always_visible = visible is None or start < visible.first
+            states.append(
+                shard_attention(
+                    q_BQHD,
+                    (shard[0][:, part], shard[1][:, part]),
+                    rule=rule if always_visible else self._limited(rule),
+                    offsets=[first_query - pad - start for pad in padding],
+                )
+            )
+        return states
+
+    def _limited(self, rule: Rule) -> Rule:
+        """The rule for keys of which only the most recent ones are visible."""
+        visible = self.position.visible
+        if visible is None:
+            return rule
+        return replace(rule, window=min(visible.recent, rule.window or visible.recent))
+
+    # Beam search, several answers and assisted decoding change rows: only the tail differs between
+    # them.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.tail.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.tail.length:
+            rows = self.tail.pair()[0].shape[0]
+            self.tail.select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.tail.select(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        # A layer that reads another layer's keys has no tail.
+        if not self.tail.length:
+            return
+        # transformers 5.17 passes the length to keep, or a negative number of tokens to remove;
+        # later releases only the latter.
+        if tokens_to_remove > 0:
+            tokens_to_remove -= self.shard.tokens + self.tail.length
+        self.tail.crop(-tokens_to_remove)
+
+
+class AnswerCache(StarCache):
+    """The cache of phase 2: a frozen shard that every batch row shares, and a tail for each row.
+
+    Args:
+        shard: This rank's keys and values of the context.
+        windows: Sliding window of each layer in tokens, None for full attention.
+        context_tokens: Tokens of the whole context.
+        padding: Left padding of each query of the batch, in tokens.
+        comm: Merges the attention of all ranks.
+    """
+
+    layers: list[AnswerLayer]
+    position: AnswerPosition
+
+    def __init__(
+        self,
+        shard: ContextKV,
+        windows: list[int | None],
+        context_tokens: int,
+        padding: list[int],
+        comm: Comm,
+    ) -> None:
+        position = AnswerPosition(
+            context_tokens=context_tokens, padding=padding, visible=shard.visible, comm=comm
+        )
+        super().__init__(build_layers(AnswerLayer, windows, position, [shard]), position, comm)
+
+    def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
+        """Report this rank's progress, which other ranks name if it fails."""
+        self.comm.tick(f"phase 2, {self.position.tail.length:,} tokens after the context")
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the whole context."""
+        return self.position.context_tokens
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """How the context is stored."""
+        return self.layers[0].shard.kv_format
+
+    def row_padding(self, rows: int) -> list[int]:
+        """Padding of each of `rows` batch rows, in tokens."""
+        return self.position.row_padding(rows)

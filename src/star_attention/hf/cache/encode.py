@@ -1,0 +1,186 @@
+"""The cache of phase 1: encodes contexts one span a forward, each block over itself and the anchor.
+
+Axes: B contexts of a batch, G KV heads, S new tokens, K keys, Q queries, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.blocks import block_attention
+from star_attention.attention.state import State
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.base import (
+    ForwardPosition,
+    StarCache,
+    StarLayer,
+    build_layers,
+    by_token,
+)
+from star_attention.planning.plan import BlockPlan, Span
+from star_attention.storage.kv import ContextKV, LayerKV
+
+
+class AnchorLink:
+    """The way of the anchor's keys and values from rank 0 to ranks whose shard does not hold them."""
+
+    def send(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        """Pass on the anchor's part of the keys and values that a layer has just stored."""
+
+    def wait_for(self, layer: int) -> None:
+        """Return once a layer's whole anchor has arrived."""
+
+
+@dataclass(kw_only=True)
+class SpanPosition(ForwardPosition):
+    """The span of the plan that the current forward encodes."""
+
+    plan: BlockPlan
+    span: Span = field(default_factory=lambda: Span(start=0, stop=0, block_start=0))
+
+    @property
+    def seen_tokens(self) -> int:
+        return self.span.start
+
+
+@dataclass(kw_only=True)
+class EncodePosition(SpanPosition):
+    """The same with the anchor: where it is stored if not with the context, and how it gets there."""
+
+    anchors: list[ContextKV] | None
+    link: AnchorLink
+
+
+class SpanCache(StarCache):
+    """A cache that encodes one `span` a forward into its layers' stores."""
+
+    position: SpanPosition
+
+    @property
+    def span(self) -> Span:
+        """The tokens that the current forward encodes."""
+        return self.position.span
+
+    @span.setter
+    def span(self, span: Span) -> None:
+        self.position.span = span
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes stored so far for each token, of all contexts together."""
+        stores: list[LayerKV] = [store for layer in self.layers for store in layer.stores]
+        return sum(store.nbytes for store in stores) // max(1, stores[0].tokens)
+
+
+class EncodeLayer(StarLayer[EncodePosition]):
+    def __init__(
+        self, index: int, window: int | None, position: EncodePosition, stores: list[LayerKV]
+    ) -> None:
+        super().__init__(index, window, position, stores)
+        anchors = position.anchors
+        self.anchors = stores if anchors is None else [kv.layers[index] for kv in anchors]
+
+    def set_expands(self, expands: bool) -> None:
+        for store in (*self.stores, *self.anchors):
+            store.expands = expands
+
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        span, plan = self.position.span, self.position.plan
+        stores = self._stores_of(span.start)
+        _write(stores, span.start, k_BGSD, v_BGSD)
+        anchor_tokens = min(span.stop, plan.anchor_size) - span.start
+        if stores is not self.anchors and anchor_tokens > 0:
+            _write(
+                self.anchors, span.start, k_BGSD[:, :, :anchor_tokens], v_BGSD[:, :, :anchor_tokens]
+            )
+        self.position.link.send(self.index, span, k_BGSD, v_BGSD)
+        if not self.kv.expands or span.start == 0:
+            return k_BGSD, v_BGSD
+        parts = [(k_BGSD, v_BGSD)]
+        if span.start > span.block_start:
+            parts.insert(0, self._earlier())
+        if span.block_start > 0 and plan.anchor_size:
+            parts.insert(0, self._anchor())
+        return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
+
+    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        span, plan = self.position.span, self.position.plan
+        anchor = earlier = None
+        needs_anchor = span.block_start > 0 and plan.anchor_size > 0
+        needs_earlier = span.start > span.block_start
+        if self.kv.expands and span.start > 0:
+            a = plan.anchor_size if needs_anchor else 0
+            e = a + span.start - span.block_start
+            anchor = (k_BKGD[:, :a], v_BKGD[:, :a]) if needs_anchor else None
+            earlier = (k_BKGD[:, a:e], v_BKGD[:, a:e]) if needs_earlier else None
+            k_BKGD, v_BKGD = k_BKGD[:, e:], v_BKGD[:, e:]
+        else:
+            anchor = by_token(self._anchor()) if needs_anchor else None
+            earlier = by_token(self._earlier()) if needs_earlier else None
+        return block_attention(
+            q_BQHD,
+            (k_BKGD, v_BKGD),
+            anchor=anchor,
+            earlier=earlier,
+            start=span.start,
+            block_start=span.block_start,
+            block_size=plan.block_size,
+            anchor_size=plan.anchor_size,
+            rule=rule,
+        )
+
+    def _stores_of(self, token: int) -> list[LayerKV]:
+        """The stores that hold a token: the context's, or the anchor's own."""
+        return self.stores if self.stores[0].holds(token) else self.anchors
+
+    def _earlier(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the block's tokens before this forward."""
+        span = self.position.span
+        stores = self._stores_of(span.block_start)
+        return _batch(store.slice(span.block_start, span.start) for store in stores)
+
+    def _anchor(self) -> tuple[Tensor, Tensor]:
+        self.position.link.wait_for(self.index)
+        return _batch(store.slice(0, self.position.plan.anchor_size) for store in self.anchors)
+
+
+class EncodeCache(SpanCache):
+    """The cache of phase 1: each forward is one `span` of the plan.
+
+    Args:
+        plan: Blocks, spans and anchor of the contexts, which all have the same length.
+        stores: This rank's keys and values, one for each context of the batch.
+        windows: Sliding window of each layer in tokens, None for full attention.
+        comm: Ticked with each layer's attention.
+        anchors: Stores of the anchor, where the shard does not hold it or not as it was computed.
+        link: How the anchor gets there.
+    """
+
+    def __init__(
+        self,
+        plan: BlockPlan,
+        stores: list[ContextKV],
+        windows: list[int | None],
+        comm: Comm,
+        *,
+        anchors: list[ContextKV] | None = None,
+        link: AnchorLink | None = None,
+    ) -> None:
+        position = EncodePosition(plan=plan, anchors=anchors, link=link or AnchorLink())
+        super().__init__(build_layers(EncodeLayer, windows, position, stores), position, comm)
+
+
+def _write(stores: list[LayerKV], start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+    for store, k_GSD, v_GSD in zip(stores, k_BGSD, v_BGSD, strict=True):
+        store.write(start, k_GSD, v_GSD)
+
+
+def _batch(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Keys and values of all contexts of the batch."""
+    keys, values = zip(*pairs, strict=True)
+    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))

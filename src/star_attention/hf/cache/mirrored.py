@@ -1,0 +1,97 @@
+"""Phase 2 on several ranks: rank 0 decides, and every rank does the same to its own cache.
+
+Rank 0 runs transformers' generation over a `MirroredCache`, which broadcasts each forward and each
+change of the batch's rows. The other ranks pass what they receive to a `Mirror`, which runs it on
+their shard.
+
+Axes: B batch rows, S new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.decode import AnswerCache
+from star_attention.storage.kv import ContextKV
+
+NEW, FORWARD, SELECT, REPEAT, CROP = "cache", "forward", "select", "repeat", "crop"
+"""Operations, the first item of each broadcast message."""
+
+
+class MirroredCache(AnswerCache):
+    """Rank 0's cache: broadcasts each operation before it runs here."""
+
+    def __init__(
+        self,
+        shard: ContextKV,
+        windows: list[int | None],
+        context_tokens: int,
+        padding: list[int],
+        comm: Comm,
+    ) -> None:
+        super().__init__(shard, windows, context_tokens, padding, comm)
+        comm.broadcast_object((NEW, padding))
+
+    def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
+        message = (FORWARD, ids_BS.tolist(), positions_BS.tolist(), logits_to_keep)
+        self.comm.broadcast_object(message)
+        super().begin(ids_BS, positions_BS, logits_to_keep)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.comm.broadcast_object((SELECT, beam_idx.tolist()))
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.comm.broadcast_object((REPEAT, repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.comm.broadcast_object((SELECT, indices.tolist()))
+        super().batch_select_indices(indices)
+
+    def crop(self, tokens: int) -> None:
+        self.comm.broadcast_object((CROP, tokens))
+        super().crop(tokens)
+
+
+class Mirror:
+    """The counterpart of `MirroredCache` on every other rank.
+
+    Args:
+        new_cache: Makes this rank's cache for queries of a given padding.
+        forward: Runs a forward through a cache: `forward(cache, ids_BS, positions_BS, logits_to_keep)`,
+            with tensors on the CPU.
+    """
+
+    def __init__(
+        self,
+        new_cache: Callable[[list[int]], AnswerCache],
+        forward: Callable[[AnswerCache, Tensor, Tensor, int], None],
+    ) -> None:
+        self._new_cache = new_cache
+        self._forward = forward
+        self._cache: AnswerCache | None = None
+
+    def run(self, operation: str, *arguments: Any) -> None:
+        """Run one operation that rank 0 has broadcast."""
+        if operation == NEW:
+            self._cache = self._new_cache(arguments[0])
+            return
+        cache = self._cache
+        assert cache is not None, f"{operation} before rank 0 has made a cache"
+        if operation == FORWARD:
+            ids_BS, positions_BS = (torch.tensor(rows) for rows in arguments[:2])
+            cache.begin(ids_BS, positions_BS, arguments[2])
+            self._forward(cache, ids_BS, positions_BS, arguments[2])
+        elif operation == SELECT:
+            cache.batch_select_indices(torch.tensor(arguments[0]))
+        elif operation == REPEAT:
+            cache.batch_repeat_interleave(arguments[0])
+        else:
+            assert operation == CROP, f"unknown operation {operation!r}"
+            cache.crop(arguments[0])
