@@ -3,7 +3,7 @@
     StarAttentionError
     ├── InvalidInputError (ValueError)      an invalid value: the message gives value, limit, remedy
     │   ├── SizeError                       block, anchor or forward size
-    │   ├── ContextLengthError              more tokens than the model or the context has positions for
+    │   ├── ContextLengthError              more tokens than model or context has positions for
     │   ├── TokenError                      token ids outside the vocabulary, or no tokens at all
     │   ├── TextError                       text file that is missing, unreadable or not UTF-8
     │   └── ModelNotFoundError              model folder, hub id or tokenizer, missing or unreadable
@@ -11,16 +11,16 @@
     ├── UnsupportedCallError (ValueError)   attention call that no kernel can run, with the reasons
     ├── ContextFileError (ValueError)       saved context that cannot be used
     │   ├── CorruptContextError             truncated, modified, or not a saved context
-    │   ├── ContextMismatchError            from another model, tokenizer or setting: names the field
+    │   ├── ContextMismatchError            of another model, tokenizer or setting: names the field
     │   ├── ContextNotFoundError (FileNotFoundError)  no saved context at the path
     │   └── ContextSaveError (OSError)      cannot be written; an existing file is left unchanged
     ├── UnknownOptionError (TypeError)      unknown keyword, with the closest valid one
-    ├── MissingPackageError (ImportError)   optional package not installed: gives the install command
+    ├── MissingPackageError (ImportError)   optional package not installed, with the install command
     ├── OutOfMemoryError (MemoryError)      names the setting to lower
     └── RankError (RuntimeError)            another rank died, hung, failed or cannot be reached
 
-In parentheses: the built-in exception that a class also derives from. Any other wrong argument is an
-ordinary `TypeError`. Standard library only.
+In parentheses: the built-in exception that a class also derives from. Any other wrong argument is
+an ordinary `TypeError`. Standard library only.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from star_attention import StarLLM
-from star_attention.planning import cost
+from star_attention.planning import cost, traffic
 from star_attention.distributed import TorchComm
 from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
@@ -54,7 +54,7 @@ def refused_and_counted(comm: TorchComm, name: str) -> Any:
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3n"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bytes_are_those_of_the_plan(pool: Pool, name: str, ranks: int) -> None:
-    expected = cost.ring_wire(model_shape(tiny(name).config, "float32"), CONTEXT, ranks)
+    expected = traffic.ring_cp(model_shape(tiny(name).config, "float32"), CONTEXT, ranks)
     assert pool.run(refused_and_counted, ranks, name=name)[0] == expected
 
 

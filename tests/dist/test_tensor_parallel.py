@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from star_attention import StarLLM
-from star_attention.planning import cost
+from star_attention.planning import cost, traffic
 from star_attention.distributed import SoloComm, TorchComm
 from star_attention.errors import InvalidInputError, SizeError, UnsupportedModelError
 from star_attention.hf.loading import tensor_parallel
@@ -93,7 +93,7 @@ def test_collectives_and_anchor_sources(pool: Pool, folder: Path, how: str, sour
     results = pool.run(answered, 6, **words, anchor_source=source, **sizes)
     check_model(results, model("qwen3"), **sizes, tensor_parallel=2)
     whole = sum(parameter.numel() for parameter in model("qwen3").parameters())
-    cut = model_shape(model("qwen3").config, "float32").cut_parameters
+    cut = model_shape(model("qwen3").config, "float32").sharded_parameters
     assert [result["weights"] for result in results] == [whole - cut // 2] * 6
     assert cut > 0.8 * (whole - 2 * model("qwen3").get_input_embeddings().weight.numel())
 
@@ -207,10 +207,10 @@ def test_bytes_are_those_of_the_plan(
     plan = BlockPlan(context_tokens=CONTEXT, **SIZES, ranks=hosts)
     answer = dict(query_tokens=9, answer_tokens=5)
     predicted = (
-        cost.phase1_wire(shape, plan, anchor_source=source, **words),
-        cost.phase1_wire_within(shape, plan, anchor_source=source, **words),
-        cost.phase2_wire(shape, hosts, merge_collective=how, **answer, **words),
-        cost.phase2_wire_within(shape, hosts, **answer, **words),
+        traffic.phase1_cp(shape, plan, anchor_source=source, **words),
+        traffic.phase1_tp(shape, plan, anchor_source=source, **words),
+        traffic.phase2_cp(shape, hosts, merge_collective=how, **answer, **words),
+        traffic.phase2_tp(shape, hosts, **answer, **words),
     )
     assert results == [predicted] * ranks
     assert (predicted[1].bytes > 0) == (tensor_parallel > 1)

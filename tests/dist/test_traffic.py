@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from star_attention import StarLLM
-from star_attention.planning import cost
+from star_attention.planning import cost, traffic
 from star_attention.distributed import TorchComm
 from star_attention.hf.shape import model_shape
 from star_attention.planning.plan import BlockPlan
@@ -41,8 +41,8 @@ def test_bytes_are_those_of_the_plan(
     )
     shape = model_shape(tiny(name).config, "float32")
     plan = BlockPlan(context_tokens=CONTEXT, **SIZES, ranks=ranks)
-    phase1 = cost.phase1_wire(shape, plan, tokens_per_forward=tokens_per_forward, anchor_source=source)
-    phase2 = cost.phase2_wire(
+    phase1 = traffic.phase1_cp(shape, plan, tokens_per_forward=tokens_per_forward, anchor_source=source)
+    phase2 = traffic.phase2_cp(
         shape,
         ranks,
         query_tokens=QUERY,

@@ -19,7 +19,7 @@ from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost
-from star_attention.planning.cost import AttentionShape, ModelShape
+from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.plan import BlockPlan
 from tests.engines import BUNDLED, engine, ids, tiny
 from tests.families import FAMILIES, REFUSED, UNUSUAL
@@ -32,13 +32,13 @@ SHAPE = ModelShape(
         AttentionShape(heads=6, kv_heads=3, k_head_size=5, v_head_size=4),
         AttentionShape(heads=6, kv_heads=3, k_head_size=5, v_head_size=4, window=9),
     ),
-    kv_numbers_per_token=2 * 3 * (5 + 4),
-    kv_rows_per_token=2 * (3 + 3),
+    kv_elements_per_token=2 * 3 * (5 + 4),
+    kv_scales_per_token=2 * (3 + 3),
     kv_layers=2,
     linear_parameters=1000,
     head_parameters=77,
     parameters=1300,
-    bytes_per_number=2,
+    bytes_per_element=2,
 )
 
 plans = st.builds(
@@ -241,7 +241,7 @@ def test_experts_count_by_those_that_a_token_goes_to() -> None:
 
 def test_mla_is_told_apart() -> None:
     shape = model_shape(FAMILIES["deepseek_v3"]())
-    assert shape.kv_numbers_per_token == 3 * (20 + 8)
+    assert shape.kv_elements_per_token == 3 * (20 + 8)
     assert shape.attention[0] == AttentionShape(heads=6, kv_heads=6, k_head_size=24, v_head_size=12)
     expansion = sum(
         p.numel() for n, p in tiny("deepseek_v3").named_parameters() if "kv_b_proj" in n
@@ -260,11 +260,11 @@ def test_windows_are_those_of_the_layers() -> None:
 
 @pytest.mark.parametrize(("dtype", "size"), [("auto", 4), ("bfloat16", 2), ("float32", 4)])
 def test_precision(dtype: str, size: int) -> None:
-    assert model_shape(FAMILIES["llama"](), dtype).bytes_per_number == size
+    assert model_shape(FAMILIES["llama"](), dtype).bytes_per_element == size
 
 
 def test_the_configs_precision_counts_where_none_is_given() -> None:
-    assert model_shape(AutoConfig.from_pretrained(BUNDLED)).bytes_per_number == 2
+    assert model_shape(AutoConfig.from_pretrained(BUNDLED)).bytes_per_element == 2
 
 
 def test_the_config_stays_as_it_was() -> None:
@@ -302,7 +302,7 @@ def test_layers_may_differ_in_their_kv_heads() -> None:
     made = AutoConfig.for_model(
         **(config | dict(attention_k_eq_v=True, num_global_key_value_heads=2))
     )
-    assert model_shape(made, "float32").kv_numbers_per_token > 0
+    assert model_shape(made, "float32").kv_elements_per_token > 0
     assert any("num_key_value_heads 3" in reason for reason in tensor_parallel.reasons(made, 2))
     assert any("num_key_value_heads 2" in reason for reason in tensor_parallel.reasons(made, 3))
 
@@ -354,7 +354,7 @@ def test_what_is_kept_in_other_ways_takes_what_is_counted(name: str) -> None:
     shape = model_shape(tiny(name).config, "float32")
     star = engine(name, block_size=24, anchor_size=10, tokens_per_forward=48, kv_dtype="fp8")
     context = star.encode(ids(96))
-    assert shape.kept_bytes_per_token("fp8") * 96 == context.nbytes
+    assert shape.stored_bytes_per_token("fp8") * 96 == context.nbytes
     plan = context.plan
     kept = cost.memory(shape, plan, tokens_per_forward=48, kv_dtype="fp8")
     assert (kept.kv, kept.host) == (context.nbytes, 0)

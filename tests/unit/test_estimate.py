@@ -16,10 +16,11 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, estimate
 from star_attention.planning.cost import Flops
+from star_attention.planning.hardware import HARDWARE, calibrate, parse_hardware
 from star_attention.planning.plan import BlockPlan
 
 SHAPE = model_shape(LlamaConfig(**SHAPES["llama-3.1-8b"]), "bfloat16")
-H200 = estimate.HARDWARE["h200-nvlink"]
+H200 = HARDWARE["h200-nvlink"]
 K = 1024
 
 
@@ -65,7 +66,7 @@ def test_schemes_stand_in_the_order_of_their_work() -> None:
 
 def test_a_contiguous_ring_does_nearly_twice_the_attention() -> None:
     ring, plain = (seconds(scheme, context=2**20, ranks=64) for scheme in ("ring", "ring-plain"))
-    free = estimate.hardware("h200-nvlink,attention=1e30")
+    free = parse_hardware("h200-nvlink,attention=1e30")
     linear = seconds("ring", context=2**20, ranks=64, on=free).compute_s
     assert (plain.compute_s - linear) / (ring.compute_s - linear) == pytest.approx(
         2 * 63.5 / 64, rel=1e-3
@@ -73,7 +74,7 @@ def test_a_contiguous_ring_does_nearly_twice_the_attention() -> None:
 
 
 def test_a_slow_link_shows() -> None:
-    slow = estimate.hardware("h200-nvlink,link=1e9")
+    slow = parse_hardware("h200-nvlink,link=1e9")
     assert seconds("star").exposed_s == 0
     star, local = seconds("star", on=slow), seconds("star-local", on=slow)
     assert star.wire_s == pytest.approx(32 * K * SHAPE.kv_bytes_per_token / 1e9 + 32 * slow.latency)
@@ -118,17 +119,17 @@ def test_calibration_finds_the_rates() -> None:
         (Flops(linear=linear, attention=rest), linear / 7e14 + rest / 5e14)
         for linear, rest in ((10**15, 10**14), (2 * 10**15, 9 * 10**15))
     ]
-    found = estimate.calibrated(H200, samples, 4e12)
+    found = calibrate(H200, samples, 4e12)
     assert (found.matrix, found.attention, found.bandwidth) == pytest.approx((7e14, 5e14, 4e12))
     assert (found.link, found.name) == (H200.link, "h200-nvlink, calibrated")
-    with pytest.raises(InvalidInputError, match="do not tell the rates"):
-        estimate.calibrated(H200, samples[:1], 4e12)
+    with pytest.raises(InvalidInputError, match="do not separate the rates"):
+        calibrate(H200, samples[:1], 4e12)
 
 
 def test_hardware_by_name_and_by_number() -> None:
-    assert estimate.hardware("h200-ib") is estimate.HARDWARE["h200-ib"]
-    assert estimate.hardware("h200-ib, link=5").link == 5
-    own = estimate.hardware("matrix=1,attention=2,bandwidth=3,memory=4,link=5,latency=6")
+    assert parse_hardware("h200-ib") is HARDWARE["h200-ib"]
+    assert parse_hardware("h200-ib, link=5").link == 5
+    own = parse_hardware("matrix=1,attention=2,bandwidth=3,memory=4,link=5,latency=6")
     assert (own.matrix, own.latency) == (1, 6)
 
 
@@ -137,14 +138,14 @@ def test_hardware_by_name_and_by_number() -> None:
     [
         ("h300", "hardware 'h300' is unknown; choose one of h200-nvlink"),
         ("h200-ib,speed=3", "hardware 'speed=3' is unknown; give matrix="),
-        ("h200-ib,link=fast", "hardware link 'fast' is no number"),
+        ("h200-ib,link=fast", "hardware link 'fast' is not a number"),
         ("h200-ib,link=0", "hardware link 0.0 is not above 0"),
-        ("matrix=1,link=2", "leaves out attention, bandwidth, memory, latency"),
+        ("matrix=1,link=2", "lacks attention, bandwidth, memory, latency"),
     ],
 )
 def test_hardware_that_cannot_be(text: str, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        estimate.hardware(text)
+        parse_hardware(text)
 
 
 # ------------------------------------------------------------------ command

@@ -12,7 +12,7 @@ import torch
 
 from star_attention.bench.models import model_name
 from star_attention.hf.shape import model_shape
-from star_attention.planning.cost import ModelShape
+from star_attention.planning.model_shape import ModelShape
 from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings, Progress
 

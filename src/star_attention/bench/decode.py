@@ -110,7 +110,7 @@ class Decode(Benchmark[DecodeRow]):
         return [True, False] if target.device.type == "cuda" else [False]
 
     def _empty_row(self, context: int, compiled: bool, target: Target) -> DecodeRow:
-        kv_bytes = context * target.shape.kept_bytes_per_token(self.kv_dtype)
+        kv_bytes = context * target.shape.stored_bytes_per_token(self.kv_dtype)
         floor_bytes = weight_bytes_per_token(target.model) + kv_bytes
         return DecodeRow(
             context=context,

@@ -14,8 +14,10 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.loading import load
 from star_attention.hf.shape import model_shape
 from star_attention.planning import estimate
-from star_attention.planning.cost import Flops, ModelShape
-from star_attention.planning.estimate import Estimate, Hardware
+from star_attention.planning.cost import Flops
+from star_attention.planning.estimate import Estimate
+from star_attention.planning.hardware import Hardware, calibrate, parse_hardware
+from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import default_block_size, format_size, parse_size
 from star_attention.tools import machine
 
@@ -41,7 +43,7 @@ def report(
     """
     config = load.load_config(model)
     shape = model_shape(config, dtype)
-    on = estimate.hardware(hardware)
+    on = parse_hardware(hardware)
     forward = StarConfig(tokens_per_forward=tokens_per_forward).forward_size("cuda")
     fit: list[dict[str, float]] = []
     if calibrate is not None:
@@ -125,7 +127,7 @@ def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float
         raise InvalidInputError(
             f"{path} is not JSON of `bench prefill` as this version writes it"
         ) from None
-    on = estimate.calibrated(on, [(flops, row["seconds"]) for row, flops in measured], bandwidth)
+    on = calibrate(on, [(flops, row["seconds"]) for row, flops in measured], bandwidth)
     return on, [
         {
             "method": row["method"],

@@ -11,7 +11,7 @@ from star_attention.config import StarConfig
 from star_attention.hf.loading import load, rope
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
-from star_attention.planning import cost
+from star_attention.planning import cost, traffic
 from star_attention.planning.cost import Flops
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan, counted, format_size
 
@@ -60,7 +60,7 @@ class Report:
             cost.memory(shape, plan, **forwards, **kept, tail_tokens=tail_tokens, rank=rank)
             for rank in ranks
         ]
-        self.kept_bytes = shape.kept_bytes_per_token(kv_dtype)
+        self.kept_bytes = shape.stored_bytes_per_token(kv_dtype)
         self.kv_dtype, self.kv_device = kv_dtype, kv_device
         self.memory = max(memories, key=lambda memory: memory.total)
         self.memory_by_rank = [memory.total for memory in memories]
@@ -78,11 +78,11 @@ class Report:
         answers: dict[str, Any] = dict(
             query_tokens=query_tokens, answer_tokens=answer_tokens, queries=queries
         )
-        self.wire1 = cost.phase1_wire(shape, plan, **forwards, anchor_source=anchor_source)
-        self.ring = cost.ring_wire(shape, plan.context_tokens, plan.ranks, tensor_parallel)
-        self.wire2 = cost.phase2_wire(shape, plan.ranks, **forwards, **answers)
-        self.within1 = cost.phase1_wire_within(shape, plan, **forwards, anchor_source=anchor_source)
-        self.within2 = cost.phase2_wire_within(shape, plan.ranks, **forwards, **answers)
+        self.wire1 = traffic.phase1_cp(shape, plan, **forwards, anchor_source=anchor_source)
+        self.ring = traffic.ring_cp(shape, plan.context_tokens, plan.ranks, tensor_parallel)
+        self.wire2 = traffic.phase2_cp(shape, plan.ranks, **forwards, **answers)
+        self.within1 = traffic.phase1_tp(shape, plan, **forwards, anchor_source=anchor_source)
+        self.within2 = traffic.phase2_tp(shape, plan.ranks, **forwards, **answers)
         self._warn(config)
 
     def _warn(self, config: Any) -> None:
@@ -149,7 +149,7 @@ class Report:
         widest = max(shape.attention, key=lambda call: call.heads)
         windowed = sum(call.window is not None for call in shape.attention)
         lines = [
-            f"model {self.model} ({shape.name}): {shape.parameters:,} parameters of {shape.bytes_per_number} bytes,"
+            f"model {self.model} ({shape.name}): {shape.parameters:,} parameters of {shape.bytes_per_element} bytes,"
             f" {counted(shape.layers, 'layer')}{f', {windowed} with a sliding window' if windowed else ''}",
             f"attention {counted(widest.heads, 'query head')}, {counted(widest.kv_heads, 'key head')},"
             f" key size {widest.k_head_size}, value size {widest.v_head_size};"
@@ -250,7 +250,7 @@ class Report:
         return self.plan.ranks * self.tensor_parallel
 
     def _token_bytes(self) -> int:
-        return cost.phase2_wire(
+        return traffic.phase2_cp(
             self.shape,
             self.plan.ranks,
             query_tokens=1,

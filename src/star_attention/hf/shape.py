@@ -23,7 +23,7 @@ from star_attention.hf.cache.base import ForwardPosition, StarCache, build_layer
 from star_attention.hf.cache.probe import TOKENS, ProbeLayer, no_stores, run_probe
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import support, tensor_parallel
-from star_attention.planning.cost import AttentionShape, ModelShape
+from star_attention.planning.model_shape import AttentionShape, ModelShape
 
 
 @dataclass(kw_only=True)
@@ -97,19 +97,19 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         layers=len(handle.windows),
         hidden_size=handle.config.hidden_size,
         attention=tuple(record.attention),
-        kv_numbers_per_token=record.kv_elements,
-        kv_rows_per_token=record.kv_rows,
+        kv_elements_per_token=record.kv_elements,
+        kv_scales_per_token=record.kv_rows,
         kv_layers=record.kv_layers,
         linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),
-        cut_parameters=sum(
+        sharded_parameters=sum(
             weight.numel() for _, module, _ in cut for weight in module.parameters(recurse=False)
         ),
-        summed_numbers_per_token=sum(summed),
-        sums=len(summed),
+        all_reduced_elements_per_token=sum(summed),
+        all_reduces=len(summed),
         expansion_parameters=record.expansion_flops // (2 * TOKENS),
         head_parameters=0 if head is None else head.weight.numel(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        bytes_per_number=torch_dtype.itemsize,
+        bytes_per_element=torch_dtype.itemsize,
     )
 
 

@@ -1,22 +1,28 @@
-"""What a context would take on hardware that is not there: a cost model of both phases over any number of ranks.
+"""Estimates of both phases on hardware that is not at hand, over any number of ranks.
 
-Operations, bytes and collectives are those that `cost` and `wire` count; here they are divided by rates. Rates are what a device
-sustains on such work, not what its data sheet promises; a benchmark's results calibrate them (`calibrated`). Standard library only.
+Operations, bytes and collectives are those that `cost` and `traffic` count; here they are divided
+by rates. A rate is what a device sustains on such work, not the figure on its data sheet; benchmark
+results calibrate it (`hardware.calibrate`). Standard library only.
 
-Schemes: `star` (this library: the anchor computed once and sent), `star-local` (once more on each rank), `official` (the paper's
-implementation: once more for each block), `ring` (exact, zig-zag: balanced) and `ring-plain` (exact, contiguous, as in the paper:
-each round waits for the rank whose keys all precede its queries).
+Schemes:
+    star: this library; the anchor is computed once and broadcast.
+    star-local: this library; every rank computes the anchor again.
+    official: the paper's implementation; the anchor is computed again for every block.
+    ring: exact attention, zigzag layout, which balances the ranks.
+    ring-plain: exact attention, contiguous layout as in the paper; each round waits for the rank
+        whose queries come after all of its keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from star_attention.errors import InvalidInputError
 from star_attention.planning import cost, traffic
-from star_attention.planning.cost import Flops, ModelShape
+from star_attention.planning.cost import Flops
+from star_attention.planning.hardware import Hardware
+from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
 
 SCHEMES = ("star", "star-local", "official", "ring", "ring-plain")
@@ -24,144 +30,20 @@ _SMALLEST_BLOCK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """One device and its link to the others.
-
-    matrix, attention: operations a second of linear layers and of attention. bandwidth: bytes a second of its memory, which holds
-    `memory` bytes. link: payload bytes a second that it sends and receives at once. latency: seconds of a collective or a message.
-    """
-
-    name: str
-    matrix: float
-    attention: float
-    bandwidth: float
-    memory: float
-    link: float
-    latency: float
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "name" and not value > 0:
-                raise InvalidInputError(f"hardware {field.name} {value!r} is not above 0")
-
-
-HARDWARE = {
-    known.name: known
-    for known in (
-        # An H200's rates were seen with this library (bench/results); links are four fifths of their nominal rates: NVLink 4 has
-        # 450 GB/s each way, one 400 Gbit/s adapter a device 50 GB/s, NVLink 3 has 300 GB/s, 10 Gbit/s Ethernet 1.25 GB/s.
-        Hardware(
-            name="h200-nvlink",
-            matrix=720e12,
-            attention=600e12,
-            bandwidth=4.3e12,
-            memory=141e9,
-            link=360e9,
-            latency=15e-6,
-        ),
-        Hardware(
-            name="h200-ib",
-            matrix=720e12,
-            attention=600e12,
-            bandwidth=4.3e12,
-            memory=141e9,
-            link=40e9,
-            latency=30e-6,
-        ),
-        Hardware(
-            name="a100-nvlink",
-            matrix=240e12,
-            attention=190e12,
-            bandwidth=1.7e12,
-            memory=80e9,
-            link=240e9,
-            latency=20e-6,
-        ),
-        Hardware(
-            name="cpu-ethernet",
-            matrix=1e12,
-            attention=0.5e12,
-            bandwidth=1e11,
-            memory=256e9,
-            link=1e9,
-            latency=100e-6,
-        ),
-    )
-}
-
-
-def hardware(text: str) -> Hardware:
-    """A known name, numbers (`matrix=7e14,link=4e10,...`), or a name with numbers that replace some of its own.
-
-    Raises `InvalidInputError` for an unknown name or number, and where numbers alone leave something out.
-    """
-    name, *numbers = [part.strip() for part in text.split(",")]
-    if "=" in name:
-        name, numbers = "", [name, *numbers]
-    elif name not in HARDWARE:
-        raise InvalidInputError(
-            f"hardware {name!r} is unknown; choose one of {', '.join(HARDWARE)}, or give numbers"
-        )
-    known = [field.name for field in fields(Hardware) if field.name != "name"]
-    given: dict[str, float] = {}
-    for number in numbers:
-        field, equals, value = number.partition("=")
-        if field not in known or not equals:
-            raise InvalidInputError(f"hardware {number!r} is unknown; give {'=, '.join(known)}=")
-        try:
-            given[field] = float(value)
-        except ValueError:
-            raise InvalidInputError(f"hardware {field} {value!r} is no number") from None
-    if name:
-        return replace(HARDWARE[name], **given, name=text) if given else HARDWARE[name]
-    missing = [field for field in known if field not in given]
-    if missing:
-        raise InvalidInputError(
-            f"hardware {text!r} leaves out {', '.join(missing)}; give these too, or a name first"
-        )
-    return Hardware(name=text, **given)
-
-
-def calibrated(
-    base: Hardware, samples: Sequence[tuple[Flops, float]], bandwidth: float
-) -> Hardware:
-    """The same with the rates of measured seconds (`fitted`), and a measured bandwidth."""
-    matrix, attention = fitted(samples)
-    return replace(
-        base,
-        matrix=matrix,
-        attention=attention,
-        bandwidth=bandwidth,
-        name=f"{base.name}, calibrated",
-    )
-
-
-def fitted(samples: Sequence[tuple[Flops, float]]) -> tuple[float, float]:
-    """Rates of linear layers and of attention for which `linear / rate + attention / rate` fits measured seconds best (least
-    squares of the relative errors).
-
-    Raises `InvalidInputError` where the samples do not tell the two rates apart.
-    """
-    # Unknown: seconds an operation, x of linear layers and y of attention; each row is scaled to a result of 1.
-    rows = [(flops.linear / seconds, flops.attention / seconds) for flops, seconds in samples]
-    aa, ab, bb = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    a1, b1 = (sum(row[i] for row in rows) for i in (0, 1))
-    determinant = aa * bb - ab * ab
-    x, y = (a1 * bb - b1 * ab, b1 * aa - a1 * ab) if determinant > 1e-9 * aa * bb else (0.0, 0.0)
-    if not (x > 0 and y > 0):
-        raise InvalidInputError(
-            "these measurements do not tell the rates of linear layers and attention apart; measure dense attention at two"
-            " lengths or more"
-        )
-    return determinant / x, determinant / y
-
-
-@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """One scheme. compute_s: of the busiest rank in phase 1. wire_s: what its messages take by themselves; exposed_s: what of
-    that does not hide behind work. encode_s: phase 1. token_s: one token of an answer. memory: bytes on the fullest rank
-    (weights, keys and values, the anchor, working memory). fits: whether a device holds that.
+    """The estimate of one scheme.
+
+    Attributes:
+        scheme: one of `SCHEMES`.
+        ranks: number of devices.
+        context: tokens of the context.
+        block: tokens of a block, None for ring attention.
+        compute_s: seconds that the busiest rank computes in phase 1.
+        wire_s: seconds that communication takes in phase 1.
+        exposed_s: the part of `wire_s` that does not overlap computation.
+        token_s: seconds per token of an answer.
+        memory: bytes on the fullest rank (weights, keys and values, anchor, working memory).
+        fits: True if a device has that much memory.
     """
 
     scheme: str
@@ -177,6 +59,7 @@ class Estimate:
 
     @property
     def encode_s(self) -> float:
+        """Seconds of phase 1."""
         return self.compute_s + self.exposed_s
 
 
@@ -191,30 +74,49 @@ def estimate(
     tokens_per_forward: int,
     kv_dtype: str | None = None,
 ) -> Estimate:
-    """One scheme over `ranks` devices; `block` (with an anchor as large) is for star and official, `kv_dtype` as in `StarLLM`."""
+    """Estimate one scheme.
+
+    Args:
+        shape: the model.
+        on: the device and its link.
+        scheme: one of `SCHEMES`.
+        context: tokens of the context.
+        ranks: number of devices.
+        block: tokens of a block and of the anchor, None for the paper's rule; ring ignores it.
+        tokens_per_forward: most tokens of a forward.
+        kv_dtype: as in `StarConfig`.
+
+    Raises:
+        InvalidInputError: an unknown scheme.
+    """
     if scheme not in SCHEMES:
         raise InvalidInputError(f"scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
-    ring = scheme.startswith("ring")
-    plan = (
-        BlockPlan.dense(context, ranks) if ring else BlockPlan.resolve(context, block, None, ranks)
+    is_ring = scheme.startswith("ring")
+    if is_ring:
+        plan = BlockPlan.dense(context, ranks)
+        compute_s, wire_s, exposed_s = _ring(shape, on, scheme, plan, tokens_per_forward)
+        shard = -(-context // ranks)
+        stored = BlockPlan.dense(shard)
+    else:
+        plan = BlockPlan.resolve(context, block, None, ranks)
+        compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
+        shard = max(plan.layout[rank].tokens for rank in _candidate_ranks(plan))
+        stored = plan
+    memory = max(
+        cost.memory(
+            shape, stored, tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype, rank=rank
+        ).total
+        for rank in _candidate_ranks(stored)
     )
-    compute_s, wire_s, exposed_s = (_ring if ring else _blocks)(
-        shape, on, scheme, plan, tokens_per_forward
-    )
-    share = -(-context // ranks) if ring else _most_tokens(plan)
-    kept = BlockPlan.dense(share) if ring else plan
-    forwards: dict[str, Any] = dict(tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype)
-    memories = (cost.memory(shape, kept, **forwards, rank=rank) for rank in _telling_ranks(kept))
-    memory = max(memory.total for memory in memories)
     return Estimate(
         scheme=scheme,
         ranks=ranks,
         context=context,
-        block=None if ring else plan.block_size,
+        block=None if is_ring else plan.block_size,
         compute_s=compute_s,
         wire_s=wire_s,
         exposed_s=exposed_s,
-        token_s=_token_s(shape, on, share * shape.kept_bytes_per_token(kv_dtype), ranks),
+        token_s=_token_s(shape, on, shard * shape.stored_bytes_per_token(kv_dtype), ranks),
         memory=memory,
         fits=memory <= on.memory,
     )
@@ -229,47 +131,53 @@ def best_block(
     smallest: int,
     tokens_per_forward: int,
 ) -> Estimate:
-    """Star Attention with the power of two that is quickest among blocks of `smallest` tokens or more (what accuracy allows)."""
-    sizes = [
-        size for size in _powers(_SMALLEST_BLOCK, context) if size >= min(smallest, context)
-    ] or [context]
-    return min(
-        (
-            estimate(
-                shape,
-                on,
-                "star",
-                context=context,
-                ranks=ranks,
-                block=size,
-                tokens_per_forward=tokens_per_forward,
-            )
-            for size in sizes
-        ),
-        key=lambda one: one.encode_s,
+    """Estimate `star` with its fastest block size.
+
+    Args:
+        shape: the model.
+        on: the device and its link.
+        context: tokens of the context.
+        ranks: number of devices.
+        smallest: smallest block that is accurate enough; only powers of two from there are tried.
+        tokens_per_forward: most tokens of a forward.
+    """
+    least = min(smallest, context)
+    sizes = [size for size in _powers(_SMALLEST_BLOCK, context) if size >= least] or [context]
+    estimates = (
+        estimate(
+            shape,
+            on,
+            "star",
+            context=context,
+            ranks=ranks,
+            block=size,
+            tokens_per_forward=tokens_per_forward,
+        )
+        for size in sizes
     )
+    return min(estimates, key=lambda candidate: candidate.encode_s)
 
 
 def _seconds(on: Hardware, flops: Flops) -> float:
-    return (
-        flops.linear + flops.expansion + flops.head
-    ) / on.matrix + flops.attention / on.attention
+    linear = flops.linear + flops.expansion + flops.head
+    return linear / on.matrix + flops.attention / on.attention
 
 
 def _blocks(
     shape: ModelShape, on: Hardware, scheme: str, plan: BlockPlan, tokens_per_forward: int
 ) -> tuple[float, float, float]:
-    """Compute, wire and exposed seconds of phase 1 where blocks are shared out."""
+    """Return compute, wire and exposed seconds of phase 1 for sharded blocks."""
     busiest = max(
         (
             _rank_seconds(shape, on, scheme, plan, rank, tokens_per_forward)
-            for rank in _telling_ranks(plan)
+            for rank in _candidate_ranks(plan)
         ),
         default=0.0,
     )
     if scheme != "star" or plan.busy_ranks < 2 or not plan.anchor_size:
         return busiest, 0.0, 0.0
-    # Each layer's share of the anchor arrives while the other ranks compute that layer of their first block.
+    # A layer's part of the anchor arrives while the other ranks compute that layer of their first
+    # block.
     wire_s = plan.anchor_size * shape.kv_bytes_per_token / on.link + shape.kv_layers * on.latency
     first = cost.phase1(
         shape, BlockPlan.dense(plan.block_size), tokens_per_forward=tokens_per_forward
@@ -285,30 +193,32 @@ def _rank_seconds(
     rank: int,
     tokens_per_forward: int,
 ) -> float:
+    """Return the seconds that one rank computes in phase 1."""
     own = cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank)
     anchor = cost.phase1(
         shape, BlockPlan.dense(max(1, plan.anchor_size)), tokens_per_forward=tokens_per_forward
     )
-    again = 0
+    extra_anchors = 0
     if scheme == "official":
-        again = sum(start > 0 for start, _ in plan.rank_blocks(rank))
+        extra_anchors = sum(start > 0 for start, _ in plan.rank_blocks(rank))
     elif scheme == "star-local" and rank > 0:
-        again = 1
-    return _seconds(on, own) + again * (_seconds(on, anchor) if plan.anchor_size else 0.0)
+        extra_anchors = 1
+    return _seconds(on, own) + extra_anchors * (_seconds(on, anchor) if plan.anchor_size else 0.0)
 
 
 def _ring(
     shape: ModelShape, on: Hardware, scheme: str, plan: BlockPlan, tokens_per_forward: int
 ) -> tuple[float, float, float]:
-    """The same where all keys and values go round."""
+    """Return compute, wire and exposed seconds of phase 1 for ring attention."""
     ranks, tokens = plan.ranks, plan.context_tokens
     whole = cost.phase1(shape, BlockPlan.dense(tokens), tokens_per_forward=tokens_per_forward)
     linear_s = (whole.linear + whole.expansion) / on.matrix / ranks
     attention_s = whole.attention / on.attention / ranks
     if scheme == "ring-plain" and ranks > 1:
-        # In each round some rank has keys that its queries all see; only in the first one they are its own, half of them seen.
-        share = tokens / ranks
-        pairs = share * share * (ranks - 0.5)
+        # In every round some rank has keys that all its queries see. Only in the first round are
+        # the keys its own, of which its queries see half.
+        shard = tokens / ranks
+        pairs = shard * shard * (ranks - 0.5)
         attention_s = sum(call.flops_per_pair for call in shape.attention) * pairs / on.attention
     if ranks == 1:
         return linear_s + attention_s, 0.0, 0.0
@@ -319,9 +229,9 @@ def _ring(
     return linear_s + attention_s, wire_s, max(0.0, wire_s - attention_s)
 
 
-def _token_s(shape: ModelShape, on: Hardware, kept_bytes: int, ranks: int) -> float:
-    """Weights, and a rank's keys and values, once; and the merge of each layer."""
-    read_s = (shape.weight_bytes + kept_bytes) / on.bandwidth
+def _token_s(shape: ModelShape, on: Hardware, stored_bytes: int, ranks: int) -> float:
+    """Return the seconds to read the weights and a rank's KV once, and to merge every layer."""
+    read_s = (shape.weight_bytes + stored_bytes) / on.bandwidth
     merges_s = 0.0
     for call in shape.attention if ranks > 1 else ():
         merge = traffic.merge_traffic(ranks, call.heads, call.v_head_size)
@@ -329,13 +239,8 @@ def _token_s(shape: ModelShape, on: Hardware, kept_bytes: int, ranks: int) -> fl
     return read_s + merges_s
 
 
-def _most_tokens(plan: BlockPlan) -> int:
-    layout = plan.layout
-    return max(layout[rank].tokens for rank in _telling_ranks(plan))
-
-
-def _telling_ranks(plan: BlockPlan) -> list[int]:
-    """Ranks among which the busiest is: runs of blocks differ at both ends only."""
+def _candidate_ranks(plan: BlockPlan) -> list[int]:
+    """Return ranks that include the busiest: those in between all do the same work."""
     last = plan.busy_ranks - 1
     return sorted({rank for rank in (0, 1, last - 1, last) if 0 <= rank <= last})
 

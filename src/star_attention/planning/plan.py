@@ -1,7 +1,8 @@
-"""Who holds which tokens, decided in integers before any tensor exists.
+"""Which tokens belong to which block, rank and forward, in integers before any tensor exists.
 
-`BlockPlan` cuts a context into blocks (paper, section 2, Algorithm 1), gives each rank a contiguous run of them, and cuts
-a rank's run into forwards. `print(plan)` draws it. Standard library only.
+`BlockPlan` cuts a context into blocks (paper, section 2, Algorithm 1), gives each context-parallel
+rank a contiguous run of them, and cuts that run into forwards. `print(plan)` draws it. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -18,40 +19,50 @@ MIN_BLOCK_SIZE = 1024
 MAX_BLOCK_SIZE = 32768
 
 LINEAR_PAIRS = 24 * 1024
-"""What the linear layers cost for one token, in pairs of a query and a key that attention could compute instead: about
-`parameters / (2 * heads * head_size * layers)`, which is 18K to 53K for Llama models of 1B to 70B parameters."""
+"""Cost of the linear layers for one token, in query-key pairs that attention computes in that time.
+
+About `parameters / (2 * heads * head_size * layers)`, which is 18K to 53K for Llama models of 1B to
+70B parameters.
+"""
 
 _UNITS = {"k": 1024, "m": 1024**2, "g": 1024**3}
 
 
 def parse_size(text: str | int, name: str = "size") -> int:
-    """A number of tokens from `4096`, `"4096"`, `"4k"`, `"128K"` or `"1m"` (units are powers of 1024).
+    """Parse a number of tokens.
 
-    Raises `SizeError` for anything else; zero and negative numbers pass, so that callers can say what they need.
+    Args:
+        text: `4096`, `"4096"`, `"4k"`, `"128K"` or `"1m"`; units are powers of 1024.
+        name: what to call the value in an error.
+
+    Returns:
+        The number; zero and negative ones pass, so that callers can state their own limits.
+
+    Raises:
+        SizeError: anything else.
     """
+    error = SizeError(
+        f"{name} {text!r} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
+    )
     if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise SizeError(
-            f"{name} {text!r} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
-        )
+        raise error
     if isinstance(text, int):
         return text
     digits, unit = text.strip().lower(), 1
     if digits and digits[-1] in _UNITS:
         digits, unit = digits[:-1], _UNITS[digits[-1]]
     try:
-        number = float(digits) if "." in digits else int(digits)
-        tokens = number * unit
-        if tokens != int(tokens):
-            raise ValueError(text)
-        return int(tokens)
+        tokens = (float(digits) if "." in digits else int(digits)) * unit
+        whole = int(tokens)
     except (ValueError, OverflowError):
-        raise SizeError(
-            f"{name} {text!r} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
-        ) from None
+        raise error from None
+    if tokens != whole:
+        raise error
+    return whole
 
 
 def format_size(tokens: int) -> str:
-    """`16384` as `16k`, `1048576` as `1m`, and what is no multiple of 1024 with thousands separators."""
+    """Format `16384` as `16k` and `1048576` as `1m`; other sizes get thousands separators."""
     for suffix, unit in (("m", 1024**2), ("k", 1024)):
         if tokens >= unit and tokens % unit == 0:
             return f"{tokens // unit}{suffix}"
@@ -59,14 +70,15 @@ def format_size(tokens: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 block`, `2,048 blocks`."""
+    """Format a count: `1 block`, `2,048 blocks`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def default_block_size(context_tokens: int) -> int:
-    """The paper's rule: the smallest power of two that is at least a quarter of the context, within 1024..32768.
+    """Return the paper's block size for a context.
 
-    Source: arXiv 2411.17116, section 3 (block = a quarter of the sequence up to 128K, fixed at 32K beyond).
+    It is the smallest power of two that is at least a quarter of the context, within 1024..32768.
+    Source: arXiv 2411.17116, section 3 (a quarter of the sequence up to 128K, fixed at 32K beyond).
     """
     size = MIN_BLOCK_SIZE
     while size * 4 < context_tokens and size < MAX_BLOCK_SIZE:
@@ -77,28 +89,38 @@ def default_block_size(context_tokens: int) -> int:
 def resolve_sizes(
     context_tokens: int, block_size: int | str | None, anchor_size: int | str | None
 ) -> tuple[int, int]:
-    """Block and anchor size in tokens for a context of `context_tokens`; `None` takes the default rule.
+    """Resolve block and anchor size for a context of `context_tokens` tokens.
 
-    Raises `SizeError` for sizes that are not numbers, a block below 1, an anchor below 0 or above the block.
+    Args:
+        context_tokens: length of the context.
+        block_size: tokens of a block, or `"4k"`; None for `default_block_size`.
+        anchor_size: tokens of the anchor, or `"4k"`; None for the block size.
+
+    Returns:
+        Block size and anchor size in tokens.
+
+    Raises:
+        SizeError: a size that is not a number, a block below 1, an anchor below 0 or above the
+            block.
     """
-    block = (
-        default_block_size(context_tokens)
-        if block_size is None
-        else parse_size(block_size, "block_size")
-    )
+    block = default_block_size(context_tokens)
+    if block_size is not None:
+        block = parse_size(block_size, "block_size")
     if block < 1:
         raise SizeError(
-            f"block_size {block} is below 1; give a positive number of tokens, or leave it out for the paper's rule"
+            f"block_size {block} is below 1; give a positive number of tokens, or leave it out for"
+            " the paper's rule"
         )
     anchor = block if anchor_size is None else parse_size(anchor_size, "anchor_size")
     if anchor < 0:
         raise SizeError(
-            f"anchor_size {anchor} is negative; give 0 (no anchor) to block_size {block}, or leave it out for the block size"
+            f"anchor_size {anchor} is negative; give 0 (no anchor) to block_size {block}, or leave"
+            " it out for the block size"
         )
     if anchor > block:
         raise SizeError(
-            f"anchor_size {anchor} is above block_size {block}: the anchor is the head of the first block;"
-            f" lower anchor_size to at most {block} or raise block_size"
+            f"anchor_size {anchor} is above block_size {block}: the anchor is the head of the first"
+            f" block; lower anchor_size to at most {block} or raise block_size"
         )
     return block, anchor
 
@@ -113,11 +135,15 @@ RING_LAYOUTS = ("zigzag", "contiguous")
 def ring_layout(
     context_tokens: int, ranks: int, kind: str = RING_LAYOUTS[0]
 ) -> tuple[Segments, ...]:
-    """Which tokens each rank has in ring attention.
+    """Return the tokens that each rank holds in ring attention.
 
-    "zigzag" cuts the context into two runs a rank and gives rank r the r-th from the front and the r-th from the back, so that
-    causal attention is the same work for all; "contiguous" gives each one run. A context of fewer than two tokens a rank stays
-    on the first.
+    Args:
+        context_tokens: length of the context; one with fewer than two tokens per rank stays whole,
+            on the first rank.
+        ranks: context-parallel ranks.
+        kind: "zigzag" cuts the context into two runs per rank and gives rank r the r-th from the
+            start and the r-th from the end, so that causal attention is the same work for all;
+            "contiguous" gives each rank one run.
     """
     if context_tokens < 2 * ranks:
         return (Segments.prefix(context_tokens), *(Segments(),) * (ranks - 1))
@@ -133,10 +159,15 @@ def ring_layout(
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Consecutive context tokens `[start, stop)` that go through the model in one forward.
+    """Consecutive context tokens that go through the model in one forward.
 
-    Either whole blocks of one size (`stop - start` a multiple of the block, or one short last block), or a piece of a
-    single block. `block_start` is where the first token's block begins.
+    A span is either whole blocks of one size (several full ones, or the short last one), or a piece
+    of a single block.
+
+    Attributes:
+        start: first token.
+        stop: one after the last token.
+        block_start: first token of the block that contains `start`.
     """
 
     start: int
@@ -145,14 +176,25 @@ class Span:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """A context of `context_tokens` cut into blocks over `ranks`; sizes in tokens, resolved, never None.
+    """A context cut into blocks, and the blocks assigned to ranks; all sizes are in tokens.
 
-    Raises `TokenError` for an empty context and `SizeError` for sizes that cannot work.
+    `print(plan)` draws which tokens each block sees.
+
+    Attributes:
+        context_tokens: length of the context.
+        block_size: tokens of every block but the last, which may be shorter.
+        anchor_size: tokens at the start of the context that every block sees; 0 for no anchor.
+        ranks: context-parallel ranks.
+
+    Raises:
+        TokenError: an empty context.
+        SizeError: a block below 1, an anchor below 0 or above the block, or fewer than 1 rank.
     """
 
     context_tokens: int
@@ -163,7 +205,8 @@ class BlockPlan:
     def __post_init__(self) -> None:
         if self.context_tokens < 1:
             raise TokenError(
-                f"the context is empty ({self.context_tokens:,} tokens); Star Attention needs at least 1 token of context"
+                f"the context is empty ({self.context_tokens:,} tokens); Star Attention needs at"
+                " least 1 token of context"
             )
         if self.ranks < 1:
             raise SizeError(f"ranks {self.ranks} is below 1; give the number of processes")
@@ -177,13 +220,13 @@ class BlockPlan:
         anchor_size: int | str | None = None,
         ranks: int = 1,
     ) -> BlockPlan:
-        """The plan for a context, with the paper's rule where a size is None."""
+        """Return the plan for a context, with sizes as in `resolve_sizes`."""
         block, anchor = resolve_sizes(context_tokens, block_size, anchor_size)
         return cls(context_tokens=context_tokens, block_size=block, anchor_size=anchor, ranks=ranks)
 
     @classmethod
     def dense(cls, context_tokens: int, ranks: int = 1) -> BlockPlan:
-        """One block holding the whole context: ordinary dense attention (law 1)."""
+        """Return the plan of one block with the whole context: dense attention (law 1)."""
         return cls(
             context_tokens=context_tokens,
             block_size=max(1, context_tokens),
@@ -193,34 +236,38 @@ class BlockPlan:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks."""
         return -(-self.context_tokens // self.block_size)
 
     @property
     def is_dense(self) -> bool:
+        """True if one block holds the whole context."""
         return self.num_blocks == 1
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """`(start, stop)` of every block, in order; only the last may be shorter than `block_size`."""
+        """`(start, stop)` of every block, in order."""
         return [
             (start, min(start + self.block_size, self.context_tokens))
             for start in range(0, self.context_tokens, self.block_size)
         ]
 
     def rank_blocks(self, rank: int) -> list[tuple[int, int]]:
-        """The blocks of one rank: contiguous runs that differ by one block at most, so that the busiest rank has least to do.
+        """Return the blocks of one rank: a contiguous run.
 
-        Where the blocks do not divide, the first rank is a good place for one more, because the first block has no anchor
-        to look at, and the last rank is one, where the last block is short.
+        Runs differ by at most one block, and are chosen to give the busiest rank the least work.
         """
         first = sum(self._counts[:rank])
         return self.blocks[first : first + self._counts[rank]]
 
     @cached_property
     def _counts(self) -> tuple[int, ...]:
+        """Number of blocks on each rank."""
         base, more = divmod(self.num_blocks, self.ranks)
         if not base:
             return (1,) * more + (0,) * (self.ranks - more)
+        # Where the blocks do not divide evenly, one more suits the first rank, whose first block
+        # has no anchor to attend to, and the last rank, if the last block is short.
         layouts = []
         for head, tail in ((1, 0), (0, 0), (1, 1), (0, 1)):
             middle = more - head - tail
@@ -232,7 +279,7 @@ class BlockPlan:
         )
 
     def _costs(self, counts: tuple[int, ...]) -> list[int]:
-        """Work of each rank in pairs, with so many blocks a rank."""
+        """Return the work of each rank in pairs, for `counts` blocks per rank."""
         costs, first = [], 0
         for count in counts:
             own = self.blocks[first : first + count]
@@ -245,83 +292,90 @@ class BlockPlan:
         return tokens * (LINEAR_PAIRS + (tokens + 1) // 2 + (self.anchor_size if start else 0))
 
     def rank_range(self, rank: int) -> tuple[int, int]:
-        """`[start, stop)` of the context tokens held by one rank; empty when it holds no block."""
-        mine = self.rank_blocks(rank)
-        return (mine[0][0], mine[-1][1]) if mine else (self.context_tokens, self.context_tokens)
+        """Return `(start, stop)` of the context tokens of one rank; empty if it holds no block."""
+        blocks = self.rank_blocks(rank)
+        if not blocks:
+            return self.context_tokens, self.context_tokens
+        return blocks[0][0], blocks[-1][1]
 
     @property
     def layout(self) -> tuple[Segments, ...]:
-        """What each rank keeps."""
+        """The context tokens that each rank holds."""
         ranges = [self.rank_range(rank) for rank in range(self.ranks)]
         return tuple(Segments([(start, stop)] if start < stop else []) for start, stop in ranges)
 
     @property
     def busy_ranks(self) -> int:
-        """Ranks that hold a block: the first so many."""
+        """Number of ranks that hold a block; these are the first ones."""
         return min(self.ranks, self.num_blocks)
 
     def spans(self, tokens_per_forward: int, *, rank: int = 0) -> Iterator[Span]:
-        """The forwards of one rank's phase 1, at most `tokens_per_forward` tokens each.
+        """Yield the forwards of one rank's phase 1.
 
-        Small blocks go several to a forward; a block that is larger than a forward is cut into pieces, so that working
-        memory depends on `tokens_per_forward` alone. The ragged last block is a forward of its own, because the blocks
-        of one forward are computed as a batch.
+        A forward takes several small blocks, or a piece of a block larger than
+        `tokens_per_forward`, so that working memory depends on `tokens_per_forward` alone. A
+        shorter last block is a forward of its own, because the blocks of one forward are computed
+        as a batch.
+
+        Args:
+            tokens_per_forward: most tokens of a forward.
+            rank: context-parallel rank.
         """
         return self._spans(*self.rank_range(rank), tokens_per_forward)
 
     def from_token(self, start: int, tokens_per_forward: int) -> Iterator[Span]:
-        """The forwards of everything from token `start` on, whoever holds it: for a context that grows."""
+        """Yield the forwards of all tokens from `start` on, to extend a context."""
         return self._spans(start, self.context_tokens, tokens_per_forward)
 
     def _spans(self, position: int, stop: int, tokens_per_forward: int) -> Iterator[Span]:
         while position < stop:
-            into = position % self.block_size
-            whole = (
-                0
-                if into
-                else min(stop, self.context_tokens - self.context_tokens % self.block_size)
-                - position
-            )
-            tokens = min(whole, tokens_per_forward) // self.block_size * self.block_size
+            offset = position % self.block_size
+            tokens = 0
+            if not offset:
+                full_blocks_end = self.context_tokens // self.block_size * self.block_size
+                whole = min(stop, full_blocks_end) - position
+                tokens = min(whole, tokens_per_forward) // self.block_size * self.block_size
+            # No whole block fits: take a piece of one, or the shorter last block.
             if not tokens:
-                tokens = min(self.block_size - into, stop - position, tokens_per_forward)
-            yield Span(start=position, stop=position + tokens, block_start=position - into)
+                tokens = min(self.block_size - offset, stop - position, tokens_per_forward)
+            yield Span(start=position, stop=position + tokens, block_start=position - offset)
             position += tokens
 
     def __str__(self) -> str:
         head = (
-            f"context {self.context_tokens:,} tok, {counted(self.num_blocks, 'block')} x {format_size(self.block_size)},"
+            f"context {self.context_tokens:,} tok,"
+            f" {counted(self.num_blocks, 'block')} x {format_size(self.block_size)},"
             f" anchor {format_size(self.anchor_size)}, {counted(self.ranks, 'rank')}"
         )
         return head + "\n" + self.draw()
 
     def draw(self, width: int = 72) -> str:
-        """The blocks as a picture: one line a block, `A` anchor, `#` own tokens, `.` not seen; context left to right.
+        """Draw one line per block, context from left to right.
 
-        More than 16 blocks are drawn with the middle left out (and said so).
+        `A` is the anchor, `#` the block's own tokens, `.` tokens that it does not see. Of more than
+        16 blocks, the middle ones are left out, with a note.
+
+        Args:
+            width: columns of the picture.
         """
+        owners = [rank for rank in range(self.ranks) for _ in self.rank_blocks(rank)]
+        labels = [f"rank {owner:<2} b{index:<3} |" for index, owner in enumerate(owners)]
+        lines = [
+            f"{label}{self._draw_row(index, width)}| {start:,}..{stop:,}"
+            for index, (label, (start, stop)) in enumerate(zip(labels, self.blocks, strict=True))
+        ]
+        if len(lines) > 16:
+            lines[8:-7] = [f"{'':>10}  ... {self.num_blocks - 15} more blocks ..."]
+        return "\n".join([*lines, f"{'query':>10} |{'#' * width}| sees everything"])
+
+    def _draw_row(self, index: int, width: int) -> str:
+        start, stop = self.blocks[index]
         scale = width / self.context_tokens
-        owner = [rank for rank in range(self.ranks) for _ in self.rank_blocks(rank)]
-        lines = []
-        shown = list(range(self.num_blocks))
-        if len(shown) > 16:
-            shown = [*shown[:8], -1, *shown[-7:]]
-        for index in shown:
-            if index < 0:
-                lines.append(f"{'':>10}  ... {self.num_blocks - 15} more blocks ...")
-                continue
-            start, stop = self.blocks[index]
-            row = []
-            for column in range(width):
-                token = int((column + 0.5) / scale)
-                own = start <= token < stop or int(start * scale) == column
-                row.append(
-                    "A"
-                    if token < self.anchor_size and index > 0 and not own
-                    else "#"
-                    if own
-                    else "."
-                )
-            lines.append(f"rank {owner[index]:<2} b{index:<3} |{''.join(row)}| {start:,}..{stop:,}")
-        lines.append(f"{'query':>10} |{'#' * width}| sees everything")
-        return "\n".join(lines)
+        row = ""
+        for column in range(width):
+            token = int((column + 0.5) / scale)
+            if start <= token < stop or int(start * scale) == column:
+                row += "#"
+            else:
+                row += "A" if token < self.anchor_size and index > 0 else "."
+        return row

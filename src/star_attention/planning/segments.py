@@ -1,4 +1,4 @@
-"""Runs of context tokens: which tokens a rank holds, and where they are in its buffers. Standard library only."""
+"""Runs of context tokens: which ones a rank holds, and where. Standard library only."""
 
 from __future__ import annotations
 

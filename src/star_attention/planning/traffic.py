@@ -1,60 +1,77 @@
-"""What crosses the wire, in integers: which collective merges states, and how many bytes each collective moves.
+"""Communication in integers: which collective merges states, and what each phase sends.
 
-Bytes are payload received, all ranks together, as the collectives move it in a ring or a tree: a broadcast of n bytes
-delivers them to each other rank, a gather delivers every part to every other rank, and a reduction moves two parts in
-`ranks` of its buffer through each rank in each of `ranks - 1` steps. What a transport adds (headers, the few hundred
-bytes with which rank 0 leads the others) is not counted. Standard library only.
+Bytes are the payload received, summed over all ranks, as collectives in a ring or a tree move it: a
+broadcast of n bytes delivers them to every other rank, a gather delivers every part to every other
+rank, and a reduction moves two parts in `ranks` of its buffer through each rank in each of `ranks -
+1` steps. What a transport adds (headers, and the few hundred bytes with which rank 0 leads the
+others) is not counted. `cp` is short for context parallel, `tp` for tensor parallel. Standard
+library only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOAT32 = 4
+from star_attention.planning.model_shape import ModelShape
+from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
+
+FLOAT32_BYTES = 4
+
 CALL_BYTES = 128 * 1024
-"""What one more collective costs, as bytes that could move meanwhile: some 5 us on a fast link."""
+"""Cost of one more collective, as the bytes that could move meanwhile: some 5 us on a fast link."""
 
 
 @dataclass
 class Traffic:
-    """Collectives and bytes of one phase."""
+    """Number of collectives, and the bytes that they move."""
 
     calls: int = 0
     bytes: int = 0
 
     def add(self, bytes: int, calls: int = 1) -> None:
+        """Count more bytes and collectives."""
         self.calls += calls
         self.bytes += bytes
 
     def since(self, before: Traffic) -> Traffic:
-        """What was added to an earlier copy of this."""
+        """Return the traffic added since `before`, an earlier copy of this."""
         return Traffic(self.calls - before.calls, self.bytes - before.bytes)
 
 
+# -------------------------------------------------------------------------------------- collectives
+
+
 def broadcast_bytes(payload: int, ranks: int) -> int:
+    """Return the bytes of sending `payload` bytes from one rank to all others."""
     return payload * (ranks - 1)
 
 
 def gather_bytes(part: int, ranks: int) -> int:
-    """Every rank's part of that many bytes to every other rank."""
+    """Return the bytes of sending each rank's `part` bytes to all others."""
     return part * ranks * (ranks - 1)
 
 
 def reduce_bytes(payload: int, ranks: int) -> int:
-    """A sum or maximum of `payload` bytes, on all ranks."""
+    """Return the bytes of a sum or maximum of `payload` bytes, delivered to all ranks."""
     return 2 * payload * (ranks - 1)
 
 
 def state_bytes(rows: int, head_size: int) -> tuple[int, int]:
-    """Bytes of `rows` rows (batch x queries x heads) of a state: with outputs of `head_size`, and of the lse alone."""
-    return rows * (head_size + 1) * FLOAT32, rows * FLOAT32
+    """Return the bytes of a state, output and lse together, and of its lse alone.
+
+    Args:
+        rows: batch x queries x heads.
+        head_size: elements of an output row.
+    """
+    return rows * (head_size + 1) * FLOAT32_BYTES, rows * FLOAT32_BYTES
 
 
 def merge_choice(ranks: int, rows: int, head_size: int) -> str:
-    """`"gather"` or `"reduce"`, whichever moves fewer bytes; a reduction takes a collective more.
+    """Choose the collective that merges states: `"gather"` or `"reduce"`.
 
-    Gathering hands every rank all states; it is one collective, for few ranks and short queries. Reducing takes the
-    maximum of the lse and then a sum, whose bytes a rank do not grow with the number of ranks.
+    Gathering gives every rank all states in one collective; it suits few ranks and short queries.
+    Reducing takes two collectives, the maximum of the lse and then a sum, whose bytes per rank do
+    not grow with the number of ranks.
     """
     packed, lse = state_bytes(rows, head_size)
     gather = gather_bytes(packed, ranks) // ranks
@@ -62,11 +79,148 @@ def merge_choice(ranks: int, rows: int, head_size: int) -> str:
     return "gather" if gather <= reduce + CALL_BYTES else "reduce"
 
 
-def merge_traffic(ranks: int, rows: int, head_size: int, how: str | None = None) -> Traffic:
-    """Merging one layer's states over the ranks."""
+def merge_traffic(ranks: int, rows: int, head_size: int, collective: str | None = None) -> Traffic:
+    """Count the traffic of merging one layer's states over the ranks.
+
+    Args:
+        ranks: context-parallel ranks.
+        rows: batch x queries x heads.
+        head_size: elements of an output row.
+        collective: `"gather"` or `"reduce"`; None for `merge_choice`.
+    """
     if ranks == 1:
         return Traffic()
     packed, lse = state_bytes(rows, head_size)
-    if (how or merge_choice(ranks, rows, head_size)) == "gather":
+    if (collective or merge_choice(ranks, rows, head_size)) == "gather":
         return Traffic(1, gather_bytes(packed, ranks))
     return Traffic(2, reduce_bytes(packed, ranks) + reduce_bytes(lse, ranks))
+
+
+# ------------------------------------------------------------------------------------------- phases
+
+
+def phase1_cp(
+    shape: ModelShape,
+    plan: BlockPlan,
+    *,
+    tokens_per_forward: int,
+    anchor_source: str = ANCHOR_SOURCES[0],
+    tensor_parallel: int = 1,
+) -> Traffic:
+    """Count the traffic of phase 1 between context-parallel ranks.
+
+    The first rank broadcasts the anchor's keys and values to all others that hold a block: once per
+    layer that stores KV and per forward that contains a part of the anchor, and with tensor
+    parallelism once per shard of the heads.
+    """
+    if anchor_source == "local" or plan.busy_ranks == 1 or not plan.anchor_size:
+        return Traffic()
+    forwards = sum(span.start < plan.anchor_size for span in plan.spans(tokens_per_forward, rank=0))
+    payload = plan.anchor_size * shape.kv_bytes_per_token
+    return Traffic(
+        forwards * shape.kv_layers * tensor_parallel, broadcast_bytes(payload, plan.busy_ranks)
+    )
+
+
+def phase1_tp(
+    shape: ModelShape,
+    plan: BlockPlan,
+    *,
+    tokens_per_forward: int,
+    anchor_source: str = ANCHOR_SOURCES[0],
+    tensor_parallel: int,
+) -> Traffic:
+    """Count the traffic of phase 1 between tensor-parallel ranks, summed over the whole mesh.
+
+    These are the all-reduces after attention and MLP.
+    """
+    forwards = sum(
+        1 for rank in range(plan.ranks) for _ in plan.spans(tokens_per_forward, rank=rank)
+    )
+    tokens = plan.context_tokens
+    if anchor_source == "local":
+        tokens += (plan.busy_ranks - 1) * plan.anchor_size
+        forwards += (plan.busy_ranks - 1) * -(-plan.anchor_size // tokens_per_forward)
+    return _all_reduces(shape, tokens, forwards, tensor_parallel)
+
+
+def ring_cp(
+    shape: ModelShape, context_tokens: int, ranks: int, tensor_parallel: int = 1
+) -> Traffic:
+    """Count the traffic of ring attention's phase 1 between context-parallel ranks.
+
+    In every attention call, all keys and values pass every rank.
+    """
+    if ranks == 1 or context_tokens < 2 * ranks:
+        return Traffic()
+    elements = sum(
+        call.kv_heads * (call.k_head_size + call.v_head_size) for call in shape.attention
+    )
+    steps = ranks - 1
+    return Traffic(
+        steps * len(shape.attention) * tensor_parallel,
+        steps * context_tokens * elements * shape.bytes_per_element,
+    )
+
+
+def phase2_cp(
+    shape: ModelShape,
+    ranks: int,
+    *,
+    query_tokens: int,
+    answer_tokens: int,
+    queries: int = 1,
+    tokens_per_forward: int,
+    merge_collective: str | None = None,
+    tensor_parallel: int = 1,
+) -> Traffic:
+    """Count the traffic of answering `queries` queries in turn, between context-parallel ranks.
+
+    Each forward merges the states of every attention call. A query takes forwards of
+    `tokens_per_forward` tokens, and every answer token but the last takes one of its own.
+    """
+    total = Traffic()
+    for tokens, times in _answer_forwards(query_tokens, answer_tokens, tokens_per_forward).items():
+        times *= queries * tensor_parallel
+        for call in shape.attention:
+            rows = tokens * call.heads // tensor_parallel
+            merge = merge_traffic(ranks, rows, call.v_head_size, merge_collective)
+            total.add(merge.bytes * times, merge.calls * times)
+    return total
+
+
+def phase2_tp(
+    shape: ModelShape,
+    ranks: int,
+    *,
+    query_tokens: int,
+    answer_tokens: int,
+    queries: int = 1,
+    tokens_per_forward: int,
+    tensor_parallel: int,
+) -> Traffic:
+    """Count the traffic of answering between tensor-parallel ranks, summed over the whole mesh.
+
+    Each of the `ranks` context-parallel ranks runs all new tokens through its shard of the model.
+    """
+    forwards = _answer_forwards(query_tokens, answer_tokens, tokens_per_forward)
+    tokens = sum(size * times for size, times in forwards.items())
+    repeats = queries * ranks
+    return _all_reduces(shape, tokens * repeats, sum(forwards.values()) * repeats, tensor_parallel)
+
+
+def _all_reduces(shape: ModelShape, tokens: int, forwards: int, tensor_parallel: int) -> Traffic:
+    if tensor_parallel == 1:
+        return Traffic()
+    payload = tokens * shape.all_reduced_elements_per_token * shape.bytes_per_element
+    return Traffic(forwards * shape.all_reduces, reduce_bytes(payload, tensor_parallel))
+
+
+def _answer_forwards(
+    query_tokens: int, answer_tokens: int, tokens_per_forward: int
+) -> dict[int, int]:
+    """Return the number of forwards of one answer, by their number of tokens."""
+    whole, rest = divmod(query_tokens, tokens_per_forward)
+    forwards = {tokens_per_forward: whole, rest: 1 if rest else 0}
+    forwards[1] = forwards.get(1, 0) + max(answer_tokens - 1, 0)
+    return forwards

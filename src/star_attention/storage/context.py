@@ -137,18 +137,20 @@ class EncodedContext:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save the context atomically, to be loaded by `StarLLM.load_context` on any number of ranks.
+        """Save the context atomically, to be loaded by `StarLLM.load_context` on any number of
+        ranks.
 
-        One process writes a file (safetensors); several ranks write a folder with one file each, on a
-        file system that all machines share. The files contain the text's token ids: protect them
+        One process writes a file (safetensors); several ranks write a folder with one file each, on
+        a file system that all machines share. The files contain the text's token ids: protect them
         like the text.
 
         Args:
-            path: the file, or on several ranks the folder. An earlier saved context there is replaced.
+            path: the file, or on several ranks the folder. An earlier saved context there is
+                replaced.
 
         Raises:
-            ContextSaveError: the context cannot be written (disk full, no permission, something else
-                is at the path). A context saved there before is left unchanged.
+            ContextSaveError: the context cannot be written (disk full, no permission, something
+                else is at the path). A context saved there before is left unchanged.
         """
         header = {
             "method": self.method,
@@ -170,7 +172,7 @@ class EncodedContext:
             saved.write_shared(target, header, self.kv.segments, self._tensors(), self.comm)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that this rank writes; the first tensor-parallel rank has all heads."""
+        """Return the tensors that this rank writes: tensor-parallel rank 0 writes all heads."""
         tensors = {"token_ids": self.token_ids} if self.comm.rank == 0 else {}
         for index, layer in enumerate(self.kv.layers):
             if layer.is_empty:

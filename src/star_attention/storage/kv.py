@@ -147,7 +147,7 @@ class LayerKV:
         return self._read(self.stored())
 
     def slice(self, start: int, stop: int) -> Pair:
-        """Return keys and values of tokens `start..stop` of one segment, `[1, G, stop - start, D]`."""
+        """Return KV of tokens `start..stop` of one segment, `[1, G, stop - start, D]`."""
         at = self.segments.offset(start)
         return self._read(tuple(tensor[:, :, at : at + stop - start] for tensor in self.stored()))
 
@@ -169,7 +169,7 @@ class LayerKV:
         return 0 if self.is_empty else sum(t.numel() * t.element_size() for t in self.stored())
 
     def copy_from(self, other: LayerKV) -> None:
-        """Copy everything that `other` stores, unconverted; this layer must hold those tokens too."""
+        """Copy all that `other` stores, unconverted; this layer must hold those tokens too."""
         self._dtype, self._device = other._dtype, other._device
         stored = other.stored()
         for start, stop in other.segments:

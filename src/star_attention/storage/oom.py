@@ -22,8 +22,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def allocate(make: Callable[[], Tensor]) -> Tensor:
     """Return `make()`, called once more after a garbage collection if memory ran out."""
-    # Python's garbage collector counts objects, not their bytes, so that whole contexts may wait for
-    # it. torch.compile, for one, leaves references to the first context that it saw.
+    # Python's garbage collector counts objects, not their bytes, so that whole contexts may wait
+    # for it. torch.compile, for one, leaves references to the first context that it saw.
     try:
         return make()
     except (MemoryError, RuntimeError) as error:

@@ -1,8 +1,9 @@
 """Encoded contexts on disk, written atomically, mapped into memory, checked before they are used.
 
-One rank writes one file: an ordinary safetensors file (nothing in it is executable) whose metadata holds a JSON header and
-the header's checksum. The header is verified when the file is opened, each tensor when it is first touched. Several ranks
-write a folder: such a file each, and an index that holds the header and names the files by their checksums.
+One process writes one file: an ordinary safetensors file (nothing in it is executable) whose
+metadata holds a JSON header and the header's checksum. The header is verified when the file is
+opened, each tensor when it is first read. Several ranks write a folder: such a file each, and an
+index that holds the header and the checksum of every file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def checksum(tensor: Tensor) -> str:
 def check_target(target: Path, *, as_folder: bool) -> None:
     """Whether a context may be saved there, `as_folder` by several ranks, or as a file.
 
-    Raises `ContextSaveError` for a folder, for a file that is none of ours, and where there is no folder to hold it.
+    Raises `ContextSaveError` for a folder, for a file that is none of ours, and where there is no
+    folder to hold it.
     """
     if target.is_dir() and (target / INDEX).is_file() and not as_folder:
         raise ContextSaveError(
@@ -238,8 +240,8 @@ def _verified(path: Path, text: str, sha256: str) -> dict[str, Any]:
 class SavedContext:
     """An open saved context, of one file or of several ranks' files.
 
-    Raises `CorruptContextError` for what is truncated, changed, or not a saved context, and `ContextNotFoundError` where there
-    is nothing.
+    Raises `CorruptContextError` for what is truncated, changed, or not a saved context, and
+    `ContextNotFoundError` where there is nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -15,7 +15,8 @@ from star_attention.bench.benchmark import Target
 from star_attention.bench.models import weight_bytes
 from star_attention.engine import StarLLM
 from star_attention.planning import cost
-from star_attention.planning.cost import Flops, ModelShape
+from star_attention.planning.cost import Flops
+from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
 from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stock_prefill
 
@@ -134,7 +135,7 @@ class Window(Engine):
 
     def kv_bytes(self, shape: ModelShape, plan: BlockPlan, kv_dtype: str | None) -> int:
         stored = min(plan.context_tokens, plan.anchor_size + plan.block_size)
-        return stored * shape.kept_bytes_per_token(kv_dtype)
+        return stored * shape.stored_bytes_per_token(kv_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

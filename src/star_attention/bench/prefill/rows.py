@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from star_attention.bench.prefill.contenders import BASELINES, CONTENDERS, OURS_FIRST
 from star_attention.errors import InvalidInputError
-from star_attention.planning import estimate
 from star_attention.planning.cost import Flops
+from star_attention.planning.hardware import fit_rates
 from star_attention.planning.plan import format_size
 
 
@@ -116,7 +116,7 @@ def extrapolate(method: str, context: int, flops: Flops, rows: list[PrefillRow])
         if run.seconds is not None
     ]
     try:
-        linear_rate, attention_rate = estimate.fitted(samples[-2:])
+        linear_rate, attention_rate = fit_rates(samples[-2:])
     except InvalidInputError:
         return replace(row, failed="not two runs to extrapolate from")
     return replace(

@@ -1,0 +1,168 @@
+"""Devices and links to make estimates for, by name or by values. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from star_attention.errors import InvalidInputError
+from star_attention.planning.cost import Flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One device and its link to the others.
+
+    Attributes:
+        name: what to call it.
+        matrix: operations per second of linear layers.
+        attention: operations per second of attention.
+        bandwidth: bytes per second of its memory.
+        memory: bytes of its memory.
+        link: payload bytes per second, sent and received at the same time.
+        latency: seconds of a collective or a message.
+
+    Raises:
+        InvalidInputError: a rate or size that is not above 0.
+    """
+
+    name: str
+    matrix: float
+    attention: float
+    bandwidth: float
+    memory: float
+    link: float
+    latency: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "name" and not value > 0:
+                raise InvalidInputError(f"hardware {field.name} {value!r} is not above 0")
+
+
+# The rates of an H200 were measured with this library (bench/results). Links are four fifths of
+# their nominal rates: NVLink 4 has 450 GB/s each way, one 400 Gbit/s adapter per device 50 GB/s,
+# NVLink 3 300 GB/s, 10 Gbit/s Ethernet 1.25 GB/s.
+HARDWARE = {
+    device.name: device
+    for device in (
+        Hardware(
+            name="h200-nvlink",
+            matrix=720e12,
+            attention=600e12,
+            bandwidth=4.3e12,
+            memory=141e9,
+            link=360e9,
+            latency=15e-6,
+        ),
+        Hardware(
+            name="h200-ib",
+            matrix=720e12,
+            attention=600e12,
+            bandwidth=4.3e12,
+            memory=141e9,
+            link=40e9,
+            latency=30e-6,
+        ),
+        Hardware(
+            name="a100-nvlink",
+            matrix=240e12,
+            attention=190e12,
+            bandwidth=1.7e12,
+            memory=80e9,
+            link=240e9,
+            latency=20e-6,
+        ),
+        Hardware(
+            name="cpu-ethernet",
+            matrix=1e12,
+            attention=0.5e12,
+            bandwidth=1e11,
+            memory=256e9,
+            link=1e9,
+            latency=100e-6,
+        ),
+    )
+}
+
+
+def parse_hardware(text: str) -> Hardware:
+    """Parse a description of hardware.
+
+    Args:
+        text: a known name (`h200-ib`), values (`matrix=7e14,link=4e10,...`), or a name followed by
+            values that replace some of its own.
+
+    Raises:
+        InvalidInputError: an unknown name or field, a value that is not a number, or values alone
+            that leave out a field.
+    """
+    name, *settings = [part.strip() for part in text.split(",")]
+    if "=" in name:
+        name, settings = "", [name, *settings]
+    elif name not in HARDWARE:
+        raise InvalidInputError(
+            f"hardware {name!r} is unknown; choose one of {', '.join(HARDWARE)}, or give values"
+        )
+    known = [field.name for field in fields(Hardware) if field.name != "name"]
+    values: dict[str, float] = {}
+    for setting in settings:
+        field, equals, value = setting.partition("=")
+        if field not in known or not equals:
+            raise InvalidInputError(f"hardware {setting!r} is unknown; give {'=, '.join(known)}=")
+        try:
+            values[field] = float(value)
+        except ValueError:
+            raise InvalidInputError(
+                f"hardware {field} {value!r} is not a number; write {field}=1e9"
+            ) from None
+    if name:
+        return replace(HARDWARE[name], **values, name=text) if values else HARDWARE[name]
+    missing = [field for field in known if field not in values]
+    if missing:
+        raise InvalidInputError(
+            f"hardware {text!r} lacks {', '.join(missing)}; add them, or begin with a known name"
+        )
+    return Hardware(name=text, **values)
+
+
+def calibrate(base: Hardware, samples: Sequence[tuple[Flops, float]], bandwidth: float) -> Hardware:
+    """Return `base` with rates fitted to measurements (`fit_rates`) and a measured bandwidth."""
+    matrix, attention = fit_rates(samples)
+    return replace(
+        base,
+        matrix=matrix,
+        attention=attention,
+        bandwidth=bandwidth,
+        name=f"{base.name}, calibrated",
+    )
+
+
+def fit_rates(samples: Sequence[tuple[Flops, float]]) -> tuple[float, float]:
+    """Fit the rates of linear layers and of attention to measured times.
+
+    Minimizes the squared relative errors of `linear / rate + attention / rate`.
+
+    Args:
+        samples: operations, and the seconds that they took.
+
+    Returns:
+        Operations per second of linear layers, and of attention.
+
+    Raises:
+        InvalidInputError: the samples do not determine both rates.
+    """
+    # Unknowns: seconds per operation, x of linear layers and y of attention. Each row is scaled to
+    # a result of 1.
+    rows = [(flops.linear / seconds, flops.attention / seconds) for flops, seconds in samples]
+    aa, ab, bb = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    a1, b1 = (sum(row[i] for row in rows) for i in (0, 1))
+    determinant = aa * bb - ab * ab
+    x, y = (a1 * bb - b1 * ab, b1 * aa - a1 * ab) if determinant > 1e-9 * aa * bb else (0.0, 0.0)
+    if not (x > 0 and y > 0):
+        raise InvalidInputError(
+            "the measurements do not separate the rates of linear layers and attention; measure"
+            " dense attention at two lengths or more"
+        )
+    return determinant / x, determinant / y

@@ -1,0 +1,93 @@
+"""The sizes of a model that decide what it costs; `hf/shape.py` reads them off a config.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """One attention call of a forward; most models have one per layer.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: heads of the keys and values that attention reads (after MLA's expansion).
+        k_head_size: elements of a key.
+        v_head_size: elements of a value.
+        window: sliding window in tokens, None for full attention.
+    """
+
+    heads: int
+    kv_heads: int
+    k_head_size: int
+    v_head_size: int
+    window: int | None = None
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Operations per pair: `2 * k_head_size` for a score, `2 * v_head_size` for an output."""
+        return 2 * self.heads * (self.k_head_size + self.v_head_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model that decide its cost.
+
+    Attributes:
+        name: model type.
+        layers: number of layers.
+        hidden_size: elements of a hidden state.
+        attention: the attention calls of a forward, in order.
+        kv_elements_per_token: elements stored per context token, all layers together: compressed
+            ones for MLA, none for a layer that reads another layer's KV (KV sharing).
+        kv_scales_per_token: scales stored with them in fp8, one per head of keys and of values.
+        kv_layers: layers that store KV.
+        linear_parameters: weights of the layers that one token is multiplied with; in a mixture of
+            experts, only those of the experts that a token is routed to.
+        sharded_parameters: weights that tensor parallelism shards, 0 if it cannot run.
+        all_reduced_elements_per_token: elements that tensor parallelism sums over its ranks.
+        all_reduces: collectives per forward that do so.
+        expansion_parameters: weights that every key is multiplied with each time it is attended to
+            (MLA's expansion).
+        head_parameters: weights of the language-model head.
+        parameters: all weights, tied ones once.
+        bytes_per_element: of weights, keys and values as computed.
+    """
+
+    name: str
+    layers: int
+    hidden_size: int
+    attention: tuple[AttentionShape, ...]
+    kv_elements_per_token: int
+    kv_scales_per_token: int
+    kv_layers: int
+    linear_parameters: int
+    sharded_parameters: int = 0
+    all_reduced_elements_per_token: int = 0
+    all_reduces: int = 0
+    expansion_parameters: int = 0
+    head_parameters: int
+    parameters: int
+    bytes_per_element: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.parameters * self.bytes_per_element
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values as computed."""
+        return self.kv_elements_per_token * self.bytes_per_element
+
+    def stored_bytes_per_token(self, kv_dtype: str | None) -> int:
+        """Return the bytes of a token's keys and values as stored.
+
+        In fp8 that is one byte per element, and a scale in fp32 per head (`storage.kv.quantize`).
+        """
+        if kv_dtype is None:
+            return self.kv_bytes_per_token
+        return self.kv_elements_per_token + 4 * self.kv_scales_per_token
