@@ -1,7 +1,7 @@
-"""The bundled model, which really retrieves: answers of every geometry are the mask oracle's, and nearly all right.
+"""The bundled model really retrieves: its answers equal the mask oracle's, and nearly all are right.
 
-Without an anchor it finds next to nothing but in the first block, so that its accuracies would show an anchor that was lost. The
-same with needle-32m, whose attention sink came about by itself.
+Without an anchor it finds facts in the first block only, so a lost anchor shows in its accuracy. The
+same holds for needle-32m, whose attention sink emerged in training.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def geometry(anchor: str, tokens: int) -> dict[str, Any]:
 def oracle_cache(
     model: PreTrainedModel, ids_L: torch.Tensor, block_size: int, anchor_size: int
 ) -> DynamicCache:
-    """Keys and values of a context from stock forwards under the law's explicit mask, some rows of it at a time."""
+    """Return a context's keys and values by stock forwards with the law's mask, in runs of rows."""
     L, cache, decoder = len(ids_L), DynamicCache(), model.get_decoder()
     keep_11LL = law_mask(L, L, block_size, anchor_size)[None, None]
-    # (Rows see nothing behind themselves: half the work of one forward with the whole mask, and an eighth of its memory.)
+    # Rows see nothing after themselves, so this is half the work of one forward with the whole mask,
+    # in an eighth of the memory.
     for start in range(0, L, ORACLE_ROWS):
         stop = min(start + ORACLE_ROWS, L)
         rows = keep_11LL[:, :, start:stop, :stop]
@@ -55,7 +56,7 @@ def oracle_cache(
 def oracle_answer(
     model: PreTrainedModel, cache: DynamicCache, query: list[int], answer: list[int]
 ) -> torch.Tensor:
-    """Logits that choose each token of an answer, teacher-forced: a query sees the whole context."""
+    """Return the logits that choose each token of an answer, teacher-forced."""
     logits_1QV = model(
         torch.tensor([query + answer[:-1]]), **cached(model, copy.deepcopy(cache))
     ).logits
@@ -66,17 +67,18 @@ def right(text: str, fact: Fact) -> bool:
     return text.strip() == fact.value
 
 
-FOUND = {anchor: (0.0, 0.5) if anchor == "no_anchor" else (0.85, 1.0) for anchor in ANCHORS}
-"""Share of facts that is found, at least and at most: without its anchor the model reads no block but the first."""
+ACCURACY = {anchor: (0.0, 0.5) if anchor == "no_anchor" else (0.85, 1.0) for anchor in ANCHORS}
+"""Lowest and highest share of facts that is found."""
 
 
 def check_against_oracle(anchor: str, tokens: int, questions: int) -> None:
-    """All answers token for token those of the oracle, and as many of them right as should be."""
+    """Check that answers equal the oracle's token for token, and how many are right."""
     model, tokenizer = bundled_model(), bundled_tokenizer()
     sample = make("niah_multikey", tokenizer, tokens, seed=1)
     star = StarLLM(model, tokenizer, **geometry(anchor, tokens))
     context = star.encode(sample.context)
-    assert tokens - 160 < len(context) <= tokens  # less a line of prose
+    # The context ends with a whole line of prose.
+    assert tokens - 160 < len(context) <= tokens
     assert context.plan.num_blocks == (1 if anchor == "dense" else 4)
     facts = sample.facts[:: len(sample.facts) // questions]
     replies = star.generate(context, [f.query for f in facts], max_new_tokens=ANSWER_TOKENS)
@@ -97,7 +99,7 @@ def check_against_oracle(anchor: str, tokens: int, questions: int) -> None:
         right(reply.text, fact) for fact, reply in zip(facts, replies, strict=True)
     ) / len(facts)
     print(f"{anchor} {tokens}: {accuracy:.2f}")
-    low, high = FOUND[anchor]
+    low, high = ACCURACY[anchor]
     assert low <= accuracy <= high
 
 
@@ -114,7 +116,7 @@ def test_longer_answers_are_the_oracles(anchor: str, tokens: int) -> None:
 
 
 def accuracy(star: StarLLM, tokens: int, samples: int, tasks: list[str]) -> float:
-    """Share of right answers over the one-answer tasks; needle contexts are asked three times each."""
+    """Return the share of right answers; needle contexts get three questions each."""
     results: list[bool] = []
     for task in tasks:
         for seed in range(samples):
@@ -130,9 +132,8 @@ def accuracy(star: StarLLM, tokens: int, samples: int, tasks: list[str]) -> floa
             )
             results += [right(reply.text, fact) for fact, reply in zip(facts, replies, strict=True)]
     share = sum(results) / len(results)
-    print(
-        f"{star.config.method} block {star.config.block_size} anchor {star.config.anchor_size}: {share:.3f} of {len(results)}"
-    )
+    sizes = f"block {star.config.block_size} anchor {star.config.anchor_size}"
+    print(f"{star.config.method} {sizes}: {share:.3f} of {len(results)}")
     return share
 
 
@@ -143,15 +144,15 @@ def test_a_sample_is_what_its_task_says(task: str) -> None:
     assert sample == make(task, tokenizer, 1000, seed=3) != make(task, tokenizer, 1000, seed=4)
     assert 900 < len(tokenizer(sample.context).input_ids) <= 1000
     assert sample.context.endswith("\n")
-    at = [sample.context.index(fact.line) for fact in sample.facts]
-    assert at == sorted(at)
+    positions = [sample.context.index(fact.line) for fact in sample.facts]
+    assert positions == sorted(positions)
     assert {"niah_multikey": 16, "niah_needles": 20, "niah_needles_code": 20}.get(task, 1) <= len(
         sample.facts
     )
 
 
 def test_one_answer_retrieval_at_1k() -> None:
-    """A quick look at every task; longer texts are below."""
+    """A quick look at every task; slow tests below take longer texts."""
     star = StarLLM(bundled_model(), bundled_tokenizer(), **geometry("anchor_quarter", 1024))
     assert accuracy(star, 1024, samples=1, tasks=list(TASKS)) >= 0.8
 
@@ -160,21 +161,21 @@ def test_one_answer_retrieval_at_1k() -> None:
 @pytest.mark.parametrize("anchor", ANCHORS)
 @pytest.mark.parametrize("tokens", [4096, 8192, 16384])
 def test_one_answer_retrieval_in_longer_texts(anchor: str, tokens: int) -> None:
-    """In every geometry; a lost anchor would be seen."""
+    """Forbids an anchor that is lost in any geometry."""
     star = StarLLM(bundled_model(), bundled_tokenizer(), **geometry(anchor, tokens))
-    low, high = FOUND[anchor]
+    low, high = ACCURACY[anchor]
     assert (
         low <= accuracy(star, tokens, samples=4 if tokens == 4096 else 2, tasks=list(TASKS)) <= high
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- needle-32m
+# ------------------------------------------------------------------------------- needle-32m
 
 NEEDLE_32M = os.environ.get("STAR_ATTENTION_NEEDLE_32M")
 needle32m = [
     pytest.mark.needle32m,
     pytest.mark.skipif(
-        NEEDLE_32M is None, reason="STAR_ATTENTION_NEEDLE_32M names no folder of needle-32m"
+        NEEDLE_32M is None, reason="STAR_ATTENTION_NEEDLE_32M does not name a folder"
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""StreamingLLM against an explicit mask: sinks, and a window of the last tokens; nothing else is seen, or kept."""
+"""StreamingLLM against an explicit mask: tokens see sinks and a window, and nothing else is stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.model_oracle import cached, cached_kv, eager_attention, layer_masks
 
 
 def mask(total: int, sinks: int, window: int, own: int | None = None) -> torch.Tensor:
-    """Token i sees j: `j <= i and (j < sinks or i - j < window)`, within the layer's own window."""
+    """Return `j <= i and (j < sinks or i - j < window)`, within the layer's own window."""
     i, j = torch.arange(total)[:, None], torch.arange(total)[None]
     keep = (j <= i) & ((j < sinks) | (i - j < window))
     return keep if own is None else keep & (i - j < own)
@@ -45,7 +45,7 @@ FAMILIES = ["llama", "gemma2", "gpt_oss", "gemma3n", "deepseek_v3", "qwen3_moe"]
 @pytest.mark.parametrize(("sinks", "window"), [(4, 30), (0, 24), (7, 7), (12, 90), (3, 200)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_against_the_mask(name: str, sinks: int, window: int) -> None:
-    """Keys and values as they stay behind, and logits of a query and of an answer longer than the window."""
+    """Compare stored keys and values, and logits of a query with an answer beyond the window."""
     context, query, steps = 101, 5, 12
     star = engine(
         name, method="streaming_llm", block_size=window, anchor_size=sinks, tokens_per_forward=23
@@ -56,16 +56,16 @@ def test_against_the_mask(name: str, sinks: int, window: int) -> None:
         encoded, tokens[context:], max_new_tokens=steps, ignore_eos=True, return_logits=True
     )
     logits, kv = oracle(star.model, [*tokens, *reply.token_ids], sinks, window)
-    right = logits[context + query - 1 : -1]
+    expected = logits[context + query - 1 : -1]
     torch.testing.assert_close(
-        reply.logits, right, atol=2e-4 * max(1.0, right.abs().max().item()), rtol=0
+        reply.logits, expected, atol=2e-4 * max(1.0, expected.abs().max().item()), rtol=0
     )
-    assert reply.token_ids == right.argmax(-1).tolist()
-    kept = [*range(min(sinks, context)), *range(max(sinks, context - window), context)]
+    assert reply.token_ids == expected.argmax(-1).tolist()
+    stored = [*range(min(sinks, context)), *range(max(sinks, context - window), context)]
     ours = [layer.pair() for layer in encoded.kv.layers if not layer.is_empty]
     for pair, whole in zip(ours, kv, strict=True):
         for a, b in zip(pair, whole, strict=True):
-            torch.testing.assert_close(a, b[:, :, kept], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(a, b[:, :, stored], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("forward", [1, 10, 50, 200])
@@ -85,7 +85,7 @@ def test_a_window_over_everything_is_dense() -> None:
 
 
 def test_sizes_and_memory() -> None:
-    """Four sinks where none are asked for; what is kept does not grow with the context."""
+    """Four sinks by default; what is stored does not grow with the context."""
     star = engine("llama", method="streaming_llm", block_size=32)
     short, long = (star.encode(ids(tokens)) for tokens in (100, 400))
     assert short.plan.anchor_size == 4
@@ -94,17 +94,17 @@ def test_sizes_and_memory() -> None:
     assert repr(long) == "EncodedContext(streaming_llm, 400 tokens, window 32, 4 sinks)"
 
 
-@pytest.mark.parametrize("kept", [dict(), dict(kv_dtype="fp8"), dict(kv_device="cpu")])
-def test_saved_and_loaded(tmp_path: Path, kept: dict[str, str]) -> None:
-    star = engine("llama", method="streaming_llm", block_size=20, anchor_size=3, **kept)
+@pytest.mark.parametrize("kv_format", [dict(), dict(kv_dtype="fp8"), dict(kv_device="cpu")])
+def test_saved_and_loaded(tmp_path: Path, kv_format: dict[str, str]) -> None:
+    star = engine("llama", method="streaming_llm", block_size=20, anchor_size=3, **kv_format)
     context = star.encode(ids(90))
     context.save(tmp_path / "a.star")
     loaded = star.load_context(tmp_path / "a.star")
     assert loaded.kv.visible == context.kv.visible
-    words: dict[str, Any] = dict(max_new_tokens=30, ignore_eos=True)
+    options: dict[str, Any] = dict(max_new_tokens=30, ignore_eos=True)
     assert (
-        star.generate(loaded, ids(6), **words).token_ids
-        == star.generate(context, ids(6), **words).token_ids
+        star.generate(loaded, ids(6), **options).token_ids
+        == star.generate(context, ids(6), **options).token_ids
     )
 
 
@@ -114,17 +114,17 @@ def test_batches_beams_and_streams() -> None:
     )
     first, second = star.encode([ids(90), ids(90, seed=3)])
     queries = [ids(6, seed=4), ids(9, seed=5)]
-    words: dict[str, Any] = dict(max_new_tokens=25, ignore_eos=True)
-    alone = [star.generate(first, query, **words).token_ids for query in queries]
-    assert [reply.token_ids for reply in star.generate(first, queries, **words)] == alone
+    options: dict[str, Any] = dict(max_new_tokens=25, ignore_eos=True)
+    alone = [star.generate(first, query, **options).token_ids for query in queries]
+    assert [reply.token_ids for reply in star.generate(first, queries, **options)] == alone
     assert (
-        star.generate(second, queries[0], **words).token_ids
-        == star.generate(star.encode(ids(90, seed=3)), queries[0], **words).token_ids
+        star.generate(second, queries[0], **options).token_ids
+        == star.generate(star.encode(ids(90, seed=3)), queries[0], **options).token_ids
     )
-    assert len(star.generate(first, queries[0], num_beams=3, **words).token_ids) == 25
+    assert len(star.generate(first, queries[0], num_beams=3, **options).token_ids) == 25
 
 
-def test_what_it_does_not_do(tmp_path: Path) -> None:
+def test_what_it_refuses(tmp_path: Path) -> None:
     star = engine("llama", method="streaming_llm", block_size=20)
     context = star.encode(ids(50))
     with pytest.raises(InvalidInputError, match="a streaming_llm context cannot be extended"):
@@ -139,7 +139,7 @@ def test_what_it_does_not_do(tmp_path: Path) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 25), st.integers(0, 25), st.none() | st.integers(1, 70))
 def test_operations(tokens: int, window: int, sinks: int, own: int | None) -> None:
-    """The pairs that are counted are the ones of the mask."""
+    """The counted pairs are those of the mask."""
     plan = BlockPlan(
         context_tokens=tokens, block_size=window, anchor_size=min(sinks, window), ranks=1
     )
