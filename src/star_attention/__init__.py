@@ -1,6 +1,6 @@
-"""Star Attention: long-context inference for any transformers decoder, in two phases (arXiv 2411.17116).
+"""Star Attention: long-context inference for any transformers decoder (arXiv 2411.17116).
 
-Importing this package imports neither torch nor transformers; names are loaded when they are first used.
+Importing this package imports neither torch nor transformers; names load when they are first used.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def extend(
     key, source = runtime.comm.run_on_rank_0(prepare)
     old = local_context(runtime, context, key)
     ids_L, start = source.ids_L, len(old.token_ids)
-    owner = next(rank for rank, held in enumerate(old.layout) if held and held[-1][1] == start)
+    owner = next(rank for rank, runs in enumerate(old.layout) if runs and runs[-1][1] == start)
     job = EncodeJob(
         handle=runtime.handle,
         comm=runtime.comm,

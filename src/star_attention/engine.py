@@ -105,9 +105,9 @@ class StarLLM(RuntimeView):
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Under torchrun "auto"
                 and "cuda" are each rank's own GPU.
             comm: as for `StarLLM`.
-            tensor_parallel: ranks that share the heads and weights of one model, for models that one
-                device cannot hold; the context is sharded over the groups. It divides the number of
-                ranks.
+            tensor_parallel: ranks that share the heads and weights of one model, for models that
+                one device cannot hold; the context is sharded over the groups. It divides the
+                number of ranks.
             model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config,
                 device_map, ...).
             compile: as for `StarLLM`.
@@ -294,10 +294,10 @@ class StarLLM(RuntimeView):
                 `prepare` returned, or a list of queries, answered as one batch. May be left out
                 where chat messages came with their question.
             settings: these keywords, and every argument of transformers' `GenerationConfig` about
-                search and sampling (do_sample, temperature, top_p, num_beams, ...), over the model's
-                own defaults. An argument about sampling alone (temperature=0.7, top_p, top_k, ...)
-                switches sampling on, where transformers would ignore it without do_sample=True;
-                `temperature=0` is greedy.
+                search and sampling (do_sample, temperature, top_p, num_beams, ...). They override
+                the model's own defaults. An argument about sampling alone (temperature=0.7, top_p,
+                top_k, ...) switches sampling on, where transformers would ignore it without
+                do_sample=True; `temperature=0` is greedy.
 
                 max_new_tokens: most tokens of an answer; 256 by default.
                 seed: makes sampling repeatable, whatever runs at the same time (with beams: unless

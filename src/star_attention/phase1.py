@@ -38,7 +38,7 @@ Compiling takes seconds, and forwards of few tokens wait for launches rather tha
 """
 
 _LAYERS_AHEAD = 2
-"""How many layers ahead a rank asks for the anchor: enough to hide the transfer behind attention."""
+"""Layers ahead of use for which a rank requests the anchor: enough to hide the transfer."""
 
 
 @dataclass(frozen=True, kw_only=True)

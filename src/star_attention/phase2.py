@@ -1,10 +1,10 @@
 """Phase 2: a query and its answer over an encoded context (paper, section 2.2).
 
 transformers' own `generate` always does the preparation (settings, logits processors, stopping
-criteria). Greedy search and sampling then run in `_steps`, our own loop, passed as `custom_generate`:
-it yields after each token, so that a stream can be suspended without a thread, and draws from its own
-generator, so that a seed means the same whatever else runs. Beam search and assisted decoding run in
-transformers' loops, over the same cache.
+criteria). Greedy search and sampling then run in `_steps`, our own loop, passed as
+`custom_generate`: it yields after each token, so that a stream can be suspended without a thread,
+and draws from its own generator, so that a seed means the same whatever else runs. Beam search and
+assisted decoding run in transformers' loops, over the same cache.
 
 Axes: B queries (padded on the left to one length Q), R rows = B x answers each, L context tokens,
 V vocabulary.
@@ -170,7 +170,7 @@ def logits(request: Request) -> Tensor:
 
 
 def steps(request: Request) -> Iterator[Step]:
-    """Answer by greedy search or sampling, one token per row and step, until every row has ended."""
+    """Answer by greedy search or sampling, one token per row and step, until all rows ended."""
     ids_BS = request.text()
     rows = len(request.queries)
     cache = request.cache(

@@ -1,4 +1,4 @@
-"""`Runtime`: a model, its tokenizer, settings and ranks, which everything above the phases works with."""
+"""`Runtime`: a model, its tokenizer, settings and ranks, for everything above the phases."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ class RuntimeView:
         return [(rank.get("done", 0), rank.get("total", 0)) for rank in status]
 
     def __repr__(self) -> str:
-        """Return e.g. `StarLLM(llama, star, block_size=1024, cpu, float32)`, without default sizes."""
+        """Return e.g. `StarLLM(llama, star, block_size=1024, cpu, float32)`; no default sizes."""
         config, handle = self.config, self.runtime.handle
         sizes = [
             f"{name}={size}"
@@ -295,8 +295,8 @@ class RuntimeView:
 def _compile_mode(compile: bool | None, comm: Comm, *, is_cut: bool) -> bool | None:
     """Return False or True, or None to let the device decide.
 
-    Compiling takes long enough for other ranks to count it as a stall, so several ranks compile only
-    when asked to.
+    Compiling takes long enough for other ranks to count it as a stall, so several ranks compile
+    only when asked to.
     """
     if compile and is_cut:
         raise InvalidInputError(

@@ -14,10 +14,10 @@ from star_attention.generation.run import FollowerRun, GenerationRun
 class Stream(Iterator[str]):
     """The text of one answer while it is generated, in pieces.
 
-    Nothing runs between two pieces, so a stream may be suspended for any time, and other calls on the
-    same model may run meanwhile. `close()`, or the end of a `with` block, ends it early; the result is
-    then the answer so far. On several ranks rank 0's stream counts: where rank 0 closes it, or leaves
-    it for another call, it ends on all ranks.
+    Nothing runs between two pieces, so a stream may be suspended for any time, and other calls on
+    the same model may run meanwhile. `close()`, or the end of a `with` block, ends it early; the
+    result is then the answer so far. On several ranks rank 0's stream counts: where rank 0 closes
+    it, or leaves it for another call, it ends on all ranks.
     """
 
     def __init__(self, run: GenerationRun | FollowerRun, comm: Comm) -> None:

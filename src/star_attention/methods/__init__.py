@@ -1,7 +1,7 @@
 """What differs between attention methods, one short file each, registered in `config.METHODS`.
 
-A method says how a context is cut into blocks, which rank keeps which tokens, how a rank encodes its
-own, and what queries see. The rest of the library asks the method and never compares its name.
+A method says how a context is cut into blocks, which rank keeps which tokens, how a rank encodes
+its own, and what queries see. The rest of the library asks the method and never compares its name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dense attention: the whole context is one block, so every token sees all tokens before it (law 1).
+"""Dense attention: the context is one block, so every token sees all tokens before it (law 1).
 
 One block lies on one rank; `ring` shards dense attention.
 """

@@ -1,4 +1,4 @@
-"""Ring attention: exact dense attention over sharded tokens (Liu, Zaharia, Abbeel: arXiv 2310.01889).
+"""Ring attention: exact dense attention over sharded tokens (Liu et al.: arXiv 2310.01889).
 
 The paper's baseline. In the zigzag layout each rank has an early and a late run of tokens, so that
 causal attention is the same work for all ranks; "contiguous" is the layout that the paper used. On

@@ -1,9 +1,9 @@
 """StreamingLLM: tokens see a few first tokens (sinks) and a window (Xiao et al.: arXiv 2309.17453).
 
 One of the paper's baselines. `anchor_size` is the number of sinks (4 by default), `block_size` the
-window. Everything else is forgotten, so memory does not grow with the context, and neither does what
-a query can find. Tokens keep their positions in the text; the StreamingLLM paper counts positions
-within the cache, for texts longer than those that the model was trained on.
+window. Everything else is forgotten, so memory does not grow with the context, and neither does
+what a query can find. Tokens keep their positions in the text; the StreamingLLM paper counts
+positions within the cache, for texts longer than those that the model was trained on.
 """
 
 from __future__ import annotations
