@@ -9,7 +9,6 @@ import pytest
 
 from tests.dist.pool import Pool
 
-
 HERE = Path(__file__).parent
 
 
@@ -27,3 +26,9 @@ def pool() -> Iterator[Pool]:
     ranks = Pool()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for models that tests save once."""
+    return tmp_path_factory.mktemp("models")

@@ -1,4 +1,7 @@
-"""The command line with a fault in one rank: `python faulty.py WHAT PHASE VICTIM <arguments of star-attention>`."""
+"""The command line with a fault in one rank.
+
+Usage: python faulty.py FAULT PHASE VICTIM <arguments of star-attention>
+"""
 
 from __future__ import annotations
 
@@ -12,44 +15,44 @@ from star_attention.cli import main
 from star_attention.hf.cache.encode import EncodeCache
 from star_attention.hf.execution.handle import ModelHandle
 
-what, phase, victim = sys.argv[1:4]
+fault, phase, victim = sys.argv[1:4]
 sys.argv[1:] = sys.argv[4:]
-calls = {"1": 0, "2": 0}
+forwards = {"1": 0, "2": 0}
 
 
-def fault() -> None:
+def fail() -> None:
     with open(os.environ["FAULT_TIME"], "w") as file:
         file.write(str(time.time()))
-    if what == "killed":
+    if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif what == "stopped":
+    elif fault == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif what == "hanging":
+    elif fault == "hanging":
         time.sleep(1000)
-    elif what == "failing":
+    elif fault == "failing":
         raise ZeroDivisionError("planted")
-    elif what == "full":
+    elif fault == "full":
         raise MemoryError("planted")
 
 
-def planted(real: Any) -> Any:
-    def forward(self: Any, ids: Any, positions: Any, cache: Any, *more: Any, **words: Any) -> Any:
-        now = "1" if isinstance(cache, EncodeCache) else "2"
+def plant(real: Any) -> Any:
+    def forward(self: Any, ids: Any, positions: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
+        current = "1" if isinstance(cache, EncodeCache) else "2"
         if type(cache).__name__ != "StarCache":  # not the probe
-            calls[now] += 1
-            if os.environ["RANK"] == victim and now == phase and calls[now] == 3:
-                fault()
-        if what == "slow" and now == "1":
+            forwards[current] += 1
+            if os.environ["RANK"] == victim and current == phase and forwards[current] == 3:
+                fail()
+        if fault == "slow" and current == "1":
             time.sleep(1.5)
-        if what == "crawling" and now == "2":
+        if fault == "crawling" and current == "2":
             with open(os.environ["FAULT_TIME"], "w") as file:
                 file.write("answering")
             time.sleep(0.2)
-        return real(self, ids, positions, cache, *more, **words)
+        return real(self, ids, positions, cache, *args, **kwargs)
 
     return forward
 
 
-ModelHandle.encode = planted(ModelHandle.encode)  # type: ignore[method-assign]
-ModelHandle.logits = planted(ModelHandle.logits)  # type: ignore[method-assign]
+ModelHandle.encode = plant(ModelHandle.encode)  # type: ignore[method-assign]
+ModelHandle.logits = plant(ModelHandle.logits)  # type: ignore[method-assign]
 main()

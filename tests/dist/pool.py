@@ -1,8 +1,9 @@
-"""Real processes that act as ranks: started once for all tests of a session, asked by name of a function.
+"""Real processes that act as ranks: started once for all tests of a session.
 
-A task is a function `task(comm, **arguments)` in a test module; it runs on the first `ranks` processes of the pool, each with a
-communicator of its own kind, and what each returns comes back. Processes are forked from a server that has imported torch
-and transformers once, so that seven of them start in a second.
+A task is a function `task(comm, **arguments)` in a test module. `Pool.run` runs it on the first
+`ranks` processes, each with its communicator, and returns what each of them returned. The processes
+are forked from a server that has imported torch and transformers once, so that seven of them start
+in a second.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TIMEOUT_S = 170.0
 
 
 class Pool:
-    """`run(task, ranks, ...)`: results of all ranks, in order. Raises what a rank raised."""
+    """Processes that run tasks as ranks."""
 
     def __init__(self, size: int = SIZE) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -33,10 +34,14 @@ class Pool:
         self.size = size
         self._numbers = itertools.count()
         self._ports = context.Queue()
-        self._asked = [context.Queue() for _ in range(size)]
-        self._answers = context.Queue()
+        self._tasks = [context.Queue() for _ in range(size)]
+        self._results = context.Queue()
         self._processes = [
-            context.Process(target=_serve, args=(rank, self._ports, self._asked[rank], self._answers), daemon=True)
+            context.Process(
+                target=_serve,
+                args=(rank, self._ports, self._tasks[rank], self._results),
+                daemon=True,
+            )
             for rank in range(size)
         ]
         for process in self._processes:
@@ -44,23 +49,34 @@ class Pool:
         self.port = self._ports.get(timeout=TIMEOUT_S)
 
     def run(self, task: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
+        """Return the results of all ranks, in order.
+
+        Raises:
+            AssertionError: a rank raised (with its traceback), died or took too long.
+        """
         number = next(self._numbers)
         for rank in range(ranks):
-            self._asked[rank].put((number, task.__module__, task.__name__, ranks, self.port, arguments))
+            self._tasks[rank].put(
+                (number, task.__module__, task.__name__, ranks, self.port, arguments)
+            )
         deadline = time.monotonic() + TIMEOUT_S
         results: dict[int, Any] = {}
         errors: list[str] = []
         while len(results) + len(errors) < ranks:
             try:
-                answered, rank, fine, value = self._answers.get(timeout=1)
+                task_number, rank, succeeded, value = self._results.get(timeout=1)
             except queue.Empty:
-                dead = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
+                dead = [
+                    rank for rank, process in enumerate(self._processes) if not process.is_alive()
+                ]
                 if dead or time.monotonic() > deadline:
-                    raise AssertionError(f"no answer from {ranks - len(results)} ranks, {dead} died; {errors}") from None
+                    raise AssertionError(
+                        f"no result from {ranks - len(results)} ranks, {dead} died; {errors}"
+                    ) from None
                 continue
-            if answered != number:
+            if task_number != number:
                 continue
-            if fine:
+            if succeeded:
                 results[rank] = value
             else:
                 errors.append(f"rank {rank}:\n{value}")
@@ -75,7 +91,7 @@ class Pool:
             process.join()
 
 
-def _serve(rank: int, ports: Any, asked: Any, answers: Any) -> None:
+def _serve(rank: int, ports: Any, tasks: Any, results: Any) -> None:
     import torch
     from torch.distributed import TCPStore
 
@@ -86,13 +102,15 @@ def _serve(rank: int, ports: Any, asked: Any, answers: Any) -> None:
         ports.put(master.port)
     comms: dict[int, TorchComm] = {}
     while True:
-        number, module, name, ranks, port, arguments = asked.get()
+        number, module, name, ranks, port, arguments = tasks.get()
         try:
             if ranks not in comms:
-                # (A name of its own for each number of ranks: they share the store.)
-                comms[ranks] = TorchComm(rank, ranks, "127.0.0.1", port, name=f"of {ranks}", stall_s=STALL_S)
+                # They share the store, so each number of ranks needs a name of its own.
+                comms[ranks] = TorchComm(
+                    rank, ranks, "127.0.0.1", port, name=f"of {ranks}", stall_s=STALL_S
+                )
             comms[ranks].merge_collective = arguments.pop("merge_collective", None)
             value = getattr(importlib.import_module(module), name)(comms[ranks], **arguments)
-            answers.put((number, rank, True, value))
+            results.put((number, rank, True, value))
         except BaseException:
-            answers.put((number, rank, False, traceback.format_exc()))
+            results.put((number, rank, False, traceback.format_exc()))

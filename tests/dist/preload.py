@@ -1,4 +1,4 @@
-"""What the ranks of the pool have in common, imported once by the server that they are forked from."""
+"""Imports that the ranks of the pool share: the server that they are forked from makes them once."""
 
 import torch  # noqa: F401
 import transformers.models.auto.modeling_auto  # noqa: F401

@@ -1,4 +1,4 @@
-"""Waiting for other ranks: collectives that end at any moment, and a rank that has given up while its process lives on."""
+"""Waiting for other ranks: collectives that end at any moment, and ranks that give up or never come."""
 
 from __future__ import annotations
 
@@ -12,59 +12,65 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from star_attention.distributed import world
-from star_attention.distributed import TorchComm
-from star_attention.errors import RankError
+from star_attention.distributed import TorchComm, world
 from star_attention.distributed.watchdog import Fault
+from star_attention.errors import RankError
 from tests.dist.pool import Pool
 
 ROUNDS = 1000
 
 
-def polled(comm: TorchComm) -> list[list[int]]:
-    """Collectives that are looked at so often that some of them end while one looks."""
-    numbers, late = [], random.Random(comm.rank)
+def gather_while_polling(comm: TorchComm) -> list[list[int]]:
+    """Collectives that are polled so often that some of them end during a poll."""
+    gathered, delay = [], random.Random(comm.rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(world, "POLL", timedelta(milliseconds=1))  # (0 would mean for ever)
+        patch.setattr(world, "POLL", timedelta(milliseconds=1))  # 0 would mean for ever
         for number in range(ROUNDS):
-            time.sleep(0.003 * late.random())
-            numbers.append(comm.gather(comm.rank * ROUNDS + number))
-    return numbers
+            time.sleep(0.003 * delay.random())
+            gathered.append(comm.gather(comm.rank * ROUNDS + number))
+    return gathered
 
 
 def test_a_collective_may_end_at_any_moment(pool: Pool) -> None:
     expected = [[number, ROUNDS + number, 2 * ROUNDS + number] for number in range(ROUNDS)]
-    assert pool.run(polled, 3) == [expected] * 3
+    assert pool.run(gather_while_polling, 3) == [expected] * 3
 
 
-def given_up(comm: TorchComm, port: int) -> str:
-    """What a rank raises when rank 1 has found a fault that only it can see."""
+def give_up(comm: TorchComm, port: int) -> str:
+    """Return what a rank raises when rank 1 has a fault that only rank 1 can see."""
     own = TorchComm(comm.rank, comm.size, "127.0.0.1", port, name="given up", stall_s=20)
-    with pytest.raises(RankError) as raised, own.collective("a test"):
-        if own.rank == 1:
-            own.world.watchdog.fault = Fault(rank=None, where="a test", cause="the cable fell out")
-            own.tick()
-        own.gather(None)
+
+    def call() -> None:
+        with own.collective("a test"):
+            if own.rank == 1:
+                cause = "the cable fell out"
+                own.world.watchdog.fault = Fault(rank=None, where="a test", cause=cause)
+                own.tick()
+            own.gather(None)
+
+    with pytest.raises(RankError) as raised:
+        call()
     with pytest.raises(RankError), own.collective("the next call"):
         pass
     return str(raised.value)
 
 
-def test_a_rank_that_gave_up_tells_the_others(pool: Pool) -> None:
-    for said in pool.run(given_up, 3, port=pool.port):
-        assert "the cable fell out" in said
+def test_a_rank_that_gives_up_tells_the_others(pool: Pool) -> None:
+    for message in pool.run(give_up, 3, port=pool.port):
+        assert "the cable fell out" in message
 
 
-def test_who_does_not_come_is_named() -> None:
+def test_ranks_that_do_not_connect_are_named() -> None:
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with pytest.raises(RankError, match="ranks 1, 2 did not connect within 0.2 s"):
+    with pytest.raises(RankError, match=r"ranks 1, 2 did not connect within 0\.2 s"):
         TorchComm(0, 3, "127.0.0.1", master.port, start_s=0.2)
 
 
 def test_ctrl_c_ends_the_wait_for_others() -> None:
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     interrupt = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # (ignored where a shell started us in the background)
+    # A shell that starts us in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         interrupt.start()
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The command under torchrun: what every rank would say is said once, misuse is told as on one process."""
+"""The command under torchrun: one rank speaks for all, and misuse reads as on one process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from star_attention.cli import app
 from star_attention.evals.runs import run_folder
 from tests.engines import BUNDLED
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SOLO = [sys.executable, "-m", "star_attention"]
 
-def torchrun(*arguments: str | Path, ranks: int = 2, **env: str) -> subprocess.CompletedProcess[str]:
+
+def torchrun(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
-            *("-m", "star_attention", *map(str, arguments)),
-        ],
+        [*TORCHRUN, "-m", "star_attention", *map(str, arguments)],
         env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1") | env,
         capture_output=True,
         text=True,
@@ -36,56 +36,70 @@ def book(tmp_path: Path) -> Path:
 
 def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
     saved = tmp_path / "book.star"
-    done = torchrun(
-        *("encode", "-m", BUNDLED, "--chat", "--method", "ring", "--block-size", "64", book(tmp_path), "-o", saved)
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stderr.splitlines()
+    options = ["--chat", "--method", "ring", "--block-size", "64"]
+    run = torchrun("encode", "-m", BUNDLED, *options, book(tmp_path), "-o", saved)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stderr.splitlines()
     assert sum("have no effect on ring attention" in line for line in lines) == 1
-    assert [line for line in lines if line.startswith("encoded: ")][-1] == "encoded: all 2 ranks are done"
-    assert any(line.startswith("context ") and "tok, 2 ranks, ring, encode " in line for line in lines)
-    alone = subprocess.run(
-        [sys.executable, "-m", "star_attention", "encode", "-m", BUNDLED, book(tmp_path), "-o", saved],
+    progress = [line for line in lines if line.startswith("encoded: ")]
+    assert progress[-1] == "encoded: all 2 ranks are done"
+    assert any(
+        line.startswith("context ") and "tok, 2 ranks, ring, encode " in line for line in lines
+    )
+    solo_run = subprocess.run(
+        [*SOLO, "encode", "-m", BUNDLED, book(tmp_path), "-o", saved],
         env=os.environ | dict(HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    assert alone.returncode == 1
-    assert "a folder that several ranks saved, and one process writes a file" in alone.stderr
-    assert "loading" not in alone.stderr, "before any work"
+    assert solo_run.returncode == 1
+    assert "a folder that several ranks saved, and one process writes a file" in solo_run.stderr
+    assert "loading" not in solo_run.stderr, "before any work"
 
 
-def test_misuse_is_told_once_and_without_a_traceback(tmp_path: Path) -> None:
-    """Also where the rank that tells it is late: the launcher would end it with the first that ends."""
+def test_misuse_is_reported_once_and_without_a_traceback(tmp_path: Path) -> None:
+    """Also if the reporting rank is late: the launcher would end it with the first that ends."""
     text = book(tmp_path)
     late = "import os, time\ntime.sleep(1.5 * (os.environ.get('LOCAL_RANK') == '0'))\n"
     (tmp_path / "sitecustomize.py").write_text(late)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    for arguments, message in (
-        (["generate", "-m", BUNDLED, text], "Invalid value for --query or --query-file: give a query"),
-        (["generate", "-m", BUNDLED, text, "--qury", "x"], "No such option: --qury"),
-        (["generate", "-m", BUNDLED, text, "--query", "x", "--block-size", "4x"], "block_size '4x' is not a number"),
+    for options, message in (
+        ([], "Invalid value for --query or --query-file: give a query"),
+        (["--qury", "x"], "No such option: --qury"),
+        (["--query", "x", "--block-size", "4x"], "block_size '4x' is not a number"),
     ):
-        done = torchrun(*arguments, PYTHONPATH=path)
-        assert done.returncode != 0
-        said = " ".join(done.stderr.replace("│", " ").split())
-        assert said.count(message) == 1, done.stderr[-3000:]
-        ours = done.stderr.partition("torch/distributed/elastic")[0]  # (torchrun's own report has a traceback)
-        assert 'star_attention/cli' not in done.stderr, ours
+        run = torchrun("generate", "-m", BUNDLED, text, *options, PYTHONPATH=path)
+        assert run.returncode != 0
+        stderr = " ".join(run.stderr.replace("│", " ").split())
+        assert stderr.count(message) == 1, run.stderr[-3000:]
+        # torchrun's own report has a traceback.
+        ours = run.stderr.partition("torch/distributed/elastic")[0]
+        assert "star_attention/cli" not in run.stderr, ours
 
 
 def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
-    arguments = [
-        *("eval", "ruler", "-m", BUNDLED, "--dtype", "float32", "--task", "niah_single_1,vt", "--length", "768"),
-        *("--samples", "2", "--max-new-tokens", "6", "--variants", "star:/4,ring", "--device", "cpu", "--out"),
+    options = [
+        "--dtype",
+        "float32",
+        "--task",
+        "niah_single_1,vt",
+        "--length",
+        "768",
+        "--samples",
+        "2",
     ]
-    done = torchrun(*arguments, tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report.html") == 1
-    assert sum("8 of 8 answers" in line for line in done.stderr.splitlines()) == 1
-    assert CliRunner().invoke(app, [*map(str, arguments), str(tmp_path / "one")]).exit_code == 0
-    two, one = (list(run_folder.read_predictions(tmp_path / name)) for name in ("two", "one"))
-    assert [(line.key, line.prediction) for line in two] == [(line.key, line.prediction) for line in one]
+    options += ["--max-new-tokens", "6", "--variants", "star:/4,ring", "--device", "cpu"]
+    arguments = ["eval", "ruler", "-m", str(BUNDLED), *options, "--out"]
+    run = torchrun(*arguments, tmp_path / "two")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("report.html") == 1
+    assert sum("8 of 8 answers" in line for line in run.stderr.splitlines()) == 1
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "one")]).exit_code == 0
+    two, one = (
+        [(line.key, line.prediction) for line in run_folder.read_predictions(tmp_path / name)]
+        for name in ("two", "one")
+    )
+    assert two == one
     assert run_folder.read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2

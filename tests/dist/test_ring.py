@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from star_attention import StarLLM
-from star_attention.planning import cost, traffic
 from star_attention.distributed import TorchComm
 from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
+from star_attention.planning import traffic
+from tests.dist.checks import answer, check_tiny
 from tests.dist.pool import Pool
-from tests.dist.test_ranks_are_invisible import FAMILIES, answered, check_against_oracle
+from tests.dist.test_ranks_are_invisible import FAMILIES
 from tests.engines import CONTEXT, engine, ids, tiny
 from tests.unit.test_golden import CASES, close, expected_logits, star_with, tensors
 
@@ -23,12 +24,14 @@ DENSE = dict(block_size=CONTEXT, anchor_size=0)
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("ranks", "layout"), [(2, "zigzag"), (3, "contiguous"), (4, "zigzag")])
 def test_every_family(pool: Pool, name: str, ranks: int, layout: str) -> None:
-    results = pool.run(answered, ranks, name=name, method="ring", ring_layout=layout)
-    assert all(result["layout"][rank] for rank, result in enumerate(results)), "every rank has tokens"
-    check_against_oracle(results, name, **DENSE)
+    results = pool.run(answer, ranks, name=name, method="ring", ring_layout=layout)
+    assert all(result["layout"][rank] for rank, result in enumerate(results)), (
+        "every rank has tokens"
+    )
+    check_tiny(results, name, **DENSE)
 
 
-def short(comm: TorchComm, tokens: int) -> tuple[list[int], int]:
+def answer_short_context(comm: TorchComm, tokens: int) -> tuple[list[int], int]:
     star = engine("llama", comm=comm, method="ring")
     context = star.encode(ids(tokens))
     return star.generate(context, [5, 6], max_new_tokens=4).token_ids, context.kv.tokens
@@ -38,12 +41,13 @@ def short(comm: TorchComm, tokens: int) -> tuple[list[int], int]:
 def test_short_contexts(pool: Pool, tokens: int) -> None:
     star = engine("llama", method="dense")
     expected = star.generate(star.encode(ids(tokens)), [5, 6], max_new_tokens=4).token_ids
-    results = pool.run(short, 4, tokens=tokens)
-    assert [answer for answer, _ in results] == [expected] * 4
-    assert sum(held for _, held in results) == tokens
+    results = pool.run(answer_short_context, 4, tokens=tokens)
+    assert [token_ids for token_ids, _ in results] == [expected] * 4
+    assert sum(shard_tokens for _, shard_tokens in results) == tokens
 
 
-def refused_and_counted(comm: TorchComm, name: str) -> Any:
+def count_bytes(comm: TorchComm, name: str) -> Any:
+    """Return the traffic of phase 1; and check that the context cannot be extended."""
     star = StarLLM(tiny(name), comm=comm, method="ring")
     context = star.encode(ids(CONTEXT))
     with pytest.raises(InvalidInputError, match="cannot be extended"):
@@ -53,12 +57,12 @@ def refused_and_counted(comm: TorchComm, name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3n"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_bytes_are_those_of_the_plan(pool: Pool, name: str, ranks: int) -> None:
+def test_bytes_are_the_plans(pool: Pool, name: str, ranks: int) -> None:
     expected = traffic.ring_cp(model_shape(tiny(name).config, "float32"), CONTEXT, ranks)
-    assert pool.run(refused_and_counted, ranks, name=name)[0] == expected
+    assert pool.run(count_bytes, ranks, name=name)[0] == expected
 
 
-def golden(comm: TorchComm, number: int) -> dict[str, Any]:
+def answer_golden_case(comm: TorchComm, number: int) -> dict[str, Any]:
     case = CASES[number]
     sizes: dict[str, Any] = dict(method=case["mode"])
     if case["mode"] == "star":
@@ -67,17 +71,21 @@ def golden(comm: TorchComm, number: int) -> dict[str, Any]:
     star = StarLLM(star_with(case["checkpoint"]).model, comm=comm, **sizes)
     context = star.encode(case["context_ids"])
     query_QV = star.logits(context, case["query_ids"])
-    reply = star.generate(context, case["query_ids"], max_new_tokens=12, ignore_eos=True, return_logits=True)
+    reply = star.generate(
+        context, case["query_ids"], max_new_tokens=12, ignore_eos=True, return_logits=True
+    )
     kv = [[layer.slice(*segment) for segment in layer.segments] for layer in context.kv.layers]
-    return dict(query=query_QV, tokens=reply.token_ids, steps=reply.logits, kv=kv, layout=context.layout)
+    return dict(
+        query=query_QV, tokens=reply.token_ids, steps=reply.logits, kv=kv, layout=context.layout
+    )
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case["name"] for case in CASES])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_golden_cases(pool: Pool, number: int, ranks: int) -> None:
-    """The official implementation's star, ring and dense cases, on other numbers of ranks than it used."""
+    """The official implementation's cases, on other numbers of ranks than it used."""
     case = CASES[number]
-    results = pool.run(golden, ranks, number=number)
+    results = pool.run(answer_golden_case, ranks, number=number)
     expected_query_QV, expected_steps_TV, tolerance = expected_logits(case)
     close(results[0]["query"], expected_query_QV, tolerance)
     close(results[0]["steps"], expected_steps_TV, tolerance)
@@ -87,6 +95,8 @@ def test_golden_cases(pool: Pool, number: int, ranks: int) -> None:
         assert rank == 0 or result["query"] is None
         for index, parts in enumerate(result["kv"]):
             for (start, stop), pair in zip(result["layout"][rank], parts, strict=True):
-                for tensor_1GLD, which in zip(pair, "kv", strict=True):
-                    whole_GLD = official[f"{case['name']}/phase1/{index}.{which}"]
-                    torch.testing.assert_close(tensor_1GLD[0], whole_GLD[:, start:stop], atol=1e-4, rtol=0)
+                for tensor_1GLD, kind in zip(pair, "kv", strict=True):
+                    whole_GLD = official[f"{case['name']}/phase1/{index}.{kind}"]
+                    torch.testing.assert_close(
+                        tensor_1GLD[0], whole_GLD[:, start:stop], atol=1e-4, rtol=0
+                    )

@@ -1,4 +1,4 @@
-"""Contexts saved by several ranks: each its own share, loaded by any number of ranks."""
+"""Contexts saved by several ranks, each its own shard, and loaded by any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm, TorchComm
 from star_attention.errors import ContextSaveError, CorruptContextError
+from star_attention.storage import saved
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, ids, tiny
 
@@ -24,14 +25,14 @@ def star_of(comm: Any, name: str, method: str) -> StarLLM:
     return StarLLM(tiny(name), comm=comm, method=method, reserve_tokens=64, **sizes)
 
 
-def saved(comm: Any, path: Path, name: str = "llama", method: str = "star") -> Any:
+def save(comm: Any, path: Path, name: str = "llama", method: str = "star") -> Any:
     star = star_of(comm, name, method)
     context = star.encode(ids(CONTEXT))
     context.save(path if comm.rank == 0 else "elsewhere")
     return star.logits(context, [5, 6, 7])
 
 
-def loaded(comm: Any, path: Path, name: str = "llama", method: str = "star") -> Any:
+def load(comm: Any, path: Path, name: str = "llama", method: str = "star") -> Any:
     star = star_of(comm, name, method)
     context = star.load_context(path if comm.rank == 0 else "elsewhere")
     tokens = star.generate(context, [5, 6], max_new_tokens=3).token_ids
@@ -40,79 +41,87 @@ def loaded(comm: Any, path: Path, name: str = "llama", method: str = "star") -> 
     return star.logits(context, [5, 6, 7]), tokens, context.kv.tokens
 
 
-@pytest.mark.parametrize(("name", "method"), [("llama", "star"), ("llama", "ring"), ("deepseek_v3", "star"), ("gemma3n", "star")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("llama", "star"), ("llama", "ring"), ("deepseek_v3", "star"), ("gemma3n", "star")],
+)
 @pytest.mark.parametrize(("writers", "readers"), [(3, 1), (1, 3), (3, 2), (2, 4), (4, 4), (3, 7)])
 def test_any_number_of_ranks_reads_what_any_other_wrote(
     pool: Pool, tmp_path: Path, name: str, method: str, writers: int, readers: int
 ) -> None:
     path = tmp_path / "book.star"
-    words: dict[str, Any] = dict(path=path, name=name, method=method)
-    expected = saved(SoloComm(), **words) if writers == 1 else pool.run(saved, writers, **words)[0]
+    arguments: dict[str, Any] = dict(path=path, name=name, method=method)
+
+    def run(task: Any, ranks: int) -> list[Any]:
+        if ranks == 1:
+            return [task(SoloComm(), **arguments)]
+        return pool.run(task, ranks, **arguments)
+
+    expected = run(save, writers)[0]
     assert path.is_dir() == (writers > 1)
-    assert [one.name for one in tmp_path.iterdir()] == ["book.star"]
-    results = [loaded(SoloComm(), **words)] if readers == 1 else pool.run(loaded, readers, **words)
+    assert [file.name for file in tmp_path.iterdir()] == ["book.star"]
+    results = run(load, readers)
     torch.testing.assert_close(results[0][0], expected, atol=2e-4, rtol=1e-4)
-    assert sum(held for _, _, held in results) == CONTEXT
+    assert sum(shard_tokens for _, _, shard_tokens in results) == CONTEXT
     assert [tokens for _, tokens, _ in results] == [results[0][1]] * readers
 
 
 def test_saving_again_replaces_the_folder(pool: Pool, tmp_path: Path) -> None:
     path = tmp_path / "book.star"
     for ranks in (3, 2):
-        pool.run(saved, ranks, path=path)
-    assert sorted(one.name for one in path.iterdir()) == ["index.json", "rank-0.safetensors", "rank-1.safetensors"]
-    assert [one.name for one in tmp_path.iterdir()] == ["book.star"]
+        pool.run(save, ranks, path=path)
+    names = ["index.json", "rank-0.safetensors", "rank-1.safetensors"]
+    assert sorted(file.name for file in path.iterdir()) == names
+    assert [file.name for file in tmp_path.iterdir()] == ["book.star"]
     assert oct(path.stat().st_mode & 0o777) == "0o700", "the text may be private"
 
 
-def fails_to_save(comm: TorchComm, path: Path) -> str:
+def fail_to_save(comm: TorchComm, path: Path) -> str:
     star = star_of(comm, "llama", "star")
     context = star.encode(ids(CONTEXT, seed=3))
-    from star_attention.storage import saved as module
+    real = saved.save_file
 
-    real = module.save_file
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
     if comm.rank == 1:
-
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        module.save_file = full
+        saved.save_file = fail
     try:
-        with pytest.raises(ContextSaveError) as caught:
+        with pytest.raises(ContextSaveError) as raised:
             context.save(path)
     finally:
-        module.save_file = real
-    return str(caught.value)
+        saved.save_file = real
+    return str(raised.value)
 
 
-def test_a_full_disk_on_one_rank_leaves_what_was_there(pool: Pool, tmp_path: Path) -> None:
+def test_a_full_disk_on_one_rank_leaves_the_old_context(pool: Pool, tmp_path: Path) -> None:
     path = tmp_path / "book.star"
-    pool.run(saved, 3, path=path)
+    pool.run(save, 3, path=path)
     before = (path / "index.json").read_bytes()
-    messages = pool.run(fails_to_save, 3, path=path)
+    messages = pool.run(fail_to_save, 3, path=path)
     assert all("No space left" in message for message in messages)
-    assert [one.name for one in tmp_path.iterdir()] == ["book.star"]
+    assert [file.name for file in tmp_path.iterdir()] == ["book.star"]
     assert (path / "index.json").read_bytes() == before
-    pool.run(loaded, 3, path=path)
+    pool.run(load, 3, path=path)
 
 
 @pytest.mark.parametrize("damage", ["lost", "bits", "cut", "foreign", "index", "no index"])
-def test_damage_is_found(pool: Pool, tmp_path: Path, damage: str) -> None:
+def test_damage_is_detected(pool: Pool, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "book.star"
-    pool.run(saved, 3, path=path)
-    part = path / "rank-1.safetensors"
+    pool.run(save, 3, path=path)
+    shard = path / "rank-1.safetensors"
     if damage == "lost":
-        part.unlink()
+        shard.unlink()
     elif damage == "bits":
-        data = bytearray(part.read_bytes())
+        data = bytearray(shard.read_bytes())
         data[-100] ^= 1
-        part.write_bytes(data)
+        shard.write_bytes(data)
     elif damage == "cut":
-        os.truncate(part, part.stat().st_size // 2)
+        os.truncate(shard, shard.stat().st_size // 2)
     elif damage == "foreign":
         other = tmp_path / "other.star"
-        pool.run(saved, 2, path=other)
-        part.write_bytes((other / "rank-1.safetensors").read_bytes())
+        pool.run(save, 2, path=other)
+        shard.write_bytes((other / "rank-1.safetensors").read_bytes())
     elif damage == "index":
         index = json.loads((path / "index.json").read_text())
         index["header"] = index["header"].replace('"context_tokens": 101', '"context_tokens": 100')
