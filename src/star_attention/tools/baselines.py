@@ -1,4 +1,9 @@
-"""What a user would otherwise run: stock transformers, and the scheme of the paper's own implementation."""
+"""The alternatives: transformers' own prefill, and the scheme of the official implementation.
+
+The official implementation is NVIDIA/Star-Attention at c61059f, the paper's own.
+
+Axes: L tokens of the context, A of an anchor, S of an anchor and its block, G KV heads, D head size.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +25,27 @@ from star_attention.planning.segments import Segments
 from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
 
 Anchor = tuple[Tensor, Tensor]
-"""Token ids, and the positions at which they say that they stand, `[A]` each."""
+"""Token ids of an anchor, and the positions that rotary embeddings give them: int64 `[A]` each."""
 
 STOCK_BACKENDS: dict[str, SDPBackend | None] = {
     "stock": None,
     "stock-cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-"""transformers' own dense prefill, with the attention kernel that torch takes by itself and pinned to cuDNN's."""
+"""Backends of `stock_prefill` by name: the one that torch chooses, and cuDNN's."""
 
 
 @torch.no_grad()
 def stock_prefill(model: Any, ids_L: Tensor, backend: SDPBackend | None) -> Any:
-    """All tokens in one forward of the decoder, keys and values kept: the cache."""
+    """Run transformers' own dense prefill: all tokens in one forward of the decoder.
+
+    Args:
+        model: a transformers model.
+        ids_L: token ids `[L]`, int64.
+        backend: the attention kernel; None lets torch choose.
+
+    Returns:
+        transformers' cache with the keys and values.
+    """
     cache = DynamicCache()
     decoder = model.get_decoder()
     with _sdpa(model), nullcontext() if backend is None else sdpa_kernel(backend):
@@ -45,12 +59,13 @@ def stock_prefill(model: Any, ids_L: Tensor, backend: SDPBackend | None) -> Any:
 
 @contextmanager
 def _sdpa(model: Any) -> Iterator[None]:
-    before = model.config._attn_implementation
+    """Make a model use torch's attention, and restore its own."""
+    implementation = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(implementation)
 
 
 @torch.no_grad()
@@ -63,41 +78,66 @@ def official_encode(
     anchor_of: Callable[[int, int], Anchor | None] | None = None,
     kv_format: KVFormat = DEFAULT_FORMAT,
 ) -> ContextKV:
-    """The paper's own implementation, with this library's kernels: the anchor is encoded again in front of every block.
+    """Encode a context as the official implementation does, with this library's kernels.
 
-    The same keys and values as `phase1.encode`, for twice the linear work of all blocks but the first. anchor_of: what else stands
-    in front of the block `start..stop`, and at which positions; None for nothing. kv_format: how the result is
-    stored; a block sees itself as it was computed, where `phase1.encode` reads back what earlier forwards have stored.
+    The anchor is encoded again with every block. The result equals that of `phase1.encode`, for
+    twice the linear work of all blocks but the first. Only rounding differs: a block attends to
+    its own keys and values as computed, where `phase1.encode` reads back what earlier forwards have
+    stored. Source: arXiv 2411.17116, Algorithm 1.
+
+    Args:
+        handle: the model.
+        ids_L: token ids `[L]`, int64.
+        plan: the blocks, on one rank.
+        tokens_per_forward: most tokens in one forward.
+        anchor_of: returns the anchor of the block `start..stop`, or None for no anchor. By default
+            it is the head of the context, for all blocks but the first.
+        kv_format: how the result is stored.
+
+    Returns:
+        Keys and values of the context, without those of the anchors.
     """
-    store = ContextKV.empty(
-        Segments.prefix(plan.context_tokens), [None] * len(handle.windows), kv_format
-    )
+
+    def first_tokens(start: int, stop: int) -> Anchor | None:
+        return (ids_L[: plan.anchor_size], torch.arange(plan.anchor_size)) if start else None
+
+    store = _empty_store(handle, plan.context_tokens, kv_format)
     for start, stop in plan.blocks:
-        if anchor_of is None:
-            size = plan.anchor_size if start else 0
-            front: Anchor | None = (ids_L[:size], torch.arange(size))
-        else:
-            front = anchor_of(start, stop)
-        ids_A, places_A = front or (ids_L[:0], torch.arange(0))
-        anchor = len(ids_A)
-        ids_S = torch.cat([ids_A, ids_L[start:stop]])
-        positions_S = torch.cat([places_A, torch.arange(start, stop)])
-        both = ContextKV.empty(Segments.prefix(len(positions_S)), [None] * len(handle.windows))
-        dense = BlockPlan.dense(len(positions_S))
-        cache = EncodeCache(dense, [both], handle.windows, SoloComm())
-        for span in dense.spans(tokens_per_forward):
-            cache.span = span
-            part = slice(span.start, span.stop)
-            mode = FULL if span.tokens == tokens_per_forward else None
-            handle.encode(
-                ids_S[part][None].to(handle.device),
-                positions_S[part][None].to(handle.device),
-                cache,
-                None,
-                compiled_for=mode,
-            )
-        for layer, kept in zip(store.layers, both.layers, strict=True):
-            if not kept.is_empty:
-                k_1GSD, v_1GSD = kept.slice(anchor, len(positions_S))
+        anchor = (anchor_of or first_tokens)(start, stop)
+        ids_S, positions_S = ids_L[start:stop], torch.arange(start, stop)
+        if anchor is not None:
+            ids_S = torch.cat([anchor[0], ids_S])
+            positions_S = torch.cat([anchor[1], positions_S])
+        block = _encode_dense(handle, ids_S, positions_S, tokens_per_forward)
+        own_start = len(ids_S) - (stop - start)
+        for layer, block_layer in zip(store.layers, block.layers, strict=True):
+            if not block_layer.is_empty:
+                k_1GSD, v_1GSD = block_layer.slice(own_start, len(ids_S))
                 layer.write(start, k_1GSD[0], v_1GSD[0])
     return store
+
+
+def _encode_dense(
+    handle: ModelHandle, ids_S: Tensor, positions_S: Tensor, tokens_per_forward: int
+) -> ContextKV:
+    """Encode tokens that all attend to the ones before them, at any positions."""
+    store = _empty_store(handle, len(ids_S))
+    plan = BlockPlan.dense(len(ids_S))
+    cache = EncodeCache(plan, [store], handle.windows, SoloComm())
+    for span in plan.spans(tokens_per_forward):
+        cache.span = span
+        tokens = slice(span.start, span.stop)
+        handle.encode(
+            ids_S[tokens][None].to(handle.device),
+            positions_S[tokens][None].to(handle.device),
+            cache,
+            None,
+            compiled_for=FULL if span.tokens == tokens_per_forward else None,
+        )
+    return store
+
+
+def _empty_store(
+    handle: ModelHandle, tokens: int, kv_format: KVFormat = DEFAULT_FORMAT
+) -> ContextKV:
+    return ContextKV.empty(Segments.prefix(tokens), [None] * len(handle.windows), kv_format)
