@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 
 from star_attention.cli import app, docs, output
 from star_attention.cli.progress import seconds
+from star_attention.cli.streams import say
 from star_attention.config import MAX_NEW_TOKENS
+from star_attention.demo.settings import DemoSettings
 from star_attention.hf.loading.load import load_tokenizer
 from star_attention.storage import saved
 from tests.engines import BUNDLED
@@ -619,23 +621,23 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ demo
 
 
-def test_demo_hands_over_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """(The demo itself is tested in test_demo.py; it takes a minute.)"""
-    called = []
+def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo itself is tested in test_demo.py; it takes a minute."""
+    calls = []
 
-    def run_demo(*arguments: Any, **settings: Any) -> str:
-        called.append((arguments, settings))
+    def run_demo(settings: DemoSettings, out: str, *, progress: Any) -> str:
+        calls.append((settings, out, progress))
         return "a table"
 
-    stand_in = SimpleNamespace(run_demo=run_demo, to_stderr="lines")
-    monkeypatch.setitem(sys.modules, "star_attention.demo.run", stand_in)
+    for module, stand_in in (("run", {"run_demo": run_demo}), ("report", {"as_text": str})):
+        name = f"star_attention.demo.{module}"
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**stand_in))
     assert (
         ok("demo", "-m", BUNDLED, "--out", tmp_path, "--tokens", "2k", "--seed", "3").out
         == "a table\n"
     )
-    assert called == [
-        ((str(BUNDLED), str(tmp_path)), {"tokens": 2048, "seed": 3, "progress": "lines"})
-    ]
+    settings = DemoSettings(model=str(BUNDLED), tokens=2048, seed=3)
+    assert calls == [(settings, str(tmp_path), say)]
     assert "tokens '2x' is not a number of tokens" in failed("demo", "--tokens", "2x")
     (tmp_path / "book.txt").write_text("a book")
     assert "book.txt is no folder; give another one with --out" in failed(

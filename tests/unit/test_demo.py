@@ -1,4 +1,4 @@
-"""The demo: a haystack that is what it says, and a small run that reports and writes what it measured."""
+"""The demo: its haystack, the sentences about its numbers, and a small run with its files."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from star_attention.demo import haystack, heatmap, report
-from star_attention.demo.haystack import build_haystack
+from star_attention.demo import heatmap, report
+from star_attention.demo.haystack import Haystack, build_haystack
 from star_attention.demo.result import (
     DENSE,
     MODES,
     NONE,
     SMALL,
     STAR,
-    Answer,
     DemoResult,
     Example,
+    GradedAnswer,
     Trial,
     band,
 )
 from star_attention.demo.run import run_demo
+from star_attention.demo.settings import DemoSettings
 from star_attention.errors import (
     InvalidInputError,
     MissingPackageError,
@@ -40,7 +41,7 @@ from star_attention.tools.prose import prose_lines
 from tests.engines import BUNDLED, bundled_tokenizer
 
 LINE_TOKENS = 128
-"""No line of the text is longer; a fact stands within one line of its depth, and a haystack within one of its length."""
+"""No line of the text is longer. Facts are within a line of their depth, texts of their length."""
 
 
 def ids(text: str) -> list[int]:
@@ -66,15 +67,15 @@ def test_the_text_is_whole_lines_of_ascii_prose() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 @pytest.mark.parametrize("tokens", [1024, 2048, 3001, 16384])
-def test_the_length_is_never_above_what_was_asked_for(tokens: int, seed: int) -> None:
-    made = build_haystack(bundled_tokenizer(), tokens, facts=10, seed=seed)
-    assert made.tokens == len(ids(made.text))
-    assert tokens - LINE_TOKENS < made.tokens <= tokens
-    assert made.text.endswith("\n")
+def test_the_length_is_never_above_the_requested_one(tokens: int, seed: int) -> None:
+    haystack = build_haystack(bundled_tokenizer(), tokens, facts=10, seed=seed)
+    assert haystack.tokens == len(ids(haystack.text))
+    assert tokens - LINE_TOKENS < haystack.tokens <= tokens
+    assert haystack.text.endswith("\n")
 
 
-def test_a_tokenizer_whose_lines_do_not_add_up_is_not_given_more() -> None:
-    """Forbids trusting the sum over lines: this tokenizer needs more for joined lines than for each alone."""
+def test_a_tokenizer_whose_lines_do_not_add_up_gets_no_longer_text() -> None:
+    """Forbids trusting the sum over lines: joined, they cost this tokenizer more."""
 
     class Greedy:
         bos_token_id, eos_token_id, eos_token = None, None, None
@@ -83,45 +84,44 @@ def test_a_tokenizer_whose_lines_do_not_add_up_is_not_given_more() -> None:
             count = len(text.split()) + 2 * max(0, text.count("\n") - 1)
             return type("Encoding", (), {"input_ids": list(range(3, 3 + count))})
 
-    made = build_haystack(Greedy(), 2000, facts=10)
-    assert 1900 < made.tokens <= 2000
+    assert 1900 < build_haystack(Greedy(), 2000, facts=10).tokens <= 2000
 
 
 @pytest.mark.parametrize("tokens", [1024, 4096])
-def test_every_fact_stands_once_at_its_depth(tokens: int) -> None:
-    made = build_haystack(bundled_tokenizer(), tokens, facts=8, seed=3)
-    lines = made.text.splitlines(keepends=True)
-    assert len({fact.key for fact in made.facts}) == len({fact.number for fact in made.facts}) == 8
-    assert [fact.depth for fact in made.facts] == [index / 7 for index in range(8)]
-    assert lines[0] == made.facts[0].line
-    assert lines[-1] == made.facts[-1].line
-    needle = len(ids(made.facts[0].line))
-    for fact in made.facts:
+def test_every_fact_is_once_at_its_depth(tokens: int) -> None:
+    haystack = build_haystack(bundled_tokenizer(), tokens, facts=8, seed=3)
+    facts, text = haystack.facts, haystack.text
+    lines = text.splitlines(keepends=True)
+    assert len({fact.key for fact in facts}) == len({fact.number for fact in facts}) == 8
+    assert [fact.depth for fact in facts] == [index / 7 for index in range(8)]
+    assert lines[0] == facts[0].line
+    assert lines[-1] == facts[-1].line
+    needle = len(ids(facts[0].line))
+    for fact in facts:
         assert lines.count(fact.line) == 1
-        assert made.text.count(fact.key) == 1
-        assert made.text.count(fact.number) == 1
+        assert text.count(fact.key) == 1
+        assert text.count(fact.number) == 1
         assert re.fullmatch(r"[1-9]\d{6}", fact.number)
-        before = made.text[: made.text.index(fact.line)]
+        before = text[: text.index(fact.line)]
         assert fact.position == len(ids(before))
-        assert abs(fact.position - fact.depth * made.tokens) < LINE_TOKENS + needle
+        assert abs(fact.position - fact.depth * haystack.tokens) < LINE_TOKENS + needle
 
 
-def test_the_query_asks_without_telling() -> None:
-    made = build_haystack(bundled_tokenizer(), 2048, seed=0)
-    for fact in made.facts:
+def test_the_query_does_not_contain_the_answer() -> None:
+    for fact in build_haystack(bundled_tokenizer(), 2048, seed=0).facts:
         query = fact.query(bundled_tokenizer())
         assert query.startswith("<|q|>What is the secret number for ")
         assert query.endswith(f"<|a|>The secret number for {fact.key} is")
         assert fact.number not in query
-        assert fact.found_in(f" {fact.number}")
-        assert fact.found_in(f" {fact.number}.\nMore")
-        assert not fact.found_in(f" {fact.number}0")
-        assert not fact.found_in(f" {fact.number[:-1]}")
-        assert not fact.found_in(f" not {fact.number}")
-        assert not fact.found_in("")
+        assert fact.matches(f" {fact.number}")
+        assert fact.matches(f" {fact.number}.\nMore")
+        assert not fact.matches(f" {fact.number}0")
+        assert not fact.matches(f" {fact.number[:-1]}")
+        assert not fact.matches(f" not {fact.number}")
+        assert not fact.matches("")
 
 
-def test_a_tokenizer_without_the_marks_is_asked_in_plain_words() -> None:
+def test_a_tokenizer_without_the_marks_gets_a_plain_question() -> None:
     class Plain:
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0}
@@ -130,14 +130,14 @@ def test_a_tokenizer_without_the_marks_is_asked_in_plain_words() -> None:
     assert "<|" not in fact.query(Plain())
 
 
-def test_the_seed_decides_everything() -> None:
-    def made(**settings: Any) -> haystack.Haystack:
+def test_the_seed_determines_everything() -> None:
+    def build(**settings: Any) -> Haystack:
         return build_haystack(bundled_tokenizer(), 2048, **settings)
 
-    assert made(seed=5) == made(seed=5)
-    other = made(seed=6)
-    assert {fact.key for fact in other.facts} != {fact.key for fact in made(seed=5).facts}
-    assert other.text.splitlines()[1] != made(seed=5).text.splitlines()[1]
+    assert build(seed=5) == build(seed=5)
+    other = build(seed=6)
+    assert {fact.key for fact in other.facts} != {fact.key for fact in build(seed=5).facts}
+    assert other.text.splitlines()[1] != build(seed=5).text.splitlines()[1]
 
 
 @pytest.mark.parametrize(
@@ -149,14 +149,14 @@ def test_the_seed_decides_everything() -> None:
         (10**6, 10, "tokens 1,000,000 are more than the text has"),
     ],
 )
-def test_a_haystack_that_cannot_be_is_refused(tokens: int, facts: int, message: str) -> None:
+def test_impossible_haystacks_are_refused(tokens: int, facts: int, message: str) -> None:
     with pytest.raises(SizeError, match=message):
         build_haystack(bundled_tokenizer(), tokens, facts=facts)
 
 
 @pytest.mark.parametrize("facts", [5, 30])
-def test_the_length_asked_for_is_long_enough(facts: int) -> None:
-    """Forbids a minimum that another length, with other facts, does not keep to."""
+def test_the_length_that_the_message_asks_for_suffices(facts: int) -> None:
+    """Forbids a minimum that holds only for the facts drawn for this length."""
     with pytest.raises(SizeError, match=r"leave no room") as refused:
         build_haystack(bundled_tokenizer(), 100, facts=facts)
     least = int(str(refused.value).rpartition("give at least ")[2].replace(",", ""))
@@ -166,7 +166,7 @@ def test_the_length_asked_for_is_long_enough(facts: int) -> None:
         )
 
 
-def test_a_python_without_the_text_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_the_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     prose_lines.cache_clear()
     with pytest.raises(
@@ -175,13 +175,15 @@ def test_a_python_without_the_text_is_told_so(monkeypatch: pytest.MonkeyPatch) -
         prose_lines()
 
 
-# ------------------------------------------------------------------ what is said about the numbers
+# ------------------------------------------------------------------ what the report says
 
 
 def trial(mode: str, length: int = 16384, *, correct: int = 10, encode_s: float = 1.0) -> Trial:
     block = length if mode == DENSE else length // 4
     answers = [
-        Answer(key=f"k{i}", number="1", depth=i / 9, position=i, text=" 1", correct=i < correct)
+        GradedAnswer(
+            key=f"k{i}", number="1", depth=i / 9, position=i, text=" 1", correct=i < correct
+        )
         for i in range(10)
     ]
     return Trial(
@@ -200,7 +202,7 @@ def trial(mode: str, length: int = 16384, *, correct: int = 10, encode_s: float 
 
 
 def result(**correct: int) -> DemoResult:
-    """A result whose modes found as many as said: dense, star, small, none; star takes half of dense's time."""
+    """A result with these numbers of correct answers; star takes half of dense's time."""
     counts = dict(
         zip(
             MODES,
@@ -209,8 +211,8 @@ def result(**correct: int) -> DemoResult:
         )
     )
     trials = [
-        trial(mode, correct=found, encode_s=2.0 if mode == DENSE else 1.0)
-        for mode, found in counts.items()
+        trial(mode, correct=count, encode_s=2.0 if mode == DENSE else 1.0)
+        for mode, count in counts.items()
     ]
     return DemoResult(
         trials=(*trials, trial(DENSE, 8192, correct=0), trial(STAR, 8192, correct=5)),
@@ -230,7 +232,7 @@ def result(**correct: int) -> DemoResult:
 
 
 def test_the_sentences_follow_the_numbers() -> None:
-    """Forbids canned words: each verdict must change with what was measured."""
+    """Forbids canned sentences: each verdict must depend on the measurements."""
     first, second = report.summary(result())
     assert "16k tokens" in first
     assert "as many as dense" in first
@@ -238,23 +240,25 @@ def test_the_sentences_follow_the_numbers() -> None:
     assert "so this small model (17M parameters) hardly needs an anchor" in second
     assert "fewer than dense attention (10)" in report.summary(result(star=7))[0]
     assert "more than dense attention (6)" in report.summary(result(dense=6))[0]
-    assert "needs its anchor, and loses 70 points without" in report.summary(result(none=3))[1]
-    assert "too little is found" in report.summary(result(dense=1, star=1, small=1, none=1))[1]
+    assert "needs its anchor, and loses 70 points without it" in report.summary(result(none=3))[1]
+    assert "too few facts are found" in report.summary(result(dense=1, star=1, small=1, none=1))[1]
     for sentence in (first, second):
         assert sentence.endswith(".")
         assert ". " not in sentence
-    slow = result()
-    slow = dataclasses.replace(
-        slow, trials=tuple(dataclasses.replace(one, encode_s=1.0) for one in slow.trials)
-    )
-    assert "takes as long to encode" in report.summary(slow)[0]
-    slower = tuple(
-        dataclasses.replace(one, encode_s=1.0 if one.mode == DENSE else 3.0) for one in slow.trials
-    )
-    assert "takes 3.00 times as long" in report.summary(dataclasses.replace(slow, trials=slower))[0]
+    assert "takes as long to encode" in report.summary(with_times(dense=1.0, others=1.0))[0]
+    assert "takes 3.00 times as long" in report.summary(with_times(dense=1.0, others=3.0))[0]
 
 
-def test_ratios_are_against_dense_and_times_are_medians() -> None:
+def with_times(dense: float, others: float) -> DemoResult:
+    """The same result with other times of phase 1."""
+    trials = [
+        dataclasses.replace(trial, encode_s=dense if trial.mode == DENSE else others)
+        for trial in result().trials
+    ]
+    return dataclasses.replace(result(), trials=tuple(trials))
+
+
+def test_ratios_are_relative_to_dense_and_times_are_medians() -> None:
     noisy = result()
     noisy = dataclasses.replace(
         noisy, trials=(*noisy.trials, trial(STAR, encode_s=9.0), trial(STAR, encode_s=1.5))
@@ -275,12 +279,11 @@ def test_the_heat_map_puts_each_score_in_its_cell() -> None:
 
 @pytest.mark.parametrize("lengths", [[2048], [1024, 2048], [512, 1024, 2048, 4096]])
 def test_titles_do_not_overlap(lengths: list[int]) -> None:
-    """Forbids panels narrower than their titles, as those of one length were."""
+    """Forbids panels narrower than their titles, as at a single length."""
     pytest.importorskip("matplotlib")
-    made = dataclasses.replace(
-        result(), trials=tuple(trial(mode, one) for mode in MODES for one in lengths)
-    )
-    figure = heatmap.drawn(made, report.caption(made))
+    trials = tuple(trial(mode, length) for mode in MODES for length in lengths)
+    narrow = dataclasses.replace(result(), trials=trials)
+    figure = heatmap.draw(narrow, report.caption(narrow))
     figure.draw_without_rendering()
     left, right = (axis.title.get_window_extent() for axis in figure.axes)
     assert left.x1 + 5 < right.x0
@@ -288,12 +291,12 @@ def test_titles_do_not_overlap(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("facts", [10, 20, 30])
 def test_every_tenth_of_the_text_has_as_many_facts(facts: int) -> None:
-    """Forbids cells over uneven numbers of questions, by rounding at the borders or at the very end."""
+    """Forbids cells with different numbers of questions, by rounding at the borders or the end."""
     tenths = [band(index / (facts - 1)) for index in range(facts)]
     assert [tenths.count(tenth) for tenth in range(10)] == [facts // 10] * 10
 
 
-def test_the_page_shows_its_input_as_text(tmp_path: Path) -> None:
+def test_the_page_escapes_its_input(tmp_path: Path) -> None:
     report.write(result(), tmp_path)
     page = (tmp_path / "demo.html").read_text(encoding="utf-8")
     assert "a &lt;b&gt;" in page
@@ -311,29 +314,25 @@ SAMPLES = 1
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path, list[str]]:
     """2K tokens with the bundled model; seconds."""
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    told: list[str] = []
-    return (
-        run_demo(BUNDLED, out, tokens=2048, facts=10, samples=SAMPLES, progress=told.append),
-        out,
-        told,
-    )
+    settings = DemoSettings(model=BUNDLED, tokens=2048, facts=10, samples=SAMPLES)
+    lines: list[str] = []
+    return run_demo(settings, out, progress=lines.append), out, lines
 
 
 def test_the_bundled_model_finds_the_facts(run: tuple[DemoResult, Path, list[str]]) -> None:
     """At most one of ten may be missed; without its anchor most are."""
-    made, _, told = run
-    assert made.lengths == [1024, 2048]
-    assert len(told) == len(made.trials) == SAMPLES * (4 + 2)
-    for row in made.rows:
+    demo, _, lines = run
+    assert demo.lengths == [1024, 2048]
+    assert len(lines) == len(demo.trials) == SAMPLES * (4 + 2)
+    for row in demo.rows:
         assert row.score.asked == 10 * SAMPLES
         assert row.score.accuracy <= 0.5 if row.mode == NONE else row.score.accuracy >= 0.9
-        assert (
-            row.kv_bytes == made.row(DENSE).kv_bytes
-        )  # one device keeps every token's keys and values once
-    for one in made.trials:
-        for answer in one.answers:
+        # One device stores the keys and values of every token once.
+        assert row.kv_bytes == demo.row(DENSE).kv_bytes
+    for trial in demo.trials:
+        for answer in trial.answers:
             assert answer.correct == (answer.text.strip() == answer.number)
-    assert [(row.num_blocks, row.anchor_size) for row in made.rows] == [
+    assert [(row.num_blocks, row.anchor_size) for row in demo.rows] == [
         (1, 0),
         (4, 512),
         (4, 32),
@@ -341,24 +340,30 @@ def test_the_bundled_model_finds_the_facts(run: tuple[DemoResult, Path, list[str
     ]
 
 
-def test_the_json_holds_the_numbers_of_the_table(run: tuple[DemoResult, Path, list[str]]) -> None:
-    made, out, _ = run
+def test_the_json_contains_the_numbers_of_the_table(
+    run: tuple[DemoResult, Path, list[str]],
+) -> None:
+    demo, out, _ = run
     data = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     assert data["settings"]["seed"] == 0
     assert {"star-attention", "python", "torch", "transformers", "matplotlib"} <= set(
         data["versions"]
     )
     assert [row["mode"] for row in data["table"]] == list(MODES)
-    for written, row in zip(data["table"], made.rows, strict=True):
-        trials = [one for one in data["trials"] if (one["mode"], one["length"]) == (row.mode, 2048)]
-        answers = [answer["correct"] for one in trials for answer in one["answers"]]
+    for written, row in zip(data["table"], demo.rows, strict=True):
+        answers = [
+            answer["correct"]
+            for trial in data["trials"]
+            if (trial["mode"], trial["length"]) == (row.mode, 2048)
+            for answer in trial["answers"]
+        ]
         assert written["accuracy"] == row.score.accuracy == sum(answers) / len(answers)
     assert len(data["heatmap"]["star"]) == len(data["heatmap"]["dense"]) == 2 * 10
-    assert data["summary"] == list(report.summary(made))
+    assert data["summary"] == list(report.summary(demo))
 
 
 class Resources(HTMLParser):
-    """What a page would load, and the tags that it closes."""
+    """The resources that a page would load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -376,21 +381,21 @@ class Resources(HTMLParser):
 
 
 def test_the_page_loads_nothing(run: tuple[DemoResult, Path, list[str]]) -> None:
-    made, out, _ = run
+    demo, out, _ = run
     page = (out / "demo.html").read_text(encoding="utf-8")
-    seen = Resources()
-    seen.feed(page)
-    assert seen.loads == []
+    resources = Resources()
+    resources.feed(page)
+    assert resources.loads == []
     assert "@import" not in page
     assert "url(" not in page
     assert "://" not in page
     assert "$" not in page
     assert "prefers-color-scheme: dark" in page
     assert page.count("<svg") == 2
-    assert " ".join(report.summary(made)).split(",")[0] in page
+    assert " ".join(report.summary(demo)).split(",")[0] in page
 
 
-def test_the_picture_is_a_picture(run: tuple[DemoResult, Path, list[str]]) -> None:
+def test_the_heat_map_is_an_image(run: tuple[DemoResult, Path, list[str]]) -> None:
     with Image.open(run[1] / "heatmap.png") as picture:
         picture.verify()
         assert min(picture.size) > 400
@@ -403,23 +408,23 @@ def test_one_table_is_printed(run: tuple[DemoResult, Path, list[str]]) -> None:
     assert text.count("encode s") == 1
     for mode in MODES:
         assert len(re.findall(rf"^│ {mode}\b.*│$", text, re.MULTILINE)) == 1
-    assert str(run[0]).count("encode s") == 1
+    assert report.as_text(run[0]).count("encode s") == 1
 
 
-def test_a_missing_matplotlib_is_said_before_anything_slow(
+def test_a_missing_matplotlib_is_an_error_before_anything_slow(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingPackageError, match=r'pip install "star-attention\[plot\]"'):
-        run_demo("no-such-model", tmp_path / "out")
+        run_demo(DemoSettings(model="no-such-model"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_arguments_are_refused(tmp_path: Path) -> None:
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SizeError, match="samples 0 is below 1"):
-        run_demo(BUNDLED, tmp_path, samples=0)
+        run_demo(DemoSettings(model=BUNDLED, samples=0), tmp_path)
     with pytest.raises(ModelNotFoundError):
-        run_demo("./no-such-model", tmp_path)
+        run_demo(DemoSettings(model="./no-such-model"), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
-        run_demo(BUNDLED, tmp_path / "file")
+        run_demo(DemoSettings(model=BUNDLED), tmp_path / "file")

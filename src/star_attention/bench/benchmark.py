@@ -1,4 +1,4 @@
-"""What all benchmarks share: the target that is measured, and how a benchmark is run and recorded."""
+"""What all benchmarks share: a target, settings, rows, a table, a record and pictures."""
 
 from __future__ import annotations
 

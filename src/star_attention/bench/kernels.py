@@ -246,7 +246,7 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def _time(work: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
-    """Seconds per call; on a GPU without Python's own time, which exceeds that of a short kernel."""
+    """Seconds per call; on a GPU without Python's share, which exceeds that of a short kernel."""
     if device.type != "cuda":
         return machine.time_repeatedly(work, repeats=repeats, device=device)
     # The first call compiles and loads, which a capture cannot.

@@ -1,4 +1,4 @@
-"""The model that is measured: one from a folder, or random weights in the shapes of a known model."""
+"""The model to measure: from a folder, or random weights in the shapes of a known model."""
 
 from __future__ import annotations
 

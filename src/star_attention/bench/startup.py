@@ -21,7 +21,7 @@ from star_attention.tools import machine
 from star_attention.tools.machine import Progress
 
 CACHES = ("empty", "filled")
-"""torch's and Triton's caches on disk: as on a new machine, and as in every process after the first."""
+"""States of torch's and Triton's caches on disk: on a new machine, and after the first process."""
 _CACHE_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 

@@ -1,4 +1,4 @@
-"""`star-attention demo`: facts planted in a real long text, asked with and without Star Attention."""
+"""`star-attention demo`: facts planted in a text, found with dense and with Star Attention."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Annotated
 
 from star_attention.cli.options import Quiet, option
 from star_attention.cli.session import check_folder
+from star_attention.cli.streams import say
 from star_attention.errors import ModelNotFoundError
 from star_attention.planning.plan import parse_size
 
 BUNDLED_MODEL = "models/needle-17m"
-"""Where the bundled model lies in a checkout of the repository."""
+"""The bundled model in a checkout of the repository."""
 
 
 def demo(
@@ -23,25 +24,29 @@ def demo(
     ] = "demo-output",
     tokens: Annotated[str, option("Length of the text.", panel="Demo", metavar="SIZE")] = "16k",
     seed: Annotated[
-        int, option("Which facts are planted, and where.", panel="Demo", metavar="N")
+        int, option("Determines the facts and the text.", panel="Demo", metavar="N")
     ] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Plant facts in a long text and ask for them, with dense attention and with Star Attention.
+    """Plant facts in a long text and ask about them, with dense attention and with Star Attention.
 
-    Prints a table of accuracy, times and memory, and writes a heat map over length and depth as PNG and HTML.
+    Prints a table of accuracy, times and memory, and writes a heat map over length and depth as PNG
+    and HTML.
 
     Example: star-attention demo --out demo-output
     """
     length = parse_size(tokens, "tokens")
     if not Path(model).is_dir():
         raise ModelNotFoundError(
-            f"there is no model folder {model}; run this in a checkout of the repository, which brings {BUNDLED_MODEL},"
-            " or give another folder with --model"
+            f"there is no model folder {model}; run this in a checkout of the repository, which"
+            f" contains {BUNDLED_MODEL}, or give another folder with --model"
         )
     check_folder(out)
-    from star_attention.demo.run import run_demo, to_stderr
+    from star_attention.demo.report import as_text
+    from star_attention.demo.run import run_demo
+    from star_attention.demo.settings import DemoSettings
     from star_attention.hf.logs import hide_progress_bars
 
     hide_progress_bars()
-    print(run_demo(model, out, tokens=length, seed=seed, progress=None if quiet else to_stderr))
+    settings = DemoSettings(model=model, tokens=length, seed=seed)
+    print(as_text(run_demo(settings, out, progress=None if quiet else say)))

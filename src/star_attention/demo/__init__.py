@@ -1,1 +1,4 @@
-"""The demo: facts planted in a real long text, asked with dense attention and with Star Attention."""
+"""The demo: facts planted in a real text, and questions about them.
+
+It compares dense attention with Star Attention, with an anchor of several sizes and without one.
+"""

@@ -1,15 +1,14 @@
-"""A long text that every machine has, with facts planted at known depths.
+"""A long text with facts planted at known depths.
 
-The text is the language reference in the standard library (`pydoc_data.topics`), cut into whole sentences, one a line:
-the bundled model was trained on contexts of whole lines of ASCII prose. Headings, grammar rules, tables and code are
-left out; the sentences, with the identifiers and signs in them, stay as they are. Its wording, and so the haystack, is
-the same for the same release of Python.
+The text is `tools.prose`, one sentence a line: the bundled model was trained on contexts of whole
+lines of ASCII prose. The same release of Python always gives the same text.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,26 +18,32 @@ from star_attention.tools.prose import prose_lines
 
 ADJECTIVES = tuple(
     """
-amber ancient brisk calm clever crimson curious dusty eager faded gentle golden hidden humble icy jolly lonely mellow
-misty noble patient quiet rusty scarlet shy silver solemn stormy sunny tidy velvet vivid weary winter wooden
+amber ancient brisk calm clever crimson curious dusty eager faded gentle golden hidden humble icy
+jolly lonely mellow misty noble patient quiet rusty scarlet shy silver solemn stormy sunny tidy
+velvet vivid weary winter wooden
 """.split()  # noqa: SIM905
 )
 NOUNS = tuple(
     """
-badger barley beacon candle canyon castle cedar chimney clover comet copper falcon feather fiddle fountain garden
-glacier hammer harbor kettle ladder lantern lemon marble meadow mirror orchard otter paddle pebble pillow raven ribbon
-saddle sparrow teapot thistle tunnel violin walnut willow
+badger barley beacon candle canyon castle cedar chimney clover comet copper falcon feather fiddle
+fountain garden glacier hammer harbor kettle ladder lantern lemon marble meadow mirror orchard otter
+paddle pebble pillow raven ribbon saddle sparrow teapot thistle tunnel violin walnut willow
 """.split()  # noqa: SIM905
 )
 QUESTION_MARK, ANSWER_MARK = "<|q|>", "<|a|>"
+
+_NUM_KEYS = len(ADJECTIVES) * len(NOUNS)
+_LOOK_AHEAD = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
     """One planted line.
 
-    key, number: what it says. depth: where it was meant to stand, from 0 (first line) to 1 (last line).
-    position: tokens of the context before it, BOS included.
+    Attributes:
+        key, number: its content.
+        depth: its intended place, from 0 (first line) to 1 (last line).
+        position: tokens of the context before it, including BOS.
     """
 
     key: str
@@ -51,22 +56,25 @@ class Fact:
         return _line(self.key, self.number)
 
     def query(self, tokenizer: Any) -> str:
-        """The question with the beginning of its answer, in the bundled model's format where the tokenizer knows it."""
+        """Return the question with the beginning of its answer.
+
+        It has the bundled model's format if the tokenizer has its marks.
+        """
         question = f"What is the secret number for {self.key}?"
         start = f"The secret number for {self.key} is"
         if QUESTION_MARK in tokenizer.get_vocab():
             return f"{QUESTION_MARK}{question}{ANSWER_MARK}{start}"
         return f"\nQuestion: {question}\nAnswer: {start}"
 
-    def found_in(self, answer: str) -> bool:
-        """Whether an answer begins with exactly this number."""
-        given = re.match(r"\s*(\d+)", answer)
-        return given is not None and given[1] == self.number
+    def matches(self, answer: str) -> bool:
+        """Return True if an answer begins with exactly this number."""
+        number = re.match(r"\s*(\d+)", answer)
+        return number is not None and number[1] == self.number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Haystack:
-    """A context of whole lines with facts in it, `tokens` long with BOS; facts in the order of the text."""
+    """A context of whole lines, `tokens` long with BOS, and its facts in the order of the text."""
 
     text: str
     tokens: int
@@ -75,26 +83,31 @@ class Haystack:
 
 
 def build_haystack(tokenizer: Any, tokens: int, *, facts: int = 30, seed: int = 0) -> Haystack:
-    """A context of at most `tokens` tokens (BOS included), and as near to it as whole lines come.
+    """Build a context that is as long as whole lines allow.
 
-    The facts stand at evenly spaced depths, the first on the first line and the last on the last, each on the first line
-    boundary at or behind its depth. `seed` chooses keys, numbers, and the sentence that the text starts from; behind its last
-    sentence it goes on with its first.
+    The facts are at evenly spaced depths, from the first line to the last, each at the first line
+    boundary at or after its depth.
 
-    Raises `SizeError` for fewer than two facts, more than there are keys, a length that the facts alone would fill, or one
-    beyond the text's, and `InvalidInputError` where this Python has no `pydoc_data`.
+    Args:
+        tokenizer: of the model; BOS counts.
+        tokens: the most tokens.
+        facts: the number of facts.
+        seed: determines keys, numbers, and the first sentence. After the last sentence of the prose
+            the text continues with the first.
+
+    Raises:
+        SizeError: fewer than two facts, more than there are keys, a length that the facts alone
+            would fill, or one beyond that of the prose.
+        InvalidInputError: this Python has no `pydoc_data`.
     """
-    most = len(ADJECTIVES) * len(NOUNS)
-    if not 2 <= facts <= most:
+    if not 2 <= facts <= _NUM_KEYS:
         raise SizeError(
-            f"facts {facts} cannot be planted at evenly spaced depths; give 2 to {most}"
+            f"facts {facts} cannot be planted at evenly spaced depths; give 2 to {_NUM_KEYS}"
         )
     rng = random.Random(f"haystack {tokens} {facts} {seed}")
-    keys = [_key(pair) for pair in rng.sample(range(most), facts)]
-    planted = [
-        (key, str(number))
-        for key, number in zip(keys, rng.sample(range(1_000_000, 10_000_000), facts), strict=True)
-    ]
+    keys = [_key(index) for index in rng.sample(range(_NUM_KEYS), facts)]
+    numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), facts)]
+    planted = list(zip(keys, numbers, strict=True))
     lines = prose_lines()
     first = rng.randrange(len(lines))
     lines = lines[first:] + lines[:first]
@@ -102,43 +115,51 @@ def build_haystack(tokenizer: Any, tokens: int, *, facts: int = 30, seed: int = 
     def cost(line: str) -> int:
         return len(query_ids(tokenizer, line))
 
-    # By the dearest key and not by those drawn, which are others for another length: what is asked for must do.
-    least = 2 * facts * max(cost(_line(_key(pair), planted[0][1])) for pair in range(most))
+    # Computed for the longest of all keys, so that the limit does not depend on those drawn: they
+    # differ for the length that the message asks for.
+    longest_line = max(cost(_line(_key(index), numbers[0])) for index in range(_NUM_KEYS))
+    least = 2 * facts * longest_line
     if tokens < least:
         raise SizeError(
             f"tokens {tokens:,} leave no room around {facts} facts; give at least {least:,}"
         )
-    room = tokens - (
-        len(context_ids(tokenizer, "\n")) - cost("\n") + sum(cost(_line(*pair)) for pair in planted)
-    )
+    special_tokens = len(context_ids(tokenizer, "\n")) - cost("\n")
+    room = tokens - special_tokens - sum(cost(_line(*fact)) for fact in planted)
     while True:
         haystack = _assemble(tokenizer, _fill(lines, room, cost, tokens), planted, seed)
         if haystack.tokens <= tokens:
             return haystack
-        room -= haystack.tokens - tokens  # a tokenizer that joins tokens across lines differently
+        # This tokenizer needs more tokens for joined lines than for each line alone.
+        room -= haystack.tokens - tokens
 
 
-def _key(pair: int) -> str:
-    return f"{ADJECTIVES[pair % len(ADJECTIVES)]}-{NOUNS[pair // len(ADJECTIVES)]}"
+def _key(index: int) -> str:
+    return f"{ADJECTIVES[index % len(ADJECTIVES)]}-{NOUNS[index // len(ADJECTIVES)]}"
 
 
 def _line(key: str, number: str) -> str:
     return f"The secret number for {key} is {number}.\n"
 
 
-def _fill(lines: tuple[str, ...], room: int, cost: Any, tokens: int) -> list[tuple[str, int]]:
-    """Lines in order, with their tokens, while they fit; and last the one line further on that fills the rest best."""
+def _fill(
+    lines: tuple[str, ...], room: int, cost: Callable[[str], int], tokens: int
+) -> list[tuple[str, int]]:
+    """Take lines in order while they fit, and then the next line that fills the rest best.
+
+    Returns the lines with their tokens.
+    """
     taken: list[tuple[str, int]] = []
     for index, line in enumerate(lines):
         size = cost(line)
         if size > room:
-            fits = [(cost(other), other) for other in lines[index + 1 : index + 100]]
-            size, line = max((one for one in fits if one[0] <= room), default=(0, ""))
-            return [*taken, (line, size)] if size else taken
+            candidates = ((cost(other), other) for other in lines[index + 1 : index + _LOOK_AHEAD])
+            size, line = max((pair for pair in candidates if pair[0] <= room), default=(0, ""))
+            return [*taken, (line, size)] if line else taken
         taken.append((line, size))
         room -= size
     raise SizeError(
-        f"tokens {tokens:,} are more than the text has: {sum(size for _, size in taken):,} tokens of the language reference;"
+        f"tokens {tokens:,} are more than the text has:"
+        f" {sum(size for _, size in taken):,} tokens of the language reference;"
         " give a smaller length"
     )
 
@@ -146,24 +167,22 @@ def _fill(lines: tuple[str, ...], room: int, cost: Any, tokens: int) -> list[tup
 def _assemble(
     tokenizer: Any, filler: list[tuple[str, int]], planted: list[tuple[str, str]], seed: int
 ) -> Haystack:
+    """Join lines and facts. Depth 1 is after the last line, so that all lines are used."""
     total = sum(size for _, size in filler)
     depths = [index / (len(planted) - 1) for index in range(len(planted))]
     parts: list[str] = []
-    starts: list[int] = []  # characters before each fact
-    characters = position = used = 0
+    prefixes = []
+    position = used = 0
     for (key, number), depth in zip(planted, depths, strict=True):
         while used < len(filler) and position < depth * total:
             line, size = filler[used]
             parts.append(line)
-            characters, position, used = characters + len(line), position + size, used + 1
-        starts.append(characters)
+            position, used = position + size, used + 1
+        prefixes.append("".join(parts))
         parts.append(_line(key, number))
-        characters += len(parts[-1])
-    text = "".join(parts)  # depth 1 is behind the last line, so that all of them are in
+    text = "".join(parts)
     facts = tuple(
-        Fact(
-            key=key, number=number, depth=depth, position=len(context_ids(tokenizer, text[:start]))
-        )
-        for (key, number), depth, start in zip(planted, depths, starts, strict=True)
+        Fact(key=key, number=number, depth=depth, position=len(context_ids(tokenizer, prefix)))
+        for (key, number), depth, prefix in zip(planted, depths, prefixes, strict=True)
     )
     return Haystack(text=text, tokens=len(context_ids(tokenizer, text)), facts=facts, seed=seed)

@@ -1,4 +1,4 @@
-"""What the reader is told: one table, two sentences made from the numbers, and the files."""
+"""How the demo reports its measurements: a table, two sentences about it, notes, and files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from star_attention.demo.result import DENSE, SMALL, STAR, DemoResult, Row, band
 from star_attention.planning.plan import counted, format_size
 
 PAPER_LOSS = "25 to 40 points"
-"""Accuracy that the paper's models lose without an anchor, at 128K and 64K (arXiv 2411.17116, ablation of the anchor)."""
+"""Accuracy that the paper's models lose without an anchor, at 64K and 128K (arXiv 2411.17116,
+ablation of the anchor)."""
 
 COLUMNS = ("method", "facts found", "encode s", "first token s", "KV MiB")
 
 
 def write(result: DemoResult, out: Path) -> None:
-    """heatmap.png, demo.html and demo.json in a folder that exists. Raises `MissingPackageError` and `OSError`."""
+    """Write heatmap.png, demo.html and demo.json to an existing folder.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        OSError: a file cannot be written.
+    """
     heatmap.write_png(result, out / "heatmap.png", caption(result))
     (out / "demo.html").write_text(
         page.html(result, summary(result), notes(result), caption(result)), encoding="utf-8"
@@ -31,7 +37,7 @@ def write(result: DemoResult, out: Path) -> None:
 
 
 def print_report(result: DemoResult, console: Console) -> None:
-    """The table, the two sentences, and what must be known to read them."""
+    """Print the table, the summary and the notes."""
     table = Table(title=title(result), title_justify="left", title_style="bold")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
@@ -45,7 +51,7 @@ def print_report(result: DemoResult, console: Console) -> None:
 
 
 def as_text(result: DemoResult) -> str:
-    """The same as plain text."""
+    """Return the same as plain text."""
     text = io.StringIO()
     print_report(result, Console(file=text, width=100, color_system=None))
     return text.getvalue().rstrip()
@@ -58,83 +64,85 @@ def title(result: DemoResult) -> str:
 
 
 def row_cells(row: Row) -> tuple[str, ...]:
-    """The cells under `COLUMNS`; ratios are against dense."""
+    """Return the cells under `COLUMNS`; ratios are relative to dense."""
     sizes = f" ({row.num_blocks} x {format_size(row.block_size)})" if row.mode == STAR else ""
     if row.mode == SMALL:
         sizes = f" ({row.anchor_size})"
     return (
         row.mode + sizes,
         f"{row.score} ({row.score.accuracy:.0%})",
-        _against(f"{row.encode_s:.2f}", row.encode_ratio, row.mode),
-        _against(f"{row.first_token_s:.2f}", row.first_token_ratio, row.mode),
-        _against(f"{row.kv_bytes / 1024**2:.0f}", row.kv_ratio, row.mode),
+        _with_ratio(f"{row.encode_s:.2f}", row.encode_ratio, row.mode),
+        _with_ratio(f"{row.first_token_s:.2f}", row.first_token_ratio, row.mode),
+        _with_ratio(f"{row.kv_bytes / 1024**2:.0f}", row.kv_ratio, row.mode),
     )
 
 
-def _against(value: str, ratio: float, mode: str) -> str:
+def _with_ratio(value: str, ratio: float, mode: str) -> str:
     return value if mode == DENSE else f"{value} (x {ratio:.2f})"
 
 
 def summary(result: DemoResult) -> tuple[str, str]:
-    """Two sentences: Star Attention beside dense, and what the anchor does for it."""
+    """Return two sentences: one compares Star Attention with dense, one is about its anchor."""
     dense, star, small, none = result.rows
-    share = star.encode_ratio
-    if share < 0.95:
-        pace = f"encodes the text in {share:.0%} of the time ({star.encode_s:.1f} s instead of {dense.encode_s:.1f} s)"
-    elif share <= 1.05:
-        pace = (
-            f"takes as long to encode the text ({star.encode_s:.1f} s and {dense.encode_s:.1f} s)"
-        )
-    else:
-        pace = f"takes {share:.2f} times as long to encode the text ({star.encode_s:.1f} s and {dense.encode_s:.1f} s)"
-    first = (
+    return (
         f"At {format_size(result.length)} tokens Star Attention finds {star.score} planted facts,"
-        f" {_beside(star, dense)} dense attention{'' if _same(star, dense) else f' ({dense.score.correct})'}, and {pace}."
+        f" {_compare_scores(star, dense)}, and {_compare_times(star, dense)}.",
+        f"With the anchor cut to {small.anchor_size} tokens it finds {small.score.correct}, with"
+        f" none {none.score.correct}, {_anchor_verdict(star, none, _model(result))}.",
     )
-    found = f"with the anchor cut to {small.anchor_size} tokens it finds {small.score.correct}, with none {none.score.correct}"
+
+
+def _compare_scores(star: Row, dense: Row) -> str:
+    found, by_dense = star.score.correct, dense.score.correct
+    if found == by_dense:
+        return "as many as dense attention"
+    return f"{'more' if found > by_dense else 'fewer'} than dense attention ({by_dense})"
+
+
+def _compare_times(star: Row, dense: Row) -> str:
+    ratio, star_s, dense_s = star.encode_ratio, f"{star.encode_s:.1f} s", f"{dense.encode_s:.1f} s"
+    if ratio < 0.95:
+        return f"encodes the text in {ratio:.0%} of the time ({star_s} instead of {dense_s})"
+    if ratio <= 1.05:
+        return f"takes as long to encode the text ({star_s} and {dense_s})"
+    return f"takes {ratio:.2f} times as long to encode the text ({star_s} and {dense_s})"
+
+
+def _anchor_verdict(star: Row, none: Row, model: str) -> str:
     lost = star.score.accuracy - none.score.accuracy
-    if lost <= 0.05:
-        verdict = f"so this {_model(result)} hardly needs an anchor for such questions"
-        if none.score.accuracy < 0.5:
-            verdict = "but too little is found to say whether an anchor is needed"
-    else:
-        verdict = (
-            f"so this {_model(result)} needs its anchor, and loses {lost * 100:.0f} points without"
-        )
-    return first, f"{found[0].upper()}{found[1:]}, {verdict}."
+    if lost > 0.05:
+        return f"so this {model} needs its anchor, and loses {lost * 100:.0f} points without it"
+    if none.score.accuracy < 0.5:
+        return "but too few facts are found to tell if it needs an anchor"
+    return f"so this {model} hardly needs an anchor for such questions"
 
 
 def _model(result: DemoResult) -> str:
     parameters = result.settings["parameters"]
-    size = f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
-    return f"{'' if parameters >= 1e9 else 'small '}model ({size} parameters)"
-
-
-def _same(one: Row, other: Row) -> bool:
-    return one.score.correct == other.score.correct
-
-
-def _beside(star: Row, dense: Row) -> str:
-    if _same(star, dense):
-        return "as many as"
-    return "more than" if star.score.correct > dense.score.correct else "fewer than"
+    if parameters >= 1e9:
+        return f"model ({parameters / 1e9:.1f}B parameters)"
+    return f"small model ({parameters / 1e6:.0f}M parameters)"
 
 
 def notes(result: DemoResult) -> list[str]:
-    """What the table does not say by itself."""
+    """Return what a reader of the table should know besides."""
     _, star, _, none = result.rows
-    kv = "equal dense's" if star.kv_ratio == 1 else f"are x {star.kv_ratio:.2f} of dense's"
     asked = none.score.asked
     times = "were measured once" if result.settings["samples"] == 1 else "are medians"
-    unseen = min(1.0, 3 / asked)  # the rule of three: upper 95 % bound of a rate that never showed
+    # The rule of three: the upper 95 % bound of the rate of something that never happened.
+    miss_rate = min(1.0, 3 / asked)
+    kv_size = "the same size as" if star.kv_ratio == 1 else f"x {star.kv_ratio:.2f} the size of"
     return [
-        f"Memory: on one device Star Attention's keys and values {kv}, since those of every token are kept once; what it"
-        " saves here is work. Over several devices each would hold the share of its blocks.",
-        "The anchor: language models give much attention to the first tokens that they see (an attention sink). In the paper's"
-        f" models every block without an anchor grows a sink of its own, and they lose {PAPER_LOSS}. With one, a single sink is"
-        " left, at the head of the text, as in dense attention.",
-        f"Precision: with {asked} questions a method, a few points are chance (no miss in {asked} leaves room for a rate of"
-        f" up to {unseen:.0%}). Times {times} on this machine; each ratio (x) is against dense.",
+        f"Memory: on one device Star Attention's keys and values have {kv_size} dense attention's:"
+        " those of every token are stored once, and the saving is in work. On several devices each"
+        " stores those of its own blocks.",
+        "The anchor: language models pay much attention to the first tokens that they see (an"
+        " attention sink). In the paper's models every block without an anchor grows a sink of its"
+        f" own, and they lose {PAPER_LOSS}. With an anchor there is a single sink, at the start of"
+        " the text, as in dense attention.",
+        f"Precision: with {asked} questions per method, a few points are chance (no miss in {asked}"
+        f" is consistent with a miss rate of up to {miss_rate:.0%}). Times {times} on this"
+        " machine; each ratio (x) is relative to dense.",
     ]
 
 
@@ -147,11 +155,14 @@ def caption(result: DemoResult) -> str:
     }
     least, most = min(asked), max(asked)
     questions = counted(least, "question") if least == most else f"{least} to {most} questions"
-    return f"Each cell is the share of {questions} answered; star has blocks of a quarter of the length, an anchor as large."
+    return (
+        f"Each cell is the fraction of {questions} answered correctly. Star Attention's blocks are"
+        " a quarter of the length, and its anchor is as large."
+    )
 
 
 def as_dict(result: DemoResult) -> dict[str, Any]:
-    """demo.json: the table, the sentences, the heat map and every answer."""
+    """Return the contents of demo.json: the table, the sentences, the heat map and all answers."""
     return {
         "settings": result.settings,
         "versions": result.versions,

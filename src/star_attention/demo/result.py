@@ -1,4 +1,4 @@
-"""What the demo measured: every encoded context with its answers, and the sums that its table and pictures show."""
+"""The measurements of the demo, and the sums that its table and pictures show."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ BANDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One question: the number that was planted, what the model said, and where the fact stood (`haystack.Fact`)."""
+class GradedAnswer:
+    """The answer to one question.
+
+    Attributes:
+        key, number, depth, position: of the fact, as in `haystack.Fact`.
+        text: the model's answer.
+        correct: True if it begins with the number.
+    """
 
     key: str
     number: str
@@ -28,10 +34,18 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One context, encoded in one mode, and asked for all of its facts.
+    """One context, encoded in one mode, with a question about each of its facts.
 
-    length: tokens asked for; tokens: tokens that the whole lines came to. encode_s: phase 1. first_token_s: from one
-    question, asked alone, to its first token. kv_bytes: keys and values of the context.
+    Attributes:
+        mode: one of `MODES`.
+        length: the requested number of tokens.
+        seed: of the context.
+        tokens: the length in tokens, of whole lines.
+        num_blocks, block_size, anchor_size: of the plan, in tokens.
+        encode_s: time of phase 1.
+        first_token_s: time to the first token of the answer to a single question.
+        kv_bytes: keys and values of the context.
+        answers: in the order of the facts.
     """
 
     mode: str
@@ -44,12 +58,12 @@ class Trial:
     encode_s: float
     first_token_s: float
     kv_bytes: int
-    answers: tuple[Answer, ...]
+    answers: tuple[GradedAnswer, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How many of `asked` questions were answered correctly."""
+    """The number of correct answers to `asked` questions."""
 
     correct: int
     asked: int
@@ -64,7 +78,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One mode at the full length: accuracy over all contexts, medians of the times; ratios are against dense."""
+    """One mode at the full length: accuracy over all contexts, median times, ratios to dense."""
 
     mode: str
     score: Score
@@ -81,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One planted fact as the model met it: the lines around it, and the query."""
+    """A planted fact with the lines around it, the query, and the answer."""
 
     before: str
     line: str
@@ -92,9 +106,14 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """Everything that a run of the demo measured.
+    """All measurements of a run of the demo.
 
-    settings: model, parameters, tokens, seed, facts, samples, dtype, device, threads. versions: by name. total_s: the whole run.
+    Attributes:
+        trials: in the order of measurement.
+        example: one of the questions.
+        settings: model, parameters, tokens, seed, facts, samples, dtype, device, threads.
+        versions: by name.
+        total_s: time of the whole run.
     """
 
     trials: tuple[Trial, ...]
@@ -105,7 +124,7 @@ class DemoResult:
 
     @property
     def length(self) -> int:
-        """The full length, of which the table speaks."""
+        """The full length, which the table is about."""
         return max(self.lengths)
 
     @property
@@ -114,7 +133,7 @@ class DemoResult:
 
     @property
     def bands(self) -> list[int]:
-        """The tenths of the text, from 0, that facts stood in."""
+        """The tenths of the text, from 0, that contain facts."""
         return sorted({band(answer.depth) for trial in self.trials for answer in trial.answers})
 
     @property
@@ -123,38 +142,40 @@ class DemoResult:
         return [self.row(mode) for mode in MODES]
 
     def row(self, mode: str) -> Row:
-        mine, dense = self._at(mode, self.length), self._at(DENSE, self.length)
-        encode_s, first_token_s = _median(mine, "encode_s"), _median(mine, "first_token_s")
+        trials, dense = self._at(mode, self.length), self._at(DENSE, self.length)
+        encode_s, first_token_s = _median(trials, "encode_s"), _median(trials, "first_token_s")
+        first = trials[0]
         return Row(
             mode=mode,
-            score=_score(mine),
-            num_blocks=mine[0].num_blocks,
-            block_size=mine[0].block_size,
-            anchor_size=mine[0].anchor_size,
+            score=_score(trials),
+            num_blocks=first.num_blocks,
+            block_size=first.block_size,
+            anchor_size=first.anchor_size,
             encode_s=encode_s,
             first_token_s=first_token_s,
-            kv_bytes=mine[0].kv_bytes,
+            kv_bytes=first.kv_bytes,
             encode_ratio=encode_s / _median(dense, "encode_s"),
             first_token_ratio=first_token_s / _median(dense, "first_token_s"),
-            kv_ratio=mine[0].kv_bytes / dense[0].kv_bytes,
+            kv_ratio=first.kv_bytes / dense[0].kv_bytes,
         )
 
     def score(self, mode: str, length: int | None = None, tenth: int | None = None) -> Score:
-        """Correct answers of one mode, over all lengths and the whole text, or at one length and in one tenth."""
+        """Count the correct answers in one mode.
+
+        Args:
+            mode: one of `MODES`.
+            length: only of contexts of this length.
+            tenth: only of facts in this tenth of the text.
+        """
         lengths = self.lengths if length is None else [length]
-        return _score([trial for one in lengths for trial in self._at(mode, one)], tenth)
+        return _score((trial for n in lengths for trial in self._at(mode, n)), tenth)
 
     def _at(self, mode: str, length: int) -> list[Trial]:
         return [trial for trial in self.trials if trial.mode == mode and trial.length == length]
 
-    def __str__(self) -> str:
-        from star_attention.demo.report import as_text
-
-        return as_text(self)
-
 
 def band(depth: float) -> int:
-    """The tenth of the text that a depth of 0..1 lies in, from 0; the very end belongs to the last."""
+    """Return the tenth of the text, from 0, that a depth of 0..1 lies in; 1 is in the last."""
     return min(int(depth * BANDS), BANDS - 1)
 
 
@@ -162,15 +183,15 @@ def band_name(tenth: int) -> str:
     return f"{100 * tenth // BANDS}–{100 * (tenth + 1) // BANDS}%"
 
 
-def _median(trials: list[Trial], name: str) -> float:
-    return float(statistics.median(getattr(trial, name) for trial in trials))
+def _median(trials: list[Trial], field: str) -> float:
+    return float(statistics.median(getattr(trial, field) for trial in trials))
 
 
 def _score(trials: Iterable[Trial], tenth: int | None = None) -> Score:
     answers = [
-        one
+        answer
         for trial in trials
-        for one in trial.answers
-        if tenth is None or band(one.depth) == tenth
+        for answer in trial.answers
+        if tenth is None or band(answer.depth) == tenth
     ]
-    return Score(correct=sum(one.correct for one in answers), asked=len(answers))
+    return Score(correct=sum(answer.correct for answer in answers), asked=len(answers))

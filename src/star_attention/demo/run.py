@@ -1,13 +1,13 @@
-"""Run the demo: plant, encode in every mode, ask, and write what came of it."""
+"""Run the demo: plant facts, encode the texts in every mode, ask, and write the results."""
 
 from __future__ import annotations
 
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,87 +21,70 @@ from star_attention.demo.result import (
     NONE,
     SMALL,
     STAR,
-    Answer,
     DemoResult,
     Example,
+    GradedAnswer,
     Trial,
 )
+from star_attention.demo.settings import DemoSettings
 from star_attention.errors import ModelNotFoundError, SizeError
 from star_attention.tools.plotting import require_matplotlib
 
 TOKENS_PER_FACT = 64
-"""The heat map's contexts are the full length, its half, quarter and eighth, while they leave each fact this much room (a
-fact takes about 22), so that they are text with facts in it and not a list of facts."""
+"""The heat map's contexts have the full length, its half, quarter and eighth, as long as each fact
+has this much room. A fact takes about 22 tokens, so these are texts with facts, not lists."""
 ANSWER_TOKENS = 12
-"""Seven digits, the space before them and the end, with room to see a number that goes on too long."""
+"""Seven digits, the space before them and the end, with room to notice a longer number."""
 
 Progress = Callable[[str], None]
 
 
-def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def run_demo(
-    model_path: str | os.PathLike[str],
+    settings: DemoSettings,
     out_dir: str | os.PathLike[str],
     *,
-    tokens: int = 16384,
-    seed: int = 0,
-    facts: int = 30,
-    samples: int = 1,
-    dtype: str = "float32",
-    device: str = "auto",
-    progress: Progress | None = to_stderr,
+    progress: Progress | None = None,
 ) -> DemoResult:
-    """Plant facts in a real text, ask the model for each, and write heatmap.png, demo.html and demo.json to `out_dir`.
+    """Plant facts in a real text, ask the model about each, and write pictures, a page and JSON.
 
-    At `tokens` tokens: dense attention; Star Attention with blocks of a quarter of that and an anchor as large, one of a
-    sixteenth of the block, and none. At shorter lengths dense and star, for the heat map over length and depth.
+    At the full length four modes are compared: dense attention; Star Attention with blocks of a
+    quarter of the length and an anchor as large; with an anchor of a sixteenth of a block; and with
+    no anchor. Shorter lengths run dense and star only, for the heat map over length and depth.
 
-    facts: planted in each context, one question each. samples: contexts of each length, made from `seed`, `seed + 1`, ...
-    progress: called with a line before each context; None for silence.
+    Args:
+        settings: model, lengths and facts.
+        out_dir: folder for heatmap.png, demo.html and demo.json; made if it is missing.
+        progress: called with a line before the next context.
 
-    Raises `MissingPackageError` without matplotlib, what `build_haystack` and `StarLLM.from_pretrained` raise, and `OSError`
-    where `out_dir` cannot be written; all of them before the slow part.
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        SizeError, InvalidInputError: as `build_haystack` and `StarLLM.from_pretrained`.
+        ModelNotFoundError: the model or its tokenizer is missing.
+        OSError: `out_dir` cannot be written.
     """
     started = time.perf_counter()
     require_matplotlib()
-    if samples < 1:
-        raise SizeError(f"samples {samples} is below 1; give the number of contexts of each length")
+    if settings.samples < 1:
+        raise SizeError(
+            f"samples {settings.samples} is below 1; give the number of contexts of each length"
+        )
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    say = progress or (lambda line: None)
-    base = StarLLM.from_pretrained(model_path, dtype=dtype, device=device)
+    base = StarLLM.from_pretrained(settings.model, dtype=settings.dtype, device=settings.device)
     if base.tokenizer is None:
         raise ModelNotFoundError(
-            f"the model at {model_path} has no tokenizer; the demo asks in text and needs one"
+            f"the model at {settings.model} has no tokenizer; the demo asks in text and needs one"
         )
-    seeds = range(seed, seed + samples)
-    haystacks = {
-        length: [build_haystack(base.tokenizer, length, facts=facts, seed=one) for one in seeds]
-        for length in _lengths(tokens, facts)
-    }
-    # What runs first in a process pays for memory and kernels being set up.
-    _trial(base, DENSE, min(haystacks), haystacks[min(haystacks)][0])
-    trials = list(_trials(base, haystacks, say))
-    first = haystacks[tokens][0]
+    haystacks = _haystacks(base, settings)
+    # The first run in a process pays for setting up memory and kernels.
+    shortest = min(haystacks)
+    _run_trial(base, DENSE, shortest, haystacks[shortest][0])
+    trials = tuple(_run_trials(base, haystacks, progress or (lambda line: None)))
+    star_trial = next(t for t in trials if t.mode == STAR and t.length == settings.tokens)
     result = DemoResult(
-        trials=tuple(trials),
-        example=_example(
-            base, first, next(one for one in trials if one.mode == STAR and one.length == tokens)
-        ),
-        settings={
-            "model": str(model_path),
-            "parameters": sum(weight.numel() for weight in base.model.parameters()),
-            "tokens": tokens,
-            "seed": seed,
-            "facts": facts,
-            "samples": samples,
-            "dtype": dtype,
-            "device": _device_name(base.device),
-            "threads": torch.get_num_threads(),
-        },
+        trials=trials,
+        example=_example(base, haystacks[settings.tokens][0], star_trial),
+        settings=_settings_record(settings, base),
         versions=_versions(),
         total_s=time.perf_counter() - started,
     )
@@ -109,24 +92,35 @@ def run_demo(
     return result
 
 
-def _lengths(tokens: int, facts: int) -> list[int]:
-    """The full length first: it is what can fail, and what the table waits for."""
-    return [
-        tokens,
-        *(tokens // part for part in (2, 4, 8) if tokens // part >= TOKENS_PER_FACT * facts),
-    ]
+def _haystacks(base: StarLLM, settings: DemoSettings) -> dict[int, list[Haystack]]:
+    """Build the texts by length. The full length is first: it can fail, and the table needs it."""
+    lengths = [settings.tokens]
+    for divisor in (2, 4, 8):
+        if settings.tokens // divisor >= TOKENS_PER_FACT * settings.facts:
+            lengths.append(settings.tokens // divisor)
+    seeds = range(settings.seed, settings.seed + settings.samples)
+    return {
+        length: [
+            build_haystack(base.tokenizer, length, facts=settings.facts, seed=seed)
+            for seed in seeds
+        ]
+        for length in lengths
+    }
 
 
-def _trials(base: StarLLM, haystacks: dict[int, list[Haystack]], say: Progress) -> Iterator[Trial]:
-    tokens = max(haystacks)
+def _run_trials(
+    base: StarLLM, haystacks: dict[int, list[Haystack]], progress: Progress
+) -> Iterator[Trial]:
+    full_length = max(haystacks)
     for length, samples in haystacks.items():
-        # Modes take turns, so that a machine that slows down slows all of them down.
+        # Modes alternate, so that a machine that slows down affects all of them.
         for number, haystack in enumerate(samples, 1):
-            for mode in MODES if length == tokens else (DENSE, STAR):
-                trial = _trial(base, mode, length, haystack)
+            for mode in MODES if length == full_length else (DENSE, STAR):
+                trial = _run_trial(base, mode, length, haystack)
                 correct = sum(answer.correct for answer in trial.answers)
-                say(
-                    f"{trial.tokens:,} tokens, text {number} of {len(samples)}, {mode}: encoded in {trial.encode_s:.1f} s,"
+                progress(
+                    f"{trial.tokens:,} tokens, text {number} of {len(samples)}, {mode}:"
+                    f" encoded in {trial.encode_s:.1f} s,"
                     f" {correct} of {len(trial.answers)} facts found"
                 )
                 yield trial
@@ -140,13 +134,13 @@ def _engine(base: StarLLM, mode: str, length: int) -> StarLLM:
     return StarLLM(base.model, base.tokenizer, method="star", block_size=block, anchor_size=anchor)
 
 
-def _trial(base: StarLLM, mode: str, length: int, haystack: Haystack) -> Trial:
+def _run_trial(base: StarLLM, mode: str, length: int, haystack: Haystack) -> Trial:
     star = _engine(base, mode, length)
     context = star.encode(haystack.text)
     assert len(context) == haystack.tokens, "the haystack counts tokens as the engine does"
     queries = [fact.query(star.tokenizer) for fact in haystack.facts]
-    alone = star.generate(context, queries[len(queries) // 2], max_new_tokens=1)
-    replies = star.generate(context, queries, max_new_tokens=ANSWER_TOKENS)
+    single = star.generate(context, queries[len(queries) // 2], max_new_tokens=1)
+    generations = star.generate(context, queries, max_new_tokens=ANSWER_TOKENS)
     return Trial(
         mode=mode,
         length=length,
@@ -156,18 +150,18 @@ def _trial(base: StarLLM, mode: str, length: int, haystack: Haystack) -> Trial:
         block_size=context.plan.block_size,
         anchor_size=context.plan.anchor_size,
         encode_s=context.encode_s,
-        first_token_s=alone.timings.ttft_s,
+        first_token_s=single.timings.ttft_s,
         kv_bytes=context.nbytes,
         answers=tuple(
-            Answer(
+            GradedAnswer(
                 key=fact.key,
                 number=fact.number,
                 depth=fact.depth,
                 position=fact.position,
-                text=reply.text,
-                correct=fact.found_in(reply.text),
+                text=generation.text,
+                correct=fact.matches(generation.text),
             )
-            for fact, reply in zip(haystack.facts, replies, strict=True)
+            for fact, generation in zip(haystack.facts, generations, strict=True)
         ),
     )
 
@@ -176,22 +170,34 @@ def _example(base: StarLLM, haystack: Haystack, trial: Trial) -> Example:
     middle = len(haystack.facts) // 2
     fact = haystack.facts[middle]
     lines = haystack.text.splitlines(keepends=True)
-    at = lines.index(fact.line)
+    index = lines.index(fact.line)
     return Example(
-        before="".join(lines[max(0, at - 2) : at]),
+        before="".join(lines[max(0, index - 2) : index]),
         line=fact.line,
-        after="".join(lines[at + 1 : at + 3]),
+        after="".join(lines[index + 1 : index + 3]),
         query=fact.query(base.tokenizer),
         answer=trial.answers[middle].text,
     )
 
 
+def _settings_record(settings: DemoSettings, base: StarLLM) -> dict[str, Any]:
+    return {
+        "model": str(settings.model),
+        "parameters": sum(weight.numel() for weight in base.model.parameters()),
+        "tokens": settings.tokens,
+        "seed": settings.seed,
+        "facts": settings.facts,
+        "samples": settings.samples,
+        "dtype": settings.dtype,
+        "device": _device_name(base.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 The official implementation is NVIDIA/Star-Attention at c61059f, the paper's own.
 
-Axes: L tokens of the context, A of an anchor, S of an anchor and its block, G KV heads, D head size.
+Axes: L tokens of the context, A of an anchor, S of an anchor with its block, G KV heads, D head
+size.
 """
 
 from __future__ import annotations

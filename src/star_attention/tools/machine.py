@@ -1,4 +1,4 @@
-"""The ground of a measurement: timing, the machine's ceilings, and a record of its circumstances."""
+"""What measurements need: timing, the machine's ceilings, and a record of the circumstances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Progress = Callable[[str], None]
 """Called with a line about the next measurement."""
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-"""The device or the machine is out of memory. `star_attention.OutOfMemoryError` is a MemoryError."""
+"""No memory left on the device or the machine; `star_attention.OutOfMemoryError` is included."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""`bench prefill`: encoding with Star Attention, dense attention and the official implementation."""
+"""`bench prefill`: encoding with Star Attention, dense attention and the official scheme."""
