@@ -16,10 +16,12 @@ import time
 from itertools import product
 from pathlib import Path
 
-from star_attention.evals.reports.report import accuracy, short, write
+from star_attention.evals.reports.remarks import in_short
+from star_attention.evals.reports.report import write
 from star_attention.evals.reports.results import Results
+from star_attention.evals.reports.wording import accuracy
 from star_attention.evals.runs.merge import join
-from star_attention.evals.runs.run_folder import read_predictions
+from star_attention.evals.runs.predictions import read_predictions
 from star_attention.planning.plan import format_size
 
 LENGTHS = ("4k", "8k", "16k", "32k")
@@ -139,7 +141,9 @@ def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> boo
 
 def joined(names: list[str], out: Path) -> list[str]:
     """Evaluations of one suite at several lengths as one, for the pictures; the names of what is there then."""
-    left = [name for name in names if any(True for _ in read_predictions(out / name, whole=False))]
+    left = [
+        name for name in names if any(True for _ in read_predictions(out / name, required=False))
+    ]
     shutil.rmtree(out / "joined", ignore_errors=True)
     for suite in ("ruler", "babilong", "infinitebench"):
         parts = [name for name in left if name.startswith(suite) and name != "ruler-64k"]
@@ -167,7 +171,7 @@ def tables(names: list[str], out: Path) -> None:
             if counts:
                 means = ["" if cell is None else accuracy(cell.mean) for cell in cells]
                 print(f"| {task} | {format_size(length)} | {max(counts)} | {' | '.join(means)} |")
-        print("\n" + "\n".join(short(results)))
+        print("\n" + "\n".join(in_short(results)))
 
 
 def main() -> None:

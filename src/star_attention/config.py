@@ -25,6 +25,9 @@ METHODS = {
 }
 """Attention methods by name, imported on use."""
 
+BASELINE_METHOD = "dense"
+"""Exact attention, which evaluations compare other methods against."""
+
 KV_DTYPES, KV_DEVICES = ("fp8",), ("cpu",)
 
 RESERVE_TOKENS = 1024

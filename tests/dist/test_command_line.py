@@ -10,7 +10,8 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from star_attention.cli import app
-from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.predictions import read_predictions
+from star_attention.evals.runs.run_folder import read_run
 from tests.engines import BUNDLED
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -98,8 +99,8 @@ def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path
     assert sum("8 of 8 answers" in line for line in run.stderr.splitlines()) == 1
     assert CliRunner().invoke(app, [*arguments, str(tmp_path / "one")]).exit_code == 0
     two, one = (
-        [(line.key, line.prediction) for line in run_folder.read_predictions(tmp_path / name)]
+        [(line.key, line.prediction) for line in read_predictions(tmp_path / name)]
         for name in ("two", "one")
     )
     assert two == one
-    assert run_folder.read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2
+    assert read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2

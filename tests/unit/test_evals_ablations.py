@@ -1,7 +1,8 @@
-"""Other anchors: what stands in front of a block is what the model sees there, and the first block's own is Star Attention."""
+"""Other anchors: a block sees the anchor that precedes it; the first block's head is Star Attention."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -25,20 +26,21 @@ def assert_same_kv(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe"])
-def test_the_first_block_where_it_stands_is_star_attention(name: str) -> None:
+def test_the_first_blocks_head_at_its_positions_is_star_attention(name: str) -> None:
     star = engine(name, **SIZES)
     assert_same_kv(ablations.encode(star, ids(TOKENS)), star.encode(ids(TOKENS)))
 
 
-def test_keys_and_values_are_kept_as_the_engine_says() -> None:
+def test_kv_is_stored_in_the_engines_format() -> None:
     star = engine("llama", **(SIZES | {"tokens_per_forward": 48}), kv_dtype="fp8")
     other, own = ablations.encode(star, ids(TOKENS)), star.encode(ids(TOKENS))
     assert other.kv.kv_format == own.kv.kv_format
     assert other.kv.nbytes == own.kv.nbytes
     for a, b in zip(other.kv.layers, own.kv.layers, strict=True):
         for x, y in zip(a.pair(), b.pair(), strict=True):
-            moved = ((x - y).abs() > 1e-4).float().mean()  # (rounded the other way)
-            assert moved < 0.001
+            # A few elements are rounded the other way.
+            differing = ((x - y).abs() > 1e-4).float().mean()
+            assert differing < 0.001
 
 
 def test_no_anchor_is_star_attention_without_one() -> None:
@@ -47,13 +49,13 @@ def test_no_anchor_is_star_attention_without_one() -> None:
 
 
 @torch.no_grad()
-def seen(model: Any, tokens: list[int], places: list[int]) -> list[Any]:
-    """Keys and values of tokens at positions, by one plain forward."""
+def plain_kv(model: Any, tokens: list[int], positions: list[int]) -> list[Any]:
+    """Keys and values of tokens at positions, from one plain forward."""
     cache = DynamicCache()
     with eager_attention(model):
         model(
             torch.tensor([tokens]),
-            position_ids=torch.tensor([places]),
+            position_ids=torch.tensor([positions]),
             use_cache=True,
             **cached(model, cache),
         )
@@ -64,67 +66,68 @@ def seen(model: Any, tokens: list[int], places: list[int]) -> list[Any]:
     ("anchor", "positions"),
     [("previous-block", "previous-block"), ("shuffled", "first-block"), ("first-block", "random")],
 )
-def test_a_block_sees_just_what_stands_in_front_of_it(
+def test_a_block_sees_only_its_anchor_and_itself(
     anchor: str, positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     star, tokens = engine("llama", **SIZES), ids(TOKENS)
-    stood: dict[int, Any] = {}
-    stock_content, stock_places = ablations._content, ablations._places
+    anchors: dict[int, Any] = {}
+    original_ids, original_positions = ablations.anchor_ids, ablations.anchor_positions
 
-    def content(star: StarLLM, ids_L: Any, anchor: str, start: int, *rest: Any) -> Any:
-        stood[start] = [stock_content(star, ids_L, anchor, start, *rest)]
-        return stood[start][0]
+    def anchor_ids(content: str, ids_L: Any, start: int, *rest: Any) -> Any:
+        anchors[start] = [original_ids(content, ids_L, start, *rest)]
+        return anchors[start][0]
 
-    def places(positions: str, start: int, *rest: Any) -> Any:
-        stood[start].append(stock_places(positions, start, *rest))
-        return stood[start][1]
+    def anchor_positions(positions: str, start: int, *rest: Any) -> Any:
+        anchors[start].append(original_positions(positions, start, *rest))
+        return anchors[start][1]
 
-    monkeypatch.setattr(ablations, "_content", content)
-    monkeypatch.setattr(ablations, "_places", places)
+    monkeypatch.setattr(ablations, "anchor_ids", anchor_ids)
+    monkeypatch.setattr(ablations, "anchor_positions", anchor_positions)
     context = ablations.encode(star, tokens, anchor=anchor, positions=positions)
-    assert sorted(stood) == [24, 48, 72, 96]
-    for start, (front, where) in stood.items():
+    assert sorted(anchors) == [24, 48, 72, 96]
+    for start, (ids_A, positions_A) in anchors.items():
         stop = min(start + 24, TOKENS)
-        plain = seen(
+        plain = plain_kv(
             star.model,
-            [*front.tolist(), *tokens[start:stop]],
-            [*where.tolist(), *range(start, stop)],
+            [*ids_A.tolist(), *tokens[start:stop]],
+            [*positions_A.tolist(), *range(start, stop)],
         )
         for layer, (k, v) in zip(context.kv.layers, plain, strict=True):
-            for ours, theirs in zip(layer.slice(start, stop), (k, v), strict=True):
-                torch.testing.assert_close(ours, theirs[:, :, 10:], atol=1e-4, rtol=1e-4)
+            for actual, expected in zip(layer.slice(start, stop), (k, v), strict=True):
+                torch.testing.assert_close(actual, expected[:, :, 10:], atol=1e-4, rtol=1e-4)
 
 
-def test_what_stands_there() -> None:
-    import random
-
+def test_ids_and_positions_of_every_anchor() -> None:
     star = StarLLM(bundled_model(), bundled_tokenizer(), block_size=64)
     ids_L = torch.tensor(ids(300))
-    made = {
-        name: ablations._content(star, ids_L, name, 128, 32, " the", random.Random(0)).tolist()
-        for name in ablations.CONTENTS
-        if name != "none"
+    vocab_size = star.model.config.vocab_size
+    anchors = {
+        content: ablations.anchor_ids(
+            content, ids_L, 128, 32, random.Random(0), star.tokenizer, vocab_size
+        ).tolist()
+        for content in ablations.CONTENTS
+        if content != "none"
     }
     head = ids_L[:32].tolist()
-    assert made["first-block"] == head
-    assert made["shuffled"] != head
-    assert sorted(made["shuffled"]) == sorted(head)
-    assert made["previous-block"] == ids_L[96:128].tolist()
-    assert len(set(made["constant"])) == 1
-    assert len(set(made["random"])) > 16
-    assert not set(made["random"]) & set(star.tokenizer.all_special_ids)
-    where = {
-        name: ablations._places(name, 128, 32, random.Random(0)).tolist()
+    assert anchors["first-block"] == head
+    assert anchors["shuffled"] != head
+    assert sorted(anchors["shuffled"]) == sorted(head)
+    assert anchors["previous-block"] == ids_L[96:128].tolist()
+    assert len(set(anchors["constant"])) == 1
+    assert len(set(anchors["random"])) > 16
+    assert not set(anchors["random"]) & set(star.tokenizer.all_special_ids)
+    positions = {
+        name: ablations.anchor_positions(name, 128, 32, random.Random(0)).tolist()
         for name in ablations.POSITIONS
     }
-    assert where["first-block"] == [*range(32)]
-    assert where["previous-block"] == [*range(96, 128)]
-    assert where["random"] == sorted({*where["random"]})
-    assert len(where["random"]) == 32
-    assert where["random"][-1] < 128
+    assert positions["first-block"] == [*range(32)]
+    assert positions["previous-block"] == [*range(96, 128)]
+    assert positions["random"] == sorted({*positions["random"]})
+    assert len(positions["random"]) == 32
+    assert positions["random"][-1] < 128
 
 
-def test_answers_run_on_it_and_repeat() -> None:
+def test_ablated_contexts_are_answered_and_repeat() -> None:
     star = engine("llama", **SIZES)
     first, second, other = (
         ablations.encode(star, ids(TOKENS), anchor="random", seed=seed) for seed in (1, 1, 2)
@@ -138,19 +141,24 @@ def test_answers_run_on_it_and_repeat() -> None:
     ("anchor", "positions"),
     [("random", "first-block"), ("shuffled", "first-block"), ("first-block", "random")],
 )
-def test_what_is_random_is_drawn_for_each_context(
+def test_random_anchors_are_drawn_for_each_context(
     anchor: str, positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One draw for all contexts would measure that draw. (The contexts differ in their last token alone.)"""
+    """Forbids one draw for all contexts, which would be what is measured.
+
+    The contexts differ in their last token only.
+    """
     drawn: list[list[int]] = []
-    content, places = ablations._content, ablations._places
+    original_ids, original_positions = ablations.anchor_ids, ablations.anchor_positions
 
-    def note(made: Any) -> Any:
-        drawn[-1].extend(made.tolist())
-        return made
+    def record(values: Any) -> Any:
+        drawn[-1].extend(values.tolist())
+        return values
 
-    monkeypatch.setattr(ablations, "_content", lambda *given: note(content(*given)))
-    monkeypatch.setattr(ablations, "_places", lambda *given: note(places(*given)))
+    monkeypatch.setattr(ablations, "anchor_ids", lambda *args: record(original_ids(*args)))
+    monkeypatch.setattr(
+        ablations, "anchor_positions", lambda *args: record(original_positions(*args))
+    )
     star, tokens = engine("llama", **SIZES), ids(TOKENS)
     for context in (tokens, tokens, [*tokens[:-1], tokens[-1] - 1]):
         drawn.append([])
@@ -158,7 +166,7 @@ def test_what_is_random_is_drawn_for_each_context(
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_what_cannot_be_ablated() -> None:
+def test_engines_that_cannot_be_ablated_are_refused() -> None:
     star = engine("llama", **SIZES)
     with pytest.raises(
         InvalidInputError, match="anchor 'middle' is unknown; choose one of first-block, none"
@@ -166,7 +174,7 @@ def test_what_cannot_be_ablated() -> None:
         ablations.encode(star, ids(50), anchor="middle")
     with pytest.raises(
         InvalidInputError,
-        match="anchor 'end' is unknown; choose one of first-block, previous-block",
+        match="positions 'end' is unknown; choose one of first-block, previous-block",
     ):
         ablations.encode(star, ids(50), positions="end")
     with pytest.raises(InvalidInputError, match="need method 'star' on one rank"):

@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from star_attention.cli import app
-from star_attention.cli.eval import TABLE_4, _suite
+from star_attention.cli.eval import _suite
 from star_attention.errors import SizeError
-from star_attention.evals.reports import report
-from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.predictions import Prediction, read_predictions, sha256
+from star_attention.evals.runs.run_folder import FIGURES, MARKDOWN, METRICS, PAGE, RUN, SUMMARY
+from star_attention.evals.runs.sweeps import TABLE_4
 from star_attention.evals.runs.variants import parse
 from star_attention.evals.suites import SUITES, ruler
 from tests.engines import bundled_tokenizer, text_model
@@ -49,8 +50,8 @@ def error(model: Path, *arguments: object) -> str:
     return line
 
 
-def predictions(folder: Path) -> list[run_folder.Prediction]:
-    return list(run_folder.read_predictions(folder))
+def predictions(folder: Path) -> list[Prediction]:
+    return list(read_predictions(folder))
 
 
 def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Path) -> None:
@@ -82,12 +83,12 @@ def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Pa
         (768, 192),
         (1024, 256),
     }
-    for name in (report.METRICS, report.SUMMARY, report.MARKDOWN, report.PAGE, run_folder.RUN):
+    for name in (METRICS, SUMMARY, MARKDOWN, PAGE, RUN):
         assert (tmp_path / name).is_file()
     more = ok(model, *arguments, "--samples", "2", "--variants", "dense,star:/4", "--limit", "2")
-    assert "8 answers were there already" in more.stderr
+    assert "8 answers were already there" in more.stderr
     assert len(predictions(tmp_path)) == 16
-    assert "another seed: 0, and this one's is 1" in error(model, *arguments, "--seed", "1")
+    assert "another seed (0 there, 1 here)" in error(model, *arguments, "--seed", "1")
 
 
 def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Pat
         ("a", "dense"),
         ("a", "star:16"),
     ]
-    assert "| own, as given |" in (tmp_path / "run" / report.MARKDOWN).read_text()
+    assert "| own, as given |" in (tmp_path / "run" / MARKDOWN).read_text()
     data.write_text(json.dumps(sample) + '\n{"id": \n')
     message = error(model, "run", data, "--out", tmp_path / "other", *SHORT)
     assert re.search(r"my\.jsonl, line 2\b", message)
@@ -164,7 +165,7 @@ def test_published_prompts(model: Path, tmp_path: Path) -> None:
     ]
     ok(model, *arguments, "--prompts", own, "--out", tmp_path / "made")
     (made,) = predictions(tmp_path / "made")
-    assert made.meta["prompts_sha256"] == run_folder.sha256(own.read_text())[:16]
+    assert made.meta["prompts_sha256"] == sha256(own.read_text())[:16]
     data = tmp_path / "qa1.jsonl"
     data.write_text(
         json.dumps(
@@ -205,7 +206,7 @@ def test_the_grid_of_depths_is_drawn(model: Path, tmp_path: Path) -> None:
         *SHORT,
     )
     assert {one.meta["depth"] for one in predictions(tmp_path)} == {0, 100}
-    assert (tmp_path / report.PICTURES / "depth.png").is_file()
+    assert (tmp_path / FIGURES / "depth.png").is_file()
 
 
 def test_questions_on_one_context_share_its_encoding(model: Path, tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_other_suites(model: Path, tmp_path: Path, suite: str, task: str) -> Non
     ok(model, suite, *arguments, "--out", tmp_path, *SHORT)
     (made,) = predictions(tmp_path)
     assert made.task == task
-    assert json.loads((tmp_path / run_folder.RUN).read_text())["settings"]["suite"] == suite
+    assert json.loads((tmp_path / RUN).read_text())["settings"]["suite"] == suite
     assert suite in SUITES
 
 
@@ -252,14 +253,14 @@ def test_sweeps_are_drawn(model: Path, tmp_path: Path) -> None:
         "star:/4",
         "star:/2",
     }
-    assert (tmp_path / "blocks" / report.PICTURES / "blocks.png").is_file()
+    assert (tmp_path / "blocks" / FIGURES / "blocks.png").is_file()
     ok(model, *arguments, "--blocks", "/4", "--anchors", "0,=", "--out", tmp_path / "anchors")
     assert {one.variant for one in predictions(tmp_path / "anchors")} == {
         "dense",
         "star:/4:0",
         "star:/4",
     }
-    assert (tmp_path / "anchors" / report.PICTURES / "anchors.png").is_file()
+    assert (tmp_path / "anchors" / FIGURES / "anchors.png").is_file()
 
 
 def test_sweeps_take_other_suites_and_their_data(model: Path, tmp_path: Path) -> None:
@@ -374,9 +375,9 @@ def test_perplexity(model: Path, tmp_path: Path) -> None:
     assert (star["block_size"], len(star["windows"])) == (32, 3)
     assert f"{dense['perplexity']:.3f}" in done.stdout
     told = json.loads((tmp_path / "out" / "perplexity.json").read_text())
-    assert (told["text_sha256"], told["ranks"]) == (run_folder.sha256(text.read_text()), 1)
+    assert (told["text_sha256"], told["ranks"]) == (sha256(text.read_text()), 1)
     assert set(told["versions"]) == {"star_attention", "torch", "transformers"}
-    assert "is there already; give another folder" in error(
+    assert "already exists; give another folder" in error(
         model, *arguments, "--out", tmp_path / "out"
     )
 
@@ -395,11 +396,11 @@ def test_a_report_is_written_again(model: Path, tmp_path: Path) -> None:
         tmp_path,
         *SHORT,
     )
-    before = (tmp_path / report.METRICS).read_text()
-    (tmp_path / report.METRICS).unlink()
+    before = (tmp_path / METRICS).read_text()
+    (tmp_path / METRICS).unlink()
     done = CliRunner().invoke(app, ["eval", "report", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / report.METRICS).read_text() == before
+    assert (tmp_path / METRICS).read_text() == before
     done = CliRunner().invoke(app, ["eval", "report", str(tmp_path / "none")])
     assert done.exit_code == 1
     assert "holds no run.json" in done.stderr
@@ -430,7 +431,7 @@ def test_what_cannot_be_run(
     model: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     assert message in error(model, *arguments, "--out", tmp_path / "out", *SHORT)
-    assert not (tmp_path / "out" / report.METRICS).exists()
+    assert not (tmp_path / "out" / METRICS).exists()
 
 
 def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(
@@ -468,8 +469,7 @@ def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(
         *SHORT,
     )
     assert (
-        "vt at 320 tokens is left out: length 320 is too short"
-        in (tmp_path / report.MARKDOWN).read_text()
+        "vt at 320 tokens is left out: length 320 is too short" in (tmp_path / MARKDOWN).read_text()
     )
 
 

@@ -1,4 +1,4 @@
-"""Means, standard errors and paired intervals: the textbook's numbers, and coverage on simulated data."""
+"""Means, standard errors and paired intervals: textbook numbers, and coverage on simulated data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from statistics import mean, stdev
 import pytest
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals.reports import stats
-from star_attention.evals.reports.stats import Scored
+from star_attention.evals import stats
+from star_attention.evals.stats import Scored
 
 
 def scored(
@@ -31,18 +31,18 @@ def scored(
 
 def test_mean_and_standard_error_are_the_textbooks() -> None:
     values = [0.0, 1.0, 1.0, 0.25, 0.5, 0.75]
-    found = stats.mean(scored(values))
-    assert found.value == pytest.approx(mean(values))
-    assert found.stderr == pytest.approx(stdev(values) / math.sqrt(6))
-    assert (found.n, found.contexts) == (6, 6)
+    result = stats.mean(scored(values))
+    assert result.value == pytest.approx(mean(values))
+    assert result.stderr == pytest.approx(stdev(values) / math.sqrt(6))
+    assert (result.n, result.contexts) == (6, 6)
 
 
 def test_overall_is_the_mean_of_task_means() -> None:
     large, small = [1.0] * 8 + [0.0] * 2, [0.0, 1.0] * 3
-    found = stats.mean(scored(large, "a") + scored(small, "b"))
-    assert found.value == pytest.approx((0.8 + 0.5) / 2)
+    result = stats.mean(scored(large, "a") + scored(small, "b"))
+    assert result.value == pytest.approx((0.8 + 0.5) / 2)
     errors = [stdev(large) / math.sqrt(10), stdev(small) / math.sqrt(6)]
-    assert found.stderr == pytest.approx(math.hypot(*errors) / 2)
+    assert result.stderr == pytest.approx(math.hypot(*errors) / 2)
 
 
 @pytest.mark.parametrize(("count", "sharing"), [(1, 1), (2, 1), (5, 1), (20, 4)])
@@ -51,9 +51,9 @@ def test_few_contexts_have_no_error_and_no_interval(count: int, sharing: int) ->
     many = [scored([value] * 50, "many") for value in (1.0, 0.0)]
     assert stats.mean(ones).stderr is None
     assert stats.mean(ones + many[0]).stderr is None
-    for found in (stats.paired(ones, zeros), stats.paired(ones + many[0], zeros + many[1])):
-        assert (found.value, found.low, found.high) == (1.0, None, None)
-        assert found.verdict == "too few samples to say"
+    for difference in (stats.paired(ones, zeros), stats.paired(ones + many[0], zeros + many[1])):
+        assert (difference.value, difference.low, difference.high) == (1.0, None, None)
+        assert difference.verdict == "too few samples to say"
 
 
 def test_six_contexts_are_enough() -> None:
@@ -62,7 +62,7 @@ def test_six_contexts_are_enough() -> None:
 
 
 def test_questions_on_one_context_count_as_one_draw() -> None:
-    """Ten questions that all fall with their context must not look like ten samples."""
+    """Forbids that ten questions that depend on their context look like ten samples."""
     values = [float(context % 2) for context in range(6) for _ in range(10)]
     shared, alone = stats.mean(scored(values, sharing=10)), stats.mean(scored(values))
     assert shared.value == alone.value
@@ -79,7 +79,7 @@ def test_questions_on_one_context_count_as_one_draw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "verdict"),
+    ("ours", "theirs", "verdict"),
     [
         ([1.0, 0.0] * 4, [1.0, 0.0] * 4, "no difference seen"),
         ([1.0] * 10, [0.0] * 10, "higher"),
@@ -87,14 +87,14 @@ def test_questions_on_one_context_count_as_one_draw() -> None:
         ([1.0] * 10, [0.0] + [1.0] * 9, "no difference seen"),
     ],
 )
-def test_an_interval_that_holds_zero_is_no_difference(
-    one: list[float], other: list[float], verdict: str
+def test_an_interval_that_contains_zero_shows_no_difference(
+    ours: list[float], theirs: list[float], verdict: str
 ) -> None:
-    assert stats.paired(scored(one), scored(other)).verdict == verdict
+    assert stats.paired(scored(ours), scored(theirs)).verdict == verdict
 
 
-def test_limits_cut_an_interval_and_nothing_else() -> None:
-    """Losses, as perplexity has them, differ by as much as they like: `paired` must not cut by itself."""
+def test_limits_clip_the_interval_and_nothing_else() -> None:
+    """Losses, as of perplexity, differ without limits: `paired` must not clip by itself."""
     far = stats.paired(scored([0.0] * 7 + [9.0]), scored([10.0] * 8))
     assert far.low is not None
     assert far.low < -10.0 < far.value
@@ -106,45 +106,49 @@ def test_limits_cut_an_interval_and_nothing_else() -> None:
 
 def test_the_same_seed_gives_the_same_interval() -> None:
     rng = random.Random("seeds")
-    one, other = (scored([rng.random() for _ in range(30)]) for _ in range(2))
-    assert stats.paired(one, other, seed=3) == stats.paired(one, other, seed=3)
-    assert stats.paired(one, other, seed=3) != stats.paired(one, other, seed=4)
+    ours, theirs = (scored([rng.random() for _ in range(30)]) for _ in range(2))
+    assert stats.paired(ours, theirs, seed=3) == stats.paired(ours, theirs, seed=3)
+    assert stats.paired(ours, theirs, seed=3) != stats.paired(ours, theirs, seed=4)
 
 
 def test_pairing_is_by_sample_and_not_by_place() -> None:
-    one = scored([0.0, 1.0] * 4)
-    assert stats.paired(one, one[::-1]) == stats.paired(one, one)
+    scores = scored([0.0, 1.0] * 4)
+    assert stats.paired(scores, scores[::-1]) == stats.paired(scores, scores)
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_intervals_cover(tasks: int) -> None:
-    """95 % intervals hold the true difference in about 95 % of simulated runs (0/1 scores, paired, correlated)."""
+    """95 % intervals contain the true difference in about 95 % of simulated runs.
+
+    The scores are 0 or 1, paired and correlated.
+    """
     rng = random.Random(f"coverage {tasks}")
-    trials, held = 500, 0
+    trials, covered = 500, 0
     for trial in range(trials):
-        one, other = [], []
+        ours, theirs = [], []
         for task in range(tasks):
             pairs = []
             for _ in range(40):
-                easy = rng.random()  # (what both find easy, so that they are correlated)
+                # Both find the same samples easy, so that their scores are correlated.
+                easy = rng.random()
                 pairs.append(
                     (
                         float(easy < 0.8 or rng.random() < 0.1),
                         float(easy < 0.6 or rng.random() < 0.2),
                     )
                 )
-            one += scored([a for a, _ in pairs], f"{task}")
-            other += scored([b for _, b in pairs], f"{task}")
+            ours += scored([a for a, _ in pairs], f"{task}")
+            theirs += scored([b for _, b in pairs], f"{task}")
         truth = (0.8 + 0.2 * 0.1) - (0.6 + 0.4 * 0.2)
-        found = stats.paired(one, other, seed=trial, resamples=1000)
-        assert found.low is not None
-        assert found.high is not None
-        held += found.low <= truth <= found.high
-    assert 0.925 <= held / trials <= 0.975
+        difference = stats.paired(ours, theirs, seed=trial, resamples=1000)
+        assert difference.low is not None
+        assert difference.high is not None
+        covered += difference.low <= truth <= difference.high
+    assert 0.925 <= covered / trials <= 0.975
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "message"),
+    ("ours", "theirs", "message"),
     [
         (
             scored([1.0, 0.0]),
@@ -160,9 +164,11 @@ def test_intervals_cover(tasks: int) -> None:
         ([], [], "no scores to compare"),
     ],
 )
-def test_what_is_no_pair_is_refused(one: list[Scored], other: list[Scored], message: str) -> None:
+def test_scores_that_do_not_pair_are_refused(
+    ours: list[Scored], theirs: list[Scored], message: str
+) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        stats.paired(one, other)
+        stats.paired(ours, theirs)
     assert message in str(caught.value)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from star_attention.evals.samples.sample import Sample
 
 VARIANTS = "dense,star:/4"
-PERPLEXITY = "perplexity.json"
 
 _PANEL = "Evaluation"
 
@@ -204,7 +201,7 @@ def run(
 
     given = {"files": files} | _given(format=format, prompts=prompts)
     data = _Data(make=make, suite="files", options=given, seed=seed)
-    _evaluate(model, options, variants, lambda: data)
+    _evaluate(model, options, lambda: _parsed(variants), lambda: data)
 
 
 def ruler(
@@ -239,7 +236,7 @@ def ruler(
     _evaluate(
         model,
         options,
-        variants,
+        lambda: _parsed(variants),
         lambda: _suite("ruler", task, length, samples, seed, given, chat=options.chat),
     )
 
@@ -263,7 +260,7 @@ def babilong(
     _evaluate(
         model,
         options,
-        variants,
+        lambda: _parsed(variants),
         lambda: _suite("babilong", task, length, samples, seed, given, chat=options.chat),
     )
 
@@ -284,7 +281,7 @@ def infinitebench(
     _evaluate(
         model,
         options,
-        variants,
+        lambda: _parsed(variants),
         lambda: _suite("infinitebench", task, length, samples, seed, {}, chat=options.chat),
     )
 
@@ -320,7 +317,7 @@ def niah(
     _evaluate(
         model,
         options,
-        variants,
+        lambda: _parsed(variants),
         lambda: _suite("niah", None, length, samples, seed, given, chat=options.chat),
     )
 
@@ -366,7 +363,7 @@ def shared(
     _evaluate(
         model,
         options,
-        variants,
+        lambda: _parsed(variants),
         lambda: _suite("shared", task, length, samples, seed, given, chat=options.chat),
     )
 
@@ -449,31 +446,18 @@ def sweep(
 
     Example: star-attention eval sweep -m models/needle-17m --length 8k --blocks /4 --anchors 0,64,256,1k,= --out anchors
     """
-    sizes = blocks.split(",")
-    if anchors is not None and len(sizes) != 1:
+    from star_attention.evals.runs.sweeps import anchor_sweep, block_sweep
+
+    if anchors is not None and "," in blocks:
         raise typer.BadParameter(
             "--anchors need one block size; give --blocks /4", param_hint="--blocks"
         )
-    tried = (
-        [f"star:{size}" for size in sizes]
-        if anchors is None
-        else [f"star:{blocks}:{size}" for size in anchors.split(",")]
+    _evaluate(
+        model,
+        options,
+        lambda: block_sweep(blocks) if anchors is None else anchor_sweep(blocks, anchors),
+        lambda: data.make(chat=options.chat),
     )
-    _evaluate(model, options, ",".join(["dense", *tried]), lambda: data.make(chat=options.chat))
-
-
-TABLE_4 = (
-    "anchor=none",
-    "positions=random",
-    "positions=previous-block",
-    "",
-    "anchor=constant",
-    "anchor=random",
-    "anchor=shuffled",
-    "anchor=previous-block",
-    "anchor=previous-block:positions=previous-block",
-)
-"""Rows of the paper's table, behind `star:BLOCK`; "" is Star Attention itself."""
 
 
 def ablations(
@@ -486,8 +470,9 @@ def ablations(
 
     Example: star-attention eval ablations -m models/needle-17m --length 4k --samples 20 --out ablations
     """
-    tried = [":".join(part for part in ("star", block, row) if part) for row in TABLE_4]
-    _evaluate(model, options, ",".join(["dense", *tried]), lambda: data.make(chat=options.chat))
+    from star_attention.evals.runs.sweeps import ablation_table
+
+    _evaluate(model, options, lambda: ablation_table(block), lambda: data.make(chat=options.chat))
 
 
 def perplexity(
@@ -521,7 +506,7 @@ def perplexity(
     out: Annotated[
         str | None,
         option(
-            f"A folder for {PERPLEXITY}, which has none yet.",
+            "A folder for perplexity.json, which has none yet.",
             "--out",
             "-o",
             panel="Output",
@@ -534,77 +519,36 @@ def perplexity(
 
     Example: star-attention eval perplexity book.txt -m models/needle-17m --length 2k --tail 256 --variants dense,star:/4
     """
-    tried, text, tokens, last = [], "", 0, 0
+    variant_list, text, tokens, tail_tokens = [], "", 0, 0
     if is_rank_0():
-        tried, text = _parsed(variants), read_text(file)
-        tokens, last = parse_size(length, "length"), parse_size(tail, "tail")
+        variant_list, text = _parsed(variants), read_text(file)
+        tokens, tail_tokens = parse_size(length, "length"), parse_size(tail, "tail")
         if out is not None:
+            from star_attention.evals.runs.perplexity import check_output
+
             session.check_folder(out)
-            _check_new(Path(out) / PERPLEXITY)
+            check_output(Path(out))
     notes = Notes(quiet=quiet)
     star = session.load(model, notes)
-    from star_attention.evals.runs import perplexity as measure
+    from star_attention.evals.runs import perplexity as measurement
 
-    cut = (
-        measure.windows_of(star.tokenizer, text, length=tokens, count=windows)
-        if is_rank_0()
-        else []
+    ids: list[list[int]] = []
+    if is_rank_0():
+        ids = measurement.windows_of(star.tokenizer, text, length=tokens, count=windows)
+    ids, variant_list, tail_tokens = star.from_rank_0((ids, variant_list, tail_tokens))
+    rows = measurement.run(
+        star, ids, variant_list, tail=tail_tokens, batch=batch, seed=seed, progress=notes.say
     )
-    cut, tried, last = star.from_rank_0((cut, tried, last))
-    rows = measure.run(star, cut, tried, tail=last, batch=batch, seed=seed, progress=notes.say)
-    if not rows:  # (another rank's)
+    if not is_rank_0():
         return
-    lines: list[tuple[str, ...]] = [("", "perplexity", "nll", "ratio", "95 % interval", "")]
-    for variant, row in zip(tried, rows, strict=True):
-        beside = ("", "", "")
-        one = row.difference
-        if one is not None:
-            ratio = f"{math.exp(one.value):.4f}"
-            beside = (ratio, "", one.verdict)
-            if one.low is not None and one.high is not None:
-                beside = (
-                    ratio,
-                    f"{math.exp(one.low):.4f} to {math.exp(one.high):.4f}",
-                    one.verdict,
-                )
-        error = "" if row.nll.stderr is None else f" ± {row.nll.stderr:.4f}"
-        lines.append(
-            (variant.name, f"{row.perplexity:.3f}", f"{row.nll.value:.4f}{error}", *beside)
-        )
     print(
-        f"{counted(len(cut), 'window')} of {tokens:,} tokens, the last {last:,} predicted\n\n{table(lines)}"
+        f"{counted(len(ids), 'window')} of {tokens:,} tokens, the last {tail_tokens:,} predicted\n"
     )
+    print(table(measurement.table(rows)))
     if out is not None:
-        from star_attention.evals.runs import run_folder, runner
-        from star_attention.tools import machine
-
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        told = {
-            "file": file,
-            "text_sha256": run_folder.sha256(text),
-            "length": tokens,
-            "tail": last,
-            "seed": seed,
-            "command": machine.command(),
-            "hardware": machine.hardware(star.device),
-            "git": machine.git_revision(),
-            "versions": runner.versions(),
-            "ranks": star.num_ranks,
-            "model": star.runtime.identity,
-            "rows": [asdict(row) | {"perplexity": row.perplexity} for row in rows],
-        }
-        (folder / PERPLEXITY).write_text(
-            json.dumps(told, indent=2, default=str) + "\n", encoding="utf-8"
+        measurement.write(
+            Path(out), star, rows, text=text, file=file, length=tokens, tail=tail_tokens, seed=seed
         )
-
-
-def _check_new(path: Path) -> None:
-    from star_attention.evals.runs import run_folder
-
-    run_folder.check_place(path.parent)
-    if path.exists():
-        raise InvalidInputError(f"{path} is there already; give another folder with --out")
 
 
 def report(
@@ -630,7 +574,7 @@ def report(
     """
     if out is None and len(folders) > 1:
         raise InvalidInputError(
-            f"{len(folders)} folders are to be joined, into none; name a new one with --out"
+            f"{len(folders)} folders cannot be joined without a new folder; give one with --out"
         )
     if out is not None:
         from star_attention.evals.runs.merge import join
@@ -704,7 +648,7 @@ def _suite(
             )
 
     def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
-        from star_attention.evals.runs.runner import chat_tokens
+        from star_attention.evals.runs.prompts import chat_tokens
 
         reserve = chat_tokens(tokenizer) if chat else 0
         cells = [(one, tokens) for tokens in lengths for one in tasks]
@@ -739,7 +683,10 @@ def _suite(
 
 
 def _evaluate(
-    model: ModelOptions, options: RunOptions, variants: str, of: Callable[[], _Data]
+    model: ModelOptions,
+    options: RunOptions,
+    variants: Callable[[], list[Variant]],
+    of: Callable[[], _Data],
 ) -> None:
     """Samples first, then the model, the answers and the reports.
 
@@ -753,9 +700,9 @@ def _evaluate(
         from star_attention.evals.runs import run_folder
         from star_attention.hf.loading.load import load_tokenizer
 
-        data, tried = of(), _parsed(variants)
+        data, tried = of(), variants()
         session.check_folder(options.out)
-        run_folder.check_place(Path(options.out))
+        run_folder.check_output(Path(options.out))
         with notes.waiting(f"making samples of {data.suite}"):
             samples, left_out = data.make(load_tokenizer(model.model))
         for what, why in left_out.items():
@@ -765,42 +712,45 @@ def _evaluate(
     if not options.chat and getattr(star.tokenizer, "chat_template", None):
         notes.say("texts go in as they are; this model has a chat template, which --chat uses")
     from star_attention.evals.runs import runner
+    from star_attention.evals.runs.settings import RunSettings
 
-    done = runner.run(
+    max_new_tokens = options.max_new_tokens
+    summary = runner.run(
         star,
         samples,
         tried,
         options.out,
-        suite=data.suite,
-        options=data.options,
-        seed=data.seed,
-        chat=options.chat,
-        max_new_tokens=None
-        if options.max_new_tokens is None
-        else parse_size(options.max_new_tokens, "max_new_tokens"),
-        limit=options.limit,
-        skip_too_long=options.skip_too_long,
+        RunSettings(
+            suite=data.suite,
+            options=data.options,
+            seed=data.seed,
+            chat=options.chat,
+            max_new_tokens=None
+            if max_new_tokens is None
+            else parse_size(max_new_tokens, "max_new_tokens"),
+            limit=options.limit,
+            skip_too_long=options.skip_too_long,
+        ),
         left_out=left_out,
         progress=notes.say,
     )
     if not is_rank_0():
         return
-    if done.found:
-        notes.say(f"{done.found:,} answers were there already")
-    if done.skipped:
+    if summary.earlier:
+        notes.say(f"{summary.earlier:,} answers were already there")
+    if summary.skipped:
         notes.say(
-            f"{done.skipped:,} samples are too long for the model and were left out; the report lists them"
+            f"{summary.skipped:,} samples are too long for the model and were skipped; the report"
+            " lists them"
         )
-    _report(done.folder)
+    _report(summary.folder)
 
 
 def _report(folder: Path) -> None:
     from star_attention.evals.reports import report as reports
+    from star_attention.evals.reports.remarks import in_short
     from star_attention.evals.reports.results import Results
 
     files = reports.write(folder)
-    print("\n".join(reports.short(Results.read(folder))))
-    print(
-        "\n"
-        + ", ".join(str(file) for file in files if file.suffix in (".md", ".html", ".csv", ".json"))
-    )
+    print("\n".join(in_short(Results.read(folder))))
+    print("\n" + ", ".join(str(file) for file in files if file.suffix != ".png"))

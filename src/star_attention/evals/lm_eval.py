@@ -29,7 +29,7 @@ from star_attention.errors import (
     StarAttentionError,
     TokenError,
 )
-from star_attention.evals.runs.runner import GREEDY
+from star_attention.evals.runs.settings import GREEDY
 from star_attention.hf.text.chat import warn_about_cut
 from star_attention.hf.text.tokens import context_ids, query_ids
 

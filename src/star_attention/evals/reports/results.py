@@ -1,4 +1,4 @@
-"""What follows from a run's predictions: means, differences against the baseline, and times."""
+"""What follows from a run's predictions: means, differences from the baseline, and times."""
 
 from __future__ import annotations
 
@@ -9,25 +9,45 @@ from pathlib import Path
 from statistics import median, mode
 from typing import Any
 
+from star_attention.config import BASELINE_METHOD
 from star_attention.errors import InvalidInputError
-from star_attention.evals.reports import stats
-from star_attention.evals.reports.stats import Difference, Mean, Scored
-from star_attention.evals.runs import run_folder
-from star_attention.evals.runs.run_folder import Prediction
-from star_attention.evals.runs.variants import Variant, parse
+from star_attention.evals import stats
+from star_attention.evals.runs.predictions import Prediction, read_predictions
+from star_attention.evals.runs.record import Cell
+from star_attention.evals.runs.run_folder import read_run
+from star_attention.evals.runs.variants import parse
+from star_attention.evals.stats import Difference, Mean, Scored
 from star_attention.planning.plan import format_size
 
-BASELINE = "dense"
+DENSE = BASELINE_METHOD
+"""Key of the variant that is the baseline of every run that has it."""
 
 
 def length_name(length: int) -> str:
+    """`4k`; "as given" if the samples have no length."""
     return format_size(length) if length else "as given"
 
 
+def variant_name(key: str) -> str:
+    """The name of a variant in tables and figures."""
+    return parse(key).name
+
+
+def is_timed(key: str) -> bool:
+    """False for ablations, whose code is not made to be fast."""
+    return not parse(key).is_ablation
+
+
 @dataclass(frozen=True, kw_only=True)
-class Compared:
-    """Scores of one variant on some cells, beside the baseline's. difference: None for the baseline itself, and where there is no
-    pair; `unpaired` then says why.
+class Comparison:
+    """Scores of one variant on some cells, compared with the baseline's.
+
+    Attributes:
+        variant: Key of the variant.
+        mean: The mean of its scores.
+        difference: From the baseline; None for the baseline itself, and if the scores cannot be
+            paired.
+        unpaired: Why they cannot be paired.
     """
 
     variant: str
@@ -36,15 +56,28 @@ class Compared:
     unpaired: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        told = asdict(self)
+        """The line of metrics.json."""
+        line = asdict(self)
         if self.difference is not None:
-            told["difference"]["verdict"] = self.difference.verdict
-        return told
+            line["difference"]["verdict"] = self.difference.verdict
+        return line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Medians in seconds at one length: encoding, an answer, and a question with its share of the encoding."""
+    """Medians of one variant at one length.
+
+    Attributes:
+        variant: Key of the variant.
+        length: The length.
+        encode_s: Seconds to encode a context.
+        answer_s: Seconds for an answer.
+        question_s: Seconds for a question, including its share of the encoding.
+        blocks: Number of blocks, the most frequent one.
+        block_size: Tokens a block, the most frequent number.
+        anchor_size: Tokens of the anchor, the most frequent number.
+        peak_bytes: Peak device memory, the largest; None on a CPU.
+    """
 
     variant: str
     length: int
@@ -59,8 +92,13 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class AtLimit:
-    """How many answers of a variant ended at the limit of tokens, and how many of these are not fully right: more tokens might
-    have made them so.
+    """Answers of a variant that ended at the token limit.
+
+    Attributes:
+        variant: Key of the variant.
+        answers: All its answers.
+        ended: Those that ended at the limit.
+        not_right: Those of them that are not fully right, which more tokens might have changed.
     """
 
     variant: str
@@ -69,73 +107,86 @@ class AtLimit:
     not_right: int
 
 
+def scored(predictions: Iterable[Prediction]) -> list[Scored]:
+    """Scores for `stats`.
+
+    Samples on different contexts that depend on one another share `meta["cluster"]`.
+    """
+    return [
+        Scored(
+            sample=prediction.sample,
+            cell=f"{prediction.task} {prediction.length}",
+            context=str(prediction.meta.get("cluster", prediction.context_sha256)),
+            score=prediction.score,
+            prose=str(prediction.meta.get("prose_sha256", "")),
+        )
+        for prediction in predictions
+    ]
+
+
 @dataclass(frozen=True)
 class Results:
-    """The predictions of a run and what follows from them. Tasks, groups and variants stand in the order of the run."""
+    """A run and its predictions. Variants are named by their keys, in the order of the run."""
 
     run: Mapping[str, Any]
     predictions: tuple[Prediction, ...]
-    _compared: dict[tuple[str, str | None, str | None, int | None], Compared] = field(
+    _comparisons: dict[tuple[str, str | None, str | None, int | None], Comparison | None] = field(
         default_factory=dict, repr=False
     )
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """Raises `InvalidInputError` for a folder that holds no run, or a damaged one (with the line)."""
-        return cls(
-            run_folder.read_run(Path(folder)), tuple(run_folder.read_predictions(Path(folder)))
-        )
+        """Raises `InvalidInputError` for a missing or a damaged run, with the line."""
+        return cls(read_run(Path(folder)), tuple(read_predictions(Path(folder))))
 
     @cached_property
     def variants(self) -> list[str]:
-        made = {prediction.variant for prediction in self.predictions}
-        return [key for key in self.run["variants"] if key in made]
+        """Keys of the variants that have predictions."""
+        answered = {prediction.variant for prediction in self.predictions}
+        return [key for key in self.run["variants"] if key in answered]
+
+    @property
+    def sweepable(self) -> list[str]:
+        """Keys of the variants whose block and anchor sizes may be compared."""
+        return [key for key in self.variants if parse(key).is_sweepable]
 
     @property
     def baseline(self) -> str:
-        """What differences are against: dense attention, or else the first variant."""
-        return BASELINE if BASELINE in self.variants else self.variants[0]
+        """Key of the variant that others are compared with: dense attention, or else the first."""
+        return DENSE if DENSE in self.variants else self.variants[0]
 
     @cached_property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(prediction.task for prediction in self._ordered))
+        return list(dict.fromkeys(prediction.task for prediction in self._by_task))
 
     @cached_property
     def groups(self) -> list[str]:
-        return list(dict.fromkeys(prediction.group for prediction in self._ordered))
+        return list(dict.fromkeys(prediction.group for prediction in self._by_task))
 
     @cached_property
     def lengths(self) -> list[int]:
         return sorted({prediction.length for prediction in self.predictions})
 
-    @cached_property
-    def _cells(self) -> dict[tuple[str, int], set[str]]:
-        """Variants that have predictions in a cell, by its task and length."""
-        found: dict[tuple[str, int], set[str]] = {}
-        for prediction in self.predictions:
-            found.setdefault((prediction.task, prediction.length), set()).add(prediction.variant)
-        return found
-
     @property
-    def partial(self) -> list[tuple[str, int]]:
-        """Cells that not all variants have: means over several cells leave them out."""
+    def partial(self) -> list[Cell]:
+        """Cells that some variants lack; means over several cells leave them out."""
         return [
-            cell for cell, variants in self._cells.items() if len(variants) < len(self.variants)
+            cell
+            for cell, variants in self._variants_of_cells.items()
+            if len(variants) < len(self.variants)
         ]
 
-    @cached_property
-    def _ordered(self) -> list[Prediction]:
-        order = {
-            cell["task"]: place for place, cell in reversed(list(enumerate(self.run["cells"])))
-        }
-        return sorted(
-            self.predictions, key=lambda prediction: order.get(prediction.task, len(order))
+    @property
+    def missing(self) -> int:
+        """Number of predictions that the run still lacks."""
+        expected: int = sum(
+            cell["samples"]
+            for variant in self.run["variants"].values()
+            for cell in variant["cells"]
         )
+        return max(0, expected - len(self.predictions))
 
-    def name(self, variant: str) -> str:
-        return parse(variant).name
-
-    def some(
+    def select(
         self,
         variant: str,
         *,
@@ -143,32 +194,13 @@ class Results:
         group: str | None = None,
         length: int | None = None,
     ) -> list[Prediction]:
+        """Predictions of a variant, of one task, group or length if given."""
         return [
             prediction
             for prediction in self._by_variant[variant]
             if (task is None or prediction.task == task)
             and (group is None or prediction.group == group)
             and (length is None or prediction.length == length)
-        ]
-
-    @cached_property
-    def _by_variant(self) -> dict[str, list[Prediction]]:
-        found: dict[str, list[Prediction]] = {key: [] for key in self.variants}
-        for prediction in self.predictions:
-            found[prediction.variant].append(prediction)
-        return found
-
-    def scored(self, predictions: Iterable[Prediction]) -> list[Scored]:
-        """(Samples on different contexts that are made of one draw say in `meta["cluster"]` that they are not independent.)"""
-        return [
-            Scored(
-                sample=one.sample,
-                cell=f"{one.task} {one.length}",
-                context=str(one.meta.get("cluster", one.context_sha256)),
-                score=one.score,
-                prose=str(one.meta.get("prose_sha256", "")),
-            )
-            for one in predictions
         ]
 
     def compared(
@@ -178,94 +210,111 @@ class Results:
         task: str | None = None,
         group: str | None = None,
         length: int | None = None,
-    ) -> Compared | None:
-        """One variant on some of the cells, against the baseline; None where it has no predictions there.
+    ) -> Comparison | None:
+        """One variant on some cells, compared with the baseline.
 
-        Several cells count as far as all variants have them, so that variants side by side are measured on the same.
+        Means over several cells only count cells that all variants have, so that variants in one
+        table are measured on the same samples.
+
+        Returns:
+            None if the variant has no predictions there.
         """
         key = (variant, task, group, length)
+        if key not in self._comparisons:
+            self._comparisons[key] = self._compare(*key)
+        return self._comparisons[key]
 
-        def some(of: str) -> list[Scored]:
-            found = self.some(of, task=task, group=group, length=length)
+    def _compare(
+        self, variant: str, task: str | None, group: str | None, length: int | None
+    ) -> Comparison | None:
+        def scores_of(key: str) -> list[Scored]:
+            predictions = self.select(key, task=task, group=group, length=length)
             if task is None or length is None:
-                found = [
-                    one
-                    for one in found
-                    if len(self._cells[one.task, one.length]) == len(self.variants)
+                predictions = [
+                    prediction
+                    for prediction in predictions
+                    if self._has_all_variants(prediction.task, prediction.length)
                 ]
-            return self.scored(found)
+            return scored(predictions)
 
-        if key not in self._compared:
-            mine = some(variant)
-            if not mine:
-                return None
-            difference, unpaired = None, None
-            if variant != self.baseline:
-                theirs = some(self.baseline)
-                try:
-                    difference = stats.paired(mine, theirs).within(
-                        -1.0, 1.0
-                    )  # (scores are from 0 to 1)
-                except InvalidInputError as error:
-                    unpaired = str(error)
-            self._compared[key] = Compared(
-                variant=variant, mean=stats.mean(mine), difference=difference, unpaired=unpaired
-            )
-        return self._compared[key]
+        ours = scores_of(variant)
+        if not ours:
+            return None
+        difference, unpaired = None, None
+        if variant != self.baseline:
+            try:
+                # Scores are from 0 to 1.
+                difference = stats.paired(ours, scores_of(self.baseline)).within(-1.0, 1.0)
+            except InvalidInputError as error:
+                unpaired = str(error)
+        return Comparison(
+            variant=variant, mean=stats.mean(ours), difference=difference, unpaired=unpaired
+        )
 
     def speed(self, variant: str, length: int) -> Speed | None:
-        some = self.some(variant, length=length)
-        if not some:
+        """Medians at one length; None if the variant has no predictions there."""
+        predictions = self.select(variant, length=length)
+        if not predictions:
             return None
-        peaks = [one.peak_bytes for one in some if one.peak_bytes is not None]
+        peaks = [line.peak_bytes for line in predictions if line.peak_bytes is not None]
         return Speed(
             variant=variant,
             length=length,
-            encode_s=median(one.encode_s for one in some),
-            answer_s=median(one.answer_s for one in some),
-            question_s=median(one.question_s for one in some),
-            blocks=mode(one.blocks for one in some),
-            block_size=mode(one.block_size for one in some),
-            anchor_size=mode(one.anchor_size for one in some),
+            encode_s=median(line.encode_s for line in predictions),
+            answer_s=median(line.answer_s for line in predictions),
+            question_s=median(line.question_s for line in predictions),
+            blocks=mode(line.blocks for line in predictions),
+            block_size=mode(line.block_size for line in predictions),
+            anchor_size=mode(line.anchor_size for line in predictions),
             peak_bytes=max(peaks, default=None),
         )
 
     def at_limit(
         self, variant: str, *, task: str | None = None, length: int | None = None
     ) -> AtLimit:
-        some = self.some(variant, task=task, length=length)
-        ended = [one for one in some if one.finish_reason == "length"]
-        wrong = sum(one.score < 1 for one in ended)
-        return AtLimit(variant=variant, answers=len(some), ended=len(ended), not_right=wrong)
-
-    def star_variants(self) -> list[tuple[str, Variant]]:
-        """Those whose block and anchor may be compared."""
-        found = [(key, parse(key)) for key in self.variants]
-        return [
-            (key, variant)
-            for key, variant in found
-            if variant.method == "star" and not variant.ablates
-        ]
-
-    @property
-    def missing(self) -> int:
-        """Predictions that the run still lacks."""
-        wanted: int = sum(
-            cell["samples"]
-            for variant in self.run["variants"].values()
-            for cell in variant["cells"]
+        predictions = self.select(variant, task=task, length=length)
+        ended = [line for line in predictions if line.finish_reason == "length"]
+        return AtLimit(
+            variant=variant,
+            answers=len(predictions),
+            ended=len(ended),
+            not_right=sum(line.score < 1 for line in ended),
         )
-        return max(0, wanted - len(self.predictions))
 
     def prose(self, *, task: str) -> str:
-        """Of a task, by name; "" where its samples have none."""
-        named = {
-            str(one.meta["prose"])
-            for one in self.predictions
-            if one.task == task and "prose" in one.meta
+        """Names of the prose that a task's samples are made of; "" for none."""
+        names = {
+            str(prediction.meta["prose"])
+            for prediction in self.predictions
+            if prediction.task == task and "prose" in prediction.meta
         }
-        return ", ".join(sorted(named))
+        return ", ".join(sorted(names))
 
-    def is_timed(self, variant: str) -> bool:
-        """(Ablations of the anchor go through code that is not made to be fast.)"""
-        return not parse(variant).ablates
+    def _has_all_variants(self, task: str, length: int) -> bool:
+        return len(self._variants_of_cells[task, length]) == len(self.variants)
+
+    @cached_property
+    def _variants_of_cells(self) -> dict[Cell, set[str]]:
+        """The variants that have predictions in a cell."""
+        variants: dict[Cell, set[str]] = {}
+        for prediction in self.predictions:
+            cell = (prediction.task, prediction.length)
+            variants.setdefault(cell, set()).add(prediction.variant)
+        return variants
+
+    @cached_property
+    def _by_task(self) -> list[Prediction]:
+        """All predictions, in the order of the run's tasks."""
+        order = {
+            cell["task"]: place for place, cell in reversed(list(enumerate(self.run["cells"])))
+        }
+        return sorted(
+            self.predictions, key=lambda prediction: order.get(prediction.task, len(order))
+        )
+
+    @cached_property
+    def _by_variant(self) -> dict[str, list[Prediction]]:
+        predictions: dict[str, list[Prediction]] = {key: [] for key in self.variants}
+        for prediction in self.predictions:
+            predictions[prediction.variant].append(prediction)
+        return predictions

@@ -1,8 +1,9 @@
-"""What the anchor is for: the paper's ablations (its Table 4), each block encoded behind an anchor of another kind.
+"""The paper's ablations of the anchor (its Table 4): blocks encoded after an anchor of another kind.
 
-In front of every block but the first stand `anchor_size` tokens, encoded anew for each block as the paper's own implementation
-does, and dropped with it. With the first block's tokens at the first block's positions this is Star Attention. Windows of
-sliding layers count places here, not positions.
+Every block but the first is preceded by `anchor_size` tokens, which are encoded anew for each
+block, as in the paper's own implementation, and dropped afterwards. With the first block's tokens
+at the first block's positions this is Star Attention. Windows of sliding layers count places, not
+positions.
 """
 
 from __future__ import annotations
@@ -25,64 +26,50 @@ from star_attention.storage.kv import ContextKV
 from star_attention.tools.baselines import Anchor, official_encode
 
 CONTENTS = ("first-block", "none", "constant", "random", "shuffled", "previous-block")
-"""What stands in front of a block: the head of the first block; nothing; one token again and again; random tokens; the first
-block's in another order; the tokens right before the block."""
+"""Tokens of the anchor: the head of the first block; none; one token repeated; random tokens; the
+first block's in another order; the tokens right before the block."""
 
 POSITIONS = ("first-block", "previous-block", "random")
-"""Where it says that it stands: at the context's head; right before the block; at random places before the block, in order."""
+"""Positions of the anchor: at the head of the context; right before the block; random ones before
+the block, in order."""
+
+CONSTANT = " the"
+"""The anchor "constant" repeats the first token of this text."""
 
 
-def encode(
-    star: StarLLM,
-    content: Any,
-    *,
-    anchor: str = CONTENTS[0],
-    positions: str = POSITIONS[0],
-    constant: str = " the",
-    seed: int = 0,
-) -> EncodedContext:
-    """A context whose blocks saw another anchor; the sizes are the engine's, and answers run as on any other.
+class AblatedStar(Star):
+    """Star Attention with another anchor.
 
-    constant: text whose first token "constant" repeats. seed: of what is random; the same for the same context and
-    block, another for others.
+    Args:
+        content: Tokens of the anchor, one of `CONTENTS`.
+        positions: Positions of the anchor, one of `POSITIONS`.
+        tokenizer: For the constant token, and to leave special tokens out of random ones.
+        seed: Seed of random anchors: the same for the same context and block, different for others.
 
-    Raises `InvalidInputError` for unknown names, engines of other methods or of several ranks, and models whose rotary frequencies
-    depend on the length.
+    Raises:
+        InvalidInputError: For unknown names, and for a constant anchor without a tokenizer.
     """
-    for value, known in ((anchor, CONTENTS), (positions, POSITIONS)):
-        if value not in known:
-            raise InvalidInputError(
-                f"anchor {value!r} is unknown; choose one of {', '.join(known)}"
-            )
-    runtime = star.runtime
-    if not runtime.method.shares_anchor or runtime.comm.size > 1:
-        raise InvalidInputError("ablations of the anchor need method 'star' on one rank")
-    if runtime.handle.rotaries:
-        raise InvalidInputError(
-            "ablations of the anchor do not work where rotary frequencies depend on the length"
-        )
-    _, (context,) = inputs.prepare_contexts(runtime, content)
-    ids_L, plan = context.ids_L, runtime.plan_for(len(context.ids_L))
-    ids_hash = hashlib.sha256(str(ids_L.tolist()).encode()).hexdigest()
 
-    def anchor_of(start: int, stop: int) -> Anchor | None:
-        size = 0 if anchor == "none" else plan.anchor_size
-        if start == 0 or size == 0:
-            return None
-        rng = random.Random(f"anchor {anchor} {positions} {seed} {start} {size} {ids_hash}")
-        return _content(star, ids_L, anchor, start, size, constant, rng), _places(
-            positions, start, size, rng
-        )
-
-    (encoded,) = encoding.encode(runtime, [context], method=_AblatedStar(anchor_of))
-    return encoded
-
-
-class _AblatedStar(Star):
-    """Star Attention with another anchor before each block, encoded again for each."""
-
-    def __init__(self, anchor_of: Callable[[int, int], Anchor | None]) -> None:
-        self._anchor_of = anchor_of
+    def __init__(
+        self,
+        *,
+        content: str = CONTENTS[0],
+        positions: str = POSITIONS[0],
+        tokenizer: Any = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value, known in (
+            ("anchor", content, CONTENTS),
+            ("positions", positions, POSITIONS),
+        ):
+            if value not in known:
+                raise InvalidInputError(
+                    f"{name} {value!r} is unknown; choose one of {', '.join(known)}"
+                )
+        if content == "constant" and tokenizer is None:
+            raise InvalidInputError("a constant anchor needs a tokenizer; give one to StarLLM")
+        self._content, self._positions, self._seed = content, positions, seed
+        self._tokenizer = tokenizer
 
     def encode(self, job: EncodeJob) -> list[ContextKV]:
         return [
@@ -91,44 +78,100 @@ class _AblatedStar(Star):
                 ids_L,
                 job.plan,
                 job.tokens_per_forward,
-                anchor_of=self._anchor_of,
+                anchor_of=self._anchor_of(ids_L, job.plan.anchor_size, job.handle.vocab_size),
                 kv_format=job.kv_format,
             )
             for ids_L in job.ids_BL
         ]
 
+    def _anchor_of(
+        self, ids_L: Tensor, anchor_size: int, vocab_size: int
+    ) -> Callable[[int, int], Anchor | None]:
+        """Token ids and positions of the anchor, by start and stop of a block."""
+        context_sha256 = hashlib.sha256(str(ids_L.tolist()).encode()).hexdigest()
+        size = 0 if self._content == "none" else anchor_size
 
-def _content(
-    star: StarLLM,
+        def anchor_of(start: int, stop: int) -> Anchor | None:
+            if start == 0 or size == 0:
+                return None
+            rng = random.Random(
+                f"anchor {self._content} {self._positions} {self._seed} {start} {size}"
+                f" {context_sha256}"
+            )
+            ids_A = anchor_ids(self._content, ids_L, start, size, rng, self._tokenizer, vocab_size)
+            return ids_A, anchor_positions(self._positions, start, size, rng)
+
+        return anchor_of
+
+
+def anchor_ids(
+    content: str,
     ids_L: Tensor,
-    anchor: str,
     start: int,
     size: int,
-    constant: str,
     rng: random.Random,
+    tokenizer: Any,
+    vocab_size: int,
 ) -> Tensor:
-    if anchor == "constant":
-        (token, *_) = star.runtime.need_tokenizer("a constant anchor")(
-            constant, add_special_tokens=False
-        ).input_ids
+    """Token ids of the anchor of the block at `start`, int64 `[size]`."""
+    if content == "constant":
+        (token, *_) = tokenizer(CONSTANT, add_special_tokens=False).input_ids
         return torch.full((size,), int(token), dtype=torch.int64)
-    if anchor == "random":
-        special = set() if star.tokenizer is None else set(star.tokenizer.all_special_ids)
-        ordinary = [
-            token for token in range(star.runtime.handle.vocab_size) if token not in special
-        ]
+    if content == "random":
+        special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+        ordinary = [token for token in range(vocab_size) if token not in special]
         return torch.tensor(rng.choices(ordinary, k=size))
-    if anchor == "previous-block":
+    if content == "previous-block":
         return ids_L[start - size : start]
     head = ids_L[:size].tolist()
-    if anchor == "shuffled":
+    if content == "shuffled":
         rng.shuffle(head)
     return torch.tensor(head)
 
 
-def _places(positions: str, start: int, size: int, rng: random.Random) -> Tensor:
+def anchor_positions(positions: str, start: int, size: int, rng: random.Random) -> Tensor:
+    """Positions of the anchor of the block at `start`, int64 `[size]`."""
     if positions == "previous-block":
         return torch.arange(start - size, start)
     if positions == "random":
         return torch.tensor(sorted(rng.sample(range(start), size)))
     return torch.arange(size)
+
+
+def encode(
+    star: StarLLM,
+    content: Any,
+    *,
+    anchor: str = CONTENTS[0],
+    positions: str = POSITIONS[0],
+    seed: int = 0,
+) -> EncodedContext:
+    """Encode one context with another anchor; it is answered like any other.
+
+    Args:
+        star: An engine of method "star" on one rank; its sizes apply.
+        content: Text, token ids or messages, as for `StarLLM.encode`.
+        anchor: Tokens of the anchor, one of `CONTENTS`.
+        positions: Positions of the anchor, one of `POSITIONS`.
+        seed: Seed of random anchors: the same for the same context and block, different for others.
+
+    Raises:
+        InvalidInputError: For unknown names, engines of other methods or of several ranks, and
+            models whose rotary frequencies depend on the length.
+    """
+    runtime = star.runtime
+    method = AblatedStar(
+        content=anchor, positions=positions, tokenizer=runtime.tokenizer, seed=seed
+    )
+    if not runtime.method.shares_anchor or runtime.comm.size > 1:
+        raise InvalidInputError(
+            "ablations of the anchor need method 'star' on one rank; leave them out"
+        )
+    if runtime.handle.rotaries:
+        raise InvalidInputError(
+            "ablations of the anchor do not work if rotary frequencies depend on the length; use"
+            " another model"
+        )
+    _, contexts = inputs.prepare_contexts(runtime, content)
+    (context,) = encoding.encode(runtime, contexts, method=method)
+    return context

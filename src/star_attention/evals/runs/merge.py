@@ -1,56 +1,52 @@
-"""Folders of runs that differ in their samples or variants alone, joined into one.
+"""Joining run folders that differ only in their samples or variants.
 
-Parts that ran beside each other, on several GPUs or machines, are reported on as one run.
+Parts that ran side by side, on several GPUs or machines, are then reported as one run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from star_attention.errors import InvalidInputError
 from star_attention.evals.runs import run_folder
-from star_attention.evals.runs.run_folder import Prediction
+from star_attention.evals.runs.predictions import PREDICTIONS, Prediction, read_predictions
+from star_attention.evals.runs.record import Cell, cell_counts, cell_list
 
 
 def join(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Write to a new folder all that the folders hold, in their order. It is a run like any other, and can be added to.
+    """Write the content of several run folders to a new one, in their order.
 
-    A prediction that two of them have is taken once.
+    The result is a run like any other, and may be added to. A prediction that two folders hold is
+    written once.
 
-    Raises `InvalidInputError` for a folder that holds no run or a damaged one, for settings or prose that differ (named), for a
-    sample or an answer that is not the same in two of them, for a part that is not complete where another has samples of the same
-    task and length (how many there are in all could not be told), and where `out` holds a run already, or files that would be
-    replaced.
+    Args:
+        folders: The parts.
+        out: A folder without a run.
+
+    Raises:
+        InvalidInputError: For a missing or damaged run; for settings or prose that differ (naming
+            what); for a sample or an answer that differs between folders; for an incomplete part if
+            another one has samples of the same task and length, since the total is unknown then;
+            and if `out` holds a run, or files that would be overwritten.
     """
     out = Path(out)
     if (out / run_folder.RUN).exists():
-        raise InvalidInputError(f"{out} holds a run already; give a new folder with --out")
-    run_folder.check_place(out)
+        raise InvalidInputError(f"{out} already holds a run; give a new folder with --out")
+    run_folder.check_output(out)
     parts = [
         _Part(folder=Path(folder), run=run_folder.read_run(Path(folder))) for folder in folders
     ]
-    first = parts[0]
-    for part in parts[1:]:
-        field = run_folder.differing(first.run["settings"], part.run["settings"])
-        if field is not None:
-            name, ours, theirs = field
-            raise InvalidInputError(
-                f"{part.folder} was made with another {name} ({theirs}) than {first.folder} ({ours}); report on each by itself"
-            )
-    predictions = _predictions(parts)
-    run = _joined(parts)
+    _check_same_settings(parts)
+    predictions = _joined_predictions(parts)
+    run = _joined_run(parts)
     out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(prediction)) + "\n" for prediction in predictions)
-    (out / run_folder.PREDICTIONS).write_text(lines, encoding="utf-8")
-    run_folder.write_json(out, run)
-
-
-_Cell = tuple[str, int]
+    lines = "".join(prediction.to_json() for prediction in predictions)
+    (out / PREDICTIONS).write_text(lines, encoding="utf-8")
+    run_folder.write_run(out, run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,84 +56,112 @@ class _Part:
 
     @cached_property
     def predictions(self) -> list[Prediction]:
-        return list(run_folder.read_predictions(self.folder))
+        return list(read_predictions(self.folder))
 
-    def expected(self, variant: str | None) -> dict[_Cell, int]:
-        """How many samples each task and length has, under a variant or at all."""
-        told = self.run if variant is None else self.run["variants"].get(variant, {"cells": []})
-        return {(cell["task"], cell["length"]): cell["samples"] for cell in told["cells"]}
+    def expected(self, variant: str | None) -> dict[Cell, int]:
+        """Number of samples of each cell, of one variant or of the whole part."""
+        if variant is None:
+            return cell_counts(self.run["cells"])
+        return cell_counts(self.run["variants"].get(variant, {"cells": []})["cells"])
 
-    def made(self, variant: str | None) -> dict[_Cell, set[str]]:
-        """The samples that are there."""
-        found: dict[_Cell, set[str]] = {}
-        for one in self.predictions:
-            if variant in (None, one.variant):
-                found.setdefault((one.task, one.length), set()).add(one.sample)
-        return found
+    def answered(self, variant: str | None) -> dict[Cell, set[str]]:
+        """Ids of the samples of each cell that have a prediction."""
+        samples: dict[Cell, set[str]] = {}
+        for prediction in self.predictions:
+            if variant in (None, prediction.variant):
+                cell = (prediction.task, prediction.length)
+                samples.setdefault(cell, set()).add(prediction.sample)
+        return samples
 
 
-def _joined(parts: Sequence[_Part]) -> dict[str, Any]:
-    prose: dict[str, tuple[Path, str]] = {}
+def _check_same_settings(parts: Sequence[_Part]) -> None:
+    first = parts[0]
+    for part in parts[1:]:
+        differing = run_folder.difference(first.run["settings"], part.run["settings"])
+        if differing is not None:
+            name, expected, actual = differing
+            raise InvalidInputError(
+                f"{part.folder} was made with another {name} ({actual}) than {first.folder}"
+                f" ({expected}); report on each separately"
+            )
+
+
+def _joined_run(parts: Sequence[_Part]) -> dict[str, Any]:
     variants: dict[str, dict[str, Any]] = {}
     for part in parts:
-        for name, digest in part.run["prose"].items():
-            before, known = prose.setdefault(name, (part.folder, digest))
-            if known != digest:
-                raise InvalidInputError(
-                    f"{part.folder} was made with another {name} ({digest}) than {before} ({known}), so that their samples differ;"
-                    " report on each by itself"
-                )
-        for key, told in part.run["variants"].items():
-            plans = variants.setdefault(key, told | {"plans": []})["plans"]
-            plans += [plan for plan in told["plans"] if plan not in plans]
+        for key, variant in part.run["variants"].items():
+            plans = variants.setdefault(key, variant | {"plans": []})["plans"]
+            plans += [plan for plan in variant["plans"] if plan not in plans]
     runs = [part.run for part in parts]
+    skipped = {line["sample"]: line for run in runs for line in run["skipped"]}
     return {
         **runs[0],
-        "cells": _cells(parts, None),
-        "variants": {key: told | {"cells": _cells(parts, key)} for key, told in variants.items()},
-        "skipped": list({one["sample"]: one for run in runs for one in run["skipped"]}.values()),
-        "left_out": {name: why for run in runs for name, why in run["left_out"].items()},
-        "prose": {name: digest for name, (_, digest) in prose.items()},
+        "cells": _joined_cells(parts, None),
+        "variants": {
+            key: variant | {"cells": _joined_cells(parts, key)} for key, variant in variants.items()
+        },
+        "skipped": list(skipped.values()),
+        "left_out": {name: reason for run in runs for name, reason in run["left_out"].items()},
+        "prose": _joined_prose(parts),
         "sessions": [session for run in runs for session in run["sessions"]],
     }
 
 
-def _cells(parts: Sequence[_Part], variant: str | None) -> list[dict[str, Any]]:
-    """Of each task and length the number of samples: where several parts have it, of those that they have together."""
-    counts: dict[_Cell, int] = {}
-    for cell in dict.fromkeys(cell for part in parts for cell in part.expected(variant)):
-        having = [part for part in parts if cell in part.expected(variant)]
-        counts[cell] = having[0].expected(variant)[cell]
-        if len(having) == 1:
-            continue
-        for part in having:
-            made, expected = len(part.made(variant).get(cell, ())), part.expected(variant)[cell]
-            if made < expected:
+def _joined_prose(parts: Sequence[_Part]) -> dict[str, str]:
+    prose: dict[str, tuple[Path, str]] = {}
+    for part in parts:
+        for name, digest in part.run["prose"].items():
+            folder, expected = prose.setdefault(name, (part.folder, digest))
+            if expected != digest:
                 raise InvalidInputError(
-                    f"{part.folder} has {made:,} of {expected:,} samples of {cell[0]} at {cell[1]:,} tokens, of which other folders"
-                    " have samples too; run its command again first"
+                    f"{part.folder} was made with another {name} ({digest}) than {folder}"
+                    f" ({expected}), so their samples differ; report on each separately"
                 )
-        counts[cell] = len(set().union(*(part.made(variant)[cell] for part in having)))
-    return [
-        {"task": task, "length": length, "samples": count}
-        for (task, length), count in counts.items()
-    ]
+    return {name: digest for name, (_, digest) in prose.items()}
 
 
-def _predictions(parts: Iterable[_Part]) -> list[Prediction]:
-    found: dict[tuple[str, str], tuple[Path, Prediction]] = {}
+def _joined_cells(parts: Sequence[_Part], variant: str | None) -> list[dict[str, Any]]:
+    """Number of samples of each cell; if several parts have it, of the samples in any of them."""
+    counts: dict[Cell, int] = {}
+    for cell in dict.fromkeys(cell for part in parts for cell in part.expected(variant)):
+        sharing = [part for part in parts if cell in part.expected(variant)]
+        if len(sharing) == 1:
+            counts[cell] = sharing[0].expected(variant)[cell]
+            continue
+        for part in sharing:
+            _check_complete(part, variant, cell)
+        counts[cell] = len(set().union(*(part.answered(variant)[cell] for part in sharing)))
+    return cell_list(counts)
+
+
+def _check_complete(part: _Part, variant: str | None, cell: Cell) -> None:
+    answered = len(part.answered(variant).get(cell, ()))
+    expected = part.expected(variant)[cell]
+    if answered < expected:
+        task, length = cell
+        raise InvalidInputError(
+            f"{part.folder} has {answered:,} of {expected:,} samples of {task} at {length:,}"
+            " tokens, of which other folders have samples too; run its command again first"
+        )
+
+
+def _joined_predictions(parts: Sequence[_Part]) -> list[Prediction]:
+    predictions: dict[tuple[str, str], tuple[Path, Prediction]] = {}
     samples: dict[str, tuple[Path, str]] = {}
     for part in parts:
-        for one in part.predictions:
-            before, digest = samples.setdefault(one.sample, (part.folder, one.sample_sha256))
-            if digest != one.sample_sha256:
+        for prediction in part.predictions:
+            folder, digest = samples.setdefault(
+                prediction.sample, (part.folder, prediction.sample_sha256)
+            )
+            if digest != prediction.sample_sha256:
                 raise InvalidInputError(
-                    f"sample {one.sample} of {part.folder} is not that of {before}; report on each by itself"
+                    f"sample {prediction.sample} of {part.folder} differs from that of {folder};"
+                    " report on each separately"
                 )
-            before, same = found.setdefault(one.key, (part.folder, one))
-            if same.prediction != one.prediction:
+            folder, first = predictions.setdefault(prediction.key, (part.folder, prediction))
+            if first.prediction != prediction.prediction:
                 raise InvalidInputError(
-                    f"{before} and {part.folder} answer sample {one.sample}, variant {one.variant}, differently; leave one of them"
-                    " out"
+                    f"{folder} and {part.folder} answer sample {prediction.sample}, variant"
+                    f" {prediction.variant}, differently; leave one of them out"
                 )
-    return [prediction for _, prediction in found.values()]
+    return [prediction for _, prediction in predictions.values()]

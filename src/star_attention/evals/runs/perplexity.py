@@ -1,30 +1,45 @@
-"""Perplexity of a text's tails given their heads: what a method costs where nothing is to be found, only to be gone on from."""
+"""Perplexity of the tails of a text given their heads: the accuracy of continuing, not of finding."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from star_attention.engine import StarLLM
-from star_attention.errors import ContextLengthError, SizeError
-from star_attention.evals.reports import stats
-from star_attention.evals.reports.stats import Difference, Mean, Scored
-from star_attention.evals.runs.runner import Progress, encoded, engine_of
-from star_attention.evals.runs.variants import Variant
+from star_attention.errors import ContextLengthError, InvalidInputError, SizeError
+from star_attention.evals import stats
+from star_attention.evals.runs import run_folder
+from star_attention.evals.runs.engines import encode_all, engine_for
+from star_attention.evals.runs.predictions import sha256
+from star_attention.evals.runs.progress import Progress
+from star_attention.evals.runs.runner import versions
+from star_attention.evals.runs.variants import Variant, parse
+from star_attention.evals.stats import Difference, Mean, Scored
 from star_attention.hf.text.tokens import context_ids, query_ids
+from star_attention.planning.plan import BlockPlan
+from star_attention.tools import machine
+
+FILE = "perplexity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """One variant on all windows.
 
-    windows: mean negative log-likelihood of each window's tail, in nats a token. nll: their mean with its standard error.
-    difference: nll minus the first variant's, paired by window (None for the first): exp of it is the ratio of perplexities.
-    block_size, anchor_size: as they were resolved.
+    Attributes:
+        variant: `Variant.key`.
+        windows: Mean negative log-likelihood of each window's tail, in nats per token.
+        nll: Their mean with its standard error.
+        difference: `nll` minus the first variant's, paired by window; None for the first. Its exp
+            is the ratio of the perplexities.
+        block_size: Tokens a block, as resolved.
+        anchor_size: Tokens of the anchor, as resolved.
     """
 
     variant: str
@@ -38,26 +53,37 @@ class Perplexity:
     def perplexity(self) -> float:
         return math.exp(self.nll.value)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The row of perplexity.json."""
+        return asdict(self) | {"perplexity": self.perplexity}
+
 
 def windows_of(tokenizer: Any, text: str, *, length: int, count: int | None) -> list[list[int]]:
-    """Token ids of windows of a text, each of `length` tokens, one after another from the start: the tokenizer's BOS where it has
-    one, then text. What is left at the end and fills no window is not used.
+    """Cut a text into windows from its start; a rest that does not fill one is dropped.
 
-    count: the first so many; None takes all.
+    Args:
+        tokenizer: The model's. If it starts texts with a BOS token, so does every window.
+        text: The whole text.
+        length: Tokens of each window.
+        count: Number of windows; None takes all.
 
-    Raises `SizeError` for a text that is shorter than `count` windows, or than one.
+    Returns:
+        Token ids of each window.
+
+    Raises:
+        SizeError: If the text is too short for `count` windows, or for one.
     """
     ids = query_ids(tokenizer, text)
     bos = tokenizer.bos_token_id
-    opening = [bos] if bos is not None and context_ids(tokenizer, "a")[:1] == [bos] else []
-    step = length - len(opening)
-    fitting = len(ids) // step if step > 0 else 0
-    if fitting < (count or 1):
+    prefix = [bos] if bos is not None and context_ids(tokenizer, "a")[:1] == [bos] else []
+    step = length - len(prefix)
+    available = len(ids) // step if step > 0 else 0
+    if available < (count or 1):
         raise SizeError(
-            f"the text has {len(ids):,} tokens, enough for {fitting:,} windows of {length:,} and not for {count or 1:,}; give a"
-            " longer text, fewer windows, or a smaller length"
+            f"the text has {len(ids):,} tokens, enough for {available:,} windows of {length:,} and"
+            f" not for {count or 1:,}; give a longer text, fewer windows, or a smaller length"
         )
-    return [opening + ids[at * step : (at + 1) * step] for at in range(count or fitting)]
+    return [prefix + ids[i * step : (i + 1) * step] for i in range(count or available)]
 
 
 def run(
@@ -70,15 +96,60 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Perplexity]:
-    """Perplexity of the last `tail` tokens of each window, whose other tokens are encoded as the context.
+    """Measure the perplexity of the last `tail` tokens of each window given the others.
 
-    (The context's last token goes with the tail, because only what phase 2 reads has logits: exactly `tail` tokens are scored, and
-    all variants do the same.) windows: of one length; on several ranks all ranks need the same. batch: windows encoded at once, as
-    far as they fit in a forward. Differences are against the first variant.
+    The context's last token moves to the tail, as only tokens of phase 2 have logits: exactly
+    `tail` tokens are scored, with every variant.
 
-    Raises `SizeError` for a tail that leaves no context, `ContextLengthError` for windows beyond the model's positions.
+    Args:
+        star: A loaded model. The variants replace its method and sizes.
+        windows: Token ids, all of one length; the same on all ranks.
+        variants: Methods to measure; differences are against the first.
+        tail: Tokens to score.
+        batch: Windows to encode at once, if they fit in one forward.
+        seed: Seed of random anchors.
+        progress: Called after every batch.
+
+    Returns:
+        One row for each variant; an empty list on other ranks than the first.
+
+    Raises:
+        SizeError: If the tail leaves no context.
+        ContextLengthError: For windows beyond the model's positions.
     """
-    length = len(windows[0])
+    _check_lengths(star, len(windows[0]), tail)
+    rows: list[Perplexity] = []
+    baseline: list[Scored] = []
+    for variant in variants:
+        losses: list[float] = []
+        sizes = (0, 0)
+        for plan, loss in _losses(
+            star, windows, variant, tail=tail, batch=batch, seed=seed, progress=progress
+        ):
+            sizes = (plan.block_size, plan.anchor_size)
+            losses += [] if loss is None else [loss]
+        if not losses:
+            # Only rank 0 has logits.
+            continue
+        scored = [
+            Scored(sample=str(index), cell="", context=str(index), score=loss)
+            for index, loss in enumerate(losses)
+        ]
+        rows.append(
+            Perplexity(
+                variant=variant.key,
+                windows=tuple(losses),
+                nll=stats.mean(scored),
+                difference=stats.paired(scored, baseline) if baseline else None,
+                block_size=sizes[0],
+                anchor_size=sizes[1],
+            )
+        )
+        baseline = baseline or scored
+    return rows
+
+
+def _check_lengths(star: StarLLM, length: int, tail: int) -> None:
     if not 1 <= tail <= length - 2:
         raise SizeError(
             f"tail {tail:,} leaves windows of {length:,} tokens no context; give 1 to {length - 2:,}"
@@ -86,51 +157,93 @@ def run(
     limit = star.runtime.handle.max_positions
     if limit is not None and length > limit:
         raise ContextLengthError(
-            f"windows have {length:,} tokens, more than the model's {limit:,} positions; give a smaller length"
+            f"windows have {length:,} tokens, more than the model's {limit:,} positions; use a"
+            " smaller length"
         )
-    found: list[Perplexity] = []
-    first: list[Scored] = []
-    for variant in variants:
-        engine = engine_of(star, variant, variant.sizes(length))
-        losses: list[float] = []
-        sizes = (0, 0)
-        for at in range(0, len(windows), batch):
-            some = windows[at : at + batch]
-            heads = [list(window[: -tail - 1]) for window in some]
-            alone = (
-                [encoded(engine, variant, head, seed=seed) for head in heads]
-                if variant.ablates
-                else None
-            )
-            contexts = engine.encode(heads) if alone is None else alone
-            for context, window in zip(contexts, some, strict=True):
-                logits_QV = engine.logits(context, list(window[-tail - 1 :]))
-                if logits_QV is not None:
-                    targets_Q = torch.tensor(window[-tail:], device=logits_QV.device)
-                    losses.append(
-                        torch.nn.functional.cross_entropy(logits_QV[:-1], targets_Q).item()
-                    )
-                sizes = (context.plan.block_size, context.plan.anchor_size)
-            del contexts
-            if progress is not None:
-                progress(
-                    f"{variant.name}: {min(at + batch, len(windows)):,} of {len(windows):,} windows"
-                )
-        if not losses:  # (rank 0 has them)
-            continue
-        scored = [
-            Scored(sample=str(index), cell="", context=str(index), score=loss)
-            for index, loss in enumerate(losses)
-        ]
-        found.append(
-            Perplexity(
-                variant=variant.key,
-                windows=tuple(losses),
-                nll=stats.mean(scored),
-                difference=stats.paired(scored, first) if first else None,
-                block_size=sizes[0],
-                anchor_size=sizes[1],
-            )
-        )
-        first = first or scored
-    return found
+
+
+def _losses(
+    star: StarLLM,
+    windows: Sequence[Sequence[int]],
+    variant: Variant,
+    *,
+    tail: int,
+    batch: int,
+    seed: int,
+    progress: Progress | None,
+) -> Iterator[tuple[BlockPlan, float | None]]:
+    """The block plan of each window, and its loss; None on other ranks than the first."""
+    engine = engine_for(star, variant, variant.sizes(len(windows[0])))
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        heads = [list(window[: -tail - 1]) for window in part]
+        contexts = encode_all(engine, variant, heads, seed=seed)
+        for context, window in zip(contexts, part, strict=True):
+            logits_QV = engine.logits(context, list(window[-tail - 1 :]))
+            loss = None
+            if logits_QV is not None:
+                targets_Q = torch.tensor(window[-tail:], device=logits_QV.device)
+                loss = torch.nn.functional.cross_entropy(logits_QV[:-1], targets_Q).item()
+            yield context.plan, loss
+        # Frees their KV before the next batch.
+        del contexts, context
+        if progress is not None:
+            done = min(start + batch, len(windows))
+            progress(f"{variant.name}: {done:,} of {len(windows):,} windows")
+
+
+# ---------------------------------------------------------------- results
+
+
+def table(rows: Sequence[Perplexity]) -> list[tuple[str, ...]]:
+    """Rows of text, the head first: perplexity, loss, and the ratio to the first variant."""
+    lines: list[tuple[str, ...]] = [("", "perplexity", "nll", "ratio", "95 % interval", "")]
+    for row in rows:
+        error = "" if row.nll.stderr is None else f" ± {row.nll.stderr:.4f}"
+        loss = f"{row.nll.value:.4f}{error}"
+        name = parse(row.variant).name
+        lines.append((name, f"{row.perplexity:.3f}", loss, *_ratio(row.difference)))
+    return lines
+
+
+def _ratio(difference: Difference | None) -> tuple[str, str, str]:
+    """Ratio of the perplexities, its interval, and the verdict."""
+    if difference is None:
+        return "", "", ""
+    interval = ""
+    if difference.low is not None and difference.high is not None:
+        interval = f"{math.exp(difference.low):.4f} to {math.exp(difference.high):.4f}"
+    return f"{math.exp(difference.value):.4f}", interval, difference.verdict
+
+
+def check_output(out: Path) -> None:
+    """Raises `InvalidInputError` if results cannot be written to a folder, or it has some."""
+    run_folder.check_output(out)
+    if (out / FILE).exists():
+        raise InvalidInputError(f"{out / FILE} already exists; give another folder with --out")
+
+
+def write(
+    out: Path, star: StarLLM, rows: Sequence[Perplexity], *, text: str, **settings: Any
+) -> None:
+    """Write perplexity.json.
+
+    Args:
+        out: The folder, made if needed.
+        star: The engine that was measured.
+        rows: Results of `run`.
+        text: The text, of which the hash is written.
+        settings: Further fields: `file`, `length`, `tail`, `seed`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    content = settings | {
+        "text_sha256": sha256(text),
+        "command": machine.command(),
+        "hardware": machine.hardware(star.device),
+        "git": machine.git_revision(),
+        "versions": versions(),
+        "ranks": star.num_ranks,
+        "model": star.runtime.identity,
+        "rows": [row.as_dict() for row in rows],
+    }
+    (out / FILE).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,24 +1,27 @@
-"""What is compared on the same samples: an attention method with its sizes, written `star:/4` or `streaming_llm:2k:64`."""
+"""Variants compared on the same samples: `star:/4` or `streaming_llm:2k:64`, a method and its sizes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from star_attention.config import KV_DTYPES, METHODS
+from star_attention import methods
+from star_attention.config import KV_DTYPES, METHODS, StarConfig
 from star_attention.errors import InvalidInputError, SizeError
+from star_attention.evals.runs.ablations import CONTENTS, POSITIONS
 from star_attention.planning.plan import format_size, parse_size
 
 SAME = "="
 """An anchor as large as the block."""
 
-_SHARE = re.compile(r"/([1-9][0-9]*)")
-_BLOCKED = ("star", "streaming_llm")
-_WORDS = {"anchor": "anchor", "positions": "anchor_positions", "kv": "kv_dtype"}
+_FRACTION = re.compile(r"/([1-9][0-9]*)")
+_SETTINGS = {"anchor": "anchor", "positions": "anchor_positions", "kv": "kv_dtype"}
+"""Fields of `Variant` by the name that they have in a key."""
 
 SYNTAX = (
-    "write METHOD[:BLOCK[:ANCHOR]] with sizes as 4k, or /4 for a quarter of the length (anchor also =, as large as the block), then"
-    " kv=fp8, anchor=NAME, positions=NAME"
+    "write METHOD[:BLOCK[:ANCHOR]] with sizes like 4k, or /4 for a quarter of the length"
+    " (= makes the anchor as large as the block), then kv=fp8, anchor=NAME, positions=NAME"
 )
 
 
@@ -26,14 +29,23 @@ SYNTAX = (
 class Variant:
     """One attention method with its settings.
 
-    block_size: tokens, "/4" for a quarter of a sample's length, or None for the paper's rule. anchor_size: the same, or "=" for the
-    block size; None takes the method's own. (For `streaming_llm` they are window and sinks.)
-    anchor, anchor_positions: names of an ablation of the anchor, see `ablations`; None is the method as it is.
+    Attributes:
+        method: A name in `config.METHODS`.
+        block_size: Tokens, "/4" for a quarter of a sample's length, or None for the paper's rule.
+            (The window of `streaming_llm`.)
+        anchor_size: The same, or "=" for the block size. None takes the method's default. (The
+            sinks of `streaming_llm`.)
+        anchor: Ablation of the anchor's tokens, one of `ablations.CONTENTS`; None changes nothing.
+        anchor_positions: Ablation of its positions, one of `ablations.POSITIONS`; None changes
+            nothing.
+        kv_dtype: Precision of the stored KV; None keeps the engine's.
 
-    Raises `InvalidInputError` for unknown names and for sizes of a method that has none, `SizeError` for bad sizes.
+    Raises:
+        InvalidInputError: For unknown names, and for sizes of a method that takes none.
+        SizeError: For sizes out of range.
     """
 
-    method: str = "star"
+    method: str = StarConfig.method
     block_size: int | str | None = None
     anchor_size: int | str | None = None
     anchor: str | None = None
@@ -47,137 +59,167 @@ class Variant:
             )
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise InvalidInputError(
-                f"kv_dtype {self.kv_dtype!r} is unknown; choose {', '.join(KV_DTYPES)}, or none"
+                f"kv_dtype {self.kv_dtype!r} is unknown; choose {', '.join(KV_DTYPES)},"
+                " or leave it out"
             )
-        if not self.has_blocks and (self.block_size, self.anchor_size) != (None, None):
+        if not self.has_sizes and (self.block_size, self.anchor_size) != (None, None):
             raise InvalidInputError(
-                f"method {self.method!r} takes no block and no anchor; leave the sizes out"
+                f"method {self.method!r} takes no block and no anchor size; leave them out"
             )
-        if self.ablates:
-            if self.method != "star":
-                raise InvalidInputError(
-                    f"ablations of the anchor are of method 'star', not of {self.method!r}"
-                )
-            from star_attention.evals.runs import ablations
+        self._check_ablation()
+        self._normalize_sizes()
 
-            for value, known in (
-                (self.anchor, ablations.CONTENTS),
-                (self.anchor_positions, ablations.POSITIONS),
-            ):
-                if value not in (None, *known):
-                    raise InvalidInputError(
-                        f"anchor {value!r} is unknown; choose one of {', '.join(known)}"
-                    )
-        # (One way to write a size, so that equal variants have equal keys.)
+    def _check_ablation(self) -> None:
+        if not self.is_ablation:
+            return
+        if not self._shares_anchor:
+            raise InvalidInputError(
+                f"method {self.method!r} has no anchor to ablate; use method {StarConfig.method!r}"
+            )
+        for name, value, known in (
+            ("anchor", self.anchor, CONTENTS),
+            ("positions", self.anchor_positions, POSITIONS),
+        ):
+            if value not in (None, *known):
+                raise InvalidInputError(
+                    f"{name} {value!r} is unknown; choose one of {', '.join(known)}"
+                )
+
+    def _normalize_sizes(self) -> None:
+        """Write every size in one way, so that equal variants have equal keys."""
         object.__setattr__(self, "block_size", _checked(self.block_size, "block_size"))
         if self.anchor_size != SAME:
             object.__setattr__(self, "anchor_size", _checked(self.anchor_size, "anchor_size"))
-        elif self.method == "star":
+        elif self._shares_anchor:
             object.__setattr__(self, "anchor_size", None)
         elif self.block_size is None:
-            raise SizeError("anchor_size '=' is as large as the block; give a block_size with it")
+            raise SizeError(
+                f"anchor_size {SAME!r} copies the block size, which is missing; give a block_size"
+            )
         if isinstance(self.block_size, int) and isinstance(self.anchor_size, int):
             self.sizes(self.block_size)
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether the method has a block size and an anchor size (or window and sinks)."""
-        return self.method in _BLOCKED
+    def has_sizes(self) -> bool:
+        """True if the method takes a block and an anchor size (or window and sinks)."""
+        return methods.get(self.method).takes_sizes
 
     @property
-    def ablates(self) -> bool:
-        """Whether blocks are encoded behind an anchor of another kind."""
+    def is_ablation(self) -> bool:
+        """True if blocks are encoded after another anchor than the first block."""
         return (self.anchor, self.anchor_positions) != (None, None)
 
     @property
+    def is_sweepable(self) -> bool:
+        """True if accuracy may be drawn against this variant's block or anchor size."""
+        return self._shares_anchor and not self.is_ablation
+
+    @property
+    def _shares_anchor(self) -> bool:
+        return methods.get(self.method).shares_anchor
+
+    @property
     def key(self) -> str:
-        """What `parse` reads back; results are kept under it."""
-        sizes = (
-            []
-            if self.block_size is None and self.anchor_size is None
-            else [_written(self.block_size)]
-        )
-        sizes += [] if self.anchor_size is None else [_written(self.anchor_size)]
-        more = [
-            f"{word}={value}"
-            for word, name in _WORDS.items()
-            if (value := getattr(self, name)) is not None
-        ]
-        return ":".join([self.method, *sizes, *more])
+        """The text that `parse` reads back; predictions are stored under it."""
+        sizes: list[str] = []
+        if self.block_size is not None or self.anchor_size is not None:
+            sizes.append(_written(self.block_size))
+        if self.anchor_size is not None:
+            sizes.append(_written(self.anchor_size))
+        return ":".join([self.method, *sizes, *self._settings()])
 
     @property
     def name(self) -> str:
-        """For tables and pictures: "dense", "star b=/4 a=1k"."""
-        sizes = [("b", self.block_size), ("a", self.anchor_size)]
-        if self.method == "streaming_llm":
-            sinks = self.block_size if self.anchor_size == SAME else self.anchor_size
-            sizes = [("window", self.block_size), ("sinks", sinks)]
-        words = [f"{word}={_written(size)}" for word, size in sizes if size is not None]
-        words += [
-            f"{word}={value}"
-            for word, name in _WORDS.items()
-            if (value := getattr(self, name)) is not None
+        """The name in tables and figures: "dense", "star b=/4 a=1k"."""
+        anchor = self.block_size if self.anchor_size == SAME else self.anchor_size
+        labels = methods.get(self.method).size_names
+        sizes = [
+            f"{label}={_written(size)}"
+            for label, size in zip(labels, (self.block_size, anchor), strict=True)
+            if size is not None
         ]
-        return " ".join([self.method, *words])
+        return " ".join([self.method, *sizes, *self._settings()])
+
+    def _settings(self) -> Iterator[str]:
+        for name, field in _SETTINGS.items():
+            value = getattr(self, field)
+            if value is not None:
+                yield f"{name}={value}"
 
     def sizes(self, tokens: int) -> tuple[int | None, int | None]:
-        """Block and anchor in tokens for a text of `tokens`; None is left to the method. A share is rounded up.
+        """Block and anchor size for a text of `tokens`, fractions rounded up.
 
-        Raises `SizeError` for an anchor that is larger than the block.
+        Returns:
+            Both in tokens; None leaves the choice to the method.
+
+        Raises:
+            SizeError: If the anchor is larger than the block.
         """
         block, anchor = _resolved(self.block_size, tokens), _resolved(self.anchor_size, tokens)
         if self.anchor_size == SAME:
             anchor = block
-        if self.method == "star" and block is not None and anchor is not None and anchor > block:
+        if self._shares_anchor and block is not None and anchor is not None and anchor > block:
             raise SizeError(
-                f"variant {self.key!r} has an anchor of {anchor:,} tokens and blocks of {block:,} at {tokens:,} tokens; give an"
-                " anchor of at most the block"
+                f"variant {self.key!r} has an anchor of {anchor:,} tokens and blocks of {block:,}"
+                f" at {tokens:,} tokens; give an anchor no larger than the block"
             )
         return block, anchor
 
 
 def parse(text: str) -> Variant:
-    """`star:/4`, `star:4k:1k`, `dense`, `streaming_llm:2k:64`, `star:/4:kv=fp8`, `star:/4:anchor=random`.
+    """Read one variant: `dense`, `star:4k:1k`, `star:/4:kv=fp8`, `star:/4:anchor=random`.
 
-    Raises `InvalidInputError` or `SizeError`.
+    Raises:
+        InvalidInputError: For unknown names and parts out of place.
+        SizeError: For sizes out of range.
     """
     method, *parts = text.strip().split(":")
     sizes: list[str] = []
-    words: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for part in parts:
-        word, equals, value = part.partition("=")
-        if word and equals:
-            if word not in _WORDS or _WORDS[word] in words or not value:
+        name, equals, value = part.partition("=")
+        if name and equals:
+            if name not in _SETTINGS or _SETTINGS[name] in settings or not value:
                 raise InvalidInputError(
-                    f"variant {text!r} has {part!r}, which is no setting; {SYNTAX}"
+                    f"variant {text!r} contains {part!r}, which is not a setting; {SYNTAX}"
                 )
-            words[_WORDS[word]] = value
-        elif words or len(sizes) == 2:
+            settings[_SETTINGS[name]] = value
+        elif settings or len(sizes) == 2:
             raise InvalidInputError(f"variant {text!r} has {part!r} out of place; {SYNTAX}")
         else:
             sizes.append(part)
     block, anchor = [*sizes, "", ""][:2]
-    return Variant(method=method, block_size=block or None, anchor_size=anchor or None, **words)
+    return Variant(method=method, block_size=block or None, anchor_size=anchor or None, **settings)
 
 
 def parse_all(text: str) -> list[Variant]:
-    """Several, with commas between. Raises `InvalidInputError` for one that is named twice, or empty."""
-    if not all(part.strip() for part in text.split(",")):
+    """Read several variants, separated by commas.
+
+    Raises:
+        InvalidInputError: For an empty variant, or one that is named twice; and as `parse` does.
+    """
+    parts = text.split(",")
+    if not all(part.strip() for part in parts):
         raise InvalidInputError(
-            f"variants {text!r} have an empty one; give methods with single commas between"
+            f"variants {text!r} contain an empty one; separate methods with single commas"
         )
-    found = [parse(part) for part in text.split(",")]
-    for index, variant in enumerate(found):
-        if variant in found[:index]:
-            raise InvalidInputError(f"variant {variant.key!r} is named twice; give it once")
-    return found
+    variants: list[Variant] = []
+    for part in parts:
+        variant = parse(part)
+        if variant in variants:
+            raise InvalidInputError(f"variant {variant.key!r} is named twice; name it once")
+        variants.append(variant)
+    return variants
 
 
 def _checked(size: int | str | None, name: str) -> int | str | None:
-    if size is None or (isinstance(size, str) and _SHARE.fullmatch(size.strip())):
-        return size if size is None else str(size).strip()
+    """A size as tokens, or as a fraction such as "/4"."""
+    if size is None:
+        return None
+    if isinstance(size, str) and _FRACTION.fullmatch(size.strip()):
+        return size.strip()
     if isinstance(size, str) and size.strip().startswith("/"):
-        raise SizeError(f"{name} {size!r} is no share of the length; write /4 for a quarter")
+        raise SizeError(f"{name} {size!r} is not a fraction of the length; write /4 for a quarter")
     tokens = parse_size(size, name)
     if tokens < (1 if name == "block_size" else 0):
         raise SizeError(f"{name} {tokens} is too small; give a positive number of tokens")
@@ -186,13 +228,13 @@ def _checked(size: int | str | None, name: str) -> int | str | None:
 
 def _resolved(size: int | str | None, tokens: int) -> int | None:
     if isinstance(size, str):
-        found = _SHARE.fullmatch(size)
-        return None if found is None else -(-tokens // int(found[1]))
+        fraction = _FRACTION.fullmatch(size)
+        return None if fraction is None else -(-tokens // int(fraction[1]))
     return size
 
 
 def _written(size: int | str | None) -> str:
-    """As `parse` reads it (no thousands separators)."""
+    """A size as `parse` reads it, without thousands separators."""
     if isinstance(size, int):
         return format_size(size).replace(",", "")
     return size or ""

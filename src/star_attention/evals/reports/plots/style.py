@@ -1,0 +1,110 @@
+"""The look that all figures of a run share.
+
+The colors are those of Okabe and Ito (2008), distinct under every common form of color blindness;
+markers differ as well. Dense attention is black and dashed, or in the colors of the lengths if
+several have such a line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from star_attention.evals.reports.results import DENSE, Results
+from star_attention.evals.stats import Mean
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+MARKERS = "osD^vP*Xhp"
+BLACK, GRAY, DARK_GRAY = "#000000", "#777777", "#444444"
+SMALL = 9
+"""Font size of captions."""
+ERROR_BARS: dict[str, Any] = {"ecolor": GRAY, "capsize": 2, "linewidth": 1}
+
+PLOT_WIDTH, MAX_PLOT_WIDTH = 5.6, 12.0
+"""Inches of a plot without its legend, at least and at most."""
+
+
+def color_of(results: Results, variant: str) -> str:
+    """The color of a variant, the same in all figures."""
+    if variant == DENSE:
+        return BLACK
+    return COLORS[color_index(results, variant) % len(COLORS)]
+
+
+def color_index(results: Results, variant: str) -> int:
+    """Place among the variants that have a color; 0 for dense attention."""
+    if variant == DENSE:
+        return 0
+    return [key for key in results.variants if key != DENSE].index(variant)
+
+
+def line_style(results: Results, variant: str) -> dict[str, Any]:
+    """Color, marker and line of a variant, the same in all figures."""
+    return {
+        "color": color_of(results, variant),
+        "marker": MARKERS[results.variants.index(variant) % len(MARKERS)],
+        "linestyle": "--" if variant == DENSE else "-",
+    }
+
+
+def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    """A figure with one pair of axes; not pyplot's, which has global state and opens windows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    plain_axes(axes)
+    return figure, axes
+
+
+def plain_axes(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def accuracy_axis(axes: Any) -> None:
+    axes.set_ylim(-3, 108)
+    axes.set_yticks(range(0, 101, 20))
+
+
+def set_subtitle(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=SMALL, color=DARK_GRAY, loc="left")
+
+
+def add_legend(axes: Any, *, handles: list[Any] | None = None, plot: float = PLOT_WIDTH) -> None:
+    """Add a legend on the right, and widen the figure if that leaves less than `plot` inches."""
+    if handles is None:
+        handles = axes.get_legend_handles_labels()[0]
+    legend = axes.legend(
+        handles=handles, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
+    width = legend.get_window_extent().width / axes.figure.dpi
+    axes.figure.set_figwidth(max(axes.figure.get_figwidth(), plot + width + 0.6))
+
+
+def percents(means: Iterable[Mean]) -> list[float]:
+    return [100 * mean.value for mean in means]
+
+
+def error_bars(means: Sequence[Mean]) -> list[list[float]] | None:
+    """Two standard errors below and above each mean, in percent, clipped to 0 and 100.
+
+    Returns:
+        NaN, which draws no bar, for a mean without an error; None if none has one.
+    """
+    if all(mean.stderr is None for mean in means):
+        return None
+    errors = [math.nan if mean.stderr is None else 200 * mean.stderr for mean in means]
+    values = percents(means)
+    below = [min(error, value) for error, value in zip(errors, values, strict=True)]
+    above = [min(error, 100 - value) for error, value in zip(errors, values, strict=True)]
+    return [below, above]
+
+
+def error_bar_caption(means: Iterable[Mean]) -> str:
+    """What the error bars mean; "" if there are none."""
+    return "bars: ± two standard errors" if any(mean.stderr is not None for mean in means) else ""

@@ -1,0 +1,42 @@
+"""The engine under a variant: the same model with another method and sizes."""
+
+from __future__ import annotations
+
+from star_attention.engine import StarLLM
+from star_attention.evals.runs import ablations
+from star_attention.evals.runs.variants import Variant
+from star_attention.inputs import Content
+from star_attention.storage.context import EncodedContext
+
+
+def engine_for(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | None]) -> StarLLM:
+    """The engine with a variant's method and its block and anchor size in tokens."""
+    block_size, anchor_size = sizes
+    return star.with_config(
+        method=variant.method,
+        block_size=block_size,
+        anchor_size=anchor_size,
+        kv_dtype=variant.kv_dtype or star.config.kv_dtype,
+    )
+
+
+def encode_all(
+    engine: StarLLM, variant: Variant, contents: list[list[int]], *, seed: int
+) -> list[EncodedContext]:
+    """Encode several contexts, in batches unless the variant is an ablation."""
+    if variant.is_ablation:
+        return [encode(engine, variant, content, seed=seed) for content in contents]
+    return engine.encode(contents)
+
+
+def encode(engine: StarLLM, variant: Variant, content: Content, *, seed: int) -> EncodedContext:
+    """Encode one context with an engine of `engine_for`; `seed` is that of random anchors."""
+    if not variant.is_ablation:
+        return engine.encode(content)
+    return ablations.encode(
+        engine,
+        content,
+        anchor=variant.anchor or ablations.CONTENTS[0],
+        positions=variant.anchor_positions or ablations.POSITIONS[0],
+        seed=seed,
+    )

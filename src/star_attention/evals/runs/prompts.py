@@ -1,0 +1,77 @@
+"""A sample as the engine takes it: content to encode, query and answer prefix, and their tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from star_attention.errors import InvalidInputError
+from star_attention.evals.samples.sample import Sample
+from star_attention.hf.text import chat as chat_text
+from star_attention.hf.text.tokens import context_ids, query_ids
+
+
+def content_of(sample: Sample, *, chat: bool) -> Any:
+    """The content that `StarLLM.encode` takes; a chat's user message stays open for the query."""
+    return chat_text.user_message(sample.context) if chat else sample.context
+
+
+def query_kwargs(sample: Sample) -> dict[str, Any]:
+    """The sample's part of the arguments of `StarLLM.generate`.
+
+    The engine requires a query, so that an answer prefix without one takes its place.
+    """
+    if not sample.query:
+        return {"query": sample.answer_prefix}
+    return {"query": sample.query, "answer_prefix": sample.answer_prefix}
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises `InvalidInputError` if the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidInputError("this model has no chat template; leave --chat out")
+
+
+def chat_tokens(tokenizer: Any) -> int:
+    """Tokens that the chat template adds to context and query, for `Size.reserve`.
+
+    Raises:
+        InvalidInputError: If the tokenizer has no chat template.
+    """
+    check_template(tokenizer)
+    context, query = "A context.\n", "A question?"
+    plain = len(context_ids(tokenizer, context)) + len(query_ids(tokenizer, query))
+    opened = chat_text.open_context(tokenizer, chat_text.user_message(context))
+    tail = chat_text.continue_context(tokenizer, opened, query)
+    rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
+    # Where text meets the template, each side may take one more token.
+    return max(0, rendered - plain) + 2
+
+
+class PromptCounter:
+    """Counts the tokens of samples; those on one context in a row tokenize it once."""
+
+    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+        self._tokenizer = tokenizer
+        self._chat = chat
+        self._context: str | None = None
+        self._context_tokens = 0
+        self._opened: chat_text.ChatContext | None = None
+
+    def count(self, sample: Sample) -> tuple[int, int]:
+        """Tokens of the context, and of query and answer prefix."""
+        if sample.context != self._context:
+            self._context = sample.context
+            self._read_context(sample)
+        query = sample.query
+        if self._opened is not None:
+            query = chat_text.continue_context(self._tokenizer, self._opened, query)
+        tail = query_ids(self._tokenizer, query + sample.answer_prefix)
+        return self._context_tokens, len(tail)
+
+    def _read_context(self, sample: Sample) -> None:
+        if self._chat:
+            content = content_of(sample, chat=True)
+            self._opened = chat_text.open_context(self._tokenizer, content)
+            self._context_tokens = len(query_ids(self._tokenizer, self._opened.head))
+        else:
+            self._context_tokens = len(context_ids(self._tokenizer, sample.context))

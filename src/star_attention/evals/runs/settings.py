@@ -1,0 +1,72 @@
+"""The settings of a run: frozen, and recorded in run.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from star_attention.errors import InvalidInputError
+
+FILES = "files"
+"""The suite of samples that were read from data sets."""
+
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+"""Arguments of `generate` that override the model's own generation settings."""
+
+SOURCES = ("files", "format", "essays", "squad", "hotpot", "background", "depths")
+"""Options that say where samples come from, or which there are. They may change between sessions,
+since the hash of a sample identifies it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How a run makes and answers its samples.
+
+    Attributes:
+        suite: Name of the suite, for the record.
+        options: Options of the suite, for the record.
+        seed: Seed of the samples, for the record, and of random anchors.
+        chat: Send context and query as one user message of the model's chat template.
+        max_new_tokens: Tokens to generate at most, instead of the samples' own numbers.
+        limit: Use only the first samples of each task, length and depth.
+        skip_too_long: Skip, and list, samples beyond the model's positions.
+
+    Raises:
+        InvalidInputError: If `max_new_tokens` is below 1.
+    """
+
+    suite: str = FILES
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    chat: bool = False
+    max_new_tokens: int | None = None
+    limit: int | None = None
+    skip_too_long: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InvalidInputError(
+                f"max_new_tokens {self.max_new_tokens} is not a positive number of tokens"
+            )
+
+    @property
+    def own_lengths(self) -> bool:
+        """True if lengths are counts of other tokenizers, so that the context's own count."""
+        return self.suite == FILES
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings that answers depend on, and that must not change when a run resumes."""
+        return {
+            "suite": self.suite,
+            "options": {name: value for name, value in self.options.items() if name not in SOURCES},
+            "seed": self.seed,
+            "chat": self.chat,
+            "max_new_tokens": self.max_new_tokens,
+        }
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """The options that may change between sessions."""
+        return {name: value for name, value in self.options.items() if name in SOURCES}
