@@ -1,1 +1,1 @@
-"""Attention over parts of the keys, and exact merging of the parts. Imports torch, nothing of transformers."""
+"""Attention over parts of the keys, and exact merging of the parts, on torch alone."""

@@ -1,4 +1,4 @@
-"""One entry point to attention over a run of keys: by position, whatever the kernel.
+"""Attention over a run of keys: one entry point, masks by position, any kernel.
 
 Axes: B batch, Q queries, K keys, H query heads, G KV heads, D head size.
 """
@@ -16,15 +16,23 @@ from star_attention.attention import kernels
 from star_attention.attention.kernels import Call
 from star_attention.attention.state import State, empty_state, merge
 
-_WINDOW_ROWS = 512
-"""Rows handled at once where a window is written out as a mask: larger wastes scores, smaller calls."""
+_MASK_ROWS = 512
+"""Query rows of one call with an explicit mask: more waste scores, fewer need more calls."""
 _PACKED_ROWS = 256
+"""Query rows of one KV head, at most, that are packed into one call on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What one layer asks of attention: score scale, sliding window in tokens, softcap of the scores, and to what precision merged
-    results may be rounded (None: fp32, for what is merged further)."""
+    """One layer's rule of attention.
+
+    Attributes:
+        scale: factor of the scores.
+        window: sliding window in tokens, None for full attention.
+        softcap: softcap of the scores, None for none.
+        dtype: precision to which results may be rounded in their last merge; None for fp32, where
+            they are merged further.
+    """
 
     scale: float
     window: int | None = None
@@ -42,14 +50,28 @@ def attend(
     key_mask_BK: Tensor | None = None,
     kernel: str | None = None,
 ) -> State:
-    """Attention of `Q` consecutive queries over `K` consecutive keys, where query i stands `offset + i` after key 0.
+    """Compute attention of Q consecutive queries over K consecutive keys.
 
-    Query i sees key j when `j <= offset + i`, within `rule.window` where there is one, and where `key_mask_BK` (bool,
-    True = visible; for padding) allows. Rows that see nothing give the empty state. `kernel` forces one by name.
+    Query i is `offset + i` tokens after key 0. It sees the keys j <= `offset + i` in the window.
+
+    Args:
+        q_BQHD: queries.
+        k_BKGD: keys; H is a multiple of G.
+        v_BKGD: values; their head size may differ from that of the keys.
+        rule: scale, window and softcap.
+        offset: position of query 0 relative to key 0, in tokens.
+        key_mask_BK: bool, False for keys that nobody sees (padding).
+        kernel: name of the kernel to use, None for the first that can run the call.
+
+    Returns:
+        The state over these keys; the empty state in rows that see none of them.
+
+    Raises:
+        UnsupportedCallError: no kernel, or not the requested one, can run the call.
     """
     Q, K = q_BQHD.shape[1], k_BKGD.shape[1]
     window = rule.window
-    # Keys that no row sees cost nothing: cut them off at both ends.
+    # Keys that no row sees are cut off at both ends.
     last = min(K, offset + Q)
     first = 0 if window is None else max(0, offset - window + 1)
     if first >= last:
@@ -59,10 +81,10 @@ def attend(
         key_mask_BK = None if key_mask_BK is None else key_mask_BK[:, first:last]
         offset, K = offset - first, last - first
     if window is not None and offset + Q <= window:
-        window = None  # even the last row reaches the first key
-    if (
-        key_mask_BK is None and offset >= 0
-    ):  # (a negative one leaves rows without keys, which is the mask's business)
+        # Even the last row reaches the first key.
+        window = None
+    # With a negative offset some rows have no keys, which takes a mask.
+    if key_mask_BK is None and offset >= 0:
         if window is None:
             if offset >= K - 1:
                 return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=False, kernel=kernel)
@@ -95,7 +117,7 @@ def attend(
     return _attend_masked(q_BQHD, k_BKGD, v_BKGD, rule, offset, window, key_mask_BK, kernel)
 
 
-def _call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **what: Any) -> Call:
+def _call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **mask: Any) -> Call:
     return Call(
         device=q_BQHD.device.type,
         dtype=q_BQHD.dtype,
@@ -105,7 +127,7 @@ def _call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **what: An
         kv_heads=k_BKGD.shape[2],
         head_size=q_BQHD.shape[3],
         softcap=rule.softcap,
-        **what,
+        **mask,
     )
 
 
@@ -126,8 +148,8 @@ def _run(
 ) -> State:
     B, Q, H, D = q_BQHD.shape
     G, v_size = k_BKGD.shape[2], v_BKGD.shape[3]
-    # On CPU a few rows against many keys read memory most of the time: rows of the heads that share a KV head are put
-    # together, so that its keys are read once.
+    # On a CPU, attention of few rows to many keys spends its time on reading keys. Heads that share
+    # a KV head become rows of one head, so that its keys are read once.
     packed = (
         1 < H // G
         and Q * (H // G) <= _PACKED_ROWS
@@ -137,7 +159,7 @@ def _run(
     )
     if packed:
         q_BQHD = q_BQHD.reshape(B, Q, G, H // G, D).transpose(2, 3).reshape(B, Q * (H // G), G, D)
-    # Kernels want one head size; where keys and values differ (MLA), zeros make up the rest and change nothing.
+    # Kernels take one head size. Where keys and values differ (MLA), zeros pad the shorter ones.
     size = max(D, v_size)
     q_BQHD, k_BKGD, v_BKGD = (_widen(t, size) for t in (q_BQHD, k_BKGD, v_BKGD))
     call = _call(
@@ -167,11 +189,11 @@ def _attend_masked(
     key_mask_BK: Tensor | None,
     kernel: str | None,
 ) -> State:
-    """The same with the mask written out, a few rows at a time, each over the keys that they can see."""
+    """Attention with an explicit mask, some rows at a time, over the keys that they can see."""
     Q, K = q_BQHD.shape[1], k_BKGD.shape[1]
     parts, device = [], q_BQHD.device
-    for row in range(0, Q, _WINDOW_ROWS):
-        stop = min(row + _WINDOW_ROWS, Q)
+    for row in range(0, Q, _MASK_ROWS):
+        stop = min(row + _MASK_ROWS, Q)
         first = 0 if window is None else max(0, offset + row - window + 1)
         last = min(K, offset + stop)
         if first >= last:

@@ -1,6 +1,7 @@
-"""Phase 1's attention over one forward, and phase 2's over a shard, from `attend` and `merge` alone.
+"""Attention of one forward of phase 1, and of phase 2 over a shard, made of `attend` and `merge`.
 
-Axes: B batch, Q queries, K keys, N blocks in a forward, H query heads, G KV heads, D head size.
+Axes: B batch, Q queries, K keys, A anchor tokens, T tail tokens, N blocks of a forward,
+H query heads, G KV heads, D head size.
 """
 
 from __future__ import annotations
@@ -26,16 +27,26 @@ def block_attention(
     anchor_size: int,
     rule: Rule,
 ) -> State:
-    """Each context token over its own block and the anchor (paper, section 2.1).
+    """Compute attention of context tokens over their blocks and the anchor (paper, section 2.1).
 
-    The Q tokens from position `start` are whole blocks, or a piece of the block that begins at `block_start`.
-    own: their `k_BQGD, v_BQGD`; earlier: those of the block's tokens before `start`; anchor: `k_BAGD, v_BAGD` of the first
-    `anchor_size` context tokens, None while they are in this very forward.
+    The Q tokens are whole blocks, or a piece of one block.
+
+    Args:
+        q_BQHD: queries of the tokens from position `start` on.
+        own: keys and values of these tokens, `k_BQGD, v_BQGD`.
+        anchor: keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are among the
+            Q of this forward, or if there are none.
+        earlier: keys and values of the block's tokens before `start`, None if there are none.
+        start: position of the first query, in tokens.
+        block_start: position of the first token of its block.
+        block_size: tokens of a block.
+        anchor_size: tokens of the anchor, at the beginning of the context.
+        rule: scale, window and softcap.
     """
     B, Q, H, _ = q_BQHD.shape
     k_BQGD, v_BQGD = own
     if Q > block_size:
-        # Blocks do not see each other: they are a batch of square causal calls.
+        # Blocks do not see each other: they make a batch of square causal calls.
         N = Q // block_size
         assert N * block_size == Q, "a forward holds whole blocks or a piece of one"
         q, k, v = (t.reshape(B * N, block_size, *t.shape[2:]) for t in (q_BQHD, k_BQGD, v_BQGD))
@@ -45,28 +56,32 @@ def block_attention(
         state = attend(q_BQHD, k_BQGD, v_BQGD, rule=rule, offset=0)
     if earlier is not None:
         state = merge([attend(q_BQHD, *earlier, rule=rule, offset=start - block_start), state])
-    # The first block is the anchor's own; every later one sees the anchor whole.
+    # The first block contains the anchor. Every later one sees the whole anchor.
     first = max(0, block_size - start) if block_start == 0 else 0
     if anchor_size == 0 or first >= Q:
         return state
     if anchor is None:
-        assert start == 0, "later forwards are given the anchor"
+        assert start == 0, "later forwards need the anchor"
         anchor = (k_BQGD[:, :anchor_size], v_BQGD[:, :anchor_size])
-    seen = attend(q_BQHD[:, first:], *anchor, rule=rule, offset=start + first)
-    return merge_last(state, seen, dtype=rule.dtype)
+    over_anchor = attend(q_BQHD[:, first:], *anchor, rule=rule, offset=start + first)
+    return merge_last(state, over_anchor, dtype=rule.dtype)
 
 
 def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]) -> State:
-    """All query rows over keys of one context (paper, section 2.2): `k_1KGD, v_1KGD`, which every batch row shares, or
-    `k_BKGD, v_BKGD`, where they were computed for each row.
+    """Compute attention of all query rows over keys of one context (paper, section 2.2).
 
-    offsets: for each batch row, the position of its first query after the shard's first key.
+    Args:
+        q_BQHD: queries.
+        shard: keys and values, `k_1KGD, v_1KGD` if all batch rows share them, `k_BKGD, v_BKGD` if
+            they were computed for each row.
+        rule: scale, window and softcap.
+        offsets: tokens from the shard's first key to the first query of each batch row.
     """
     B, Q, H, D = q_BQHD.shape
     batch, keys = shard[0].shape[:2]
     if rule.window is None and min(offsets) >= keys - 1:
-        # Everything is visible to everybody: rows of all batch entries that share keys are queries of one call that reads
-        # them once.
+        # Every row sees every key: batch rows that share keys become queries of one call, which
+        # reads the keys once.
         state = attend(q_BQHD.reshape(batch, B // batch * Q, H, D), *shard, rule=rule, offset=keys)
         return State(state.out_BQHD.reshape(B, Q, H, -1), state.lse_BQH.reshape(B, Q, H))
     rows = []
@@ -79,7 +94,15 @@ def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]
 def tail_attention(
     q_BQHD: Tensor, k_BTGD: Tensor, v_BTGD: Tensor, *, rule: Rule, padding: list[int]
 ) -> State:
-    """Query rows over the tail, whose last Q entries are their own keys; `padding[b]` first entries of row b are void."""
+    """Compute attention of query rows over the tail, whose last Q keys are their own.
+
+    Args:
+        q_BQHD: queries.
+        k_BTGD: keys of the tail.
+        v_BTGD: values of the tail.
+        rule: scale, window and softcap.
+        padding: first tail tokens of each batch row that are padding, which nobody sees.
+    """
     T, Q = k_BTGD.shape[1], q_BQHD.shape[1]
     visible_BT = None
     if any(padding):

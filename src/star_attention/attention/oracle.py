@@ -1,4 +1,4 @@
-"""The law, slow on purpose: one boolean mask defines the method, and this file is how every fast path is checked.
+"""The law of Star Attention as one boolean mask: slow, and what every fast path is compared with.
 
 Axes: B batch, Q queries, K keys, H query heads, G KV heads, D head size.
 """
@@ -20,9 +20,20 @@ def law_mask(
     anchor_size: int,
     window: int | None = None,
 ) -> Tensor:
-    """Which keys each query sees, `[Q, K]` bool:
+    """Return which keys each query sees, bool `[Q, K]`.
 
-    `j <= i and (window is None or i - j < window) and (i is no context token or block(i) == block(j) or j < anchor)`.
+    With i the position of the query and j that of the key:
+
+        j <= i and (window is None or i - j < window)
+        and (i >= context_tokens or block(i) == block(j) or j < anchor_size)
+
+    Args:
+        query_positions_Q: positions of the queries.
+        key_positions_K: positions of the keys.
+        context_tokens: tokens of the context; later ones are query or generated tokens.
+        block_size: tokens of a block.
+        anchor_size: tokens of the anchor.
+        window: sliding window of the layer in tokens, None for full attention.
     """
     i_Q1, j_1K = query_positions_Q[:, None], key_positions_K[None, :]
     same_block = (i_Q1 // block_size) == (j_1K // block_size)
@@ -42,9 +53,19 @@ def masked_attention(
     softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> State:
-    """Attention under an explicit mask, every score written out, in `dtype`; rows without keys give the empty state.
+    """Compute attention under an explicit mask, with every score in memory.
 
-    `keep_QK` may have a leading batch axis.
+    Args:
+        q_BQHD: queries.
+        k_BKGD: keys.
+        v_BKGD: values.
+        keep_QK: True where a query sees a key, `[Q, K]` or `[B, Q, K]`.
+        scale: factor of the scores.
+        softcap: softcap of the scores, None for none.
+        dtype: precision of every step.
+
+    Returns:
+        The state over the visible keys; the empty state in rows that see none.
     """
     groups = q_BQHD.shape[2] // k_BKGD.shape[2]
     k_BKHD = k_BKGD.repeat_interleave(groups, dim=2).to(dtype)

@@ -1,11 +1,12 @@
-"""Attention states: a result over some set of keys that can be merged with results over other keys, exactly.
+"""Attention states: results over some keys that merge exactly with results over other keys.
 
 Axes: B batch, Q query rows, H query heads, D head size.
 
-For one query row with scores s_j over a key set K, the state is `out = sum_j exp(s_j - lse) v_j` and
-`lse = log sum_j exp(s_j)`. States over disjoint sets merge into the state of the union (paper, section 2.2, Algorithm 2;
-its printed line 19 has a sign misplaced, the weights below are the right ones). `merge` is associative and commutative and an
-empty state (`out = 0`, `lse = -inf`) is its identity.
+For one query row with scores s_j over a set of keys, the state is `out = sum_j exp(s_j - lse) v_j`
+and `lse = log sum_j exp(s_j)`. States over disjoint sets merge into the state over their union
+(paper, section 2.2, Algorithm 2; its printed line 19 has a wrong sign, which the weights below
+correct). `merge` is associative and commutative, and the empty state (`out = 0`, `lse = -inf`) is
+its identity.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from star_attention.attention.kernels import triton_works
 
 
 class State(NamedTuple):
-    """`out_BQHD` in the working dtype or fp32, and `lse_BQH` in fp32, natural logarithm."""
+    """The result of attention over a set of keys.
+
+    Attributes:
+        out_BQHD: weighted mean of the values, in the working dtype or fp32.
+        lse_BQH: natural logarithm of the sum of exponentials of the scores, fp32.
+    """
 
     out_BQHD: Tensor
     lse_BQH: Tensor
@@ -29,16 +35,18 @@ class State(NamedTuple):
 def empty_state(
     batch: int, queries: int, heads: int, head_size: int, device: torch.device
 ) -> State:
-    """The state over no keys: `out = 0`, `lse = -inf`, both fp32."""
+    """Return the state over no keys: `out = 0`, `lse = -inf`, both fp32."""
     out_BQHD = torch.zeros(batch, queries, heads, head_size, dtype=torch.float32, device=device)
     lse_BQH = torch.full((batch, queries, heads), float("-inf"), dtype=torch.float32, device=device)
     return State(out_BQHD, lse_BQH)
 
 
 def merge(states: Sequence[State], *, dtype: torch.dtype | None = None) -> State:
-    """The state over the union of disjoint key sets; fp32 for two or more states, one state comes back as it is.
+    """Merge states over disjoint sets of keys into the state over their union.
 
-    dtype: to what the merged `out` may be rounded at the end, where nothing is merged to it any more.
+    Args:
+        states: one or more states of the same rows. A single one is returned as it is.
+        dtype: precision of the merged `out`, fp32 by default. Round in the last merge only.
     """
     assert states, "merge needs at least one state"
     merged = states[0]
@@ -48,7 +56,13 @@ def merge(states: Sequence[State], *, dtype: torch.dtype | None = None) -> State
 
 
 def merge_last(state: State, more: State, *, dtype: torch.dtype | None = None) -> State:
-    """The same for two states, of which the second may be of the last query rows only: the rows before see none of its keys."""
+    """Merge two states, of which the second may cover the last query rows only.
+
+    Args:
+        state: the state of all rows.
+        more: the state of the last rows, over other keys; the rows before see none of these.
+        dtype: precision of the merged `out`, fp32 by default.
+    """
     if triton_works(state.out_BQHD.device):
         from star_attention.attention.kernels import triton_merge
 
@@ -64,19 +78,23 @@ def merge_last(state: State, more: State, *, dtype: torch.dtype | None = None) -
 
 
 def _merge_two(a: State, b: State) -> State:
-    # The sigmoid form cannot overflow, whatever the gap between the lse (the textbook `lse + log(1 + exp(gap))` does above 88 in
-    # fp32).
+    # The sigmoid cannot overflow, whatever the gap between the lse. The textbook form,
+    # `lse + log(1 + exp(gap))`, does in fp32 for gaps above 88.
     gap_BQH = a.lse_BQH - b.lse_BQH
-    # Both empty: -inf - -inf is NaN, and any weight is right for two zero rows.
+    # If both are empty the gap is -inf + inf = NaN, and any weight is right for two zero rows.
     weight_BQH = torch.sigmoid(gap_BQH).nan_to_num(0.0)
     out_BQHD = torch.lerp(b.out_BQHD.float(), a.out_BQHD.float(), weight_BQH[..., None])
     return State(out_BQHD, torch.logaddexp(a.lse_BQH, b.lse_BQH))
 
 
 def add_sink(state: State, sink_H: Tensor) -> State:
-    """Let a learned sink (GPT-OSS) take its share: one more term `exp(sink)` in every denominator, with no value.
+    """Add a learned attention sink (GPT-OSS): a term of the denominator that has no value.
 
-    To be applied once, after the last merge.
+    Apply it once, after the last merge.
+
+    Args:
+        state: the merged state.
+        sink_H: the sink of each query head, as a score.
     """
     sink_H = sink_H.float()
     share_BQH = torch.sigmoid(state.lse_BQH - sink_H)

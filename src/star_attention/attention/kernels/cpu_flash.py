@@ -1,4 +1,4 @@
-"""torch's blocked CPU kernel, the one behind `scaled_dot_product_attention`, called where it also returns the lse."""
+"""torch's blocked CPU kernel of `scaled_dot_product_attention`, called directly to get the lse."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(call: Call) -> list[str]:
-    why = []
+    reasons = []
     if call.device != "cpu":
-        why.append(f"runs on cpu, not {call.device}")
+        reasons.append(f"runs on cpu, not {call.device}")
     if call.dtype not in _DTYPES:
-        why.append(f"takes float32, bfloat16 and float16, not {call.dtype}")
+        reasons.append(f"takes float32, bfloat16 and float16, not {call.dtype}")
     if call.softcap is not None:
-        why.append("has no softcap")
+        reasons.append("has no softcap")
     if call.window is not None:
-        why.append("takes windows as masks only")
+        reasons.append("takes windows as masks only")
     if call.causal and not call.square:
-        # Its causal mask is aligned upper-left; only the square one means the same in both alignments.
-        why.append("causal needs as many queries as keys")
-    return why
+        # Its causal mask is aligned top-left. Only a square one is the same in both alignments.
+        reasons.append("causal needs as many queries as keys")
+    return reasons
 
 
 def attend(
@@ -52,7 +52,7 @@ def attend(
     )
     out_BQHD, lse_BQH = out_BHQD.transpose(1, 2), lse_BHQ.transpose(1, 2).float()
     if mask_BQK is not None:
-        # This op reports lse 0 for a row without keys.
+        # The operation returns an lse of 0 for a row without keys.
         empty_BQ = ~mask_BQK.any(-1)
         lse_BQH = lse_BQH.masked_fill(empty_BQ[..., None], float("-inf"))
         out_BQHD = out_BQHD.masked_fill(empty_BQ[..., None, None], 0.0)

@@ -1,4 +1,4 @@
-"""torch's memory-efficient CUDA kernel: float32, and head sizes that the half-precision kernels do not take."""
+"""torch's memory-efficient CUDA kernel: float32, and head sizes beyond the other kernels'."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from star_attention.attention.state import State
 
 
 def unsupported(call: Call) -> list[str]:
-    why = []
+    reasons = []
     if call.device != "cuda":
-        why.append(f"runs on cuda, not {call.device}")
+        reasons.append(f"runs on cuda, not {call.device}")
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        why.append(f"takes float32, float16 and bfloat16, not {call.dtype}")
+        reasons.append(f"takes float32, float16 and bfloat16, not {call.dtype}")
     if call.masked:
-        why.append("is used without masks only")
+        reasons.append("is used without masks only")
     if call.softcap is not None:
-        why.append("has no softcap")
+        reasons.append("has no softcap")
     if call.window is not None:
-        why.append("takes no window")
+        reasons.append("takes no window")
     if call.causal and not call.square:
-        why.append("causal needs as many queries as keys")
+        reasons.append("causal needs as many queries as keys")
     if call.head_size % 8:
-        why.append(f"takes head sizes in steps of 8, not {call.head_size}")
-    return why
+        reasons.append(f"takes head sizes in steps of 8, not {call.head_size}")
+    return reasons
 
 
 def attend(
@@ -39,7 +39,7 @@ def attend(
 ) -> State:
     assert mask_BQK is None, "this kernel is used without a mask"
     groups = call.heads // call.kv_heads
-    # No native GQA: expanding copies nothing, the reshape below does when there are groups.
+    # The kernel has no grouped queries of its own: keys are repeated for each group.
     k_BKHD = k_BKGD if groups == 1 else k_BKGD.repeat_interleave(groups, dim=2)
     v_BKHD = v_BKGD if groups == 1 else v_BKGD.repeat_interleave(groups, dim=2)
     out_BHQD, lse_BHQ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -52,5 +52,5 @@ def attend(
         call.causal,
         scale=scale,
     )[:2]
-    # The lse comes padded to a multiple of 32 rows.
+    # The lse is padded to a multiple of 32 rows.
     return State(out_BHQD.transpose(1, 2), lse_BHQ[:, :, : call.queries].transpose(1, 2).float())

@@ -1,6 +1,6 @@
-"""FlashAttention as torch has it: half precision, bottom-right causal, native windows.
+"""torch's FlashAttention: half precision, causal masks aligned bottom-right, native windows.
 
-That is version 2, unless the user has activated version 3 or 4 in torch, which then take the place of the same operation.
+It is version 2, unless the user has activated version 3 or 4 in torch: they replace the operation.
 """
 
 from __future__ import annotations

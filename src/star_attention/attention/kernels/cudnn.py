@@ -1,4 +1,4 @@
-"""cuDNN's fused attention: the fastest on Hopper for the long square and rectangular calls of phase 1."""
+"""cuDNN's fused attention, the fastest on Hopper for the large calls of phase 1."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from star_attention.attention.kernels import Call, half_precision_cuda
 from star_attention.attention.state import State
 
 MIN_QUERIES = 256
-"""Below this FlashAttention-2 splits the keys over the device and is faster."""
+"""Fewest queries. Below, FlashAttention-2 splits the keys over the device and is faster."""
 
 
 def unsupported(call: Call) -> list[str]:
-    why = half_precision_cuda(call, head_size_limit=128)
+    reasons = half_precision_cuda(call, head_size_limit=128)
     if call.device != "cuda":
-        return why
+        return reasons
     if not (torch.cuda.is_available() and torch.backends.cudnn.is_available()):
-        why.append("cuDNN is not available")
+        reasons.append("cuDNN is not available")
     elif torch.cuda.get_device_capability()[0] < 9:
-        why.append("is measured on Hopper and later only")
+        reasons.append("is measured on Hopper and later only")
     if call.window is not None:
-        why.append("takes no window")
+        reasons.append("takes no window")
     if call.causal and not call.square:
-        why.append("causal needs as many queries as keys")
+        reasons.append("causal needs as many queries as keys")
     if call.queries < MIN_QUERIES or call.keys < 2:
-        why.append(f"is for {MIN_QUERIES} queries or more")
-    return why
+        reasons.append(f"is for {MIN_QUERIES} queries or more")
+    return reasons
 
 
 def attend(

@@ -1,6 +1,9 @@
-"""Plain matrix products on any device and dtype, with softcap and explicit masks; fp32 inside, working memory bounded.
+"""Attention by plain matrix products, on any device, in any dtype, with softcap and explicit masks.
 
-Axes: B batch, Q queries, K keys, H query heads, G KV heads, R query heads a KV head, D head size.
+It computes in fp32, in pieces that bound the working memory.
+
+Axes: B batch, Q queries, K keys, H query heads, G KV heads, R query heads of a KV head, M rows
+(R x Q), D head size.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ from star_attention.attention.kernels import Call
 from star_attention.attention.state import State, merge
 
 MAX_SCORES = 2**24
-"""Scores held at once (64 MiB in fp32)."""
+"""Scores in memory at once (64 MiB in fp32)."""
 MAX_KEYS = 2**15
-"""Keys upcast to fp32 at once."""
+"""Keys converted to fp32 at once."""
 
 
 def unsupported(call: Call) -> list[str]:
@@ -37,11 +40,11 @@ def attend(
     parts = []
     for row in range(0, queries, rows):
         stop = min(row + rows, queries)
-        # Bottom-right: the last row of the chunk sees this many keys, and the first must see at least one.
-        seen = min(keys, keys - queries + stop) if call.causal else keys
+        # Keys that the last of these rows sees.
+        visible = min(keys, keys - queries + stop) if call.causal else keys
         states = []
-        for key in range(0, seen, MAX_KEYS):
-            key_stop = min(key + MAX_KEYS, seen)
+        for key in range(0, visible, MAX_KEYS):
+            key_stop = min(key + MAX_KEYS, visible)
             mask = None if mask_BQK is None else mask_BQK[:, row:stop, key:key_stop]
             if call.causal:
                 limit_Q = torch.arange(row, stop, device=q_BQHD.device) + (keys - queries)
@@ -74,7 +77,7 @@ def _attend(
 ) -> State:
     B, Q, H, D = q_BQHD.shape
     G = k_BKGD.shape[2]
-    # Query heads of one KV head become rows, so that keys are read once and never repeated in memory.
+    # Query heads of one KV head become rows: keys are read once and not repeated in memory.
     q_BGMD = (
         q_BQHD.reshape(B, Q, G, H // G, D)
         .permute(0, 2, 3, 1, 4)
@@ -90,7 +93,7 @@ def _attend(
         scores_BGRQK = scores_BGMK.view(B, G, H // G, Q, -1)
         scores_BGRQK.masked_fill_(~mask_BQK[:, None, None], float("-inf"))
     lse_BGM = torch.logsumexp(scores_BGMK, dim=-1)
-    # A row without keys has lse -inf: subtracting 0 instead leaves exp(-inf) = 0 in the whole row.
+    # A row without keys has lse -inf. Subtracting 0 instead leaves exp(-inf) = 0 in the whole row.
     weights_BGMK = scores_BGMK.sub_(lse_BGM.nan_to_num(neginf=0.0)[..., None]).exp_()
     out_BGMD = torch.matmul(weights_BGMK, v_BGKD)
     out_BQHD = out_BGMD.view(B, G, H // G, Q, -1).permute(0, 3, 1, 2, 4).reshape(B, Q, H, -1)

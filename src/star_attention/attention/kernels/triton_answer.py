@@ -1,12 +1,15 @@
-"""Phase 2's attention with lengths and addresses read on the device; ours, in Triton.
+"""Phase 2's attention in Triton, with addresses and lengths of the keys read on the device.
 
-torch's kernels take both from the host, so that a CUDA graph around them serves one context at one step. Here a `table`
-says where each layer's keys and values lie and `lengths` how many there are: one graph serves every context and every step.
+torch's kernels take both from the host, so a CUDA graph of them serves one context at one step.
+Here `table` holds the addresses of each layer's keys and values, and `lengths` their numbers of
+tokens: one graph serves every context and every step.
 
-Keys are cut into runs (flash decoding, Dao et al. 2023): `splits` over the context, which all rows share and whose keys are
-read once for all of them, and `TAIL_SPLITS` over each row's tail. A second kernel merges the runs.
+Keys are cut into runs (flash decoding, Dao et al. 2023): `splits` over the context, which all rows
+share and whose keys are read once for all of them, and `TAIL_SPLITS` over each row's tail. A second
+kernel merges the runs.
 
-Axes: R batch rows, Q new tokens of each, H query heads, G KV heads, M query rows of one KV head, D head size, N keys at once.
+Axes: R batch rows, Q new tokens of each, H query heads, G KV heads, M query rows of one KV head,
+D head size, N keys of one step, S runs.
 """
 
 from __future__ import annotations
@@ -21,14 +24,16 @@ from torch import Tensor
 from star_attention.attention.state import State
 
 TAIL_SPLITS = 4
+"""Runs over each row's tail."""
 SPLITS = 32
+"""Runs over the context."""
 _BLOCK_N = 64
 
 COLUMNS = 6
-"""Of the table: addresses of the context's keys and values, `[G, tokens, D]`, of the tail's, `[R, G, capacity, D]`, and of the fp32
-scales of a context in fp8, `[G, tokens]`."""
+"""Columns of the table, addresses: the context's keys and values, `[G, tokens, D]`, the tail's,
+`[R, G, capacity, D]`, and the fp32 scales of keys and values of a context in fp8, `[G, tokens]`."""
 LENGTHS = 3
-"""Tokens of the context, tokens of the tail before the new ones, and how many the tail has room for."""
+"""Lengths, in tokens: the context, the tail before the new tokens, and the tail's capacity."""
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -40,43 +45,51 @@ def _append(
     layer, queries,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    kind: tl.constexpr = k_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     at = tl.program_id(0)
     q = at % queries
     g = at // queries % KV_HEADS
     r = at // queries // KV_HEADS
     d = tl.arange(0, BLOCK_D)
-    there = d < D
+    d_mask = d < D
     slot = tl.load(lengths_ptr + 1) + q
-    to = ((r * KV_HEADS + g) * tl.load(lengths_ptr + 2) + slot) * D + d
-    k_D = tl.load(k_ptr + r * k_r + g * k_g + q * k_q + d, mask=there)
-    v_D = tl.load(v_ptr + r * v_r + g * v_g + q * v_q + d, mask=there)
+    target = ((r * KV_HEADS + g) * tl.load(lengths_ptr + 2) + slot) * D + d
+    k_D = tl.load(k_ptr + r * k_r + g * k_g + q * k_q + d, mask=d_mask)
+    v_D = tl.load(v_ptr + r * v_r + g * v_g + q * v_q + d, mask=d_mask)
     tl.store(
-        tl.load(table_ptr + layer * COLUMNS + 2).to(tl.pointer_type(kind)) + to, k_D, mask=there
+        tl.load(table_ptr + layer * COLUMNS + 2).to(tl.pointer_type(DTYPE)) + target,
+        k_D,
+        mask=d_mask,
     )
     tl.store(
-        tl.load(table_ptr + layer * COLUMNS + 3).to(tl.pointer_type(kind)) + to, v_D, mask=there
+        tl.load(table_ptr + layer * COLUMNS + 3).to(tl.pointer_type(DTYPE)) + target,
+        v_D,
+        mask=d_mask,
     )
 
 
+# One long function: Triton compiles it as a whole, and helpers would have to pass every value that
+# they share.
 @triton.jit
 def _runs(
     q_ptr, table_ptr, lengths_ptr, padding_ptr, out_ptr, lse_ptr,
     layer, scale, softcap, window,
     rows, queries, tiles, tail_tiles, splits,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, FP8: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    kind: tl.constexpr = q_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     g = tl.program_id(0)
     part = tl.program_id(1)
     tokens = tl.load(lengths_ptr)
     before = tl.load(lengths_ptr + 1)
     capacity = tl.load(lengths_ptr + 2)
 
-    # Which run this is. Programs of the context come first: all rows together; then those of each row's tail.
+    # The run of this program. Programs of the context come first, for all rows together, then those
+    # of each row's tail.
     of_tail = part >= splits * tiles
     after = part - splits * tiles
     pieces = tl.where(of_tail, TAIL_SPLITS, splits)
@@ -84,19 +97,20 @@ def _runs(
     tile = tl.where(of_tail, after // TAIL_SPLITS % tail_tiles, part // splits)
     tail_row = tl.where(of_tail, after // TAIL_SPLITS // tail_tiles, 0)
 
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # (row, query, head of the group)
+    # Query rows are ordered by batch row, query and head of the group.
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tail_row + m // (queries * GROUP)
     query = m // GROUP % queries
-    held = m < tl.where(of_tail, 1, rows) * queries * GROUP
+    row_mask = m < tl.where(of_tail, 1, rows) * queries * GROUP
     at_M = ((row * queries + query) * HEADS + g * GROUP + m % GROUP).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    there = d < D
+    d_mask = d < D
     q_MD = tl.load(
-        q_ptr + at_M[:, None] * D + d[None, :], mask=held[:, None] & there[None, :], other=0.0
+        q_ptr + at_M[:, None] * D + d[None, :], mask=row_mask[:, None] & d_mask[None, :], other=0.0
     )
 
-    # The keys that each row sees: from `first` on, before `last`.
-    padding = tl.load(padding_ptr + row, mask=held, other=0)
+    # Each row sees the keys from `first` to before `last`.
+    padding = tl.load(padding_ptr + row, mask=row_mask, other=0)
     last = tl.where(of_tail, (before + query + 1).to(tl.int32), tokens.to(tl.int32))
     first = tl.where(of_tail, padding, 0)
     if WINDOW:
@@ -105,12 +119,12 @@ def _runs(
     length = tl.where(of_tail, before + queries, tokens)
     base = tl.where(of_tail, (tail_row * KV_HEADS + g) * capacity, g * tokens) * D
     column = layer * COLUMNS + tl.where(of_tail, 2, 0)
-    # (What is read on the device says nothing of its alignment by itself, and unaligned loads are slow.)
+    # Addresses read on the device do not imply an alignment, and unaligned loads are slow.
     base = tl.multiple_of(base, 16)
     k_at = tl.multiple_of(tl.load(table_ptr + column), 16)
     v_at = tl.multiple_of(tl.load(table_ptr + column + 1), 16)
-    k_ptr = tl.multiple_of(k_at.to(tl.pointer_type(kind)) + base, 16)
-    v_ptr = tl.multiple_of(v_at.to(tl.pointer_type(kind)) + base, 16)
+    k_ptr = tl.multiple_of(k_at.to(tl.pointer_type(DTYPE)) + base, 16)
+    v_ptr = tl.multiple_of(v_at.to(tl.pointer_type(DTYPE)) + base, 16)
 
     if FP8:
         k8_ptr = tl.multiple_of(k_at.to(tl.pointer_type(tl.float8e4nv)) + base, 16)
@@ -127,7 +141,7 @@ def _runs(
     start = number * each
     stop = tl.minimum(start + each, length)
     if WINDOW:
-        lowest = tl.min(tl.where(held, first, 2147483647))
+        lowest = tl.min(tl.where(row_mask, first, 2147483647))
         start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
 
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -135,47 +149,53 @@ def _runs(
     out_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for at in tl.range(start, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
-        inside = (n < stop)[:, None] & there[None, :]
+        kv_mask = (n < stop)[:, None] & d_mask[None, :]
         place_ND = n.to(tl.int64)[:, None] * D + d[None, :]
-        if FP8:  # (one of two loads has nothing to do then: the tail is in the queries' precision)
-            stored = n < tl.where(of_tail, 0, stop)
-            near = (n < tl.where(of_tail, stop, 0))[:, None] & there[None, :]
-            far = stored[:, None] & there[None, :]
-        k_ND = tl.load(k_ptr + place_ND, mask=near if FP8 else inside, other=0.0)
+        # The tail is in the queries' precision: one of the two loads is masked out.
         if FP8:
-            k_ND = tl.where(of_tail, k_ND, tl.load(k8_ptr + place_ND, mask=far).to(kind))
+            stored = n < tl.where(of_tail, 0, stop)
+            near = (n < tl.where(of_tail, stop, 0))[:, None] & d_mask[None, :]
+            far = stored[:, None] & d_mask[None, :]
+        k_ND = tl.load(k_ptr + place_ND, mask=near if FP8 else kv_mask, other=0.0)
+        if FP8:
+            k_ND = tl.where(of_tail, k_ND, tl.load(k8_ptr + place_ND, mask=far).to(DTYPE))
         scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION) * scale
         if FP8:
             scores_MN = scores_MN * tl.load(k_scale_ptr + n, mask=stored, other=1.0)[None, :]
         if SOFTCAP:
             scores_MN = softcap * (2.0 * tl.sigmoid(2.0 * scores_MN / softcap) - 1.0)
-        seen = (n < stop)[None, :] & (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
-        scores_MN = tl.where(seen, scores_MN * _LOG2_E, float("-inf"))
+        visible = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
+        visible = visible & (n < stop)[None, :]
+        scores_MN = tl.where(visible, scores_MN * _LOG2_E, float("-inf"))
         new_M = tl.maximum(top_M, tl.max(scores_MN, 1))
         safe_M = tl.where(new_M == float("-inf"), 0.0, new_M)
         shrink_M = tl.exp2(top_M - safe_M)
         weight_MN = tl.exp2(scores_MN - safe_M[:, None])
-        v_ND = tl.load(v_ptr + place_ND, mask=near if FP8 else inside, other=0.0)
+        v_ND = tl.load(v_ptr + place_ND, mask=near if FP8 else kv_mask, other=0.0)
         if FP8:
             v8_ND = tl.load(v8_ptr + place_ND, mask=far).to(tl.float32)
             v_scale_N = tl.load(v_scale_ptr + n, mask=stored, other=0.0)
-            v_ND = tl.where(of_tail, v_ND, tl.where(far, v8_ND * v_scale_N[:, None], 0.0).to(kind))
+            v_ND = tl.where(of_tail, v_ND, tl.where(far, v8_ND * v_scale_N[:, None], 0.0).to(DTYPE))
         out_MD = tl.dot(
-            weight_MN.to(kind), v_ND, acc=out_MD * shrink_M[:, None], input_precision=PRECISION
+            weight_MN.to(DTYPE), v_ND, acc=out_MD * shrink_M[:, None], input_precision=PRECISION
         )
         sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
         top_M = new_M
 
     run = tl.where(of_tail, splits + number, number)
     place_M = at_M * (splits + TAIL_SPLITS) + run
-    some_M = sum_M > 0.0
-    sum_M = tl.where(some_M, sum_M, 1.0)
+    has_keys_M = sum_M > 0.0
+    sum_M = tl.where(has_keys_M, sum_M, 1.0)
     tl.store(
         out_ptr + place_M[:, None] * D + d[None, :],
         out_MD / sum_M[:, None],
-        mask=held[:, None] & there[None, :],
+        mask=row_mask[:, None] & d_mask[None, :],
     )
-    tl.store(lse_ptr + place_M, tl.where(some_M, top_M + tl.log2(sum_M), float("-inf")), mask=held)
+    tl.store(
+        lse_ptr + place_M,
+        tl.where(has_keys_M, top_M + tl.log2(sum_M), float("-inf")),
+        mask=row_mask,
+    )
 
 
 @triton.jit
@@ -186,25 +206,38 @@ def _merged(
     at = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
-    there = d < D
+    d_mask = d < D
     lse_S = tl.load(lse_ptr + at * runs + s, mask=s < runs, other=float("-inf"))
-    top = tl.max(lse_S)  # (a query sees at least itself)
+    # A query sees at least itself, so the maximum is finite.
+    top = tl.max(lse_S)
     weight_S = tl.exp2(lse_S - top)
     weights = tl.sum(weight_S)
-    inside = (s < runs)[:, None] & there[None, :]
-    out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=inside, other=0.0)
-    tl.store(result_ptr + at * D + d, tl.sum(out_SD * weight_S[:, None], 0) / weights, mask=there)
+    run_mask = (s < runs)[:, None] & d_mask[None, :]
+    out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=run_mask, other=0.0)
+    tl.store(result_ptr + at * D + d, tl.sum(out_SD * weight_S[:, None], 0) / weights, mask=d_mask)
     tl.store(result_lse_ptr + at, (top + tl.log2(weights)) / _LOG2_E)
 
 
 def addresses(layers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The table, on the CPU, of what each layer holds, in the order of its columns; zeros for what there is none of."""
-    rows = [[tensor.data_ptr() for tensor in held] for held in layers]
+    """Return the table, on the CPU, with zeros for missing tensors.
+
+    Args:
+        layers: tensors of each layer, in the order of the table's columns.
+    """
+    rows = [[tensor.data_ptr() for tensor in tensors] for tensors in layers]
     return torch.tensor([row + [0] * (COLUMNS - len(row)) for row in rows])
 
 
 def append(k_RGQD: Tensor, v_RGQD: Tensor, *, table: Tensor, lengths: Tensor, layer: int) -> None:
-    """Write new keys and values behind each row's tail, which has room for them."""
+    """Write new keys and values after each row's tail, which has room for them.
+
+    Args:
+        k_RGQD: keys.
+        v_RGQD: values.
+        table: addresses, int64 `[layers, COLUMNS]`.
+        lengths: int64 `[LENGTHS]`.
+        layer: row of the table.
+    """
     R, G, Q, D = k_RGQD.shape
     k_RGQD, v_RGQD = (t if t.stride(3) == 1 else t.contiguous() for t in (k_RGQD, v_RGQD))
     _append[(R * G * Q,)](
@@ -229,11 +262,24 @@ def attend(
     fp8: bool = False,
     splits: int | None = None,
 ) -> State:
-    """Attention of Q new tokens a row over the context and the row's tail, themselves included (`append` comes first).
+    """Compute attention of new tokens over the context and their row's tail, themselves included.
 
-    table: int64 `[layers, COLUMNS]`; lengths: int64 `[LENGTHS]`. fp8: the context is in e4m3 with scales; else it is in the
-    queries' precision, as the tail always is. padding_R: int32, void entries at the head of each row's tail; the result of a
-    query among them means nothing. dtype: of the result.
+    Call `append` first. Results of queries that are padding are meaningless.
+
+    Args:
+        q_RQHD: queries.
+        kv_heads: heads of keys and values.
+        table: addresses, int64 `[layers, COLUMNS]`.
+        lengths: int64 `[LENGTHS]`.
+        padding_R: tokens of padding at the beginning of each row's tail, int32.
+        layer: row of the table.
+        scale: factor of the scores.
+        window: sliding window in tokens, None for full attention.
+        softcap: softcap of the scores, None for none.
+        dtype: precision of the result.
+        fp8: True if the context is in e4m3 with scales, False if it is in the queries' precision,
+            as the tail always is.
+        splits: runs over the context, `SPLITS` by default.
     """
     R, Q, H, D = q_RQHD.shape
     q_RQHD = q_RQHD.contiguous()
@@ -241,7 +287,8 @@ def attend(
     block_m = min(64, max(16, triton.next_power_of_2(R * row)))
     tiles, tail_tiles = triton.cdiv(R * row, block_m), triton.cdiv(row, block_m)
     splits = splits or SPLITS
-    if tiles > 1:  # programs enough without: each more makes partial results to merge
+    # Several tiles make programs enough, and every run more is a partial result to merge.
+    if tiles > 1:
         splits = max(min(4, splits), splits // tiles)
     runs = splits + TAIL_SPLITS
     block_d = max(16, triton.next_power_of_2(D))
@@ -262,6 +309,7 @@ def attend(
     out_RQHD = torch.empty(R, Q, H, D, dtype=dtype, device=q_RQHD.device)
     lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=q_RQHD.device)
     _merged[(R * Q * H,)](
-        out, lse, out_RQHD, lse_RQH, runs, D=D, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(runs), num_warps=4
+        out, lse, out_RQHD, lse_RQH, runs,
+        D=D, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(runs), num_warps=4,
     )  # fmt: skip
     return State(out_RQHD, lse_RQH)

@@ -1,4 +1,4 @@
-"""Two attention states merged in one pass over memory; ours, in Triton.
+"""Merging of two attention states in one pass over memory, in Triton.
 
 Axes: B batch, Q query rows, H query heads, D head size.
 """
@@ -27,7 +27,7 @@ def _merge(
     q = at // HEADS % queries
     b = at // HEADS // queries
     d = tl.arange(0, BLOCK_D)
-    there = inside[:, None] & (d < D)[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
     later = inside & (q >= first)
     a_lse = tl.load(a_lse_ptr + b * al_b + q * al_q + h * al_h, mask=inside, other=float("-inf"))
     b_lse = tl.load(
@@ -38,20 +38,22 @@ def _merge(
     a_weight = tl.exp(a_lse - safe)
     b_weight = tl.exp(b_lse - safe)
     weights = a_weight + b_weight
-    some = tl.where(weights > 0.0, weights, 1.0)
-    a = tl.load(
-        a_ptr + (b * a_b + q * a_q + h * a_h)[:, None] + d[None, :], mask=there, other=0.0
+    divisor = tl.where(weights > 0.0, weights, 1.0)
+    a_out = tl.load(
+        a_ptr + (b * a_b + q * a_q + h * a_h)[:, None] + d[None, :], mask=mask, other=0.0
     ).to(tl.float32)
-    b_mask = there & later[:, None]
-    other = tl.load(
+    b_mask = mask & later[:, None]
+    b_out = tl.load(
         b_ptr + (b * b_b + (q - first) * b_q + h * b_h)[:, None] + d[None, :],
         mask=b_mask,
         other=0.0,
     ).to(tl.float32)
-    out = a * (a_weight / some)[:, None] + other * (b_weight / some)[:, None]
-    tl.store(out_ptr + at[:, None] * D + d[None, :], out, mask=there)
+    out = a_out * (a_weight / divisor)[:, None] + b_out * (b_weight / divisor)[:, None]
+    tl.store(out_ptr + at[:, None] * D + d[None, :], out, mask=mask)
     tl.store(
-        lse_ptr + at, safe + tl.log(some) + tl.where(weights > 0.0, 0.0, float("-inf")), mask=inside
+        lse_ptr + at,
+        safe + tl.log(divisor) + tl.where(weights > 0.0, 0.0, float("-inf")),
+        mask=inside,
     )
 
 
@@ -63,7 +65,18 @@ def merge(
     *,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The state over both key sets, `out` in `dtype`; the second one may be of the last rows only."""
+    """Merge two states over disjoint sets of keys.
+
+    Args:
+        a_out_BQHD: output of the first state.
+        a_lse_BQH: its lse.
+        b_out_BQHD: output of the second state, which may cover the last query rows only.
+        b_lse_BQH: its lse.
+        dtype: precision of the merged output.
+
+    Returns:
+        Output and lse over the union of the keys.
+    """
     B, Q, H, D = a_out_BQHD.shape
     assert a_out_BQHD.stride(3) == b_out_BQHD.stride(3) == 1
     out_BQHD = torch.empty(B, Q, H, D, dtype=dtype, device=a_out_BQHD.device)
@@ -71,7 +84,8 @@ def merge(
     total = B * Q * H
     _merge[(triton.cdiv(total, _ROWS),)](
         a_out_BQHD, a_lse_BQH, b_out_BQHD, b_lse_BQH, out_BQHD, lse_BQH,
-        *a_out_BQHD.stride()[:3], *a_lse_BQH.stride(), *b_out_BQHD.stride()[:3], *b_lse_BQH.stride(),
+        *a_out_BQHD.stride()[:3], *a_lse_BQH.stride(),
+        *b_out_BQHD.stride()[:3], *b_lse_BQH.stride(),
         total, Q, Q - b_out_BQHD.shape[1],
         HEADS=H, D=D, BLOCK_D=triton.next_power_of_2(D), ROWS=_ROWS,
         num_warps=4,

@@ -96,7 +96,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that, once compiled, multiplies a single row by `linear`; else it is torch's."""
+    """A linear layer that, where it is compiled, multiplies a single row by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and input.numel() == input.shape[-1]:
@@ -105,7 +105,7 @@ class RowLinear(nn.Linear):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """True if a module may become a `RowLinear`: a linear layer of plain, not quantized, weights."""
+    """True if a module may become a `RowLinear`: a linear layer whose weights are not quantized."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter

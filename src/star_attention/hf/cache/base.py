@@ -1,8 +1,8 @@
 """The transformers cache that every forward of ours goes through: layers that store and attend.
 
-transformers calls `update` on a cache layer and then the attention function, as a rule with the very
-tensors that `update` returned. So a cache here can tell which of its layers an attention call belongs
-to, and lets that layer compute the attention.
+transformers calls `update` on a cache layer and then the attention function, as a rule with the
+very tensors that `update` returned. So a cache here can tell which of its layers an attention call
+belongs to, and lets that layer compute the attention.
 
 Subclasses: `encode` (phase 1), `decode` (phase 2), `ring` and `window` (other methods' phase 1),
 `probe` (a look at a model's layers), `hf.execution.graphs` (phase 2 inside CUDA graphs).
@@ -51,13 +51,13 @@ L = TypeVar("L", bound="StarLayer[Any]")
 
 
 class StarLayer(CacheLayerMixin, Generic[P]):
-    """One cache layer: `append` stores new keys and values, `attend` computes attention over them.
+    """One cache layer: `append` stores keys and values, `attend` computes attention.
 
     Args:
-        index: Index of the layer in its cache.
-        window: Sliding window of the layer in tokens, None for full attention.
-        position: Where the forward stands, shared with the other layers.
-        stores: The layer's keys and values, one store for each context of a batch.
+        index: index of the layer in its cache.
+        window: sliding window of the layer in tokens, None for full attention.
+        position: where the forward stands, shared with the other layers.
+        stores: the layer's keys and values, one store for each context of a batch.
     """
 
     is_compileable = False
@@ -81,7 +81,14 @@ class StarLayer(CacheLayerMixin, Generic[P]):
         raise NotImplementedError
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        """Attention of the forward's queries; the keys are those that `append` returned, or their expansion."""
+        """Compute attention of the forward's queries.
+
+        Args:
+            q_BQHD: queries.
+            k_BKGD: keys that `append` returned, or their expansion (MLA).
+            v_BKGD: values, likewise.
+            rule: scale, window and softcap.
+        """
         raise NotImplementedError
 
     @property
@@ -89,7 +96,7 @@ class StarLayer(CacheLayerMixin, Generic[P]):
         return self.stores[0]
 
     def set_expands(self, expands: bool) -> None:
-        """Record whether this layer's attention computes keys and values from the stored ones (MLA)."""
+        """Record whether attention computes keys and values from the stored ones (MLA)."""
         for store in self.stores:
             store.expands = expands
 
@@ -131,7 +138,14 @@ def build_layers(
     position: P,
     stores: list[ContextKV],
 ) -> list[L]:
-    """A cache's layers, one for each window, over `stores`, one for each context of a batch."""
+    """Make a cache's layers.
+
+    Args:
+        kind: class of the layers.
+        windows: sliding window of each layer in tokens, None for full attention.
+        position: where the forward stands, shared by all layers.
+        stores: keys and values, one store for each context of a batch.
+    """
     return [
         kind(index, window, position, [store.layers[index] for store in stores])
         for index, window in enumerate(windows)
@@ -157,7 +171,7 @@ class StarCache(Cache):
         """Index of the layer that runs, where layers are compiled whole."""
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
-        """Run before each forward of the whole model; `logits_to_keep` as in `ModelHandle.logits`."""
+        """Run before each forward of the whole model; arguments as in `ModelHandle.logits`."""
 
     @property
     def seen_tokens(self) -> int:
@@ -165,7 +179,15 @@ class StarCache(Cache):
         return self.position.seen_tokens
 
     def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
-        """Attention of one layer; `key` and `value` are `[B, G, K, D]` as the model passes them."""
+        """Compute the attention of one layer.
+
+        Args:
+            module: the attention module, None in compiled layers.
+            q_BQHD: queries.
+            key: keys, `[B, G, K, D]`, as the model passes them.
+            value: values, likewise.
+            rule: scale, window and softcap; the window of the layer is added to it.
+        """
         layer = self._find_layer(module, key, value)
         self.calls += 1
         self.comm.tick()

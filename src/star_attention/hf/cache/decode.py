@@ -29,11 +29,11 @@ from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Tail, Visibl
 class AnswerPosition(ForwardPosition):
     """The end of a context and its tail, and what the layers need to know of the request.
 
-    Args:
-        context_tokens: Tokens of the whole context.
-        padding: Left padding of each query, in tokens.
-        visible: What queries see of the context, None for all of it.
-        tail: The first layer's tail, for its length.
+    Attributes:
+        context_tokens: tokens of the whole context.
+        padding: left padding of each query, in tokens.
+        visible: the part of the context that queries see, None for all of it.
+        tail: the first layer's tail, for its length.
     """
 
     context_tokens: int
@@ -47,7 +47,7 @@ class AnswerPosition(ForwardPosition):
         return self.context_tokens + self.tail.length
 
     def row_padding(self, rows: int) -> list[int]:
-        """Padding of each batch row. Beams and several answers repeat a query in consecutive rows."""
+        """Return the padding of each batch row: beams and several answers repeat a query's row."""
         repeats = rows // len(self.padding)
         return [pad for pad in self.padding for _ in range(repeats)]
 
@@ -73,7 +73,7 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         return torch.cat([k_BGLD, k_BGTD], 2), torch.cat([v_BGLD, v_BGTD], 2)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        """Attention over this rank's shard, on the last rank over the tail too; merged over all ranks."""
+        """Attend to this rank's shard, on the last rank also to the tail; merge over all ranks."""
         B, Q, H, _ = q_BQHD.shape
         comm, padding = self.position.comm, self.position.row_padding(B)
         shard_tokens = self.shard.tokens
@@ -97,7 +97,7 @@ class AnswerLayer(StarLayer[AnswerPosition]):
     def _attend_to_shard(
         self, q_BQHD: Tensor, shard: KV, rule: Rule, padding: list[int]
     ) -> list[State]:
-        """One state for each segment of the shard."""
+        """Return a state for each segment of the shard."""
         first_query = self.position.context_tokens + self.tail.length - q_BQHD.shape[1]
         visible = self.position.visible
         states, at = [], 0
@@ -116,14 +116,13 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         return states
 
     def _limited(self, rule: Rule) -> Rule:
-        """The rule for keys of which only the most recent ones are visible."""
+        """Limit a rule to the most recent keys, where only these are visible."""
         visible = self.position.visible
         if visible is None:
             return rule
         return replace(rule, window=min(visible.recent, rule.window or visible.recent))
 
-    # Beam search, several answers and assisted decoding change rows: only the tail differs between
-    # them.
+    # Beam search, several answers and assisted decoding change rows, which differ only in the tail.
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.tail.select(beam_idx)
@@ -151,11 +150,11 @@ class AnswerCache(StarCache):
     """The cache of phase 2: a frozen shard that every batch row shares, and a tail for each row.
 
     Args:
-        shard: This rank's keys and values of the context.
-        windows: Sliding window of each layer in tokens, None for full attention.
-        context_tokens: Tokens of the whole context.
-        padding: Left padding of each query of the batch, in tokens.
-        comm: Merges the attention of all ranks.
+        shard: this rank's keys and values of the context.
+        windows: sliding window of each layer in tokens, None for full attention.
+        context_tokens: tokens of the whole context.
+        padding: left padding of each query of the batch, in tokens.
+        comm: merges the attention of all ranks.
     """
 
     layers: list[AnswerLayer]
@@ -189,5 +188,5 @@ class AnswerCache(StarCache):
         return self.layers[0].shard.kv_format
 
     def row_padding(self, rows: int) -> list[int]:
-        """Padding of each of `rows` batch rows, in tokens."""
+        """Return the padding of each of `rows` batch rows, in tokens."""
         return self.position.row_padding(rows)

@@ -1,6 +1,6 @@
-"""The cache of phase 1: encodes contexts one span a forward, each block over itself and the anchor.
+"""The cache of phase 1: one span a forward, each block attends to itself and the anchor.
 
-Axes: B contexts of a batch, G KV heads, S new tokens, K keys, Q queries, H query heads, D head size.
+Axes: B contexts, G KV heads, S new tokens, K keys, Q queries, H query heads, D head size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from star_attention.storage.kv import ContextKV, LayerKV
 
 
 class AnchorLink:
-    """The way of the anchor's keys and values from rank 0 to ranks whose shard does not hold them."""
+    """Takes the anchor's keys and values from rank 0 to the ranks whose shard lacks them."""
 
     def send(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
         """Pass on the anchor's part of the keys and values that a layer has just stored."""
@@ -50,7 +50,7 @@ class SpanPosition(ForwardPosition):
 
 @dataclass(kw_only=True)
 class EncodePosition(SpanPosition):
-    """The same with the anchor: where it is stored if not with the context, and how it gets there."""
+    """The span, and the anchor: where it is stored if not with the context, how it gets there."""
 
     anchors: list[ContextKV] | None
     link: AnchorLink
@@ -135,11 +135,11 @@ class EncodeLayer(StarLayer[EncodePosition]):
         )
 
     def _stores_of(self, token: int) -> list[LayerKV]:
-        """The stores that hold a token: the context's, or the anchor's own."""
+        """Return the stores that hold a token: the context's, or the anchor's own."""
         return self.stores if self.stores[0].holds(token) else self.anchors
 
     def _earlier(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the block's tokens before this forward."""
+        """Return keys and values of the block's tokens before this forward."""
         span = self.position.span
         stores = self._stores_of(span.block_start)
         return _batch(store.slice(span.block_start, span.start) for store in stores)
@@ -153,12 +153,12 @@ class EncodeCache(SpanCache):
     """The cache of phase 1: each forward is one `span` of the plan.
 
     Args:
-        plan: Blocks, spans and anchor of the contexts, which all have the same length.
-        stores: This rank's keys and values, one for each context of the batch.
-        windows: Sliding window of each layer in tokens, None for full attention.
-        comm: Ticked with each layer's attention.
-        anchors: Stores of the anchor, where the shard does not hold it or not as it was computed.
-        link: How the anchor gets there.
+        plan: blocks, spans and anchor of the contexts, which all have the same length.
+        stores: this rank's keys and values, one for each context of the batch.
+        windows: sliding window of each layer in tokens, None for full attention.
+        comm: ticked with each layer's attention.
+        anchors: stores of the anchor, where the shard does not hold it or not as it was computed.
+        link: how the anchor gets there.
     """
 
     def __init__(
@@ -181,6 +181,6 @@ def _write(stores: list[LayerKV], start: int, k_BGSD: Tensor, v_BGSD: Tensor) ->
 
 
 def _batch(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Keys and values of all contexts of the batch."""
+    """Join keys and values of all contexts of the batch."""
     keys, values = zip(*pairs, strict=True)
     return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))

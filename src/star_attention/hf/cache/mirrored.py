@@ -63,9 +63,9 @@ class Mirror:
     """The counterpart of `MirroredCache` on every other rank.
 
     Args:
-        new_cache: Makes this rank's cache for queries of a given padding.
-        forward: Runs a forward through a cache: `forward(cache, ids_BS, positions_BS, logits_to_keep)`,
-            with tensors on the CPU.
+        new_cache: makes this rank's cache for queries of a given padding.
+        forward: runs a forward, as `forward(cache, ids_BS, positions_BS, logits_to_keep)`; tensors
+            are on the CPU.
     """
 
     def __init__(

@@ -25,12 +25,12 @@ TOKENS = 4
 class LayerKVShape:
     """What one cache layer stores of a token.
 
-    Args:
-        k_heads: Heads of its keys.
-        k_size: Elements of each key.
-        v_heads: Heads of its values.
-        v_size: Elements of each value.
-        dtype: Precision of both.
+    Attributes:
+        k_heads: heads of its keys.
+        k_size: elements of each key.
+        v_heads: heads of its values.
+        v_size: elements of each value.
+        dtype: precision of both.
         expands: True if its attention computes keys and values from the stored ones (MLA).
     """
 
@@ -51,8 +51,8 @@ class LayerKVShape:
 class ProbeResult:
     """What one forward shows of a model's layers.
 
-    Args:
-        layer_shapes: What each cache layer stores, None for one that reads another layer's keys.
+    Attributes:
+        layer_shapes: shape of each cache layer's entries, None for one that reads another layer's keys.
         reads_own_keys: True if every attention reads just what its own layer has stored, once.
     """
 

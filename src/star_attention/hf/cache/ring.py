@@ -80,7 +80,7 @@ class RingLayer(StarLayer[RingPosition]):
 
 
 class RingCache(StarCache):
-    """The cache for one forward of a rank's own tokens, of one context or several of equal length."""
+    """The cache for one forward of a rank's own tokens, of contexts of equal length."""
 
     position: RingPosition
 

@@ -40,7 +40,7 @@ _PIECES = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's layers: the members of its module lists that contain attention."""
+    """Return the decoder's layers: members of its module lists that contain attention."""
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     return [
         layer
@@ -56,7 +56,7 @@ class CompiledLayers:
     Threads outside of our forwards keep the stock forwards meanwhile.
 
     Args:
-        handle: The `ModelHandle` of the decoder.
+        handle: the `ModelHandle` of the decoder.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -112,7 +112,7 @@ class CompiledLayers:
                 linear.__class__ = nn.Linear
 
     def _dispatch(self, layer: Any, cache_index: int, mode: str) -> Callable[..., Any]:
-        """A forward that runs a layer compiled whole, in pieces or, outside of ours, as it was."""
+        """Make a layer's forward: compiled whole, in pieces or, outside of ours, the stock one."""
         stock = layer.forward
         options = self._options[mode]
         whole = torch.compile(stock, dynamic=False, fullgraph=True, options=options)
@@ -157,7 +157,7 @@ class _FuseLinearsPass(CustomGraphPass):
 
 
 _FUSE_LINEARS = _FuseLinearsPass()
-"""A single instance: what is compiled for one layer serves another only if their passes are equal."""
+"""One instance for all: compiled code serves another layer only if their passes are equal."""
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Forwards of few tokens as CUDA graphs: launched as a whole, they cost the device's time, not Python's.
+"""Forwards of few tokens as CUDA graphs, which are launched as a whole, without Python's overhead.
 
 A graph is captured once for each number of rows and new tokens. It contains no context data: the
 kernels read the addresses and lengths of the keys from tables on the device
@@ -61,7 +61,7 @@ class TailBuffers:
         return self._first.version
 
     def capacity(self, rows: int) -> int:
-        """Tokens for which tails of that many rows have room."""
+        """Return the tokens for which tails of that many rows have room."""
         return self._first.capacity(rows)
 
     def reserve(self, rows: int, tokens: int) -> None:
@@ -77,7 +77,7 @@ class TailBuffers:
             layer.tail.length += tokens
 
     def addressed(self) -> list[tuple[Tensor, ...]]:
-        """The tensors whose addresses the kernels read, in the order of their table's columns.
+        """Return the tensors whose addresses the kernels read, in the order of the table's columns.
 
         Each layer's context and tail, keys and values each, and scales in fp8; nothing for a layer
         that reads another one's keys.
@@ -168,7 +168,7 @@ class Graphs:
         self._loaded: tuple[Any, ...] = ()
 
     def serve(self, shard: ContextKV, comm: Comm) -> bool:
-        """True if graphs can read a context: as the kernel needs it, on this GPU alone."""
+        """Return True if graphs can read a context, stored as the kernel needs it on one GPU."""
         outer = self._handle.outer
         weights = hash(
             (*identity.adapters(outer), *(parameter.data_ptr() for parameter in outer.parameters()))
@@ -180,7 +180,7 @@ class Graphs:
         return comm.size == 1 and _fits(shard, self._handle.device)
 
     def bucket(self, rows: int, queries: int) -> int | None:
-        """Tokens to which each of `rows` queries is padded, None if that would be too many."""
+        """Return the tokens to which each of `rows` queries is padded, None if too many."""
         size = next((size for size in BUCKETS if size >= queries), None)
         return None if size is None or rows * size > MAX_TOKENS else size
 
@@ -264,8 +264,8 @@ class Graphs:
         """Capture `work`, and return the function that replays it.
 
         Args:
-            work: The forward; it also advances the length of the tail.
-            warm_up: The forward alone, for what is compiled or allocated at first use.
+            work: the forward; it also advances the length of the tail.
+            warm_up: the forward alone, for what is compiled or allocated at first use.
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

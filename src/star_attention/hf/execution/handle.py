@@ -1,4 +1,4 @@
-"""A transformers model as the two phases use it: its decoder, its windows, its limits, its forwards.
+"""A transformers model as the two phases use it: decoder, windows, limits and forwards.
 
 Axes: B batch, S tokens of a forward.
 """
@@ -64,11 +64,11 @@ class ModelHandle:
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
-        compile: Run layers through torch.compile; None where Triton works.
+        compile: run layers through torch.compile; None where Triton works.
 
     Raises:
-        UnsupportedModelError: The model cannot run with Star Attention.
-        InvalidInputError: The model is in training mode.
+        UnsupportedModelError: the model cannot run with Star Attention.
+        InvalidInputError: the model is in training mode.
     """
 
     def __init__(self, model: Any, *, compile: bool | None = None) -> None:
@@ -107,7 +107,7 @@ class ModelHandle:
 
     @property
     def device(self) -> torch.device:
-        """Device of the token ids: the embeddings', where layers are spread over several devices."""
+        """Device of the token ids: the embeddings', if layers are spread over several devices."""
         return _device(self.model.get_input_embeddings()) or torch.device("cpu")
 
     @property
@@ -158,9 +158,9 @@ class ModelHandle:
         """Send the forwards of this thread inside the block through `cache`.
 
         Args:
-            cache: The cache that stores and attends.
-            rope_length: Tokens for which length-dependent rotary frequencies are taken.
-            compiled_for: Mode of the compiled layers (`hf.execution.compiled`), None for layers as
+            cache: the cache that stores and attends.
+            rope_length: tokens for which length-dependent rotary frequencies are taken.
+            compiled_for: mode of the compiled layers (`hf.execution.compiled`), None for layers as
                 they are.
         """
         compiled = None if compiled_for is None else self.compiled
@@ -188,13 +188,13 @@ class ModelHandle:
         """Run one forward of the decoder alone, for its keys and values: no logits.
 
         Args:
-            ids_BS: Token ids.
-            positions_BS: Their positions, `[B, S]` or `[1, S]`.
-            cache: The cache that stores and attends.
-            rope_length: Tokens for which length-dependent rotary frequencies are taken.
-            logits_to_keep: Last tokens whose logits another rank computes, 0 for all: some decoders
+            ids_BS: token ids.
+            positions_BS: their positions, `[B, S]` or `[1, S]`.
+            cache: the cache that stores and attends.
+            rope_length: tokens for which length-dependent rotary frequencies are taken.
+            logits_to_keep: last tokens whose logits another rank computes, 0 for all: some decoders
                 send only these through their last layers.
-            compiled_for: Mode of the compiled layers, None for layers as they are.
+            compiled_for: mode of the compiled layers, None for layers as they are.
         """
         extra = {"logits_to_keep": logits_to_keep} if self._decoder_takes_logits_to_keep else {}
         with self.running(cache, rope_length, compiled_for):
@@ -225,12 +225,12 @@ class ModelHandle:
         """Run one forward of the whole model.
 
         Args:
-            ids_BS: Token ids.
-            positions_BS: Their positions.
-            cache: The cache that stores and attends.
-            rope_length: Tokens for which length-dependent rotary frequencies are taken.
-            logits_to_keep: Last tokens whose logits are computed, 0 for all.
-            compiled_for: Mode of the compiled layers, None for layers as they are.
+            ids_BS: token ids.
+            positions_BS: their positions.
+            cache: the cache that stores and attends.
+            rope_length: tokens for which length-dependent rotary frequencies are taken.
+            logits_to_keep: last tokens whose logits are computed, 0 for all.
+            compiled_for: mode of the compiled layers, None for layers as they are.
 
         Returns:
             Logits, `[B, logits_to_keep, vocabulary]`, on the device of `ids_BS`.
@@ -258,9 +258,9 @@ class ModelHandle:
         It shares everything with the model but its class, so nothing is installed in the model.
 
         Args:
-            cache: The cache that stores and attends.
-            rope_length: Tokens for which length-dependent rotary frequencies are taken.
-            whole_tokens: Length of the prompt if it includes the tokens of the cache, else None.
+            cache: the cache that stores and attends.
+            rope_length: tokens for which length-dependent rotary frequencies are taken.
+            whole_tokens: length of the prompt if it includes the tokens of the cache, else None.
         """
         stock: Any = type(self.model)
         running = self.running
@@ -329,7 +329,7 @@ def _device(module: nn.Module) -> torch.device | None:
 
 
 def _positions(cache: StarCache, ids_BS: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Positions of a forward's tokens, as transformers' generation passes them or as the model derives them."""
+    """Positions of a forward's tokens, as `generate` passes them or as the model derives them."""
     positions_BS: Tensor | None = arguments.get("position_ids")
     if positions_BS is not None:
         return positions_BS

@@ -84,10 +84,10 @@ def _star_attention(
     """Attention of one layer, with the parameters of transformers' attention functions.
 
     Args:
-        cache: The cache of the forward.
+        cache: the cache of the forward.
         query: `[B, H, Q, D]`.
         key: `[B, G, K, D]`, as is `value`.
-        s_aux: Learned sinks, `[H]`.
+        s_aux: learned sinks, `[H]`.
 
     Returns:
         The output, `[B, Q, H, D]`, and None for the attention weights.
@@ -149,8 +149,8 @@ def implementation(stock: str, *, within: bool = False) -> str:
     """Register our function over an attention implementation of transformers.
 
     Args:
-        stock: Name of the implementation that other threads and plain forwards keep using.
-        within: Take the function that is one operation of a compiled layer.
+        stock: name of the implementation that other threads and plain forwards keep using.
+        within: take the function that is one operation of a compiled layer.
 
     Returns:
         The name under which transformers finds our function.
@@ -205,7 +205,7 @@ def implementation(stock: str, *, within: bool = False) -> str:
 
 
 def enter_layer(index: int) -> None:
-    """Name the cache layer of the next operation of a compiled layer."""
+    """Set the cache layer that the next operation of a compiled layer belongs to."""
     cache = _ACTIVE.get()
     assert cache is not None
     cache.entered = index
@@ -242,12 +242,12 @@ def running(
     """Send this thread's forwards through `cache`, and restore everything when the block ends.
 
     Args:
-        model: The model, whose lock is held for the block.
-        configs: Configs that name the attention of its modules.
-        rotaries: Its rotary modules whose frequencies depend on the length.
-        cache: The cache that stores and attends.
-        rope_length: Tokens for which those frequencies are taken.
-        within: Make attention an operation of compiled layers, until `step_outside`.
+        model: the model, whose lock is held for the block.
+        configs: configs that name the attention of its modules.
+        rotaries: its rotary modules whose frequencies depend on the length.
+        cache: the cache that stores and attends.
+        rope_length: tokens for which those frequencies are taken.
+        within: make attention an operation of compiled layers, until `step_outside`.
     """
     with lock_of(model):
         before = [config._attn_implementation for config in configs]
