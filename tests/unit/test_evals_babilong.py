@@ -1,4 +1,4 @@
-"""BABILong: stories against a checker that knows the text alone, samples of a given length, and the published comparison."""
+"""BABILong: stories against a checker that knows only their text, samples, published rows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
+from star_attention.evals.formats.babilong import sample_of
 from star_attention.evals.metrics import score
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sizing import Size
-from star_attention.evals.suites import babilong
-from star_attention.evals.suites.babilong import prompts
-from star_attention.evals.suites.babilong.world import FACTS, ROOMS, Story, story
+from star_attention.evals.suites import get
+from star_attention.evals.suites.babilong.prompts import EXAMPLES
+from star_attention.evals.suites.babilong.stories import FACTS, LABELS, ROOMS, Story, story
 from star_attention.hf.text.tokens import query_ids
 from tests.engines import bundled_tokenizer
 
+SUITE = get("babilong")
 LENGTHS = (900, 2048)
 
 
@@ -27,10 +29,10 @@ def size(length: int) -> Size:
     return Size(tokenizer=bundled_tokenizer(), length=length)
 
 
-def made(
+def generate(
     task: str, length: int = 900, count: int = 4, seed: int = 0, **options: str
 ) -> list[Sample]:
-    return list(babilong.generate(task, size=size(length), count=count, seed=seed, options=options))
+    return list(SUITE.generate(task, size=size(length), count=count, seed=seed, options=options))
 
 
 # ------------------------------------------------------------------ a reader of stories
@@ -43,7 +45,7 @@ LIES = re.compile(r"\bThe (\w+) is (north|south|east|west) of the (\w+)\.")
 
 
 def answers(text: str, question: str) -> set[str]:
-    """Everything that a text of facts, with whatever between them, answers to a question."""
+    """All answers to a question that a text of facts, and of anything between them, gives."""
     events = sorted(
         (match.start(), kind, match.groups())
         for kind, pattern in {"move": MOVE, "take": TAKE, "drop": DROP, "give": GIVE}.items()
@@ -115,46 +117,46 @@ def stories(task: str, count: int = 150) -> list[Story]:
     return [story(task, rng.randint(*FACTS[task]), rng) for _ in range(count)]
 
 
-@pytest.mark.parametrize("task", babilong.TASKS)
+@pytest.mark.parametrize("task", SUITE.tasks)
 def test_a_story_has_one_answer_that_follows_from_its_text(task: str) -> None:
-    for one in stories(task):
-        assert answers(" ".join(one.facts), one.question) == {one.answer}, one
-        assert one.answer in babilong.LABELS[task]
+    for tale in stories(task):
+        assert answers(" ".join(tale.facts), tale.question) == {tale.answer}, tale
+        assert tale.answer in LABELS[task]
 
 
-@pytest.mark.parametrize("task", babilong.TASKS)
+@pytest.mark.parametrize("task", SUITE.tasks)
 def test_worked_examples_are_right(task: str) -> None:
-    for text, question, answer in prompts._EXAMPLES[task]:
+    for text, question, answer in EXAMPLES[task]:
         assert answers(text, question) == {answer}
 
 
 def test_stories_ask_every_kind_of_question_and_have_every_answer() -> None:
-    for task in babilong.TASKS:
-        assert {one.answer for one in stories(task, 400)} == set(babilong.LABELS[task]), task
+    for task in SUITE.tasks:
+        assert {tale.answer for tale in stories(task, 400)} == set(LABELS[task]), task
     shapes = {
-        re.sub(r"Bill|Fred|Jeff|Mary|apple|football|milk", "_", one.question)
-        for one in stories("qa5")
+        re.sub(r"Bill|Fred|Jeff|Mary|apple|football|milk", "_", tale.question)
+        for tale in stories("qa5")
     }
     assert len(shapes) == 5
-    ends = {one.question.endswith("of?") for one in stories("qa4")}
+    ends = {tale.question.endswith("of?") for tale in stories("qa4")}
     assert ends == {True, False}
 
 
 def test_things_are_dropped_and_carried_on() -> None:
-    told = [" ".join(one.facts) for one in stories("qa2")]
-    assert any(DROP.search(text) for text in told)
-    assert any(len(TAKE.findall(text)) > 3 for text in told), "nothing is taken again"
+    texts = [" ".join(tale.facts) for tale in stories("qa2")]
+    assert any(DROP.search(text) for text in texts)
+    assert any(len(TAKE.findall(text)) > 3 for text in texts), "nothing is taken again"
 
 
 # ------------------------------------------------------------------ samples
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("task", babilong.TASKS)
-def test_samples_fit_and_fill_their_length_and_hold_their_story_in_the_context(
+@pytest.mark.parametrize("task", SUITE.tasks)
+def test_samples_fill_their_length_and_have_their_story_in_the_context(
     task: str, length: int
 ) -> None:
-    for sample in made(task, length):
+    for sample in generate(task, length):
         assert length - 120 < size(length).tokens(sample) <= length
         text = sample.context.rpartition("<context>\n")[2].removesuffix("\n</context>\n\n")
         question = sample.query.removeprefix("Question: ")
@@ -165,9 +167,9 @@ def test_samples_fit_and_fill_their_length_and_hold_their_story_in_the_context(
         assert sample.meta["prose"] == "pydoc_data.topics"
 
 
-def test_facts_stand_between_sentences_all_over_the_text() -> None:
+def test_facts_are_scattered_over_the_whole_text() -> None:
     depths = []
-    for sample in made("qa1", 2048, count=20):
+    for sample in generate("qa1", 2048, count=20):
         text = sample.context.rpartition("<context>\n")[2]
         depths += [text.index(fact) / len(text) for fact in sample.meta["evidence"]]
     assert min(depths) < 0.1
@@ -175,51 +177,60 @@ def test_facts_stand_between_sentences_all_over_the_text() -> None:
     assert 0.3 < sum(depths) / len(depths) < 0.7
 
 
-@pytest.mark.parametrize("task", babilong.TASKS)
+@pytest.mark.parametrize("task", SUITE.tasks)
 def test_a_sample_is_the_same_whatever_is_made_with_it(task: str) -> None:
-    assert made(task, count=3) == made(task, count=5)[:3]
-    assert made(task)[0].context != made(task, seed=1)[0].context
-    assert len({sample.id for sample in [*made(task), *made(task, seed=1), *made(task, 901)]}) == 12
+    assert generate(task, count=3) == generate(task, count=5)[:3]
+    assert generate(task)[0].context != generate(task, seed=1)[0].context
+    assert (
+        len(
+            {
+                sample.id
+                for sample in [*generate(task), *generate(task, seed=1), *generate(task, 901)]
+            }
+        )
+        == 12
+    )
 
 
-@pytest.mark.parametrize("task", babilong.TASKS)
+@pytest.mark.parametrize("task", SUITE.tasks)
 def test_the_answer_scores_1_and_nothing_else_does(task: str) -> None:
-    for sample in made(task):
+    for sample in generate(task):
         assert score(f"\nAnswer: {sample.answers[0]}.", sample) == 1.0
-        for wrong in {"", *babilong.LABELS[task]} - set(sample.answers):
+        for wrong in {"", *LABELS[task]} - set(sample.answers):
             assert score(wrong, sample) == 0.0
 
 
-def test_background_is_repeated_where_it_is_short_and_does_not_tell_of_the_people(
+def test_a_short_background_is_repeated_without_the_people_of_the_stories(
     tmp_path: Path,
 ) -> None:
     text = tmp_path / "book.txt"
     text.write_text(
         "It rained all day. Mary went to the office. The Marys of this world like rain."
     )
-    for sample in made("qa1", background=str(text)):
+    for sample in generate("qa1", background=str(text)):
         assert sample.context.count("It rained all day.") > 20
         assert sample.context.count("The Marys of this world like rain.") > 20
-        asked = sample.query.removeprefix("Question: ")
-        assert answers(sample.context.rpartition("<context>")[2], asked) == set(sample.answers)
+        question = sample.query.removeprefix("Question: ")
+        assert answers(sample.context.rpartition("<context>")[2], question) == set(sample.answers)
         assert sample.meta["prose"] == "book.txt"
     text = tmp_path / "play.txt"
     text.write_text("Mary went to the office.")
     with pytest.raises(InvalidInputError, match="no sentence without the people"):
-        made("qa1", background=str(text))
+        generate("qa1", background=str(text))
 
 
-def test_what_cannot_be_made_is_refused() -> None:
+def test_short_lengths_unknown_tasks_and_options_are_refused() -> None:
     with pytest.raises(
-        SizeError, match="length 100 is too short for qa3: its facts may take an eighth"
+        SizeError,
+        match=r"length 100 is too short for qa3: its facts take \d+ tokens, and may take an",
     ):
-        made("qa3", 100)
+        generate("qa3", 100)
     with pytest.raises(SizeError, match="length 250 is too short for a sample of qa4"):
-        made("qa4", 250)
+        generate("qa4", 250)
     with pytest.raises(InvalidInputError, match="task 'qa6' of babilong is unknown"):
-        made("qa6")
+        generate("qa6")
     with pytest.raises(InvalidInputError, match="option 'essays' of babilong is unknown"):
-        made("qa1", essays="x")
+        generate("qa1", essays="x")
 
 
 # ------------------------------------------------------------------ published rows and their score
@@ -232,27 +243,28 @@ ROW = {
 
 
 def test_a_published_row_becomes_the_same_prompt() -> None:
-    sample = babilong.sample_of_row(ROW, task="qa1", id="qa1-0")
+    sample = sample_of(ROW, task="qa1", id="qa1-0")
     assert sample.context.endswith(
         "\n\n<context>\nMary moved to the office. It rained.\n</context>\n\n"
     )
-    assert sample.context.split("<context>")[0] == made("qa1")[0].context.split("<context>")[0]
+    assert sample.context.split("<context>")[0] == generate("qa1")[0].context.split("<context>")[0]
     assert (sample.query, sample.answers, sample.length) == (
         "Question: Where is Mary?",
         ("office",),
         0,
     )
     with pytest.raises(InvalidInputError, match="task 'qa6' of BABILong"):
-        babilong.sample_of_row(ROW, task="qa6", id="x")
-    with pytest.raises(InvalidInputError, match="target None"):
-        babilong.sample_of_row({**ROW, "target": None}, task="qa1", id="x")
+        sample_of(ROW, task="qa6", id="x")
+    with pytest.raises(InvalidInputError, match="expected target to be a string, got None"):
+        sample_of({**ROW, "target": None}, task="qa1", id="x")
 
 
 PUBLISHED = """
 import os
 
 os.abort()
-DEFAULT_TEMPLATE = '{instruction}\\n{examples}\\n{post_prompt}\\n<context>\\n{context}\\n</context>\\nAsked: {question}'
+DEFAULT_TEMPLATE = '{instruction}\\n{examples}\\n{post_prompt}\\n<context>\\n{context}\\n</context>\\n' \\
+    'Asked: {question}'
 DEFAULT_PROMPTS = {
     'qa1': {
         'instruction': 'Where {people} '
@@ -265,23 +277,24 @@ DEFAULT_PROMPTS = {
 
 
 def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
-    """As their authors fill the template; the code beside it does not run."""
+    """The template is filled as its authors do; the code next to it is not executed."""
     path = tmp_path / "prompts.py"
     path.write_text(PUBLISHED)
-    sample = babilong.sample_of_row(ROW, task="qa1", id="x", prompts=str(path))
+    sample = sample_of(ROW, task="qa1", id="x", prompts=str(path))
     assert sample.context == (
-        "Where {people} go.\n<example>x</example>\nOne word. \n<context>\nMary moved to the office. It rained.\n</context>\n"
+        "Where {people} go.\n<example>x</example>\nOne word. \n<context>\nMary moved to the office."
+        " It rained.\n</context>\n"
     )
     assert sample.query == "Asked: Where is Mary?"
     assert len(sample.meta["prompts_sha256"]) == 16
-    story = made("qa1", prompts=str(path))[0]
-    assert story.context.startswith("Where {people} go.\n<example>")
-    assert story.query.startswith("Asked: Where is ")
+    generated = generate("qa1", prompts=str(path))[0]
+    assert generated.context.startswith("Where {people} go.\n<example>")
+    assert generated.query.startswith("Asked: Where is ")
     with pytest.raises(InvalidInputError, match=r"prompts\.py has no prompt for qa2; it has qa1"):
-        babilong.sample_of_row(ROW, task="qa2", id="x", prompts=str(path))
+        sample_of(ROW, task="qa2", id="x", prompts=str(path))
     prompts = path.with_suffix(".json")
     prompts.write_text('{"qa1": {"instruction": "i", "examples": "e", "post_prompt": "p"}}')
-    sample = babilong.sample_of_row(ROW, task="qa1", id="x", prompts=str(prompts))
+    sample = sample_of(ROW, task="qa1", id="x", prompts=str(prompts))
     assert sample.context.startswith("i\n\ne\n\np\n\n<context>\nMary")
     assert sample.query == "Question: Where is Mary?"
 
@@ -299,20 +312,22 @@ def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
         (
             "d.py",
             "DEFAULT_PROMPTS = {'qa1': {'examples': 3}}",
-            r"the prompt of qa1 is not of texts instruction, ",
+            r"the prompt of qa1 does not consist of strings instruction, ",
         ),
         (
             "e.py",
-            PUBLISHED.replace("\\nAsked", " Asked").replace("{context}\\n", "{context}"),
-            r"has no question on a line below the context",
+            PUBLISHED.replace("\\n' \\\n    'Asked", " Asked").replace("{context}\\n", "{context}"),
+            r"does not have the question on a line below the context",
         ),
     ],
 )
-def test_files_that_are_no_prompts(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_other_files_than_prompts_are_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(InvalidInputError, match=message):
-        babilong.sample_of_row(ROW, task="qa1", id="x", prompts=str(path))
+        sample_of(ROW, task="qa1", id="x", prompts=str(path))
 
 
 @pytest.mark.parametrize(
@@ -330,32 +345,32 @@ def test_files_that_are_no_prompts(tmp_path: Path, name: str, text: str, message
     ],
 )
 def test_the_published_comparison(prediction: str, right: bool) -> None:
-    sample = babilong.sample_of_row(ROW, task="qa1", id="x")
+    sample = sample_of(ROW, task="qa1", id="x")
     assert score(prediction, sample) == right
 
 
 def test_labels_of_the_question_do_not_count() -> None:
     row = {"input": "", "question": "What is north of the kitchen?", "target": "office"}
-    sample = babilong.sample_of_row(row, task="qa4", id="x")
+    sample = sample_of(row, task="qa4", id="x")
     assert score("The office is north of the kitchen.", sample) == 1.0
     assert score("kitchen", sample) == 0.0
 
 
 def test_targets_with_commas_are_sets() -> None:
-    sample = replace(babilong.sample_of_row(ROW, task="qa1", id="x"), answers=("office,kitchen",))
+    sample = replace(sample_of(ROW, task="qa1", id="x"), answers=("office,kitchen",))
     assert score("kitchen and office", sample) == 1.0
     assert score("kitchen", sample) == 0.0
     assert score("kitchen, office, garden", sample) == 0.0
 
 
 def test_a_task_without_labels_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="knows no labels of task 'qa9'"):
-        score("yes", replace(babilong.sample_of_row(ROW, task="qa1", id="x"), task="qa9"))
+    with pytest.raises(InvalidInputError, match="has no labels for task 'qa9'"):
+        score("yes", replace(sample_of(ROW, task="qa1", id="x"), task="qa9"))
 
 
 def test_the_labels_are_the_published_ones() -> None:
     assert set(ROOMS) == {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
-    assert set(babilong.LABELS["qa5"]) == {
+    assert set(LABELS["qa5"]) == {
         "Bill",
         "Fred",
         "Jeff",

@@ -18,7 +18,7 @@ from star_attention.evals.runs.predictions import Prediction, read_predictions, 
 from star_attention.evals.runs.run_folder import FIGURES, MARKDOWN, METRICS, PAGE, RUN, SUMMARY
 from star_attention.evals.runs.sweeps import TABLE_4
 from star_attention.evals.runs.variants import parse
-from star_attention.evals.suites import SUITES, ruler
+from star_attention.evals.suites import SUITES, get
 from tests.engines import bundled_tokenizer, text_model
 
 SHORT = ("--max-new-tokens", "2", "--quiet")
@@ -118,8 +118,8 @@ def test_data_sets_are_read_and_their_bad_lines_named(model: Path, tmp_path: Pat
     message = error(model, "run", data, "--out", tmp_path / "other", *SHORT)
     assert re.search(r"my\.jsonl, line 2\b", message)
     message = error(model, "run", tmp_path / "none.jsonl", "--out", tmp_path / "other", *SHORT)
-    assert message.endswith("none.jsonl; check the path")
-    assert "data sets are not read from stdin" in error(
+    assert message.endswith("none.jsonl does not exist; check the path")
+    assert "data sets cannot be read from stdin" in error(
         model, "run", "-", "--out", tmp_path / "other", *SHORT
     )
     assert "is a folder; name the files in it" in error(
@@ -186,7 +186,7 @@ def test_published_prompts(model: Path, tmp_path: Path) -> None:
     )
     (read,) = predictions(tmp_path / "read")
     assert read.meta["prompts_sha256"] == made.meta["prompts_sha256"]
-    assert "prompts '/none' is not there" in error(
+    assert "prompts '/none' does not exist" in error(
         model, *arguments, "--prompts", "/none", "--out", tmp_path / "no"
     )
 
@@ -444,7 +444,7 @@ def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(
     assert not any(
         sample.length == 320 and sample.task in ("vt", "niah_multikey_1") for sample in made
     )
-    assert {sample.task for sample in made if sample.length == 1024} == set(ruler.TASKS) - {
+    assert {sample.task for sample in made if sample.length == 1024} == set(get("ruler").tasks) - {
         "cwe",
         "qa_1",
         "qa_2",

@@ -1,4 +1,4 @@
-"""Reading and writing data sets: round trips, the files of others as they are, and errors that name file and line."""
+"""Reading and writing data sets: round trips, and published files as they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from star_attention.evals.formats.files import FORMATS, WRITTEN, read, read_all,
 from star_attention.evals.metrics import METRICS, score
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sizing import Size
-from star_attention.evals.suites import babilong, infinitebench, shared
+from star_attention.evals.suites import get
+from star_attention.evals.suites.infinitebench.tasks import TASKS as INFINITEBENCH
 from tests.engines import bundled_tokenizer
 
 NEEDLE = Sample(
@@ -32,7 +33,7 @@ NEEDLE = Sample(
     metric="string_match_all",
     meta={"depths": [0.25, 0.5], "prose": "模型"},
 )
-ASKED = replace(
+QUESTION = replace(
     NEEDLE,
     id="second",
     task="qa_1",
@@ -41,7 +42,7 @@ ASKED = replace(
     answers=("[3]",),
     metric="string_match_part",
 )
-PAIR = [NEEDLE, ASKED]
+PAIR = [NEEDLE, QUESTION]
 
 
 def lines(path: Path, rows: Iterable[Any]) -> Path:
@@ -79,11 +80,13 @@ def test_a_line_needs_context_query_and_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "name"), [(format, "data.jsonl") for format in WRITTEN] + [("kvpress", "data.csv")]
 )
-@pytest.mark.parametrize("told", [True, False])
-def test_what_is_written_is_read_again(tmp_path: Path, format: str, name: str, told: bool) -> None:
+@pytest.mark.parametrize("is_given", [True, False])
+def test_written_samples_are_read_again(
+    tmp_path: Path, format: str, name: str, is_given: bool
+) -> None:
     path = tmp_path / name
     write(path, PAIR, format=format)
-    assert read(path, format=format if told else None) == PAIR
+    assert read(path, format=format if is_given else None) == PAIR
 
 
 def test_parquet_is_read_again(tmp_path: Path) -> None:
@@ -109,9 +112,9 @@ def test_parquet_without_pyarrow_names_it(tmp_path: Path, monkeypatch: pytest.Mo
 def test_generated_samples_survive(tmp_path: Path, format: str) -> None:
     size = Size(tokenizer=bundled_tokenizer(), length=1200)
     samples = [
-        *babilong.generate("qa5", size=size, count=2, seed=0, options={}),
-        *infinitebench.generate("code_run", size=size, count=2, seed=0, options={}),
-        *shared.generate("shared_kv", size=size, count=2, seed=0, options={}),
+        *get("babilong").generate("qa5", size=size, count=2, seed=0, options={}),
+        *get("infinitebench").generate("code_run", size=size, count=2, seed=0, options={}),
+        *get("shared").generate("shared_kv", size=size, count=2, seed=0, options={}),
     ]
     write(tmp_path / "all.jsonl", samples, format=format)
     assert read(tmp_path / "all.jsonl") == samples
@@ -224,7 +227,7 @@ def test_plain_ruler_without_a_prefix_keeps_its_whole_end(tmp_path: Path) -> Non
 def test_the_question_of_another_task_is_no_place_to_cut(tmp_path: Path) -> None:
     row = {"index": 0, "input": f"c\n{QUESTIONS['vt']}", "outputs": ["x"], "length": 50}
     with pytest.raises(
-        InvalidInputError, match=r"cwe.jsonl, line 1: no question of RULER's is in input"
+        InvalidInputError, match=r"cwe.jsonl, line 1: input contains no question of RULER's"
     ):
         read(lines(tmp_path / "cwe.jsonl", [row]))
 
@@ -288,7 +291,8 @@ def test_files_of_babilong(tmp_path: Path, name: str) -> None:
     assert (one.id, two.id, one.task) == ("qa1-0", "qa1-1", "qa1")
     assert score("The office", one) == 1.0
     with pytest.raises(
-        InvalidInputError, match="line 1: the task is named neither in a field task nor"
+        InvalidInputError,
+        match="line 1: there is no field task, and neither the file nor a folder is named after",
     ):
         read(lines(tmp_path / "16k.jsonl", rows))
 
@@ -373,45 +377,49 @@ def test_ids_that_repeat_are_told_apart_by_folders(tmp_path: Path) -> None:
 
 
 GOOD = NEEDLE.as_dict()
+STRINGS = "expected answers to be a list of non-empty strings, got "
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps(GOOD) + "\n{oops\n", r"data.jsonl, line 2: no JSON \("),
+        (json.dumps(GOOD) + "\n{oops\n", r"data.jsonl, line 2: invalid JSON \("),
         (
             json.dumps(GOOD) + "\n\n[1]\n",
-            "data.jsonl, line 3: no object with named fields; give one JSON object for each",
+            "data.jsonl, line 3: expected a JSON object for each sample, .* got list",
         ),
         (
             '{"a": 1}\n',
-            "data.jsonl, line 1: fields a are of no known format: samples has context, query",
+            "data.jsonl, line 1: fields a do not match any known format: samples has context, query",
         ),
         (
             json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "id": "x", "answers": "y"}),
-            "data.jsonl, line 2: not a sample: answers 'y'",
+            "data.jsonl, line 2: not a sample: expected answers to be a list of non-empty strings, got 'y'",
         ),
         (
             json.dumps(GOOD) + "\n\n" + json.dumps(GOOD),
-            "data.jsonl, line 3: id 'first' was line 1's already",
+            "data.jsonl, line 3: id 'first' is already that of line 1",
         ),
-        ("\n \n", "data.jsonl holds no samples"),
+        ("\n \n", "data.jsonl contains no samples"),
         (
             '{"input_context": "c", "input_query": 3, "output": "x"}',
-            "line 1: input_query 3 is no text",
+            "line 1: expected input_query to be a string, got 3",
         ),
-        ('{"input_context": "c", "input_query": "q"}', "line 1: answer None is no text"),
+        (
+            '{"input_context": "c", "input_query": "q"}',
+            "line 1: expected answer to be a string or a list of them, got None",
+        ),
         (
             '{"input_context": "c", "input_query": "q", "output": []}',
-            r"line 1: answer \[\] is no text",
+            r"line 1: expected answer to be a string or a list of them, got \[\]",
         ),
         (
             '{"input_context": "c", "input_query": "q", "output": "x", "length": -1}',
-            "length -1 is no number of tokens",
+            "expected length to be a number of tokens, got -1",
         ),
         (
             '{"input_context": "c", "input_query": "q", "output": "x", "meta": 3}',
-            "meta 3 has no named fields",
+            "expected meta to be an object, got 3",
         ),
     ],
 )
@@ -425,19 +433,19 @@ def test_errors_name_file_and_line(tmp_path: Path, text: str, message: str) -> N
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"answers": []}, r"answers \[\] is no list of texts, at least one and none of them empty"),
-        ({"answers": 42}, "answers 42 is no list of texts"),
-        ({"answers": None}, "answers None is no list of texts"),
-        ({"answers": {"a": 1}}, r"answers \{'a': 1\} is no list of texts"),
+        ({"answers": []}, STRINGS + r"\[\]"),
+        ({"answers": 42}, STRINGS + "42"),
+        ({"answers": None}, STRINGS + "None"),
+        ({"answers": {"a": 1}}, STRINGS + r"\{'a': 1\}"),
         (
             {"answers": ["x", ""]},
-            r"answers \['x', ''\] is no list of texts, at least one and none of them empty",
+            STRINGS + r"\['x', ''\]",
         ),
-        ({"answers": [" "]}, r"answers \[' '\] is no list of texts"),
-        ({"answers": ["x", 1]}, r"answers \['x', 1\] is no list of texts"),
-        ({"meta": "text"}, "meta 'text' has no named fields"),
-        ({"meta": [1]}, r"meta \[1\] has no named fields"),
-        ({"meta": []}, r"meta \[\] has no named fields"),
+        ({"answers": [" "]}, STRINGS + r"\[' '\]"),
+        ({"answers": ["x", 1]}, STRINGS + r"\['x', 1\]"),
+        ({"meta": "text"}, "expected meta to be an object, got 'text'"),
+        ({"meta": [1]}, r"expected meta to be an object, got \[1\]"),
+        ({"meta": []}, r"expected meta to be an object, got \[\]"),
     ],
 )
 def test_samples_that_cannot_be_scored_are_refused_with_their_line(
@@ -451,16 +459,21 @@ def test_samples_that_cannot_be_scored_are_refused_with_their_line(
 def test_errors_of_tables_and_files_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text("context,question,answer,task\nc,q,a,vt\nc,q\n")
-    with pytest.raises(InvalidInputError, match=r"data.csv, line 3: 4 columns have names"):
+    with pytest.raises(
+        InvalidInputError,
+        match=r"data.csv, line 3: the header has 4 columns, this row has another number",
+    ):
         read(path)
     path = tmp_path / "data.json"
     path.write_text('{"a": 1}')
-    with pytest.raises(InvalidInputError, match="holds no list of samples"):
+    with pytest.raises(InvalidInputError, match="does not hold a list of samples"):
         read(path)
     path.write_text("[\n1")
-    with pytest.raises(InvalidInputError, match=r"data.json, line 2: no JSON"):
+    with pytest.raises(InvalidInputError, match=r"data.json, line 2: invalid JSON"):
         read(path)
-    with pytest.raises(InvalidInputError, match=r"there is no file .*gone\.jsonl; check the path"):
+    with pytest.raises(
+        InvalidInputError, match=r"file .*gone\.jsonl does not exist; check the path"
+    ):
         read(tmp_path / "gone.jsonl")
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"a": "\xff"}')
@@ -472,7 +485,7 @@ def test_formats_that_are_not_what_the_file_has(tmp_path: Path) -> None:
     path = lines(tmp_path / "data.jsonl", [GOOD])
     with pytest.raises(
         InvalidInputError,
-        match="line 1: input, question, target missing, which format babilong has",
+        match="line 1: fields input, question, target of format babilong are missing",
     ):
         read(path, format="babilong")
     with pytest.raises(InvalidInputError, match="format 'xml' is unknown; choose one of samples"):
@@ -491,7 +504,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for query in ("Which number?", f"So: {NEEDLE.query}", f"{NEEDLE.query} {NEEDLE.query}"):
         with pytest.raises(
             InvalidInputError,
-            match=r"sample first cannot be written as ruler|no question of RULER's",
+            match=r"sample first cannot be written as ruler|contains no question of RULER's",
         ):
             write(
                 tmp_path / "a.jsonl", [replace(NEEDLE, context="c\n", query=query)], format="ruler"
@@ -501,4 +514,4 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_every_format_is_known_by_its_fields_and_metrics_exist() -> None:
     assert set(WRITTEN) <= set(FORMATS)
-    assert {kind.metric for kind in infinitebench.KINDS.values()} <= set(METRICS)
+    assert {task.metric for task in INFINITEBENCH.values()} <= set(METRICS)

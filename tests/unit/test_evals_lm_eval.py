@@ -25,7 +25,7 @@ from star_attention.errors import ContextLengthError, InvalidInputError, TokenEr
 from star_attention.evals import lm_eval as adapter
 from star_attention.evals.lm_eval import SENTINEL, StarLM, cut
 from star_attention.evals.samples.sizing import Size
-from star_attention.evals.suites import ruler
+from star_attention.evals.suites import get
 from star_attention.hf.text.tokens import context_ids, query_ids
 from tests.engines import BUNDLED, bundled_model, bundled_tokenizer
 
@@ -155,7 +155,7 @@ def test_the_task_of_the_docs_scores_right_answers(tmp_path: Path) -> None:
     """As docs/evaluation.md has it, on the bundled model."""
     docs = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     (written,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
-    (sample,) = ruler.generate(
+    (sample,) = get("ruler").generate(
         "niah_single_1",
         size=Size(tokenizer=bundled_tokenizer(), length=512),
         count=1,

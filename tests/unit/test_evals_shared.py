@@ -1,4 +1,4 @@
-"""Many questions on one context: contexts are the same text, with an answer for every question; SCBench's lines."""
+"""Several questions on one context: the same text with an answer for each; SCBench's lines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from star_attention.errors import InvalidInputError, SizeError
+from star_attention.evals.formats import scbench
 from star_attention.evals.metrics import METRICS, score
 from star_attention.evals.samples import sources
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sizing import Size
-from star_attention.evals.suites import shared
+from star_attention.evals.suites import get
 from tests.engines import bundled_tokenizer
 
+SUITE = get("shared")
 LENGTHS = (1200, 2048)
 
 
@@ -25,18 +27,18 @@ def size(length: int) -> Size:
     return Size(tokenizer=bundled_tokenizer(), length=length)
 
 
-def made(
+def generate(
     task: str, length: int = 1200, count: int = 7, seed: int = 0, **options: Any
 ) -> list[Sample]:
     return list(
-        shared.generate(
+        SUITE.generate(
             task, size=size(length), count=count, seed=seed, options={"questions": 3} | options
         )
     )
 
 
-def worked_out(sample: Sample) -> str:
-    """The answer, from the text of context and query alone."""
+def derived_answer(sample: Sample) -> str:
+    """The answer, from the texts of context and query alone."""
     if sample.task == "shared_kv":
         (key,) = re.findall(r'"(.+)"', sample.query)
         return str(json.loads(sample.context.partition("\n\n")[2])[key])
@@ -48,22 +50,22 @@ def worked_out(sample: Sample) -> str:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("task", shared.TASKS)
+@pytest.mark.parametrize("task", SUITE.tasks)
 def test_samples_fit_and_their_context_has_their_answer(task: str, length: int) -> None:
-    samples = made(task, length)
+    samples = generate(task, length)
     for sample in samples:
         assert length - 120 < size(length).tokens(sample) <= length
-        assert sample.answers == (worked_out(sample),)
+        assert sample.answers == (derived_answer(sample),)
         assert sample.answers[0] not in sample.query + sample.answer_prefix
         assert score(f" {sample.answers[0]}", sample) == 1.0
         assert score("", sample) == 0.0
-    for one, other in pairwise(samples):
-        assert score(other.answers[0], one) == 0.0
+    for sample, other in pairwise(samples):
+        assert score(other.answers[0], sample) == 0.0
 
 
-@pytest.mark.parametrize("task", shared.TASKS)
+@pytest.mark.parametrize("task", SUITE.tasks)
 def test_samples_of_one_context_follow_each_other(task: str) -> None:
-    samples = made(task)
+    samples = generate(task)
     runs = [
         (context, len(list(run))) for context, run in groupby(sample.context for sample in samples)
     ]
@@ -73,52 +75,60 @@ def test_samples_of_one_context_follow_each_other(task: str) -> None:
     assert [sample.meta["context"] for sample in samples] == [0, 0, 0, 1, 1, 1, 2]
 
 
-@pytest.mark.parametrize("task", shared.TASKS)
+@pytest.mark.parametrize("task", SUITE.tasks)
 def test_a_sample_is_the_same_whatever_is_made_with_it(task: str) -> None:
-    assert made(task, count=4) == made(task, count=7)[:4]
-    assert made(task)[0].context != made(task, seed=1)[0].context
+    assert generate(task, count=4) == generate(task, count=7)[:4]
+    assert generate(task)[0].context != generate(task, seed=1)[0].context
     assert (
-        len({sample.id for sample in [*made(task), *made(task, seed=1), *made(task, 1201)]}) == 21
+        len(
+            {
+                sample.id
+                for sample in [*generate(task), *generate(task, seed=1), *generate(task, 1201)]
+            }
+        )
+        == 21
     )
 
 
-def test_ten_questions_are_asked_unless_told() -> None:
-    samples = list(shared.generate("shared_kv", size=size(2048), count=11, seed=0, options={}))
+def test_there_are_ten_questions_by_default() -> None:
+    samples = list(SUITE.generate("shared_kv", size=size(2048), count=11, seed=0, options={}))
     assert len({sample.context for sample in samples[:10]}) == 1
     assert samples[10].context != samples[9].context
 
 
-def test_essays_are_what_needles_stand_in(tmp_path: Path) -> None:
+def test_needles_are_hidden_in_the_essays(tmp_path: Path) -> None:
     text = tmp_path / "essay.txt"
     text.write_text("It rained all day. The sun came out.")
-    sample = made("shared_niah", essays=str(text))[0]
+    sample = generate("shared_niah", essays=str(text))[0]
     assert sample.context.count("The sun came out.") > 20
     assert sample.meta["prose"] == "essay.txt"
 
 
-def test_keys_are_made_of_the_words_that_are_asked_for() -> None:
-    """So that a model can be asked for words that it was not trained on."""
+def test_keys_are_made_of_the_requested_words() -> None:
+    """A model can be tested with words that it was not trained on."""
     held_out = sources.words("eval")
-    for sample in made("shared_niah", words="eval"):
+    for sample in generate("shared_niah", words="eval"):
         (key,) = re.findall(r"magic number for (\S+) mentioned", sample.query)
-        assert key in {f"{one}-{other}" for one in held_out.adjectives for other in held_out.nouns}
+        assert key in {
+            f"{adjective}-{noun}" for adjective in held_out.adjectives for noun in held_out.nouns
+        }
         assert sample.meta["words"] == held_out.release
-    assert made("shared_niah")[0].meta["words"] == sources.words().release
-    with pytest.raises(InvalidInputError, match="words 'test' are unknown"):
-        made("shared_niah", words="test")
+    assert generate("shared_niah")[0].meta["words"] == sources.words().release
+    with pytest.raises(InvalidInputError, match="words 'test' is unknown"):
+        generate("shared_niah", words="test")
 
 
 @pytest.mark.parametrize("questions", [0, -1, "many", 1.5, None])
-def test_a_number_of_questions_that_is_none_is_refused(questions: Any) -> None:
-    with pytest.raises(InvalidInputError, match="is no number of questions"):
-        made("shared_kv", questions=questions)
+def test_numbers_of_questions_below_1_or_not_whole_are_refused(questions: Any) -> None:
+    with pytest.raises(InvalidInputError, match="is not a positive integer"):
+        generate("shared_kv", questions=questions)
 
 
-def test_what_cannot_be_made_is_refused() -> None:
+def test_short_lengths_and_unknown_tasks_are_refused() -> None:
     with pytest.raises(SizeError, match="too short for a sample of shared_kv"):
-        made("shared_kv", 200)
+        generate("shared_kv", 200)
     with pytest.raises(InvalidInputError, match="task 'shared' of shared is unknown"):
-        made("shared")
+        generate("shared")
 
 
 # ------------------------------------------------------------------ SCBench
@@ -131,16 +141,24 @@ TURNS: list[dict[str, Any]] = [
 
 def read(task: str, *turns: dict[str, Any], **changed: Any) -> list[Sample]:
     row = {"id": 5, "context": "c", "multi_turns": list(turns)} | changed
-    return shared.samples_of_row(row, task=task, id="5")
+    return scbench.samples_of(row, task=task, id="5")
 
 
 def test_every_turn_is_a_question_on_the_same_context() -> None:
-    one, two = read("scbench_kv", *TURNS)
-    assert one.context == two.context == "c\n\n"
-    assert (one.id, two.id) == ("5-0", "5-1")
-    assert (one.query, one.answer_prefix, one.answers) == ("Value of a?", "\nAnswer:", ("1-x",))
-    assert (two.query, two.answer_prefix, two.answers) == ("The value of b is: ", "", ("2-y",))
-    assert (one.metric, one.max_new_tokens) == ("string_match_part", 150)
+    first, second = read("scbench_kv", *TURNS)
+    assert first.context == second.context == "c\n\n"
+    assert (first.id, second.id) == ("5-0", "5-1")
+    assert (first.query, first.answer_prefix, first.answers) == (
+        "Value of a?",
+        "\nAnswer:",
+        ("1-x",),
+    )
+    assert (second.query, second.answer_prefix, second.answers) == (
+        "The value of b is: ",
+        "",
+        ("2-y",),
+    )
+    assert (first.metric, first.max_new_tokens) == ("string_match_part", 150)
     assert read("mine", *TURNS)[0].metric == "string_match_all"
 
 
@@ -156,20 +174,30 @@ def test_options_and_mixed_tasks() -> None:
     assert (sample.task, sample.metric) == ("scbench_passkey", "first_integer")
 
 
-def test_every_task_has_a_metric_that_there_is() -> None:
-    assert {metric for metric, _ in shared.SCBENCH.values()} <= set(METRICS)
+def test_the_metric_of_every_task_exists() -> None:
+    assert {metric for metric, _ in scbench.TASKS.values()} <= set(METRICS)
 
 
 @pytest.mark.parametrize(
     ("task", "turns", "changed", "message"),
     [
         ("scbench_repoqa", TURNS, {}, "task 'scbench_repoqa' of SCBench has no metric here"),
-        ("mine", TURNS, {"context": None}, "context None of SCBench is no text"),
-        ("mine", [], {}, "multi_turns of SCBench is no list of questions"),
-        ("mine", TURNS, {"multi_turns": ["q"]}, "multi_turns of SCBench is no list of questions"),
-        ("mine", [{"input": "", "answer": "x"}], {}, "is no question"),
+        ("mine", TURNS, {"context": None}, "expected context to be a string, got None"),
+        ("mine", [], {}, r"expected multi_turns to be a list of questions, got \[\]"),
+        ("mine", TURNS, {"multi_turns": ["q"]}, "expected multi_turns to be a list of questions"),
+        (
+            "mine",
+            [{"input": "", "answer": "x"}],
+            {},
+            "expected input of a turn to be a question, got ''",
+        ),
         ("mine", [{"input": "q", "answer": []}], {}, "answer .* of a turn is empty"),
-        ("mine", [{"input": "q", "answer": "x", "options": ["x"]}], {}, "no list of 4 texts"),
+        (
+            "mine",
+            [{"input": "q", "answer": "x", "options": ["x"]}],
+            {},
+            "expected options to be a list of 4 strings",
+        ),
     ],
 )
 def test_malformed_lines_are_refused(

@@ -634,13 +634,10 @@ def _suite(
     from star_attention.evals import suites
 
     suite = suites.get(name)
-    needs = {"qa_1": "squad", "qa_2": "hotpot"}
-    if task is None:
-        tasks = [one for one in suite.TASKS if one not in needs or needs[one] in options]
-    else:
-        tasks = [one.strip() for one in task.split(",")]
+    named = None if task is None else [part.strip() for part in task.split(",")]
+    tasks = named or list(suite.available_tasks(options))
     for one in tasks:
-        suites.check(suite, name, one, options)
+        suite.check(one, options)
     for what, given in (("task", tasks), ("length", lengths)):
         if len(set(given)) < len(given):
             raise InvalidInputError(
@@ -649,6 +646,7 @@ def _suite(
 
     def make(tokenizer: Any) -> tuple[list[Sample], dict[str, str]]:
         from star_attention.evals.runs.prompts import chat_tokens
+        from star_attention.evals.suites.parallel import generate_cells
 
         reserve = chat_tokens(tokenizer) if chat else 0
         cells = [(one, tokens) for tokens in lengths for one in tasks]
@@ -656,7 +654,7 @@ def _suite(
         left_out: dict[str, str] = {}
         for (one, tokens), some in zip(
             cells,
-            suites.made(
+            generate_cells(
                 suite,
                 cells,
                 tokenizer=tokenizer,

@@ -8,7 +8,8 @@ from typing import Any
 from star_attention.evals.reports.results import Results, length_name, variant_name
 from star_attention.evals.reports.wording import accuracy, difference_sentence
 from star_attention.evals.runs.variants import parse
-from star_attention.evals.suites import babilong, infinitebench
+from star_attention.evals.suites import babilong
+from star_attention.evals.suites.infinitebench.tasks import TASKS as INFINITEBENCH
 
 _PYTHON_PROSE = "pydoc_data.topics"
 """The name that `sources.prose` gives to the prose of the running Python."""
@@ -84,7 +85,7 @@ def _not_published(results: Results) -> list[str]:
             " BABILong scores."
         )
     published = {line.task for line in results.predictions if "prompts_sha256" in line.meta}
-    tasks = (*babilong.TASKS, *infinitebench.KINDS)
+    tasks = (*babilong.SUITE.tasks, *INFINITEBENCH)
     own = [task for task in results.tasks if task in tasks and task not in published]
     if own:
         lines.append(

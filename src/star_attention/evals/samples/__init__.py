@@ -1,1 +1,1 @@
-"""Samples: what a question of an evaluation is, how long, and from which text."""
+"""Samples: the record, its size in tokens, the texts and the parts that it is built from."""

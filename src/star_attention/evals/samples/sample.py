@@ -1,4 +1,4 @@
-"""The one record that every task, data set and metric of the evaluations goes through."""
+"""The record of one question on one context, for all tasks, data sets and metrics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,21 @@ from star_attention.errors import InvalidInputError
 class Sample:
     """One question on one context.
 
-    id: unique within a run; the same for the same task, length, seed and index. task: its name ("niah_single_1"). length:
-    tokens that context, query, answer prefix and answer were made to fit in; 0 where a data set does not say.
-    context, query, answer_prefix: text; what a model sees is the three behind one another. (The cut between context and query is
-    where phase 1 ends.)
-    answers: the right ones, as `metric` understands them. max_new_tokens: of an answer. metric: a name in `metrics.METRICS`.
-    meta: whatever else describes the sample (depths, the source of its prose, ...), as JSON.
+    The model sees context, query and answer prefix joined; phase 1 ends between context and query.
+
+    Attributes:
+        id: Unique within a run; the same for the same task, length, seed and index.
+        task: Name of the task, such as "niah_single_1".
+        length: Tokens that context, query, answer prefix and answer were sized for; 0 if the data
+            set does not say.
+        context: Text that phase 1 encodes.
+        query: The question.
+        answer_prefix: Beginning of the answer, which the model continues.
+        answers: Right answers, as `metric` understands them.
+        max_new_tokens: Most tokens of an answer.
+        metric: Name in `metrics.METRICS`.
+        meta: Everything else that describes the sample (depths, source of its prose, ...), as JSON
+            values.
     """
 
     id: str
@@ -34,23 +43,27 @@ class Sample:
 
     @property
     def group(self) -> str:
-        """What is reported together: `meta["category"]`, as RULER's tasks have one ("retrieval"), or else the task by itself."""
+        """Name that scores are reported under: `meta["category"]` as in RULER, else the task."""
         return str(self.meta.get("category", self.task))
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return asdict(self) | {"answers": list(self.answers), "meta": dict(self.meta)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Sample:
-        """Raises `InvalidInputError` for fields that are missing, unknown, or of the wrong kind."""
-        known = {one.name: one for one in fields(cls)}
-        unknown = sorted(set(values) - set(known))
-        missing = sorted(set(known) - set(values) - {"meta"})
+        """Return the sample with these fields; `meta` may be left out.
+
+        Raises:
+            InvalidInputError: A field is missing, unknown, or of the wrong type.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        missing = sorted(known - set(values) - {"meta"})
         if unknown or missing:
-            told = [f"{name} is missing" for name in missing] + [
-                f"{name} is unknown" for name in unknown
-            ]
-            raise InvalidInputError(f"not a sample: {', '.join(told)}")
+            problems = [f"{name} is missing" for name in missing]
+            problems += [f"{name} is unknown" for name in unknown]
+            raise InvalidInputError(f"not a sample: {', '.join(problems)}")
         answers = values["answers"]
         if (
             not isinstance(answers, list | tuple)
@@ -58,21 +71,20 @@ class Sample:
             or not all(isinstance(answer, str) and answer.strip() for answer in answers)
         ):
             raise InvalidInputError(
-                f"not a sample: answers {answers!r} is no list of texts, at least one and none of them empty"
+                f"not a sample: expected answers to be a list of non-empty strings, got {answers!r}"
             )
         meta = {} if values.get("meta") is None else values["meta"]
         if not isinstance(meta, Mapping):
-            raise InvalidInputError(f"not a sample: meta {meta!r} has no named fields")
+            raise InvalidInputError(f"not a sample: expected meta to be an object, got {meta!r}")
         for name in ("id", "task", "context", "query", "answer_prefix", "metric"):
             if not isinstance(values[name], str):
-                raise InvalidInputError(f"not a sample: {name} {values[name]!r} is no text")
-        for name in ("length", "max_new_tokens"):
-            if (
-                not isinstance(values[name], int)
-                or isinstance(values[name], bool)
-                or values[name] < 0
-            ):
                 raise InvalidInputError(
-                    f"not a sample: {name} {values[name]!r} is no number of tokens"
+                    f"not a sample: expected {name} to be a string, got {values[name]!r}"
+                )
+        for name in ("length", "max_new_tokens"):
+            value = values[name]
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InvalidInputError(
+                    f"not a sample: expected {name} to be a number of tokens, got {value!r}"
                 )
         return cls(**{**values, "answers": tuple(answers), "meta": dict(meta)})

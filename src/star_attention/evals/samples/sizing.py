@@ -1,4 +1,4 @@
-"""How long a generated sample may be: it fits its length with any tokenizer, and comes as near to it as its parts allow."""
+"""Sizing generated samples: they fit their length with any tokenizer, and come close to it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from star_attention.hf.text.tokens import context_ids, query_ids
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A length in tokens, as a tokenizer counts them: of context (with what the tokenizer puts in front), query, answer prefix and
-    the answer's `max_new_tokens`, together. reserve: tokens kept free for a chat template's own.
+    """A length in tokens: of context, query, answer prefix and the answer's `max_new_tokens`.
+
+    Attributes:
+        tokenizer: Tokenizer to count with; special tokens that it adds to a context count as well.
+        length: Tokens in all.
+        reserve: Tokens of the length to leave free, for the tokens of a chat template.
     """
 
     tokenizer: Any
@@ -22,47 +26,56 @@ class Size:
     reserve: int = 0
 
     def tokens(self, sample: Sample) -> int:
-        """What a sample takes of the length."""
-        text = sample.query + sample.answer_prefix
-        asked = len(query_ids(self.tokenizer, text)) if text else 0
+        """Return how many tokens of the length a sample takes."""
+        query = sample.query + sample.answer_prefix
         return (
             len(context_ids(self.tokenizer, sample.context))
-            + asked
+            + (len(query_ids(self.tokenizer, query)) if query else 0)
             + sample.max_new_tokens
             + self.reserve
         )
 
     def fits(self, sample: Sample) -> bool:
+        """Return True if the sample is within the length."""
         return self.tokens(sample) <= self.length
 
     def largest(
         self, build: Callable[[int], Sample], *, least: int = 1, most: int | None = None
     ) -> tuple[int, Sample]:
-        """The largest number of units (needles, words, sentences, ...) for which what `build` makes of them fits, and that sample.
+        """Find the largest number of units for which a sample fits.
 
-        `build` must be the same for the same number; more units are taken to be longer. Found between a number that fits and one
-        that does not, which close in by the tokens that a unit takes, and by halves each third time, because units differ.
+        Args:
+            build: Builds a sample from a number of units (needles, words, sentences, ...); the same
+                sample for the same number, and a longer one for more units.
+            least: Smallest number of units to try.
+            most: Largest number of units to try; None for no limit.
 
-        Raises `SizeError` where `least` units do not fit.
+        Returns:
+            The number of units and its sample.
+
+        Raises:
+            SizeError: A sample of `least` units does not fit.
         """
         best = build(least)
         used = first = self.tokens(best)
         if used > self.length:
             raise SizeError(
-                f"length {self.length:,} is too short for a sample of {best.task}, which takes {used:,} tokens at"
-                " least; give a larger length"
+                f"length {self.length:,} is too short for a sample of {best.task}, which takes at"
+                f" least {used:,} tokens; give a larger length"
             )
+        # `low` units fit, `high` units do not. Interpolate between the two by the tokens that a
+        # unit takes; since units differ, every third step bisects instead.
         low = least
         high = None if most is None else most + 1
-        beyond = 0  # tokens of `high` units, where they were built
-        probes = 0
+        excess = 0  # tokens of `high` units; 0 if they have not been built
+        steps = 0
         while high is None or high - low > 1:
-            probes += 1
+            steps += 1
             room = self.length - used
-            if high is not None and beyond and probes % 3 == 0:
+            if high is not None and excess and steps % 3 == 0:
                 middle = (low + high) // 2
-            elif high is not None and beyond:
-                middle = low + room * (high - low) // (beyond - used)
+            elif high is not None and excess:
+                middle = low + room * (high - low) // (excess - used)
             elif used > first:
                 middle = min(2 * low + 1, low + room * (low - least) // (used - first))
             else:
@@ -73,5 +86,5 @@ class Size:
             if tokens <= self.length:
                 low, best, used = middle, sample, tokens
             else:
-                high, beyond = middle, tokens
+                high, excess = middle, tokens
         return low, best

@@ -1,4 +1,4 @@
-"""Where words and prose come from: files that a user names, or what is found in the running Python, under a name that says so."""
+"""Sources of words and prose: files named by the user, or texts that come with Python."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import json
 import re
 import zlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from star_attention.errors import InvalidInputError
-from star_attention.tools.prose import prose_lines
+from star_attention.tools.prose import SOURCE, prose_lines
+
+PARTS = ("train", "eval")
+"""Parts of the word lists: what the bundled model was trained on, and what it has not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prose:
-    """A long text. name: where it is from ("pydoc_data.topics", or a file's name); sha256: of the text, because results on
-    different texts are not the same measurement. words: split at white space, as RULER does.
+    """A long text.
+
+    Attributes:
+        name: Where it comes from: "pydoc_data.topics", or the name of a file.
+        text: The text.
+        sha256: Hash of the text. Results on different texts are not the same measurement.
     """
 
     name: str
@@ -27,57 +33,63 @@ class Prose:
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
+        """The words, split at white space as in RULER."""
         return tuple(re.sub(r"\s+", " ", self.text).strip().split(" "))
 
     @functools.cached_property
     def sentences(self) -> tuple[str, ...]:
+        """The sentences, on one line each."""
         return split_sentences(self.text)
 
     @property
-    def described(self) -> dict[str, str]:
-        """For a sample's `meta`."""
+    def meta(self) -> dict[str, str]:
+        """Entries that describe it in a sample's `meta`."""
         return {"prose": self.name, "prose_sha256": self.sha256[:16]}
 
 
 def split_sentences(text: str) -> tuple[str, ...]:
-    """Sentences of a text, by their ends; white space within becomes single spaces."""
+    """Split a text into sentences, with any run of white space replaced by one space."""
     flat = re.sub(r"\s+", " ", text).strip()
-    return (
-        tuple(re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z\"'(])", flat))
-        if flat
-        else ()
-    )
+    if not flat:
+        return ()
+    return tuple(re.split(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!e\.g\.)(?<!i\.e\.) (?=[A-Z\"'(])", flat))
 
 
 @functools.cache
 def prose(path: str | None = None) -> Prose:
-    """The text of a file: `.json` with a field `text`, a folder of `.txt` files (in the order of their names), or plain text.
-    Without one, the sentences of the language reference in the standard library, which differ from one Python to the next.
+    """Read a text.
 
-    Raises `InvalidInputError` for a file that is none of these.
+    Args:
+        path: A .json file with a field `text`, a folder of .txt files (read in the order of their
+            names), or a text file. None for the language reference of the standard library, which
+            differs between releases of Python.
+
+    Raises:
+        InvalidInputError: The path cannot be read as one of these, or its text is empty.
     """
     if path is None:
-        return _prose("pydoc_data.topics", " ".join(line.strip() for line in prose_lines()))
-    place = Path(path)
+        return _prose(SOURCE, " ".join(line.strip() for line in prose_lines()))
+    file = Path(path)
     try:
-        if place.is_dir():
-            files = sorted(place.glob("*.txt"))
+        if file.is_dir():
+            files = sorted(file.glob("*.txt"))
             if not files:
                 raise InvalidInputError(
-                    f"{path} holds no .txt files; name a folder of texts, a .json or a text file"
+                    f"{path} contains no .txt files; name a folder of them, a .json or a text file"
                 )
             text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-        elif place.suffix == ".json":
-            text = json.loads(place.read_text(encoding="utf-8"))["text"]
+        elif file.suffix == ".json":
+            text = json.loads(file.read_text(encoding="utf-8"))["text"]
         else:
-            text = place.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InvalidInputError(
-            f"{path} cannot be read as prose ({error}); give .json with a field text, a folder of .txt, or a text file"
+            f"{path} cannot be read as prose ({error}); name a .json file with a field text, a"
+            " folder of .txt files, or a text file"
         ) from None
     if not isinstance(text, str) or not text.strip():
-        raise InvalidInputError(f"{path} holds no text")
-    return _prose(place.name, text)
+        raise InvalidInputError(f"{path} contains no text; name another file")
+    return _prose(file.name, text)
 
 
 def _prose(name: str, text: str) -> Prose:
@@ -86,7 +98,12 @@ def _prose(name: str, text: str) -> Prose:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """English words that keys are made of; release: of the list, whose words differ from one to the next."""
+    """English words that keys are made of.
+
+    Attributes:
+        adjectives, nouns, verbs: The words.
+        release: Package and release that they come from. Word lists differ between releases.
+    """
 
     adjectives: tuple[str, ...]
     nouns: tuple[str, ...]
@@ -95,36 +112,30 @@ class Words:
 
     @functools.cached_property
     def all(self) -> tuple[str, ...]:
-        """All of them once, sorted."""
+        """All words, each once, sorted."""
         return tuple(sorted({*self.adjectives, *self.nouns, *self.verbs}))
-
-
-PARTS = ("train", "eval")
-"""Six in seven words, and the others: what the bundled model is trained on, and what it has not seen."""
-
-
-def check_part(part: str | None) -> None:
-    """Raises `InvalidInputError` for what is none of `PARTS`."""
-    if part not in (None, *PARTS):
-        raise InvalidInputError(
-            f"words {part!r} are unknown; choose one of {', '.join(PARTS)}, or leave it out for all"
-        )
 
 
 @functools.cache
 def words(part: str | None = None) -> Words:
-    """The word lists that RULER uses (the package wonderwords, of the extra `eval`); of `PARTS` one, or all.
+    """Return RULER's word lists, from the package wonderwords.
 
-    Raises `InvalidInputError` where it is not installed, and for an unknown part.
+    Args:
+        part: "train" for six in seven words, "eval" for the others, None for all.
+
+    Raises:
+        InvalidInputError: wonderwords is not installed, or the part is unknown.
     """
-    check_part(part)
     if part is not None:
+        if part not in PARTS:
+            raise InvalidInputError(
+                f"words {part!r} is unknown; choose one of {', '.join(PARTS)}, or leave it out"
+            )
         every = words()
-        lists = (
-            tuple(word for word in some if _part(word) == part)
-            for some in (every.adjectives, every.nouns, every.verbs)
+        adjectives, nouns, verbs = (
+            tuple(word for word in words_of_kind if _part(word) == part)
+            for words_of_kind in (every.adjectives, every.nouns, every.verbs)
         )
-        adjectives, nouns, verbs = lists
         return Words(
             adjectives=adjectives, nouns=nouns, verbs=verbs, release=f"{every.release}, {part}"
         )
@@ -132,14 +143,17 @@ def words(part: str | None = None) -> Words:
         from wonderwords import random_word
     except ImportError:
         raise InvalidInputError(
-            "the generators take their words from the package wonderwords; install star-attention[eval]"
+            "the generators need the package wonderwords for their words;"
+            " pip install star-attention[eval]"
         ) from None
+    from importlib.metadata import version
+
     source = random_word.RandomWord()
-    found = {
+    lists = {
         name: tuple(source.filter(include_parts_of_speech=[name]))
         for name in ("adjectives", "nouns", "verbs")
     }
-    return Words(**found, release=f"wonderwords {version('wonderwords')}")
+    return Words(**lists, release=f"wonderwords {version('wonderwords')}")
 
 
 def _part(word: str) -> str:

@@ -1,6 +1,7 @@
-"""The prompts of BABILong's tasks: what stands in front of a text and behind it, and how the question begins.
+"""The prompts of BABILong's tasks: the text around the context, and the lead of the question.
 
-Those of our own have the published structure and sentences of our own. The published ones come from a file of their authors.
+Our own prompts have the published structure with other sentences. The published ones are read from
+their authors' file.
 """
 
 from __future__ import annotations
@@ -17,41 +18,50 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError
 
-ASK = "Question: "
+QUESTION_LEAD = "Question: "
 _TEMPLATE = (
     "{instruction}\n\n{examples}\n\n{post_prompt}\n\n<context>\n{context}\n</context>\n\n"
-    + ASK
+    + QUESTION_LEAD
     + "{question}"
 )
 _PARTS = ("instruction", "examples", "post_prompt")
 _PUBLISHED = (
-    "give babilong/prompts.py of github.com/booydar/babilong, or .json with its DEFAULT_PROMPTS"
+    "give babilong/prompts.py of github.com/booydar/babilong, or its DEFAULT_PROMPTS as .json"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """before, after: what stands around a text in the context. ask: what the question follows on in the query. sha256: of the
-    published file that they are from, its beginning; empty for our own.
+    """The prompt around a text and its question.
+
+    Attributes:
+        before: What precedes the text in the context.
+        after: What follows the text in the context.
+        question_lead: What precedes the question in the query.
+        sha256: Beginning of the published file's hash; empty for our own prompts.
     """
 
     before: str
     after: str
-    ask: str = ASK
+    question_lead: str = QUESTION_LEAD
     sha256: str = ""
 
 
-_READ = "A few sentences about {} are hidden in a long text about other things. Use nothing but those sentences to answer."
+_READ = (
+    "A few sentences about {} are hidden in a long text about other things. Use nothing but those"
+    " sentences to answer."
+)
 _INSTRUCTION = {
     "qa1": _READ.format("where people go") + " A person is where they went last.",
     "qa2": _READ.format("people, where they go and what they carry")
     + " A thing is where its holder is, or where it was put down last.",
     "qa3": _READ.format("people, where they go and what they carry")
-    + " A thing goes wherever its holder goes; you are asked in which room it was before it came to another.",
+    + " A thing goes wherever its holder goes; you are asked in which room it was before it came"
+    " to another.",
     "qa4": _READ.format("which room lies on which side of another"),
     "qa5": _READ.format("people, what they carry and what they give to each other"),
 }
-_EXAMPLES = {
+EXAMPLES = {
     "qa1": (
         (
             "Mary went to the office. John moved to the garden. Mary moved to the kitchen.",
@@ -71,19 +81,22 @@ _EXAMPLES = {
             "garden",
         ),
         (
-            "Mary moved to the bedroom. Mary grabbed the apple. Mary dropped the apple. Mary went to the kitchen.",
+            "Mary moved to the bedroom. Mary grabbed the apple."
+            " Mary dropped the apple. Mary went to the kitchen.",
             "Where is the apple?",
             "bedroom",
         ),
     ),
     "qa3": (
         (
-            "John went to the kitchen. John got the football. John moved to the office. John journeyed to the hallway.",
+            "John went to the kitchen. John got the football."
+            " John moved to the office. John journeyed to the hallway.",
             "Where was the football before the hallway?",
             "office",
         ),
         (
-            "Sandra moved to the bathroom. Sandra picked up the milk. Sandra went to the garden. Sandra left the milk.",
+            "Sandra moved to the bathroom. Sandra picked up the milk."
+            " Sandra went to the garden. Sandra left the milk.",
             "Where was the milk before the garden?",
             "bathroom",
         ),
@@ -102,12 +115,14 @@ _EXAMPLES = {
     ),
     "qa5": (
         (
-            "Fred went to the office. Mary moved to the office. Fred took the milk. Fred gave the milk to Mary.",
+            "Fred went to the office. Mary moved to the office. Fred took the milk."
+            " Fred gave the milk to Mary.",
             "Who did Fred give the milk to?",
             "Mary",
         ),
         (
-            "Bill went to the garden. Jeff went to the garden. Jeff got the apple. Jeff handed the apple to Bill.",
+            "Bill went to the garden. Jeff went to the garden. Jeff got the apple."
+            " Jeff handed the apple to Bill.",
             "What did Jeff give to Bill?",
             "apple",
         ),
@@ -122,50 +137,51 @@ _ANSWER = {
 }
 
 
-def frame(task: str, path: str | None = None) -> Frame:
-    """A task's prompt of our own, or by the published file at `path`.
+def read_frame(task: str, path: str | None = None) -> Frame:
+    """Return a task's prompt: our own, or that of the published file at `path`.
 
-    Raises `InvalidInputError` for a file that is not as published, and for a task that it does not have.
+    Raises:
+        InvalidInputError: The file is not as published, or has no prompt for the task.
     """
     if path is None:
         examples = "\n\n".join(
-            f"<example>\n{facts}\n{ASK}{asked}\nAnswer: {answer}\n</example>"
-            for facts, asked, answer in _EXAMPLES[task]
+            f"<example>\n{facts}\n{QUESTION_LEAD}{question}\nAnswer: {answer}\n</example>"
+            for facts, question, answer in EXAMPLES[task]
         )
         parts = {
             "instruction": _INSTRUCTION[task],
             "examples": examples,
             "post_prompt": _ANSWER[task],
         }
-        return _framed(_TEMPLATE, parts, "")
-    template, prompts, sha256 = _published(path)
+        return _frame(_TEMPLATE, parts, "")
+    template, prompts, sha256 = _read_published(path)
     if task not in prompts:
         raise InvalidInputError(f"{path} has no prompt for {task}; it has {', '.join(prompts)}")
-    return _framed(template, prompts[task], sha256)
+    return _frame(template, prompts[task], sha256)
 
 
-def _framed(template: str, parts: Mapping[str, str], sha256: str) -> Frame:
-    """A template's text, cut around the context and in front of the question, whose line begins the query."""
+def _frame(template: str, parts: Mapping[str, str], sha256: str) -> Frame:
+    """Fill a template and cut it around the context, and before the line of the question."""
     filled = re.sub(r"\{(\w+)\}", lambda match: parts.get(match[1], match[0]), template)
     before, _, rest = filled.partition("{context}")
     middle, _, _ = rest.partition("{question}")
-    after, line, ask = middle.rpartition("\n")
-    return Frame(before=before.lstrip(), after=after + line, ask=ask, sha256=sha256)
+    after, line, lead = middle.rpartition("\n")
+    return Frame(before=before.lstrip(), after=after + line, question_lead=lead, sha256=sha256)
 
 
 @functools.cache
-def _published(path: str) -> tuple[str, dict[str, dict[str, str]], str]:
-    """The template, the prompts and the hash of a published file, whose code is read and not run."""
+def _read_published(path: str) -> tuple[str, dict[str, dict[str, str]], str]:
+    """Return template, prompts and hash of a published file, whose code is not executed."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        named: dict[str, Any] = (
+        values: dict[str, Any] = (
             {"DEFAULT_PROMPTS": json.loads(text)} if path.endswith(".json") else _literals(text)
         )
     except (OSError, ValueError, SyntaxError) as error:
         raise InvalidInputError(
             f"{path} cannot be read as prompts ({error}); {_PUBLISHED}"
         ) from None
-    prompts = named.get("DEFAULT_PROMPTS")
+    prompts = values.get("DEFAULT_PROMPTS")
     if not isinstance(prompts, dict) or not prompts:
         raise InvalidInputError(f"{path} has no DEFAULT_PROMPTS; {_PUBLISHED}")
     for task, parts in prompts.items():
@@ -173,25 +189,27 @@ def _published(path: str) -> tuple[str, dict[str, dict[str, str]], str]:
             isinstance(parts.get(part), str) for part in _PARTS
         ):
             raise InvalidInputError(
-                f"{path}: the prompt of {task} is not of texts {', '.join(_PARTS)}; {_PUBLISHED}"
+                f"{path}: the prompt of {task} does not consist of strings {', '.join(_PARTS)};"
+                f" {_PUBLISHED}"
             )
-    template = named.get("DEFAULT_TEMPLATE", _TEMPLATE)
+    template = values.get("DEFAULT_TEMPLATE", _TEMPLATE)
     if not isinstance(template, str) or not re.search(
         r"\{context\}.*\n.*\{question\}", template, re.DOTALL
     ):
         raise InvalidInputError(
-            f"{path}: DEFAULT_TEMPLATE {template!r} has no question on a line below the context; {_PUBLISHED}"
+            f"{path}: DEFAULT_TEMPLATE {template!r} does not have the question on a line below the"
+            f" context; {_PUBLISHED}"
         )
     return template, prompts, hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _literals(code: str) -> dict[str, Any]:
-    """The names of a module that are given plain values."""
-    found = {}
-    for one in ast.parse(code).body:
-        if isinstance(one, ast.Assign) and isinstance(one.targets[0], ast.Name):
+    """Return the names of a module that are assigned literals, with their values."""
+    values = {}
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             try:
-                found[one.targets[0].id] = ast.literal_eval(one.value)
+                values[node.targets[0].id] = ast.literal_eval(node.value)
             except ValueError:
                 continue
-    return found
+    return values

@@ -1,8 +1,9 @@
-"""RULER's tracking of variables (vt), common words (cwe) and frequent words (fwe).
+"""RULER's variable tracking (vt), common words (cwe) and frequent words (fwe).
 
-By `compat` "star-attention" they are as the official Star Attention implementation has them (without a chat template), which its
-published numbers may come from: in vt noise and the example are joined otherwise and a word of the answer's beginning misspelt, in
-cwe words are ten times as frequent and the example's answer follows its colon at once, and in fwe answers are longer.
+With the option `compat` they are as in the official Star Attention implementation (without a chat
+template), which its published scores may come from: in vt, noise and example are joined in another
+way and a word of the answer prefix is misspelled; in cwe, words are ten times as frequent and the
+example's answer follows its colon without a space; in fwe, answers are longer.
 """
 
 from __future__ import annotations
@@ -13,34 +14,39 @@ import random
 import string
 
 from star_attention.errors import SizeError
+from star_attention.evals.samples.building import NOISE, Draw, depths, insert
+from star_attention.evals.samples.case import Case
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sources import Words, words
-from star_attention.evals.suites.ruler.case import Case, depths
-from star_attention.evals.suites.ruler.needles import NOISE, Draw, planted
 from star_attention.hf.text.tokens import query_ids
 
 _HOPS = 4
 _EXAMPLE_TOKENS = 500
-_COMMON = 10
-_SHORT = 4096  # below it cwe's words are fewer
+_NUM_COMMON = 10
+_SHORT = 4096
+"""Length below which cwe's word counts are smaller."""
 
 
-def vt(case: Case) -> Sample:
-    """One chain of five variables in noise, behind an example of another."""
+def _is_compat(case: Case) -> bool:
+    return case.options.get("compat") is not None
+
+
+def variable_tracking(case: Case) -> Sample:
+    """Generate a vt sample: one chain of five variables in noise, after an example of another."""
     rng = case.rng()
-    value, other_value = (str(number) for number in rng.sample(range(10_000, 99_999), 2))
-    names, other_names = _variables(rng, 5), _variables(rng, 3)
+    value, example_value = (str(number) for number in rng.sample(range(10_000, 99_999), 2))
+    names, example_names = _variables(rng, 5), _variables(rng, 3)
     tokens = min(_EXAMPLE_TOKENS, case.size.length // 2)
 
-    def example(noises: int) -> str:
-        shown = _chain(case, noises, other_names, other_value, part="example")
-        return shown.context + shown.query + shown.answer_prefix
+    def example(noise: int) -> str:
+        sample = _chain(case, noise, example_names, example_value, part="example")
+        return sample.context + sample.query + sample.answer_prefix
 
-    noises = len(other_names)
-    while len(query_ids(case.size.tokenizer, example(noises + 1))) <= tokens:
-        noises += 1
-    before = f"{example(noises)} {' '.join(other_names)}\n\n"
-    if case.options.get("compat") is not None:
+    noise = len(example_names)
+    while len(query_ids(case.size.tokenizer, example(noise + 1))) <= tokens:
+        noise += 1
+    before = f"{example(noise)} {' '.join(example_names)}\n\n"
+    if _is_compat(case):
         before = f" {before}\n\n"
     return case.size.largest(
         lambda count: _chain(case, count, names, value, before=before), least=len(names)
@@ -55,16 +61,16 @@ def _variables(rng: random.Random, letters: int) -> list[str]:
 
 
 def _chain(
-    case: Case, noises: int, names: list[str], value: str, *, part: str = "chain", before: str = ""
+    case: Case, noise: int, names: list[str], value: str, *, part: str = "chain", before: str = ""
 ) -> Sample:
     lines = [f"VAR {names[0]} = {value}"]
     lines += [f"VAR {name} = VAR {source} " for source, name in itertools.pairwise(names)]
-    places = sorted(case.rng(part).sample(range(noises), len(lines)))
-    official = case.options.get("compat") is not None
-    noise, joint, assigned = (
-        (f"{NOISE}\n", " ", "assgined") if official else (NOISE, "\n", "assigned")
-    )
-    text = joint.join(planted([noise] * noises, lines, places))
+    places = sorted(case.rng(part).sample(range(noise), len(lines)))
+    if _is_compat(case):
+        filler, joint, assigned = f"{NOISE}\n", " ", "assgined"
+    else:
+        filler, joint, assigned = NOISE, "\n", "assigned"
+    text = joint.join(insert(lines, [filler] * noise, places))
     return case.sample(
         f"{before}{CHAIN_HEAD}{text}\n",
         *chain_question(value, len(names), assigned),
@@ -82,7 +88,7 @@ CHAIN_HEAD = (
 
 
 def chain_question(value: str, count: int, assigned: str = "assigned") -> tuple[str, str]:
-    """The question for the variables that hold a value, and how its answer begins."""
+    """Return the question for the variables that hold a value, and the beginning of its answer."""
     return (
         f"Question: Find all variables that are assigned the value {value} in the text above.",
         " Answer: According to the chain(s) of variable assignment in the text above,"
@@ -90,30 +96,33 @@ def chain_question(value: str, count: int, assigned: str = "assigned") -> tuple[
     )
 
 
-def cwe(case: Case) -> Sample:
-    """Ten words that appear more often than others in a numbered list, behind an example of another.
+def common_words(case: Case) -> Sample:
+    """Generate a cwe sample: ten words more frequent than others in a numbered list.
 
-    Where the length takes more words than there are, pairs of an adjective and a noun go on (RULER goes on with another list, whose
-    terms are unknown); `meta["pairs"]` says how many.
+    An example of another list precedes it. If the length takes more words than there are, pairs of
+    an adjective and a noun follow; `meta["pairs"]` counts them. (RULER continues with another list,
+    whose license is unknown.)
 
-    Raises `SizeError` for a length that has no room for others beside the ten.
+    Raises:
+        SizeError: The length has no room for words other than the ten.
     """
-    official = case.options.get("compat") is not None
+    compat = _is_compat(case)
     if case.size.length < _SHORT:
-        shown, repeats, (common, uncommon) = 20, (3, 1), (6, 1)
+        example_words, example_repeats, repeats = 20, (3, 1), (6, 1)
     else:
-        shown, repeats, (common, uncommon) = 40, (10, 3), (300, 30) if official else (30, 3)
+        example_words, example_repeats = 40, (10, 3)
+        repeats = (300, 30) if compat else (30, 3)
     rng = case.rng("example")
     known = words(case.options.get("words"))
-    example, answers = listed(rng, rng.sample(known.all, shown), *repeats)
-    gap = "" if official else " "
+    example, answers = word_list(rng, rng.sample(known.all, example_words), *example_repeats)
+    gap = "" if compat else " "
     before = f"{CWE_HEAD}{example}\n{CWE_QUERY}{CWE_PREFIX}{gap}{numbered(answers)}\n"
 
     def build(count: int) -> Sample:
         rng = case.rng()
         pool = rng.sample(known.all, len(known.all))
         pairs = max(0, count - len(pool))
-        text, answers = listed(rng, pool[:count] + _pairs(rng, pairs, known), common, uncommon)
+        text, answers = word_list(rng, pool[:count] + _pairs(rng, pairs, known), *repeats)
         return case.sample(
             f"{before}{CWE_HEAD}{text}\n",
             CWE_QUERY,
@@ -122,40 +131,49 @@ def cwe(case: Case) -> Sample:
             max_new_tokens=120,
             category="aggregation",
             words=known.release,
-            repeats=[common, uncommon],
+            repeats=list(repeats),
             pairs=pairs,
         )
 
     try:
-        return case.size.largest(build, least=_COMMON + 1)[1]
+        return case.size.largest(build, least=_NUM_COMMON + 1)[1]
     except SizeError as error:
-        if not official:
+        if not compat:
             raise
         raise SizeError(
-            f"{error}, or leave out compat: the official variant repeats its {_COMMON} answers {common} times each, and where the"
-            " length has no room for more, its list is empty or holds nothing else"
+            f"{error}, or leave out compat: the official variant repeats its {_NUM_COMMON} answers"
+            f" {repeats[0]} times each; at lengths without room for other words its list is empty"
+            " or contains nothing else"
         ) from None
 
 
 CWE_HEAD = (
-    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most"
-    " often.\n"
+    "Below is a numbered list of words. In these words, some appear more often than others."
+    " Memorize the ones that appear most often.\n"
 )
-CWE_QUERY = f"Question: What are the {_COMMON} most common words in the above list?"
-CWE_PREFIX = f" Answer: The top {_COMMON} words that appear most often in the list are:"
+CWE_QUERY = f"Question: What are the {_NUM_COMMON} most common words in the above list?"
+CWE_PREFIX = f" Answer: The top {_NUM_COMMON} words that appear most often in the list are:"
 
 
-def listed(
+def word_list(
     rng: random.Random, chosen: list[str], common: int, uncommon: int
 ) -> tuple[str, list[str]]:
-    """A numbered list in which the first ten words stand more often, and those."""
-    answers = chosen[:_COMMON]
-    entries = answers * common + chosen[_COMMON:] * uncommon
+    """Return a numbered list of words, and its ten most frequent ones.
+
+    Args:
+        rng: Source of the order.
+        chosen: The words; the first ten are the frequent ones.
+        common: Occurrences of each of those.
+        uncommon: Occurrences of each other word.
+    """
+    answers = chosen[:_NUM_COMMON]
+    entries = answers * common + chosen[_NUM_COMMON:] * uncommon
     rng.shuffle(entries)
     return numbered(entries), answers
 
 
 def numbered(entries: list[str]) -> str:
+    """Return the entries on one line, numbered from 1."""
     return " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
 
 
@@ -164,42 +182,47 @@ def _pairs(rng: random.Random, count: int, known: Words) -> list[str]:
     return [draw("words") for _ in range(count)]
 
 
-def fwe(case: Case) -> Sample:
-    """Coded words, the k-th of them k^-2 as often as the first, which is dots; asked for are the second to fourth."""
+_FEWEST_CODED = 53
+"""With fewer coded words, the fourth may be as frequent as the fifth."""
+
+
+def frequent_words(case: Case) -> Sample:
+    """Generate an fwe sample: coded words, of which the second to fourth most frequent are asked.
+
+    The k-th word is k^-2 times as frequent as the first, which is dots.
+    """
     vocabulary = max(5, (case.size.length - 50) // 50)
 
     def build(count: int) -> Sample:
-        entries, answers = coded(case.rng(), count, vocabulary)
+        entries, answers = coded_words(case.rng(), count, vocabulary)
         return case.sample(
             f"{FWE_HEAD}{' '.join(entries)}\n",
             FWE_QUERY,
             FWE_PREFIX,
             answers,
-            max_new_tokens=50 if case.options.get("compat") is None else 120,
+            max_new_tokens=120 if _is_compat(case) else 50,
             category="aggregation",
             alpha=2.0,
         )
 
-    return case.size.largest(build, least=53)[
-        1
-    ]  # with fewer, the fourth word may be as frequent as the fifth
+    return case.size.largest(build, least=_FEWEST_CODED)[1]
 
 
 FWE_HEAD = (
-    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded"
-    " words. "
+    "Read the following coded text and track the frequency of each coded word. Find the three most"
+    " frequently appeared coded words. "
 )
 FWE_QUERY = (
-    "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared words in"
-    " the above coded text?"
+    "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three"
+    " most frequently appeared words in the above coded text?"
 )
 FWE_PREFIX = (
     " Answer: According to the coded text above, the three most frequently appeared words are:"
 )
 
 
-def coded(rng: random.Random, count: int, vocabulary: int) -> tuple[list[str], list[str]]:
-    """About `count` coded words in random order, and the three that are asked for."""
+def coded_words(rng: random.Random, count: int, vocabulary: int) -> tuple[list[str], list[str]]:
+    """Return about `count` coded words in random order, and the three that are asked for."""
     known: dict[str, None] = {"...": None}
     while len(known) < vocabulary:
         known["".join(rng.choices(string.ascii_lowercase, k=6))] = None

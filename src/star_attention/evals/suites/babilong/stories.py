@@ -1,6 +1,6 @@
-"""A small world of people, rooms and things, and stories told of it whose questions have one right answer each.
+"""A small world of people, rooms and things, and stories about it with unambiguous questions.
 
-The kinds of stories are those of bAbI's tasks 1 to 5 (Weston et al., arXiv 1502.05698); the simulation and its stories are our own.
+The stories follow bAbI's tasks 1 to 5 (Weston et al., arXiv 1502.05698); the simulation is our own.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ OBJECTS = ("apple", "football", "milk")
 ACTORS = {task: ("Daniel", "John", "Mary", "Sandra") for task in ("qa1", "qa2", "qa3", "qa4")} | {
     "qa5": ("Bill", "Fred", "Jeff", "Mary")
 }
-"""Who may be in the stories of a task. (qa4 tells of rooms only.)"""
+"""People in the stories of each task (qa4 has rooms only)."""
+LABELS = {task: ROOMS for task in ACTORS} | {"qa5": (*ACTORS["qa5"], *OBJECTS)}
+"""Everything that can be an answer of each task, as published."""
 FACTS = {"qa1": (2, 10), "qa2": (4, 20), "qa3": (6, 32), "qa4": (2, 2), "qa5": (6, 24)}
-"""The fewest and the most facts of a story."""
+"""The fewest and the most facts of a story of each task."""
 
 _MOVED = ("moved to", "went to", "journeyed to", "travelled to")
 _TOOK = ("took", "grabbed", "picked up", "got")
@@ -28,7 +30,13 @@ _OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """facts: sentences in the order of events. question, answer: on what holds behind the last of them."""
+    """A story and a question about its end.
+
+    Attributes:
+        facts: Sentences in the order of events.
+        question: What is asked about the world after the last fact.
+        answer: The only right answer.
+    """
 
     facts: tuple[str, ...]
     question: str
@@ -36,52 +44,65 @@ class Story:
 
 
 def story(task: str, facts: int, rng: random.Random) -> Story:
-    """A story of so many facts with a question that they settle; stories that settle none are made anew."""
-    (told,) = chapters(task, [facts], rng)
-    question, answer = rng.choice(rng.choice(told.asked[task]))
-    return Story(facts=told.facts, question=question, answer=answer)
+    """Return a story of a number of facts that settle its question."""
+    (chapter,) = chapters(task, [facts], rng)
+    question, answer = rng.choice(rng.choice(chapter.questions[task]))
+    return Story(facts=chapter.facts, question=question, answer=answer)
 
 
-Asked = list[list[tuple[str, str]]]
-"""Questions with their answers, by kind of question, no kind empty."""
+QuestionKinds = list[list[tuple[str, str]]]
+"""Pairs of question and answer, grouped by kind of question; no group is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chapter:
-    """facts: sentences in the order of events. asked: by task, everything that the story so far settles, of easier tasks too."""
+    """Part of a story.
+
+    Attributes:
+        facts: Sentences in the order of events.
+        questions: For the story's task and easier ones, everything that the story has settled by
+            the end of the chapter.
+    """
 
     facts: tuple[str, ...]
-    asked: Mapping[str, Asked]
+    questions: Mapping[str, QuestionKinds]
 
 
-_STEPS = {"qa2": ("qa1",), "qa3": ("qa1", "qa2"), "qa5": ("qa1", "qa2")}
-"""What else can be asked of a task's stories: what one has to know on the way to its answers."""
+_EASIER = {"qa2": ("qa1",), "qa3": ("qa1", "qa2"), "qa5": ("qa1", "qa2")}
+"""Other tasks whose questions a task's stories settle: the steps on the way to its answers."""
 
 
 def chapters(task: str, facts: Sequence[int], rng: random.Random) -> list[Chapter]:
-    """A story that goes on, so many facts a chapter, the first of which settles a question of its task. (qa4 has one chapter.)"""
+    """Return a story in chapters of these numbers of facts.
+
+    The first chapter settles a question of the task. A story of qa4 has one chapter, of two facts.
+    """
     if task == "qa4":
-        told, asked = _directions(rng)
-        return [Chapter(facts=told, asked={task: asked})]
+        sentences, questions = _directions(rng)
+        return [Chapter(facts=sentences, questions={task: questions})]
     while True:
         world = _World(rng=rng, actors=ACTORS[task], handling=task != "qa1", giving=task == "qa5")
         first = _chapter(task, facts[0], world)
-        if first.asked[task]:
+        if first.questions[task]:
             return [first, *(_chapter(task, count, world) for count in facts[1:])]
 
 
 def _chapter(task: str, facts: int, world: _World) -> Chapter:
-    told = tuple(world.event() for _ in range(facts))
-    asked = {
-        one: [kind for kind in _questions(one, world) if kind]
-        for one in (task, *_STEPS.get(task, ()))
+    sentences = tuple(world.event() for _ in range(facts))
+    questions = {
+        name: [kind for kind in _questions(name, world) if kind]
+        for name in (task, *_EASIER.get(task, ()))
     }
-    return Chapter(facts=told, asked=asked)
+    return Chapter(facts=sentences, questions=questions)
 
 
 @dataclass(kw_only=True)
 class _World:
-    """Where everybody and everything is. Only what the facts have told so far is in `places`, `history` and `gifts`."""
+    """Where everybody and everything is.
+
+    `places`, `history` and `gifts` have only what the facts have told so far; `lying` has also the
+    things whose rooms are not told yet.
+    """
 
     rng: random.Random
     actors: tuple[str, ...]
@@ -97,11 +118,12 @@ class _World:
         self.lying = {thing: self.rng.choice(ROOMS) for thing in OBJECTS}
 
     def event(self) -> str:
-        """One more thing happens: its sentence. Half of the events are no moves, where anything else can happen."""
+        """Let something happen and return its sentence: a move, or in half of the cases not."""
         handlings = self._handlings() if self.handling else []
         if handlings and self.rng.random() < 0.5:
             kind = self.rng.choice(sorted({kind for kind, *_ in handlings}))
-            return self._handle(*self.rng.choice([one for one in handlings if one[0] == kind]))
+            candidates = [handling for handling in handlings if handling[0] == kind]
+            return self._handle(*self.rng.choice(candidates))
         actor = self.rng.choice(self.actors)
         room = self.rng.choice([room for room in ROOMS if room != self.places.get(actor)])
         self.places[actor] = room
@@ -111,23 +133,22 @@ class _World:
         return f"{actor} {self.rng.choice(_MOVED)} the {room}."
 
     def _handlings(self) -> list[tuple[str, str, str, str]]:
-        """(kind, actor, thing, receiver) of all that can happen with things where their rooms are known."""
-        able = [
+        """Return (kind, actor, thing, receiver) of all that can happen to things now."""
+        handlings = [
             ("take", actor, thing, "")
             for actor, room in self.places.items()
             for thing, place in self.lying.items()
             if place == room
         ]
         for thing, holder in self.holders.items():
-            able.append(("drop", holder, thing, ""))
+            handlings.append(("drop", holder, thing, ""))
             if self.giving:
-                near = [
-                    who
-                    for who, room in self.places.items()
-                    if who != holder and room == self.places[holder]
+                handlings += [
+                    ("give", holder, thing, receiver)
+                    for receiver, room in self.places.items()
+                    if receiver != holder and room == self.places[holder]
                 ]
-                able += [("give", holder, thing, receiver) for receiver in near]
-        return able
+        return handlings
 
     def _handle(self, kind: str, actor: str, thing: str, receiver: str) -> str:
         if kind == "take":
@@ -145,8 +166,8 @@ class _World:
         return f"{actor} {self.rng.choice(_GAVE)} the {thing} to {receiver}."
 
 
-def _questions(task: str, world: _World) -> Asked:
-    """(question, answer) of everything that can be asked of a world, by kind of question."""
+def _questions(task: str, world: _World) -> QuestionKinds:
+    """Return everything that can be asked of a world; here, groups may be empty."""
     if task == "qa1":
         return [[(f"Where is {actor}?", room) for actor, room in world.places.items()]]
     if task == "qa2":
@@ -161,30 +182,33 @@ def _questions(task: str, world: _World) -> Asked:
         kinds[3][f"Who gave the {thing}?"].add(giver)
         kinds[4][f"Who received the {thing}?"].add(receiver)
     return [
-        [(asked, min(found)) for asked, found in kind.items() if len(found) == 1] for kind in kinds
+        [(question, min(answers)) for question, answers in kind.items() if len(answers) == 1]
+        for kind in kinds
     ]
 
 
 def _where_before(world: _World) -> list[tuple[str, str]]:
-    """Only of rooms that a thing came to from one and the same room, however often."""
-    able = []
+    """Return the questions about rooms that a thing always entered from the same other room."""
+    questions = []
     for thing, rooms in world.history.items():
         before: dict[str, set[str | None]] = defaultdict(set)
         for previous, room in zip([None, *rooms[:-1]], rooms, strict=True):
             before[room].add(previous)
-        for room, found in before.items():
-            previous = found.pop()
-            if not found and previous is not None:
-                able.append((f"Where was the {thing} before the {room}?", previous))
-    return able
+        for room, origins in before.items():
+            origin = origins.pop()
+            if not origins and origin is not None:
+                questions.append((f"Where was the {thing} before the {room}?", origin))
+    return questions
 
 
-def _directions(rng: random.Random) -> tuple[tuple[str, ...], Asked]:
-    """Two rooms beside a third, each told from either end. Only the third is named in the question, for which two rooms in one
-    line leave no second answer."""
+def _directions(rng: random.Random) -> tuple[tuple[str, ...], QuestionKinds]:
+    """Return two facts about rooms next to a third, and the questions that name the third.
+
+    Each fact is told from either end. Two rooms on one line leave no second answer.
+    """
     middle, *others = rng.sample(ROOMS, 3)
     sides = rng.sample(sorted(_OPPOSITE), 2)
-    facts, asked = [], []
+    facts, questions = [], []
     for room, side in zip(others, sides, strict=True):
         back = _OPPOSITE[side]
         facts.append(
@@ -192,8 +216,8 @@ def _directions(rng: random.Random) -> tuple[tuple[str, ...], Asked]:
                 (f"The {room} is {side} of the {middle}.", f"The {middle} is {back} of the {room}.")
             )
         )
-        asked += [
+        questions += [
             (f"What is {side} of the {middle}?", room),
             (f"What is the {middle} {back} of?", room),
         ]
-    return tuple(facts), [asked]
+    return tuple(facts), [questions]

@@ -1,4 +1,4 @@
-"""One sample that is asked of a generator, and what all of RULER's tasks do with it."""
+"""A request for one generated sample."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from star_attention.evals.samples.sizing import Size
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The `index`-th sample of a suite's task: as long as `size` says, random by `seed`.
+    """A request for the sample `index` of a suite's task.
 
-    label: ends the sample's id, where one index has several samples.
+    Attributes:
+        suite: Name of the suite.
+        task: Name of the task.
+        size: Length that the sample fills.
+        seed: Seed of the run.
+        index: Number of the sample, from 0.
+        options: Values of the suite's options.
+        label: End of the sample's id, for several samples of one index.
     """
 
     suite: str
@@ -27,12 +34,13 @@ class Case:
     label: str = ""
 
     def rng(self, *part: str) -> random.Random:
-        """The same numbers at each call, so that a sample can be built again with more or fewer units; others for each part."""
-        return random.Random(
-            " ".join(
-                map(str, (self.suite, self.task, self.size.length, self.seed, self.index, *part))
-            )
-        )
+        """Return a fresh generator, another one for each part of the sample.
+
+        Every call returns the same random numbers, so that a sample can be built again with more or
+        fewer units.
+        """
+        seed = (self.suite, self.task, self.size.length, self.seed, self.index, *part)
+        return random.Random(" ".join(map(str, seed)))
 
     def sample(
         self,
@@ -45,6 +53,7 @@ class Case:
         metric: str = "string_match_all",
         **meta: Any,
     ) -> Sample:
+        """Return a sample with this case's id, task and length."""
         return Sample(
             id=f"{self.task}-{self.size.length}-{self.seed}-{self.index}{self.label}",
             task=self.task,
@@ -57,8 +66,3 @@ class Case:
             metric=metric,
             meta=meta,
         )
-
-
-def depths(text: str, parts: Iterable[str]) -> list[float]:
-    """Where each part begins in a text that holds it: percent of the characters before the last place it could begin at."""
-    return [round(100 * text.index(part) / max(1, len(text) - len(part)), 1) for part in parts]

@@ -1,0 +1,131 @@
+"""Formats that hold whole prompts: Star Attention's, kvpress's and RULER's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from star_attention.errors import InvalidInputError
+from star_attention.evals.formats.format import Format, with_extras
+from star_attention.evals.formats.known_tasks import RULER, family_of, metric_of
+from star_attention.evals.formats.row import Row, parse_answers
+from star_attention.evals.samples.sample import Sample
+
+
+def _sample(
+    row: Row, *, context: str, query: str, answers: tuple[str, ...], strict: bool = False
+) -> Sample:
+    task = row.task
+    strict = strict and not row.values.get("metric")
+    metric, max_new_tokens = metric_of(task, strict=strict)
+    return Sample(
+        id=row.id_for(task),
+        task=task,
+        length=row.tokens("length", 0) or row.named_length,
+        context=context,
+        query=query,
+        answer_prefix=row.text("answer_prefix", ""),
+        answers=answers,
+        max_new_tokens=row.tokens("max_new_tokens", max_new_tokens),
+        metric=row.text("metric", metric),
+        meta=row.meta,
+    )
+
+
+def _outputs(row: Row) -> tuple[str, ...]:
+    return parse_answers(row.values.get("outputs", row.values.get("output")))
+
+
+def _without_prefix(row: Row, query: str) -> str:
+    """Remove the answer prefix, which may be at the end of the query as well."""
+    prefix = row.text("answer_prefix", "")
+    return query.removesuffix(prefix) if prefix else query
+
+
+def _read_star_attention(row: Row) -> list[Sample]:
+    answers = _outputs(row)
+    context = row.text("input_context")
+    query = _without_prefix(row, row.text("input_query"))
+    return [_sample(row, context=context, query=query, answers=answers)]
+
+
+def _write_star_attention(sample: Sample, index: int) -> dict[str, Any]:
+    fields = {
+        "index": index,
+        "input_context": sample.context,
+        "input_query": sample.query + sample.answer_prefix,
+        "outputs": list(sample.answers),
+    }
+    return with_extras(fields, sample)
+
+
+def _read_kvpress(row: Row) -> list[Sample]:
+    context, query = row.text("context"), row.text("question")
+    answers = parse_answers(row.values["answer"], parse_lists=row.path.suffix == ".csv")
+    return [_sample(row, context=context, query=query, answers=answers, strict=True)]
+
+
+def _write_kvpress(sample: Sample, index: int) -> dict[str, Any]:
+    fields = {
+        "context": sample.context,
+        "question": sample.query,
+        "answer": list(sample.answers),
+    }
+    return with_extras(fields, sample)
+
+
+def _read_ruler(row: Row) -> list[Sample]:
+    answers = _outputs(row)
+    prompt = row.text("input")
+    cut = _question_start(prompt, row.task)
+    query = _without_prefix(row, prompt[cut:])
+    return [_sample(row, context=prompt[:cut], query=query, answers=answers)]
+
+
+def _write_ruler(sample: Sample, index: int) -> dict[str, Any]:
+    prompt = sample.context + sample.query
+    if _question_start(prompt, sample.task) != len(sample.context):
+        raise InvalidInputError(
+            f"sample {sample.id} cannot be written as ruler, which is read by cutting lines where"
+            " RULER's questions begin; write another format"
+        )
+    fields = {"index": index, "input": prompt, "outputs": list(sample.answers)}
+    return with_extras(fields, sample)
+
+
+def _question_start(prompt: str, task: str) -> int:
+    """Return where the last question of a RULER prompt begins: the task's own, or any.
+
+    Raises:
+        InvalidInputError: There is no question.
+    """
+    family = family_of(task)
+    starts = [
+        match.start()
+        for name in ([family] if family else RULER)
+        for match in re.finditer(RULER[name].question, prompt)
+    ]
+    if not starts:
+        raise InvalidInputError(
+            "input contains no question of RULER's, so that it cannot be split into context and"
+            " query; use format star-attention"
+        )
+    return max(starts)
+
+
+STAR_ATTENTION = Format(
+    name="star-attention",
+    fields=("input_context", "input_query"),
+    read=_read_star_attention,
+    write=_write_star_attention,
+)
+KVPRESS = Format(
+    name="kvpress",
+    fields=("context", "question", "answer"),
+    read=_read_kvpress,
+    write=_write_kvpress,
+    suffixes=(".jsonl", ".csv", ".parquet"),
+)
+RULER_PROMPTS = Format(
+    name="ruler", fields=("input", "outputs"), read=_read_ruler, write=_write_ruler
+)

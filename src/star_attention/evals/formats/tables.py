@@ -1,0 +1,132 @@
+"""Rows of .jsonl, .json, .csv and .parquet files."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from star_attention.errors import InvalidInputError
+
+NumberedRow = tuple[str, dict[str, Any]]
+"""Where a row is, for messages ("line 3"), and its fields."""
+
+
+def read_rows(path: Path) -> Iterator[NumberedRow]:
+    """Read the rows of a file, in the format that its suffix says (.jsonl for any other).
+
+    Raises:
+        InvalidInputError: The file cannot be read, or a row is malformed.
+    """
+    try:
+        if path.suffix == ".parquet":
+            table = _pyarrow("pyarrow.parquet").read_table(path).to_pylist()
+            yield from ((f"row {number}", row) for number, row in enumerate(table, 1))
+        elif path.suffix == ".csv":
+            yield from _csv_rows(path)
+        else:
+            yield from _json_rows(path)
+    except InvalidInputError:
+        raise
+    except FileNotFoundError:
+        hint = "; data sets cannot be read from stdin" if str(path) == "-" else ""
+        raise InvalidInputError(f"file {path} does not exist; check the path{hint}") from None
+    except IsADirectoryError:
+        raise InvalidInputError(f"{path} is a folder; name the files in it") from None
+    except (OSError, ValueError) as error:
+        # ValueError includes UnicodeDecodeError and pyarrow's ArrowInvalid.
+        raise InvalidInputError(f"{path} cannot be read: {error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[NumberedRow]:
+    with path.open(encoding="utf-8-sig") as file:
+        pairs: Iterable[tuple[str, Any]]
+        if path.suffix == ".json":
+            try:
+                rows = json.load(file)
+            except json.JSONDecodeError as error:
+                raise InvalidInputError(
+                    f"{path}, line {error.lineno}: invalid JSON ({error.msg})"
+                ) from None
+            if not isinstance(rows, list):
+                raise InvalidInputError(
+                    f"{path} does not hold a list of samples; give .json with a list, or .jsonl"
+                )
+            pairs = ((f"row {number}", row) for number, row in enumerate(rows, 1))
+        else:
+            pairs = _json_lines(path, file)
+        for place, row in pairs:
+            if not isinstance(row, dict):
+                raise InvalidInputError(
+                    f"{path}, {place}: expected a JSON object for each sample, such as"
+                    f' {{"context": ...}}, got {type(row).__name__}'
+                )
+            yield place, row
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InvalidInputError(
+                    f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno})"
+                ) from None
+
+
+def _csv_rows(path: Path) -> Iterator[NumberedRow]:
+    # The default limit is 131,072 characters, which a long context exceeds.
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    columns = len(reader.fieldnames or [])
+                    raise InvalidInputError(
+                        f"{path}, line {reader.line_num}: the header has {columns} columns, this"
+                        " row has another number"
+                    )
+                yield f"line {reader.line_num}", dict(row)
+    except csv.Error as error:
+        raise InvalidInputError(f"{path}, line {reader.line_num}: invalid CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows in the format that the path's suffix says, overwriting an existing file."""
+    if path.suffix == ".parquet":
+        table = _pyarrow("pyarrow").Table.from_pylist([_encode(row, dict) for row in rows])
+        _pyarrow("pyarrow.parquet").write_table(table, path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(_encode(row, list | dict) for row in rows)
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _encode(row: Mapping[str, Any], types: Any) -> dict[str, Any]:
+    """Replace values of these types by their JSON."""
+    return {
+        name: json.dumps(value, ensure_ascii=False) if isinstance(value, types) else value
+        for name, value in row.items()
+    }
+
+
+def _pyarrow(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InvalidInputError(
+            "parquet needs the package pyarrow, which is not installed; pip install pyarrow, or"
+            " use .csv or .jsonl"
+        ) from None
