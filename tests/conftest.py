@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before anything imports Triton."""
+"""Run Triton kernels in its interpreter where there is no GPU; set before Triton is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of whole models share: tiny engines, random token ids, and the stock model's own `generate`."""
+"""Helpers for tests of whole models: tiny engines, random ids, and the stock `generate`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.model_oracle import eager_attention, pinned_rope
 CONTEXT, QUERY = 101, 7
 BUNDLED = Path(__file__).parents[1] / "models" / "needle-17m"
 
-# Full attention, sliding windows on every layer or some, sinks, softcap, MLA, KV sharing, two kinds of rotary pinning.
+# Full attention, sliding windows on all layers or some, sinks, softcap, MLA, KV sharing, and two
+# kinds of length-dependent rotary frequencies.
 VARIED = [
     "llama",
     "mistral",
@@ -39,7 +40,7 @@ VARIED = [
 
 @functools.cache
 def tiny(name: str) -> PreTrainedModel:
-    """The model of a family, one for all tests of a process: nothing may stay installed in it."""
+    """The tiny model of a family, shared by all tests of a process: nothing may stay in it."""
     return build(name)
 
 
@@ -51,7 +52,7 @@ def bundled_model() -> PreTrainedModel:
 
 @functools.cache
 def text_model() -> PreTrainedModel:
-    """A small random model with the vocabulary and the special tokens of the bundled tokenizer, for tests of text."""
+    """A small random model with the vocabulary and special tokens of the bundled tokenizer."""
     tokens = bundled_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokens),
@@ -86,16 +87,16 @@ def ids(length: int, seed: int = 1) -> list[int]:
 
 
 def as_stock(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """Attention as users get it; but softcap needs eager: sdpa, 5.17's default for Gemma 2, ignores it."""
+    """Attention as users get it, except that softcap needs eager: sdpa ignores it in 5.17."""
     softcap = getattr(model.config, "attn_logit_softcapping", None)
     return contextlib.nullcontext() if softcap is None else eager_attention(model)
 
 
 @torch.no_grad()
 def stock_generate(
-    model: Any, prompt: list[int], *, rope_length: int | None = None, **words: Any
+    model: Any, prompt: list[int], *, rope_length: int | None = None, **kwargs: Any
 ) -> Any:
-    """The stock model's own `generate` on one prompt: sequences without the prompt, and logits `[rows, steps, V]`."""
+    """The stock model's `generate` on one prompt: new ids by row, and logits `[rows, steps, V]`."""
     input_ids = torch.tensor([prompt], device=model.device)
     pinned = contextlib.nullcontext() if rope_length is None else pinned_rope(model, rope_length)
     with as_stock(model), pinned:
@@ -103,15 +104,15 @@ def stock_generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             return_dict_in_generate=True,
-            output_logits=words.get("num_beams", 1) == 1,
-            **words,
+            output_logits=kwargs.get("num_beams", 1) == 1,
+            **kwargs,
         )
     rows = result.sequences[:, len(prompt) :].tolist()
     return rows, torch.stack(result.logits, 1).float() if result.logits else None
 
 
 def stored(context: EncodedContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values `[1, G, L, D]` of every layer that keeps any, as copies."""
+    """Copies of the keys and values `[1, G, L, D]` of every layer that stores any."""
     layers = [layer.pair() for layer in context.kv.layers if not layer.is_empty]
     return [(k_1GLD.clone(), v_1GLD.clone()) for k_1GLD, v_1GLD in layers]
 
@@ -119,7 +120,7 @@ def stored(context: EncodedContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def assert_same_kv(
     actual: EncodedContext, expected: EncodedContext, tolerance: float = 1e-4
 ) -> None:
-    """The same keys and values to rounding; bit for bit with tolerance 0."""
+    """Assert equal keys and values up to rounding; with tolerance 0, bit for bit."""
     for ours, theirs in zip(stored(actual), stored(expected), strict=True):
         for a_1GLD, b_1GLD in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a_1GLD, b_1GLD, atol=tolerance, rtol=tolerance)

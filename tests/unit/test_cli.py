@@ -26,7 +26,7 @@ from star_attention.cli.streams import say
 from star_attention.config import MAX_NEW_TOKENS
 from star_attention.demo.settings import DemoSettings
 from star_attention.hf.loading.load import load_tokenizer
-from star_attention.storage import saved
+from star_attention.storage import saving
 from tests.engines import BUNDLED
 
 NOISE = "The hill is tall and the road is long.\nA cold wind comes down from the north.\nThere is bread on the table.\n"
@@ -569,7 +569,7 @@ def test_a_context_beyond_the_models_positions(tmp_path: Path, texts: Path) -> N
 def test_saved_contexts_that_do_not_fit(texts: Path, tmp_path: Path) -> None:
     ask = ["ask", *MODEL, "--query", QUESTION]
     assert "there is no saved context at" in failed(*ask, tmp_path / "none.star")
-    assert "book.txt is no saved context: it does not begin like one" in failed(
+    assert "book.txt is not a saved context: it does not begin like one" in failed(
         *ask, texts / "book.txt"
     )
     whole = (texts / "book.star").read_bytes()
@@ -762,7 +762,7 @@ def test_ctrl_c_while_saving_keeps_the_file_of_before(
         Path(arguments[1]).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saved, "save_file", interrupted)
+    monkeypatch.setattr(saving, "save_file", interrupted)
     done = run("encode", *CHAT, texts / "book.txt", "-o", target)
     assert done.status == 130
     assert done.err.splitlines()[-1] == "interrupted"

@@ -37,9 +37,9 @@ def read_text(name: str) -> str:
     try:
         return data.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
-        from star_attention.storage.saved import begins
+        from star_attention.storage.saved import is_saved_header
 
-        if begins(data):
+        if is_saved_header(data):
             raise _saved(shown) from None
         raise TextError(
             f"{shown} is not UTF-8: byte {error.start:,} of {len(data):,} is 0x{data[error.start]:02x} ({error.reason});"

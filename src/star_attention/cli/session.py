@@ -117,10 +117,10 @@ def check_target(path: str | None) -> None:
     """
     if path is None:
         return
-    from star_attention.storage import saved
+    from star_attention.storage import saving
 
     target = Path(path)
-    saved.check_target(target, as_folder=rank_and_size()[1] > 1)
+    saving.check_target(target, as_folder=rank_and_size()[1] > 1)
     try:
         with tempfile.NamedTemporaryFile(
             prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent

@@ -1,0 +1,203 @@
+"""Writing saved contexts, atomically: all of a file or folder, or nothing. See `saved.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from star_attention.distributed import Comm
+from star_attention.errors import ContextSaveError
+from star_attention.planning.segments import Segments
+from star_attention.storage.saved import (
+    FORMAT_VERSION,
+    INDEX,
+    METADATA_KEY,
+    SavedFile,
+    checksum,
+    is_saved,
+    text_checksum,
+    tilde_remedy,
+)
+
+
+def as_path(path: Any) -> Path:
+    """Return `path` as a `Path`.
+
+    Raises:
+        ContextSaveError: it is neither a str nor a path.
+    """
+    try:
+        return Path(path)
+    except TypeError:
+        raise ContextSaveError(
+            f"cannot save the context to {path!r}: expected a str or Path, got"
+            f" {type(path).__name__}"
+        ) from None
+
+
+def check_target(target: Path, *, as_folder: bool) -> None:
+    """Check that a context may be saved to `target`.
+
+    Args:
+        target: the file or folder to write.
+        as_folder: True if several ranks save a folder, False if one process saves a file.
+
+    Raises:
+        ContextSaveError: `target` is a folder or another kind of file, or its parent is missing.
+    """
+    is_shared = target.is_dir() and (target / INDEX).is_file()
+    problem = ""
+    if is_shared and not as_folder:
+        problem = (
+            "it is a folder that several ranks saved, and one process saves a file; choose another"
+            " name, or remove it first"
+        )
+    elif target.is_dir() and not is_shared:
+        problem = "it is a folder; give the name of a file"
+    elif os.path.exists(target) and not is_saved(target):
+        problem = (
+            "it is a file of another kind, which would be lost; choose another name, or remove it"
+            " first"
+        )
+    elif not target.parent.is_dir():
+        remedy = tilde_remedy(target) or "create it first"
+        problem = f"the folder {target.parent} does not exist; {remedy}"
+    if problem:
+        raise ContextSaveError(f"cannot save the context to {target}: {problem}")
+
+
+def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write header and tensors to a file.
+
+    Raises:
+        ContextSaveError: it cannot be written; the message gives the operating system's reason.
+    """
+    target = as_path(path)
+    temporary: str | None = None
+    try:
+        check_target(target, as_folder=False)
+        # Next to the target, so that the last step is a rename within one file system.
+        descriptor, temporary = tempfile.mkstemp(
+            prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent
+        )
+        os.close(descriptor)
+        on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        text = _header_text(header | {"tensors": _entries(on_cpu)})
+        save_file(on_cpu, temporary, metadata={METADATA_KEY: text, "sha256": text_checksum(text)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner only. The text may be private, so this stays that way.
+        os.replace(temporary, target)
+        temporary = None
+    except ContextSaveError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ContextSaveError(
+            f"cannot save the context to {target}: {error}; free space or choose another place"
+            " (a file that was there before is unchanged)"
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def write_shared(
+    path: str, header: dict[str, Any], segments: Segments, tensors: dict[str, Tensor], comm: Comm
+) -> None:
+    """Write a context that several ranks hold to a folder. Collective.
+
+    The folder is written under a temporary name, and renamed when every rank is done.
+
+    Args:
+        path: the folder.
+        header: sizes, settings and identity of the context.
+        segments: the context tokens that this rank holds.
+        tensors: what this rank writes; empty for ranks that write nothing.
+        comm: the ranks.
+
+    Raises:
+        ContextSaveError: it cannot be written, or a rank does not see the folder.
+    """
+    target = Path(path)
+    folder = Path(comm.run_on_rank_0(lambda: str(_new_folder(target))))
+    try:
+        part = _write_part(folder, segments, tensors, comm) if tensors else None
+        parts = [part for part in comm.gather(part) if part is not None]
+        if comm.rank == 0:
+            text = _header_text(header | {"parts": parts})
+            index = {"header": text, "sha256": text_checksum(text)}
+            _finish(folder, target, json.dumps(index))
+        # No rank returns before the folder is in place.
+        comm.gather(None)
+    except BaseException:
+        if comm.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_part(
+    folder: Path, segments: Segments, tensors: dict[str, Tensor], comm: Comm
+) -> dict[str, Any]:
+    """Write this rank's file, and return its entry in the index."""
+    if not folder.is_dir():
+        raise ContextSaveError(
+            f"rank {comm.rank} does not see {folder}, which rank 0 created; save to a file system"
+            " that all machines share"
+        )
+    name = f"rank-{comm.cp_rank}.safetensors"
+    write(folder / name, {"segments": segments}, tensors)
+    return {"file": name, "segments": segments, "sha256": SavedFile(folder / name).sha256}
+
+
+def _entries(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the header's entry for every tensor."""
+    return {
+        name: {"sha256": checksum(tensor), "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+        for name, tensor in tensors.items()
+    }
+
+
+def _header_text(header: dict[str, Any]) -> str:
+    return json.dumps({"format_version": FORMAT_VERSION, **header}, sort_keys=True)
+
+
+def _new_folder(target: Path) -> Path:
+    check_target(target, as_folder=True)
+    try:
+        return Path(
+            tempfile.mkdtemp(prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent)
+        )
+    except OSError as error:
+        raise ContextSaveError(
+            f"cannot save the context to {target}: {error}; choose another place"
+        ) from error
+
+
+def _finish(folder: Path, target: Path, index: str) -> None:
+    """Write the index and rename the folder; what was at `target` before is removed last."""
+    try:
+        with open(folder / INDEX, "w", encoding="utf-8") as file:
+            file.write(index)
+            file.flush()
+            os.fsync(file.fileno())
+        # A folder cannot be renamed over another one.
+        old = folder.with_suffix(".old") if target.exists() else None
+        if old is not None:
+            os.replace(target, old)
+        os.replace(folder, target)
+        if old is not None:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    except OSError as error:
+        raise ContextSaveError(
+            f"cannot save the context to {target}: {error}; free space or choose another place"
+        ) from error
