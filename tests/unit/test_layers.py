@@ -1,8 +1,9 @@
-"""Layers point downwards only: no module imports one from a higher layer (docs/architecture.md)."""
+"""Imports point downwards (docs/architecture.md), programs are separate, and there are no circles."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 PACKAGE = "star_attention"
 SOURCE = Path(__file__).parents[2] / "src" / PACKAGE
 
-# The first name under `star_attention` decides the layer. A module may import its own layer and
+# The first name under `star_attention` determines the layer. A module may import its own layer and
 # those below, except that programs do not import each other.
 LAYERS = {
     # L0: the standard library only
@@ -32,31 +33,42 @@ LAYERS = {
     "phase2": 4,
     # L5: what differs between methods
     "methods": 5,
-    # L6: the facade; `from star_attention import StarLLM` reaches it through the package itself
-    "__init__": 6,
-    "engine": 6,
-    "question_answering": 6,
-    "generation": 6,
-    "inputs": 6,
-    "encoding": 6,
+    # L6: a loaded model on its ranks
     "runtime": 6,
-    # L7: what several programs share
-    "tools": 7,
-    # L8: programs over the facade, each by itself
-    "bench": 8,
-    "demo": 8,
-    "evals": 8,
-    # L9: the command line, which starts them all
-    "cli": 9,
-    "__main__": 10,
+    # L7: the parts of a request
+    "encoding": 7,
+    "generation": 7,
+    "inputs": 7,
+    # L8: the facade; `from star_attention import StarLLM` reaches it through the package itself
+    "__init__": 8,
+    "engine": 8,
+    "question_answering": 8,
+    # L9: what several programs share
+    "tools": 9,
+    # L10: programs over the facade, separate from each other
+    "bench": 10,
+    "demo": 10,
+    "evals": 10,
+    # L11: the command line, which starts them all
+    "cli": 11,
+    "__main__": 12,
 }
 PROGRAMS = {"bench", "demo", "evals"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file's module."""
+    parts = [PACKAGE, *path.relative_to(SOURCE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
 def component(module: str) -> str:
-    """The table's name for a dotted module: `star_attention.hf.cache.base` -> `hf`."""
+    """Return the table's name of a dotted module: `hf` for `star_attention.hf.cache.base`."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
@@ -68,7 +80,7 @@ def layer(name: str, where: str) -> int:
 
 
 def absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
-    """The dotted name that an import statement inside `module` refers to."""
+    """Return the dotted name that an import statement inside `module` refers to."""
     if not node.level:
         return node.module or ""
     parts = module.split(".")
@@ -77,31 +89,32 @@ def absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
 
 
 def own_imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Line and component of every import of this package, wherever it stands: late ones count too."""
+    """Yield line and dotted module of every import of this package, including late ones."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             source = absolute(node, module, is_package)
-            # `from star_attention import plan` is an import of plan, `... import StarLLM` one of the facade.
-            names = [source]
-            if source == PACKAGE:
-                names = [
-                    f"{PACKAGE}.{a.name}" if is_module(a.name) else PACKAGE for a in node.names
-                ]
+            names = [imported_module(source, alias.name) for alias in node.names]
         else:
             continue
         for name in names:
             if name == PACKAGE or name.startswith(f"{PACKAGE}."):
-                yield node.lineno, component(name)
+                yield node.lineno, name
 
 
-def is_module(name: str) -> bool:
-    return name in LAYERS or (SOURCE / name).is_dir() or (SOURCE / f"{name}.py").is_file()
+def imported_module(source: str, name: str) -> str:
+    """Return the module that `from source import name` imports.
+
+    `from star_attention import errors` imports the module `errors`; `from star_attention import
+    StarLLM` imports the package.
+    """
+    submodule = f"{source}.{name}"
+    return submodule if submodule in MODULES or (source == PACKAGE and name in LAYERS) else source
 
 
 def foreign_imports_at_import_time(node: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and top-level name of the imports that run when the module is imported."""
+    """Yield line and top-level name of the imports that run when the module is imported."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -115,13 +128,13 @@ def foreign_imports_at_import_time(node: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def violations(text: str, module: str, is_package: bool = False) -> list[str]:
-    """Every breach of the layering in one file's text."""
+    """Return every breach of the layering in one file's text."""
     tree = ast.parse(text)
     own = component(module)
     own_layer = layer(own, module)
     breaches = []
-    for line, name in own_imports(tree, module, is_package):
-        where = f"{module}:{line}"
+    for line, imported in own_imports(tree, module, is_package):
+        where, name = f"{module}:{line}", component(imported)
         if (other := layer(name, where)) > own_layer:
             breaches.append(f"{where}: layer {own_layer} ({own}) imports layer {other} ({name})")
         elif own in PROGRAMS and name in PROGRAMS - {own}:
@@ -135,26 +148,73 @@ def violations(text: str, module: str, is_package: bool = False) -> list[str]:
     return breaches
 
 
-def module_of(path: Path) -> str:
-    parts = [PACKAGE, *path.relative_to(SOURCE).with_suffix("").parts]
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def circle(texts: dict[str, tuple[str, bool]]) -> list[str]:
+    """Return the modules of a circle of imports, including late ones; [] if there is none.
+
+    `texts` has the text of each module, and True for packages. Imports of the package itself, for
+    its public names, do not count.
+    """
+    graph = {
+        module: {
+            imported
+            for _, imported in own_imports(ast.parse(text), module, is_package)
+            if imported not in (PACKAGE, module)
+        }
+        for module, (text, is_package) in texts.items()
+        if module != PACKAGE
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def test_the_package_is_found() -> None:
     """Forbids a green run over no files at all."""
-    assert {"errors", "planning", "attention"} <= {component(module_of(path)) for path in FILES}
+    assert {"errors", "planning", "attention"} <= {component(module) for module in MODULES}
 
 
 def test_the_table_has_no_entry_without_a_module() -> None:
-    """Forbids entries for modules that have moved: a table of the past."""
-    assert set(LAYERS) == {component(module_of(path)) for path in FILES}
+    """Forbids entries for modules that have moved."""
+    assert set(LAYERS) == {component(module) for module in MODULES}
 
 
-def test_each_program_stands_between_tools_and_the_command_line() -> None:
+def test_each_program_is_between_tools_and_the_command_line() -> None:
     assert PROGRAMS <= set(LAYERS)
     for program in PROGRAMS:
         assert LAYERS["engine"] < LAYERS["tools"] < LAYERS[program] < LAYERS["cli"]
     assert LAYERS["__main__"] == max(LAYERS.values())
+
+
+def test_imports_have_no_circles() -> None:
+    texts = {
+        module_of(path): (path.read_text(encoding="utf-8"), path.name == "__init__.py")
+        for path in FILES
+    }
+    assert circle(texts) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "is_circle"),
+    [
+        ({"a": "from star_attention import b", "b": "from star_attention.a import f"}, True),
+        (
+            {"a": "from . import b", "b": "def late():\n    from .c import f", "c": "import {a}"},
+            True,
+        ),
+        ({"a": "from . import b", "b": "from .c import f", "c": "import math"}, False),
+        ({"a": "from star_attention import StarLLM", "b": "from .a import f"}, False),
+    ],
+)
+def test_a_circle_is_seen(
+    texts: dict[str, str], is_circle: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "MODULES", {f"{PACKAGE}.{name}" for name in texts})
+    modules = {
+        f"{PACKAGE}.{name}": (text.format(a=f"{PACKAGE}.a"), False) for name, text in texts.items()
+    }
+    assert bool(circle(modules)) == is_circle
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
@@ -196,6 +256,8 @@ def test_imports_point_downwards(path: Path) -> None:
         ("star_attention.demo.page", False, "from star_attention.cli.output import table"),
         ("star_attention.tools.machine", False, "from star_attention.bench import subject"),
         ("star_attention.engine", False, "from star_attention.tools import machine"),
+        ("star_attention.encoding", False, "from star_attention.engine import StarLLM"),
+        ("star_attention.runtime", False, "from star_attention.inputs import checked_ids"),
         ("star_attention.cli", True, "import star_attention.__main__"),
     ],
 )
