@@ -126,7 +126,7 @@ class StarLLM(RuntimeView):
             resolved.append(StarConfig.of(config, **settings))
         except Exception as error:
             failure = error
-        with comm.collective("the start"):
+        with comm.collective("startup"):
             comm.raise_if_any_failed(failure)
         model, tokenizer = load_pretrained(
             path,

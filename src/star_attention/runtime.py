@@ -58,31 +58,31 @@ class Runtime:
             SizeError, InvalidInputError: settings that cannot work.
             RankError: ranks differ in what must be the same everywhere.
         """
-        share = tensor_parallel.share(model)
-        own = from_environment(comm) if share is None else share.comm
+        shard = tensor_parallel.model_shard(model)
+        own = from_environment(comm) if shard is None else shard.comm
         started: list[Runtime] = []
         failure: Exception | None = None
         try:
             resolved = StarConfig.of(config, **settings)
             handle = ModelHandle(
-                model, compile=_compile_mode(compile, own, is_cut=share is not None)
+                model, compile=_compile_mode(compile, own, is_sharded=shard is not None)
             )
-            if share is not None:
-                _check_cut_model(handle, share, comm)
+            if shard is not None:
+                _check_sharded_model(handle, shard, comm)
             started.append(cls(handle, tokenizer, resolved, own))
         except Exception as error:
             failure = error
-        with own.collective("the start"):
+        with own.collective("startup"):
             own.raise_if_any_failed(failure)
             (runtime,) = started
             if own.size > 1:
-                runtime._join_ranks(is_cut=share is not None)
+                runtime._join_ranks(is_sharded=shard is not None)
         return runtime
 
-    def _join_ranks(self, *, is_cut: bool) -> None:
+    def _join_ranks(self, *, is_sharded: bool) -> None:
         """Verify that all ranks agree, and choose how tensors travel."""
         self._verify_ranks_agree()
-        if not is_cut:
+        if not is_sharded:
             self.comm = self.comm.on(self.device)
         if self.comm.cp_size > 1:
             # Probe the layers now: it takes a forward, which is not to count as work of a call.
@@ -104,7 +104,7 @@ class Runtime:
                 message = (
                     f"its {field} is {value}, rank 0's is {first_value}; all ranks need the same"
                 )
-                raise self.comm.mark_collective(RankError(rank, "the start", message))
+                raise self.comm.mark_collective(RankError(rank, "startup", message))
 
     def with_config(self, **changes: Any) -> Runtime:
         """Return the same model on the same ranks with other settings."""
@@ -142,11 +142,11 @@ class Runtime:
     @property
     def identity(self) -> dict[str, Any]:
         """What an encoded context depends on: model, precision and tokenizer, by field."""
-        share = tensor_parallel.share(self.handle.model)
+        shard = tensor_parallel.model_shard(self.handle.model)
         model = (
             identity.model_identity(self.handle.model, self.handle.outer)
-            if share is None
-            else share.identity
+            if shard is None
+            else shard.identity
         )
         if self._tokenizer_identity is None or self._tokenizer_identity[0] is not self.tokenizer:
             self._tokenizer_identity = (
@@ -292,24 +292,24 @@ class RuntimeView:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _compile_mode(compile: bool | None, comm: Comm, *, is_cut: bool) -> bool | None:
+def _compile_mode(compile: bool | None, comm: Comm, *, is_sharded: bool) -> bool | None:
     """Return False or True, or None to let the device decide.
 
     Compiling takes long enough for other ranks to count it as a stall, so several ranks compile
     only when asked to.
     """
-    if compile and is_cut:
+    if compile and is_sharded:
         raise InvalidInputError(
             "compile=True does not work with tensor_parallel; leave one of them out"
         )
     return False if compile is None and comm.size > 1 else compile
 
 
-def _check_cut_model(
-    handle: ModelHandle, share: tensor_parallel.Share, comm: Comm | str | None
+def _check_sharded_model(
+    handle: ModelHandle, shard: tensor_parallel.ModelShard, comm: Comm | str | None
 ) -> None:
-    """Check what goes with a model of which this rank has a share."""
-    if comm is not None and not share.comm.has_same_ranks(comm):
+    """Check what works with a sharded model."""
+    if comm is not None and not shard.comm.has_same_ranks(comm):
         raise InvalidInputError(
             "comm names other ranks than this model was sharded over (tensor_parallel); leave comm"
             " out"

@@ -32,7 +32,7 @@ def load(comm: TorchComm, path: Path, tensor_parallel: int, **settings: Any) -> 
         ("llama", 0, "InvalidInputError", "not a number of ranks"),
         ("llama_mqa", 2, "UnsupportedModelError", "num_key_value_heads 1 does not divide"),
         ("gpt2", 2, "UnsupportedModelError", "no tensor-parallel plan for gpt2"),
-        ("phi3", 2, "UnsupportedModelError", "does not share out the attention heads"),
+        ("phi3", 2, "UnsupportedModelError", "does not shard the attention heads"),
         ("deepseek_v2", 2, "UnsupportedModelError", "mla_kv_a_proj"),
         ("cohere", 2, "UnsupportedModelError", "weights for each head"),
     ],

@@ -178,8 +178,8 @@ class GenerationSettings:
                 " frequencies depend on the length, so transformers' loops get the query alone and"
                 " would not see the context; use greedy search or sampling"
             )
-        is_cut = tensor_parallel.share(handle.model) is not None
-        if is_cut and getattr(config, "guidance_scale", None) not in (None, 1):
+        is_sharded = tensor_parallel.model_shard(handle.model) is not None
+        if is_sharded and getattr(config, "guidance_scale", None) not in (None, 1):
             raise InvalidInputError(
                 "guidance_scale needs extra forwards, which the other tensor-parallel ranks do not"
                 " follow; leave it out, or use tensor_parallel 1"

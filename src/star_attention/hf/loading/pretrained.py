@@ -9,7 +9,7 @@ from typing import Any
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
 from star_attention.hf.loading import load, support
-from star_attention.hf.loading.tensor_parallel import load_share
+from star_attention.hf.loading.tensor_parallel import load_shard
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def load_pretrained(
     device: str,
     model_kwargs: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """Load a model, or this rank's share of it, with its tokenizer. Collective.
+    """Load a model, or this rank's shard of it, with its tokenizer. Collective.
 
     Args:
         path: folder or hub id.
@@ -58,12 +58,12 @@ def load_pretrained(
     Raises:
         What any rank raised, on all ranks.
     """
-    with comm.collective("the start"):
+    with comm.collective("startup"):
         tensor_parallel = comm.run_on_rank_0(lambda: _check_divides(tensor_parallel, comm.size))
     if comm.size > 1:
         device = load.own_device(device)
     if tensor_parallel > 1:
-        return load_share(
+        return load_shard(
             path, comm, tensor_parallel, dtype=dtype, device=device, model_kwargs=model_kwargs
         )
     loaded: list[tuple[Any, Any]] = []
