@@ -82,7 +82,7 @@ def options_of(task: str, data: dict[str, str]) -> dict[str, str]:
 
 
 def parts(sample: Sample) -> dict[str, str]:
-    """What fills the placeholders of the published prompt; fails if the prompt is not of its form."""
+    """Return what fills the placeholders of the published prompt; fails for any other prompt."""
     seen: set[str] = set()
 
     def placeholder(match: re.Match[str]) -> str:

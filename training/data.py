@@ -1,7 +1,7 @@
 """Training batches: rows of documents in the formats of the evaluations.
 
-A document is what a model sees in an evaluation, `<bos>{context}{query}{answer prefix}`, followed by
-the answer and `<eos>`, and by more questions on the same context with their answers.
+A document is what a model sees in an evaluation, `<bos>{context}{query}{answer prefix}`, followed
+by the answer and `<eos>`, and by more questions on the same context with their answers.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ def search_document(maker: Maker, room: int) -> Document:
 
 def pair_document(maker: Maker, room: int) -> Document:
     """List keys and values, and ask for several values."""
-    questions = max(1, min(12, maker.num_questions(room, 300)))
-    pairs = max(questions, (room - 40 - questions * _QUESTION_TOKENS) // _PAIR_TOKENS)
-    context, asked = key_values(pairs, questions, maker.rng)
+    count = max(1, min(12, maker.num_questions(room, 300)))
+    pairs = max(count, (room - 40 - count * _QUESTION_TOKENS) // _PAIR_TOKENS)
+    context, questions = key_values(pairs, count, maker.rng)
     return Document(
         context=context,
         questions=[
@@ -53,6 +53,6 @@ def pair_document(maker: Maker, room: int) -> Document:
                 text=question.query + question.prefix,
                 answer=f" {question.answer}",
             )
-            for question in asked
+            for question in questions
         ],
     )

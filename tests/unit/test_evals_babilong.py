@@ -51,62 +51,73 @@ def answers(text: str, question: str) -> set[str]:
         for kind, pattern in {"move": MOVE, "take": TAKE, "drop": DROP, "give": GIVE}.items()
         for match in pattern.finditer(text)
     )
-    at: dict[str, str] = {}
-    held: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    seen: dict[str, list[str]] = {}
+    room_of: dict[str, str] = {}
+    holder_of: dict[str, str] = {}
+    left_in: dict[str, str] = {}
+    history: dict[str, list[str]] = {}
     gifts = []
 
     def place(thing: str) -> str | None:
-        return at.get(held[thing]) if thing in held else dropped.get(thing)
+        return room_of.get(holder_of[thing]) if thing in holder_of else left_in.get(thing)
 
-    for _, kind, (who, what, *whom) in events:
+    # The object is a room for moves, and a thing for all other events.
+    for _, kind, (actor, object, *receiver) in events:
         if kind == "move":
-            assert at.get(who) != what, "moved to where they were"
-            at[who] = what
+            assert room_of.get(actor) != object, "moved to where they were"
+            room_of[actor] = object
         elif kind == "take":
-            assert what not in held, "taken from somebody's hands"
-            assert dropped.get(what, at[who]) == at[who], (
+            assert object not in holder_of, "taken from somebody's hands"
+            assert left_in.get(object, room_of[actor]) == room_of[actor], (
                 "taken in another room than it was left in"
             )
-            held[what] = who
+            holder_of[object] = actor
         elif kind == "drop":
-            assert held.pop(what) == who
-            dropped[what] = at[who]
+            assert holder_of.pop(object) == actor
+            left_in[object] = room_of[actor]
         else:
-            assert held[what] == who
-            assert at[who] == at[whom[0]]
-            held[what] = whom[0]
-            gifts.append((who, what, whom[0]))
-        for thing in {*held, *dropped}:
-            rooms = seen.setdefault(thing, [])
+            assert holder_of[object] == actor
+            assert room_of[actor] == room_of[receiver[0]]
+            holder_of[object] = receiver[0]
+            gifts.append((actor, object, receiver[0]))
+        for thing in {*holder_of, *left_in}:
+            rooms = history.setdefault(thing, [])
             if rooms[-1:] != [place(thing)]:
                 rooms.append(str(place(thing)))
 
     if match := re.fullmatch(r"Where is (?:the )?(\w+)\?", question):
         name = match[1]
-        return {str(place(name) if name in {*held, *dropped} else at[name])}
+        return {str(place(name) if name in {*holder_of, *left_in} else room_of[name])}
     if match := re.fullmatch(r"Where was the (\w+) before the (\w+)\?", question):
-        rooms = ["nowhere known", *seen[match[1]]]
+        rooms = ["nowhere known", *history[match[1]]]
         return {before for before, room in pairwise(rooms) if room == match[2]}
+    if " of" in question:
+        return directions(text, question)
+    return gift_answers(gifts, question)
+
+
+def directions(text: str, question: str) -> set[str]:
     back = {"north": "south", "south": "north", "east": "west", "west": "east"}
     lies = {(a, side, b) for a, side, b in LIES.findall(text)}
     lies |= {(b, back[side], a) for a, side, b in lies}
     if match := re.fullmatch(r"What is (\w+) of the (\w+)\?", question):
         return {a for a, side, b in lies if (side, b) == match.groups()}
-    if match := re.fullmatch(r"What is the (\w+) (\w+) of\?", question):
-        return {b for a, side, b in lies if (a, side) == match.groups()}
+    match = re.fullmatch(r"What is the (\w+) (\w+) of\?", question)
+    assert match, question
+    return {b for a, side, b in lies if (a, side) == match.groups()}
+
+
+def gift_answers(gifts: list[tuple[str, str, str]], question: str) -> set[str]:
     if match := re.fullmatch(r"What did (\w+) give to (\w+)\?", question):
-        return {what for who, what, whom in gifts if (who, whom) == match.groups()}
+        return {thing for giver, thing, receiver in gifts if (giver, receiver) == match.groups()}
     if match := re.fullmatch(r"Who gave the (\w+) to (\w+)\?", question):
-        return {who for who, what, whom in gifts if (what, whom) == match.groups()}
+        return {giver for giver, thing, receiver in gifts if (thing, receiver) == match.groups()}
     if match := re.fullmatch(r"Who did (\w+) give the (\w+) to\?", question):
-        return {whom for who, what, whom in gifts if (who, what) == match.groups()}
+        return {receiver for giver, thing, receiver in gifts if (giver, thing) == match.groups()}
     if match := re.fullmatch(r"Who gave the (\w+)\?", question):
-        return {who for who, what, _ in gifts if what == match[1]}
+        return {giver for giver, thing, _ in gifts if thing == match[1]}
     match = re.fullmatch(r"Who received the (\w+)\?", question)
     assert match, question
-    return {whom for _, what, whom in gifts if what == match[1]}
+    return {receiver for _, thing, receiver in gifts if thing == match[1]}
 
 
 # ------------------------------------------------------------------ stories
@@ -263,8 +274,8 @@ PUBLISHED = """
 import os
 
 os.abort()
-DEFAULT_TEMPLATE = '{instruction}\\n{examples}\\n{post_prompt}\\n<context>\\n{context}\\n</context>\\n' \\
-    'Asked: {question}'
+DEFAULT_TEMPLATE = '{instruction}\\n{examples}\\n{post_prompt}\\n' \\
+    '<context>\\n{context}\\n</context>\\nAsked: {question}'
 DEFAULT_PROMPTS = {
     'qa1': {
         'instruction': 'Where {people} '
@@ -305,7 +316,7 @@ def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
         (
             "a.py",
             "x = 1",
-            r"a\.py has no DEFAULT_PROMPTS; give babilong/prompts\.py of github\.com/booydar/babilong",
+            r"a\.py has no DEFAULT_PROMPTS; give babilong/prompts\.py of github\.com/booydar/",
         ),
         ("b.py", "x = (", r"b\.py cannot be read as prompts \(.*; give"),
         ("c.json", "{", r"c\.json cannot be read as prompts"),
@@ -316,7 +327,7 @@ def test_published_prompts_are_read_from_their_file(tmp_path: Path) -> None:
         ),
         (
             "e.py",
-            PUBLISHED.replace("\\n' \\\n    'Asked", " Asked").replace("{context}\\n", "{context}"),
+            PUBLISHED.replace("\\nAsked", " Asked").replace("{context}\\n", "{context}"),
             r"does not have the question on a line below the context",
         ),
     ],

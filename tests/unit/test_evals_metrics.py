@@ -113,7 +113,8 @@ def test_metrics(metric: str, prediction: str, answers: tuple[str, ...], expecte
             0.28571428571428564,
         ),
         (
-            "away far far dog and away\nand cat mat on and away far a\na cat and and away away and on",
+            "away far far dog and away\nand cat mat on and away far a\n"
+            "a cat and and away away and on",
             "cat and and cat and far",
             0.42857142857142855,
         ),
@@ -121,7 +122,7 @@ def test_metrics(metric: str, prediction: str, answers: tuple[str, ...], expecte
     ],
 )
 def test_rouge_lsum_is_that_of_rouge_score(prediction: str, answer: str, expected: float) -> None:
-    """Numbers of the package rouge-score 0.1.2, without stemming."""
+    """The expected scores are those of the package rouge-score 0.1.2, without stemming."""
     assert score("rouge_lsum", prediction, answer) == pytest.approx(expected, abs=1e-12)
 
 

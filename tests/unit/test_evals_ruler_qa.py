@@ -26,7 +26,10 @@ def documents(sample: Sample) -> list[str]:
 
 
 def test_squad(data: dict[str, str]) -> None:
-    """The answering paragraph, those of its article, then others; answerable questions only, each answer once."""
+    """The answering paragraph, others of its article, then any; each answer appears once.
+
+    Only answerable questions are asked.
+    """
     short, long = (
         generate("qa_1", 1024, 5, **options_of("qa_1", data)),
         generate("qa_1", 4096, 5, **options_of("qa_1", data)),
@@ -64,7 +67,7 @@ def test_hotpot(data: dict[str, str]) -> None:
 def test_lengths_and_counts_beyond_the_data_set_are_refused(data: dict[str, str]) -> None:
     with pytest.raises(
         SizeError,
-        match=r"length 32,768 is more than the file can fill: with all 200 documents the sample takes",
+        match=r"length 32,768 is more than the file can fill: with all 200 documents the sample",
     ):
         generate("qa_1", 32768, **options_of("qa_1", data))
     with pytest.raises(

@@ -80,18 +80,18 @@ def test_prose_is_named(tmp_path: Path) -> None:
 
 def test_words_are_held_apart() -> None:
     """Every word is in one of the parts, and samples of a part have words of that part only."""
-    every, train, held = (sources.words(part) for part in (None, "train", "eval"))
-    assert set(train.all) | set(held.all) == set(every.all)
-    assert not set(train.all) & set(held.all)
+    every, train, held_out = (sources.words(part) for part in (None, "train", "eval"))
+    assert set(train.all) | set(held_out.all) == set(every.all)
+    assert not set(train.all) & set(held_out.all)
     (needles,) = generate("niah_multikey_2", 2048, words="eval")
     keys = re.findall(r" for (.+?) is: ", needles.context)
     assert len(keys) > 10
     assert set(keys) <= {
-        f"{adjective}-{noun}" for adjective in held.adjectives for noun in held.nouns
+        f"{adjective}-{noun}" for adjective in held_out.adjectives for noun in held_out.nouns
     }
     (common,) = generate("cwe", 2048, words="eval")
-    assert set(re.findall(r"\d+\. (.+?)(?= \d+\.|\n)", common.context)) <= set(held.all)
-    assert needles.meta["words"] == common.meta["words"] == held.release
+    assert set(re.findall(r"\d+\. (.+?)(?= \d+\.|\n)", common.context)) <= set(held_out.all)
+    assert needles.meta["words"] == common.meta["words"] == held_out.release
     with pytest.raises(
         InvalidInputError, match="words 'test' is unknown; choose one of train, eval"
     ):
@@ -194,7 +194,7 @@ def test_frequent_words_of_the_shortest_list() -> None:
 
 
 def test_the_official_variant() -> None:
-    """300 and 30 repeats from 4096 tokens on; vt as its older code joins and spells it; fwe of 120."""
+    """300 and 30 repeats from 4096 tokens on; vt as older code joins and spells it; longer fwe."""
     official = {"compat": "star-attention"}
     (cwe,) = generate("cwe", 32768, **official)
     counts = Counter(

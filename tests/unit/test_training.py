@@ -118,7 +118,7 @@ def test_counted_words_are_the_most_common() -> None:
 
 
 def test_continued_stories_are_answered_from_the_facts_so_far() -> None:
-    maker, continued, asked = new_maker(5), 0, 0
+    maker, continued, checked = new_maker(5), 0, 0
     for _ in range(60):
         document = story_document(maker, 1200)
         text = document.context.split("<context>")[-1]
@@ -127,9 +127,9 @@ def test_continued_stories_are_answered_from_the_facts_so_far() -> None:
             continued += bool(more) and place > 0
             text += more
             assert answers(text, rest.split("\n")[0]) == {question.answer.strip()}, rest
-            asked += 1
+            checked += 1
     assert continued > 20
-    assert asked > 300
+    assert checked > 300
 
 
 def test_searches_have_their_answers_in_the_text() -> None:
@@ -157,7 +157,7 @@ def test_searches_have_their_answers_in_the_text() -> None:
 
 
 def test_a_model_begins_with_a_sink() -> None:
-    """Every query of the first layer attends to `<bos>`, at any distance; without one, none does."""
+    """With a sink, every query of the first layer attends to `<bos>`; without one, none does."""
     ids = torch.randint(5, 4000, (1, 600), generator=torch.Generator().manual_seed(0))
     ids[0, 0] = bundled_tokenizer().bos_token_id
     shares = {}
@@ -182,9 +182,9 @@ def test_words_are_held_apart() -> None:
     train_keys, eval_keys = keys
     assert train_keys
     assert eval_keys
-    held = sources.words("eval")
+    held_out = sources.words("eval")
     assert eval_keys <= {
-        f"{adjective}-{noun}" for adjective in held.adjectives for noun in held.nouns
+        f"{adjective}-{noun}" for adjective in held_out.adjectives for noun in held_out.nouns
     }
     assert not train_keys & eval_keys
 
@@ -283,7 +283,7 @@ def test_unknown_settings_are_refused(
 def test_rows_hold_whole_documents(length: int) -> None:
     """A document that is cut off would lose its questions, and with them its purpose."""
     maker = new_maker(length)
-    asked, filled = 0, 0
+    questions, filled = 0, 0
     for _ in range(40):
         ids, mask = data.row(length, maker)
         assert len(ids) == len(mask) == length
@@ -292,9 +292,9 @@ def test_rows_hold_whole_documents(length: int) -> None:
         assert mask[end - 1] >= data.ANSWER
         assert not any(mask[end:])
         filled += end
-        asked += sum(token == maker.encode.eos for token in ids)
+        questions += sum(token == maker.encode.eos for token in ids)
     assert filled > 0.75 * 40 * length
-    assert asked >= 40
+    assert questions >= 40
 
 
 def test_a_row_may_have_a_single_bos() -> None:

@@ -71,7 +71,8 @@ class Sample:
             or not all(isinstance(answer, str) and answer.strip() for answer in answers)
         ):
             raise InvalidInputError(
-                f"not a sample: expected answers to be a list of non-empty strings, got {answers!r}"
+                "not a sample: expected answers to be a list of one or more non-empty strings, got"
+                f" {answers!r}"
             )
         meta = {} if values.get("meta") is None else values["meta"]
         if not isinstance(meta, Mapping):

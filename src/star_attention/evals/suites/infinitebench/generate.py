@@ -117,7 +117,8 @@ def _math_find(numbers: int, rng: random.Random) -> Parts:
     which = f"{_ORDINALS[rank]}{end}"
     return Parts(
         context=f"[{', '.join(scatter(extremes, body, places))}]",
-        question=f"What is the {which} number in the list? Answer with the number and nothing else.",
+        question=f"What is the {which} number in the list?"
+        " Answer with the number and nothing else.",
         answers=(str((smallest if end == "smallest" else largest)[rank]),),
         prefix=f"\nThe {which} number in the list is",
         meta={"which": which},

@@ -128,31 +128,31 @@ def _parse_questions(questions: Any) -> int:
     )
 
 
-def key_values(pairs: int, questions: int, rng: random.Random) -> tuple[str, list[Question]]:
-    """Return a context of key-value pairs, and questions for the values of some keys."""
+def key_values(pairs: int, count: int, rng: random.Random) -> tuple[str, list[Question]]:
+    """Return a context of key-value pairs, and questions for the values of `count` keys."""
     task = TASKS["kv_retrieval"]
     draw = Draw(rng, None)
     table = [(draw("uuids"), draw("uuids")) for _ in range(pairs)]
-    asked = [
+    questions = [
         Question(query=key_question(key), prefix=task.prefix, answer=value)
-        for key, value in table[:questions]
+        for key, value in table[:count]
     ]
     rng.shuffle(table)
-    return f"{task.instruction}\n\n{json.dumps(dict(table))}\n\n", asked
+    return f"{task.instruction}\n\n{json.dumps(dict(table))}\n\n", questions
 
 
 def _needles(
-    sentences: int, questions: int, rng: random.Random, prose: Prose, words: Words
+    sentences: int, count: int, rng: random.Random, prose: Prose, words: Words
 ) -> tuple[str, list[Question]]:
     """Return a context in RULER's template for several needles, each asked for by itself."""
     draw = Draw(rng, words)
-    pairs = [(draw("words"), draw("numbers")) for _ in range(questions)]
+    pairs = [(draw("words"), draw("numbers")) for _ in range(count)]
     hidden = [needles.needle(key, value, "numbers") for key, value in pairs]
     start = rng.randrange(len(prose.sentences))
     filler = [prose.sentences[(start + i) % len(prose.sentences)] for i in range(sentences)]
     text = " ".join(scatter(hidden, filler, rng))
-    asked = []
+    questions = []
     for key, value in pairs:
         query, prefix = needles.question([key], "numbers", single=True)
-        asked.append(Question(query=query, prefix=prefix, answer=value))
-    return f"{needles.head('numbers', single=False)}{text}\n", asked
+        questions.append(Question(query=query, prefix=prefix, answer=value))
+    return f"{needles.head('numbers', single=False)}{text}\n", questions
