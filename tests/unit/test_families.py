@@ -1,4 +1,4 @@
-"""The registry of tiny models: what the other tests take for granted about it."""
+"""The registry of tiny models: properties that the other tests rely on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.families import FAMILIES, REFUSED, UNUSUAL, build
 
 
 @pytest.mark.parametrize("name", [*UNUSUAL, *REFUSED])
-def test_odd_families_build(name: str) -> None:
+def test_unusual_families_build(name: str) -> None:
     model = build(name)
     assert not model.training
     assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
@@ -19,7 +19,7 @@ def test_names_are_distinct() -> None:
     assert len(FAMILIES | UNUSUAL | REFUSED) == len(FAMILIES) + len(UNUSUAL) + len(REFUSED)
 
 
-def test_the_seed_decides_the_weights_and_nothing_else_is_drawn_from() -> None:
+def test_the_seed_decides_the_weights_and_global_random_numbers_are_untouched() -> None:
     state = torch.get_rng_state()
     first, again, other = build("llama"), build("llama"), build("llama", seed=1)
     assert torch.equal(torch.get_rng_state(), state)
@@ -37,11 +37,12 @@ def test_bfloat16_weights_are_float32_weights_rounded(name: str) -> None:
     for (parameter_name, a), b in zip(exact.named_parameters(), rounded.parameters(), strict=True):
         assert torch.equal(a.to(b.dtype), b), parameter_name
     for (buffer_name, a), b in zip(exact.named_buffers(), rounded.buffers(), strict=True):
-        assert torch.equal(a, b), buffer_name  # rotary frequencies stay in float32
+        # Rotary frequencies stay in float32.
+        assert torch.equal(a, b), buffer_name
 
 
 def test_norms_and_sinks_are_random() -> None:
-    """A constant vector would hide that a norm weight, a bias or a sink is left out."""
+    """Constant vectors would hide a missing norm weight, bias or sink."""
     model = build("gpt_oss")
     vectors = [p for p in model.parameters() if p.dim() == 1]
     assert len(vectors) > 10

@@ -1,4 +1,4 @@
-"""Every model family through the public engine: the law against the explicit-mask oracle, one block against the stock model."""
+"""Every model family through the engine: the law against the oracle, one block against stock."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from tests.families import FAMILIES, UNUSUAL
 from tests.model_oracle import oracle_forward
 
 STEPS = 4
-# (block_size, anchor_size, tokens_per_forward): several whole blocks a forward, then pieces of one; the last block is ragged.
+# (block_size, anchor_size, tokens_per_forward): several whole blocks a forward, then pieces of one.
+# The last block is ragged.
 GEOMETRIES = [(16, 16, 40), (24, 10, 9)]
 
 
 TOLERANCE = 1e-4
-# These two do not scale their scores (attention_multiplier 1, not head_size ** -0.5 = 1/4): a sharper softmax amplifies rounding.
-# The stock forward in float32 is itself up to 1.7e-4 from its float64 run; the budget is about twice that.
+# These two do not scale their scores (attention_multiplier is 1, not head_size ** -0.5 = 1/4), and
+# a sharper softmax amplifies rounding. The stock forward in float32 differs by up to 1.7e-4 from
+# its run in float64; the budget is about twice that.
 TOLERANCES = {"granitemoe": 4e-4, "granite_swa": 4e-4}
 
 
-def close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=TOLERANCES.get(name, TOLERANCE), rtol=0)
 
 
@@ -37,7 +39,7 @@ def close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_engine_equals_the_explicit_mask(
     name: str, block_size: int, anchor_size: int, tokens_per_forward: int
 ) -> None:
-    """Keys and values, query logits and greedy answers are those of the law written out as one mask."""
+    """Keys and values, query logits and greedy answers are those of the law as one mask."""
     star = engine(
         name, block_size=block_size, anchor_size=anchor_size, tokens_per_forward=tokens_per_forward
     )
@@ -59,10 +61,10 @@ def test_engine_equals_the_explicit_mask(
     )
     for ours, theirs in zip(stored(context), oracle.kv, strict=True):
         for ours_1GLD, theirs_1GLD in zip(ours, theirs, strict=True):
-            close(name, ours_1GLD, theirs_1GLD[:, :, :CONTEXT])
-    close(name, query_QV, oracle.logits_BLV[0, CONTEXT : CONTEXT + QUERY])
+            assert_close(name, ours_1GLD, theirs_1GLD[:, :, :CONTEXT])
+    assert_close(name, query_QV, oracle.logits_BLV[0, CONTEXT : CONTEXT + QUERY])
     answer_TV = oracle.logits_BLV[0, CONTEXT + QUERY - 1 : -1]
-    close(name, reply.logits, answer_TV)
+    assert_close(name, reply.logits, answer_TV)
     assert reply.token_ids == answer_TV.argmax(-1).tolist()
 
 
@@ -72,7 +74,7 @@ def test_engine_equals_the_explicit_mask(
     + [(name, {"block_size": 128}) for name in VARIED],
 )
 def test_one_block_is_the_stock_model(name: str, settings: dict[str, object]) -> None:
-    """Law 1: one block answers token for token as the model's own `generate`, rotary frequencies pinned alike."""
+    """Law 1: one block answers token for token like stock `generate` with equal frequencies."""
     star = engine(name, tokens_per_forward=40, **settings)
     context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
 
@@ -90,19 +92,19 @@ def test_one_block_is_the_stock_model(name: str, settings: dict[str, object]) ->
         do_sample=False,
     )
     assert reply.token_ids == stock
-    close(name, reply.logits, stock_1TV[0])
+    assert_close(name, reply.logits, stock_1TV[0])
 
 
 @pytest.fixture
-def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention by plain matrix products alone, which is otherwise the last choice."""
+def matrix_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by plain matrix products alone, which are otherwise the last choice."""
     for name in set(kernels.KERNELS) - {"math"}:
         monkeypatch.delitem(kernels.KERNELS, name)
 
 
-@pytest.mark.usefixtures("plain_products")
+@pytest.mark.usefixtures("matrix_products_only")
 @pytest.mark.parametrize("name", VARIED)
-def test_plain_products_obey_the_laws_too(name: str) -> None:
+def test_plain_matrix_products_obey_the_laws_too(name: str) -> None:
     for block_size, anchor_size, tokens_per_forward in GEOMETRIES:
         test_engine_equals_the_explicit_mask(name, block_size, anchor_size, tokens_per_forward)
     test_one_block_is_the_stock_model(name, {"block_size": 128})
@@ -113,7 +115,7 @@ def test_plain_products_obey_the_laws_too(name: str) -> None:
 def test_half_precision_is_as_exact_as_a_plain_implementation(
     name: str, dtype: torch.dtype
 ) -> None:
-    """Teacher-forced logits are within twice the error of a plain masked forward in the same precision."""
+    """Teacher-forced logits have at most twice the error of a plain masked forward."""
     half = copy.deepcopy(tiny(name)).to(dtype)
     star = StarLLM(half, block_size=24, anchor_size=10, tokens_per_forward=30)
     context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
@@ -140,7 +142,7 @@ def test_half_precision_is_as_exact_as_a_plain_implementation(
 
 @pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
 def test_every_context_token_goes_through_each_layer_once(name: str) -> None:
-    """Law 4: the anchor is shared, not encoded again with each block (the official code: twice the linear work)."""
+    """Law 4: blocks share the anchor. The official code encodes it once more with each block."""
     model = tiny(name)
     layers = (
         model.get_decoder().layers
@@ -166,20 +168,20 @@ def test_every_context_token_goes_through_each_layer_once(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["llama", "phi3", "gemma3", "nemotron", "gpt_oss", "gemma3n", "stablelm", "jetmoe"]
 )
-def test_every_context_token_goes_through_each_linear_as_often_as_in_a_plain_forward(
+def test_every_context_token_goes_through_each_linear_layer_as_in_a_plain_forward(
     name: str,
 ) -> None:
-    """The same for each projection; and the vocabulary's, which phase 1 has no use for, sees no token."""
+    """The same for each linear layer; the vocabulary's sees no token, since phase 1 needs none."""
     model = tiny(name)
     star = StarLLM(model, block_size=16, anchor_size=16, tokens_per_forward=40)
 
-    ours = _rows_by_linear(model, lambda: star.encode(ids(CONTEXT)))
+    encoded = _rows_by_linear(model, lambda: star.encode(ids(CONTEXT)))
     with torch.no_grad():
         plain = _rows_by_linear(model, lambda: model(torch.tensor([ids(CONTEXT)]), use_cache=False))
 
     assert plain.pop("lm_head") == CONTEXT
-    assert ours == plain
-    assert len(ours) >= 2 * model.config.num_hidden_layers
+    assert encoded == plain
+    assert len(encoded) >= 2 * model.config.num_hidden_layers
 
 
 def _rows_by_linear(model: PreTrainedModel, run: Callable[[], object]) -> Counter[str]:
@@ -192,9 +194,9 @@ def _rows_by_linear(model: PreTrainedModel, run: Callable[[], object]) -> Counte
         return hook
 
     handles = [
-        m.register_forward_hook(count(path))
-        for path, m in model.named_modules()
-        if isinstance(m, nn.Linear)
+        module.register_forward_hook(count(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
     ]
     try:
         run()

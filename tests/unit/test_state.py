@@ -1,4 +1,4 @@
-"""Law 3: merging attention states is associative and commutative, and an empty state is its identity.
+"""Law 3: merging attention states is associative and commutative, with the empty state as identity.
 
 Axes: B batch, Q query rows, H query heads, D head size, K keys.
 """
@@ -20,13 +20,13 @@ from tests.tolerances import EXACT
 B, Q, H, D = 2, 5, 3, 4
 CPU = torch.device("cpu")
 
-# Log-sum-exps far apart and near, and rows without keys.
+# Log-sum-exps far apart and close together, and rows without keys.
 LSE = st.one_of(st.just(float("-inf")), st.floats(-1e4, 1e4, width=32), st.floats(-3, 3, width=32))
 LSES = st.lists(LSE, min_size=3, max_size=3)
 
 
 def state(lse: float, seed: int, dtype: torch.dtype = torch.float32) -> State:
-    """A state whose rows all have one lse; rows without keys are zero, as the contract says."""
+    """Make a state whose rows all have one lse; rows without keys are zero."""
     generator = torch.Generator().manual_seed(seed)
     out_BQHD = torch.randn(B, Q, H, D, generator=generator).to(dtype)
     if lse == float("-inf"):
@@ -34,8 +34,8 @@ def state(lse: float, seed: int, dtype: torch.dtype = torch.float32) -> State:
     return State(out_BQHD, torch.full((B, Q, H), lse))
 
 
-def same(a: State, b: State) -> None:
-    """Equal to rounding: an lse of thousands is only known to its last digit, and so are the weights that come of it."""
+def assert_same(a: State, b: State) -> None:
+    """Compare to rounding: an lse of thousands has few exact digits, as have weights made of it."""
     largest = max(
         (s.lse_BQH[s.lse_BQH.isfinite()].abs().max().item() if s.lse_BQH.isfinite().any() else 0)
         for s in (a, b)
@@ -46,7 +46,7 @@ def same(a: State, b: State) -> None:
 
 
 def over(keys: list[int], q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor) -> State:
-    """The oracle's state over some of the keys, in float32."""
+    """Compute the oracle's state over some of the keys, in float32."""
     keep_QK = torch.zeros(Q, k_BKHD.shape[1], dtype=torch.bool)
     keep_QK[:, keys] = True
     out_BQHD, lse_BQH = masked_attention(q_BQHD, k_BKHD, v_BKHD, keep_QK, scale=0.7)
@@ -55,22 +55,22 @@ def over(keys: list[int], q_BQHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor) -> Sta
 
 @pytest.mark.parametrize("cuts", [(3, 7), (0, 7), (7, 7), (0, 0), (0, 11), (11, 11), (1, 10)])
 def test_states_over_parts_merge_into_the_state_over_the_whole(cuts: tuple[int, int]) -> None:
-    """Also where a part has no keys."""
+    """Parts may be empty."""
     generator = torch.Generator().manual_seed(0)
     q_BQHD, k_BKHD, v_BKHD = (torch.randn(B, n, H, D, generator=generator) for n in (Q, 11, 11))
     parts = [range(cuts[0]), range(*cuts), range(cuts[1], 11)]
     states = [over(list(part), q_BQHD, k_BKHD, v_BKHD) for part in parts]
     whole = over(list(range(11)), q_BQHD, k_BKHD, v_BKHD)
     for order in itertools.permutations(states):
-        same(merge(order), whole)
+        assert_same(merge(order), whole)
 
 
 @given(LSES)
 @settings(deadline=None)
 def test_merge_is_associative(lses: list[float]) -> None:
     a, b, c = (state(lse, seed) for seed, lse in enumerate(lses))
-    same(merge([merge([a, b]), c]), merge([a, merge([b, c])]))
-    same(merge([a, b, c]), merge([merge([a, b]), c]))
+    assert_same(merge([merge([a, b]), c]), merge([a, merge([b, c])]))
+    assert_same(merge([a, b, c]), merge([merge([a, b]), c]))
 
 
 @given(LSES)
@@ -79,7 +79,7 @@ def test_merge_is_commutative(lses: list[float]) -> None:
     states = [state(lse, seed) for seed, lse in enumerate(lses)]
     first = merge(states)
     for order in itertools.permutations(states):
-        same(merge(order), first)
+        assert_same(merge(order), first)
 
 
 @given(LSE)
@@ -91,8 +91,8 @@ def test_an_empty_state_is_the_identity(lse: float) -> None:
         assert torch.equal(merged.lse_BQH, a.lse_BQH)
 
 
-def test_empty_states_merge_into_an_empty_one() -> None:
-    """Forbids NaN from -inf minus -inf."""
+def test_empty_states_merge_into_an_empty_state() -> None:
+    """Forbids the NaN of -inf minus -inf."""
     empty = empty_state(B, Q, H, D, CPU)
     merged = merge([empty, empty, empty])
     assert torch.equal(merged.out_BQHD, torch.zeros(B, Q, H, D))
@@ -109,22 +109,22 @@ def test_a_huge_gap_does_not_overflow(gap: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_merging_is_done_in_float32(dtype: torch.dtype) -> None:
-    """Forbids a rounding to half precision with every merge."""
+def test_merging_computes_in_float32(dtype: torch.dtype) -> None:
+    """Forbids rounding to half precision in every merge."""
     states = [state(0.01 * seed, seed, dtype) for seed in range(9)]
     merged = merge(states)
     assert (merged.out_BQHD.dtype, merged.lse_BQH.dtype) == (torch.float32, torch.float32)
-    same(merged, merge([State(s.out_BQHD.float(), s.lse_BQH) for s in states]))
+    assert_same(merged, merge([State(s.out_BQHD.float(), s.lse_BQH) for s in states]))
 
 
-def test_one_state_comes_back_as_it_is() -> None:
+def test_a_single_state_is_returned_as_it_is() -> None:
     alone = state(1.0, 0, torch.bfloat16)
     assert merge([alone]) is alone
     with pytest.raises(AssertionError, match="at least one state"):
         merge([])
 
 
-def test_rows_and_heads_are_merged_on_their_own() -> None:
+def test_rows_and_heads_merge_independently() -> None:
     """Forbids weights along the wrong axis."""
     a, b = state(0.0, 0), state(0.0, 1)
     generator = torch.Generator().manual_seed(2)
@@ -142,16 +142,16 @@ def test_rows_and_heads_are_merged_on_their_own() -> None:
 def test_a_sink_is_one_more_term_without_a_value(lse: float, sinks: list[float]) -> None:
     a, sink_H = state(lse, 0, torch.bfloat16), torch.tensor(sinks)
     term = State(torch.zeros(B, Q, H, D), sink_H.expand(B, Q, H))
-    same(
+    assert_same(
         add_sink(a, sink_H.bfloat16().float()),
         merge([a, term._replace(lse_BQH=sink_H.bfloat16().float().expand(B, Q, H))]),
     )
     with_sink = add_sink(a, sink_H)
     assert with_sink.out_BQHD.dtype == with_sink.lse_BQH.dtype == torch.float32
-    same(with_sink, merge([a, term]))
+    assert_same(with_sink, merge([a, term]))
 
 
-def test_a_sink_alone_takes_everything() -> None:
+def test_a_sink_alone_takes_all_weight() -> None:
     nothing = add_sink(empty_state(B, Q, H, D, CPU), torch.tensor([1.0, -2.0, 3.0]))
     assert torch.equal(nothing.out_BQHD, torch.zeros(B, Q, H, D))
     assert torch.equal(nothing.lse_BQH, torch.tensor([1.0, -2.0, 3.0]).expand(B, Q, H))
