@@ -653,8 +653,8 @@ WHY = {
     "recurrent_gemma": "running state instead of keys and values",
     "lfm2": "conv layers",
     "llama4": "chunked-attention layers",
-    "deepseek_v32": "picks keys by an indexer of its own",
-    "glm_moe_dsa": "picks keys by an indexer of its own",
+    "deepseek_v32": "selects keys with an indexer of its own",
+    "glm_moe_dsa": "selects keys with an indexer of its own",
     "deepseek_v4": "compressed_attention layers",
     "doge": "a bias for each key",
     "t5": "encoder-decoder",
@@ -718,7 +718,7 @@ def test_prompt_tuning() -> None:
         num_virtual_tokens=4, task_type="CAUSAL_LM", num_layers=3, token_dim=72
     )
     model = get_peft_model(build("llama"), words).eval()
-    says = ["virtual tokens in front of every forward", "adapters inside the layers (LoRA) work"]
+    says = ["virtual tokens before every forward", "adapters inside the layers (LoRA) work"]
     refused(UnsupportedModelError, *says, call=lambda: StarLLM(model))
     assert "virtual tokens" in str(supported(model))
 
@@ -751,14 +751,14 @@ def test_a_complete_folder_loads(folder: Path) -> None:
     [
         (
             "{}/none",
-            "there is no model folder {}/none; check the path, or give a hub id like organisation/name",
+            "there is no model folder {}/none; check the path, or give a hub id like organization/name",
         ),
         ("./none", "there is no model folder ./none"),
         ("no/such/folder", "there is no model folder no/such/folder"),
         ("{}/config.json", "config.json is a file; give the model's folder, or a hub id"),
         ("{}/..", "holds no config.json: it is not a transformers model folder"),
         ("x" * 5000, "File name too long"),
-        (None, "None is no model; give the path of its folder, or a hub id"),
+        (None, "None is not a model: expected the path of its folder or a hub id, got NoneType"),
         (5, "5 is no model"),
     ],
 )
@@ -888,7 +888,7 @@ BAD_PLACES = [
     (dict(device="cuda1"), "device 'cuda1' is unknown; use auto, cpu, cuda or cuda:1"),
     (dict(device=""), "device '' is unknown"),
     (dict(device=None), "device None is unknown"),
-    (dict(device="meta"), "device 'meta' holds no numbers; use auto, cpu or cuda"),
+    (dict(device="meta"), "device 'meta' stores no values; use auto, cpu or cuda"),
     (dict(device="hpu"), "device 'hpu' cannot be used"),
 ]
 
@@ -902,7 +902,7 @@ def test_a_bad_dtype_or_device(words: dict[str, Any], says: str, folder: Path) -
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_a_device_that_is_not_there(folder: Path) -> None:
     for device in ("cuda", "cuda:7"):
-        says = f"device '{device}' was asked for, but torch sees no CUDA device; use cpu, or auto"
+        says = f"device '{device}' is not available: torch sees no CUDA device; use cpu, or auto"
         refused(InvalidInputError, says, call=lambda d=device: load(folder, device=d))
     assert load(folder, device="auto").device.type == "cpu"
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from star_attention.config import check_dtype
 from star_attention.errors import InvalidInputError
 from star_attention.hf.loading import load
 
@@ -54,7 +55,7 @@ def load_model(model: str | None, shapes: str | None, *, dtype: str, device: str
         return load.load(model, dtype=dtype, device=device, model_kwargs={})[0]
     if shapes not in SHAPES:
         raise InvalidInputError(f"shapes {shapes!r} are unknown; choose one of {', '.join(SHAPES)}")
-    return _random_model(shapes, load.check_dtype(dtype), torch.device(load.pick_device(device)))
+    return _random_model(shapes, check_dtype(dtype), torch.device(load.pick_device(device)))
 
 
 def _random_model(shapes: str, dtype: str, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""What transformers prints while a model loads, for programs that have their own progress."""
+"""Progress bars of transformers, for programs that print their own progress."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from transformers.utils import logging
 
 
 def hide_progress_bars() -> None:
-    """No progress bars over weights."""
+    """Hide the progress bars that transformers prints while it loads weights."""
     logging.disable_progress_bar()

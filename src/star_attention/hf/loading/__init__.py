@@ -1,1 +1,1 @@
-"""Loading a transformers model, and saying whether it can run and which one it is."""
+"""Loading a transformers model: its files, its support, its identity."""

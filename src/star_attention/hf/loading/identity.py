@@ -1,4 +1,4 @@
-"""What an encoded context depends on, field by field, so that a saved one is never used with something else."""
+"""Identity of a model and tokenizer: what a context depends on, compared before it is used."""
 
 from __future__ import annotations
 
@@ -11,80 +11,80 @@ from torch import Tensor, nn
 
 from star_attention.errors import ContextMismatchError
 
-_NOT_COMPUTED_WITH = {
-    *(
-        "_name_or_path",
-        "_commit_hash",
-        "transformers_version",
-        "architectures",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-    ),
-    *(
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "id2label",
-    ),
-    *(
-        "label2id",
-        "problem_type",
-        "task_specific_params",
-        "initializer_range",
-        "chunk_size_feed_forward",
-    ),
-    *(
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "is_encoder_decoder",
-        "experts_implementation",
-    ),
+_IRRELEVANT_FIELDS = {
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "experts_implementation",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
 }
-"""Fields of a config that no key or value depends on; every other one is compared."""
+"""Fields of a config that no key or value depends on; all others are compared."""
+
 _SAMPLES = 16
-"""Elements looked at in each weight: enough to tell any two trainings apart, few enough to cost nothing."""
+"""Elements sampled from each weight: enough to tell two trainings apart, and next to no work."""
 
 
 def model_identity(model: Any, outer: Any) -> dict[str, Any]:
-    """Architecture, weights (sampled), precision and active adapters of a model; plain JSON values."""
-    # (Not by attribute: configs whose layers differ refuse to name one value for all of them.)
+    """Return a model's architecture, sampled weights, precision and active adapters.
+
+    Args:
+        model: the transformers model.
+        outer: the PEFT model around it, or `model` itself.
+
+    Returns:
+        JSON values by field.
+    """
+    # As a dict, because configs whose layers differ refuse to give one value for all of them.
     config = model.config.get_text_config(decoder=True).to_dict()
-    config = {
-        "model_type": config.get("model_type")
-    } | config  # what is told first where two models differ
+    # First, so that it is the field reported for two different architectures.
+    config = {"model_type": config.get("model_type")} | config
     return {
         "config": {
-            name: _plain(value)
+            name: _as_json(value)
             for name, value in config.items()
-            if name not in _NOT_COMPUTED_WITH
+            if name not in _IRRELEVANT_FIELDS
             and "dropout" not in name
             and not name.startswith("_attn")
         },
         "dtype": str(model.dtype),
         "adapters": adapters(outer),
-        "weights": _weights(model),
+        "weights": _weights_checksum(model),
     }
 
 
 def adapters(model: Any) -> list[str]:
-    """Names and scales of the active PEFT adapters."""
+    """Return the names and scales of the active PEFT adapters."""
     active = getattr(model, "active_adapters", None)
     if not hasattr(model, "peft_config") or active is None:
         return []
+    # Inside `with model.disable_adapter()` none is active.
     if any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
-        return []  # inside `with model.disable_adapter()`
+        return []
     names = active() if callable(active) else active
-    return [
-        _with_scale(model, name) for name in ([names] if isinstance(names, str) else sorted(names))
-    ]
+    names = [names] if isinstance(names, str) else sorted(names)
+    return [_with_scales(model, name) for name in names]
 
 
-def _with_scale(model: nn.Module, name: str) -> str:
-    """`name`, with the scales of its layers where there are any: they are no weights, but they count."""
+def _with_scales(model: nn.Module, name: str) -> str:
+    """Return an adapter's name and the scales of its layers, which the weights do not include."""
     scales = {
         scaling[name]
         for module in model.modules()
@@ -94,96 +94,110 @@ def _with_scale(model: nn.Module, name: str) -> str:
 
 
 def state(outer: nn.Module) -> tuple[Any, ...]:
-    """Changes whenever weights or adapters of a loaded model do; costs no look at the weights."""
-    held = []
-    for tensor in (*outer.parameters(), *outer.buffers()):
-        held.append((id(tensor), 0 if tensor.is_inference() else tensor._version))
-    return (*adapters(outer), hash(tuple(held)))
+    """Return a value that changes whenever weights or adapters of a model do; reads no weights."""
+    versions = tuple(
+        (id(tensor), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*outer.parameters(), *outer.buffers())
+    )
+    return (*adapters(outer), hash(versions))
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
-    """SHA-256 over all that a tokenizer does (for slow ones: its vocabulary), or None for none."""
+    """Return the SHA-256 of a tokenizer's rules (of a slow one's vocabulary), None for None."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # How the last call padded and truncated is no property of the tokenizer.
-        text = json.dumps(
-            {key: rule for key, rule in rules.items() if key not in ("padding", "truncation")},
-            sort_keys=True,
-        )
-    else:
+    if backend is None:
         text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    else:
+        rules = json.loads(backend.to_str())
+        # These two only record how the last call padded and truncated.
+        rules = {key: rule for key, rule in rules.items() if key not in ("padding", "truncation")}
+        text = json.dumps(rules, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def difference(theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[str, str, str] | None:
-    """The first field of `ours` that differs, with both values in short; None where nothing does.
+def difference(other: dict[str, Any], ours: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Find the first field of `ours` that differs in `other`.
 
-    A field that holds fields is compared one by one (`config.vocab_size`).
+    Fields that contain fields are compared one by one (`config.vocab_size`). A missing tokenizer
+    matches every tokenizer, because token ids need none.
+
+    Returns:
+        The field, and both values shortened, `other`'s first; None if nothing differs.
     """
     for field, value in ours.items():
-        other = theirs.get(field)
-        pairs = [(field, other, value)]
-        if isinstance(value, dict) and isinstance(other, dict):
-            pairs = [(f"{field}.{name}", other.get(name), value[name]) for name in value]
-        for name, one, mine in pairs:
-            if one == mine or (
-                name == "tokenizer" and None in (one, mine)
-            ):  # token ids alone need no tokenizer
-                continue
-            short = [
-                text if len(text := str(value)) <= 40 else text[:12] + "..."
-                for value in (one, mine)
-            ]
-            return name, short[0], short[1]
+        other_value = other.get(field)
+        pairs = [(field, other_value, value)]
+        if isinstance(value, dict) and isinstance(other_value, dict):
+            pairs = [(f"{field}.{name}", other_value.get(name), value[name]) for name in value]
+        for name, theirs, own in pairs:
+            if theirs != own and not (name == "tokenizer" and None in (theirs, own)):
+                return name, _shortened(theirs), _shortened(own)
     return None
 
 
-def check(file: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises `ContextMismatchError` naming the first field that differs."""
-    found = difference(theirs, ours)
-    if found is not None:
-        field, other, mine = found
-        remedy = "load the model that encoded it"
-        if field == "dtype":
-            remedy = f"load the model in {other.removeprefix('torch.')} (dtype=, or --dtype)"
-        raise ContextMismatchError(
-            field,
-            f"{file} does not fit: its {field} is {other}, this model's is {mine};"
-            f" {remedy}, or encode the context again",
-        )
+def check(name: str, other: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Check that a context was encoded with this model and tokenizer.
+
+    Args:
+        name: what to call the context in an error.
+        other: the context's identity.
+        ours: this model's identity.
+
+    Raises:
+        ContextMismatchError: names the first field that differs.
+    """
+    mismatch = difference(other, ours)
+    if mismatch is None:
+        return
+    field, theirs, own = mismatch
+    remedy = "load the model that encoded it"
+    if field == "dtype":
+        remedy = f"load the model in {theirs.removeprefix('torch.')} (dtype=, or --dtype)"
+    raise ContextMismatchError(
+        field,
+        f"{name} does not fit: its {field} is {theirs}, this model's is {own};"
+        f" {remedy}, or encode the context again",
+    )
 
 
-def _plain(value: Any) -> Any:
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 
-def _weights(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and a few elements of every parameter and buffer (of the adapters' too)."""
+def _weights_checksum(model: nn.Module) -> str:
+    """Return the SHA-256 of names, shapes and samples of all parameters and buffers."""
     digest, samples = hashlib.sha256(), []
     for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
-        if "inv_freq" in name:  # follows from the config, and some models change it as they run
+        # It follows from the config, and some models change it while they run.
+        if "inv_freq" in name:
             continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         samples.append(_sample(tensor.detach()))
-    # One transfer for each device; in the order of names, wherever the weights lie.
-    on_cpu: dict[int, Tensor] = {}
-    for device in {sample.device for sample in samples}:
-        here = [index for index, sample in enumerate(samples) if sample.device == device]
-        values = (
-            torch.cat([samples[index] for index in here])
-            .cpu()
-            .split([samples[index].numel() for index in here])
-        )
-        on_cpu |= dict(zip(here, values, strict=True))
-    digest.update(torch.cat([on_cpu[index] for index in range(len(samples))]).numpy().tobytes())
+    digest.update(torch.cat(_to_cpu(samples)).numpy().tobytes())
     return digest.hexdigest()
 
 
+def _to_cpu(samples: list[Tensor]) -> list[Tensor]:
+    """Copy small tensors to the CPU in one transfer per device, keeping their order."""
+    on_cpu: dict[int, Tensor] = {}
+    for device in {sample.device for sample in samples}:
+        indices = [index for index, sample in enumerate(samples) if sample.device == device]
+        joined = torch.cat([samples[index] for index in indices]).cpu()
+        parts = joined.split([samples[index].numel() for index in indices])
+        on_cpu |= dict(zip(indices, parts, strict=True))
+    return [on_cpu[index] for index in range(len(samples))]
+
+
 def _sample(weight: Tensor) -> Tensor:
-    if weight.device.type == "meta":  # offloaded: name and shape must do
+    # Of offloaded weights, and of quantized ones that cannot be read, name and shape must do.
+    if weight.device.type == "meta":
         return torch.empty(0)
     try:
         if hasattr(weight, "dequantize") and type(weight) not in (Tensor, nn.Parameter):
@@ -191,8 +205,5 @@ def _sample(weight: Tensor) -> Tensor:
         flat = weight.reshape(-1)
         step = max(1, flat.shape[0] // _SAMPLES)
         return flat[::step][:_SAMPLES].float()
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # a quantized tensor that cannot be read: name and shape must do
+    except (RuntimeError, NotImplementedError):
         return torch.empty(0, device=weight.device)

@@ -1,4 +1,7 @@
-"""Load a model and its tokenizer from a folder or a hub id, with errors that say what is missing."""
+"""Load a model, its config or its tokenizer from a folder or a hub id.
+
+Whatever is missing or unreadable is a `ModelNotFoundError` raised here.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from star_attention.config import check_device
-from star_attention.config import check_dtype as check_dtype
+from star_attention.config import check_device, check_dtype
 from star_attention.errors import (
     InvalidInputError,
     ModelNotFoundError,
@@ -25,45 +27,7 @@ from star_attention.hf.loading import support
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-
-def pick_device(device: str) -> str:
-    """`"auto"` is the first accelerator, or the CPU.
-
-    Raises `InvalidInputError` for a device that is not there.
-    """
-    check_device(device)
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:  # its message lists every kind that there has been
-        raise InvalidInputError(
-            f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1"
-        ) from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InvalidInputError(
-            f"device {device!r} was asked for, but torch sees no CUDA device; use cpu, or auto"
-        )
-    if kind == "meta":
-        raise InvalidInputError(f"device {device!r} holds no numbers; use auto, cpu or cuda")
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # each backend has an error of its own for not being there
-        raise InvalidInputError(
-            f"device {device!r} cannot be used ({first_line(error)}); use auto, cpu or cuda"
-        ) from None
-    return device
-
-
-def own_device(device: str) -> str:
-    """What `"auto"` and `"cuda"` mean for one of several processes on a machine: each its own GPU, as torchrun numbers them."""
-    gpus = torch.cuda.device_count()
-    if device in ("auto", "cuda") and gpus:
-        return f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % gpus}"
-    return device
-
-
-_FOR_ALL_FILES = (
+_LOCATION_KWARGS = (
     "trust_remote_code",
     "revision",
     "code_revision",
@@ -74,42 +38,119 @@ _FOR_ALL_FILES = (
 )
 
 
-def for_all_files(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those words of `from_pretrained` that say where a model's files are."""
-    return {word: value for word, value in model_kwargs.items() if word in _FOR_ALL_FILES}
+# ------------------------------------------------------------------------------------------ devices
 
 
-def load_config(path: str | os.PathLike[str], **where: Any) -> Any:
-    """The config of a model folder or hub id; `where` goes to transformers (revision, subfolder, ...).
+def pick_device(device: str) -> str:
+    """Resolve `"auto"` to the first accelerator or the CPU, and check any other device.
 
-    Raises `ModelNotFoundError` where there is none.
+    Raises:
+        InvalidInputError: an unknown device, or one that is not available.
     """
-    _check_path(path, str(where.get("subfolder") or ""))
+    check_device(device)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return AutoConfig.from_pretrained(path, **where)
-    except Exception as error:  # configs check their values in ways of their own
-        what = f"no model could be read at {path}"
+        kind = torch.device(device).type
+    except RuntimeError:
+        # torch's own message lists every kind of device that ever existed.
+        raise InvalidInputError(
+            f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1"
+        ) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(
+            f"device {device!r} is not available: torch sees no CUDA device; use cpu, or auto"
+        )
+    if kind == "meta":
+        raise InvalidInputError(f"device {device!r} stores no values; use auto, cpu or cuda")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        # Each backend has an error of its own for a missing device.
+        raise InvalidInputError(
+            f"device {device!r} cannot be used ({first_line(error)}); use auto, cpu or cuda"
+        ) from None
+    return device
+
+
+def device_of_rank(device: str) -> str:
+    """Resolve `"auto"` and `"cuda"` for one of several processes: each takes its own GPU.
+
+    The GPU is the one that torchrun's `LOCAL_RANK` numbers.
+    """
+    gpus = torch.cuda.device_count()
+    if device in ("auto", "cuda") and gpus:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % gpus}"
+    return device
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def location_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that say where a model's files are."""
+    return {name: value for name, value in model_kwargs.items() if name in _LOCATION_KWARGS}
+
+
+def load_config(path: str | os.PathLike[str], **location: Any) -> Any:
+    """Load the config of a model.
+
+    Args:
+        path: model folder or hub id.
+        location: arguments of `AutoConfig.from_pretrained` (revision, subfolder, ...).
+
+    Raises:
+        ModelNotFoundError: there is no model, or its config cannot be read.
+    """
+    _check_model_path(path, str(location.get("subfolder") or ""))
+    try:
+        return AutoConfig.from_pretrained(path, **location)
+    except Exception as error:
+        # Configs check their values with errors of any type.
+        problem = f"no model could be read at {path}"
         if not Path(path).exists():
-            what = f"there is no folder {path} here, and it could not be had as a hub id"
-        raise ModelNotFoundError(f"{what}: {first_line(error)}") from error
+            problem = f"there is no folder {path} here, and it could not be loaded as a hub id"
+        raise ModelNotFoundError(
+            f"{problem}: {first_line(error)}; check the path, or copy or download the model again"
+        ) from error
 
 
 def load(
     path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """Model in evaluation mode and tokenizer (None where the folder has none).
+    """Load a model in evaluation mode, and its tokenizer.
 
-    Raises `ModelNotFoundError`, `UnsupportedModelError` (before weights are read) or `InvalidInputError`.
+    Args:
+        path: model folder or hub id.
+        dtype: one of `config.DTYPES`.
+        device: "auto", or a torch device; ignored if `model_kwargs` has a `device_map`.
+        model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        The model, and the tokenizer, None if the folder has none.
+
+    Raises:
+        ModelNotFoundError: the model or its tokenizer is missing, incomplete or unreadable.
+        UnsupportedModelError: Star Attention cannot run it; raised before weights are read.
+        InvalidInputError: an invalid dtype or device.
+        OutOfMemoryError: the weights do not fit.
     """
     name = check_dtype(dtype)
-    where = for_all_files(model_kwargs)
-    config = load_config(path, **where)
+    location = location_kwargs(model_kwargs)
+    config = load_config(path, **location)
     reasons = support.reasons(config)
     if reasons:
         raise UnsupportedModelError(f"{config.model_type} ({path})", reasons)
     options = {"dtype": name if name == "auto" else getattr(torch, name), **model_kwargs}
     if "device_map" not in options:
         device = pick_device(device)
+    model = _load_weights(path, options)
+    if "device_map" not in options:
+        model = model.to(device)
+    return model.eval(), load_tokenizer(path, **location)
+
+
+def _load_weights(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, **options
@@ -131,46 +172,56 @@ def load(
         raise ModelNotFoundError(
             f"the model at {path} could not be loaded: {first_line(error)}"
         ) from error
+    # transformers fills missing weights with random values and continues.
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers fills them with random numbers and goes on
+    if missing:
         more = "" if len(missing) == 1 else f" and {len(missing) - 1} more"
         raise ModelNotFoundError(
-            f"the model at {path} is incomplete: its files lack {missing[0]}{more}; copy or download it again"
+            f"the model at {path} is incomplete: its files lack {missing[0]}{more}; copy or"
+            " download it again"
         )
-    if "device_map" not in options:
-        model = model.to(device)
-    return model.eval(), load_tokenizer(path, **where)
+    return model
 
 
-def load_tokenizer(path: str | os.PathLike[str], **where: Any) -> Any:
-    """The tokenizer of a model folder, or None where the folder has none (token ids need none)."""
-    folder = Path(path) / str(where.get("subfolder") or "")
-    if (
-        folder.is_dir()
-        and not any(folder.glob("tokenizer*"))
-        and not any(folder.glob("*.model"))
-        and not any(folder.glob("vocab*"))
-    ):
+def load_tokenizer(path: str | os.PathLike[str], **location: Any) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        path: model folder or hub id.
+        location: arguments of `AutoTokenizer.from_pretrained` (revision, subfolder, ...).
+
+    Returns:
+        The tokenizer, None if the folder has none (token ids need none).
+
+    Raises:
+        ModelNotFoundError: it cannot be read.
+    """
+    folder = Path(path) / str(location.get("subfolder") or "")
+    patterns = ("tokenizer*", "*.model", "vocab*")
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, **where)
-    except Exception as error:  # the tokenizer libraries raise bare Exceptions for a broken file
+        return AutoTokenizer.from_pretrained(path, **location)
+    except Exception as error:
+        # The tokenizer libraries raise bare Exceptions for a broken file.
         raise ModelNotFoundError(
             f"the tokenizer at {path} could not be read: {first_line(error)}"
         ) from error
 
 
-def _check_path(path: str | os.PathLike[str], subfolder: str = "") -> None:
+def _check_model_path(path: str | os.PathLike[str], subfolder: str = "") -> None:
+    """Raise `ModelNotFoundError` unless `path` is a model folder or may be a hub id."""
     if not isinstance(path, (str, os.PathLike)):
-        raise ModelNotFoundError(f"{path!r} is no model; give the path of its folder, or a hub id")
+        raise ModelNotFoundError(
+            f"{path!r} is not a model: expected the path of its folder or a hub id, got"
+            f" {type(path).__name__}"
+        )
     folder = Path(path)
     try:
-        is_folder, exists, has_config = (
-            folder.is_dir(),
-            folder.exists(),
-            (folder / subfolder / "config.json").is_file(),
-        )
-    except OSError as error:  # no permission, or a name that the file system cannot have
+        is_folder, exists = folder.is_dir(), folder.exists()
+        has_config = (folder / subfolder / "config.json").is_file()
+    except OSError as error:
+        # No permission, or a name that the file system does not allow.
         raise ModelNotFoundError(f"the model folder cannot be read: {error}") from error
     if is_folder:
         if not has_config:
@@ -180,7 +231,7 @@ def _check_path(path: str | os.PathLike[str], subfolder: str = "") -> None:
         return
     if exists:
         raise ModelNotFoundError(f"{folder} is a file; give the model's folder, or a hub id")
-    # `models/needle` reads like a hub id; where the folder `models` stands here, a path was meant.
+    # `models/needle` may be a hub id, but if there is a folder `models` here, a path was meant.
     is_path = (
         folder.is_absolute()
         or str(path).startswith(".")
@@ -188,5 +239,6 @@ def _check_path(path: str | os.PathLike[str], subfolder: str = "") -> None:
     )
     if is_path or not _HUB_ID.fullmatch(str(path)):
         raise ModelNotFoundError(
-            f"there is no model folder {path}; check the path, or give a hub id like organisation/name"
+            f"there is no model folder {path}; check the path, or give a hub id like"
+            " organization/name"
         )

@@ -61,7 +61,7 @@ def load_pretrained(
     with comm.collective("startup"):
         tensor_parallel = comm.run_on_rank_0(lambda: _check_divides(tensor_parallel, comm.size))
     if comm.size > 1:
-        device = load.own_device(device)
+        device = load.device_of_rank(device)
     if tensor_parallel > 1:
         return load_shard(
             path, comm, tensor_parallel, dtype=dtype, device=device, model_kwargs=model_kwargs

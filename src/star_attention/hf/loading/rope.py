@@ -1,7 +1,8 @@
-"""Rotary frequencies that depend on the length (LongRoPE, dynamic NTK), held at one length for a whole context.
+"""Rotary frequencies that depend on the length (LongRoPE, dynamic NTK), pinned for a whole context.
 
-transformers reads that length off the positions of each forward, so that two blocks of one context, or a context and its
-query, would be rotated by different frequencies. A pinned copy of the rotary module stands in during our own forwards only.
+transformers derives that length from the positions of each forward, so that two blocks of one
+context, or a context and its query, would be rotated by different frequencies. A pinned copy of the
+rotary module replaces the original, during our own forwards only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def _types(module: nn.Module) -> dict[str | None, str]:
-    """Rope type by layer type; the key is None where all layers share one."""
+    """Return the rope type of each layer type; the key is None if all layers share one."""
     rope_type = getattr(module, "rope_type", None)
     if isinstance(rope_type, str):
         return {None: rope_type}
@@ -30,12 +31,12 @@ def _depends_on_length(rope_type: str) -> bool:
 
 
 def length_dependent(decoder: nn.Module) -> list[nn.Module]:
-    """The rotary modules whose frequencies depend on the length of what a forward sees."""
+    """Return the rotary modules whose frequencies depend on the length of a forward."""
     return [m for m in decoder.modules() if any(_depends_on_length(t) for t in _types(m).values())]
 
 
 def _pinned_copy(module: Any, length: int) -> Any:
-    """A copy of a rotary module, sharing nothing that it writes, with the frequencies of exactly `length` tokens."""
+    """Copy a rotary module, with frequencies for exactly `length` tokens and buffers of its own."""
     pinned = copy.copy(module)
     pinned.__dict__.pop("forward", None)
     pinned._buffers = dict(module._buffers)
@@ -46,13 +47,13 @@ def _pinned_copy(module: Any, length: int) -> Any:
         prefix = "" if layer_type is None else f"{layer_type}_"
         layer = {} if layer_type is None else {"layer_type": layer_type}
         current: Tensor = getattr(module, f"{prefix}inv_freq")
-        # dynamic NTK is "dynamic"; transformers matches the word inside longer names as well.
+        # Dynamic NTK is called "dynamic"; transformers also finds the word within longer names.
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](
             module.config, current.device, seq_len=length, **layer
         )
         pinned._buffers[f"{prefix}inv_freq"] = inv_freq.to(current.device, current.dtype)
         setattr(pinned, f"{prefix}attention_scaling", scaling)
-    # "default" keeps transformers from choosing the frequencies again.
+    # With "default", transformers does not choose the frequencies again.
     if None in types:
         pinned.rope_type = "default"
     else:
@@ -66,36 +67,41 @@ def _pinned_copy(module: Any, length: int) -> Any:
 def pinned(
     modules: list[nn.Module], length: int | None, active: Callable[[], bool]
 ) -> Iterator[None]:
-    """Rotate by the frequencies of `length` tokens while `active()`; other threads keep the stock module.
+    """Rotate by the frequencies of `length` tokens inside the context.
 
-    Nothing stays behind: the modules' own buffers are not written.
+    The modules' own buffers are never written, and nothing is left in the model afterwards.
+
+    Args:
+        modules: rotary modules, from `length_dependent`.
+        length: number of tokens; None changes nothing.
+        active: True in the thread whose forwards are pinned; others use the original module.
     """
     if length is None or not modules:
         yield
         return
-    # (accelerate puts a forward of its own on modules that it moves between devices.)
-    before = [module.__dict__.get("forward") for module in modules]
+    # accelerate sets a forward of its own on modules that it moves between devices.
+    originals = [module.__dict__.get("forward") for module in modules]
     for module in modules:
-        stock, stand_in = module.forward, _pinned_copy(module, length)
+        stock, pinned_module = module.forward, _pinned_copy(module, length)
 
         def forward(
-            *args: Any, _stock: Any = stock, _stand_in: Any = stand_in, **kwargs: Any
+            *args: Any, _stock: Any = stock, _pinned: Any = pinned_module, **kwargs: Any
         ) -> Any:
-            return _stand_in.forward(*args, **kwargs) if active() else _stock(*args, **kwargs)
+            return _pinned.forward(*args, **kwargs) if active() else _stock(*args, **kwargs)
 
         module.forward = forward
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            if own is None:
+        for module, original in zip(modules, originals, strict=True):
+            if original is None:
                 del module.forward
             else:
-                module.forward = own
+                module.forward = original
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a text config, one entry per kind of layer."""
+    """Return the rotary settings of a text config, one entry per layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if any(isinstance(value, dict) for value in parameters.values()):
         return [value for value in parameters.values() if isinstance(value, dict)]
@@ -103,9 +109,10 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 
 def max_positions(config: Any) -> int | None:
-    """Positions that a model has, in tokens; None where the config sets no limit.
+    """Return the number of positions that a model has; None if the config sets no limit.
 
-    Where a scaling stretches the original length and the config still states the original, the stretched length counts.
+    If scaling stretches the original length and the config still states the original, this is the
+    stretched length.
     """
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int):

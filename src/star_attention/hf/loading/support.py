@@ -1,4 +1,4 @@
-"""Which models can run, and why others cannot."""
+"""The reasons why Star Attention cannot run a model."""
 
 from __future__ import annotations
 
@@ -13,43 +13,44 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LAYER_REASONS = {
     "linear_attention": "linear-attention layers keep a running state instead of keys and values",
-    "chunked_attention": "chunked-attention layers cut the context by themselves",
+    "chunked_attention": "chunked-attention layers cut the context into chunks of their own",
 }
-# Settings that make an attention of another kind, with the words for it.
+
 _CONFIG_REASONS = {
-    "attention_chunk_size": "chunked-attention layers cut the context by themselves",
-    "index_topk": "its attention picks keys by an indexer of its own",
-    "alibi": "it biases scores by distance (ALiBi), which the attention interface does not carry",
+    "attention_chunk_size": "chunked-attention layers cut the context into chunks of their own",
+    "index_topk": "its attention selects keys with an indexer of its own",
+    "alibi": "it biases scores by distance (ALiBi), which the attention interface does not pass on",
     "keep_window_size": "it writes a bias for each key, computed from the values, into the mask",
 }
+"""Config fields that are set for other kinds of attention, with the reasons."""
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper (whose layers it holds), or the model itself."""
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
     base = getattr(model, "get_base_model", None)
     return base() if base is not None and hasattr(model, "peft_config") else model
 
 
 def reasons(model_or_config: Any) -> list[str]:
-    """Why a model, or the model of a config, cannot run; empty when it can."""
+    """Return the reasons why a model, or the model of a config, cannot run; empty if it can."""
     if isinstance(model_or_config, PretrainedConfig):
         return _config_reasons(model_or_config) + _class_reasons(
             _class_of(model_or_config), model_or_config
         )
-    why = []
+    problems = []
     model = unwrap(model_or_config)
     if model is not model_or_config:
         for adapter in model_or_config.peft_config.values():
             if getattr(adapter, "is_prompt_learning", False):
-                why.append(
-                    f"{adapter.peft_type} adapters put virtual tokens in front of every forward;"
+                problems.append(
+                    f"{adapter.peft_type} adapters put virtual tokens before every forward;"
                     " adapters inside the layers (LoRA) work"
                 )
     if isinstance(model, (str, os.PathLike)):
         return [f"{str(model)!r} is a path, not a model; load it with StarLLM.from_pretrained"]
     if not isinstance(model, PreTrainedModel):
-        return [*why, f"{type(model).__name__} is not a transformers model"]
-    return why + _config_reasons(model.config) + _class_reasons(type(model), model.config)
+        return [*problems, f"{type(model).__name__} is not a transformers model"]
+    return problems + _config_reasons(model.config) + _class_reasons(type(model), model.config)
 
 
 def _class_of(config: PretrainedConfig) -> Any:
@@ -65,43 +66,40 @@ def _class_reasons(kind: Any, config: PretrainedConfig) -> list[str]:
         return [
             f"{config.model_type or type(config).__name__} has no causal language model in transformers"
         ]
-    why = []
+    problems = []
     if not callable(getattr(kind, "generate", None)):
-        why.append(f"{kind.__name__} does not generate text")
+        problems.append(f"{kind.__name__} does not generate text")
     if getattr(kind, "_is_stateful", False):
-        why.append("it keeps a running state instead of keys and values of all tokens")
+        problems.append("it keeps a running state instead of keys and values of all tokens")
     elif not hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS"):
-        # (The class flag `_supports_attention_backend` is missing from families that do use the interface.)
-        why.append(
+        # The class flag `_supports_attention_backend` is missing from families that do use the
+        # interface.
+        problems.append(
             f"{kind.__name__}'s attention does not go through transformers' attention interface"
         )
-    return why
+    return problems
 
 
 def _config_reasons(config: PretrainedConfig) -> list[str]:
     if getattr(config, "is_encoder_decoder", False):
-        return ["it is an encoder-decoder model; Star Attention is for decoder-only models"]
+        return ["it is an encoder-decoder model; Star Attention runs decoder-only models"]
     text: Any = config.get_text_config(decoder=True)
-    why = []
+    problems = []
     for kind in sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES):
-        why.append(
-            _LAYER_REASONS.get(
-                kind,
-                f"it has {kind} layers; only full and sliding-window attention can be cut into blocks",
-            )
-        )
+        default = f"it has {kind} layers; only full and sliding-window attention works in blocks"
+        problems.append(_LAYER_REASONS.get(kind, default))
     for name, reason in _CONFIG_REASONS.items():
-        if getattr(text, name, None) and reason not in why:
-            why.append(reason)
+        if getattr(text, name, None) and reason not in problems:
+            problems.append(reason)
     if getattr(text, "is_causal", True) is False or getattr(
         text, "use_bidirectional_attention", None
     ) in (True, "all"):
-        why.append("it attends in both directions")
+        problems.append("it attends in both directions")
     elif getattr(text, "is_decoder", True) is False and not str(text.model_type).startswith(
         "gpt_neox"
     ):
-        # (GPT-NeoX has the setting too, says False, and is a decoder all the same.)
-        why.append("it attends in both directions, as its config says is_decoder=False")
+        # GPT-NeoX is a decoder, although it sets the field to False.
+        problems.append("it attends in both directions, as its config says is_decoder=False")
     if not getattr(text, "num_hidden_layers", None):
-        why.append("its config does not say how many layers it has")
-    return why
+        problems.append("its config does not say how many layers it has")
+    return problems
