@@ -759,7 +759,7 @@ def test_a_complete_folder_loads(folder: Path) -> None:
         ("{}/..", "holds no config.json: it is not a transformers model folder"),
         ("x" * 5000, "File name too long"),
         (None, "None is not a model: expected the path of its folder or a hub id, got NoneType"),
-        (5, "5 is no model"),
+        (5, "5 is not a model: expected the path of its folder or a hub id, got int"),
     ],
 )
 def test_no_model_there(path: Any, says: str, folder: Path) -> None:

@@ -64,7 +64,8 @@ def _class_of(config: PretrainedConfig) -> Any:
 def _class_reasons(kind: Any, config: PretrainedConfig) -> list[str]:
     if kind is None:
         return [
-            f"{config.model_type or type(config).__name__} has no causal language model in transformers"
+            f"{config.model_type or type(config).__name__} has no causal language model in"
+            " transformers"
         ]
     problems = []
     if not callable(getattr(kind, "generate", None)):

@@ -158,7 +158,7 @@ def load_shard(
         if turn == mesh.tp_rank:
             try:
                 _check_model_kwargs(model_kwargs, tensor_parallel)
-                check(load.load_config(path, **load.for_all_files(model_kwargs)), tensor_parallel)
+                check(load.load_config(path, **load.location_kwargs(model_kwargs)), tensor_parallel)
                 loaded = load.load(path, dtype=dtype, device="cpu", model_kwargs=model_kwargs)
                 shard(loaded[0], mesh)
                 loaded[0].to(load.pick_device(device))
