@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -16,7 +16,10 @@ from star_attention.planning.model_shape import ModelShape
 from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings, Progress
 
-RowT = TypeVar("RowT")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RowT = TypeVar("RowT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class Benchmark(ABC, Generic[RowT]):
 
     @property
     def longest_input(self) -> int:
-        """The number of positions that the model needs."""
+        """Number of positions that the model needs."""
         return 0
 
     @abstractmethod
@@ -92,13 +95,13 @@ class Benchmark(ABC, Generic[RowT]):
         return []
 
     def record(self, target: Target, rows: Sequence[RowT]) -> dict[str, Any]:
-        """Return what the JSON holds."""
+        """Return the contents of the JSON."""
         return {
             "benchmark": self.name,
             "model": target.name,
             "dtype": target.dtype_name,
             **machine.record(target.device, target.ceilings),
-            "rows": [asdict(row) for row in rows],  # type: ignore[call-overload]
+            "rows": [asdict(row) for row in rows],
         }
 
 

@@ -28,6 +28,7 @@ from star_attention.planning.plan import format_size
 from star_attention.tools import machine
 
 _CAPACITY, _TAIL = 512, 256
+"""Tokens that the buffer of a tail has room for, and those in it."""
 _CALLS_PER_GRAPH = 8
 
 
@@ -36,8 +37,8 @@ class KernelRow:
     """One kernel on one call.
 
     Attributes:
-        what: the call.
-        kernel: the kernel.
+        what: the call, in words.
+        kernel: its name.
         seconds: the median.
         flops, bytes: operations, or bytes read and written; the other is 0.
         of_ceiling: the rate relative to the ceiling that bounds the call.
@@ -53,9 +54,9 @@ class KernelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A call to measure, with its operations or bytes."""
+    """A call to measure: its name, a kernel, and its operations or bytes."""
 
-    what: str
+    call: str
     kernel: str
     work: Callable[[], Any]
     flops: int = 0
@@ -163,12 +164,12 @@ class Kernels(Benchmark[KernelRow]):
         yield from _linear_tasks(target.shape.hidden_size, calls)
 
     def _measure(self, task: Task, target: Target) -> KernelRow:
-        target.progress(f"{task.what}, {task.kernel}")
+        target.progress(f"{task.call}, {task.kernel}")
         seconds = median(_time(task.work, self.repeats, target.device))
         ceilings = target.ceilings
         floor_s = max(task.flops / ceilings.flops_per_s, task.bytes / ceilings.bytes_per_s)
         return KernelRow(
-            what=task.what,
+            what=task.call,
             kernel=task.kernel,
             seconds=seconds,
             flops=task.flops,
@@ -190,14 +191,14 @@ def _block_tasks(block: int, calls: AttentionCalls) -> Iterator[Task]:
     size = format_size(block)
     for kernel in calls.kernels(block, block, causal=True):
         yield Task(
-            what=f"a block of {size}",
+            call=f"a block of {size}",
             kernel=kernel,
             work=calls.attend(q_BQHD, k_BKGD, v_BKGD, 0, kernel),
             flops=shape.flops_per_pair * (block * (block + 1) // 2),
         )
     for kernel in calls.kernels(block, block, causal=False):
         yield Task(
-            what=f"{size} over an anchor of {size}",
+            call=f"{size} over an anchor of {size}",
             kernel=kernel,
             work=calls.attend(q_BQHD, k_BKGD, v_BKGD, block, kernel),
             flops=shape.flops_per_pair * (block * block),
@@ -207,7 +208,7 @@ def _block_tasks(block: int, calls: AttentionCalls) -> Iterator[Task]:
         for _ in range(2)
     ]
     yield Task(
-        what=f"merging {size}",
+        call=f"merging {size}",
         kernel="ours",
         work=partial(merge, states, dtype=calls.dtype),
         bytes=3 * _nbytes(states[0].out_BQHD),
@@ -220,25 +221,25 @@ def _token_tasks(context: int, calls: AttentionCalls) -> Iterator[Task]:
     q_BQHD = calls.random(1, 1, H, D)
     k_BGKD, v_BGKD = calls.random(1, G, context, D), calls.random(1, G, context, D)
     k_BKGD, v_BKGD = k_BGKD.transpose(1, 2), v_BGKD.transpose(1, 2)
-    what, moved = f"a token over {format_size(context)}", 2 * _nbytes(k_BGKD)
+    name, moved = f"a token over {format_size(context)}", 2 * _nbytes(k_BGKD)
     for kernel in calls.kernels(1, context, causal=False):
         work = calls.attend(q_BQHD, k_BKGD, v_BKGD, context, kernel)
-        yield Task(what=what, kernel=kernel, work=work, bytes=moved)
+        yield Task(call=name, kernel=kernel, work=work, bytes=moved)
     if kernels.triton_works(calls.device):
         work = calls.answer(q_BQHD, k_BGKD, v_BGKD)
-        yield Task(what=what, kernel="triton", work=work, bytes=moved)
+        yield Task(call=name, kernel="triton", work=work, bytes=moved)
 
 
 def _linear_tasks(hidden_size: int, calls: AttentionCalls) -> Iterator[Task]:
     """A linear layer on the hidden state of one token."""
     weight, x = calls.random(4 * hidden_size, hidden_size), calls.random(1, 1, hidden_size)
-    what, moved = f"one row, {hidden_size} to {4 * hidden_size}", _nbytes(weight)
-    yield Task(what=what, kernel="torch", work=partial(linear, x, weight), bytes=moved)
+    name, moved = f"one row, {hidden_size} to {4 * hidden_size}", _nbytes(weight)
+    yield Task(call=name, kernel="torch", work=partial(linear, x, weight), bytes=moved)
     if kernels.triton_works(calls.device):
         from star_attention.attention.kernels import triton_row
 
         work = partial(triton_row.linear, x, weight, None)
-        yield Task(what=what, kernel="triton", work=work, bytes=moved)
+        yield Task(call=name, kernel="triton", work=work, bytes=moved)
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -35,7 +35,7 @@ def draw_files(files: list[Path], folder: Path) -> list[Path]:
 
     Args:
         files: JSON of `bench prefill` and `bench decode`.
-        folder: made if it is missing.
+        folder: created if it is missing.
 
     Returns:
         The files written.

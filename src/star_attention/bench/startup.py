@@ -30,7 +30,7 @@ class StartupRow:
     """One kind of work.
 
     Attributes:
-        what: the work.
+        what: the work, in words.
         first_s: time of the first run in a process.
         again_s: time of the second run.
         caches: one of `CACHES`.
@@ -73,10 +73,10 @@ class Startup(Benchmark[StartupRow]):
         query = random_ids(target.model, self.query_tokens, seed=1)
         rows = []
 
-        def time_twice(what: str, work: Callable[[], Any]) -> None:
-            target.progress(what)
+        def time_twice(name: str, work: Callable[[], Any]) -> None:
+            target.progress(name)
             first_s, again_s = (machine.time_once(work, target.device) for _ in range(2))
-            rows.append(StartupRow(what=what, first_s=first_s, again_s=again_s))
+            rows.append(StartupRow(what=name, first_s=first_s, again_s=again_s))
 
         time_twice("a context", partial(star.encode, ids_L))
         context = star.encode(ids_L)
@@ -86,7 +86,7 @@ class Startup(Benchmark[StartupRow]):
         return rows
 
     def table(self, rows: list[StartupRow]) -> list[tuple[str, ...]]:
-        lines: list[tuple[str, ...]] = [("caches", "what", "first s", "again s", "cost s")]
+        lines: list[tuple[str, ...]] = [("caches", "work", "first s", "again s", "cost s")]
         lines += [
             (row.caches, row.what, *(f"{s:.2f}" for s in (row.first_s, row.again_s, row.cost_s)))
             for row in rows

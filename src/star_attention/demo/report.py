@@ -93,10 +93,10 @@ def summary(result: DemoResult) -> tuple[str, str]:
 
 
 def _compare_scores(star: Row, dense: Row) -> str:
-    found, by_dense = star.score.correct, dense.score.correct
-    if found == by_dense:
+    by_star, by_dense = star.score.correct, dense.score.correct
+    if by_star == by_dense:
         return "as many as dense attention"
-    return f"{'more' if found > by_dense else 'fewer'} than dense attention ({by_dense})"
+    return f"{'more' if by_star > by_dense else 'fewer'} than dense attention ({by_dense})"
 
 
 def _compare_times(star: Row, dense: Row) -> str:
@@ -127,10 +127,10 @@ def _model(result: DemoResult) -> str:
 def notes(result: DemoResult) -> list[str]:
     """Return what a reader of the table should know besides."""
     _, star, _, none = result.rows
-    asked = none.score.asked
+    questions = none.score.asked
     times = "were measured once" if result.settings["samples"] == 1 else "are medians"
     # The rule of three: the upper 95 % bound of the rate of something that never happened.
-    miss_rate = min(1.0, 3 / asked)
+    miss_rate = min(1.0, 3 / questions)
     kv_size = "the same size as" if star.kv_ratio == 1 else f"x {star.kv_ratio:.2f} the size of"
     return [
         f"Memory: on one device Star Attention's keys and values have {kv_size} dense attention's:"
@@ -140,20 +140,20 @@ def notes(result: DemoResult) -> list[str]:
         " attention sink). In the paper's models every block without an anchor grows a sink of its"
         f" own, and they lose {PAPER_LOSS}. With an anchor there is a single sink, at the start of"
         " the text, as in dense attention.",
-        f"Precision: with {asked} questions per method, a few points are chance (no miss in {asked}"
-        f" is consistent with a miss rate of up to {miss_rate:.0%}). Times {times} on this"
-        " machine; each ratio (x) is relative to dense.",
+        f"Precision: with {questions} questions per method, a few points are chance (no miss in"
+        f" {questions} is consistent with a miss rate of up to {miss_rate:.0%}). Times {times} on"
+        " this machine; each ratio (x) is relative to dense.",
     ]
 
 
 def caption(result: DemoResult) -> str:
-    asked = {
+    counts = {
         result.score(mode, length, tenth).asked
         for mode in (DENSE, STAR)
         for length in result.lengths
         for tenth in result.bands
     }
-    least, most = min(asked), max(asked)
+    least, most = min(counts), max(counts)
     questions = counted(least, "question") if least == most else f"{least} to {most} questions"
     return (
         f"Each cell is the fraction of {questions} answered correctly. Star Attention's blocks are"

@@ -53,7 +53,7 @@ def run_demo(
 
     Args:
         settings: model, lengths and facts.
-        out_dir: folder for heatmap.png, demo.html and demo.json; made if it is missing.
+        out_dir: folder for heatmap.png, demo.html and demo.json; created if it is missing.
         progress: called with a line before the next context.
 
     Raises:

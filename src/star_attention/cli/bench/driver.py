@@ -1,9 +1,10 @@
-"""How a benchmark becomes output: the ceilings, a table, one line of JSON, and a folder's files."""
+"""Run a benchmark: print the ceilings, a table and a line of JSON, and save JSON and pictures."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def measure(benchmark: Benchmark[Any], options: TargetOptions, quiet: bool) -> None:
-    """Run a benchmark: print the ceilings first, then a table and a line of JSON, and save both.
+    """Measure in this process: print the ceilings, then the results, and save them if asked to.
 
     Raises:
         InvalidInputError: the model or the folder cannot be used.
@@ -40,9 +41,7 @@ def measure(benchmark: Benchmark[Any], options: TargetOptions, quiet: bool) -> N
 def measure_new_processes(
     benchmark: Startup, startup: StartupOptions, options: TargetOptions, quiet: bool
 ) -> None:
-    """Run the start-up benchmark in processes of its own, and print and save their rows."""
-    from dataclasses import asdict
-
+    """Measure start-up in new processes; print and save the rows of both."""
     from star_attention.bench.startup import run_in_new_processes
     from star_attention.tools import machine
 
