@@ -1,6 +1,6 @@
-"""Training documents: a context and questions on it, and what all generators of documents need.
+"""Training documents: a context and questions on it, and helpers for their generators.
 
-Words of keys and lists are those that evaluations leave to training (`sources.words("train")`).
+Keys and lists use the words that `eval --words eval` leaves out (`sources.words("train")`).
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ class Maker:
         return words(self.part)
 
     def size(self, text: str) -> int:
-        """Return the tokens of a text."""
+        """Return the number of tokens in a text."""
         return len(self.encode(text))
 
     def size_of(self, questions: list[Question]) -> int:
-        """Return the tokens of questions and answers, with the `<eos>` after each answer."""
+        """Return the number of tokens in questions and answers, each with its `<eos>`."""
         return sum(
             self.size(question.text) + self.size(question.answer) + 1 for question in questions
         )
 
     def num_questions(self, room: int, tokens: int = 60) -> int:
-        """Draw how many questions to ask: one in `tokens` tokens for half of the documents.
+        """Draw the number of questions: at most one per `tokens` tokens, and 32.
 
-        The other half has fewer.
+        Half of the documents have the most, the others any smaller number.
         """
         most = max(1, min(32, room // tokens))
         return most if self.rng.random() < 0.5 else self.rng.randint(1, most)

@@ -61,7 +61,7 @@ def _needle_question(keys: list[str], answers: list[str], values: str) -> Questi
 
 
 def secret_document(maker: Maker, room: int) -> Document:
-    """State facts as in the demo, one a line; questions are between the chat template's marks."""
+    """State facts as in the demo, one per line; questions are between the chat template's marks."""
     rng = maker.rng
     draw = Draw(rng, maker.words)
     kind = rng.choice(("number", "number", "code"))

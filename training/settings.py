@@ -1,4 +1,4 @@
-"""Settings of a training, and what follows from them: stages, loss weights, learning rates."""
+"""Settings of a training, and the stages, loss weights and learning rates they result in."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class Encoder:
-    """Text to ids, one piece at a time; each distinct piece is tokenized once.
+    """Tokenizes text piece by piece, each distinct piece once.
 
     The joined ids are those of the joined text, because pieces end where the tokenizer splits.
     """
@@ -42,7 +42,7 @@ class Encoder:
         self._known: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens but those written in it."""
+        """Return the ids of a text; the only special tokens are those written in it."""
         ids: list[int] = []
         for part in _SPECIAL.split(text):
             for piece in [part] if _SPECIAL.fullmatch(part) else _PIECE.findall(part):

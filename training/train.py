@@ -1,12 +1,12 @@
-"""Train the bundled model from scratch on the evaluations' tasks, piece by piece.
+"""Train the bundled model from scratch on the evaluations' tasks, in one or several runs.
 
-Each call continues where the last one stopped:
+Each run resumes from the checkpoint of the last:
 
     python -m training.train --out runs/needle --minutes 9        # repeat until it prints "done"
 
 A step has the same number of tokens at every length, and lengths grow stage by stage: retrieval is
 learned on short texts, within about forty million tokens, and carried over to long ones. The result
-depends on settings and seed, not on time, which only decides where a piece ends.
+depends on settings and seed, not on time, which only decides where a run ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from training.trainer import Losses, Trainer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train one piece; without arguments, those of the command line."""
+    """Parse the arguments, by default those of the command line, and train for one run."""
     parsed = _parser().parse_args(arguments)
     values = vars(parsed)
     settings = Settings(
@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoint, log and current model"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="duration of this piece")
-    parser.add_argument("--steps", type=int, help="most steps of this piece")
+    parser.add_argument("--minutes", type=float, default=9.0, help="duration of this run")
+    parser.add_argument("--steps", type=int, help="most steps of this run")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder of the tokenizer")
     parser.add_argument(
         "--workers",
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(settings: Settings, arguments: argparse.Namespace) -> None:
-    """Train one piece.
+    """Train for one run.
 
     Args:
         settings: Settings of the training.
@@ -114,7 +114,9 @@ def run(settings: Settings, arguments: argparse.Namespace) -> None:
     if trainer.step == len(lengths):
         print(f"done: {out / 'model'}", flush=True)
     else:
-        print(f"step {trainer.step:,} of {len(lengths):,}; call again to continue", flush=True)
+        print(
+            f"step {trainer.step:,} of {len(lengths):,}; repeat the command to continue", flush=True
+        )
 
 
 def _checkpoint(out: Path) -> Path:
@@ -162,7 +164,7 @@ class _Log:
         self._tokens = 0
 
     def step(self, shape: Shape, losses: Losses) -> None:
-        """Count a step, and write a line if it is time or the step is the piece's last."""
+        """Count a step, and write a line if it is time or the step is the run's last."""
         step, rows, length = shape
         self._tokens += rows * length
         elapsed = time.monotonic() - self._start

@@ -104,7 +104,7 @@ class Losses:
 
 
 class Trainer:
-    """A model in training.
+    """A model with its optimizers, at a step of its training.
 
     Args:
         settings: Settings of the training.
@@ -165,8 +165,9 @@ class Trainer:
 
     @torch.no_grad()
     def accuracy(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, tuple[float, int]]:
-        """Return for each task the share of answers that greedy decoding gets right, and their
-        number. Each token is predicted from the right ones before it.
+        """Return for each task the share of right answers, and the number of answers.
+
+        An answer is right if greedy decoding would write it token by token.
         """
         with torch.compiler.set_stance("force_eager"):
             right_BT = self.losses(ids_BT, mask_BT).right_BT.cpu()
@@ -185,7 +186,7 @@ class Trainer:
         }
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, replacing an older one at once."""
+        """Write a checkpoint atomically."""
         state = {
             "settings": dataclasses.asdict(self.settings),
             "step": self.step,

@@ -1,1 +1,1 @@
-"""Accuracy: task generators, readers of published data sets, metrics, and a runner that puts methods side by side."""
+"""Accuracy: suites of tasks, readers of data sets, metrics, runs and reports."""

@@ -19,10 +19,10 @@ class Format:
 
     Attributes:
         name: Its name.
-        fields: Fields that it is recognized by.
+        fields: Fields that it requires and is recognized by.
         read: Returns the samples of a row.
         write: Returns the fields of the n-th sample, or None if the format cannot be written.
-        suffixes: Files that it can be written to.
+        suffixes: Suffixes of files that it can be written to.
     """
 
     name: str
@@ -41,6 +41,6 @@ class Format:
 
 
 def with_extras(fields: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
-    """Return a format's own fields, and those of ours that it lacks."""
+    """Return a format's own fields and our remaining ones."""
     values = sample.as_dict()
     return dict(fields) | {name: values[name] for name in _EXTRAS}

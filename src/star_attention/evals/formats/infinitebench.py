@@ -44,7 +44,7 @@ def sample_of(values: Mapping[str, Any], *, task: str, id: str) -> Sample:
 
 
 def ends_with_lead(question: str) -> bool:
-    """Return True if a question ends with the beginning of its answer, which a colon tells."""
+    """Return True if a question ends with a colon, that is with the beginning of its answer."""
     return question.rstrip().endswith((":", "\N{FULLWIDTH COLON}"))
 
 
@@ -52,7 +52,7 @@ def option_lines(options: Any) -> str:
     """Return the lines of four options, A to D, or nothing without options.
 
     Raises:
-        InvalidInputError: `options` is anything else than an empty list or four strings.
+        InvalidInputError: `options` is neither empty nor a list of four strings.
     """
     if (
         not isinstance(options, list)

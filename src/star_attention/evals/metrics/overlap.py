@@ -35,7 +35,7 @@ def _characters(text: str) -> list[str]:
 
 
 def _is_punctuation(character: str) -> bool:
-    """Return True for ASCII (also full width) and Chinese punctuation, quotation marks, dashes."""
+    """Return True for punctuation: ASCII (also full-width), Chinese, quotation marks, dashes."""
     if unicodedata.normalize("NFKC", character) in string.punctuation:
         return True
     return unicodedata.category(character)[0] == "P" and (

@@ -13,11 +13,11 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 
 class Draw:
-    """Draw random keys and values, none of them twice.
+    """Random keys and values without repeats.
 
     Args:
         rng: Source of randomness.
-        words: Lists that the kind "words" is drawn from; None if that kind is not drawn.
+        words: Lists for the kind "words"; None if that kind is not drawn.
     """
 
     def __init__(self, rng: random.Random, words: Words | None) -> None:
@@ -26,7 +26,7 @@ class Draw:
         self._drawn: set[str] = set()
 
     def __call__(self, kind: str) -> str:
-        """Draw one of a kind: "numbers" (7 digits), "uuids" or "words" (adjective-noun)."""
+        """Draw a value of a kind: "numbers" (7 digits), "uuids" or "words" (adjective-noun)."""
         while (drawn := self._candidate(kind)) in self._drawn:
             pass
         self._drawn.add(drawn)
@@ -48,7 +48,7 @@ def opening(prose: Prose, count: int) -> str:
 
 
 def scatter(parts: Sequence[str], filler: Sequence[str], rng: random.Random) -> list[str]:
-    """Place parts, in their order, at random places in the filler, its start and end included."""
+    """Insert parts, in their order, at random places of the filler, including both ends."""
     places = sorted(int(rng.random() * (len(filler) + 1)) for _ in parts)
     return insert(parts, filler, places)
 
@@ -70,5 +70,5 @@ def insert(parts: Sequence[str], filler: Sequence[str], places: Sequence[int]) -
 
 
 def depths(text: str, parts: Iterable[str]) -> list[float]:
-    """Return where each part begins in `text`, in percent of the last place where it could."""
+    """Return where each part begins in `text`, in percent of its last possible place."""
     return [round(100 * text.index(part) / max(1, len(text) - len(part)), 1) for part in parts]

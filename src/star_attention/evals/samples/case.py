@@ -34,10 +34,10 @@ class Case:
     label: str = ""
 
     def rng(self, *part: str) -> random.Random:
-        """Return a fresh generator, another one for each part of the sample.
+        """Return a new random generator, seeded with this case and the part of the sample.
 
-        Every call returns the same random numbers, so that a sample can be built again with more or
-        fewer units.
+        Its numbers are the same at each call, so that a sample can be rebuilt with more or fewer
+        units.
         """
         seed = (self.suite, self.task, self.size.length, self.seed, self.index, *part)
         return random.Random(" ".join(map(str, seed)))

@@ -1,4 +1,4 @@
-"""Sizing generated samples: they fit their length with any tokenizer, and come close to it."""
+"""Sizes of generated samples, which fill their length as closely as possible in any tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Size:
     Attributes:
         tokenizer: Tokenizer to count with; special tokens that it adds to a context count as well.
         length: Tokens in all.
-        reserve: Tokens of the length to leave free, for the tokens of a chat template.
+        reserve: Tokens to leave free for a chat template.
     """
 
     tokenizer: Any
@@ -26,7 +26,7 @@ class Size:
     reserve: int = 0
 
     def tokens(self, sample: Sample) -> int:
-        """Return how many tokens of the length a sample takes."""
+        """Return the tokens that a sample takes, including the reserve."""
         query = sample.query + sample.answer_prefix
         return (
             len(context_ids(self.tokenizer, sample.context))
@@ -67,7 +67,8 @@ class Size:
         # unit takes; since units differ, every third step bisects instead.
         low = least
         high = None if most is None else most + 1
-        excess = 0  # tokens of `high` units; 0 if they have not been built
+        # Tokens of `high` units; 0 if they have not been built.
+        excess = 0
         steps = 0
         while high is None or high - low > 1:
             steps += 1

@@ -1,4 +1,4 @@
-"""Sources of words and prose: files named by the user, or texts that come with Python."""
+"""Sources of words and prose: the user's files, or text that comes with Python."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Prose:
 
     @functools.cached_property
     def sentences(self) -> tuple[str, ...]:
-        """The sentences, on one line each."""
+        """The sentences, without line breaks."""
         return split_sentences(self.text)
 
     @property
     def meta(self) -> dict[str, str]:
-        """Entries that describe it in a sample's `meta`."""
+        """Entries of a sample's `meta` that describe the text."""
         return {"prose": self.name, "prose_sha256": self.sha256[:16]}
 
 

@@ -1,4 +1,4 @@
-"""The suites: tasks whose samples are generated. Importing this package imports no torch.
+"""The suites: tasks whose samples are generated. Importing this package does not import torch.
 
 Each suite is a package whose `__init__` declares it (`SUITE`) and whose `generate` module generates
 its samples.

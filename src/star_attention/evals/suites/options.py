@@ -1,4 +1,4 @@
-"""The options that suites declare. `cli/eval.py` builds its commands from them."""
+"""Options that suites declare, and that the command line is built from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SuiteOption:
         default: How `--help` describes the default; None for an option without one.
         type: Type of the value on the command line, str or int.
         min: Smallest value of an int.
-        choices: Permitted values; empty if any value may be valid.
+        choices: Permitted values; empty for any value.
         is_path: True if the value is a path, which must exist.
         tasks: Tasks that cannot be generated without the option.
     """
@@ -38,7 +38,7 @@ class SuiteOption:
     tasks: tuple[str, ...] = ()
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Check this option's value in `options`; a value of None, or none at all, is valid.
+        """Check this option's value in `options`, if it has one.
 
         Raises:
             InvalidInputError: The value is not one of `choices`, or a path that does not exist.

@@ -42,7 +42,7 @@ def generate_cells(
         For each cell its samples, or the error that says why they do not fit.
 
     Raises:
-        InvalidInputError: As `Suite.generate`.
+        InvalidInputError: As for `Suite.generate`.
     """
     is_fast = getattr(tokenizer, "is_fast", False)
     threads = min(len(cells), torch.get_num_threads()) if is_fast else 1
@@ -69,5 +69,5 @@ def generate_cells(
         try:
             return list(pool.map(generate, *zip(*cells, strict=True)))
         finally:
-            # After an error or Ctrl-C the other threads end with the sample that they are at.
+            # After an error or Ctrl-C, the other threads stop after their current sample.
             stop.set()

@@ -1,4 +1,4 @@
-"""A suite's declaration: everything about it but the code that generates its samples."""
+"""The declaration of a suite: everything except the code that generates its samples."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Suite:
         help: Description of the command, in Markdown; its first paragraph is the summary.
         example: Arguments of an example command line, after `star-attention eval NAME`.
         tasks: Names of the tasks.
-        options: Options that `generate` takes beside a size, a count and a seed.
-        generator: "module:function" of the generator, called as `generate` is, with arguments that
-            have been checked.
+        options: Options of the generator, in addition to size, count and seed.
+        generator: "module:function" of the generator, called like `generate` with checked
+            arguments.
         length: Default of `--length`.
         samples: Default of `--samples`.
         samples_help: Help of `--samples`.
@@ -49,18 +49,19 @@ class Suite:
     ) -> Iterator[Sample]:
         """Generate samples of a task.
 
-        Sample n depends on the arguments but `count`, and on nothing else.
+        Sample n is determined by the arguments other than `count`.
 
         Args:
             task: One of `tasks`.
             size: Length in tokens that each sample fills as far as its units allow.
-            count: Number of samples; for the grid of niah, of samples at each depth.
-            seed: Any integer; another seed gives other samples.
+            count: Number of samples; for niah, at each depth.
+            seed: Any integer; different seeds give different samples.
             options: Values of `options` by name.
 
         Raises:
             InvalidInputError: The task, an option or its value is unknown, or a file is unusable.
-            SizeError: The task does not fit into the size, or (while generating) cannot fill it.
+            SizeError: The task does not fit into the size, or cannot fill it; raised by the
+                iterator.
         """
         self.check(task, options)
         module, _, name = self.generator.partition(":")
@@ -89,7 +90,7 @@ class Suite:
             option.check(options)
 
     def available_tasks(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Tasks that can be generated with these options."""
+        """Return the tasks that can be generated with these options."""
         missing = {
             task
             for option in self.options

@@ -44,7 +44,7 @@ class Story:
 
 
 def story(task: str, facts: int, rng: random.Random) -> Story:
-    """Return a story of a number of facts that settle its question."""
+    """Return a story of this many facts, which settle its question."""
     (chapter,) = chapters(task, [facts], rng)
     question, answer = rng.choice(rng.choice(chapter.questions[task]))
     return Story(facts=chapter.facts, question=question, answer=answer)
@@ -73,7 +73,7 @@ _EASIER = {"qa2": ("qa1",), "qa3": ("qa1", "qa2"), "qa5": ("qa1", "qa2")}
 
 
 def chapters(task: str, facts: Sequence[int], rng: random.Random) -> list[Chapter]:
-    """Return a story in chapters of these numbers of facts.
+    """Return a story in chapters, each with its number of facts.
 
     The first chapter settles a question of the task. A story of qa4 has one chapter, of two facts.
     """
@@ -98,10 +98,10 @@ def _chapter(task: str, facts: int, world: _World) -> Chapter:
 
 @dataclass(kw_only=True)
 class _World:
-    """Where everybody and everything is.
+    """The places of people and things.
 
-    `places`, `history` and `gifts` have only what the facts have told so far; `lying` has also the
-    things whose rooms are not told yet.
+    `places`, `history` and `gifts` contain only what the facts have stated so far; `lying` also
+    contains things whose rooms have not been mentioned yet.
     """
 
     rng: random.Random
@@ -118,7 +118,10 @@ class _World:
         self.lying = {thing: self.rng.choice(ROOMS) for thing in OBJECTS}
 
     def event(self) -> str:
-        """Let something happen and return its sentence: a move, or in half of the cases not."""
+        """Simulate an event and return its sentence.
+
+        If anything but a move is possible, it happens half of the time.
+        """
         handlings = self._handlings() if self.handling else []
         if handlings and self.rng.random() < 0.5:
             kind = self.rng.choice(sorted({kind for kind, *_ in handlings}))
@@ -133,7 +136,7 @@ class _World:
         return f"{actor} {self.rng.choice(_MOVED)} the {room}."
 
     def _handlings(self) -> list[tuple[str, str, str, str]]:
-        """Return (kind, actor, thing, receiver) of all that can happen to things now."""
+        """Return (kind, actor, thing, receiver) of every event that is possible with a thing."""
         handlings = [
             ("take", actor, thing, "")
             for actor, room in self.places.items()
@@ -167,7 +170,7 @@ class _World:
 
 
 def _questions(task: str, world: _World) -> QuestionKinds:
-    """Return everything that can be asked of a world; here, groups may be empty."""
+    """Return everything that can be asked about a world; here, groups may be empty."""
     if task == "qa1":
         return [[(f"Where is {actor}?", room) for actor, room in world.places.items()]]
     if task == "qa2":
@@ -204,7 +207,8 @@ def _where_before(world: _World) -> list[tuple[str, str]]:
 def _directions(rng: random.Random) -> tuple[tuple[str, ...], QuestionKinds]:
     """Return two facts about rooms next to a third, and the questions that name the third.
 
-    Each fact is told from either end. Two rooms on one line leave no second answer.
+    Each fact is stated from one end or the other. Questions name only the third room, so that the
+    answer is unique even if the three rooms are in a line.
     """
     middle, *others = rng.sample(ROOMS, 3)
     sides = rng.sample(sorted(_OPPOSITE), 2)

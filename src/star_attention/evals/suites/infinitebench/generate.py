@@ -32,7 +32,7 @@ def generate(
       each of which is in the list once.
     - code_run: a function that calls a second one that calls a third, each adding or subtracting.
 
-    `meta` of the first three has `depths`, in percent, as RULER's.
+    The first three have `depths` in `meta`, in percent, as in RULER.
 
     Raises:
         SizeError: The length is too short.
@@ -52,7 +52,7 @@ def generate(
 
 
 def sample_of_units(task: str, units: int, rng: random.Random, *, id: str, length: int) -> Sample:
-    """Return a sample of a number of units: lines, pairs, numbers or functions."""
+    """Return a sample of this many units: lines, pairs, numbers or functions."""
     return _GENERATORS[task](units, rng).sample(id=id, task=task, length=length)
 
 
@@ -63,7 +63,7 @@ def _passkey(lines: int, rng: random.Random) -> Parts:
 
 
 def _number_string(lines: int, rng: random.Random) -> Parts:
-    """Hide ten digits in runs: of five digits, one at a time is doubled."""
+    """Hide ten digits in runs, made from five digits by doubling one at a time."""
     runs = [str(rng.randrange(10)) for _ in range(5)]
     for _ in range(5):
         place = rng.randrange(len(runs))
@@ -107,7 +107,7 @@ def _kv_retrieval(pairs: int, rng: random.Random) -> Parts:
 
 
 def _math_find(numbers: int, rng: random.Random) -> Parts:
-    """List a number of numbers, and the three smallest and three largest besides."""
+    """Build a list of this many numbers, plus the three smallest and the three largest."""
     smallest = sorted(rng.sample(range(10, 30), 3))
     largest = sorted(rng.sample(range(70, 100), 3), reverse=True)
     rank, end = rng.randrange(3), rng.choice(("smallest", "largest"))
@@ -126,9 +126,9 @@ def _math_find(numbers: int, rng: random.Random) -> Parts:
 
 
 def _code_run(functions: int, rng: random.Random) -> Parts:
-    """Write functions in chains of three, in random order; the question is about a chain's first.
+    """Write functions in chains of three (the last may be shorter), in random order.
 
-    The last chain may be shorter.
+    The question is about the first function of a chain.
     """
     numbers = rng.sample(range(functions), functions)
     steps = [_step(rng) for _ in range(functions)]
@@ -138,7 +138,7 @@ def _code_run(functions: int, rng: random.Random) -> Parts:
         answer = str(argument + sum(steps[:_CHAIN]))
         if answer not in question:
             break
-        # New steps as well: if they add up to 0, no argument will do.
+        # If the steps add up to 0, no argument works: draw new steps as well.
         steps[:_CHAIN] = [_step(rng) for _ in range(_CHAIN)]
     code = []
     for i, (number, step) in enumerate(zip(numbers, steps, strict=True)):

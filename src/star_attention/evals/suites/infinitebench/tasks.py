@@ -1,10 +1,10 @@
 """InfiniteBench's 12 tasks: how each is asked and scored.
 
 A published line has `context, input, answer, options`. In our prompts a short instruction precedes
-the context, and everything that says what is asked is in the query, after the cut. This holds for
-math_find and code_run as well, whose published prompts name the number or the function before the
-context, where Star Attention's first phase would read the question. The instructions are our own,
-so that scores come close to published ones without being the same measurement.
+the context, and the whole question is in the query. This holds for math_find and code_run as well,
+whose published prompts name the number or the function before the context, where Star Attention's
+first phase would see it. The instructions are our own, so that scores come close to published ones
+without being the same measurement.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Task:
         metric: Name in `metrics.METRICS`.
         max_new_tokens: Most tokens of an answer, as published.
         instruction: What precedes the context.
-        question: The question, for lines without an `input`.
-        prefix: Answer prefix, for questions that do not end with one of their own.
+        question: The question, if a line has no `input`.
+        prefix: The answer prefix, if the question does not end with one.
     """
 
     metric: str

@@ -100,8 +100,8 @@ def common_words(case: Case) -> Sample:
     """Generate a cwe sample: ten words more frequent than others in a numbered list.
 
     An example of another list precedes it. If the length takes more words than there are, pairs of
-    an adjective and a noun follow; `meta["pairs"]` counts them. (RULER continues with another list,
-    whose license is unknown.)
+    an adjective and a noun follow, and `meta["pairs"]` counts them. RULER continues with another
+    list, whose license is unknown.
 
     Raises:
         SizeError: The length has no room for words other than the ten.
@@ -161,7 +161,7 @@ def word_list(
     """Return a numbered list of words, and its ten most frequent ones.
 
     Args:
-        rng: Source of the order.
+        rng: Source of randomness.
         chosen: The words; the first ten are the frequent ones.
         common: Occurrences of each of those.
         uncommon: Occurrences of each other word.
@@ -187,7 +187,7 @@ _FEWEST_CODED = 53
 
 
 def frequent_words(case: Case) -> Sample:
-    """Generate an fwe sample: coded words, of which the second to fourth most frequent are asked.
+    """Generate an fwe sample: coded words, whose second to fourth most frequent are asked for.
 
     The k-th word is k^-2 times as frequent as the first, which is dots.
     """
@@ -222,7 +222,7 @@ FWE_PREFIX = (
 
 
 def coded_words(rng: random.Random, count: int, vocabulary: int) -> tuple[list[str], list[str]]:
-    """Return about `count` coded words in random order, and the three that are asked for."""
+    """Return about `count` coded words in random order, and the three answers."""
     known: dict[str, None] = {"...": None}
     while len(known) < vocabulary:
         known["".join(rng.choices(string.ascii_lowercase, k=6))] = None

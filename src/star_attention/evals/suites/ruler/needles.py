@@ -58,7 +58,7 @@ def generate(case: Case) -> Sample:
     if known_words is not None:
         meta["words"] = known_words.release
 
-    # Every line that draws from `rng` has to stay in its place, or seeds give other samples.
+    # The order of the random draws must not change, or seeds would give other samples.
     def build(count: int) -> Sample:
         rng = case.rng()
         draw = Draw(rng, known_words)
@@ -98,7 +98,7 @@ def generate(case: Case) -> Sample:
 
 
 def needle(key: str, value: str, values: str) -> str:
-    """Return a needle. The kind of values stays in the plural, also if the question is singular."""
+    """Return a needle. The kind of its value is plural even if the question is singular."""
     return f"One of the special magic {values} for {key} is: {value}."
 
 
@@ -146,5 +146,5 @@ def _singular(values: str) -> str:
 
 
 def haystack_kind(options: Mapping[str, Any]) -> str:
-    """Return the `meta["haystack"]` of prose, which tells texts of the user from our default."""
+    """Return `meta["haystack"]` for prose: it distinguishes the user's texts from our default."""
     return "standard library prose" if options.get("essays") is None else "essay"

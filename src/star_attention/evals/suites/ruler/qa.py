@@ -29,7 +29,7 @@ class Question:
         text: The question.
         answers: Right answers.
         context: Documents that the data set gives with the question.
-        gold: Those of them that answer it.
+        gold: The ones among them that answer it.
         related: Further documents on its subject.
     """
 

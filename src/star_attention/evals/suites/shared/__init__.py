@@ -1,6 +1,6 @@
 """Several questions on each context, as in SCBench (Li et al., arXiv 2412.10319).
 
-This is what encoding a context once is for.
+This is the use case for encoding a context once.
 """
 
 from star_attention.evals.suites.options import ESSAYS, WORDS, SuiteOption
