@@ -1,4 +1,7 @@
-"""Generation settings checked before anything runs: transformers checks some late, some with a foreign error, some never."""
+"""Arguments of GenerationConfig, checked before anything runs.
+
+transformers checks some of them late, some with an error of another library, and some never.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.errors import InvalidInputError
 
-_MODES = (
+_SUPPORTED_MODES = (
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
     GenerationMode.BEAM_SEARCH,
@@ -18,14 +21,22 @@ _MODES = (
     GenerationMode.ASSISTED_GENERATION,
 )
 _REFUSED = {
-    "assistant_early_exit": "its drafts would leave layers of the cache behind",
+    "assistant_early_exit": "its drafts would leave some layers of the cache out of step",
     "use_mtp": "its drafts need a cache of their own",
 }
+"""Arguments that an encoded context excludes, with the reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Range:
-    """Numbers from `low` to `high` (None: no limit), whole ones only where `whole`; `low` itself only where `closed`."""
+    """A range of numbers.
+
+    Attributes:
+        low: lower limit, None for none.
+        high: upper limit, included; None for none.
+        whole: True for whole numbers only.
+        closed: True if `low` itself is included.
+    """
 
     low: float | None = None
     high: float | None = None
@@ -39,23 +50,19 @@ class _Range:
         return above and (self.high is None or value <= self.high)
 
     def __str__(self) -> str:
-        low = (
-            ""
-            if self.low is None
-            else f" of at least {self.low}"
-            if self.closed
-            else f" above {self.low}"
-        )
+        low = ""
+        if self.low is not None:
+            low = f" of at least {self.low}" if self.closed else f" above {self.low}"
         high = "" if self.high is None else f" and at most {self.high}"
         return ("a whole number" if self.whole else "a number") + low + high
 
 
-_SHARE = _Range(low=0, high=1, closed=False)
+# Temperature 0 is greedy search, and top_k 0 turns top-k off.
 _RANGES = {
-    "temperature": _Range(low=0),  # 0 is greedy
-    "top_k": _Range(low=0, whole=True),  # 0 turns it off
-    "top_p": _SHARE,
-    "typical_p": _SHARE,
+    "temperature": _Range(low=0),
+    "top_k": _Range(low=0, whole=True),
+    "top_p": _Range(low=0, high=1, closed=False),
+    "typical_p": _Range(low=0, high=1, closed=False),
     "min_p": _Range(low=0, high=1),
     "epsilon_cutoff": _Range(low=0, high=1),
     "eta_cutoff": _Range(low=0, high=1),
@@ -66,7 +73,7 @@ _RANGES = {
     "length_penalty": _Range(),
     "max_time": _Range(low=0, closed=False),
 }
-_TOKENS = (
+_TOKEN_IDS = (
     "pad_token_id",
     "eos_token_id",
     "forced_eos_token_id",
@@ -75,40 +82,56 @@ _TOKENS = (
 )
 
 
-def check(words: dict[str, Any], max_new_tokens: int, vocab_size: int) -> None:
-    """Raises `InvalidInputError` with the value and what it may be; None means what the model's defaults say."""
-    for word, value in words.items():
+def check(arguments: dict[str, Any], max_new_tokens: int, vocab_size: int) -> None:
+    """Check the values of generation arguments; None stands for the model's default.
+
+    Args:
+        arguments: arguments of GenerationConfig, by name.
+        max_new_tokens: most tokens of an answer.
+        vocab_size: the model's number of token ids.
+
+    Raises:
+        InvalidInputError: gives the value and what it may be.
+    """
+    for name, value in arguments.items():
         if value is None:
             continue
-        if word in _REFUSED:
+        if name in _REFUSED:
             raise InvalidInputError(
-                f"{word} does not work with an encoded context: {_REFUSED[word]}; leave it out"
+                f"{name} does not work with an encoded context: {_REFUSED[name]}; leave it out"
             )
-        if word in _RANGES and value not in _RANGES[word]:
-            raise InvalidInputError(f"{word} {value!r} does not work; give {_RANGES[word]}")
-        if word == "do_sample" and not isinstance(value, bool):
+        if name in _RANGES and value not in _RANGES[name]:
+            raise InvalidInputError(f"{name} {value!r} does not work; give {_RANGES[name]}")
+        if name == "do_sample" and not isinstance(value, bool):
             raise InvalidInputError(f"do_sample {value!r} does not work; give True or False")
-        if word == "min_new_tokens" and value not in _Range(low=0, high=max_new_tokens, whole=True):
+        if name == "min_new_tokens" and value not in _Range(low=0, high=max_new_tokens, whole=True):
             raise InvalidInputError(
-                f"min_new_tokens {value!r} does not work; give a whole number up to max_new_tokens {max_new_tokens}"
+                f"min_new_tokens {value!r} does not work; give a whole number up to"
+                f" max_new_tokens {max_new_tokens}"
             )
-        if word in _TOKENS:
-            for token in value if isinstance(value, (list, tuple)) else [value]:
-                if token not in _Range(low=0, high=vocab_size - 1, whole=True):
-                    raise InvalidInputError(
-                        f"{word} {token!r} is outside the model's vocabulary; give token ids in 0..{vocab_size - 1}"
-                    )
+        if name in _TOKEN_IDS:
+            _check_token_ids(name, value, vocab_size)
+
+
+def _check_token_ids(name: str, value: Any, vocab_size: int) -> None:
+    for token in value if isinstance(value, (list, tuple)) else [value]:
+        if token not in _Range(low=0, high=vocab_size - 1, whole=True):
+            raise InvalidInputError(
+                f"{name} {token!r} is outside the model's vocabulary; give token ids in"
+                f" 0..{vocab_size - 1}"
+            )
 
 
 def check_mode(config: GenerationConfig) -> GenerationMode:
-    """The way of decoding that the settings add up to.
+    """Return the decoding mode that the settings select.
 
-    Raises `InvalidInputError` for those that transformers itself has given up.
+    Raises:
+        InvalidInputError: a mode that transformers itself has dropped.
     """
     mode = config.get_generation_mode()
-    if mode not in _MODES:
+    if mode not in _SUPPORTED_MODES:
         raise InvalidInputError(
-            f"these settings ask for {mode.value.replace('_', ' ')}, which transformers no longer holds;"
-            " use greedy search, sampling, beams or prompt_lookup_num_tokens"
+            f"these settings select {mode.value.replace('_', ' ')}, which transformers no longer"
+            " supports; use greedy search, sampling, beams or prompt_lookup_num_tokens"
         )
     return mode
