@@ -128,10 +128,10 @@ def _run_trials(
 
 def _engine(base: StarLLM, mode: str, length: int) -> StarLLM:
     if mode == DENSE:
-        return StarLLM(base.model, base.tokenizer, method="dense")
+        return base.with_config(method="dense")
     block = -(-length // 4)
     anchor = {STAR: block, SMALL: -(-block // 16), NONE: 0}[mode]
-    return StarLLM(base.model, base.tokenizer, method="star", block_size=block, anchor_size=anchor)
+    return base.with_config(method="star", block_size=block, anchor_size=anchor)
 
 
 def _run_trial(base: StarLLM, mode: str, length: int, haystack: Haystack) -> Trial:
