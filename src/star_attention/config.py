@@ -1,11 +1,14 @@
-"""Settings of one engine: frozen, keyword-only, defaults in this one place (the command line reads them from here)."""
+"""Settings of an engine: frozen, keyword-only, with their defaults and their help.
+
+The command line builds its options from the fields of `StarConfig`: a new setting is one field.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 from star_attention.errors import InvalidInputError, SizeError, UnknownOptionError
@@ -13,6 +16,7 @@ from star_attention.planning.plan import (
     ANCHOR_SOURCES,
     RING_LAYOUTS,
     BlockPlan,
+    format_size,
     parse_size,
     resolve_sizes,
 )
@@ -23,7 +27,7 @@ METHODS = {
     "ring": "star_attention.methods.ring:Ring",
     "streaming_llm": "star_attention.methods.streaming_llm:StreamingLLM",
 }
-"""Attention methods by name, imported on use."""
+"""Attention methods by name, imported on first use."""
 
 BASELINE_METHOD = "dense"
 """Exact attention, which evaluations compare other methods against."""
@@ -31,23 +35,29 @@ BASELINE_METHOD = "dense"
 KV_DTYPES, KV_DEVICES = ("fp8",), ("cpu",)
 
 RESERVE_TOKENS = 1024
-"""Tokens kept free for query and answer where rotary frequencies depend on the total length (LongRoPE, dynamic NTK)."""
+"""Tokens reserved for query and answer where rotary frequencies depend on the total length.
+
+LongRoPE and dynamic NTK scaling do."""
 
 TOKENS_PER_FORWARD = 8192
 TOKENS_PER_FORWARD_GPU = 16384
+
+DEFAULT_BLOCK_RULE = "a quarter of the context, rounded up to a power of two, 1k to 32k"
+"""`planning.plan.default_block_size`, in words."""
 
 MAX_NEW_TOKENS = 256
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 STALL_S = 60.0
-"""Longest silence of a rank, in seconds, before the others give up."""
+"""Seconds without a heartbeat before a rank is considered dead."""
 
 
 def check_dtype(dtype: Any) -> str:
-    """A precision's name, without torch's.
+    """Return the name of a precision without the prefix `torch.`.
 
-    Raises `InvalidInputError` for one that no model is loaded in.
+    Raises:
+        InvalidInputError: For a precision that models are not loaded in.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -56,16 +66,17 @@ def check_dtype(dtype: Any) -> str:
 
 
 def check_device(device: Any) -> None:
-    """What can be said of a device without torch, which knows more kinds than these.
+    """Check the form of a device name. Torch, which knows the kinds, is not imported for it.
 
-    Raises `InvalidInputError` for what is none anywhere.
+    Raises:
+        InvalidInputError: For a name that no device has.
     """
     if not isinstance(device, str) or not re.fullmatch(r"(?!gpu\b)[a-z]+(:\d+)?", device):
         raise InvalidInputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1")
 
 
 def check_max_new_tokens(tokens: Any) -> None:
-    """Raises `InvalidInputError` for what is no positive number."""
+    """Raise `InvalidInputError` unless `tokens` is a positive integer."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InvalidInputError(f"max_new_tokens {tokens!r} is not a positive number of tokens")
 
@@ -104,35 +115,104 @@ class StarSettings(TypedDict, total=False):
     kv_device: str | None
 
 
+def _setting(
+    default: Any, help: str, *, metavar: str, panel: str, default_text: str | None = None
+) -> Any:
+    """A field of `StarConfig` and its option: the metavar SIZE marks a number of tokens."""
+    option = dict(help=help, metavar=metavar, panel=panel, default_text=default_text)
+    return field(default=default, metadata=option)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StarConfig:
     """How contexts are encoded.
 
-    block_size: tokens encoded together; None takes the paper's rule anew for each context.
-    anchor_size: tokens at the head of the context that every block sees, 0..block_size; None takes the block size.
-    method: a name in `METHODS`. For `streaming_llm` block_size is the window and anchor_size the number of sinks (None: 4).
-    tokens_per_forward: most context tokens in one forward of phase 1, which bounds its working memory; None takes
-        8192 on CPU and 16384 on an accelerator.
-    reserve_tokens: tokens kept free for query and answer where rotary frequencies depend on the total length.
-    anchor_source: how ranks other than the first come by the anchor: "broadcast", or "local": each computes it once more,
-        and phase 1 does not communicate at all.
-    kv_dtype: None keeps the context's keys and values in the model's precision, "fp8" in e4m3 with a scale for each token of each
-        head. Blocks read the anchor as it was computed; one that is larger than a forward reads its own earlier part rounded.
-    kv_device: None keeps them where they were computed, "cpu" in the host's memory, from which each layer is brought back.
-    ring_layout: how `ring` deals out tokens: "zigzag" (balanced), or "contiguous" as in the paper.
+    Args:
+        block_size: Tokens per block. None applies the paper's rule to each context: a quarter of
+            it, between 1k and 32k. For `streaming_llm`, the window.
+        anchor_size: Leading tokens of the context that every block sees, 0 to `block_size`. None
+            takes the block size. For `streaming_llm`, the number of sinks (None: 4).
+        method: A name in `METHODS`.
+        tokens_per_forward: Maximum context tokens in one forward of phase 1, which bounds its
+            working memory. None takes 8192 on CPU and 16384 on an accelerator.
+        reserve_tokens: Tokens reserved for query and answer in models whose rotary frequencies
+            depend on the total length.
+        anchor_source: How ranks other than the first get the anchor: "broadcast", or "local". With
+            "local" each rank computes it again, and phase 1 does not communicate at all.
+        ring_layout: How `ring` shards tokens: "zigzag" (balanced), or "contiguous" as in the paper.
+        kv_dtype: Precision of the context's keys and values. None keeps the model's, "fp8" stores
+            e4m3 with a scale per token and head. Blocks read the anchor as computed; an anchor
+            larger than a forward reads its own earlier part rounded.
+        kv_device: Where the context's keys and values are stored. None leaves them on the device
+            that computed them, "cpu" moves them to host memory, from which each layer is copied
+            back when it is needed.
 
-    Raises `SizeError` or `InvalidInputError` with the value, the limit and the remedy.
+    Raises:
+        SizeError: For a size that cannot work.
+        InvalidInputError: For an unknown name.
     """
 
-    block_size: int | None = None
-    anchor_size: int | None = None
-    method: str = "star"
-    tokens_per_forward: int | None = None
-    reserve_tokens: int = RESERVE_TOKENS
-    anchor_source: str = ANCHOR_SOURCES[0]
-    ring_layout: str = RING_LAYOUTS[0]
-    kv_dtype: str | None = None
-    kv_device: str | None = None
+    block_size: int | None = _setting(
+        None,
+        "Tokens per block.",
+        metavar="SIZE",
+        panel="Context",
+        default_text=DEFAULT_BLOCK_RULE,
+    )
+    anchor_size: int | None = _setting(
+        None,
+        "Leading tokens of the context that every block sees; 0 for none.",
+        metavar="SIZE",
+        panel="Context",
+        default_text="the block size",
+    )
+    method: str = _setting(
+        "star", f"Attention method: {', '.join(METHODS)}.", metavar="NAME", panel="Context"
+    )
+    tokens_per_forward: int | None = _setting(
+        None,
+        "Maximum tokens in one forward pass; bounds the working memory.",
+        metavar="SIZE",
+        panel="Model",
+        default_text=f"{format_size(TOKENS_PER_FORWARD)} on CPU,"
+        f" {format_size(TOKENS_PER_FORWARD_GPU)} on a GPU",
+    )
+    reserve_tokens: int = _setting(
+        RESERVE_TOKENS,
+        "Tokens reserved for query and answer, in models whose rotary frequencies depend on the"
+        " total length.",
+        metavar="SIZE",
+        panel="Model",
+    )
+    anchor_source: str = _setting(
+        ANCHOR_SOURCES[0],
+        "How the other ranks get the anchor: broadcast, or local (each computes it; for slow"
+        " links).",
+        metavar="NAME",
+        panel="Ranks",
+    )
+    ring_layout: str = _setting(
+        RING_LAYOUTS[0],
+        "How the ring method shards tokens: zigzag (balanced), or contiguous.",
+        metavar="NAME",
+        panel="Ranks",
+    )
+    kv_dtype: str | None = _setting(
+        None,
+        "Precision of the context's keys and values; fp8 takes a little over half the memory of"
+        " bfloat16.",
+        metavar="TYPE",
+        panel="Context",
+        default_text="the model's",
+    )
+    kv_device: str | None = _setting(
+        None,
+        "Where the context's keys and values are stored: cpu means host memory, if the GPU's is"
+        " too small.",
+        metavar="DEVICE",
+        panel="Context",
+        default_text="where they are computed",
+    )
 
     @classmethod
     def of(cls, config: StarConfig | None = None, **settings: Any) -> StarConfig:
@@ -144,8 +224,8 @@ class StarConfig:
             UnknownOptionError: a keyword that is not a field.
             SizeError, InvalidInputError: as for `StarConfig`.
         """
-        known = [f.name for f in fields(cls)]
-        for name in settings:
+        known = {setting.name: setting for setting in fields(cls)}
+        for name, value in settings.items():
             if name not in known:
                 raise unknown_option(
                     "StarConfig",
@@ -154,10 +234,10 @@ class StarConfig:
                     instead={},
                     otherwise=f"its fields are {', '.join(known)}",
                 )
-        sizes = ("block_size", "anchor_size", "tokens_per_forward", "reserve_tokens")
-        for name in sizes:
-            if settings.get(name) is not None or (name == "reserve_tokens" and name in settings):
-                settings[name] = parse_size(settings[name], name)
+            # None means "by rule", except where the default is a number.
+            can_be_none = known[name].default is None
+            if known[name].metadata["metavar"] == "SIZE" and not (can_be_none and value is None):
+                settings[name] = parse_size(value, name)
         return cls(**settings) if config is None else replace(config, **settings)
 
     def __post_init__(self) -> None:
@@ -167,7 +247,8 @@ class StarConfig:
             resolve_sizes(1, None, self.anchor_size)
         if self.tokens_per_forward is not None and self.tokens_per_forward < 1:
             raise SizeError(
-                f"tokens_per_forward {self.tokens_per_forward} is below 1; give a positive number of tokens, or leave it out"
+                f"tokens_per_forward {self.tokens_per_forward} is below 1;"
+                " give a positive number of tokens, or leave it out"
             )
         if self.reserve_tokens < 1:
             raise SizeError(
@@ -180,26 +261,29 @@ class StarConfig:
 
         if self.anchor_source not in ANCHOR_SOURCES:
             raise InvalidInputError(
-                f"anchor_source {self.anchor_source!r} is unknown; choose one of {', '.join(ANCHOR_SOURCES)}"
+                f"anchor_source {self.anchor_source!r} is unknown;"
+                f" choose one of {', '.join(ANCHOR_SOURCES)}"
             )
 
         if self.ring_layout not in RING_LAYOUTS:
             raise InvalidInputError(
-                f"ring_layout {self.ring_layout!r} is unknown; choose one of {', '.join(RING_LAYOUTS)}"
+                f"ring_layout {self.ring_layout!r} is unknown;"
+                f" choose one of {', '.join(RING_LAYOUTS)}"
             )
 
         for name, known in (("kv_dtype", KV_DTYPES), ("kv_device", KV_DEVICES)):
             if getattr(self, name) not in (None, *known):
                 raise InvalidInputError(
-                    f"{name} {getattr(self, name)!r} is unknown; choose {', '.join(known)}, or leave it out"
+                    f"{name} {getattr(self, name)!r} is unknown;"
+                    f" choose {', '.join(known)}, or leave it out"
                 )
 
     def forward_size(self, device_type: str) -> int:
-        """Most context tokens in one forward on a device of that type ("cpu", "cuda", ...)."""
+        """Return the maximum context tokens in one forward on a device type ("cpu", "cuda")."""
         if self.tokens_per_forward is not None:
             return self.tokens_per_forward
         return TOKENS_PER_FORWARD if device_type == "cpu" else TOKENS_PER_FORWARD_GPU
 
     def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:
-        """The block plan of this method's settings for a context of `context_tokens`."""
+        """Return the block plan of these sizes for a context of `context_tokens`."""
         return BlockPlan.resolve(context_tokens, self.block_size, self.anchor_size, ranks)

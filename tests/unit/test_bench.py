@@ -178,7 +178,7 @@ def test_results_go_to_folders(tmp_path: Path) -> None:
         for out in (book, book / "new"):
             assert (
                 failed(*command, "--out", out)
-                == f"error: {book} is no folder; give another one with --out"
+                == f"error: {book} is not a folder; give another one with --out"
             )
 
 

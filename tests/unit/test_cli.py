@@ -21,7 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from star_attention.cli import app, docs, output
-from star_attention.cli.progress import seconds
+from star_attention.cli.formatting import format_seconds
 from star_attention.cli.streams import say
 from star_attention.config import MAX_NEW_TOKENS
 from star_attention.demo.settings import DemoSettings
@@ -214,7 +214,7 @@ def test_queries_one_after_another_and_as_a_batch(texts: Path, tmp_path: Path) -
     ]
     at_once = ok("generate", *options, "--batch", "--json")
     assert [json.loads(line)["text"] for line in at_once.out.splitlines()] == [first, second]
-    assert "2 answers at once" in at_once.err
+    assert "batch of 2, first token" in at_once.err
 
 
 def test_queries_from_stdin(texts: Path) -> None:
@@ -280,7 +280,7 @@ def test_greedy_wins_and_says_what_it_drops(texts: Path) -> None:
         "3",
     )
     assert done.out.endswith("4910508\n")
-    assert done.err.count("warning: --top-p, --top-k without effect: --greedy was given\n") == 1
+    assert done.err.count("warning: --top-p, --top-k ignored: --greedy was given\n") == 1
     done = ok(
         "generate", *CHAT, texts / "book.txt", "--query", QUESTION, "--greedy", "--top-k", "3"
     )
@@ -403,7 +403,7 @@ def test_plan_tells_the_memory_of_each_rank(bare_config: Path) -> None:
     assert third < second
     assert plan["memory"]["total"] == max(first, second, third)
     assert re.search(
-        r"fullest device \(rank \d; the others' totals: [\d.]+ \w+ to [\d.]+ \w+\)",
+        r"fullest device \(rank \d; total of the others: [\d.]+ \w+ to [\d.]+ \w+\)",
         ok("plan", *sizes).out,
     )
     alike = ok("plan", "-m", bare_config, "--context", "32k", "--block-size", "4k").out
@@ -413,7 +413,9 @@ def test_plan_tells_the_memory_of_each_rank(bare_config: Path) -> None:
 @pytest.mark.filterwarnings("default")
 def test_plan_warns_of_what_would_not_run(bare_config: Path) -> None:
     err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err
-    assert "warning: context, query and answer need 65,856 positions, the model has 65,536" in err
+    assert (
+        "warning: context, query and answer need 65,856 positions, but the model has 65,536" in err
+    )
     assert (
         "warning: 4 of 8 ranks are idle: the context has 4 blocks; lower --block-size or --ranks\n"
         in err
@@ -457,7 +459,7 @@ def test_texts_that_cannot_be_read(texts: Path, tmp_path: Path) -> None:
 def test_a_saved_context_is_no_text(texts: Path, tmp_path: Path) -> None:
     """Forbids the advice to convert it to UTF-8."""
     command = ["generate", *MODEL, "--query", "x"]
-    says = "is a saved context and no text; `star-attention ask` answers queries on it"
+    says = "is a saved context, not a text; use `star-attention ask` to answer queries about it"
     assert f"book.star {says}" in failed(*command, texts / "book.star")
     assert f"stdin {says}" in failed(*command, "-", stdin=(texts / "book.star").read_bytes())
     (tmp_path / "of_ranks").mkdir()
@@ -499,7 +501,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         (["--max-new-tokens", "0"], "max_new_tokens 0 is not a positive number of tokens"),
         (["--save", "/nowhere/book.star"], "the folder /nowhere does not exist"),
         (["--save", "/tmp"], "it is a folder; give the name of a file"),
-        (["--save", "/proc/book.star"], "the folder /proc cannot be written to"),
+        (["--save", "/proc/book.star"], "the folder /proc is not writable"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -549,7 +551,7 @@ def test_models_without_tokenizer_or_template(texts: Path, tmp_path: Path) -> No
     for file in (BUNDLED / "config.json", *BUNDLED.glob("model*")):
         (tmp_path / file.name).symlink_to(file)
     bare = ["-m", tmp_path, "--dtype", "float32", "--query", QUESTION]
-    says = f"the model at {tmp_path} has no tokenizer, which texts need; copy its files"
+    says = f"the model at {tmp_path} has no tokenizer, which text input needs; copy its files"
     assert says in failed("generate", *bare, texts / "book.txt")
     assert says in failed("ask", *bare, texts / "book.star")
     tokenizer = load_tokenizer(BUNDLED)
@@ -606,7 +608,9 @@ def test_misuse_is_status_2(texts: Path) -> None:
             "generate", *MODEL, book, *query, option, "0"
         )
     assert "stdin) can be read only once" in misused("generate", *MODEL, "-", "-", *query)
-    assert "stdin is read as text already" in misused("generate", *MODEL, "-", "--query-file", "-")
+    assert "stdin already provides the text" in misused(
+        "generate", *MODEL, "-", "--query-file", "-"
+    )
     assert "--output" in misused("encode", *MODEL, book)
     assert "No such command" in misused("guess")
 
@@ -640,7 +644,7 @@ def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls == [(settings, str(tmp_path), say)]
     assert "tokens '2x' is not a number of tokens" in failed("demo", "--tokens", "2x")
     (tmp_path / "book.txt").write_text("a book")
-    assert "book.txt is no folder; give another one with --out" in failed(
+    assert "book.txt is not a folder; give another one with --out" in failed(
         "demo", "-m", BUNDLED, "--out", tmp_path / "book.txt"
     )
     monkeypatch.chdir(tmp_path)
@@ -894,4 +898,4 @@ def test_the_page_of_the_docs_is_fresh_and_does_not_depend_on_the_terminal(
     ("value", "text"), [(12.34, "12.3 s"), (0.4, "0.4 s"), (0.034, "0.03 s"), (1234.5, "1,234.5 s")]
 )
 def test_seconds(value: float, text: str) -> None:
-    assert seconds(value) == text
+    assert format_seconds(value) == text

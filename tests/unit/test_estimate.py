@@ -161,14 +161,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def plan(model: str, *arguments: str, status: int = 0) -> str:
-    done = CliRunner().invoke(app, ["plan", "-m", model, *arguments])
+def run(command: str, model: str, *arguments: str, status: int = 0) -> str:
+    done = CliRunner().invoke(app, [command, "-m", model, *arguments])
     assert done.exit_code == status, done.output
     return done.stdout if status == 0 else done.stderr
 
 
+def test_plan_with_hardware_still_estimates_and_says_what_to_use(model: str) -> None:
+    arguments = ["-m", model, "--context", "128k", "--hardware", "h200-ib", "--json"]
+    former = CliRunner().invoke(app, ["plan", *arguments])
+    assert former.exit_code == 0
+    assert former.stdout == CliRunner().invoke(app, ["estimate", *arguments]).stdout
+    assert former.stderr == (
+        "`plan --hardware` is deprecated and will be removed; use `star-attention estimate`\n"
+    )
+    table = ["-m", model, "--context", "128k..256k", "--ranks", "1,8", "--block-size", "quarter"]
+    former = CliRunner().invoke(app, ["plan", *table, "--hardware", "h200-ib"])
+    assert (
+        former.stdout
+        == CliRunner().invoke(app, ["estimate", *table, "--hardware", "h200-ib"]).stdout
+    )
+
+
+def test_the_hardware_defaults_to_the_one_that_was_measured(model: str) -> None:
+    assert " on h200-nvlink: " in run("estimate", model, "--context", "128k")
+
+
 def test_a_row_for_each_length_and_number_of_ranks(model: str) -> None:
-    text = plan(
+    text = run(
+        "estimate",
         model,
         "--hardware",
         "h200-ib",
@@ -192,11 +213,12 @@ def test_a_row_for_each_length_and_number_of_ranks(model: str) -> None:
 
 @pytest.mark.filterwarnings("default")
 def test_what_is_beyond_the_models_positions_is_said_once(model: str) -> None:
-    arguments = ["plan", "-m", model, "--hardware", "h200-ib", "--ranks", "1,8", "--context"]
+    arguments = ["estimate", "-m", model, "--hardware", "h200-ib", "--ranks", "1,8", "--context"]
     assert CliRunner().invoke(app, [*arguments, "512k"]).stderr == ""
     (line,) = CliRunner().invoke(app, [*arguments, "512k..2m"]).stderr.splitlines()
     assert line == (
-        "warning: context, query and answer need 2,097,472 positions, the model has 1,048,576: encoding would be refused"
+        "warning: context, query and answer need 2,097,472 positions, but the model has"
+        " 1,048,576: it would refuse to encode this context"
     )
 
 
@@ -212,7 +234,7 @@ def test_json_and_the_rule_of_a_quarter(model: str) -> None:
         "quarter",
         "--json",
     ]
-    (found,) = json.loads(plan(model, *arguments))["estimates"]
+    (found,) = json.loads(run("estimate", model, *arguments))["estimates"]
     assert list(found) == list(estimate.SCHEMES)
     assert found["star"]["block"] == 32 * K
     assert found["star"]["encode_s"] == found["star"]["compute_s"] + found["star"]["exposed_s"]
@@ -232,11 +254,11 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
     }
     file.write_text(json.dumps(measured))
     options = ["--hardware", "h200-ib", "--context", "64k", "--calibrate"]
-    text = plan(model, *options, str(file))
+    text = run("estimate", model, *options, str(file))
     assert "h200-ib, calibrated" in text
     assert "predicted s" in text
     assert "memory 2.5 TB/s, link 40 GB/s" in text
-    found = json.loads(plan(model, *options, str(file), "--json"))["hardware"]
+    found = json.loads(run("estimate", model, *options, str(file), "--json"))["hardware"]
     assert (found["bandwidth"], found["link"]) == (2.5e12, 4e10)
     for text, message in (
         (
@@ -245,14 +267,14 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         ),
         (
             json.dumps(measured | {"rows": [{}]}),
-            " is not JSON of `bench prefill` as this version writes it",
+            " is not JSON of `bench prefill` as this version writes it; run it again",
         ),
         ("{}", " is not JSON of `bench prefill`"),
     ):
         file.write_text(text)
-        assert plan(model, *options, str(file), status=1) == f"error: {file}{message}\n"
+        assert run("estimate", model, *options, str(file), status=1) == f"error: {file}{message}\n"
     file.unlink()
-    assert plan(model, *options, str(file), status=1).startswith(
+    assert run("estimate", model, *options, str(file), status=1).startswith(
         f"error: there is no file {file}; give the JSON"
     )
 
@@ -263,7 +285,7 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         (
             ["--context", "1m..128k", "--hardware", "h200-ib"],
             1,
-            "context '1m..128k' ends before it begins",
+            "context '1m..128k' ends before it begins; write the smaller number first",
         ),
         (
             ["--context", "1m", "--hardware", "h200-ib", "--ranks", "many"],
@@ -278,34 +300,39 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         (
             ["--context", "1m", "--ranks", "1..8"],
             2,
-            "'1..8' is not a number above 0 (several need --hardware)",
+            "'1..8' is not a number above 0; `star-attention estimate` takes several",
         ),
         (
             ["--context", "8k,16k"],
             2,
-            "--context: '8k,16k' is several lengths, which need --hardware",
+            "--context: '8k,16k' is several lengths; give one, or use `star-attention estimate`",
         ),
         (
             ["--context", "8k..16k"],
             2,
-            "--context: '8k..16k' is several lengths, which need --hardware",
+            "--context: '8k..16k' is several lengths; give one, or use `star-attention estimate`",
         ),
         (
             ["--context", "8k", "--block-size", "quarter"],
             2,
-            "--block-size: 'quarter' needs --hardware",
+            "--block-size: 'quarter' chooses by time; give a size, or use `star-attention estimate`",
         ),
-        (["--context", "1m", "--calibrate", "x.json"], 2, "it needs --hardware"),
+        (
+            ["--context", "1m", "--calibrate", "x.json"],
+            2,
+            "`plan` has no times; use `star-attention estimate`",
+        ),
         *(
             (
                 ["--context", "1m", "--hardware", "h200-ib", name, value],
                 2,
-                f"{name}: --hardware has no times for it",
+                f"{name}: estimates do not take it into account",
             )
             for name, value in (
                 ("--anchor-size", "1k"),
                 ("--tensor-parallel", "2"),
                 ("--queries", "9"),
+                ("--kv-device", "cpu"),
             )
         ),
     ],
@@ -313,4 +340,6 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
 def test_what_cannot_be_planned(
     model: str, arguments: list[str], status: int, message: str
 ) -> None:
-    assert message in " ".join(plan(model, *arguments, status=status).replace("│", " ").split())
+    assert message in " ".join(
+        run("plan", model, *arguments, status=status).replace("│", " ").split()
+    )

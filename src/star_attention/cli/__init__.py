@@ -19,6 +19,7 @@ from star_attention.cli.ask import ask
 from star_attention.cli.command import Command, command
 from star_attention.cli.demo import demo
 from star_attention.cli.encode import encode
+from star_attention.cli.estimate import estimate
 from star_attention.cli.generate import generate
 from star_attention.cli.plan import plan
 from star_attention.cli.streams import open_streams, say, translate_stdout_errors
@@ -50,7 +51,7 @@ def _add_group(name: str, functions: Iterable[Callable[..., None]], help: str) -
     app.add_typer(group, name=name, help=help)
 
 
-_add(app, (generate, encode, ask, plan, demo))
+_add(app, (generate, encode, ask, plan, estimate, demo))
 _add_group(
     "bench",
     bench.COMMANDS,

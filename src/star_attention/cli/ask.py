@@ -1,4 +1,4 @@
-"""`star-attention ask`: answer queries on an encoded text, given as options or typed one by one."""
+"""`star-attention ask`: answer queries about a saved context, from options or typed one by one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from star_attention.cli.options import AnswerOptions, ModelOptions, Quiet
-from star_attention.cli.progress import Notes
+from star_attention.cli.progress import Status
 from star_attention.cli.streams import say
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import StarAttentionError, TextError
@@ -16,71 +16,74 @@ from star_attention.errors import StarAttentionError, TextError
 if TYPE_CHECKING:
     from star_attention.cli.output import Answerer
 
+_PROMPT = "? "
+
 
 def ask(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="An encoded text, made by `encode`.", show_default=False
+            metavar="FILE", help="An encoded text, saved by `encode`.", show_default=False
         ),
     ],
     model: ModelOptions,
     answer: AnswerOptions,
     quiet: Quiet = False,
 ) -> None:
-    """Answer queries on a text that `encode` has written.
+    """Answer queries about a text saved by `encode`.
 
-    Without a query, on a terminal, it asks for them: one a line, an empty line or Ctrl-D ends. Sizes, method and (with
-    --dtype auto) precision are the file's; the model must be the one that encoded it.
+    Without a query, on a terminal, it prompts for queries; an empty line or Ctrl-D ends. Sizes and
+    method come from the file, and so does the precision with --dtype auto. The model must be the
+    one that encoded the text.
 
-    Example: star-attention ask -m models/needle-17m book.star --query "What is the secret number for otter?"
+    Example: star-attention ask -m models/needle-17m book.star
+    --query "What is the secret number for otter?"
     """
     from star_attention.cli import session
     from star_attention.cli.inputs import read_queries
     from star_attention.cli.output import Answerer
 
-    words = answer.words()
+    kwargs = answer.generation_kwargs()
     queries = read_queries(answer.query, answer.query_file, context_files=[]) if is_rank_0() else []
-    interactive = sys.stdin.isatty()
-    if not queries and not interactive and is_rank_0():
+    if not queries and not sys.stdin.isatty() and is_rank_0():
         raise typer.BadParameter(
-            "give a query (`--query-file -` reads them from stdin), or use a terminal",
+            "give a query (`--query-file -` reads queries from stdin), or run in a terminal",
             param_hint="--query or --query-file",
         )
-    notes = Notes(quiet=quiet)
-    star, context = session.load_saved(model, file, notes)
+    status = Status(quiet=quiet)
+    star, context = session.load_saved(model, file, status)
     queries = star.from_rank_0(queries)
-    answerer = Answerer(star, context, answer, words, notes, encoded=False)
+    answerer = Answerer(star, context, answer, kwargs, status, show_encode_time=False)
     if queries:
         answerer.answer_all(queries)
     else:
-        _converse(answerer, notes)
+        _converse(answerer, status)
 
 
-def _converse(answerer: Answerer, notes: Notes) -> None:
+def _converse(answerer: Answerer, status: Status) -> None:
     import contextlib
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() then has a history and keys to edit a line)
-    notes.say("one question a line; an empty line or Ctrl-D ends")
-    while query := answerer.star.from_rank_0(_question() if is_rank_0() else None):
+        # Gives input() a history and keys to edit the line.
+        import readline  # noqa: F401
+    status.say("type one question per line; an empty line or Ctrl-D ends")
+    while query := answerer.star.from_rank_0(_read_query() if is_rank_0() else None):
+        # An error (say, a query that is too long) or Ctrl-C ends this answer only. At the prompt,
+        # Ctrl-C ends the command.
         try:
             answerer.answer(query)
-        except (
-            StarAttentionError
-        ) as error:  # a query that is too long ends itself, not the conversation
+        except StarAttentionError as error:
             say(f"error: {error}")
-        except (
-            KeyboardInterrupt
-        ):  # so does Ctrl-C during an answer; at the prompt it ends everything
+        except KeyboardInterrupt:
             print(flush=True)
             say("interrupted")
 
 
-def _question() -> str:
-    """The next line without the blanks around it; "" at the end."""
-    prompt = "? "
-    if not sys.stdout.isatty():  # answers go to a file: keep the prompt out of it
+def _read_query() -> str:
+    """Prompt for a line and strip it; return "" at the end of input."""
+    prompt = _PROMPT
+    if not sys.stdout.isatty():
+        # Answers go to a file: keep the prompt out of it.
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:
@@ -89,4 +92,4 @@ def _question() -> str:
         print(file=sys.stderr)
         return ""
     except UnicodeDecodeError:
-        raise TextError("what was typed is not UTF-8; check the terminal's locale") from None
+        raise TextError("the typed query is not UTF-8; check the terminal's locale") from None

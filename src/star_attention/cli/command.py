@@ -1,16 +1,17 @@
-"""Turn a function into a command: dataclass parameters become groups of options."""
+"""Turn a function into a command: groups of options become single options."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
 from star_attention.cli.errors import cli_errors
+from star_attention.cli.settings import ConfigOptions
 from star_attention.cli.streams import guarded_stdout
 from star_attention.cli.torchrun import rank_failures
 
@@ -23,28 +24,22 @@ _DEBUG = inspect.Parameter(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `function` for typer, with one option per field of each dataclass parameter."""
+    """Wrap `function` for typer.
+
+    A parameter annotated with a dataclass takes one option per field, one marked with
+    `ConfigOptions` one option per setting. Fields of a dataclass may be groups themselves.
+    """
     hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, type[Any]] = {}
     parameters: list[inspect.Parameter] = []
+    builders: dict[str, _Builder] = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if dataclasses.is_dataclass(hints[name]):
-            groups[name] = hints[name]
-            parameters += _parameters(hints[name])
-        else:
-            parameters.append(
-                parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-            )
+        options, builders[name] = _expand(name, hints[name], parameter.default)
+        parameters += options
     parameters.append(_DEBUG)
 
     def run(**values: Any) -> None:
-        debug = values.pop("debug")
-        for name, group in groups.items():
-            values[name] = group(
-                **{field.name: values.pop(field.name) for field in dataclasses.fields(group)}
-            )
-        with cli_errors(debug=debug), rank_failures(), guarded_stdout():
-            function(**values)
+        with cli_errors(debug=values.pop("debug")), rank_failures(), guarded_stdout():
+            function(**{name: build(values) for name, build in builders.items()})
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -52,16 +47,32 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _parameters(group: type[Any]) -> Iterator[inspect.Parameter]:
+_Builder = Callable[[dict[str, Any]], Any]
+"""Builds an argument of the function from the values of all options."""
+
+
+def _expand(name: str, hint: Any, default: Any) -> tuple[list[inspect.Parameter], _Builder]:
+    """Return a parameter's options, and how its value is built from theirs."""
+    for mark in get_args(hint)[1:]:
+        if isinstance(mark, ConfigOptions):
+            return list(mark.parameters()), mark.settings
+    if dataclasses.is_dataclass(hint):
+        return _expand_group(hint)
+    option = inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+    )
+    return [option], lambda values: values[name]
+
+
+def _expand_group(group: Any) -> tuple[list[inspect.Parameter], _Builder]:
     hints = get_type_hints(group, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    builders: dict[str, _Builder] = {}
     for field in dataclasses.fields(group):
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        yield inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=hints[field.name],
-        )
+        options, builders[field.name] = _expand(field.name, hints[field.name], default)
+        parameters += options
+    return parameters, lambda values: group(**{n: build(values) for n, build in builders.items()})
 
 
 class Command(TyperCommand):

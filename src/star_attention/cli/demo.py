@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from star_attention.cli.options import Quiet, option
-from star_attention.cli.session import check_folder
+from star_attention.cli.paths import check_output_folder
 from star_attention.cli.streams import say
 from star_attention.errors import ModelNotFoundError
 from star_attention.planning.plan import parse_size
@@ -41,7 +41,7 @@ def demo(
             f"there is no model folder {model}; run this in a checkout of the repository, which"
             f" contains {BUNDLED_MODEL}, or give another folder with --model"
         )
-    check_folder(out)
+    check_output_folder(out)
     from star_attention.demo.report import as_text
     from star_attention.demo.run import run_demo
     from star_attention.demo.settings import DemoSettings

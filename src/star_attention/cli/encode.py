@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from star_attention.cli.formatting import context_summary, format_bytes, format_seconds
 from star_attention.cli.options import ContextOptions, Files, ModelOptions, Quiet, option
-from star_attention.cli.progress import Notes, context_summary, in_bytes, seconds
+from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
 
 
@@ -14,29 +15,31 @@ def encode(
     model: ModelOptions,
     context: ContextOptions,
     output: Annotated[
-        str, option("The file to write.", "--output", "-o", panel="Output", metavar="FILE")
+        str, option("File to write.", "--output", "-o", panel="Output", metavar="FILE")
     ],
     quiet: Quiet = False,
 ) -> None:
-    """Encode texts once and keep them in a file, to be asked any number of times with `ask`.
+    """Encode texts once and save the result, for any number of questions with `ask`.
 
-    The file holds the text's token ids: guard it like the text. It is written whole or not at all.
+    The file contains the text's token ids: protect it like the text. An interrupted run leaves no
+    partial file.
 
     Example: star-attention encode -m models/needle-17m --chat book.txt -o book.star
     """
     from star_attention.cli import session
     from star_attention.cli.inputs import read_context
+    from star_attention.cli.paths import check_save_path
 
     text = ""
     if is_rank_0():
-        session.check_target(output)
+        check_save_path(output)
         text = read_context(files)
-    notes = Notes(quiet=quiet)
-    star = session.load_for(model, context, notes)
-    encoded = session.encode_text(star, text, notes, chat=context.chat)
-    size = in_bytes(encoded.nbytes)
+    status = Status(quiet=quiet)
+    star = session.load_for(model, context, status)
+    encoded = session.encode_text(star, text, status, chat=context.chat)
     where = " on rank 0" if encoded.plan.ranks > 1 else ""
-    notes.say(
-        f"{context_summary(encoded)}, encode {seconds(encoded.encode_s)}, {size} of keys and values{where}"
+    status.say(
+        f"{context_summary(encoded)}, encode {format_seconds(encoded.encode_s)},"
+        f" {format_bytes(encoded.nbytes)} of keys and values{where}"
     )
-    session.save(encoded, output, notes)
+    session.save(encoded, output, status)

@@ -1,203 +1,100 @@
-"""`plan --hardware`: phase 1 and phase 2 over lengths and numbers of ranks, on hardware that need not be there."""
+"""`star-attention estimate`: times of a context on hardware that need not be here."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from star_attention.cli.options import QUARTER
-from star_attention.cli.progress import in_bytes, table
-from star_attention.cli.report import warn_of_positions
-from star_attention.config import StarConfig
-from star_attention.errors import InvalidInputError
-from star_attention.hf.loading import load
-from star_attention.hf.shape import model_shape
-from star_attention.planning import estimate
-from star_attention.planning.cost import Flops
-from star_attention.planning.estimate import Estimate
-from star_attention.planning.hardware import Hardware, calibrate, parse_hardware
-from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.plan import default_block_size, format_size, parse_size
-from star_attention.tools import machine
+from star_attention.cli.options import AnswerTokens, Dtype, Json, Model, QueryTokens, option
+from star_attention.cli.settings import ConfigOptions
+from star_attention.cli.sizes import QUARTER, rank_counts, token_counts
+from star_attention.config import DEFAULT_BLOCK_RULE, MAX_NEW_TOKENS, StarConfig
+from star_attention.planning.hardware import HARDWARE
+from star_attention.planning.plan import BlockPlan
 
 
-def report(
-    model: str,
-    hardware: str,
+def estimate(
     *,
-    contexts: list[int],
-    tail_tokens: int,
-    ranks: list[int],
-    block: str | None,
-    dtype: str,
-    tokens_per_forward: int | None,
-    kv_dtype: str | None,
-    calibrate: str | None,
-    as_json: bool,
-) -> str:
-    """The estimates as a table for people, or as JSON; see `scale`.
+    model: Model,
+    context: Annotated[
+        str,
+        option(
+            "Tokens of the context; several as 128k,1m, or as a range of doublings: 128k..1m.",
+            "--context",
+            panel="Context",
+            metavar="SIZES",
+        ),
+    ],
+    block_size: Annotated[
+        str | None,
+        option(
+            f"Tokens per block, or {QUARTER}: the fastest size of a quarter of the context or"
+            " more.",
+            "--block-size",
+            panel="Context",
+            metavar="SIZE",
+            show_default=DEFAULT_BLOCK_RULE,
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "kv_dtype")],
+    ranks: Annotated[
+        str,
+        option(
+            "Number of devices that share the context; several as 1,8, or as a range of"
+            " doublings: 1..1024.",
+            "--ranks",
+            panel="Ranks",
+            metavar="NUMBERS",
+        ),
+    ] = str(BlockPlan.ranks),
+    hardware: Annotated[
+        str,
+        option(
+            f"{', '.join(HARDWARE)}, or one of them with other rates (h200-ib,link=2e10).",
+            "--hardware",
+            panel="Hardware",
+            metavar="NAME",
+        ),
+    ] = next(iter(HARDWARE)),
+    calibrate: Annotated[
+        str | None,
+        option(
+            "JSON of `bench prefill`: use the measured rates of linear layers, attention and"
+            " memory, and show how well they fit the measurements.",
+            "--calibrate",
+            panel="Hardware",
+            metavar="FILE",
+        ),
+    ] = None,
+    query_tokens: QueryTokens = 64,
+    answer_tokens: AnswerTokens = MAX_NEW_TOKENS,
+    as_json: Json = False,
+) -> None:
+    """Estimate the time to encode a context and to generate a token, on given hardware.
 
-    tail_tokens: of a query and its answer. block: a size, `quarter` (the quickest of blocks of a quarter of the context or more,
-    the paper's rule for full accuracy), or None for the paper's default.
+    Compares star, its variants and ring attention over the same ranks, with a row for each length
+    and number of ranks. Reads the model's config.json, no weights, and needs no such hardware.
+
+    Example: star-attention estimate -m models/needle-17m --context 8k..32k --ranks 1..4
+    --hardware a100-nvlink
     """
-    config = load.load_config(model)
-    shape = model_shape(config, dtype)
-    on = parse_hardware(hardware)
-    forward = StarConfig(tokens_per_forward=tokens_per_forward).forward_size("cuda")
-    fit: list[dict[str, float]] = []
-    if calibrate is not None:
-        on, fit = _calibrated(on, calibrate)
-    found = [
-        {
-            scheme.scheme: scheme
-            for scheme in _schemes(shape, on, length, count, block, forward, kv_dtype)
-        }
-        for length in contexts
-        for count in ranks
-    ]
-    warn_of_positions(config, max(contexts) + tail_tokens)
-    if as_json:
-        rows = [
-            {name: vars(one) | {"encode_s": one.encode_s} for name, one in schemes.items()}
-            for schemes in found
-        ]
-        return json.dumps(
-            {"model": model, "hardware": vars(on), "calibration": fit, "estimates": rows}
+    config = StarConfig.of(**settings)
+    contexts, rank_numbers = token_counts(context, "context"), rank_counts(ranks)
+
+    from star_attention.cli.estimation import EstimateRequest, make_estimates
+
+    estimates = make_estimates(
+        EstimateRequest(
+            model=model,
+            dtype=dtype,
+            hardware=hardware,
+            contexts=contexts,
+            ranks=rank_numbers,
+            block=block_size,
+            config=config,
+            tail_tokens=query_tokens + answer_tokens,
+            calibrate=calibrate,
         )
-    return _text(model, on, found, fit)
-
-
-def _schemes(
-    shape: ModelShape,
-    on: Hardware,
-    context: int,
-    ranks: int,
-    block: str | None,
-    tokens_per_forward: int,
-    kv_dtype: str | None,
-) -> list[Estimate]:
-    if block == QUARTER:
-        best = estimate.best_block(
-            shape,
-            on,
-            context=context,
-            ranks=ranks,
-            smallest=-(-context // 4),
-            tokens_per_forward=tokens_per_forward,
-        )
-        size = best.block
-    else:
-        size = (
-            default_block_size(context)
-            if block is None
-            else min(parse_size(block, "block_size"), context)
-        )
-    return [
-        estimate.estimate(
-            shape,
-            on,
-            scheme,
-            context=context,
-            ranks=ranks,
-            block=size,
-            tokens_per_forward=tokens_per_forward,
-            kv_dtype=kv_dtype,
-        )
-        for scheme in estimate.SCHEMES
-    ]
-
-
-def _calibrated(on: Hardware, path: str) -> tuple[Hardware, list[dict[str, float]]]:
-    """Rates from the JSON of `bench prefill`, and measured beside predicted seconds of each of its rows.
-
-    Raises `InvalidInputError` for a file that is none.
-    """
-    found = machine.read_record(Path(path), "prefill")
-    try:
-        measured: list[tuple[dict[str, Any], Flops]] = [
-            (row, Flops(linear=row["linear_flops"], attention=row["attention_flops"]))
-            for row in found["rows"]
-            if row["seconds"] is not None
-            and row["method"] in ("dense", "star", "official")
-            and not row.get("extrapolated")
-        ]
-        bandwidth = float(found["ceilings"]["bytes_per_s"])
-    except (ValueError, KeyError, TypeError):
-        raise InvalidInputError(
-            f"{path} is not JSON of `bench prefill` as this version writes it"
-        ) from None
-    on = calibrate(on, [(flops, row["seconds"]) for row, flops in measured], bandwidth)
-    return on, [
-        {
-            "method": row["method"],
-            "context": row["context"],
-            "block": row["block"],
-            "measured_s": row["seconds"],
-            "predicted_s": flops.linear / on.matrix + flops.attention / on.attention,
-        }
-        for row, flops in measured
-    ]
-
-
-def _text(
-    model: str, on: Hardware, found: list[dict[str, Estimate]], fit: list[dict[str, float]]
-) -> str:
-    lines: list[tuple[str, ...]] = [
-        (
-            *(
-                "context",
-                "ranks",
-                "block",
-                "star s",
-                "anchor local",
-                "official",
-                "ring",
-                "plain ring",
-            ),
-            *("x ring", "x plain", "ms a token", "memory"),
-        )
-    ]
-    for schemes in found:
-        star = schemes["star"]
-        others = [schemes[name] for name in ("star-local", "official", "ring", "ring-plain")]
-        lines.append(
-            (
-                *(format_size(star.context), str(star.ranks), format_size(star.block or 0)),
-                *(f"{one.encode_s:,.3g}" for one in (star, *others)),
-                *(
-                    f"{schemes[name].encode_s / star.encode_s:.2f}"
-                    for name in ("ring", "ring-plain")
-                ),
-                f"{star.token_s * 1e3:,.3g}",
-                in_bytes(star.memory) + ("" if star.fits else " (too much)"),
-            )
-        )
-    rates = (
-        f"{model} on {on.name}: linear layers {on.matrix / 1e12:,.4g} and attention {on.attention / 1e12:,.4g} TFLOP/s,"
-        f" memory {on.bandwidth / 1e12:,.3g} TB/s, link {on.link / 1e9:,.4g} GB/s"
     )
-    parts = [
-        rates,
-        "seconds of phase 1 by scheme; a token of an answer; memory of the fullest device\n"
-        + table(lines),
-    ]
-    if fit:
-        compared: list[tuple[str, ...]] = [
-            ("method", "context", "block", "measured s", "predicted s", "error")
-        ]
-        for row in fit:
-            error = row["predicted_s"] / row["measured_s"] - 1
-            block = row["block"]
-            compared.append(
-                (
-                    *(
-                        str(row["method"]),
-                        format_size(int(row["context"])),
-                        format_size(int(block)) if block else "",
-                    ),
-                    *(f"{row['measured_s']:,.3g}", f"{row['predicted_s']:,.3g}", f"{error:+.1%}"),
-                )
-            )
-        parts.append("calibrated on\n" + table(compared))
-    return "\n\n".join(parts)
+    print(json.dumps(estimates.as_dict()) if as_json else estimates.as_text())

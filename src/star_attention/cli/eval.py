@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from star_attention.cli import session
+from star_attention.cli.formatting import table
 from star_attention.cli.inputs import read_text
 from star_attention.cli.options import ModelOptions, Quiet, option
-from star_attention.cli.progress import Notes, table
+from star_attention.cli.paths import check_output_folder
+from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.planning.plan import counted, parse_size
@@ -526,9 +528,9 @@ def perplexity(
         if out is not None:
             from star_attention.evals.runs.perplexity import check_output
 
-            session.check_folder(out)
+            check_output_folder(out)
             check_output(Path(out))
-    notes = Notes(quiet=quiet)
+    notes = Status(quiet=quiet)
     star = session.load(model, notes)
     from star_attention.evals.runs import perplexity as measurement
 
@@ -690,7 +692,7 @@ def _evaluate(
 
     (Rank 0 alone reads what was asked for: were all to find the same mistake, one could end before rank 0 has told it.)
     """
-    notes = Notes(quiet=options.quiet)
+    notes = Status(quiet=options.quiet)
     data, tried = _NONE, []
     samples: list[Sample] = []
     left_out: dict[str, str] = {}
@@ -699,7 +701,7 @@ def _evaluate(
         from star_attention.hf.loading.load import load_tokenizer
 
         data, tried = of(), variants()
-        session.check_folder(options.out)
+        check_output_folder(options.out)
         run_folder.check_output(Path(options.out))
         with notes.waiting(f"making samples of {data.suite}"):
             samples, left_out = data.make(load_tokenizer(model.model))

@@ -1,4 +1,4 @@
-"""`star-attention generate`: encode texts and answer queries on them."""
+"""`star-attention generate`: encode texts and answer queries about them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from star_attention.cli.options import (
     Quiet,
     option,
 )
-from star_attention.cli.progress import Notes
+from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
 
 
@@ -26,7 +26,7 @@ def generate(
     save: Annotated[
         str | None,
         option(
-            "Keep the encoded text in this file too, for `ask`.",
+            "Also save the encoded text to this file, for `ask`.",
             "--save",
             panel="Output",
             metavar="FILE",
@@ -34,30 +34,33 @@ def generate(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Encode texts and answer queries on them.
+    """Encode texts and answer queries about them.
 
-    One query is streamed to stdout; several are answered one after another, with a header each.
+    The answer to a single query is streamed to stdout. Several queries are answered one after
+    another, each under a header.
 
-    Example: star-attention generate -m models/needle-17m --chat book.txt --query "What is the secret number for otter?"
+    Example: star-attention generate -m models/needle-17m --chat book.txt
+    --query "What is the secret number for otter?"
     """
     from star_attention.cli import session
     from star_attention.cli.inputs import read_context, read_queries
     from star_attention.cli.output import Answerer
+    from star_attention.cli.paths import check_save_path
 
-    words = answer.words()
+    kwargs = answer.generation_kwargs()
     text, queries = "", [""]
     if is_rank_0():
         queries = read_queries(answer.query, answer.query_file, context_files=files)
         if not queries:
             raise typer.BadParameter("give a query", param_hint="--query or --query-file")
-        session.check_target(save)
+        check_save_path(save)
         text = read_context(files)
-    notes = Notes(quiet=quiet)
-    star = session.load_for(model, context, notes)
+    status = Status(quiet=quiet)
+    star = session.load_for(model, context, status)
     text, queries = star.from_rank_0((text, queries))
     encoded = session.encode_text(
-        star, text, notes, chat=context.chat, queries=queries, words=words
+        star, text, status, chat=context.chat, queries=queries, generation_kwargs=kwargs
     )
     if save is not None:
-        session.save(encoded, save, notes)
-    Answerer(star, encoded, answer, words, notes, encoded=True).answer_all(queries)
+        session.save(encoded, save, status)
+    Answerer(star, encoded, answer, kwargs, status, show_encode_time=True).answer_all(queries)

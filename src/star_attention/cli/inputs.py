@@ -1,4 +1,4 @@
-"""Texts and queries from files and stdin, exactly as they are: UTF-8, nothing replaced, nothing cut."""
+"""Read texts and queries from files and stdin, unchanged: UTF-8, nothing replaced or truncated."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or of stdin for `-`; a byte-order mark at its head is no part of it.
+    """Read a text file, or stdin for `-`. A leading byte-order mark is removed.
 
-    Raises `TextError` naming the file: missing, a folder, unreadable, a saved context, or not UTF-8 (with the offset of the first
-    bad byte).
+    Raises:
+        TextError: If the file is missing, a folder, unreadable, a saved context, or not UTF-8
+            (with the offset of the first bad byte).
     """
-    shown = "stdin" if name == STDIN else name
+    shown_name = "stdin" if name == STDIN else name
     try:
         data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
     except FileNotFoundError:
         raise TextError(
-            f"there is no text file {shown}; check the path, or give - for stdin"
+            f"there is no text file {shown_name}; check the path, or give - for stdin"
         ) from None
     except IsADirectoryError:
         if any(Path(name).glob("rank-*.safetensors")):
-            raise _saved(shown) from None
-        raise TextError(f"{shown} is a folder; give the text files in it by name") from None
+            raise _saved_context_error(shown_name) from None
+        raise TextError(f"{shown_name} is a folder; name the text files in it") from None
     except OSError as error:
         raise TextError(
-            f"the text file {shown} cannot be read: {error.strerror or error}"
+            f"cannot read the text file {shown_name}: {error.strerror or error};"
+            " check its permissions"
         ) from error
     try:
         return data.decode("utf-8").removeprefix(_BOM)
@@ -40,21 +42,28 @@ def read_text(name: str) -> str:
         from star_attention.storage.saved import is_saved_header
 
         if is_saved_header(data):
-            raise _saved(shown) from None
+            raise _saved_context_error(shown_name) from None
         raise TextError(
-            f"{shown} is not UTF-8: byte {error.start:,} of {len(data):,} is 0x{data[error.start]:02x} ({error.reason});"
-            f" convert it first, for example with: iconv -f WINDOWS-1252 -t UTF-8 {'' if name == STDIN else shown}"
+            f"{shown_name} is not UTF-8: byte {error.start:,} of {len(data):,} is"
+            f" 0x{data[error.start]:02x} ({error.reason}); convert it first, for example with:"
+            f" iconv -f WINDOWS-1252 -t UTF-8 {'' if name == STDIN else shown_name}"
         ) from None
 
 
-def _saved(shown: str) -> TextError:
+def _saved_context_error(name: str) -> TextError:
     return TextError(
-        f"{shown} is a saved context and no text; `star-attention ask` answers queries on it"
+        f"{name} is a saved context, not a text; use `star-attention ask` to answer queries"
+        " about it"
     )
 
 
 def read_context(files: list[str]) -> str:
-    """The texts of several files in order, with a line break between them."""
+    """Read several files in order and join them with line breaks.
+
+    Raises:
+        TextError: If a file cannot be read as text.
+        TokenError: If there is no text in them.
+    """
     if files.count(STDIN) > 1:
         raise typer.BadParameter("- (stdin) can be read only once", param_hint="FILES")
     text = "\n".join(read_text(name) for name in files)
@@ -66,23 +75,29 @@ def read_context(files: list[str]) -> str:
 def read_queries(
     queries: list[str] | None, file: str | None, *, context_files: list[str]
 ) -> list[str]:
-    """The queries of `--query`, then those of `--query-file`, one a line; empty lines are none."""
-    found = list(queries or [])
-    for query in found:
+    """Return the queries of `--query`, then those of `--query-file`: one per non-empty line.
+
+    Raises:
+        TextError: If a query or the file is not UTF-8.
+        TokenError: If a query is empty, or the file has none.
+    """
+    for query in queries or []:
         if not query.strip():
             raise TokenError("a query is empty; give --query at least one word")
-        if any(
-            "\ud800" <= character <= "\udfff" for character in query
-        ):  # how Python keeps undecodable bytes
+        # Lone surrogates are how Python keeps bytes that it cannot decode.
+        if any("\ud800" <= character <= "\udfff" for character in query):
             raise TextError(
-                f"the query {query!r} is not UTF-8; check the terminal's locale, or use --query-file"
+                f"the query {query!r} is not UTF-8; check the terminal's locale,"
+                " or use --query-file"
             )
-    if file is not None:
-        if file == STDIN and STDIN in context_files:
-            raise typer.BadParameter("stdin is read as text already", param_hint="--query-file")
-        lines = [line.rstrip("\r") for line in read_text(file).split("\n")]
-        of_file = [line for line in lines if line.strip()]
-        if not of_file:
-            raise TokenError(f"the query file {file} has no queries; write one a line")
-        found += of_file
-    return found
+    if file is None:
+        return list(queries or [])
+    if file == STDIN and STDIN in context_files:
+        raise typer.BadParameter(
+            "stdin already provides the text; use a file", param_hint="--query-file"
+        )
+    lines = [line.rstrip("\r") for line in read_text(file).split("\n")]
+    file_queries = [line for line in lines if line.strip()]
+    if not file_queries:
+        raise TokenError(f"the query file {file} has no queries; write one per line")
+    return [*(queries or []), *file_queries]

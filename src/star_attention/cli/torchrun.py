@@ -126,5 +126,8 @@ def _communicator() -> Any:
 
 def _termination_cause() -> str:
     comm = _communicator()
-    cause = "terminated by the launcher (another rank failed during startup, or the launcher was stopped)"
+    cause = (
+        "terminated by the launcher"
+        " (another rank failed during startup, or the launcher was stopped)"
+    )
     return cause if comm is None else str(comm.diagnose(cause))

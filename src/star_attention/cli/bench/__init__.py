@@ -18,7 +18,7 @@ from star_attention.cli.bench.options import (
     TargetOptions,
 )
 from star_attention.cli.options import Quiet, option
-from star_attention.cli.session import check_folder
+from star_attention.cli.paths import check_output_folder
 
 
 def prefill(target: TargetOptions, options: PrefillOptions, quiet: Quiet = False) -> None:
@@ -91,7 +91,7 @@ def plot(
     """
     from star_attention.bench.pictures import draw_files
 
-    check_folder(out)
+    check_output_folder(out)
     for file in draw_files([Path(name) for name in files], Path(out)):
         print(file)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.bench.options import StartupOptions, TargetOptions
-from star_attention.cli.progress import table
-from star_attention.cli.session import check_folder
+from star_attention.cli.formatting import table
+from star_attention.cli.paths import check_output_folder
 from star_attention.cli.streams import say
 from star_attention.errors import ContextLengthError, InvalidInputError
 
@@ -60,7 +60,7 @@ def _json_file(benchmark: str, options: TargetOptions) -> Path | None:
     """
     if options.out is None:
         return None
-    check_folder(options.out)
+    check_output_folder(options.out)
     file = Path(options.out, f"{benchmark}.json")
     if file.exists():
         raise InvalidInputError(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 from star_attention.cli.options import (
     Device,
     Dtype,
-    KvDevice,
-    KvDtype,
-    TokensPerForward,
     option,
-    size,
-    sizes,
 )
+from star_attention.cli.settings import ConfigOptions
+from star_attention.cli.sizes import token_count, token_counts
 from star_attention.config import StarConfig
 
 if TYPE_CHECKING:
@@ -104,7 +101,9 @@ class PrefillOptions:
             metavar="NAMES",
         ),
     ] = "stock,dense,official,star"
-    tokens_per_forward: TokensPerForward = None
+    settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "kv_dtype")] = field(
+        default_factory=dict
+    )
     repeats: Annotated[
         int,
         option(
@@ -124,7 +123,6 @@ class PrefillOptions:
             metavar="SIZE",
         ),
     ] = None
-    kv_dtype: KvDtype = None
     compile: Compile = None
 
     def benchmark(self, device: str) -> Prefill:
@@ -134,22 +132,20 @@ class PrefillOptions:
         from star_attention.bench.prefill.contenders import EngineSettings
         from star_attention.hf.loading import load
 
-        StarConfig.of(tokens_per_forward=self.tokens_per_forward, kv_dtype=self.kv_dtype)
-        dense_up_to = None if self.dense_up_to is None else size(self.dense_up_to, "dense-up-to")
+        StarConfig.of(**self.settings)
+        dense_up_to = (
+            None if self.dense_up_to is None else token_count(self.dense_up_to, "dense-up-to")
+        )
         return Prefill(
             cases=plan_cases(
-                sizes(self.context, "context"),
+                token_counts(self.context, "context"),
                 _names(self.block),
                 _names(self.methods),
                 device=load.pick_device(device),
                 dense_up_to=dense_up_to,
             ),
             repeats=self.repeats,
-            engine=EngineSettings(
-                tokens_per_forward=self.tokens_per_forward,
-                compile=self.compile,
-                kv_dtype=self.kv_dtype,
-            ),
+            engine=EngineSettings(compile=self.compile, **self.settings),
         )
 
 
@@ -165,25 +161,25 @@ class DecodeOptions:
         int, option("Tokens of an answer.", panel=_PANEL, metavar="N", min=2)
     ] = 256
     repeats: Repeats = 3
-    kv_dtype: KvDtype = None
-    kv_device: KvDevice = None
+    settings: Annotated[dict[str, Any], ConfigOptions("kv_dtype", "kv_device")] = field(
+        default_factory=dict
+    )
     compile: Compile = None
 
     def benchmark(self) -> Decode:
         """Check the options."""
         from star_attention.bench.decode import Decode
 
-        StarConfig.of(kv_dtype=self.kv_dtype, kv_device=self.kv_device)
+        StarConfig.of(**self.settings)
         return Decode(
-            contexts=sizes(self.context, "context"),
-            block=size(self.block, "block_size"),
+            contexts=token_counts(self.context, "context"),
+            block=token_count(self.block, "block_size"),
             queries=self.queries,
             query_tokens=self.query_tokens,
             answer_tokens=self.answer_tokens,
             repeats=self.repeats,
             compile=self.compile,
-            kv_dtype=self.kv_dtype,
-            kv_device=self.kv_device,
+            **self.settings,
         )
 
 
@@ -206,8 +202,8 @@ class QuestionsOptions:
         from star_attention.bench.questions import Questions
 
         return Questions(
-            contexts=sizes(self.context, "context"),
-            block=size(self.block, "block_size"),
+            contexts=token_counts(self.context, "context"),
+            block=token_count(self.block, "block_size"),
             questions=self.questions,
             query_tokens=self.query_tokens,
             answer_tokens=self.answer_tokens,
@@ -227,8 +223,8 @@ class KernelsOptions:
         from star_attention.bench.kernels import Kernels
 
         return Kernels(
-            contexts=sizes(self.context, "context"),
-            blocks=sizes(self.block, "block_size"),
+            contexts=token_counts(self.context, "context"),
+            blocks=token_counts(self.block, "block_size"),
             repeats=self.repeats,
         )
 
@@ -253,8 +249,8 @@ class StartupOptions:
         from star_attention.bench.startup import Startup
 
         return Startup(
-            context=size(self.context, "context"),
-            block=size(self.block, "block_size"),
+            context=token_count(self.context, "context"),
+            block=token_count(self.block, "block_size"),
             query_tokens=self.query_tokens,
             compile=self.compile,
         )

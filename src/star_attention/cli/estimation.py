@@ -1,0 +1,223 @@
+"""Times of both phases for several lengths and numbers of ranks, on hardware that may not be here.
+
+Computes what `star-attention estimate` prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from star_attention.cli.formatting import format_bytes, table
+from star_attention.cli.plan_costs import warn_beyond_positions
+from star_attention.cli.sizes import QUARTER
+from star_attention.config import StarConfig
+from star_attention.errors import InvalidInputError
+from star_attention.hf.loading import load
+from star_attention.hf.shape import model_shape
+from star_attention.planning import estimate
+from star_attention.planning.cost import Flops
+from star_attention.planning.estimate import Estimate
+from star_attention.planning.hardware import Hardware, calibrate, parse_hardware
+from star_attention.planning.model_shape import ModelShape
+from star_attention.planning.plan import default_block_size, format_size, parse_size
+from star_attention.tools import machine
+
+_MEASURED_METHODS = ("dense", "star", "official")
+"""Methods of `bench prefill` that calibrate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateRequest:
+    """What to estimate.
+
+    block: a size, `QUARTER`, or None for the paper's rule. tail_tokens: of a query and its answer.
+    calibrate: JSON of `bench prefill`, whose rates replace those of the hardware.
+    """
+
+    model: str
+    dtype: str
+    hardware: str
+    contexts: list[int]
+    ranks: list[int]
+    block: str | None
+    config: StarConfig
+    tail_tokens: int
+    calibrate: str | None
+
+    @property
+    def tokens_per_forward(self) -> int:
+        return self.config.forward_size("cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """Estimates by scheme, one dict per length and number of ranks; `fit`: how they calibrate."""
+
+    model: str
+    hardware: Hardware
+    schemes: list[dict[str, Estimate]]
+    fit: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields of `--json`."""
+        rows = [
+            {name: asdict(row) | {"encode_s": row.encode_s} for name, row in schemes.items()}
+            for schemes in self.schemes
+        ]
+        return {
+            "model": self.model,
+            "hardware": asdict(self.hardware),
+            "calibration": self.fit,
+            "estimates": rows,
+        }
+
+    def as_text(self) -> str:
+        """Return the rates and the tables."""
+        hardware = self.hardware
+        rates = (
+            f"{self.model} on {hardware.name}: linear layers {hardware.matrix / 1e12:,.4g} and"
+            f" attention {hardware.attention / 1e12:,.4g} TFLOP/s,"
+            f" memory {hardware.bandwidth / 1e12:,.3g} TB/s, link {hardware.link / 1e9:,.4g} GB/s"
+        )
+        times = (
+            "phase 1 in seconds, by scheme; milliseconds per answer token;"
+            " memory of the fullest device\n" + _estimate_table(self.schemes)
+        )
+        fit = ["calibrated on\n" + _fit_table(self.fit)] if self.fit else []
+        return "\n\n".join([rates, times, *fit])
+
+
+def make_estimates(request: EstimateRequest) -> Estimates:
+    """Estimate every scheme for every length and number of ranks."""
+    model_config = load.load_config(request.model)
+    shape = model_shape(model_config, request.dtype)
+    hardware, fit = _calibrated(parse_hardware(request.hardware), request.calibrate)
+    schemes = [
+        _schemes(shape, hardware, context, ranks, request)
+        for context in request.contexts
+        for ranks in request.ranks
+    ]
+    warn_beyond_positions(model_config, max(request.contexts) + request.tail_tokens)
+    return Estimates(model=request.model, hardware=hardware, schemes=schemes, fit=fit)
+
+
+def _schemes(
+    shape: ModelShape, hardware: Hardware, context: int, ranks: int, request: EstimateRequest
+) -> dict[str, Estimate]:
+    forward = request.tokens_per_forward
+    block: int | None
+    if request.block == QUARTER:
+        block = estimate.best_block(
+            shape,
+            hardware,
+            context=context,
+            ranks=ranks,
+            smallest=-(-context // 4),
+            tokens_per_forward=forward,
+        ).block
+    elif request.block is None:
+        block = default_block_size(context)
+    else:
+        block = min(parse_size(request.block, "block_size"), context)
+    return {
+        scheme: estimate.estimate(
+            shape,
+            hardware,
+            scheme,
+            context=context,
+            ranks=ranks,
+            block=block,
+            tokens_per_forward=forward,
+            kv_dtype=request.config.kv_dtype,
+        )
+        for scheme in estimate.SCHEMES
+    }
+
+
+def _calibrated(hardware: Hardware, path: str | None) -> tuple[Hardware, list[dict[str, Any]]]:
+    """Take rates from the JSON of `bench prefill`; return measured and predicted times as well.
+
+    Raises:
+        InvalidInputError: If the file is not such JSON.
+    """
+    if path is None:
+        return hardware, []
+    results = machine.read_record(Path(path), "prefill")
+    try:
+        rows = [
+            (row, Flops(linear=row["linear_flops"], attention=row["attention_flops"]))
+            for row in results["rows"]
+            if row["seconds"] is not None
+            and row["method"] in _MEASURED_METHODS
+            and not row.get("extrapolated")
+        ]
+        bandwidth = float(results["ceilings"]["bytes_per_s"])
+    except (ValueError, KeyError, TypeError):
+        raise InvalidInputError(
+            f"{path} is not JSON of `bench prefill` as this version writes it; run it again"
+        ) from None
+    measured = [(flops, row["seconds"]) for row, flops in rows]
+    hardware = calibrate(hardware, measured, bandwidth)
+    return hardware, [
+        {
+            "method": row["method"],
+            "context": row["context"],
+            "block": row["block"],
+            "measured_s": row["seconds"],
+            "predicted_s": flops.linear / hardware.matrix + flops.attention / hardware.attention,
+        }
+        for row, flops in rows
+    ]
+
+
+def _estimate_table(schemes: list[dict[str, Estimate]]) -> str:
+    heading = (
+        "context",
+        "ranks",
+        "block",
+        "star s",
+        "anchor local",
+        "official",
+        "ring",
+        "plain ring",
+        "ring / star",
+        "plain / star",
+        "ms per token",
+        "memory",
+    )
+    return table([heading, *(_estimate_row(row) for row in schemes)])
+
+
+def _estimate_row(schemes: dict[str, Estimate]) -> tuple[str, ...]:
+    star, local, official, ring, plain = (
+        schemes[name] for name in ("star", "star-local", "official", "ring", "ring-plain")
+    )
+    return (
+        format_size(star.context),
+        str(star.ranks),
+        format_size(star.block or 0),
+        *(f"{scheme.encode_s:,.3g}" for scheme in (star, local, official, ring, plain)),
+        *(f"{scheme.encode_s / star.encode_s:.2f}" for scheme in (ring, plain)),
+        f"{star.token_s * 1e3:,.3g}",
+        format_bytes(star.memory) + ("" if star.fits else " (too much)"),
+    )
+
+
+def _fit_table(fit: list[dict[str, Any]]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("method", "context", "block", "measured s", "predicted s", "error")
+    ]
+    for row in fit:
+        rows.append(
+            (
+                row["method"],
+                format_size(int(row["context"])),
+                format_size(int(row["block"])) if row["block"] else "",
+                f"{row['measured_s']:,.3g}",
+                f"{row['predicted_s']:,.3g}",
+                f"{row['predicted_s'] / row['measured_s'] - 1:+.1%}",
+            )
+        )
+    return table(rows)

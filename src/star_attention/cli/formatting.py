@@ -1,0 +1,59 @@
+"""Numbers, tables and summaries for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from star_attention.generation.result import Generation
+    from star_attention.storage.context import EncodedContext
+
+
+def context_summary(context: EncodedContext) -> str:
+    """Describe a context: `context 131,072 tok, 8 blocks x 16k, anchor 16k`."""
+    from star_attention import methods
+
+    plan = context.plan
+    head = f"context {plan.context_tokens:,} tok, "
+    if plan.ranks > 1:
+        head += f"{plan.ranks} ranks, "
+    return head + methods.get(context.method).describe(plan)
+
+
+def answer_summary(reply: Generation) -> str:
+    """Describe an answer's speed: `first token 0.4 s, 41 tok/s`."""
+    rate = reply.timings.tokens_per_s
+    return f"first token {format_seconds(reply.timings.ttft_s)}" + (
+        "" if rate is None else f", {rate:,.0f} tok/s"
+    )
+
+
+def format_seconds(value: float) -> str:
+    """Format seconds with one decimal, or two below a tenth."""
+    return f"{value:,.1f} s" if value >= 0.1 else f"{value:.2f} s"
+
+
+def format_bytes(size: int) -> str:
+    """Format a number of bytes: `1.2 GiB`."""
+    return format_quantity(size, ("B", "KiB", "MiB", "GiB", "TiB"), 1024)
+
+
+def format_quantity(size: float, units: tuple[str, ...], step: int) -> str:
+    """Format a quantity in the largest unit that gives at least 1; units are a factor `step` apart.
+
+    Example: `3.4 PFLOP`.
+    """
+    index = 0
+    while size >= step and index < len(units) - 1:
+        size, index = size / step, index + 1
+    return f"{size:,.0f} {units[index]}" if index == 0 else f"{size:,.1f} {units[index]}"
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Align rows in columns: the first column to the left, all others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append(f"  {first.ljust(widths[0])}  {'   '.join(cells)}".rstrip())
+    return "\n".join(lines)

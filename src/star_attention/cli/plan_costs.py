@@ -1,0 +1,209 @@
+"""Memory, operations and traffic of a plan, from the model's config alone."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from star_attention.config import StarConfig
+from star_attention.hf.loading import load, rope
+from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
+from star_attention.hf.shape import model_shape
+from star_attention.planning import cost, traffic
+from star_attention.planning.cost import Flops, Memory
+from star_attention.planning.model_shape import ModelShape
+from star_attention.planning.plan import BlockPlan, counted
+from star_attention.planning.traffic import Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What to plan. model: folder or hub id. tensor_parallel: devices per context-parallel rank."""
+
+    model: str
+    dtype: str
+    plan: BlockPlan
+    config: StarConfig
+    tensor_parallel: int
+    queries: int
+    query_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCosts:
+    """The costs of a plan.
+
+    memory_by_rank: the fullest device of each context-parallel rank. star_busiest: operations of
+    phase 1 on the busiest device. *_traffic: between context-parallel ranks; *_tp_traffic: within
+    them; ring_traffic: what ring attention would send in phase 1; token_traffic: one answer token.
+    """
+
+    request: PlanRequest
+    shape: ModelShape
+    tokens_per_forward: int
+    memory_by_rank: list[Memory]
+    star: Flops
+    star_busiest: int
+    dense: Flops
+    official: Flops
+    answers: Flops
+    phase1_traffic: Traffic
+    phase1_tp_traffic: Traffic
+    ring_traffic: Traffic
+    phase2_traffic: Traffic
+    phase2_tp_traffic: Traffic
+    token_traffic: Traffic
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes stored per token of the context."""
+        return self.shape.stored_bytes_per_token(self.request.config.kv_dtype)
+
+    @property
+    def memory(self) -> Memory:
+        """Memory of the fullest device."""
+        return max(self.memory_by_rank, key=lambda memory: memory.total)
+
+    @property
+    def devices(self) -> int:
+        """Devices that work together."""
+        return self.request.plan.ranks * self.request.tensor_parallel
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields of `--json`: tokens, bytes and operations."""
+        request, plan = self.request, self.request.plan
+        return {
+            "model": request.model,
+            "model_type": self.shape.name,
+            "context_tokens": plan.context_tokens,
+            "block_size": plan.block_size,
+            "anchor_size": plan.anchor_size,
+            "blocks": plan.num_blocks,
+            "ranks": plan.ranks,
+            "tensor_parallel": request.tensor_parallel,
+            "tokens_per_forward": self.tokens_per_forward,
+            "queries": request.queries,
+            "query_tokens": request.query_tokens,
+            "answer_tokens": request.answer_tokens,
+            "parameters": self.shape.parameters,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_dtype": request.config.kv_dtype,
+            "kv_device": request.config.kv_device,
+            "memory": asdict(self.memory) | {"total": self.memory.total},
+            "memory_by_rank": [memory.total for memory in self.memory_by_rank],
+            "flops": {
+                "phase1_star": _as_dict(self.star),
+                "phase1_star_busiest_rank": self.star_busiest,
+                "phase1_dense": _as_dict(self.dense),
+                "phase1_official": _as_dict(self.official),
+                "phase2": _as_dict(self.answers),
+            },
+            "wire_bytes_phase1": self.phase1_traffic.bytes,
+            "wire_calls_phase1": self.phase1_traffic.calls,
+            "wire_bytes_ring": self.ring_traffic.bytes,
+            "wire_bytes_phase2": self.phase2_traffic.bytes,
+            "wire_calls_phase2": self.phase2_traffic.calls,
+            "wire_within_bytes_phase1": self.phase1_tp_traffic.bytes,
+            "wire_within_bytes_phase2": self.phase2_tp_traffic.bytes,
+            "dense_over_star": self.dense.total / self.star.total,
+        }
+
+
+def _as_dict(flops: Flops) -> dict[str, int]:
+    return asdict(flops) | {"total": flops.total}
+
+
+def plan_costs(request: PlanRequest) -> PlanCosts:
+    """Compute the costs of a plan, and warn about what would not run or not run well."""
+    model_config = load.load_config(request.model)
+    check_tensor_parallel(model_config, request.tensor_parallel)
+    shape, plan, config = model_shape(model_config, request.dtype), request.plan, request.config
+    tokens_per_forward = config.forward_size(load.pick_device("auto"))
+    forwards: dict[str, Any] = dict(
+        tokens_per_forward=tokens_per_forward, tensor_parallel=request.tensor_parallel
+    )
+    phase1: dict[str, Any] = forwards | dict(anchor_source=config.anchor_source)
+    answers: dict[str, Any] = dict(
+        query_tokens=request.query_tokens,
+        answer_tokens=request.answer_tokens,
+        queries=request.queries,
+    )
+    busiest = max(
+        cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank).total
+        for rank in range(plan.ranks)
+    )
+    _warn(request, model_config)
+    return PlanCosts(
+        request=request,
+        shape=shape,
+        tokens_per_forward=tokens_per_forward,
+        memory_by_rank=_memory_by_rank(request, shape, tokens_per_forward),
+        star=cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward),
+        star_busiest=busiest // request.tensor_parallel,
+        dense=cost.phase1(
+            shape, BlockPlan.dense(plan.context_tokens), tokens_per_forward=tokens_per_forward
+        ),
+        official=cost.phase1_official(shape, plan),
+        answers=cost.phase2(shape, plan.context_tokens, **answers),
+        phase1_traffic=traffic.phase1_cp(shape, plan, **phase1),
+        phase1_tp_traffic=traffic.phase1_tp(shape, plan, **phase1),
+        ring_traffic=traffic.ring_cp(
+            shape, plan.context_tokens, plan.ranks, request.tensor_parallel
+        ),
+        phase2_traffic=traffic.phase2_cp(shape, plan.ranks, **forwards, **answers),
+        phase2_tp_traffic=traffic.phase2_tp(shape, plan.ranks, **forwards, **answers),
+        token_traffic=traffic.phase2_cp(
+            shape, plan.ranks, query_tokens=1, answer_tokens=1, **forwards
+        ),
+    )
+
+
+def _memory_by_rank(
+    request: PlanRequest, shape: ModelShape, tokens_per_forward: int
+) -> list[Memory]:
+    return [
+        cost.memory(
+            shape,
+            request.plan,
+            tokens_per_forward=tokens_per_forward,
+            tail_tokens=request.queries * (request.query_tokens + request.answer_tokens),
+            rank=rank,
+            tensor_parallel=request.tensor_parallel,
+            kv_dtype=request.config.kv_dtype,
+            kv_device=request.config.kv_device,
+        )
+        for rank in range(request.plan.ranks)
+    ]
+
+
+def _warn(request: PlanRequest, model_config: Any) -> None:
+    plan = request.plan
+    warn_beyond_positions(
+        model_config, plan.context_tokens + request.query_tokens + request.answer_tokens
+    )
+    if getattr(model_config, "quantization_config", None) is not None:
+        warnings.warn(
+            "the checkpoint is quantized: its weights take less memory than the plain weights"
+            " counted here",
+            stacklevel=2,
+        )
+    idle = plan.ranks - plan.num_blocks
+    if idle > 0:
+        warnings.warn(
+            f"{idle} of {plan.ranks} ranks {'is' if idle == 1 else 'are'} idle: the context has"
+            f" {counted(plan.num_blocks, 'block')}; lower --block-size or --ranks",
+            stacklevel=2,
+        )
+
+
+def warn_beyond_positions(model_config: Any, needed: int) -> None:
+    """Warn if context, query and answer need more positions than the model has."""
+    limit = rope.max_positions(model_config.get_text_config(decoder=True))
+    if limit is not None and needed > limit:
+        warnings.warn(
+            f"context, query and answer need {needed:,} positions, but the model has {limit:,}:"
+            " it would refuse to encode this context",
+            stacklevel=3,
+        )

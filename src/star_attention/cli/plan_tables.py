@@ -1,0 +1,107 @@
+"""The costs of a plan as text: a picture of the blocks, and tables."""
+
+from __future__ import annotations
+
+from star_attention.cli.formatting import format_bytes, format_quantity, table
+from star_attention.cli.plan_costs import PlanCosts
+from star_attention.planning.plan import counted, format_size
+
+_FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
+
+
+def costs_as_text(costs: PlanCosts) -> str:
+    """Return the picture of the plan, and tables of memory, operations and traffic."""
+    parts = [str(costs.request.plan), _model(costs), _memory(costs), _operations(costs)]
+    if costs.devices > 1:
+        parts.append(_traffic(costs))
+    return "\n\n".join(parts)
+
+
+def _model(costs: PlanCosts) -> str:
+    shape = costs.shape
+    widest = max(shape.attention, key=lambda call: call.heads)
+    windowed = sum(call.window is not None for call in shape.attention)
+    window = f", {windowed} with a sliding window" if windowed else ""
+    return (
+        f"model {costs.request.model} ({shape.name}): {shape.parameters:,} parameters of"
+        f" {shape.bytes_per_element} bytes, {counted(shape.layers, 'layer')}{window}\n"
+        f"attention: {counted(widest.heads, 'query head')}, {counted(widest.kv_heads, 'KV head')},"
+        f" key size {widest.k_head_size}, value size {widest.v_head_size};"
+        f" {costs.kv_bytes_per_token:,} bytes of keys and values per token"
+    )
+
+
+def _memory(costs: PlanCosts) -> str:
+    memory, plan = costs.memory, costs.request.plan
+    largest = format_size(min(costs.tokens_per_forward, plan.context_tokens))
+    rows = [
+        ("weights", memory.weights, ""),
+        ("keys and values", memory.kv, "of its blocks" if plan.ranks > 1 else ""),
+        ("anchor", memory.anchor, "of the first block, as computed"),
+        ("queries and answers", memory.tail, ""),
+        ("working memory", memory.working, f"estimate, up to {largest} tokens per forward"),
+        ("total", memory.total, ""),
+        ("host memory", memory.host, "keys and values"),
+    ]
+    optional = ("anchor", "host memory")
+    return _memory_heading(costs) + table(
+        [
+            (name, format_bytes(size), remark)
+            for name, size, remark in rows
+            if size or name not in optional
+        ]
+    )
+
+
+def _memory_heading(costs: PlanCosts) -> str:
+    totals = [memory.total for memory in costs.memory_by_rank]
+    heading = "memory of the fullest device" if costs.devices > 1 else "memory"
+    if len(set(totals)) > 1:
+        fullest = totals.index(costs.memory.total)
+        others = [total for rank, total in enumerate(totals) if rank != fullest]
+        least, most = format_bytes(min(others)), format_bytes(max(others))
+        rest = least if least == most else f"{least} to {most}"
+        heading += f" (rank {fullest}; total of the others: {rest})"
+    return heading + "\n"
+
+
+def _operations(costs: PlanCosts) -> str:
+    request = costs.request
+    columns = {"star": costs.star, "dense": costs.dense, "official": costs.official}
+    rows: list[tuple[str, ...]] = [("phase 1", *columns)]
+    for part in ("linear", "attention", "expansion", "total"):
+        if part != "expansion" or costs.shape.expansion_parameters:
+            counts = (getattr(flops, part) for flops in columns.values())
+            rows.append((f"  {part}", *(_flop(count) for count in counts)))
+    ratios = (flops.total / costs.star.total for flops in columns.values())
+    rows.append(("  relative to star", *(f"x {ratio:.2f}" for ratio in ratios)))
+    if costs.devices > 1:
+        rows.append(("  busiest device", _flop(costs.star_busiest), "", ""))
+    rows.append(("phase 2", *(_flop(costs.answers.total) for _ in columns)))
+    answers = f"{request.queries} x ({request.query_tokens:,} + {request.answer_tokens:,}) tok"
+    return f"operations (phase 2: {answers}, the same for each)\n" + table(rows)
+
+
+def _flop(count: int) -> str:
+    return format_quantity(count, _FLOP, 1000)
+
+
+def _traffic(costs: PlanCosts) -> str:
+    traffics = [
+        ("phase 1", costs.phase1_traffic, "the anchor to every rank"),
+        ("  ring attention", costs.ring_traffic, "for comparison"),
+        ("phase 2", costs.phase2_traffic, "states of all answers"),
+    ]
+    rows: list[tuple[str, ...]] = [
+        (name, format_bytes(traffic.bytes), counted(traffic.calls, "collective"), remark)
+        for name, traffic, remark in traffics
+    ]
+    rows.append(("  per answer token", format_bytes(costs.token_traffic.bytes), "", ""))
+    if costs.request.tensor_parallel > 1:
+        for name, traffic in (
+            ("phase 1, tensor parallel", costs.phase1_tp_traffic),
+            ("phase 2, tensor parallel", costs.phase2_tp_traffic),
+        ):
+            calls = counted(traffic.calls, "collective")
+            rows.append((name, format_bytes(traffic.bytes), calls, "sums of partial results"))
+    return "traffic between devices, all together\n" + table(rows)

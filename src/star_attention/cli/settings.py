@@ -1,0 +1,61 @@
+"""Options made from the fields of `StarConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from star_attention.config import StarConfig
+
+_FIELDS = {field.name: field for field in dataclasses.fields(StarConfig)}
+
+
+@dataclass(frozen=True, init=False)
+class ConfigOptions:
+    """Marks a `dict[str, Any]` of `StarConfig` settings: each becomes an option of a command.
+
+    Values are as given on the command line, for `StarConfig.of` to parse and check.
+
+    Args:
+        names: Fields of `StarConfig`; without any, all of them.
+        without: Fields to leave out.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str, without: tuple[str, ...] = ()) -> None:
+        selected = tuple(name for name in names or _FIELDS if name not in without)
+        object.__setattr__(self, "names", selected)
+
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """Return one parameter per setting, annotated for typer."""
+        for name in self.names:
+            default = _FIELDS[name].default
+            kind: Any = str if default is not None else str | None
+            yield inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None if default is None else str(default),
+                annotation=Annotated[kind, _option(name)],
+            )
+
+    def settings(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings among the values of all options."""
+        return {name: values[name] for name in self.names}
+
+
+def _option(name: str) -> Any:
+    setting = _FIELDS[name].metadata
+    return typer.Option(
+        # Explicit: typer 0.27 derives the name from a metavar that differs in case only.
+        "--" + name.replace("_", "-"),
+        help=setting["help"],
+        metavar=setting["metavar"],
+        rich_help_panel=setting["panel"],
+        show_default=setting["default_text"] or True,
+    )
