@@ -87,7 +87,7 @@ class Difference:
         return HIGHER if self.value > 0 else LOWER
 
     def within(self, lower: float, upper: float) -> Difference:
-        """The same with the interval clipped: the stretched bootstrap may exceed what is possible."""
+        """The same with the interval clipped to what is possible, as the stretch ignores limits."""
         if self.low is None or self.high is None:
             return self
         return replace(self, low=max(lower, self.low), high=min(upper, self.high))

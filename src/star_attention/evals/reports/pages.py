@@ -55,7 +55,10 @@ def html(title: str, sections: Sequence[Section]) -> str:
     """The report as one page; figures are part of it."""
     body = "\n".join([f"<h1>{escape(title)}</h1>", *map(_html_section, sections)])
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{body}\n</body>\n</html>\n'
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n'
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def _html_section(section: Section) -> str:

@@ -31,7 +31,7 @@ def in_short(results: Results) -> list[str]:
 
 
 def _cut_off(results: Results) -> list[str]:
-    """Answers that the token limit may have made wrong; tasks whose right ones end there are fine."""
+    """Answers that the token limit may have made wrong; right ones may end there, too."""
     counts = list(map(results.at_limit, results.variants))
     wrong = [
         f"{variant_name(count.variant)} ({count.not_right:,} of {count.answers:,})"

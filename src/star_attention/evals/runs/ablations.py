@@ -1,4 +1,4 @@
-"""The paper's ablations of the anchor (its Table 4): blocks encoded after an anchor of another kind.
+"""The paper's ablations of the anchor (its Table 4): blocks encoded after another anchor.
 
 Every block but the first is preceded by `anchor_size` tokens, which are encoded anew for each
 block, as in the paper's own implementation, and dropped afterwards. With the first block's tokens

@@ -1,4 +1,4 @@
-"""Which samples of a run are answered together: checks, lengths, and one job per context and variant."""
+"""The jobs of a run: samples checked, measured, and grouped by context and variant."""
 
 from __future__ import annotations
 

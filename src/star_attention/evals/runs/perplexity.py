@@ -1,4 +1,4 @@
-"""Perplexity of the tails of a text given their heads: the accuracy of continuing, not of finding."""
+"""Perplexity of the tails of a text given their heads."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def run(
 def _check_lengths(star: StarLLM, length: int, tail: int) -> None:
     if not 1 <= tail <= length - 2:
         raise SizeError(
-            f"tail {tail:,} leaves windows of {length:,} tokens no context; give 1 to {length - 2:,}"
+            f"tail {tail:,} leaves windows of {length:,} tokens no context; give 1 to"
+            f" {length - 2:,}"
         )
     limit = star.runtime.handle.max_positions
     if limit is not None and length > limit:

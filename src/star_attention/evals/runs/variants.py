@@ -1,4 +1,4 @@
-"""Variants compared on the same samples: `star:/4` or `streaming_llm:2k:64`, a method and its sizes."""
+"""Variants: a method and its sizes, written `star:/4` or `streaming_llm:2k:64`."""
 
 from __future__ import annotations
 
