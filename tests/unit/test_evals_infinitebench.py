@@ -69,7 +69,7 @@ def test_samples_fill_their_length_and_have_the_answer_that_their_text_has(
 
 
 @pytest.mark.parametrize("task", SUITE.tasks)
-def test_a_sample_is_the_same_whatever_is_made_with_it(task: str) -> None:
+def test_a_sample_does_not_depend_on_how_many_are_generated(task: str) -> None:
     assert generate(task, count=2) == generate(task, count=4)[:2]
     assert generate(task)[0].context != generate(task, seed=1)[0].context
     assert (

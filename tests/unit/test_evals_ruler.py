@@ -65,8 +65,8 @@ def test_a_sample_fits_and_fills_its_length(
 
 
 @pytest.mark.parametrize("task", RULER.tasks)
-def test_samples_are_the_same_each_time(task: str, data: dict[str, str]) -> None:
-    """Whatever their number; and differ by index and by seed."""
+def test_samples_differ_by_index_and_seed_alone(task: str, data: dict[str, str]) -> None:
+    """They are the same at each call, however many are generated."""
     options = options_of(task, data)
     samples = generate(task, 2048, 3, **options)
     assert generate(task, 2048, 2, **options) == samples[:2]
@@ -88,7 +88,7 @@ def test_the_prompt_is_rulers(task: str, data: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("task", RULER.tasks)
-def test_the_answer_is_in_the_context_alone(task: str, data: dict[str, str]) -> None:
+def test_answers_are_in_the_context_and_not_in_the_query(task: str, data: dict[str, str]) -> None:
     for sample in generate(task, 2048, 3, **options_of(task, data)):
         assert sample.answers
         assert any(answer in sample.context for answer in sample.answers)

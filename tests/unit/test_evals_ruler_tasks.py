@@ -78,7 +78,7 @@ def test_prose_is_named(tmp_path: Path) -> None:
     assert repeats > 20, "the essay is repeated to fill the length"
 
 
-def test_words_are_held_apart() -> None:
+def test_words_of_training_and_evaluation_are_disjoint() -> None:
     """Every word is in one of the parts, and samples of a part have words of that part only."""
     every, train, held_out = (sources.words(part) for part in (None, "train", "eval"))
     assert set(train.all) | set(held_out.all) == set(every.all)

@@ -76,7 +76,7 @@ def test_samples_of_one_context_follow_each_other(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", SUITE.tasks)
-def test_a_sample_is_the_same_whatever_is_made_with_it(task: str) -> None:
+def test_a_sample_does_not_depend_on_how_many_are_generated(task: str) -> None:
     assert generate(task, count=4) == generate(task, count=7)[:4]
     assert generate(task)[0].context != generate(task, seed=1)[0].context
     assert (

@@ -18,8 +18,8 @@ from star_attention.evals.samples import sources
 from star_attention.evals.suites.babilong.prompts import QUESTION_LEAD
 from star_attention.evals.suites.ruler import lists
 from star_attention.hf.text.tokens import context_ids, query_ids
+from tests.babilong import answers
 from tests.engines import bundled_tokenizer
-from tests.unit.test_evals_babilong import answers
 from training import data, documents, train
 from training.babilong_documents import story_document
 from training.documents import Maker
@@ -38,7 +38,7 @@ from training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def few_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading all docstrings takes seconds."""
+    """Use few sentences: reading all docstrings takes seconds."""
     sentences = sources.prose().sentences[:200]
     monkeypatch.setattr(documents, "docstring_sentences", lambda: sentences)
 
@@ -75,7 +75,7 @@ def test_documents_are_what_a_model_sees(kind: str, room: int) -> None:
 
 
 def test_answers_are_right() -> None:
-    """Needles and chains are answered by reading their text."""
+    """The answers are derived again from the text, for needles and chains."""
     maker = new_maker(3)
     for _ in range(20):
         document = needle_document(maker, 1500)
@@ -156,7 +156,7 @@ def test_searches_have_their_answers_in_the_text() -> None:
             assert question.answer == f" {pairs[key[1]]}"
 
 
-def test_a_model_begins_with_a_sink() -> None:
+def test_a_model_starts_with_a_sink() -> None:
     """With a sink, every query of the first layer attends to `<bos>`; without one, none does."""
     ids = torch.randint(5, 4000, (1, 600), generator=torch.Generator().manual_seed(0))
     ids[0, 0] = bundled_tokenizer().bos_token_id
@@ -166,12 +166,13 @@ def test_a_model_begins_with_a_sink() -> None:
         model.set_attn_implementation("eager")
         with torch.no_grad():
             (first, _) = model(ids, output_attentions=True).attentions
-        shares[sink] = first[0, :, 100:, 0].mean(1)  # of each head
+        # The mean share of each head.
+        shares[sink] = first[0, :, 100:, 0].mean(1)
     assert shares[0.0].max() < 0.05
     assert shares[10.0].min() > 0.8
 
 
-def test_words_are_held_apart() -> None:
+def test_words_of_training_and_evaluation_are_disjoint() -> None:
     keys: list[set[str]] = []
     for part in sources.PARTS:
         maker = new_maker(7, part)
