@@ -1,4 +1,4 @@
-"""A question-answering pipeline in the words that kvpress made familiar: context, question or questions, answer_prefix."""
+"""A question-answering pipeline with kvpress' interface: context, questions, answer_prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from star_attention.errors import InvalidInputError, TokenError
 
 
 class StarPipeline:
-    """Called with a context and questions; see `pipeline`."""
+    """A callable that answers questions on a context; made by `pipeline`.
+
+    Attributes:
+        star: the engine that encodes and answers.
+    """
 
     def __init__(self, star: StarLLM) -> None:
         self.star = star
@@ -27,21 +31,34 @@ class StarPipeline:
         answer_prefix: str = "",
         max_new_tokens: int = 50,
         chat: bool | None = None,
-        **generation: Any,
+        **generation_kwargs: Any,
     ) -> dict[str, Any]:
-        """`{"answer": text}` for a question, `{"answers": [text, ...]}` for questions, all on one encoding of the context.
+        """Answer one question or several on one context, which is encoded once.
 
-        chat: put context and question into one user message of the model's chat template; None does so where the model has
-            a template. Without one the question follows the context as it is.
-        generation: the words of `StarLLM.generate`.
+        Args:
+            context: the text to read.
+            question: one question; give either this or `questions`.
+            questions: several questions, answered independently.
+            answer_prefix: text that every answer begins with; not part of the result.
+            max_new_tokens: most tokens of an answer.
+            chat: True puts context and question into one user message of the model's chat template;
+                False appends the question to the context as it is; None chooses True if the model
+                has a template.
+            generation_kwargs: further arguments of `StarLLM.generate`.
+
+        Returns:
+            `{"answer": text}` for `question`, `{"answers": [text, ...]}` for `questions`.
+
+        Raises:
+            InvalidInputError: neither or both of `question` and `questions`, or an invalid setting.
+            TokenError: an empty question or context.
+            ContextLengthError: context, question and answer exceed the model's positions.
         """
         if (question is None) == (questions is None):
-            raise InvalidInputError(
-                "give either question (one text) or questions (a list of texts)"
-            )
+            raise InvalidInputError("give either question (a str) or questions (a list of str)")
         if isinstance(questions, str):
             raise InvalidInputError(
-                "questions is one text; give a list of texts, or give it as question"
+                "questions: expected a list of str, got str; give one question as question="
             )
         queries: list[Any] = list(questions) if questions is not None else [question]
         if not queries or not all(isinstance(query, str) and query for query in queries):
@@ -49,7 +66,7 @@ class StarPipeline:
         if chat is None:
             chat = bool(getattr(self.star.tokenizer, "chat_template", None))
         settings: dict[str, Any] = dict(
-            answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation
+            answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation_kwargs
         )
         content = [{"role": "user", "content": context}] if chat else context
         prepared = self.star.prepare(content, queries, **settings)
@@ -61,17 +78,26 @@ class StarPipeline:
 def pipeline(
     model: str | os.PathLike[str] | nn.Module | StarLLM, tokenizer: Any = None, **settings: Any
 ) -> StarPipeline:
-    """A pipeline around a model folder, a hub id, a loaded model (with its tokenizer), or a `StarLLM`.
-
-    settings: those of `StarLLM.from_pretrained` (for a path) or of `StarLLM` (block_size, anchor_size, method, ...).
+    """Return a question-answering pipeline for a model.
 
         pipe = star_attention.pipeline("models/needle-17m", block_size=4096)
         pipe(text, questions=["What is ...?", "Where is ...?"])["answers"]
+
+    Args:
+        model: a model folder, a hub id, a loaded model, or a `StarLLM`.
+        tokenizer: the tokenizer of a loaded model; for a path, replaces the model's own.
+        settings: keywords of `StarLLM.from_pretrained` (for a path) or of `StarLLM` (for a model):
+            block_size, anchor_size, method, ...
+
+    Raises:
+        InvalidInputError: settings or a tokenizer together with a `StarLLM`.
+        StarAttentionError: whatever `StarLLM` or `StarLLM.from_pretrained` raises.
     """
     if isinstance(model, StarLLM):
         if settings or tokenizer is not None:
             raise InvalidInputError(
-                "a StarLLM brings its own tokenizer and settings; give no others"
+                "a StarLLM has a tokenizer and settings of its own; give no others, or pass the"
+                " model instead"
             )
         return StarPipeline(model)
     if isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""Chat messages: cut in two at any template, the joined ids are those of the whole conversation rendered at once."""
+"""Chat messages: context and query together have the ids of the whole conversation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from star_attention.errors import ContextLengthError, InvalidInputError, TokenEr
 from star_attention.hf.loading.load import load_tokenizer
 from tests.engines import BUNDLED, bundled_tokenizer, text_model
 
-# Templates that take a message's content as one string, in the manner of Llama 3, of ChatML, and of those that trim.
+# Templates in the style of Llama 3 (which trims) and of ChatML take a message's content as one
+# string.
 LLAMA = (
-    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<|im|>system\nYou help.<|end|>\n{% endif %}"
-    "{% for m in messages %}{{ '<|im|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im|>assistant\n{% endif %}"
 )
-PARTS = (  # text parts one behind the other, as newer templates have them
+# Newer templates join the text parts of a message.
+PARTS = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]"
     "{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}[/]"
@@ -68,21 +72,21 @@ def whole_ids(star: StarLLM, text: str) -> list[int]:
     return ids
 
 
-def asked(star: StarLLM, context: EncodedContext, query: Any, **words: Any) -> list[int]:
-    """Ids of context and query as the model sees them."""
+def prompt(star: StarLLM, context: EncodedContext, query: Any, **kwargs: Any) -> list[int]:
+    """Return the ids of context and query, as the model sees them."""
     return context.token_ids.tolist() + inputs.prompt_ids(
-        star.runtime, context.chat, query, **words
+        star.runtime, context.chat, query, **kwargs
     )
 
 
 @pytest.mark.parametrize("before", [[], [SYSTEM]], ids=["user", "system"])
-@pytest.mark.parametrize("how", ["text", "messages", "part"])
-def test_an_open_message_goes_on_with_the_query(
-    star: StarLLM, before: list[dict[str, Any]], how: str
+@pytest.mark.parametrize("form", ["text", "messages", "part"])
+def test_a_query_continues_an_open_message(
+    star: StarLLM, before: list[dict[str, Any]], form: str
 ) -> None:
-    """Document and question are one user message, whichever way the question comes."""
-    messages = [*before, user(DOCUMENT, QUESTION) if how == "part" else user(DOCUMENT)]
-    query = {"text": QUESTION, "messages": [user(QUESTION)], "part": None}[how]
+    """Document and question are one user message, however the question is given."""
+    messages = [*before, user(DOCUMENT, QUESTION) if form == "part" else user(DOCUMENT)]
+    query = {"text": QUESTION, "messages": [user(QUESTION)], "part": None}[form]
     is_bundled = star.tokenizer.chat_template == BUNDLED_TEMPLATE
     takes_parts = star.tokenizer.chat_template in (BUNDLED_TEMPLATE, PARTS)
     whole = rendered(
@@ -91,8 +95,9 @@ def test_an_open_message_goes_on_with_the_query(
 
     context = star.encode(messages)
 
-    assert asked(star, context, query) == whole_ids(star, whole)
-    # The cut is right behind the document: what introduces the question belongs to the query.
+    assert prompt(star, context, query) == whole_ids(star, whole)
+    # The cut is right after the document: the text that introduces the question belongs to the
+    # query.
     assert star.tokenizer.decode(context.token_ids).endswith(DOCUMENT)
     assert (
         context.token_ids.tolist().count(star.tokenizer.bos_token_id) == whole.count("<bos>") <= 1
@@ -111,7 +116,7 @@ def test_a_closed_turn_is_followed_by_a_new_message(star: StarLLM) -> None:
     messages = [SYSTEM, user(DOCUMENT), ASSISTANT]
     context = star.encode(messages)
     for query in (QUESTION, [user(QUESTION)]):
-        assert asked(star, context, query) == whole_ids(
+        assert prompt(star, context, query) == whole_ids(
             star, rendered(star, [*messages, user(QUESTION)])
         )
     assert DOCUMENT.strip() in star.tokenizer.decode(context.token_ids)
@@ -122,14 +127,14 @@ def test_a_query_may_be_a_conversation(star: StarLLM) -> None:
     messages = [SYSTEM, user(DOCUMENT), ASSISTANT]
     more = [user(QUESTION), {"role": "assistant", "content": "5335582"}, user("Are you sure?")]
     context = star.encode(messages)
-    assert asked(star, context, more) == whole_ids(star, rendered(star, messages + more))
+    assert prompt(star, context, more) == whole_ids(star, rendered(star, messages + more))
 
 
-def test_the_same_message_with_its_question_asks_the_question(star: StarLLM) -> None:
+def test_repeating_the_message_with_a_question_asks_the_question(star: StarLLM) -> None:
     context = star.encode([user(DOCUMENT, QUESTION)])
     again = [user(DOCUMENT, "Which key is there?")]
-    assert asked(star, context, again) == asked(star, context, "Which key is there?")
-    assert asked(star, context, [user(DOCUMENT, QUESTION)]) == asked(star, context, None)
+    assert prompt(star, context, again) == prompt(star, context, "Which key is there?")
+    assert prompt(star, context, [user(DOCUMENT, QUESTION)]) == prompt(star, context, None)
 
 
 def test_several_queries_on_one_chat(star: StarLLM) -> None:
@@ -149,11 +154,11 @@ def test_several_chats(star: StarLLM) -> None:
         assert together.chat == alone.chat
 
 
-def test_the_answer_prefix_stands_behind_the_start_of_the_answer(star: StarLLM) -> None:
+def test_the_answer_prefix_follows_the_start_of_the_answer(star: StarLLM) -> None:
     context = star.encode([user(DOCUMENT)])
     plain, prefixed = (
-        asked(star, context, QUESTION),
-        asked(star, context, QUESTION, answer_prefix="The secret"),
+        prompt(star, context, QUESTION),
+        prompt(star, context, QUESTION, answer_prefix="The secret"),
     )
     assert prefixed == plain + whole_ids(star, "The secret")
 
@@ -165,7 +170,7 @@ def test_an_open_chat_can_be_extended(star: StarLLM) -> None:
         star.encode([SYSTEM, user(DOCUMENT + more)]),
     )
     extended = star.extend(context, more)
-    assert asked(star, extended, QUESTION) == asked(star, whole, QUESTION)
+    assert prompt(star, extended, QUESTION) == prompt(star, whole, QUESTION)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         star.generate(extended, QUESTION, max_new_tokens=1)
@@ -173,9 +178,9 @@ def test_an_open_chat_can_be_extended(star: StarLLM) -> None:
         star.extend(star.encode([user(DOCUMENT), ASSISTANT]), more)
 
 
-def test_token_ids_are_taken_as_they_are(star: StarLLM) -> None:
+def test_token_ids_are_used_unchanged(star: StarLLM) -> None:
     context = star.encode([user(DOCUMENT)])
-    assert asked(star, context, [7, 8]) == [*context.token_ids.tolist(), 7, 8]
+    assert prompt(star, context, [7, 8]) == [*context.token_ids.tolist(), 7, 8]
 
 
 def test_a_cut_that_changes_tokens_is_a_warning() -> None:
@@ -187,7 +192,7 @@ def test_a_cut_that_changes_tokens_is_a_warning() -> None:
         star.generate(context, "er is 7.", max_new_tokens=1)
 
 
-def test_a_template_that_renders_the_context_anew_is_a_warning() -> None:
+def test_a_template_that_renders_the_context_differently_is_a_warning() -> None:
     star = star_with(CHATML)
     context = star.encode([user(DOCUMENT)])
     star.tokenizer.chat_template = CHATML.replace("You help", "Today is Tuesday")
@@ -198,7 +203,7 @@ def test_a_template_that_renders_the_context_anew_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("messages", "query", "error", "message"),
     [
-        ([user(DOCUMENT)], None, InvalidInputError, "came without a question"),
+        ([user(DOCUMENT)], None, InvalidInputError, "has no question of its own"),
         ([user(DOCUMENT)], "", TokenError, "the query is empty"),
         (
             [user(DOCUMENT)],
@@ -223,17 +228,17 @@ def test_bad_messages_are_refused(
         star.generate(star.encode(messages), query, max_new_tokens=1)
 
 
-def test_what_a_chats_answer_would_be_refused_for_is_said_before_encoding(star: StarLLM) -> None:
-    """With the template's own tokens, and for the question that came with the messages."""
+def test_a_chat_query_that_would_fail_is_refused_before_encoding(star: StarLLM) -> None:
+    """Counting the template's own tokens, and for a question that is part of the messages."""
     context = star.encode([user(DOCUMENT)])
     room = 2048 - len(context) - len(inputs.prompt_ids(star.runtime, context.chat, QUESTION))
-    for words in (dict(query=QUESTION), dict(query=[QUESTION, "x"]), dict(query=[user(QUESTION)])):
-        assert star.encode([user(DOCUMENT)], **words, settings=dict(max_new_tokens=room))
+    for kwargs in (dict(query=QUESTION), dict(query=[QUESTION, "x"]), dict(query=[user(QUESTION)])):
+        assert star.encode([user(DOCUMENT)], **kwargs, settings=dict(max_new_tokens=room))
         with pytest.raises(ContextLengthError, match="more than the model's 2,048 positions"):
-            star.encode([user(DOCUMENT)], **words, settings=dict(max_new_tokens=room + 1))
+            star.encode([user(DOCUMENT)], **kwargs, settings=dict(max_new_tokens=room + 1))
     with pytest.raises(ContextLengthError):
         star.encode([user(DOCUMENT, QUESTION)], settings=dict(max_new_tokens=room + 99))
-    with pytest.raises(InvalidInputError, match="came without a question"):
+    with pytest.raises(InvalidInputError, match="has no question of its own"):
         star.encode([user(DOCUMENT)], settings={})
 
 
@@ -248,5 +253,5 @@ def test_messages_need_a_template_and_a_chat_context() -> None:
         star.encode([user(DOCUMENT)])
     with pytest.raises(InvalidInputError, match="chat messages need a tokenizer"):
         StarLLM(text_model()).encode([user(DOCUMENT)])
-    with pytest.raises(InvalidInputError, match="does not write the user's text once"):
+    with pytest.raises(InvalidInputError, match="does not render the user's text exactly once"):
         star_with("{{ messages[0]['role'] }}").encode([user(DOCUMENT)])

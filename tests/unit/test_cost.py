@@ -282,7 +282,7 @@ def test_what_cannot_run_has_no_cost() -> None:
 
 def test_models_that_look_at_values_are_refused_by_name() -> None:
     with pytest.raises(
-        InvalidInputError, match="the cost of jetmoe cannot be worked out from its config"
+        InvalidInputError, match="the cost of jetmoe cannot be derived from its config"
     ):
         model_shape(UNUSUAL["jetmoe"]())
 

@@ -1,4 +1,4 @@
-"""The pipeline in kvpress's words, and what says which models can run."""
+"""The pipeline with kvpress' interface, and `supported`."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ def test_the_answer_prefix_is_not_part_of_the_answer(pipe: Any) -> None:
 
 
 def test_without_the_template_the_question_follows_the_text(pipe: Any) -> None:
+    # This is how the template renders a question.
     raw = pipe(TEXT, f"<|q|>{QUESTIONS[0]}<|a|>", chat=False)
-    assert raw == pipe(TEXT, QUESTIONS[0])  # the template writes just this
+    assert raw == pipe(TEXT, QUESTIONS[0])
 
 
-def test_words_of_generate_are_passed_on(pipe: Any) -> None:
+def test_arguments_of_generate_are_passed_on(pipe: Any) -> None:
     assert (
         len(bundled_tokenizer()(pipe(TEXT, QUESTIONS[0], max_new_tokens=3)["answer"]).input_ids)
         <= 4
@@ -94,20 +95,20 @@ def test_a_pipeline_around_a_folder_or_an_engine() -> None:
     by_path = pipeline(str(BUNDLED), dtype="float32", device="cpu", block_size=64)
     by_engine = pipeline(StarLLM(bundled_model(), bundled_tokenizer(), block_size=64))
     assert by_path(TEXT, QUESTIONS[0]) == by_engine(TEXT, QUESTIONS[0])
-    with pytest.raises(InvalidInputError, match="brings its own tokenizer and settings"):
+    with pytest.raises(InvalidInputError, match="has a tokenizer and settings of its own"):
         pipeline(by_engine.star, block_size=3)
 
 
 def test_bad_questions_are_refused(pipe: Any) -> None:
-    for words in ({}, dict(question="a", questions=["b"])):
+    for kwargs in ({}, dict(question="a", questions=["b"])):
         with pytest.raises(InvalidInputError, match="either question"):
-            pipe(TEXT, **words)
-    for words in (dict(question=""), dict(questions=[]), dict(questions=["a", ""])):
+            pipe(TEXT, **kwargs)
+    for kwargs in (dict(question=""), dict(questions=[]), dict(questions=["a", ""])):
         with pytest.raises(TokenError, match="a question is empty"):
-            pipe(TEXT, **words)
+            pipe(TEXT, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------- supported
+# -------------------------------------------------------------------------------------- supported
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
@@ -120,7 +121,7 @@ def test_families_that_run_are_supported(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_families_that_cannot_run_say_why(name: str) -> None:
-    """Of a config as of a model, and the engine gives the same reasons."""
+    """For a config, for its model and for the engine, with the same reasons."""
     by_config, model = supported(REFUSED[name]()), build(name)
     assert not by_config
     assert all(len(reason) > 20 for reason in by_config.reasons)
@@ -138,7 +139,7 @@ def test_supported_takes_a_path() -> None:
         supported("no/such/folder/here")
 
 
-def test_supported_takes_what_is_no_transformers_model() -> None:
+def test_supported_takes_other_modules() -> None:
     import torch
 
     assert not supported(torch.nn.Linear(2, 3))

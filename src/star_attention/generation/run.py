@@ -84,7 +84,7 @@ class GenerationRun:
         self._request = request
         rows = len(request.queries) * settings.answers_per_query
         eos_ids = settings.eos_ids | tokens.stop_tokens(tokenizer, settings.stops)
-        self._answers = [tokens.Answer(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
+        self._answers = [tokens.AnswerText(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
         keeps_logits = settings.given.return_logits
         self._logits: list[list[Tensor]] | None = (
             [[] for _ in range(rows)] if keeps_logits else None
@@ -189,7 +189,7 @@ class GenerationRun:
         """Return the answers, those to one query next to each other."""
         return [self._generation(row, answer) for row, answer in enumerate(self._answers)]
 
-    def _generation(self, row: int, answer: tokens.Answer) -> Generation:
+    def _generation(self, row: int, answer: tokens.AnswerText) -> Generation:
         assert answer.finish_reason is not None, "the run has not ended"
         measured = self._measured
         later_tokens = len(answer.token_ids) - 1

@@ -1,1 +1,1 @@
-"""All contact with transformers: its cache interface, its attention interface, loading, and what it can and cannot run."""
+"""All contact with transformers' models: loading, attention, caches, text."""

@@ -1,7 +1,8 @@
-"""The cost-relevant shape of a model, from its config alone: built without weights and run once without numbers.
+"""The `ModelShape` of a config: the model is built without weights and run once without data.
 
-On torch's meta device a model has shapes but no data. One forward of a few tokens through our own attention hook shows what
-every layer keeps and attends with, whatever the family calls its settings; torch's own counter says what the matrix products cost.
+On torch's meta device a model has shapes but no data. One forward of a few tokens through our own
+attention hook shows what every layer stores and attends with, whatever the family calls its
+settings, and torch's own counter gives the cost of the matrix products.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from star_attention.planning.model_shape import AttentionShape, ModelShape
 
 @dataclass(kw_only=True)
 class _Record(ForwardPosition):
-    """What one forward without data shows."""
+    """Sizes and operations observed in one forward without data."""
 
     counter: FlopCounterMode
     attention: list[AttentionShape] = field(default_factory=list)
@@ -65,10 +66,16 @@ class _RecordingLayer(ProbeLayer[_Record]):
 
 
 def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
-    """The shape of a config's model; `dtype` "auto" is the config's own, float32 where it names none.
+    """Return the shape of a config's model.
 
-    Raises `UnsupportedModelError` for models that cannot run, and `InvalidInputError` for the few whose code looks at values while
-    it runs, so that nothing can be said without weights.
+    Args:
+        config: a transformers config.
+        dtype: precision of the weights; "auto" takes the config's, or float32 if it names none.
+
+    Raises:
+        UnsupportedModelError: Star Attention cannot run the model.
+        InvalidInputError: an unknown dtype, or a model whose code reads values while it runs, so
+            that it cannot run without weights.
     """
     reasons = support.reasons(config)
     if reasons:
@@ -85,13 +92,15 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
             run_probe(handle, StarCache(layers, record, SoloComm()))
     except (RuntimeError, NotImplementedError) as error:
         raise InvalidInputError(
-            f"the cost of {config.model_type} cannot be worked out from its config: its code looks at values while it"
-            " runs; encode a short context and look at its nbytes and encode_s instead"
+            f"the cost of {config.model_type} cannot be derived from its config: its code reads"
+            " values while it runs; encode a short context and look at its nbytes and encode_s"
+            " instead"
         ) from error
     head = model.get_output_embeddings()
-    cut = [] if tensor_parallel.reasons(config, 1) else list(tensor_parallel.layers(model))
-    summed = [module.out_features for _, module, style in cut if style == "rowwise"]
-    summed += [module.down_proj.shape[1] for _, module, style in cut if style == "experts"]
+    sharded = [] if tensor_parallel.reasons(config, 1) else list(tensor_parallel.layers(model))
+    # Outputs that tensor parallelism sums over its ranks.
+    summed = [module.out_features for _, module, style in sharded if style == "rowwise"]
+    summed += [module.down_proj.shape[1] for _, module, style in sharded if style == "experts"]
     return ModelShape(
         name=str(config.model_type),
         layers=len(handle.windows),
@@ -102,7 +111,9 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         kv_layers=record.kv_layers,
         linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),
         sharded_parameters=sum(
-            weight.numel() for _, module, _ in cut for weight in module.parameters(recurse=False)
+            weight.numel()
+            for _, module, _ in sharded
+            for weight in module.parameters(recurse=False)
         ),
         all_reduced_elements_per_token=sum(summed),
         all_reduces=len(summed),
@@ -128,13 +139,14 @@ def _dtype(config: Any, dtype: str) -> torch.dtype:
 
 
 def _without_weights(config: Any, dtype: torch.dtype) -> Any:
-    config = copy.deepcopy(config)  # building a model writes into its config
+    # Building a model writes to its config.
+    config = copy.deepcopy(config)
     # Some models search the ids for padding, which needs values.
     config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # The other implementations of mixtures of experts sort tokens by value. This one multiplies just what a token goes to.
-    # (Models without a choice say so by a log line, which is of no use here.)
+    # The other implementations of mixtures of experts sort tokens by value. This one multiplies
+    # each token with just the experts it is routed to. Models without a choice would log that.
     if getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("batched_mm")
     return model.eval()

@@ -1,1 +1,1 @@
-"""Decisions in integers, before any tensor: blocks, operations, bytes and times."""
+"""Plans and estimates in integers, before any tensor exists: blocks, operations, bytes, times."""

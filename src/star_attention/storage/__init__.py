@@ -1,1 +1,1 @@
-"""Where an encoded context lives: keys and values in memory, and in files."""
+"""Encoded contexts: keys and values in memory and in files."""

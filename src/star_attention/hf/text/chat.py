@@ -1,8 +1,9 @@
-"""Chat messages cut in two: what is encoded as context, and what a query continues.
+"""Chat messages cut in two: the context, which is encoded, and the turn of the query after it.
 
-The chat template is rendered once around sentinels and cut there, so that any template works: the head is the context, what
-introduces the query and what follows it (end of the turn, start of the answer) goes with the query. The cut lies inside a user
-message: right behind the document part when the context ends in an open user message, right before the query's text otherwise.
+The chat template is rendered once around markers and cut at them, so that any template works. The
+text before the cut is the context; the text that introduces the query and the text after it (end of
+the turn, start of the answer) belong to the query. The cut is inside a user message: right after
+the document if the context ends in an open user message, right before the query otherwise.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ Message = dict[str, Any]
 _CUT = "\u2063star-attention-cut\u2063"
 _QUERY = "\u2063star-attention-query\u2063"
 _WINDOW = 200
-"""Characters on each side of the cut that are tokenized together, to see whether the cut changes them."""
+"""Characters on each side of the cut that are tokenized together, to see if the cut matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatContext:
-    """How a chat goes on after its context.
+    """The encoded messages of a chat, and how a query continues them.
 
-    messages: the encoded messages; the last is a user message when `open`.
-    open: the last user message goes on with the query.
-    parts: the template takes a user message as a list of parts (else as one string).
-    question: the second part of a message that came with one; the query when none is given.
-    head: the rendered context.
+    Attributes:
+        messages: the encoded messages; the last one is a user message if `open`.
+        open: True if the query continues the last user message.
+        parts: True if the template takes a message as a list of parts, not only as one string.
+        question: the last part of a user message with several; the query if none is given.
+        head: the rendered context.
     """
 
     messages: list[Message]
@@ -39,11 +41,12 @@ class ChatContext:
     head: str
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, as saved contexts store them."""
         return asdict(self)
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is a list of chat messages."""
+    """True if a value is a list of chat messages."""
     return (
         isinstance(value, (list, tuple))
         and bool(value)
@@ -52,23 +55,33 @@ def is_messages(value: Any) -> bool:
 
 
 def user_message(text: str) -> list[Message]:
-    """A text as messages: the first part of a user message, which stays open for the query."""
+    """Wrap a text in a user message, which stays open for the query."""
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 
 def open_context(tokenizer: Any, messages: list[Message]) -> ChatContext:
     """Render messages as a context.
 
-    A last user message stays open for the query; where it has several text parts, the last part is the question and is
-    left out. After any other message the query begins a new user message.
+    If the last message is a user message, it stays open for the query; if it has several text
+    parts, the last one is the question and not encoded. After any other message, the query begins a
+    new user message.
+
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        messages: the conversation so far.
+
+    Raises:
+        InvalidInputError: no chat template, or one that cannot be cut; messages without text.
+        TokenError: all texts are empty.
     """
     _check_template(tokenizer)
     messages = copy.deepcopy(list(messages))
     last, question = messages[-1], None
     texts = [_texts(message) for message in messages]
-    if not any(text for told in texts for text in told):
+    if not any(text for parts in texts for text in parts):
         raise TokenError(
-            "the context is empty: its messages hold no text; Star Attention needs at least 1 token of context"
+            "the context is empty: its messages contain no text; Star Attention needs at least 1"
+            " token of context"
         )
     is_open = last["role"] == "user"
     if is_open and len(texts[-1]) > 1:
@@ -80,10 +93,22 @@ def open_context(tokenizer: Any, messages: list[Message]) -> ChatContext:
 
 
 def continue_context(tokenizer: Any, chat: ChatContext, query: str | list[Message] | None) -> str:
-    """The text that follows the context for a query: its turn, and the start of the answer."""
+    """Return the text of a query's turn and the start of the answer, as it follows the context.
+
+    Args:
+        tokenizer: the tokenizer that the context was rendered with.
+        chat: the encoded messages.
+        query: a text, messages that begin with a user message, or None for the chat's own question.
+
+    Raises:
+        InvalidInputError: there is no question, or messages cannot follow the context.
+        TokenError: the query is empty.
+    """
     if query is None:
         if chat.question is None:
-            raise InvalidInputError("no query: this chat context came without a question; give one")
+            raise InvalidInputError(
+                "no query: this chat context has no question of its own; give one"
+            )
         query = chat.question
     more: list[Message] = []
     if not isinstance(query, str):
@@ -94,22 +119,23 @@ def continue_context(tokenizer: Any, chat: ChatContext, query: str | list[Messag
             )
         texts = _texts(first)
         if chat.open and len(texts) > 1 and texts[:-1] == _texts(chat.messages[-1]):
-            texts = texts[-1:]  # the message that was encoded, with its question: ask that
+            # The encoded message, repeated with a question: only the question is new.
+            texts = texts[-1:]
         query = "\n".join(texts)
     if not query:
         raise TokenError("the query is empty; give at least 1 token")
     head, before, after = _cut(tokenizer, chat.messages, chat.open, chat.parts, more)
     if head != chat.head:
         warnings.warn(
-            "the chat template renders the context differently now than when it was encoded (a date, or a later message"
-            " that changes earlier ones); the answer goes on from what was encoded",
+            "the chat template renders the context differently now than when it was encoded (a"
+            " date, or a later message that changes earlier ones); the answer continues what was encoded",
             stacklevel=2,
         )
     return before + query + after
 
 
 def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
-    """The same chat with `more` at the end of its open user message."""
+    """Return the same chat with `more` appended to its open user message."""
     messages = copy.deepcopy(chat.messages)
     texts = _texts(messages[-1])
     texts[-1] += more
@@ -119,24 +145,25 @@ def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
 
 
 def warn_about_cut(tokenizer: Any, head: str, tail: str) -> None:
-    """Warn where context and query, tokenized apart, differ from the joined text."""
+    """Warn if context and query, tokenized apart, differ from the joined text."""
     a, b = head[-_WINDOW:], tail[:_WINDOW]
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (a, b, a + b)]
     if ids[0] + ids[1] != ids[2]:
         warnings.warn(
-            f"the text is tokenized differently across the cut between context and query ({a[-12:]!r} | {b[:12]!r});"
-            " end the context with a line break to avoid it",
+            "the text is tokenized differently across the cut between context and query"
+            f" ({a[-12:]!r} | {b[:12]!r}); end the context with a line break to avoid it",
             stacklevel=2,
         )
 
 
 def _texts(message: Message) -> list[str]:
+    """Return the text parts of a message."""
     content = message.get("content")
     if isinstance(content, str):
         return [content]
     if isinstance(content, (list, tuple)) and content:
         if not all(isinstance(part, dict) for part in content):
-            raise InvalidInputError(f"a chat message has parts that are no dicts: {message!r}")
+            raise InvalidInputError(f"a chat message has parts that are not dicts: {message!r}")
         kinds = {part.get("type", "text") for part in content}
         if kinds == {"text"}:
             texts = [part.get("text") for part in content]
@@ -144,7 +171,8 @@ def _texts(message: Message) -> list[str]:
                 return texts
             raise InvalidInputError(f"a chat message has a part without a text: {message!r}")
         raise InvalidInputError(
-            f"a message has parts of type {', '.join(sorted(kinds - {'text'}))}; only text can be encoded"
+            f"a chat message has parts of type {', '.join(sorted(kinds - {'text'}))}; only text can"
+            " be encoded"
         )
     raise InvalidInputError(f"a chat message has no text: {message!r}")
 
@@ -161,7 +189,7 @@ def _check_template(tokenizer: Any) -> None:
 
 
 def _takes_parts(tokenizer: Any) -> bool:
-    """Whether the template renders a message of several text parts as their texts (and not as a Python list)."""
+    """True if the template renders the text parts of a message, and not a Python list of them."""
     probe = [
         {
             "role": "user",
@@ -170,7 +198,8 @@ def _takes_parts(tokenizer: Any) -> bool:
     ]
     try:
         text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may raise anything for content that it does not know
+    except Exception:
+        # A template may raise anything for content that it does not know.
         return False
     return "first" in text and "second" in text and "'text'" not in text and '"text"' not in text
 
@@ -178,7 +207,7 @@ def _takes_parts(tokenizer: Any) -> bool:
 def _cut(
     tokenizer: Any, messages: list[Message], is_open: bool, parts: bool, more: list[Message]
 ) -> tuple[str, str, str]:
-    """Rendered text up to the cut, from there to the place of the query, and behind it."""
+    """Return the rendered text before the cut, from there to the query, and after the query."""
     messages = copy.deepcopy(messages)
     if not is_open:
         messages.append({"role": "user", "content": _CUT + _QUERY})
@@ -193,11 +222,15 @@ def _cut(
         text: str = tokenizer.apply_chat_template(
             messages + more, tokenize=False, add_generation_prompt=True
         )
-    except Exception as error:  # a template may raise anything for messages that it does not take
-        raise InvalidInputError(f"the chat template refuses these messages: {error}") from error
+    except Exception as error:
+        # A template may raise anything for messages that it does not accept.
+        raise InvalidInputError(
+            f"the chat template rejects these messages: {error}; use raw text instead"
+        ) from error
     if text.count(_CUT) != 1 or text.count(_QUERY) != 1:
         raise InvalidInputError(
-            "the chat template does not write the user's text once, as it is; use raw text instead"
+            "the chat template does not render the user's text exactly once and unchanged; use raw"
+            " text instead"
         )
     head, rest = text.split(_CUT)
     before, after = rest.split(_QUERY)

@@ -1,4 +1,4 @@
-"""Text in and out: token ids of contexts and queries, text from tokens one at a time, and stopping at strings."""
+"""Text to token ids and back: ids of contexts and queries, growing answers, stop strings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def context_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a context: the tokenizer's defaults, so that BOS stands where the model expects it, once, and no EOS ends it."""
-    ids: list[int] = tokenizer(text, verbose=False).input_ids  # (what is too long is said by us)
+    """Tokenize a context with the tokenizer's defaults, but with at most one BOS and no added EOS.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the context.
+    """
+    # Not verbose: we check lengths ourselves.
+    ids: list[int] = tokenizer(text, verbose=False).input_ids
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    # The text may begin with a BOS of its own.
     if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]  # the text brought its own
+        ids = ids[1:]
     if (
         eos is not None
         and eos != bos
@@ -29,21 +36,22 @@ def context_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def query_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of what follows a context: no special tokens are added."""
+    """Tokenize text that follows a context, without adding special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return ids
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text of token ids, without special tokens."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, piece by piece; a piece never ends inside a character.
+    """Convert tokens to text one at a time; no piece of text ends inside a character.
 
-    Decodes from a little before the new tokens, because some tokenizers write a token differently at the start of a
-    text, and holds back what ends in an unfinished byte sequence.
+    Each piece is decoded together with a few earlier tokens, because some tokenizers write a token
+    differently at the start of a text. Incomplete byte sequences are held back.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -53,7 +61,7 @@ class Detokenizer:
         self._read = 0
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; may be empty."""
+        """Add a token, and return the text that it completes, which may be empty."""
         self._ids.append(token)
         before = decode(self._tokenizer, self._ids[self._start : self._read])
         now = decode(self._tokenizer, self._ids[self._start :])
@@ -63,7 +71,7 @@ class Detokenizer:
         return now[len(before) :]
 
     def flush(self) -> str:
-        """What was held back, for an answer that ends inside a character."""
+        """Return the text held back, for an answer that ends inside a character."""
         before = decode(self._tokenizer, self._ids[self._start : self._read])
         now = decode(self._tokenizer, self._ids[self._start :])
         self._start = self._read = len(self._ids)
@@ -71,7 +79,7 @@ class Detokenizer:
 
 
 def stop_tokens(tokenizer: Any, stops: list[str]) -> set[int]:
-    """Ids of the stop strings that are special tokens, which an answer's text leaves out."""
+    """Return the ids of stop strings that are special tokens, which the text never contains."""
     if tokenizer is None:
         return set()
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -84,7 +92,13 @@ def stop_tokens(tokenizer: Any, stops: list[str]) -> set[int]:
 
 
 class StopText:
-    """Cut a growing text before the first of some strings; text that may turn out to begin one is held back."""
+    """Cut a growing text before the first stop string.
+
+    The end of the text is held back while it may be the beginning of a stop string.
+
+    Attributes:
+        stopped: True once a stop string was found.
+    """
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
@@ -92,7 +106,7 @@ class StopText:
         self.stopped = False
 
     def push(self, piece: str) -> str:
-        """The part of the text so far that is certain and was not returned yet."""
+        """Add a piece, and return the text that is now certain to precede any stop string."""
         if self.stopped:
             return ""
         text = self._held + piece
@@ -105,19 +119,31 @@ class StopText:
         return text[: len(text) - held]
 
     def flush(self) -> str:
+        """Return the text held back."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next(
         (n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0
     )
 
 
-class Answer:
-    """One answer as it grows: token ids, text, and how it ended."""
+class AnswerText:
+    """One answer while it is generated.
+
+    Args:
+        tokenizer: a transformers tokenizer; None generates ids without text.
+        stops: strings that end the answer and are not part of its text.
+        eos_ids: token ids that end the answer.
+
+    Attributes:
+        token_ids: all tokens so far.
+        text: the text that is certain so far.
+        finish_reason: why the answer ended, None while it continues.
+    """
 
     def __init__(self, tokenizer: Any, stops: list[str], eos_ids: set[int]) -> None:
         self.token_ids: list[int] = []
@@ -128,7 +154,7 @@ class Answer:
         self._stop = StopText(stops)
 
     def push(self, token: int) -> str:
-        """Take one token; the text that became certain."""
+        """Add a token, and return the text that is now certain."""
         assert self.finish_reason is None, "the answer has ended"
         self.token_ids.append(token)
         if token in self._eos_ids:
@@ -140,7 +166,7 @@ class Answer:
         return piece + self.end("stop") if self.finish_reason is not None else piece
 
     def end(self, reason: str) -> str:
-        """No more tokens: the text that was held back. `reason` counts unless the answer has ended by itself."""
+        """End the answer, for `reason` unless it has ended already; return the text held back."""
         self.finish_reason = self.finish_reason or reason
         piece = ""
         if self._detokenizer is not None and not self._stop.stopped:
@@ -151,7 +177,13 @@ class Answer:
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row of transformers' own `generate` once its new text holds one of the strings (beams, assisted decoding)."""
+    """End rows of transformers' own `generate` at stop strings (beams, assisted decoding).
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        stops: strings that end a row.
+        prompt_tokens: tokens of the prompt, which are not searched.
+    """
 
     def __init__(self, tokenizer: Any, stops: list[str], prompt_tokens: int) -> None:
         self._tokenizer = tokenizer
