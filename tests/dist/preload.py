@@ -1,4 +1,4 @@
-"""Imports that the ranks of the pool share: the server that they are forked from makes them once."""
+"""Imports that the ranks of the pool share: the server that forks them makes them once."""
 
 import torch  # noqa: F401
 import transformers.models.auto.modeling_auto  # noqa: F401

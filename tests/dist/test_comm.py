@@ -1,4 +1,4 @@
-"""Waiting for other ranks: collectives that end at any moment, and ranks that give up or never come."""
+"""Waiting for other ranks: collectives end at any moment, ranks give up or never connect."""
 
 from __future__ import annotations
 

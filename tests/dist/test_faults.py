@@ -1,4 +1,4 @@
-"""A rank that dies, hangs or fails: the others stop in time, say which and why, and leave nothing."""
+"""A rank dies, hangs or fails: the others stop in time, say which and why, and leave nothing."""
 
 from __future__ import annotations
 

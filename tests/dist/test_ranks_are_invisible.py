@@ -1,4 +1,4 @@
-"""Law 2: on any number of ranks the tokens are the mask oracle's, and so are the logits, to rounding."""
+"""Law 2: on any number of ranks, tokens and (to rounding) logits are the mask oracle's."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_the_collective_that_moves_fewer_bytes_is_chosen() -> None:
 
 
 def count_work(comm: TorchComm, anchor_source: str) -> tuple[int, int]:
-    """Return this rank's tokens through linear layers and pairs of attention, as the model saw them."""
+    """Return the tokens through this rank's linear layers, and its pairs of attention."""
     model = tiny("llama")
     star = StarLLM(model, comm=comm, block_size=16, anchor_source=anchor_source)
     star.encode(ids(16))  # the probe of what layers store is not counted

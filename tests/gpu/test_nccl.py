@@ -1,6 +1,6 @@
-"""Ranks with a GPU of their own, over NCCL: the answers are one process's, in every mesh, and a lost rank ends the others.
+"""Ranks with a GPU each, over NCCL: the answers are one process's, and a lost rank ends the others.
 
-Each case is the command under torchrun, as users run it; it is skipped where there are too few GPUs.
+Each case is the command under torchrun, as users run it; it is skipped if there are too few GPUs.
 """
 
 from __future__ import annotations
@@ -34,43 +34,30 @@ def book(folder: Path) -> Path:
     return path
 
 
-def run(
-    folder: Path,
-    ranks: int,
-    *words: str,
-    program: tuple[str, ...] = ("-m", "star_attention"),
-    **environment: str,
-) -> Any:
+def launcher(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--rdzv-backend",
-        "c10d",
-    ]
-    launcher += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return [*torchrun, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+
+
+def run(
+    folder: Path,
+    ranks: int,
+    *options: str,
+    program: tuple[str, ...] = ("-m", "star_attention"),
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    command = [*launcher(ranks), *program, "generate", "-m", str(MODEL), "--chat"]
+    command += ["--dtype", "float32", "--query", "What is the cup like?"]
+    command += ["--max-new-tokens", "12", "--ignore-eos", "--json", str(book(folder)), *options]
+    ours = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2", TORCH_NCCL_DEBUG="WARN")
     return subprocess.run(
-        [
-            *(sys.executable, *(launcher if ranks > 1 else []), *program),
-            *(
-                "generate",
-                "-m",
-                str(MODEL),
-                "--chat",
-                "--dtype",
-                "float32",
-                "--query",
-                "What is the cup like?",
-            ),
-            *("--max-new-tokens", "12", "--ignore-eos", "--json", str(book(folder)), *words),
-        ],
-        env=os.environ
-        | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2", TORCH_NCCL_DEBUG="WARN")
-        | environment,
+        command,
+        env=os.environ | ours | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -78,21 +65,21 @@ def run(
     )
 
 
-@functools.cache
-def alone(*words: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        return reply(Path(folder), 1, *words)
-
-
-def reply(folder: Path, ranks: int, *words: str) -> dict[str, Any]:
-    done = run(folder, ranks, *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout)
+def reply(folder: Path, ranks: int, *options: str) -> dict[str, Any]:
+    result = run(folder, ranks, *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(result.stdout)
     return answer
 
 
+@functools.cache
+def solo_reply(*options: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return reply(Path(folder), 1, *options)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "words"),
+    ("ranks", "options"),
     [
         (2, ["--block-size", "1k"]),
         (2, ["--block-size", "1k", "--tensor-parallel", "2"]),
@@ -103,36 +90,36 @@ def reply(folder: Path, ranks: int, *words: str) -> dict[str, Any]:
         (4, ["--method", "ring", "--tensor-parallel", "2"]),
     ],
 )
-def test_ranks_with_a_gpu_each(tmp_path: Path, ranks: int, words: list[str]) -> None:
+def test_ranks_with_a_gpu_each(tmp_path: Path, ranks: int, options: list[str]) -> None:
     if ranks > GPUS:
         pytest.skip(f"needs {ranks} GPUs, there are {GPUS}")
-    shared = reply(tmp_path, ranks, *words)
-    expected = alone(*(["--method", "dense"] if "ring" in words else words[:2]))
+    answer = reply(tmp_path, ranks, *options)
+    expected = solo_reply(*(["--method", "dense"] if "ring" in options else options[:2]))
     print(
-        f"{ranks} GPUs {words}: {shared['per_rank']}, ttft {shared['ttft_s']:.3f}, {shared['tokens_per_s']:.0f} tok/s"
+        f"{ranks} GPUs {options}: {answer['per_rank']}, ttft {answer['ttft_s']:.3f},"
+        f" {answer['tokens_per_s']:.0f} tok/s"
     )
-    assert shared["token_ids"] == expected["token_ids"]
-    assert all(host["peak_bytes"] > 0 for host in shared["per_rank"])
+    assert answer["token_ids"] == expected["token_ids"]
+    assert all(cp_rank["peak_bytes"] > 0 for cp_rank in answer["per_rank"])
 
 
 @pytest.mark.parametrize(
-    ("what", "phase"), [("killed", "1"), ("hanging", "1"), ("hanging", "2"), ("failing", "2")]
+    ("fault", "phase"), [("killed", "1"), ("hanging", "1"), ("hanging", "2"), ("failing", "2")]
 )
-@pytest.mark.parametrize("words", [[], ["--tensor-parallel", "2"]])
+@pytest.mark.parametrize("options", [[], ["--tensor-parallel", "2"]])
 def test_a_lost_rank_ends_the_others(
-    tmp_path: Path, what: str, phase: str, words: list[str]
+    tmp_path: Path, fault: str, phase: str, options: list[str]
 ) -> None:
-    """NCCL's collectives wait on the device, where the watch has to end them."""
+    """NCCL's collectives wait on the device, where the watchdog has to end them."""
     if GPUS < 2:
         pytest.skip("needs 2 GPUs")
     sizes = ["--block-size", "256", "--tokens-per-forward", "256", "--stall-limit", str(STALL_S)]
-    at = tmp_path / "fault"
-    done = run(
-        tmp_path, 2, *sizes, *words, program=(str(FAULTY), what, phase, "1"), FAULT_TIME=str(at)
-    )
-    took = time.time() - float(at.read_text())
-    print(f"NCCL {words}, rank 1 {what} in phase {phase}: {took:.1f} s")
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert any("rank 1" in line for line in lines), done.stderr[-4000:]
-    assert took < 2 * STALL_S + 15, "the stall limit, the victim's own end, and torchrun's"
+    fault_time = tmp_path / "fault"
+    program = (str(FAULTY), fault, phase, "1")
+    result = run(tmp_path, 2, *sizes, *options, program=program, FAULT_TIME=str(fault_time))
+    seconds = time.time() - float(fault_time.read_text())
+    print(f"NCCL {options}, rank 1 {fault} in phase {phase}: {seconds:.1f} s")
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if ": error: " in line]
+    assert any("rank 1" in line for line in lines), result.stderr[-4000:]
+    assert seconds < 2 * STALL_S + 15, "the stall limit, the victim's own end, and torchrun's"

@@ -2,7 +2,7 @@
 
 Ranks form a mesh. `cp_rank` of `cp_size` (context parallel) says which shard of the context a rank
 holds, `tp_rank` of `tp_size` (tensor parallel) which share of the heads and weights. Rank r has
-`cp_rank` r // tp_size and `tp_rank` r % tp_size. Without tensor parallelism every rank is a cp rank.
+`cp_rank` r // tp_size and `tp_rank` r % tp_size. Without tensor parallelism each rank is a cp rank.
 
 `SoloComm` (solo.py) implements them for one process, `TorchComm` (collectives.py) over
 torch.distributed for several.

@@ -74,7 +74,7 @@ def _check_environment() -> None:
 
 
 def _meet_in_default_group() -> Rendezvous:
-    """Exchange the port over torch's default group, which already uses the environment's address."""
+    """Exchange the port over torch's default group, which occupies the environment's address."""
     rank, size, host = dist.get_rank(), dist.get_world_size(), os.environ["MASTER_ADDR"]
     server = listen(host) if rank == 0 else None
     port: list[Any] = [server.port if server is not None else None]

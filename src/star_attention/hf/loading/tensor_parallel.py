@@ -174,8 +174,8 @@ def _check_model_kwargs(model_kwargs: dict[str, Any], tensor_parallel: int) -> N
     for name in ("device_map", "quantization_config", "tp_plan", "distributed_config"):
         if name in model_kwargs:
             raise InvalidInputError(
-                f"tensor_parallel {tensor_parallel} does not work with {name} in model_kwargs; leave"
-                " one of them out"
+                f"tensor_parallel {tensor_parallel} does not work with {name} in model_kwargs;"
+                " leave one of them out"
             )
 
 
