@@ -37,7 +37,10 @@ class Pending:
 
 
 class Control(Protocol):
-    """Rank 0 decides and sends the others what to do, as small Python objects."""
+    """Rank 0 decides and sends the others what to do, as small Python objects.
+
+    `messages.WorldControl` documents the methods.
+    """
 
     def collective(self, where: str, *, check_in: bool = True) -> AbstractContextManager[None]: ...
     def broadcast_object(self, message: Any) -> None: ...
@@ -50,7 +53,10 @@ class Control(Protocol):
 
 
 class Collectives(Protocol):
-    """Tensors that ranks exchange: between cp ranks with the same heads, or between tp ranks."""
+    """Tensors that ranks exchange: between cp ranks with the same heads, or between tp ranks.
+
+    `collectives.MeshComm` documents the methods.
+    """
 
     def broadcast(self, tensor: Tensor, ranks: int) -> Pending: ...
     def exchange(
@@ -62,7 +68,10 @@ class Collectives(Protocol):
 
 
 class Progress(Protocol):
-    """What a rank reports about itself, for the other ranks' watchdogs and for progress bars."""
+    """What a rank reports about itself, for the other ranks' watchdogs and for progress bars.
+
+    `collectives.MeshComm` documents the methods.
+    """
 
     def tick(self, where: str | None = None) -> None: ...
     def progress(self, done: int, total: int) -> None: ...
