@@ -201,13 +201,13 @@ class Runtime:
         """
         comm = self.comm
         clock = Clock(self.device)
-        before, within_before = copy.copy(comm.traffic), copy.copy(comm.traffic_within)
+        before, within_before = copy.copy(comm.cp_traffic), copy.copy(comm.tp_traffic)
         stats: list[RankStats] = []
         yield stats
         spent = (
             *clock.stop(),
-            comm.traffic.since(before),
-            comm.traffic_within.since(within_before),
+            comm.cp_traffic.since(before),
+            comm.tp_traffic.since(within_before),
         )
         everyone = comm.gather(spent)
         # Rank 0 takes part in every exchange, an idle rank in none.

@@ -26,7 +26,7 @@ def load(comm: TorchComm, path: Path, tensor_parallel: int, **settings: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor_parallel", "kind", "words"),
+    ("name", "tensor_parallel", "kind", "phrase"),
     [
         ("llama", 3, "InvalidInputError", "does not divide the number of ranks, 4"),
         ("llama", 0, "InvalidInputError", "not a number of ranks"),
@@ -38,14 +38,14 @@ def load(comm: TorchComm, path: Path, tensor_parallel: int, **settings: Any) -> 
     ],
 )
 def test_what_cannot_be_sharded_is_refused_on_all_ranks(
-    pool: Pool, models: Path, name: str, tensor_parallel: int, kind: str, words: str
+    pool: Pool, models: Path, name: str, tensor_parallel: int, kind: str, phrase: str
 ) -> None:
     path = models / f"plain-{name}"
     if not path.exists():
         (build(name) if name == "llama_mqa" else model(name)).save_pretrained(path)
     for error, message in pool.run(load, 4, path=path, tensor_parallel=tensor_parallel):
         assert error == kind
-        assert words in message
+        assert phrase in message
 
 
 def test_settings_that_do_not_go_together(pool: Pool, models: Path) -> None:

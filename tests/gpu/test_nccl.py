@@ -54,10 +54,10 @@ def run(
     command = [*launcher(ranks), *program, "generate", "-m", str(MODEL), "--chat"]
     command += ["--dtype", "float32", "--query", "What is the cup like?"]
     command += ["--max-new-tokens", "12", "--ignore-eos", "--json", str(book(folder)), *options]
-    ours = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2", TORCH_NCCL_DEBUG="WARN")
+    defaults = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="2", TORCH_NCCL_DEBUG="WARN")
     return subprocess.run(
         command,
-        env=os.environ | ours | environment,
+        env=os.environ | defaults | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -53,7 +53,7 @@ class MeshComm(WorldControl):
         self.backend = backend
         self.merge_collective = merge_collective
         self.contexts = world.contexts
-        self.traffic, self.traffic_within = Traffic(), Traffic()
+        self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
         self._device = device or torch.device("cpu")
 
     # ------------------------------------------------------------------ the mesh
@@ -194,7 +194,7 @@ class MeshComm(WorldControl):
         if self.tp_size == 1:
             return tensor
         staged = self._staged(tensor.contiguous(), fill=True)
-        self.traffic_within.add(
+        self.tp_traffic.add(
             traffic.reduce_bytes(staged.numel() * staged.element_size(), self.tp_size)
         )
         self.world.issue(
@@ -207,14 +207,12 @@ class MeshComm(WorldControl):
         if self.tp_size == 1:
             return [tensor]
         part = self._staged(tensor.contiguous(), fill=True)
-        self.traffic_within.add(
-            traffic.gather_bytes(part.numel() * part.element_size(), self.tp_size)
-        )
+        self.tp_traffic.add(traffic.gather_bytes(part.numel() * part.element_size(), self.tp_size))
         return self.world.all_gather(part, self._row())
 
     def _count(self, bytes: int) -> None:
         """Count what all lanes move: they do the same at the same time."""
-        self.traffic.add(bytes * self.tp_size, self.tp_size)
+        self.cp_traffic.add(bytes * self.tp_size, self.tp_size)
 
     def _staged(self, tensor: Tensor, *, fill: bool) -> Tensor:
         """Return the tensor, or a copy, where the transport reaches it: host memory with gloo."""

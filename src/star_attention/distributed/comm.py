@@ -83,8 +83,8 @@ class Comm(Control, Collectives, Progress, Protocol):
 
     Attributes:
         contexts: the contexts of all engines over these ranks.
-        traffic: what crossed the wire between cp ranks, of all ranks together.
-        traffic_within: what this rank's tp ranks exchanged.
+        cp_traffic: what crossed the wire between cp ranks, of all ranks together.
+        tp_traffic: what this rank's tp ranks exchanged.
     """
 
     rank: int
@@ -94,8 +94,8 @@ class Comm(Control, Collectives, Progress, Protocol):
     tp_rank: int
     tp_size: int
     contexts: ContextRegistry
-    traffic: Traffic
-    traffic_within: Traffic
+    cp_traffic: Traffic
+    tp_traffic: Traffic
 
     def on(self, device: torch.device, tp_size: int = 1) -> Comm: ...
     def has_same_ranks(self, comm: Any) -> bool: ...

@@ -56,7 +56,7 @@ class SoloComm(SoloControl):
 
     def __init__(self) -> None:
         self.contexts = ContextRegistry(0)
-        self.traffic, self.traffic_within = Traffic(), Traffic()
+        self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
 
     def on(self, device: torch.device, tp_size: int = 1) -> Comm:
         assert tp_size == 1

@@ -73,8 +73,8 @@ class GenerationRun:
     ) -> None:
         self._clock = Clock(request.handle.device)
         self._comm, self._streamed = request.comm, streamed
-        self._wire_before = copy.copy(request.comm.traffic)
-        self._wire_within_before = copy.copy(request.comm.traffic_within)
+        self._wire_before = copy.copy(request.comm.cp_traffic)
+        self._wire_within_before = copy.copy(request.comm.tp_traffic)
         self._encode_s = encode_s
         self.settings, self.shape = settings, shape
         if settings.stops and not settings.uses_own_loop:
@@ -176,9 +176,9 @@ class GenerationRun:
         self.ended = True
         measured, comm = self._measured, self._comm
         measured.end_s, measured.peak_bytes = self._clock.stop()
-        measured.wire = comm.traffic.since(self._wire_before)
+        measured.wire = comm.cp_traffic.since(self._wire_before)
         # The tensor-parallel ranks of every context-parallel rank exchange the same amount.
-        within = comm.traffic_within.since(self._wire_within_before)
+        within = comm.tp_traffic.since(self._wire_within_before)
         measured.wire_within = Traffic(within.calls * comm.cp_size, within.bytes * comm.cp_size)
         tails = [
             answer.end("length") if answer.finish_reason is None else "" for answer in self._answers
