@@ -82,9 +82,11 @@ def root(
     """Answer questions about long texts with two-phase Star Attention and any transformers decoder.
 
     Answers go to stdout, progress and messages to stderr. Sizes are in tokens and may be written
-    as 4k, 128k or 1m (powers of 1024). Exit status: 0 success; 1 error, reported in a line that
-    starts with `error:`; 2 usage error (an unknown or missing option, or a number out of range);
-    130 interrupted. Under torchrun every failure is 1.
+    as 4k, 128k or 1m (powers of 1024).
+
+    Exit status: 0 success; 1 error, reported in a line that starts with `error:`; 2 usage error
+    (an unknown or missing option, or a number out of range); 130 interrupted. Under torchrun every
+    failure is 1.
     """
 
 

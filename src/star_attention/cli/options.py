@@ -75,8 +75,8 @@ TensorParallel = Annotated[
 Json = Annotated[
     bool, option("Print JSON on stdout, one object per line.", "--json", panel="Output")
 ]
-QueryTokens = Annotated[int, option("Tokens per query.", panel="Answer", metavar="N", min=1)]
-AnswerTokens = Annotated[int, option("Tokens per answer.", panel="Answer", metavar="N", min=1)]
+QueryTokens = Annotated[int, option("Tokens per query.", panel="Workload", metavar="N", min=1)]
+AnswerTokens = Annotated[int, option("Tokens per answer.", panel="Workload", metavar="N", min=1)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ def plan(
     ] = str(BlockPlan.ranks),
     tensor_parallel: TensorParallel = 1,
     queries: Annotated[
-        int, option("Number of queries about the context.", panel="Answer", metavar="N", min=1)
+        int, option("Number of queries about the context.", panel="Workload", metavar="N", min=1)
     ] = 1,
     query_tokens: QueryTokens = 64,
     answer_tokens: AnswerTokens = MAX_NEW_TOKENS,

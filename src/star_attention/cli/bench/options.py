@@ -55,14 +55,14 @@ class TargetOptions:
 
     model: Annotated[
         str | None,
-        option("Model folder, or hub id.", "--model", "-m", panel="Model", metavar="MODEL"),
+        option("Model folder or hub id.", "--model", "-m", panel=_PANEL, metavar="MODEL"),
     ] = None
     shapes: Annotated[
         str | None,
         option(
             "Random weights in the shapes of llama-3.1-8b or llama-3.2-1b, instead of a model.",
             "--shapes",
-            panel="Model",
+            panel=_PANEL,
             metavar="NAME",
         ),
     ] = None
@@ -73,7 +73,7 @@ class TargetOptions:
         option(
             "Folder for the JSON and the pictures. A measurement in it is never overwritten.",
             "--out",
-            panel="Output",
+            panel=_PANEL,
             metavar="FOLDER",
         ),
     ] = None
