@@ -17,6 +17,7 @@ from star_attention.engine import StarLLM
 from star_attention.planning.plan import format_size
 from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings
+from star_attention.tools.plotting import GRAY, new_figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ def draw(rows: list[DecodeRow], folder: Path) -> list[Path]:
 
 def token_figure(rows: list[DecodeRow]) -> Any:
     """Draw milliseconds per token by length, with the time that reading the bytes once takes."""
-    figure, axes = figures.new("context, tokens", "ms per token")
+    figure, axes = new_figure("context, tokens", "ms per token")
     for index, compiled in enumerate(sorted({row.compiled for row in rows}, reverse=True)):
         points = [
             (row.context, row.token_s * 1e3)
@@ -209,7 +210,7 @@ def token_figure(rows: list[DecodeRow]) -> Any:
     axes.plot(
         lengths,
         [milliseconds for _, milliseconds in floors],
-        color=figures.GRAY,
+        color=GRAY,
         label="floor",
         **figures.floor_style(lengths, "--"),
     )

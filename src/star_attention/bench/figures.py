@@ -1,4 +1,4 @@
-"""What the pictures of all benchmarks share: colors, axes, floors, and saving."""
+"""What the pictures of all benchmarks share: colors, floors, the axis of lengths, and saving."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.planning.plan import format_size
-from star_attention.tools.plotting import require_matplotlib
+from star_attention.tools.plotting import BLACK, MARKERS, PALETTE
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Those of Okabe and Ito (2008), distinct under every common form of color blindness."""
-GRAY = "#777777"
-_MARKERS = "osD^vP*"
+COLORS = (*PALETTE, BLACK)
 
 
 def color(index: int) -> str:
@@ -19,26 +16,7 @@ def color(index: int) -> str:
 
 
 def marker(index: int) -> str:
-    return _MARKERS[index % len(_MARKERS)]
-
-
-def new(x_label: str, y_label: str) -> tuple[Any, Any]:
-    """Return an empty figure and its axes.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
+    return MARKERS[index % len(MARKERS)]
 
 
 def floor_style(lengths: list[int], linestyle: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from star_attention.bench import figures
 from star_attention.bench.prefill.contenders import CONTENDERS
 from star_attention.bench.prefill.rows import PrefillRow, series, speed_up
 from star_attention.planning.plan import format_size
+from star_attention.tools.plotting import GRAY, new_figure
 
 _ORDER = list(CONTENDERS)
 
@@ -32,7 +33,7 @@ def draw(rows: list[PrefillRow], flops_per_s: float, folder: Path) -> list[Path]
 
 def time_figure(rows: list[PrefillRow], flops_per_s: float) -> Any:
     """Draw time by length, with the time that each method's operations need at the ceiling."""
-    figure, axes = figures.new("context, tokens", "seconds")
+    figure, axes = new_figure("context, tokens", "seconds")
     floor_style = figures.floor_style([row.context for row in rows], ":")
     for label, group, color, marker in _styled_series(rows):
         lengths = [row.context for row in group]
@@ -41,7 +42,7 @@ def time_figure(rows: list[PrefillRow], flops_per_s: float) -> Any:
         axes.plot(lengths, seconds, color=color, marker=marker, label=label)
         axes.plot(lengths, floors, color=color, linewidth=1, **floor_style)
     label = "floor: operations at the ceiling"
-    axes.plot([], [], color=figures.GRAY, label=label, **floor_style)
+    axes.plot([], [], color=GRAY, label=label, **floor_style)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(figures.log_ticks())
     axes.yaxis.set_major_formatter("{x:g}")
@@ -50,7 +51,7 @@ def time_figure(rows: list[PrefillRow], flops_per_s: float) -> Any:
 
 
 def _speed_up_figure(rows: list[PrefillRow]) -> Any:
-    figure, axes = figures.new("", "times as fast as dense attention")
+    figure, axes = new_figure("", "times as fast as dense attention")
     featured = sorted(
         _featured(rows),
         key=lambda bar: (bar[0].context, -(bar[0].block or 0), bar[0].kv_dtype or ""),
@@ -62,7 +63,7 @@ def _speed_up_figure(rows: list[PrefillRow]) -> Any:
     bars = axes.bar(names, [factor for _, factor in featured], color=figures.COLORS[0])
     axes.bar_label(bars, fmt="%.2f")
     axes.tick_params("x", labelsize=8)
-    axes.axhline(1, color=figures.GRAY, linewidth=1)
+    axes.axhline(1, color=GRAY, linewidth=1)
     return figure
 
 
@@ -77,7 +78,7 @@ def _featured(rows: list[PrefillRow]) -> list[tuple[PrefillRow, float]]:
 
 
 def _memory_figure(rows: list[PrefillRow]) -> Any:
-    figure, axes = figures.new("context, tokens", "GiB beyond weights and KV")
+    figure, axes = new_figure("context, tokens", "GiB beyond weights and KV")
     for label, group, color, marker in _styled_series(rows):
         points = [
             (row.context, row.working_bytes / 2**30)

@@ -8,7 +8,6 @@ from star_attention.evals.reports.plots.style import (
     COLORS,
     DARK_GRAY,
     ERROR_BARS,
-    GRAY,
     MAX_PLOT_WIDTH,
     PLOT_WIDTH,
     SMALL,
@@ -18,10 +17,10 @@ from star_attention.evals.reports.plots.style import (
     error_bar_caption,
     error_bars,
     percents,
-    plain_axes,
 )
 from star_attention.evals.reports.results import DENSE, Results, length_name, variant_name
 from star_attention.evals.stats import Mean
+from star_attention.tools.plotting import GRAY, plain_axes
 
 _CHARACTER_WIDTH = 0.085
 """Inches of a character of a label."""

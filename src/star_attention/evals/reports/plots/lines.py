@@ -10,13 +10,13 @@ from star_attention.evals.reports.plots.style import (
     error_bar_caption,
     error_bars,
     line_style,
-    new_figure,
     percents,
     set_subtitle,
 )
 from star_attention.evals.reports.results import Results, is_timed, variant_name
 from star_attention.evals.stats import Mean
 from star_attention.planning.plan import format_size
+from star_attention.tools.plotting import new_figure
 
 _OFFSET = 0.03
 """Variants are drawn side by side, so that their error bars do not hide one another."""

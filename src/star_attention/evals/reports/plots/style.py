@@ -1,8 +1,6 @@
 """The look that all figures of a run share.
 
-The colors are those of Okabe and Ito (2008), distinct under every common form of color blindness;
-markers differ as well. Dense attention is black and dashed, or in the colors of the lengths if
-several have such a line.
+Dense attention is black and dashed, or in the colors of the lengths if several have such a line.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ from typing import Any
 
 from star_attention.evals.reports.results import DENSE, Results
 from star_attention.evals.stats import Mean
+from star_attention.tools.plotting import BLACK, GRAY, MARKERS, PALETTE
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-MARKERS = "osD^vP*Xhp"
-BLACK, GRAY, DARK_GRAY = "#000000", "#777777", "#444444"
+COLORS = (*PALETTE, "#999999")
+DARK_GRAY = "#444444"
 SMALL = 9
 """Font size of captions."""
 ERROR_BARS: dict[str, Any] = {"ecolor": GRAY, "capsize": 2, "linewidth": 1}
@@ -46,24 +44,6 @@ def line_style(results: Results, variant: str) -> dict[str, Any]:
         "marker": MARKERS[results.variants.index(variant) % len(MARKERS)],
         "linestyle": "--" if variant == DENSE else "-",
     }
-
-
-def new_figure(xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    """A figure with one pair of axes; not pyplot's, which has global state and opens windows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    plain_axes(axes)
-    return figure, axes
-
-
-def plain_axes(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
 
 
 def accuracy_axis(axes: Any) -> None:

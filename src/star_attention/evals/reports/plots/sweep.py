@@ -9,13 +9,11 @@ from typing import Any, Literal
 from star_attention.config import StarConfig
 from star_attention.evals.reports.plots.style import (
     COLORS,
-    MARKERS,
     accuracy_axis,
     add_legend,
     color_of,
     error_bar_caption,
     error_bars,
-    new_figure,
     percents,
     set_subtitle,
 )
@@ -23,6 +21,7 @@ from star_attention.evals.reports.results import DENSE, Results, length_name, va
 from star_attention.evals.runs.variants import parse
 from star_attention.evals.stats import Mean
 from star_attention.planning.plan import format_size
+from star_attention.tools.plotting import MARKERS, new_figure
 
 
 @dataclass(frozen=True)
