@@ -1,4 +1,8 @@
-"""Phase 2's attention over a context and each row's tail, spelled out in float64, for the tests of the kernel on CPU and GPU."""
+"""Phase 2's attention over a context and each row's tail in float64: the oracle of our kernel.
+
+Axes: R rows, Q new tokens of each, L context tokens, T tail tokens before the new ones, C capacity
+of the tail, K keys, H query heads, G KV heads, D head size.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from star_attention.storage.kv import quantize
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """R rows of Q new tokens, L context tokens, T tail tokens before them; heads H over G, head size D."""
+    """Lengths of the axes, and the rule of attention; `padding` is that of each row, in tokens."""
 
     R: int = 1
     Q: int = 1
@@ -33,7 +37,7 @@ CASES = {
     "no tail yet": Case(T=0, L=257, G=1, D=128),
     "padded rows": Case(R=3, padding=(0, 3, 7), T=20, H=4, G=4, D=80),
     "a query": Case(R=2, Q=33, padding=(0, 3), T=0),
-    "a query behind a tail": Case(Q=20, T=9, window=17, padding=(4,), H=4),
+    "a query after a tail": Case(Q=20, T=9, window=17, padding=(4,), H=4),
     "a window": Case(R=5, padding=(0, 0, 60, 1, 2), T=70, L=100, H=32, window=90),
     "a window that ends in the tail": Case(T=70, window=30),
     "a softcap": Case(R=2, padding=(0, 0), softcap=30.0, D=96),
@@ -46,10 +50,13 @@ CASES = {
 
 @dataclass(kw_only=True)
 class Setup:
-    """The tensors of a case; the kernel reads the tail where `append` has put the new keys and values."""
+    """The tensors of a case. The kernel reads new keys and values from the tail, after `append`.
+
+    `addressed` keeps the tensors alive whose addresses are in the table.
+    """
 
     case: Case
-    held: list[Tensor]  # that their addresses stay good
+    addressed: list[Tensor]
     q_RQHD: Tensor
     k_GLD: Tensor
     v_GLD: Tensor
@@ -71,14 +78,15 @@ def setup(case: Case, dtype: torch.dtype, device: str) -> Setup:
     k_GLD, v_GLD = (random(case.G, case.L, case.D) for _ in range(2))
     tail_k, tail_v = (random(case.R, case.G, capacity, case.D) for _ in range(2))
     new_k, new_v = (random(case.R, case.Q, case.G, case.D).transpose(1, 2) for _ in range(2))
-    held = [k_GLD, v_GLD, tail_k, tail_v]
+    addressed = [k_GLD, v_GLD, tail_k, tail_v]
     if case.fp8:
         (k8, k_scale), (v8, v_scale) = quantize(k_GLD), quantize(v_GLD)
-        held = [k8, v8, tail_k, tail_v, k_scale, v_scale]
+        addressed = [k8, v8, tail_k, tail_v, k_scale, v_scale]
         k_GLD, v_GLD = k8.double() * k_scale[..., None], v8.double() * v_scale[..., None]
-    addresses = [[0] * 6, [*(t.data_ptr() for t in held), *[0] * (6 - len(held))]]
+    pointers = [tensor.data_ptr() for tensor in addressed]
+    table = [[0] * 6, pointers + [0] * (6 - len(pointers))]
     return Setup(
-        held=held,
+        addressed=addressed,
         case=case,
         q_RQHD=random(case.R, case.Q, case.H, case.D),
         k_GLD=k_GLD,
@@ -87,15 +95,15 @@ def setup(case: Case, dtype: torch.dtype, device: str) -> Setup:
         tail_v_RGCD=tail_v,
         k_RGQD=new_k,
         v_RGQD=new_v,
-        table=torch.tensor(addresses, device=device),
+        table=torch.tensor(table, device=device),
         lengths=torch.tensor([case.L, case.T, capacity], device=device),
         padding_R=torch.tensor(case.padding, dtype=torch.int32, device=device),
     )
 
 
-def expected(made: Setup, scale: float) -> State:
-    """In float64, with what is in the tail's buffers."""
-    case, outs, lses = made.case, [], []
+def expected(tensors: Setup, scale: float) -> State:
+    """Compute the attention in float64, with the tail as its buffers hold it."""
+    case, outs, lses = tensors.case, [], []
     last = case.T + case.Q
     for row, padding in enumerate(case.padding):
         k_HKD, v_HKD = (
@@ -103,23 +111,26 @@ def expected(made: Setup, scale: float) -> State:
             .repeat_interleave(case.H // case.G, 0)
             .double()
             .cpu()
-            for whole, tail in ((made.k_GLD, made.tail_k_RGCD), (made.v_GLD, made.tail_v_RGCD))
+            for whole, tail in (
+                (tensors.k_GLD, tensors.tail_k_RGCD),
+                (tensors.v_GLD, tensors.tail_v_RGCD),
+            )
         )
-        scores = torch.einsum("qhd,hkd->qhk", made.q_RQHD[row].double().cpu(), k_HKD) * scale
+        scores = torch.einsum("qhd,hkd->qhk", tensors.q_RQHD[row].double().cpu(), k_HKD) * scale
         if case.softcap is not None:
             scores = case.softcap * torch.tanh(scores / case.softcap)
         keys = torch.cat([torch.arange(case.L), case.L + torch.arange(last) - padding])
         queries = case.L + case.T - padding + torch.arange(case.Q)
-        seen_QK = keys[None] <= queries[:, None]
+        visible_QK = keys[None] <= queries[:, None]
         if case.window is not None:
-            seen_QK &= queries[:, None] - keys[None] < case.window
-        seen_QK[:, case.L : case.L + padding] = False
-        scores = scores.masked_fill(~seen_QK[:, None], float("-inf"))
+            visible_QK &= queries[:, None] - keys[None] < case.window
+        visible_QK[:, case.L : case.L + padding] = False
+        scores = scores.masked_fill(~visible_QK[:, None], float("-inf"))
         outs.append(torch.einsum("qhk,hkd->qhd", scores.softmax(-1).nan_to_num(0.0), v_HKD))
         lses.append(scores.logsumexp(-1))
     return State(torch.stack(outs), torch.stack(lses))
 
 
 def real_rows(case: Case) -> Tensor:
-    """Which queries are no filler, bool `[R, Q]`."""
+    """Return which queries are not padding, bool `[R, Q]`."""
     return torch.arange(case.Q)[None] + case.T >= torch.tensor(case.padding)[:, None]

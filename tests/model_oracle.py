@@ -1,6 +1,7 @@
-"""The law of Star Attention on whole models, slow on purpose: what every fast path is compared with.
+"""The law of Star Attention on whole models: slow, and what every fast path is compared with.
 
-One eager forward over all tokens with explicit additive masks, and nothing from `star_attention`. The law:
+It is one eager forward over all tokens with explicit additive masks, and uses nothing of
+`star_attention`. The law:
 
     keep[i, j] = j <= i  and  layer_rule(i, j)  and
                  (i is query or generated  or  block(i) == block(j)  or  j < anchor_size)
@@ -23,31 +24,33 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-Mask = torch.Tensor | dict[str, torch.Tensor]  # what a model takes as `attention_mask`
+Mask = torch.Tensor | dict[str, torch.Tensor]
+"""A model's `attention_mask`: one for all layers, or one for each layer type."""
 
-_LENGTH_DEPENDENT = (
-    "dynamic",
-    "longrope",
-)  # the rotary types that choose frequencies by the length they see
+# The rotary types whose frequencies depend on the length of the sequence.
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OracleResult:
-    """Logits of every token, and the keys and values of every token for each layer that caches any.
+    """Logits, keys and values of every token.
 
-    `kv` holds what the cache holds: compressed for MLA, and nothing for a layer that reads another layer's.
+    Attributes:
+        logits_BLV: logits.
+        kv: `(k_BGLD, v_BGLD)` of each layer that caches any, compressed for MLA; the head sizes of
+            keys and values may differ.
     """
 
     logits_BLV: torch.Tensor
-    kv: list[tuple[torch.Tensor, torch.Tensor]]  # (k_BGLD, v_BGLD); the two D may differ
+    kv: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def law_mask(
     context_len: int, total_len: int, block_size: int, anchor_size: int, window: int | None = None
 ) -> torch.Tensor:
-    """The law as a bool mask `[total_len, total_len]`: True where token `i` (row) sees token `j` (column).
+    """Return the law as a bool mask `[total_len, total_len]`: True if token i (row) sees token j.
 
-    `window` is a sliding layer's own rule, by absolute position: `i - j < window`.
+    `window` is the rule of a sliding layer, by absolute position: `i - j < window`.
     """
     i, j = torch.arange(total_len)[:, None], torch.arange(total_len)[None, :]
     same_block = i // block_size == j // block_size
@@ -65,16 +68,23 @@ def oracle_forward(
     anchor_size: int,
     rope_length: int | None = None,
 ) -> OracleResult:
-    """Logits, keys and values of `ids_BL` (context, then query, then generated tokens) under the law.
+    """Run a model in float32 under the law, and leave its settings and rotary state as they were.
 
-    For models in float32. `rope_length` is the length for which length-dependent rotary frequencies are taken;
-    `None` takes that of `ids_BL`. Afterwards the model's settings and rotary state are what they were.
+    Args:
+        model: the model.
+        ids_BL: ids of context, query and generated tokens.
+        context_len: tokens of the context.
+        block_size: tokens of a block.
+        anchor_size: tokens of the anchor.
+        rope_length: length for which length-dependent rotary frequencies are taken; that of
+            `ids_BL` by default.
     """
     B, L = ids_BL.shape
     mask = layer_masks(
         model, lambda window: law_mask(context_len, L, block_size, anchor_size, window)
     )
-    cache = DynamicCache()  # given no config, it keeps every token even in sliding layers
+    # Without a config the cache stores every token, even in sliding layers.
+    cache = DynamicCache()
     with eager_attention(model), pinned_rope(model, L if rope_length is None else rope_length):
         output = model(
             input_ids=ids_BL,
@@ -96,7 +106,11 @@ def oracle_generate(
     steps: int,
     rope_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy `(tokens_BT, logits_BTV)`, `T = steps`: all tokens go through `oracle_forward` at each step."""
+    """Decode `steps` tokens greedily, all tokens through `oracle_forward` at each step.
+
+    Returns:
+        The tokens, `[B, T]`, and their logits, `[B, T, V]`.
+    """
     tokens: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     for _ in range(steps):
@@ -114,16 +128,20 @@ def oracle_generate(
 
 
 def cached(model: nn.Module, cache: DynamicCache) -> dict[str, DynamicCache]:
-    """The argument that hands a cache to a forward: transformers calls it `cache` since 5.24."""
-    word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {word: cache}
+    """Return the argument by which a forward takes a cache: `cache` since transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
-def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tensor]) -> Mask:
-    """What `model` takes as `attention_mask` so that each layer gets the additive mask of its window.
+def layer_masks(model: PreTrainedModel, visible: Callable[[int | None], torch.Tensor]) -> Mask:
+    """Return the `attention_mask` that gives each layer the additive mask of its window.
 
-    `keep(window)` gives the bool mask `[Q, K]` of a layer with that window, or of a full layer for `None`;
-    the result holds `[1, 1, Q, K]` in float32.
+    Args:
+        model: the model.
+        visible: makes the bool mask `[Q, K]` of layers with a window, or of full layers for None.
+
+    Returns:
+        A float32 mask `[1, 1, Q, K]`, or one for each layer type.
     """
     config = model.config.get_text_config(decoder=True)
     window: int | None = getattr(config, "sliding_window", None)
@@ -133,19 +151,19 @@ def layer_masks(model: PreTrainedModel, keep: Callable[[int | None], torch.Tenso
     )
 
     def additive(window: int | None) -> torch.Tensor:
-        allowed = keep(window)
+        allowed = visible(window)
         mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
         return mask[None, None].to(model.device)
 
     if len(layer_types) > 1:
         return {"full_attention": additive(None), "sliding_attention": additive(window)}
-    # Without layer types, the window (where there is one) rules every layer. With them it rules only sliding
-    # layers: configs of full layers may still hold a window (Qwen2-MoE: 0).
+    # Without layer types, a window applies to every layer. With them it applies to sliding layers
+    # only: configs of full layers may have a window, too (Qwen2-MoE: 0).
     return additive(None if layer_types == {"full_attention"} else window)
 
 
 def cached_kv(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values `(k_BGLD, v_BGLD)` of each layer that has any."""
+    """Return keys and values, `(k_BGLD, v_BGLD)`, of each layer that has any."""
     kv: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer in cache.layers:
         if isinstance(layer, DynamicLayer) and layer.is_initialized:
@@ -157,13 +175,13 @@ def cached_kv(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @contextlib.contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Every part of `model` uses eager attention inside, and what it used before afterwards."""
+    """Switch every part of a model to eager attention for the length of the block."""
     configs: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
             configs[id(config)] = config
-    # Not through the public setter, which also writes to sub-configs: each has a setting of its own to restore.
+    # Not through the public setter, which also writes to sub-configs: each has its own setting.
     saved = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
         for config in configs.values():
@@ -176,9 +194,9 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Rotary frequencies inside are those of a sequence of `length` tokens, whatever a forward sees.
+    """Fix rotary frequencies to those of a sequence of `length` tokens, for the block.
 
-    Changes only LongRoPE and dynamic NTK; their state afterwards is exactly what it was.
+    Changes only LongRoPE and dynamic NTK, and restores their state exactly.
     """
     saved: list[tuple[nn.Module, str, object]] = []
 
@@ -188,11 +206,13 @@ def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
 
     try:
         for module in model.modules():
-            rope_type = getattr(module, "rope_type", None)  # a name, or a name for each layer type
+            # A name, or a name for each layer type.
+            rope_type = getattr(module, "rope_type", None)
             if isinstance(rope_type, str):
                 if rope_type in _LENGTH_DEPENDENT:
                     replace(module, "inv_freq", _inv_freq(module, rope_type, None, length))
-                    replace(module, "rope_type", "default")  # which turns the update in forward off
+                    # Turns the update in the module's forward off.
+                    replace(module, "rope_type", "default")
             elif isinstance(rope_type, dict):
                 pinned = {
                     layer_type: name
@@ -215,7 +235,7 @@ def pinned_rope(model: PreTrainedModel, length: int) -> Iterator[None]:
 def _inv_freq(
     module: nn.Module, rope_type: str, layer_type: str | None, length: int
 ) -> torch.Tensor:
-    # The length goes in as a tensor, as it does in the stock forward: the dynamic base is then rounded alike.
+    # A tensor, as in the stock forward, so that the dynamic base is rounded in the same way.
     inv_freq: torch.Tensor
     inv_freq, _scaling = ROPE_INIT_FUNCTIONS[rope_type](
         module.config, torch.device("cpu"), seq_len=torch.tensor(length), layer_type=layer_type

@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = dict(block_size=16, anchor_size=10)
 
 
 def with_lora(model: PreTrainedModel, name: str = "default", seed: int = 0) -> Any:
-    """The model with a random LoRA adapter on queries, values and the MLP."""
+    """Add a random LoRA adapter to queries, values and the MLP of a model."""
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False
     )
@@ -39,11 +39,12 @@ def test_a_lora_model_answers_as_its_merged_model(family: str) -> None:
         StarLLM(model, **SIZES).encode(ids(CONTEXT)) for model in (lora, merged, build(family))
     ]
     assert_same_kv(contexts[0], contexts[1])
-    with pytest.raises(AssertionError):  # the adapter does something
+    # The adapter has an effect.
+    with pytest.raises(AssertionError):
         assert_same_kv(contexts[0], contexts[2])
-    for words in ({}, dict(num_beams=2), dict(do_sample=True, seed=1)):
+    for settings in ({}, dict(num_beams=2), dict(do_sample=True, seed=1)):
         replies = [
-            StarLLM(model, **SIZES).generate(context, QUERY, max_new_tokens=8, **words).token_ids
+            StarLLM(model, **SIZES).generate(context, QUERY, max_new_tokens=8, **settings).token_ids
             for model, context in zip((lora, merged), contexts, strict=False)
         ]
         assert replies[0] == replies[1]
@@ -58,7 +59,7 @@ def test_a_lora_model_with_one_block_is_its_own_generate() -> None:
 
 
 def test_switching_adapters_is_noticed(tmp_path: Path) -> None:
-    """A context encoded with one adapter never answers with another, or with none."""
+    """A context encoded with one adapter does not answer with another, nor with none."""
     lora = with_lora(build("llama"), "first")
     lora.add_adapter("second", lora.peft_config["first"])
     star = StarLLM(lora, **SIZES)
@@ -83,7 +84,7 @@ def test_switching_adapters_is_noticed(tmp_path: Path) -> None:
     assert star.generate(loaded, QUERY, max_new_tokens=4).token_ids == expected
 
 
-def test_a_context_of_the_base_model_is_not_for_its_adapter() -> None:
+def test_a_context_of_the_base_model_does_not_fit_its_adapter() -> None:
     base = build("llama")
     context = StarLLM(base, **SIZES).encode(ids(CONTEXT))
     star = StarLLM(with_lora(base), **SIZES)
@@ -91,7 +92,7 @@ def test_a_context_of_the_base_model_is_not_for_its_adapter() -> None:
         star.generate(context, QUERY)
 
 
-def test_adapters_that_put_tokens_in_front_are_refused() -> None:
+def test_adapters_that_prepend_tokens_are_refused() -> None:
     model = peft.get_peft_model(
         build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )
@@ -100,14 +101,14 @@ def test_adapters_that_put_tokens_in_front_are_refused() -> None:
         StarLLM(model.eval())
 
 
-# ----------------------------------------------------------------------------------------------------------- quantized
+# ---------------------------------------------------------------------- quantized
 
 
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
 )
 def test_an_int8_model_answers_as_its_own_generate(tmp_path: Path) -> None:
-    """Quantized while it loads, by transformers' own words; and star with several blocks runs on it."""
+    """Quantized on loading, by transformers' own arguments; several blocks run, too."""
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
@@ -131,7 +132,8 @@ def test_an_int8_model_answers_as_its_own_generate(tmp_path: Path) -> None:
     difference = (
         (exact.logits(exact.encode(ids(CONTEXT)), QUERY) - star.logits(context, QUERY)).abs().max()
     )
-    assert 1e-3 < difference < 1  # it is quantized
+    # The weights are quantized.
+    assert 1e-3 < difference < 1
 
     context.save(tmp_path / "context.star")
     loaded = star.load_context(tmp_path / "context.star")

@@ -1,4 +1,4 @@
-"""Layers through torch.compile, here with its C++ backend. (On a GPU: tests/gpu/test_fast_cuda.py.)"""
+"""Layers through torch.compile with its C++ backend. tests/gpu/test_fast_cuda.py tests a GPU's."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma3n", "deepseek_v3", "gpt2"])
-def test_layers_are_found(name: str) -> None:
+def test_the_layers_of_a_decoder(name: str) -> None:
     model = tiny(name)
     assert len(layers_of(model.get_decoder())) == model.config.get_text_config().num_hidden_layers
 
 
 def assert_same(context: EncodedContext, expected: EncodedContext) -> None:
-    for ours, theirs in zip(context.kv.layers, expected.kv.layers, strict=True):
-        assert ours.is_empty == theirs.is_empty
-        for a, b in () if ours.is_empty else zip(ours.pair(), theirs.pair(), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    for layer, expected_layer in zip(context.kv.layers, expected.kv.layers, strict=True):
+        assert layer.is_empty == expected_layer.is_empty
+        if layer.is_empty:
+            continue
+        for actual, right in zip(layer.pair(), expected_layer.pair(), strict=True):
+            torch.testing.assert_close(actual, right, atol=1e-4, rtol=1e-4)
 
 
 WHOLE = {"llama": 1, "gemma2": 2, "gpt_oss": 2, "qwen3_moe": 1}
-"""Families whose layers are compiled with their attention, and their kinds of layers."""
+"""Families whose layers are compiled with their attention, and their number of kinds of layers."""
 
 
 @pytest.mark.slow
@@ -48,26 +50,28 @@ def test_encoding_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert before == WHOLE[name] if name in WHOLE else before > 2, "once for each kind of layer"
     fast.encode(ids(149, seed=4))
     assert counters["stats"]["unique_graphs"] == before, "nothing is compiled again"
-    words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+    settings: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
     assert (
-        fast.generate(context, ids(5), **words).token_ids
-        == plain.generate(expected, ids(5), **words).token_ids
+        fast.generate(context, ids(5), **settings).token_ids
+        == plain.generate(expected, ids(5), **settings).token_ids
     )
 
 
-def test_other_threads_and_later_calls_find_the_plain_model() -> None:
+def test_other_threads_and_later_calls_run_the_plain_model() -> None:
     model = tiny("llama")
     star = StarLLM(model, compile=True, **SIZES)
     compiled, layers = star.runtime.handle.compiled, layers_of(model.get_decoder())
     assert compiled is not None
     expected = model(torch.tensor([ids(9)])).logits
-    seen: list[Any] = []
+    results: list[Any] = []
     with compiled.active(FULL):
         assert all("forward" in vars(layer) for layer in layers)
-        thread = threading.Thread(target=lambda: seen.append(model(torch.tensor([ids(9)])).logits))
+        thread = threading.Thread(
+            target=lambda: results.append(model(torch.tensor([ids(9)])).logits)
+        )
         thread.start()
         thread.join()
-    assert torch.equal(seen[0], expected)
+    assert torch.equal(results[0], expected)
     assert not any("forward" in vars(layer) for layer in layers)
 
 
@@ -75,15 +79,17 @@ def test_a_layer_that_cannot_be_compiled_whole_is_compiled_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
-    kind = type(layers_of(tiny("llama").get_decoder())[0].mlp)
-    stock = kind.forward
+    # Layers of the same model that another test has compiled would be used again.
+    torch._dynamo.reset()
+    mlp_type = type(layers_of(tiny("llama").get_decoder())[0].mlp)
+    stock = mlp_type.forward
 
     def interrupted(self: Any, x: Any) -> Any:
         torch._dynamo.graph_break()
         return stock(self, x)
 
     expected = engine("llama", compile=False, **SIZES).encode(ids(101))
-    monkeypatch.setattr(kind, "forward", interrupted)
+    monkeypatch.setattr(mlp_type, "forward", interrupted)
     fast = engine("llama", compile=True, **SIZES)
     context = fast.encode(ids(101))
     assert fast.runtime.handle.compiled is not None
@@ -91,8 +97,8 @@ def test_a_layer_that_cannot_be_compiled_whole_is_compiled_in_pieces(
     assert_same(context, expected)
 
 
-def test_somebody_elses_forward_stays() -> None:
-    """accelerate replaces forwards to bring weights; compiling would go around it."""
+def test_a_forward_of_others_stays() -> None:
+    """accelerate replaces forwards to bring weights, which a compiled layer would bypass."""
     model = tiny("llama")
     layer = layers_of(model.get_decoder())[0]
     layer.forward = layer.forward  # type: ignore[method-assign]

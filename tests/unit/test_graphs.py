@@ -1,7 +1,7 @@
-"""Forwards by CUDA graphs, their logic: everything but the capture itself, which a CPU does not have.
+"""The logic of CUDA graphs: everything but the capture, which needs a GPU.
 
-What stands in for a graph does the captured work anew at each replay; kernels run in Triton's interpreter. (With real graphs:
-tests/gpu/test_fast_cuda.py.)
+A stand-in for a graph runs the captured work at each replay, and kernels run in Triton's
+interpreter. tests/gpu/test_fast_cuda.py tests real graphs.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=4
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes a millisecond for each program."""
+    """Few programs, since the interpreter takes a millisecond for each."""
     monkeypatch.setattr(triton_answer, "SPLITS", 2)
     monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
     monkeypatch.setattr(kv, "_INITIAL_CAPACITY", 6)
 
 
-class Replayed(graphs.Graphs):
-    """Counts what it would capture."""
+class CountingGraphs(graphs.Graphs):
+    """Counts captures and replays."""
 
     def __init__(self, handle: Any) -> None:
         super().__init__(handle)
@@ -44,7 +44,8 @@ class Replayed(graphs.Graphs):
 
     def _record(self, work: Callable[[], None], warm_up: Callable[[], Any]) -> Callable[[], None]:
         self.captures += 1
-        if self.captures == 1:  # (it takes its time here; on a GPU it is done for each)
+        # Each capture warms up on a GPU. One is enough here, where it takes long.
+        if self.captures == 1:
             warm_up()
 
         def replay() -> None:
@@ -54,14 +55,15 @@ class Replayed(graphs.Graphs):
         return replay
 
 
-def with_graphs(star: StarLLM) -> Replayed:
-    replayed = Replayed(star.runtime.handle)
-    star.runtime.handle.__dict__["graphs"] = replayed  # (a cached property)
-    return replayed
+def with_graphs(star: StarLLM) -> CountingGraphs:
+    counting = CountingGraphs(star.runtime.handle)
+    # `graphs` is a cached property.
+    star.runtime.handle.__dict__["graphs"] = counting
+    return counting
 
 
-def pair(name: str) -> tuple[StarLLM, StarLLM, Replayed]:
-    """The same engine without graphs and with them."""
+def pair(name: str) -> tuple[StarLLM, StarLLM, CountingGraphs]:
+    """Make the same engine without graphs and with them."""
     plain, fast = engine(name, **SIZES), engine(name, **SIZES)
     return plain, fast, with_graphs(fast)
 
@@ -80,111 +82,112 @@ QUICK = ("gemma2", "gpt_oss")
     ],
 )
 def test_families(name: str) -> None:
-    """Windows, softcap, sinks, layers that share keys: the tokens and the logits as without."""
-    plain, fast, replayed = pair(name)
-    words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
+    """Windows, softcap, sinks, shared keys: tokens and logits are the same as without graphs."""
+    plain, fast, counting = pair(name)
+    settings: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
     expected, reply = (
-        star.generate(star.encode(ids(101)), ids(7, seed=2), **words) for star in (plain, fast)
+        star.generate(star.encode(ids(101)), ids(7, seed=2), **settings) for star in (plain, fast)
     )
-    assert replayed.replays == 4
-    assert set(replayed._graphs) == {(1, 8, False), (1, 1, False)}
+    assert counting.replays == 4
+    assert set(counting._graphs) == {(1, 8, False), (1, 1, False)}
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
 
 
 def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
     plain, fast = (engine("llama", kv_dtype="fp8", **SIZES) for _ in range(2))
-    replayed = with_graphs(fast)
-    words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True, return_logits=True)
+    counting = with_graphs(fast)
+    settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True, return_logits=True)
     expected, reply = (
-        star.generate(star.encode(ids(101)), ids(4), **words) for star in (plain, fast)
+        star.generate(star.encode(ids(101)), ids(4), **settings) for star in (plain, fast)
     )
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
-    as_computed = engine("llama", **SIZES).encode(ids(101))
-    other = fast.generate(as_computed, ids(4), **words)
-    assert not torch.equal(other.logits, reply.logits)
-    assert set(replayed._graphs) == {(1, size, fp8) for size in (4, 1) for fp8 in (True, False)}
+    unquantized = engine("llama", **SIZES).encode(ids(101))
+    unquantized_reply = fast.generate(unquantized, ids(4), **settings)
+    assert not torch.equal(unquantized_reply.logits, reply.logits)
+    assert set(counting._graphs) == {(1, size, fp8) for size in (4, 1) for fp8 in (True, False)}
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3"])
-def test_what_graphs_cannot_serve_runs_without(name: str) -> None:
-    plain, fast, replayed = pair(name)
+def test_a_model_that_graphs_cannot_serve_runs_without(name: str) -> None:
+    plain, fast, counting = pair(name)
     expected, reply = (
         star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
     )
     assert reply.token_ids == expected.token_ids
-    assert replayed.captures == 0
+    assert counting.captures == 0
 
 
 def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, fast, replayed = pair("llama")
+    plain, fast, counting = pair("llama")
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(replayed, "_record", refuse)
+    monkeypatch.setattr(counting, "_record", refuse)
     expected, reply = (
         star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
     )
     assert reply.token_ids == expected.token_ids
-    assert set(replayed._graphs.values()) == {None}
+    assert set(counting._graphs.values()) == {None}
 
 
 def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
-    """Every way to answer that steps token by token, and some that do not."""
-    words: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
+    """Answer in every way that steps token by token, and in some that do not."""
+    settings: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
     sampled = star.generate(
-        context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **words
+        context, ids(3), num_return_sequences=2, do_sample=True, seed=5, **settings
     )
     return [
         [
             reply.token_ids
-            for reply in star.generate(context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **words)
+            for reply in star.generate(
+                context, [ids(3), ids(2, seed=4), ids(4, seed=5)], **settings
+            )
         ],
         [reply.token_ids for reply in sampled],
         star.generate(context, ids(1), max_new_tokens=1).token_ids,
         star.generate(context, ids(300), max_new_tokens=2).token_ids,
         star.generate(
-            context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **words
+            context, ids(5), repetition_penalty=1.5, no_repeat_ngram_size=2, **settings
         ).token_ids,
-        star.generate(context, ids(5), num_beams=2, **words).token_ids,
-        star.generate(star.extend(context, ids(30, seed=9)), ids(5), **words).token_ids,
-        star.generate(
-            context, ids(5), max_new_tokens=8, ignore_eos=True
-        ).token_ids,  # the tail moves as it grows
+        star.generate(context, ids(5), num_beams=2, **settings).token_ids,
+        star.generate(star.extend(context, ids(30, seed=9)), ids(5), **settings).token_ids,
+        # The tail moves as it grows.
+        star.generate(context, ids(5), max_new_tokens=8, ignore_eos=True).token_ids,
     ]
 
 
 def test_every_way_to_answer() -> None:
-    plain, fast, replayed = pair("llama")
+    plain, fast, counting = pair("llama")
     assert answers(fast, fast.encode(ids(101))) == answers(plain, plain.encode(ids(101)))
-    captures = replayed.captures
-    words: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
-    other = [
-        star.generate(star.encode(ids(77, seed=8)), ids(4), **words).token_ids
+    captures = counting.captures
+    settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
+    second = [
+        star.generate(star.encode(ids(77, seed=8)), ids(4), **settings).token_ids
         for star in (plain, fast)
     ]
-    assert other[0] == other[1]
-    assert replayed.captures == captures, "no graph is captured for a second context"
+    assert second[0] == second[1]
+    assert counting.captures == captures, "no graph is captured for a second context"
 
 
 def test_streams_over_two_contexts_take_turns() -> None:
-    """They share a graph; each is loaded into it before its turn."""
+    """They share a graph, which loads each of them before its turn."""
     star = StarLLM(tiny("llama"), bundled_tokenizer(), **SIZES)
-    replayed = with_graphs(star)
+    counting = with_graphs(star)
     contexts = [star.encode(ids(101)), star.encode(ids(53, seed=3))]
-    words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
-    alone = [star.generate(context, ids(4), **words).token_ids for context in contexts]
-    streams = [star.stream(context, ids(4), **words) for context in contexts]
+    settings: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+    alone = [star.generate(context, ids(4), **settings).token_ids for context in contexts]
+    streams = [star.stream(context, ids(4), **settings) for context in contexts]
     while any([next(stream, None) is not None for stream in streams]):
         pass
     assert [stream.result.token_ids for stream in streams] == alone
-    assert (replayed.captures, replayed.replays) == (2, 16)
+    assert (counting.captures, counting.replays) == (2, 16)
 
 
 def test_an_end_before_the_last_token_leaves_no_trace() -> None:
-    """The forward of the next token has begun when the end is seen."""
+    """The forward of the next token has begun by the time the end is noticed."""
     plain, fast, _ = pair("llama")
     contexts = [star.encode(ids(101)) for star in (plain, fast)]
     free = plain.generate(contexts[0], ids(7), max_new_tokens=5, ignore_eos=True).token_ids

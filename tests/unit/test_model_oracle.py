@@ -1,4 +1,4 @@
-"""The model oracle against stock transformers: it must be right before anything is compared with it."""
+"""The model oracle against stock transformers: it must be right before it is compared with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.model_oracle import (
 
 BATCH, CONTEXT, QUERY, STEPS = 2, 101, 7, 4
 TOTAL = CONTEXT + QUERY
-GEOMETRIES = [(16, 16), (24, 10)]  # (block_size, anchor_size): both leave a ragged last block
+GEOMETRIES = [(16, 16), (24, 10)]  # (block_size, anchor_size); both leave a ragged last block.
 
 LENGTH_DEPENDENT = ["llama_dynamic_ntk", "phi3_longrope", "gemma3_dynamic_ntk"]
-# full attention, QK norm, softcap and windows, windows everywhere, sinks and windows,
-# MLA, KV shared between layers, KV heads that differ between layers
+# Full attention, QK norm, softcap and windows, windows in every layer, sinks and windows, MLA, KV
+# sharing, KV heads that differ between layers.
 OFFICIAL = [
     "llama",
     "qwen3",
@@ -40,19 +40,19 @@ OFFICIAL = [
 
 
 def tokens(length: int = TOTAL, seed: int = 1) -> torch.Tensor:
-    """Random ordinary token ids `[BATCH, length]`; a longer call starts with the same ids in each row."""
+    """Draw ordinary token ids, `[BATCH, length]`; longer rows begin with the same ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(
         FIRST_TOKEN, LAST_TOKEN + 1, (length, BATCH), generator=generator
     ).T.contiguous()
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def as_stock(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """Attention as users get it; but softcap needs eager: sdpa, 5.17's default for Gemma 2, ignores it."""
+    """Attention as users get it, but eager with softcap, which sdpa, 5.17's default, ignores."""
     softcap = getattr(model.config, "attn_logit_softcapping", None)
     return contextlib.nullcontext() if softcap is None else eager_attention(model)
 
@@ -86,7 +86,7 @@ def test_law_mask_is_the_law_drawn_by_hand() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_one_block_is_the_stock_model(name: str) -> None:
-    """With one block the oracle's forward and greedy decoding are stock `forward` and `generate`."""
+    """With one block, the oracle's forward and greedy decoding equal the stock model's."""
     model, ids_BL = build(name), tokens()
     dense = {"context_len": CONTEXT, "block_size": CONTEXT, "anchor_size": 0}
 
@@ -106,14 +106,14 @@ def test_one_block_is_the_stock_model(name: str) -> None:
         model, ids_BL, **dense, steps=STEPS, rope_length=TOTAL + STEPS
     )
 
-    close(oracle.logits_BLV, stock_BLV)
+    assert_close(oracle.logits_BLV, stock_BLV)
     assert tokens_BT.tolist() == stock.sequences[:, TOTAL:].tolist()
-    close(logits_BTV, torch.stack(stock.logits, 1))
+    assert_close(logits_BTV, torch.stack(stock.logits, 1))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_several_blocks_are_not_dense(name: str) -> None:
-    """The comparisons can fail: blocks change logits, and keys and values from layer 1 on, not before."""
+    """The comparisons can fail: blocks change logits, and keys and values from layer 1 on."""
     model, ids_BL = build(name), tokens()
     dense = oracle_forward(
         model, ids_BL, context_len=CONTEXT, block_size=CONTEXT, anchor_size=CONTEXT
@@ -125,11 +125,11 @@ def test_several_blocks_are_not_dense(name: str) -> None:
         for star_BGLD, dense_BGLD in zip(star_kv, dense_kv, strict=True):
             assert star_BGLD.shape == dense_BGLD.shape
             assert star_BGLD.shape[0] == BATCH
-            assert star_BGLD.shape[2] == TOTAL  # sliding layers keep every token too
+            # Sliding layers store every token, too.
+            assert star_BGLD.shape[2] == TOTAL
             difference_L = (star_BGLD - dense_BGLD).abs().amax((0, 1, 3))
-            assert (
-                difference_L[:24].max() < 1e-4
-            )  # the first block sees what it sees in dense attention
+            # The first block sees the same keys as in dense attention.
+            assert difference_L[:24].max() < 1e-4
             assert (difference_L[24:].max() > 0.1) == (layer > 0)
 
 
@@ -139,7 +139,7 @@ def test_several_blocks_are_not_dense(name: str) -> None:
 def test_official_scheme_gives_the_same_context_and_answer(
     name: str, block_size: int, anchor_size: int
 ) -> None:
-    """The official code's way: each `[anchor | block]` at its own positions, then the anchor's KV dropped.
+    """The official code encodes `[anchor | block]` at its positions and drops the anchor's KV.
 
     The query then continues an ordinary cache of the whole context.
     """
@@ -160,14 +160,14 @@ def test_official_scheme_gives_the_same_context_and_answer(
 
     for official_kv, oracle_kv in zip(context_kv, oracle.kv, strict=True):
         for official_BGLD, oracle_BGLD in zip(official_kv, oracle_kv, strict=True):
-            close(official_BGLD, oracle_BGLD[:, :, :CONTEXT])
-    close(query_BQV, oracle.logits_BLV[:, CONTEXT:])
+            assert_close(official_BGLD, oracle_BGLD[:, :, :CONTEXT])
+    assert_close(query_BQV, oracle.logits_BLV[:, CONTEXT:])
 
 
 def _encode_block(
     model: PreTrainedModel, ids_BL: torch.Tensor, start: int, block_size: int, anchor_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of the block at `start`, encoded behind a fresh copy of the anchor (the first: alone)."""
+    """Encode the block at `start` after a fresh copy of the anchor, the first block alone."""
     anchor = torch.arange(anchor_size if start else 0)
     block = torch.arange(start, min(start + block_size, CONTEXT))
     cache = DynamicCache()
@@ -181,10 +181,10 @@ def _encode_block(
 def _forward(
     model: PreTrainedModel, ids_BL: torch.Tensor, positions_Q: torch.Tensor, cache: DynamicCache
 ) -> torch.Tensor:
-    """Logits of the tokens at `positions_Q`, which see the cache (tokens `0, 1, ...`) and each other causally."""
+    """Compute the logits of tokens that see the cache and, causally, each other."""
     keys_K = torch.cat([torch.arange(cache.get_seq_length()), positions_Q])
 
-    def keep(window: int | None) -> torch.Tensor:
+    def visible(window: int | None) -> torch.Tensor:
         distance_QK = positions_Q[:, None] - keys_K[None, :]
         return (distance_QK >= 0) & (distance_QK < (window or TOTAL))
 
@@ -192,7 +192,7 @@ def _forward(
         logits: torch.Tensor = model(
             input_ids=ids_BL[:, positions_Q],
             position_ids=positions_Q.expand(BATCH, -1),
-            attention_mask=layer_masks(model, keep),
+            attention_mask=layer_masks(model, visible),
             use_cache=True,
             **cached(model, cache),
         ).logits
@@ -202,8 +202,9 @@ def _forward(
 @pytest.mark.parametrize("name", LENGTH_DEPENDENT)
 @torch.no_grad()
 def test_rope_length_gives_the_frequencies_of_that_many_tokens(name: str) -> None:
-    """A short forward pinned at a length equals the beginning of a stock forward of that length."""
-    length, short = 150, 40  # the frequencies of these families change at 64 tokens
+    """With the frequencies of a length, a short forward is the beginning of a stock one."""
+    # The frequencies of these families change at 64 tokens.
+    length, short = 150, 40
     ids_BL = tokens(length)
     stock_BLV = build(name)(ids_BL, use_cache=False).logits[:, :short]
     model = build(name)
@@ -214,8 +215,8 @@ def test_rope_length_gives_the_frequencies_of_that_many_tokens(name: str) -> Non
             model, ids_BL[:, :short], **settings, rope_length=rope_length
         ).logits_BLV
 
-    close(dense(length), stock_BLV)
-    close(dense(None), model(ids_BL[:, :short], use_cache=False).logits)
+    assert_close(dense(length), stock_BLV)
+    assert_close(dense(None), model(ids_BL[:, :short], use_cache=False).logits)
     assert (dense(None) - stock_BLV).abs().max() > 1
 
 
@@ -223,9 +224,10 @@ def test_rope_length_gives_the_frequencies_of_that_many_tokens(name: str) -> Non
 @pytest.mark.parametrize("name", [*LENGTH_DEPENDENT, "gemma3_vlm", "gpt_oss"])
 @torch.no_grad()
 def test_the_model_is_left_as_it_was(name: str, grown: bool) -> None:
-    """Attention settings of every sub-config and the rotary state survive, also when the forward raises."""
+    """Attention settings and the rotary state stay the same, even if a forward raises."""
     model, ids_BL = build(name), tokens()
-    if grown:  # dynamic NTK remembers the longest sequence it has seen
+    # Dynamic NTK remembers the longest sequence so far.
+    if grown:
         model(ids_BL, use_cache=False)
     before = _settings(model)
 
@@ -251,15 +253,16 @@ def test_the_model_is_left_as_it_was(name: str, grown: bool) -> None:
 
 
 def _settings(model: PreTrainedModel) -> list[object]:
-    """Attention implementations, and public attributes and buffers of rotary modules (tensors as lists)."""
-    found: list[object] = []
+    """List attention implementations, and attributes and buffers of rotary modules."""
+    rows: list[object] = []
     for name, module in model.named_modules():
-        found.append((name, getattr(getattr(module, "config", None), "_attn_implementation", None)))
+        rows.append((name, getattr(getattr(module, "config", None), "_attn_implementation", None)))
         if hasattr(module, "rope_type"):
             state = {key: value for key, value in vars(module).items() if not key.startswith("_")}
             state |= dict(module.named_buffers(recurse=False))
-            found += [
-                (key, v.tolist() if isinstance(v, torch.Tensor) else v) for key, v in state.items()
+            rows += [
+                (key, value.tolist() if isinstance(value, torch.Tensor) else value)
+                for key, value in state.items()
             ]
-            found.append(sorted(module._non_persistent_buffers_set))
-    return found
+            rows.append(sorted(module._non_persistent_buffers_set))
+    return rows

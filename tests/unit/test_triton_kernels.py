@@ -1,4 +1,4 @@
-"""Our Triton kernels on the CPU, through Triton's interpreter. (On a GPU: tests/gpu/test_fast_cuda.py.)"""
+"""Our Triton kernels in Triton's interpreter. tests/gpu/test_fast_cuda.py runs them on a GPU."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from star_attention.attention.kernels import triton_answer, triton_merge, triton
         ("a query", torch.float16),
     ],
 )
-def test_answers_attention(name: str, dtype: torch.dtype) -> None:
+def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     case = CASES[name]
-    made = setup(case, dtype, "cpu")
-    where = dict(table=made.table, lengths=made.lengths, layer=1)
-    triton_answer.append(made.k_RGQD, made.v_RGQD, **where)
+    tensors = setup(case, dtype, "cpu")
+    location = dict(table=tensors.table, lengths=tensors.lengths, layer=1)
+    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, **location)
     new = slice(case.T, case.T + case.Q)
-    assert torch.equal(made.tail_k_RGCD[:, :, new], made.k_RGQD)
-    assert torch.equal(made.tail_v_RGCD[:, :, new], made.v_RGQD)
+    assert torch.equal(tensors.tail_k_RGCD[:, :, new], tensors.k_RGQD)
+    assert torch.equal(tensors.tail_v_RGCD[:, :, new], tensors.v_RGQD)
     out, lse = triton_answer.attend(
-        made.q_RQHD,
+        tensors.q_RQHD,
         case.G,
-        **where,
-        padding_R=made.padding_R,
+        **location,
+        padding_R=tensors.padding_R,
         scale=0.2,
         window=case.window,
         softcap=case.softcap,
         fp8=case.fp8,
         splits=3,
     )
-    right, real = expected(made, 0.2), real_rows(case)
+    right, real = expected(tensors, 0.2), real_rows(case)
     tolerance = 2e-6 if dtype == torch.float32 else 1e-3
     assert (out.double() - right.out_BQHD)[real].norm() <= tolerance * right.out_BQHD[real].norm()
     torch.testing.assert_close(lse.double()[real], right.lse_BQH[real], atol=1e-4, rtol=1e-5)
@@ -60,7 +60,7 @@ def test_answers_attention(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("first", [0, 4])
 def test_merging(first: int) -> None:
-    """Both layouts that kernels return, rows without keys, and a second state of the last rows only."""
+    """Both layouts of kernels, rows without keys, and a second state of the last rows only."""
     torch.manual_seed(0)
     a = State(torch.randn(2, 9, 3, 80), torch.randn(2, 9, 3) * 50)
     b = State(torch.randn(2, 3, 9 - first, 80).transpose(1, 2), torch.randn(2, 9 - first, 3) * 50)
@@ -74,7 +74,7 @@ def test_merging(first: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_row_times_a_matrix(bias: bool) -> None:
+def test_a_single_row_times_a_matrix(bias: bool) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(1, 1, 1500), torch.randn(37, 1500)
     bias_N = torch.randn(37) if bias else None
@@ -82,7 +82,7 @@ def test_one_row_times_a_matrix(bias: bool) -> None:
     torch.testing.assert_close(out, linear(x, weight, bias_N), atol=1e-4, rtol=1e-5)
 
 
-def test_one_row_times_several_matrices() -> None:
+def test_a_single_row_times_several_matrices() -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(1, 1, 70), [torch.randn(N, 70) for N in (37, 4, 16)]
     biases = [None, torch.randn(4), None]
@@ -92,7 +92,7 @@ def test_one_row_times_several_matrices() -> None:
 
 
 @pytest.mark.parametrize("matrices", [1, 2, 3, 5])
-def test_products_with_one_row_share_launches(matrices: int) -> None:
+def test_products_with_the_same_row_share_launches(matrices: int) -> None:
     torch.manual_seed(0)
 
     def layer(x: Tensor, *weights: Tensor) -> Tensor:
@@ -114,19 +114,19 @@ def test_products_with_one_row_share_launches(matrices: int) -> None:
 
 
 def test_a_compiled_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gate and up together, then down: what torch.compile makes of weights is what the pass looks for."""
+    """gate and up in one launch, then down: the pass recognizes the graphs of torch.compile."""
     layer: Any = tiny("llama").model.layers[0].mlp
     x = torch.randn(1, 1, layer.gate_proj.in_features)
     expected = layer(x)
     launches: list[int] = []
-    joined = triton_row.fuse_linears
+    fuse = triton_row.fuse_linears
 
-    def seen(graph: torch.fx.Graph) -> None:
-        joined(graph)
+    def counted(graph: torch.fx.Graph) -> None:
+        fuse(graph)
         op = torch.ops.star_attention.linears.default
         launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
 
-    monkeypatch.setattr(triton_row, "fuse_linears", seen)
+    monkeypatch.setattr(triton_row, "fuse_linears", counted)
     for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
         module.__class__ = triton_row.RowLinear
     compiled_layer = torch.compile(
