@@ -28,25 +28,25 @@ def answers(text: str, question: str) -> set[str]:
     def place(thing: str) -> str | None:
         return room_of.get(holder_of[thing]) if thing in holder_of else left_in.get(thing)
 
-    # The object is a room for moves, and a thing for all other events.
-    for _, kind, (actor, object, *receiver) in events:
+    # The target is a room for moves, and a thing for all other events.
+    for _, kind, (actor, target, *receiver) in events:
         if kind == "move":
-            assert room_of.get(actor) != object, "moved to where they were"
-            room_of[actor] = object
+            assert room_of.get(actor) != target, "moved to where they were"
+            room_of[actor] = target
         elif kind == "take":
-            assert object not in holder_of, "taken from somebody's hands"
-            assert left_in.get(object, room_of[actor]) == room_of[actor], (
+            assert target not in holder_of, "taken from somebody's hands"
+            assert left_in.get(target, room_of[actor]) == room_of[actor], (
                 "taken in another room than it was left in"
             )
-            holder_of[object] = actor
+            holder_of[target] = actor
         elif kind == "drop":
-            assert holder_of.pop(object) == actor
-            left_in[object] = room_of[actor]
+            assert holder_of.pop(target) == actor
+            left_in[target] = room_of[actor]
         else:
-            assert holder_of[object] == actor
+            assert holder_of[target] == actor
             assert room_of[actor] == room_of[receiver[0]]
-            holder_of[object] = receiver[0]
-            gifts.append((actor, object, receiver[0]))
+            holder_of[target] = receiver[0]
+            gifts.append((actor, target, receiver[0]))
         for thing in {*holder_of, *left_in}:
             rooms = history.setdefault(thing, [])
             if rooms[-1:] != [place(thing)]:
