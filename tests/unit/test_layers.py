@@ -1,4 +1,7 @@
-"""Imports point downwards (docs/architecture.md), programs are separate, and there are no circles."""
+"""Imports point downwards, programs are separate, and there are no import cycles.
+
+docs/architecture.md shows the layers.
+"""
 
 from __future__ import annotations
 
@@ -148,8 +151,8 @@ def violations(text: str, module: str, is_package: bool = False) -> list[str]:
     return breaches
 
 
-def circle(texts: dict[str, tuple[str, bool]]) -> list[str]:
-    """Return the modules of a circle of imports, including late ones; [] if there is none.
+def import_cycle(texts: dict[str, tuple[str, bool]]) -> list[str]:
+    """Return the modules of an import cycle, with late imports counted; [] if there is none.
 
     `texts` has the text of each module, and True for packages. Imports of the package itself, for
     its public names, do not count.
@@ -187,16 +190,16 @@ def test_each_program_is_between_tools_and_the_command_line() -> None:
     assert LAYERS["__main__"] == max(LAYERS.values())
 
 
-def test_imports_have_no_circles() -> None:
+def test_there_are_no_import_cycles() -> None:
     texts = {
         module_of(path): (path.read_text(encoding="utf-8"), path.name == "__init__.py")
         for path in FILES
     }
-    assert circle(texts) == []
+    assert import_cycle(texts) == []
 
 
 @pytest.mark.parametrize(
-    ("texts", "is_circle"),
+    ("texts", "is_cycle"),
     [
         ({"a": "from star_attention import b", "b": "from star_attention.a import f"}, True),
         (
@@ -207,14 +210,14 @@ def test_imports_have_no_circles() -> None:
         ({"a": "from star_attention import StarLLM", "b": "from .a import f"}, False),
     ],
 )
-def test_a_circle_is_seen(
-    texts: dict[str, str], is_circle: bool, monkeypatch: pytest.MonkeyPatch
+def test_an_import_cycle_is_seen(
+    texts: dict[str, str], is_cycle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "MODULES", {f"{PACKAGE}.{name}" for name in texts})
     modules = {
         f"{PACKAGE}.{name}": (text.format(a=f"{PACKAGE}.a"), False) for name, text in texts.items()
     }
-    assert bool(circle(modules)) == is_circle
+    assert bool(import_cycle(modules)) == is_cycle
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

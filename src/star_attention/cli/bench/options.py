@@ -26,7 +26,7 @@ _PANEL = "Benchmark"
 Compile = Annotated[
     bool | None,
     option(
-        "Use compiled layers and CUDA graphs, or do not.",
+        "Use compiled layers and CUDA graphs.",
         "--compile/--no-compile",
         panel=_PANEL,
         show_default="on a GPU, where Triton is installed",
