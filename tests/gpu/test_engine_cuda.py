@@ -1,4 +1,4 @@
-"""The engine on a GPU: families against the mask oracle, the bundled model, bf16 within its budget, bounded memory."""
+"""The engine on a GPU: families against the oracle, the bundled model, bf16, bounded memory."""
 
 from __future__ import annotations
 
@@ -93,21 +93,21 @@ def test_bundled_model_retrieves_at_16k(dtype: str) -> None:
     star = StarLLM.from_pretrained(MODEL, block_size=4096, dtype=dtype)
     text, facts = _needles(star.tokenizer, 16384, 8)
     context = star.encode(text)
-    asked = [
-        f"<|q|>What is the secret number for {k}?<|a|>The secret number for {k} is"
-        for k, _ in facts
+    queries = [
+        f"<|q|>What is the secret number for {key}?<|a|>The secret number for {key} is"
+        for key, _ in facts
     ]
-    replies = star.generate(context, asked, max_new_tokens=12)
-    right = [number in reply.text for (_, number), reply in zip(facts, replies, strict=True)]
-    print(dtype, len(context), right, f"encode {context.encode_s:.3f} s", replies[0].timings)
-    assert sum(right) >= 7
+    replies = star.generate(context, queries, max_new_tokens=12)
+    correct = [number in reply.text for (_, number), reply in zip(facts, replies, strict=True)]
+    print(dtype, len(context), correct, f"encode {context.encode_s:.3f} s", replies[0].timings)
+    assert sum(correct) >= 7
     if dtype == "float32":
-        single = [star.generate(context, q, max_new_tokens=12).token_ids for q in asked]
+        single = [star.generate(context, q, max_new_tokens=12).token_ids for q in queries]
         assert single == [reply.token_ids for reply in replies]
 
 
 def test_bf16_logits_are_within_twice_a_plain_implementation() -> None:
-    """Teacher-forced: free-running greedy strings of two correct bf16 programs part after some tens of steps."""
+    """Teacher-forced, since greedy answers of two correct bf16 programs diverge after a while."""
     exact = StarLLM.from_pretrained(MODEL, block_size=1024, dtype="float32")
     half = StarLLM.from_pretrained(MODEL, block_size=1024, dtype="bfloat16")
     torch.manual_seed(0)
@@ -118,19 +118,20 @@ def test_bf16_logits_are_within_twice_a_plain_implementation() -> None:
     plain = oracle_forward(half.model, ids[None].cuda(), **sizes).logits_BLV[0, 4096:].float()
     oracle = oracle_forward(exact.model, ids[None].cuda(), **sizes).logits_BLV[0, 4096:]
     assert (a.cuda() - oracle).abs().max().item() <= 1e-3
-    ours, theirs = (
+    ours, plain_error = (
         (b.cuda() - oracle).norm() / oracle.norm(),
         (plain - oracle).norm() / oracle.norm(),
     )
-    print(f"relative error bf16: ours {ours:.4f}, plain {theirs:.4f}")
-    assert ours <= 2 * theirs
+    print(f"relative error bf16: ours {ours:.4f}, plain {plain_error:.4f}")
+    assert ours <= 2 * plain_error
 
 
 def test_phase_1_memory_depends_on_the_forward_not_on_the_context() -> None:
     star = StarLLM.from_pretrained(
         MODEL, block_size=2048, dtype="bfloat16", tokens_per_forward=4096
     )
-    star.encode(torch.randint(5, 4096, (8192,)))  # the libraries' own workspaces
+    # Allocates the workspaces of the libraries.
+    star.encode(torch.randint(5, 4096, (8192,)))
     weights = torch.cuda.memory_allocated()
     extra = {}
     for tokens in (8192, 16384, 32768, 65536):
@@ -171,8 +172,9 @@ def test_llama_8b_shapes_at_64k() -> None:
         beyond = (context.peak_bytes - weights - context.nbytes) / 2**30
         reply = star.generate(context, ids[:64], max_new_tokens=32)
         print(
-            f"64K {method} block {context.plan.block_size}: encode {context.encode_s:.2f} s, beyond weights and KV"
-            f" {beyond:.2f} GiB, first token {reply.timings.ttft_s:.3f} s, {reply.timings.tokens_per_s:.1f} tok/s"
+            f"64K {method} block {context.plan.block_size}: encode {context.encode_s:.2f} s,"
+            f" beyond weights and KV {beyond:.2f} GiB, first token {reply.timings.ttft_s:.3f} s,"
+            f" {reply.timings.tokens_per_s:.1f} tok/s"
         )
         assert beyond < 8
         del context

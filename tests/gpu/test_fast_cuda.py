@@ -1,4 +1,4 @@
-"""What makes a GPU fast - compiled layers, CUDA graphs, our kernels - against the oracle and against the same without it."""
+"""Compiled layers, CUDA graphs and our kernels, against the oracle and against plain forwards."""
 
 from __future__ import annotations
 
@@ -36,29 +36,34 @@ def chat(text: str) -> list[dict[str, str]]:
 QUESTION = chat("What is the secret number for otter?")
 
 
-# ------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------------- kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CASES)
-def test_answers_attention(name: str, dtype: torch.dtype) -> None:
+def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     """Within twice the error of a plain implementation in that precision."""
     from star_attention.attention.kernels import triton_answer
 
     torch.manual_seed(0)
     case = CASES[name]
-    made = setup(case, dtype, "cuda")
-    where: dict[str, Any] = dict(table=made.table, lengths=made.lengths, layer=1)
-    triton_answer.append(made.k_RGQD, made.v_RGQD, **where)
-    assert torch.equal(made.tail_k_RGCD[:, :, case.T : case.T + case.Q], made.k_RGQD)
+    tensors = setup(case, dtype, "cuda")
+    location: dict[str, Any] = dict(table=tensors.table, lengths=tensors.lengths, layer=1)
+    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, **location)
+    assert torch.equal(tensors.tail_k_RGCD[:, :, case.T : case.T + case.Q], tensors.k_RGQD)
     rule = dict(window=case.window, softcap=case.softcap, fp8=case.fp8)
     out, lse = triton_answer.attend(
-        made.q_RQHD, case.G, **where, padding_R=made.padding_R, scale=0.2, dtype=dtype, **rule
+        tensors.q_RQHD,
+        case.G,
+        **location,
+        padding_R=tensors.padding_R,
+        scale=0.2,
+        dtype=dtype,
+        **rule,
     )
-    right, real = expected(made, 0.2), real_rows(case)
-    unit = (
-        2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-    )  # of q, k, v and the result, rounded once each
+    right, real = expected(tensors, 0.2), real_rows(case)
+    # q, k, v and the result are rounded once each.
+    unit = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     assert (out.double().cpu() - right.out_BQHD)[real].norm() <= 2 * unit * right.out_BQHD[
         real
     ].norm()
@@ -66,55 +71,54 @@ def test_answers_attention(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", [(128, 4096), (1000, 96), (37, 14336)])
-def test_one_row_times_a_matrix(shape: tuple[int, int]) -> None:
+def test_a_single_row_times_a_matrix(shape: tuple[int, int]) -> None:
     from star_attention.attention.kernels import triton_row
 
     torch.manual_seed(0)
     weight, x = torch.randn(shape).cuda().bfloat16(), torch.randn(1, 1, shape[1]).cuda().bfloat16()
     exact = x.double() @ weight.double().T
-    least = 2 * (x @ weight.T - exact).norm()
-    assert (triton_row.linear(x, weight, None) - exact).norm() <= least
-    other, bias = torch.randn(5, shape[1]).cuda().bfloat16(), torch.randn(5).cuda().bfloat16()
-    first, second, third = triton_row.linears(x, [weight, other, weight], [None, bias, None])
+    budget = 2 * (x @ weight.T - exact).norm()
+    assert (triton_row.linear(x, weight, None) - exact).norm() <= budget
+    short, bias = torch.randn(5, shape[1]).cuda().bfloat16(), torch.randn(5).cuda().bfloat16()
+    first, second, third = triton_row.linears(x, [weight, short, weight], [None, bias, None])
     assert torch.equal(first, third)
     assert torch.equal(first, triton_row.linear(x, weight, None))
-    assert torch.equal(second, triton_row.linear(x, other, bias))
+    assert torch.equal(second, triton_row.linear(x, short, bias))
 
 
-# ------------------------------------------------------------------------------------------------- the bundled model
+# ---------------------------------------------------------------------- the bundled model
 
 
 @pytest.fixture(scope="module")
 def engines() -> dict[bool, StarLLM]:
-    """float32, with what is fast and without."""
+    """Engines in float32, with compiled layers and graphs and without."""
     sizes: dict[str, Any] = dict(dtype="float32", block_size=2048, tokens_per_forward=4096)
     return {fast: StarLLM.from_pretrained(MODEL, compile=fast, **sizes) for fast in (True, False)}
 
 
-def test_the_same_tokens_as_without(engines: dict[bool, StarLLM]) -> None:
-    said = []
+def test_tokens_are_the_same_as_by_plain_forwards(engines: dict[bool, StarLLM]) -> None:
+    answers = []
     for star in engines.values():
         context = star.encode(chat(TEXT))
-        assert len(context) > 8192, "several whole forwards, and a rest"
-        words: dict[str, Any] = dict(ignore_eos=True, max_new_tokens=100)
-        said.append(
+        assert len(context) > 8192, "several whole forwards, and a remainder"
+        settings: dict[str, Any] = dict(ignore_eos=True, max_new_tokens=100)
+        answers.append(
             [
-                star.generate(context, QUESTION, **words).token_ids,
+                star.generate(context, QUESTION, **settings).token_ids,
                 [
-                    r.token_ids
-                    for r in star.generate(
-                        context, [QUESTION, chat("What does the dog do?")], **words
+                    reply.token_ids
+                    for reply in star.generate(
+                        context, [QUESTION, chat("What does the dog do?")], **settings
                     )
                 ],
                 [
-                    r.token_ids
-                    for r in star.generate(
+                    reply.token_ids
+                    for reply in star.generate(
                         context, QUESTION, num_return_sequences=2, seed=3, do_sample=True
                     )
                 ],
-                star.generate(
-                    context, chat("What? " * 150), max_new_tokens=5
-                ).token_ids,  # longer than any bucket
+                # A question longer than any bucket.
+                star.generate(context, chat("What? " * 150), max_new_tokens=5).token_ids,
                 star.generate(
                     context, QUESTION, repetition_penalty=1.3, no_repeat_ngram_size=2
                 ).token_ids,
@@ -124,8 +128,8 @@ def test_the_same_tokens_as_without(engines: dict[bool, StarLLM]) -> None:
                 ).token_ids,
             ]
         )
-    assert said[0] == said[1]
-    assert "12345" in engines[True].tokenizer.decode(said[0][0])
+    assert answers[0] == answers[1]
+    assert "12345" in engines[True].tokenizer.decode(answers[0][0])
     graphs = engines[True].runtime.handle.graphs
     assert graphs is not None
     captured = {key[:2] for key, graph in graphs._graphs.items() if graph is not None}
@@ -135,20 +139,22 @@ def test_the_same_tokens_as_without(engines: dict[bool, StarLLM]) -> None:
 @pytest.mark.parametrize(
     "setting", [dict(kv_dtype="fp8"), dict(kv_device="cpu"), dict(kv_dtype="fp8", kv_device="cpu")]
 )
-def test_contexts_that_are_kept_in_other_ways(setting: dict[str, str]) -> None:
-    """fp8 by graphs, the host's memory without; the same answers as by plain forwards over the same contexts."""
+def test_contexts_stored_in_other_formats(setting: dict[str, str]) -> None:
+    """Graphs read fp8, not host memory; answers are the same as by plain forwards."""
     sizes: dict[str, Any] = dict(dtype="float32", block_size=2048, tokens_per_forward=4096)
-    said = []
+    answers = []
     for fast in (True, False):
         star = StarLLM.from_pretrained(MODEL, compile=fast, **sizes, **setting)
         context = star.encode(chat(TEXT))
-        places = {tensor.device.type for layer in context.kv.layers for tensor in layer.stored()}
-        assert places == {"cpu" if "kv_device" in setting else "cuda"}
-        said.append(star.generate(context, QUESTION, max_new_tokens=40, ignore_eos=True).token_ids)
-        assert "12345" in star.tokenizer.decode(said[-1])
+        devices = {tensor.device.type for layer in context.kv.layers for tensor in layer.stored()}
+        assert devices == {"cpu" if "kv_device" in setting else "cuda"}
+        answers.append(
+            star.generate(context, QUESTION, max_new_tokens=40, ignore_eos=True).token_ids
+        )
+        assert "12345" in star.tokenizer.decode(answers[-1])
         if fast:
             assert bool(star.runtime.handle.graphs._graphs) == ("kv_device" not in setting)
-    assert said[0] == said[1]
+    assert answers[0] == answers[1]
 
 
 def test_nothing_is_compiled_or_captured_again(engines: dict[bool, StarLLM]) -> None:
@@ -174,19 +180,19 @@ def test_nothing_is_compiled_or_captured_again(engines: dict[bool, StarLLM]) -> 
 
 
 def test_streams_over_two_contexts_take_turns(engines: dict[bool, StarLLM]) -> None:
-    """They share graphs, and each has its own keys, tail and place in it."""
+    """They share graphs; each has its own keys, tail and length."""
     star = engines[True]
     contexts = [star.encode(chat(text)) for text in (TEXT, "The sea is blue. " * 900)]
-    words: dict[str, Any] = dict(max_new_tokens=90, ignore_eos=True)
-    alone = [star.generate(context, QUESTION, **words).token_ids for context in contexts]
-    streams = [star.stream(context, QUESTION, **words) for context in contexts]
+    settings: dict[str, Any] = dict(max_new_tokens=90, ignore_eos=True)
+    alone = [star.generate(context, QUESTION, **settings).token_ids for context in contexts]
+    streams = [star.stream(context, QUESTION, **settings) for context in contexts]
     while any([next(stream, None) is not None for stream in streams]):
         pass
     assert [stream.result.token_ids for stream in streams] == alone
 
 
 class Forced(LogitsProcessor):  # type: ignore[misc]
-    """Makes an answer of given tokens."""
+    """Forces the tokens of an answer."""
 
     def __init__(self, tokens: Tensor, prompt_tokens: int) -> None:
         self.tokens, self.prompt_tokens = tokens, prompt_tokens
@@ -219,16 +225,16 @@ def test_bf16_logits_over_256_steps_are_within_twice_a_plain_implementation() ->
     sizes = dict(context_len=context, block_size=2048, anchor_size=2048)
     plain = oracle_forward(half.model, ids[None].cuda(), **sizes).logits_BLV[0, rows].float()
     oracle = oracle_forward(exact.model, ids[None].cuda(), **sizes).logits_BLV[0, rows].float()
-    ours, theirs = (
+    ours, plain_error = (
         (reply.logits.cuda() - oracle).norm() / oracle.norm(),
         (plain - oracle).norm() / oracle.norm(),
     )
-    print(f"relative error bf16: ours {ours:.4f}, plain {theirs:.4f}")
-    assert ours <= 2 * theirs
+    print(f"relative error bf16: ours {ours:.4f}, plain {plain_error:.4f}")
+    assert ours <= 2 * plain_error
 
 
-def test_out_of_memory_frees_what_it_took_and_says_what_to_lower() -> None:
-    """In both phases, really, with a limit on the process; then smaller requests work."""
+def test_out_of_memory_frees_its_memory_and_names_the_size_to_lower() -> None:
+    """In both phases, with a memory limit on the process; smaller requests work afterwards."""
     star = StarLLM.from_pretrained(
         MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", device="cuda"
     )
@@ -268,12 +274,12 @@ def test_out_of_memory_frees_what_it_took_and_says_what_to_lower() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-# ------------------------------------------------------------------------------------------------- families
+# ---------------------------------------------------------------------- families
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gemma3n", "qwen3_moe"])
 def test_families_against_the_mask_oracle(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything compiled that would be for long contexts; windows, softcap, sinks, layers that share keys."""
+    """Compiled as for long contexts; windows, softcap, sinks, layers that share keys."""
     monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
     model = build(family).to("cuda")
     star = StarLLM(model, block_size=24, anchor_size=10, tokens_per_forward=48, compile=True)
@@ -298,8 +304,8 @@ def test_families_against_the_mask_oracle(family: str, monkeypatch: pytest.Monke
     )
 
 
-def test_a_capture_that_breaks_off_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -> None:
-    """Random numbers, the current stream and later captures work on."""
+def test_a_failed_capture_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -> None:
+    """Random numbers, the current stream and later captures still work."""
     star = engines[True]
     graphs = star.runtime.handle.graphs
     assert graphs is not None
@@ -308,8 +314,8 @@ def test_a_capture_that_breaks_off_leaves_torch_as_it_was(engines: dict[bool, St
         graphs._record(lambda: number.item() and None, warm_up=lambda: None)
     assert torch.cuda.current_stream() == stream
     assert torch.rand(2, device="cuda").shape == (2,)
-    seen: list[Tensor] = []
-    replay = graphs._record(lambda: seen.append(number + 1), warm_up=lambda: None)
+    results: list[Tensor] = []
+    replay = graphs._record(lambda: results.append(number + 1), warm_up=lambda: None)
     replay()
-    assert seen[0].item() == 2
+    assert results[0].item() == 2
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Every kernel that runs on CUDA against the float64 oracle, on fresh random inputs.
+"""Every kernel that runs on CUDA against the oracle in float64, on random inputs.
 
 Axes: B batch, Q queries, K keys, H query heads, G KV heads, D head size.
 """
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 
 HEADS = [(12, 12), (12, 3), (12, 1)]
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 128)]
-# queries, keys, offset, window, softcap: square, rectangle, decode, piece of a block, window by position, softcap
+# (queries, keys, offset, window, softcap): square, rectangle, decoding, piece of a block, windows,
+# softcap.
 SHAPES = [
     (777, 777, 0, None, None),
     (777, 1290, 5000, None, None),
@@ -43,21 +44,21 @@ def _error(
     q = torch.randn(batch, queries, heads[0], sizes[0], device="cuda").to(dtype)
     k = torch.randn(batch, keys, heads[1], sizes[0], device="cuda").to(dtype)
     v = torch.randn(batch, keys, heads[1], sizes[1], device="cuda").to(dtype)
-    ahead = (
+    distance = (
         torch.arange(queries, device="cuda")[:, None]
         + offset
         - torch.arange(keys, device="cuda")[None]
     )
-    keep = (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
+    keep = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
     rule = Rule(scale=sizes[0] ** -0.5, window=window, softcap=softcap)
-    got = attend(q, k, v, rule=rule, offset=offset, kernel=kernel)
+    state = attend(q, k, v, rule=rule, offset=offset, kernel=kernel)
     exact = masked_attention(q, k, v, keep, scale=rule.scale, softcap=softcap)
-    # A plain implementation in the working dtype is off by this much.
+    # The error of a plain implementation in the working dtype is the measure.
     plain = masked_attention(q, k, v, keep, scale=rule.scale, softcap=softcap, dtype=dtype)
-    out = (got.out_BQHD.double() - exact.out_BQHD).abs().max().item()
+    out = (state.out_BQHD.double() - exact.out_BQHD).abs().max().item()
     out_plain = (plain.out_BQHD.double() - exact.out_BQHD).abs().max().item()
-    lse = (got.lse_BQH - exact.lse_BQH).nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-    assert torch.equal(got.lse_BQH.isneginf(), exact.lse_BQH.isneginf())
+    lse = (state.lse_BQH - exact.lse_BQH).nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    assert torch.equal(state.lse_BQH.isneginf(), exact.lse_BQH.isneginf())
     return out, out_plain, lse
 
 
@@ -75,8 +76,8 @@ def test_attend_is_within_twice_a_plain_implementation(
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "cuda_flash", "cuda_efficient", "math"])
-def test_each_kernel_takes_the_calls_it_says_it_takes(kernel: str) -> None:
-    taken = 0
+def test_each_kernel_runs_the_calls_that_it_supports(kernel: str) -> None:
+    calls = 0
     for dtype, sizes, shape in itertools.product((torch.float32, torch.bfloat16), SIZES, SHAPES):
         queries, keys, offset, window, softcap = shape
         call = kernels.Call(
@@ -97,10 +98,10 @@ def test_each_kernel_takes_the_calls_it_says_it_takes(kernel: str) -> None:
             or kernels.find(call, kernel) is None
         ):
             continue
-        taken += 1
+        calls += 1
         out, plain, _ = _error(dtype, (12, 3), sizes, shape, kernel)
         assert out <= max(2 * plain, 2e-5), (dtype, sizes, shape)
-    assert taken, f"{kernel} took none of the calls"
+    assert calls, f"{kernel} supports none of the calls"
 
 
 def test_phase_1_in_half_precision_uses_cudnn_and_decoding_uses_flash() -> None:
