@@ -1,6 +1,7 @@
-"""Needle-in-a-haystack samples in the format of the bundled model's secrets: one fact is asked, among filler or other facts.
+"""Needle-in-a-haystack samples in the format that the bundled models were trained on.
 
-(Values are of those that the training of needle-32m held out, value % 13 == 5.)
+One fact is asked for, among filler or other facts. Values are among those that the training of
+needle-32m held out, `value % 13 == 5`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ NOISE = [
     "A letter lies unopened on the desk.",
     "Clouds move slowly over the valley.",
 ]
-# Name of a task: (what the facts stand in, what they tell, how many)
 TASKS = {
     "niah_single_noise": ("noise", "number", 1),
     "niah_single_prose": ("prose", "number", 1),
@@ -32,26 +32,32 @@ TASKS = {
     "niah_needles": ("needles", "number", None),
     "niah_needles_code": ("needles", "code", None),
 }
+"""By task: the text around the facts, the kind of value, and the number of facts (None: all)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    kind: str  # "number" or "code"
+    """A secret; `kind` is "number" or "code"."""
+
+    kind: str
     key: str
     value: str
 
     @property
     def line(self) -> str:
+        """The sentence in the context."""
         return f"The secret {self.kind} for {self.key} is {self.value}.\n"
 
     @property
     def query(self) -> str:
-        return f"<|q|>What is the secret {self.kind} for {self.key}?<|a|>The secret {self.kind} for {self.key} is"
+        """The question, with the start of its answer."""
+        secret = f"secret {self.kind} for {self.key}"
+        return f"<|q|>What is the {secret}?<|a|>The {secret} is"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A context of at most the asked number of tokens, and its facts in the order of the text."""
+    """A context, and its facts in the order of the text."""
 
     context: str
     facts: list[Fact]
@@ -59,7 +65,7 @@ class Sample:
 
 @functools.cache
 def prose() -> list[str]:
-    """Sentences of the language reference that every Python brings along."""
+    """Sentences of the language reference that comes with Python."""
     text = " ".join(pydoc_data.topics.topics.values())
     sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", re.sub(r"[`*_\[\]]", "", text))
     lines = [re.sub(r"\s+", " ", sentence).strip() for sentence in sentences]
@@ -70,18 +76,19 @@ def prose() -> list[str]:
 
 @functools.cache
 def words() -> list[str]:
-    """Words for keys, out of the same text: so many that few keys of a context share one."""
-    found = re.findall(r"\b[a-z]{4,9}\b", " ".join(prose()))
-    return sorted({word for word in found if not word.endswith(("s", "ing", "ed", "er"))})
+    """Words for keys, from the same text: so many that few keys of a context share one."""
+    candidates = re.findall(r"\b[a-z]{4,9}\b", " ".join(prose()))
+    return sorted({word for word in candidates if not word.endswith(("s", "ing", "ed", "er"))})
 
 
 def make(task: str, tokenizer: Any, tokens: int, seed: int) -> Sample:
-    """A sample of a task, `tokens` long (less at most one line), the same for the same seed."""
+    """A sample of `tokens` tokens less at most one line; a seed always gives the same one."""
     draw = random.Random(f"{task} {tokens} {seed}")
     hay, kind, count = TASKS[task]
     facts: list[Fact] = []
     keys: set[str] = set()
-    room = tokens - 1  # BOS
+    # One token is BOS.
+    room = tokens - 1
 
     def length(line: str) -> int:
         return len(tokenizer(line, add_special_tokens=False).input_ids)

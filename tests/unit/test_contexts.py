@@ -1,4 +1,4 @@
-"""Contexts: several at once, longer ones, text and its special tokens; and that answering leaves them alone."""
+"""Contexts: several at once, extended ones, special tokens; generating never changes one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ SETTINGS: list[dict[str, Any]] = [dict(method="dense"), dict(block_size=16, anch
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["dense", "star"])
 @pytest.mark.parametrize("name", [*VARIED, "longcat_flash", "jetmoe", "diffllama", "gpt2"])
-def test_several_contexts_are_as_one_each(name: str, settings: dict[str, Any]) -> None:
-    """Those of equal length go as one batch, also into layers that expand what they keep (these once answered wrongly)."""
+def test_contexts_encoded_together_equal_single_ones(name: str, settings: dict[str, Any]) -> None:
+    """Equal lengths form a batch, also in layers that expand compressed KV, which failed once."""
     star = engine(name, tokens_per_forward=70, **settings)
     texts = [ids(CONTEXT, seed=1), ids(40, seed=2), ids(CONTEXT, seed=3), ids(CONTEXT, seed=4)]
     contexts = star.encode(texts)
@@ -63,21 +63,20 @@ def test_equal_lengths_share_forwards() -> None:
         star.encode([ids(32, seed=seed) for seed in range(3)])
         assert forwards == [3, 3]
         forwards.clear()
-        star.encode(
-            [ids(32, seed=seed) for seed in range(6)]
-        )  # no more than tokens_per_forward at once
+        # At most tokens_per_forward at a time.
+        star.encode([ids(32, seed=seed) for seed in range(6)])
         assert forwards == [4, 4, 2]
     finally:
         handle.remove()
 
 
 @pytest.mark.parametrize("content", [[], "", torch.tensor([], dtype=torch.int64), [[]], [[5], []]])
-def test_nothing_is_no_context(content: Any) -> None:
+def test_an_empty_context_is_refused(content: Any) -> None:
     with pytest.raises(TokenError, match="empty"):
         engine("llama", bundled_tokenizer()).encode(content)
 
 
-def test_ids_may_come_in_any_shape_of_one_row() -> None:
+def test_ids_may_have_any_shape_with_one_row() -> None:
     star, expected = engine("llama", block_size=16), ids(40)
     array = torch.tensor(expected).numpy()
     for content in (
@@ -93,7 +92,8 @@ def test_ids_may_come_in_any_shape_of_one_row() -> None:
     assert [context.token_ids.tolist() for context in two] == [expected, expected[::-1]]
 
 
-# (context, extension, block, anchor): a ragged last block, a border, less than the anchor, within one block, one token
+# Tokens of context, extension, block and anchor: a short last block, a boundary, less than the
+# anchor, within one block, one token.
 EXTENSIONS = [
     (37, 30, 16, 10),
     (32, 20, 16, 16),
@@ -109,7 +109,7 @@ EXTENSIONS = [
 def test_extending_equals_encoding_the_joined_ids(
     name: str, length: int, more: int, block_size: int, anchor_size: int
 ) -> None:
-    # The same pinned length: that of the first context.
+    # Both use the same pinned length, that of the first context.
     star = engine(
         name,
         block_size=block_size,
@@ -149,8 +149,8 @@ def test_a_dense_context_stays_dense(name: str) -> None:
     assert_same_kv(extended, star.encode(joined))
 
 
-def test_sizes_are_the_contexts_own() -> None:
-    """An engine with other sizes extends at those that the context was encoded with."""
+def test_an_extension_uses_the_sizes_of_the_context() -> None:
+    """Also in an engine with other sizes."""
     joined = ids(60)
     first, other = (
         engine("llama", block_size=16, anchor_size=4),
@@ -169,8 +169,8 @@ def test_an_extension_beyond_the_pinned_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", VARIED)
-def test_answering_leaves_a_context_as_it_was(name: str) -> None:
-    """Bit for bit, after greedy answers, batches, samples, beams, assisted decoding, logits and an abandoned stream."""
+def test_generating_never_changes_a_context(name: str) -> None:
+    """After greedy search, sampling, beams, assisted decoding, logits and an abandoned stream."""
     star = engine(name, bundled_tokenizer(), block_size=16, anchor_size=10)
     context = star.encode(ids(CONTEXT))
     before, first = stored(context), star.generate(context, [5, 6], max_new_tokens=6).token_ids
@@ -187,11 +187,11 @@ def test_answering_leaves_a_context_as_it_was(name: str) -> None:
     assert star.generate(context, [5, 6], max_new_tokens=6).token_ids == first
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------- text
 
 
-def with_ends(*, eos: bool) -> StarLLM:
-    """The bundled model with a tokenizer of its own that adds BOS, and EOS where asked."""
+def with_special_tokens(*, eos: bool) -> StarLLM:
+    """A small model with a tokenizer of its own that adds BOS, and EOS if `eos`."""
     tokenizer = load_tokenizer(BUNDLED)
     specials = [("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -205,7 +205,7 @@ TEXT = "A letter lies unopened on the desk.\n"
 
 @pytest.mark.parametrize("eos", [False, True])
 def test_a_text_context_begins_with_bos_once_and_ends_without_eos(eos: bool) -> None:
-    star = with_ends(eos=eos)
+    star = with_special_tokens(eos=eos)
     tokenizer = star.tokenizer
     plain = tokenizer(TEXT, add_special_tokens=False).input_ids
     assert (tokenizer(TEXT).input_ids[-1] == tokenizer.eos_token_id) == eos
@@ -214,7 +214,7 @@ def test_a_text_context_begins_with_bos_once_and_ends_without_eos(eos: bool) -> 
 
 
 def test_a_text_query_gets_no_special_tokens() -> None:
-    star = with_ends(eos=True)
+    star = with_special_tokens(eos=True)
     context = star.encode(TEXT)
     query = "<|q|>What lies on the desk?<|a|>"
     query_ids = star.tokenizer(query, add_special_tokens=False).input_ids
@@ -225,14 +225,14 @@ def test_a_text_query_gets_no_special_tokens() -> None:
 
 
 def test_extending_by_text_adds_no_special_tokens() -> None:
-    star = with_ends(eos=True)
+    star = with_special_tokens(eos=True)
     extended = star.extend(star.encode(TEXT), TEXT)
     plain = star.tokenizer(TEXT, add_special_tokens=False).input_ids
     assert extended.token_ids.tolist() == [star.tokenizer.bos_token_id, *plain, *plain]
 
 
 def test_several_texts() -> None:
-    star = with_ends(eos=False)
+    star = with_special_tokens(eos=False)
     contexts = star.encode([TEXT, TEXT * 2])
     assert [c.token_ids.tolist() for c in contexts] == [
         star.encode(t).token_ids.tolist() for t in (TEXT, TEXT * 2)

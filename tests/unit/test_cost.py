@@ -1,4 +1,4 @@
-"""The cost model against brute force: pairs against the law's mask, keys and values against really encoded contexts."""
+"""The cost model against brute force: the law's mask, and contexts that are really encoded."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ plans = st.builds(
 windows = st.none() | st.integers(1, 70)
 
 
-def ones_of_the_law(plan: BlockPlan, window: int | None, new_tokens: int = 0) -> torch.Tensor:
-    """Keys that each token of context and answer sees, `[tokens]`, counted in the mask itself."""
+def keys_seen(plan: BlockPlan, window: int | None, new_tokens: int = 0) -> torch.Tensor:
+    """The number of keys that each token sees in the law's mask, `[tokens]`."""
     positions = torch.arange(plan.context_tokens + new_tokens)
     mask = law_mask(
         positions,
@@ -72,10 +72,8 @@ def ones_of_the_law(plan: BlockPlan, window: int | None, new_tokens: int = 0) ->
 
 @settings(max_examples=300, deadline=None)
 @given(plans, windows)
-def test_pairs_of_the_context_are_the_ones_of_the_laws_mask(
-    plan: BlockPlan, window: int | None
-) -> None:
-    seen = ones_of_the_law(plan, window)
+def test_pairs_of_the_context_equal_the_laws_mask(plan: BlockPlan, window: int | None) -> None:
+    seen = keys_seen(plan, window)
     assert cost.context_pairs(plan, window) == int(seen.sum())
     for rank in range(plan.ranks):
         start, stop = plan.rank_range(rank)
@@ -84,15 +82,15 @@ def test_pairs_of_the_context_are_the_ones_of_the_laws_mask(
 
 @settings(max_examples=100, deadline=None)
 @given(plans, windows, st.integers(0, 20))
-def test_pairs_of_the_answer_are_the_ones_of_the_laws_mask(
+def test_pairs_of_the_answer_equal_the_laws_mask(
     plan: BlockPlan, window: int | None, new: int
 ) -> None:
-    seen = ones_of_the_law(plan, window, new)[plan.context_tokens :]
+    seen = keys_seen(plan, window, new)[plan.context_tokens :]
     assert cost.answer_pairs(plan.context_tokens, new, window) == int(seen.sum())
 
 
-def test_a_context_of_a_million_tokens_is_counted_at_once() -> None:
-    """Forbids a count that walks over tokens: closed forms, also with windows."""
+def test_a_million_tokens_are_counted_in_closed_form() -> None:
+    """Forbids a loop over tokens, also with windows."""
     plan = BlockPlan.resolve(1024**2, 1024)
     assert (
         cost.context_pairs(plan, 1500)
@@ -109,7 +107,7 @@ def test_attention_operations_of_phase_1_equal_a_count_by_hand(window: int | Non
     plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7)
     flops = cost.phase1(SHAPE, plan, tokens_per_forward=32)
     by_hand = sum(
-        int(ones_of_the_law(plan, call.window).sum()) * 2 * 6 * (5 + 4) for call in SHAPE.attention
+        int(keys_seen(plan, call.window).sum()) * 2 * 6 * (5 + 4) for call in SHAPE.attention
     )
     assert flops.attention == by_hand
     assert flops.linear == 2 * 1000 * 50
@@ -117,7 +115,7 @@ def test_attention_operations_of_phase_1_equal_a_count_by_hand(window: int | Non
     assert flops.total == by_hand + 100_000
 
 
-def test_ranks_share_what_one_device_would_do() -> None:
+def test_ranks_together_do_the_work_of_one_device() -> None:
     alone = cost.phase1(SHAPE, BlockPlan.resolve(100, 16), tokens_per_forward=16)
     plan = BlockPlan.resolve(100, 16, ranks=3)
     assert cost.phase1(SHAPE, plan, tokens_per_forward=16) == alone
@@ -134,7 +132,7 @@ def test_one_block_costs_what_dense_attention_costs() -> None:
 
 
 def test_the_official_scheme_doubles_linear_work_and_adds_a_third_of_attention() -> None:
-    """The two factors that DESIGN states for anchor = block, in the limit of many blocks."""
+    """For anchor = block, in the limit of many blocks."""
     full = ModelShape(**(vars(SHAPE) | {"attention": SHAPE.attention[:1]}))
     plan = BlockPlan.resolve(64 * 1024, 64)
     ours = cost.phase1(full, plan, tokens_per_forward=1024)
@@ -155,10 +153,11 @@ def test_phase_2_counts_each_forward_once() -> None:
     assert flops.attention == 2 * 2 * 6 * (5 + 4) * (seen[None] + seen[9])
 
 
-def test_mla_expands_the_keys_that_a_forward_looks_at() -> None:
+def test_mla_expands_the_keys_that_a_forward_reads() -> None:
     shape = ModelShape(**(vars(SHAPE) | {"expansion_parameters": 10}))
     plan = BlockPlan(context_tokens=40, block_size=16, anchor_size=4)
-    # Forwards of 8: 0..8, 8..16 (with 8 before), then blocks with the anchor: 8+4, 16+4, and the last block 8+4.
+    # Forwards of 8 tokens: 0..8, 8..16 with 8 before, then blocks with the anchor: 8 + 4, 16 + 4,
+    # and the last block 8 + 4.
     keys = 8 + 16 + 12 + 20 + 12
     assert cost.phase1(shape, plan, tokens_per_forward=8).expansion == 2 * 10 * keys
     assert cost.phase2(shape, 40, query_tokens=5, answer_tokens=3).expansion == 2 * 10 * (
@@ -173,9 +172,8 @@ def test_mla_expands_the_keys_that_a_forward_looks_at() -> None:
 
 
 def test_memory_of_every_rank() -> None:
-    plan = BlockPlan(
-        context_tokens=50, block_size=16, anchor_size=7, ranks=3
-    )  # 1 block, 1 block, 1 and a short one
+    # One block, one block, and one with the short last block.
+    plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7, ranks=3)
     first, middle, last = (
         cost.memory(SHAPE, plan, tokens_per_forward=16, tail_tokens=11, rank=rank)
         for rank in range(3)
@@ -211,8 +209,8 @@ def test_a_rank_without_blocks_holds_weights_only() -> None:
         "phi3_longrope",
     ],
 )
-def test_keys_and_values_of_a_really_encoded_context(name: str) -> None:
-    """GQA, MQA, fused projections, shared KV, MLA, and heads that differ between layers, from the config alone."""
+def test_kv_bytes_equal_those_of_an_encoded_context(name: str) -> None:
+    """GQA, MQA, fused projections, KV sharing, MLA, and heads that differ between layers."""
     shape = model_shape(FAMILIES[name]())
     context = engine(name, block_size=16, anchor_size=7).encode(ids(50))
     assert 50 * shape.kv_bytes_per_token == context.nbytes
@@ -223,14 +221,14 @@ def test_keys_and_values_of_a_really_encoded_context(name: str) -> None:
 def test_linear_parameters_of_a_dense_model_are_its_matrices() -> None:
     shape = model_shape(FAMILIES["llama"]())
     matrices = sum(p.numel() for p in tiny("llama").model.layers.parameters() if p.dim() == 2)
-    # Older releases of transformers compute the rotary angles by a (tiny) matrix product too.
+    # Older releases of transformers also compute rotary angles with a tiny matrix product.
     assert matrices <= shape.linear_parameters <= matrices + 8
     assert shape.head_parameters == tiny("llama").lm_head.weight.numel()
     assert [call.window for call in shape.attention] == [None] * 3
     assert shape.attention[0] == AttentionShape(heads=6, kv_heads=3, k_head_size=16, v_head_size=16)
 
 
-def test_experts_count_by_those_that_a_token_goes_to() -> None:
+def test_only_experts_that_a_token_is_routed_to_count() -> None:
     shape = model_shape(FAMILIES["mixtral"]())
     layers = tiny("mixtral").model.layers
     others = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
@@ -239,7 +237,7 @@ def test_experts_count_by_those_that_a_token_goes_to() -> None:
     assert active <= shape.linear_parameters <= active + 8
 
 
-def test_mla_is_told_apart() -> None:
+def test_mla_is_recognized() -> None:
     shape = model_shape(FAMILIES["deepseek_v3"]())
     assert shape.kv_elements_per_token == 3 * (20 + 8)
     assert shape.attention[0] == AttentionShape(heads=6, kv_heads=6, k_head_size=24, v_head_size=12)
@@ -263,24 +261,24 @@ def test_precision(dtype: str, size: int) -> None:
     assert model_shape(FAMILIES["llama"](), dtype).bytes_per_element == size
 
 
-def test_the_configs_precision_counts_where_none_is_given() -> None:
+def test_the_precision_defaults_to_the_configs() -> None:
     assert model_shape(AutoConfig.from_pretrained(BUNDLED)).bytes_per_element == 2
 
 
-def test_the_config_stays_as_it_was() -> None:
-    """Building a model writes into its config; a shape must not."""
+def test_the_config_is_not_modified() -> None:
+    """Building a model writes to its config; a shape must not."""
     config = FAMILIES["gpt2"]()
     before = config.to_dict()
     model_shape(config)
     assert config.to_dict() == before
 
 
-def test_what_cannot_run_has_no_cost() -> None:
+def test_unsupported_models_have_no_cost() -> None:
     with pytest.raises(UnsupportedModelError, match="mamba"):
         model_shape(REFUSED["mamba"]())
 
 
-def test_models_that_look_at_values_are_refused_by_name() -> None:
+def test_models_that_read_values_are_refused_by_name() -> None:
     with pytest.raises(
         InvalidInputError, match="the cost of jetmoe cannot be derived from its config"
     ):
@@ -293,25 +291,25 @@ def test_an_unknown_precision_is_an_error() -> None:
 
 
 def test_layers_may_differ_in_their_kv_heads() -> None:
-    """Gemma 4 has full-attention layers with KV heads of their own; such a config has no one value to name."""
+    """Gemma 4 has full-attention layers with KV heads of their own: there is no single value."""
     plain = FAMILIES["gemma4"]().get_text_config(decoder=True)
     if not hasattr(plain, "per_layer_config"):
         pytest.skip("this release of transformers has one value for all layers")
     config = plain.to_dict()
     config.pop("per_layer_config", None)
-    made = AutoConfig.for_model(
+    mixed = AutoConfig.for_model(
         **(config | dict(attention_k_eq_v=True, num_global_key_value_heads=2))
     )
-    assert model_shape(made, "float32").kv_elements_per_token > 0
-    assert any("num_key_value_heads 3" in reason for reason in tensor_parallel.reasons(made, 2))
-    assert any("num_key_value_heads 2" in reason for reason in tensor_parallel.reasons(made, 3))
+    assert model_shape(mixed, "float32").kv_elements_per_token > 0
+    assert any("num_key_value_heads 3" in reason for reason in tensor_parallel.reasons(mixed, 2))
+    assert any("num_key_value_heads 2" in reason for reason in tensor_parallel.reasons(mixed, 3))
 
 
 @pytest.mark.parametrize(
     ("config", "parameters", "kv_bytes"),
     [
-        # Llama-3.1-8B and DeepSeek-V3 (671B) as published; router biases are no parameters to transformers.
-        # They keep 32 x 2 x 8 x 128 and 61 x (512 + 64) numbers a token.
+        # Llama-3.1-8B and DeepSeek-V3 (671B) as published; transformers does not count router
+        # biases as parameters. They store 32 x 2 x 8 x 128 and 61 x (512 + 64) elements per token.
         (
             dict(
                 model_type="llama",
@@ -350,7 +348,7 @@ def test_the_cost_model_needs_the_standard_library_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n", "deepseek_v3"])
 def test_what_is_kept_in_other_ways_takes_what_is_counted(name: str) -> None:
-    """The bytes of a context in fp8, of keys of different sizes, and nothing on the device where they are in the host's memory."""
+    """The bytes of fp8 KV of different sizes, and none on the device for KV in host memory."""
     shape = model_shape(tiny(name).config, "float32")
     star = engine(name, block_size=24, anchor_size=10, tokens_per_forward=48, kv_dtype="fp8")
     context = star.encode(ids(96))

@@ -1,4 +1,4 @@
-"""The cost model of both phases on hardware that is not there."""
+"""Estimates of both phases on hardware that is not at hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seconds(
     )
 
 
-def test_one_rank_takes_its_operations_at_the_rates() -> None:
+def test_one_rank_takes_its_operations_divided_by_the_rates() -> None:
     flops = cost.phase1(
         SHAPE, BlockPlan.resolve(256 * K, 32 * K, None, 1), tokens_per_forward=16 * K
     )
@@ -47,7 +47,7 @@ def test_one_rank_takes_its_operations_at_the_rates() -> None:
         assert seconds(scheme, ranks=1).encode_s == pytest.approx(expected)
 
 
-def test_a_token_takes_the_bytes_and_the_merges() -> None:
+def test_a_token_takes_reading_and_merging() -> None:
     alone = seconds("star", ranks=1)
     read = (SHAPE.weight_bytes + 256 * K * SHAPE.kv_bytes_per_token) / H200.bandwidth
     assert alone.token_s == pytest.approx(read)
@@ -56,8 +56,8 @@ def test_a_token_takes_the_bytes_and_the_merges() -> None:
     assert shared.token_s >= least + 32 * H200.latency
 
 
-def test_schemes_stand_in_the_order_of_their_work() -> None:
-    """Eight blocks on eight ranks: whoever encodes the anchor once more takes longer, whatever the link."""
+def test_schemes_are_ordered_by_their_work() -> None:
+    """Eight blocks on eight ranks: encoding the anchor again takes longer, on any link."""
     star, local, official = (seconds(scheme) for scheme in ("star", "star-local", "official"))
     assert star.encode_s < local.encode_s == pytest.approx(official.encode_s)
     two_each = [seconds(scheme, context=512 * K) for scheme in ("star", "star-local", "official")]
@@ -80,21 +80,21 @@ def test_a_slow_link_shows() -> None:
     assert star.wire_s == pytest.approx(32 * K * SHAPE.kv_bytes_per_token / 1e9 + 32 * slow.latency)
     assert 0 < star.exposed_s < star.wire_s
     assert local.wire_s == 0
-    assert local.encode_s < star.encode_s, "then computing the anchor pays"
+    assert local.encode_s < star.encode_s, "computing the anchor again pays"
     assert seconds("ring", on=slow).exposed_s > star.exposed_s
 
 
-def test_memory_is_the_fullest_ranks() -> None:
+def test_memory_is_that_of_the_fullest_rank() -> None:
     kv = SHAPE.kv_bytes_per_token
     two = seconds("star", context=512 * K)
     assert two.memory - seconds("star").memory == 32 * K * kv, (
-        "two blocks a rank, beside the anchor"
+        "two blocks per rank, next to the anchor"
     )
     assert seconds("star", ranks=1, context=2**20).fits is False
     assert seconds("star", ranks=16, context=2**20).fits
 
 
-def test_the_best_block_is_the_quickest_of_those_allowed() -> None:
+def test_the_best_block_is_the_fastest_allowed_one() -> None:
     options = dict(context=512 * K, ranks=8, tokens_per_forward=16 * K)
     best = estimate.best_block(SHAPE, H200, smallest=8 * K, **options)
     times = {
@@ -114,7 +114,7 @@ def test_the_best_block_is_the_quickest_of_those_allowed() -> None:
 # ------------------------------------------------------------------ hardware
 
 
-def test_calibration_finds_the_rates() -> None:
+def test_calibration_recovers_the_rates() -> None:
     samples = [
         (Flops(linear=linear, attention=rest), linear / 7e14 + rest / 5e14)
         for linear, rest in ((10**15, 10**14), (2 * 10**15, 9 * 10**15))
@@ -126,7 +126,7 @@ def test_calibration_finds_the_rates() -> None:
         calibrate(H200, samples[:1], 4e12)
 
 
-def test_hardware_by_name_and_by_number() -> None:
+def test_hardware_by_name_and_by_values() -> None:
     assert parse_hardware("h200-ib") is HARDWARE["h200-ib"]
     assert parse_hardware("h200-ib, link=5").link == 5
     own = parse_hardware("matrix=1,attention=2,bandwidth=3,memory=4,link=5,latency=6")
@@ -143,7 +143,7 @@ def test_hardware_by_name_and_by_number() -> None:
         ("matrix=1,link=2", "lacks attention, bandwidth, memory, latency"),
     ],
 )
-def test_hardware_that_cannot_be(text: str, message: str) -> None:
+def test_invalid_hardware(text: str, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         parse_hardware(text)
 
@@ -212,7 +212,7 @@ def test_a_row_for_each_length_and_number_of_ranks(model: str) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_what_is_beyond_the_models_positions_is_said_once(model: str) -> None:
+def test_lengths_beyond_the_models_positions_are_reported_once(model: str) -> None:
     arguments = ["estimate", "-m", model, "--hardware", "h200-ib", "--ranks", "1,8", "--context"]
     assert CliRunner().invoke(app, [*arguments, "512k"]).stderr == ""
     (line,) = CliRunner().invoke(app, [*arguments, "512k..2m"]).stderr.splitlines()
@@ -315,7 +315,7 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         (
             ["--context", "8k", "--block-size", "quarter"],
             2,
-            "--block-size: 'quarter' chooses by time; give a size, or use `star-attention estimate`",
+            "--block-size: 'quarter' chooses by time; give a size, or use `star-attention",
         ),
         (
             ["--context", "1m", "--calibrate", "x.json"],
@@ -337,9 +337,7 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_planned(
-    model: str, arguments: list[str], status: int, message: str
-) -> None:
+def test_invalid_estimates(model: str, arguments: list[str], status: int, message: str) -> None:
     assert message in " ".join(
         run("plan", model, *arguments, status=status).replace("│", " ").split()
     )

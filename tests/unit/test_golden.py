@@ -1,4 +1,4 @@
-"""Recorded outputs of the official implementation (`tests/golden/README.md`): the same answers, logits, keys and values."""
+"""Recorded outputs of the official implementation (`tests/golden/README.md`) are reproduced."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from star_attention import EncodedContext, StarLLM
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-OFFICIAL = 1e-4  # transformers' rotary angles on both sides
-IDEAL = 1e-3  # against the float64 oracle, whose rotary angles are more precise
+OFFICIAL = 1e-4
+"""Both sides use transformers' rotary angles."""
+IDEAL = 1e-3
+"""The float64 oracle has more precise rotary angles."""
 
 
 @functools.cache
@@ -36,7 +38,8 @@ def star_with(checkpoint: str, **settings: Any) -> StarLLM:
 
 
 def engine(case: dict[str, Any], **settings: Any) -> StarLLM:
-    if case["mode"] != "star":  # ring attention is exact
+    # Ring attention is exact.
+    if case["mode"] != "star":
         return star_with(case["checkpoint"], method="dense", **settings)
     anchor = case["anchor_block_size"]
     anchor_size = None if anchor == -1 else anchor
@@ -50,12 +53,15 @@ each_case = pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in
 
 
 def affected(case: dict[str, Any]) -> bool:
-    """Several ranks and query tokens: the official phase 2 hides keys there, and the float64 oracle says what is right."""
+    """True for several ranks and query tokens, for which the official phase 2 hides keys.
+
+    The float64 oracle gives the right values there.
+    """
     return case["mode"] != "dense" and case["world_size"] > 1 and case["query_len"] > 1
 
 
 def expected_logits(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Query logits, step logits, and how close ours are to be."""
+    """The expected logits of query and steps, and the tolerance."""
     name, checkpoint = case["name"], case["checkpoint"]
     if affected(case):
         ideal = tensors(f"{checkpoint}.oracle.safetensors")
@@ -93,8 +99,8 @@ def test_case(case: dict[str, Any], tokens_per_forward: int) -> None:
     close(reply.logits, expected_steps_TV, tolerance)
 
 
-def test_cases_are_all_there() -> None:
-    """Both checkpoints, both kinds of logits, one and several query tokens, anchors of their own size."""
+def test_the_cases_are_complete() -> None:
+    """Both checkpoints, both kinds of logits, short and long queries, various anchors."""
     assert len(CASES) == 13
     assert sum(affected(case) for case in CASES) == 6
     assert {case["query_len"] for case in CASES} == {1, 7, 20}
@@ -104,8 +110,8 @@ def test_cases_are_all_there() -> None:
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c["mode"] == "star"], ids=lambda case: case["name"]
 )
-def test_a_mistake_would_show(case: dict[str, Any]) -> None:
-    """The smallest mistake, an anchor one token short, moves the logits by a hundred times the tolerance and more."""
+def test_a_small_mistake_shows(case: dict[str, Any]) -> None:
+    """An anchor one token short moves the logits by at least a hundred times the tolerance."""
     anchor_size = case["anchor_used"] - 1
     star = star_with(case["checkpoint"], block_size=case["block_size"], anchor_size=anchor_size)
     _, expected_steps_TV, tolerance = expected_logits(case)

@@ -1,4 +1,4 @@
-"""A context is used only with what it was encoded with: every setting, weight, buffer and adapter that it depends on."""
+"""Every setting, weight, buffer and adapter that a context depends on is compared."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from tests.families import FAMILIES, build
     ],
 )
 def test_every_setting_that_keys_depend_on_is_compared(family: str, field: str, value: Any) -> None:
-    """Forbids a list of known settings: a family's own word for one would be missing from it."""
+    """Forbids a list of known settings: it would lack the names of new families."""
     model = build(family)
     before = identity.model_identity(model, model)
     assert field in before["config"]
     setattr(model.config, field, value)
-    found = identity.difference(before, identity.model_identity(model, model))
-    assert found is not None
-    assert found[0] == f"config.{field}"
+    mismatch = identity.difference(before, identity.model_identity(model, model))
+    assert mismatch is not None
+    assert mismatch[0] == f"config.{field}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_running_a_model_does_not_change_its_identity(family: str) -> None:
-    """Buffers count, but not those that a model recomputes as it runs."""
+    """Buffers count, except those that a model recomputes while it runs."""
     model = build(family)
     before, state = identity.model_identity(model, model), identity.state(model)
     with torch.no_grad():
@@ -62,9 +62,9 @@ def test_buffers_count() -> None:
     )
     before = identity.model_identity(model, model)
     buffer += 1.0
-    found = identity.difference(before, identity.model_identity(model, model))
-    assert found is not None
-    assert found[0] == "weights", name
+    mismatch = identity.difference(before, identity.model_identity(model, model))
+    assert mismatch is not None
+    assert mismatch[0] == "weights", name
 
 
 def test_names_and_shapes_of_weights_count() -> None:
@@ -75,7 +75,7 @@ def test_names_and_shapes_of_weights_count() -> None:
     assert identity.difference(before, identity.model_identity(model, model)) is not None
 
 
-def test_rules_of_a_tokenizer_count_and_its_last_call_does_not() -> None:
+def test_rules_of_a_tokenizer_count_but_not_its_last_call() -> None:
     tokenizer = bundled_tokenizer()
     before = identity.tokenizer_identity(tokenizer)
     tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=4)
@@ -88,18 +88,18 @@ def test_rules_of_a_tokenizer_count_and_its_last_call_does_not() -> None:
 
 def with_lora(alpha: int) -> Any:
     torch.manual_seed(5)
-    words = LoraConfig(
+    config = LoraConfig(
         r=2,
         lora_alpha=alpha,
         target_modules=["q_proj"],
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(build("llama"), words).eval()
+    return get_peft_model(build("llama"), config).eval()
 
 
 def test_the_scale_of_an_adapter_counts(tmp_path: Path) -> None:
-    """It is no weight: the same file of weights with another scale is another model."""
+    """The same weights with another scale are another model."""
     StarLLM(with_lora(8), block_size=32).encode(ids(CONTEXT)).save(tmp_path / "a.star")
     with pytest.raises(ContextMismatchError, match=r"adapters is .*x4.*, this model's is .*x32"):
         StarLLM(with_lora(64), block_size=32).load_context(tmp_path / "a.star")

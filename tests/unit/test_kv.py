@@ -1,6 +1,7 @@
-"""Where keys and values live: a context's layers, written once, and the tail that a query adds.
+"""Keys and values: the layers of a context, written once, and the tail that a query adds.
 
-Axes: B rows, G KV heads, L context tokens, S new tokens, D head size; keys and values differ in D, as with MLA.
+Axes: B rows, G KV heads, L context tokens, S new tokens, D head size; keys and values differ in D,
+    as with MLA.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def batch(rows: int, tokens: int, seed: int) -> Pair:
     return k_BGSD, torch.randn(rows, G, tokens, DV, generator=generator)
 
 
-def test_a_layer_gives_back_what_was_written_piece_by_piece() -> None:
+def test_a_layer_returns_what_was_written_in_pieces() -> None:
     k_GLD, v_GLD = pair()
     layer = LayerKV(ALL)
     for start, stop in [(0, 10), (10, 11), (11, 30), (30, L)]:
@@ -55,7 +56,7 @@ def test_a_layer_is_allocated_once_and_its_slices_are_views() -> None:
     assert layer.slice(0, L)[0].data_ptr() == before
 
 
-def test_a_layer_keeps_nothing_of_what_it_was_given() -> None:
+def test_a_layer_copies_what_is_written() -> None:
     k_GLD, v_GLD = pair()
     layer = LayerKV(ALL)
     layer.write(0, k_GLD, v_GLD)
@@ -68,7 +69,7 @@ def test_a_write_beyond_the_end_is_refused() -> None:
         written().write(L - 1, *pair(2))
 
 
-def test_an_empty_layer_says_so() -> None:
+def test_an_empty_layer_holds_no_keys() -> None:
     layer = LayerKV(ALL)
     assert layer.is_empty
     assert layer.nbytes == 0
@@ -77,31 +78,31 @@ def test_an_empty_layer_says_so() -> None:
     assert not written().is_empty
 
 
-def test_bytes_count_keys_and_values_of_the_layers_that_hold_any() -> None:
+def test_bytes_count_the_layers_that_are_written() -> None:
     assert written().nbytes == G * L * (DK + DV) * 4
     half = LayerKV(ALL)
     half.write(0, *(t.bfloat16() for t in pair()))
     assert ContextKV([written(), LayerKV(ALL), half], ALL).nbytes == G * L * (DK + DV) * (4 + 2)
 
 
-def test_a_source_is_asked_once_and_only_when_the_keys_are_needed() -> None:
-    asked = []
+def test_a_source_is_read_once_and_only_when_needed() -> None:
+    reads = []
 
     def source() -> Pair:
-        asked.append(1)
+        reads.append(1)
         k_GLD, v_GLD = pair()
         return k_GLD[None], v_GLD[None]
 
     layer = LayerKV(ALL, source=source)
     assert not layer.is_empty
-    assert asked == []
+    assert reads == []
     assert torch.equal(layer.slice(3, 7)[0], pair()[0][None, :, 3:7])
     layer.pair()
-    assert asked == [1]
+    assert reads == [1]
 
 
-def test_a_source_that_fails_is_asked_again() -> None:
-    """Forbids that a damaged layer, once refused, looks empty or usable afterwards."""
+def test_a_source_that_fails_is_read_again() -> None:
+    """Forbids a damaged layer that looks empty or usable after its first error."""
 
     def source() -> Pair:
         raise ValueError("damaged")
@@ -132,7 +133,7 @@ def test_a_grown_context_starts_with_a_copy_of_the_old_one() -> None:
     assert old.layers[0].pair()[0].abs().min() > 0
 
 
-def test_a_tail_is_what_was_appended_in_order() -> None:
+def test_a_tail_returns_what_was_appended_in_order() -> None:
     parts = [batch(4, tokens, seed) for seed, tokens in enumerate([7, 1, 1, 90, 1, 300])]
     tail = Tail()
     assert tail.length == 0
@@ -157,7 +158,7 @@ def test_an_empty_tail_has_no_keys() -> None:
         Tail().pair()
 
 
-def test_a_cropped_tail_goes_on_where_it_was_cut() -> None:
+def test_a_cropped_tail_continues_where_it_was_cut() -> None:
     first, second, third = batch(2, 9, 0), batch(2, 4, 1), batch(2, 3, 2)
     tail = Tail()
     tail.append(*first)
@@ -180,7 +181,8 @@ def test_only_the_tail_can_be_cropped(tokens: int) -> None:
 def test_rows_of_a_tail_are_kept_repeated_and_reordered() -> None:
     k_BGSD, v_BGSD = batch(4, 6, 0)
     tail = Tail()
-    tail.select(torch.tensor([1, 0]))  # nothing there yet: nothing to reorder
+    # Nothing to reorder yet.
+    tail.select(torch.tensor([1, 0]))
     tail.append(k_BGSD, v_BGSD)
     rows = torch.tensor([2, 2, 0, 3, 1])
     tail.select(rows)

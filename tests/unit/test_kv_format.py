@@ -1,4 +1,4 @@
-"""Keys and values kept in fp8, or in the host's memory: what is stored, what attention reads, files, growth."""
+"""KV formats, fp8 and host memory: what is stored, what attention reads, files, extension."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.needles import make
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
 
-def test_a_row_is_rounded_to_four_bits() -> None:
-    """Three of mantissa: an error of a sixteenth of each number at most, or of the smallest steps of its row."""
+def test_fp8_has_four_bits_of_precision() -> None:
+    """Three bits of mantissa: errors up to a sixteenth, or the smallest step of the row."""
     torch.manual_seed(0)
     x = torch.randn(3, 50, 64) * torch.logspace(-20, 20, 50)[:, None]
-    kept, scale = quantize(x)
-    assert kept.dtype == FP8
+    quantized, scale = quantize(x)
+    assert quantized.dtype == FP8
     assert scale.shape == (3, 50)
-    back = kept.float() * scale[..., None]
+    back = quantized.float() * scale[..., None]
     assert ((back - x).abs() <= x.abs() / 16 + scale[..., None] * 2**-9).all()
     torch.testing.assert_close(back.abs().amax(-1), x.abs().amax(-1))
 
@@ -33,16 +33,16 @@ def test_a_row_is_rounded_to_four_bits() -> None:
 @pytest.mark.parametrize(
     "x", [torch.zeros(2, 16), torch.full((2, 16), 3e38), torch.full((1, 16), 1e-42)]
 )
-def test_extreme_rows_stay_numbers(x: torch.Tensor) -> None:
-    kept, scale = quantize(x)
-    back = kept.float() * scale[..., None]
+def test_extreme_rows_stay_finite(x: torch.Tensor) -> None:
+    quantized, scale = quantize(x)
+    back = quantized.float() * scale[..., None]
     assert back.isfinite().all()
     torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-38)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "gemma3n"])
-def test_what_is_stored_is_what_was_computed_rounded_once(name: str) -> None:
-    """Blocks look at the anchor as it was computed: fp8 changes nothing but what is stored."""
+def test_stored_values_are_computed_ones_rounded_once(name: str) -> None:
+    """Blocks read the anchor as computed, so that fp8 changes stored values only."""
     plain, small = engine(name, **SIZES), engine(name, kv_dtype="fp8", **SIZES)
     expected, context = plain.encode(ids(101)), small.encode(ids(101))
     for ours, theirs in zip(context.kv.layers, expected.kv.layers, strict=True):
@@ -50,13 +50,13 @@ def test_what_is_stored_is_what_was_computed_rounded_once(name: str) -> None:
             assert ours.is_empty
             continue
         rounded = [quantize(tensor) for tensor in theirs.pair()]
-        kept = [rounded[0][0], rounded[1][0], rounded[0][1], rounded[1][1]]
-        for a, b in zip(ours.stored(), kept, strict=True):
+        expected_parts = [rounded[0][0], rounded[1][0], rounded[0][1], rounded[1][1]]
+        for a, b in zip(ours.stored(), expected_parts, strict=True):
             assert torch.equal(a.float(), b.float())
 
 
 def as_plain(star: StarLLM, context: EncodedContext) -> EncodedContext:
-    """The same context with what attention reads stored as it is."""
+    """The same context, with the values that attention reads stored unquantized."""
     encoded = star.encode(context.token_ids)
     for layer, small in zip(encoded.kv.layers, context.kv.layers, strict=True):
         if not small.is_empty:
@@ -65,22 +65,22 @@ def as_plain(star: StarLLM, context: EncodedContext) -> EncodedContext:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "gemma3n"])
-def test_answers_are_those_over_what_is_stored(name: str) -> None:
+def test_answers_come_from_the_stored_values(name: str) -> None:
     plain, small = engine(name, **SIZES), engine(name, kv_dtype="fp8", **SIZES)
     context = small.encode(ids(101))
     same = as_plain(plain, context)
-    words: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True, return_logits=True)
+    kwargs: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True, return_logits=True)
     a, b = (
-        small.generate(context, ids(7, seed=2), **words),
-        plain.generate(same, ids(7, seed=2), **words),
+        small.generate(context, ids(7, seed=2), **kwargs),
+        plain.generate(same, ids(7, seed=2), **kwargs),
     )
     assert a.token_ids == b.token_ids
     torch.testing.assert_close(a.logits, b.logits)
-    exact = plain.generate(plain.encode(ids(101)), ids(7, seed=2), **words).logits
-    assert not torch.equal(a.logits[0], exact[0]), "it is rounded, after all"
+    exact = plain.generate(plain.encode(ids(101)), ids(7, seed=2), **kwargs).logits
+    assert not torch.equal(a.logits[0], exact[0]), "the stored values are rounded"
 
 
-def test_it_takes_the_bytes_that_it_says() -> None:
+def test_fp8_takes_one_byte_per_element_and_a_scale_per_row() -> None:
     plain, small = (
         engine("llama", **SIZES).encode(ids(101)),
         engine("llama", kv_dtype="fp8", **SIZES).encode(ids(101)),
@@ -93,18 +93,18 @@ def test_batches_and_growing_contexts() -> None:
     star = engine("llama", kv_dtype="fp8", **SIZES)
     both = star.encode([ids(101), ids(101, seed=3)])
     alone = star.encode(ids(101, seed=3))
-    words: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+    kwargs: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
     assert (
-        star.generate(both[1], ids(5), **words).token_ids
-        == star.generate(alone, ids(5), **words).token_ids
+        star.generate(both[1], ids(5), **kwargs).token_ids
+        == star.generate(alone, ids(5), **kwargs).token_ids
     )
     longer = star.extend(alone, ids(30, seed=6))
     for old, new in zip(alone.kv.layers, longer.kv.layers, strict=True):
         for a, b in zip(old.stored(), new.stored(), strict=True):
             assert torch.equal(a.float(), b[:, :, :101].float()), (
-                "what was there is not rounded again"
+                "tokens encoded before are not rounded again"
             )
-    assert len(star.generate(longer, ids(5), **words).token_ids) == 4
+    assert len(star.generate(longer, ids(5), **kwargs).token_ids) == 4
 
 
 def test_files_keep_the_precision(tmp_path: Path) -> None:
@@ -114,46 +114,47 @@ def test_files_keep_the_precision(tmp_path: Path) -> None:
     plain.encode(ids(101)).save(tmp_path / "plain.star")
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert sizes["small.star"] < 0.5 * sizes["plain.star"]
-    words: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True)
-    expected = small.generate(context, ids(5), **words).token_ids
-    for star in (small, plain):  # the file says how it is
+    kwargs: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True)
+    expected = small.generate(context, ids(5), **kwargs).token_ids
+    # The file decides the format, not the engine.
+    for star in (small, plain):
         loaded = star.load_context(tmp_path / "small.star")
         assert loaded.kv.kv_format == KVFormat(dtype="fp8")
         assert loaded.nbytes == context.nbytes
-        assert star.generate(loaded, ids(5), **words).token_ids == expected
-        assert star.generate(star.extend(loaded, ids(9)), ids(5), **words).token_ids
+        assert star.generate(loaded, ids(5), **kwargs).token_ids == expected
+        assert star.generate(star.extend(loaded, ids(9)), ids(5), **kwargs).token_ids
     assert small.load_context(tmp_path / "plain.star").kv.kv_format == KVFormat()
 
 
-def test_the_hosts_memory_on_a_cpu_is_where_it_is_anyway() -> None:
-    plain, kept = engine("llama", **SIZES), engine("llama", kv_device="cpu", **SIZES)
-    words: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True)
+def test_host_memory_changes_nothing_on_a_cpu() -> None:
+    plain, host = engine("llama", **SIZES), engine("llama", kv_device="cpu", **SIZES)
+    kwargs: dict[str, Any] = dict(max_new_tokens=5, ignore_eos=True)
     answers = [
-        star.generate(star.encode(ids(101)), ids(5), **words).token_ids for star in (plain, kept)
+        star.generate(star.encode(ids(101)), ids(5), **kwargs).token_ids for star in (plain, host)
     ]
     assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("setting", [dict(kv_dtype="int4"), dict(kv_device="disk")])
-def test_unknown_ways_are_refused(setting: dict[str, str]) -> None:
+def test_unknown_formats_are_refused(setting: dict[str, str]) -> None:
     with pytest.raises(InvalidInputError, match="is unknown; choose"):
         engine("llama", **SIZES, **setting)
 
 
-def test_a_layer_that_nobody_wrote_is_empty() -> None:
+def test_an_unwritten_layer_is_empty() -> None:
     assert LayerKV(Segments.prefix(5), kv_format=KVFormat(dtype="fp8")).is_empty
 
 
 def test_the_bundled_model_still_finds_its_facts() -> None:
-    found = {}
+    hits = {}
     for kv_dtype in (None, "fp8"):
         star = StarLLM.from_pretrained(BUNDLED, dtype="float32", block_size=1024, kv_dtype=kv_dtype)
         sample = make("niah_multikey", star.tokenizer, 4096, seed=0)
         context = star.encode(sample.context)
         replies = star.generate(context, [fact.query for fact in sample.facts], max_new_tokens=12)
-        found[kv_dtype] = [
+        hits[kv_dtype] = [
             fact.value in reply.text for fact, reply in zip(sample.facts, replies, strict=True)
         ]
-    assert len(found["fp8"]) == 16
-    assert sum(found[None]) >= 15
-    assert sum(found["fp8"]) >= sum(found[None]) - 1
+    assert len(hits["fp8"]) == 16
+    assert sum(hits[None]) >= 15
+    assert sum(hits["fp8"]) >= sum(hits[None]) - 1

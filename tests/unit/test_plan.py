@@ -1,4 +1,4 @@
-"""Who holds which tokens: sizes, blocks, ranks, forwards and the picture of them."""
+"""Plans: sizes, blocks, ranks, forwards and their picture."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_sizes(text: Any, tokens: int) -> None:
         [4],
     ],
 )
-def test_what_is_no_size(text: Any) -> None:
+def test_invalid_sizes(text: Any) -> None:
     message = re.escape(
         f"block_size {text!r} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
     )
@@ -91,7 +91,7 @@ def test_what_is_no_size(text: Any) -> None:
 
 
 @given(st.integers(1, 2**40))
-def test_a_written_size_reads_as_the_same(tokens: int) -> None:
+def test_a_formatted_size_parses_to_the_same(tokens: int) -> None:
     assert parse_size(format_size(tokens).replace(",", "")) == tokens
 
 
@@ -99,7 +99,7 @@ def test_a_written_size_reads_as_the_same(tokens: int) -> None:
     ("tokens", "text"),
     [(0, "0"), (1000, "1,000"), (1024, "1k"), (1536, "1,536"), (M, "1m"), (3 * M + K, "3073k")],
 )
-def test_sizes_are_written_short(tokens: int, text: str) -> None:
+def test_sizes_are_formatted_short(tokens: int, text: str) -> None:
     assert format_size(tokens) == text
 
 
@@ -111,22 +111,23 @@ def test_sizes_are_written_short(tokens: int, text: str) -> None:
         (4 * K + 1, 2 * K),
         (8 * K, 2 * K),
         (16 * K, 4 * K),
-        (32 * K, 8 * K),  # the paper's table: a quarter of the sequence ...
+        # The paper's table: a quarter of the sequence up to 128K, and 32K beyond.
+        (32 * K, 8 * K),
         (64 * K, 16 * K),
         (128 * K, 32 * K),
-        (128 * K + 1, 32 * K),  # ... and 32K beyond
+        (128 * K + 1, 32 * K),
         (M, 32 * K),
         (100 * M, 32 * K),
     ],
 )
-def test_the_rule_of_the_paper(tokens: int, block: int) -> None:
+def test_the_papers_block_sizes(tokens: int, block: int) -> None:
     assert default_block_size(tokens) == block
     assert resolve_sizes(tokens, None, None) == (block, block)
     assert resolve_sizes(tokens, None, 0) == (block, 0)
 
 
 @given(st.integers(1, 2**21))
-def test_the_rule_is_the_smallest_power_of_two_within_its_limits(tokens: int) -> None:
+def test_the_default_is_the_smallest_power_of_two_within_limits(tokens: int) -> None:
     powers = [2**n for n in range(10, 16)]
     assert powers[0] == 1024
     assert powers[-1] == 32768
@@ -140,7 +141,7 @@ def test_the_rule_is_the_smallest_power_of_two_within_its_limits(tokens: int) ->
         (
             0,
             None,
-            "block_size 0 is below 1; give a positive number of tokens, or leave it out for the paper's rule",
+            "block_size 0 is below 1; give a positive number of tokens, or leave it out for the",
         ),
         (-5, None, "block_size -5 is below 1"),
         (8, "4y", "anchor_size '4y' is not a number of tokens"),
@@ -148,12 +149,12 @@ def test_the_rule_is_the_smallest_power_of_two_within_its_limits(tokens: int) ->
         (
             8,
             9,
-            "anchor_size 9 is above block_size 8: .* lower anchor_size to at most 8 or raise block_size",
+            "anchor_size 9 is above block_size 8: .* lower anchor_size to at most 8 or raise",
         ),
         (None, 2000, "anchor_size 2000 is above block_size 1024"),
     ],
 )
-def test_sizes_that_cannot_work(block: Any, anchor: Any, message: str) -> None:
+def test_incompatible_sizes(block: Any, anchor: Any, message: str) -> None:
     with pytest.raises(SizeError, match=message):
         resolve_sizes(100, block, anchor)
     with pytest.raises(SizeError, match=message):
@@ -228,7 +229,7 @@ def test_dense_is_one_block_without_an_anchor(tokens: int) -> None:
 
 
 @given(PLANS, st.integers(1, 900), st.data())
-def test_forwards_cover_what_is_asked_for_once(
+def test_forwards_cover_their_tokens_once(
     plan: BlockPlan, budget: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(0, plan.ranks - 1))
@@ -250,8 +251,8 @@ def test_forwards_cover_what_is_asked_for_once(
 
 
 @given(PLANS, st.integers(1, 900))
-def test_forwards_are_as_large_as_they_may_be(plan: BlockPlan, budget: int) -> None:
-    """Forbids a forward for every block where several fit."""
+def test_forwards_are_as_large_as_possible(plan: BlockPlan, budget: int) -> None:
+    """Forbids one forward per block if several blocks fit."""
     if budget < plan.block_size:
         return
     spans = [span for span in plan.spans(budget) if span.tokens >= plan.block_size]
@@ -265,10 +266,10 @@ def test_forwards_are_as_large_as_they_may_be(plan: BlockPlan, budget: int) -> N
     ("tokens", "block", "anchor", "ranks"),
     [(72, 20, 5, 1), (72, 20, 20, 3), (72, 24, 0, 2), (72, 72, 72, 1), (72, 5, 4, 4)],
 )
-def test_the_picture_is_what_each_block_sees(
+def test_the_picture_shows_what_each_block_sees(
     tokens: int, block: int, anchor: int, ranks: int
 ) -> None:
-    """At one column a token the picture is the law itself."""
+    """With one column per token, the picture is the law."""
     plan = BlockPlan(context_tokens=tokens, block_size=block, anchor_size=anchor, ranks=ranks)
     lines = plan.draw(width=tokens).splitlines()
     assert len(lines) == plan.num_blocks + 1
@@ -285,7 +286,7 @@ def test_the_picture_is_what_each_block_sees(
     assert "sees everything" in lines[-1]
 
 
-def test_a_long_picture_says_what_it_leaves_out() -> None:
+def test_a_long_picture_states_what_it_leaves_out() -> None:
     plan = BlockPlan(context_tokens=100 * K, block_size=K, anchor_size=K)
     lines = plan.draw().splitlines()
     assert len(lines) == 8 + 1 + 7 + 1
@@ -306,7 +307,7 @@ def test_a_printed_plan_names_its_sizes() -> None:
     assert plan.draw() in str(plan)
 
 
-def test_one_is_no_plural() -> None:
+def test_counts_have_the_right_plural() -> None:
     """Forbids `1 blocks`."""
     assert [counted(number, "block") for number in (0, 1, 2, 2000)] == [
         "0 blocks",
