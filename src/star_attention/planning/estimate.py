@@ -26,6 +26,8 @@ from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
 
 SCHEMES = ("star", "star-local", "official", "ring", "ring-plain")
+# Schemes in which every rank computes the anchor, so that phase 1 needs no communication.
+_WITHOUT_BROADCAST = ("star-local", "official")
 _SMALLEST_BLOCK = 1024
 
 
@@ -174,7 +176,7 @@ def _blocks(
         ),
         default=0.0,
     )
-    if scheme != "star" or plan.busy_ranks < 2 or not plan.anchor_size:
+    if scheme in _WITHOUT_BROADCAST or plan.busy_ranks < 2 or not plan.anchor_size:
         return busiest, 0.0, 0.0
     # A layer's part of the anchor arrives while the other ranks compute that layer of their first
     # block.

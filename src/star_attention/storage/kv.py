@@ -66,7 +66,7 @@ class LayerKV:
 
     Args:
         segments: the context tokens that the buffers hold.
-        expands: True for layers whose attention computes keys and values from what is cached (MLA);
+        expands: True for layers whose attention expands compressed KV to keys and values (MLA);
             None while unknown.
         kv_format: how keys and values are stored.
         source: reads the stored tensors of a saved context, on first use.

@@ -153,21 +153,32 @@ def load_shard(
     with comm.collective("startup"):
         mesh = comm.on(torch.device(load.pick_device(device)), tensor_parallel)
     loaded: tuple[Any, Any] | None = None
+
+    def load_and_shard() -> tuple[Any, Any]:
+        _check_model_kwargs(model_kwargs, tensor_parallel)
+        check(load.load_config(path, **load.location_kwargs(model_kwargs)), tensor_parallel)
+        model, tokenizer = load.load(path, dtype=dtype, device="cpu", model_kwargs=model_kwargs)
+        shard(model, mesh)
+        return model.to(load.pick_device(device)), tokenizer
+
     for turn in range(tensor_parallel):
         failure: Exception | None = None
         if turn == mesh.tp_rank:
-            try:
-                _check_model_kwargs(model_kwargs, tensor_parallel)
-                check(load.load_config(path, **load.location_kwargs(model_kwargs)), tensor_parallel)
-                loaded = load.load(path, dtype=dtype, device="cpu", model_kwargs=model_kwargs)
-                shard(loaded[0], mesh)
-                loaded[0].to(load.pick_device(device))
-            except Exception as error:
-                failure = error
+            loaded, failure = _attempt(load_and_shard)
         with comm.collective("loading the model"):
             comm.raise_if_any_failed(failure)
     assert loaded is not None
     return loaded
+
+
+def _attempt(
+    call: Callable[[], tuple[Any, Any]],
+) -> tuple[tuple[Any, Any] | None, Exception | None]:
+    """Return the result of a call, or the exception that it raised."""
+    try:
+        return call(), None
+    except Exception as error:
+        return None, error
 
 
 def _check_model_kwargs(model_kwargs: dict[str, Any], tensor_parallel: int) -> None:

@@ -128,7 +128,8 @@ def continue_context(tokenizer: Any, chat: ChatContext, query: str | list[Messag
     if head != chat.head:
         warnings.warn(
             "the chat template renders the context differently now than when it was encoded (a"
-            " date, or a later message that changes earlier ones); the answer continues what was encoded",
+            " date, or a later message that changes earlier ones); the answer continues what was"
+            " encoded",
             stacklevel=2,
         )
     return before + query + after

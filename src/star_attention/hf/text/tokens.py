@@ -102,26 +102,26 @@ class StopText:
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def push(self, piece: str) -> str:
         """Add a piece, and return the text that is now certain to precede any stop string."""
         if self.stopped:
             return ""
-        text = self._held + piece
+        text = self._pending + piece
         cuts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if cuts:
-            self.stopped, self._held = True, ""
+            self.stopped, self._pending = True, ""
             return text[: min(cuts)]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        pending = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._pending = text[len(text) - pending :]
+        return text[: len(text) - pending]
 
     def flush(self) -> str:
         """Return the text held back."""
-        held, self._held = self._held, ""
-        return held
+        pending, self._pending = self._pending, ""
+        return pending
 
 
 def _overlap(text: str, stop: str) -> int:
