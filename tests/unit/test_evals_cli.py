@@ -1,4 +1,4 @@
-"""`star-attention eval`, with a small random model: what is made, what goes on, and what is refused in one line."""
+"""`star-attention eval` with a small random model: runs, resumes, reports, and errors in one line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from star_attention.cli import app
-from star_attention.cli.eval import _suite
 from star_attention.errors import SizeError
 from star_attention.evals.runs.predictions import Prediction, read_predictions, sha256
 from star_attention.evals.runs.run_folder import FIGURES, MARKDOWN, METRICS, PAGE, RUN, SUMMARY
+from star_attention.evals.runs.sources import SuiteSource
 from star_attention.evals.runs.sweeps import TABLE_4
 from star_attention.evals.runs.variants import parse
 from star_attention.evals.suites import SUITES, get
@@ -54,7 +54,7 @@ def predictions(folder: Path) -> list[Prediction]:
     return list(read_predictions(folder))
 
 
-def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Path) -> None:
+def test_a_suite_is_answered_reported_and_resumed(model: Path, tmp_path: Path) -> None:
     arguments = [
         "ruler",
         "--task",
@@ -71,7 +71,7 @@ def test_a_suite_is_answered_reported_and_gone_on_with(model: Path, tmp_path: Pa
     assert "star b=/4: " in done.stdout
     assert "4 samples, 2 variants" in done.stderr
     assert "8 of 8 answers, in " in done.stderr
-    assert "which --chat uses" in done.stderr
+    assert "--chat uses this model's chat template" in done.stderr
     made = predictions(tmp_path)
     assert {(one.task, one.length, one.variant) for one in made} == {
         (task, length, variant)
@@ -164,8 +164,8 @@ def test_published_prompts(model: Path, tmp_path: Path) -> None:
         *SHORT,
     ]
     ok(model, *arguments, "--prompts", own, "--out", tmp_path / "made")
-    (made,) = predictions(tmp_path / "made")
-    assert made.meta["prompts_sha256"] == sha256(own.read_text())[:16]
+    (prediction,) = predictions(tmp_path / "made")
+    assert prediction.meta["prompts_sha256"] == sha256(own.read_text())[:16]
     data = tmp_path / "qa1.jsonl"
     data.write_text(
         json.dumps(
@@ -184,8 +184,8 @@ def test_published_prompts(model: Path, tmp_path: Path) -> None:
         tmp_path / "read",
         *SHORT,
     )
-    (read,) = predictions(tmp_path / "read")
-    assert read.meta["prompts_sha256"] == made.meta["prompts_sha256"]
+    (from_file,) = predictions(tmp_path / "read")
+    assert from_file.meta["prompts_sha256"] == prediction.meta["prompts_sha256"]
     assert "prompts '/none' does not exist" in error(
         model, *arguments, "--prompts", "/none", "--out", tmp_path / "no"
     )
@@ -239,8 +239,8 @@ def test_other_suites(model: Path, tmp_path: Path, suite: str, task: str) -> Non
         "--chat",
     ]
     ok(model, suite, *arguments, "--out", tmp_path, *SHORT)
-    (made,) = predictions(tmp_path)
-    assert made.task == task
+    (prediction,) = predictions(tmp_path)
+    assert prediction.task == task
     assert json.loads((tmp_path / RUN).read_text())["settings"]["suite"] == suite
     assert suite in SUITES
 
@@ -437,8 +437,8 @@ def test_what_cannot_be_run(
 def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(
     model: Path, tmp_path: Path
 ) -> None:
-    data = _suite("ruler", None, "320,1k", 5, 0, {}, chat=False)
-    made, told = data.make(bundled_tokenizer())
+    data = SuiteSource.parse("ruler", tasks=None, lengths="320,1k", count=5)
+    made, told = data.load(bundled_tokenizer(), chat=False)
     assert told["vt at 320 tokens"].startswith("length 320 is too short for a sample of vt")
     assert "niah_multikey_1 at 320 tokens" in told, "only some of its samples would have fitted"
     assert not any(
@@ -449,12 +449,14 @@ def test_tasks_that_were_not_asked_for_are_left_out_where_they_do_not_fit(
         "qa_1",
         "qa_2",
     }
-    with pytest.raises(
-        SizeError, match="no task of ruler fits; of the first: length 16 is too short"
-    ):
-        _suite("ruler", None, "16", 1, 0, {}, chat=False).make(bundled_tokenizer())
+    with pytest.raises(SizeError, match="no task of ruler fits; the first: length 16 is too short"):
+        SuiteSource.parse("ruler", tasks=None, lengths="16", count=1).load(
+            bundled_tokenizer(), chat=False
+        )
     with pytest.raises(SizeError, match="length 16 is too short"):
-        _suite("niah", None, "16,1k", 1, 0, {}, chat=False).make(bundled_tokenizer())
+        SuiteSource.parse("niah", tasks=None, lengths="16,1k", count=1).load(
+            bundled_tokenizer(), chat=False
+        )
     ok(
         model,
         "ruler",

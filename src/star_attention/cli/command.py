@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from star_attention.cli.errors import cli_errors
-from star_attention.cli.settings import ConfigOptions
+from star_attention.cli.settings import DeclaredOptions
 from star_attention.cli.streams import guarded_stdout
 from star_attention.cli.torchrun import rank_failures
 
@@ -27,7 +27,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """Wrap `function` for typer.
 
     A parameter annotated with a dataclass takes one option per field, one marked with
-    `ConfigOptions` one option per setting. Fields of a dataclass may be groups themselves.
+    `DeclaredOptions` the options that the mark declares. Fields of a dataclass may be groups themselves.
     """
     hints = get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []
@@ -54,7 +54,7 @@ _Builder = Callable[[dict[str, Any]], Any]
 def _expand(name: str, hint: Any, default: Any) -> tuple[list[inspect.Parameter], _Builder]:
     """Return a parameter's options, and how its value is built from theirs."""
     for mark in get_args(hint)[1:]:
-        if isinstance(mark, ConfigOptions):
+        if isinstance(mark, DeclaredOptions):
             return list(mark.parameters()), mark.settings
     if dataclasses.is_dataclass(hint):
         return _expand_group(hint)

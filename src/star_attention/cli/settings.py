@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,8 +16,20 @@ from star_attention.config import StarConfig
 _FIELDS = {field.name: field for field in dataclasses.fields(StarConfig)}
 
 
+class DeclaredOptions(ABC):
+    """Marks a parameter of a command that is built from several options, declared elsewhere."""
+
+    @abstractmethod
+    def parameters(self) -> Iterator[inspect.Parameter]:
+        """Return one parameter per option, annotated for typer."""
+
+    @abstractmethod
+    def settings(self, values: dict[str, Any]) -> Any:
+        """Return the value of the marked parameter, from the values of all options."""
+
+
 @dataclass(frozen=True, init=False)
-class ConfigOptions:
+class ConfigOptions(DeclaredOptions):
     """Marks a `dict[str, Any]` of `StarConfig` settings: each becomes an option of a command.
 
     Values are as given on the command line, for `StarConfig.of` to parse and check.

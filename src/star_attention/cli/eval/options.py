@@ -1,0 +1,80 @@
+"""The options that several commands of `star-attention eval` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from star_attention.cli.options import Quiet, option
+
+PANEL = "Evaluation"
+VARIANTS = "dense,star:/4"
+
+Variants = Annotated[
+    str,
+    option(
+        "Methods to compare, separated by commas: METHOD[:BLOCK[:ANCHOR]], such as dense, star:/4"
+        " (blocks of a quarter of the length), star:4k:1k, star:/4:kv=fp8, ring,"
+        " streaming_llm:2k:64 (window and sinks).",
+        "--variants",
+        panel=PANEL,
+        metavar="LIST",
+    ),
+]
+Seed = Annotated[
+    int, option("Seed of the samples, and of random anchors.", panel=PANEL, metavar="N")
+]
+AnchorSeed = Annotated[int, option("Seed of random anchors.", "--seed", panel=PANEL, metavar="N")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the results of a run go, and how answers are made."""
+
+    out: Annotated[
+        str,
+        option(
+            "Output directory. An existing run is resumed.",
+            "--out",
+            "-o",
+            panel="Output",
+            metavar="FOLDER",
+        ),
+    ]
+    limit: Annotated[
+        int | None,
+        option(
+            "Use only the first samples of each task, length and depth.",
+            "--limit",
+            panel=PANEL,
+            metavar="N",
+            min=1,
+        ),
+    ] = None
+    chat: Annotated[
+        bool,
+        option(
+            "Send context and query as one user message of the model's chat template.",
+            "--chat",
+            panel=PANEL,
+        ),
+    ] = False
+    max_new_tokens: Annotated[
+        str | None,
+        option(
+            "Maximum number of tokens of an answer.",
+            "--max-new-tokens",
+            panel=PANEL,
+            metavar="SIZE",
+            show_default="each sample's own",
+        ),
+    ] = None
+    skip_too_long: Annotated[
+        bool,
+        option(
+            "Skip, and list, samples beyond the model's positions.",
+            "--skip-too-long",
+            panel=PANEL,
+        ),
+    ] = False
+    quiet: Quiet = False
