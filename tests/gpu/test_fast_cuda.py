@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from star_attention import StarLLM, phase1
+from star_attention.attention.attend import Rule
 from star_attention.errors import OutOfMemoryError
 from tests.answer_oracle import CASES, expected, real_rows, setup
 from tests.families import FIRST_TOKEN, LAST_TOKEN, build
@@ -48,18 +49,14 @@ def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     tensors = setup(case, dtype, "cuda")
-    location: dict[str, Any] = dict(table=tensors.table, lengths=tensors.lengths, layer=1)
-    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, **location)
+    tables = triton_answer.KVTables(
+        addresses=tensors.table, lengths=tensors.lengths, padding_R=tensors.padding_R
+    )
+    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=tables, layer=1)
     assert torch.equal(tensors.tail_k_RGCD[:, :, case.T : case.T + case.Q], tensors.k_RGQD)
-    rule = dict(window=case.window, softcap=case.softcap, fp8=case.fp8)
+    rule = Rule(scale=0.2, window=case.window, softcap=case.softcap, dtype=dtype)
     out, lse = triton_answer.attend(
-        tensors.q_RQHD,
-        case.G,
-        **location,
-        padding_R=tensors.padding_R,
-        scale=0.2,
-        dtype=dtype,
-        **rule,
+        tensors.q_RQHD, case.G, tables=tables, layer=1, rule=rule, fp8=case.fp8
     )
     right, real = expected(tensors, 0.2), real_rows(case)
     # q, k, v and the result are rounded once each.

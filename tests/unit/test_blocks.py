@@ -18,7 +18,7 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.blocks import block_attention, shard_attention, tail_attention
 from star_attention.attention.oracle import law_mask
 from star_attention.attention.state import State, merge
-from star_attention.planning.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan, Span
 from tests.attention_cases import BATCH, DTYPES, Case, assert_within_budget, tensors
 
 LENGTH, H, G, D, V = 101, 6, 3, 16, 12
@@ -44,10 +44,8 @@ def by_blocks(
             earlier=(k_BLGD[:, before], v_BLGD[:, before])
             if span.start > span.block_start
             else None,
-            start=span.start,
-            block_start=span.block_start,
-            block_size=plan.block_size,
-            anchor_size=plan.anchor_size,
+            span=span,
+            plan=plan,
             rule=rule,
         )
         assert state.out_BQHD.shape == (BATCH, span.tokens, H, V)
@@ -97,10 +95,8 @@ def test_a_forward_holds_whole_blocks_or_a_piece_of_one() -> None:
             (k_BLGD[:, :30], v_BLGD[:, :30]),
             anchor=None,
             earlier=None,
-            start=0,
-            block_start=0,
-            block_size=20,
-            anchor_size=0,
+            span=Span(start=0, stop=30, block_start=0),
+            plan=BlockPlan(context_tokens=LENGTH, block_size=20, anchor_size=0),
             rule=Rule(scale=0.3),
         )
 

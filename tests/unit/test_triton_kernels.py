@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
+from star_attention.attention.attend import Rule
 from star_attention.attention.state import State, merge, merge_last
 from star_attention.hf.execution import compiled
 from tests.answer_oracle import CASES, expected, real_rows, setup
@@ -36,19 +37,19 @@ def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     tensors = setup(case, dtype, "cpu")
-    location = dict(table=tensors.table, lengths=tensors.lengths, layer=1)
-    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, **location)
+    tables = triton_answer.KVTables(
+        addresses=tensors.table, lengths=tensors.lengths, padding_R=tensors.padding_R
+    )
+    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=tables, layer=1)
     new = slice(case.T, case.T + case.Q)
     assert torch.equal(tensors.tail_k_RGCD[:, :, new], tensors.k_RGQD)
     assert torch.equal(tensors.tail_v_RGCD[:, :, new], tensors.v_RGQD)
     out, lse = triton_answer.attend(
         tensors.q_RQHD,
         case.G,
-        **location,
-        padding_R=tensors.padding_R,
-        scale=0.2,
-        window=case.window,
-        softcap=case.softcap,
+        tables=tables,
+        layer=1,
+        rule=Rule(scale=0.2, window=case.window, softcap=case.softcap),
         fp8=case.fp8,
         splits=3,
     )

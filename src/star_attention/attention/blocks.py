@@ -11,6 +11,7 @@ from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend
 from star_attention.attention.state import State, merge, merge_last
+from star_attention.planning.plan import BlockPlan, Span
 
 KV = tuple[Tensor, Tensor]
 
@@ -21,30 +22,25 @@ def block_attention(
     *,
     anchor: KV | None,
     earlier: KV | None,
-    start: int,
-    block_start: int,
-    block_size: int,
-    anchor_size: int,
+    span: Span,
+    plan: BlockPlan,
     rule: Rule,
 ) -> State:
     """Compute attention of context tokens over their blocks and the anchor (paper, section 2.1).
 
-    The Q tokens are whole blocks, or a piece of one block.
-
     Args:
-        q_BQHD: queries of the tokens from position `start` on.
+        q_BQHD: queries of the span's tokens.
         own: keys and values of these tokens, `k_BQGD, v_BQGD`.
-        anchor: keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are among the
-            Q of this forward, or if there are none.
-        earlier: keys and values of the block's tokens before `start`, None if there are none.
-        start: position of the first query, in tokens.
-        block_start: position of the first token of its block.
-        block_size: tokens of a block.
-        anchor_size: tokens of the anchor, at the beginning of the context.
+        anchor: keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are in the
+            span, or if there are none.
+        earlier: keys and values of the block's tokens before the span, None if there are none.
+        span: the tokens: whole blocks, or a piece of one.
+        plan: sizes of blocks and anchor.
         rule: scale, window and softcap.
     """
     B, Q, H, _ = q_BQHD.shape
     k_BQGD, v_BQGD = own
+    block_size = plan.block_size
     if Q > block_size:
         # Blocks do not see each other: they make a batch of square causal calls.
         N = Q // block_size
@@ -55,15 +51,17 @@ def block_attention(
     else:
         state = attend(q_BQHD, k_BQGD, v_BQGD, rule=rule, offset=0)
     if earlier is not None:
-        state = merge([attend(q_BQHD, *earlier, rule=rule, offset=start - block_start), state])
+        state = merge(
+            [attend(q_BQHD, *earlier, rule=rule, offset=span.start - span.block_start), state]
+        )
     # The first block contains the anchor. Every later one sees the whole anchor.
-    first = max(0, block_size - start) if block_start == 0 else 0
-    if anchor_size == 0 or first >= Q:
+    first = max(0, block_size - span.start) if span.block_start == 0 else 0
+    if plan.anchor_size == 0 or first >= Q:
         return state
     if anchor is None:
-        assert start == 0, "later forwards need the anchor"
-        anchor = (k_BQGD[:, :anchor_size], v_BQGD[:, :anchor_size])
-    over_anchor = attend(q_BQHD[:, first:], *anchor, rule=rule, offset=start + first)
+        assert span.start == 0, "later forwards need the anchor"
+        anchor = (k_BQGD[:, : plan.anchor_size], v_BQGD[:, : plan.anchor_size])
+    over_anchor = attend(q_BQHD[:, first:], *anchor, rule=rule, offset=span.start + first)
     return merge_last(state, over_anchor, dtype=rule.dtype)
 
 

@@ -106,21 +106,15 @@ class AttentionCalls:
         tail_k, tail_v = self.random(1, G, _CAPACITY, D), self.random(1, G, _CAPACITY, D)
         # The table holds addresses, so these tensors must live as long as it does.
         addressed = (k_BGKD, v_BGKD, tail_k, tail_v)
-        table = triton_answer.addresses([addressed]).to(self.device)
-        lengths = torch.tensor([k_BGKD.shape[2], _TAIL, _CAPACITY], device=self.device)
-        padding_R = torch.zeros(1, dtype=torch.int32, device=self.device)
+        tables = triton_answer.KVTables(
+            addresses=triton_answer.addresses([addressed]).to(self.device),
+            lengths=torch.tensor([k_BGKD.shape[2], _TAIL, _CAPACITY], device=self.device),
+            padding_R=torch.zeros(1, dtype=torch.int32, device=self.device),
+        )
+        rule = Rule(scale=D**-0.5, dtype=self.dtype)
 
         def work(addressed: tuple[Tensor, ...] = addressed) -> State:
-            return triton_answer.attend(
-                q_BQHD,
-                G,
-                table=table,
-                lengths=lengths,
-                padding_R=padding_R,
-                layer=0,
-                scale=D**-0.5,
-                dtype=self.dtype,
-            )
+            return triton_answer.attend(q_BQHD, G, tables=tables, layer=0, rule=rule)
 
         return work
 

@@ -1,8 +1,8 @@
 """Phase 2's attention in Triton, with addresses and lengths of the keys read on the device.
 
 torch's kernels take both from the host, so a CUDA graph of them serves one context at one step.
-Here `table` holds the addresses of each layer's keys and values, and `lengths` their numbers of
-tokens: one graph serves every context and every step.
+Here `KVTables` hold the addresses of each layer's keys and values and their numbers of tokens: one
+graph serves every context and every step.
 
 Keys are cut into runs (flash decoding, Dao et al. 2023): `splits` over the context, which all rows
 share and whose keys are read once for all of them, and `TAIL_SPLITS` over each row's tail. A second
@@ -15,12 +15,14 @@ D head size, N keys of one step, S runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 
 TAIL_SPLITS = 4
@@ -30,12 +32,36 @@ SPLITS = 32
 _BLOCK_N = 64
 
 COLUMNS = 6
-"""Columns of the table, addresses: the context's keys and values, `[G, tokens, D]`, the tail's,
+"""Addresses of a layer: the context's keys and values, `[G, tokens, D]`, the tail's,
 `[R, G, capacity, D]`, and the fp32 scales of keys and values of a context in fp8, `[G, tokens]`."""
 LENGTHS = 3
 """Lengths, in tokens: the context, the tail before the new tokens, and the tail's capacity."""
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVTables:
+    """Tensors on the device from which the kernels read where keys and values are.
+
+    Attributes:
+        addresses: int64 `[layers, COLUMNS]`.
+        lengths: int64 `[LENGTHS]`.
+        padding_R: tokens of padding at the beginning of each row's tail, int32.
+    """
+
+    addresses: Tensor
+    lengths: Tensor
+    padding_R: Tensor
+
+    @classmethod
+    def zeros(cls, layers: int, rows: int, device: torch.device) -> KVTables:
+        """Make tables to be filled later, for up to `rows` batch rows."""
+        return cls(
+            addresses=torch.zeros(layers, COLUMNS, dtype=torch.int64, device=device),
+            lengths=torch.zeros(LENGTHS, dtype=torch.int64, device=device),
+            padding_R=torch.zeros(rows, dtype=torch.int32, device=device),
+        )
 
 
 @triton.jit
@@ -219,29 +245,29 @@ def _merged(
 
 
 def addresses(layers: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the table, on the CPU, with zeros for missing tensors.
+    """Return the addresses for `KVTables`, on the CPU, with zeros for missing tensors.
 
     Args:
-        layers: tensors of each layer, in the order of the table's columns.
+        layers: tensors of each layer, in the order of the columns.
     """
     rows = [[tensor.data_ptr() for tensor in tensors] for tensors in layers]
     return torch.tensor([row + [0] * (COLUMNS - len(row)) for row in rows])
 
 
-def append(k_RGQD: Tensor, v_RGQD: Tensor, *, table: Tensor, lengths: Tensor, layer: int) -> None:
+def append(k_RGQD: Tensor, v_RGQD: Tensor, *, tables: KVTables, layer: int) -> None:
     """Write new keys and values after each row's tail, which has room for them.
 
     Args:
         k_RGQD: keys.
         v_RGQD: values.
-        table: addresses, int64 `[layers, COLUMNS]`.
-        lengths: int64 `[LENGTHS]`.
-        layer: row of the table.
+        tables: where the tail is.
+        layer: row of the addresses.
     """
     R, G, Q, D = k_RGQD.shape
     k_RGQD, v_RGQD = (t if t.stride(3) == 1 else t.contiguous() for t in (k_RGQD, v_RGQD))
     _append[(R * G * Q,)](
-        k_RGQD, v_RGQD, table, lengths, *k_RGQD.stride()[:3], *v_RGQD.stride()[:3], layer, Q,
+        k_RGQD, v_RGQD, tables.addresses, tables.lengths,
+        *k_RGQD.stride()[:3], *v_RGQD.stride()[:3], layer, Q,
         KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), COLUMNS=COLUMNS,
         num_warps=1,
     )  # fmt: skip
@@ -251,14 +277,9 @@ def attend(
     q_RQHD: Tensor,
     kv_heads: int,
     *,
-    table: Tensor,
-    lengths: Tensor,
-    padding_R: Tensor,
+    tables: KVTables,
     layer: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    dtype: torch.dtype = torch.float32,
+    rule: Rule,
     fp8: bool = False,
     splits: int | None = None,
 ) -> State:
@@ -269,14 +290,9 @@ def attend(
     Args:
         q_RQHD: queries.
         kv_heads: heads of keys and values.
-        table: addresses, int64 `[layers, COLUMNS]`.
-        lengths: int64 `[LENGTHS]`.
-        padding_R: tokens of padding at the beginning of each row's tail, int32.
-        layer: row of the table.
-        scale: factor of the scores.
-        window: sliding window in tokens, None for full attention.
-        softcap: softcap of the scores, None for none.
-        dtype: precision of the result.
+        tables: where context and tail are.
+        layer: row of the addresses.
+        rule: scale, window, softcap, and the precision of the result.
         fp8: True if the context is in e4m3 with scales, False if it is in the queries' precision,
             as the tail always is.
         splits: runs over the context, `SPLITS` by default.
@@ -297,16 +313,16 @@ def attend(
         for shape in ((R, Q, H, runs, D), (R, Q, H, runs))
     )
     _runs[(kv_heads, splits * tiles + R * tail_tiles * TAIL_SPLITS)](
-        q_RQHD, table, lengths, padding_R, out, lse,
-        layer, scale, softcap or 0.0, window or 0,
+        q_RQHD, tables.addresses, tables.lengths, tables.padding_R, out, lse,
+        layer, rule.scale, rule.softcap or 0.0, rule.window or 0,
         R, Q, tiles, tail_tiles, splits,
         HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_SPLITS=TAIL_SPLITS, COLUMNS=COLUMNS,
         BLOCK_M=block_m, BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2, BLOCK_D=block_d,
-        SOFTCAP=softcap is not None, WINDOW=window is not None,
+        SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
         PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32", FP8=fp8,
         num_warps=4, num_stages=3 if q_RQHD.element_size() == 2 else 2,
     )  # fmt: skip
-    out_RQHD = torch.empty(R, Q, H, D, dtype=dtype, device=q_RQHD.device)
+    out_RQHD = torch.empty(R, Q, H, D, dtype=rule.dtype or torch.float32, device=q_RQHD.device)
     lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=q_RQHD.device)
     _merged[(R * Q * H,)](
         out, lse, out_RQHD, lse_RQH, runs,

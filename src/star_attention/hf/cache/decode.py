@@ -142,7 +142,7 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         # transformers 5.17 passes the length to keep, or a negative number of tokens to remove;
         # later releases only the latter.
         if tokens_to_remove > 0:
-            tokens_to_remove -= self.shard.tokens + self.tail.length
+            tokens_to_remove -= self.position.context_tokens + self.tail.length
         self.tail.crop(-tokens_to_remove)
 
 

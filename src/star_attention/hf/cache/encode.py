@@ -127,10 +127,8 @@ class EncodeLayer(StarLayer[EncodePosition]):
             (k_BKGD, v_BKGD),
             anchor=anchor,
             earlier=earlier,
-            start=span.start,
-            block_start=span.block_start,
-            block_size=plan.block_size,
-            anchor_size=plan.anchor_size,
+            span=span,
+            plan=plan,
             rule=rule,
         )
 

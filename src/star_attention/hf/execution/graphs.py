@@ -93,16 +93,14 @@ class TailBuffers:
 
 
 class _GraphPosition(ForwardPosition):
-    """The tables on the device from which captured kernels read where and how long the keys are."""
+    """The tables on the device from which captured kernels read where the keys are."""
 
     def __init__(self, layers: int, device: torch.device) -> None:
         from star_attention.attention.kernels import triton_answer
 
         super().__init__()
         self.kernel = triton_answer
-        self.table = torch.zeros(layers, triton_answer.COLUMNS, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(triton_answer.LENGTHS, dtype=torch.int64, device=device)
-        self.padding_R = torch.zeros(MAX_TOKENS, dtype=torch.int32, device=device)
+        self.tables = triton_answer.KVTables.zeros(layers, MAX_TOKENS, device)
         # How the context of the forward that is being captured is stored.
         self.fp8 = False
 
@@ -120,9 +118,7 @@ class _GraphLayer(StarLayer[_GraphPosition]):
 
     def append(self, k_RGQD: Tensor, v_RGQD: Tensor) -> tuple[Tensor, Tensor]:
         position = self.position
-        position.kernel.append(
-            k_RGQD, v_RGQD, table=position.table, lengths=position.lengths, layer=self.index
-        )
+        position.kernel.append(k_RGQD, v_RGQD, tables=position.tables, layer=self.index)
         return k_RGQD, v_RGQD
 
     def attend(self, q_RQHD: Tensor, k_RKGD: Tensor, v_RKGD: Tensor, rule: Rule) -> State:
@@ -130,14 +126,9 @@ class _GraphLayer(StarLayer[_GraphPosition]):
         state: State = position.kernel.attend(
             q_RQHD,
             k_RKGD.shape[2],
-            table=position.table,
-            lengths=position.lengths,
-            padding_R=position.padding_R,
+            tables=position.tables,
             layer=self.index,
-            scale=rule.scale,
-            window=rule.window,
-            softcap=rule.softcap,
-            dtype=rule.dtype or torch.float32,
+            rule=rule,
             fp8=position.fp8,
         )
         return state
@@ -224,12 +215,12 @@ class Graphs:
         signature = self._signature(cache, tails, rows)
         if signature == self._loaded:
             return
-        position = self._position
-        position.table.copy_(position.kernel.addresses(tails.addressed()))
-        position.lengths.copy_(
+        tables = self._position.tables
+        tables.addresses.copy_(self._position.kernel.addresses(tails.addressed()))
+        tables.lengths.copy_(
             torch.tensor([cache.context_tokens, tails.tokens, tails.capacity(rows)])
         )
-        position.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
+        tables.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
         self._loaded = signature
 
     def _captured(self, ids_RQ: Tensor, positions_RQ: Tensor) -> _Graph | None:
@@ -250,7 +241,7 @@ class Graphs:
 
         def work() -> None:
             graph.logits_RV = forward()
-            self._position.lengths[1:2].add_(queries)
+            self._position.tables.lengths[1:2].add_(queries)
 
         try:
             graph.replay = self._record(work, warm_up=forward)
