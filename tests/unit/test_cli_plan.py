@@ -1,0 +1,98 @@
+"""`plan`: blocks, memory and operations, without weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from star_attention.config import MAX_NEW_TOKENS
+from tests.command_line import failed, ok
+
+
+def test_plan_needs_no_weights(bare_config: Path) -> None:
+    done = ok("plan", "-m", bare_config, "--context", "32k", "--ranks", "2")
+    assert done.err == ""
+    assert done.out.startswith("context 32,768 tok, 4 blocks x 8k, anchor 8k, 2 ranks\nrank 0  b0 ")
+    assert "rank 1  b3   |AAAA" in done.out
+    assert "17,309,568 parameters of 2 bytes, 10 layers" in done.out
+    for word in (
+        "weights",
+        "keys and values",
+        "working memory",
+        "star",
+        "dense",
+        "official",
+        "x 1.50",
+        "phase 2",
+    ):
+        assert word in done.out
+
+
+def test_plan_as_json(bare_config: Path) -> None:
+    sizes = ["--context", "16k", "--block-size", "4k", "--anchor-size", "1k", "--dtype", "float32"]
+    plan = json.loads(ok("plan", "-m", bare_config, *sizes, "--json", "--queries", "3").out)
+    assert (plan["context_tokens"], plan["block_size"], plan["anchor_size"]) == (16384, 4096, 1024)
+    assert (plan["blocks"], plan["ranks"], plan["queries"], plan["answer_tokens"]) == (
+        4,
+        1,
+        3,
+        MAX_NEW_TOKENS,
+    )
+    memory, flops = plan["memory"], plan["flops"]
+    assert memory["weights"] == 4 * 17_309_568
+    assert memory["kv"] == 16384 * plan["kv_bytes_per_token"] == 16384 * 10 * 2 * 2 * 64 * 4
+    assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
+    assert (
+        flops["phase1_star"]["linear"]
+        == flops["phase1_dense"]["linear"]
+        < flops["phase1_official"]["linear"]
+    )
+    assert (
+        plan["dense_over_star"]
+        == flops["phase1_dense"]["total"] / flops["phase1_star"]["total"]
+        > 1
+    )
+
+
+def test_plan_shows_the_memory_of_each_rank(bare_config: Path) -> None:
+    sizes = ["-m", bare_config, "--context", "32k", "--block-size", "4k", "--ranks", "3"]
+    plan = json.loads(ok("plan", *sizes, "--json").out)
+    first, second, third = plan["memory_by_rank"]
+    block = 4096 * plan["kv_bytes_per_token"]
+    # Three blocks each; the second also holds the anchor.
+    assert second - first == block
+    assert third < second
+    assert plan["memory"]["total"] == max(first, second, third)
+    assert re.search(
+        r"fullest device \(rank \d; total of the others: [\d.]+ \w+ to [\d.]+ \w+\)",
+        ok("plan", *sizes).out,
+    )
+    single = ok("plan", "-m", bare_config, "--context", "32k", "--block-size", "4k").out
+    assert "fullest" not in single
+
+
+@pytest.mark.filterwarnings("default")
+def test_plan_warns_about_positions_and_idle_ranks(bare_config: Path) -> None:
+    err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err
+    assert (
+        "warning: context, query and answer need 65,856 positions, but the model has 65,536" in err
+    )
+    assert (
+        "warning: 4 of 8 ranks are idle: the context has 4 blocks; lower --block-size or --ranks\n"
+        in err
+    )
+    err = ok("plan", "-m", bare_config, "--context", "1k", "--ranks", "2").err
+    assert (
+        err
+        == "warning: 1 of 2 ranks is idle: the context has 1 block; lower --block-size or --ranks\n"
+    )
+
+
+def test_plan_names_a_model_that_cannot_run(bare_config: Path) -> None:
+    (bare_config / "config.json").write_text('{"model_type": "mamba"}')
+    assert "mamba cannot run with Star Attention" in failed(
+        "plan", "-m", bare_config, "--context", "4k"
+    )
