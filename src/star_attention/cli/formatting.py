@@ -50,10 +50,20 @@ def format_quantity(size: float, units: tuple[str, ...], step: int) -> str:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Align rows in columns: the first column to the left, all others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    """Align rows in columns: the first column and remarks to the left, numbers to the right."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    is_text = [not number or _is_text(column) for number, column in enumerate(columns)]
     lines = []
-    for first, *rest in rows:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append(f"  {first.ljust(widths[0])}  {'   '.join(cells)}".rstrip())
+    for row in rows:
+        cells = [
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(row, widths, is_text, strict=True)
+        ]
+        lines.append(f"  {cells[0]}  {'   '.join(cells[1:])}".rstrip())
     return "\n".join(lines)
+
+
+def _is_text(column: tuple[str, ...]) -> bool:
+    """Return True for a column of remarks: nothing in it but words."""
+    return not any(character.isdigit() for cell in column for character in cell.split(" ")[0])
