@@ -56,7 +56,7 @@ def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
         timeout=60,
     )
     assert solo_run.returncode == 1
-    assert "a folder that several ranks saved, and one process writes a file" in solo_run.stderr
+    assert "a folder that several ranks saved, and one process saves a file" in solo_run.stderr
     assert "loading" not in solo_run.stderr, "before any work"
 
 
