@@ -1,4 +1,4 @@
-"""Importing does nothing: no transformers, GPU, process group or network; and the public names are there."""
+"""Importing loads and starts nothing, and all public names are there."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import star_attention
 from star_attention import errors
 from tests.engines import BUNDLED
 
-# Runs before the code under test. A class that cannot be made, rather than a function, so that libraries can
-# still derive from socket.socket while they are imported.
+# Runs before the code under test. A class that cannot be instantiated, not a function, so that
+# libraries can still derive from socket.socket while they are imported.
 NO_NETWORK = """
 import socket
 class Blocked(socket.socket):
@@ -54,7 +54,7 @@ except SystemExit as stop:
 """
 
 
-# A process group must not be made even where torchrun's variables say that one could be.
+# No process group may be created even if torchrun's variables describe one.
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
 
 
@@ -115,7 +115,7 @@ def test_help_imports_neither_torch_nor_transformers(command: str) -> None:
     ],
 )
 def test_the_probe_sees_what_it_looks_for(code: str, name: str) -> None:
-    """Forbids a green run because the report looks in the wrong place."""
+    """Forbids a test that passes because the report looks in the wrong place."""
     allow_sockets = "socket.socket = Blocked.__base__; "
     assert in_new_process(f"{allow_sockets}{code}; status = 0")[name]
 
@@ -126,7 +126,7 @@ def test_the_probe_sees_a_socket() -> None:
 
 
 def test_a_model_folder_needs_no_network(tmp_path: Path) -> None:
-    """Also where nobody has told the hub's library to stay offline."""
+    """Also if HF_HUB_OFFLINE is not set."""
     code = f"""
 import os
 import re
@@ -141,7 +141,7 @@ context.save({str(tmp_path / "a.star")!r})
 star.load_context({str(tmp_path / "a.star")!r})
 status = 0
 """
-    # (Other libraries' deprecations are not what this is about.)
+    # Other libraries' deprecation warnings do not matter here.
     assert in_new_process(code, warnings="ignore")["status"] == 0
 
 
@@ -153,7 +153,7 @@ def test_every_public_name_resolves() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    """Forbids a lazy `__getattr__` that answers everything, which breaks `hasattr`, pickling and pydoc."""
+    """Forbids a lazy `__getattr__` for any name: it breaks `hasattr`, pickling and pydoc."""
     assert not hasattr(star_attention, "no_such_name")
 
 
@@ -180,7 +180,7 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_every_error_is_ours(error: type[Exception]) -> None:
-    """A user catches whatever the library raises on purpose by one base class."""
+    """Users catch everything that the library raises on purpose by one base class."""
     assert issubclass(error, errors.StarAttentionError)
     assert error.__doc__
 
