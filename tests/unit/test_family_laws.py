@@ -59,9 +59,9 @@ def test_engine_equals_the_explicit_mask(
         anchor_size=anchor_size,
         rope_length=context.rope_length,
     )
-    for ours, theirs in zip(stored(context), oracle.kv, strict=True):
-        for ours_1GLD, theirs_1GLD in zip(ours, theirs, strict=True):
-            assert_close(name, ours_1GLD, theirs_1GLD[:, :, :CONTEXT])
+    for layer, oracle_layer in zip(stored(context), oracle.kv, strict=True):
+        for actual_1GLD, right_1GLD in zip(layer, oracle_layer, strict=True):
+            assert_close(name, actual_1GLD, right_1GLD[:, :, :CONTEXT])
     assert_close(name, query_QV, oracle.logits_BLV[0, CONTEXT : CONTEXT + QUERY])
     answer_TV = oracle.logits_BLV[0, CONTEXT + QUERY - 1 : -1]
     assert_close(name, reply.logits, answer_TV)

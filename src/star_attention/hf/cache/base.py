@@ -4,8 +4,8 @@ transformers calls `update` on a cache layer and then the attention function, as
 very tensors that `update` returned. So a cache here can tell which of its layers an attention call
 belongs to, and lets that layer compute the attention.
 
-Subclasses: `encode` (phase 1), `decode` (phase 2), `ring` and `window` (other methods' phase 1),
-`probe` (a look at a model's layers), `hf.execution.graphs` (phase 2 inside CUDA graphs).
+Subclasses: `encode` (phase 1), `decode` and `mirrored` (phase 2), `ring` and `window` (phase 1 of
+other methods), `probe` (a model's layers), `hf.execution.graphs` (phase 2 inside CUDA graphs).
 
 Axes: B batch, G KV heads, S new tokens, K keys, Q queries, H query heads, D head size.
 """
@@ -62,7 +62,7 @@ class StarLayer(CacheLayerMixin, Generic[P]):
 
     is_compileable = False
     is_croppable = True
-    # Windows are the rule's business: the store keeps every token at its absolute position.
+    # The rule applies windows. Stores keep every token, at its absolute position.
     is_sliding = False
     supports_early_init = False
 
@@ -77,7 +77,11 @@ class StarLayer(CacheLayerMixin, Generic[P]):
         self.returned_tokens = 0
 
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; return those to call the model's attention with."""
+        """Store new keys and values.
+
+        Returns:
+            The keys and values that the model passes to its attention.
+        """
         raise NotImplementedError
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
@@ -158,7 +162,7 @@ class StarCache(Cache):
     layers: list[Any]
     position: ForwardPosition
 
-    # Where layers are compiled in pieces, storing and attending stay outside of the graph.
+    # Where layers are compiled in pieces, storing and attending stay outside of compiled code.
     update = torch.compiler.disable(Cache.update)
 
     def __init__(self, layers: list[Any], position: ForwardPosition, comm: Comm) -> None:
@@ -220,5 +224,5 @@ class StarCache(Cache):
 
 
 def by_token(pair: tuple[Tensor, Tensor]) -> KV:
-    """Keys and values `[B, G, K, D]` as `[B, K, G, D]`, without a copy."""
+    """View keys and values `[B, G, K, D]` as `[B, K, G, D]`."""
     return pair[0].transpose(1, 2), pair[1].transpose(1, 2)

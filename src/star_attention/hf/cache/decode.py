@@ -1,4 +1,4 @@
-"""The cache of phase 2: a context that only gets read, and a tail that grows with every token.
+"""The cache of phase 2: a context that is only read, and a tail that grows with every token.
 
 Axes: B batch rows, G KV heads, S new tokens, T tail tokens, L context tokens, K keys, Q queries,
 H query heads, D head size.
@@ -27,7 +27,7 @@ from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Tail, Visibl
 
 @dataclass(kw_only=True)
 class AnswerPosition(ForwardPosition):
-    """The end of a context and its tail, and what the layers need to know of the request.
+    """The end of the context and of its tail, with the request's padding and ranks.
 
     Attributes:
         context_tokens: tokens of the whole context.
@@ -47,13 +47,13 @@ class AnswerPosition(ForwardPosition):
         return self.context_tokens + self.tail.length
 
     def row_padding(self, rows: int) -> list[int]:
-        """Return the padding of each batch row: beams and several answers repeat a query's row."""
+        """Return the padding of each batch row; beams and several answers repeat a query's row."""
         repeats = rows // len(self.padding)
         return [pad for pad in self.padding for _ in range(repeats)]
 
 
 class AnswerLayer(StarLayer[AnswerPosition]):
-    """One layer's shard of the context, which all batch rows share, and its tail, a row's own."""
+    """A layer's shard of the context, which all batch rows share, and the tail of each row."""
 
     def __init__(
         self, index: int, window: int | None, position: AnswerPosition, stores: list[LayerKV]

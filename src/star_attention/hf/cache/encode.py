@@ -50,7 +50,7 @@ class SpanPosition(ForwardPosition):
 
 @dataclass(kw_only=True)
 class EncodePosition(SpanPosition):
-    """The span, and the anchor: where it is stored if not with the context, how it gets there."""
+    """The span, where the anchor is stored if not with the context, and how it gets there."""
 
     anchors: list[ContextKV] | None
     link: AnchorLink

@@ -1,4 +1,4 @@
-"""Phase 2 on several ranks: rank 0 decides, and every rank does the same to its own cache.
+"""The cache of phase 2 on several ranks: all ranks do the same to their own caches.
 
 Rank 0 runs transformers' generation over a `MirroredCache`, which broadcasts each forward and each
 change of the batch's rows. The other ranks pass what they receive to a `Mirror`, which runs it on

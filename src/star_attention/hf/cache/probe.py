@@ -1,4 +1,4 @@
-"""A look at a model's layers: one forward of a few tokens shows what each stores and attends with.
+"""Probing a model's layers: one forward of a few tokens shows what each of them stores.
 
 Axes: B batch, S tokens, K keys, Q queries, H query heads, G KV heads, D head size.
 """
@@ -23,15 +23,15 @@ TOKENS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKVShape:
-    """What one cache layer stores of a token.
+    """The shape of a token's entry in a cache layer.
 
     Attributes:
-        k_heads: heads of its keys.
+        k_heads: number of keys.
         k_size: elements of each key.
-        v_heads: heads of its values.
+        v_heads: number of values.
         v_size: elements of each value.
         dtype: precision of both.
-        expands: True if its attention computes keys and values from the stored ones (MLA).
+        expands: True if attention computes its keys and values from the stored ones (MLA).
     """
 
     k_heads: int
@@ -49,11 +49,11 @@ class LayerKVShape:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What one forward shows of a model's layers.
+    """Properties of a model's layers, observed in one forward.
 
     Attributes:
-        layer_shapes: shape of each cache layer's entries, None for one that reads another layer's keys.
-        reads_own_keys: True if every attention reads just what its own layer has stored, once.
+        layer_shapes: shape of each cache layer's entries, None for layers that read another's keys.
+        reads_own_keys: True if every attention reads the keys of its own layer alone, and once.
     """
 
     layer_shapes: list[LayerKVShape | None]
@@ -77,7 +77,7 @@ class ProbeLayer(StarLayer[P]):
         return State(out_BQHD, out_BQHD[..., 0])
 
     def shape(self) -> LayerKVShape | None:
-        """What this layer stores, None if it reads another layer's keys."""
+        """Return the shape of the layer's entries, None if it reads another layer's keys."""
         if self.pair is None:
             return None
         k_BGSD, v_BGSD = self.pair
@@ -123,7 +123,7 @@ def run_probe(handle: Any, cache: StarCache) -> None:
 
 
 def probe_layers(handle: Any) -> ProbeResult:
-    """Run the decoder of a `ModelHandle` over a few tokens and report what its layers store."""
+    """Probe the decoder of a `ModelHandle` with a forward of a few tokens."""
     cache = ProbeCache(handle.windows)
     run_probe(handle, cache)
     return ProbeResult(

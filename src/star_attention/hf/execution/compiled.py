@@ -2,7 +2,7 @@
 
 Each layer is compiled by itself: norms, rotary embeddings, activations and residual sums become few
 kernels. For a single token, linear layers go through a kernel of ours, those with the same input in
-one launch. Layers of one kind share what is compiled, so compiling happens once for each kind.
+one launch. Layers of one kind share compiled code, so each kind is compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
 not possible it is compiled in pieces around the attention, each of which takes its time to compile:
@@ -28,7 +28,7 @@ from star_attention.hf.execution import hook
 _log = logging.getLogger("star_attention")
 
 FULL, STEP = "full", "step"
-"""Modes of compiled layers: many tokens, the same number again and again (phase 1), or one token
+"""Modes of compiled layers: forwards of many tokens, all of one length (phase 1), or of one token
 (phase 2)."""
 
 # Whole layers are compiled with constants for everything but weights and inputs. Kinds of layers,
@@ -116,7 +116,7 @@ class CompiledLayers:
         stock = layer.forward
         options = self._options[mode]
         whole = torch.compile(stock, dynamic=False, fullgraph=True, options=options)
-        # Dynamic, so that what is compiled with one layer's index serves all.
+        # Dynamic, so that code compiled with one layer's index serves all layers.
         pieces = torch.compile(stock, dynamic=True, options=options)
 
         def forward(*args: Any, **kwargs: Any) -> Any:

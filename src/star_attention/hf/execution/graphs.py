@@ -1,4 +1,4 @@
-"""Forwards of few tokens as CUDA graphs, which are launched as a whole, without Python's overhead.
+"""Forwards of few tokens as CUDA graphs: one launch each, without Python's overhead.
 
 A graph is captured once for each number of rows and new tokens. It contains no context data: the
 kernels read the addresses and lengths of the keys from tables on the device
@@ -33,15 +33,15 @@ from star_attention.storage.kv import ContextKV
 _log = logging.getLogger("star_attention")
 
 BUCKETS = (1, 16, 32, 64, 128, 256)
-"""New tokens a row: one, or a query's, padded on the left."""
+"""New tokens of a row: one, or a query, padded on the left."""
 MAX_TOKENS = 512
-"""New tokens of all rows together. Above, a forward no longer waits for launches."""
+"""Most new tokens of all rows together. Larger forwards do not wait for launches."""
 
 
 class TailBuffers:
     """The tails of a cache as the kernels of a graph see them: addresses, room and length.
 
-    A graph appends to them on the device; `advance` then says so on the host.
+    A graph appends tokens on the device; `advance` counts them on the host.
     """
 
     def __init__(self, cache: AnswerCache) -> None:
@@ -80,7 +80,7 @@ class TailBuffers:
         """Return the tensors whose addresses the kernels read, in the order of the table's columns.
 
         Each layer's context and tail, keys and values each, and scales in fp8; nothing for a layer
-        that reads another one's keys.
+        that reads another layer's keys.
         """
         layers: list[tuple[Tensor, ...]] = []
         for layer in self._cache.layers:
@@ -256,7 +256,7 @@ class Graphs:
 
         Args:
             work: the forward; it also advances the length of the tail.
-            warm_up: the forward alone, for what is compiled or allocated at first use.
+            warm_up: the forward alone, which compiles and allocates at its first use.
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

@@ -63,7 +63,7 @@ class ModelHandle:
     """A model, wrapped or plain, and its forwards through our caches.
 
     Args:
-        model: A causal language model of transformers, in evaluation mode.
+        model: a causal language model of transformers, in evaluation mode.
         compile: run layers through torch.compile; None where Triton works.
 
     Raises:
@@ -129,12 +129,12 @@ class ModelHandle:
 
     @cached_property
     def probe_result(self) -> ProbeResult:
-        """What a forward of a few tokens shows of the layers."""
+        """Properties of the layers, observed in a forward of a few tokens."""
         return probe_layers(self)
 
     @property
     def layer_shapes(self) -> list[LayerKVShape | None]:
-        """What each cache layer stores, None for one that reads another layer's keys."""
+        """Shape of each cache layer's entries, None for layers that read another layer's keys."""
         return self.probe_result.layer_shapes
 
     @cached_property
@@ -294,8 +294,8 @@ class ModelHandle:
 
 
 class _UniformCacheView(Cache):
-    """A cache as the model's code sees it: of one class in both phases, so that both share what is
-    compiled."""
+    """A cache as the model's code sees it: one class in both phases, so that compiled code serves
+    both."""
 
     def __init__(self, cache: StarCache, config: Any) -> None:
         super().__init__(layers=cache.layers)
@@ -315,7 +315,7 @@ class _UniformCacheView(Cache):
 
 
 def _device(module: nn.Module) -> torch.device | None:
-    """Where a module computes, None for one without weights."""
+    """Device on which a module computes, None for a module without weights."""
     first = next(module.parameters(), None)
     if first is None or first.device.type != "meta":
         return None if first is None else first.device

@@ -32,8 +32,8 @@ from star_attention.hf.loading import rope
 
 _ACTIVE: ContextVar[StarCache | None] = ContextVar("star_attention_cache", default=None)
 
-# Two functions are registered over each implementation of transformers. "Within" is one operation
-# of a compiled layer, "over" is called outside of what is compiled.
+# Two functions are registered over each implementation of transformers: "within" is one operation
+# of a compiled layer, "over" runs outside of compiled code.
 _OVER, _WITHIN = "star_attention_over_", "star_attention_within_"
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -81,12 +81,12 @@ def _star_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, with the parameters of transformers' attention functions.
+    """Compute attention of one layer, with the parameters of transformers' attention functions.
 
     Args:
         cache: the cache of the forward.
         query: `[B, H, Q, D]`.
-        key: `[B, G, K, D]`, as is `value`.
+        key: `[B, G, K, D]`; `value` likewise.
         s_aux: learned sinks, `[H]`.
 
     Returns:
