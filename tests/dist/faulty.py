@@ -12,12 +12,13 @@ import time
 from typing import Any
 
 from star_attention.cli import main
+from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.encode import EncodeCache
 from star_attention.hf.execution.handle import ModelHandle
 
 fault, phase, victim = sys.argv[1:4]
 sys.argv[1:] = sys.argv[4:]
-forwards = {"1": 0, "2": 0}
+forwards = {"startup": 0, "1": 0, "2": 0}
 
 
 def fail() -> None:
@@ -35,13 +36,19 @@ def fail() -> None:
         raise MemoryError("planted")
 
 
+def phase_of(cache: Any) -> str:
+    """Return "1" or "2", or "startup" for the forward that probes the layers."""
+    if isinstance(cache, EncodeCache):
+        return "1"
+    return "2" if isinstance(cache, AnswerCache) else "startup"
+
+
 def plant(real: Any) -> Any:
     def forward(self: Any, ids: Any, positions: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
-        current = "1" if isinstance(cache, EncodeCache) else "2"
-        if type(cache).__name__ != "StarCache":  # not the probe
-            forwards[current] += 1
-            if os.environ["RANK"] == victim and current == phase and forwards[current] == 3:
-                fail()
+        current = phase_of(cache)
+        forwards[current] += 1
+        if os.environ["RANK"] == victim and current == phase and forwards[current] == 3:
+            fail()
         if fault == "slow" and current == "1":
             time.sleep(1.5)
         if fault == "crawling" and current == "2":
