@@ -1,8 +1,8 @@
-"""Measure the bundled model, several evaluations at a time, and print tables as in docs/results.md.
+"""Measure the bundled model, several evaluations at a time; print the tables of docs/results.md.
 
-    python scripts/results.py --out results --jobs 16          # on a GPU, about 25 minutes; a run that is cut off goes on
+    python scripts/results.py --out results --jobs 16          # on a GPU, about 25 minutes; resumes
 
-Each evaluation is a `star-attention eval` of its own, in a folder of its own; the commands are printed.
+Each evaluation is one `star-attention eval` with a folder of its own; its command is printed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -25,146 +26,132 @@ from star_attention.evals.runs.predictions import read_predictions
 from star_attention.planning.plan import format_size
 
 LENGTHS = ("4k", "8k", "16k", "32k")
-ONE_BLOCK_TASKS = "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,niah_multiquery"
-SWEPT = f"{ONE_BLOCK_TASKS},niah_multivalue,vt"
+NEEDLES = (
+    "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,"
+    "niah_multiquery"
+)
+SWEPT = f"{NEEDLES},niah_multivalue,vt"
+BEYOND_TRAINING = "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,vt"
 
-JOBS: dict[str, tuple[str, ...]] = {
+RULER_VARIANTS = "dense,star:/4,star:2k,star:/4:0,streaming_llm:/4:64"
+STORY_VARIANTS = "dense,star:/4,star:/4:0,streaming_llm:/4:64"
+VARIANTS = "dense,star:/4,star:/4:0"
+
+_SWEEP = f"sweep --length 16k --task {SWEPT}"
+EVALUATIONS: dict[str, str] = {
+    **{f"ruler-{n}": f"ruler --length {n} --variants {RULER_VARIANTS}" for n in LENGTHS},
     **{
-        f"ruler-{length}": (
-            "ruler",
-            "--length",
-            length,
-            "--variants",
-            "dense,star:/4,star:2k,star:/4:0,streaming_llm:/4:64",
-        )
-        for length in LENGTHS
+        f"babilong-{n}": f"babilong --length {n} --variants {STORY_VARIANTS}"
+        for n in ("1k", *LENGTHS)
     },
+    **{f"ablations-{n}": f"ablations --length {n} --task {NEEDLES}" for n in ("4k", "16k")},
+    "blocks-16k": f"{_SWEEP} --blocks 512,1k,2k,4k,8k",
+    "anchors-16k": f"{_SWEEP} --blocks /4 --anchors 0,16,64,256,1k,=",
     **{
-        f"babilong-{length}": (
-            "babilong",
-            "--length",
-            length,
-            "--variants",
-            "dense,star:/4,star:/4:0,streaming_llm:/4:64",
-        )
-        for length in ("1k", *LENGTHS)
+        f"infinitebench-{n}": f"infinitebench --length {n} --variants {VARIANTS}"
+        for n in ("16k", "32k")
     },
-    **{
-        f"ablations-{length}": ("ablations", "--length", length, "--task", ONE_BLOCK_TASKS)
-        for length in ("4k", "16k")
-    },
-    "blocks-16k": ("sweep", "--length", "16k", "--task", SWEPT, "--blocks", "512,1k,2k,4k,8k"),
-    "anchors-16k": (
-        "sweep",
-        "--length",
-        "16k",
-        "--task",
-        SWEPT,
-        "--blocks",
-        "/4",
-        "--anchors",
-        "0,16,64,256,1k,=",
-    ),
-    **{
-        f"infinitebench-{length}": (
-            "infinitebench",
-            "--length",
-            length,
-            "--variants",
-            "dense,star:/4,star:/4:0",
-        )
-        for length in ("16k", "32k")
-    },
-    "ruler-64k": (
-        *(
-            "ruler",
-            "--length",
-            "64k",
-            "--task",
-            "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,vt",
-        ),
-        *("--variants", "dense,star:/4"),
-    ),
-    "shared-16k": ("shared", "--length", "16k", "--variants", "dense,star:/4,star:/4:0"),
-    "niah": ("niah", "--length", "4k,8k,16k,32k", "--variants", "dense,star:/4,star:/4:0"),
+    "ruler-64k": f"ruler --length 64k --task {BEYOND_TRAINING} --variants dense,star:/4",
+    "shared-16k": f"shared --length 16k --variants {VARIANTS}",
+    "niah": f"niah --length 4k,8k,16k,32k --variants {VARIANTS}",
 }
-"""By name: the command of `star-attention eval` and its options."""
+"""Arguments of `star-attention eval`, by name."""
 
-WORDS = ("ruler", "ablations", "sweep", "niah", "shared")
-"""Commands that draw words, of which training has not seen these."""
+WITH_WORDS = ("ruler", "ablations", "sweep", "niah", "shared")
+"""Commands that draw words; they get those that training has not seen."""
+
+JOINED = ("ruler", "babilong", "infinitebench")
+"""Suites whose lengths are joined into one run, for the figures."""
 
 
 def command(name: str, model: str, out: Path, samples: int) -> list[str]:
-    suite, *others = JOBS[name]
-    words = ["--words", "eval"] if suite in WORDS else []
-    each = {
+    """Arguments of `star-attention` for one evaluation."""
+    subcommand, *options = EVALUATIONS[name].split()
+    words = ["--words", "eval"] if subcommand in WITH_WORDS else []
+    count = {
+        # At each of eleven depths.
         "niah": max(1, samples // 10),
-        "shared": 10 * samples,
+        # Ten questions on each context.
+        "shared-16k": 10 * samples,
+        # Only a look beyond what the model was trained on.
         "ruler-64k": max(1, samples * 2 // 5),
-    }  # (at each of many depths; ten questions to a context; a look beyond what the model was trained on)
-    count = ["--samples", str(each.get(name, each.get(suite, samples)))]
-    return ["eval", suite, "-m", model, *others, *words, *count, "--out", str(out / name)]
+    }.get(name, samples)
+    return [
+        "eval",
+        subcommand,
+        "-m",
+        model,
+        *options,
+        *words,
+        "--samples",
+        str(count),
+        "--out",
+        str(out / name),
+    ]
 
 
-def run(names: list[str], model: str, out: Path, samples: int, jobs: int) -> bool:
-    """Whether all of them ended well. Long texts begin first, so that none of them is left over at the end."""
+def run(names: Sequence[str], model: str, out: Path, samples: int, jobs: int) -> bool:
+    """Run evaluations, the longest first, and return True if all succeed."""
     out.mkdir(parents=True, exist_ok=True)
     waiting = sorted(
         names, key=lambda name: ("32k" in name, "16k" in name, "niah" in name), reverse=True
     )
     running: dict[str, subprocess.Popen[bytes]] = {}
-    started, good = time.monotonic(), True
+    started, succeeded = time.monotonic(), True
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
-            arguments = command(name, model, out, samples)
-            print("star-attention", *arguments, flush=True)
-            with (out / f"{name}.log").open("ab") as log:
-                running[name] = subprocess.Popen(
-                    [sys.executable, "-m", "star_attention", *arguments],
-                    stdout=log,
-                    stderr=log,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )
+            running[name] = _start(name, command(name, model, out, samples), out)
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
-                good &= process.returncode == 0
-                verdict = "done" if process.returncode == 0 else f"FAILED, see {out / name}.log"
-                print(
-                    f"{name}: {verdict}, {time.monotonic() - started:.0f} s after the start",
-                    flush=True,
-                )
+                succeeded &= process.returncode == 0
+                status = "done" if process.returncode == 0 else f"FAILED, see {out / name}.log"
+                seconds = time.monotonic() - started
+                print(f"{name}: {status}, {seconds:.0f} s after the start", flush=True)
         time.sleep(0.5)
-    return good
+    return succeeded
 
 
-def joined(names: list[str], out: Path) -> list[str]:
-    """Evaluations of one suite at several lengths as one, for the pictures; the names of what is there then."""
-    left = [
-        name for name in names if any(True for _ in read_predictions(out / name, required=False))
-    ]
+def _start(name: str, arguments: Sequence[str], out: Path) -> subprocess.Popen[bytes]:
+    print("star-attention", *arguments, flush=True)
+    with (out / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "star_attention", *arguments],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+
+def join_lengths(names: Sequence[str], out: Path) -> list[str]:
+    """Join the lengths of each suite; returns the names of all folders with results."""
+    finished = [name for name in names if _has_predictions(out / name)]
     shutil.rmtree(out / "joined", ignore_errors=True)
-    for suite in ("ruler", "babilong", "infinitebench"):
-        parts = [name for name in left if name.startswith(suite) and name != "ruler-64k"]
+    for suite in JOINED:
+        parts = [name for name in finished if name.startswith(suite) and name != "ruler-64k"]
         if len(parts) < 2:
             continue
-        whole = f"joined/{suite}"
-        join([out / name for name in parts], out / whole)
-        write(out / whole)
-        left[left.index(parts[0])] = whole
-        left = [name for name in left if name not in parts]
-    return left
+        joined = f"joined/{suite}"
+        join([out / name for name in parts], out / joined)
+        write(out / joined)
+        finished[finished.index(parts[0])] = joined
+        finished = [name for name in finished if name not in parts]
+    return finished
 
 
-def tables(names: list[str], out: Path) -> None:
-    """Of each evaluation that is there: means by task, in percent, and what `eval` says of all of it."""
+def _has_predictions(folder: Path) -> bool:
+    return any(True for _ in read_predictions(folder, required=False))
+
+
+def print_tables(names: Sequence[str], out: Path) -> None:
+    """Print the means by task, in percent, and the result in short of each run."""
     for name in names:
         results = Results.read(out / name)
         variants = results.variants
-        print(
-            f"\n## {name}\n\n| task | length | samples | {' | '.join(variants)} |\n|{'---|' * (3 + len(variants))}"
-        )
+        print(f"\n## {name}\n")
+        print(f"| task | length | samples | {' | '.join(variants)} |")
+        print(f"|{'---|' * (3 + len(variants))}")
         for task, length in product(results.tasks, results.lengths):
             cells = [results.compared(variant, task=task, length=length) for variant in variants]
             counts = [cell.mean.n for cell in cells if cell is not None]
@@ -182,15 +169,18 @@ def main() -> None:
     parser.add_argument("--model", default="models/needle-17m")
     parser.add_argument("--samples", type=int, default=50, help="of each task and length")
     parser.add_argument("--jobs", type=int, default=4, help="evaluations at a time")
-    parser.add_argument("--only", default="", help="beginnings of names, with commas between")
+    parser.add_argument("--only", default="", help="prefixes of names, separated by commas")
     parser.add_argument(
-        "--tables", action="store_true", help="print the tables of what is there, and run nothing"
+        "--tables", action="store_true", help="run nothing, and print the tables of finished runs"
     )
-    given = parser.parse_args()
-    names = [name for name in JOBS if name.startswith(tuple(given.only.split(",")))]
-    good = given.tables or run(names, given.model, given.out, given.samples, given.jobs)
-    tables(joined(names, given.out), given.out)
-    sys.exit(not good)
+    options = parser.parse_args()
+    prefixes = tuple(options.only.split(","))
+    names = [name for name in EVALUATIONS if name.startswith(prefixes)]
+    succeeded = options.tables or run(
+        names, options.model, options.out, options.samples, options.jobs
+    )
+    print_tables(join_lengths(names, options.out), options.out)
+    sys.exit(not succeeded)
 
 
 if __name__ == "__main__":
