@@ -32,7 +32,14 @@ METHODS = {
 BASELINE_METHOD = "dense"
 """Exact attention, which evaluations compare other methods against."""
 
-KV_DTYPES, KV_DEVICES = ("fp8",), ("cpu",)
+KV_DTYPES = ("fp8",)
+"""Precisions that a context may be stored in, other than the model's own.
+
+Each has an entry in `storage.kv.QUANTIZERS` and in `planning.model_shape.STORED_BYTES`; CUDA graphs
+read it if `attention.kernels.triton_answer` does (`hf.execution.graphs`), and run eagerly otherwise.
+"""
+
+KV_DEVICES = ("cpu",)
 
 RESERVE_TOKENS = 1024
 """Tokens reserved for query and answer where rotary frequencies depend on the total length.

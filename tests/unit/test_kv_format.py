@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from star_attention import EncodedContext, StarLLM
+from star_attention.config import KV_DTYPES
 from star_attention.errors import InvalidInputError
+from star_attention.planning import model_shape
 from star_attention.planning.segments import Segments
+from star_attention.storage import kv
 from star_attention.storage.kv import FP8, KVFormat, LayerKV, quantize
 from tests.engines import BUNDLED, engine, ids
 from tests.needles import make
@@ -158,3 +161,14 @@ def test_the_bundled_model_still_finds_its_facts() -> None:
     assert len(hits["fp8"]) == 16
     assert sum(hits[None]) >= 15
     assert sum(hits["fp8"]) >= sum(hits[None]) - 1
+
+
+def test_every_precision_is_stored_and_counted() -> None:
+    """Forbids a precision that is named but stored, or counted, as another."""
+    assert set(KV_DTYPES) == set(kv.QUANTIZERS) == set(model_shape.STORED_BYTES)
+    x = torch.randn(2, 3, 16)
+    for name, quantizer in kv.QUANTIZERS.items():
+        values, scale = quantizer(x)
+        assert values.element_size() == model_shape.STORED_BYTES[name]
+        assert values.shape == x.shape
+        assert (scale.shape, scale.dtype) == (x.shape[:-1], torch.float32)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STORED_BYTES = {"fp8": 1}
+"""Bytes of an element in each precision of `config.KV_DTYPES`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
@@ -86,8 +89,9 @@ class ModelShape:
     def stored_bytes_per_token(self, kv_dtype: str | None) -> int:
         """Return the bytes of a token's keys and values as stored.
 
-        In fp8 that is one byte per element, and a scale in fp32 per head (`storage.kv.quantize`).
+        A quantized token also has a scale in fp32 per head (`storage.kv.QUANTIZERS`).
         """
         if kv_dtype is None:
             return self.kv_bytes_per_token
-        return self.kv_elements_per_token + 4 * self.kv_scales_per_token
+        element_bytes = STORED_BYTES[kv_dtype]
+        return self.kv_elements_per_token * element_bytes + 4 * self.kv_scales_per_token

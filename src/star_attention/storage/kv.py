@@ -61,6 +61,13 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale[..., None]).clamp_(-_FP8_MAX, _FP8_MAX).to(FP8), scale
 
 
+QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"fp8": quantize}
+"""Quantizers by the name of a precision in `config.KV_DTYPES`.
+
+Each turns `[..., D]` into stored values `[..., D]` and one scale per row, `[...]`.
+"""
+
+
 class LayerKV:
     """One layer's context keys and values, `[1, G, tokens, D]`: written once, block by block.
 
@@ -101,7 +108,8 @@ class LayerKV:
         self._dtype, self._device = k_GSD.dtype, k_GSD.device
         parts: StoredKV = (k_GSD, v_GSD)
         if self.kv_format.dtype is not None:
-            (k_GSD, k_scale_GS), (v_GSD, v_scale_GS) = quantize(k_GSD), quantize(v_GSD)
+            quantizer = QUANTIZERS[self.kv_format.dtype]
+            (k_GSD, k_scale_GS), (v_GSD, v_scale_GS) = quantizer(k_GSD), quantizer(v_GSD)
             parts = (k_GSD, v_GSD, k_scale_GS, v_scale_GS)
         self._write(start, parts)
 

@@ -190,7 +190,7 @@ class Graphs:
             if tails.tokens + queries > tails.capacity(rows):
                 tails.reserve(rows, queries)
             self._load(cache, tails, rows)
-            key = rows, queries, cache.kv_format.dtype is not None
+            key = rows, queries, cache.kv_format.dtype == "fp8"
             if key not in self._graphs:
                 self._position.fp8 = key[2]
                 self._graphs[key] = self._captured(ids_RQ, positions_RQ)
@@ -304,6 +304,8 @@ def usable(handle: Any) -> bool:
 
 def _fits(shard: ContextKV, device: torch.device) -> bool:
     """True if all of a context is stored as the kernel reads it."""
+    if shard.kv_format.dtype not in (None, "fp8"):
+        return False
     layouts = set()
     for layer in shard.layers:
         if layer.expands or len(layer.segments) != 1:
