@@ -107,12 +107,11 @@ def phase1(
         rank: count this context-parallel rank only; None counts all.
     """
     ranks = range(plan.ranks) if rank is None else [rank]
-    layout = plan.layout
     expanded = 0
     if shape.expansion_parameters:
         expanded = sum(_keys_read(plan, tokens_per_forward, r) for r in ranks)
     return Flops(
-        linear=2 * shape.linear_parameters * sum(layout[r].tokens for r in ranks),
+        linear=2 * shape.linear_parameters * sum(plan.rank_tokens(r) for r in ranks),
         attention=sum(
             call.flops_per_pair * pairs for call, pairs in _calls_with_pairs(shape, plan, rank)
         ),

@@ -102,7 +102,7 @@ def estimate(
     else:
         plan = BlockPlan.resolve(context, block, None, ranks)
         compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
-        shard = max(plan.layout[rank].tokens for rank in _candidate_ranks(plan))
+        shard = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
         stored = plan
     memory = max(
         cost.memory(

@@ -298,6 +298,11 @@ class BlockPlan:
             return self.context_tokens, self.context_tokens
         return blocks[0][0], blocks[-1][1]
 
+    def rank_tokens(self, rank: int) -> int:
+        """Return the number of context tokens of one rank."""
+        start, stop = self.rank_range(rank)
+        return stop - start
+
     @property
     def layout(self) -> tuple[Segments, ...]:
         """The context tokens that each rank holds."""
@@ -359,17 +364,18 @@ class BlockPlan:
             width: columns of the picture.
         """
         owners = [rank for rank in range(self.ranks) for _ in self.rank_blocks(rank)]
-        labels = [f"rank {owner:<2} b{index:<3} |" for index, owner in enumerate(owners)]
+        blocks = list(enumerate(zip(owners, self.blocks, strict=True)))
+        shown = blocks if len(blocks) <= 16 else [*blocks[:8], *blocks[-7:]]
         lines = [
-            f"{label}{self._draw_row(index, width)}| {start:,}..{stop:,}"
-            for index, (label, (start, stop)) in enumerate(zip(labels, self.blocks, strict=True))
+            f"rank {owner:<2} b{index:<3} |{self._draw_row(start, stop, width)}|"
+            f" {start:,}..{stop:,}"
+            for index, (owner, (start, stop)) in shown
         ]
-        if len(lines) > 16:
-            lines[8:-7] = [f"{'':>10}  ... {self.num_blocks - 15} more blocks ..."]
+        if len(shown) < len(blocks):
+            lines.insert(8, f"{'':>10}  ... {len(blocks) - len(shown)} more blocks ...")
         return "\n".join([*lines, f"{'query':>10} |{'#' * width}| sees everything"])
 
-    def _draw_row(self, index: int, width: int) -> str:
-        start, stop = self.blocks[index]
+    def _draw_row(self, start: int, stop: int, width: int) -> str:
         scale = width / self.context_tokens
         row = ""
         for column in range(width):
@@ -377,5 +383,5 @@ class BlockPlan:
             if start <= token < stop or int(start * scale) == column:
                 row += "#"
             else:
-                row += "A" if token < self.anchor_size and index > 0 else "."
+                row += "A" if token < self.anchor_size and start > 0 else "."
         return row
