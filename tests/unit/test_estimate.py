@@ -305,12 +305,12 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
         (
             ["--context", "8k,16k"],
             2,
-            "--context: '8k,16k' is several lengths; give one, or use `star-attention estimate`",
+            "--context: '8k,16k' has several lengths; give one, or use `star-attention estimate`",
         ),
         (
             ["--context", "8k..16k"],
             2,
-            "--context: '8k..16k' is several lengths; give one, or use `star-attention estimate`",
+            "--context: '8k..16k' has several lengths; give one, or use `star-attention estimate`",
         ),
         (
             ["--context", "8k", "--block-size", "quarter"],

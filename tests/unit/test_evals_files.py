@@ -271,7 +271,7 @@ def test_errors_of_tables_and_files_as_a_whole(tmp_path: Path) -> None:
     path.write_text("context,question,answer,task\nc,q,a,vt\nc,q\n")
     with pytest.raises(
         InvalidInputError,
-        match=r"data.csv, line 3: the header has 4 columns, this row has another number",
+        match=r"data.csv, line 3: the header has 4 columns, this row has a different number",
     ):
         read(path)
     path = tmp_path / "data.json"

@@ -120,7 +120,7 @@ def _check_plan_options(
         )
     if "," in context or ".." in context:
         raise typer.BadParameter(
-            f"{context!r} is several lengths; give one, or use `star-attention estimate`",
+            f"{context!r} has several lengths; give one, or use `star-attention estimate`",
             param_hint="--context",
         )
     if settings["block_size"] == QUARTER:

@@ -90,7 +90,7 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
                     columns = len(reader.fieldnames or [])
                     raise InvalidInputError(
                         f"{path}, line {reader.line_num}: the header has {columns} columns, this"
-                        " row has another number"
+                        " row has a different number"
                     )
                 yield f"line {reader.line_num}", dict(row)
     except csv.Error as error:
