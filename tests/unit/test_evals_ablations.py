@@ -1,4 +1,4 @@
-"""Other anchors: a block sees the anchor that precedes it; the first block's head is Star Attention."""
+"""Other anchors: a block sees its anchor; with the first block's head it is Star Attention."""
 
 from __future__ import annotations
 

@@ -169,7 +169,11 @@ def test_a_greedy_answer_is_recognized() -> None:
 def test_generation_arguments_and_the_harnesss_cache() -> None:
     model = StarLM(star())
     cached: list[Any] = []
-    model.cache_hook.add_partial = lambda kind, args, text: cached.append((kind, args, text))  # type: ignore[method-assign]
+
+    def add_partial(kind: str, args: Any, text: str) -> None:
+        cached.append((kind, args, text))
+
+    model.cache_hook.add_partial = add_partial  # type: ignore[method-assign]
     gen_kwargs = {"until": [" ", ""], "max_gen_toks": 6, "temperature": 0.0}
     where = request(DOCS[0]["context"] + "Where?", gen_kwargs, DOCS[0])
     (text,) = model.generate_until([where], disable_tqdm=True)

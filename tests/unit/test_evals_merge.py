@@ -1,4 +1,4 @@
-"""Parts of a run joined into one: the report is that of one run, and parts that differ are refused."""
+"""Parts of a run are joined into one and reported as one; parts that differ are refused."""
 
 from __future__ import annotations
 

@@ -199,8 +199,8 @@ def test_means_are_over_the_cells_that_all_variants_have(tmp_path: Path) -> None
     ] == ["dense"]
     text = (tmp_path / MARKDOWN).read_text()
     assert (
-        "Some variants lack niah at 2k, vt at 1k, vt at 2k, cwe at 1k, cwe at 2k: means over several"
-        in text
+        "Some variants lack niah at 2k, vt at 1k, vt at 2k, cwe at 1k, cwe at 2k: means over"
+        " several" in text
     )
     assert "| 2k (no cell that all variants have) | – | – | – | – |" in text
 

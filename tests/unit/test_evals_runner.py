@@ -1,4 +1,4 @@
-"""Answers of a run are the engine's; samples that cannot be run are refused before the first one."""
+"""Answers of a run are the engine's; bad samples are refused before the first answer."""
 
 from __future__ import annotations
 

@@ -38,8 +38,18 @@ def test_the_harnesss_own_tasks_are_split_before_their_question(name: str) -> No
         ("CTX", {"context": "CTX"}, "mine", ("CTX", "", "column")),
         (f"CTX{SENTINEL}?{SENTINEL}!", {"context": "CTX"}, "mine", ("CTX", "?!", "column")),
         (f"CTX{SENTINEL}? CTX{SENTINEL}!", {}, "mine", ("CTX? CTX", "!", "sentinel")),
-        (f"Text.{SENTINEL} Question: Find all variables", {}, "ruler_vt", ("Text.", " Question: Find all variables", "sentinel")),
-        ("Where? Facts. Where?", {"question": " Where? "}, "babilong_qa1", ("Where? Facts. ", "Where?", "pattern")),
+        (
+            f"Text.{SENTINEL} Question: Find all variables",
+            {},
+            "ruler_vt",
+            ("Text.", " Question: Find all variables", "sentinel"),
+        ),
+        (
+            "Where? Facts. Where?",
+            {"question": " Where? "},
+            "babilong_qa1",
+            ("Where? Facts. ", "Where?", "pattern"),
+        ),
         ("Facts.", {}, "babilong_qa1", ("Facts.", "", "last block")),
         ("Where is he?", {"question": "Where"}, "babilong_qa1", ("Where is he?", "", "last block")),
         ("Text. b?", {"context": ["Text."]}, "mine", ("Text. b?", "", "last block")),
@@ -47,7 +57,7 @@ def test_the_harnesss_own_tasks_are_split_before_their_question(name: str) -> No
         (f"{SENTINEL}b?", {}, "mine", ("b?", "", "last block")),
         ("Text. b?", "no columns", "mine", ("Text. b?", "", "last block")),
     ],
-)  # fmt: skip
+)
 def test_where_a_prompt_is_split(
     prompt: str, doc: Any, task: str, expected: tuple[str, str, str]
 ) -> None:

@@ -112,8 +112,8 @@ class JobBuilder:
             context, continued = _continued(self._context_ids, parts.context, continuation)
         if continuation is not None and not continued:
             raise TokenError(
-                f"{name_of(request)} has an empty continuation, {continuation!r}; give it at least 1"
-                " token"
+                f"{name_of(request)} has an empty continuation, {continuation!r}; give it at least"
+                " 1 token"
             )
         end = max(0, len(context) - self._tokens_to_move(parts, len(context), len(query)))
         context, query = context[:end], context[end:] + query
@@ -178,7 +178,8 @@ def arguments(request: Instance) -> tuple[Any, Any]:
     """The prompt and the second argument; raises `InvalidInputError` for images and sound."""
     if len(request.args) != 2:
         raise InvalidInputError(
-            f"{name_of(request)} contains more than text, which cannot be encoded; leave the task out"
+            f"{name_of(request)} contains more than text, which cannot be encoded; leave the task"
+            " out"
         )
     prompt, second = request.args
     return prompt, second

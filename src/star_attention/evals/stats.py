@@ -113,22 +113,22 @@ def mean(scores: Iterable[Scored]) -> Mean:
 
 
 def paired(
-    ours: Iterable[Scored],
-    theirs: Iterable[Scored],
+    scores: Iterable[Scored],
+    baseline: Iterable[Scored],
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Difference:
-    """`ours` minus `theirs` on the same samples, with a bootstrap interval.
+    """The mean of `scores` minus that of `baseline`, on the same samples, with an interval.
 
     Contexts are resampled with replacement within each cell; the statistic is the mean of the
     cells' means. Deviations are stretched by sqrt(n / (n - 1)), by which the bootstrap's variance
     is too small (Hesterberg 2015, section 3.2).
 
     Args:
-        ours: Scores of one method.
-        theirs: Scores of the other.
+        scores: Scores of one method.
+        baseline: Scores of the other.
         seed: Seed of the bootstrap.
         resamples: Number of resamples.
         level: Coverage of the interval.
@@ -136,13 +136,11 @@ def paired(
     Raises:
         InvalidInputError: If the samples, their cells or their prose differ.
     """
-    ours_by_id, theirs_by_id = (
-        {score.sample: score for score in scores} for scores in (ours, theirs)
-    )
-    check_pairs(ours_by_id, theirs_by_id)
+    by_id, baseline_by_id = ({score.sample: score for score in side} for side in (scores, baseline))
+    check_pairs(by_id, baseline_by_id)
     differences = [
-        replace(score, score=score.score - theirs_by_id[name].score)
-        for name, score in ours_by_id.items()
+        replace(score, score=score.score - baseline_by_id[name].score)
+        for name, score in by_id.items()
     ]
     cells = [_clusters(cell) for cell in _by_cell(differences).values()]
     value = math.fsum(_mean(cell) for cell in cells) / len(cells)
@@ -160,18 +158,18 @@ def paired(
     return Difference(value=_clean(value), low=_clean(low), high=_clean(high), n=n)
 
 
-def check_pairs(ours: Mapping[str, Scored], theirs: Mapping[str, Scored]) -> None:
+def check_pairs(scores: Mapping[str, Scored], baseline: Mapping[str, Scored]) -> None:
     """Raises `InvalidInputError` unless both sides have scores of the same samples."""
-    if not ours:
+    if not scores:
         raise InvalidInputError("there are no scores to compare; run some samples first")
-    unmatched = sorted(set(ours) ^ set(theirs))
+    unmatched = sorted(set(scores) ^ set(baseline))
     if unmatched:
         raise InvalidInputError(
             f"{len(unmatched):,} samples have a score on one side only, {unmatched[0]} first;"
             " compare the same samples"
         )
-    for name, score in ours.items():
-        other = theirs[name]
+    for name, score in scores.items():
+        other = baseline[name]
         if score.prose != other.prose:
             raise InvalidInputError(
                 f"sample {name} is made of different prose ({score.prose or 'none'},"

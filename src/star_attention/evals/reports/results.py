@@ -237,18 +237,18 @@ class Results:
                 ]
             return scored(predictions)
 
-        ours = scores_of(variant)
-        if not ours:
+        scores = scores_of(variant)
+        if not scores:
             return None
         difference, unpaired = None, None
         if variant != self.baseline:
             try:
                 # Scores are from 0 to 1.
-                difference = stats.paired(ours, scores_of(self.baseline)).within(-1.0, 1.0)
+                difference = stats.paired(scores, scores_of(self.baseline)).within(-1.0, 1.0)
             except InvalidInputError as error:
                 unpaired = str(error)
         return Comparison(
-            variant=variant, mean=stats.mean(ours), difference=difference, unpaired=unpaired
+            variant=variant, mean=stats.mean(scores), difference=difference, unpaired=unpaired
         )
 
     def speed(self, variant: str, length: int) -> Speed | None:

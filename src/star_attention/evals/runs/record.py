@@ -102,9 +102,9 @@ def merged(earlier: Mapping[str, Any] | None, run: Mapping[str, Any]) -> dict[st
 
 
 def _larger(
-    ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str, Any]]
+    cells: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Cells with the larger of both counts."""
-    counts = Counter(cell_counts(ours))
-    counts |= Counter(cell_counts(theirs))
+    counts = Counter(cell_counts(cells))
+    counts |= Counter(cell_counts(others))
     return cell_list(counts)

@@ -104,13 +104,13 @@ def write_run(out: Path, run: Mapping[str, Any]) -> None:
     part.replace(out / RUN)
 
 
-def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str, str] | None:
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str, str] | None:
     """The first setting that differs, or that only one side has.
 
     Returns:
-        Its name, our value and their value; None if the settings are the same.
+        Its name and both values; None if the settings are the same.
     """
-    for left, right in ((ours, theirs), (ours["model"], theirs["model"])):
+    for left, right in ((first, second), (first["model"], second["model"])):
         left, right = (
             {name: value for name, value in side.items() if name != "model"}
             for side in (left, right)
@@ -122,8 +122,10 @@ def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str,
             differing = None if swapped is None else (swapped[0], swapped[2], swapped[1])
         if differing is not None:
             name, *values = differing
-            our_value, their_value = ("not given" if value == "None" else value for value in values)
-            return name, our_value, their_value
+            left_value, right_value = (
+                "not given" if value == "None" else value for value in values
+            )
+            return name, left_value, right_value
     return None
 
 
@@ -131,10 +133,10 @@ def check_same_settings(out: Path, earlier: Mapping[str, Any], settings: Mapping
     """Raises `InvalidInputError` naming the first setting that differs from the earlier run's."""
     differing = difference(earlier["settings"], plain(settings))
     if differing is not None:
-        name, theirs, ours = differing
+        name, earlier_value, value = differing
         raise InvalidInputError(
-            f"{out} holds a run with another {name} ({theirs} there, {ours} here); give another"
-            " folder with --out, or the same settings"
+            f"{out} holds a run with another {name} ({earlier_value} there, {value} here);"
+            " give another folder with --out, or the same settings"
         )
 
 
@@ -156,10 +158,10 @@ def check_predictions(
         sample = by_id.get(prediction.sample)
         if sample is None or prediction.sample_sha256 == sample_sha256(sample):
             continue
-        theirs, ours = (meta.get("prose_sha256") for meta in (prediction.meta, sample.meta))
+        earlier, current = (meta.get("prose_sha256") for meta in (prediction.meta, sample.meta))
         differing = "text or answers"
-        if theirs != ours:
-            differing = f"prose ({theirs} there, {ours} here)"
+        if earlier != current:
+            differing = f"prose ({earlier} there, {current} here)"
         raise InvalidInputError(
             f"{out} holds a run in which sample {sample.id} has another {differing}; give another"
             " folder"

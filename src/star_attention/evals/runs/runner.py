@@ -237,14 +237,7 @@ def _prepare(
 ) -> _Prepared:
     """Check everything that can be checked, and write run.json."""
     _check(star, samples, variants, settings)
-    recorded = settings.recorded | {
-        "decoding": "greedy",
-        "reserve_tokens": star.config.reserve_tokens,
-        "ranks": star.num_ranks,
-        "device": star.device.type,
-        "versions": versions(),
-        "model": run_folder.plain(star.runtime.identity),
-    }
+    recorded = _recorded_settings(star, settings)
     digest = sha256(canonical(recorded))[:12]
     run_folder.check_output(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -292,6 +285,18 @@ def _prepare(
         earlier=len(predictions),
         skipped=len(measured.skipped),
     )
+
+
+def _recorded_settings(star: StarLLM, settings: RunSettings) -> dict[str, Any]:
+    """Everything that answers depend on."""
+    return settings.recorded | {
+        "decoding": "greedy",
+        "reserve_tokens": star.config.reserve_tokens,
+        "ranks": star.num_ranks,
+        "device": star.device.type,
+        "versions": versions(),
+        "model": run_folder.plain(star.runtime.identity),
+    }
 
 
 def _check(
