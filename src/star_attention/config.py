@@ -285,6 +285,11 @@ class StarConfig:
                     f" choose {', '.join(known)}, or leave it out"
                 )
 
+    @property
+    def kv_settings(self) -> dict[str, Any]:
+        """How keys and values are stored: the fields `KV_SETTINGS`."""
+        return {name: getattr(self, name) for name in KV_SETTINGS}
+
     def forward_size(self, device_type: str) -> int:
         """Return the maximum context tokens in one forward on a device type ("cpu", "cuda")."""
         if self.tokens_per_forward is not None:
@@ -294,3 +299,7 @@ class StarConfig:
     def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:
         """Return the block plan of these sizes for a context of `context_tokens`."""
         return BlockPlan.resolve(context_tokens, self.block_size, self.anchor_size, ranks)
+
+
+KV_SETTINGS = tuple(field.name for field in fields(StarConfig) if field.name.startswith("kv_"))
+"""Fields of `StarConfig` about the storage of keys and values."""

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from star_attention.cli.options import AnswerTokens, Dtype, Json, Model, QueryTokens, option
+from star_attention.cli.options import Json, ShapeOptions, WorkloadOptions, option
 from star_attention.cli.settings import ConfigOptions
 from star_attention.cli.sizes import QUARTER, rank_counts, token_counts
-from star_attention.config import DEFAULT_BLOCK_RULE, MAX_NEW_TOKENS, StarConfig
+from star_attention.config import DEFAULT_BLOCK_RULE, StarConfig
 from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.plan import BlockPlan
 
 
+@dataclass(frozen=True, kw_only=True)
+class HardwareOptions:
+    """The hardware whose rates are assumed."""
+
+    hardware: Annotated[
+        str,
+        option(
+            f"{', '.join(HARDWARE)}, or one of them with other rates (h200-ib,link=2e10).",
+            "--hardware",
+            panel="Hardware",
+            metavar="NAME",
+        ),
+    ] = next(iter(HARDWARE))
+    calibrate: Annotated[
+        str | None,
+        option(
+            "JSON of `bench prefill`: use the measured rates of linear layers, attention and"
+            " memory, and show how well they fit the measurements.",
+            "--calibrate",
+            panel="Hardware",
+            metavar="FILE",
+        ),
+    ] = None
+
+
 def estimate(
     *,
-    model: Model,
+    shape: ShapeOptions,
     context: Annotated[
         str,
         option(
@@ -36,7 +62,6 @@ def estimate(
             show_default=DEFAULT_BLOCK_RULE,
         ),
     ] = None,
-    dtype: Dtype = "auto",
     settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "kv_dtype")],
     ranks: Annotated[
         str,
@@ -48,27 +73,8 @@ def estimate(
             metavar="NUMBERS",
         ),
     ] = str(BlockPlan.ranks),
-    hardware: Annotated[
-        str,
-        option(
-            f"{', '.join(HARDWARE)}, or one of them with other rates (h200-ib,link=2e10).",
-            "--hardware",
-            panel="Hardware",
-            metavar="NAME",
-        ),
-    ] = next(iter(HARDWARE)),
-    calibrate: Annotated[
-        str | None,
-        option(
-            "JSON of `bench prefill`: use the measured rates of linear layers, attention and"
-            " memory, and show how well they fit the measurements.",
-            "--calibrate",
-            panel="Hardware",
-            metavar="FILE",
-        ),
-    ] = None,
-    query_tokens: QueryTokens = 64,
-    answer_tokens: AnswerTokens = MAX_NEW_TOKENS,
+    on: HardwareOptions,
+    workload: WorkloadOptions,
     as_json: Json = False,
 ) -> None:
     """Estimate the time to encode a context and to generate a token, on given hardware.
@@ -86,15 +92,15 @@ def estimate(
 
     estimates = make_estimates(
         EstimateRequest(
-            model=model,
-            dtype=dtype,
-            hardware=hardware,
+            model=shape.model,
+            dtype=shape.dtype,
+            hardware=on.hardware,
             contexts=contexts,
             ranks=rank_numbers,
             block=block_size,
             config=config,
-            tail_tokens=query_tokens + answer_tokens,
-            calibrate=calibrate,
+            tail_tokens=workload.query_tokens + workload.answer_tokens,
+            calibrate=on.calibrate,
         )
     )
     print(json.dumps(estimates.as_dict()) if as_json else estimates.as_text())

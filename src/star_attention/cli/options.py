@@ -75,8 +75,26 @@ TensorParallel = Annotated[
 Json = Annotated[
     bool, option("Print JSON on stdout, one object per line.", "--json", panel="Output")
 ]
-QueryTokens = Annotated[int, option("Tokens per query.", panel="Workload", metavar="N", min=1)]
-AnswerTokens = Annotated[int, option("Tokens per answer.", panel="Workload", metavar="N", min=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions:
+    """A model of which only the config is read."""
+
+    model: Model
+    dtype: Dtype = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadOptions:
+    """The answers that are planned for."""
+
+    query_tokens: Annotated[
+        int, option("Tokens per query.", panel="Workload", metavar="N", min=1)
+    ] = 64
+    answer_tokens: Annotated[
+        int, option("Tokens per answer.", panel="Workload", metavar="N", min=1)
+    ] = MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)

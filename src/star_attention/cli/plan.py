@@ -8,26 +8,27 @@ from typing import Annotated, Any
 
 import typer
 
-from star_attention.cli.estimate import estimate
+from star_attention.cli.estimate import HardwareOptions, estimate
 from star_attention.cli.options import (
-    AnswerTokens,
-    Dtype,
     Json,
-    Model,
-    QueryTokens,
+    ShapeOptions,
     TensorParallel,
+    WorkloadOptions,
     option,
 )
 from star_attention.cli.settings import ConfigOptions
 from star_attention.cli.sizes import QUARTER
 from star_attention.cli.streams import say
-from star_attention.config import MAX_NEW_TOKENS, StarConfig
+from star_attention.config import StarConfig
 from star_attention.planning.plan import BlockPlan, parse_size
+
+_ESTIMATE_SETTINGS = ("block_size", "tokens_per_forward", "kv_dtype", "anchor_source")
+"""Settings that `plan --hardware` takes. It shows both anchor sources, whatever the option says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeprecatedOptions:
-    """`plan --hardware`, the former spelling of `estimate`. Remove after 0.2."""
+    """`plan --hardware`, the former spelling of `estimate`. To be removed after one release."""
 
     hardware: Annotated[str | None, option("", "--hardware", panel="Hardware", hidden=True)] = None
     calibrate: Annotated[str | None, option("", "--calibrate", panel="Hardware", hidden=True)] = (
@@ -37,15 +38,13 @@ class DeprecatedOptions:
 
 def plan(
     *,
-    model: Model,
+    shape: ShapeOptions,
     context: Annotated[
         str, option("Tokens of the context.", "--context", panel="Context", metavar="SIZE")
     ],
-    dtype: Dtype = "auto",
     settings: Annotated[
         dict[str, Any], ConfigOptions(without=("method", "reserve_tokens", "ring_layout"))
     ],
-    deprecated: DeprecatedOptions,
     ranks: Annotated[
         str,
         option(
@@ -59,8 +58,8 @@ def plan(
     queries: Annotated[
         int, option("Number of queries about the context.", panel="Workload", metavar="N", min=1)
     ] = 1,
-    query_tokens: QueryTokens = 64,
-    answer_tokens: AnswerTokens = MAX_NEW_TOKENS,
+    workload: WorkloadOptions,
+    deprecated: DeprecatedOptions,
     as_json: Json = False,
 ) -> None:
     """Show how a context is split into blocks, and the memory and operations it takes.
@@ -75,16 +74,13 @@ def plan(
         say("`plan --hardware` is deprecated and will be removed; use `star-attention estimate`")
         _check_estimate_options(settings, tensor_parallel=tensor_parallel, queries=queries)
         estimate(
-            model=model,
+            shape=shape,
             context=context,
             settings={name: settings[name] for name in ("tokens_per_forward", "kv_dtype")},
             block_size=settings["block_size"],
             ranks=ranks,
-            hardware=deprecated.hardware,
-            calibrate=deprecated.calibrate,
-            dtype=dtype,
-            query_tokens=query_tokens,
-            answer_tokens=answer_tokens,
+            on=HardwareOptions(hardware=deprecated.hardware, calibrate=deprecated.calibrate),
+            workload=workload,
             as_json=as_json,
         )
         return
@@ -97,14 +93,14 @@ def plan(
 
     costs = plan_costs(
         PlanRequest(
-            model=model,
-            dtype=dtype,
+            model=shape.model,
+            dtype=shape.dtype,
             plan=blocks,
             config=config,
             tensor_parallel=tensor_parallel,
             queries=queries,
-            query_tokens=query_tokens,
-            answer_tokens=answer_tokens,
+            query_tokens=workload.query_tokens,
+            answer_tokens=workload.answer_tokens,
         )
     )
     print(json.dumps(costs.as_dict()) if as_json else costs_as_text(costs))
@@ -138,10 +134,13 @@ def _check_plan_options(
 def _check_estimate_options(settings: dict[str, Any], **others: int) -> None:
     """Refuse options that estimates do not take into account."""
     StarConfig.of(**{name: settings[name] for name in ("tokens_per_forward", "kv_dtype")})
-    ignored = {name: value != 1 for name, value in others.items()}
-    for name in ("anchor_size", "kv_device"):
-        ignored[name] = settings[name] is not None
-    for name in (name for name, is_given in ignored.items() if is_given):
+    ignored = [name for name, value in others.items() if value != 1]
+    ignored += [
+        name
+        for name, value in settings.items()
+        if value is not None and name not in _ESTIMATE_SETTINGS
+    ]
+    for name in ignored:
         raise typer.BadParameter(
             "estimates do not take it into account; leave it out",
             param_hint="--" + name.replace("_", "-"),

@@ -89,8 +89,7 @@ class PlanCosts:
             "answer_tokens": request.answer_tokens,
             "parameters": self.shape.parameters,
             "kv_bytes_per_token": self.kv_bytes_per_token,
-            "kv_dtype": request.config.kv_dtype,
-            "kv_device": request.config.kv_device,
+            **request.config.kv_settings,
             "memory": asdict(self.memory) | {"total": self.memory.total},
             "memory_by_rank": [memory.total for memory in self.memory_by_rank],
             "flops": {
@@ -171,8 +170,7 @@ def _memory_by_rank(
             tail_tokens=request.queries * (request.query_tokens + request.answer_tokens),
             rank=rank,
             tensor_parallel=request.tensor_parallel,
-            kv_dtype=request.config.kv_dtype,
-            kv_device=request.config.kv_device,
+            **request.config.kv_settings,
         )
         for rank in range(request.plan.ranks)
     ]

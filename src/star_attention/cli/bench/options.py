@@ -12,7 +12,7 @@ from star_attention.cli.options import (
 )
 from star_attention.cli.settings import ConfigOptions
 from star_attention.cli.sizes import token_count, token_counts
-from star_attention.config import StarConfig
+from star_attention.config import KV_SETTINGS, StarConfig
 
 if TYPE_CHECKING:
     from star_attention.bench.decode import Decode
@@ -161,9 +161,7 @@ class DecodeOptions:
         int, option("Tokens of an answer.", panel=_PANEL, metavar="N", min=2)
     ] = 256
     repeats: Repeats = 3
-    settings: Annotated[dict[str, Any], ConfigOptions("kv_dtype", "kv_device")] = field(
-        default_factory=dict
-    )
+    settings: Annotated[dict[str, Any], ConfigOptions(*KV_SETTINGS)] = field(default_factory=dict)
     compile: Compile = None
 
     def benchmark(self) -> Decode:
