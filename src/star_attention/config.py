@@ -1,6 +1,7 @@
 """Settings of an engine: frozen, keyword-only, with their defaults and their help.
 
-The command line builds its options from the fields of `StarConfig`: a new setting is one field.
+The command line builds its options from the fields of `StarConfig`: a new setting is one field
+(`cli/config_options.py` -> `cli/options.py`: `--block-size` comes from `block_size`).
 """
 
 from __future__ import annotations

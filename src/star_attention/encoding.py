@@ -22,7 +22,7 @@ from star_attention.planning.traffic import Traffic
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, StoredKV
-from star_attention.storage.saved import SavedContext
+from star_attention.storage.reading import SavedContext
 
 
 def encode(
@@ -38,8 +38,8 @@ def encode(
         runtime: the engine's.
         contexts: checked inputs.
         progress: called after each forward.
-        method: a method object to use in place of the configured one, which it must resemble in
-            plan and layout.
+        method: a method object to use in place of the configured one, with the same plan and
+            layout.
     """
     method = method or runtime.method
     plans = [runtime.plan_for(len(context.ids_L)) for context in contexts]
@@ -176,7 +176,10 @@ def local_context(runtime: Runtime, context: Any, key: int) -> EncodedContext:
 
 
 def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
-    """Map a saved context into memory. Collective; rank 0's path counts."""
+    """Map a saved context into memory, after checking that it fits the model. Collective.
+
+    Rank 0's path counts. Tensors are verified when first read (`storage/reading.py`).
+    """
     comm = runtime.comm
     path = comm.run_on_rank_0(lambda: str(path))
     file = SavedContext(path)

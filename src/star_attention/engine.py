@@ -43,8 +43,8 @@ class StarLLM(RuntimeView):
     Args:
         model: a loaded transformers causal language model (or a PEFT model around one), in
             evaluation mode. It stays the plain model: nothing of ours is installed between calls.
-            (The exception is a model that `from_pretrained` sharded by `tensor_parallel`: it has
-            this rank's weights only, and its every forward is collective.)
+            A model that `from_pretrained` sharded by `tensor_parallel` is the exception: it has
+            this rank's weights only, and its every forward is collective.
         tokenizer: its tokenizer; not needed when only token ids go in and out.
         config: settings as one object. Keywords override its fields.
         compile: run layers through torch.compile and forwards of few tokens as CUDA graphs. None
@@ -254,10 +254,10 @@ class StarLLM(RuntimeView):
             return encoding.extend(self.runtime, context, more, progress)
 
     def load_context(self, path: str | os.PathLike[str]) -> EncodedContext:
-        """Map a saved context into memory.
+        """Map a saved context into memory, after checking that it fits the model.
 
-        Each layer is verified, and moved to its device, when it is first used. Sizes and the
-        precision of keys and values come from the file.
+        Each layer's tensors are verified when first read (`storage/reading.py`), and moved to their
+        device. Sizes and the precision of keys and values come from the file.
 
         Raises:
             ContextMismatchError: model, tokenizer or method differ; names the field.

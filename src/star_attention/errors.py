@@ -121,7 +121,7 @@ class RankError(StarAttentionError, RuntimeError):
     """The ranks cannot continue, because one of them died, hung, failed or cannot be reached.
 
     Attributes:
-        rank: the rank at fault, None if it is not a single one.
+        rank: the rank at fault, None if no single rank is at fault.
         where: what that rank was doing.
         cause: what went wrong.
     """
@@ -171,7 +171,9 @@ def rebuild(
     if kind is UnsupportedModelError:
         return UnsupportedModelError(message.partition(" cannot run")[0], reasons or [message])
     if kind is ContextMismatchError:
-        return ContextMismatchError(message.partition("its ")[2].partition(" ")[0], message)
+        # The message of `hf.loading.identity.check`.
+        field = message.partition("it differs in ")[2].partition(":")[0]
+        return ContextMismatchError(field, message)
     if kind is KeyboardInterrupt:
         return RankError(rank, "a call", "it was interrupted")
     if isinstance(kind, type) and issubclass(kind, Exception) and kind is not RankError:

@@ -44,7 +44,7 @@ class Prepared:
     """A context and its queries, checked and tokenized: the result of `StarLLM.prepare`.
 
     Attributes:
-        contexts: the context, as a tuple of one.
+        contexts: the context, as a tuple with one element.
         prompts: token ids of each query, with what the chat template adds.
         settings: the settings of the answers.
         several_queries: True if the queries came as a list.
@@ -77,7 +77,7 @@ def is_several(content: Any) -> bool:
 
 
 def as_queries(query: Any) -> list[Any]:
-    """Return a list of queries, of one where `query` is a single one."""
+    """Return the queries as a list; a single query becomes a list of one element."""
     return list(query) if is_several(query) else [query]
 
 
@@ -127,7 +127,7 @@ def prepare_contexts(
             runtime.handle, runtime.tokenizer
         )
     contexts = content if several else [content]
-    return several, [_prepare_one(runtime, each, queries, settings)[0] for each in contexts]
+    return several, [_prepare_one(runtime, context, queries, settings)[0] for context in contexts]
 
 
 def _prepare_one(

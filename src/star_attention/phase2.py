@@ -1,7 +1,7 @@
 """Phase 2: a query and its answer over an encoded context (paper, section 2.2).
 
 transformers' own `generate` always does the preparation (settings, logits processors, stopping
-criteria). Greedy search and sampling then run in `_steps`, our own loop, passed as
+criteria). Greedy search and sampling then run in `_decode`, our own loop, passed as
 `custom_generate`: it yields after each token, so that a stream can be suspended without a thread,
 and draws from its own generator, so that a seed means the same whatever else runs. Beam search and
 assisted decoding run in transformers' loops, over the same cache.
@@ -29,7 +29,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.distributed.comm import Comm
-from star_attention.distributed.messages import CALL, END
+from star_attention.distributed.messages import CALL, END, PIECE
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import Mirror, MirroredCache
 from star_attention.hf.execution.graphs import Graphs
@@ -185,7 +185,7 @@ def steps(request: Request) -> Iterator[Step]:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Iterator[Step]:
-        return _steps(
+        return _decode(
             request,
             cache,
             input_ids,
@@ -196,7 +196,7 @@ def steps(request: Request) -> Iterator[Step]:
 
     loop: Iterator[Step] = request.handle.model.generate(
         ids_BS,
-        # Only transformers' preparation reads this mask; `_steps` handles padding itself.
+        # Only transformers' preparation reads this mask; `_decode` handles padding itself.
         attention_mask=torch.ones_like(ids_BS),
         logits_processor=request.logits_processor,
         stopping_criteria=request.stopping_criteria,
@@ -303,7 +303,7 @@ def follow(
         if kind == CALL:
             comm.push_back((kind, *arguments))
             return None
-        if kind == "piece":
+        if kind == PIECE:
             yield arguments[0]
         else:
             mirror.run(kind, *arguments)
@@ -326,7 +326,7 @@ def _forwards(request: Request, cache: AnswerCache) -> Iterator[tuple[Tensor, Te
 
 
 @torch.no_grad()
-def _steps(
+def _decode(
     request: Request,
     cache: AnswerCache,
     ids_RS: Tensor,
@@ -348,10 +348,7 @@ def _steps(
     ids_RT = torch.cat([ids_RS, ids_RS.new_empty(rows, most)], 1)
     for number in range(1, most + 1):
         scores_RV = logits_processor(ids_RS, logits_RV.clone()) if logits_processor else logits_RV
-        if do_sample:
-            tokens_R1 = torch.multinomial(torch.softmax(scores_RV, -1), 1, generator=generator)
-        else:
-            tokens_R1 = scores_RV.argmax(-1, keepdim=True)
+        tokens_R1 = _sample(scores_RV, do_sample, generator)
         ids_RT[:, prompt_tokens + number - 1] = tokens_R1[:, 0]
         ids_RS = ids_RT[:, : prompt_tokens + number]
         # A row that has ended continues unseen next to the others, and criteria that look at the
@@ -373,6 +370,13 @@ def _steps(
             if next_RV is None
             else next_RV
         )
+
+
+def _sample(scores_RV: Tensor, do_sample: bool, generator: torch.Generator | None) -> Tensor:
+    """Return the next token of each row, `[R, 1]`: drawn from the scores, or the highest."""
+    if do_sample:
+        return torch.multinomial(torch.softmax(scores_RV, -1), 1, generator=generator)
+    return scores_RV.argmax(-1, keepdim=True)
 
 
 class _AsyncCopy:

@@ -102,7 +102,8 @@ class Runtime:
             if difference is not None:
                 field, value, first_value = difference
                 message = (
-                    f"its {field} is {value}, rank 0's is {first_value}; all ranks need the same"
+                    f"it differs in {field}: {value}, but {first_value} on rank 0; all ranks need"
+                    " the same"
                 )
                 raise self.comm.mark_collective(RankError(rank, "startup", message))
 
@@ -121,7 +122,7 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids enter the model."""
+        """Device of the token ids."""
         return self.handle.device
 
     @property
@@ -225,7 +226,7 @@ class Runtime:
 
 
 class RuntimeView:
-    """What an engine says about itself."""
+    """The public properties of an engine."""
 
     runtime: Runtime
 
@@ -250,7 +251,7 @@ class RuntimeView:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids enter the model."""
+        """Device of the token ids."""
         return self.runtime.device
 
     @property
@@ -308,7 +309,7 @@ def _compile_mode(compile: bool | None, comm: Comm, *, is_sharded: bool) -> bool
 def _check_sharded_model(
     handle: ModelHandle, shard: tensor_parallel.ModelShard, comm: Comm | str | None
 ) -> None:
-    """Check what works with a sharded model."""
+    """Refuse settings that do not work with a sharded model."""
     if comm is not None and not shard.comm.has_same_ranks(comm):
         raise InvalidInputError(
             "comm names other ranks than this model was sharded over (tensor_parallel); leave comm"
@@ -317,5 +318,8 @@ def _check_sharded_model(
     if handle.outer is not handle.model or identity.adapters(handle.outer):
         raise UnsupportedModelError(
             type(handle.outer).__name__,
-            ["adapters do not work on a model sharded by tensor_parallel"],
+            [
+                "adapters do not work on a model sharded by tensor_parallel; merge or remove them,"
+                " or load without tensor_parallel"
+            ],
         )

@@ -132,7 +132,7 @@ def start_with_odd_rank_1(comm: TorchComm, field: str) -> str:
     finally:
         transformers.__version__ = version
     assert raised.value.rank == 1
-    assert f"its {field} is " in str(raised.value)
+    assert f"it differs in {field}: " in str(raised.value)
     return str(raised.value)
 
 

@@ -13,7 +13,7 @@ import torch
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm, TorchComm
 from star_attention.errors import ContextSaveError, CorruptContextError
-from star_attention.storage import saving
+from star_attention.storage import writing
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, ids, tiny
 
@@ -79,18 +79,18 @@ def test_saving_again_replaces_the_folder(pool: Pool, tmp_path: Path) -> None:
 def fail_to_save(comm: TorchComm, path: Path) -> str:
     star = star_of(comm, "llama", "star")
     context = star.encode(ids(CONTEXT, seed=3))
-    real = saving.save_file
+    real = writing.save_file
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     if comm.rank == 1:
-        saving.save_file = fail
+        writing.save_file = fail
     try:
         with pytest.raises(ContextSaveError) as raised:
             context.save(path)
     finally:
-        saving.save_file = real
+        writing.save_file = real
     return str(raised.value)
 
 

@@ -49,7 +49,11 @@ def test_a_complete_folder_loads(folder: Path) -> None:
         ("./none", "there is no model folder ./none"),
         ("no/such/folder", "there is no model folder no/such/folder"),
         ("{}/config.json", "config.json is a file; give the model's folder, or a hub id"),
-        ("{}/..", "holds no config.json: it is not a transformers model folder"),
+        (
+            "{}/..",
+            "holds no config.json: it is not a transformers model folder;"
+            " give a folder that contains one, or a hub id",
+        ),
         ("x" * 5000, "File name too long"),
         (None, "None is not a model: expected the path of its folder or a hub id, got NoneType"),
         (5, "5 is not a model: expected the path of its folder or a hub id, got int"),

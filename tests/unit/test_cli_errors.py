@@ -156,7 +156,7 @@ def test_saved_contexts_that_cannot_be_used(texts: Path, tmp_path: Path) -> None
         "ask", "-m", BUNDLED, "--dtype", "bfloat16", texts / "book.star", "--query", QUESTION
     )
     assert (
-        "its dtype is torch.float32, this model's is torch.bfloat16;"
+        "it differs in dtype: torch.float32 in the context, torch.bfloat16 in this model;"
         " load the model in float32 (dtype=, or --dtype)" in line
     )
 

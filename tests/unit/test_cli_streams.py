@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from star_attention.storage import saving
+from star_attention.storage import writing
 from tests.command_line import CHAT, MODEL, NOISE, QUESTION, Done, failed, run, start
 
 
@@ -109,7 +109,7 @@ def test_ctrl_c_while_saving_keeps_the_previous_file(
         Path(arguments[1]).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving, "save_file", interrupted)
+    monkeypatch.setattr(writing, "save_file", interrupted)
     done = run("encode", *CHAT, texts / "book.txt", "-o", target)
     assert done.status == 130
     assert done.err.splitlines()[-1] == "interrupted"

@@ -163,7 +163,7 @@ def test_mla_expands_the_keys_that_a_forward_reads() -> None:
     assert cost.phase2(shape, 40, query_tokens=5, answer_tokens=3).expansion == 2 * 10 * (
         45 + 46 + 47
     )
-    assert cost.memory(shape, plan, tokens_per_forward=8).working == (
+    assert cost.memory_per_rank(shape, plan, tokens_per_forward=8).working == (
         cost.working_bytes(shape, 8) + 40 * 3 * (5 + 4) * 2
     )
 
@@ -175,7 +175,7 @@ def test_memory_of_every_rank() -> None:
     # One block, one block, and one with the short last block.
     plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7, ranks=3)
     first, middle, last = (
-        cost.memory(SHAPE, plan, tokens_per_forward=16, tail_tokens=11, rank=rank)
+        cost.memory_per_rank(SHAPE, plan, tokens_per_forward=16, tail_tokens=11, rank=rank)
         for rank in range(3)
     )
     token = SHAPE.kv_bytes_per_token
@@ -190,7 +190,9 @@ def test_memory_of_every_rank() -> None:
 
 def test_a_rank_without_blocks_holds_weights_only() -> None:
     plan = BlockPlan(context_tokens=10, block_size=16, anchor_size=7, ranks=2)
-    assert cost.memory(SHAPE, plan, tokens_per_forward=16, rank=1).total == SHAPE.weight_bytes
+    assert (
+        cost.memory_per_rank(SHAPE, plan, tokens_per_forward=16, rank=1).total == SHAPE.weight_bytes
+    )
 
 
 # ------------------------------------------------------------------ shapes of real models
@@ -354,10 +356,12 @@ def test_what_is_kept_in_other_ways_takes_what_is_counted(name: str) -> None:
     context = star.encode(ids(96))
     assert shape.stored_bytes_per_token("fp8") * 96 == context.nbytes
     plan = context.plan
-    kept = cost.memory(shape, plan, tokens_per_forward=48, kv_dtype="fp8")
+    kept = cost.memory_per_rank(shape, plan, tokens_per_forward=48, kv_dtype="fp8")
     assert (kept.kv, kept.host) == (context.nbytes, 0)
     assert kept.anchor == 10 * shape.kv_bytes_per_token
-    there = cost.memory(shape, plan, tokens_per_forward=48, kv_dtype="fp8", kv_device="cpu")
+    there = cost.memory_per_rank(
+        shape, plan, tokens_per_forward=48, kv_dtype="fp8", kv_device="cpu"
+    )
     assert (there.kv, there.host) == (0, context.nbytes)
     assert there.working - kept.working == 96 * shape.kv_bytes_per_token // shape.kv_layers
-    assert cost.memory(shape, plan, tokens_per_forward=48).anchor == 0
+    assert cost.memory_per_rank(shape, plan, tokens_per_forward=48).anchor == 0

@@ -13,7 +13,7 @@ from transformers import (
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.hf.text.tokens import StopText
+from star_attention.hf.text.tokens import StopStringCutter
 from tests.engines import bundled_tokenizer, text_model
 from tests.spelling import CONTEXT, QUERY, ids_of, spell
 
@@ -211,7 +211,7 @@ def test_stop_text_returns_all_before_the_first_stop_string(size: int) -> None:
     """For pieces of any size, and as early as possible."""
     for text in ("abcabd", "aaab", "ababab", "xxabcab", "aabaac"):
         for stops in (["abd"], ["aab"], ["ba", "ab"], ["abc", "bc"], ["zz"], ["aaa", "c"]):
-            cutter = StopText(stops)
+            cutter = StopStringCutter(stops)
             pieces = [text[at : at + size] for at in range(0, len(text), size)]
             got = ""
             for index, piece in enumerate(pieces):

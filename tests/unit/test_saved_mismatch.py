@@ -86,7 +86,8 @@ def test_a_mismatch_is_refused_by_the_field_that_differs(
     star = engine("llama", bundled_tokenizer(), block_size=BLOCK)
     star.encode(ids(CONTEXT)).save(path)
     with pytest.raises(
-        ContextMismatchError, match=rf"a\.star does not fit: its {field} is .*, this model's is"
+        ContextMismatchError,
+        match=rf"a\.star does not fit: it differs in {field}: .* in the context, .* in this model;",
     ) as caught:
         other().load_context(path)
     assert caught.value.field == field
@@ -144,5 +145,7 @@ def test_an_adapter_that_is_switched_off_does_not_count(tmp_path: Path) -> None:
 
 
 def test_a_context_of_another_model_is_refused_without_a_file(context: EncodedContext) -> None:
-    with pytest.raises(ContextMismatchError, match="the context does not fit: its weights is"):
+    with pytest.raises(
+        ContextMismatchError, match="the context does not fit: it differs in weights: "
+    ):
         answer(StarLLM(build("llama", seed=1)), context)

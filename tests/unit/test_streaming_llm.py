@@ -131,7 +131,8 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         star.extend(context, ids(5))
     context.save(tmp_path / "a.star")
     with pytest.raises(
-        ContextMismatchError, match="its method is streaming_llm, this model's is star"
+        ContextMismatchError,
+        match="it differs in method: streaming_llm in the context, star in this model",
     ):
         StarLLM(tiny("llama")).load_context(tmp_path / "a.star")
 

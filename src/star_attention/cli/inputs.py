@@ -39,7 +39,7 @@ def read_text(name: str) -> str:
     try:
         return data.decode("utf-8").removeprefix(_BOM)
     except UnicodeDecodeError as error:
-        from star_attention.storage.saved import is_saved_header
+        from star_attention.storage.reading import is_saved_header
 
         if is_saved_header(data):
             raise _saved_context_error(shown_name) from None

@@ -163,7 +163,7 @@ def _memory_by_rank(
     request: PlanRequest, shape: ModelShape, tokens_per_forward: int
 ) -> list[Memory]:
     return [
-        cost.memory(
+        cost.memory_per_rank(
             shape,
             request.plan,
             tokens_per_forward=tokens_per_forward,

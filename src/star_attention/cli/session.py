@@ -76,7 +76,7 @@ def load_saved(model: ModelOptions, path: str, status: Status) -> tuple[StarLLM,
     check_dtype(model.dtype)
     check_device(model.device)
 
-    from star_attention.storage.saved import SavedContext
+    from star_attention.storage.reading import SavedContext
 
     # Refuses other files before the model is loaded.
     header = SavedContext(path).header

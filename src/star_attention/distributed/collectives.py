@@ -86,12 +86,12 @@ class MeshComm(WorldControl):
         return isinstance(comm, MeshComm) and comm.world is self.world
 
     def _lane(self, ranks: int | None = None) -> Any:
-        """Return the group of the ranks with this one's heads, on the first `ranks` cp ranks."""
+        """Return the group of the first `ranks` cp ranks that hold this rank's heads."""
         stop = self.tp_rank + self.tp_size * ((ranks or self.cp_size) - 1) + 1
         return self.world.group(self.backend, range(self.tp_rank, stop, self.tp_size))
 
     def _row(self) -> Any:
-        """Return the group of the tp ranks of this one's cp rank."""
+        """Return the group of the tp ranks that share this rank's cp rank."""
         first = self.cp_rank * self.tp_size
         return self.world.group(self.backend, range(first, first + self.tp_size))
 
@@ -297,7 +297,7 @@ class TorchComm(MeshComm):
 
     def diagnose(self, cause: str) -> RankError:
         """Return why a signal ends this rank: the rank that died, or `cause` if all seem well."""
-        fault = self.world.watchdog.suspect(cause)
+        fault = self.world.watchdog.find_cause(cause)
         return RankError(fault.rank, fault.where, fault.cause)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the engine and the phases need of the other ranks: three protocols, and `Comm`, all of them.
+"""The interface to the other ranks: three protocols, and `Comm`, which combines them.
 
 Ranks form a mesh. `cp_rank` of `cp_size` (context parallel) says which shard of the context a rank
 holds, `tp_rank` of `tp_size` (tensor parallel) which share of the heads and weights. Rank r has
@@ -39,7 +39,7 @@ class Pending:
 class Control(Protocol):
     """Rank 0 decides and sends the others what to do, as small Python objects.
 
-    `messages.WorldControl` documents the methods.
+    `messages.WorldControl` documents the methods. Messages: `messages.py`, `hf/cache/mirrored.py`.
     """
 
     def collective(self, where: str, *, check_in: bool = True) -> AbstractContextManager[None]: ...
@@ -55,7 +55,12 @@ class Control(Protocol):
 class Collectives(Protocol):
     """Tensors that ranks exchange: between cp ranks with the same heads, or between tp ranks.
 
-    `collectives.MeshComm` documents the methods.
+    `collectives.MeshComm` documents the methods. Uses:
+
+    broadcast: the anchor (`phase1`).
+    exchange: ring attention, and the anchor of an extension.
+    merge: attention states of phase 2.
+    tp_sum, tp_gather: sums after row-parallel layers, heads of saved contexts.
     """
 
     def broadcast(self, tensor: Tensor, ranks: int) -> Pending: ...
@@ -68,7 +73,7 @@ class Collectives(Protocol):
 
 
 class Progress(Protocol):
-    """What a rank reports about itself, for the other ranks' watchdogs and for progress bars.
+    """Progress reports of a rank, for other ranks' watchdogs and for progress bars.
 
     `collectives.MeshComm` documents the methods.
     """

@@ -1,4 +1,4 @@
-"""Which communicator a process uses: the caller's, torchrun's ranks, or none."""
+"""The communicator of a process: the caller's, torchrun's ranks, or a single process."""
 
 from __future__ import annotations
 

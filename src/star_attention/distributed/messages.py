@@ -14,11 +14,15 @@ from star_attention import errors
 from star_attention.distributed.world import World
 from star_attention.errors import InvalidInputError
 
+# Kinds of messages: the first item of each tuple. Those of a forward: `hf/cache/mirrored.py`.
 CALL = "call"
-"""First word of the message with which rank 0 starts a call."""
+"""Kind of the message with which rank 0 starts a call."""
+
+PIECE = "piece"
+"""Kind of a message with a piece of streamed text."""
 
 END = "end"
-"""First word of the last message about an answer."""
+"""Kind of the last message about an answer."""
 
 # Bytes of a broadcast; a longer message takes a second one.
 _PACKET = 2048
@@ -140,11 +144,11 @@ class WorldControl:
             raise self.mark_collective(errors.rebuild(name, message, reasons, rank))
 
     def mark_collective(self, error: Exception) -> Exception:
-        """Mark an exception that every rank raises at this point: the others need not be told."""
+        """Mark an exception that all ranks raise here, so it is not reported to the others."""
         self.world.shared_error = error
         return error
 
 
 def _describe(error: Exception) -> tuple[str, str, list[str] | None]:
-    """What `errors.rebuild` needs to make the exception again."""
+    """Return the arguments for `errors.rebuild`."""
     return type(error).__name__, str(error), getattr(error, "reasons", None)

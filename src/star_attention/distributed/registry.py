@@ -9,7 +9,7 @@ from star_attention.errors import InvalidInputError
 
 
 class ContextRegistry:
-    """Contexts by key, so that rank 0 can tell the others which one it means.
+    """Contexts by key: rank 0 sends the key, the others look up their part.
 
     Keys count up. They are equal on all ranks because all ranks create their contexts in the same
     order, so all engines over the same ranks share one registry. It does not keep contexts alive.

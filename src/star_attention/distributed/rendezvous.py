@@ -1,4 +1,4 @@
-"""How the ranks find each other: from torchrun's environment to a store that rank 0 serves."""
+"""Rendezvous of the ranks: from torchrun's environment to a store that rank 0 serves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Notices ranks that died, hang or failed, through a store next to the collectives.
+"""Detects ranks that died, hang or failed, through a store next to the collectives.
+
+`find_cause` explains a closed connection, `_find_fault` detects silence.
 
 Each rank has a thread that writes the rank's status to the store several times within the stall
 limit, and reads the statuses of the others. The limit is on silence, not on time: a rank that
@@ -24,10 +26,10 @@ IDLE, BUSY, WAITING, GONE = "idle", "busy", "waiting", "gone"
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Why the ranks cannot continue.
+    """The reason why the ranks cannot continue.
 
-    rank: the rank at fault; None if it is not a single one. name, message: type and text of the
-    exception, if the rank raised one.
+    rank: the rank at fault; None if no single rank is at fault. name, message: type and text of
+    the exception, if the rank raised one.
     """
 
     rank: int | None
@@ -48,8 +50,8 @@ class Fault:
         return errors.rebuild(self.name, message, None, self.rank)
 
 
-class _Pulse:
-    """When a rank last gave a sign of life, and when it last made progress."""
+class _LastSeen:
+    """Times of a rank's last sign of life and of its last progress."""
 
     def __init__(self) -> None:
         self.beat_at = self.progress_at = time.monotonic()
@@ -65,11 +67,11 @@ class _Pulse:
 
 
 class Watchdog:
-    """The watching thread of one rank, and what the working thread tells and asks it.
+    """The watchdog thread of one rank; the main thread reports to it and queries it.
 
     Attributes:
         issued: collectives that this rank has started in the current call.
-        share: tokens of its share of phase 1 that this rank has done, and all of them.
+        share: tokens of this rank's share of phase 1: done, and in total.
         epoch: recoveries so far.
         fault: what the thread has found.
         statuses: what each rank last reported about itself.
@@ -104,7 +106,7 @@ class Watchdog:
         # Ticks, and since when they have stood still while a fault is known.
         self._stuck = (0, time.monotonic())
         self._contact_at = time.monotonic()
-        self._pulses = [_Pulse() for _ in range(size)]
+        self._last_seen = [_LastSeen() for _ in range(size)]
         self._store = connect()
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -112,7 +114,7 @@ class Watchdog:
         )
         self._thread.start()
 
-    # ------------------------------------------------------------------ the working thread
+    # ------------------------------------------------------------------ the main thread
 
     def tick(self, where: str | None = None) -> None:
         """Report progress; `where` names what the rank does from now on."""
@@ -167,8 +169,8 @@ class Watchdog:
             self.fault = self._unreachable()
         return self.fault
 
-    def suspect(self, cause: str) -> Fault:
-        """Find out why a connection broke.
+    def find_cause(self, cause: str) -> Fault:
+        """Find out why a connection broke: the rank that died or failed.
 
         Waits until a rank has reported a failure or falls silent; returns `cause` if none does.
         """
@@ -176,8 +178,8 @@ class Watchdog:
         deadline = time.monotonic() + 2 * quiet_s
         while time.monotonic() < deadline and self.fault is None:
             time.sleep(self._interval_s / 4)
-            for rank, pulse in enumerate(self._pulses):
-                if rank != self._rank and time.monotonic() - pulse.beat_at > quiet_s:
+            for rank, last_seen in enumerate(self._last_seen):
+                if rank != self._rank and time.monotonic() - last_seen.beat_at > quiet_s:
                     self.fault = self._fault_of(rank, "it died: its connections closed")
                     break
         self.fault = self.check() or Fault(rank=None, where=self._where, cause=cause)
@@ -187,7 +189,7 @@ class Watchdog:
         self._closing.set()
         self._thread.join(timeout=2 * self._interval_s + 1)
 
-    # ------------------------------------------------------------------ the watching thread
+    # ------------------------------------------------------------------ the watchdog thread
 
     def _watch(self) -> None:
         try:
@@ -232,7 +234,7 @@ class Watchdog:
         self._contact_at = now = time.monotonic()
         for rank, key in enumerate(keys):
             self.statuses[rank] = json.loads(texts.get(key, b"{}"))
-            self._pulses[rank].update(self.statuses[rank], now)
+            self._last_seen[rank].update(self.statuses[rank], now)
         return failure
 
     def _status(self, state: str) -> str:
@@ -257,7 +259,7 @@ class Watchdog:
         return Fault(cause=f"{fields['name']}: {fields['message']}", **fields)
 
     def _find_fault(self) -> Fault | None:
-        """Judge the other ranks by their statuses and pulses."""
+        """Judge the other ranks by their statuses and last signs of life."""
         now = self._contact_at
         if self._state in (IDLE, GONE):
             return None
@@ -265,16 +267,20 @@ class Watchdog:
         for rank in range(self._size):
             if rank == self._rank:
                 continue
-            status, pulse = self.statuses[rank], self._pulses[rank]
+            status, last_seen = self.statuses[rank], self._last_seen[rank]
             if status.get("state") == GONE:
                 fault = status.get("fault")
                 return Fault(**fault) if fault else self._fault_of(rank, "it exited")
-            if now - pulse.beat_at > self._stall_s:
+            if now - last_seen.beat_at > self._stall_s:
                 cause = "it was killed or stopped, or the network is down"
                 return self._fault_of(rank, f"no sign of life for {self._stall_s:g} s: {cause}")
             # Without recent beats it is not the work that is silent.
-            beats = now - pulse.beat_at < self._stall_s / 2
-            if beats and status.get("state") == BUSY and now - pulse.progress_at > self._stall_s:
+            beats = now - last_seen.beat_at < self._stall_s / 2
+            if (
+                beats
+                and status.get("state") == BUSY
+                and now - last_seen.progress_at > self._stall_s
+            ):
                 hanging.append(rank)
         if hanging:
             # On devices the others wait inside their work, too: the rank at fault is the one that
@@ -282,7 +288,7 @@ class Watchdog:
             rank = min(hanging, key=lambda rank: self.statuses[rank].get("issued", 0))
             return self._fault_of(rank, f"it hangs: no progress for {self._stall_s:g} s")
         if all(status.get("state") == WAITING for status in self.statuses) and all(
-            now - pulse.progress_at > self._stall_s for pulse in self._pulses
+            now - last_seen.progress_at > self._stall_s for last_seen in self._last_seen
         ):
             cause = f"all ranks have waited for each other for {self._stall_s:g} s"
             return Fault(

@@ -1,8 +1,8 @@
 """All ranks of a program: their process groups, the calls they make together, and recovery.
 
-Collectives run on process groups of our own, in an order that is the same on all ranks. A rank
-that waits for one checks meanwhile for faults of other ranks (watchdog.py), so that no rank waits
-for one that does not come.
+Collectives run on process groups of our own, in an order that is the same on all ranks. While a
+rank waits for a collective it checks for faults of others (`watchdog.py`), so it never waits for a
+rank that does not come.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ class World:
                 except RuntimeError as error:
                     self._raise_if_faulty()
                     if completed:
-                        raise self.watchdog.suspect(first_line(error)).as_error() from error
+                        raise self.watchdog.find_cause(first_line(error)).as_error() from error
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Show the other ranks that this one waits: waiting is not hanging."""
+        """Mark this rank as waiting, so that the others do not take it for hung."""
         self.watchdog.set_state(WAITING)
         try:
             yield
@@ -199,7 +199,7 @@ class World:
             self.watchdog.leave(first_line(self.broken))
 
     def _recover(self) -> bool:
-        """Meet the other ranks after an exception; return False where they do not all come.
+        """Meet the other ranks after an exception; return False if not all of them arrive.
 
         The groups are made again: in the old ones some ranks may wait for others that left.
         """

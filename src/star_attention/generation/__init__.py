@@ -1,1 +1,4 @@
-"""Answering: settings of a call, the run that produces its tokens, and the result."""
+"""Answering: settings of a call, the run that produces its tokens, and the result.
+
+Tokens are computed in `phase2`.
+"""

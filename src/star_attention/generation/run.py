@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from star_attention import inputs, phase2
-from star_attention.distributed.messages import END
+from star_attention.distributed.messages import END, PIECE
 from star_attention.errors import InvalidInputError
 from star_attention.generation.result import Generation, Timings
 from star_attention.generation.settings import (
@@ -78,14 +78,14 @@ class GenerationRun:
         self._encode_s = encode_s
         self.settings, self.shape = settings, shape
         if settings.stops and not settings.uses_own_loop:
-            request.stop_after = lambda prompt_tokens: tokens.StopStrings(
+            request.stop_after = lambda prompt_tokens: tokens.BeamStopCriteria(
                 tokenizer, settings.stops, prompt_tokens
             )
         self._request = request
         rows = len(request.queries) * settings.answers_per_query
         eos_ids = settings.eos_ids | tokens.stop_tokens(tokenizer, settings.stops)
         self._answers = [tokens.AnswerText(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
-        keeps_logits = settings.given.return_logits
+        keeps_logits = settings.arguments.return_logits
         self._logits: list[list[Tensor]] | None = (
             [[] for _ in range(rows)] if keeps_logits else None
         )
@@ -116,7 +116,7 @@ class GenerationRun:
 
     def _send_piece(self, piece: str) -> None:
         if self._streamed and self._comm.size > 1:
-            self._comm.broadcast_object(("piece", piece))
+            self._comm.broadcast_object((PIECE, piece))
 
     def _send_end(self) -> None:
         if self._comm.size > 1 and not self._end_sent:
@@ -293,9 +293,9 @@ def start(
             prepared.prompts,
             prepared.settings.max_new_tokens,
             generation_kwargs=prepared.settings.generation_kwargs,
-            seed=prepared.settings.given.seed,
-            logits_processor=prepared.settings.given.logits_processor,
-            stopping_criteria=prepared.settings.given.stopping_criteria,
+            seed=prepared.settings.arguments.seed,
+            logits_processor=prepared.settings.arguments.logits_processor,
+            stopping_criteria=prepared.settings.arguments.stopping_criteria,
         )
         shape = Shape(
             several_queries=prepared.several_queries,
@@ -377,8 +377,8 @@ def _prepared(
     return Prepared(
         contexts=(),
         prompts=[
-            inputs.prompt_ids(runtime, context.chat, each, settings.answer_prefix)
-            for each in queries
+            inputs.prompt_ids(runtime, context.chat, query, settings.answer_prefix)
+            for query in queries
         ],
         settings=settings,
         several_queries=inputs.is_several(query),

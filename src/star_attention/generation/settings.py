@@ -159,7 +159,7 @@ class GenerationSettings:
         if stops and tokenizer is None:
             raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
         return ResolvedSettings(
-            given=self,
+            arguments=self,
             stops=stops,
             config=config,
             generation_kwargs=generation_kwargs,
@@ -196,7 +196,7 @@ class ResolvedSettings:
     """Settings of one call, checked against a model and with its defaults filled in.
 
     Attributes:
-        given: the call's own arguments.
+        arguments: the call's own arguments.
         stops: stop strings.
         config: transformers' settings.
         generation_kwargs: arguments for transformers' `generate`; they override the model's
@@ -204,7 +204,7 @@ class ResolvedSettings:
         uses_own_loop: True if phase 2 runs our decoding loop, False if it runs transformers' own.
     """
 
-    given: GenerationSettings
+    arguments: GenerationSettings
     stops: list[str]
     config: GenerationConfig
     generation_kwargs: dict[str, Any]
@@ -212,11 +212,11 @@ class ResolvedSettings:
 
     @property
     def max_new_tokens(self) -> int:
-        return self.given.max_new_tokens
+        return self.arguments.max_new_tokens
 
     @property
     def answer_prefix(self) -> str:
-        return self.given.answer_prefix
+        return self.arguments.answer_prefix
 
     @property
     def answers_per_query(self) -> int:

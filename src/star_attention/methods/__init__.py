@@ -1,4 +1,8 @@
-"""What differs between attention methods, one short file each, registered in `config.METHODS`.
+"""Attention methods, one short file each.
+
+To add one: subclass `Star`, register it in `config.METHODS`, and give it a cache in `hf/cache` if
+it attends differently. Benchmarks and estimates name the methods they know
+(`bench/prefill/contenders.py`, `planning/estimate.py`).
 
 A method says how a context is cut into blocks, which rank keeps which tokens, how a rank encodes
 its own, and what queries see. The rest of the library asks the method and never compares its name.

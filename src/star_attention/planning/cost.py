@@ -4,7 +4,7 @@ exists.
 A multiply-add counts as two operations. Attention is counted in pairs of a query and a key that it
 sees, exactly as in the law's mask (`attention/oracle.py`). Elementwise work (norms, activations,
 softmax) is left out, because memory bandwidth bounds it, not arithmetic. Communication is counted
-in `traffic.py`. Standard library only.
+in `traffic.py`. Printed by `plan`. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def causal_pairs(tokens: int, window: int | None = None) -> int:
 
 
 def anchor_pairs(start: int, stop: int, anchor_size: int, window: int | None = None) -> int:
-    """Count the pairs of tokens `start..stop`, after the anchor, with anchor tokens they see."""
+    """Count the pairs of tokens `start..stop`, which follow the anchor, with anchor tokens."""
     if window is None:
         return (stop - start) * anchor_size
     # Token i reaches back to i - window + 1. Before `first` it sees the whole anchor, from `end` on
@@ -241,7 +241,7 @@ class Memory:
         return self.weights + self.kv + self.anchor + self.tail + self.working
 
 
-def memory(
+def memory_per_rank(
     shape: ModelShape,
     plan: BlockPlan,
     *,

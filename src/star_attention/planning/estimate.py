@@ -1,4 +1,4 @@
-"""Estimates of both phases on hardware that is not at hand, over any number of ranks.
+"""Estimates of both phases on hardware that may not be available, over any number of ranks.
 
 Operations, bytes and collectives are those that `cost` and `traffic` count; here they are divided
 by rates. A rate is what a device sustains on such work, not the figure on its data sheet; benchmark
@@ -105,7 +105,7 @@ def estimate(
         shard = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
         stored = plan
     memory = max(
-        cost.memory(
+        cost.memory_per_rank(
             shape, stored, tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype, rank=rank
         ).total
         for rank in _candidate_ranks(stored)

@@ -1,4 +1,6 @@
-"""Which tokens belong to which block, rank and forward, in integers before any tensor exists.
+"""The plan of a context: the block, rank and forward of each token.
+
+A plan is made of integers, before any tensor exists.
 
 `BlockPlan` cuts a context into blocks (paper, section 2, Algorithm 1), gives each context-parallel
 rank a contiguous run of them, and cuts that run into forwards. `print(plan)` draws it. Standard

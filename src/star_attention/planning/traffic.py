@@ -18,7 +18,7 @@ from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 FLOAT32_BYTES = 4
 
 CALL_BYTES = 128 * 1024
-"""Cost of one more collective, as the bytes that could move meanwhile: some 5 us on a fast link."""
+"""Cost of one more collective, as the bytes that could move in that time: 5 us on a fast link."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from star_attention.distributed import Comm, SoloComm
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
-from star_attention.storage import saving
+from star_attention.storage import writing
 from star_attention.storage.kv import NAMES, ContextKV
 
 
@@ -165,11 +165,11 @@ class EncodedContext:
             "identity": self.identity,
         }
         if self.comm.size == 1:
-            saving.write(path, header | {"segments": self.kv.segments}, self._tensors())
+            writing.write(path, header | {"segments": self.kv.segments}, self._tensors())
             return
         with self.comm.collective("save"):
-            target: str = self.comm.run_on_rank_0(lambda: str(saving.as_path(path)))
-            saving.write_shared(target, header, self.kv.segments, self._tensors(), self.comm)
+            target: str = self.comm.run_on_rank_0(lambda: str(writing.as_path(path)))
+            writing.write_shared(target, header, self.kv.segments, self._tensors(), self.comm)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors that this rank writes: tensor-parallel rank 0 writes all heads."""

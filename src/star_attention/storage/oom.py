@@ -1,4 +1,4 @@
-"""Running out of memory: recognized, avoided where garbage is in the way, and translated."""
+"""Out-of-memory errors: detect, retry after a garbage collection, translate."""
 
 from __future__ import annotations
 

@@ -163,9 +163,9 @@ def _runs(
             tl.load(table_ptr + layer * COLUMNS + 5).to(tl.pointer_type(tl.float32)) + scales
         )
 
-    each = tl.cdiv(tl.cdiv(length, pieces), BLOCK_N) * BLOCK_N
-    start = number * each
-    stop = tl.minimum(start + each, length)
+    run_length = tl.cdiv(tl.cdiv(length, pieces), BLOCK_N) * BLOCK_N
+    start = number * run_length
+    stop = tl.minimum(start + run_length, length)
     if WINDOW:
         lowest = tl.min(tl.where(row_mask, first, 2147483647))
         start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)

@@ -70,12 +70,12 @@ def linears(
         A result `[..., N]` for each matrix.
     """
     outs = [torch.empty(*x.shape[:-1], len(w), dtype=x.dtype, device=x.device) for w in weights_NK]
-    each = list(zip(weights_NK, biases_N, outs, strict=True))
+    products = list(zip(weights_NK, biases_N, outs, strict=True))
     # Missing matrices are the first one again, which no program reaches: their size is 0.
-    each += each[:1] * (MAX_MATRICES - len(each))
+    products += products[:1] * (MAX_MATRICES - len(products))
     sizes = [len(w) for w in weights_NK] + [0] * (MAX_MATRICES - len(outs))
-    (a, b, c) = ((w, w if bias is None else bias, out) for w, bias, out in each)
-    bias = [bias is not None for _, bias, _ in each]
+    (a, b, c) = ((w, w if bias is None else bias, out) for w, bias, out in products)
+    bias = [bias is not None for _, bias, _ in products]
     _rows[(sum(sizes),)](
         x.contiguous(), x.shape[-1],
         *a, sizes[0], a[0].stride(0), *b, sizes[1], b[0].stride(0), *c, c[0].stride(0),

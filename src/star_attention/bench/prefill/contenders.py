@@ -181,7 +181,7 @@ def dense_flops(shape: ModelShape, tokens: int) -> Flops:
 
 
 def _kv_bytes(shape: ModelShape, plan: BlockPlan, kv_dtype: str | None) -> int:
-    memory = cost.memory(shape, plan, tokens_per_forward=1, kv_dtype=kv_dtype)
+    memory = cost.memory_per_rank(shape, plan, tokens_per_forward=1, kv_dtype=kv_dtype)
     return memory.kv + memory.anchor
 
 

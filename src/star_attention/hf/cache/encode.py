@@ -1,4 +1,4 @@
-"""The cache of phase 1: one span a forward, each block attends to itself and the anchor.
+"""The cache of phase 1: one span per forward, each block attends to itself and the anchor.
 
 Axes: B contexts, G KV heads, S new tokens, K keys, Q queries, H query heads, D head size.
 """
@@ -57,7 +57,7 @@ class EncodePosition(SpanPosition):
 
 
 class SpanCache(StarCache):
-    """A cache that encodes one `span` a forward into its layers' stores."""
+    """A cache that encodes one `span` per forward into its layers' stores."""
 
     position: SpanPosition
 
@@ -155,7 +155,7 @@ class EncodeCache(SpanCache):
         stores: this rank's keys and values, one for each context of the batch.
         windows: sliding window of each layer in tokens, None for full attention.
         comm: ticked with each layer's attention.
-        anchors: stores of the anchor, where the shard does not hold it or not as it was computed.
+        anchors: stores of the anchor, where the shard lacks it, or holds it rounded.
         link: how the anchor gets there.
     """
 

@@ -26,9 +26,9 @@ class LayerKVShape:
     """The shape of a token's entry in a cache layer.
 
     Attributes:
-        k_heads: number of keys.
+        k_heads: number of key heads.
         k_size: elements of each key.
-        v_heads: number of values.
+        v_heads: number of value heads.
         v_size: elements of each value.
         dtype: precision of both.
         expands: True if attention computes its keys and values from the stored ones (MLA).

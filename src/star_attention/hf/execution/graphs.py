@@ -4,6 +4,11 @@ A graph is captured once for each number of rows and new tokens. It contains no 
 kernels read the addresses and lengths of the keys from tables on the device
 (`attention.kernels.triton_answer`), so one graph serves every context, query and step.
 
+Not used: without compiled layers (`ModelHandle.graphs`); length-dependent rotary frequencies,
+several devices, no Triton (`can_capture`); several ranks (`Graphs.serve`); MLA, KV in host memory,
+streaming_llm, odd head sizes (`can_read`); too many new tokens (`Graphs.bucket`); beams and
+assisted decoding (`phase2.stock`); a capture that fails. The forward then runs eagerly.
+
 Axes: R rows, Q new tokens of each row, G KV heads, D head size, H query heads, V vocabulary.
 """
 
@@ -168,7 +173,7 @@ class Graphs:
         if weights != self._weights:
             self._weights = weights
             self._graphs.clear()
-        return comm.size == 1 and _fits(shard, self._handle.device)
+        return comm.size == 1 and can_read(shard, self._handle.device)
 
     def bucket(self, rows: int, queries: int) -> int | None:
         """Return the tokens to which each of `rows` queries is padded, None if too many."""
@@ -193,7 +198,7 @@ class Graphs:
             key = rows, queries, cache.kv_format.dtype == "fp8"
             if key not in self._graphs:
                 self._position.fp8 = key[2]
-                self._graphs[key] = self._captured(ids_RQ, positions_RQ)
+                self._graphs[key] = self._capture_forward(ids_RQ, positions_RQ)
                 self._loaded = ()
                 self._load(cache, tails, rows)
             graph = self._graphs[key]
@@ -223,7 +228,7 @@ class Graphs:
         tables.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
         self._loaded = signature
 
-    def _captured(self, ids_RQ: Tensor, positions_RQ: Tensor) -> _Graph | None:
+    def _capture_forward(self, ids_RQ: Tensor, positions_RQ: Tensor) -> _Graph | None:
         rows, queries = ids_RQ.shape
         graph = _Graph(ids_RQ, positions_RQ)
         mode = compiled.STEP if rows * queries == 1 else None
@@ -295,14 +300,14 @@ def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
     _capture(lambda: scratch.zero_(), None)
 
 
-def usable(handle: Any) -> bool:
-    """True if graphs may serve a model at all."""
+def can_capture(handle: Any) -> bool:
+    """True if a model's forwards can run as CUDA graphs."""
     devices = {parameter.device for parameter in handle.model.parameters()}
-    # Rotary frequencies that depend on the length are computed anew for each length.
+    # Rotary frequencies that depend on the length are recomputed for each length.
     return devices == {handle.device} and not handle.rotaries and triton_works(handle.device)
 
 
-def _fits(shard: ContextKV, device: torch.device) -> bool:
+def can_read(shard: ContextKV, device: torch.device) -> bool:
     """True if all of a context is stored as the kernel reads it."""
     if shard.kv_format.dtype not in (None, "fp8"):
         return False

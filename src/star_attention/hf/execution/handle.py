@@ -149,7 +149,7 @@ class ModelHandle:
     @cached_property
     def graphs(self) -> Graphs | None:
         """Forwards of few tokens as CUDA graphs, None if the model cannot run in them."""
-        return Graphs(self) if self.compiled is not None and graphs.usable(self) else None
+        return Graphs(self) if self.compiled is not None and graphs.can_capture(self) else None
 
     @contextmanager
     def running(

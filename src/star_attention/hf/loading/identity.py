@@ -39,7 +39,7 @@ _IRRELEVANT_FIELDS = {
 """Fields of a config that no key or value depends on; all others are compared."""
 
 _SAMPLES = 16
-"""Elements sampled from each weight: enough to tell two trainings apart, and next to no work."""
+"""Elements sampled from each weight: enough to tell two trainings apart, at almost no cost."""
 
 
 def model_identity(model: Any, outer: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def state(outer: nn.Module) -> tuple[Any, ...]:
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
-    """Return the SHA-256 of a tokenizer's rules (of a slow one's vocabulary), None for None."""
+    """Return the SHA-256 of a tokenizer's rules (a slow one's vocabulary), or None without one."""
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -117,48 +117,47 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def difference(other: dict[str, Any], ours: dict[str, Any]) -> tuple[str, str, str] | None:
-    """Find the first field of `ours` that differs in `other`.
+def difference(actual: dict[str, Any], expected: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Find the first field of `expected` that differs in `actual`.
 
     Fields that contain fields are compared one by one (`config.vocab_size`). A missing tokenizer
     matches every tokenizer, because token ids need none.
 
     Returns:
-        The field, and both values shortened, `other`'s first; None if nothing differs.
+        The field, and both values shortened, `actual`'s first; None if nothing differs.
     """
-    for field, value in ours.items():
-        other_value = other.get(field)
-        pairs = [(field, other_value, value)]
-        if isinstance(value, dict) and isinstance(other_value, dict):
-            pairs = [(f"{field}.{name}", other_value.get(name), value[name]) for name in value]
-        for name, theirs, own in pairs:
-            if theirs != own and not (name == "tokenizer" and None in (theirs, own)):
-                return name, _shortened(theirs), _shortened(own)
+    for field, value in expected.items():
+        pairs = [(field, actual.get(field), value)]
+        if isinstance(value, dict) and isinstance(actual.get(field), dict):
+            pairs = [(f"{field}.{name}", actual[field].get(name), value[name]) for name in value]
+        for name, *values in pairs:
+            if values[0] != values[1] and not (name == "tokenizer" and None in values):
+                return name, _shortened(values[0]), _shortened(values[1])
     return None
 
 
-def check(name: str, other: dict[str, Any], ours: dict[str, Any]) -> None:
+def check(name: str, context: dict[str, Any], model: dict[str, Any]) -> None:
     """Check that a context was encoded with this model and tokenizer.
 
     Args:
         name: what to call the context in an error.
-        other: the context's identity.
-        ours: this model's identity.
+        context: the context's identity.
+        model: this model's identity.
 
     Raises:
         ContextMismatchError: names the first field that differs.
     """
-    mismatch = difference(other, ours)
+    mismatch = difference(context, model)
     if mismatch is None:
         return
-    field, theirs, own = mismatch
+    field, context_value, model_value = mismatch
     remedy = "load the model that encoded it"
     if field == "dtype":
-        remedy = f"load the model in {theirs.removeprefix('torch.')} (dtype=, or --dtype)"
+        remedy = f"load the model in {context_value.removeprefix('torch.')} (dtype=, or --dtype)"
     raise ContextMismatchError(
         field,
-        f"{name} does not fit: its {field} is {theirs}, this model's is {own};"
-        f" {remedy}, or encode the context again",
+        f"{name} does not fit: it differs in {field}: {context_value} in the context,"
+        f" {model_value} in this model; {remedy}, or encode the context again",
     )
 
 
@@ -196,7 +195,7 @@ def _to_cpu(samples: list[Tensor]) -> list[Tensor]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    # Of offloaded weights, and of quantized ones that cannot be read, name and shape must do.
+    # Offloaded weights, and quantized ones that cannot be read, are identified by name and shape.
     if weight.device.type == "meta":
         return torch.empty(0)
     try:

@@ -76,7 +76,7 @@ def pick_device(device: str) -> str:
 def device_of_rank(device: str) -> str:
     """Resolve `"auto"` and `"cuda"` for one of several processes: each takes its own GPU.
 
-    The GPU is the one that torchrun's `LOCAL_RANK` numbers.
+    torchrun's `LOCAL_RANK` is the index of the GPU.
     """
     gpus = torch.cuda.device_count()
     if device in ("auto", "cuda") and gpus:
@@ -226,7 +226,8 @@ def _check_model_path(path: str | os.PathLike[str], subfolder: str = "") -> None
     if is_folder:
         if not has_config:
             raise ModelNotFoundError(
-                f"the folder {folder} holds no config.json: it is not a transformers model folder"
+                f"the folder {folder} holds no config.json: it is not a transformers model folder;"
+                " give a folder that contains one, or a hub id"
             )
         return
     if exists:

@@ -49,7 +49,7 @@ _SIZES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShard:
-    """What is known of a sharded model.
+    """The mesh and identity of a sharded model.
 
     Attributes:
         comm: the mesh of the ranks that hold the other shards.
@@ -64,13 +64,13 @@ _SHARDS: weakref.WeakKeyDictionary[nn.Module, ModelShard] = weakref.WeakKeyDicti
 
 
 def model_shard(model: Any) -> ModelShard | None:
-    """Return what is known of a sharded model; None for a whole one."""
+    """Return the `ModelShard` of a sharded model; None for a whole one."""
     model = support.unwrap(model)
     return _SHARDS.get(model) if isinstance(model, nn.Module) else None
 
 
 def reasons(config: Any, tensor_parallel: int) -> list[str]:
-    """Return why a config's model cannot be sharded over so many ranks; empty if it can."""
+    """Return why a model cannot be sharded over `tensor_parallel` ranks; empty if it can."""
     text_config = config.get_text_config(decoder=True)
     plan: dict[str, str] = getattr(text_config, "base_model_tp_plan", None) or {}
     styles = {name.rpartition(".")[2]: style for name, style in plan.items()}
@@ -101,7 +101,7 @@ def reasons(config: Any, tensor_parallel: int) -> list[str]:
 
 
 def check(config: Any, tensor_parallel: int) -> None:
-    """Check that a config's model can be sharded over so many ranks.
+    """Check that a config's model can be sharded over `tensor_parallel` ranks.
 
     Raises:
         UnsupportedModelError: it cannot, with the reasons.

@@ -91,7 +91,7 @@ def stop_tokens(tokenizer: Any, stops: list[str]) -> set[int]:
     return {special[stop] for stop in stops if stop in special}
 
 
-class StopText:
+class StopStringCutter:
     """Cut a growing text before the first stop string.
 
     The end of the text is held back while it may be the beginning of a stop string.
@@ -151,7 +151,7 @@ class AnswerText:
         self.text = ""
         self._eos_ids = eos_ids
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._stop = StopText(stops)
+        self._stop = StopStringCutter(stops)
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that is now certain."""
@@ -176,7 +176,7 @@ class AnswerText:
         return piece
 
 
-class StopStrings(StoppingCriteria):
+class BeamStopCriteria(StoppingCriteria):
     """End rows of transformers' own `generate` at stop strings (beams, assisted decoding).
 
     Args:

@@ -1,4 +1,4 @@
-"""Writing saved contexts, atomically: all of a file or folder, or nothing. See `saved.py`."""
+"""Writing saved contexts, atomically: all of a file or folder, or nothing. See `reading.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from star_attention.distributed import Comm
 from star_attention.errors import ContextSaveError
 from star_attention.planning.segments import Segments
-from star_attention.storage.saved import (
+from star_attention.storage.reading import (
     FORMAT_VERSION,
     INDEX,
     METADATA_KEY,

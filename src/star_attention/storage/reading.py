@@ -4,7 +4,7 @@ One process saves one file: an ordinary safetensors file (nothing in it is execu
 metadata holds a JSON header and the header's checksum. The header is verified when the file is
 opened, each tensor when it is first read; tensors are mapped into memory. Several ranks save a
 folder: such a file each, and an index that holds the header and the checksum of every file.
-Writing is in `saving.py`.
+Writing is in `writing.py`.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ class SavedContext:
         return f"layers.{index}.k" in self._parts[0][1].header["tensors"]
 
     def layer(self, index: int, segments: Segments) -> StoredKV:
-        """Return the stored tensors of a layer for some tokens, `[1, G, tokens, ...]`, in that
-        order.
+        """Return a layer's tensors for some tokens, `[1, G, tokens, ...]`.
 
-        They are the file's own pages if one file holds exactly these tokens.
+        Tokens come in the order of `segments`. The tensors are the file's own pages if one file
+        holds exactly these tokens.
         """
         for part_segments, file in self._parts:
             if part_segments == segments:
