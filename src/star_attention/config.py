@@ -36,8 +36,9 @@ BASELINE_METHOD = "dense"
 KV_DTYPES = ("fp8",)
 """Precisions that a context may be stored in, other than the model's own.
 
-Each has an entry in `storage.kv.QUANTIZERS` and in `planning.model_shape.STORED_BYTES`; CUDA graphs
-read it if `attention.kernels.triton_answer` does (`hf.execution.graphs`), and run eagerly otherwise.
+Each has an entry in `storage.kv.QUANTIZERS` and in `planning.model_shape.STORED_BYTES`. CUDA
+graphs read it if `attention.kernels.triton_answer` does (`hf.execution.graphs`); otherwise decoding
+runs eagerly.
 """
 
 KV_DEVICES = ("cpu",)

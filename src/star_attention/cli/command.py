@@ -27,7 +27,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """Wrap `function` for typer.
 
     A parameter annotated with a dataclass takes one option per field, one marked with
-    `DeclaredOptions` the options that the mark declares. Fields of a dataclass may be groups themselves.
+    `DeclaredOptions` the options that the mark declares. Fields of a dataclass may be groups
+    themselves.
     """
     hints = get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []

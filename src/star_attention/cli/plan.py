@@ -36,6 +36,15 @@ class DeprecatedOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanWorkloadOptions(WorkloadOptions):
+    """The queries and answers whose memory and operations count."""
+
+    queries: Annotated[
+        int, option("Number of queries about the context.", panel="Workload", metavar="N", min=1)
+    ] = 1
+
+
 def plan(
     *,
     shape: ShapeOptions,
@@ -55,10 +64,7 @@ def plan(
         ),
     ] = str(BlockPlan.ranks),
     tensor_parallel: TensorParallel = 1,
-    queries: Annotated[
-        int, option("Number of queries about the context.", panel="Workload", metavar="N", min=1)
-    ] = 1,
-    workload: WorkloadOptions,
+    workload: PlanWorkloadOptions,
     deprecated: DeprecatedOptions,
     as_json: Json = False,
 ) -> None:
@@ -72,7 +78,7 @@ def plan(
     """
     if deprecated.hardware is not None:
         say("`plan --hardware` is deprecated and will be removed; use `star-attention estimate`")
-        _check_estimate_options(settings, tensor_parallel=tensor_parallel, queries=queries)
+        _check_estimate_options(settings, tensor_parallel=tensor_parallel, queries=workload.queries)
         estimate(
             shape=shape,
             context=context,
@@ -98,7 +104,7 @@ def plan(
             plan=blocks,
             config=config,
             tensor_parallel=tensor_parallel,
-            queries=queries,
+            queries=workload.queries,
             query_tokens=workload.query_tokens,
             answer_tokens=workload.answer_tokens,
         )
