@@ -211,7 +211,7 @@ class StarLM(LM):
         return self.star.device
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results."""
+        """Facts about the engine, for the harness's results."""
         config = self.star.config
         return {
             "star_attention": __version__,

@@ -49,7 +49,7 @@ def _cut_off(results: Results) -> list[str]:
 
 
 def warnings(results: Results) -> list[str]:
-    """What a reader must know before trusting the numbers."""
+    """Everything a reader must know before trusting the numbers."""
     return [
         *_incomplete(results),
         *_not_published(results),

@@ -1,4 +1,4 @@
-"""What follows from a run's predictions: means, differences from the baseline, and times."""
+"""Means, differences from the baseline, and times, computed from a run's predictions."""
 
 from __future__ import annotations
 
