@@ -121,6 +121,6 @@ def assert_same_kv(
     actual: EncodedContext, expected: EncodedContext, tolerance: float = 1e-4
 ) -> None:
     """Assert equal keys and values up to rounding; with tolerance 0, bit for bit."""
-    for ours, theirs in zip(stored(actual), stored(expected), strict=True):
-        for a_1GLD, b_1GLD in zip(ours, theirs, strict=True):
+    for actual_layer, expected_layer in zip(stored(actual), stored(expected), strict=True):
+        for a_1GLD, b_1GLD in zip(actual_layer, expected_layer, strict=True):
             torch.testing.assert_close(a_1GLD, b_1GLD, atol=tolerance, rtol=tolerance)

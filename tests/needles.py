@@ -76,7 +76,7 @@ def prose() -> list[str]:
 
 @functools.cache
 def words() -> list[str]:
-    """Words for keys, from the same text: so many that few keys of a context share one."""
+    """Words for keys, from the same text: enough of them that keys rarely repeat."""
     candidates = re.findall(r"\b[a-z]{4,9}\b", " ".join(prose()))
     return sorted({word for word in candidates if not word.endswith(("s", "ing", "ed", "er"))})
 

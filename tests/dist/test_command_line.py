@@ -61,7 +61,7 @@ def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
 
 
 def test_misuse_is_reported_once_and_without_a_traceback(tmp_path: Path) -> None:
-    """Also if the reporting rank is late: the launcher would end it with the first that ends."""
+    """A late reporting rank reports too: the launcher would end it with the first that ends."""
     text = book(tmp_path)
     late = "import os, time\ntime.sleep(1.5 * (os.environ.get('LOCAL_RANK') == '0'))\n"
     (tmp_path / "sitecustomize.py").write_text(late)
@@ -98,9 +98,9 @@ def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path
     assert run.stdout.count("report.html") == 1
     assert sum("8 of 8 answers" in line for line in run.stderr.splitlines()) == 1
     assert CliRunner().invoke(app, [*arguments, str(tmp_path / "one")]).exit_code == 0
-    two, one = (
+    on_two_ranks, on_one_rank = (
         [(line.key, line.prediction) for line in read_predictions(tmp_path / name)]
         for name in ("two", "one")
     )
-    assert two == one
+    assert on_two_ranks == on_one_rank
     assert read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2

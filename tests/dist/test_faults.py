@@ -153,7 +153,7 @@ def check_stops(
 
 @pytest.mark.slow
 def test_slow_is_not_silent(tmp_path: Path) -> None:
-    """A rank that takes longer than the limit for a call, but makes progress, is no fault."""
+    """A rank that takes longer than the limit for a call, but makes progress, is not at fault."""
     started = time.monotonic()
     statuses, stderrs, _ = wait_for_end(tmp_path, launch(tmp_path, "slow", 1, 1), None)
     assert statuses == [0] * RANKS, stderrs

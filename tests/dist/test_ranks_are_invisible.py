@@ -92,7 +92,7 @@ def answer_with_device_map(comm: TorchComm, path: Path) -> dict[str, Any]:
 
 
 def test_each_rank_may_spread_its_layers(pool: Pool, tmp_path: Path) -> None:
-    """Here over the CPU alone; `tests/gpu` spreads layers over a GPU and the CPU."""
+    """Layers stay on the CPU here; `tests/gpu` spreads layers over a GPU and the CPU."""
     pytest.importorskip("accelerate")
     tiny("qwen3").save_pretrained(tmp_path)
     check_tiny(pool.run(answer_with_device_map, 2, path=tmp_path), "qwen3", **SIZES)

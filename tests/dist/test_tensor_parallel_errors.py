@@ -1,4 +1,4 @@
-"""What `tensor_parallel` refuses, and faults of ranks that share heads and weights."""
+"""Settings that `tensor_parallel` refuses, and faults of ranks that share heads and weights."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def fail_on_victim(
 def test_an_exception_is_raised_on_all_and_the_next_call_works(
     pool: Pool, models: Path, tensor_parallel: int, victim: int, phase: int
 ) -> None:
-    """Also before tp ranks, or cp ranks with the same heads, have first exchanged anything."""
+    """It is raised even before tp ranks, or cp ranks with the same heads, exchange anything."""
     path = on_disk(models, "llama")
     settings: dict[str, Any] = dict(tensor_parallel=tensor_parallel, victim=victim, phase=phase)
     results = pool.run(fail_on_victim, 4, path=path, **settings)

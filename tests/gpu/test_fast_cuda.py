@@ -231,7 +231,7 @@ def test_bf16_logits_over_256_steps_are_within_twice_a_plain_implementation() ->
 
 
 def test_out_of_memory_frees_its_memory_and_names_the_size_to_lower() -> None:
-    """In both phases, with a memory limit on the process; smaller requests work afterwards."""
+    """Both phases free it, with a memory limit on the process; smaller requests work afterwards."""
     star = StarLLM.from_pretrained(
         MODEL, block_size=2048, tokens_per_forward=4096, dtype="bfloat16", device="cuda"
     )

@@ -55,7 +55,7 @@ def test_ratios_of_answers() -> None:
 
 
 def test_long_dense_times_are_extrapolated() -> None:
-    """From two runs, with separate rates of linear layers and attention; from one, not at all."""
+    """Two runs give separate rates of linear layers and attention; a single run gives none."""
     flops = [Flops(linear=10 * k, attention=3 * k * k) for k in (1, 4, 8)]
     rows = [
         PrefillRow(

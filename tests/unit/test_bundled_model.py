@@ -1,7 +1,7 @@
-"""The bundled model really retrieves: its answers equal the mask oracle's, and nearly all are right.
+"""The bundled model retrieves: its answers equal the mask oracle's, and nearly all are right.
 
-Without an anchor it finds facts in the first block only, so a lost anchor shows in its accuracy. The
-same holds for needle-32m, whose attention sink emerged in training.
+Without an anchor it finds facts in the first block only, so a lost anchor shows in its accuracy.
+The same holds for needle-32m, whose attention sink emerged in training.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def oracle_cache(
     """Return a context's keys and values by stock forwards with the law's mask, in runs of rows."""
     L, cache, decoder = len(ids_L), DynamicCache(), model.get_decoder()
     keep_11LL = law_mask(L, L, block_size, anchor_size)[None, None]
-    # Rows see nothing after themselves, so this is half the work of one forward with the whole mask,
-    # in an eighth of the memory.
+    # Rows see nothing after themselves, so this is half the work of one forward with the whole
+    # mask, in an eighth of the memory.
     for start in range(0, L, ORACLE_ROWS):
         stop = min(start + ORACLE_ROWS, L)
         rows = keep_11LL[:, :, start:stop, :stop]
@@ -152,7 +152,7 @@ def test_a_sample_is_what_its_task_says(task: str) -> None:
 
 
 def test_one_answer_retrieval_at_1k() -> None:
-    """A quick look at every task; slow tests below take longer texts."""
+    """Every task is checked quickly here; slow tests below take longer texts."""
     star = StarLLM(bundled_model(), bundled_tokenizer(), **geometry("anchor_quarter", 1024))
     assert accuracy(star, 1024, samples=1, tasks=list(TASKS)) >= 0.8
 

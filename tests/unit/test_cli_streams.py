@@ -118,7 +118,7 @@ def test_ctrl_c_while_saving_keeps_the_previous_file(
 
 
 def test_other_files_are_never_replaced(texts: Path, tmp_path: Path) -> None:
-    """Forbids that a slip in the name of the output costs the text itself."""
+    """A typing error in the output's name must not overwrite the text."""
     text = tmp_path / "book.txt"
     shutil.copy(texts / "book.txt", text)
     for arguments in (["encode", "-o", text], ["generate", "--query", QUESTION, "--save", text]):
@@ -169,7 +169,7 @@ def through_a_shell(redirection: str, *arguments: str | Path, **env: str) -> Don
 
 
 def test_closed_streams(bare_config: Path, texts: Path, tmp_path: Path) -> None:
-    """As cron and daemons close them. Forbids an AttributeError of None."""
+    """Cron and daemons close them. Forbids an AttributeError of None."""
     plan = ["plan", "-m", bare_config, "--context", "8k"]
     assert through_a_shell(">&-", *plan) == Done(0, "", "")
     assert through_a_shell("<&- >&- 2>&-", *plan) == Done(0, "", "")

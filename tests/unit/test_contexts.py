@@ -150,7 +150,7 @@ def test_a_dense_context_stays_dense(name: str) -> None:
 
 
 def test_an_extension_uses_the_sizes_of_the_context() -> None:
-    """Also in an engine with other sizes."""
+    """The sizes are the context's even in an engine with others."""
     joined = ids(60)
     first, other = (
         engine("llama", block_size=16, anchor_size=4),
@@ -182,8 +182,8 @@ def test_generating_never_changes_a_context(name: str) -> None:
     star.logits(context, [5, 6])
     stream = star.stream(context, [5, 6], max_new_tokens=9)
     list(itertools.islice(stream, 2))
-    for ours, theirs in zip(stored(context), before, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for actual, expected in zip(stored(context), before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert star.generate(context, [5, 6], max_new_tokens=6).token_ids == first
 
 

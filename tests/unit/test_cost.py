@@ -132,7 +132,7 @@ def test_one_block_costs_what_dense_attention_costs() -> None:
 
 
 def test_the_official_scheme_doubles_linear_work_and_adds_a_third_of_attention() -> None:
-    """For anchor = block, in the limit of many blocks."""
+    """This holds for anchor = block, in the limit of many blocks."""
     full = ModelShape(**(vars(SHAPE) | {"attention": SHAPE.attention[:1]}))
     plan = BlockPlan.resolve(64 * 1024, 64)
     ours = cost.phase1(full, plan, tokens_per_forward=1024)
@@ -356,12 +356,12 @@ def test_what_is_kept_in_other_ways_takes_what_is_counted(name: str) -> None:
     context = star.encode(ids(96))
     assert shape.stored_bytes_per_token("fp8") * 96 == context.nbytes
     plan = context.plan
-    kept = cost.memory_per_rank(shape, plan, tokens_per_forward=48, kv_dtype="fp8")
-    assert (kept.kv, kept.host) == (context.nbytes, 0)
-    assert kept.anchor == 10 * shape.kv_bytes_per_token
-    there = cost.memory_per_rank(
+    memory = cost.memory_per_rank(shape, plan, tokens_per_forward=48, kv_dtype="fp8")
+    assert (memory.kv, memory.host) == (context.nbytes, 0)
+    assert memory.anchor == 10 * shape.kv_bytes_per_token
+    offloaded = cost.memory_per_rank(
         shape, plan, tokens_per_forward=48, kv_dtype="fp8", kv_device="cpu"
     )
-    assert (there.kv, there.host) == (0, context.nbytes)
-    assert there.working - kept.working == 96 * shape.kv_bytes_per_token // shape.kv_layers
+    assert (offloaded.kv, offloaded.host) == (0, context.nbytes)
+    assert offloaded.working - memory.working == 96 * shape.kv_bytes_per_token // shape.kv_layers
     assert cost.memory_per_rank(shape, plan, tokens_per_forward=48).anchor == 0

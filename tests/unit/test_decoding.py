@@ -38,10 +38,10 @@ class _Follow(LogitsProcessor):
     "settings", [dict(method="dense"), dict(block_size=16, anchor_size=10)], ids=["dense", "star"]
 )
 def test_prompt_lookup_gives_the_greedy_answer(name: str, settings: dict[str, Any]) -> None:
-    """Forbids encoding the context twice: transformers passes it again after what is cached.
+    """Forbids encoding the context twice: transformers passes it again although it is cached.
 
-    The context spells an order that the answer follows in stretches, so that some drafts are accepted
-    and some are not.
+    The context spells an order that the answer follows in stretches, so that some drafts are
+    accepted and some are not.
     """
     star = engine(name, **settings)
     order = ids(24, seed=9)
@@ -83,24 +83,24 @@ def llama() -> tuple[StarLLM, EncodedContext]:
 
 
 def test_shape_of_results(llama: tuple[StarLLM, EncodedContext]) -> None:
-    """One query gives an answer, or a list of n; a list of queries, even of one, a list of these."""
+    """One query gives an answer, or a list of n; a list of queries gives a list of these."""
     star, context = llama
-    one, n = (
+    single, several = (
         dict(max_new_tokens=2),
         dict(max_new_tokens=2, do_sample=True, num_return_sequences=2, seed=0),
     )
-    assert len(star.generate(context, [5, 6], **one).token_ids) == 2
-    assert [len(r.token_ids) for r in star.generate(context, [5, 6], **n)] == [2, 2]
-    assert [len(r.token_ids) for r in star.generate(context, [[5, 6]], **one)] == [2]
-    assert [len(row) for row in star.generate(context, [[5, 6]], **n)] == [2]
-    assert [len(row) for row in star.generate(context, [[5, 6], [7]], **n)] == [2, 2]
+    assert len(star.generate(context, [5, 6], **single).token_ids) == 2
+    assert [len(r.token_ids) for r in star.generate(context, [5, 6], **several)] == [2, 2]
+    assert [len(r.token_ids) for r in star.generate(context, [[5, 6]], **single)] == [2]
+    assert [len(row) for row in star.generate(context, [[5, 6]], **several)] == [2]
+    assert [len(row) for row in star.generate(context, [[5, 6], [7]], **several)] == [2, 2]
     tensor = torch.tensor([[5, 6], [8, 7]])
-    assert [r.token_ids for r in star.generate(context, tensor, **one)] == [
-        star.generate(context, row, **one).token_ids for row in tensor
+    assert [r.token_ids for r in star.generate(context, tensor, **single)] == [
+        star.generate(context, row, **single).token_ids for row in tensor
     ]
     assert (
-        star.generate(context, tensor[:1], **one).token_ids
-        == star.generate(context, [5, 6], **one).token_ids
+        star.generate(context, tensor[:1], **single).token_ids
+        == star.generate(context, [5, 6], **single).token_ids
     )
 
 

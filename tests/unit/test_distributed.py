@@ -1,4 +1,4 @@
-"""What `distributed` does on one process: contexts by key, faults as errors, imports on use."""
+"""`distributed` on one process: contexts by key, faults as errors, imports on use."""
 
 from __future__ import annotations
 

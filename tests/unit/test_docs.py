@@ -56,17 +56,17 @@ def test_models_lists_every_tested_family() -> None:
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md", "docs/method.md"])
-def test_named_files_define_the_named_things(name: str) -> None:
-    """Forbids `path.py: thing` in a document after the thing has moved."""
+def test_named_files_define_the_named_symbols(name: str) -> None:
+    """Forbids `path.py: symbol` in a document after the symbol has moved."""
     text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
-    for path, things in re.findall(r"`([\w/]+\.py)(?:: ([\w., ]+))?`", text):
+    for path, symbols in re.findall(r"`([\w/]+\.py)(?:: ([\w., ]+))?`", text):
         if "NAME" in path:
             continue
         places = [ROOT / "src" / "star_attention" / path, ROOT / path]
         file = next((place for place in places if place.exists()), None)
         assert file is not None, path
         source = file.read_text(encoding="utf-8")
-        for thing in filter(None, things.split(", ")):
-            for part in thing.split("."):
+        for symbol in filter(None, symbols.split(", ")):
+            for part in symbol.split("."):
                 defined = rf"^\s*(?:(?:async )?def|class) {part}\b|^\s*(?:\w+, )*{part}\b.*="
-                assert re.search(defined, source, re.MULTILINE), f"{path} defines no {thing}"
+                assert re.search(defined, source, re.MULTILINE), f"{path} does not define {symbol}"

@@ -1,4 +1,4 @@
-"""How answers end: end-of-sequence tokens, stop strings, criteria, length."""
+"""Endings of answers: end-of-sequence tokens, stop strings, criteria, length."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_a_stop_string_needs_a_tokenizer(context: EncodedContext) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_stop_text_returns_all_before_the_first_stop_string(size: int) -> None:
-    """For pieces of any size, and as early as possible."""
+    """It returns the text as early as possible, for pieces of any size."""
     for text in ("abcabd", "aaab", "ababab", "xxabcab", "aabaac"):
         for stops in (["abd"], ["aab"], ["ba", "ab"], ["abc", "bc"], ["zz"], ["aaa", "c"]):
             cutter = StopStringCutter(stops)
@@ -218,8 +218,8 @@ def test_stop_text_returns_all_before_the_first_stop_string(size: int) -> None:
                 got += cutter.push(piece)
                 seen = "".join(pieces[: index + 1])
                 if not cutter.stopped:
-                    held = seen[len(got) :]
-                    assert not held or any(stop.startswith(held) for stop in stops)
+                    pending = seen[len(got) :]
+                    assert not pending or any(stop.startswith(pending) for stop in stops)
             cuts = [text.find(stop) for stop in stops if stop in text]
             assert cutter.stopped == bool(cuts)
             got += cutter.flush()

@@ -1,4 +1,4 @@
-"""The engine's public surface: settings as one object, other settings, prepared queries, records."""
+"""The engine's public surface: settings as an object, other settings, prepared queries, records."""
 
 from __future__ import annotations
 

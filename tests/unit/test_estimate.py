@@ -119,9 +119,11 @@ def test_calibration_recovers_the_rates() -> None:
         (Flops(linear=linear, attention=rest), linear / 7e14 + rest / 5e14)
         for linear, rest in ((10**15, 10**14), (2 * 10**15, 9 * 10**15))
     ]
-    found = calibrate(H200, samples, 4e12)
-    assert (found.matrix, found.attention, found.bandwidth) == pytest.approx((7e14, 5e14, 4e12))
-    assert (found.link, found.name) == (H200.link, "h200-nvlink, calibrated")
+    calibrated = calibrate(H200, samples, 4e12)
+    assert (calibrated.matrix, calibrated.attention, calibrated.bandwidth) == pytest.approx(
+        (7e14, 5e14, 4e12)
+    )
+    assert (calibrated.link, calibrated.name) == (H200.link, "h200-nvlink, calibrated")
     with pytest.raises(InvalidInputError, match="do not separate the rates"):
         calibrate(H200, samples[:1], 4e12)
 
@@ -234,10 +236,13 @@ def test_json_and_the_rule_of_a_quarter(model: str) -> None:
         "quarter",
         "--json",
     ]
-    (found,) = json.loads(run("estimate", model, *arguments))["estimates"]
-    assert list(found) == list(estimate.SCHEMES)
-    assert found["star"]["block"] == 32 * K
-    assert found["star"]["encode_s"] == found["star"]["compute_s"] + found["star"]["exposed_s"]
+    (by_scheme,) = json.loads(run("estimate", model, *arguments))["estimates"]
+    assert list(by_scheme) == list(estimate.SCHEMES)
+    assert by_scheme["star"]["block"] == 32 * K
+    assert (
+        by_scheme["star"]["encode_s"]
+        == by_scheme["star"]["compute_s"] + by_scheme["star"]["exposed_s"]
+    )
 
 
 def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
@@ -258,8 +263,8 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
     assert "h200-ib, calibrated" in text
     assert "predicted s" in text
     assert "memory 2.5 TB/s, link 40 GB/s" in text
-    found = json.loads(run("estimate", model, *options, str(file), "--json"))["hardware"]
-    assert (found["bandwidth"], found["link"]) == (2.5e12, 4e10)
+    hardware = json.loads(run("estimate", model, *options, str(file), "--json"))["hardware"]
+    assert (hardware["bandwidth"], hardware["link"]) == (2.5e12, 4e10)
     for text, message in (
         (
             json.dumps(measured | {"benchmark": "decode"}),

@@ -19,8 +19,8 @@ SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=1
 TOKENS = 101
 
 
-def assert_same_kv(ours: Any, theirs: Any) -> None:
-    for a, b in zip(ours.kv.layers, theirs.kv.layers, strict=True):
+def assert_same_kv(actual: Any, expected: Any) -> None:
+    for a, b in zip(actual.kv.layers, expected.kv.layers, strict=True):
         for x, y in zip(a.pair(), b.pair(), strict=True):
             torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
@@ -144,7 +144,7 @@ def test_ablated_contexts_are_answered_and_repeat() -> None:
 def test_random_anchors_are_drawn_for_each_context(
     anchor: str, positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forbids one draw for all contexts, which would be what is measured.
+    """Forbids a single draw for all contexts: the result would depend on that draw.
 
     The contexts differ in their last token only.
     """

@@ -61,7 +61,7 @@ def test_predictions_that_two_folders_hold_are_written_once(tmp_path: Path) -> N
 
 
 def test_parts_may_have_samples_of_the_same_tasks(tmp_path: Path) -> None:
-    """How many there are is counted, so that a join is called complete only where it is."""
+    """Counts are compared: a join is complete only if all samples are there."""
     halves = [make_run(tmp_path / str(half), change=every_second(half)) for half in (0, 1)]
     with pytest.raises(
         InvalidInputError,
@@ -101,7 +101,7 @@ def test_a_join_with_an_incomplete_part_is_incomplete(tmp_path: Path) -> None:
 
 
 def test_a_joined_run_resumes(tmp_path: Path) -> None:
-    """With real runs: existing answers are not made again, and more may be added."""
+    """Real runs: existing answers are not made again, and more may be added."""
     star = engine()
     run(star, samples(4)[:2], VARIANTS, tmp_path / "a")
     run(star, samples(4)[2:], VARIANTS, tmp_path / "b")

@@ -35,8 +35,8 @@ def test_unknown_lengths_and_errors_are_not_drawn(tmp_path: Path) -> None:
         make_run(tmp_path / f"{count}", variants, lengths=(0, 1024, 2048), count=count)
         for count in (1, 8)
     ]
-    one, eight = map(Results.read, folders)
-    for results, bars in ((one, 0), (eight, 2)):
+    few_samples, many_samples = map(Results.read, folders)
+    for results, bars in ((few_samples, 0), (many_samples, 2)):
         figures = by_length(results), sweep(results, "block")
         axes = figures[0].axes[0]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1k", "2k"], (
@@ -51,7 +51,7 @@ def test_unknown_lengths_and_errors_are_not_drawn(tmp_path: Path) -> None:
                 if len(segment)
             ]
             assert bool(drawn) == bool(bars), "no bars if the error is unknown"
-    titles = [axes.get_title(loc="left") for axes in by_group(eight).axes]
+    titles = [axes.get_title(loc="left") for axes in by_group(many_samples).axes]
     assert titles == ["as given", "1k", "2k"]
 
 
@@ -89,12 +89,12 @@ def _error_bars(axes: Any) -> list[Any]:
 
 
 def test_error_bars_are_explained_if_they_are_drawn(tmp_path: Path) -> None:
-    """With too few samples there are none."""
+    """Too few samples give no error bars."""
     variants = "dense,star:/4,star:/8,star:/4:anchor=none"
-    one, eight = (
+    few_samples, many_samples = (
         Results.read(make_run(tmp_path / f"{count}", variants, count=count)) for count in (1, 8)
     )
-    for results, caption in ((one, ""), (eight, "bars: ± two standard errors")):
+    for results, caption in ((few_samples, ""), (many_samples, "bars: ± two standard errors")):
         subtitle = f"mean over tasks; {caption}" if caption else "mean over tasks"
         assert by_length(results).axes[0].get_title(loc="left") == subtitle
         assert sweep(results, "block").axes[0].get_title(loc="left") == caption
@@ -173,7 +173,7 @@ def test_long_names_of_variants_leave_room_for_the_plot(tmp_path: Path) -> None:
     [(0.55, 1.2), (0.139, 0.151), (0.08, 0.55), (1.0, 9.9), (0.5, 0.5), (0.02, 9.0)],
 )
 def test_the_time_axis_has_labels(tmp_path: Path, low: float, high: float) -> None:
-    """From 0.55 to 1.2 s there was only one."""
+    """The axis had a single label from 0.55 to 1.2 s."""
 
     def change(prediction: Prediction) -> Prediction:
         return replace(

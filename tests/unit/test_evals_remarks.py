@@ -141,7 +141,7 @@ def test_many_variants_are_rows(tmp_path: Path) -> None:
 
 
 def test_marks_are_explained_below_the_tables_that_have_them(tmp_path: Path) -> None:
-    """An asterisk after an interval means nothing to whoever has not read the code."""
+    """An asterisk must be explained next to its table."""
 
     def legends(folder: Path) -> list[str]:
         lines = [line for line in report_of(folder).splitlines() if line.startswith("Marks: ")]

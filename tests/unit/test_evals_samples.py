@@ -110,7 +110,7 @@ def test_lengths_too_short_for_the_least_units() -> None:
 def test_the_largest_is_the_one_that_trying_each_finds(
     units: list[int], room: int, least: int
 ) -> None:
-    """For units of any size, and in few steps."""
+    """It is found for units of any size, and in few steps."""
 
     def build(count: int) -> Sample:
         built.append(count)
@@ -139,7 +139,7 @@ def test_few_samples_are_built_for_a_long_one() -> None:
 
 
 def test_few_samples_are_built_where_units_differ_much() -> None:
-    """A last unit that takes more than all others says nothing about what they take."""
+    """The size of a last, larger unit does not predict that of the others."""
     counted: list[int] = []
 
     def build(count: int) -> Sample:

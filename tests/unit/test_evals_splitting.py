@@ -1,4 +1,4 @@
-"""Where a whole prompt is split into context and query."""
+"""Splitting a whole prompt into context and query."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_questions_on_one_context_count_as_one_draw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "verdict"),
+    ("scores", "baseline", "verdict"),
     [
         ([1.0, 0.0] * 4, [1.0, 0.0] * 4, "no difference seen"),
         ([1.0] * 10, [0.0] * 10, "higher"),
@@ -88,9 +88,9 @@ def test_questions_on_one_context_count_as_one_draw() -> None:
     ],
 )
 def test_an_interval_that_contains_zero_shows_no_difference(
-    ours: list[float], theirs: list[float], verdict: str
+    scores: list[float], baseline: list[float], verdict: str
 ) -> None:
-    assert stats.paired(scored(ours), scored(theirs)).verdict == verdict
+    assert stats.paired(scored(scores), scored(baseline)).verdict == verdict
 
 
 def test_limits_clip_the_interval_and_nothing_else() -> None:
@@ -106,9 +106,9 @@ def test_limits_clip_the_interval_and_nothing_else() -> None:
 
 def test_the_same_seed_gives_the_same_interval() -> None:
     rng = random.Random("seeds")
-    ours, theirs = (scored([rng.random() for _ in range(30)]) for _ in range(2))
-    assert stats.paired(ours, theirs, seed=3) == stats.paired(ours, theirs, seed=3)
-    assert stats.paired(ours, theirs, seed=3) != stats.paired(ours, theirs, seed=4)
+    scores, baseline = (scored([rng.random() for _ in range(30)]) for _ in range(2))
+    assert stats.paired(scores, baseline, seed=3) == stats.paired(scores, baseline, seed=3)
+    assert stats.paired(scores, baseline, seed=3) != stats.paired(scores, baseline, seed=4)
 
 
 def test_pairing_is_by_sample_and_not_by_place() -> None:
@@ -125,7 +125,7 @@ def test_intervals_cover(tasks: int) -> None:
     rng = random.Random(f"coverage {tasks}")
     trials, covered = 500, 0
     for trial in range(trials):
-        ours, theirs = [], []
+        scores, baseline = [], []
         for task in range(tasks):
             pairs = []
             for _ in range(40):
@@ -137,10 +137,10 @@ def test_intervals_cover(tasks: int) -> None:
                         float(easy < 0.6 or rng.random() < 0.2),
                     )
                 )
-            ours += scored([a for a, _ in pairs], f"{task}")
-            theirs += scored([b for _, b in pairs], f"{task}")
+            scores += scored([a for a, _ in pairs], f"{task}")
+            baseline += scored([b for _, b in pairs], f"{task}")
         truth = (0.8 + 0.2 * 0.1) - (0.6 + 0.4 * 0.2)
-        difference = stats.paired(ours, theirs, seed=trial, resamples=1000)
+        difference = stats.paired(scores, baseline, seed=trial, resamples=1000)
         assert difference.low is not None
         assert difference.high is not None
         covered += difference.low <= truth <= difference.high
@@ -148,7 +148,7 @@ def test_intervals_cover(tasks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "message"),
+    ("scores", "baseline", "message"),
     [
         (
             scored([1.0, 0.0]),
@@ -165,10 +165,10 @@ def test_intervals_cover(tasks: int) -> None:
     ],
 )
 def test_scores_that_do_not_pair_are_refused(
-    ours: list[Scored], theirs: list[Scored], message: str
+    scores: list[Scored], baseline: list[Scored], message: str
 ) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        stats.paired(ours, theirs)
+        stats.paired(scores, baseline)
     assert message in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Variants: what is read is written in the same way, and what cannot be is refused."""
+"""A parsed variant is written back unchanged; others are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_fractions_are_rounded_up_so_that_no_block_is_added() -> None:
             "anchor_size '=' copies the block size, which is missing; give a block_size",
         ),
         ("star:256:512", "has an anchor of 512 tokens and blocks of 256"),
-        ("dense,", "variants 'dense,' contain an empty one; separate methods with single commas"),
+        ("dense,", "variants 'dense,' contain an empty entry; separate methods with single commas"),
         ("dense,star:4k,star:4096", "variant 'star:4k' is named twice"),
     ],
 )

@@ -126,7 +126,7 @@ def test_the_probe_sees_a_socket() -> None:
 
 
 def test_a_model_folder_needs_no_network(tmp_path: Path) -> None:
-    """Also if HF_HUB_OFFLINE is not set."""
+    """It loads without the network even if HF_HUB_OFFLINE is not set."""
     code = f"""
 import os
 import re

@@ -123,10 +123,10 @@ def test_a_grown_context_starts_with_a_copy_of_the_old_one() -> None:
     assert [layer.expands for layer in new.layers] == [True, False, None]
     assert new.layers[1].is_empty
     for index in (0, 2):
-        for ours, theirs in zip(
+        for actual, expected in zip(
             new.layers[index].slice(0, L), old.layers[index].slice(0, L), strict=True
         ):
-            assert torch.equal(ours, theirs)
+            assert torch.equal(actual, expected)
         assert new.layers[index].pair()[0].shape == (1, G, L + 6, DK)
         assert new.layers[index].pair()[1].shape == (1, G, L + 6, DV)
     new.layers[0].pair()[0].zero_()

@@ -48,13 +48,13 @@ def test_stored_values_are_computed_ones_rounded_once(name: str) -> None:
     """Blocks read the anchor as computed, so that fp8 changes stored values only."""
     plain, small = engine(name, **SIZES), engine(name, kv_dtype="fp8", **SIZES)
     expected, context = plain.encode(ids(101)), small.encode(ids(101))
-    for ours, theirs in zip(context.kv.layers, expected.kv.layers, strict=True):
-        if theirs.is_empty:
-            assert ours.is_empty
+    for actual_layer, expected_layer in zip(context.kv.layers, expected.kv.layers, strict=True):
+        if expected_layer.is_empty:
+            assert actual_layer.is_empty
             continue
-        rounded = [quantize(tensor) for tensor in theirs.pair()]
+        rounded = [quantize(tensor) for tensor in expected_layer.pair()]
         expected_parts = [rounded[0][0], rounded[1][0], rounded[0][1], rounded[1][1]]
-        for a, b in zip(ours.stored(), expected_parts, strict=True):
+        for a, b in zip(actual_layer.stored(), expected_parts, strict=True):
             assert torch.equal(a.float(), b.float())
 
 

@@ -53,7 +53,7 @@ print(json.dumps([errors, before, after]))
 
 
 def test_out_of_memory_in_phase_1() -> None:
-    """In a process with limited address space, where a smaller request works afterwards."""
+    """A smaller request works afterwards, in a process with limited address space."""
     run = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=False
     )

@@ -121,7 +121,7 @@ def test_families_that_run_are_supported(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_families_that_cannot_run_say_why(name: str) -> None:
-    """For a config, for its model and for the engine, with the same reasons."""
+    """A config, its model and the engine give the same reasons."""
     by_config, model = supported(REFUSED[name]()), build(name)
     assert not by_config
     assert all(len(reason) > 20 for reason in by_config.reasons)

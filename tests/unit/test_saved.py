@@ -204,7 +204,7 @@ def test_only_paths_are_accepted(target: Any, context: EncodedContext) -> None:
 
 
 def test_a_tilde_is_not_expanded_and_the_error_says_so(context: EncodedContext) -> None:
-    """As everywhere in Python; forbids the advice to create a folder `~`."""
+    """Python does not expand it anywhere; forbids the advice to create a folder `~`."""
     says = "; ~ is not expanded here: write the folder out"
     with pytest.raises(ContextSaveError, match=f"the folder ~ does not exist{says}"):
         context.save("~/nowhere.star")

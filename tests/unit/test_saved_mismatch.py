@@ -104,12 +104,12 @@ def test_one_changed_weight_is_seen(path: Path) -> None:
     """Fine-tuning changes all weights, so a sample is enough, if it covers every tensor."""
     model = build("llama")
     for name, parameter in model.named_parameters():
-        kept = parameter.data.clone()
+        original = parameter.data.clone()
         parameter.data *= 1.01
         with pytest.raises(ContextMismatchError) as caught:
             StarLLM(model).load_context(path)
         assert caught.value.field == "weights", name
-        parameter.data.copy_(kept)
+        parameter.data.copy_(original)
     load_fully(path, StarLLM(model))
 
 

@@ -1,4 +1,4 @@
-"""StreamingLLM against an explicit mask: tokens see sinks and a window, and nothing else is stored."""
+"""StreamingLLM against an explicit mask: tokens see sinks and a window; nothing else is stored."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_window_over_everything_is_dense() -> None:
 
 
 def test_sizes_and_memory() -> None:
-    """Four sinks by default; what is stored does not grow with the context."""
+    """Four sinks by default; the stored keys do not grow with the context."""
     star = engine("llama", method="streaming_llm", block_size=32)
     short, long = (star.encode(ids(tokens)) for tokens in (100, 400))
     assert short.plan.anchor_size == 4

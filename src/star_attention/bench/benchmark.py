@@ -1,4 +1,4 @@
-"""What all benchmarks share: a target, settings, rows, a table, a record and pictures."""
+"""Common parts of all benchmarks: a target, settings, rows, a table, a record and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pictures of all benchmarks share: colors, floors, the axis of lengths, and saving."""
+"""Common parts of the benchmarks' pictures: colors, floors, the axis of lengths, and saving."""
 
 from __future__ import annotations
 

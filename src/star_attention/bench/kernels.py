@@ -37,7 +37,7 @@ class KernelRow:
     """One kernel on one call.
 
     Attributes:
-        what: the call, in words.
+        what: description of the call.
         kernel: its name.
         seconds: the median.
         flops, bytes: operations, or bytes read and written; the other is 0.
@@ -77,7 +77,7 @@ class AttentionCalls:
     def kernels(self, queries: int, keys: int, *, causal: bool) -> list[str]:
         """Name the kernels that can run a call.
 
-        The one of plain matrix products is left out where there are others.
+        The `math` kernel, which multiplies plain matrices, is left out if there are others.
         """
         call = Call(
             device=self.device.type,

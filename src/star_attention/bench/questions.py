@@ -59,7 +59,7 @@ class Questions(Benchmark[QuestionsRow]):
     Attributes:
         contexts: lengths in tokens.
         block: block size in tokens; shorter contexts are one block.
-        questions: number of questions on each text. One is measured, and counted this often.
+        questions: number of questions on each text. One is measured, and multiplied by this number.
         query_tokens, answer_tokens: length of a question and of an answer.
         repeats: runs of each, of which the median counts.
         compile: as for `StarLLM`.

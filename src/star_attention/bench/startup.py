@@ -1,4 +1,4 @@
-"""`bench startup`: what first uses cost beyond their work, for compiling, capturing and loading."""
+"""`bench startup`: extra time of first uses, for compiling, capturing and loading."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StartupRow:
     """One kind of work.
 
     Attributes:
-        what: the work, in words.
+        what: description of the work.
         first_s: time of the first run in a process.
         again_s: time of the second run.
         caches: one of `CACHES`.

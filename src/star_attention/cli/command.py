@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from star_attention.cli.config_options import DeclaredOptions
 from star_attention.cli.errors import cli_errors
-from star_attention.cli.settings import DeclaredOptions
 from star_attention.cli.streams import guarded_stdout
 from star_attention.cli.torchrun import rank_failures
 
@@ -26,8 +26,8 @@ _DEBUG = inspect.Parameter(
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Wrap `function` for typer.
 
-    A parameter annotated with a dataclass takes one option per field, one marked with
-    `DeclaredOptions` the options that the mark declares. Fields of a dataclass may be groups
+    A parameter annotated with a dataclass takes one option per field; a parameter marked with
+    `DeclaredOptions` takes the options that the mark declares. Fields of a dataclass may be groups
     themselves.
     """
     hints = get_type_hints(function, include_extras=True)

@@ -95,7 +95,9 @@ def _commands(group: Any) -> Iterator[tuple[str, Any]]:
     """Yield every command with its full name, and those of a group in place of the group."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            yield from ((f"{name} {inner}", found) for inner, found in _commands(command))
+            yield from (
+                (f"{name} {inner}", inner_command) for inner, inner_command in _commands(command)
+            )
         else:
             yield name, command
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.options import Json, ShapeOptions, WorkloadOptions, option
-from star_attention.cli.settings import ConfigOptions
 from star_attention.cli.sizes import QUARTER, rank_counts, token_counts
 from star_attention.config import DEFAULT_BLOCK_RULE, StarConfig
 from star_attention.planning.hardware import HARDWARE
@@ -88,7 +88,7 @@ def estimate(
     config = StarConfig.of(**settings)
     contexts, rank_numbers = token_counts(context, "context"), rank_counts(ranks)
 
-    from star_attention.cli.estimation import EstimateRequest, make_estimates
+    from star_attention.cli.estimate_times import EstimateRequest, make_estimates
 
     estimates = make_estimates(
         EstimateRequest(

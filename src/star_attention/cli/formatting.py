@@ -65,5 +65,5 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _is_text(column: tuple[str, ...]) -> bool:
-    """Return True for a column of remarks: nothing in it but words."""
+    """Return True if no cell of a column begins with a number."""
     return not any(character.isdigit() for cell in column for character in cell.split(" ")[0])

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from star_attention.cli.settings import ConfigOptions
+from star_attention.cli.config_options import ConfigOptions
 from star_attention.config import MAX_NEW_TOKENS, STALL_S, check_max_new_tokens
 from star_attention.planning.plan import parse_size
 
@@ -23,7 +23,7 @@ def option(help: str, *names: str, panel: str, metavar: str | None = None, **mor
 
 
 def _above_0(value: float | None) -> float | None:
-    """Refuse 0 and below: typer's own ranges include their ends."""
+    """Refuse 0 and below: typer's own ranges include their bounds."""
     if value is not None and not value > 0:
         raise typer.BadParameter(f"{value:g} is not above 0")
     return value
@@ -132,7 +132,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextOptions:
-    """How the text is encoded. settings: those of `StarConfig` that concern the context."""
+    """Settings of encoding the text. settings: those of `StarConfig` that concern the context."""
 
     settings: Annotated[
         dict[str, Any], ConfigOptions(without=("tokens_per_forward", "reserve_tokens"))
@@ -262,14 +262,16 @@ class AnswerOptions:
             "stop": self.stop or None,
             "answer_prefix": self.answer_prefix,
         }
-        sampling = _given(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        sampling = _without_none(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if self.greedy and sampling:
             names = ", ".join("--" + name.replace("_", "-") for name in sampling)
             warnings.warn(f"{names} ignored: --greedy was given", stacklevel=2)
         kwargs |= {"do_sample": False} if self.greedy else sampling
-        return kwargs | _given(num_beams=self.num_beams, repetition_penalty=self.repetition_penalty)
+        return kwargs | _without_none(
+            num_beams=self.num_beams, repetition_penalty=self.repetition_penalty
+        )
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _without_none(**options: Any) -> dict[str, Any]:
     """Return the options that have a value."""
     return {name: value for name, value in options.items() if value is not None}

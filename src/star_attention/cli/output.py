@@ -18,7 +18,7 @@ _HEADER_WIDTH = 100
 
 FIELDS = {
     "query": "the query",
-    "text": "the answer, without special tokens, cut before a stop text",
+    "text": "the answer, without special tokens, cut before a stop string",
     "token_ids": "all generated tokens, including the one that ended the answer",
     "finish_reason": "`stop` or `length`",
     "method": "attention method",
@@ -44,7 +44,10 @@ FIELDS = {
     "per_rank": "for each context-parallel rank: stored tokens, seconds of encoding, and peak"
     " device memory while encoding",
 }
-"""The fields of `--json`, in order."""
+"""The fields of `--json` of `generate` and `ask`, in order.
+
+A new key of `as_dict` must be listed here.
+"""
 
 
 class Answerer:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.estimate import HardwareOptions, estimate
 from star_attention.cli.options import (
     Json,
@@ -16,7 +17,6 @@ from star_attention.cli.options import (
     WorkloadOptions,
     option,
 )
-from star_attention.cli.settings import ConfigOptions
 from star_attention.cli.sizes import QUARTER
 from star_attention.cli.streams import say
 from star_attention.config import StarConfig

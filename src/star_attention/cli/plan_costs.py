@@ -19,7 +19,17 @@ from star_attention.planning.traffic import Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to plan. model: folder or hub id. tensor_parallel: devices per context-parallel rank."""
+    """The arguments of `plan`.
+
+    Attributes:
+        model: folder or hub id.
+        dtype: dtype of the weights.
+        plan: blocks and ranks of the context.
+        config: settings of the engine.
+        tensor_parallel: devices per context-parallel rank.
+        queries: number of queries.
+        query_tokens, answer_tokens: length of a query and of an answer.
+    """
 
     model: str
     dtype: str

@@ -73,5 +73,5 @@ def translate_stdout_errors() -> Iterator[None]:
 
 
 def discard_stdout() -> None:
-    """Send pending output nowhere: Python would try to flush it at exit, and complain."""
+    """Discard pending output: Python would try to flush it at exit, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,6 @@
 """A long text with facts planted at known depths.
 
-The text is `tools.prose`, one sentence a line: the bundled model was trained on contexts of whole
+The text is `tools.prose`, one sentence per line: the bundled model was trained on contexts of whole
 lines of ASCII prose. The same release of Python always gives the same text.
 """
 

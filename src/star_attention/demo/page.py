@@ -99,7 +99,7 @@ $notes
 <div class="maps">
 $maps
 </div>
-<div class="key soft"><span><i style="background:$found"></i>all found</span>
+<div class="key soft"><span><i style="background:$correct"></i>all found</span>
 <span><i style="background:$half"></i>half</span>
 <span><i style="background:$missed"></i>none</span></div>
 <figcaption>$caption</figcaption>
@@ -129,7 +129,7 @@ def html(result: DemoResult, summary: tuple[str, str], notes: list[str], caption
         rows="\n".join(_row(row) for row in result.rows),
         notes="\n".join(f'<p class="soft">{escape(note)}</p>' for note in notes),
         maps="\n".join(heatmap.svg(result, mode, title) for mode, title in heatmap.PANELS),
-        found=heat_color(1),
+        correct=heat_color(1),
         half=heat_color(0.5),
         missed=heat_color(0),
         caption=escape(caption),

@@ -1,4 +1,4 @@
-"""How the demo reports its measurements: a table, two sentences about it, notes, and files."""
+"""The demo's reports: a table, two sentences about it, notes, and files."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _model(result: DemoResult) -> str:
 
 
 def notes(result: DemoResult) -> list[str]:
-    """Return what a reader of the table should know besides."""
+    """Return further notes for readers of the table."""
     _, star, _, none = result.rows
     questions = none.score.asked
     times = "were measured once" if result.settings["samples"] == 1 else "are medians"

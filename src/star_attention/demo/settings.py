@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """What the demo runs on.
+    """The model and the texts of the demo.
 
     Attributes:
         model: model folder or hub id.

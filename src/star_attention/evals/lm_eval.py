@@ -95,7 +95,7 @@ class StarLM(LM):
 
     @property
     def splits(self) -> dict[str, list[str]]:
-        """How the prompts of each task were split."""
+        """The ways in which the prompts of each task were split."""
         return self._jobs.splits
 
     # ------------------------------------------------------------------ called by the harness
@@ -211,7 +211,7 @@ class StarLM(LM):
         return self.star.device
 
     def get_model_info(self) -> dict[str, Any]:
-        """Facts about the engine, for the harness's results."""
+        """Return the model's entry in the harness's results."""
         config = self.star.config
         return {
             "star_attention": __version__,

@@ -5,7 +5,7 @@ The first of these that applies decides where the query begins:
 1. "column": after the last occurrence of the document's own context, a column of the data set.
 2. "sentinel": where the task has written `SENTINEL` into its prompt, which is removed.
 3. "pattern": where the question of a known task begins (`PATTERNS`).
-4. "last block": nowhere known. The caller takes the last block as the query.
+4. "last block": the query is not marked. The caller takes the last block as the query.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def split(
 
 
 def _after_context(prompt: str, context: Any) -> Iterator[int]:
-    """Where the context ends in the prompt; a template may have stripped it."""
+    """Return where the context ends in the prompt; a template may have stripped it."""
     if isinstance(context, str):
         for text in (context, context.strip()):
             start = prompt.rfind(text) if text else -1
@@ -90,7 +90,7 @@ def _after_context(prompt: str, context: Any) -> Iterator[int]:
 
 
 def _pattern_starts(prompt: str, task: str, question: str) -> Iterator[int]:
-    """Where the question of a known task begins."""
+    """Return where the question of a known task begins."""
     for prefix, pattern in PATTERNS:
         if task.startswith(prefix):
             matches = [

@@ -79,7 +79,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """The difference in words; an interval that contains 0 means no significant difference."""
+        """The difference as a phrase: none is seen if the interval contains 0."""
         if self.low is None or self.high is None:
             return TOO_FEW
         if self.low <= 0 <= self.high:
@@ -94,7 +94,7 @@ class Difference:
 
 
 def mean(scores: Iterable[Scored]) -> Mean:
-    """The mean of the cells' means, with the standard error that follows from theirs.
+    """The mean of the cells' means, with the standard error that follows from those of the cells.
 
     Raises:
         InvalidInputError: If there are no scores.
@@ -120,7 +120,7 @@ def paired(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Difference:
-    """The mean of `scores` minus that of `baseline`, on the same samples, with an interval.
+    """Return the mean of `scores` minus that of `baseline`, on the same samples, with an interval.
 
     Contexts are resampled with replacement within each cell; the statistic is the mean of the
     cells' means. Deviations are stretched by sqrt(n / (n - 1)), by which the bootstrap's variance
@@ -159,7 +159,7 @@ def paired(
 
 
 def check_pairs(scores: Mapping[str, Scored], baseline: Mapping[str, Scored]) -> None:
-    """Raises `InvalidInputError` unless both sides have scores of the same samples."""
+    """Refuse with `InvalidInputError` unless both sides have scores of the same samples."""
     if not scores:
         raise InvalidInputError("there are no scores to compare; run some samples first")
     unmatched = sorted(set(scores) ^ set(baseline))

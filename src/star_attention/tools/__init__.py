@@ -1,1 +1,1 @@
-"""What several programs share: timing, facts about the machine, baselines, plotting, prose."""
+"""Code shared by several programs: timing, facts about the machine, baselines, plotting, prose."""

@@ -121,7 +121,7 @@ def official_encode(
 def _encode_dense(
     handle: ModelHandle, ids_S: Tensor, positions_S: Tensor, tokens_per_forward: int
 ) -> ContextKV:
-    """Encode tokens that all attend to the ones before them, at any positions."""
+    """Encode tokens with causal attention, at given positions."""
     store = _empty_store(handle, len(ids_S))
     plan = BlockPlan.dense(len(ids_S))
     cache = EncodeCache(plan, [store], handle.windows, SoloComm())

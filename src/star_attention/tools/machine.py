@@ -1,4 +1,4 @@
-"""What measurements need: timing, the machine's ceilings, and a record of the circumstances."""
+"""Measuring: timing, the machine's ceilings, and a record of the circumstances."""
 
 from __future__ import annotations
 
@@ -120,24 +120,26 @@ def read_record(path: Path, *benchmarks: str) -> dict[str, Any]:
     Raises:
         InvalidInputError: the file is missing, unreadable, not such JSON, or another benchmark's.
     """
-    wanted = " or ".join(f"`bench {name}`" for name in benchmarks)
+    commands = " or ".join(f"`bench {name}`" for name in benchmarks)
     try:
         contents: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         benchmark = contents["benchmark"]
     except FileNotFoundError:
         raise InvalidInputError(
-            f"there is no file {path}; give the JSON that {wanted} wrote to its --out"
+            f"there is no file {path}; give the JSON that {commands} wrote to its --out"
         ) from None
     except IsADirectoryError:
         raise InvalidInputError(
-            f"{path} is a folder; give the JSON file of {wanted} in it"
+            f"{path} is a folder; give the JSON file of {commands} in it"
         ) from None
     except OSError as error:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
-        raise InvalidInputError(f"{path} is not JSON of {wanted}") from None
+        raise InvalidInputError(f"{path} is not JSON of {commands}") from None
     if benchmark not in benchmarks:
-        raise InvalidInputError(f"{path} is the JSON of `bench {benchmark}`; give that of {wanted}")
+        raise InvalidInputError(
+            f"{path} is the JSON of `bench {benchmark}`; give that of {commands}"
+        )
     return contents
 
 

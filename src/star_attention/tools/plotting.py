@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib, colors, axes, and the shades of a heat map.
+"""Common parts of all pictures: matplotlib, colors, axes, and the shades of a heat map.
 
 The colors are distinct under every common form of color blindness; markers differ as well.
 """
@@ -16,7 +16,7 @@ BLACK, GRAY = "#000000", "#777777"
 MARKERS = "osD^vP*Xhp"
 
 MISSED, HALF, FOUND = (0xC8, 0x5A, 0x11), (0xF1, 0xEC, 0xE2), (0x1F, 0x5F, 0x9E)
-"""Orange, near white, blue. In grayscale the printed percentages tell them apart."""
+"""Orange, near white, blue. In grayscale the printed percentages distinguish them."""
 
 
 def require_matplotlib() -> Any:

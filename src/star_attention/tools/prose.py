@@ -1,7 +1,7 @@
 """Prose that comes with every Python: the sentences of the language reference, `pydoc_data.topics`.
 
 Only whole ASCII sentences are kept. Headings, grammar rules, tables and code are left out; the
-sentences keep the identifiers and signs in them. The text depends on the release of Python.
+sentences keep the identifiers and symbols in them. The text depends on the release of Python.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ _NOT_PROSE = re.compile(
 
 @functools.cache
 def prose_lines() -> tuple[str, ...]:
-    """The distinct sentences, one a line with its newline, topics in alphabetical order.
+    """Return the distinct sentences, one per line with its newline, topics in alphabetical order.
 
     Raises:
-        InvalidInputError: this Python comes without `pydoc_data`, which some systems package apart.
+        InvalidInputError: this Python comes without `pydoc_data`, which some systems ship in a
+            separate package.
     """
     try:
         topics: dict[str, str] = importlib.import_module(SOURCE).topics

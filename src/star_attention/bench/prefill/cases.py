@@ -1,4 +1,4 @@
-"""What `bench prefill` measures: methods, context lengths and block sizes, in order."""
+"""The measurements of `bench prefill`: methods, context lengths and block sizes, in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from star_attention.planning.plan import format_size, parse_size
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one row measures.
+    """One measurement.
 
     Attributes:
         method: a name in `CONTENDERS`.
@@ -106,7 +106,7 @@ def parse_block(text: str, context: int) -> int:
     """Return a block size in tokens, from `8k` or from `/4` for a quarter of the context.
 
     Raises:
-        InvalidInputError: neither of both, or a size below 1.
+        InvalidInputError: neither a size nor a fraction, or a size below 1.
     """
     if text.startswith("/"):
         if not text[1:].isdecimal() or int(text[1:]) < 1:

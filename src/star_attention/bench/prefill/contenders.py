@@ -1,4 +1,4 @@
-"""The methods that `bench prefill` compares: what is timed for each, and what it costs on paper."""
+"""The methods that `bench prefill` compares: the work timed for each, and its predicted cost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is timed for one row.
+    """A function to time, and its cost.
 
     Attributes:
         encode: encodes the context.

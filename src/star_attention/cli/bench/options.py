@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
+from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.options import (
     Device,
     Dtype,
     option,
 )
-from star_attention.cli.settings import ConfigOptions
 from star_attention.cli.sizes import token_count, token_counts
 from star_attention.config import KV_SETTINGS, StarConfig
 
@@ -51,7 +51,7 @@ QueryTokens = Annotated[int, option("Tokens of a query.", panel=_PANEL, metavar=
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """What is measured, and where the results go."""
+    """The model to measure, its device, and the output folder."""
 
     model: Annotated[
         str | None,

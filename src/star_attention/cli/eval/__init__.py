@@ -12,6 +12,7 @@ from star_attention.evals import suites
 
 COMMANDS: tuple[Callable[..., None], ...] = (
     run,
+    # ruler, babilong, ...: options from evals/suites/NAME/__init__.py
     *(suite_command(suites.get(name)) for name in suites.SUITES),
     sweep,
     ablations,

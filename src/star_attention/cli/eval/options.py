@@ -29,7 +29,7 @@ AnchorSeed = Annotated[int, option("Seed of random anchors.", "--seed", panel=PA
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where the results of a run go, and how answers are made."""
+    """Output folder of a run, and settings of its answers."""
 
     out: Annotated[
         str,

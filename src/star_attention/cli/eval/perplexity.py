@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
-    """How a text is cut into windows."""
+    """The windows that a text is cut into."""
 
     length: Annotated[
         str, option("Tokens of a window.", "--length", panel="Data", metavar="SIZE")

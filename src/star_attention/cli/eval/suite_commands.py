@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from star_attention.cli.config_options import DeclaredOptions
 from star_attention.cli.eval.options import VARIANTS, RunOptions, Seed, Variants
 from star_attention.cli.eval.run import evaluate, parse_variants
 from star_attention.cli.options import ModelOptions, option
-from star_attention.cli.settings import DeclaredOptions
 from star_attention.evals import suites
 from star_attention.evals.suites.options import SuiteOption
 from star_attention.evals.suites.suite import Suite
@@ -51,7 +51,7 @@ class SuiteData:
         )
 
 
-class SuiteArguments(DeclaredOptions):
+class SuiteOptions(DeclaredOptions):
     """Marks the `SuiteData` of a suite's own command.
 
     Args:
@@ -74,7 +74,7 @@ class SuiteArguments(DeclaredOptions):
         return _suite_data(self.suite.name, values, [option.name for option in self.suite.options])
 
 
-class AnySuiteArguments(DeclaredOptions):
+class AnySuiteOptions(DeclaredOptions):
     """Marks the `SuiteData` of a command for any suite, RULER's retrieval tasks by default."""
 
     def parameters(self) -> Iterator[inspect.Parameter]:
@@ -166,7 +166,7 @@ def suite_command(suite: Suite) -> Callable[..., None]:
     ) -> None:
         evaluate(model, options, lambda: parse_variants(variants), data.source)
 
-    evaluate_suite.__annotations__["data"] = Annotated[SuiteData, SuiteArguments(suite)]
+    evaluate_suite.__annotations__["data"] = Annotated[SuiteData, SuiteOptions(suite)]
     evaluate_suite.__name__ = suite.name
     evaluate_suite.__doc__ = (
         f"{suite.help}\n\n"

@@ -8,13 +8,13 @@ import typer
 
 from star_attention.cli.eval.options import PANEL, RunOptions
 from star_attention.cli.eval.run import evaluate
-from star_attention.cli.eval.suite_commands import AnySuiteArguments, SuiteData
+from star_attention.cli.eval.suite_commands import AnySuiteOptions, SuiteData
 from star_attention.cli.options import ModelOptions, option
 
 if TYPE_CHECKING:
     from star_attention.evals.runs.variants import Variant
 
-_Data = Annotated[SuiteData, AnySuiteArguments()]
+_Data = Annotated[SuiteData, AnySuiteOptions()]
 
 
 def sweep(

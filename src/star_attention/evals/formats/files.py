@@ -99,8 +99,8 @@ def read_all(
 ) -> list[Sample]:
     """Read the samples of several files.
 
-    If a file has an id that an earlier file has, its ids are preceded by the names of as many of
-    its folders as tell it from the earlier files; by its own name if those are in the same folder.
+    If a file has an id that an earlier file has, its ids are preceded by as many folder names as it
+    takes to make them unique; by its own name if the earlier files are in the same folder.
 
     Args:
         paths: The files.

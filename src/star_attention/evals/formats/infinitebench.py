@@ -33,7 +33,9 @@ def sample_of(values: Mapping[str, Any], *, task: str, id: str) -> Sample:
             raise InvalidInputError(f"expected {name} of {task} to be a string, got {value!r}")
     question = text.strip() or TASKS[task].question
     if not question:
-        raise InvalidInputError(f"input of {task} is empty, so that there is no question")
+        raise InvalidInputError(
+            f"input of {task} is empty, but must hold the question; check the file"
+        )
     parts = Parts(
         context=str(context),
         question=question + option_lines(options),

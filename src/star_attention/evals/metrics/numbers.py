@@ -36,8 +36,8 @@ def first_number(prediction: str, sample: Sample) -> float:
 def leading_integers(prediction: str, sample: Sample) -> float:
     """Return the share of the answers before the first that differs from the prediction's integers.
 
-    Signs are ignored, as in the published score; here also those of the answers, so that a right
-    prediction scores 1.
+    Signs of predictions are ignored, as in the published score; signs of answers are ignored too,
+    so that a correct prediction scores 1.
     """
     predicted = [int(number) for number in re.findall(r"[0-9]+", prediction)]
     answers = [abs(value) for value in _parse_answers(sample, int)]

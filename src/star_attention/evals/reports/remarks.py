@@ -31,7 +31,7 @@ def in_short(results: Results) -> list[str]:
 
 
 def _cut_off(results: Results) -> list[str]:
-    """Answers that the token limit may have made wrong; right ones may end there, too."""
+    """Count answers that the token limit may have cut off; some of them may still be correct."""
     counts = list(map(results.at_limit, results.variants))
     wrong = [
         f"{variant_name(count.variant)} ({count.not_right:,} of {count.answers:,})"
@@ -49,7 +49,7 @@ def _cut_off(results: Results) -> list[str]:
 
 
 def warnings(results: Results) -> list[str]:
-    """Everything a reader must know before trusting the numbers."""
+    """Return warnings about how far the numbers can be trusted."""
     return [
         *_incomplete(results),
         *_not_published(results),

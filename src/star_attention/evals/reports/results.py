@@ -1,4 +1,4 @@
-"""Means, differences from the baseline, and times, computed from a run's predictions."""
+"""Means, differences from the baseline, and times of a run's predictions."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Speed:
         answer_s: Seconds for an answer.
         question_s: Seconds for a question, including its share of the encoding.
         blocks: Number of blocks, the most frequent one.
-        block_size: Tokens a block, the most frequent number.
+        block_size: Tokens per block, the most frequent number.
         anchor_size: Tokens of the anchor, the most frequent number.
         peak_bytes: Peak device memory, the largest; None on a CPU.
     """

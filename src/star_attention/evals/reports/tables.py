@@ -79,7 +79,7 @@ def _comparisons(results: Results, cells: Cells) -> dict[str, Comparison | None]
 
 
 def _empty_row(results: Results, title: str, cells: Cells, columns: int) -> list[tuple[str, ...]]:
-    """A row for cells that no comparison covers; none if there are no predictions either."""
+    """Return a row for cells that no comparison covers; none if there are no predictions either."""
     if not any(results.select(variant, **cells) for variant in results.variants):
         return []
     return [(f"{title} (no cell that all variants have)", *("–",) * (columns - 1))]

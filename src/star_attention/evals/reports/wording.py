@@ -12,7 +12,7 @@ MARK, TOO_FEW_MARK = " *", " (too few)"
 
 
 def accuracy(mean: Mean) -> str:
-    """In percent, with the standard error: `87.5 ± 1.2`."""
+    """Format an accuracy in percent, with its standard error: `87.5 ± 1.2`."""
     error = "" if mean.stderr is None else f" ± {100 * mean.stderr:.1f}"
     return f"{100 * mean.value:.1f}{error}"
 
@@ -47,7 +47,7 @@ def difference_cell(comparison: Comparison | None) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of run.json as one would write it: lists with commas, yes, no, none."""
+    """Format a value of run.json for readers: lists with commas, yes, no, none."""
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value))
     if isinstance(value, bool):

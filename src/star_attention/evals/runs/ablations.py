@@ -1,6 +1,6 @@
 """The paper's ablations of the anchor (its Table 4): blocks encoded after another anchor.
 
-Every block but the first is preceded by `anchor_size` tokens, which are encoded anew for each
+Every block but the first is preceded by `anchor_size` tokens, which are encoded again for each
 block, as in the paper's own implementation, and dropped afterwards. With the first block's tokens
 at the first block's positions this is Star Attention. Windows of sliding layers count places, not
 positions.

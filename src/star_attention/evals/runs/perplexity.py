@@ -38,7 +38,7 @@ class Perplexity:
         nll: Their mean with its standard error.
         difference: `nll` minus the first variant's, paired by window; None for the first. Its exp
             is the ratio of the perplexities.
-        block_size: Tokens a block, as resolved.
+        block_size: Tokens per block, as resolved.
         anchor_size: Tokens of the anchor, as resolved.
     """
 

@@ -1,4 +1,4 @@
-"""predictions.jsonl: one answer a line, appended as it comes."""
+"""predictions.jsonl: one answer per line, appended as it comes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Prediction:
         context_tokens: Tokens of the encoded context.
         query_tokens: Tokens of query and answer prefix.
         answer_tokens: Tokens generated.
-        block_size: Tokens a block, as resolved for this context.
+        block_size: Tokens per block, as resolved for this context.
         anchor_size: Tokens of the anchor, as resolved for this context.
         blocks: Number of blocks.
         encode_s: Seconds to encode the context.

@@ -16,9 +16,9 @@ def content_of(sample: Sample, *, chat: bool) -> Any:
 
 
 def query_kwargs(sample: Sample) -> dict[str, Any]:
-    """The sample's part of the arguments of `StarLLM.generate`.
+    """Return the sample's part of the arguments of `StarLLM.generate`.
 
-    The engine requires a query, so that an answer prefix without one takes its place.
+    The engine requires a query; without one, the answer prefix is the query.
     """
     if not sample.query:
         return {"query": sample.answer_prefix}

@@ -30,7 +30,7 @@ def cell_list(counts: Mapping[Cell, int]) -> list[dict[str, Any]]:
 def cells_of_variant(
     variant: str, samples: Iterable[Sample], predictions: Iterable[Prediction]
 ) -> list[dict[str, Any]]:
-    """How many samples of each cell a variant has to answer, with those it has answered."""
+    """Return the number of samples that a variant has to answer, and has answered, by cell."""
     answered = {
         prediction.sample: (prediction.task, prediction.length)
         for prediction in predictions
@@ -102,9 +102,9 @@ def merged(earlier: Mapping[str, Any] | None, run: Mapping[str, Any]) -> dict[st
 
 
 def _larger(
-    cells: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]
+    earlier: Iterable[Mapping[str, Any]], added: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Cells with the larger of both counts."""
-    counts = Counter(cell_counts(cells))
-    counts |= Counter(cell_counts(others))
+    """Return the cells with the larger of both counts."""
+    counts = Counter(cell_counts(earlier))
+    counts |= Counter(cell_counts(added))
     return cell_list(counts)

@@ -31,7 +31,7 @@ _KEYS = (
     "prose",
     "sessions",
 )
-"""Fields of run.json besides its format."""
+"""Fields of run.json other than its format."""
 
 
 def check_output(out: Path) -> None:
@@ -105,7 +105,7 @@ def write_run(out: Path, run: Mapping[str, Any]) -> None:
 
 
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """The first setting that differs, or that only one side has.
+    """Return the first setting that differs, or that only one side has.
 
     Returns:
         Its name and both values; None if the settings are the same.
@@ -130,7 +130,7 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str
 
 
 def check_same_settings(out: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raises `InvalidInputError` naming the first setting that differs from the earlier run's."""
+    """Refuse settings that differ from the earlier run's: `InvalidInputError` names the first."""
     differing = difference(earlier["settings"], plain(settings))
     if differing is not None:
         name, earlier_value, value = differing
@@ -169,5 +169,5 @@ def check_predictions(
 
 
 def plain(value: Any) -> Any:
-    """The value as it is read back from JSON."""
+    """Return the value as JSON gives it back."""
     return json.loads(json.dumps(value, default=str))

@@ -21,7 +21,7 @@ since the hash of a sample identifies it."""
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """How a run makes and answers its samples.
+    """Settings of a run: its samples, and how it answers them.
 
     Attributes:
         suite: Name of the suite, for the record.
@@ -52,7 +52,7 @@ class RunSettings:
 
     @property
     def own_lengths(self) -> bool:
-        """True if lengths are counts of other tokenizers, so that the context's own count."""
+        """True if lengths were counted by other tokenizers: the context's own count is used."""
         return self.suite == FILES
 
     @property

@@ -1,4 +1,4 @@
-"""Where the samples of a run come from: published data sets, or the generator of a suite."""
+"""Sources of a run's samples: published data sets, or the generator of a suite."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class SuiteSource:
 
     @classmethod
     def parse(cls, suite: str, *, tasks: str | None, lengths: str, **values: Any) -> SuiteSource:
-        """From lists with commas; raises `SizeError` for a length that is not a size, too."""
+        """Parse lists separated by commas; raises `SizeError` if a length is not a size."""
         return cls(
             suite=suite,
             tasks=None if tasks is None else [task.strip() for task in tasks.split(",")],

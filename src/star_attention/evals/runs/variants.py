@@ -32,9 +32,9 @@ class Variant:
     Attributes:
         method: A name in `config.METHODS`.
         block_size: Tokens, "/4" for a quarter of a sample's length, or None for the paper's rule.
-            (The window of `streaming_llm`.)
-        anchor_size: The same, or "=" for the block size. None takes the method's default. (The
-            sinks of `streaming_llm`.)
+            With `streaming_llm` the size of its window.
+        anchor_size: The same, or "=" for the block size. None takes the method's default. With
+            `streaming_llm` the number of its sinks.
         anchor: Ablation of the anchor's tokens, one of `ablations.CONTENTS`; None changes nothing.
         anchor_positions: Ablation of its positions, one of `ablations.POSITIONS`; None changes
             nothing.
@@ -201,7 +201,7 @@ def parse_all(text: str) -> list[Variant]:
     parts = text.split(",")
     if not all(part.strip() for part in parts):
         raise InvalidInputError(
-            f"variants {text!r} contain an empty one; separate methods with single commas"
+            f"variants {text!r} contain an empty entry; separate methods with single commas"
         )
     variants: list[Variant] = []
     for part in parts:

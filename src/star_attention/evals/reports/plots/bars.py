@@ -55,8 +55,8 @@ def by_group(results: Results) -> Any:
 def _group_width(results: Results) -> float:
     """Inches for the bars of one category."""
     count = len(results.groups)
-    wanted = 0.14 * len(results.variants) + 0.1
-    return max(0.35, PLOT_WIDTH / count, min(wanted, MAX_PLOT_WIDTH / count))
+    panel_width = 0.14 * len(results.variants) + 0.1
+    return max(0.35, PLOT_WIDTH / count, min(panel_width, MAX_PLOT_WIDTH / count))
 
 
 def _draw_groups(axes: Any, results: Results, length: int) -> list[Mean]:

@@ -86,5 +86,5 @@ def error_bars(means: Sequence[Mean]) -> list[list[float]] | None:
 
 
 def error_bar_caption(means: Iterable[Mean]) -> str:
-    """The meaning of the error bars; "" if there are none."""
+    """Return the caption of the error bars; "" if there are none."""
     return "bars: ± two standard errors" if any(mean.stderr is not None for mean in means) else ""

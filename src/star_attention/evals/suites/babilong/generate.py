@@ -26,7 +26,7 @@ from star_attention.hf.text.tokens import query_ids
 
 MAX_NEW_TOKENS = 20
 FACTS_SHARE = 8
-"""Facts take at most one token in this many of a sample's length."""
+"""Facts take at most 1 / FACTS_SHARE of a sample's tokens."""
 
 
 def generate(
@@ -35,7 +35,7 @@ def generate(
     """Generate samples whose facts, in order, are scattered among sentences of `background`.
 
     The background starts at a random sentence and starts over after its last. Sentences that name a
-    person of the stories are left out, so that only the facts tell about them. A story has fewer
+    person of the stories are left out, so that only the facts mention them. A story has fewer
     facts than drawn if they would take more than an eighth of the length.
 
     `meta` has `facts`, their number; `evidence`, the facts themselves; name and hash of the

@@ -1,4 +1,4 @@
-"""InfiniteBench's 12 tasks: how each is asked and scored.
+"""InfiniteBench's 12 tasks: prompt and metric of each.
 
 A published line has `context, input, answer, options`. In our prompts a short instruction precedes
 the context, and the whole question is in the query. This holds for math_find and code_run as well,
@@ -18,7 +18,7 @@ from star_attention.evals.samples.sample import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """How a task is asked and scored.
+    """Prompt and metric of a task.
 
     Attributes:
         metric: Name in `metrics.METRICS`.

@@ -1,4 +1,4 @@
-"""A needle in a haystack: one needle at several depths, the grid behind heat maps."""
+"""A needle in a haystack: one needle at several depths, the grid that heat maps show."""
 
 from star_attention.evals.suites.options import ESSAYS, WORDS, SuiteOption
 from star_attention.evals.suites.suite import Suite

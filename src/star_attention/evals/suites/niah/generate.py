@@ -19,7 +19,7 @@ from star_attention.evals.suites.ruler.needles import ask, haystack_kind, needle
 def generate(
     task: str, *, size: Size, count: int, seed: int, options: Mapping[str, Any]
 ) -> Iterator[Sample]:
-    """Generate `count` samples for each depth, in as many passes through the depths.
+    """Generate `count` samples for each depth, in `count` passes through the depths.
 
     The sample is RULER's needle with a number, and its question. Within a pass, needle and prose
     are the same, so that depths differ in nothing else. The needle is between the two sentences

@@ -18,7 +18,7 @@ _DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 
 @dataclass(frozen=True, kw_only=True)
 class Needles:
-    """What a task hides, and where.
+    """The needles of a task, and their haystack.
 
     Attributes:
         haystack: "repeat" for noise, "needle" for other needles, "essay" for prose.

@@ -30,10 +30,18 @@ _MEASURED_METHODS = ("dense", "star", "official")
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateRequest:
-    """What to estimate.
+    """The arguments of `estimate`.
 
-    block: a size, `QUARTER`, or None for the paper's rule. tail_tokens: of a query and its answer.
-    calibrate: JSON of `bench prefill`, whose rates replace those of the hardware.
+    Attributes:
+        model: folder or hub id.
+        dtype: dtype of the weights.
+        hardware: a name in `HARDWARE`, or rates, for `parse_hardware`.
+        contexts: lengths in tokens.
+        ranks: numbers of ranks.
+        block: a size, `QUARTER`, or None for the paper's rule.
+        config: settings of the engine.
+        tail_tokens: length of a query and its answer.
+        calibrate: path of JSON of `bench prefill`, whose rates replace those of the hardware.
     """
 
     model: str
