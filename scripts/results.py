@@ -73,7 +73,7 @@ def command(name: str, model: str, out: Path, samples: int) -> list[str]:
         "niah": max(1, samples // 10),
         # Ten questions on each context.
         "shared-16k": 10 * samples,
-        # Only a look beyond what the model was trained on.
+        # A quick look beyond the lengths of the training.
         "ruler-64k": max(1, samples * 2 // 5),
     }.get(name, samples)
     return [

@@ -1,4 +1,4 @@
-"""Answers that spell given texts, whatever the model: for tests of endings and streams."""
+"""Answers that spell given texts with any model: for tests of endings and streams."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Maker:
 
     @property
     def words(self) -> Words:
-        """The words that keys and lists are made of."""
+        """Words for keys and lists."""
         return words(self.part)
 
     def size(self, text: str) -> int:

@@ -37,7 +37,7 @@ def test_a_collective_may_end_at_any_moment(pool: Pool) -> None:
 
 
 def give_up(comm: TorchComm, port: int) -> str:
-    """Return what a rank raises when rank 1 has a fault that only rank 1 can see."""
+    """Return the message of a rank's error when rank 1 has a fault that only rank 1 can see."""
     own = TorchComm(comm.rank, comm.size, "127.0.0.1", port, name="given up", stall_s=20)
 
     def call() -> None:

@@ -86,7 +86,7 @@ def wait_for_end(
 
 
 def files_written(tmp_path: Path) -> list[str]:
-    """Return the names of what the command has written."""
+    """Return the names of the files that the command has written."""
     return [
         path.name
         for path in tmp_path.iterdir()

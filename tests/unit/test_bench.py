@@ -1,4 +1,4 @@
-"""Each benchmark runs, and refuses what it cannot measure. No time is asserted."""
+"""Each benchmark runs, and refuses cases that it cannot measure. No time is asserted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bench(*arguments: object) -> tuple[str, dict[str, Any]]:
 
 
 def failed(*arguments: object) -> str:
-    """Run a benchmark that fails; return the one line of its error."""
+    """Run a benchmark that fails; return its error, a single line."""
     process = CliRunner().invoke(app, ["bench", *map(str, arguments)])
     assert process.exit_code == 1, process.output
     assert process.stdout == ""

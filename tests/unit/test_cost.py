@@ -349,7 +349,7 @@ def test_the_cost_model_needs_the_standard_library_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3n", "deepseek_v3"])
-def test_what_is_kept_in_other_ways_takes_what_is_counted(name: str) -> None:
+def test_other_kv_formats_and_devices_take_the_predicted_memory(name: str) -> None:
     """The bytes of fp8 KV of different sizes, and none on the device for KV in host memory."""
     shape = model_shape(tiny(name).config, "float32")
     star = engine(name, block_size=24, anchor_size=10, tokens_per_forward=48, kv_dtype="fp8")

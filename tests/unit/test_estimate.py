@@ -1,4 +1,4 @@
-"""Estimates of both phases on hardware that is not at hand."""
+"""Estimates of both phases on hardware that may not be available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures show what is known: bars, labels and legends agree with the results."""
+"""Figures show the known values: bars, labels and legends agree with the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences and tables of a report: what it warns of, and how it names things."""
+"""Sentences and tables of a report: its warnings, and the names of variants."""
 
 from __future__ import annotations
 

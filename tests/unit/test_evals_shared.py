@@ -104,7 +104,7 @@ def test_needles_are_hidden_in_the_essays(tmp_path: Path) -> None:
     assert sample.meta["prose"] == "essay.txt"
 
 
-def test_keys_are_made_of_the_requested_words() -> None:
+def test_keys_consist_of_the_requested_words() -> None:
     """A model can be tested with words that it was not trained on."""
     held_out = sources.words("eval")
     for sample in generate("shared_niah", words="eval"):

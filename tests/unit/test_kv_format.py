@@ -1,4 +1,4 @@
-"""KV formats, fp8 and host memory: what is stored, what attention reads, files, extension."""
+"""KV formats, fp8 and host memory: stored values, values that attention reads, files, extension."""
 
 from __future__ import annotations
 

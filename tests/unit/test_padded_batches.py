@@ -39,7 +39,7 @@ def test_padding_is_not_text_to_any_mode(name: str, options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_the_filler_of_short_queries_is_not_penalized(num_beams: int) -> None:
-    """A token that is nowhere in a row keeps its scores, although the model pads with it."""
+    """A token that does not occur in a row keeps its scores, although the model pads with it."""
     star = engine("llama", block_size=16)
     context = star.encode(ids(CONTEXT))
     favorite = LogitsProcessorList([_Favor(0)])  # the padding id

@@ -89,7 +89,7 @@ def forwards(star: StarLLM) -> Iterator[list[int]]:
 def test_a_query_that_would_fail_is_refused_before_encoding(
     star: StarLLM, forwards: list[int]
 ) -> None:
-    """Forbids encoding a long context in vain."""
+    """Forbids encoding a long context first, only to refuse the query."""
     message = [
         "context (500), query and answer (8) need 513 tokens, more than the model's 512",
         "lower max_new_tokens",

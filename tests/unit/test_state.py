@@ -35,7 +35,7 @@ def state(lse: float, seed: int, dtype: torch.dtype = torch.float32) -> State:
 
 
 def assert_same(a: State, b: State) -> None:
-    """Compare to rounding: an lse of thousands has few exact digits, as have weights made of it."""
+    """Compare to rounding: an lse of thousands has few exact digits, as have its weights."""
     largest = max(
         (s.lse_BQH[s.lse_BQH.isfinite()].abs().max().item() if s.lse_BQH.isfinite().any() else 0)
         for s in (a, b)

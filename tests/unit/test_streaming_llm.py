@@ -124,7 +124,7 @@ def test_batches_beams_and_streams() -> None:
     assert len(star.generate(first, queries[0], num_beams=3, **options).token_ids) == 25
 
 
-def test_what_it_refuses(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path) -> None:
     star = engine("llama", method="streaming_llm", block_size=20)
     context = star.encode(ids(50))
     with pytest.raises(InvalidInputError, match="a streaming_llm context cannot be extended"):

@@ -36,7 +36,7 @@ class DecodeRow:
         floor_s: bytes of weights, keys and values over the copy rate.
         ttft_s: time to the first token of a further query on the same context.
         first_s: time of the first query, which compiles and captures.
-        failed: why there are no numbers.
+        failed: the reason if there are no numbers.
     """
 
     context: int

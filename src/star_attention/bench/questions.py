@@ -34,7 +34,7 @@ class QuestionsRow:
         questions: number of questions on it.
         encode_s: time to encode the text, once; 0 if nothing is kept between questions.
         question_s: time of one question with its answer; the median.
-        failed: why there are no numbers.
+        failed: the reason if there are no numbers.
     """
 
     method: str

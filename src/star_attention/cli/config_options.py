@@ -1,4 +1,4 @@
-"""Options made from the fields of `StarConfig`."""
+"""Options that are declared elsewhere: `DeclaredOptions`, and those of `StarConfig`'s fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`star-attention estimate`: times of a context on hardware that need not be here."""
+"""`star-attention estimate`: times of a context on hardware that may not be available."""
 
 from __future__ import annotations
 

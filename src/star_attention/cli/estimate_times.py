@@ -1,6 +1,6 @@
-"""Times of both phases for several lengths and numbers of ranks, on hardware that may not be here.
+"""The numbers that `star-attention estimate` prints.
 
-Computes what `star-attention estimate` prints.
+They are times of both phases for several lengths and numbers of ranks.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Status:
             say(text)
 
     def waiting(self, text: str) -> AbstractContextManager[Any]:
-        """Show what the program waits for."""
+        """Show the current activity."""
         if self.quiet or not sys.stderr.isatty():
             self.say(text)
             return nullcontext()

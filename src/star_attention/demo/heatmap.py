@@ -46,7 +46,7 @@ def draw(result: DemoResult, caption: str) -> Any:
         MissingPackageError: matplotlib is not installed.
     """
     require_matplotlib()
-    # Figure rather than pyplot: no global state and no windows, whatever the configured backend.
+    # Figure rather than pyplot: no global state, and no windows with any configured backend.
     from matplotlib.figure import Figure
 
     lengths, bands = result.lengths, result.bands

@@ -17,7 +17,7 @@ from star_attention.hf.text.tokens import context_ids, query_ids
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-# The harness shows only what is logged below this name.
+# The harness shows only logs below this name.
 _logger = logging.getLogger("lm_eval.star_attention")
 
 
@@ -175,7 +175,7 @@ def _continued(
 
 
 def arguments(request: Instance) -> tuple[Any, Any]:
-    """The prompt and the second argument; raises `InvalidInputError` for images and sound."""
+    """Return prompt and second argument; raises `InvalidInputError` for images and sound."""
     if len(request.args) != 2:
         raise InvalidInputError(
             f"{name_of(request)} contains more than text, which cannot be encoded; leave the task"

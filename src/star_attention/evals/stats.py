@@ -1,7 +1,7 @@
 """Means with standard errors, and paired differences with confidence intervals.
 
-Samples that share a context are not independent, so contexts are what is resampled and counted. If
-every sample has its own context, these are the textbook formulas.
+Samples that share a context are not independent, so contexts are resampled and counted. If every
+sample has its own context, these are the textbook formulas.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scored:
         cell: Its task and length.
         context: Identifies the context; samples on one context are not independent.
         score: 0 to 1, or a loss.
-        prose: Hash of the prose that the sample is made of; "" for none.
+        prose: Hash of the sample's prose; "" for none.
     """
 
     sample: str
@@ -87,7 +87,7 @@ class Difference:
         return HIGHER if self.value > 0 else LOWER
 
     def within(self, lower: float, upper: float) -> Difference:
-        """The same with the interval clipped to what is possible, as the stretch ignores limits."""
+        """Return the difference with its interval clipped to possible values."""
         if self.low is None or self.high is None:
             return self
         return replace(self, low=max(lower, self.low), high=min(upper, self.high))
@@ -189,7 +189,7 @@ def _by_cell(scores: Iterable[Scored]) -> dict[str, list[Scored]]:
 
 
 def _clusters(scores: Sequence[Scored]) -> list[tuple[float, int]]:
-    """Sum and number of the scores on each context."""
+    """Return sum and number of the scores on each context."""
     by_context: dict[str, list[float]] = {}
     for score in scores:
         by_context.setdefault(score.context, []).append(score.score)
@@ -212,7 +212,7 @@ def _stderr(cell: list[tuple[float, int]]) -> float | None:
 def _resampled(
     cell: list[tuple[float, int]], resamples: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Means of resamples with as many contexts as the cell has, fp64 `[resamples]`."""
+    """Return the means of resamples with as many contexts as the cell has, fp64 `[resamples]`."""
     sums, counts = (torch.tensor(column, dtype=torch.float64) for column in zip(*cell, strict=True))
     chunk = max(1, _MAX_DRAWS // len(cell))
     means = []

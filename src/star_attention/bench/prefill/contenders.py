@@ -36,7 +36,7 @@ class Workload:
 
     Attributes:
         encode: encodes the context.
-        warm_up: encodes a short context, to compile whatever is compiled; None if nothing is.
+        warm_up: encodes a short context, which compiles layers; None if none are compiled.
         flops: operations that the method needs.
         fixed_bytes: weights, and keys and values of the context.
         kv_dtype: precision of the stored keys and values, if it is not the model's.

@@ -31,7 +31,7 @@ class PrefillRow:
         working_bytes: peak memory beyond weights, keys and values; None where it is not measured.
         kv_dtype: precision of the stored keys and values, if it is not the model's.
         extrapolated: True if the time is computed from the method's two longest runs.
-        failed: why there are no numbers.
+        failed: the reason if there are no numbers.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""The options of the benchmarks. Each group makes the benchmark that it is the settings of."""
+"""The options of the benchmarks. Each group makes the benchmark that it configures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`star-attention eval run` and `report`, and what all evaluations share."""
+"""`star-attention eval run` and `report`, and the common parts of all evaluations."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def evaluate(
 def _make_samples(
     model: ModelOptions, options: RunOptions, source: Source, status: Status
 ) -> tuple[list[Sample], dict[str, str]]:
-    """The samples, and what is left out; checks the output folder first."""
+    """Check the output folder; return the samples, and reasons for cells that are left out."""
     from star_attention.evals.runs.run_folder import check_output
     from star_attention.hf.loading.load import load_tokenizer
 

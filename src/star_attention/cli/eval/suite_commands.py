@@ -1,4 +1,4 @@
-"""Commands and options made from what the suites declare."""
+"""Commands and options of the suites, from their declarations."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@
     infinitebench   id, context, input, answer, options                jsonl
     scbench         id, context, multi_turns                           jsonl
 
-A .json file holds a list of what would be the lines; parquet needs pyarrow. Published formats are
+A .json file holds the lines as a list; parquet needs pyarrow. Published formats are
 written with our remaining fields next to theirs, which other readers ignore, so that reading the
 file gives the same samples again. In files that others wrote, missing fields are derived:
 

@@ -68,7 +68,7 @@ def option_lines(options: Any) -> str:
 def _answers(task: str, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
     """Return the answers as strings.
 
-    With options: the letter of the right one, and its text. For math_calc: all numbers, in order.
+    With options: the letter of the correct one, and its text. For math_calc: all numbers, in order.
     """
     values = answer if isinstance(answer, list) else [answer]
     answers = [str(value) for value in values if value is not None]

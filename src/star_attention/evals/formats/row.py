@@ -1,4 +1,4 @@
-"""A row of a data set, its fields, and what the names of its file and folders say about it."""
+"""A row of a data set, its fields, and the facts in the names of its file and folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences of a report: the result in short, and what to beware of."""
+"""Sentences of a report: the result in short, and warnings."""
 
 from __future__ import annotations
 

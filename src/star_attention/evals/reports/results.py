@@ -282,7 +282,7 @@ class Results:
         )
 
     def prose(self, *, task: str) -> str:
-        """Names of the prose that a task's samples are made of; "" for none."""
+        """Return the names of the prose in a task's samples; "" for none."""
         names = {
             str(prediction.meta["prose"])
             for prediction in self.predictions

@@ -1,4 +1,4 @@
-"""The engine under a variant: the same model with another method and sizes."""
+"""The engine of a variant: the same model with another method and sizes."""
 
 from __future__ import annotations
 

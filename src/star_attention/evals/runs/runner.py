@@ -1,8 +1,8 @@
-"""Answers samples with several variants; a run that was killed resumes where it stopped.
+"""Answer samples with several variants; a run that was killed resumes where it stopped.
 
 A run is a folder: run.json records what the answers depend on, predictions.jsonl holds one answer
-a line. A prediction is identified by its sample, its variant and a hash of the settings, and is
-never made twice. Under torchrun all ranks make the same calls; rank 0 reads, writes and reports.
+per line. A prediction is identified by its sample, its variant and a hash of the settings, and is
+never repeated. Under torchrun all ranks make the same calls; rank 0 reads, writes and reports.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from star_attention.errors import InvalidInputError
 from star_attention.tools.prose import SOURCE, prose_lines
 
 PARTS = ("train", "eval")
-"""Parts of the word lists: what the bundled model was trained on, and what it has not seen."""
+"""Parts of the word lists: training words of the bundled model, and words it has not seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def _prose(name: str, text: str) -> Prose:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """English words that keys are made of.
+    """English words for keys.
 
     Attributes:
         adjectives, nouns, verbs: The words.

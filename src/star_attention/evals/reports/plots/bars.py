@@ -60,7 +60,7 @@ def _group_width(results: Results) -> float:
 
 
 def _draw_groups(axes: Any, results: Results, length: int) -> list[Mean]:
-    """One panel; the means in it."""
+    """Draw one panel and return the means in it."""
     drawn: list[Mean] = []
     width = 0.8 / len(results.variants)
     for index, variant in enumerate(results.variants):

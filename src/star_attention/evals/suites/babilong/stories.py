@@ -35,7 +35,7 @@ class Story:
     Attributes:
         facts: Sentences in the order of events.
         question: What is asked about the world after the last fact.
-        answer: The only right answer.
+        answer: The only correct answer.
     """
 
     facts: tuple[str, ...]
