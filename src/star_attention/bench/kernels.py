@@ -177,7 +177,7 @@ class Kernels(Benchmark[KernelRow]):
 
 
 def _block_tasks(block: int, calls: AttentionCalls) -> Iterator[Task]:
-    """The two calls of phase 1 for a block, and merging their states."""
+    """Yield the two calls of phase 1 for a block, and merging their states."""
     shape = calls.shape
     H, G, D = shape.heads, shape.kv_heads, shape.k_head_size
     q_BQHD = calls.random(1, block, H, D)
@@ -210,7 +210,7 @@ def _block_tasks(block: int, calls: AttentionCalls) -> Iterator[Task]:
 
 
 def _token_tasks(context: int, calls: AttentionCalls) -> Iterator[Task]:
-    """The call of phase 2: one token over a context."""
+    """Yield the call of phase 2: one token over a context."""
     H, G, D = calls.shape.heads, calls.shape.kv_heads, calls.shape.k_head_size
     q_BQHD = calls.random(1, 1, H, D)
     k_BGKD, v_BGKD = calls.random(1, G, context, D), calls.random(1, G, context, D)
@@ -225,7 +225,7 @@ def _token_tasks(context: int, calls: AttentionCalls) -> Iterator[Task]:
 
 
 def _linear_tasks(hidden_size: int, calls: AttentionCalls) -> Iterator[Task]:
-    """A linear layer on the hidden state of one token."""
+    """Yield a linear layer on the hidden state of one token."""
     weight, x = calls.random(4 * hidden_size, hidden_size), calls.random(1, 1, hidden_size)
     name, moved = f"one row, {hidden_size} to {4 * hidden_size}", _nbytes(weight)
     yield Task(call=name, kernel="torch", work=partial(linear, x, weight), bytes=moved)

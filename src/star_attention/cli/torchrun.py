@@ -32,7 +32,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def is_rank_0() -> bool:
-    """True on rank 0, which alone reads texts, prints answers and shows progress."""
+    """Return True on rank 0, which alone reads texts, prints answers and shows progress."""
     return rank_and_size()[0] == 0
 
 

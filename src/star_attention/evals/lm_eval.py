@@ -194,7 +194,7 @@ class StarLM(LM):
         return text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for the harness's records; a name chooses one of several."""
+        """Return the template, for the harness's records; a name chooses one of several."""
         if not chat_template or not getattr(self.star.tokenizer, "chat_template", None):
             return ""
         self._chat_template = self.star.tokenizer.get_chat_template(
@@ -249,7 +249,7 @@ class StarLM(LM):
 
 
 def _generation_settings(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The harness's generation arguments as those of `StarLLM.generate`."""
+    """Return the harness's generation arguments as those of `StarLLM.generate`."""
     kwargs = dict(normalize_gen_kwargs(dict(gen_kwargs), MAX_NEW_TOKENS))
     stop = [text for text in kwargs.pop("until") if text]
     max_new_tokens = kwargs.pop("max_gen_toks")
@@ -261,7 +261,7 @@ model_registry.register(_NAME, target="star_attention.evals.lm_eval:StarLM")
 
 
 def main() -> None:
-    """The harness's own command line, with `--model star`."""
+    """Run the harness's own command line, with `--model star`."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

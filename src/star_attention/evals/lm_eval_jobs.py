@@ -90,7 +90,7 @@ class JobBuilder:
     def _ids(
         self, request: Instance, prompt: str, continuation: str | None
     ) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of context, query and continuation.
+        """Return the token ids of context, query and continuation.
 
         As everywhere in the harness, spaces at the end of a prompt belong to the continuation.
         """
@@ -126,7 +126,7 @@ class JobBuilder:
         return context, query, continued
 
     def _tokens_to_move(self, parts: Split, context_tokens: int, query_tokens: int) -> int:
-        """Tokens at the end of the context that become the beginning of the query."""
+        """Count the tokens at the end of the context that become the beginning of the query."""
         if parts.how == LAST_BLOCK and context_tokens:
             block_size = self._star.runtime.plan_for(context_tokens).block_size
             return block_size if block_size < context_tokens else 1
@@ -166,7 +166,7 @@ class JobBuilder:
 def _continued(
     ids_of: Callable[[str], list[int]], text: str, continuation: str | None
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a text and of its continuation, tokenized together."""
+    """Return the token ids of a text and of its continuation, tokenized together."""
     if continuation is None:
         return ids_of(text), []
     stripped = text.rstrip()

@@ -94,7 +94,7 @@ class Difference:
 
 
 def mean(scores: Iterable[Scored]) -> Mean:
-    """The mean of the cells' means, with the standard error that follows from those of the cells.
+    """Return the mean of the cells' means; its standard error follows from those of the cells.
 
     Raises:
         InvalidInputError: If there are no scores.

@@ -61,7 +61,7 @@ def plain_axes(axes: Any) -> None:
 
 
 def heat_color(accuracy: float) -> str:
-    """The `#rrggbb` shade between `MISSED` (0), `HALF` (0.5) and `FOUND` (1)."""
+    """Return the `#rrggbb` shade between `MISSED` (0), `HALF` (0.5) and `FOUND` (1)."""
     if accuracy < 0.5:
         low, high, weight = MISSED, HALF, accuracy * 2
     else:
@@ -72,5 +72,5 @@ def heat_color(accuracy: float) -> str:
 
 
 def text_color(accuracy: float) -> str:
-    """A text color that is legible on `heat_color(accuracy)`."""
+    """Return a text color that is legible on `heat_color(accuracy)`."""
     return "#1c1c1c" if 0.15 < accuracy < 0.75 else "#ffffff"

@@ -68,7 +68,7 @@ def _speed_up_figure(rows: list[PrefillRow]) -> Any:
 
 
 def _featured(rows: list[PrefillRow]) -> list[tuple[PrefillRow, float]]:
-    """The rows to feature, with their speed-ups over dense attention."""
+    """Return the rows to feature, with their speed-ups over dense attention."""
     return [
         (row, factor)
         for row in rows

@@ -144,7 +144,7 @@ def _samples(help: str) -> Any:
 
 
 def _suite_option(declared: SuiteOption) -> inspect.Parameter:
-    """The command-line option that a suite declares."""
+    """Return the command-line option that a suite declares."""
     details: dict[str, Any] = {} if declared.min is None else {"min": declared.min}
     if declared.default is not None:
         details["show_default"] = declared.default
@@ -155,7 +155,7 @@ def _suite_option(declared: SuiteOption) -> inspect.Parameter:
 
 
 def suite_command(suite: Suite) -> Callable[..., None]:
-    """The command that evaluates a suite."""
+    """Return the command that evaluates a suite."""
 
     def evaluate_suite(
         *,

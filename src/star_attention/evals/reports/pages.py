@@ -25,7 +25,7 @@ img { max-width: 100%; height: auto }
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The report as Markdown; figures are links to the run folder."""
+    """Return the report as Markdown; figures are links to the run folder."""
     parts = [f"# {title}"]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -52,7 +52,7 @@ def _markdown_row(row: Sequence[str]) -> str:
 
 
 def html(title: str, sections: Sequence[Section]) -> str:
-    """The report as one page; figures are part of it."""
+    """Return the report as one page; figures are part of it."""
     body = "\n".join([f"<h1>{escape(title)}</h1>", *map(_html_section, sections)])
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return (

@@ -16,7 +16,7 @@ _PYTHON_PROSE = "pydoc_data.topics"
 
 
 def in_short(results: Results) -> list[str]:
-    """The accuracy of each variant and its difference from the baseline; then cut-off answers."""
+    """State each variant's accuracy and difference from the baseline; then cut-off answers."""
     lines = []
     for variant in results.variants:
         name, comparison = variant_name(variant), results.compared(variant)
@@ -76,7 +76,7 @@ def _incomplete(results: Results) -> list[str]:
 
 
 def _not_published(results: Results) -> list[str]:
-    """Prose, prompts and stories that differ from the published data sets'."""
+    """Name prose, prompts and stories that differ from the published data sets'."""
     lines = []
     if any(_PYTHON_PROSE in results.prose(task=task) for task in results.tasks):
         lines.append(
@@ -98,7 +98,7 @@ def _not_published(results: Results) -> list[str]:
 
 
 def _same_sizes(results: Results) -> list[str]:
-    """Variants whose sizes resolve to the same."""
+    """Name variants whose sizes resolve to the same."""
     names: dict[tuple[Any, ...], list[str]] = {}
     for key in results.variants:
         variant = parse(key)

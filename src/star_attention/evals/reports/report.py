@@ -70,7 +70,7 @@ def write(folder: str | Path) -> list[Path]:
 
 
 def metrics(results: Results) -> dict[str, Any]:
-    """The content of metrics.json: the run, and every mean and difference.
+    """Return the content of metrics.json: the run, and every mean and difference.
 
     A `length` of null means all lengths.
     """
@@ -108,7 +108,7 @@ def metrics(results: Results) -> dict[str, Any]:
 
 
 def _summary(results: Results) -> Iterator[tuple[Any, ...]]:
-    """Rows of summary.csv: one for each task, length and variant."""
+    """Return the rows of summary.csv: one for each task, length and variant."""
     for task in results.tasks:
         for length in results.lengths:
             for variant in results.variants:

@@ -24,17 +24,17 @@ DENSE = BASELINE_METHOD
 
 
 def length_name(length: int) -> str:
-    """`4k`; "as given" if the samples have no length."""
+    """Format a length: `4k`; "as given" if the samples have no length."""
     return format_size(length) if length else "as given"
 
 
 def variant_name(key: str) -> str:
-    """The name of a variant in tables and figures."""
+    """Return the name of a variant in tables and figures."""
     return parse(key).name
 
 
 def is_timed(key: str) -> bool:
-    """False for ablations, whose code is not made to be fast."""
+    """Return False for ablations, whose code is not made to be fast."""
     return not parse(key).is_ablation
 
 
@@ -56,7 +56,7 @@ class Comparison:
     unpaired: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The line of metrics.json."""
+        """Return the line of metrics.json."""
         line = asdict(self)
         if self.difference is not None:
             line["difference"]["verdict"] = self.difference.verdict
@@ -108,7 +108,7 @@ class AtLimit:
 
 
 def scored(predictions: Iterable[Prediction]) -> list[Scored]:
-    """Scores for `stats`.
+    """Return the scores for `stats`.
 
     Samples on different contexts that depend on one another share `meta["cluster"]`.
     """
@@ -136,7 +136,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """Raises `InvalidInputError` for a missing or a damaged run, with the line."""
+        """Read a run; raises `InvalidInputError` for a missing or a damaged run, with the line."""
         return cls(read_run(Path(folder)), tuple(read_predictions(Path(folder))))
 
     @cached_property
@@ -194,7 +194,7 @@ class Results:
         group: str | None = None,
         length: int | None = None,
     ) -> list[Prediction]:
-        """Predictions of a variant, of one task, group or length if given."""
+        """Select predictions of a variant, of one task, group or length if given."""
         return [
             prediction
             for prediction in self._by_variant[variant]
@@ -211,7 +211,7 @@ class Results:
         group: str | None = None,
         length: int | None = None,
     ) -> Comparison | None:
-        """One variant on some cells, compared with the baseline.
+        """Compare one variant on some cells with the baseline.
 
         Means over several cells only count cells that all variants have, so that variants in one
         table are measured on the same samples.
@@ -252,7 +252,7 @@ class Results:
         )
 
     def speed(self, variant: str, length: int) -> Speed | None:
-        """Medians at one length; None if the variant has no predictions there."""
+        """Return the medians at one length; None if the variant has no predictions there."""
         predictions = self.select(variant, length=length)
         if not predictions:
             return None

@@ -63,7 +63,7 @@ class Section:
 
 
 def title(results: Results) -> str:
-    """The heading of the whole report."""
+    """Return the heading of the whole report."""
     names = f"{len(results.variants)} variants"
     if len(results.variants) <= MAX_SIDE_BY_SIDE:
         names = ", ".join(map(variant_name, results.variants))
@@ -71,7 +71,7 @@ def title(results: Results) -> str:
 
 
 def sections(results: Results, figures: Mapping[str, Path], notes: Sequence[str]) -> list[Section]:
-    """All sections of a report.
+    """Return all sections of a report.
 
     Args:
         results: The run.

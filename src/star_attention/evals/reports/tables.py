@@ -25,7 +25,7 @@ MAX_SIDE_BY_SIDE = 5
 
 
 def accuracy_table(results: Results, rows: Sequence[tuple[str, Cells]]) -> Table:
-    """The accuracy of each variant on some cells, and its difference from the baseline.
+    """Return the accuracy of each variant on some cells, and its difference from the baseline.
 
     Args:
         results: The run.
@@ -94,7 +94,7 @@ def _variant_row(results: Results, variant: str, comparison: Comparison | None) 
 
 
 def speed_table(results: Results) -> Table:
-    """Sizes and times of each variant at each length."""
+    """Return sizes and times of each variant at each length."""
     head = (
         "",
         "length",
@@ -129,7 +129,7 @@ def _speed_row(speed: Speed) -> tuple[str, ...]:
 
 
 def facts_table(results: Results) -> Table:
-    """Settings, model, machine and commands of the run; without a head."""
+    """Return settings, model, machine and commands of the run; without a head."""
     settings, sessions = results.run["settings"], results.run["sessions"]
 
     def of_sessions(name: str) -> str:

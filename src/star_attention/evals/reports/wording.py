@@ -18,12 +18,12 @@ def accuracy(mean: Mean) -> str:
 
 
 def points(value: float) -> str:
-    """A signed difference in percentage points: `−4.0`, `0.0`, `+1.2`."""
+    """Format a signed difference in percentage points: `−4.0`, `0.0`, `+1.2`."""
     return f"{100 * value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
 
 
 def difference_sentence(comparison: Comparison) -> str:
-    """`−4.0 points, 95 % interval −6.1 to −1.9: lower`."""
+    """Format a difference: `−4.0 points, 95 % interval −6.1 to −1.9: lower`."""
     difference = comparison.difference
     if difference is None:
         return f"not compared: {comparison.unpaired}"
@@ -34,7 +34,7 @@ def difference_sentence(comparison: Comparison) -> str:
 
 
 def difference_cell(comparison: Comparison | None) -> str:
-    """`−4.0 [−6.1, −1.9] *`."""
+    """Format a difference: `−4.0 [−6.1, −1.9] *`."""
     if comparison is None:
         return "–"
     difference = comparison.difference

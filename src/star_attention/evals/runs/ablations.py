@@ -87,7 +87,7 @@ class AblatedStar(Star):
     def _anchor_of(
         self, ids_L: Tensor, anchor_size: int, vocab_size: int
     ) -> Callable[[int, int], Anchor | None]:
-        """Token ids and positions of the anchor, by start and stop of a block."""
+        """Return token ids and positions of the anchor, by start and stop of a block."""
         context_sha256 = hashlib.sha256(str(ids_L.tolist()).encode()).hexdigest()
         size = 0 if self._content == "none" else anchor_size
 
@@ -113,7 +113,7 @@ def anchor_ids(
     tokenizer: Any,
     vocab_size: int,
 ) -> Tensor:
-    """Token ids of the anchor of the block at `start`, int64 `[size]`."""
+    """Return the token ids of the anchor of the block at `start`, int64 `[size]`."""
     if content == "constant":
         (token, *_) = tokenizer(CONSTANT, add_special_tokens=False).input_ids
         return torch.full((size,), int(token), dtype=torch.int64)
@@ -130,7 +130,7 @@ def anchor_ids(
 
 
 def anchor_positions(positions: str, start: int, size: int, rng: random.Random) -> Tensor:
-    """Positions of the anchor of the block at `start`, int64 `[size]`."""
+    """Return the positions of the anchor of the block at `start`, int64 `[size]`."""
     if positions == "previous-block":
         return torch.arange(start - size, start)
     if positions == "random":

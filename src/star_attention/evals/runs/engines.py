@@ -10,7 +10,7 @@ from star_attention.storage.context import EncodedContext
 
 
 def engine_for(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | None]) -> StarLLM:
-    """The engine with a variant's method and its block and anchor size in tokens."""
+    """Return the engine with a variant's method and its block and anchor size in tokens."""
     block_size, anchor_size = sizes
     return star.with_config(
         method=variant.method,

@@ -52,7 +52,7 @@ class Measured:
 
 
 def with_nominal_lengths(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples, with the lengths that they are reported under.
+    """Return the samples, with the lengths that they are reported under.
 
     In data sets where every sample has its own token count, that is the power of two at or above
     it, or up to 3 % below, as another tokenizer counts differently. Other lengths stay.
@@ -75,7 +75,7 @@ def _power_of_two(length: int) -> int:
 
 
 def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """The first `limit` samples of each task, length and depth; all of them if it is None.
+    """Return the first `limit` samples of each task, length and depth; all of them if it is None.
 
     Raises:
         InvalidInputError: If two samples have the same id, or if there are none.
@@ -173,7 +173,7 @@ def build_jobs(
     *,
     own_lengths: bool,
 ) -> list[Job]:
-    """One job for every context and variant with samples left to answer.
+    """Build a job for every context and variant with samples left to answer.
 
     Consecutive samples on one context share its encoding.
 

@@ -121,7 +121,7 @@ def _joined_prose(parts: Sequence[_Part]) -> dict[str, str]:
 
 
 def _joined_cells(parts: Sequence[_Part], variant: str | None) -> list[dict[str, Any]]:
-    """Number of samples of each cell; if several parts have it, of the samples in any of them."""
+    """Count the samples of each cell; if several parts have it, of the samples in any of them."""
     counts: dict[Cell, int] = {}
     for cell in dict.fromkeys(cell for part in parts for cell in part.expected(variant)):
         sharing = [part for part in parts if cell in part.expected(variant)]

@@ -54,7 +54,7 @@ class Perplexity:
         return math.exp(self.nll.value)
 
     def as_dict(self) -> dict[str, Any]:
-        """The row of perplexity.json."""
+        """Return the row of perplexity.json."""
         return asdict(self) | {"perplexity": self.perplexity}
 
 
@@ -173,7 +173,7 @@ def _losses(
     seed: int,
     progress: Progress | None,
 ) -> Iterator[tuple[BlockPlan, float | None]]:
-    """The block plan of each window, and its loss; None on other ranks than the first."""
+    """Return the block plan of each window, and its loss; None on other ranks than the first."""
     engine = engine_for(star, variant, variant.sizes(len(windows[0])))
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
@@ -197,7 +197,7 @@ def _losses(
 
 
 def table(rows: Sequence[Perplexity]) -> list[tuple[str, ...]]:
-    """Rows of text, the head first: perplexity, loss, and the ratio to the first variant."""
+    """Return rows of text, the head first: perplexity, loss, and the ratio to the first variant."""
     lines: list[tuple[str, ...]] = [("", "perplexity", "nll", "ratio", "95 % interval", "")]
     for row in rows:
         error = "" if row.nll.stderr is None else f" ± {row.nll.stderr:.4f}"
@@ -208,7 +208,7 @@ def table(rows: Sequence[Perplexity]) -> list[tuple[str, ...]]:
 
 
 def _ratio(difference: Difference | None) -> tuple[str, str, str]:
-    """Ratio of the perplexities, its interval, and the verdict."""
+    """Return the ratio of the perplexities, its interval, and the verdict."""
     if difference is None:
         return "", "", ""
     interval = ""
@@ -218,7 +218,7 @@ def _ratio(difference: Difference | None) -> tuple[str, str, str]:
 
 
 def check_output(out: Path) -> None:
-    """Raises `InvalidInputError` if results cannot be written to a folder, or it has some."""
+    """Refuse with `InvalidInputError` if results cannot be written to a folder, or it has some."""
     run_folder.check_output(out)
     if (out / FILE).exists():
         raise InvalidInputError(f"{out / FILE} already exists; give another folder with --out")

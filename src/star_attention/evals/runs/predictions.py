@@ -92,7 +92,7 @@ class Prediction:
 
     @classmethod
     def from_json(cls, line: bytes) -> Prediction:
-        """Raises `ValueError` or `TypeError` for a line that is not a prediction."""
+        """Parse a line; raises `ValueError` or `TypeError` for a line that is not a prediction."""
         values = json.loads(line)
         names = {field.name for field in fields(cls)}
         if set(values) != names:
@@ -105,7 +105,7 @@ class Prediction:
 
 
 def read_predictions(folder: Path, *, required: bool = True) -> Iterator[Prediction]:
-    """The predictions of a run folder, in order.
+    """Yield the predictions of a run folder, in order.
 
     A last line without an end was cut off by a kill, and is skipped.
 
@@ -177,15 +177,15 @@ def open_predictions(path: Path) -> IO[bytes]:
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys, for hashing."""
+    """Return JSON with sorted keys, for hashing."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
 def sha256(text: str) -> str:
-    """First 16 hexadecimal digits of the hash."""
+    """Return the first 16 hexadecimal digits of the hash."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def sample_sha256(sample: Sample) -> str:
-    """Hash of every field except `length`, which depends on the rest of the data set."""
+    """Return the hash of every field except `length`, which depends on the rest of the data set."""
     return sha256(canonical(sample.as_dict() | {"length": 0}))

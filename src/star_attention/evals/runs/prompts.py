@@ -11,7 +11,7 @@ from star_attention.hf.text.tokens import context_ids, query_ids
 
 
 def content_of(sample: Sample, *, chat: bool) -> Any:
-    """The content that `StarLLM.encode` takes; a chat's user message stays open for the query."""
+    """Return the content to encode; a chat's user message stays open for the query."""
     return chat_text.user_message(sample.context) if chat else sample.context
 
 
@@ -26,13 +26,13 @@ def query_kwargs(sample: Sample) -> dict[str, Any]:
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raises `InvalidInputError` if the tokenizer has no chat template."""
+    """Refuse with `InvalidInputError` if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidInputError("this model has no chat template; leave --chat out")
 
 
 def chat_tokens(tokenizer: Any) -> int:
-    """Tokens that the chat template adds to context and query, for `Size.reserve`.
+    """Count the tokens that the chat template adds to context and query, for `Size.reserve`.
 
     Raises:
         InvalidInputError: If the tokenizer has no chat template.
@@ -58,7 +58,7 @@ class PromptCounter:
         self._opened: chat_text.ChatContext | None = None
 
     def count(self, sample: Sample) -> tuple[int, int]:
-        """Tokens of the context, and of query and answer prefix."""
+        """Return the tokens of the context, and of query and answer prefix."""
         if sample.context != self._context:
             self._context = sample.context
             self._read_context(sample)

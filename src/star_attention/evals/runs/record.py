@@ -15,12 +15,12 @@ Cell = tuple[str, int]
 
 
 def cell_counts(cells: Iterable[Mapping[str, Any]]) -> dict[Cell, int]:
-    """The number of samples of each cell, as run.json lists them."""
+    """Return the number of samples of each cell, as run.json lists them."""
     return {(cell["task"], cell["length"]): cell["samples"] for cell in cells}
 
 
 def cell_list(counts: Mapping[Cell, int]) -> list[dict[str, Any]]:
-    """Cells as run.json lists them."""
+    """Return cells as run.json lists them."""
     return [
         {"task": task, "length": length, "samples": count}
         for (task, length), count in counts.items()
@@ -51,7 +51,7 @@ def session_record(
     left_out: Mapping[str, str],
     session: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """run.json of one session alone.
+    """Return run.json of one session alone.
 
     Args:
         samples: All samples, with those that are too long.
@@ -80,7 +80,7 @@ def session_record(
 
 
 def merged(earlier: Mapping[str, Any] | None, run: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json of all sessions: that of earlier ones, and that of this one."""
+    """Return run.json of all sessions: that of earlier ones, and that of this one."""
     if earlier is None:
         return dict(run)
     variants = {key: dict(variant) for key, variant in earlier["variants"].items()}

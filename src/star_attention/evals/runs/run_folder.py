@@ -54,7 +54,7 @@ def check_output(out: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The content of run.json.
+    """Return the content of run.json.
 
     Raises:
         InvalidInputError: If it is missing or damaged.
@@ -68,7 +68,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def find_run(folder: Path) -> dict[str, Any] | None:
-    """The content of run.json, or None if there is no such file.
+    """Return the content of run.json, or None if there is no such file.
 
     Raises:
         InvalidInputError: If it is damaged, or of another format.

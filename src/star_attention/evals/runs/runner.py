@@ -131,7 +131,7 @@ def run(
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that answers depend on."""
+    """Return the versions of the packages that answers depend on."""
     return {
         "star_attention": __version__,
         "torch": torch.__version__,
@@ -288,7 +288,7 @@ def _prepare(
 
 
 def _recorded_settings(star: StarLLM, settings: RunSettings) -> dict[str, Any]:
-    """Everything that answers depend on."""
+    """Return everything that answers depend on."""
     return settings.recorded | {
         "decoding": "greedy",
         "reserve_tokens": star.config.reserve_tokens,
@@ -302,7 +302,7 @@ def _recorded_settings(star: StarLLM, settings: RunSettings) -> dict[str, Any]:
 def _check(
     star: StarLLM, samples: list[Sample], variants: list[Variant], settings: RunSettings
 ) -> None:
-    """The checks that do not need the run folder."""
+    """Run the checks that do not need the run folder."""
     if not variants:
         raise InvalidInputError("there are no variants to run; give at least one method")
     if star.tokenizer is None:
@@ -331,7 +331,7 @@ def _variants_record(
     fitting: Sequence[Sample],
     predictions: Sequence[Prediction],
 ) -> dict[str, dict[str, Any]]:
-    """Name, resolved block plans and cells of each variant, by key."""
+    """Return name, resolved block plans and cells of each variant, by key."""
     variants_by_key: dict[str, dict[str, Any]] = {
         variant.key: {
             "name": variant.name,
@@ -352,7 +352,7 @@ def _variants_record(
 
 
 def _session(star: StarLLM, jobs: Sequence[Job], settings: RunSettings) -> dict[str, Any]:
-    """The record of this call."""
+    """Return the record of this call."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": machine.command(),

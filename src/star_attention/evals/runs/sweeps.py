@@ -20,17 +20,17 @@ TABLE_4 = (
 
 
 def block_sweep(blocks: str) -> list[Variant]:
-    """Dense attention, then one variant for each block size of a list, the anchor as large."""
+    """Return dense attention, then one variant for each block size, the anchor as large."""
     return _with_baseline([f"{StarConfig.method}:{size}" for size in blocks.split(",")])
 
 
 def anchor_sweep(block: str, anchors: str) -> list[Variant]:
-    """Dense attention, then one variant for each anchor size of a list, at one block size."""
+    """Return dense attention, then one variant for each anchor size, at one block size."""
     return _with_baseline([f"{StarConfig.method}:{block}:{size}" for size in anchors.split(",")])
 
 
 def ablation_table(block: str) -> list[Variant]:
-    """Dense attention, then the rows of `TABLE_4`."""
+    """Return dense attention, then the rows of `TABLE_4`."""
     return _with_baseline([f"{StarConfig.method}:{block}:{row}".rstrip(":") for row in TABLE_4])
 
 

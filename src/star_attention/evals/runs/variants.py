@@ -147,7 +147,7 @@ class Variant:
                 yield f"{name}={value}"
 
     def sizes(self, tokens: int) -> tuple[int | None, int | None]:
-        """Block and anchor size for a text of `tokens`, fractions rounded up.
+        """Return block and anchor size for a text of `tokens`, fractions rounded up.
 
         Returns:
             Both in tokens; None leaves the choice to the method.
@@ -213,7 +213,7 @@ def parse_all(text: str) -> list[Variant]:
 
 
 def _checked(size: int | str | None, name: str) -> int | str | None:
-    """A size as tokens, or as a fraction such as "/4"."""
+    """Parse a size as tokens, or as a fraction such as "/4"."""
     if size is None:
         return None
     if isinstance(size, str) and _FRACTION.fullmatch(size.strip()):
@@ -234,7 +234,7 @@ def _resolved(size: int | str | None, tokens: int) -> int | None:
 
 
 def _written(size: int | str | None) -> str:
-    """A size as `parse` reads it, without thousands separators."""
+    """Format a size as `parse` reads it, without thousands separators."""
     if isinstance(size, int):
         return format_size(size).replace(",", "")
     return size or ""

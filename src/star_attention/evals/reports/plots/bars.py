@@ -27,7 +27,7 @@ _CHARACTER_WIDTH = 0.085
 
 
 def by_group(results: Results) -> Any:
-    """Bars of each category, one panel for each length."""
+    """Draw bars of each category, one panel for each length."""
     from matplotlib.figure import Figure
 
     lengths, groups = results.lengths, results.groups
@@ -53,7 +53,7 @@ def by_group(results: Results) -> Any:
 
 
 def _group_width(results: Results) -> float:
-    """Inches for the bars of one category."""
+    """Return the inches for the bars of one category."""
     count = len(results.groups)
     panel_width = 0.14 * len(results.variants) + 0.1
     return max(0.35, PLOT_WIDTH / count, min(panel_width, MAX_PLOT_WIDTH / count))
@@ -97,7 +97,7 @@ def _draw_groups(axes: Any, results: Results, length: int) -> list[Mean]:
 
 
 def by_variant(results: Results) -> Any:
-    """Bars of each variant's overall accuracy, dense attention as a line.
+    """Draw bars of each variant's overall accuracy, dense attention as a line.
 
     For ablations, which differ in more than a size that an axis could show.
 

@@ -17,7 +17,7 @@ Scores = dict[tuple[str, float, int], list[float]]
 
 
 def by_depth(results: Results) -> Any:
-    """One panel for each variant; None if no sample has a depth (`meta["depth"]`, percent)."""
+    """Draw one panel for each variant; None if no sample has a depth (`meta["depth"]`, percent)."""
     scores = _scores(results)
     if not scores:
         return None
@@ -62,7 +62,7 @@ def _scores(results: Results) -> Scores:
 
 
 def _samples_per_cell(scores: Scores) -> str:
-    """`1 sample`, `5 samples`, `3 to 5 samples`."""
+    """Format a count: `1 sample`, `5 samples`, `3 to 5 samples`."""
     counts = sorted({len(values) for values in scores.values()})
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{number} sample{'' if counts == [1] else 's'}"

@@ -23,7 +23,7 @@ _OFFSET = 0.03
 
 
 def by_length(results: Results) -> Any:
-    """Overall accuracy against length, with error bars."""
+    """Draw overall accuracy against length, with error bars."""
     figure, axes = new_figure("length, tokens", "accuracy, %")
     lengths = [length for length in results.lengths if length]
     center = (len(results.variants) - 1) / 2
@@ -53,7 +53,7 @@ def by_length(results: Results) -> Any:
 
 
 def by_speed(results: Results) -> Any:
-    """Accuracy against the time of a question, a point for each length."""
+    """Draw accuracy against the time of a question, a point for each length."""
     figure, axes = new_figure(
         "seconds per question, including its share of the encoding", "accuracy, %"
     )
@@ -87,7 +87,7 @@ def by_speed(results: Results) -> Any:
 
 
 def _points(results: Results, variant: str) -> list[tuple[float, float, int]]:
-    """Seconds, accuracy in percent, and length."""
+    """Return seconds, accuracy in percent, and length."""
     points = []
     for length in results.lengths:
         speed = results.speed(variant, length)

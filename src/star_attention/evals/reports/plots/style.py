@@ -24,21 +24,21 @@ PLOT_WIDTH, MAX_PLOT_WIDTH = 5.6, 12.0
 
 
 def color_of(results: Results, variant: str) -> str:
-    """The color of a variant, the same in all figures."""
+    """Return the color of a variant, the same in all figures."""
     if variant == DENSE:
         return BLACK
     return COLORS[color_index(results, variant) % len(COLORS)]
 
 
 def color_index(results: Results, variant: str) -> int:
-    """Place among the variants that have a color; 0 for dense attention."""
+    """Return the place among the variants that have a color; 0 for dense attention."""
     if variant == DENSE:
         return 0
     return [key for key in results.variants if key != DENSE].index(variant)
 
 
 def line_style(results: Results, variant: str) -> dict[str, Any]:
-    """Color, marker and line of a variant, the same in all figures."""
+    """Return color, marker and line of a variant, the same in all figures."""
     return {
         "color": color_of(results, variant),
         "marker": MARKERS[results.variants.index(variant) % len(MARKERS)],

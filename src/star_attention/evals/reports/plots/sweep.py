@@ -43,7 +43,7 @@ class _Line:
 
 
 def sweep(results: Results, size: Literal["block", "anchor"]) -> Any:
-    """Accuracy against one size, all else equal, a line for each length.
+    """Draw accuracy against one size, all else equal, a line for each length.
 
     Block sizes are compared with the anchor written in the same way, so that "as large as the
     block" is one line. Anchor sizes are compared at the same block size.
@@ -84,7 +84,7 @@ def sweep(results: Results, size: Literal["block", "anchor"]) -> Any:
 
 
 def _lines(results: Results, size: Literal["block", "anchor"]) -> dict[_Line, dict[int, Mean]]:
-    """Means by size, for every line of two sizes or more."""
+    """Return means by size, for every line of two sizes or more."""
     lines: dict[_Line, dict[int, Mean]] = {}
     for key in results.sweepable:
         variant = parse(key)
