@@ -142,7 +142,7 @@ class Runtime:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What an encoded context depends on: model, precision and tokenizer, by field."""
+        """The fields that an encoded context depends on: model, precision and tokenizer."""
         shard = tensor_parallel.model_shard(self.handle.model)
         model = (
             identity.model_identity(self.handle.model, self.handle.outer)

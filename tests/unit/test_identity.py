@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from star_attention import StarLLM
+from star_attention import StarLLM, errors
 from star_attention.errors import ContextMismatchError
 from star_attention.hf.loading import identity
 from tests.engines import CONTEXT, bundled_tokenizer, ids
@@ -105,6 +105,17 @@ def test_the_scale_of_an_adapter_counts(tmp_path: Path) -> None:
         ContextMismatchError, match=r"adapters: .*x4.* in the context, .*x32.* in this model"
     ):
         StarLLM(with_lora(64), block_size=32).load_context(tmp_path / "a.star")
+
+
+def test_a_mismatch_keeps_its_field_on_other_ranks() -> None:
+    with pytest.raises(ContextMismatchError) as refused:
+        identity.check(
+            "its own.star", {"config": {"vocab_size": 64}}, {"config": {"vocab_size": 32}}
+        )
+    error = errors.rebuild("ContextMismatchError", str(refused.value))
+    assert isinstance(error, ContextMismatchError)
+    assert error.field == refused.value.field == "config.vocab_size"
+    assert str(error) == str(refused.value)
 
 
 def test_weights_changed_after_encoding_are_noticed() -> None:

@@ -20,7 +20,7 @@ START_S = 300.0
 """Seconds that ranks wait for each other at startup."""
 
 STARTUP = "startup"
-"""Where a rank fails that does not connect."""
+"""Name of the call in which a rank fails that does not connect."""
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _INSTEAD = "start the processes with torchrun, or pass comm='solo'"

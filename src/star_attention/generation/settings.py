@@ -118,10 +118,10 @@ class GenerationSettings:
     @classmethod
     def of(cls, **arguments: Any) -> GenerationSettings:
         """Sort the keywords of a call into our settings and arguments of `GenerationConfig`."""
-        own = {f.name for f in fields(cls)} - {"generation_kwargs"}
-        ours = {name: value for name, value in arguments.items() if name in own}
-        others = {name: value for name, value in arguments.items() if name not in own}
-        return cls(**ours, generation_kwargs=others)
+        names = {f.name for f in fields(cls)} - {"generation_kwargs"}
+        settings = {name: value for name, value in arguments.items() if name in names}
+        others = {name: value for name, value in arguments.items() if name not in names}
+        return cls(**settings, generation_kwargs=others)
 
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)

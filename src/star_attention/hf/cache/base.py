@@ -31,7 +31,7 @@ from star_attention.storage.kv import ContextKV, LayerKV
 
 @dataclass(kw_only=True)
 class ForwardPosition:
-    """Where the current forward stands, shared by a cache and its layers.
+    """The position of the current forward, shared by a cache and its layers.
 
     Layers do not refer to their cache: the cycle would keep a context's memory until the garbage
     collector runs.
