@@ -1,4 +1,4 @@
-"""An assertion for tests of bad input: an error of ours with the right content."""
+"""An assertion for tests of bad input: a star_attention error with the right content."""
 
 from __future__ import annotations
 

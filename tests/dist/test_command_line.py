@@ -76,8 +76,8 @@ def test_misuse_is_reported_once_and_without_a_traceback(tmp_path: Path) -> None
         stderr = " ".join(run.stderr.replace("│", " ").split())
         assert stderr.count(message) == 1, run.stderr[-3000:]
         # torchrun's own report has a traceback.
-        ours = run.stderr.partition("torch/distributed/elastic")[0]
-        assert "star_attention/cli" not in run.stderr, ours
+        own_stderr = run.stderr.partition("torch/distributed/elastic")[0]
+        assert "star_attention/cli" not in run.stderr, own_stderr
 
 
 def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path) -> None:

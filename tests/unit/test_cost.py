@@ -135,10 +135,10 @@ def test_the_official_scheme_doubles_linear_work_and_adds_a_third_of_attention()
     """This holds for anchor = block, in the limit of many blocks."""
     full = ModelShape(**(vars(SHAPE) | {"attention": SHAPE.attention[:1]}))
     plan = BlockPlan.resolve(64 * 1024, 64)
-    ours = cost.phase1(full, plan, tokens_per_forward=1024)
+    star = cost.phase1(full, plan, tokens_per_forward=1024)
     official = cost.phase1_official(full, plan)
-    assert official.linear / ours.linear == pytest.approx(2, rel=0.01)
-    assert official.attention / ours.attention == pytest.approx(4 / 3, rel=0.01)
+    assert official.linear / star.linear == pytest.approx(2, rel=0.01)
+    assert official.attention / star.attention == pytest.approx(4 / 3, rel=0.01)
 
 
 def test_phase_2_counts_each_forward_once() -> None:

@@ -213,23 +213,23 @@ def test_stop_text_returns_all_before_the_first_stop_string(size: int) -> None:
         for stops in (["abd"], ["aab"], ["ba", "ab"], ["abc", "bc"], ["zz"], ["aaa", "c"]):
             cutter = StopStringCutter(stops)
             pieces = [text[at : at + size] for at in range(0, len(text), size)]
-            got = ""
+            returned = ""
             for index, piece in enumerate(pieces):
-                got += cutter.push(piece)
+                returned += cutter.push(piece)
                 seen = "".join(pieces[: index + 1])
                 if not cutter.stopped:
-                    pending = seen[len(got) :]
+                    pending = seen[len(returned) :]
                     assert not pending or any(stop.startswith(pending) for stop in stops)
             cuts = [text.find(stop) for stop in stops if stop in text]
             assert cutter.stopped == bool(cuts)
-            got += cutter.flush()
+            returned += cutter.flush()
             # Of two stop strings, the one that is complete first counts.
             complete = [text.find(stop) + len(stop) for stop in stops if stop in text]
             if not cuts:
-                assert got == text
+                assert returned == text
             elif size == 1:
                 first = min(complete)
-                assert got == text[: min(text.find(s) for s in stops if s in text[:first])]
+                assert returned == text[: min(text.find(s) for s in stops if s in text[:first])]
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(num_beams=2)], ids=["greedy", "beams"])

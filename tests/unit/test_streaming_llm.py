@@ -62,8 +62,8 @@ def test_against_the_mask(name: str, sinks: int, window: int) -> None:
     )
     assert reply.token_ids == expected.argmax(-1).tolist()
     stored = [*range(min(sinks, context)), *range(max(sinks, context - window), context)]
-    ours = [layer.pair() for layer in encoded.kv.layers if not layer.is_empty]
-    for pair, whole in zip(ours, kv, strict=True):
+    pairs = [layer.pair() for layer in encoded.kv.layers if not layer.is_empty]
+    for pair, whole in zip(pairs, kv, strict=True):
         for a, b in zip(pair, whole, strict=True):
             torch.testing.assert_close(a, b[:, :, stored], atol=1e-4, rtol=1e-4)
 

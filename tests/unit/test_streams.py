@@ -107,7 +107,7 @@ def test_a_stream_comes_piece_by_piece(star: StarLLM, context: EncodedContext) -
 def test_a_stream_can_be_closed_early(star: StarLLM, context: EncodedContext) -> None:
     whole = star.generate(context, QUERY, ignore_eos=True, max_new_tokens=20)
     stream = star.stream(context, QUERY, ignore_eos=True, max_new_tokens=20)
-    got = "".join(itertools.islice(stream, 3))
+    received = "".join(itertools.islice(stream, 3))
     with pytest.raises(InvalidInputError, match="the stream has not ended"):
         _ = stream.result
     stream.close()
@@ -116,7 +116,7 @@ def test_a_stream_can_be_closed_early(star: StarLLM, context: EncodedContext) ->
     assert stream.result.finish_reason == "length"
     assert 3 <= len(stream.result.token_ids) < 20
     assert whole.token_ids[: len(stream.result.token_ids)] == stream.result.token_ids
-    assert stream.result.text.startswith(got)
+    assert stream.result.text.startswith(received)
     assert whole.text.startswith(stream.result.text)
 
 

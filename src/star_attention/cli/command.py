@@ -53,7 +53,7 @@ _Builder = Callable[[dict[str, Any]], Any]
 
 
 def _expand(name: str, hint: Any, default: Any) -> tuple[list[inspect.Parameter], _Builder]:
-    """Return a parameter's options, and how its value is built from theirs."""
+    """Return a parameter's options, and a function that builds its value from their values."""
     for mark in get_args(hint)[1:]:
         if isinstance(mark, DeclaredOptions):
             return list(mark.parameters()), mark.settings

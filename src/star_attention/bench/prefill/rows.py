@@ -138,7 +138,7 @@ def table(rows: list[PrefillRow]) -> list[tuple[str, ...]]:
         "TFLOP/s",
         "of ceiling",
         *(f"x {name}" for name in baselines),
-        "of FLOP ratio",
+        "speed-up / FLOP ratio",
         "first s",
         "working GiB",
     ]

@@ -25,8 +25,8 @@ def prefill(target: TargetOptions, options: PrefillOptions, quiet: Quiet = False
     """Time to encode a context, compared with dense attention and the official implementation.
 
     Every method is measured in the same run, on random token ids. The rate counts the operations
-    that a method needs; "of FLOP ratio" is the speed-up over dense attention relative to the ratio
-    of their operations.
+    that a method needs; "speed-up / FLOP ratio" is the speed-up over dense attention, divided by
+    the ratio of their operations.
 
     Example: star-attention bench prefill -m models/needle-17m --context 8k,32k --block 4k
     """

@@ -30,7 +30,7 @@ FORMATS = {
         RULER_PROMPTS,
     )
 }
-"""Formats by name, in the order in which a file's fields are compared with theirs."""
+"""Formats by name, in the order in which their fields are compared with a file's."""
 WRITTEN = tuple(name for name, format in FORMATS.items() if format.write is not None)
 
 

@@ -10,7 +10,7 @@ from star_attention.evals.formats.row import Row
 from star_attention.evals.samples.sample import Sample
 
 _EXTRAS = ("id", "task", "length", "answer_prefix", "max_new_tokens", "metric", "meta")
-"""Fields of ours that published formats are written with."""
+"""Our fields that published formats are written with."""
 
 
 @dataclass(frozen=True, kw_only=True)

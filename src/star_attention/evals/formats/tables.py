@@ -17,7 +17,7 @@ NumberedRow = tuple[str, dict[str, Any]]
 
 
 def read_rows(path: Path) -> Iterator[NumberedRow]:
-    """Read the rows of a file, in the format that its suffix says (.jsonl for any other).
+    """Read the rows of a file, in the format of its suffix (.jsonl for any other).
 
     Raises:
         InvalidInputError: The file cannot be read, or a row is malformed.
@@ -100,7 +100,7 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows in the format that the path's suffix says, overwriting an existing file."""
+    """Write rows in the format of the path's suffix, overwriting an existing file."""
     if path.suffix == ".parquet":
         table = _pyarrow("pyarrow").Table.from_pylist([_encode(row, dict) for row in rows])
         _pyarrow("pyarrow.parquet").write_table(table, path)
