@@ -136,6 +136,8 @@ def _setting(
 class StarConfig:
     """How contexts are encoded.
 
+    Sizes are tokens, and may be written as `"4k"` or `"1m"`.
+
     Args:
         block_size: Tokens per block. None applies the paper's rule to each context: a quarter of
             it, between 1k and 32k. For `streaming_llm`, the window.
@@ -227,14 +229,17 @@ class StarConfig:
     def of(cls, config: StarConfig | None = None, **settings: Any) -> StarConfig:
         """Return `config` (default: all defaults) with some fields replaced.
 
-        Sizes may be written as `"4k"` or `"1m"`.
-
         Raises:
             UnknownOptionError: a keyword that is not a field.
             SizeError, InvalidInputError: as for `StarConfig`.
         """
-        known = {setting.name: setting for setting in fields(cls)}
-        for name, value in settings.items():
+        if not isinstance(config, (StarConfig, type(None))):
+            raise InvalidInputError(
+                f"config: expected a StarConfig, got {type(config).__name__}; give"
+                " StarConfig(...), or its fields as keywords"
+            )
+        known = [setting.name for setting in fields(cls)]
+        for name in settings:
             if name not in known:
                 raise unknown_option(
                     "StarConfig",
@@ -243,13 +248,15 @@ class StarConfig:
                     instead={},
                     otherwise=f"its fields are {', '.join(known)}",
                 )
-            # None means "by rule", except where the default is a number.
-            can_be_none = known[name].default is None
-            if known[name].metadata["metavar"] == "SIZE" and not (can_be_none and value is None):
-                settings[name] = parse_size(value, name)
         return cls(**settings) if config is None else replace(config, **settings)
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            # None means "by rule", except where the default is a number.
+            is_by_rule = value is None and setting.default is None
+            if setting.metadata["metavar"] == "SIZE" and not is_by_rule:
+                object.__setattr__(self, setting.name, parse_size(value, setting.name))
         if self.block_size is not None:
             resolve_sizes(self.block_size, self.block_size, self.anchor_size)
         elif self.anchor_size is not None and self.anchor_size < 0:

@@ -173,7 +173,7 @@ class StarLLM(RuntimeView):
             comm.run_on_rank_0(
                 lambda: prepared.append(inputs.prepare(self.runtime, content, query, settings))
             )
-        return prepared[0] if prepared else inputs.prepared_elsewhere(self.runtime)
+        return prepared[0] if prepared else Prepared()
 
     @overload
     def encode(
@@ -282,8 +282,9 @@ class StarLLM(RuntimeView):
         self, context: EncodedContext, query: Contents, **settings: Unpack[GenerateOptions]
     ) -> list[Generation]: ...
 
+    # For a prepared query, several answers to each query, and further arguments.
     @overload
-    def generate(self, context: EncodedContext, query: Prepared) -> Any: ...
+    def generate(self, context: EncodedContext, query: Any = None, **settings: Any) -> Any: ...
 
     def generate(self, context: EncodedContext, query: Any = None, **settings: Any) -> Any:
         """Answer a query on a context (phase 2). The context is left as it was.
@@ -326,12 +327,18 @@ class StarLLM(RuntimeView):
                 pass
         return run.shape.group(run.generations())
 
+    @overload
     def stream(
         self,
         context: EncodedContext,
         query: Content | Prepared | None = None,
         **settings: Unpack[GenerateOptions],
-    ) -> Stream:
+    ) -> Stream: ...
+
+    @overload
+    def stream(self, context: EncodedContext, query: Any = None, **settings: Any) -> Stream: ...
+
+    def stream(self, context: EncodedContext, query: Any = None, **settings: Any) -> Stream:
         """Answer one query piece by piece.
 
         Pieces are whole characters; text that may begin a stop string is held back. The stream's
@@ -341,7 +348,7 @@ class StarLLM(RuntimeView):
             context, query, settings: as for `generate`.
         """
         with self.runtime.comm.collective("a stream"):
-            run = runs.start(self.runtime, context, query, dict(settings), streamed=True)
+            run = runs.start(self.runtime, context, query, settings, streamed=True)
         return Stream(run, self.runtime.comm)
 
     def check_settings(self, **settings: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,12 +48,14 @@ class Prepared:
         prompts: token ids of each query, with what the chat template adds.
         settings: the settings of the answers.
         several_queries: True if the queries came as a list.
+
+    On ranks other than 0, whose arguments do not count, it is empty.
     """
 
-    contexts: tuple[ContextInput, ...]
-    prompts: list[list[int]]
-    settings: ResolvedSettings
-    several_queries: bool
+    contexts: tuple[ContextInput, ...] = ()
+    prompts: list[list[int]] = field(default_factory=list)
+    settings: ResolvedSettings | None = None
+    several_queries: bool = False
 
     def check_fits(self, context_ids_L: Tensor) -> None:
         """Raise `InvalidInputError` for a context other than the one prepared."""
@@ -97,12 +99,6 @@ def prepare(runtime: Runtime, content: Any, query: Any, options: dict[str, Any])
     )
 
 
-def prepared_elsewhere(runtime: Runtime) -> Prepared:
-    """Return what a rank other than 0 holds of a prepared context, whose content is rank 0's."""
-    settings = GenerationSettings().resolve(runtime.handle, runtime.tokenizer)
-    return Prepared(contexts=(), prompts=[], settings=settings, several_queries=False)
-
-
 def prepare_contexts(
     runtime: Runtime, content: Any, query: Any = None, options: dict[str, Any] | None = None
 ) -> tuple[bool, list[ContextInput]]:
@@ -119,6 +115,11 @@ def prepare_contexts(
         True if `content` was a list, and the contexts.
     """
     if isinstance(content, Prepared):
+        if query is not None or options is not None:
+            raise InvalidInputError(
+                "a prepared context brings its own query and settings, got others too; give them"
+                " to prepare()"
+            )
         return False, list(content.contexts)
     several, queries = is_several(content), as_queries(query)
     settings = None

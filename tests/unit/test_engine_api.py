@@ -69,6 +69,19 @@ def test_config_as_an_object_and_keywords_on_top_of_it() -> None:
     assert config == StarConfig(block_size=16)
 
 
+def test_sizes_of_a_config_may_be_written_in_words() -> None:
+    config = StarConfig(block_size="4k", anchor_size="1k", tokens_per_forward="8k")
+    assert config == StarConfig(block_size=4096, anchor_size=1024, tokens_per_forward=8192)
+    assert config.plan(32768).num_blocks == 8
+    with pytest.raises(SizeError, match="block_size '4q' is not a number of tokens"):
+        StarConfig(block_size="4q")
+
+
+def test_a_config_of_another_type_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="config: expected a StarConfig, got str"):
+        StarLLM(tiny("llama"), config="star")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("make", [StarLLM, lambda model, **words: StarConfig.of(**words)])
 def test_an_unknown_setting_names_the_nearest(make: Any) -> None:
     with pytest.raises(UnknownOptionError, match="'blok_size'; did you mean 'block_size'"):
@@ -126,7 +139,9 @@ def test_a_prepared_query_belongs_to_its_context_and_settings() -> None:
     with pytest.raises(InvalidInputError, match="prepared for another context of"):
         star.generate(other, prepared)
     with pytest.raises(InvalidInputError, match="brings its own settings, got seed too"):
-        star.generate(star.encode(prepared), prepared, seed=1)  # type: ignore[call-overload]
+        star.generate(star.encode(prepared), prepared, seed=1)
+    with pytest.raises(InvalidInputError, match="brings its own query and settings"):
+        star.encode(prepared, query="Where?")
     with pytest.raises(ContextLengthError, match="lower max_new_tokens"):
         star.prepare(TEXT, "Where?", max_new_tokens=10**6)
     with pytest.raises(InvalidInputError, match="prepare takes one context, got 2"):

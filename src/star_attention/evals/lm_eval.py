@@ -118,7 +118,8 @@ class StarLM(LM):
 
         def answer(context: EncodedContext, question: Question) -> str:
             generation = self.star.generate(context, question.query, **settings[question.index])
-            return generation.text
+            text: str = generation.text
+            return text
 
         return self._run("generate_until", requests, jobs, answer, quiet=disable_tqdm)
 

@@ -287,29 +287,31 @@ def start(
             _check_streamed(runtime, query)
         runtime.check_context(context)
         prepared = _prepared(runtime, context, query, options)
+        settings = prepared.settings
+        assert settings is not None, "rank 0 prepares"
         request = phase2_request(
             runtime,
             context,
             prepared.prompts,
-            prepared.settings.max_new_tokens,
-            generation_kwargs=prepared.settings.generation_kwargs,
-            seed=prepared.settings.arguments.seed,
-            logits_processor=prepared.settings.arguments.logits_processor,
-            stopping_criteria=prepared.settings.arguments.stopping_criteria,
+            settings.max_new_tokens,
+            generation_kwargs=settings.generation_kwargs,
+            seed=settings.arguments.seed,
+            logits_processor=settings.arguments.logits_processor,
+            stopping_criteria=settings.arguments.stopping_criteria,
         )
         shape = Shape(
             several_queries=prepared.several_queries,
-            answers_per_query=prepared.settings.answers_per_query,
+            answers_per_query=settings.answers_per_query,
         )
         run = GenerationRun(
             request,
-            prepared.settings,
+            settings,
             shape,
             tokenizer=runtime.tokenizer,
             encode_s=context.encode_s,
             streamed=streamed,
         )
-        if streamed and (not prepared.settings.uses_own_loop or shape.answers_per_query > 1):
+        if streamed and (not settings.uses_own_loop or shape.answers_per_query > 1):
             raise InvalidInputError(
                 "a stream is one answer by greedy search or sampling; use generate for beams and"
                 " several answers"

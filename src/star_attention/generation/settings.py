@@ -62,7 +62,7 @@ class GenerateOptions(TypedDict, total=False):
     """Keywords of `StarLLM.generate` and `StarLLM.stream`, for editors and type checkers.
 
     `generate` takes every argument of `GenerationConfig` about search and sampling; these are the
-    common ones.
+    common ones that leave one answer to a query.
     """
 
     max_new_tokens: int
@@ -82,7 +82,6 @@ class GenerateOptions(TypedDict, total=False):
     epsilon_cutoff: float | None
     eta_cutoff: float | None
     num_beams: int | None
-    num_return_sequences: int | None
     length_penalty: float | None
     early_stopping: bool | str | None
     repetition_penalty: float | None
