@@ -1,7 +1,7 @@
 """The options that commands share, in groups.
 
 Their help texts end up in docs/cli.md. Options about the encoding of contexts come from
-`StarConfig` (settings.py).
+`StarConfig` (config_options.py).
 """
 
 from __future__ import annotations
