@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from star_attention.bench.models import SHAPES
 from star_attention.cli import app
+from star_attention.cli.estimate import HARDWARE_NAMES
 from star_attention.errors import InvalidInputError
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, estimate
@@ -126,6 +127,10 @@ def test_calibration_recovers_the_rates() -> None:
     assert (calibrated.link, calibrated.name) == (H200.link, "h200-nvlink, calibrated")
     with pytest.raises(InvalidInputError, match="do not separate the rates"):
         calibrate(H200, samples[:1], 4e12)
+
+
+def test_the_command_line_names_all_hardware() -> None:
+    assert tuple(HARDWARE) == HARDWARE_NAMES
 
 
 def test_hardware_by_name_and_by_values() -> None:

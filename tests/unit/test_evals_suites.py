@@ -16,7 +16,8 @@ from star_attention.errors import InvalidInputError, SizeError
 from star_attention.evals import suites
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sizing import Size
-from star_attention.evals.suites.options import SuiteOption
+from star_attention.evals.samples.sources import PARTS
+from star_attention.evals.suites.options import WORDS, SuiteOption
 from star_attention.evals.suites.parallel import generate_cells
 from star_attention.evals.suites.suite import Suite
 from tests.engines import bundled_tokenizer
@@ -73,6 +74,10 @@ def test_options_are_checked(tmp_path: Path) -> None:
     option.check({"part": None})
     with pytest.raises(InvalidInputError, match="part 'c' is unknown; choose one of a, b, or leav"):
         option.check({"part": "c"})
+
+
+def test_words_can_be_limited_to_each_part() -> None:
+    assert WORDS.choices == PARTS
 
 
 def generate(

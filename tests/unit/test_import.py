@@ -38,6 +38,8 @@ print("\\n" + json.dumps({
     "status": status,
     "torch": torch is not None,
     "transformers": "transformers" in sys.modules,
+    "samples": any(name.startswith("star_attention.evals.samples") for name in sys.modules),
+    "costs": "star_attention.planning.cost" in sys.modules,
     "cuda": torch is not None and torch.cuda.is_initialized(),
     "process_group": dist is not None and dist.is_available() and dist.is_initialized(),
 }))
@@ -85,6 +87,7 @@ HELPED = (
     "encode",
     "ask",
     "plan",
+    "estimate",
     "demo",
     "bench",
     "bench prefill",
@@ -95,18 +98,22 @@ HELPED = (
 
 
 @pytest.mark.parametrize("command", HELPED)
-def test_help_imports_neither_torch_nor_transformers(command: str) -> None:
+def test_help_imports_only_declarations(command: str) -> None:
     seen = in_new_process(RUN_MODULE.format(arguments=[*command.split(), "--help"]))
     assert seen["status"] == 0
     assert "Usage" in seen["stdout"]
     assert not seen["torch"]
     assert not seen["transformers"]
+    assert not seen["samples"]
+    assert not seen["costs"]
 
 
 @pytest.mark.parametrize(
     ("code", "name"),
     [
         ("import transformers", "transformers"),
+        ("import star_attention.evals.samples.sample", "samples"),
+        ("import star_attention.planning.cost", "costs"),
         (
             "import torch.distributed as dist; "
             "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)",

@@ -10,8 +10,10 @@ from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.options import Json, ShapeOptions, WorkloadOptions, option
 from star_attention.cli.sizes import QUARTER, rank_counts, token_counts
 from star_attention.config import DEFAULT_BLOCK_RULE, StarConfig
-from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.plan import BlockPlan
+
+HARDWARE_NAMES = ("h200-nvlink", "h200-ib", "a100-nvlink", "cpu-ethernet")
+"""Keys of `planning.hardware.HARDWARE`, which only the command itself imports."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +23,12 @@ class HardwareOptions:
     hardware: Annotated[
         str,
         option(
-            f"{', '.join(HARDWARE)}, or one of them with other rates (h200-ib,link=2e10).",
+            f"{', '.join(HARDWARE_NAMES)}, or one of them with other rates (h200-ib,link=2e10).",
             "--hardware",
             panel="Hardware",
             metavar="NAME",
         ),
-    ] = next(iter(HARDWARE))
+    ] = HARDWARE_NAMES[0]
     calibrate: Annotated[
         str | None,
         option(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from star_attention.errors import InvalidInputError
-from star_attention.evals.samples.sample import Sample
 from star_attention.evals.suites.options import SuiteOption
 
 if TYPE_CHECKING:
+    from star_attention.evals.samples.sample import Sample
     from star_attention.evals.samples.sizing import Size
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Suite:
     """A family of tasks with generated samples.
 
-    Reading a declaration imports neither torch nor transformers, so that `--help` stays quick.
+    Reading a declaration imports no generator and no samples, so that `--help` stays quick.
 
     Attributes:
         name: Key in `SUITES`, name of the command `star-attention eval NAME`.
