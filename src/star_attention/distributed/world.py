@@ -201,7 +201,7 @@ class World:
     def _recover(self) -> bool:
         """Meet the other ranks after an exception; return False if not all of them arrive.
 
-        The groups are made again: in the old ones some ranks may wait for others that left.
+        Groups are made again: in the old ones some ranks may still wait for ranks that left.
         """
         self.watchdog.set_state(WAITING)
         if not self.watchdog.meet():

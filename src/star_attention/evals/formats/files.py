@@ -127,7 +127,7 @@ def read_all(
 
 
 def _distinguishing_name(path: Path, earlier: Sequence[Path]) -> str:
-    """Return the shortest end of the file's folder that no earlier file's folder ends with."""
+    """Return the shortest trailing part of the file's folder that no earlier folder ends with."""
     parts = path.resolve().parent.parts
     for count in range(1, len(parts) + 1):
         tail = parts[-count:]

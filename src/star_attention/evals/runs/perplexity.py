@@ -218,7 +218,7 @@ def _ratio(difference: Difference | None) -> tuple[str, str, str]:
 
 
 def check_output(out: Path) -> None:
-    """Refuse with `InvalidInputError` if results cannot be written to a folder, or it has some."""
+    """Refuse a folder that cannot be written to, or that already has results."""
     run_folder.check_output(out)
     if (out / FILE).exists():
         raise InvalidInputError(f"{out / FILE} already exists; give another folder with --out")
