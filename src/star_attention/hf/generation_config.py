@@ -54,7 +54,7 @@ class _Range:
         if self.low is not None:
             low = f" of at least {self.low}" if self.closed else f" above {self.low}"
         high = "" if self.high is None else f" and at most {self.high}"
-        return ("a whole number" if self.whole else "a number") + low + high
+        return ("an integer" if self.whole else "a number") + low + high
 
 
 # Temperature 0 is greedy search, and top_k 0 turns top-k off.
@@ -106,7 +106,7 @@ def check(arguments: dict[str, Any], max_new_tokens: int, vocab_size: int) -> No
             raise InvalidInputError(f"do_sample {value!r} does not work; give True or False")
         if name == "min_new_tokens" and value not in _Range(low=0, high=max_new_tokens, whole=True):
             raise InvalidInputError(
-                f"min_new_tokens {value!r} does not work; give a whole number up to"
+                f"min_new_tokens {value!r} does not work; give an integer up to"
                 f" max_new_tokens {max_new_tokens}"
             )
         if name in _TOKEN_IDS:
