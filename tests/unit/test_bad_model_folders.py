@@ -66,6 +66,19 @@ def test_a_path_without_a_model(path: Any, message: str, folder: Path) -> None:
         refused(ModelNotFoundError, message.format(folder), call=lambda: supported(path))
 
 
+def test_a_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheckout the documentation.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    message = (
+        "there is no folder organization/name here, and it could not be loaded as a hub id:"
+        " We couldn't connect to the hub; check the path or the id, and for a hub id the network"
+        " and your access to it"
+    )
+    refused(ModelNotFoundError, message, call=lambda: load("organization/name"))
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -108,11 +108,11 @@ def load_config(path: str | os.PathLike[str], **location: Any) -> Any:
     except Exception as error:
         # Configs check their values with errors of any type.
         problem = f"no model could be read at {path}"
+        remedy = "check the path, or copy or download the model again"
         if not Path(path).exists():
             problem = f"there is no folder {path} here, and it could not be loaded as a hub id"
-        raise ModelNotFoundError(
-            f"{problem}: {first_line(error)}; check the path, or copy or download the model again"
-        ) from error
+            remedy = "check the path or the id, and for a hub id the network and your access to it"
+        raise ModelNotFoundError(f"{problem}: {first_line(error).rstrip('.')}; {remedy}") from error
 
 
 def load(
