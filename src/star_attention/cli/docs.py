@@ -96,7 +96,8 @@ def _commands(group: Any) -> Iterator[tuple[str, Any]]:
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from (
-                (f"{name} {inner}", inner_command) for inner, inner_command in _commands(command)
+                (f"{name} {inner_name}", inner_command)
+                for inner_name, inner_command in _commands(command)
             )
         else:
             yield name, command
