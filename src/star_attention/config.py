@@ -134,7 +134,7 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True)
 class StarConfig:
-    """How contexts are encoded.
+    """Settings of one engine: how contexts are encoded.
 
     Sizes are tokens, and may be written as `"4k"` or `"1m"`.
 
@@ -296,7 +296,7 @@ class StarConfig:
 
     @property
     def kv_settings(self) -> dict[str, Any]:
-        """How keys and values are stored: the fields `KV_SETTINGS`."""
+        """The settings that say how keys and values are stored: the fields `KV_SETTINGS`."""
         return {name: getattr(self, name) for name in KV_SETTINGS}
 
     def forward_size(self, device_type: str) -> int:

@@ -1,4 +1,4 @@
-"""From checked inputs to encoded contexts: batches, measurements, extension, and saved contexts."""
+"""Encoding of checked inputs: batches, measurements, extension, and saved contexts."""
 
 from __future__ import annotations
 

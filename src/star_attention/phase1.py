@@ -87,7 +87,7 @@ class EncodeJob:
 
     @property
     def kv_format(self) -> KVFormat:
-        """How the contexts' keys and values are stored."""
+        """The format that the contexts' keys and values are stored in."""
         return KVFormat(dtype=self.config.kv_dtype, device=self.config.kv_device)
 
 

@@ -12,7 +12,7 @@ from star_attention.planning.traffic import Traffic
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """How long an answer took.
+    """Times that an answer took.
 
     Attributes:
         encode_s: seconds of phase 1, when the context was encoded.

@@ -33,7 +33,7 @@ Follower = Generator[str, None, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How the answers of a call are grouped: one or several queries, and answers to each."""
+    """Grouping of a call's answers: one or several queries, and the number of answers to each."""
 
     several_queries: bool
     answers_per_query: int

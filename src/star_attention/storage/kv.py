@@ -26,7 +26,7 @@ _FP8_MAX = torch.finfo(FP8).max
 
 @dataclass(frozen=True, kw_only=True)
 class KVFormat:
-    """How a context's keys and values are stored.
+    """Precision and place of a context's stored keys and values.
 
     Attributes:
         dtype: None stores them as computed; "fp8" stores e4m3 with one scale per token and head,
@@ -229,7 +229,7 @@ class ContextKV:
 
     @property
     def kv_format(self) -> KVFormat:
-        """How keys and values are stored, the same in all layers."""
+        """The format of the stored keys and values, the same in all layers."""
         return self.layers[0].kv_format
 
     @property

@@ -184,7 +184,7 @@ class AnswerCache(StarCache):
 
     @property
     def kv_format(self) -> KVFormat:
-        """How the context is stored."""
+        """The format of the stored context."""
         return self.layers[0].shard.kv_format
 
     def row_padding(self, rows: int) -> list[int]:
