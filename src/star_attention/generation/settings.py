@@ -11,7 +11,12 @@ from typing import Any, TypedDict
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens, unknown_option
-from star_attention.errors import InvalidInputError, StarAttentionError, UnknownOptionError
+from star_attention.errors import (
+    InvalidInputError,
+    StarAttentionError,
+    UnknownOptionError,
+    first_line,
+)
 from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
@@ -296,8 +301,9 @@ def translate_generation_errors() -> Iterator[None]:
         AttributeError,
         NotImplementedError,
     ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InvalidInputError(f"these generation settings do not work: {reason}") from error
+        raise InvalidInputError(
+            f"these generation settings do not work: {first_line(error)}"
+        ) from error
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> list[str]:

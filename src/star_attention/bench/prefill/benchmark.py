@@ -18,6 +18,7 @@ from star_attention.bench.prefill.contenders import (
     dense_flops,
 )
 from star_attention.bench.prefill.rows import PrefillRow, extrapolate, table
+from star_attention.errors import first_line
 from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings
 
@@ -87,7 +88,7 @@ def _timed(row: PrefillRow, workload: Workload, target: Target, repeats: int) ->
     except machine.OUT_OF_MEMORY:
         return replace(row, failed="out of memory")
     except RuntimeError as error:  # a pinned kernel that does not take these shapes
-        return replace(row, failed=str(error).strip().splitlines()[0][:120])
+        return replace(row, failed=first_line(error)[:120])
     flops_per_s = row.flops / median(seconds)
     return replace(
         row,
