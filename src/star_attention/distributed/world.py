@@ -104,7 +104,11 @@ class World:
         self._raise_if_broken()
         self.watchdog.issued += 1
         self._open_collectives += 1
-        work = collective(group)
+        try:
+            work = collective(group)
+        except dist.DistError as error:
+            # NCCL notices the death of a rank on another machine by itself.
+            raise self._explained(error) from error
 
         def wait() -> None:
             self._wait(work, group)
@@ -121,7 +125,10 @@ class World:
     def _wait(self, work: Any, group: Any) -> None:
         if type(group).__name__ == "ProcessGroupNCCL":
             # The stream waits. If a rank is lost, the watchdog aborts the collective.
-            work.wait()
+            try:
+                work.wait()
+            except dist.DistError as error:
+                raise self._explained(error) from error
             return
         with self._waiting():
             while True:
@@ -133,7 +140,11 @@ class World:
                 except RuntimeError as error:
                     self._raise_if_faulty()
                     if completed:
-                        raise self.watchdog.find_cause(first_line(error)).as_error() from error
+                        raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> BaseException:
+        """Return the fault of another rank that broke a connection."""
+        return self.watchdog.find_cause(first_line(error)).as_error()
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
