@@ -62,6 +62,13 @@ STALL_S = 60.0
 """Seconds without a heartbeat before a rank is considered dead."""
 
 
+_LOADING_INSTEAD = {
+    "torch_dtype": "use dtype=",
+    "tokenizer": "it is loaded with the model; to use another, set the engine's tokenizer",
+    "device_map": "use device=, or to spread the layers model_kwargs={'device_map': 'auto'}",
+}
+
+
 def check_dtype(dtype: Any) -> str:
     """Return the name of a precision without the prefix `torch.`.
 
@@ -122,6 +129,28 @@ class StarSettings(TypedDict, total=False):
     ring_layout: str
     kv_dtype: str | None
     kv_device: str | None
+
+
+def check_keywords(names: Iterable[str], *, known: Iterable[str]) -> None:
+    """Check the keywords of `StarLLM.from_pretrained`.
+
+    Args:
+        names: the keywords of a call.
+        known: those that it takes besides the fields of `StarConfig`.
+
+    Raises:
+        UnknownOptionError: for the first keyword that is none of them.
+    """
+    known = [*known, *StarSettings.__annotations__]
+    for name in names:
+        if name not in known:
+            raise unknown_option(
+                "from_pretrained()",
+                name,
+                known=known,
+                instead=_LOADING_INSTEAD,
+                otherwise=f"give arguments of transformers as model_kwargs={{{name!r}: ...}}",
+            )
 
 
 def _setting(

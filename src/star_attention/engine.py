@@ -10,12 +10,11 @@ from typing import Any, TypeVar, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from star_attention import encoding, inputs, phase2
-from star_attention.config import StarConfig, StarSettings, unknown_option
+from star_attention import encoding, inputs
+from star_attention.config import StarConfig, StarSettings, check_keywords
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
-from star_attention.distributed.messages import END
-from star_attention.generation import run as runs
+from star_attention.generation import start as starts
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
@@ -26,12 +25,6 @@ from star_attention.runtime import Runtime, RuntimeView
 from star_attention.storage.context import EncodedContext
 
 _T = TypeVar("_T")
-
-_INSTEAD = {
-    "torch_dtype": "use dtype=",
-    "tokenizer": "it is loaded with the model; to use another, set the engine's tokenizer",
-    "device_map": "use device=, or to spread the layers model_kwargs={'device_map': 'auto'}",
-}
 
 
 class StarLLM(RuntimeView):
@@ -118,7 +111,8 @@ class StarLLM(RuntimeView):
             UnsupportedModelError, SizeError: before any weight is read.
             UnknownOptionError: a keyword that is none of these.
         """
-        _check_keywords(cls, dict(settings))
+        parameters = inspect.signature(cls.from_pretrained).parameters
+        check_keywords(list(settings), known=[name for name in parameters if name != "settings"])
         comm = from_environment(comm)
         resolved: list[StarConfig] = []
         failure: Exception | None = None
@@ -294,22 +288,12 @@ class StarLLM(RuntimeView):
             query: text (tokenized without special tokens), token ids, chat messages, what
                 `prepare` returned, or a list of queries, answered as one batch. May be left out
                 where chat messages came with their question.
-            settings: these keywords, and every argument of transformers' `GenerationConfig` about
-                search and sampling (do_sample, temperature, top_p, num_beams, ...). They override
-                the model's own defaults. An argument about sampling alone (temperature=0.7, top_p,
-                top_k, ...) switches sampling on, where transformers would ignore it without
-                do_sample=True; `temperature=0` is greedy.
-
-                max_new_tokens: most tokens of an answer; 256 by default.
-                seed: makes sampling repeatable, whatever runs at the same time (with beams: unless
-                    another thread draws from torch's global generator, which transformers' own
-                    loops use).
-                ignore_eos: continue past end-of-sequence tokens.
-                stop: strings that end an answer; they are not part of its text.
-                return_logits: keep the unprocessed logits (greedy search and sampling).
-                answer_prefix: text that the answer is made to begin with, after the chat template's
-                    start of the answer where there is one; not part of the result.
-                logits_processor, stopping_criteria: transformers' lists.
+            settings: those of `GenerationSettings` (max_new_tokens, seed, stop, ...), and every
+                argument of transformers' `GenerationConfig` about search and sampling (do_sample,
+                temperature, top_p, num_beams, ...). They override the model's own defaults. An
+                argument about sampling alone (temperature=0.7, top_p, top_k, ...) switches sampling
+                on, where transformers would ignore it without do_sample=True; `temperature=0` is
+                greedy.
 
         Returns:
             An answer; for a list of queries, a list. With num_return_sequences above 1 each query
@@ -322,7 +306,7 @@ class StarLLM(RuntimeView):
             InvalidInputError: a setting that cannot work.
         """
         with self.runtime.comm.collective("generate"):
-            run = runs.start(self.runtime, context, query, settings)
+            run = starts.start(self.runtime, context, query, settings)
             for _ in run.pieces():
                 pass
         return run.shape.group(run.generations())
@@ -348,7 +332,7 @@ class StarLLM(RuntimeView):
             context, query, settings: as for `generate`.
         """
         with self.runtime.comm.collective("a stream"):
-            run = runs.start(self.runtime, context, query, settings, streamed=True)
+            run = starts.start(self.runtime, context, query, settings, streamed=True)
         return Stream(run, self.runtime.comm)
 
     def check_settings(self, **settings: Any) -> None:
@@ -362,37 +346,5 @@ class StarLLM(RuntimeView):
             fp32 `[tokens, vocabulary]` on rank 0: row i is the distribution of token i + 1. None on
             other ranks.
         """
-        runtime = self.runtime
-        with runtime.comm.collective("logits"):
-            requests: list[phase2.Request] = []
-
-            def prepare() -> tuple[int, None]:
-                runtime.check_context(context)
-                prompt = inputs.prompt_ids(runtime, context.chat, continuation)
-                requests.append(runs.phase2_request(runtime, context, [prompt], 0))
-                return context.key, None
-
-            follower, _ = runs.start_on_followers(runtime, prepare)
-            if follower is not None:
-                for _ in follower:
-                    pass
-                return None
-            logits_QV = phase2.logits(requests[0])
-            runtime.comm.broadcast_object((END, None))
-            return logits_QV
-
-
-def _check_keywords(cls: type[StarLLM], settings: dict[str, Any]) -> None:
-    """Raise `UnknownOptionError` for a keyword that `from_pretrained` does not take."""
-    parameters = inspect.signature(cls.from_pretrained).parameters
-    known = [name for name in parameters if name != "settings"]
-    known += list(StarSettings.__annotations__)
-    for name in settings:
-        if name not in known:
-            raise unknown_option(
-                "from_pretrained()",
-                name,
-                known=known,
-                instead=_INSTEAD,
-                otherwise=f"give arguments of transformers as model_kwargs={{{name!r}: ...}}",
-            )
+        with self.runtime.comm.collective("logits"):
+            return starts.logits(self.runtime, context, continuation)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from star_attention import inputs, phase2
+from star_attention import phase2
 from star_attention.distributed.messages import END, PIECE
 from star_attention.errors import InvalidInputError
 from star_attention.generation.result import Generation, Timings
-from star_attention.generation.settings import (
-    GenerationSettings,
-    ResolvedSettings,
-    translate_generation_errors,
-)
+from star_attention.generation.settings import ResolvedSettings, translate_generation_errors
 from star_attention.hf.execution.timing import Clock
-from star_attention.hf.text import tokens
-from star_attention.inputs import Prepared
+from star_attention.hf.text.answer import AnswerText, BeamStopCriteria, stop_tokens
 from star_attention.planning.traffic import Traffic
-from star_attention.runtime import Runtime
-from star_attention.storage.context import EncodedContext
 from star_attention.storage.oom import translate_oom
 
 Follower = Generator[str, None, Any]
@@ -78,13 +71,13 @@ class GenerationRun:
         self._encode_s = encode_s
         self.settings, self.shape = settings, shape
         if settings.stops and not settings.uses_own_loop:
-            request.stop_after = lambda prompt_tokens: tokens.BeamStopCriteria(
+            request.stop_after = lambda prompt_tokens: BeamStopCriteria(
                 tokenizer, settings.stops, prompt_tokens
             )
         self._request = request
         rows = len(request.queries) * settings.answers_per_query
-        eos_ids = settings.eos_ids | tokens.stop_tokens(tokenizer, settings.stops)
-        self._answers = [tokens.AnswerText(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
+        eos_ids = settings.eos_ids | stop_tokens(tokenizer, settings.stops)
+        self._answers = [AnswerText(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
         keeps_logits = settings.arguments.return_logits
         self._logits: list[list[Tensor]] | None = (
             [[] for _ in range(rows)] if keeps_logits else None
@@ -189,7 +182,7 @@ class GenerationRun:
         """Return the answers, those to one query next to each other."""
         return [self._generation(row, answer) for row, answer in enumerate(self._answers)]
 
-    def _generation(self, row: int, answer: tokens.AnswerText) -> Generation:
+    def _generation(self, row: int, answer: AnswerText) -> Generation:
         assert answer.finish_reason is not None, "the run has not ended"
         measured = self._measured
         later_tokens = len(answer.token_ids) - 1
@@ -261,137 +254,3 @@ class FollowerRun:
                 " block"
             )
         return self._generations
-
-
-def start(
-    runtime: Runtime,
-    context: EncodedContext,
-    query: Any,
-    options: dict[str, Any],
-    *,
-    streamed: bool = False,
-) -> GenerationRun | FollowerRun:
-    """Start one call of phase 2, which rank 0 leads. Collective.
-
-    Args:
-        runtime: the engine's.
-        context: the context to ask.
-        query: a query, a list of them, or `Prepared`.
-        options: keywords of `generate`.
-        streamed: True for `stream`, which answers one query.
-    """
-    runs: list[GenerationRun] = []
-
-    def prepare() -> tuple[int, Shape]:
-        if streamed:
-            _check_streamed(runtime, query)
-        runtime.check_context(context)
-        prepared = _prepared(runtime, context, query, options)
-        settings = prepared.settings
-        assert settings is not None, "rank 0 prepares"
-        request = phase2_request(
-            runtime,
-            context,
-            prepared.prompts,
-            settings.max_new_tokens,
-            generation_kwargs=settings.generation_kwargs,
-            seed=settings.arguments.seed,
-            logits_processor=settings.arguments.logits_processor,
-            stopping_criteria=settings.arguments.stopping_criteria,
-        )
-        shape = Shape(
-            several_queries=prepared.several_queries,
-            answers_per_query=settings.answers_per_query,
-        )
-        run = GenerationRun(
-            request,
-            settings,
-            shape,
-            tokenizer=runtime.tokenizer,
-            encode_s=context.encode_s,
-            streamed=streamed,
-        )
-        if streamed and (not settings.uses_own_loop or shape.answers_per_query > 1):
-            raise InvalidInputError(
-                "a stream is one answer by greedy search or sampling; use generate for beams and"
-                " several answers"
-            )
-        runs.append(run)
-        return context.key, shape
-
-    follower, shape = start_on_followers(runtime, prepare)
-    return runs[0] if follower is None else FollowerRun(follower, shape)
-
-
-def start_on_followers(
-    runtime: Runtime, prepare: Callable[[], tuple[int, Any]]
-) -> tuple[Follower | None, Any]:
-    """Run `prepare` on rank 0 and broadcast its result, a context's key and a value.
-
-    Returns:
-        The work of a follower (None on rank 0), and the value.
-    """
-    key, value = runtime.comm.run_on_rank_0(prepare)
-    if runtime.comm.rank == 0:
-        return None, value
-    context: EncodedContext = runtime.comm.contexts.get(key)
-    tokens_before = len(context.token_ids)
-    follower = phase2.follow(
-        runtime.handle, context.kv, tokens_before, context.rope_length, runtime.comm
-    )
-    return follower, value
-
-
-def phase2_request(
-    runtime: Runtime,
-    context: EncodedContext,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    **options: Any,
-) -> phase2.Request:
-    """Return a request of phase 2, after checking that there are positions for its answers."""
-    inputs.check_room(runtime, len(context), context.rope_length, prompts, max_new_tokens)
-    return phase2.Request(
-        handle=runtime.handle,
-        context_ids_L=context.token_ids,
-        shard=context.kv,
-        rope_length=context.rope_length,
-        queries=prompts,
-        tokens_per_forward=runtime.tokens_per_forward,
-        comm=runtime.comm,
-        **options,
-    )
-
-
-def _prepared(
-    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
-) -> Prepared:
-    if isinstance(query, Prepared):
-        if options:
-            raise InvalidInputError(
-                f"a prepared query brings its own settings, got {', '.join(options)} too; give"
-                " them to prepare()"
-            )
-        query.check_fits(context.token_ids)
-        return query
-    settings = GenerationSettings.of(**options).resolve(runtime.handle, runtime.tokenizer)
-    queries = inputs.as_queries(query)
-    return Prepared(
-        contexts=(),
-        prompts=[
-            inputs.prompt_ids(runtime, context.chat, query, settings.answer_prefix)
-            for query in queries
-        ],
-        settings=settings,
-        several_queries=inputs.is_several(query),
-    )
-
-
-def _check_streamed(runtime: Runtime, query: Any) -> None:
-    count = len(query.prompts) if isinstance(query, Prepared) else len(inputs.as_queries(query))
-    several = query.several_queries if isinstance(query, Prepared) else inputs.is_several(query)
-    if several:
-        raise InvalidInputError(
-            f"a stream answers one query, got {count}; use generate for several"
-        )
-    runtime.need_tokenizer("a stream of text")

@@ -103,9 +103,18 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """Arguments of one call of `generate`, as given; `StarLLM.generate` says what they mean.
+    """Keywords of one call of `generate` or `stream`, as given.
 
     Attributes:
+        max_new_tokens: most tokens of an answer.
+        seed: makes sampling repeatable, whatever runs at the same time (with beams: unless another
+            thread draws from torch's global generator, which transformers' own loops use).
+        ignore_eos: continue past end-of-sequence tokens.
+        stop: strings that end an answer; they are not part of its text.
+        return_logits: keep the unprocessed logits (greedy search and sampling).
+        answer_prefix: text that the answer is made to begin with, after the chat template's start
+            of the answer where there is one; not part of the result.
+        logits_processor, stopping_criteria: transformers' lists.
         generation_kwargs: arguments of transformers' `GenerationConfig`.
     """
 
