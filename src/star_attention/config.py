@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
-from star_attention.errors import InvalidInputError, SizeError, UnknownOptionError
+from star_attention.errors import InvalidInputError, SizeError, UnknownOptionError, quote
 from star_attention.planning.plan import (
     ANCHOR_SOURCES,
     RING_LAYOUTS,
@@ -77,7 +77,7 @@ def check_dtype(dtype: Any) -> str:
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise InvalidInputError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        raise InvalidInputError(f"dtype {quote(dtype)} is unknown; use one of {', '.join(DTYPES)}")
     return name
 
 
@@ -88,13 +88,15 @@ def check_device(device: Any) -> None:
         InvalidInputError: For a name that no device has.
     """
     if not isinstance(device, str) or not re.fullmatch(r"(?!gpu\b)[a-z]+(:\d+)?", device):
-        raise InvalidInputError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1")
+        raise InvalidInputError(f"device {quote(device)} is unknown; use auto, cpu, cuda or cuda:1")
 
 
 def check_max_new_tokens(tokens: Any) -> None:
     """Raise `InvalidInputError` unless `tokens` is a positive integer."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise InvalidInputError(f"max_new_tokens {tokens!r} is not a positive number of tokens")
+        raise InvalidInputError(
+            f"max_new_tokens {quote(tokens)} is not a positive number of tokens"
+        )
 
 
 def unknown_option(
@@ -110,8 +112,8 @@ def unknown_option(
         otherwise: the remedy where no keyword is near.
     """
     near = difflib.get_close_matches(name, known, n=1)
-    remedy = instead.get(name) or (f"did you mean {near[0]!r}?" if near else otherwise)
-    return UnknownOptionError(f"{call} does not take {name!r}; {remedy}")
+    remedy = instead.get(name) or (f"did you mean {quote(near[0])}?" if near else otherwise)
+    return UnknownOptionError(f"{call} does not take {quote(name)}; {remedy}")
 
 
 class StarSettings(TypedDict, total=False):
@@ -301,25 +303,25 @@ class StarConfig:
             )
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise InvalidInputError(
-                f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}"
+                f"method {quote(self.method)} is unknown; choose one of {', '.join(METHODS)}"
             )
 
         if self.anchor_source not in ANCHOR_SOURCES:
             raise InvalidInputError(
-                f"anchor_source {self.anchor_source!r} is unknown;"
+                f"anchor_source {quote(self.anchor_source)} is unknown;"
                 f" choose one of {', '.join(ANCHOR_SOURCES)}"
             )
 
         if self.ring_layout not in RING_LAYOUTS:
             raise InvalidInputError(
-                f"ring_layout {self.ring_layout!r} is unknown;"
+                f"ring_layout {quote(self.ring_layout)} is unknown;"
                 f" choose one of {', '.join(RING_LAYOUTS)}"
             )
 
         for name, known in (("kv_dtype", KV_DTYPES), ("kv_device", KV_DEVICES)):
             if getattr(self, name) not in (None, *known):
                 raise InvalidInputError(
-                    f"{name} {getattr(self, name)!r} is unknown;"
+                    f"{name} {quote(getattr(self, name))} is unknown;"
                     f" choose {', '.join(known)}, or leave it out"
                 )
 

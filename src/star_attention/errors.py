@@ -137,6 +137,28 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+QUOTED_CHARACTERS = 80
+"""Most characters of a user's value that a message repeats."""
+
+
+def quote(value: object) -> str:
+    """Return a value for a message, as `repr` shows it, cut after `QUOTED_CHARACTERS`.
+
+    Messages end in logs and bug reports, where a document does not belong.
+    """
+    if isinstance(value, str) and len(value) > QUOTED_CHARACTERS:
+        return f"{value[:QUOTED_CHARACTERS]!r}... ({len(value):,} characters)"
+    # The length of the quotation marks is not the value's.
+    shown, most = repr(value), QUOTED_CHARACTERS + 2
+    return shown if isinstance(value, str) or len(shown) <= most else f"{shown[:most]}..."
+
+
+def quote_path(path: object) -> str:
+    """Return a path that does not exist for a message: its end, in case it is a text."""
+    name = str(path)
+    return name if len(name) <= QUOTED_CHARACTERS else f"...{name[-QUOTED_CHARACTERS:]}"
+
+
 @contextlib.contextmanager
 def release_frames_on_oom() -> Iterator[None]:
     """Free the local variables of a call that raises `OutOfMemoryError`."""

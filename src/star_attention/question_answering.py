@@ -54,6 +54,11 @@ class StarPipeline:
             TokenError: an empty question or context.
             ContextLengthError: context, question and answer exceed the model's positions.
         """
+        if not isinstance(context, str):
+            raise InvalidInputError(
+                f"context: expected a str, got {type(context).__name__}; call the pipeline once for"
+                " each text, and use StarLLM for chat messages and token ids"
+            )
         if (question is None) == (questions is None):
             raise InvalidInputError("give either question (a str) or questions (a list of str)")
         if isinstance(questions, str):

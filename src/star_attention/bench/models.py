@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from star_attention.config import check_dtype
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.loading import load
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -54,7 +54,9 @@ def load_model(model: str | None, shapes: str | None, *, dtype: str, device: str
     if model is not None:
         return load.load(model, dtype=dtype, device=device, model_kwargs={})[0]
     if shapes not in SHAPES:
-        raise InvalidInputError(f"shapes {shapes!r} are unknown; choose one of {', '.join(SHAPES)}")
+        raise InvalidInputError(
+            f"shapes {quote(shapes)} are unknown; choose one of {', '.join(SHAPES)}"
+        )
     return _random_model(shapes, check_dtype(dtype), torch.device(load.pick_device(device)))
 
 

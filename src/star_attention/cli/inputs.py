@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from star_attention.errors import TextError, TokenError
+from star_attention.errors import TextError, TokenError, quote, quote_path
 
 STDIN = "-"
 _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
@@ -20,7 +20,7 @@ def read_text(name: str) -> str:
         TextError: If the file is missing, a folder, unreadable, a saved context, or not UTF-8
             (with the offset of the first bad byte).
     """
-    shown_name = "stdin" if name == STDIN else name
+    shown_name = "stdin" if name == STDIN else quote_path(name)
     try:
         data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def read_queries(
         # Lone surrogates are how Python keeps bytes that it cannot decode.
         if any("\ud800" <= character <= "\udfff" for character in query):
             raise TextError(
-                f"the query {query!r} is not UTF-8; check the terminal's locale,"
+                f"the query {quote(query)} is not UTF-8; check the terminal's locale,"
                 " or use --query-file"
             )
     if file is None:

@@ -20,6 +20,7 @@ from star_attention.cli.options import (
 from star_attention.cli.sizes import QUARTER
 from star_attention.cli.streams import say
 from star_attention.config import StarConfig
+from star_attention.errors import quote
 from star_attention.planning.plan import BlockPlan, parse_size
 
 _ESTIMATE_SETTINGS = ("block_size", "tokens_per_forward", "kv_dtype", "anchor_source")
@@ -122,7 +123,7 @@ def _check_plan_options(
         )
     if "," in context or ".." in context:
         raise typer.BadParameter(
-            f"{context!r} has several lengths; give one, or use `star-attention estimate`",
+            f"{quote(context)} has several lengths; give one, or use `star-attention estimate`",
             param_hint="--context",
         )
     if settings["block_size"] == QUARTER:
@@ -132,7 +133,7 @@ def _check_plan_options(
         )
     if not ranks.isdecimal() or int(ranks) < 1:
         raise typer.BadParameter(
-            f"{ranks!r} is not a number above 0; `star-attention estimate` takes several",
+            f"{quote(ranks)} is not a number above 0; `star-attention estimate` takes several",
             param_hint="--ranks",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from star_attention.errors import InvalidInputError, SizeError
+from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.planning.plan import parse_size
 
 QUARTER = "quarter"
@@ -42,7 +42,9 @@ def rank_counts(text: str) -> list[int]:
 
     def rank_count(part: str) -> int:
         if not part.isdecimal() or int(part) < 1:
-            raise InvalidInputError(f"ranks {part!r} is not a number of ranks; write 8, or 1..1024")
+            raise InvalidInputError(
+                f"ranks {quote(part)} is not a number of ranks; write 8, or 1..1024"
+            )
         return int(part)
 
     return _parse_list(text, "ranks", rank_count)
@@ -56,7 +58,7 @@ def _parse_list(text: str, name: str, parse: Callable[[str], int]) -> list[int]:
         stop = parse(last) if dots else number
         if stop < number:
             raise InvalidInputError(
-                f"{name} {part!r} ends before it begins; write the smaller number first"
+                f"{name} {quote(part)} ends before it begins; write the smaller number first"
             )
         while number <= stop:
             numbers.append(number)

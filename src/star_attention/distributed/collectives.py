@@ -17,7 +17,7 @@ from star_attention.distributed.comm import Pending
 from star_attention.distributed.messages import WorldControl
 from star_attention.distributed.rendezvous import START_S, dist, rendezvous
 from star_attention.distributed.world import World
-from star_attention.errors import InvalidInputError, RankError
+from star_attention.errors import InvalidInputError, RankError, quote
 from star_attention.planning import traffic
 from star_attention.planning.traffic import Traffic
 
@@ -266,7 +266,8 @@ class TorchComm(MeshComm):
         """
         if merge_collective not in (None, "gather", "reduce"):
             raise InvalidInputError(
-                f"merge_collective {merge_collective!r} is unknown; use None, 'gather' or 'reduce'"
+                f"merge_collective {quote(merge_collective)} is unknown; use None, 'gather'"
+                " or 'reduce'"
             )
         world = World(
             rank, size, host, port, server=master, name=name, stall_s=stall_s, start_s=start_s

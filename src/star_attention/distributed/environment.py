@@ -12,7 +12,7 @@ from star_attention.config import STALL_S
 from star_attention.distributed.collectives import MeshComm, TorchComm
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.solo import SoloComm
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 
 _PROCESS_COMM: list[TorchComm] = []  # at most one, for all engines of a process
 
@@ -33,7 +33,7 @@ def from_environment(comm: Any, *, stall_s: float = STALL_S) -> Comm:
         return comm
     if comm not in (None, "solo"):
         raise InvalidInputError(
-            f"comm {comm!r} is unknown; use None, 'solo' for one process, or a TorchComm"
+            f"comm {quote(comm)} is unknown; use None, 'solo' for one process, or a TorchComm"
         )
     if comm == "solo" or not _has_several_ranks():
         return SoloComm()

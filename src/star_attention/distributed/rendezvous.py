@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed
 
-from star_attention.errors import InvalidInputError, RankError, first_line
+from star_attention.errors import InvalidInputError, RankError, first_line, quote
 
 # torch's type information leaves out stores and transports.
 dist: Any = torch.distributed
@@ -67,7 +67,7 @@ def _check_environment() -> None:
         raise InvalidInputError(f"the environment lacks {', '.join(missing)}; {_INSTEAD}")
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
-            raise InvalidInputError(f"{name} {os.environ[name]!r} is not a number; {_INSTEAD}")
+            raise InvalidInputError(f"{name} {quote(os.environ[name])} is not a number; {_INSTEAD}")
     rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if int(rank) >= int(size):
         raise InvalidInputError(f"RANK {rank} is not below WORLD_SIZE {size}; {_INSTEAD}")

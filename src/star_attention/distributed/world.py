@@ -22,7 +22,13 @@ from star_attention.distributed.groups import ProcessGroups
 from star_attention.distributed.registry import ContextRegistry
 from star_attention.distributed.rendezvous import START_S, STARTUP, connect, dist
 from star_attention.distributed.watchdog import BUSY, IDLE, WAITING, Watchdog
-from star_attention.errors import InvalidInputError, RankError, first_line, release_frames_on_oom
+from star_attention.errors import (
+    InvalidInputError,
+    RankError,
+    first_line,
+    quote,
+    release_frames_on_oom,
+)
 
 POLL = timedelta(seconds=0.1)
 """How often a rank that waits for a collective checks for faults."""
@@ -52,7 +58,7 @@ class World:
         """Connect to the other ranks. `TorchComm` documents the arguments."""
         if not stall_s > 0:
             raise InvalidInputError(
-                f"stall_s {stall_s!r} is not above 0; pass the stall limit in seconds"
+                f"stall_s {quote(stall_s)} is not above 0; pass the stall limit in seconds"
             )
         self.rank, self.size = rank, size
         self.contexts = ContextRegistry(rank)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from star_attention.engine import StarLLM
-from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
+from star_attention.errors import ContextLengthError, InvalidInputError, TokenError, quote
 from star_attention.evals.splitting import LAST_BLOCK, Split, split
 from star_attention.hf.text.chat import warn_about_cut
 from star_attention.hf.text.tokens import context_ids, query_ids
@@ -112,7 +112,8 @@ class JobBuilder:
             context, continued = _continued(self._context_ids, parts.context, continuation)
         if continuation is not None and not continued:
             raise TokenError(
-                f"{name_of(request)} has an empty continuation, {continuation!r}; give it at least"
+                f"{name_of(request)} has an empty continuation, {quote(continuation)}; give"
+                " it at least"
                 " 1 token"
             )
         end = max(0, len(context) - self._tokens_to_move(parts, len(context), len(query)))

@@ -16,6 +16,7 @@ from star_attention.errors import (
     StarAttentionError,
     UnknownOptionError,
     first_line,
+    quote,
 )
 from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle
@@ -140,12 +141,12 @@ class GenerationSettings:
         check_max_new_tokens(self.max_new_tokens)
         seed = self.seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise InvalidInputError(f"seed {seed!r} is not an integer")
+            raise InvalidInputError(f"seed {quote(seed)} is not an integer")
         if seed is not None and not -(2**63) <= seed < 2**64:
             raise InvalidInputError(f"seed {seed} has more than 64 bits; give a smaller number")
         if not isinstance(self.answer_prefix, str):
             raise InvalidInputError(
-                f"answer_prefix {self.answer_prefix!r}: expected a str,"
+                f"answer_prefix {quote(self.answer_prefix)}: expected a str,"
                 f" got {type(self.answer_prefix).__name__}"
             )
         for name in ("logits_processor", "stopping_criteria"):
@@ -323,13 +324,13 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     """
     if not isinstance(stop, (str, list, tuple, type(None))):
         raise InvalidInputError(
-            f"stop {stop!r}: expected a str or a list of str, got {type(stop).__name__}"
+            f"stop {quote(stop)}: expected a str or a list of str, got {type(stop).__name__}"
         )
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     for string in stops:
         if not isinstance(string, str) or not string:
             raise InvalidInputError(
-                f"stop string {string!r} is empty or not a str; give at least one character"
+                f"stop string {quote(string)} is empty or not a str; give at least one character"
             )
     return stops
 

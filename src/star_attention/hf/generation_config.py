@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 
 _SUPPORTED_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -101,12 +101,12 @@ def check(arguments: dict[str, Any], max_new_tokens: int, vocab_size: int) -> No
                 f"{name} does not work with an encoded context: {_REFUSED[name]}; leave it out"
             )
         if name in _RANGES and value not in _RANGES[name]:
-            raise InvalidInputError(f"{name} {value!r} does not work; give {_RANGES[name]}")
+            raise InvalidInputError(f"{name} {quote(value)} does not work; give {_RANGES[name]}")
         if name == "do_sample" and not isinstance(value, bool):
-            raise InvalidInputError(f"do_sample {value!r} does not work; give True or False")
+            raise InvalidInputError(f"do_sample {quote(value)} does not work; give True or False")
         if name == "min_new_tokens" and value not in _Range(low=0, high=max_new_tokens, whole=True):
             raise InvalidInputError(
-                f"min_new_tokens {value!r} does not work; give an integer up to"
+                f"min_new_tokens {quote(value)} does not work; give an integer up to"
                 f" max_new_tokens {max_new_tokens}"
             )
         if name in _TOKEN_IDS:
@@ -117,7 +117,7 @@ def _check_token_ids(name: str, value: Any, vocab_size: int) -> None:
     for token in value if isinstance(value, (list, tuple)) else [value]:
         if token not in _Range(low=0, high=vocab_size - 1, whole=True):
             raise InvalidInputError(
-                f"{name} {token!r} is outside the model's vocabulary; give token ids in"
+                f"{name} {quote(token)} is outside the model's vocabulary; give token ids in"
                 f" 0..{vocab_size - 1}"
             )
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed import SoloComm
-from star_attention.errors import InvalidInputError, UnsupportedModelError
+from star_attention.errors import InvalidInputError, UnsupportedModelError, quote
 from star_attention.hf.cache.base import ForwardPosition, StarCache, build_layers
 from star_attention.hf.cache.probe import TOKENS, ProbeLayer, no_stores, run_probe
 from star_attention.hf.execution.handle import ModelHandle
@@ -129,7 +129,7 @@ def _dtype(config: Any, dtype: str) -> torch.dtype:
         named = getattr(torch, dtype, None)
         if not isinstance(named, torch.dtype):
             raise InvalidInputError(
-                f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16"
+                f"dtype {quote(dtype)} is unknown; use auto, float32, bfloat16 or float16"
             )
         return named
     stated = getattr(config, "dtype", None) or getattr(

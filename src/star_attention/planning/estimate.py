@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.planning import cost, traffic
 from star_attention.planning.cost import Flops
 from star_attention.planning.hardware import Hardware
@@ -92,7 +92,9 @@ def estimate(
         InvalidInputError: an unknown scheme.
     """
     if scheme not in SCHEMES:
-        raise InvalidInputError(f"scheme {scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+        raise InvalidInputError(
+            f"scheme {quote(scheme)} is unknown; choose one of {', '.join(SCHEMES)}"
+        )
     is_ring = scheme.startswith("ring")
     if is_ring:
         plan = BlockPlan.dense(context, ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.planning.cost import Flops
 
 
@@ -38,7 +38,7 @@ class Hardware:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "name" and not value > 0:
-                raise InvalidInputError(f"hardware {field.name} {value!r} is not above 0")
+                raise InvalidInputError(f"hardware {field.name} {quote(value)} is not above 0")
 
 
 # The rates of an H200 were measured with this library (bench/results). Links are four fifths of
@@ -103,26 +103,30 @@ def parse_hardware(text: str) -> Hardware:
         name, settings = "", [name, *settings]
     elif name not in HARDWARE:
         raise InvalidInputError(
-            f"hardware {name!r} is unknown; choose one of {', '.join(HARDWARE)}, or give values"
+            f"hardware {quote(name)} is unknown; choose one of {', '.join(HARDWARE)}, or"
+            " give values"
         )
     known = [field.name for field in fields(Hardware) if field.name != "name"]
     values: dict[str, float] = {}
     for setting in settings:
         field, equals, value = setting.partition("=")
         if field not in known or not equals:
-            raise InvalidInputError(f"hardware {setting!r} is unknown; give {'=, '.join(known)}=")
+            raise InvalidInputError(
+                f"hardware {quote(setting)} is unknown; give {'=, '.join(known)}="
+            )
         try:
             values[field] = float(value)
         except ValueError:
             raise InvalidInputError(
-                f"hardware {field} {value!r} is not a number; write {field}=1e9"
+                f"hardware {field} {quote(value)} is not a number; write {field}=1e9"
             ) from None
     if name:
         return replace(HARDWARE[name], **values, name=text) if values else HARDWARE[name]
     missing = [field for field in known if field not in values]
     if missing:
         raise InvalidInputError(
-            f"hardware {text!r} lacks {', '.join(missing)}; add them, or begin with a known name"
+            f"hardware {quote(text)} lacks {', '.join(missing)}; add them, or begin with a"
+            " known name"
         )
     return Hardware(name=text, **values)
 

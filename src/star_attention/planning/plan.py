@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from star_attention.errors import SizeError, TokenError
+from star_attention.errors import SizeError, TokenError, quote
 from star_attention.planning.segments import Segments
 
 MIN_BLOCK_SIZE = 1024
@@ -44,7 +44,7 @@ def parse_size(text: str | int, name: str = "size") -> int:
         SizeError: anything else.
     """
     error = SizeError(
-        f"{name} {text!r} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
+        f"{name} {quote(text)} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
     )
     if isinstance(text, bool) or not isinstance(text, (int, str)):
         raise error

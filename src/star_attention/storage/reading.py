@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from star_attention.errors import ContextNotFoundError, CorruptContextError
+from star_attention.errors import ContextNotFoundError, CorruptContextError, quote_path
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import NAMES, StoredKV
 
@@ -198,7 +198,7 @@ def _open_safetensors(path: Path) -> Any:
     try:
         if not path.exists():
             remedy = tilde_remedy(path) or "check the path, or encode and save a context first"
-            raise ContextNotFoundError(f"there is no saved context at {path}; {remedy}")
+            raise ContextNotFoundError(f"there is no saved context at {quote_path(path)}; {remedy}")
         if path.is_dir():
             raise CorruptContextError(f"{path} is a folder; give the file of a saved context")
         return safe_open(path, framework="pt", device="cpu")
@@ -211,8 +211,8 @@ def _open_safetensors(path: Path) -> Any:
                 " EncodedContext.save wrote, or encode the text first"
             ) from error
         raise CorruptContextError(
-            f"{path} cannot be read as a saved context: it is truncated, modified or something else"
-            f" ({error}); {_ENCODE_AGAIN}"
+            f"{quote_path(path)} cannot be read as a saved context: it is truncated, modified or"
+            f" something else ({getattr(error, 'strerror', None) or error}); {_ENCODE_AGAIN}"
         ) from error
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from star_attention.distributed import Comm
-from star_attention.errors import ContextSaveError
+from star_attention.errors import ContextSaveError, quote, quote_path
 from star_attention.planning.segments import Segments
 from star_attention.storage.reading import (
     FORMAT_VERSION,
@@ -39,7 +39,7 @@ def as_path(path: Any) -> Path:
         return Path(path)
     except TypeError:
         raise ContextSaveError(
-            f"cannot save the context to {path!r}: expected a str or Path, got"
+            f"cannot save the context to {quote(path)}: expected a str or Path, got"
             f" {type(path).__name__}"
         ) from None
 
@@ -70,9 +70,9 @@ def check_target(target: Path, *, as_folder: bool) -> None:
         )
     elif not target.parent.is_dir():
         remedy = tilde_remedy(target) or "create it first"
-        problem = f"the folder {target.parent} does not exist; {remedy}"
+        problem = f"the folder {quote_path(target.parent)} does not exist; {remedy}"
     if problem:
-        raise ContextSaveError(f"cannot save the context to {target}: {problem}")
+        raise ContextSaveError(f"cannot save the context to {quote_path(target)}: {problem}")
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -102,8 +102,8 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
         raise
     except (OSError, SafetensorError, ValueError) as error:
         raise ContextSaveError(
-            f"cannot save the context to {target}: {error}; free space or choose another place"
-            " (a file that was there before is unchanged)"
+            f"cannot save the context to {quote_path(target)}: {_reason(error)}; free space or"
+            " choose another place (a file that was there before is unchanged)"
         ) from error
     finally:
         if temporary is not None:
@@ -179,7 +179,8 @@ def _new_folder(target: Path) -> Path:
         )
     except OSError as error:
         raise ContextSaveError(
-            f"cannot save the context to {target}: {error}; choose another place"
+            f"cannot save the context to {quote_path(target)}: {_reason(error)}; choose another"
+            " place"
         ) from error
 
 
@@ -199,5 +200,11 @@ def _finish(folder: Path, target: Path, index: str) -> None:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     except OSError as error:
         raise ContextSaveError(
-            f"cannot save the context to {target}: {error}; free space or choose another place"
+            f"cannot save the context to {quote_path(target)}: {_reason(error)}; free space or"
+            " choose another place"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong, without the path that the system's message repeats."""
+    return str(getattr(error, "strerror", None) or error)

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 from star_attention.bench.prefill.contenders import CONTENDERS
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.planning.plan import format_size, parse_size
 
 
@@ -94,11 +94,11 @@ def _check_methods(methods: list[str], device: str) -> None:
     for method in methods:
         if method not in CONTENDERS:
             raise InvalidInputError(
-                f"method {method!r} is unknown; choose from {', '.join(CONTENDERS)}"
+                f"method {quote(method)} is unknown; choose from {', '.join(CONTENDERS)}"
             )
         if CONTENDERS[method].needs_cuda and not device.startswith("cuda"):
             raise InvalidInputError(
-                f"method {method!r} needs a CUDA device, this is {device}; leave it out"
+                f"method {quote(method)} needs a CUDA device, this is {device}; leave it out"
             )
 
 
@@ -111,12 +111,12 @@ def parse_block(text: str, context: int) -> int:
     if text.startswith("/"):
         if not text[1:].isdecimal() or int(text[1:]) < 1:
             raise InvalidInputError(
-                f"block size {text!r} is not a fraction of the context; write /4 for a quarter"
+                f"block size {quote(text)} is not a fraction of the context; write /4 for a quarter"
             )
         return max(1, context // int(text[1:]))
     size = parse_size(text, "block_size")
     if size < 1:
         raise InvalidInputError(
-            f"block size {text!r} is below 1; give tokens, or /4 for a quarter of the context"
+            f"block size {quote(text)} is below 1; give tokens, or /4 for a quarter of the context"
         )
     return size

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.row import Row
 from star_attention.evals.samples.sample import Sample
@@ -35,11 +35,14 @@ def sample_of(
     """
     if task not in SUITE.tasks:
         raise InvalidInputError(
-            f"task {task!r} of BABILong has no prompt here; choose from {', '.join(SUITE.tasks)}"
+            f"task {quote(task)} of BABILong has no prompt here; choose from"
+            f" {', '.join(SUITE.tasks)}"
         )
     for field in FIELDS:
         if not isinstance(values.get(field), str):
-            raise InvalidInputError(f"expected {field} to be a string, got {values.get(field)!r}")
+            raise InvalidInputError(
+                f"expected {field} to be a string, got {quote(values.get(field))}"
+            )
     return framed_sample(
         read_frame(task, prompts),
         id=id,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.formats.babilong import BABILONG
 from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.infinitebench import INFINITEBENCH
@@ -51,7 +51,9 @@ def read(
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
-        raise InvalidInputError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+        raise InvalidInputError(
+            f"format {quote(format)} is unknown; choose one of {', '.join(FORMATS)}"
+        )
     reader = None if format is None else FORMATS[format]
     samples: list[Sample] = []
     places: dict[str, str] = {}
@@ -73,7 +75,8 @@ def read(
             for sample in reader.read(row):
                 if sample.id in places:
                     raise InvalidInputError(
-                        f"id {sample.id!r} is already that of {places[sample.id]}; make ids unique"
+                        f"id {quote(sample.id)} is already that of {places[sample.id]};"
+                        " make ids unique"
                     )
                 places[sample.id] = place
                 samples.append(sample)
@@ -152,7 +155,7 @@ def write(path: str | Path, samples: Iterable[Sample], *, format: str) -> None:
     writer = FORMATS[format].write if format in FORMATS else None
     if writer is None:
         raise InvalidInputError(
-            f"format {format!r} cannot be written; choose one of {', '.join(WRITTEN)}"
+            f"format {quote(format)} cannot be written; choose one of {', '.join(WRITTEN)}"
         )
     suffixes = FORMATS[format].suffixes
     if path.suffix not in suffixes:

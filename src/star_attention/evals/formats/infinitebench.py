@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.row import Row
 from star_attention.evals.samples.sample import Sample
@@ -24,13 +24,13 @@ def sample_of(values: Mapping[str, Any], *, task: str, id: str) -> Sample:
     """
     if task not in TASKS:
         raise InvalidInputError(
-            f"task {task!r} of InfiniteBench is unknown; choose from {', '.join(TASKS)}"
+            f"task {quote(task)} of InfiniteBench is unknown; choose from {', '.join(TASKS)}"
         )
     context, text = values.get("context"), values.get("input", "")
     options = values.get("options") or []
     for name, value in (("context", context), ("input", text)):
         if not isinstance(value, str):
-            raise InvalidInputError(f"expected {name} of {task} to be a string, got {value!r}")
+            raise InvalidInputError(f"expected {name} of {task} to be a string, got {quote(value)}")
     question = text.strip() or TASKS[task].question
     if not question:
         raise InvalidInputError(
@@ -61,7 +61,7 @@ def option_lines(options: Any) -> str:
         or len(options) not in (0, 4)
         or not all(isinstance(option, str) for option in options)
     ):
-        raise InvalidInputError(f"expected options to be a list of 4 strings, got {options!r}")
+        raise InvalidInputError(f"expected options to be a list of 4 strings, got {quote(options)}")
     return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=False))
 
 
@@ -75,13 +75,13 @@ def _answers(task: str, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
     if task == "math_calc":
         answers = [number for text in answers for number in re.findall(r"-?\d+", text)]
     if not answers or not all(answers):
-        raise InvalidInputError(f"answer {answer!r} of {task} is empty")
+        raise InvalidInputError(f"answer {quote(answer)} of {task} is empty")
     if TASKS[task].metric not in ("option_letter", "option_function"):
         return tuple(answers)
     right = [text for text in answers if text in options]
     if len(right) != 1:
         raise InvalidInputError(
-            f"answer {answer!r} of {task} is not one of its options {options!r}"
+            f"answer {quote(answer)} of {task} is not one of its options {quote(options)}"
         )
     return "ABCD"[options.index(right[0])], right[0]
 

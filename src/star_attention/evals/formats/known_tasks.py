@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.suites import babilong
 from star_attention.evals.suites.babilong.generate import MAX_NEW_TOKENS
 from star_attention.evals.suites.infinitebench.tasks import TASKS
@@ -54,7 +54,7 @@ def metric_of(task: str, *, strict: bool) -> tuple[str, int]:
         return TASKS[task].metric, TASKS[task].max_new_tokens
     family = family_of(task)
     if family is None and strict:
-        raise InvalidInputError(f"no metric is known for task {task!r}; add a column metric")
+        raise InvalidInputError(f"no metric is known for task {quote(task)}; add a column metric")
     return (
         "string_match_part" if task.startswith("qa") else "string_match_all",
         128 if family is None else RULER[family].max_new_tokens,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.planning.plan import parse_size
 
 _SPLIT = re.compile(r"(?:validation|test|train)(?:-\d+-of-\d+)?")
@@ -43,7 +43,7 @@ class Row:
         if value is None and default is not None:
             return default
         if not isinstance(value, str):
-            raise InvalidInputError(f"expected {name} to be a string, got {value!r}")
+            raise InvalidInputError(f"expected {name} to be a string, got {quote(value)}")
         return value
 
     def tokens(self, name: str, default: int) -> int:
@@ -56,7 +56,7 @@ class Row:
         if value is None or value == "":
             return default
         if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)):
-            raise InvalidInputError(f"expected {name} to be a number of tokens, got {value!r}")
+            raise InvalidInputError(f"expected {name} to be a number of tokens, got {quote(value)}")
         return int(value)
 
     @property
@@ -67,9 +67,9 @@ class Row:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError:
-                raise InvalidInputError(f"expected meta to be JSON, got {value!r}") from None
+                raise InvalidInputError(f"expected meta to be JSON, got {quote(value)}") from None
         if value and not isinstance(value, dict):
-            raise InvalidInputError(f"expected meta to be an object, got {value!r}")
+            raise InvalidInputError(f"expected meta to be an object, got {quote(value)}")
         return dict(value or {})
 
     @property
@@ -132,5 +132,7 @@ def parse_answers(value: Any, *, parse_lists: bool = False) -> tuple[str, ...]:
     if not answers or not all(
         isinstance(answer, str | int | float) and str(answer) for answer in answers
     ):
-        raise InvalidInputError(f"expected answer to be a string or a list of them, got {value!r}")
+        raise InvalidInputError(
+            f"expected answer to be a string or a list of them, got {quote(value)}"
+        )
     return tuple(str(answer) for answer in answers)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.infinitebench import ends_with_lead, option_lines
 from star_attention.evals.formats.row import Row
@@ -55,13 +55,15 @@ def samples_of(values: Mapping[str, Any], *, task: str, id: str) -> list[Sample]
     if isinstance(context, list) and all(isinstance(value, int | float) for value in context):
         context = json.dumps(context)
     if not isinstance(context, str):
-        raise InvalidInputError(f"expected context to be a string, got {context!r}")
+        raise InvalidInputError(f"expected context to be a string, got {quote(context)}")
     if (
         not isinstance(turns, list)
         or not turns
         or not all(isinstance(turn, Mapping) for turn in turns)
     ):
-        raise InvalidInputError(f"expected multi_turns to be a list of questions, got {turns!r}")
+        raise InvalidInputError(
+            f"expected multi_turns to be a list of questions, got {quote(turns)}"
+        )
     return [
         _sample(turn, context=f"{context}\n\n", task=str(turn.get("task", task)), id=f"{id}-{i}")
         for i, turn in enumerate(turns)
@@ -71,17 +73,17 @@ def samples_of(values: Mapping[str, Any], *, task: str, id: str) -> list[Sample]
 def _sample(turn: Mapping[str, Any], *, context: str, task: str, id: str) -> Sample:
     if task.startswith("scbench_") and task not in TASKS:
         raise InvalidInputError(
-            f"task {task!r} of SCBench has no metric here; choose from {', '.join(TASKS)}"
+            f"task {quote(task)} of SCBench has no metric here; choose from {', '.join(TASKS)}"
         )
     metric, max_new_tokens = TASKS.get(task, _OTHER_TASKS)
     question, options = turn.get("input"), turn.get("options") or []
     if not isinstance(question, str) or not question.strip():
-        raise InvalidInputError(f"expected input of a turn to be a question, got {question!r}")
+        raise InvalidInputError(f"expected input of a turn to be a question, got {quote(question)}")
     values = turn.get("answer")
     values = values if isinstance(values, list) else [values]
     answers = [str(value) for value in values if value not in (None, "")]
     if not answers:
-        raise InvalidInputError(f"answer {turn.get('answer')!r} of a turn is empty")
+        raise InvalidInputError(f"answer {quote(turn.get('answer'))} of a turn is empty")
     lines = option_lines(options)
     answers += ["ABCD"[options.index(answer)] for answer in answers if answer in options]
     return Sample(

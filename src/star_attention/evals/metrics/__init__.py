@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.samples.sample import Sample
 
 Metric = Callable[[str, Sample], float]
@@ -37,7 +37,7 @@ def score(prediction: str, sample: Sample) -> float:
     """
     if sample.metric not in METRICS:
         raise InvalidInputError(
-            f"metric {sample.metric!r} of sample {sample.id} is unknown;"
+            f"metric {quote(sample.metric)} of sample {sample.id} is unknown;"
             f" choose one of {', '.join(METRICS)}"
         )
     module, _, name = METRICS[sample.metric].partition(":")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.suites.babilong.stories import LABELS
 
@@ -19,7 +19,7 @@ def label_match(prediction: str, sample: Sample) -> float:
     """
     if sample.task not in LABELS:
         raise InvalidInputError(
-            f"metric babilong of sample {sample.id} has no labels for task {sample.task!r}; it"
+            f"metric babilong of sample {sample.id} has no labels for task {quote(sample.task)}; it"
             f" scores {', '.join(LABELS)}"
         )
     sentence = re.split(r"\.|<context>|<example>", prediction.lower(), maxsplit=1)[0]

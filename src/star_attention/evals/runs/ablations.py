@@ -18,7 +18,7 @@ from torch import Tensor
 
 from star_attention import encoding, inputs
 from star_attention.engine import StarLLM
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.methods.star import Star
 from star_attention.phase1 import EncodeJob
 from star_attention.storage.context import EncodedContext
@@ -64,7 +64,7 @@ class AblatedStar(Star):
         ):
             if value not in known:
                 raise InvalidInputError(
-                    f"{name} {value!r} is unknown; choose one of {', '.join(known)}"
+                    f"{name} {quote(value)} is unknown; choose one of {', '.join(known)}"
                 )
         if content == "constant" and tokenizer is None:
             raise InvalidInputError("a constant anchor needs a tokenizer; give one to StarLLM")

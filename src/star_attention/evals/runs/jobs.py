@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from star_attention.errors import ContextLengthError, InvalidInputError
+from star_attention.errors import ContextLengthError, InvalidInputError, quote
 from star_attention.evals.metrics import score
 from star_attention.evals.runs.prompts import PromptCounter
 from star_attention.evals.runs.settings import RunSettings
@@ -85,7 +85,7 @@ def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
     selected = []
     for sample in samples:
         if sample.id in ids:
-            raise InvalidInputError(f"two samples have the id {sample.id!r}; make ids unique")
+            raise InvalidInputError(f"two samples have the id {quote(sample.id)}; make ids unique")
         ids.add(sample.id)
         cell = (sample.task, sample.length, str(sample.meta.get("depth")))
         counts[cell] = counts.get(cell, 0) + 1
@@ -159,7 +159,8 @@ def _check(sample: Sample, settings: RunSettings) -> None:
     if score("", sample) > 0:
         raise InvalidInputError(
             f"sample {sample.id} scores an empty answer as right (answers"
-            f" {list(sample.answers)!r}, metric {sample.metric}); give answers that are not empty"
+            f" {quote(list(sample.answers))}, metric {sample.metric}); give answers that"
+            " are not empty"
         )
     if (settings.max_new_tokens or sample.max_new_tokens) < 1:
         raise InvalidInputError(f"sample {sample.id} has max_new_tokens 0; give --max-new-tokens")

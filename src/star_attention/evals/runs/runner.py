@@ -20,7 +20,7 @@ import transformers
 
 from star_attention import __version__
 from star_attention.engine import StarLLM
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.metrics import score
 from star_attention.evals.runs import record, run_folder
 from star_attention.evals.runs.engines import encode, engine_for
@@ -312,7 +312,8 @@ def _check(
     ablation = next((variant for variant in variants if variant.is_ablation), None)
     if ablation is not None and (star.runtime.comm.size > 1 or star.runtime.handle.rotaries):
         raise InvalidInputError(
-            f"variant {ablation.key!r} changes the anchor, which works on one rank only, and only"
+            f"variant {quote(ablation.key)} changes the anchor, which works on one rank"
+            " only, and only"
             " if rotary frequencies do not depend on the length; leave such variants out"
         )
     if not settings.own_lengths:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from star_attention import methods
 from star_attention.config import KV_DTYPES, METHODS, StarConfig
-from star_attention.errors import InvalidInputError, SizeError
+from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.evals.runs.ablations import CONTENTS, POSITIONS
 from star_attention.planning.plan import format_size, parse_size
 
@@ -55,16 +55,16 @@ class Variant:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InvalidInputError(
-                f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}"
+                f"method {quote(self.method)} is unknown; choose one of {', '.join(METHODS)}"
             )
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise InvalidInputError(
-                f"kv_dtype {self.kv_dtype!r} is unknown; choose {', '.join(KV_DTYPES)},"
+                f"kv_dtype {quote(self.kv_dtype)} is unknown; choose {', '.join(KV_DTYPES)},"
                 " or leave it out"
             )
         if not self.has_sizes and (self.block_size, self.anchor_size) != (None, None):
             raise InvalidInputError(
-                f"method {self.method!r} takes no block and no anchor size; leave them out"
+                f"method {quote(self.method)} takes no block and no anchor size; leave them out"
             )
         self._check_ablation()
         self._normalize_sizes()
@@ -74,7 +74,8 @@ class Variant:
             return
         if not self._shares_anchor:
             raise InvalidInputError(
-                f"method {self.method!r} has no anchor to ablate; use method {StarConfig.method!r}"
+                f"method {quote(self.method)} has no anchor to ablate; use method"
+                f" {StarConfig.method!r}"
             )
         for name, value, known in (
             ("anchor", self.anchor, CONTENTS),
@@ -82,7 +83,7 @@ class Variant:
         ):
             if value not in (None, *known):
                 raise InvalidInputError(
-                    f"{name} {value!r} is unknown; choose one of {', '.join(known)}"
+                    f"{name} {quote(value)} is unknown; choose one of {', '.join(known)}"
                 )
 
     def _normalize_sizes(self) -> None:
@@ -160,7 +161,8 @@ class Variant:
             anchor = block
         if self._shares_anchor and block is not None and anchor is not None and anchor > block:
             raise SizeError(
-                f"variant {self.key!r} has an anchor of {anchor:,} tokens and blocks of {block:,}"
+                f"variant {quote(self.key)} has an anchor of {anchor:,} tokens and blocks"
+                f" of {block:,}"
                 f" at {tokens:,} tokens; give an anchor no larger than the block"
             )
         return block, anchor
@@ -181,11 +183,14 @@ def parse(text: str) -> Variant:
         if name and equals:
             if name not in _SETTINGS or _SETTINGS[name] in settings or not value:
                 raise InvalidInputError(
-                    f"variant {text!r} contains {part!r}, which is not a setting; {SYNTAX}"
+                    f"variant {quote(text)} contains {quote(part)}, which is not a setting;"
+                    f" {SYNTAX}"
                 )
             settings[_SETTINGS[name]] = value
         elif settings or len(sizes) == 2:
-            raise InvalidInputError(f"variant {text!r} has {part!r} out of place; {SYNTAX}")
+            raise InvalidInputError(
+                f"variant {quote(text)} has {quote(part)} out of place; {SYNTAX}"
+            )
         else:
             sizes.append(part)
     block, anchor = [*sizes, "", ""][:2]
@@ -201,13 +206,13 @@ def parse_all(text: str) -> list[Variant]:
     parts = text.split(",")
     if not all(part.strip() for part in parts):
         raise InvalidInputError(
-            f"variants {text!r} contain an empty entry; separate methods with single commas"
+            f"variants {quote(text)} contain an empty entry; separate methods with single commas"
         )
     variants: list[Variant] = []
     for part in parts:
         variant = parse(part)
         if variant in variants:
-            raise InvalidInputError(f"variant {variant.key!r} is named twice; name it once")
+            raise InvalidInputError(f"variant {quote(variant.key)} is named twice; name it once")
         variants.append(variant)
     return variants
 
@@ -219,7 +224,9 @@ def _checked(size: int | str | None, name: str) -> int | str | None:
     if isinstance(size, str) and _FRACTION.fullmatch(size.strip()):
         return size.strip()
     if isinstance(size, str) and size.strip().startswith("/"):
-        raise SizeError(f"{name} {size!r} is not a fraction of the length; write /4 for a quarter")
+        raise SizeError(
+            f"{name} {quote(size)} is not a fraction of the length; write /4 for a quarter"
+        )
     tokens = parse_size(size, name)
     if tokens < (1 if name == "block_size" else 0):
         raise SizeError(f"{name} {tokens} is too small; give a positive number of tokens")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +72,22 @@ class Sample:
         ):
             raise InvalidInputError(
                 "not a sample: expected answers to be a list of one or more non-empty strings, got"
-                f" {answers!r}"
+                f" {quote(answers)}"
             )
         meta = {} if values.get("meta") is None else values["meta"]
         if not isinstance(meta, Mapping):
-            raise InvalidInputError(f"not a sample: expected meta to be an object, got {meta!r}")
+            raise InvalidInputError(
+                f"not a sample: expected meta to be an object, got {quote(meta)}"
+            )
         for name in ("id", "task", "context", "query", "answer_prefix", "metric"):
             if not isinstance(values[name], str):
                 raise InvalidInputError(
-                    f"not a sample: expected {name} to be a string, got {values[name]!r}"
+                    f"not a sample: expected {name} to be a string, got {quote(values[name])}"
                 )
         for name in ("length", "max_new_tokens"):
             value = values[name]
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InvalidInputError(
-                    f"not a sample: expected {name} to be a number of tokens, got {value!r}"
+                    f"not a sample: expected {name} to be a number of tokens, got {quote(value)}"
                 )
         return cls(**{**values, "answers": tuple(answers), "meta": dict(meta)})

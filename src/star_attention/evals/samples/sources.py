@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.tools.prose import SOURCE, prose_lines
 
 PARTS = ("train", "eval")
@@ -129,7 +129,7 @@ def words(part: str | None = None) -> Words:
     if part is not None:
         if part not in PARTS:
             raise InvalidInputError(
-                f"words {part!r} is unknown; choose one of {', '.join(PARTS)}, or leave it out"
+                f"words {quote(part)} is unknown; choose one of {', '.join(PARTS)}, or leave it out"
             )
         every = words()
         adjectives, nouns, verbs = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.suites.suite import Suite
 
 SUITES = {
@@ -28,6 +28,8 @@ def get(name: str) -> Suite:
         InvalidInputError: There is no such suite.
     """
     if name not in SUITES:
-        raise InvalidInputError(f"suite {name!r} is unknown; choose one of {', '.join(SUITES)}")
+        raise InvalidInputError(
+            f"suite {quote(name)} is unknown; choose one of {', '.join(SUITES)}"
+        )
     suite: Suite = importlib.import_module(SUITES[name]).SUITE
     return suite

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,12 @@ class SuiteOption:
         if self.choices and value not in self.choices:
             choices = ", ".join(self.choices)
             raise InvalidInputError(
-                f"{self.name} {value!r} is unknown; choose one of {choices}, or leave it out"
+                f"{self.name} {quote(value)} is unknown; choose one of {choices}, or leave it out"
             )
         if self.is_path and not Path(value).exists():
-            raise InvalidInputError(f"{self.name} {str(value)!r} does not exist; check the path")
+            raise InvalidInputError(
+                f"{self.name} {quote(str(value))} does not exist; check the path"
+            )
 
 
 ESSAYS = SuiteOption(

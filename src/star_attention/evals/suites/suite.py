@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.suites.options import SuiteOption
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ class Suite:
         """
         if task not in self.tasks:
             raise InvalidInputError(
-                f"task {task!r} of {self.name} is unknown; choose from {', '.join(self.tasks)}"
+                f"task {quote(task)} of {self.name} is unknown; choose from {', '.join(self.tasks)}"
             )
         known = [option.name for option in self.options]
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise InvalidInputError(
-                f"option {unknown[0]!r} of {self.name} is unknown;"
+                f"option {quote(unknown[0])} of {self.name} is unknown;"
                 f" it takes {', '.join(known) or 'none'}"
             )
         for option in self.options:

@@ -22,6 +22,8 @@ from star_attention.errors import (
     OutOfMemoryError,
     UnsupportedModelError,
     first_line,
+    quote,
+    quote_path,
 )
 from star_attention.hf.loading import support
 
@@ -55,20 +57,20 @@ def pick_device(device: str) -> str:
     except RuntimeError:
         # torch's own message lists every kind of device that ever existed.
         raise InvalidInputError(
-            f"device {device!r} is unknown; use auto, cpu, cuda or cuda:1"
+            f"device {quote(device)} is unknown; use auto, cpu, cuda or cuda:1"
         ) from None
     if kind == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError(
-            f"device {device!r} is not available: torch sees no CUDA device; use cpu, or auto"
+            f"device {quote(device)} is not available: torch sees no CUDA device; use cpu, or auto"
         )
     if kind == "meta":
-        raise InvalidInputError(f"device {device!r} stores no values; use auto, cpu or cuda")
+        raise InvalidInputError(f"device {quote(device)} stores no values; use auto, cpu or cuda")
     try:
         torch.empty(0, device=device)
     except Exception as error:
         # Each backend has an error of its own for a missing device.
         raise InvalidInputError(
-            f"device {device!r} cannot be used ({first_line(error)}); use auto, cpu or cuda"
+            f"device {quote(device)} cannot be used ({first_line(error)}); use auto, cpu or cuda"
         ) from None
     return device
 
@@ -213,7 +215,7 @@ def _check_model_path(path: str | os.PathLike[str], subfolder: str = "") -> None
     """Raise `ModelNotFoundError` unless `path` is a model folder or may be a hub id."""
     if not isinstance(path, (str, os.PathLike)):
         raise ModelNotFoundError(
-            f"{path!r} is not a model: expected the path of its folder or a hub id, got"
+            f"{quote(path)} is not a model: expected the path of its folder or a hub id, got"
             f" {type(path).__name__}"
         )
     folder = Path(path)
@@ -222,7 +224,9 @@ def _check_model_path(path: str | os.PathLike[str], subfolder: str = "") -> None
         has_config = (folder / subfolder / "config.json").is_file()
     except OSError as error:
         # No permission, or a name that the file system does not allow.
-        raise ModelNotFoundError(f"the model folder cannot be read: {error}") from error
+        raise ModelNotFoundError(
+            f"the model folder {quote_path(path)} cannot be read ({error.strerror}); check the path"
+        ) from error
     if is_folder:
         if not has_config:
             raise ModelNotFoundError(
@@ -240,6 +244,6 @@ def _check_model_path(path: str | os.PathLike[str], subfolder: str = "") -> None
     )
     if is_path or not _HUB_ID.fullmatch(str(path)):
         raise ModelNotFoundError(
-            f"there is no model folder {path}; check the path, or give a hub id like"
+            f"there is no model folder {quote_path(path)}; check the path, or give a hub id like"
             " organization/name"
         )

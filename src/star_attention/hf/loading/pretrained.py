@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_attention.distributed.comm import Comm
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.loading import load, support
 from star_attention.hf.loading.tensor_parallel import load_shard
 
@@ -81,7 +81,7 @@ def _check_divides(tensor_parallel: Any, size: int) -> int:
     is_int = isinstance(tensor_parallel, int) and not isinstance(tensor_parallel, bool)
     if not is_int or tensor_parallel < 1:
         raise InvalidInputError(
-            f"tensor_parallel {tensor_parallel!r} is not a number of ranks; give 1, 2, 4, ..."
+            f"tensor_parallel {quote(tensor_parallel)} is not a number of ranks; give 1, 2, 4, ..."
         )
     if size % tensor_parallel:
         raise InvalidInputError(

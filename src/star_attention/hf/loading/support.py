@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from star_attention.errors import quote
+
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LAYER_REASONS = {
     "linear_attention": "linear-attention layers keep a running state instead of keys and values",
@@ -47,7 +49,7 @@ def reasons(model_or_config: Any) -> list[str]:
                     " adapters inside the layers (LoRA) work"
                 )
     if isinstance(model, (str, os.PathLike)):
-        return [f"{str(model)!r} is a path, not a model; load it with StarLLM.from_pretrained"]
+        return [f"{quote(str(model))} is a path, not a model; load it with StarLLM.from_pretrained"]
     if not isinstance(model, PreTrainedModel):
         return [*problems, f"{type(model).__name__} is not a transformers model"]
     return problems + _config_reasons(model.config) + _class_reasons(type(model), model.config)

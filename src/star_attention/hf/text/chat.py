@@ -13,7 +13,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from star_attention.errors import InvalidInputError, TokenError
+from star_attention.errors import InvalidInputError, TokenError, quote
 
 Message = dict[str, Any]
 _CUT = "\u2063star-attention-cut\u2063"
@@ -115,7 +115,7 @@ def continue_context(tokenizer: Any, chat: ChatContext, query: str | list[Messag
         first, more = query[0], list(query[1:])
         if first["role"] != "user":
             raise InvalidInputError(
-                f"a query must begin with a user message, not with role {first['role']!r}"
+                f"a query must begin with a user message, not with role {quote(first['role'])}"
             )
         texts = _texts(first)
         if chat.open and len(texts) > 1 and texts[:-1] == _texts(chat.messages[-1]):
@@ -164,18 +164,20 @@ def _texts(message: Message) -> list[str]:
         return [content]
     if isinstance(content, (list, tuple)) and content:
         if not all(isinstance(part, dict) for part in content):
-            raise InvalidInputError(f"a chat message has parts that are not dicts: {message!r}")
+            raise InvalidInputError(
+                f"a chat message has parts that are not dicts: {quote(message)}"
+            )
         kinds = {part.get("type", "text") for part in content}
         if kinds == {"text"}:
             texts = [part.get("text") for part in content]
             if all(isinstance(text, str) for text in texts):
                 return texts
-            raise InvalidInputError(f"a chat message has a part without a text: {message!r}")
+            raise InvalidInputError(f"a chat message has a part without a text: {quote(message)}")
         raise InvalidInputError(
             f"a chat message has parts of type {', '.join(sorted(kinds - {'text'}))}; only text can"
             " be encoded"
         )
-    raise InvalidInputError(f"a chat message has no text: {message!r}")
+    raise InvalidInputError(f"a chat message has no text: {quote(message)}")
 
 
 def _check_template(tokenizer: Any) -> None:

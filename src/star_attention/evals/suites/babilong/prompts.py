@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 
 QUESTION_LEAD = "Question: "
 _TEMPLATE = (
@@ -197,7 +197,8 @@ def _read_published(path: str) -> tuple[str, dict[str, dict[str, str]], str]:
         r"\{context\}.*\n.*\{question\}", template, re.DOTALL
     ):
         raise InvalidInputError(
-            f"{path}: DEFAULT_TEMPLATE {template!r} does not have the question on a line below the"
+            f"{path}: DEFAULT_TEMPLATE {quote(template)} does not have the question on a"
+            " line below the"
             f" context; {_PUBLISHED}"
         )
     return template, prompts, hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.samples.building import Draw, depths, insert, opening
 from star_attention.evals.samples.case import Case
 from star_attention.evals.samples.sample import Sample
@@ -88,7 +88,8 @@ def _parse_depths(text: str) -> list[float]:
     in_range = all(0 <= depth <= 100 for depth in parsed)
     if not parsed or not in_range or len(set(parsed)) < len(parsed):
         raise InvalidInputError(
-            f"depths {text!r} are not percentages; give different numbers from 0 to 100, separated"
+            f"depths {quote(text)} are not percentages; give different numbers from 0 to"
+            " 100, separated"
             " by commas"
         )
     return parsed

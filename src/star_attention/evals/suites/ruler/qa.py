@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError, SizeError
+from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.evals.samples.building import depths
 from star_attention.evals.samples.case import Case
 from star_attention.evals.samples.sample import Sample
@@ -114,7 +114,7 @@ def _read(option: str, name: str, parse: Callable[[Any], Questions], path: str |
     if path is None:
         raise InvalidInputError(
             f"{name} is not part of this package; give its published file with --{option}"
-            f" (option {option!r})"
+            f" (option {quote(option)})"
         )
     return _read_file(name, parse, path)
 
@@ -126,7 +126,7 @@ def _read_file(name: str, parse: Callable[[Any], Questions], path: str) -> Quest
         for question in data.questions:
             for text in (question.text, *question.answers):
                 if not isinstance(text, str):
-                    raise TypeError(f"expected a string, got {text!r}")
+                    raise TypeError(f"expected a string, got {quote(text)}")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InvalidInputError(f"{path} cannot be read as {name} ({error})") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.samples.building import Draw, scatter
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sizing import Size
@@ -123,7 +123,7 @@ def _parse_questions(questions: Any) -> int:
     except (TypeError, ValueError):
         pass
     raise InvalidInputError(
-        f"questions {questions!r} is not a positive integer; give 1 or more questions for each"
+        f"questions {quote(questions)} is not a positive integer; give 1 or more questions for each"
         " context"
     )
 
