@@ -89,7 +89,9 @@ def prepare(runtime: Runtime, content: Any, query: Any, options: dict[str, Any])
         raise InvalidInputError(
             f"prepare takes one context, got {len(content)}; prepare them one by one"
         )
-    settings = GenerationSettings.of(**options).resolve(runtime.handle, runtime.tokenizer)
+    settings = GenerationSettings.of(**options).resolve(
+        runtime.handle, runtime.tokenizer, chat=chat.is_messages(content)
+    )
     context, prompts = _prepare_one(runtime, content, as_queries(query), settings, warn=True)
     return Prepared(
         contexts=(context,),

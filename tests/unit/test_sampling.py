@@ -11,7 +11,7 @@ import torch
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.generation.settings import resolve_generation_kwargs
+from star_attention.generation.arguments import resolve_generation_kwargs
 from tests.engines import CONTEXT, QUERY, engine, ids, stock_generate, tiny
 
 STEPS = 8

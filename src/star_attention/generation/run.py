@@ -13,10 +13,12 @@ from torch import Tensor
 from star_attention import phase2
 from star_attention.distributed.messages import END, PIECE
 from star_attention.errors import InvalidInputError
+from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.result import Generation, Timings
-from star_attention.generation.settings import ResolvedSettings, translate_generation_errors
+from star_attention.generation.settings import ResolvedSettings
 from star_attention.hf.execution.timing import Clock
-from star_attention.hf.text.answer import AnswerText, BeamStopCriteria, stop_tokens
+from star_attention.hf.text.answer import AnswerText, BeamStopCriteria
+from star_attention.hf.text.endings import stop_tokens
 from star_attention.planning.traffic import Traffic
 from star_attention.storage.oom import translate_oom
 

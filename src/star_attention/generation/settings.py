@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens, unknown_option
-from star_attention.errors import (
-    InvalidInputError,
-    StarAttentionError,
-    UnknownOptionError,
-    first_line,
-    quote,
+from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
+from star_attention.errors import InvalidInputError, quote
+from star_attention.generation.arguments import (
+    as_set,
+    looking_back,
+    resolve_generation_kwargs,
+    warn_of_penalties,
 )
 from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
+from star_attention.hf.text.endings import turn_end_ids
 from star_attention.phase2 import OWN_LOOP_MODES
-
-_INSTEAD = {
-    "generation_config": "the model's own is in use already: give the arguments that differ"
-    " (top_p=0.9), or set model.generation_config",
-    "stop_strings": "use stop=",
-    "output_logits": "use return_logits=True",
-    "output_scores": "use return_logits=True, which gives the logits before any processing",
-    "return_dict_in_generate": "the result holds everything",
-    "use_cache": "the encoded context is the cache",
-    "cache_implementation": "the encoded context is the cache",
-}
-_SET_BY_US = {
-    "max_length",
-    "use_cache",
-    "cache_implementation",
-    "cache_config",
-    "return_dict_in_generate",
-    "stop_strings",
-    "output_scores",
-    "output_logits",
-    "output_attentions",
-    "output_hidden_states",
-    "prefill_chunk_size",
-}
-_READS_THE_CONTEXT = (
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "encoder_no_repeat_ngram_size",
-)
-_SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "top_h",
-)
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -111,7 +71,8 @@ class GenerationSettings:
         seed: makes sampling repeatable, whatever runs at the same time (with beams: unless another
             thread draws from torch's global generator, which transformers' own loops use).
         ignore_eos: continue past end-of-sequence tokens.
-        stop: strings that end an answer; they are not part of its text.
+        stop: strings that end an answer; they are not part of its text. They join those of the
+            model's own settings (`stop_strings`), which `[]` turns off.
         return_logits: keep the unprocessed logits (greedy search and sampling).
         answer_prefix: text that the answer is made to begin with, after the chat template's start
             of the answer where there is one; not part of the result.
@@ -156,22 +117,36 @@ class GenerationSettings:
                     f"{name}: expected a list of them, got {type(value).__name__}"
                 )
 
-    def resolve(self, handle: ModelHandle, tokenizer: Any) -> ResolvedSettings:
+    def resolve(
+        self, handle: ModelHandle, tokenizer: Any, *, chat: bool = False
+    ) -> ResolvedSettings:
         """Check the settings against a model and fill in its defaults.
+
+        Args:
+            handle: the model.
+            tokenizer: its tokenizer, or None.
+            chat: True for answers in a chat, which the end of the assistant's turn ends.
 
         Raises:
             InvalidInputError: a value that cannot work.
             UnknownOptionError: an argument that `GenerationConfig` does not have.
         """
         generation_config.check(self.generation_kwargs, self.max_new_tokens, handle.vocab_size)
+        turn_ends = turn_end_ids(tokenizer) if chat else set()
         config, generation_kwargs = resolve_generation_kwargs(
-            handle.model, self.generation_kwargs, self.max_new_tokens, self.ignore_eos
+            handle.model,
+            self.generation_kwargs,
+            self.max_new_tokens,
+            self.ignore_eos,
+            {token for token in turn_ends if token < handle.vocab_size},
         )
+        warn_of_penalties(handle.model, self.generation_kwargs)
         uses_own_loop = generation_config.check_mode(config) in OWN_LOOP_MODES
         self._check_combinations(handle, config, uses_own_loop)
         stops = stop_strings(self.stop)
         if stops and tokenizer is None:
             raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
+        stops += self._stops_of(handle.model, tokenizer)
         return ResolvedSettings(
             arguments=self,
             stops=stops,
@@ -180,12 +155,24 @@ class GenerationSettings:
             uses_own_loop=uses_own_loop,
         )
 
+    def _stops_of(self, model: Any, tokenizer: Any) -> list[str]:
+        """Return the stop strings of the model's own settings, unless the call turns them off."""
+        stops = stop_strings(getattr(model.generation_config, "stop_strings", None))
+        if self.ignore_eos or self.stop == []:
+            return []
+        if stops and tokenizer is None:
+            warnings.warn(
+                f"the model's generation_config sets stop_strings {stops}, which have no effect"
+                " without a tokenizer; give one to StarLLM, or stop=[] to do without",
+                stacklevel=2,
+            )
+            return []
+        return stops
+
     def _check_combinations(
         self, handle: ModelHandle, config: GenerationConfig, uses_own_loop: bool
     ) -> None:
-        blind = [
-            name for name in _READS_THE_CONTEXT if getattr(config, name, None) not in (None, 0, 1.0)
-        ]
+        blind = list(looking_back(config))
         if blind and not uses_own_loop and handle.rotaries:
             raise InvalidInputError(
                 f"{blind[0]} does not work with beams and prompt lookup for this model: its rotary"
@@ -239,81 +226,7 @@ class ResolvedSettings:
     @property
     def eos_ids(self) -> set[int]:
         """Ids of end-of-sequence tokens."""
-        return _as_set(self.config.eos_token_id)
-
-
-def resolve_generation_kwargs(
-    model: Any, generation_kwargs: dict[str, Any], max_new_tokens: int, ignore_eos: bool
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Fill arguments of `GenerationConfig` with what the engine sets itself.
-
-    Returns:
-        The resolved settings, and the arguments for transformers' `generate`.
-    """
-    defaults = model.generation_config
-    _check_names(generation_kwargs)
-    kwargs = dict(generation_kwargs)
-    if kwargs.get("temperature") == 0:
-        kwargs |= {"do_sample": False} | {name: None for name in _SAMPLING if name in kwargs}
-    elif "do_sample" not in kwargs and any(kwargs.get(name) is not None for name in _SAMPLING):
-        kwargs["do_sample"] = True
-    if not kwargs.get("do_sample", defaults.do_sample):
-        # The model's sampling defaults have no effect here, and transformers warns about each.
-        kwargs |= {
-            name: None for name in _SAMPLING if name not in kwargs and hasattr(defaults, name)
-        }
-    kwargs["max_new_tokens"] = max_new_tokens
-    # Defaults of the model that would change the result's type, or bring a cache of their own.
-    kwargs |= {
-        "use_cache": True,
-        "return_dict_in_generate": False,
-        "cache_implementation": None,
-        "stop_strings": None,
-    }
-    if ignore_eos:
-        kwargs["eos_token_id"] = None
-    if kwargs.get("pad_token_id", defaults.pad_token_id) is None:
-        eos_ids = _as_set(kwargs.get("eos_token_id", defaults.eos_token_id))
-        kwargs["pad_token_id"] = min(eos_ids, default=0)
-    config = copy.deepcopy(defaults)
-    with translate_generation_errors():
-        config.update(**kwargs)
-    return config, kwargs
-
-
-def _check_names(generation_kwargs: dict[str, Any]) -> None:
-    known = set(GenerationConfig().to_dict()) - _SET_BY_US
-    for name in generation_kwargs:
-        if name in ("max_length", "min_length"):
-            raise UnknownOptionError(f"{name} counts the context too; use {name[:3]}_new_tokens")
-        if name in _INSTEAD or name not in known:
-            raise unknown_option(
-                "generate()",
-                name,
-                known={*known, "stop", "seed", "answer_prefix", "ignore_eos"},
-                instead=_INSTEAD,
-                otherwise="it takes those of transformers' GenerationConfig",
-            )
-
-
-@contextmanager
-def translate_generation_errors() -> Iterator[None]:
-    """Raise `InvalidInputError` for an error that transformers raises about its settings."""
-    try:
-        yield
-    except StarAttentionError:
-        raise
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        NotImplementedError,
-    ) as error:
-        raise InvalidInputError(
-            f"these generation settings do not work: {first_line(error)}"
-        ) from error
+        return as_set(self.config.eos_token_id)
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
@@ -333,7 +246,3 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
                 f"stop string {quote(string)} is empty or not a str; give at least one character"
             )
     return stops
-
-
-def _as_set(ids: int | list[int] | None) -> set[int]:
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

@@ -154,7 +154,9 @@ def _prepared(
             )
         query.check_fits(context.token_ids)
         return query
-    settings = GenerationSettings.of(**options).resolve(runtime.handle, runtime.tokenizer)
+    settings = GenerationSettings.of(**options).resolve(
+        runtime.handle, runtime.tokenizer, chat=context.chat is not None
+    )
     queries = inputs.as_queries(query)
     return Prepared(
         contexts=(),

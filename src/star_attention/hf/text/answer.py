@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from star_attention.hf.text.endings import stop_tokens
 from star_attention.hf.text.tokens import decode
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -42,19 +43,6 @@ class Detokenizer:
         now = decode(self._tokenizer, self._ids[self._start :])
         self._start = self._read = len(self._ids)
         return now[len(before) :]
-
-
-def stop_tokens(tokenizer: Any, stops: list[str]) -> set[int]:
-    """Return the ids of stop strings that are special tokens, which the text never contains."""
-    if tokenizer is None:
-        return set()
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    special |= {
-        text: token
-        for text, token in tokenizer.get_added_vocab().items()
-        if tokenizer.decode([token]) == text
-    }
-    return {special[stop] for stop in stops if stop in special}
 
 
 class StopStringCutter:

@@ -1,0 +1,84 @@
+"""Tokens that end an answer: stop strings that are tokens, and the end of an assistant's turn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+_ANSWER = "\u2063star-attention-answer\u2063"
+
+
+def token_id(tokenizer: Any, text: str) -> int | None:
+    """Return the id of the token that is written exactly so, or None if there is none."""
+    token: int | None = tokenizer.convert_tokens_to_ids(text)
+    return None if token == tokenizer.unk_token_id and text != tokenizer.unk_token else token
+
+
+def has_channels(tokenizer: Any) -> bool:
+    """True if answers consist of messages in channels (gpt-oss): `<|channel|>final<|message|>`."""
+    return None not in (token_id(tokenizer, "<|channel|>"), token_id(tokenizer, "<|message|>"))
+
+
+def stop_tokens(tokenizer: Any, stops: Iterable[str]) -> set[int]:
+    """Return the ids of stop strings that are special tokens, which the text never contains."""
+    stops = set(stops)
+    if tokenizer is None or not stops:
+        return set()
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    special |= {
+        text: token
+        for text, token in tokenizer.get_added_vocab().items()
+        if text in stops and tokenizer.decode([token]) == text
+    }
+    return {special[stop] for stop in stops if stop in special}
+
+
+def turn_end_ids(tokenizer: Any) -> set[int]:
+    """Return the tokens that end an assistant's turn in a chat.
+
+    They are the tokenizer's end of sequence, and the token that the chat template writes after an
+    assistant's message. A checkpoint's generation settings may name neither.
+    """
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        return set()
+    ids = {tokenizer.eos_token_id} - {None}
+    # There a turn has several messages, each with an end of its own.
+    if has_channels(tokenizer):
+        return ids - {token_id(tokenizer, "<|end|>")}
+    end = _template_end(tokenizer, str(tokenizer.chat_template))
+    return ids if end is None else ids | {end}
+
+
+@functools.lru_cache(maxsize=8)
+def _template_end(tokenizer: Any, chat_template: str) -> int | None:
+    """Return the control token that the template writes right after an assistant's message."""
+    text = _rendered_answer(tokenizer)
+    after = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    if not ids:
+        return None
+    first: int = ids[0]
+    controls = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    is_written = after.startswith(tokenizer.convert_ids_to_tokens(first))
+    return first if first in controls and is_written else None
+
+
+def _rendered_answer(tokenizer: Any) -> str:
+    """Return a question and its answer as the template writes them; "" if it takes neither form."""
+    for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
+        question = (
+            "question" if isinstance(content, str) else [{"type": "text", "text": "question"}]
+        )
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": content},
+        ]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:
+            # A template may raise anything for content that it does not know.
+            continue
+        if _ANSWER in text:
+            return str(text)
+    return ""
