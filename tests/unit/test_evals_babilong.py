@@ -290,8 +290,8 @@ def test_targets_with_commas_are_sets() -> None:
 
 
 def test_a_task_without_labels_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="has no labels for task 'qa9'"):
-        score("yes", replace(sample_of(ROW, task="qa1", id="x"), task="qa9"))
+    with pytest.raises(InvalidInputError, match="has no labels for task 'qa21'"):
+        score("yes", replace(sample_of(ROW, task="qa1", id="x"), task="qa21"))
 
 
 def test_the_labels_are_the_published_ones() -> None:

@@ -83,7 +83,7 @@ def score(metric: str, prediction: str, *answers: str) -> float:
         ("option_letter", "the answer is Bo", ("C", "Cy"), 0),
         ("option_letter", "it must be D, not B", ("B", "Cy"), 0),
         ("option_letter", "the answer is", ("B", "Cy"), 0),
-        ("option_function", "B", ("B", "read"), 1),
+        ("option_function", "B.", ("B", "read"), 1),
         ("option_function", "B: read", ("B", "read"), 1),
         ("option_function", "The answer is: `read`", ("B", "read"), 1),
         ("option_function", "Because of read", ("B", "read"), 0),
@@ -93,7 +93,7 @@ def score(metric: str, prediction: str, *answers: str) -> float:
         ("token_f1", "dog sat", ("cat", "dog ran"), 0.5),
         ("character_f1", "王小明。", ("王小明",), 1),
         ("character_f1", "是王小明", ("王小明",), 6 / 7),
-        ("character_f1", "、《A》，(b)", ("a b",), 1),  # noqa: RUF001
+        ("character_f1", "、A》，(b)", ("a b",), 1),  # noqa: RUF001
         ("character_f1", "李", ("王",), 0),
     ],
 )

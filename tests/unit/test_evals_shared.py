@@ -158,7 +158,7 @@ def test_every_turn_is_a_question_on_the_same_context() -> None:
         "",
         ("2-y",),
     )
-    assert (first.metric, first.max_new_tokens) == ("string_match_part", 150)
+    assert (first.metric, first.max_new_tokens) == ("contains", 150)
     assert read("mine", *TURNS)[0].metric == "string_match_all"
 
 

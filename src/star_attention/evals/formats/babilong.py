@@ -9,6 +9,7 @@ from typing import Any
 from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.row import Row
+from star_attention.evals.metrics.babilong import LABELS
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.suites.babilong import SUITE
 from star_attention.evals.suites.babilong.generate import framed_sample
@@ -24,7 +25,7 @@ def sample_of(
 
     Args:
         values: Fields of the row.
-        task: One of qa1 to qa5.
+        task: One of qa1 to qa5; up to qa20 with published prompts.
         id: Id of the sample.
         length: Length of the sample; published lengths are counted in other tokens.
         prompts: Path of the published prompts; None for our own.
@@ -33,10 +34,14 @@ def sample_of(
         InvalidInputError: The task has no prompt, a field is missing or not a string, or the
             prompts cannot be read.
     """
-    if task not in SUITE.tasks:
+    if task not in LABELS:
         raise InvalidInputError(
-            f"task {quote(task)} of BABILong has no prompt here; choose from"
-            f" {', '.join(SUITE.tasks)}"
+            f"task {quote(task)} of BABILong is unknown; choose from {', '.join(LABELS)}"
+        )
+    if task not in SUITE.tasks and prompts is None:
+        raise InvalidInputError(
+            f"task {quote(task)} of BABILong has no prompt here, unlike"
+            f" {', '.join(SUITE.tasks)}; give the published prompts (--prompts)"
         )
     for field in FIELDS:
         if not isinstance(values.get(field), str):

@@ -78,12 +78,19 @@ def _answers(task: str, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
         raise InvalidInputError(f"answer {quote(answer)} of {task} is empty")
     if TASKS[task].metric not in ("option_letter", "option_function"):
         return tuple(answers)
-    right = [text for text in answers if text in options]
-    if len(right) != 1:
+    # Published lines hold the text, or the text and the letter; others the letter alone.
+    text = answers[0]
+    if text not in options and text in tuple("ABCD") and options:
+        text = options["ABCD".index(text)]
+    if text not in options or answers[1:] not in ([], [_letter(text, options)]):
         raise InvalidInputError(
             f"answer {quote(answer)} of {task} is not one of its options {quote(options)}"
         )
-    return "ABCD"[options.index(right[0])], right[0]
+    return _letter(text, options), text
+
+
+def _letter(text: str, options: Sequence[str]) -> str:
+    return "ABCD"[options.index(text)]
 
 
 def _read(row: Row) -> list[Sample]:

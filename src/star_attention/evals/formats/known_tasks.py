@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from star_attention.errors import InvalidInputError, quote
-from star_attention.evals.suites import babilong
+from star_attention.evals.metrics.babilong import LABELS
 from star_attention.evals.suites.babilong.generate import MAX_NEW_TOKENS
 from star_attention.evals.suites.infinitebench.tasks import TASKS
 
@@ -48,7 +48,7 @@ def metric_of(task: str, *, strict: bool) -> tuple[str, int]:
     Raises:
         InvalidInputError: The name is unknown, and `strict`.
     """
-    if task in babilong.SUITE.tasks:
+    if task in LABELS:
         return "babilong", MAX_NEW_TOKENS
     if task in TASKS:
         return TASKS[task].metric, TASKS[task].max_new_tokens

@@ -13,10 +13,12 @@ Metric = Callable[[str, Sample], float]
 METRICS = {
     "string_match_all": "star_attention.evals.metrics.matching:string_match_all",
     "string_match_part": "star_attention.evals.metrics.matching:string_match_part",
+    "contains": "star_attention.evals.metrics.matching:contains",
     "babilong": "star_attention.evals.metrics.babilong:label_match",
     "first_integer": "star_attention.evals.metrics.numbers:first_integer",
     "last_integer": "star_attention.evals.metrics.numbers:last_integer",
     "first_number": "star_attention.evals.metrics.numbers:first_number",
+    "first_number_truncated": "star_attention.evals.metrics.numbers:first_number_truncated",
     "leading_integers": "star_attention.evals.metrics.numbers:leading_integers",
     "whole_word": "star_attention.evals.metrics.matching:whole_word",
     "name_word": "star_attention.evals.metrics.matching:name_word",

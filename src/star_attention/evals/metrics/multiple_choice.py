@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import re
 
-from star_attention.evals.metrics.words import split_words
 from star_attention.evals.samples.sample import Sample
 
-_LETTERS = frozenset("ABCD")
+_LETTERS = "ABCD"
 
 
 def option_letter(prediction: str, sample: Sample) -> float:
     """Return 1 for the right letter or option.
 
-    Takes the letter that the prediction begins with; else the letter or option after "answer is" or
-    the like; else the first word that is a letter.
+    Takes the letter that the prediction begins with, or all of it if that is the option; else the
+    letter or option after "answer is" or the like; else the first word that is a letter.
     """
     text = prediction.strip()
-    if text[:1] in _LETTERS:
+    if text[:1] in tuple(_LETTERS):
         return float(text[0] in sample.answers)
-    text = " ".join(split_words(text, "\n\"'.,?!{}"))
+    if text in sample.answers:
+        return 1.0
+    text = _spaced(r"[\n\"'.,?!{}]", text)
     rest = _after(text, ("answer is:", "answer:", "answer is", "option is"))
     if rest is not None:
         return float(rest.startswith(sample.answers))
+    # As published, runs of letters such as "AB" count as a choice, which is never right.
     letters = [word for word in text.split() if word in _LETTERS]
     return float(bool(letters) and letters[0] in sample.answers)
 
@@ -31,15 +33,18 @@ def option_function(prediction: str, sample: Sample) -> float:
     """Return 1 for the right letter or function.
 
     Takes the letter that the prediction begins with, if "." or ":" follows; else the letter or
-    function after "answer:" or the like. The letter alone counts too, unlike in the published
-    score.
+    function after "answer is:" or the like. As published, a letter alone is no answer.
     """
     text, letter = prediction.strip(), sample.answers[0]
-    if text == letter or text[:2] in (f"{letter}.", f"{letter}:"):
+    if text[:2] in (f"{letter}.", f"{letter}:"):
         return 1.0
-    text = re.sub(r"[\n`'\"*-]|[Oo]ption", " ", text)
-    rest = _after(" ".join(text.split()), ("answer is:", "is:", "answer:"))
+    rest = _after(_spaced(r"[\n`'\"*-]|[Oo]ption", text), ("answer is:", "is:", "answer:"))
     return float(rest is not None and rest.startswith(sample.answers))
+
+
+def _spaced(pattern: str, text: str) -> str:
+    """Replace what matches by spaces, and runs of spaces by one."""
+    return re.sub(" +", " ", re.sub(pattern, " ", text))
 
 
 def _after(text: str, leads: tuple[str, ...]) -> str | None:

@@ -99,8 +99,8 @@ TASKS = {
         max_new_tokens=5,
         instruction="Below is the code of a project in which one function was given an error on"
         " purpose.",
-        question="Which of these functions has the error? Answer with the letter of the option.",
-        prefix="\nThe letter of the right option is",
+        question="Which of these functions has the error? Answer with its letter and its name.",
+        prefix="\nThe right option is:",
     ),
     "code_run": Task(
         metric="last_integer",
