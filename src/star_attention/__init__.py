@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from star_attention import errors as errors
     from star_attention.config import StarConfig as StarConfig
     from star_attention.engine import StarLLM as StarLLM
+    from star_attention.files.documents import read_document as read_document
     from star_attention.generation.result import Generation as Generation
     from star_attention.generation.stream import Stream as Stream
     from star_attention.hf.loading.pretrained import supported as supported
@@ -29,6 +30,7 @@ _HOME = {
     "StarLLM": "engine",
     "Stream": "generation.stream",
     "pipeline": "question_answering",
+    "read_document": "files.documents",
     "supported": "hf.loading.pretrained",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "errors",
     "pipeline",
+    "read_document",
     "supported",
 ]
 

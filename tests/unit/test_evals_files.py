@@ -287,7 +287,7 @@ def test_errors_of_tables_and_files_as_a_whole(tmp_path: Path) -> None:
         read(tmp_path / "gone.jsonl")
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(InvalidInputError, match=r"data.jsonl cannot be read"):
+    with pytest.raises(InvalidInputError, match=r"data.jsonl cannot be read: it is not UTF-8"):
         read(path)
 
 

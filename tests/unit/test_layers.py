@@ -29,7 +29,8 @@ LAYERS = {
     # L2: other ranks, and where keys and values live
     "distributed": 2,
     "storage": 2,
-    # L3: all contact with transformers' models
+    # L3: files of users; all contact with transformers' models
+    "files": 3,
     "hf": 3,
     # L4: the two phases
     "phase1": 4,

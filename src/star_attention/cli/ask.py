@@ -81,15 +81,19 @@ def _converse(answerer: Answerer, status: Status) -> None:
 
 def _read_query() -> str:
     """Prompt for a line and strip it; return "" at the end of input."""
+    from star_attention.cli.inputs import check_utf8
+
     prompt = _PROMPT
     if not sys.stdout.isatty():
         # Answers go to a file: keep the prompt out of it.
         print(prompt, end="", file=sys.stderr, flush=True)
         prompt = ""
     try:
-        return input(prompt).strip()
+        query = input(prompt).strip()
     except EOFError:
         print(file=sys.stderr)
         return ""
     except UnicodeDecodeError:
         raise TextError("the typed query is not UTF-8; check the terminal's locale") from None
+    check_utf8("typed query", query)
+    return query

@@ -30,11 +30,10 @@ def encode(
     from star_attention.cli.inputs import read_context
     from star_attention.cli.paths import check_save_path
 
-    text = ""
+    text, status = "", Status(quiet=quiet)
     if is_rank_0():
         check_save_path(output)
-        text = read_context(files)
-    status = Status(quiet=quiet)
+        text = read_context(files, status.say, html_to_text=context.html_to_text)
     star = session.load_for(model, context, status)
     encoded = session.encode_text(star, text, status, chat=context.chat)
     where = " on rank 0" if encoded.plan.ranks > 1 else ""

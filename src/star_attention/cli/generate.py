@@ -48,14 +48,14 @@ def generate(
     from star_attention.cli.paths import check_save_path
 
     kwargs = answer.generation_kwargs()
+    status = Status(quiet=quiet)
     text, queries = "", [""]
     if is_rank_0():
         queries = read_queries(answer.query, answer.query_file, context_files=files)
         if not queries:
             raise typer.BadParameter("give a query", param_hint="--query or --query-file")
         check_save_path(save)
-        text = read_context(files)
-    status = Status(quiet=quiet)
+        text = read_context(files, status.say, html_to_text=context.html_to_text)
     star = session.load_for(model, context, status)
     text, queries = star.from_rank_0((text, queries))
     encoded = session.encode_text(

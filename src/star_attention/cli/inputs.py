@@ -2,74 +2,87 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
-from star_attention.errors import TextError, TokenError, quote, quote_path
+from star_attention.errors import TextError, TokenError, quote
+from star_attention.files import documents, kinds
+from star_attention.files.text import decode, read_bytes, saved_context_error
 
 STDIN = "-"
-_BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
+
+Note = Callable[[str], None]
+"""Prints a line about how a text was read."""
 
 
 def read_text(name: str) -> str:
     """Read a text file, or stdin for `-`. A leading byte-order mark is removed.
 
     Raises:
-        TextError: If the file is missing, a folder, unreadable, a saved context, or not UTF-8
-            (with the offset of the first bad byte).
+        TextError: If the file is missing, a folder, unreadable, or not UTF-8 text (the message says
+            what it is).
     """
-    shown_name = "stdin" if name == STDIN else quote_path(name)
-    try:
-        data = sys.stdin.buffer.read() if name == STDIN else Path(name).read_bytes()
-    except FileNotFoundError:
-        raise TextError(
-            f"there is no text file {shown_name}; check the path, or give - for stdin"
-        ) from None
-    except IsADirectoryError:
-        if any(Path(name).glob("rank-*.safetensors")):
-            raise _saved_context_error(shown_name) from None
-        raise TextError(f"{shown_name} is a folder; name the text files in it") from None
-    except OSError as error:
-        raise TextError(
-            f"cannot read the text file {shown_name}: {error.strerror or error};"
-            " check its permissions"
-        ) from error
-    try:
-        return data.decode("utf-8").removeprefix(_BOM)
-    except UnicodeDecodeError as error:
-        from star_attention.storage.reading import is_saved_header
-
-        if is_saved_header(data):
-            raise _saved_context_error(shown_name) from None
-        raise TextError(
-            f"{shown_name} is not UTF-8: byte {error.start:,} of {len(data):,} is"
-            f" 0x{data[error.start]:02x} ({error.reason}); convert it first, for example with:"
-            f" iconv -f WINDOWS-1252 -t UTF-8 {'' if name == STDIN else shown_name}"
-        ) from None
+    return decode(_read_bytes(name), _source(name))
 
 
-def _saved_context_error(name: str) -> TextError:
-    return TextError(
-        f"{name} is a saved context, not a text; use `star-attention ask` to answer queries"
-        " about it"
-    )
+def _source(name: str) -> str:
+    return kinds.STDIN if name == STDIN else name
 
 
-def read_context(files: list[str]) -> str:
-    """Read several files in order and join them with line breaks.
+def _read_bytes(name: str) -> bytes:
+    if name == STDIN:
+        return sys.stdin.buffer.read()
+    if os.path.isdir(name) and any(Path(name).glob("rank-*.safetensors")):
+        raise saved_context_error(name)
+    return read_bytes(name)
+
+
+def read_context(files: list[str], note: Note, *, html_to_text: bool = False) -> str:
+    """Read several files in order, texts and documents, and join them with line breaks.
+
+    Args:
+        files: paths, `-` for stdin.
+        note: prints how documents were read.
+        html_to_text: leave out the markup of HTML pages.
 
     Raises:
         TextError: If a file cannot be read as text.
+        MissingPackageError: If a document needs the extra `documents`.
         TokenError: If there is no text in them.
     """
     if files.count(STDIN) > 1:
         raise typer.BadParameter("- (stdin) can be read only once", param_hint="FILES")
-    text = "\n".join(read_text(name) for name in files)
+    text = "\n".join(_read_part(name, note, html_to_text) for name in files)
     if not text.strip():
         raise TokenError(f"the text of {', '.join(files)} is empty; give at least one word")
     return text
+
+
+def _read_part(name: str, note: Note, html_to_text: bool) -> str:
+    data, source = _read_bytes(name), _source(name)
+    kind = documents.document_kind(data)
+    if kind is None:
+        return decode(data, source)
+    if kind is kinds.HTML and not html_to_text:
+        note(f"{source} is HTML, and read with its markup; --html-to-text leaves it out")
+        return decode(data, source)
+    text = documents.document_text(data, kind, source)
+    note(f"{source} is {kind.name}: read {len(text):,} characters of text from it")
+    return text
+
+
+def check_utf8(name: str, text: str, remedy: str = "") -> None:
+    """Raise `TextError` for a text from the command line or terminal that is not UTF-8."""
+    # Lone surrogates are how Python keeps bytes that it cannot decode.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise TextError(
+            f"the {name} {quote(text)} is not UTF-8; check the terminal's locale"
+            f"{f', {remedy}' if remedy else ''}"
+        )
 
 
 def read_queries(
@@ -84,12 +97,7 @@ def read_queries(
     for query in queries or []:
         if not query.strip():
             raise TokenError("a query is empty; give --query at least one word")
-        # Lone surrogates are how Python keeps bytes that it cannot decode.
-        if any("\ud800" <= character <= "\udfff" for character in query):
-            raise TextError(
-                f"the query {quote(query)} is not UTF-8; check the terminal's locale,"
-                " or use --query-file"
-            )
+        check_utf8("query", query, "or use --query-file")
     if file is None:
         return list(queries or [])
     if file == STDIN and STDIN in context_files:

@@ -33,8 +33,8 @@ Files = Annotated[
     list[str],
     typer.Argument(
         metavar="FILES",
-        help="UTF-8 text files, `-` for stdin. Several are joined in order, separated by a line"
-        " break.",
+        help="UTF-8 text files, `-` for stdin; with the extra `documents` also PDF, Word and EPUB."
+        " Several are joined in order, separated by a line break.",
     ),
 ]
 Quiet = Annotated[
@@ -145,6 +145,14 @@ class ContextOptions:
             panel="Context",
         ),
     ] = False
+    html_to_text: Annotated[
+        bool,
+        option(
+            "Read HTML pages without their markup (needs the extra `documents`).",
+            "--html-to-text",
+            panel="Context",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +258,15 @@ class AnswerOptions:
         Any of temperature, top_p and top_k turns sampling on.
 
         Raises:
+            TextError: If a text is not UTF-8.
             SizeError: If max_new_tokens is not a number of tokens.
             InvalidInputError: If it is not positive.
         """
+        from star_attention.cli.inputs import check_utf8
+
+        for name, texts in (("answer prefix", [self.answer_prefix]), ("stop string", self.stop)):
+            for text in texts or []:
+                check_utf8(name, text)
         max_new_tokens = parse_size(self.max_new_tokens, "max_new_tokens")
         check_max_new_tokens(max_new_tokens)
         kwargs: dict[str, Any] = {

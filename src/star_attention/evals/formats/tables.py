@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, TextError, quote_path
+from star_attention.files import text as text_files
 
 NumberedRow = tuple[str, dict[str, Any]]
 """Where a row is, for messages ("line 3"), and its fields."""
@@ -27,9 +28,15 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
             table = _pyarrow("pyarrow.parquet").read_table(path).to_pylist()
             yield from ((f"row {number}", row) for number, row in enumerate(table, 1))
         elif path.suffix == ".csv":
+            text_files.check_start(path)
             yield from _csv_rows(path)
         else:
+            text_files.check_start(path)
             yield from _json_rows(path)
+    except UnicodeDecodeError:
+        raise _not_a_text(path, text_files.not_utf8(path.read_bytes(), str(path))) from None
+    except TextError as error:
+        raise _not_a_text(path, error) from None
     except InvalidInputError:
         raise
     except FileNotFoundError:
@@ -38,8 +45,13 @@ def read_rows(path: Path) -> Iterator[NumberedRow]:
     except IsADirectoryError:
         raise InvalidInputError(f"{path} is a folder; name the files in it") from None
     except (OSError, ValueError) as error:
-        # ValueError includes UnicodeDecodeError and pyarrow's ArrowInvalid.
+        # ValueError includes pyarrow's ArrowInvalid.
         raise InvalidInputError(f"{path} cannot be read: {error}") from None
+
+
+def _not_a_text(path: Path, error: TextError) -> TextError:
+    reason = str(error).replace(f"{quote_path(path)} is ", "it is ", 1)
+    return TextError(f"{path} cannot be read: {reason}")
 
 
 def _json_rows(path: Path) -> Iterator[NumberedRow]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from star_attention.errors import InvalidInputError, quote
+from star_attention.files.text import read_text_file
 from star_attention.tools.prose import SOURCE, prose_lines
 
 PARTS = ("train", "eval")
@@ -77,12 +78,12 @@ def prose(path: str | None = None) -> Prose:
                 raise InvalidInputError(
                     f"{path} contains no .txt files; name a folder of them, a .json or a text file"
                 )
-            text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+            text = "\n".join(map(read_text_file, files))
         elif file.suffix == ".json":
-            text = json.loads(file.read_text(encoding="utf-8"))["text"]
+            text = json.loads(read_text_file(file))["text"]
         else:
-            text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            text = read_text_file(file)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InvalidInputError(
             f"{path} cannot be read as prose ({error}); name a .json file with a field text, a"
             " folder of .txt files, or a text file"

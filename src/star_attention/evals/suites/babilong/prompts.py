@@ -13,10 +13,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError, quote
+from star_attention.errors import InvalidInputError, TextError, quote
+from star_attention.files.text import read_text_file
 
 QUESTION_LEAD = "Question: "
 _TEMPLATE = (
@@ -173,11 +173,13 @@ def _frame(template: str, parts: Mapping[str, str], sha256: str) -> Frame:
 def _read_published(path: str) -> tuple[str, dict[str, dict[str, str]], str]:
     """Return template, prompts and hash of a published file, whose code is not executed."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text_file(path)
         values: dict[str, Any] = (
             {"DEFAULT_PROMPTS": json.loads(text)} if path.endswith(".json") else _literals(text)
         )
-    except (OSError, ValueError, SyntaxError) as error:
+    except TextError:
+        raise
+    except (ValueError, SyntaxError) as error:
         raise InvalidInputError(
             f"{path} cannot be read as prompts ({error}); {_PUBLISHED}"
         ) from None

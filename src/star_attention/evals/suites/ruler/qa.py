@@ -7,13 +7,13 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError, SizeError, quote
+from star_attention.errors import InvalidInputError, SizeError, TextError, quote
 from star_attention.evals.samples.building import depths
 from star_attention.evals.samples.case import Case
 from star_attention.evals.samples.sample import Sample
+from star_attention.files.text import read_text_file
 
 _ASK = (
     "Answer the question based on the given documents. Only give me the answer and do not output"
@@ -122,12 +122,14 @@ def _read(option: str, name: str, parse: Callable[[Any], Questions], path: str |
 @functools.cache
 def _read_file(name: str, parse: Callable[[Any], Questions], path: str) -> Questions:
     try:
-        data = parse(json.loads(Path(path).read_text(encoding="utf-8")))
+        data = parse(json.loads(read_text_file(path)))
         for question in data.questions:
             for text in (question.text, *question.answers):
                 if not isinstance(text, str):
                     raise TypeError(f"expected a string, got {quote(text)}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except TextError:
+        raise
+    except json.JSONDecodeError as error:
         raise InvalidInputError(f"{path} cannot be read as {name} ({error})") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(

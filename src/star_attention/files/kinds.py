@@ -1,0 +1,191 @@
+"""Kinds of files that are not plain text, recognized by their first bytes, each with a remedy."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import re
+import shlex
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+STDIN = "stdin"
+"""Name of a text that comes through a pipe and has no file."""
+
+_TEXT_SUFFIXES = {".csv", ".htm", ".html", ".json", ".jsonl", ".md", ".tsv", ".txt"}
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file that is not plain text.
+
+    Attributes:
+        name: what it is, with its article.
+        command: shell command that writes its text to `{text}` from `{file}`; "" if there is none.
+        filter: the same for a pipe; "" if there is none.
+        document: suffix under which the extra `documents` reads it; "" if it does not.
+        remedy: what else to do.
+    """
+
+    name: str
+    command: str = ""
+    filter: str = ""
+    document: str = ""
+    remedy: str = ""
+
+    def advice(self, source: str) -> str:
+        """Return what to do with a file of this kind, or with `STDIN`."""
+        command = shell(source, self.command, self.filter)
+        if not command:
+            return self.remedy or "give its text"
+        return f"convert it first{' in the pipe' * (source == STDIN)}, for example with: {command}"
+
+
+def shell(source: str, command: str, filter: str, *, same_format: bool = False) -> str:
+    """Return the command for a file, or the filter for `STDIN`.
+
+    Args:
+        source: the file.
+        command: its `{text}` becomes the name of a file that does not exist.
+        filter: the same for a pipe.
+        same_format: give the new file the suffix of the old one.
+    """
+    if source == STDIN:
+        return filter
+    path = Path(source)
+    if not same_format:
+        # book.csv.gz becomes book.csv, and report.pdf becomes report.txt.
+        path = path.with_suffix("") if path.suffix else path
+        if path.suffix.lower() not in _TEXT_SUFFIXES:
+            path = path.with_name(f"{path.name}.txt")
+    names = (
+        path.with_name(f"{path.stem}{middle}{path.suffix or '.txt'}")
+        for middle in ("", ".utf-8", ".2", ".3", ".new")
+    )
+    text = next((name for name in names if not name.exists() and str(name) != source), path)
+    return command.format(file=shlex.quote(source), text=shlex.quote(str(text)))
+
+
+def _pandoc(document: str) -> tuple[str, str]:
+    return f"pandoc -f {document} -t plain {{file}} -o {{text}}", f"pandoc -f {document} -t plain"
+
+
+_IMAGE = "give the text in it (OCR reads it, for example tesseract)"
+_SOUND = "give a transcript of it"
+_TABLE = "libreoffice --headless --convert-to csv {file}"
+_OFFICE = "libreoffice --headless --convert-to txt:Text {file}"
+_UNZIP = FileKind(
+    "a zip archive", "unzip -p {file} > {text}", "funzip", remedy="unpack it, and give its texts"
+)
+_DAMAGED = FileKind("a damaged zip archive or Office file", remedy="get it whole")
+
+_BY_START = (
+    (rb"\s*%PDF-", FileKind("a PDF", "pdftotext {file} {text}", "pdftotext - -", ".pdf")),
+    (rb"\x1f\x8b", FileKind("gzip", "gunzip -c {file} > {text}", "gunzip -c")),
+    (rb"BZh\d1AY&SY", FileKind("bzip2", "bunzip2 -c {file} > {text}", "bunzip2 -c")),
+    (rb"\xfd7zXZ\0", FileKind("xz", "xz -dc {file} > {text}", "xz -dc")),
+    (rb"\x28\xb5\x2f\xfd", FileKind("zstd", "zstd -dc {file} > {text}", "zstd -dc")),
+    (rb"7z\xbc\xaf\x27\x1c", FileKind("a 7z archive", "7z x -so {file} > {text}")),
+    (rb"Rar!\x1a\x07", FileKind("a RAR archive", "unrar p -inul {file} > {text}")),
+    (rb"(?s:.{257})ustar", FileKind("a tar archive", "tar -xOf {file} > {text}", "tar -xO")),
+    (
+        rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        FileKind("an old Office file (.doc, .xls, .ppt)", _OFFICE, remedy="save it as text"),
+    ),
+    (rb"\x89PNG\r\n", FileKind("a PNG image", remedy=_IMAGE)),
+    (rb"\xff\xd8\xff", FileKind("a JPEG image", remedy=_IMAGE)),
+    (rb"GIF8[79]a", FileKind("a GIF image", remedy=_IMAGE)),
+    (rb"RIFF(?s:.{4})WEBP", FileKind("a WebP image", remedy=_IMAGE)),
+    (rb"II\*\0|MM\0\*", FileKind("a TIFF image", remedy=_IMAGE)),
+    (rb"BM(?s:.{4})\0\0\0\0", FileKind("a BMP image", remedy=_IMAGE)),
+    (rb"(?s:.{4})ftyp(?:heic|heix|mif1|avif)", FileKind("a HEIC or AVIF image", remedy=_IMAGE)),
+    (rb"(?s:.{4})ftyp", FileKind("a video or sound file", remedy=_SOUND)),
+    (rb"RIFF(?s:.{4})WAVE|ID3|fLaC|OggS", FileKind("a sound file", remedy=_SOUND)),
+    (rb"SQLite format 3\0", FileKind("an SQLite database", remedy="export its texts")),
+    (rb"PAR1", FileKind("a Parquet table", remedy="export its texts, or name it *.parquet")),
+    (rb"GGUF", FileKind("a GGUF model", remedy="give it with --model, and a text here")),
+    (rb"\x7fELF", FileKind("a program", remedy="give a text")),
+)
+
+_BY_MEMBER = (
+    ("word/", FileKind("a Word document (.docx)", *_pandoc("docx"), ".docx")),
+    ("xl/", FileKind("an Excel workbook (.xlsx)", _TABLE, remedy="save it as CSV")),
+    ("ppt/", FileKind("a PowerPoint file (.pptx)", _OFFICE, remedy="save it as text")),
+    ("META-INF/container.xml", FileKind("an EPUB book", *_pandoc("epub"), ".epub")),
+    ("META-INF/manifest.xml", FileKind("an OpenDocument file (.odt, .ods)", *_pandoc("odt"))),
+)
+
+HTML = FileKind("an HTML page", document=".html")
+
+_HTML_START = re.compile(
+    rb"\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html)\b", re.I | re.S
+)
+
+
+def recognize(data: bytes) -> FileKind | None:
+    """Return the kind of a file by its first bytes; None for what may be plain text.
+
+    Args:
+        data: the whole file. Its beginning will do for all but the members of a zip archive.
+    """
+    start = data[:1024]
+    for pattern, kind in _BY_START:
+        if re.match(pattern, start):
+            return kind
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        try:
+            names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+        except (zipfile.BadZipFile, ValueError, OSError):
+            return _DAMAGED
+        kinds = (kind for member, kind in _BY_MEMBER if any(n.startswith(member) for n in names))
+        return next(kinds, _UNZIP)
+    return None
+
+
+def is_html(data: bytes) -> bool:
+    """True if a text begins like a page in HTML."""
+    return _HTML_START.match(data.removeprefix(b"\xef\xbb\xbf")[:8192]) is not None
+
+
+_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+
+_FEWEST_ZEROS = 0.05
+"""Least share of characters with a zero byte in a text in UTF-16: at least its spaces have one."""
+
+
+def byte_order_mark(data: bytes) -> str:
+    """Return the encoding whose byte-order mark a text begins with: UTF-16, UTF-32, or ""."""
+    return next((name for mark, name in _MARKS if data.startswith(mark)), "")
+
+
+def unmarked_encoding(data: bytes) -> str:
+    """Return the encoding of a text in UTF-16 or UTF-32 without a mark, as iconv names it.
+
+    "" for any other.
+    """
+    start = data[: 1 << 16]
+    zeros = [start[offset::2].count(0) for offset in range(2)]
+    if not any(zeros):
+        return ""
+    # In UTF-16LE the second byte of an ASCII character is zero.
+    order = "LE" if zeros[1] > zeros[0] else "BE"
+    if _decodes(start, f"UTF-32{order}"):
+        return f"UTF-32{order}"
+    is_regular = min(zeros) * 10 <= max(zeros) >= _FEWEST_ZEROS * len(start) / 2
+    return f"UTF-16{order}" if is_regular and _decodes(start, f"UTF-16{order}") else ""
+
+
+def _decodes(start: bytes, encoding: str) -> bool:
+    """True if the beginning of a text is valid in an encoding, and has no NUL in it."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        text = decoder.decode(start)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and "\0" not in text
