@@ -96,6 +96,7 @@ def estimate(
         EstimateRequest(
             model=shape.model,
             dtype=shape.dtype,
+            rope_scaling=shape.rope_scaling,
             hardware=on.hardware,
             contexts=contexts,
             ranks=rank_numbers,

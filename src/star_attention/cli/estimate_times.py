@@ -14,7 +14,7 @@ from star_attention.cli.plan_costs import warn_beyond_positions
 from star_attention.cli.sizes import QUARTER
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
-from star_attention.hf.loading import load
+from star_attention.hf.loading import load, rope_scaling
 from star_attention.hf.shape import model_shape
 from star_attention.planning import estimate
 from star_attention.planning.cost import Flops
@@ -42,6 +42,7 @@ class EstimateRequest:
         config: settings of the engine.
         tail_tokens: length of a query and its answer.
         calibrate: path of JSON of `bench prefill`, whose rates replace those of the hardware.
+        rope_scaling: rotary scaling in place of the config's (`--rope-scaling`).
     """
 
     model: str
@@ -53,6 +54,7 @@ class EstimateRequest:
     config: StarConfig
     tail_tokens: int
     calibrate: str | None
+    rope_scaling: str | None = None
 
     @property
     def tokens_per_forward(self) -> int:
@@ -99,7 +101,8 @@ class Estimates:
 
 def make_estimates(request: EstimateRequest) -> Estimates:
     """Estimate every scheme for every length and number of ranks."""
-    model_config = load.load_config(request.model)
+    rotary, _ = rope_scaling.take({"rope_scaling": request.rope_scaling})
+    model_config = load.load_config(request.model, rotary)
     shape = model_shape(model_config, request.dtype)
     hardware, fit = _calibrated(parse_hardware(request.hardware), request.calibrate)
     schemes = [

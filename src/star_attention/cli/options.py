@@ -51,6 +51,16 @@ Dtype = Annotated[
         metavar="TYPE",
     ),
 ]
+RopeScaling = Annotated[
+    str | None,
+    option(
+        "Rotary scaling in place of the config's, to extend the context: TYPE:FACTOR, like yarn:4"
+        " (yarn:4:32768 with the original length), or a JSON object. Saved contexts need it again.",
+        "--rope-scaling",
+        panel="Model",
+        metavar="SCALING",
+    ),
+]
 Device = Annotated[
     str,
     option(
@@ -83,6 +93,7 @@ class ShapeOptions:
 
     model: Model
     dtype: Dtype = "auto"
+    rope_scaling: RopeScaling = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +114,7 @@ class ModelOptions:
 
     model: Model
     dtype: Dtype = "auto"
+    rope_scaling: RopeScaling = None
     device: Device = "auto"
     compile: Annotated[
         bool | None,

@@ -102,6 +102,7 @@ def plan(
         PlanRequest(
             model=shape.model,
             dtype=shape.dtype,
+            rope_scaling=shape.rope_scaling,
             plan=blocks,
             config=config,
             tensor_parallel=tensor_parallel,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from star_attention.config import StarConfig
-from star_attention.hf.loading import load, rope
+from star_attention.hf.loading import load, rope, rope_scaling
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, traffic
@@ -29,6 +29,7 @@ class PlanRequest:
         tensor_parallel: devices per context-parallel rank.
         queries: number of queries.
         query_tokens, answer_tokens: length of a query and of an answer.
+        rope_scaling: rotary scaling in place of the config's (`--rope-scaling`).
     """
 
     model: str
@@ -39,6 +40,7 @@ class PlanRequest:
     queries: int
     query_tokens: int
     answer_tokens: int
+    rope_scaling: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,8 @@ def _as_dict(flops: Flops) -> dict[str, int]:
 
 def plan_costs(request: PlanRequest) -> PlanCosts:
     """Compute the costs of a plan, and warn about what would not run or not run well."""
-    model_config = load.load_config(request.model)
+    rotary, _ = rope_scaling.take({"rope_scaling": request.rope_scaling})
+    model_config = load.load_config(request.model, rotary)
     check_tensor_parallel(model_config, request.tensor_parallel)
     shape, plan, config = model_shape(model_config, request.dtype), request.plan, request.config
     tokens_per_forward = config.forward_size(load.pick_device("auto"))

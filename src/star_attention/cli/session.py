@@ -23,6 +23,7 @@ def load(model: ModelOptions, status: Status, **settings: Any) -> StarLLM:
     check_dtype(model.dtype)
     check_device(model.device)
     config = StarConfig.of(**model.settings | settings)
+    model_kwargs = {} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}
     source = "" if Path(model.model).exists() else " from the hub (there is no such folder here)"
     with status.waiting(f"loading {model.model}{source}"):
         from star_attention.distributed import from_environment
@@ -35,6 +36,7 @@ def load(model: ModelOptions, status: Status, **settings: Any) -> StarLLM:
             config=config,
             dtype=model.dtype,
             device=model.device,
+            model_kwargs=model_kwargs,
             comm=from_environment(None, stall_s=model.stall_limit),
             tensor_parallel=model.tensor_parallel,
             compile=model.compile,

@@ -84,6 +84,7 @@ class ModelHandle:
         self.decoder: Any = self.model.get_decoder()
         self.config: Any = self.decoder.config
         self.windows = layer_windows(self.config, count_cache_layers(self.decoder, self.config))
+        rope.check_built_from_config(self.decoder)
         self.rotaries = rope.length_dependent(self.decoder)
         configs = {
             id(config): config

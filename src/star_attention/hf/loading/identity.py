@@ -152,6 +152,11 @@ def check(name: str, context: dict[str, Any], model: dict[str, Any]) -> None:
         return
     field, context_value, model_value = mismatch
     remedy = "load the model that encoded it"
+    if field == "config.rope_parameters":
+        remedy = (
+            "load the model with the same rotary scaling"
+            ' (model_kwargs={"rope_scaling": ...}, or --rope-scaling)'
+        )
     if field == "dtype":
         remedy = f"load the model in {context_value.removeprefix('torch.')} (dtype=, or --dtype)"
     raise ContextMismatchError(

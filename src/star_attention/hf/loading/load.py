@@ -25,7 +25,7 @@ from star_attention.errors import (
     quote,
     quote_path,
 )
-from star_attention.hf.loading import support
+from star_attention.hf.loading import rope_scaling, support
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -94,19 +94,25 @@ def location_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in model_kwargs.items() if name in _LOCATION_KWARGS}
 
 
-def load_config(path: str | os.PathLike[str], **location: Any) -> Any:
+def load_config(
+    path: str | os.PathLike[str], rotary: dict[str, Any] | None = None, **location: Any
+) -> Any:
     """Load the config of a model.
 
     Args:
         path: model folder or hub id.
+        rotary: settings that replace the config's rotary scaling (`rope_scaling.take`).
         location: arguments of `AutoConfig.from_pretrained` (revision, subfolder, ...).
 
     Raises:
         ModelNotFoundError: there is no model, or its config cannot be read.
+        InvalidInputError: rotary settings that cannot work.
     """
     _check_model_path(path, str(location.get("subfolder") or ""))
     try:
-        return AutoConfig.from_pretrained(path, **location)
+        config = rope_scaling.config_with_new_names(path, location) or AutoConfig.from_pretrained(
+            path, **location
+        )
     except Exception as error:
         # Configs check their values with errors of any type.
         problem = f"no model could be read at {path}"
@@ -115,6 +121,9 @@ def load_config(path: str | os.PathLike[str], **location: Any) -> Any:
             problem = f"there is no folder {path} here, and it could not be loaded as a hub id"
             remedy = "check the path or the id, and for a hub id the network and your access to it"
         raise ModelNotFoundError(f"{problem}: {first_line(error).rstrip('.')}; {remedy}") from error
+    if rotary:
+        rope_scaling.apply(config, rotary)
+    return config
 
 
 def load(
@@ -139,11 +148,15 @@ def load(
     """
     name = check_dtype(dtype)
     location = location_kwargs(model_kwargs)
-    config = load_config(path, **location)
+    rotary, model_kwargs = rope_scaling.take(model_kwargs)
+    config = load_config(path, rotary, **location)
     reasons = support.reasons(config)
     if reasons:
         raise UnsupportedModelError(f"{config.model_type} ({path})", reasons)
     options = {"dtype": name if name == "auto" else getattr(torch, name), **model_kwargs}
+    if rotary or rope_scaling.may_be_renamed(config):
+        # The file says otherwise.
+        options["config"] = config
     if "device_map" not in options:
         device = pick_device(device)
     model = _load_weights(path, options)

@@ -8,12 +8,16 @@ rotary module replaces the original, during our own forwards only.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from star_attention.errors import InvalidInputError
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -100,10 +104,20 @@ def pinned(
                 module.forward = original
 
 
+def type_of(parameters: dict[str, Any]) -> str:
+    """Return the rope type of rotary settings, which old configs call `type`."""
+    return str(parameters.get("rope_type") or parameters.get("type") or "default")
+
+
+def is_per_layer_type(parameters: dict[str, Any]) -> bool:
+    """Return True if rotary settings differ by layer type."""
+    return any(isinstance(value, dict) for value in parameters.values())
+
+
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
     """Return the rotary settings of a text config, one entry per layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(value, dict) for value in parameters.values()):
+    if is_per_layer_type(parameters):
         return [value for value in parameters.values() if isinstance(value, dict)]
     return [parameters]
 
@@ -111,16 +125,104 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
 def max_positions(config: Any) -> int | None:
     """Return the number of positions that a model has; None if the config sets no limit.
 
-    If scaling stretches the original length and the config still states the original, this is the
-    stretched length.
+    Families state the length before or after scaling, so each type is read as its configs mean it.
     """
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int):
         return None
-    stretched = stated
-    for parameters in rope_parameters(config):
-        factor = parameters.get("factor")
-        original = parameters.get("original_max_position_embeddings") or stated
-        if parameters.get("rope_type", "default") != "default" and factor:
-            stretched = max(stretched, int(original * factor))
-    return stretched
+    if str(getattr(config, "model_type", "")).startswith("cohere"):
+        # Command R states the length of its first training here, and its real one there.
+        stated = max(stated, getattr(config, "model_max_length", None) or 0)
+    per_layer_type = is_per_layer_type(getattr(config, "rope_parameters", None) or {})
+    return max(
+        stated,
+        *(_stretched(each, stated, per_layer_type) for each in rope_parameters(config)),
+    )
+
+
+def _stretched(parameters: dict[str, Any], stated: int, per_layer_type: bool) -> int:
+    """Return the positions that scaled frequencies are meant for."""
+    factor = parameters.get("factor")
+    original = parameters.get("original_max_position_embeddings")
+    match type_of(parameters):
+        case "default":
+            return stated
+        case "yarn":
+            original = original or stated
+        case "linear" | "dynamic":
+            # transformers' convention is that the config keeps its original length. Configs with
+            # settings per layer type (Gemma 3) state the final one.
+            original = original or (None if per_layer_type else stated)
+        case _:
+            # Their factor shapes the frequencies: Llama 3.2 has 32 x 8,192, and 131,072 positions.
+            original = original if original == stated else None
+    return int(original * factor) if original and factor else stated
+
+
+def unscaled_length(modules: list[nn.Module]) -> int | None:
+    """Return the most tokens that length-dependent modules rotate as in their first training."""
+    lengths = []
+    for module in modules:
+        config: Any = module.config
+        for parameters in rope_parameters(config):
+            match type_of(parameters):
+                case "longrope":
+                    lengths.append(parameters["original_max_position_embeddings"])
+                case name if "dynamic" in name:
+                    lengths.append(config.max_position_embeddings)
+    return min(lengths, default=None)
+
+
+def check_built_from_config(decoder: nn.Module) -> None:
+    """Check that rotary frequencies are those of the config that modules hold.
+
+    Raises:
+        InvalidInputError: rotary settings were edited after the model was made.
+    """
+    for module in decoder.modules():
+        types, config = _types(module), getattr(module, "config", None)
+        if types and config is not None and not _is_built_from(module, types, config):
+            settings = {
+                name: value
+                for name, value in (getattr(config, "rope_parameters", None) or {}).items()
+                if not isinstance(value, list)
+            }
+            raise InvalidInputError(
+                f"the config's rotary settings are not those that the model was made with: its"
+                f" frequencies are {' and '.join(sorted(set(types.values())))}, the config says"
+                f" {settings}; edits after loading change nothing: give the settings to"
+                ' from_pretrained, model_kwargs={"rope_scaling": {...}}, or --rope-scaling'
+            )
+
+
+def _is_built_from(module: Any, types: dict[str | None, str], config: Any) -> bool:
+    """Compare a rotary module with a new one of its config."""
+    try:
+        fresh = type(module)(config=copy.deepcopy(config))
+    except Exception:
+        # A constructor of another form, or settings that no module can be made from.
+        stated = {type_of(parameters) for parameters in rope_parameters(config)}
+        return set(types.values()) <= stated
+    if _types(fresh) != types:
+        return False
+    for layer_type, rope_type in types.items():
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        # Never written, while a length-dependent module changes the other while it runs.
+        name = f"{prefix}original_inv_freq"
+        if not hasattr(module, name):
+            if _depends_on_length(rope_type):
+                continue
+            name = f"{prefix}inv_freq"
+        own, new = (getattr(each, name, None) for each in (module, fresh))
+        if not isinstance(own, Tensor) or not isinstance(new, Tensor) or own.is_meta or new.is_meta:
+            continue
+        factors = [getattr(each, f"{prefix}attention_scaling", 1.0) for each in (module, fresh)]
+        if own.shape != new.shape or not _is_close(own, new) or not math.isclose(*factors):
+            return False
+    return True
+
+
+def _is_close(own: Tensor, new: Tensor) -> bool:
+    """Return True for frequencies that are equal up to the rounding of devices and precisions."""
+    tolerance = max(1e-4, 4 * torch.finfo(own.dtype).eps)
+    return torch.allclose(own.float().cpu(), new.float().cpu(), rtol=tolerance, atol=0)
