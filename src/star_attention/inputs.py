@@ -160,7 +160,7 @@ def _prepare_one(
 def _context_ids(runtime: Runtime, content: Content) -> tuple[Tensor, chat.ChatContext | None]:
     vocab_size = runtime.handle.vocab_size
     if chat.is_messages(content):
-        opened = chat.open_context(runtime.tokenizer, list(content))  # type: ignore[arg-type]
+        opened = chat.open_context(runtime.tokenizer, list(content))
         ids = tokens.query_ids(runtime.tokenizer, opened.head)
         return checked_ids(ids, "context", vocab_size), opened
     if isinstance(content, str):
@@ -209,7 +209,7 @@ def _extended_chat(
 ) -> dict[str, Any] | None:
     if chat_state is None:
         return None
-    opened = chat.ChatContext(**chat_state)
+    opened = chat.ChatContext.from_dict(chat_state)
     if not opened.open:
         raise InvalidInputError(
             "this chat context ends in a closed turn; only an open user message can be extended"
@@ -238,8 +238,8 @@ def prompt_ids(
     is_text = isinstance(query, str)
     if chat_state is not None and (query is None or is_text or chat.is_messages(query)):
         runtime.need_tokenizer("chat messages")
-        opened = chat.ChatContext(**chat_state)
-        tail = chat.continue_context(runtime.tokenizer, opened, query)
+        opened = chat.ChatContext.from_dict(chat_state)
+        tail = chat.continue_context(runtime.tokenizer, opened, query).text
         if warn:
             chat.warn_about_cut(runtime.tokenizer, opened.head, tail)
         query = tokens.query_ids(runtime.tokenizer, tail + answer_prefix)

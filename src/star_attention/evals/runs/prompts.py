@@ -41,7 +41,7 @@ def chat_tokens(tokenizer: Any) -> int:
     context, query = "A context.\n", "A question?"
     plain = len(context_ids(tokenizer, context)) + len(query_ids(tokenizer, query))
     opened = chat_text.open_context(tokenizer, chat_text.user_message(context))
-    tail = chat_text.continue_context(tokenizer, opened, query)
+    tail = chat_text.continue_context(tokenizer, opened, query).text
     rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
     # Where text meets the template, each side may take one more token.
     return max(0, rendered - plain) + 2
@@ -64,7 +64,7 @@ class PromptCounter:
             self._read_context(sample)
         query = sample.query
         if self._opened is not None:
-            query = chat_text.continue_context(self._tokenizer, self._opened, query)
+            query = chat_text.continue_context(self._tokenizer, self._opened, query).text
         tail = query_ids(self._tokenizer, query + sample.answer_prefix)
         return self._context_tokens, len(tail)
 

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+def shared_prefix(texts: Iterable[str]) -> str:
+    """Return the longest beginning that all texts have."""
+    # Of many strings, the least and the greatest differ first.
+    texts = list(texts)
+    low, high = min(texts), max(texts)
+    bound = min(len(low), len(high))
+    # Bisected, because comparing slices is much faster than comparing characters.
+    equal, differing = 0, bound + 1
+    while differing - equal > 1:
+        middle = (equal + differing) // 2
+        if low[:middle] == high[:middle]:
+            equal = middle
+        else:
+            differing = middle
+    return low[:equal]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,269 @@
+"""A model's chat template: what it takes, and what it writes for a conversation."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from star_attention.errors import InvalidInputError, first_line, quote
+from star_attention.hf.text.messages import Message, parts, plain, texts
+from star_attention.hf.text.rendered import shared_prefix
+
+PROBES = ("Ax7q", "Zk3v")
+"""Stand-ins for users' texts, which no template changes; their first characters differ."""
+
+_SET_BY_US = (
+    "conversation",
+    "messages",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
+_WORD = re.compile(r"[A-Za-z0-9]+")
+_SEARCHED = 4000
+"""Characters at the start of a message that are searched for a word to recognize it by."""
+_LEAST_BEGINNING = 6
+"""Characters of plain text from which on a prompt's beginning is unlikely to be a user's own."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with its arguments for one conversation.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        kwargs: what the template reads beside messages: tools, documents, enable_thinking, ...
+
+    Attributes:
+        tokenizer: the tokenizer.
+        kwargs: the arguments as JSON values.
+
+    Raises:
+        InvalidInputError: there is no template, or it does not read an argument.
+    """
+
+    def __init__(self, tokenizer: Any, kwargs: dict[str, Any] | None = None) -> None:
+        check_template(tokenizer)
+        self.tokenizer = tokenizer
+        self.kwargs = _checked_kwargs(tokenizer, kwargs)
+        self._takes: dict[str, bool] = {}
+
+    def with_kwargs(self, kwargs: dict[str, Any]) -> ChatTemplate:
+        """Return the same template with other values of the same arguments."""
+        other = copy.copy(self)
+        other.kwargs = kwargs
+        return other
+
+    def render(self, messages: list[Message]) -> str:
+        """Return the prompt of a conversation, up to where the model's answer begins.
+
+        That is after the template's start of an answer, or after a last message of the assistant,
+        which the answer continues.
+
+        Raises:
+            InvalidInputError: the template does not take these messages.
+        """
+        adapted = [self._adapted(message) for message in messages]
+        try:
+            return self._apply(adapted)
+        except Exception as error:
+            # A template may raise anything for messages that it does not accept.
+            failure = error
+        # Templates that join strings fail where a message of tool calls has no content.
+        with_content = [{"content": "", **message} for message in adapted]
+        if with_content != adapted:
+            try:
+                return self._apply(with_content)
+            except Exception as error:
+                failure = error
+        # Not chained: the traceback would print whole messages.
+        raise InvalidInputError(
+            f"the chat template rejects these messages: {_reason(failure, messages)}; change them,"
+            " or use raw text instead"
+        ) from None
+
+    def takes_parts(self, role: str = "user") -> bool:
+        """True if the template writes the parts of a message, and not a Python list of them."""
+        if role not in self._takes:
+            content = [part for probe in PROBES for part in parts(probe)]
+            self._takes[role] = self._writes(_around({"role": role, "content": content}), PROBES)
+        return self._takes[role]
+
+    def takes_strings(self) -> bool:
+        """False if the template writes the text of a message only where it is a list of parts."""
+        if "" not in self._takes:
+            probe = [{"role": "user", "content": PROBES[0]}]
+            self._takes[""] = self._writes(probe, PROBES[:1]) or not self.takes_parts()
+        return self._takes[""]
+
+    def separates_parts(self) -> bool:
+        """True if the template puts a control token between the parts of a user message."""
+        if not self.takes_parts():
+            return False
+        content = [part for probe in PROBES for part in parts(probe)]
+        text = self.render([{"role": "user", "content": content}])
+        between = text.partition(PROBES[0])[2].partition(PROBES[1])[0]
+        return any(token in between for token in self.tokenizer.get_added_vocab() if token.strip())
+
+    def beginnings(self) -> set[str]:
+        """Return what its prompts begin with: control tokens, and texts of some length."""
+        control_tokens = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        found = set()
+        for role in ("user", "system"):
+            probes = [_around({"role": role, "content": probe}) for probe in PROBES]
+            try:
+                head = shared_prefix([self.render(messages) for messages in probes]).lstrip()
+            except InvalidInputError:
+                continue
+            while token := next(filter(head.startswith, control_tokens), None):
+                found.add(token)
+                head = head[len(token) :].lstrip()
+            if len(head.strip()) >= _LEAST_BEGINNING:
+                found.add(head.strip())
+        return found
+
+    def _writes(self, messages: list[Message], words: tuple[str, ...]) -> bool:
+        try:
+            text = self._apply(messages)
+        except Exception:
+            # A template may raise anything for content that it does not know.
+            return False
+        return all(word in text for word in words) and "'text'" not in text and '"text"' not in text
+
+    def _adapted(self, message: Message) -> Message:
+        """Return a message whose content has a form that the template takes."""
+        content = message.get("content")
+        if isinstance(content, list) and not self.takes_parts(message["role"]):
+            return {**message, "content": "".join(texts(message))}
+        if isinstance(content, str) and not self.takes_strings():
+            return {**message, "content": parts(content)}
+        return message
+
+    def _apply(self, messages: list[Message]) -> str:
+        is_prefilled = messages[-1]["role"] == "assistant"
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not is_prefilled,
+            continue_final_message=is_prefilled,
+            **self.kwargs,
+        )
+        return text
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise `InvalidInputError` if there is no chat template to use."""
+    if tokenizer is None:
+        raise InvalidInputError(
+            "chat messages need a tokenizer; give one to StarLLM, or use token ids"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidInputError(
+            "this model has no chat template; use raw text, or set tokenizer.chat_template"
+        )
+
+
+def check_written(text: str, messages: list[Message], *, first: int = 1) -> None:
+    """Refuse messages that a template leaves out.
+
+    Args:
+        text: the rendered text.
+        messages: those that must be in it.
+        first: the number of the first of them.
+
+    Raises:
+        InvalidInputError: a message or its tool calls are not in the text.
+    """
+    for number, message in enumerate(messages, start=first):
+        where = f"message {number} (role {quote(message['role'])})"
+        names = [
+            call.get("function", call).get("name", "") for call in message.get("tool_calls", [])
+        ]
+        if not all(name in text for name in names):
+            raise InvalidInputError(
+                f"the chat template does not write the tool_calls of {where}; write them into its"
+                " content, or use a template for tools"
+            )
+        # What an assistant thought is left out of earlier turns on purpose.
+        if message["role"] != "assistant" and not all(word in text for word in _words(message)):
+            raise InvalidInputError(
+                f"the chat template leaves out {where}; give it another role, or put its text into"
+                " a user message"
+            )
+
+
+def _words(message: Message) -> list[str]:
+    """Return the longest word at the start of each text; of ASCII, which JSON does not escape."""
+    found = [_WORD.findall(text[:_SEARCHED]) for text in texts(message)]
+    return [max(words, key=len) for words in found if words]
+
+
+def _around(message: Message) -> list[Message]:
+    """Return a short conversation with a message of any role in it."""
+    user = {"role": "user", "content": "Hi"}
+    if message["role"] == "user":
+        return [message]
+    if message["role"] == "assistant":
+        return [user, message, user]
+    if message["role"] in ("system", "developer"):
+        return [message, user]
+    call = {"type": "function", "id": "call12345", "function": {"name": "f", "arguments": {}}}
+    return [
+        user,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"name": "f", "tool_call_id": "call12345", **message},
+    ]
+
+
+def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Return arguments as JSON values; functions among the tools become their schemas."""
+    if not isinstance(kwargs, (dict, type(None))):
+        raise InvalidInputError(
+            f"chat_template_kwargs: expected a dict, got {type(kwargs).__name__}; for example"
+            ' {"enable_thinking": False}'
+        )
+    kwargs = dict(kwargs or {})
+    if not kwargs:
+        return kwargs
+    if isinstance(kwargs.get("tools"), (list, tuple)):
+        from transformers.utils import get_json_schema
+
+        kwargs["tools"] = [
+            get_json_schema(tool) if callable(tool) else tool for tool in kwargs["tools"]
+        ]
+    kwargs = {
+        name: plain(value, f"chat_template_kwargs {quote(name)}") for name, value in kwargs.items()
+    }
+    try:
+        source = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
+    except ValueError as error:
+        raise InvalidInputError(
+            f"the chat template cannot be chosen: {first_line(error)}"
+        ) from None
+    for name, value in kwargs.items():
+        if name in _SET_BY_US:
+            raise InvalidInputError(
+                f"chat_template_kwargs has {quote(name)}, which is set by the library; leave it out"
+            )
+        if name != "chat_template" and value is not None and not re.search(rf"\b{name}\b", source):
+            raise InvalidInputError(
+                f"the chat template does not read {quote(name)}, one of the chat_template_kwargs;"
+                " check its spelling, or leave it out"
+            )
+    return kwargs
+
+
+def _reason(error: Exception, messages: list[Message]) -> str:
+    """Return why a template failed, without the text of a message."""
+    line = first_line(error)
+    if any(text[:40] in line for message in messages for text in texts(message) if len(text) > 40):
+        return quote(line)
+    return line[:300]
