@@ -20,15 +20,6 @@ DOCUMENTS = [
 ]
 
 
-def test_the_quick_start_of_the_readme(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    _, code, _ = re.split(r"```(?:python)?\n", Path("README.md").read_text("utf-8"), maxsplit=2)
-    exec(code, {})
-    assert capsys.readouterr().out.count("The secret number for petal-kiss is 4910508") == 2
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):

@@ -37,7 +37,7 @@ def ask(
     one that encoded the text.
 
     Example: star-attention ask -m models/needle-17m book.star
-    --query "What is the secret number for otter?"
+    --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session
     from star_attention.cli.inputs import read_queries

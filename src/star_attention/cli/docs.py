@@ -108,7 +108,7 @@ def _help(command: Any) -> str:
     text, _, example = inspect.cleandoc(command.help).partition("Example: ")
     paragraphs = [_paragraph(part) for part in text.strip().split("\n\n")]
     if example:
-        paragraphs.append(f"```\n{' '.join(example.split())}\n```")
+        paragraphs.append(f"```bash\n{' '.join(example.split())}\n```")
     return "\n\n".join(paragraphs)
 
 

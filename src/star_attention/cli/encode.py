@@ -24,7 +24,7 @@ def encode(
     The file contains the text's token ids: protect it like the text. An interrupted run leaves no
     partial file.
 
-    Example: star-attention encode -m models/needle-17m --chat book.txt -o book.star
+    Example: star-attention encode -m models/needle-17m --chat examples/book.txt -o book.star
     """
     from star_attention.cli import session
     from star_attention.cli.inputs import read_context

@@ -84,7 +84,7 @@ def estimate(
     Compares star, its variants and ring attention over the same ranks, with a row for each length
     and number of ranks. Reads the model's config.json, no weights, and needs no such hardware.
 
-    Example: star-attention estimate -m models/needle-17m --context 8k..32k --ranks 1..4
+    Example: star-attention estimate -m models/needle-17m --context 4k..16k --ranks 1..4
     --hardware a100-nvlink
     """
     config = StarConfig.of(**settings)

@@ -39,8 +39,8 @@ def generate(
     The answer to a single query is streamed to stdout. Several queries are answered one after
     another, each under a header.
 
-    Example: star-attention generate -m models/needle-17m --chat book.txt
-    --query "What is the secret number for otter?"
+    Example: star-attention generate -m models/needle-17m --chat examples/book.txt
+    --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session
     from star_attention.cli.inputs import read_context, read_queries

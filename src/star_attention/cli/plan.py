@@ -75,7 +75,7 @@ def plan(
     "official" is the paper's own implementation, which encodes the anchor again for every block.
     For times, see `estimate`, which `plan --hardware` still runs; that spelling is deprecated.
 
-    Example: star-attention plan -m models/needle-17m --context 32k --ranks 4
+    Example: star-attention plan -m models/needle-17m --context 16k --ranks 4
     """
     if deprecated.hardware is not None:
         say("`plan --hardware` is deprecated and will be removed; use `star-attention estimate`")

@@ -74,8 +74,8 @@ def perplexity(
 
     Differences are paired by window.
 
-    Example: star-attention eval perplexity book.txt -m models/needle-17m --length 2k --tail 256
-    --variants dense,star:/4
+    Example: star-attention eval perplexity examples/book.txt -m models/needle-17m --length 2k
+    --tail 256 --variants dense,star:/4
     """
     text, length, tail = "", 0, 0
     parsed_variants: list[Variant] = []

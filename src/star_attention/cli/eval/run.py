@@ -61,8 +61,8 @@ def run(
 ) -> None:
     """Answer the samples of data sets with several methods, and report.
 
-    Example: star-attention eval run my.jsonl -m models/needle-17m --variants dense,star:/4
-    --out results
+    Example: star-attention eval run examples/samples.jsonl -m models/needle-17m --chat
+    --variants dense,star:256 --out results
     """
 
     def source() -> Source:
