@@ -192,7 +192,7 @@ def test_files_of_infinitebench_and_scbench(tmp_path: Path) -> None:
     (sample,) = read(
         write_lines(
             tmp_path / "scbench_mf.jsonl",
-            [{**row, "context": [3, 14], "multi_turns": row["multi_turns"][:1]}],
+            [{**row, "context": [3, 14], "multi_turns": [{"input": "a", "answer": 3}]}],
         )
     )
     assert sample.context == "[3, 14]\n\n"

@@ -129,6 +129,7 @@ def test_rouge_lsum_is_that_of_rouge_score(prediction: str, answer: str, expecte
 def test_answers_that_are_not_numbers_are_refused_for_any_prediction() -> None:
     for metric in ("last_integer", "first_number", "leading_integers"):
         with pytest.raises(
-            InvalidInputError, match=f"metric {metric} of sample x needs numeric answers, got seven"
+            InvalidInputError,
+            match=f"metric {metric} of sample x needs numeric answers, got 'seven'",
         ):
             score(metric, "", "seven")

@@ -44,10 +44,9 @@ def sample_of(
             f" {', '.join(SUITE.tasks)}; give the published prompts (--prompts)"
         )
     for field in FIELDS:
-        if not isinstance(values.get(field), str):
-            raise InvalidInputError(
-                f"expected {field} to be a string, got {quote(values.get(field))}"
-            )
+        value = values.get(field)
+        if not isinstance(value, str):
+            raise InvalidInputError(f"expected {field} to be a string, got {quote(value)}")
     return framed_sample(
         read_frame(task, prompts),
         id=id,
@@ -62,6 +61,9 @@ def sample_of(
 
 def _read(row: Row) -> list[Sample]:
     task = _task(row)
+    for field in FIELDS:
+        if not row.text(field).strip():
+            raise InvalidInputError(f"{field} is empty; mend the line, or remove it")
     return [
         sample_of(
             row.values,

@@ -16,6 +16,7 @@ from star_attention.evals.formats.prompts import KVPRESS, RULER_PROMPTS, STAR_AT
 from star_attention.evals.formats.row import Row
 from star_attention.evals.formats.scbench import SCBENCH
 from star_attention.evals.formats.tables import read_rows, write_rows
+from star_attention.evals.metrics.checks import check, check_characters
 from star_attention.evals.samples.sample import Sample
 
 FORMATS = {
@@ -60,19 +61,8 @@ def read(
     for index, (place, values) in enumerate(read_rows(path)):
         try:
             reader = reader or _recognize(values)
-            if prompts is not None and reader is not BABILONG:
-                raise InvalidInputError(
-                    f"prompts are for BABILong's files, not for format {reader.name}; leave them"
-                    " out"
-                )
-            missing = reader.missing(values)
-            if missing:
-                raise InvalidInputError(
-                    f"fields {', '.join(missing)} of format {reader.name} are missing; check the"
-                    " file, or give another format"
-                )
             row = Row(values=values, path=path, index=index, prompts=prompts)
-            for sample in reader.read(row):
+            for sample in _read_row(reader, row):
                 if sample.id in places:
                     raise InvalidInputError(
                         f"id {quote(sample.id)} is already that of {places[sample.id]};"
@@ -83,7 +73,31 @@ def read(
         except InvalidInputError as error:
             raise InvalidInputError(f"{path}, {place}: {error}") from None
     if not samples:
-        raise InvalidInputError(f"{path} contains no samples")
+        raise InvalidInputError(f"{path} contains no samples; check that it is the right file")
+    return samples
+
+
+def _read_row(reader: Format, row: Row) -> list[Sample]:
+    """Return the samples of a row, which can be answered and scored."""
+    if row.prompts is not None and reader is not BABILONG:
+        raise InvalidInputError(
+            f"prompts are for BABILong's files, not for format {reader.name}; leave them out"
+        )
+    missing = reader.missing(row.values)
+    if missing:
+        raise InvalidInputError(
+            f"fields {', '.join(missing)} of format {reader.name} are missing; check the"
+            " file, or give another format"
+        )
+    samples = reader.read(row)
+    for sample in samples:
+        try:
+            check_characters(sample.as_dict())
+        except InvalidInputError:
+            # The file may have another name for the field.
+            check_characters(row.values)
+            raise
+        check(sample)
     return samples
 
 

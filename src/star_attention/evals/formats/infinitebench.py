@@ -29,7 +29,7 @@ def sample_of(values: Mapping[str, Any], *, task: str, id: str) -> Sample:
     context, text = values.get("context"), values.get("input", "")
     options = values.get("options") or []
     for name, value in (("context", context), ("input", text)):
-        if not isinstance(value, str):
+        if not isinstance(value, str) or (name == "context" and not value.strip()):
             raise InvalidInputError(f"expected {name} of {task} to be a string, got {quote(value)}")
     question = text.strip() or TASKS[task].question
     if not question:
@@ -74,7 +74,7 @@ def _answers(task: str, answer: Any, options: Sequence[str]) -> tuple[str, ...]:
     answers = [str(value) for value in values if value is not None]
     if task == "math_calc":
         answers = [number for text in answers for number in re.findall(r"-?\d+", text)]
-    if not answers or not all(answers):
+    if not answers or not all(map(str.strip, answers)):
         raise InvalidInputError(f"answer {quote(answer)} of {task} is empty")
     if TASKS[task].metric not in ("option_letter", "option_function"):
         return tuple(answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,9 +56,11 @@ class Row:
         value = self.values.get(name)
         if value is None or value == "":
             return default
-        if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value)):
+        # Tables turn whole numbers into floats where some rows have none.
+        number = re.fullmatch(r"([0-9]{1,10})(\.0)?", str(value))
+        if isinstance(value, bool) or number is None:
             raise InvalidInputError(f"expected {name} to be a number of tokens, got {quote(value)}")
-        return int(value)
+        return int(number[1])
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class Row:
         if isinstance(value, str) and value:
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise InvalidInputError(f"expected meta to be JSON, got {quote(value)}") from None
         if value and not isinstance(value, dict):
             raise InvalidInputError(f"expected meta to be an object, got {quote(value)}")
@@ -102,6 +105,10 @@ class Row:
         number = next(numbers, self.index)
         if isinstance(number, str):
             return number
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise InvalidInputError(
+                f"expected id or index to be a string or an integer, got {quote(number)}"
+            )
         length = [str(self.named_length)] if self.named_length else []
         return "-".join([task, *length, str(number)])
 
@@ -123,16 +130,23 @@ def parse_answers(value: Any, *, parse_lists: bool = False) -> tuple[str, ...]:
         for parse in (json.loads, ast.literal_eval):
             try:
                 parsed = parse(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
             if isinstance(parsed, list):
                 value = parsed
                 break
     answers = value if isinstance(value, list) else [value]
-    if not answers or not all(
-        isinstance(answer, str | int | float) and str(answer) for answer in answers
-    ):
+    if not answers or not all(map(_is_answer, answers)):
         raise InvalidInputError(
             f"expected answer to be a string or a list of them, got {quote(value)}"
         )
     return tuple(str(answer) for answer in answers)
+
+
+def _is_answer(value: Any) -> bool:
+    """True for a text that is not blank, and for a finite number."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -51,7 +51,7 @@ def samples_of(values: Mapping[str, Any], *, task: str, id: str) -> list[Sample]
     # scbench_mf's contexts are lists of numbers.
     if isinstance(context, list) and all(isinstance(value, int | float) for value in context):
         context = json.dumps(context)
-    if not isinstance(context, str):
+    if not isinstance(context, str) or not context.strip():
         raise InvalidInputError(f"expected context to be a string, got {quote(context)}")
     if (
         not isinstance(turns, list)
@@ -78,7 +78,7 @@ def _sample(turn: Mapping[str, Any], *, context: str, task: str, id: str) -> Sam
         raise InvalidInputError(f"expected input of a turn to be a question, got {quote(question)}")
     values = turn.get("answer")
     values = values if isinstance(values, list) else [values]
-    answers = [str(value) for value in values if value not in (None, "")]
+    answers = [str(value) for value in values if value is not None and str(value).strip()]
     if not answers:
         raise InvalidInputError(f"answer {quote(turn.get('answer'))} of a turn is empty")
     lines = option_lines(options)

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError, TextError, quote_path
+from star_attention.errors import InvalidInputError, TextError, quote, quote_path
 from star_attention.files import text as text_files
+
+_BYTE_ORDER_MARK = "\ufeff"
 
 NumberedRow = tuple[str, dict[str, Any]]
 """Where a row is, for messages ("line 3"), and its fields."""
@@ -58,12 +60,7 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
     with path.open(encoding="utf-8-sig") as file:
         pairs: Iterable[tuple[str, Any]]
         if path.suffix == ".json":
-            try:
-                rows = json.load(file)
-            except json.JSONDecodeError as error:
-                raise InvalidInputError(
-                    f"{path}, line {error.lineno}: invalid JSON ({error.msg})"
-                ) from None
+            rows = _parse(file.read(), f"{path}", hint="if it holds a row per line, name it .jsonl")
             if not isinstance(rows, list):
                 raise InvalidInputError(
                     f"{path} does not hold a list of samples; give .json with a list, or .jsonl"
@@ -75,20 +72,43 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
             if not isinstance(row, dict):
                 raise InvalidInputError(
                     f"{path}, {place}: expected a JSON object for each sample, such as"
-                    f' {{"context": ...}}, got {type(row).__name__}'
+                    f' {{"context": ...}}, got {type(row).__name__} {quote(row)}'
                 )
             yield place, row
 
 
 def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InvalidInputError(
-                    f"{path}, line {number}: invalid JSON ({error.msg}, column {error.colno})"
-                ) from None
+        # Files that were joined have a byte-order mark at the start of each.
+        text = line.lstrip(_BYTE_ORDER_MARK).strip()
+        if not text:
+            continue
+        hint = "mend the line, or remove it"
+        if not line.endswith("\n"):
+            hint = "the file ends here and may be cut off: get it whole, or remove the line"
+        if text in ("[", "{"):
+            hint = "a row takes one line here; name the file .json if it holds one list"
+        yield f"line {number}", _parse(text, f"{path}, line {number}", hint=hint)
+
+
+def _parse(text: str, place: str, *, hint: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        InvalidInputError: It is not JSON; the message names the place.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if "\n" in text else ""
+        found = f"{error.msg}, column {error.colno}"
+        excerpt = error.doc[max(0, error.pos - 20) : error.pos + 20]
+        raise InvalidInputError(
+            f"{place}{line}: invalid JSON ({found}, at {quote(excerpt)}); {hint}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        # Integers of more than 4,300 digits, and thousands of lists in lists.
+        raise InvalidInputError(f"{place}: invalid JSON ({error}); {hint}") from None
 
 
 def _csv_rows(path: Path) -> Iterator[NumberedRow]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from itertools import takewhile
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.metrics.words import split_words
 from star_attention.evals.samples.sample import Sample
 
@@ -72,5 +72,5 @@ def _parse_answers(sample: Sample, parse: Callable[[str], float]) -> list[float]
     except ValueError:
         raise InvalidInputError(
             f"metric {sample.metric} of sample {sample.id} needs numeric answers, got"
-            f" {', '.join(sample.answers)}"
+            f" {quote(', '.join(sample.answers))}"
         ) from None

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from star_attention.errors import ContextLengthError, InvalidInputError, quote
-from star_attention.evals.metrics import score
+from star_attention.evals.metrics.checks import check
 from star_attention.evals.runs.prompts import PromptCounter
 from star_attention.evals.runs.settings import RunSettings
 from star_attention.evals.runs.variants import Variant
@@ -147,20 +147,10 @@ def measure(
 
 
 def _check(sample: Sample, settings: RunSettings) -> None:
-    if not sample.context:
-        raise InvalidInputError(f"sample {sample.id} has no context; give it one")
-    if not sample.query and not sample.answer_prefix:
-        raise InvalidInputError(f"sample {sample.id} has no query; give it one")
+    check(sample)
     if settings.chat and not sample.query:
         raise InvalidInputError(
             f"sample {sample.id} has no query, which a chat requires; leave --chat out"
-        )
-    # Scoring an empty answer finds unknown metrics and unreadable answers before the first one.
-    if score("", sample) > 0:
-        raise InvalidInputError(
-            f"sample {sample.id} scores an empty answer as right (answers"
-            f" {quote(list(sample.answers))}, metric {sample.metric}); give answers that"
-            " are not empty"
         )
     if (settings.max_new_tokens or sample.max_new_tokens) < 1:
         raise InvalidInputError(f"sample {sample.id} has max_new_tokens 0; give --max-new-tokens")

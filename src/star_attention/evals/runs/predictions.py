@@ -88,7 +88,7 @@ class Prediction:
         return not self.prediction.strip()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self)) + "\n"
+        return json.dumps(asdict(self), default=str) + "\n"
 
     @classmethod
     def from_json(cls, line: bytes) -> Prediction:

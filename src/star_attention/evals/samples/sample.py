@@ -8,6 +8,9 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError, quote
 
+MAX_TOKENS = 10**10 - 1
+"""The largest number of tokens that a data set may give, far beyond any model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -86,7 +89,11 @@ class Sample:
                 )
         for name in ("length", "max_new_tokens"):
             value = values[name]
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if (
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or not 0 <= value <= MAX_TOKENS
+            ):
                 raise InvalidInputError(
                     f"not a sample: expected {name} to be a number of tokens, got {quote(value)}"
                 )
