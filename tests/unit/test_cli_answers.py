@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from star_attention.cli import output
+from star_attention.cli.escapes import unescape
+from star_attention.cli.formatting import answer_summary
+from star_attention.generation.result import Generation, Timings
 from tests.command_line import CHAT, MODEL, OTHER, OTHER_QUESTION, QUESTION, ok, start, usage_error
 from tests.engines import BUNDLED
+from tests.spelling import ids_of
 
 
 def test_generate_prints_the_answer_on_stdout_and_the_rest_on_stderr(texts: Path) -> None:
@@ -40,6 +44,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
     assert list(reply) == [
         "query",
         "text",
+        "reasoning",
         "token_ids",
         "finish_reason",
         "method",
@@ -150,6 +155,47 @@ def test_answer_options(texts: Path, options: list[str], check: Callable[[Any, A
             first["text"] != "The secret number for torpidity-kill is 4910508"[: len(first["text"])]
         )
     assert check(first, second)
+
+
+def test_escapes_on_the_command_line_are_read(texts: Path) -> None:
+    """Forbids a stop string of backslash and n, which never occurs."""
+    command = ["ask", *MODEL, texts / "book.star", "--query", QUESTION, "--max-new-tokens", "6"]
+    prefixed = [*command, "--answer-prefix", r"\tThe\n", "--json"]
+    assert json.loads(ok(*prefixed).out)["query_tokens"] == 16 + len(ids_of("\tThe\n"))
+    stopped = [*command, "--ignore-eos", "--stop", r"\n", "--stop", " number"]
+    assert ok(*stopped).out == "The secret\n"
+
+
+def test_only_escapes_are_read() -> None:
+    for text in ("a\nb", r"\d \\", "\\", r"C:\dir"):
+        assert unescape(text, "--stop") == text
+    assert unescape(r"\n\nUser:\t\r", "--stop") == "\n\nUser:\t\r"
+    assert unescape(r"\\n\\nabla", "--stop") == r"\n\nabla"
+    with pytest.warns(UserWarning, match=r"--stop .*: \\n is read as .*; write \\\\nabla"):
+        assert unescape(r"x\nabla", "--stop") == "x\nabla"
+
+
+def test_an_answer_may_keep_its_special_tokens(texts: Path) -> None:
+    done = ok(
+        "ask", *MODEL, texts / "book.star", "--query", QUESTION, "--show-special-tokens", "-q"
+    )
+    assert done.out == "The secret number for torpidity-kill is 4910508<eos>\n"
+
+
+def test_the_summary_says_what_ended_or_is_missing(texts: Path) -> None:
+    command = ["ask", *MODEL, texts / "book.star", "--query", QUESTION, "--max-new-tokens", "3"]
+    assert ok(*command).err.endswith(", ended by --max-new-tokens after 3 tokens\n")
+    timings = Timings(encode_s=1.0, ttft_s=0.5, tokens_per_s=None)
+    reply = Generation(
+        text="",
+        token_ids=[3],
+        finish_reason="stop",
+        query_tokens=1,
+        timings=timings,
+        reasoning="why",
+    )
+    expected = "first token 0.5 s, 3 characters of reasoning not shown (see --json)"
+    assert answer_summary(reply) == expected
 
 
 @pytest.mark.filterwarnings("default")

@@ -13,7 +13,7 @@ from transformers import (
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.hf.text.answer import StopStringCutter
+from star_attention.hf.text.stops import StopStringCutter
 from tests.engines import bundled_tokenizer, text_model
 from tests.spelling import CONTEXT, QUERY, ids_of, spell
 

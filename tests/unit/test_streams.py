@@ -10,7 +10,7 @@ import torch
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.hf.text.answer import Detokenizer
+from star_attention.hf.text.detokenizer import Detokenizer
 from tests.engines import bundled_tokenizer, text_model
 from tests.spelling import CONTEXT, QUERY, ids_of, spell
 

@@ -21,11 +21,15 @@ def context_summary(context: EncodedContext) -> str:
 
 
 def answer_summary(reply: Generation) -> str:
-    """Describe an answer's speed: `first token 0.4 s, 41 tok/s`."""
-    rate = reply.timings.tokens_per_s
-    return f"first token {format_seconds(reply.timings.ttft_s)}" + (
-        "" if rate is None else f", {rate:,.0f} tok/s"
-    )
+    """Describe an answer's speed: `first token 0.4 s, 41 tok/s`; say what is not printed."""
+    summary = f"first token {format_seconds(reply.timings.ttft_s)}"
+    if reply.timings.tokens_per_s is not None:
+        summary += f", {reply.timings.tokens_per_s:,.0f} tok/s"
+    if reply.finish_reason == "length":
+        summary += f", ended by --max-new-tokens after {len(reply.token_ids):,} tokens"
+    if reply.reasoning is not None:
+        summary += f", {len(reply.reasoning):,} characters of reasoning not shown (see --json)"
+    return summary
 
 
 def format_seconds(value: float) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from star_attention.cli.config_options import ConfigOptions
+from star_attention.cli.escapes import unescape
 from star_attention.config import MAX_NEW_TOKENS, STALL_S, check_max_new_tokens
 from star_attention.planning.plan import parse_size
 
@@ -191,7 +192,7 @@ class AnswerOptions:
     answer_prefix: Annotated[
         str,
         option(
-            "Text that the answer continues; it is not printed.",
+            "Text that the answer continues (\\n is a line break); it is not printed.",
             panel="Answer",
             metavar="TEXT",
             show_default=False,
@@ -250,7 +251,7 @@ class AnswerOptions:
     stop: Annotated[
         list[str] | None,
         option(
-            "End the answer before this text; may be repeated.",
+            "End the answer before this text (\\n is a line break); may be repeated.",
             "--stop",
             panel="Answer",
             metavar="TEXT",
@@ -258,6 +259,14 @@ class AnswerOptions:
     ] = None
     ignore_eos: Annotated[
         bool, option("Continue past end-of-sequence tokens.", "--ignore-eos", panel="Answer")
+    ] = False
+    show_special_tokens: Annotated[
+        bool,
+        option(
+            "Print answers as the model writes them: with special tokens and its reasoning.",
+            "--show-special-tokens",
+            panel="Output",
+        ),
     ] = False
     json: Json = False
     no_stream: Annotated[
@@ -285,8 +294,9 @@ class AnswerOptions:
             "max_new_tokens": max_new_tokens,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
-            "stop": self.stop or None,
-            "answer_prefix": self.answer_prefix,
+            "stop": [unescape(stop, "--stop") for stop in self.stop or []] or None,
+            "answer_prefix": unescape(self.answer_prefix, "--answer-prefix"),
+            "skip_special_tokens": not self.show_special_tokens,
         }
         sampling = _without_none(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if self.greedy and sampling:

@@ -19,6 +19,7 @@ _HEADER_WIDTH = 100
 FIELDS = {
     "query": "the query",
     "text": "the answer, without special tokens, cut before a stop string",
+    "reasoning": "what the model marked as its reasoning, apart from the answer; null for none",
     "token_ids": "all generated tokens, including the one that ended the answer",
     "finish_reason": "`stop` or `length`",
     "method": "attention method",

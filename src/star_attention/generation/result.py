@@ -33,6 +33,8 @@ class Generation:
 
     Attributes:
         text: the answer without special tokens, cut before a stop string ("" without a tokenizer).
+        reasoning: what the model marked as its reasoning, which is not part of the text; None for
+            none.
         token_ids: every generated id, including the one that ended the answer.
         finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion) or
             "length" (`max_new_tokens`).
@@ -49,6 +51,7 @@ class Generation:
     finish_reason: str
     query_tokens: int
     timings: Timings
+    reasoning: str | None = None
     logits: Tensor | None = None
     peak_bytes: int | None = None
     wire: Traffic = field(default_factory=Traffic)
@@ -61,6 +64,7 @@ class Generation:
         """Return the answer's part of a line of `--json`, without logits."""
         return {
             "text": self.text,
+            "reasoning": self.reasoning,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "query_tokens": self.query_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,8 +18,7 @@ from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.result import Generation, Timings
 from star_attention.generation.settings import ResolvedSettings
 from star_attention.hf.execution.timing import Clock
-from star_attention.hf.text.answer import AnswerText, BeamStopCriteria
-from star_attention.hf.text.endings import stop_tokens
+from star_attention.hf.text.answer import AnswerText, BeamStopCriteria, Reading
 from star_attention.planning.traffic import Traffic
 from star_attention.storage.oom import translate_oom
 
@@ -72,14 +72,20 @@ class GenerationRun:
         self._wire_within_before = copy.copy(request.comm.tp_traffic)
         self._encode_s = encode_s
         self.settings, self.shape = settings, shape
+        reading = Reading(
+            tokenizer,
+            settings.stops,
+            settings.answer_prefix,
+            skip_special_tokens=settings.arguments.skip_special_tokens,
+        )
         if settings.stops and not settings.uses_own_loop:
-            request.stop_after = lambda prompt_tokens: BeamStopCriteria(
-                tokenizer, settings.stops, prompt_tokens
-            )
+            request.stop_after = lambda prompt_tokens: BeamStopCriteria(reading, prompt_tokens)
         self._request = request
-        rows = len(request.queries) * settings.answers_per_query
-        eos_ids = settings.eos_ids | stop_tokens(tokenizer, settings.stops)
-        self._answers = [AnswerText(tokenizer, settings.stops, eos_ids) for _ in range(rows)]
+        prompts = [prompt for prompt in request.queries for _ in range(settings.answers_per_query)]
+        rows, eos_ids = len(prompts), settings.eos_ids | reading.stop_tokens
+        self._answers = [
+            AnswerText(reading.reader(prompt), reading.stops, eos_ids) for prompt in prompts
+        ]
         keeps_logits = settings.arguments.return_logits
         self._logits: list[list[Tensor]] | None = (
             [[] for _ in range(rows)] if keeps_logits else None
@@ -95,6 +101,7 @@ class GenerationRun:
                     self._send_piece(piece)
                     yield piece
         tail = self._close()
+        self._warn_of_unanswered()
         if tail:
             self._send_piece(tail)
         self._send_end()
@@ -180,6 +187,17 @@ class GenerationRun:
         ]
         return tails[0]
 
+    def _warn_of_unanswered(self) -> None:
+        if any(
+            answer.finish_reason == "length" and answer.reasoning and not answer.text
+            for answer in self._answers
+        ):
+            warnings.warn(
+                "an answer ended inside the model's reasoning, so its text is empty; raise"
+                f" max_new_tokens (now {self.settings.max_new_tokens:,})",
+                stacklevel=2,
+            )
+
     def generations(self) -> list[Generation]:
         """Return the answers, those to one query next to each other."""
         return [self._generation(row, answer) for row, answer in enumerate(self._answers)]
@@ -193,6 +211,7 @@ class GenerationRun:
         query = self._request.queries[row // self.settings.answers_per_query]
         return Generation(
             text=answer.text,
+            reasoning=answer.reasoning,
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             query_tokens=len(query),

@@ -35,6 +35,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
     ignore_eos: bool
     stop: str | Sequence[str] | None
+    skip_special_tokens: bool
     return_logits: bool
     answer_prefix: str
     logits_processor: LogitsProcessorList | None
@@ -73,6 +74,8 @@ class GenerationSettings:
         ignore_eos: continue past end-of-sequence tokens.
         stop: strings that end an answer; they are not part of its text. They join those of the
             model's own settings (`stop_strings`), which `[]` turns off.
+        skip_special_tokens: leave special tokens out of the text, and keep a model's reasoning
+            apart (`Generation.reasoning`); False keeps all as the model writes it.
         return_logits: keep the unprocessed logits (greedy search and sampling).
         answer_prefix: text that the answer is made to begin with, after the chat template's start
             of the answer where there is one; not part of the result.
@@ -84,6 +87,7 @@ class GenerationSettings:
     seed: int | None = None
     ignore_eos: bool = False
     stop: str | Sequence[str] | None = None
+    skip_special_tokens: bool = True
     return_logits: bool = False
     answer_prefix: str = ""
     logits_processor: LogitsProcessorList | None = None

@@ -35,7 +35,9 @@ def query_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def decode(tokenizer: Any, ids: list[int]) -> str:
-    """Return the text of token ids, without special tokens."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Any, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    """Return the text of token ids, by default without special tokens."""
+    text: str = tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
     return text

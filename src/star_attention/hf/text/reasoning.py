@@ -1,0 +1,270 @@
+"""A model's reasoning, read apart from its answer.
+
+Families mark it in two ways: by tags around it at the start of an answer (`<think>`), or by
+messages in channels, of which only `final` is for the reader (gpt-oss).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from star_attention.hf.text.detokenizer import Detokenizer
+from star_attention.hf.text.endings import has_channels, token_id
+
+TAGS = {
+    "<think>": "</think>",
+    "[THINK]": "[/THINK]",
+    "<thought>": "</thought>",
+    "<seed:think>": "</seed:think>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "◁think▷": "◁/think▷",
+}
+"""Tags around reasoning, opening and closing."""
+
+_CONTROLS = {
+    "<|start|>": "start",
+    "<|channel|>": "channel",
+    "<|message|>": "message",
+    "<|end|>": "end",
+    "<|call|>": "end",
+    "<|return|>": "end",
+}
+_MOST_SPACE = 8
+"""Characters of white space before an opening tag."""
+_PROMPT_END = 32
+"""Tokens of a prompt that are searched for the beginning of its answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Markup:
+    """The marks of reasoning that a tokenizer has.
+
+    Attributes:
+        tags: closing tags by opening tag.
+        tag_tokens: texts of tags that are special tokens, which decoding leaves out.
+        controls: what each control token of channels begins or ends.
+    """
+
+    tags: dict[str, str]
+    tag_tokens: dict[int, str]
+    controls: dict[int, str]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Markup | None:
+        """Return a tokenizer's marks; None where it has none.
+
+        Tags count where the closing one is a token, or the chat template writes one.
+        """
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+        tags = {
+            opening: closing
+            for opening, closing in TAGS.items()
+            if opening in template
+            or closing in template
+            or token_id(tokenizer, closing) is not None
+        }
+        tokens = {text: token_id(tokenizer, text) for pair in tags.items() for text in pair}
+        controls = {}
+        if has_channels(tokenizer):
+            names = {token_id(tokenizer, text): name for text, name in _CONTROLS.items()}
+            controls = {token: name for token, name in names.items() if token is not None}
+        if not tags and not controls:
+            return None
+        return cls(
+            tags=tags,
+            tag_tokens={
+                token: text
+                for text, token in tokens.items()
+                if token is not None and not tokenizer.decode([token], skip_special_tokens=True)
+            },
+            controls=controls,
+        )
+
+
+class Thinking:
+    """Text with reasoning between tags at its start, cut in two.
+
+    Args:
+        tags: closing tags by opening tag.
+        closing: the closing tag, where the reasoning has begun already.
+    """
+
+    def __init__(self, tags: dict[str, str], closing: str | None = None) -> None:
+        self._tags, self._closing = tags, closing
+        self._pending = ""
+        self._starts = closing is None and bool(tags)
+        self._strips = False
+
+    @property
+    def looks_for_tags(self) -> bool:
+        """True while a tag would be one, and not a part of the answer."""
+        return self._starts or self._closing is not None
+
+    def push(self, piece: str) -> tuple[str, str]:
+        """Add a piece, and return the reasoning and the answer that are now certain."""
+        text, self._pending = self._pending + piece, ""
+        if self._starts:
+            text = self._open(text)
+        reasoning = ""
+        if self._closing is not None:
+            reasoning, text = self._close(text)
+        if self._strips:
+            text = text.lstrip()
+            self._strips = not text
+        return reasoning, text
+
+    def flush(self) -> tuple[str, str]:
+        """Return the text held back, as reasoning and answer."""
+        pending, self._pending = self._pending, ""
+        return ("", pending) if self._closing is None else (pending, "")
+
+    def _open(self, text: str) -> str:
+        """Look for an opening tag, and return the text after it; "" while it may still come."""
+        begun = text.lstrip()
+        for opening, closing in self._tags.items():
+            if begun.startswith(opening):
+                self._starts, self._closing = False, closing
+                return begun[len(opening) :]
+        may_come = any(opening.startswith(begun) for opening in self._tags)
+        if may_come and len(text) - len(begun) <= _MOST_SPACE:
+            self._pending = text
+            return ""
+        self._starts = False
+        return text
+
+    def _close(self, text: str) -> tuple[str, str]:
+        """Return the reasoning, and the text after its closing tag."""
+        assert self._closing is not None, "the reasoning has ended"
+        reasoning, closing, rest = text.partition(self._closing)
+        if closing:
+            self._closing, self._strips = None, True
+            return reasoning, rest
+        held = next(
+            n
+            for n in range(min(len(text), len(self._closing) - 1), -1, -1)
+            if text.endswith(self._closing[:n])
+        )
+        self._pending = text[len(text) - held :]
+        return text[: len(text) - held], ""
+
+
+class ReasoningReader:
+    """Convert tokens to the text of the answer, and keep the reasoning apart.
+
+    Args:
+        detokenizer: converts tokens to text.
+        markup: the tokenizer's marks of reasoning.
+        thinking: the text between tags.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, markup: Markup, thinking: Thinking) -> None:
+        self._detokenizer, self._markup, self._thinking = detokenizer, markup, thinking
+        self._reasoning: list[str] = []
+        self._has_text = False
+        # The message being read, the name of its channel, and what separates it from another one.
+        self._part = "text"
+        self._channel: str | None = None
+        self._separator = ""
+
+    @property
+    def reasoning(self) -> str | None:
+        """The reasoning so far, without white space around it; None where there is none."""
+        return "".join(self._reasoning).strip() or None
+
+    def push(self, token: int) -> str:
+        """Add a token, and return the text of the answer that is now certain."""
+        if (control := self._markup.controls.get(token)) is not None:
+            piece = self._route(self._detokenizer.flush())
+            self._begin(control)
+            return piece
+        if token in self._markup.tag_tokens and self._thinking.looks_for_tags:
+            return self._route(self._detokenizer.flush() + self._markup.tag_tokens[token])
+        return self._route(self._detokenizer.push(token))
+
+    def flush(self) -> str:
+        """Return the text of the answer held back."""
+        piece = self._route(self._detokenizer.flush())
+        reasoning, text = self._thinking.flush()
+        self._reasoning.append(reasoning)
+        return piece + text
+
+    def follow(self, tokens: list[int]) -> None:
+        """Read the control tokens at the end of a prompt, which the answer continues."""
+        for token in tokens:
+            self.push(token)
+        self.flush()
+        # A message that the prompt has only announced may begin without a further word.
+        if self._part == "header" and self._channel is None:
+            self._part = "text"
+        self._reasoning, self._has_text, self._separator = [], False, ""
+
+    def _begin(self, control: str) -> None:
+        """Begin another part at a control token."""
+        if control == "message":
+            is_final = not self._channel or self._channel.split()[:1] == ["final"]
+            self._part = "text" if is_final else "reasoning"
+            if self._has_text if is_final else self._reasoning:
+                self._separator = "\n\n"
+        elif control == "end":
+            self._part = "text"
+        else:
+            self._part, self._channel = "header", "" if control == "channel" else None
+
+    def _route(self, piece: str) -> str:
+        """Add a piece to the part being read; return what belongs to the answer."""
+        if not piece:
+            return ""
+        if self._part == "header":
+            if self._channel is not None:
+                self._channel += piece
+            return ""
+        piece, self._separator = self._separator + piece, ""
+        reasoning, text = (piece, "") if self._part == "reasoning" else self._thinking.push(piece)
+        if reasoning:
+            self._reasoning.append(reasoning)
+        self._has_text = self._has_text or bool(text)
+        return text
+
+
+def answer_reader(
+    tokenizer: Any,
+    markup: Markup | None,
+    prompt: list[int],
+    answer_prefix: str = "",
+    *,
+    skip_special_tokens: bool = True,
+) -> Detokenizer | ReasoningReader:
+    """Return what reads the tokens of one answer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        markup: its marks of reasoning; None reads nothing apart.
+        prompt: the tokens before the answer, in which its reasoning may have begun.
+        answer_prefix: the text at the prompt's end that the answer was made to begin with.
+        skip_special_tokens: leave special tokens out.
+    """
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    if markup is None:
+        return detokenizer
+    thinking = Thinking(markup.tags, _begun(tokenizer, markup, prompt, answer_prefix))
+    thinking.push(answer_prefix)
+    thinking.flush()
+    reader = ReasoningReader(detokenizer, markup, thinking)
+    starts = [
+        index for index, token in enumerate(prompt) if markup.controls.get(token) == "start"
+    ] or [index for index, token in enumerate(prompt) if token in markup.controls]
+    if starts:
+        reader.follow(prompt[starts[-1] :])
+    return reader
+
+
+def _begun(tokenizer: Any, markup: Markup, prompt: list[int], answer_prefix: str) -> str | None:
+    """Return the closing tag of reasoning that begins at the end of a prompt, or None."""
+    if not markup.tags:
+        return None
+    end = prompt[-(_PROMPT_END + len(answer_prefix)) :]
+    text = tokenizer.decode(end, skip_special_tokens=False).removesuffix(answer_prefix).rstrip()
+    return next(
+        (closing for opening, closing in markup.tags.items() if text.endswith(opening)), None
+    )

@@ -1,0 +1,215 @@
+"""A model's reasoning is kept apart from its answer, and special tokens can be kept."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+from star_attention import StarLLM
+from star_attention.hf.text.reasoning import TAGS, Thinking
+from tests.talkers import (
+    CHANNEL_TOKENS,
+    CHANNELS,
+    CHATML,
+    CHATML_TOKENS,
+    byte_level,
+    say,
+    talker,
+)
+
+MESSAGES = [{"role": "user", "content": "the cat sat on the mat\n"}]
+THINK = ("<think>", "</think>")
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+CLOSED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+MODES: list[dict[str, Any]] = [{}, dict(num_beams=2)]
+
+
+def answers(star: StarLLM, spoken: str, **options: Any) -> tuple[str, str | None]:
+    """Text and reasoning of an answer, which are those of a stream too."""
+    context = star.encode(MESSAGES if star.tokenizer.chat_template else "the cat")
+    options |= {"max_new_tokens": len(star.tokenizer(spoken).input_ids)}
+
+    def arguments() -> dict[str, Any]:
+        return say(star.tokenizer, spoken) | options
+
+    reply = star.generate(context, "what", **arguments())
+    assert reply.as_dict()["reasoning"] == reply.reasoning
+    beams = star.generate(context, "what", num_beams=2, **arguments())
+    assert (beams.text, beams.reasoning) == (reply.text, reply.reasoning)
+    stream = star.stream(context, "what", **arguments())
+    pieces = list(stream)
+    assert all(pieces)
+    assert "".join(pieces) == stream.result.text == reply.text
+    assert stream.result.reasoning == reply.reasoning
+    return reply.text, reply.reasoning
+
+
+# ------------------------------------------------------------------------------- channels
+
+
+@pytest.fixture(scope="module")
+def channels() -> StarLLM:
+    return talker(byte_level(CHANNEL_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def channel_chat() -> StarLLM:
+    return talker(byte_level(CHANNEL_TOKENS, chat=CHANNELS))
+
+
+HARMONY = (
+    "<|channel|>analysis<|message|>the cat<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>hello<|return|>"
+)
+
+
+def test_thought_role_and_answer_do_not_run_together(
+    channels: StarLLM, channel_chat: StarLLM
+) -> None:
+    assert answers(channels, HARMONY) == ("hello", "the cat")
+    assert answers(channel_chat, HARMONY) == ("hello", "the cat")
+
+
+@pytest.mark.parametrize(
+    ("spoken", "text", "reasoning"),
+    [
+        ("hello world", "hello world", None),
+        ("<|channel|>final<|message|>hello<|return|>", "hello", None),
+        ("<|message|>hello<|return|>", "hello", None),
+        # Several messages, a tool call, and an end inside each part.
+        (
+            "<|channel|>analysis<|message|>the<|end|><|start|>assistant<|channel|>analysis"
+            "<|message|>cat<|end|><|start|>assistant<|channel|>final<|message|>hello",
+            "hello",
+            "the\n\ncat",
+        ),
+        (
+            "<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+            "<|channel|>final<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+            "a\n\nb",
+            "{}",
+        ),
+        ("<|channel|>final<|message|>hello<|end|><|start|>assist", "hello", None),
+        ("<|channel|>final<|message|>hello<|end|><|start|>assistant<|channel|>ana", "hello", None),
+    ],
+)
+def test_channels(
+    channels: StarLLM, channel_chat: StarLLM, spoken: str, text: str, reasoning: str | None
+) -> None:
+    for star in (channels, channel_chat):
+        assert answers(star, spoken) == (text, reasoning)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "reasoning"),
+    [
+        ("", "cat<|x", None),
+        ("<|channel|>final<|message|>the ", "cat<|x", None),
+        ("<|channel|>analysis<|message|>the ", "", "cat<|x"),
+    ],
+)
+def test_an_answer_prefix_may_begin_a_message(
+    channel_chat: StarLLM, prefix: str, text: str, reasoning: str | None
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert answers(channel_chat, "cat<|x", answer_prefix=prefix) == (text, reasoning)
+
+
+def test_stop_strings_end_the_answer_and_not_the_reasoning(channels: StarLLM) -> None:
+    spoken = HARMONY.replace("hello", "hello cat world")
+    assert answers(channels, spoken, stop=" cat") == ("hello", "the cat")
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["greedy", "beams"])
+def test_an_empty_answer_is_said(channels: StarLLM, mode: dict[str, Any]) -> None:
+    """Forbids an empty text without a word why."""
+    spoken = say(channels.tokenizer, "<|channel|>analysis<|message|>the cat sat")
+    context = channels.encode("the cat")
+    with pytest.warns(UserWarning, match=r"ended inside the model's reasoning.*max_new_tokens"):
+        reply = channels.generate(context, "what", **mode, **spoken)
+    assert (reply.text, reply.reasoning) == ("", "the cat sat")
+    assert reply.finish_reason == "length"
+
+
+# ----------------------------------------------------------------------------------- tags
+
+
+@pytest.mark.parametrize("chat", [None, CHATML], ids=["raw", "chat"])
+@pytest.mark.parametrize("kind", ["added", "special"])
+def test_tags_that_are_tokens(kind: str, chat: str | None) -> None:
+    plain, special = (THINK, ()) if kind == "added" else ((), THINK)
+    star = talker(byte_level((*CHATML_TOKENS, *special), plain=plain, chat=chat))
+    spoken = "<think>\nthe cat\n</think>\n\nhello world"
+    assert answers(star, spoken) == ("hello world", "the cat")
+    # Without reasoning nothing changes.
+    assert answers(star, "\nhello world\n") == ("\nhello world\n", None)
+    assert answers(star, "<think>\n\n</think>\n\nhello") == ("hello", None)
+    # Inside an answer a tag is a word of it, where decoding shows it.
+    quoted = "the <think> world" if kind == "added" else "the  world"
+    assert answers(star, "the <think> world") == (quoted, None)
+
+
+def test_tags_that_only_the_template_names() -> None:
+    named = "{# <think> #}{% if false %}</think>{% endif %}" + CHATML
+    star = talker(byte_level(chat=named))
+    assert answers(star, " <think>the cat</think> hello") == ("hello", "the cat")
+    assert answers(star, "<the cat") == ("<the cat", None)
+    assert answers(star, "<thin") == ("<thin", None)
+    plain = talker(byte_level(chat=CHATML))
+    spoken = "<think>the cat</think> hello"
+    assert answers(plain, spoken) == (spoken, None)
+
+
+@pytest.mark.parametrize("plain", [THINK, ()], ids=["tokens", "text"])
+def test_a_template_may_open_or_close_the_reasoning(plain: tuple[str, ...]) -> None:
+    opened = talker(byte_level(plain=plain, chat=OPENED))
+    assert answers(opened, "the cat</think>\n\nhello") == ("hello", "the cat")
+    closed = talker(byte_level(plain=plain, chat=CLOSED))
+    assert answers(closed, "hello </think>") == ("hello </think>", None)
+    # A prefix continues the reasoning, or ends it.
+    assert answers(opened, " cat</think>hello", answer_prefix="the") == ("hello", "cat")
+    assert answers(opened, "hello", answer_prefix="the</think>") == ("hello", None)
+    assert answers(closed, "hello", answer_prefix="the") == ("hello", None)
+
+
+def test_a_raw_query_may_open_the_reasoning() -> None:
+    star = talker(byte_level(plain=THINK))
+    reply = star.generate(
+        star.encode("the cat"), "what<think>\n", **say(star.tokenizer, "cat</think>hello")
+    )
+    assert (reply.text, reply.reasoning) == ("hello", "cat")
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+@pytest.mark.parametrize(("opening", "closing"), TAGS.items())
+def test_tags_may_come_in_pieces(opening: str, closing: str, size: int) -> None:
+    text = f"\n{opening}a < b</x>{closing}  hello {opening} {closing}"
+    thinking = Thinking(TAGS)
+    parts = [thinking.push(text[at : at + size]) for at in range(0, len(text), size)]
+    parts.append(thinking.flush())
+    reasoning, answer = ("".join(part) for part in zip(*parts, strict=True))
+    assert (reasoning, answer) == ("a < b</x>", f"hello {opening} {closing}")
+
+
+# ------------------------------------------------------------------------- special tokens
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["greedy", "beams"])
+def test_special_tokens_can_be_kept(channels: StarLLM, mode: dict[str, Any]) -> None:
+    context = channels.encode("the cat")
+    options = mode | say(channels.tokenizer, HARMONY)
+    reply = channels.generate(context, "what", skip_special_tokens=False, **options)
+    assert (reply.text, reply.reasoning) == (HARMONY, None)
+    cut = mode | say(channels.tokenizer, HARMONY) | dict(stop=["<|end|>"])
+    reply = channels.generate(context, "what", skip_special_tokens=False, **cut)
+    assert reply.text == "<|channel|>analysis<|message|>the cat"
+
+
+def test_special_tokens_are_kept_in_a_stream(channels: StarLLM) -> None:
+    context = channels.encode("the cat")
+    options = say(channels.tokenizer, HARMONY)
+    with channels.stream(context, "what", skip_special_tokens=False, **options) as stream:
+        assert "".join(stream) == stream.result.text == HARMONY
