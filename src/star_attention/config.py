@@ -174,7 +174,7 @@ class StarConfig:
             it, between 1k and 32k. For `streaming_llm`, the window.
         anchor_size: Leading tokens of the context that every block sees, 0 to `block_size`. None
             takes the block size. For `streaming_llm`, the number of sinks (None: 4).
-        method: A name in `METHODS`.
+        method: "star", "dense" (ordinary attention), "ring" (exact, over ranks) or "streaming_llm".
         tokens_per_forward: Maximum context tokens in one forward of phase 1, which bounds its
             working memory. None takes 8192 on CPU and 16384 on an accelerator.
         reserve_tokens: Tokens reserved for query and answer in models whose rotary frequencies

@@ -20,7 +20,7 @@
     └── RankError (RuntimeError)            another rank died, hung, failed or cannot be reached
 
 In parentheses: the built-in exception that a class also derives from. Any other wrong argument is
-an ordinary `TypeError`. Standard library only.
+an ordinary `TypeError`.
 """
 
 from __future__ import annotations

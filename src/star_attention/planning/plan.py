@@ -222,7 +222,7 @@ class BlockPlan:
         anchor_size: int | str | None = None,
         ranks: int = 1,
     ) -> BlockPlan:
-        """Return the plan for a context, with sizes as in `resolve_sizes`."""
+        """Return the plan for a context; sizes that are left out are those of `StarConfig`."""
         block, anchor = resolve_sizes(context_tokens, block_size, anchor_size)
         return cls(context_tokens=context_tokens, block_size=block, anchor_size=anchor, ranks=ranks)
 

@@ -23,7 +23,12 @@ CALL_BYTES = 128 * 1024
 
 @dataclass
 class Traffic:
-    """Number of collectives, and the bytes that they move."""
+    """Number of collectives, and the bytes that they move.
+
+    Attributes:
+        calls: collectives.
+        bytes: bytes that they move, summed over all ranks.
+    """
 
     calls: int = 0
     bytes: int = 0

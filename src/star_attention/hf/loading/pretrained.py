@@ -14,7 +14,11 @@ from star_attention.hf.loading.tensor_parallel import load_shard
 
 @dataclass(frozen=True)
 class Support:
-    """The result of `supported`: true or false, with the reasons against."""
+    """The result of `supported`: true or false, with the reasons against.
+
+    Attributes:
+        reasons: why the model cannot run, one sentence each; empty if it can.
+    """
 
     reasons: tuple[str, ...]
 
