@@ -131,6 +131,7 @@ class StarSettings(TypedDict, total=False):
     ring_layout: str
     kv_dtype: str | None
     kv_device: str | None
+    allow_special_tokens: bool | None
 
 
 def check_keywords(names: Iterable[str], *, known: Iterable[str]) -> None:
@@ -188,6 +189,9 @@ class StarConfig:
         kv_device: Where the context's keys and values are stored. None leaves them on the device
             that computed them, "cpu" moves them to host memory, from which each layer is copied
             back when it is needed.
+        allow_special_tokens: What special tokens in a text (`<|im_end|>`) are: True makes them
+            control tokens, False text. None makes those of chat messages text, so that no document
+            can end its turn, and those of raw text control tokens, with a warning.
 
     Raises:
         SizeError: For a size that cannot work.
@@ -255,6 +259,13 @@ class StarConfig:
         panel="Context",
         default_text="where they are computed",
     )
+    allow_special_tokens: bool | None = _setting(
+        None,
+        "Whether special tokens in texts and queries (<|im_end|>) are control tokens or text.",
+        metavar="",
+        panel="Context",
+        default_text="text with --chat, control tokens without",
+    )
 
     @classmethod
     def of(cls, config: StarConfig | None = None, **settings: Any) -> StarConfig:
@@ -316,6 +327,12 @@ class StarConfig:
             raise InvalidInputError(
                 f"ring_layout {quote(self.ring_layout)} is unknown;"
                 f" choose one of {', '.join(RING_LAYOUTS)}"
+            )
+
+        if self.allow_special_tokens not in (None, True, False):
+            raise InvalidInputError(
+                f"allow_special_tokens {quote(self.allow_special_tokens)} is neither True, False"
+                " nor None; leave it out for text in chats alone"
             )
 
         for name, known in (("kv_dtype", KV_DTYPES), ("kv_device", KV_DEVICES)):

@@ -104,6 +104,7 @@ def _context(
         identity=runtime.identity,
         rope_length=job.rope_length,
         chat=source.chat,
+        end=source.end,
         encode_s=_slowest(stats),
         peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
         stats=tuple(stats),
@@ -132,6 +133,9 @@ def extend(
     key, source = runtime.comm.run_on_rank_0(prepare)
     old = local_context(runtime, context, key)
     ids_L, start = source.ids_L, len(old.token_ids)
+    if len(ids_L) == start:
+        # All that is new waits for what follows.
+        return replace(old, chat=source.chat, end=source.end, warned=set())
     owner = next(rank for rank, runs in enumerate(old.layout) if runs and runs[-1][1] == start)
     job = EncodeJob(
         handle=runtime.handle,
@@ -152,6 +156,8 @@ def extend(
         kv=store,
         layout=job.layout,
         chat=source.chat,
+        end=source.end,
+        warned=set(),
         encode_s=_slowest(stats),
         peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
         stats=tuple(stats),
@@ -218,6 +224,8 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
         identity=runtime.identity,
         rope_length=header["rope_length"],
         chat=header["chat"],
+        # Files of earlier versions have none.
+        end=header.get("end"),
         encode_s=header["encode_s"],
         stats=tuple(stats),
         model=weakref.ref(runtime.handle.model),

@@ -5,7 +5,7 @@
     │   ├── SizeError                       block, anchor or forward size
     │   ├── ContextLengthError              more tokens than model or context has positions for
     │   ├── TokenError                      token ids outside the vocabulary, or no tokens at all
-    │   ├── TextError                       text file that is missing, unreadable or not UTF-8
+    │   ├── TextError                       text with half characters; text file missing, not UTF-8
     │   └── ModelNotFoundError              model folder, hub id or tokenizer, missing or unreadable
     ├── UnsupportedModelError (ValueError)  model that Star Attention cannot run, with the reasons
     ├── UnsupportedCallError (ValueError)   attention call that no kernel can run, with the reasons
@@ -52,7 +52,7 @@ class TokenError(InvalidInputError):
 
 
 class TextError(InvalidInputError):
-    """A text file is missing, unreadable or not UTF-8."""
+    """A text has half a character, or its file is missing, unreadable or not UTF-8."""
 
 
 class ModelNotFoundError(InvalidInputError):

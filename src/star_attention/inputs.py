@@ -11,7 +11,12 @@ from torch import Tensor
 
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
-from star_attention.hf.text import chat, tokens
+from star_attention.hf.text import chat, joining, tokens
+from star_attention.hf.text.checks import checked_text
+from star_attention.hf.text.joining import ContextEnd
+from star_attention.hf.text.reading import Reader
+from star_attention.hf.text.rendered import RenderedText
+from star_attention.hf.text.tokens import checked_ids
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.kv import as_tensor_ids
@@ -23,6 +28,9 @@ Content = TextOrIds | Sequence[Message]
 Contents = list[str] | list[list[int]] | list[Tensor] | list[list[Message]] | tuple[Content, ...]
 """Several contexts or queries."""
 
+_END_IDS = 400
+"""Token ids at the end of a context that its text is compared with."""
+
 _MORE_POSITIONS = "or use a model with more positions"
 
 
@@ -33,10 +41,21 @@ class ContextInput:
     Attributes:
         ids_L: checked token ids, int64 on CPU.
         chat: how the chat continues after the context, or None for raw text.
+        end: the end of its text, as a `ContextEnd` describes itself; None for token ids.
+        warned: what has been warned of, to say it once.
     """
 
     ids_L: Tensor
     chat: dict[str, Any] | None
+    end: dict[str, Any] | None = None
+    warned: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, context: EncodedContext) -> ContextInput:
+        """Return what an encoded context was made of."""
+        return cls(
+            ids_L=context.token_ids, chat=context.chat, end=context.end, warned=context.warned
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +76,17 @@ class Prepared:
     settings: ResolvedSettings | None = None
     several_queries: bool = False
 
-    def check_fits(self, context_ids_L: Tensor) -> None:
+    def check_fits(self, context: EncodedContext) -> None:
         """Raise `InvalidInputError` for a context other than the one prepared."""
-        if self.contexts and not torch.equal(self.contexts[0].ids_L, context_ids_L):
+        if not self.contexts:
+            return
+        own, ids_L = self.contexts[0], context.token_ids
+        if not torch.equal(own.ids_L, ids_L) or _held_ids(own) != _held_ids(
+            ContextInput.of(context)
+        ):
             raise InvalidInputError(
-                f"the query was prepared for another context of {len(self.contexts[0].ids_L):,}"
-                f" tokens, got one of {len(context_ids_L):,}; encode the prepared one, or give the"
-                " query itself"
+                f"the query was prepared for another context of {len(own.ids_L):,} tokens, got one"
+                f" of {len(ids_L):,}; encode the prepared one, or give the query itself"
             )
 
 
@@ -142,35 +165,46 @@ def _prepare_one(
     warn: bool = False,
 ) -> tuple[ContextInput, list[list[int]]]:
     """Return a checked context and, with settings, its checked prompts."""
-    ids_L, opened = _context_ids(runtime, content)
+    source = _context_input(runtime, content)
+    ids_L = source.ids_L
     check_positions(runtime, len(ids_L), "the context has", f"cut the context, {_MORE_POSITIONS}")
     runtime.plan_for(len(ids_L))
-    chat_state = None if opened is None else opened.as_dict()
     prompts: list[list[int]] = []
     if settings is not None:
         prompts = [
-            prompt_ids(runtime, chat_state, query, settings.answer_prefix, warn=warn)
+            prompt_ids(runtime, source.chat, query, settings.answer_prefix, warn=warn, after=source)
             for query in queries
         ]
         rope_length = runtime.rope_length(len(ids_L))
         check_room(runtime, len(ids_L), rope_length, prompts, settings.max_new_tokens)
-    return ContextInput(ids_L=ids_L, chat=chat_state), prompts
+    return source, prompts
 
 
-def _context_ids(runtime: Runtime, content: Content) -> tuple[Tensor, chat.ChatContext | None]:
-    vocab_size = runtime.handle.vocab_size
+def _context_input(runtime: Runtime, content: Content) -> ContextInput:
+    """Tokenize a context, and hold back the end that depends on what follows."""
+    opened: chat.ChatContext | None = None
+    ids: Any = content
+    end: ContextEnd | None = None
     if chat.is_messages(content):
         opened = chat.open_context(runtime.tokenizer, list(content))
-        ids = tokens.query_ids(runtime.tokenizer, opened.head)
-        return checked_ids(ids, "context", vocab_size), opened
-    if isinstance(content, str):
+        ids, end = _reader(runtime).chat_context(opened.rendered)
+    elif isinstance(content, str):
         if not content:
             raise TokenError(
                 "the context is empty; Star Attention needs at least 1 token of context"
             )
-        ids = tokens.context_ids(runtime.need_tokenizer("text"), content)
-        return checked_ids(ids, "context", vocab_size), None
-    return checked_ids(content, "context", vocab_size), None
+        runtime.need_tokenizer("text")
+        reader = _reader(runtime)
+        ids, end = reader.raw_context(reader.raw(content, "context"))
+    return ContextInput(
+        ids_L=checked_ids(ids, "context", runtime.handle.vocab_size),
+        chat=None if opened is None else opened.as_dict(),
+        end=None if end is None else end.as_dict(),
+    )
+
+
+def _reader(runtime: Runtime) -> Reader:
+    return Reader(runtime.tokenizer, runtime.config.allow_special_tokens)
 
 
 def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> ContextInput:
@@ -185,10 +219,15 @@ def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> Cont
             "extend takes text or token ids, got chat messages; give the text alone (it continues"
             " the chat's open user message), or encode all messages again"
         )
-    if isinstance(more, str):
-        more = tokens.query_ids(runtime.need_tokenizer("text"), more)
-    new_ids = checked_ids(more, "extension", runtime.handle.vocab_size)
-    ids_L = torch.cat([context.token_ids, new_ids])
+    source = ContextInput.of(context)
+    if isinstance(more, str) and more:
+        new_ids, chat_state, end = _extension(runtime, source, more)
+    else:
+        ids_L = checked_ids(more, "extension", runtime.handle.vocab_size)
+        text = "" if source.chat is None else tokens.decode(runtime.tokenizer, ids_L.tolist())
+        chat_state, end = _extended_chat(runtime, source.chat, text), None
+        new_ids = _held_ids(source) + ids_L.tolist()
+    ids_L = torch.cat([context.token_ids, as_tensor_ids(torch.tensor(new_ids, dtype=torch.int64))])
     check_positions(
         runtime,
         len(ids_L),
@@ -201,11 +240,28 @@ def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> Cont
             f" to {context.rope_length:,}; encode the joined text again, or encode the first part"
             f" with a larger reserve_tokens (now {runtime.config.reserve_tokens:,})"
         )
-    return ContextInput(ids_L=ids_L, chat=_extended_chat(runtime, context.chat, new_ids))
+    return ContextInput(ids_L=ids_L, chat=chat_state, end=end)
+
+
+def _extension(
+    runtime: Runtime, source: ContextInput, more: str
+) -> tuple[list[int], dict[str, Any] | None, dict[str, Any] | None]:
+    """Return the new token ids of a context that continues with a text, its chat and its end."""
+    runtime.need_tokenizer("text")
+    reader, name = _reader(runtime), "extension"
+    text = reader.raw(more, name) if source.chat is None else reader.message(more, name)
+    chat_state = _extended_chat(runtime, source.chat, text.text)
+    end = _context_end(runtime, source)
+    ids, new_end, is_joined = reader.extension(end, text)
+    if not is_joined:
+        _warn_about_cut(source, end, text, name)
+    if ids:
+        checked_ids(ids, name, runtime.handle.vocab_size)
+    return ids, chat_state, None if new_end is None else new_end.as_dict()
 
 
 def _extended_chat(
-    runtime: Runtime, chat_state: dict[str, Any] | None, new_ids: Tensor
+    runtime: Runtime, chat_state: dict[str, Any] | None, text: str
 ) -> dict[str, Any] | None:
     if chat_state is None:
         return None
@@ -214,7 +270,6 @@ def _extended_chat(
         raise InvalidInputError(
             "this chat context ends in a closed turn; only an open user message can be extended"
         )
-    text = tokens.decode(runtime.tokenizer, new_ids.tolist())
     return chat.extended(runtime.tokenizer, opened, text).as_dict()
 
 
@@ -225,6 +280,7 @@ def prompt_ids(
     answer_prefix: str = "",
     *,
     warn: bool = True,
+    after: ContextInput | None = None,
 ) -> list[int]:
     """Return the token ids that follow a context: the query and the start of its answer.
 
@@ -234,65 +290,82 @@ def prompt_ids(
         query: text, token ids, chat messages; None for the question that the context came with.
         answer_prefix: text that the answer begins with.
         warn: warn where context and query are tokenized differently than the joined text.
+        after: the context; what is held back of it comes first.
     """
-    is_text = isinstance(query, str)
-    if chat_state is not None and (query is None or is_text or chat.is_messages(query)):
+    reader = _reader(runtime)
+    answer_start = reader.raw(answer_prefix, "answer prefix")
+    if chat_state is not None and (
+        query is None or isinstance(query, str) or chat.is_messages(query)
+    ):
         runtime.need_tokenizer("chat messages")
         opened = chat.ChatContext.from_dict(chat_state)
-        tail = chat.continue_context(runtime.tokenizer, opened, query).text
-        if warn:
-            chat.warn_about_cut(runtime.tokenizer, opened.head, tail)
-        query = tokens.query_ids(runtime.tokenizer, tail + answer_prefix)
-        answer_prefix = ""
+        if isinstance(query, str):
+            query = checked_text(query, "the query")
+        tail = chat.continue_context(runtime.tokenizer, opened, query)
+        text = reader.rendered(tail) + answer_start
     elif chat.is_messages(query):
         raise InvalidInputError(
             "a query of chat messages needs a context of chat messages; encode the context as"
             " messages"
         )
-    elif query is None or (query == "" and is_text):
+    elif query is None or (isinstance(query, str) and query == ""):
         raise TokenError("the query is empty; give at least 1 token")
-    elif is_text:
-        query = tokens.query_ids(runtime.need_tokenizer("text"), query + answer_prefix)
-        answer_prefix = ""
+    elif isinstance(query, str):
+        runtime.need_tokenizer("text")
+        text = reader.raw(query, "query") + answer_start
+    else:
+        return _prompt_of_ids(runtime, query, answer_start, after)
+    end = None if after is None else _context_end(runtime, after)
+    ids, is_joined = joining.following_ids(runtime.tokenizer, end, text)
+    if warn and not is_joined and after is not None:
+        _warn_about_cut(after, end, text, "query")
+    checked: list[int] = checked_ids(ids, "query", runtime.handle.vocab_size).tolist()
+    return checked
+
+
+def _prompt_of_ids(
+    runtime: Runtime, query: Any, answer_start: RenderedText, after: ContextInput | None
+) -> list[int]:
+    """Return the ids of a query of token ids, after those held back and before the answer's."""
     ids: list[int] = checked_ids(query, "query", runtime.handle.vocab_size).tolist()
-    if answer_prefix:
-        ids += tokens.query_ids(runtime.need_tokenizer("an answer prefix"), answer_prefix)
-    return ids
+    if answer_start.text:
+        tokenizer = runtime.need_tokenizer("an answer prefix")
+        end = joining.end_of_ids(tokenizer, ids)
+        ids += joining.following_ids(tokenizer, end, answer_start)[0]
+    return ids if after is None else _held_ids(after) + ids
 
 
-def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
-    """Return token ids as an int64 tensor `[tokens]` on CPU.
+def held_tokens(source: ContextInput, prompt: list[int]) -> int:
+    """Count the tokens at the beginning of a prompt that are the context's, held back of it."""
+    held = _held_ids(source)
+    most = min(len(held), len(prompt) - 1)
+    return next((n for n in range(most) if prompt[n] != held[n]), most)
 
-    Raises:
-        TokenError: no tokens, ids outside the vocabulary, or another type; `name` says of what.
-    """
-    if isinstance(ids, (bytes, bytearray, dict, set, frozenset)):
-        raise TokenError(
-            f"the {name} must be text, token ids or chat messages, got {type(ids).__name__}"
-        )
-    if not isinstance(ids, Tensor) and hasattr(ids, "input_ids"):
-        raise TokenError(f"the {name} is a tokenizer's output; give its input_ids")
-    try:
-        tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids))
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TokenError(f"the {name} must be text, token ids or chat messages ({error})") from None
-    if tensor.dim() == 2 and tensor.shape[0] == 1:
-        tensor = tensor[0]
-    if tensor.dim() != 1:
-        raise TokenError(
-            f"the {name} has ids of shape {tuple(tensor.shape)}; give one row of token ids"
-        )
-    if tensor.numel() == 0:
-        raise TokenError(f"the {name} is empty (0 tokens); give at least 1 token")
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
-        raise TokenError(f"the {name} has {tensor.dtype} values; token ids are integers")
-    low, high = int(tensor.min()), int(tensor.max())
-    if low < 0 or high >= vocab_size:
-        raise TokenError(
-            f"the {name} has token id {low if low < 0 else high}, outside the model's vocabulary"
-            f" 0..{vocab_size - 1}; is the tokenizer the model's own?"
-        )
-    return as_tensor_ids(tensor)
+
+def _held_ids(source: ContextInput) -> list[int]:
+    """Return the token ids that are held back of a context."""
+    return [] if source.end is None else list(source.end["held_ids"])
+
+
+def _context_end(runtime: Runtime, source: ContextInput) -> ContextEnd | None:
+    """Return the end of a context; of one without, what its chat or its ids say."""
+    if source.end is not None:
+        return ContextEnd.of(source.end)
+    ids: list[int] = source.ids_L[-_END_IDS:].tolist()
+    if source.chat is not None:
+        opened = chat.ChatContext.from_dict(source.chat)
+        return _reader(runtime).end_of_chat(opened.rendered, ids)
+    return joining.end_of_ids(runtime.tokenizer, ids)
+
+
+def _warn_about_cut(
+    source: ContextInput, end: ContextEnd | None, text: RenderedText, name: str
+) -> None:
+    """Warn, once per context, that the cut lies inside of a token of the joined text."""
+    if end is None or name in source.warned:
+        return
+    source.warned.add(name)
+    joining.warn_about_cut(end, text, name)
 
 
 def check_positions(runtime: Runtime, count: int, subject: str, remedy: str) -> None:

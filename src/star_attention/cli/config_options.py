@@ -50,6 +50,8 @@ class ConfigOptions(DeclaredOptions):
         for name in self.names:
             default = _FIELDS[name].default
             kind: Any = str if default is not None else str | None
+            if _is_flag(name):
+                kind = bool | None
             yield inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -62,13 +64,19 @@ class ConfigOptions(DeclaredOptions):
         return {name: values[name] for name in self.names}
 
 
+def _is_flag(name: str) -> bool:
+    """True for a setting that is switched on or off, and takes no value."""
+    return not _FIELDS[name].metadata["metavar"]
+
+
 def _option(name: str) -> Any:
     setting = _FIELDS[name].metadata
+    # Explicit: typer 0.27 derives the name from a metavar that differs in case only.
+    option = name.replace("_", "-")
     return typer.Option(
-        # Explicit: typer 0.27 derives the name from a metavar that differs in case only.
-        "--" + name.replace("_", "-"),
+        f"--{option}/--no-{option}" if _is_flag(name) else f"--{option}",
         help=setting["help"],
-        metavar=setting["metavar"],
+        metavar=setting["metavar"] or None,
         rich_help_panel=setting["panel"],
         show_default=setting["default_text"] or True,
     )

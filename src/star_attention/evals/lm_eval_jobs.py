@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from star_attention.engine import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError, quote
 from star_attention.evals.splitting import LAST_BLOCK, Split, split
-from star_attention.hf.text.chat import warn_about_cut
-from star_attention.hf.text.tokens import context_ids, query_ids
+from star_attention.hf.text.joining import ContextEnd, following_ids, warn_about_cut
+from star_attention.hf.text.reading import Reader
+from star_attention.hf.text.rendered import RenderedText
+from star_attention.hf.text.tokens import context_ids
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -62,6 +64,9 @@ class JobBuilder:
         self._context_ids = functools.lru_cache(maxsize=2)(
             functools.partial(context_ids, star.tokenizer)
         )
+        # The harness's own tokens in a prompt are meant as they are.
+        self._reader = Reader(star.tokenizer, allow_special_tokens=True)
+        self._cut_context = functools.lru_cache(maxsize=2)(self._reader.raw_context)
 
     def build(
         self, requests: list[Instance], *, answer_tokens: Sequence[int], scored: bool = False
@@ -104,9 +109,10 @@ class JobBuilder:
         )
         self._report_split(task, parts)
         if parts.query:
-            context = self._context_ids(parts.context)
-            ids_of = functools.partial(query_ids, self._star.tokenizer)
-            query, continued = _continued(ids_of, parts.query, continuation)
+            context, end = self._cut_context(RenderedText(parts.context))
+            query, continued = _continued(
+                lambda text: self._following_ids(end, text), parts.query, continuation
+            )
         else:
             query = []
             context, continued = _continued(self._context_ids, parts.context, continuation)
@@ -126,6 +132,9 @@ class JobBuilder:
             )
         return context, query, continued
 
+    def _following_ids(self, end: ContextEnd | None, text: str) -> list[int]:
+        return following_ids(self._star.tokenizer, end, RenderedText(text))[0]
+
     def _tokens_to_move(self, parts: Split, context_tokens: int, query_tokens: int) -> int:
         """Count the tokens at the end of the context that become the beginning of the query."""
         if parts.how == LAST_BLOCK and context_tokens:
@@ -144,7 +153,10 @@ class JobBuilder:
             return
         if parts.how != LAST_BLOCK:
             _logger.info("%s: prompts are split into context and query by %s", task, parts.how)
-            warn_about_cut(self._star.tokenizer, parts.context, parts.query)
+            _, end = self._cut_context(RenderedText(parts.context))
+            query = RenderedText(parts.query)
+            if end is not None and not following_ids(self._star.tokenizer, end, query)[1]:
+                warn_about_cut(end, query, "query")
             return
         _logger.warning(
             "%s: the beginning of the query is unknown, so the last block of each prompt is the"

@@ -12,7 +12,7 @@ from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
 from star_attention.generation.run import Follower, FollowerRun, GenerationRun, Shape
 from star_attention.generation.settings import GenerationSettings
-from star_attention.inputs import Prepared
+from star_attention.inputs import ContextInput, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 
@@ -126,10 +126,13 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
         continuation: text or token ids.
     """
     requests: list[phase2.Request] = []
+    held: list[int] = []
 
     def prepare() -> tuple[int, None]:
         runtime.check_context(context)
-        prompt = inputs.prompt_ids(runtime, context.chat, continuation)
+        after = ContextInput.of(context)
+        prompt = inputs.prompt_ids(runtime, context.chat, continuation, after=after)
+        held.append(inputs.held_tokens(after, prompt))
         requests.append(_phase2_request(runtime, context, [prompt], 0))
         return context.key, None
 
@@ -140,7 +143,7 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
         return None
     logits_QV = phase2.logits(requests[0])
     runtime.comm.broadcast_object((END, None))
-    return logits_QV
+    return logits_QV[held[0] :]
 
 
 def _prepared(
@@ -152,16 +155,16 @@ def _prepared(
                 f"a prepared query brings its own settings, got {', '.join(options)} too; give"
                 " them to prepare()"
             )
-        query.check_fits(context.token_ids)
+        query.check_fits(context)
         return query
     settings = GenerationSettings.of(**options).resolve(
         runtime.handle, runtime.tokenizer, chat=context.chat is not None
     )
-    queries = inputs.as_queries(query)
+    queries, after = inputs.as_queries(query), ContextInput.of(context)
     return Prepared(
         contexts=(),
         prompts=[
-            inputs.prompt_ids(runtime, context.chat, query, settings.answer_prefix)
+            inputs.prompt_ids(runtime, context.chat, query, settings.answer_prefix, after=after)
             for query in queries
         ],
         settings=settings,

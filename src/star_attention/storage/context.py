@@ -55,6 +55,9 @@ class EncodedContext:
         rope_length: length in tokens that length-dependent rotary frequencies are computed for;
             None if they do not depend on it.
         chat: how a chat continues after the context; None for raw text and token ids.
+        end: the end of the text, with what is held back of it for the queries (see
+            `hf/text/joining.py`); None for token ids.
+        warned: what has been warned of.
         encode_s: seconds that phase 1 took on the slowest rank.
         peak_bytes: peak device memory of phase 1 on this rank; None if it is not measured (CPU).
         stats: the statistics of every context-parallel rank.
@@ -72,6 +75,8 @@ class EncodedContext:
     identity: dict[str, Any]
     rope_length: int | None = None
     chat: dict[str, Any] | None = None
+    end: dict[str, Any] | None = field(default=None, repr=False)
+    warned: set[str] = field(default_factory=set, repr=False)
     encode_s: float = 0.0
     peak_bytes: int | None = None
     stats: tuple[RankStats, ...] = ()
@@ -159,6 +164,7 @@ class EncodedContext:
             "anchor_size": self.plan.anchor_size,
             "rope_length": self.rope_length,
             "chat": self.chat,
+            "end": self.end,
             "encode_s": self.encode_s,
             "kv_dtype": self.kv.kv_format.dtype,
             "expands": [layer.expands for layer in self.kv.layers],

@@ -33,11 +33,8 @@ __all__ = [
     "is_messages",
     "open_context",
     "user_message",
-    "warn_about_cut",
 ]
 
-_WINDOW = 200
-"""Characters on each side of the cut that are tokenized together, to see if the cut matters."""
 _ATTEMPTS = 3
 """Renderings of one prompt, in case a template's clock moves on between two of them."""
 
@@ -187,18 +184,6 @@ def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
         )
     rendered = chat.rendered + head.slice(len(before))
     return replace(longer, head=rendered.text, literal=[list(span) for span in rendered.literal])
-
-
-def warn_about_cut(tokenizer: Any, head: str, tail: str) -> None:
-    """Warn if context and query, tokenized apart, differ from the joined text."""
-    a, b = head[-_WINDOW:], tail[:_WINDOW]
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (a, b, a + b)]
-    if ids[0] + ids[1] != ids[2]:
-        warnings.warn(
-            "the text is tokenized differently across the cut between context and query"
-            f" ({a[-12:]!r} | {b[:12]!r}); end the context with a line break to avoid it",
-            stacklevel=2,
-        )
 
 
 def _with_head(template: ChatTemplate, chat: ChatContext) -> ChatContext:

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from star_attention.errors import InvalidInputError, quote
+from star_attention.hf.text.checks import checked_text
 
 Message = dict[str, Any]
 """A normalized message: a role, usually a content (a str or a list of text parts), and whatever
@@ -70,7 +71,7 @@ def plain(value: Any, where: str) -> Any:
         return value
     if isinstance(value, str):
         # Of a str that is also an Enum, str() would give the member's name.
-        return str.__str__(value)
+        return checked_text(str.__str__(value), where)
     if isinstance(value, Mapping):
         return {str(key): plain(item, where) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

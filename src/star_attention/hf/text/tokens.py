@@ -1,38 +1,32 @@
-"""Text to token ids and back: ids of contexts and queries."""
+"""Text to token ids and back, and the check of token ids."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from star_attention.errors import TokenError
+from star_attention.hf.text import special
+from star_attention.storage.kv import as_tensor_ids
+
 
 def context_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize a context with the tokenizer's defaults, but with at most one BOS and no added EOS.
+    """Tokenize a context after what the tokenizer writes before every text, and without an EOS.
+
+    A text that begins with a BOS of its own has one.
 
     Args:
         tokenizer: a transformers tokenizer.
         text: the context.
     """
-    # Not verbose: we check lengths ourselves.
-    ids: list[int] = tokenizer(text, verbose=False).input_ids
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    # The text may begin with a BOS of its own.
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    if (
-        eos is not None
-        and eos != bos
-        and ids
-        and ids[-1] == eos
-        and not text.endswith(tokenizer.eos_token)
-    ):
-        ids = ids[:-1]
-    return ids
+    return special.with_prefix(special.prefix_ids(tokenizer), special.plain_ids(tokenizer, text))
 
 
 def query_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokenize text that follows a context, without adding special tokens."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return ids
+    return special.plain_ids(tokenizer, text)
 
 
 def decode(tokenizer: Any, ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -41,3 +35,38 @@ def decode(tokenizer: Any, ids: list[int], *, skip_special_tokens: bool = True) 
         ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
     return text
+
+
+def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
+    """Return token ids as an int64 tensor `[tokens]` on CPU.
+
+    Raises:
+        TokenError: no tokens, ids outside the vocabulary, or another type; `name` says of what.
+    """
+    if isinstance(ids, (bytes, bytearray, dict, set, frozenset)):
+        raise TokenError(
+            f"the {name} must be text, token ids or chat messages, got {type(ids).__name__}"
+        )
+    if not isinstance(ids, Tensor) and hasattr(ids, "input_ids"):
+        raise TokenError(f"the {name} is a tokenizer's output; give its input_ids")
+    try:
+        tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TokenError(f"the {name} must be text, token ids or chat messages ({error})") from None
+    if tensor.dim() == 2 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.dim() != 1:
+        raise TokenError(
+            f"the {name} has ids of shape {tuple(tensor.shape)}; give one row of token ids"
+        )
+    if tensor.numel() == 0:
+        raise TokenError(f"the {name} is empty (0 tokens); give at least 1 token")
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise TokenError(f"the {name} has {tensor.dtype} values; token ids are integers")
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0 or high >= vocab_size:
+        raise TokenError(
+            f"the {name} has token id {low if low < 0 else high}, outside the model's vocabulary"
+            f" 0..{vocab_size - 1}; is the tokenizer the model's own?"
+        )
+    return as_tensor_ids(tensor)
