@@ -254,7 +254,7 @@ def _extension(
     end = _context_end(runtime, source)
     ids, new_end, is_joined = reader.extension(end, text)
     if not is_joined:
-        _warn_about_cut(source, end, text, name)
+        joining.warn_about_cut(end, text, name, source.warned)
     if ids:
         checked_ids(ids, name, runtime.handle.vocab_size)
     return ids, chat_state, None if new_end is None else new_end.as_dict()
@@ -318,7 +318,7 @@ def prompt_ids(
     end = None if after is None else _context_end(runtime, after)
     ids, is_joined = joining.following_ids(runtime.tokenizer, end, text)
     if warn and not is_joined and after is not None:
-        _warn_about_cut(after, end, text, "query")
+        joining.warn_about_cut(end, text, "query", after.warned)
     checked: list[int] = checked_ids(ids, "query", runtime.handle.vocab_size).tolist()
     return checked
 
@@ -356,16 +356,6 @@ def _context_end(runtime: Runtime, source: ContextInput) -> ContextEnd | None:
         opened = chat.ChatContext.from_dict(source.chat)
         return _reader(runtime).end_of_chat(opened.rendered, ids)
     return joining.end_of_ids(runtime.tokenizer, ids)
-
-
-def _warn_about_cut(
-    source: ContextInput, end: ContextEnd | None, text: RenderedText, name: str
-) -> None:
-    """Warn, once per context, that the cut lies inside of a token of the joined text."""
-    if end is None or name in source.warned:
-        return
-    source.warned.add(name)
-    joining.warn_about_cut(end, text, name)
 
 
 def check_positions(runtime: Runtime, count: int, subject: str, remedy: str) -> None:

@@ -122,8 +122,8 @@ class JobBuilder:
                 " it at least"
                 " 1 token"
             )
-        end = max(0, len(context) - self._tokens_to_move(parts, len(context), len(query)))
-        context, query = context[:end], context[end:] + query
+        kept = max(0, len(context) - self._tokens_to_move(parts, len(context), len(query)))
+        context, query = context[:kept], context[kept:] + query
         if not context or not query:
             raise TokenError(
                 f"{name_of(request)} has a prompt of {len(context) + len(query)} tokens, and Star"
@@ -155,8 +155,8 @@ class JobBuilder:
             _logger.info("%s: prompts are split into context and query by %s", task, parts.how)
             _, end = self._cut_context(RenderedText(parts.context))
             query = RenderedText(parts.query)
-            if end is not None and not following_ids(self._star.tokenizer, end, query)[1]:
-                warn_about_cut(end, query, "query")
+            if not following_ids(self._star.tokenizer, end, query)[1]:
+                warn_about_cut(end, query, "query", set())
             return
         _logger.warning(
             "%s: the beginning of the query is unknown, so the last block of each prompt is the"

@@ -158,8 +158,18 @@ def following_ids(
     return continued_ids(tokenizer, end.text.slice(end.encoded) + more), False
 
 
-def warn_about_cut(end: ContextEnd, more: RenderedText, name: str) -> None:
-    """Warn that a context ends inside of a token of the joined text; `name` is what follows."""
+def warn_about_cut(end: ContextEnd | None, more: RenderedText, name: str, warned: set[str]) -> None:
+    """Warn that a context ends inside of a token of the joined text.
+
+    Args:
+        end: the end of the context.
+        more: what follows.
+        name: what that is, as messages call it.
+        warned: names that have been warned of, to say it once.
+    """
+    if end is None or name in warned:
+        return
+    warned.add(name)
     warnings.warn(
         f"the text is tokenized differently across the cut between context and {name}"
         f" ({end.text.text[-12:]!r} | {more.text[:12]!r}), which is inside of a token; end the"
