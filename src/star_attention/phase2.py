@@ -3,8 +3,8 @@
 transformers' own `generate` always does the preparation (settings, logits processors, stopping
 criteria). Greedy search and sampling then run in `_decode`, our own loop, passed as
 `custom_generate`: it yields after each token, so that a stream can be suspended without a thread,
-and draws from its own generator, so that a seed means the same whatever else runs. Beam search and
-assisted decoding run in transformers' loops, over the same cache.
+and draws from generators of its own, so that a seed means the same whatever else runs. Beam search
+and assisted decoding run in transformers' loops, over the same cache.
 
 Axes: B queries (padded on the left to one length Q), R rows = B x answers each, L context tokens,
 V vocabulary.
@@ -34,6 +34,7 @@ from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import Mirror, MirroredCache
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle, cache_argument
+from star_attention.hf.execution.sampling import AsyncCopy, Sampler
 from star_attention.storage.kv import ContextKV
 
 OWN_LOOP_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -70,7 +71,7 @@ class Request:
         tokens_per_forward: most query tokens of one forward, over all queries.
         comm: the ranks.
         generation_kwargs: arguments of `GenerationConfig`; they override the model's defaults.
-        seed: seed of sampling, or None for torch's global generator.
+        seed: seed of sampling for each query, or None for torch's global generator.
         logits_processor, stopping_criteria: transformers' lists.
         stop_after: makes a stopping criterion for prompts of a given length.
     """
@@ -150,12 +151,6 @@ class Request:
         ]
         return torch.stack(rows)
 
-    def generator(self) -> torch.Generator | None:
-        """Return a seeded generator; None for torch's global one, as in the stock `generate`."""
-        if self.seed is None:
-            return None
-        return torch.Generator(self.handle.device).manual_seed(self.seed)
-
 
 def logits(request: Request) -> Tensor:
     """Return the logits of every token of a single query, fp32 `[Q, V]`."""
@@ -211,16 +206,19 @@ def stock(request: Request) -> list[list[int]]:
     """Answer by transformers' own decoding loop (beams, assisted).
 
     Queries of different lengths run one after another: padding would lie inside the text that
-    penalties look at.
+    penalties look at. So do queries that are sampled with a seed, which is for each of them.
 
     Returns:
         The new tokens of each row.
     """
+    options, defaults = request.generation_kwargs, request.handle.model.generation_config
+    # transformers drafts for one row only, and draws from one generator.
+    is_drafted = options.get("prompt_lookup_num_tokens") is not None
+    is_seeded = request.seed is not None and options.get("do_sample", defaults.do_sample)
+    is_alone = is_drafted or is_seeded
     groups: dict[Any, list[int]] = {}
     for index, query in enumerate(request.queries):
-        # transformers drafts for one row only.
-        is_drafted = request.generation_kwargs.get("prompt_lookup_num_tokens") is not None
-        groups.setdefault(index if is_drafted else len(query), []).append(index)
+        groups.setdefault(index if is_alone else len(query), []).append(index)
     rows: dict[int, list[list[int]]] = {}
     for indices in groups.values():
         new_rows = _stock(replace(request, queries=[request.queries[index] for index in indices]))
@@ -334,13 +332,13 @@ def _decode(
     stopping_criteria: StoppingCriteriaList,
     do_sample: bool,
 ) -> Iterator[Step]:
-    generator = request.generator()
     rows = ids_RS.shape[0]
     answers = rows // len(request.queries)
     for ids_BS, positions_BS in _forwards(request, cache):
         logits_RV = request.forward(ids_BS, positions_BS, cache).repeat_interleave(answers, 0)
     if answers > 1:
         cache.batch_repeat_interleave(answers)
+    sampler = Sampler(request.seed if do_sample else None, len(request.queries), ids_RS.device)
     padding_R1 = torch.tensor(cache.row_padding(rows), device=ids_RS.device)[:, None]
     ended_R = torch.zeros(rows, dtype=torch.bool, device=ids_RS.device)
     most = int(request.generation_kwargs["max_new_tokens"])
@@ -348,13 +346,13 @@ def _decode(
     ids_RT = torch.cat([ids_RS, ids_RS.new_empty(rows, most)], 1)
     for number in range(1, most + 1):
         scores_RV = logits_processor(ids_RS, logits_RV.clone()) if logits_processor else logits_RV
-        tokens_R1 = _sample(scores_RV, do_sample, generator)
+        tokens_R1 = sampler.draw(scores_RV) if do_sample else scores_RV.argmax(-1, keepdim=True)
         ids_RT[:, prompt_tokens + number - 1] = tokens_R1[:, 0]
         ids_RS = ids_RT[:, : prompt_tokens + number]
         # A row that has ended continues unseen next to the others, and criteria that look at the
         # last token alone would forget its end.
         ended_R = ended_R | stopping_criteria(ids_RS, scores_RV)
-        copied = _AsyncCopy(torch.cat([tokens_R1[:, 0], ended_R.long()]))
+        copied = AsyncCopy(torch.cat([tokens_R1[:, 0], ended_R.long()]))
         next_RV = None
         if request.graphs is not None and number < most:
             # The device works on the next token while Python looks at this one. If this one was the
@@ -370,30 +368,3 @@ def _decode(
             if next_RV is None
             else next_RV
         )
-
-
-def _sample(scores_RV: Tensor, do_sample: bool, generator: torch.Generator | None) -> Tensor:
-    """Return the next token of each row, `[R, 1]`: drawn from the scores, or the highest."""
-    if do_sample:
-        return torch.multinomial(torch.softmax(scores_RV, -1), 1, generator=generator)
-    return scores_RV.argmax(-1, keepdim=True)
-
-
-class _AsyncCopy:
-    """A copy of integers from the device to the host, which the device does not wait for."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._arrived = None
-        self._values = values
-        if values.is_cuda:
-            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def wait(self) -> list[int]:
-        """Return the values once they have arrived."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        values: list[int] = self._values.tolist()
-        return values

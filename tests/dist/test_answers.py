@@ -22,6 +22,11 @@ MODES: dict[str, tuple[Any, dict[str, Any]]] = {
     "several answers": ([7, 8, 9], dict(num_return_sequences=4, do_sample=True, seed=2)),
     "several beams": ([7, 8, 9], dict(num_beams=3, num_return_sequences=2)),
     "padded batch": ([[7], [8, 9, 10, 11, 12], [13, 14, 15]], {}),
+    "sampled batch": ([[7], [8, 9, 10], [7]], dict(do_sample=True, temperature=1.3, seed=5)),
+    "sampled answers in a batch": (
+        [[7], [8, 9, 10]],
+        dict(num_return_sequences=2, do_sample=True, seed=2),
+    ),
     "padded batch of beams": ([[7], [8, 9, 10, 11, 12]], dict(num_beams=2)),
     "prompt lookup": ([7, 8, 9, 7, 8], dict(prompt_lookup_num_tokens=3)),
     "penalties": ([7, 8, 9], dict(repetition_penalty=1.5, no_repeat_ngram_size=2)),

@@ -107,6 +107,44 @@ def test_a_seed_repeats_whatever_else_runs() -> None:
     assert len(others | answers) == 4
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        SAMPLING,
+        SAMPLING | dict(num_return_sequences=3),
+        SAMPLING | dict(repetition_penalty=1.3),
+        dict(do_sample=True, num_beams=2, temperature=1.5),
+        SAMPLING | dict(prompt_lookup_num_tokens=3),
+    ],
+    ids=["sampling", "several_answers", "penalty", "beams", "prompt_lookup"],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "phi3_longrope"])
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(
+    name: str, options: dict[str, Any]
+) -> None:
+    star = engine(name, block_size=16, anchor_size=16)
+    context, queries = star.encode(ids(CONTEXT)), [[5], [6, 7, 8, 9], [5, 6], [6, 7]]
+    options = options | dict(seed=4, max_new_tokens=STEPS)
+    alone = [star.generate(context, query, **options) for query in queries]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 2]):
+        batch = star.generate(context, [queries[index] for index in order], **options)
+        for index, replies in zip(order, batch, strict=True):
+            assert token_ids(replies) == token_ids(alone[index])
+    # The queries make a difference.
+    assert len({str(token_ids(replies)) for replies in alone}) == 4
+
+
+def token_ids(replies: Any) -> list[list[int]]:
+    """The ids of an answer, or of several."""
+    return [reply.token_ids for reply in (replies if isinstance(replies, list) else [replies])]
+
+
+def test_without_a_seed_rows_differ() -> None:
+    star = engine("llama", block_size=16)
+    replies = star.generate(star.encode(ids(CONTEXT)), [[5]] * 4, max_new_tokens=STEPS, **SAMPLING)
+    assert len({tuple(reply.token_ids) for reply in replies}) > 1
+
+
 def test_a_seed_leaves_the_global_generator_alone() -> None:
     star = engine("llama", block_size=16)
     context, before = star.encode(ids(CONTEXT)), torch.get_rng_state()

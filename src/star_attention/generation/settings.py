@@ -70,8 +70,10 @@ class GenerationSettings:
 
     Attributes:
         max_new_tokens: most tokens of an answer.
-        seed: makes sampling repeatable, whatever runs at the same time (with beams: unless another
-            thread draws from torch's global generator, which transformers' own loops use).
+        seed: makes sampling repeatable: an answer is the same whatever runs at the same time, and
+            alone or in a batch, in which every query starts from the seed. (With beams unless
+            another thread draws from torch's global generator, which transformers' own loops use;
+            in 16 bits batches round differently.)
         ignore_eos: continue past end-of-sequence tokens.
         stop: strings that end an answer; they are not part of its text. They join those of the
             model's own settings (`stop_strings`), which `[]` turns off.

@@ -1,0 +1,60 @@
+"""Drawing of tokens, and their way to the host.
+
+Axes: R rows = queries x answers each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Sampler:
+    """Draws the next token of every row.
+
+    With a seed each query has a generator of its own, so that its answers are the same alone and
+    next to others; several answers to a query share it, as rows of the stock `generate` do.
+
+    Args:
+        seed: seed of each generator; None draws from torch's global one.
+        queries: number of queries, whose answers are rows next to each other.
+        device: where the scores are.
+    """
+
+    def __init__(self, seed: int | None, queries: int, device: torch.device) -> None:
+        self._generators: list[torch.Generator] = []
+        if seed is not None:
+            self._generators = [torch.Generator(device).manual_seed(seed) for _ in range(queries)]
+
+    def draw(self, scores_RV: Tensor) -> Tensor:
+        """Return a token of each row, `[R, 1]`, without waiting for the device."""
+        probabilities_RV = torch.softmax(scores_RV, -1)
+        if len(self._generators) <= 1:
+            generator = self._generators[0] if self._generators else None
+            return torch.multinomial(probabilities_RV, 1, generator=generator)
+        # What `multinomial` does for each query alone, with one division and argmax for all.
+        noise_RV = torch.empty_like(probabilities_RV)
+        rows = len(noise_RV) // len(self._generators)
+        for index, generator in enumerate(self._generators):
+            noise_RV[index * rows : (index + 1) * rows].exponential_(generator=generator)
+        return (probabilities_RV / noise_RV).argmax(-1, keepdim=True)
+
+
+class AsyncCopy:
+    """A copy of integers from the device to the host, which the device does not wait for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> list[int]:
+        """Return the values once they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[int] = self._values.tolist()
+        return values
