@@ -1,0 +1,47 @@
+"""Context and query together are the template's prompt of the whole conversation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from jinja2 import TemplateError
+
+from star_attention.errors import InvalidInputError
+from star_attention.hf.text.chat import open_context
+from tests.conversations import TEMPLATES, Cut, cut_prompt, cuts, tokenizer_with, whole_prompt
+
+# System text goes into the last user message.
+MOVING = ("mistral_v3",)
+TOKENIZERS = {name: tokenizer_with(template) for name, template in TEMPLATES.items()}
+
+
+def parts_of(name: str, cut: Cut) -> list[dict[str, Any]]:
+    """Return a conversation as the template of a name needs it."""
+    if name != "parts_only":
+        return cut.whole
+    return [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in cut.whole]
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"needle"}))
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(cut=cuts())
+def test_a_cut_leaves_no_trace(name: str, cut: Cut) -> None:
+    """Forbids prompts that depend on where a conversation was cut."""
+    tokenizer = TOKENIZERS[name]
+    try:
+        expected = whole_prompt(tokenizer, parts_of(name, cut))
+    except (TemplateError, ValueError):
+        with pytest.raises(InvalidInputError):
+            cut_prompt(tokenizer, cut.context, cut.query)
+        return
+    try:
+        prompt = cut_prompt(tokenizer, cut.context, cut.query)
+    except InvalidInputError:
+        # Refused for one reason only: this conversation does not begin as others do.
+        head = open_context(tokenizer, cut.context).head
+        assert name in MOVING
+        assert not expected.startswith(head)
+    else:
+        assert prompt == expected
