@@ -159,7 +159,7 @@ class StarLLM(RuntimeView):
         Args:
             content: a context, as for `encode`.
             query: a query or a list of them, as for `generate`.
-            settings: keywords of `generate`.
+            settings: keywords of `generate`. `chat_template_kwargs` are also the context's.
         """
         prepared: list[Prepared] = []
         comm = self.runtime.comm
@@ -177,6 +177,7 @@ class StarLLM(RuntimeView):
         progress: Progress | None = None,
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> EncodedContext: ...
 
     @overload
@@ -187,6 +188,7 @@ class StarLLM(RuntimeView):
         progress: Progress | None = None,
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[EncodedContext]: ...
 
     def encode(
@@ -196,6 +198,7 @@ class StarLLM(RuntimeView):
         progress: Progress | None = None,
         query: Any = None,
         settings: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> EncodedContext | list[EncodedContext]:
         """Encode a context (phase 1).
 
@@ -208,6 +211,8 @@ class StarLLM(RuntimeView):
                 `generate` would refuse (no positions left for its answer) is refused before
                 anything is encoded.
             settings: keywords of `generate` for these queries.
+            chat_template_kwargs: what the chat template reads beside messages: tools, documents,
+                enable_thinking, ... They are kept in the context, also for its queries.
 
         Returns:
             An encoded context; for a list of contexts, a list.
@@ -221,7 +226,9 @@ class StarLLM(RuntimeView):
         comm = self.runtime.comm
         with comm.collective("encode"):
             several, contexts = comm.run_on_rank_0(
-                lambda: inputs.prepare_contexts(self.runtime, content, query, settings)
+                lambda: inputs.prepare_contexts(
+                    self.runtime, content, query, settings, chat_template_kwargs
+                )
             )
             encoded = encoding.encode(self.runtime, contexts, progress)
         return encoded if several else encoded[0]

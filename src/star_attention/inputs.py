@@ -16,6 +16,7 @@ from star_attention.hf.text.checks import checked_text
 from star_attention.hf.text.joining import ContextEnd
 from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
+from star_attention.hf.text.template import check_unused
 from star_attention.hf.text.tokens import checked_ids
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
@@ -115,7 +116,9 @@ def prepare(runtime: Runtime, content: Any, query: Any, options: dict[str, Any])
     settings = GenerationSettings.of(**options).resolve(
         runtime.handle, runtime.tokenizer, chat=chat.is_messages(content)
     )
-    context, prompts = _prepare_one(runtime, content, as_queries(query), settings, warn=True)
+    context, prompts = _prepare_one(
+        runtime, content, as_queries(query), settings, settings.chat_template_kwargs, warn=True
+    )
     return Prepared(
         contexts=(context,),
         prompts=prompts,
@@ -125,7 +128,11 @@ def prepare(runtime: Runtime, content: Any, query: Any, options: dict[str, Any])
 
 
 def prepare_contexts(
-    runtime: Runtime, content: Any, query: Any = None, options: dict[str, Any] | None = None
+    runtime: Runtime,
+    content: Any,
+    query: Any = None,
+    options: dict[str, Any] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> tuple[bool, list[ContextInput]]:
     """Check and tokenize contexts.
 
@@ -135,12 +142,13 @@ def prepare_contexts(
         query: queries that will be asked of each context, where known: one without room for its
             answer is refused here.
         options: keywords of `generate` for these queries.
+        template_kwargs: what the chat template reads beside messages.
 
     Returns:
         True if `content` was a list, and the contexts.
     """
     if isinstance(content, Prepared):
-        if query is not None or options is not None:
+        if query is not None or options is not None or template_kwargs is not None:
             raise InvalidInputError(
                 "a prepared context brings its own query and settings, got others too; give them"
                 " to prepare()"
@@ -153,7 +161,10 @@ def prepare_contexts(
             runtime.handle, runtime.tokenizer
         )
     contexts = content if several else [content]
-    return several, [_prepare_one(runtime, context, queries, settings)[0] for context in contexts]
+    return several, [
+        _prepare_one(runtime, context, queries, settings, template_kwargs)[0]
+        for context in contexts
+    ]
 
 
 def _prepare_one(
@@ -161,32 +172,45 @@ def _prepare_one(
     content: Any,
     queries: list[Any],
     settings: ResolvedSettings | None,
+    template_kwargs: dict[str, Any] | None,
     *,
     warn: bool = False,
 ) -> tuple[ContextInput, list[list[int]]]:
     """Return a checked context and, with settings, its checked prompts."""
-    source = _context_input(runtime, content)
+    source = _context_input(runtime, content, template_kwargs)
     ids_L = source.ids_L
-    check_positions(runtime, len(ids_L), "the context has", f"cut the context, {_MORE_POSITIONS}")
+    runtime.check_positions(len(ids_L), "the context has", f"cut the context, {_MORE_POSITIONS}")
     runtime.plan_for(len(ids_L))
     prompts: list[list[int]] = []
     if settings is not None:
         prompts = [
-            prompt_ids(runtime, source.chat, query, settings.answer_prefix, warn=warn, after=source)
+            prompt_ids(
+                runtime,
+                source.chat,
+                query,
+                settings.answer_prefix,
+                warn=warn,
+                after=source,
+                template_kwargs=settings.chat_template_kwargs,
+            )
             for query in queries
         ]
         rope_length = runtime.rope_length(len(ids_L))
-        check_room(runtime, len(ids_L), rope_length, prompts, settings.max_new_tokens)
+        runtime.check_room(len(ids_L), rope_length, prompts, settings.max_new_tokens)
     return source, prompts
 
 
-def _context_input(runtime: Runtime, content: Content) -> ContextInput:
+def _context_input(
+    runtime: Runtime, content: Content, template_kwargs: dict[str, Any] | None
+) -> ContextInput:
     """Tokenize a context, and hold back the end that depends on what follows."""
     opened: chat.ChatContext | None = None
     ids: Any = content
     end: ContextEnd | None = None
+    if not chat.is_messages(content):
+        check_unused("context", template_kwargs)
     if chat.is_messages(content):
-        opened = chat.open_context(runtime.tokenizer, list(content))
+        opened = chat.open_context(runtime.tokenizer, list(content), template_kwargs)
         ids, end = _reader(runtime).chat_context(opened.rendered)
     elif isinstance(content, str):
         if not content:
@@ -228,8 +252,7 @@ def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> Cont
         chat_state, end = _extended_chat(runtime, source.chat, text), None
         new_ids = _held_ids(source) + ids_L.tolist()
     ids_L = torch.cat([context.token_ids, as_tensor_ids(torch.tensor(new_ids, dtype=torch.int64))])
-    check_positions(
-        runtime,
+    runtime.check_positions(
         len(ids_L),
         "the extended context has",
         f"cut the extension, {_MORE_POSITIONS}",
@@ -281,6 +304,7 @@ def prompt_ids(
     *,
     warn: bool = True,
     after: ContextInput | None = None,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids that follow a context: the query and the start of its answer.
 
@@ -291,17 +315,21 @@ def prompt_ids(
         answer_prefix: text that the answer begins with.
         warn: warn where context and query are tokenized differently than the joined text.
         after: the context; what is held back of it comes first.
+        template_kwargs: what the chat template reads beside messages, where it differs from the
+            context's.
     """
     reader = _reader(runtime)
     answer_start = reader.raw(answer_prefix, "answer prefix")
-    if chat_state is not None and (
-        query is None or isinstance(query, str) or chat.is_messages(query)
-    ):
+    is_text = query is None or isinstance(query, str)
+    is_chat = chat_state is not None and (is_text or chat.is_messages(query))
+    if not is_chat:
+        check_unused("query", template_kwargs)
+    if chat_state is not None and is_chat:
         runtime.need_tokenizer("chat messages")
         opened = chat.ChatContext.from_dict(chat_state)
         if isinstance(query, str):
             query = checked_text(query, "the query")
-        tail = chat.continue_context(runtime.tokenizer, opened, query)
+        tail = chat.continue_context(runtime.tokenizer, opened, query, template_kwargs, warn=warn)
         text = reader.rendered(tail) + answer_start
     elif chat.is_messages(query):
         raise InvalidInputError(
@@ -356,36 +384,3 @@ def _context_end(runtime: Runtime, source: ContextInput) -> ContextEnd | None:
         opened = chat.ChatContext.from_dict(source.chat)
         return _reader(runtime).end_of_chat(opened.rendered, ids)
     return joining.end_of_ids(runtime.tokenizer, ids)
-
-
-def check_positions(runtime: Runtime, count: int, subject: str, remedy: str) -> None:
-    """Raise `ContextLengthError` for more tokens than the model has positions."""
-    limit = runtime.handle.max_positions
-    if limit is not None and count > limit:
-        raise ContextLengthError(
-            f"{subject} {count:,} tokens, more than the model's {limit:,} positions; {remedy}"
-        )
-
-
-def check_room(
-    runtime: Runtime,
-    context_tokens: int,
-    rope_length: int | None,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-) -> None:
-    """Raise `ContextLengthError` where context, query and answer need too many positions."""
-    longest = context_tokens + max(len(prompt) for prompt in prompts) + max_new_tokens
-    subject = f"context ({context_tokens:,}), query and answer ({max_new_tokens:,}) need"
-    check_positions(
-        runtime,
-        longest,
-        subject,
-        "lower max_new_tokens, or shorten the query or the context",
-    )
-    if rope_length is not None and longest > rope_length:
-        raise ContextLengthError(
-            f"{subject} {longest:,} tokens, but the context's rotary frequencies are pinned to"
-            f" {rope_length:,}; lower max_new_tokens, or encode the context with a larger"
-            f" reserve_tokens (now {runtime.config.reserve_tokens:,})"
-        )

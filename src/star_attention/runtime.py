@@ -17,7 +17,12 @@ from star_attention._version import __version__
 from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
-from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError
+from star_attention.errors import (
+    ContextLengthError,
+    InvalidInputError,
+    RankError,
+    UnsupportedModelError,
+)
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
@@ -179,6 +184,36 @@ class Runtime:
         if same_model and context.model_state == identity.state(self.handle.outer):
             return
         identity.check("the context", context.identity, self.identity)
+
+    def check_positions(self, count: int, subject: str, remedy: str) -> None:
+        """Raise `ContextLengthError` for more tokens than the model has positions."""
+        limit = self.handle.max_positions
+        if limit is not None and count > limit:
+            raise ContextLengthError(
+                f"{subject} {count:,} tokens, more than the model's {limit:,} positions; {remedy}"
+            )
+
+    def check_room(
+        self,
+        context_tokens: int,
+        rope_length: int | None,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+    ) -> None:
+        """Raise `ContextLengthError` where context, query and answer need too many positions."""
+        longest = context_tokens + max(len(prompt) for prompt in prompts) + max_new_tokens
+        subject = f"context ({context_tokens:,}), query and answer ({max_new_tokens:,}) need"
+        self.check_positions(
+            longest,
+            subject,
+            "lower max_new_tokens, or shorten the query or the context",
+        )
+        if rope_length is not None and longest > rope_length:
+            raise ContextLengthError(
+                f"{subject} {longest:,} tokens, but the context's rotary frequencies are pinned to"
+                f" {rope_length:,}; lower max_new_tokens, or encode the context with a larger"
+                f" reserve_tokens (now {self.config.reserve_tokens:,})"
+            )
 
     def need_tokenizer(self, purpose: str) -> Any:
         """Return the tokenizer.

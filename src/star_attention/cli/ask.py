@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from star_attention.cli.options import AnswerOptions, ModelOptions, Quiet
+from star_attention.cli.options import AnswerOptions, ModelOptions, Quiet, TemplateKwargs
 from star_attention.cli.progress import Status
 from star_attention.cli.streams import say
 from star_attention.cli.torchrun import is_rank_0
@@ -28,6 +28,7 @@ def ask(
     ],
     model: ModelOptions,
     answer: AnswerOptions,
+    chat_template_kwargs: TemplateKwargs = None,
     quiet: Quiet = False,
 ) -> None:
     """Answer queries about a text saved by `encode`.
@@ -40,10 +41,13 @@ def ask(
     --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session
+    from star_attention.cli.chat import template_kwargs
     from star_attention.cli.inputs import read_queries
     from star_attention.cli.output import Answerer
 
     kwargs = answer.generation_kwargs()
+    if chat_template_kwargs is not None:
+        kwargs["chat_template_kwargs"] = template_kwargs(chat_template_kwargs)
     queries = read_queries(answer.query, answer.query_file, context_files=[]) if is_rank_0() else []
     if not queries and not sys.stdin.isatty() and is_rank_0():
         raise typer.BadParameter(

@@ -27,15 +27,17 @@ def encode(
     Example: star-attention encode -m models/needle-17m --chat examples/book.txt -o book.star
     """
     from star_attention.cli import session
+    from star_attention.cli.chat import check_chat
     from star_attention.cli.inputs import read_context
     from star_attention.cli.paths import check_save_path
 
     text, status = "", Status(quiet=quiet)
+    check_chat(context)
     if is_rank_0():
         check_save_path(output)
         text = read_context(files, status.say, html_to_text=context.html_to_text)
     star = session.load_for(model, context, status)
-    encoded = session.encode_text(star, text, status, chat=context.chat)
+    encoded = session.encode_text(star, text, status, context)
     where = " on rank 0" if encoded.plan.ranks > 1 else ""
     status.say(
         f"{context_summary(encoded)}, encode {format_seconds(encoded.encode_s)},"

@@ -43,11 +43,13 @@ def generate(
     --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session
+    from star_attention.cli.chat import check_chat
     from star_attention.cli.inputs import read_context, read_queries
     from star_attention.cli.output import Answerer
     from star_attention.cli.paths import check_save_path
 
     kwargs = answer.generation_kwargs()
+    check_chat(context)
     status = Status(quiet=quiet)
     text, queries = "", [""]
     if is_rank_0():
@@ -59,7 +61,7 @@ def generate(
     star = session.load_for(model, context, status)
     text, queries = star.from_rank_0((text, queries))
     encoded = session.encode_text(
-        star, text, status, chat=context.chat, queries=queries, generation_kwargs=kwargs
+        star, text, status, context, queries=queries, generation_kwargs=kwargs
     )
     if save is not None:
         session.save(encoded, save, status)

@@ -52,6 +52,16 @@ Dtype = Annotated[
         metavar="TYPE",
     ),
 ]
+TemplateKwargs = Annotated[
+    str | None,
+    option(
+        "What the chat template reads beside messages, as a JSON object such as"
+        ' {"enable_thinking": false}.',
+        "--chat-template-kwargs",
+        panel="Context",
+        metavar="JSON",
+    ),
+]
 RopeScaling = Annotated[
     str | None,
     option(
@@ -158,6 +168,16 @@ class ContextOptions:
             panel="Context",
         ),
     ] = False
+    system: Annotated[
+        str | None,
+        option(
+            "System message before the text, with --chat.",
+            "--system",
+            panel="Context",
+            metavar="TEXT",
+        ),
+    ] = None
+    chat_template_kwargs: TemplateKwargs = None
     html_to_text: Annotated[
         bool,
         option(

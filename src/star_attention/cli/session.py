@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from star_attention.cli.chat import messages, template_kwargs
 from star_attention.cli.formatting import format_bytes
 from star_attention.cli.options import ContextOptions, ModelOptions
 from star_attention.cli.progress import Status
@@ -92,18 +93,19 @@ def encode_text(
     star: StarLLM,
     text: str,
     status: Status,
+    context: ContextOptions,
     *,
-    chat: bool,
     queries: list[str] | None = None,
     generation_kwargs: dict[str, Any] | None = None,
 ) -> EncodedContext:
     """Encode a text, showing progress. Queries and generation settings are checked before.
 
-    With `chat`, the text starts a user message that the query completes.
+    With `--chat`, the text starts a user message that the query completes.
 
     Raises:
-        InvalidInputError: If the model has no chat template for `chat`.
+        InvalidInputError: If the model has no chat template for `--chat`.
     """
+    chat = context.chat
     content: Any = text
     has_template = bool(getattr(star.tokenizer, "chat_template", None))
     if chat and not has_template:
@@ -111,14 +113,16 @@ def encode_text(
     if not chat and has_template:
         status.say("using the text as it is; --chat applies this model's chat template")
     if chat:
-        from star_attention.hf.text.chat import user_message
-
-        content = user_message(text)
+        content = messages(text, context)
     with status.progress(star.rank_progress) as progress:
-        context: EncodedContext = star.encode(
-            content, progress=progress, query=queries, settings=generation_kwargs
+        encoded: EncodedContext = star.encode(
+            content,
+            progress=progress,
+            query=queries,
+            settings=generation_kwargs,
+            chat_template_kwargs=template_kwargs(context.chat_template_kwargs),
         )
-    return context
+    return encoded
 
 
 def save(context: EncodedContext, path: str, status: Status) -> None:

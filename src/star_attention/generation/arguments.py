@@ -37,6 +37,10 @@ _INSTEAD = {
     "logit_bias": "use sequence_bias={(token_id,): bias}",
     "presence_penalty": "use repetition_penalty=",
     "frequency_penalty": "use repetition_penalty=",
+    **dict.fromkeys(
+        ("enable_thinking", "thinking", "reasoning_effort", "tools", "documents"),
+        "the chat template reads it: use chat_template_kwargs={name: value}",
+    ),
     "prefix_allowed_tokens_fn": "give transformers' PrefixConstrainedLogitsProcessor in"
     " logits_processor=",
 }
@@ -154,7 +158,14 @@ def _check_names(generation_kwargs: dict[str, Any]) -> None:
             raise unknown_option(
                 "generate()",
                 name,
-                known={*known, "stop", "seed", "answer_prefix", "ignore_eos"},
+                known={
+                    *known,
+                    "stop",
+                    "seed",
+                    "answer_prefix",
+                    "ignore_eos",
+                    "chat_template_kwargs",
+                },
                 instead=_INSTEAD,
                 otherwise="it takes those of transformers' GenerationConfig",
             )

@@ -39,6 +39,7 @@ class GenerateOptions(TypedDict, total=False):
     skip_special_tokens: bool
     return_logits: bool
     answer_prefix: str
+    chat_template_kwargs: dict[str, Any] | None
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
     do_sample: bool | None
@@ -82,6 +83,8 @@ class GenerationSettings:
         return_logits: keep the unprocessed logits (greedy search and sampling).
         answer_prefix: text that the answer is made to begin with, after the chat template's start
             of the answer where there is one; not part of the result.
+        chat_template_kwargs: what the chat template reads beside messages, where it differs from
+            the context's.
         logits_processor, stopping_criteria: transformers' lists.
         generation_kwargs: arguments of transformers' `GenerationConfig`.
     """
@@ -93,6 +96,7 @@ class GenerationSettings:
     skip_special_tokens: bool = True
     return_logits: bool = False
     answer_prefix: str = ""
+    chat_template_kwargs: dict[str, Any] | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -225,6 +229,10 @@ class ResolvedSettings:
     @property
     def answer_prefix(self) -> str:
         return self.arguments.answer_prefix
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any] | None:
+        return self.arguments.chat_template_kwargs
 
     @property
     def answers_per_query(self) -> int:

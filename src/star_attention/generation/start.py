@@ -104,7 +104,7 @@ def _phase2_request(
     **options: Any,
 ) -> phase2.Request:
     """Return a request of phase 2, after checking that there are positions for its answers."""
-    inputs.check_room(runtime, len(context), context.rope_length, prompts, max_new_tokens)
+    runtime.check_room(len(context), context.rope_length, prompts, max_new_tokens)
     return phase2.Request(
         handle=runtime.handle,
         context_ids_L=context.token_ids,
@@ -164,7 +164,14 @@ def _prepared(
     return Prepared(
         contexts=(),
         prompts=[
-            inputs.prompt_ids(runtime, context.chat, query, settings.answer_prefix, after=after)
+            inputs.prompt_ids(
+                runtime,
+                context.chat,
+                query,
+                settings.answer_prefix,
+                after=after,
+                template_kwargs=settings.chat_template_kwargs,
+            )
             for query in queries
         ],
         settings=settings,

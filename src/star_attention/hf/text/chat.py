@@ -138,6 +138,8 @@ def continue_context(
     chat: ChatContext,
     query: str | list[Any] | None,
     template_kwargs: dict[str, Any] | None = None,
+    *,
+    warn: bool = True,
 ) -> RenderedText:
     """Return the text of a query's turn and the start of the answer, as it follows the context.
 
@@ -148,6 +150,8 @@ def continue_context(
             the answer to it). A last message of the assistant is continued by the answer.
         template_kwargs: what the template reads beside the messages, where it differs from the
             context's.
+        warn: warn of texts that have been through a template, and of one that writes the context
+            otherwise than before.
 
     Raises:
         InvalidInputError: there is no question, or messages cannot follow the context.
@@ -158,11 +162,12 @@ def continue_context(
     if template_kwargs:
         template = ChatTemplate(tokenizer, {**chat.template_kwargs, **template_kwargs})
     more = _query_messages(chat, query)
-    _warn_if_rendered(template, more)
+    if warn:
+        _warn_if_rendered(template, more)
     conversation = _joined(chat, more)
     whole, start = literal.render(template, conversation), len(chat.head)
     if not whole.text.startswith(chat.head):
-        whole, start = _moved(stored, template, chat, conversation)
+        whole, start = _moved(stored, template, chat, conversation, warn=warn)
     unchanged = len(chat.messages) - (1 if chat.open else 0)
     check_written(whole.text, conversation[unchanged:], first=unchanged + 1)
     return whole.slice(start)
@@ -302,7 +307,12 @@ def _joined_content(document: Any, query: Any) -> Any:
 
 
 def _moved(
-    stored: ChatTemplate, template: ChatTemplate, chat: ChatContext, conversation: list[Message]
+    stored: ChatTemplate,
+    template: ChatTemplate,
+    chat: ChatContext,
+    conversation: list[Message],
+    *,
+    warn: bool,
 ) -> tuple[RenderedText, int]:
     """Return a prompt that does not begin with the encoded text, and where its tail begins.
 
@@ -312,11 +322,12 @@ def _moved(
     for _ in range(_ATTEMPTS):
         now, whole = _head(stored, chat).text, literal.render(template, conversation)
         if whole.text.startswith(now):
-            warnings.warn(
-                "the chat template renders the context differently now than when it was encoded (a"
-                " date, or another template); the answer continues what was encoded",
-                stacklevel=4,
-            )
+            if warn:
+                warnings.warn(
+                    "the chat template renders the context differently now than when it was encoded"
+                    " (a date, or another template); the answer continues what was encoded",
+                    stacklevel=4,
+                )
             return whole, len(now)
     names = [name for name in template.kwargs if template.kwargs[name] != stored.kwargs.get(name)]
     if names and _head(template, chat).text != now:

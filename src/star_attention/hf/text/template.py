@@ -171,6 +171,15 @@ def check_template(tokenizer: Any) -> None:
         )
 
 
+def check_unused(name: str, kwargs: dict[str, Any] | None) -> None:
+    """Raise `InvalidInputError` for arguments where no template is rendered."""
+    if kwargs:
+        raise InvalidInputError(
+            f"chat_template_kwargs {quote(list(kwargs))} have no effect, because the {name} is not"
+            " rendered by a chat template; give chat messages, or leave them out"
+        )
+
+
 def check_written(text: str, messages: list[Message], *, first: int = 1) -> None:
     """Refuse messages that a template leaves out.
 
@@ -233,6 +242,9 @@ def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, 
     kwargs = dict(kwargs or {})
     if not kwargs:
         return kwargs
+    # Slow to import, and not needed without arguments.
+    from jinja2 import Environment
+
     if isinstance(kwargs.get("tools"), (list, tuple)):
         from transformers.utils import get_json_schema
 
@@ -248,12 +260,13 @@ def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, 
         raise InvalidInputError(
             f"the chat template cannot be chosen: {first_line(error)}"
         ) from None
+    read = {text for _, kind, text in Environment().lex(source) if kind == "name"}
     for name, value in kwargs.items():
         if name in _SET_BY_US:
             raise InvalidInputError(
                 f"chat_template_kwargs has {quote(name)}, which is set by the library; leave it out"
             )
-        if name != "chat_template" and value is not None and not re.search(rf"\b{name}\b", source):
+        if name != "chat_template" and value is not None and name not in read:
             raise InvalidInputError(
                 f"the chat template does not read {quote(name)}, one of the chat_template_kwargs;"
                 " check its spelling, or leave it out"
