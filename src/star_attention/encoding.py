@@ -13,9 +13,10 @@ import torch
 from star_attention import inputs, methods, phase1
 from star_attention.errors import InvalidInputError
 from star_attention.hf.loading import identity
+from star_attention.hf.progress import Progress, ProgressBar, shown
 from star_attention.inputs import ContextInput, TextOrIds
 from star_attention.methods import Method
-from star_attention.phase1 import EncodeJob, Progress
+from star_attention.phase1 import EncodeJob
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
@@ -28,7 +29,7 @@ from star_attention.storage.reading import SavedContext
 def encode(
     runtime: Runtime,
     contexts: list[ContextInput],
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     *,
     method: Method | None = None,
 ) -> list[EncodedContext]:
@@ -37,30 +38,34 @@ def encode(
     Args:
         runtime: the engine's.
         contexts: checked inputs.
-        progress: called after each forward.
+        progress: a callback, or whether to show a bar (`hf.progress.shown`).
         method: a method object to use in place of the configured one, with the same plan and
             layout.
     """
     method = method or runtime.method
     plans = [runtime.plan_for(len(context.ids_L)) for context in contexts]
     encoded: dict[int, EncodedContext] = {}
-    for indices in _batches(plans, runtime.tokens_per_forward):
-        plan = plans[indices[0]]
-        job = EncodeJob(
-            handle=runtime.handle,
-            comm=runtime.comm,
-            config=runtime.config,
-            ids_BL=torch.stack([contexts[i].ids_L for i in indices]),
-            plan=plan,
-            layout=method.layout(runtime.config, plan),
-            rope_length=runtime.rope_length(plan.context_tokens),
-            progress=progress,
-        )
-        _warn_if_idle(job)
-        with runtime.measured() as stats:
-            stores = method.encode(job)
-        for i, store in zip(indices, stores, strict=True):
-            encoded[i] = _context(runtime, contexts[i], job, store, stats)
+    comm, tokens = runtime.comm, sum(plan.context_tokens for plan in plans)
+    with shown(progress, tokens // comm.cp_size, leads=comm.rank == 0) as callback:
+        for indices in _batches(plans, runtime.tokens_per_forward):
+            plan = plans[indices[0]]
+            if isinstance(callback, ProgressBar):
+                callback.contexts = len(indices)
+            job = EncodeJob(
+                handle=runtime.handle,
+                comm=comm,
+                config=runtime.config,
+                ids_BL=torch.stack([contexts[i].ids_L for i in indices]),
+                plan=plan,
+                layout=method.layout(runtime.config, plan),
+                rope_length=runtime.rope_length(plan.context_tokens),
+                progress=callback,
+            )
+            _warn_if_idle(job)
+            with runtime.measured() as stats:
+                stores = method.encode(job)
+            for i, store in zip(indices, stores, strict=True):
+                encoded[i] = _context(runtime, contexts[i], job, store, stats)
     return [encoded[i] for i in range(len(contexts))]
 
 
@@ -118,7 +123,7 @@ def extend(
     runtime: Runtime,
     context: EncodedContext,
     more: TextOrIds,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> EncodedContext:
     """Return a new context that continues with `more`. Collective; rank 0's arguments count."""
 
@@ -145,9 +150,13 @@ def extend(
         plan=methods.get(old.method).extended_plan(old.plan, len(ids_L)),
         layout=_extended_layout(old.layout, owner, len(ids_L)),
         rope_length=old.rope_length,
-        progress=progress,
     )
-    with runtime.measured() as stats:
+    leads = runtime.comm.rank == 0
+    with (
+        shown(progress, len(ids_L) - start, leads=leads) as callback,
+        runtime.measured() as stats,
+    ):
+        job = replace(job, progress=callback)
         store = phase1.extend(job, old.kv, start=start, owner=owner)
     return replace(
         old,

@@ -19,8 +19,8 @@ from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
 from star_attention.hf.loading.pretrained import load_pretrained
+from star_attention.hf.progress import Progress
 from star_attention.inputs import Content, Contents, Prepared, TextOrIds
-from star_attention.phase1 import Progress
 from star_attention.runtime import Runtime, RuntimeView
 from star_attention.storage.context import EncodedContext
 
@@ -174,7 +174,7 @@ class StarLLM(RuntimeView):
         self,
         content: Content | Prepared,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -185,7 +185,7 @@ class StarLLM(RuntimeView):
         self,
         content: Contents,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -195,7 +195,7 @@ class StarLLM(RuntimeView):
         self,
         content: Any,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         query: Any = None,
         settings: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -206,7 +206,11 @@ class StarLLM(RuntimeView):
             content: text (tokenized with the tokenizer's defaults), token ids, chat messages, or
                 what `prepare` returned; or a list of contexts, of which those of equal length are
                 encoded as one batch.
-            progress: called after each forward with the span that it encoded and the plan.
+            progress: a function that is called after each forward with the `Span` that it encoded
+                (`span.start`, `span.stop`: tokens of the context) and the `BlockPlan`
+                (`plan.context_tokens`, `plan.num_blocks`); True shows a bar, False none. None shows
+                it on terminals and in notebooks after a second, unless transformers' progress bars
+                are off (`transformers.utils.logging.disable_progress_bar()`).
             query: queries that will be asked of each context, where they are known: one that
                 `generate` would refuse (no positions left for its answer) is refused before
                 anything is encoded.
@@ -234,7 +238,7 @@ class StarLLM(RuntimeView):
         return encoded if several else encoded[0]
 
     def extend(
-        self, context: EncodedContext, more: TextOrIds, *, progress: Progress | None = None
+        self, context: EncodedContext, more: TextOrIds, *, progress: Progress | bool | None = None
     ) -> EncodedContext:
         """Return a new context that continues with `more`, at the context's own sizes.
 

@@ -23,13 +23,11 @@ from star_attention.hf.cache.encode import AnchorLink, EncodeCache, SpanCache
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.progress import Progress
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
 from star_attention.storage.oom import translate_oom
-
-Progress = Callable[[Span, BlockPlan], None]
-"""Called after each forward with the span that it encoded."""
 
 _WORTH_COMPILING = 4096
 """Fewest tokens of a forward that is compiled.
@@ -197,6 +195,7 @@ class Forwards:
             comm.progress(0, own_tokens)
             done, spans = 0, list(spans)
             usual = self._usual_tokens(spans)
+            cache.after_layer = self._after_layer(cache)
             for span in spans:
                 cache.span = span
                 comm.tick(
@@ -210,6 +209,18 @@ class Forwards:
                 comm.progress(done, max(done, own_tokens))
                 if job.progress is not None:
                     job.progress(span, plan)
+
+    def _after_layer(self, cache: SpanCache) -> Callable[[], None] | None:
+        """Return what reports a layer of the current forward, for callbacks that ask for it."""
+        report, plan = getattr(self._job.progress, "layer", None), self._job.plan
+        if report is None:
+            return None
+        num_layers = len(self._job.handle.windows)
+
+        def after_layer() -> None:
+            report(cache.span, plan, (cache.calls - 1) % num_layers + 1, num_layers)
+
+        return after_layer
 
     def _usual_tokens(self, spans: list[Span]) -> int | None:
         """Return the span length that is worth compiling for; other lengths run eagerly.

@@ -38,6 +38,7 @@ def test_public_names_are_the_documented_ones() -> None:
         "__version__",
         "errors",
         "pipeline",
+        "read_document",
         "supported",
     }
     assert all(hasattr(star_attention, name) for name in star_attention.__all__)

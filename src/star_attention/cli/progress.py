@@ -102,19 +102,32 @@ def _bar() -> Iterator[Any]:
     from rich.progress import TextColumn
 
     with _progress(TextColumn("encoding"), description_last=True) as bar:
+        yield _Bar(bar)
+
+
+class _Bar:
+    """A progress callback that moves a bar of rich, layer by layer."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
         # The plan is known from the first forward on.
-        task = bar.add_task("", total=None)
+        self._task = bar.add_task("", total=None)
 
-        def advance(span: Span, plan: BlockPlan) -> None:
-            bar.update(
-                task,
-                total=plan.context_tokens,
-                completed=span.stop,
-                description=f"block {_block(span, plan)} of {plan.num_blocks},"
-                f" {span.stop:,} of {plan.context_tokens:,} tok",
-            )
+    def __call__(self, span: Span, plan: BlockPlan) -> None:
+        self._show(span.stop, span, plan)
 
-        yield advance
+    def layer(self, span: Span, plan: BlockPlan, layers: int, num_layers: int) -> None:
+        """Show a part of a forward, which may take many seconds on a CPU."""
+        self._show(span.start + span.tokens * layers / (num_layers + 1), span, plan)
+
+    def _show(self, tokens: float, span: Span, plan: BlockPlan) -> None:
+        self._bar.update(
+            self._task,
+            total=plan.context_tokens,
+            completed=tokens,
+            description=f"block {_block(span, plan)} of {plan.num_blocks},"
+            f" {int(tokens):,} of {plan.context_tokens:,} tok",
+        )
 
 
 def _rank_bars(rank_progress: RankProgress) -> Iterator[Any]:

@@ -239,7 +239,7 @@ class StarLM(LM):
             total=len(requests), desc=f"star {kind}", disable=quiet or self.star.rank > 0
         ) as bar:
             for job in jobs:
-                context = self.star.encode(job.context)
+                context = self.star.encode(job.context, progress=False)
                 for question in job.questions:
                     result = answers[question.index] = answer(context, question)
                     self.cache_hook.add_partial(kind, requests[question.index].args, result)

@@ -28,7 +28,7 @@ def prefill(target: TargetOptions, options: PrefillOptions, quiet: Quiet = False
     that a method needs; "speed-up / FLOP ratio" is the speed-up over dense attention, divided by
     the ratio of their operations.
 
-    Example: star-attention bench prefill -m models/needle-17m --context 8k,32k --block 4k
+    Example: star-attention bench prefill -m models/needle-17m --context 8k --block 2k
     """
     measure(options.benchmark(target.device), target, quiet)
 

@@ -171,6 +171,8 @@ class StarCache(Cache):
         self.comm = comm
         self.calls = 0
         """Attention calls so far."""
+        self.after_layer: Callable[[], None] | None = None
+        """Called after each of them."""
         self.entered = 0
         """Index of the layer that runs, where layers are compiled whole."""
 
@@ -196,7 +198,10 @@ class StarCache(Cache):
         self.calls += 1
         self.comm.tick()
         rule = rule if rule.window is not None else replace(rule, window=layer.window)
-        return layer.attend(q_BQHD, *by_token((key, value)), rule)
+        state = layer.attend(q_BQHD, *by_token((key, value)), rule)
+        if self.after_layer is not None:
+            self.after_layer()
+        return state
 
     def _find_layer(self, module: Any, key: Tensor, value: Tensor) -> StarLayer[Any]:
         assert self.position.last_layer is not None, "attention before any update of the cache"

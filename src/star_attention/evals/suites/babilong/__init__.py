@@ -9,7 +9,7 @@ from star_attention.evals.suites.suite import Suite
 SUITE = Suite(
     name="babilong",
     help="BABILong: facts of short stories, scattered in a long text (qa1 to qa5).",
-    example="--task qa1 --length 4k --out babilong",
+    example="--task qa1 --length 4k --samples 5 --out babilong",
     tasks=("qa1", "qa2", "qa3", "qa4", "qa5"),
     options=(
         SuiteOption(

@@ -8,7 +8,7 @@ from star_attention.evals.suites.suite import Suite
 SUITE = Suite(
     name="infinitebench",
     help="InfiniteBench: the tasks that can be generated; `eval run` reads its published files.",
-    example="--task passkey --length 4k --out infinitebench",
+    example="--task passkey --length 4k --samples 5 --out infinitebench",
     tasks=("passkey", "number_string", "kv_retrieval", "math_find", "code_run"),
     generator="star_attention.evals.suites.infinitebench.generate:generate",
 )

@@ -13,7 +13,7 @@ SUITE = Suite(
     help="RULER: needles, variable tracking, word counts, and questions about documents.\n\n"
     "Without --task, runs the tasks that fit into the length and whose data is given: qa_1 needs"
     " --squad, qa_2 needs --hotpot.",
-    example="--task niah_single_1,vt --length 1k,2k --samples 10 --out ruler",
+    example="--task niah_single_1,vt --length 1k,2k --samples 5 --out ruler",
     tasks=(
         "niah_single_1",
         "niah_single_2",
