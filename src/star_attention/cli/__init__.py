@@ -31,7 +31,6 @@ NAME = "star-attention"
 app = typer.Typer(
     name=NAME,
     no_args_is_help=True,
-    add_completion=False,
     # Joins and rewraps the lines of a paragraph.
     rich_markup_mode="markdown",
     # Our errors are one line (errors.py). What remains is a defect, which needs a plain traceback.
@@ -82,7 +81,8 @@ def root(
     """Answer questions about long texts with two-phase Star Attention and any transformers decoder.
 
     Answers go to stdout, progress and messages to stderr. Sizes are in tokens and may be written
-    as 4k, 128k or 1m (powers of 1024).
+    as 4k, 128k or 1m (powers of 1024). `star-attention --install-completion` lets bash, zsh, fish
+    and PowerShell complete commands and options.
 
     Exit status: 0 success; 1 error, reported in a line that starts with `error:`; 2 usage error
     (an unknown or missing option, or a number out of range); 130 interrupted. Under torchrun every
