@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from star_attention import StarLLM
+from tests.engines import BUNDLED
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
@@ -83,6 +86,47 @@ def test_saved_contexts(run: Run, tmp_path: Path) -> None:
     assert "velvet-raven is 0bd3-6911\n" in second
     assert "extended by 36 tokens\n" in second
     assert "paper-kite is 5301946\n" in second
+
+
+def test_langchain_chat(run: Run) -> None:
+    pytest.importorskip("langchain_core")
+    printed = run("langchain_chat.py")
+    # Once, in pieces, and twice in a batch.
+    assert printed.count("The secret number for rusty-anchor is b34a-fe4c") == 4
+    assert "{'input_tokens': 4925, 'output_tokens': 20, 'total_tokens': 4945}" in printed
+
+
+def test_langchain_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Roles, stop strings and further settings arrive; nothing is encoded again."""
+    messages = pytest.importorskip("langchain_core.messages")
+    program = runpy.run_path(str(EXAMPLES / "langchain_chat.py"))
+    star = StarLLM.from_pretrained(BUNDLED, block_size=256, dtype="float32")
+    text = "The tea is hot.\n" * 60 + "The secret number for grey-goose is 4471903.\n"
+    chat = program["DocumentChat"].about(star, text)
+    monkeypatch.setattr(star, "encode", None)
+    question = "What is the secret number for grey-goose?"
+    conversation = [messages.HumanMessage("Hello."), messages.AIMessage("Hello to you.")]
+    expected = star.generate(
+        chat.context,
+        [
+            {"role": "user", "content": "Hello."},
+            {"role": "assistant", "content": "Hello to you."},
+            {"role": "user", "content": question},
+        ],
+    )
+    assert chat.invoke([*conversation, messages.HumanMessage(question)]).content == expected.text
+    assert "4471903" in expected.text
+    answer = chat.invoke(question, stop=[" is"])
+    assert answer.content == "The secret number for grey-goose"
+    assert answer.response_metadata["finish_reason"] == "stop"
+    assert chat.invoke(question, max_new_tokens=2).response_metadata["finish_reason"] == "length"
+
+
+def test_llama_index(run: Run) -> None:
+    """Skipped by `make test`: the package is large."""
+    pytest.importorskip("llama_index.core")
+    printed = run("llama_index_llm.py")
+    assert printed.count("The secret number for rusty-anchor is b34a-fe4c\n") == 3
 
 
 def test_several_gpus_on_one_process(run: Run) -> None:
