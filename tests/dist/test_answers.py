@@ -48,6 +48,8 @@ def answer_in_all_modes(comm: Any, name: str) -> dict[str, Any]:
     for mode, (query, settings) in MODES.items():
         replies = star.generate(context, query, max_new_tokens=9, **settings)
         answers[mode] = [(reply.token_ids, reply.finish_reason) for reply in flatten(replies)]
+    reply = star.generate(context, [7, 8, 9], max_new_tokens=9, logprobs=2)
+    answers["logprobs"] = [(token.id, round(token.logprob, 3)) for token in reply.logprobs]
     return answers
 
 

@@ -47,6 +47,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "reasoning",
         "token_ids",
         "finish_reason",
+        "logprobs",
         "method",
         "context_tokens",
         "query_tokens",
@@ -180,6 +181,19 @@ def test_an_answer_may_keep_its_special_tokens(texts: Path) -> None:
         "ask", *MODEL, texts / "book.star", "--query", QUESTION, "--show-special-tokens", "-q"
     )
     assert done.out == "The secret number for torpidity-kill is 4910508<eos>\n"
+
+
+def test_log_probabilities_come_with_json(texts: Path) -> None:
+    command = ["ask", *MODEL, texts / "book.star", "--query", QUESTION, "--logprobs", "2"]
+    reply = json.loads(ok(*command, "--json").out)
+    assert [token["id"] for token in reply["logprobs"]] == reply["token_ids"]
+    assert "".join(token["token"] for token in reply["logprobs"]) == reply["text"] + "<eos>"
+    for token in reply["logprobs"]:
+        first, second = token["top"]
+        # The answer is greedy.
+        assert {name: token[name] for name in ("token", "id", "logprob")} == first
+        assert second["logprob"] <= first["logprob"] <= 0
+    assert "--logprobs: it needs --json" in usage_error(*command)
 
 
 def test_the_summary_says_what_ended_or_is_missing(texts: Path) -> None:

@@ -280,6 +280,16 @@ class AnswerOptions:
     ignore_eos: Annotated[
         bool, option("Continue past end-of-sequence tokens.", "--ignore-eos", panel="Answer")
     ] = False
+    logprobs: Annotated[
+        int | None,
+        option(
+            "With --json: also print each token's log probability, and this number of most likely"
+            " tokens in its place.",
+            panel="Output",
+            metavar="N",
+            min=0,
+        ),
+    ] = None
     show_special_tokens: Annotated[
         bool,
         option(
@@ -323,8 +333,12 @@ class AnswerOptions:
             names = ", ".join("--" + name.replace("_", "-") for name in sampling)
             warnings.warn(f"{names} ignored: --greedy was given", stacklevel=2)
         kwargs |= {"do_sample": False} if self.greedy else sampling
+        if self.logprobs is not None and not self.json:
+            raise typer.BadParameter("it needs --json", param_hint="--logprobs")
         return kwargs | _without_none(
-            num_beams=self.num_beams, repetition_penalty=self.repetition_penalty
+            num_beams=self.num_beams,
+            repetition_penalty=self.repetition_penalty,
+            logprobs=self.logprobs,
         )
 
 

@@ -22,6 +22,8 @@ FIELDS = {
     "reasoning": "what the model marked as its reasoning, apart from the answer; null for none",
     "token_ids": "all generated tokens, including the one that ended the answer",
     "finish_reason": "`stop` or `length`",
+    "logprobs": "with `--logprobs`: text, id and log probability of each token, and of the most"
+    " likely ones in its place",
     "method": "attention method",
     "context_tokens": "tokens of the encoded text",
     "query_tokens": "tokens of the query, including what the chat template adds",

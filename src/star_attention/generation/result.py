@@ -25,6 +25,28 @@ class Timings:
     tokens_per_s: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token of an answer and how likely the model found it, before penalties and temperature.
+
+    Attributes:
+        token: its text ("" without a tokenizer).
+        id: its id.
+        logprob: natural logarithm of its probability.
+        top: the most likely tokens in its place, as many as were asked for.
+    """
+
+    token: str
+    id: int
+    logprob: float
+    top: list[TokenLogprob] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        top = [{"token": t.token, "id": t.id, "logprob": t.logprob} for t in self.top]
+        return {"token": self.token, "id": self.id, "logprob": self.logprob, "top": top}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generation:
     """One answer; `str(answer)` is its text.
@@ -40,6 +62,7 @@ class Generation:
             "length" (`max_new_tokens`).
         query_tokens: length of the query in tokens.
         timings: seconds and rates.
+        logprobs: of each token of `token_ids`; None unless asked for.
         logits: fp32 `[tokens, vocabulary]` on CPU, before any processing; None unless asked for.
         peak_bytes: peak device memory of the call; None on a CPU.
         wire: traffic between context-parallel ranks during the call, all ranks together.
@@ -52,6 +75,7 @@ class Generation:
     query_tokens: int
     timings: Timings
     reasoning: str | None = None
+    logprobs: list[TokenLogprob] | None = None
     logits: Tensor | None = None
     peak_bytes: int | None = None
     wire: Traffic = field(default_factory=Traffic)
@@ -67,6 +91,7 @@ class Generation:
             "reasoning": self.reasoning,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
+            "logprobs": self.logprobs and [token.as_dict() for token in self.logprobs],
             "query_tokens": self.query_tokens,
             "encode_s": self.timings.encode_s,
             "ttft_s": self.timings.ttft_s,

@@ -15,6 +15,7 @@ from star_attention import phase2
 from star_attention.distributed.messages import END, PIECE
 from star_attention.errors import InvalidInputError
 from star_attention.generation.arguments import translate_generation_errors
+from star_attention.generation.logprobs import LogprobRecorder
 from star_attention.generation.result import Generation, Timings
 from star_attention.generation.settings import ResolvedSettings
 from star_attention.hf.execution.timing import Clock
@@ -90,6 +91,8 @@ class GenerationRun:
         self._logits: list[list[Tensor]] | None = (
             [[] for _ in range(rows)] if keeps_logits else None
         )
+        alternatives = settings.arguments.logprobs
+        self._logprobs = None if alternatives is None else LogprobRecorder(tokenizer, alternatives)
         self._measured = _Measurements()
         self.ended = self._end_sent = False
 
@@ -139,6 +142,8 @@ class GenerationRun:
     def _push(self, step: phase2.Step) -> str:
         """Append one step's tokens to all unfinished answers; return the first answer's text."""
         piece = ""
+        if self._logprobs is not None:
+            self._logprobs.push(step.logits_RV, step.tokens)
         for row, answer in enumerate(self._answers):
             if answer.finish_reason is not None:
                 continue
@@ -220,6 +225,9 @@ class GenerationRun:
                 ttft_s=measured.first_s,
                 tokens_per_s=later_tokens / later_s if has_rate else None,
             ),
+            logprobs=None
+            if self._logprobs is None
+            else self._logprobs.of_row(row, answer.token_ids),
             logits=None if self._logits is None else self._stack(self._logits[row]),
             peak_bytes=measured.peak_bytes,
             wire=measured.wire,

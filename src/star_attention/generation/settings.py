@@ -37,6 +37,7 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     stop: str | Sequence[str] | None
     skip_special_tokens: bool
+    logprobs: int | None
     return_logits: bool
     answer_prefix: str
     chat_template_kwargs: dict[str, Any] | None
@@ -80,6 +81,8 @@ class GenerationSettings:
             model's own settings (`stop_strings`), which `[]` turns off.
         skip_special_tokens: leave special tokens out of the text, and keep a model's reasoning
             apart (`Generation.reasoning`); False keeps all as the model writes it.
+        logprobs: record the log probability of each token, and this number of most likely tokens
+            in its place (greedy search and sampling).
         return_logits: keep the unprocessed logits (greedy search and sampling).
         answer_prefix: text that the answer is made to begin with, after the chat template's start
             of the answer where there is one; not part of the result.
@@ -94,6 +97,7 @@ class GenerationSettings:
     ignore_eos: bool = False
     stop: str | Sequence[str] | None = None
     skip_special_tokens: bool = True
+    logprobs: int | None = None
     return_logits: bool = False
     answer_prefix: str = ""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -190,17 +194,27 @@ class GenerationSettings:
                 " frequencies depend on the length, so transformers' loops get the query alone and"
                 " would not see the context; use greedy search or sampling"
             )
+        count = self.logprobs
+        if count is not None and not (type(count) is int and 0 <= count <= handle.vocab_size):
+            raise InvalidInputError(
+                f"logprobs {quote(count)} does not work; give the number of most likely tokens to"
+                f" record, 0..{handle.vocab_size}"
+            )
         is_sharded = tensor_parallel.model_shard(handle.model) is not None
         if is_sharded and getattr(config, "guidance_scale", None) not in (None, 1):
             raise InvalidInputError(
                 "guidance_scale needs extra forwards, which the other tensor-parallel ranks do not"
                 " follow; leave it out, or use tensor_parallel 1"
             )
-        if self.return_logits and not uses_own_loop:
-            raise InvalidInputError(
-                "return_logits works with greedy search and sampling, not with beams; use"
-                " StarLLM.logits instead"
-            )
+        for name, wanted in (
+            ("return_logits", self.return_logits),
+            ("logprobs", count is not None),
+        ):
+            if wanted and not uses_own_loop:
+                raise InvalidInputError(
+                    f"{name} works with greedy search and sampling, not with beams; use"
+                    " StarLLM.logits instead"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
