@@ -12,7 +12,6 @@ answer, another result or a user message may follow.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,13 @@ from star_attention.errors import InvalidInputError, TokenError, quote
 from star_attention.hf.text import literal
 from star_attention.hf.text.messages import Message, is_messages, normalized, parts, texts
 from star_attention.hf.text.rendered import RenderedText, shared_prefix
-from star_attention.hf.text.template import PROBES, ChatTemplate, check_template, check_written
+from star_attention.hf.text.template import (
+    PROBES,
+    ChatTemplate,
+    check_template,
+    check_written,
+    left_out,
+)
 
 __all__ = [
     "ChatContext",
@@ -202,52 +207,58 @@ def _head(template: ChatTemplate, chat: ChatContext) -> RenderedText:
     Raises:
         InvalidInputError: the template leaves a message out, or nothing can follow the messages.
     """
-    rendered: list[RenderedText] = []
+    head: RenderedText | None = None
     failure = None
-    for conversation in _continued(chat):
+    for conversations in _continued(chat):
         try:
-            rendered.append(literal.render(template, conversation))
+            rendered = [literal.render(template, conversation) for conversation in conversations]
         except InvalidInputError as error:
-            failure = error
-    if not rendered:
-        assert failure is not None, "there are continuations"
+            failure = failure or error
+            continue
+        shared = shared_prefix(text.text for text in rendered)
+        if not all(any(probe in text.text[len(shared) :] for probe in PROBES) for text in rendered):
+            raise InvalidInputError(
+                "the chat template does not render the user's text exactly once and unchanged; use"
+                " raw text instead"
+            )
+        if head is None:
+            check_written(rendered[0].text, chat.messages)
+            head = rendered[0].slice(0, len(shared))
+            continue
+        shared = shared_prefix([head.text, shared])
+        # A way to go on that writes the messages otherwise is refused when it is taken.
+        if left_out(shared, chat.messages) == left_out(head.text, chat.messages):
+            head = head.slice(0, len(shared))
+    if head is None:
+        assert failure is not None, "there are ways to go on"
         raise failure
-    head = shared_prefix(text.text for text in rendered)
-    if not all(any(probe in text.text[len(head) :] for probe in PROBES) for text in rendered):
-        raise InvalidInputError(
-            "the chat template does not render the user's text exactly once and unchanged; use raw"
-            " text instead"
-        )
-    if chat.messages[-1]["role"] == "tool":
-        # The answer may follow, too. A template that wants something else first says so then.
-        with contextlib.suppress(InvalidInputError):
-            head = shared_prefix([head, template.render(chat.messages)])
-    check_written(rendered[0].text, chat.messages)
-    return rendered[0].slice(0, len(head))
+    return head
 
 
-def _continued(chat: ChatContext) -> Iterator[list[Message]]:
-    """Yield the conversation with texts that may follow the context."""
-    for probe in PROBES:
-        yield _joined(chat, [{"role": "user", "content": probe}])
+def _continued(chat: ChatContext) -> Iterator[list[list[Message]]]:
+    """Yield ways to go on after the context, the most likely one first, with different texts."""
     last = chat.messages[-1]
+    calls = last.get("tool_calls")
+    if last["role"] == "tool":
+        # The answer follows. The cut leaves it the end of the turn, so that it has a prompt.
+        yield [_longer(chat, probe).messages for probe in PROBES]
+    if last["role"] == "tool" or calls:
+        ids = {key: last[key] for key in ("name", "tool_call_id") if key in last}
+        if calls:
+            name = calls[0].get("function", calls[0]).get("name")
+            ids = {"name": name, "tool_call_id": calls[0].get("id")}
+        result: Message = {"role": "tool", **{key: ids[key] for key in ids if ids[key] is not None}}
+        yield [[*chat.messages, {**result, "content": probe}] for probe in PROBES]
+    questions = [_joined(chat, [{"role": "user", "content": probe}]) for probe in PROBES]
     if chat.parts:
         # The last part itself may be longer.
         longer = _longer(chat, PROBES[0])
-        yield _joined(longer, [{"role": "user", "content": PROBES[1]}])
-    if _awaits_results(last):
-        ids: Message = {key: last[key] for key in ("name", "tool_call_id") if key in last}
-        for probe in PROBES:
-            yield [*chat.messages, {"role": "tool", "content": probe, **ids}]
-
-
-def _awaits_results(message: Message) -> bool:
-    """True for a message after which a tool's result may come."""
-    return message["role"] == "tool" or bool(message.get("tool_calls"))
+        questions.append(_joined(longer, [{"role": "user", "content": PROBES[1]}]))
+    yield questions
 
 
 def _longer(chat: ChatContext, more: str) -> ChatContext:
-    """Return a chat with a longer open user message, and the head of the shorter one."""
+    """Return a chat with a longer last message, and the head of the shorter one."""
     last = chat.messages[-1]
     content = last["content"]
     if isinstance(content, str):

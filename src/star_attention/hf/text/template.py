@@ -191,22 +191,30 @@ def check_written(text: str, messages: list[Message], *, first: int = 1) -> None
     Raises:
         InvalidInputError: a message or its tool calls are not in the text.
     """
-    for number, message in enumerate(messages, start=first):
-        where = f"message {number} (role {quote(message['role'])})"
-        names = [
-            call.get("function", call).get("name", "") for call in message.get("tool_calls", [])
-        ]
-        if not all(name in text for name in names):
+    for index, what in left_out(text, messages):
+        where = f"message {first + index} (role {quote(messages[index]['role'])})"
+        if what == "tool_calls":
             raise InvalidInputError(
                 f"the chat template does not write the tool_calls of {where}; write them into its"
                 " content, or use a template for tools"
             )
+        raise InvalidInputError(
+            f"the chat template leaves out {where}; give it another role, or put its text into a"
+            " user message"
+        )
+
+
+def left_out(text: str, messages: list[Message]) -> list[tuple[int, str]]:
+    """Return the messages that are not in a rendered text: their index, and what is missing."""
+    missing = []
+    for index, message in enumerate(messages):
+        calls = message.get("tool_calls", [])
+        if not all(call.get("function", call).get("name", "") in text for call in calls):
+            missing.append((index, "tool_calls"))
         # What an assistant thought is left out of earlier turns on purpose.
         if message["role"] != "assistant" and not all(word in text for word in _words(message)):
-            raise InvalidInputError(
-                f"the chat template leaves out {where}; give it another role, or put its text into"
-                " a user message"
-            )
+            missing.append((index, "content"))
+    return missing
 
 
 def _words(message: Message) -> list[str]:
