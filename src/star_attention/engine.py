@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from star_attention import encoding, inputs
-from star_attention.config import StarConfig, StarSettings, check_keywords
+from star_attention.config import (
+    PretrainedSettings,
+    StarConfig,
+    StarSettings,
+    check_keywords,
+    split_settings,
+)
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
 from star_attention.generation import start as starts
@@ -87,12 +93,13 @@ class StarLLM(RuntimeView):
         tensor_parallel: int = 1,
         model_kwargs: dict[str, Any] | None = None,
         compile: bool | None = None,
-        **settings: Unpack[StarSettings],
+        **settings: Unpack[PretrainedSettings],
     ) -> StarLLM:
-        """Load a model and its tokenizer from a folder or a hub id.
+        """Load a model and its tokenizer from a folder, a GGUF file or a hub id.
 
         Args:
-            path: folder or hub id.
+            path: model folder, GGUF file, folder with a single GGUF file, folder of a PEFT adapter
+                (its base model is loaded, too), or hub id.
             config: settings as one object. Keywords override its fields.
             dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1". Under torchrun "auto"
@@ -104,20 +111,23 @@ class StarLLM(RuntimeView):
             model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config,
                 device_map, ...).
             compile: as for `StarLLM`.
-            settings: fields of `StarConfig`.
+            settings: fields of `StarConfig`, and which files to load (`PretrainedSettings`):
+                adapter, gguf_file, subfolder, revision, trust_remote_code.
 
         Raises:
             ModelNotFoundError: no model or tokenizer at the path.
+            MissingPackageError: a package that the files need is not installed.
             UnsupportedModelError, SizeError: before any weight is read.
             UnknownOptionError: a keyword that is none of these.
         """
         parameters = inspect.signature(cls.from_pretrained).parameters
         check_keywords(list(settings), known=[name for name in parameters if name != "settings"])
         comm = from_environment(comm)
+        files, config_settings = split_settings(dict(settings))
         resolved: list[StarConfig] = []
         failure: Exception | None = None
         try:
-            resolved.append(StarConfig.of(config, **settings))
+            resolved.append(StarConfig.of(config, **config_settings))
         except Exception as error:
             failure = error
         with comm.collective("startup"):
@@ -128,7 +138,8 @@ class StarLLM(RuntimeView):
             tensor_parallel=tensor_parallel,
             dtype=str(dtype),
             device=device,
-            model_kwargs=model_kwargs or {},
+            adapter=files.pop("adapter", None),
+            model_kwargs=(model_kwargs or {}) | files,
         )
         return cls(model, tokenizer, config=resolved[0], compile=compile, comm=comm)
 

@@ -51,8 +51,8 @@ def test_a_complete_folder_loads(folder: Path) -> None:
         ("{}/config.json", "config.json is a file; give the model's folder, or a hub id"),
         (
             "{}/..",
-            "holds no config.json: it is not a transformers model folder;"
-            " give a folder that contains one, or a hub id",
+            "holds no config.json, but its subfolder model does: give {}/../model, or --subfolder"
+            " model (in Python: subfolder='model')",
         ),
         ("x" * 5000, "File name too long"),
         (None, "None is not a model: expected the path of its folder or a hub id, got NoneType"),
@@ -71,6 +71,7 @@ def test_a_hub_id_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("We couldn't connect to the hub.\nCheckout the documentation.")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    monkeypatch.setattr("star_attention.hf.loading.hub.check", lambda *_, **__: None)
     message = (
         "there is no folder organization/name here, and it could not be loaded as a hub id:"
         " We couldn't connect to the hub; check the path or the id, and for a hub id the network"
@@ -104,8 +105,11 @@ def test_a_broken_config(text: str, folder: Path) -> None:
 
 def test_missing_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    message = [f"the model at {folder} could not be loaded", "no file named model.safetensors"]
-    refused(ModelNotFoundError, *message, call=lambda: load(folder))
+    message = (
+        f"the folder {folder} holds a config.json, but no weights (model.safetensors); copy or"
+        " download them, too"
+    )
+    refused(ModelNotFoundError, message, call=lambda: load(folder))
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1, -5000])

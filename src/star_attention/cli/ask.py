@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from star_attention.cli.options import AnswerOptions, ModelOptions, Quiet, TemplateKwargs
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import AnswerOptions, Quiet, TemplateKwargs
 from star_attention.cli.progress import Status
 from star_attention.cli.streams import say
 from star_attention.cli.torchrun import is_rank_0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from star_attention.cli.formatting import context_summary, format_bytes, format_seconds
-from star_attention.cli.options import ContextOptions, Files, ModelOptions, Quiet, option
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import ContextOptions, Files, Quiet, option
 from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
 

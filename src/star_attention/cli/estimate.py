@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from star_attention.cli.config_options import ConfigOptions
-from star_attention.cli.options import Json, ShapeOptions, WorkloadOptions, option
+from star_attention.cli.model_options import ShapeOptions, check_path
+from star_attention.cli.options import Json, WorkloadOptions, option
 from star_attention.cli.sizes import QUARTER, rank_counts, token_counts
 from star_attention.config import DEFAULT_BLOCK_RULE, StarConfig
 from star_attention.planning.plan import BlockPlan
@@ -89,12 +90,14 @@ def estimate(
     """
     config = StarConfig.of(**settings)
     contexts, rank_numbers = token_counts(context, "context"), rank_counts(ranks)
+    check_path(shape)
 
     from star_attention.cli.estimate_times import EstimateRequest, make_estimates
 
     estimates = make_estimates(
         EstimateRequest(
             model=shape.model,
+            location=shape.location.kwargs(),
             dtype=shape.dtype,
             rope_scaling=shape.rope_scaling,
             hardware=on.hardware,

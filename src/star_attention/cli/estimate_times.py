@@ -5,7 +5,7 @@ They are times of both phases for several lengths and numbers of ranks.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class EstimateRequest:
     """The arguments of `estimate`.
 
     Attributes:
-        model: folder or hub id.
+        model: folder, GGUF file or hub id.
+        location: where in it the model is: arguments of `load.load_config`.
         dtype: dtype of the weights.
         hardware: a name in `HARDWARE`, or rates, for `parse_hardware`.
         contexts: lengths in tokens.
@@ -46,6 +47,7 @@ class EstimateRequest:
     """
 
     model: str
+    location: dict[str, Any] = field(default_factory=dict)
     dtype: str
     hardware: str
     contexts: list[int]
@@ -102,7 +104,7 @@ class Estimates:
 def make_estimates(request: EstimateRequest) -> Estimates:
     """Estimate every scheme for every length and number of ranks."""
     rotary, _ = rope_scaling.take({"rope_scaling": request.rope_scaling})
-    model_config = load.load_config(request.model, rotary)
+    model_config = load.load_config(request.model, rotary, **request.location)
     shape = model_shape(model_config, request.dtype)
     hardware, fit = _calibrated(parse_hardware(request.hardware), request.calibrate)
     schemes = [

@@ -6,14 +6,8 @@ from typing import Annotated
 
 import typer
 
-from star_attention.cli.options import (
-    AnswerOptions,
-    ContextOptions,
-    Files,
-    ModelOptions,
-    Quiet,
-    option,
-)
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import AnswerOptions, ContextOptions, Files, Quiet, option
 from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
 

@@ -14,7 +14,7 @@ import typer
 
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.escapes import unescape
-from star_attention.config import MAX_NEW_TOKENS, STALL_S, check_max_new_tokens
+from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
 from star_attention.planning.plan import parse_size
 
 
@@ -41,17 +41,6 @@ Files = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress and no summary on stderr.")
 ]
-Model = Annotated[
-    str, option("Model folder or hub id.", "--model", "-m", panel="Model", metavar="MODEL")
-]
-Dtype = Annotated[
-    str,
-    option(
-        "Precision: auto (the checkpoint's), float32, bfloat16 or float16.",
-        panel="Model",
-        metavar="TYPE",
-    ),
-]
 TemplateKwargs = Annotated[
     str | None,
     option(
@@ -62,49 +51,9 @@ TemplateKwargs = Annotated[
         metavar="JSON",
     ),
 ]
-RopeScaling = Annotated[
-    str | None,
-    option(
-        "Rotary scaling in place of the config's, to extend the context: TYPE:FACTOR, like yarn:4"
-        " (yarn:4:32768 with the original length), or a JSON object. Saved contexts need it again.",
-        "--rope-scaling",
-        panel="Model",
-        metavar="SCALING",
-    ),
-]
-Device = Annotated[
-    str,
-    option(
-        "auto (a GPU if there is one), cpu, cuda or cuda:1.",
-        # Explicit: typer 0.27 derives the name from a metavar that differs in case only.
-        "--device",
-        panel="Model",
-        metavar="DEVICE",
-    ),
-]
-TensorParallel = Annotated[
-    int,
-    option(
-        "Number of ranks that share the weights and attention heads, for models too large for one"
-        " device.",
-        "--tensor-parallel",
-        panel="Ranks",
-        metavar="N",
-        min=1,
-    ),
-]
 Json = Annotated[
     bool, option("Print JSON on stdout, one object per line.", "--json", panel="Output")
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapeOptions:
-    """A model of which only the config is read."""
-
-    model: Model
-    dtype: Dtype = "auto"
-    rope_scaling: RopeScaling = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,40 +66,6 @@ class WorkloadOptions:
     answer_tokens: Annotated[
         int, option("Tokens per answer.", panel="Workload", metavar="N", min=1)
     ] = MAX_NEW_TOKENS
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """The model and how it runs. settings: those of `StarConfig` that concern the model."""
-
-    model: Model
-    dtype: Dtype = "auto"
-    rope_scaling: RopeScaling = None
-    device: Device = "auto"
-    compile: Annotated[
-        bool | None,
-        option(
-            "Compile layers and use CUDA graphs: faster, after a delay at first use.",
-            "--compile/--no-compile",
-            panel="Model",
-            show_default="on a GPU with Triton installed",
-        ),
-    ] = None
-    settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "reserve_tokens")] = (
-        field(default_factory=dict)
-    )
-    tensor_parallel: TensorParallel = 1
-    stall_limit: Annotated[
-        float,
-        option(
-            "Seconds without a heartbeat before a rank is considered dead. Long blocks do not"
-            " trigger it.",
-            "--stall-limit",
-            panel="Ranks",
-            metavar="X",
-            min=1.0,
-        ),
-    ] = STALL_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,20 +243,20 @@ class AnswerOptions:
             "answer_prefix": unescape(self.answer_prefix, "--answer-prefix"),
             "skip_special_tokens": not self.show_special_tokens,
         }
-        sampling = _without_none(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        sampling = without_none(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if self.greedy and sampling:
             names = ", ".join("--" + name.replace("_", "-") for name in sampling)
             warnings.warn(f"{names} ignored: --greedy was given", stacklevel=2)
         kwargs |= {"do_sample": False} if self.greedy else sampling
         if self.logprobs is not None and not self.json:
             raise typer.BadParameter("it needs --json", param_hint="--logprobs")
-        return kwargs | _without_none(
+        return kwargs | without_none(
             num_beams=self.num_beams,
             repetition_penalty=self.repetition_penalty,
             logprobs=self.logprobs,
         )
 
 
-def _without_none(**options: Any) -> dict[str, Any]:
+def without_none(**options: Any) -> dict[str, Any]:
     """Return the options that have a value."""
     return {name: value for name, value in options.items() if value is not None}

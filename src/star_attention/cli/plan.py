@@ -10,13 +10,8 @@ import typer
 
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.estimate import HardwareOptions, estimate
-from star_attention.cli.options import (
-    Json,
-    ShapeOptions,
-    TensorParallel,
-    WorkloadOptions,
-    option,
-)
+from star_attention.cli.model_options import ShapeOptions, TensorParallel, check_path
+from star_attention.cli.options import Json, WorkloadOptions, option
 from star_attention.cli.sizes import QUARTER
 from star_attention.cli.streams import say
 from star_attention.config import StarConfig
@@ -94,6 +89,7 @@ def plan(
     _check_plan_options(context, settings, ranks, deprecated)
     config = StarConfig.of(**settings)
     blocks = config.plan(parse_size(context, "context"), int(ranks))
+    check_path(shape)
 
     from star_attention.cli.plan_costs import PlanRequest, plan_costs
     from star_attention.cli.plan_tables import costs_as_text
@@ -101,6 +97,7 @@ def plan(
     costs = plan_costs(
         PlanRequest(
             model=shape.model,
+            location=shape.location.kwargs(),
             dtype=shape.dtype,
             rope_scaling=shape.rope_scaling,
             plan=blocks,

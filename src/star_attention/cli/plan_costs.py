@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from star_attention.config import StarConfig
@@ -22,7 +22,8 @@ class PlanRequest:
     """The arguments of `plan`.
 
     Attributes:
-        model: folder or hub id.
+        model: folder, GGUF file or hub id.
+        location: where in it the model is: arguments of `load.load_config`.
         dtype: dtype of the weights.
         plan: blocks and ranks of the context.
         config: settings of the engine.
@@ -33,6 +34,7 @@ class PlanRequest:
     """
 
     model: str
+    location: dict[str, Any] = field(default_factory=dict)
     dtype: str
     plan: BlockPlan
     config: StarConfig
@@ -129,7 +131,7 @@ def _as_dict(flops: Flops) -> dict[str, int]:
 def plan_costs(request: PlanRequest) -> PlanCosts:
     """Compute the costs of a plan, and warn about what would not run or not run well."""
     rotary, _ = rope_scaling.take({"rope_scaling": request.rope_scaling})
-    model_config = load.load_config(request.model, rotary)
+    model_config = load.load_config(request.model, rotary, **request.location)
     check_tensor_parallel(model_config, request.tensor_parallel)
     shape, plan, config = model_shape(model_config, request.dtype), request.plan, request.config
     tokens_per_forward = config.forward_size(load.pick_device("auto"))

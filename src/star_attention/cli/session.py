@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.chat import messages, template_kwargs
 from star_attention.cli.formatting import format_bytes
-from star_attention.cli.options import ContextOptions, ModelOptions
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import ContextOptions
 from star_attention.cli.progress import Status
 from star_attention.config import StarConfig, check_device, check_dtype
 from star_attention.errors import InvalidInputError, ModelNotFoundError
@@ -19,13 +20,24 @@ if TYPE_CHECKING:
     from star_attention.storage.context import EncodedContext
 
 
-def load(model: ModelOptions, status: Status, **settings: Any) -> StarLLM:
-    """Load the model. Settings of `StarConfig` are checked before anything slow starts."""
+def load(
+    model: ModelOptions, status: Status, *, needs_tokenizer: bool = False, **settings: Any
+) -> StarLLM:
+    """Load the model. Whatever can be checked is checked before anything slow starts.
+
+    Args:
+        model: The options.
+        status: Says that the model is being loaded.
+        needs_tokenizer: True to refuse a model without a tokenizer.
+        settings: Settings of `StarConfig`.
+
+    Raises:
+        ModelNotFoundError: If there is no model, or no tokenizer where one is needed.
+    """
     check_dtype(model.dtype)
     check_device(model.device)
-    config = StarConfig.of(**model.settings | settings)
-    model_kwargs = {} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}
-    source = "" if Path(model.model).exists() else " from the hub (there is no such folder here)"
+    config, model_kwargs = StarConfig.of(**model.settings | settings), model.kwargs()
+    source = _check_files(model, model_kwargs, needs_tokenizer=needs_tokenizer)
     with status.waiting(f"loading {model.model}{source}"):
         from star_attention.distributed import from_environment
         from star_attention.engine import StarLLM
@@ -37,11 +49,34 @@ def load(model: ModelOptions, status: Status, **settings: Any) -> StarLLM:
             config=config,
             dtype=model.dtype,
             device=model.device,
-            model_kwargs=model_kwargs,
             comm=from_environment(None, stall_s=model.stall_limit),
             tensor_parallel=model.tensor_parallel,
+            model_kwargs=model_kwargs,
             compile=model.compile,
+            adapter=model.adapter,
         )
+
+
+def _check_files(
+    model: ModelOptions, model_kwargs: dict[str, Any], *, needs_tokenizer: bool
+) -> str:
+    """Check the model's files without torch; return what to add to its name."""
+    from star_attention.hf.loading import checks, files
+
+    location = {name: model_kwargs[name] for name in files.LOCATION if name in model_kwargs}
+    model_files = files.locate(model.model, location, model.adapter)
+    checks.check_loadable(model_files)
+    if "variant" not in model_kwargs:
+        checks.check_weights(model_files)
+    if needs_tokenizer and model_files.tokenizer_source is None:
+        raise ModelNotFoundError(
+            f"the model at {model.model} has no tokenizer, which text input needs;"
+            " copy its files (tokenizer.json and the like) there"
+        )
+    if model_files.folder is None:
+        return " from the hub (there is no such folder here)"
+    adapter = "" if model_files.adapter in (None, model.model) else f" with {model_files.adapter}"
+    return adapter if model_files.adapter != model.model else f", an adapter of {model_files.path}"
 
 
 def load_with_tokenizer(model: ModelOptions, status: Status, **settings: Any) -> StarLLM:
@@ -50,13 +85,7 @@ def load_with_tokenizer(model: ModelOptions, status: Status, **settings: Any) ->
     Raises:
         ModelNotFoundError: If it has no tokenizer.
     """
-    star = load(model, status, **settings)
-    if star.tokenizer is None:
-        raise ModelNotFoundError(
-            f"the model at {model.model} has no tokenizer, which text input needs;"
-            " copy its files (tokenizer.json and the like) there"
-        )
-    return star
+    return load(model, status, needs_tokenizer=True, **settings)
 
 
 def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> StarLLM:

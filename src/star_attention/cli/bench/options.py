@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from star_attention.cli.config_options import ConfigOptions
-from star_attention.cli.options import (
-    Device,
-    Dtype,
-    option,
-)
+from star_attention.cli.model_options import Device, Dtype
+from star_attention.cli.options import option
 from star_attention.cli.sizes import token_count, token_counts
 from star_attention.config import KV_SETTINGS, StarConfig
 

@@ -13,7 +13,8 @@ from star_attention.cli.eval.options import PANEL, VARIANTS, AnchorSeed, Variant
 from star_attention.cli.eval.run import parse_variants
 from star_attention.cli.formatting import table
 from star_attention.cli.inputs import read_text
-from star_attention.cli.options import ModelOptions, Quiet, option
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import Quiet, option
 from star_attention.cli.paths import check_output_folder
 from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0

@@ -10,7 +10,8 @@ import typer
 
 from star_attention.cli import session
 from star_attention.cli.eval.options import VARIANTS, AnchorSeed, RunOptions, Variants
-from star_attention.cli.options import ModelOptions, option
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import option
 from star_attention.cli.paths import check_output_folder
 from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
@@ -177,7 +178,9 @@ def _make_samples(
     check_output_folder(options.out)
     check_output(Path(options.out))
     with status.waiting(f"making samples of {source.suite}"):
-        samples, left_out = source.load(load_tokenizer(model.model), chat=options.chat)
+        samples, left_out = source.load(
+            load_tokenizer(model.model, **model.location.kwargs()), chat=options.chat
+        )
     for name, reason in left_out.items():
         status.say(f"{name} is left out: {reason}")
     return samples, left_out

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from star_attention.cli.config_options import DeclaredOptions
 from star_attention.cli.eval.options import VARIANTS, RunOptions, Seed, Variants
 from star_attention.cli.eval.run import evaluate, parse_variants
-from star_attention.cli.options import ModelOptions, option
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import option
 from star_attention.evals import suites
 from star_attention.evals.suites.options import SuiteOption
 from star_attention.evals.suites.suite import Suite

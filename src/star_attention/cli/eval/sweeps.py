@@ -9,7 +9,8 @@ import typer
 from star_attention.cli.eval.options import PANEL, RunOptions
 from star_attention.cli.eval.run import evaluate
 from star_attention.cli.eval.suite_commands import AnySuiteOptions, SuiteData
-from star_attention.cli.options import ModelOptions, option
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import option
 
 if TYPE_CHECKING:
     from star_attention.evals.runs.variants import Variant

@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import add_sink
-from star_attention.errors import UnsupportedModelError
+from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.cache.base import StarCache
 from star_attention.hf.loading import rope
 
@@ -229,6 +229,28 @@ def in_our_forward() -> bool:
     return _ACTIVE.get() is not None
 
 
+def _without_autocast(model: Any) -> AbstractContextManager[Any]:
+    """Return a block in which torch computes in the model's own precision.
+
+    Keys and values are stored in it.
+
+    Raises:
+        InvalidInputError: autocast asks for another precision.
+    """
+    kind = model.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    wanted = torch.get_autocast_dtype(kind)
+    if wanted != model.dtype:
+        name = str(wanted).removeprefix("torch.")
+        raise InvalidInputError(
+            f"torch.autocast to {name} is on, but the model is in"
+            f" {str(model.dtype).removeprefix('torch.')}: call this library outside of autocast, or"
+            f" load the model in {name} (dtype={name!r})"
+        )
+    return torch.autocast(kind, enabled=False)
+
+
 @contextmanager
 def running(
     model: nn.Module,
@@ -248,8 +270,11 @@ def running(
         cache: the cache that stores and attends.
         rope_length: tokens for which those frequencies are taken.
         within: make attention an operation of compiled layers, until `step_outside`.
+
+    Raises:
+        InvalidInputError: torch.autocast is on, for another precision than the model's.
     """
-    with lock_of(model):
+    with _without_autocast(model), lock_of(model):
         before = [config._attn_implementation for config in configs]
         token = _ACTIVE.set(cache)
         try:

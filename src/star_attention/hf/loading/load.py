@@ -1,43 +1,34 @@
-"""Load a model, its config or its tokenizer from a folder or a hub id.
+"""Load a model, its config or its tokenizer from a folder, a GGUF file or a hub id.
 
-Whatever is missing or unreadable is a `ModelNotFoundError` raised here.
+What is missing is refused by `files.py`; whatever is unreadable, by a `ModelNotFoundError` raised
+here.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
-from pickle import UnpicklingError
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from star_attention.config import check_device, check_dtype
 from star_attention.errors import (
     InvalidInputError,
+    MissingPackageError,
     ModelNotFoundError,
     OutOfMemoryError,
     UnsupportedModelError,
     first_line,
     quote,
-    quote_path,
 )
-from star_attention.hf.loading import rope_scaling, support
+from star_attention.hf.loading import adapters, checks, files, rope_scaling, support
+from star_attention.hf.loading.files import ModelFiles
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-_LOCATION_KWARGS = (
-    "trust_remote_code",
-    "revision",
-    "code_revision",
-    "token",
-    "subfolder",
-    "cache_dir",
-    "local_files_only",
-)
+_ATTENTION = "_attn_implementation"
+_ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3"}
+_PLAIN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 
 
 # ------------------------------------------------------------------------------------------ devices
@@ -91,16 +82,16 @@ def device_of_rank(device: str) -> str:
 
 def location_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that say where a model's files are."""
-    return {name: value for name, value in model_kwargs.items() if name in _LOCATION_KWARGS}
+    return {name: value for name, value in model_kwargs.items() if name in files.LOCATION}
 
 
 def load_config(
     path: str | os.PathLike[str], rotary: dict[str, Any] | None = None, **location: Any
 ) -> Any:
-    """Load the config of a model.
+    """Load the config of a model; of an adapter's folder, that of its base model.
 
     Args:
-        path: model folder or hub id.
+        path: model folder, GGUF file or hub id.
         rotary: settings that replace the config's rotary scaling (`rope_scaling.take`).
         location: arguments of `AutoConfig.from_pretrained` (revision, subfolder, ...).
 
@@ -108,17 +99,31 @@ def load_config(
         ModelNotFoundError: there is no model, or its config cannot be read.
         InvalidInputError: rotary settings that cannot work.
     """
-    _check_model_path(path, str(location.get("subfolder") or ""))
+    return _load_config(files.locate(path, location), rotary)
+
+
+def reasons(path: str | os.PathLike[str], **location: Any) -> list[str]:
+    """Return the reasons why the model at a path cannot run; empty if it can.
+
+    Args, Raises: as for `load_config`.
+    """
+    model = files.locate(path, location)
+    return [*support.reasons(_load_config(model)), *checks.adapter_reasons(model)]
+
+
+def _load_config(model: ModelFiles, rotary: dict[str, Any] | None = None) -> Any:
     try:
-        config = rope_scaling.config_with_new_names(path, location) or AutoConfig.from_pretrained(
-            path, **location
-        )
+        location = _without_remote_code(model)
+        renamed = rope_scaling.config_with_new_names(model.path, location)
+        config = renamed or AutoConfig.from_pretrained(model.path, **location)
     except Exception as error:
         # Configs check their values with errors of any type.
-        problem = f"no model could be read at {path}"
+        _refuse_remote_code(model, error)
+        problem = f"no model could be read at {model.gguf_file or model.path}"
         remedy = "check the path, or copy or download the model again"
-        if not Path(path).exists():
-            problem = f"there is no folder {path} here, and it could not be loaded as a hub id"
+        if model.folder is None:
+            problem = f"there is no folder {model.path} here, and it could not be loaded as a hub"
+            problem += " id"
             remedy = "check the path or the id, and for a hub id the network and your access to it"
         raise ModelNotFoundError(f"{problem}: {first_line(error).rstrip('.')}; {remedy}") from error
     if rotary:
@@ -126,16 +131,43 @@ def load_config(
     return config
 
 
+def _without_remote_code(model: ModelFiles) -> dict[str, Any]:
+    """Return a model's location, with its own code forbidden unless allowed.
+
+    Without an answer transformers asks for it on the terminal.
+    """
+    return {"trust_remote_code": False} | model.location
+
+
+def _refuse_remote_code(model: ModelFiles, error: Exception) -> None:
+    """Refuse a model whose own code transformers would have to run."""
+    if model.location.get("trust_remote_code") or "trust_remote_code=True" not in str(error):
+        return
+    code = (model.config or {}).get("auto_map") or {}
+    names = sorted({str(name).rpartition(".")[0] + ".py" for name in code.values()})
+    raise ModelNotFoundError(
+        f"the model at {model.path} runs with code of its own"
+        f"{' (' + ', '.join(names) + ')' if names else ''}, which is not run unless you allow it;"
+        " read that code first, then give --trust-remote-code (in Python: trust_remote_code=True)"
+    ) from error
+
+
 def load(
-    path: str | os.PathLike[str], *, dtype: str, device: str, model_kwargs: dict[str, Any]
+    path: str | os.PathLike[str],
+    *,
+    dtype: str,
+    device: str,
+    model_kwargs: dict[str, Any],
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """Load a model in evaluation mode, and its tokenizer.
 
     Args:
-        path: model folder or hub id.
+        path: model folder, GGUF file, adapter's folder or hub id.
         dtype: one of `config.DTYPES`.
         device: "auto", or a torch device; ignored if `model_kwargs` has a `device_map`.
         model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
+        adapter: folder or hub id of an adapter to load around the model.
 
     Returns:
         The model, and the tokenizer, None if the folder has none.
@@ -143,47 +175,92 @@ def load(
     Raises:
         ModelNotFoundError: the model or its tokenizer is missing, incomplete or unreadable.
         UnsupportedModelError: Star Attention cannot run it; raised before weights are read.
+        MissingPackageError: a package that its files need is not installed.
         InvalidInputError: an invalid dtype or device.
         OutOfMemoryError: the weights do not fit.
     """
     name = check_dtype(dtype)
-    location = location_kwargs(model_kwargs)
     rotary, model_kwargs = rope_scaling.take(model_kwargs)
-    config = load_config(path, rotary, **location)
-    reasons = support.reasons(config)
-    if reasons:
-        raise UnsupportedModelError(f"{config.model_type} ({path})", reasons)
-    options = {"dtype": name if name == "auto" else getattr(torch, name), **model_kwargs}
-    if rotary or rope_scaling.may_be_renamed(config):
-        # The file says otherwise.
-        options["config"] = config
-    if "device_map" not in options:
+    model_files = files.locate(path, location_kwargs(model_kwargs), adapter)
+    checks.check_loadable(model_files)
+    config = _load_config(model_files, rotary)
+    against = support.reasons(config)
+    if against:
+        raise UnsupportedModelError(f"{config.model_type} ({model_files.path})", against)
+    if "device_map" not in model_kwargs:
         device = pick_device(device)
-    model = _load_weights(path, options)
-    if "device_map" not in options:
+    if "variant" not in model_kwargs:
+        checks.check_weights(model_files)
+    # Before the weights: it is quick, and may be broken.
+    tokenizer = _load_tokenizer(model_files)
+    options = {"dtype": name if name == "auto" else getattr(torch, name)}
+    options |= model_kwargs | _without_remote_code(model_files)
+    is_replaced = _replace_attention(config)
+    if is_replaced or rotary or rope_scaling.may_be_renamed(config):
+        # The file says otherwise.
+        options = _with_config(config, options)
+    model = _load_weights(model_files, options)
+    if model_files.adapter is not None:
+        model = adapters.attach(model, model_files.adapter, tokenizer)
+    if "device_map" not in model_kwargs:
         model = model.to(device)
-    return model.eval(), load_tokenizer(path, **location)
+    return model.eval(), tokenizer
 
 
-def _load_weights(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
+def _replace_attention(config: Any) -> bool:
+    """Replace a config's attention implementation where it cannot run here; True if replaced.
+
+    Ours takes its place in every forward of ours, so a checkpoint's choice must not keep it from
+    loading.
+    """
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    if all(_can_attend(getattr(part, _ATTENTION, None)) for part in parts):
+        return False
+    setattr(config, _ATTENTION, "sdpa" if support.class_of(config)._supports_sdpa else "eager")
+    return True
+
+
+def _with_config(config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that load a model with a config of ours.
+
+    transformers sets those that are fields of a config on its own config only.
+    """
+    fields = options.keys() - {"dtype", "quantization_config", "attn_implementation"}
+    fields = {name for name in fields if hasattr(config, name)}
+    for name in fields:
+        setattr(config, name, options[name])
+    others = {name: value for name, value in options.items() if name not in fields}
+    return others | {"config": config}
+
+
+def _can_attend(name: Any) -> bool:
+    """True if an attention implementation of transformers is installed."""
+    if name in _PLAIN_ATTENTION:
+        return True
+    package = _ATTENTION_PACKAGES.get(str(name))
+    return package is not None and find_spec(package) is not None and torch.cuda.is_available()
+
+
+def _load_weights(model_files: ModelFiles, options: dict[str, Any]) -> Any:
+    path: Any = model_files.gguf_file or model_files.path
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **options
+            model_files.path, output_loading_info=True, **options
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"out of memory while loading {path}: choose a smaller dtype, quantized weights, or"
             ' model_kwargs={"device_map": "auto"} to spread the layers'
         ) from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        EOFError,
-        SafetensorError,
-        UnpicklingError,
-    ) as error:
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the model at {path} needs a package that is not installed:"
+            f" {first_line(error).rstrip('.')}; install it, or leave out the argument that asks for"
+            " it"
+        ) from error
+    except Exception as error:
+        # Readers of weights and quantizers have errors of any type.
+        _refuse_remote_code(model_files, error)
         raise ModelNotFoundError(
             f"the model at {path} could not be loaded: {first_line(error)}"
         ) from error
@@ -195,6 +272,10 @@ def _load_weights(path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
             f"the model at {path} is incomplete: its files lack {missing[0]}{more}; copy or"
             " download it again"
         )
+    quantization: Any = getattr(model.config, "quantization_config", None)
+    if getattr(quantization, "gguf_file", None) is not None:
+        # A context's identity includes the config, and must not depend on the name of a file.
+        quantization.gguf_file = None
     return model
 
 
@@ -202,7 +283,7 @@ def load_tokenizer(path: str | os.PathLike[str], **location: Any) -> Any:
     """Load the tokenizer of a model.
 
     Args:
-        path: model folder or hub id.
+        path: model folder, GGUF file or hub id.
         location: arguments of `AutoTokenizer.from_pretrained` (revision, subfolder, ...).
 
     Returns:
@@ -211,52 +292,24 @@ def load_tokenizer(path: str | os.PathLike[str], **location: Any) -> Any:
     Raises:
         ModelNotFoundError: it cannot be read.
     """
-    folder = Path(path) / str(location.get("subfolder") or "")
-    patterns = ("tokenizer*", "*.model", "vocab*")
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in patterns):
+    return _load_tokenizer(files.locate(path, location))
+
+
+def _load_tokenizer(model: ModelFiles) -> Any:
+    source = model.tokenizer_source
+    if source is None:
         return None
+    location = _without_remote_code(model)
+    if source != model.path:
+        # An adapter's own, to which the model's revision and subfolder do not apply.
+        location = {"trust_remote_code": location["trust_remote_code"]}
+    if model.has_tokenizer_beside_gguf:
+        location.pop("gguf_file")
     try:
-        return AutoTokenizer.from_pretrained(path, **location)
+        return AutoTokenizer.from_pretrained(source, **location)
     except Exception as error:
         # The tokenizer libraries raise bare Exceptions for a broken file.
+        _refuse_remote_code(model, error)
         raise ModelNotFoundError(
-            f"the tokenizer at {path} could not be read: {first_line(error)}"
+            f"the tokenizer at {model.gguf_file or source} could not be read: {first_line(error)}"
         ) from error
-
-
-def _check_model_path(path: str | os.PathLike[str], subfolder: str = "") -> None:
-    """Raise `ModelNotFoundError` unless `path` is a model folder or may be a hub id."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ModelNotFoundError(
-            f"{quote(path)} is not a model: expected the path of its folder or a hub id, got"
-            f" {type(path).__name__}"
-        )
-    folder = Path(path)
-    try:
-        is_folder, exists = folder.is_dir(), folder.exists()
-        has_config = (folder / subfolder / "config.json").is_file()
-    except OSError as error:
-        # No permission, or a name that the file system does not allow.
-        raise ModelNotFoundError(
-            f"the model folder {quote_path(path)} cannot be read ({error.strerror}); check the path"
-        ) from error
-    if is_folder:
-        if not has_config:
-            raise ModelNotFoundError(
-                f"the folder {folder} holds no config.json: it is not a transformers model folder;"
-                " give a folder that contains one, or a hub id"
-            )
-        return
-    if exists:
-        raise ModelNotFoundError(f"{folder} is a file; give the model's folder, or a hub id")
-    # `models/needle` may be a hub id, but if there is a folder `models` here, a path was meant.
-    is_path = (
-        folder.is_absolute()
-        or str(path).startswith(".")
-        or (len(folder.parts) > 1 and folder.parent.is_dir())
-    )
-    if is_path or not _HUB_ID.fullmatch(str(path)):
-        raise ModelNotFoundError(
-            f"there is no model folder {quote_path(path)}; check the path, or give a hub id like"
-            " organization/name"
-        )

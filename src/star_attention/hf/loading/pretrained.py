@@ -36,7 +36,7 @@ def supported(model_or_config: Any) -> Support:
         model_or_config: a model, a PEFT model, a config, or the path or hub id of one.
     """
     if isinstance(model_or_config, (str, os.PathLike)):
-        model_or_config = load.load_config(model_or_config)
+        return Support(tuple(load.reasons(model_or_config)))
     return Support(tuple(support.reasons(model_or_config)))
 
 
@@ -48,6 +48,7 @@ def load_pretrained(
     dtype: str,
     device: str,
     model_kwargs: dict[str, Any],
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """Load a model, or this rank's shard of it, with its tokenizer. Collective.
 
@@ -58,6 +59,7 @@ def load_pretrained(
         dtype: precision, as for `load.load`.
         device: "auto", "cpu", "cuda" or "cuda:1"; of several ranks each takes its own GPU.
         model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
+        adapter: folder or hub id of an adapter to load around the model.
 
     Raises:
         What any rank raised, on all ranks.
@@ -68,12 +70,20 @@ def load_pretrained(
         device = load.device_of_rank(device)
     if tensor_parallel > 1:
         return load_shard(
-            path, comm, tensor_parallel, dtype=dtype, device=device, model_kwargs=model_kwargs
+            path,
+            comm,
+            tensor_parallel,
+            dtype=dtype,
+            device=device,
+            model_kwargs=model_kwargs,
+            adapter=adapter,
         )
     loaded: list[tuple[Any, Any]] = []
     failure: Exception | None = None
     try:
-        loaded.append(load.load(path, dtype=dtype, device=device, model_kwargs=model_kwargs))
+        loaded.append(
+            load.load(path, dtype=dtype, device=device, model_kwargs=model_kwargs, adapter=adapter)
+        )
     except Exception as error:
         failure = error
     with comm.collective("loading the model"):

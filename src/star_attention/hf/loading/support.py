@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from star_attention.errors import quote
+from star_attention.hf.loading.checks import ENCODER_DECODER, virtual_tokens
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LAYER_REASONS = {
@@ -37,17 +39,14 @@ def reasons(model_or_config: Any) -> list[str]:
     """Return the reasons why a model, or the model of a config, cannot run; empty if it can."""
     if isinstance(model_or_config, PretrainedConfig):
         return _config_reasons(model_or_config) + _class_reasons(
-            _class_of(model_or_config), model_or_config
+            class_of(model_or_config), model_or_config
         )
     problems = []
     model = unwrap(model_or_config)
     if model is not model_or_config:
         for adapter in model_or_config.peft_config.values():
             if getattr(adapter, "is_prompt_learning", False):
-                problems.append(
-                    f"{adapter.peft_type} adapters put virtual tokens before every forward;"
-                    " adapters inside the layers (LoRA) work"
-                )
+                problems.append(virtual_tokens(adapter.peft_type))
     if isinstance(model, (str, os.PathLike)):
         return [f"{quote(str(model))} is a path, not a model; load it with StarLLM.from_pretrained"]
     if not isinstance(model, PreTrainedModel):
@@ -55,12 +54,24 @@ def reasons(model_or_config: Any) -> list[str]:
     return problems + _config_reasons(model.config) + _class_reasons(type(model), model.config)
 
 
-def _class_of(config: PretrainedConfig) -> Any:
+def class_of(config: PretrainedConfig) -> Any:
+    """Return the causal language model's class of a config; None if there is none."""
     try:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
-        return None
+        return _class_of_own_code(config)
     return kind[0] if isinstance(kind, (tuple, list)) else kind
+
+
+def _class_of_own_code(config: PretrainedConfig) -> Any:
+    """Return the class that a model's own code defines.
+
+    A config's class has been made of that code only if the user allowed to run it.
+    """
+    name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if name is None or not type(config).__module__.startswith("transformers_modules"):
+        return None
+    return get_class_from_dynamic_module(name, config.name_or_path)
 
 
 def _class_reasons(kind: Any, config: PretrainedConfig) -> list[str]:
@@ -74,9 +85,13 @@ def _class_reasons(kind: Any, config: PretrainedConfig) -> list[str]:
         problems.append(f"{kind.__name__} does not generate text")
     if getattr(kind, "_is_stateful", False):
         problems.append("it keeps a running state instead of keys and values of all tokens")
-    elif not hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS"):
+    elif not any(
+        hasattr(sys.modules.get(part.__module__), "ALL_ATTENTION_FUNCTIONS")
+        for part in kind.__mro__
+        if issubclass(part, PreTrainedModel) and part is not PreTrainedModel
+    ):
         # The class flag `_supports_attention_backend` is missing from families that do use the
-        # interface.
+        # interface. A model's own code may derive from a class of transformers.
         problems.append(
             f"{kind.__name__}'s attention does not go through transformers' attention interface"
         )
@@ -85,7 +100,7 @@ def _class_reasons(kind: Any, config: PretrainedConfig) -> list[str]:
 
 def _config_reasons(config: PretrainedConfig) -> list[str]:
     if getattr(config, "is_encoder_decoder", False):
-        return ["it is an encoder-decoder model; Star Attention runs decoder-only models"]
+        return [ENCODER_DECODER]
     text: Any = config.get_text_config(decoder=True)
     problems = []
     for kind in sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES):

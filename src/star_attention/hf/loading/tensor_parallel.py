@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf.loading import identity, load, support
+from star_attention.hf.loading import files, identity, load, support
 
 _SHARDED = ("colwise", "rowwise")
 _EXPERTS = ("packed_colwise", "moe_tp_experts")
@@ -133,6 +133,7 @@ def load_shard(
     dtype: str,
     device: str,
     model_kwargs: dict[str, Any],
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, Any]:
     """Load this rank's shard of a model, in evaluation mode, and the tokenizer. Collective.
 
@@ -145,6 +146,7 @@ def load_shard(
         dtype: precision, as for `load.load`.
         device: where the shard is moved to.
         model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
+        adapter: an adapter that was asked for, which cannot be sharded.
 
     Raises:
         UnsupportedModelError: the model cannot be sharded, with the reasons.
@@ -156,7 +158,9 @@ def load_shard(
 
     def load_and_shard() -> tuple[Any, Any]:
         _check_model_kwargs(model_kwargs, tensor_parallel)
-        check(load.load_config(path, **load.location_kwargs(model_kwargs)), tensor_parallel)
+        location = load.location_kwargs(model_kwargs)
+        _check_no_adapter(files.locate(path, location, adapter), tensor_parallel)
+        check(load.load_config(path, **location), tensor_parallel)
         model, tokenizer = load.load(path, dtype=dtype, device="cpu", model_kwargs=model_kwargs)
         shard(model, mesh)
         return model.to(load.pick_device(device)), tokenizer
@@ -169,6 +173,15 @@ def load_shard(
             comm.raise_if_any_failed(failure)
     assert loaded is not None
     return loaded
+
+
+def _check_no_adapter(model_files: files.ModelFiles, tensor_parallel: int) -> None:
+    if model_files.adapter is not None:
+        raise InvalidInputError(
+            f"tensor_parallel {tensor_parallel} does not work with the adapter"
+            f" {model_files.adapter}; merge it into the model first, or load without"
+            " tensor_parallel"
+        )
 
 
 def _attempt(
