@@ -29,10 +29,15 @@ import builtins
 import contextlib
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 
 class StarAttentionError(Exception):
-    """Base class of all errors that the library raises on purpose."""
+    """Base class of all errors that the library raises on purpose.
+
+    All of them can be pickled, which process pools do: a class whose arguments are not its message
+    says how to make it again in `__reduce__`.
+    """
 
 
 class InvalidInputError(StarAttentionError, ValueError):
@@ -72,6 +77,9 @@ class UnsupportedModelError(StarAttentionError, ValueError):
         self.reasons = list(reasons)
         super().__init__(f"{name} cannot run with Star Attention: " + "; ".join(self.reasons))
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.name, self.reasons), self.__dict__
+
 
 class UnsupportedCallError(StarAttentionError, ValueError):
     """No attention kernel can run a call; the message lists the reasons of each kernel."""
@@ -95,6 +103,9 @@ class ContextMismatchError(ContextFileError):
     def __init__(self, field: str, message: str) -> None:
         self.field = field
         super().__init__(message)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.field, str(self)), self.__dict__
 
 
 class ContextNotFoundError(ContextFileError, FileNotFoundError):
@@ -130,6 +141,9 @@ class RankError(StarAttentionError, RuntimeError):
         self.rank, self.where, self.cause = rank, where, cause
         subject = "the ranks" if rank is None else f"rank {rank}"
         super().__init__(f"{subject} failed in {where}: {cause}")
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.rank, self.where, self.cause), self.__dict__
 
 
 def first_line(error: BaseException) -> str:

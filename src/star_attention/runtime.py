@@ -29,9 +29,10 @@ from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.methods import Method
 from star_attention.planning.plan import BlockPlan
 from star_attention.storage.context import EncodedContext, RankStats
+from star_attention.storage.transient import Transient
 
 
-class Runtime:
+class Runtime(Transient):
     """A loaded model on its ranks, with the settings of one engine.
 
     Attributes:
@@ -40,6 +41,9 @@ class Runtime:
         config: the settings.
         comm: the ranks that share the work.
     """
+
+    _instead_of_pickling = "load the model there with StarLLM.from_pretrained"
+    _instead_of_deepcopy = "share it, or take one with other settings from with_config()"
 
     def __init__(self, handle: ModelHandle, tokenizer: Any, config: StarConfig, comm: Comm) -> None:
         self.handle, self.tokenizer, self.config, self.comm = handle, tokenizer, config, comm
@@ -260,8 +264,14 @@ class Runtime:
             )
 
 
-class RuntimeView:
+class RuntimeView(Transient):
     """The public properties of an engine."""
+
+    _instead_of_pickling = "load the model there with StarLLM.from_pretrained"
+    _instead_of_deepcopy = (
+        "share it, since its calls can be interleaved; with_config() gives an engine with other"
+        " settings, and StarLLM(copy.deepcopy(star.model), star.tokenizer) one with other weights"
+    )
 
     runtime: Runtime
 

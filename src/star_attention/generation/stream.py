@@ -9,9 +9,10 @@ from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
 from star_attention.generation.result import Generation
 from star_attention.generation.run import FollowerRun, GenerationRun
+from star_attention.storage.transient import Transient
 
 
-class Stream(Iterator[str]):
+class Stream(Transient, Iterator[str]):
     """The text of one answer while it is generated, in pieces.
 
     Nothing runs between two pieces, so a stream may be suspended for any time, and other calls on
@@ -19,6 +20,9 @@ class Stream(Iterator[str]):
     result is then the answer so far. On several ranks rank 0's stream counts: where rank 0 closes
     it, or leaves it for another call, it ends on all ranks.
     """
+
+    _instead_of_pickling = "exhaust it, and take its result"
+    _instead_of_deepcopy = "ask again, with the same seed, for a second stream"
 
     def __init__(self, run: GenerationRun | FollowerRun, comm: Comm) -> None:
         self._run = run

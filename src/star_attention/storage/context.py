@@ -16,6 +16,7 @@ from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
 from star_attention.storage import writing
 from star_attention.storage.kv import NAMES, ContextKV
+from star_attention.storage.transient import Transient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,13 @@ class RankStats:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class EncodedContext:
+class EncodedContext(Transient):
     """A context after phase 1: its token ids, its block plan, and its keys and values.
 
     Made by `StarLLM.encode`, `StarLLM.extend` and `StarLLM.load_context`. Generating from a context
     never changes it, so that any number of queries can share one. `len(context)` is its number of
-    tokens.
+    tokens. It stays in its process: `save` takes it elsewhere, pickle and `copy.deepcopy` are
+    refused.
 
     Attributes:
         token_ids: the context's token ids, int64 `[tokens]` on the CPU.
@@ -84,6 +86,11 @@ class EncodedContext:
     model_state: tuple[Any, ...] = field(default=(), repr=False)
     comm: Comm = field(default_factory=SoloComm, repr=False)
     key: int = field(init=False, repr=False)
+
+    _instead_of_pickling = (
+        "write it with context.save(path), and read it there with star.load_context(path)"
+    )
+    _instead_of_deepcopy = "share it, since nothing changes it, or write it with context.save(path)"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", self.comm.contexts.add(self))

@@ -23,6 +23,7 @@ from star_attention.hf.execution import graphs, hook
 from star_attention.hf.execution.compiled import CompiledLayers
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.loading import rope, support
+from star_attention.storage.transient import Transient
 
 # The name of the cache in transformers since 5.24, and before.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -59,7 +60,7 @@ def count_cache_layers(decoder: nn.Module, config: Any) -> int:
     return max([layers, *(index + 1 for index in indices)])
 
 
-class ModelHandle:
+class ModelHandle(Transient):
     """A model, wrapped or plain, and its forwards through our caches.
 
     Args:
@@ -70,6 +71,9 @@ class ModelHandle:
         UnsupportedModelError: the model cannot run with Star Attention.
         InvalidInputError: the model is in training mode.
     """
+
+    _instead_of_pickling = "load the model there with StarLLM.from_pretrained"
+    _instead_of_deepcopy = "share it, or make one of a copy of the model"
 
     def __init__(self, model: Any, *, compile: bool | None = None) -> None:
         reasons = support.reasons(model)
