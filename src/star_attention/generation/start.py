@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from star_attention import inputs, phase2
 from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
+from star_attention.generation.known_tokens import known_tokens
 from star_attention.generation.run import Follower, FollowerRun, GenerationRun, Shape
-from star_attention.generation.settings import GenerationSettings
+from star_attention.generation.settings import GenerationSettings, ResolvedSettings
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
@@ -50,7 +52,7 @@ def start(
             settings.max_new_tokens,
             generation_kwargs=settings.generation_kwargs,
             seed=settings.arguments.seed,
-            logits_processor=settings.arguments.logits_processor,
+            logits_processor=_processors(runtime, settings),
             stopping_criteria=settings.arguments.stopping_criteria,
         )
         shape = Shape(
@@ -75,6 +77,13 @@ def start(
 
     follower, shape = _start_on_followers(runtime, prepare)
     return runs[0] if follower is None else FollowerRun(follower, shape)
+
+
+def _processors(runtime: Runtime, settings: ResolvedSettings) -> LogitsProcessorList | None:
+    """Return the user's logits processors, and ours after them."""
+    own = known_tokens(runtime.tokenizer, runtime.handle.vocab_size, settings.eos_ids)
+    processors = settings.arguments.logits_processor
+    return LogitsProcessorList([*(processors or []), *own]) if own else processors
 
 
 def _start_on_followers(

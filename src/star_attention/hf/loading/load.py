@@ -25,6 +25,7 @@ from star_attention.errors import (
 )
 from star_attention.hf.loading import adapters, checks, files, rope_scaling, support
 from star_attention.hf.loading.files import ModelFiles
+from star_attention.hf.loading.tokenizer_files import as_filed
 
 _ATTENTION = "_attn_implementation"
 _ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3"}
@@ -306,10 +307,11 @@ def _load_tokenizer(model: ModelFiles) -> Any:
     if model.has_tokenizer_beside_gguf:
         location.pop("gguf_file")
     try:
-        return AutoTokenizer.from_pretrained(source, **location)
+        tokenizer = AutoTokenizer.from_pretrained(source, **location)
     except Exception as error:
         # The tokenizer libraries raise bare Exceptions for a broken file.
         _refuse_remote_code(model, error)
         raise ModelNotFoundError(
             f"the tokenizer at {model.gguf_file or source} could not be read: {first_line(error)}"
         ) from error
+    return as_filed(tokenizer, source, location)
