@@ -214,9 +214,9 @@ class StarLLM(RuntimeView):
         """Encode a context (phase 1).
 
         Args:
-            content: text (tokenized with the tokenizer's defaults), token ids, chat messages, or
-                what `prepare` returned; or a list of contexts, of which those of equal length are
-                encoded as one batch.
+            content: text (its last tokens wait for the query where they depend on it), token ids,
+                chat messages, or what `prepare` returned; or a list of contexts, of which those of
+                equal length are encoded as one batch.
             progress: a function that is called after each forward with the `Span` that it encoded
                 (`span.start`, `span.stop`: tokens of the context) and the `BlockPlan`
                 (`plan.context_tokens`, `plan.num_blocks`); True shows a bar, False none. None shows
@@ -253,12 +253,13 @@ class StarLLM(RuntimeView):
     ) -> EncodedContext:
         """Return a new context that continues with `more`, at the context's own sizes.
 
-        Equals encoding the joined ids, up to rounding; only the new tokens pass through the model.
-        The given context stays as it is.
+        Equals encoding the joined text, or the joined ids where `more` continues a word (a warning
+        says so), up to rounding. Only the new tokens pass through the model; the given context
+        stays as it is.
 
         Args:
             context: the context to continue.
-            more: text (tokenized without special tokens) or token ids.
+            more: text (tokenized together with the end of the context) or token ids.
             progress: as for `encode`.
 
         Raises:
@@ -307,9 +308,9 @@ class StarLLM(RuntimeView):
 
         Args:
             context: the context to ask.
-            query: text (tokenized without special tokens), token ids, chat messages, what
-                `prepare` returned, or a list of queries, answered as one batch. May be left out
-                where chat messages came with their question.
+            query: text (tokenized together with the end of the context), token ids, chat messages,
+                what `prepare` returned, or a list of queries, answered as one batch. May be left
+                out where chat messages came with their question.
             settings: those of `GenerationSettings` (max_new_tokens, seed, stop, ...), and every
                 argument of transformers' `GenerationConfig` about search and sampling (do_sample,
                 temperature, top_p, num_beams, ...). They override the model's own defaults. An
@@ -363,6 +364,9 @@ class StarLLM(RuntimeView):
 
     def logits(self, context: EncodedContext, continuation: TextOrIds) -> Tensor | None:
         """Return the logits of every token of a continuation.
+
+        A text is tokenized together with the end of the context; of tokens that hold text of both
+        there are rows, too.
 
         Returns:
             fp32 `[tokens, vocabulary]` on rank 0: row i is the distribution of token i + 1. None on
