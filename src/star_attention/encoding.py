@@ -167,9 +167,9 @@ def extend(
         chat=source.chat,
         end=source.end,
         warned=set(),
-        encode_s=_slowest(stats),
+        encode_s=old.encode_s + _slowest(stats),
         peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
-        stats=tuple(stats),
+        stats=tuple(before.then(more) for before, more in zip(old.stats, stats, strict=True)),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from star_attention.config import MAX_NEW_TOKENS
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError, TokenError
 
@@ -29,7 +31,7 @@ class StarPipeline:
         questions: Sequence[str] | None = None,
         *,
         answer_prefix: str = "",
-        max_new_tokens: int = 50,
+        max_new_tokens: int | None = None,
         chat: bool | None = None,
         **generation_kwargs: Any,
     ) -> dict[str, Any]:
@@ -40,14 +42,18 @@ class StarPipeline:
             question: one question; give either this or `questions`.
             questions: several questions, answered independently.
             answer_prefix: text that every answer begins with; not part of the result.
-            max_new_tokens: most tokens of an answer.
+            max_new_tokens: most tokens of an answer; None takes `generate`'s default (256), and
+                warns where an answer needed more.
             chat: True puts context and question into one user message of the model's chat template;
                 False appends the question to the context as it is; None chooses True if the model
                 has a template.
             generation_kwargs: further arguments of `StarLLM.generate`.
 
         Returns:
-            `{"answer": text}` for `question`, `{"answers": [text, ...]}` for `questions`.
+            `{"answer": text, "finish_reason": reason}` for `question`, and `{"answers": [text,
+            ...], "finish_reasons": [reason, ...]}` for `questions`: why each answer ended, "stop"
+            or "length" (`max_new_tokens`). With num_return_sequences above 1 each question has a
+            list of them.
 
         Raises:
             InvalidInputError: neither or both of `question` and `questions`, or an invalid setting.
@@ -71,13 +77,29 @@ class StarPipeline:
         if chat is None:
             chat = bool(getattr(self.star.tokenizer, "chat_template", None))
         settings: dict[str, Any] = dict(
-            answer_prefix=answer_prefix, max_new_tokens=max_new_tokens, **generation_kwargs
+            answer_prefix=answer_prefix,
+            max_new_tokens=MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+            **generation_kwargs,
         )
         content = [{"role": "user", "content": context}] if chat else context
         prepared = self.star.prepare(content, queries, **settings)
         replies = self.star.generate(self.star.encode(prepared), prepared)
-        texts = [reply.text for reply in replies]
-        return {"answers": texts} if questions is not None else {"answer": texts[0]}
+        texts, reasons = _each(replies, "text"), _each(replies, "finish_reason")
+        if max_new_tokens is None and "length" in str(reasons):
+            warnings.warn(
+                f"an answer ended at the default of {MAX_NEW_TOKENS} tokens; give max_new_tokens",
+                stacklevel=2,
+            )
+        if questions is not None:
+            return {"answers": texts, "finish_reasons": reasons}
+        return {"answer": texts[0], "finish_reason": reasons[0]}
+
+
+def _each(replies: list[Any], name: str) -> list[Any]:
+    """Return an attribute of each answer; a list for a question with several answers."""
+    return [
+        _each(reply, name) if isinstance(reply, list) else getattr(reply, name) for reply in replies
+    ]
 
 
 def pipeline(

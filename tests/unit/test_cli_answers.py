@@ -7,6 +7,7 @@ import os
 import pty
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,10 @@ def test_the_summary_says_what_ended_or_is_missing(texts: Path) -> None:
     )
     expected = "first token 0.5 s, 3 characters of reasoning not shown (see --json)"
     assert answer_summary(reply) == expected
+    # A batch counts the tokens of all.
+    fast = replace(reply, timings=replace(timings, tokens_per_s=7.0), finish_reason="length")
+    expected = "first token 0.5 s, 14 tok/s, 2 ended by --max-new-tokens after 1 tokens"
+    assert answer_summary(fast, fast, reply).startswith(expected)
 
 
 @pytest.mark.filterwarnings("default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -237,6 +238,24 @@ def test_several_texts() -> None:
     assert [c.token_ids.tolist() for c in contexts] == [
         star.encode(t).token_ids.tolist() for t in (TEXT, TEXT * 2)
     ]
+
+
+def test_the_statistics_of_an_extended_context_cover_all_of_it(tmp_path: Path) -> None:
+    """Forbids figures of the last extension alone."""
+    star = engine("llama", block_size=16)
+    context = star.encode(ids(CONTEXT))
+    longer = star.extend(star.extend(context, [5, 6]), [7])
+    assert longer.encode_s > context.encode_s > 0
+    [before], [after] = context.stats, longer.stats
+    assert after.busy_s == pytest.approx(longer.encode_s)
+    assert after.busy_s > before.busy_s
+    longer.save(tmp_path / "longer.star")
+    loaded = star.load_context(tmp_path / "longer.star")
+    assert loaded.encode_s == longer.encode_s
+    again = star.extend(loaded, [8])
+    assert again.encode_s > longer.encode_s
+    # A file does not say how the time was spent.
+    assert [rank.busy_s for rank in again.stats] == [None]
 
 
 def test_extend_keeps_the_contexts_own_method() -> None:

@@ -37,7 +37,8 @@ def pipe() -> Any:
 
 def test_one_question_gives_an_answer(pipe: Any) -> None:
     result = pipe(TEXT, QUESTIONS[0])
-    assert list(result) == ["answer"]
+    assert list(result) == ["answer", "finish_reason"]
+    assert result["finish_reason"] == "stop"
     assert NUMBERS[0] in result["answer"]
 
 
@@ -48,7 +49,25 @@ def test_several_questions_give_answers_in_their_order(pipe: Any) -> None:
         True,
     ]
     assert answers == [pipe(TEXT, question)["answer"] for question in QUESTIONS]
-    assert pipe(TEXT, questions=QUESTIONS[:1]) == {"answers": answers[:1]}
+    single = pipe(TEXT, questions=QUESTIONS[:1])
+    assert single == {"answers": answers[:1], "finish_reasons": ["stop"]}
+
+
+def test_an_answer_that_was_cut_says_so(pipe: Any) -> None:
+    """Forbids an end that nobody notices."""
+    assert pipe(TEXT, QUESTIONS[0], max_new_tokens=3)["finish_reason"] == "length"
+    with pytest.warns(UserWarning, match="ended at the default of 256 tokens; give max_new_tokens"):
+        result = pipe(TEXT, questions=QUESTIONS, ignore_eos=True)
+    assert result["finish_reasons"] == ["length", "length"]
+
+
+def test_several_answers_to_a_question(pipe: Any) -> None:
+    sampling: dict[str, Any] = dict(num_return_sequences=2, temperature=0.5, seed=1)
+    result = pipe(TEXT, questions=QUESTIONS, **sampling)
+    assert [len(answers) for answers in result["answers"]] == [2, 2]
+    first = pipe(TEXT, QUESTIONS[0], **sampling)
+    assert first["answer"] == result["answers"][0]
+    assert first["finish_reason"] == result["finish_reasons"][0]
 
 
 def test_the_answer_prefix_is_not_part_of_the_answer(pipe: Any) -> None:

@@ -20,15 +20,22 @@ def context_summary(context: EncodedContext) -> str:
     return head + methods.get(context.method).describe(plan)
 
 
-def answer_summary(reply: Generation) -> str:
-    """Describe an answer's speed: `first token 0.4 s, 41 tok/s`; say what is not printed."""
-    summary = f"first token {format_seconds(reply.timings.ttft_s)}"
-    if reply.timings.tokens_per_s is not None:
-        summary += f", {reply.timings.tokens_per_s:,.0f} tok/s"
-    if reply.finish_reason == "length":
-        summary += f", ended by --max-new-tokens after {len(reply.token_ids):,} tokens"
-    if reply.reasoning is not None:
-        summary += f", {len(reply.reasoning):,} characters of reasoning not shown (see --json)"
+def answer_summary(*replies: Generation) -> str:
+    """Describe the speed of answers given at once: `first token 0.4 s, 41 tok/s`.
+
+    The rate counts the tokens of all. Says what ended them early, and what is not printed.
+    """
+    summary = f"first token {format_seconds(replies[0].timings.ttft_s)}"
+    rates = [reply.timings.tokens_per_s for reply in replies]
+    if any(rate is not None for rate in rates):
+        summary += f", {sum(rate or 0.0 for rate in rates):,.0f} tok/s"
+    cut = [len(reply.token_ids) for reply in replies if reply.finish_reason == "length"]
+    if cut:
+        number = f"{len(cut)} " if len(replies) > 1 else ""
+        summary += f", {number}ended by --max-new-tokens after {max(cut):,} tokens"
+    reasoning = sum(len(reply.reasoning or "") for reply in replies)
+    if reasoning:
+        summary += f", {reasoning:,} characters of reasoning not shown (see --json)"
     return summary
 
 

@@ -90,7 +90,7 @@ class Answerer:
             for number, (query, reply) in enumerate(zip(queries, replies, strict=True)):
                 self._print_header(query, first=not number)
                 self._print(query, reply)
-            self._print_summary(replies[0], f"batch of {len(queries)}, ")
+            self._print_summary(replies, f"batch of {len(queries)}, ")
             return
         for number, query in enumerate(queries):
             if len(queries) > 1:
@@ -104,7 +104,7 @@ class Answerer:
             self._print(query, reply)
         else:
             reply = self._stream(query)
-        self._print_summary(reply)
+        self._print_summary([reply])
 
     def _content(self, query: str) -> Any:
         """Return the query as the engine takes it: a user message if the context is a chat."""
@@ -134,7 +134,7 @@ class Answerer:
         else:
             print(reply.text, flush=True)
 
-    def _print_summary(self, reply: Generation, note: str = "") -> None:
-        self.status.say(self.summary_head + note + answer_summary(reply))
+    def _print_summary(self, replies: list[Generation], note: str = "") -> None:
+        self.status.say(self.summary_head + note + answer_summary(*replies))
         # The context is described once.
         self.summary_head = ""

@@ -38,6 +38,10 @@ class Traffic:
         self.calls += calls
         self.bytes += bytes
 
+    def plus(self, other: Traffic) -> Traffic:
+        """Return the sum of this and other traffic."""
+        return Traffic(self.calls + other.calls, self.bytes + other.bytes)
+
     def since(self, before: Traffic) -> Traffic:
         """Return the traffic added since `before`, an earlier copy of this."""
         return Traffic(self.calls - before.calls, self.bytes - before.bytes)

@@ -37,6 +37,17 @@ class RankStats:
     wire: Traffic
     wire_within: Traffic
 
+    def then(self, more: RankStats) -> RankStats:
+        """Return the statistics of this work and the work that followed."""
+        peaks = [peak for peak in (self.peak_bytes, more.peak_bytes) if peak is not None]
+        is_known = self.busy_s is not None and more.busy_s is not None
+        return RankStats(
+            busy_s=(self.busy_s or 0.0) + (more.busy_s or 0.0) if is_known else None,
+            peak_bytes=max(peaks, default=None),
+            wire=self.wire.plus(more.wire),
+            wire_within=self.wire_within.plus(more.wire_within),
+        )
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedContext(Transient):
@@ -60,7 +71,8 @@ class EncodedContext(Transient):
         end: the end of the text, with what is held back of it for the queries (see
             `hf/text/joining.py`); None for token ids.
         warned: what has been warned of.
-        encode_s: seconds that phase 1 took on the slowest rank.
+        encode_s: seconds that phase 1 took on the slowest rank; of an extended context, those of
+            its beginning too.
         peak_bytes: peak device memory of phase 1 on this rank; None if it is not measured (CPU).
         stats: the statistics of every context-parallel rank.
         model: weak reference to the model that encoded the context.
