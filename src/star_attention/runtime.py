@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -48,6 +49,9 @@ class Runtime(Transient):
     def __init__(self, handle: ModelHandle, tokenizer: Any, config: StarConfig, comm: Comm) -> None:
         self.handle, self.tokenizer, self.config, self.comm = handle, tokenizer, config, comm
         self._tokenizer_identity: tuple[Any, str | None] | None = None
+        # Shared with the engines of `with_config`, so that one of them warns.
+        self._warned: set[str] = set()
+        self._warn_of_small_blocks()
 
     @classmethod
     def start(
@@ -120,7 +124,14 @@ class Runtime(Transient):
         """Return the same model on the same ranks with other settings."""
         other = copy.copy(self)
         other.config = StarConfig.of(self.config, **changes)
+        other._warn_of_small_blocks()
         return other
+
+    def _warn_of_small_blocks(self) -> None:
+        """Warn of blocks of a few tokens, once for all engines over the same model."""
+        if self.config.small_blocks and "small blocks" not in self._warned:
+            self._warned.add("small blocks")
+            warnings.warn(self.config.small_blocks, stacklevel=4)
 
     # ------------------------------------------------------------------------------ sizes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -88,6 +89,8 @@ def plan(
         return
     _check_plan_options(context, settings, ranks, deprecated)
     config = StarConfig.of(**settings)
+    if config.small_blocks:
+        warnings.warn(config.small_blocks, stacklevel=2)
     blocks = config.plan(parse_size(context, "context"), int(ranks))
     check_path(shape)
 

@@ -13,7 +13,7 @@ from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import ContextOptions
 from star_attention.cli.progress import Status
 from star_attention.config import StarConfig, check_device, check_dtype
-from star_attention.errors import InvalidInputError, ModelNotFoundError
+from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
@@ -77,6 +77,29 @@ def _check_files(
         return " from the hub (there is no such folder here)"
     adapter = "" if model_files.adapter in (None, model.model) else f" with {model_files.adapter}"
     return adapter if model_files.adapter != model.model else f", an adapter of {model_files.path}"
+
+
+def config_and_tokenizer(model: ModelOptions) -> tuple[Any, Any]:
+    """Load a model's config and tokenizer, without its weights, and check that it can run.
+
+    Raises:
+        ModelNotFoundError: If there is no model, or it has no tokenizer.
+        UnsupportedModelError: If Star Attention cannot run it.
+    """
+    check_dtype(model.dtype)
+    check_device(model.device)
+    model_kwargs = model.kwargs()
+    _check_files(model, model_kwargs, needs_tokenizer=True)
+    from star_attention.hf.loading import load as loading
+    from star_attention.hf.loading import rope_scaling, support
+
+    location = loading.location_kwargs(model_kwargs)
+    rotary, _ = rope_scaling.take(model_kwargs)
+    config = loading.load_config(model.model, rotary, **location)
+    reasons = support.reasons(config)
+    if reasons:
+        raise UnsupportedModelError(f"{config.model_type} ({model.model})", reasons)
+    return config, loading.load_tokenizer(model.model, **location)
 
 
 def load_with_tokenizer(model: ModelOptions, status: Status, **settings: Any) -> StarLLM:

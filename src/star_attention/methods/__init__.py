@@ -11,13 +11,16 @@ its own, and what queries see. The rest of the library asks the method and never
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from star_attention.config import METHODS, StarConfig
-from star_attention.phase1 import EncodeJob
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, VisibleRange
+
+# Imports torch, which a command line does not need to be checked.
+if TYPE_CHECKING:
+    from star_attention.phase1 import EncodeJob
+    from star_attention.storage.kv import ContextKV, VisibleRange
 
 
 class Method(Protocol):

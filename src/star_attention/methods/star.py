@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from star_attention import phase1
+from typing import TYPE_CHECKING
+
 from star_attention.config import StarConfig
-from star_attention.phase1 import EncodeJob
 from star_attention.planning.plan import BlockPlan, counted, format_size
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, VisibleRange
+
+# Imports torch, which a command line does not need to be checked.
+if TYPE_CHECKING:
+    from star_attention.phase1 import EncodeJob
+    from star_attention.storage.kv import ContextKV, VisibleRange
 
 
 class Star:
@@ -28,6 +32,8 @@ class Star:
         return None
 
     def encode(self, job: EncodeJob) -> list[ContextKV]:
+        from star_attention import phase1
+
         return phase1.encode(job)
 
     def why_not_extend(self, ranks: int) -> str | None:

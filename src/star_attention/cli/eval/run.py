@@ -140,7 +140,9 @@ def evaluate(
     if is_rank_0():
         parsed_source, parsed_variants = source(), variants()
         settings = _settings(options, parsed_source)
-        samples, left_out = _make_samples(model, options, parsed_source, status)
+        _check_output(options.out)
+        parsed_source.read()
+        samples, left_out = _make_samples(model, parsed_source, parsed_variants, settings, status)
         status.say(f"{counted(len(samples), 'sample')}, {counted(len(parsed_variants), 'variant')}")
     star = session.load(model, status)
     if not options.chat and getattr(star.tokenizer, "chat_template", None):
@@ -168,19 +170,36 @@ def evaluate(
     print_report(summary.folder)
 
 
-def _make_samples(
-    model: ModelOptions, options: RunOptions, source: Source, status: Status
-) -> tuple[list[Sample], dict[str, str]]:
-    """Check the output folder; return the samples, and reasons for cells that are left out."""
+def _check_output(out: str) -> None:
     from star_attention.evals.runs.run_folder import check_output
-    from star_attention.hf.loading.load import load_tokenizer
 
-    check_output_folder(options.out)
-    check_output(Path(options.out))
+    check_output_folder(out)
+    check_output(Path(out))
+
+
+def _make_samples(
+    model: ModelOptions,
+    source: Source,
+    variants: list[Variant],
+    settings: RunSettings,
+    status: Status,
+) -> tuple[list[Sample], dict[str, str]]:
+    """Check the model; return the samples, and reasons for cells that are left out.
+
+    Whatever the model's config and tokenizer tell is checked first, as making long samples takes
+    minutes.
+    """
+    config, tokenizer = session.config_and_tokenizer(model)
+
+    from star_attention.evals.runs.prompts import check_template
+    from star_attention.hf.loading import rope
+
+    if settings.chat:
+        check_template(tokenizer)
+    positions = rope.max_positions(config.get_text_config(decoder=True))
+    source.check(variants, settings, positions or 0)
     with status.waiting(f"making samples of {source.suite}"):
-        samples, left_out = source.load(
-            load_tokenizer(model.model, **model.location.kwargs()), chat=options.chat
-        )
+        samples, left_out = source.load(tokenizer, chat=settings.chat)
     for name, reason in left_out.items():
         status.say(f"{name} is left out: {reason}")
     return samples, left_out

@@ -17,6 +17,7 @@ def _sample(
 ) -> Sample:
     task = row.task
     strict = strict and not row.values.get("metric")
+    query, answer_prefix = _split_prefix(query, row.text("answer_prefix", ""))
     metric, max_new_tokens = metric_of(task, strict=strict)
     return Sample(
         id=row.id_for(task),
@@ -24,7 +25,7 @@ def _sample(
         length=row.tokens("length", 0) or row.named_length,
         context=context,
         query=query,
-        answer_prefix=row.text("answer_prefix", ""),
+        answer_prefix=answer_prefix,
         answers=answers,
         max_new_tokens=row.tokens("max_new_tokens", max_new_tokens),
         metric=row.text("metric", metric),
@@ -36,16 +37,25 @@ def _outputs(row: Row) -> tuple[str, ...]:
     return parse_answers(row.values.get("outputs", row.values.get("output")))
 
 
-def _without_prefix(row: Row, query: str) -> str:
-    """Remove the answer prefix, which may be at the end of the query as well."""
-    prefix = row.text("answer_prefix", "")
-    return query.removesuffix(prefix) if prefix else query
+def _split_prefix(query: str, prefix: str) -> tuple[str, str]:
+    """Return query and answer prefix; the file's query may end with the prefix, which is sent once.
+
+    The two joined are then the file's query, with its own white space.
+    """
+    bare = prefix.strip()
+    if not bare or not query.rstrip().endswith(bare):
+        return query, prefix
+    start = len(query) - len(prefix)
+    if not query.endswith(prefix):
+        start = query.rindex(bare)
+        start = len(query[:start].rstrip()) if prefix[0].isspace() else start
+    return query[:start], query[start:]
 
 
 def _read_star_attention(row: Row) -> list[Sample]:
     answers = _outputs(row)
     context = row.text("input_context")
-    query = _without_prefix(row, row.text("input_query"))
+    query = row.text("input_query")
     return [_sample(row, context=context, query=query, answers=answers)]
 
 
@@ -78,8 +88,7 @@ def _read_ruler(row: Row) -> list[Sample]:
     answers = _outputs(row)
     prompt = row.text("input")
     cut = _question_start(prompt, row.task)
-    query = _without_prefix(row, prompt[cut:])
-    return [_sample(row, context=prompt[:cut], query=query, answers=answers)]
+    return [_sample(row, context=prompt[:cut], query=prompt[cut:], answers=answers)]
 
 
 def _write_ruler(sample: Sample, index: int) -> dict[str, Any]:

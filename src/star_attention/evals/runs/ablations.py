@@ -19,19 +19,12 @@ from torch import Tensor
 from star_attention import encoding, inputs
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError, quote
+from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
 from star_attention.methods.star import Star
 from star_attention.phase1 import EncodeJob
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.kv import ContextKV
 from star_attention.tools.baselines import Anchor, official_encode
-
-CONTENTS = ("first-block", "none", "constant", "random", "shuffled", "previous-block")
-"""Tokens of the anchor: the head of the first block; none; one token repeated; random tokens; the
-first block's in another order; the tokens right before the block."""
-
-POSITIONS = ("first-block", "previous-block", "random")
-"""Positions of the anchor: at the head of the context; right before the block; random ones before
-the block, in order."""
 
 CONSTANT = " the"
 """The anchor "constant" repeats the first token of this text."""

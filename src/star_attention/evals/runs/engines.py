@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from star_attention.engine import StarLLM
 from star_attention.evals.runs import ablations
+from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
 from star_attention.evals.runs.variants import Variant
 from star_attention.inputs import Content
 from star_attention.storage.context import EncodedContext
@@ -36,7 +37,7 @@ def encode(engine: StarLLM, variant: Variant, content: Content, *, seed: int) ->
     return ablations.encode(
         engine,
         content,
-        anchor=variant.anchor or ablations.CONTENTS[0],
-        positions=variant.anchor_positions or ablations.POSITIONS[0],
+        anchor=variant.anchor or CONTENTS[0],
+        positions=variant.anchor_positions or POSITIONS[0],
         seed=seed,
     )

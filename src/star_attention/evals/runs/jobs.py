@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -9,10 +10,11 @@ from typing import Any
 
 from star_attention.errors import ContextLengthError, InvalidInputError, quote
 from star_attention.evals.metrics.checks import check
-from star_attention.evals.runs.prompts import PromptCounter
+from star_attention.evals.runs.prompts import PromptCounter, TemplateMarks
 from star_attention.evals.runs.settings import RunSettings
 from star_attention.evals.runs.variants import Variant
 from star_attention.evals.samples.sample import Sample
+from star_attention.planning.plan import counted
 
 _MANY_ODD_LENGTHS = 3
 """Up to this many lengths of a task that are not round are meant as such; more of them are each
@@ -120,17 +122,21 @@ def measure(
         ContextLengthError: For samples that are too long, unless they are skipped; and if all are.
     """
     counter = PromptCounter(tokenizer, chat=settings.chat)
+    marks = TemplateMarks(tokenizer) if settings.chat else None
     context_tokens: dict[int, int] = {}
     skipped: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
         tick("reading samples")
         _check(sample, settings)
+        if marks is not None:
+            marks.check(sample)
         in_context, in_query = counter.count(sample)
         needed = in_context + in_query + (settings.max_new_tokens or sample.max_new_tokens)
         if max_positions is not None and needed > max_positions:
             skipped.append({"sample": sample.id, "tokens": needed, "positions": max_positions})
         else:
             context_tokens[index] = in_context
+    _warn_of_prefixes(samples)
     if skipped and not settings.skip_too_long:
         first = skipped[0]
         raise ContextLengthError(
@@ -144,6 +150,24 @@ def measure(
             " use a smaller length"
         )
     return Measured(context_tokens=context_tokens, skipped=skipped)
+
+
+def _warn_of_prefixes(samples: Sequence[Sample]) -> None:
+    """Warn of queries that end with the answer prefix already."""
+    twice = [
+        sample
+        for sample in samples
+        if sample.query
+        and sample.answer_prefix.strip()
+        and sample.query.rstrip().endswith(sample.answer_prefix.strip())
+    ]
+    if twice:
+        warnings.warn(
+            f"{counted(len(twice), 'sample')}, the first {twice[0].id}, would get the answer prefix"
+            f" {quote(twice[0].answer_prefix)} twice, as the query ends with it already; remove it"
+            " from one of them",
+            stacklevel=2,
+        )
 
 
 def _check(sample: Sample, settings: RunSettings) -> None:

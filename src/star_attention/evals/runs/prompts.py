@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.samples.sample import Sample
 from star_attention.hf.text import chat as chat_text
 from star_attention.hf.text.tokens import context_ids, query_ids
@@ -45,6 +46,63 @@ def chat_tokens(tokenizer: Any) -> int:
     rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
     # Where text meets the template, each side may take one more token.
     return max(0, rendered - plain) + 2
+
+
+class TemplateMarks:
+    """The marks that a chat template writes around a message, to find texts that have them.
+
+    Data sets with whole prompts often hold the output of a model's template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        head, _, tail = _rendered(tokenizer).partition(_MESSAGE)
+        tokens = [token for token in _special_tokens(tokenizer) if token in head + tail]
+        self._tokens = tuple(tokens)
+        # Templates without special tokens write words, which a text may have by chance, but hardly
+        # on both sides.
+        self._words = (head.strip(), tail.strip())
+
+    def mark_of(self, sample: Sample) -> str:
+        """Return the mark that a sample's context begins with, or its query; "" if there is none.
+
+        Marks at the end of the query count too.
+        """
+        context, query = sample.context.lstrip(), sample.query.strip()
+        for token in self._tokens:
+            if context.startswith(token) or query.startswith(token) or query.endswith(token):
+                return token
+        head, tail = self._words
+        return head if head and tail and context.startswith(head) and query.endswith(tail) else ""
+
+    def check(self, sample: Sample) -> None:
+        """Refuse a sample whose text has been through the template, with `InvalidInputError`."""
+        mark = self.mark_of(sample)
+        if mark:
+            raise InvalidInputError(
+                f"sample {sample.id} has been through a chat template ({quote(mark)}), and --chat"
+                " would apply it again; leave --chat out"
+            )
+
+
+_MESSAGE = "\u2063message\u2063"
+
+
+def _rendered(tokenizer: Any) -> str:
+    """Return a user message in the template, with the start of an answer; "" if that fails."""
+    for content in (_MESSAGE, [{"type": "text", "text": _MESSAGE}]):
+        # A template may raise anything; whether it can be used is found elsewhere.
+        with contextlib.suppress(Exception):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            if isinstance(text, str) and _MESSAGE in text:
+                return text
+    return ""
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return [str(token) for token in added if str(token).strip()]
 
 
 class PromptCounter:

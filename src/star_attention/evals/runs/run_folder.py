@@ -10,7 +10,6 @@ from typing import Any
 from star_attention.errors import InvalidInputError
 from star_attention.evals.runs.predictions import Prediction, sample_sha256
 from star_attention.evals.samples.sample import Sample
-from star_attention.hf.loading import identity
 
 RUN = "run.json"
 METRICS = "metrics.json"
@@ -110,6 +109,9 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str
     Returns:
         Its name and both values; None if the settings are the same.
     """
+    # Imports torch, which a command line does not need to be checked.
+    from star_attention.hf.loading import identity
+
     for left, right in ((first, second), (first["model"], second["model"])):
         left, right = (
             {name: value for name, value in side.items() if name != "model"}

@@ -240,11 +240,12 @@ def _prepare(
     recorded = _recorded_settings(star, settings)
     digest = sha256(canonical(recorded))[:12]
     run_folder.check_output(out)
-    out.mkdir(parents=True, exist_ok=True)
     earlier_run = run_folder.find_run(out)
     if earlier_run is not None:
         run_folder.check_same_settings(out, earlier_run, recorded)
-    file = open_predictions(out / PREDICTIONS)
+    path = out / PREDICTIONS
+    # A folder is made only for a run that can begin.
+    file = open_predictions(path) if path.exists() else None
     try:
         predictions = list(read_predictions(out, required=False))
         run_folder.check_predictions(out, predictions, samples, digest)
@@ -272,9 +273,13 @@ def _prepare(
             left_out=left_out,
             session=_session(star, jobs, settings),
         )
+        if file is None:
+            out.mkdir(parents=True, exist_ok=True)
+            file = open_predictions(path)
         run_folder.write_run(out, record.merged(earlier_run, session))
     except BaseException:
-        file.close()
+        if file is not None:
+            file.close()
         raise
     return _Prepared(
         samples=samples,

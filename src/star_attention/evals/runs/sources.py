@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 from typing import Any, Protocol
 
-from star_attention.errors import InvalidInputError, SizeError
+from star_attention.errors import ContextLengthError, InvalidInputError, SizeError
 from star_attention.evals import suites
 from star_attention.evals.formats import files as formats
 from star_attention.evals.runs.prompts import chat_tokens
-from star_attention.evals.runs.settings import FILES
+from star_attention.evals.runs.settings import FILES, RunSettings
+from star_attention.evals.runs.variants import Variant
 from star_attention.evals.samples.sample import Sample
-from star_attention.evals.suites.parallel import generate_cells
 from star_attention.planning.plan import parse_size
+
+_SHORT = 512
+"""Most tokens by which a generated sample, with another number of answer tokens, may be shorter
+than its length."""
 
 
 class Source(Protocol):
@@ -30,6 +36,23 @@ class Source(Protocol):
     @property
     def seed(self) -> int:
         """Seed of the samples, and of random anchors."""
+
+    def read(self) -> None:
+        """Read the files that need no model, so that what is wrong with them is known first."""
+
+    def check(self, variants: Sequence[Variant], settings: RunSettings, positions: int) -> None:
+        """Check what can be checked before the samples are made.
+
+        Args:
+            variants: Methods that answer the samples.
+            settings: Settings of the run.
+            positions: Positions of the model; 0 for no limit.
+
+        Raises:
+            ContextLengthError: No sample can fit into the model's positions, or some cannot, and
+                they are not skipped.
+            SizeError: A variant's sizes do not fit a length.
+        """
 
     def load(self, tokenizer: Any, *, chat: bool) -> tuple[list[Sample], dict[str, str]]:
         """Read or generate all samples.
@@ -68,9 +91,18 @@ class FileSource:
         options = {"files": list(self.files), "format": self.format, "prompts": self.prompts}
         return {name: value for name, value in options.items() if value is not None}
 
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        return formats.read_all(self.files, format=self.format, prompts=self.prompts)
+
+    def read(self) -> None:
+        self._samples  # noqa: B018
+
+    def check(self, variants: Sequence[Variant], settings: RunSettings, positions: int) -> None:
+        """Lengths are counted in tokens later."""
+
     def load(self, tokenizer: Any, *, chat: bool) -> tuple[list[Sample], dict[str, str]]:
-        samples = formats.read_all(self.files, format=self.format, prompts=self.prompts)
-        return samples, {}
+        return self._samples, {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +154,31 @@ class SuiteSource:
             return self.tasks
         return suites.get(self.suite).available_tasks(self.options)
 
+    def read(self) -> None:
+        """The generators read their files."""
+
+    def check(self, variants: Sequence[Variant], settings: RunSettings, positions: int) -> None:
+        for variant, length in product(variants, self.lengths):
+            variant.sizes(length)
+        # Samples may fall short of their length by this much.
+        longest = [length for length in self.lengths if positions and length - _SHORT > positions]
+        if not longest or (settings.skip_too_long and len(longest) < len(self.lengths)):
+            return
+        remedy = "" if len(longest) == len(self.lengths) else ", skip them with --skip-too-long"
+        raise ContextLengthError(
+            f"samples of {longest[0]:,} tokens are too long for the model, which has"
+            f" {positions:,} positions; use a smaller length{remedy}"
+        )
+
     def load(self, tokenizer: Any, *, chat: bool) -> tuple[list[Sample], dict[str, str]]:
         """Generate all samples.
 
         Raises:
             SizeError: If a named task, or all tasks, do not fit into a length.
         """
+        # Imports torch, which a command line does not need to be checked.
+        from star_attention.evals.suites.parallel import generate_cells
+
         tasks = self._task_names()
         cells = [(task, length) for length in self.lengths for task in tasks]
         generated = generate_cells(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from star_attention import methods
 from star_attention.config import KV_DTYPES, METHODS, StarConfig
 from star_attention.errors import InvalidInputError, SizeError, quote
-from star_attention.evals.runs.ablations import CONTENTS, POSITIONS
+from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
 from star_attention.planning.plan import format_size, parse_size
 
 SAME = "="
@@ -35,8 +35,8 @@ class Variant:
             With `streaming_llm` the size of its window.
         anchor_size: The same, or "=" for the block size. None takes the method's default. With
             `streaming_llm` the number of its sinks.
-        anchor: Ablation of the anchor's tokens, one of `ablations.CONTENTS`; None changes nothing.
-        anchor_positions: Ablation of its positions, one of `ablations.POSITIONS`; None changes
+        anchor: Ablation of the anchor's tokens, one of `anchors.CONTENTS`; None changes nothing.
+        anchor_positions: Ablation of its positions, one of `anchors.POSITIONS`; None changes
             nothing.
         kv_dtype: Precision of the stored KV; None keeps the engine's.
 
