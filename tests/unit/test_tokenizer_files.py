@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LogitsProcessor, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LogitsProcessor, PreTrainedTokenizerFast
 
 from star_attention import StarLLM
 from star_attention.hf.loading.load import load_tokenizer
@@ -22,7 +22,8 @@ LINE = "Der Käfer  sat on\n\nthe mat.\n"
 
 
 def saved(folder: Path, tokenizer: Any, **config: Any) -> Path:
-    """Save a tokenizer with other fields in its config, and a model for it."""
+    """Save a tokenizer with other fields in its config, and the config of a model."""
+    LlamaConfig().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
