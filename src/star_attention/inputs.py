@@ -12,7 +12,7 @@ from torch import Tensor
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
 from star_attention.hf.text import chat, joining, tokens
-from star_attention.hf.text.checks import checked_text
+from star_attention.hf.text.checks import check_words, checked_text, warn_about_file_name
 from star_attention.hf.text.joining import ContextEnd
 from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
@@ -187,7 +187,7 @@ def _prepare_one(
             prompt_ids(
                 runtime,
                 source.chat,
-                query,
+                checked_query(query),
                 settings.answer_prefix,
                 warn=warn,
                 after=source,
@@ -213,10 +213,8 @@ def _context_input(
         opened = chat.open_context(runtime.tokenizer, list(content), template_kwargs)
         ids, end = _reader(runtime).chat_context(opened.rendered)
     elif isinstance(content, str):
-        if not content:
-            raise TokenError(
-                "the context is empty; Star Attention needs at least 1 token of context"
-            )
+        check_words(content, "context")
+        warn_about_file_name(content)
         runtime.need_tokenizer("text")
         reader = _reader(runtime)
         ids, end = reader.raw_context(reader.raw(content, "context"))
@@ -294,6 +292,13 @@ def _extended_chat(
             "this chat context ends in a closed turn; only an open user message can be extended"
         )
     return chat.extended(runtime.tokenizer, opened, text).as_dict()
+
+
+def checked_query(query: Any) -> Any:
+    """Return a query, refusing a text without words."""
+    if isinstance(query, str):
+        check_words(query, "query")
+    return query
 
 
 def prompt_ids(

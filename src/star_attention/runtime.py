@@ -216,18 +216,20 @@ class Runtime(Transient):
         max_new_tokens: int,
     ) -> None:
         """Raise `ContextLengthError` where context, query and answer need too many positions."""
-        longest = context_tokens + max(len(prompt) for prompt in prompts) + max_new_tokens
+        query_tokens = max(len(prompt) for prompt in prompts)
+        longest = context_tokens + query_tokens + max_new_tokens
         subject = f"context ({context_tokens:,}), query and answer ({max_new_tokens:,}) need"
         self.check_positions(
             longest,
             subject,
-            "lower max_new_tokens, or shorten the query or the context",
+            f"the query has {query_tokens:,}: lower max_new_tokens, or shorten the query or the"
+            " context",
         )
         if rope_length is not None and longest > rope_length:
             raise ContextLengthError(
                 f"{subject} {longest:,} tokens, but the context's rotary frequencies are pinned to"
-                f" {rope_length:,}; lower max_new_tokens, or encode the context with a larger"
-                f" reserve_tokens (now {self.config.reserve_tokens:,})"
+                f" {rope_length:,}; the query has {query_tokens:,}: lower max_new_tokens, or encode"
+                f" the context with a larger reserve_tokens (now {self.config.reserve_tokens:,})"
             )
 
     def need_tokenizer(self, purpose: str) -> Any:
@@ -329,6 +331,23 @@ class RuntimeView(Transient):
     def tokens_per_forward(self) -> int:
         """Most context tokens in one forward."""
         return self.runtime.tokens_per_forward
+
+    def context_bytes(self, context_tokens: int, kv_dtype: str | None = None) -> int:
+        """Return the bytes of the keys and values of a context, on all ranks together.
+
+        So much memory does a context take, and its saved file.
+
+        Args:
+            context_tokens: length of the context.
+            kv_dtype: precision of keys and values, such as "fp8"; None for the engine's.
+        """
+        runtime = self.runtime
+        layout = runtime.method.layout(runtime.config, runtime.plan_for(context_tokens))
+        stored = sum(segments.tokens for segments in layout)
+        kv_dtype = kv_dtype or runtime.config.kv_dtype
+        shapes = [shape for shape in runtime.handle.layer_shapes if shape is not None]
+        per_token = sum(shape.stored_bytes(kv_dtype) for shape in shapes)
+        return stored * per_token * runtime.comm.tp_size
 
     def rank_progress(self) -> list[tuple[int, int]]:
         """Return, for each context-parallel rank, tokens encoded so far and in all; [] on one."""

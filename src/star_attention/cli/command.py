@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from star_attention.cli.config_options import DeclaredOptions
-from star_attention.cli.errors import cli_errors
+from star_attention.cli.errors import Reporting, cli_errors
 from star_attention.cli.streams import guarded_stdout
 from star_attention.cli.torchrun import rank_failures
 
@@ -20,6 +20,19 @@ _DEBUG = inspect.Parameter(
     inspect.Parameter.KEYWORD_ONLY,
     default=False,
     annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
+)
+_VERBOSE = inspect.Parameter(
+    "verbose",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Also print the libraries' log messages, the settings in use and the block plan.",
+        ),
+    ],
 )
 
 
@@ -36,10 +49,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(function).parameters.items():
         options, builders[name] = _expand(name, hints[name], parameter.default)
         parameters += options
-    parameters.append(_DEBUG)
+    parameters += [_VERBOSE, _DEBUG]
 
     def run(**values: Any) -> None:
-        with cli_errors(debug=values.pop("debug")), rank_failures(), guarded_stdout():
+        reporting = Reporting(
+            debug=values.pop("debug"),
+            verbose=values.pop("verbose"),
+            quiet=values.get("quiet", False),
+        )
+        with cli_errors(reporting), rank_failures(), guarded_stdout():
             function(**{name: build(values) for name, build in builders.items()})
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__

@@ -7,7 +7,8 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from dataclasses import dataclass
+from typing import Any
 
 import typer
 
@@ -20,14 +21,27 @@ from star_attention.errors import StarAttentionError
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "huggingface_hub.utils._http")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reporting:
+    """How much a command reports.
+
+    Attributes:
+        debug: show the traceback of an error.
+        verbose: show log messages, of this library and of others.
+        quiet: show no warnings.
+    """
+
+    debug: bool = False
+    verbose: bool = False
+    quiet: bool = False
+
+
 @contextmanager
-def cli_errors(*, debug: bool) -> Iterator[None]:
+def cli_errors(reporting: Reporting) -> Iterator[None]:
     """Turn exceptions into a line on stderr and an exit status: 1 for errors, 130 for Ctrl-C."""
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+        with warnings.catch_warnings(), _log_messages(verbose=reporting.verbose):
+            warnings.showwarning = _Warnings(quiet=reporting.quiet)
             yield
     except KeyboardInterrupt:
         say("interrupted")
@@ -37,20 +51,41 @@ def cli_errors(*, debug: bool) -> Iterator[None]:
         discard_stdout()
         raise typer.Exit(1) from None
     except (StarAttentionError, OSError) as error:
-        if debug:
+        if reporting.debug:
             traceback.print_exc()
         say(f"error: {error}")
         raise typer.Exit(1) from None
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning as one line, on rank 0 only: other ranks would repeat it."""
-    if is_rank_0():
-        say(f"warning: {message}")
+@contextmanager
+def _log_messages(*, verbose: bool) -> Iterator[None]:
+    """Show log messages of every library, or leave out those that mean nothing to users."""
+    if not verbose:
+        for name in _NOISY_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+        return
+    handler, root = logging.StreamHandler(), logging.getLogger()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if is_rank_0() else logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+class _Warnings:
+    """Prints each warning once, as a line, on rank 0 only: other ranks would repeat it."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._silent = quiet or not is_rank_0()
+        self._shown: set[str] = set()
+
+    def __call__(self, message: Warning | str, *details: Any, **more: Any) -> None:
+        text = f"warning: {message}"
+        if not self._silent and text not in self._shown:
+            self._shown.add(text)
+            say(text)

@@ -55,7 +55,13 @@ def generate(
     star = session.load_for(model, context, status)
     text, queries = star.from_rank_0((text, queries))
     encoded = session.encode_text(
-        star, text, status, context, queries=queries, generation_kwargs=kwargs
+        star,
+        text,
+        status,
+        context,
+        queries=queries,
+        generation_kwargs=kwargs,
+        will_save=save is not None,
     )
     if save is not None:
         session.save(encoded, save, status)

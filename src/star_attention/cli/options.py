@@ -39,7 +39,7 @@ Files = Annotated[
     ),
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress and no summary on stderr.")
+    bool, typer.Option("--quiet", "-q", help="Print no progress, summaries or warnings on stderr.")
 ]
 TemplateKwargs = Annotated[
     str | None,

@@ -15,6 +15,9 @@ from star_attention.planning.plan import BlockPlan, Span
 _PROGRESS_LINES = 10
 """Lines of progress if stderr is not a terminal."""
 
+Progress = Callable[[Span, BlockPlan], None]
+"""A callback of `StarLLM.encode`."""
+
 RankProgress = Callable[[], list[tuple[int, int]]]
 """Returns tokens done and tokens to do of each rank; an empty list on one rank."""
 
@@ -52,6 +55,39 @@ class Status:
             lines.end()
         else:
             yield _Lines(self)
+
+
+class SizeNote:
+    """A progress callback that first says how large the saved context will be.
+
+    Args:
+        status: prints it.
+        describe: returns what to say of a context of so many tokens.
+        progress: the callback that comes after it, or None.
+    """
+
+    def __init__(
+        self, status: Status, describe: Callable[[int], str], progress: Progress | None
+    ) -> None:
+        self._status, self._describe = status, describe
+        self._progress = progress
+        self._layer = getattr(progress, "layer", None)
+
+    def __call__(self, span: Span, plan: BlockPlan) -> None:
+        self._say(plan)
+        if self._progress is not None:
+            self._progress(span, plan)
+
+    def layer(self, span: Span, plan: BlockPlan, layers: int, num_layers: int) -> None:
+        """Say it before the first forward has ended."""
+        self._say(plan)
+        if self._layer is not None:
+            self._layer(span, plan, layers, num_layers)
+
+    def _say(self, plan: BlockPlan) -> None:
+        describe, self._describe = self._describe, lambda tokens: ""
+        if text := describe(plan.context_tokens):
+            self._status.say(text)
 
 
 class _Lines:

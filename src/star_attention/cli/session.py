@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +13,18 @@ from star_attention.cli.chat import messages, template_kwargs
 from star_attention.cli.formatting import format_bytes
 from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import ContextOptions
-from star_attention.cli.progress import Status
-from star_attention.config import StarConfig, check_device, check_dtype
+from star_attention.cli.progress import SizeNote, Status
+from star_attention.config import KV_DTYPES, StarConfig, check_device, check_dtype
 from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
     from star_attention.storage.context import EncodedContext
+
+_log = logging.getLogger(__name__)
+
+_FEW_TOKENS = 32
+"""Blocks below this are taken for a number of blocks."""
 
 
 def load(
@@ -120,6 +127,12 @@ def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> St
             f"--block-size and --anchor-size have no effect on {method.name} attention",
             stacklevel=2,
         )
+    if method.takes_sizes and config.block_size is not None and config.block_size < _FEW_TOKENS:
+        warnings.warn(
+            f"--block-size {config.block_size} is the tokens of a block, not a number of blocks;"
+            " so small blocks lose most of the accuracy: give 1k or more, or leave it out",
+            stacklevel=2,
+        )
     return star
 
 
@@ -149,6 +162,7 @@ def encode_text(
     *,
     queries: list[str] | None = None,
     generation_kwargs: dict[str, Any] | None = None,
+    will_save: bool = False,
 ) -> EncodedContext:
     """Encode a text, showing progress. Queries and generation settings are checked before.
 
@@ -166,15 +180,32 @@ def encode_text(
         status.say("using the text as it is; --chat applies this model's chat template")
     if chat:
         content = messages(text, context)
+    _log.info("%r", star)
     with status.progress(star.rank_progress) as progress:
+        if will_save:
+            progress = SizeNote(status, partial(_saved_size, star), progress)
         encoded: EncodedContext = star.encode(
             content,
-            progress=progress,
+            # None would show a bar.
+            progress=progress or False,
             query=queries,
             settings=generation_kwargs,
             chat_template_kwargs=template_kwargs(context.chat_template_kwargs),
         )
+    _log.info("%s", encoded.plan)
     return encoded
+
+
+def _saved_size(star: StarLLM, context_tokens: int) -> str:
+    """Say how large the file of a context will be, and how to make it smaller."""
+    text = f"the saved context will take about {format_bytes(star.context_bytes(context_tokens))}"
+    if star.config.kv_dtype is None:
+        for name in KV_DTYPES:
+            text += (
+                f"; --kv-dtype {name} makes it"
+                f" {format_bytes(star.context_bytes(context_tokens, name))}"
+            )
+    return text
 
 
 def save(context: EncodedContext, path: str, status: Status) -> None:

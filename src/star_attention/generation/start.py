@@ -176,7 +176,7 @@ def _prepared(
             inputs.prompt_ids(
                 runtime,
                 context.chat,
-                query,
+                inputs.checked_query(query),
                 settings.answer_prefix,
                 after=after,
                 template_kwargs=settings.chat_template_kwargs,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed import Comm, SoloComm
+from star_attention.errors import InvalidInputError
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
@@ -117,6 +118,13 @@ class EncodedContext(Transient):
         else:
             sizes = f"window {visible.recent:,}, {visible.first:,} sinks"
         return f"EncodedContext({self.method}, {len(self):,} tokens, {sizes})"
+
+    def __reduce__(self) -> Any:
+        """Refuse `pickle`, `copy` and `torch.save`."""
+        raise InvalidInputError(
+            "an EncodedContext cannot be pickled or copied: it belongs to a model and to ranks; use"
+            " context.save(path) and StarLLM.load_context(path), or share it (nothing changes it)"
+        )
 
     @property
     def nbytes(self) -> int:

@@ -116,7 +116,7 @@ def open_context(
     template = ChatTemplate(tokenizer, template_kwargs)
     messages = normalized(messages)
     last, question = messages[-1], None
-    if not any(text for message in messages for text in texts(message)):
+    if not any(text.strip() for message in messages for text in texts(message)):
         raise TokenError(
             "the context is empty: its messages contain no text; Star Attention needs at least 1"
             " token of context"

@@ -1,12 +1,15 @@
-"""Checks of texts as they come in from Python: whole characters only."""
+"""Checks of texts as they come in from Python: whole characters, words, not the name of a file."""
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 
-from star_attention.errors import TextError
+from star_attention.errors import TextError, TokenError, quote
 
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_LONGEST_FILE_NAME = 255
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -34,3 +37,23 @@ def checked_text(text: str, name: str) -> str:
             ' text.encode("utf-8", "replace").decode()'
         ) from None
     return text
+
+
+def check_words(text: str, name: str) -> None:
+    """Raise `TokenError` for a text that is empty or white space; `name` says of what."""
+    if not text:
+        raise TokenError(f"the {name} is empty; give at least 1 token")
+    if not text.strip():
+        raise TokenError(f"the {name} is only white space, {quote(text)}; give at least one word")
+
+
+def warn_about_file_name(text: str) -> None:
+    """Warn about a context that is the name of a file here: the name would be encoded."""
+    if len(text) > _LONGEST_FILE_NAME or "\n" in text or "\0" in text:
+        return
+    if os.path.isfile(text):
+        warnings.warn(
+            f"the context is the text {quote(text)}, which is also the name of a file here; to"
+            f" encode what is in it, give star_attention.read_document({quote(text)})",
+            stacklevel=2,
+        )
