@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import weakref
@@ -42,6 +43,7 @@ def encode(
         method: a method object to use in place of the configured one, with the same plan and
             layout.
     """
+    runtime.handle.check_config()
     method = method or runtime.method
     plans = [runtime.plan_for(len(context.ids_L)) for context in contexts]
     encoded: dict[int, EncodedContext] = {}
@@ -100,17 +102,18 @@ def _context(
     kv: ContextKV,
     stats: list[RankStats],
 ) -> EncodedContext:
+    encode_s = _slowest(stats)
     return EncodedContext(
         token_ids=source.ids_L,
         plan=job.plan,
         kv=kv,
         layout=job.layout,
         method=runtime.config.method,
-        identity=runtime.identity,
+        identity=runtime.identity_within(encode_s / 100),
         rope_length=job.rope_length,
         chat=source.chat,
         end=source.end,
-        encode_s=_slowest(stats),
+        encode_s=encode_s,
         peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
         stats=tuple(stats),
         model=weakref.ref(runtime.handle.model),
@@ -199,10 +202,11 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
     path = comm.run_on_rank_0(lambda: str(path))
     file = SavedContext(path)
     header = file.header
+    own = runtime.identity_within(math.inf)
     identity.check(
         str(path),
         header["identity"] | {"method": header["method"]},
-        runtime.identity | {"method": runtime.config.method},
+        own | {"method": runtime.config.method},
     )
     plan = BlockPlan(
         context_tokens=header["context_tokens"],
@@ -230,7 +234,7 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
         kv=ContextKV(layers, segments, runtime.method.visible_range(plan)),
         layout=layout,
         method=runtime.config.method,
-        identity=runtime.identity,
+        identity=own,
         rope_length=header["rope_length"],
         chat=header["chat"],
         # Files of earlier versions have none.

@@ -22,7 +22,7 @@ from star_attention.hf.cache.probe import LayerKVShape, ProbeResult, probe_layer
 from star_attention.hf.execution import graphs, hook
 from star_attention.hf.execution.compiled import CompiledLayers
 from star_attention.hf.execution.graphs import Graphs
-from star_attention.hf.loading import rope, support
+from star_attention.hf.loading import fingerprint, rope, support
 from star_attention.storage.transient import Transient
 
 # The name of the cache in transformers since 5.24, and before.
@@ -99,6 +99,7 @@ class ModelHandle(Transient):
             config for config in configs.values() if hasattr(config, "_attn_implementation")
         ]
         self.max_positions = rope.max_positions(self.config)
+        self._config_state = fingerprint.config(self.config)
         self._compile = compile
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._decoder_cache, self._model_cache = (
@@ -109,6 +110,24 @@ class ModelHandle(Transient):
             "logits_to_keep" in inspect.signature(module.forward).parameters
             for module in (self.decoder, self.model)
         )
+
+    def check_config(self) -> None:
+        """Check that edits of the config do not contradict the model, and take its new limit.
+
+        Raises:
+            InvalidInputError: settings were edited that the model or this handle was made with.
+        """
+        state = fingerprint.config(self.config)
+        if state == self._config_state:
+            return
+        rope.check_built_from_config(self.decoder)
+        if layer_windows(self.config, len(self.windows)) != self.windows:
+            raise InvalidInputError(
+                "the config's sliding windows were edited after the engine was made; make a new"
+                " one: StarLLM(model)"
+            )
+        self.max_positions = rope.max_positions(self.config)
+        self._config_state = state
 
     @property
     def device(self) -> torch.device:

@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from star_attention.errors import ContextMismatchError
+from star_attention.hf.loading import fingerprint, rope, support
+from star_attention.hf.loading.checksum import digests, to_cpu
 
-_IRRELEVANT_FIELDS = {
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "experts_implementation",
-    "id2label",
-    "initializer_range",
-    "is_encoder_decoder",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-"""Fields of a config that no key or value depends on; all others are compared."""
+_AS_CONFIGURED = "as the config says"
 
 _SAMPLES = 16
-"""Elements sampled from each weight: enough to tell two trainings apart, at almost no cost."""
+"""Elements of each weight in the field `weights`, the only check of files of earlier versions."""
+
+_CHECKSUMS: WeakKeyDictionary[nn.Module, dict[str, tuple[tuple[Any, ...], bytes]]] = (
+    WeakKeyDictionary()
+)
+"""For each model and name of a tensor: its signs (`fingerprint.signs`), and its checksum then."""
 
 
-def model_identity(model: Any, outer: Any) -> dict[str, Any]:
-    """Return a model's architecture, sampled weights, precision and active adapters.
+def model_identity(model: Any, outer: Any, *, fresh: bool = False) -> dict[str, Any]:
+    """Return a model's architecture, weights, precision and active adapters.
 
     Args:
         model: the transformers model.
         outer: the PEFT model around it, or `model` itself.
+        fresh: read all weights, even those that show no sign of a change since the last time.
 
     Returns:
         JSON values by field.
@@ -60,13 +45,15 @@ def model_identity(model: Any, outer: Any) -> dict[str, Any]:
         "config": {
             name: _as_json(value)
             for name, value in config.items()
-            if name not in _IRRELEVANT_FIELDS
+            if name not in fingerprint.IRRELEVANT_FIELDS
             and "dropout" not in name
             and not name.startswith("_attn")
         },
         "dtype": str(model.dtype),
         "adapters": adapters(outer),
-        "weights": _weights_checksum(model),
+        "weights": _sampled_weights(model),
+        "checksum": weights_checksum(model, fresh=fresh),
+        "rotary": rope.edited_frequencies(model.get_decoder()) or _AS_CONFIGURED,
     }
 
 
@@ -94,12 +81,12 @@ def _with_scales(model: nn.Module, name: str) -> str:
 
 
 def state(outer: nn.Module) -> tuple[Any, ...]:
-    """Return a value that changes whenever weights or adapters of a model do; reads no weights."""
-    versions = tuple(
-        (id(tensor), 0 if tensor.is_inference() else tensor._version)
-        for tensor in (*outer.parameters(), *outer.buffers())
-    )
-    return (*adapters(outer), hash(versions))
+    """Return a value that changes whenever weights, adapters or config of a model do.
+
+    It reads a few elements of each weight; `fingerprint` says what can go unnoticed.
+    """
+    text_config = support.unwrap(outer).config.get_text_config(decoder=True)
+    return (*adapters(outer), fingerprint.config(text_config), fingerprint.weights(outer))
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
@@ -147,22 +134,24 @@ def check(name: str, context: dict[str, Any], model: dict[str, Any]) -> None:
     Raises:
         ContextMismatchError: names the first field that differs.
     """
+    # Files of earlier versions lack two fields.
+    context = {"rotary": _AS_CONFIGURED, "checksum": model.get("checksum")} | context
     mismatch = difference(context, model)
     if mismatch is None:
         return
     field, context_value, model_value = mismatch
+    if field == "checksum":
+        field = "weights"
     remedy = "load the model that encoded it"
-    if field == "config.rope_parameters":
-        remedy = (
-            "load the model with the same rotary scaling"
-            ' (model_kwargs={"rope_scaling": ...}, or --rope-scaling)'
-        )
     if field == "dtype":
         remedy = f"load the model in {context_value.removeprefix('torch.')} (dtype=, or --dtype)"
+    hint = ""
+    if field == "config.rope_parameters":
+        hint = '; scaling is given with model_kwargs={"rope_scaling": ...}, or --rope-scaling'
     raise ContextMismatchError(
         field,
         f"{name} does not fit: it differs in {field}: {context_value} in the context,"
-        f" {model_value} in this model; {remedy}, or encode the context again",
+        f" {model_value} in this model; {remedy}, or encode the context again{hint}",
     )
 
 
@@ -175,28 +164,48 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 
-def _weights_checksum(model: nn.Module) -> str:
+def weights_checksum(model: nn.Module, *, fresh: bool = False) -> str:
+    """Return the SHA-256 of names and checksums of all parameters and buffers.
+
+    Args:
+        model: the transformers model.
+        fresh: compute all again; otherwise those of tensors without a sign of a change are kept.
+    """
+    known = _CHECKSUMS.get(model, {})
+    tensors = dict(_tensors(model))
+    signs = {name: fingerprint.signs(tensor) for name, tensor in tensors.items()}
+    stale = [name for name, sign in signs.items() if fresh or known.get(name, ((), b""))[0] != sign]
+    computed = dict(zip(stale, digests(tensors[name] for name in stale), strict=True))
+    current = {
+        name: (sign, computed[name] if name in computed else known[name][1])
+        for name, sign in signs.items()
+    }
+    _CHECKSUMS[model] = current
+    total = hashlib.sha256()
+    for name, (_, digest) in current.items():
+        total.update(name.encode() + b"\0" + digest)
+    return total.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters and buffers by name, in the order of the names."""
+    # By name alone: tied tensors may come under equal ones.
+    for name, tensor in sorted(
+        (*model.named_parameters(), *model.named_buffers()), key=lambda item: item[0]
+    ):
+        # Rounded by the device, and some models change them while they run: the field `rotary`.
+        if "inv_freq" not in name:
+            yield name, tensor
+
+
+def _sampled_weights(model: nn.Module) -> str:
     """Return the SHA-256 of names, shapes and samples of all parameters and buffers."""
     digest, samples = hashlib.sha256(), []
-    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
-        # It follows from the config, and some models change it while they run.
-        if "inv_freq" in name:
-            continue
+    for name, tensor in _tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         samples.append(_sample(tensor.detach()))
-    digest.update(torch.cat(_to_cpu(samples)).numpy().tobytes())
+    digest.update(torch.cat(to_cpu(samples)).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _to_cpu(samples: list[Tensor]) -> list[Tensor]:
-    """Copy small tensors to the CPU in one transfer per device, keeping their order."""
-    on_cpu: dict[int, Tensor] = {}
-    for device in {sample.device for sample in samples}:
-        indices = [index for index, sample in enumerate(samples) if sample.device == device]
-        joined = torch.cat([samples[index] for index in indices]).cpu()
-        parts = joined.split([samples[index].numel() for index in indices])
-        on_cpu |= dict(zip(indices, parts, strict=True))
-    return [on_cpu[index] for index in range(len(samples))]
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ rotary module replaces the original, during our own forwards only.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,9 +35,14 @@ def _depends_on_length(rope_type: str) -> bool:
     return any(name in rope_type for name in _LENGTH_DEPENDENT)
 
 
+def is_length_dependent(module: nn.Module) -> bool:
+    """Return True for a rotary module whose frequencies depend on the length of a forward."""
+    return any(_depends_on_length(rope_type) for rope_type in _types(module).values())
+
+
 def length_dependent(decoder: nn.Module) -> list[nn.Module]:
     """Return the rotary modules whose frequencies depend on the length of a forward."""
-    return [m for m in decoder.modules() if any(_depends_on_length(t) for t in _types(m).values())]
+    return [module for module in decoder.modules() if is_length_dependent(module)]
 
 
 def _pinned_copy(module: Any, length: int) -> Any:
@@ -195,12 +201,40 @@ def check_built_from_config(decoder: nn.Module) -> None:
             )
 
 
+def edited_frequencies(decoder: nn.Module) -> str | None:
+    """Return a checksum of frequencies that are not those of the config; None if all are.
+
+    Those that depend on the length are computed from the config, whatever the buffers hold.
+    """
+    digest, is_edited = hashlib.sha256(), False
+    for module in decoder.modules():
+        types, config = _types(module), getattr(module, "config", None)
+        fresh = _built_from(module, config) if types and config is not None else None
+        if fresh is None:
+            continue
+        for layer_type, rope_type in types.items():
+            name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
+            if _depends_on_length(rope_type) or _is_close(module, fresh, name):
+                continue
+            is_edited = True
+            # Devices round differently.
+            rounded = getattr(module, name).detach().to(torch.bfloat16).view(torch.int16)
+            digest.update(rounded.cpu().numpy().tobytes())
+    return digest.hexdigest() if is_edited else None
+
+
+def _built_from(module: Any, config: Any) -> Any:
+    """Make a rotary module of a config; None if its constructor takes more, or refuses it."""
+    try:
+        return type(module)(config=copy.deepcopy(config))
+    except Exception:
+        return None
+
+
 def _is_built_from(module: Any, types: dict[str | None, str], config: Any) -> bool:
     """Compare a rotary module with a new one of its config."""
-    try:
-        fresh = type(module)(config=copy.deepcopy(config))
-    except Exception:
-        # A constructor of another form, or settings that no module can be made from.
+    fresh = _built_from(module, config)
+    if fresh is None:
         stated = {type_of(parameters) for parameters in rope_parameters(config)}
         return set(types.values()) <= stated
     if _types(fresh) != types:
@@ -213,16 +247,18 @@ def _is_built_from(module: Any, types: dict[str | None, str], config: Any) -> bo
             if _depends_on_length(rope_type):
                 continue
             name = f"{prefix}inv_freq"
-        own, new = (getattr(each, name, None) for each in (module, fresh))
-        if not isinstance(own, Tensor) or not isinstance(new, Tensor) or own.is_meta or new.is_meta:
-            continue
         factors = [getattr(each, f"{prefix}attention_scaling", 1.0) for each in (module, fresh)]
-        if own.shape != new.shape or not _is_close(own, new) or not math.isclose(*factors):
+        if not _is_close(module, fresh, name) or not math.isclose(*factors):
             return False
     return True
 
 
-def _is_close(own: Tensor, new: Tensor) -> bool:
-    """Return True for frequencies that are equal up to the rounding of devices and precisions."""
+def _is_close(module: Any, fresh: Any, name: str) -> bool:
+    """Return True if frequencies are equal up to the rounding of devices and precisions."""
+    own, new = (getattr(each, name, None) for each in (module, fresh))
+    if not isinstance(own, Tensor) or not isinstance(new, Tensor) or own.is_meta or new.is_meta:
+        return True
     tolerance = max(1e-4, 4 * torch.finfo(own.dtype).eps)
-    return torch.allclose(own.float().cpu(), new.float().cpu(), rtol=tolerance, atol=0)
+    return own.shape == new.shape and torch.allclose(
+        own.detach().float().cpu(), new.detach().float().cpu(), rtol=tolerance, atol=0
+    )
