@@ -18,7 +18,6 @@ from star_attention.planning.plan import (
     ANCHOR_SOURCES,
     RING_LAYOUTS,
     BlockPlan,
-    counted,
     format_size,
     parse_size,
     resolve_sizes,
@@ -49,9 +48,6 @@ RESERVE_TOKENS = 1024
 """Tokens reserved for query and answer where rotary frequencies depend on the total length.
 
 LongRoPE and dynamic NTK scaling do."""
-
-SMALL_BLOCK = 64
-"""Blocks of fewer tokens are warned of."""
 
 TOKENS_PER_FORWARD = 8192
 TOKENS_PER_FORWARD_GPU = 16384
@@ -375,17 +371,6 @@ class StarConfig:
     def kv_settings(self) -> dict[str, Any]:
         """The settings that say how keys and values are stored: the fields `KV_SETTINGS`."""
         return {name: getattr(self, name) for name in KV_SETTINGS}
-
-    @property
-    def small_blocks(self) -> str:
-        """A warning if blocks have so few tokens that a number of blocks may be meant, or ""."""
-        size = self.block_size
-        if self.method != StarConfig.method or size is None or size >= SMALL_BLOCK:
-            return ""
-        return (
-            f"block_size {size} makes blocks of {counted(size, 'token')}, not {size} blocks, in"
-            " which a text loses its sense; give a size such as 4k, or leave it out"
-        )
 
     def forward_size(self, device_type: str) -> int:
         """Return the maximum context tokens in one forward on a device type ("cpu", "cuda")."""

@@ -29,7 +29,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import fingerprint, identity, tensor_parallel
 from star_attention.methods import Method
-from star_attention.planning.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan, small_blocks
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.transient import Transient
 
@@ -133,9 +133,10 @@ class Runtime(Transient):
 
     def _warn_of_small_blocks(self) -> None:
         """Warn of blocks of a few tokens, once for all engines over the same model."""
-        if self.config.small_blocks and "small blocks" not in self._warned:
+        warning = small_blocks(self.config.block_size) if self.method.shares_anchor else ""
+        if warning and "small blocks" not in self._warned:
             self._warned.add("small blocks")
-            warnings.warn(self.config.small_blocks, stacklevel=4)
+            warnings.warn(warning, stacklevel=4)
 
     # ------------------------------------------------------------------------------ sizes
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from star_attention import StarConfig, StarLLM
+from star_attention import StarLLM
 from star_attention.cli import app
 from tests.engines import bundled_tokenizer, text_model
 from tests.evals_cli import SHORT, save_model
@@ -23,15 +24,19 @@ def test_small_blocks_are_warned_of(size: int | str) -> None:
         StarLLM(text_model(), bundled_tokenizer(), block_size=size)
 
 
-def test_blocks_of_a_usual_size_are_not_warned_of() -> None:
-    for config in (
-        StarConfig(),
-        StarConfig(block_size=64),
-        StarConfig(block_size="4k"),
-        StarConfig(block_size=4, method="streaming_llm"),
-        StarConfig(method="dense"),
-    ):
-        assert config.small_blocks == ""
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"block_size": 64},
+        {"block_size": "4k"},
+        {"method": "streaming_llm", "block_size": 8},
+        {"method": "dense"},
+    ],
+)
+def test_other_settings_are_not_warned_of(settings: dict[str, Any]) -> None:
+    StarLLM(text_model(), bundled_tokenizer(), **settings)
 
 
 def test_engines_over_the_same_model_warn_once() -> None:

@@ -17,7 +17,7 @@ from star_attention.cli.sizes import QUARTER
 from star_attention.cli.streams import say
 from star_attention.config import StarConfig
 from star_attention.errors import quote
-from star_attention.planning.plan import BlockPlan, parse_size
+from star_attention.planning.plan import BlockPlan, parse_size, small_blocks
 
 _ESTIMATE_SETTINGS = ("block_size", "tokens_per_forward", "kv_dtype", "anchor_source")
 """Settings that `plan --hardware` takes. It shows both anchor sources, whatever the option says."""
@@ -89,8 +89,8 @@ def plan(
         return
     _check_plan_options(context, settings, ranks, deprecated)
     config = StarConfig.of(**settings)
-    if config.small_blocks:
-        warnings.warn(config.small_blocks, stacklevel=2)
+    if small_blocks(config.block_size):
+        warnings.warn(small_blocks(config.block_size), stacklevel=2)
     blocks = config.plan(parse_size(context, "context"), int(ranks))
     check_path(shape)
 

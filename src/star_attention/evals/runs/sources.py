@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from star_attention.errors import ContextLengthError, InvalidInputError, SizeError
 from star_attention.evals import suites
 from star_attention.evals.formats import files as formats
-from star_attention.evals.runs.prompts import chat_tokens
 from star_attention.evals.runs.settings import FILES, RunSettings
 from star_attention.evals.runs.variants import Variant
 from star_attention.evals.samples.sample import Sample
@@ -176,7 +175,8 @@ class SuiteSource:
         Raises:
             SizeError: If a named task, or all tasks, do not fit into a length.
         """
-        # Imports torch, which a command line does not need to be checked.
+        # They import torch, which a command line does not need to be checked.
+        from star_attention.evals.runs.prompts import chat_tokens
         from star_attention.evals.suites.parallel import generate_cells
 
         tasks = self._task_names()

@@ -8,7 +8,6 @@ from typing import Any
 
 from star_attention.errors import SizeError
 from star_attention.evals.samples.sample import Sample
-from star_attention.hf.text.tokens import context_ids, query_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,9 @@ class Size:
 
     def tokens(self, sample: Sample) -> int:
         """Return the tokens that a sample takes, including the reserve."""
+        # Imports torch, which reading data sets does not need.
+        from star_attention.hf.text.tokens import context_ids, query_ids
+
         query = sample.query + sample.answer_prefix
         return (
             len(context_ids(self.tokenizer, sample.context))

@@ -22,7 +22,6 @@ from star_attention.evals.samples.sizing import Size
 from star_attention.evals.samples.sources import prose
 from star_attention.evals.suites.babilong.prompts import Frame, read_frame
 from star_attention.evals.suites.babilong.stories import ACTORS, FACTS, Story, story
-from star_attention.hf.text.tokens import query_ids
 
 MAX_NEW_TOKENS = 20
 FACTS_SHARE = 8
@@ -79,6 +78,9 @@ def _generate(
 
 def _fitting_story(task: str, size: Size, name: str) -> Story:
     least, most = FACTS[task]
+    # Imports torch, which reading data sets does not need.
+    from star_attention.hf.text.tokens import query_ids
+
     room = size.length // FACTS_SHARE
     for facts in range(random.Random(f"babilong {name}").randint(least, most), least - 1, -1):
         tale = story(task, facts, random.Random(f"babilong {name} {facts}"))
