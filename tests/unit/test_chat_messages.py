@@ -241,6 +241,37 @@ def test_a_query_that_moves_the_system_text_is_refused() -> None:
     assert cut_prompt(tokenizer, whole[:3], "q2") == whole_prompt(tokenizer, whole)
 
 
+def test_a_document_after_the_question_is_refused() -> None:
+    """Forbids a context without its text."""
+    late = "{% for m in messages | reverse %}{{ m.content }}\n{% endfor %}"
+    with pytest.raises(
+        InvalidInputError, match=r"writes message 1 \(role 'user'\) after the query"
+    ):
+        open_context(tokenizer_with(late), [user("the cat"), assistant("ok")])
+
+
+def test_a_system_text_after_the_question() -> None:
+    late = "{% for m in messages | reverse %}{{ m.content }}\n{% endfor %}"
+    tokenizer = tokenizer_with(late)
+    assert (
+        cut_prompt(tokenizer, [system("Brief."), user("the cat ")], "sat")
+        == "the cat sat\nBrief.\n"
+    )
+
+
+def test_a_clock_that_moves_between_two_renderings() -> None:
+    """Forbids a context that ends where two renderings have different times."""
+    ticks = iter(range(1000))
+    tokenizer = tokenizer_with(TEMPLATES["phi3"])
+    apply = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *args, **kwargs: (
+        f"{int(next(ticks) / 20.5)} {apply(*args, **kwargs)}"
+    )
+    for _ in range(20):
+        opened = open_context(tokenizer, [user("the cat ")])
+        assert opened.head.endswith("<|user|>\nthe cat ")
+
+
 def test_tools_that_move_with_the_question() -> None:
     """Forbids a context of nothing, for a template that writes tools before the last question."""
     tokenizer = tokenizer_with(TEMPLATES["mistral_v3"])

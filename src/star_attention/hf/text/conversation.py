@@ -1,0 +1,115 @@
+"""The encoded messages of a chat, and the conversations that queries make of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from star_attention.errors import InvalidInputError, TokenError, quote
+from star_attention.hf.text.messages import Message, normalized, parts, texts
+from star_attention.hf.text.rendered import RenderedText
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatContext:
+    """The encoded messages of a chat, and how a query continues them.
+
+    Attributes:
+        messages: the encoded messages; the last one is a user message if `open`.
+        open: True if the query continues the last user message.
+        parts: True if that message's content is a list of parts, to which a query adds another: as
+            the user gave it, or because the template puts control tokens between parts. Otherwise
+            document and query are one string.
+        question: the last part of a user message with several; the query if none is given.
+        head: the rendered context.
+        literal: spans of the head that users wrote, as in `RenderedText`.
+        template_kwargs: what the template reads beside the messages.
+    """
+
+    messages: list[Message]
+    open: bool
+    parts: bool
+    question: str | None
+    head: str
+    literal: list[list[int]] = field(default_factory=list)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> ChatContext:
+        """Return the chat of a saved context."""
+        chat = cls(**state)
+        last = chat.messages[-1]
+        if chat.parts and chat.open and isinstance(last.get("content"), str):
+            # Saved when a string became a part wherever a template took parts.
+            content = {"content": parts(last["content"])}
+            chat = replace(chat, messages=[*chat.messages[:-1], {**last, **content}])
+        return chat
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values, as saved contexts store them."""
+        return asdict(self)
+
+    @property
+    def rendered(self) -> RenderedText:
+        """The rendered context, with what users wrote in it."""
+        return RenderedText(self.head, tuple((start, end) for start, end in self.literal))
+
+
+def query_messages(chat: ChatContext, query: str | list[Any] | None) -> list[Message]:
+    """Return the messages of a query: none for the answer to a tool's result."""
+    if query is None:
+        if chat.question is None and chat.messages[-1]["role"] == "tool":
+            return []
+        if chat.question is None:
+            raise InvalidInputError(
+                "no query: this chat context has no question of its own; give one"
+            )
+        query = chat.question
+    more = [{"role": "user", "content": query}] if isinstance(query, str) else normalized(query)
+    first, last = more[0], more[-1]
+    if first["role"] == "assistant" or (chat.open and first["role"] != "user"):
+        raise InvalidInputError(
+            f"a query must begin with a user message, not with role {quote(first['role'])}; give"
+            " the start of an answer as answer_prefix"
+        )
+    if all(m["role"] == "user" and not "".join(texts(m)).strip() for m in more):
+        raise TokenError("the query is empty, or white space; give at least 1 token")
+    if last["role"] == "assistant" and (last.get("tool_calls") or not "".join(texts(last)).strip()):
+        raise InvalidInputError(
+            "the query ends in a message of the assistant that the answer cannot continue, because"
+            " it has no text or calls tools; leave it out, or give the tool's result after it"
+        )
+    if chat.open and len(texts(first)) > 1 and texts(first)[:-1] == texts(chat.messages[-1]):
+        # The encoded message, repeated with a question: only the question is new.
+        first["content"] = texts(first)[-1]
+    return more
+
+
+def joined(chat: ChatContext, more: list[Message]) -> list[Message]:
+    """Return the whole conversation: the first user message of a query continues an open one."""
+    if not chat.open:
+        return [*chat.messages, *more]
+    first, *others = more
+    last = chat.messages[-1]
+    content = _joined_content(last["content"], first["content"])
+    return [*chat.messages[:-1], {**first, **last, "content": content}, *others]
+
+
+def _joined_content(document: Any, query: Any) -> Any:
+    """Return the content of a message: one string, or parts if the user gave parts."""
+    if isinstance(document, list):
+        return [*document, *parts(query)]
+    if isinstance(query, list) and len(query) > 1:
+        return [*parts(document), *query]
+    return document + (query if isinstance(query, str) else query[0]["text"])
+
+
+def longer(chat: ChatContext, more: str) -> ChatContext:
+    """Return a chat with a longer last message, and the head of the shorter one."""
+    last = chat.messages[-1]
+    content = last["content"]
+    if isinstance(content, str):
+        content += more
+    else:
+        content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + more}]
+    return replace(chat, messages=[*chat.messages[:-1], {**last, "content": content}])
