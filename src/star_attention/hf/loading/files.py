@@ -264,7 +264,11 @@ def _gguf(folder: Path, name: str, location: dict[str, Any], adapter: str | None
             " `llama-gguf-split --merge`, and give the result"
         )
     need_packages(["gguf", "accelerate"], f"{path} is a GGUF file")
-    return ModelFiles(path=str(folder), location=location | {"gguf_file": name}, adapter=adapter)
+    # transformers looks for a GGUF file's tokenizer in the folder itself.
+    location = {name: value for name, value in location.items() if name != "subfolder"}
+    return ModelFiles(
+        path=str(path.parent), location=location | {"gguf_file": path.name}, adapter=adapter
+    )
 
 
 # ----------------------------------------------------------------------------------------- adapters
