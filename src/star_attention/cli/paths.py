@@ -18,10 +18,10 @@ def check_save_path(path: str | None) -> None:
     """
     if path is None:
         return
-    from star_attention.storage import writing
+    from star_attention.storage import header
 
     target = Path(path)
-    writing.check_target(target, as_folder=rank_and_size()[1] > 1)
+    header.check_target(target, as_folder=rank_and_size()[1] > 1)
     try:
         with tempfile.NamedTemporaryFile(
             prefix=f".{target.name[:32]}.", suffix=".part", dir=target.parent

@@ -97,7 +97,7 @@ def kind_error(source: str, kind: FileKind) -> TextError:
 
 def not_utf8(data: bytes, source: str) -> TextError:
     """Return the error for a text in another encoding, with what to do."""
-    from star_attention.storage.reading import is_saved_header
+    from star_attention.storage.header import is_saved_header
 
     if is_saved_header(data):
         return saved_context_error(source)

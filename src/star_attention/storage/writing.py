@@ -17,16 +17,14 @@ from torch import Tensor
 from star_attention.distributed import Comm
 from star_attention.errors import ContextSaveError, quote, quote_path
 from star_attention.planning.segments import Segments
-from star_attention.storage.reading import (
+from star_attention.storage.header import (
     FORMAT_VERSION,
     INDEX,
     METADATA_KEY,
-    SavedFile,
-    checksum,
-    is_saved,
+    check_target,
     text_checksum,
-    tilde_remedy,
 )
+from star_attention.storage.reading import SavedFile, checksum
 
 
 def as_path(path: Any) -> Path:
@@ -42,37 +40,6 @@ def as_path(path: Any) -> Path:
             f"cannot save the context to {quote(path)}: expected a str or Path, got"
             f" {type(path).__name__}"
         ) from None
-
-
-def check_target(target: Path, *, as_folder: bool) -> None:
-    """Check that a context may be saved to `target`.
-
-    Args:
-        target: the file or folder to write.
-        as_folder: True if several ranks save a folder, False if one process saves a file.
-
-    Raises:
-        ContextSaveError: `target` is a folder or another kind of file, or its parent is missing.
-    """
-    is_shared = target.is_dir() and (target / INDEX).is_file()
-    problem = ""
-    if is_shared and not as_folder:
-        problem = (
-            "it is a folder that several ranks saved, and one process saves a file; choose another"
-            " name, or remove it first"
-        )
-    elif target.is_dir() and not is_shared:
-        problem = "it is a folder; give the name of a file"
-    elif os.path.exists(target) and not is_saved(target):
-        problem = (
-            "it is a file of another kind, which would be lost; choose another name, or remove it"
-            " first"
-        )
-    elif not target.parent.is_dir():
-        remedy = tilde_remedy(target) or "create it first"
-        problem = f"the folder {quote_path(target.parent)} does not exist; {remedy}"
-    if problem:
-        raise ContextSaveError(f"cannot save the context to {quote_path(target)}: {problem}")
 
 
 def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]) -> None:

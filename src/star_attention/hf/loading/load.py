@@ -195,7 +195,8 @@ def load(
     # Before the weights: it is quick, and may be broken.
     tokenizer = _load_tokenizer(model_files)
     options = {"dtype": name if name == "auto" else getattr(torch, name)}
-    options |= model_kwargs | _without_remote_code(model_files)
+    options |= {name: value for name, value in model_kwargs.items() if name not in files.LOCATION}
+    options |= _without_remote_code(model_files)
     is_replaced = _replace_attention(config)
     if is_replaced or rotary or rope_scaling.may_be_renamed(config):
         # The file says otherwise.
