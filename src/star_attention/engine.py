@@ -24,7 +24,7 @@ from star_attention.generation import start as starts
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
-from star_attention.hf.loading.pretrained import load_pretrained
+from star_attention.hf.loading.pretrained import load_pretrained, source_of
 from star_attention.hf.progress import Progress
 from star_attention.inputs import Content, Contents, Prepared, TextOrIds
 from star_attention.runtime import Runtime, RuntimeView
@@ -124,6 +124,8 @@ class StarLLM(RuntimeView):
         check_keywords(list(settings), known=[name for name in parameters if name != "settings"])
         comm = from_environment(comm)
         files, config_settings = split_settings(dict(settings))
+        location = {name: value for name, value in files.items() if name != "adapter"}
+        model_kwargs = (model_kwargs or {}) | location
         resolved: list[StarConfig] = []
         failure: Exception | None = None
         try:
@@ -138,10 +140,12 @@ class StarLLM(RuntimeView):
             tensor_parallel=tensor_parallel,
             dtype=str(dtype),
             device=device,
-            adapter=files.pop("adapter", None),
-            model_kwargs=(model_kwargs or {}) | files,
+            adapter=files.get("adapter"),
+            model_kwargs=model_kwargs,
         )
-        return cls(model, tokenizer, config=resolved[0], compile=compile, comm=comm)
+        engine = cls(model, tokenizer, config=resolved[0], compile=compile, comm=comm)
+        engine.runtime.source = source_of(path, files.get("adapter"), model_kwargs)
+        return engine
 
     def with_config(self, **changes: Unpack[StarSettings]) -> StarLLM:
         """Return an engine over the same model and ranks with other settings.

@@ -42,7 +42,10 @@ class Runtime(Transient):
         tokenizer: its tokenizer, or None.
         config: the settings.
         comm: the ranks that share the work.
+        source: how the model was named to `StarLLM.from_pretrained`; None if it was not.
     """
+
+    source: dict[str, Any] | None = None
 
     _instead_of_pickling = "load the model there with StarLLM.from_pretrained"
     _instead_of_deepcopy = "share it, or take one with other settings from with_config()"

@@ -156,8 +156,8 @@ def test_saved_contexts_that_cannot_be_used(texts: Path, tmp_path: Path) -> None
         "ask", "-m", BUNDLED, "--dtype", "bfloat16", texts / "book.star", "--query", QUESTION
     )
     assert (
-        "it differs in dtype: torch.float32 in the context, torch.bfloat16 in this model;"
-        " load the model in float32 (dtype=, or --dtype)" in line
+        "it differs in dtype: float32 in the context, bfloat16 as asked for; leave out --dtype, or"
+        " encode the context again" in line
     )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from star_attention import StarLLM
 from tests.command_line import NEEDLE, QUESTION, failed, ok
-from tests.engines import BUNDLED
+from tests.engines import BUNDLED, bundled_model, bundled_tokenizer
 from tests.unit.test_import import RUN_MODULE, in_new_process
 
 NOWHERE = ("/nowhere/model", "models/needle-17n", "./none", "nobody/nothing", "x.gguf")
@@ -71,3 +72,72 @@ def test_arguments_that_are_not_json(value: str, texts: Path) -> None:
     )
     assert line.startswith(f"error: --model-kwargs {value!r} is not a JSON object")
     assert line.endswith("""write it like '{"device_map": "auto"}'""")
+
+
+# ------------------------------------------------------------------------------------- ask
+
+
+ASK = ["--query", QUESTION, "--max-new-tokens", "24"]
+
+
+@pytest.fixture
+def saved(texts: Path) -> Path:
+    return texts / "book.star"
+
+
+def test_a_saved_context_knows_its_model(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the working folder, and whatever the default model."""
+    expected = ok("ask", saved, "-m", BUNDLED, *ASK).out
+    assert "4910508" in expected
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STAR_ATTENTION_MODEL", "/nowhere")
+    assert ok("ask", saved, *ASK).out == expected
+
+
+def test_a_saved_context_of_a_model_that_has_moved(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(BUNDLED)
+    (tmp_path / "book.txt").write_text(NEEDLE)
+    context = tmp_path / "book.star"
+    model = ["-m", tmp_path / "model", "--dtype", "float32", "--chat"]
+    ok("encode", *model, tmp_path / "book.txt", "-o", context)
+    (tmp_path / "model").unlink()
+    line = failed("ask", context, *ASK)
+    assert f"{context} was encoded with the model {tmp_path / 'model'}, which cannot be" in line
+    assert line.endswith("; if it is elsewhere now, give it with -m")
+    assert "4910508" in ok("ask", context, "-m", BUNDLED, *ASK).out
+
+
+def test_a_context_of_a_model_that_was_loaded_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    star = StarLLM(bundled_model(), bundled_tokenizer())
+    star.encode(NEEDLE).save(tmp_path / "book.star")
+    command = ["ask", tmp_path / "book.star", "--query", "<|q|>What?<|a|>"]
+    message = f"error: {tmp_path / 'book.star'} does not name its model; give it with -m"
+    assert failed(*command) == message
+    monkeypatch.setenv("STAR_ATTENTION_MODEL", str(BUNDLED))
+    ok(*command)
+
+
+def test_another_model_is_refused_before_torch_is_imported(saved: Path, tmp_path: Path) -> None:
+    config = json.loads((BUNDLED / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    command = ["ask", saved, "-m", tmp_path, *ASK]
+    layers = config["num_hidden_layers"]
+    message = f"it differs in config.num_hidden_layers: {layers} in the context, 3 in this model"
+    assert message in failed(*command)
+    seen = in_new_process(RUN_MODULE.format(arguments=[str(part) for part in command]))
+    assert seen["status"] == 1
+    assert not seen["torch"]
+    line = failed("ask", saved, "--dtype", "bfloat16", *ASK)
+    assert "it differs in dtype: float32 in the context, bfloat16 as asked for" in line
+
+
+def test_the_default_model(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAR_ATTENTION_MODEL", str(BUNDLED))
+    command = ["generate", texts / "book.txt", "--chat", "--dtype", "float32", *ASK]
+    assert "4910508" in ok(*command).out
+    assert ok("plan", "--context", "4k").out
+    assert "there is no model folder /nowhere" in failed(*command, "-m", "/nowhere")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.model_options import SavedModelOptions
 from star_attention.cli.options import AnswerOptions, Quiet, TemplateKwargs
 from star_attention.cli.progress import Status
 from star_attention.cli.streams import say
@@ -27,7 +27,7 @@ def ask(
             metavar="FILE", help="An encoded text, saved by `encode`.", show_default=False
         ),
     ],
-    model: ModelOptions,
+    model: SavedModelOptions,
     answer: AnswerOptions,
     chat_template_kwargs: TemplateKwargs = None,
     quiet: Quiet = False,
@@ -35,10 +35,10 @@ def ask(
     """Answer queries about a text saved by `encode`.
 
     Without a query, on a terminal, it prompts for queries; an empty line or Ctrl-D ends. Sizes and
-    method come from the file, and so does the precision with --dtype auto. The model must be the
-    one that encoded the text.
+    method come from the file, and so do the precision with --dtype auto, and the model without -m.
+    Another model than the one that encoded the text is refused.
 
-    Example: star-attention ask -m models/needle-17m book.star
+    Example: star-attention ask book.star
     --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session

@@ -14,6 +14,9 @@ from star_attention.cli.options import option, without_none
 from star_attention.config import STALL_S
 from star_attention.errors import InvalidInputError, quote
 
+MODEL_VARIABLE = "STAR_ATTENTION_MODEL"
+"""Environment variable with the default of --model."""
+
 Model = Annotated[
     str,
     option(
@@ -22,6 +25,7 @@ Model = Annotated[
         "-m",
         panel="Model",
         metavar="MODEL",
+        envvar=MODEL_VARIABLE,
     ),
 ]
 Dtype = Annotated[
@@ -171,6 +175,23 @@ class ModelOptions:
         """
         kwargs = _json_object(self.model_kwargs, "--model-kwargs") | self.location.kwargs()
         return kwargs | without_none(rope_scaling=self.rope_scaling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModelOptions(ModelOptions):
+    """The model of a saved context, which the file names."""
+
+    model: Annotated[
+        str,
+        option(
+            "The model that encoded the text; by default the one that the file names.",
+            "--model",
+            "-m",
+            panel="Model",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = ""
 
 
 def _json_object(text: str | None, name: str) -> dict[str, Any]:

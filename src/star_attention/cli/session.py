@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.chat import messages, template_kwargs
 from star_attention.cli.formatting import format_bytes
-from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.model_options import ModelOptions, SavedModelOptions
 from star_attention.cli.options import ContextOptions
 from star_attention.cli.progress import SizeNote, Status
 from star_attention.config import KV_DTYPES, StarConfig, check_device, check_dtype
@@ -136,20 +135,28 @@ def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> St
     return star
 
 
-def load_saved(model: ModelOptions, path: str, status: Status) -> tuple[StarLLM, EncodedContext]:
+def load_saved(
+    model: SavedModelOptions, path: str, status: Status
+) -> tuple[StarLLM, EncodedContext]:
     """Load a saved context and its model.
 
-    The method is the file's, and so is the precision with `--dtype auto`.
+    The method is the file's, and so are the precision with `--dtype auto`, and the model without
+    `--model`.
+
+    Raises:
+        ContextMismatchError: If the options ask for another precision or architecture.
+        InvalidInputError: If neither the file nor the options name a model.
     """
     check_dtype(model.dtype)
     check_device(model.device)
 
-    from star_attention.storage.reading import SavedContext
+    from star_attention.cli.saved_model import check_fits, named_by
+    from star_attention.storage.header import read_header
 
-    # Refuses other files before the model is loaded.
-    header = SavedContext(path).header
-    if model.dtype == "auto":
-        model = replace(model, dtype=header["identity"]["dtype"].removeprefix("torch."))
+    # Refuses other files, and other models, before torch is imported.
+    header = read_header(path)
+    model = named_by(header, path, model)
+    check_fits(header, path, model)
     star = load_with_tokenizer(model, status, method=header["method"])
     return star, star.load_context(path)
 

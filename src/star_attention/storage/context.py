@@ -76,6 +76,8 @@ class EncodedContext(Transient):
             its beginning too.
         peak_bytes: peak device memory of phase 1 on this rank; None if it is not measured (CPU).
         stats: the statistics of every context-parallel rank.
+        source: how the model was named to `StarLLM.from_pretrained`, for `star-attention ask`; None
+            if it was loaded elsewhere.
         model: weak reference to the model that encoded the context.
         model_state: fingerprint of that model's weights and adapters at the time.
         comm: the communicator of the ranks that hold the context.
@@ -95,6 +97,7 @@ class EncodedContext(Transient):
     encode_s: float = 0.0
     peak_bytes: int | None = None
     stats: tuple[RankStats, ...] = ()
+    source: dict[str, Any] | None = field(default=None, repr=False)
     model: weakref.ref[Any] | None = field(default=None, repr=False)
     model_state: tuple[Any, ...] = field(default=(), repr=False)
     comm: Comm = field(default_factory=SoloComm, repr=False)
@@ -197,6 +200,8 @@ class EncodedContext(Transient):
             "expands": [layer.expands for layer in self.kv.layers],
             "identity": self.identity,
         }
+        if self.source is not None:
+            header["source"] = self.source
         if self.comm.size == 1:
             writing.write(path, header | {"segments": self.kv.segments}, self._tensors())
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,32 @@ def load_pretrained(
     with comm.collective("loading the model"):
         comm.raise_if_any_failed(failure)
     return loaded[0]
+
+
+_KEPT = ("subfolder", "revision", "gguf_file", "rope_scaling")
+"""Arguments that a saved context keeps. Leave to run a model's own code is never kept."""
+
+
+def source_of(
+    path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
+    model_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return how a model was named, as JSON values that also hold in another working folder.
+
+    Args:
+        path, adapter, model_kwargs: as for `load_pretrained`.
+    """
+    source: dict[str, Any] = {"model": _absolute(path)}
+    if adapter is not None:
+        source["adapter"] = _absolute(adapter)
+    kept = {name: model_kwargs[name] for name in _KEPT if model_kwargs.get(name) is not None}
+    return source | {"model_kwargs": json.loads(json.dumps(kept, default=str))}
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path of what is here, and a hub id as it is."""
+    return os.path.abspath(path) if os.path.exists(path) else os.fspath(path)
 
 
 def _check_divides(tensor_parallel: Any, size: int) -> int:
