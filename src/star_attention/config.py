@@ -7,7 +7,6 @@ The command line builds its options from the fields of `StarConfig`: a new setti
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -61,13 +60,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 STALL_S = 60.0
 """Seconds without a heartbeat before a rank is considered dead."""
-
-
-_LOADING_INSTEAD = {
-    "torch_dtype": "use dtype=",
-    "tokenizer": "it is loaded with the model; to use another, set the engine's tokenizer",
-    "device_map": "use device=, or to spread the layers model_kwargs={'device_map': 'auto'}",
-}
 
 
 def check_dtype(dtype: Any) -> str:
@@ -133,52 +125,6 @@ class StarSettings(TypedDict, total=False):
     kv_dtype: str | None
     kv_device: str | None
     allow_special_tokens: bool | None
-
-
-class PretrainedSettings(StarSettings, total=False):
-    """The keywords of `StarLLM.from_pretrained` that say which files a model is made of.
-
-    adapter: folder or hub id of a PEFT adapter to load around the model.
-    gguf_file: name of a GGUF file in the folder or repository.
-    subfolder: folder inside `path` that holds the model.
-    revision: branch, tag or commit of a hub id.
-    trust_remote_code: run the code that comes with the model.
-    """
-
-    adapter: str | os.PathLike[str] | None
-    gguf_file: str | None
-    subfolder: str | None
-    revision: str | None
-    trust_remote_code: bool
-
-
-def check_keywords(names: Iterable[str], *, known: Iterable[str]) -> None:
-    """Check the keywords of `StarLLM.from_pretrained`.
-
-    Args:
-        names: the keywords of a call.
-        known: those that it takes besides the fields of `StarConfig` and the model's files.
-
-    Raises:
-        UnknownOptionError: for the first keyword that is none of them.
-    """
-    known = [*known, *StarSettings.__annotations__, *PretrainedSettings.__annotations__]
-    for name in names:
-        if name not in known:
-            raise unknown_option(
-                "from_pretrained()",
-                name,
-                known=known,
-                instead=_LOADING_INSTEAD,
-                otherwise=f"give arguments of transformers as model_kwargs={{{name!r}: ...}}",
-            )
-
-
-def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the keywords of `from_pretrained` about files, without None, and all others."""
-    names = PretrainedSettings.__annotations__.keys() - StarSettings.__annotations__.keys()
-    files = {name: settings[name] for name in names if settings.get(name) is not None}
-    return files, {name: value for name, value in settings.items() if name not in names}
 
 
 def _setting(

@@ -11,19 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from star_attention import encoding, inputs
-from star_attention.config import (
-    PretrainedSettings,
-    StarConfig,
-    StarSettings,
-    check_keywords,
-    split_settings,
-)
+from star_attention.config import StarConfig, StarSettings
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
 from star_attention.generation import start as starts
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
+from star_attention.hf.loading.keywords import PretrainedSettings, check_keywords, split_settings
 from star_attention.hf.loading.pretrained import load_pretrained, source_of
 from star_attention.hf.progress import Progress
 from star_attention.inputs import Content, Contents, Prepared, TextOrIds
