@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -27,6 +29,18 @@ def read_text(name: str) -> str:
             what it is).
     """
     return decode(_read_bytes(name), _source(name))
+
+
+def read_json(name: str) -> Any:
+    """Read a JSON file, or stdin for `-`.
+
+    Raises:
+        TextError: If it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(read_text(name))
+    except json.JSONDecodeError as error:
+        raise TextError(f"{_source(name)} is not JSON: {error}") from error
 
 
 def _source(name: str) -> str:

@@ -14,6 +14,7 @@ import typer
 
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.escapes import unescape
+from star_attention.cli.torchrun import is_rank_0
 from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
 from star_attention.planning.plan import parse_size
 
@@ -213,6 +214,15 @@ class AnswerOptions:
             panel="Output",
         ),
     ] = False
+    json_schema: Annotated[
+        str | None,
+        option(
+            "File with a JSON schema that the answer follows (needs the extra `json`).",
+            "--json-schema",
+            panel="Answer",
+            metavar="FILE",
+        ),
+    ] = None
     json: Json = False
     no_stream: Annotated[
         bool, option("Print each answer only when it is complete.", "--no-stream", panel="Output")
@@ -254,7 +264,16 @@ class AnswerOptions:
             num_beams=self.num_beams,
             repetition_penalty=self.repetition_penalty,
             logprobs=self.logprobs,
+            json_schema=self._schema(),
         )
+
+    def _schema(self) -> Any:
+        if self.json_schema is None:
+            return None
+        from star_attention.cli.inputs import read_json
+
+        # The other ranks' arguments do not count.
+        return read_json(self.json_schema) if is_rank_0() else {}
 
 
 def without_none(**options: Any) -> dict[str, Any]:

@@ -31,6 +31,8 @@ _INSTEAD = {
     "assistant_model": "drafts come from the text itself here: use prompt_lookup_num_tokens=10",
     "streamer": "use stream()",
     "max_tokens": "use max_new_tokens=",
+    "response_format": "use json_schema=",
+    "guided_json": "use json_schema=",
     "n": "use num_return_sequences= with do_sample=True",
     "best_of": "use num_return_sequences= with do_sample=True",
     "stop_token_ids": "use eos_token_id=, or stop= with the tokens' texts",

@@ -17,6 +17,7 @@ from star_attention.generation.arguments import (
     resolve_generation_kwargs,
     warn_of_penalties,
 )
+from star_attention.generation.json_answers import compile_schema
 from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
@@ -37,6 +38,7 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     stop: str | Sequence[str] | None
     skip_special_tokens: bool
+    json_schema: dict[str, Any] | type | None
     logprobs: int | None
     return_logits: bool
     answer_prefix: str
@@ -81,6 +83,8 @@ class GenerationSettings:
             model's own settings (`stop_strings`), which `[]` turns off.
         skip_special_tokens: leave special tokens out of the text, and keep a model's reasoning
             apart (`Generation.reasoning`); False keeps all as the model writes it.
+        json_schema: a JSON schema (dict) or a pydantic model, which the text of the answer follows
+            unless `max_new_tokens` cuts it (greedy search and sampling; the extra `json`).
         logprobs: record the log probability of each token, and this number of most likely tokens
             in its place (greedy search and sampling).
         return_logits: keep the unprocessed logits (greedy search and sampling).
@@ -97,6 +101,7 @@ class GenerationSettings:
     ignore_eos: bool = False
     stop: str | Sequence[str] | None = None
     skip_special_tokens: bool = True
+    json_schema: dict[str, Any] | type | None = None
     logprobs: int | None = None
     return_logits: bool = False
     answer_prefix: str = ""
@@ -124,6 +129,11 @@ class GenerationSettings:
             raise InvalidInputError(
                 f"answer_prefix {quote(self.answer_prefix)}: expected a str,"
                 f" got {type(self.answer_prefix).__name__}"
+            )
+        if not isinstance(self.skip_special_tokens, bool):
+            raise InvalidInputError(
+                f"skip_special_tokens {quote(self.skip_special_tokens)} does not work; give True or"
+                " False"
             )
         for name in ("logits_processor", "stopping_criteria"):
             value = getattr(self, name)
@@ -162,12 +172,18 @@ class GenerationSettings:
         if stops and tokenizer is None:
             raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
         stops += self._stops_of(handle.model, tokenizer)
+        grammar = None
+        if self.json_schema is not None:
+            grammar = compile_schema(
+                self.json_schema, tokenizer, handle.vocab_size, as_set(config.eos_token_id)
+            )
         return ResolvedSettings(
             arguments=self,
             stops=stops,
             config=config,
             generation_kwargs=generation_kwargs,
             uses_own_loop=uses_own_loop,
+            grammar=grammar,
         )
 
     def _stops_of(self, model: Any, tokenizer: Any) -> list[str]:
@@ -206,6 +222,11 @@ class GenerationSettings:
                 "guidance_scale needs extra forwards, which the other tensor-parallel ranks do not"
                 " follow; leave it out, or use tensor_parallel 1"
             )
+        if self.json_schema is not None and (not uses_own_loop or config.min_new_tokens):
+            raise InvalidInputError(
+                "json_schema works with greedy search and sampling, and decides the length itself;"
+                " leave out beams, prompt lookup and min_new_tokens"
+            )
         for name, wanted in (
             ("return_logits", self.return_logits),
             ("logprobs", count is not None),
@@ -228,6 +249,7 @@ class ResolvedSettings:
         generation_kwargs: arguments for transformers' `generate`; they override the model's
             defaults.
         uses_own_loop: True if phase 2 runs our decoding loop, False if it runs transformers' own.
+        grammar: the compiled `json_schema`, or None.
     """
 
     arguments: GenerationSettings
@@ -235,6 +257,7 @@ class ResolvedSettings:
     config: GenerationConfig
     generation_kwargs: dict[str, Any]
     uses_own_loop: bool
+    grammar: Any = None
 
     @property
     def max_new_tokens(self) -> int:

@@ -11,9 +11,11 @@ from transformers import LogitsProcessorList
 from star_attention import inputs, phase2
 from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
+from star_attention.generation.json_answers import JsonProcessor
 from star_attention.generation.known_tokens import known_tokens
 from star_attention.generation.run import Follower, FollowerRun, GenerationRun, Shape
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
+from star_attention.hf.text.answer import Reading
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
@@ -52,7 +54,7 @@ def start(
             settings.max_new_tokens,
             generation_kwargs=settings.generation_kwargs,
             seed=settings.arguments.seed,
-            logits_processor=_processors(runtime, settings),
+            logits_processor=_processors(runtime, settings, prepared.prompts),
             stopping_criteria=settings.arguments.stopping_criteria,
         )
         shape = Shape(
@@ -79,9 +81,17 @@ def start(
     return runs[0] if follower is None else FollowerRun(follower, shape)
 
 
-def _processors(runtime: Runtime, settings: ResolvedSettings) -> LogitsProcessorList | None:
+def _processors(
+    runtime: Runtime, settings: ResolvedSettings, prompts: list[list[int]]
+) -> LogitsProcessorList | None:
     """Return the user's logits processors, and ours after them."""
-    own = known_tokens(runtime.tokenizer, runtime.handle.vocab_size, settings.eos_ids)
+    own = [*known_tokens(runtime.tokenizer, runtime.handle.vocab_size, settings.eos_ids)]
+    if settings.grammar is not None:
+        reading = Reading(runtime.tokenizer, [], settings.answer_prefix)
+        readers = [
+            reading.reader(prompt) for prompt in prompts for _ in range(settings.answers_per_query)
+        ]
+        own.append(JsonProcessor(settings.grammar, readers))
     processors = settings.arguments.logits_processor
     return LogitsProcessorList([*(processors or []), *own]) if own else processors
 

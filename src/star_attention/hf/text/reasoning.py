@@ -99,7 +99,12 @@ class Thinking:
     @property
     def looks_for_tags(self) -> bool:
         """True while a tag would be one, and not a part of the answer."""
-        return self._starts or self._closing is not None
+        return self._starts or self.is_inside
+
+    @property
+    def is_inside(self) -> bool:
+        """True between an opening tag and its closing one."""
+        return self._closing is not None
 
     def push(self, piece: str) -> tuple[str, str]:
         """Add a piece, and return the reasoning and the answer that are now certain."""
@@ -171,6 +176,11 @@ class ReasoningReader:
     def reasoning(self) -> str | None:
         """The reasoning so far, without white space around it; None where there is none."""
         return "".join(self._reasoning).strip() or None
+
+    @property
+    def in_reasoning(self) -> bool:
+        """True while what comes is reasoning."""
+        return self._part == "reasoning" or self._thinking.is_inside
 
     def push(self, token: int) -> str:
         """Add a token, and return the text of the answer that is now certain."""

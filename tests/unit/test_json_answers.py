@@ -1,0 +1,180 @@
+"""Answers that follow a JSON schema."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_attention import EncodedContext, StarLLM
+from star_attention.errors import InvalidInputError, MissingPackageError, UnknownOptionError
+from star_attention.generation.json_answers import JsonProcessor, compile_schema
+from tests.command_line import MODEL, failed, ok
+from tests.talkers import CHATML, byte_level, say, talker
+
+pytest.importorskip("xgrammar")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"enum": ["otter", "cat"]},
+        "number": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "number"],
+}
+OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+MESSAGES = [{"role": "user", "content": "the cat sat on the mat\n"}]
+
+
+@pytest.fixture(scope="module")
+def star() -> StarLLM:
+    return talker(byte_level())
+
+
+@pytest.fixture(scope="module")
+def context(star: StarLLM) -> EncodedContext:
+    context: EncodedContext = star.encode("the cat sat on the mat")
+    return context
+
+
+def check(text: str) -> None:
+    value = json.loads(text)
+    assert value["name"] in ("otter", "cat")
+    assert 0 <= value["number"] <= 99
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(temperature=5.0, seed=3), dict(repetition_penalty=1.5), dict(top_k=3, seed=1)],
+    ids=["greedy", "hot", "penalty", "top_k"],
+)
+def test_an_answer_follows_the_schema(
+    star: StarLLM, context: EncodedContext, options: dict[str, Any]
+) -> None:
+    """A random model would never write JSON of itself."""
+    plain = star.generate(context, "what", max_new_tokens=60, **options)
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(plain.text)
+    reply = star.generate(context, "what", json_schema=SCHEMA, max_new_tokens=60, **options)
+    check(reply.text)
+    assert reply.finish_reason == "stop"
+    with star.stream(context, "what", json_schema=SCHEMA, max_new_tokens=60, **options) as stream:
+        assert "".join(stream) == reply.text
+
+
+def test_each_row_has_a_json_of_its_own(star: StarLLM, context: EncodedContext) -> None:
+    """Rows end one after another, in a batch and as several answers."""
+    options: dict[str, Any] = dict(json_schema=SCHEMA, max_new_tokens=60, temperature=3.0, seed=1)
+    batch = star.generate(context, ["what", "the secret", "a"], **options)
+    for query, reply in zip(["what", "the secret", "a"], batch, strict=True):
+        check(reply.text)
+        assert reply.text == star.generate(context, query, **options).text
+    several = star.generate(context, "what", num_return_sequences=6, **options)
+    for reply in several:
+        check(reply.text)
+    assert len({len(reply.token_ids) for reply in several}) > 1
+
+
+def test_a_pydantic_model_is_a_schema(star: StarLLM, context: EncodedContext) -> None:
+    pydantic = pytest.importorskip("pydantic")
+    number = pydantic.Field(ge=0, le=99)
+    model = pydantic.create_model("Answer", number=(int, number), ok=(bool, ...))
+    reply = star.generate(context, "what", json_schema=model, max_new_tokens=60)
+    assert 0 <= model.model_validate_json(reply.text).number <= 99
+
+
+def test_prepared_settings_can_be_used_again(star: StarLLM) -> None:
+    prepared = star.prepare("the cat", "what", json_schema=SCHEMA, max_new_tokens=60)
+    context = star.encode(prepared)
+    first, second = (star.generate(context, prepared).text for _ in range(2))
+    check(first)
+    assert first == second
+
+
+@pytest.mark.parametrize("plain", [("<think>", "</think>"), ()], ids=["tokens", "text"])
+def test_reasoning_that_the_prompt_opened_comes_first(plain: tuple[str, ...]) -> None:
+    star = talker(byte_level(plain=plain, chat=OPENED, eos="<|im_end|>"))
+    spoken = say(star.tokenizer, 'the cat</think>{"name": "otter", "number": 7}<|im_end|>')
+    reply = star.generate(star.encode(MESSAGES), "what", json_schema=SCHEMA, **spoken)
+    assert (reply.text, reply.reasoning) == ('{"name": "otter", "number": 7}', "the cat")
+
+
+def test_a_token_that_does_not_fit_is_refused(star: StarLLM, context: EncodedContext) -> None:
+    """Another processor may force what the grammar has excluded."""
+    grammar = compile_schema(SCHEMA, star.tokenizer, star.runtime.handle.vocab_size, {0})
+    spoken = say(star.tokenizer, "hello world")["logits_processor"]
+    processors = [JsonProcessor(grammar, [None]), *spoken]
+    with pytest.raises(InvalidInputError, match="does not continue the JSON"):
+        star.generate(context, "what", logits_processor=processors, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("{}", "expected a dict or a pydantic model, got str"),
+        (int, "expected a dict or a pydantic model, got type"),
+        ({"type": "nonsense"}, "json_schema cannot be followed: .*nonsense"),
+        ({"enum": [object()]}, "not JSON serializable"),
+    ],
+)
+def test_a_schema_that_cannot_work_is_refused(
+    star: StarLLM, context: EncodedContext, schema: Any, message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        star.generate(context, "what", json_schema=schema)
+    with pytest.raises(InvalidInputError, match=message):
+        star.check_settings(json_schema=schema)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_beams=2), "leave out beams"),
+        (dict(min_new_tokens=3), "leave out .* min_new_tokens"),
+        (dict(ignore_eos=True), "leave ignore_eos out"),
+        (dict(eos_token_id=None), "needs an end-of-sequence token"),
+    ],
+)
+def test_settings_that_exclude_a_schema(
+    star: StarLLM, context: EncodedContext, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=f"json_schema .*{message}"):
+        star.generate(context, "what", json_schema=SCHEMA, **options)
+
+
+def test_it_needs_a_tokenizer_and_the_extra(star: StarLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = StarLLM(star.model, block_size=16)
+    with pytest.raises(InvalidInputError, match="json_schema needs a tokenizer"):
+        bare.generate(bare.encode([5, 6]), [7], json_schema=SCHEMA)
+    for name in [name for name in sys.modules if name.split(".")[0] == "xgrammar"]:
+        monkeypatch.delitem(sys.modules, name)
+    real_import = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.split(".")[0] == "xgrammar":
+            raise ImportError(name)
+        return real_import(name, *arguments, **options)
+
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    monkeypatch.setattr(builtins, "__import__", without)
+    other = talker(byte_level())
+    with pytest.raises(MissingPackageError, match=r'pip install "star-attention\[json\]"'):
+        other.check_settings(json_schema=SCHEMA)
+    with pytest.raises(UnknownOptionError, match="use json_schema="):
+        other.check_settings(response_format={})
+
+
+def test_the_command_line_reads_a_schema(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("The secret number for otter is 42.\n", encoding="utf-8")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA), encoding="utf-8")
+    (tmp_path / "bad.json").write_text("{", encoding="utf-8")
+    command = ["generate", *MODEL, "--chat", tmp_path / "book.txt", "--query", "What is it?"]
+    check(ok(*command, "--json-schema", tmp_path / "schema.json").out.rstrip())
+    assert "bad.json is not JSON: Expecting" in failed(
+        *command, "--json-schema", tmp_path / "bad.json"
+    )
