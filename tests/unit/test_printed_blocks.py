@@ -32,6 +32,8 @@ NOT_RUN = {
     "--shapes llama-3.1-8b": "a large model, on a GPU",
     "bench plot prefill.json": "the report of the benchmark before it",
     "scripts/results.py": "a GPU",
+    'Report.read("results")': "a run of the commands above it",
+    ".gguf": "a GGUF file of the reader's",
     "my-adapter": "an adapter of the reader's",
 }
 """Blocks that do not run here, by words in them, with what they need."""

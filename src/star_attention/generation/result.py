@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from star_attention.errors import quote
+from star_attention.planning import html
+from star_attention.planning.plan import counted
 from star_attention.planning.traffic import Traffic
 
 
@@ -47,7 +50,7 @@ class TokenLogprob:
         return {"token": self.token, "id": self.id, "logprob": self.logprob, "top": top}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Generation:
     """One answer; `str(answer)` is its text.
 
@@ -83,6 +86,23 @@ class Generation:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        """Return e.g. `Generation('It is 42.', 5 tokens, stop)`; a long text is cut."""
+        tokens = counted(len(self.token_ids), "token")
+        return f"Generation({quote(self.text)}, {tokens}, {self.finish_reason})"
+
+    def _repr_html_(self) -> str:
+        """Return the answer for a notebook: its text, and a line about it."""
+        reasoning = "" if self.reasoning is None else html.folded("reasoning", self.reasoning)
+        rate = self.timings.tokens_per_s
+        facts = [
+            counted(len(self.token_ids), "token"),
+            self.finish_reason,
+            f"first token {self.timings.ttft_s:.2f} s",
+            *([] if rate is None else [f"{rate:,.0f} tok/s"]),
+        ]
+        return reasoning + html.prose(self.text) + html.note(", ".join(facts))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answer's part of a line of `--json`, without logits."""

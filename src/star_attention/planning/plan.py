@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from star_attention.errors import SizeError, TokenError, quote
+from star_attention.planning import html
 from star_attention.planning.segments import Segments
 
 MIN_BLOCK_SIZE = 1024
@@ -365,6 +366,10 @@ class BlockPlan:
             f" anchor {format_size(self.anchor_size)}, {counted(self.ranks, 'rank')}"
         )
         return head + "\n" + self.draw()
+
+    def _repr_html_(self) -> str:
+        """Return the picture for a notebook."""
+        return html.preformatted(str(self))
 
     def draw(self, width: int = 72) -> str:
         """Draw one line per block, context from left to right.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from star_attention.distributed import Comm, SoloComm
 from star_attention.errors import InvalidInputError
+from star_attention.planning import html
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
@@ -121,6 +122,19 @@ class EncodedContext(Transient):
         else:
             sizes = f"window {visible.recent:,}, {visible.first:,} sinks"
         return f"EncodedContext({self.method}, {len(self):,} tokens, {sizes})"
+
+    def _repr_html_(self) -> str:
+        """Return sizes and plan for a notebook; never the text."""
+        rows = {
+            "method": self.method,
+            "tokens": f"{len(self):,}",
+            "keys and values": f"{self.nbytes / 2**20:,.1f} MiB on rank {self.comm.rank}",
+            "precision": self.kv.kv_format.dtype or self.identity.get("dtype", "the model's"),
+            "encoded in": f"{self.encode_s:.2f} s",
+            "continues": "a chat" if self.chat is not None else "raw text",
+        }
+        plan = html.preformatted(str(self.plan)) if self.kv.visible is None else ""
+        return html.table("EncodedContext", rows, plan)
 
     def __reduce__(self) -> Any:
         """Refuse `pickle`, `copy` and `torch.save`."""

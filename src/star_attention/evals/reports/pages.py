@@ -53,12 +53,16 @@ def _markdown_row(row: Sequence[str]) -> str:
 
 def html(title: str, sections: Sequence[Section]) -> str:
     """Return the report as one page; figures are part of it."""
-    body = "\n".join([f"<h1>{escape(title)}</h1>", *map(_html_section, sections)])
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     return (
         f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n'
-        f"<body>\n{body}\n</body>\n</html>\n"
+        f"<body>\n{html_body(title, sections)}\n</body>\n</html>\n"
     )
+
+
+def html_body(title: str, sections: Sequence[Section]) -> str:
+    """Return the report as a part of a page."""
+    return "\n".join([f"<h1>{escape(title)}</h1>", *map(_html_section, sections)])
 
 
 def _html_section(section: Section) -> str:

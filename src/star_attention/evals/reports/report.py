@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -67,6 +67,30 @@ def write(folder: str | Path) -> list[Path]:
         csv.writer(file).writerows([_SUMMARY_HEAD, *_summary(results)])
     files = [folder / name for name in (METRICS, SUMMARY, MARKDOWN, PAGE)]
     return files + list(figures.values())
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report of a run for a notebook, which shows what report.html does, without figures.
+
+    Attributes:
+        results: the run.
+    """
+
+    results: Results
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Report:
+        """Read a run folder.
+
+        Raises:
+            InvalidInputError: If the folder holds no run, or a damaged one.
+        """
+        return cls(Results.read(folder))
+
+    def _repr_html_(self) -> str:
+        """Return the page."""
+        return pages.html_body(title(self.results), sections(self.results, {}, []))
 
 
 def metrics(results: Results) -> dict[str, Any]:
