@@ -179,7 +179,7 @@ def _prepare_one(
     """Return a checked context and, with settings, its checked prompts."""
     source = _context_input(runtime, content, template_kwargs)
     ids_L = source.ids_L
-    runtime.check_positions(len(ids_L), "the context has", f"cut the context, {_MORE_POSITIONS}")
+    runtime.positions.check(len(ids_L), "the context has", f"cut the context, {_MORE_POSITIONS}")
     runtime.plan_for(len(ids_L))
     prompts: list[list[int]] = []
     if settings is not None:
@@ -196,7 +196,7 @@ def _prepare_one(
             for query in queries
         ]
         rope_length = runtime.rope_length(len(ids_L))
-        runtime.check_room(len(ids_L), rope_length, prompts, settings.max_new_tokens)
+        runtime.positions.check_room(len(ids_L), rope_length, prompts, settings.max_new_tokens)
     return source, prompts
 
 
@@ -250,7 +250,7 @@ def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> Cont
         chat_state, end = _extended_chat(runtime, source.chat, text), None
         new_ids = _held_ids(source) + ids_L.tolist()
     ids_L = torch.cat([context.token_ids, as_tensor_ids(torch.tensor(new_ids, dtype=torch.int64))])
-    runtime.check_positions(
+    runtime.positions.check(
         len(ids_L),
         "the extended context has",
         f"cut the extension, {_MORE_POSITIONS}",

@@ -19,17 +19,13 @@ from star_attention._version import __version__
 from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
-from star_attention.errors import (
-    ContextLengthError,
-    InvalidInputError,
-    RankError,
-    UnsupportedModelError,
-)
+from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import fingerprint, identity, tensor_parallel
 from star_attention.methods import Method
 from star_attention.planning.plan import BlockPlan, small_blocks
+from star_attention.planning.positions import Positions
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.transient import Transient
 
@@ -233,37 +229,10 @@ class Runtime(Transient):
             current = self.identity
         identity.check("the context", context.identity, current)
 
-    def check_positions(self, count: int, subject: str, remedy: str) -> None:
-        """Raise `ContextLengthError` for more tokens than the model has positions."""
-        limit = self.handle.max_positions
-        if limit is not None and count > limit:
-            raise ContextLengthError(
-                f"{subject} {count:,} tokens, more than the model's {limit:,} positions; {remedy}"
-            )
-
-    def check_room(
-        self,
-        context_tokens: int,
-        rope_length: int | None,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-    ) -> None:
-        """Raise `ContextLengthError` where context, query and answer need too many positions."""
-        query_tokens = max(len(prompt) for prompt in prompts)
-        longest = context_tokens + query_tokens + max_new_tokens
-        subject = f"context ({context_tokens:,}), query and answer ({max_new_tokens:,}) need"
-        self.check_positions(
-            longest,
-            subject,
-            f"the query has {query_tokens:,}: lower max_new_tokens, or shorten the query or the"
-            " context",
-        )
-        if rope_length is not None and longest > rope_length:
-            raise ContextLengthError(
-                f"{subject} {longest:,} tokens, but the context's rotary frequencies are pinned to"
-                f" {rope_length:,}; the query has {query_tokens:,}: lower max_new_tokens, or encode"
-                f" the context with a larger reserve_tokens (now {self.config.reserve_tokens:,})"
-            )
+    @property
+    def positions(self) -> Positions:
+        """The positions that a context, its query and its answer share."""
+        return Positions(self.handle.max_positions, self.config.reserve_tokens)
 
     def need_tokenizer(self, purpose: str) -> Any:
         """Return the tokenizer.

@@ -123,7 +123,7 @@ def _phase2_request(
     **options: Any,
 ) -> phase2.Request:
     """Return a request of phase 2, after checking that there are positions for its answers."""
-    runtime.check_room(len(context), context.rope_length, prompts, max_new_tokens)
+    runtime.positions.check_room(len(context), context.rope_length, prompts, max_new_tokens)
     return phase2.Request(
         handle=runtime.handle,
         context_ids_L=context.token_ids,
