@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from star_attention._version import __version__
-from star_attention.cli import bench
+from star_attention.cli import bench, config_file
 from star_attention.cli import eval as evaluation
 from star_attention.cli.ask import ask
 from star_attention.cli.command import Command, command
@@ -21,6 +21,7 @@ from star_attention.cli.demo import demo
 from star_attention.cli.encode import encode
 from star_attention.cli.estimate import estimate
 from star_attention.cli.generate import generate
+from star_attention.cli.info import info
 from star_attention.cli.plan import plan
 from star_attention.cli.streams import open_streams, say, translate_stdout_errors
 from star_attention.cli.torchrun import mute_extra_ranks, wait_for_rank_0_error
@@ -50,7 +51,7 @@ def _add_group(name: str, functions: Iterable[Callable[..., None]], help: str) -
     app.add_typer(group, name=name, help=help)
 
 
-_add(app, (generate, encode, ask, plan, estimate, demo))
+_add(app, (generate, encode, ask, info, plan, estimate, demo))
 _add_group(
     "bench",
     bench.COMMANDS,
@@ -71,6 +72,7 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -82,12 +84,18 @@ def root(
 
     Answers go to stdout, progress and messages to stderr. Sizes are in tokens and may be written
     as 4k, 128k or 1m (powers of 1024). `star-attention --install-completion` lets bash, zsh, fish
-    and PowerShell complete commands and options.
+    and PowerShell complete commands and options. Defaults of options may be kept in a file, see
+    docs/models.md#defaults.
 
     Exit status: 0 success; 1 error, reported in a line that starts with `error:`; 2 usage error
     (an unknown or missing option, or a number out of range); 130 interrupted. Under torchrun every
     failure is 1.
     """
+    try:
+        context.default_map = config_file.defaults(context.command)
+    except StarAttentionError as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
 
 
 def main() -> None:
