@@ -24,7 +24,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import fingerprint, identity, tensor_parallel
 from star_attention.methods import Method
-from star_attention.planning.plan import BlockPlan, small_blocks
+from star_attention.planning.plan import BlockPlan, parse_size, small_blocks
 from star_attention.planning.positions import Positions
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.transient import Transient
@@ -43,7 +43,6 @@ class Runtime(Transient):
 
     source: dict[str, Any] | None = None
 
-    _instead_of_pickling = "load the model there with StarLLM.from_pretrained"
     _instead_of_deepcopy = "share it, or take one with other settings from with_config()"
 
     def __init__(self, handle: ModelHandle, tokenizer: Any, config: StarConfig, comm: Comm) -> None:
@@ -259,11 +258,8 @@ class Runtime(Transient):
         before, within_before = copy.copy(comm.cp_traffic), copy.copy(comm.tp_traffic)
         stats: list[RankStats] = []
         yield stats
-        spent = (
-            *clock.stop(),
-            comm.cp_traffic.since(before),
-            comm.tp_traffic.since(within_before),
-        )
+        wires = comm.cp_traffic.since(before), comm.tp_traffic.since(within_before)
+        spent = (*clock.stop(), *wires)
         everyone = comm.gather(spent)
         # Rank 0 takes part in every exchange, an idle rank in none.
         wire = everyone[0][2]
@@ -282,10 +278,9 @@ class Runtime(Transient):
 class RuntimeView(Transient):
     """The public properties of an engine."""
 
-    _instead_of_pickling = "load the model there with StarLLM.from_pretrained"
     _instead_of_deepcopy = (
-        "share it, since its calls can be interleaved; with_config() gives an engine with other"
-        " settings, and StarLLM(copy.deepcopy(star.model), star.tokenizer) one with other weights"
+        "share it, take one with other settings from with_config(), or one with other weights from"
+        " StarLLM(copy.deepcopy(star.model), star.tokenizer)"
     )
 
     runtime: Runtime
@@ -334,20 +329,21 @@ class RuntimeView(Transient):
         """Most context tokens in one forward."""
         return self.runtime.tokens_per_forward
 
-    def context_bytes(self, context_tokens: int, kv_dtype: str | None = None) -> int:
+    def context_bytes(self, context_tokens: int | str, kv_dtype: str | None = None) -> int:
         """Return the bytes of the keys and values of a context, on all ranks together.
 
-        So much memory does a context take, and its saved file.
+        So much memory does a context take, and its saved file: 8 bytes per token more, for ids.
 
         Args:
-            context_tokens: length of the context.
+            context_tokens: length of the context, as a number or like "128k".
             kv_dtype: precision of keys and values, such as "fp8"; None for the engine's.
         """
         runtime = self.runtime
-        layout = runtime.method.layout(runtime.config, runtime.plan_for(context_tokens))
+        plan = runtime.plan_for(parse_size(context_tokens, "context_tokens"))
+        layout = runtime.method.layout(runtime.config, plan)
         stored = sum(segments.tokens for segments in layout)
         kv_dtype = kv_dtype or runtime.config.kv_dtype
-        shapes = [shape for shape in runtime.handle.layer_shapes if shape is not None]
+        shapes = filter(None, runtime.handle.layer_shapes)
         per_token = sum(shape.stored_bytes(kv_dtype) for shape in shapes)
         return stored * per_token * runtime.comm.tp_size
 

@@ -10,6 +10,7 @@ import pytest
 
 from star_attention.config import MAX_NEW_TOKENS
 from tests.command_line import failed, ok
+from tests.engines import BUNDLED
 
 
 def test_plan_needs_no_weights(bare_config: Path) -> None:
@@ -55,6 +56,15 @@ def test_plan_as_json(bare_config: Path) -> None:
         == flops["phase1_dense"]["total"] / flops["phase1_star"]["total"]
         > 1
     )
+
+
+def test_plan_shows_the_size_of_the_saved_context(texts: Path) -> None:
+    command = ["plan", "-m", BUNDLED, "--dtype", "float32", "--context", "567"]
+    saved = json.loads(ok(*command, "--json").out)["saved_bytes"]
+    header = (texts / "book.star").stat().st_size - saved
+    assert 0 < header < 16 * 1024
+    assert "saved context: 5.5 MiB; 1.5 MiB with --kv-dtype fp8\n" in ok(*command).out
+    assert "saved context: 1.5 MiB\n" in ok(*command, "--kv-dtype", "fp8").out
 
 
 def test_plan_shows_the_memory_of_each_rank(bare_config: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from star_attention.cli import session
-from tests.command_line import CHAT, MODEL, QUESTION, ok
+from tests.command_line import CHAT, MODEL, QUESTION, failed, ok
 
 TINY_BLOCKS = "warning: --block-size 4 is the tokens of a block, not a number of blocks"
 
@@ -63,3 +65,16 @@ def test_the_size_of_the_file_is_said_before_encoding(texts: Path, tmp_path: Pat
     generate = ["generate", *CHAT, texts / "book.txt", *answer]
     assert "will take" not in ok(*generate).err
     assert "will take" in ok(*generate, "--save", tmp_path / "book.star").err
+
+
+def test_a_full_disk_is_noticed_before_encoding(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2048))
+    target = tmp_path / "book.star"
+    for quiet in ([], ["-q"]):
+        message = failed("encode", *CHAT, *quiet, texts / "book.txt", "-o", target)
+        assert f"cannot save the context to {target}: it will take " in message
+        assert "and 2.0 KiB are free there; free space or choose another place" in message
+        assert "; --kv-dtype fp8 makes it " in message
+    assert list(tmp_path.iterdir()) == []

@@ -38,7 +38,7 @@ def encode(
         check_save_path(output)
         text = read_context(files, status.say, html_to_text=context.html_to_text)
     star = session.load_for(model, context, status)
-    encoded = session.encode_text(star, text, status, context, will_save=True)
+    encoded = session.encode_text(star, text, status, context, save_to=output)
     where = " on rank 0" if encoded.plan.ranks > 1 else ""
     status.say(
         f"{context_summary(encoded)}, encode {format_seconds(encoded.encode_s)},"

@@ -61,7 +61,7 @@ def generate(
         context,
         queries=queries,
         generation_kwargs=kwargs,
-        will_save=save is not None,
+        save_to=save,
     )
     if save is not None:
         session.save(encoded, save, status)

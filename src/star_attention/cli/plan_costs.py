@@ -75,6 +75,10 @@ class PlanCosts:
         """Bytes stored per token of the context."""
         return self.shape.stored_bytes_per_token(self.request.config.kv_dtype)
 
+    def saved_bytes(self, kv_dtype: str | None) -> int:
+        """Return the bytes of the saved context, all ranks' files together."""
+        return self.shape.saved_bytes(self.request.plan.context_tokens, kv_dtype)
+
     @property
     def memory(self) -> Memory:
         """Memory of the fullest device."""
@@ -103,6 +107,7 @@ class PlanCosts:
             "answer_tokens": request.answer_tokens,
             "parameters": self.shape.parameters,
             "kv_bytes_per_token": self.kv_bytes_per_token,
+            "saved_bytes": self.saved_bytes(self.request.config.kv_dtype),
             **request.config.kv_settings,
             "memory": asdict(self.memory) | {"total": self.memory.total},
             "memory_by_rank": [memory.total for memory in self.memory_by_rank],

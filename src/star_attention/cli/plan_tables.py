@@ -44,13 +44,22 @@ def _memory(costs: PlanCosts) -> str:
         ("host memory", memory.host, "keys and values"),
     ]
     optional = ("anchor", "host memory")
-    return _memory_heading(costs) + table(
+    shown = table(
         [
             (name, format_bytes(size), remark)
             for name, size, remark in rows
             if size or name not in optional
         ]
     )
+    return f"{_memory_heading(costs)}{shown}\n{_saved(costs)}"
+
+
+def _saved(costs: PlanCosts) -> str:
+    """Say what the saved context takes, and what it would take in a smaller precision."""
+    kv_dtype = costs.request.config.kv_dtype
+    size, smallest = costs.saved_bytes(kv_dtype), costs.saved_bytes("fp8")
+    offer = f"; {format_bytes(smallest)} with --kv-dtype fp8" if smallest < size else ""
+    return f"saved context: {format_bytes(size)}{offer}"
 
 
 def _memory_heading(costs: PlanCosts) -> str:

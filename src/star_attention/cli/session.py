@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,12 @@ from star_attention.cli.model_options import ModelOptions, SavedModelOptions
 from star_attention.cli.options import ContextOptions
 from star_attention.cli.progress import SizeNote, Status
 from star_attention.config import KV_DTYPES, StarConfig, check_device, check_dtype
-from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
+from star_attention.errors import (
+    ContextSaveError,
+    InvalidInputError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
@@ -169,14 +175,16 @@ def encode_text(
     *,
     queries: list[str] | None = None,
     generation_kwargs: dict[str, Any] | None = None,
-    will_save: bool = False,
+    save_to: str | None = None,
 ) -> EncodedContext:
     """Encode a text, showing progress. Queries and generation settings are checked before.
 
-    With `--chat`, the text starts a user message that the query completes.
+    With `--chat`, the text starts a user message that the query completes. With `save_to`, where
+    the context will be saved, its size is said before.
 
     Raises:
         InvalidInputError: If the model has no chat template for `--chat`.
+        ContextSaveError: If the disk has no room for the context.
     """
     chat = context.chat
     content: Any = text
@@ -189,8 +197,8 @@ def encode_text(
         content = messages(text, context)
     _log.info("%r", star)
     with status.progress(star.rank_progress) as progress:
-        if will_save:
-            progress = SizeNote(status, partial(_saved_size, star), progress)
+        if save_to is not None:
+            progress = SizeNote(status, partial(_saved_size, star, save_to), progress)
         encoded: EncodedContext = star.encode(
             content,
             # None would show a bar.
@@ -203,16 +211,26 @@ def encode_text(
     return encoded
 
 
-def _saved_size(star: StarLLM, context_tokens: int) -> str:
-    """Say how large the file of a context will be, and how to make it smaller."""
-    text = f"the saved context will take about {format_bytes(star.context_bytes(context_tokens))}"
+def _saved_size(star: StarLLM, path: str, context_tokens: int) -> str:
+    """Say how large the file of a context will be, and how to make it smaller.
+
+    Raises:
+        ContextSaveError: If the disk has no room for it.
+    """
+    size, smaller = star.context_bytes(context_tokens), ""
     if star.config.kv_dtype is None:
         for name in KV_DTYPES:
-            text += (
+            smaller += (
                 f"; --kv-dtype {name} makes it"
                 f" {format_bytes(star.context_bytes(context_tokens, name))}"
             )
-    return text
+    free = shutil.disk_usage(Path(path).absolute().parent).free
+    if free < size:
+        raise ContextSaveError(
+            f"cannot save the context to {path}: it will take {format_bytes(size)}, and"
+            f" {format_bytes(free)} are free there; free space or choose another place{smaller}"
+        )
+    return f"the saved context will take about {format_bytes(size)}{smaller}"
 
 
 def save(context: EncodedContext, path: str, status: Status) -> None:

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 STORED_BYTES = {"fp8": 1}
 """Bytes of an element in each precision of `config.KV_DTYPES`."""
 
+SCALE_BYTES = 4
+"""Bytes of the fp32 scale that a quantized key or value has (`storage.kv.QUANTIZERS`)."""
+
+TOKEN_ID_BYTES = 8
+"""Bytes of a token's id, in a saved context beside keys and values."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
@@ -89,9 +95,13 @@ class ModelShape:
     def stored_bytes_per_token(self, kv_dtype: str | None) -> int:
         """Return the bytes of a token's keys and values as stored.
 
-        A quantized token also has a scale in fp32 per head (`storage.kv.QUANTIZERS`).
+        A quantized token also has a scale per head.
         """
         if kv_dtype is None:
             return self.kv_bytes_per_token
         element_bytes = STORED_BYTES[kv_dtype]
-        return self.kv_elements_per_token * element_bytes + 4 * self.kv_scales_per_token
+        return self.kv_elements_per_token * element_bytes + SCALE_BYTES * self.kv_scales_per_token
+
+    def saved_bytes(self, tokens: int, kv_dtype: str | None) -> int:
+        """Return the bytes of a saved context, but for its header of a few KB."""
+        return tokens * (self.stored_bytes_per_token(kv_dtype) + TOKEN_ID_BYTES)

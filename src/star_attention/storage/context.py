@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed import Comm, SoloComm
-from star_attention.errors import InvalidInputError
 from star_attention.planning import html
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
@@ -135,13 +134,6 @@ class EncodedContext(Transient):
         }
         plan = html.preformatted(str(self.plan)) if self.kv.visible is None else ""
         return html.table("EncodedContext", rows, plan)
-
-    def __reduce__(self) -> Any:
-        """Refuse `pickle`, `copy` and `torch.save`."""
-        raise InvalidInputError(
-            "an EncodedContext cannot be pickled or copied: it belongs to a model and to ranks; use"
-            " context.save(path) and StarLLM.load_context(path), or share it (nothing changes it)"
-        )
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ class Transient:
     Shallow copies share everything, and work.
     """
 
-    _instead_of_pickling: ClassVar[str]
+    _instead_of_pickling: ClassVar[str] = "load the model there with StarLLM.from_pretrained"
     _instead_of_deepcopy: ClassVar[str]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

@@ -15,7 +15,7 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed import SoloComm
 from star_attention.hf.cache.base import ForwardPosition, P, StarCache, StarLayer, build_layers
-from star_attention.planning.model_shape import STORED_BYTES
+from star_attention.planning.model_shape import SCALE_BYTES, STORED_BYTES
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, LayerKV
 
@@ -51,7 +51,8 @@ class LayerKVShape:
         """Return the bytes stored for each token; quantized heads have a scale in fp32."""
         if kv_dtype is None:
             return self.elements * self.dtype.itemsize
-        return self.elements * STORED_BYTES[kv_dtype] + 4 * (self.k_heads + self.v_heads)
+        scales = self.k_heads + self.v_heads
+        return self.elements * STORED_BYTES[kv_dtype] + scales * SCALE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,6 @@ class ModelHandle(Transient):
         InvalidInputError: the model is in training mode.
     """
 
-    _instead_of_pickling = "load the model there with StarLLM.from_pretrained"
     _instead_of_deepcopy = "share it, or make one of a copy of the model"
 
     def __init__(self, model: Any, *, compile: bool | None = None) -> None:
