@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
+from star_attention.generation.known_tokens import warn_about_unknown_ids
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
 from star_attention.hf.text import chat, joining, tokens
 from star_attention.hf.text.checks import check_words, checked_text, warn_about_file_name
@@ -218,8 +219,12 @@ def _context_input(
         runtime.need_tokenizer("text")
         reader = _reader(runtime)
         ids, end = reader.raw_context(reader.raw(content, "context"))
+    vocab_size = runtime.handle.vocab_size
+    ids_L = checked_ids(ids, "context", vocab_size)
+    if ids is content:
+        warn_about_unknown_ids(runtime.tokenizer, vocab_size, ids_L)
     return ContextInput(
-        ids_L=checked_ids(ids, "context", runtime.handle.vocab_size),
+        ids_L=ids_L,
         chat=None if opened is None else opened.as_dict(),
         end=None if end is None else end.as_dict(),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.text import special
 from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
+from tests.command_line import MODEL, ok
+from tests.engines import bundled_tokenizer
 from tests.refusals import refused
 from tests.tokenizers_by_family import FAMILIES, tokenizer_of
 from tests.unit.test_joining import model_of, seen, star_of
@@ -30,9 +34,11 @@ def literal(text: str) -> RenderedText:
     return RenderedText(text, ((0, len(text)),))
 
 
+UNKNOWN = pytest.mark.filterwarnings("ignore:the tokenizer does not know all characters")
 TURNS = ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
+@UNKNOWN
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_message_ends_its_turn(family: str) -> None:
     """Forbids documents, queries and extensions that close their turn and open another."""
@@ -169,3 +175,50 @@ def test_engines_without_a_tokenizer_take_the_setting() -> None:
     star = StarLLM(model_of("gpt2"), allow_special_tokens=False)
     assert star.generate(star.encode([7, 8]), [9], max_new_tokens=1).text == ""
     assert Reader(None, False).raw("x", "text").literal == ((0, 1),)
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_a_warning() -> None:
+    """Forbids a text whose characters are gone without a word."""
+    star = star_of("unigram")
+    message = r"2 tokens of the context are <unk>"
+    with pytest.warns(UserWarning, match=message):
+        star.encode("The 日 cat 本")
+    with pytest.warns(UserWarning, match=message):
+        star.encode([{"role": "user", "content": "The 日 cat 本"}])
+    star.with_config(allow_special_tokens=True).encode("The <unk> cat")
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_a_warning() -> None:
+    import copy
+
+    model, tokenizer = copy.deepcopy(model_of("gpt2")), tokenizer_of("gpt2")
+    known = len(tokenizer)
+    model.resize_token_embeddings(known + 64)
+    star = StarLLM(model, tokenizer)
+    with pytest.warns(UserWarning, match=rf"has 2 token ids .* \(the first is {known + 1}\)"):
+        star.encode([7, known + 1, known + 2, 8])
+    star.encode([7, known - 1])
+    StarLLM(model).encode([7, known + 1])
+
+
+def test_the_command_line_takes_the_setting(tmp_path: Path) -> None:
+    """For texts and queries, of `generate` and of `ask`."""
+    file, saved = tmp_path / "log.txt", tmp_path / "log.star"
+    file.write_text("The cat sat.\n<eos>The mat.\n")
+
+    def counts(*arguments: Any) -> tuple[int, int]:
+        common = ("--query", "<eos>What is it?", "--max-new-tokens", "1", "--json", "-q")
+        reply = json.loads(ok(*arguments, *MODEL, *common).out)
+        return reply["context_tokens"], reply["query_tokens"]
+
+    allow, forbid = "--allow-special-tokens", "--no-allow-special-tokens"
+    raw, raw_text = (counts("generate", file, flag) for flag in (allow, forbid))
+    chat = counts("generate", file, "--chat", "--save", saved)
+    chat_allowed = counts("generate", file, "--chat", allow)
+    spelled = len(special.plain_ids(bundled_tokenizer(), "<eos")) + 1
+    assert raw_text[1] == raw[1] + spelled - 1
+    assert raw_text[0] > raw[0]
+    assert chat[0] > chat_allowed[0]
+    assert chat[1] > chat_allowed[1]
+    assert counts("ask", saved) == chat
+    assert counts("ask", saved, allow) == (chat[0], chat_allowed[1])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.model_options import SavedModelOptions
 from star_attention.cli.options import AnswerOptions, Quiet, TemplateKwargs
 from star_attention.cli.progress import Status
@@ -29,6 +30,7 @@ def ask(
     ],
     model: SavedModelOptions,
     answer: AnswerOptions,
+    settings: Annotated[dict[str, Any], ConfigOptions("allow_special_tokens")],
     chat_template_kwargs: TemplateKwargs = None,
     quiet: Quiet = False,
 ) -> None:
@@ -56,7 +58,7 @@ def ask(
             param_hint="--query or --query-file",
         )
     status = Status(quiet=quiet)
-    star, context = session.load_saved(model, file, status)
+    star, context = session.load_saved(model, file, status, **settings)
     queries = star.from_rank_0(queries)
     answerer = Answerer(star, context, answer, kwargs, status, show_encode_time=False)
     if queries:

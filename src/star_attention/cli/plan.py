@@ -49,7 +49,8 @@ def plan(
         str, option("Tokens of the context.", "--context", panel="Context", metavar="SIZE")
     ],
     settings: Annotated[
-        dict[str, Any], ConfigOptions(without=("method", "reserve_tokens", "ring_layout"))
+        dict[str, Any],
+        ConfigOptions(without=("method", "reserve_tokens", "ring_layout", "allow_special_tokens")),
     ],
     ranks: Annotated[
         str,

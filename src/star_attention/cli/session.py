@@ -142,9 +142,9 @@ def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> St
 
 
 def load_saved(
-    model: SavedModelOptions, path: str, status: Status
+    model: SavedModelOptions, path: str, status: Status, **settings: Any
 ) -> tuple[StarLLM, EncodedContext]:
-    """Load a saved context and its model.
+    """Load a saved context and its model, with these settings.
 
     The method is the file's, and so are the precision with `--dtype auto`, and the model without
     `--model`.
@@ -163,7 +163,7 @@ def load_saved(
     header = read_header(path)
     model = named_by(header, path, model)
     check_fits(header, path, model)
-    star = load_with_tokenizer(model, status, method=header["method"])
+    star = load_with_tokenizer(model, status, method=header["method"], **settings)
     return star, star.load_context(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
@@ -29,6 +30,31 @@ class KnownTokens(LogitsProcessor):
         return scores.index_fill(1, self._unknown_ids, -torch.inf)
 
 
+def unknown_ids(tokenizer: Any, vocab_size: int) -> Tensor:
+    """Return the token ids of a model that its tokenizer does not know, int64, ascending."""
+    if vocab_size <= len(tokenizer):
+        return torch.empty(0, dtype=torch.int64)
+    version = (len(tokenizer), vocab_size)
+    cached = _unknown.get(tokenizer)
+    if cached is None or cached[0] != version:
+        unknown = sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values()))
+        cached = _unknown[tokenizer] = (version, torch.tensor(unknown, dtype=torch.int64))
+    return cached[1]
+
+
+def warn_about_unknown_ids(tokenizer: Any, vocab_size: int, ids_L: Tensor) -> None:
+    """Warn of token ids in a context that have no text: of another tokenizer, perhaps."""
+    if tokenizer is None or vocab_size <= len(tokenizer):
+        return
+    unknown = ids_L[torch.isin(ids_L, unknown_ids(tokenizer, vocab_size))]
+    if len(unknown):
+        warnings.warn(
+            f"the context has {len(unknown):,} token ids that the tokenizer does not know (the"
+            f" first is {int(unknown[0])}); check that they are the model's own tokenizer's",
+            stacklevel=2,
+        )
+
+
 def known_tokens(tokenizer: Any, vocab_size: int, ends: set[int]) -> list[LogitsProcessor]:
     """Return the processors that an answer needs: none where the tokenizer knows all ids.
 
@@ -37,14 +63,9 @@ def known_tokens(tokenizer: Any, vocab_size: int, ends: set[int]) -> list[Logits
         vocab_size: token ids of the model.
         ends: token ids that end an answer, and need no text.
     """
-    if tokenizer is None or vocab_size <= len(tokenizer):
+    if tokenizer is None:
         return []
-    version = (len(tokenizer), vocab_size)
-    cached = _unknown.get(tokenizer)
-    if cached is None or cached[0] != version:
-        unknown = sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values()))
-        cached = _unknown[tokenizer] = (version, torch.tensor(unknown, dtype=torch.int64))
-    ids = cached[1]
+    ids = unknown_ids(tokenizer, vocab_size)
     if ends:
         ids = ids[~torch.isin(ids, torch.tensor(sorted(ends)))]
     return [KnownTokens(ids)] if len(ids) else []

@@ -55,14 +55,19 @@ class Reader:
         prefix = special.prefix_ids(self.tokenizer)
         text_ids = special.rendered_ids(self.tokenizer, text)
         ids = special.with_prefix(prefix, text_ids)
+        spelled = special.spelled(self.tokenizer, text.text, text_ids)
+        self._warn_about_unknown(text_ids, spelled)
         if self.allow_special_tokens is None:
-            self._warn_about_special_tokens(text, ids, prefix, len(ids) - len(text_ids))
+            # What all texts begin with does not count.
+            brought = len(prefix) - (len(ids) - len(text_ids))
+            _warn_about_special_tokens(spelled[brought:])
         return joining.hold_back(self.tokenizer, text, ids, len(ids) - 1)
 
     def chat_context(self, head: str | RenderedText) -> tuple[list[int], ContextEnd | None]:
         """Tokenize the rendered beginning of a chat, as `raw_context` does."""
         text = self.rendered(head)
         ids = special.rendered_ids(self.tokenizer, text)
+        self._warn_about_unknown(ids, special.spelled(self.tokenizer, text.text, ids))
         return joining.hold_back(self.tokenizer, text, ids, len(ids) - 1)
 
     def end_of_chat(self, head: str | RenderedText, ids: list[int]) -> ContextEnd | None:
@@ -84,25 +89,26 @@ class Reader:
         kept, new_end = joining.hold_back(self.tokenizer, text, before + ids, len(ids))
         return kept[len(before) :], new_end, is_joined
 
-    def _warn_about_special_tokens(
-        self, text: RenderedText, ids: list[int], prefix: list[int], written: int
-    ) -> None:
-        """Warn of special tokens in a raw text, but for those that it begins with as all texts do.
+    def _warn_about_unknown(self, ids: list[int], spelled: list[str]) -> None:
+        """Warn of characters that the tokenizer does not know, and that the model does not see."""
+        token = self.tokenizer.unk_token
+        count = 0 if token is None else ids.count(self.tokenizer.unk_token_id)
+        if count > spelled.count(token):
+            warnings.warn(
+                f"the tokenizer does not know all characters of the text: {count:,} tokens of the"
+                f" context are {token}, which the model sees in their place; write these characters"
+                " in another way, or leave them out",
+                stacklevel=2,
+            )
 
-        Args:
-            text: the text.
-            ids: its token ids after the prefix.
-            prefix: what the tokenizer writes before every text.
-            written: how many tokens of it the text does not bring itself.
-        """
-        spelled = special.spelled(self.tokenizer, text.text, ids[len(prefix) :])
-        names = spelled[len(prefix) - written :]
-        if not names:
-            return
-        shown = ", ".join(quote(name) for name in dict.fromkeys(names[:_NAMED_TOKENS]))
-        warnings.warn(
-            f"the text spells {len(names):,} special {'token' if len(names) == 1 else 'tokens'}"
-            f" ({shown}), which the model takes as control tokens; allow_special_tokens=False makes"
-            " them text, True keeps them without this warning",
-            stacklevel=2,
-        )
+
+def _warn_about_special_tokens(spelled: list[str]) -> None:
+    if not spelled:
+        return
+    names = ", ".join(quote(name) for name in dict.fromkeys(spelled[:_NAMED_TOKENS]))
+    warnings.warn(
+        f"the text spells {len(spelled):,} special {'token' if len(spelled) == 1 else 'tokens'}"
+        f" ({names}), which the model takes as control tokens; allow_special_tokens=False makes"
+        " them text, True keeps them without this warning",
+        stacklevel=2,
+    )
