@@ -15,6 +15,7 @@ from star_attention.config import StarConfig, StarSettings
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
 from star_attention.generation import start as starts
+from star_attention.generation.asynchronous import AsyncCalls
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
@@ -28,7 +29,7 @@ from star_attention.storage.context import EncodedContext
 _T = TypeVar("_T")
 
 
-class StarLLM(RuntimeView):
+class StarLLM(RuntimeView, AsyncCalls):
     """A transformers decoder with two-phase Star Attention around it.
 
     On several ranks the context is sharded and every call is collective: all ranks make the same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -208,3 +209,28 @@ def test_the_bundled_model_retrieves_over_ranks(pool: Pool) -> None:
     solo = retrieve(SoloComm())
     for ranks in (2, 4):
         assert pool.run(retrieve, ranks) == [solo] * ranks
+
+
+# ------------------------------------------------------------------ asyncio
+
+
+def await_answers(comm: Any) -> list[Any]:
+    """Encode, answer and stream from one event loop; rank 0 leaves a stream early."""
+    star = StarLLM(text_model(), bundled_tokenizer(), comm=comm, block_size=32)
+
+    async def main() -> list[Any]:
+        context = await star.aencode("The hill is tall. " * 20)
+        reply = await star.agenerate(context, "A dog", max_new_tokens=6)
+        stream = star.astream(context, "Stars", max_new_tokens=6, ignore_eos=True)
+        pieces = [piece async for piece in stream]
+        async with star.astream(context, "Rain", max_new_tokens=50, ignore_eos=True) as third:
+            await anext(third)
+        again = await star.agenerate(context, "A dog", max_new_tokens=6)
+        return [reply.text, pieces, stream.result.text, third.result.token_ids, again.token_ids]
+
+    return asyncio.run(main())
+
+
+def test_awaited_calls_are_as_on_one_rank(pool: Pool) -> None:
+    expected = await_answers(SoloComm())
+    assert pool.run(await_answers, 2) == [expected] * 2
