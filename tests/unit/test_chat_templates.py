@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from star_attention.errors import InvalidInputError
 from star_attention.hf.text.chat import open_context
-from tests.conversations import TEMPLATES, Cut, cut_prompt, cuts, tokenizer_with, whole_prompt
+from tests.conversations import (
+    TEMPLATES,
+    TEXTS,
+    Cut,
+    cut_prompt,
+    cuts,
+    tokenizer_with,
+    whole_prompt,
+)
 
 # System text goes into the last user message.
 MOVING = ("mistral_v3",)
@@ -25,7 +34,7 @@ def parts_of(name: str, cut: Cut) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"needle"}))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(cut=cuts())
 def test_a_cut_leaves_no_trace(name: str, cut: Cut) -> None:
     """Forbids prompts that depend on where a conversation was cut."""
@@ -45,3 +54,32 @@ def test_a_cut_leaves_no_trace(name: str, cut: Cut) -> None:
         assert not expected.startswith(head)
     else:
         assert prompt == expected
+
+
+PART_LISTS = st.lists(TEXTS, min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "needle", "parts_on_lines", "parts_only"])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(document=PART_LISTS, question=PART_LISTS, is_answered=st.booleans())
+def test_a_cut_between_parts_leaves_no_trace(
+    name: str, document: list[str], question: list[str], is_answered: bool
+) -> None:
+    """Forbids parts that are joined, or a string that is taken apart."""
+    tokenizer = TOKENIZERS[name]
+    first, more = part_message(document), part_message(question)
+    if is_answered:
+        context = [first, {"role": "assistant", "content": "ok"}]
+        whole = [*context, more]
+        if name == "parts_only":
+            whole[1] = {"role": "assistant", "content": [{"type": "text", "text": "ok"}]}
+    else:
+        # Of several parts, the last one is the context's own question, which a query replaces.
+        context = [part_message([*document, "x"])]
+        assume(document != question[:-1])
+        whole = [part_message(document + question)]
+    assert cut_prompt(tokenizer, context, [more]) == whole_prompt(tokenizer, whole)
+
+
+def part_message(texts: list[str]) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}

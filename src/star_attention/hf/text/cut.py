@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.text import literal
 from star_attention.hf.text.conversation import ChatContext, joined, longer
-from star_attention.hf.text.messages import Message
+from star_attention.hf.text.messages import Message, parts
 from star_attention.hf.text.rendered import RenderedText, shared_prefix
 from star_attention.hf.text.template import PROBES, ChatTemplate, check_written, left_out
 
@@ -25,7 +25,7 @@ def shared_head(template: ChatTemplate, chat: ChatContext) -> RenderedText:
     """
     head: RenderedText | None = None
     failure = None
-    for conversations in _continued(chat):
+    for conversations in _continued(template, chat):
         try:
             shared = _shared(template, conversations, chat.messages)
         except InvalidInputError as error:
@@ -72,7 +72,7 @@ def _shared(
     )
 
 
-def _continued(chat: ChatContext) -> Iterator[list[list[Message]]]:
+def _continued(template: ChatTemplate, chat: ChatContext) -> Iterator[list[list[Message]]]:
     """Yield ways to go on after the context, the most likely one first, with different texts."""
     last = chat.messages[-1]
     calls = last.get("tool_calls")
@@ -91,6 +91,9 @@ def _continued(chat: ChatContext) -> Iterator[list[list[Message]]]:
         # The last part itself may be longer.
         extension = longer(chat, PROBES[0])
         questions.append(joined(extension, [{"role": "user", "content": PROBES[1]}]))
+    elif not chat.open and template.separates_parts():
+        in_parts = [part for probe in PROBES for part in parts(probe)]
+        questions.append([*chat.messages, {"role": "user", "content": in_parts}])
     yield questions
 
 
