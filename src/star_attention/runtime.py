@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from star_attention.distributed.environment import from_environment
 from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
-from star_attention.hf.loading import fingerprint, identity, tensor_parallel
+from star_attention.hf.loading import identity, tensor_parallel
+from star_attention.hf.loading.identities import Identities
 from star_attention.methods import Method
 from star_attention.planning.plan import BlockPlan, parse_size, small_blocks
 from star_attention.planning.positions import Positions
@@ -47,10 +47,7 @@ class Runtime(Transient):
 
     def __init__(self, handle: ModelHandle, tokenizer: Any, config: StarConfig, comm: Comm) -> None:
         self.handle, self.tokenizer, self.config, self.comm = handle, tokenizer, config, comm
-        self._model_identity: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._tokenizer_identity: tuple[tuple[Any, ...], str | None] | None = None
-        self._checksum_s = 0.0
-        self._shard_checksum: str | None = None
+        self._identities = Identities(handle.model, handle.outer)
         # Shared with the engines of `with_config`, so that one of them warns.
         self._warned: set[str] = set()
         self._warn_of_small_blocks()
@@ -169,38 +166,11 @@ class Runtime(Transient):
 
         Weights are read again where they show signs of a change (`hf.loading.fingerprint`).
         """
-        return self.identity_within(0.0)
+        return self._identities.of(self.tokenizer)
 
     def identity_within(self, seconds: float) -> dict[str, Any]:
         """Return `identity`, with all weights read again if that takes no longer than `seconds`."""
-        state = identity.state(self.handle.outer)
-        fresh = 0.0 < self._checksum_s <= seconds
-        if self._model_identity is None or self._model_identity[0] != state or fresh:
-            self._model_identity = (state, self._identity_of_model(fresh=fresh))
-        return self._model_identity[1] | {"tokenizer": self._identity_of_tokenizer()}
-
-    def _identity_of_model(self, *, fresh: bool) -> dict[str, Any]:
-        model, started = self.handle.model, time.perf_counter()
-        shard = tensor_parallel.model_shard(model)
-        if shard is None:
-            fields = identity.model_identity(model, self.handle.outer, fresh=fresh)
-            if fresh or not self._checksum_s:
-                self._checksum_s = time.perf_counter() - started
-            return fields
-        # The whole model's, as long as this rank's shard is as it was at the start.
-        checksum = identity.weights_checksum(model, fresh=fresh)
-        self._shard_checksum = self._shard_checksum or checksum
-        if checksum == self._shard_checksum:
-            return shard.identity
-        return shard.identity | {"weights": checksum, "checksum": checksum}
-
-    def _identity_of_tokenizer(self) -> str | None:
-        if self.tokenizer is None:
-            return None
-        state = fingerprint.tokenizer(self.tokenizer)
-        if self._tokenizer_identity is None or self._tokenizer_identity[0] != state:
-            self._tokenizer_identity = (state, identity.tokenizer_identity(self.tokenizer))
-        return self._tokenizer_identity[1]
+        return self._identities.of(self.tokenizer, within_s=seconds)
 
     def check_context(self, context: EncodedContext) -> None:
         """Raise an error unless this model, or an equal one, encoded the context.
@@ -223,7 +193,7 @@ class Runtime(Transient):
             )
         same_model = context.model is not None and context.model() is self.handle.model
         if same_model and context.model_state == identity.state(self.handle.outer):
-            current: dict[str, Any] = {"tokenizer": self._identity_of_tokenizer()}
+            current: dict[str, Any] = {"tokenizer": self._identities.of_tokenizer(self.tokenizer)}
         else:
             current = self.identity
         identity.check("the context", context.identity, current)

@@ -120,7 +120,9 @@ def test_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     star = StarLLM(model, block_size=BLOCK)
     # As if a pass took longer than a hundredth of the encoding, as with any real model.
-    monkeypatch.setattr("star_attention.runtime.time.perf_counter", iter(range(99)).__next__)
+    monkeypatch.setattr(
+        "star_attention.hf.loading.identities.time.perf_counter", iter(range(99)).__next__
+    )
     contexts = [star.encode(ids(CONTEXT, seed)) for seed in range(3)]
     for context in contexts:
         star.generate(context, [5], max_new_tokens=1)
