@@ -49,7 +49,8 @@ def encode(
     encoded: dict[int, EncodedContext] = {}
     comm, tokens = runtime.comm, sum(plan.context_tokens for plan in plans)
     with shown(progress, tokens // comm.cp_size, leads=comm.rank == 0) as callback:
-        for indices in _batches(plans, runtime.tokens_per_forward):
+        lengths = [runtime.rope_length(len(context.ids_L), context.needed) for context in contexts]
+        for indices in _batches(plans, lengths, runtime.tokens_per_forward):
             plan = plans[indices[0]]
             if isinstance(callback, ProgressBar):
                 callback.contexts = len(indices)
@@ -60,7 +61,7 @@ def encode(
                 ids_BL=torch.stack([contexts[i].ids_L for i in indices]),
                 plan=plan,
                 layout=method.layout(runtime.config, plan),
-                rope_length=runtime.rope_length(plan.context_tokens),
+                rope_length=lengths[indices[0]],
                 progress=callback,
             )
             _warn_if_idle(job)
@@ -71,13 +72,15 @@ def encode(
     return [encoded[i] for i in range(len(contexts))]
 
 
-def _batches(plans: list[BlockPlan], tokens_per_forward: int) -> list[list[int]]:
+def _batches(
+    plans: list[BlockPlan], rope_lengths: list[int | None], tokens_per_forward: int
+) -> list[list[int]]:
     """Group contexts with equal plans, as many as whole blocks fit in one forward."""
-    groups: dict[BlockPlan, list[int]] = {}
-    for index, plan in enumerate(plans):
-        groups.setdefault(plan, []).append(index)
+    groups: dict[tuple[BlockPlan, int | None], list[int]] = {}
+    for index, key in enumerate(zip(plans, rope_lengths, strict=True)):
+        groups.setdefault(key, []).append(index)
     batches = []
-    for plan, indices in groups.items():
+    for (plan, _), indices in groups.items():
         size = max(1, tokens_per_forward // min(plan.block_size, plan.context_tokens))
         batches += [indices[i : i + size] for i in range(0, len(indices), size)]
     return batches

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,12 +44,14 @@ class ContextInput:
         ids_L: checked token ids, int64 on CPU.
         chat: how the chat continues after the context, or None for raw text.
         end: the end of its text, as a `ContextEnd` describes itself; None for token ids.
+        needed: tokens of context, longest query and answer; None if those are not known.
         warned: what has been warned of, to say it once.
     """
 
     ids_L: Tensor
     chat: dict[str, Any] | None
     end: dict[str, Any] | None = None
+    needed: int | None = None
     warned: set[str] = field(default_factory=set)
 
     @classmethod
@@ -196,7 +198,9 @@ def _prepare_one(
             )
             for query in queries
         ]
-        rope_length = runtime.rope_length(len(ids_L))
+        needed = len(ids_L) + max(map(len, prompts)) + settings.max_new_tokens
+        source = replace(source, needed=needed)
+        rope_length = runtime.rope_length(len(ids_L), needed)
         runtime.positions.check_room(len(ids_L), rope_length, prompts, settings.max_new_tokens)
     return source, prompts
 

@@ -154,9 +154,9 @@ class Runtime(Transient):
         """Return the block plan of a context of that length."""
         return self.method.plan(self.config, context_tokens, self.comm.cp_size)
 
-    def rope_length(self, context_tokens: int) -> int | None:
+    def rope_length(self, context_tokens: int, needed: int | None = None) -> int | None:
         """Return the length that rotary frequencies are computed for; None if independent of it."""
-        return context_tokens + self.config.reserve_tokens if self.handle.rotaries else None
+        return self.handle.rope_length(context_tokens + self.config.reserve_tokens, needed)
 
     # --------------------------------------------------------------------------- identity
 
@@ -201,7 +201,8 @@ class Runtime(Transient):
     @property
     def positions(self) -> Positions:
         """The positions that a context, its query and its answer share."""
-        return Positions(self.handle.max_positions, self.config.reserve_tokens)
+        handle = self.handle
+        return Positions(handle.max_positions, self.config.reserve_tokens, handle.short_length)
 
     def need_tokenizer(self, purpose: str) -> Any:
         """Return the tokenizer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from star_attention.errors import ContextLengthError
@@ -14,10 +15,12 @@ class Positions:
     Attributes:
         limit: how many there are; None for no limit.
         reserve_tokens: tokens after a context that its rotary frequencies are pinned for.
+        short_length: most tokens that LongRoPE rotates by its short factors; None without it.
     """
 
     limit: int | None
     reserve_tokens: int
+    short_length: int | None = None
 
     def check(self, count: int, subject: str, remedy: str) -> None:
         """Raise `ContextLengthError` for more tokens than the model has positions."""
@@ -44,7 +47,17 @@ class Positions:
             f"the query has {query_tokens:,}: lower max_new_tokens, or shorten the query or the"
             " context",
         )
-        if rope_length is not None and longest > rope_length:
+        if rope_length is None:
+            return
+        if self.short_length is not None and longest <= self.short_length < rope_length:
+            warnings.warn(
+                f"context, query and answer ({longest:,} tokens) fit the {self.short_length:,}"
+                " tokens of the model's short rotary factors, but the context was encoded for"
+                f" {rope_length:,} and got the long ones; give encode the query and its settings,"
+                " or lower reserve_tokens",
+                stacklevel=2,
+            )
+        if longest > rope_length:
             raise ContextLengthError(
                 f"{subject} {longest:,} tokens, but the context's rotary frequencies are pinned to"
                 f" {rope_length:,}; the query has {query_tokens:,}: lower max_new_tokens, or encode"

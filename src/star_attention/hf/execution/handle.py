@@ -89,6 +89,8 @@ class ModelHandle(Transient):
         self.windows = layer_windows(self.config, count_cache_layers(self.decoder, self.config))
         rope.check_built_from_config(self.decoder)
         self.rotaries = rope.length_dependent(self.decoder)
+        self.unscaled_length = rope.unscaled_length(self.rotaries)
+        self.short_length = rope.unscaled_length(self.rotaries, longrope_only=True)
         configs = {
             id(config): config
             for module in self.decoder.modules()
@@ -127,6 +129,19 @@ class ModelHandle(Transient):
             )
         self.max_positions = rope.max_positions(self.config)
         self._config_state = state
+
+    def rope_length(self, reserved: int, needed: int | None) -> int | None:
+        """Return the length that rotary frequencies are computed for; None if independent of it.
+
+        Args:
+            reserved: tokens of the context and of what is reserved for query and answer.
+            needed: tokens of context, query and answer, where known: if they do without the
+                frequencies for long texts, so does the context.
+        """
+        if self.unscaled_length is None:
+            return None
+        is_short = needed is not None and needed <= self.unscaled_length
+        return min(reserved, self.unscaled_length) if is_short else reserved
 
     @property
     def device(self) -> torch.device:

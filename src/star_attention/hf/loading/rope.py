@@ -165,8 +165,13 @@ def _stretched(parameters: dict[str, Any], stated: int, per_layer_type: bool) ->
     return int(original * factor) if original and factor else stated
 
 
-def unscaled_length(modules: list[nn.Module]) -> int | None:
-    """Return the most tokens that length-dependent modules rotate as in their first training."""
+def unscaled_length(modules: list[nn.Module], *, longrope_only: bool = False) -> int | None:
+    """Return the most tokens that length-dependent modules rotate as in their first training.
+
+    Args:
+        modules: rotary modules, from `length_dependent`.
+        longrope_only: leave out dynamic NTK, whose frequencies change gradually beyond it.
+    """
     lengths = []
     for module in modules:
         config: Any = module.config
@@ -174,7 +179,7 @@ def unscaled_length(modules: list[nn.Module]) -> int | None:
             match type_of(parameters):
                 case "longrope":
                     lengths.append(parameters["original_max_position_embeddings"])
-                case name if "dynamic" in name:
+                case name if "dynamic" in name and not longrope_only:
                     lengths.append(config.max_position_embeddings)
     return min(lengths, default=None)
 
