@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from star_attention import StarLLM
 from star_attention.cli import app
 from tests.engines import bundled_tokenizer, text_model
-from tests.evals_cli import SHORT, save_model
+from tests.evals_cli import save_model
 from tests.jsonl import write_lines
 
 WARNING = "block_size 4 makes blocks of 4 tokens, not 4 blocks"
@@ -61,7 +61,17 @@ def test_the_command_line_warns_once(tmp_path: Path) -> None:
     for arguments in (
         ["generate", str(text), "--query", "Which?", "--block-size", "4", "--max-new-tokens", "2"],
         ["encode", str(text), "-o", str(tmp_path / "text.star"), "--block-size", "4"],
-        ["eval", "run", str(data), "--variants", "dense,star:4,star:8", "-o", out, *SHORT],
+        [
+            "eval",
+            "run",
+            str(data),
+            "--variants",
+            "dense,star:4,star:8",
+            "-o",
+            out,
+            "--max-new-tokens",
+            "2",
+        ],
         ["plan", "--context", "1k", "--block-size", "4"],
     ):
         place_of = place[:2] if arguments[0] == "plan" else place

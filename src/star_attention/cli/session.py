@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_FEW_TOKENS = 32
-"""Blocks below this are taken for a number of blocks."""
-
 
 def load(
     model: ModelOptions, status: Status, *, needs_tokenizer: bool = False, **settings: Any
@@ -130,12 +127,6 @@ def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> St
     if not method.takes_sizes and (config.block_size, config.anchor_size) != (None, None):
         warnings.warn(
             f"--block-size and --anchor-size have no effect on {method.name} attention",
-            stacklevel=2,
-        )
-    if method.takes_sizes and config.block_size is not None and config.block_size < _FEW_TOKENS:
-        warnings.warn(
-            f"--block-size {config.block_size} is the tokens of a block, not a number of blocks;"
-            " so small blocks lose most of the accuracy: give 1k or more, or leave it out",
             stacklevel=2,
         )
     return star

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from star_attention.cli.options import Quiet, option
+from star_attention.cli.options import Quiet, TemplateKwargs, option
 
 PANEL = "Evaluation"
 VARIANTS = "dense,star:/4"
+"""Variants of a suite, whose samples have lengths."""
+FILE_VARIANTS = "dense,star"
+"""Variants of the user's own texts: `star` is what `generate` runs."""
 
 Variants = Annotated[
     str,
     option(
-        "Methods to compare, separated by commas: METHOD[:BLOCK[:ANCHOR]], such as dense, star:/4"
-        " (blocks of a quarter of the length), star:4k:1k, star:/4:kv=fp8, ring,"
-        " streaming_llm:2k:64 (window and sinks).",
+        "Methods to compare, separated by commas: METHOD[:BLOCK[:ANCHOR]], such as dense, star"
+        " (blocks as `generate` chooses them), star:/4 (a quarter of the length), star:4k:1k,"
+        " star:/4:kv=fp8, ring, streaming_llm:2k:64 (window and sinks).",
         "--variants",
         panel=PANEL,
         metavar="LIST",
@@ -59,6 +62,7 @@ class RunOptions:
             panel=PANEL,
         ),
     ] = False
+    chat_template_kwargs: TemplateKwargs = None
     max_new_tokens: Annotated[
         str | None,
         option(

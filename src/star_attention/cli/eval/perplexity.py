@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from star_attention.cli import session
-from star_attention.cli.eval.options import PANEL, VARIANTS, AnchorSeed, Variants
+from star_attention.cli.eval.options import FILE_VARIANTS, PANEL, AnchorSeed, Variants
 from star_attention.cli.eval.run import parse_variants
 from star_attention.cli.formatting import table
 from star_attention.cli.inputs import read_text
@@ -57,7 +57,7 @@ def perplexity(
     batch: Annotated[
         int, option("Windows to encode at once.", "--batch", panel=PANEL, metavar="N", min=1)
     ] = 4,
-    variants: Variants = VARIANTS,
+    variants: Variants = FILE_VARIANTS,
     seed: AnchorSeed = 0,
     out: Annotated[
         str | None,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from star_attention.cli import session
-from star_attention.cli.eval.options import VARIANTS, AnchorSeed, RunOptions, Variants
+from star_attention.cli.chat import template_kwargs
+from star_attention.cli.eval.options import FILE_VARIANTS, AnchorSeed, RunOptions, Variants
 from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import option
 from star_attention.cli.paths import check_output_folder
@@ -57,7 +58,7 @@ def run(
             show_default="our own prompts, which the bundled model was trained on",
         ),
     ] = None,
-    variants: Variants = VARIANTS,
+    variants: Variants = FILE_VARIANTS,
     seed: AnchorSeed = 0,
 ) -> None:
     """Answer the samples of data sets with several methods, and report.
@@ -199,7 +200,9 @@ def _make_samples(
     positions = rope.max_positions(config.get_text_config(decoder=True))
     source.check(variants, settings, positions or 0)
     with status.waiting(f"making samples of {source.suite}"):
-        samples, left_out = source.load(tokenizer, chat=settings.chat)
+        samples, left_out = source.load(
+            tokenizer, chat=settings.chat, template_kwargs=settings.chat_template_kwargs
+        )
     for name, reason in left_out.items():
         status.say(f"{name} is left out: {reason}")
     return samples, left_out
@@ -214,6 +217,7 @@ def _settings(options: RunOptions, source: Source) -> RunSettings:
         options=source.options,
         seed=source.seed,
         chat=options.chat,
+        chat_template_kwargs=template_kwargs(options.chat_template_kwargs) or {},
         max_new_tokens=None
         if max_new_tokens is None
         else parse_size(max_new_tokens, "max_new_tokens"),

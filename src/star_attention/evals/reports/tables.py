@@ -146,6 +146,7 @@ def facts_table(results: Results) -> Table:
         "options": "; ".join(written) or "none",
         "seed": settings["seed"],
         "chat template": plain(settings["chat"]),
+        "template arguments": plain(settings.get("chat_template_kwargs") or None),
         "decoding": settings["decoding"],
         "max_new_tokens": settings["max_new_tokens"] or "each sample's own",
         "reserve_tokens": settings["reserve_tokens"],

@@ -138,6 +138,7 @@ def encode(
     anchor: str = CONTENTS[0],
     positions: str = POSITIONS[0],
     seed: int = 0,
+    template_kwargs: dict[str, Any] | None = None,
 ) -> EncodedContext:
     """Encode one context with another anchor; it is answered like any other.
 
@@ -147,6 +148,7 @@ def encode(
         anchor: Tokens of the anchor, one of `CONTENTS`.
         positions: Positions of the anchor, one of `POSITIONS`.
         seed: Seed of random anchors: the same for the same context and block, different for others.
+        template_kwargs: What the chat template reads beside messages.
 
     Raises:
         InvalidInputError: For unknown names, engines of other methods or of several ranks, and
@@ -165,6 +167,6 @@ def encode(
             "ablations of the anchor do not work if rotary frequencies depend on the length; use"
             " another model"
         )
-    _, contexts = inputs.prepare_contexts(runtime, content)
+    _, contexts = inputs.prepare_contexts(runtime, content, template_kwargs=template_kwargs)
     (context,) = encoding.encode(runtime, contexts, method=method)
     return context

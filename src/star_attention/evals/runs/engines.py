@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from star_attention.engine import StarLLM
 from star_attention.evals.runs import ablations
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
@@ -27,17 +30,35 @@ def encode_all(
     """Encode several contexts, in batches unless the variant is an ablation."""
     if variant.is_ablation:
         return [encode(engine, variant, content, seed=seed) for content in contents]
-    return engine.encode(contents)
+    return engine.encode(contents, progress=False)
 
 
-def encode(engine: StarLLM, variant: Variant, content: Content, *, seed: int) -> EncodedContext:
-    """Encode one context with an engine of `engine_for`; `seed` is that of random anchors."""
+def encode(
+    engine: StarLLM,
+    variant: Variant,
+    content: Content,
+    *,
+    seed: int,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> EncodedContext:
+    """Encode one context with an engine of `engine_for`.
+
+    Args:
+        engine: The variant's engine.
+        variant: The variant.
+        content: Text, token ids or messages.
+        seed: Seed of random anchors.
+        template_kwargs: What the chat template reads beside messages.
+    """
+    # None where there are none, as a text takes no arguments of a template.
+    kwargs = dict(template_kwargs or {}) or None
     if not variant.is_ablation:
-        return engine.encode(content)
+        return engine.encode(content, progress=False, chat_template_kwargs=kwargs)
     return ablations.encode(
         engine,
         content,
         anchor=variant.anchor or CONTENTS[0],
         positions=variant.anchor_positions or POSITIONS[0],
         seed=seed,
+        template_kwargs=kwargs,
     )

@@ -106,6 +106,7 @@ def measure(
     settings: RunSettings,
     *,
     max_positions: int | None,
+    allow_special_tokens: bool | None = None,
     tick: Callable[[str], None],
 ) -> Measured:
     """Check every sample and count its tokens.
@@ -113,15 +114,21 @@ def measure(
     Args:
         samples: All samples of the run.
         tokenizer: The model's.
-        settings: `chat`, `max_new_tokens` and `skip_too_long` are read.
+        settings: What to count, and whether to skip samples that are too long.
         max_positions: Positions of the model; None for no limit.
+        allow_special_tokens: The engine's setting.
         tick: Called for every sample: a sign of life for the other ranks.
 
     Raises:
         InvalidInputError: For a sample that cannot be answered or scored.
         ContextLengthError: For samples that are too long, unless they are skipped; and if all are.
     """
-    counter = PromptCounter(tokenizer, chat=settings.chat)
+    counter = PromptCounter(
+        tokenizer,
+        chat=settings.chat,
+        template_kwargs=settings.chat_template_kwargs,
+        allow_special_tokens=allow_special_tokens,
+    )
     marks = TemplateMarks(tokenizer) if settings.chat else None
     context_tokens: dict[int, int] = {}
     skipped: list[dict[str, Any]] = []

@@ -45,6 +45,7 @@ class Prediction:
         answer_s: Seconds for the whole answer.
         peak_bytes: Peak device memory of the larger phase; None on a CPU.
         meta: `Sample.meta`.
+        reasoning: What the model marked as its reasoning, which is not scored; None for none.
     """
 
     sample: str
@@ -71,6 +72,7 @@ class Prediction:
     answer_s: float
     peak_bytes: int | None
     meta: Mapping[str, Any]
+    reasoning: str | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -95,6 +97,8 @@ class Prediction:
         """Parse a line; raises `ValueError` or `TypeError` for a line that is not a prediction."""
         values = json.loads(line)
         names = {field.name for field in fields(cls)}
+        # Earlier versions did not write it.
+        values = {"reasoning": None} | values
         if set(values) != names:
             differing = ", ".join(sorted(set(values) ^ names))
             raise ValueError(f"missing or unknown fields: {differing}")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.samples.sample import Sample
 from star_attention.hf.text import chat as chat_text
+from star_attention.hf.text.joining import ContextEnd, following_ids
+from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.tokens import context_ids, query_ids
 
 
@@ -32,8 +36,12 @@ def check_template(tokenizer: Any) -> None:
         raise InvalidInputError("this model has no chat template; leave --chat out")
 
 
-def chat_tokens(tokenizer: Any) -> int:
+def chat_tokens(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> int:
     """Count the tokens that the chat template adds to context and query, for `Size.reserve`.
+
+    Args:
+        tokenizer: The model's.
+        template_kwargs: What the template reads beside messages.
 
     Raises:
         InvalidInputError: If the tokenizer has no chat template.
@@ -41,7 +49,9 @@ def chat_tokens(tokenizer: Any) -> int:
     check_template(tokenizer)
     context, query = "A context.\n", "A question?"
     plain = len(context_ids(tokenizer, context)) + len(query_ids(tokenizer, query))
-    opened = chat_text.open_context(tokenizer, chat_text.user_message(context))
+    opened = chat_text.open_context(
+        tokenizer, chat_text.user_message(context), dict(template_kwargs or {})
+    )
     tail = chat_text.continue_context(tokenizer, opened, query).text
     rendered = len(query_ids(tokenizer, opened.head)) + len(query_ids(tokenizer, tail))
     # Where text meets the template, each side may take one more token.
@@ -108,28 +118,49 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 class PromptCounter:
     """Counts the tokens of samples; those on one context in a row tokenize it once."""
 
-    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: bool,
+        template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._reader = Reader(tokenizer, allow_special_tokens)
         self._chat = chat
+        self._template_kwargs = dict(template_kwargs or {})
         self._context: str | None = None
         self._context_tokens = 0
+        self._end: ContextEnd | None = None
         self._opened: chat_text.ChatContext | None = None
 
     def count(self, sample: Sample) -> tuple[int, int]:
-        """Return the tokens of the context, and of query and answer prefix."""
+        """Return the tokens of the context, and of query and answer prefix, as the engine does.
+
+        What is held back of the context counts with the query.
+        """
+        # The engine repeats its warnings when it reads the sample.
+        with warnings.catch_warnings(action="ignore"):
+            return self._count(sample)
+
+    def _count(self, sample: Sample) -> tuple[int, int]:
         if sample.context != self._context:
             self._context = sample.context
             self._read_context(sample)
-        query = sample.query
+        query = self._reader.raw(sample.query, "query")
         if self._opened is not None:
-            query = chat_text.continue_context(self._tokenizer, self._opened, query).text
-        tail = query_ids(self._tokenizer, query + sample.answer_prefix)
-        return self._context_tokens, len(tail)
+            tail = chat_text.continue_context(self._tokenizer, self._opened, sample.query)
+            query = self._reader.rendered(tail)
+        query += self._reader.raw(sample.answer_prefix, "answer prefix")
+        ids, _ = following_ids(self._tokenizer, self._end, query)
+        return self._context_tokens, len(ids)
 
     def _read_context(self, sample: Sample) -> None:
         if self._chat:
             content = content_of(sample, chat=True)
-            self._opened = chat_text.open_context(self._tokenizer, content)
-            self._context_tokens = len(query_ids(self._tokenizer, self._opened.head))
+            self._opened = chat_text.open_context(self._tokenizer, content, self._template_kwargs)
+            ids, self._end = self._reader.chat_context(self._opened.rendered)
         else:
-            self._context_tokens = len(context_ids(self._tokenizer, sample.context))
+            ids, self._end = self._reader.raw_context(self._reader.raw(sample.context, "context"))
+        self._context_tokens = len(ids)

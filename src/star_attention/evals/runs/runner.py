@@ -173,7 +173,13 @@ def _answer(
 ) -> None:
     samples = [prepared.samples[index] for index in job.samples]
     content = content_of(samples[0], chat=settings.chat)
-    context = encode(engine, variant, content, seed=settings.seed)
+    context = encode(
+        engine,
+        variant,
+        content,
+        seed=settings.seed,
+        template_kwargs=settings.chat_template_kwargs,
+    )
     for sample in samples:
         started = time.perf_counter()
         generation = engine.generate(
@@ -220,6 +226,7 @@ def _prediction(
         encode_s=context.encode_s,
         peak_bytes=max(peaks, default=None),
         meta=sample.meta,
+        reasoning=generation.reasoning,
         **recorded,
     )
 
@@ -254,6 +261,7 @@ def _prepare(
             star.tokenizer,
             settings,
             max_positions=star.runtime.handle.max_positions,
+            allow_special_tokens=star.config.allow_special_tokens,
             tick=star.runtime.comm.tick,
         )
         jobs = build_jobs(

@@ -28,18 +28,21 @@ class RunSettings:
         options: Options of the suite, for the record.
         seed: Seed of the samples, for the record, and of random anchors.
         chat: Send context and query as one user message of the model's chat template.
+        chat_template_kwargs: What the template reads beside messages.
         max_new_tokens: Tokens to generate at most, instead of the samples' own numbers.
         limit: Use only the first samples of each task, length and depth.
         skip_too_long: Skip, and list, samples beyond the model's positions.
 
     Raises:
-        InvalidInputError: If `max_new_tokens` is below 1.
+        InvalidInputError: If `max_new_tokens` is below 1, or there are arguments of a template
+            without `chat`.
     """
 
     suite: str = FILES
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     chat: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_new_tokens: int | None = None
     limit: int | None = None
     skip_too_long: bool = False
@@ -50,6 +53,11 @@ class RunSettings:
                 f"max_new_tokens {self.max_new_tokens} is not a positive number of tokens"
             )
 
+        if self.chat_template_kwargs and not self.chat:
+            raise InvalidInputError(
+                "chat_template_kwargs have no effect without chat; add --chat, or leave them out"
+            )
+
     @property
     def own_lengths(self) -> bool:
         """True if lengths were counted by other tokenizers: the context's own count is used."""
@@ -58,13 +66,16 @@ class RunSettings:
     @property
     def recorded(self) -> dict[str, Any]:
         """The settings that answers depend on, and that must not change when a run resumes."""
-        return {
+        recorded = {
             "suite": self.suite,
             "options": {name: value for name, value in self.options.items() if name not in SOURCES},
             "seed": self.seed,
             "chat": self.chat,
             "max_new_tokens": self.max_new_tokens,
         }
+        # Left out where there are none, as in runs of earlier versions.
+        kwargs = dict(self.chat_template_kwargs)
+        return recorded | ({"chat_template_kwargs": kwargs} if kwargs else {})
 
     @property
     def sources(self) -> dict[str, Any]:

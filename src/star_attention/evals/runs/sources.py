@@ -53,12 +53,15 @@ class Source(Protocol):
             SizeError: A variant's sizes do not fit a length.
         """
 
-    def load(self, tokenizer: Any, *, chat: bool) -> tuple[list[Sample], dict[str, str]]:
+    def load(
+        self, tokenizer: Any, *, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[Sample], dict[str, str]]:
         """Read or generate all samples.
 
         Args:
             tokenizer: The model's; lengths are counted with it.
             chat: Leave room for the model's chat template.
+            template_kwargs: What the template reads beside messages.
 
         Returns:
             The samples, and what is left out with the reasons.
@@ -100,7 +103,9 @@ class FileSource:
     def check(self, variants: Sequence[Variant], settings: RunSettings, positions: int) -> None:
         """Lengths are counted in tokens later."""
 
-    def load(self, tokenizer: Any, *, chat: bool) -> tuple[list[Sample], dict[str, str]]:
+    def load(
+        self, tokenizer: Any, *, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[Sample], dict[str, str]]:
         return self._samples, {}
 
 
@@ -169,7 +174,9 @@ class SuiteSource:
             f" {positions:,} positions; use a smaller length{remedy}"
         )
 
-    def load(self, tokenizer: Any, *, chat: bool) -> tuple[list[Sample], dict[str, str]]:
+    def load(
+        self, tokenizer: Any, *, chat: bool, template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[Sample], dict[str, str]]:
         """Generate all samples.
 
         Raises:
@@ -185,7 +192,7 @@ class SuiteSource:
             suites.get(self.suite),
             cells,
             tokenizer=tokenizer,
-            reserve=chat_tokens(tokenizer) if chat else 0,
+            reserve=chat_tokens(tokenizer, template_kwargs) if chat else 0,
             count=self.count,
             seed=self.seed,
             options=self.options,
