@@ -13,7 +13,12 @@ from star_attention.errors import ContextLengthError, InvalidInputError, TokenEr
 from star_attention.generation.known_tokens import warn_about_unknown_ids
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
 from star_attention.hf.text import chat, joining, tokens
-from star_attention.hf.text.checks import check_words, checked_text, warn_about_file_name
+from star_attention.hf.text.checks import (
+    check_no_path,
+    check_words,
+    checked_text,
+    warn_about_file_name,
+)
 from star_attention.hf.text.joining import ContextEnd
 from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
@@ -209,6 +214,7 @@ def _context_input(
     runtime: Runtime, content: Content, template_kwargs: dict[str, Any] | None
 ) -> ContextInput:
     """Tokenize a context, and hold back the end that depends on what follows."""
+    check_no_path(content)
     opened: chat.ChatContext | None = None
     ids: Any = content
     end: ContextEnd | None = None
@@ -217,6 +223,8 @@ def _context_input(
     if chat.is_messages(content):
         opened = chat.open_context(runtime.tokenizer, list(content), template_kwargs)
         ids, end = _reader(runtime).chat_context(opened.rendered)
+        if len(content) == 1:
+            warn_about_file_name(content[0].get("content"))  # type: ignore[union-attr]
     elif isinstance(content, str):
         check_words(content, "context")
         warn_about_file_name(content)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from star_attention import EncodedContext, StarLLM
+from star_attention import EncodedContext, StarLLM, pipeline
 from star_attention.errors import ContextLengthError, TokenError
 from tests.engines import bundled_tokenizer, engine, ids, text_model
 
@@ -42,6 +42,19 @@ def test_the_name_of_a_file_in_place_of_its_text(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             star.encode(text)
+
+
+def test_a_path_in_place_of_a_text(
+    star: StarLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TokenError, match=r"is a path, 'book\.txt'; .*read_document\('book\.txt'\)"):
+        star.encode(Path("book.txt"))
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("The hill is tall.", encoding="utf-8")
+    with pytest.warns(UserWarning, match="also the name of a file"):
+        star.encode([{"role": "user", "content": "book.txt"}])
+    with pytest.warns(UserWarning, match="also the name of a file"):
+        pipeline(star)("book.txt", "Is it?", max_new_tokens=1)
 
 
 @pytest.mark.parametrize("text", [" ", "\n\n", "\t\r\n ", "\u00a0\u3000"])

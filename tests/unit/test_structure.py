@@ -1,4 +1,5 @@
-"""The house rules of the tree: short files and classes, no private reaches, no names compared.
+"""The house rules of the tree: short files and classes, no private reaches, no names compared,
+values in messages cut.
 
 `test_layers.py` has the rules about imports.
 """
@@ -6,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,3 +145,32 @@ def test_a_method_answers_for_itself() -> None:
 def test_a_comparison_with_a_methods_name_is_seen() -> None:
     tree = ast.parse("a.method == 'star'\nb in ('dense', x)\nc = 'ring'\nd == 'other'")
     assert list(method_name_checks(tree)) == ["a.method == 'star'", "b in ('dense', x)"]
+
+
+# ------------------------------------------------------------------------- values in messages
+
+
+def test_messages_quote_values_through_one_helper() -> None:
+    """Forbids `{value!r}` in a message: a value that is a whole document would be printed."""
+    places = [f"{file}:{line}" for file, tree in TREES.items() for line in unbounded(tree)]
+    assert places == [], "show values by errors.quote"
+
+
+def unbounded(tree: ast.Module) -> Iterator[int]:
+    """Yield the lines of messages with a `{value!r}` that is neither a constant nor a slice."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if not re.search(r"warn|\bsay\b|[a-z]Error|Parameter", name) or name == "AttributeError":
+            continue
+        for part in ast.walk(node):
+            if isinstance(part, ast.FormattedValue) and part.conversion == ord("r"):
+                text = ast.unparse(part.value)
+                if not re.fullmatch(r"[A-Z]\w*(\.\w+)?|.*\[-?\d*:-?\d*\]", text):
+                    yield part.lineno
+
+
+def test_an_unbounded_value_is_seen() -> None:
+    tree = ast.parse("raise TextError(f'{a!r}')\nwarnings.warn(f'{a[-12:]!r} {B!r}')\nf(f'{a!r}')")
+    assert list(unbounded(tree)) == [1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 
+from star_attention.errors import quote
+
 
 def unescape(text: str, option: str) -> str:
     r"""Read `\n`, `\t` and `\r` as a shell passes them: two characters. `\\n` stays `\n`.
@@ -15,7 +17,7 @@ def unescape(text: str, option: str) -> str:
     """
     if word := re.search(r"(?<!\\)\\[ntr][a-z]+", text):
         warnings.warn(
-            f"{option} {text!r}: {word[0][:2]} is read as a control character; write"
+            f"{option} {quote(text)}: {word[0][:2]} is read as a control character; write"
             f" \\{word[0]} for the backslash",
             stacklevel=2,
         )

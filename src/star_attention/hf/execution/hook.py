@@ -246,7 +246,7 @@ def _without_autocast(model: Any) -> AbstractContextManager[Any]:
         raise InvalidInputError(
             f"torch.autocast to {name} is on, but the model is in"
             f" {str(model.dtype).removeprefix('torch.')}: call this library outside of autocast, or"
-            f" load the model in {name} (dtype={name!r})"
+            f" load the model in {name} (dtype='{name}')"
         )
     return torch.autocast(kind, enabled=False)
 

@@ -187,7 +187,7 @@ def _without_config(folder: Path) -> str:
     if inner:
         return (
             f"{problem}, but its subfolder {inner[0]} does: give {folder / inner[0]}, or"
-            f" --subfolder {inner[0]} (in Python: subfolder={inner[0]!r})"
+            f" --subfolder {inner[0]} (in Python: subfolder={quote(inner[0])})"
         )
     for pattern, kind in OTHER_WEIGHTS.items():
         if any(folder.glob(pattern)):
@@ -245,7 +245,8 @@ def _gguf(folder: Path, name: str, location: dict[str, Any], adapter: str | None
     path = folder / str(location.get("subfolder") or "") / name
     if location.get("gguf_file") not in (None, name):
         raise ModelNotFoundError(
-            f"{path} and gguf_file={location['gguf_file']!r} name two files; leave one of them out"
+            f"{path} and gguf_file={quote(location['gguf_file'])} name two files; leave one of them"
+            " out"
         )
     if not path.is_file():
         raise ModelNotFoundError(f"there is no GGUF file {path}; check the path")

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from star_attention.errors import InvalidInputError, first_line
+from star_attention.errors import InvalidInputError, first_line, quote
 from star_attention.hf.loading import rope
 
 SETTINGS = ("rope_scaling", "rope_parameters", "rope_theta")
@@ -49,14 +49,14 @@ def parse(text: str) -> dict[str, Any]:
             settings = json.loads(text)
         except ValueError as error:
             raise InvalidInputError(
-                f"rope scaling {text!r} is not JSON: {error}; {_FORM}"
+                f"rope scaling {quote(text)} is not JSON: {error}; {_FORM}"
             ) from None
         assert isinstance(settings, dict)
         return settings
     name, *numbers = text.split(":")
     if name not in _SHORT_TYPES or not 1 <= len(numbers) <= 2:
         raise InvalidInputError(
-            f"rope scaling {text!r} is unknown; {_FORM} (TYPE: {', '.join(_SHORT_TYPES)})"
+            f"rope scaling {quote(text)} is unknown; {_FORM} (TYPE: {', '.join(_SHORT_TYPES)})"
         )
     try:
         settings = {"rope_type": name, "factor": float(numbers[0])}
@@ -64,7 +64,7 @@ def parse(text: str) -> dict[str, Any]:
             settings["original_max_position_embeddings"] = int(numbers[1])
     except ValueError:
         raise InvalidInputError(
-            f"rope scaling {text!r}: expected numbers after {name}; {_FORM}"
+            f"rope scaling {quote(text)}: expected numbers after {name}; {_FORM}"
         ) from None
     return settings
 
@@ -82,7 +82,9 @@ def take(model_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(value, str):
             value = parse(value)
         if value is not None and not isinstance(value, dict):
-            raise InvalidInputError(f"{name} {value!r}: expected a dict or TYPE:FACTOR; {_FORM}")
+            raise InvalidInputError(
+                f"{name} {quote(value)}: expected a dict or TYPE:FACTOR; {_FORM}"
+            )
         settings |= value or {}
     if model_kwargs.get("rope_theta") is not None:
         settings.setdefault("rope_theta", model_kwargs["rope_theta"])
@@ -175,7 +177,7 @@ def _merged(
     name = own_type if name is None else _OLD_NAMES.get(name, name)
     if name != "default" and name not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
-        raise InvalidInputError(f"rope_type {name!r} is unknown; use one of {known}")
+        raise InvalidInputError(f"rope_type {quote(name)} is unknown; use one of {known}")
     if name == own_type:
         merged = own | settings
     else:
@@ -214,7 +216,7 @@ def _check_numbers(settings: dict[str, Any]) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or value < least:
             raise InvalidInputError(
-                f"rope_scaling has {key} {value!r}; expected a number of at least {least}"
+                f"rope_scaling has {key} {quote(value)}; expected a number of at least {least}"
             )
 
 

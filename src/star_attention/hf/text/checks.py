@@ -47,8 +47,20 @@ def check_words(text: str, name: str) -> None:
         raise TokenError(f"the {name} is only white space, {quote(text)}; give at least one word")
 
 
-def warn_about_file_name(text: str) -> None:
+def check_no_path(content: object) -> None:
+    """Raise `TokenError` for a path in place of a text."""
+    if isinstance(content, os.PathLike):
+        path = quote(os.fspath(content))
+        raise TokenError(
+            f"the context is a path, {path}; to encode what is in the file, give"
+            f" star_attention.read_document({path})"
+        )
+
+
+def warn_about_file_name(text: object) -> None:
     """Warn about a context that is the name of a file here: the name would be encoded."""
+    if not isinstance(text, str):
+        return
     if len(text) > _LONGEST_FILE_NAME or "\n" in text or "\0" in text:
         return
     if os.path.isfile(text):
