@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from star_attention.errors import SizeError, TokenError, quote
-from star_attention.planning import html
+from star_attention.planning import html, picture
 from star_attention.planning.segments import Segments
 
 MIN_BLOCK_SIZE = 1024
@@ -380,25 +380,9 @@ class BlockPlan:
         Args:
             width: columns of the picture.
         """
-        owners = [rank for rank in range(self.ranks) for _ in self.rank_blocks(rank)]
-        blocks = list(enumerate(zip(owners, self.blocks, strict=True)))
-        shown = blocks if len(blocks) <= 16 else [*blocks[:8], *blocks[-7:]]
-        lines = [
-            f"rank {owner:<2} b{index:<3} |{self._draw_row(start, stop, width)}|"
-            f" {start:,}..{stop:,}"
-            for index, (owner, (start, stop)) in shown
-        ]
-        if len(shown) < len(blocks):
-            lines.insert(8, f"{'':>10}  ... {len(blocks) - len(shown)} more blocks ...")
-        return "\n".join([*lines, f"{'query':>10} |{'#' * width}| sees everything"])
-
-    def _draw_row(self, start: int, stop: int, width: int) -> str:
-        scale = width / self.context_tokens
-        row = ""
-        for column in range(width):
-            token = int((column + 0.5) / scale)
-            if start <= token < stop or int(start * scale) == column:
-                row += "#"
-            else:
-                row += "A" if token < self.anchor_size and start > 0 else "."
-        return row
+        return picture.draw(
+            [rank for rank in range(self.ranks) for _ in self.rank_blocks(rank)],
+            self.blocks,
+            self.anchor_size,
+            width,
+        )
