@@ -41,7 +41,7 @@ CALLS: dict[str, Callable[[StarLLM, str], Any]] = {
         star.encode("abc"), "abc", answer_prefix=text, max_new_tokens=1
     ),
     "query in a pipeline": lambda star, text: star_attention.pipeline(star)(
-        "abc", question=text, chat=False
+        "abc", question=text, chat=False, max_new_tokens=1
     ),
     "message 1 of 1": lambda star, text: star.encode([{"role": "user", "content": text}]),
     "query in a chat": lambda star, text: star.generate(
@@ -51,7 +51,7 @@ CALLS: dict[str, Callable[[StarLLM, str], Any]] = {
         star.encode([{"role": "user", "content": "abc\n"}]), text
     ),
     "context in a pipeline": lambda star, text: star_attention.pipeline(star)(
-        text, question="abc", chat=False
+        text, question="abc", chat=False, max_new_tokens=1
     ),
 }
 
