@@ -24,7 +24,8 @@ from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.hf.loading.identities import Identities
 from star_attention.methods import Method
-from star_attention.planning.plan import BlockPlan, parse_size, small_blocks
+from star_attention.planning.advice import small_blocks
+from star_attention.planning.plan import BlockPlan, parse_size
 from star_attention.planning.positions import Positions
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.transient import Transient

@@ -77,16 +77,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def small_blocks(block_size: int | None) -> str:
-    """Return a warning of blocks so small that their number may be meant; "" for others."""
-    if block_size is None or block_size >= 64:
-        return ""
-    return (
-        f"block_size {block_size} makes blocks of {counted(block_size, 'token')}, not {block_size}"
-        " blocks, in which a text loses its sense; give a size such as 4k, or leave it out"
-    )
-
-
 def default_block_size(context_tokens: int) -> int:
     """Return the paper's block size for a context.
 
