@@ -25,6 +25,7 @@ from star_attention.errors import (
 )
 from star_attention.hf.loading import adapters, checks, files, rope_scaling, support
 from star_attention.hf.loading.files import ModelFiles
+from star_attention.hf.loading.gguf_tokenizer import with_special_tokens
 from star_attention.hf.loading.tokenizer_files import as_filed
 
 _ATTENTION = "_attn_implementation"
@@ -309,6 +310,8 @@ def _load_tokenizer(model: ModelFiles) -> Any:
         location.pop("gguf_file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **location)
+        if model.gguf_file is not None and "gguf_file" in location:
+            tokenizer = with_special_tokens(tokenizer, model.gguf_file)
     except Exception as error:
         # The tokenizer libraries raise bare Exceptions for a broken file.
         _refuse_remote_code(model, error)
