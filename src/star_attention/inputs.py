@@ -351,7 +351,14 @@ def prompt_ids(
         opened = chat.ChatContext.from_dict(chat_state)
         if isinstance(query, str):
             query = checked_text(query, "the query")
-        tail = chat.continue_context(runtime.tokenizer, opened, query, template_kwargs, warn=warn)
+        warned = set() if after is None else after.warned
+        tail = chat.continue_context(
+            runtime.tokenizer,
+            opened,
+            query,
+            template_kwargs,
+            warned=warned if warn else set(chat.WARNINGS),
+        )
         text = reader.rendered(tail) + answer_start
     elif chat.is_messages(query):
         raise InvalidInputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import warnings
 from typing import Any
 
 import pytest
@@ -239,6 +240,42 @@ def test_a_query_that_moves_the_system_text_is_refused() -> None:
         cut_prompt(tokenizer, context, more)
     whole = [system("SYS"), user("DOC\nq1"), assistant("a1"), user("q2")]
     assert cut_prompt(tokenizer, whole[:3], "q2") == whole_prompt(tokenizer, whole)
+
+
+SYSTEM, DOCUMENT, MORE = system("Be brief."), "the cat ", [assistant("ok"), user("Sure?")]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma3", "needle"])
+@pytest.mark.parametrize(
+    ("context", "repeating", "query"),
+    [
+        ([user(DOCUMENT)], [user(DOCUMENT + "sat")], [user("sat")]),
+        ([user(DOCUMENT, "?")], [user(DOCUMENT, "sat")], [user("sat")]),
+        ([user(DOCUMENT)], [user(DOCUMENT + "sat"), *MORE], [user("sat"), *MORE]),
+        ([user(DOCUMENT), MORE[0]], [user(DOCUMENT), *MORE], MORE[1:]),
+    ],
+)
+def test_a_query_may_repeat_the_conversation(
+    name: str, context: list[Any], repeating: list[Any], query: list[Any]
+) -> None:
+    """Forbids encoded messages that come twice, for clients that send the whole history."""
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    opened = open_context(tokenizer, [SYSTEM, *context])
+    expected = continue_context(tokenizer, opened, query)
+    assert continue_context(tokenizer, opened, [SYSTEM, *repeating]) == expected
+
+
+def test_one_warning_per_context() -> None:
+    """Forbids a word for each query about the same thing."""
+    star = StarLLM(text_model(), tokenizer_with(TEMPLATES["chatml"]), block_size=16)
+    context = star.encode([user("the cat\n")])
+    star.tokenizer.chat_template = TEMPLATES["chatml"].replace("helpful", "unhelpful")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        star.generate(context, ["what", "why", [user("<|im_start|>how")]], max_new_tokens=1)
+        star.generate(context, "what", max_new_tokens=1)
+    texts = sorted(str(warning.message) for warning in caught)
+    assert [text[:20] for text in texts] == ["a text of role 'user", "the chat template re"]
 
 
 def test_a_document_after_the_question_is_refused() -> None:

@@ -25,6 +25,7 @@ from star_attention.hf.text.rendered import RenderedText
 from star_attention.hf.text.template import ChatTemplate, check_template, check_written
 
 __all__ = [
+    "WARNINGS",
     "ChatContext",
     "Message",
     "check_template",
@@ -34,6 +35,10 @@ __all__ = [
     "open_context",
     "user_message",
 ]
+
+
+WARNINGS = ("rendered", "template")
+"""What is warned of: text that has been rendered before, a template that writes otherwise now."""
 
 
 def user_message(text: str) -> list[Message]:
@@ -82,7 +87,7 @@ def open_context(
         head="",
         template_kwargs=template.kwargs,
     )
-    return _withshared_head(template, chat)
+    return _with_head(template, chat)
 
 
 def continue_context(
@@ -91,7 +96,7 @@ def continue_context(
     query: str | list[Any] | None,
     template_kwargs: dict[str, Any] | None = None,
     *,
-    warn: bool = True,
+    warned: set[str] | None = None,
 ) -> RenderedText:
     """Return the text of a query's turn and the start of the answer, as it follows the context.
 
@@ -102,8 +107,7 @@ def continue_context(
             the answer to it). A last message of the assistant is continued by the answer.
         template_kwargs: what the template reads beside the messages, where it differs from the
             context's.
-        warn: warn of texts that have been through a template, and of one that writes the context
-            otherwise than before.
+        warned: what has been warned of for this context, to say it once.
 
     Raises:
         InvalidInputError: there is no question, or messages cannot follow the context.
@@ -114,12 +118,13 @@ def continue_context(
     if template_kwargs:
         template = ChatTemplate(tokenizer, {**chat.template_kwargs, **template_kwargs})
     more = query_messages(chat, query)
-    if warn:
-        _warn_if_rendered(template, more)
+    warned = set() if warned is None else warned
+    if "rendered" not in warned and _warn_if_rendered(template, more):
+        warned.add("rendered")
     conversation = joined(chat, more)
     whole, start = literal.render(template, conversation), len(chat.head)
     if not whole.text.startswith(chat.head):
-        whole, start = moved(stored, template, chat, conversation, warn=warn)
+        whole, start = moved(stored, template, chat, conversation, warned)
     unchanged = len(chat.messages) - (1 if chat.open else 0)
     check_written(whole.text, conversation[unchanged:], first=unchanged + 1)
     return whole.slice(start)
@@ -143,13 +148,13 @@ def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
     return replace(extension, head=rendered.text, literal=[list(span) for span in rendered.literal])
 
 
-def _withshared_head(template: ChatTemplate, chat: ChatContext) -> ChatContext:
+def _with_head(template: ChatTemplate, chat: ChatContext) -> ChatContext:
     head = shared_head(template, chat)
     return replace(chat, head=head.text, literal=[list(span) for span in head.literal])
 
 
-def _warn_if_rendered(template: ChatTemplate, messages: list[Message]) -> None:
-    """Warn of texts that seem to have been through a template before."""
+def _warn_if_rendered(template: ChatTemplate, messages: list[Message]) -> bool:
+    """Warn of texts that seem to have been through a template before, and return whether."""
     beginnings = None
     for message in messages:
         text = "".join(texts(message)[:1])[:400].lstrip()
@@ -164,3 +169,5 @@ def _warn_if_rendered(template: ChatTemplate, messages: list[Message]) -> None:
                 " nested; give the messages themselves, or the text without a chat",
                 stacklevel=4,
             )
+            return True
+    return False

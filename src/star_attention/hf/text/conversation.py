@@ -62,10 +62,12 @@ def query_messages(chat: ChatContext, query: str | list[Any] | None) -> list[Mes
             return []
         if chat.question is None:
             raise InvalidInputError(
-                "no query: this chat context has no question of its own; give one"
+                "no query: this chat context has no question of its own; give one (the answer"
+                " continues a message of the assistant that the query ends in)"
             )
         query = chat.question
     more = [{"role": "user", "content": query}] if isinstance(query, str) else normalized(query)
+    more = _without_repetition(chat, more)
     first, last = more[0], more[-1]
     if first["role"] == "assistant" or (chat.open and first["role"] != "user"):
         raise InvalidInputError(
@@ -83,6 +85,32 @@ def query_messages(chat: ChatContext, query: str | list[Any] | None) -> list[Mes
         # The encoded message, repeated with a question: only the question is new.
         first["content"] = texts(first)[-1]
     return more
+
+
+def _without_repetition(chat: ChatContext, more: list[Message]) -> list[Message]:
+    """Return a query without the encoded messages, if it repeats all from the system message on."""
+    messages, count = chat.messages, len(chat.messages)
+    repeats = more[0] == messages[0] and more[0]["role"] in ("system", "developer")
+    if not repeats or len(more) < count:
+        return more
+    if not chat.open and more[:count] == messages and len(more) > count:
+        return more[count:]
+    last = more[count - 1]
+    if not chat.open or more[: count - 1] != messages[:-1] or last["role"] != "user":
+        return more
+    rest = _rest(messages[-1]["content"], last["content"])
+    return [{**last, "content": rest}, *more[count:]] if rest else more
+
+
+def _rest(document: Any, content: Any) -> Any:
+    """Return what a message has after an encoded one, "" if it does not repeat that."""
+    if isinstance(document, list) and isinstance(content, list):
+        return content[len(document) :] if content[: len(document)] == document else ""
+    if isinstance(document, list) and len(document) == 1:
+        document = document[0]["text"]
+    if isinstance(content, str) and isinstance(document, str) and content.startswith(document):
+        return content[len(document) :]
+    return ""
 
 
 def joined(chat: ChatContext, more: list[Message]) -> list[Message]:

@@ -102,8 +102,7 @@ def moved(
     template: ChatTemplate,
     chat: ChatContext,
     conversation: list[Message],
-    *,
-    warn: bool,
+    warned: set[str],
 ) -> tuple[RenderedText, int]:
     """Return a prompt that does not begin with the encoded text, and where its tail begins.
 
@@ -113,7 +112,8 @@ def moved(
     for _ in range(_ATTEMPTS):
         now, whole = shared_head(stored, chat).text, literal.render(template, conversation)
         if whole.text.startswith(now):
-            if warn:
+            if "template" not in warned:
+                warned.add("template")
                 warnings.warn(
                     "the chat template renders the context differently now than when it was encoded"
                     " (a date, or another template); the answer continues what was encoded",
