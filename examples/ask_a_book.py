@@ -7,14 +7,13 @@ From the root of the repository, with the bundled model and a small text, or wit
 """
 
 import argparse
-from pathlib import Path
 
-from star_attention import StarLLM
+from star_attention import StarLLM, read_document
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("book", nargs="?", default="examples/book.txt", help="text file, UTF-8")
+    parser.add_argument("book", nargs="?", default="examples/book.txt", help="text, PDF, ...")
     parser.add_argument(
         "question", nargs="?", default="What is the secret number for quiet-harbor?"
     )
@@ -22,7 +21,8 @@ def main() -> None:
     parser.add_argument("--block-size", default="1k", help="tokens of a block: 1024, 4k, ...")
     args = parser.parse_args()
 
-    book = Path(args.book).read_text(encoding="utf-8")
+    # Text as it is; the text of a PDF, Word, EPUB or HTML file with the extra `documents`.
+    book = read_document(args.book)
     star = StarLLM.from_pretrained(args.model, block_size=args.block_size)
 
     # Phase 1. The user message stays open: the question becomes its end.

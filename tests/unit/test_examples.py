@@ -77,6 +77,11 @@ def test_many_questions_from_a_file(run: Run, tmp_path: Path) -> None:
     assert "1 answers in" in printed
 
 
+def test_questions_in_an_asyncio_program(run: Run) -> None:
+    lines = run("async_questions.py").splitlines()
+    assert [line.split()[-1] for line in lines] == ["8811503", "1991709", "b34a-fe4c"]
+
+
 def test_saved_contexts(run: Run, tmp_path: Path) -> None:
     saved = str(tmp_path / "book.star")
     first, second = (run("saved_contexts.py", "--saved", saved) for _ in range(2))
