@@ -309,8 +309,9 @@ class StarLLM(RuntimeView, AsyncCalls):
         Args:
             context: the context to ask.
             query: text (tokenized together with the end of the context), token ids, chat messages,
-                what `prepare` returned, or a list of queries, answered as one batch. May be left
-                out where chat messages came with their question.
+                what `prepare` returned, or a list of queries, answered as one batch: up to
+                rounding (in bfloat16 a near tie may turn), as each would be alone. May be left out
+                where chat messages came with their question.
             settings: those of `GenerationSettings` (max_new_tokens, seed, stop, ...), and every
                 argument of transformers' `GenerationConfig` about search and sampling (do_sample,
                 temperature, top_p, num_beams, ...). They override the model's own defaults. An

@@ -123,7 +123,12 @@ class AnswerOptions:
     ] = None
     batch: Annotated[
         bool,
-        option("Answer all queries in one batch, not one after another.", "--batch", panel="Query"),
+        option(
+            "Answer all queries in one batch, not one after another: faster, and up to rounding the"
+            " same answers.",
+            "--batch",
+            panel="Query",
+        ),
     ] = False
     answer_prefix: Annotated[
         str,
