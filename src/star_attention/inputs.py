@@ -66,6 +66,11 @@ class ContextInput:
             ids_L=context.token_ids, chat=context.chat, end=context.end, warned=context.warned
         )
 
+    @property
+    def held_ids(self) -> list[int]:
+        """The token ids that are held back of the context."""
+        return [] if self.end is None else list(self.end["held_ids"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -90,9 +95,8 @@ class Prepared:
         if not self.contexts:
             return
         own, ids_L = self.contexts[0], context.token_ids
-        if not torch.equal(own.ids_L, ids_L) or _held_ids(own) != _held_ids(
-            ContextInput.of(context)
-        ):
+        held_ids = ContextInput.of(context).held_ids
+        if not torch.equal(own.ids_L, ids_L) or own.held_ids != held_ids:
             raise InvalidInputError(
                 f"the query was prepared for another context of {len(own.ids_L):,} tokens, got one"
                 f" of {len(ids_L):,}; encode the prepared one, or give the query itself"
@@ -264,14 +268,11 @@ def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> Cont
     else:
         ids_L = checked_ids(more, "extension", runtime.handle.vocab_size)
         text = "" if source.chat is None else tokens.decode(runtime.tokenizer, ids_L.tolist())
-        chat_state, end = _extended_chat(runtime, source.chat, text), None
-        new_ids = _held_ids(source) + ids_L.tolist()
+        chat_state, end = chat.extended(runtime.tokenizer, source.chat, text), None
+        new_ids = source.held_ids + ids_L.tolist()
     ids_L = torch.cat([context.token_ids, as_tensor_ids(torch.tensor(new_ids, dtype=torch.int64))])
-    runtime.positions.check(
-        len(ids_L),
-        "the extended context has",
-        f"cut the extension, {_MORE_POSITIONS}",
-    )
+    remedy = f"cut the extension, {_MORE_POSITIONS}"
+    runtime.positions.check(len(ids_L), "the extended context has", remedy)
     if context.rope_length is not None and len(ids_L) >= context.rope_length:
         raise ContextLengthError(
             f"the extended context has {len(ids_L):,} tokens, but its rotary frequencies are pinned"
@@ -288,7 +289,7 @@ def _extension(
     runtime.need_tokenizer("text")
     reader, name = _reader(runtime), "extension"
     text = reader.raw(more, name) if source.chat is None else reader.message(more, name)
-    chat_state = _extended_chat(runtime, source.chat, text.text)
+    chat_state = chat.extended(runtime.tokenizer, source.chat, text.text)
     end = _context_end(runtime, source)
     ids, new_end, is_joined = reader.extension(end, text)
     if not is_joined:
@@ -296,19 +297,6 @@ def _extension(
     if ids:
         checked_ids(ids, name, runtime.handle.vocab_size)
     return ids, chat_state, None if new_end is None else new_end.as_dict()
-
-
-def _extended_chat(
-    runtime: Runtime, chat_state: dict[str, Any] | None, text: str
-) -> dict[str, Any] | None:
-    if chat_state is None:
-        return None
-    opened = chat.ChatContext.from_dict(chat_state)
-    if not opened.open:
-        raise InvalidInputError(
-            "this chat context ends in a closed turn; only an open user message can be extended"
-        )
-    return chat.extended(runtime.tokenizer, opened, text).as_dict()
 
 
 def checked_query(query: Any) -> Any:
@@ -389,19 +377,14 @@ def _prompt_of_ids(
         tokenizer = runtime.need_tokenizer("an answer prefix")
         end = joining.end_of_ids(tokenizer, ids)
         ids += joining.following_ids(tokenizer, end, answer_start)[0]
-    return ids if after is None else _held_ids(after) + ids
+    return ids if after is None else after.held_ids + ids
 
 
 def held_tokens(source: ContextInput, prompt: list[int]) -> int:
     """Count the tokens at the beginning of a prompt that are the context's, held back of it."""
-    held = _held_ids(source)
+    held = source.held_ids
     most = min(len(held), len(prompt) - 1)
     return next((n for n in range(most) if prompt[n] != held[n]), most)
-
-
-def _held_ids(source: ContextInput) -> list[int]:
-    """Return the token ids that are held back of a context."""
-    return [] if source.end is None else list(source.end["held_ids"])
 
 
 def _context_end(runtime: Runtime, source: ContextInput) -> ContextEnd | None:

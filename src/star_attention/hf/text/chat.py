@@ -130,12 +130,25 @@ def continue_context(
     return whole.slice(start)
 
 
-def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
-    """Return the same chat with `more` appended to its open user message.
+def extended(tokenizer: Any, state: dict[str, Any] | None, more: str) -> dict[str, Any] | None:
+    """Return the state of the same chat with `more` appended to its open user message.
+
+    Args:
+        tokenizer: the tokenizer that the context was rendered with.
+        state: `ChatContext.as_dict`; None for a context that is no chat, which stays None.
+        more: the text.
 
     Raises:
-        InvalidInputError: the template writes the message differently when it is longer.
+        InvalidInputError: the context ends in a closed turn, or the template writes the message
+            differently when it is longer.
     """
+    if state is None:
+        return None
+    chat = ChatContext.from_dict(state)
+    if not chat.open:
+        raise InvalidInputError(
+            "this chat context ends in a closed turn; only an open user message can be extended"
+        )
     template = ChatTemplate(tokenizer, chat.template_kwargs)
     extension = longer(chat, more)
     before, head = shared_head(template, chat), shared_head(template, extension)
@@ -145,7 +158,8 @@ def extended(tokenizer: Any, chat: ChatContext, more: str) -> ChatContext:
             " all of it again"
         )
     rendered = chat.rendered + head.slice(len(before))
-    return replace(extension, head=rendered.text, literal=[list(span) for span in rendered.literal])
+    spans = [list(span) for span in rendered.literal]
+    return replace(extension, head=rendered.text, literal=spans).as_dict()
 
 
 def _with_head(template: ChatTemplate, chat: ChatContext) -> ChatContext:
