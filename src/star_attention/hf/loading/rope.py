@@ -153,9 +153,10 @@ def _stretched(parameters: dict[str, Any], stated: int, per_layer_type: bool) ->
     match type_of(parameters):
         case "default":
             return stated
-        case "yarn":
+        case "yarn" | "dynamic":
+            # Dynamic NTK begins where the stated length ends.
             original = original or stated
-        case "linear" | "dynamic":
+        case "linear":
             # transformers' convention is that the config keeps its original length. Configs with
             # settings per layer type (Gemma 3) state the final one.
             original = original or (None if per_layer_type else stated)
