@@ -90,7 +90,7 @@ def test_unknown_settings_are_type_errors(tmp_path: Path) -> None:
         ),
         ("tokenizer", "it is loaded with the model; to use another, set the engine's tokenizer"),
         ("blocksize", "does not take 'blocksize'; did you mean 'block_size'?"),
-        ("revision", "give arguments of transformers as model_kwargs={'revision': ...}"),
+        ("use_safetensors", "give arguments of transformers as model_kwargs="),
         ("unknown", "give arguments of transformers as model_kwargs="),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from star_attention.cli import session
 from tests.command_line import CHAT, MODEL, QUESTION, failed, ok
 
-TINY_BLOCKS = "warning: --block-size 4 is the tokens of a block, not a number of blocks"
+TINY_BLOCKS = "warning: block_size 4 makes blocks of 4 tokens"
 
 
 @pytest.mark.filterwarnings("default")
