@@ -143,15 +143,15 @@ def test_impossible_measurements_are_refused(
 @pytest.mark.filterwarnings("default")
 def test_blocks_left_out_are_reported_and_rows_are_counted() -> None:
     arguments = ["prefill", *MODEL, "--methods", "star", "--repeats", "0"]
-    arguments += ["--context", "64,128", "--block", "/4,64"]
+    arguments += ["--context", "256,512", "--block", "/4,256"]
     arguments.remove("--quiet")
     process = CliRunner().invoke(app, ["bench", *arguments])
     assert process.exit_code == 0, process.output
     assert process.stderr.splitlines() == [
-        "warning: context 64 does not hold two blocks of 64; this block size is left out",
-        "1 of 3: star, context 64, block 16",
-        "2 of 3: star, context 128, block 64",
-        "3 of 3: star, context 128, block 32",
+        "warning: context 256 does not hold two blocks of 256; this block size is left out",
+        "1 of 3: star, context 256, block 64",
+        "2 of 3: star, context 512, block 256",
+        "3 of 3: star, context 512, block 128",
     ]
 
 
