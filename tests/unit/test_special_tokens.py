@@ -106,6 +106,8 @@ def test_special_tokens_in_raw_text_are_counted_once() -> None:
     star = star_of("llama3")
     with pytest.warns(UserWarning, match=r"spells 3 special tokens \('<\|im_end\|>', '<\|im_st"):
         context = star.encode(FORGED)
+    with pytest.warns(UserWarning, match=r"spells 1 special token \('</s>'\)"):
+        star.extend(star.encode("The cat."), "the page ends with </s> here")
     assert markers_in(star, context.token_ids.tolist()) == [
         "<|im_end|>",
         "<|im_start|>",

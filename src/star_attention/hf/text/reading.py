@@ -55,9 +55,9 @@ class Reader:
         prefix = special.prefix_ids(self.tokenizer)
         text_ids = special.rendered_ids(self.tokenizer, text)
         ids = special.with_prefix(prefix, text_ids)
-        spelled = special.spelled(self.tokenizer, text.text, text_ids)
-        self._warn_about_unknown(text_ids, spelled)
+        self._warn_about_unknown(text, text_ids)
         if self.allow_special_tokens is None:
+            spelled = special.spelled(self.tokenizer, text.text, text_ids)
             # What all texts begin with does not count.
             brought = len(prefix) - (len(ids) - len(text_ids))
             _warn_about_special_tokens(spelled[brought:])
@@ -67,7 +67,7 @@ class Reader:
         """Tokenize the rendered beginning of a chat, as `raw_context` does."""
         text = self.rendered(head)
         ids = special.rendered_ids(self.tokenizer, text)
-        self._warn_about_unknown(ids, special.spelled(self.tokenizer, text.text, ids))
+        self._warn_about_unknown(text, ids)
         return joining.hold_back(self.tokenizer, text, ids, len(ids) - 1)
 
     def end_of_chat(self, head: str | RenderedText, ids: list[int]) -> ContextEnd | None:
@@ -84,16 +84,18 @@ class Reader:
             whether the ids are those of the joined text.
         """
         ids, is_joined = joining.following_ids(self.tokenizer, end, more)
+        if self.allow_special_tokens is None and not more.literal:
+            _warn_about_special_tokens(special.spelled(self.tokenizer, more.text, ids))
         before = [] if end is None else end.ids
         text = more if end is None else end.text + more
         kept, new_end = joining.hold_back(self.tokenizer, text, before + ids, len(ids))
         return kept[len(before) :], new_end, is_joined
 
-    def _warn_about_unknown(self, ids: list[int], spelled: list[str]) -> None:
+    def _warn_about_unknown(self, text: RenderedText, ids: list[int]) -> None:
         """Warn of characters that the tokenizer does not know, and that the model does not see."""
         token = self.tokenizer.unk_token
         count = 0 if token is None else ids.count(self.tokenizer.unk_token_id)
-        if count > spelled.count(token):
+        if count and count > text.text.count(token):
             warnings.warn(
                 f"the tokenizer does not know all characters of the text: {count:,} tokens of the"
                 f" context are {token}, which the model sees in their place; write these characters"
