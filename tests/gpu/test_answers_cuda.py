@@ -41,6 +41,7 @@ def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(
     assert [reply.token_ids for reply in batch] == [alone[1], alone[0], alone[1]]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("seed", [None, 1])
 def test_drawing_does_not_wait_for_the_device(queries: int, seed: int | None) -> None:

@@ -42,26 +42,30 @@ def turn_end_ids(tokenizer: Any) -> set[int]:
     """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return set()
-    ids = {tokenizer.eos_token_id} - {None}
-    # There a turn has several messages, each with an end of its own.
-    if has_channels(tokenizer):
-        return ids - {token_id(tokenizer, "<|end|>")}
-    end = _template_end(tokenizer, str(tokenizer.chat_template))
-    return ids if end is None else ids | {end}
+    eos = tokenizer.eos_token_id
+    return set(_turn_end_ids(tokenizer, str(tokenizer.chat_template), eos, len(tokenizer)))
 
 
 @functools.lru_cache(maxsize=8)
-def _template_end(tokenizer: Any, chat_template: str) -> int | None:
+def _turn_end_ids(
+    tokenizer: Any, chat_template: str, eos: int | None, vocab_size: int
+) -> frozenset[int]:
+    """Return what `turn_end_ids` does, of a tokenizer in a given state."""
+    ids = frozenset(() if eos is None else (eos,))
+    # There a turn has several messages, each with an end of its own.
+    if has_channels(tokenizer):
+        return ids - {token_id(tokenizer, "<|end|>")}
+    return ids | _template_end(tokenizer)
+
+
+def _template_end(tokenizer: Any) -> frozenset[int]:
     """Return the control token that the template writes right after an assistant's message."""
     text = _rendered_answer(tokenizer)
     after = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    if not ids:
-        return None
-    first: int = ids[0]
+    first = tokenizer(after, add_special_tokens=False).input_ids[:1]
     controls = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    is_written = after.startswith(tokenizer.convert_ids_to_tokens(first))
-    return first if first in controls and is_written else None
+    is_written = bool(first) and after.startswith(tokenizer.convert_ids_to_tokens(first[0]))
+    return frozenset(first) & controls if is_written else frozenset()
 
 
 def _rendered_answer(tokenizer: Any) -> str:
