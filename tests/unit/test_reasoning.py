@@ -175,6 +175,33 @@ def test_a_template_may_open_or_close_the_reasoning(plain: tuple[str, ...]) -> N
     assert answers(closed, "hello", answer_prefix="the") == ("hello", None)
 
 
+@pytest.mark.parametrize("plain", [THINK, ()], ids=["tokens", "text"])
+def test_a_prefilled_turn_may_hold_reasoning(plain: tuple[str, ...]) -> None:
+    """The turn that the answer continues is a message, not an answer prefix."""
+    star = talker(byte_level(plain=plain, chat="{# <think> #}" + CHATML))
+    context = star.encode(MESSAGES)
+
+    def ask(prefilled: str, spoken: str) -> tuple[str, str | None]:
+        query = [
+            {"role": "user", "content": "what"},
+            {"role": "assistant", "content": prefilled},
+        ]
+        reply = star.generate(context, query, **say(star.tokenizer, spoken))
+        return reply.text, reply.reasoning
+
+    assert ask("<think>\nthe", " cat</think>\nhello") == ("hello", "cat")
+    assert ask("<think>the</think>\n", "hello") == ("hello", None)
+    assert ask("the cat", " hello") == (" hello", None)
+
+
+def test_a_query_about_a_tag_opens_nothing() -> None:
+    """Forbids that the answer to it is taken for reasoning."""
+    star = talker(byte_level(plain=THINK, chat=CHATML))
+    for content, query in ((MESSAGES, "what is <think>"), ("the cat", "what is <think> about")):
+        reply = star.generate(star.encode(content), query, **say(star.tokenizer, "hello world"))
+        assert (reply.text, reply.reasoning) == ("hello world", None)
+
+
 def test_a_raw_query_may_open_the_reasoning() -> None:
     star = talker(byte_level(plain=THINK))
     reply = star.generate(

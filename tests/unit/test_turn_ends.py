@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from star_attention import StarLLM
-from star_attention.errors import UnknownOptionError
+from star_attention.errors import InvalidInputError, UnknownOptionError
 from star_attention.hf.text.endings import turn_end_ids
 from tests.talkers import (
     CHANNEL_TOKENS,
@@ -139,6 +139,15 @@ def test_stop_strings_without_a_tokenizer_are_said() -> None:
     with pytest.warns(UserWarning, match=r"sets stop_strings \['lo'\], which have no effect"):
         bare.generate(context, [7], max_new_tokens=1)
     bare.generate(context, [7], max_new_tokens=1, stop=[])
+
+
+def test_stop_strings_that_cannot_work_are_named() -> None:
+    star = talker(byte_level())
+    context = star.encode("the cat")
+    star.model.generation_config.stop_strings = [""]
+    with pytest.raises(InvalidInputError, match=r"generation_config has stop_strings .*stop=\[\]"):
+        star.generate(context, "what", max_new_tokens=1)
+    star.generate(context, "what", max_new_tokens=1, stop=[])
 
 
 @pytest.mark.parametrize(

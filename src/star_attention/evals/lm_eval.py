@@ -254,7 +254,7 @@ def _generation_settings(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = dict(normalize_gen_kwargs(dict(gen_kwargs), MAX_NEW_TOKENS))
     stop = [text for text in kwargs.pop("until") if text]
     max_new_tokens = kwargs.pop("max_gen_toks")
-    return GREEDY | kwargs | {"stop": stop, "max_new_tokens": max_new_tokens}
+    return GREEDY | kwargs | {"stop": stop or None, "max_new_tokens": max_new_tokens}
 
 
 # By name: under `python -m` this module exists twice, and the harness imports it again.

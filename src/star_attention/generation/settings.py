@@ -188,9 +188,15 @@ class GenerationSettings:
 
     def _stops_of(self, model: Any, tokenizer: Any) -> list[str]:
         """Return the stop strings of the model's own settings, unless the call turns them off."""
-        stops = stop_strings(getattr(model.generation_config, "stop_strings", None))
         if self.ignore_eos or self.stop == []:
             return []
+        try:
+            stops = stop_strings(getattr(model.generation_config, "stop_strings", None))
+        except InvalidInputError as error:
+            raise InvalidInputError(
+                f"the model's generation_config has stop_strings that cannot work ({error}); give"
+                " stop=[] to do without, or set model.generation_config.stop_strings"
+            ) from error
         if stops and tokenizer is None:
             warnings.warn(
                 f"the model's generation_config sets stop_strings {stops}, which have no effect"

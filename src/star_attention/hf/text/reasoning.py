@@ -6,11 +6,13 @@ messages in channels, of which only `final` is for the reader (gpt-oss).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from star_attention.hf.text.detokenizer import Detokenizer
 from star_attention.hf.text.endings import has_channels, token_id
+from star_attention.hf.text.tokens import decode
 
 TAGS = {
     "<think>": "</think>",
@@ -44,11 +46,13 @@ class Markup:
         tags: closing tags by opening tag.
         tag_tokens: texts of tags that are special tokens, which decoding leaves out.
         controls: what each control token of channels begins or ends.
+        added: the added tokens that are no tags, of which chat templates build turns.
     """
 
     tags: dict[str, str]
     tag_tokens: dict[int, str]
     controls: dict[int, str]
+    added: frozenset[int]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Markup | None:
@@ -79,6 +83,7 @@ class Markup:
                 if token is not None and not tokenizer.decode([token], skip_special_tokens=True)
             },
             controls=controls,
+            added=frozenset(tokenizer.added_tokens_decoder) - frozenset(tokens.values()),
         )
 
 
@@ -257,9 +262,7 @@ def answer_reader(
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
     if markup is None:
         return detokenizer
-    thinking = Thinking(markup.tags, _begun(tokenizer, markup, prompt, answer_prefix))
-    thinking.push(answer_prefix)
-    thinking.flush()
+    thinking = _thinking(tokenizer, markup, prompt, answer_prefix)
     reader = ReasoningReader(detokenizer, markup, thinking)
     starts = [
         index for index, token in enumerate(prompt) if markup.controls.get(token) == "start"
@@ -269,12 +272,26 @@ def answer_reader(
     return reader
 
 
-def _begun(tokenizer: Any, markup: Markup, prompt: list[int], answer_prefix: str) -> str | None:
-    """Return the closing tag of reasoning that begins at the end of a prompt, or None."""
+def _thinking(tokenizer: Any, markup: Markup, prompt: list[int], answer_prefix: str) -> Thinking:
+    """Return what cuts an answer whose reasoning may have begun at the end of a prompt."""
     if not markup.tags:
-        return None
+        return Thinking({})
+    # The beginning of the assistant's turn, which may hold a role and what was put in its mouth.
+    turn = next((i for i in range(len(prompt), 0, -1) if prompt[i - 1] in markup.added), None)
+    written = "" if turn is None else decode(tokenizer, prompt[turn:], skip_special_tokens=False)
+    for opening in markup.tags:
+        role, tag, begun = written.partition(opening)
+        if tag and re.fullmatch(r"\s*\w*\s*", role):
+            return _continued(Thinking(markup.tags), tag + begun)
+    # A prompt of other makings counts where it ends in the tag: it may also ask about one.
     end = prompt[-(_PROMPT_END + len(answer_prefix)) :]
-    text = tokenizer.decode(end, skip_special_tokens=False).removesuffix(answer_prefix).rstrip()
-    return next(
-        (closing for opening, closing in markup.tags.items() if text.endswith(opening)), None
-    )
+    text = decode(tokenizer, end, skip_special_tokens=False).removesuffix(answer_prefix).rstrip()
+    begun_tags = (tag for opening, tag in markup.tags.items() if text.endswith(opening))
+    return _continued(Thinking(markup.tags, next(begun_tags, None)), answer_prefix)
+
+
+def _continued(thinking: Thinking, text: str) -> Thinking:
+    """Read text that stands before the answer."""
+    thinking.push(text)
+    thinking.flush()
+    return thinking
