@@ -15,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from star_attention.errors import InvalidInputError, TextError
 from star_attention.evals.formats.files import read
@@ -66,6 +68,8 @@ BINARY = {
     "a.zst": (b"\x28\xb5\x2f\xfd" + bytes(20), "zstd", "zstd -dc"),
     "a.sqlite": (b"SQLite format 3\0" + bytes(20), "an SQLite", "export"),
     "a.parquet": (b"PAR1" + bytes(20), "a Parquet table", "export"),
+    "a.rtf": (rb"{\rtf1\ansi The tea is hot.}", "an RTF document", "pandoc -f rtf"),
+    "a.ps": (b"%!PS-Adobe-3.0\n(The tea is hot.) show", "a PostScript file", "ps2ascii"),
     "a.gguf": (b"GGUF\x03" + bytes(20), "a GGUF model", "--model"),
 }
 
@@ -79,6 +83,22 @@ def test_files_of_other_kinds_are_named(name: str, tmp_path: Path) -> None:
     assert f"{name} is {kind}" in str(caught.value)
     assert remedy in str(caught.value)
     assert "iconv" not in str(caught.value)
+
+
+def test_unknown_binary_files_are_no_text_in_another_encoding(tmp_path: Path) -> None:
+    """Forbids advice to convert weights from GB18030."""
+    files = {
+        "a.safetensors": save({"weight": torch.arange(300.0)}),
+        "a.npy": b"\x93NUMPY\x01\0v\0" + bytes(90),
+        "a.exe": b"MZ\x90\0\x03\0\0\0\x04" + bytes(range(256)),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(TextError, match="it is no text in any encoding; give a text") as caught:
+            read_text_file(tmp_path / name)
+        assert f"{name} is not UTF-8: byte " in str(caught.value)
+        assert f"contains {data.count(0)} NUL bytes" in str(caught.value)
+        assert "iconv" not in str(caught.value)
 
 
 # Each is converted by the command in its error.

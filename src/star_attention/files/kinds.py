@@ -82,6 +82,8 @@ _DAMAGED = FileKind("a damaged zip archive or Office file", remedy="get it whole
 
 _BY_START = (
     (rb"\s*%PDF-", FileKind("a PDF", "pdftotext {file} {text}", "pdftotext - -", ".pdf")),
+    (rb"\{\\rtf", FileKind("an RTF document", *_pandoc("rtf"))),
+    (rb"%!PS", FileKind("a PostScript file", "ps2ascii {file} {text}", "ps2ascii")),
     (rb"\x1f\x8b", FileKind("gzip", "gunzip -c {file} > {text}", "gunzip -c")),
     (rb"BZh\d1AY&SY", FileKind("bzip2", "bunzip2 -c {file} > {text}", "bunzip2 -c")),
     (rb"\xfd7zXZ\0", FileKind("xz", "xz -dc {file} > {text}", "xz -dc")),

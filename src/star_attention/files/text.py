@@ -131,6 +131,13 @@ def _other_encoding(data: bytes, source: str) -> TextError:
     replaced = text.count("\N{REPLACEMENT CHARACTER}") - data.count(b"\xef\xbf\xbd")
     characters = sum(character > "\x7f" for character in text) - replaced
     found = f"{_shown(source)} is not UTF-8: {_bad_byte(data, start)} ({reason})"
+    # No 8-bit encoding writes NULs: weights, arrays, programs, fonts, ...
+    nuls = data.count(0)
+    if nuls:
+        return TextError(
+            f"{found}, and contains {nuls:,} NUL {'byte' if nuls == 1 else 'bytes'}, so it is no"
+            " text in any encoding; give a text, or get it whole if it was one"
+        )
     if characters > replaced:
         drop = "iconv -c -f UTF-8 -t UTF-8"
         return TextError(
