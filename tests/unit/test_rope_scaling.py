@@ -9,8 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention import StarLLM
-from star_attention.errors import ContextLengthError, ContextMismatchError, InvalidInputError
+from star_attention import StarLLM, supported
+from star_attention.errors import (
+    ContextLengthError,
+    ContextMismatchError,
+    InvalidInputError,
+    UnsupportedModelError,
+)
 from star_attention.hf.loading import rope_scaling
 from star_attention.hf.loading.load import load_config
 from tests.command_line import MODEL, NEEDLE, NOISE, failed, ok
@@ -153,6 +158,15 @@ def test_the_old_name_of_longrope(family: str, tmp_path: Path) -> None:
         stars.append(load(path))
     torch.testing.assert_close(logits(stars[0]), logits(stars[1]), atol=0, rtol=0)
     assert stars[0].runtime.handle.max_positions == 512
+
+
+def test_an_unknown_type_in_the_file_is_named(tmp_path: Path) -> None:
+    """Forbids an error of one word, and a traceback of `plan`."""
+    path = folder_of("llama", tmp_path, rope_parameters={"rope_type": "foo", "rope_theta": 1e4})
+    assert "rope type 'foo'" in str(supported(path))
+    words = ["rope type 'foo' (rope_parameters or rope_scaling)", "it knows default, dynamic"]
+    refused(UnsupportedModelError, *words, call=lambda: load(path))
+    assert words[0] in failed("plan", "-m", path, "--context", "1k")
 
 
 @pytest.mark.parametrize(

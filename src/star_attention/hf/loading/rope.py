@@ -128,6 +128,18 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     return [parameters]
 
 
+def unknown_types(config: Any) -> list[str]:
+    """Return reasons against a text config's rope types that transformers has no formula for."""
+    known = ["default", *sorted(ROPE_INIT_FUNCTIONS)]
+    names = {type_of(parameters) for parameters in rope_parameters(config)}
+    return [
+        f"its config names the rope type {name!r} (rope_parameters or rope_scaling), which this"
+        f" version of transformers does not know; it knows {', '.join(known)}"
+        for name in sorted(names - {*known, "mrope"})
+        if not hasattr(config, f"_validate_{name}_rope_parameters")
+    ]
+
+
 def max_positions(config: Any) -> int | None:
     """Return the number of positions that a model has; None if the config sets no limit.
 

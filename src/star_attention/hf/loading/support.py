@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from star_attention.errors import quote
+from star_attention.hf.loading import rope
 from star_attention.hf.loading.checks import ENCODER_DECODER, virtual_tokens
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -118,6 +119,7 @@ def _config_reasons(config: PretrainedConfig) -> list[str]:
     ):
         # GPT-NeoX is a decoder, although it sets the field to False.
         problems.append("it attends in both directions, as its config says is_decoder=False")
+    problems += rope.unknown_types(text)
     if not getattr(text, "num_hidden_layers", None):
         problems.append("its config does not say how many layers it has")
     return problems
