@@ -9,6 +9,7 @@
     babilong        input, question, target                            jsonl, csv
     infinitebench   id, context, input, answer, options                jsonl
     scbench         id, context, multi_turns                           jsonl
+    questions       context, query and answers by their usual names    jsonl, csv
 
 A .json file holds the lines as a list; parquet needs pyarrow. Published formats are
 written with our remaining fields next to theirs, which other readers ignore, so that reading the

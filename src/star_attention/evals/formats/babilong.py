@@ -88,7 +88,7 @@ def _task(row: Row) -> str:
             return name
     raise InvalidInputError(
         "there is no field task, and neither the file nor a folder is named after a task; rename"
-        " the file to, say, qa1.jsonl"
+        " the file to, say, qa1.jsonl, or name the fields of other data context, query and answers"
     )
 
 

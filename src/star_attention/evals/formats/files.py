@@ -13,6 +13,7 @@ from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.infinitebench import INFINITEBENCH
 from star_attention.evals.formats.own import SAMPLES
 from star_attention.evals.formats.prompts import KVPRESS, RULER_PROMPTS, STAR_ATTENTION
+from star_attention.evals.formats.questions import QUESTIONS, parts_of
 from star_attention.evals.formats.row import Row
 from star_attention.evals.formats.scbench import SCBENCH
 from star_attention.evals.formats.tables import read_rows, write_rows
@@ -28,6 +29,7 @@ FORMATS = {
         KVPRESS,
         BABILONG,
         INFINITEBENCH,
+        QUESTIONS,
         RULER_PROMPTS,
     )
 }
@@ -105,6 +107,13 @@ def _recognize(values: Mapping[str, Any]) -> Format:
     for format in FORMATS.values():
         if not format.missing(values):
             return format
+    parts = parts_of(values)
+    if "query" in parts and "answers" in parts:
+        raise InvalidInputError(
+            f"fields {quote(list(values))} have a prompt ({parts['query']}) and answers"
+            f" ({parts['answers']}), but no text that is encoded before it; split the prompt, and"
+            " give its long part as context and its question as query"
+        )
     known = "; ".join(f"{name} has {', '.join(format.fields)}" for name, format in FORMATS.items())
     raise InvalidInputError(
         f"fields {', '.join(map(str, values))} do not match any known format: {known}"

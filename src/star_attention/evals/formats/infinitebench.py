@@ -24,7 +24,8 @@ def sample_of(values: Mapping[str, Any], *, task: str, id: str) -> Sample:
     """
     if task not in TASKS:
         raise InvalidInputError(
-            f"task {quote(task)} of InfiniteBench is unknown; choose from {', '.join(TASKS)}"
+            f"task {quote(task)} of InfiniteBench is unknown; choose from {', '.join(TASKS)},"
+            " or name the fields of other data context, query and answers"
         )
     context, text = values.get("context"), values.get("input", "")
     options = values.get("options") or []
