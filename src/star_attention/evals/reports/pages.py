@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -20,6 +21,8 @@ th { border-bottom: 2px solid #888; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
 table.words th:nth-child(2), table.words td:nth-child(2) { text-align: left }
 table.facts td { overflow-wrap: anywhere }
+table.texts th, table.texts td { text-align: left; vertical-align: top }
+table.texts td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 10rem }
 img { max-width: 100%; height: auto }
 """
 
@@ -44,11 +47,18 @@ def _markdown_table(section: Section) -> str:
     head, *rows = section.table
     numbers = len(head) - section.text_columns
     rule = (*("---",) * section.text_columns, *("---:",) * numbers)
-    return "\n".join(_markdown_row(row) for row in (head, rule, *rows))
+    special = _BREAKS_CELLS if section.has_marks else _FORMATS
+    escaped = [[special.sub(r"\\\g<0>", " ".join(cell.split())) for cell in row] for row in rows]
+    return "\n".join(_markdown_row(row) for row in (head, rule, *escaped))
+
+
+_BREAKS_CELLS = re.compile(r"\|")
+_FORMATS = re.compile(r"[|<\\`*_\[]")
+"""What Markdown would not show as it is in the texts of others."""
 
 
 def _markdown_row(row: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+    return "| " + " | ".join(row) + " |"
 
 
 def html(title: str, sections: Sequence[Section]) -> str:
@@ -85,6 +95,7 @@ def _html_table(table: Table, *, text_columns: int) -> str:
     head, *rows = table
     has_head = any(head)
     classes = ["words"] * (text_columns > 1) + ["facts"] * (not has_head)
+    classes += ["texts"] * (has_head and text_columns == len(head) > 2)
     attribute = f' class="{" ".join(classes)}"' if classes else ""
     titles = "".join(f"<th>{escape(cell)}</th>" for cell in head) if has_head else ""
     lines = "".join(

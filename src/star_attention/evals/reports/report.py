@@ -62,7 +62,8 @@ def write(folder: str | Path) -> list[Path]:
         PAGE: pages.html(heading, parts),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        # Texts of models and data sets may hold what UTF-8 cannot.
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     with (folder / SUMMARY).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([_SUMMARY_HEAD, *_summary(results)])
     files = [folder / name for name in (METRICS, SUMMARY, MARKDOWN, PAGE)]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from star_attention.config import DEFAULT_BLOCK_RULE
+from star_attention.evals.reports.answers import MOST_QUESTIONS, answers_table, count_questions
 from star_attention.evals.reports.remarks import in_short, warnings
 from star_attention.evals.reports.results import Results, length_name, variant_name
 from star_attention.evals.reports.tables import (
@@ -17,7 +19,9 @@ from star_attention.evals.reports.tables import (
     speed_table,
 )
 from star_attention.evals.reports.wording import MARK, TOO_FEW_MARK
+from star_attention.evals.runs.predictions import PREDICTIONS
 from star_attention.evals.runs.run_folder import METRICS, SUMMARY
+from star_attention.evals.runs.variants import parse
 from star_attention.evals.stats import MIN_CONTEXTS
 
 _FIGURE_TITLES = {
@@ -39,6 +43,7 @@ class Section:
         table: Rows of cells, the head first.
         text_columns: Number of leading columns that hold text; the others hold numbers.
         figure: A PNG file.
+        has_marks: True if marks in the table have a meaning.
     """
 
     title: str
@@ -46,11 +51,12 @@ class Section:
     table: Table = ()
     text_columns: int = 1
     figure: Path | None = None
+    has_marks: bool = True
 
     @property
     def legend(self) -> str:
         """The meaning of the marks in the table; "" if it has none."""
-        cells = [cell for row in self.table for cell in row]
+        cells = [cell for row in self.table if self.has_marks for cell in row]
         marks = []
         if any(cell.endswith(MARK) for cell in cells):
             marks.append(f"{MARK.strip()} the interval does not contain 0")
@@ -93,10 +99,14 @@ def sections(results: Results, figures: Mapping[str, Path], notes: Sequence[str]
             table=speed_table(results),
             figure=figures.get("speed"),
         ),
+        _answers_section(results),
         *_skipped_section(results),
         Section(
             title="Variants",
-            lines=(f"{SUMMARY} and {METRICS} name a variant as it is written for --variants.",),
+            lines=(
+                f"{SUMMARY} and {METRICS} name a variant as it is written for --variants.",
+                *_block_rules(results),
+            ),
             table=(
                 ("variant", "written"),
                 *((variant_name(variant), variant) for variant in results.variants),
@@ -151,6 +161,32 @@ def _task_rows(results: Results) -> list[tuple[str, Cells]]:
             cells = {"task": task, "length": length}
             rows.append((f"{task}, {length_name(length)}{suffix}", cells))
     return rows
+
+
+def _block_rules(results: Results) -> list[str]:
+    """Name the variants whose blocks are those that `generate` would take."""
+    chosen = [key for key in results.variants if parse(key).follows_rule]
+    return [
+        f"{', '.join(map(variant_name, chosen))}: blocks as `generate` and the engine choose them"
+        f" ({DEFAULT_BLOCK_RULE})."
+    ] * bool(chosen)
+
+
+def _answers_section(results: Results) -> Section:
+    table, total = answers_table(results), count_questions(results)
+    lines = ["The share of an answer that is right is in parentheses; slashes part right answers."]
+    if total > MOST_QUESTIONS:
+        lines.append(
+            f"{MOST_QUESTIONS:,} of {total:,} questions, those first that are not all right;"
+            f" {PREDICTIONS} holds the others."
+        )
+    return Section(
+        title="Questions and answers",
+        lines=tuple(lines),
+        table=table,
+        text_columns=len(table[0]),
+        has_marks=False,
+    )
 
 
 def _skipped_section(results: Results) -> list[Section]:

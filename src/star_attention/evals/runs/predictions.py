@@ -46,6 +46,7 @@ class Prediction:
         peak_bytes: Peak device memory of the larger phase; None on a CPU.
         meta: `Sample.meta`.
         reasoning: What the model marked as its reasoning, which is not scored; None for none.
+        query: Query and answer prefix; None in runs of earlier versions.
     """
 
     sample: str
@@ -73,6 +74,7 @@ class Prediction:
     peak_bytes: int | None
     meta: Mapping[str, Any]
     reasoning: str | None = None
+    query: str | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -97,8 +99,8 @@ class Prediction:
         """Parse a line; raises `ValueError` or `TypeError` for a line that is not a prediction."""
         values = json.loads(line)
         names = {field.name for field in fields(cls)}
-        # Earlier versions did not write it.
-        values = {"reasoning": None} | values
+        # Earlier versions did not write them.
+        values = {"reasoning": None, "query": None} | values
         if set(values) != names:
             differing = ", ".join(sorted(set(values) ^ names))
             raise ValueError(f"missing or unknown fields: {differing}")

@@ -227,6 +227,7 @@ def _prediction(
         peak_bytes=max(peaks, default=None),
         meta=sample.meta,
         reasoning=generation.reasoning,
+        query=sample.query + sample.answer_prefix,
         **recorded,
     )
 

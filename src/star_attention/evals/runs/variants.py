@@ -116,6 +116,11 @@ class Variant:
         return self._shares_anchor and not self.is_ablation
 
     @property
+    def follows_rule(self) -> bool:
+        """True if block and anchor size are left to the engine, as `generate` does by default."""
+        return self._shares_anchor and (self.block_size, self.anchor_size) == (None, None)
+
+    @property
     def _shares_anchor(self) -> bool:
         return methods.get(self.method).shares_anchor
 
