@@ -314,7 +314,7 @@ class RuntimeView(Transient):
         plan = runtime.plan_for(parse_size(context_tokens, "context_tokens"))
         layout = runtime.method.layout(runtime.config, plan)
         stored = sum(segments.tokens for segments in layout)
-        kv_dtype = kv_dtype or runtime.config.kv_dtype
+        kv_dtype = StarConfig(kv_dtype=kv_dtype).kv_dtype or runtime.config.kv_dtype
         shapes = filter(None, runtime.handle.layer_shapes)
         per_token = sum(shape.stored_bytes(kv_dtype) for shape in shapes)
         return stored * per_token * runtime.comm.tp_size

@@ -41,6 +41,16 @@ def test_every_public_member_is_described(name: str) -> None:
             assert text.strip(), member
 
 
+def test_every_class_that_a_call_returns_has_a_section() -> None:
+    """Forbids a new result class that the page does not explain."""
+    returned = set(re.findall(r"^.*\) -> (.*)$", PAGE, re.MULTILINE))
+    names = {name for annotation in returned for name in re.findall(r"[A-Z]\w+", annotation)}
+    assert {"AsyncStream", "EncodedContext", "Generation", "Support"} <= names
+    # Of typing and torch.
+    for name in names - {"Any", "Iterator", "None", "Tensor"}:
+        assert section(name), name
+
+
 def test_calls_are_shown_as_they_are_written() -> None:
     assert (
         '    *,\n    config: StarConfig | None = None,\n    dtype: str | torch.dtype = "auto",'

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from star_attention import EncodedContext, StarLLM, pipeline
-from star_attention.errors import ContextLengthError, TokenError
+from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from tests.engines import bundled_tokenizer, engine, ids, text_model
 
 
@@ -102,6 +102,11 @@ def test_the_size_of_a_context_is_known_before(name: str, kv_dtype: str | None) 
     if kv_dtype is None:
         fp8 = engine(name, block_size=20, kv_dtype="fp8").context_bytes(50)
         assert star.context_bytes(50, "fp8") == fp8 < expected
+
+
+def test_a_size_in_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="kv_dtype 'int4' is unknown; choose fp8"):
+        engine("llama", block_size=20).context_bytes(50, "int4")
 
 
 def test_streaming_stores_its_window_only() -> None:

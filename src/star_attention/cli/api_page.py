@@ -15,8 +15,9 @@ import star_attention
 from star_attention import inputs
 from star_attention.cli.markdown import WIDTH, paragraph, table
 from star_attention.generation import result, settings
+from star_attention.generation.asynchronous import AsyncStream
 from star_attention.hf.loading import pretrained
-from star_attention.planning import traffic
+from star_attention.planning import plan, traffic
 from star_attention.question_answering import StarPipeline
 from star_attention.storage import context
 
@@ -40,17 +41,24 @@ _OTHERS: tuple[type, ...] = (
     inputs.Prepared,
     StarPipeline,
     pretrained.Support,
+    AsyncStream,
+    result.TokenLogprob,
     result.Timings,
     context.RankStats,
     traffic.Traffic,
+    plan.Span,
 )
-"""Classes that public names take or return; of their methods users call `__call__` alone."""
+"""Classes that public names take or return."""
+
+_CALLED = ("__call__", "aclose")
+"""Methods of these classes that users call."""
 
 _TYPES = {
     "TextOrIds": "text, or token ids",
     "Content": "a context or a query: text, token ids, or chat messages",
     "Contents": "several contexts or queries",
-    "Progress": "a function, called with the span that a forward encoded and the plan",
+    "Progress": "a function, called with the [`Span`](#span) that a forward encoded and the"
+    " [`BlockPlan`](#blockplan)",
     "Unpack[StarSettings]": "the fields of [`StarConfig`](#starconfig) as keywords",
     "Unpack[GenerateOptions]": "the fields of [`GenerationSettings`](#generationsettings) and the"
     " arguments of transformers' `GenerationConfig` as keywords",
@@ -116,7 +124,7 @@ def _body(value: Any) -> Iterator[str]:
     yield from docstring(doc)
     members = public_members(value)
     if value in _OTHERS:
-        methods = {"__call__": vars(value)["__call__"]} if "__call__" in vars(value) else {}
+        methods = {name: vars(value)[name] for name in _CALLED if name in vars(value)}
         members = {n: m for n, m in members.items() if isinstance(m, property)} | methods
     properties = {name: each for name, each in members.items() if isinstance(each, property)}
     if properties:
