@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Iterator
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -33,10 +34,16 @@ def star() -> StarLLM:
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Show bars at once, and every move of them."""
+    # Commands that ran in this process before have switched them off.
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
     monkeypatch.setattr(progress_module, "SHOWN_AFTER_S", 0.0)
     monkeypatch.setattr(progress_module, "_tqdm", lambda: partial(tqdm, mininterval=0))
+    yield
+    if not was_enabled:
+        logging.disable_progress_bar()
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, call: Any) -> str:
