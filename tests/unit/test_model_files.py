@@ -277,6 +277,24 @@ def test_the_package_for_quantized_weights_is_named(
     assert supported(folder)
 
 
+def test_weights_that_are_unpacked_at_the_first_forward() -> None:
+    """As those of compressed-tensors are, by a hook of the whole model."""
+    expected = StarLLM(tiny("llama")).logits(StarLLM(tiny("llama")).encode(ids(50)), ids(3))
+    model = build("llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    packed = weight.detach().clone()
+    weight.data.zero_()
+    model.hf_quantizer = object()
+
+    def unpack(*_: object) -> None:
+        weight.data.copy_(packed)
+        hook.remove()
+
+    hook = model.register_forward_pre_hook(unpack)
+    star = StarLLM(model)
+    assert torch.equal(star.logits(star.encode(ids(50)), ids(3)), expected)
+
+
 def test_arguments_that_transformers_does_not_know(folder: Path) -> None:
     """Forbids a foreign TypeError."""
     message = [f"the model at {folder} could not be loaded", "'nonsense'"]

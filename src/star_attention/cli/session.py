@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import warnings
 from functools import partial
@@ -82,6 +83,9 @@ def _check_files(
             f"the model at {model.model} has no tokenizer, which text input needs;"
             " copy its files (tokenizer.json and the like) there"
         )
+    if model_files.gguf_file is not None:
+        # transformers' bar for these files cannot be switched off otherwise.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if model_files.folder is None:
         return " from the hub (there is no such folder here)"
     adapter = "" if model_files.adapter in (None, model.model) else f" with {model_files.adapter}"

@@ -84,6 +84,7 @@ class ModelHandle(Transient):
             )
         self.model: Any = support.unwrap(model)
         self.outer: Any = model
+        _finish_loading(self.model)
         self.decoder: Any = self.model.get_decoder()
         self.config: Any = self.decoder.config
         self.windows = layer_windows(self.config, count_cache_layers(self.decoder, self.config))
@@ -350,6 +351,16 @@ class _UniformCacheView(Cache):
     @torch.compiler.disable
     def _store(self, *args: Any, **kwargs: Any) -> Any:
         return super().update(*args, **kwargs)
+
+
+def _finish_loading(model: Any) -> None:
+    """Run the first forward of a quantized model that waits for it to unpack its weights.
+
+    Our own forwards begin at the decoder, and so pass by the hooks of the whole model.
+    """
+    if getattr(model, "hf_quantizer", None) is not None and model._forward_pre_hooks:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 def _device(module: nn.Module) -> torch.device | None:
