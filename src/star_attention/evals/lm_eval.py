@@ -20,6 +20,8 @@ from star_attention.engine import StarLLM
 from star_attention.errors import (
     InvalidInputError,
     StarAttentionError,
+    first_line,
+    quote,
 )
 from star_attention.evals.lm_eval_jobs import Job, JobBuilder, Question, arguments
 from star_attention.evals.runs.settings import GREEDY
@@ -191,7 +193,11 @@ class StarLM(LM):
                 continue_final_message=not add_generation_prompt,
             )
         except Exception as error:
-            raise InvalidInputError(f"the chat template rejects these messages: {error}") from error
+            # Not chained: the error may hold whole messages.
+            raise InvalidInputError(
+                f"the chat template rejects these messages: {quote(first_line(error))}; leave"
+                " --apply_chat_template out"
+            ) from None
         return text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

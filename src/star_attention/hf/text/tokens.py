@@ -46,6 +46,7 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
     if isinstance(ids, (bytes, bytearray, dict, set, frozenset)):
         raise TokenError(
             f"the {name} must be text, token ids or chat messages, got {type(ids).__name__}"
+            + ("; put a single message into a list" if isinstance(ids, dict) else "")
         )
     if not isinstance(ids, Tensor) and hasattr(ids, "input_ids"):
         raise TokenError(f"the {name} is a tokenizer's output; give its input_ids")
