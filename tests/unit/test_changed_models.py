@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from torch import nn
 
 from star_attention import StarLLM
 from star_attention.errors import ContextMismatchError, InvalidInputError
-from star_attention.hf.loading import checksum, identity
+from star_attention.hf.loading import checksum, identity, tensor_parallel
+from star_attention.hf.loading.identities import Identities
 from tests.engines import CONTEXT, bundled_tokenizer, ids, text_model
 from tests.families import build
 
@@ -316,3 +318,29 @@ def test_another_tokenizer_of_the_same_engine_is_noticed() -> None:
         star.generate(context, "What?")
     star.tokenizer = None
     assert star.generate(context, [5], max_new_tokens=1).token_ids
+
+
+def test_modules_that_hold_each_other_are_read_once() -> None:
+    """Forbids a walk without end over a module that is registered within itself."""
+    model = build("llama")
+    model.get_decoder().layers[0].mlp.outer = model
+    star = StarLLM(model, block_size=BLOCK)
+    context = star.encode(ids(CONTEXT))
+    assert star.generate(context, [5], max_new_tokens=1).token_ids
+    copied(model)
+    with pytest.raises(ContextMismatchError, match="weights"):
+        star.generate(context, [5])
+
+
+def test_a_changed_shard_is_not_the_whole_model_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids the identity of the time of loading for weights that have changed since."""
+    model = build("llama")
+    whole = identity.model_identity(model, model)
+    monkeypatch.setattr(
+        tensor_parallel, "model_shard", lambda _: SimpleNamespace(identity=dict(whole))
+    )
+    identities = Identities(model, model)
+    assert identities.of(None) == whole | {"tokenizer": None}
+    copied(model)
+    with pytest.raises(ContextMismatchError, match="differs in weights"):
+        identity.check("the context", whole, identities.of(None))

@@ -120,10 +120,12 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     anew in its own forwards are left out.
     """
     modules: list[nn.Module | None] = [model]
+    seen: set[nn.Module] = set()
     while modules:
         module = modules.pop()
-        if module is None:
+        if module is None or module in seen:
             continue
+        seen.add(module)
         fields = vars(module)
         own = [*fields["_parameters"].values()]
         if fields["_buffers"] and not rope.is_length_dependent(module):
