@@ -20,6 +20,7 @@ TAGS = {
     "<thought>": "</thought>",
     "<seed:think>": "</seed:think>",
     "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|channel>": "<channel|>",
     "◁think▷": "◁/think▷",
 }
 """Tags around reasoning, opening and closing."""
