@@ -28,7 +28,7 @@ def prefill(target: TargetOptions, options: PrefillOptions, quiet: Quiet = False
     that a method needs; "speed-up / FLOP ratio" is the speed-up over dense attention, divided by
     the ratio of their operations.
 
-    Example: star-attention bench prefill -m models/needle-17m --context 8k --block 2k
+    Example: star-attention bench prefill -m models/needle-17m --context 4k --block 1k
     """
     measure(options.benchmark(target.device), target, quiet)
 

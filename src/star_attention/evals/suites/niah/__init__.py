@@ -8,7 +8,7 @@ DEPTHS = "0,10,20,30,40,50,60,70,80,90,100"
 SUITE = Suite(
     name="niah",
     help="One needle at each depth and length, drawn as heat maps.",
-    example="--length 1k,2k --samples 5 --out niah",
+    example="--length 1k,2k --samples 1 --out niah",
     tasks=("niah_grid",),
     options=(
         SuiteOption(
