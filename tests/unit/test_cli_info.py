@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from safetensors import safe_open
 
+from star_attention.cli import app, config_file
 from tests.command_line import NEEDLE, QUESTION, failed, ok
 from tests.engines import BUNDLED, bundled_model, tiny
 from tests.unit.test_import import RUN_MODULE, in_new_process
@@ -133,6 +135,16 @@ def test_defaults_from_a_file(settings: Path, texts: Path, monkeypatch: pytest.M
     assert "no model folder /nowhere" in failed(*command)
     settings.write_text('model = "/nowhere"\n')
     ok("ask", texts / "book.star", "--query", QUESTION, "--max-new-tokens", "2")
+
+
+def test_measurements_do_not_take_the_default_model(settings: Path) -> None:
+    """`bench --shapes` excludes a model, and the demo has one of its own."""
+    root: Any = typer.main.get_command(app)
+    settings.write_text('model = "x"\n[bench.decode]\nmodel = "y"\n')
+    defaults = config_file.defaults(root)
+    assert defaults["generate"] == {"model": "x"}
+    assert defaults["bench"]["decode"] == {"model": "y"}
+    assert defaults["bench"]["prefill"] == defaults["demo"] == defaults["ask"] == {}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 The file is `$STAR_ATTENTION_CONFIG`, or else `~/.config/star-attention/config.toml`
 (`$XDG_CONFIG_HOME`). A key is an option's name without the dashes before it. At the top it holds
-for every command with that option, in a table for the command of that name:
+for every command with that option but `bench` and `demo`, in a table for the command of that name:
 
     model = "/models/Llama-3.1-8B-Instruct"
     [generate]
@@ -25,6 +25,8 @@ _NOT_FOR_SAVED = ("model", "adapter", "subfolder", "revision", "model_kwargs", "
 """Options that a saved context answers by itself."""
 
 _SAVED = "ask"
+_ON_THEIR_OWN = ("bench", "demo")
+"""Commands with a choice of models of their own, which shared defaults would contradict."""
 
 
 def path() -> Path | None:
@@ -83,8 +85,9 @@ def _defaults(
     result: dict[str, Any] = {}
     for name, command in group.commands.items():
         table = tables.get(name, {})
+        inherited = {} if name in _ON_THEIR_OWN else shared
         if hasattr(command, "commands"):
-            result[name] = _defaults(command, shared, table, file, taken)
+            result[name] = _defaults(command, inherited, table, file, taken)
             continue
         options = {p.name for p in command.params if p.param_type_name == "option"}
         own = {_name(key): value for key, value in table.items()}
@@ -97,7 +100,7 @@ def _defaults(
         taken |= options
         common = {
             key: value
-            for key, value in shared.items()
+            for key, value in inherited.items()
             if key in options and not (name == _SAVED and key in _NOT_FOR_SAVED)
         }
         result[name] = common | own
