@@ -193,6 +193,7 @@ def _prepare_one(
     ids_L = source.ids_L
     runtime.positions.check(len(ids_L), "the context has", f"cut the context, {_MORE_POSITIONS}")
     runtime.plan_for(len(ids_L))
+    runtime.warn_of_small_blocks(len(ids_L))
     prompts: list[list[int]] = []
     if settings is not None:
         prompts = [

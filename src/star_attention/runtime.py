@@ -51,7 +51,6 @@ class Runtime(Transient):
         self._identities = Identities(handle.model, handle.outer)
         # Shared with the engines of `with_config`, so that one of them warns.
         self._warned: set[str] = set()
-        self._warn_of_small_blocks()
 
     @classmethod
     def start(
@@ -124,13 +123,13 @@ class Runtime(Transient):
         """Return the same model on the same ranks with other settings."""
         other = copy.copy(self)
         other.config = StarConfig.of(self.config, **changes)
-        other._warn_of_small_blocks()
         return other
 
-    def _warn_of_small_blocks(self) -> None:
-        """Warn of blocks of a few tokens, once for all engines over the same model."""
-        warning = small_blocks(self.config.block_size) if self.method.shares_anchor else ""
-        if warning and "small blocks" not in self._warned:
+    def warn_of_small_blocks(self, context_tokens: int) -> None:
+        """Warn of many blocks of a few tokens, once for all engines over the same model."""
+        if not self.method.shares_anchor or "small blocks" in self._warned:
+            return
+        if warning := small_blocks(self.config.block_size, context_tokens):
             self._warned.add("small blocks")
             warnings.warn(warning, stacklevel=4)
 

@@ -19,9 +19,14 @@ WARNING = "block_size 4 makes blocks of 4 tokens, not 4 blocks"
 
 
 @pytest.mark.parametrize("size", [1, 4, "16", 63])
-def test_small_blocks_are_warned_of(size: int | str) -> None:
+def test_many_small_blocks_are_warned_of(size: int | str) -> None:
+    star = StarLLM(text_model(), bundled_tokenizer(), block_size=size)
+    fitting = star.runtime.plan_for(64 * int(size)).block_size * 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        star.runtime.warn_of_small_blocks(fitting)
     with pytest.warns(UserWarning, match=f"block_size {size} makes blocks of {size} token"):
-        StarLLM(text_model(), bundled_tokenizer(), block_size=size)
+        star.runtime.warn_of_small_blocks(fitting + 1)
 
 
 @pytest.mark.filterwarnings("error")
@@ -36,26 +41,27 @@ def test_small_blocks_are_warned_of(size: int | str) -> None:
     ],
 )
 def test_other_settings_are_not_warned_of(settings: dict[str, Any]) -> None:
-    StarLLM(text_model(), bundled_tokenizer(), **settings)
+    StarLLM(text_model(), bundled_tokenizer(), **settings).encode("One. Two. Three.\n" * 40)
 
 
 def test_engines_over_the_same_model_warn_once() -> None:
     star = StarLLM(text_model(), bundled_tokenizer())
+    text = "One. Two. Three.\n" * 40
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        star.with_config(block_size=128)
+        star.with_config(block_size=128).encode(text)
         with pytest.raises(UserWarning, match=WARNING):
-            star.with_config(block_size=4)
+            star.with_config(block_size=4).encode(text)
         for size in (4, 8):
-            star.with_config(block_size=size).with_config(anchor_size=2)
+            star.with_config(block_size=size).with_config(anchor_size=2).encode(text)
 
 
 @pytest.mark.filterwarnings("always:block_size:UserWarning")
 def test_the_command_line_warns_once(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     text = tmp_path / "text.txt"
-    text.write_text("One. Two. Three.\n" * 20)
-    rows = [{"context": f"{i}. Two.\n" * 20, "query": "Which?", "answers": ["9"]} for i in range(3)]
+    text.write_text("One. Two. Three.\n" * 40)
+    rows = [{"context": f"{i}. Two.\n" * 60, "query": "Which?", "answers": ["9"]} for i in range(3)]
     data = write_lines(tmp_path / "data.jsonl", rows)
     out, place = str(tmp_path / "out"), ["-m", str(model), "--device", "cpu"]
     for arguments in (

@@ -91,9 +91,10 @@ def plan(
         return
     _check_plan_options(context, settings, ranks, deprecated)
     config = StarConfig.of(**settings)
-    if small_blocks(config.block_size):
-        warnings.warn(small_blocks(config.block_size), stacklevel=2)
-    blocks = config.plan(parse_size(context, "context"), int(ranks))
+    tokens = parse_size(context, "context")
+    blocks = config.plan(tokens, int(ranks))
+    if warning := small_blocks(config.block_size, tokens):
+        warnings.warn(warning, stacklevel=2)
     check_path(shape)
 
     from star_attention.cli.plan_costs import PlanRequest, plan_costs

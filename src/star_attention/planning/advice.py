@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from star_attention.planning.plan import counted
 
+_FEW_TOKENS = 64
+_MANY_BLOCKS = 64
 
-def small_blocks(block_size: int | None) -> str:
-    """Return a warning of blocks so small that their number may be meant; "" for others."""
-    if block_size is None or block_size >= 64:
+
+def small_blocks(block_size: int | None, context_tokens: int) -> str:
+    """Return a warning of many blocks of a few tokens, "" for others.
+
+    As a rule a number of blocks was meant. Short contexts may be cut as finely as anybody likes.
+    """
+    if block_size is None or block_size >= _FEW_TOKENS:
+        return ""
+    if context_tokens <= block_size * _MANY_BLOCKS:
         return ""
     return (
         f"block_size {block_size} makes blocks of {counted(block_size, 'token')}, not {block_size}"
