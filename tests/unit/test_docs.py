@@ -31,6 +31,14 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose_is_wrapped_at_100_columns(document: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    unbroken = re.compile(r"[|!]|<!--|.*https?://")
+    long = [line for line in text.splitlines() if len(line) > 100 and not unbroken.match(line)]
+    assert long == []
+
+
 def anchors(path: Path) -> set[str]:
     """GitHub's anchors of a document's headings."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
