@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import os
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -153,6 +154,7 @@ def first_line(error: BaseException) -> str:
 
 QUOTED_CHARACTERS = 80
 """Most characters of a user's value that a message repeats."""
+_LONGEST_FILE_NAME = 255
 
 
 def quote(value: object) -> str:
@@ -168,9 +170,14 @@ def quote(value: object) -> str:
 
 
 def quote_path(path: object) -> str:
-    """Return a path that does not exist for a message: its end, in case it is a text."""
+    """Return a path that does not exist for a message.
+
+    All of it if its folder exists, else the end if it is long: it may be a text.
+    """
     name = str(path)
-    return name if len(name) <= QUOTED_CHARACTERS else f"...{name[-QUOTED_CHARACTERS:]}"
+    folder, file = os.path.split(name)
+    is_path = bool(folder) and len(file) <= _LONGEST_FILE_NAME and os.path.isdir(folder)
+    return name if is_path or len(name) <= QUOTED_CHARACTERS else f"...{name[-QUOTED_CHARACTERS:]}"
 
 
 @contextlib.contextmanager

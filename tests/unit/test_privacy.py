@@ -41,8 +41,13 @@ def test_values_are_quoted_in_part() -> None:
     assert quote(4096) == "4096"
 
 
-def test_paths_that_may_be_texts_are_quoted_from_their_end() -> None:
+def test_paths_that_may_be_texts_are_quoted_from_their_end(tmp_path: Path) -> None:
     assert quote_path(Path("/data/book.txt")) == "/data/book.txt"
+    file = tmp_path / ("long" * 30) / "book.txt"
+    assert quote_path(file) != str(file)
+    file.parent.mkdir()
+    assert quote_path(file) == str(file)
+    assert quote_path(file.parent / SECRET) == "..." + SECRET[-80:]
     assert quote_path("a/" * 50 + "book.txt") == "..." + ("a/" * 50 + "book.txt")[-80:]
 
 

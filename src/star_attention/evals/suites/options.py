@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import InvalidInputError, quote
+from star_attention.errors import InvalidInputError, quote, quote_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class SuiteOption:
             )
         if self.is_path and not Path(value).exists():
             raise InvalidInputError(
-                f"{self.name} {quote(str(value))} does not exist; check the path"
+                f"{self.name} '{quote_path(value)}' does not exist; check the path"
             )
 
 
