@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from star_attention import inputs, methods, phase1
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.loading import identity
 from star_attention.hf.progress import Progress, ProgressBar, shown
 from star_attention.inputs import ContextInput, TextOrIds
@@ -197,13 +197,22 @@ def local_context(runtime: Runtime, context: Any, key: int) -> EncodedContext:
     return local
 
 
+def _checked_path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidInputError(
+            f"cannot load a context from {quote(path)}: expected a str or Path, got"
+            f" {type(path).__name__}"
+        )
+    return str(path)
+
+
 def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
     """Map a saved context into memory, after checking that it fits the model. Collective.
 
     Rank 0's path counts. Tensors are verified when first read (`storage/reading.py`).
     """
     comm = runtime.comm
-    path = comm.run_on_rank_0(lambda: str(path))
+    path = comm.run_on_rank_0(lambda: _checked_path(path))
     file = SavedContext(path)
     header = file.header
     own = runtime.identity_within(math.inf)

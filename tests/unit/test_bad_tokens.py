@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -50,7 +51,8 @@ BAD_IDS = [
     pytest.param(torch.ones(5), "float32 values; token ids are integers", id="float tensor"),
     pytest.param([True, False], "bool values; token ids are integers", id="bools"),
     pytest.param([5, None], NOT_IDS, id="a gap"),
-    pytest.param(5, NOT_IDS, id="a number"),
+    pytest.param(5, "token ids or chat messages, got int", id="a number"),
+    pytest.param(io.StringIO("a text"), "got StringIO; give its text, file.read()", id="a file"),
     pytest.param(torch.tensor(5), "shape (); give one row of token ids", id="a scalar"),
     pytest.param(
         torch.ones(2, 3, 4, dtype=torch.int64), "give one row of token ids", id="three axes"

@@ -20,6 +20,7 @@ from star_attention.errors import (
     ContextNotFoundError,
     ContextSaveError,
     CorruptContextError,
+    InvalidInputError,
 )
 from tests.engines import (
     BUNDLED,
@@ -199,8 +200,11 @@ def test_a_target_that_cannot_be_written(target: str, path: Path, context: Encod
 
 @pytest.mark.parametrize("target", [5, None, ["a.star"]])
 def test_only_paths_are_accepted(target: Any, context: EncodedContext) -> None:
-    with pytest.raises(ContextSaveError, match=r"expected a str or Path, got (int|NoneType|list)$"):
+    message = r"expected a str or Path, got (int|NoneType|list)$"
+    with pytest.raises(ContextSaveError, match=message):
         context.save(target)
+    with pytest.raises(InvalidInputError, match=message):
+        engine("llama").load_context(target)
 
 
 def test_a_tilde_is_not_expanded_and_the_error_says_so(context: EncodedContext) -> None:

@@ -171,6 +171,7 @@ def test_a_penalty_of_the_checkpoint_is_said(name: str, value: Any, off: Any) ->
     ("name", "remedy"),
     [
         ("assistant_model", "prompt_lookup_num_tokens"),
+        ("stream", "use stream"),
         ("streamer", "stream"),
         ("max_tokens", "max_new_tokens"),
         ("n", "num_return_sequences"),

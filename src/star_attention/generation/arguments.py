@@ -29,6 +29,7 @@ _INSTEAD = {
     "cache_implementation": "the encoded context is the cache",
     "past_key_values": "the encoded context is the cache",
     "assistant_model": "drafts come from the text itself here: use prompt_lookup_num_tokens=10",
+    "stream": "use stream()",
     "streamer": "use stream()",
     "max_tokens": "use max_new_tokens=",
     "response_format": "use json_schema=",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from star_attention.errors import TokenError
 from star_attention.hf.text import special
 from star_attention.storage.kv import as_tensor_ids
+
+_NOT_IDS = (bytes, bytearray, dict, set, frozenset)
+"""Types that can be iterated, but are no row of token ids."""
 
 
 def context_ids(tokenizer: Any, text: str) -> list[int]:
@@ -43,10 +47,12 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
     Raises:
         TokenError: no tokens, ids outside the vocabulary, or another type; `name` says of what.
     """
-    if isinstance(ids, (bytes, bytearray, dict, set, frozenset)):
+    is_file = hasattr(ids, "read")
+    if is_file or isinstance(ids, _NOT_IDS) or not isinstance(ids, (Tensor, Iterable)):
+        remedy = "; put a single message into a list" if isinstance(ids, dict) else ""
+        remedy = "; give its text, file.read()" if is_file else remedy
         raise TokenError(
-            f"the {name} must be text, token ids or chat messages, got {type(ids).__name__}"
-            + ("; put a single message into a list" if isinstance(ids, dict) else "")
+            f"the {name} must be text, token ids or chat messages, got {type(ids).__name__}{remedy}"
         )
     if not isinstance(ids, Tensor) and hasattr(ids, "input_ids"):
         raise TokenError(f"the {name} is a tokenizer's output; give its input_ids")
