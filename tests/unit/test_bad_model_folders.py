@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,14 @@ from star_attention.errors import (
     InvalidInputError,
     ModelNotFoundError,
 )
-from tests.engines import BUNDLED, ids, tiny
+from tests.engines import ids, tiny
+from tests.model_folders import complete_model
 from tests.refusals import refused
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A complete model folder."""
-    folder = tmp_path / "model"
-    tiny("llama").save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{BUNDLED}/{name}", folder / name)
-    return folder
+    return complete_model(tmp_path / "model")
 
 
 def load(folder: object, **settings: Any) -> StarLLM:

@@ -22,17 +22,13 @@ from star_attention.errors import (
 from star_attention.hf.loading import checks, files, hub
 from tests.engines import BUNDLED, ids, tiny
 from tests.families import build
+from tests.model_folders import complete_model
 from tests.refusals import refused
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A complete model folder."""
-    folder = tmp_path / "model"
-    tiny("llama").save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{BUNDLED}/{name}", folder / name)
-    return folder
+    return complete_model(tmp_path / "model")
 
 
 def edit(folder: Path, **fields: Any) -> Path:
