@@ -114,7 +114,7 @@ class StarLLM(RuntimeView, AsyncCalls):
             ModelNotFoundError: no model or tokenizer at the path.
             MissingPackageError: a package that the files need is not installed.
             UnsupportedModelError, SizeError: before any weight is read.
-            UnknownOptionError: a keyword that is none of these.
+            UnknownOptionError: an unknown keyword.
         """
         parameters = inspect.signature(cls.from_pretrained).parameters
         check_keywords(list(settings), known=[name for name in parameters if name != "settings"])
@@ -279,7 +279,7 @@ class StarLLM(RuntimeView, AsyncCalls):
         Raises:
             ContextMismatchError: model, tokenizer or method differ; names the field.
             CorruptContextError: a file that is damaged, or not a saved context.
-            ContextNotFoundError: there is no file.
+            ContextNotFoundError: the file does not exist.
         """
         with self.runtime.comm.collective("load_context"):
             return encoding.load(self.runtime, path)

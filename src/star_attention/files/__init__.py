@@ -1,1 +1,1 @@
-"""Files that people bring: plain text, what is none, and documents that can be read as text."""
+"""Files that people bring: plain texts, documents read as texts, and names of other kinds."""

@@ -89,7 +89,7 @@ def open_safetensors(path: Path, framework: str) -> Any:
 
     Raises:
         CorruptContextError: it is no safetensors file, or is damaged.
-        ContextNotFoundError: there is no file.
+        ContextNotFoundError: the file does not exist.
     """
     try:
         if not path.exists():

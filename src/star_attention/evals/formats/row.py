@@ -124,7 +124,7 @@ def parse_answers(value: Any, *, parse_lists: bool = False) -> tuple[str, ...]:
         parse_lists: True to parse strings that hold a list in JSON or Python, as in CSV.
 
     Raises:
-        InvalidInputError: The field is none of these, or empty.
+        InvalidInputError: The field has another value, or is empty.
     """
     if parse_lists and isinstance(value, str) and value.startswith("["):
         for parse in (json.loads, ast.literal_eval):

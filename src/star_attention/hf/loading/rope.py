@@ -246,6 +246,7 @@ def _built_from(module: Any, config: Any) -> Any:
     try:
         return type(module)(config=copy.deepcopy(config))
     except Exception:
+        # Constructors of a model's own code may raise anything.
         return None
 
 
