@@ -14,19 +14,17 @@ from torch import Tensor
 from star_attention.attention.state import State, merge
 from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
-from star_attention.distributed.messages import WorldControl
+from star_attention.distributed.mesh import Mesh
 from star_attention.distributed.rendezvous import START_S, dist, rendezvous
 from star_attention.distributed.world import World
 from star_attention.errors import InvalidInputError, RankError, quote
 from star_attention.planning import traffic
-from star_attention.planning.traffic import Traffic
 
 
-class MeshComm(WorldControl):
+class MeshComm(Mesh):
     """The ranks of a world in a mesh, and the transport of their tensors.
 
-    Tensors travel between the cp ranks that have the same heads (a lane of the mesh), or between
-    the tp ranks of one cp rank (a row).
+    Tensors travel in a lane of the mesh or in a row of it.
     """
 
     def __init__(
@@ -46,15 +44,8 @@ class MeshComm(WorldControl):
             device: where the transport reaches tensors; None for the CPU.
             merge_collective: see `TorchComm`.
         """
-        super().__init__(world)
-        self.tp_size = tp_size
-        self.cp_size = world.size // tp_size
-        self.cp_rank, self.tp_rank = divmod(world.rank, tp_size)
-        self.backend = backend
+        super().__init__(world, tp_size=tp_size, backend=backend, device=device)
         self.merge_collective = merge_collective
-        self.contexts = world.contexts
-        self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
-        self._device = device or torch.device("cpu")
 
     # ------------------------------------------------------------------ the mesh
 
@@ -85,34 +76,6 @@ class MeshComm(WorldControl):
         """Return True if `comm` is over the same ranks, in whatever mesh."""
         return isinstance(comm, MeshComm) and comm.world is self.world
 
-    def _lane(self, ranks: int | None = None) -> Any:
-        """Return the group of the first `ranks` cp ranks that hold this rank's heads."""
-        stop = self.tp_rank + self.tp_size * ((ranks or self.cp_size) - 1) + 1
-        return self.world.group(self.backend, range(self.tp_rank, stop, self.tp_size))
-
-    def _row(self) -> Any:
-        """Return the group of the tp ranks that share this rank's cp rank."""
-        first = self.cp_rank * self.tp_size
-        return self.world.group(self.backend, range(first, first + self.tp_size))
-
-    # ------------------------------------------------------------------ progress
-
-    def tick(self, where: str | None = None) -> None:
-        """Report progress (a layer, a step), and what the rank does from now on.
-
-        Raises:
-            RankError: another rank died or hangs. Its exception, if it raised one.
-        """
-        self.world.tick(where)
-
-    def progress(self, done: int, total: int) -> None:
-        """Report how many tokens of its share of phase 1 this rank has done."""
-        self.world.watchdog.share = (done, total)
-
-    def rank_status(self) -> list[dict[str, Any]]:
-        """Return what each rank last reported: `where`, `state`, `done` and `total` tokens."""
-        return list(self.world.watchdog.statuses)
-
     # ------------------------------------------------------------------ tensors
 
     def broadcast(self, tensor: Tensor, ranks: int) -> Pending:
@@ -121,6 +84,8 @@ class MeshComm(WorldControl):
         Collective among those. On the others `tensor` is overwritten.
         """
         assert tensor.is_contiguous() and self.cp_rank < ranks <= self.cp_size
+        if self._rehearsing:
+            return Pending()
         self._count(traffic.broadcast_bytes(tensor.numel() * tensor.element_size(), ranks))
         staged = self._staged(tensor, fill=self.cp_rank == 0)
         pending = self.world.issue(self._lane(ranks), lambda group: group.broadcast(staged, 0))
@@ -143,6 +108,8 @@ class MeshComm(WorldControl):
             and tensor.is_contiguous()
             and received.is_contiguous()
         )
+        if self._rehearsing:
+            return Pending()
         self._count(total * received.element_size())
         sent, arriving = self._staged(tensor, fill=True), self._staged(received, fill=False)
         # Not send and recv: a wait for gloo's with a timeout breaks the connection.
@@ -154,34 +121,78 @@ class MeshComm(WorldControl):
         )
         return Pending(lambda: self._unstage(pending, arriving, received))
 
-    def merge(self, state: State) -> State:
-        """Return the state over all cp ranks' keys, the same bits on every rank (Algorithm 2)."""
+    def merge(self, state: State, heads: slice | None = None) -> State:
+        """Return the state over all cp ranks' keys, the same bits on every rank (Algorithm 2).
+
+        Args:
+            state: this rank's part, of all heads.
+            heads: the query heads to merge, which may differ between ranks; None for all.
+        """
+        wanted = slice(None) if heads is None else heads
+        if self._rehearsing:
+            return State(state.out_BQHD.float()[:, :, wanted], state.lse_BQH[:, :, wanted])
         out_BQHD, lse_BQH = state.out_BQHD.float(), state.lse_BQH.contiguous()
         rows, head_size = lse_BQH.numel(), out_BQHD.shape[-1]
         collective = self.merge_collective or traffic.merge_choice(self.cp_size, rows, head_size)
         merge_states = self._merge_gathered if collective == "gather" else self._merge_reduced
-        return merge_states(out_BQHD, lse_BQH)
+        return merge_states(out_BQHD, lse_BQH, wanted)
 
-    def _merge_gathered(self, out_BQHD: Tensor, lse_BQH: Tensor) -> State:
-        packed = torch.cat([out_BQHD, lse_BQH[..., None]], -1).contiguous()
-        self._count(traffic.gather_bytes(packed.numel() * packed.element_size(), self.cp_size))
-        parts = [
-            part.to(packed.device)
-            for part in self.world.all_gather(self._staged(packed, fill=True), self._lane())
-        ]
+    def _merge_gathered(self, out_BQHD: Tensor, lse_BQH: Tensor, heads: slice) -> State:
+        packed_BQHE = torch.cat([out_BQHD, lse_BQH[..., None]], -1)
+        parts = self.cp_gather(packed_BQHE)[:, :, :, heads]
         return merge([State(part[..., :-1], part[..., -1]) for part in parts])
 
-    def _merge_reduced(self, out_BQHD: Tensor, lse_BQH: Tensor) -> State:
+    def _merge_reduced(self, out_BQHD: Tensor, lse_BQH: Tensor, heads: slice) -> State:
         top_BQH = self._reduced(lse_BQH.clone(), dist.ReduceOp.MAX)
         # Rows for which no rank has keys: -inf - -inf is NaN, and a zero row may have any weight.
         weight_BQH = (lse_BQH - top_BQH).exp().nan_to_num(0.0)
-        packed = torch.cat(
+        packed_BQHE = torch.cat(
             [out_BQHD * weight_BQH[..., None], weight_BQH[..., None]], -1
         ).contiguous()
-        packed = self._reduced(packed, dist.ReduceOp.SUM)
-        sum_BQH = packed[..., -1]
-        out_BQHD = packed[..., :-1] / sum_BQH.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-        return State(out_BQHD, top_BQH + sum_BQH.log())
+        packed_BQHE = self._reduced(packed_BQHE, dist.ReduceOp.SUM)[:, :, heads]
+        sum_BQH = packed_BQHE[..., -1]
+        out_BQHD = (
+            packed_BQHE[..., :-1] / sum_BQH.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        )
+        return State(out_BQHD, top_BQH[:, :, heads] + sum_BQH.log())
+
+    def cp_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the cp ranks, added up in fp32: the same bits on every rank."""
+        if self.cp_size == 1 or self._rehearsing:
+            return tensor
+        if traffic.sum_choice(self.cp_size, tensor.numel(), tensor.element_size()) == "gather":
+            # In the order of ranks. torch's own sum over an axis may add in any order.
+            parts = self.cp_gather(tensor).float().unbind()
+            total = parts[0].clone()
+            for part in parts[1:]:
+                total += part
+            return total.to(tensor.dtype)
+        return self._reduced(tensor.float().clone(), dist.ReduceOp.SUM).to(tensor.dtype)
+
+    def cp_gather(self, tensor: Tensor) -> Tensor:
+        """Return the cp ranks' tensors, of one shape, in their order: `[cp_size, *shape]`."""
+        if self.cp_size == 1 or self._rehearsing:
+            return tensor.expand(self.cp_size, *tensor.shape).contiguous()
+        part = self._staged(tensor.contiguous(), fill=True)
+        self._count(traffic.gather_bytes(part.numel() * part.element_size(), self.cp_size))
+        parts = part.new_empty(self.cp_size, *part.shape)
+        self.world.issue(
+            self._lane(), lambda group: group._allgather_base(parts.view(-1), part.view(-1))
+        ).wait()
+        return parts.to(tensor.device)
+
+    def broadcast_step(self, packet: Tensor) -> Pending:
+        """Send a small contiguous tensor, in place, from rank 0 to all ranks of the world.
+
+        Not counted, like the messages with which rank 0 leads the others.
+        """
+        assert packet.is_contiguous()
+        if self._rehearsing:
+            return Pending()
+        staged = self._staged(packet, fill=self.rank == 0)
+        group = self.world.group(self.backend, range(self.size))
+        pending = self.world.issue(group, lambda group: group.broadcast(staged, 0))
+        return Pending(lambda: self._unstage(pending, staged, packet if self.rank else staged))
 
     def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
         staged = self._staged(tensor, fill=True)
@@ -191,7 +202,7 @@ class MeshComm(WorldControl):
 
     def tp_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the tp ranks, in the tensor's precision; in place if possible."""
-        if self.tp_size == 1:
+        if self.tp_size == 1 or self._rehearsing:
             return tensor
         staged = self._staged(tensor.contiguous(), fill=True)
         self.tp_traffic.add(
@@ -204,8 +215,8 @@ class MeshComm(WorldControl):
 
     def tp_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tp ranks' tensors, of one shape, in their order; on the CPU with gloo."""
-        if self.tp_size == 1:
-            return [tensor]
+        if self.tp_size == 1 or self._rehearsing:
+            return [tensor] * self.tp_size
         part = self._staged(tensor.contiguous(), fill=True)
         self.tp_traffic.add(traffic.gather_bytes(part.numel() * part.element_size(), self.tp_size))
         return self.world.all_gather(part, self._row())

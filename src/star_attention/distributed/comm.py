@@ -36,6 +36,17 @@ class Pending:
             wait()
 
 
+class Recording:
+    """Collectives that were captured in a CUDA graph, to be counted with each of its replays."""
+
+    def __init__(self) -> None:
+        self.count: Callable[[], None] = lambda: None
+
+    def replayed(self) -> None:
+        """Count one replay."""
+        self.count()
+
+
 class Control(Protocol):
     """Rank 0 decides and sends the others what to do, as small Python objects.
 
@@ -60,22 +71,30 @@ class Collectives(Protocol):
     broadcast: the anchor (`phase1`).
     exchange: ring attention, and the anchor of an extension.
     merge: attention states of phase 2.
+    cp_sum, cp_gather: sums after sliced layers, slices of logits.
+    broadcast_step: the tokens of a step of phase 2.
     tp_sum, tp_gather: sums after row-parallel layers, heads of saved contexts.
+    rehearsal, recording: warm-up and replays of CUDA graphs.
     """
 
     def broadcast(self, tensor: Tensor, ranks: int) -> Pending: ...
     def exchange(
         self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int
     ) -> Pending: ...
-    def merge(self, state: State) -> State: ...
+    def merge(self, state: State, heads: slice | None = None) -> State: ...
+    def cp_sum(self, tensor: Tensor) -> Tensor: ...
+    def cp_gather(self, tensor: Tensor) -> Tensor: ...
+    def broadcast_step(self, packet: Tensor) -> Pending: ...
     def tp_sum(self, tensor: Tensor) -> Tensor: ...
     def tp_gather(self, tensor: Tensor) -> list[Tensor]: ...
+    def rehearsal(self) -> AbstractContextManager[None]: ...
+    def recording(self) -> AbstractContextManager[Recording]: ...
 
 
 class Progress(Protocol):
     """Progress reports of a rank, for other ranks' watchdogs and for progress bars.
 
-    `collectives.MeshComm` documents the methods.
+    `mesh.Mesh` documents the methods.
     """
 
     def tick(self, where: str | None = None) -> None: ...
@@ -90,6 +109,7 @@ class Comm(Control, Collectives, Progress, Protocol):
         contexts: the contexts of all engines over these ranks.
         cp_traffic: what crossed the wire between cp ranks, of all ranks together.
         tp_traffic: what this rank's tp ranks exchanged.
+        transport_version: changes when groups are made again; graphs captured before are void.
     """
 
     rank: int
@@ -101,6 +121,9 @@ class Comm(Control, Collectives, Progress, Protocol):
     contexts: ContextRegistry
     cp_traffic: Traffic
     tp_traffic: Traffic
+
+    @property
+    def transport_version(self) -> int: ...
 
     def on(self, device: torch.device, tp_size: int = 1) -> Comm: ...
     def has_same_ranks(self, comm: Any) -> bool: ...

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from star_attention.distributed.comm import Comm, Pending
+from star_attention.distributed.comm import Comm, Pending, Recording
 from star_attention.distributed.registry import ContextRegistry
 from star_attention.errors import release_frames_on_oom
 from star_attention.planning.traffic import Traffic
@@ -53,6 +53,7 @@ class SoloComm(SoloControl):
     rank, size = 0, 1
     cp_rank, cp_size = 0, 1
     tp_rank, tp_size = 0, 1
+    transport_version = 0
 
     def __init__(self) -> None:
         self.contexts = ContextRegistry(0)
@@ -73,14 +74,33 @@ class SoloComm(SoloControl):
     ) -> Pending:
         raise AssertionError("there is no other rank")
 
-    def merge(self, state: State) -> State:
-        return state
+    def merge(self, state: State, heads: slice | None = None) -> State:
+        if heads is None:
+            return state
+        return state._replace(
+            out_BQHD=state.out_BQHD[:, :, heads], lse_BQH=state.lse_BQH[:, :, heads]
+        )
+
+    def cp_sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def cp_gather(self, tensor: Tensor) -> Tensor:
+        return tensor[None]
+
+    def broadcast_step(self, packet: Tensor) -> Pending:
+        return Pending()
 
     def tp_sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def tp_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def recording(self) -> AbstractContextManager[Recording]:
+        return nullcontext(Recording())
 
     def tick(self, where: str | None = None) -> None:
         return

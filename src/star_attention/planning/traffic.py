@@ -105,6 +105,25 @@ def merge_traffic(ranks: int, rows: int, head_size: int, collective: str | None 
     return Traffic(2, reduce_bytes(packed, ranks) + reduce_bytes(lse, ranks))
 
 
+def sum_choice(ranks: int, elements: int, bytes_per_element: int) -> str:
+    """Choose the collective of an exact sum over cp ranks: `"gather"` or `"reduce"`.
+
+    Gathering lets every rank add up all parts in fp32; reducing sends fp32.
+    """
+    gather = gather_bytes(elements * bytes_per_element, ranks) // ranks
+    reduce = reduce_bytes(elements * FLOAT32_BYTES, ranks) // ranks
+    return "gather" if gather <= reduce + CALL_BYTES else "reduce"
+
+
+def sum_traffic(ranks: int, elements: int, bytes_per_element: int) -> Traffic:
+    """Count the traffic of a sum of `elements` elements over the cp ranks."""
+    if ranks == 1:
+        return Traffic()
+    if sum_choice(ranks, elements, bytes_per_element) == "gather":
+        return Traffic(1, gather_bytes(elements * bytes_per_element, ranks))
+    return Traffic(1, reduce_bytes(elements * FLOAT32_BYTES, ranks))
+
+
 # ------------------------------------------------------------------------------------------- phases
 
 

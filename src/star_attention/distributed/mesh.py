@@ -1,0 +1,111 @@
+"""The mesh of ranks: who shares what with whom, its groups, its progress and its traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from star_attention.distributed.comm import Recording
+from star_attention.distributed.messages import WorldControl
+from star_attention.distributed.world import World
+from star_attention.planning.traffic import Traffic
+
+
+class Mesh(WorldControl):
+    """The ranks of a world in a mesh of `cp_size` rows of `tp_size` ranks each.
+
+    A lane holds the cp ranks that have the same heads, a row the tp ranks of one cp rank.
+    """
+
+    def __init__(
+        self, world: World, *, tp_size: int, backend: str, device: torch.device | None
+    ) -> None:
+        """Arrange the ranks. `collectives.MeshComm` documents the arguments."""
+        super().__init__(world)
+        self.tp_size = tp_size
+        self.cp_size = world.size // tp_size
+        self.cp_rank, self.tp_rank = divmod(world.rank, tp_size)
+        self.backend = backend
+        self.contexts = world.contexts
+        self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
+        self._device = device or torch.device("cpu")
+        self._rehearsing = False
+
+    # ------------------------------------------------------------------ groups
+
+    def _lane(self, ranks: int | None = None) -> Any:
+        """Return the group of the first `ranks` cp ranks that hold this rank's heads."""
+        stop = self.tp_rank + self.tp_size * ((ranks or self.cp_size) - 1) + 1
+        return self.world.group(self.backend, range(self.tp_rank, stop, self.tp_size))
+
+    def _row(self) -> Any:
+        """Return the group of the tp ranks that share this rank's cp rank."""
+        first = self.cp_rank * self.tp_size
+        return self.world.group(self.backend, range(first, first + self.tp_size))
+
+    @property
+    def transport_version(self) -> int:
+        """Changes when the groups are made again: graphs that hold the old ones are void."""
+        return self.world.watchdog.epoch
+
+    # ------------------------------------------------------------------ progress
+
+    def tick(self, where: str | None = None) -> None:
+        """Report progress (a layer, a step), and what the rank does from now on.
+
+        Raises:
+            RankError: another rank died or hangs. Its exception, if it raised one.
+        """
+        self.world.tick(where)
+
+    def progress(self, done: int, total: int) -> None:
+        """Report how many tokens of its share of phase 1 this rank has done."""
+        self.world.watchdog.share = (done, total)
+
+    def rank_status(self) -> list[dict[str, Any]]:
+        """Return what each rank last reported: `where`, `state`, `done` and `total` tokens."""
+        return list(self.world.watchdog.statuses)
+
+    # ------------------------------------------------------------------ graphs
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Let collectives return tensors of the right shape without any other rank.
+
+        For the warm-up of a forward: other ranks may not run one at the same time. Nothing is
+        counted. Values of other ranks are missing in the results.
+        """
+        before, self._rehearsing = self._rehearsing, True
+        try:
+            yield
+        finally:
+            self._rehearsing = before
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Yield the count of the block's collectives, which a CUDA graph captures.
+
+        Capturing moves no bytes, so the block itself is not counted; `Recording.replayed` counts
+        one replay.
+        """
+        cp, tp = self.cp_traffic, self.tp_traffic
+        watchdog, issued = self.world.watchdog, self.world.watchdog.issued
+        self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
+        recording = Recording()
+        try:
+            yield recording
+            cp_replayed, tp_replayed = self.cp_traffic, self.tp_traffic
+            count = watchdog.issued - issued
+
+            def replayed() -> None:
+                self.cp_traffic.add(cp_replayed.bytes, cp_replayed.calls)
+                self.tp_traffic.add(tp_replayed.bytes, tp_replayed.calls)
+                watchdog.issued += count
+
+            recording.count = replayed
+        finally:
+            self.cp_traffic, self.tp_traffic = cp, tp
+            watchdog.issued = issued
