@@ -271,13 +271,13 @@ def _without_fill(row: list[int], fill: set[int | None]) -> list[int]:
 
 def follow(
     handle: ModelHandle, shard: ContextKV, context_tokens: int, rope_length: int | None, comm: Comm
-) -> Generator[str, None, Any]:
+) -> Generator[Any, None, Any]:
     """Follow rank 0 through one call: run its forwards and its changes of the cache until the end.
 
     Sampling, beams and stopping criteria run on rank 0 alone, so that ranks cannot differ in them.
 
     Yields:
-        The pieces of text that rank 0 streams.
+        The pieces that rank 0 streams.
 
     Returns:
         Rank 0's last message (the answers); None where it left the answer for another call.

@@ -209,7 +209,7 @@ def test_the_summary_says_what_ended_or_is_missing(texts: Path) -> None:
         timings=timings,
         reasoning="why",
     )
-    expected = "first token 0.5 s, 3 characters of reasoning not shown (see --json)"
+    expected = "first token 0.5 s, 3 characters of reasoning not shown (see --show-reasoning)"
     assert answer_summary(reply) == expected
     # A batch counts the tokens of all.
     fast = replace(reply, timings=replace(timings, tokens_per_s=7.0), finish_reason="length")

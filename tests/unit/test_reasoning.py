@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from typing import Any
 
 import pytest
 
 from star_attention import StarLLM
+from star_attention.cli.options import AnswerOptions
+from star_attention.cli.output import Answerer
+from star_attention.cli.progress import Status
+from star_attention.generation.result import Delta
 from star_attention.hf.text.reasoning import TAGS, Thinking
 from tests.talkers import (
     CHANNEL_TOKENS,
@@ -43,6 +48,9 @@ def answers(star: StarLLM, spoken: str, **options: Any) -> tuple[str, str | None
     assert all(pieces)
     assert "".join(pieces) == stream.result.text == reply.text
     assert stream.result.reasoning == reply.reasoning
+    deltas = list(star.stream(context, "what", **arguments()).deltas())
+    assert "".join(delta.text for delta in deltas) == reply.text
+    assert "".join(delta.reasoning for delta in deltas) == (reply.reasoning or "")
     return reply.text, reply.reasoning
 
 
@@ -132,6 +140,43 @@ def test_an_empty_answer_is_said(channels: StarLLM, mode: dict[str, Any]) -> Non
         reply = channels.generate(context, "what", **mode, **spoken)
     assert (reply.text, reply.reasoning) == ("", "the cat sat")
     assert reply.finish_reason == "length"
+
+
+def test_reasoning_is_streamed_as_it_comes(channels: StarLLM) -> None:
+    """Forbids a stream that is silent while the model thinks."""
+    context = channels.encode("the cat")
+    spoken = HARMONY.replace("the cat", " \n the cat \n\n sat \n ")
+
+    def options() -> dict[str, Any]:
+        return say(channels.tokenizer, spoken)
+
+    stream = channels.stream(context, "what", **options())
+    first = next(stream.deltas())
+    assert (first.text, first.reasoning) == ("", "the")
+    # The rest can be read either way.
+    assert "".join(stream) == stream.result.text == "hello"
+    deltas = list(channels.stream(context, "what", **options()).deltas())
+    assert [bool(delta.text) for delta in deltas] == sorted(bool(delta.text) for delta in deltas)
+    assert "".join(delta.reasoning for delta in deltas) == "the cat \n\n sat"
+
+    async def read() -> list[Delta]:
+        return [delta async for delta in channels.astream(context, "what", **options()).deltas()]
+
+    assert asyncio.run(read()) == deltas
+
+
+@pytest.mark.parametrize("no_stream", [False, True], ids=["streamed", "whole"])
+def test_a_command_can_show_reasoning(
+    channels: StarLLM, no_stream: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answer alone goes to standard output."""
+    context = channels.encode("the cat")
+    for shows, expected in ((True, "the cat\n\n"), (False, "")):
+        options = AnswerOptions(show_reasoning=shows, no_stream=no_stream)
+        kwargs = say(channels.tokenizer, HARMONY)
+        quiet = Status(quiet=True)
+        Answerer(channels, context, options, kwargs, quiet, show_encode_time=False).answer("what")
+        assert capsys.readouterr() == ("hello\n", expected)
 
 
 # ----------------------------------------------------------------------------------- tags

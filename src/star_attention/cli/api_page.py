@@ -42,6 +42,7 @@ _OTHERS: tuple[type, ...] = (
     StarPipeline,
     pretrained.Support,
     AsyncStream,
+    result.Delta,
     result.TokenLogprob,
     result.Timings,
     context.RankStats,

@@ -20,7 +20,7 @@ def context_summary(context: EncodedContext) -> str:
     return head + methods.get(context.method).describe(plan)
 
 
-def answer_summary(*replies: Generation) -> str:
+def answer_summary(*replies: Generation, shows_reasoning: bool = False) -> str:
     """Describe the speed of answers given at once: `first token 0.4 s, 41 tok/s`.
 
     The rate counts the tokens of all. Says what ended them early, and what is not printed.
@@ -34,8 +34,8 @@ def answer_summary(*replies: Generation) -> str:
         number = f"{len(cut)} " if len(replies) > 1 else ""
         summary += f", {number}ended by --max-new-tokens after {max(cut):,} tokens"
     reasoning = sum(len(reply.reasoning or "") for reply in replies)
-    if reasoning:
-        summary += f", {reasoning:,} characters of reasoning not shown (see --json)"
+    if reasoning and not shows_reasoning:
+        summary += f", {reasoning:,} characters of reasoning not shown (see --show-reasoning)"
     return summary
 
 

@@ -219,6 +219,14 @@ class AnswerOptions:
             panel="Output",
         ),
     ] = False
+    show_reasoning: Annotated[
+        bool,
+        option(
+            "Print the model's reasoning to stderr, before the answer.",
+            "--show-reasoning",
+            panel="Output",
+        ),
+    ] = False
     json_schema: Annotated[
         str | None,
         option(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.formatting import answer_summary, context_summary, format_seconds
 from star_attention.cli.options import AnswerOptions
 from star_attention.cli.progress import Status
+from star_attention.cli.torchrun import is_rank_0
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
-    from star_attention.generation.result import Generation
+    from star_attention.generation.result import Delta, Generation
     from star_attention.storage.context import EncodedContext
 
 _HEADER_WIDTH = 100
@@ -112,10 +115,24 @@ class Answerer:
 
     def _stream(self, query: str) -> Generation:
         with self.star.stream(self.context, self._content(query), **self.kwargs) as stream:
-            for piece in stream:
-                print(piece, end="", flush=True)
+            self._print_deltas(stream.deltas())
         print(flush=True)
         return stream.result
+
+    def _print_deltas(self, deltas: Iterable[Delta]) -> None:
+        """Print text to stdout, and reasoning to stderr in paragraphs of its own."""
+        is_inside = False
+        for delta in deltas:
+            if delta.reasoning and self.options.show_reasoning and is_rank_0():
+                print(delta.reasoning, end="", file=sys.stderr, flush=True)
+                is_inside = True
+            if delta.text:
+                if is_inside:
+                    print("\n", file=sys.stderr, flush=True)
+                is_inside = False
+                print(delta.text, end="", flush=True)
+        if is_inside:
+            print(file=sys.stderr, flush=True)
 
     def _print_header(self, query: str, *, first: bool) -> None:
         if self.options.json:
@@ -132,9 +149,14 @@ class Answerer:
             values = {"query": query} | self.context.as_dict() | reply.as_dict()
             print(json.dumps({name: values[name] for name in FIELDS}), flush=True)
         else:
-            print(reply.text, flush=True)
+            # Imports torch, which commands that print answers have loaded by now.
+            from star_attention.generation.result import Delta
+
+            self._print_deltas([Delta(reasoning=reply.reasoning or "", text=reply.text)])
+            print(flush=True)
 
     def _print_summary(self, replies: list[Generation], note: str = "") -> None:
-        self.status.say(self.summary_head + note + answer_summary(*replies))
+        summary = answer_summary(*replies, shows_reasoning=self.options.show_reasoning)
+        self.status.say(self.summary_head + note + summary)
         # The context is described once.
         self.summary_head = ""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from star_attention.errors import InvalidInputError
-from star_attention.generation.result import Generation
+from star_attention.generation.result import Delta, Generation
 from star_attention.generation.stream import Stream
 from star_attention.inputs import Prepared
 from star_attention.storage.context import EncodedContext
@@ -83,8 +83,9 @@ class AsyncCalls:
 class AsyncStream(AsyncIterator[str]):
     """The text of one answer while it is generated, in pieces that are awaited.
 
-    Canceling the task that waits for a piece ends the answer, and so do `aclose()` and the end of
-    an `async with` block.
+    `async for piece in stream` gives the text, `async for delta in stream.deltas()` the model's
+    reasoning, too. Canceling the task that waits for a piece ends the answer, and so do `aclose()`
+    and the end of an `async with` block.
     """
 
     def __init__(self, handle: Any, start: Callable[[], Stream], canceled: threading.Event) -> None:
@@ -92,19 +93,29 @@ class AsyncStream(AsyncIterator[str]):
         self._stream: Stream | None = None
 
     async def __anext__(self) -> str:
+        while (delta := await self._advance()) is not None:
+            if delta.text:
+                return delta.text
+        raise StopAsyncIteration
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Yield what each step adds, as `Stream.deltas` does."""
+        while (delta := await self._advance()) is not None:
+            yield delta
+
+    async def _advance(self) -> Delta | None:
         try:
-            piece = await _submit(self._handle, self._next, self._canceled)
+            delta: Delta | None = await _submit(self._handle, self._next, self._canceled)
         except asyncio.CancelledError:
             # In the model's own time: the task may not wait any more.
             _worker(self._handle).submit(self._close)
             raise
-        if piece is None:
-            raise StopAsyncIteration
-        return str(piece)
+        return delta
 
-    def _next(self) -> str | None:
-        self._stream = self._stream or self._start()
-        return next(self._stream, None)
+    def _next(self) -> Delta | None:
+        if self._stream is None:
+            self._stream = self._start()
+        return next(self._stream.deltas(), None)
 
     def _close(self) -> None:
         if self._stream is not None:

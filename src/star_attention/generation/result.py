@@ -50,6 +50,21 @@ class TokenLogprob:
         return {"token": self.token, "id": self.id, "logprob": self.logprob, "top": top}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What one step of a stream added to an answer; usually one of its fields is empty.
+
+    Servers of OpenAI's chat format send them as `delta.content` and `delta.reasoning_content`.
+
+    Attributes:
+        text: text of the answer.
+        reasoning: what the model marked as its reasoning.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Generation:
     """One answer; `str(answer)` is its text.

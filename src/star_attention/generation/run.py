@@ -16,14 +16,14 @@ from star_attention.distributed.messages import END, PIECE
 from star_attention.errors import InvalidInputError
 from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.logprobs import LogprobRecorder
-from star_attention.generation.result import Generation, Timings
+from star_attention.generation.result import Delta, Generation, Timings
 from star_attention.generation.settings import ResolvedSettings
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.text.answer import AnswerText, BeamStopCriteria, Reading
 from star_attention.planning.traffic import Traffic
 from star_attention.storage.oom import translate_oom
 
-Follower = Generator[str, None, Any]
+Follower = Generator[Delta, None, Any]
 """The work of a rank that follows rank 0 through phase 2; see `phase2.follow`."""
 
 
@@ -97,19 +97,24 @@ class GenerationRun:
         self.ended = self._end_sent = False
 
     def pieces(self) -> Follower:
-        """Yield text of the first answer once it is final; running to the end completes all."""
+        """Yield what of the first answer is final; running to the end completes all."""
         with translate_oom(self._out_of_memory):
-            for piece in self._own_loop() if self.settings.uses_own_loop else self._stock_loop():
-                if piece:
-                    self._send_piece(piece)
-                    yield piece
-        tail = self._close()
+            for text in self._own_loop() if self.settings.uses_own_loop else self._stock_loop():
+                if delta := self._delta(text):
+                    self._send_piece(delta)
+                    yield delta
+        tail = self._delta(self._close())
         self._warn_of_unanswered()
         if tail:
             self._send_piece(tail)
         self._send_end()
         if tail:
             yield tail
+
+    def _delta(self, text: str) -> Delta | None:
+        """Return new text of the first answer with its new reasoning; None for neither."""
+        reasoning = self._answers[0].take_reasoning()
+        return Delta(text=text, reasoning=reasoning) if text or reasoning else None
 
     def _out_of_memory(self) -> str:
         return (
@@ -119,7 +124,7 @@ class GenerationRun:
             f" (now {self._request.tokens_per_forward:,})"
         )
 
-    def _send_piece(self, piece: str) -> None:
+    def _send_piece(self, piece: Delta) -> None:
         if self._streamed and self._comm.size > 1:
             self._comm.broadcast_object((PIECE, piece))
 
@@ -250,11 +255,11 @@ class FollowerRun:
         self.ended = False
 
     def pieces(self) -> Follower:
-        """Yield the pieces of text that rank 0 streams."""
+        """Yield the pieces that rank 0 streams."""
         while (piece := self._next()) is not None:
             yield piece
 
-    def _next(self) -> str | None:
+    def _next(self) -> Delta | None:
         try:
             with translate_oom(
                 lambda: (

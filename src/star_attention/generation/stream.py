@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
-from star_attention.generation.result import Generation
+from star_attention.generation.result import Delta, Generation
 from star_attention.generation.run import FollowerRun, GenerationRun
 from star_attention.storage.transient import Transient
 
@@ -15,6 +15,7 @@ from star_attention.storage.transient import Transient
 class Stream(Transient, Iterator[str]):
     """The text of one answer while it is generated, in pieces.
 
+    `for piece in stream` gives the text, `for delta in stream.deltas()` the model's reasoning, too.
     Nothing runs between two pieces, so a stream may be suspended for any time, and other calls on
     the same model may run meanwhile. `close()`, or the end of a `with` block, ends it early; the
     result is then the answer so far. On several ranks rank 0's stream counts: where rank 0 closes
@@ -31,11 +32,22 @@ class Stream(Transient, Iterator[str]):
         self._failed = False
 
     def __next__(self) -> str:
+        while (delta := self._advance()) is not None:
+            if delta.text:
+                return delta.text
+        raise StopIteration
+
+    def deltas(self) -> Iterator[Delta]:
+        """Yield what each step adds: text of the answer (`delta.text`), or `delta.reasoning`.
+
+        All reasoning joined is that of the result, and so is all text.
+        """
+        while (delta := self._advance()) is not None:
+            yield delta
+
+    def _advance(self) -> Delta | None:
         with self._collective():
-            piece = next(self._pieces, None)
-        if piece is None:
-            raise StopIteration
-        return piece
+            return next(self._pieces, None)
 
     @contextmanager
     def _collective(self) -> Iterator[None]:

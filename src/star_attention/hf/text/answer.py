@@ -110,6 +110,10 @@ class AnswerText:
         """The reasoning so far, if the model marks any."""
         return self._reader.reasoning if isinstance(self._reader, ReasoningReader) else None
 
+    def take_reasoning(self) -> str:
+        """Return the reasoning since the last call."""
+        return self._reader.take_reasoning() if isinstance(self._reader, ReasoningReader) else ""
+
     def push(self, token: int) -> str:
         """Add a token, and return the text that is now certain."""
         assert self.finish_reason is None, "the answer has ended"

@@ -172,6 +172,9 @@ class ReasoningReader:
     def __init__(self, detokenizer: Detokenizer, markup: Markup, thinking: Thinking) -> None:
         self._detokenizer, self._markup, self._thinking = detokenizer, markup, thinking
         self._reasoning: list[str] = []
+        # Of it, the number of pieces that were taken, and the white space after them.
+        self._taken = 0
+        self._space: list[str] | None = None
         self._has_text = False
         # The message being read, the name of its channel, and what separates it from another one.
         self._part = "text"
@@ -182,6 +185,22 @@ class ReasoningReader:
     def reasoning(self) -> str | None:
         """The reasoning so far, without white space around it; None where there is none."""
         return "".join(self._reasoning).strip() or None
+
+    def take_reasoning(self) -> str:
+        """Return the reasoning since the last call, without white space around the whole.
+
+        White space is held back until more comes.
+        """
+        piece = "".join(self._reasoning[self._taken :])
+        self._taken = len(self._reasoning)
+        if not piece.strip():
+            if self._space is not None:
+                self._space.append(piece)
+            return ""
+        piece = piece.lstrip() if self._space is None else "".join([*self._space, piece])
+        text = piece.rstrip()
+        self._space = [piece[len(text) :]]
+        return text
 
     @property
     def in_reasoning(self) -> bool:
