@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import add_sink
+from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.cache.base import StarCache
 from star_attention.hf.loading import rope
@@ -227,6 +228,20 @@ def step_outside(configs: list[Any]) -> None:
 def in_our_forward() -> bool:
     """True if this thread is inside one of our forwards."""
     return _ACTIVE.get() is not None
+
+
+def comm_of_forward() -> Comm:
+    """Return the ranks of the forward that this thread runs.
+
+    Raises:
+        RuntimeError: it runs none of ours.
+    """
+    cache = _ACTIVE.get()
+    if cache is None:
+        raise RuntimeError(
+            "code compiled for Star Attention ran outside of its forward, in another thread"
+        )
+    return cache.comm
 
 
 def _without_autocast(model: Any) -> AbstractContextManager[Any]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
+from star_attention.hf.execution import sums
 from star_attention.hf.loading import files, identity, load, support
 
 _SHARDED = ("colwise", "rowwise")
@@ -272,7 +273,7 @@ def _shard_linear(module: nn.Module, style: str, comm: Comm) -> None:
         module.weight = _part(module.weight, 1, comm)
         # Added once, although the results of all ranks are summed.
         bias = bias if comm.tp_rank == 0 else None
-        module.register_forward_hook(_sum_over_tp_ranks(comm))
+        module.register_forward_hook(sums.summing(comm))
     module.register_parameter("bias", bias)
     module.out_features, module.in_features = module.weight.shape
 
@@ -296,7 +297,7 @@ def _shard_experts(module: nn.Module, comm: Comm) -> None:
         "gate_up_proj", nn.Parameter(torch.cat(halves, 1), requires_grad=up.requires_grad)
     )
     module.register_parameter("down_proj", _part(down, 2, comm))
-    module.register_forward_hook(_sum_over_tp_ranks(comm))
+    module.register_forward_hook(sums.summing(comm))
 
 
 def _part(weight: Tensor, dim: int, comm: Comm) -> nn.Parameter:
@@ -305,7 +306,3 @@ def _part(weight: Tensor, dim: int, comm: Comm) -> nn.Parameter:
     return nn.Parameter(
         part.clone(memory_format=torch.contiguous_format), requires_grad=weight.requires_grad
     )
-
-
-def _sum_over_tp_ranks(comm: Comm) -> Callable[..., Tensor]:
-    return lambda module, inputs, output: comm.tp_sum(output)

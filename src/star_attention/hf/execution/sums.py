@@ -1,0 +1,80 @@
+"""Sums over ranks: a call in plain forwards, one operation in compiled layers.
+
+torch.compile cannot trace a communicator. The operation finds it by itself: that of the forward
+which this thread runs, or that of a sharded model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from star_attention.distributed.comm import Comm
+from star_attention.hf.execution import hook
+
+Ranks = Literal["cp", "tp"]
+
+# Communicators of sharded models, by a number that compiled code holds as a constant. Numbers count
+# from 0 in each process, so that code compiled by an earlier one can be used again.
+_comms: weakref.WeakValueDictionary[int, Comm] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+_NO_SHARD = -1
+
+
+def sum_over(part: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sum of a tensor over ranks, in its precision; only within our forwards.
+
+    Args:
+        part: this rank's summand.
+        ranks: "cp" for the context-parallel ranks of the forward, "tp" for the tensor-parallel
+            ones.
+    """
+    if torch.compiler.is_compiling():
+        total: Tensor = _sum_op(part, ranks, _NO_SHARD)
+        return total
+    return _summed(hook.comm_of_forward(), part, ranks)
+
+
+def summing(comm: Comm) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """Return a forward hook that sums a layer's result over the tp ranks of `comm`.
+
+    It also does so where the model runs outside of our forwards.
+    """
+    # One number for all layers, which share their compiled code.
+    number = next((number for number, other in _comms.items() if other is comm), None)
+    if number is None:
+        number = next(_numbers)
+        _comms[number] = comm
+
+    def sum_result(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            total: Tensor = _sum_op(output, "tp", number)
+            return total
+        return comm.tp_sum(output)
+
+    return sum_result
+
+
+@torch.library.custom_op("star_attention::sum", mutates_args=())
+def _sum_op(part: Tensor, ranks: str, shard: int) -> Tensor:
+    comm = _comms[shard] if shard != _NO_SHARD else hook.comm_of_forward()
+    return _summed(comm, part, ranks)
+
+
+@_sum_op.register_fake
+def _(part: Tensor, ranks: str, shard: int) -> Tensor:
+    return torch.empty_like(part, memory_format=torch.contiguous_format)
+
+
+def _summed(comm: Comm, part: Tensor, ranks: str) -> Tensor:
+    """Return a sum in memory of its own; `part` keeps its value."""
+    if ranks == "tp":
+        # Where possible it is summed in place.
+        return comm.tp_sum(part.clone(memory_format=torch.contiguous_format))
+    total = comm.cp_sum(part)
+    return total.clone() if total.data_ptr() == part.data_ptr() else total
