@@ -16,6 +16,7 @@ from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
 from star_attention.generation import start as starts
 from star_attention.generation.asynchronous import AsyncCalls
+from star_attention.generation.following import FollowCalls
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
@@ -29,11 +30,12 @@ from star_attention.storage.context import EncodedContext
 _T = TypeVar("_T")
 
 
-class StarLLM(RuntimeView, AsyncCalls):
+class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
     """A transformers decoder with two-phase Star Attention around it.
 
     On several ranks the context is sharded and every call is collective: all ranks make the same
-    calls in the same order. Rank 0's arguments count, and all ranks return the same answers.
+    calls in the same order, or rank 0 makes them and the others `follow`. Rank 0's arguments count,
+    and all ranks return the same answers.
 
     Args:
         model: a loaded transformers causal language model (or a PEFT model around one), in
@@ -154,7 +156,7 @@ class StarLLM(RuntimeView, AsyncCalls):
 
     def from_rank_0(self, value: _T) -> _T:
         """Return rank 0's value on all ranks (on one: the value itself). Collective."""
-        with self.runtime.comm.collective("waiting for rank 0"):
+        with self.runtime.collective("waiting for rank 0"):
             result: _T = self.runtime.comm.run_on_rank_0(lambda: value)
         return result
 
@@ -173,9 +175,8 @@ class StarLLM(RuntimeView, AsyncCalls):
             settings: keywords of `generate`. `chat_template_kwargs` are also the context's.
         """
         prepared: list[Prepared] = []
-        comm = self.runtime.comm
-        with comm.collective("prepare"):
-            comm.run_on_rank_0(
+        with self.runtime.collective("prepare"):
+            self.runtime.comm.run_on_rank_0(
                 lambda: prepared.append(inputs.prepare(self.runtime, content, query, settings))
             )
         return prepared[0] if prepared else Prepared()
@@ -239,7 +240,7 @@ class StarLLM(RuntimeView, AsyncCalls):
             OutOfMemoryError: with the size to lower.
         """
         comm = self.runtime.comm
-        with comm.collective("encode"):
+        with self.runtime.collective("encode"):
             several, contexts = comm.run_on_rank_0(
                 lambda: inputs.prepare_contexts(
                     self.runtime, content, query, settings, chat_template_kwargs
@@ -267,7 +268,7 @@ class StarLLM(RuntimeView, AsyncCalls):
                 frequencies are pinned to.
             InvalidInputError: a context that cannot be extended.
         """
-        with self.runtime.comm.collective("extend"):
+        with self.runtime.collective("extend"):
             return encoding.extend(self.runtime, context, more, progress)
 
     def load_context(self, path: str | os.PathLike[str]) -> EncodedContext:
@@ -281,7 +282,7 @@ class StarLLM(RuntimeView, AsyncCalls):
             CorruptContextError: a file that is damaged, or not a saved context.
             ContextNotFoundError: the file does not exist.
         """
-        with self.runtime.comm.collective("load_context"):
+        with self.runtime.collective("load_context"):
             return encoding.load(self.runtime, path)
 
     # ---------------------------------------------------------------------------- phase 2
@@ -329,7 +330,7 @@ class StarLLM(RuntimeView, AsyncCalls):
             ContextLengthError: context, query and answer exceed the positions.
             InvalidInputError: a setting that cannot work.
         """
-        with self.runtime.comm.collective("generate"):
+        with self.runtime.collective("generate"):
             run = starts.start(self.runtime, context, query, settings)
             for _ in run.pieces():
                 pass
@@ -355,7 +356,7 @@ class StarLLM(RuntimeView, AsyncCalls):
         Args:
             context, query, settings: as for `generate`.
         """
-        with self.runtime.comm.collective("a stream"):
+        with self.runtime.collective("a stream"):
             run = starts.start(self.runtime, context, query, settings, streamed=True)
         return Stream(run, self.runtime.comm)
 
@@ -373,5 +374,5 @@ class StarLLM(RuntimeView, AsyncCalls):
             fp32 `[tokens, vocabulary]` on rank 0: row i is the distribution of token i + 1. None on
             other ranks.
         """
-        with self.runtime.comm.collective("logits"):
+        with self.runtime.collective("logits"):
             return starts.logits(self.runtime, context, continuation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -40,9 +40,12 @@ class Runtime(Transient):
         config: the settings.
         comm: the ranks that share the work.
         source: how the model was named to `StarLLM.from_pretrained`; None if it was not.
+        key: names the model to the other ranks.
     """
 
     source: dict[str, Any] | None = None
+    key: int = 0
+    _base: Runtime | None = None
 
     _instead_of_deepcopy = "share it, or take one with other settings from with_config()"
 
@@ -89,6 +92,7 @@ class Runtime(Transient):
             (runtime,) = started
             if own.size > 1:
                 runtime._join_ranks(is_sharded=shard is not None)
+            runtime.key = own.engines.add(runtime)
         return runtime
 
     def _join_ranks(self, *, is_sharded: bool) -> None:
@@ -122,8 +126,14 @@ class Runtime(Transient):
     def with_config(self, **changes: Any) -> Runtime:
         """Return the same model on the same ranks with other settings."""
         other = copy.copy(self)
+        # The other ranks find this engine by that one's key.
+        other._base = self._base or self
         other.config = StarConfig.of(self.config, **changes)
         return other
+
+    def collective(self, where: str) -> AbstractContextManager[None]:
+        """Run a call of this engine on all ranks; see `Control.collective`."""
+        return self.comm.collective(where, about=(self.key, self.config))
 
     def warn_of_small_blocks(self, context_tokens: int) -> None:
         """Warn of many blocks of a few tokens, once for all engines over the same model."""

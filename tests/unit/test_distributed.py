@@ -9,7 +9,7 @@ import pytest
 
 import star_attention.distributed
 from star_attention.distributed import SoloComm
-from star_attention.distributed.registry import ContextRegistry
+from star_attention.distributed.registry import contexts_of
 from star_attention.distributed.watchdog import Fault
 from star_attention.errors import InvalidInputError, RankError, TokenError
 
@@ -20,7 +20,7 @@ class Context:
 
 def test_keys_count_up_and_are_not_reused() -> None:
     """Forbids keys that differ between ranks because one of them has dropped its part earlier."""
-    registry = ContextRegistry(rank=0)
+    registry = contexts_of(rank=0)
     first = Context()
     assert registry.add(first) == 1
     del first
@@ -30,7 +30,7 @@ def test_keys_count_up_and_are_not_reused() -> None:
 
 
 def test_a_context_that_no_longer_exists_is_refused() -> None:
-    registry = ContextRegistry(rank=2)
+    registry = contexts_of(rank=2)
     key = registry.add(Context())
     for missing in (key, None, 7):
         with pytest.raises(InvalidInputError, match="rank 2 no longer has its part"):

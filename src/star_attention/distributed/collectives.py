@@ -6,6 +6,7 @@ Axes: B batch, Q query rows, H query heads, D head size.
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from star_attention.attention.state import State, merge
 from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
 from star_attention.distributed.mesh import Mesh
-from star_attention.distributed.rendezvous import START_S, dist, rendezvous
+from star_attention.distributed.rendezvous import START_S, STARTUP, dist, rendezvous
 from star_attention.distributed.world import World
 from star_attention.errors import InvalidInputError, RankError, quote
 from star_attention.planning import traffic
@@ -313,5 +314,14 @@ class TorchComm(MeshComm):
         return RankError(fault.rank, fault.where, fault.cause)
 
     def close(self) -> None:
-        """Leave the other ranks and let them know."""
-        self.world.close()
+        """Let the ranks that follow go, and leave the other ranks for good."""
+        world = self.world
+        # A program that fails right after startup may be faster than the ranks that will follow.
+        if self.rank == 0 and world.last_call == STARTUP:
+            self.followers.come(world.others_left)
+        # A daemon thread may still be in a call, which nothing can end in order.
+        if not world.in_call:
+            # What the others report is theirs.
+            with suppress(RankError):
+                self.dismiss()
+        world.close()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from star_attention.distributed.registry import ContextRegistry
+from star_attention.distributed.registry import Registry
 from star_attention.planning.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -53,7 +53,12 @@ class Control(Protocol):
     `messages.WorldControl` documents the methods. Messages: `messages.py`, `hf/cache/mirrored.py`.
     """
 
-    def collective(self, where: str, *, check_in: bool = True) -> AbstractContextManager[None]: ...
+    def collective(
+        self, where: str, *, about: Any = None, check_in: bool = True
+    ) -> AbstractContextManager[None]: ...
+    def following(self) -> AbstractContextManager[None]: ...
+    def next_call(self) -> tuple[str, Any] | None: ...
+    def dismiss(self) -> None: ...
     def broadcast_object(self, message: Any) -> None: ...
     def receive_object(self) -> Any: ...
     def push_back(self, message: Any) -> None: ...
@@ -107,6 +112,7 @@ class Comm(Control, Collectives, Progress, Protocol):
 
     Attributes:
         contexts: the contexts of all engines over these ranks.
+        engines: these engines.
         cp_traffic: what crossed the wire between cp ranks, of all ranks together.
         tp_traffic: what this rank's tp ranks exchanged.
         transport_version: changes when groups are made again; graphs captured before are void.
@@ -118,7 +124,8 @@ class Comm(Control, Collectives, Progress, Protocol):
     cp_size: int
     tp_rank: int
     tp_size: int
-    contexts: ContextRegistry
+    contexts: Registry
+    engines: Registry
     cp_traffic: Traffic
     tp_traffic: Traffic
 

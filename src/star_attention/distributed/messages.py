@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from star_attention import errors
+from star_attention.distributed.following import CLOSE
 from star_attention.distributed.world import World
 from star_attention.errors import InvalidInputError
 
@@ -35,41 +36,95 @@ class WorldControl:
     def __init__(self, world: World) -> None:
         self.world = world
         self.rank, self.size = world.rank, world.size
+        self.contexts, self.engines = world.contexts, world.engines
+        self.followers = world.followers
 
     @contextmanager
-    def collective(self, where: str, *, check_in: bool = True) -> Iterator[None]:
+    def collective(self, where: str, *, about: Any = None, check_in: bool = True) -> Iterator[None]:
         """Run one public call on all ranks; an exception on one rank is raised on all of them.
 
         After an exception the ranks meet again, so that the next call finds them together.
 
         Args:
-            where: name of the call, for errors.
+            where: name of the call, for errors and for ranks that follow.
+            about: what it is a call of, the same on all ranks: an engine (`Runtime.reference`) or
+                the key of a context.
             check_in: verify first that all ranks are in the same call. Not needed where the first
                 message shows it.
 
         Raises:
-            InvalidInputError: the ranks are in different calls.
+            InvalidInputError: the ranks are in different calls, or in calls about different things.
             RankError: another rank died, hangs or failed.
         """
         with self.world.call(where) as outermost:
             if outermost and check_in:
-                self._check_in(where)
+                self._check_in(where, about)
             yield
 
-    def _check_in(self, where: str) -> None:
+    def _check_in(self, where: str, about: Any) -> None:
         if self.rank == 0:
-            self.broadcast_object((CALL, where))
+            self.broadcast_object((CALL, where, about, self.contexts.news()))
             return
         kind, *arguments = self.receive_object()
         # The end of a stream that this rank has left.
         while kind == END:
             kind, *arguments = self.receive_object()
-        if (kind, arguments) != (CALL, [where]):
-            leading = arguments[0] if kind == CALL else "the stream of an answer"
+        leading = arguments[0] if kind == CALL else "the stream of an answer"
+        if leading != where:
             raise InvalidInputError(
                 f"rank 0 is in {leading}, rank {self.rank} in {where}: every call is collective, so"
                 " make the same calls in the same order on all ranks"
             )
+        _, leading_about, news = arguments
+        self.contexts.heed(news)
+        if leading_about != about:
+            raise InvalidInputError(
+                f"rank {self.rank} calls {where} on another engine or context than rank 0, or with"
+                " other settings of StarConfig; make the same calls on all ranks"
+            )
+
+    # ------------------------------------------------------------------ ranks that follow
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Keep this rank's part of every context for as long as rank 0 has its own."""
+        with self.followers.joined():
+            self.contexts.hold()
+            try:
+                yield
+            finally:
+                self.contexts.release()
+
+    def next_call(self) -> tuple[str, Any] | None:
+        """Wait for rank 0's next call, which this rank then makes, too; None if it was the last.
+
+        Waiting takes as long as it takes, on the CPU.
+
+        Returns:
+            Name of the call, and what it is about, as in `collective`.
+
+        Raises:
+            RankError: another rank died or was stopped.
+        """
+        message = self.world.await_call(self.receive_object)
+        while message[0] == END:
+            message = self.world.await_call(self.receive_object)
+        self.push_back(message)
+        if message[0] != CALL:
+            return "the rest of a stream", None
+        _, where, about, _ = message
+        if where != CLOSE:
+            return where, about
+        with self.collective(CLOSE):
+            return None
+
+    def dismiss(self) -> None:
+        """Let the ranks that follow go: `next_call` returns None there. On rank 0."""
+        if self.rank == 0 and self.world.broken is None and self.followers.any():
+            with self.collective(CLOSE):
+                pass
+
+    # ------------------------------------------------------------------ objects
 
     def broadcast_object(self, message: Any) -> None:
         """Send a message from rank 0 to all others: one small broadcast unless it is long."""

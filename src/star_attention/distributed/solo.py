@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from star_attention.distributed.comm import Comm, Pending, Recording
-from star_attention.distributed.registry import ContextRegistry
+from star_attention.distributed.registry import contexts_of, engines_of
 from star_attention.errors import release_frames_on_oom
 from star_attention.planning.traffic import Traffic
 
@@ -21,8 +21,19 @@ if TYPE_CHECKING:
 class SoloControl:
     """`Control` of one process, which is rank 0."""
 
-    def collective(self, where: str, *, check_in: bool = True) -> AbstractContextManager[None]:
+    def collective(
+        self, where: str, *, about: Any = None, check_in: bool = True
+    ) -> AbstractContextManager[None]:
         return release_frames_on_oom()
+
+    def following(self) -> AbstractContextManager[None]:
+        raise AssertionError("a single process is rank 0, which leads")
+
+    def next_call(self) -> tuple[str, Any] | None:
+        raise AssertionError("a single process is rank 0, which leads")
+
+    def dismiss(self) -> None:
+        return
 
     def broadcast_object(self, message: Any) -> None:
         return
@@ -56,7 +67,7 @@ class SoloComm(SoloControl):
     transport_version = 0
 
     def __init__(self) -> None:
-        self.contexts = ContextRegistry(0)
+        self.contexts, self.engines = contexts_of(0), engines_of(0)
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
 
     def on(self, device: torch.device, tp_size: int = 1) -> Comm:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
+from star_attention.distributed.following import FOLLOW, Followers
 from star_attention.distributed.groups import ProcessGroups
-from star_attention.distributed.registry import ContextRegistry
+from star_attention.distributed.registry import contexts_of, engines_of
 from star_attention.distributed.rendezvous import START_S, STARTUP, connect, dist
-from star_attention.distributed.watchdog import BUSY, IDLE, WAITING, Watchdog
+from star_attention.distributed.watchdog import BUSY, GONE, IDLE, WAITING, Watchdog
 from star_attention.errors import (
     InvalidInputError,
     RankError,
@@ -41,6 +42,10 @@ class World:
         broken: why the ranks cannot continue; every further call raises it.
         early_message: a message that was received, but belongs to the next call.
         shared_error: the last exception that every rank raises by itself.
+        contexts, engines: what all ranks hold parts of.
+        followers: the ranks that follow rank 0.
+        last_call: name of the last call that has ended; None before the first.
+        in_call: True while a call runs.
     """
 
     def __init__(
@@ -61,11 +66,12 @@ class World:
                 f"stall_s {quote(stall_s)} is not above 0; pass the stall limit in seconds"
             )
         self.rank, self.size = rank, size
-        self.contexts = ContextRegistry(rank)
+        self.contexts, self.engines = contexts_of(rank), engines_of(rank)
         self.broken: RankError | None = None
         self.shared_error: BaseException | None = None
         self.early_message: Any = None
-        self._in_call = False
+        self.last_call: str | None = None
+        self.in_call = False
         # Collectives that nobody has waited for yet.
         self._open_collectives = 0
         self._lock = threading.RLock()
@@ -73,6 +79,7 @@ class World:
         self._server = server
         try:
             store = connect(host, port, start_s)
+            self.followers = Followers(dist.PrefixStore(f"{name}/follow", store))
             self.groups = ProcessGroups(store, name, rank, start_s)
             self.groups.make("gloo", range(size), epoch=0)
         except RankError:
@@ -159,7 +166,7 @@ class World:
         try:
             yield
         finally:
-            self.watchdog.set_state(BUSY if self._in_call else IDLE)
+            self.watchdog.set_state(BUSY if self.in_call else IDLE)
 
     # ------------------------------------------------------------------ calls and faults
 
@@ -172,23 +179,42 @@ class World:
         with self._lock:
             if self.broken is not None:
                 raise self.broken
-            if self._in_call:
+            if self.in_call:
                 yield False
                 return
-            self._in_call = True
-            self.watchdog.issued = 0
-            self.watchdog.set_state(BUSY)
-            self.watchdog.tick(where)
             try:
+                self.in_call = True
+                self.watchdog.issued = 0
+                self.watchdog.set_state(BUSY)
+                self.watchdog.tick(where)
                 with release_frames_on_oom():
                     yield True
             except BaseException as error:
                 self._handle_failure(error)
                 raise
             finally:
-                self._in_call = False
+                self.in_call, self.last_call = False, where
                 self.watchdog.set_state(IDLE)
                 self.watchdog.tick("between calls")
+
+    def await_call(self, receive: Callable[[], Any]) -> Any:
+        """Return what `receive` gets from rank 0 between two calls, however long that takes.
+
+        Raises:
+            RankError: another rank died or was stopped.
+        """
+        with self._lock:
+            while True:
+                if self.broken is not None:
+                    raise self.broken
+                self.watchdog.tick(FOLLOW)
+                try:
+                    return receive()
+                except BaseException as error:
+                    # The exception of a call that this rank has already left is no reason to end.
+                    self._handle_failure(error)
+                    if self.broken is not None or not isinstance(error, Exception):
+                        raise
 
     def _handle_failure(self, error: BaseException) -> None:
         """Report an exception to the other ranks and meet them again, or leave them for good."""
@@ -197,7 +223,11 @@ class World:
             return
         fault = self.watchdog.fault
         interrupted = isinstance(error, KeyboardInterrupt)
-        can_meet = isinstance(error, Exception) and (fault is None or fault.is_exception)
+        # In a notebook Ctrl-C reaches rank 0 alone; the ranks that follow it are there to go on.
+        is_led = interrupted and self.rank == 0 and self.followers.any()
+        can_meet = (isinstance(error, Exception) or is_led) and (
+            fault is None or fault.is_exception
+        )
         # An exit (SystemExit, a signal) is not reported: as a rule it follows from the death of
         # another rank, and that is the cause to report.
         if interrupted or (can_meet and not isinstance(error, RankError)):
@@ -237,19 +267,26 @@ class World:
     def tick(self, where: str | None = None) -> None:
         """Report progress of this rank; raise if the watchdog has found a fault of another."""
         self.watchdog.tick(where)
-        if self._in_call:
+        if self.in_call:
             self._raise_if_faulty()
 
     def _raise_if_broken(self) -> None:
         if self.broken is not None:
             raise self.broken
-        if self._in_call:
+        if self.in_call:
             self._raise_if_faulty()
 
     def _raise_if_faulty(self) -> None:
         fault = self.watchdog.check()
         if fault is not None:
             raise fault.as_error()
+
+    def others_left(self) -> bool:
+        """Return True if every other rank has left for good."""
+        statuses = self.watchdog.statuses
+        return all(
+            status.get("state") == GONE for rank, status in enumerate(statuses) if rank != self.rank
+        )
 
     def close(self) -> None:
         """Leave the other ranks and let them know."""

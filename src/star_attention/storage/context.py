@@ -211,7 +211,7 @@ class EncodedContext(Transient):
         if self.comm.size == 1:
             writing.write(path, header | {"segments": self.kv.segments}, self._tensors())
             return
-        with self.comm.collective("save"):
+        with self.comm.collective("save", about=self.key):
             target: str = self.comm.run_on_rank_0(lambda: str(writing.as_path(path)))
             writing.write_shared(target, header, self.kv.segments, self._tensors(), self.comm)
 

@@ -1,0 +1,73 @@
+"""Which ranks follow rank 0: they wait for its calls, and make them too (`StarLLM.follow`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from star_attention.distributed.rendezvous import dist
+from star_attention.errors import RankError, first_line
+
+FOLLOW = "follow"
+"""What a rank does that waits for rank 0's next call, in errors."""
+
+CLOSE = "close"
+"""Name of the call with which rank 0 lets the other ranks go."""
+
+# How long rank 0 waits at its end for ranks that have started, but do not follow yet.
+_LINGER_S = 2.0
+
+_COUNT = "following"
+
+
+class Followers:
+    """The number of ranks that follow, in the store that all ranks share."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Count this rank as one that follows.
+
+        Raises:
+            RankError: the store is gone, and rank 0 with it.
+        """
+        try:
+            self._store.add(_COUNT, 1)
+        except dist.DistError as error:
+            cause = f"its store is unreachable: it ended before this rank ({first_line(error)})"
+            raise RankError(0, FOLLOW, cause) from error
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        try:
+            self._store.add(_COUNT, -1)
+        except dist.DistError:
+            # Rank 0 has gone, and nobody counts any more.
+            return
+
+    def any(self) -> bool:
+        """Return True if any rank follows."""
+        try:
+            return int(self._store.add(_COUNT, 0)) > 0
+        except dist.DistError:
+            return False
+
+    def come(self, others_left: Callable[[], bool]) -> bool:
+        """Wait a moment for ranks that are about to follow; return True if any does.
+
+        Args:
+            others_left: returns True once no other rank can follow any more.
+        """
+        deadline = time.monotonic() + _LINGER_S
+        while not self.any():
+            if time.monotonic() > deadline or others_left():
+                return False
+            time.sleep(0.01)
+        return True
