@@ -16,7 +16,7 @@ from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
 from star_attention.generation import start as starts
 from star_attention.generation.asynchronous import AsyncCalls
-from star_attention.generation.following import FollowCalls
+from star_attention.generation.leading import FollowCalls
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.stream import Stream
