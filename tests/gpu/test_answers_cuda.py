@@ -67,11 +67,39 @@ def test_log_probabilities_are_those_of_the_logits(star: StarLLM, context: Encod
             assert token.top[0].logprob == pytest.approx(float(expected_V.max()), abs=1e-4)
 
 
+# With limits: the model may add digit to digit.
+NUMBER = {"type": "integer", "minimum": 0, "maximum": 99}
+SCHEMA = {"type": "object", "properties": {"n": NUMBER}, "required": ["n"]}
+
+
 def test_an_answer_follows_a_schema(star: StarLLM, context: EncodedContext) -> None:
+    """Rows of a batch end at different steps; each has a mask of its own on the device."""
     pytest.importorskip("xgrammar")
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
-    replies = star.generate(context, [QUESTION, OTHER], json_schema=schema, max_new_tokens=60)
+    options: dict[str, Any] = dict(json_schema=SCHEMA, max_new_tokens=60)
+    replies = star.generate(context, [QUESTION, OTHER], **options)
     assert json.loads(replies[0].text) == {"n": 42}
+    assert isinstance(json.loads(replies[1].text)["n"], int)
+    for query, reply in zip([QUESTION, OTHER], replies, strict=True):
+        assert "".join(star.stream(context, query, **options)) == reply.text
+
+
+def test_sampled_answers_follow_a_schema(star: StarLLM, context: EncodedContext) -> None:
+    pytest.importorskip("xgrammar")
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 6}
+    options: dict[str, Any] = dict(json_schema=schema, max_new_tokens=60, temperature=3.0, seed=2)
+    replies = star.generate(context, QUESTION, num_return_sequences=8, **options)
+    values = [json.loads(reply.text) for reply in replies]
+    assert all(isinstance(item, bool) for value in values for item in value)
+    assert len({len(value) for value in values}) > 1
+
+
+def test_a_schema_gives_the_answers_of_the_cpu(star: StarLLM, context: EncodedContext) -> None:
+    pytest.importorskip("xgrammar")
+    solo = StarLLM.from_pretrained(MODEL, device="cpu", dtype="float32", block_size=512)
+    expected = solo.generate(
+        solo.encode([{"role": "user", "content": TEXT}]), QUESTION, json_schema=SCHEMA
+    )
+    assert star.generate(context, QUESTION, json_schema=SCHEMA).token_ids == expected.token_ids
 
 
 def test_awaited_answers_are_those_of_generate(star: StarLLM, context: EncodedContext) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError, MissingPackageError, UnknownOptionError
 from star_attention.generation.json_answers import JsonProcessor, compile_schema
 from tests.command_line import MODEL, failed, ok
-from tests.talkers import CHATML, byte_level, say, talker
+from tests.talkers import CHANNEL_TOKENS, CHANNELS, CHATML, byte_level, say, talker
 
 pytest.importorskip("xgrammar")
 
@@ -27,6 +29,7 @@ SCHEMA = {
     "required": ["name", "number"],
 }
 OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+CLOSED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
 MESSAGES = [{"role": "user", "content": "the cat sat on the mat\n"}]
 
 
@@ -102,6 +105,75 @@ def test_reasoning_that_the_prompt_opened_comes_first(plain: tuple[str, ...]) ->
     spoken = say(star.tokenizer, 'the cat</think>{"name": "otter", "number": 7}<|im_end|>')
     reply = star.generate(star.encode(MESSAGES), "what", json_schema=SCHEMA, **spoken)
     assert (reply.text, reply.reasoning) == ('{"name": "otter", "number": 7}', "the cat")
+
+
+JSON_TEXT = '{"name": "otter", "number": 7}'
+
+
+@pytest.mark.parametrize("plain", [("<think>", "</think>"), ()], ids=["tokens", "text"])
+@pytest.mark.parametrize("chat", [CHATML, CLOSED], ids=["open", "closed"])
+def test_a_model_may_choose_to_reason_first(plain: tuple[str, ...], chat: str) -> None:
+    """Forbids that a model which always thinks has to answer without."""
+    star = talker(byte_level(plain=plain, chat="{# <think> #}" + chat, eos="<|im_end|>"))
+    context = star.encode(MESSAGES)
+
+    def ask(spoken: str) -> tuple[str, str | None]:
+        options = prefer(star.tokenizer, spoken)
+        reply = star.generate(context, "what", json_schema=SCHEMA, **options)
+        return reply.text, reply.reasoning
+
+    assert ask(JSON_TEXT + "<|im_end|>") == (JSON_TEXT, None)
+    thinks = ask("<think>the <|im_end|>cat</think>" + JSON_TEXT + "<|im_end|>")
+    if chat is CLOSED:
+        # The template has ended the reasoning: the JSON comes at once.
+        assert thinks[0].startswith("{")
+        assert thinks[1] is None
+    else:
+        # An end of the turn would leave the answer without its JSON.
+        assert thinks == (JSON_TEXT, "the cat")
+
+
+def test_the_last_message_of_a_turn_is_json() -> None:
+    star = talker(byte_level(CHANNEL_TOKENS, chat=CHANNELS))
+    spoken = (
+        "<|channel|>analysis<|message|>the cat<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{JSON_TEXT}<|return|>"
+    )
+    options = prefer(star.tokenizer, spoken)
+    reply = star.generate(star.encode(MESSAGES), "what", json_schema=SCHEMA, **options)
+    assert (reply.text, reply.reasoning) == (JSON_TEXT, "the cat")
+    # Rows of a batch reason or not, each for itself.
+    choices = [spoken, f"<|channel|>final<|message|>{JSON_TEXT}<|return|>"]
+    options = prefer(star.tokenizer, *choices)
+    replies = star.generate(star.encode(MESSAGES), ["a", "b"], json_schema=SCHEMA, **options)
+    assert [reply.text for reply in replies] == [JSON_TEXT] * 2
+    assert [reply.reasoning for reply in replies] == ["the cat", None]
+
+
+class _Prefer(LogitsProcessor):
+    """Make each row prefer the rest of a text; a token that a grammar forbids is passed over."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts = texts
+        self.steps = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clamp(-50, 50)
+        for row, ids in enumerate(self.texts):
+            rest = ids
+            for token in input_ids[row, input_ids.shape[1] - self.steps :].tolist():
+                if token in rest[:2]:
+                    rest = rest[rest.index(token) + 1 :]
+            for token, score in zip(rest[:2], (100.0, 99.0), strict=False):
+                scores[row, token] = score
+        self.steps += 1
+        return scores
+
+
+def prefer(tokenizer: Any, *texts: str) -> dict[str, Any]:
+    """Arguments of `generate` that make row by row say a text where nothing forbids it."""
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    return dict(logits_processor=LogitsProcessorList([_Prefer(ids)]), max_new_tokens=120)
 
 
 def test_a_token_that_does_not_fit_is_refused(star: StarLLM, context: EncodedContext) -> None:

@@ -1,6 +1,6 @@
 """Answers in JSON that follow a schema: xgrammar says which tokens may come next.
 
-Axes: R rows, S tokens so far, V vocabulary.
+Axes: R rows, W words of 32 bits, one bit for each token.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import importlib
 import json
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from star_attention.errors import InvalidInputError, MissingPackageError, first_line
 from star_attention.hf.text.answer import Reader
 from star_attention.hf.text.reasoning import ReasoningReader
+
+_BITS = [torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32) for bit in range(32)]
+"""Words with one bit set, as int32."""
 
 
 def compile_schema(
@@ -80,10 +84,66 @@ def _compiler(tokenizer: Any, vocab_size: int, eos_ids: tuple[int, ...]) -> Any:
     return xgrammar.GrammarCompiler(info)
 
 
+class _Row:
+    """The JSON of one answer, and what comes before it.
+
+    Args:
+        matcher: xgrammar's state of the JSON.
+        reader: reads the answer's tokens; None where nothing can come before the JSON.
+    """
+
+    def __init__(self, matcher: Any, reader: ReasoningReader | None) -> None:
+        self._matcher, self._reader = matcher, reader
+        # What is left of a tag that the model has begun to write.
+        self._rest: tuple[int, ...] = ()
+
+    def fill(self, bitmask_RW: Tensor, row: int, ends: list[int]) -> None:
+        """Set the row's bits of the tokens that may come next; an ended row keeps its own."""
+        bits_W = bitmask_RW[row]
+        if self._rest:
+            bits_W.zero_()
+            bits_W[self._rest[0] // 32] = _BITS[self._rest[0] % 32]
+        elif self._reader is not None and not self._reader.in_text:
+            bits_W.fill_(-1)
+            for token in ends:
+                bits_W[token // 32] &= ~_BITS[token % 32]
+        elif not self._matcher.is_terminated():
+            self._matcher.fill_next_token_bitmask(bitmask_RW, row)
+            for first, *_ in self._openings():
+                bits_W[first // 32] |= _BITS[first % 32]
+
+    def accept(self, token: int) -> bool:
+        """Add a token; False if it does not continue the JSON."""
+        if self._reader is None:
+            return bool(self._matcher.is_terminated() or self._matcher.accept_token(token))
+        if self._rest:
+            if token != self._rest[0]:
+                return False
+            self._rest = self._rest[1:]
+        elif self._reader.in_text:
+            # JSON first: a bracket may begin an array or a tag.
+            if self._matcher.accept_token(token):
+                self._reader = None
+                return True
+            opening = next((ids for ids in self._openings() if ids[0] == token), None)
+            if opening is None:
+                return False
+            self._rest = opening[1:]
+        text = self._reader.push(token)
+        if not text:
+            return True
+        self._reader = None
+        return bool(self._matcher.accept_string(text))
+
+    def _openings(self) -> list[tuple[int, ...]]:
+        return [] if self._reader is None else self._reader.openings
+
+
 class JsonProcessor(LogitsProcessor):
     """Leave each row the tokens that continue its JSON; for one call.
 
-    Where the prompt has opened the model's reasoning, the JSON begins after it.
+    The JSON begins after the model's reasoning, where the prompt has opened it or the model begins
+    with it, and in the last message of a model that writes several.
 
     Args:
         grammar: what `compile_schema` returned.
@@ -92,45 +152,29 @@ class JsonProcessor(LogitsProcessor):
 
     def __init__(self, grammar: Any, readers: list[Reader | None]) -> None:
         self._xgrammar = _xgrammar()
-        self._matchers = [self._xgrammar.GrammarMatcher(grammar) for _ in readers]
-        self._bitmask = self._xgrammar.allocate_token_bitmask(
+        self._rows = [
+            _Row(
+                self._xgrammar.GrammarMatcher(grammar),
+                reader if isinstance(reader, ReasoningReader) else None,
+            )
+            for reader in readers
+        ]
+        self._bitmask_RW = self._xgrammar.allocate_token_bitmask(
             len(readers), grammar.tokenizer_info.vocab_size
         )
-        # Readers of rows whose reasoning has not ended.
-        self._waiting = {
-            row: reader
-            for row, reader in enumerate(readers)
-            if isinstance(reader, ReasoningReader) and reader.in_reasoning
-        }
+        self._ends = list(grammar.tokenizer_info.stop_token_ids)
         self._has_begun = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._has_begun:
-            for row, token in enumerate(input_ids[:, -1].tolist()):
-                self._accept(row, token)
+            for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+                if not row.accept(token):
+                    raise InvalidInputError(
+                        f"token {token} does not continue the JSON of json_schema; leave out the"
+                        " logits processor that forces it"
+                    )
         self._has_begun = True
-        for row, matcher in enumerate(self._matchers):
-            if row in self._waiting:
-                self._bitmask[row] = -1
-            elif not matcher.is_terminated():
-                matcher.fill_next_token_bitmask(self._bitmask, row)
-        # Rows that have ended keep the mask of their end.
-        self._xgrammar.apply_token_bitmask_inplace(scores, self._bitmask.to(scores.device))
+        for number, row in enumerate(self._rows):
+            row.fill(self._bitmask_RW, number, self._ends)
+        self._xgrammar.apply_token_bitmask_inplace(scores, self._bitmask_RW.to(scores.device))
         return scores
-
-    def _accept(self, row: int, token: int) -> None:
-        matcher, reader = self._matchers[row], self._waiting.get(row)
-        if reader is not None:
-            text = reader.push(token)
-            if not reader.in_reasoning:
-                del self._waiting[row]
-                accepted = not text or matcher.accept_string(text)
-            else:
-                accepted = True
-        else:
-            accepted = matcher.is_terminated() or matcher.accept_token(token)
-        if not accepted:
-            raise InvalidInputError(
-                f"token {token} does not continue the JSON of json_schema; leave out the logits"
-                " processor that forces it"
-            )

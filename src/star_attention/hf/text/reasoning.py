@@ -48,12 +48,14 @@ class Markup:
         tag_tokens: texts of tags that are special tokens, which decoding leaves out.
         controls: what each control token of channels begins or ends.
         added: the added tokens that are no tags, of which chat templates build turns.
+        openings: token ids of each opening tag.
     """
 
     tags: dict[str, str]
     tag_tokens: dict[int, str]
     controls: dict[int, str]
     added: frozenset[int]
+    openings: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Markup | None:
@@ -85,6 +87,9 @@ class Markup:
             },
             controls=controls,
             added=frozenset(tokenizer.added_tokens_decoder) - frozenset(tokens.values()),
+            openings=tuple(
+                tuple(tokenizer(tag, add_special_tokens=False).input_ids) for tag in tags
+            ),
         )
 
 
@@ -203,9 +208,19 @@ class ReasoningReader:
         return text
 
     @property
-    def in_reasoning(self) -> bool:
-        """True while what comes is reasoning."""
-        return self._part == "reasoning" or self._thinking.is_inside
+    def in_text(self) -> bool:
+        """True while what comes is text of the answer, or begins what is not."""
+        return self._part == "text" and not self._thinking.is_inside
+
+    @property
+    def openings(self) -> list[tuple[int, ...]]:
+        """Token ids that would begin reasoning, or another message, in place of text."""
+        if not self.in_text:
+            return []
+        tags = self._markup.openings if self._thinking.looks_for_tags else ()
+        begins = ("start", "channel")
+        controls = [(token,) for token, name in self._markup.controls.items() if name in begins]
+        return [*tags, *controls]
 
     def push(self, token: int) -> str:
         """Add a token, and return the text of the answer that is now certain."""
