@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from star_attention.bench import decode, pictures
-from star_attention.bench.decode import DecodeRow
+from star_attention.bench import decode_plots, pictures
+from star_attention.bench.decode_rows import DecodeRow
 from star_attention.bench.prefill import plots
 from star_attention.bench.prefill.rows import (
     PrefillRow,
@@ -68,10 +68,11 @@ def test_long_dense_times_are_extrapolated() -> None:
         )
         for k in (1, 4)
     ]
-    row = extrapolate("dense", 8192, flops[2], rows)
+    longer = PrefillRow(method="dense", context=8192, block=None)
+    row = extrapolate(longer, flops[2], rows)
     assert row.extrapolated
     assert row.seconds == pytest.approx(80 / 100 + 192 / 50)
-    assert extrapolate("dense", 8192, flops[2], rows[:1]).failed
+    assert extrapolate(longer, flops[2], rows[:1]).failed
     star = PrefillRow(method="star", context=8192, block=1024, seconds=1.0, flops=1)
     assert speed_up(star, [*rows, row, star], "dense") == pytest.approx(row.seconds)
 
@@ -110,7 +111,7 @@ def test_pictures_of_earlier_measurements(files: list[Path], tmp_path: Path) -> 
 def test_the_floor_at_a_single_length_is_a_dash() -> None:
     """Forbids a line of one point, which cannot be seen."""
     pytest.importorskip("matplotlib")
-    for figure in (plots.time_figure([STAR, DENSE], 1.0), decode.token_figure([DECODE])):
+    for figure in (plots.time_figure([STAR, DENSE], 1.0), decode_plots.token_figure([DECODE])):
         lines = figure.axes[0].lines
         assert {line.get_marker() for line in lines if line.get_linestyle() == "None"} == {"_"}
 

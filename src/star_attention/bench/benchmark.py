@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from star_attention.bench.models import model_name
+from star_attention.distributed import Comm, SoloComm
+from star_attention.engine import StarLLM
 from star_attention.hf.shape import model_shape
 from star_attention.planning.model_shape import ModelShape
 from star_attention.tools import machine
@@ -24,30 +26,76 @@ RowT = TypeVar("RowT", bound="DataclassInstance")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The model that is measured, on its device.
+    """The model that is measured, on its device and its ranks.
 
     Attributes:
-        model: a transformers model in evaluation mode.
-        shape: what its cost depends on.
-        ceilings: of its device, in its precision.
+        model: a transformers model in evaluation mode, or this rank's shard of one.
+        shape: what the whole model's cost depends on.
+        ceilings: of rank 0's device, in the model's precision.
         progress: called with a line before each measurement.
+        comm: the ranks.
+        tensor_parallel: ranks that share the weights of one model.
     """
 
     model: Any
     shape: ModelShape
     ceilings: Ceilings
     progress: Progress
+    comm: Comm = field(default_factory=SoloComm)
+    tensor_parallel: int = 1
+    _engines: dict[tuple[bool, bool | None], StarLLM] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, progress: Progress) -> Target:
-        """Measure the ceilings of a model's device."""
+    def of(
+        cls,
+        model: Any,
+        progress: Progress,
+        comm: Comm | None = None,
+        tensor_parallel: int = 1,
+    ) -> Target:
+        """Measure the ceilings of a model's device. Collective."""
+        comm = comm or SoloComm()
         weight = next(model.parameters())
+        ceilings = machine.measure_ceilings(weight.device, weight.dtype)
+        with comm.collective("a benchmark"):
+            ceilings = comm.run_on_rank_0(lambda: ceilings)
         return cls(
             model=model,
             shape=model_shape(model.config, _dtype_name(weight.dtype)),
-            ceilings=machine.measure_ceilings(weight.device, weight.dtype),
+            ceilings=ceilings,
             progress=progress,
+            comm=comm,
+            tensor_parallel=tensor_parallel,
         )
+
+    def engine(
+        self, *, alone: bool = False, compile: bool | None = None, **settings: Any
+    ) -> StarLLM:
+        """Return an engine over the model; what it compiles and captures is shared. Collective.
+
+        Args:
+            alone: on this rank only.
+            compile: as for `StarLLM`.
+            settings: fields of `StarConfig`.
+        """
+        base = self._engines.get((alone, compile))
+        if base is None:
+            base = StarLLM(self.model, compile=compile, comm="solo" if alone else self.comm)
+            self._engines[alone, compile] = base
+        return base.with_config(**settings)
+
+    def comm_of(self, *, alone: bool) -> Comm:
+        """Return all ranks, or this one alone."""
+        return SoloComm() if alone else self.comm
+
+    @property
+    def ranks(self) -> int:
+        return self.comm.size
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that measures alone and prints."""
+        return self.comm.rank == 0
 
     @property
     def name(self) -> str:
@@ -83,12 +131,19 @@ class Benchmark(ABC, Generic[RowT]):
         return 0
 
     @abstractmethod
-    def run(self, target: Target) -> list[RowT]:
-        """Measure everything, in order."""
+    def run(self, target: Target) -> Iterator[RowT]:
+        """Measure everything, in order; yield each row when it is measured. Collective.
+
+        A row of rank 0 alone has no numbers on the other ranks.
+        """
 
     @abstractmethod
     def table(self, rows: list[RowT]) -> list[tuple[str, ...]]:
         """Return the cells of a table for people, its header first."""
+
+    def remarks(self, rows: list[RowT]) -> str:
+        """Return what to print after the table, "" for nothing."""
+        return ""
 
     def draw(self, rows: list[RowT], ceilings: Ceilings, folder: Path) -> list[Path]:
         """Draw the pictures into an existing folder; return the files written."""
@@ -100,6 +155,8 @@ class Benchmark(ABC, Generic[RowT]):
             "benchmark": self.name,
             "model": target.name,
             "dtype": target.dtype_name,
+            "ranks": target.ranks,
+            "tensor_parallel": target.tensor_parallel,
             **machine.record(target.device, target.ceilings),
             "rows": [asdict(row) for row in rows],
         }

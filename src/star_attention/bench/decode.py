@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from star_attention.bench import figures
+from star_attention.bench import decode_plots
 from star_attention.bench.benchmark import Benchmark, Target
+from star_attention.bench.decode_rows import SLICES, DecodeRow, table
 from star_attention.bench.models import random_ids, weight_bytes_per_token
+from star_attention.bench.modes import ranks_of, weights_modes, weights_settings
+from star_attention.bench.ranks import NOT_HERE, Spent, attempt, measure
 from star_attention.engine import StarLLM
-from star_attention.planning.plan import format_size
-from star_attention.tools import machine
+from star_attention.planning.plan import BlockPlan, format_size
+from star_attention.storage.context import EncodedContext
 from star_attention.tools.machine import Ceilings
-from star_attention.tools.plotting import GRAY, new_figure
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeRow:
-    """One length, with compiled layers and CUDA graphs or without; times are medians.
-
-    Attributes:
-        context: length in tokens.
-        block: block size in tokens.
-        compiled: True with compiled layers and CUDA graphs.
-        queries: number of queries in a batch.
-        query_tokens, tokens: length of a query and of an answer.
-        kv_dtype, kv_device: as for `StarLLM`.
-        token_s: time per token of an answer through `StarLLM.generate`:
-            (time of all tokens - time of one) / (tokens - 1).
-        floor_s: bytes of weights, keys and values over the copy rate.
-        ttft_s: time to the first token of a further query on the same context.
-        first_s: time of the first query, which compiles and captures.
-        failed: the reason if there are no numbers.
-    """
-
-    context: int
-    block: int
-    compiled: bool
-    queries: int
-    query_tokens: int
-    tokens: int
-    kv_dtype: str | None = None
-    kv_device: str | None = None
-    token_s: float | None = None
-    floor_s: float = 0.0
-    ttft_s: float | None = None
-    first_s: float | None = None
-    failed: str | None = None
-
-    @property
-    def over_floor(self) -> float | None:
-        return None if self.token_s is None else self.token_s / self.floor_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +34,8 @@ class Decode(Benchmark[DecodeRow]):
         query_tokens, answer_tokens: length of a query and of an answer.
         repeats: runs of each, of which the median counts.
         compile: True or False; None measures both on a GPU and False elsewhere.
+        slice_weights: True or False; None measures both on several ranks.
+        alone: of several ranks, also measure rank 0 by itself.
         kv_dtype, kv_device: as for `StarLLM`.
     """
 
@@ -80,6 +47,8 @@ class Decode(Benchmark[DecodeRow]):
     answer_tokens: int
     repeats: int
     compile: bool | None = None
+    slice_weights: bool | None = None
+    alone: bool = True
     kv_dtype: str | None = None
     kv_device: str | None = None
 
@@ -87,133 +56,105 @@ class Decode(Benchmark[DecodeRow]):
     def longest_input(self) -> int:
         return max(self.contexts) + self.query_tokens + self.answer_tokens
 
-    def run(self, target: Target) -> list[DecodeRow]:
-        queries = [
-            random_ids(target.model, self.query_tokens, seed) for seed in range(1, self.queries + 1)
+    def run(self, target: Target) -> Iterator[DecodeRow]:
+        groups = [
+            [self._empty_row(context, ranks, mode, target) for mode in self._modes(ranks, target)]
+            for context in self.contexts
+            for ranks in ranks_of(target, self.alone and target.tensor_parallel == 1)
         ]
-        cases = [
-            (context, compiled) for context in self.contexts for compiled in self._modes(target)
-        ]
-        rows = []
-        for number, (context, compiled) in enumerate(cases, 1):
-            mode = "compiled" if compiled else "plain"
-            target.progress(f"{number} of {len(cases)}: {mode}, context {format_size(context)}")
-            row = self._empty_row(context, compiled, target)
-            try:
-                rows.append(self._timed(row, queries, target))
-            except machine.OUT_OF_MEMORY:
-                rows.append(replace(row, failed="out of memory"))
-        return rows
+        number, total = 0, sum(map(len, groups))
+        for group in groups:
+            context: list[EncodedContext] = []
+            for row in group:
+                number += 1
+                target.progress(f"{number} of {total}: {row.label}, {format_size(row.context)}")
+                yield self._measured(row, context, target)
 
-    def _modes(self, target: Target) -> list[bool]:
+    def _modes(self, ranks: int, target: Target) -> list[tuple[bool, str]]:
+        """Return what is measured of each context: compiled or not, and how weights are read."""
+        compiled = [True, False] if target.device.type == "cuda" else [False]
         if self.compile is not None:
-            return [self.compile]
-        return [True, False] if target.device.type == "cuda" else [False]
+            compiled = [self.compile]
+        weights = weights_modes(ranks, target, self.slice_weights)
+        return [(mode, kind) for mode in compiled for kind in weights]
 
-    def _empty_row(self, context: int, compiled: bool, target: Target) -> DecodeRow:
-        kv_bytes = context * target.shape.stored_bytes_per_token(self.kv_dtype)
-        floor_bytes = weight_bytes_per_token(target.model) + kv_bytes
+    def _empty_row(
+        self, context: int, ranks: int, mode: tuple[bool, str], target: Target
+    ) -> DecodeRow:
+        compiled, weights = mode
+        block, tensor_parallel = min(self.block, context), target.tensor_parallel
+        plan = BlockPlan.resolve(context, block, None, ranks // tensor_parallel)
+        shard_tokens = max(plan.rank_tokens(rank) for rank in range(plan.ranks))
+        kv_bytes = shard_tokens * target.shape.stored_bytes_per_token(self.kv_dtype)
+        read_bytes = weight_bytes_per_token(target.model)
+        if weights == SLICES:
+            read_bytes //= ranks
+        read_bytes += kv_bytes // tensor_parallel
         return DecodeRow(
             context=context,
-            block=min(self.block, context),
+            block=block,
             compiled=compiled,
+            ranks=ranks,
+            tensor_parallel=tensor_parallel,
+            weights=weights,
             queries=self.queries,
             query_tokens=self.query_tokens,
             tokens=self.answer_tokens,
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
-            floor_s=floor_bytes / target.ceilings.bytes_per_s,
+            read_bytes=read_bytes,
+            floor_s=read_bytes / target.ceilings.bytes_per_s,
         )
 
-    def _timed(self, row: DecodeRow, queries: list[Tensor], target: Target) -> DecodeRow:
-        """Complete a row. The context's memory is free after this call, whether or not it fails."""
-        star = StarLLM(
-            target.model,
-            block_size=row.block,
-            compile=row.compiled,
-            comm="solo",
-            kv_dtype=self.kv_dtype,
-            kv_device=self.kv_device,
-        )
-        context = star.encode(random_ids(target.model, row.context))
-        generate = partial(star.generate, context, queries, ignore_eos=True)
+    def _measured(self, row: DecodeRow, context: list[EncodedContext], target: Target) -> DecodeRow:
+        """Measure a row. `context` holds the encoded context, or is empty and receives it."""
+        if row.ranks < target.ranks and not target.is_first:
+            return replace(row, failed=NOT_HERE)
+        comm = target.comm_of(alone=row.ranks < target.ranks)
+        timed, reason = attempt(comm, lambda: self._timed(row, context, target))
+        if timed is None:
+            # What a failed call has left of it is not to be trusted.
+            context.clear()
+        return timed or replace(row, failed=reason)
 
-        def seconds(tokens: int) -> float:
-            return machine.time_once(partial(generate, max_new_tokens=tokens), target.device)
+    def _timed(self, row: DecodeRow, context: list[EncodedContext], target: Target) -> DecodeRow:
+        star = self._engine(row, target)
+        encode_s = None
+        if not context:
+            context.append(star.encode(random_ids(target.model, row.context)))
+            encode_s = context[0].encode_s
+        queries: list[Tensor] = [
+            random_ids(target.model, self.query_tokens, seed) for seed in range(1, self.queries + 1)
+        ]
+        generate = partial(star.generate, context[0], queries, ignore_eos=True)
 
-        first_s = seconds(2)
-        all_tokens_s = median([seconds(row.tokens) for _ in range(self.repeats)])
-        one_token_s = median([seconds(1) for _ in range(self.repeats)])
+        def spent(tokens: int) -> Spent:
+            work = partial(generate, max_new_tokens=tokens)
+            return measure(work, target.device, star.runtime.comm)
+
+        first = spent(2)
+        whole = [spent(row.tokens) for _ in range(self.repeats)]
+        one = [spent(1) for _ in range(self.repeats)]
+        steps = max(1, row.tokens - 1)
+        one_token_s = median(run.seconds for run in one)
         return replace(
             row,
-            token_s=(all_tokens_s - one_token_s) / max(1, row.tokens - 1),
+            encode_s=encode_s,
+            token_s=(median(run.seconds for run in whole) - one_token_s) / steps,
             ttft_s=one_token_s,
-            first_s=first_s,
+            first_s=first.seconds,
+            peak_bytes=whole[-1].peak_bytes,
+            wire_bytes=(whole[-1].wire_bytes - one[-1].wire_bytes) // steps,
         )
+
+    def _engine(self, row: DecodeRow, target: Target) -> StarLLM:
+        settings = weights_settings(row.ranks, row.weights) | dict(
+            block_size=row.block, kv_dtype=self.kv_dtype, kv_device=self.kv_device
+        )
+        return target.engine(alone=row.ranks < target.ranks, compile=row.compiled, **settings)
 
     def table(self, rows: list[DecodeRow]) -> list[tuple[str, ...]]:
-        header = (
-            "context",
-            "layers",
-            "ms per token",
-            "floor ms",
-            "over floor",
-            "tok/s",
-            "next query s",
-            "first query s",
-        )
-        return [header, *(_cells(row) for row in rows)]
+        return table(rows)
 
     def draw(self, rows: list[DecodeRow], ceilings: Ceilings, folder: Path) -> list[Path]:
-        return draw(rows, folder)
-
-
-def _cells(row: DecodeRow) -> tuple[str, ...]:
-    context, layers = format_size(row.context), "compiled" if row.compiled else "plain"
-    if row.token_s is None or row.ttft_s is None or row.first_s is None:
-        return context, layers, row.failed or "", "", "", "", "", ""
-    return (
-        context,
-        layers,
-        f"{row.token_s * 1e3:,.3g}",
-        f"{row.floor_s * 1e3:,.3g}",
-        f"{row.over_floor:.2f}",
-        f"{row.queries / row.token_s:,.0f}",
-        f"{row.ttft_s:,.3f}",
-        f"{row.first_s:,.3g}",
-    )
-
-
-def draw(rows: list[DecodeRow], folder: Path) -> list[Path]:
-    """Draw milliseconds per token into an existing folder; return the files written."""
-    return [figures.save(token_figure(rows), folder / "decode.png")]
-
-
-def token_figure(rows: list[DecodeRow]) -> Any:
-    """Draw milliseconds per token by length, with the time that reading the bytes once takes."""
-    figure, axes = new_figure("context, tokens", "ms per token")
-    for index, compiled in enumerate(sorted({row.compiled for row in rows}, reverse=True)):
-        points = [
-            (row.context, row.token_s * 1e3)
-            for row in rows
-            if row.compiled == compiled and row.token_s is not None
-        ]
-        axes.plot(
-            [length for length, _ in points],
-            [milliseconds for _, milliseconds in points],
-            color=figures.color(index),
-            marker=figures.marker(index),
-            label="compiled, CUDA graphs" if compiled else "plain",
-        )
-    floors = sorted({(row.context, row.floor_s * 1e3) for row in rows})
-    lengths = [length for length, _ in floors]
-    axes.plot(
-        lengths,
-        [milliseconds for _, milliseconds in floors],
-        color=GRAY,
-        label="floor",
-        **figures.floor_style(lengths, "--"),
-    )
-    figures.finish(axes, lengths)
-    axes.set_ylim(bottom=0)
-    return figure
+        return decode_plots.draw(rows, folder)

@@ -34,6 +34,14 @@ def finish(axes: Any, lengths: list[int]) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
+def finish_ranks(axes: Any, numbers: list[int]) -> None:
+    """Scale and label the axis of numbers of ranks, and add the legend."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
 def log_ticks() -> Any:
     """Return a locator of ticks at 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import LogLocator

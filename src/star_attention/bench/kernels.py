@@ -134,8 +134,10 @@ class Kernels(Benchmark[KernelRow]):
     contexts: list[int]
     repeats: int
 
-    def run(self, target: Target) -> list[KernelRow]:
+    def run(self, target: Target) -> Iterator[KernelRow]:
         """Measure the largest attention call of the model, merging, and a linear layer of one row.
+
+        Of several ranks, on rank 0 alone.
 
         Raises:
             InvalidInputError: the model's keys and values differ in size.
@@ -148,7 +150,8 @@ class Kernels(Benchmark[KernelRow]):
                 " give another model"
             )
         calls = AttentionCalls(shape=shape, device=target.device, dtype=target.dtype)
-        return [self._measure(task, target) for task in self._tasks(calls, target)]
+        if target.is_first:
+            yield from (self._measure(task, target) for task in self._tasks(calls, target))
 
     def _tasks(self, calls: AttentionCalls, target: Target) -> Iterator[Task]:
         for block in self.blocks:

@@ -8,8 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from star_attention.config import check_dtype
+from star_attention.distributed import Comm, SoloComm
 from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.loading import load
+from star_attention.hf.loading import tensor_parallel as shards
+from star_attention.hf.loading.pretrained import load_pretrained
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(
@@ -36,28 +39,69 @@ SHAPES: dict[str, dict[str, Any]] = {
 _POSITIONS = 2**21
 
 
-def load_model(model: str | None, shapes: str | None, *, dtype: str, device: str) -> Any:
-    """Load a model, or build one with random weights on the device, in evaluation mode.
+def load_model(
+    model: str | None,
+    shapes: str | None,
+    *,
+    dtype: str,
+    device: str,
+    comm: Comm | None = None,
+    tensor_parallel: int = 1,
+) -> Any:
+    """Load a model, or build one with random weights on the device, in evaluation mode. Collective.
 
     Args:
         model: folder or hub id.
         shapes: a name in `SHAPES`, instead of a model.
         dtype: "auto" takes the checkpoint's precision; for random weights bfloat16 on a GPU and
             float32 on a CPU.
-        device: "auto", or a torch device.
+        device: "auto", or a torch device; "auto" and "cuda" are each rank's own GPU.
+        comm: the ranks; None for this process alone.
+        tensor_parallel: ranks that share the weights of one model.
 
     Raises:
         InvalidInputError: unless exactly one of model and shapes is given, and for unknown shapes.
+        UnsupportedModelError: the model cannot be sharded.
     """
+    comm = comm or SoloComm()
     if (model is None) == (shapes is None):
         raise InvalidInputError("give either a model (-m) or the shapes of one (--shapes)")
     if model is not None:
-        return load.load(model, dtype=dtype, device=device, model_kwargs={})[0]
+        return load_pretrained(
+            model,
+            comm,
+            tensor_parallel=tensor_parallel,
+            dtype=dtype,
+            device=device,
+            model_kwargs={},
+        )[0]
     if shapes not in SHAPES:
         raise InvalidInputError(
             f"shapes {quote(shapes)} are unknown; choose one of {', '.join(SHAPES)}"
         )
-    return _random_model(shapes, check_dtype(dtype), torch.device(load.pick_device(device)))
+    if comm.size % tensor_parallel:
+        raise InvalidInputError(
+            f"tensor_parallel {tensor_parallel} does not divide the number of ranks, {comm.size};"
+            " give a divisor of it"
+        )
+    if comm.size > 1:
+        device = load.device_of_rank(device)
+    built = _random_model(shapes, check_dtype(dtype), torch.device(load.pick_device(device)))
+    if tensor_parallel > 1:
+        shard_model(built, comm, tensor_parallel)
+    return built
+
+
+def shard_model(model: Any, comm: Comm, tensor_parallel: int) -> None:
+    """Reduce a whole model to this rank's shard, in place. Collective.
+
+    Raises:
+        UnsupportedModelError: the model cannot be sharded.
+    """
+    shards.check(model.config, tensor_parallel)
+    with comm.collective("startup"):
+        mesh = comm.on(next(model.parameters()).device, tensor_parallel)
+    shards.shard(model, mesh)
 
 
 def _random_model(shapes: str, dtype: str, device: torch.device) -> Any:

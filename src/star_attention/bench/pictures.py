@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from star_attention.bench import decode
-from star_attention.bench.decode import DecodeRow
+from star_attention.bench import decode_plots
+from star_attention.bench.decode_rows import DecodeRow
 from star_attention.bench.prefill import plots
 from star_attention.bench.prefill.rows import PrefillRow
 from star_attention.errors import InvalidInputError
@@ -62,7 +62,7 @@ def draw_files(files: list[Path], folder: Path) -> list[Path]:
         flops_per_s = median(measurement.flops_per_s for measurement in prefills)
         written += plots.draw(_rows(prefills), flops_per_s, folder)
     if decodes := groups["decode"]:
-        written += decode.draw(_rows(decodes), folder)
+        written += decode_plots.draw(_rows(decodes), folder)
     return written
 
 

@@ -5,6 +5,7 @@ This library encodes the text once; transformers reads it again for each questio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -15,13 +16,17 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from star_attention.bench.benchmark import Benchmark, Target
+from star_attention.bench.decode_rows import WHOLE
 from star_attention.bench.models import random_ids
-from star_attention.engine import StarLLM
+from star_attention.bench.modes import ranks_of, weights_modes, weights_settings
+from star_attention.bench.ranks import NOT_HERE, Spent, attempt, in_short, measure
 from star_attention.planning.plan import format_size
+from star_attention.storage.context import EncodedContext
 from star_attention.tools import machine
 
 STOCK = "stock"
 METHODS = (STOCK, "dense", "star")
+METHODS_ON_RANKS = ("star",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +37,31 @@ class QuestionsRow:
         method: `STOCK` is transformers; the others are methods of this library.
         context: length of the text in tokens.
         questions: number of questions on it.
+        batch: questions answered at once.
+        ranks: ranks that work together.
+        tensor_parallel: those that share the weights of one model.
+        weights: what a rank reads of them for a token, as in `bench decode`.
         encode_s: time to encode the text, once; 0 if nothing is kept between questions.
-        question_s: time of one question with its answer; the median.
+        question_s: time of a batch of questions with their answers, divided by its size; the
+            median.
+        first_token_s: time to the first tokens of a batch's answers.
+        tokens_per_s: tokens per second after these, of all answers of a batch.
+        peak_bytes: peak device memory of each rank while answering; None where it is not measured.
         failed: the reason if there are no numbers.
     """
 
     method: str
     context: int
     questions: int
+    batch: int = 1
+    ranks: int = 1
+    tensor_parallel: int = 1
+    weights: str = WHOLE
     encode_s: float | None = None
     question_s: float | None = None
+    first_token_s: float | None = None
+    tokens_per_s: float | None = None
+    peak_bytes: tuple[int, ...] | None = None
     failed: str | None = None
 
     @property
@@ -59,10 +79,13 @@ class Questions(Benchmark[QuestionsRow]):
     Attributes:
         contexts: lengths in tokens.
         block: block size in tokens; shorter contexts are one block.
-        questions: number of questions on each text. One is measured, and multiplied by this number.
+        questions: number of questions on each text. A batch is measured, and multiplied.
+        batch: questions answered at once; transformers answers one after the other.
         query_tokens, answer_tokens: length of a question and of an answer.
         repeats: runs of each, of which the median counts.
         compile: as for `StarLLM`.
+        slice_weights: True or False; None measures both on several ranks.
+        alone: of several ranks, also measure rank 0 by itself.
     """
 
     name: ClassVar[str] = "questions"
@@ -72,62 +95,128 @@ class Questions(Benchmark[QuestionsRow]):
     query_tokens: int
     answer_tokens: int
     repeats: int
+    batch: int = 1
     compile: bool | None = None
+    slice_weights: bool | None = None
+    alone: bool = True
 
     @property
     def longest_input(self) -> int:
         return max(self.contexts) + self.query_tokens + self.answer_tokens
 
-    def run(self, target: Target) -> list[QuestionsRow]:
-        query = random_ids(target.model, self.query_tokens, seed=1)
-        rows = []
-        cases = [(context, method) for context in self.contexts for method in METHODS]
-        for number, (context, method) in enumerate(cases, 1):
-            target.progress(f"{number} of {len(cases)}: {method}, context {format_size(context)}")
-            row = QuestionsRow(method=method, context=context, questions=self.questions)
-            complete = self._time_stock if method == STOCK else self._time_ours
-            try:
-                rows.append(complete(row, random_ids(target.model, context), query, target))
-            except machine.OUT_OF_MEMORY:
-                rows.append(replace(row, failed="out of memory"))
-        return rows
+    def run(self, target: Target) -> Iterator[QuestionsRow]:
+        groups = [
+            [
+                QuestionsRow(
+                    method=method,
+                    context=context,
+                    questions=self.questions,
+                    batch=1 if method == STOCK else self.batch,
+                    ranks=ranks,
+                    tensor_parallel=target.tensor_parallel,
+                    weights=weights,
+                )
+                for weights in weights_modes(ranks, target, self.slice_weights)
+            ]
+            for context in self.contexts
+            for method, ranks in self._methods(target)
+        ]
+        number, total = 0, sum(map(len, groups))
+        for group in groups:
+            encoded: list[EncodedContext] = []
+            for row in group:
+                number += 1
+                where = f"{row.method}, context {format_size(row.context)}"
+                where += f", {row.ranks} ranks, weights {row.weights}" if row.ranks > 1 else ""
+                target.progress(f"{number} of {total}: {where}")
+                yield self._measured(row, encoded, target)
 
-    def _time_stock(
-        self, row: QuestionsRow, ids_L: Tensor, query: Tensor, target: Target
+    def _methods(self, target: Target) -> list[tuple[str, int]]:
+        if target.ranks == 1:
+            return [(method, 1) for method in METHODS]
+        alone = self.alone and target.tensor_parallel == 1
+        return [(name, ranks) for name in METHODS_ON_RANKS for ranks in ranks_of(target, alone)]
+
+    def _measured(
+        self, row: QuestionsRow, encoded: list[EncodedContext], target: Target
     ) -> QuestionsRow:
+        if row.ranks < target.ranks and not target.is_first:
+            return replace(row, failed=NOT_HERE)
+        comm = target.comm_of(alone=row.ranks < target.ranks)
+
+        def timed() -> QuestionsRow:
+            if row.method == STOCK:
+                return self._time_stock(row, target)
+            return self._time_ours(row, encoded, target)
+
+        complete, reason = attempt(comm, timed)
+        if complete is None:
+            encoded.clear()
+        return complete or replace(row, failed=reason)
+
+    def _time_stock(self, row: QuestionsRow, target: Target) -> QuestionsRow:
+        ids_L = random_ids(target.model, row.context)
+        query = random_ids(target.model, self.query_tokens, seed=1)
         generate = partial(
             _stock_generate, target.model, torch.cat([ids_L, query]), self.answer_tokens
         )
-        return replace(row, encode_s=0.0, question_s=self._median(generate, target))
+        seconds = machine.time_repeatedly(generate, repeats=self.repeats, device=target.device)
+        return replace(row, encode_s=0.0, question_s=median(seconds))
 
     def _time_ours(
-        self, row: QuestionsRow, ids_L: Tensor, query: Tensor, target: Target
+        self, row: QuestionsRow, encoded: list[EncodedContext], target: Target
     ) -> QuestionsRow:
-        """Complete a row. The context's memory is free after this call, whether or not it fails."""
-        star = StarLLM(
-            target.model,
+        star = target.engine(
+            alone=row.ranks < target.ranks,
+            compile=self.compile,
             block_size=min(self.block, row.context),
             method=row.method,
-            compile=self.compile,
-            comm="solo",
+            **weights_settings(row.ranks, row.weights),
         )
-        encode_s = self._median(partial(star.encode, ids_L), target)
-        generate = partial(
-            star.generate,
-            star.encode(ids_L),
-            query,
-            max_new_tokens=self.answer_tokens,
-            ignore_eos=True,
-        )
-        return replace(row, encode_s=encode_s, question_s=self._median(generate, target))
+        comm, encode_s = star.runtime.comm, None
+        if not encoded:
+            encode = partial(star.encode, random_ids(target.model, row.context))
+            runs = [measure(encode, target.device, comm) for _ in range(1 + self.repeats)][1:]
+            encode_s = median(run.seconds for run in runs)
+            encoded.append(encode())
+        queries = [random_ids(target.model, self.query_tokens, 1 + i) for i in range(row.batch)]
+        generate = partial(star.generate, encoded[0], queries, ignore_eos=True)
 
-    def _median(self, work: partial[Any], target: Target) -> float:
-        return median(machine.time_repeatedly(work, repeats=self.repeats, device=target.device))
+        def runs_of(tokens: int) -> list[Spent]:
+            work = partial(generate, max_new_tokens=tokens)
+            return [measure(work, target.device, comm) for _ in range(1 + self.repeats)][1:]
+
+        whole, first = runs_of(self.answer_tokens), runs_of(1)
+        whole_s = median(run.seconds for run in whole)
+        first_s = median(run.seconds for run in first)
+        later = row.batch * (self.answer_tokens - 1)
+        return replace(
+            row,
+            # The same text, in the rows after the first.
+            encode_s=encode_s if encode_s is not None else encoded[0].encode_s,
+            question_s=whole_s / row.batch,
+            first_token_s=first_s,
+            tokens_per_s=later / (whole_s - first_s) if later and whole_s > first_s else None,
+            peak_bytes=whole[-1].peak_bytes,
+        )
 
     def table(self, rows: list[QuestionsRow]) -> list[tuple[str, ...]]:
-        header = ("context", "method", "text s", "question s", "questions", "total s", "x stock")
-        stock_s = {row.context: row.total_s for row in rows if row.method == STOCK}
-        return [header, *(_cells(row, stock_s.get(row.context)) for row in rows)]
+        on_ranks = any(row.ranks > 1 for row in rows)
+        header = [
+            "context",
+            "method",
+            *(["ranks", "weights"] if on_ranks else []),
+            "text s",
+            "question s",
+            "questions",
+            "total s",
+            "x one rank" if on_ranks else "x stock",
+            "at once",
+            "first tokens s",
+            "tok/s",
+        ]
+        lines = [header, *(_cells(row, rows, on_ranks) for row in rows)]
+        return [tuple(line + [""] * (len(header) - len(line))) for line in lines]
 
 
 @torch.no_grad()
@@ -139,17 +228,31 @@ def _stock_generate(model: Any, ids_L: Tensor, tokens: int) -> Any:
     return model.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), generation_config=config)
 
 
-def _cells(row: QuestionsRow, stock_s: float | None) -> tuple[str, ...]:
-    context = format_size(row.context)
+def _cells(row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool) -> list[str]:
+    place = [str(row.ranks), row.weights] if on_ranks else []
+    start = [format_size(row.context), row.method, *place]
     if row.total_s is None or row.encode_s is None or row.question_s is None:
-        return context, row.method, row.failed or "", "", "", "", ""
-    is_baseline = row.method == STOCK
-    return (
-        context,
-        row.method,
+        return [*start, in_short(row.failed)]
+    return [
+        *start,
         f"{row.encode_s:,.3g}",
         f"{row.question_s:,.3g}",
         str(row.questions),
         f"{row.total_s:,.3g}",
-        "" if stock_s is None or is_baseline else f"{stock_s / row.total_s:.2f}",
-    )
+        _ratio(row, rows, on_ranks),
+        str(row.batch),
+        "" if row.first_token_s is None else f"{row.first_token_s:,.3g}",
+        "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+    ]
+
+
+def _ratio(row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool) -> str:
+    """Say how many times as fast a row is as one rank, or on one rank as transformers."""
+    for other in rows:
+        if other.context != row.context or other is row:
+            continue
+        if on_ranks and other.ranks == 1 and other.tokens_per_s and row.tokens_per_s:
+            return f"{row.tokens_per_s / other.tokens_per_s:.2f}"
+        if not on_ranks and other.method == STOCK and other.total_s and row.total_s:
+            return f"{other.total_s / row.total_s:.2f}"
+    return ""

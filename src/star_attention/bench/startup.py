@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,26 @@ from typing import Any, ClassVar
 
 from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.bench.models import random_ids
-from star_attention.engine import StarLLM
+from star_attention.bench.ranks import measure
 from star_attention.errors import StarAttentionError
-from star_attention.tools import machine
 from star_attention.tools.machine import Progress
 
 CACHES = ("empty", "filled")
 """States of torch's and Triton's caches on disk: on a new machine, and after the first process."""
+_LAUNCHER = ("-m", "torch.distributed.run", "--standalone")
+_TORCHRUN = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Variables by which torchrun places a process; those that it starts need others."""
 _CACHE_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
@@ -34,11 +47,13 @@ class StartupRow:
         first_s: time of the first run in a process.
         again_s: time of the second run.
         caches: one of `CACHES`.
+        ranks: ranks that work together.
     """
 
     what: str
     first_s: float
     again_s: float
+    ranks: int = 1
     caches: str = CACHES[0]
 
     @property
@@ -67,23 +82,24 @@ class Startup(Benchmark[StartupRow]):
     def longest_input(self) -> int:
         return self.context + self.query_tokens + 2
 
-    def run(self, target: Target) -> list[StartupRow]:
-        star = StarLLM(target.model, block_size=self.block, compile=self.compile, comm="solo")
+    def run(self, target: Target) -> Iterator[StartupRow]:
+        star = target.engine(compile=self.compile, block_size=self.block)
         ids_L = random_ids(target.model, self.context)
         query = random_ids(target.model, self.query_tokens, seed=1)
-        rows = []
 
-        def time_twice(name: str, work: Callable[[], Any]) -> None:
+        def time_twice(name: str, work: Callable[[], Any]) -> StartupRow:
             target.progress(name)
-            first_s, again_s = (machine.time_once(work, target.device) for _ in range(2))
-            rows.append(StartupRow(what=name, first_s=first_s, again_s=again_s))
+            comm = star.runtime.comm
+            first, again = (measure(work, target.device, comm) for _ in range(2))
+            return StartupRow(
+                what=name, first_s=first.seconds, again_s=again.seconds, ranks=target.ranks
+            )
 
-        time_twice("a context", partial(star.encode, ids_L))
+        yield time_twice("a context", partial(star.encode, ids_L))
         context = star.encode(ids_L)
         generate = partial(star.generate, context, query, ignore_eos=True)
-        time_twice("a query", partial(generate, max_new_tokens=1))
-        time_twice("a further token", partial(generate, max_new_tokens=2))
-        return rows
+        yield time_twice("a query", partial(generate, max_new_tokens=1))
+        yield time_twice("a further token", partial(generate, max_new_tokens=2))
 
     def table(self, rows: list[StartupRow]) -> list[tuple[str, ...]]:
         lines: list[tuple[str, ...]] = [("caches", "work", "first s", "again s", "cost s")]
@@ -98,13 +114,14 @@ class Startup(Benchmark[StartupRow]):
 
 
 def run_in_new_processes(
-    arguments: list[str], progress: Progress
+    arguments: list[str], progress: Progress, ranks: int = 1
 ) -> tuple[dict[str, Any], list[StartupRow]]:
     """Measure a process with empty caches on disk, and a second one with the caches of the first.
 
     Args:
         arguments: of `star-attention`, for a command that prints the JSON of this benchmark.
         progress: called with a line before each process.
+        ranks: processes that work together, under a torchrun of their own; on one, none.
 
     Returns:
         The JSON of the last process, and the rows of both.
@@ -114,13 +131,18 @@ def run_in_new_processes(
     """
     rows: list[StartupRow] = []
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            name: str(Path(folder, name.lower())) for name in _CACHE_FOLDERS
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _TORCHRUN and not name.startswith("TORCHELASTIC_")
         }
+        environment |= {name: str(Path(folder, name.lower())) for name in _CACHE_FOLDERS}
+        launcher = [] if ranks == 1 else [*_LAUNCHER, f"--nproc-per-node={ranks}"]
         for caches in CACHES:
-            progress(f"a process of its own, caches {caches}")
+            processes = "a process of its own" if ranks == 1 else f"{ranks} processes"
+            progress(f"{processes}, caches {caches}")
             process = subprocess.run(
-                [sys.executable, "-m", "star_attention", *arguments],
+                [sys.executable, *launcher, "-m", "star_attention", *arguments],
                 env=environment,
                 capture_output=True,
                 text=True,

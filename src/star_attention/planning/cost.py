@@ -9,7 +9,7 @@ in `traffic.py`. Printed by `plan`. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from star_attention.planning.model_shape import AttentionShape, ModelShape
@@ -119,7 +119,7 @@ def phase1(
     )
 
 
-def phase1_official(shape: ModelShape, plan: BlockPlan) -> Flops:
+def phase1_official(shape: ModelShape, plan: BlockPlan, rank: int | None = None) -> Flops:
     """Count the operations of encoding a context as the official implementation does.
 
     It encodes the anchor again before every block but the first:
@@ -130,16 +130,39 @@ def phase1_official(shape: ModelShape, plan: BlockPlan) -> Flops:
     With anchor = block this is twice the linear work for all but the first block, and a third more
     attention (2 b^2 instead of 1.5 b^2 pairs per block of b tokens). Source: the paper's Algorithm
     1; NVIDIA/Star-Attention at c61059f.
+
+    Args:
+        shape: the model.
+        plan: the blocks.
+        rank: count this context-parallel rank only; None counts all.
     """
-    extra = plan.num_blocks - 1
-    tokens = plan.context_tokens + extra * plan.anchor_size
+    blocks = plan.blocks if rank is None else plan.rank_blocks(rank)
+    extra = sum(start > 0 for start, _ in blocks)
+    tokens = sum(stop - start for start, stop in blocks) + extra * plan.anchor_size
     return Flops(
         linear=2 * shape.linear_parameters * tokens,
         attention=sum(
             call.flops_per_pair * (pairs + extra * causal_pairs(plan.anchor_size, call.window))
-            for call, pairs in _calls_with_pairs(shape, plan, None)
+            for call, pairs in _calls_with_pairs(shape, plan, rank)
         ),
         expansion=2 * shape.expansion_parameters * tokens,
+    )
+
+
+def phase1_ring(shape: ModelShape, segments: Iterable[tuple[int, int]]) -> Flops:
+    """Count the operations of ring attention on a rank with the queries of these runs of tokens.
+
+    Each query attends to all keys before it, on whatever rank they are. MLA's expansion is not
+    counted.
+    """
+    runs = list(segments)
+    return Flops(
+        linear=2 * shape.linear_parameters * sum(stop - start for start, stop in runs),
+        attention=sum(
+            call.flops_per_pair
+            * sum(answer_pairs(start, stop - start, call.window) for start, stop in runs)
+            for call in shape.attention
+        ),
     )
 
 

@@ -78,32 +78,34 @@ def official_encode(
     *,
     anchor_of: Callable[[int, int], Anchor | None] | None = None,
     kv_format: KVFormat = DEFAULT_FORMAT,
+    cp_rank: int = 0,
 ) -> ContextKV:
     """Encode a context as the official implementation does, with this library's kernels.
 
     The anchor is encoded again with every block. The result equals that of `phase1.encode`, for
     twice the linear work of all blocks but the first. Only rounding differs: a block attends to
     its own keys and values as computed, where `phase1.encode` reads back what earlier forwards have
-    stored. Source: arXiv 2411.17116, Algorithm 1.
+    stored. Ranks do not exchange anything. Source: arXiv 2411.17116, Algorithm 1.
 
     Args:
         handle: the model.
         ids_L: token ids `[L]`, int64.
-        plan: the blocks, on one rank.
+        plan: the blocks and their ranks.
         tokens_per_forward: most tokens in one forward.
         anchor_of: returns the anchor of the block `start..stop`, or None for no anchor. By default
             it is the head of the context, for all blocks but the first.
         kv_format: how the result is stored.
+        cp_rank: the context-parallel rank whose blocks to encode.
 
     Returns:
-        Keys and values of the context, without those of the anchors.
+        Keys and values of the rank's blocks, without those of the anchors.
     """
 
     def first_tokens(start: int, stop: int) -> Anchor | None:
         return (ids_L[: plan.anchor_size], torch.arange(plan.anchor_size)) if start else None
 
-    store = _empty_store(handle, plan.context_tokens, kv_format)
-    for start, stop in plan.blocks:
+    store = _empty_store(handle, plan.layout[cp_rank], kv_format)
+    for start, stop in plan.rank_blocks(cp_rank):
         anchor = (anchor_of or first_tokens)(start, stop)
         ids_S, positions_S = ids_L[start:stop], torch.arange(start, stop)
         if anchor is not None:
@@ -122,7 +124,7 @@ def _encode_dense(
     handle: ModelHandle, ids_S: Tensor, positions_S: Tensor, tokens_per_forward: int
 ) -> ContextKV:
     """Encode tokens with causal attention, at given positions."""
-    store = _empty_store(handle, len(ids_S))
+    store = _empty_store(handle, Segments.prefix(len(ids_S)))
     plan = BlockPlan.dense(len(ids_S))
     cache = EncodeCache(plan, [store], handle.windows, SoloComm())
     for span in plan.spans(tokens_per_forward):
@@ -139,6 +141,6 @@ def _encode_dense(
 
 
 def _empty_store(
-    handle: ModelHandle, tokens: int, kv_format: KVFormat = DEFAULT_FORMAT
+    handle: ModelHandle, segments: Segments, kv_format: KVFormat = DEFAULT_FORMAT
 ) -> ContextKV:
-    return ContextKV.empty(Segments.prefix(tokens), [None] * len(handle.windows), kv_format)
+    return ContextKV.empty(segments, [None] * len(handle.windows), kv_format)

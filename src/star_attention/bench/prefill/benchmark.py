@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -14,12 +15,11 @@ from star_attention.bench.prefill.cases import Case
 from star_attention.bench.prefill.contenders import (
     CONTENDERS,
     EngineSettings,
-    Workload,
+    Job,
     dense_flops,
 )
 from star_attention.bench.prefill.rows import PrefillRow, extrapolate, table
-from star_attention.errors import first_line
-from star_attention.tools import machine
+from star_attention.bench.ranks import NOT_HERE, attempt, measure
 from star_attention.tools.machine import Ceilings
 
 
@@ -42,33 +42,68 @@ class Prefill(Benchmark[PrefillRow]):
     def longest_input(self) -> int:
         return max((case.context for case in self.cases if not case.extrapolated), default=0)
 
-    def run(self, target: Target) -> list[PrefillRow]:
+    def run(self, target: Target) -> Iterator[PrefillRow]:
         rows: list[PrefillRow] = []
         for number, case in enumerate(self.cases, 1):
+            row = self._empty_row(case, target)
             if case.extrapolated:
-                flops = dense_flops(target.shape, case.context)
-                rows.append(extrapolate(case.method, case.context, flops, rows))
+                rows.append(extrapolate(row, dense_flops(target.shape, case.context), rows))
             else:
                 target.progress(f"{number} of {len(self.cases)}: {case}")
-                rows.append(self._measure(case, target))
-        return rows
+                rows.append(self._measure(row, target))
+            yield rows[-1]
 
-    def _measure(self, case: Case, target: Target) -> PrefillRow:
-        ids_L = random_ids(target.model, case.context)
-        workload = CONTENDERS[case.method].prepare(target, ids_L, case.block, self.engine)
-        if workload.warm_up is not None and not self.repeats:
-            workload.warm_up()
-        row = PrefillRow(
+    def _empty_row(self, case: Case, target: Target) -> PrefillRow:
+        return PrefillRow(
             method=case.method,
             context=case.context,
             block=case.block,
             asked=case.block_option,
+            ranks=case.ranks,
+            tensor_parallel=1 if case.ranks == 1 else target.tensor_parallel,
+            kv_dtype=self.engine.kv_dtype,
+        )
+
+    def _measure(self, row: PrefillRow, target: Target) -> PrefillRow:
+        alone = row.ranks == 1
+        if alone and not target.is_first:
+            return replace(row, failed=NOT_HERE)
+        job = Job(
+            target=target,
+            ids_L=random_ids(target.model, row.context),
+            block=row.block,
+            settings=self.engine,
+            alone=alone,
+        )
+        timed, reason = attempt(job.comm, lambda: self._timed(row, job))
+        return timed or replace(row, failed=reason)
+
+    def _timed(self, row: PrefillRow, job: Job) -> PrefillRow:
+        """Time an encoding, and complete its row."""
+        workload, device = CONTENDERS[row.method].prepare(job), job.target.device
+        if workload.warm_up is not None and not self.repeats:
+            workload.warm_up()
+        runs = [measure(workload.encode, device, workload.comm) for _ in range(1 + self.repeats)]
+        first, counted = runs[0], runs[1:] or runs
+        seconds = median(run.seconds for run in counted)
+        rate = workload.busiest_flops / seconds
+        peaks = counted[-1].peak_bytes
+        return replace(
+            row,
+            seconds=seconds,
+            all_seconds=tuple(run.seconds for run in counted),
+            first_s=first.seconds,
             flops=workload.flops.total,
             linear_flops=workload.flops.linear,
             attention_flops=workload.flops.attention,
+            busiest_flops=workload.busiest_flops,
+            flops_per_s=rate,
+            of_ceiling=rate / job.target.ceilings.flops_per_s,
+            working_bytes=None if peaks is None else _working_bytes(peaks, workload.fixed_bytes),
+            peak_bytes=peaks,
+            wire_bytes=counted[-1].wire_bytes,
             kv_dtype=workload.kv_dtype,
         )
-        return _timed(row, workload, target, self.repeats)
 
     def table(self, rows: list[PrefillRow]) -> list[tuple[str, ...]]:
         return table(rows)
@@ -77,25 +112,7 @@ class Prefill(Benchmark[PrefillRow]):
         return plots.draw(rows, ceilings.flops_per_s, folder)
 
 
-def _timed(row: PrefillRow, workload: Workload, target: Target, repeats: int) -> PrefillRow:
-    """Time a workload, and complete its row."""
-    try:
-        first_s, peak = machine.time_with_peak(workload.encode, target.device)
-        seconds = [] if repeats else [first_s]
-        for _ in range(repeats):
-            run_s, peak = machine.time_with_peak(workload.encode, target.device)
-            seconds.append(run_s)
-    except machine.OUT_OF_MEMORY:
-        return replace(row, failed="out of memory")
-    except RuntimeError as error:  # a pinned kernel that does not take these shapes
-        return replace(row, failed=first_line(error)[:120])
-    flops_per_s = row.flops / median(seconds)
-    return replace(
-        row,
-        seconds=median(seconds),
-        all_seconds=tuple(seconds),
-        first_s=first_s,
-        flops_per_s=flops_per_s,
-        of_ceiling=flops_per_s / target.ceilings.flops_per_s,
-        working_bytes=None if peak is None else peak - workload.fixed_bytes,
-    )
+def _working_bytes(peaks: tuple[int, ...], fixed_bytes: list[int]) -> int:
+    """Return the most memory of a rank beyond weights, keys and values."""
+    tensor_parallel = len(peaks) // len(fixed_bytes)
+    return max(peak - fixed_bytes[rank // tensor_parallel] for rank, peak in enumerate(peaks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend
 
 from star_attention.bench.benchmark import Target
 from star_attention.bench.models import weight_bytes
+from star_attention.distributed import Comm
 from star_attention.engine import StarLLM
 from star_attention.planning import cost
 from star_attention.planning.cost import Flops
 from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan, ring_layout
 from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stock_prefill
 
 
@@ -31,21 +32,58 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to encode, and on which ranks.
+
+    Attributes:
+        target: the model.
+        ids_L: token ids `[L]`.
+        block: block size in tokens; None for dense attention.
+        settings: of the engine.
+        alone: on rank 0 only.
+    """
+
+    target: Target
+    ids_L: Tensor
+    block: int | None
+    settings: EngineSettings
+    alone: bool = True
+
+    @property
+    def comm(self) -> Comm:
+        """The ranks that encode."""
+        return self.target.comm_of(alone=self.alone)
+
+    @property
+    def cp_ranks(self) -> int:
+        """Ranks that share the context."""
+        return self.comm.size // self.tensor_parallel
+
+    @property
+    def tensor_parallel(self) -> int:
+        return 1 if self.alone else self.target.tensor_parallel
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """A function to time, and its cost.
 
     Attributes:
         encode: encodes the context.
         warm_up: encodes a short context, which compiles layers; None if none are compiled.
-        flops: operations that the method needs.
-        fixed_bytes: weights, and keys and values of the context.
+        comm: counts what the ranks exchange.
+        flops: operations that the method needs, on all ranks together.
+        busiest_flops: operations of the busiest device.
+        fixed_bytes: weights, and keys and values of the context, of each context-parallel rank.
         kv_dtype: precision of the stored keys and values, if it is not the model's.
     """
 
     encode: Callable[[], Any]
     warm_up: Callable[[], Any] | None = None
+    comm: Comm
     flops: Flops
-    fixed_bytes: int
+    busiest_flops: int
+    fixed_bytes: list[int]
     kv_dtype: str | None = None
 
 
@@ -56,18 +94,20 @@ class Contender(ABC):
     Attributes:
         takes_block: True if each block size has its own row; False for dense attention.
         needs_cuda: True if it runs on CUDA devices only.
+        needs_ranks: True if it shares the work of one context over several ranks only.
+        needs_solitude: True if it runs on one rank only.
         featured: True if the picture of speed-ups shows it.
     """
 
     takes_block: bool
     needs_cuda: bool = False
+    needs_ranks: bool = False
+    needs_solitude: bool = False
     featured: bool = False
 
     @abstractmethod
-    def prepare(
-        self, target: Target, ids_L: Tensor, block: int | None, settings: EngineSettings
-    ) -> Workload:
-        """Prepare to encode the token ids `[L]`, without using the device."""
+    def prepare(self, job: Job) -> Workload:
+        """Prepare to encode, without using the device. Collective among the job's ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +116,17 @@ class Stock(Contender):
 
     backend: SDPBackend | None
     takes_block: bool = False
+    needs_solitude: bool = True
 
-    def prepare(
-        self, target: Target, ids_L: Tensor, block: int | None, settings: EngineSettings
-    ) -> Workload:
-        plan = BlockPlan.dense(len(ids_L))
+    def prepare(self, job: Job) -> Workload:
+        model, tokens = job.target.model, len(job.ids_L)
+        plan, flops = BlockPlan.dense(tokens), dense_flops(job.target.shape, tokens)
         return Workload(
-            encode=partial(stock_prefill, target.model, ids_L, self.backend),
-            flops=dense_flops(target.shape, len(ids_L)),
-            fixed_bytes=weight_bytes(target.model) + _kv_bytes(target.shape, plan, None),
+            encode=partial(stock_prefill, model, job.ids_L, self.backend),
+            comm=job.comm,
+            flops=flops,
+            busiest_flops=flops.total,
+            fixed_bytes=[weight_bytes(model) + _kv_bytes(job, plan, None, 0)],
         )
 
 
@@ -94,67 +136,98 @@ class Engine(Contender):
 
     method: str
 
-    def prepare(
-        self, target: Target, ids_L: Tensor, block: int | None, settings: EngineSettings
-    ) -> Workload:
-        star = self.engine(target.model, block, settings)
-        plan = star.runtime.plan_for(len(ids_L))
+    def prepare(self, job: Job) -> Workload:
+        star = self.engine(job)
+        plan = star.runtime.plan_for(len(job.ids_L))
+        shape, forward = job.target.shape, star.tokens_per_forward
+        kv_dtype = job.settings.kv_dtype
         return Workload(
-            encode=partial(star.encode, ids_L),
-            warm_up=_warm_up(star, ids_L),
-            flops=self.flops(target.shape, plan, star.tokens_per_forward),
-            fixed_bytes=weight_bytes(target.model)
-            + self.kv_bytes(target.shape, plan, settings.kv_dtype),
-            kv_dtype=settings.kv_dtype,
+            encode=self.work(star, job, plan),
+            warm_up=partial(star.encode, job.ids_L[: 2 * forward * job.cp_ranks]),
+            comm=star.runtime.comm,
+            flops=_sum(self.flops(shape, plan, forward, rank) for rank in range(job.cp_ranks)),
+            busiest_flops=max(
+                self.flops(shape, plan, forward, rank).total for rank in range(job.cp_ranks)
+            )
+            // job.tensor_parallel,
+            fixed_bytes=[
+                weight_bytes(job.target.model) + self.kv_bytes(job, plan, rank)
+                for rank in range(job.cp_ranks)
+            ],
+            kv_dtype=kv_dtype,
         )
 
-    def engine(self, model: Any, block: int | None, settings: EngineSettings) -> StarLLM:
-        return StarLLM(
-            model,
-            block_size=block,
+    def engine(self, job: Job) -> StarLLM:
+        return job.target.engine(
+            alone=job.alone,
+            compile=job.settings.compile,
+            block_size=job.block,
             method=self.method,
-            tokens_per_forward=settings.tokens_per_forward,
-            compile=settings.compile,
-            comm="solo",
-            kv_dtype=settings.kv_dtype,
+            tokens_per_forward=job.settings.tokens_per_forward,
+            kv_dtype=job.settings.kv_dtype,
         )
 
-    def flops(self, shape: ModelShape, plan: BlockPlan, tokens_per_forward: int) -> Flops:
-        return cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward)
+    def work(self, star: StarLLM, job: Job, plan: BlockPlan) -> Callable[[], Any]:
+        return partial(star.encode, job.ids_L)
 
-    def kv_bytes(self, shape: ModelShape, plan: BlockPlan, kv_dtype: str | None) -> int:
-        return _kv_bytes(shape, plan, kv_dtype)
+    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
+        return cost.phase1(shape, plan, tokens_per_forward=forward, rank=rank)
+
+    def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
+        return _kv_bytes(job, plan, job.settings.kv_dtype, rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window(Engine):
     """The same for StreamingLLM, whose block is its window."""
 
-    def flops(self, shape: ModelShape, plan: BlockPlan, tokens_per_forward: int) -> Flops:
+    needs_solitude: bool = True
+
+    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
         return cost.phase1_streaming(shape, plan)
 
-    def kv_bytes(self, shape: ModelShape, plan: BlockPlan, kv_dtype: str | None) -> int:
+    def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
         stored = min(plan.context_tokens, plan.anchor_size + plan.block_size)
-        return stored * shape.stored_bytes_per_token(kv_dtype)
+        return stored * job.target.shape.stored_bytes_per_token(job.settings.kv_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Official(Engine):
     """The official implementation's scheme, on this library's kernels."""
 
-    def prepare(
-        self, target: Target, ids_L: Tensor, block: int | None, settings: EngineSettings
-    ) -> Workload:
-        star = self.engine(target.model, block, settings)
-        plan = star.runtime.plan_for(len(ids_L))
-        return Workload(
-            encode=partial(
-                official_encode, star.runtime.handle, ids_L, plan, star.tokens_per_forward
-            ),
-            warm_up=_warm_up(star, ids_L),
-            flops=cost.phase1_official(target.shape, plan),
-            fixed_bytes=weight_bytes(target.model) + _kv_bytes(target.shape, plan, None),
+    def work(self, star: StarLLM, job: Job, plan: BlockPlan) -> Callable[[], Any]:
+        return partial(
+            official_encode,
+            star.runtime.handle,
+            job.ids_L,
+            plan,
+            star.tokens_per_forward,
+            cp_rank=star.runtime.comm.cp_rank,
         )
+
+    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
+        return cost.phase1_official(shape, plan, rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingEngine(Engine):
+    """Ring attention in one of its layouts."""
+
+    layout: str
+    takes_block: bool = False
+    needs_ranks: bool = True
+
+    def engine(self, job: Job) -> StarLLM:
+        return super().engine(job).with_config(ring_layout=self.layout)
+
+    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
+        layout = ring_layout(plan.context_tokens, plan.ranks, self.layout)
+        return cost.phase1_ring(shape, layout[rank])
+
+    def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
+        tokens = ring_layout(plan.context_tokens, plan.ranks, self.layout)[rank].tokens
+        stored = job.target.shape.stored_bytes_per_token(job.settings.kv_dtype)
+        return tokens * stored // job.tensor_parallel
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -162,7 +235,9 @@ CONTENDERS: dict[str, Contender] = {
         name: Stock(backend=backend, needs_cuda=backend is not None)
         for name, backend in STOCK_BACKENDS.items()
     },
-    "dense": Engine(method="dense", takes_block=False),
+    "dense": Engine(method="dense", takes_block=False, needs_solitude=True),
+    "ring": RingEngine(method="ring", layout="zigzag"),
+    "ring-contiguous": RingEngine(method="ring", layout="contiguous"),
     "official": Official(method="star", takes_block=True),
     "streaming_llm": Window(method="streaming_llm", takes_block=True),
     "star": Engine(method="star", takes_block=True, featured=True),
@@ -172,7 +247,9 @@ CONTENDERS: dict[str, Contender] = {
 BASELINES = tuple(name for name, contender in CONTENDERS.items() if not contender.takes_block)
 """Dense attention, which speed-ups are relative to."""
 OURS_FIRST = ("dense", *STOCK_BACKENDS)
-"""The same, this library's first."""
+"""That of one rank, this library's first."""
+DEFAULT_METHODS = ("stock", "dense", "official", "star")
+DEFAULT_METHODS_ON_RANKS = ("ring", "ring-contiguous", "official", "star")
 
 
 def dense_flops(shape: ModelShape, tokens: int) -> Flops:
@@ -180,10 +257,22 @@ def dense_flops(shape: ModelShape, tokens: int) -> Flops:
     return cost.phase1(shape, BlockPlan.dense(tokens), tokens_per_forward=tokens)
 
 
-def _kv_bytes(shape: ModelShape, plan: BlockPlan, kv_dtype: str | None) -> int:
-    memory = cost.memory_per_rank(shape, plan, tokens_per_forward=1, kv_dtype=kv_dtype)
+def _sum(parts: Iterable[Flops]) -> Flops:
+    parts = list(parts)
+    return Flops(
+        linear=sum(part.linear for part in parts),
+        attention=sum(part.attention for part in parts),
+        expansion=sum(part.expansion for part in parts),
+    )
+
+
+def _kv_bytes(job: Job, plan: BlockPlan, kv_dtype: str | None, rank: int) -> int:
+    memory = cost.memory_per_rank(
+        job.target.shape,
+        plan,
+        tokens_per_forward=1,
+        kv_dtype=kv_dtype,
+        rank=rank,
+        tensor_parallel=job.tensor_parallel,
+    )
     return memory.kv + memory.anchor
-
-
-def _warm_up(star: StarLLM, ids_L: Tensor) -> Callable[[], Any]:
-    return partial(star.encode, ids_L[: 2 * star.tokens_per_forward])

@@ -17,6 +17,7 @@ from star_attention.cli.bench.options import (
     StartupOptions,
     TargetOptions,
 )
+from star_attention.cli.bench.ranks import RanksOptions, measure_ranks
 from star_attention.cli.options import Quiet, option
 from star_attention.cli.paths import check_output_folder
 
@@ -76,6 +77,18 @@ def startup(target: TargetOptions, options: StartupOptions, quiet: Quiet = False
         measure_new_processes(benchmark, options, target, quiet)
 
 
+def ranks(target: TargetOptions, options: RanksOptions, quiet: Quiet = False) -> None:
+    """Both phases on several ranks, next to rank 0 alone: prefill, decode and questions in one run.
+
+    The model is loaded once for each mesh; --tensor-parallel does not count. Rows that fail are
+    reported, and the rest goes on.
+
+    Example: torchrun --nproc-per-node 2 -m star_attention bench ranks --shapes llama-3.1-8b
+    --out results --budget 500
+    """
+    measure_ranks(options, target, quiet)
+
+
 def plot(
     files: Annotated[
         list[str],
@@ -96,4 +109,12 @@ def plot(
         print(file)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (prefill, decode, questions, kernels, startup, plot)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    prefill,
+    decode,
+    questions,
+    ranks,
+    kernels,
+    startup,
+    plot,
+)

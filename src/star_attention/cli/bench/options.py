@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from star_attention.cli.config_options import ConfigOptions
-from star_attention.cli.model_options import Device, Dtype
+from star_attention.cli.model_options import Device, Dtype, TensorParallel
 from star_attention.cli.options import option
 from star_attention.cli.sizes import token_count, token_counts
+from star_attention.cli.torchrun import rank_and_size
 from star_attention.config import KV_SETTINGS, StarConfig
 
 if TYPE_CHECKING:
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from star_attention.bench.questions import Questions
     from star_attention.bench.startup import Startup
 
-_PANEL = "Benchmark"
+PANEL = "Benchmark"
 
 Compile = Annotated[
     bool | None,
     option(
         "Use compiled layers and CUDA graphs.",
         "--compile/--no-compile",
-        panel=_PANEL,
+        panel=PANEL,
         show_default="on a GPU, where Triton is installed",
     ),
 ]
@@ -33,17 +34,34 @@ Contexts = Annotated[
     str,
     option(
         "Lengths in tokens, separated by commas, or a range of doublings: 8k..64k.",
-        panel=_PANEL,
+        panel=PANEL,
         metavar="SIZES",
     ),
 ]
-Block = Annotated[str, option("Block size of Star Attention.", panel=_PANEL, metavar="SIZE")]
-Blocks = Annotated[str, option("Block sizes, separated by commas.", panel=_PANEL, metavar="SIZES")]
+Block = Annotated[str, option("Block size of Star Attention.", panel=PANEL, metavar="SIZE")]
+Blocks = Annotated[str, option("Block sizes, separated by commas.", panel=PANEL, metavar="SIZES")]
 Repeats = Annotated[
     int,
-    option("Runs of each measurement; the median counts.", panel=_PANEL, metavar="N", min=1),
+    option("Runs of each measurement; the median counts.", panel=PANEL, metavar="N", min=1),
 ]
-QueryTokens = Annotated[int, option("Tokens of a query.", panel=_PANEL, metavar="N", min=1)]
+SliceWeights = Annotated[
+    bool | None,
+    option(
+        "On several ranks, multiply a slice of the weights on each, or all of them.",
+        "--slice-weights/--no-slice-weights",
+        panel=PANEL,
+        show_default="both",
+    ),
+]
+Alone = Annotated[
+    bool,
+    option(
+        "On several ranks, rank 0 also measures by itself, while the others wait.",
+        "--alone/--no-alone",
+        panel=PANEL,
+    ),
+]
+QueryTokens = Annotated[int, option("Tokens of a query.", panel=PANEL, metavar="N", min=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +70,26 @@ class TargetOptions:
 
     model: Annotated[
         str | None,
-        option("Model folder or hub id.", "--model", "-m", panel=_PANEL, metavar="MODEL"),
+        option("Model folder or hub id.", "--model", "-m", panel=PANEL, metavar="MODEL"),
     ] = None
     shapes: Annotated[
         str | None,
         option(
             "Random weights in the shapes of llama-3.1-8b or llama-3.2-1b, instead of a model.",
             "--shapes",
-            panel=_PANEL,
+            panel=PANEL,
             metavar="NAME",
         ),
     ] = None
     dtype: Dtype = "auto"
     device: Device = "auto"
+    tensor_parallel: TensorParallel = 1
     out: Annotated[
         str | None,
         option(
             "Folder for the JSON and the pictures. A measurement in it is never overwritten.",
             "--out",
-            panel=_PANEL,
+            panel=PANEL,
             metavar="FOLDER",
         ),
     ] = None
@@ -83,21 +102,33 @@ class PrefillOptions:
         str,
         option(
             "Block sizes, separated by commas; /4 is a quarter of the context.",
-            panel=_PANEL,
+            panel=PANEL,
             metavar="SIZES",
         ),
     ] = "/4,/8"
     methods: Annotated[
-        str,
+        str | None,
         option(
             "Methods, separated by commas: stock (transformers), stock-cudnn (the same with"
             " cuDNN's attention), dense and star (this library), official (the paper's"
             " implementation, which encodes the anchor with each block), streaming_llm (the block"
-            " is its window).",
-            panel=_PANEL,
+            " is its window); on several ranks also ring and ring-contiguous (exact attention"
+            " over ranks, balanced and as in the paper).",
+            panel=PANEL,
+            metavar="NAMES",
+            show_default="stock,dense,official,star; on several ranks"
+            " ring,ring-contiguous,official,star",
+        ),
+    ] = None
+    alone: Annotated[
+        str,
+        option(
+            "On several ranks, methods that rank 0 also measures by itself; none for no method.",
+            "--alone",
+            panel=PANEL,
             metavar="NAMES",
         ),
-    ] = "stock,dense,official,star"
+    ] = "star"
     settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "kv_dtype")] = field(
         default_factory=dict
     )
@@ -105,7 +136,7 @@ class PrefillOptions:
         int,
         option(
             "Runs of each measurement after the first; the median counts. With 0 the first counts.",
-            panel=_PANEL,
+            panel=PANEL,
             metavar="N",
             min=0,
         ),
@@ -116,7 +147,7 @@ class PrefillOptions:
             "Longest context at which dense methods run. Beyond it their time is extrapolated from"
             " their two longest runs.",
             "--dense-up-to",
-            panel=_PANEL,
+            panel=PANEL,
             metavar="SIZE",
         ),
     ] = None
@@ -125,7 +156,7 @@ class PrefillOptions:
     def benchmark(self, device: str) -> Prefill:
         """Check the options. `device` is that of the model."""
         from star_attention.bench.prefill.benchmark import Prefill
-        from star_attention.bench.prefill.cases import plan_cases
+        from star_attention.bench.prefill.cases import Methods, plan_cases
         from star_attention.bench.prefill.contenders import EngineSettings
         from star_attention.hf.loading import load
 
@@ -136,8 +167,12 @@ class PrefillOptions:
         return Prefill(
             cases=plan_cases(
                 token_counts(self.context, "context"),
-                _names(self.block),
-                _names(self.methods),
+                names_of(self.block),
+                Methods.of(
+                    None if self.methods is None else names_of(self.methods),
+                    [] if self.alone == "none" else names_of(self.alone),
+                    rank_and_size()[1],
+                ),
                 device=load.pick_device(device),
                 dense_up_to=dense_up_to,
             ),
@@ -151,15 +186,17 @@ class DecodeOptions:
     context: Contexts = "16k"
     block: Block = "16k"
     queries: Annotated[
-        int, option("Queries answered in a batch.", panel=_PANEL, metavar="N", min=1)
+        int, option("Queries answered in a batch.", panel=PANEL, metavar="N", min=1)
     ] = 1
     query_tokens: QueryTokens = 64
     answer_tokens: Annotated[
-        int, option("Tokens of an answer.", panel=_PANEL, metavar="N", min=2)
+        int, option("Tokens of an answer.", panel=PANEL, metavar="N", min=2)
     ] = 256
     repeats: Repeats = 3
     settings: Annotated[dict[str, Any], ConfigOptions(*KV_SETTINGS)] = field(default_factory=dict)
     compile: Compile = None
+    slice_weights: SliceWeights = None
+    alone: Alone = True
 
     def benchmark(self) -> Decode:
         """Check the options."""
@@ -174,6 +211,8 @@ class DecodeOptions:
             answer_tokens=self.answer_tokens,
             repeats=self.repeats,
             compile=self.compile,
+            slice_weights=self.slice_weights,
+            alone=self.alone,
             **self.settings,
         )
 
@@ -183,14 +222,20 @@ class QuestionsOptions:
     context: Contexts = "16k"
     block: Block = "4k"
     questions: Annotated[
-        int, option("Questions on each text.", panel=_PANEL, metavar="N", min=1)
+        int, option("Questions on each text.", panel=PANEL, metavar="N", min=1)
     ] = 20
+    batch: Annotated[
+        int,
+        option("Questions answered at once, by this library.", panel=PANEL, metavar="N", min=1),
+    ] = 1
     query_tokens: QueryTokens = 64
     answer_tokens: Annotated[
-        int, option("Tokens of an answer.", panel=_PANEL, metavar="N", min=1)
+        int, option("Tokens of an answer.", panel=PANEL, metavar="N", min=1)
     ] = 32
     repeats: Repeats = 3
     compile: Compile = None
+    slice_weights: SliceWeights = None
+    alone: Alone = True
 
     def benchmark(self) -> Questions:
         """Check the options."""
@@ -200,10 +245,13 @@ class QuestionsOptions:
             contexts=token_counts(self.context, "context"),
             block=token_count(self.block, "block_size"),
             questions=self.questions,
+            batch=self.batch,
             query_tokens=self.query_tokens,
             answer_tokens=self.answer_tokens,
             repeats=self.repeats,
             compile=self.compile,
+            slice_weights=self.slice_weights,
+            alone=self.alone,
         )
 
 
@@ -226,7 +274,7 @@ class KernelsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StartupOptions:
-    context: Annotated[str, option("Tokens of the context.", panel=_PANEL, metavar="SIZE")] = "48k"
+    context: Annotated[str, option("Tokens of the context.", panel=PANEL, metavar="SIZE")] = "48k"
     block: Block = "16k"
     query_tokens: QueryTokens = 64
     compile: Compile = None
@@ -235,7 +283,7 @@ class StartupOptions:
         option(
             "Measure this process only, with the caches on disk as they are.",
             "--in-this-process",
-            panel=_PANEL,
+            panel=PANEL,
         ),
     ] = False
 
@@ -256,6 +304,7 @@ class StartupOptions:
         arguments += ["--dtype", target.dtype, "--device", target.device]
         arguments += ["--context", self.context, "--block", self.block]
         arguments += ["--query-tokens", str(self.query_tokens)]
+        arguments += ["--tensor-parallel", str(target.tensor_parallel)]
         if target.model is not None:
             arguments += ["--model", target.model]
         if target.shapes is not None:
@@ -265,5 +314,6 @@ class StartupOptions:
         return arguments
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
+    """Split names that are separated by commas."""
     return [name.strip() for name in text.split(",")]

@@ -73,6 +73,7 @@ class AblatedStar(Star):
                 job.tokens_per_forward,
                 anchor_of=self._anchor_of(ids_L, job.plan.anchor_size, job.handle.vocab_size),
                 kv_format=job.kv_format,
+                cp_rank=job.comm.cp_rank,
             )
             for ids_L in job.ids_BL
         ]

@@ -1,0 +1,35 @@
+"""The ways in which benchmarks of answers use ranks and weights."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from star_attention.bench.benchmark import Target
+from star_attention.bench.decode_rows import SHARD, SLICES, WHOLE
+from star_attention.config import StarConfig
+
+
+def ranks_of(target: Target, alone: bool) -> list[int]:
+    """Return the numbers of ranks to measure: rank 0 by itself if `alone`, and all together."""
+    return [1, target.ranks] if alone and target.ranks > 1 else [target.ranks]
+
+
+def weights_modes(ranks: int, target: Target, slice_weights: bool | None) -> list[str]:
+    """Return what the ranks read of the weights; `slice_weights` None stands for both ways."""
+    if target.tensor_parallel > 1:
+        return [SHARD]
+    if ranks == 1:
+        return [WHOLE]
+    if slice_weights is None:
+        return [WHOLE, SLICES]
+    return [SLICES if slice_weights else WHOLE]
+
+
+def weights_settings(ranks: int, weights: str) -> dict[str, Any]:
+    """Return the settings of an engine that reads weights in this way."""
+    if ranks == 1 or weights == SHARD:
+        return {}
+    settings = {"slice_weights": weights == SLICES}
+    known = {field.name for field in fields(StarConfig)}
+    return settings if weights == SLICES or "slice_weights" in known else {}
