@@ -77,7 +77,8 @@ def test_a_single_row_times_a_matrix(shape: tuple[int, int]) -> None:
     budget = 2 * (x @ weight.T - exact).norm()
     assert (triton_row.linear(x, weight, None) - exact).norm() <= budget
     short, bias = torch.randn(5, shape[1]).cuda().bfloat16(), torch.randn(5).cuda().bfloat16()
-    first, second, third = triton_row.linears(x, [weight, short, weight], [None, bias, None])
+    parts = [0, shape[0], 0, 0, 5, 0, 0, shape[0], 0]
+    first, second, third = triton_row.linears(x, [weight, short, weight], [None, bias, None], parts)
     assert torch.equal(first, third)
     assert torch.equal(first, triton_row.linear(x, weight, None))
     assert torch.equal(second, triton_row.linear(x, short, bias))

@@ -87,9 +87,19 @@ def test_a_single_row_times_several_matrices() -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(1, 1, 70), [torch.randn(N, 70) for N in (37, 4, 16)]
     biases = [None, torch.randn(4), None]
-    outs = triton_row.linears(x, weights, biases)
+    outs = triton_row.linears(x, weights, biases, [0, 37, 0, 0, 4, 0, 0, 16, 0])
     for out, weight, bias_N in zip(outs, weights, biases, strict=True):
         torch.testing.assert_close(out, linear(x, weight, bias_N), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "first_column"), [((5, 21), 0), ((0, 37), 30), ((16, 37), 16)])
+def test_a_single_row_times_a_slice(rows: tuple[int, int], first_column: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 1, 64), torch.randn(37, 100), torch.randn(37)
+    out = triton_row.linear(x, weight, bias, rows=rows, first_column=first_column)
+    part = weight[rows[0] : rows[1], first_column : first_column + 64]
+    right = linear(x, part, bias[rows[0] : rows[1]])
+    torch.testing.assert_close(out, right, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("matrices", [1, 2, 3, 5])
@@ -97,12 +107,12 @@ def test_products_with_the_same_row_share_launches(matrices: int) -> None:
     torch.manual_seed(0)
 
     def layer(x: Tensor, *weights: Tensor) -> Tensor:
-        outs = [triton_row.linear(x, weight, None) for weight in weights]
-        return triton_row.linear(torch.cat(outs, -1), last, None)
+        outs = [triton_row.linear(x, weight, None, rows=(2, 8)) for weight in weights]
+        return triton_row.linear(torch.cat(outs, -1), last, None, first_column=1)
 
     x, last, weights = (
         torch.randn(1, 1, 70),
-        torch.randn(3, 8 * matrices),
+        torch.randn(3, 6 * matrices + 2),
         torch.randn(matrices, 8, 70).unbind(),
     )
     traced = make_fx(layer)(x, *weights)

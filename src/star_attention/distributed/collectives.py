@@ -65,13 +65,15 @@ class MeshComm(Mesh):
             torch.cuda.set_device(device)
             backend = "nccl"
             transport_device = torch.device("cuda", torch.cuda.current_device())
-        return MeshComm(
+        mesh = MeshComm(
             self.world,
             tp_size=tp_size,
             backend=backend,
             device=transport_device,
             merge_collective=self.merge_collective,
         )
+        mesh.one_host = backend == "nccl" and len({host for host, _ in gpus}) == 1
+        return mesh
 
     def has_same_ranks(self, comm: Any) -> bool:
         """Return True if `comm` is over the same ranks, in whatever mesh."""

@@ -116,6 +116,7 @@ class Comm(Control, Collectives, Progress, Protocol):
         cp_traffic: what crossed the wire between cp ranks, of all ranks together.
         tp_traffic: what this rank's tp ranks exchanged.
         transport_version: changes when groups are made again; graphs captured before are void.
+        one_host: True if each rank has a GPU of its own, all of one host.
     """
 
     rank: int
@@ -128,6 +129,7 @@ class Comm(Control, Collectives, Progress, Protocol):
     engines: Registry
     cp_traffic: Traffic
     tp_traffic: Traffic
+    one_host: bool
 
     @property
     def transport_version(self) -> int: ...

@@ -31,6 +31,7 @@ class Mesh(WorldControl):
         self.backend = backend
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
         self._device = device or torch.device("cpu")
+        self.one_host = False
         self._rehearsing = False
 
     # ------------------------------------------------------------------ groups

@@ -65,6 +65,7 @@ class SoloComm(SoloControl):
     cp_rank, cp_size = 0, 1
     tp_rank, tp_size = 0, 1
     transport_version = 0
+    one_host = True
 
     def __init__(self) -> None:
         self.contexts, self.engines = contexts_of(0), engines_of(0)

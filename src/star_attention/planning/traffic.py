@@ -10,12 +10,16 @@ library only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 
 FLOAT32_BYTES = 4
+
+ALIGNMENT = 16
+"""Elements to which slices of weights are aligned: kernels load them faster."""
 
 CALL_BYTES = 128 * 1024
 """Cost of one more collective, as the bytes that could move in that time: 5 us on a fast link."""
@@ -201,20 +205,53 @@ def phase2_cp(
     tokens_per_forward: int,
     merge_collective: str | None = None,
     tensor_parallel: int = 1,
+    sliced: Sequence[str] = (),
 ) -> Traffic:
     """Count the traffic of answering `queries` queries in turn, between context-parallel ranks.
 
     Each forward merges the states of every attention call. A query takes forwards of
     `tokens_per_forward` tokens, and every answer token but the last takes one of its own.
+    `sliced` names the parts of the model whose weights are multiplied in slices.
     """
     total = Traffic()
     for tokens, times in _answer_forwards(query_tokens, answer_tokens, tokens_per_forward).items():
+        slices = _slices(shape, ranks, tokens, sliced)
+        total.add(slices.bytes * times * queries, slices.calls * times * queries)
         times *= queries * tensor_parallel
         for call in shape.attention:
             rows = tokens * call.heads // tensor_parallel
             merge = merge_traffic(ranks, rows, call.v_head_size, merge_collective)
             total.add(merge.bytes * times, merge.calls * times)
     return total
+
+
+def _slices(shape: ModelShape, ranks: int, tokens: int, parts: Sequence[str]) -> Traffic:
+    """Count the traffic that slices of weights add to a forward of one row: "attention" gathers new
+    queries, keys and values, "head" a token's logits, and "attention" and "mlp" sum hidden states.
+    """
+    total = Traffic()
+    if ranks == 1:
+        return total
+    hidden = sum_traffic(ranks, tokens * shape.hidden_size, shape.bytes_per_element)
+    for call in shape.attention if "attention" in parts else ():
+        heads = (call.heads + call.kv_heads) * call.k_head_size + call.kv_heads * call.v_head_size
+        part = tokens * heads // ranks * shape.bytes_per_element
+        total.add(gather_bytes(part, ranks) + hidden.bytes, 1 + hidden.calls)
+    if "mlp" in parts:
+        total.add(shape.layers * hidden.bytes, shape.layers * hidden.calls)
+    if "head" in parts:
+        most = padded_share(shape.head_parameters // shape.hidden_size, ranks)
+        total.add(gather_bytes(most * shape.bytes_per_element, ranks))
+    return total
+
+
+def padded_share(size: int, ranks: int) -> int:
+    """Return the most rows of a vocabulary of `size` that a rank multiplies, to which others pad.
+
+    A multiple of `ALIGNMENT` where that leaves every rank some.
+    """
+    most = -(-size // ranks)
+    return -(-most // ALIGNMENT) * ALIGNMENT if size >= ALIGNMENT * ranks * ranks else most
 
 
 def phase2_tp(

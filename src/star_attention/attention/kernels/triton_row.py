@@ -54,7 +54,10 @@ def _rows(
 
 @torch.library.custom_op("star_attention::linears", mutates_args=())
 def linears(
-    x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    parts: Sequence[int],
 ) -> list[Tensor]:
     """`torch.nn.functional.linear` of a single row and up to `MAX_MATRICES` matrices in one launch.
 
@@ -63,21 +66,34 @@ def linears(
 
     Args:
         x: The row, `[..., K]`.
-        weights_NK: Weights of each matrix.
-        biases_N: Bias of each matrix, or None.
+        weights: Weights of each matrix, of which a part `[N, K]` is multiplied.
+        biases: Bias of each matrix as a whole, or None.
+        parts: First row, number of rows and first column of each matrix's part.
 
     Returns:
         A result `[..., N]` for each matrix.
     """
-    outs = [torch.empty(*x.shape[:-1], len(w), dtype=x.dtype, device=x.device) for w in weights_NK]
-    products = list(zip(weights_NK, biases_N, outs, strict=True))
+    K = x.shape[-1]
+    firsts, sizes = parts[::3], list(parts[1::3])
+    outs = [torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device) for size in sizes]
+    # Views are made here: in a compiled layer they would be operations of their own.
+    products = [
+        (
+            weight[first : first + size, column : column + K],
+            None if bias is None else bias[first : first + size],
+            out,
+        )
+        for weight, bias, first, size, column, out in zip(
+            weights, biases, firsts, sizes, parts[2::3], outs, strict=True
+        )
+    ]
     # Missing matrices are the first one again, which no program reaches: their size is 0.
     products += products[:1] * (MAX_MATRICES - len(products))
-    sizes = [len(w) for w in weights_NK] + [0] * (MAX_MATRICES - len(outs))
+    sizes += [0] * (MAX_MATRICES - len(outs))
     (a, b, c) = ((w, w if bias is None else bias, out) for w, bias, out in products)
     bias = [bias is not None for _, bias, _ in products]
     _rows[(sum(sizes),)](
-        x.contiguous(), x.shape[-1],
+        x.contiguous(), K,
         *a, sizes[0], a[0].stride(0), *b, sizes[1], b[0].stride(0), *c, c[0].stride(0),
         BLOCK_K=_BLOCK_K, BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2], num_warps=4,
     )  # fmt: skip
@@ -85,13 +101,31 @@ def linears(
 
 
 @linears.register_fake
-def _(x: Tensor, weights_NK: Sequence[Tensor], biases_N: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights_NK]
+def _(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], parts: Sequence[int]
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], size) for size in parts[1::3]]
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`, with sums in fp32."""
-    outs: list[Tensor] = linears(x, [weight_NK], [bias_N])
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    rows: tuple[int, int] | None = None,
+    first_column: int = 0,
+) -> Tensor:
+    """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`, with sums in fp32.
+
+    Args:
+        x: the row.
+        weight: the matrix.
+        bias: its bias, of the whole matrix, or None.
+        rows: the N rows of the matrix that are multiplied, as (first, stop); None for all.
+        first_column: the first of its K columns that are multiplied.
+    """
+    first, stop = rows or (0, weight.shape[0])
+    outs: list[Tensor] = linears(x, [weight], [bias], [first, stop - first, first_column])
     return outs[0]
 
 
@@ -130,14 +164,16 @@ def fuse_linears(graph: torch.fx.Graph) -> None:
 def _fuse(graph: torch.fx.Graph, row: Any, nodes: list[Any]) -> None:
     """Replace several products with one row by a single call, if all their weights are inputs."""
     # Inputs of the layer's graph are there before the first of the nodes.
-    inputs = [item for node in nodes for part in node.args[1:] for item in part if item is not None]
+    inputs = [
+        item for node in nodes for part in node.args[1:3] for item in part if item is not None
+    ]
     if any(item.op != "placeholder" for item in inputs) or any(
         len(node.args[1]) != 1 for node in nodes
     ):
         return
     with graph.inserting_before(nodes[0]):
-        weights, biases = ([node.args[part][0] for node in nodes] for part in (1, 2))
-        fused = graph.call_function(nodes[0].target, (row, weights, biases))
+        joined = [[item for node in nodes for item in node.args[at]] for at in (1, 2, 3)]
+        fused = graph.call_function(nodes[0].target, (row, *joined))
     fused.meta["val"] = [node.meta["val"][0] for node in nodes]
     for index, node in enumerate(nodes):
         # Each user takes the only result of its node.

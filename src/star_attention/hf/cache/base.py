@@ -175,6 +175,8 @@ class StarCache(Cache):
         """Called after each of them."""
         self.entered = 0
         """Index of the layer that runs, where layers are compiled whole."""
+        self.slices: Any = None
+        """The slices of weights that forwards multiply (`hf.execution.slices`), None for all."""
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         """Run before each forward of the whole model; arguments as in `ModelHandle.logits`."""

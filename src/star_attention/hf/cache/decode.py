@@ -7,6 +7,7 @@ H query heads, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class AnswerPosition(ForwardPosition):
         context_tokens: tokens of the whole context.
         padding: left padding of each query, in tokens.
         visible: the part of the context that queries see, None for all of it.
+        by_heads: True if each rank computes queries, keys and values of its own heads alone.
         tail: the first layer's tail, for its length.
     """
 
@@ -40,6 +42,7 @@ class AnswerPosition(ForwardPosition):
     padding: list[int]
     visible: VisibleRange | None
     comm: Comm
+    by_heads: bool = False
     tail: Tail = field(default_factory=Tail)
 
     @property
@@ -63,6 +66,9 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         self.tail = position.tail if index == 0 else Tail()
 
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.position.by_heads:
+            # Those of the other heads come with their queries, in `attend`.
+            return k_BGSD, v_BGSD
         self.tail.append(k_BGSD, v_BGSD)
         k_BGTD, v_BGTD = self.tail.pair()
         if not self.shard.expands or not self.shard.tokens:
@@ -73,9 +79,19 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         return torch.cat([k_BGLD, k_BGTD], 2), torch.cat([v_BGLD, v_BGTD], 2)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        """Attend to this rank's shard, on the last rank also to the tail; merge over all ranks."""
+        """Attend to this rank's shard, on the last rank also to the tail; merge over all ranks.
+
+        With weights in slices, `q_BQHD`, `k_BKGD` and `v_BKGD` are of this rank's heads, and so is
+        the result; in between are all heads.
+        """
+        comm, heads = self.position.comm, None
+        if self.position.by_heads:
+            heads = own_heads(comm, q_BQHD)
+            q_BQHD, *pair = gather_heads(comm, q_BQHD, k_BKGD, v_BKGD)
+            self.tail.append(*(t.transpose(1, 2) for t in pair))
+            k_BKGD, v_BKGD = by_token(self.tail.pair())
         B, Q, H, _ = q_BQHD.shape
-        comm, padding = self.position.comm, self.position.row_padding(B)
+        padding = self.position.row_padding(B)
         shard_tokens = self.shard.tokens
         if shard_tokens and not self.shard.expands:
             shard = by_token(self.shard.pair())
@@ -92,7 +108,7 @@ class AnswerLayer(StarLayer[AnswerPosition]):
             if states
             else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
         )
-        return state if comm.cp_size == 1 else comm.merge(state)
+        return state if comm.cp_size == 1 else comm.merge(state, heads)
 
     def _attend_to_shard(
         self, q_BQHD: Tensor, shard: KV, rule: Rule, padding: list[int]
@@ -146,6 +162,27 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         self.tail.crop(-tokens_to_remove)
 
 
+def own_heads(comm: Comm, q_BQHD: Tensor) -> slice:
+    """Return which of all query heads a rank's own queries are."""
+    heads = q_BQHD.shape[2]
+    return slice(comm.cp_rank * heads, (comm.cp_rank + 1) * heads)
+
+
+def gather_heads(
+    comm: Comm, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of all heads, from each rank's own, in one collective."""
+    own = q_BSHD, k_BSGD, v_BSGD
+    parts = comm.cp_gather(torch.cat([t.reshape(-1) for t in own]))
+    B, S = q_BSHD.shape[:2]
+    q, k, v = (
+        # From `[ranks, B, S, heads, D]`, in which a rank's heads follow those of the one before.
+        part.view(-1, *t.shape).movedim(0, 2).reshape(B, S, -1, t.shape[3])
+        for part, t in zip(parts.split([t.numel() for t in own], 1), own, strict=True)
+    )
+    return q, k, v
+
+
 class AnswerCache(StarCache):
     """The cache of phase 2: a frozen shard that every batch row shares, and a tail for each row.
 
@@ -155,6 +192,7 @@ class AnswerCache(StarCache):
         context_tokens: tokens of the whole context.
         padding: left padding of each query of the batch, in tokens.
         comm: merges the attention of all ranks.
+        slices: slices of the weights that forwards multiply, None for all of them.
     """
 
     layers: list[AnswerLayer]
@@ -167,11 +205,17 @@ class AnswerCache(StarCache):
         context_tokens: int,
         padding: list[int],
         comm: Comm,
+        slices: Any = None,
     ) -> None:
         position = AnswerPosition(
-            context_tokens=context_tokens, padding=padding, visible=shard.visible, comm=comm
+            context_tokens=context_tokens,
+            padding=padding,
+            visible=shard.visible,
+            comm=comm,
+            by_heads=slices is not None and slices.by_heads,
         )
         super().__init__(build_layers(AnswerLayer, windows, position, [shard]), position, comm)
+        self.slices = slices
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         """Report this rank's progress, which other ranks name if it fails."""

@@ -98,7 +98,9 @@ class CompiledLayers:
     @contextmanager
     def active(self, mode: str) -> Iterator[None]:
         """Install the layers compiled for `mode`, FULL or STEP, for the length of the block."""
-        linears = self._linears if mode == STEP else []
+        # Linear layers that are sliced use the kernel by themselves (`slices`).
+        plain = [linear for linear in self._linears if type(linear) is nn.Linear]
+        linears = plain if mode == STEP else []
         for layer, forward in zip(self._layers, self._forwards[mode], strict=True):
             layer.forward = forward
         for linear in linears:
@@ -153,7 +155,7 @@ class _FuseLinearsPass(CustomGraphPass):
         triton_row.fuse_linears(graph)
 
     def uuid(self) -> str:
-        return "star_attention: fuse linears, 1"
+        return "star_attention: fuse linears, 2"
 
 
 _FUSE_LINEARS = _FuseLinearsPass()

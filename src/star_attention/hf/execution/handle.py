@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -103,6 +103,8 @@ class ModelHandle(Transient):
         self.max_positions = rope.max_positions(self.config)
         self._config_state = fingerprint.config(self.config)
         self._compile = compile
+        self.kept_slices: Any = None
+        """What `hf.execution.slices` knows of the model."""
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._decoder_cache, self._model_cache = (
             cache_argument(self.decoder.forward),
@@ -204,14 +206,18 @@ class ModelHandle(Transient):
         """
         compiled = None if compiled_for is None else self.compiled
         within = compiled is not None and compiled.whole
-        with hook.running(
-            self.model, self.configs, self.rotaries, cache, rope_length, within=within
+        sliced = nullcontext() if cache.slices is None else cache.slices.active()
+        fast: AbstractContextManager[None] = nullcontext()
+        if compiled_for is not None and compiled is not None:
+            fast = compiled.active(compiled_for)
+        with (
+            hook.running(
+                self.model, self.configs, self.rotaries, cache, rope_length, within=within
+            ),
+            sliced,
+            fast,
         ):
-            if compiled_for is None or compiled is None:
-                yield
-            else:
-                with compiled.active(compiled_for):
-                    yield
+            yield
 
     @torch.no_grad()
     def encode(

@@ -244,6 +244,12 @@ def comm_of_forward() -> Comm:
     return cache.comm
 
 
+def slices_of_forward() -> Any:
+    """Return the `Slices` of the forward that this thread runs, None if there are none."""
+    cache = _ACTIVE.get()
+    return None if cache is None else cache.slices
+
+
 def _without_autocast(model: Any) -> AbstractContextManager[Any]:
     """Return a block in which torch computes in the model's own precision.
 

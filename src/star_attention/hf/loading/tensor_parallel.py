@@ -37,7 +37,8 @@ _WHOLE = (
     "colwise_gather_output",
     "rowwise_split_input",
 )
-_ATTENTION = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+ATTENTION = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+"""Projections of attention that are sharded by heads, and their styles."""
 # Config fields of MLPs that need their whole width at once (Gemma 3n).
 _WHOLE_WIDTH = ("activation_sparsity_pattern",)
 _SIZES = (
@@ -84,9 +85,9 @@ def reasons(config: Any, tensor_parallel: int) -> list[str]:
             f"its tensor-parallel plan has layers of the kinds {', '.join(unknown)}, which are not"
             " implemented"
         )
-    elif any(styles.get(name) != style for name, style in _ATTENTION.items()):
+    elif any(styles.get(name) != style for name, style in ATTENTION.items()):
         reasons.append("its tensor-parallel plan does not shard the attention heads")
-    if any(getattr(text_config, field, None) is not None for field in _WHOLE_WIDTH):
+    if needs_whole_width(text_config):
         reasons.append("its MLP needs its whole width at once")
     if any(
         getattr(part, "quantization_config", None) is not None for part in (config, text_config)
@@ -112,6 +113,11 @@ def check(config: Any, tensor_parallel: int) -> None:
         raise UnsupportedModelError(
             f"{config.model_type} with tensor_parallel {tensor_parallel}", against
         )
+
+
+def needs_whole_width(config: Any) -> bool:
+    """Return True if the MLPs of a config's model need their whole width at once."""
+    return any(getattr(config, field, None) is not None for field in _WHOLE_WIDTH)
 
 
 def _sizes(config: Any, field: str) -> set[int]:
@@ -222,14 +228,22 @@ def shard(model: Any, comm: Comm) -> None:
     for module in model.get_decoder().modules():
         if not isinstance(getattr(module, "q_proj", None), nn.Linear):
             continue
-        for name, weight in module.named_parameters():
-            if weight.dim() > 1 and name.partition(".")[0] not in _ATTENTION:
-                raise UnsupportedModelError(
-                    type(model).__name__,
-                    [f"its attention has weights for each head ({name}) that its plan leaves out"],
-                )
+        odd = weight_for_each_head(module)
+        if odd is not None:
+            raise UnsupportedModelError(
+                type(model).__name__,
+                [f"its attention has weights for each head ({odd}) that its plan leaves out"],
+            )
     _SHARDS[support.unwrap(model)] = ModelShard(comm=comm, identity=whole)
     model.save_pretrained = _refuse_to_save
+
+
+def weight_for_each_head(attention: nn.Module) -> str | None:
+    """Return the name of a weight for each head that no plan shards, None if there is none."""
+    for name, weight in attention.named_parameters():
+        if weight.dim() > 1 and name.partition(".")[0] not in ATTENTION:
+            return name
+    return None
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

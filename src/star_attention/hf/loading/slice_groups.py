@@ -1,0 +1,260 @@
+"""Layers that can be multiplied in slices: groups whose slices fit together.
+
+In a group the outputs of some layers are the inputs of the last: query, key and value before the
+output projection, gate and up before down. A rank that computes its slice of the outputs has the
+inputs of its slice of the last layer, whose results are summed over the ranks. The model's
+tensor-parallel plan names the layers; shapes are checked here, since everything else stays whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from star_attention.hf.cache.probe import LayerKVShape
+from star_attention.hf.loading import tensor_parallel
+from star_attention.planning.traffic import ALIGNMENT, padded_share
+
+ATTENTION, MLP, HEAD = "attention", "mlp", "head"
+PARTS = (ATTENTION, MLP, HEAD)
+"""Parts of a model that are sliced, each as a whole: attention by heads, MLPs by hidden rows, the
+language-model head by rows of the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Linear layers whose slices fit together.
+
+    Attributes:
+        part: the part of the model, of `PARTS`.
+        outputs: layers of which a rank computes a slice of the outputs.
+        last: the layer of which a rank multiplies a slice of the inputs; None for the head.
+        owners: for each layer the module that holds it, and its name there.
+    """
+
+    part: str
+    outputs: list[nn.Linear]
+    last: nn.Linear | None
+    owners: list[tuple[nn.Module, str]]
+
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """All layers of the group."""
+        return [*self.outputs, *([] if self.last is None else [self.last])]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of the group."""
+        return sum(layer.weight.nbytes for layer in self.layers)
+
+    @property
+    def is_current(self) -> bool:
+        """True unless layers were replaced, or changed, since the group was made."""
+        return all(
+            getattr(owner, name) is layer and is_plain(layer)
+            for (owner, name), layer in zip(self.owners, self.layers, strict=True)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The groups of a model, and why parts of it stay whole.
+
+    Attributes:
+        groups: the groups.
+        reasons: for each part that stays whole, why.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_current(self) -> bool:
+        """True unless layers of a group were replaced, or changed, since."""
+        return all(group.is_current for group in self.groups)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that can be sliced."""
+        present = {group.part for group in self.groups}
+        return tuple(part for part in PARTS if part in present)
+
+
+def own_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Return a rank's share of `size` elements, as (first, stop): aligned, as even as possible."""
+    step = ALIGNMENT if size >= ALIGNMENT * ranks else 1
+    steps = -(-size // step)
+    first, stop = (steps * number // ranks * step for number in (rank, rank + 1))
+    return min(first, size), min(stop, size)
+
+
+def padded_range(size: int, ranks: int, rank: int) -> tuple[int, int, int]:
+    """Return a rank's share of the vocabulary, as (first, stop, most elements of any rank)."""
+    most = padded_share(size, ranks)
+    return min(rank * most, size), min((rank + 1) * most, size), most
+
+
+def is_plain(module: Any) -> bool:
+    """True for a linear layer as torch made it: no adapter, no quantization, weights in place."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.is_floating_point()
+        and module.weight.stride(1) == 1
+        and module.weight.device.type != "meta"
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def find(handle: Any, ranks: int) -> Groups:
+    """Find what of a `ModelHandle`'s model can be sliced over `ranks` ranks."""
+    groups: list[Group] = []
+    reasons: dict[str, str] = {}
+    parents = _parents(handle)
+    for part, found in (
+        (ATTENTION, _attention(handle, parents, ranks)),
+        (MLP, _mlps(handle, parents, ranks)),
+        (HEAD, _head(handle, ranks)),
+    ):
+        if isinstance(found, str):
+            reasons[part] = found
+        else:
+            groups += found
+    return Groups(groups=groups, reasons=reasons)
+
+
+@dataclass
+class _Parent:
+    """A module, and those of its children that the tensor-parallel plan shards."""
+
+    name: str
+    module: Any
+    styles: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_attention(self) -> bool:
+        return hasattr(self.module, "layer_idx") or "o_proj" in self.styles
+
+    def group(self, part: str, outputs: list[str], last: str) -> Group:
+        names = [*outputs, last]
+        layers = [getattr(self.module, name) for name in names]
+        return Group(
+            part=part,
+            outputs=layers[:-1],
+            last=layers[-1],
+            owners=[(self.module, name) for name in names],
+        )
+
+
+def _parents(handle: Any) -> list[_Parent]:
+    parents: dict[str, _Parent] = {}
+    if not getattr(handle.model, "tp_plan", None):
+        return []
+    for name, _, style in tensor_parallel.layers(handle.model):
+        parent, _, child = name.rpartition(".")
+        if parent not in parents:
+            parents[parent] = _Parent(parent, handle.decoder.get_submodule(parent))
+        parents[parent].styles[child] = style
+    return list(parents.values())
+
+
+def _attention(handle: Any, parents: list[_Parent], ranks: int) -> list[Group] | str:
+    attentions = [parent for parent in parents if parent.is_attention]
+    shapes: list[LayerKVShape | None] = handle.layer_shapes
+    if not handle.probe_result.reads_own_keys or any(
+        shape is None or shape.expands for shape in shapes
+    ):
+        return "its layers do not simply read their own keys"
+    if len(attentions) != len(shapes):
+        return "it has no tensor-parallel plan for its attention heads"
+    groups = []
+    for parent in attentions:
+        shape = shapes[parent.module.layer_idx]
+        assert shape is not None
+        reason = _odd_attention(parent, shape, ranks)
+        if reason is not None:
+            return reason
+        *outputs, last = tensor_parallel.ATTENTION
+        groups.append(parent.group(ATTENTION, outputs, last))
+    return groups
+
+
+def _odd_attention(parent: _Parent, shape: LayerKVShape, ranks: int) -> str | None:
+    """Return why an attention module cannot be sliced by heads, None if it can."""
+    if parent.styles != tensor_parallel.ATTENTION:
+        return "its tensor-parallel plan does not shard the attention heads"
+    layers = [getattr(parent.module, name) for name in tensor_parallel.ATTENTION]
+    if not all(is_plain(layer) for layer in layers):
+        return f"{parent.name} has adapters, quantized weights or weights elsewhere"
+    odd = tensor_parallel.weight_for_each_head(parent.module)
+    odd = odd or _weight_over_heads(parent.module, {shape.k_size, shape.v_size})
+    if odd is not None:
+        return f"its attention has weights for each head ({odd})"
+    q, k, v, o = layers
+    heads = q.out_features // shape.k_size
+    sizes = (heads * shape.k_size, shape.k_heads * shape.k_size, shape.v_heads * shape.v_size)
+    if (
+        shape.k_heads != shape.v_heads
+        or (q.out_features, k.out_features, v.out_features) != sizes
+        or o.in_features != heads * shape.v_size
+    ):
+        return "its projections are not made of heads alone"
+    for number, kind in ((heads, "query"), (shape.k_heads, "KV")):
+        if number % ranks:
+            return f"its {number} {kind} heads do not divide by {ranks} ranks"
+    return None
+
+
+def _weight_over_heads(attention: nn.Module, head_sizes: set[int]) -> str | None:
+    """Return the name of a weight that is neither a projection's nor a norm's of single heads."""
+    for name, weight in attention.named_parameters():
+        owner, _, rest = name.partition(".")
+        if owner in tensor_parallel.ATTENTION or weight.numel() == 1:
+            continue
+        # The module's own weights are for each head, such as sinks, whatever their size.
+        if not rest or weight.numel() not in head_sizes:
+            return name
+    return None
+
+
+def _mlps(handle: Any, parents: list[_Parent], ranks: int) -> list[Group] | str:
+    if tensor_parallel.needs_whole_width(handle.config):
+        return "its MLP needs its whole width at once"
+    groups = []
+    for parent in parents:
+        lasts = [name for name, style in parent.styles.items() if style == "rowwise"]
+        outputs = [name for name, style in parent.styles.items() if style == "colwise"]
+        if parent.is_attention or len(lasts) != 1 or not outputs:
+            continue
+        group = parent.group(MLP, outputs, lasts[0])
+        if not all(is_plain(layer) for layer in group.layers):
+            return f"{parent.name} has adapters, quantized weights or weights elsewhere"
+        width = group.layers[-1].in_features
+        if any(layer.out_features != width for layer in group.outputs):
+            return f"{parent.name} has layers of several widths"
+        if width < ranks:
+            return f"{parent.name} has width {width}, for {ranks} ranks"
+        groups.append(group)
+    return groups or "it has no tensor-parallel plan for plain MLPs"
+
+
+def _head(handle: Any, ranks: int) -> list[Group] | str:
+    head = handle.model.get_output_embeddings()
+    owner = next(
+        (
+            (module, name)
+            for module in handle.model.modules()
+            for name, child in module.named_children()
+            if child is head
+        ),
+        None,
+    )
+    if head is None or owner is None or not is_plain(head):
+        return "its language-model head is no plain linear layer"
+    if padded_range(head.out_features, ranks, ranks - 1)[0] >= head.out_features:
+        return f"its vocabulary has {head.out_features} entries, for {ranks} ranks"
+    return [Group(part=HEAD, outputs=[head], last=None, owners=[owner])]
