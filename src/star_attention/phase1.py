@@ -196,13 +196,15 @@ class Forwards:
             done, spans = 0, list(spans)
             usual = self._usual_tokens(spans)
             cache.after_layer = self._after_layer(cache)
+            # All at once: a copy from host memory waits for whatever the device has to do before.
+            ids_BL = job.ids_BL.to(handle.device)
             for span in spans:
                 cache.span = span
                 comm.tick(
                     f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}"
                 )
                 positions_1S = torch.arange(span.start, span.stop, device=handle.device)[None]
-                ids_BS = job.ids_BL[:, span.start : span.stop].to(handle.device)
+                ids_BS = ids_BL[:, span.start : span.stop]
                 mode = FULL if span.tokens == usual else None
                 handle.encode(ids_BS, positions_1S, cache, job.rope_length, compiled_for=mode)
                 done += span.tokens

@@ -80,7 +80,7 @@ class Runtime(Transient):
         try:
             resolved = StarConfig.of(config, **settings)
             handle = ModelHandle(
-                model, compile=_compile_mode(compile, own, is_sharded=shard is not None)
+                model, compile=_compile_mode(compile, is_sharded=shard is not None)
             )
             if shard is not None:
                 _check_sharded_model(handle, shard, comm)
@@ -347,17 +347,13 @@ class RuntimeView(Transient):
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _compile_mode(compile: bool | None, comm: Comm, *, is_sharded: bool) -> bool | None:
-    """Return False or True, or None to let the device decide.
-
-    Compiling takes long enough for other ranks to count it as a stall, so several ranks compile
-    only when asked to.
-    """
+def _compile_mode(compile: bool | None, *, is_sharded: bool) -> bool | None:
+    """Return False or True, or None to let the device decide."""
     if compile and is_sharded:
         raise InvalidInputError(
             "compile=True does not work with tensor_parallel; leave one of them out"
         )
-    return False if compile is None and comm.size > 1 else compile
+    return False if compile is None and is_sharded else compile
 
 
 def _check_sharded_model(

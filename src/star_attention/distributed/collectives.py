@@ -65,6 +65,7 @@ class MeshComm(Mesh):
             torch.cuda.set_device(device)
             backend = "nccl"
             transport_device = torch.device("cuda", torch.cuda.current_device())
+            self.world.watchdog.waits_on_device = True
         mesh = MeshComm(
             self.world,
             tp_size=tp_size,

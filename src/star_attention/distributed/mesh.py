@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +64,14 @@ class Mesh(WorldControl):
     def progress(self, done: int, total: int) -> None:
         """Report how many tokens of its share of phase 1 this rank has done."""
         self.world.watchdog.share = (done, total)
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        """Return a block of work without reports, like compiling: CPU time is progress in it.
+
+        Args:
+            what: what the rank does, for messages.
+        """
+        return self.world.watchdog.working(what)
 
     def rank_status(self) -> list[dict[str, Any]]:
         """Return what each rank last reported: `where`, `state`, `done` and `total` tokens."""

@@ -58,7 +58,23 @@ class SoloControl:
         return error
 
 
-class SoloComm(SoloControl):
+class SoloProgress:
+    """`Progress` of one process, which nobody watches."""
+
+    def tick(self, where: str | None = None) -> None:
+        return
+
+    def progress(self, done: int, total: int) -> None:
+        return
+
+    def working(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def rank_status(self) -> list[dict[str, Any]]:
+        return []
+
+
+class SoloComm(SoloControl, SoloProgress):
     """One process that holds the whole context and the whole model."""
 
     rank, size = 0, 1
@@ -113,12 +129,3 @@ class SoloComm(SoloControl):
 
     def recording(self) -> AbstractContextManager[Recording]:
         return nullcontext(Recording())
-
-    def tick(self, where: str | None = None) -> None:
-        return
-
-    def progress(self, done: int, total: int) -> None:
-        return
-
-    def rank_status(self) -> list[dict[str, Any]]:
-        return []

@@ -4,7 +4,8 @@
 
 Each rank has a thread that writes the rank's status to the store several times within the stall
 limit, and reads the statuses of the others. The limit is on silence, not on time: a rank that
-reports a layer now and then may take as long as it needs.
+reports a layer now and then may take as long as it needs. So may one that compiles: there CPU time
+is progress (`Watchdog.working`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from star_attention import errors
+from star_attention.distributed.cpu_time import work_seconds
 from star_attention.errors import RankError
 
 IDLE, BUSY, WAITING, GONE = "idle", "busy", "waiting", "gone"
+
+_LEAST_WORK = 0.02
+"""CPU seconds per second that pass as work: threads that only wait use less."""
+_MOST_WORK_S = 1800.0
+"""Seconds after which CPU time no longer counts: a thread that waits for a device spins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +74,34 @@ class _LastSeen:
             self._progress, self.progress_at = progress, now
 
 
+class _Work:
+    """A piece of work of which nothing but its CPU time can be seen."""
+
+    def __init__(self, stall_s: float) -> None:
+        self._least_s = _LEAST_WORK * stall_s
+        self._ends_at = time.monotonic() + _MOST_WORK_S
+        self._seen_s: float | None = None
+
+    def has_advanced(self) -> bool:
+        """True if it has used enough CPU time since this was last true."""
+        now_s = work_seconds()
+        # Less than before: the time of a process that has ended may be lost.
+        if self._seen_s is None or now_s < self._seen_s:
+            self._seen_s = now_s
+        if now_s - self._seen_s < self._least_s or time.monotonic() > self._ends_at:
+            return False
+        self._seen_s = now_s
+        return True
+
+
 class Watchdog:
     """The watchdog thread of one rank; the main thread reports to it and queries it.
 
     Attributes:
         issued: collectives that this rank has started in the current call.
         share: tokens of this rank's share of phase 1: done, and in total.
+        waits_on_device: True if this rank's device waits for collectives, and with it any later
+            call of this rank, without its knowledge.
         epoch: recoveries so far.
         fault: what the thread has found.
         statuses: what each rank last reported about itself.
@@ -94,6 +124,7 @@ class Watchdog:
         """
         self.issued = 0
         self.share = (0, 0)
+        self.waits_on_device = False
         self.epoch = 0
         self.fault: Fault | None = None
         self.statuses: list[dict[str, Any]] = [{} for _ in range(size)]
@@ -103,6 +134,8 @@ class Watchdog:
         self._interval_s = min(1.0, stall_s / 20)
         self._ticks, self._state, self._where = 0, IDLE, "between calls"
         self._beats = 0
+        self._work: _Work | None = None
+        self._work_ticks = 0
         # Ticks, and since when they have stood still while a fault is known.
         self._stuck = (0, time.monotonic())
         self._contact_at = time.monotonic()
@@ -126,6 +159,23 @@ class Watchdog:
         if self._state != GONE:
             self._state = state
         self._ticks += 1
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Count CPU time as progress in the block, in which there may be no other for long.
+
+        Args:
+            what: what the rank does, for messages.
+        """
+        outer, before = self._work, self._where
+        self._work = outer or _Work(self._stall_s)
+        where = f"{before}, {what}"
+        self.tick(where)
+        try:
+            yield
+        finally:
+            self._work = outer
+            self.tick(before if self._where == where else None)
 
     def leave(self, cause: str) -> None:
         """Stop taking part for good; the others get the known fault, or `cause` as this rank's."""
@@ -225,6 +275,9 @@ class Watchdog:
     def _exchange_statuses(self, store: Any, epoch: int) -> bytes:
         """Write this rank's status, read all of them, and return the failure that was reported."""
         self._beats += 1
+        work = self._work
+        if work is not None and work.has_advanced():
+            self._work_ticks += 1
         keys = [f"status/{rank}" for rank in range(self._size)]
         store.set(keys[self._rank], self._status(self._state))
         present = [key for key in keys if store.check([key])]
@@ -237,15 +290,20 @@ class Watchdog:
             self._last_seen[rank].update(self.statuses[rank], now)
         return failure
 
+    @property
+    def _progress(self) -> int:
+        return self._ticks + self._work_ticks
+
     def _status(self, state: str) -> str:
         """This rank's status as JSON; with the reason if it left because of a fault."""
         done, total = self.share
         status: dict[str, Any] = dict(
             beat=self._beats,
-            ticks=self._ticks,
+            ticks=self._progress,
             state=state,
             where=self._where,
             issued=self.issued,
+            on_device=self.waits_on_device,
             done=done,
             total=total,
         )
@@ -281,7 +339,10 @@ class Watchdog:
                 and status.get("state") == BUSY
                 and now - last_seen.progress_at > self._stall_s
             ):
-                hanging.append(rank)
+                if self._waits_for_another(rank):
+                    last_seen.progress_at = now
+                else:
+                    hanging.append(rank)
         if hanging:
             # On devices the others wait inside their work, too: the rank at fault is the one that
             # has started the fewest collectives.
@@ -296,6 +357,16 @@ class Watchdog:
             )
         return None
 
+    def _waits_for_another(self, rank: int) -> bool:
+        """True if a silent rank's device waits for a rank that still has to come, and works."""
+        own = self.statuses[rank]
+        return bool(own.get("on_device")) and any(
+            status.get("state") == BUSY
+            and status.get("issued", 0) < own.get("issued", 0)
+            and self._contact_at - last_seen.progress_at <= self._stall_s
+            for status, last_seen in zip(self.statuses, self._last_seen, strict=True)
+        )
+
     def _fault_of(self, rank: int, cause: str) -> Fault:
         return Fault(rank=rank, where=self.statuses[rank].get("where", "startup"), cause=cause)
 
@@ -305,8 +376,8 @@ class Watchdog:
 
     def _exit_if_stuck(self, now: float) -> None:
         """End this process if its work hangs and so does not notice that the ranks failed."""
-        if self.fault is None or self._state in (IDLE, GONE) or self._ticks != self._stuck[0]:
-            self._stuck = (self._ticks, now)
+        if self.fault is None or self._state in (IDLE, GONE) or self._progress != self._stuck[0]:
+            self._stuck = (self._progress, now)
         elif now - self._stuck[1] > self._stall_s:
             print(
                 f"rank {self._rank}: error: stuck in {self._where};"

@@ -186,6 +186,11 @@ class StarCache(Cache):
         """Tokens before the current forward."""
         return self.position.seen_tokens
 
+    @property
+    def merges_ranks(self) -> bool:
+        """True if a layer's states are merged with those of other ranks."""
+        return self.comm.cp_size > 1
+
     def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
         """Compute the attention of one layer.
 

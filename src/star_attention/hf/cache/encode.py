@@ -71,6 +71,10 @@ class SpanCache(StarCache):
         self.position.span = span
 
     @property
+    def merges_ranks(self) -> bool:
+        return False
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes stored so far for each token, of all contexts together."""
         stores: list[LayerKV] = [store for layer in self.layers for store in layer.stores]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ class CompiledLayers:
         ]
         self._one_cache_layer_each = all(len(indices) == 1 for indices in cache_indices)
         self._gave_up = False
+        # Calls after which their like compile nothing more.
+        self._known: set[tuple[Any, ...]] = set()
         self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}}
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_row
@@ -113,6 +115,13 @@ class CompiledLayers:
             for linear in linears:
                 linear.__class__ = nn.Linear
 
+    def _compiling(self, *call: Any) -> AbstractContextManager[None]:
+        """Return the block for a call: at its first time it may compile, which takes long."""
+        if call in self._known:
+            return nullcontext()
+        self._known.add(call)
+        return hook.comm().working("compiling")
+
     def _dispatch(self, layer: Any, cache_index: int, mode: str) -> Callable[..., Any]:
         """Make a layer's forward: compiled whole, in pieces or, outside of ours, the stock one."""
         stock = layer.forward
@@ -121,9 +130,7 @@ class CompiledLayers:
         # Dynamic, so that code compiled with one layer's index serves all layers.
         pieces = torch.compile(stock, dynamic=True, options=options)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not hook.in_our_forward():
-                return stock(*args, **kwargs)
+        def run(args: Any, kwargs: Any) -> Any:
             # Before torch 2.13 these settings are shared by all threads: another one may then
             # compile more often than it needs to.
             if self.whole:
@@ -142,6 +149,13 @@ class CompiledLayers:
                     torch._dynamo.mark_static(tensor)
             with torch._dynamo.config.patch(_PIECES):
                 return pieces(*args, **kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not hook.in_our_forward():
+                return stock(*args, **kwargs)
+            hidden = next(_tensors((args, kwargs)))
+            with self._compiling(mode, cache_index, hidden.shape, self.whole):
+                return run(args, kwargs)
 
         return forward
 

@@ -198,7 +198,8 @@ class Graphs:
             key = rows, queries, cache.kv_format.dtype == "fp8"
             if key not in self._graphs:
                 self._position.fp8 = key[2]
-                self._graphs[key] = self._capture_forward(ids_RQ, positions_RQ)
+                with cache.comm.working("capturing a CUDA graph"):
+                    self._graphs[key] = self._capture_forward(ids_RQ, positions_RQ)
                 self._loaded = ()
                 self._load(cache, tails, rows)
             graph = self._graphs[key]

@@ -100,7 +100,7 @@ def _star_attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
-        dtype=query.dtype if s_aux is None and cache.comm.cp_size == 1 else None,
+        dtype=query.dtype if s_aux is None and not cache.merges_ranks else None,
     )
     state = cache.attend(module, query.transpose(1, 2), key, value, rule)
     if s_aux is not None:
@@ -223,6 +223,13 @@ def step_outside(configs: list[Any]) -> None:
         name = config._attn_implementation
         if name.startswith(_WITHIN):
             config._attn_implementation_internal = _OVER + name.removeprefix(_WITHIN)
+
+
+def comm() -> Comm:
+    """The ranks of the forward of ours that this thread is inside of."""
+    cache = _ACTIVE.get()
+    assert cache is not None
+    return cache.comm
 
 
 def in_our_forward() -> bool:
