@@ -79,9 +79,7 @@ class Runtime(Transient):
         failure: Exception | None = None
         try:
             resolved = StarConfig.of(config, **settings)
-            handle = ModelHandle(
-                model, compile=_compile_mode(compile, is_sharded=shard is not None)
-            )
+            handle = ModelHandle(model, compile=compile)
             if shard is not None:
                 _check_sharded_model(handle, shard, comm)
             started.append(cls(handle, tokenizer, resolved, own))
@@ -345,15 +343,6 @@ class RuntimeView(Transient):
         ranks = [f"rank {self.rank} of {self.num_ranks}"] if self.num_ranks > 1 else []
         parts = [handle.config.model_type, config.method, *sizes, *place, *ranks]
         return f"{type(self).__name__}({', '.join(parts)})"
-
-
-def _compile_mode(compile: bool | None, *, is_sharded: bool) -> bool | None:
-    """Return False or True, or None to let the device decide."""
-    if compile and is_sharded:
-        raise InvalidInputError(
-            "compile=True does not work with tensor_parallel; leave one of them out"
-        )
-    return False if compile is None and is_sharded else compile
 
 
 def _check_sharded_model(

@@ -90,17 +90,6 @@ def test_a_shard_is_not_saved_as_a_model(pool: Pool, models: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def compile_shard(comm: TorchComm, path: Path) -> None:
-    settings: dict[str, Any] = dict(comm=comm, device="cpu", **SIZES)
-    with pytest.raises(InvalidInputError, match="compile=True does not work with tensor_parallel"):
-        StarLLM.from_pretrained(path, tensor_parallel=2, compile=True, **settings)
-    assert StarLLM.from_pretrained(path, **settings).runtime.handle.compiled is None
-
-
-def test_a_shard_is_not_compiled(pool: Pool, models: Path) -> None:
-    pool.run(compile_shard, 2, path=on_disk(models, "llama"))
-
-
 def refuse_on_rank_1(comm: TorchComm, path: Path) -> int:
     sharded: dict[str, Any] = SIZES | dict(tensor_parallel=2)
     for bad in (

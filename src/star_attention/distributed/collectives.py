@@ -85,14 +85,16 @@ class MeshComm(Mesh):
     def broadcast(self, tensor: Tensor, ranks: int) -> Pending:
         """Send a contiguous tensor from the first cp rank to the first `ranks` cp ranks.
 
-        Collective among those. On the others `tensor` is overwritten.
+        Collective among those. On the others `tensor` is overwritten. On GPUs it takes few of the
+        processors, since it runs beside computation.
         """
         assert tensor.is_contiguous() and self.cp_rank < ranks <= self.cp_size
         if self._rehearsing:
             return Pending()
         self._count(traffic.broadcast_bytes(tensor.numel() * tensor.element_size(), ranks))
         staged = self._staged(tensor, fill=self.cp_rank == 0)
-        pending = self.world.issue(self._lane(ranks), lambda group: group.broadcast(staged, 0))
+        lane = self._lane(ranks, narrow=True)
+        pending = self.world.issue(lane, lambda group: group.broadcast(staged, 0))
         return Pending(lambda: self._unstage(pending, staged, tensor if self.cp_rank else staged))
 
     def exchange(

@@ -9,6 +9,14 @@ from typing import Any
 
 from star_attention.distributed.rendezvous import dist, wait_for_ranks
 
+NARROW_NCCL = "nccl-narrow"
+"""NCCL on few of the device's processors, for transfers beside computation.
+
+A collective that waits for another rank spins, and keeps its processors from the computation.
+"""
+_NARROW_CTAS = 4
+_ON_DEVICE = ("nccl", NARROW_NCCL)
+
 # The watchdog decides how long to wait, not the transport.
 _FOREVER = timedelta(days=30)
 
@@ -47,8 +55,12 @@ class ProcessGroups:
         # theirs would end it: so wait here, until all are about to call it.
         store.set(f"here/{self._rank}", "")
         wait_for_ranks(store, {f"here/{rank}": rank for rank in ranks}, self._start_s, check)
-        if backend == "nccl":
-            group = dist.ProcessGroupNCCL(store, member, len(ranks), _FOREVER)
+        if backend in _ON_DEVICE:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = _FOREVER
+            if backend == NARROW_NCCL:
+                options.config.max_ctas = _NARROW_CTAS
+            group = dist.ProcessGroupNCCL(store, member, len(ranks), options)
         else:
             timeout = timedelta(seconds=self._start_s)
             group = dist.ProcessGroupGloo(store, member, len(ranks), timeout)
@@ -59,7 +71,7 @@ class ProcessGroups:
     def abort(self) -> None:
         """End collectives that run on the device, where nothing else would notice a fault."""
         for (backend, _), group in list(self._groups.items()):
-            if backend == "nccl":
+            if backend in _ON_DEVICE:
                 # It may be aborted already.
                 with suppress(RuntimeError):
                     group.abort()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from star_attention.distributed.comm import Recording
+from star_attention.distributed.groups import NARROW_NCCL
 from star_attention.distributed.messages import WorldControl
 from star_attention.distributed.world import World
 from star_attention.planning.traffic import Traffic
@@ -36,10 +37,16 @@ class Mesh(WorldControl):
 
     # ------------------------------------------------------------------ groups
 
-    def _lane(self, ranks: int | None = None) -> Any:
-        """Return the group of the first `ranks` cp ranks that hold this rank's heads."""
+    def _lane(self, ranks: int | None = None, *, narrow: bool = False) -> Any:
+        """Return the group of the first `ranks` cp ranks that hold this rank's heads.
+
+        Args:
+            ranks: how many; None for all.
+            narrow: take a transport that leaves the device to computation.
+        """
         stop = self.tp_rank + self.tp_size * ((ranks or self.cp_size) - 1) + 1
-        return self.world.group(self.backend, range(self.tp_rank, stop, self.tp_size))
+        backend = NARROW_NCCL if narrow and self.backend == "nccl" else self.backend
+        return self.world.group(backend, range(self.tp_rank, stop, self.tp_size))
 
     def _row(self) -> Any:
         """Return the group of the tp ranks that share this rank's cp rank."""

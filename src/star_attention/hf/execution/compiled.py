@@ -120,7 +120,7 @@ class CompiledLayers:
         if call in self._known:
             return nullcontext()
         self._known.add(call)
-        return hook.comm().working("compiling")
+        return hook.comm_of_forward().working("compiling")
 
     def _dispatch(self, layer: Any, cache_index: int, mode: str) -> Callable[..., Any]:
         """Make a layer's forward: compiled whole, in pieces or, outside of ours, the stock one."""

@@ -225,13 +225,6 @@ def step_outside(configs: list[Any]) -> None:
             config._attn_implementation_internal = _OVER + name.removeprefix(_WITHIN)
 
 
-def comm() -> Comm:
-    """The ranks of the forward of ours that this thread is inside of."""
-    cache = _ACTIVE.get()
-    assert cache is not None
-    return cache.comm
-
-
 def in_our_forward() -> bool:
     """True if this thread is inside one of our forwards."""
     return _ACTIVE.get() is not None
