@@ -6,7 +6,9 @@ of the tail, K keys, H query heads, G KV heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,22 @@ CASES = {
     "fp8, a padded query": Case(R=2, Q=18, padding=(0, 3), T=4, D=80, window=150, fp8=True),
 }
 
+Shards = Sequence[Sequence[tuple[int, int]]]
+SHARDS: dict[str, Shards] = {
+    "two ranks": [[(0, 130)], [(130, 300)]],
+    "an idle rank": [[(0, 300)], []],
+    "zig-zag": [[(0, 60), (250, 300)], [(60, 70), (200, 250)], [(70, 130), (130, 200)]],
+}
+"""Segments of each rank, of a context of 300 tokens."""
+SHARDED_CASES = {
+    "one token": Case(),
+    "padded rows": Case(R=3, padding=(0, 3, 7), T=20, H=4, G=4, D=80),
+    "a padded query": Case(R=2, Q=18, padding=(0, 3), T=0, window=97),
+    "a window": Case(R=4, padding=(0, 60, 1, 2), T=70, H=32, window=150),
+    "a window that ends in the tail": Case(T=70, window=30),
+    "fp8": Case(R=2, Q=5, padding=(0, 2), T=9, window=130, fp8=True),
+}
+
 
 @dataclass(kw_only=True)
 class Setup:
@@ -64,9 +82,11 @@ class Setup:
     tail_v_RGCD: Tensor
     k_RGQD: Tensor
     v_RGQD: Tensor
-    table: Tensor
-    lengths: Tensor
     padding_R: Tensor
+
+    @property
+    def capacity(self) -> int:
+        return self.tail_k_RGCD.shape[2]
 
 
 def setup(case: Case, dtype: torch.dtype, device: str) -> Setup:
@@ -83,8 +103,6 @@ def setup(case: Case, dtype: torch.dtype, device: str) -> Setup:
         (k8, k_scale), (v8, v_scale) = quantize(k_GLD), quantize(v_GLD)
         addressed = [k8, v8, tail_k, tail_v, k_scale, v_scale]
         k_GLD, v_GLD = k8.double() * k_scale[..., None], v8.double() * v_scale[..., None]
-    pointers = [tensor.data_ptr() for tensor in addressed]
-    table = [[0] * 6, pointers + [0] * (6 - len(pointers))]
     return Setup(
         addressed=addressed,
         case=case,
@@ -95,10 +113,37 @@ def setup(case: Case, dtype: torch.dtype, device: str) -> Setup:
         tail_v_RGCD=tail_v,
         k_RGQD=new_k,
         v_RGQD=new_v,
-        table=torch.tensor(table, device=device),
-        lengths=torch.tensor([case.L, case.T, capacity], device=device),
         padding_R=torch.tensor(case.padding, dtype=torch.int32, device=device),
     )
+
+
+def tables(
+    tensors: Setup, segments: Sequence[tuple[int, int]] | None = None, *, holds_tail: bool = True
+) -> tuple[Any, list[Tensor]]:
+    """Return the kernel's tables for a shard, or all, of the context; the layer's row is 1.
+
+    The second result keeps tensors alive whose addresses are in the tables.
+    """
+    from star_attention.attention.kernels import triton_answer
+
+    k, v, tail_k, tail_v, *scales = tensors.addressed
+    segments = [(0, tensors.case.L)] if segments is None else segments
+    tokens = torch.cat([torch.arange(0), *(torch.arange(*run) for run in segments)])
+    k, v, *scales = (tensor[:, tokens.to(k.device)] for tensor in (k, v, *scales))
+    addressed = [k, v, tail_k, tail_v, *scales]
+    lengths = triton_answer.lengths(
+        segments,
+        context_tokens=tensors.case.L,
+        tail_tokens=tensors.case.T,
+        capacity=tensors.capacity,
+        holds_tail=holds_tail,
+    )
+    kv_tables = triton_answer.KVTables(
+        addresses=triton_answer.addresses([[], addressed]).to(k.device),
+        lengths=lengths.to(k.device),
+        padding_R=tensors.padding_R,
+    )
+    return kv_tables, addressed
 
 
 def expected(tensors: Setup, scale: float) -> State:

@@ -12,8 +12,17 @@ from transformers import LogitsProcessor
 
 from star_attention import StarLLM, phase1
 from star_attention.attention.attend import Rule
+from star_attention.attention.state import merge
 from star_attention.errors import OutOfMemoryError
-from tests.answer_oracle import CASES, expected, real_rows, setup
+from tests.answer_oracle import (
+    CASES,
+    SHARDED_CASES,
+    SHARDS,
+    expected,
+    real_rows,
+    setup,
+    tables,
+)
 from tests.families import FIRST_TOKEN, LAST_TOKEN, build
 from tests.model_oracle import oracle_forward, oracle_generate
 
@@ -49,14 +58,12 @@ def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     tensors = setup(case, dtype, "cuda")
-    tables = triton_answer.KVTables(
-        addresses=tensors.table, lengths=tensors.lengths, padding_R=tensors.padding_R
-    )
-    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=tables, layer=1)
+    kv_tables, _addressed = tables(tensors)
+    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=kv_tables, layer=1)
     assert torch.equal(tensors.tail_k_RGCD[:, :, case.T : case.T + case.Q], tensors.k_RGQD)
     rule = Rule(scale=0.2, window=case.window, softcap=case.softcap, dtype=dtype)
     out, lse = triton_answer.attend(
-        tensors.q_RQHD, case.G, tables=tables, layer=1, rule=rule, fp8=case.fp8
+        tensors.q_RQHD, case.G, tables=kv_tables, layer=1, rule=rule, fp8=case.fp8
     )
     right, real = expected(tensors, 0.2), real_rows(case)
     # q, k, v and the result are rounded once each.
@@ -64,6 +71,35 @@ def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     assert (out.double().cpu() - right.out_BQHD)[real].norm() <= 2 * unit * right.out_BQHD[
         real
     ].norm()
+    torch.testing.assert_close(lse.double().cpu()[real], right.lse_BQH[real], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", SHARDS)
+@pytest.mark.parametrize("name", SHARDED_CASES)
+def test_attention_of_phase_2_over_shards(name: str, shards: str, dtype: torch.dtype) -> None:
+    """The merged states of all ranks are those of the whole context."""
+    from star_attention.attention.kernels import triton_answer
+
+    torch.manual_seed(0)
+    case = SHARDED_CASES[name]
+    tensors, states = setup(case, dtype, "cuda"), []
+    for rank, segments in enumerate(SHARDS[shards], start=1):
+        kv_tables, _addressed = tables(tensors, segments, holds_tail=rank == len(SHARDS[shards]))
+        triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=kv_tables, layer=1)
+        rule = Rule(scale=0.2, window=case.window)
+        states.append(
+            triton_answer.attend(
+                tensors.q_RQHD, case.G, tables=kv_tables, layer=1, rule=rule, fp8=case.fp8
+            )
+        )
+    torch.cuda.synchronize()
+    assert not any(tensor.isnan().any() for state in states for tensor in state)
+    out, lse = merge(states)
+    right, real = expected(tensors, 0.2), real_rows(case)
+    unit = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    error = (out.double().cpu() - right.out_BQHD)[real].norm()
+    assert error <= 2 * unit * right.out_BQHD[real].norm()
     torch.testing.assert_close(lse.double().cpu()[real], right.lse_BQH[real], atol=1e-3, rtol=1e-4)
 
 
@@ -130,7 +166,7 @@ def test_tokens_are_the_same_as_by_plain_forwards(engines: dict[bool, StarLLM]) 
     assert "12345" in engines[True].tokenizer.decode(answers[0][0])
     graphs = engines[True].runtime.handle.graphs
     assert graphs is not None
-    captured = {key[:2] for key, graph in graphs._graphs.items() if graph is not None}
+    captured = {key[:2] for key, captured in graphs.captured.items() if captured}
     assert {(1, 1), (1, 16), (2, 1), (2, 16)} <= captured
 
 
@@ -151,7 +187,7 @@ def test_contexts_stored_in_other_formats(setting: dict[str, str]) -> None:
         )
         assert "12345" in star.tokenizer.decode(answers[-1])
         if fast:
-            assert bool(star.runtime.handle.graphs._graphs) == ("kv_device" not in setting)
+            assert bool(star.runtime.handle.graphs.captured) == ("kv_device" not in setting)
     assert answers[0] == answers[1]
 
 
@@ -166,13 +202,13 @@ def test_nothing_is_compiled_or_captured_again(engines: dict[bool, StarLLM]) -> 
     ask(TEXT, "What does the dog do?")
     assert star.runtime.handle.graphs is not None
     before = (
-        len(star.runtime.handle.graphs._graphs),
+        len(star.runtime.handle.graphs.captured),
         torch._dynamo.utils.counters["stats"]["unique_graphs"],
     )
     ask(TEXT + "It snows.\n" * 200, "Is it cold on the hill?")
     ask("A cat. " * 3000, "Who?")
     assert (
-        len(star.runtime.handle.graphs._graphs),
+        len(star.runtime.handle.graphs.captured),
         torch._dynamo.utils.counters["stats"]["unique_graphs"],
     ) == before
 
@@ -297,8 +333,7 @@ def test_families_against_the_mask_oracle(family: str, monkeypatch: pytest.Monke
     assert reply.token_ids == tokens[0].tolist()
     print(
         family,
-        star.runtime.handle.graphs
-        and {key: bool(graph) for key, graph in star.runtime.handle.graphs._graphs.items()},
+        star.runtime.handle.graphs and star.runtime.handle.graphs.captured,
     )
 
 
@@ -309,11 +344,13 @@ def test_a_failed_capture_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -
     assert graphs is not None
     stream, number = torch.cuda.current_stream(), torch.ones(1, device="cuda")
     with pytest.raises(RuntimeError):
-        graphs._record(lambda: number.item() and None, warm_up=lambda: None)
+        graphs._record(lambda: number.item() and None, warm_up=lambda: None, comm=star.runtime.comm)
     assert torch.cuda.current_stream() == stream
     assert torch.rand(2, device="cuda").shape == (2,)
     results: list[Tensor] = []
-    replay = graphs._record(lambda: results.append(number + 1), warm_up=lambda: None)
+    replay = graphs._record(
+        lambda: results.append(number + 1), warm_up=lambda: None, comm=star.runtime.comm
+    )
     replay()
     assert results[0].item() == 2
     torch.cuda.empty_cache()

@@ -42,7 +42,9 @@ class CountingGraphs(graphs.Graphs):
         super().__init__(handle)
         self.captures = self.replays = 0
 
-    def _record(self, work: Callable[[], None], warm_up: Callable[[], Any]) -> Callable[[], None]:
+    def _record(
+        self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Any
+    ) -> Callable[[], None]:
         self.captures += 1
         # Each capture warms up on a GPU. One is enough here, where it takes long.
         if self.captures == 1:
@@ -89,7 +91,7 @@ def test_families(name: str) -> None:
         star.generate(star.encode(ids(101)), ids(7, seed=2), **settings) for star in (plain, fast)
     )
     assert counting.replays == 4
-    assert set(counting._graphs) == {(1, 8, False), (1, 1, False)}
+    assert set(counting.captured) == {(1, 8, False, True, ()), (1, 1, False, True, ())}
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
 
@@ -106,7 +108,8 @@ def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
     unquantized = engine("llama", **SIZES).encode(ids(101))
     unquantized_reply = fast.generate(unquantized, ids(4), **settings)
     assert not torch.equal(unquantized_reply.logits, reply.logits)
-    assert set(counting._graphs) == {(1, size, fp8) for size in (4, 1) for fp8 in (True, False)}
+    kinds = {(1, size, fp8, True, ()) for size in (4, 1) for fp8 in (True, False)}
+    assert set(counting.captured) == kinds
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3"])
@@ -130,7 +133,7 @@ def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.Monk
         star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
     )
     assert reply.token_ids == expected.token_ids
-    assert set(counting._graphs.values()) == {None}
+    assert set(counting.captured.values()) == {False}
 
 
 def answers(star: StarLLM, context: EncodedContext) -> list[Any]:

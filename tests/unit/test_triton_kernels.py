@@ -15,7 +15,15 @@ from torch.nn.functional import linear
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State, merge, merge_last
 from star_attention.hf.execution import compiled
-from tests.answer_oracle import CASES, expected, real_rows, setup
+from tests.answer_oracle import (
+    CASES,
+    SHARDED_CASES,
+    SHARDS,
+    expected,
+    real_rows,
+    setup,
+    tables,
+)
 from tests.engines import tiny
 
 triton = pytest.importorskip("triton")
@@ -37,17 +45,15 @@ def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     case = CASES[name]
     tensors = setup(case, dtype, "cpu")
-    tables = triton_answer.KVTables(
-        addresses=tensors.table, lengths=tensors.lengths, padding_R=tensors.padding_R
-    )
-    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=tables, layer=1)
+    kv_tables, _addressed = tables(tensors)
+    triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=kv_tables, layer=1)
     new = slice(case.T, case.T + case.Q)
     assert torch.equal(tensors.tail_k_RGCD[:, :, new], tensors.k_RGQD)
     assert torch.equal(tensors.tail_v_RGCD[:, :, new], tensors.v_RGQD)
     out, lse = triton_answer.attend(
         tensors.q_RQHD,
         case.G,
-        tables=tables,
+        tables=kv_tables,
         layer=1,
         rule=Rule(scale=0.2, window=case.window, softcap=case.softcap),
         fp8=case.fp8,
@@ -57,6 +63,46 @@ def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
     tolerance = 2e-6 if dtype == torch.float32 else 1e-3
     assert (out.double() - right.out_BQHD)[real].norm() <= tolerance * right.out_BQHD[real].norm()
     torch.testing.assert_close(lse.double()[real], right.lse_BQH[real], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [("one token", "an idle rank"), *((name, "zig-zag") for name in SHARDED_CASES)],
+)
+def test_attention_of_phase_2_over_shards(
+    name: str, shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks append to the tail, the last one attends to it; the merged states are the whole."""
+    monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
+    torch.manual_seed(0)
+    case = SHARDED_CASES[name]
+    tensors, states = setup(case, torch.float32, "cpu"), []
+    for rank, segments in enumerate(SHARDS[shards], start=1):
+        kv_tables, _addressed = tables(tensors, segments, holds_tail=rank == len(SHARDS[shards]))
+        triton_answer.append(tensors.k_RGQD, tensors.v_RGQD, tables=kv_tables, layer=1)
+        rule = Rule(scale=0.2, window=case.window)
+        states.append(
+            triton_answer.attend(
+                tensors.q_RQHD, case.G, tables=kv_tables, layer=1, rule=rule, fp8=case.fp8, splits=1
+            )
+        )
+    assert not any(state.out_BQHD.isnan().any() or state.lse_BQH.isnan().any() for state in states)
+    out, lse = merge(states)
+    right, real = expected(tensors, 0.2), real_rows(case)
+    assert (out.double() - right.out_BQHD)[real].norm() <= 2e-6 * right.out_BQHD[real].norm()
+    torch.testing.assert_close(lse.double()[real], right.lse_BQH[real], atol=1e-4, rtol=1e-5)
+
+
+def test_a_query_that_sees_no_key_of_a_rank() -> None:
+    tensors = setup(SHARDED_CASES["a window that ends in the tail"], torch.float32, "cpu")
+    for segments in ([], [(0, 300)]):
+        kv_tables, _addressed = tables(tensors, segments, holds_tail=False)
+        rule = Rule(scale=0.2, window=tensors.case.window)
+        out, lse = triton_answer.attend(
+            tensors.q_RQHD, tensors.case.G, tables=kv_tables, layer=1, rule=rule, splits=1
+        )
+        assert (out == 0).all()
+        assert (lse == float("-inf")).all()
 
 
 @pytest.mark.parametrize("first", [0, 4])

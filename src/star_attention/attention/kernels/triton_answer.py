@@ -8,6 +8,9 @@ Keys are cut into runs (flash decoding, Dao et al. 2023): `splits` over the cont
 share and whose keys are read once for all of them, and `TAIL_SPLITS` over each row's tail. A second
 kernel merges the runs.
 
+A rank holds a shard of the context: up to `MAX_SEGMENTS` runs of its tokens, or none. All ranks
+append to the tail, one of them attends to it; the states of all ranks are merged elsewhere.
+
 Axes: R batch rows, Q new tokens of each, H query heads, G KV heads, M query rows of one KV head,
 D head size, N keys of one step, S runs.
 """
@@ -34,8 +37,11 @@ _BLOCK_N = 64
 COLUMNS = 6
 """Addresses of a layer: the context's keys and values, `[G, tokens, D]`, the tail's,
 `[R, G, capacity, D]`, and the fp32 scales of keys and values of a context in fp8, `[G, tokens]`."""
-LENGTHS = 3
-"""Lengths, in tokens: the context, the tail before the new tokens, and the tail's capacity."""
+MAX_SEGMENTS = 2
+"""Segments of a shard, at most: ring attention's zig-zag layout has two."""
+LENGTHS = 5 + 2 * MAX_SEGMENTS
+"""Numbers of a forward, see `lengths`."""
+_SEGMENTS: tl.constexpr = tl.constexpr(5)
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -46,7 +52,7 @@ class KVTables:
 
     Attributes:
         addresses: int64 `[layers, COLUMNS]`.
-        lengths: int64 `[LENGTHS]`.
+        lengths: int64 `[LENGTHS]`, see `lengths`.
         padding_R: tokens of padding at the beginning of each row's tail, int32.
     """
 
@@ -102,7 +108,7 @@ def _runs(
     layer, scale, softcap, window,
     rows, queries, tiles, tail_tiles, splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr, MAX_SEGMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -113,6 +119,7 @@ def _runs(
     tokens = tl.load(lengths_ptr)
     before = tl.load(lengths_ptr + 1)
     capacity = tl.load(lengths_ptr + 2)
+    tail_tokens = tl.where(tl.load(lengths_ptr + 4) != 0, before + queries, 0)
 
     # The run of this program. Programs of the context come first, for all rows together, then those
     # of each row's tail.
@@ -140,9 +147,17 @@ def _runs(
     last = tl.where(of_tail, (before + query + 1).to(tl.int32), tokens.to(tl.int32))
     first = tl.where(of_tail, padding, 0)
     if WINDOW:
-        own = tl.where(of_tail, before + query, tokens + before + query - padding)
-        first = tl.maximum(first, (own - window + 1).to(tl.int32))
-    length = tl.where(of_tail, before + queries, tokens)
+        # The first visible position, and with it the first visible key: in the tail, and in the
+        # shard, whose segments are in the order of their positions.
+        in_tail = before + query - window + 1
+        in_context = tl.load(lengths_ptr + 3) + in_tail - padding
+        in_shard = tl.zeros_like(in_context)
+        for segment in tl.static_range(MAX_SEGMENTS):
+            lowest = tl.load(lengths_ptr + _SEGMENTS + 2 * segment)
+            size = tl.load(lengths_ptr + _SEGMENTS + 2 * segment + 1) - lowest
+            in_shard += tl.minimum(tl.maximum(in_context - lowest, 0), size)
+        first = tl.maximum(first, tl.where(of_tail, in_tail, in_shard).to(tl.int32))
+    length = tl.where(of_tail, tail_tokens, tokens)
     base = tl.where(of_tail, (tail_row * KV_HEADS + g) * capacity, g * tokens) * D
     column = layer * COLUMNS + tl.where(of_tail, 2, 0)
     # Addresses read on the device do not imply an alignment, and unaligned loads are slow.
@@ -167,8 +182,8 @@ def _runs(
     start = number * run_length
     stop = tl.minimum(start + run_length, length)
     if WINDOW:
-        lowest = tl.min(tl.where(row_mask, first, 2147483647))
-        start = tl.maximum(start, lowest // BLOCK_N * BLOCK_N)
+        needed = tl.min(tl.where(row_mask, first, 2147483647))
+        start = tl.maximum(start, needed // BLOCK_N * BLOCK_N)
 
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_M = tl.zeros((BLOCK_M,), tl.float32)
@@ -234,24 +249,55 @@ def _merged(
     d = tl.arange(0, BLOCK_D)
     d_mask = d < D
     lse_S = tl.load(lse_ptr + at * runs + s, mask=s < runs, other=float("-inf"))
-    # A query sees at least itself, so the maximum is finite.
+    # A rank may hold no keys that a query sees.
     top = tl.max(lse_S)
+    top = tl.where(top == float("-inf"), 0.0, top)
     weight_S = tl.exp2(lse_S - top)
     weights = tl.sum(weight_S)
     run_mask = (s < runs)[:, None] & d_mask[None, :]
     out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=run_mask, other=0.0)
+    has_keys = weights > 0.0
+    weights = tl.where(has_keys, weights, 1.0)
     tl.store(result_ptr + at * D + d, tl.sum(out_SD * weight_S[:, None], 0) / weights, mask=d_mask)
-    tl.store(result_lse_ptr + at, (top + tl.log2(weights)) / _LOG2_E)
+    lse = tl.where(has_keys, (top + tl.log2(weights)) / _LOG2_E, float("-inf"))
+    tl.store(result_lse_ptr + at, lse)
 
 
-def addresses(layers: Sequence[Sequence[Tensor]]) -> Tensor:
+def addresses(layers: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """Return the addresses for `KVTables`, on the CPU, with zeros for missing tensors.
 
     Args:
-        layers: tensors of each layer, in the order of the columns.
+        layers: tensors of each layer, in the order of the columns; None for one that is missing.
     """
-    rows = [[tensor.data_ptr() for tensor in tensors] for tensors in layers]
+    rows = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in layers]
     return torch.tensor([row + [0] * (COLUMNS - len(row)) for row in rows])
+
+
+def lengths(
+    segments: Sequence[tuple[int, int]],
+    *,
+    context_tokens: int,
+    tail_tokens: int,
+    capacity: int,
+    holds_tail: bool = True,
+) -> Tensor:
+    """Return the lengths for `KVTables`, on the CPU: `[LENGTHS]`.
+
+    Those are the shard's tokens, the tail's before the new ones, the tail's capacity, the whole
+    context's tokens, whether this rank attends to the tail, and the segments.
+
+    Args:
+        segments: context tokens of the shard, in the order in which it is stored and of their
+            positions; `MAX_SEGMENTS` at most.
+        context_tokens: tokens of the whole context.
+        tail_tokens: tokens of the tail before the new ones.
+        capacity: tokens for which the tail has room.
+        holds_tail: True if this rank attends to the tail.
+    """
+    shard_tokens = sum(stop - start for start, stop in segments)
+    values = [shard_tokens, tail_tokens, capacity, context_tokens, int(holds_tail)]
+    values += [edge for segment in segments for edge in segment]
+    return torch.tensor(values + [0] * (LENGTHS - len(values)))
 
 
 def append(k_RGQD: Tensor, v_RGQD: Tensor, *, tables: KVTables, layer: int) -> None:
@@ -283,9 +329,10 @@ def attend(
     fp8: bool = False,
     splits: int | None = None,
 ) -> State:
-    """Compute attention of new tokens over the context and their row's tail, themselves included.
+    """Compute attention of new tokens over the shard and, where this rank holds it, their tail.
 
-    Call `append` first. Results of queries that are padding are meaningless.
+    Call `append` first: a query sees itself in the tail. Results of queries that are padding are
+    meaningless; a query that sees no key here gets zeros and an lse of -inf.
 
     Args:
         q_RQHD: queries.
@@ -317,6 +364,7 @@ def attend(
         layer, rule.scale, rule.softcap or 0.0, rule.window or 0,
         R, Q, tiles, tail_tiles, splits,
         HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_SPLITS=TAIL_SPLITS, COLUMNS=COLUMNS,
+        MAX_SEGMENTS=MAX_SEGMENTS,
         BLOCK_M=block_m, BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2, BLOCK_D=block_d,
         SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
         PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32", FP8=fp8,

@@ -5,7 +5,7 @@ very tensors that `update` returned. So a cache here can tell which of its layer
 belongs to, and lets that layer compute the attention.
 
 Subclasses: `encode` (phase 1), `decode` and `mirrored` (phase 2), `ring` and `window` (phase 1 of
-other methods), `probe` (a model's layers), `hf.execution.graphs` (phase 2 inside CUDA graphs).
+other methods), `probe` (a model's layers), `graph` (phase 2 inside CUDA graphs).
 
 Axes: B batch, G KV heads, S new tokens, K keys, Q queries, H query heads, D head size.
 """

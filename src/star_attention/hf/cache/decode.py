@@ -193,6 +193,9 @@ class AnswerCache(StarCache):
         padding: left padding of each query of the batch, in tokens.
         comm: merges the attention of all ranks.
         slices: slices of the weights that forwards multiply, None for all of them.
+
+    Attributes:
+        segments: the context tokens of the shard.
     """
 
     layers: list[AnswerLayer]
@@ -216,6 +219,7 @@ class AnswerCache(StarCache):
         )
         super().__init__(build_layers(AnswerLayer, windows, position, [shard]), position, comm)
         self.slices = slices
+        self.segments = shard.segments
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         """Report this rank's progress, which other ranks name if it fails."""

@@ -1,0 +1,243 @@
+"""The cache of phase 2 inside CUDA graphs: its layers read where keys and values are from tables.
+
+A captured forward contains no data of a context. `GraphCache.load` fills the tables for the
+`AnswerCache` whose turn it is.
+
+Axes: R rows, Q new tokens of each row, G KV heads, D head size, H query heads, K keys, L tokens of
+the shard.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.state import State
+from star_attention.distributed.comm import Comm
+from star_attention.errors import UnsupportedModelError
+from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
+from star_attention.hf.cache.decode import AnswerCache, gather_heads, own_heads
+from star_attention.hf.cache.probe import LayerKVShape
+from star_attention.planning.segments import Segments
+from star_attention.storage.kv import ContextKV
+
+Shapes = list[LayerKVShape | None]
+"""Shape of each cache layer's entries, None for layers that read another layer's keys."""
+
+
+class TailBuffers:
+    """The tails of a cache as the kernels of a graph see them: addresses, room and length.
+
+    A graph appends tokens on the device; `advance` counts them on the host.
+
+    Args:
+        cache: the cache of an answer.
+        shapes: shapes of its layers' entries; a rank may hold no part of the context.
+        device: where keys and values are.
+    """
+
+    def __init__(self, cache: AnswerCache, shapes: Shapes, device: torch.device) -> None:
+        self._layers = list(zip(cache.layers, shapes, strict=True))
+        self._device = device
+        # All tails grow and move together; the first layer's stands for them.
+        self._first = cache.position.tail
+
+    @property
+    def tokens(self) -> int:
+        return self._first.length
+
+    @property
+    def version(self) -> int:
+        """A number that changes whenever the buffers move."""
+        return self._first.version
+
+    def capacity(self, rows: int) -> int:
+        """Return the tokens for which tails of that many rows have room."""
+        return self._first.capacity(rows)
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for new tokens in all tails."""
+        for layer, shape in self._layers:
+            if shape is not None:
+                number = torch.empty(1, 1, 1, 1, dtype=shape.dtype, device=self._device)
+                k_RGQD = number.expand(rows, shape.k_heads, tokens, shape.k_size)
+                layer.tail.reserve(k_RGQD, k_RGQD)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a graph has appended."""
+        for layer, shape in self._layers:
+            if shape is not None:
+                layer.tail.length += tokens
+
+    def addressed(self) -> list[tuple[Tensor | None, ...]]:
+        """Return the tensors whose addresses the kernels read, in the order of the table's columns.
+
+        Each layer's shard and tail, keys and values each, and scales in fp8; nothing for a layer
+        that reads another layer's keys.
+        """
+        layers: list[tuple[Tensor | None, ...]] = []
+        for layer, shape in self._layers:
+            if shape is None:
+                layers.append(())
+            elif layer.shard.is_empty:
+                layers.append((None, None, *layer.tail.buffers()))
+            else:
+                k, v, *scales = layer.shard.stored()
+                layers.append((k, v, *layer.tail.buffers(), *scales))
+        return layers
+
+
+class GraphPosition(ForwardPosition):
+    """The tables on the device from which captured kernels read where the keys are.
+
+    Args:
+        layers: layers of the cache.
+        rows: most rows of a forward.
+        device: where the tables are.
+        comm: merges the attention of all ranks.
+    """
+
+    def __init__(self, layers: int, rows: int, device: torch.device, comm: Comm) -> None:
+        from star_attention.attention.kernels import triton_answer
+
+        super().__init__()
+        self.kernel = triton_answer
+        self.tables = triton_answer.KVTables.zeros(layers, rows, device)
+        self.comm = comm
+        # Of the forward that is being captured: how the context is stored, and whether each rank
+        # computes queries, keys and values of its own heads alone.
+        self.fp8 = self.by_heads = False
+
+    @property
+    def seen_tokens(self) -> int:
+        return 1
+
+
+class GraphLayer(StarLayer[GraphPosition]):
+    """A layer whose keys and values are where the tables say."""
+
+    def set_expands(self, expands: bool) -> None:
+        if expands:
+            raise UnsupportedModelError(
+                "a layer", ["it computes keys and values from the stored ones"]
+            )
+
+    def append(self, k_RGQD: Tensor, v_RGQD: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.position.by_heads:
+            self._store(k_RGQD, v_RGQD)
+        # Those of the other heads come with their queries, in `attend`.
+        return k_RGQD, v_RGQD
+
+    def _store(self, k_RGQD: Tensor, v_RGQD: Tensor) -> None:
+        position = self.position
+        position.kernel.append(k_RGQD, v_RGQD, tables=position.tables, layer=self.index)
+
+    def attend(self, q_RQHD: Tensor, k_RKGD: Tensor, v_RKGD: Tensor, rule: Rule) -> State:
+        """Attend to this rank's shard, on the last rank also to the tail; merge over all ranks.
+
+        With weights in slices, arguments and result are of this rank's heads.
+        """
+        position, heads = self.position, None
+        comm = position.comm
+        if position.by_heads:
+            heads = own_heads(comm, q_RQHD)
+            q_RQHD, k_RKGD, v_RKGD = gather_heads(comm, q_RQHD, k_RKGD, v_RKGD)
+            self._store(k_RKGD.transpose(1, 2), v_RKGD.transpose(1, 2))
+        state: State = position.kernel.attend(
+            q_RQHD,
+            k_RKGD.shape[2],
+            tables=position.tables,
+            layer=self.index,
+            rule=rule,
+            fp8=position.fp8,
+        )
+        return state if comm.cp_size == 1 else comm.merge(state, heads)
+
+
+class GraphCache(StarCache):
+    """The cache of captured forwards.
+
+    Args:
+        windows: sliding window of each layer in tokens, None for full attention.
+        rows: most rows of a forward.
+        device: the GPU.
+        comm: the ranks whose collectives the graphs contain.
+    """
+
+    layers: list[GraphLayer]
+    position: GraphPosition
+
+    def __init__(
+        self, windows: list[int | None], rows: int, device: torch.device, comm: Comm
+    ) -> None:
+        position = GraphPosition(len(windows), rows, device, comm)
+        no_stores = [ContextKV.empty(Segments(), [False] * len(windows))]
+        super().__init__(build_layers(GraphLayer, windows, position, no_stores), position, comm)
+        self._loaded: tuple[Any, ...] = ()
+
+    def prepare_capture(self, cache: AnswerCache) -> None:
+        """Let the forward that is captured next be as those of `cache`."""
+        self.slices = cache.slices
+        self.position.fp8 = cache.kv_format.dtype == "fp8"
+        self.position.by_heads = cache.position.by_heads
+
+    def load(self, cache: AnswerCache, tails: TailBuffers, rows: int) -> None:
+        """Point the tables at a cache, unless its forward was the last one."""
+        signature = _signature(cache, tails, rows)
+        if signature == self._loaded:
+            return
+        comm, kernel, tables = self.comm, self.position.kernel, self.position.tables
+        tables.addresses.copy_(kernel.addresses(tails.addressed()))
+        tables.lengths.copy_(
+            kernel.lengths(
+                cache.segments,
+                context_tokens=cache.context_tokens,
+                tail_tokens=tails.tokens,
+                capacity=tails.capacity(rows),
+                holds_tail=comm.cp_rank == comm.cp_size - 1,
+            )
+        )
+        tables.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
+        self._loaded = signature
+
+    def ran(self, cache: AnswerCache, tails: TailBuffers, rows: int) -> None:
+        """Note that a graph has run on a cache: the tables count its new tokens."""
+        self._loaded = _signature(cache, tails, rows)
+
+    def forget(self) -> None:
+        """Load the tables again before the next forward."""
+        self._loaded = ()
+
+
+def _signature(cache: AnswerCache, tails: TailBuffers, rows: int) -> tuple[Any, ...]:
+    return weakref.ref(cache), tails.version, tails.tokens, rows
+
+
+def can_read(shard: ContextKV, shapes: Shapes, device: torch.device) -> bool:
+    """True if all of a rank's shard is stored as the kernel reads it; it may be empty."""
+    from star_attention.attention.kernels import triton_answer
+
+    kv_format = shard.kv_format
+    if kv_format.dtype not in (None, "fp8") or shard.visible is not None:
+        return False
+    if len(shard.segments) > triton_answer.MAX_SEGMENTS or not _has_one_kind(shapes):
+        return False
+    stored = [layer.stored()[:2] for layer in shard.layers if not layer.is_empty]
+    tensors = [tensor for pair in stored for tensor in pair]
+    return all(tensor.is_contiguous() and tensor.device == device for tensor in tensors)
+
+
+def _has_one_kind(shapes: Shapes) -> bool:
+    """True if keys and values of all layers have shapes that the kernel knows, and one dtype."""
+    kinds = set()
+    for shape in filter(None, shapes):
+        if shape.expands or (shape.k_heads, shape.k_size) != (shape.v_heads, shape.v_size):
+            return False
+        if shape.k_size % 16 or shape.k_size > 256:
+            return False
+        kinds.add(shape.dtype)
+    return len(kinds) == 1
