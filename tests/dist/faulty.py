@@ -1,6 +1,8 @@
-"""The command line with a fault in one rank.
+"""The command line, or a session that rank 0 leads, with a fault in one rank.
 
 Usage: python faulty.py FAULT PHASE VICTIM <arguments of star-attention>
+       python faulty.py FAULT PHASE VICTIM session STALL_S PAUSE_S TENSOR_PARALLEL
+PHASE is 1, 2, or in a session "follow": while the other ranks wait for rank 0's next call.
 """
 
 from __future__ import annotations
@@ -8,10 +10,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from star_attention.cli import main
+from star_attention.distributed.messages import WorldControl
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.encode import EncodeCache
 from star_attention.hf.execution.handle import ModelHandle
@@ -62,4 +67,60 @@ def plant(real: Any) -> Any:
 
 ModelHandle.encode = plant(ModelHandle.encode)  # type: ignore[method-assign]
 ModelHandle.logits = plant(ModelHandle.logits)  # type: ignore[method-assign]
-main()
+
+
+def fail_while_following() -> None:
+    """Let a rank that follows fail a second after it has begun to wait for the second call."""
+    calls: list[None] = []
+    real = WorldControl.next_call
+
+    def next_call(self: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2 and fault == "hanging":
+            fail()
+        elif len(calls) == 2:
+            threading.Timer(1, fail).start()
+        return real(self)
+
+    WorldControl.next_call = next_call  # type: ignore[method-assign]
+
+
+def session(stall_s: str, pause_s: str, tensor_parallel: str) -> None:
+    """Encode and answer from rank 0 alone, with a pause as in a notebook."""
+    from star_attention import StarLLM
+    from star_attention.distributed import from_environment
+    from star_attention.hf.logs import hide_progress_bars
+
+    hide_progress_bars()
+    star = StarLLM.from_pretrained(
+        Path(__file__).parents[2] / "models" / "needle-17m",
+        block_size=64,
+        tokens_per_forward=64,
+        comm=from_environment(None, stall_s=float(stall_s)),
+        tensor_parallel=int(tensor_parallel),
+    )
+    fails = phase == "follow" and os.environ["RANK"] == victim
+    if star.rank > 0:
+        if fails:
+            fail_while_following()
+        star.follow()
+        return
+    if phase == "startup":
+        raise ZeroDivisionError("planted")
+    context = star.encode("The tea is hot and the cup is blue.\n" * 150)
+    if fails:
+        fail()
+    time.sleep(float(pause_s))
+    print(star.generate(context, "What is hot?", max_new_tokens=30, ignore_eos=True).token_ids)
+
+
+if sys.argv[1] == "session":
+    try:
+        session(*sys.argv[2:])
+    except Exception:
+        Path(os.environ["FAULT_TIME"] + f"-noticed-by-{os.environ['RANK']}").write_text(
+            str(time.time())
+        )
+        raise
+else:
+    main()

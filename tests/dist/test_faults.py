@@ -28,9 +28,14 @@ def launch(
     text = tmp_path / "book.txt"
     if not text.exists():
         text.write_text("The tea is hot and the cup is blue.\n" * 150)
-    command = [sys.executable, str(FAULTY), fault, str(phase), str(victim)]
-    command += ["generate", "-m", str(BUNDLED), *OPTIONS, *QUERY, "--ignore-eos"]
+    command = ["generate", "-m", str(BUNDLED), *OPTIONS, *QUERY, "--ignore-eos"]
     command += ["--stall-limit", str(STALL_S), str(text), *options]
+    return start(tmp_path, [fault, str(phase), str(victim), *command], ranks)
+
+
+def start(tmp_path: Path, arguments: list[str], ranks: int) -> list[subprocess.Popen[str]]:
+    """Start `faulty.py` with these arguments on several ranks."""
+    command = [sys.executable, str(FAULTY), *arguments]
     processes = []
     for rank in range(ranks):
         environment = dict(

@@ -88,7 +88,7 @@ class WorldControl:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Keep this rank's part of every context for as long as rank 0 has its own."""
-        with self.followers.joined():
+        with self.world.following():
             self.contexts.hold()
             try:
                 yield

@@ -72,6 +72,8 @@ class World:
         self.early_message: Any = None
         self.last_call: str | None = None
         self.in_call = False
+        # The state between calls.
+        self._resting = IDLE
         # Collectives that nobody has waited for yet.
         self._open_collectives = 0
         self._lock = threading.RLock()
@@ -166,7 +168,7 @@ class World:
         try:
             yield
         finally:
-            self.watchdog.set_state(BUSY if self.in_call else IDLE)
+            self.watchdog.set_state(BUSY if self.in_call else self._resting)
 
     # ------------------------------------------------------------------ calls and faults
 
@@ -194,8 +196,20 @@ class World:
                 raise
             finally:
                 self.in_call, self.last_call = False, where
-                self.watchdog.set_state(IDLE)
+                self.watchdog.set_state(self._resting)
                 self.watchdog.tick("between calls")
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Mark this rank as one that only waits for calls, and hangs if it does anything else."""
+        with self.followers.joined():
+            self._resting = BUSY
+            self.watchdog.set_state(BUSY)
+            try:
+                yield
+            finally:
+                self._resting = IDLE
+                self.watchdog.set_state(IDLE)
 
     def await_call(self, receive: Callable[[], Any]) -> Any:
         """Return what `receive` gets from rank 0 between two calls, however long that takes.
