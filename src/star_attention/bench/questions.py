@@ -27,6 +27,7 @@ from star_attention.tools import machine
 STOCK = "stock"
 METHODS = (STOCK, "dense", "star")
 METHODS_ON_RANKS = ("star",)
+"""Those of a run by default; all are methods of `StarLLM` but `STOCK`, which runs on one rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,7 @@ class Questions(Benchmark[QuestionsRow]):
         compile: as for `StarLLM`.
         slice_weights: True or False; None measures both on several ranks.
         alone: of several ranks, also measure rank 0 by itself.
+        methods: None for `METHODS`, or `METHODS_ON_RANKS`.
     """
 
     name: ClassVar[str] = "questions"
@@ -99,6 +101,7 @@ class Questions(Benchmark[QuestionsRow]):
     compile: bool | None = None
     slice_weights: bool | None = None
     alone: bool = True
+    methods: list[str] | None = None
 
     @property
     def longest_input(self) -> int:
@@ -132,10 +135,15 @@ class Questions(Benchmark[QuestionsRow]):
                 yield self._measured(row, encoded, target)
 
     def _methods(self, target: Target) -> list[tuple[str, int]]:
+        """Return each method with its number of ranks."""
         if target.ranks == 1:
-            return [(method, 1) for method in METHODS]
+            return [(method, 1) for method in self.methods or METHODS]
         alone = self.alone and target.tensor_parallel == 1
-        return [(name, ranks) for name in METHODS_ON_RANKS for ranks in ranks_of(target, alone)]
+        return [
+            (method, ranks)
+            for method in self.methods or METHODS_ON_RANKS
+            for ranks in ([1] if method == STOCK else ranks_of(target, alone))
+        ]
 
     def _measured(
         self, row: QuestionsRow, encoded: list[EncodedContext], target: Target

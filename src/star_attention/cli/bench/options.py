@@ -224,6 +224,15 @@ class QuestionsOptions:
     questions: Annotated[
         int, option("Questions on each text.", panel=PANEL, metavar="N", min=1)
     ] = 20
+    methods: Annotated[
+        str | None,
+        option(
+            "Methods, separated by commas: stock (transformers), dense, star, ring.",
+            panel=PANEL,
+            metavar="NAMES",
+            show_default="stock,dense,star; on several ranks star",
+        ),
+    ] = None
     batch: Annotated[
         int,
         option("Questions answered at once, by this library.", panel=PANEL, metavar="N", min=1),
@@ -239,8 +248,12 @@ class QuestionsOptions:
 
     def benchmark(self) -> Questions:
         """Check the options."""
-        from star_attention.bench.questions import Questions
+        from star_attention.bench.questions import STOCK, Questions
 
+        methods = None if self.methods is None else names_of(self.methods)
+        for method in methods or ():
+            if method != STOCK:
+                StarConfig(method=method)
         return Questions(
             contexts=token_counts(self.context, "context"),
             block=token_count(self.block, "block_size"),
@@ -252,6 +265,7 @@ class QuestionsOptions:
             compile=self.compile,
             slice_weights=self.slice_weights,
             alone=self.alone,
+            methods=methods,
         )
 
 
