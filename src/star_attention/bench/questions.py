@@ -142,6 +142,7 @@ class Questions(Benchmark[QuestionsRow]):
         return [
             (method, ranks)
             for method in self.methods or METHODS_ON_RANKS
+            if method != STOCK or target.tensor_parallel == 1
             for ranks in ([1] if method == STOCK else ranks_of(target, alone))
         ]
 

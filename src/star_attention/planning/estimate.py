@@ -16,7 +16,7 @@ Schemes:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from star_attention.errors import InvalidInputError, quote
 from star_attention.planning import cost, traffic
@@ -24,6 +24,7 @@ from star_attention.planning.cost import Flops
 from star_attention.planning.hardware import Hardware
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.steps import Mesh, token_seconds
 
 SCHEMES = ("star", "star-local", "official", "ring", "ring-plain")
 # Schemes in which every rank computes the anchor, so that phase 1 needs no communication.
@@ -37,13 +38,15 @@ class Estimate:
 
     Attributes:
         scheme: one of `SCHEMES`.
-        ranks: number of devices.
+        ranks: number of context-parallel ranks.
+        tensor_parallel: devices of each.
         context: tokens of the context.
         block: tokens of a block, None for ring attention.
         compute_s: seconds that the busiest rank computes in phase 1.
         wire_s: seconds that communication takes in phase 1.
         exposed_s: the part of `wire_s` that does not overlap computation.
-        token_s: seconds per token of an answer.
+        token_s: seconds per token of an answer, if every device reads all weights that it holds.
+        sliced_token_s: the same with weights in slices (`slice_weights`); None on one rank.
         memory: bytes on the fullest rank (weights, keys and values, anchor, working memory).
         fits: True if a device has that much memory.
     """
@@ -58,6 +61,8 @@ class Estimate:
     token_s: float
     memory: int
     fits: bool
+    tensor_parallel: int = 1
+    sliced_token_s: float | None = None
 
     @property
     def encode_s(self) -> float:
@@ -75,6 +80,7 @@ def estimate(
     block: int | None,
     tokens_per_forward: int,
     kv_dtype: str | None = None,
+    tensor_parallel: int = 1,
 ) -> Estimate:
     """Estimate one scheme.
 
@@ -83,10 +89,11 @@ def estimate(
         on: the device and its link.
         scheme: one of `SCHEMES`.
         context: tokens of the context.
-        ranks: number of devices.
+        ranks: number of context-parallel ranks.
         block: tokens of a block and of the anchor, None for the paper's rule; ring ignores it.
         tokens_per_forward: most tokens of a forward.
         kv_dtype: as in `StarConfig`.
+        tensor_parallel: devices of each rank, which share the weights.
 
     Raises:
         InvalidInputError: an unknown scheme.
@@ -106,12 +113,26 @@ def estimate(
         compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
         shard = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
         stored = plan
+    if tensor_parallel > 1:
+        sums_s = _sums_s(shape, on, plan, tokens_per_forward, tensor_parallel)
+        compute_s, exposed_s = compute_s / tensor_parallel, exposed_s + sums_s
+        wire_s += sums_s
     memory = max(
         cost.memory_per_rank(
-            shape, stored, tokens_per_forward=tokens_per_forward, kv_dtype=kv_dtype, rank=rank
+            shape,
+            stored,
+            tokens_per_forward=tokens_per_forward,
+            kv_dtype=kv_dtype,
+            rank=rank,
+            tensor_parallel=tensor_parallel,
         ).total
         for rank in _candidate_ranks(stored)
     )
+    stored_bytes = shard * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
+    whole = Mesh(ranks=ranks, tensor_parallel=tensor_parallel)
+    sliced = None
+    if ranks > 1 and tensor_parallel == 1:
+        sliced = token_seconds(shape, on, replace(whole, sliced=True), stored_bytes)
     return Estimate(
         scheme=scheme,
         ranks=ranks,
@@ -120,9 +141,11 @@ def estimate(
         compute_s=compute_s,
         wire_s=wire_s,
         exposed_s=exposed_s,
-        token_s=_token_s(shape, on, shard * shape.stored_bytes_per_token(kv_dtype), ranks),
+        token_s=token_seconds(shape, on, whole, stored_bytes),
+        sliced_token_s=sliced,
         memory=memory,
         fits=memory <= on.memory,
+        tensor_parallel=tensor_parallel,
     )
 
 
@@ -233,14 +256,22 @@ def _ring(
     return linear_s + attention_s, wire_s, max(0.0, wire_s - attention_s)
 
 
-def _token_s(shape: ModelShape, on: Hardware, stored_bytes: int, ranks: int) -> float:
-    """Return the seconds to read the weights and a rank's KV once, and to merge every layer."""
-    read_s = (shape.weight_bytes + stored_bytes) / on.bandwidth
-    merges_s = 0.0
-    for call in shape.attention if ranks > 1 else ():
-        merge = traffic.merge_traffic(ranks, call.heads, call.v_head_size)
-        merges_s += merge.bytes / ranks / on.link + merge.calls * on.latency
-    return read_s + merges_s
+def _sums_s(
+    shape: ModelShape,
+    on: Hardware,
+    plan: BlockPlan,
+    tokens_per_forward: int,
+    tensor_parallel: int,
+) -> float:
+    """Return the seconds of the sums after attention and MLP of the rank with the most tokens."""
+    tokens = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
+    sums = traffic.phase1_tp(
+        shape,
+        BlockPlan.dense(tokens),
+        tokens_per_forward=tokens_per_forward,
+        tensor_parallel=tensor_parallel,
+    )
+    return sums.bytes / tensor_parallel / on.link + sums.calls * on.latency
 
 
 def _candidate_ranks(plan: BlockPlan) -> list[int]:

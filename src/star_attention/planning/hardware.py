@@ -21,9 +21,12 @@ class Hardware:
         memory: bytes of its memory.
         link: payload bytes per second, sent and received at the same time.
         latency: seconds of a collective or a message.
+        row: bytes per second of weights that a single row is multiplied with; 0 for `bandwidth`.
+        gap: seconds that a layer of a decode step takes beyond reading bytes.
+        exchange: seconds of a collective of a few kilobytes in a decode step; 0 for `latency`.
 
     Raises:
-        InvalidInputError: a rate or size that is not above 0.
+        InvalidInputError: a rate or size that is not above 0, or a negative one of the last three.
     """
 
     name: str
@@ -33,37 +36,67 @@ class Hardware:
     memory: float
     link: float
     latency: float
+    row: float = 0.0
+    gap: float = 0.0
+    exchange: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and not value > 0:
+            if field.name in _REQUIRED and not value > 0:
                 raise InvalidInputError(f"hardware {field.name} {quote(value)} is not above 0")
+            if field.name in _OPTIONAL and not value >= 0:
+                raise InvalidInputError(f"hardware {field.name} {quote(value)} is negative")
+
+    @property
+    def row_rate(self) -> float:
+        """Bytes per second of weights that a single row is multiplied with."""
+        return self.row or self.bandwidth
+
+    @property
+    def exchange_s(self) -> float:
+        """Seconds of a collective of a few kilobytes in a decode step."""
+        return self.exchange or self.latency
 
 
-# The rates of an H200 were measured with this library (bench/results). Links are four fifths of
-# their nominal rates: NVLink 4 has 450 GB/s each way, one 400 Gbit/s adapter per device 50 GB/s,
-# NVLink 3 300 GB/s, 10 Gbit/s Ethernet 1.25 GB/s.
+_OPTIONAL = ("row", "gap", "exchange")
+_REQUIRED = tuple(
+    field.name for field in fields(Hardware) if field.name not in ("name", *_OPTIONAL)
+)
+
+# An H200, measured with this library in bf16; the files are those of bench/results.
+# matrix, attention: fit to whole encodings, with norms, merges and launches in them (star and dense
+#     at 128K, star at 512K: 2026-11-25-h200-prefill.json, 2026-11-26-h200-prefill-512k.json).
+# row, bandwidth, gap: one row times a matrix and a copy (2026-11-26-h200-kernels.json), and what
+#     remained of a token at 16K and 128K (2026-11-26-h200-decode.json).
+# exchange: a one-shot collective of 8 KB in a CUDA graph, 6.3 us, and what waits for it.
+# Links are four fifths of their nominal rates: NVLink 4 has 450 GB/s each way, one 400 Gbit/s
+# adapter per device 50 GB/s, NVLink 3 300 GB/s, 10 Gbit/s Ethernet 1.25 GB/s.
 HARDWARE = {
     device.name: device
     for device in (
         Hardware(
             name="h200-nvlink",
-            matrix=720e12,
-            attention=600e12,
+            matrix=610e12,
+            attention=625e12,
             bandwidth=4.3e12,
             memory=141e9,
             link=360e9,
             latency=15e-6,
+            row=3.8e12,
+            gap=12e-6,
+            exchange=8e-6,
         ),
         Hardware(
             name="h200-ib",
-            matrix=720e12,
-            attention=600e12,
+            matrix=610e12,
+            attention=625e12,
             bandwidth=4.3e12,
             memory=141e9,
             link=40e9,
             latency=30e-6,
+            row=3.8e12,
+            gap=12e-6,
         ),
         Hardware(
             name="a100-nvlink",
@@ -106,7 +139,7 @@ def parse_hardware(text: str) -> Hardware:
             f"hardware {quote(name)} is unknown; choose one of {', '.join(HARDWARE)}, or"
             " give values"
         )
-    known = [field.name for field in fields(Hardware) if field.name != "name"]
+    known = [*_REQUIRED, *_OPTIONAL]
     values: dict[str, float] = {}
     for setting in settings:
         field, equals, value = setting.partition("=")
@@ -122,7 +155,7 @@ def parse_hardware(text: str) -> Hardware:
             ) from None
     if name:
         return replace(HARDWARE[name], **values, name=text) if values else HARDWARE[name]
-    missing = [field for field in known if field not in values]
+    missing = [field for field in _REQUIRED if field not in values]
     if missing:
         raise InvalidInputError(
             f"hardware {quote(text)} lacks {', '.join(missing)}; add them, or begin with a"

@@ -55,13 +55,20 @@ class Methods:
     ranks: int = 1
 
     @classmethod
-    def of(cls, names: list[str] | None, alone: list[str], ranks: int) -> Methods:
+    def of(
+        cls, names: list[str] | None, alone: list[str], ranks: int, *, tensor_parallel: int = 1
+    ) -> Methods:
         """Assign the methods that a user names: those for one rank alone, others to all ranks.
 
         Args:
             names: None for `DEFAULT_METHODS`, or `DEFAULT_METHODS_ON_RANKS`.
             alone: methods that one of several ranks measures alone as well.
             ranks: number of ranks.
+            tensor_parallel: those that share the weights of one model. With several no rank can
+                measure alone, and none does.
+
+        Raises:
+            InvalidInputError: a method for one rank, while none holds all weights.
         """
         if ranks == 1:
             return cls(alone=list(names or DEFAULT_METHODS))
@@ -69,7 +76,13 @@ class Methods:
         solitary = [
             name for name in names if name in CONTENDERS and CONTENDERS[name].needs_solitude
         ]
+        if tensor_parallel > 1 and solitary:
+            raise InvalidInputError(
+                f"method {quote(solitary[0])} runs on one rank, and with tensor_parallel"
+                f" {tensor_parallel} none has all weights; leave one of them out"
+            )
         together = [name for name in names if name not in solitary]
+        alone = alone if tensor_parallel == 1 else []
         return cls(alone=[*alone, *solitary], together=together, ranks=ranks)
 
     def ordered(self) -> list[tuple[str, int]]:

@@ -31,7 +31,7 @@ def prefill(target: TargetOptions, options: PrefillOptions, quiet: Quiet = False
 
     Example: star-attention bench prefill -m models/needle-17m --context 4k --block 1k
     """
-    measure(options.benchmark(target.device), target, quiet)
+    measure(options.benchmark(target), target, quiet)
 
 
 def decode(target: TargetOptions, options: DecodeOptions, quiet: Quiet = False) -> None:

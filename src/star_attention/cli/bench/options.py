@@ -153,8 +153,8 @@ class PrefillOptions:
     ] = None
     compile: Compile = None
 
-    def benchmark(self, device: str) -> Prefill:
-        """Check the options. `device` is that of the model."""
+    def benchmark(self, target: TargetOptions) -> Prefill:
+        """Check the options."""
         from star_attention.bench.prefill.benchmark import Prefill
         from star_attention.bench.prefill.cases import Methods, plan_cases
         from star_attention.bench.prefill.contenders import EngineSettings
@@ -172,8 +172,9 @@ class PrefillOptions:
                     None if self.methods is None else names_of(self.methods),
                     [] if self.alone == "none" else names_of(self.alone),
                     rank_and_size()[1],
+                    tensor_parallel=target.tensor_parallel,
                 ),
-                device=load.pick_device(device),
+                device=load.pick_device(target.device),
                 dense_up_to=dense_up_to,
             ),
             repeats=self.repeats,
