@@ -50,11 +50,54 @@ def test_one_rank_takes_its_operations_divided_by_the_rates() -> None:
 
 def test_a_token_takes_reading_and_merging() -> None:
     alone = seconds("star", ranks=1)
-    read = (SHAPE.weight_bytes + 256 * K * SHAPE.kv_bytes_per_token) / H200.bandwidth
-    assert alone.token_s == pytest.approx(read)
+    weights_s = (SHAPE.linear_parameters + SHAPE.head_parameters) * 2 / H200.row
+    gaps_s = SHAPE.layers * H200.gap
+    read_s = 256 * K * SHAPE.kv_bytes_per_token / H200.bandwidth
+    assert alone.token_s == pytest.approx(weights_s + read_s + gaps_s)
+    assert alone.sliced_token_s is None
     shared = seconds("star")
-    least = (SHAPE.weight_bytes + 32 * K * SHAPE.kv_bytes_per_token) / H200.bandwidth
-    assert shared.token_s >= least + 32 * H200.latency
+    merges_s = SHAPE.layers * H200.exchange
+    assert shared.token_s == pytest.approx(weights_s + read_s / 8 + gaps_s + merges_s, rel=1e-2)
+    assert shared.sliced_token_s == pytest.approx(
+        weights_s / 8 + read_s / 8 + gaps_s + 4 * merges_s, rel=2e-2
+    )
+
+
+def test_a_token_on_a_mesh_of_tensor_parallel_ranks_reads_a_share_of_the_layers() -> None:
+    """The head stays whole, and each layer takes two sums; keys and values are shared twice."""
+    mesh = estimate.estimate(
+        SHAPE,
+        H200,
+        "star",
+        context=256 * K,
+        ranks=2,
+        block=32 * K,
+        tokens_per_forward=16 * K,
+        tensor_parallel=4,
+    )
+    weights_s = (SHAPE.linear_parameters / 4 + SHAPE.head_parameters) * 2 / H200.row
+    read_s = 256 * K * SHAPE.kv_bytes_per_token / 8 / H200.bandwidth
+    others_s = SHAPE.layers * (H200.gap + 3 * H200.exchange)
+    assert mesh.token_s == pytest.approx(weights_s + read_s + others_s, rel=1e-2)
+    assert mesh.sliced_token_s is None
+    alone = seconds("star", ranks=2)
+    assert mesh.compute_s == pytest.approx(alone.compute_s / 4)
+    assert alone.exposed_s < mesh.exposed_s
+
+
+def test_ranks_wait_for_an_anchor_of_several_forwards() -> None:
+    """Their first forward attends to all of it, so they begin once rank 0 is in its last one."""
+    late = cost.phase1(SHAPE, BlockPlan.dense(16 * K), tokens_per_forward=16 * K)
+    at_once = seconds("star-local", context=64 * K, ranks=2, block=16 * K).compute_s
+    assert seconds("star", context=64 * K, ranks=2, block=16 * K).compute_s < at_once
+    two_forwards = seconds("star", context=64 * K, ranks=2)
+    own = cost.phase1(
+        SHAPE, BlockPlan.resolve(64 * K, 32 * K, None, 2), tokens_per_forward=16 * K, rank=1
+    )
+    spent = (late, own)
+    assert two_forwards.compute_s == pytest.approx(
+        sum(flops.linear / H200.matrix + flops.attention / H200.attention for flops in spent)
+    )
 
 
 def test_schemes_are_ordered_by_their_work() -> None:

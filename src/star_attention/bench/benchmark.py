@@ -141,9 +141,9 @@ class Benchmark(ABC, Generic[RowT]):
     def table(self, rows: list[RowT]) -> list[tuple[str, ...]]:
         """Return the cells of a table for people, its header first."""
 
-    def remarks(self, rows: list[RowT]) -> str:
-        """Return what to print after the table, "" for nothing."""
-        return ""
+    def comparison(self, rows: list[RowT]) -> list[tuple[str, ...]]:
+        """Return the cells of a second table, such as published numbers next to ours; or none."""
+        return []
 
     def draw(self, rows: list[RowT], ceilings: Ceilings, folder: Path) -> list[Path]:
         """Draw the pictures into an existing folder; return the files written."""

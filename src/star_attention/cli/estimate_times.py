@@ -94,8 +94,8 @@ class Estimates:
             f" memory {hardware.bandwidth / 1e12:,.3g} TB/s, link {hardware.link / 1e9:,.4g} GB/s"
         )
         times = (
-            "phase 1 in seconds, by scheme; milliseconds per answer token;"
-            " memory of the fullest device\n" + _estimate_table(self.schemes)
+            "phase 1 in seconds, by scheme; milliseconds per answer token, with weights whole and"
+            " in slices; memory of the fullest device\n" + _estimate_table(self.schemes)
         )
         fit = ["calibrated on\n" + _fit_table(self.fit)] if self.fit else []
         return "\n\n".join([rates, times, *fit])
@@ -198,6 +198,7 @@ def _estimate_table(schemes: list[dict[str, Estimate]]) -> str:
         "ring / star",
         "plain / star",
         "ms per token",
+        "in slices",
         "memory",
     )
     return table([heading, *(_estimate_row(row) for row in schemes)])
@@ -214,6 +215,7 @@ def _estimate_row(schemes: dict[str, Estimate]) -> tuple[str, ...]:
         *(f"{scheme.encode_s:,.3g}" for scheme in (star, local, official, ring, plain)),
         *(f"{scheme.encode_s / star.encode_s:.2f}" for scheme in (ring, plain)),
         f"{star.token_s * 1e3:,.3g}",
+        "" if star.sliced_token_s is None else f"{star.sliced_token_s * 1e3:,.3g}",
         format_bytes(star.memory) + ("" if star.fits else " (too much)"),
     )
 

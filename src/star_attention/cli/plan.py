@@ -67,11 +67,12 @@ def plan(
     deprecated: DeprecatedOptions,
     as_json: Json = False,
 ) -> None:
-    """Show how a context is split into blocks, and the memory and operations it takes.
+    """Show how a context is split into blocks, and the memory, operations and time it takes.
 
     Reads the model's config.json, no weights. "dense" is ordinary attention over the whole context;
     "official" is the paper's own implementation, which encodes the anchor again for every block.
-    For times, see `estimate`, which `plan --hardware` still runs; that spelling is deprecated.
+    Times are predicted for one kind of GPU; `estimate` takes others, lists of lengths and of ranks
+    (`plan --hardware` still runs it; that spelling is deprecated).
 
     Example: star-attention plan -m models/needle-17m --context 16k --ranks 4
     """

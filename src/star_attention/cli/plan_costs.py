@@ -10,11 +10,16 @@ from star_attention.config import StarConfig
 from star_attention.hf.loading import load, rope, rope_scaling
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
-from star_attention.planning import cost, traffic
+from star_attention.planning import cost, estimate, traffic
 from star_attention.planning.cost import Flops, Memory
+from star_attention.planning.estimate import Estimate
+from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan, counted
 from star_attention.planning.traffic import Traffic
+
+PREDICTED_ON = "h200-nvlink"
+"""The hardware of a plan's times, a key of `HARDWARE`; `star-attention estimate` takes others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class PlanCosts:
     memory_by_rank: the fullest device of each context-parallel rank. star_busiest: operations of
     phase 1 on the busiest device. *_traffic: between context-parallel ranks; *_tp_traffic: within
     them; ring_traffic: what ring attention would send in phase 1; token_traffic: one answer token.
+    predicted: times on `PREDICTED_ON`; predicted_ring: those of ring attention on the same devices.
     """
 
     request: PlanRequest
@@ -69,6 +75,8 @@ class PlanCosts:
     phase2_traffic: Traffic
     phase2_tp_traffic: Traffic
     token_traffic: Traffic
+    predicted: Estimate
+    predicted_ring: Estimate
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -126,6 +134,13 @@ class PlanCosts:
             "wire_within_bytes_phase1": self.phase1_tp_traffic.bytes,
             "wire_within_bytes_phase2": self.phase2_tp_traffic.bytes,
             "dense_over_star": self.dense.total / self.star.total,
+            "predicted": {
+                "hardware": PREDICTED_ON,
+                "phase1_s": self.predicted.encode_s,
+                "phase1_ring_s": self.predicted_ring.encode_s,
+                "token_s": self.predicted.token_s,
+                "sliced_token_s": self.predicted.sliced_token_s,
+            },
         }
 
 
@@ -176,6 +191,26 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         token_traffic=traffic.phase2_cp(
             shape, plan.ranks, query_tokens=1, answer_tokens=1, **forwards
         ),
+        predicted=_predicted(request, shape, config.anchor_source),
+        predicted_ring=_predicted(request, shape, None),
+    )
+
+
+def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | None) -> Estimate:
+    """Predict times on a GPU; `anchor_source` None stands for ring attention."""
+    plan, config = request.plan, request.config
+    schemes = {"broadcast": "star", "local": "star-local", None: "ring"}
+    return estimate.estimate(
+        shape,
+        HARDWARE[PREDICTED_ON],
+        schemes[anchor_source],
+        context=plan.context_tokens,
+        ranks=plan.ranks,
+        block=plan.block_size,
+        anchor=plan.anchor_size,
+        tokens_per_forward=config.forward_size("cuda"),
+        kv_dtype=config.kv_dtype,
+        tensor_parallel=request.tensor_parallel,
     )
 
 

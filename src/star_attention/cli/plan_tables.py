@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from star_attention.cli.formatting import format_bytes, format_quantity, table
-from star_attention.cli.plan_costs import PlanCosts
+from star_attention.cli.plan_costs import PREDICTED_ON, PlanCosts
 from star_attention.planning.plan import counted, format_size
 
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
@@ -14,6 +14,7 @@ def costs_as_text(costs: PlanCosts) -> str:
     parts = [str(costs.request.plan), _model(costs), _memory(costs), _operations(costs)]
     if costs.devices > 1:
         parts.append(_traffic(costs))
+    parts.append(_times(costs))
     return "\n\n".join(parts)
 
 
@@ -114,3 +115,19 @@ def _traffic(costs: PlanCosts) -> str:
             calls = counted(traffic.calls, "collective")
             rows.append((name, format_bytes(traffic.bytes), calls, "sums of partial results"))
     return "traffic between devices, all together\n" + table(rows)
+
+
+def _times(costs: PlanCosts) -> str:
+    star, ring = costs.predicted, costs.predicted_ring
+    devices = counted(costs.devices, "device")
+    heading = f"predicted times on {devices} of {PREDICTED_ON} (others: star-attention estimate)"
+    dense = "ring attention" if costs.request.plan.ranks > 1 else "dense attention"
+    rows: list[tuple[str, ...]] = [
+        ("phase 1", f"{star.encode_s:,.3g} s", f"{dense}: {ring.encode_s:,.3g} s"),
+        ("per answer token", f"{star.token_s * 1e3:,.3g} ms", _in_slices(star.sliced_token_s)),
+    ]
+    return f"{heading}\n{table(rows)}"
+
+
+def _in_slices(token_s: float | None) -> str:
+    return "" if token_s is None else f"with weights in slices: {token_s * 1e3:,.3g} ms"

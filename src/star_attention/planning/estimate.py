@@ -42,7 +42,8 @@ class Estimate:
         tensor_parallel: devices of each.
         context: tokens of the context.
         block: tokens of a block, None for ring attention.
-        compute_s: seconds that the busiest rank computes in phase 1.
+        compute_s: seconds until the last rank has computed in phase 1; ranks after the first wait
+            for an anchor of several forwards.
         wire_s: seconds that communication takes in phase 1.
         exposed_s: the part of `wire_s` that does not overlap computation.
         token_s: seconds per token of an answer, if every device reads all weights that it holds.
@@ -81,6 +82,7 @@ def estimate(
     tokens_per_forward: int,
     kv_dtype: str | None = None,
     tensor_parallel: int = 1,
+    anchor: int | None = None,
 ) -> Estimate:
     """Estimate one scheme.
 
@@ -90,7 +92,8 @@ def estimate(
         scheme: one of `SCHEMES`.
         context: tokens of the context.
         ranks: number of context-parallel ranks.
-        block: tokens of a block and of the anchor, None for the paper's rule; ring ignores it.
+        block: tokens of a block, None for the paper's rule; ring ignores it.
+        anchor: tokens of the anchor, None for those of a block.
         tokens_per_forward: most tokens of a forward.
         kv_dtype: as in `StarConfig`.
         tensor_parallel: devices of each rank, which share the weights.
@@ -109,7 +112,7 @@ def estimate(
         shard = -(-context // ranks)
         stored = BlockPlan.dense(shard)
     else:
-        plan = BlockPlan.resolve(context, block, None, ranks)
+        plan = BlockPlan.resolve(context, block, anchor, ranks)
         compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
         shard = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
         stored = plan
@@ -194,13 +197,11 @@ def _blocks(
     shape: ModelShape, on: Hardware, scheme: str, plan: BlockPlan, tokens_per_forward: int
 ) -> tuple[float, float, float]:
     """Return compute, wire and exposed seconds of phase 1 for sharded blocks."""
-    busiest = max(
-        (
-            _rank_seconds(shape, on, scheme, plan, rank, tokens_per_forward)
-            for rank in _candidate_ranks(plan)
-        ),
-        default=0.0,
-    )
+    ranks_s = {
+        rank: _rank_seconds(shape, on, scheme, plan, rank, tokens_per_forward)
+        for rank in _candidate_ranks(plan)
+    }
+    busiest = max(ranks_s.values(), default=0.0)
     if scheme in _WITHOUT_BROADCAST or plan.busy_ranks < 2 or not plan.anchor_size:
         return busiest, 0.0, 0.0
     # A layer's part of the anchor arrives while the other ranks compute that layer of their first
@@ -209,7 +210,27 @@ def _blocks(
     first = cost.phase1(
         shape, BlockPlan.dense(plan.block_size), tokens_per_forward=tokens_per_forward
     )
-    return busiest, wire_s, max(0.0, wire_s - _seconds(on, first))
+    late_s = _anchor_late_s(shape, on, plan, tokens_per_forward)
+    last_s = max(seconds + (late_s if rank else 0.0) for rank, seconds in ranks_s.items())
+    return last_s, wire_s, max(0.0, wire_s - _seconds(on, first))
+
+
+def _anchor_late_s(
+    shape: ModelShape, on: Hardware, plan: BlockPlan, tokens_per_forward: int
+) -> float:
+    """Return the seconds for which other ranks wait for an anchor of several forwards.
+
+    Their first forward needs all of it, and rank 0 is then in the last of these forwards.
+    """
+    before = max(
+        span.start
+        for span in plan.spans(tokens_per_forward, rank=0)
+        if span.start < plan.anchor_size
+    )
+    if not before:
+        return 0.0
+    forwards = BlockPlan.dense(before)
+    return _seconds(on, cost.phase1(shape, forwards, tokens_per_forward=tokens_per_forward))
 
 
 def _rank_seconds(

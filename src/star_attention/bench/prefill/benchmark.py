@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.bench.models import random_ids
-from star_attention.bench.prefill import plots
+from star_attention.bench.prefill import paper, plots
 from star_attention.bench.prefill.cases import Case
 from star_attention.bench.prefill.contenders import (
     CONTENDERS,
@@ -107,6 +107,9 @@ class Prefill(Benchmark[PrefillRow]):
 
     def table(self, rows: list[PrefillRow]) -> list[tuple[str, ...]]:
         return table(rows)
+
+    def comparison(self, rows: list[PrefillRow]) -> list[tuple[str, ...]]:
+        return paper.table(rows)
 
     def draw(self, rows: list[PrefillRow], ceilings: Ceilings, folder: Path) -> list[Path]:
         return plots.draw(rows, ceilings.flops_per_s, folder)

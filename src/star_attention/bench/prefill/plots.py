@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.bench import figures
+from star_attention.bench.prefill import paper
 from star_attention.bench.prefill.contenders import CONTENDERS
 from star_attention.bench.prefill.rows import PrefillRow, series, speed_up
 from star_attention.planning.plan import format_size
+from star_attention.planning.published import SPEED_UPS
 from star_attention.tools.plotting import GRAY, new_figure
 
 _ORDER = list(CONTENDERS)
@@ -26,6 +28,10 @@ def draw(rows: list[PrefillRow], flops_per_s: float, folder: Path) -> list[Path]
     files = [figures.save(time_figure(rows, flops_per_s), folder / "prefill-time.png")]
     if _featured(rows):
         files.append(figures.save(_speed_up_figure(rows), folder / "prefill-speedup.png"))
+    if len({row.ranks for row in rows if row.seconds is not None}) > 1:
+        files.append(figures.save(ranks_figure(rows, flops_per_s), folder / "prefill-ranks.png"))
+    if any(row.official or row.star for row in paper.compare(rows)):
+        files.append(figures.save(paper_figure(rows), folder / "prefill-paper.png"))
     if any(row.working_bytes is not None for row in rows):
         files.append(figures.save(_memory_figure(rows), folder / "prefill-memory.png"))
     return files
@@ -38,7 +44,7 @@ def time_figure(rows: list[PrefillRow], flops_per_s: float) -> Any:
     for label, group, color, marker in _styled_series(rows):
         lengths = [row.context for row in group]
         seconds = [row.seconds or 0.0 for row in group]
-        floors = [row.flops / flops_per_s for row in group]
+        floors = [(row.busiest_flops or row.flops) / flops_per_s for row in group]
         axes.plot(lengths, seconds, color=color, marker=marker, label=label)
         axes.plot(lengths, floors, color=color, linewidth=1, **floor_style)
     label = "floor: operations at the ceiling"
@@ -47,6 +53,76 @@ def time_figure(rows: list[PrefillRow], flops_per_s: float) -> Any:
     axes.yaxis.set_major_locator(figures.log_ticks())
     axes.yaxis.set_major_formatter("{x:g}")
     figures.finish(axes, sorted({row.context for row in rows}))
+    return figure
+
+
+def ranks_figure(rows: list[PrefillRow], flops_per_s: float) -> Any:
+    """Draw time by number of ranks, a line for each length and block of the featured method.
+
+    Below each line lies the time that the busiest rank's operations need at the ceiling.
+    """
+    figure, axes = new_figure("ranks", "seconds")
+    shown = [
+        row
+        for row in rows
+        if row.seconds is not None and row.tensor_parallel == 1 and not row.extrapolated
+    ]
+    groups: dict[str, list[PrefillRow]] = {}
+    for row in sorted(shown, key=lambda row: (row.context, -(row.block or 0), row.ranks)):
+        if CONTENDERS[row.method].featured or CONTENDERS[row.method].needs_ranks:
+            size = "" if row.block is None else f", block {format_size(row.block)}"
+            groups.setdefault(f"{row.method}, {format_size(row.context)}{size}", []).append(row)
+    numbers = sorted({row.ranks for row in shown})
+    style = figures.floor_style(numbers, ":")
+    for index, (label, group) in enumerate(groups.items()):
+        points, color = [row.ranks for row in group], figures.color(index)
+        seconds = [row.seconds or 0.0 for row in group]
+        axes.plot(points, seconds, color=color, marker=figures.marker(index), label=label)
+        floors = [(row.busiest_flops or row.flops) / flops_per_s for row in group]
+        axes.plot(points, floors, color=color, linewidth=1, **style)
+    axes.plot([], [], color=GRAY, label="floor: operations at the ceiling", **style)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(figures.log_ticks())
+    axes.yaxis.set_major_formatter("{x:g}")
+    figures.finish_ranks(axes, numbers)
+    return figure
+
+
+def paper_figure(rows: list[PrefillRow]) -> Any:
+    """Draw speed-ups over ring attention by length, next to those that the paper printed."""
+    figure, axes = new_figure("context, tokens", "times as fast as ring attention")
+    comparisons = list(paper.compare(rows))
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in comparisons:
+        for label, factor in (
+            ("official, over the paper's ring", row.official),
+            ("star, over the paper's ring", row.star),
+            ("star, over the balanced ring", row.star_over_balanced),
+        ):
+            if factor is not None:
+                key = f"{label}, {row.ranks} ranks, block {format_size(row.block)}"
+                series.setdefault(key, []).append((row.context, factor))
+    for index, (label, points) in enumerate(series.items()):
+        axes.plot(
+            [length for length, _ in points],
+            [factor for _, factor in points],
+            color=figures.color(index),
+            marker=figures.marker(index),
+            label=label,
+        )
+    lengths = {row.context for row in comparisons} | {row.context for row in SPEED_UPS}
+    axes.plot(
+        [row.context for row in SPEED_UPS],
+        [row.speed_up for row in SPEED_UPS],
+        color=GRAY,
+        marker="x",
+        linestyle="--",
+        label="the paper: Tables 1 and 5",
+    )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(figures.log_ticks())
+    axes.yaxis.set_major_formatter("{x:g}")
+    figures.finish(axes, sorted(lengths))
     return figure
 
 

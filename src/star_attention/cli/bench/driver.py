@@ -143,7 +143,7 @@ class Run:
         """Print the rows, and save their record and their pictures, on rank 0."""
         if self.comm.rank:
             return
-        _print(benchmark.table(rows), record, benchmark.remarks(rows))
+        _print(benchmark.table(rows), record, benchmark.comparison(rows))
         _save(record, self.options, first=not rows)
         if self.options.out is not None:
             benchmark.draw(rows, ceilings, Path(self.options.out))
@@ -195,10 +195,13 @@ def _progress(quiet: bool) -> Callable[[str], None]:
     return (lambda line: None) if quiet or not is_rank_0() else say
 
 
-def _print(lines: list[tuple[str, ...]], record: dict[str, Any], remarks: str = "") -> None:
-    print(table(lines) + "\n")
-    if remarks:
-        print(remarks + "\n")
+def _print(
+    lines: list[tuple[str, ...]],
+    record: dict[str, Any],
+    comparison: list[tuple[str, ...]] | None = None,
+) -> None:
+    for cells in filter(None, (lines, comparison)):
+        print(table(cells) + "\n")
     print(json.dumps(record), flush=True)
 
 
