@@ -7,6 +7,7 @@ that of the memory. Collectives wait for each other and for everything else. Sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from star_attention.planning import traffic
 from star_attention.planning.hardware import Hardware
@@ -51,15 +52,14 @@ def weight_bytes_read(shape: ModelShape, mesh: Mesh) -> int:
 
 def token_traffic(shape: ModelShape, mesh: Mesh) -> Traffic:
     """Count the collectives of a step of one row, and the bytes that they move on all devices."""
-    forward = dict(
+    forward: dict[str, Any] = dict(
         query_tokens=1,
         answer_tokens=1,
         tokens_per_forward=1,
         tensor_parallel=mesh.tensor_parallel,
     )
-    between = traffic.phase2_cp(
-        shape, mesh.ranks, **forward, sliced=SLICED if mesh.sliced and mesh.ranks > 1 else ()
-    )
+    sliced = SLICED if mesh.sliced and mesh.ranks > 1 else ()
+    between = traffic.phase2_cp(shape, mesh.ranks, sliced=sliced, **forward)
     within = traffic.phase2_tp(shape, mesh.ranks, **forward)
     # Lanes and rows of the mesh work at the same time.
     calls = between.calls // mesh.tensor_parallel + within.calls // mesh.ranks
