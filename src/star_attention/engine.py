@@ -357,8 +357,7 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
             context, query, settings: as for `generate`.
         """
         with self.runtime.collective("a stream"):
-            run = starts.start(self.runtime, context, query, settings, streamed=True)
-        return Stream(run, self.runtime.comm)
+            return starts.stream(self.runtime, context, query, settings)
 
     def check_settings(self, **settings: Any) -> None:
         """Raise what `generate` would raise for these settings, without a context."""

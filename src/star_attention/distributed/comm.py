@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from star_attention.distributed.registry import Registry
+from star_attention.distributed.streams import Streams, Suspendable
 from star_attention.planning.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -53,14 +54,17 @@ class Control(Protocol):
     `messages.WorldControl` documents the methods. Messages: `messages.py`, `hf/cache/mirrored.py`.
     """
 
-    def collective(
-        self, where: str, *, about: Any = None, check_in: bool = True
-    ) -> AbstractContextManager[None]: ...
+    def collective(self, where: str, *, about: Any = None) -> AbstractContextManager[None]: ...
     def following(self) -> AbstractContextManager[None]: ...
     def next_call(self) -> tuple[str, Any] | None: ...
     def dismiss(self) -> None: ...
+    def streaming(
+        self, stream: Suspendable, *, closing: bool = False
+    ) -> AbstractContextManager[None]: ...
+    def waiting(self) -> AbstractContextManager[None]: ...
     def broadcast_object(self, message: Any) -> None: ...
     def receive_object(self) -> Any: ...
+    def receive_about(self, number: int) -> Any: ...
     def push_back(self, message: Any) -> None: ...
     def gather(self, value: Any) -> list[Any]: ...
     def run_on_rank_0(self, decision: Callable[[], Any]) -> Any: ...
@@ -114,10 +118,12 @@ class Comm(Control, Collectives, Progress, Protocol):
     Attributes:
         contexts: the contexts of all engines over these ranks.
         engines: these engines.
+        streams: the streams of their answers.
         cp_traffic: what crossed the wire between cp ranks, of all ranks together.
         tp_traffic: what this rank's tp ranks exchanged.
         transport_version: changes when groups are made again; graphs captured before are void.
         one_host: True if each rank has a GPU of its own, all of one host.
+        is_asynchronous: True if collectives run on the device, without waiting for Python.
     """
 
     rank: int
@@ -128,9 +134,11 @@ class Comm(Control, Collectives, Progress, Protocol):
     tp_size: int
     contexts: Registry
     engines: Registry
+    streams: Streams
     cp_traffic: Traffic
     tp_traffic: Traffic
     one_host: bool
+    is_asynchronous: bool
 
     @property
     def transport_version(self) -> int: ...

@@ -30,6 +30,7 @@ class Mesh(WorldControl):
         self.cp_size = world.size // tp_size
         self.cp_rank, self.tp_rank = divmod(world.rank, tp_size)
         self.backend = backend
+        self.is_asynchronous = backend == "nccl"
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
         self._device = device or torch.device("cpu")
         self.one_host = False

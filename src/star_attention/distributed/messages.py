@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from star_attention import errors
 from star_attention.distributed.following import CLOSE
+from star_attention.distributed.streams import Suspendable
 from star_attention.distributed.world import World
 from star_attention.errors import InvalidInputError
 
@@ -19,11 +21,14 @@ from star_attention.errors import InvalidInputError
 CALL = "call"
 """Kind of the message with which rank 0 starts a call."""
 
-PIECE = "piece"
-"""Kind of a message with a piece of streamed text."""
+RESUME = "resume"
+"""Kind of the message with which rank 0 goes on with a suspended stream, by its number."""
+
+STREAM = "the rest of a stream"
+"""What a rank that follows does after `RESUME`."""
 
 END = "end"
-"""Kind of the last message about an answer."""
+"""Kind of the last message about a call of phase 2: its number, and the answers."""
 
 # Bytes of a broadcast; a longer message takes a second one.
 _PACKET = 2048
@@ -38,9 +43,10 @@ class WorldControl:
         self.rank, self.size = world.rank, world.size
         self.contexts, self.engines = world.contexts, world.engines
         self.followers = world.followers
+        self.streams = world.streams
 
     @contextmanager
-    def collective(self, where: str, *, about: Any = None, check_in: bool = True) -> Iterator[None]:
+    def collective(self, where: str, *, about: Any = None) -> Iterator[None]:
         """Run one public call on all ranks; an exception on one rank is raised on all of them.
 
         After an exception the ranks meet again, so that the next call finds them together.
@@ -49,39 +55,103 @@ class WorldControl:
             where: name of the call, for errors and for ranks that follow.
             about: what it is a call of, the same on all ranks: an engine (`Runtime.reference`) or
                 the key of a context.
-            check_in: verify first that all ranks are in the same call. Not needed where the first
-                message shows it.
 
         Raises:
             InvalidInputError: the ranks are in different calls, or in calls about different things.
             RankError: another rank died, hangs or failed.
         """
         with self.world.call(where) as outermost:
-            if outermost and check_in:
+            if outermost:
+                self._suspend_active(where)
                 self._check_in(where, about)
             yield
 
+    @contextmanager
+    def streaming(self, stream: Suspendable, *, closing: bool = False) -> Iterator[None]:
+        """Run steps of a stream on all ranks, as `collective` runs a call.
+
+        Nothing is sent before them if the ranks' last steps were of the same stream.
+
+        Args:
+            stream: the stream on this rank.
+            closing: True to end it: rank 0 need not resume it for that.
+        """
+        with self.world.call("a stream"):
+            if stream.ended:
+                yield
+                return
+            if self.streams.active is not stream:
+                self._suspend_active("another stream")
+                self._resume(stream, closing)
+            yield
+            if stream.ended or stream.is_suspended:
+                self.streams.active = None
+
+    def _suspend_active(self, where: str) -> None:
+        active, self.streams.active = self.streams.active, None
+        if active is not None and not active.ended and not active.suspend():
+            raise self._different_calls("the stream of an answer", where)
+
+    def _resume(self, stream: Suspendable, closing: bool) -> None:
+        if not stream.is_suspended:
+            raise InvalidInputError("this stream has failed; ask again")
+        if self.rank == 0:
+            if closing:
+                return
+            self.broadcast_object((RESUME, stream.number))
+        else:
+            message = self.receive_about(stream.number)
+            if message is None:
+                stream.leave()
+                return
+            if message[0] == END:
+                stream.end(message[2])
+                return
+        stream.is_suspended = False
+        self.streams.active = stream
+
     def _check_in(self, where: str, about: Any) -> None:
         if self.rank == 0:
-            self.broadcast_object((CALL, where, about, self.contexts.news()))
+            news = self.contexts.news(), self.streams.news()
+            self.broadcast_object((CALL, where, about, news))
             return
-        kind, *arguments = self.receive_object()
-        # The end of a stream that this rank has left.
-        while kind == END:
-            kind, *arguments = self.receive_object()
+        kind, *arguments = self._receive_but_ends(None)
         leading = arguments[0] if kind == CALL else "the stream of an answer"
         if leading != where:
-            raise InvalidInputError(
-                f"rank 0 is in {leading}, rank {self.rank} in {where}: every call is collective, so"
-                " make the same calls in the same order on all ranks"
-            )
+            raise self._different_calls(leading, where)
         _, leading_about, news = arguments
-        self.contexts.heed(news)
+        self.contexts.heed(news[0])
+        self.streams.heed(news[1])
         if leading_about != about:
             raise InvalidInputError(
                 f"rank {self.rank} calls {where} on another engine or context than rank 0, or with"
                 " other settings of StarConfig; make the same calls on all ranks"
             )
+
+    def _different_calls(self, leading: str, where: str) -> InvalidInputError:
+        return InvalidInputError(
+            f"rank 0 is in {leading}, rank {self.rank} in {where}: every call is collective, so"
+            " make the same calls in the same order on all ranks"
+        )
+
+    def receive_about(self, number: int) -> Any:
+        """Return rank 0's next message if it is about this call of phase 2; None if it is not.
+
+        A message about another call is kept for the call that expects it.
+        """
+        message = self._receive_but_ends(number)
+        if message[0] in (RESUME, END) and message[1] == number:
+            return message
+        self.push_back(message)
+        return None
+
+    def _receive_but_ends(self, number: int | None) -> Any:
+        """Return rank 0's next message, after the ends of streams other than `number`."""
+        message = self.receive_object()
+        while message[0] == END and message[1] != number:
+            self.streams.end(*message[1:])
+            message = self.receive_object()
+        return message
 
     # ------------------------------------------------------------------ ranks that follow
 
@@ -90,10 +160,12 @@ class WorldControl:
         """Keep this rank's part of every context for as long as rank 0 has its own."""
         with self.world.following():
             self.contexts.hold()
+            self.streams.hold()
             try:
                 yield
             finally:
                 self.contexts.release()
+                self.streams.release()
 
     def next_call(self) -> tuple[str, Any] | None:
         """Wait for rank 0's next call, which this rank then makes, too; None if it was the last.
@@ -101,17 +173,16 @@ class WorldControl:
         Waiting takes as long as it takes, on the CPU.
 
         Returns:
-            Name of the call, and what it is about, as in `collective`.
+            Name of the call, and what it is about, as in `collective`; `STREAM` and the number of a
+            stream that rank 0 continues.
 
         Raises:
             RankError: another rank died or was stopped.
         """
-        message = self.world.await_call(self.receive_object)
-        while message[0] == END:
-            message = self.world.await_call(self.receive_object)
+        message = self.world.await_call(partial(self._receive_but_ends, None))
         self.push_back(message)
         if message[0] != CALL:
-            return "the rest of a stream", None
+            return STREAM, message[1]
         _, where, about, _ = message
         if where != CLOSE:
             return where, about
@@ -156,6 +227,13 @@ class WorldControl:
     def push_back(self, message: Any) -> None:
         """Return a message that belongs to the next call; `receive_object` returns it first."""
         self.world.early_message = message
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Mark this rank as waiting for others, for however long; raise if one has a fault."""
+        with self.world.waiting():
+            yield
+        self.world.tick()
 
     def _broadcast_bytes(self, data: Tensor) -> None:
         self.world.issue(self.world.everyone(), lambda group: group.broadcast(data, 0)).wait()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from star_attention.distributed.comm import Comm, Pending, Recording
 from star_attention.distributed.registry import contexts_of, engines_of
+from star_attention.distributed.streams import Streams, Suspendable
 from star_attention.errors import release_frames_on_oom
 from star_attention.planning.traffic import Traffic
 
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 class SoloControl:
     """`Control` of one process, which is rank 0."""
 
-    def collective(
-        self, where: str, *, about: Any = None, check_in: bool = True
-    ) -> AbstractContextManager[None]:
+    def collective(self, where: str, *, about: Any = None) -> AbstractContextManager[None]:
         return release_frames_on_oom()
 
     def following(self) -> AbstractContextManager[None]:
@@ -35,10 +34,21 @@ class SoloControl:
     def dismiss(self) -> None:
         return
 
+    def streaming(
+        self, stream: Suspendable, *, closing: bool = False
+    ) -> AbstractContextManager[None]:
+        return release_frames_on_oom()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def broadcast_object(self, message: Any) -> None:
         return
 
     def receive_object(self) -> Any:
+        raise AssertionError("a single process is rank 0, which sends")
+
+    def receive_about(self, number: int) -> Any:
         raise AssertionError("a single process is rank 0, which sends")
 
     def push_back(self, message: Any) -> None:
@@ -82,9 +92,11 @@ class SoloComm(SoloControl, SoloProgress):
     tp_rank, tp_size = 0, 1
     transport_version = 0
     one_host = True
+    is_asynchronous = False
 
     def __init__(self) -> None:
         self.contexts, self.engines = contexts_of(0), engines_of(0)
+        self.streams = Streams()
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
 
     def on(self, device: torch.device, tp_size: int = 1) -> Comm:

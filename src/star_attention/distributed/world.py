@@ -22,6 +22,7 @@ from star_attention.distributed.following import FOLLOW, Followers
 from star_attention.distributed.groups import ProcessGroups
 from star_attention.distributed.registry import contexts_of, engines_of
 from star_attention.distributed.rendezvous import START_S, STARTUP, connect, dist
+from star_attention.distributed.streams import Streams
 from star_attention.distributed.watchdog import BUSY, GONE, IDLE, WAITING, Watchdog
 from star_attention.errors import (
     InvalidInputError,
@@ -67,6 +68,7 @@ class World:
             )
         self.rank, self.size = rank, size
         self.contexts, self.engines = contexts_of(rank), engines_of(rank)
+        self.streams = Streams()
         self.broken: RankError | None = None
         self.shared_error: BaseException | None = None
         self.early_message: Any = None
@@ -104,7 +106,7 @@ class World:
         """Return the process group of these ranks; its first use is collective among them."""
         group = self.groups.get(backend, ranks)
         if group is None:
-            with self._waiting():
+            with self.waiting():
                 group = self.groups.make(
                     backend, ranks, epoch=self.watchdog.epoch, check=self._raise_if_broken
                 )
@@ -145,7 +147,7 @@ class World:
             except dist.DistError as error:
                 raise self._explained(error) from error
             return
-        with self._waiting():
+        with self.waiting():
             while True:
                 # Asked first: it may complete between the timeout and a question after it.
                 completed = work.is_completed()
@@ -162,7 +164,7 @@ class World:
         return self.watchdog.find_cause(first_line(error)).as_error()
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         """Mark this rank as waiting, so that the others do not take it for hung."""
         self.watchdog.set_state(WAITING)
         try:
@@ -272,6 +274,7 @@ class World:
             self.groups.abandon()
         self.groups.clear()
         self._open_collectives, self.early_message = 0, None
+        self.streams.active = None
         try:
             self.everyone()
         except RuntimeError:

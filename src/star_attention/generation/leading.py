@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from star_attention.distributed.messages import STREAM
 from star_attention.errors import InvalidInputError
 
 _log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ _ENGINE_CALLS: dict[str, Callable[[Any], Any]] = {
     "extend": lambda star: star.extend(None, None, progress=False),
     "load_context": lambda star: star.load_context(None),
     "generate": lambda star: star.generate(None),
-    "a stream": lambda star: list(star.stream(None)),
+    "a stream": lambda star: star.stream(None),
     "logits": lambda star: star.logits(None, None),
 }
 """Calls of an engine by their names (`Control.collective`): rank 0's arguments count."""
@@ -72,6 +73,11 @@ class FollowCalls:
 def _repeat(star: Any, where: str, about: Any) -> None:
     """Make rank 0's call on this rank."""
     comm = star.runtime.comm
+    stream = comm.streams.get(about) if where == STREAM else None
+    if stream is not None:
+        with comm.streaming(stream):
+            stream.repeat()
+        return
     try:
         call = _counterpart(star, where, about)
     except InvalidInputError as error:

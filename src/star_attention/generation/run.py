@@ -1,4 +1,4 @@
-"""One call of `generate` or `stream`: tokens on demand, on the leading and the following ranks."""
+"""One call of `generate` or `stream` on rank 0, which leads: tokens on demand."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import torch
 from torch import Tensor
 
 from star_attention import phase2
-from star_attention.distributed.messages import END, PIECE
-from star_attention.errors import InvalidInputError
+from star_attention.distributed.messages import END
+from star_attention.generation import stock
 from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.logprobs import LogprobRecorder
 from star_attention.generation.result import Delta, Generation, Timings
 from star_attention.generation.settings import ResolvedSettings
+from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.timing import Clock
-from star_attention.hf.text.answer import AnswerText, BeamStopCriteria, Reading
+from star_attention.hf.text.answer import AnswerText, BeamStopCriteria
 from star_attention.planning.traffic import Traffic
 from star_attention.storage.oom import translate_oom
-
-Follower = Generator[Delta, None, Any]
-"""The work of a rank that follows rank 0 through phase 2; see `phase2.follow`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +41,12 @@ class Shape:
         return groups if self.several_queries else groups[0]
 
 
+def delta_of(answer: AnswerText, text: str) -> Delta | None:
+    """Return new text of an answer with its new reasoning; None for neither."""
+    reasoning = answer.take_reasoning()
+    return Delta(text=text, reasoning=reasoning) if text or reasoning else None
+
+
 @dataclass
 class _Measurements:
     """Times, memory and traffic of a run."""
@@ -59,34 +63,41 @@ class GenerationRun:
 
     def __init__(
         self,
-        request: phase2.Request,
+        request: Request,
         settings: ResolvedSettings,
         shape: Shape,
         *,
         tokenizer: Any,
         encode_s: float,
-        streamed: bool = False,
+        number: int,
     ) -> None:
+        """Begin the call.
+
+        Args:
+            request: what to answer.
+            settings: settings of the answers.
+            shape: their grouping.
+            tokenizer: the model's, or None.
+            encode_s: seconds that the context took.
+            number: the call's number on all ranks.
+        """
         self._clock = Clock(request.handle.device)
-        self._comm, self._streamed = request.comm, streamed
+        self._comm, self.number = request.comm, number
         self._wire_before = copy.copy(request.comm.cp_traffic)
         self._wire_within_before = copy.copy(request.comm.tp_traffic)
         self._encode_s = encode_s
         self.settings, self.shape = settings, shape
-        reading = Reading(
-            tokenizer,
-            settings.stops,
-            settings.answer_prefix,
-            skip_special_tokens=settings.arguments.skip_special_tokens,
-        )
+        reading = settings.text.reading(tokenizer)
         if settings.stops and not settings.uses_own_loop:
             request.stop_after = lambda prompt_tokens: BeamStopCriteria(reading, prompt_tokens)
         self._request = request
+        self.program: Program | None = None
+        if settings.uses_own_loop:
+            self.program = request.program(settings.answers_per_query)
+        self._leader: phase2.Leader | None = None
         prompts = [prompt for prompt in request.queries for _ in range(settings.answers_per_query)]
-        rows, eos_ids = len(prompts), settings.eos_ids | reading.stop_tokens
-        self._answers = [
-            AnswerText(reading.reader(prompt), reading.stops, eos_ids) for prompt in prompts
-        ]
+        self._answers = settings.text.answers(reading, prompts)
+        rows = len(prompts)
         keeps_logits = settings.arguments.return_logits
         self._logits: list[list[Tensor]] | None = (
             [[] for _ in range(rows)] if keeps_logits else None
@@ -95,26 +106,20 @@ class GenerationRun:
         self._logprobs = None if alternatives is None else LogprobRecorder(tokenizer, alternatives)
         self._measured = _Measurements()
         self.ended = self._end_sent = False
+        # A stream begins suspended, and is resumed for its first piece.
+        self.is_suspended = True
 
-    def pieces(self) -> Follower:
+    def pieces(self) -> Generator[Delta]:
         """Yield what of the first answer is final; running to the end completes all."""
         with translate_oom(self._out_of_memory):
             for text in self._own_loop() if self.settings.uses_own_loop else self._stock_loop():
-                if delta := self._delta(text):
-                    self._send_piece(delta)
+                if delta := delta_of(self._answers[0], text):
                     yield delta
-        tail = self._delta(self._close())
+        tail = delta_of(self._answers[0], self._close())
         self._warn_of_unanswered()
-        if tail:
-            self._send_piece(tail)
         self._send_end()
         if tail:
             yield tail
-
-    def _delta(self, text: str) -> Delta | None:
-        """Return new text of the first answer with its new reasoning; None for neither."""
-        reasoning = self._answers[0].take_reasoning()
-        return Delta(text=text, reasoning=reasoning) if text or reasoning else None
 
     def _out_of_memory(self) -> str:
         return (
@@ -124,29 +129,28 @@ class GenerationRun:
             f" (now {self._request.tokens_per_forward:,})"
         )
 
-    def _send_piece(self, piece: Delta) -> None:
-        if self._streamed and self._comm.size > 1:
-            self._comm.broadcast_object((PIECE, piece))
-
     def _send_end(self) -> None:
         if self._comm.size > 1 and not self._end_sent:
             self._end_sent = True
             answers = [replace(answer, logits=None) for answer in self.generations()]
-            self._comm.broadcast_object((END, answers))
+            self._comm.broadcast_object((END, self.number, answers))
 
     def _own_loop(self) -> Iterator[str]:
+        assert self.program is not None
         # transformers makes its logits processors in here.
         with translate_generation_errors():
-            steps = phase2.steps(self._request)
-        for step in steps:
+            self._leader = leader = phase2.Leader(self._request, self.program)
+        while not leader.finished:
+            step = leader.step()
             self._measured.first_s = self._measured.first_s or self._clock.elapsed()
-            yield self._push(step)
-            if all(answer.finish_reason is not None for answer in self._answers):
-                return
+            piece = self._push(step)
+            leader.settle(goes_on=any(answer.finish_reason is None for answer in self._answers))
+            yield piece
 
     def _push(self, step: phase2.Step) -> str:
         """Append one step's tokens to all unfinished answers; return the first answer's text."""
         piece = ""
+        assert step.logits_RV is not None
         if self._logprobs is not None:
             self._logprobs.push(step.logits_RV, step.tokens)
         for row, answer in enumerate(self._answers):
@@ -163,7 +167,7 @@ class GenerationRun:
 
     def _stock_loop(self) -> Iterator[str]:
         with translate_generation_errors():
-            rows = phase2.stock(self._request)
+            rows = stock.stock(self._request)
         for answer, row in zip(self._answers, rows, strict=True):
             for token in row:
                 if answer.finish_reason is None:
@@ -176,10 +180,29 @@ class GenerationRun:
     def _finish_reason(self, answer_tokens: int) -> str:
         return "length" if answer_tokens >= self.settings.max_new_tokens else "stop"
 
+    def suspend(self) -> bool:
+        """Let all ranks leave the stream for another call, after its last piece."""
+        self.is_suspended = True
+        if self._leader is not None:
+            self._leader.suspend()
+        return True
+
     def finish(self) -> None:
         """End all answers early, with reason "length"; the other ranks end theirs."""
         self._close()
+        # The other ranks wait for no step of a suspended stream.
+        if self._leader is not None and not self.is_suspended:
+            self._leader.close()
         self._send_end()
+
+    def repeat(self) -> None:
+        raise AssertionError("rank 0 leads")
+
+    def leave(self) -> None:
+        raise AssertionError("rank 0 leads")
+
+    def end(self, answers: Any) -> None:
+        raise AssertionError("rank 0 leads")
 
     def _close(self) -> str:
         """Take the measurements, end all answers; return the first answer's text held back."""
@@ -243,48 +266,3 @@ class GenerationRun:
         if not rows:
             return torch.empty(0, self._request.handle.vocab_size)
         return torch.stack(rows)
-
-
-class FollowerRun:
-    """The same call on another rank: it computes what rank 0 asks for, and gets its results."""
-
-    def __init__(self, follower: Follower, shape: Shape) -> None:
-        self._follower = follower
-        self._generations: list[Generation] = []
-        self.shape = shape
-        self.ended = False
-
-    def pieces(self) -> Follower:
-        """Yield the pieces that rank 0 streams."""
-        while (piece := self._next()) is not None:
-            yield piece
-
-    def _next(self) -> Delta | None:
-        try:
-            with translate_oom(
-                lambda: (
-                    "out of memory in phase 2: ask fewer queries at once, or encode over more ranks"
-                )
-            ):
-                return next(self._follower)
-        except StopIteration as end:
-            self._generations, self.ended = end.value or [], True
-            return None
-
-    def finish(self) -> None:
-        """Follow to the end: rank 0 decides when an answer ends, not this rank's reader."""
-        while not self.ended:
-            self._next()
-
-    def generations(self) -> list[Generation]:
-        """Return rank 0's answers.
-
-        Raises:
-            InvalidInputError: rank 0 left the stream before its end.
-        """
-        if not self._generations:
-            raise InvalidInputError(
-                "rank 0 left this stream before its end; close it there with close() or a with"
-                " block"
-            )
-        return self._generations

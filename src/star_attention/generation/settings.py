@@ -21,6 +21,7 @@ from star_attention.generation.json_answers import compile_schema
 from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
+from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.checks import checked_text
 from star_attention.hf.text.endings import turn_end_ids
 from star_attention.phase2 import OWN_LOOP_MODES
@@ -280,6 +281,16 @@ class ResolvedSettings:
     @property
     def answers_per_query(self) -> int:
         return self.config.num_return_sequences or 1
+
+    @property
+    def text(self) -> TextSettings:
+        """How answers become text."""
+        return TextSettings(
+            stops=self.stops,
+            answer_prefix=self.answer_prefix,
+            skip_special_tokens=self.arguments.skip_special_tokens,
+            eos_ids=self.eos_ids,
+        )
 
     @property
     def eos_ids(self) -> set[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,14 +11,37 @@ from transformers import LogitsProcessorList
 from star_attention import inputs, phase2
 from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
+from star_attention.generation import stock
+from star_attention.generation.following import FollowerRun, RepeaterRun
 from star_attention.generation.json_answers import JsonProcessor
 from star_attention.generation.known_tokens import known_tokens
-from star_attention.generation.run import Follower, FollowerRun, GenerationRun, Shape
+from star_attention.generation.run import GenerationRun, Shape
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
-from star_attention.hf.text.answer import Reading
+from star_attention.generation.stream import Stream
+from star_attention.hf.execution.request import Program, Request
+from star_attention.hf.text.answer import Reading, TextSettings
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What rank 0 tells the other ranks of a call of phase 2, once at its start.
+
+    Attributes:
+        key: key of the context.
+        number: the call's number on all ranks.
+        shape: grouping of the answers.
+        program: the steps; None where rank 0 runs transformers' loops, or no loop.
+        text: how a stream's answer becomes text; None without a stream.
+    """
+
+    key: int
+    number: int
+    shape: Shape
+    program: Program | None = None
+    text: TextSettings | None = None
 
 
 def start(
@@ -28,7 +51,7 @@ def start(
     options: dict[str, Any],
     *,
     streamed: bool = False,
-) -> GenerationRun | FollowerRun:
+) -> GenerationRun | FollowerRun | RepeaterRun:
     """Start one call of phase 2, which rank 0 leads. Collective.
 
     Args:
@@ -40,45 +63,94 @@ def start(
     """
     runs: list[GenerationRun] = []
 
-    def prepare() -> tuple[int, Shape]:
+    def prepare() -> Start:
         if streamed:
             _check_streamed(runtime, query)
         runtime.check_context(context)
-        prepared = _prepared(runtime, context, query, options)
-        settings = prepared.settings
-        assert settings is not None, "rank 0 prepares"
-        request = _phase2_request(
-            runtime,
-            context,
-            prepared.prompts,
-            settings.max_new_tokens,
-            generation_kwargs=settings.generation_kwargs,
-            seed=settings.arguments.seed,
-            logits_processor=_processors(runtime, settings, prepared.prompts),
-            stopping_criteria=settings.arguments.stopping_criteria,
-        )
-        shape = Shape(
-            several_queries=prepared.several_queries,
-            answers_per_query=settings.answers_per_query,
-        )
-        run = GenerationRun(
-            request,
-            settings,
-            shape,
-            tokenizer=runtime.tokenizer,
-            encode_s=context.encode_s,
-            streamed=streamed,
-        )
-        if streamed and (not settings.uses_own_loop or shape.answers_per_query > 1):
+        run = _leading_run(runtime, context, _prepared(runtime, context, query, options))
+        if streamed and (run.program is None or run.shape.answers_per_query > 1):
             raise InvalidInputError(
                 "a stream is one answer by greedy search or sampling; use generate for beams and"
                 " several answers"
             )
         runs.append(run)
-        return context.key, shape
+        return Start(
+            key=context.key,
+            number=run.number,
+            shape=run.shape,
+            program=run.program,
+            text=run.settings.text if streamed else None,
+        )
 
-    follower, shape = _start_on_followers(runtime, prepare)
-    return runs[0] if follower is None else FollowerRun(follower, shape)
+    comm = runtime.comm
+    message: Start = comm.run_on_rank_0(prepare)
+    run = runs[0] if comm.rank == 0 else _following_run(runtime, message)
+    return run
+
+
+def stream(
+    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
+) -> Stream:
+    """Start a stream; arguments as for `start`. Collective."""
+    run = start(runtime, context, query, options, streamed=True)
+    assert not isinstance(run, RepeaterRun), "transformers' loops do not stream"
+    runtime.comm.streams.add(run)
+    return Stream(run, runtime.comm)
+
+
+def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> GenerationRun:
+    settings = prepared.settings
+    assert settings is not None, "rank 0 prepares"
+    request = _phase2_request(
+        runtime,
+        context,
+        prepared.prompts,
+        settings.max_new_tokens,
+        generation_kwargs=settings.generation_kwargs,
+        seed=settings.arguments.seed,
+        logits_processor=_processors(runtime, settings, prepared.prompts),
+        stopping_criteria=settings.arguments.stopping_criteria,
+    )
+    return GenerationRun(
+        request,
+        settings,
+        Shape(
+            several_queries=prepared.several_queries,
+            answers_per_query=settings.answers_per_query,
+        ),
+        tokenizer=runtime.tokenizer,
+        encode_s=context.encode_s,
+        number=runtime.comm.streams.new_number(),
+    )
+
+
+def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRun:
+    context: EncodedContext = runtime.comm.contexts.get(message.key)
+    program = message.program
+    if program is None:
+        return RepeaterRun(lambda: _repeat(runtime, context), message.shape)
+    request = Request(
+        handle=runtime.handle,
+        context_ids_L=context.token_ids,
+        shard=context.kv,
+        rope_length=context.rope_length,
+        queries=program.queries,
+        tokens_per_forward=program.tokens_per_forward,
+        comm=runtime.comm,
+    )
+    answer = None
+    if message.text is not None:
+        reading = message.text.reading(runtime.need_tokenizer("a stream of text"))
+        (answer,) = message.text.answers(reading, program.queries)
+    follower = phase2.Follower(request, program)
+    return FollowerRun(follower, answer, message.shape, message.number, runtime.comm)
+
+
+def _repeat(runtime: Runtime, context: EncodedContext) -> Any:
+    """Repeat rank 0's forwards; return what its last message holds."""
+    return stock.follow(
+        runtime.handle, context.kv, len(context.token_ids), context.rope_length, runtime.comm
+    )
 
 
 def _processors(
@@ -96,35 +168,16 @@ def _processors(
     return LogitsProcessorList([*(processors or []), *own]) if own else processors
 
 
-def _start_on_followers(
-    runtime: Runtime, prepare: Callable[[], tuple[int, Any]]
-) -> tuple[Follower | None, Any]:
-    """Run `prepare` on rank 0 and broadcast its result, a context's key and a value.
-
-    Returns:
-        The work of a follower (None on rank 0), and the value.
-    """
-    key, value = runtime.comm.run_on_rank_0(prepare)
-    if runtime.comm.rank == 0:
-        return None, value
-    context: EncodedContext = runtime.comm.contexts.get(key)
-    tokens_before = len(context.token_ids)
-    follower = phase2.follow(
-        runtime.handle, context.kv, tokens_before, context.rope_length, runtime.comm
-    )
-    return follower, value
-
-
 def _phase2_request(
     runtime: Runtime,
     context: EncodedContext,
     prompts: list[list[int]],
     max_new_tokens: int,
     **options: Any,
-) -> phase2.Request:
+) -> Request:
     """Return a request of phase 2, after checking that there are positions for its answers."""
     runtime.positions.check_room(len(context), context.rope_length, prompts, max_new_tokens)
-    return phase2.Request(
+    return Request(
         handle=runtime.handle,
         context_ids_L=context.token_ids,
         shard=context.kv,
@@ -144,24 +197,24 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
         context: the context that is continued.
         continuation: text or token ids.
     """
-    requests: list[phase2.Request] = []
+    requests: list[Request] = []
     held: list[int] = []
 
-    def prepare() -> tuple[int, None]:
+    def prepare() -> int:
         runtime.check_context(context)
         after = ContextInput.of(context)
         prompt = inputs.prompt_ids(runtime, context.chat, continuation, after=after)
         held.append(inputs.held_tokens(after, prompt))
         requests.append(_phase2_request(runtime, context, [prompt], 0))
-        return context.key, None
+        return context.key
 
-    follower, _ = _start_on_followers(runtime, prepare)
-    if follower is not None:
-        for _ in follower:
-            pass
+    comm = runtime.comm
+    key = comm.run_on_rank_0(prepare)
+    if comm.rank:
+        _repeat(runtime, comm.contexts.get(key))
         return None
     logits_QV = phase2.logits(requests[0])
-    runtime.comm.broadcast_object((END, None))
+    comm.broadcast_object((END, comm.streams.new_number(), None))
     return logits_QV[held[0] :]
 
 

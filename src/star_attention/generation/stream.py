@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
+from star_attention.generation.following import FollowerRun
 from star_attention.generation.result import Delta, Generation
-from star_attention.generation.run import FollowerRun, GenerationRun
+from star_attention.generation.run import GenerationRun
 from star_attention.storage.transient import Transient
 
 
@@ -50,12 +51,12 @@ class Stream(Transient, Iterator[str]):
             return next(self._pieces, None)
 
     @contextmanager
-    def _collective(self) -> Iterator[None]:
+    def _collective(self, *, closing: bool = False) -> Iterator[None]:
         """Advance the stream on all ranks; after an exception it cannot be advanced again."""
         if self._failed:
             raise InvalidInputError("this stream has failed; ask again")
         try:
-            with self._comm.collective("a stream", check_in=False):
+            with self._comm.streaming(self._run, closing=closing):
                 yield
         except BaseException:
             self._failed = True
@@ -76,7 +77,7 @@ class Stream(Transient, Iterator[str]):
         """End the answer here."""
         if self._failed:
             return
-        with self._collective():
+        with self._collective(closing=True):
             self._pieces.close()
             self._run.finish()
 

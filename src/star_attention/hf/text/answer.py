@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -77,6 +78,35 @@ class Reading:
         cutter = StopStringCutter(self.stops)
         cutter.push(text)
         return cutter.stopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How the answers of one call become text, in words that travel between ranks.
+
+    Attributes:
+        stops, answer_prefix, skip_special_tokens: see `Reading`.
+        eos_ids: token ids that end an answer.
+    """
+
+    stops: list[str]
+    answer_prefix: str
+    skip_special_tokens: bool
+    eos_ids: set[int]
+
+    def reading(self, tokenizer: Any) -> Reading:
+        """Return how a tokenizer's tokens are read."""
+        return Reading(
+            tokenizer,
+            self.stops,
+            self.answer_prefix,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+
+    def answers(self, reading: Reading, prompts: list[list[int]]) -> list[AnswerText]:
+        """Return an empty answer to each prompt."""
+        eos_ids = self.eos_ids | reading.stop_tokens
+        return [AnswerText(reading.reader(prompt), reading.stops, eos_ids) for prompt in prompts]
 
 
 class AnswerText:

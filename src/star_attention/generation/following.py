@@ -1,0 +1,140 @@
+"""One call of `generate` or `stream` on a rank other than 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+
+from star_attention import phase2
+from star_attention.distributed.comm import Comm
+from star_attention.errors import InvalidInputError
+from star_attention.generation.result import Delta, Generation
+from star_attention.generation.run import Shape, delta_of
+from star_attention.hf.text.answer import AnswerText
+from star_attention.storage.oom import translate_oom
+
+
+class FollowerRun:
+    """A call of our own loop: the same steps as on rank 0, whose answers count.
+
+    Args:
+        follower: the steps.
+        answer: the text of a stream's answer, for its pieces; None for `generate`.
+        shape: grouping of the answers.
+        number: the call's number on all ranks.
+        comm: the ranks.
+    """
+
+    def __init__(
+        self,
+        follower: phase2.Follower,
+        answer: AnswerText | None,
+        shape: Shape,
+        number: int,
+        comm: Comm,
+    ) -> None:
+        self._follower, self._answer, self._comm = follower, answer, comm
+        self._generations: list[Generation] = []
+        self.shape, self.number = shape, number
+        self.ended = False
+        # A stream begins suspended, and is resumed for its first piece.
+        self.is_suspended = True
+
+    def pieces(self) -> Generator[Delta]:
+        """Yield the pieces that rank 0 streams."""
+        while not self.ended:
+            if self._follower.finished:
+                self._receive_answers()
+            elif delta := self._step():
+                yield delta
+
+    def _step(self) -> Delta | None:
+        """Run a step with rank 0; return what it adds to a stream."""
+        flag, step = self._run_step()
+        if flag == phase2.SUSPENDED:
+            self.leave()
+        answer = self._answer
+        if flag not in (phase2.GO_ON, phase2.LAST) or answer is None:
+            return None
+        text = answer.push(step.tokens[0])
+        if step.ended[0] and answer.finish_reason is None:
+            text += answer.end("stop")
+        return delta_of(answer, text)
+
+    def _run_step(self) -> tuple[int, phase2.Step]:
+        with translate_oom(_out_of_memory):
+            return self._follower.step()
+
+    def _receive_answers(self) -> None:
+        message = self._comm.receive_about(self.number)
+        if message is None:
+            self.leave()
+        else:
+            self.end(message[2])
+
+    def finish(self) -> None:
+        """Follow to the end: rank 0 decides when an answer ends, not this rank's reader."""
+        for _ in self.pieces():
+            pass
+
+    def suspend(self) -> bool:
+        """Leave the stream for another call, if rank 0 does so too."""
+        self.is_suspended = True
+        return self._follower.finished or self._run_step()[0] in (phase2.CLOSED, phase2.SUSPENDED)
+
+    def repeat(self) -> None:
+        """Follow until the stream ends or rank 0 suspends it, to resume it at any later time."""
+        while not self.ended and not self.is_suspended:
+            if not self._follower.finished:
+                self.is_suspended = self._run_step()[0] == phase2.SUSPENDED
+            elif message := self._comm.receive_about(self.number):
+                self.end(message[2])
+            else:
+                self.is_suspended = True
+
+    def leave(self) -> None:
+        """End the stream here, because rank 0 is in another call."""
+        self.ended = True
+
+    def end(self, answers: list[Generation]) -> None:
+        """Take rank 0's answers."""
+        self._generations, self.ended = answers, True
+
+    def generations(self) -> list[Generation]:
+        """Return rank 0's answers.
+
+        Raises:
+            InvalidInputError: rank 0 left the stream before its end.
+        """
+        if not self._generations:
+            raise InvalidInputError(
+                "rank 0 left this stream before its end; close it there with close() or a with"
+                " block"
+            )
+        return self._generations
+
+
+class RepeaterRun:
+    """A call of `generate` that transformers' loops run on rank 0 alone.
+
+    Args:
+        repeat: repeats rank 0's forwards, and returns its answers.
+        shape: grouping of the answers.
+    """
+
+    def __init__(self, repeat: Callable[[], list[Generation]], shape: Shape) -> None:
+        self._repeat, self.shape = repeat, shape
+        self._generations: list[Generation] = []
+
+    def pieces(self) -> Iterator[Delta]:
+        """Run the call; there are no pieces."""
+        with translate_oom(_out_of_memory):
+            self._generations = self._repeat()
+        return iter(())
+
+    def generations(self) -> list[Generation]:
+        """Return rank 0's answers."""
+        return self._generations
+
+
+def _out_of_memory() -> str:
+    return "out of memory in phase 2: ask fewer queries at once, or encode over more ranks"

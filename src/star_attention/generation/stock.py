@@ -1,0 +1,116 @@
+"""Decoding by transformers' own loops (beams, assisted): rank 0 runs them, the others repeat.
+
+Axes: B queries, S tokens of a forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from star_attention.distributed.comm import Comm
+from star_attention.distributed.messages import END
+from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.cache.mirrored import Mirror
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.execution.request import Request
+from star_attention.phase2 import CACHE_ARGUMENT
+from star_attention.storage.kv import ContextKV
+
+
+def stock(request: Request) -> list[list[int]]:
+    """Answer by transformers' own decoding loop (beams, assisted).
+
+    Queries of different lengths run one after another: padding would lie inside the text that
+    penalties look at. So do queries that are sampled with a seed, which is for each of them.
+
+    Returns:
+        The new tokens of each row.
+    """
+    options, defaults = request.generation_kwargs, request.handle.model.generation_config
+    # transformers drafts for one row only, and draws from one generator.
+    is_drafted = options.get("prompt_lookup_num_tokens") is not None
+    is_seeded = request.seed is not None and options.get("do_sample", defaults.do_sample)
+    is_alone = is_drafted or is_seeded
+    groups: dict[Any, list[int]] = {}
+    for index, query in enumerate(request.queries):
+        groups.setdefault(index if is_alone else len(query), []).append(index)
+    rows: dict[int, list[list[int]]] = {}
+    for indices in groups.values():
+        new_rows = _stock(replace(request, queries=[request.queries[index] for index in indices]))
+        answers = len(new_rows) // len(indices)
+        for i, index in enumerate(indices):
+            rows[index] = new_rows[i * answers : (i + 1) * answers]
+    return [row for index in range(len(request.queries)) for row in rows[index]]
+
+
+def _stock(request: Request) -> list[list[int]]:
+    cache = request.mirrored_cache()
+    # All queries have one length here, so there is no filler.
+    ids_BS = request.text()
+    mask_BS = torch.ones_like(ids_BS)
+    # Where rotary frequencies depend on the length, some models drop the cache by the ids' length:
+    # they get the query alone.
+    ids_BS = ids_BS[:, -request.prompt_tokens :]
+    criteria = list(request.stopping_criteria or [])
+    if request.stop_after is not None:
+        criteria.append(request.stop_after(request.prompt_tokens))
+    devices = [ids_BS.device] if ids_BS.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, enabled=request.seed is not None):
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        whole = request.prompt_tokens if request.rope_length is None else None
+        with request.handle.generating(cache, request.rope_length, whole) as model:
+            sequences: Tensor = model.generate(
+                ids_BS,
+                attention_mask=mask_BS,
+                **{CACHE_ARGUMENT: cache},
+                **request.generation_kwargs,
+                logits_processor=request.logits_processor,
+                stopping_criteria=StoppingCriteriaList(criteria),
+            )
+    rows: list[list[int]] = sequences[:, request.prompt_tokens :].tolist()
+    config = request.handle.model.generation_config
+    pad = request.generation_kwargs.get("pad_token_id", config.pad_token_id)
+    eos = request.generation_kwargs.get("eos_token_id", config.eos_token_id)
+    ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    return [_without_fill(row, {-1, pad} - ends) for row in rows]
+
+
+def _without_fill(row: list[int], fill: set[int | None]) -> list[int]:
+    """Cut a row where it ended: transformers pads rows that a criterion ends before the others."""
+    length = len(row)
+    while length > 1 and row[length - 1] in fill:
+        length -= 1
+    return row[:length]
+
+
+def follow(
+    handle: ModelHandle, shard: ContextKV, context_tokens: int, rope_length: int | None, comm: Comm
+) -> Any:
+    """Repeat rank 0's forwards and its changes of the cache until the end of the call.
+
+    Returns:
+        The answers, from rank 0's last message.
+    """
+
+    def new_cache(padding: list[int]) -> AnswerCache:
+        return AnswerCache(shard, handle.windows, context_tokens, padding, comm)
+
+    def forward(
+        cache: AnswerCache, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int
+    ) -> None:
+        ids_BS, positions_BS = ids_BS.to(handle.device), positions_BS.to(handle.device)
+        # Only rank 0 needs logits.
+        handle.encode(ids_BS, positions_BS, cache, rope_length, logits_to_keep=logits_to_keep)
+
+    mirror = Mirror(new_cache, forward)
+    while True:
+        kind, *arguments = comm.receive_object()
+        if kind == END:
+            return arguments[1]
+        mirror.run(kind, *arguments)

@@ -1,0 +1,176 @@
+"""A request of phase 2: queries on one context, and the forwards that answer them.
+
+Axes: B queries (padded on the left to one length Q), R rows = B x answers each, S tokens of a
+forward, L context tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.cache.mirrored import MirroredCache
+from star_attention.hf.execution.graphs import Graphs
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.storage.kv import ContextKV
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What rank 0 tells the other ranks of a request, once at its start.
+
+    Attributes:
+        queries: token ids of each query.
+        padded_tokens: length to which they are padded.
+        answers_per_query: answers to each query.
+        max_new_tokens: most tokens of an answer.
+        tokens_per_forward: most query tokens of one forward, over all queries.
+        is_ahead: True to issue the forward of a step's tokens before Python looks at them, where
+            the device works by itself.
+    """
+
+    queries: list[list[int]]
+    padded_tokens: int
+    answers_per_query: int
+    max_new_tokens: int
+    tokens_per_forward: int
+    is_ahead: bool
+
+
+@dataclass(kw_only=True)
+class Request:
+    """Queries on one context, ready to run.
+
+    Attributes:
+        handle: the model.
+        context_ids_L: token ids of the whole context, on CPU.
+        shard: this rank's keys and values of the context.
+        rope_length: tokens that length-dependent rotary frequencies are computed for, or None.
+        queries: token ids of each query.
+        tokens_per_forward: most query tokens of one forward, over all queries.
+        comm: the ranks.
+        generation_kwargs: arguments of `GenerationConfig`; they override the model's defaults.
+        seed: seed of sampling for each query, or None for torch's global generator.
+        logits_processor, stopping_criteria: transformers' lists.
+        stop_after: makes a stopping criterion for prompts of a given length.
+    """
+
+    handle: ModelHandle
+    context_ids_L: Tensor
+    shard: ContextKV
+    rope_length: int | None
+    queries: list[list[int]]
+    tokens_per_forward: int
+    comm: Comm
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    logits_processor: LogitsProcessorList | None = None
+    stopping_criteria: StoppingCriteriaList | None = None
+    stop_after: Callable[[int], StoppingCriteria] | None = None
+
+    @property
+    def query_tokens(self) -> int:
+        """Length of the longest query."""
+        return max(len(query) for query in self.queries)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before an answer in the input of transformers' own loops."""
+        return self.query_tokens + (len(self.context_ids_L) if self.rope_length is None else 0)
+
+    def padding(self, tokens: int | None = None) -> list[int]:
+        """Return the left padding of each query to a number of tokens, or to the longest query."""
+        return [(tokens or self.query_tokens) - len(query) for query in self.queries]
+
+    def program(self, answers_per_query: int) -> Program:
+        """Return what the other ranks need to know, as rank 0 decides."""
+        graphs = self.graphs
+        bucket = None if graphs is None else graphs.bucket(len(self.queries), self.query_tokens)
+        return Program(
+            queries=self.queries,
+            padded_tokens=bucket or self.query_tokens,
+            answers_per_query=answers_per_query,
+            max_new_tokens=int(self.generation_kwargs["max_new_tokens"]),
+            tokens_per_forward=self.tokens_per_forward,
+            is_ahead=graphs is not None or self.comm.is_asynchronous,
+        )
+
+    def cache(self, query_tokens: int) -> AnswerCache:
+        """Return a new cache for queries padded to a number of tokens."""
+        return AnswerCache(*self._cache_arguments(query_tokens))
+
+    def mirrored_cache(self) -> AnswerCache:
+        """Return rank 0's new cache for loops that run there alone."""
+        cache_type = MirroredCache if self.comm.size > 1 else AnswerCache
+        return cache_type(*self._cache_arguments(self.query_tokens))
+
+    def _cache_arguments(self, query_tokens: int) -> Any:
+        padding = self.padding(query_tokens)
+        return self.shard, self.handle.windows, len(self.context_ids_L), padding, self.comm
+
+    def padded(self, padding: list[int]) -> Tensor:
+        """Return the queries padded on the left, `[B, Q]`.
+
+        Attention never sees the filler, but penalties do, so it is a token that every row holds.
+        """
+        fill = int(self.context_ids_L[0])
+        rows = [[fill] * gap + query for gap, query in zip(padding, self.queries, strict=True)]
+        return torch.tensor(rows, device=self.handle.device)
+
+    def forwards(self, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ids and positions of the padded queries, `[B, S]` each, a pair for each forward."""
+        padding = cache.row_padding(len(self.queries))
+        ids_BQ = self.padded(padding)
+        context_tokens = len(self.context_ids_L)
+        # Padding has no position of its own; nothing sees it, so 0 will do.
+        gap_B1 = torch.tensor(padding, device=ids_BQ.device)[:, None]
+        positions_BQ = (
+            context_tokens + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1
+        ).clamp_(min=0)
+        columns = max(1, self.tokens_per_forward // ids_BQ.shape[0])
+        for start in range(0, ids_BQ.shape[1], columns):
+            part = slice(start, start + columns)
+            yield ids_BQ[:, part], positions_BQ[:, part]
+
+    @cached_property
+    def graphs(self) -> Graphs | None:
+        """CUDA graphs that serve this request's forwards, or None."""
+        graphs = self.handle.graphs
+        return graphs if graphs is not None and graphs.serve(self.shard, self.comm) else None
+
+    def forward(self, ids_RQ: Tensor, positions_RQ: Tensor, cache: AnswerCache) -> Tensor | None:
+        """Run a forward of new tokens, by a CUDA graph if one fits.
+
+        Returns:
+            Logits of each row's last token, fp32 `[R, V]`; None on ranks that need not compute any.
+        """
+        logits_RV = None if self.graphs is None else self.graphs.run(cache, ids_RQ, positions_RQ)
+        if logits_RV is not None:
+            return logits_RV
+        if self.comm.rank == 0:
+            return self.handle.logits(ids_RQ, positions_RQ, cache, self.rope_length)[:, -1].float()
+        cache.begin(ids_RQ, positions_RQ, 1)
+        self.handle.encode(ids_RQ, positions_RQ, cache, self.rope_length, logits_to_keep=1)
+        return None
+
+    def text(self) -> Tensor:
+        """Return filler, context and query of each row, `[B, L + Q]`.
+
+        That is what logits processors read: context and query in one piece.
+        """
+        padding = self.padding()
+        ids_BQ = self.padded(padding)
+        context_L = self.context_ids_L.to(ids_BQ.device)
+        rows = [
+            torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]])
+            for gap, ids_Q in zip(padding, ids_BQ, strict=True)
+        ]
+        return torch.stack(rows)
