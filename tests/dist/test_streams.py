@@ -6,6 +6,7 @@ GPU ranks (`is_ahead`), where the forward is issued first.
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -21,10 +22,15 @@ AHEAD = pytest.mark.parametrize("is_ahead", [False, True])
 OPTIONS: dict[str, Any] = dict(max_new_tokens=12, ignore_eos=True)
 
 
-def story(comm: Any, is_ahead: bool) -> tuple[StarLLM, Any]:
-    """Return an engine and a context."""
+def engine(comm: Any, is_ahead: bool) -> StarLLM:
     star = StarLLM(text_model(), bundled_tokenizer(), comm=comm, block_size=32)
     star.runtime.comm.is_asynchronous = is_ahead
+    return star
+
+
+def story(comm: Any, is_ahead: bool) -> tuple[StarLLM, Any]:
+    """Return an engine and a context."""
+    star = engine(comm, is_ahead)
     return star, star.encode("The hill is tall. " * 20)
 
 
@@ -61,9 +67,10 @@ def test_answers_end_alike_on_all_ranks(pool: Pool, ranks: int, is_ahead: bool) 
     assert pool.run(answer_all_kinds, ranks, is_ahead=is_ahead) == [expected] * ranks
 
 
-def interleave(comm: Any, is_ahead: bool) -> Any:
+def interleave(comm: Any, is_ahead: bool, star: StarLLM | None = None) -> Any:
     """Suspend streams for each other, for calls, for a failing call, and close one of them."""
-    star, context = story(comm, is_ahead)
+    star = star or engine(comm, is_ahead)
+    context = star.encode("The hill is tall. " * 20)
     streams = [star.stream(context, query, **OPTIONS) for query in ("A dog", "Stars", "Rain")]
     pieces = [next(stream) for stream in streams for _ in range(2)]
     between = star.generate(context, "Nobody", max_new_tokens=3).token_ids
@@ -84,6 +91,35 @@ def test_interleaved_streams_are_as_on_one_rank(pool: Pool, is_ahead: bool) -> N
     expected = interleave(SoloComm(), is_ahead)
     assert len(expected[3][1][0]) < 12
     assert pool.run(interleave, 3, is_ahead=is_ahead) == [expected] * 3
+
+
+def interleave_alone(comm: TorchComm) -> Any:
+    """The other ranks follow; they hold streams for as long as rank 0 does."""
+    star = engine(comm, is_ahead=False)
+    if comm.rank == 0:
+        result = interleave(comm, is_ahead=False, star=star)
+        star.close()
+        return result
+    held = []
+    heed = comm.streams.heed
+
+    def heed_and_count(news: list[int]) -> None:
+        heed(news)
+        gc.collect()
+        held.append(len(comm.streams.news()))
+
+    comm.streams.heed = heed_and_count  # type: ignore[method-assign]
+    star.follow()
+    comm.streams.heed = heed  # type: ignore[method-assign]
+    return held
+
+
+def test_ranks_that_follow_resume_streams(pool: Pool) -> None:
+    expected = interleave(SoloComm(), is_ahead=False)
+    leading, *others = pool.run(interleave_alone, 3)
+    assert leading == expected
+    # encode and three streams; two calls; one is closed: extend; all have ended: generate, close
+    assert others == [[0, 0, 1, 2, 3, 3, 2, 0, 0]] * 2
 
 
 def close_where_others_do_not(comm: TorchComm, is_ahead: bool) -> list[Any]:
