@@ -98,8 +98,9 @@ class Runtime(Transient):
         self._verify_ranks_agree()
         if not is_sharded:
             self.comm = self.comm.on(self.device)
-        if self.comm.cp_size > 1:
-            # Probe the layers now: it takes a forward, which is not to count as work of a call.
+        if self.comm.size > 1:
+            # Probe the layers now: it takes a forward, which is not to count as work of a call, and
+            # which tp ranks run together.
             self.handle.layer_shapes  # noqa: B018
 
     def _verify_ranks_agree(self) -> None:

@@ -19,6 +19,7 @@ from star_attention.cli import main
 from star_attention.distributed.messages import WorldControl
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.encode import EncodeCache
+from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle
 
 fault, phase, victim = sys.argv[1:4]
@@ -65,6 +66,17 @@ def plant(real: Any) -> Any:
     return forward
 
 
+def plant_in_graphs(real: Any) -> Any:
+    def run(self: Any, cache: Any, ids: Any, positions: Any, **kwargs: Any) -> Any:
+        def forward(_: Any, ids: Any, positions: Any, cache: Any) -> Any:
+            return real(self, cache, ids, positions, **kwargs)
+
+        return plant(forward)(None, ids, positions, cache)
+
+    return run
+
+
+Graphs.run = plant_in_graphs(Graphs.run)  # type: ignore[method-assign]
 ModelHandle.encode = plant(ModelHandle.encode)  # type: ignore[method-assign]
 ModelHandle.logits = plant(ModelHandle.logits)  # type: ignore[method-assign]
 

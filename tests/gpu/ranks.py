@@ -15,14 +15,23 @@ from typing import Any
 
 import torch
 
-from star_attention.distributed import TorchComm
+from star_attention.distributed import TorchComm, collectives
 
 SHARED_GPU = Path(__file__).parent / "shared_gpu"
-TIMEOUT_S = 500
+TIMEOUT_S = 400
+STALL_S = 10
 
 
-def run(task: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
+def run(
+    task: Callable[..., Any], ranks: int, *, nccl_alone: bool = False, **arguments: Any
+) -> list[Any]:
     """Return what `task(comm, device, **arguments)` returns on each rank.
+
+    Args:
+        task: a function of a module.
+        ranks: number of processes.
+        nccl_alone: no exchange through GPU memory, as between machines.
+        arguments: of the task.
 
     Raises:
         AssertionError: a rank raised; with its traceback.
@@ -40,7 +49,7 @@ def run(task: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
             # `sitecustomize` reads it when the process starts.
             os.environ["RANK"] = str(rank)
             device = f"cuda:{rank if own_gpus else 0}"
-            place = (rank, ranks, device, ports, results)
+            place = (rank, ranks, device, nccl_alone, ports, results)
             processes.append(
                 context.Process(
                     target=_serve, args=(*place, task.__module__, task.__name__, arguments)
@@ -52,7 +61,8 @@ def run(task: Callable[..., Any], ranks: int, **arguments: Any) -> list[Any]:
         os.environ.update(before)
     answers = dict(results.get(timeout=TIMEOUT_S) for _ in range(ranks))
     for process in processes:
-        process.join()
+        process.join(STALL_S)
+        process.kill()
     failures = [answer for failed, answer in answers.values() if failed]
     assert not failures, "\n".join(failures)
     return [answers[rank][1] for rank in range(ranks)]
@@ -62,6 +72,7 @@ def _serve(
     rank: int,
     size: int,
     device: str,
+    nccl_alone: bool,
     ports: Any,
     results: Any,
     module: str,
@@ -72,6 +83,8 @@ def _serve(
     os.environ.pop("RANK")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    if nccl_alone:
+        collectives.boot_id = lambda: f"machine {rank}"
     try:
         torch.cuda.set_device(device)
         master = None
@@ -82,9 +95,10 @@ def _serve(
             for _ in range(size - 1):
                 ports.put(master.port)
         port = ports.get() if master is None else master.port
-        comm = TorchComm(rank, size, "127.0.0.1", port, master=master)
+        comm = TorchComm(rank, size, "127.0.0.1", port, master=master, stall_s=STALL_S)
         answer = getattr(importlib.import_module(module), name)(comm, device, **arguments)
         results.put((rank, (False, answer)))
-        comm.gather("nobody leaves before all are done")
+        if comm.world.broken is None:
+            comm.gather("nobody leaves before all are done")
     except BaseException:
         results.put((rank, (True, f"rank {rank}:\n{traceback.format_exc()}")))

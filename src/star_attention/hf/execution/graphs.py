@@ -99,7 +99,8 @@ class Graphs:
         if weights != self._weights:
             self._weights = weights
             self._captures.clear()
-        if comm.size > 1:
+        # Collectives over gloo wait on the host.
+        if comm.size > 1 and not comm.is_asynchronous:
             return False
         return can_read(shard, self._handle.layer_shapes, self._handle.device)
 

@@ -152,10 +152,12 @@ class Request:
         Returns:
             Logits of each row's last token, fp32 `[R, V]`; None on ranks that need not compute any.
         """
-        logits_RV = None if self.graphs is None else self.graphs.run(cache, ids_RQ, positions_RQ)
-        if logits_RV is not None:
-            return logits_RV
-        if self.comm.rank == 0:
+        leads = self.comm.rank == 0
+        if self.graphs is not None:
+            logits_RV = self.graphs.run(cache, ids_RQ, positions_RQ, logits=leads)
+            if logits_RV is not None:
+                return logits_RV if leads else None
+        if leads:
             return self.handle.logits(ids_RQ, positions_RQ, cache, self.rope_length)[:, -1].float()
         cache.begin(ids_RQ, positions_RQ, 1)
         self.handle.encode(ids_RQ, positions_RQ, cache, self.rope_length, logits_to_keep=1)
