@@ -2,7 +2,9 @@
 
 Usage: python faulty.py FAULT PHASE VICTIM <arguments of star-attention>
        python faulty.py FAULT PHASE VICTIM session STALL_S PAUSE_S TENSOR_PARALLEL
-PHASE is 1, 2, or in a session "follow": while the other ranks wait for rank 0's next call.
+PHASE is 1, 2, or in a session "follow": while the other ranks wait for rank 0's next call. The
+fault comes in the third forward of its phase, in phase 2 in number FAULT_FORWARD, if that is set;
+replays of CUDA graphs count.
 """
 
 from __future__ import annotations
@@ -49,12 +51,17 @@ def phase_of(cache: Any) -> str:
     return "2" if isinstance(cache, AnswerCache) else "startup"
 
 
+def begin_forward(current: str) -> None:
+    forwards[current] += 1
+    fails_at = int(os.environ.get("FAULT_FORWARD", "3")) if current == "2" else 3
+    if os.environ["RANK"] == victim and current == phase and forwards[current] == fails_at:
+        fail()
+
+
 def plant(real: Any) -> Any:
     def forward(self: Any, ids: Any, positions: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
         current = phase_of(cache)
-        forwards[current] += 1
-        if os.environ["RANK"] == victim and current == phase and forwards[current] == 3:
-            fail()
+        begin_forward(current)
         if fault == "slow" and current == "1":
             time.sleep(1.5)
         if fault == "crawling" and current == "2":
@@ -67,18 +74,20 @@ def plant(real: Any) -> Any:
 
 
 def plant_in_graphs(real: Any) -> Any:
-    def run(self: Any, cache: Any, ids: Any, positions: Any, **kwargs: Any) -> Any:
-        def forward(_: Any, ids: Any, positions: Any, cache: Any) -> Any:
-            return real(self, cache, ids, positions, **kwargs)
-
-        return plant(forward)(None, ids, positions, cache)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        begin_forward("2")
+        logits = real(self, *args, **kwargs)
+        if logits is None:
+            # It runs eagerly, and is counted there.
+            forwards["2"] -= 1
+        return logits
 
     return run
 
 
-Graphs.run = plant_in_graphs(Graphs.run)  # type: ignore[method-assign]
 ModelHandle.encode = plant(ModelHandle.encode)  # type: ignore[method-assign]
 ModelHandle.logits = plant(ModelHandle.logits)  # type: ignore[method-assign]
+Graphs.run = plant_in_graphs(Graphs.run)  # type: ignore[method-assign]
 
 
 def fail_while_following() -> None:

@@ -40,6 +40,7 @@ def start(tmp_path: Path, arguments: list[str], ranks: int) -> list[subprocess.P
     for rank in range(ranks):
         environment = dict(
             RANK=str(rank),
+            LOCAL_RANK=str(rank),
             WORLD_SIZE=str(ranks),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=os.environ["TEST_PORT"],
