@@ -87,9 +87,10 @@ def test_the_collective_that_moves_fewer_bytes_is_chosen() -> None:
     heads, size = 32, 128
     assert merge_choice(2, heads, size) == "gather", "2 ranks: equal bytes, one collective less"
     assert merge_choice(8, heads, size) == "gather", "16 KB are not worth another collective"
-    assert merge_choice(3, 64 * heads, size) == "reduce"
+    assert merge_choice(4, 64 * heads, size) == "gather", "3 MB a rank against 1.5 MB"
+    assert merge_choice(3, 512 * heads, size) == "reduce"
     assert merge_choice(8, 64 * heads, size) == "reduce"
-    assert merge_choice(64, heads, size) == "reduce"
+    assert merge_choice(64, 4 * heads, size) == "reduce"
 
 
 def count_work(comm: TorchComm, anchor_source: str) -> tuple[int, int]:

@@ -6,16 +6,18 @@ Axes: B batch, Q query rows, H query heads, D head size.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from star_attention.attention.kernels import triton_works
 from star_attention.attention.state import State, merge
 from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
-from star_attention.distributed.mesh import Mesh
+from star_attention.distributed.mesh import Mesh, boot_id
 from star_attention.distributed.rendezvous import START_S, STARTUP, dist, rendezvous
 from star_attention.distributed.world import World
 from star_attention.errors import InvalidInputError, RankError, quote
@@ -35,6 +37,7 @@ class MeshComm(Mesh):
         tp_size: int = 1,
         backend: str = "gloo",
         device: torch.device | None = None,
+        hosts: list[str] | None = None,
         merge_collective: str | None = None,
     ) -> None:
         """Arrange the ranks.
@@ -43,9 +46,10 @@ class MeshComm(Mesh):
             tp_size: ranks that share the heads and weights of one cp rank.
             backend: "gloo" or "nccl".
             device: where the transport reaches tensors; None for the CPU.
+            hosts: the machine of each rank, "" where Triton does not run; None for all.
             merge_collective: see `TorchComm`.
         """
-        super().__init__(world, tp_size=tp_size, backend=backend, device=device)
+        super().__init__(world, tp_size=tp_size, backend=backend, device=device, hosts=hosts)
         self.merge_collective = merge_collective
 
     # ------------------------------------------------------------------ the mesh
@@ -53,13 +57,16 @@ class MeshComm(Mesh):
     def on(self, device: torch.device, tp_size: int = 1) -> MeshComm:
         """Return the same ranks in another mesh, which exchanges tensors of `device`. Collective.
 
-        Tensors go by NCCL if every rank has a GPU of its own, else by gloo.
+        Tensors go by NCCL if every rank has a GPU of its own, and small ones of ranks of one
+        machine through GPU memory (`PeerGroup`); else by gloo.
         """
-        gpu = None
+        gpu, host = None, ""
         if device.type == "cuda":
             # By its UUID: where each rank sees one GPU only, all call theirs cuda:0.
             gpu = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
-        gpus = self.gather(gpu)
+            host = boot_id() if triton_works(device) else ""
+        places = self.gather((gpu, host))
+        gpus, hosts = [gpu for gpu, _ in places], [host for _, host in places]
         backend, transport_device = "gloo", torch.device("cpu")
         if None not in gpus and len(set(gpus)) == self.size and dist.is_nccl_available():
             torch.cuda.set_device(device)
@@ -71,6 +78,7 @@ class MeshComm(Mesh):
             tp_size=tp_size,
             backend=backend,
             device=transport_device,
+            hosts=hosts,
             merge_collective=self.merge_collective,
         )
         mesh.one_host = backend == "nccl" and len({host for host, _ in gpus}) == 1
@@ -93,7 +101,7 @@ class MeshComm(Mesh):
             return Pending()
         self._count(traffic.broadcast_bytes(tensor.numel() * tensor.element_size(), ranks))
         staged = self._staged(tensor, fill=self.cp_rank == 0)
-        lane = self._lane(ranks, narrow=True)
+        lane = self._group(self._lane(ranks), narrow=True)
         pending = self.world.issue(lane, lambda group: group.broadcast(staged, 0))
         return Pending(lambda: self._unstage(pending, staged, tensor if self.cp_rank else staged))
 
@@ -122,7 +130,7 @@ class MeshComm(Mesh):
         sent_sizes, arriving_sizes = [0] * self.cp_size, [0] * self.cp_size
         sent_sizes[target], arriving_sizes[source] = sent.numel(), arriving.numel()
         pending = self.world.issue(
-            self._lane(),
+            self._group(self._lane()),
             lambda group: group.alltoall_base(arriving, sent, arriving_sizes, sent_sizes),
         )
         return Pending(lambda: self._unstage(pending, arriving, received))
@@ -135,11 +143,19 @@ class MeshComm(Mesh):
             heads: the query heads to merge, which may differ between ranks; None for all.
         """
         wanted = slice(None) if heads is None else heads
-        if self._rehearsing:
-            return State(state.out_BQHD.float()[:, :, wanted], state.lse_BQH[:, :, wanted])
         out_BQHD, lse_BQH = state.out_BQHD.float(), state.lse_BQH.contiguous()
         rows, head_size = lse_BQH.numel(), out_BQHD.shape[-1]
         collective = self.merge_collective or traffic.merge_choice(self.cp_size, rows, head_size)
+        peers = self._peers(self._lane()) if collective == "gather" else None
+        if peers is not None and peers.fits_states(rows, head_size):
+            if not self._rehearsing:
+                part, _ = traffic.state_bytes(rows, head_size)
+                self._count(traffic.gather_bytes(part, self.cp_size))
+                merged: State = self.world.launch(lambda: peers.merge(state, heads))
+                return merged
+            peers.merge(state, heads, rehearsal=True)
+        if self._rehearsing:
+            return State(out_BQHD[:, :, wanted], lse_BQH[:, :, wanted])
         merge_states = self._merge_gathered if collective == "gather" else self._merge_reduced
         return merge_states(out_BQHD, lse_BQH, wanted)
 
@@ -162,28 +178,88 @@ class MeshComm(Mesh):
         )
         return State(out_BQHD, top_BQH[:, :, heads] + sum_BQH.log())
 
+    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+        staged = self._staged(tensor, fill=True)
+        self._count(traffic.reduce_bytes(tensor.numel() * tensor.element_size(), self.cp_size))
+        self.world.issue(
+            self._group(self._lane()), lambda group: group.allreduce(staged, op)
+        ).wait()
+        return staged.to(tensor.device)
+
     def cp_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the cp ranks, added up in fp32: the same bits on every rank."""
-        if self.cp_size == 1 or self._rehearsing:
+        ranks = self._lane()
+        if len(ranks) == 1:
             return tensor
-        if traffic.sum_choice(self.cp_size, tensor.numel(), tensor.element_size()) == "gather":
-            # In the order of ranks. torch's own sum over an axis may add in any order.
-            parts = self.cp_gather(tensor).float().unbind()
-            total = parts[0].clone()
-            for part in parts[1:]:
-                total += part
-            return total.to(tensor.dtype)
-        return self._reduced(tensor.float().clone(), dist.ReduceOp.SUM).to(tensor.dtype)
+        if traffic.sum_choice(len(ranks), tensor.numel(), tensor.element_size()) == "gather":
+            return self._added(tensor, ranks, self._count)
+        if self._rehearsing:
+            return tensor
+        wide = traffic.sum_dtype_bytes(len(ranks), tensor.element_size()) > tensor.element_size()
+        part = tensor.to(torch.float32 if wide else tensor.dtype, copy=True)
+        return self._reduced(part.contiguous(), dist.ReduceOp.SUM).to(tensor.dtype)
+
+    def tp_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the tp ranks; in place, in the tensor's precision, if it is long."""
+        ranks = self._row()
+        if len(ranks) == 1:
+            return tensor
+        if traffic.sum_choice(len(ranks), tensor.numel(), tensor.element_size()) == "gather":
+            return self._added(tensor, ranks, self.tp_traffic.add)
+        if self._rehearsing:
+            return tensor
+        staged = self._staged(tensor.contiguous(), fill=True)
+        self.tp_traffic.add(
+            traffic.reduce_bytes(staged.numel() * staged.element_size(), self.tp_size)
+        )
+        self.world.issue(
+            self._group(ranks), lambda group: group.allreduce(staged, dist.ReduceOp.SUM)
+        ).wait()
+        return staged.to(tensor.device)
+
+    def _added(self, tensor: Tensor, ranks: range, count: Callable[[int], None]) -> Tensor:
+        """Return the sum over ranks, in fp32 and in the order of ranks."""
+        peers = self._peers(ranks)
+        if peers is not None and peers.fits(tensor):
+            if not self._rehearsing:
+                count(traffic.gather_bytes(tensor.numel() * tensor.element_size(), len(ranks)))
+                total: Tensor = self.world.launch(lambda: peers.add(tensor))
+                return total
+            peers.add(tensor, rehearsal=True)
+        # torch's own sum over an axis may add in any order.
+        parts = self._gathered(tensor, ranks, count).float().unbind()
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total.to(tensor.dtype)
 
     def cp_gather(self, tensor: Tensor) -> Tensor:
         """Return the cp ranks' tensors, of one shape, in their order: `[cp_size, *shape]`."""
-        if self.cp_size == 1 or self._rehearsing:
-            return tensor.expand(self.cp_size, *tensor.shape).contiguous()
+        return self._gathered(tensor, self._lane(), self._count)
+
+    def tp_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tp ranks' tensors, of one shape, in their order; on the CPU with gloo."""
+        if self.tp_size == 1 or self._rehearsing:
+            return [tensor] * self.tp_size
         part = self._staged(tensor.contiguous(), fill=True)
-        self._count(traffic.gather_bytes(part.numel() * part.element_size(), self.cp_size))
-        parts = part.new_empty(self.cp_size, *part.shape)
+        return list(self._gathered(part, self._row(), self.tp_traffic.add))
+
+    def _gathered(self, tensor: Tensor, ranks: range, count: Callable[[int], None]) -> Tensor:
+        peers = self._peers(ranks)
+        is_small = peers is not None and peers.fits(tensor)
+        if len(ranks) == 1 or self._rehearsing:
+            if peers is not None and is_small:
+                peers.gather(tensor, rehearsal=True)
+            return tensor.expand(len(ranks), *tensor.shape).contiguous()
+        count(traffic.gather_bytes(tensor.numel() * tensor.element_size(), len(ranks)))
+        if peers is not None and is_small:
+            gathered: Tensor = self.world.launch(lambda: peers.gather(tensor))
+            return gathered
+        part = self._staged(tensor.contiguous(), fill=True)
+        parts = part.new_empty(len(ranks), *part.shape)
         self.world.issue(
-            self._lane(), lambda group: group._allgather_base(parts.view(-1), part.view(-1))
+            self._group(ranks),
+            lambda group: group._allgather_base(parts.view(-1), part.view(-1)),
         ).wait()
         return parts.to(tensor.device)
 
@@ -193,39 +269,19 @@ class MeshComm(Mesh):
         Not counted, like the messages with which rank 0 leads the others.
         """
         assert packet.is_contiguous()
+        everyone = range(self.size)
+        peers = self._peers(everyone)
+        if peers is not None and peers.fits(packet):
+            if self._rehearsing:
+                peers.broadcast(packet, rehearsal=True)
+            else:
+                self.world.launch(lambda: peers.broadcast(packet))
+            return Pending()
         if self._rehearsing:
             return Pending()
         staged = self._staged(packet, fill=self.rank == 0)
-        group = self.world.group(self.backend, range(self.size))
-        pending = self.world.issue(group, lambda group: group.broadcast(staged, 0))
+        pending = self.world.issue(self._group(everyone), lambda group: group.broadcast(staged, 0))
         return Pending(lambda: self._unstage(pending, staged, packet if self.rank else staged))
-
-    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
-        staged = self._staged(tensor, fill=True)
-        self._count(traffic.reduce_bytes(tensor.numel() * tensor.element_size(), self.cp_size))
-        self.world.issue(self._lane(), lambda group: group.allreduce(staged, op)).wait()
-        return staged.to(tensor.device)
-
-    def tp_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the tp ranks, in the tensor's precision; in place if possible."""
-        if self.tp_size == 1 or self._rehearsing:
-            return tensor
-        staged = self._staged(tensor.contiguous(), fill=True)
-        self.tp_traffic.add(
-            traffic.reduce_bytes(staged.numel() * staged.element_size(), self.tp_size)
-        )
-        self.world.issue(
-            self._row(), lambda group: group.allreduce(staged, dist.ReduceOp.SUM)
-        ).wait()
-        return staged.to(tensor.device)
-
-    def tp_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tp ranks' tensors, of one shape, in their order; on the CPU with gloo."""
-        if self.tp_size == 1 or self._rehearsing:
-            return [tensor] * self.tp_size
-        part = self._staged(tensor.contiguous(), fill=True)
-        self.tp_traffic.add(traffic.gather_bytes(part.numel() * part.element_size(), self.tp_size))
-        return self.world.all_gather(part, self._row())
 
     def _count(self, bytes: int) -> None:
         """Count what all lanes move: they do the same at the same time."""

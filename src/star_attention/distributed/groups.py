@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from star_attention.distributed.rendezvous import dist, wait_for_ranks
+
+if TYPE_CHECKING:
+    from star_attention.distributed.peers import PeerGroup
 
 NARROW_NCCL = "nccl-narrow"
 """NCCL on few of the device's processors, for transfers beside computation.
@@ -15,7 +18,10 @@ NARROW_NCCL = "nccl-narrow"
 A collective that waits for another rank spins, and keeps its processors from the computation.
 """
 _NARROW_CTAS = 4
-_ON_DEVICE = ("nccl", NARROW_NCCL)
+_NCCL = ("nccl", NARROW_NCCL)
+
+PEERS = "peers"
+"""Small tensors through GPU memory, by a `PeerGroup`."""
 
 # The watchdog decides how long to wait, not the transport.
 _FOREVER = timedelta(days=30)
@@ -36,6 +42,8 @@ class ProcessGroups:
         self._rank = rank
         self._start_s = start_s
         self._groups: dict[tuple[str, range], Any] = {}
+        # Their buffers serve again after a fault.
+        self._peers: dict[range, PeerGroup] = {}
 
     def get(self, backend: str, ranks: range) -> Any | None:
         return self._groups.get((backend, ranks))
@@ -46,6 +54,7 @@ class ProcessGroups:
         """Make the group of these ranks, of which this is one.
 
         Args:
+            backend: "gloo", "nccl", `NARROW_NCCL` or `PEERS`.
             epoch: recoveries so far; groups of different epochs do not meet.
             check: called while this rank waits for the others; may raise.
         """
@@ -55,7 +64,10 @@ class ProcessGroups:
         # theirs would end it: so wait here, until all are about to call it.
         store.set(f"here/{self._rank}", "")
         wait_for_ranks(store, {f"here/{rank}": rank for rank in ranks}, self._start_s, check)
-        if backend in _ON_DEVICE:
+        group: Any
+        if backend == PEERS:
+            group = self._connected_peers(store, ranks, check)
+        elif backend in _NCCL:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _FOREVER
             if backend == NARROW_NCCL:
@@ -68,10 +80,27 @@ class ProcessGroups:
         self._groups[backend, ranks] = group
         return group
 
+    def _connected_peers(
+        self, store: Any, ranks: range, check: Callable[[], None] | None
+    ) -> PeerGroup:
+        from star_attention.distributed.cuda_memory import CudaMemory
+        from star_attention.distributed.peers import PeerGroup
+
+        def exchange(key: str, text: str) -> list[str]:
+            store.set(f"{key}/{self._rank}", text)
+            keys = {f"{key}/{rank}": rank for rank in ranks}
+            wait_for_ranks(store, keys, self._start_s, check)
+            return [store.get(key).decode() for key in keys]
+
+        if ranks not in self._peers:
+            self._peers[ranks] = PeerGroup(ranks.index(self._rank), len(ranks), CudaMemory())
+        self._peers[ranks].connect(exchange)
+        return self._peers[ranks]
+
     def abort(self) -> None:
         """End collectives that run on the device, where nothing else would notice a fault."""
         for (backend, _), group in list(self._groups.items()):
-            if backend in _ON_DEVICE:
+            if backend in (PEERS, *_NCCL):
                 # It may be aborted already.
                 with suppress(RuntimeError):
                     group.abort()

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from star_attention.distributed.comm import Recording
-from star_attention.distributed.groups import NARROW_NCCL
+from star_attention.distributed.groups import NARROW_NCCL, PEERS
 from star_attention.distributed.messages import WorldControl
 from star_attention.distributed.world import World
 from star_attention.planning.traffic import Traffic
+
+if TYPE_CHECKING:
+    from star_attention.distributed.peers import PeerGroup
+
+
+def boot_id() -> str:
+    """Return a name that processes have in common if they run on one machine; "" if unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 class Mesh(WorldControl):
@@ -22,7 +34,13 @@ class Mesh(WorldControl):
     """
 
     def __init__(
-        self, world: World, *, tp_size: int, backend: str, device: torch.device | None
+        self,
+        world: World,
+        *,
+        tp_size: int,
+        backend: str,
+        device: torch.device | None,
+        hosts: list[str] | None,
     ) -> None:
         """Arrange the ranks. `collectives.MeshComm` documents the arguments."""
         super().__init__(world)
@@ -34,25 +52,62 @@ class Mesh(WorldControl):
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
         self._device = device or torch.device("cpu")
         self.one_host = False
+        # Machines of all ranks whose GPUs run Triton; "" for other ranks.
+        self._hosts = hosts or [""] * world.size
+        self._connected_version = -1
         self._rehearsing = False
 
     # ------------------------------------------------------------------ groups
 
-    def _lane(self, ranks: int | None = None, *, narrow: bool = False) -> Any:
-        """Return the group of the first `ranks` cp ranks that hold this rank's heads.
+    def _lane(self, ranks: int | None = None) -> range:
+        """Return the first `ranks` cp ranks that hold this rank's heads."""
+        stop = self.tp_rank + self.tp_size * ((ranks or self.cp_size) - 1) + 1
+        return range(self.tp_rank, stop, self.tp_size)
+
+    def _row(self) -> range:
+        """Return the tp ranks that share this rank's cp rank."""
+        first = self.cp_rank * self.tp_size
+        return range(first, first + self.tp_size)
+
+    def _group(self, ranks: range, *, narrow: bool = False) -> Any:
+        """Return these ranks' process group.
 
         Args:
-            ranks: how many; None for all.
             narrow: take a transport that leaves the device to computation.
         """
-        stop = self.tp_rank + self.tp_size * ((ranks or self.cp_size) - 1) + 1
         backend = NARROW_NCCL if narrow and self.backend == "nccl" else self.backend
-        return self.world.group(backend, range(self.tp_rank, stop, self.tp_size))
+        return self.world.group(backend, ranks)
 
-    def _row(self) -> Any:
-        """Return the group of the tp ranks that share this rank's cp rank."""
-        first = self.cp_rank * self.tp_size
-        return self.world.group(self.backend, range(first, first + self.tp_size))
+    def _peers(self, ranks: range) -> PeerGroup | None:
+        """Return the group of these ranks in which they reach each other's GPU memory."""
+        peers: PeerGroup | None = self.world.groups.get(PEERS, ranks)
+        return peers if peers is not None and peers.usable else None
+
+    @contextmanager
+    def collective(self, where: str, *, about: Any = None, check_in: bool = True) -> Iterator[None]:
+        """See `WorldControl.collective`; the call finds all groups connected."""
+        with super().collective(where, about=about, check_in=check_in):
+            if self._connected_version != self.transport_version:
+                self._connect()
+                self._connected_version = self.transport_version
+            yield
+
+    def _connect(self) -> None:
+        """Connect what a CUDA graph that is captured later could not connect."""
+        if self.backend != "nccl":
+            return
+        lane, row, everyone = self._lane(), self._row(), range(self.size)
+        for ranks in dict.fromkeys((lane, row, everyone)):
+            if len(ranks) == 1:
+                continue
+            if len({self._hosts[rank] for rank in ranks}) == 1 and self._hosts[self.rank]:
+                self.world.group(PEERS, ranks)
+            if ranks in (lane, row) or self._peers(ranks) is None:
+                # NCCL connects in its first collective.
+                self.world.issue(self._group(ranks), self._greet).wait()
+
+    def _greet(self, group: Any) -> Any:
+        return group.broadcast(torch.zeros(1, device=self._device), 0)
 
     @property
     def transport_version(self) -> int:

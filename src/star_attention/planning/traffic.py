@@ -10,6 +10,7 @@ library only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ FLOAT32_BYTES = 4
 ALIGNMENT = 16
 """Elements to which slices of weights are aligned: kernels load them faster."""
 
-CALL_BYTES = 128 * 1024
-"""Cost of one more collective, as the bytes that could move in that time: 5 us on a fast link."""
+CALL_BYTES = 2 * 1024**2
+"""Cost of one more collective, as the bytes that could move in that time: 14 us at 150 GB/s."""
 
 
 @dataclass
@@ -110,13 +111,18 @@ def merge_traffic(ranks: int, rows: int, head_size: int, collective: str | None 
 
 
 def sum_choice(ranks: int, elements: int, bytes_per_element: int) -> str:
-    """Choose the collective of an exact sum over cp ranks: `"gather"` or `"reduce"`.
+    """Choose the collective of a sum: `"gather"` or `"reduce"`.
 
-    Gathering lets every rank add up all parts in fp32; reducing sends fp32.
+    Gathering lets every rank add up all parts in fp32. It takes one step instead of two, and is
+    exact, but moves more bytes if there are many ranks.
     """
     gather = gather_bytes(elements * bytes_per_element, ranks) // ranks
-    reduce = reduce_bytes(elements * FLOAT32_BYTES, ranks) // ranks
-    return "gather" if gather <= reduce + CALL_BYTES else "reduce"
+    return "gather" if gather <= CALL_BYTES else "reduce"
+
+
+def sum_dtype_bytes(ranks: int, bytes_per_element: int) -> int:
+    """Return the bytes of an element in a reduction over cp ranks, which rounds once only."""
+    return bytes_per_element if ranks == 2 else max(bytes_per_element, FLOAT32_BYTES)
 
 
 def sum_traffic(ranks: int, elements: int, bytes_per_element: int) -> Traffic:
@@ -125,7 +131,7 @@ def sum_traffic(ranks: int, elements: int, bytes_per_element: int) -> Traffic:
         return Traffic()
     if sum_choice(ranks, elements, bytes_per_element) == "gather":
         return Traffic(1, gather_bytes(elements * bytes_per_element, ranks))
-    return Traffic(1, reduce_bytes(elements * FLOAT32_BYTES, ranks))
+    return Traffic(1, reduce_bytes(elements * sum_dtype_bytes(ranks, bytes_per_element), ranks))
 
 
 # ------------------------------------------------------------------------------------------- phases
@@ -166,14 +172,16 @@ def phase1_tp(
 
     These are the all-reduces after attention and MLP.
     """
-    forwards = sum(
-        1 for rank in range(plan.ranks) for _ in plan.spans(tokens_per_forward, rank=rank)
+    forwards = Counter(
+        span.stop - span.start
+        for rank in range(plan.ranks)
+        for span in plan.spans(tokens_per_forward, rank=rank)
     )
-    tokens = plan.context_tokens
     if anchor_source == "local":
-        tokens += (plan.busy_ranks - 1) * plan.anchor_size
-        forwards += (plan.busy_ranks - 1) * -(-plan.anchor_size // tokens_per_forward)
-    return _all_reduces(shape, tokens, forwards, tensor_parallel)
+        whole, rest = divmod(plan.anchor_size, tokens_per_forward)
+        forwards[tokens_per_forward] += (plan.busy_ranks - 1) * whole
+        forwards[rest] += plan.busy_ranks - 1
+    return _all_reduces(shape, forwards, tensor_parallel)
 
 
 def ring_cp(
@@ -269,16 +277,27 @@ def phase2_tp(
     Each of the `ranks` context-parallel ranks runs all new tokens through its shard of the model.
     """
     forwards = _answer_forwards(query_tokens, answer_tokens, tokens_per_forward)
-    tokens = sum(size * times for size, times in forwards.items())
     repeats = queries * ranks
-    return _all_reduces(shape, tokens * repeats, sum(forwards.values()) * repeats, tensor_parallel)
+    return _all_reduces(
+        shape, {tokens: times * repeats for tokens, times in forwards.items()}, tensor_parallel
+    )
 
 
-def _all_reduces(shape: ModelShape, tokens: int, forwards: int, tensor_parallel: int) -> Traffic:
-    if tensor_parallel == 1:
-        return Traffic()
-    payload = tokens * shape.all_reduced_elements_per_token * shape.bytes_per_element
-    return Traffic(forwards * shape.all_reduces, reduce_bytes(payload, tensor_parallel))
+def _all_reduces(shape: ModelShape, forwards: dict[int, int], tensor_parallel: int) -> Traffic:
+    """Count the sums over tp ranks of forwards, by their number of tokens."""
+    total = Traffic()
+    if tensor_parallel == 1 or not shape.all_reduces:
+        return total
+    # All of them are as wide as the model.
+    width = shape.all_reduced_elements_per_token // shape.all_reduces
+    for tokens, times in forwards.items():
+        if tokens and times:
+            payload = tokens * width * shape.bytes_per_element
+            choice = sum_choice(tensor_parallel, tokens * width, shape.bytes_per_element)
+            move = gather_bytes if choice == "gather" else reduce_bytes
+            sums = times * shape.all_reduces
+            total.add(sums * move(payload, tensor_parallel), sums)
+    return total
 
 
 def _answer_forwards(

@@ -1,0 +1,207 @@
+"""Ranks of one host that write into each other's GPU memory: collectives of one kernel each.
+
+They take a third of NCCL's time for a few kilobytes. Nothing waits on the host, so CUDA graphs can
+hold them; graphs know the addresses of the buffers, which stay the same after a fault.
+
+Axes: B batch, Q query rows, H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from star_attention.attention.state import State
+from star_attention.distributed import triton_peers
+from star_attention.distributed.triton_peers import BLOCK, REGION
+from star_attention.errors import first_line
+
+_log = logging.getLogger("star_attention")
+
+_PROGRAMS = 2048
+"""Programs of a collective at most, times ranks: 18 MB of buffers."""
+
+
+class Memory(Protocol):
+    """Memory that other processes reach, by addresses. `cuda_memory.CudaMemory` documents it."""
+
+    device: torch.device
+
+    def allocate(self, bytes: int) -> int: ...
+    def export(self, address: int) -> str: ...
+    def open(self, exported: str) -> int: ...
+    def clear(self, address: int, bytes: int) -> None: ...
+    def synchronize(self) -> None: ...
+    def flag(self) -> Tensor: ...
+
+
+class PeerGroup:
+    """Some ranks of one host, as one of them sees them.
+
+    Members call the same operations in the same order, with tensors of the same shape. All results
+    have the same bits on all ranks.
+
+    Attributes:
+        usable: True if all members reach each other's memory.
+    """
+
+    def __init__(self, member: int, size: int, memory: Memory) -> None:
+        """Prepare to connect.
+
+        Args:
+            member: number of this rank among them.
+        """
+        self.usable = False
+        self._member, self._size, self._memory = member, size, memory
+        self._programs = _PROGRAMS // size
+        self._slot = self._programs * REGION
+        self._bytes = size * 2 * self._slot * 8
+        # Addresses of all members' buffers; empty until they are known.
+        self._addresses: list[int] = []
+        self._own = 0
+        self._abort: Tensor
+        # On the device: those addresses and that of the abort flag; exchanges of each program.
+        self._table: Tensor
+        self._epochs: Tensor
+
+    def connect(self, exchange: Callable[[str, str], list[str]]) -> None:
+        """Open each other's memory, or begin again after a fault. Collective.
+
+        Args:
+            exchange: sends a text, under a key, to all members, and returns theirs.
+        """
+        exported = self._attempt(self._export)
+        texts = exchange("memory", exported)
+        # Every member has synchronized, so nobody writes into a buffer now.
+        ready = self._attempt(lambda: self._open(texts)) if all(texts) else ""
+        self.usable = all(exchange("ready", ready))
+
+    def _attempt(self, step: Callable[[], str]) -> str:
+        """Return the step's result, and "" if it failed: then all members fall back on NCCL."""
+        try:
+            return step()
+        except (RuntimeError, OSError) as error:
+            _log.info("no peer access to GPU memory: %s", first_line(error))
+            return ""
+
+    def _export(self) -> str:
+        if not self._own:
+            self._own = self._memory.allocate(self._bytes)
+        self._memory.synchronize()
+        return self._memory.export(self._own)
+
+    def _open(self, exported: list[str]) -> str:
+        if not self._addresses:
+            self._addresses = [
+                self._own if member == self._member else self._memory.open(text)
+                for member, text in enumerate(exported)
+            ]
+            device = self._memory.device
+            self._abort = self._memory.flag()
+            # By address: host memory has one for host and device.
+            self._table = torch.tensor([*self._addresses, self._abort.data_ptr()], device=device)
+            self._epochs = torch.zeros(self._programs, dtype=torch.int32, device=device)
+        self._memory.clear(self._own, self._bytes)
+        self._epochs.zero_()
+        self._abort.zero_()
+        self._memory.synchronize()
+        return "ready"
+
+    def abort(self) -> None:
+        """End the kernels that wait for other members; their results are worthless."""
+        if self._addresses:
+            self._abort.fill_(1)
+
+    # ------------------------------------------------------------------ operations
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Return True if `add` and `gather` take a tensor of this size."""
+        words = tensor.numel() * max(1, tensor.element_size() // 4)
+        return 0 < words <= self._programs * BLOCK
+
+    def fits_states(self, rows: int, head_size: int) -> bool:
+        """Return True if `merge` takes states of `rows` batch x queries x heads."""
+        return 0 < rows <= self._programs * _rows(head_size)
+
+    def add(self, part: Tensor, *, rehearsal: bool = False) -> Tensor:
+        """Return the sum of all members' parts, added up in fp32, in the part's precision.
+
+        Args:
+            rehearsal: only compile the kernel, and return nothing of use.
+        """
+        part = part.contiguous()
+        total = torch.empty_like(part)
+        grid, n = self._grid(part.numel(), BLOCK, rehearsal)
+        triton_peers.add_kernel[grid](
+            part, total, self._table, self._epochs, self._member, n,
+            BLOCK=BLOCK, **self._constants(),
+        )  # fmt: skip
+        return total
+
+    def gather(self, part: Tensor, *, rehearsal: bool = False) -> Tensor:
+        """Return all members' parts in their order, `[size, *shape]`. See `add`."""
+        parts = part.new_empty(self._size, *part.shape)
+        self._copy(part.contiguous(), parts, root=-1, rehearsal=rehearsal)
+        return parts
+
+    def broadcast(self, packet: Tensor, *, rehearsal: bool = False) -> None:
+        """Overwrite a contiguous tensor with the first member's. See `add`."""
+        assert packet.is_contiguous()
+        self._copy(packet, packet, root=0, rehearsal=rehearsal)
+
+    def _copy(self, part: Tensor, parts: Tensor, *, root: int, rehearsal: bool) -> None:
+        dtype = {1: torch.uint8, 2: torch.int16}.get(part.element_size(), torch.int32)
+        words = part.view(-1).view(dtype)
+        grid, n = self._grid(words.numel(), BLOCK, rehearsal)
+        triton_peers.copy_kernel[grid](
+            words, parts.view(-1).view(dtype), self._table, self._epochs, self._member, n,
+            ROOT=root, BLOCK=BLOCK, **self._constants(),
+        )  # fmt: skip
+
+    def merge(self, state: State, heads: slice | None = None, *, rehearsal: bool = False) -> State:
+        """Return the merge of all members' states, fp32; see `add`.
+
+        Args:
+            heads: the heads to merge, which may differ between members; None for all.
+        """
+        out_BQHD, lse_BQH = state.out_BQHD.contiguous(), state.lse_BQH.contiguous()
+        B, Q, H, D = out_BQHD.shape
+        first, stop, step = (heads or slice(None)).indices(H)
+        assert step == 1
+        wanted = max(0, stop - first)
+        merged_BQHD = torch.empty(B, Q, wanted, D, dtype=torch.float32, device=out_BQHD.device)
+        merged_BQH = torch.empty(B, Q, wanted, dtype=torch.float32, device=out_BQHD.device)
+        rows = _rows(D)
+        grid, total = self._grid(B * Q * H, rows, rehearsal)
+        triton_peers.merge_kernel[grid](
+            out_BQHD, lse_BQH, merged_BQHD, merged_BQH, self._table, self._epochs,
+            self._member, total, H, first, wanted,
+            D=D, BLOCK_D=triton.next_power_of_2(D), ROWS=rows, **self._constants(),
+        )  # fmt: skip
+        return State(merged_BQHD, merged_BQH)
+
+    def _grid(self, words: int, block: int, rehearsal: bool) -> tuple[tuple[int], int]:
+        """Return the grid, and the number of words to exchange: none in a rehearsal."""
+        return ((1,), 0) if rehearsal else ((triton.cdiv(words, block),), words)
+
+    def _constants(self) -> dict[str, Any]:
+        return dict(
+            SIZE=self._size,
+            SLOT=self._slot,
+            REGION=REGION,
+            SPINS=triton_peers.SPINS,
+            num_warps=triton_peers.WARPS,
+        )
+
+
+def _rows(head_size: int) -> int:
+    """Return the rows of one program of a merge; 0 if not even one fits."""
+    rows: int = BLOCK // triton.next_power_of_2(head_size)
+    while rows * (head_size + 1) > REGION:
+        rows //= 2
+    return rows

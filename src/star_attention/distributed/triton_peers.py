@@ -1,0 +1,194 @@
+"""Collectives of a few hundred kilobytes in Triton: each rank writes into the others' memory.
+
+Every 32-bit word travels with the number of its exchange, in 64 bits, which arrive at once. So a
+reader needs no flag next to the data and no fence: it reads until all its words carry the number of
+the exchange under way (the protocol that NCCL calls LL).
+
+A rank's buffer has two slots (even and odd exchanges) for each rank that writes, and in each slot a
+region for each program. A program counts its own exchanges on the device, so that CUDA graphs can
+replay them. Two slots are enough: a rank that writes exchange n has read words of exchange n - 1
+from every rank, and a rank sends those after it has read exchange n - 2. That needs one thing: the
+region of a program must be the same in every operation.
+
+A rank that dies would keep the others reading for ever: while they wait, they look at a flag in
+host memory (`peers.PeerGroup.abort`), and then continue with zeros.
+
+Axes: H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BLOCK = 512
+"""Words of a program: two for each thread, 16 bytes with their numbers."""
+WARPS = 8
+REGION = BLOCK + 32
+"""Words of a program's region: a merge has an lse more for each row."""
+SPINS = 1024
+"""Reads of a waiting program between looks at the abort flag."""
+
+
+@triton.jit
+def _send(
+    table, words, at, mask, rank, epoch, live,
+    MASKED: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr,
+):  # fmt: skip
+    """Write words into the other ranks' buffers."""
+    numbered = (epoch.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
+    slot = (rank * 2 + (epoch & 1)) * SLOT
+    for r in tl.static_range(SIZE):
+        if live & (r != rank):
+            peer = tl.multiple_of(tl.load(table + r).to(tl.pointer_type(tl.int64)), 16)
+            if MASKED:
+                tl.store(peer + slot + at, numbered, mask=mask)
+            else:
+                tl.store(peer + slot + at, numbered)
+
+
+@triton.jit
+def _late(numbered, mask, epoch, MASKED: tl.constexpr):
+    late = (numbered >> 32).to(tl.int32) != epoch
+    if MASKED:
+        late = late & mask
+    return tl.max(late.to(tl.int32))
+
+
+@triton.jit
+def _receive(
+    table, words, at, mask, rank, r, epoch, live,
+    MASKED: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, SPINS: tl.constexpr,
+):  # fmt: skip
+    """Return the words of rank r, which arrive in this rank's buffer; `words` are its own."""
+    if live & (r != rank):
+        buffer = tl.multiple_of(tl.load(table + rank).to(tl.pointer_type(tl.int64)), 16)
+        arriving = buffer + (r * 2 + (epoch & 1)) * SLOT + at
+        numbered = tl.load(arriving, volatile=True)
+        late = _late(numbered, mask, epoch, MASKED)
+        spins = 0
+        while late != 0:
+            numbered = tl.load(arriving, volatile=True)
+            late = _late(numbered, mask, epoch, MASKED)
+            spins += 1
+            if spins % SPINS == 0:
+                aborted = tl.load(table + SIZE).to(tl.pointer_type(tl.int32))
+                if tl.load(aborted, volatile=True) != 0:
+                    late = 0
+                    numbered = numbered * 0
+        words = numbered.to(tl.int32)
+    return words
+
+
+@triton.jit(do_not_specialize=["rank", "n"])
+def add_kernel(
+    part_ptr, sum_ptr, table, epochs, rank, n,
+    SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
+    SPINS: tl.constexpr,
+):  # fmt: skip
+    """Add up the ranks' parts in fp32, in the order of ranks."""
+    pid = tl.program_id(0)
+    epoch = tl.load(epochs + pid) + 1
+    live = n > 0
+    index = tl.arange(0, BLOCK)
+    at = pid * BLOCK + index
+    mask = at < n
+    here = pid * REGION + index
+    own = tl.load(part_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    _send(table, own, here, mask, rank, epoch, live, False, SIZE, SLOT)
+    total = _receive(table, own, here, mask, rank, 0, epoch, live, False, SIZE, SLOT, SPINS).to(
+        tl.float32, bitcast=True
+    )
+    for r in tl.static_range(1, SIZE):
+        total += _receive(
+            table, own, here, mask, rank, r, epoch, live, False, SIZE, SLOT, SPINS
+        ).to(tl.float32, bitcast=True)
+    tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
+    tl.store(epochs + pid, epoch, mask=live)
+
+
+@triton.jit(do_not_specialize=["rank", "n"])
+def copy_kernel(
+    part_ptr, parts_ptr, table, epochs, rank, n,
+    ROOT: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
+    REGION: tl.constexpr, SPINS: tl.constexpr,
+):  # fmt: skip
+    """Copy the parts of all ranks next to each other, or that of rank `ROOT` alone."""
+    pid = tl.program_id(0)
+    epoch = tl.load(epochs + pid) + 1
+    live = n > 0
+    index = tl.arange(0, BLOCK)
+    at = pid * BLOCK + index
+    mask = at < n
+    here = pid * REGION + index
+    own = tl.load(part_ptr + at, mask=mask, other=0).to(tl.int32)
+    _send(table, own, here, mask, rank, epoch, live, False, SIZE, SLOT)
+    for r in tl.static_range(SIZE):
+        words = _receive(table, own, here, mask, rank, r, epoch, live, False, SIZE, SLOT, SPINS)
+        words = words.to(parts_ptr.dtype.element_ty)
+        if ROOT < 0:
+            tl.store(parts_ptr + r * n + at, words, mask=mask)
+        elif ROOT == r:
+            tl.store(parts_ptr + at, words, mask=mask)
+    tl.store(epochs + pid, epoch, mask=live)
+
+
+@triton.jit(do_not_specialize=["rank", "total", "heads", "first", "wanted"])
+def merge_kernel(
+    out_ptr, lse_ptr, merged_ptr, merged_lse_ptr, table, epochs,
+    rank, total, heads, first, wanted,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, SLOT: tl.constexpr, REGION: tl.constexpr, SPINS: tl.constexpr,
+):  # fmt: skip
+    """Merge the ranks' states in the order of ranks, and keep the wanted heads.
+
+    A row is one head of one query; a program has `ROWS` of them: all output rows, then the lse.
+    """
+    GAPS: tl.constexpr = BLOCK_D != D
+    pid = tl.program_id(0)
+    epoch = tl.load(epochs + pid) + 1
+    live = total > 0
+    index = tl.arange(0, ROWS)
+    row = pid * ROWS + index
+    inside = row < total
+    d = tl.arange(0, BLOCK_D)
+    columns = (d < D)[None, :] & (index >= 0)[:, None]
+    mask = inside[:, None] & columns
+    own = (
+        tl.load(out_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        .to(tl.float32)
+        .to(tl.int32, bitcast=True)
+    )
+    own_lse = tl.load(lse_ptr + row, mask=inside, other=float("-inf")).to(tl.int32, bitcast=True)
+    here = pid * REGION + index[:, None] * D + d[None, :]
+    lse_here = pid * REGION + ROWS * D + index
+    _send(table, own, here, columns, rank, epoch, live, GAPS, SIZE, SLOT)
+    _send(table, own_lse, lse_here, inside, rank, epoch, live, False, SIZE, SLOT)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    weights = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for r in tl.static_range(SIZE):
+        part = _receive(
+            table, own, here, columns, rank, r, epoch, live, GAPS, SIZE, SLOT, SPINS
+        ).to(tl.float32, bitcast=True)
+        lse = _receive(
+            table, own_lse, lse_here, inside, rank, r, epoch, live, False, SIZE, SLOT, SPINS
+        ).to(tl.float32, bitcast=True)
+        higher = tl.maximum(top, lse)
+        # Rows without keys: -inf - -inf is NaN.
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        before, now = tl.exp(top - safe), tl.exp(lse - safe)
+        out = out * before[:, None] + part * now[:, None]
+        weights = weights * before + now
+        top = higher
+    weights = tl.where(weights > 0.0, weights, 1.0)
+    head = row % heads - first
+    keep = inside & (head >= 0) & (head < wanted)
+    target = row // heads * wanted + head
+    tl.store(
+        merged_ptr + target.to(tl.int64)[:, None] * D + d[None, :],
+        out / weights[:, None],
+        mask=mask & keep[:, None],
+    )
+    tl.store(merged_lse_ptr + target, top + tl.log(weights), mask=keep)
+    tl.store(epochs + pid, epoch, mask=live)

@@ -1,0 +1,101 @@
+"""Times of small collectives, through GPU memory and over NCCL: `python -m tests.gpu.time_peers`.
+
+Prints microseconds for each of the ranks (argument, all GPUs by default), eager and in a CUDA
+graph. With fewer GPUs than ranks there is no NCCL, and times are those of taking turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from star_attention.attention.state import State
+from tests.gpu import peer_ranks
+from tests.gpu.peer_ranks import Ranks
+
+REPEATS = 50
+ROUNDS = 5
+
+
+def time_all(ranks: Ranks) -> list[str]:
+    group = None
+    if ranks.own_gpu and ranks.size > 1:
+        group = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", ranks.store), ranks.rank, ranks.size)
+        group.allreduce(torch.zeros(1, device="cuda")).wait()
+    lines = [f"{ranks.size} ranks, own GPUs: {ranks.own_gpu}, us of one: eager / in a graph"]
+    for rows in (1, 4, 16, 32, 64, 128):
+        lines += _sums(ranks, group, rows)
+    for rows in (1, 4, 16, 32, 64, 128):
+        lines += _merges(ranks, group, rows)
+    packet = torch.zeros(3, dtype=torch.int64, device="cuda")
+    lines.append(_line(ranks, "24 B broadcast, peers", lambda: ranks.peers.broadcast(packet)))
+    if group is not None:
+        lines.append(
+            _line(ranks, "24 B broadcast, NCCL", lambda: group.broadcast(packet, 0).wait())
+        )
+    return lines
+
+
+def _sums(ranks: Ranks, group: Any, rows: int) -> list[str]:
+    part = torch.ones(rows, 4096, dtype=torch.bfloat16, device="cuda")
+    name = f"{part.numel() * 2 / 1024:.4g} KB sum (bf16)"
+    lines = []
+    if ranks.peers.fits(part):
+        lines.append(_line(ranks, f"{name}, peers", lambda: ranks.peers.add(part)))
+    if group is not None:
+        lines.append(_line(ranks, f"{name}, NCCL", lambda: group.allreduce(part).wait()))
+    return lines
+
+
+def _merges(ranks: Ranks, group: Any, rows: int) -> list[str]:
+    heads, size = 32, 128
+    state = State(
+        torch.ones(1, rows, heads, size, device="cuda"), torch.zeros(1, rows, heads, device="cuda")
+    )
+    packed = torch.cat([state.out_BQHD, state.lse_BQH[..., None]], -1)
+    parts = packed.new_empty(ranks.size, *packed.shape)
+    name = f"{packed.numel() * 4 / 1024:.4g} KB states (fp32)"
+    lines = []
+    if ranks.peers.fits_states(rows * heads, size):
+        lines.append(_line(ranks, f"{name}, merge by peers", lambda: ranks.peers.merge(state)))
+    if group is not None:
+        gather = lambda: group._allgather_base(parts.view(-1), packed.view(-1)).wait()  # noqa: E731
+        lines.append(_line(ranks, f"{name}, gather alone by NCCL", gather))
+    return lines
+
+
+def _line(ranks: Ranks, name: str, operation: Callable[[], Any]) -> str:
+    operation()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(REPEATS):
+            operation()
+
+    def many() -> None:
+        for _ in range(REPEATS):
+            operation()
+
+    times = []
+    for run in (many, graph.replay):
+        seconds = []
+        for _ in range(ROUNDS):
+            ranks.meet()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        times.append(f"{statistics.median(seconds) / REPEATS * 1e6:7.1f}")
+    return f"{name:42} {' / '.join(times)}"
+
+
+if __name__ == "__main__":
+    size = int(sys.argv[1]) if len(sys.argv) > 1 else torch.cuda.device_count()
+    print("\n".join(peer_ranks.run(time_all, size)[0]), flush=True)
