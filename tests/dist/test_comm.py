@@ -13,7 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from star_attention.distributed import TorchComm, world
-from star_attention.distributed.watchdog import Fault
+from star_attention.distributed.rendezvous import connect
+from star_attention.distributed.watchdog import Fault, Watchdog
 from star_attention.errors import RankError
 from tests.dist.pool import Pool
 
@@ -78,3 +79,20 @@ def test_ctrl_c_ends_the_wait_for_others() -> None:
         interrupt.join()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_the_loss_of_the_store_ends_what_runs_on_the_device() -> None:
+    """Forbids that kernels wait on for a rank that took the store with it."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port, ended = server.port, threading.Event()
+    watchdog = Watchdog(
+        lambda: connect("127.0.0.1", port, 1.0), 1, 2, stall_s=1.0, on_fault=ended.set
+    )
+    try:
+        assert not ended.wait(0.3)
+        del server
+        assert ended.wait(20)
+        assert watchdog.fault is not None
+        assert "store is unreachable" in watchdog.fault.cause
+    finally:
+        watchdog.close()

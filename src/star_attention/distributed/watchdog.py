@@ -260,10 +260,14 @@ class Watchdog:
                     self._on_fault()
             self._exit_if_stuck(self._contact_at)
             self._closing.wait(self._interval_s)
+        ended = self.fault is not None
         while not self._closing.wait(self._interval_s):
             now = time.monotonic()
             if self.fault is None and now - self._contact_at > self._stall_s / 2:
                 self.fault = self._unreachable()
+            if self.fault is not None and not ended:
+                self._on_fault()
+                ended = True
             self._exit_if_stuck(now)
         try:
             if time.monotonic() - self._contact_at < 2 * self._interval_s:
