@@ -12,6 +12,7 @@ import torch
 from star_attention.distributed.comm import Recording
 from star_attention.distributed.groups import NARROW_NCCL, PEERS
 from star_attention.distributed.messages import WorldControl
+from star_attention.distributed.streams import Suspendable
 from star_attention.distributed.world import World
 from star_attention.planning.traffic import Traffic
 
@@ -84,13 +85,24 @@ class Mesh(WorldControl):
         return peers if peers is not None and peers.usable else None
 
     @contextmanager
-    def collective(self, where: str, *, about: Any = None, check_in: bool = True) -> Iterator[None]:
+    def collective(self, where: str, *, about: Any = None) -> Iterator[None]:
         """See `WorldControl.collective`; the call finds all groups connected."""
-        with super().collective(where, about=about, check_in=check_in):
-            if self._connected_version != self.transport_version:
-                self._connect()
-                self._connected_version = self.transport_version
+        with super().collective(where, about=about):
+            self._reconnect()
             yield
+
+    @contextmanager
+    def streaming(self, stream: Suspendable, *, closing: bool = False) -> Iterator[None]:
+        """See `WorldControl.streaming`; steps find all groups connected."""
+        with super().streaming(stream, closing=closing):
+            if not (closing or stream.ended):
+                self._reconnect()
+            yield
+
+    def _reconnect(self) -> None:
+        if self._connected_version != self.transport_version:
+            self._connect()
+            self._connected_version = self.transport_version
 
     def _connect(self) -> None:
         """Connect what a CUDA graph that is captured later could not connect."""
