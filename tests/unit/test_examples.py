@@ -141,6 +141,24 @@ def test_several_gpus_on_one_process(run: Run) -> None:
 
 
 @pytest.mark.dist
+def test_a_notebook_on_two_ranks() -> None:
+    """The other ranks end with the notebook, and say nothing."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "notebook_on_several_gpus.py")],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 1  b4 " in done.stdout
+    assert done.stdout.count("The secret number for silver-otter is 7382745\n") == 2
+    assert done.stdout.count("The secret number for quiet-harbor is 8811503\n") == 1
+    assert "Error" not in done.stderr
+
+
+@pytest.mark.dist
 def test_several_gpus_on_two_ranks() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
