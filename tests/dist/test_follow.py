@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,35 @@ def test_what_rank_0_drops_is_freed_everywhere(pool: Pool) -> None:
     # Three times encode, generate; one is dropped: generate, extend; all but the longer one are:
     # encode (refused), generate, close; and after it.
     assert others == [[0, 1, 2, 3, 2, 2, 1, 1, 1, 0]] * 2
+
+
+# ------------------------------------------------------------------ pauses
+
+
+def pause_in_a_stream(comm: TorchComm) -> Any:
+    """Pause between two pieces, on ranks that work as GPUs do, until the stream is suspended."""
+    star = new_engine(comm=comm)
+    star.runtime.comm.is_asynchronous = True
+    if star.rank > 0:
+        star.follow()
+        return None
+    context = star.encode(STORY)
+    stream = star.stream(context, "A dog", max_new_tokens=6, ignore_eos=True)
+    for _ in range(2):
+        next(stream)
+        deadline = time.monotonic() + 20
+        while comm.streams.active is not None:
+            assert time.monotonic() < deadline, "the others still wait on their devices"
+            time.sleep(0.05)
+    list(stream)
+    star.close()
+    return stream.result.token_ids
+
+
+def test_a_stream_is_suspended_where_its_reader_pauses(pool: Pool) -> None:
+    """Forbids that GPUs of ranks that follow wait in a collective for hours."""
+    tokens, *_ = pool.run(pause_in_a_stream, 3)
+    star = new_engine()
+    context = star.encode(STORY)
+    expected = star.generate(context, "A dog", max_new_tokens=6, ignore_eos=True).token_ids
+    assert tokens == expected

@@ -126,6 +126,22 @@ class Mesh(WorldControl):
         """Changes when the groups are made again: graphs that hold the old ones are void."""
         return self.world.watchdog.epoch
 
+    # ------------------------------------------------------------------ pauses
+
+    def pause(self) -> None:
+        """Let the ranks that follow wait for the next piece on the CPU, if that takes long."""
+        if self.is_asynchronous:
+            self.world.pauses.begin(self._suspend_stream)
+
+    def _suspend_stream(self) -> None:
+        if not self.followers.any():
+            return
+        if self._device.type == "cuda":
+            # A thread starts on the first GPU.
+            torch.cuda.set_device(self._device)
+        with self.world.call("a pause"):
+            self._suspend_active("a pause")
+
     # ------------------------------------------------------------------ progress
 
     def tick(self, where: str | None = None) -> None:

@@ -86,6 +86,11 @@ class WorldControl:
             yield
             if stream.ended or stream.is_suspended:
                 self.streams.active = None
+            elif self.rank == 0:
+                self.pause()
+
+    def pause(self) -> None:
+        """Note that rank 0's stream stops between two pieces, maybe for long."""
 
     def _suspend_active(self, where: str) -> None:
         active, self.streams.active = self.streams.active, None

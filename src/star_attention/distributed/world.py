@@ -20,6 +20,7 @@ from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
 from star_attention.distributed.following import FOLLOW, Followers
 from star_attention.distributed.groups import ProcessGroups
+from star_attention.distributed.pauses import Pauses
 from star_attention.distributed.registry import contexts_of, engines_of
 from star_attention.distributed.rendezvous import START_S, STARTUP, connect, dist
 from star_attention.distributed.streams import Streams
@@ -45,6 +46,7 @@ class World:
         shared_error: the last exception that every rank raises by itself.
         contexts, engines: what all ranks hold parts of.
         followers: the ranks that follow rank 0.
+        pauses: those between two pieces of a stream.
         last_call: name of the last call that has ended; None before the first.
         in_call: True while a call runs.
     """
@@ -79,6 +81,7 @@ class World:
         # Collectives that nobody has waited for yet.
         self._open_collectives = 0
         self._lock = threading.RLock()
+        self.pauses = Pauses(self._lock)
         # Lives as long as this rank.
         self._server = server
         try:
@@ -192,6 +195,7 @@ class World:
             if self.in_call:
                 yield False
                 return
+            self.pauses.cancel()
             try:
                 self.in_call = True
                 self.watchdog.issued = 0
@@ -313,6 +317,7 @@ class World:
 
     def close(self) -> None:
         """Leave the other ranks and let them know."""
+        self.pauses.close()
         self.watchdog.close()
         if self.broken is not None or self._open_collectives:
             self.groups.abandon()
