@@ -233,6 +233,31 @@ def test_data_sets_of_several_lengths_run_together(model: Path, tmp_path: Path) 
     ]
 
 
+def test_special_tokens_of_data_sets_are_read_as_the_option_says(
+    model: Path, tmp_path: Path
+) -> None:
+    row = {"context": "The tea<eos> is hot.\n" * 9, "query": "Is it<eos>?", "answers": ["yes"]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    command = ["run", file, "--variants", "dense", *SHORT]
+    tokens = {}
+    for option in ("--allow-special-tokens", "--no-allow-special-tokens"):
+        ok(model, *command, option, "--out", tmp_path / option)
+        (line,) = predictions(tmp_path / option)
+        tokens[option] = (line.context_tokens, line.query_tokens)
+        settings = json.loads((tmp_path / option / RUN).read_text())["settings"]
+        assert settings["allow_special_tokens"] is (option == "--allow-special-tokens")
+    tokenizer = bundled_tokenizer()
+    as_text = len(tokenizer("<eos>", add_special_tokens=False, split_special_tokens=True).input_ids)
+    (context, query), (literal_context, literal_query) = tokens.values()
+    assert literal_context - context == 9 * (as_text - 1)
+    assert literal_query - query == as_text - 1
+    # A run goes on as it began.
+    assert "allow_special_tokens" in error(
+        model, *command, "--out", tmp_path / "--allow-special-tokens"
+    )
+
+
 def test_a_report_is_written_again(model: Path, tmp_path: Path) -> None:
     ok(
         model,

@@ -245,7 +245,14 @@ class StarLM(LM):
             total=len(requests), desc=f"star {kind}", disable=quiet or self.star.rank > 0
         ) as bar:
             for job in jobs:
-                context = self.star.encode(job.context, progress=False)
+                longest = job.longest
+                # Rotary frequencies may depend on the length of the whole.
+                context = self.star.encode(
+                    job.context,
+                    progress=False,
+                    query=longest.query + longest.continuation[:-1],
+                    settings=GREEDY | {"max_new_tokens": max(1, longest.answer_tokens)},
+                )
                 for question in job.questions:
                     result = answers[question.index] = answer(context, question)
                     self.cache_hook.add_partial(kind, requests[question.index].args, result)

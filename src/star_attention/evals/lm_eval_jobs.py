@@ -31,11 +31,18 @@ class Question:
         index: Place of the request in the harness's list.
         query: Token ids of the query.
         continuation: Token ids to score.
+        answer_tokens: Tokens to leave room for after both.
     """
 
     index: int
     query: list[int]
     continuation: list[int]
+    answer_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens after the context."""
+        return len(self.query) + len(self.continuation) + self.answer_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,11 @@ class Job:
 
     context: list[int]
     questions: list[Question]
+
+    @property
+    def longest(self) -> Question:
+        """The question that needs the most tokens."""
+        return max(self.questions, key=lambda question: question.tokens)
 
 
 class JobBuilder:
@@ -82,9 +94,13 @@ class JobBuilder:
         for index, request in enumerate(requests):
             prompt, second = arguments(request)
             context, query, continuation = self._ids(request, prompt, second if scored else None)
-            tokens = len(context) + len(query) + len(continuation) + answer_tokens[index]
-            self._check_positions(request, tokens)
-            question = Question(index=index, query=query, continuation=continuation)
+            question = Question(
+                index=index,
+                query=query,
+                continuation=continuation,
+                answer_tokens=answer_tokens[index],
+            )
+            self._check_positions(request, len(context) + question.tokens)
             questions.setdefault(tuple(context), []).append(question)
         jobs = [
             Job(context=list(context), questions=on_context)

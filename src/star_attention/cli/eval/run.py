@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from star_attention.cli import session
 from star_attention.cli.chat import template_kwargs
+from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.eval.options import FILE_VARIANTS, AnchorSeed, RunOptions, Variants
 from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import option
@@ -60,6 +61,8 @@ def run(
     ] = None,
     variants: Variants = FILE_VARIANTS,
     seed: AnchorSeed = 0,
+    *,
+    settings: Annotated[dict[str, Any], ConfigOptions("allow_special_tokens")],
 ) -> None:
     """Answer the samples of data sets with several methods, and report.
 
@@ -72,7 +75,7 @@ def run(
 
         return FileSource(files=files, format=format, prompts=prompts, seed=seed)
 
-    evaluate(model, options, lambda: parse_variants(variants), source)
+    evaluate(model, options, lambda: parse_variants(variants), source, **settings)
 
 
 def report(
@@ -121,6 +124,7 @@ def evaluate(
     options: RunOptions,
     variants: Callable[[], list[Variant]],
     source: Callable[[], Source],
+    **settings: Any,
 ) -> None:
     """Make samples, load the model, answer and report.
 
@@ -132,20 +136,23 @@ def evaluate(
         options: How answers are made, and where they go.
         variants: Parses the methods.
         source: Parses where the samples come from.
+        settings: Settings of `StarConfig` for the engine.
     """
     status = Status(quiet=options.quiet)
     samples: list[Sample] = []
     left_out: dict[str, str] = {}
     parsed_variants: list[Variant] = []
-    settings: RunSettings | None = None
+    run_settings: RunSettings | None = None
     if is_rank_0():
         parsed_source, parsed_variants = source(), variants()
-        settings = _settings(options, parsed_source)
+        run_settings = _settings(options, parsed_source)
         _check_output(options.out)
         parsed_source.read()
-        samples, left_out = _make_samples(model, parsed_source, parsed_variants, settings, status)
+        samples, left_out = _make_samples(
+            model, parsed_source, parsed_variants, run_settings, status
+        )
         status.say(f"{counted(len(samples), 'sample')}, {counted(len(parsed_variants), 'variant')}")
-    star = session.load(model, status)
+    star = session.load(model, status, **settings)
     if not options.chat and getattr(star.tokenizer, "chat_template", None):
         status.say("texts are sent as they are; --chat uses this model's chat template")
     from star_attention.evals.runs import runner
@@ -155,7 +162,7 @@ def evaluate(
         samples,
         parsed_variants,
         options.out,
-        settings,
+        run_settings,
         left_out=left_out,
         progress=status.say,
     )

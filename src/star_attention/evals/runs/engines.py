@@ -8,6 +8,7 @@ from typing import Any
 from star_attention.engine import StarLLM
 from star_attention.evals.runs import ablations
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
+from star_attention.evals.runs.settings import GREEDY
 from star_attention.evals.runs.variants import Variant
 from star_attention.inputs import Content
 from star_attention.storage.context import EncodedContext
@@ -25,12 +26,27 @@ def engine_for(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | N
 
 
 def encode_all(
-    engine: StarLLM, variant: Variant, contents: list[list[int]], *, seed: int
+    engine: StarLLM,
+    variant: Variant,
+    contents: list[list[int]],
+    continuation: list[int],
+    *,
+    seed: int,
 ) -> list[EncodedContext]:
-    """Encode several contexts, in batches unless the variant is an ablation."""
+    """Encode several contexts, in batches unless the variant is an ablation.
+
+    Args:
+        engine: The variant's engine.
+        variant: The variant.
+        contents: Token ids of each context.
+        continuation: As many token ids as will follow each but one, on which rotary frequencies may
+            depend.
+        seed: Seed of random anchors.
+    """
     if variant.is_ablation:
         return [encode(engine, variant, content, seed=seed) for content in contents]
-    return engine.encode(contents, progress=False)
+    settings = GREEDY | {"max_new_tokens": 1}
+    return engine.encode(contents, progress=False, query=continuation, settings=settings)
 
 
 def encode(
@@ -40,6 +56,7 @@ def encode(
     *,
     seed: int,
     template_kwargs: Mapping[str, Any] | None = None,
+    answering: Mapping[str, Any] | None = None,
 ) -> EncodedContext:
     """Encode one context with an engine of `engine_for`.
 
@@ -49,11 +66,21 @@ def encode(
         content: Text, token ids or messages.
         seed: Seed of random anchors.
         template_kwargs: What the chat template reads beside messages.
+        answering: Arguments of `StarLLM.generate` for the longest answer on this context, which
+            rotary frequencies may depend on.
     """
     # None where there are none, as a text takes no arguments of a template.
     kwargs = dict(template_kwargs or {}) or None
     if not variant.is_ablation:
-        return engine.encode(content, progress=False, chat_template_kwargs=kwargs)
+        settings = dict(answering or {})
+        query = settings.pop("query", None)
+        return engine.encode(
+            content,
+            progress=False,
+            query=query,
+            settings=settings or None,
+            chat_template_kwargs=kwargs,
+        )
     return ablations.encode(
         engine,
         content,

@@ -31,6 +31,7 @@ class Job:
         samples: Indices of the samples that have no prediction yet.
         sharing: Number of samples on this context, answered or not.
         tokens: Tokens of the context.
+        longest: Index of the sample on this context, answered or not, that needs the most tokens.
     """
 
     variant: int
@@ -38,6 +39,7 @@ class Job:
     samples: tuple[int, ...]
     sharing: int
     tokens: int
+    longest: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,12 @@ class Measured:
 
     Attributes:
         context_tokens: Tokens of the context, by index of the sample.
+        needed: Tokens of context, query and answer, likewise.
         skipped: Samples that are too long, with the tokens that they need.
     """
 
     context_tokens: dict[int, int]
+    needed: dict[int, int]
     skipped: list[dict[str, Any]]
 
 
@@ -131,6 +135,7 @@ def measure(
     )
     marks = TemplateMarks(tokenizer) if settings.chat else None
     context_tokens: dict[int, int] = {}
+    needed: dict[int, int] = {}
     skipped: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
         tick("reading samples")
@@ -138,11 +143,11 @@ def measure(
         if marks is not None:
             marks.check(sample)
         in_context, in_query = counter.count(sample)
-        needed = in_context + in_query + (settings.max_new_tokens or sample.max_new_tokens)
-        if max_positions is not None and needed > max_positions:
-            skipped.append({"sample": sample.id, "tokens": needed, "positions": max_positions})
+        tokens = in_context + in_query + (settings.max_new_tokens or sample.max_new_tokens)
+        if max_positions is not None and tokens > max_positions:
+            skipped.append({"sample": sample.id, "tokens": tokens, "positions": max_positions})
         else:
-            context_tokens[index] = in_context
+            context_tokens[index], needed[index] = in_context, tokens
     _warn_of_prefixes(samples)
     if skipped and not settings.skip_too_long:
         first = skipped[0]
@@ -156,7 +161,7 @@ def measure(
             f"all {len(samples):,} samples are longer than the model's {max_positions:,} positions;"
             " use a smaller length"
         )
-    return Measured(context_tokens=context_tokens, skipped=skipped)
+    return Measured(context_tokens=context_tokens, needed=needed, skipped=skipped)
 
 
 def _warn_of_prefixes(samples: Sequence[Sample]) -> None:
@@ -190,7 +195,7 @@ def _check(sample: Sample, settings: RunSettings) -> None:
 def build_jobs(
     samples: Sequence[Sample],
     variants: Sequence[Variant],
-    context_tokens: dict[int, int],
+    measured: Measured,
     answered: set[tuple[str, str]],
     *,
     own_lengths: bool,
@@ -202,7 +207,7 @@ def build_jobs(
     Args:
         samples: All samples of the run.
         variants: Every context is answered with each.
-        context_tokens: Tokens of the context by index of the sample; others are left out.
+        measured: Tokens of the samples; those that it skips are left out.
         answered: Sample id and variant key of the predictions that exist.
         own_lengths: Block sizes that are fractions refer to the context's tokens, whatever length
             the samples state.
@@ -212,9 +217,9 @@ def build_jobs(
     def context_of(index: int) -> tuple[str, int]:
         return samples[index].context, samples[index].length
 
-    for _, group in groupby(context_tokens, key=context_of):
+    for _, group in groupby(measured.context_tokens, key=context_of):
         indices = list(group)
-        tokens = context_tokens[indices[0]]
+        tokens = measured.context_tokens[indices[0]]
         # A fraction refers to the length that a sample was made for, so that all samples of that
         # length have the same blocks.
         length = tokens if own_lengths else max(samples[indices[0]].length, tokens)
@@ -231,6 +236,7 @@ def build_jobs(
                         samples=unanswered,
                         sharing=len(indices),
                         tokens=tokens,
+                        longest=max(indices, key=measured.needed.__getitem__),
                     )
                 )
     return jobs

@@ -178,7 +178,7 @@ def _losses(
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         heads = [list(window[: -tail - 1]) for window in part]
-        contexts = encode_all(engine, variant, heads, seed=seed)
+        contexts = encode_all(engine, variant, heads, list(part[0][-tail - 1 : -1]), seed=seed)
         for context, window in zip(contexts, part, strict=True):
             logits_QV = engine.logits(context, list(window[-tail - 1 :]))
             loss = None

@@ -171,23 +171,22 @@ def _follow(engine: StarLLM, variant: Variant, job: Job, settings: RunSettings) 
 def _answer(
     engine: StarLLM, variant: Variant, job: Job, settings: RunSettings, prepared: _Prepared
 ) -> None:
-    samples = [prepared.samples[index] for index in job.samples]
-    content = content_of(samples[0], chat=settings.chat)
+    def arguments(sample: Sample) -> dict[str, Any]:
+        most = settings.max_new_tokens or sample.max_new_tokens
+        return query_kwargs(sample) | {"max_new_tokens": most} | GREEDY
+
+    longest = prepared.samples[job.longest]
     context = encode(
         engine,
         variant,
-        content,
+        content_of(longest, chat=settings.chat),
         seed=settings.seed,
         template_kwargs=settings.chat_template_kwargs,
+        answering=arguments(longest),
     )
-    for sample in samples:
-        started = time.perf_counter()
-        generation = engine.generate(
-            context,
-            **query_kwargs(sample),
-            max_new_tokens=settings.max_new_tokens or sample.max_new_tokens,
-            **GREEDY,
-        )
+    for index in job.samples:
+        sample, started = prepared.samples[index], time.perf_counter()
+        generation = engine.generate(context, **arguments(sample))
         prediction = _prediction(
             sample,
             context,
@@ -268,7 +267,7 @@ def _prepare(
         jobs = build_jobs(
             samples,
             variants,
-            measured.context_tokens,
+            measured,
             {prediction.key for prediction in predictions},
             own_lengths=settings.own_lengths,
         )
@@ -303,14 +302,21 @@ def _prepare(
 
 def _recorded_settings(star: StarLLM, settings: RunSettings) -> dict[str, Any]:
     """Return everything that answers depend on."""
-    return settings.recorded | {
-        "decoding": "greedy",
-        "reserve_tokens": star.config.reserve_tokens,
-        "ranks": star.num_ranks,
-        "device": star.device.type,
-        "versions": versions(),
-        "model": run_folder.plain(star.runtime.identity),
-    }
+    # Left out where it is the default, as in runs of earlier versions.
+    special = star.config.allow_special_tokens
+    allowed = {} if special is None else {"allow_special_tokens": special}
+    return (
+        settings.recorded
+        | allowed
+        | {
+            "decoding": "greedy",
+            "reserve_tokens": star.config.reserve_tokens,
+            "ranks": star.num_ranks,
+            "device": star.device.type,
+            "versions": versions(),
+            "model": run_folder.plain(star.runtime.identity),
+        }
+    )
 
 
 def _check(
