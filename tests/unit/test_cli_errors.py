@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
+from star_attention.cli.errors import Reporting, cli_errors
+from star_attention.cli.paths import check_output_folder
 from star_attention.hf.loading.load import load_tokenizer
 from tests.command_line import MODEL, NEEDLE, QUESTION, failed, ok, run, usage_error
 from tests.engines import BUNDLED
@@ -82,6 +86,36 @@ def test_a_byte_order_mark_is_removed(tmp_path: Path) -> None:
 )
 def test_invalid_values(texts: Path, options: list[str], message: str) -> None:
     assert message in failed("generate", *MODEL, texts / "book.txt", "--query", QUESTION, *options)
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("/proc/x/y", "No such file or directory"), ("a" * 300, "File name too long")],
+    ids=["proc", "long"],
+)
+def test_folders_that_cannot_be_written(folder: str, reason: str, tmp_path: Path) -> None:
+    """Forbids the operating system's bare `[Errno 2]`, and folders left over from trying."""
+    message = f"is not writable ({reason}); give another one with --out"
+    for command in (
+        ["demo", "--model", BUNDLED],
+        ["eval", "run", *MODEL, BUNDLED / "config.json"],
+    ):
+        assert message in failed(*command, "--out", folder)
+    check_output_folder(str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_the_operating_system_are_in_words(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(typer.Exit), cli_errors(Reporting()):
+        (tmp_path / "no").read_text()
+    expected = f"error: cannot use '{tmp_path / 'no'}': No such file or directory; check the path"
+    assert capsys.readouterr().err.startswith(expected)
+    with pytest.raises(typer.Exit), cli_errors(Reporting()):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    expected = "error: No space left on device; check the paths, permissions and free space\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(

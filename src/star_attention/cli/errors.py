@@ -14,7 +14,7 @@ import typer
 
 from star_attention.cli.streams import discard_stdout, say
 from star_attention.cli.torchrun import is_rank_0
-from star_attention.errors import StarAttentionError
+from star_attention.errors import StarAttentionError, quote
 
 # torchao logs, on every import without a matching GPU, which kernels it lacks. Why the hub cannot
 # be reached is part of our own error.
@@ -53,8 +53,22 @@ def cli_errors(reporting: Reporting) -> Iterator[None]:
     except (StarAttentionError, OSError) as error:
         if reporting.debug:
             traceback.print_exc()
-        say(f"error: {error}")
+        say(f"error: {_text(error)}")
         raise typer.Exit(1) from None
+
+
+def _text(error: Exception) -> str:
+    """Return an error's message; the operating system's own in words."""
+    if isinstance(error, StarAttentionError) or not isinstance(error, OSError):
+        return str(error)
+    if not error.strerror:
+        return str(error)
+    if error.filename is None:
+        return f"{error.strerror}; check the paths, permissions and free space"
+    return (
+        f"cannot use {quote(str(error.filename))}: {error.strerror}; check the path, its"
+        " permissions and the space there"
+    )
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import tempfile
 from pathlib import Path
 
 from star_attention.cli.torchrun import rank_and_size
-from star_attention.errors import ContextSaveError, InvalidInputError
+from star_attention.errors import ContextSaveError, InvalidInputError, quote
 
 
 def check_save_path(path: str | None) -> None:
@@ -40,10 +40,31 @@ def check_output_folder(path: str) -> None:
     Raises:
         InvalidInputError: If they cannot.
     """
-    existing = next(folder for folder in (Path(path), *Path(path).parents) if folder.exists())
-    if not existing.is_dir():
-        raise InvalidInputError(f"{existing} is not a folder; give another one with --out")
-    if not os.access(existing, os.W_OK):
+    folders = [Path(path), *Path(path).parents]
+    try:
+        missing = [folder for folder in folders if not folder.exists()]
+        existing = folders[len(missing)]
+        if not existing.is_dir():
+            raise InvalidInputError(f"{existing} is not a folder; give another one with --out")
+        _try_to_write(missing, existing)
+    except OSError as error:
         raise InvalidInputError(
-            f"the folder {existing} is not writable; give another one with --out"
-        )
+            f"the folder {quote(path)} is not writable ({error.strerror}); give another one with"
+            " --out"
+        ) from None
+
+
+def _try_to_write(missing: list[Path], existing: Path) -> None:
+    """Make folders and a file in the last one, and remove them again."""
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.append(folder)
+        with tempfile.TemporaryFile(dir=made[-1] if made else existing):
+            pass
+    finally:
+        for folder in reversed(made):
+            # Another process may have put something there meanwhile.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
