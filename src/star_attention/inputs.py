@@ -17,6 +17,7 @@ from star_attention.hf.text.checks import (
     check_no_path,
     check_words,
     checked_text,
+    for_each,
     warn_about_file_name,
 )
 from star_attention.hf.text.joining import ContextEnd
@@ -172,11 +173,11 @@ def prepare_contexts(
         settings = GenerationSettings.of(**(options or {})).resolve(
             runtime.handle, runtime.tokenizer
         )
-    contexts = content if several else [content]
-    return several, [
-        _prepare_one(runtime, context, queries, settings, template_kwargs)[0]
-        for context in contexts
-    ]
+    return several, for_each(
+        "context",
+        list(content) if several else [content],
+        lambda context: _prepare_one(runtime, context, queries, settings, template_kwargs)[0],
+    )
 
 
 def _prepare_one(
@@ -196,18 +197,7 @@ def _prepare_one(
     runtime.warn_of_small_blocks(len(ids_L))
     prompts: list[list[int]] = []
     if settings is not None:
-        prompts = [
-            prompt_ids(
-                runtime,
-                source.chat,
-                checked_query(query),
-                settings.answer_prefix,
-                warn=warn,
-                after=source,
-                template_kwargs=settings.chat_template_kwargs,
-            )
-            for query in queries
-        ]
+        prompts = query_prompts(runtime, source, queries, settings, warn=warn)
         needed = len(ids_L) + max(map(len, prompts)) + settings.max_new_tokens
         source = replace(source, needed=needed)
         rope_length = runtime.rope_length(len(ids_L), needed)
@@ -300,53 +290,62 @@ def _extension(
     return ids, chat_state, None if new_end is None else new_end.as_dict()
 
 
-def checked_query(query: Any) -> Any:
-    """Return a query, refusing a text without words."""
-    if isinstance(query, str):
-        check_words(query, "query")
-    return query
+def query_prompts(
+    runtime: Runtime,
+    after: ContextInput,
+    queries: list[Any],
+    settings: ResolvedSettings,
+    *,
+    warn: bool = True,
+) -> list[list[int]]:
+    """Return the checked token ids that follow a context, for each query."""
+    kwargs, prefix = settings.chat_template_kwargs, settings.answer_prefix
+
+    def prompt(query: Any) -> list[int]:
+        if isinstance(query, str):
+            check_words(query, "query")
+        return prompt_ids(runtime, after, query, prefix, warn=warn, template_kwargs=kwargs)
+
+    return for_each("query", queries, prompt)
 
 
 def prompt_ids(
     runtime: Runtime,
-    chat_state: dict[str, Any] | None,
+    after: ContextInput,
     query: Any,
     answer_prefix: str = "",
     *,
     warn: bool = True,
-    after: ContextInput | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids that follow a context: the query and the start of its answer.
 
     Args:
         runtime: the engine's.
-        chat_state: how the context's chat continues, or None for raw text.
+        after: the context; what is held back of it comes first.
         query: text, token ids, chat messages; None for the question that the context came with.
         answer_prefix: text that the answer begins with.
         warn: warn where context and query are tokenized differently than the joined text.
-        after: the context; what is held back of it comes first.
         template_kwargs: what the chat template reads beside messages, where it differs from the
             context's.
     """
     reader = _reader(runtime)
     answer_start = reader.raw(answer_prefix, "answer prefix")
     is_text = query is None or isinstance(query, str)
-    is_chat = chat_state is not None and (is_text or chat.is_messages(query))
+    is_chat = after.chat is not None and (is_text or chat.is_messages(query))
     if not is_chat:
         check_unused("query", template_kwargs)
-    if chat_state is not None and is_chat:
+    if after.chat is not None and is_chat:
         runtime.need_tokenizer("chat messages")
-        opened = chat.ChatContext.from_dict(chat_state)
+        opened = chat.ChatContext.from_dict(after.chat)
         if isinstance(query, str):
             query = checked_text(query, "the query")
-        warned = set() if after is None else after.warned
         tail = chat.continue_context(
             runtime.tokenizer,
             opened,
             query,
             template_kwargs,
-            warned=warned if warn else set(chat.WARNINGS),
+            warned=after.warned if warn else set(chat.WARNINGS),
         )
         text = reader.rendered(tail) + answer_start
     elif chat.is_messages(query):
@@ -355,22 +354,23 @@ def prompt_ids(
             " messages"
         )
     elif query is None or (isinstance(query, str) and query == ""):
-        raise TokenError("the query is empty; give at least 1 token")
+        none = " (None)" if query is None else ""
+        raise TokenError(f"the query is empty{none}; give at least 1 token")
     elif isinstance(query, str):
         runtime.need_tokenizer("text")
         text = reader.raw(query, "query") + answer_start
     else:
         return _prompt_of_ids(runtime, query, answer_start, after)
-    end = None if after is None else _context_end(runtime, after)
+    end = _context_end(runtime, after)
     ids, is_joined = joining.following_ids(runtime.tokenizer, end, text)
-    if warn and not is_joined and after is not None:
+    if warn and not is_joined:
         joining.warn_about_cut(end, text, "query", after.warned)
     checked: list[int] = checked_ids(ids, "query", runtime.handle.vocab_size).tolist()
     return checked
 
 
 def _prompt_of_ids(
-    runtime: Runtime, query: Any, answer_start: RenderedText, after: ContextInput | None
+    runtime: Runtime, query: Any, answer_start: RenderedText, after: ContextInput
 ) -> list[int]:
     """Return the ids of a query of token ids, after those held back and before the answer's."""
     ids: list[int] = checked_ids(query, "query", runtime.handle.vocab_size).tolist()
@@ -378,7 +378,7 @@ def _prompt_of_ids(
         tokenizer = runtime.need_tokenizer("an answer prefix")
         end = joining.end_of_ids(tokenizer, ids)
         ids += joining.following_ids(tokenizer, end, answer_start)[0]
-    return ids if after is None else after.held_ids + ids
+    return after.held_ids + ids
 
 
 def held_tokens(source: ContextInput, prompt: list[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from star_attention.errors import (
 )
 from tests.engines import bundled_tokenizer, engine, ids
 from tests.refusals import refused
+from tests.talkers import byte_level, talker
 
 BLOCK = 20
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -111,6 +113,32 @@ def test_an_empty_text(star: StarLLM, reader: StarLLM, context: EncodedContext) 
         "at least 1",
         call=lambda: reader.extend(reader.encode(ids(5)), ""),
     )
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        (["a", None, "b"], r"^query 2 of 3: the query is empty \(None\)"),
+        (["a", ""], "^query 2 of 2: the query is empty"),
+        ([" \n", "a"], "^query 1 of 2: the query .* white space"),
+        (["a", "b", 3], "^query 3 of 3: the query must be text"),
+        ([[5], [6, 10**6]], "^query 2 of 2: the query has token id 1000000"),
+        (["a", "b\ud83d"], "^query 2 of 2: the query has half a character"),
+    ],
+)
+def test_the_faulty_one_of_several_is_named(queries: list[Any], message: str) -> None:
+    reader = talker(byte_level())
+    context = reader.encode("The tea is hot.\n")
+    calls: list[Callable[[], Any]] = [
+        lambda: reader.generate(context, queries),
+        lambda: reader.prepare("The tea is hot.\n", queries),
+        lambda: reader.encode("The tea is hot.\n", query=queries),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInputError, match=message):
+            call()
+    with pytest.raises(InvalidInputError, match=message.replace("query", "context")[:20]):
+        reader.encode(queries)
 
 
 def test_text_without_a_tokenizer(star: StarLLM, context: EncodedContext) -> None:

@@ -75,7 +75,7 @@ def whole_ids(star: StarLLM, text: str) -> list[int]:
 def prompt(star: StarLLM, context: EncodedContext, query: Any, **kwargs: Any) -> list[int]:
     """Return the ids of context and query, as the model sees them."""
     return context.token_ids.tolist() + inputs.prompt_ids(
-        star.runtime, context.chat, query, **kwargs
+        star.runtime, inputs.ContextInput.of(context), query, **kwargs
     )
 
 
@@ -231,7 +231,8 @@ def test_bad_messages_are_refused(
 def test_a_chat_query_that_would_fail_is_refused_before_encoding(star: StarLLM) -> None:
     """Counting the template's own tokens, and for a question that is part of the messages."""
     context = star.encode([user(DOCUMENT)])
-    room = 2048 - len(context) - len(inputs.prompt_ids(star.runtime, context.chat, QUESTION))
+    after = inputs.ContextInput.of(context)
+    room = 2048 - len(context) - len(inputs.prompt_ids(star.runtime, after, QUESTION))
     for kwargs in (dict(query=QUESTION), dict(query=[QUESTION, "x"]), dict(query=[user(QUESTION)])):
         assert star.encode([user(DOCUMENT)], **kwargs, settings=dict(max_new_tokens=room))
         with pytest.raises(ContextLengthError, match="more than the model's 2,048 positions"):

@@ -130,7 +130,8 @@ def test_the_split_is_what_the_model_sees(task: str, data: dict[str, str]) -> No
     head = context_ids(tokenizer, sample.context)
     tail = query_ids(tokenizer, sample.query + sample.answer_prefix)
     assert context.token_ids.tolist() == head
-    assert inputs.prompt_ids(star.runtime, context.chat, sample.query, sample.answer_prefix) == tail
+    after = inputs.ContextInput.of(context)
+    assert inputs.prompt_ids(star.runtime, after, sample.query, sample.answer_prefix) == tail
     size = Size(tokenizer=tokenizer, length=0)
     assert len(head) + len(tail) + sample.max_new_tokens == size.tokens(sample)
     prompt = sample.context + sample.query + sample.answer_prefix

@@ -52,6 +52,17 @@ def test_engines_and_what_they_hold_stay(star: StarLLM, context: EncodedContext)
                 copy.deepcopy(value)
 
 
+def test_pydantic_fields_take_them_as_they_are(star: StarLLM, context: EncodedContext) -> None:
+    """Forbids `SchemaError: Error building "definitions" validator`."""
+    pydantic = pytest.importorskip("pydantic")
+    model = pydantic.create_model("App", star=(StarLLM, ...), context=(EncodedContext | None, None))
+    app = model(star=star, context=context)
+    assert app.star is star
+    assert app.context is context
+    with pytest.raises(pydantic.ValidationError, match="instance of EncodedContext"):
+        model(star=star, context="book.star")
+
+
 def test_the_remedies_work(star: StarLLM, context: EncodedContext) -> None:
     """A copy of the model, shallow copies and other settings answer as before."""
     expected = star.generate(context, "How is the tea?", max_new_tokens=4).token_ids

@@ -203,7 +203,7 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
     def prepare() -> int:
         runtime.check_context(context)
         after = ContextInput.of(context)
-        prompt = inputs.prompt_ids(runtime, context.chat, continuation, after=after)
+        prompt = inputs.prompt_ids(runtime, after, continuation)
         held.append(inputs.held_tokens(after, prompt))
         requests.append(_phase2_request(runtime, context, [prompt], 0))
         return context.key
@@ -235,17 +235,7 @@ def _prepared(
     queries, after = inputs.as_queries(query), ContextInput.of(context)
     return Prepared(
         contexts=(),
-        prompts=[
-            inputs.prompt_ids(
-                runtime,
-                context.chat,
-                inputs.checked_query(query),
-                settings.answer_prefix,
-                after=after,
-                template_kwargs=settings.chat_template_kwargs,
-            )
-            for query in queries
-        ],
+        prompts=inputs.query_prompts(runtime, after, queries, settings),
         settings=settings,
         several_queries=inputs.is_several(query),
     )

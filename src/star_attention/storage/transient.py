@@ -26,6 +26,13 @@ class Transient:
             f"{type(self).__name__} cannot be copied by copy.deepcopy; {self._instead_of_deepcopy}"
         )
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """A pydantic field takes the object as it is, and looks at no part of it."""
+        from pydantic_core import core_schema
+
+        return core_schema.is_instance_schema(cls)
+
     def __copy__(self) -> Self:
         # `copy.copy` would go through `__reduce_ex__`.
         other = object.__new__(type(self))

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from star_attention.errors import TextError, TokenError, quote
+from star_attention.errors import InvalidInputError, TextError, TokenError, quote
+
+_T = TypeVar("_T")
 
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _LONGEST_FILE_NAME = 255
@@ -37,6 +41,19 @@ def checked_text(text: str, name: str) -> str:
             ' text.encode("utf-8", "replace").decode()'
         ) from None
     return text
+
+
+def for_each(name: str, items: list[Any], call: Callable[[Any], _T]) -> list[_T]:
+    """Return what `call` makes of each item; an error says which of several it is about."""
+    results = []
+    for number, item in enumerate(items, 1):
+        try:
+            results.append(call(item))
+        except InvalidInputError as error:
+            if len(items) > 1:
+                error.args = (f"{name} {number} of {len(items)}: {error}",)
+            raise
+    return results
 
 
 def check_words(text: str, name: str) -> None:
