@@ -199,8 +199,13 @@ class MeshComm(Mesh):
         part = tensor.to(torch.float32 if wide else tensor.dtype, copy=True)
         return self._reduced(part.contiguous(), dist.ReduceOp.SUM).to(tensor.dtype)
 
-    def tp_sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the tp ranks; in place, in the tensor's precision, if it is long."""
+    def tp_sum(self, tensor: Tensor, *, in_place: bool = True) -> Tensor:
+        """Return the sum over the tp ranks, of a long tensor in its own precision.
+
+        Args:
+            tensor: this rank's part.
+            in_place: True to overwrite a long one.
+        """
         ranks = self._row()
         if len(ranks) == 1:
             return tensor
@@ -208,7 +213,8 @@ class MeshComm(Mesh):
             return self._added(tensor, ranks, self.tp_traffic.add)
         if self._rehearsing:
             return tensor
-        staged = self._staged(tensor.contiguous(), fill=True)
+        part = tensor if in_place else tensor.clone(memory_format=torch.contiguous_format)
+        staged = self._staged(part.contiguous(), fill=True)
         self.tp_traffic.add(
             traffic.reduce_bytes(staged.numel() * staged.element_size(), self.tp_size)
         )

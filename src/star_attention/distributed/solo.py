@@ -130,7 +130,7 @@ class SoloComm(SoloControl, SoloProgress):
     def broadcast_step(self, packet: Tensor) -> Pending:
         return Pending()
 
-    def tp_sum(self, tensor: Tensor) -> Tensor:
+    def tp_sum(self, tensor: Tensor, *, in_place: bool = True) -> Tensor:
         return tensor
 
     def tp_gather(self, tensor: Tensor) -> list[Tensor]:

@@ -73,8 +73,7 @@ def _(part: Tensor, ranks: str, shard: int) -> Tensor:
 
 def _summed(comm: Comm, part: Tensor, ranks: str) -> Tensor:
     """Return a sum in memory of its own; `part` keeps its value."""
-    if ranks == "tp":
-        # Where possible it is summed in place.
-        return comm.tp_sum(part.clone(memory_format=torch.contiguous_format))
-    total = comm.cp_sum(part)
-    return total.clone() if total.data_ptr() == part.data_ptr() else total
+    total = comm.tp_sum(part, in_place=False) if ranks == "tp" else comm.cp_sum(part)
+    if total.data_ptr() == part.data_ptr():
+        total = total.clone(memory_format=torch.contiguous_format)
+    return total
