@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
 import star_attention.distributed
 from star_attention.distributed import SoloComm
+from star_attention.distributed.comm import Recording
+from star_attention.distributed.groups import ProcessGroups
 from star_attention.distributed.registry import contexts_of
 from star_attention.distributed.watchdog import Fault
 from star_attention.errors import InvalidInputError, RankError, TokenError
@@ -70,3 +73,25 @@ def test_names_are_imported_on_use() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="has no attribute 'unknown'"):
         star_attention.distributed.unknown  # noqa: B018
+
+
+class StuckGroup:
+    """NCCL's group as the device sees it: it ends once no graph holds its collectives."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.ended = False
+
+    def abort(self) -> None:
+        self.ended = self.released.wait(timeout=30)
+
+
+def test_graphs_are_released_so_that_nccl_can_end() -> None:
+    """Forbids a wait for NCCL, which waits for the graphs that hold its collectives."""
+    groups = ProcessGroups(None, "test", rank=0, start_s=1.0)
+    group, recording = StuckGroup(), Recording()
+    recording.release = group.released.set
+    groups._groups["nccl", range(2)] = group
+    groups.recordings.add(recording)
+    groups.abort()
+    assert group.ended

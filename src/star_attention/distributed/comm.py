@@ -38,10 +38,15 @@ class Pending:
 
 
 class Recording:
-    """Collectives that were captured in a CUDA graph, to be counted with each of its replays."""
+    """Collectives that were captured in a CUDA graph, to be counted with each of its replays.
+
+    Attributes:
+        release: destroys the graph. It is called after a fault, when graphs keep NCCL from ending.
+    """
 
     def __init__(self) -> None:
         self.count: Callable[[], None] = lambda: None
+        self.release: Callable[[], None] = lambda: None
 
     def replayed(self) -> None:
         """Count one replay."""

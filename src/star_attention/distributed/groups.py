@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from star_attention.distributed.comm import Recording
 from star_attention.distributed.rendezvous import dist, wait_for_ranks
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ PEERS = "peers"
 
 # The watchdog decides how long to wait, not the transport.
 _FOREVER = timedelta(days=30)
+# How long to wait for NCCL to end what runs on the device.
+_ABORT_S = 5.0
 
 # Groups with a collective that never ends: destroying one would wait for it.
 _ABANDONED: list[Any] = []
@@ -34,6 +39,9 @@ class ProcessGroups:
     """The groups of one rank, by transport and members, each made when it is first used.
 
     Making a group is collective among its members.
+
+    Attributes:
+        recordings: collectives that CUDA graphs hold.
     """
 
     def __init__(self, store: Any, name: str, rank: int, start_s: float) -> None:
@@ -44,6 +52,7 @@ class ProcessGroups:
         self._groups: dict[tuple[str, range], Any] = {}
         # Their buffers serve again after a fault.
         self._peers: dict[range, PeerGroup] = {}
+        self.recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
 
     def get(self, backend: str, ranks: range) -> Any | None:
         return self._groups.get((backend, ranks))
@@ -99,11 +108,18 @@ class ProcessGroups:
 
     def abort(self) -> None:
         """End collectives that run on the device, where nothing else would notice a fault."""
+        ending = []
         for (backend, _), group in list(self._groups.items()):
-            if backend in (PEERS, *_NCCL):
-                # It may be aborted already.
-                with suppress(RuntimeError):
-                    group.abort()
+            if backend == PEERS:
+                group.abort()
+            elif backend in _NCCL:
+                # NCCL ends its kernels, and then waits until no graph holds them.
+                ending.append(threading.Thread(target=_abort, args=(group,), daemon=True))
+                ending[-1].start()
+        for recording in list(self.recordings):
+            recording.release()
+        for thread in ending:
+            thread.join(_ABORT_S)
 
     def abandon(self) -> None:
         """Keep all groups alive to the end of the process: a collective of theirs may never end."""
@@ -111,3 +127,9 @@ class ProcessGroups:
 
     def clear(self) -> None:
         self._groups.clear()
+
+
+def _abort(group: Any) -> None:
+    # It may be aborted already.
+    with suppress(RuntimeError):
+        group.abort()

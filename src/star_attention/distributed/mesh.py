@@ -194,6 +194,7 @@ class Mesh(WorldControl):
         watchdog, issued = self.world.watchdog, self.world.watchdog.issued
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
         recording = Recording()
+        self.world.groups.recordings.add(recording)
         try:
             yield recording
             cp_replayed, tp_replayed = self.cp_traffic, self.tp_traffic

@@ -18,6 +18,7 @@ Axes: R rows, Q new tokens of each row, V vocabulary.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -39,6 +40,9 @@ BUCKETS = (1, 16, 32, 64, 128, 256)
 """New tokens of a row: one, or a query, padded on the left."""
 MAX_TOKENS = 512
 """Most new tokens of all rows together. Larger forwards do not wait for launches."""
+
+# Longest wait for a launch to return, before a graph is released.
+_LAUNCH_S = 1.0
 
 Key = tuple[int, int, bool, bool, tuple[str, ...]]
 """A kind of forward: rows, new tokens of each, whether the context is in fp8, whether there are
@@ -218,25 +222,35 @@ class Graphs:
         current = torch.cuda.current_stream()
         try:
             with comm.recording() as recorded:
-                replay = _capture(work, self._pool)
+                graph = _capture(work, self._pool)
         except Exception:
             torch.cuda.set_stream(current)
             _reset_after_broken_capture(self._handle.device, self._pool)
             self._pool = None
             raise
 
-        def replay_and_count() -> None:
-            replay()
+        lock = threading.Lock()
+
+        def replay() -> None:
+            with lock:
+                graph.replay()
             recorded.replayed()
 
-        return replay_and_count
+        def release() -> None:
+            # Another thread's launch may wait for the device.
+            if lock.acquire(timeout=_LAUNCH_S):
+                graph.reset()
+                lock.release()
+
+        recorded.release = release
+        return replay
 
 
-def _capture(work: Callable[[], Any], pool: Any) -> Callable[[], None]:
+def _capture(work: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         work()
-    return graph.replay
+    return graph
 
 
 def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
