@@ -131,6 +131,7 @@ def session(stall_s: str, pause_s: str, tensor_parallel: str) -> None:
     context = star.encode("The tea is hot and the cup is blue.\n" * 150)
     if fails:
         fail()
+    print("encoded", flush=True)
     time.sleep(float(pause_s))
     print(star.generate(context, "What is hot?", max_new_tokens=30, ignore_eos=True).token_ids)
 

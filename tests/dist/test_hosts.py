@@ -53,10 +53,21 @@ def cable() -> Iterator[None]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def launch(tmp_path: Path, fault: str, phase: int) -> list[subprocess.Popen[bytes]]:
+def generate(tmp_path: Path, fault: str) -> list[str]:
+    """Return the arguments of a command."""
     text = tmp_path / "book.txt"
     text.write_text("The tea is hot and the cup is blue.\n" * 200)
-    answer_tokens = "8" if fault == "none" else "400"
+    command = ["generate", "-m", str(BUNDLED), "--dtype", "float32", "--json"]
+    command += ["--block-size", "256", "--tokens-per-forward", "256"]
+    command += ["--stall-limit", str(STALL_S), str(text), "--query", "x", "--ignore-eos"]
+    return [*command, "--max-new-tokens", "8" if fault == "none" else "400"]
+
+
+def launch(
+    tmp_path: Path, fault: str, phase: int | str, *session: str
+) -> list[subprocess.Popen[bytes]]:
+    """Run a command on both hosts, or a session that rank 0 leads."""
+    arguments = session or generate(tmp_path, fault)
     processes = []
     for host, address in enumerate(HOSTS):
         command = ["ip", "netns", "exec", f"star-test-{host}"]
@@ -64,18 +75,7 @@ def launch(tmp_path: Path, fault: str, phase: int) -> list[subprocess.Popen[byte
         command += ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id"]
         command += [fault, "--rdzv-endpoint", f"{HOSTS[0]}:29500"]
         command += ["--rdzv-conf", f"is_host={1 - host}", "--local-addr", address]
-        command += [str(FAULTY), fault, str(phase), "0", "generate", "-m", str(BUNDLED)]
-        command += [
-            "--dtype",
-            "float32",
-            "--json",
-            "--block-size",
-            "256",
-            "--tokens-per-forward",
-            "256",
-        ]
-        command += ["--stall-limit", str(STALL_S), str(text), "--query", "x", "--ignore-eos"]
-        command += ["--max-new-tokens", answer_tokens]
+        command += [str(FAULTY), fault, str(phase), "0", *arguments]
         environment = dict(
             OMP_NUM_THREADS="1",
             HF_HUB_OFFLINE="1",
@@ -157,3 +157,21 @@ def test_a_cut_cable_stops_both_hosts(tmp_path: Path, cable: None, phase: int) -
         (line,) = [line for line in stderr.splitlines() if "error: rank" in line]
         assert f"rank {1 - host} failed in phase {phase}" in line
         assert "network is down" in line or "connections" in line or "waited for each other" in line
+
+
+def test_a_cut_cable_ends_a_session_that_waits(tmp_path: Path, cable: None) -> None:
+    """The rank that follows ends by itself; rank 0, which was idle, in its next call."""
+    pause_s = STALL_S + 6
+    processes = launch(tmp_path, "none", "follow", "session", str(STALL_S), str(pause_s), "1")
+    try:
+        wait_for("encoded", tmp_path / "out-0", 60)
+        # Until each has said that it waits.
+        time.sleep(2)
+        ip("-n star-test-0 link set star0 down")
+        cut_at = time.monotonic()
+        seconds = wait_for("RankError: rank 0 failed in ", tmp_path / "err-1", 60) - cut_at
+        wait_for("RankError: rank 1 failed in follow: no sign of life", tmp_path / "err-0", 60)
+    finally:
+        end(processes)
+    print(f"the rank that follows stopped after {seconds:.1f} s")
+    assert seconds <= STALL_S + 4

@@ -40,12 +40,8 @@ class Followers:
         except dist.DistError as error:
             cause = f"its store is unreachable: it ended before this rank ({first_line(error)})"
             raise RankError(0, FOLLOW, cause) from error
-        try:
-            yield
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
+        yield
+        # After a fault nobody counts any more, and an unreachable store would not answer for long.
         try:
             self._store.add(_COUNT, -1)
         except dist.DistError:
