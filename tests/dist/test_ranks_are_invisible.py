@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 
 from star_attention import StarLLM
-from star_attention.distributed import TorchComm
+from star_attention.distributed import SoloComm, TorchComm
 from tests.dist.checks import answer, answer_with, check_tiny
 from tests.dist.pool import Pool
-from tests.engines import tiny
+from tests.engines import CONTEXT, QUERY, ids, tiny
 from tests.families import FAMILIES as ALL
 
 FAMILIES = [
@@ -96,3 +97,46 @@ def test_each_rank_may_spread_its_layers(pool: Pool, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     tiny("qwen3").save_pretrained(tmp_path)
     check_tiny(pool.run(answer_with_device_map, 2, path=tmp_path), "qwen3", **SIZES)
+
+
+# ------------------------------------------------------------------ the same bits, the same seeds
+
+
+def answer_hashing(comm: Any, **settings: Any) -> dict[str, Any]:
+    """Return an answer as `answer` does, a sampled one, and hashes of all merged states."""
+    star = StarLLM(
+        tiny("llama"), comm=comm, tokens_per_forward=48, reserve_tokens=64, **SIZES, **settings
+    )
+    hashes: list[str] = []
+    own: Any = star.runtime.comm
+    merge = own.merge
+
+    def merge_and_hash(state: Any, *arguments: Any) -> Any:
+        merged = merge(state, *arguments)
+        bits = merged.out_BQHD.numpy().tobytes() + merged.lse_BQH.numpy().tobytes()
+        hashes.append(hashlib.sha256(bits).hexdigest())
+        return merged
+
+    own.merge = merge_and_hash
+    result = answer_with(star)
+    context = star.encode(ids(CONTEXT))
+    sampled = star.generate(
+        context, ids(QUERY, seed=4), do_sample=True, temperature=1.5, seed=11, max_new_tokens=12
+    )
+    return result | dict(hashes=hashes, sampled=sampled.token_ids)
+
+
+@pytest.mark.parametrize("merge_collective", ["gather", "reduce"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_bits_and_seeds(pool: Pool, ranks: int, merge_collective: str) -> None:
+    """Forbids ranks that drift apart, and a seed that depends on how many there are."""
+    alone = answer_hashing(SoloComm())
+    results = [alone]
+    if ranks > 1:
+        results = pool.run(answer_hashing, ranks, merge_collective=merge_collective)
+    check_tiny(results, "llama", **SIZES)
+    for result in results:
+        # Alone, a rank has nothing to merge.
+        assert (len(result["hashes"]) > 20) == (ranks > 1)
+        assert result["hashes"] == results[0]["hashes"]
+        assert result["sampled"] == alone["sampled"]
