@@ -125,6 +125,7 @@ class StarSettings(TypedDict, total=False):
     kv_dtype: str | None
     kv_device: str | None
     allow_special_tokens: bool | None
+    slice_weights: bool | None
 
 
 def _setting(
@@ -163,6 +164,10 @@ class StarConfig:
         allow_special_tokens: What special tokens in a text (`<|im_end|>`) are: True makes them
             control tokens, False text. None makes those of chat messages text, so that no document
             can end its turn, and those of raw text control tokens, with a warning.
+        slice_weights: What each rank multiplies in phase 2, where it holds all weights: True its
+            slice of every layer that can be sliced, False all of them. None slices the parts of
+            the model where that is faster: large ones, on GPUs of one host. Answers are the same
+            up to rounding.
 
     Raises:
         SizeError: For a size that cannot work.
@@ -237,6 +242,13 @@ class StarConfig:
         panel="Context",
         default_text="text with --chat, control tokens without",
     )
+    slice_weights: bool | None = _setting(
+        None,
+        "Whether each rank multiplies only its slice of the weights when it answers.",
+        metavar="",
+        panel="Ranks",
+        default_text="where it is faster: large models on GPUs of one host",
+    )
 
     @classmethod
     def of(cls, config: StarConfig | None = None, **settings: Any) -> StarConfig:
@@ -304,6 +316,12 @@ class StarConfig:
             raise InvalidInputError(
                 f"allow_special_tokens {quote(self.allow_special_tokens)} is neither True, False"
                 " nor None; leave it out for text in chats alone"
+            )
+
+        if self.slice_weights not in (None, True, False):
+            raise InvalidInputError(
+                f"slice_weights {quote(self.slice_weights)} is neither True, False nor None; leave"
+                " it out to slice where it is faster"
             )
 
         for name, known in (("kv_dtype", KV_DTYPES), ("kv_device", KV_DEVICES)):

@@ -94,7 +94,8 @@ def test_parts_stay_whole_with_a_reason(name: str) -> None:
     assert set(found.reasons) == set(WHOLE[name])
     for part, phrase in WHOLE[name].items():
         assert phrase in found.reasons[part]
-    assert set(found.parts) | set(found.reasons) == set(slice_groups.PARTS)
+    assert {*found.parts, *found.reasons, "experts"} == set(slice_groups.PARTS)
+    assert ("experts" in found.parts) == (name in ("mixtral", "deepseek_v3"))
 
 
 def test_an_adapter_leaves_its_part_whole() -> None:
@@ -122,7 +123,7 @@ def test_the_setting() -> None:
     assert slices.choose(handle, comm, None) == (), "collectives between CPUs cost more"
     assert slices.choose(handle, comm, False) == ()
     assert slices.choose(handle, SoloComm(), True) == (), "one slice is the whole"
-    assert slices.choose(handle, comm, True) == slice_groups.PARTS
+    assert slices.choose(handle, comm, True) == ("attention", "mlp", "head")
 
 
 def test_nothing_to_slice_is_refused() -> None:
@@ -187,7 +188,7 @@ def test_other_threads_and_later_forwards_use_whole_weights() -> None:
     handle, comm = ModelHandle(model), Rank(0, 3)
     ids_1S = torch.tensor([[5, 6, 7]])
     expected = model(ids_1S).logits
-    sliced = slices.of(handle, slice_groups.PARTS, comm)
+    sliced = slices.of(handle, ("attention", "mlp", "head"), comm)
     assert sliced is not None
     results: list[Tensor] = []
     with handle.running(cache_of(handle, comm, sliced), None):

@@ -151,9 +151,9 @@ class ModelOptions:
             show_default="on a GPU with Triton installed",
         ),
     ] = None
-    settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "reserve_tokens")] = (
-        field(default_factory=dict)
-    )
+    settings: Annotated[
+        dict[str, Any], ConfigOptions("tokens_per_forward", "reserve_tokens", "slice_weights")
+    ] = field(default_factory=dict)
     tensor_parallel: TensorParallel = 1
     stall_limit: Annotated[
         float,

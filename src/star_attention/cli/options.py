@@ -74,7 +74,8 @@ class ContextOptions:
     """Settings of encoding the text. settings: those of `StarConfig` that concern the context."""
 
     settings: Annotated[
-        dict[str, Any], ConfigOptions(without=("tokens_per_forward", "reserve_tokens"))
+        dict[str, Any],
+        ConfigOptions(without=("tokens_per_forward", "reserve_tokens", "slice_weights")),
     ] = field(default_factory=dict)
     chat: Annotated[
         bool,

@@ -51,7 +51,15 @@ def plan(
     ],
     settings: Annotated[
         dict[str, Any],
-        ConfigOptions(without=("method", "reserve_tokens", "ring_layout", "allow_special_tokens")),
+        ConfigOptions(
+            without=(
+                "method",
+                "reserve_tokens",
+                "ring_layout",
+                "allow_special_tokens",
+                "slice_weights",
+            )
+        ),
     ],
     ranks: Annotated[
         str,

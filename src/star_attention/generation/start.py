@@ -18,6 +18,7 @@ from star_attention.generation.known_tokens import known_tokens
 from star_attention.generation.run import GenerationRun, Shape
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
 from star_attention.generation.stream import Stream
+from star_attention.hf.execution import slices
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.text.answer import Reading, TextSettings
 from star_attention.inputs import ContextInput, Prepared
@@ -137,6 +138,7 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
         queries=program.queries,
         tokens_per_forward=program.tokens_per_forward,
         comm=runtime.comm,
+        sliced=program.sliced,
     )
     answer = None
     if message.text is not None:
@@ -185,6 +187,7 @@ def _phase2_request(
         queries=prompts,
         tokens_per_forward=runtime.tokens_per_forward,
         comm=runtime.comm,
+        sliced=slices.choose(runtime.handle, runtime.comm, runtime.config.slice_weights),
         **options,
     )
 

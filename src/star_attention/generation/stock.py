@@ -16,8 +16,9 @@ from star_attention.distributed.comm import Comm
 from star_attention.distributed.messages import END
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import Mirror
+from star_attention.hf.execution import slices
 from star_attention.hf.execution.handle import ModelHandle
-from star_attention.hf.execution.request import Request
+from star_attention.hf.execution.request import Request, follow_forward
 from star_attention.phase2 import CACHE_ARGUMENT
 from star_attention.storage.kv import ContextKV
 
@@ -98,15 +99,15 @@ def follow(
         The answers, from rank 0's last message.
     """
 
-    def new_cache(padding: list[int]) -> AnswerCache:
-        return AnswerCache(shard, handle.windows, context_tokens, padding, comm)
+    def new_cache(padding: list[int], sliced: tuple[str, ...]) -> AnswerCache:
+        own = slices.of(handle, sliced, comm)
+        return AnswerCache(shard, handle.windows, context_tokens, padding, comm, own)
 
     def forward(
         cache: AnswerCache, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int
     ) -> None:
         ids_BS, positions_BS = ids_BS.to(handle.device), positions_BS.to(handle.device)
-        # Only rank 0 needs logits.
-        handle.encode(ids_BS, positions_BS, cache, rope_length, logits_to_keep=logits_to_keep)
+        follow_forward(handle, ids_BS, positions_BS, cache, rope_length, logits_to_keep)
 
     mirror = Mirror(new_cache, forward)
     while True:

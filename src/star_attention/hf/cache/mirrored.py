@@ -33,9 +33,10 @@ class MirroredCache(AnswerCache):
         context_tokens: int,
         padding: list[int],
         comm: Comm,
+        slices: Any = None,
     ) -> None:
-        super().__init__(shard, windows, context_tokens, padding, comm)
-        comm.broadcast_object((NEW, padding))
+        super().__init__(shard, windows, context_tokens, padding, comm, slices)
+        comm.broadcast_object((NEW, padding, () if slices is None else slices.parts))
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         message = (FORWARD, ids_BS.tolist(), positions_BS.tolist(), logits_to_keep)
@@ -63,14 +64,15 @@ class Mirror:
     """The counterpart of `MirroredCache` on every other rank.
 
     Args:
-        new_cache: makes this rank's cache for queries of a given padding.
+        new_cache: makes this rank's cache for queries of a given padding, with weights in slices
+            in the given parts of the model.
         forward: runs a forward, as `forward(cache, ids_BS, positions_BS, logits_to_keep)`; tensors
             are on the CPU.
     """
 
     def __init__(
         self,
-        new_cache: Callable[[list[int]], AnswerCache],
+        new_cache: Callable[[list[int], tuple[str, ...]], AnswerCache],
         forward: Callable[[AnswerCache, Tensor, Tensor, int], None],
     ) -> None:
         self._new_cache = new_cache
@@ -80,13 +82,12 @@ class Mirror:
     def run(self, operation: str, *arguments: Any) -> None:
         """Run one operation that rank 0 has broadcast."""
         if operation == NEW:
-            self._cache = self._new_cache(arguments[0])
+            self._cache = self._new_cache(*arguments)
             return
         cache = self._cache
         assert cache is not None, f"{operation} before rank 0 has made a cache"
         if operation == FORWARD:
             ids_BS, positions_BS = (torch.tensor(rows) for rows in arguments[:2])
-            cache.begin(ids_BS, positions_BS, arguments[2])
             self._forward(cache, ids_BS, positions_BS, arguments[2])
         elif operation == SELECT:
             cache.batch_select_indices(torch.tensor(arguments[0]))

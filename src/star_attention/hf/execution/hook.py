@@ -244,10 +244,16 @@ def comm_of_forward() -> Comm:
     return cache.comm
 
 
-def slices_of_forward() -> Any:
-    """Return the `Slices` of the forward that this thread runs, None if there are none."""
+def is_slicing() -> bool:
+    """True within our forward, if it runs with weights in slices.
+
+    Layers that ask have a class for slices. Compiled, they run nowhere else.
+    """
+    # Not `is_compiling`, which since torch 2.13 is true for all threads while one compiles.
+    if torch.compiler.is_dynamo_compiling():
+        return True
     cache = _ACTIVE.get()
-    return None if cache is None else cache.slices
+    return cache is not None and cache.slices is not None
 
 
 def _without_autocast(model: Any) -> AbstractContextManager[Any]:

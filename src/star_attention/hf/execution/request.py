@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import MirroredCache
+from star_attention.hf.execution import slices
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.storage.kv import ContextKV
@@ -35,6 +36,7 @@ class Program:
         tokens_per_forward: most query tokens of one forward, over all queries.
         is_ahead: True to issue the forward of a step's tokens before Python looks at them, where
             the device works by itself.
+        sliced: parts of the model whose weights are multiplied in slices.
     """
 
     queries: list[list[int]]
@@ -43,6 +45,7 @@ class Program:
     max_new_tokens: int
     tokens_per_forward: int
     is_ahead: bool
+    sliced: tuple[str, ...]
 
 
 @dataclass(kw_only=True)
@@ -57,6 +60,7 @@ class Request:
         queries: token ids of each query.
         tokens_per_forward: most query tokens of one forward, over all queries.
         comm: the ranks.
+        sliced: parts of the model whose weights are multiplied in slices (`hf.execution.slices`).
         generation_kwargs: arguments of `GenerationConfig`; they override the model's defaults.
         seed: seed of sampling for each query, or None for torch's global generator.
         logits_processor, stopping_criteria: transformers' lists.
@@ -70,6 +74,7 @@ class Request:
     queries: list[list[int]]
     tokens_per_forward: int
     comm: Comm
+    sliced: tuple[str, ...] = ()
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
@@ -101,6 +106,7 @@ class Request:
             max_new_tokens=int(self.generation_kwargs["max_new_tokens"]),
             tokens_per_forward=self.tokens_per_forward,
             is_ahead=graphs is not None or self.comm.is_asynchronous,
+            sliced=self.sliced,
         )
 
     def cache(self, query_tokens: int) -> AnswerCache:
@@ -113,8 +119,15 @@ class Request:
         return cache_type(*self._cache_arguments(self.query_tokens))
 
     def _cache_arguments(self, query_tokens: int) -> Any:
-        padding = self.padding(query_tokens)
-        return self.shard, self.handle.windows, len(self.context_ids_L), padding, self.comm
+        sliced = slices.of(self.handle, self.sliced, self.comm)
+        return (
+            self.shard,
+            self.handle.windows,
+            len(self.context_ids_L),
+            self.padding(query_tokens),
+            self.comm,
+            sliced,
+        )
 
     def padded(self, padding: list[int]) -> Tensor:
         """Return the queries padded on the left, `[B, Q]`.
@@ -154,13 +167,13 @@ class Request:
         """
         leads = self.comm.rank == 0
         if self.graphs is not None:
-            logits_RV = self.graphs.run(cache, ids_RQ, positions_RQ, logits=leads)
+            logits = leads or has_sliced_head(cache)
+            logits_RV = self.graphs.run(cache, ids_RQ, positions_RQ, logits=logits)
             if logits_RV is not None:
                 return logits_RV if leads else None
         if leads:
             return self.handle.logits(ids_RQ, positions_RQ, cache, self.rope_length)[:, -1].float()
-        cache.begin(ids_RQ, positions_RQ, 1)
-        self.handle.encode(ids_RQ, positions_RQ, cache, self.rope_length, logits_to_keep=1)
+        follow_forward(self.handle, ids_RQ, positions_RQ, cache, self.rope_length)
         return None
 
     def text(self) -> Tensor:
@@ -176,3 +189,25 @@ class Request:
             for gap, ids_Q in zip(padding, ids_BQ, strict=True)
         ]
         return torch.stack(rows)
+
+
+def has_sliced_head(cache: AnswerCache) -> bool:
+    """True if all ranks compute logits, each a slice of them."""
+    return cache.slices is not None and bool(cache.slices.has_head)
+
+
+def follow_forward(
+    handle: ModelHandle,
+    ids_BS: Tensor,
+    positions_BS: Tensor,
+    cache: AnswerCache,
+    rope_length: int | None,
+    logits_to_keep: int = 1,
+) -> None:
+    """Run a forward as another rank than 0, which takes part in logits only if they are sliced."""
+    inputs = ids_BS, positions_BS, cache, rope_length
+    if has_sliced_head(cache):
+        handle.logits(*inputs, logits_to_keep=logits_to_keep)
+    else:
+        cache.begin(ids_BS, positions_BS, logits_to_keep)
+        handle.encode(*inputs, logits_to_keep=logits_to_keep)

@@ -2,9 +2,9 @@
 
 All ranks hold all weights, which phase 1 needs. An answer's new tokens pass through every rank's
 model, so each can take a slice of the work instead: heads of the projections to query, key and
-value and of the output projection, hidden rows of the MLPs, rows of the vocabulary. Slices are
-views of the weights; nothing is copied. Attention stays sharded by context: `AnswerLayer` gathers
-the heads' queries, keys and values, and merges its own heads over all shards.
+value and of the output projection, hidden rows of MLPs and experts, rows of the vocabulary. Slices
+are views of the weights; nothing is copied. Attention stays sharded by context: `AnswerLayer`
+gathers the heads' queries, keys and values, and merges its own heads over all shards.
 
 For the length of our forward the classes of the layers are swapped. The swapped classes multiply a
 slice only within our forward; other threads and plain forwards keep the whole layer.
@@ -25,17 +25,18 @@ from torch.nn import functional
 from star_attention.attention.kernels import triton_works
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError
-from star_attention.hf.execution import hook, sums
+from star_attention.hf.execution import hook, sliced_experts, sums
 from star_attention.hf.loading import slice_groups
-from star_attention.hf.loading.slice_groups import ATTENTION, HEAD, Group, Groups
+from star_attention.hf.loading.slice_groups import ATTENTION, EXPERTS, HEAD, Group, Groups
 
 SAVED_BYTES = 32 * 2**20
 """Bytes of weights that a collective must save a rank, to be worth its time.
 
 At 4 TB/s that is 8 us, what a collective of few tokens takes with the launches around it."""
 
-_COLLECTIVES = {ATTENTION: 2}
-"""Collectives that slices of a group add, if not one."""
+_COLLECTIVES = {ATTENTION: 3}
+"""Collectives that slices of a group add, if not one. Packing and unpacking heads takes as long as
+a third."""
 
 
 class _OutputSlice(nn.Linear):
@@ -46,7 +47,7 @@ class _OutputSlice(nn.Linear):
     row_linear: Callable[..., Tensor] | None
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _slicing():
+        if not hook.is_slicing():
             return super().forward(input)
         if self.row_linear is not None and _is_compiled_row(input):
             rows = (self.first, self.stop)
@@ -64,7 +65,7 @@ class _InputSlice(nn.Linear):
     row_linear: Callable[..., Tensor] | None
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _slicing():
+        if not hook.is_slicing():
             return super().forward(input)
         # The bias is added once, although the results of all ranks are summed.
         bias = self.bias if self.adds_bias else None
@@ -83,7 +84,7 @@ class _HeadSlice(nn.Linear):
     most: int
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _slicing():
+        if not hook.is_slicing():
             return super().forward(input)
         bias = None if self.bias is None else self.bias[self.first : self.stop]
         part = functional.linear(input, self.weight[self.first : self.stop], bias)
@@ -95,13 +96,8 @@ class _HeadSlice(nn.Linear):
         return logits[..., : self.out_features]
 
 
-def _slicing() -> bool:
-    """True within our forward, if it runs in slices. Compiled code runs nowhere else."""
-    return torch.compiler.is_compiling() or hook.slices_of_forward() is not None
-
-
 def _is_compiled_row(input: Tensor) -> bool:
-    return torch.compiler.is_compiling() and input.numel() == input.shape[-1]
+    return torch.compiler.is_dynamo_compiling() and input.numel() == input.shape[-1]
 
 
 @functools.cache
@@ -150,17 +146,21 @@ class Slices:
             for pair in self._classes_of(group, *ranks)
         ]
 
-    def _classes_of(
-        self, group: Group, ranks: int, rank: int
-    ) -> Iterator[tuple[nn.Linear, type[nn.Linear]]]:
+    def _classes_of(self, group: Group, ranks: int, rank: int) -> Iterator[tuple[Any, type[Any]]]:
         """Yield each layer of a group with the class of this rank's slice."""
-        if group.last is None:
-            (head,) = group.outputs
+        if group.part == EXPERTS:
+            (experts,) = group.layers
+            bounds = slice_groups.own_range(experts.down_proj.shape[2], ranks, rank)
+            stock: Any = type(experts)
+            yield experts, sliced_experts.sliced_class(stock, *bounds)
+            return
+        if group.part == HEAD:
+            (head,) = group.layers
             first, stop, most = slice_groups.padded_range(head.out_features, ranks, rank)
             yield head, _sliced_class(_HeadSlice, first=first, stop=stop, most=most)
             return
         for layer in group.layers:
-            is_last = layer is group.last
+            is_last = layer is group.layers[-1]
             size = layer.in_features if is_last else layer.out_features
             if group.part == ATTENTION:
                 first, stop = size // ranks * rank, size // ranks * (rank + 1)
@@ -175,13 +175,14 @@ class Slices:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Swap the layers' classes for the length of the block, under the model's lock."""
-        for layer, kind in self._classes:
-            layer.__class__ = kind
+        stock = [type(layer) for layer, _ in self._classes]
         try:
+            for layer, kind in self._classes:
+                layer.__class__ = kind
             yield
         finally:
-            for layer, _ in self._classes:
-                layer.__class__ = nn.Linear
+            for (layer, _), kind in zip(self._classes, stock, strict=True):
+                layer.__class__ = kind
 
 
 @dataclass
@@ -255,9 +256,14 @@ def _is_fast(handle: Any, comm: Comm) -> bool:
 
 
 def _worthwhile(found: Groups, ranks: int) -> tuple[str, ...]:
-    """Return the parts whose slices save more time than their collectives take."""
+    """Return the parts whose slices save more time than their collectives take.
+
+    Experts are not among them: a token reads few of them, and it has not been measured.
+    """
     parts = []
     for part in found.parts:
+        if part == EXPERTS:
+            continue
         groups = [group for group in found.groups if group.part == part]
         saved = sum(group.nbytes for group in groups) * (ranks - 1) // ranks
         if saved >= SAVED_BYTES * _COLLECTIVES.get(part, 1) * len(groups):

@@ -8,6 +8,7 @@ tensor-parallel plan names the layers; shapes are checked here, since everything
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,43 +18,49 @@ from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.loading import tensor_parallel
 from star_attention.planning.traffic import ALIGNMENT, padded_share
 
-ATTENTION, MLP, HEAD = "attention", "mlp", "head"
-PARTS = (ATTENTION, MLP, HEAD)
-"""Parts of a model that are sliced, each as a whole: attention by heads, MLPs by hidden rows, the
-language-model head by rows of the vocabulary."""
+ATTENTION, MLP, EXPERTS, HEAD = "attention", "mlp", "experts", "head"
+PARTS = (ATTENTION, MLP, EXPERTS, HEAD)
+"""Parts of a model that are sliced, each as a whole: attention by heads, MLPs and experts by hidden
+rows, the language-model head by rows of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Linear layers whose slices fit together.
+    """Layers whose slices fit together.
 
     Attributes:
         part: the part of the model, of `PARTS`.
-        outputs: layers of which a rank computes a slice of the outputs.
-        last: the layer of which a rank multiplies a slice of the inputs; None for the head.
+        layers: the layers: of several, a rank multiplies a slice of the last one's inputs, and
+            computes a slice of the others' outputs.
         owners: for each layer the module that holds it, and its name there.
     """
 
     part: str
-    outputs: list[nn.Linear]
-    last: nn.Linear | None
+    layers: list[Any]
     owners: list[tuple[nn.Module, str]]
 
-    @property
-    def layers(self) -> list[nn.Linear]:
-        """All layers of the group."""
-        return [*self.outputs, *([] if self.last is None else [self.last])]
+    @classmethod
+    def of(cls, part: str, owner: nn.Module, *names: str) -> Group:
+        """Return the group of some children of a module."""
+        layers = [getattr(owner, name) for name in names]
+        return cls(part=part, layers=layers, owners=[(owner, name) for name in names])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights of the group."""
-        return sum(layer.weight.nbytes for layer in self.layers)
+        return sum(weight.nbytes for layer in self.layers for weight in layer.parameters())
+
+    @property
+    def is_plain(self) -> bool:
+        """True for layers whose weights and forwards are as they were made."""
+        check = are_plain_experts if self.part == EXPERTS else is_plain
+        return all(check(layer) for layer in self.layers)
 
     @property
     def is_current(self) -> bool:
         """True unless layers were replaced, or changed, since the group was made."""
-        return all(
-            getattr(owner, name) is layer and is_plain(layer)
+        return self.is_plain and all(
+            getattr(owner, name) is layer
             for (owner, name), layer in zip(self.owners, self.layers, strict=True)
         )
 
@@ -110,6 +117,28 @@ def is_plain(module: Any) -> bool:
     )
 
 
+def are_plain_experts(module: Any) -> bool:
+    """True for experts in two tensors without biases, with a forward of transformers' form."""
+    weights = dict(module.named_parameters())
+    if set(weights) != {"gate_up_proj", "down_proj"} or not hasattr(module, "_apply_gate"):
+        return False
+    up, down = weights["gate_up_proj"], weights["down_proj"]
+    return (
+        not getattr(module, "is_transposed", False)
+        and not getattr(module, "has_post_expert_norm", False)
+        and up.dim() == down.dim() == 3
+        and up.shape == (down.shape[0], 2 * down.shape[2], down.shape[1])
+        and all(type(weight) is nn.Parameter for weight in (up, down))
+        and all(weight.is_floating_point() and weight.is_contiguous() for weight in (up, down))
+        and up.device.type != "meta"
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and list(inspect.signature(module.forward).parameters)
+        == ["hidden_states", "top_k_index", "top_k_weights"]
+    )
+
+
 def find(handle: Any, ranks: int) -> Groups:
     """Find what of a `ModelHandle`'s model can be sliced over `ranks` ranks."""
     groups: list[Group] = []
@@ -118,6 +147,7 @@ def find(handle: Any, ranks: int) -> Groups:
     for part, found in (
         (ATTENTION, _attention(handle, parents, ranks)),
         (MLP, _mlps(handle, parents, ranks)),
+        (EXPERTS, _experts(parents, ranks)),
         (HEAD, _head(handle, ranks)),
     ):
         if isinstance(found, str):
@@ -137,17 +167,8 @@ class _Parent:
 
     @property
     def is_attention(self) -> bool:
-        return hasattr(self.module, "layer_idx") or "o_proj" in self.styles
-
-    def group(self, part: str, outputs: list[str], last: str) -> Group:
-        names = [*outputs, last]
-        layers = [getattr(self.module, name) for name in names]
-        return Group(
-            part=part,
-            outputs=layers[:-1],
-            last=layers[-1],
-            owners=[(self.module, name) for name in names],
-        )
+        is_inside = hasattr(self.module, "layer_idx") and "experts" not in self.styles
+        return is_inside or "o_proj" in self.styles
 
 
 def _parents(handle: Any) -> list[_Parent]:
@@ -178,8 +199,7 @@ def _attention(handle: Any, parents: list[_Parent], ranks: int) -> list[Group] |
         reason = _odd_attention(parent, shape, ranks)
         if reason is not None:
             return reason
-        *outputs, last = tensor_parallel.ATTENTION
-        groups.append(parent.group(ATTENTION, outputs, last))
+        groups.append(Group.of(ATTENTION, parent.module, *tensor_parallel.ATTENTION))
     return groups
 
 
@@ -230,16 +250,36 @@ def _mlps(handle: Any, parents: list[_Parent], ranks: int) -> list[Group] | str:
         outputs = [name for name, style in parent.styles.items() if style == "colwise"]
         if parent.is_attention or len(lasts) != 1 or not outputs:
             continue
-        group = parent.group(MLP, outputs, lasts[0])
-        if not all(is_plain(layer) for layer in group.layers):
+        group = Group.of(MLP, parent.module, *outputs, *lasts)
+        if not group.is_plain:
             return f"{parent.name} has adapters, quantized weights or weights elsewhere"
         width = group.layers[-1].in_features
-        if any(layer.out_features != width for layer in group.outputs):
+        if any(layer.out_features != width for layer in group.layers[:-1]):
             return f"{parent.name} has layers of several widths"
         if width < ranks:
             return f"{parent.name} has width {width}, for {ranks} ranks"
         groups.append(group)
     return groups or "it has no tensor-parallel plan for plain MLPs"
+
+
+def _experts(parents: list[_Parent], ranks: int) -> list[Group] | str:
+    # Most models have none, which is no reason for anything.
+    groups = [
+        Group.of(EXPERTS, parent.module, name)
+        for parent in parents
+        for name, style in parent.styles.items()
+        if style == "experts"
+    ]
+    for group in groups:
+        if not group.is_plain:
+            return "its experts have a layout that is not known, or weights elsewhere"
+        width = group.layers[0].down_proj.shape[2]
+        if width < ALIGNMENT * ranks or width % ALIGNMENT:
+            return (
+                f"its experts have width {width}, which {ranks} ranks do not share in multiples of"
+                f" {ALIGNMENT}"
+            )
+    return groups
 
 
 def _head(handle: Any, ranks: int) -> list[Group] | str:
@@ -257,4 +297,4 @@ def _head(handle: Any, ranks: int) -> list[Group] | str:
         return "its language-model head is no plain linear layer"
     if padded_range(head.out_features, ranks, ranks - 1)[0] >= head.out_features:
         return f"its vocabulary has {head.out_features} entries, for {ranks} ranks"
-    return [Group(part=HEAD, outputs=[head], last=None, owners=[owner])]
+    return [Group.of(HEAD, *owner)]
