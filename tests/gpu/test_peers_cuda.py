@@ -8,14 +8,18 @@ from __future__ import annotations
 import random
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from star_attention import StarLLM
 from star_attention.attention.state import State, merge
+from star_attention.errors import StarAttentionError
 from tests.gpu import peer_ranks
+from tests.gpu import ranks as engine_ranks
 from tests.gpu.peer_ranks import Ranks
 
 pytestmark = pytest.mark.gpu
@@ -226,3 +230,53 @@ def beside_nccl(ranks: Ranks, rounds: int) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_operations_alternate_with_nccl() -> None:
     peer_ranks.run(beside_nccl, torch.cuda.device_count(), rounds=500)
+
+
+# ---------------------------------------------------------------------- in an engine
+
+MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
+
+
+def fail_and_go_on(comm: Any, device: str) -> tuple[list[int], list[int], str, float]:
+    """Fail on rank 1 while rank 0's device waits for it in a graph; then answer again."""
+    star = StarLLM.from_pretrained(
+        MODEL, dtype="float32", device=device, comm=comm, compile=True, block_size=1024
+    )
+    context = star.encode([5 + number % 4000 for number in range(3000)])
+    arguments: dict[str, Any] = dict(ignore_eos=True, max_new_tokens=12)
+    before = star.generate(context, [7, 8, 9], **arguments).token_ids
+    mesh = star.runtime.comm
+    peers = mesh.world.groups.get("peers", range(comm.size))
+    assert peers.usable
+    graphs = star.runtime.handle.graphs
+    replay, forwards = graphs.run, []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        forwards.append(1)
+        if len(forwards) == 5:
+            # The other rank's forward is on its way by then.
+            time.sleep(1.0)
+            raise ValueError("a slip on rank 1")
+        return replay(*args, **kwargs)
+
+    if comm.rank == 1:
+        graphs.run = fail
+    version = mesh.transport_version
+    started = time.perf_counter()
+    with pytest.raises((ValueError, StarAttentionError)) as caught:
+        star.generate(context, [7, 8, 9], **arguments)
+    seconds = time.perf_counter() - started
+    graphs.run = replay
+    assert mesh.transport_version == version + 1
+    after = star.generate(context, [7, 8, 9], **arguments).token_ids
+    assert mesh.world.groups.get("peers", range(comm.size)) is peers, "no new buffers"
+    return before, after, str(caught.value), seconds
+
+
+def test_an_exception_leaves_ranks_that_answer_again() -> None:
+    results = engine_ranks.run(fail_and_go_on, 2)
+    for before, after, message, seconds in results:
+        print(f"{seconds:.1f} s: {message}")
+        assert before == after == results[0][0]
+        assert "a slip on rank 1" in message
+        assert seconds < engine_ranks.STALL_S
