@@ -50,7 +50,7 @@ def test_one_rank_takes_its_operations_divided_by_the_rates() -> None:
 
 def test_a_token_takes_reading_and_merging() -> None:
     alone = seconds("star", ranks=1)
-    weights_s = (SHAPE.linear_parameters + SHAPE.head_parameters) * 2 / H200.row
+    weights_s = (SHAPE.linear_parameters + SHAPE.head_parameters) * 2 / H200.bandwidth
     gaps_s = SHAPE.layers * H200.gap
     read_s = 256 * K * SHAPE.kv_bytes_per_token / H200.bandwidth
     assert alone.token_s == pytest.approx(weights_s + read_s + gaps_s)
@@ -75,7 +75,7 @@ def test_a_token_on_a_mesh_of_tensor_parallel_ranks_reads_a_share_of_the_layers(
         tokens_per_forward=16 * K,
         tensor_parallel=4,
     )
-    weights_s = (SHAPE.linear_parameters / 4 + SHAPE.head_parameters) * 2 / H200.row
+    weights_s = (SHAPE.linear_parameters / 4 + SHAPE.head_parameters) * 2 / H200.bandwidth
     read_s = 256 * K * SHAPE.kv_bytes_per_token / 8 / H200.bandwidth
     others_s = SHAPE.layers * (H200.gap + 3 * H200.exchange)
     assert mesh.token_s == pytest.approx(weights_s + read_s + others_s, rel=1e-2)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
-from star_attention.bench.models import model_name
+from star_attention.bench.models import model_name, weight_bytes
 from star_attention.distributed import Comm, SoloComm
 from star_attention.engine import StarLLM
+from star_attention.errors import OutOfMemoryError
 from star_attention.hf.shape import model_shape
 from star_attention.planning.model_shape import ModelShape
+from star_attention.planning.segments import Segments
 from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings, Progress
 
@@ -87,6 +89,32 @@ class Target:
     def comm_of(self, *, alone: bool) -> Comm:
         """Return all ranks, or this one alone."""
         return SoloComm() if alone else self.comm
+
+    def check_memory(
+        self, star: StarLLM, context_tokens: int, layout: Sequence[Segments] | None = None
+    ) -> None:
+        """Refuse a context that does not fit, before minutes are spent on it.
+
+        Args:
+            star: the engine to encode with.
+            context_tokens: length of the context.
+            layout: the tokens of each context-parallel rank, if not those of the blocks.
+
+        Raises:
+            OutOfMemoryError: weights, keys and values are more than a GPU's memory.
+        """
+        if self.device.type != "cuda" or star.config.kv_device is not None:
+            return
+        plan, comm = star.runtime.plan_for(context_tokens), star.runtime.comm
+        tokens = (layout or plan.layout)[comm.cp_rank]
+        stored = self.shape.stored_bytes_per_token(star.config.kv_dtype)
+        needed = weight_bytes(self.model) + sum(b - a for a, b in tokens) * stored // comm.tp_size
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        if needed > memory:
+            raise OutOfMemoryError(
+                f"{needed:,} bytes of weights, keys and values are more than the device's"
+                f" {memory:,}; use more ranks, or a shorter context"
+            )
 
     @property
     def ranks(self) -> int:

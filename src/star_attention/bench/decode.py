@@ -121,6 +121,7 @@ class Decode(Benchmark[DecodeRow]):
         star = self._engine(row, target)
         encode_s = None
         if not context:
+            target.check_memory(star, row.context)
             context.append(star.encode(random_ids(target.model, row.context)))
             encode_s = context[0].encode_s
         queries: list[Tensor] = [

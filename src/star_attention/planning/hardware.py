@@ -21,12 +21,11 @@ class Hardware:
         memory: bytes of its memory.
         link: payload bytes per second, sent and received at the same time.
         latency: seconds of a collective or a message.
-        row: bytes per second of weights that a single row is multiplied with; 0 for `bandwidth`.
         gap: seconds that a layer of a decode step takes beyond reading bytes.
         exchange: seconds of a collective of a few kilobytes in a decode step; 0 for `latency`.
 
     Raises:
-        InvalidInputError: a rate or size that is not above 0, or a negative one of the last three.
+        InvalidInputError: a rate or size that is not above 0, or a negative one of the last two.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Hardware:
     memory: float
     link: float
     latency: float
-    row: float = 0.0
     gap: float = 0.0
     exchange: float = 0.0
 
@@ -49,17 +47,12 @@ class Hardware:
                 raise InvalidInputError(f"hardware {field.name} {quote(value)} is negative")
 
     @property
-    def row_rate(self) -> float:
-        """Bytes per second of weights that a single row is multiplied with."""
-        return self.row or self.bandwidth
-
-    @property
     def exchange_s(self) -> float:
         """Seconds of a collective of a few kilobytes in a decode step."""
         return self.exchange or self.latency
 
 
-_OPTIONAL = ("row", "gap", "exchange")
+_OPTIONAL = ("gap", "exchange")
 _REQUIRED = tuple(
     field.name for field in fields(Hardware) if field.name not in ("name", *_OPTIONAL)
 )
@@ -67,8 +60,8 @@ _REQUIRED = tuple(
 # An H200, measured with this library in bf16; the files are those of bench/results.
 # matrix, attention: fit to whole encodings, with norms, merges and launches in them (star and dense
 #     at 128K, star at 512K: 2026-11-25-h200-prefill.json, 2026-11-26-h200-prefill-512k.json).
-# row, bandwidth, gap: one row times a matrix and a copy (2026-11-26-h200-kernels.json), and what
-#     remained of a token at 16K and 128K (2026-11-26-h200-decode.json).
+# bandwidth: a copy. gap: what remained of a token at 16K and 128K (2026-11-26-h200-decode.json);
+#     half of it is in the four products of a layer, 3 to 4 us each that do not shrink with slices.
 # exchange: a one-shot collective of 8 KB in a CUDA graph, 6.3 us, and what waits for it.
 # Links are four fifths of their nominal rates: NVLink 4 has 450 GB/s each way, one 400 Gbit/s
 # adapter per device 50 GB/s, NVLink 3 300 GB/s, 10 Gbit/s Ethernet 1.25 GB/s.
@@ -83,8 +76,7 @@ HARDWARE = {
             memory=141e9,
             link=360e9,
             latency=15e-6,
-            row=3.8e12,
-            gap=12e-6,
+            gap=30e-6,
             exchange=8e-6,
         ),
         Hardware(
@@ -95,8 +87,7 @@ HARDWARE = {
             memory=141e9,
             link=40e9,
             latency=30e-6,
-            row=3.8e12,
-            gap=12e-6,
+            gap=30e-6,
         ),
         Hardware(
             name="a100-nvlink",

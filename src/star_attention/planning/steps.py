@@ -1,7 +1,8 @@
 """The time of a decode step on a mesh: bytes that a rank reads, and collectives in between.
 
-A step of one row reads the weights at the rate of products with one row, and keys and values at
-that of the memory. Collectives wait for each other and for everything else. Standard library only.
+A step of one row reads weights, keys and values at the rate of the memory. Each layer adds a
+constant for what its kernels take beyond reading. Collectives wait for each other and for
+everything else. Standard library only.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def token_seconds(shape: ModelShape, on: Hardware, mesh: Mesh, stored_bytes: int
         mesh: the ranks.
         stored_bytes: keys and values of the fullest device.
     """
-    read_s = weight_bytes_read(shape, mesh) / on.row_rate + stored_bytes / on.bandwidth
+    read_s = (weight_bytes_read(shape, mesh) + stored_bytes) / on.bandwidth
     wire = token_traffic(shape, mesh)
     wire_s = wire.calls * on.exchange_s + wire.bytes / mesh.devices / on.link
     return read_s + shape.layers * on.gap + wire_s

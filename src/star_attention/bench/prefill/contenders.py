@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from star_attention.planning import cost
 from star_attention.planning.cost import Flops
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan, ring_layout
+from star_attention.planning.segments import Segments
 from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stock_prefill
 
 
@@ -139,6 +140,7 @@ class Engine(Contender):
     def prepare(self, job: Job) -> Workload:
         star = self.engine(job)
         plan = star.runtime.plan_for(len(job.ids_L))
+        job.target.check_memory(star, len(job.ids_L), self.stored(plan))
         shape, forward = job.target.shape, star.tokens_per_forward
         kv_dtype = job.settings.kv_dtype
         return Workload(
@@ -156,6 +158,10 @@ class Engine(Contender):
             ],
             kv_dtype=kv_dtype,
         )
+
+    def stored(self, plan: BlockPlan) -> Sequence[Segments]:
+        """Return the tokens that each context-parallel rank keeps."""
+        return plan.layout
 
     def engine(self, job: Job) -> StarLLM:
         return job.target.engine(
@@ -182,6 +188,9 @@ class Window(Engine):
     """The same for StreamingLLM, whose block is its window."""
 
     needs_solitude: bool = True
+
+    def stored(self, plan: BlockPlan) -> Sequence[Segments]:
+        return [Segments.prefix(min(plan.context_tokens, plan.anchor_size + plan.block_size))]
 
     def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
         return cost.phase1_streaming(shape, plan)
@@ -221,11 +230,13 @@ class RingEngine(Engine):
         return super().engine(job).with_config(ring_layout=self.layout)
 
     def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
-        layout = ring_layout(plan.context_tokens, plan.ranks, self.layout)
-        return cost.phase1_ring(shape, layout[rank])
+        return cost.phase1_ring(shape, self.stored(plan)[rank])
+
+    def stored(self, plan: BlockPlan) -> Sequence[Segments]:
+        return ring_layout(plan.context_tokens, plan.ranks, self.layout)
 
     def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
-        tokens = ring_layout(plan.context_tokens, plan.ranks, self.layout)[rank].tokens
+        tokens = self.stored(plan)[rank].tokens
         stored = job.target.shape.stored_bytes_per_token(job.settings.kv_dtype)
         return tokens * stored // job.tensor_parallel
 
