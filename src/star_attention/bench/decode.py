@@ -15,7 +15,7 @@ from star_attention.bench import decode_plots
 from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.bench.decode_rows import SLICES, DecodeRow, table
 from star_attention.bench.models import random_ids, weight_bytes_per_token
-from star_attention.bench.modes import ranks_of, weights_modes, weights_settings
+from star_attention.bench.modes import block_of, ranks_of, weights_modes, weights_settings
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, measure
 from star_attention.engine import StarLLM
 from star_attention.planning.plan import BlockPlan, format_size
@@ -29,7 +29,7 @@ class Decode(Benchmark[DecodeRow]):
 
     Attributes:
         contexts: lengths in tokens.
-        block: block size in tokens; shorter contexts are one block.
+        block: block size in tokens; of a shorter context each rank has one.
         queries: number of queries in a batch.
         query_tokens, answer_tokens: length of a query and of an answer.
         repeats: runs of each, of which the median counts.
@@ -82,7 +82,7 @@ class Decode(Benchmark[DecodeRow]):
         self, context: int, ranks: int, mode: tuple[bool, str], target: Target
     ) -> DecodeRow:
         compiled, weights = mode
-        block, tensor_parallel = min(self.block, context), target.tensor_parallel
+        block, tensor_parallel = block_of(self.block, context, target), target.tensor_parallel
         plan = BlockPlan.resolve(context, block, None, ranks // tensor_parallel)
         shard_tokens = max(plan.rank_tokens(rank) for rank in range(plan.ranks))
         kv_bytes = shard_tokens * target.shape.stored_bytes_per_token(self.kv_dtype)

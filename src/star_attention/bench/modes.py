@@ -15,6 +15,11 @@ def ranks_of(target: Target, alone: bool) -> list[int]:
     return [1, target.ranks] if alone and target.ranks > 1 else [target.ranks]
 
 
+def block_of(block: int, context: int, target: Target) -> int:
+    """Return a block size in tokens that leaves no context-parallel rank without a block."""
+    return min(block, max(1, context // (target.ranks // target.tensor_parallel)))
+
+
 def weights_modes(ranks: int, target: Target, slice_weights: bool | None) -> list[str]:
     """Return what the ranks read of the weights; `slice_weights` None stands for both ways."""
     if target.tensor_parallel > 1:

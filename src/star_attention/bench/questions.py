@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.bench.decode_rows import WHOLE
 from star_attention.bench.models import random_ids
-from star_attention.bench.modes import ranks_of, weights_modes, weights_settings
+from star_attention.bench.modes import block_of, ranks_of, weights_modes, weights_settings
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, in_short, measure
 from star_attention.planning.plan import format_size
 from star_attention.storage.context import EncodedContext
@@ -79,7 +79,7 @@ class Questions(Benchmark[QuestionsRow]):
 
     Attributes:
         contexts: lengths in tokens.
-        block: block size in tokens; shorter contexts are one block.
+        block: block size in tokens; of a shorter context each rank has one.
         questions: number of questions on each text. A batch is measured, and multiplied.
         batch: questions answered at once; transformers answers one after the other.
         query_tokens, answer_tokens: length of a question and of an answer.
@@ -178,7 +178,7 @@ class Questions(Benchmark[QuestionsRow]):
         star = target.engine(
             alone=row.ranks < target.ranks,
             compile=self.compile,
-            block_size=min(self.block, row.context),
+            block_size=block_of(self.block, row.context, target),
             method=row.method,
             **weights_settings(row.ranks, row.weights),
         )
