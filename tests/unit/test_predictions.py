@@ -25,8 +25,9 @@ SCHEMES = {
 }
 """Schemes of an estimate by a benchmark's methods; on one rank a ring is dense attention."""
 
-PHASE_1 = 0.13
-"""Largest relative error of phase 1; docs/performance.md states it."""
+PHASE_1, PHASE_1_EAGER = 0.13, 0.25
+"""Largest relative error of phase 1, and of star without compiled layers, whose norms and
+activations take longer; docs/performance.md states them."""
 TOKEN = 0.05
 """Largest relative error of a token."""
 
@@ -72,13 +73,12 @@ def test_phase_1_is_predicted() -> None:
     for name, row in prefills("*-h200-prefill.json", "*-h200-ranks-prefill.json"):
         expected = predicted(row, SCHEMES[row["method"]]).encode_s
         error = expected / row["seconds"] - 1
-        assert abs(error) <= PHASE_1 + 0.12 * _is_eager(row), (name, row, error)
+        assert abs(error) <= (PHASE_1_EAGER if _is_eager(row) else PHASE_1), (name, row, error)
         seen.add((row["method"], row.get("ranks", 1)))
     assert {("star", 1), ("star", 2), ("star", 4), ("ring", 2), ("ring", 4)} <= seen
 
 
 def _is_eager(row: dict[str, Any]) -> bool:
-    """True for rows without compiled layers, whose norms and activations take longer."""
     return row.get("compiled") is False and row["method"] == "star"
 
 
@@ -87,7 +87,11 @@ def test_a_token_is_predicted() -> None:
     for name, row in rows("*-h200-*decode.json"):
         # Products with one row did not share launches before.
         if row["compiled"] and row.get("kv_device") is None and name > "2026-11-26":
-            error = predicted(row, "star").token_s / row["token_s"] - 1
+            expected = predicted(row, "star")
+            is_sliced = row.get("weights") == "slices"
+            token_s = expected.sliced_token_s if is_sliced else expected.token_s
+            assert token_s is not None
+            error = token_s / row["token_s"] - 1
             assert error == pytest.approx(0, abs=TOKEN), (name, row, error)
             seen.append(row["context"])
     assert {16384, 131072} <= set(seen)
