@@ -113,6 +113,25 @@ def test_ranks_over_nccl(tmp_path: Path, ranks: int, options: list[str]) -> None
     assert all(cp_rank["peak_bytes"] > 0 for cp_rank in answer["per_rank"])
 
 
+def test_compiling_is_no_stall(tmp_path: Path) -> None:
+    """One rank compiles for longer than the stall limit, while the device of another waits for it.
+
+    The first rank seemed to hang then, or the second.
+    """
+    stall_s = 3
+    sizes = ["--block-size", "1k", "--tokens-per-forward", "4k"]
+    caches = dict(
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+        TRITON_CACHE_DIR=str(tmp_path / "triton"),
+    )
+    started = time.monotonic()
+    result = run(tmp_path, 2, *sizes, "--stall-limit", str(stall_s), **caches)
+    print(f"NCCL, cold caches of the compiler: {time.monotonic() - started:.1f} s in all")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert any((tmp_path / "inductor").rglob("*.py")), "nothing was compiled"
+    assert json.loads(result.stdout)["token_ids"] == solo_reply(*sizes)["token_ids"]
+
+
 @pytest.mark.parametrize(
     ("fault", "phase"), [("killed", "1"), ("hanging", "1"), ("hanging", "2"), ("failing", "2")]
 )
