@@ -96,3 +96,22 @@ def test_the_loss_of_the_store_ends_what_runs_on_the_device() -> None:
         assert "store is unreachable" in watchdog.fault.cause
     finally:
         watchdog.close()
+
+
+def test_the_rank_that_took_the_store_with_it_is_at_fault() -> None:
+    """Not one whose last sign of life happens to be older."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = server.port
+    ranks = [
+        Watchdog(lambda: connect("127.0.0.1", port, 1.0), rank, 3, 5.0, on_fault=lambda: None)
+        for rank in range(3)
+    ]
+    try:
+        time.sleep(1)
+        del server
+        ranks[1]._last_seen[2].beat_at -= 0.5
+        fault = ranks[1].find_cause("a connection closed")
+        assert (fault.rank, "store is unreachable" in fault.cause) == (0, True)
+    finally:
+        for watchdog in ranks:
+            watchdog.close()

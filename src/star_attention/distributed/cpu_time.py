@@ -8,6 +8,35 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 
+_LEAST_WORK = 0.02
+"""CPU seconds per second that pass as work: threads that only wait use less."""
+_MOST_WORK_S = 1800.0
+"""Seconds after which CPU time no longer counts: a thread that waits for a device spins."""
+
+
+class Work:
+    """A piece of work of which nothing but its CPU time can be seen.
+
+    Args:
+        stall_s: seconds for which it may use no CPU time.
+    """
+
+    def __init__(self, stall_s: float) -> None:
+        self._least_s = _LEAST_WORK * stall_s
+        self._ends_at = time.monotonic() + _MOST_WORK_S
+        self._seen_s: float | None = None
+
+    def has_advanced(self) -> bool:
+        """True if it has used enough CPU time since this was last true."""
+        now_s = work_seconds()
+        # Less than before: the time of a process that has ended may be lost.
+        if self._seen_s is None or now_s < self._seen_s:
+            self._seen_s = now_s
+        if now_s - self._seen_s < self._least_s or time.monotonic() > self._ends_at:
+            return False
+        self._seen_s = now_s
+        return True
+
 
 def work_seconds() -> float:
     """Return CPU seconds of this process and of all processes below it, but not of this thread.

@@ -21,15 +21,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from star_attention import errors
-from star_attention.distributed.cpu_time import work_seconds
+from star_attention.distributed.cpu_time import Work
 from star_attention.errors import RankError
 
 IDLE, BUSY, WAITING, GONE = "idle", "busy", "waiting", "gone"
 
-_LEAST_WORK = 0.02
-"""CPU seconds per second that pass as work: threads that only wait use less."""
-_MOST_WORK_S = 1800.0
-"""Seconds after which CPU time no longer counts: a thread that waits for a device spins."""
+BETWEEN_CALLS = "between calls"
+"""Place of a rank that is in no call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,26 +72,6 @@ class _LastSeen:
             self._progress, self.progress_at = progress, now
 
 
-class _Work:
-    """A piece of work of which nothing but its CPU time can be seen."""
-
-    def __init__(self, stall_s: float) -> None:
-        self._least_s = _LEAST_WORK * stall_s
-        self._ends_at = time.monotonic() + _MOST_WORK_S
-        self._seen_s: float | None = None
-
-    def has_advanced(self) -> bool:
-        """True if it has used enough CPU time since this was last true."""
-        now_s = work_seconds()
-        # Less than before: the time of a process that has ended may be lost.
-        if self._seen_s is None or now_s < self._seen_s:
-            self._seen_s = now_s
-        if now_s - self._seen_s < self._least_s or time.monotonic() > self._ends_at:
-            return False
-        self._seen_s = now_s
-        return True
-
-
 class Watchdog:
     """The watchdog thread of one rank; the main thread reports to it and queries it.
 
@@ -132,13 +110,14 @@ class Watchdog:
         self._connect = connect
         self._on_fault = on_fault
         self._interval_s = min(1.0, stall_s / 20)
-        self._ticks, self._state, self._where = 0, IDLE, "between calls"
+        self._ticks, self._state, self._where = 0, IDLE, BETWEEN_CALLS
         self._beats = 0
-        self._work: _Work | None = None
+        self._work: Work | None = None
         self._work_ticks = 0
         # Ticks, and since when they have stood still while a fault is known.
         self._stuck = (0, time.monotonic())
         self._contact_at = time.monotonic()
+        self._store_is_lost = False
         self._last_seen = [_LastSeen() for _ in range(size)]
         self._store = connect()
         self._closing = threading.Event()
@@ -168,7 +147,7 @@ class Watchdog:
             what: what the rank does, for messages.
         """
         outer, before = self._work, self._where
-        self._work = outer or _Work(self._stall_s)
+        self._work = outer or Work(self._stall_s)
         where = f"{before}, {what}"
         self.tick(where)
         try:
@@ -228,10 +207,14 @@ class Watchdog:
         deadline = time.monotonic() + 2 * quiet_s
         while time.monotonic() < deadline and self.fault is None:
             time.sleep(self._interval_s / 4)
-            for rank, last_seen in enumerate(self._last_seen):
-                if rank != self._rank and time.monotonic() - last_seen.beat_at > quiet_s:
-                    self.fault = self._fault_of(rank, "it died: its connections closed")
-                    break
+            if self._store_is_lost:
+                # No rank's beats are seen any more.
+                self.fault = self._unreachable()
+                break
+            # Who has left because of a rank is silent, too, but later.
+            beat_at, rank = min((seen.beat_at, rank) for rank, seen in enumerate(self._last_seen))
+            if self._contact_at - beat_at > quiet_s:
+                self.fault = self._fault_of(rank, "it died: its connections closed")
         self.fault = self.check() or Fault(rank=None, where=self._where, cause=cause)
         return self.fault
 
@@ -253,6 +236,7 @@ class Watchdog:
             except Exception:
                 # A client that has lost its store does not find it again, and torch would write a
                 # page about every attempt.
+                self._store_is_lost = True
                 break
             if self.fault is None and epoch == self.epoch:
                 self.fault = self._reported(failure) if failure else self._find_fault()
@@ -351,7 +335,8 @@ class Watchdog:
             # On devices the others wait inside their work, too: the rank at fault is the one that
             # has started the fewest collectives.
             rank = min(hanging, key=lambda rank: self.statuses[rank].get("issued", 0))
-            return self._fault_of(rank, f"it hangs: no progress for {self._stall_s:g} s")
+            cause = f"it hangs: no progress for {self._stall_s:g} s"
+            return self._fault_of(rank, cause, died=False)
         if all(status.get("state") == WAITING for status in self.statuses) and all(
             now - last_seen.progress_at > self._stall_s for last_seen in self._last_seen
         ):
@@ -371,8 +356,12 @@ class Watchdog:
             for status, last_seen in zip(self.statuses, self._last_seen, strict=True)
         )
 
-    def _fault_of(self, rank: int, cause: str) -> Fault:
-        return Fault(rank=rank, where=self.statuses[rank].get("where", "startup"), cause=cause)
+    def _fault_of(self, rank: int, cause: str, *, died: bool = True) -> Fault:
+        where = self.statuses[rank].get("where", self._where)
+        if died and self._where != BETWEEN_CALLS:
+            # The place of a dead rank is from before its end; this one waits for it in its call.
+            where = self._where
+        return Fault(rank=rank, where=where, cause=cause)
 
     def _unreachable(self) -> Fault:
         cause = "its store is unreachable: it was killed, or the network is down"

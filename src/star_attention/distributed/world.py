@@ -24,7 +24,7 @@ from star_attention.distributed.pauses import Pauses
 from star_attention.distributed.registry import contexts_of, engines_of
 from star_attention.distributed.rendezvous import START_S, STARTUP, connect, dist
 from star_attention.distributed.streams import Streams
-from star_attention.distributed.watchdog import BUSY, GONE, IDLE, WAITING, Watchdog
+from star_attention.distributed.watchdog import BETWEEN_CALLS, BUSY, GONE, IDLE, WAITING, Watchdog
 from star_attention.errors import (
     InvalidInputError,
     RankError,
@@ -209,7 +209,7 @@ class World:
             finally:
                 self.in_call, self.last_call = False, where
                 self.watchdog.set_state(self._resting)
-                self.watchdog.tick("between calls")
+                self.watchdog.tick(BETWEEN_CALLS)
 
     @contextmanager
     def following(self) -> Iterator[None]:
