@@ -46,7 +46,7 @@ def sweep(
     """Accuracy against block size or anchor size, with dense attention: the paper's figures 5a, 5b.
 
     Example: star-attention eval sweep -m models/needle-17m --length 8k --blocks /4
-    --anchors 0,64,256,1k,= --out anchors
+    --anchors 0,64,256,1k,= --samples 2 --out anchors
     """
     if anchors is not None and "," in blocks:
         raise typer.BadParameter(
