@@ -23,7 +23,7 @@ from star_attention.evals.reports.results import Results
 from star_attention.evals.reports.wording import accuracy
 from star_attention.evals.runs.merge import join
 from star_attention.evals.runs.predictions import read_predictions
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 
 LENGTHS = ("4k", "8k", "16k", "32k")
 NEEDLES = (

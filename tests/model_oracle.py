@@ -4,7 +4,8 @@ It is one eager forward over all tokens with explicit additive masks, and uses n
 `star_attention`. The law:
 
     keep[i, j] = j <= i  and  layer_rule(i, j)  and
-                 (i is query or generated  or  block(i) == block(j)  or  j < anchor_size)
+                 (i is query or generated  or  block(i) == block(j)  or  j < anchor_size  or
+                  (layer in lookback_layers  and  0 < block(i) - block(j) <= lookback))
 
 With one block (`block_size >= context_len`) this is ordinary dense attention.
 
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,15 +48,20 @@ class OracleResult:
 
 
 def law_mask(
-    context_len: int, total_len: int, block_size: int, anchor_size: int, window: int | None = None
+    context_len: int,
+    total_len: int,
+    block_size: int,
+    anchor_size: int,
+    window: int | None = None,
+    lookback: int = 0,
 ) -> torch.Tensor:
     """Return the law as a bool mask `[total_len, total_len]`: True if token i (row) sees token j.
 
     `window` is the rule of a sliding layer, by absolute position: `i - j < window`.
     """
     i, j = torch.arange(total_len)[:, None], torch.arange(total_len)[None, :]
-    same_block = i // block_size == j // block_size
-    keep = (j <= i) & ((i >= context_len) | same_block | (j < anchor_size))
+    blocks_back = i // block_size - j // block_size
+    keep = (j <= i) & ((i >= context_len) | (blocks_back <= lookback) | (j < anchor_size))
     return keep if window is None else keep & (i - j < window)
 
 
@@ -66,6 +73,8 @@ def oracle_forward(
     context_len: int,
     block_size: int,
     anchor_size: int,
+    lookback: int = 0,
+    lookback_layers: Collection[int] = (),
     rope_length: int | None = None,
 ) -> OracleResult:
     """Run a model in float32 under the law, and leave its settings and rotary state as they were.
@@ -76,16 +85,27 @@ def oracle_forward(
         context_len: tokens of the context.
         block_size: tokens of a block.
         anchor_size: tokens of the anchor.
+        lookback: blocks before its own that a block sees in `lookback_layers`.
+        lookback_layers: numbers of these layers.
         rope_length: length for which length-dependent rotary frequencies are taken; that of
             `ids_BL` by default.
     """
     B, L = ids_BL.shape
-    mask = layer_masks(
-        model, lambda window: law_mask(context_len, L, block_size, anchor_size, window)
-    )
+
+    def masks(lookback: int) -> Mask:
+        return layer_masks(
+            model,
+            lambda window: law_mask(context_len, L, block_size, anchor_size, window, lookback),
+        )
+
+    mask = masks(0)
     # Without a config the cache stores every token, even in sliding layers.
     cache = DynamicCache()
-    with eager_attention(model), pinned_rope(model, L if rope_length is None else rope_length):
+    with (
+        eager_attention(model),
+        pinned_rope(model, L if rope_length is None else rope_length),
+        other_masks(model, lookback_layers, mask, masks(lookback)),
+    ):
         output = model(
             input_ids=ids_BL,
             attention_mask=mask,
@@ -160,6 +180,39 @@ def layer_masks(model: PreTrainedModel, visible: Callable[[int | None], torch.Te
     # Without layer types, a window applies to every layer. With them it applies to sliding layers
     # only: configs of full layers may have a window, too (Qwen2-MoE: 0).
     return additive(None if layer_types == {"full_attention"} else window)
+
+
+@contextlib.contextmanager
+def other_masks(
+    model: PreTrainedModel, layers: Collection[int], usual: Mask, other: Mask
+) -> Iterator[None]:
+    """Give some layers other masks than the model passes them, for the block."""
+    pairs = [(usual, other)]
+    if isinstance(usual, dict) and isinstance(other, dict):
+        pairs = [(usual[name], other[name]) for name in usual]
+    swapped: set[int] = set()
+
+    def swap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def other_than(value: Any) -> Any:
+            for mask, instead in pairs:
+                if isinstance(value, torch.Tensor) and torch.equal(value, mask):
+                    swapped.add(module.layer_idx)
+                    return instead
+            return value
+
+        return tuple(map(other_than, args)), {k: other_than(v) for k, v in kwargs.items()}
+
+    handles = [
+        module.register_forward_pre_hook(swap, with_kwargs=True)
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) in layers and "ttention" in type(module).__name__
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert swapped == set(layers), "every layer that looks back takes a mask"
 
 
 def cached_kv(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:

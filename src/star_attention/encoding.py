@@ -18,11 +18,13 @@ from star_attention.hf.progress import Progress, ProgressBar, shown
 from star_attention.inputs import ContextInput, TextOrIds
 from star_attention.methods import Method
 from star_attention.phase1 import EncodeJob
+from star_attention.planning.lookback import described
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext, RankStats
+from star_attention.storage.header import lookback_in, plan_in
 from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, StoredKV
 from star_attention.storage.reading import SavedContext
 
@@ -218,15 +220,12 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
     own = runtime.identity_within(math.inf)
     identity.check(
         str(path),
-        header["identity"] | {"method": header["method"]},
-        own | {"method": runtime.config.method},
+        header["identity"] | {"method": header["method"]} | _named(**lookback_in(header)),
+        own
+        | {"method": runtime.config.method}
+        | _named(runtime.config.lookback, runtime.config.lookback_layers),
     )
-    plan = BlockPlan(
-        context_tokens=header["context_tokens"],
-        block_size=header["block_size"],
-        anchor_size=header["anchor_size"],
-        ranks=comm.cp_size,
-    )
+    plan = plan_in(header, comm.cp_size)
     layout = runtime.method.layout(runtime.config, plan)
     segments = layout[comm.cp_rank]
     kv_format = KVFormat(dtype=header.get("kv_dtype"), device=runtime.config.kv_device)
@@ -259,6 +258,12 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
         model_state=identity.state(runtime.handle.outer),
         comm=comm,
     )
+
+
+def _named(lookback: int, lookback_layers: str) -> dict[str, str]:
+    """Return look-back as part of an identity."""
+    layers = f" in {described(lookback_layers)}" if lookback else ""
+    return {"lookback": f"{lookback}{layers}"}
 
 
 def _saved_layer(

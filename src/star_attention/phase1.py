@@ -146,7 +146,9 @@ def extend(job: EncodeJob, kv: ContextKV, *, start: int, owner: int) -> ContextK
     if comm.cp_rank != owner:
         return kv
     store = kv.grown(kv.segments.grow_to(plan.context_tokens))
-    cache = EncodeCache(plan, [store], job.handle.windows, comm, anchors=anchors)
+    cache = EncodeCache(
+        plan, [store], job.handle.windows, comm, anchors=anchors, keeps_recent=False
+    )
     Forwards(job).run(cache, plan.from_token(start, job.tokens_per_forward))
     return store
 

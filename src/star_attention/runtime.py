@@ -18,15 +18,17 @@ from star_attention._version import __version__
 from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
-from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError
+from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError, quote
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.hf.loading.identities import Identities
 from star_attention.methods import Method
 from star_attention.planning.advice import small_blocks
-from star_attention.planning.plan import BlockPlan, parse_size
+from star_attention.planning.lookback import layer_numbers
+from star_attention.planning.plan import BlockPlan
 from star_attention.planning.positions import Positions
+from star_attention.planning.sizes import parse_size
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.transient import Transient
 
@@ -80,6 +82,7 @@ class Runtime(Transient):
         try:
             resolved = StarConfig.of(config, **settings)
             handle = ModelHandle(model, compile=compile)
+            _check_lookback(resolved, handle)
             if shard is not None:
                 _check_sharded_model(handle, shard, comm)
             started.append(cls(handle, tokenizer, resolved, own))
@@ -128,6 +131,7 @@ class Runtime(Transient):
         # The other ranks find this engine by that one's key.
         other._base = self._base or self
         other.config = StarConfig.of(self.config, **changes)
+        _check_lookback(other.config, self.handle)
         return other
 
     def collective(self, where: str) -> AbstractContextManager[None]:
@@ -340,10 +344,24 @@ class RuntimeView(Transient):
             for name in ("block_size", "anchor_size")
             if (size := getattr(config, name)) is not None
         ]
+        if config.lookback:
+            sizes += [f"lookback={config.lookback}", f"lookback_layers={config.lookback_layers}"]
         place = [str(self.device), str(handle.dtype).removeprefix("torch.")]
         ranks = [f"rank {self.rank} of {self.num_ranks}"] if self.num_ranks > 1 else []
         parts = [handle.config.model_type, config.method, *sizes, *place, *ranks]
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _check_lookback(config: StarConfig, handle: ModelHandle) -> None:
+    """Refuse look-back of methods without blocks, and in layers that the model does not have."""
+    if not config.lookback:
+        return
+    if not methods.get(config.method).shares_anchor:
+        raise InvalidInputError(
+            f"lookback {config.lookback} does not work with method {quote(config.method)}, which"
+            " has no blocks that look back; use method 'star', or lookback=0"
+        )
+    layer_numbers(config.lookback_layers, len(handle.windows))
 
 
 def _check_sharded_model(

@@ -34,19 +34,19 @@ def by_blocks(
     """Compute phase 1's attention, one forward after the other, with the inputs of phase 1."""
     parts = []
     for span in plan.spans(forward):
-        own, before = slice(span.start, span.stop), slice(span.block_start, span.start)
+        first = plan.first_seen(span.block_start, plan.lookback)
+        own, before = slice(span.start, span.stop), slice(first, span.start)
         state = block_attention(
             q_BLHD[:, own],
             (k_BLGD[:, own], v_BLGD[:, own]),
             anchor=(k_BLGD[:, : plan.anchor_size], v_BLGD[:, : plan.anchor_size])
-            if span.block_start > 0 and plan.anchor_size
+            if first > 0 and plan.anchor_size
             else None,
-            earlier=(k_BLGD[:, before], v_BLGD[:, before])
-            if span.start > span.block_start
-            else None,
+            earlier=(k_BLGD[:, before], v_BLGD[:, before]) if span.start > first else None,
             span=span,
             plan=plan,
             rule=rule,
+            lookback=plan.lookback,
         )
         assert state.out_BQHD.shape == (BATCH, span.tokens, H, V)
         parts.append(state)
@@ -55,6 +55,7 @@ def by_blocks(
     )
 
 
+@pytest.mark.parametrize("lookback", [0, 1, 2, 6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "rule", [Rule(scale=0.3), Rule(scale=0.3, softcap=2.0)], ids=["plain", "softcap"]
@@ -65,11 +66,11 @@ def by_blocks(
     [(20, 20), (20, 7), (20, 0), (20, 1), (101, 9), (200, 200), (1, 1), (50, 50)],
 )
 def test_blocks_equal_the_law(
-    block: int, anchor: int, window: int | None, rule: Rule, dtype: torch.dtype
+    block: int, anchor: int, window: int | None, rule: Rule, dtype: torch.dtype, lookback: int
 ) -> None:
     """Blocks as a batch, one block at a time, and pieces of blocks; the last one is ragged."""
     q_BLHD, k_BLGD, v_BLGD = context(dtype)
-    plan = BlockPlan(context_tokens=LENGTH, block_size=block, anchor_size=anchor)
+    plan = BlockPlan(context_tokens=LENGTH, block_size=block, anchor_size=anchor, lookback=lookback)
     rule = replace(rule, window=window)
     positions_L = torch.arange(LENGTH)
     keep_LL = law_mask(
@@ -79,8 +80,9 @@ def test_blocks_equal_the_law(
         block_size=block,
         anchor_size=anchor,
         window=window,
+        lookback=lookback,
     )
-    if block >= LENGTH and window is None:
+    if block * (lookback + 1) >= LENGTH and window is None:
         assert torch.equal(keep_LL, torch.ones_like(keep_LL).tril()), "law 1: one block is dense"
     for forward in (7, 20, 45, 1000):
         state = by_blocks(plan, forward, rule, q_BLHD, k_BLGD, v_BLGD)

@@ -54,6 +54,8 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "query_tokens",
         "block_size",
         "anchor_size",
+        "lookback",
+        "lookback_layers",
         "blocks",
         "ranks",
         "tensor_parallel",

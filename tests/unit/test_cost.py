@@ -42,13 +42,18 @@ SHAPE = ModelShape(
 )
 
 plans = st.builds(
-    lambda tokens, block, anchor, ranks: BlockPlan(
-        context_tokens=tokens, block_size=block, anchor_size=min(anchor, block), ranks=ranks
+    lambda tokens, block, anchor, ranks, lookback: BlockPlan(
+        context_tokens=tokens,
+        block_size=block,
+        anchor_size=min(anchor, block),
+        ranks=ranks,
+        lookback=lookback,
     ),
     st.integers(1, 60),
     st.integers(1, 25),
     st.integers(0, 25),
     st.integers(1, 4),
+    st.integers(0, 3),
 )
 windows = st.none() | st.integers(1, 70)
 
@@ -63,6 +68,7 @@ def keys_seen(plan: BlockPlan, window: int | None, new_tokens: int = 0) -> torch
         block_size=plan.block_size,
         anchor_size=plan.anchor_size,
         window=window,
+        lookback=plan.lookback,
     )
     return mask.sum(1)
 
@@ -74,10 +80,11 @@ def keys_seen(plan: BlockPlan, window: int | None, new_tokens: int = 0) -> torch
 @given(plans, windows)
 def test_pairs_of_the_context_equal_the_laws_mask(plan: BlockPlan, window: int | None) -> None:
     seen = keys_seen(plan, window)
-    assert cost.context_pairs(plan, window) == int(seen.sum())
+    assert cost.context_pairs(plan, window, lookback=plan.lookback) == int(seen.sum())
     for rank in range(plan.ranks):
         start, stop = plan.rank_range(rank)
-        assert cost.context_pairs(plan, window, rank) == int(seen[start:stop].sum())
+        pairs = cost.context_pairs(plan, window, rank, plan.lookback)
+        assert pairs == int(seen[start:stop].sum())
 
 
 @settings(max_examples=100, deadline=None)

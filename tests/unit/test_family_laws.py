@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from star_attention import StarLLM
 from star_attention.attention import kernels
+from star_attention.planning.lookback import layer_numbers
 from tests.engines import CONTEXT, QUERY, VARIED, engine, ids, stock_generate, stored, tiny
 from tests.families import FAMILIES, UNUSUAL
 from tests.model_oracle import oracle_forward
@@ -21,6 +22,9 @@ STEPS = 4
 # (block_size, anchor_size, tokens_per_forward): several whole blocks a forward, then pieces of one.
 # The last block is ragged.
 GEOMETRIES = [(16, 16, 40), (24, 10, 9)]
+# (lookback, lookback_layers): the paper's method, then forwards that hold more and fewer blocks
+# than they look back.
+LOOKBACKS = [(0, "all"), (1, "lower"), (3, "all")]
 
 
 TOLERANCE = 1e-4
@@ -34,14 +38,25 @@ def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> Non
     torch.testing.assert_close(actual, expected, atol=TOLERANCES.get(name, TOLERANCE), rtol=0)
 
 
+@pytest.mark.parametrize(("lookback", "lookback_layers"), LOOKBACKS)
 @pytest.mark.parametrize(("block_size", "anchor_size", "tokens_per_forward"), GEOMETRIES)
 @pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
 def test_engine_equals_the_explicit_mask(
-    name: str, block_size: int, anchor_size: int, tokens_per_forward: int
+    name: str,
+    block_size: int,
+    anchor_size: int,
+    tokens_per_forward: int,
+    lookback: int,
+    lookback_layers: str,
 ) -> None:
     """Keys and values, query logits and greedy answers are those of the law as one mask."""
     star = engine(
-        name, block_size=block_size, anchor_size=anchor_size, tokens_per_forward=tokens_per_forward
+        name,
+        block_size=block_size,
+        anchor_size=anchor_size,
+        tokens_per_forward=tokens_per_forward,
+        lookback=lookback,
+        lookback_layers=lookback_layers,
     )
     context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
 
@@ -57,6 +72,9 @@ def test_engine_equals_the_explicit_mask(
         context_len=CONTEXT,
         block_size=block_size,
         anchor_size=anchor_size,
+        lookback=lookback,
+        # LongCat's layers have two attentions each, which count as two.
+        lookback_layers=layer_numbers(lookback_layers, len(context.kv.layers)) if lookback else (),
         rope_length=context.rope_length,
     )
     for layer, oracle_layer in zip(stored(context), oracle.kv, strict=True):

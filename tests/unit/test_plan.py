@@ -11,8 +11,8 @@ from hypothesis import given
 
 from star_attention import StarConfig
 from star_attention.errors import SizeError, TokenError
-from star_attention.planning.plan import (
-    BlockPlan,
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.sizes import (
     counted,
     default_block_size,
     format_size,

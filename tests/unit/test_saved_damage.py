@@ -136,9 +136,9 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
 
 
 def test_a_format_of_the_future_is_refused_by_its_version(path: Path) -> None:
-    rewrite(path, lambda header, _: header.update(format_version=2))
+    rewrite(path, lambda header, _: header.update(format_version=3))
     with pytest.raises(
-        CorruptContextError, match="has format version 2, this library reads version 1"
+        CorruptContextError, match="has format version 3, this library reads up to version 2"
     ):
         engine("llama").load_context(path)
 

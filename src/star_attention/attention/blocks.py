@@ -25,6 +25,7 @@ def block_attention(
     span: Span,
     plan: BlockPlan,
     rule: Rule,
+    lookback: int = 0,
 ) -> State:
     """Compute attention of context tokens over their blocks and the anchor (paper, section 2.1).
 
@@ -32,37 +33,78 @@ def block_attention(
         q_BQHD: queries of the span's tokens.
         own: keys and values of these tokens, `k_BQGD, v_BQGD`.
         anchor: keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are in the
-            span, or if there are none.
-        earlier: keys and values of the block's tokens before the span, None if there are none.
+            span or in `earlier`, or if there are none.
+        earlier: keys and values of the tokens before the span, from the first one that its first
+            block sees (`BlockPlan.first_seen`); None if there are none.
         span: the tokens: whole blocks, or a piece of one.
         plan: sizes of blocks and anchor.
         rule: scale, window and softcap.
+        lookback: blocks before its own that a block sees in this layer.
     """
-    B, Q, H, _ = q_BQHD.shape
-    k_BQGD, v_BQGD = own
-    block_size = plan.block_size
-    if Q > block_size:
-        # Blocks do not see each other: they make a batch of square causal calls.
-        N = Q // block_size
-        assert N * block_size == Q, "a forward holds whole blocks or a piece of one"
-        q, k, v = (t.reshape(B * N, block_size, *t.shape[2:]) for t in (q_BQHD, k_BQGD, v_BQGD))
-        folded = attend(q, k, v, rule=rule, offset=0)
-        state = State(folded.out_BQHD.reshape(B, Q, H, -1), folded.lse_BQH.reshape(B, Q, H))
+    Q = q_BQHD.shape[1]
+    if Q > plan.block_size:
+        state = _whole_blocks(q_BQHD, own, earlier, span, plan, rule, lookback)
     else:
-        state = attend(q_BQHD, k_BQGD, v_BQGD, rule=rule, offset=0)
-    if earlier is not None:
-        state = merge(
-            [attend(q_BQHD, *earlier, rule=rule, offset=span.start - span.block_start), state]
-        )
-    # The first block contains the anchor. Every later one sees the whole anchor.
-    first = max(0, block_size - span.start) if span.block_start == 0 else 0
+        state = attend(q_BQHD, *own, rule=rule, offset=0)
+        if earlier is not None:
+            before = attend(q_BQHD, *earlier, rule=rule, offset=earlier[0].shape[1])
+            state = merge([before, state])
+    # The first blocks look back as far as the anchor. Every later one sees the whole anchor.
+    first = max(0, (lookback + 1) * plan.block_size - span.start)
     if plan.anchor_size == 0 or first >= Q:
         return state
     if anchor is None:
-        assert span.start == 0, "later forwards need the anchor"
-        anchor = (k_BQGD[:, : plan.anchor_size], v_BQGD[:, : plan.anchor_size])
+        from_start = own if earlier is None else earlier
+        assert span.start in (0, from_start[0].shape[1]), "later forwards need the anchor"
+        anchor = from_start[0][:, : plan.anchor_size], from_start[1][:, : plan.anchor_size]
     over_anchor = attend(q_BQHD[:, first:], *anchor, rule=rule, offset=span.start + first)
     return merge_last(state, over_anchor, dtype=rule.dtype)
+
+
+def _whole_blocks(
+    q_BQHD: Tensor,
+    own: KV,
+    earlier: KV | None,
+    span: Span,
+    plan: BlockPlan,
+    rule: Rule,
+    lookback: int,
+) -> State:
+    """Compute attention of several whole blocks over themselves and the blocks before them."""
+    size, Q = plan.block_size, q_BQHD.shape[1]
+    assert Q % size == 0, "a forward holds whole blocks or a piece of one"
+    state = _in_blocks(size, q_BQHD, *own, rule=rule, offset=0)
+    if not lookback:
+        return state
+    seen = own
+    if earlier is not None:
+        seen = torch.cat([earlier[0], own[0]], 1), torch.cat([earlier[1], own[1]], 1)
+    before = seen[0].shape[1] - Q
+    if span.stop - size <= lookback * size:
+        # Every block sees all before it.
+        return attend(q_BQHD, *seen, rule=rule, offset=before)
+    for distance in range(size, (lookback + 1) * size, size):
+        # A block that is at least so far from the start sees the block at this distance.
+        first = max(0, distance - span.start)
+        if first >= Q:
+            break
+        keys = slice(before + first - distance, before + Q - distance)
+        at_distance = _in_blocks(
+            size, q_BQHD[:, first:], seen[0][:, keys], seen[1][:, keys], rule=rule, offset=distance
+        )
+        state = merge_last(state, at_distance)
+    return state
+
+
+def _in_blocks(
+    size: int, q_BQHD: Tensor, k_BQGD: Tensor, v_BQGD: Tensor, *, rule: Rule, offset: int
+) -> State:
+    """Let each block of queries attend to the block of keys at the same place, as a batch."""
+    B, Q, H, _ = q_BQHD.shape
+    N = Q // size
+    q, k, v = (t.reshape(B * N, size, *t.shape[2:]) for t in (q_BQHD, k_BQGD, v_BQGD))
+    folded = attend(q, k, v, rule=rule, offset=offset)
+    return State(folded.out_BQHD.reshape(B, Q, H, -1), folded.lse_BQH.reshape(B, Q, H))
 
 
 def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]) -> State:

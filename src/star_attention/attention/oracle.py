@@ -19,13 +19,14 @@ def law_mask(
     block_size: int,
     anchor_size: int,
     window: int | None = None,
+    lookback: int = 0,
 ) -> Tensor:
     """Return which keys each query sees, bool `[Q, K]`.
 
     With i the position of the query and j that of the key:
 
         j <= i and (window is None or i - j < window)
-        and (i >= context_tokens or block(i) == block(j) or j < anchor_size)
+        and (i >= context_tokens or j < anchor_size or 0 <= block(i) - block(j) <= lookback)
 
     Args:
         query_positions_Q: positions of the queries.
@@ -34,12 +35,12 @@ def law_mask(
         block_size: tokens of a block.
         anchor_size: tokens of the anchor.
         window: sliding window of the layer in tokens, None for full attention.
+        lookback: blocks before its own that a block sees in this layer.
     """
     i_Q1, j_1K = query_positions_Q[:, None], key_positions_K[None, :]
-    same_block = (i_Q1 // block_size) == (j_1K // block_size)
-    keep_QK = (j_1K <= i_Q1) & (
-        (i_Q1 >= context_tokens) | (same_block & (j_1K < context_tokens)) | (j_1K < anchor_size)
-    )
+    blocks_back = (i_Q1 // block_size) - (j_1K // block_size)
+    is_near = (blocks_back >= 0) & (blocks_back <= lookback) & (j_1K < context_tokens)
+    keep_QK = (j_1K <= i_Q1) & ((i_Q1 >= context_tokens) | is_near | (j_1K < anchor_size))
     return keep_QK if window is None else keep_QK & (i_Q1 - j_1K < window)
 
 

@@ -18,7 +18,8 @@ from star_attention.bench.models import random_ids, weight_bytes_per_token
 from star_attention.bench.modes import block_of, ranks_of, weights_modes, weights_settings
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, measure
 from star_attention.engine import StarLLM
-from star_attention.planning.plan import BlockPlan, format_size
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.sizes import format_size
 from star_attention.storage.context import EncodedContext
 from star_attention.tools.machine import Ceilings
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from star_attention.bench import figures
 from star_attention.bench.decode_rows import DecodeRow, series
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.tools.plotting import GRAY, new_figure
 
 

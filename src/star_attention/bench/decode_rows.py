@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from star_attention.bench.ranks import in_short
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 
 WHOLE, SLICES, SHARD = "whole", "slices", "shard"
 """Weights that a rank reads for a token: all of them, its slice of all (`slice_weights`), or those

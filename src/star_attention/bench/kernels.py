@@ -24,7 +24,7 @@ from star_attention.attention.state import State, merge
 from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.errors import InvalidInputError
 from star_attention.planning.model_shape import AttentionShape
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.tools import machine
 
 _CAPACITY, _TAIL = 512, 256

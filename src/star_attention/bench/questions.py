@@ -20,7 +20,7 @@ from star_attention.bench.decode_rows import WHOLE
 from star_attention.bench.models import random_ids
 from star_attention.bench.modes import block_of, ranks_of, weights_modes, weights_settings
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, in_short, measure
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.storage.context import EncodedContext
 from star_attention.tools import machine
 

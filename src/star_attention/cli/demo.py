@@ -9,7 +9,7 @@ from star_attention.cli.options import Quiet, option
 from star_attention.cli.paths import check_output_folder
 from star_attention.cli.streams import say
 from star_attention.errors import ModelNotFoundError
-from star_attention.planning.plan import parse_size
+from star_attention.planning.sizes import parse_size
 
 BUNDLED_MODEL = "models/needle-17m"
 """The bundled model in a checkout of the repository."""

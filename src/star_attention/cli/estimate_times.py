@@ -21,7 +21,7 @@ from star_attention.planning.cost import Flops
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import Hardware, calibrate, parse_hardware
 from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.plan import default_block_size, format_size, parse_size
+from star_attention.planning.sizes import default_block_size, format_size, parse_size
 from star_attention.tools import machine
 
 _MEASURED_METHODS = ("dense", "star", "official")

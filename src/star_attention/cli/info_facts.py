@@ -9,7 +9,6 @@ from typing import Any
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.loading import checks, files
 from star_attention.hf.loading.packages import quantization
-from star_attention.planning.plan import BlockPlan
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
@@ -20,14 +19,10 @@ def of_context(path: str) -> dict[str, Any]:
     Raises:
         ContextFileError: If it is damaged, or something else.
     """
-    from star_attention.storage.header import read_header
+    from star_attention.storage.header import plan_in, read_header
 
     header = read_header(path)
-    plan = BlockPlan(
-        context_tokens=header["context_tokens"],
-        block_size=header["block_size"],
-        anchor_size=header["anchor_size"],
-    )
+    plan = plan_in(header)
     identity, chat, source = header["identity"], header["chat"], header.get("source") or {}
     config = identity["config"]
     return {
@@ -39,6 +34,8 @@ def of_context(path: str) -> dict[str, Any]:
         "block_size": plan.block_size,
         "blocks": plan.num_blocks,
         "anchor_size": plan.anchor_size,
+        "lookback": plan.lookback,
+        "lookback_layers": plan.lookback_layers if plan.lookback else None,
         "saved_by_ranks": len(header["parts"]) if "parts" in header else 1,
         "kv_dtype": header.get("kv_dtype") or identity["dtype"].removeprefix("torch."),
         "dtype": identity["dtype"].removeprefix("torch."),

@@ -16,7 +16,7 @@ from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.escapes import unescape
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
-from star_attention.planning.plan import parse_size
+from star_attention.planning.sizes import parse_size
 
 
 def option(help: str, *names: str, panel: str, metavar: str | None = None, **more: Any) -> Any:

@@ -32,6 +32,8 @@ FIELDS = {
     "query_tokens": "tokens of the query, including what the chat template adds",
     "block_size": "tokens per block",
     "anchor_size": "tokens of the anchor",
+    "lookback": "blocks before its own that a block sees in the layers that look back",
+    "lookback_layers": "the layers that look back",
     "blocks": "number of blocks",
     "ranks": "number of context-parallel ranks, which share the text; each consists of"
     " `tensor_parallel` processes",

@@ -18,7 +18,8 @@ from star_attention.cli.streams import say
 from star_attention.config import StarConfig
 from star_attention.errors import quote
 from star_attention.planning.advice import small_blocks
-from star_attention.planning.plan import BlockPlan, parse_size
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.sizes import parse_size
 
 _ESTIMATE_SETTINGS = ("block_size", "tokens_per_forward", "kv_dtype", "anchor_source")
 """Settings that `plan --hardware` takes. It shows both anchor sources, whatever the option says."""

@@ -15,7 +15,8 @@ from star_attention.planning.cost import Flops, Memory
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.plan import BlockPlan, counted
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.sizes import counted
 from star_attention.planning.traffic import Traffic
 
 PREDICTED_ON = "h200-nvlink"

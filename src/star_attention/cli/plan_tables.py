@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from star_attention.cli.formatting import format_bytes, format_quantity, table
 from star_attention.cli.plan_costs import PREDICTED_ON, PlanCosts
-from star_attention.planning.plan import counted, format_size
+from star_attention.planning.sizes import counted, format_size
 
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 

@@ -141,8 +141,8 @@ def load_saved(
 ) -> tuple[StarLLM, EncodedContext]:
     """Load a saved context and its model, with these settings.
 
-    The method is the file's, and so are the precision with `--dtype auto`, and the model without
-    `--model`.
+    Method and look-back are the file's, and so are the precision with `--dtype auto`, and the model
+    without `--model`.
 
     Raises:
         ContextMismatchError: If the options ask for another precision or architecture.
@@ -152,13 +152,14 @@ def load_saved(
     check_device(model.device)
 
     from star_attention.cli.saved_model import check_fits, named_by
-    from star_attention.storage.header import read_header
+    from star_attention.storage.header import lookback_in, read_header
 
     # Refuses other files, and other models, before torch is imported.
     header = read_header(path)
     model = named_by(header, path, model)
     check_fits(header, path, model)
-    star = load_with_tokenizer(model, status, method=header["method"], **settings)
+    settings |= {"method": header["method"], **lookback_in(header)}
+    star = load_with_tokenizer(model, status, **settings)
     return star, star.load_context(path)
 
 

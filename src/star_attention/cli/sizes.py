@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from star_attention.errors import InvalidInputError, SizeError, quote
-from star_attention.planning.plan import parse_size
+from star_attention.planning.sizes import parse_size
 
 QUARTER = "quarter"
 """Block size: the fastest one of a quarter of the context or more."""

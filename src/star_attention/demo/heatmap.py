@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.demo.result import DENSE, STAR, DemoResult, band_name
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.tools.plotting import heat_color, require_matplotlib, text_color
 
 _TITLE_WIDTH = 2.5

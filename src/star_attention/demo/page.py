@@ -7,7 +7,7 @@ from string import Template
 
 from star_attention.demo import heatmap
 from star_attention.demo.result import DENSE, DemoResult, Row
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.tools.plotting import heat_color
 
 _PAGE = Template("""<!doctype html>

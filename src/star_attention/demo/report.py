@@ -13,7 +13,7 @@ from rich.table import Table
 
 from star_attention.demo import heatmap, page
 from star_attention.demo.result import DENSE, SMALL, STAR, DemoResult, Row, band_name
-from star_attention.planning.plan import counted, format_size
+from star_attention.planning.sizes import counted, format_size
 
 PAPER_LOSS = "25 to 40 points"
 """Accuracy that the paper's models lose without an anchor, at 64K and 128K (arXiv 2411.17116,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from star_attention.errors import quote
 from star_attention.planning import html
-from star_attention.planning.plan import counted
+from star_attention.planning.sizes import counted
 from star_attention.planning.traffic import Traffic
 
 

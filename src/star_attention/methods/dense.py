@@ -5,6 +5,8 @@ One block lies on one rank; `ring` shards dense attention.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from star_attention.config import StarConfig
 from star_attention.methods.star import Star
 from star_attention.planning.plan import BlockPlan
@@ -22,11 +24,10 @@ class Dense(Star):
 
     def extended_plan(self, plan: BlockPlan, context_tokens: int) -> BlockPlan:
         """The context is one block, and stays one."""
-        return BlockPlan(
+        return replace(
+            plan,
             context_tokens=context_tokens,
             block_size=max(plan.block_size, context_tokens),
-            anchor_size=plan.anchor_size,
-            ranks=plan.ranks,
         )
 
     def describe(self, plan: BlockPlan) -> str:

@@ -14,7 +14,8 @@ from star_attention.config import StarConfig
 from star_attention.hf.cache.ring import RingCache
 from star_attention.methods.dense import Dense
 from star_attention.phase1 import EncodeJob
-from star_attention.planning.plan import BlockPlan, ring_layout
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.ring import ring_layout
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
 from star_attention.storage.oom import translate_oom

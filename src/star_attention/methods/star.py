@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from star_attention.config import StarConfig
-from star_attention.planning.plan import BlockPlan, counted, format_size
+from star_attention.errors import InvalidInputError
+from star_attention.planning.lookback import described
+from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
+from star_attention.planning.sizes import counted, format_size
 
 # Imports torch, which a command line does not need to be checked.
 if TYPE_CHECKING:
@@ -23,6 +27,11 @@ class Star:
     shares_anchor = True
 
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
+        if config.lookback and ranks > 1:
+            raise InvalidInputError(
+                f"lookback {config.lookback} works on one context-parallel rank, got {ranks}: use"
+                " tensor_parallel to share the weights, or lookback=0"
+            )
         return config.plan(context_tokens, ranks)
 
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]:
@@ -40,13 +49,11 @@ class Star:
         return None
 
     def extended_plan(self, plan: BlockPlan, context_tokens: int) -> BlockPlan:
-        return BlockPlan(
-            context_tokens=context_tokens,
-            block_size=plan.block_size,
-            anchor_size=plan.anchor_size,
-            ranks=plan.ranks,
-        )
+        return replace(plan, context_tokens=context_tokens)
 
     def describe(self, plan: BlockPlan) -> str:
         blocks = f"{counted(plan.num_blocks, 'block')} x {format_size(plan.block_size)}"
-        return f"{blocks}, anchor {format_size(plan.anchor_size)}"
+        sizes = f"{blocks}, anchor {format_size(plan.anchor_size)}"
+        if not plan.lookback:
+            return sizes
+        return f"{sizes}, look-back {plan.lookback} in {described(plan.lookback_layers)}"

@@ -13,14 +13,9 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.cache.window import WindowCache
 from star_attention.methods.star import Star
 from star_attention.phase1 import EncodeJob, Forwards
-from star_attention.planning.plan import (
-    BlockPlan,
-    Span,
-    counted,
-    format_size,
-    resolve_sizes,
-)
+from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
+from star_attention.planning.sizes import counted, format_size, resolve_sizes
 from star_attention.storage.kv import ContextKV, VisibleRange
 
 SINKS = 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from star_attention.planning.plan import counted
+from star_attention.planning.sizes import counted
 
 _FEW_TOKENS = 64
 _MANY_BLOCKS = 64

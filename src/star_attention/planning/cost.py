@@ -36,12 +36,24 @@ def anchor_pairs(start: int, stop: int, anchor_size: int, window: int | None = N
     return (first - start) * anchor_size + (most * (most + 1) - least * (least + 1)) // 2
 
 
-def context_pairs(plan: BlockPlan, window: int | None = None, rank: int | None = None) -> int:
-    """Count the pairs of phase 1 (the ones in the law's mask), on all ranks or on one."""
+def context_pairs(
+    plan: BlockPlan, window: int | None = None, rank: int | None = None, lookback: int = 0
+) -> int:
+    """Count the pairs of phase 1 (the ones in the law's mask), on all ranks or on one.
+
+    Args:
+        plan: blocks and anchor.
+        window: sliding window of the layer in tokens, None for full attention.
+        rank: count this context-parallel rank only; None counts all.
+        lookback: blocks that the layer looks back.
+    """
     pairs = 0
     for start, stop in plan.blocks if rank is None else plan.rank_blocks(rank):
+        first = plan.first_seen(start, lookback)
         pairs += causal_pairs(stop - start, window)
-        if start > 0:
+        # The run before the block is to it what an anchor would be at the run's place.
+        pairs += anchor_pairs(start - first, stop - first, start - first, window)
+        if first > 0:
             pairs += anchor_pairs(start, stop, plan.anchor_size, window)
     return pairs
 
@@ -109,7 +121,7 @@ def phase1(
     ranks = range(plan.ranks) if rank is None else [rank]
     expanded = 0
     if shape.expansion_parameters:
-        expanded = sum(_keys_read(plan, tokens_per_forward, r) for r in ranks)
+        expanded = sum(_keys_read(shape, plan, tokens_per_forward, r) for r in ranks)
     return Flops(
         linear=2 * shape.linear_parameters * sum(plan.rank_tokens(r) for r in ranks),
         attention=sum(
@@ -218,21 +230,28 @@ def phase2(
 def _calls_with_pairs(
     shape: ModelShape, plan: BlockPlan, rank: int | None
 ) -> Iterator[tuple[AttentionShape, int]]:
-    """Yield every attention call with its pairs, which are counted once per window."""
+    """Yield every attention call with its pairs, counted once per window and look-back."""
+    calls = list(zip(shape.attention, plan.lookbacks(len(shape.attention)), strict=True))
     pairs = {
-        window: context_pairs(plan, window, rank)
-        for window in {call.window for call in shape.attention}
+        (window, lookback): context_pairs(plan, window, rank, lookback)
+        for window, lookback in {(call.window, lookback) for call, lookback in calls}
     }
-    for call in shape.attention:
-        yield call, pairs[call.window]
+    for call, lookback in calls:
+        yield call, pairs[call.window, lookback]
 
 
-def _keys_read(plan: BlockPlan, tokens_per_forward: int, rank: int) -> int:
-    """Count the keys that a rank's forwards read: their block's so far, and the anchor's."""
-    return sum(
-        span.stop - span.block_start + (plan.anchor_size if span.block_start else 0)
-        for span in plan.spans(tokens_per_forward, rank=rank)
-    )
+def _keys_read(shape: ModelShape, plan: BlockPlan, tokens_per_forward: int, rank: int) -> int:
+    """Count the keys that a layer reads in a rank's forwards, the mean over layers.
+
+    They are the tokens of its block so far, the blocks that it looks back to, and the anchor.
+    """
+    lookbacks = plan.lookbacks(len(shape.attention))
+    keys = 0
+    for lookback in lookbacks:
+        for span in plan.spans(tokens_per_forward, rank=rank):
+            first = plan.first_seen(span.block_start, lookback)
+            keys += span.stop - first + (plan.anchor_size if first else 0)
+    return keys // len(lookbacks)
 
 
 # ------------------------------------------------------------------------------------------- memory

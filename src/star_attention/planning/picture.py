@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 
 def draw(
-    owners: Sequence[int], blocks: Sequence[tuple[int, int]], anchor_size: int, width: int
+    owners: Sequence[int],
+    blocks: Sequence[tuple[int, int]],
+    anchor_size: int,
+    width: int,
+    lookback: int = 0,
 ) -> str:
     """Draw blocks; of more than 16, the middle ones are left out, with a note.
 
@@ -15,12 +19,14 @@ def draw(
         blocks: first token of each block, and the token after its last.
         anchor_size: leading tokens that every block sees.
         width: columns of the picture.
+        lookback: blocks before its own that a block sees in the layers that look back.
     """
     numbered = list(enumerate(zip(owners, blocks, strict=True)))
     shown = numbered if len(numbered) <= 16 else [*numbered[:8], *numbered[-7:]]
     scale = width / blocks[-1][1]
     lines = [
-        f"rank {owner:<2} b{index:<3} |{_row(start, stop, anchor_size, width, scale)}|"
+        f"rank {owner:<2} b{index:<3}"
+        f" |{_row(blocks[max(0, index - lookback)][0], start, stop, anchor_size, width, scale)}|"
         f" {start:,}..{stop:,}"
         for index, (owner, (start, stop)) in shown
     ]
@@ -29,12 +35,14 @@ def draw(
     return "\n".join([*lines, f"{'query':>10} |{'#' * width}| sees everything"])
 
 
-def _row(start: int, stop: int, anchor_size: int, width: int, scale: float) -> str:
+def _row(first: int, start: int, stop: int, anchor_size: int, width: int, scale: float) -> str:
     row = ""
     for column in range(width):
         token = int((column + 0.5) / scale)
         if start <= token < stop or int(start * scale) == column:
             row += "#"
+        elif token < anchor_size and start > 0:
+            row += "A"
         else:
-            row += "A" if token < anchor_size and start > 0 else "."
+            row += "+" if first <= token < start else "."
     return row

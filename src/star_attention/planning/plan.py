@@ -12,14 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
-from star_attention.errors import SizeError, TokenError, quote
+from star_attention.errors import SizeError, TokenError
 from star_attention.planning import html, picture
+from star_attention.planning.lookback import (
+    ALL,
+    described,
+    layer_numbers,
+    parse_layers,
+)
 from star_attention.planning.segments import Segments
-
-MIN_BLOCK_SIZE = 1024
-MAX_BLOCK_SIZE = 32768
+from star_attention.planning.sizes import check_lookback, counted, format_size, resolve_sizes
 
 LINEAR_PAIRS = 24 * 1024
 """Cost of the linear layers for one token, in query-key pairs that attention computes in that time.
@@ -28,136 +31,8 @@ About `parameters / (2 * heads * head_size * layers)`, which is 18K to 53K for L
 70B parameters.
 """
 
-_UNITS = {"k": 1024, "m": 1024**2, "g": 1024**3}
-
-
-def parse_size(text: str | int, name: str = "size") -> int:
-    """Parse a number of tokens.
-
-    Args:
-        text: `4096`, `"4096"`, `"4k"`, `"128K"` or `"1m"`; units are powers of 1024.
-        name: what to call the value in an error.
-
-    Returns:
-        The number; zero and negative ones pass, so that callers can state their own limits.
-
-    Raises:
-        SizeError: anything else.
-    """
-    error = SizeError(
-        f"{name} {quote(text)} is not a number of tokens; write 4096, '4k', '128k' or '1m'"
-    )
-    if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise error
-    if isinstance(text, int):
-        return text
-    digits, unit = text.strip().lower(), 1
-    if digits and digits[-1] in _UNITS:
-        digits, unit = digits[:-1], _UNITS[digits[-1]]
-    try:
-        tokens = (float(digits) if "." in digits else int(digits)) * unit
-        whole = int(tokens)
-    except (ValueError, OverflowError):
-        raise error from None
-    if tokens != whole:
-        raise error
-    return whole
-
-
-def format_size(tokens: int) -> str:
-    """Format `16384` as `16k` and `1048576` as `1m`; other sizes get thousands separators."""
-    for suffix, unit in (("m", 1024**2), ("k", 1024)):
-        if tokens >= unit and tokens % unit == 0:
-            return f"{tokens // unit}{suffix}"
-    return f"{tokens:,}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Format a count: `1 block`, `2,048 blocks`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def default_block_size(context_tokens: int) -> int:
-    """Return the paper's block size for a context.
-
-    It is the smallest power of two that is at least a quarter of the context, within 1024..32768.
-    Source: arXiv 2411.17116, section 3 (a quarter of the sequence up to 128K, fixed at 32K beyond).
-    """
-    size = MIN_BLOCK_SIZE
-    while size * 4 < context_tokens and size < MAX_BLOCK_SIZE:
-        size *= 2
-    return size
-
-
-def resolve_sizes(
-    context_tokens: int, block_size: int | str | None, anchor_size: int | str | None
-) -> tuple[int, int]:
-    """Resolve block and anchor size for a context of `context_tokens` tokens.
-
-    Args:
-        context_tokens: length of the context.
-        block_size: tokens of a block, or `"4k"`; None for `default_block_size`.
-        anchor_size: tokens of the anchor, or `"4k"`; None for the block size.
-
-    Returns:
-        Block size and anchor size in tokens.
-
-    Raises:
-        SizeError: a size that is not a number, a block below 1, an anchor below 0 or above the
-            block.
-    """
-    block = default_block_size(context_tokens)
-    if block_size is not None:
-        block = parse_size(block_size, "block_size")
-    if block < 1:
-        raise SizeError(
-            f"block_size {block} is below 1; give a positive number of tokens, or leave it out for"
-            " the paper's rule"
-        )
-    anchor = block if anchor_size is None else parse_size(anchor_size, "anchor_size")
-    if anchor < 0:
-        raise SizeError(
-            f"anchor_size {anchor} is negative; give 0 (no anchor) to block_size {block}, or leave"
-            " it out for the block size"
-        )
-    if anchor > block:
-        raise SizeError(
-            f"anchor_size {anchor} is above block_size {block}: the anchor is the head of the first"
-            f" block; lower anchor_size to at most {block} or raise block_size"
-        )
-    return block, anchor
-
-
 ANCHOR_SOURCES = ("broadcast", "local")
 """How ranks other than the first get the anchor: rank 0 sends it, or each computes it again."""
-
-RING_LAYOUTS = ("zigzag", "contiguous")
-"""How ring attention assigns tokens to ranks, see `ring_layout`."""
-
-
-def ring_layout(
-    context_tokens: int, ranks: int, kind: str = RING_LAYOUTS[0]
-) -> tuple[Segments, ...]:
-    """Return the tokens that each rank holds in ring attention.
-
-    Args:
-        context_tokens: length of the context; one with fewer than two tokens per rank stays whole,
-            on the first rank.
-        ranks: context-parallel ranks.
-        kind: "zigzag" cuts the context into two runs per rank and gives rank r the r-th from the
-            start and the r-th from the end, so that causal attention is the same work for all;
-            "contiguous" gives each rank one run.
-    """
-    if context_tokens < 2 * ranks:
-        return (Segments.prefix(context_tokens), *(Segments(),) * (ranks - 1))
-    runs = ranks if kind == "contiguous" else 2 * ranks
-    cuts = [run * context_tokens // runs for run in range(runs + 1)]
-    cut = [(start, stop) for start, stop in pairwise(cuts)]
-    if ranks == 1:
-        return (Segments.prefix(context_tokens),)
-    if kind == "contiguous":
-        return tuple(Segments([run]) for run in cut)
-    return tuple(Segments([cut[rank], cut[-1 - rank]]) for rank in range(ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,16 +69,21 @@ class BlockPlan:
         block_size: tokens of every block but the last, which may be shorter.
         anchor_size: tokens at the start of the context that every block sees; 0 for no anchor.
         ranks: context-parallel ranks.
+        lookback: blocks before its own that a block sees in the layers that look back; 0 for none.
+        lookback_layers: those layers, in a spelling of `planning.lookback.parse_layers`.
 
     Raises:
         TokenError: an empty context.
-        SizeError: a block below 1, an anchor below 0 or above the block, or fewer than 1 rank.
+        SizeError: a block below 1, an anchor below 0 or above the block, fewer than 1 rank, or a
+            look-back below 0.
     """
 
     context_tokens: int
     block_size: int
     anchor_size: int
     ranks: int = 1
+    lookback: int = 0
+    lookback_layers: str = ALL
 
     def __post_init__(self) -> None:
         if self.context_tokens < 1:
@@ -214,6 +94,9 @@ class BlockPlan:
         if self.ranks < 1:
             raise SizeError(f"ranks {self.ranks} is below 1; give the number of processes")
         resolve_sizes(self.context_tokens, self.block_size, self.anchor_size)
+        check_lookback(self.lookback)
+        if parse_layers(self.lookback_layers) != self.lookback_layers:
+            object.__setattr__(self, "lookback_layers", parse_layers(self.lookback_layers))
 
     @classmethod
     def resolve(
@@ -222,10 +105,20 @@ class BlockPlan:
         block_size: int | str | None = None,
         anchor_size: int | str | None = None,
         ranks: int = 1,
+        lookback: int = 0,
+        lookback_layers: str = ALL,
     ) -> BlockPlan:
         """Return the plan for a context; sizes that are left out are those of `StarConfig`."""
-        block, anchor = resolve_sizes(context_tokens, block_size, anchor_size)
-        return cls(context_tokens=context_tokens, block_size=block, anchor_size=anchor, ranks=ranks)
+        check_lookback(lookback)
+        block, anchor = resolve_sizes(context_tokens, block_size, anchor_size, lookback)
+        return cls(
+            context_tokens=context_tokens,
+            block_size=block,
+            anchor_size=anchor,
+            ranks=ranks,
+            lookback=lookback,
+            lookback_layers=lookback_layers,
+        )
 
     @classmethod
     def dense(cls, context_tokens: int, ranks: int = 1) -> BlockPlan:
@@ -246,6 +139,21 @@ class BlockPlan:
     def is_dense(self) -> bool:
         """True if one block holds the whole context."""
         return self.num_blocks == 1
+
+    def lookbacks(self, num_layers: int) -> list[int]:
+        """Return how many blocks each of a model's layers looks back.
+
+        Raises:
+            InvalidInputError: a layer that looks back does not exist.
+        """
+        if not self.lookback:
+            return [0] * num_layers
+        looking_back = layer_numbers(self.lookback_layers, num_layers)
+        return [self.lookback if layer in looking_back else 0 for layer in range(num_layers)]
+
+    def first_seen(self, block_start: int, lookback: int) -> int:
+        """Return the first token of the run that ends with a block and `lookback` before it."""
+        return max(0, block_start - lookback * self.block_size)
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -355,6 +263,8 @@ class BlockPlan:
             f" {counted(self.num_blocks, 'block')} x {format_size(self.block_size)},"
             f" anchor {format_size(self.anchor_size)}, {counted(self.ranks, 'rank')}"
         )
+        if self.lookback:
+            head += f", look-back {self.lookback} in {described(self.lookback_layers)}"
         return head + "\n" + self.draw()
 
     def _repr_html_(self) -> str:
@@ -364,8 +274,9 @@ class BlockPlan:
     def draw(self, width: int = 72) -> str:
         """Draw one line per block, context from left to right.
 
-        `A` is the anchor, `#` the block's own tokens, `.` tokens that it does not see. Of more than
-        16 blocks, the middle ones are left out, with a note.
+        `A` is the anchor, `#` the block's own tokens, `+` tokens that it sees in the layers that
+        look back, `.` tokens that it does not see. Of more than 16 blocks, the middle ones are left
+        out, with a note.
 
         Args:
             width: columns of the picture.
@@ -375,4 +286,5 @@ class BlockPlan:
             self.blocks,
             self.anchor_size,
             width,
+            self.lookback,
         )

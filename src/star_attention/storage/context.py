@@ -12,6 +12,7 @@ from torch import Tensor
 
 from star_attention.distributed import Comm, SoloComm
 from star_attention.planning import html
+from star_attention.planning.lookback import described
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
@@ -118,6 +119,8 @@ class EncodedContext(Transient):
         plan, visible = self.plan, self.kv.visible
         if visible is None:
             sizes = f"{plan.num_blocks} x {plan.block_size:,}, anchor {plan.anchor_size:,}"
+            if plan.lookback:
+                sizes += f", look-back {plan.lookback} in {described(plan.lookback_layers)}"
         else:
             sizes = f"window {visible.recent:,}, {visible.first:,} sinks"
         return f"EncodedContext({self.method}, {len(self):,} tokens, {sizes})"
@@ -160,6 +163,8 @@ class EncodedContext(Transient):
             "context_tokens": self.plan.context_tokens,
             "block_size": self.plan.block_size,
             "anchor_size": self.plan.anchor_size,
+            "lookback": self.plan.lookback,
+            "lookback_layers": self.plan.lookback_layers,
             "blocks": self.plan.num_blocks,
             "ranks": self.plan.ranks,
             "tensor_parallel": self.comm.tp_size,
@@ -198,6 +203,8 @@ class EncodedContext(Transient):
             "context_tokens": self.plan.context_tokens,
             "block_size": self.plan.block_size,
             "anchor_size": self.plan.anchor_size,
+            "lookback": self.plan.lookback,
+            "lookback_layers": self.plan.lookback_layers,
             "rope_length": self.rope_length,
             "chat": self.chat,
             "end": self.end,

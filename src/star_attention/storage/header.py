@@ -16,8 +16,11 @@ from star_attention.errors import (
     CorruptContextError,
     quote_path,
 )
+from star_attention.planning.lookback import ALL
+from star_attention.planning.plan import BlockPlan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 added look-back. Version 1 is read, too."""
 INDEX = "index.json"
 METADATA_KEY = "star_attention"
 # A safetensors file begins with the length of its header in eight bytes, then the header.
@@ -130,16 +133,35 @@ def verified_header(path: Path, text: str, sha256: str) -> dict[str, Any]:
         )
     header: dict[str, Any] = json.loads(text)
     version = header.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise CorruptContextError(
-            f"{path} has format version {version}, this library reads version {FORMAT_VERSION};"
-            " encode the context again, or use the version that wrote it"
+            f"{path} has format version {version}, this library reads up to version"
+            f" {FORMAT_VERSION}; encode the context again, or use the version that wrote it"
         )
     if not isinstance(header.get("tensors", header.get("parts")), (dict, list)):
         raise CorruptContextError(
             f"the header of {path} lists no contents: the file was modified; {ENCODE_AGAIN}"
         )
     return header
+
+
+def plan_in(header: dict[str, Any], ranks: int = 1) -> BlockPlan:
+    """Return the plan of the context that a header describes, for a number of ranks."""
+    return BlockPlan(
+        context_tokens=header["context_tokens"],
+        block_size=header["block_size"],
+        anchor_size=header["anchor_size"],
+        ranks=ranks,
+        **lookback_in(header),
+    )
+
+
+def lookback_in(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields about look-back, which files of earlier versions lack."""
+    return {
+        "lookback": header.get("lookback", 0),
+        "lookback_layers": header.get("lookback_layers", ALL),
+    }
 
 
 def read_index(folder: Path) -> dict[str, Any]:

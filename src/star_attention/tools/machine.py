@@ -21,7 +21,7 @@ import transformers
 
 from star_attention import __version__
 from star_attention.errors import InvalidInputError
-from star_attention.planning.plan import counted
+from star_attention.planning.sizes import counted
 
 Progress = Callable[[str], None]
 """Called with a line about the next measurement."""

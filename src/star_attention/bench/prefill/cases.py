@@ -11,7 +11,7 @@ from star_attention.bench.prefill.contenders import (
     DEFAULT_METHODS_ON_RANKS,
 )
 from star_attention.errors import InvalidInputError, quote
-from star_attention.planning.plan import format_size, parse_size
+from star_attention.planning.sizes import format_size, parse_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from star_attention.engine import StarLLM
 from star_attention.planning import cost
 from star_attention.planning.cost import Flops
 from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.plan import BlockPlan, ring_layout
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.ring import ring_layout
 from star_attention.planning.segments import Segments
 from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stock_prefill
 

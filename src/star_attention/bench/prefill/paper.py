@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from star_attention.bench.prefill.rows import PrefillRow, speed_up
 from star_attention.planning import published
-from star_attention.planning.plan import format_size
 from star_attention.planning.published import PublishedSpeedUp
+from star_attention.planning.sizes import format_size
 
 THE_PAPERS, BALANCED = "ring-contiguous", "ring"
 """Ring attention as the paper ran it, and in the layout in which all ranks do the same work."""

@@ -10,8 +10,8 @@ from star_attention.bench import figures
 from star_attention.bench.prefill import paper
 from star_attention.bench.prefill.contenders import CONTENDERS
 from star_attention.bench.prefill.rows import PrefillRow, series, speed_up
-from star_attention.planning.plan import format_size
 from star_attention.planning.published import SPEED_UPS
+from star_attention.planning.sizes import format_size
 from star_attention.tools.plotting import GRAY, new_figure
 
 _ORDER = list(CONTENDERS)

@@ -10,7 +10,7 @@ from star_attention.bench.ranks import in_short
 from star_attention.errors import InvalidInputError
 from star_attention.planning.cost import Flops
 from star_attention.planning.hardware import fit_rates
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 
 
 @dataclass(frozen=True, kw_only=True)

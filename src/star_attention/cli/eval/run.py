@@ -18,7 +18,7 @@ from star_attention.cli.paths import check_output_folder
 from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import InvalidInputError
-from star_attention.planning.plan import counted, parse_size
+from star_attention.planning.sizes import counted, parse_size
 
 if TYPE_CHECKING:
     from star_attention.evals.runs.settings import RunSettings

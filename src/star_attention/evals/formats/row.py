@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import InvalidInputError, quote
-from star_attention.planning.plan import parse_size
+from star_attention.planning.sizes import parse_size
 
 _SPLIT = re.compile(r"(?:validation|test|train)(?:-\d+-of-\d+)?")
 """Names of splits and their shards, which do not name a task."""

@@ -17,7 +17,7 @@ from star_attention.evals.runs.record import Cell
 from star_attention.evals.runs.run_folder import read_run
 from star_attention.evals.runs.variants import parse
 from star_attention.evals.stats import Difference, Mean, Scored
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 
 DENSE = BASELINE_METHOD
 """Key of the variant that is the baseline of every run that has it."""

@@ -14,7 +14,7 @@ from star_attention.evals.runs.prompts import PromptCounter, TemplateMarks
 from star_attention.evals.runs.settings import RunSettings
 from star_attention.evals.runs.variants import Variant
 from star_attention.evals.samples.sample import Sample
-from star_attention.planning.plan import counted
+from star_attention.planning.sizes import counted
 
 _MANY_ODD_LENGTHS = 3
 """Up to this many lengths of a task that are not round are meant as such; more of them are each

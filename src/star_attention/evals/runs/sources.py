@@ -14,7 +14,7 @@ from star_attention.evals.formats import files as formats
 from star_attention.evals.runs.settings import FILES, RunSettings
 from star_attention.evals.runs.variants import Variant
 from star_attention.evals.samples.sample import Sample
-from star_attention.planning.plan import parse_size
+from star_attention.planning.sizes import parse_size
 
 _SHORT = 512
 """Most tokens by which a generated sample, with another number of answer tokens, may be shorter

@@ -10,7 +10,7 @@ from star_attention import methods
 from star_attention.config import KV_DTYPES, METHODS, StarConfig
 from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
-from star_attention.planning.plan import format_size, parse_size
+from star_attention.planning.sizes import format_size, parse_size
 
 SAME = "="
 """An anchor as large as the block."""

@@ -54,6 +54,10 @@ class EncodePosition(SpanPosition):
 
     anchors: list[ContextKV] | None
     link: AnchorLink
+    lookbacks: list[int]
+    """Blocks that each layer looks back."""
+    keeps_recent: bool
+    """True if blocks that are looked back to cannot be read from the stores as computed."""
 
 
 class SpanCache(StarCache):
@@ -81,6 +85,27 @@ class SpanCache(StarCache):
         return sum(store.nbytes for store in stores) // max(1, stores[0].tokens)
 
 
+class Recent:
+    """Keys and values of the latest tokens as computed, `[B, G, tokens, D]`, piece by piece."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, first: int, start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        """Add the tokens from `start` on, and drop those before `first`."""
+        self._pieces = [piece for piece in self._pieces if piece[0] + piece[1].shape[2] > first]
+        self._pieces.append((start, k_BGSD, v_BGSD))
+
+    def between(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the tokens `first..stop`."""
+        parts = [
+            tuple(t[:, :, max(0, first - start) : stop - start] for t in (k_BGSD, v_BGSD))
+            for start, k_BGSD, v_BGSD in self._pieces
+            if start < stop
+        ]
+        return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
+
+
 class EncodeLayer(StarLayer[EncodePosition]):
     def __init__(
         self, index: int, window: int | None, position: EncodePosition, stores: list[LayerKV]
@@ -88,6 +113,8 @@ class EncodeLayer(StarLayer[EncodePosition]):
         super().__init__(index, window, position, stores)
         anchors = position.anchors
         self.anchors = stores if anchors is None else [kv.layers[index] for kv in anchors]
+        self.lookback = position.lookbacks[index]
+        self._recent = Recent() if position.keeps_recent and self.lookback else None
 
     def set_expands(self, expands: bool) -> None:
         for store in (*self.stores, *self.anchors):
@@ -103,29 +130,30 @@ class EncodeLayer(StarLayer[EncodePosition]):
                 self.anchors, span.start, k_BGSD[:, :, :anchor_tokens], v_BGSD[:, :, :anchor_tokens]
             )
         self.position.link.send(self.index, span, k_BGSD, v_BGSD)
+        if self._recent is not None:
+            self._recent.add(self._first_seen, span.start, k_BGSD, v_BGSD)
         if not self.kv.expands or span.start == 0:
             return k_BGSD, v_BGSD
         parts = [(k_BGSD, v_BGSD)]
-        if span.start > span.block_start:
+        if self._first_seen < span.start:
             parts.insert(0, self._earlier())
-        if span.block_start > 0 and plan.anchor_size:
+        if self._needs_anchor:
             parts.insert(0, self._anchor())
         return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         span, plan = self.position.span, self.position.plan
         anchor = earlier = None
-        needs_anchor = span.block_start > 0 and plan.anchor_size > 0
-        needs_earlier = span.start > span.block_start
+        first = self._first_seen
         if self.kv.expands and span.start > 0:
-            a = plan.anchor_size if needs_anchor else 0
-            e = a + span.start - span.block_start
-            anchor = (k_BKGD[:, :a], v_BKGD[:, :a]) if needs_anchor else None
-            earlier = (k_BKGD[:, a:e], v_BKGD[:, a:e]) if needs_earlier else None
+            a = plan.anchor_size if self._needs_anchor else 0
+            e = a + span.start - first
+            anchor = (k_BKGD[:, :a], v_BKGD[:, :a]) if a else None
+            earlier = (k_BKGD[:, a:e], v_BKGD[:, a:e]) if e > a else None
             k_BKGD, v_BKGD = k_BKGD[:, e:], v_BKGD[:, e:]
         else:
-            anchor = by_token(self._anchor()) if needs_anchor else None
-            earlier = by_token(self._earlier()) if needs_earlier else None
+            anchor = by_token(self._anchor()) if self._needs_anchor else None
+            earlier = by_token(self._earlier()) if first < span.start else None
         return block_attention(
             q_BQHD,
             (k_BKGD, v_BKGD),
@@ -134,17 +162,29 @@ class EncodeLayer(StarLayer[EncodePosition]):
             span=span,
             plan=plan,
             rule=rule,
+            lookback=self.lookback,
         )
+
+    @property
+    def _first_seen(self) -> int:
+        """First token of the run that the span's first block sees."""
+        return self.position.plan.first_seen(self.position.span.block_start, self.lookback)
+
+    @property
+    def _needs_anchor(self) -> bool:
+        """True if the anchor is neither in the span nor in the run before it."""
+        return self.position.plan.anchor_size > 0 and self._first_seen > 0
 
     def _stores_of(self, token: int) -> list[LayerKV]:
         """Return the stores that hold a token: the context's, or the anchor's own."""
         return self.stores if self.stores[0].holds(token) else self.anchors
 
     def _earlier(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the block's tokens before this forward."""
-        span = self.position.span
-        stores = self._stores_of(span.block_start)
-        return _batch(store.slice(span.block_start, span.start) for store in stores)
+        """Return keys and values of the tokens before this forward that its first block sees."""
+        first, start = self._first_seen, self.position.span.start
+        if self._recent is not None:
+            return self._recent.between(first, start)
+        return _batch(store.slice(first, start) for store in self._stores_of(first))
 
     def _anchor(self) -> tuple[Tensor, Tensor]:
         self.position.link.wait_for(self.index)
@@ -161,6 +201,8 @@ class EncodeCache(SpanCache):
         comm: ticked with each layer's attention.
         anchors: stores of the anchor, where the shard lacks it, or holds it rounded.
         link: how the anchor gets there.
+        keeps_recent: whether blocks that are looked back to are kept as computed, where the stores
+            round them or are in host memory.
     """
 
     def __init__(
@@ -172,8 +214,16 @@ class EncodeCache(SpanCache):
         *,
         anchors: list[ContextKV] | None = None,
         link: AnchorLink | None = None,
+        keeps_recent: bool = True,
     ) -> None:
-        position = EncodePosition(plan=plan, anchors=anchors, link=link or AnchorLink())
+        kv_format = stores[0].kv_format
+        position = EncodePosition(
+            plan=plan,
+            anchors=anchors,
+            link=link or AnchorLink(),
+            lookbacks=plan.lookbacks(len(windows)),
+            keeps_recent=keeps_recent and not kv_format.as_computed,
+        )
         super().__init__(build_layers(EncodeLayer, windows, position, stores), position, comm)
 
 

@@ -145,6 +145,8 @@ def check(name: str, context: dict[str, Any], model: dict[str, Any]) -> None:
     remedy = "load the model that encoded it"
     if field == "dtype":
         remedy = f"load the model in {context_value.removeprefix('torch.')} (dtype=, or --dtype)"
+    if field == "lookback":
+        remedy = "make the engine with the context's lookback and lookback_layers"
     hint = ""
     if field == "config.rope_parameters":
         hint = '; scaling is given with model_kwargs={"rope_scaling": ...}, or --rope-scaling'

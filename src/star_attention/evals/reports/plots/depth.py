@@ -6,7 +6,7 @@ from typing import Any
 
 from star_attention.evals.reports.plots.style import DARK_GRAY, SMALL
 from star_attention.evals.reports.results import Results, variant_name
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.tools.plotting import heat_color, text_color
 
 _MAX_DEPTHS = 12

@@ -15,7 +15,7 @@ from star_attention.evals.reports.plots.style import (
 )
 from star_attention.evals.reports.results import Results, is_timed, variant_name
 from star_attention.evals.stats import Mean
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.tools.plotting import new_figure
 
 _OFFSET = 0.03

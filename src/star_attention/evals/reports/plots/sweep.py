@@ -20,7 +20,7 @@ from star_attention.evals.reports.plots.style import (
 from star_attention.evals.reports.results import DENSE, Results, length_name, variant_name
 from star_attention.evals.runs.variants import parse
 from star_attention.evals.stats import Mean
-from star_attention.planning.plan import format_size
+from star_attention.planning.sizes import format_size
 from star_attention.tools.plotting import MARKERS, new_figure
 
 
