@@ -12,6 +12,7 @@ from star_attention.evals.samples.sample import Sample
 from star_attention.hf.text import chat as chat_text
 from star_attention.hf.text.joining import ContextEnd, following_ids
 from star_attention.hf.text.reading import Reader
+from star_attention.hf.text.template import ChatTemplate
 from star_attention.hf.text.tokens import context_ids, query_ids
 
 
@@ -99,14 +100,11 @@ _MESSAGE = "\u2063message\u2063"
 
 def _rendered(tokenizer: Any) -> str:
     """Return a user message in the template, with the start of an answer; "" if that fails."""
-    for content in (_MESSAGE, [{"type": "text", "text": _MESSAGE}]):
-        # A template may raise anything; whether it can be used is found elsewhere.
-        with contextlib.suppress(Exception):
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-            if isinstance(text, str) and _MESSAGE in text:
-                return text
+    # Whether the template can be used is found elsewhere.
+    with contextlib.suppress(InvalidInputError):
+        text = ChatTemplate(tokenizer).render(chat_text.user_message(_MESSAGE))
+        if _MESSAGE in text:
+            return text
     return ""
 
 

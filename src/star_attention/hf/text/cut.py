@@ -54,13 +54,13 @@ def _shared(
     """
     for _ in range(_ATTEMPTS):
         rendered = [literal.render(template, conversation) for conversation in conversations]
+        check_written(rendered[0].text, messages)
         shared = shared_prefix(text.text for text in rendered)
         if not all(any(probe in text.text[len(shared) :] for probe in PROBES) for text in rendered):
             raise InvalidInputError(
                 "the chat template does not render the user's text exactly once and unchanged; use"
                 " raw text instead"
             )
-        check_written(rendered[0].text, messages)
         # A clock may have moved on, or a system message come after the question.
         late = [index for index, _ in left_out(shared, messages)]
         if all(messages[index]["role"] in _INSTRUCTIONS for index in late):

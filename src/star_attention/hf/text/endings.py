@@ -6,6 +6,8 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from star_attention.hf.text.template import ChatTemplate
+
 _ANSWER = "\u2063star-attention-answer\u2063"
 
 
@@ -60,29 +62,11 @@ def _turn_end_ids(
 
 def _template_end(tokenizer: Any) -> frozenset[int]:
     """Return the control token that the template writes right after an assistant's message."""
-    text = _rendered_answer(tokenizer)
+    text = ChatTemplate(tokenizer).complete(
+        [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+    )
     after = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
     first = tokenizer(after, add_special_tokens=False).input_ids[:1]
     controls = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     is_written = bool(first) and after.startswith(tokenizer.convert_ids_to_tokens(first[0]))
     return frozenset(first) & controls if is_written else frozenset()
-
-
-def _rendered_answer(tokenizer: Any) -> str:
-    """Return a question and its answer as the template writes them; "" if it takes neither form."""
-    for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
-        question = (
-            "question" if isinstance(content, str) else [{"type": "text", "text": "question"}]
-        )
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": content},
-        ]
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:
-            # A template may raise anything for content that it does not know.
-            continue
-        if _ANSWER in text:
-            return str(text)
-    return ""

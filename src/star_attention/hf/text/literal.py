@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.text.messages import Message
 from star_attention.hf.text.rendered import RenderedText, shared_prefix
 from star_attention.hf.text.template import ChatTemplate
@@ -27,6 +27,7 @@ def render(template: ChatTemplate, messages: list[Message]) -> RenderedText:
         InvalidInputError: the template does not take these messages, or it changes such a text, so
             that it cannot be told from the template's own.
     """
+    messages = template.adapted(messages)
     text = template.render(messages)
     tokens = [token for token in template.tokenizer.get_added_vocab() if token.strip()]
     beginnings = {token[:2] for token in tokens}
@@ -35,6 +36,13 @@ def render(template: ChatTemplate, messages: list[Message]) -> RenderedText:
         # Texts are long and have few beginnings of control tokens, if any.
         return any(start in leaf for start in beginnings) and any(t in leaf for t in tokens)
 
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if is_suspect(role) and not role.isidentifier():
+            raise InvalidInputError(
+                f"message {number} has the role {quote(role)}, which contains control tokens; give"
+                " it a name such as 'user'"
+            )
     last = len(messages) - (messages[-1]["role"] == "assistant")
     closed, open_end = messages[:last], messages[last:]
     suspects = [leaf.strip() for leaf in _leaves([closed, template.kwargs]) if is_suspect(leaf)]
@@ -59,7 +67,7 @@ class _Marks:
     def put(self, value: Any) -> Any:
         """Return messages or arguments in which every suspect text is marked."""
         if isinstance(value, dict):
-            return {k: v if k == "role" else self.put(v) for k, v in value.items()}
+            return {self.put(k): v if k == "role" else self.put(v) for k, v in value.items()}
         if isinstance(value, list):
             return [self.put(item) for item in value]
         if not isinstance(value, str) or not self._is_suspect(value):
@@ -126,7 +134,7 @@ def _merged(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Yield every str in messages or arguments, roles aside."""
+    """Yield every str in messages or arguments, names of fields too, roles aside."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -134,5 +142,6 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(item)
     elif isinstance(value, dict):
         for key, item in value.items():
+            yield key
             if key != "role":
                 yield from _leaves(item)

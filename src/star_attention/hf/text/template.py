@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from star_attention.errors import InvalidInputError, first_line, quote
+from star_attention.hf.text import tool_calls
 from star_attention.hf.text.messages import Message, parts, plain, texts
 from star_attention.hf.text.rendered import shared_prefix
 
@@ -71,7 +72,7 @@ class ChatTemplate:
         Raises:
             InvalidInputError: the template does not take these messages.
         """
-        adapted = [self._adapted(message) for message in messages]
+        adapted = self.adapted(messages)
         try:
             return self._apply(adapted)
         except Exception as error:
@@ -85,10 +86,19 @@ class ChatTemplate:
             except Exception as error:
                 failure = error
         # Not chained: the traceback would print whole messages.
-        raise InvalidInputError(
-            f"the chat template rejects these messages: {_reason(failure, messages)}; change them,"
-            " or use raw text instead"
-        ) from None
+        raise self._rejection(failure, messages) from None
+
+    def complete(self, messages: list[Message]) -> str:
+        """Return a conversation whose last message is complete; "" if the template rejects it."""
+        try:
+            return self._apply(self.adapted(messages), is_complete=True)
+        except Exception:
+            # A template may raise anything for messages that it does not accept.
+            return ""
+
+    def adapted(self, messages: list[Message]) -> list[Message]:
+        """Return messages with contents and tool calls in the forms that the template takes."""
+        return [self._adapted(message) for message in messages]
 
     def takes_parts(self, role: str = "user") -> bool:
         """True if the template writes the parts of a message, and not a Python list of them."""
@@ -103,6 +113,21 @@ class ChatTemplate:
             probe = [{"role": "user", "content": PROBES[0]}]
             self._takes[""] = self._writes(probe, PROBES[:1]) or not self.takes_parts()
         return self._takes[""]
+
+    def takes_arguments(self, form: type) -> bool:
+        """True if the template writes the arguments of tool calls given as a dict, or as a str."""
+        key = f"arguments: {form.__name__}"
+        if key not in self._takes:
+            name, value = PROBES
+            arguments = {name: value} if form is dict else f'{{"{name}": "{value}"}}'
+            probe = _around({"role": "tool", "content": "Hi"}, arguments)
+            try:
+                text = self._apply(probe)
+            except Exception:
+                # A template may raise anything for arguments that it cannot write.
+                text = ""
+            self._takes[key] = tool_calls.is_written(text, name, value)
+        return self._takes[key]
 
     def separates_parts(self) -> bool:
         """True if the template puts a control token between the parts of a user message."""
@@ -139,7 +164,7 @@ class ChatTemplate:
         return all(word in text for word in words) and "'text'" not in text and '"text"' not in text
 
     def _adapted(self, message: Message) -> Message:
-        """Return a message whose content has a form that the template takes."""
+        message = tool_calls.with_arguments(message, self.takes_arguments)
         content = message.get("content")
         if isinstance(content, list) and not self.takes_parts(message["role"]):
             return {**message, "content": "".join(texts(message))}
@@ -147,13 +172,27 @@ class ChatTemplate:
             return {**message, "content": parts(content)}
         return message
 
-    def _apply(self, messages: list[Message]) -> str:
+    def _rejection(self, failure: Exception, messages: list[Message]) -> InvalidInputError:
+        """Return the error for messages that the template rejects, which names one at fault."""
+        rejected, remedy = "these messages", "change them, or use raw text instead"
+        for number, message in enumerate(messages, start=1):
+            role = message["role"]
+            probe = _around({"role": role, "content": PROBES[0]})
+            if role not in ("user", "assistant") and not self._writes(probe, PROBES[:1]):
+                rejected = f"message {number} (role {quote(role)})"
+                remedy = "give it another role, or put its text into a user message"
+                break
+        return InvalidInputError(
+            f"the chat template rejects {rejected}: {_reason(failure, messages)}; {remedy}"
+        )
+
+    def _apply(self, messages: list[Message], *, is_complete: bool = False) -> str:
         is_prefilled = messages[-1]["role"] == "assistant"
         text: str = self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            add_generation_prompt=not is_prefilled,
-            continue_final_message=is_prefilled,
+            add_generation_prompt=not is_prefilled and not is_complete,
+            continue_final_message=is_prefilled and not is_complete,
             **self.kwargs,
         )
         return text
@@ -198,6 +237,11 @@ def check_written(text: str, messages: list[Message], *, first: int = 1) -> None
                 f"the chat template does not write the tool_calls of {where}; write them into its"
                 " content, or use a template for tools"
             )
+        if messages[index]["role"] == "user":
+            raise InvalidInputError(
+                "the chat template does not render the user's text exactly once and unchanged"
+                f" ({where}); use raw text instead"
+            )
         raise InvalidInputError(
             f"the chat template leaves out {where}; give it another role, or put its text into a"
             " user message"
@@ -223,8 +267,13 @@ def _words(message: Message) -> list[str]:
     return [max(words, key=len) for words in found if words]
 
 
-def _around(message: Message) -> list[Message]:
-    """Return a short conversation with a message of any role in it."""
+def _around(message: Message, arguments: dict[str, Any] | str | None = None) -> list[Message]:
+    """Return a short conversation with a message of any role in it.
+
+    Args:
+        message: the message.
+        arguments: those of the tool call before a tool's result.
+    """
     user = {"role": "user", "content": "Hi"}
     if message["role"] == "user":
         return [message]
@@ -232,7 +281,8 @@ def _around(message: Message) -> list[Message]:
         return [user, message, user]
     if message["role"] in ("system", "developer"):
         return [message, user]
-    call = {"type": "function", "id": "call12345", "function": {"name": "f", "arguments": {}}}
+    function = {"name": "f", "arguments": {} if arguments is None else arguments}
+    call = {"type": "function", "id": "call12345", "function": function}
     return [
         user,
         {"role": "assistant", "content": "", "tool_calls": [call]},
