@@ -58,7 +58,7 @@ class TokenError(InvalidInputError):
 
 
 class TextError(InvalidInputError):
-    """A text has half a character, or its file is missing, unreadable or not UTF-8."""
+    """A text has half a character or NULs, or its file is missing, unreadable or not UTF-8."""
 
 
 class ModelNotFoundError(InvalidInputError):

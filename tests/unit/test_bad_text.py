@@ -1,15 +1,22 @@
-"""Texts with half a character are refused wherever they come in; whole ones are read."""
+"""Texts that are none, or have half a character, are refused wherever they come in."""
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import star_attention
 from star_attention import StarLLM
-from star_attention.errors import TextError
+from star_attention.errors import InvalidInputError, TextError, TokenError
+from star_attention.evals.formats.files import read
+from star_attention.files.kinds import recognize
 from star_attention.hf.text.checks import checked_text
 from tests.engines import bundled_tokenizer, text_model
 from tests.refusals import refused
@@ -89,7 +96,100 @@ def test_offsets_are_the_texts_own() -> None:
 
 
 def test_other_characters_are_text(star: StarLLM) -> None:
-    """NULs, private and unassigned characters pass as they are."""
-    text = "a\x00b\ufeff\ue000\uffff\u0378c"
+    """Control characters, private and unassigned ones pass as they are."""
+    text = "a\x01b\ufeff\ue000\uffff\u0378c"
     ids = star.encode(text).token_ids.tolist()
     assert star.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+# ------------------------------------------------------------------ files of another kind
+
+
+def zipped(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, "The tea is hot.")
+    return buffer.getvalue()
+
+
+# How a file was read by mistake, what it is, and a word of the remedy.
+MISREAD = {
+    "pdf": ("%PDF-1.7\n1 0 obj", "a PDF", "read_document(path)"),
+    "pdf in pieces": (b"%PDF-1.4\n%\xe2\xe3".decode("utf-8", "replace"), "a PDF", "read_document"),
+    "docx": (zipped("word/document.xml").decode("latin-1"), "a Word document", "read_document"),
+    "zip": (zipped("a.txt").decode("latin-1"), "a zip archive", "unzip -p FILE > FILE.txt"),
+    "docx in pieces": (
+        zipped("word/document.xml").decode("utf-8", "ignore")[:90],
+        "a zip archive, Word file or EPUB",
+        "read_document",
+    ),
+    "gzip": (gzip.compress(b"tea").decode("latin-1"), "gzip", "gunzip -c FILE > FILE.txt"),
+    "png": (b"\x89PNG\r\n\x1a\n\0".decode("latin-1"), "a PNG image", "OCR"),
+    "utf-16": ("tea is hot".encode("utf-16").decode("latin-1"), "10 NUL", 'encoding="utf-16"'),
+    "utf-16-be": ("tea is".encode("utf-16-be").decode(), "6 NUL characters", 'encoding="utf-16"'),
+    "nul": ("tea\0 is hot", "1 NUL character, the first at offset 3 of 11", ".replace("),
+}
+# These are of the caller's own making.
+TEXTS = [place for place in CALLS if place not in ("stop string", "answer prefix")]
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_what_is_no_text_is_named(star: StarLLM, kind: str) -> None:
+    """Forbids a context of a file's bytes, without a word."""
+    text, name, remedy = MISREAD[kind]
+    refused(TextError, "context", name, remedy, call=lambda: star.encode(text))
+
+
+@pytest.mark.parametrize("place", TEXTS)
+@pytest.mark.parametrize("kind", ["pdf", "nul"])
+def test_what_is_no_text_is_named_wherever_it_comes_in(
+    star: StarLLM, place: str, kind: str
+) -> None:
+    text, name, _ = MISREAD[kind]
+    refused(TextError, place.split()[0], name, call=lambda: CALLS[place](star, text))
+
+
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        (b"The tea is hot.", "got bytes; decode them, for example with data.decode()"),
+        (bytearray(b"tea"), "got bytearray; decode them"),
+        (b"%PDF-1.7\n", "they are a PDF: give star_attention.read_document(path)"),
+        (gzip.compress(b"tea"), "they are gzip: convert it first"),
+    ],
+)
+def test_bytes_are_named(star: StarLLM, data: bytes, remedy: str) -> None:
+    refused(TokenError, "context", remedy, call=lambda: star.encode(data))  # type: ignore[arg-type]
+    refused(TokenError, "query", remedy, call=lambda: star.generate(star.encode("abc"), data))  # type: ignore[arg-type]
+
+
+def test_texts_about_files_are_texts(star: StarLLM) -> None:
+    """Forbids a text that is taken for a file because of its first word."""
+    for text in (
+        "GGUF is a file format.",
+        "ID3 tags name songs.",
+        "PAR1 begins a table.",
+        "OggS and fLaC are marks.",
+        "RIFF and WAVE are marks.",
+        "safeftyp is no word.",
+        "%PDF- begins a PDF.",
+        "{\\rtf} is a word.",
+        "PK\tname\n",
+    ):
+        assert star.encode(text).token_ids.tolist() == star.tokenizer(text).input_ids
+        assert recognize(text.encode()) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"context": "a\0b"}, "line 1: .*context of sample .* has 1 NUL character.*remove"),
+        ({"query": "%PDF-1.5"}, r"line 1: .*query of sample .* is a PDF.*read_document"),
+    ],
+)
+def test_data_sets_name_the_line(tmp_path: Path, line: dict[str, str], message: str) -> None:
+    row = {"context": "c", "query": "q", "answers": ["x"], **line}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(InvalidInputError, match=message):
+        read(path)

@@ -22,9 +22,9 @@ from tests.tokenizers_by_family import FAMILIES, tokenizer_of
 ENDS = [
     "The cat", "The cat.", "The cat ", "The cat\n", "The cat.\n", "The cat. \n", "The cat\r\n",
     "The cat\n\n", "The cat.\r\n\r\n", "The cat  ", "The cat\n \n", "The cat:", 'The "cat"\t',
-    "The cat\n" * 40, "The cat" + " " * 300, "12 ", "The cat é\n", "The cat\x00\n",
+    "The cat\n" * 40, "The cat" + " " * 300, "12 ", "The cat é\n", "The cat\x01\n",
 ]  # fmt: skip
-QUERIES = ["What is", " What", "  what", "\nwhat", "\n\nwhat", "\r\nwhat", "\n", "\t1", "é", "\x00"]
+QUERIES = ["What is", " What", "  what", "\nwhat", "\n\nwhat", "\r\nwhat", "\n", "\t1", "é", "\x01"]
 SPACE = tuple(" \r\n\t")
 
 

@@ -38,7 +38,7 @@ def test_the_name_of_a_file_in_place_of_its_text(
     assert str(caught[0].message) == said
     assert len(context) == len(star.encode(["book-txt"])[0]), "the text is encoded as it is"
     # No file of that name, a folder, a text, and a text that no file can be named after.
-    for text in ("nook.txt", ".", "book.txt\n", "a\0b", "book.txt " * 40):
+    for text in ("nook.txt", ".", "book.txt\n", "a\1b", "book.txt " * 40):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             star.encode(text)

@@ -78,11 +78,11 @@ _OFFICE = "libreoffice --headless --convert-to txt:Text {file}"
 _UNZIP = FileKind(
     "a zip archive", "unzip -p {file} > {text}", "funzip", remedy="unpack it, and give its texts"
 )
-_DAMAGED = FileKind("a damaged zip archive or Office file", remedy="get it whole")
+DAMAGED = FileKind("a damaged zip archive or Office file", remedy="get it whole")
 
 _BY_START = (
-    (rb"\s*%PDF-", FileKind("a PDF", "pdftotext {file} {text}", "pdftotext - -", ".pdf")),
-    (rb"\{\\rtf", FileKind("an RTF document", *_pandoc("rtf"))),
+    (rb"\s*%PDF-\d", FileKind("a PDF", "pdftotext {file} {text}", "pdftotext - -", ".pdf")),
+    (rb"\{\\rtf\d", FileKind("an RTF document", *_pandoc("rtf"))),
     (rb"%!PS", FileKind("a PostScript file", "ps2ascii {file} {text}", "ps2ascii")),
     (rb"\x1f\x8b", FileKind("gzip", "gunzip -c {file} > {text}", "gunzip -c")),
     (rb"BZh\d1AY&SY", FileKind("bzip2", "bunzip2 -c {file} > {text}", "bunzip2 -c")),
@@ -101,12 +101,18 @@ _BY_START = (
     (rb"RIFF(?s:.{4})WEBP", FileKind("a WebP image", remedy=_IMAGE)),
     (rb"II\*\0|MM\0\*", FileKind("a TIFF image", remedy=_IMAGE)),
     (rb"BM(?s:.{4})\0\0\0\0", FileKind("a BMP image", remedy=_IMAGE)),
-    (rb"(?s:.{4})ftyp(?:heic|heix|mif1|avif)", FileKind("a HEIC or AVIF image", remedy=_IMAGE)),
-    (rb"(?s:.{4})ftyp", FileKind("a video or sound file", remedy=_SOUND)),
-    (rb"RIFF(?s:.{4})WAVE|ID3|fLaC|OggS", FileKind("a sound file", remedy=_SOUND)),
+    (rb"\0(?s:.{3})ftyp(?:heic|heix|mif1|avif)", FileKind("a HEIC or AVIF image", remedy=_IMAGE)),
+    (rb"\0(?s:.{3})ftyp", FileKind("a video or sound file", remedy=_SOUND)),
+    (
+        rb"RIFF(?s:.{4})WAVEfmt |ID3[\2-\4]|fLaC\0|OggS\0",
+        FileKind("a sound file", remedy=_SOUND),
+    ),
     (rb"SQLite format 3\0", FileKind("an SQLite database", remedy="export its texts")),
-    (rb"PAR1", FileKind("a Parquet table", remedy="export its texts, or name it *.parquet")),
-    (rb"GGUF", FileKind("a GGUF model", remedy="give it with --model, and a text here")),
+    (
+        rb"PAR1[\0-\x1f]",
+        FileKind("a Parquet table", remedy="export its texts, or name it *.parquet"),
+    ),
+    (rb"GGUF[\1-\x08]\0", FileKind("a GGUF model", remedy="give it with --model, and a text here")),
     (rb"\x7fELF", FileKind("a program", remedy="give a text")),
 )
 
@@ -139,7 +145,7 @@ def recognize(data: bytes) -> FileKind | None:
         try:
             names = zipfile.ZipFile(io.BytesIO(data)).namelist()
         except (zipfile.BadZipFile, ValueError, OSError):
-            return _DAMAGED
+            return DAMAGED
         kinds = (kind for member, kind in _BY_MEMBER if any(n.startswith(member) for n in names))
         return next(kinds, _UNZIP)
     return None

@@ -22,7 +22,7 @@ from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.text.answer import TextSettings
-from star_attention.hf.text.checks import checked_text
+from star_attention.hf.text.checks import whole_characters
 from star_attention.hf.text.endings import turn_end_ids
 from star_attention.phase2 import OWN_LOOP_MODES
 
@@ -314,4 +314,4 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
             raise InvalidInputError(
                 f"stop string {quote(string)} is empty or not a str; give at least one character"
             )
-    return [checked_text(string, "the stop string") for string in stops]
+    return [whole_characters(string, "the stop string") for string in stops]

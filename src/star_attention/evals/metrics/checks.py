@@ -10,6 +10,7 @@ from typing import Any
 from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.metrics import score
 from star_attention.evals.samples.sample import Sample
+from star_attention.hf.text.checks import check_is_text
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -18,9 +19,9 @@ def check(sample: Sample) -> None:
     """Check that a sample can be answered, scored and recorded.
 
     Raises:
-        InvalidInputError: A text is missing or holds half a character, the metric is unknown or
-            cannot read the answers, no prediction or an empty one would be right, or `meta` is not
-            JSON.
+        InvalidInputError: A text is missing, holds half a character or is none (a PDF, NULs), the
+            metric is unknown or cannot read the answers, no prediction or an empty one would be
+            right, or `meta` is not JSON.
     """
     if not sample.context.strip():
         raise InvalidInputError(f"sample {sample.id} has no context; give it one")
@@ -34,6 +35,8 @@ def check(sample: Sample) -> None:
             " numbers and lists of them"
         ) from None
     check_characters(sample.as_dict())
+    for field in ("context", "query", "answer_prefix"):
+        check_is_text(getattr(sample, field), f"the {field} of sample {sample.id}")
     # Scoring an empty answer finds unknown metrics and unreadable answers before the first one.
     if score("", sample) > 0:
         raise InvalidInputError(

@@ -1,4 +1,4 @@
-"""Checks of texts as they come in from Python: whole characters, words, not the name of a file."""
+"""Checks of texts as they come in from Python: whole characters, words, no other kind of file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from star_attention.errors import InvalidInputError, TextError, TokenError, quote
+from star_attention.files.kinds import DAMAGED, FileKind, recognize
 
 _T = TypeVar("_T")
 
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _LONGEST_FILE_NAME = 255
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ARCHIVE = FileKind("a zip archive, Word file or EPUB", document=".zip")
+_WIDE = 0.3
+"""Share of NULs from which on a text was UTF-16, read in another encoding."""
 
 
 def checked_text(text: str, name: str) -> str:
+    """Return a text as `whole_characters` does, after `check_is_text`."""
+    check_is_text(text, name)
+    return whole_characters(text, name)
+
+
+def whole_characters(text: str, name: str) -> str:
     """Return a text whose pairs of surrogates are the characters that they stand for.
 
     Args:
@@ -41,6 +51,53 @@ def checked_text(text: str, name: str) -> str:
             ' text.encode("utf-8", "replace").decode()'
         ) from None
     return text
+
+
+def check_is_text(text: str, name: str) -> None:
+    """Raise `TextError` for what was read from a file of another kind; `name` says of what.
+
+    Such texts begin like a PDF, an archive or an image, or have NULs.
+    """
+    kind = _kind_of(text)
+    if kind is not None:
+        raise TextError(f"{name} is {kind.name}, read as if it were a text; {_remedy(kind)}")
+    nuls = text.count("\0")
+    if not nuls:
+        return
+    found = (
+        f"{name} has {nuls:,} NUL {'character' if nuls == 1 else 'characters'}, the first at offset"
+        f" {text.index(chr(0)):,} of {len(text):,}, and so is no plain text"
+    )
+    if 1 < nuls >= _WIDE * len(text):
+        raise TextError(
+            f"{found}; it looks like UTF-16 that was read in another encoding: read it again with"
+            ' open(path, encoding="utf-16")'
+        )
+    raise TextError(f'{found}; give a text, or remove them with text.replace("\\0", "")')
+
+
+def bytes_remedy(data: bytes | bytearray) -> str:
+    """Return what to do with bytes in place of a text."""
+    kind = recognize(bytes(data))
+    if kind is not None:
+        return f"they are {kind.name}: {_remedy(kind)}"
+    return "decode them, for example with data.decode()"
+
+
+def _kind_of(text: str) -> FileKind | None:
+    """Return the kind of file that a text was read from by mistake."""
+    kind = recognize(text[:1024].encode("latin-1", "replace"))
+    if kind is not DAMAGED:
+        return kind
+    # Read as Latin-1, as it often is, an archive still has all its bytes.
+    kind = recognize(text.encode("latin-1", "replace"))
+    return _ARCHIVE if kind is DAMAGED else kind
+
+
+def _remedy(kind: FileKind) -> str:
+    if kind.document:
+        return "give star_attention.read_document(path)"
+    return kind.advice("FILE")
 
 
 def for_each(name: str, items: list[Any], call: Callable[[Any], _T]) -> list[_T]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from star_attention.errors import TokenError
 from star_attention.hf.text import special
+from star_attention.hf.text.checks import bytes_remedy
 from star_attention.storage.kv import as_tensor_ids
 
 _NOT_IDS = (bytes, bytearray, dict, set, frozenset)
@@ -51,6 +52,8 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
     if is_file or isinstance(ids, _NOT_IDS) or not isinstance(ids, (Tensor, Iterable)):
         remedy = "; put a single message into a list" if isinstance(ids, dict) else ""
         remedy = "; give its text, file.read()" if is_file else remedy
+        if isinstance(ids, (bytes, bytearray)):
+            remedy = f"; {bytes_remedy(ids)}"
         raise TokenError(
             f"the {name} must be text, token ids or chat messages, got {type(ids).__name__}{remedy}"
         )
