@@ -86,7 +86,7 @@ def test_thought_role_and_answer_do_not_run_together(
         ("hello world", "hello world", None),
         ("<|channel|>final<|message|>hello<|return|>", "hello", None),
         ("<|message|>hello<|return|>", "hello", None),
-        # Several messages, a tool call, and an end inside each part.
+        # Several messages, a message to a tool, and an end inside each part.
         (
             "<|channel|>analysis<|message|>the<|end|><|start|>assistant<|channel|>analysis"
             "<|message|>cat<|end|><|start|>assistant<|channel|>final<|message|>hello",
@@ -94,7 +94,7 @@ def test_thought_role_and_answer_do_not_run_together(
             "the\n\ncat",
         ),
         (
-            "<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+            "<|channel|>commentary to=functions.f<|message|>{}<|end|><|start|>assistant"
             "<|channel|>final<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
             "a\n\nb",
             "{}",
@@ -108,6 +108,15 @@ def test_channels(
 ) -> None:
     for star in (channels, channel_chat):
         assert answers(star, spoken) == (text, reasoning)
+
+
+def test_a_call_of_a_tool_ends_the_answer(channel_chat: StarLLM) -> None:
+    """Forbids a tool's result that the model invents, as gpt-oss is read from a GGUF file."""
+    call = "<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+    context = channel_chat.encode([{"role": "user", "content": "the cat\n"}])
+    spoken = say(channel_chat.tokenizer, call + "<|start|>functions.f")
+    reply = channel_chat.generate(context, "what", **spoken)
+    assert (reply.text, reply.reasoning, reply.finish_reason) == ("", "{}", "stop")
 
 
 @pytest.mark.parametrize(

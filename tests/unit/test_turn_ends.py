@@ -100,7 +100,22 @@ def test_a_message_of_several_does_not_end_the_answer() -> None:
     for eos in ("<|return|>", "<|end|>"):
         tokenizer = byte_level(CHANNEL_TOKENS, chat=CHANNELS, eos=eos)
         ends = {tokenizer.convert_ids_to_tokens(token) for token in turn_end_ids(tokenizer)}
-        assert ends == {"<|return|>"} & {eos}
+        assert ends == {"<|return|>", "<|call|>"}
+
+
+def test_a_turn_may_end_where_the_next_one_begins() -> None:
+    """As with GLM-4: forbids an invented user, or an invented result of a tool."""
+    roles = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    glm = (
+        "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>\n"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    star = talker(byte_level(roles, chat=glm))
+    for follower in ("<|user|>", "<|observation|>"):
+        reply = star.generate(
+            star.encode(MESSAGES), "what", **say(star.tokenizer, f"hello{follower}\nwhat")
+        )
+        assert (reply.text, reply.finish_reason) == ("hello", "stop")
 
 
 # ------------------------------------------------------------------ settings of the checkpoint

@@ -6,9 +6,13 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from star_attention.errors import InvalidInputError
 from star_attention.hf.text.template import ChatTemplate
 
 _ANSWER = "\u2063star-attention-answer\u2063"
+_ANSWERED = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+_LAST_OF_CHANNELS = ("<|return|>", "<|call|>")
+"""What ends the last message of a turn in channels: an answer, or the call of a tool."""
 
 
 def token_id(tokenizer: Any, text: str) -> int | None:
@@ -39,8 +43,8 @@ def stop_tokens(tokenizer: Any, stops: Iterable[str]) -> set[int]:
 def turn_end_ids(tokenizer: Any) -> set[int]:
     """Return the tokens that end an assistant's turn in a chat.
 
-    They are the tokenizer's end of sequence, and the token that the chat template writes after an
-    assistant's message. A checkpoint's generation settings may name neither.
+    They are the tokenizer's end of sequence, and the tokens that the chat template writes after an
+    assistant's message. A checkpoint's generation settings may name none of them.
     """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return set()
@@ -53,20 +57,30 @@ def _turn_end_ids(
     tokenizer: Any, chat_template: str, eos: int | None, vocab_size: int
 ) -> frozenset[int]:
     """Return what `turn_end_ids` does, of a tokenizer in a given state."""
-    ids = frozenset(() if eos is None else (eos,))
+    ids = frozenset(() if eos is None else (eos,)) | _template_ends(tokenizer)
+    if not has_channels(tokenizer):
+        return ids
     # There a turn has several messages, each with an end of its own.
-    if has_channels(tokenizer):
-        return ids - {token_id(tokenizer, "<|end|>")}
-    return ids | _template_end(tokenizer)
+    last = {token_id(tokenizer, text) for text in _LAST_OF_CHANNELS}
+    return (ids | {token for token in last if token is not None}) - {token_id(tokenizer, "<|end|>")}
 
 
-def _template_end(tokenizer: Any) -> frozenset[int]:
-    """Return the control token that the template writes right after an assistant's message."""
-    text = ChatTemplate(tokenizer).complete(
-        [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
-    )
-    after = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
-    first = tokenizer(after, add_special_tokens=False).input_ids[:1]
+def _template_ends(tokenizer: Any) -> frozenset[int]:
+    """Return the control tokens that the template writes right after an assistant's message.
+
+    Some templates write no end of a message, but the beginning of the next one (GLM-4).
+    """
+    template = ChatTemplate(tokenizer)
     controls = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    is_written = bool(first) and after.startswith(tokenizer.convert_ids_to_tokens(first[0]))
-    return frozenset(first) & controls if is_written else frozenset()
+    ends = set()
+    for role in ("user", "tool"):
+        try:
+            text = template.render([*_ANSWERED, {"role": role, "content": "next"}])
+        except InvalidInputError:
+            # Not every template takes such messages.
+            continue
+        after = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
+        first = tokenizer(after, add_special_tokens=False).input_ids[:1]
+        if first and after.startswith(tokenizer.convert_ids_to_tokens(first[0])):
+            ends.add(first[0])
+    return frozenset(ends & controls)
