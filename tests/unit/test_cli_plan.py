@@ -106,3 +106,32 @@ def test_plan_names_a_model_that_cannot_run(bare_config: Path) -> None:
     assert "mamba cannot run with Star Attention" in failed(
         "plan", "-m", bare_config, "--context", "4k"
     )
+
+
+def test_plan_with_lookback_shows_what_blocks_see_and_what_the_paper_costs(
+    bare_config: Path,
+) -> None:
+    sizes = ["--context", "16k", "--block-size", "2k", "--lookback", "2"]
+    sizes += ["--lookback-layers", "lower"]
+    shown = ok("plan", "-m", bare_config, *sizes).out
+    assert shown.startswith(
+        "context 16,384 tok, 8 blocks x 2k, anchor 64, 1 rank, look-back 2 in the lower layers\n"
+    )
+    assert f"b3   |A{'.' * 8}{'+' * 18}{'#' * 9}." in shown
+    assert "without look-back" in shown
+    plan = json.loads(ok("plan", "-m", bare_config, *sizes, "--json").out)
+    assert (plan["anchor_size"], plan["lookback"], plan["lookback_layers"]) == (64, 2, "lower")
+    ratio = plan["flops"]["phase1_star"]["attention"] / plan["flops"]["phase1_paper"]["attention"]
+    assert 0.9 < ratio < 1, "star's price"
+    paper = json.loads(ok("plan", "-m", bare_config, *sizes[:4], "--json").out)
+    assert plan["flops"]["phase1_paper"] == paper["flops"]["phase1_star"]
+    assert plan["flops"]["phase1_official"] == paper["flops"]["phase1_official"]
+    fp8 = json.loads(ok("plan", "-m", bare_config, *sizes, "--kv-dtype", "fp8", "--json").out)
+    recent = 2 * 2048 + 8192
+    assert fp8["memory"]["working"] - plan["memory"]["working"] == recent * 5 * 2 * 2 * 64 * 2
+
+
+def test_plan_refuses_layers_that_the_model_does_not_have(bare_config: Path) -> None:
+    sizes = ["--context", "16k", "--lookback", "1", "--lookback-layers", "0-10"]
+    error = failed("plan", "-m", bare_config, *sizes)
+    assert "lookback_layers '0-10' contains layer 10, and the model has layers 0 to 9" in error

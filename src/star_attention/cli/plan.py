@@ -156,10 +156,11 @@ def _check_estimate_options(settings: dict[str, Any], **others: int) -> None:
     """Refuse options that estimates do not take into account."""
     StarConfig.of(**{name: settings[name] for name in ("tokens_per_forward", "kv_dtype")})
     ignored = [name for name, value in others.items() if value != 1]
+    defaults = StarConfig()
     ignored += [
         name
         for name, value in settings.items()
-        if value is not None and name not in _ESTIMATE_SETTINGS
+        if value not in (None, str(getattr(defaults, name))) and name not in _ESTIMATE_SETTINGS
     ]
     for name in ignored:
         raise typer.BadParameter(

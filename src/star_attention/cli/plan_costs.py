@@ -15,7 +15,7 @@ from star_attention.planning.cost import Flops, Memory
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan, without_lookback
 from star_attention.planning.sizes import counted
 from star_attention.planning.traffic import Traffic
 
@@ -55,9 +55,10 @@ class PlanRequest:
 class PlanCosts:
     """The costs of a plan.
 
-    memory_by_rank: the fullest device of each context-parallel rank. star_busiest: operations of
-    phase 1 on the busiest device. *_traffic: between context-parallel ranks; *_tp_traffic: within
-    them; ring_traffic: what ring attention would send in phase 1; token_traffic: one answer token.
+    memory_by_rank: the fullest device of each context-parallel rank. paper: operations of phase 1
+    without look-back, with a whole block as anchor. star_busiest: those of the busiest device.
+    *_traffic: between context-parallel ranks; *_tp_traffic: within them; ring_traffic: what ring
+    attention would send in phase 1; token_traffic: one answer token.
     predicted: times on `PREDICTED_ON`; predicted_ring: those of ring attention on the same devices.
     """
 
@@ -66,6 +67,7 @@ class PlanCosts:
     tokens_per_forward: int
     memory_by_rank: list[Memory]
     star: Flops
+    paper: Flops
     star_busiest: int
     dense: Flops
     official: Flops
@@ -107,6 +109,8 @@ class PlanCosts:
             "context_tokens": plan.context_tokens,
             "block_size": plan.block_size,
             "anchor_size": plan.anchor_size,
+            "lookback": plan.lookback,
+            "lookback_layers": plan.lookback_layers,
             "blocks": plan.num_blocks,
             "ranks": plan.ranks,
             "tensor_parallel": request.tensor_parallel,
@@ -122,6 +126,7 @@ class PlanCosts:
             "memory_by_rank": [memory.total for memory in self.memory_by_rank],
             "flops": {
                 "phase1_star": _as_dict(self.star),
+                "phase1_paper": _as_dict(self.paper),
                 "phase1_star_busiest_rank": self.star_busiest,
                 "phase1_dense": _as_dict(self.dense),
                 "phase1_official": _as_dict(self.official),
@@ -169,6 +174,7 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank).total
         for rank in range(plan.ranks)
     )
+    paper = without_lookback(plan)
     _warn(request, model_config)
     return PlanCosts(
         request=request,
@@ -176,11 +182,12 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         tokens_per_forward=tokens_per_forward,
         memory_by_rank=_memory_by_rank(request, shape, tokens_per_forward),
         star=cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward),
+        paper=cost.phase1(shape, paper, tokens_per_forward=tokens_per_forward),
         star_busiest=busiest // request.tensor_parallel,
         dense=cost.phase1(
             shape, BlockPlan.dense(plan.context_tokens), tokens_per_forward=tokens_per_forward
         ),
-        official=cost.phase1_official(shape, plan),
+        official=cost.phase1_official(shape, paper),
         answers=cost.phase2(shape, plan.context_tokens, **answers),
         phase1_traffic=traffic.phase1_cp(shape, plan, **phase1),
         phase1_tp_traffic=traffic.phase1_tp(shape, plan, **phase1),
@@ -209,6 +216,8 @@ def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | Non
         ranks=plan.ranks,
         block=plan.block_size,
         anchor=plan.anchor_size,
+        lookback=plan.lookback,
+        lookback_layers=plan.lookback_layers,
         tokens_per_forward=config.forward_size("cuda"),
         kv_dtype=config.kv_dtype,
         tensor_parallel=request.tensor_parallel,

@@ -78,6 +78,8 @@ def _memory_heading(costs: PlanCosts) -> str:
 def _operations(costs: PlanCosts) -> str:
     request = costs.request
     columns = {"star": costs.star, "dense": costs.dense, "official": costs.official}
+    if request.plan.lookback:
+        columns = {"star": costs.star, "without look-back": costs.paper, **columns}
     rows: list[tuple[str, ...]] = [("phase 1", *columns)]
     for part in ("linear", "attention", "expansion", "total"):
         if part != "expansion" or costs.shape.expansion_parameters:
@@ -86,7 +88,7 @@ def _operations(costs: PlanCosts) -> str:
     ratios = (flops.total / costs.star.total for flops in columns.values())
     rows.append(("  relative to star", *(f"x {ratio:.2f}" for ratio in ratios)))
     if costs.devices > 1:
-        rows.append(("  busiest device", _flop(costs.star_busiest), "", ""))
+        rows.append(("  busiest device", _flop(costs.star_busiest), *[""] * (len(columns) - 1)))
     rows.append(("phase 2", *(_flop(costs.answers.total) for _ in columns)))
     answers = f"{request.queries} x ({request.query_tokens:,} + {request.answer_tokens:,}) tok"
     return f"operations (phase 2: {answers}, the same for each)\n" + table(rows)

@@ -299,7 +299,8 @@ def memory_per_rank(
     Every context-parallel rank holds all weights; tensor parallelism shards heads and MLP, but
     leaves embeddings and the language-model head whole. Only the last context-parallel rank holds
     the tail. If keys and values are not stored as computed (`kv_dtype`, `kv_device`), every rank
-    that holds a block also needs the anchor as computed. KV in host memory takes one layer of
+    that holds a block also needs the anchor as computed, and the blocks that it looks back to. KV
+    in host memory takes one layer of
     `working` memory on the device while answering.
 
     Args:
@@ -321,6 +322,8 @@ def memory_per_rank(
     unsharded = shape.sharded_parameters - shape.sharded_parameters // tensor_parallel
     longest = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
     working = working_bytes(shape, longest, tensor_parallel) + expanded_bytes(shape, tokens)
+    if kv_dtype is not None or kv_device is not None:
+        working += recent_bytes(shape, plan, longest) // tensor_parallel
     if kv_device is not None:
         working += tokens * shape.kv_bytes_per_token // tensor_parallel // max(1, shape.kv_layers)
     token_bytes = shape.kv_bytes_per_token
@@ -347,6 +350,20 @@ def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> i
     widest = max((call.heads * call.v_head_size for call in shape.attention), default=0)
     states = 4 * 4 * widest // tensor_parallel
     return tokens * ((widths + 4 * shape.hidden_size) * shape.bytes_per_element + states)
+
+
+def recent_bytes(shape: ModelShape, plan: BlockPlan, longest: int) -> int:
+    """Return the bytes of the latest blocks as computed, for the layers that look back.
+
+    Args:
+        shape: the model.
+        plan: the blocks.
+        longest: most tokens of a forward.
+    """
+    lookbacks = plan.lookbacks(len(shape.attention))
+    tokens = min(plan.context_tokens, plan.lookback * plan.block_size + longest)
+    share = sum(lookback > 0 for lookback in lookbacks) / len(lookbacks)
+    return int(tokens * shape.kv_bytes_per_token * share)
 
 
 def expanded_bytes(shape: ModelShape, keys: int) -> int:

@@ -22,6 +22,7 @@ from star_attention.errors import InvalidInputError, quote
 from star_attention.planning import cost, traffic
 from star_attention.planning.cost import Flops
 from star_attention.planning.hardware import Hardware
+from star_attention.planning.lookback import ALL
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.steps import Mesh, token_seconds
@@ -83,6 +84,8 @@ def estimate(
     kv_dtype: str | None = None,
     tensor_parallel: int = 1,
     anchor: int | None = None,
+    lookback: int = 0,
+    lookback_layers: str = ALL,
 ) -> Estimate:
     """Estimate one scheme.
 
@@ -94,6 +97,8 @@ def estimate(
         ranks: number of context-parallel ranks.
         block: tokens of a block, None for the paper's rule; ring ignores it.
         anchor: tokens of the anchor, None for those of a block.
+        lookback: blocks that each block looks back; ring ignores it.
+        lookback_layers: the layers that look back (`planning.lookback.parse_layers`).
         tokens_per_forward: most tokens of a forward.
         kv_dtype: as in `StarConfig`.
         tensor_parallel: devices of each rank, which share the weights.
@@ -112,7 +117,7 @@ def estimate(
         shard = -(-context // ranks)
         stored = BlockPlan.dense(shard)
     else:
-        plan = BlockPlan.resolve(context, block, anchor, ranks)
+        plan = BlockPlan.resolve(context, block, anchor, ranks, lookback, lookback_layers)
         compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
         shard = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
         stored = plan

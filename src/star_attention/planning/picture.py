@@ -41,7 +41,8 @@ def _row(first: int, start: int, stop: int, anchor_size: int, width: int, scale:
         token = int((column + 0.5) / scale)
         if start <= token < stop or int(start * scale) == column:
             row += "#"
-        elif token < anchor_size and start > 0:
+        # An anchor of less than a column is drawn, too.
+        elif start > 0 and (token < anchor_size or (column == 0 and anchor_size)):
             row += "A"
         else:
             row += "+" if first <= token < start else "."

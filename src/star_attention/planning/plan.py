@@ -288,3 +288,10 @@ class BlockPlan:
             width,
             self.lookback,
         )
+
+
+def without_lookback(plan: BlockPlan) -> BlockPlan:
+    """Return the paper's plan with the same blocks; the anchor is a whole block then."""
+    if not plan.lookback:
+        return plan
+    return BlockPlan.resolve(plan.context_tokens, plan.block_size, ranks=plan.ranks)
