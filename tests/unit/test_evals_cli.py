@@ -105,7 +105,7 @@ def test_a_chat_needs_a_template(tmp_path: Path) -> None:
         part.save_pretrained(tmp_path / "model")
     data = tmp_path / "my.jsonl"
     data.write_text(json.dumps({"context": "It is 7.", "query": "What is it?", "answers": ["7"]}))
-    expected = "error: this model has no chat template; leave --chat out"
+    expected = "error: this model has no chat template; leave out --chat"
     assert (
         error(tmp_path / "model", "run", data, "--chat", "--out", tmp_path / "a", *SHORT)
         == expected

@@ -76,7 +76,7 @@ def test_a_missing_shard_is_found_before_anything_is_read(folder: Path) -> None:
     refused(
         ModelNotFoundError,
         message,
-        call=lambda: checks.check_weights(files.locate(folder)),
+        call=lambda: checks.check_weights(files.locate(folder), {}),
     )
     (folder / "model.safetensors.index.json").write_text("{}")
     refused(ModelNotFoundError, "lists no weights", call=lambda: load(folder))

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from star_attention.hf.loading.rope import max_positions
+from star_attention.hf.loading.positions import max_positions
 
 FACTORS = [1.0] * 48
 

@@ -16,7 +16,7 @@ from star_attention.errors import (
     InvalidInputError,
     UnsupportedModelError,
 )
-from star_attention.hf.loading import rope_scaling
+from star_attention.hf.loading import rope_words
 from star_attention.hf.loading.load import load_config
 from tests.command_line import MODEL, NEEDLE, NOISE, failed, ok
 from tests.engines import BUNDLED, ids
@@ -201,7 +201,7 @@ def test_settings_edited_in_place_are_refused(family: str) -> None:
 
 
 def test_take_leaves_other_arguments() -> None:
-    settings, others = rope_scaling.take({"rope_scaling": None, "revision": "main"})
+    settings, others = rope_words.take({"rope_scaling": None, "revision": "main"})
     assert (settings, others) == ({}, {"revision": "main"})
 
 

@@ -14,7 +14,7 @@ from star_attention.cli.plan_costs import warn_beyond_positions
 from star_attention.cli.sizes import QUARTER
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
-from star_attention.hf.loading import load, rope_scaling
+from star_attention.hf.loading import load, rope_words
 from star_attention.hf.shape import model_shape
 from star_attention.planning import estimate
 from star_attention.planning.cost import Flops
@@ -103,7 +103,7 @@ class Estimates:
 
 def make_estimates(request: EstimateRequest) -> Estimates:
     """Estimate every scheme for every length and number of ranks."""
-    rotary, _ = rope_scaling.take({"rope_scaling": request.rope_scaling})
+    rotary, _ = rope_words.take({"rope_scaling": request.rope_scaling})
     model_config = load.load_config(request.model, rotary, **request.location)
     shape = model_shape(model_config, request.dtype)
     hardware, fit = _calibrated(parse_hardware(request.hardware), request.calibrate)

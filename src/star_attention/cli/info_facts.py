@@ -63,7 +63,8 @@ def of_model(name: str, location: dict[str, Any]) -> dict[str, Any]:
     """
     model = files.locate(name, location)
 
-    from star_attention.hf.loading import load, rope, support
+    from star_attention.hf.loading import load, support
+    from star_attention.hf.loading.positions import max_positions
 
     config = load.load_config(name, **location)
     text = config.get_text_config(decoder=True)
@@ -78,7 +79,7 @@ def of_model(name: str, location: dict[str, Any]) -> dict[str, Any]:
         "base": model.path if model.adapter is not None else None,
         "layers": getattr(text, "num_hidden_layers", None),
         "heads": getattr(text, "num_attention_heads", None),
-        "positions": rope.max_positions(text),
+        "positions": max_positions(text),
         "vocabulary": getattr(text, "vocab_size", None),
         "quantization": quantization(model.config or {}),
     }

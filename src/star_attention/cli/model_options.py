@@ -107,14 +107,17 @@ class ShapeOptions:
 
 
 def check_path(shape: ShapeOptions) -> None:
-    """Check, before torch is imported, that there is a model.
+    """Check, before torch is imported, that there is a model that can run.
 
     Raises:
         ModelNotFoundError: If there is none.
+        UnsupportedModelError: If its files say that it cannot run.
+        InvalidInputError: If --rope-scaling cannot be.
     """
-    from star_attention.hf.loading import files
+    from star_attention.hf.loading import checks, files, rope_words
 
-    files.locate(shape.model, shape.location.kwargs())
+    rope_words.take({"rope_scaling": shape.rope_scaling})
+    checks.check_config(files.locate(shape.model, shape.location.kwargs()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from star_attention.config import StarConfig
-from star_attention.hf.loading import load, rope, rope_scaling
+from star_attention.hf.loading import load, rope_words
+from star_attention.hf.loading.positions import max_positions
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, estimate, traffic
@@ -156,7 +157,7 @@ def _as_dict(flops: Flops) -> dict[str, int]:
 
 def plan_costs(request: PlanRequest) -> PlanCosts:
     """Compute the costs of a plan, and warn about what would not run or not run well."""
-    rotary, _ = rope_scaling.take({"rope_scaling": request.rope_scaling})
+    rotary, _ = rope_words.take({"rope_scaling": request.rope_scaling})
     model_config = load.load_config(request.model, rotary, **request.location)
     check_tensor_parallel(model_config, request.tensor_parallel)
     shape, plan, config = model_shape(model_config, request.dtype), request.plan, request.config
@@ -263,7 +264,7 @@ def _warn(request: PlanRequest, model_config: Any) -> None:
 
 def warn_beyond_positions(model_config: Any, needed: int) -> None:
     """Warn if context, query and answer need more positions than the model has."""
-    limit = rope.max_positions(model_config.get_text_config(decoder=True))
+    limit = max_positions(model_config.get_text_config(decoder=True))
     if limit is not None and needed > limit:
         warnings.warn(
             f"context, query and answer need {needed:,} positions, but the model has {limit:,}:"

@@ -29,9 +29,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+NO_TEMPLATE = "this model has no chat template; leave out --chat"
+
 
 def load(
-    model: ModelOptions, status: Status, *, needs_tokenizer: bool = False, **settings: Any
+    model: ModelOptions,
+    status: Status,
+    *,
+    needs_tokenizer: bool = False,
+    needs_template: bool = False,
+    **settings: Any,
 ) -> StarLLM:
     """Load the model. Whatever can be checked is checked before anything slow starts.
 
@@ -39,15 +46,17 @@ def load(
         model: The options.
         status: Says that the model is being loaded.
         needs_tokenizer: True to refuse a model without a tokenizer.
+        needs_template: True to refuse one without a chat template, if its files show that.
         settings: Settings of `StarConfig`.
 
     Raises:
         ModelNotFoundError: If there is no model, or no tokenizer where one is needed.
     """
-    check_dtype(model.dtype)
-    check_device(model.device)
+    _check_words(model)
     config, model_kwargs = StarConfig.of(**model.settings | settings), model.kwargs()
-    source = _check_files(model, model_kwargs, needs_tokenizer=needs_tokenizer)
+    source = _check_files(
+        model, model_kwargs, needs_tokenizer=needs_tokenizer, needs_template=needs_template
+    )
     with status.waiting(f"loading {model.model}{source}"):
         from star_attention.distributed import from_environment
         from star_attention.engine import StarLLM
@@ -67,22 +76,37 @@ def load(
         )
 
 
+def _check_words(model: ModelOptions) -> None:
+    """Check what names a precision or a device."""
+    from star_attention.hf.loading.packages import check_torch_build
+
+    check_dtype(model.dtype)
+    check_device(model.device)
+    check_torch_build(model.device)
+
+
 def _check_files(
-    model: ModelOptions, model_kwargs: dict[str, Any], *, needs_tokenizer: bool
+    model: ModelOptions,
+    model_kwargs: dict[str, Any],
+    *,
+    needs_tokenizer: bool,
+    needs_template: bool,
 ) -> str:
     """Check the model's files without torch; return what to add to its name."""
-    from star_attention.hf.loading import checks, files
+    from star_attention.hf.loading import checks, files, rope_words
 
     location = {name: model_kwargs[name] for name in files.LOCATION if name in model_kwargs}
     model_files = files.locate(model.model, location, model.adapter)
     checks.check_loadable(model_files)
-    if "variant" not in model_kwargs:
-        checks.check_weights(model_files)
+    checks.check_weights(model_files, model_kwargs)
+    rope_words.take(model_kwargs)
     if needs_tokenizer and model_files.tokenizer_source is None:
         raise ModelNotFoundError(
             f"the model at {model.model} has no tokenizer, which text input needs;"
             " copy its files (tokenizer.json and the like) there"
         )
+    if needs_template and checks.lacks_chat_template(model_files):
+        raise InvalidInputError(NO_TEMPLATE)
     if model_files.gguf_file is not None:
         # transformers' bar for these files cannot be switched off otherwise.
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -92,22 +116,38 @@ def _check_files(
     return adapter if model_files.adapter != model.model else f", an adapter of {model_files.path}"
 
 
-def config_and_tokenizer(model: ModelOptions) -> tuple[Any, Any]:
+def most_positions(model: ModelOptions) -> int | None:
+    """Return a number of positions that a model has at most, before torch is imported.
+
+    None if its files do not say, or rotary settings are given.
+    """
+    from star_attention.hf.loading import files, positions, rope_words
+
+    rotary, model_kwargs = rope_words.take(model.kwargs())
+    location = {name: model_kwargs[name] for name in files.LOCATION if name in model_kwargs}
+    config = files.locate(model.model, location, model.adapter).config
+    return positions.most_positions(config) if config and not rotary else None
+
+
+def config_and_tokenizer(model: ModelOptions, *, needs_template: bool) -> tuple[Any, Any]:
     """Load a model's config and tokenizer, without its weights, and check that it can run.
+
+    Args:
+        model: The options.
+        needs_template: True to refuse a model without a chat template, if its files show that.
 
     Raises:
         ModelNotFoundError: If there is no model, or it has no tokenizer.
         UnsupportedModelError: If Star Attention cannot run it.
     """
-    check_dtype(model.dtype)
-    check_device(model.device)
+    _check_words(model)
     model_kwargs = model.kwargs()
-    _check_files(model, model_kwargs, needs_tokenizer=True)
+    _check_files(model, model_kwargs, needs_tokenizer=True, needs_template=needs_template)
     from star_attention.hf.loading import load as loading
-    from star_attention.hf.loading import rope_scaling, support
+    from star_attention.hf.loading import rope_words, support
 
     location = loading.location_kwargs(model_kwargs)
-    rotary, _ = rope_scaling.take(model_kwargs)
+    rotary, _ = rope_words.take(model_kwargs)
     config = loading.load_config(model.model, rotary, **location)
     reasons = support.reasons(config)
     if reasons:
@@ -126,7 +166,7 @@ def load_with_tokenizer(model: ModelOptions, status: Status, **settings: Any) ->
 
 def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> StarLLM:
     """Load the model to encode texts as the options say."""
-    star = load_with_tokenizer(model, status, **context.settings)
+    star = load_with_tokenizer(model, status, needs_template=context.chat, **context.settings)
     config, method = star.config, star.runtime.method
     if not method.takes_sizes and (config.block_size, config.anchor_size) != (None, None):
         warnings.warn(
@@ -148,8 +188,7 @@ def load_saved(
         ContextMismatchError: If the options ask for another precision or architecture.
         InvalidInputError: If neither the file nor the options name a model.
     """
-    check_dtype(model.dtype)
-    check_device(model.device)
+    _check_words(model)
 
     from star_attention.cli.saved_model import check_fits, named_by
     from star_attention.storage.header import lookback_in, read_header
@@ -186,7 +225,7 @@ def encode_text(
     content: Any = text
     has_template = bool(getattr(star.tokenizer, "chat_template", None))
     if chat and not has_template:
-        raise InvalidInputError("this model has no chat template; leave out --chat")
+        raise InvalidInputError(NO_TEMPLATE)
     if not chat and has_template:
         status.say("using the text as it is; --chat applies this model's chat template")
     if chat:

@@ -82,7 +82,7 @@ class Run:
         """Load the model, and print it with its ceilings. Collective."""
         from star_attention.bench.benchmark import Target
         from star_attention.bench.models import load_model
-        from star_attention.hf.loading import rope
+        from star_attention.hf.loading.positions import max_positions
         from star_attention.hf.logs import hide_progress_bars
         from star_attention.tools import machine
 
@@ -96,7 +96,7 @@ class Run:
             comm=comm,
             tensor_parallel=tensor_parallel,
         )
-        limit = rope.max_positions(model.config.get_text_config(decoder=True))
+        limit = max_positions(model.config.get_text_config(decoder=True))
         if limit is not None and longest_input > limit:
             raise ContextLengthError(
                 f"{longest_input:,} tokens are more than the model's {limit:,} positions;"

@@ -197,14 +197,15 @@ def _make_samples(
     Whatever the model's config and tokenizer tell is checked first, as making long samples takes
     minutes.
     """
-    config, tokenizer = session.config_and_tokenizer(model)
+    source.check(variants, settings, session.most_positions(model) or 0)
+    config, tokenizer = session.config_and_tokenizer(model, needs_template=settings.chat)
 
     from star_attention.evals.runs.prompts import check_template
-    from star_attention.hf.loading import rope
+    from star_attention.hf.loading.positions import max_positions
 
     if settings.chat:
         check_template(tokenizer)
-    positions = rope.max_positions(config.get_text_config(decoder=True))
+    positions = max_positions(config.get_text_config(decoder=True))
     source.check(variants, settings, positions or 0)
     with status.waiting(f"making samples of {source.suite}"):
         samples, left_out = source.load(

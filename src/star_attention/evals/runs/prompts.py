@@ -34,7 +34,7 @@ def query_kwargs(sample: Sample) -> dict[str, Any]:
 def check_template(tokenizer: Any) -> None:
     """Refuse with `InvalidInputError` if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
-        raise InvalidInputError("this model has no chat template; leave --chat out")
+        raise InvalidInputError("this model has no chat template; leave out --chat")
 
 
 def chat_tokens(tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from star_attention.errors import ModelNotFoundError, UnsupportedModelError
+from star_attention.hf.loading import family_source, weight_formats
 from star_attention.hf.loading.files import (
     ADAPTER_CONFIG,
     INDEXES,
@@ -18,8 +20,13 @@ from star_attention.hf.loading.files import (
 from star_attention.hf.loading.packages import need_packages, need_quantization_packages
 
 _CAUSAL_LM = "CAUSAL_LM"
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
-ENCODER_DECODER = "it is an encoder-decoder model; Star Attention runs decoder-only models"
+_NO_GENERATOR = re.compile(
+    "(ForSequenceClassification|ForTokenClassification|ForQuestionAnswering|ForMaskedLM"
+    "|ForMultipleChoice|RewardModel)$"
+)
+"""Classes of models that were not trained to continue a text."""
 
 
 def check_loadable(model: ModelFiles) -> None:
@@ -29,15 +36,37 @@ def check_loadable(model: ModelFiles) -> None:
         UnsupportedModelError: its files say that Star Attention cannot run it.
         MissingPackageError: a package that loads its weights or its adapter is not installed.
     """
-    config = model.config or {}
-    if config.get("is_encoder_decoder") is True:
-        raise UnsupportedModelError(f"{config.get('model_type')} ({model.path})", [ENCODER_DECODER])
-    need_quantization_packages(model.path, config)
+    check_config(model)
+    need_quantization_packages(model.path, model.config or {})
     if model.adapter is not None:
         need_packages(["peft"], f"{model.adapter} is an adapter")
         reasons = adapter_reasons(model)
         if reasons:
             raise UnsupportedModelError(f"the adapter at {model.adapter}", reasons)
+
+
+def check_config(model: ModelFiles) -> None:
+    """Check what a model's config.json shows by itself.
+
+    Raises:
+        UnsupportedModelError: Star Attention cannot run it.
+    """
+    reasons = config_reasons(model)
+    if reasons:
+        config = model.config or {}
+        raise UnsupportedModelError(f"{config.get('model_type')} ({model.path})", reasons)
+
+
+def config_reasons(model: ModelFiles) -> list[str]:
+    """Return the reasons why a model cannot run that its config.json shows by itself."""
+    config = model.config or {}
+    if model.location.get("trust_remote_code"):
+        return []
+    classes = config.get("architectures")
+    names = classes if isinstance(classes, list) else []
+    if names and all(_NO_GENERATOR.search(str(name)) for name in names):
+        return [f"it is a {names[0]}, which was not trained to generate text"]
+    return family_source.reasons(config)
 
 
 def adapter_reasons(model: ModelFiles) -> list[str]:
@@ -62,14 +91,32 @@ def virtual_tokens(kind: Any) -> str:
     )
 
 
-def check_weights(model: ModelFiles) -> None:
-    """Check that the weights of a model that lies here are complete.
+def lacks_chat_template(model: ModelFiles) -> bool:
+    """Return True if a model's tokenizer lies here, and brings no chat template."""
+    source = model.tokenizer_source
+    if source is None or (model.gguf_file is not None and not model.has_tokenizer_beside_gguf):
+        return False
+    folder = model.folder if source == model.path else Path(source)
+    if folder is None or not folder.is_dir():
+        return False
+    return not (
+        any((folder / name).exists() for name in _TEMPLATE_FILES)
+        or read_json(folder / "tokenizer_config.json").get("chat_template")
+    )
+
+
+def check_weights(model: ModelFiles, model_kwargs: dict[str, Any]) -> None:
+    """Check that the weights of a model that lies here are complete, and of a readable format.
+
+    Args:
+        model: the model.
+        model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        ModelNotFoundError: there are none, or a shard is missing.
+        ModelNotFoundError: there are none, a shard is missing, or their format is another.
     """
     folder = model.folder
-    if folder is None or model.gguf_file is not None:
+    if folder is None or model.gguf_file is not None or "variant" in model_kwargs:
         return
     if (model.config or {}).get("transformers_weights"):
         # The config names a file of its own.
@@ -87,6 +134,8 @@ def check_weights(model: ModelFiles) -> None:
         )
     for shard in names:
         check_is_no_pointer(folder / shard)
+    if "quantization_config" not in model_kwargs:
+        weight_formats.check(folder, name, model.config or {})
 
 
 def _without_weights(folder: Path) -> str:

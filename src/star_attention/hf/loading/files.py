@@ -35,6 +35,8 @@ _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 # A projector of a vision model lies beside its language model.
 _GGUF_PROJECTOR = "mmproj"
 
+_HUB_URL = re.compile(r"(?:https?://(?:huggingface\.co|hf\.co)/|hf://)([\w.-]+/[\w.-]+)")
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -122,6 +124,10 @@ def locate(
         raise ModelNotFoundError(
             f"{quote(path)} is not a model: expected the path of its folder or a hub id, got"
             f" {type(path).__name__}"
+        )
+    if not str(path).strip():
+        raise ModelNotFoundError(
+            "the model's path is empty; give the path of its folder, or a hub id"
         )
     folder = Path(path)
     try:
@@ -363,6 +369,15 @@ def _check_may_be_hub_id(path: str | os.PathLike[str], kind: str, *, is_path: bo
     )
     if is_path or not hub.ID.fullmatch(str(path)):
         raise ModelNotFoundError(
-            f"there is no {kind} {quote_path(path)}; check the path, or give a hub id like"
-            " organization/name"
+            f"there is no {kind} {quote_path(path)}; {_path_remedy(str(path))}"
         )
+
+
+def _path_remedy(path: str) -> str:
+    """Return what to do about a path that does not exist."""
+    url = _HUB_URL.match(path)
+    if url is not None:
+        return f"give its hub id, {url[1]}"
+    if path.startswith("~"):
+        return "~ is not expanded here: write the whole path"
+    return "check the path, or give a hub id like organization/name"

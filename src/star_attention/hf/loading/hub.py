@@ -30,7 +30,7 @@ def check(path: str, file: str, location: dict[str, Any], kind: str = "model") -
         ModelNotFoundError: it is not in the cache, and the hub is out of reach.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     subfolder = location.get("subfolder") or ""
     name = f"{subfolder}/{file}" if subfolder else file
@@ -48,6 +48,12 @@ def check(path: str, file: str, location: dict[str, Any], kind: str = "model") -
                 hf_hub_url(path, name, revision=revision), token=token, timeout=_TIMEOUT_S
             )
             return None
+    except RepositoryNotFoundError:
+        # One that is private or gated, too.
+        raise ModelNotFoundError(
+            f"{problem}the hub has no such {kind}, or you have no access to it; check the path or"
+            " the id, or log in with `hf auth login`"
+        ) from None
     except HfHubHTTPError:
         # The hub answers; transformers says what it answers.
         return None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers import AutoHfQuantizer
 
 from star_attention.config import check_device, check_dtype
 from star_attention.errors import (
@@ -23,7 +24,7 @@ from star_attention.errors import (
     first_line,
     quote,
 )
-from star_attention.hf.loading import adapters, checks, files, rope_scaling, support
+from star_attention.hf.loading import adapters, checks, files, rope_scaling, rope_words, support
 from star_attention.hf.loading.files import ModelFiles
 from star_attention.hf.loading.gguf_tokenizer import with_special_tokens
 from star_attention.hf.loading.tokenizer_files import as_filed
@@ -94,7 +95,7 @@ def load_config(
 
     Args:
         path: model folder, GGUF file or hub id.
-        rotary: settings that replace the config's rotary scaling (`rope_scaling.take`).
+        rotary: settings that replace the config's rotary scaling (`rope_words.take`).
         location: arguments of `AutoConfig.from_pretrained` (revision, subfolder, ...).
 
     Raises:
@@ -110,7 +111,8 @@ def reasons(path: str | os.PathLike[str], **location: Any) -> list[str]:
     Args, Raises: as for `load_config`.
     """
     model = files.locate(path, location)
-    return [*support.reasons(_load_config(model)), *checks.adapter_reasons(model)]
+    against = checks.config_reasons(model) or support.reasons(_load_config(model))
+    return [*against, *checks.adapter_reasons(model)]
 
 
 def _load_config(model: ModelFiles, rotary: dict[str, Any] | None = None) -> Any:
@@ -182,7 +184,7 @@ def load(
         OutOfMemoryError: the weights do not fit.
     """
     name = check_dtype(dtype)
-    rotary, model_kwargs = rope_scaling.take(model_kwargs)
+    rotary, model_kwargs = rope_words.take(model_kwargs)
     model_files = files.locate(path, location_kwargs(model_kwargs), adapter)
     checks.check_loadable(model_files)
     config = _load_config(model_files, rotary)
@@ -191,8 +193,8 @@ def load(
         raise UnsupportedModelError(f"{config.model_type} ({model_files.path})", against)
     if "device_map" not in model_kwargs:
         device = pick_device(device)
-    if "variant" not in model_kwargs:
-        checks.check_weights(model_files)
+    checks.check_weights(model_files, model_kwargs)
+    _check_quantization(config, model_files.path)
     # Before the weights: it is quick, and may be broken.
     tokenizer = _load_tokenizer(model_files)
     options = {"dtype": name if name == "auto" else getattr(torch, name)}
@@ -208,6 +210,17 @@ def load(
     if "device_map" not in model_kwargs:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def _check_quantization(config: Any, path: str) -> None:
+    """Refuse weights quantized by a method that transformers does not know, but would load."""
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method is not None and not AutoHfQuantizer.supports_quant_method(settings):
+        raise ModelNotFoundError(
+            f"the weights at {path} are quantized with {method}, which this version of transformers"
+            " does not know; update transformers, or give the original model or a GGUF file of it"
+        )
 
 
 def _replace_attention(config: Any) -> bool:
@@ -273,13 +286,21 @@ def _load_weights(model_files: ModelFiles, options: dict[str, Any]) -> Any:
         more = "" if len(missing) == 1 else f" and {len(missing) - 1} more"
         raise ModelNotFoundError(
             f"the model at {path} is incomplete: its files lack {missing[0]}{more}; copy or"
-            " download it again"
+            f" download it again{_without_output(missing, model)}"
         )
     quantization: Any = getattr(model.config, "quantization_config", None)
     if getattr(quantization, "gguf_file", None) is not None:
         # A context's identity includes the config, and must not depend on the name of a file.
         quantization.gguf_file = None
     return model
+
+
+def _without_output(missing: list[str], model: Any) -> str:
+    """Say what a model without its output layer alone may be."""
+    embeddings = model.get_output_embeddings()
+    weights = [name for name, part in model.named_parameters() if part is embeddings.weight]
+    classes = getattr(model.config, "architectures", None) or ["an embedding model"]
+    return f" (it may be {classes[0]}, which generates no text)" if missing == weights else ""
 
 
 def load_tokenizer(path: str | os.PathLike[str], **location: Any) -> Any:
@@ -316,6 +337,7 @@ def _load_tokenizer(model: ModelFiles) -> Any:
         # The tokenizer libraries raise bare Exceptions for a broken file.
         _refuse_remote_code(model, error)
         raise ModelNotFoundError(
-            f"the tokenizer at {model.gguf_file or source} could not be read: {first_line(error)}"
+            f"the tokenizer at {model.gguf_file or source} could not be read:"
+            f" {first_line(error).rstrip(':. ')}; copy its files there again"
         ) from error
     return as_filed(tokenizer, source, location)

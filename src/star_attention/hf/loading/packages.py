@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from star_attention.errors import MissingPackageError
+from star_attention.errors import InvalidInputError, MissingPackageError, quote
 
 _EXTRAS = ("gguf", "peft", "torchao")
 
@@ -27,6 +28,9 @@ _QUANTIZATION = {
     "vptq": ("vptq",),
 }
 """Packages by `quant_method` of a config; transformers checks again, also those not listed here."""
+
+UNKNOWN_METHOD = "an unknown method"
+"""What `quantization` returns for a config that does not name its method."""
 
 _INSTALL = {
     "auto_round": "auto-round",
@@ -75,6 +79,20 @@ def need_quantization_packages(name: str, config: dict[str, Any]) -> None:
     need_packages(modules, f"the weights at {name} are quantized with {method}")
 
 
+def check_torch_build(device: str) -> None:
+    """Refuse a GPU where torch was built without them, before it is imported.
+
+    Raises:
+        InvalidInputError: for a CUDA device with a torch for the CPU.
+    """
+    build = version("torch")
+    if device.partition(":")[0] == "cuda" and build.endswith("+cpu"):
+        raise InvalidInputError(
+            f"device {quote(device)} is not available: torch {build} was built without CUDA; use"
+            " cpu, or install a torch with CUDA"
+        )
+
+
 def quantization(config: dict[str, Any]) -> str | None:
     """Return how a config's weights are quantized; None if they are not."""
     text = config.get("text_config")
@@ -83,7 +101,7 @@ def quantization(config: dict[str, Any]) -> str | None:
         if isinstance(settings, dict):
             if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
                 return "bitsandbytes"
-            return str(settings.get("quant_method") or "an unknown method")
+            return str(settings.get("quant_method") or UNKNOWN_METHOD)
     return None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from star_attention.errors import InvalidInputError
+from star_attention.hf.loading.positions import rope_parameters, type_of
 
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
@@ -110,24 +111,6 @@ def pinned(
                 module.forward = original
 
 
-def type_of(parameters: dict[str, Any]) -> str:
-    """Return the rope type of rotary settings, which old configs call `type`."""
-    return str(parameters.get("rope_type") or parameters.get("type") or "default")
-
-
-def is_per_layer_type(parameters: dict[str, Any]) -> bool:
-    """Return True if rotary settings differ by layer type."""
-    return any(isinstance(value, dict) for value in parameters.values())
-
-
-def rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Return the rotary settings of a text config, one entry per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if is_per_layer_type(parameters):
-        return [value for value in parameters.values() if isinstance(value, dict)]
-    return [parameters]
-
-
 def unknown_types(config: Any) -> list[str]:
     """Return reasons against a text config's rope types that transformers has no formula for."""
     known = ["default", *sorted(ROPE_INIT_FUNCTIONS)]
@@ -138,44 +121,6 @@ def unknown_types(config: Any) -> list[str]:
         for name in sorted(names - {*known, "mrope"})
         if not hasattr(config, f"_validate_{name}_rope_parameters")
     ]
-
-
-def max_positions(config: Any) -> int | None:
-    """Return the number of positions that a model has; None if the config sets no limit.
-
-    Families state the length before or after scaling, so each type is read as its configs mean it.
-    """
-    stated = getattr(config, "max_position_embeddings", None)
-    if not isinstance(stated, int):
-        return None
-    if str(getattr(config, "model_type", "")).startswith("cohere"):
-        # Command R states the length of its first training here, and its real one there.
-        stated = max(stated, getattr(config, "model_max_length", None) or 0)
-    per_layer_type = is_per_layer_type(getattr(config, "rope_parameters", None) or {})
-    return max(
-        stated,
-        *(_stretched(each, stated, per_layer_type) for each in rope_parameters(config)),
-    )
-
-
-def _stretched(parameters: dict[str, Any], stated: int, per_layer_type: bool) -> int:
-    """Return the positions that scaled frequencies are meant for."""
-    factor = parameters.get("factor")
-    original = parameters.get("original_max_position_embeddings")
-    match type_of(parameters):
-        case "default":
-            return stated
-        case "yarn" | "dynamic":
-            # Dynamic NTK begins where the stated length ends.
-            original = original or stated
-        case "linear":
-            # transformers' convention is that the config keeps its original length. Configs with
-            # settings per layer type (Gemma 3) state the final one.
-            original = original or (None if per_layer_type else stated)
-        case _:
-            # Their factor shapes the frequencies: Llama 3.2 has 32 x 8,192, and 131,072 positions.
-            original = original if original == stated else None
-    return int(original * factor) if original and factor else stated
 
 
 def unscaled_length(modules: list[nn.Module], *, longrope_only: bool = False) -> int | None:

@@ -7,7 +7,6 @@ would be lost; here they replace the scaling alone.
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,8 @@ from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from star_attention.errors import InvalidInputError, first_line, quote
-from star_attention.hf.loading import rope
-
-SETTINGS = ("rope_scaling", "rope_parameters", "rope_theta")
-"""Arguments of `from_pretrained` that this module handles."""
-
-_SHORT_TYPES = ("linear", "dynamic", "yarn")
-_FORM = "write TYPE:FACTOR, like yarn:4, or a JSON object with rope_type and its settings"
+from star_attention.hf.loading.positions import is_per_layer_type, rope_parameters, type_of
+from star_attention.hf.loading.rope_words import FORM, check_numbers
 
 _MODEL_OWN = ("rope_theta", "partial_rotary_factor", "mrope_section")
 """Settings that belong to the trained model, whatever scales it."""
@@ -36,59 +30,6 @@ _NEEDED = {
 }
 _HAS_ORIGINAL = ("yarn", "llama3", "longrope")
 _OLD_NAMES = {"su": "longrope"}
-
-
-def parse(text: str) -> dict[str, Any]:
-    """Parse `yarn:4`, `yarn:4:32768` (factor and original length) or a JSON object.
-
-    Raises:
-        InvalidInputError: it is neither.
-    """
-    if text.lstrip().startswith("{"):
-        try:
-            settings = json.loads(text)
-        except ValueError as error:
-            raise InvalidInputError(
-                f"rope scaling {quote(text)} is not JSON: {error}; {_FORM}"
-            ) from None
-        assert isinstance(settings, dict)
-        return settings
-    name, *numbers = text.split(":")
-    if name not in _SHORT_TYPES or not 1 <= len(numbers) <= 2:
-        raise InvalidInputError(
-            f"rope scaling {quote(text)} is unknown; {_FORM} (TYPE: {', '.join(_SHORT_TYPES)})"
-        )
-    try:
-        settings = {"rope_type": name, "factor": float(numbers[0])}
-        if len(numbers) > 1:
-            settings["original_max_position_embeddings"] = int(numbers[1])
-    except ValueError:
-        raise InvalidInputError(
-            f"rope scaling {quote(text)}: expected numbers after {name}; {_FORM}"
-        ) from None
-    return settings
-
-
-def take(model_kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split arguments of `from_pretrained` into rotary settings and the others.
-
-    Raises:
-        InvalidInputError: settings of another form.
-    """
-    others = {name: value for name, value in model_kwargs.items() if name not in SETTINGS}
-    settings: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = model_kwargs.get(name)
-        if isinstance(value, str):
-            value = parse(value)
-        if value is not None and not isinstance(value, dict):
-            raise InvalidInputError(
-                f"{name} {quote(value)}: expected a dict or TYPE:FACTOR; {_FORM}"
-            )
-        settings |= value or {}
-    if model_kwargs.get("rope_theta") is not None:
-        settings.setdefault("rope_theta", model_kwargs["rope_theta"])
-    return settings, others
 
 
 def config_with_new_names(path: str | os.PathLike[str], location: dict[str, Any]) -> Any:
@@ -108,7 +49,7 @@ def config_with_new_names(path: str | os.PathLike[str], location: dict[str, Any]
             return None
         raw = json.loads(text)
         settings = raw.get("text_config", raw).get("rope_scaling") or {}
-        name = rope.type_of(settings)
+        name = type_of(settings)
         if name not in _OLD_NAMES or raw["model_type"] not in CONFIG_MAPPING:
             return None
     except (OSError, ValueError, AttributeError, KeyError):
@@ -122,7 +63,7 @@ def config_with_new_names(path: str | os.PathLike[str], location: dict[str, Any]
 def may_be_renamed(config: Any) -> bool:
     """Return True if a config's rope type may be another than its file's."""
     text = config.get_text_config(decoder=True)
-    return any(rope.type_of(p) in _OLD_NAMES.values() for p in rope.rope_parameters(text))
+    return any(type_of(p) in _OLD_NAMES.values() for p in rope_parameters(text))
 
 
 def apply(config: Any, settings: dict[str, Any]) -> None:
@@ -144,7 +85,7 @@ def apply(config: Any, settings: dict[str, Any]) -> None:
             " it out"
         )
     by_layer = {name: value for name, value in settings.items() if isinstance(value, dict)}
-    if rope.is_per_layer_type(own):
+    if is_per_layer_type(own):
         if not by_layer:
             by_layer = {"full_attention": settings}
         unknown = sorted(set(by_layer) - {name for name in own if isinstance(own[name], dict)})
@@ -170,10 +111,10 @@ def _merged(
 ) -> dict[str, Any]:
     """Return new settings with what they leave to the config's own."""
     settings = dict(settings)
-    old_name, own_type = settings.pop("type", None), rope.type_of(own)
+    old_name, own_type = settings.pop("type", None), type_of(own)
     name = settings.get("rope_type", old_name)
     if name is None and set(settings) - set(_MODEL_OWN):
-        raise InvalidInputError(f"rope_scaling {settings} has no rope_type; {_FORM}")
+        raise InvalidInputError(f"rope_scaling {settings} has no rope_type; {FORM}")
     name = own_type if name is None else _OLD_NAMES.get(name, name)
     if name != "default" and name not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(["default", *sorted(ROPE_INIT_FUNCTIONS)])
@@ -187,7 +128,7 @@ def _merged(
     missing = [key for key in _NEEDED.get(name, ()) if merged.get(key) is None]
     if missing:
         raise InvalidInputError(f"rope_scaling of type {name} lacks {missing[0]}; give it")
-    _check_numbers(merged)
+    check_numbers(merged)
     if name in _HAS_ORIGINAL or (per_layer_type and name in ("linear", "dynamic")):
         original = getattr(config, "original_max_position_embeddings", None)
         merged.setdefault(
@@ -198,7 +139,7 @@ def _merged(
 
 def _need_original(merged: dict[str, Any], own: dict[str, Any], name: str) -> None:
     """Refuse to guess the length that a model with a scaling of its own was trained on."""
-    own_type = rope.type_of(own)
+    own_type = type_of(own)
     is_replaced = own_type != "default" and name != "default"
     if is_replaced and merged.get("original_max_position_embeddings") is None:
         raise InvalidInputError(
@@ -208,18 +149,6 @@ def _need_original(merged: dict[str, Any], own: dict[str, Any], name: str) -> No
         )
 
 
-def _check_numbers(settings: dict[str, Any]) -> None:
-    for key, least in (("factor", 1), ("original_max_position_embeddings", 1), ("rope_theta", 1)):
-        value = settings.get(key)
-        if value is None:
-            continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < least:
-            raise InvalidInputError(
-                f"rope_scaling has {key} {quote(value)}; expected a number of at least {least}"
-            )
-
-
 def _complete(config: Any) -> None:
     """Let transformers fill in and check a config's rotary settings."""
     try:
@@ -227,5 +156,5 @@ def _complete(config: Any) -> None:
         config.validate_rope()
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InvalidInputError(
-            f"rope_scaling does not work with {config.model_type}: {first_line(error)}; {_FORM}"
+            f"rope_scaling does not work with {config.model_type}: {first_line(error)}; {FORM}"
         ) from None

@@ -13,21 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from star_attention.errors import quote
 from star_attention.hf.loading import rope
-from star_attention.hf.loading.checks import ENCODER_DECODER, virtual_tokens
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_LAYER_REASONS = {
-    "linear_attention": "linear-attention layers keep a running state instead of keys and values",
-    "chunked_attention": "chunked-attention layers cut the context into chunks of their own",
-}
-
-_CONFIG_REASONS = {
-    "attention_chunk_size": "chunked-attention layers cut the context into chunks of their own",
-    "index_topk": "its attention selects keys with an indexer of its own",
-    "alibi": "it biases scores by distance (ALiBi), which the attention interface does not pass on",
-    "keep_window_size": "it writes a bias for each key, computed from the values, into the mask",
-}
-"""Config fields that are set for other kinds of attention, with the reasons."""
+from star_attention.hf.loading.checks import virtual_tokens
+from star_attention.hf.loading.family_source import (
+    ENCODER_DECODER,
+    INTERFACE,
+    RUNNING_STATE,
+    field_reasons,
+    off_interface,
+)
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -85,17 +78,15 @@ def _class_reasons(kind: Any, config: PretrainedConfig) -> list[str]:
     if not callable(getattr(kind, "generate", None)):
         problems.append(f"{kind.__name__} does not generate text")
     if getattr(kind, "_is_stateful", False):
-        problems.append("it keeps a running state instead of keys and values of all tokens")
+        problems.append(RUNNING_STATE)
     elif not any(
-        hasattr(sys.modules.get(part.__module__), "ALL_ATTENTION_FUNCTIONS")
+        hasattr(sys.modules.get(part.__module__), INTERFACE)
         for part in kind.__mro__
         if issubclass(part, PreTrainedModel) and part is not PreTrainedModel
     ):
         # The class flag `_supports_attention_backend` is missing from families that do use the
         # interface. A model's own code may derive from a class of transformers.
-        problems.append(
-            f"{kind.__name__}'s attention does not go through transformers' attention interface"
-        )
+        problems.append(off_interface(kind.__name__))
     return problems
 
 
@@ -103,13 +94,7 @@ def _config_reasons(config: PretrainedConfig) -> list[str]:
     if getattr(config, "is_encoder_decoder", False):
         return [ENCODER_DECODER]
     text: Any = config.get_text_config(decoder=True)
-    problems = []
-    for kind in sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES):
-        default = f"it has {kind} layers; only full and sliding-window attention works in blocks"
-        problems.append(_LAYER_REASONS.get(kind, default))
-    for name, reason in _CONFIG_REASONS.items():
-        if getattr(text, name, None) and reason not in problems:
-            problems.append(reason)
+    problems = field_reasons(text)
     if getattr(text, "is_causal", True) is False or getattr(
         text, "use_bidirectional_attention", None
     ) in (True, "all"):
