@@ -206,6 +206,29 @@ def test_tags_that_are_tokens(kind: str, chat: str | None) -> None:
     assert answers(star, "the <think> world") == (quoted, None)
 
 
+def test_the_name_of_a_channel_is_no_reasoning() -> None:
+    """Gemma 4 writes `<|channel>thought` and a line break before its reasoning."""
+    special = (*CHATML_TOKENS, "<|channel>", "<channel|>")
+    opened = CHATML.replace("assistant\n{% endif %}", "assistant\n<|channel>thought\n{% endif %}")
+    star = talker(byte_level(special, chat=CHATML))
+    assert answers(star, "<|channel>thought\nthe cat<channel|>hello") == ("hello", "the cat")
+    assert answers(star, "<|channel>the cat<channel|>hello") == ("hello", "the cat")
+    assert answers(star, "<|channel>thought\n<channel|>hello") == ("hello", None)
+    star = talker(byte_level(special, chat=opened))
+    assert answers(star, "the cat<channel|>hello") == ("hello", "the cat")
+
+
+def test_a_call_of_a_tool_is_said(channel_chat: StarLLM) -> None:
+    """Forbids an answer without text and without a word: a call is neither text nor thought."""
+    call = '<|channel|>commentary to=functions.f<|message|>{"x": 1}<|call|>'
+    context = channel_chat.encode(MESSAGES)
+    with pytest.warns(UserWarning, match="has no text: they are .* a tool's call"):
+        reply = channel_chat.generate(context, "what", **say(channel_chat.tokenizer, call + "x"))
+    assert (reply.text, reply.finish_reason) == ("", "stop")
+    shown = say(channel_chat.tokenizer, call) | dict(skip_special_tokens=False)
+    assert channel_chat.generate(context, "what", **shown).text == call
+
+
 def test_tags_that_only_the_template_names() -> None:
     named = "{# <think> #}{% if false %}</think>{% endif %}" + CHATML
     star = talker(byte_level(chat=named))

@@ -118,6 +118,48 @@ def test_a_turn_may_end_where_the_next_one_begins() -> None:
         assert (reply.text, reply.finish_reason) == ("hello", "stop")
 
 
+@pytest.mark.parametrize("mode", MODES, ids=["greedy", "beams", "sampling"])
+def test_an_end_that_is_not_marked_as_special_is_no_text(mode: Any) -> None:
+    """Forbids `hello<|im_end|>`; without the setting, the text is as the model wrote it."""
+    tokenizer = byte_level(CHATML_TOKENS[:2], plain=("<|im_end|>",), chat=CHATML)
+    star = talker(tokenizer)
+    context = star.encode(MESSAGES)
+    spoken = say(tokenizer, NEXT_TURN)
+    reply = star.generate(context, "what", **mode, **spoken)
+    assert (reply.text, reply.finish_reason) == ("hello", "stop")
+    shown = say(tokenizer, NEXT_TURN) | dict(skip_special_tokens=False)
+    assert star.generate(context, "what", **mode, **shown).text == "hello<|im_end|>"
+    # An ordinary token that ends an answer is a part of it.
+    (last,) = tokenizer(" world", add_special_tokens=False).input_ids
+    spoken = say(tokenizer, "hello world what") | dict(eos_token_id=last)
+    assert star.generate(context, "what", **mode, **spoken).text == "hello world"
+
+
+def test_an_answer_of_special_tokens_alone_is_said(chatml: StarLLM) -> None:
+    """Forbids an empty text without a word; an answer that ends at once has no tokens to show."""
+    context, tokenizer = chatml.encode(MESSAGES), chatml.tokenizer
+    empty = tokenizer.convert_tokens_to_ids(["<|im_start|>"] * 3)
+    with pytest.warns(UserWarning, match="an answer of 3 tokens has no text.*skip_special_tokens"):
+        reply = chatml.generate(context, "what", **say(tokenizer, empty))
+    assert (reply.text, reply.finish_reason) == ("", "length")
+    shown = chatml.generate(context, "what", skip_special_tokens=False, **say(tokenizer, empty))
+    assert shown.text == "<|im_start|>" * 3
+    for spoken, options in (("<|im_end|>", {}), ("hello", {"stop": "hello"})):
+        reply = chatml.generate(context, "what", **options, **say(tokenizer, spoken))
+        assert (reply.text, reply.finish_reason) == ("", "stop")
+
+
+def test_a_stop_string_with_a_special_token_in_it_is_said(chatml: StarLLM) -> None:
+    """Forbids a stop string without effect: the text has no special tokens."""
+    context, tokenizer = chatml.encode(MESSAGES), chatml.tokenizer
+    options: dict[str, Any] = dict(stop="lo<|im_end|>", ignore_eos=True)
+    with pytest.warns(UserWarning, match=r"'lo<\|im_end\|>' never ends.*give '<\|im_end\|>' alone"):
+        reply = chatml.generate(context, "what", **options, **say(tokenizer, NEXT_TURN))
+    assert reply.text == "hello\nuser\nwhat"
+    options["skip_special_tokens"] = False
+    assert chatml.generate(context, "what", **options, **say(tokenizer, NEXT_TURN)).text == "hel"
+
+
 # ------------------------------------------------------------------ settings of the checkpoint
 
 

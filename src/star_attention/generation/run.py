@@ -221,13 +221,17 @@ class GenerationRun:
         return tails[0]
 
     def _warn_of_unanswered(self) -> None:
-        if any(
-            answer.finish_reason == "length" and answer.reasoning and not answer.text
-            for answer in self._answers
-        ):
+        unsaid = [answer for answer in self._answers if answer.is_unsaid]
+        if any(answer.finish_reason == "length" and answer.reasoning for answer in unsaid):
             warnings.warn(
                 "an answer ended inside the model's reasoning, so its text is empty; raise"
                 f" max_new_tokens (now {self.settings.max_new_tokens:,})",
+                stacklevel=2,
+            )
+        elif unsaid:
+            warnings.warn(
+                f"an answer of {len(unsaid[0].token_ids):,} tokens has no text: they are special"
+                " tokens, reasoning or a tool's call, which skip_special_tokens=False shows",
                 stacklevel=2,
             )
 

@@ -23,7 +23,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.checks import whole_characters
-from star_attention.hf.text.endings import turn_end_ids
+from star_attention.hf.text.endings import turn_end_ids, warn_of_unseen_stops
 from star_attention.phase2 import OWN_LOOP_MODES
 
 
@@ -173,6 +173,8 @@ class GenerationSettings:
         if stops and tokenizer is None:
             raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
         stops += self._stops_of(handle.model, tokenizer)
+        if stops and self.skip_special_tokens:
+            warn_of_unseen_stops(tokenizer, stops)
         grammar = None
         if self.json_schema is not None:
             grammar = compile_schema(

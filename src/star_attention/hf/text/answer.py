@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +51,9 @@ class Reading:
         self.markup = Markup.of(tokenizer) if reads_markup else None
         self.stops = StopStrings(stops)
         self.stop_tokens = stop_tokens(tokenizer, stops)
+        # Of an end that a checkpoint does not mark as special, decoding would show the text.
+        added = tokenizer is not None and skip_special_tokens
+        self.added_tokens = frozenset(tokenizer.added_tokens_decoder if added else ())
 
     def reader(self, prompt: list[int]) -> Reader | None:
         """Return what reads the answer to a prompt of these tokens; None without a tokenizer."""
@@ -106,7 +110,11 @@ class TextSettings:
     def answers(self, reading: Reading, prompts: list[list[int]]) -> list[AnswerText]:
         """Return an empty answer to each prompt."""
         eos_ids = self.eos_ids | reading.stop_tokens
-        return [AnswerText(reading.reader(prompt), reading.stops, eos_ids) for prompt in prompts]
+        silent_ids = eos_ids & reading.added_tokens
+        return [
+            AnswerText(reading.reader(prompt), reading.stops, eos_ids, silent_ids)
+            for prompt in prompts
+        ]
 
 
 class AnswerText:
@@ -116,17 +124,24 @@ class AnswerText:
         reader: converts its tokens to text, or None.
         stops: strings that end it.
         eos_ids: token ids that end it.
+        silent_ids: those of them that have no part in the text.
 
     Attributes:
         token_ids: all tokens so far.
         finish_reason: why the answer ended, None while it continues.
     """
 
-    def __init__(self, reader: Reader | None, stops: StopStrings, eos_ids: set[int]) -> None:
+    def __init__(
+        self,
+        reader: Reader | None,
+        stops: StopStrings,
+        eos_ids: set[int],
+        silent_ids: Collection[int] = (),
+    ) -> None:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._pieces: list[str] = []
-        self._eos_ids = eos_ids
+        self._eos_ids, self._silent_ids = eos_ids, silent_ids
         self._reader = reader
         self._stop = StopStringCutter(stops)
 
@@ -134,6 +149,12 @@ class AnswerText:
     def text(self) -> str:
         """The text that is certain so far."""
         return "".join(self._pieces)
+
+    @property
+    def is_unsaid(self) -> bool:
+        """True if it has tokens, but none with a text: special tokens, reasoning, a tool's call."""
+        unread = self._reader is None or self._stop.stopped or set(self.token_ids) <= self._eos_ids
+        return not unread and not self.text
 
     @property
     def reasoning(self) -> str | None:
@@ -150,7 +171,9 @@ class AnswerText:
         self.token_ids.append(token)
         if token in self._eos_ids:
             self.finish_reason = "stop"
-        piece = "" if self._reader is None else self._stop.push(self._reader.push(token))
+        piece = ""
+        if self._reader is not None and token not in self._silent_ids:
+            piece = self._stop.push(self._reader.push(token))
         self._pieces.append(piece)
         if self._stop.stopped:
             self.finish_reason = "stop"

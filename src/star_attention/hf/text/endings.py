@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.text.template import ChatTemplate
 
 _ANSWER = "\u2063star-attention-answer\u2063"
@@ -38,6 +39,19 @@ def stop_tokens(tokenizer: Any, stops: Iterable[str]) -> set[int]:
         if text in stops and tokenizer.decode([token]) == text
     }
     return {special[stop] for stop in stops if stop in special}
+
+
+def warn_of_unseen_stops(tokenizer: Any, stops: Iterable[str]) -> None:
+    """Warn of stop strings of which special tokens are a part: texts without those never match."""
+    special = [token for token in tokenizer.all_special_tokens if token.strip()]
+    for stop in stops:
+        token = next((token for token in special if token in stop and token != stop), None)
+        if token is not None:
+            warnings.warn(
+                f"the stop string {quote(stop)} never ends an answer, whose text leaves out special"
+                f" tokens; give {quote(token)} alone, or skip_special_tokens=False",
+                stacklevel=2,
+            )
 
 
 def turn_end_ids(tokenizer: Any) -> set[int]:

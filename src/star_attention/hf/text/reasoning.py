@@ -25,6 +25,9 @@ TAGS = {
 }
 """Tags around reasoning, opening and closing."""
 
+_NAMES = {"<|channel>": "thought\n"}
+"""What may follow an opening tag and is no reasoning: the name of Gemma 4's channel."""
+
 _CONTROLS = {
     "<|start|>": "start",
     "<|channel|>": "channel",
@@ -133,21 +136,33 @@ class Thinking:
     def flush(self) -> tuple[str, str]:
         """Return the text held back, as reasoning and answer."""
         pending, self._pending = self._pending, ""
+        if self._starts and (opening := self._opening_of(pending.lstrip())):
+            self._begin(opening)
+            pending = ""
         return ("", pending) if self._closing is None else (pending, "")
 
     def _open(self, text: str) -> str:
         """Look for an opening tag, and return the text after it; "" while it may still come."""
         begun = text.lstrip()
-        for opening, closing in self._tags.items():
-            if begun.startswith(opening):
-                self._starts, self._closing = False, closing
-                return begun[len(opening) :]
-        may_come = any(opening.startswith(begun) for opening in self._tags)
-        if may_come and len(text) - len(begun) <= _MOST_SPACE:
+        opening = self._opening_of(begun)
+        name = _NAMES.get(opening, "")
+        rest = begun[len(opening) :]
+        may_come = any(tag.startswith(begun) for tag in self._tags)
+        if opening and (rest.startswith(name) or not name.startswith(rest)):
+            self._begin(opening)
+            return rest.removeprefix(name)
+        if opening or (may_come and len(text) - len(begun) <= _MOST_SPACE):
             self._pending = text
             return ""
         self._starts = False
         return text
+
+    def _opening_of(self, text: str) -> str:
+        """Return the opening tag that a text begins with, or ""."""
+        return next((opening for opening in self._tags if text.startswith(opening)), "")
+
+    def _begin(self, opening: str) -> None:
+        self._starts, self._closing = False, self._tags[opening]
 
     def _close(self, text: str) -> tuple[str, str]:
         """Return the reasoning, and the text after its closing tag."""

@@ -88,14 +88,6 @@ class ChatTemplate:
         # Not chained: the traceback would print whole messages.
         raise self._rejection(failure, messages) from None
 
-    def complete(self, messages: list[Message]) -> str:
-        """Return a conversation whose last message is complete; "" if the template rejects it."""
-        try:
-            return self._apply(self.adapted(messages), is_complete=True)
-        except Exception:
-            # A template may raise anything for messages that it does not accept.
-            return ""
-
     def adapted(self, messages: list[Message]) -> list[Message]:
         """Return messages with contents and tool calls in the forms that the template takes."""
         return [self._adapted(message) for message in messages]
@@ -186,13 +178,13 @@ class ChatTemplate:
             f"the chat template rejects {rejected}: {_reason(failure, messages)}; {remedy}"
         )
 
-    def _apply(self, messages: list[Message], *, is_complete: bool = False) -> str:
+    def _apply(self, messages: list[Message]) -> str:
         is_prefilled = messages[-1]["role"] == "assistant"
         text: str = self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            add_generation_prompt=not is_prefilled and not is_complete,
-            continue_final_message=is_prefilled and not is_complete,
+            add_generation_prompt=not is_prefilled,
+            continue_final_message=is_prefilled,
             **self.kwargs,
         )
         return text
