@@ -115,8 +115,11 @@ def test_a_call_of_a_tool_ends_the_answer(channel_chat: StarLLM) -> None:
     call = "<|channel|>commentary to=functions.f<|message|>{}<|call|>"
     context = channel_chat.encode([{"role": "user", "content": "the cat\n"}])
     spoken = say(channel_chat.tokenizer, call + "<|start|>functions.f")
-    reply = channel_chat.generate(context, "what", **spoken)
+    with pytest.warns(UserWarning, match="has no text: they are .* a tool's call"):
+        reply = channel_chat.generate(context, "what", **spoken)
     assert (reply.text, reply.reasoning, reply.finish_reason) == ("", "{}", "stop")
+    shown = say(channel_chat.tokenizer, call) | dict(skip_special_tokens=False)
+    assert channel_chat.generate(context, "what", **shown).text == call
 
 
 @pytest.mark.parametrize(
@@ -216,17 +219,6 @@ def test_the_name_of_a_channel_is_no_reasoning() -> None:
     assert answers(star, "<|channel>thought\n<channel|>hello") == ("hello", None)
     star = talker(byte_level(special, chat=opened))
     assert answers(star, "the cat<channel|>hello") == ("hello", "the cat")
-
-
-def test_a_call_of_a_tool_is_said(channel_chat: StarLLM) -> None:
-    """Forbids an answer without text and without a word: a call is neither text nor thought."""
-    call = '<|channel|>commentary to=functions.f<|message|>{"x": 1}<|call|>'
-    context = channel_chat.encode(MESSAGES)
-    with pytest.warns(UserWarning, match="has no text: they are .* a tool's call"):
-        reply = channel_chat.generate(context, "what", **say(channel_chat.tokenizer, call + "x"))
-    assert (reply.text, reply.finish_reason) == ("", "stop")
-    shown = say(channel_chat.tokenizer, call) | dict(skip_special_tokens=False)
-    assert channel_chat.generate(context, "what", **shown).text == call
 
 
 def test_tags_that_only_the_template_names() -> None:

@@ -152,9 +152,12 @@ class AnswerText:
 
     @property
     def is_unsaid(self) -> bool:
-        """True if it has tokens, but none with a text: special tokens, reasoning, a tool's call."""
-        unread = self._reader is None or self._stop.stopped or set(self.token_ids) <= self._eos_ids
-        return not unread and not self.text
+        """True if it has tokens, but none with a text: special tokens, reasoning, a tool's call.
+
+        A single token is asked for to look at its logits or to measure, and does not count.
+        """
+        is_cut = self._stop.stopped or set(self.token_ids) <= self._eos_ids
+        return len(self.token_ids) > 1 and not (self._reader is None or is_cut or self.text)
 
     @property
     def reasoning(self) -> str | None:
