@@ -149,6 +149,9 @@ class RankError(StarAttentionError, RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if it has none."""
+    if isinstance(error, KeyError):
+        # Its message is the key alone.
+        return f"there is no {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -153,10 +153,13 @@ def test_a_missing_weight(name: str, folder: Path) -> None:
 def test_a_weight_of_another_shape(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(3, 5)
+    weights["model.norm.weight"] = torch.zeros(7)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(
-        ModelNotFoundError, f"the model at {folder} could not be loaded", call=lambda: load(folder)
-    )
+    message = [
+        f"the model at {folder} does not fit its config.json: model.layers.1.self_attn.q_proj",
+        "weight has the shape (3, 5), expected (96, 72) (2 weights differ)",
+    ]
+    refused(ModelNotFoundError, *message, call=lambda: load(folder))
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])

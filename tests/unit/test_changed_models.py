@@ -4,6 +4,7 @@ encoded with, by whatever way they changed."""
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -216,7 +217,8 @@ def test_settings_that_an_engine_was_made_with_stay() -> None:
 # ------------------------------------------------------------------------------- adapters
 
 
-def test_adapters_changed_by_any_way_are_noticed() -> None:
+def test_adapters_changed_by_any_way_are_noticed(tmp_path: Path) -> None:
+    """Forbids looking at the model as a whole only: layers are switched one by one."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
@@ -225,10 +227,15 @@ def test_adapters_changed_by_any_way_are_noticed() -> None:
     star = StarLLM(model, block_size=BLOCK)
     weights = peft.get_peft_model_state_dict(model)
 
+    layers = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)]
+
     def scaled() -> None:
-        for module in model.modules():
-            if isinstance(getattr(module, "scaling", None), dict):
-                module.scaling["default"] *= 2
+        for layer in layers:
+            layer.scaling["default"] *= 2
+
+    def exchange_scales() -> None:
+        first, second = layers[0].scaling, layers[1].scaling
+        first["default"], second["default"] = second["default"], first["default"]
 
     for field, change in (
         (
@@ -237,14 +244,25 @@ def test_adapters_changed_by_any_way_are_noticed() -> None:
         ),
         ("weights", lambda: [w.data.mul_(2) for n, w in model.named_parameters() if "lora_A" in n]),
         ("adapters", scaled),
+        ("adapters", lambda: layers[0].scaling.update(default=5.0)),
+        ("adapters", exchange_scales),
+        ("adapters", lambda: layers[0].enable_adapters(False)),
+        ("adapters", lambda: layers[0].enable_adapters(True)),
+        ("adapters", lambda: layers[0].set_adapter([])),
+        ("adapters", lambda: layers[0].set_adapter(["default"])),
         ("weights", model.merge_adapter),
     ):
         context = star.encode(ids(CONTEXT))
+        context.save(tmp_path / "a.star")
         star.generate(context, [5], max_new_tokens=1)
         change()
-        with pytest.raises(ContextMismatchError) as caught:
-            star.generate(context, [5])
-        assert caught.value.field == field
+        for use in (
+            functools.partial(star.generate, context, [5]),
+            lambda: star.load_context(tmp_path / "a.star"),
+        ):
+            with pytest.raises(ContextMismatchError) as caught:
+                use()
+            assert caught.value.field == field
 
 
 @pytest.mark.filterwarnings(

@@ -20,7 +20,7 @@ from star_attention.errors import (
     UnsupportedModelError,
 )
 from star_attention.hf.loading import checks, files, hub
-from tests.engines import BUNDLED, ids, tiny
+from tests.engines import BUNDLED, bundled_tokenizer, ids, tiny
 from tests.families import build
 from tests.model_folders import complete_model
 from tests.refusals import refused
@@ -105,6 +105,11 @@ def test_a_subfolder(folder: Path) -> None:
     star = load(outer, subfolder="model")
     assert star.tokenizer is not None
     assert len(star.encode(ids(50))) == 50
+    # A tokenizer of the whole repository, and none in the subfolder.
+    for file in folder.glob("tokenizer*"):
+        file.rename(outer / file.name)
+    star = load(outer, subfolder="model")
+    assert star.tokenizer("the cat").input_ids == bundled_tokenizer()("the cat").input_ids
     message = f"the folder {outer} has no subfolder modell; check its name"
     refused(ModelNotFoundError, message, call=lambda: load(outer, subfolder="modell"))
 

@@ -92,7 +92,14 @@ class ModelFiles:
             return self.adapter
         if self.folder is None or self.gguf_file is not None or _has_tokenizer(self.folder):
             return self.path
-        return None
+        return self.path if self.has_tokenizer_above else None
+
+    @property
+    def has_tokenizer_above(self) -> bool:
+        """True if a model in a subfolder has no tokenizer of its own, but the outer folder does."""
+        if self.folder is None or self.gguf_file or not self.location.get("subfolder"):
+            return False
+        return not _has_tokenizer(self.folder) and _has_tokenizer(Path(self.path))
 
     @property
     def has_tokenizer_beside_gguf(self) -> bool:

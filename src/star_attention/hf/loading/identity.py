@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -51,6 +51,7 @@ def model_identity(model: Any, outer: Any, *, fresh: bool = False) -> dict[str, 
         },
         "dtype": str(model.dtype),
         "adapters": adapters(outer),
+        "adapter_layers": _digest(_adapter_layers(outer)),
         "weights": _sampled_weights(model),
         "checksum": weights_checksum(model, fresh=fresh),
         "rotary": rope.edited_frequencies(model.get_decoder()) or _AS_CONFIGURED,
@@ -80,13 +81,41 @@ def _with_scales(model: nn.Module, name: str) -> str:
     return " ".join([name, *(f"x{scale:g}" for scale in sorted(scales))])
 
 
+def _adapter_layers(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Return the active adapters of each adapted layer, with their scales.
+
+    Layers can be switched and scaled one by one, which the names of the model's do not show.
+    """
+    if not hasattr(model, "peft_config"):
+        return []
+    layers = []
+    for module in model.modules():
+        is_off = getattr(module, "disable_adapters", None)
+        if not isinstance(is_off, bool):
+            continue
+        names: Iterable[str] = () if is_off else getattr(module, "active_adapters", ())
+        scaling = getattr(module, "scaling", None)
+        scales = scaling if isinstance(scaling, dict) else {}
+        layers.append(tuple((name, scales.get(name)) for name in names))
+    return layers
+
+
+def _digest(layers: list[tuple[Any, ...]]) -> str | None:
+    return hashlib.sha256(repr(layers).encode()).hexdigest() if layers else None
+
+
 def state(outer: nn.Module) -> tuple[Any, ...]:
     """Return a value that changes whenever weights, adapters or config of a model do.
 
     It reads a few elements of each weight; `fingerprint` says what can go unnoticed.
     """
     text_config = support.unwrap(outer).config.get_text_config(decoder=True)
-    return (*adapters(outer), fingerprint.config(text_config), fingerprint.weights(outer))
+    return (
+        *adapters(outer),
+        *_adapter_layers(outer),
+        fingerprint.config(text_config),
+        fingerprint.weights(outer),
+    )
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
@@ -134,14 +163,14 @@ def check(name: str, context: dict[str, Any], model: dict[str, Any]) -> None:
     Raises:
         ContextMismatchError: names the first field that differs.
     """
-    # Files of earlier versions lack two fields.
-    context = {"rotary": _AS_CONFIGURED, "checksum": model.get("checksum")} | context
+    # Files of earlier versions lack these fields.
+    unknown = {name: model.get(name) for name in ("checksum", "adapter_layers")}
+    context = {"rotary": _AS_CONFIGURED} | unknown | context
     mismatch = difference(context, model)
     if mismatch is None:
         return
     field, context_value, model_value = mismatch
-    if field == "checksum":
-        field = "weights"
+    field = {"checksum": "weights", "adapter_layers": "adapters"}.get(field, field)
     remedy = "load the model that encoded it"
     if field == "dtype":
         remedy = f"load the model in {context_value.removeprefix('torch.')} (dtype=, or --dtype)"

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import AutoHfQuantizer
 
@@ -259,6 +260,8 @@ def _can_attend(name: Any) -> bool:
 
 def _load_weights(model_files: ModelFiles, options: dict[str, Any]) -> Any:
     path: Any = model_files.gguf_file or model_files.path
+    # Weights of another shape are in the report then; otherwise only in a table that is logged.
+    options = options | {"ignore_mismatched_sizes": True}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             model_files.path, output_loading_info=True, **options
@@ -277,10 +280,26 @@ def _load_weights(model_files: ModelFiles, options: dict[str, Any]) -> Any:
     except Exception as error:
         # Readers of weights and quantizers have errors of any type.
         _refuse_remote_code(model_files, error)
+        remedy = "; copy or download it again" if isinstance(error, SafetensorError) else ""
         raise ModelNotFoundError(
-            f"the model at {path} could not be loaded: {first_line(error)}"
+            f"the model at {path} could not be loaded: {first_line(error)}{remedy}"
         ) from error
-    # transformers fills missing weights with random values and continues.
+    _check_report(path, model, report)
+    settings: Any = getattr(model.config, "quantization_config", None)
+    if getattr(settings, "gguf_file", None) is not None:
+        # A context's identity includes the config, and must not depend on the name of a file.
+        settings.gguf_file = None
+    return model
+
+
+def _check_report(path: Any, model: Any, report: dict[str, Any]) -> None:
+    """Refuse a model that lacks weights: transformers fills them with random values.
+
+    Args:
+        path: what to call the model.
+        model: the model, as loaded.
+        report: what transformers reports of its weights.
+    """
     missing = sorted(report["missing_keys"])
     if missing:
         more = "" if len(missing) == 1 else f" and {len(missing) - 1} more"
@@ -288,11 +307,15 @@ def _load_weights(model_files: ModelFiles, options: dict[str, Any]) -> Any:
             f"the model at {path} is incomplete: its files lack {missing[0]}{more}; copy or"
             f" download it again{_without_output(missing, model)}"
         )
-    quantization: Any = getattr(model.config, "quantization_config", None)
-    if getattr(quantization, "gguf_file", None) is not None:
-        # A context's identity includes the config, and must not depend on the name of a file.
-        quantization.gguf_file = None
-    return model
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, in_files, expected = mismatched[0]
+        more = "" if len(mismatched) == 1 else f" ({len(mismatched)} weights differ)"
+        raise ModelNotFoundError(
+            f"the model at {path} does not fit its config.json: {name} has the shape"
+            f" {tuple(in_files)}, expected {tuple(expected)}{more}; check that both are of the same"
+            " model, or download them again"
+        )
 
 
 def _without_output(missing: list[str], model: Any) -> str:
@@ -329,6 +352,8 @@ def _load_tokenizer(model: ModelFiles) -> Any:
         location = {"trust_remote_code": location["trust_remote_code"]}
     if model.has_tokenizer_beside_gguf:
         location.pop("gguf_file")
+    elif model.has_tokenizer_above:
+        location.pop("subfolder", None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **location)
         if model.gguf_file is not None and "gguf_file" in location:
