@@ -124,6 +124,8 @@ def oracle_generate(
     block_size: int,
     anchor_size: int,
     steps: int,
+    lookback: int = 0,
+    lookback_layers: Collection[int] = (),
     rope_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode `steps` tokens greedily, all tokens through `oracle_forward` at each step.
@@ -140,6 +142,8 @@ def oracle_generate(
             context_len=context_len,
             block_size=block_size,
             anchor_size=anchor_size,
+            lookback=lookback,
+            lookback_layers=lookback_layers,
             rope_length=rope_length,
         )
         logits.append(result.logits_BLV[:, -1])

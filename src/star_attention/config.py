@@ -17,6 +17,7 @@ from star_attention.planning.lookback import ALL, parse_layers
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 from star_attention.planning.ring import RING_LAYOUTS
 from star_attention.planning.sizes import check_lookback, format_size, parse_size, resolve_sizes
+from star_attention.planning.stripes import STRIPE_TOKENS
 
 METHODS = {
     "star": "star_attention.methods.star:Star",
@@ -376,6 +377,7 @@ class StarConfig:
             ranks,
             self.lookback,
             self.lookback_layers,
+            self.tokens_per_forward or STRIPE_TOKENS,
         )
 
 

@@ -77,13 +77,15 @@ def encode(
 def _batches(
     plans: list[BlockPlan], rope_lengths: list[int | None], tokens_per_forward: int
 ) -> list[list[int]]:
-    """Group contexts with equal plans, as many as whole blocks fit in one forward."""
+    """Group contexts with equal plans, as many as whole blocks (or stripes) fit in one forward."""
     groups: dict[tuple[BlockPlan, int | None], list[int]] = {}
     for index, key in enumerate(zip(plans, rope_lengths, strict=True)):
         groups.setdefault(key, []).append(index)
     batches = []
     for (plan, _), indices in groups.items():
-        size = max(1, tokens_per_forward // min(plan.block_size, plan.context_tokens))
+        stripes = plan.stripes
+        together = min(plan.block_size, plan.context_tokens) if stripes is None else stripes.longest
+        size = max(1, tokens_per_forward // together)
         batches += [indices[i : i + size] for i in range(0, len(indices), size)]
     return batches
 

@@ -10,20 +10,23 @@ Axes: B contexts, L tokens of each, S tokens of a forward.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from star_attention.config import StarConfig
-from star_attention.distributed.comm import Comm, Pending
-from star_attention.hf.cache.encode import AnchorLink, EncodeCache, SpanCache
-from star_attention.hf.cache.probe import LayerKVShape
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.encode import EncodeCache, KVLink, Recent, SpanCache
+from star_attention.hf.cache.exchange import StripeLink, begin, keep_anchor
+from star_attention.hf.cache.links import AnchorReceiver, AnchorSender, Place, Places
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.progress import Progress
+from star_attention.planning.exchange import to_extend
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
@@ -34,9 +37,6 @@ _WORTH_COMPILING = 4096
 
 Compiling takes seconds, and forwards of few tokens wait for launches rather than for the device.
 """
-
-_LAYERS_AHEAD = 2
-"""Layers ahead of use for which a rank requests the anchor: enough to hide the transfer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,15 @@ class EncodeJob:
         """Most tokens of each context in one forward."""
         return max(1, self.tokens_per_forward // self.contexts)
 
+    @cached_property
+    def places(self) -> Places:
+        """The layers that store keys and values."""
+        return {
+            layer: Place(shape=shape, device=self.handle.layer_device(layer))
+            for layer, shape in enumerate(self.handle.layer_shapes)
+            if shape is not None
+        }
+
     @property
     def kv_format(self) -> KVFormat:
         """The format that the contexts' keys and values are stored in."""
@@ -111,20 +120,46 @@ def encode(job: EncodeJob) -> list[ContextKV]:
     anchors: list[ContextKV] | None = None
     if receives or (not job.kv_format.as_computed and plan.anchor_size > 0 and plan.num_blocks > 1):
         anchors = _empty_stores(job, Segments.prefix(plan.anchor_size))
-    link: AnchorLink | None = None
-    if broadcasts and not receives:
-        link = _AnchorSender(comm, plan)
-    elif broadcasts:
-        assert anchors is not None
-        link = _AnchorReceiver(job, anchors)
-    cache = EncodeCache(plan, stores, job.handle.windows, comm, anchors=anchors, link=link)
+    recents = [Recent() for _ in job.handle.windows]
+    link = _link(job, recents, anchors or [], sends_anchor=broadcasts)
+    cache = EncodeCache(
+        plan, stores, job.handle.windows, comm, anchors=anchors, link=link, recents=recents
+    )
     forwards = Forwards(job)
     if receives and not broadcasts:
         forwards.run(cache, anchor_spans(plan, job.span_tokens))
     forwards.run(cache, plan.spans(job.span_tokens, rank=comm.cp_rank))
-    if isinstance(link, _AnchorSender):
-        link.finish()
+    link.finish()
     return stores
+
+
+def _link(
+    job: EncodeJob, recents: list[Recent], anchors: list[ContextKV], *, sends_anchor: bool
+) -> KVLink:
+    """Return how keys and values of other ranks arrive at this one.
+
+    Args:
+        job: the contexts.
+        recents: for each layer, where blocks arrive that are looked back to.
+        anchors: where the anchor arrives on ranks other than 0.
+        sends_anchor: True if rank 0 sends the anchor.
+    """
+    plan, comm = job.plan, job.comm
+    if plan.busy_ranks > 1 and plan.stripes is not None:
+        return StripeLink(
+            comm,
+            plan,
+            job.places,
+            recents=recents,
+            anchors=anchors if comm.cp_rank > 0 else [],
+            sends_anchor=sends_anchor,
+            batch=job.contexts,
+        )
+    if not sends_anchor:
+        return KVLink()
+    if comm.cp_rank == 0:
+        return AnchorSender(comm, plan)
+    return AnchorReceiver(comm, plan, job.places, anchors, span_tokens=job.span_tokens)
 
 
 def extend(job: EncodeJob, kv: ContextKV, *, start: int, owner: int) -> ContextKV:
@@ -139,18 +174,41 @@ def extend(job: EncodeJob, kv: ContextKV, *, start: int, owner: int) -> ContextK
     Returns:
         The share with the new tokens on the owner, `kv` itself on the other ranks.
     """
-    plan, comm = job.plan, job.comm
+    plan, comm, windows = job.plan, job.comm, job.handle.windows
+    recents = [Recent() for _ in windows]
     anchors = None
-    if owner > 0 and plan.anchor_size:
-        anchors = [_send_anchor_to(owner, job, kv)]
+    if plan.anchor_size and not job.layout[owner].holds(0):
+        anchors = [empty(job.handle, Segments.prefix(plan.anchor_size), comm)]
+    if comm.cp_size > 1:
+        _send_to(owner, job, kv, start, recents, anchors or [])
     if comm.cp_rank != owner:
         return kv
     store = kv.grown(kv.segments.grow_to(plan.context_tokens))
     cache = EncodeCache(
-        plan, [store], job.handle.windows, comm, anchors=anchors, keeps_recent=False
+        plan, [store], windows, comm, anchors=anchors, recents=recents, keeps_own=False
     )
     Forwards(job).run(cache, plan.from_token(start, job.tokens_per_forward))
     return store
+
+
+def _send_to(
+    owner: int,
+    job: EncodeJob,
+    kv: ContextKV,
+    start: int,
+    recents: list[Recent],
+    anchors: list[ContextKV],
+) -> None:
+    """Send what `owner` needs of other ranks' blocks to extend a context. Collective."""
+    plan, lookbacks = job.plan, job.plan.lookbacks(len(recents))
+    for layer, place in job.places.items():
+        transfers = to_extend(plan, job.layout, lookbacks[layer], start=start, owner=owner)
+        if not transfers:
+            continue
+        arriving = begin(job.comm, transfers, kv.layers[layer].slice, layer=layer, place=place)
+        for piece in arriving.pieces():
+            recents[layer].add(*piece)
+            keep_anchor(piece, anchors, layer, plan.anchor_size)
 
 
 def _empty_stores(
@@ -242,128 +300,14 @@ class Forwards:
 
     def _out_of_memory(self, cache: SpanCache) -> str:
         job = self._job
+        sizes = f"tokens_per_forward (now {job.tokens_per_forward:,}; it sets the working memory)"
+        if job.comm.cp_size > 1 and job.plan.lookback and cache.span.tokens > job.span_tokens:
+            # The stripe is one block, which other ranks wait for.
+            sizes = f"block_size (now {job.plan.block_size:,}; with lookback on ranks a forward"
+            sizes += " holds a whole block)"
         return (
             f"out of memory in phase 1 after {cache.span.start:,} of {job.plan.context_tokens:,}"
             f" context tokens, with {cache.span.tokens * job.contexts:,} tokens in one forward:"
-            f" lower tokens_per_forward (now {job.tokens_per_forward:,}; it sets the working"
-            " memory), keep keys and values in fp8 (kv_dtype) or in host memory (kv_device), or"
-            f" encode a shorter context ({cache.bytes_per_token:,} bytes per token here)"
+            f" lower {sizes}, keep keys and values in fp8 (kv_dtype) or in host memory (kv_device),"
+            f" or encode a shorter context ({cache.bytes_per_token:,} bytes per token here)"
         )
-
-
-# --------------------------------------------------------------------- how the anchor travels
-
-
-class _AnchorSender(AnchorLink):
-    """Sends each layer's part of the anchor from rank 0 once it is computed, without waiting."""
-
-    def __init__(self, comm: Comm, plan: BlockPlan) -> None:
-        self._comm, self._plan = comm, plan
-        self._pending: list[Pending] = []
-
-    def send(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
-        tokens = min(span.stop, self._plan.anchor_size) - span.start
-        if tokens > 0:
-            packed = _pack(k_BGSD[:, :, :tokens], v_BGSD[:, :, :tokens])
-            self._pending.append(self._comm.broadcast(packed, self._plan.busy_ranks))
-
-    def finish(self) -> None:
-        for pending in self._pending:
-            pending.wait()
-
-
-@dataclass(frozen=True)
-class _AnchorPart:
-    """One layer's keys and values of `tokens` anchor tokens from `start` on."""
-
-    layer: int
-    start: int
-    tokens: int
-
-
-class _AnchorReceiver(AnchorLink):
-    """Requests the anchor on other ranks a few layers ahead, in the order in which rank 0 sends."""
-
-    def __init__(self, job: EncodeJob, anchors: list[ContextKV]) -> None:
-        self._handle, self._comm, self._plan = job.handle, job.comm, job.plan
-        self._anchors = anchors
-        layers = [i for i, shape in enumerate(job.handle.layer_shapes) if shape is not None]
-        anchor_size = job.plan.anchor_size
-        self._waiting = deque(
-            _AnchorPart(layer, span.start, min(span.stop, anchor_size) - span.start)
-            for span in job.plan.spans(job.span_tokens, rank=0)
-            if span.start < anchor_size
-            for layer in layers
-        )
-        self._in_flight: deque[tuple[_AnchorPart, Tensor, Pending]] = deque()
-
-    def wait_for(self, layer: int) -> None:
-        if not (self._waiting or self._in_flight):
-            return
-        # Rank 0 sends all layers of one part of the anchor, then all layers of the next part.
-        last = max((i for i, part in enumerate(self._waiting) if part.layer == layer), default=-1)
-        for _ in range(min(last + 1 + _LAYERS_AHEAD, len(self._waiting))):
-            self._request_next()
-        while any(part.layer == layer for part, *_ in self._in_flight):
-            self._store_first()
-
-    def _request_next(self) -> None:
-        part = self._waiting.popleft()
-        shape = self._shape(part.layer)
-        packed = torch.empty(
-            len(self._anchors) * part.tokens * shape.elements,
-            dtype=shape.dtype,
-            device=self._handle.layer_device(part.layer),
-        )
-        pending = self._comm.broadcast(packed, self._plan.busy_ranks)
-        self._in_flight.append((part, packed, pending))
-
-    def _store_first(self) -> None:
-        part, packed, pending = self._in_flight.popleft()
-        pending.wait()
-        shape = self._shape(part.layer)
-        k_BGSD, v_BGSD = _unpack(packed, shape, len(self._anchors), part.tokens)
-        for store, k_GSD, v_GSD in zip(self._anchors, k_BGSD, v_BGSD, strict=True):
-            store.layers[part.layer].write(part.start, k_GSD, v_GSD)
-
-    def _shape(self, layer: int) -> LayerKVShape:
-        shape = self._handle.layer_shapes[layer]
-        assert shape is not None
-        return shape
-
-
-def _send_anchor_to(owner: int, job: EncodeJob, kv: ContextKV) -> ContextKV:
-    """Send rank 0's anchor to `owner`, which needs it to extend a context. Collective.
-
-    Returns:
-        The anchor on `owner`, an empty store on the other ranks.
-    """
-    handle, comm, anchor_size = job.handle, job.comm, job.plan.anchor_size
-    anchor = empty(handle, Segments.prefix(anchor_size), comm)
-    for layer, shape in enumerate(handle.layer_shapes):
-        if shape is None:
-            continue
-        size, device = anchor_size * shape.elements, handle.layer_device(layer)
-        received = torch.empty(
-            size if comm.cp_rank == owner else 0, dtype=shape.dtype, device=device
-        )
-        sent = torch.empty(0, dtype=shape.dtype, device=device)
-        if comm.cp_rank == 0:
-            sent = _pack(*kv.layers[layer].slice(0, anchor_size))
-        comm.exchange(sent, received, target=owner, source=0, total=size).wait()
-        if comm.cp_rank == owner:
-            k_1GSD, v_1GSD = _unpack(received, shape, 1, anchor_size)
-            anchor.layers[layer].write(0, k_1GSD[0], v_1GSD[0])
-    return anchor
-
-
-def _pack(k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    return torch.cat([k_BGSD.reshape(-1), v_BGSD.reshape(-1)])
-
-
-def _unpack(packed: Tensor, shape: LayerKVShape, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
-    keys = batch * tokens * shape.k_heads * shape.k_size
-    return (
-        packed[:keys].reshape(batch, shape.k_heads, tokens, shape.k_size),
-        packed[keys:].reshape(batch, shape.v_heads, tokens, shape.v_size),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -62,13 +63,18 @@ def check_model(
     model: Any,
     block_size: int,
     anchor_size: int,
+    *,
+    lookback: int = 0,
+    lookback_layers: Collection[int] = (),
     tensor_parallel: int = 1,
 ) -> None:
     """Compare all ranks' shards, tokens and logits with the mask oracle's."""
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         context_len=CONTEXT,
         block_size=block_size,
         anchor_size=anchor_size,
+        lookback=lookback,
+        lookback_layers=lookback_layers,
         rope_length=results[0]["rope_length"],
     )
     all_ids = torch.tensor([ids(CONTEXT + QUERY)])

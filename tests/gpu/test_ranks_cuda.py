@@ -121,7 +121,7 @@ def test_nccl_with_one_rank() -> None:
         sent = torch.arange(6.0, device="cuda")
         comm.broadcast(sent, 1).wait()
         received = torch.zeros(6, device="cuda")
-        comm.exchange(sent, received, target=0, source=0, total=6).wait()
+        comm.exchange(sent, received, sent={0: 6}, arriving={0: 6}, total=6).wait()
         torch.cuda.synchronize()
         assert received.tolist() == sent.tolist() == [0, 1, 2, 3, 4, 5]
     ranks.close()

@@ -9,6 +9,7 @@ D head size of keys, V of values.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -36,13 +37,13 @@ def by_blocks(
     for span in plan.spans(forward):
         first = plan.first_seen(span.block_start, plan.lookback)
         own, before = slice(span.start, span.stop), slice(first, span.start)
+        anchor = k_BLGD[:, : plan.anchor_size], v_BLGD[:, : plan.anchor_size]
+        earlier = k_BLGD[:, before], v_BLGD[:, before]
         state = block_attention(
             q_BLHD[:, own],
             (k_BLGD[:, own], v_BLGD[:, own]),
-            anchor=(k_BLGD[:, : plan.anchor_size], v_BLGD[:, : plan.anchor_size])
-            if first > 0 and plan.anchor_size
-            else None,
-            earlier=(k_BLGD[:, before], v_BLGD[:, before]) if span.start > first else None,
+            anchor=partial(tuple, anchor) if first > 0 and plan.anchor_size else None,
+            earlier=partial(tuple, earlier) if span.start > first else None,
             span=span,
             plan=plan,
             rule=rule,

@@ -32,9 +32,8 @@ SHAPE = ModelShape(
         AttentionShape(heads=6, kv_heads=3, k_head_size=5, v_head_size=4),
         AttentionShape(heads=6, kv_heads=3, k_head_size=5, v_head_size=4, window=9),
     ),
-    kv_elements_per_token=2 * 3 * (5 + 4),
+    kv_elements_by_layer=(3 * (5 + 4), 3 * (5 + 4)),
     kv_scales_per_token=2 * (3 + 3),
-    kv_layers=2,
     linear_parameters=1000,
     head_parameters=77,
     parameters=1300,
@@ -42,18 +41,20 @@ SHAPE = ModelShape(
 )
 
 plans = st.builds(
-    lambda tokens, block, anchor, ranks, lookback: BlockPlan(
+    lambda tokens, block, anchor, ranks, lookback, stripe: BlockPlan(
         context_tokens=tokens,
         block_size=block,
         anchor_size=min(anchor, block),
         ranks=ranks,
         lookback=lookback,
+        stripe_tokens=stripe,
     ),
     st.integers(1, 60),
     st.integers(1, 25),
     st.integers(0, 25),
     st.integers(1, 4),
     st.integers(0, 3),
+    st.integers(1, 30),
 )
 windows = st.none() | st.integers(1, 70)
 
@@ -82,9 +83,8 @@ def test_pairs_of_the_context_equal_the_laws_mask(plan: BlockPlan, window: int |
     seen = keys_seen(plan, window)
     assert cost.context_pairs(plan, window, lookback=plan.lookback) == int(seen.sum())
     for rank in range(plan.ranks):
-        start, stop = plan.rank_range(rank)
         pairs = cost.context_pairs(plan, window, rank, plan.lookback)
-        assert pairs == int(seen[start:stop].sum())
+        assert pairs == sum(int(seen[a:b].sum()) for a, b in plan.layout[rank])
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,6 +6,8 @@ H query heads, G KV heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ def block_attention(
     q_BQHD: Tensor,
     own: KV,
     *,
-    anchor: KV | None,
-    earlier: KV | None,
+    anchor: Callable[[], KV] | None,
+    earlier: Callable[[], KV] | None,
     span: Span,
     plan: BlockPlan,
     rule: Rule,
@@ -29,13 +31,16 @@ def block_attention(
 ) -> State:
     """Compute attention of context tokens over their blocks and the anchor (paper, section 2.1).
 
+    Keys of other tokens are asked for after attention to the block's own: they may be on their way
+    from other ranks. They may be asked for twice.
+
     Args:
         q_BQHD: queries of the span's tokens.
         own: keys and values of these tokens, `k_BQGD, v_BQGD`.
-        anchor: keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are in the
-            span or in `earlier`, or if there are none.
-        earlier: keys and values of the tokens before the span, from the first one that its first
-            block sees (`BlockPlan.first_seen`); None if there are none.
+        anchor: returns keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are
+            in the span or in `earlier`, or if there are none.
+        earlier: returns keys and values of the tokens before the span, from the first one that its
+            first block sees (`BlockPlan.first_seen`); None if there are none.
         span: the tokens: whole blocks, or a piece of one.
         plan: sizes of blocks and anchor.
         rule: scale, window and softcap.
@@ -47,24 +52,27 @@ def block_attention(
     else:
         state = attend(q_BQHD, *own, rule=rule, offset=0)
         if earlier is not None:
-            before = attend(q_BQHD, *earlier, rule=rule, offset=earlier[0].shape[1])
+            keys, values = earlier()
+            before = attend(q_BQHD, keys, values, rule=rule, offset=keys.shape[1])
             state = merge([before, state])
     # The first blocks look back as far as the anchor. Every later one sees the whole anchor.
     first = max(0, (lookback + 1) * plan.block_size - span.start)
     if plan.anchor_size == 0 or first >= Q:
         return state
     if anchor is None:
-        from_start = own if earlier is None else earlier
-        assert span.start in (0, from_start[0].shape[1]), "later forwards need the anchor"
-        anchor = from_start[0][:, : plan.anchor_size], from_start[1][:, : plan.anchor_size]
-    over_anchor = attend(q_BQHD[:, first:], *anchor, rule=rule, offset=span.start + first)
+        keys, values = own if earlier is None else earlier()
+        assert span.start in (0, keys.shape[1]), "later forwards need the anchor"
+        keys, values = keys[:, : plan.anchor_size], values[:, : plan.anchor_size]
+    else:
+        keys, values = anchor()
+    over_anchor = attend(q_BQHD[:, first:], keys, values, rule=rule, offset=span.start + first)
     return merge_last(state, over_anchor, dtype=rule.dtype)
 
 
 def _whole_blocks(
     q_BQHD: Tensor,
     own: KV,
-    earlier: KV | None,
+    earlier: Callable[[], KV] | None,
     span: Span,
     plan: BlockPlan,
     rule: Rule,
@@ -73,16 +81,16 @@ def _whole_blocks(
     """Compute attention of several whole blocks over themselves and the blocks before them."""
     size, Q = plan.block_size, q_BQHD.shape[1]
     assert Q % size == 0, "a forward holds whole blocks or a piece of one"
-    state = _in_blocks(size, q_BQHD, *own, rule=rule, offset=0)
-    if not lookback:
+    sees_all = lookback > 0 and span.stop - size <= lookback * size
+    state = None if sees_all else _in_blocks(size, q_BQHD, *own, rule=rule, offset=0)
+    if state is not None and not lookback:
         return state
-    seen = own
+    k_BKGD, v_BKGD = own
     if earlier is not None:
-        seen = torch.cat([earlier[0], own[0]], 1), torch.cat([earlier[1], own[1]], 1)
-    before = seen[0].shape[1] - Q
-    if span.stop - size <= lookback * size:
-        # Every block sees all before it.
-        return attend(q_BQHD, *seen, rule=rule, offset=before)
+        k_BKGD, v_BKGD = (torch.cat(pair, 1) for pair in zip(earlier(), own, strict=True))
+    before = k_BKGD.shape[1] - Q
+    if state is None:
+        return attend(q_BQHD, k_BKGD, v_BKGD, rule=rule, offset=before)
     for distance in range(size, (lookback + 1) * size, size):
         # A block that is at least so far from the start sees the block at this distance.
         first = max(0, distance - span.start)
@@ -90,7 +98,7 @@ def _whole_blocks(
             break
         keys = slice(before + first - distance, before + Q - distance)
         at_distance = _in_blocks(
-            size, q_BQHD[:, first:], seen[0][:, keys], seen[1][:, keys], rule=rule, offset=distance
+            size, q_BQHD[:, first:], k_BKGD[:, keys], v_BKGD[:, keys], rule=rule, offset=distance
         )
         state = merge_last(state, at_distance)
     return state

@@ -115,8 +115,9 @@ class _RankLines:
         self.shown_tenth = 0
 
     def __call__(self, span: Span, plan: BlockPlan) -> None:
-        start, stop = plan.rank_range(0)
-        tenth = (span.stop - start) * _PROGRESS_LINES // max(1, stop - start)
+        own = plan.layout[0]
+        done = sum(stop - start for start, stop in own.within(0, span.stop))
+        tenth = done * _PROGRESS_LINES // max(1, own.tokens)
         if tenth > self.shown_tenth:
             self.shown_tenth = tenth
             # Reports of other ranks are up to a second old. A rank without one may also be idle.
@@ -125,9 +126,7 @@ class _RankLines:
                 for rank, (done, total) in enumerate(self.rank_progress())
                 if rank and total
             ]
-            self.status.say(
-                f"encoded: rank 0 {span.stop - start:,} of {stop - start:,} tok" + "".join(others)
-            )
+            self.status.say(f"encoded: rank 0 {done:,} of {own.tokens:,} tok" + "".join(others))
 
     def end(self) -> None:
         """Print that every rank is done."""

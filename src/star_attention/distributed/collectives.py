@@ -106,34 +106,38 @@ class MeshComm(Mesh):
         return Pending(lambda: self._unstage(pending, staged, tensor if self.cp_rank else staged))
 
     def exchange(
-        self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int
+        self,
+        tensor: Tensor,
+        received: Tensor,
+        *,
+        sent: dict[int, int],
+        arriving: dict[int, int],
+        total: int,
+        ranks: int | None = None,
     ) -> Pending:
-        """Send a flat tensor to one cp rank and receive one from another. Collective.
+        """Send parts of a flat tensor to other cp ranks and receive parts from others. Collective.
 
         Args:
-            tensor: what to send; may be empty.
-            received: room for what arrives; may be empty.
-            target: cp rank to send to.
-            source: cp rank to receive from.
+            tensor: what to send, by receiving rank; may be empty.
+            received: room for what arrives, by sending rank; may be empty.
+            sent: elements for each cp rank that receives some.
+            arriving: elements from each cp rank that sends some.
             total: elements that all ranks together send.
+            ranks: the first cp ranks, which take part; None for all.
         """
-        assert (
-            tensor.dim() == received.dim() == 1
-            and tensor.is_contiguous()
-            and received.is_contiguous()
-        )
+        for flat, sizes in ((tensor, sent), (received, arriving)):
+            assert flat.dim() == 1 and flat.is_contiguous() and flat.numel() == sum(sizes.values())
         if self._rehearsing:
             return Pending()
         self._count(total * received.element_size())
-        sent, arriving = self._staged(tensor, fill=True), self._staged(received, fill=False)
+        staged, arrived = self._staged(tensor, fill=True), self._staged(received, fill=False)
         # Not send and recv: a wait for gloo's with a timeout breaks the connection.
-        sent_sizes, arriving_sizes = [0] * self.cp_size, [0] * self.cp_size
-        sent_sizes[target], arriving_sizes[source] = sent.numel(), arriving.numel()
+        lane = self._lane(ranks)
+        split = [[sizes.get(rank, 0) for rank in range(len(lane))] for sizes in (arriving, sent)]
         pending = self.world.issue(
-            self._group(self._lane()),
-            lambda group: group.alltoall_base(arriving, sent, arriving_sizes, sent_sizes),
+            self._group(lane), lambda group: group.alltoall_base(arrived, staged, *split)
         )
-        return Pending(lambda: self._unstage(pending, arriving, received))
+        return Pending(lambda: self._unstage(pending, arrived, received))
 
     def merge(self, state: State, heads: slice | None = None) -> State:
         """Return the state over all cp ranks' keys, the same bits on every rank (Algorithm 2).

@@ -83,7 +83,7 @@ class Collectives(Protocol):
     `collectives.MeshComm` documents the methods. Uses:
 
     broadcast: the anchor (`phase1`).
-    exchange: ring attention, and the anchor of an extension.
+    exchange: ring attention, blocks that are looked back to, what an extension needs.
     merge: attention states of phase 2.
     cp_sum, cp_gather: sums after sliced layers, slices of logits.
     broadcast_step: the tokens of a step of phase 2.
@@ -93,7 +93,14 @@ class Collectives(Protocol):
 
     def broadcast(self, tensor: Tensor, ranks: int) -> Pending: ...
     def exchange(
-        self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int
+        self,
+        tensor: Tensor,
+        received: Tensor,
+        *,
+        sent: dict[int, int],
+        arriving: dict[int, int],
+        total: int,
+        ranks: int | None = None,
     ) -> Pending: ...
     def merge(self, state: State, heads: slice | None = None) -> State: ...
     def cp_sum(self, tensor: Tensor) -> Tensor: ...

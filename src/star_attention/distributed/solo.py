@@ -110,7 +110,14 @@ class SoloComm(SoloControl, SoloProgress):
         return Pending()
 
     def exchange(
-        self, tensor: Tensor, received: Tensor, *, target: int, source: int, total: int
+        self,
+        tensor: Tensor,
+        received: Tensor,
+        *,
+        sent: dict[int, int],
+        arriving: dict[int, int],
+        total: int,
+        ranks: int | None = None,
     ) -> Pending:
         raise AssertionError("there is no other rank")
 

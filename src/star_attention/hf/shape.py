@@ -8,6 +8,7 @@ settings, and torch's own counter gives the cost of the matrix products.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +34,8 @@ class _Record(ForwardPosition):
 
     counter: FlopCounterMode
     attention: list[AttentionShape] = field(default_factory=list)
-    kv_elements: int = 0
+    kv_elements: Counter[int] = field(default_factory=Counter)
     kv_rows: int = 0
-    kv_layers: int = 0
     expansion_flops: int = 0
     flops_at_append: int = 0
 
@@ -43,8 +43,7 @@ class _Record(ForwardPosition):
 class _RecordingLayer(ProbeLayer[_Record]):
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         record = self.position
-        record.kv_layers += 1
-        record.kv_elements += (k_BGSD.numel() + v_BGSD.numel()) // TOKENS
+        record.kv_elements[self.index] += (k_BGSD.numel() + v_BGSD.numel()) // TOKENS
         record.kv_rows += k_BGSD.shape[1] + v_BGSD.shape[1]
         record.flops_at_append = record.counter.get_total_flops()
         return super().append(k_BGSD, v_BGSD)
@@ -106,9 +105,8 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         layers=len(handle.windows),
         hidden_size=handle.config.hidden_size,
         attention=tuple(record.attention),
-        kv_elements_per_token=record.kv_elements,
+        kv_elements_by_layer=tuple(record.kv_elements[layer.index] for layer in layers),
         kv_scales_per_token=record.kv_rows,
-        kv_layers=record.kv_layers,
         linear_parameters=(counter.get_total_flops() - record.expansion_flops) // (2 * TOKENS),
         sharded_parameters=sum(
             weight.numel()

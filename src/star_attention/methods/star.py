@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from star_attention.config import StarConfig
-from star_attention.errors import InvalidInputError
 from star_attention.planning.lookback import described
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
@@ -27,11 +26,6 @@ class Star:
     shares_anchor = True
 
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
-        if config.lookback and ranks > 1:
-            raise InvalidInputError(
-                f"lookback {config.lookback} works on one context-parallel rank, got {ranks}: use"
-                " tensor_parallel to share the weights, or lookback=0"
-            )
         return config.plan(context_tokens, ranks)
 
     def layout(self, config: StarConfig, plan: BlockPlan) -> tuple[Segments, ...]:

@@ -299,9 +299,9 @@ def memory_per_rank(
     Every context-parallel rank holds all weights; tensor parallelism shards heads and MLP, but
     leaves embeddings and the language-model head whole. Only the last context-parallel rank holds
     the tail. If keys and values are not stored as computed (`kv_dtype`, `kv_device`), every rank
-    that holds a block also needs the anchor as computed, and the blocks that it looks back to. KV
-    in host memory takes one layer of
-    `working` memory on the device while answering.
+    that holds a block also needs the anchor as computed, and the blocks that it looks back to;
+    else only what other ranks hold of both. KV in host memory takes one layer of `working` memory
+    on the device while answering.
 
     Args:
         shape: the model.
@@ -313,17 +313,15 @@ def memory_per_rank(
         kv_dtype: as in `StarConfig`.
         kv_device: as in `StarConfig`.
     """
-    start, stop = plan.rank_range(rank)
-    tokens = stop - start
+    tokens = plan.rank_tokens(rank)
     stored = tokens * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
-    needs_anchor = 0 < start < stop
-    if kv_dtype is not None or kv_device is not None:
-        needs_anchor = tokens > 0 and plan.num_blocks > 1
+    as_computed = kv_dtype is None and kv_device is None
+    needs_anchor = tokens > 0 and (rank > 0 if as_computed else plan.num_blocks > 1)
     unsharded = shape.sharded_parameters - shape.sharded_parameters // tensor_parallel
     longest = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
     working = working_bytes(shape, longest, tensor_parallel) + expanded_bytes(shape, tokens)
-    if kv_dtype is not None or kv_device is not None:
-        working += recent_bytes(shape, plan, longest) // tensor_parallel
+    recent = _recent_bytes(shape, plan, tokens_per_forward, rank, as_computed)
+    working += recent // tensor_parallel
     if kv_device is not None:
         working += tokens * shape.kv_bytes_per_token // tensor_parallel // max(1, shape.kv_layers)
     token_bytes = shape.kv_bytes_per_token
@@ -335,6 +333,27 @@ def memory_per_rank(
         working=working,
         host=0 if kv_device is None else stored,
     )
+
+
+def _recent_bytes(
+    shape: ModelShape, plan: BlockPlan, tokens_per_forward: int, rank: int, as_computed: bool
+) -> int:
+    """Return the bytes of blocks that are kept to be looked back to, at most.
+
+    A rank keeps what it reads of other ranks' blocks, and what the stores do not hold as computed
+    of its own, with those of the forward.
+    """
+    if not plan.lookback:
+        return 0
+    own, most = plan.layout[rank], 0
+    for span in plan.spans(tokens_per_forward, rank=rank):
+        first = plan.first_seen(span.block_start, plan.lookback)
+        stored = sum(stop - start for start, stop in own.within(first, span.stop))
+        most = max(most, span.stop - first - (stored if as_computed else 0))
+    layers = shape.kv_elements_by_layer
+    looking_back = zip(layers, plan.lookbacks(len(layers)), strict=True)
+    elements = sum(elements for elements, lookback in looking_back if lookback)
+    return most * elements * shape.bytes_per_element
 
 
 def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> int:
@@ -350,20 +369,6 @@ def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> i
     widest = max((call.heads * call.v_head_size for call in shape.attention), default=0)
     states = 4 * 4 * widest // tensor_parallel
     return tokens * ((widths + 4 * shape.hidden_size) * shape.bytes_per_element + states)
-
-
-def recent_bytes(shape: ModelShape, plan: BlockPlan, longest: int) -> int:
-    """Return the bytes of the latest blocks as computed, for the layers that look back.
-
-    Args:
-        shape: the model.
-        plan: the blocks.
-        longest: most tokens of a forward.
-    """
-    lookbacks = plan.lookbacks(len(shape.attention))
-    tokens = min(plan.context_tokens, plan.lookback * plan.block_size + longest)
-    share = sum(lookback > 0 for lookback in lookbacks) / len(lookbacks)
-    return int(tokens * shape.kv_bytes_per_token * share)
 
 
 def expanded_bytes(shape: ModelShape, keys: int) -> int:

@@ -50,10 +50,9 @@ class ModelShape:
         layers: number of layers.
         hidden_size: elements of a hidden state.
         attention: the attention calls of a forward, in order.
-        kv_elements_per_token: elements stored per context token, all layers together: compressed
-            ones for MLA, none for a layer that reads another layer's KV (KV sharing).
+        kv_elements_by_layer: elements that each layer stores per context token: compressed ones for
+            MLA, none for a layer that reads another layer's KV (KV sharing).
         kv_scales_per_token: scales stored with them in fp8, one per head of keys and of values.
-        kv_layers: layers that store KV.
         linear_parameters: weights of the layers that one token is multiplied with; in a mixture of
             experts, only those of the experts that a token is routed to.
         sharded_parameters: weights that tensor parallelism shards, 0 if it cannot run.
@@ -70,9 +69,8 @@ class ModelShape:
     layers: int
     hidden_size: int
     attention: tuple[AttentionShape, ...]
-    kv_elements_per_token: int
+    kv_elements_by_layer: tuple[int, ...]
     kv_scales_per_token: int
-    kv_layers: int
     linear_parameters: int
     sharded_parameters: int = 0
     all_reduced_elements_per_token: int = 0
@@ -86,6 +84,16 @@ class ModelShape:
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return self.parameters * self.bytes_per_element
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements stored per context token, all layers together."""
+        return sum(self.kv_elements_by_layer)
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that store KV."""
+        return sum(elements > 0 for elements in self.kv_elements_by_layer)
 
     @property
     def kv_bytes_per_token(self) -> int:

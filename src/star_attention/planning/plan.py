@@ -3,14 +3,14 @@
 A plan is made of integers, before any tensor exists.
 
 `BlockPlan` cuts a context into blocks (paper, section 2, Algorithm 1), gives each context-parallel
-rank a contiguous run of them, and cuts that run into forwards. `print(plan)` draws it. Standard
-library only.
+rank a contiguous run of them, or with look-back stripes in turn, and cuts these into forwards.
+`print(plan)` draws it. Standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from star_attention.errors import SizeError, TokenError
@@ -23,6 +23,7 @@ from star_attention.planning.lookback import (
 )
 from star_attention.planning.segments import Segments
 from star_attention.planning.sizes import check_lookback, counted, format_size, resolve_sizes
+from star_attention.planning.stripes import STRIPE_TOKENS, Stripes
 
 LINEAR_PAIRS = 24 * 1024
 """Cost of the linear layers for one token, in query-key pairs that attention computes in that time.
@@ -71,6 +72,9 @@ class BlockPlan:
         ranks: context-parallel ranks.
         lookback: blocks before its own that a block sees in the layers that look back; 0 for none.
         lookback_layers: those layers, in a spelling of `planning.lookback.parse_layers`.
+        stripe_tokens: tokens of the stripes that several ranks take in turn where blocks look back,
+            at most; a stripe holds at least one block.
+        stripes: these stripes; None on one rank, and without look-back.
 
     Raises:
         TokenError: an empty context.
@@ -84,6 +88,9 @@ class BlockPlan:
     ranks: int = 1
     lookback: int = 0
     lookback_layers: str = ALL
+    # Plans of equal blocks are equal, whichever rank encodes which block.
+    stripe_tokens: int = field(default=STRIPE_TOKENS, compare=False, repr=False)
+    stripes: Stripes | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.context_tokens < 1:
@@ -97,6 +104,14 @@ class BlockPlan:
         check_lookback(self.lookback)
         if parse_layers(self.lookback_layers) != self.lookback_layers:
             object.__setattr__(self, "lookback_layers", parse_layers(self.lookback_layers))
+        if self.lookback and self.ranks > 1:
+            stripes = Stripes.cut(
+                self.context_tokens,
+                self.block_size,
+                ranks=self.ranks,
+                stripe_tokens=self.stripe_tokens,
+            )
+            object.__setattr__(self, "stripes", stripes)
 
     @classmethod
     def resolve(
@@ -107,6 +122,7 @@ class BlockPlan:
         ranks: int = 1,
         lookback: int = 0,
         lookback_layers: str = ALL,
+        stripe_tokens: int = STRIPE_TOKENS,
     ) -> BlockPlan:
         """Return the plan for a context; sizes that are left out are those of `StarConfig`."""
         check_lookback(lookback)
@@ -118,6 +134,7 @@ class BlockPlan:
             ranks=ranks,
             lookback=lookback,
             lookback_layers=lookback_layers,
+            stripe_tokens=stripe_tokens,
         )
 
     @classmethod
@@ -164,10 +181,13 @@ class BlockPlan:
         ]
 
     def rank_blocks(self, rank: int) -> list[tuple[int, int]]:
-        """Return the blocks of one rank: a contiguous run.
+        """Return the blocks of one rank: a contiguous run, or with look-back stripes in turn.
 
         Runs differ by at most one block, and are chosen to give the busiest rank the least work.
         """
+        if self.stripes is not None:
+            own = self.stripes.of_rank(rank)
+            return [block for block in self.blocks if own.holds(block[0])]
         first = sum(self._counts[:rank])
         return self.blocks[first : first + self._counts[rank]]
 
@@ -203,7 +223,10 @@ class BlockPlan:
         return tokens * (LINEAR_PAIRS + (tokens + 1) // 2 + (self.anchor_size if start else 0))
 
     def rank_range(self, rank: int) -> tuple[int, int]:
-        """Return `(start, stop)` of the context tokens of one rank; empty if it holds no block."""
+        """Return `(start, stop)` of the context tokens of one rank; empty if it holds no block.
+
+        Of stripes, other ranks hold what lies between.
+        """
         blocks = self.rank_blocks(rank)
         if not blocks:
             return self.context_tokens, self.context_tokens
@@ -211,12 +234,13 @@ class BlockPlan:
 
     def rank_tokens(self, rank: int) -> int:
         """Return the number of context tokens of one rank."""
-        start, stop = self.rank_range(rank)
-        return stop - start
+        return self.layout[rank].tokens
 
     @property
     def layout(self) -> tuple[Segments, ...]:
         """The context tokens that each rank holds."""
+        if self.stripes is not None:
+            return tuple(self.stripes.of_rank(rank) for rank in range(self.ranks))
         ranges = [self.rank_range(rank) for rank in range(self.ranks)]
         return tuple(Segments([(start, stop)] if start < stop else []) for start, stop in ranges)
 
@@ -231,13 +255,16 @@ class BlockPlan:
         A forward takes several small blocks, or a piece of a block larger than
         `tokens_per_forward`, so that working memory depends on `tokens_per_forward` alone. A
         shorter last block is a forward of its own, because the blocks of one forward are computed
-        as a batch.
+        as a batch. A stripe is a forward of any size: its blocks are read by other ranks, which
+        could not begin before a last piece has ended.
 
         Args:
             tokens_per_forward: most tokens of a forward.
             rank: context-parallel rank.
         """
-        return self._spans(*self.rank_range(rank), tokens_per_forward)
+        for start, stop in self.layout[rank]:
+            most = tokens_per_forward if self.stripes is None else stop - start
+            yield from self._spans(start, stop, most)
 
     def from_token(self, start: int, tokens_per_forward: int) -> Iterator[Span]:
         """Yield the forwards of all tokens from `start` on, to extend a context."""
@@ -271,6 +298,11 @@ class BlockPlan:
         """Return the picture for a notebook."""
         return html.preformatted(str(self))
 
+    def _owners(self) -> list[int]:
+        """Return the rank of each block."""
+        ranks = {block: rank for rank in range(self.ranks) for block in self.rank_blocks(rank)}
+        return [ranks[block] for block in self.blocks]
+
     def draw(self, width: int = 72) -> str:
         """Draw one line per block, context from left to right.
 
@@ -282,7 +314,7 @@ class BlockPlan:
             width: columns of the picture.
         """
         return picture.draw(
-            [rank for rank in range(self.ranks) for _ in self.rank_blocks(rank)],
+            self._owners(),
             self.blocks,
             self.anchor_size,
             width,

@@ -35,6 +35,11 @@ class Segments(tuple[tuple[int, int], ...]):
             offset += stop - start
         raise AssertionError(f"token {token} is not in segments {tuple(self)}")
 
+    def within(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of the runs that lie in `start..stop`, each in one run."""
+        parts = [(max(start, first), min(stop, last)) for first, last in self]
+        return [(first, last) for first, last in parts if first < last]
+
     def grow_to(self, stop: int) -> Segments:
         """The same runs, with the last one ending at `stop`."""
         *earlier, (start, _) = self

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from star_attention.planning import exchange
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 
@@ -149,9 +150,22 @@ def phase1_cp(
 
     The first rank broadcasts the anchor's keys and values to all others that hold a block: once per
     layer that stores KV and per forward that contains a part of the anchor, and with tensor
-    parallelism once per shard of the heads.
+    parallelism once per shard of the heads. Where blocks look back, each layer exchanges the
+    anchor, and the blocks that others look back to, once per round.
     """
-    if anchor_source == "local" or plan.busy_ranks == 1 or not plan.anchor_size:
+    broadcasts = anchor_source != "local" and plan.busy_ranks > 1 and plan.anchor_size > 0
+    stripes = plan.stripes
+    if stripes is not None:
+        total = Traffic()
+        layers = shape.kv_elements_by_layer
+        for elements, lookback in zip(layers, plan.lookbacks(len(layers)), strict=True):
+            for number in range(stripes.rounds if elements else 0):
+                transfers = exchange.in_round(plan, number, lookback, anchor=broadcasts)
+                tokens = sum(transfer.tokens for transfer in transfers)
+                if tokens:
+                    total.add(tokens * elements * shape.bytes_per_element, tensor_parallel)
+        return total
+    if not broadcasts:
         return Traffic()
     forwards = sum(span.start < plan.anchor_size for span in plan.spans(tokens_per_forward, rank=0))
     payload = plan.anchor_size * shape.kv_bytes_per_token

@@ -1,18 +1,20 @@
-"""The cache of phase 1: one span per forward, each block attends to itself and the anchor.
+"""The cache of phase 1: one span per forward, blocks attend to themselves, the anchor, and blocks
+that they look back to.
 
 Axes: B contexts, G KV heads, S new tokens, K keys, Q queries, H query heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule
-from star_attention.attention.blocks import block_attention
+from star_attention.attention.blocks import KV, block_attention
 from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.base import (
@@ -26,14 +28,17 @@ from star_attention.planning.plan import BlockPlan, Span
 from star_attention.storage.kv import ContextKV, LayerKV
 
 
-class AnchorLink:
-    """Takes the anchor's keys and values from rank 0 to the ranks whose shard lacks them."""
+class KVLink:
+    """Takes keys and values to the ranks that need them and lack them, layer by layer."""
 
     def send(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
-        """Pass on the anchor's part of the keys and values that a layer has just stored."""
+        """Pass on what others need of the keys and values that a layer has just stored."""
 
     def wait_for(self, layer: int) -> None:
-        """Return once a layer's whole anchor has arrived."""
+        """Return once all that a layer needs has arrived."""
+
+    def finish(self) -> None:
+        """Return once all is sent."""
 
 
 @dataclass(kw_only=True)
@@ -53,11 +58,13 @@ class EncodePosition(SpanPosition):
     """The span, where the anchor is stored if not with the context, and how it gets there."""
 
     anchors: list[ContextKV] | None
-    link: AnchorLink
+    link: KVLink
     lookbacks: list[int]
     """Blocks that each layer looks back."""
-    keeps_recent: bool
-    """True if blocks that are looked back to cannot be read from the stores as computed."""
+    recents: list[Recent]
+    """What each layer looks back to and cannot read from the stores."""
+    keeps_own: bool
+    """True if the stores do not hold this rank's blocks as computed."""
 
 
 class SpanCache(StarCache):
@@ -85,25 +92,32 @@ class SpanCache(StarCache):
         return sum(store.nbytes for store in stores) // max(1, stores[0].tokens)
 
 
+Piece = tuple[int, Tensor, Tensor]
+"""A first token, and keys and values from there on, `[B, G, tokens, D]`."""
+
+
 class Recent:
-    """Keys and values of the latest tokens as computed, `[B, G, tokens, D]`, piece by piece."""
+    """Keys and values of the latest tokens as computed, piece by piece."""
 
     def __init__(self) -> None:
-        self._pieces: list[tuple[int, Tensor, Tensor]] = []
+        self._pieces: list[Piece] = []
 
-    def add(self, first: int, start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
-        """Add the tokens from `start` on, and drop those before `first`."""
-        self._pieces = [piece for piece in self._pieces if piece[0] + piece[1].shape[2] > first]
+    def add(self, start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        """Add the tokens from `start` on."""
         self._pieces.append((start, k_BGSD, v_BGSD))
 
-    def between(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the tokens `first..stop`."""
-        parts = [
-            tuple(t[:, :, max(0, first - start) : stop - start] for t in (k_BGSD, v_BGSD))
-            for start, k_BGSD, v_BGSD in self._pieces
-            if start < stop
-        ]
-        return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
+    def drop_before(self, first: int) -> None:
+        """Drop tokens before `first`."""
+        self._pieces = [piece for piece in self._pieces if piece[0] + piece[1].shape[2] > first]
+
+    def between(self, first: int, stop: int) -> list[Piece]:
+        """Return what there is of the tokens `first..stop`."""
+        pieces = []
+        for start, k_BGSD, v_BGSD in self._pieces:
+            part = slice(max(0, first - start), stop - start)
+            if start < stop and part.start < k_BGSD.shape[2]:
+                pieces.append((start + part.start, k_BGSD[:, :, part], v_BGSD[:, :, part]))
+        return pieces
 
 
 class EncodeLayer(StarLayer[EncodePosition]):
@@ -114,7 +128,8 @@ class EncodeLayer(StarLayer[EncodePosition]):
         anchors = position.anchors
         self.anchors = stores if anchors is None else [kv.layers[index] for kv in anchors]
         self.lookback = position.lookbacks[index]
-        self._recent = Recent() if position.keeps_recent and self.lookback else None
+        self._recent = position.recents[index]
+        self._keeps_own = position.keeps_own and self.lookback > 0
 
     def set_expands(self, expands: bool) -> None:
         for store in (*self.stores, *self.anchors):
@@ -130,8 +145,9 @@ class EncodeLayer(StarLayer[EncodePosition]):
                 self.anchors, span.start, k_BGSD[:, :, :anchor_tokens], v_BGSD[:, :, :anchor_tokens]
             )
         self.position.link.send(self.index, span, k_BGSD, v_BGSD)
-        if self._recent is not None:
-            self._recent.add(self._first_seen, span.start, k_BGSD, v_BGSD)
+        self._recent.drop_before(self._first_seen)
+        if self._keeps_own and stores is self.stores:
+            self._recent.add(span.start, k_BGSD, v_BGSD)
         if not self.kv.expands or span.start == 0:
             return k_BGSD, v_BGSD
         parts = [(k_BGSD, v_BGSD)]
@@ -143,22 +159,20 @@ class EncodeLayer(StarLayer[EncodePosition]):
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         span, plan = self.position.span, self.position.plan
-        anchor = earlier = None
         first = self._first_seen
+        anchor: Callable[[], KV] = partial(_by_token, self._anchor)
+        earlier: Callable[[], KV] = partial(_by_token, self._earlier)
         if self.kv.expands and span.start > 0:
             a = plan.anchor_size if self._needs_anchor else 0
             e = a + span.start - first
-            anchor = (k_BKGD[:, :a], v_BKGD[:, :a]) if a else None
-            earlier = (k_BKGD[:, a:e], v_BKGD[:, a:e]) if e > a else None
+            anchor = partial(_part, k_BKGD, v_BKGD, slice(a))
+            earlier = partial(_part, k_BKGD, v_BKGD, slice(a, e))
             k_BKGD, v_BKGD = k_BKGD[:, e:], v_BKGD[:, e:]
-        else:
-            anchor = by_token(self._anchor()) if self._needs_anchor else None
-            earlier = by_token(self._earlier()) if first < span.start else None
         return block_attention(
             q_BQHD,
             (k_BKGD, v_BKGD),
-            anchor=anchor,
-            earlier=earlier,
+            anchor=anchor if self._needs_anchor else None,
+            earlier=cache(earlier) if first < span.start else None,
             span=span,
             plan=plan,
             rule=rule,
@@ -182,9 +196,17 @@ class EncodeLayer(StarLayer[EncodePosition]):
     def _earlier(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of the tokens before this forward that its first block sees."""
         first, start = self._first_seen, self.position.span.start
-        if self._recent is not None:
-            return self._recent.between(first, start)
-        return _batch(store.slice(first, start) for store in self._stores_of(first))
+        self.position.link.wait_for(self.index)
+        pieces = self._recent.between(first, start)
+        stores = self._stores_of(start)
+        if not self._keeps_own or stores is not self.stores:
+            pieces += [
+                (a, *_batch(store.slice(a, b) for store in stores))
+                for a, b in stores[0].segments.within(first, start)
+            ]
+        pieces.sort(key=lambda piece: piece[0])
+        assert sum(keys.shape[2] for _, keys, _ in pieces) == start - first, "tokens are missing"
+        return _joined([pair for _, *pair in pieces], 2)
 
     def _anchor(self) -> tuple[Tensor, Tensor]:
         self.position.link.wait_for(self.index)
@@ -200,8 +222,10 @@ class EncodeCache(SpanCache):
         windows: sliding window of each layer in tokens, None for full attention.
         comm: ticked with each layer's attention.
         anchors: stores of the anchor, where the shard lacks it, or holds it rounded.
-        link: how the anchor gets there.
-        keeps_recent: whether blocks that are looked back to are kept as computed, where the stores
+        link: how keys and values of other ranks get there.
+        recents: for each layer, where blocks of other ranks arrive that are looked back to; None if
+            there are none.
+        keeps_own: whether own blocks that are looked back to are kept as computed, where the stores
             round them or are in host memory.
     """
 
@@ -213,18 +237,27 @@ class EncodeCache(SpanCache):
         comm: Comm,
         *,
         anchors: list[ContextKV] | None = None,
-        link: AnchorLink | None = None,
-        keeps_recent: bool = True,
+        link: KVLink | None = None,
+        recents: list[Recent] | None = None,
+        keeps_own: bool = True,
     ) -> None:
-        kv_format = stores[0].kv_format
         position = EncodePosition(
             plan=plan,
             anchors=anchors,
-            link=link or AnchorLink(),
+            link=link or KVLink(),
             lookbacks=plan.lookbacks(len(windows)),
-            keeps_recent=keeps_recent and not kv_format.as_computed,
+            recents=recents or [Recent() for _ in windows],
+            keeps_own=keeps_own and not stores[0].kv_format.as_computed,
         )
         super().__init__(build_layers(EncodeLayer, windows, position, stores), position, comm)
+
+
+def _by_token(read: Callable[[], tuple[Tensor, Tensor]]) -> KV:
+    return by_token(read())
+
+
+def _part(k_BKGD: Tensor, v_BKGD: Tensor, part: slice) -> KV:
+    return k_BKGD[:, part], v_BKGD[:, part]
 
 
 def _write(stores: list[LayerKV], start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
@@ -234,5 +267,11 @@ def _write(stores: list[LayerKV], start: int, k_BGSD: Tensor, v_BGSD: Tensor) ->
 
 def _batch(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join keys and values of all contexts of the batch."""
+    return _joined(pairs, 0)
+
+
+def _joined(pairs: Iterable[Iterable[Tensor]], axis: int) -> tuple[Tensor, Tensor]:
     keys, values = zip(*pairs, strict=True)
-    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys), torch.cat(values))
+    if len(keys) == 1:
+        return keys[0], values[0]
+    return torch.cat(keys, axis), torch.cat(values, axis)

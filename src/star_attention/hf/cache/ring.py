@@ -55,8 +55,8 @@ class RingLayer(StarLayer[RingPosition]):
                 pending = comm.exchange(
                     packed,
                     following,
-                    target=(comm.cp_rank + 1) % comm.cp_size,
-                    source=(comm.cp_rank - 1) % comm.cp_size,
+                    sent={(comm.cp_rank + 1) % comm.cp_size: packed.numel()},
+                    arriving={(comm.cp_rank - 1) % comm.cp_size: following.numel()},
                     total=total,
                 )
             tokens = layout[owner].tokens

@@ -1,0 +1,83 @@
+"""What ranks send each other where blocks look back, in integers. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.segments import Segments
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Transfer:
+    """Keys and values of the tokens `start..stop` that one context-parallel rank sends another."""
+
+    source: int
+    target: int
+    start: int
+    stop: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.stop - self.start
+
+
+def in_round(plan: BlockPlan, number: int, lookback: int, *, anchor: bool) -> list[Transfer]:
+    """Return the transfers of a layer in one round of phase 1, sorted.
+
+    In a round every rank encodes a stripe. It sends the end of the stripe to all ranks that will
+    look back to it, in this round or a later one: each receives it once, and ranks without a stripe
+    have nothing to send or to receive. Rank 0 sends the anchor with its first stripe.
+
+    Args:
+        plan: the blocks, in stripes.
+        number: the round, from 0.
+        lookback: blocks that the layer looks back.
+        anchor: True if rank 0 sends the anchor.
+    """
+    stripes, ranks = plan.stripes, plan.ranks
+    assert stripes is not None
+    runs = stripes.runs
+    transfers = []
+    for stripe in range(number * ranks, min((number + 1) * ranks, len(runs))):
+        start, stop = runs[stripe]
+        # The next stripe of each other rank sees the most of this one.
+        for reader in range(stripe + 1, min(stripe + ranks, len(runs))):
+            first = max(start, plan.first_seen(runs[reader][0], lookback))
+            parts = [(first, stop)]
+            if anchor and stripe == 0 and first > 0:
+                parts.append((0, plan.anchor_size))
+            transfers += [
+                Transfer(source=stripe % ranks, target=reader % ranks, start=a, stop=b)
+                for a, b in parts
+                if a < b
+            ]
+    return sorted(transfers)
+
+
+def to_extend(
+    plan: BlockPlan, layout: Sequence[Segments], lookback: int, *, start: int, owner: int
+) -> list[Transfer]:
+    """Return what a layer of `owner` needs from other ranks to encode a context's new tokens.
+
+    Args:
+        plan: the plan of the extended context.
+        layout: the tokens that each rank holds of the old one.
+        lookback: blocks that the layer looks back.
+        start: first new token.
+        owner: the context-parallel rank that encodes the new tokens.
+    """
+    first = plan.first_seen(start // plan.block_size * plan.block_size, lookback)
+    needed = [(first, start)]
+    # Otherwise the anchor is in the first part: another rank's first block is whole.
+    if first > 0:
+        needed.append((0, plan.anchor_size))
+    return sorted(
+        Transfer(source=source, target=owner, start=a, stop=b)
+        for source, segments in enumerate(layout)
+        if source != owner
+        for run in needed
+        for a, b in segments.within(*run)
+    )
