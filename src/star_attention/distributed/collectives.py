@@ -17,6 +17,7 @@ from star_attention.attention.kernels import triton_works
 from star_attention.attention.state import State, merge
 from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
+from star_attention.distributed.groups import all_gather
 from star_attention.distributed.mesh import Mesh, boot_id
 from star_attention.distributed.rendezvous import START_S, STARTUP, dist, rendezvous
 from star_attention.distributed.world import World
@@ -267,10 +268,7 @@ class MeshComm(Mesh):
             return gathered
         part = self._staged(tensor.contiguous(), fill=True)
         parts = part.new_empty(len(ranks), *part.shape)
-        self.world.issue(
-            self._group(ranks),
-            lambda group: group._allgather_base(parts.view(-1), part.view(-1)),
-        ).wait()
+        self.world.issue(self._group(ranks), lambda group: all_gather(group, parts, part)).wait()
         return parts.to(tensor.device)
 
     def broadcast_step(self, packet: Tensor) -> Pending:

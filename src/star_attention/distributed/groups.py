@@ -13,6 +13,8 @@ from star_attention.distributed.comm import Recording
 from star_attention.distributed.rendezvous import dist, wait_for_ranks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from star_attention.distributed.peers import PeerGroup
 
 NARROW_NCCL = "nccl-narrow"
@@ -31,8 +33,21 @@ _FOREVER = timedelta(days=30)
 # How long to wait for NCCL to end what runs on the device.
 _ABORT_S = 5.0
 
+# Bytes up to which ranks over gloo send their parts straight to each other.
+_DIRECT_BYTES = 64 * 1024
+
 # Groups with a collective that never ends: destroying one would wait for it.
 _ABANDONED: list[Any] = []
+
+
+def all_gather(group: Any, parts: Tensor, part: Tensor) -> Any:
+    """Start gathering every member's part in `parts`, `[members, *shape]`; both are contiguous."""
+    room, is_gloo = parts.view(-1), type(group).__name__ == "ProcessGroupGloo"
+    if is_gloo and 0 < parts.numel() * parts.element_size() <= _DIRECT_BYTES:
+        # Gloo's gather passes parts on from rank to rank; between two it is slower, too.
+        copies = part.expand(parts.shape).reshape(-1)
+        return group.alltoall_base(room, copies, [], [])
+    return group._allgather_base(room, part.view(-1))
 
 
 class ProcessGroups:
