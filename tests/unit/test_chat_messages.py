@@ -245,6 +245,25 @@ def test_a_query_that_moves_the_system_text_is_refused() -> None:
     assert cut_prompt(tokenizer, whole[:3], "q2") == whole_prompt(tokenizer, whole)
 
 
+def test_a_switch_that_the_template_leaves_out_is_no_text() -> None:
+    """As Nemotron's and SmolLM3's templates read it, wherever it stands."""
+    source = (
+        "{% set ns = namespace(think='') %}{% for m in messages %}"
+        "{% if '/no_think' in m.content %}{% set ns.think = '[-]' %}{% endif %}"
+        "<|im_start|>{{ m.content | replace('/no_think', '') | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{{ ns.think }}{% endif %}"
+    )
+    tokenizer = tokenizer_with(source)
+    for context, query in (
+        ([system("/no_think"), user("the cat ")], "sat"),
+        ([user("/no_think"), assistant("ok")], "the cat"),
+        ([user("the cat ")], "sat /no_think"),
+    ):
+        is_open = context[-1]["role"] == "user"
+        whole = [*context[:-1], user("the cat " + query)] if is_open else [*context, user(query)]
+        assert cut_prompt(tokenizer, context, query) == whole_prompt(tokenizer, whole)
+
+
 SYSTEM, DOCUMENT, MORE = system("Be brief."), "the cat ", [assistant("ok"), user("Sure?")]
 
 

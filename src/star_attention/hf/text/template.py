@@ -29,7 +29,8 @@ _SET_BY_US = (
     "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 )
-_WORD = re.compile(r"[A-Za-z0-9]+")
+_WORD = re.compile(r"(?<![/_A-Za-z0-9])[A-Za-z0-9]+")
+"""Words, but not those of a switch that templates read and leave out (`/no_think`)."""
 _SEARCHED = 4000
 """Characters at the start of a message that are searched for a word to recognize it by."""
 _LEAST_BEGINNING = 6
