@@ -54,6 +54,10 @@ SHARDS: dict[str, Shards] = {
     "two ranks": [[(0, 130)], [(130, 300)]],
     "an idle rank": [[(0, 300)], []],
     "zig-zag": [[(0, 60), (250, 300)], [(60, 70), (200, 250)], [(70, 130), (130, 200)]],
+    "stripes": [
+        [(0, 50), (100, 150), (200, 240), (270, 300)],
+        [(50, 100), (150, 200), (240, 270)],
+    ],
 }
 """Segments of each rank, of a context of 300 tokens."""
 SHARDED_CASES = {

@@ -137,6 +137,11 @@ def test_ranks_that_share_heads_stop_too(tmp_path: Path, fault: str, phase: int)
     check_stops(tmp_path, fault, phase, 3, "--tensor-parallel", "2", ranks=4)
 
 
+def test_ranks_that_look_back_stop_too(tmp_path: Path) -> None:
+    """Others wait for the lost rank's blocks in every layer, not only for the anchor."""
+    check_stops(tmp_path, "killed", 1, 1, "--lookback", "2", "--anchor-size", "0")
+
+
 def check_stops(
     tmp_path: Path, fault: str, phase: int, victim: int, *options: str, ranks: int = RANKS
 ) -> None:

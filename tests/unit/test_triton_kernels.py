@@ -67,7 +67,12 @@ def test_attention_of_phase_2(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shards"),
-    [("one token", "an idle rank"), *((name, "zig-zag") for name in SHARDED_CASES)],
+    [
+        ("one token", "an idle rank"),
+        ("a window", "stripes"),
+        ("fp8", "stripes"),
+        *((name, "zig-zag") for name in SHARDED_CASES),
+    ],
 )
 def test_attention_of_phase_2_over_shards(
     name: str, shards: str, monkeypatch: pytest.MonkeyPatch

@@ -115,6 +115,7 @@ class MeshComm(Mesh):
         arriving: dict[int, int],
         total: int,
         ranks: int | None = None,
+        narrow: bool = False,
     ) -> Pending:
         """Send parts of a flat tensor to other cp ranks and receive parts from others. Collective.
 
@@ -125,6 +126,7 @@ class MeshComm(Mesh):
             arriving: elements from each cp rank that sends some.
             total: elements that all ranks together send.
             ranks: the first cp ranks, which take part; None for all.
+            narrow: leave the device to computation (`_group`).
         """
         for flat, sizes in ((tensor, sent), (received, arriving)):
             assert flat.dim() == 1 and flat.is_contiguous() and flat.numel() == sum(sizes.values())
@@ -135,9 +137,8 @@ class MeshComm(Mesh):
         # Not send and recv: a wait for gloo's with a timeout breaks the connection.
         lane = self._lane(ranks)
         split = [[sizes.get(rank, 0) for rank in range(len(lane))] for sizes in (arriving, sent)]
-        pending = self.world.issue(
-            self._group(lane), lambda group: group.alltoall_base(arrived, staged, *split)
-        )
+        group = self._group(lane, narrow=narrow)
+        pending = self.world.issue(group, lambda g: g.alltoall_base(arrived, staged, *split))
         return Pending(lambda: self._unstage(pending, arrived, received))
 
     def merge(self, state: State, heads: slice | None = None) -> State:

@@ -118,6 +118,7 @@ class SoloComm(SoloControl, SoloProgress):
         arriving: dict[int, int],
         total: int,
         ranks: int | None = None,
+        narrow: bool = False,
     ) -> Pending:
         raise AssertionError("there is no other rank")
 

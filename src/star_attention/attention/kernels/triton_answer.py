@@ -37,11 +37,11 @@ _BLOCK_N = 64
 COLUMNS = 6
 """Addresses of a layer: the context's keys and values, `[G, tokens, D]`, the tail's,
 `[R, G, capacity, D]`, and the fp32 scales of keys and values of a context in fp8, `[G, tokens]`."""
-MAX_SEGMENTS = 2
-"""Segments of a shard, at most: ring attention's zig-zag layout has two."""
-LENGTHS = 5 + 2 * MAX_SEGMENTS
+MAX_SEGMENTS = 128
+"""Segments of a shard, at most: ring attention's zig-zag layout has two, look-back has stripes."""
+LENGTHS = 6 + 2 * MAX_SEGMENTS
 """Numbers of a forward, see `lengths`."""
-_SEGMENTS: tl.constexpr = tl.constexpr(5)
+_SEGMENTS: tl.constexpr = tl.constexpr(6)
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -108,7 +108,7 @@ def _runs(
     layer, scale, softcap, window,
     rows, queries, tiles, tail_tiles, splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr, MAX_SEGMENTS: tl.constexpr,
+    TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def _runs(
         in_tail = before + query - window + 1
         in_context = tl.load(lengths_ptr + 3) + in_tail - padding
         in_shard = tl.zeros_like(in_context)
-        for segment in tl.static_range(MAX_SEGMENTS):
+        for segment in tl.range(0, tl.load(lengths_ptr + 5)):
             lowest = tl.load(lengths_ptr + _SEGMENTS + 2 * segment)
             size = tl.load(lengths_ptr + _SEGMENTS + 2 * segment + 1) - lowest
             in_shard += tl.minimum(tl.maximum(in_context - lowest, 0), size)
@@ -284,7 +284,7 @@ def lengths(
     """Return the lengths for `KVTables`, on the CPU: `[LENGTHS]`.
 
     Those are the shard's tokens, the tail's before the new ones, the tail's capacity, the whole
-    context's tokens, whether this rank attends to the tail, and the segments.
+    context's tokens, whether this rank attends to the tail, the number of segments, and these.
 
     Args:
         segments: context tokens of the shard, in the order in which it is stored and of their
@@ -295,7 +295,7 @@ def lengths(
         holds_tail: True if this rank attends to the tail.
     """
     shard_tokens = sum(stop - start for start, stop in segments)
-    values = [shard_tokens, tail_tokens, capacity, context_tokens, int(holds_tail)]
+    values = [shard_tokens, tail_tokens, capacity, context_tokens, int(holds_tail), len(segments)]
     values += [edge for segment in segments for edge in segment]
     return torch.tensor(values + [0] * (LENGTHS - len(values)))
 
@@ -364,7 +364,6 @@ def attend(
         layer, rule.scale, rule.softcap or 0.0, rule.window or 0,
         R, Q, tiles, tail_tiles, splits,
         HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_SPLITS=TAIL_SPLITS, COLUMNS=COLUMNS,
-        MAX_SEGMENTS=MAX_SEGMENTS,
         BLOCK_M=block_m, BLOCK_N=_BLOCK_N if block_d <= 128 else _BLOCK_N // 2, BLOCK_D=block_d,
         SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
         PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32", FP8=fp8,

@@ -95,6 +95,8 @@ def begin(
         arriving=_sums(arriving, [transfer.source for transfer in arriving], elements),
         total=elements * sum(transfer.tokens for transfer in transfers),
         ranks=ranks,
+        # Beside attention.
+        narrow=True,
     )
     return LayerExchange(
         layer=layer,
