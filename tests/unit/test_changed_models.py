@@ -308,7 +308,11 @@ def merged(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.model = BPE(rules["vocab"], merges[: len(merges) // 2])
 
 
-@pytest.mark.parametrize("change", [added, normalized, merged])
+def with_dropout(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+
+
+@pytest.mark.parametrize("change", [added, normalized, merged, with_dropout])
 def test_a_changed_tokenizer_is_noticed(change: Callable[[Any], None]) -> None:
     """Forbids a query in other tokens than the context, as only the object was compared."""
     tokenizer = copy.deepcopy(bundled_tokenizer())

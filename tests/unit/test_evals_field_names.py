@@ -54,6 +54,21 @@ def test_usual_names_of_fields(tmp_path: Path, row: dict[str, Any]) -> None:
         ({"messages": []}, "fields messages do not match any known format: samples has context"),
         ({"context": "c", "question": "q"}, "do not match any known format"),
         ({"context": ["c"], "question": "q", "answer": "a"}, "expected context to be a string"),
+        ({"context": "c", "question": "q", "answer": "B"}, "'B' is a letter, which nearly every"),
+        ({"context": "c", "query": "q", "answers": ["B"]}, "'B' is a letter, which nearly every"),
+        (
+            {"context": "c", "question": "q", "choices": ["x", "y"], "answer": "B"},
+            r"choices holds options .*; write them into the question, and add a field metric",
+        ),
+        (
+            {"context": "c", "question": "q", "choice_A": "x", "choice_B": "y", "answer": "B"},
+            "choice_A holds options of a multiple-choice question, which the model would not see",
+        ),
+        (
+            {"text": "c", "question": "q", "choices": {"text": ["x"], "label": ["A"]}}
+            | {"answer": "A", "metric": "option_letter"},
+            "choices holds options",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -62,6 +77,15 @@ def test_other_fields_are_refused_with_what_to_do(
 ) -> None:
     with pytest.raises(InvalidInputError, match=rf"mine\.jsonl, line 1: .*{message}"):
         read(write_lines(tmp_path / "mine.jsonl", [row]))
+
+
+def test_options_that_the_question_holds(tmp_path: Path) -> None:
+    """Forbids scoring a letter by what every text contains, with options that nobody saw."""
+    row = {"context": "c", "question": "Who?\nA. Al\nB. Bo", "choices": ["Al", "Bo"]}
+    row |= {"answer": "B", "metric": "option_letter"}
+    (sample,) = read(write_lines(tmp_path / "data.jsonl", [row]))
+    assert (sample.query, sample.answers) == ("Who?\nA. Al\nB. Bo", ("B",))
+    assert (sample.metric, sample.max_new_tokens) == ("option_letter", 128)
 
 
 def test_questions_of_longbench_are_scored_as_published(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from star_attention.evals.formats.choices import check_choices
 from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.known_tasks import metric_of
 from star_attention.evals.formats.row import Row
@@ -22,7 +23,9 @@ def _read(row: Row) -> list[Sample]:
     values = defaults | dict(row.values)
     if isinstance(values["id"], int):
         values["id"] = f"{values['task']}-{values['id']}"
-    return [Sample.from_dict(values)]
+    sample = Sample.from_dict(values)
+    check_choices(row, sample)
+    return [sample]
 
 
 SAMPLES = Format(

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from star_attention.errors import InvalidInputError
+from star_attention.evals.formats.choices import check_choices
 from star_attention.evals.formats.format import Format, with_extras
 from star_attention.evals.formats.known_tasks import RULER, family_of, metric_of
 from star_attention.evals.formats.row import Row, parse_answers
@@ -75,7 +76,9 @@ def _read_kvpress(row: Row) -> list[Sample]:
     answers = parse_answers(row.values["answer"], parse_lists=row.path.suffix == ".csv")
     # Its data sets name their tasks, of many metrics; other people's files seldom do.
     strict = row.values.get("task") is not None
-    return [sample_of_row(row, context=context, query=query, answers=answers, strict=strict)]
+    sample = sample_of_row(row, context=context, query=query, answers=answers, strict=strict)
+    check_choices(row, sample)
+    return [sample]
 
 
 def _write_kvpress(sample: Sample, index: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from star_attention.errors import InvalidInputError, quote
+from star_attention.evals.formats.choices import check_choices
 from star_attention.evals.formats.format import Format
 from star_attention.evals.formats.prompts import sample_of_row
 from star_attention.evals.formats.row import Row, parse_answers
@@ -63,6 +64,7 @@ def _read(row: Row) -> list[Sample]:
         answers=_answers(row.values[parts["answers"]]),
     )
     if "all_classes" not in row.values or row.values.get("metric"):
+        check_choices(row, sample)
         return [sample]
     # LongBench, whose lengths are words.
     name = row.values.get("dataset") or sample.task

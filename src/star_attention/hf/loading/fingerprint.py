@@ -57,6 +57,19 @@ _PROBE = "The 2 quick, brown foxes don't jump:\n\n  naïve Straße, 東京 🦊\
 """Text whose tokens change with most changes of merges, normalizers and splits."""
 
 
+_RULES_OF_MODELS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+    "ignore_merges",
+    "max_input_chars_per_word",
+)
+"""Attributes of the models of tokenizers, beside their vocabulary."""
+
+
 def weights(model: nn.Module) -> int:
     """Return a hash that changes with a model's parameters and buffers."""
     signs: list[Any] = []
@@ -109,6 +122,8 @@ def tokenizer(tokenizer: Any) -> tuple[Any, ...]:
         repr(backend.normalizer),
         repr(backend.pre_tokenizer),
         repr(backend.post_processor),
+        repr(backend.decoder),
+        *(getattr(backend.model, name, None) for name in _RULES_OF_MODELS),
         tuple(backend.encode(_PROBE).ids),
     )
 
