@@ -7,7 +7,8 @@ import string
 from itertools import pairwise
 
 from star_attention.evals.samples.building import NOISE, Draw, insert
-from star_attention.evals.suites.ruler import lists, needles
+from star_attention.evals.suites.ruler import lists
+from star_attention.tools import needles
 from training.documents import Document, Maker, Question
 
 

@@ -24,6 +24,7 @@ from star_attention.hf.loading.keywords import PretrainedSettings, check_keyword
 from star_attention.hf.loading.pretrained import load_pretrained, source_of
 from star_attention.hf.progress import Progress
 from star_attention.inputs import Content, Contents, Prepared, TextOrIds
+from star_attention.planning.calibration import Calibration
 from star_attention.runtime import Runtime, RuntimeView
 from star_attention.storage.context import EncodedContext
 
@@ -110,7 +111,7 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
                 device_map, ...).
             compile: as for `StarLLM`.
             settings: fields of `StarConfig`, and which files to load (`PretrainedSettings`):
-                adapter, gguf_file, subfolder, revision, trust_remote_code.
+                adapter, gguf_file, subfolder, revision, trust_remote_code, calibration.
 
         Raises:
             ModelNotFoundError: no model or tokenizer at the path.
@@ -122,12 +123,15 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
         check_keywords(list(settings), known=[name for name in parameters if name != "settings"])
         comm = from_environment(comm)
         files, config_settings = split_settings(dict(settings))
+        calibration = files.pop("calibration", None)
         location = {name: value for name, value in files.items() if name != "adapter"}
         model_kwargs = (model_kwargs or {}) | location
         resolved: list[StarConfig] = []
+        calibrated: Calibration | None = None
         failure: Exception | None = None
         try:
             resolved.append(StarConfig.of(config, **config_settings))
+            calibrated = None if calibration is None else Calibration.read(calibration)
         except Exception as error:
             failure = error
         with comm.collective("startup"):
@@ -143,6 +147,9 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
         )
         engine = cls(model, tokenizer, config=resolved[0], compile=compile, comm=comm)
         engine.runtime.source = source_of(path, files.get("adapter"), model_kwargs)
+        if calibrated is not None:
+            calibrated.check(engine.runtime.model_facts)
+            engine = engine.with_config(**calibrated.under(config_settings))
         return engine
 
     def with_config(self, **changes: Unpack[StarSettings]) -> StarLLM:

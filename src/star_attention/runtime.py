@@ -25,6 +25,7 @@ from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.hf.loading.identities import Identities
 from star_attention.methods import Method
 from star_attention.planning.advice import small_blocks
+from star_attention.planning.calibration import ModelFacts
 from star_attention.planning.lookback import layer_numbers
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.positions import Positions
@@ -184,6 +185,11 @@ class Runtime(Transient):
     def identity_within(self, seconds: float) -> dict[str, Any]:
         """Return `identity`, with all weights read again if that takes no longer than `seconds`."""
         return self._identities.of(self.tokenizer, within_s=seconds)
+
+    @property
+    def model_facts(self) -> ModelFacts:
+        """What a calibration must share with this model."""
+        return ModelFacts.of(self.identity, len(self.handle.windows))
 
     def check_context(self, context: EncodedContext) -> None:
         """Raise an error unless this model, or an equal one, encoded the context.

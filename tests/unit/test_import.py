@@ -88,6 +88,7 @@ HELPED = (
     "ask",
     "plan",
     "estimate",
+    "calibrate",
     "demo",
     "bench",
     "bench prefill",

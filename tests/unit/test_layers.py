@@ -51,13 +51,14 @@ LAYERS = {
     "tools": 9,
     # L10: programs over the facade, separate from each other
     "bench": 10,
+    "calibration": 10,
     "demo": 10,
     "evals": 10,
     # L11: the command line, which starts them all
     "cli": 11,
     "__main__": 12,
 }
-PROGRAMS = {"bench", "demo", "evals"}
+PROGRAMS = {"bench", "calibration", "demo", "evals"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

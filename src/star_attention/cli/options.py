@@ -77,6 +77,15 @@ class ContextOptions:
         dict[str, Any],
         ConfigOptions(without=("tokens_per_forward", "reserve_tokens", "slice_weights")),
     ] = field(default_factory=dict)
+    calibration: Annotated[
+        str | None,
+        option(
+            "File of `calibrate` for this model: takes its look-back, unless given here.",
+            "--calibration",
+            panel="Context",
+            metavar="FILE",
+        ),
+    ] = None
     chat: Annotated[
         bool,
         option(

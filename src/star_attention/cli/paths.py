@@ -34,6 +34,25 @@ def check_save_path(path: str | None) -> None:
         ) from None
 
 
+def check_output_file(path: str) -> None:
+    """Check that a result can be written to the file `path`.
+
+    Raises:
+        InvalidInputError: If it cannot.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InvalidInputError(f"{quote(path)} is a folder; give a file with --out")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise InvalidInputError(
+            f"the folder {quote(str(target.parent))} is not writable ({error.strerror}); give"
+            " another file with --out"
+        ) from None
+
+
 def check_output_folder(path: str) -> None:
     """Check that results can be written to the folder `path`, which need not exist.
 

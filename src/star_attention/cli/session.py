@@ -38,6 +38,7 @@ def load(
     *,
     needs_tokenizer: bool = False,
     needs_template: bool = False,
+    calibration: str | None = None,
     **settings: Any,
 ) -> StarLLM:
     """Load the model. Whatever can be checked is checked before anything slow starts.
@@ -47,6 +48,7 @@ def load(
         status: Says that the model is being loaded.
         needs_tokenizer: True to refuse a model without a tokenizer.
         needs_template: True to refuse one without a chat template, if its files show that.
+        calibration: The file of a calibration, whose look-back holds where settings have none.
         settings: Settings of `StarConfig`.
 
     Raises:
@@ -54,6 +56,7 @@ def load(
     """
     _check_words(model)
     config, model_kwargs = StarConfig.of(**model.settings | settings), model.kwargs()
+    lookback = {} if calibration is None else _lookback_options(calibration, settings)
     source = _check_files(
         model, model_kwargs, needs_tokenizer=needs_tokenizer, needs_template=needs_template
     )
@@ -73,6 +76,8 @@ def load(
             model_kwargs=model_kwargs,
             compile=model.compile,
             adapter=model.adapter,
+            calibration=calibration,
+            **lookback,
         )
 
 
@@ -83,6 +88,20 @@ def _check_words(model: ModelOptions) -> None:
     check_dtype(model.dtype)
     check_device(model.device)
     check_torch_build(model.device)
+
+
+def _lookback_options(calibration: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the look-back that options ask for. Checks the file before anything slow starts."""
+    from star_attention.planning.calibration import Calibration
+
+    Calibration.read(calibration)
+    default = StarConfig()
+    unset = {
+        "quality": None,
+        "lookback": str(default.lookback),
+        "lookback_layers": default.lookback_layers,
+    }
+    return {name: settings[name] for name in unset if settings.get(name) not in (None, unset[name])}
 
 
 def _check_files(
@@ -166,7 +185,13 @@ def load_with_tokenizer(model: ModelOptions, status: Status, **settings: Any) ->
 
 def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> StarLLM:
     """Load the model to encode texts as the options say."""
-    star = load_with_tokenizer(model, status, needs_template=context.chat, **context.settings)
+    star = load_with_tokenizer(
+        model,
+        status,
+        needs_template=context.chat,
+        calibration=context.calibration,
+        **context.settings,
+    )
     config, method = star.config, star.runtime.method
     if not method.takes_sizes and (config.block_size, config.anchor_size) != (None, None):
         warnings.warn(

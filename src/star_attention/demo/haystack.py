@@ -14,22 +14,9 @@ from typing import Any
 
 from star_attention.errors import SizeError
 from star_attention.hf.text.tokens import context_ids, query_ids
+from star_attention.tools.needles import ADJECTIVES, NOUNS
 from star_attention.tools.prose import prose_lines
 
-ADJECTIVES = tuple(
-    """
-amber ancient brisk calm clever crimson curious dusty eager faded gentle golden hidden humble icy
-jolly lonely mellow misty noble patient quiet rusty scarlet shy silver solemn stormy sunny tidy
-velvet vivid weary winter wooden
-""".split()  # noqa: SIM905
-)
-NOUNS = tuple(
-    """
-badger barley beacon candle canyon castle cedar chimney clover comet copper falcon feather fiddle
-fountain garden glacier hammer harbor kettle ladder lantern lemon marble meadow mirror orchard otter
-paddle pebble pillow raven ribbon saddle sparrow teapot thistle tunnel violin walnut willow
-""".split()  # noqa: SIM905
-)
 QUESTION_MARK, ANSWER_MARK = "<|q|>", "<|a|>"
 
 _NUM_KEYS = len(ADJECTIVES) * len(NOUNS)

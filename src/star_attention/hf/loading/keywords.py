@@ -23,6 +23,8 @@ class PretrainedSettings(StarSettings, total=False):
     subfolder: folder inside `path` that holds the model.
     revision: branch, tag or commit of a hub id.
     trust_remote_code: run the code that comes with the model.
+    calibration: file of `star-attention calibrate` for this model: its settings of look-back,
+        unless lookback or lookback_layers are keywords, too.
     """
 
     adapter: str | os.PathLike[str] | None
@@ -30,6 +32,7 @@ class PretrainedSettings(StarSettings, total=False):
     subfolder: str | None
     revision: str | None
     trust_remote_code: bool
+    calibration: str | os.PathLike[str] | None
 
 
 def check_keywords(names: Iterable[str], *, known: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sizing import Size
 from star_attention.evals.samples.sources import prose, split_sentences, words
 from star_attention.evals.suites.niah import DEPTHS, SUITE
-from star_attention.evals.suites.ruler.needles import ask, haystack_kind, needle
+from star_attention.evals.suites.ruler.needles import ask, haystack_kind
+from star_attention.tools.needles import needle
 
 
 def generate(

@@ -10,6 +10,7 @@ from star_attention.evals.samples.building import NOISE, Draw, depths, insert, o
 from star_attention.evals.samples.case import Case
 from star_attention.evals.samples.sample import Sample
 from star_attention.evals.samples.sources import prose, split_sentences, words
+from star_attention.tools.needles import head, needle, question
 
 MAX_NEW_TOKENS = 128
 _DEPTHS = tuple(round(100 * step / 39) for step in range(40))
@@ -97,11 +98,6 @@ def generate(case: Case) -> Sample:
     return case.size.largest(build)[1]
 
 
-def needle(key: str, value: str, values: str) -> str:
-    """Return a needle. The kind of its value is plural even if the question is singular."""
-    return f"One of the special magic {values} for {key} is: {value}."
-
-
 def ask(
     case: Case, text: str, keys: list[str], answers: list[str], values: str, **meta: Any
 ) -> Sample:
@@ -118,31 +114,6 @@ def ask(
         category="retrieval",
         **meta,
     )
-
-
-def head(values: str, *, single: bool) -> str:
-    """Return the instruction before the text, for a single value or several."""
-    article, verb, kind = ("A", "is", _singular(values)) if single else ("Some", "are", values)
-    return (
-        f"{article} special magic {kind} {verb} hidden within the following text. Make sure to"
-        f" memorize it. I will quiz you about the {kind} afterwards.\n"
-    )
-
-
-def question(keys: list[str], values: str, *, single: bool) -> tuple[str, str]:
-    """Return the question for the values of some keys, and the beginning of its answer."""
-    verb, quantity, kind = (
-        ("is", "is the", _singular(values)) if single else ("are", "are all the", values)
-    )
-    names = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
-    return (
-        f"What {quantity} special magic {kind} for {names} mentioned in the provided text?",
-        f" The special magic {kind} for {names} mentioned in the provided text {verb}",
-    )
-
-
-def _singular(values: str) -> str:
-    return values.removesuffix("s")
 
 
 def haystack_kind(options: Mapping[str, Any]) -> str:

@@ -19,9 +19,9 @@ from star_attention.evals.samples.sizing import Size
 from star_attention.evals.samples.sources import Prose, Words, prose, words
 from star_attention.evals.suites.infinitebench.generate import key_question
 from star_attention.evals.suites.infinitebench.tasks import TASKS
-from star_attention.evals.suites.ruler import needles
 from star_attention.evals.suites.shared import QUESTIONS
 from star_attention.hf.text.tokens import query_ids
+from star_attention.tools import needles
 
 _METRIC = {"shared_kv": "whole_word", "shared_niah": "string_match_all"}
 _MAX_NEW_TOKENS = {"shared_kv": TASKS["kv_retrieval"].max_new_tokens, "shared_niah": 32}
