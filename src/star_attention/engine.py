@@ -25,7 +25,7 @@ from star_attention.hf.loading.pretrained import load_pretrained, source_of
 from star_attention.hf.progress import Progress
 from star_attention.inputs import Content, Contents, Prepared, TextOrIds
 from star_attention.planning.calibration import Calibration
-from star_attention.runtime import Runtime, RuntimeView
+from star_attention.runtime import Runtime, RuntimeView, model_facts
 from star_attention.storage.context import EncodedContext
 
 _T = TypeVar("_T")
@@ -148,7 +148,7 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
         engine = cls(model, tokenizer, config=resolved[0], compile=compile, comm=comm)
         engine.runtime.source = source_of(path, files.get("adapter"), model_kwargs)
         if calibrated is not None:
-            calibrated.check(engine.runtime.model_facts)
+            calibrated.check(model_facts(engine.runtime))
             engine = engine.with_config(**calibrated.under(config_settings))
         return engine
 

@@ -186,11 +186,6 @@ class Runtime(Transient):
         """Return `identity`, with all weights read again if that takes no longer than `seconds`."""
         return self._identities.of(self.tokenizer, within_s=seconds)
 
-    @property
-    def model_facts(self) -> ModelFacts:
-        """What a calibration must share with this model."""
-        return ModelFacts.of(self.identity, len(self.handle.windows))
-
     def check_context(self, context: EncodedContext) -> None:
         """Raise an error unless this model, or an equal one, encoded the context.
 
@@ -263,6 +258,11 @@ class Runtime(Transient):
                     wire_within=within[0],
                 )
             )
+
+
+def model_facts(runtime: Runtime) -> ModelFacts:
+    """Return what a calibration must share with this model."""
+    return ModelFacts.of(runtime.identity, len(runtime.handle.windows))
 
 
 class RuntimeView(Transient):

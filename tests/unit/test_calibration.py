@@ -27,6 +27,7 @@ from star_attention.calibration.result import (
 from star_attention.calibration.settings import CalibrationSettings
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.planning.calibration import Calibration, Lookback, ModelFacts
+from star_attention.runtime import model_facts
 from star_attention.storage.header import read_header
 from tests.command_line import MODEL, QUESTION, failed, ok
 from tests.engines import BUNDLED, text_model
@@ -193,7 +194,7 @@ def test_an_interval_is_around_the_mean() -> None:
 
 def calibration(star: StarLLM, **changes: Any) -> Calibration:
     layers = changes.pop("layers_that_look", "5-9")
-    facts = replace(star.runtime.model_facts, **changes)
+    facts = replace(model_facts(star.runtime), **changes)
     return Calibration(
         model=facts,
         settings={

@@ -23,6 +23,7 @@ from star_attention.calibration.texts import prose, samples
 from star_attention.errors import SizeError, UnsupportedModelError
 from star_attention.planning.calibration import BALANCED, HIGH, Calibration, Lookback
 from star_attention.planning.lookback import ALL
+from star_attention.runtime import model_facts
 
 _TAIL = 512
 """Positions for questions and answers."""
@@ -76,7 +77,7 @@ def calibrate(
     result = _measured(len(star.runtime.handle.windows), run)
     return (
         Calibration(
-            model=star.runtime.model_facts,
+            model=model_facts(star.runtime),
             settings={BALANCED: result.balanced, HIGH: result.high},
             measured=_record(result, settings, text, time.perf_counter() - started),
         ),
