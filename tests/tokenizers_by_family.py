@@ -140,9 +140,32 @@ _FAMILIES = {
     "unigram": unigram,
 }
 FAMILIES = tuple(_FAMILIES)
+"""What most tests of tokenizers take."""
+
+
+def normalized(normalizer: Any) -> Any:
+    """GPT-2's, after a normalizer."""
+    tokenizer = byte_level(_GPT2)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+# As in GPT-4o: a letter takes the mark before it, and "/" ends a run of marks.
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?\p{Lu}*\p{Ll}+(?i:'s|'t|'re)?|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_MORE = {
+    "gpt4o": lambda: byte_level(_O200K),
+    "deepseek": lambda: byte_level(r"[\r\n]|\s?\p{L}+|\s?[!-/:-~]+|\s+$|\p{N}+"),
+    "qwen2": lambda: normalized(normalizers.NFC()),
+    "lower case": lambda: normalized(normalizers.Lowercase()),
+}
+MORE_FAMILIES = (*FAMILIES, *_MORE)
+"""All, for tests that run no model."""
 
 
 @functools.cache
 def tokenizer_of(family: str) -> Any:
     """The tokenizer of a family, shared by all tests of a process: not to be changed."""
-    return _FAMILIES[family]()
+    return (_FAMILIES | _MORE)[family]()

@@ -17,7 +17,7 @@ from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.tokens import context_ids
 from star_attention.storage import writing
 from tests.engines import bundled_tokenizer, stock_generate
-from tests.tokenizers_by_family import FAMILIES, tokenizer_of
+from tests.tokenizers_by_family import FAMILIES, MORE_FAMILIES, tokenizer_of
 
 ENDS = [
     "The cat", "The cat.", "The cat ", "The cat\n", "The cat.\n", "The cat. \n", "The cat\r\n",
@@ -66,7 +66,7 @@ def seen(star: StarLLM, context: EncodedContext, query: Any, **kwargs: Any) -> l
 
 
 @pytest.mark.filterwarnings("ignore:the tokenizer does not know all characters")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MORE_FAMILIES)
 def test_joined_ids(family: str) -> None:
     """Forbids tokens across the cut that the joined text does not have, without a word."""
     tokenizer = tokenizer_of(family)
