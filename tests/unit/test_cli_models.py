@@ -72,6 +72,7 @@ def test_arguments_that_are_not_json(value: str, texts: Path) -> None:
     )
     assert line.startswith(f"error: --model-kwargs {value!r} is not a JSON object")
     assert line.endswith("""write it like '{"device_map": "auto"}'""")
+    assert failed("ask", texts / "book.star", "--query", "x", "--model-kwargs", value) == line
 
 
 # ------------------------------------------------------------------------------------- ask

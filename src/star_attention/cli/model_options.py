@@ -176,7 +176,7 @@ class ModelOptions:
         Raises:
             InvalidInputError: If --model-kwargs is not a JSON object.
         """
-        kwargs = _json_object(self.model_kwargs, "--model-kwargs") | self.location.kwargs()
+        kwargs = json_object(self.model_kwargs, "--model-kwargs") | self.location.kwargs()
         return kwargs | without_none(rope_scaling=self.rope_scaling)
 
 
@@ -197,7 +197,7 @@ class SavedModelOptions(ModelOptions):
     ] = ""
 
 
-def _json_object(text: str | None, name: str) -> dict[str, Any]:
+def json_object(text: str | None, name: str) -> dict[str, Any]:
     """Return the value of an option that takes a JSON object; {} for None."""
     if text is None:
         return {}

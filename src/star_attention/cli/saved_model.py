@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from star_attention.cli.model_options import MODEL_VARIABLE, SavedModelOptions
+from star_attention.cli.model_options import MODEL_VARIABLE, SavedModelOptions, json_object
 from star_attention.errors import ContextMismatchError, InvalidInputError, ModelNotFoundError
 from star_attention.hf.loading import files
 
@@ -44,7 +44,7 @@ def named_by(header: dict[str, Any], path: str, model: SavedModelOptions) -> Sav
         raise InvalidInputError(f"{path} does not name its model; give it with -m")
     if model.model or not source:
         return replace(model, model=name)
-    kwargs = source.get("model_kwargs", {}) | json.loads(model.model_kwargs or "{}")
+    kwargs = source.get("model_kwargs", {}) | json_object(model.model_kwargs, "--model-kwargs")
     own = replace(
         model,
         model=name,
