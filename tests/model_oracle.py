@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -209,7 +210,8 @@ def other_masks(
     handles = [
         module.register_forward_pre_hook(swap, with_kwargs=True)
         for module in model.modules()
-        if getattr(module, "layer_idx", None) in layers and "ttention" in type(module).__name__
+        if getattr(module, "layer_idx", None) in layers
+        and re.search("ttention|MLA$", type(module).__name__)
     ]
     try:
         yield
