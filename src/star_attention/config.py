@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 from star_attention.errors import InvalidInputError, SizeError, UnknownOptionError, quote
 from star_attention.planning.lookback import ALL, parse_layers
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
+from star_attention.planning.quality import expanded
 from star_attention.planning.ring import RING_LAYOUTS
 from star_attention.planning.sizes import check_lookback, format_size, parse_size, resolve_sizes
 from star_attention.planning.stripes import STRIPE_TOKENS
@@ -109,9 +110,10 @@ def unknown_option(
 class StarSettings(TypedDict, total=False):
     """The fields of `StarConfig` as keywords, for editors and type checkers.
 
-    Sizes may be written as `"4k"` or `"1m"`.
+    Sizes may be written as `"4k"` or `"1m"`. `quality` is no field, but stands for some.
     """
 
+    quality: str | None
     block_size: int | str | None
     anchor_size: int | str | None
     lookback: int | str
@@ -271,6 +273,9 @@ class StarConfig:
     def of(cls, config: StarConfig | None = None, **settings: Any) -> StarConfig:
         """Return `config` (default: all defaults) with some fields replaced.
 
+        The keyword `quality` ("paper", "balanced", "high") stands for `lookback`, `lookback_layers`
+        and `anchor_size`, as far as they are not given beside it.
+
         Raises:
             UnknownOptionError: a keyword that is not a field.
             SizeError, InvalidInputError: as for `StarConfig`.
@@ -280,6 +285,7 @@ class StarConfig:
                 f"config: expected a StarConfig, got {type(config).__name__}; give"
                 " StarConfig(...), or its fields as keywords"
             )
+        settings = expanded(settings)
         known = [setting.name for setting in fields(cls)]
         for name in settings:
             if name not in known:

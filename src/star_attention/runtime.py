@@ -365,7 +365,7 @@ def _check_lookback(config: StarConfig, handle: ModelHandle) -> None:
     if not methods.get(config.method).shares_anchor:
         raise InvalidInputError(
             f"lookback {config.lookback} does not work with method {quote(config.method)}, which"
-            " has no blocks that look back; use method 'star', or lookback=0"
+            " has no blocks that look back; use method 'star', or lookback=0 (quality 'paper')"
         )
     layer_numbers(config.lookback_layers, len(handle.windows))
 

@@ -12,8 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from star_attention.config import StarConfig
+from star_attention.planning.quality import QUALITIES, QUALITY_HELP
 
 _FIELDS = {field.name: field for field in dataclasses.fields(StarConfig)}
+
+
+_PRESET = frozenset(QUALITIES["paper"])
+"""Fields that a preset stands for. Their options have no default, to tell those that were given."""
 
 
 class DeclaredOptions(ABC):
@@ -32,7 +37,8 @@ class DeclaredOptions(ABC):
 class ConfigOptions(DeclaredOptions):
     """Marks a `dict[str, Any]` of `StarConfig` settings: each becomes an option of a command.
 
-    Values are as given on the command line, for `StarConfig.of` to parse and check.
+    Values are as given on the command line, for `StarConfig.of` to parse and check. With
+    `lookback` comes `--quality`; fields that it stands for are left out unless they were given.
 
     Args:
         names: Fields of `StarConfig`; without any, all of them.
@@ -48,7 +54,9 @@ class ConfigOptions(DeclaredOptions):
     def parameters(self) -> Iterator[inspect.Parameter]:
         """Return one parameter per setting, annotated for typer."""
         for name in self.names:
-            default = _FIELDS[name].default
+            if name == "lookback":
+                yield _quality()
+            default = None if name in _PRESET else _FIELDS[name].default
             kind: Any = str if default is not None else str | None
             if _is_flag(name):
                 kind = bool | None
@@ -61,7 +69,13 @@ class ConfigOptions(DeclaredOptions):
 
     def settings(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the settings among the values of all options."""
-        return {name: values[name] for name in self.names}
+        names = [*self.names, *(["quality"] if "lookback" in self.names else [])]
+        presettable = {*_PRESET, "quality"}
+        return {
+            name: values[name]
+            for name in names
+            if name not in presettable or values[name] is not None
+        }
 
 
 def _is_flag(name: str) -> bool:
@@ -71,6 +85,9 @@ def _is_flag(name: str) -> bool:
 
 def _option(name: str) -> Any:
     setting = _FIELDS[name].metadata
+    default = setting["default_text"]
+    if name in _PRESET and default is None:
+        default = str(_FIELDS[name].default)
     # Explicit: typer 0.27 derives the name from a metavar that differs in case only.
     option = name.replace("_", "-")
     return typer.Option(
@@ -78,5 +95,22 @@ def _option(name: str) -> Any:
         help=setting["help"],
         metavar=setting["metavar"] or None,
         rich_help_panel=setting["panel"],
-        show_default=setting["default_text"] or True,
+        show_default=default or True,
+    )
+
+
+def _quality() -> inspect.Parameter:
+    setting = _FIELDS["lookback"].metadata
+    option = typer.Option(
+        "--quality",
+        help=QUALITY_HELP,
+        metavar="NAME",
+        rich_help_panel=setting["panel"],
+        show_default="paper",
+    )
+    return inspect.Parameter(
+        "quality",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[str | None, option],
     )
