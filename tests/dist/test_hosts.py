@@ -170,7 +170,7 @@ def test_a_cut_cable_ends_a_session_that_waits(tmp_path: Path, cable: None) -> N
         ip("-n star-test-0 link set star0 down")
         cut_at = time.monotonic()
         seconds = wait_for("RankError: rank 0 failed in ", tmp_path / "err-1", 60) - cut_at
-        wait_for("RankError: rank 1 failed in follow: no sign of life", tmp_path / "err-0", 60)
+        wait_for("RankError: rank 1 failed in generate: no sign of life", tmp_path / "err-0", 60)
     finally:
         end(processes)
     print(f"the rank that follows stopped after {seconds:.1f} s")
