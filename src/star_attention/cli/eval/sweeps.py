@@ -69,7 +69,7 @@ def ablations(
 ) -> None:
     """Other tokens in place of the anchor, or other positions, with dense attention: table 4.
 
-    Example: star-attention eval ablations -m models/needle-17m --length 4k --samples 5
+    Example: star-attention eval ablations -m models/needle-17m --length 4k --samples 2
     --out ablations
     """
 
