@@ -103,7 +103,7 @@ def test_plan_warns_about_positions_and_idle_ranks(bare_config: Path) -> None:
 
 def test_plan_names_a_model_that_cannot_run(bare_config: Path) -> None:
     (bare_config / "config.json").write_text('{"model_type": "mamba"}')
-    assert "mamba cannot run with Star Attention" in failed(
+    assert "cannot run with Star Attention: it keeps a running state" in failed(
         "plan", "-m", bare_config, "--context", "4k"
     )
 

@@ -95,13 +95,8 @@ def _lookback_options(calibration: str, settings: dict[str, Any]) -> dict[str, A
     from star_attention.planning.calibration import Calibration
 
     Calibration.read(calibration)
-    default = StarConfig()
-    unset = {
-        "quality": None,
-        "lookback": str(default.lookback),
-        "lookback_layers": default.lookback_layers,
-    }
-    return {name: settings[name] for name in unset if settings.get(name) not in (None, unset[name])}
+    names = ("quality", "lookback", "lookback_layers")
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def _check_files(
