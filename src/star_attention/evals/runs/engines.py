@@ -15,13 +15,19 @@ from star_attention.storage.context import EncodedContext
 
 
 def engine_for(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | None]) -> StarLLM:
-    """Return the engine with a variant's method and its block and anchor size in tokens."""
+    """Return the engine with a variant's method and its block and anchor size in tokens.
+
+    Raises:
+        InvalidInputError: For look-back in layers that the model does not have.
+    """
     block_size, anchor_size = sizes
     return star.with_config(
         method=variant.method,
         block_size=block_size,
         anchor_size=anchor_size,
         kv_dtype=variant.kv_dtype or star.config.kv_dtype,
+        lookback=variant.lookback,
+        lookback_layers=variant.lookback_layers,
     )
 
 

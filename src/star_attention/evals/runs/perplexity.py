@@ -40,6 +40,8 @@ class Perplexity:
             is the ratio of the perplexities.
         block_size: Tokens per block, as resolved.
         anchor_size: Tokens of the anchor, as resolved.
+        lookback: Blocks before its own that each block saw.
+        lookback_layers: The layers that looked back; None for none.
     """
 
     variant: str
@@ -48,6 +50,8 @@ class Perplexity:
     difference: Difference | None
     block_size: int
     anchor_size: int
+    lookback: int = 0
+    lookback_layers: str | None = None
 
     @property
     def perplexity(self) -> float:
@@ -116,8 +120,12 @@ def run(
     Raises:
         SizeError: If the tail leaves no context.
         ContextLengthError: For windows beyond the model's positions.
+        InvalidInputError: For a variant that the model cannot run.
     """
     _check_lengths(star, len(windows[0]), tail)
+    # Variants that this model cannot run are refused before the first is measured.
+    for variant in variants:
+        engine_for(star, variant, variant.sizes(len(windows[0])))
     rows: list[Perplexity] = []
     baseline: list[Scored] = []
     for variant in variants:
@@ -143,6 +151,8 @@ def run(
                 difference=stats.paired(scored, baseline) if baseline else None,
                 block_size=sizes[0],
                 anchor_size=sizes[1],
+                lookback=variant.lookback,
+                lookback_layers=variant.lookback_layers if variant.lookback else None,
             )
         )
         baseline = baseline or scored

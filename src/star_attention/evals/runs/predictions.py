@@ -47,6 +47,8 @@ class Prediction:
         meta: `Sample.meta`.
         reasoning: What the model marked as its reasoning, which is not scored; None for none.
         query: Query and answer prefix; None in runs of earlier versions.
+        lookback: Blocks before its own that each block saw; 0 in runs of earlier versions.
+        lookback_layers: The layers that looked back; None for none.
     """
 
     sample: str
@@ -75,6 +77,8 @@ class Prediction:
     meta: Mapping[str, Any]
     reasoning: str | None = None
     query: str | None = None
+    lookback: int = 0
+    lookback_layers: str | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -100,7 +104,8 @@ class Prediction:
         values = json.loads(line)
         names = {field.name for field in fields(cls)}
         # Earlier versions did not write them.
-        values = {"reasoning": None, "query": None} | values
+        earlier = {"reasoning": None, "query": None, "lookback": 0, "lookback_layers": None}
+        values = earlier | values
         if set(values) != names:
             differing = ", ".join(sorted(set(values) ^ names))
             raise ValueError(f"missing or unknown fields: {differing}")

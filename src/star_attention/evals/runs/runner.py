@@ -222,6 +222,8 @@ def _prediction(
         block_size=context.plan.block_size,
         anchor_size=context.plan.anchor_size,
         blocks=context.plan.num_blocks,
+        lookback=context.plan.lookback,
+        lookback_layers=context.plan.lookback_layers if context.plan.lookback else None,
         encode_s=context.encode_s,
         peak_bytes=max(peaks, default=None),
         meta=sample.meta,
@@ -367,6 +369,8 @@ def _variants_record(
         line: dict[str, Any] = {"length": samples[job.samples[0]].length, "ranks": plan.ranks}
         if variant.has_sizes:
             line |= {"block_size": plan.block_size, "anchor_size": plan.anchor_size}
+        if plan.lookback:
+            line |= {"lookback": plan.lookback, "lookback_layers": plan.lookback_layers}
         if line not in variants_by_key[variant.key]["plans"]:
             variants_by_key[variant.key]["plans"].append(line)
     return variants_by_key

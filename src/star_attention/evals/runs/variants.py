@@ -5,23 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from star_attention import methods
 from star_attention.config import KV_DTYPES, METHODS, StarConfig
 from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
-from star_attention.planning.sizes import format_size, parse_size
+from star_attention.planning.lookback import ALL, LOOKBACK_ANCHOR, parse_layers
+from star_attention.planning.sizes import check_lookback, format_size, parse_size
 
 SAME = "="
 """An anchor as large as the block."""
 
 _FRACTION = re.compile(r"/([1-9][0-9]*)")
-_SETTINGS = {"anchor": "anchor", "positions": "anchor_positions", "kv": "kv_dtype"}
+_LOOKBACK = "lookback"
+_SETTINGS = {
+    _LOOKBACK: "lookback",
+    "anchor": "anchor",
+    "positions": "anchor_positions",
+    "kv": "kv_dtype",
+}
 """Fields of `Variant` by the name that they have in a key."""
 
 SYNTAX = (
     "write METHOD[:BLOCK[:ANCHOR]] with sizes like 4k, or /4 for a quarter of the length"
-    " (= makes the anchor as large as the block), then kv=fp8, anchor=NAME, positions=NAME"
+    " (= makes the anchor as large as the block), then lookback=BLOCKS[@LAYERS], kv=fp8,"
+    " anchor=NAME, positions=NAME; numbers of layers are joined by +, as 0-4+8"
 )
 
 
@@ -39,9 +48,12 @@ class Variant:
         anchor_positions: Ablation of its positions, one of `anchors.POSITIONS`; None changes
             nothing.
         kv_dtype: Precision of the stored KV; None keeps the engine's.
+        lookback: Blocks before its own that each block sees; 0 for none.
+        lookback_layers: Layers that look back, as `planning.lookback.parse_layers` writes them.
 
     Raises:
-        InvalidInputError: For unknown names, and for sizes of a method that takes none.
+        InvalidInputError: For unknown names, and for sizes or look-back of a method that takes
+            none.
         SizeError: For sizes out of range.
     """
 
@@ -51,6 +63,8 @@ class Variant:
     anchor: str | None = None
     anchor_positions: str | None = None
     kv_dtype: str | None = None
+    lookback: int = 0
+    lookback_layers: str = ALL
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -67,6 +81,7 @@ class Variant:
                 f"method {quote(self.method)} takes no block and no anchor size; leave them out"
             )
         self._check_ablation()
+        self._check_lookback()
         self._normalize_sizes()
 
     def _check_ablation(self) -> None:
@@ -86,19 +101,47 @@ class Variant:
                     f"{name} {quote(value)} is unknown; choose one of {', '.join(known)}"
                 )
 
+    def _check_lookback(self) -> None:
+        check_lookback(self.lookback)
+        layers = parse_layers(self.lookback_layers) if self.lookback else ALL
+        object.__setattr__(self, "lookback_layers", layers)
+        if not self.lookback:
+            return
+        if not self._shares_anchor:
+            raise InvalidInputError(
+                f"lookback {self.lookback} does not work with method {quote(self.method)}, which"
+                f" has no blocks that look back; use method {StarConfig.method!r}, or leave it out"
+            )
+        if self.is_ablation:
+            raise InvalidInputError(
+                f"lookback {self.lookback} does not work with another anchor or other positions,"
+                " which are encoded as in the paper, without look-back; leave one of both out"
+            )
+
     def _normalize_sizes(self) -> None:
         """Write every size in one way, so that equal variants have equal keys."""
         object.__setattr__(self, "block_size", _checked(self.block_size, "block_size"))
         if self.anchor_size != SAME:
             object.__setattr__(self, "anchor_size", _checked(self.anchor_size, "anchor_size"))
-        elif self._shares_anchor:
+        elif self._shares_anchor and not self.lookback:
             object.__setattr__(self, "anchor_size", None)
         elif self.block_size is None:
             raise SizeError(
                 f"anchor_size {SAME!r} copies the block size, which is missing; give a block_size"
             )
+        if self.lookback:
+            self._write_anchor()
         if isinstance(self.block_size, int) and isinstance(self.anchor_size, int):
             self.sizes(self.block_size)
+
+    def _write_anchor(self) -> None:
+        """Write the anchor of a variant that looks back as a number, where the block's size is."""
+        anchor, block = self.anchor_size, self.block_size
+        if anchor is None:
+            anchor = min(LOOKBACK_ANCHOR, block) if isinstance(block, int) else LOOKBACK_ANCHOR
+        elif anchor in (SAME, block):
+            anchor = block if isinstance(block, int) else SAME
+        object.__setattr__(self, "anchor_size", anchor)
 
     @property
     def has_sizes(self) -> bool:
@@ -118,7 +161,8 @@ class Variant:
     @property
     def follows_rule(self) -> bool:
         """True if block and anchor size are left to the engine, as `generate` does by default."""
-        return self._shares_anchor and (self.block_size, self.anchor_size) == (None, None)
+        sizes = self.block_size, self.anchor_size
+        return self._shares_anchor and sizes == (None, LOOKBACK_ANCHOR if self.lookback else None)
 
     @property
     def _shares_anchor(self) -> bool:
@@ -132,7 +176,7 @@ class Variant:
             sizes.append(_written(self.block_size))
         if self.anchor_size is not None:
             sizes.append(_written(self.anchor_size))
-        return ":".join([self.method, *sizes, *self._settings()])
+        return ":".join([self.method, *sizes, *self.settings])
 
     @property
     def name(self) -> str:
@@ -144,12 +188,20 @@ class Variant:
             for label, size in zip(labels, (self.block_size, anchor), strict=True)
             if size is not None
         ]
-        return " ".join([self.method, *sizes, *self._settings()])
+        return " ".join([self.method, *sizes, *self.settings])
 
-    def _settings(self) -> Iterator[str]:
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """All but method and sizes, as written in the key: `("lookback=2@lower", "kv=fp8")`."""
+        return tuple(self._written_settings())
+
+    def _written_settings(self) -> Iterator[str]:
+        if self.lookback:
+            layers = "" if self.lookback_layers == ALL else f"@{self.lookback_layers}"
+            yield f"{_LOOKBACK}={self.lookback}{layers}"
         for name, field in _SETTINGS.items():
             value = getattr(self, field)
-            if value is not None:
+            if name != _LOOKBACK and value is not None:
                 yield f"{name}={value}"
 
     def sizes(self, tokens: int) -> tuple[int | None, int | None]:
@@ -164,6 +216,9 @@ class Variant:
         block, anchor = _resolved(self.block_size, tokens), _resolved(self.anchor_size, tokens)
         if self.anchor_size == SAME:
             anchor = block
+        if self.lookback and block is not None and anchor == LOOKBACK_ANCHOR:
+            # The default, which a short text's blocks may be smaller than.
+            anchor = min(anchor, block)
         if self._shares_anchor and block is not None and anchor is not None and anchor > block:
             raise SizeError(
                 f"variant {quote(self.key)} has an anchor of {anchor:,} tokens and blocks"
@@ -174,7 +229,7 @@ class Variant:
 
 
 def parse(text: str) -> Variant:
-    """Read one variant: `dense`, `star:4k:1k`, `star:/4:kv=fp8`, `star:/4:anchor=random`.
+    """Read one variant: `dense`, `star:4k:1k`, `star:/4:kv=fp8`, `star:/8:64:lookback=2@lower`.
 
     Raises:
         InvalidInputError: For unknown names and parts out of place.
@@ -182,7 +237,7 @@ def parse(text: str) -> Variant:
     """
     method, *parts = text.strip().split(":")
     sizes: list[str] = []
-    settings: dict[str, str] = {}
+    settings: dict[str, Any] = {}
     for part in parts:
         name, equals, value = part.partition("=")
         if name and equals:
@@ -191,7 +246,7 @@ def parse(text: str) -> Variant:
                     f"variant {quote(text)} contains {quote(part)}, which is not a setting;"
                     f" {SYNTAX}"
                 )
-            settings[_SETTINGS[name]] = value
+            settings |= _read_lookback(value) if name == _LOOKBACK else {_SETTINGS[name]: value}
         elif settings or len(sizes) == 2:
             raise InvalidInputError(
                 f"variant {quote(text)} has {quote(part)} out of place; {SYNTAX}"
@@ -200,6 +255,13 @@ def parse(text: str) -> Variant:
             sizes.append(part)
     block, anchor = [*sizes, "", ""][:2]
     return Variant(method=method, block_size=block or None, anchor_size=anchor or None, **settings)
+
+
+def _read_lookback(text: str) -> dict[str, Any]:
+    """Read `2` or `2@lower`: blocks, and the layers that look back."""
+    blocks, at, layers = text.partition("@")
+    settings: dict[str, Any] = {"lookback": int(blocks) if blocks.isdecimal() else blocks}
+    return settings | ({"lookback_layers": layers} if at else {})
 
 
 def parse_all(text: str) -> list[Variant]:

@@ -30,15 +30,15 @@ class _Line:
 
     length: int
     fixed: str
-    kv_dtype: str | None
+    settings: tuple[str, ...]
 
     @property
     def order(self) -> tuple[int, str]:
-        return self.length, str([self.fixed, self.kv_dtype])
+        return self.length, str([self.fixed, self.settings])
 
     def label(self, *, with_length: bool) -> str:
         length = length_name(self.length) if self.length or with_length else ""
-        parts = (StarConfig.method, length, self.fixed, self.kv_dtype)
+        parts = (StarConfig.method, length, self.fixed, *self.settings)
         return ", ".join(part for part in parts if part)
 
 
@@ -98,7 +98,7 @@ def _lines(results: Results, size: Literal["block", "anchor"]) -> dict[_Line, di
             else:
                 fixed = f"block {format_size(speed.block_size)}"
                 tick = speed.anchor_size
-            line = _Line(length, fixed, variant.kv_dtype)
+            line = _Line(length, fixed, variant.settings)
             lines.setdefault(line, {})[tick] = comparison.mean
     return {line: means for line, means in lines.items() if len(means) > 1}
 
