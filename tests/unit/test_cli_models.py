@@ -42,6 +42,16 @@ def test_refusals_that_need_no_torch(bare_config: Path) -> None:
     assert not seen["torch"]
 
 
+def test_a_text_far_too_long_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("word " * 80_000)
+    arguments = ["generate", "-m", str(BUNDLED), str(tmp_path / "long.txt"), "--query", "x"]
+    seen = in_new_process(RUN_MODULE.format(arguments=arguments), warnings="ignore")
+    assert seen["status"] == 1
+    assert not seen["torch"]
+    line = failed(*arguments)
+    assert line.startswith("error: the context has at least 80,001 tokens, more than the model's")
+
+
 def test_a_missing_tokenizer_is_found_before_the_weights(tmp_path: Path) -> None:
     for file in (BUNDLED / "config.json", *BUNDLED.glob("model*.json")):
         shutil.copy(file, tmp_path)

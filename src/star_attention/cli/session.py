@@ -22,6 +22,7 @@ from star_attention.errors import (
     ModelNotFoundError,
     UnsupportedModelError,
 )
+from star_attention.planning.positions import Positions
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
@@ -141,6 +142,26 @@ def most_positions(model: ModelOptions) -> int | None:
     location = {name: model_kwargs[name] for name in files.LOCATION if name in model_kwargs}
     config = files.locate(model.model, location, model.adapter).config
     return positions.most_positions(config) if config and not rotary else None
+
+
+def check_length(model: ModelOptions, text: str) -> None:
+    """Refuse a text that is far too long for the model, before torch is imported.
+
+    Raises:
+        ContextLengthError: If it has more tokens than the model has positions.
+    """
+    from star_attention.hf.loading import files
+    from star_attention.hf.loading.text_length import least_tokens
+
+    # The hub is asked once, when the model is loaded.
+    limit = most_positions(model) if Path(model.model).exists() else None
+    if limit is None:
+        return
+    kwargs = model.kwargs()
+    location = {name: kwargs[name] for name in files.LOCATION if name in kwargs}
+    count = least_tokens(files.locate(model.model, location, model.adapter), text, limit)
+    positions = Positions(limit=limit, reserve_tokens=0)
+    positions.check(count, "the context has at least", "cut the context, or use another model")
 
 
 def config_and_tokenizer(model: ModelOptions, *, needs_template: bool) -> tuple[Any, Any]:
