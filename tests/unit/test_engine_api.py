@@ -46,7 +46,8 @@ def test_public_names_are_the_documented_ones() -> None:
 
 def test_typed_keywords_are_the_fields_of_star_config() -> None:
     """Forbids a setting that editors do not know."""
-    assert list(StarSettings.__annotations__) == [field.name for field in fields(StarConfig)]
+    names = [field.name for field in fields(StarConfig)]
+    assert list(StarSettings.__annotations__) == ["quality", *names]
 
 
 def test_typed_keywords_of_generate_are_all_taken() -> None:

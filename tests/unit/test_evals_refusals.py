@@ -90,8 +90,8 @@ def test_the_model_is_looked_at_before_samples_are_made(
     assert message.endswith("positions; use a smaller length")
     message = error(model, "ruler", "--length", "1k", "--variants", "star:/4:512", *out)
     assert "an anchor of 512 tokens and blocks of 256" in message
-    assert "no chat template" in error(tmp_path / "bare", "ruler", "--chat", *out)
-    assert "has no tokenizer" in error(tmp_path / "mute", "ruler", *out)
+    assert "no chat template" in error(tmp_path / "bare", "ruler", "--length", "1k", "--chat", *out)
+    assert "has no tokenizer" in error(tmp_path / "mute", "ruler", "--length", "1k", *out)
     assert str(tmp_path / "gone") in error(tmp_path / "gone", "ruler", *out)
     assert not (tmp_path / "out").exists()
 

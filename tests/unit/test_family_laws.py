@@ -123,8 +123,8 @@ def matrix_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("matrix_products_only")
 @pytest.mark.parametrize("name", VARIED)
 def test_plain_matrix_products_obey_the_laws_too(name: str) -> None:
-    for block_size, anchor_size, tokens_per_forward in GEOMETRIES:
-        test_engine_equals_the_explicit_mask(name, block_size, anchor_size, tokens_per_forward)
+    for geometry, lookback in zip(GEOMETRIES, LOOKBACKS, strict=False):
+        test_engine_equals_the_explicit_mask(name, *geometry, *lookback)
     test_one_block_is_the_stock_model(name, {"block_size": 128})
 
 

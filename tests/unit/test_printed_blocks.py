@@ -38,7 +38,12 @@ NOT_RUN = {
 }
 """Blocks that do not run here, by words in them, with what they need."""
 
-SLOW = ("star-attention eval", "star-attention bench", "star-attention demo")
+SLOW = (
+    "star-attention eval",
+    "star-attention bench",
+    "star-attention demo",
+    "star-attention calibrate",
+)
 """Commands that take from ten seconds to minutes; `make test-slow` runs them."""
 
 
