@@ -37,8 +37,7 @@ def encode(
     if is_rank_0():
         check_save_path(output)
         text = read_context(files, status.say, html_to_text=context.html_to_text)
-        session.check_length(model, text)
-    star = session.load_for(model, context, status)
+    star = session.load_for(model, context, status, text=text)
     encoded = session.encode_text(star, text, status, context, save_to=output)
     where = " on rank 0" if encoded.plan.ranks > 1 else ""
     status.say(

@@ -52,8 +52,7 @@ def generate(
             raise typer.BadParameter("give a query", param_hint="--query or --query-file")
         check_save_path(save)
         text = read_context(files, status.say, html_to_text=context.html_to_text)
-        session.check_length(model, text)
-    star = session.load_for(model, context, status)
+    star = session.load_for(model, context, status, text=text)
     text, queries = star.from_rank_0((text, queries))
     encoded = session.encode_text(
         star,

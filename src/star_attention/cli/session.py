@@ -40,6 +40,7 @@ def load(
     needs_tokenizer: bool = False,
     needs_template: bool = False,
     calibration: str | None = None,
+    text: str = "",
     **settings: Any,
 ) -> StarLLM:
     """Load the model. Whatever can be checked is checked before anything slow starts.
@@ -50,6 +51,7 @@ def load(
         needs_tokenizer: True to refuse a model without a tokenizer.
         needs_template: True to refuse one without a chat template, if its files show that.
         calibration: The file of a calibration, whose look-back holds where settings have none.
+        text: What is to be encoded.
         settings: Settings of `StarConfig`.
 
     Raises:
@@ -61,6 +63,7 @@ def load(
     source = _check_files(
         model, model_kwargs, needs_tokenizer=needs_tokenizer, needs_template=needs_template
     )
+    _check_length(model, text)
     with status.waiting(f"loading {model.model}{source}"):
         from star_attention.distributed import from_environment
         from star_attention.engine import StarLLM
@@ -144,7 +147,7 @@ def most_positions(model: ModelOptions) -> int | None:
     return positions.most_positions(config) if config and not rotary else None
 
 
-def check_length(model: ModelOptions, text: str) -> None:
+def _check_length(model: ModelOptions, text: str) -> None:
     """Refuse a text that is far too long for the model, before torch is imported.
 
     Raises:
@@ -199,13 +202,16 @@ def load_with_tokenizer(model: ModelOptions, status: Status, **settings: Any) ->
     return load(model, status, needs_tokenizer=True, **settings)
 
 
-def load_for(model: ModelOptions, context: ContextOptions, status: Status) -> StarLLM:
-    """Load the model to encode texts as the options say."""
+def load_for(
+    model: ModelOptions, context: ContextOptions, status: Status, *, text: str = ""
+) -> StarLLM:
+    """Load the model to encode a text as the options say."""
     star = load_with_tokenizer(
         model,
         status,
         needs_template=context.chat,
         calibration=context.calibration,
+        text=text,
         **context.settings,
     )
     config, method = star.config, star.runtime.method
