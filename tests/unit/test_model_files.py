@@ -22,20 +22,13 @@ from star_attention.errors import (
 from star_attention.hf.loading import checks, files, hub
 from tests.engines import BUNDLED, bundled_tokenizer, ids, tiny
 from tests.families import build
-from tests.model_folders import complete_model
+from tests.model_folders import complete_model, edit
 from tests.refusals import refused
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return complete_model(tmp_path / "model")
-
-
-def edit(folder: Path, **fields: Any) -> Path:
-    """Change fields of a folder's config.json."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    return folder
 
 
 def load(path: Any, **settings: Any) -> StarLLM:
@@ -110,6 +103,8 @@ def test_a_subfolder(folder: Path) -> None:
         file.rename(outer / file.name)
     star = load(outer, subfolder="model")
     assert star.tokenizer("the cat").input_ids == bundled_tokenizer()("the cat").input_ids
+    # Its template is found, too.
+    assert not checks.lacks_chat_template(files.locate(outer, {"subfolder": "model"}))
     message = f"the folder {outer} has no subfolder modell; check its name"
     refused(ModelNotFoundError, message, call=lambda: load(outer, subfolder="modell"))
 

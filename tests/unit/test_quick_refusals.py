@@ -15,7 +15,7 @@ from star_attention.hf.loading import family_source, files, hub, packages, posit
 from tests.command_line import failed
 from tests.engines import BUNDLED
 from tests.families import FAMILIES, REFUSED, UNUSUAL
-from tests.model_folders import complete_model
+from tests.model_folders import complete_model, edit
 from tests.refusals import refused
 from tests.unit.test_import import RUN_MODULE, in_new_process
 
@@ -23,13 +23,6 @@ from tests.unit.test_import import RUN_MODULE, in_new_process
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return complete_model(tmp_path / "model")
-
-
-def edit(folder: Path, **fields: Any) -> Path:
-    """Change fields of a folder's config.json."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-    return folder
 
 
 def load(path: Any, **settings: Any) -> StarLLM:

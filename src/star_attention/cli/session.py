@@ -26,6 +26,7 @@ from star_attention.planning.positions import Positions
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
+    from star_attention.hf.loading.files import ModelFiles
     from star_attention.storage.context import EncodedContext
 
 _log = logging.getLogger(__name__)
@@ -61,9 +62,12 @@ def load(
     config, model_kwargs = StarConfig.of(**model.settings | settings), model.kwargs()
     lookback = {} if calibration is None else _lookback_options(calibration, settings)
     source = _check_files(
-        model, model_kwargs, needs_tokenizer=needs_tokenizer, needs_template=needs_template
+        model,
+        model_kwargs,
+        needs_tokenizer=needs_tokenizer,
+        needs_template=needs_template,
+        text=text,
     )
-    _check_length(model, text)
     with status.waiting(f"loading {model.model}{source}"):
         from star_attention.distributed import from_environment
         from star_attention.engine import StarLLM
@@ -109,15 +113,19 @@ def _check_files(
     *,
     needs_tokenizer: bool,
     needs_template: bool,
+    text: str = "",
 ) -> str:
-    """Check the model's files without torch; return what to add to its name."""
-    from star_attention.hf.loading import checks, files, rope_words
+    """Check the model's files without torch, and that a text is not far too long for it.
 
-    location = {name: model_kwargs[name] for name in files.LOCATION if name in model_kwargs}
-    model_files = files.locate(model.model, location, model.adapter)
+    Returns:
+        What to add to the model's name.
+    """
+    from star_attention.hf.loading import checks, rope_words
+
+    model_files = _located(model, model_kwargs)
     checks.check_loadable(model_files)
     checks.check_weights(model_files, model_kwargs)
-    rope_words.take(model_kwargs)
+    rotary, _ = rope_words.take(model_kwargs)
     if needs_tokenizer and model_files.tokenizer_source is None:
         raise ModelNotFoundError(
             f"the model at {model.model} has no tokenizer, which text input needs;"
@@ -125,6 +133,7 @@ def _check_files(
         )
     if needs_template and checks.lacks_chat_template(model_files):
         raise InvalidInputError(NO_TEMPLATE)
+    _check_length(model_files, rotary, text)
     if model_files.gguf_file is not None:
         # transformers' bar for these files cannot be switched off otherwise.
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -139,32 +148,35 @@ def most_positions(model: ModelOptions) -> int | None:
 
     None if its files do not say, or rotary settings are given.
     """
-    from star_attention.hf.loading import files, positions, rope_words
+    from star_attention.hf.loading import rope_words
 
     rotary, model_kwargs = rope_words.take(model.kwargs())
-    location = {name: model_kwargs[name] for name in files.LOCATION if name in model_kwargs}
-    config = files.locate(model.model, location, model.adapter).config
-    return positions.most_positions(config) if config and not rotary else None
+    return _limit(_located(model, model_kwargs), rotary)
 
 
-def _check_length(model: ModelOptions, text: str) -> None:
-    """Refuse a text that is far too long for the model, before torch is imported.
-
-    Raises:
-        ContextLengthError: If it has more tokens than the model has positions.
-    """
+def _located(model: ModelOptions, model_kwargs: dict[str, Any]) -> ModelFiles:
     from star_attention.hf.loading import files
+
+    location = {name: model_kwargs[name] for name in files.LOCATION if name in model_kwargs}
+    return files.locate(model.model, location, model.adapter)
+
+
+def _limit(model_files: ModelFiles, rotary: dict[str, Any]) -> int | None:
+    from star_attention.hf.loading.positions import most_positions
+
+    config = model_files.config
+    return most_positions(config) if config and not rotary else None
+
+
+def _check_length(model_files: ModelFiles, rotary: dict[str, Any], text: str) -> None:
+    """Refuse a text that is far too long for a model."""
     from star_attention.hf.loading.text_length import least_tokens
 
-    # The hub is asked once, when the model is loaded.
-    limit = most_positions(model) if Path(model.model).exists() else None
-    if limit is None:
-        return
-    kwargs = model.kwargs()
-    location = {name: kwargs[name] for name in files.LOCATION if name in kwargs}
-    count = least_tokens(files.locate(model.model, location, model.adapter), text, limit)
-    positions = Positions(limit=limit, reserve_tokens=0)
-    positions.check(count, "the context has at least", "cut the context, or use another model")
+    limit = _limit(model_files, rotary)
+    if limit is not None:
+        positions = Positions(limit=limit, reserve_tokens=0)
+        count = least_tokens(model_files, text, limit)
+        positions.check(count, "the context has at least", "cut the context, or use another model")
 
 
 def config_and_tokenizer(model: ModelOptions, *, needs_template: bool) -> tuple[Any, Any]:

@@ -93,13 +93,8 @@ def virtual_tokens(kind: Any) -> str:
 
 def lacks_chat_template(model: ModelFiles) -> bool:
     """Return True if a model's tokenizer lies here, and brings no chat template."""
-    source = model.tokenizer_source
-    if source is None or (model.gguf_file is not None and not model.has_tokenizer_beside_gguf):
-        return False
-    folder = model.folder if source == model.path else Path(source)
-    if folder is None or not folder.is_dir():
-        return False
-    return not (
+    folder = model.tokenizer_folder
+    return folder is not None and not (
         any((folder / name).exists() for name in _TEMPLATE_FILES)
         or read_json(folder / "tokenizer_config.json").get("chat_template")
     )

@@ -95,6 +95,16 @@ class ModelFiles:
         return self.path if self.has_tokenizer_above else None
 
     @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder with the tokenizer's files; None if they are in a GGUF file or on the hub."""
+        source = self.tokenizer_source
+        if source is None or (self.gguf_file and not self.has_tokenizer_beside_gguf):
+            return None
+        is_elsewhere = source != self.path or self.has_tokenizer_above
+        folder = Path(source) if is_elsewhere else self.folder
+        return folder if folder is not None and folder.is_dir() else None
+
+    @property
     def has_tokenizer_above(self) -> bool:
         """True if a model in a subfolder has no tokenizer of its own, but the outer folder does."""
         if self.folder is None or self.gguf_file or not self.location.get("subfolder"):

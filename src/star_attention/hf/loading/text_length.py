@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from star_attention.hf.loading.files import ModelFiles
 
 _CHARACTERS_PER_TOKEN = 6
@@ -21,12 +19,10 @@ def least_tokens(model: ModelFiles, text: str, limit: int) -> int:
         text: the text.
         limit: positions of the model.
     """
-    source = model.tokenizer_source
-    if source is None or len(text) <= _CHARACTERS_PER_TOKEN * limit:
+    if len(text) <= _CHARACTERS_PER_TOKEN * limit or model.tokenizer_folder is None:
         return 0
-    folder = model.folder if source == model.path else Path(source)
-    file = None if folder is None else folder / "tokenizer.json"
-    if file is None or not file.is_file():
+    file = model.tokenizer_folder / "tokenizer.json"
+    if not file.is_file():
         return 0
 
     from tokenizers import Tokenizer
@@ -34,7 +30,7 @@ def least_tokens(model: ModelFiles, text: str, limit: int) -> int:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception:
-        # Whatever is wrong with the file is found when it is loaded.
+        # The reader's errors have no type of their own. What is wrong is found when it is loaded.
         return 0
     tokenizer.no_truncation()
     part = text[: 2 * _CHARACTERS_PER_TOKEN * limit]
