@@ -113,7 +113,6 @@ def result(halves: list[float], *, near: float, noise: float = 0.01) -> Result:
     runs = layer_runs(12, 3)
     floor = measured(2.0, 0, "all")
     return Result(
-        num_layers=12,
         floor=replace(floor, variant=FLOOR),
         paper=replace(floor, variant=PAPER),
         near=measured(near, 1, "all"),

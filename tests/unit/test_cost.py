@@ -23,6 +23,7 @@ from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.plan import BlockPlan
 from tests.engines import BUNDLED, engine, ids, tiny
 from tests.families import FAMILIES, REFUSED, UNUSUAL
+from tests.plans import block_plans
 
 SHAPE = ModelShape(
     name="made up",
@@ -40,21 +41,12 @@ SHAPE = ModelShape(
     bytes_per_element=2,
 )
 
-plans = st.builds(
-    lambda tokens, block, anchor, ranks, lookback, stripe: BlockPlan(
-        context_tokens=tokens,
-        block_size=block,
-        anchor_size=min(anchor, block),
-        ranks=ranks,
-        lookback=lookback,
-        stripe_tokens=stripe,
-    ),
-    st.integers(1, 60),
-    st.integers(1, 25),
-    st.integers(0, 25),
-    st.integers(1, 4),
-    st.integers(0, 3),
-    st.integers(1, 30),
+plans = block_plans(
+    tokens=60,
+    block_size=25,
+    ranks=st.integers(1, 4),
+    lookback=st.integers(0, 3),
+    stripe_tokens=30,
 )
 windows = st.none() | st.integers(1, 70)
 

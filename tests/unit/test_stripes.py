@@ -8,22 +8,14 @@ from hypothesis import strategies as st
 from star_attention.planning.exchange import in_round, to_extend
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
+from tests.plans import block_plans
 
-PLANS = st.builds(
-    lambda tokens, block, anchor, ranks, lookback, stripe: BlockPlan(
-        context_tokens=tokens,
-        block_size=block,
-        anchor_size=min(anchor, block),
-        ranks=ranks,
-        lookback=lookback,
-        stripe_tokens=stripe,
-    ),
-    st.integers(1, 300),
-    st.integers(1, 40),
-    st.integers(0, 40),
-    st.integers(2, 7),
-    st.integers(1, 9),
-    st.integers(1, 200),
+PLANS = block_plans(
+    tokens=300,
+    block_size=40,
+    ranks=st.integers(2, 7),
+    lookback=st.integers(1, 9),
+    stripe_tokens=200,
 )
 
 

@@ -130,7 +130,6 @@ class Result:
     """All measurements of a model.
 
     Attributes:
-        num_layers: layers of the model.
         floor: blocks see a small anchor only.
         paper: the paper's method, an anchor as large as a block.
         near: all layers look back one block.
@@ -140,7 +139,6 @@ class Result:
         far: the best half looks back four blocks.
     """
 
-    num_layers: int
     floor: Measured
     paper: Measured
     near: Measured

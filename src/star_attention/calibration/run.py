@@ -46,7 +46,7 @@ def calibrate(
     """Measure which layers of a model need other blocks. Collective.
 
     Facts are planted in a text, and asked for. What counts is the mean negative log-likelihood of
-    the answers, and of how the text goes on, in nats per token, with look-back in no layers, in
+    the answers, and of the text that follows, in nats per token, with look-back in no layers, in
     all, and in parts of them.
 
     Args:
@@ -114,7 +114,6 @@ def _measured(num_layers: int, run: Any) -> Result:
     )
     (far,) = run(looking_back(4, best_of(halves).variant.settings.lookback_layers))
     return Result(
-        num_layers=num_layers,
         floor=floor,
         paper=paper,
         near=near,

@@ -1,4 +1,4 @@
-"""Contexts with planted facts, the questions about them, and how the text goes on."""
+"""Contexts with planted facts, the questions about them, and the text that follows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sample:
     Attributes:
         context: token ids.
         facts: questions about the facts, with their answers.
-        text: how the text goes on.
+        text: the text that follows.
     """
 
     context: list[int]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -150,6 +151,8 @@ class StripeLink(KVLink):
         starts = [start for start, _ in stripes.of_rank(comm.cp_rank)]
         self._round_of = {start: number for number, start in enumerate(starts)}
         self._lookbacks = plan.lookbacks(len(recents))
+        # The same for all layers that look back, and for all others.
+        self._transfers = cache(partial(in_round, plan, anchor=sends_anchor))
         self._under_way: deque[LayerExchange] = deque()
 
     def send(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
@@ -177,7 +180,7 @@ class StripeLink(KVLink):
 
     def _begin(self, number: int, layer: int, read: Read) -> None:
         """Start a layer's exchange in a round."""
-        transfers = in_round(self._plan, number, self._lookbacks[layer], anchor=self._sends_anchor)
+        transfers = self._transfers(number, self._lookbacks[layer])
         if not transfers:
             return
         while len(self._under_way) >= _LAYERS_IN_FLIGHT:
