@@ -220,12 +220,16 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
     file = SavedContext(path)
     header = file.header
     own = runtime.identity_within(math.inf)
+    config = runtime.config
     identity.check(
         str(path),
-        header["identity"] | {"method": header["method"]} | _named(**lookback_in(header)),
+        header["identity"]
+        | {"method": header["method"], "lookback": described(**lookback_in(header))},
         own
-        | {"method": runtime.config.method}
-        | _named(runtime.config.lookback, runtime.config.lookback_layers),
+        | {
+            "method": config.method,
+            "lookback": described(config.lookback, config.lookback_layers),
+        },
     )
     plan = plan_in(header, comm.cp_size)
     layout = runtime.method.layout(runtime.config, plan)
@@ -260,12 +264,6 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
         model_state=identity.state(runtime.handle.outer),
         comm=comm,
     )
-
-
-def _named(lookback: int, lookback_layers: str) -> dict[str, str]:
-    """Return look-back as part of an identity."""
-    layers = f" in {described(lookback_layers)}" if lookback else ""
-    return {"lookback": f"{lookback}{layers}"}
 
 
 def _saved_layer(

@@ -50,4 +50,4 @@ class Star:
         sizes = f"{blocks}, anchor {format_size(plan.anchor_size)}"
         if not plan.lookback:
             return sizes
-        return f"{sizes}, look-back {plan.lookback} in {described(plan.lookback_layers)}"
+        return f"{sizes}, look-back {described(plan.lookback, plan.lookback_layers)}"

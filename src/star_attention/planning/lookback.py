@@ -108,10 +108,14 @@ def layer_numbers(layers: str, num_layers: int) -> frozenset[int]:
     return numbers
 
 
-def described(layers: str) -> str:
-    """Describe a set of layers in a few words: "the lower layers"."""
-    if layers in (ALL, LOWER, UPPER):
-        return f"{'' if layers == ALL else 'the '}{layers} layers"
-    if "." in layers:
-        return f"the lowest {float(layers):.0%} of layers"
-    return f"layers {layers}"
+def described(lookback: int, lookback_layers: str) -> str:
+    """Describe look-back in a few words: "2 in the lower layers", or "0"."""
+    if not lookback:
+        return "0"
+    if lookback_layers in (ALL, LOWER, UPPER):
+        words = f"{'' if lookback_layers == ALL else 'the '}{lookback_layers} layers"
+    elif "." in lookback_layers:
+        words = f"the lowest {float(lookback_layers):.0%} of layers"
+    else:
+        words = f"layers {lookback_layers}"
+    return f"{lookback} in {words}"

@@ -291,7 +291,7 @@ class BlockPlan:
             f" anchor {format_size(self.anchor_size)}, {counted(self.ranks, 'rank')}"
         )
         if self.lookback:
-            head += f", look-back {self.lookback} in {described(self.lookback_layers)}"
+            head += f", look-back {described(self.lookback, self.lookback_layers)}"
         return head + "\n" + self.draw()
 
     def _repr_html_(self) -> str:

@@ -120,7 +120,7 @@ class EncodedContext(Transient):
         if visible is None:
             sizes = f"{plan.num_blocks} x {plan.block_size:,}, anchor {plan.anchor_size:,}"
             if plan.lookback:
-                sizes += f", look-back {plan.lookback} in {described(plan.lookback_layers)}"
+                sizes += f", look-back {described(plan.lookback, plan.lookback_layers)}"
         else:
             sizes = f"window {visible.recent:,}, {visible.first:,} sinks"
         return f"EncodedContext({self.method}, {len(self):,} tokens, {sizes})"
