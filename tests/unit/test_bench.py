@@ -66,6 +66,15 @@ def test_prefill(tmp_path: Path) -> None:
     }
 
 
+def test_presets_of_look_back() -> None:
+    sizes = ["--context", "1k", "--block", "128", "--repeats", "0"]
+    _, record = bench("prefill", *MODEL, *sizes, "--methods", "star,high,balanced,dense")
+    flops = {row["method"]: row["flops"] for row in record["rows"]}
+    assert [*flops] == ["dense", "balanced", "high", "star"]
+    assert flops["balanced"] < 1.02 * flops["star"]
+    assert flops["balanced"] < flops["high"] < flops["dense"]
+
+
 SMALL = ["--context", "128", "--block", "32", "--query-tokens", "8", "--repeats", "1"]
 
 

@@ -19,6 +19,7 @@ from star_attention.planning import cost
 from star_attention.planning.cost import Flops
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.quality import QUALITIES
 from star_attention.planning.ring import ring_layout
 from star_attention.planning.segments import Segments
 from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stock_prefill
@@ -134,9 +135,10 @@ class Stock(Contender):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine(Contender):
-    """`StarLLM.encode` with one of the library's methods."""
+    """`StarLLM.encode` with one of the library's methods, and a preset of look-back."""
 
     method: str
+    quality: str | None = None
 
     def prepare(self, job: Job) -> Workload:
         star = self.engine(job)
@@ -170,6 +172,7 @@ class Engine(Contender):
             compile=job.settings.compile,
             block_size=job.block,
             method=self.method,
+            quality=self.quality,
             tokens_per_forward=job.settings.tokens_per_forward,
             kv_dtype=job.settings.kv_dtype,
         )
@@ -252,6 +255,11 @@ CONTENDERS: dict[str, Contender] = {
     "ring-contiguous": RingEngine(method="ring", layout="contiguous"),
     "official": Official(method="star", takes_block=True),
     "streaming_llm": Window(method="streaming_llm", takes_block=True),
+    **{
+        quality: Engine(method="star", quality=quality, takes_block=True)
+        for quality in QUALITIES
+        if quality != "paper"
+    },
     "star": Engine(method="star", takes_block=True, featured=True),
 }
 """By name, in the order of measurement: baselines first."""

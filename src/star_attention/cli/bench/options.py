@@ -110,10 +110,10 @@ class PrefillOptions:
         str | None,
         option(
             "Methods, separated by commas: stock (transformers), stock-cudnn (the same with"
-            " cuDNN's attention), dense and star (this library), official (the paper's"
-            " implementation, which encodes the anchor with each block), streaming_llm (the block"
-            " is its window); on several ranks also ring and ring-contiguous (exact attention"
-            " over ranks, balanced and as in the paper).",
+            " cuDNN's attention), dense and star (this library), balanced and high (star with that"
+            " preset of look-back), official (the paper's implementation, which encodes the anchor"
+            " with each block), streaming_llm (the block is its window); on several ranks also"
+            " ring and ring-contiguous (exact attention over ranks, balanced and as in the paper).",
             panel=PANEL,
             metavar="NAMES",
             show_default="stock,dense,official,star; on several ranks"
