@@ -148,11 +148,15 @@ class RankError(StarAttentionError, RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type if it has none."""
+    """Return the first line of an error's message, or the name of its type if it has none.
+
+    A line that ends in a colon is completed by the next.
+    """
     if isinstance(error, KeyError):
         # Its message is the key alone.
         return f"there is no {error}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 QUOTED_CHARACTERS = 80

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from star_attention import StarLLM, supported
 from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
-from star_attention.hf.loading import family_source, files, hub, packages, positions
+from star_attention.hf.loading import config_file, family_source, files, hub, packages, positions
 from tests.command_line import failed
 from tests.engines import BUNDLED
 from tests.families import FAMILIES, REFUSED, UNUSUAL
@@ -81,14 +83,118 @@ def test_by_the_files_of_a_model(
 
 def test_a_device_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "version", lambda _: "2.13.0+cpu")
-    packages.check_torch_build("cpu")
+    packages.check_device_is_here("cpu")
     refused(
         InvalidInputError,
         "device 'cuda:1' is not available: torch 2.13.0+cpu was built without CUDA",
-        call=lambda: packages.check_torch_build("cuda:1"),
+        call=lambda: packages.check_device_is_here("cuda:1"),
     )
-    monkeypatch.setattr(packages, "version", lambda _: "2.13.0")
-    packages.check_torch_build("cuda")
+
+
+def test_a_gpu_that_is_hidden_or_has_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "version", lambda _: "2.13.0+cu128")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    libraries: list[str] = []
+    monkeypatch.setattr(packages.ctypes, "CDLL", libraries.append)
+    packages.check_device_is_here("cuda")
+    assert libraries == ["nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"]
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(packages.ctypes, "CDLL", missing)
+    refused(
+        InvalidInputError,
+        "device 'cuda' is not available: this machine has no driver of NVIDIA (libcuda)",
+        call=lambda: packages.check_device_is_here("cuda"),
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    refused(
+        InvalidInputError,
+        "CUDA_VISIBLE_DEVICES=-1 hides every GPU; unset it, or use cpu",
+        call=lambda: packages.check_device_is_here("cuda:0"),
+    )
+    monkeypatch.setattr(packages, "version", lambda _: "2.13.0+rocm6.4")
+    packages.check_device_is_here("cuda")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "config.json is no JSON (Expecting property name"),
+        ('{"model_type": "llama"', "config.json is no JSON (Expecting ',' delimiter: line 1"),
+        pytest.param(
+            "[" * 100_000, "config.json is no JSON (maximum recursion depth", id="deeply nested"
+        ),
+        ("[1]", "config.json holds [1], expected an object of settings"),
+        ("caf\udce9", "config.json is not UTF-8 text"),
+        ("{}", "config.json does not say what kind of model it is (model_type)"),
+        ('{"model_type": 5}', "config.json does not say what kind of model it is (model_type)"),
+        (
+            '{"model_type": "of-tomorrow"}',
+            "does not know models of type 'of-tomorrow'; update transformers, or check model_type",
+        ),
+        (
+            '{"model_type": "llama", "num_hidden_layers": "12"}',
+            "config.json has num_hidden_layers '12', expected a whole number",
+        ),
+        (
+            '{"model_type": "gemma3", "text_config": {"vocab_size": true}}',
+            "config.json has vocab_size True, expected a whole number",
+        ),
+        (
+            '{"model_type": "llama", "hidden_size": 100, "num_attention_heads": 6}',
+            "hidden_size 100 is not a multiple of num_attention_heads 6",
+        ),
+    ],
+)
+def test_a_config_that_transformers_refuses(text: str, problem: str, folder: Path) -> None:
+    (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    refused(
+        ModelNotFoundError,
+        f"no model could be read at {folder}: ",
+        problem,
+        call=lambda: files.locate(folder),
+    )
+    command = ["info", str(folder)]
+    assert problem in " ".join(failed(*command).split())
+    seen = in_new_process(RUN_MODULE.format(arguments=command))
+    assert seen["status"] == 1
+    assert not seen["torch"]
+
+
+def test_text_and_transformers_agree_on_a_config(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forbids refusing a config by its text that transformers would take."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert all(config_file.family_file(name, "modeling") for name in ("llama", "gpt_neox"))
+    edit(folder, hidden_size=100, num_attention_heads=6)
+    with pytest.raises(Exception, match="not a multiple"):
+        AutoConfig.from_pretrained(folder)
+    # Qwen 3 does not ask for it.
+    edit(folder, model_type="qwen3", head_dim=16)
+    assert AutoConfig.from_pretrained(folder).hidden_size == 100
+    assert config_file.read(folder, own_code=False)["hidden_size"] == 100
+    monkeypatch.delitem(sys.modules, "transformers.models.auto.configuration_auto")
+    assert not config_file.is_known("of-tomorrow")
+    known = [name for name in CONFIG_MAPPING_NAMES if config_file.is_known(name)]
+    assert known == [*CONFIG_MAPPING_NAMES]
+
+
+def test_families_that_a_user_registers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig, LlamaConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    class OwnConfig(LlamaConfig):
+        model_type = "my-own-llama"
+
+    assert not config_file.is_known("my-own-llama")
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    AutoConfig.register("my-own-llama", OwnConfig)
+    assert config_file.is_known("my-own-llama")
 
 
 # ---------------------------------------------------------------------------------------- families
@@ -97,7 +203,7 @@ def test_a_device_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
 def test_text_refuses_no_family_that_runs(name: str, tmp_path: Path) -> None:
     (FAMILIES | UNUSUAL)[name]().save_pretrained(tmp_path)
-    assert family_source.reasons(files.read_json(tmp_path / "config.json")) == []
+    assert family_source.reasons(config_file.read_json(tmp_path / "config.json")) == []
 
 
 @pytest.mark.parametrize("name", sorted({*REFUSED} - {"bert"}))
@@ -105,7 +211,7 @@ def test_text_tells_which_families_cannot_run(name: str, tmp_path: Path) -> None
     """Only for BERT the class has to be asked."""
     config = REFUSED[name]()
     config.save_pretrained(tmp_path)
-    reasons = family_source.reasons(files.read_json(tmp_path / "config.json"))
+    reasons = family_source.reasons(config_file.read_json(tmp_path / "config.json"))
     assert reasons
     assert set(reasons) <= set(supported(config).reasons)
 
@@ -114,7 +220,7 @@ def test_text_tells_which_families_cannot_run(name: str, tmp_path: Path) -> None
 def test_a_file_never_states_fewer_positions_than_its_config(name: str, tmp_path: Path) -> None:
     config = (FAMILIES | UNUSUAL)[name]()
     config.save_pretrained(tmp_path)
-    stated = positions.most_positions(files.read_json(tmp_path / "config.json"))
+    stated = positions.most_positions(config_file.read_json(tmp_path / "config.json"))
     limit = positions.max_positions(config.get_text_config(decoder=True))
     assert stated is None or limit is None or stated >= limit
 
@@ -210,13 +316,13 @@ def test_paths_that_are_not_paths(path: str, message: str) -> None:
 
 
 def test_a_hub_id_that_the_hub_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def unknown(*_: Any, **__: Any) -> None:
-        request = httpx.Request("HEAD", "https://nowhere")
-        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=request))
+        # The HTTP client, whose response this is, differs between releases.
+        response: Any = SimpleNamespace(headers={}, request=None, status_code=404)
+        raise RepositoryNotFoundError("404", response=response)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unknown)

@@ -17,7 +17,7 @@ from star_attention.errors import (
     UnsupportedModelError,
 )
 from star_attention.hf.loading import rope_words
-from star_attention.hf.loading.load import load_config
+from star_attention.hf.loading.model_config import load_config
 from tests.command_line import MODEL, NEEDLE, NOISE, failed, ok
 from tests.engines import BUNDLED, ids
 from tests.families import FAMILIES, build

@@ -14,7 +14,8 @@ from star_attention.cli.plan_costs import warn_beyond_positions
 from star_attention.cli.sizes import QUARTER
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
-from star_attention.hf.loading import load, rope_words
+from star_attention.hf.loading import rope_words
+from star_attention.hf.loading.model_config import load_config
 from star_attention.hf.shape import model_shape
 from star_attention.planning import estimate
 from star_attention.planning.cost import Flops
@@ -34,7 +35,7 @@ class EstimateRequest:
 
     Attributes:
         model: folder, GGUF file or hub id.
-        location: where in it the model is: arguments of `load.load_config`.
+        location: where in it the model is: arguments of `model_config.load_config`.
         dtype: dtype of the weights.
         hardware: a name in `HARDWARE`, or rates, for `parse_hardware`.
         contexts: lengths in tokens.
@@ -104,7 +105,7 @@ class Estimates:
 def make_estimates(request: EstimateRequest) -> Estimates:
     """Estimate every scheme for every length and number of ranks."""
     rotary, _ = rope_words.take({"rope_scaling": request.rope_scaling})
-    model_config = load.load_config(request.model, rotary, **request.location)
+    model_config = load_config(request.model, rotary, **request.location)
     shape = model_shape(model_config, request.dtype)
     hardware, fit = _calibrated(parse_hardware(request.hardware), request.calibrate)
     schemes = [

@@ -63,10 +63,12 @@ def of_model(name: str, location: dict[str, Any]) -> dict[str, Any]:
     """
     model = files.locate(name, location)
 
-    from star_attention.hf.loading import load, support
+    from star_attention.hf.loading.model_config import load_config
     from star_attention.hf.loading.positions import max_positions
 
-    config = load.load_config(name, **location)
+    config = load_config(name, **location)
+    from star_attention.hf.loading import support
+
     text = config.get_text_config(decoder=True)
     reasons = [*support.reasons(config), *checks.adapter_reasons(model)]
     facts: dict[str, Any] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 from star_attention.config import StarConfig
 from star_attention.hf.loading import load, rope_words
+from star_attention.hf.loading.model_config import load_config
 from star_attention.hf.loading.positions import max_positions
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
@@ -30,7 +31,7 @@ class PlanRequest:
 
     Attributes:
         model: folder, GGUF file or hub id.
-        location: where in it the model is: arguments of `load.load_config`.
+        location: where in it the model is: arguments of `model_config.load_config`.
         dtype: dtype of the weights.
         plan: blocks and ranks of the context.
         config: settings of the engine.
@@ -158,7 +159,7 @@ def _as_dict(flops: Flops) -> dict[str, int]:
 def plan_costs(request: PlanRequest) -> PlanCosts:
     """Compute the costs of a plan, and warn about what would not run or not run well."""
     rotary, _ = rope_words.take({"rope_scaling": request.rope_scaling})
-    model_config = load.load_config(request.model, rotary, **request.location)
+    model_config = load_config(request.model, rotary, **request.location)
     check_tensor_parallel(model_config, request.tensor_parallel)
     shape, plan, config = model_shape(model_config, request.dtype), request.plan, request.config
     tokens_per_forward = config.forward_size(load.pick_device("auto"))

@@ -61,14 +61,20 @@ def load(
     _check_words(model)
     config, model_kwargs = StarConfig.of(**model.settings | settings), model.kwargs()
     lookback = {} if calibration is None else _lookback_options(calibration, settings)
-    source = _check_files(
+    model_files = _check_files(
         model,
         model_kwargs,
         needs_tokenizer=needs_tokenizer,
         needs_template=needs_template,
         text=text,
     )
-    with status.waiting(f"loading {model.model}{source}"):
+    with status.waiting(f"loading {model.model}{_described(model, model_files)}"):
+        if model_files.folder is not None:
+            # What transformers refuses in a config is known before the rest is imported.
+            from star_attention.hf.loading import model_config
+
+            model_config.config_of(model_files)
+
         from star_attention.distributed import from_environment
         from star_attention.engine import StarLLM
         from star_attention.hf.logs import hide_progress_bars
@@ -91,11 +97,11 @@ def load(
 
 def _check_words(model: ModelOptions) -> None:
     """Check what names a precision or a device."""
-    from star_attention.hf.loading.packages import check_torch_build
+    from star_attention.hf.loading.packages import check_device_is_here
 
     check_dtype(model.dtype)
     check_device(model.device)
-    check_torch_build(model.device)
+    check_device_is_here(model.device)
 
 
 def _lookback_options(calibration: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +120,8 @@ def _check_files(
     needs_tokenizer: bool,
     needs_template: bool,
     text: str = "",
-) -> str:
-    """Check the model's files without torch, and that a text is not far too long for it.
-
-    Returns:
-        What to add to the model's name.
-    """
+) -> ModelFiles:
+    """Check the model's files without torch, and that a text is not far too long for it."""
     from star_attention.hf.loading import checks, rope_words
 
     model_files = _located(model, model_kwargs)
@@ -137,6 +139,11 @@ def _check_files(
     if model_files.gguf_file is not None:
         # transformers' bar for these files cannot be switched off otherwise.
         os.environ.setdefault("TQDM_DISABLE", "1")
+    return model_files
+
+
+def _described(model: ModelOptions, model_files: ModelFiles) -> str:
+    """Return what to add to a model's name, about where it comes from."""
     if model_files.folder is None:
         return " from the hub (there is no such folder here)"
     adapter = "" if model_files.adapter in (None, model.model) else f" with {model_files.adapter}"
@@ -193,12 +200,15 @@ def config_and_tokenizer(model: ModelOptions, *, needs_template: bool) -> tuple[
     _check_words(model)
     model_kwargs = model.kwargs()
     _check_files(model, model_kwargs, needs_tokenizer=True, needs_template=needs_template)
-    from star_attention.hf.loading import load as loading
-    from star_attention.hf.loading import rope_words, support
+    from star_attention.hf.loading import rope_words
+    from star_attention.hf.loading.model_config import load_config, location_kwargs
 
-    location = loading.location_kwargs(model_kwargs)
+    location = location_kwargs(model_kwargs)
     rotary, _ = rope_words.take(model_kwargs)
-    config = loading.load_config(model.model, rotary, **location)
+    config = load_config(model.model, rotary, **location)
+    from star_attention.hf.loading import load as loading
+    from star_attention.hf.loading import support
+
     reasons = support.reasons(config)
     if reasons:
         raise UnsupportedModelError(f"{config.model_type} ({model.model})", reasons)

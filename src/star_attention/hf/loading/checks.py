@@ -8,14 +8,13 @@ from typing import Any
 
 from star_attention.errors import ModelNotFoundError, UnsupportedModelError
 from star_attention.hf.loading import family_source, weight_formats
+from star_attention.hf.loading.config_file import check_is_no_pointer, read_json
 from star_attention.hf.loading.files import (
     ADAPTER_CONFIG,
     INDEXES,
     OTHER_WEIGHTS,
     WEIGHTS,
     ModelFiles,
-    check_is_no_pointer,
-    read_json,
 )
 from star_attention.hf.loading.packages import need_packages, need_quantization_packages
 

@@ -7,9 +7,9 @@ most families that cannot run say so in plain text.
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
+
+from star_attention.hf.loading.config_file import family_file
 
 RUNNING_STATE = "it keeps a running state instead of keys and values of all tokens"
 ENCODER_DECODER = "it is an encoder-decoder model; Star Attention runs decoder-only models"
@@ -70,24 +70,12 @@ def reasons(config: dict[str, Any]) -> list[str]:
         return [ENCODER_DECODER]
     text = config.get("text_config")
     parts = [text, config] if isinstance(text, dict) else [config]
-    source = next(filter(None, (_source(part.get("model_type")) for part in parts)), "")
+    source = next(
+        filter(None, (family_file(part.get("model_type"), "modeling") for part in parts)), ""
+    )
     problems, classes = field_reasons(parts[0]), _CAUSAL_LM.findall(source)
     if _STATEFUL in source:
         problems.append(RUNNING_STATE)
     elif classes and INTERFACE not in source:
         problems.append(off_interface(classes[0]))
     return problems
-
-
-def _source(family: Any) -> str:
-    """Return the source of a family's model; "" if it is not where it is expected."""
-    spec = find_spec("transformers")
-    if not isinstance(family, str) or spec is None or spec.origin is None:
-        return ""
-    name = family.replace("-", "_")
-    file = Path(spec.origin).parent / "models" / name / f"modeling_{name}.py"
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        # Some families share the folder of another.
-        return ""

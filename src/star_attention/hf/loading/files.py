@@ -6,7 +6,6 @@ library only; the hub's client is imported for hub ids.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.errors import ModelNotFoundError, quote, quote_path
-from star_attention.hf.loading import hub
+from star_attention.hf.loading import config_file, hub
+from star_attention.hf.loading.config_file import check_is_no_pointer, read_json
 from star_attention.hf.loading.packages import need_packages
 
 LOCATION = (
@@ -53,7 +53,6 @@ OTHER_WEIGHTS = {
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*")
 _TOKENIZER_BESIDE_GGUF = ("tokenizer.json", "tokenizer_config.json")
-_LFS_START = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +193,8 @@ def _in_folder(folder: Path, location: dict[str, Any], adapter: str | None) -> M
         return _gguf(folder, ggufs[0], location, adapter)
     if "config.json" not in files:
         raise ModelNotFoundError(_without_config(inner))
-    config = read_json(inner / "config.json")
+    own_code = bool(location.get("trust_remote_code"))
+    config = config_file.read(inner, own_code=own_code)
     return ModelFiles(path=str(folder), location=location, adapter=adapter, config=config)
 
 
@@ -226,33 +226,6 @@ def _without_config(folder: Path) -> str:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the contents of a JSON file; {} if it holds no object.
-
-    transformers words what is wrong with a config.
-    """
-    check_is_no_pointer(path)
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return contents if isinstance(contents, dict) else {}
-
-
-def check_is_no_pointer(path: Path) -> None:
-    """Refuse a small text file that git LFS puts in place of a large one."""
-    try:
-        with open(path, "rb") as file:
-            is_pointer = file.read(len(_LFS_START)) == _LFS_START
-    except OSError:
-        return
-    if is_pointer:
-        raise ModelNotFoundError(
-            f"{path} is a pointer of git LFS, not the file itself; run `git lfs pull` in its"
-            " folder, or download it again"
-        )
 
 
 # --------------------------------------------------------------------------------------------- GGUF

@@ -1,4 +1,4 @@
-"""Load a model, its config or its tokenizer from a folder, a GGUF file or a hub id.
+"""Load a model or its tokenizer from a folder, a GGUF file or a hub id.
 
 What is missing is refused by `files.py`; whatever is unreadable, by a `ModelNotFoundError` raised
 here.
@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.quantizers import AutoHfQuantizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from star_attention.config import check_device, check_dtype
 from star_attention.errors import (
@@ -28,6 +27,12 @@ from star_attention.errors import (
 from star_attention.hf.loading import adapters, checks, files, rope_scaling, rope_words, support
 from star_attention.hf.loading.files import ModelFiles
 from star_attention.hf.loading.gguf_tokenizer import with_special_tokens
+from star_attention.hf.loading.model_config import (
+    config_of,
+    location_kwargs,
+    refuse_remote_code,
+    without_remote_code,
+)
 from star_attention.hf.loading.tokenizer_files import as_filed
 
 _ATTENTION = "_attn_implementation"
@@ -84,77 +89,14 @@ def device_of_rank(device: str) -> str:
 # -------------------------------------------------------------------------------------------- files
 
 
-def location_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that say where a model's files are."""
-    return {name: value for name, value in model_kwargs.items() if name in files.LOCATION}
-
-
-def load_config(
-    path: str | os.PathLike[str], rotary: dict[str, Any] | None = None, **location: Any
-) -> Any:
-    """Load the config of a model; of an adapter's folder, that of its base model.
-
-    Args:
-        path: model folder, GGUF file or hub id.
-        rotary: settings that replace the config's rotary scaling (`rope_words.take`).
-        location: arguments of `AutoConfig.from_pretrained` (revision, subfolder, ...).
-
-    Raises:
-        ModelNotFoundError: there is no model, or its config cannot be read.
-        InvalidInputError: rotary settings that cannot work.
-    """
-    return _load_config(files.locate(path, location), rotary)
-
-
 def reasons(path: str | os.PathLike[str], **location: Any) -> list[str]:
     """Return the reasons why the model at a path cannot run; empty if it can.
 
-    Args, Raises: as for `load_config`.
+    Args, Raises: as for `model_config.load_config`.
     """
     model = files.locate(path, location)
-    against = checks.config_reasons(model) or support.reasons(_load_config(model))
+    against = checks.config_reasons(model) or support.reasons(config_of(model))
     return [*against, *checks.adapter_reasons(model)]
-
-
-def _load_config(model: ModelFiles, rotary: dict[str, Any] | None = None) -> Any:
-    try:
-        location = _without_remote_code(model)
-        renamed = rope_scaling.config_with_new_names(model.path, location)
-        config = renamed or AutoConfig.from_pretrained(model.path, **location)
-    except Exception as error:
-        # Configs check their values with errors of any type.
-        _refuse_remote_code(model, error)
-        problem = f"no model could be read at {model.gguf_file or model.path}"
-        remedy = "check the path, or copy or download the model again"
-        if model.folder is None:
-            problem = f"there is no folder {model.path} here, and it could not be loaded as a hub"
-            problem += " id"
-            remedy = "check the path or the id, and for a hub id the network and your access to it"
-        raise ModelNotFoundError(f"{problem}: {first_line(error).rstrip('.')}; {remedy}") from error
-    if rotary:
-        rope_scaling.apply(config, rotary)
-    return config
-
-
-def _without_remote_code(model: ModelFiles) -> dict[str, Any]:
-    """Return a model's location, with its own code forbidden unless allowed.
-
-    Without an answer transformers asks for it on the terminal.
-    """
-    return {"trust_remote_code": False} | model.location
-
-
-def _refuse_remote_code(model: ModelFiles, error: Exception) -> None:
-    """Refuse a model whose own code transformers would have to run."""
-    if model.location.get("trust_remote_code") or "trust_remote_code=True" not in str(error):
-        return
-    code = (model.config or {}).get("auto_map") or {}
-    names = sorted({str(name).rpartition(".")[0] + ".py" for name in code.values()})
-    raise ModelNotFoundError(
-        f"the model at {model.path} runs with code of its own"
-        f"{' (' + ', '.join(names) + ')' if names else ''}, which is not run unless you allow it;"
-        " read that code first, then give --trust-remote-code (in Python: trust_remote_code=True)"
-    ) from error
 
 
 def load(
@@ -188,7 +130,7 @@ def load(
     rotary, model_kwargs = rope_words.take(model_kwargs)
     model_files = files.locate(path, location_kwargs(model_kwargs), adapter)
     checks.check_loadable(model_files)
-    config = _load_config(model_files, rotary)
+    config = config_of(model_files, rotary)
     against = support.reasons(config)
     if against:
         raise UnsupportedModelError(f"{config.model_type} ({model_files.path})", against)
@@ -200,7 +142,7 @@ def load(
     tokenizer = _load_tokenizer(model_files)
     options = {"dtype": name if name == "auto" else getattr(torch, name)}
     options |= {name: value for name, value in model_kwargs.items() if name not in files.LOCATION}
-    options |= _without_remote_code(model_files)
+    options |= without_remote_code(model_files)
     is_replaced = _replace_attention(config)
     if is_replaced or rotary or rope_scaling.may_be_renamed(config):
         # The file says otherwise.
@@ -217,7 +159,12 @@ def _check_quantization(config: Any, path: str) -> None:
     """Refuse weights quantized by a method that transformers does not know, but would load."""
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method is not None and not AutoHfQuantizer.supports_quant_method(settings):
+    if method is None:
+        return
+    # Imports the packages of every quantizer.
+    from transformers.quantizers import AutoHfQuantizer
+
+    if not AutoHfQuantizer.supports_quant_method(settings):
         raise ModelNotFoundError(
             f"the weights at {path} are quantized with {method}, which this version of transformers"
             " does not know; update transformers, or give the original model or a GGUF file of it"
@@ -279,7 +226,7 @@ def _load_weights(model_files: ModelFiles, options: dict[str, Any]) -> Any:
         ) from error
     except Exception as error:
         # Readers of weights and quantizers have errors of any type.
-        _refuse_remote_code(model_files, error)
+        refuse_remote_code(model_files, error)
         remedy = "; copy or download it again" if isinstance(error, SafetensorError) else ""
         raise ModelNotFoundError(
             f"the model at {path} could not be loaded: {first_line(error)}{remedy}"
@@ -346,7 +293,7 @@ def _load_tokenizer(model: ModelFiles) -> Any:
     source = model.tokenizer_source
     if source is None:
         return None
-    location = _without_remote_code(model)
+    location = without_remote_code(model)
     if source != model.path:
         # An adapter's own, to which the model's revision and subfolder do not apply.
         location = {"trust_remote_code": location["trust_remote_code"]}
@@ -360,7 +307,7 @@ def _load_tokenizer(model: ModelFiles) -> Any:
             tokenizer = with_special_tokens(tokenizer, model.gguf_file)
     except Exception as error:
         # The tokenizer libraries raise bare Exceptions for a broken file.
-        _refuse_remote_code(model, error)
+        refuse_remote_code(model, error)
         raise ModelNotFoundError(
             f"the tokenizer at {model.gguf_file or source} could not be read:"
             f" {first_line(error).rstrip(':. ')}; copy its files there again"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -79,18 +82,38 @@ def need_quantization_packages(name: str, config: dict[str, Any]) -> None:
     need_packages(modules, f"the weights at {name} are quantized with {method}")
 
 
-def check_torch_build(device: str) -> None:
-    """Refuse a GPU where torch was built without them, before it is imported.
+def check_device_is_here(device: str) -> None:
+    """Refuse a GPU where torch cannot have one, before it is imported.
 
     Raises:
-        InvalidInputError: for a CUDA device with a torch for the CPU.
+        InvalidInputError: for a CUDA device with a torch for the CPU, with all GPUs hidden, or
+            without NVIDIA's driver.
     """
-    build = version("torch")
-    if device.partition(":")[0] == "cuda" and build.endswith("+cpu"):
-        raise InvalidInputError(
-            f"device {quote(device)} is not available: torch {build} was built without CUDA; use"
-            " cpu, or install a torch with CUDA"
-        )
+    if device.partition(":")[0] != "cuda":
+        return
+    build, hidden = version("torch"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    problem = None
+    if build.endswith("+cpu"):
+        problem = f"torch {build} was built without CUDA; use cpu, or install a torch with CUDA"
+    elif "rocm" in build:
+        # AMD's GPUs are CUDA devices, too, and have another driver.
+        return
+    elif hidden is not None and hidden.strip() in ("", "-1"):
+        problem = f"CUDA_VISIBLE_DEVICES={hidden} hides every GPU; unset it, or use cpu"
+    elif not _has_cuda_driver():
+        problem = "this machine has no driver of NVIDIA (libcuda); install it, or use cpu"
+    if problem is not None:
+        raise InvalidInputError(f"device {quote(device)} is not available: {problem}")
+
+
+def _has_cuda_driver() -> bool:
+    """True if the driver that torch would load is here. Starts nothing on a GPU."""
+    name = {"win32": "nvcuda.dll"}.get(sys.platform, "libcuda.so.1")
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
 
 
 def quantization(config: dict[str, Any]) -> str | None:

@@ -27,6 +27,7 @@ from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.execution import sums
 from star_attention.hf.loading import files, identity, load, support
+from star_attention.hf.loading.model_config import load_config, location_kwargs
 
 _SHARDED = ("colwise", "rowwise")
 _EXPERTS = ("packed_colwise", "moe_tp_experts")
@@ -165,9 +166,9 @@ def load_shard(
 
     def load_and_shard() -> tuple[Any, Any]:
         _check_model_kwargs(model_kwargs, tensor_parallel)
-        location = load.location_kwargs(model_kwargs)
+        location = location_kwargs(model_kwargs)
         _check_no_adapter(files.locate(path, location, adapter), tensor_parallel)
-        check(load.load_config(path, **location), tensor_parallel)
+        check(load_config(path, **location), tensor_parallel)
         model, tokenizer = load.load(path, dtype=dtype, device="cpu", model_kwargs=model_kwargs)
         shard(model, mesh)
         return model.to(load.pick_device(device)), tokenizer
