@@ -13,6 +13,7 @@ import torch
 
 from star_attention import inputs, methods, phase1
 from star_attention.errors import InvalidInputError, quote
+from star_attention.hf.execution import finite
 from star_attention.hf.loading import identity
 from star_attention.hf.progress import Progress, ProgressBar, shown
 from star_attention.inputs import ContextInput, TextOrIds
@@ -69,6 +70,7 @@ def encode(
             _warn_if_idle(job)
             with runtime.measured() as stats:
                 stores = method.encode(job)
+            comm.raise_if_any_failed(finite.problem_in(runtime.handle, stores))
             for i, store in zip(indices, stores, strict=True):
                 encoded[i] = _context(runtime, contexts[i], job, store, stats)
     return [encoded[i] for i in range(len(contexts))]
@@ -169,6 +171,9 @@ def extend(
     ):
         job = replace(job, progress=callback)
         store = phase1.extend(job, old.kv, start=start, owner=owner)
+    # A saved context of another rank need not be read for this.
+    changed = [] if store is old.kv else [store]
+    runtime.comm.raise_if_any_failed(finite.problem_in(runtime.handle, changed))
     return replace(
         old,
         token_ids=ids_L,

@@ -16,6 +16,7 @@
     │   └── ContextSaveError (OSError)      cannot be written; an existing file is left unchanged
     ├── UnknownOptionError (TypeError)      unknown keyword, with the closest valid one
     ├── MissingPackageError (ImportError)   optional package not installed, with the install command
+    ├── NonFiniteError (ArithmeticError)    model that computes NaN or infinity; says why
     ├── OutOfMemoryError (MemoryError)      names the setting to lower
     └── RankError (RuntimeError)            another rank died, hung, failed or cannot be reached
 
@@ -123,6 +124,10 @@ class UnknownOptionError(StarAttentionError, TypeError):
 
 class MissingPackageError(StarAttentionError, ImportError):
     """An optional package is not installed; the message gives the install command."""
+
+
+class NonFiniteError(StarAttentionError, ArithmeticError):
+    """A model computed NaN or infinity, so that its answers mean nothing; says what to do."""
 
 
 class OutOfMemoryError(StarAttentionError, MemoryError):

@@ -21,6 +21,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.execution import finite
 from star_attention.hf.execution.handle import cache_argument
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.sampling import AsyncCopy, Sampler
@@ -146,6 +147,8 @@ class Leader(Decoding):
         self._catch_up()
         logits_RV = self._logits_RV
         assert logits_RV is not None and not self.finished
+        # On the way before the packet, it has arrived when the packet has.
+        checked = AsyncCopy(finite.are_finite(logits_RV)) if not self.tokens else None
         tokens_R1 = self._draw(logits_RV)
         packet = torch.cat([tokens_R1[:, 0], self._ended_R.long(), self._flag])
         copied = AsyncCopy(packet)
@@ -159,6 +162,8 @@ class Leader(Decoding):
             self._catch_up()
         with self._comm.waiting():
             values = copied.wait()
+        if checked is not None:
+            finite.check(self.request.handle, checked.wait())
         self._values = values[: 2 * self._rows]
         ended = [bool(value) for value in values[self._rows : 2 * self._rows]]
         self._all_ended = all(ended)
@@ -170,6 +175,9 @@ class Leader(Decoding):
         ids_RS = self._ids_RT[:, :stop]
         processors = self._processors
         scores_RV = processors(ids_RS, logits_RV.clone()) if processors else logits_RV
+        if self._samples and not self.tokens:
+            # A GPU never recovers from drawing by NaN; `step` refuses them.
+            scores_RV = scores_RV.nan_to_num(0.0, neginf=float("-inf"))
         tokens_R1 = (
             self._sampler.draw(scores_RV) if self._samples else scores_RV.argmax(-1, keepdim=True)
         )

@@ -9,7 +9,13 @@ import torch
 
 from star_attention import StarLLM, runtime
 from star_attention.distributed import TorchComm
-from star_attention.errors import ContextLengthError, InvalidInputError, RankError, TokenError
+from star_attention.errors import (
+    ContextLengthError,
+    InvalidInputError,
+    NonFiniteError,
+    RankError,
+    TokenError,
+)
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, bundled_tokenizer, engine, ids, text_model, tiny
 from tests.families import build
@@ -103,6 +109,43 @@ def test_an_exception_on_one_rank_is_raised_on_all(pool: Pool, phase: int) -> No
     assert all("or so" in message or "out of memory" in message for _, message, _ in results)
     assert "(on rank 1" in results[0][1]
     assert "(on rank 1" in results[2][1]
+
+
+def compute_nan(comm: TorchComm, is_everywhere: bool) -> tuple[list[str], list[int]]:
+    """Return the errors of NaN in a context and a query, and an answer afterwards."""
+    model, bad = build("llama"), 77
+    with torch.no_grad():
+        sound = model.model.embed_tokens.weight[bad].clone()
+        model.model.embed_tokens.weight[bad] = float("nan")
+    star = StarLLM(model, comm=comm, **SIZES)
+    plain = [token for token in ids(CONTEXT) if token != bad]
+    context, messages = star.encode(plain), []
+    # In the last block alone, or in the anchor and so in all.
+    tokens = [bad, *plain] if is_everywhere else [*plain, bad]
+    for call in (
+        lambda: star.encode(tokens),
+        lambda: star.generate(context, [5, bad], max_new_tokens=3),
+        lambda: star.generate(context, [5, bad], max_new_tokens=3, num_beams=2),
+        lambda: star.extend(context, [5, bad]),
+    ):
+        with pytest.raises(NonFiniteError) as raised:
+            call()
+        messages.append(str(raised.value))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = sound
+    return messages, star.generate(star.encode(plain), [5, 6], max_new_tokens=3).token_ids
+
+
+@pytest.mark.parametrize("is_everywhere", [True, False])
+def test_nan_on_any_rank_is_refused_on_all(pool: Pool, is_everywhere: bool) -> None:
+    results = pool.run(compute_nan, 3, is_everywhere=is_everywhere)
+    assert [answer for _, answer in results] == [results[0][1]] * 3
+    cause = "its weight model.embed_tokens.weight has such values in float32"
+    for (encode, answer, beams, extend), _ in results:
+        assert f"while encoding: {cause}" in encode
+        assert f"while encoding: {cause}" in extend
+        assert f"logits are NaN or infinite: {cause}" in answer
+        assert f"logits are NaN or infinite: {cause}" in beams
 
 
 # ------------------------------------------------------------------ startup

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.messages import END
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import Mirror
 from star_attention.hf.execution import slices
+from star_attention.hf.execution.finite import FiniteCheck
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.request import Request, follow_forward
 from star_attention.phase2 import CACHE_ARGUMENT
@@ -60,6 +61,7 @@ def _stock(request: Request) -> list[list[int]]:
     criteria = list(request.stopping_criteria or [])
     if request.stop_after is not None:
         criteria.append(request.stop_after(request.prompt_tokens))
+    processors = [FiniteCheck(request.handle), *(request.logits_processor or [])]
     devices = [ids_BS.device] if ids_BS.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=request.seed is not None):
         if request.seed is not None:
@@ -71,7 +73,7 @@ def _stock(request: Request) -> list[list[int]]:
                 attention_mask=mask_BS,
                 **{CACHE_ARGUMENT: cache},
                 **request.generation_kwargs,
-                logits_processor=request.logits_processor,
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList(criteria),
             )
     rows: list[list[int]] = sequences[:, request.prompt_tokens :].tolist()
