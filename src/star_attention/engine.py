@@ -338,10 +338,7 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
             InvalidInputError: a setting that cannot work.
         """
         with self.runtime.collective("generate"):
-            run = starts.start(self.runtime, context, query, settings)
-            for _ in run.pieces():
-                pass
-        return run.shape.group(run.generations())
+            return starts.generate(self.runtime, context, query, settings)
 
     @overload
     def stream(
@@ -368,7 +365,8 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
 
     def check_settings(self, **settings: Any) -> None:
         """Raise what `generate` would raise for these settings, without a context."""
-        GenerationSettings.of(**settings).resolve(self.runtime.handle, self.tokenizer)
+        resolved = GenerationSettings.of(**settings).resolve(self.runtime.handle, self.tokenizer)
+        resolved.check_method(self.runtime.method)
 
     def logits(self, context: EncodedContext, continuation: TextOrIds) -> Tensor | None:
         """Return the logits of every token of a continuation.

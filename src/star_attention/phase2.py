@@ -21,7 +21,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from star_attention.hf.cache.decode import AnswerCache
-from star_attention.hf.execution import finite
+from star_attention.hf.execution import finite, second_look
 from star_attention.hf.execution.handle import cache_argument
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.sampling import AsyncCopy, Sampler
@@ -100,6 +100,9 @@ class Decoding:
             self._logits_RV = self._forward(due_R1)
 
     def _read_queries(self) -> None:
+        if self.program.second_look:
+            self.request = second_look.look(self.request)
+            self._cache = self.request.cache(self.program.padded_tokens)
         cache, answers = self._cache, self.program.answers_per_query
         for ids_BS, positions_BS in self.request.forwards(cache):
             self._logits_RV = self.request.forward(ids_BS, positions_BS, cache)
@@ -114,6 +117,10 @@ class Decoding:
         cache, padding_R1 = self._cache, self._padding_R1
         assert padding_R1 is not None, "the queries come first"
         return self.request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache)
+
+    def release(self) -> None:
+        """Drop the keys and values, after the last step."""
+        del self.request, self._cache
 
     def _follows(self, number: int) -> bool:
         """True if a forward follows the packet of an answer's token of this number, 1, 2, ..."""

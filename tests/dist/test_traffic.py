@@ -112,13 +112,13 @@ def count_work(comm: TorchComm, anchor_source: str) -> tuple[int, int]:
         pairs += B * (Q * (Q + 1) // 2 if causal else Q * K)
         return real(q_BQHD, k_BKGD, v_BKGD, causal=causal, **kwargs)
 
-    real = attend._run
+    real = attend.run
     mlp = model.get_decoder().layers[0].mlp.register_forward_hook(count_tokens)
-    attend._run = run
+    attend.run = run
     try:
         star.encode(ids(8 * 16))
     finally:
-        attend._run = real
+        attend.run = real
         mlp.remove()
     return tokens, pairs // model.config.num_hidden_layers
 

@@ -61,6 +61,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "tensor_parallel",
         "encode_s",
         "ttft_s",
+        "second_look_s",
         "tokens_per_s",
         "peak_bytes",
         "wire_bytes_phase1",

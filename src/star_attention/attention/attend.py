@@ -32,12 +32,15 @@ class Rule:
         softcap: softcap of the scores, None for none.
         dtype: precision to which results may be rounded in their last merge; None for fp32, where
             they are merged further.
+        sink_H: the learned sink of each query head as a score, which the caller adds to the result
+            (`state.add_sink`); None for none.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     dtype: torch.dtype | None = None
+    sink_H: Tensor | None = None
 
 
 def attend(
@@ -87,11 +90,11 @@ def attend(
     if key_mask_BK is None and offset >= 0:
         if window is None:
             if offset >= K - 1:
-                return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=False, kernel=kernel)
+                return run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=False, kernel=kernel)
             if offset + Q == K:
                 if offset == 0:
-                    return _run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, kernel=kernel)
-                before = _run(
+                    return run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, kernel=kernel)
+                before = run(
                     q_BQHD,
                     k_BKGD[:, :offset],
                     v_BKGD[:, :offset],
@@ -99,7 +102,7 @@ def attend(
                     causal=False,
                     kernel=kernel,
                 )
-                within = _run(
+                within = run(
                     q_BQHD,
                     k_BKGD[:, offset:],
                     v_BKGD[:, offset:],
@@ -109,15 +112,14 @@ def attend(
                 )
                 return merge([before, within])
         elif offset + Q == K and kernels.find(
-            _call(q_BQHD, k_BKGD, v_BKGD, rule, causal=True, window=window), kernel
+            call_of(q_BQHD, k_BKGD, v_BKGD, rule, causal=True, window=window), kernel
         ):
-            return _run(
-                q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, window=window, kernel=kernel
-            )
+            return run(q_BQHD, k_BKGD, v_BKGD, rule=rule, causal=True, window=window, kernel=kernel)
     return _attend_masked(q_BQHD, k_BKGD, v_BKGD, rule, offset, window, key_mask_BK, kernel)
 
 
-def _call(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **mask: Any) -> Call:
+def call_of(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, **mask: Any) -> Call:
+    """Return the shape of a call with these tensors."""
     return Call(
         device=q_BQHD.device.type,
         dtype=q_BQHD.dtype,
@@ -135,7 +137,7 @@ def _widen(x: Tensor, size: int) -> Tensor:
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
-def _run(
+def run(
     q_BQHD: Tensor,
     k_BKGD: Tensor,
     v_BKGD: Tensor,
@@ -146,6 +148,11 @@ def _run(
     mask_BQK: Tensor | None = None,
     kernel: str | None = None,
 ) -> State:
+    """Compute attention in one call of a kernel; arguments as for `attend` and `Call`.
+
+    Raises:
+        UnsupportedCallError: no kernel, or not the requested one, can run the call.
+    """
     B, Q, H, D = q_BQHD.shape
     G, v_size = k_BKGD.shape[2], v_BKGD.shape[3]
     # On a CPU, attention of few rows to many keys spends its time on reading keys. Heads that share
@@ -162,7 +169,7 @@ def _run(
     # Kernels take one head size. Where keys and values differ (MLA), zeros pad the shorter ones.
     size = max(D, v_size)
     q_BQHD, k_BKGD, v_BKGD = (_widen(t, size) for t in (q_BQHD, k_BKGD, v_BKGD))
-    call = _call(
+    call = call_of(
         q_BQHD, k_BKGD, v_BKGD, rule, causal=causal, window=window, masked=mask_BQK is not None
     )
     name = kernels.choose(call, kernel)
@@ -214,7 +221,7 @@ def _attend_masked(
         if key_mask_BK is not None:
             keep_BQK = keep_BQK & key_mask_BK[:, None, first:last]
         parts.append(
-            _run(
+            run(
                 q_BQHD[:, row:stop],
                 k_BKGD[:, first:last],
                 v_BKGD[:, first:last],

@@ -25,7 +25,10 @@ def answer_summary(*replies: Generation, shows_reasoning: bool = False) -> str:
 
     The rate counts the tokens of all. Says what ended them early, and what is not printed.
     """
-    summary = f"first token {format_seconds(replies[0].timings.ttft_s)}"
+    timings = replies[0].timings
+    summary = f"first token {format_seconds(timings.ttft_s)}"
+    if timings.second_look_s is not None:
+        summary += f" (second look {format_seconds(timings.second_look_s)})"
     rates = [reply.timings.tokens_per_s for reply in replies]
     if any(rate is not None for rate in rates):
         summary += f", {sum(rate or 0.0 for rate in rates):,.0f} tok/s"

@@ -152,6 +152,19 @@ class AnswerOptions:
     max_new_tokens: Annotated[
         str, option("Maximum tokens of an answer.", panel="Answer", metavar="SIZE")
     ] = str(MAX_NEW_TOKENS)
+    second_look: Annotated[
+        float,
+        option(
+            "Share of the text, 0 to 1, that is read again before a query is answered: what it"
+            " attends to most, with everything before in sight. Takes the memory of one more copy"
+            " of the encoded text.",
+            panel="Answer",
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            show_default="none",
+        ),
+    ] = 0.0
     temperature: Annotated[
         float | None,
         option("Sampling temperature; 0 is greedy.", panel="Answer", metavar="X", min=0.0),
@@ -275,6 +288,7 @@ class AnswerOptions:
             "stop": [unescape(stop, "--stop") for stop in self.stop or []] or None,
             "answer_prefix": unescape(self.answer_prefix, "--answer-prefix"),
             "skip_special_tokens": not self.show_special_tokens,
+            "second_look": self.second_look,
         }
         sampling = without_none(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if self.greedy and sampling:

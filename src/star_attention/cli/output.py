@@ -40,6 +40,7 @@ FIELDS = {
     "tensor_parallel": "processes that share the heads and weights of a context-parallel rank",
     "encode_s": "seconds of encoding (for a saved context: when it was encoded)",
     "ttft_s": "seconds from the query to the first token (with beams: to the whole answer)",
+    "second_look_s": "seconds of these that the second look took; null without one",
     "tokens_per_s": "tokens per second after the first; null for a single token, and with beams",
     "peak_bytes": "peak device memory while answering; null where it is not measured (CPU)",
     "wire_bytes_phase1": "bytes that all context-parallel ranks together sent while encoding;"

@@ -93,11 +93,14 @@ class FollowerRun:
 
     def leave(self) -> None:
         """End the stream here, because rank 0 is in another call."""
-        self.ended = True
+        if not self.ended:
+            self.ended = True
+            self._follower.release()
 
     def end(self, answers: list[Generation]) -> None:
         """Take rank 0's answers."""
-        self._generations, self.ended = answers, True
+        self._generations = answers
+        self.leave()
 
     def generations(self) -> list[Generation]:
         """Return rank 0's answers.

@@ -21,11 +21,13 @@ class Timings:
         encode_s: seconds of phase 1, when the context was encoded.
         ttft_s: seconds from the call to the first token (with beams: to the whole answer).
         tokens_per_s: tokens per second after the first; None for one token, and for beams.
+        second_look_s: seconds of `ttft_s` that the second look took; None without one.
     """
 
     encode_s: float
     ttft_s: float
     tokens_per_s: float | None
+    second_look_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +113,12 @@ class Generation:
         """Return the answer for a notebook: its text, and a line about it."""
         reasoning = "" if self.reasoning is None else html.folded("reasoning", self.reasoning)
         rate = self.timings.tokens_per_s
+        second_look_s = self.timings.second_look_s
         facts = [
             counted(len(self.token_ids), "token"),
             self.finish_reason,
             f"first token {self.timings.ttft_s:.2f} s",
+            *([] if second_look_s is None else [f"second look {second_look_s:.2f} s of it"]),
             *([] if rate is None else [f"{rate:,.0f} tok/s"]),
         ]
         return reasoning + html.prose(self.text) + html.note(", ".join(facts))
@@ -130,6 +134,7 @@ class Generation:
             "query_tokens": self.query_tokens,
             "encode_s": self.timings.encode_s,
             "ttft_s": self.timings.ttft_s,
+            "second_look_s": self.timings.second_look_s,
             "tokens_per_s": self.timings.tokens_per_s,
             "peak_bytes": self.peak_bytes,
             "wire_bytes_phase2": self.wire.bytes,

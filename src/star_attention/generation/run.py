@@ -52,6 +52,7 @@ class _Measurements:
     """Times, memory and traffic of a run."""
 
     first_s: float = 0.0
+    second_look_s: float | None = None
     end_s: float = 0.0
     peak_bytes: int | None = None
     wire: Traffic = field(default_factory=Traffic)
@@ -118,10 +119,19 @@ class GenerationRun:
         tail = delta_of(self._answers[0], self._close())
         self._warn_of_unanswered()
         self._send_end()
+        self._release()
         if tail:
             yield tail
 
     def _out_of_memory(self) -> str:
+        if self.settings.second_look:
+            return (
+                f"out of memory in phase 2 with second_look {self.settings.second_look}, which"
+                f" takes one more copy of the context ({self._request.shard.nbytes:,} bytes on rank"
+                " 0): leave it out, keep the context in fp8 (kv_dtype) or in host memory"
+                " (kv_device), or lower tokens_per_forward (now"
+                f" {self._request.tokens_per_forward:,})"
+            )
         return (
             f"out of memory in phase 2 with {len(self._answers):,} answers at once over"
             f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or"
@@ -166,8 +176,12 @@ class GenerationRun:
         return piece
 
     def _stock_loop(self) -> Iterator[str]:
+        request = self._request
+        if request.second_look:
+            request = stock.look(request)
         with translate_generation_errors():
-            rows = stock.stock(self._request)
+            rows = stock.stock(request)
+        self._note_look(request)
         for answer, row in zip(self._answers, rows, strict=True):
             for token in row:
                 if answer.finish_reason is None:
@@ -194,6 +208,11 @@ class GenerationRun:
         if self._leader is not None and not self.is_suspended:
             self._leader.close()
         self._send_end()
+        self._release()
+
+    def _release(self) -> None:
+        """Drop keys and values: a stream that has ended may be kept for its result."""
+        self._leader = None
 
     def repeat(self) -> None:
         raise AssertionError("rank 0 leads")
@@ -211,6 +230,8 @@ class GenerationRun:
         self.ended = True
         measured, comm = self._measured, self._comm
         measured.end_s, measured.peak_bytes = self._clock.stop()
+        if self._leader is not None:
+            self._note_look(self._leader.request)
         measured.wire = comm.cp_traffic.since(self._wire_before)
         # The tensor-parallel ranks of every context-parallel rank exchange the same amount.
         within = comm.tp_traffic.since(self._wire_within_before)
@@ -219,6 +240,11 @@ class GenerationRun:
             answer.end("length") if answer.finish_reason is None else "" for answer in self._answers
         ]
         return tails[0]
+
+    def _note_look(self, request: Request) -> None:
+        """Note how long a second look took, once the answer is there."""
+        if request.looked is not None:
+            self._measured.second_look_s = request.looked.seconds
 
     def _warn_of_unanswered(self) -> None:
         unsaid = [answer for answer in self._answers if answer.is_unsaid]
@@ -256,6 +282,7 @@ class GenerationRun:
                 encode_s=self._encode_s,
                 ttft_s=measured.first_s,
                 tokens_per_s=later_tokens / later_s if has_rate else None,
+                second_look_s=measured.second_look_s,
             ),
             logprobs=None
             if self._logprobs is None

@@ -24,7 +24,9 @@ from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.checks import whole_characters
 from star_attention.hf.text.endings import turn_end_ids, warn_of_unseen_stops
+from star_attention.methods import Method
 from star_attention.phase2 import OWN_LOOP_MODES
+from star_attention.planning.second_look import check_share
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -43,6 +45,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     return_logits: bool
     answer_prefix: str
+    second_look: float
     chat_template_kwargs: dict[str, Any] | None
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
@@ -91,6 +94,10 @@ class GenerationSettings:
         return_logits: keep the unprocessed logits (greedy search and sampling).
         answer_prefix: text that the answer is made to begin with, after the chat template's start
             of the answer where there is one; not part of the result.
+        second_look: share of the context's tokens, 0 to 1, that are computed again before the query
+            is answered: those that it attends to most, with everything before them in sight, for
+            this answer alone. Queries are then answered one after another, each with a choice of
+            its own. It takes the memory of one more copy of the context.
         chat_template_kwargs: what the chat template reads beside messages, where it differs from
             the context's.
         logits_processor, stopping_criteria: transformers' lists.
@@ -106,6 +113,7 @@ class GenerationSettings:
     logprobs: int | None = None
     return_logits: bool = False
     answer_prefix: str = ""
+    second_look: float = 0.0
     chat_template_kwargs: dict[str, Any] | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
@@ -121,6 +129,7 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)
+        check_share(self.second_look)
         seed = self.seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise InvalidInputError(f"seed {quote(seed)} is not an integer")
@@ -268,9 +277,19 @@ class ResolvedSettings:
     uses_own_loop: bool
     grammar: Any = None
 
+    def check_method(self, method: Method) -> None:
+        """Raise `InvalidInputError` for settings that contexts of a method cannot have."""
+        share, refusal = self.second_look, method.why_no_second_look()
+        if share and refusal is not None:
+            raise InvalidInputError(f"second_look {share} does not work: {refusal}")
+
     @property
     def max_new_tokens(self) -> int:
         return self.arguments.max_new_tokens
+
+    @property
+    def second_look(self) -> float:
+        return self.arguments.second_look
 
     @property
     def answer_prefix(self) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from star_attention import inputs, phase2
+from star_attention import inputs, methods, phase2
 from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
 from star_attention.generation import stock
 from star_attention.generation.following import FollowerRun, RepeaterRun
 from star_attention.generation.json_answers import JsonProcessor
 from star_attention.generation.known_tokens import known_tokens
+from star_attention.generation.result import Generation
 from star_attention.generation.run import GenerationRun, Shape
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
 from star_attention.generation.stream import Stream
@@ -36,6 +38,7 @@ class Start:
         shape: grouping of the answers.
         program: the steps; None where rank 0 runs transformers' loops, or no loop.
         text: how a stream's answer becomes text; None without a stream.
+        is_last: False if another run of the same call follows.
     """
 
     key: int
@@ -43,37 +46,54 @@ class Start:
     shape: Shape
     program: Program | None = None
     text: TextSettings | None = None
+    is_last: bool = True
 
 
-def start(
-    runtime: Runtime,
-    context: EncodedContext,
-    query: Any,
-    options: dict[str, Any],
-    *,
-    streamed: bool = False,
-) -> GenerationRun | FollowerRun | RepeaterRun:
-    """Start one call of phase 2, which rank 0 leads. Collective.
+def generate(runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]) -> Any:
+    """Answer one query or several on a context. Collective.
 
     Args:
         runtime: the engine's.
         context: the context to ask.
         query: a query, a list of them, or `Prepared`.
         options: keywords of `generate`.
-        streamed: True for `stream`, which answers one query.
+
+    Returns:
+        The answers, grouped as `Shape` says.
     """
+    answers: list[Generation] = []
+    for run in _runs(runtime, context, query, options):
+        for _ in run.pieces():
+            pass
+        answers += run.generations()
+        shape = run.shape
+    return shape.group(answers)
+
+
+def stream(
+    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
+) -> Stream:
+    """Start a stream; arguments as for `generate`. Collective."""
+    run = next(_runs(runtime, context, query, options, streamed=True))
+    assert not isinstance(run, RepeaterRun), "transformers' loops do not stream"
+    runtime.comm.streams.add(run)
+    return Stream(run, runtime.comm)
+
+
+def _runs(
+    runtime: Runtime,
+    context: EncodedContext,
+    query: Any,
+    options: dict[str, Any],
+    *,
+    streamed: bool = False,
+) -> Iterator[GenerationRun | FollowerRun | RepeaterRun]:
+    """Start the runs of one call of phase 2, each after the one before has ended. Collective."""
+    leading = _leading_runs(runtime, context, query, options, streamed=streamed)
     runs: list[GenerationRun] = []
 
-    def prepare() -> Start:
-        if streamed:
-            _check_streamed(runtime, query)
-        runtime.check_context(context)
-        run = _leading_run(runtime, context, _prepared(runtime, context, query, options))
-        if streamed and (run.program is None or run.shape.answers_per_query > 1):
-            raise InvalidInputError(
-                "a stream is one answer by greedy search or sampling; use generate for beams and"
-                " several answers"
-            )
+    def begin() -> Start:
+        run, is_last = next(leading)
         runs.append(run)
         return Start(
             key=context.key,
@@ -81,22 +101,47 @@ def start(
             shape=run.shape,
             program=run.program,
             text=run.settings.text if streamed else None,
+            is_last=is_last,
         )
 
-    comm = runtime.comm
-    message: Start = comm.run_on_rank_0(prepare)
-    run = runs[0] if comm.rank == 0 else _following_run(runtime, message)
-    return run
+    is_last = False
+    while not is_last:
+        message: Start = runtime.comm.run_on_rank_0(begin)
+        is_last = message.is_last
+        yield runs.pop() if runs else _following_run(runtime, message)
 
 
-def stream(
-    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
-) -> Stream:
-    """Start a stream; arguments as for `start`. Collective."""
-    run = start(runtime, context, query, options, streamed=True)
-    assert not isinstance(run, RepeaterRun), "transformers' loops do not stream"
-    runtime.comm.streams.add(run)
-    return Stream(run, runtime.comm)
+def _leading_runs(
+    runtime: Runtime,
+    context: EncodedContext,
+    query: Any,
+    options: dict[str, Any],
+    *,
+    streamed: bool,
+) -> Iterator[tuple[GenerationRun, bool]]:
+    """Yield the runs of one call on rank 0, after checking all of it; True with the last one."""
+    if streamed:
+        _check_streamed(runtime, query)
+    runtime.check_context(context)
+    prepared = _prepared(runtime, context, query, options)
+    settings = prepared.settings
+    assert settings is not None, "rank 0 prepares"
+    settings.check_method(methods.get(context.method))
+    runtime.positions.check_room(
+        len(context), context.rope_length, prepared.prompts, settings.max_new_tokens
+    )
+    # A second look chooses for one query, and its copy of the context is for that one alone.
+    groups = [[prompt] for prompt in prepared.prompts]
+    if not settings.second_look:
+        groups = [prepared.prompts]
+    for number, prompts in enumerate(groups, start=1):
+        run = _leading_run(runtime, context, replace(prepared, prompts=prompts))
+        if streamed and (run.program is None or run.shape.answers_per_query > 1):
+            raise InvalidInputError(
+                "a stream is one answer by greedy search or sampling; use generate for beams and"
+                " several answers"
+            )
+        yield run, number == len(groups)
 
 
 def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> GenerationRun:
@@ -111,6 +156,7 @@ def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) 
         seed=settings.arguments.seed,
         logits_processor=_processors(runtime, settings, prepared.prompts),
         stopping_criteria=settings.arguments.stopping_criteria,
+        second_look=settings.second_look,
     )
     return GenerationRun(
         request,
@@ -130,15 +176,12 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
     program = message.program
     if program is None:
         return RepeaterRun(lambda: _repeat(runtime, context), message.shape)
-    request = Request(
-        handle=runtime.handle,
-        context_ids_L=context.token_ids,
-        shard=context.kv,
-        rope_length=context.rope_length,
+    request = replace(
+        _following_request(runtime, context),
         queries=program.queries,
         tokens_per_forward=program.tokens_per_forward,
-        comm=runtime.comm,
         sliced=program.sliced,
+        second_look=program.second_look,
     )
     answer = None
     if message.text is not None:
@@ -150,8 +193,19 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
 
 def _repeat(runtime: Runtime, context: EncodedContext) -> Any:
     """Repeat rank 0's forwards; return what its last message holds."""
-    return stock.follow(
-        runtime.handle, context.kv, len(context.token_ids), context.rope_length, runtime.comm
+    return stock.follow(_following_request(runtime, context))
+
+
+def _following_request(runtime: Runtime, context: EncodedContext) -> Request:
+    """Return a request on a context without what rank 0 decides."""
+    return Request(
+        handle=runtime.handle,
+        context_ids_L=context.token_ids,
+        shard=context.kv,
+        rope_length=context.rope_length,
+        queries=[],
+        tokens_per_forward=runtime.tokens_per_forward,
+        comm=runtime.comm,
     )
 
 

@@ -12,16 +12,24 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from star_attention.distributed.comm import Comm
 from star_attention.distributed.messages import END
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import Mirror
-from star_attention.hf.execution import slices
+from star_attention.hf.execution import second_look
 from star_attention.hf.execution.finite import FiniteCheck
-from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.request import Request, follow_forward
 from star_attention.phase2 import CACHE_ARGUMENT
-from star_attention.storage.kv import ContextKV
+
+LOOK = "look"
+"""Kind of the message with which rank 0 begins a second look."""
+
+
+def look(request: Request) -> Request:
+    """Return a request after its second look, in which the other ranks take part."""
+    if request.comm.size > 1:
+        decided = request.queries, request.tokens_per_forward, request.second_look
+        request.comm.broadcast_object((LOOK, *decided))
+    return second_look.look(request)
 
 
 def stock(request: Request) -> list[list[int]]:
@@ -92,28 +100,36 @@ def _without_fill(row: list[int], fill: set[int | None]) -> list[int]:
     return row[:length]
 
 
-def follow(
-    handle: ModelHandle, shard: ContextKV, context_tokens: int, rope_length: int | None, comm: Comm
-) -> Any:
+def follow(request: Request) -> Any:
     """Repeat rank 0's forwards and its changes of the cache until the end of the call.
+
+    Args:
+        request: the context on this rank; rank 0 sends the queries.
 
     Returns:
         The answers, from rank 0's last message.
     """
 
     def new_cache(padding: list[int], sliced: tuple[str, ...]) -> AnswerCache:
-        own = slices.of(handle, sliced, comm)
-        return AnswerCache(shard, handle.windows, context_tokens, padding, comm, own)
+        return replace(request, sliced=sliced).cache_for(padding)
 
     def forward(
         cache: AnswerCache, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int
     ) -> None:
+        handle = request.handle
         ids_BS, positions_BS = ids_BS.to(handle.device), positions_BS.to(handle.device)
+        rope_length = request.rope_length
         follow_forward(handle, ids_BS, positions_BS, cache, rope_length, logits_to_keep)
 
     mirror = Mirror(new_cache, forward)
     while True:
-        kind, *arguments = comm.receive_object()
+        kind, *arguments = request.comm.receive_object()
         if kind == END:
             return arguments[1]
-        mirror.run(kind, *arguments)
+        if kind == LOOK:
+            queries, tokens, share = arguments
+            request = second_look.look(
+                replace(request, queries=queries, tokens_per_forward=tokens, second_look=share)
+            )
+        else:
+            mirror.run(kind, *arguments)

@@ -59,6 +59,10 @@ class Method(Protocol):
         """Return why contexts on that many context-parallel ranks cannot be extended, or None."""
         ...
 
+    def why_no_second_look(self) -> str | None:
+        """Return why tokens of a context cannot be computed again for a query, or None."""
+        ...
+
     def extended_plan(self, plan: BlockPlan, context_tokens: int) -> BlockPlan:
         """Return the plan of an extended context."""
         ...

@@ -22,6 +22,12 @@ class Dense(Star):
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
         return BlockPlan.dense(context_tokens, ranks)
 
+    def why_no_second_look(self) -> str | None:
+        return (
+            f"every token of a {self.name} context has seen all tokens before it; leave it out, or"
+            " use method 'star'"
+        )
+
     def extended_plan(self, plan: BlockPlan, context_tokens: int) -> BlockPlan:
         """The context is one block, and stays one."""
         return replace(

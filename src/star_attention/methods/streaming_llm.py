@@ -54,6 +54,12 @@ class StreamingLLM(Star):
             " encode the joined text again"
         )
 
+    def why_no_second_look(self) -> str | None:
+        return (
+            f"a {self.name} context holds its first and last tokens only; leave it out, or use"
+            " method 'star'"
+        )
+
     def describe(self, plan: BlockPlan) -> str:
         sinks = counted(plan.anchor_size, "sink")
         return f"{sinks}, window {format_size(plan.block_size)}"

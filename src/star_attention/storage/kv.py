@@ -106,12 +106,22 @@ class LayerKV:
     def write(self, start: int, k_GSD: Tensor, v_GSD: Tensor) -> None:
         """Store the keys and values of tokens `start..start+S`; the first write allocates."""
         self._dtype, self._device = k_GSD.dtype, k_GSD.device
-        parts: StoredKV = (k_GSD, v_GSD)
-        if self.kv_format.dtype is not None:
-            quantizer = QUANTIZERS[self.kv_format.dtype]
-            (k_GSD, k_scale_GS), (v_GSD, v_scale_GS) = quantizer(k_GSD), quantizer(v_GSD)
-            parts = (k_GSD, v_GSD, k_scale_GS, v_scale_GS)
-        self._write(start, parts)
+        self._write(start, self._as_stored(k_GSD, v_GSD))
+
+    def replace(self, at_S: Tensor, k_GSD: Tensor, v_GSD: Tensor) -> None:
+        """Replace what is stored at places `at_S` of the buffers."""
+        for buffer, part in zip(self.stored(), self._as_stored(k_GSD, v_GSD), strict=True):
+            # Not every device can index numbers of 8 bits: they are copied as bytes.
+            if buffer.dtype == FP8:
+                buffer, part = buffer.view(torch.uint8), part.view(torch.uint8)
+            buffer[0].index_copy_(1, at_S.to(buffer.device), part.to(buffer.device))
+
+    def _as_stored(self, k_GSD: Tensor, v_GSD: Tensor) -> StoredKV:
+        if self.kv_format.dtype is None:
+            return k_GSD, v_GSD
+        quantizer = QUANTIZERS[self.kv_format.dtype]
+        (k_GSD, k_scale_GS), (v_GSD, v_scale_GS) = quantizer(k_GSD), quantizer(v_GSD)
+        return k_GSD, v_GSD, k_scale_GS, v_scale_GS
 
     def _write(self, start: int, parts: StoredKV) -> None:
         if self._buffers is None:

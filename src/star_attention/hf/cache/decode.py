@@ -92,17 +92,11 @@ class AnswerLayer(StarLayer[AnswerPosition]):
             k_BKGD, v_BKGD = by_token(self.tail.pair())
         B, Q, H, _ = q_BQHD.shape
         padding = self.position.row_padding(B)
-        shard_tokens = self.shard.tokens
-        if shard_tokens and not self.shard.expands:
-            shard = by_token(self.shard.pair())
-        else:
-            # Keys that the model expanded: the shard's come before the tail's.
-            shard = k_BKGD[:, :shard_tokens], v_BKGD[:, :shard_tokens]
-            k_BKGD, v_BKGD = k_BKGD[:, shard_tokens:], v_BKGD[:, shard_tokens:]
-        states = self._attend_to_shard(q_BQHD, shard, rule, padding)
+        segments, tail = self.split(k_BKGD, v_BKGD)
+        states = self._attend_to_shard(q_BQHD, segments, rule, padding)
         if comm.cp_rank == comm.cp_size - 1:
             near = self._limited(rule)
-            states.append(tail_attention(q_BQHD, k_BKGD, v_BKGD, rule=near, padding=padding))
+            states.append(tail_attention(q_BQHD, *tail, rule=near, padding=padding))
         state = (
             merge(states, dtype=rule.dtype)
             if states
@@ -110,21 +104,41 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         )
         return state if comm.cp_size == 1 else comm.merge(state, heads)
 
+    def split(self, k_BKGD: Tensor, v_BKGD: Tensor) -> tuple[list[KV], KV]:
+        """Return keys and values of each segment of the shard, and those of the tail.
+
+        Args:
+            k_BKGD: keys that `append` returned, or their expansion (MLA).
+            v_BKGD: values, likewise.
+        """
+        shard_tokens = self.shard.tokens
+        if shard_tokens and not self.shard.expands:
+            k_1KGD, v_1KGD = by_token(self.shard.pair())
+        else:
+            # Keys that the model expanded: the shard's come before the tail's.
+            k_1KGD, v_1KGD = k_BKGD[:, :shard_tokens], v_BKGD[:, :shard_tokens]
+            k_BKGD, v_BKGD = k_BKGD[:, shard_tokens:], v_BKGD[:, shard_tokens:]
+        lengths = [stop - start for start, stop in self.shard.segments]
+        keys, values = k_1KGD.split(lengths, 1), v_1KGD.split(lengths, 1)
+        return list(zip(keys, values, strict=True)), (k_BKGD, v_BKGD)
+
+    def first_query(self, queries: int) -> int:
+        """Return the position of the first of the last `queries` tokens."""
+        return self.position.context_tokens + self.tail.length - queries
+
     def _attend_to_shard(
-        self, q_BQHD: Tensor, shard: KV, rule: Rule, padding: list[int]
+        self, q_BQHD: Tensor, segments: list[KV], rule: Rule, padding: list[int]
     ) -> list[State]:
         """Return a state for each segment of the shard."""
-        first_query = self.position.context_tokens + self.tail.length - q_BQHD.shape[1]
+        first_query = self.first_query(q_BQHD.shape[1])
         visible = self.position.visible
-        states, at = [], 0
-        for start, stop in self.shard.segments:
-            part = slice(at, at + stop - start)
-            at = part.stop
+        states = []
+        for (start, _), segment in zip(self.shard.segments, segments, strict=True):
             always_visible = visible is None or start < visible.first
             states.append(
                 shard_attention(
                     q_BQHD,
-                    (shard[0][:, part], shard[1][:, part]),
+                    segment,
                     rule=rule if always_visible else self._limited(rule),
                     offsets=[first_query - pad - start for pad in padding],
                 )

@@ -101,6 +101,7 @@ def _star_attention(
         window=sliding_window,
         softcap=softcap,
         dtype=query.dtype if s_aux is None and not cache.merges_ranks else None,
+        sink_H=s_aux,
     )
     state = cache.attend(module, query.transpose(1, 2), key, value, rule)
     if s_aux is not None:

@@ -21,6 +21,7 @@ from star_attention.hf.cache.mirrored import MirroredCache
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.execution.timing import Lap
 from star_attention.storage.kv import ContextKV
 
 
@@ -37,6 +38,7 @@ class Program:
         is_ahead: True to issue the forward of a step's tokens before Python looks at them, where
             the device works by itself.
         sliced: parts of the model whose weights are multiplied in slices.
+        second_look: share of the context's tokens that are computed again for the query.
     """
 
     queries: list[list[int]]
@@ -46,6 +48,7 @@ class Program:
     tokens_per_forward: int
     is_ahead: bool
     sliced: tuple[str, ...]
+    second_look: float
 
 
 @dataclass(kw_only=True)
@@ -65,6 +68,9 @@ class Request:
         seed: seed of sampling for each query, or None for torch's global generator.
         logits_processor, stopping_criteria: transformers' lists.
         stop_after: makes a stopping criterion for prompts of a given length.
+        second_look: share of the context's tokens that are computed again for the query before it
+            is answered (`hf.execution.second_look`).
+        looked: time that this took, once it is done.
     """
 
     handle: ModelHandle
@@ -80,6 +86,8 @@ class Request:
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
     stop_after: Callable[[int], StoppingCriteria] | None = None
+    second_look: float = 0.0
+    looked: Lap | None = None
 
     @property
     def query_tokens(self) -> int:
@@ -107,24 +115,29 @@ class Request:
             tokens_per_forward=self.tokens_per_forward,
             is_ahead=graphs is not None or self.comm.is_asynchronous,
             sliced=self.sliced,
+            second_look=self.second_look,
         )
 
     def cache(self, query_tokens: int) -> AnswerCache:
         """Return a new cache for queries padded to a number of tokens."""
-        return AnswerCache(*self._cache_arguments(query_tokens))
+        return self.cache_for(self.padding(query_tokens))
+
+    def cache_for(self, padding: list[int]) -> AnswerCache:
+        """Return a new cache for queries with this left padding, in tokens."""
+        return AnswerCache(*self._cache_arguments(padding))
 
     def mirrored_cache(self) -> AnswerCache:
         """Return rank 0's new cache for loops that run there alone."""
         cache_type = MirroredCache if self.comm.size > 1 else AnswerCache
-        return cache_type(*self._cache_arguments(self.query_tokens))
+        return cache_type(*self._cache_arguments(self.padding()))
 
-    def _cache_arguments(self, query_tokens: int) -> Any:
+    def _cache_arguments(self, padding: list[int]) -> Any:
         sliced = slices.of(self.handle, self.sliced, self.comm)
         return (
             self.shard,
             self.handle.windows,
             len(self.context_ids_L),
-            self.padding(query_tokens),
+            padding,
             self.comm,
             sliced,
         )
@@ -139,8 +152,11 @@ class Request:
         return torch.tensor(rows, device=self.handle.device)
 
     def forwards(self, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ids and positions of the queries, padded as the cache expects them."""
+        return self.query_forwards(cache.row_padding(len(self.queries)))
+
+    def query_forwards(self, padding: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids and positions of the padded queries, `[B, S]` each, a pair for each forward."""
-        padding = cache.row_padding(len(self.queries))
         ids_BQ = self.padded(padding)
         context_tokens = len(self.context_ids_L)
         # Padding has no position of its own; nothing sees it, so 0 will do.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -30,3 +31,28 @@ class Clock:
             return self.elapsed(), None
         torch.cuda.synchronize(self._device)
         return self.elapsed(), torch.cuda.max_memory_allocated(self._device)
+
+
+class Lap:
+    """The time of work that begins when it is made; nothing waits for the device meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._marks = [self._mark()]
+
+    def _mark(self) -> Any:
+        if not self._on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        """Note the end of the work."""
+        self._marks.append(self._mark())
+
+    @property
+    def seconds(self) -> float:
+        """The time of the work; on a GPU once it is known to be done."""
+        start, stop = self._marks
+        return float(start.elapsed_time(stop) / 1000 if self._on_device else stop - start)

@@ -1,0 +1,187 @@
+"""The caches of a second look: one finds what a query attends to, one computes tokens again.
+
+Axes: B batch (1 here), G KV heads, S tokens computed again, Q queries, K keys of the shard,
+H query heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.mass import attention_mass
+from star_attention.attention.scattered import Rows, attend_rows
+from star_attention.attention.state import State, add_sink, empty_state, merge
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.base import (
+    ForwardPosition,
+    StarCache,
+    StarLayer,
+    build_layers,
+    by_token,
+)
+from star_attention.hf.cache.decode import AnswerLayer, AnswerPosition
+from star_attention.planning.segments import Segments
+from star_attention.storage.kv import ContextKV
+
+
+@dataclass(kw_only=True)
+class MassPosition(AnswerPosition):
+    """The query, and the attention that each context token of the shard has got so far, `[K]`."""
+
+    mass_K: Tensor
+
+
+class MassLayer(AnswerLayer):
+    """Attends as an answer does, and adds up the attention to each context token."""
+
+    position: MassPosition
+
+    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        state = super().attend(q_BQHD, k_BKGD, v_BKGD, rule)
+        lse_BQH = (state if rule.sink_H is None else add_sink(state, rule.sink_H)).lse_BQH
+        segments, _ = self.split(k_BKGD, v_BKGD)
+        first_query, mass_K = self.first_query(q_BQHD.shape[1]), self.position.mass_K
+        masses = [
+            attention_mass(q_BQHD, keys, lse_BQH, rule=rule, offset=first_query - start)
+            for (start, _), (keys, _) in zip(self.shard.segments, segments, strict=True)
+        ]
+        if masses:
+            mass_K += torch.cat(masses).to(mass_K.device)
+        return state
+
+
+class MassCache(StarCache):
+    """The cache of a query's forward that also finds what the query attends to.
+
+    Args:
+        shard: this rank's keys and values of the context.
+        windows: sliding window of each layer in tokens, None for full attention.
+        context_tokens: tokens of the whole context.
+        comm: merges the attention of all ranks.
+        device: where the mass is added up.
+    """
+
+    position: MassPosition
+
+    def __init__(
+        self,
+        shard: ContextKV,
+        windows: list[int | None],
+        context_tokens: int,
+        comm: Comm,
+        device: torch.device,
+    ) -> None:
+        position = MassPosition(
+            context_tokens=context_tokens,
+            padding=[0],
+            visible=shard.visible,
+            comm=comm,
+            mass_K=torch.zeros(shard.tokens, dtype=torch.float32, device=device),
+        )
+        super().__init__(build_layers(MassLayer, windows, position, [shard]), position, comm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Context tokens that one forward computes again, in increasing order.
+
+    Attributes:
+        rows: their positions.
+        own_S: numbers of those that are in this rank's shard; None for all.
+        at_S: places of these in the buffers.
+    """
+
+    rows: Rows
+    own_S: Tensor | None
+    at_S: Tensor
+
+    @classmethod
+    def of(cls, positions: list[int], segments: Segments, device: torch.device) -> Chosen:
+        """Return tokens at these positions, as a shard of these segments holds them."""
+        rows = Rows(positions, device)
+        own: list[int] = []
+        places: list[int] = []
+        offsets = accumulate((stop - start for start, stop in segments), initial=0)
+        for (start, stop), offset in zip(segments, offsets, strict=False):
+            numbers = range(rows.before(start), rows.before(stop))
+            own += numbers
+            places += [positions[number] - start + offset for number in numbers]
+        return cls(
+            rows=rows,
+            own_S=None if len(own) == len(positions) else torch.tensor(own, device=device),
+            at_S=torch.tensor(places, device=device),
+        )
+
+
+@dataclass(kw_only=True)
+class RenewPosition(ForwardPosition):
+    """The tokens that the current forward computes again."""
+
+    comm: Comm
+    chosen: Chosen
+
+
+class RenewLayer(StarLayer[RenewPosition]):
+    """Replaces keys and values of the tokens, which then attend to all before them."""
+
+    def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.kv.tokens:
+            return k_BGSD, v_BGSD
+        chosen = self.position.chosen
+        k_GSD, v_GSD = k_BGSD[0], v_BGSD[0]
+        if chosen.own_S is not None:
+            own_S = chosen.own_S.to(k_GSD.device)
+            k_GSD, v_GSD = k_GSD.index_select(1, own_S), v_GSD.index_select(1, own_S)
+        self.kv.replace(chosen.at_S, k_GSD, v_GSD)
+        return self.kv.pair() if self.kv.expands else (k_BGSD, v_BGSD)
+
+    def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        comm, rows = self.position.comm, self.position.chosen.rows
+        states = []
+        if self.kv.tokens:
+            if not self.kv.expands:
+                k_BKGD, v_BKGD = by_token(self.kv.pair())
+            lengths = [stop - start for start, stop in self.kv.segments]
+            states = [
+                attend_rows(q_BQHD, keys, values, rule=rule, rows=rows, first_key=start)
+                for (start, _), keys, values in zip(
+                    self.kv.segments,
+                    k_BKGD.split(lengths, 1),
+                    v_BKGD.split(lengths, 1),
+                    strict=True,
+                )
+            ]
+        if not states:
+            B, Q, H, _ = q_BQHD.shape
+            states = [empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)]
+        state = merge(states, dtype=rule.dtype)
+        return state if comm.cp_size == 1 else comm.merge(state)
+
+
+class RenewCache(StarCache):
+    """The cache of forwards that compute some context tokens again.
+
+    Args:
+        shard: this rank's keys and values, which change.
+        windows: sliding window of each layer in tokens, None for full attention.
+        comm: merges the attention of all ranks.
+        device: where the tokens are.
+    """
+
+    position: RenewPosition
+
+    def __init__(
+        self, shard: ContextKV, windows: list[int | None], comm: Comm, device: torch.device
+    ) -> None:
+        self._segments, self._device = shard.segments, device
+        position = RenewPosition(comm=comm, chosen=Chosen.of([], self._segments, device))
+        super().__init__(build_layers(RenewLayer, windows, position, [shard]), position, comm)
+
+    def choose(self, positions: list[int]) -> None:
+        """Set the tokens of the next forward."""
+        self.position.chosen = Chosen.of(positions, self._segments, self._device)
