@@ -18,7 +18,7 @@ from star_attention.attention.oracle import law_mask
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.shape import model_shape
-from star_attention.planning import cost
+from star_attention.planning import cost, pairs
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.plan import BlockPlan
 from tests.engines import BUNDLED, engine, ids, tiny
@@ -73,10 +73,10 @@ def keys_seen(plan: BlockPlan, window: int | None, new_tokens: int = 0) -> torch
 @given(plans, windows)
 def test_pairs_of_the_context_equal_the_laws_mask(plan: BlockPlan, window: int | None) -> None:
     seen = keys_seen(plan, window)
-    assert cost.context_pairs(plan, window, lookback=plan.lookback) == int(seen.sum())
+    assert pairs.context_pairs(plan, window, lookback=plan.lookback) == int(seen.sum())
     for rank in range(plan.ranks):
-        pairs = cost.context_pairs(plan, window, rank, plan.lookback)
-        assert pairs == sum(int(seen[a:b].sum()) for a, b in plan.layout[rank])
+        own = pairs.context_pairs(plan, window, plan.layout[rank], plan.lookback)
+        assert own == sum(int(seen[a:b].sum()) for a, b in plan.layout[rank])
 
 
 @settings(max_examples=100, deadline=None)
@@ -85,16 +85,16 @@ def test_pairs_of_the_answer_equal_the_laws_mask(
     plan: BlockPlan, window: int | None, new: int
 ) -> None:
     seen = keys_seen(plan, window, new)[plan.context_tokens :]
-    assert cost.answer_pairs(plan.context_tokens, new, window) == int(seen.sum())
+    assert pairs.answer_pairs(plan.context_tokens, new, window) == int(seen.sum())
 
 
 def test_a_million_tokens_are_counted_in_closed_form() -> None:
     """Forbids a loop over tokens, also with windows."""
     plan = BlockPlan.resolve(1024**2, 1024)
     assert (
-        cost.context_pairs(plan, 1500)
-        < cost.context_pairs(plan)
-        < cost.context_pairs(BlockPlan.dense(1024**2))
+        pairs.context_pairs(plan, 1500)
+        < pairs.context_pairs(plan)
+        < pairs.context_pairs(BlockPlan.dense(1024**2))
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from star_attention import StarLLM
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
-from star_attention.planning.cost import context_pairs
+from star_attention.planning.pairs import context_pairs
 from star_attention.planning.plan import BlockPlan
 from tests.command_line import failed, ok
 from tests.engines import BUNDLED, engine

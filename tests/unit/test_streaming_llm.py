@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from star_attention import StarLLM
 from star_attention.errors import ContextMismatchError, InvalidInputError
-from star_attention.planning import cost
+from star_attention.planning import pairs
 from star_attention.planning.plan import BlockPlan
 from tests.engines import engine, ids, tiny
 from tests.model_oracle import cached, cached_kv, eager_attention, layer_masks
@@ -144,4 +144,6 @@ def test_operations(tokens: int, window: int, sinks: int, own: int | None) -> No
     plan = BlockPlan(
         context_tokens=tokens, block_size=window, anchor_size=min(sinks, window), ranks=1
     )
-    assert cost.streaming_pairs(plan, own) == int(mask(tokens, plan.anchor_size, window, own).sum())
+    assert pairs.streaming_pairs(plan, own) == int(
+        mask(tokens, plan.anchor_size, window, own).sum()
+    )

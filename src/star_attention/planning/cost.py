@@ -1,10 +1,9 @@
 """The cost of a plan in floating-point operations and memory, in integers, before any tensor
 exists.
 
-A multiply-add counts as two operations. Attention is counted in pairs of a query and a key that it
-sees, exactly as in the law's mask (`attention/oracle.py`). Elementwise work (norms, activations,
-softmax) is left out, because memory bandwidth bounds it, not arithmetic. Communication is counted
-in `traffic.py`. Printed by `plan`. Standard library only.
+A multiply-add counts as two operations. Attention is counted in pairs (`pairs.py`). Elementwise
+work (norms, activations, softmax) is left out, because memory bandwidth bounds it, not arithmetic.
+Communication is counted in `traffic.py`. Printed by `plan`. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,74 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from star_attention.planning.model_shape import AttentionShape, ModelShape
+from star_attention.planning.pairs import (
+    Runs,
+    answer_pairs,
+    blocks_of,
+    causal_pairs,
+    context_pairs,
+    streaming_pairs,
+)
 from star_attention.planning.plan import BlockPlan
-
-# -------------------------------------------------------------------------------------------- pairs
-
-
-def causal_pairs(tokens: int, window: int | None = None) -> int:
-    """Count the pairs (i, j) with `j <= i` and `i - j < window` among `tokens` tokens."""
-    w = tokens if window is None else min(window, tokens)
-    return w * (w + 1) // 2 + (tokens - w) * w
-
-
-def anchor_pairs(start: int, stop: int, anchor_size: int, window: int | None = None) -> int:
-    """Count the pairs of tokens `start..stop`, which follow the anchor, with anchor tokens."""
-    if window is None:
-        return (stop - start) * anchor_size
-    # Token i reaches back to i - window + 1. Before `first` it sees the whole anchor, from `end` on
-    # nothing of it, and between them one anchor token less with each step.
-    first = min(max(start, window - 1), stop)
-    end = min(max(first, anchor_size + window - 1), stop)
-    most, least = (anchor_size + window - 1 - i for i in (first, end))
-    return (first - start) * anchor_size + (most * (most + 1) - least * (least + 1)) // 2
-
-
-def context_pairs(
-    plan: BlockPlan, window: int | None = None, rank: int | None = None, lookback: int = 0
-) -> int:
-    """Count the pairs of phase 1 (the ones in the law's mask), on all ranks or on one.
-
-    Args:
-        plan: blocks and anchor.
-        window: sliding window of the layer in tokens, None for full attention.
-        rank: count this context-parallel rank only; None counts all.
-        lookback: blocks that the layer looks back.
-    """
-    pairs = 0
-    for start, stop in plan.blocks if rank is None else plan.rank_blocks(rank):
-        first = plan.first_seen(start, lookback)
-        pairs += causal_pairs(stop - start, window)
-        # The run before the block is to it what an anchor would be at the run's place.
-        pairs += anchor_pairs(start - first, stop - first, start - first, window)
-        if first > 0:
-            pairs += anchor_pairs(start, stop, plan.anchor_size, window)
-    return pairs
-
-
-def streaming_pairs(plan: BlockPlan, window: int | None = None) -> int:
-    """Count the pairs of StreamingLLM's phase 1.
-
-    Each token sees the last `block_size` tokens, and the first `anchor_size` tokens before them.
-    """
-    tokens = plan.context_tokens
-    near = plan.block_size if window is None else min(plan.block_size, window)
-
-    def sinks_beyond(size: int) -> int:
-        return causal_pairs(max(0, tokens - size), plan.anchor_size) if plan.anchor_size else 0
-
-    pairs = causal_pairs(tokens, near)
-    if window is None:
-        return pairs + sinks_beyond(plan.block_size)
-    if window > plan.block_size:
-        pairs += sinks_beyond(plan.block_size) - sinks_beyond(window)
-    return pairs
-
-
-def answer_pairs(context_tokens: int, new_tokens: int, window: int | None = None) -> int:
-    """Count the pairs of phase 2 for `new_tokens` tokens after the context."""
-    return causal_pairs(context_tokens + new_tokens, window) - causal_pairs(context_tokens, window)
-
 
 # --------------------------------------------------------------------------------------- operations
 
@@ -118,14 +58,20 @@ def phase1(
         tokens_per_forward: most tokens of a forward.
         rank: count this context-parallel rank only; None counts all.
     """
-    ranks = range(plan.ranks) if rank is None else [rank]
+    return phase1_runs(shape, plan, _runs(plan, rank), tokens_per_forward=tokens_per_forward)
+
+
+def phase1_runs(
+    shape: ModelShape, plan: BlockPlan, runs: Runs, *, tokens_per_forward: int
+) -> Flops:
+    """Count the operations of `phase1` for some runs of blocks, each of them on one rank."""
     expanded = 0
     if shape.expansion_parameters:
-        expanded = sum(_keys_read(shape, plan, tokens_per_forward, r) for r in ranks)
+        expanded = sum(_keys_read(shape, plan, tokens_per_forward, run) for run in runs)
     return Flops(
-        linear=2 * shape.linear_parameters * sum(plan.rank_tokens(r) for r in ranks),
+        linear=2 * shape.linear_parameters * sum(stop - start for start, stop in runs),
         attention=sum(
-            call.flops_per_pair * pairs for call, pairs in _calls_with_pairs(shape, plan, rank)
+            call.flops_per_pair * pairs for call, pairs in _calls_with_pairs(shape, plan, runs)
         ),
         expansion=2 * shape.expansion_parameters * expanded,
     )
@@ -148,14 +94,14 @@ def phase1_official(shape: ModelShape, plan: BlockPlan, rank: int | None = None)
         plan: the blocks.
         rank: count this context-parallel rank only; None counts all.
     """
-    blocks = plan.blocks if rank is None else plan.rank_blocks(rank)
-    extra = sum(start > 0 for start, _ in blocks)
-    tokens = sum(stop - start for start, stop in blocks) + extra * plan.anchor_size
+    runs = _runs(plan, rank)
+    extra = sum(start > 0 for start, _ in blocks_of(plan, runs))
+    tokens = sum(stop - start for start, stop in runs) + extra * plan.anchor_size
     return Flops(
         linear=2 * shape.linear_parameters * tokens,
         attention=sum(
             call.flops_per_pair * (pairs + extra * causal_pairs(plan.anchor_size, call.window))
-            for call, pairs in _calls_with_pairs(shape, plan, rank)
+            for call, pairs in _calls_with_pairs(shape, plan, runs)
         ),
         expansion=2 * shape.expansion_parameters * tokens,
     )
@@ -227,28 +173,36 @@ def phase2(
     )
 
 
+def _runs(plan: BlockPlan, rank: int | None) -> Runs:
+    """Return the runs of blocks of one rank, or of all."""
+    layout = plan.layout
+    return [run for own in (layout if rank is None else [layout[rank]]) for run in own]
+
+
 def _calls_with_pairs(
-    shape: ModelShape, plan: BlockPlan, rank: int | None
+    shape: ModelShape, plan: BlockPlan, runs: Runs
 ) -> Iterator[tuple[AttentionShape, int]]:
     """Yield every attention call with its pairs, counted once per window and look-back."""
     calls = list(zip(shape.attention, plan.lookbacks(len(shape.attention)), strict=True))
     pairs = {
-        (window, lookback): context_pairs(plan, window, rank, lookback)
+        (window, lookback): context_pairs(plan, window, runs, lookback)
         for window, lookback in {(call.window, lookback) for call, lookback in calls}
     }
     for call, lookback in calls:
         yield call, pairs[call.window, lookback]
 
 
-def _keys_read(shape: ModelShape, plan: BlockPlan, tokens_per_forward: int, rank: int) -> int:
-    """Count the keys that a layer reads in a rank's forwards, the mean over layers.
+def _keys_read(
+    shape: ModelShape, plan: BlockPlan, tokens_per_forward: int, run: tuple[int, int]
+) -> int:
+    """Count the keys that a layer reads in the forwards of a run, the mean over layers.
 
     They are the tokens of its block so far, the blocks that it looks back to, and the anchor.
     """
     lookbacks = plan.lookbacks(len(shape.attention))
     keys = 0
     for lookback in lookbacks:
-        for span in plan.spans(tokens_per_forward, rank=rank):
+        for span in plan.spans(tokens_per_forward, run=run):
             first = plan.first_seen(span.block_start, lookback)
             keys += span.stop - first + (plan.anchor_size if first else 0)
     return keys // len(lookbacks)

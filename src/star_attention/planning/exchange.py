@@ -41,8 +41,7 @@ def in_round(plan: BlockPlan, number: int, lookback: int, *, anchor: bool) -> li
     assert stripes is not None
     runs = stripes.runs
     transfers = []
-    for stripe in range(number * ranks, min((number + 1) * ranks, len(runs))):
-        start, stop = runs[stripe]
+    for stripe, (start, stop) in enumerate(stripes.of_round(number), number * ranks):
         # The next stripe of each other rank sees the most of this one.
         for reader in range(stripe + 1, min(stripe + ranks, len(runs))):
             first = max(start, plan.first_seen(runs[reader][0], lookback))

@@ -249,7 +249,9 @@ class BlockPlan:
         """Number of ranks that hold a block; these are the first ones."""
         return min(self.ranks, self.num_blocks)
 
-    def spans(self, tokens_per_forward: int, *, rank: int = 0) -> Iterator[Span]:
+    def spans(
+        self, tokens_per_forward: int, *, rank: int = 0, run: tuple[int, int] | None = None
+    ) -> Iterator[Span]:
         """Yield the forwards of one rank's phase 1.
 
         A forward takes several small blocks, or a piece of a block larger than
@@ -261,8 +263,9 @@ class BlockPlan:
         Args:
             tokens_per_forward: most tokens of a forward.
             rank: context-parallel rank.
+            run: one of the runs that a rank holds, in place of all that `rank` holds.
         """
-        for start, stop in self.layout[rank]:
+        for start, stop in self.layout[rank] if run is None else [run]:
             most = tokens_per_forward if self.stripes is None else stop - start
             yield from self._spans(start, stop, most)
 

@@ -48,6 +48,10 @@ class Stripes:
         """Number of rounds, in each of which ranks encode a stripe."""
         return -(-len(self.runs) // self.ranks)
 
+    def of_round(self, number: int) -> Segments:
+        """Return the stripes of one round, that of rank 0 first."""
+        return Segments(self.runs[number * self.ranks : (number + 1) * self.ranks])
+
     @property
     def longest(self) -> int:
         """Tokens of the longest stripe."""
