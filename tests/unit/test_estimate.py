@@ -26,11 +26,16 @@ K = 1024
 
 
 def seconds(
-    scheme: str, *, context: int = 256 * K, ranks: int = 8, block: int = 32 * K, on: Any = H200
+    scheme: str,
+    *,
+    context: int = 256 * K,
+    ranks: int = 8,
+    block: int = 32 * K,
+    on: Any = H200,
+    **settings: Any,
 ) -> estimate.Estimate:
-    return estimate.estimate(
-        SHAPE, on, scheme, context=context, ranks=ranks, block=block, tokens_per_forward=16 * K
-    )
+    plan = BlockPlan.resolve(context, block, ranks=ranks, **settings)
+    return estimate.estimate(SHAPE, on, scheme, plan, tokens_per_forward=16 * K)
 
 
 def test_one_rank_takes_its_operations_divided_by_the_rates() -> None:
@@ -69,9 +74,7 @@ def test_a_token_on_a_mesh_of_tensor_parallel_ranks_reads_a_share_of_the_layers(
         SHAPE,
         H200,
         "star",
-        context=256 * K,
-        ranks=2,
-        block=32 * K,
+        BlockPlan.resolve(256 * K, 32 * K, ranks=2),
         tokens_per_forward=16 * K,
         tensor_parallel=4,
     )
@@ -139,20 +142,22 @@ def test_memory_is_that_of_the_fullest_rank() -> None:
 
 
 def test_the_best_block_is_the_fastest_allowed_one() -> None:
-    options = dict(context=512 * K, ranks=8, tokens_per_forward=16 * K)
-    best = estimate.best_block(SHAPE, H200, smallest=8 * K, **options)
+    def best(context: int, ranks: int, smallest: int, forward: int = 16 * K) -> estimate.Estimate:
+        return estimate.best_block(
+            SHAPE,
+            H200,
+            lambda size: BlockPlan.resolve(context, size, ranks=ranks),
+            smallest=smallest,
+            tokens_per_forward=forward,
+        )
+
     times = {
         b: seconds("star", context=512 * K, block=b).encode_s
         for b in (8 * K, 16 * K, 32 * K, 64 * K, 128 * K)
     }
-    assert best.block == min(times, key=times.__getitem__)
-    assert estimate.best_block(SHAPE, H200, smallest=128 * K, **options).block == 128 * K
-    assert (
-        estimate.best_block(
-            SHAPE, H200, smallest=1, context=700, ranks=2, tokens_per_forward=512
-        ).block
-        == 700
-    )
+    assert best(512 * K, 8, 8 * K).block == min(times, key=times.__getitem__)
+    assert best(512 * K, 8, 128 * K).block == 128 * K
+    assert best(700, 2, 1, forward=512).block == 700
 
 
 # ------------------------------------------------------------------ hardware
@@ -382,7 +387,6 @@ def test_calibrated_by_a_benchmark(model: str, tmp_path: Path) -> None:
                 f"{name}: estimates do not take it into account",
             )
             for name, value in (
-                ("--anchor-size", "1k"),
                 ("--tensor-parallel", "2"),
                 ("--queries", "9"),
                 ("--kv-device", "cpu"),

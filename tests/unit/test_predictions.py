@@ -14,6 +14,7 @@ from star_attention.hf.shape import model_shape
 from star_attention.planning import estimate
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
+from star_attention.planning.plan import BlockPlan
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SCHEMES = {
@@ -51,9 +52,9 @@ def predicted(row: dict[str, Any], scheme: str) -> Estimate:
         model_shape(LlamaConfig(**SHAPES["llama-3.1-8b"]), "bfloat16"),
         HARDWARE["h200-nvlink"],
         scheme,
-        context=row["context"],
-        ranks=row.get("ranks", 1) // tensor_parallel,
-        block=row["block"],
+        BlockPlan.resolve(
+            row["context"], row["block"], ranks=row.get("ranks", 1) // tensor_parallel
+        ),
         tokens_per_forward=16384,
         kv_dtype=row.get("kv_dtype"),
         tensor_parallel=tensor_parallel,

@@ -17,6 +17,16 @@ HARDWARE_NAMES = ("h200-nvlink", "h200-ib", "a100-nvlink", "cpu-ethernet")
 """Keys of `planning.hardware.HARDWARE`, which only the command itself imports."""
 
 
+SETTINGS = (
+    "anchor_size",
+    "lookback",
+    "lookback_layers",
+    "tokens_per_forward",
+    "kv_dtype",
+)
+"""Fields of `StarConfig` that estimates take into account, beside the block size."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HardwareOptions:
     """The hardware whose rates are assumed."""
@@ -65,7 +75,7 @@ def estimate(
             show_default=DEFAULT_BLOCK_RULE,
         ),
     ] = None,
-    settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "kv_dtype")],
+    settings: Annotated[dict[str, Any], ConfigOptions(*SETTINGS)],
     ranks: Annotated[
         str,
         option(

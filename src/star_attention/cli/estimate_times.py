@@ -5,7 +5,7 @@ They are times of both phases for several lengths and numbers of ranks.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from star_attention.planning.cost import Flops
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import Hardware, calibrate, parse_hardware
 from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.sizes import default_block_size, format_size, parse_size
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.sizes import format_size, parse_size
 from star_attention.tools import machine
 
 _MEASURED_METHODS = ("dense", "star", "official")
@@ -41,7 +42,7 @@ class EstimateRequest:
         contexts: lengths in tokens.
         ranks: numbers of ranks.
         block: a size, `QUARTER`, or None for the paper's rule.
-        config: settings of the engine.
+        config: settings of the engine; its block size is not used.
         tail_tokens: length of a query and its answer.
         calibrate: path of JSON of `bench prefill`, whose rates replace those of the hardware.
         rope_scaling: rotary scaling in place of the config's (`--rope-scaling`).
@@ -121,28 +122,23 @@ def _schemes(
     shape: ModelShape, hardware: Hardware, context: int, ranks: int, request: EstimateRequest
 ) -> dict[str, Estimate]:
     forward = request.tokens_per_forward
-    block: int | None
+
+    def plan_of(block: int | None) -> BlockPlan:
+        return replace(request.config, block_size=block).plan(context, ranks)
+
     if request.block == QUARTER:
         block = estimate.best_block(
-            shape,
-            hardware,
-            context=context,
-            ranks=ranks,
-            smallest=-(-context // 4),
-            tokens_per_forward=forward,
+            shape, hardware, plan_of, smallest=-(-context // 4), tokens_per_forward=forward
         ).block
-    elif request.block is None:
-        block = default_block_size(context)
     else:
-        block = min(parse_size(request.block, "block_size"), context)
+        block = None if request.block is None else parse_size(request.block, "block_size")
+    plan = plan_of(block)
     return {
         scheme: estimate.estimate(
             shape,
             hardware,
             scheme,
-            context=context,
-            ranks=ranks,
-            block=block,
+            plan,
             tokens_per_forward=forward,
             kv_dtype=request.config.kv_dtype,
         )
@@ -180,7 +176,7 @@ def _calibrated(hardware: Hardware, path: str | None) -> tuple[Hardware, list[di
             "context": row["context"],
             "block": row["block"],
             "measured_s": row["seconds"],
-            "predicted_s": flops.linear / hardware.matrix + flops.attention / hardware.attention,
+            "predicted_s": hardware.seconds(flops),
         }
         for row, flops in rows
     ]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from star_attention.cli.config_options import ConfigOptions
-from star_attention.cli.estimate import HardwareOptions, estimate
+from star_attention.cli.estimate import SETTINGS, HardwareOptions, estimate
 from star_attention.cli.model_options import ShapeOptions, TensorParallel, check_path
 from star_attention.cli.options import Json, WorkloadOptions, option
 from star_attention.cli.sizes import QUARTER
@@ -21,8 +21,10 @@ from star_attention.planning.advice import small_blocks
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.sizes import parse_size
 
-_ESTIMATE_SETTINGS = ("block_size", "tokens_per_forward", "kv_dtype", "anchor_source")
-"""Settings that `plan --hardware` takes. It shows both anchor sources, whatever the option says."""
+_ESTIMATE_SETTINGS = (*SETTINGS, "quality")
+"""Settings that `plan --hardware` passes on."""
+_NEEDLESS_SETTINGS = ("block_size", "anchor_source")
+"""Others that it takes: an option of its own, and one of which both values are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def plan(
         estimate(
             shape=shape,
             context=context,
-            settings={name: settings[name] for name in ("tokens_per_forward", "kv_dtype")},
+            settings=_passed_on(settings),
             block_size=settings["block_size"],
             ranks=ranks,
             on=HardwareOptions(hardware=deprecated.hardware, calibrate=deprecated.calibrate),
@@ -154,16 +156,22 @@ def _check_plan_options(
 
 def _check_estimate_options(settings: dict[str, Any], **others: int) -> None:
     """Refuse options that estimates do not take into account."""
-    StarConfig.of(**{name: settings[name] for name in ("tokens_per_forward", "kv_dtype")})
+    StarConfig.of(**_passed_on(settings))
     ignored = [name for name, value in others.items() if value != 1]
     defaults = StarConfig()
     ignored += [
         name
         for name, value in settings.items()
-        if value not in (None, str(getattr(defaults, name))) and name not in _ESTIMATE_SETTINGS
+        if name not in (*_ESTIMATE_SETTINGS, *_NEEDLESS_SETTINGS)
+        and value not in (None, str(getattr(defaults, name)))
     ]
     for name in ignored:
         raise typer.BadParameter(
             "estimates do not take it into account; leave it out",
             param_hint="--" + name.replace("_", "-"),
         )
+
+
+def _passed_on(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that `estimate` takes."""
+    return {name: settings[name] for name in _ESTIMATE_SETTINGS if name in settings}

@@ -208,18 +208,13 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
 
 def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | None) -> Estimate:
     """Predict times on a GPU; `anchor_source` None stands for ring attention."""
-    plan, config = request.plan, request.config
+    config = request.config
     schemes = {"broadcast": "star", "local": "star-local", None: "ring"}
     return estimate.estimate(
         shape,
         HARDWARE[PREDICTED_ON],
         schemes[anchor_source],
-        context=plan.context_tokens,
-        ranks=plan.ranks,
-        block=plan.block_size,
-        anchor=plan.anchor_size,
-        lookback=plan.lookback,
-        lookback_layers=plan.lookback_layers,
+        request.plan,
         tokens_per_forward=config.forward_size("cuda"),
         kv_dtype=config.kv_dtype,
         tensor_parallel=request.tensor_parallel,

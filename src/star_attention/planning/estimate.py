@@ -15,16 +15,14 @@ Schemes:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from star_attention.errors import InvalidInputError, quote
-from star_attention.planning import cost, traffic
-from star_attention.planning.cost import Flops
+from star_attention.planning import cost, rounds, traffic
 from star_attention.planning.hardware import Hardware
-from star_attention.planning.lookback import ALL
 from star_attention.planning.model_shape import ModelShape
-from star_attention.planning.plan import BlockPlan
+from star_attention.planning.plan import BlockPlan, without_lookback
 from star_attention.planning.steps import Mesh, token_seconds
 
 SCHEMES = ("star", "star-local", "official", "ring", "ring-plain")
@@ -76,16 +74,11 @@ def estimate(
     shape: ModelShape,
     on: Hardware,
     scheme: str,
+    plan: BlockPlan,
     *,
-    context: int,
-    ranks: int,
-    block: int | None,
     tokens_per_forward: int,
     kv_dtype: str | None = None,
     tensor_parallel: int = 1,
-    anchor: int | None = None,
-    lookback: int = 0,
-    lookback_layers: str = ALL,
 ) -> Estimate:
     """Estimate one scheme.
 
@@ -93,12 +86,8 @@ def estimate(
         shape: the model.
         on: the device and its link.
         scheme: one of `SCHEMES`.
-        context: tokens of the context.
-        ranks: number of context-parallel ranks.
-        block: tokens of a block, None for the paper's rule; ring ignores it.
-        anchor: tokens of the anchor, None for those of a block.
-        lookback: blocks that each block looks back; ring ignores it.
-        lookback_layers: the layers that look back (`planning.lookback.parse_layers`).
+        plan: context, blocks and ranks; ring takes its context and ranks alone, and official the
+            paper's blocks, which do not look back.
         tokens_per_forward: most tokens of a forward.
         kv_dtype: as in `StarConfig`.
         tensor_parallel: devices of each rank, which share the weights.
@@ -111,13 +100,15 @@ def estimate(
             f"scheme {quote(scheme)} is unknown; choose one of {', '.join(SCHEMES)}"
         )
     is_ring = scheme.startswith("ring")
+    context, ranks = plan.context_tokens, plan.ranks
     if is_ring:
         plan = BlockPlan.dense(context, ranks)
         compute_s, wire_s, exposed_s = _ring(shape, on, scheme, plan, tokens_per_forward)
         shard = -(-context // ranks)
         stored = BlockPlan.dense(shard)
     else:
-        plan = BlockPlan.resolve(context, block, anchor, ranks, lookback, lookback_layers)
+        if scheme == "official":
+            plan = without_lookback(plan)
         compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
         shard = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
         stored = plan
@@ -145,7 +136,7 @@ def estimate(
         scheme=scheme,
         ranks=ranks,
         context=context,
-        block=None if is_ring else plan.block_size,
+        block=None if is_ring else min(plan.block_size, context),
         compute_s=compute_s,
         wire_s=wire_s,
         exposed_s=exposed_s,
@@ -160,9 +151,8 @@ def estimate(
 def best_block(
     shape: ModelShape,
     on: Hardware,
+    plan_of: Callable[[int], BlockPlan],
     *,
-    context: int,
-    ranks: int,
     smallest: int,
     tokens_per_forward: int,
 ) -> Estimate:
@@ -171,37 +161,26 @@ def best_block(
     Args:
         shape: the model.
         on: the device and its link.
-        context: tokens of the context.
-        ranks: number of devices.
+        plan_of: returns the plan of a context with blocks of a size.
         smallest: smallest block that is accurate enough; only powers of two from there are tried.
         tokens_per_forward: most tokens of a forward.
     """
+    context = plan_of(smallest).context_tokens
     least = min(smallest, context)
     sizes = [size for size in _powers(_SMALLEST_BLOCK, context) if size >= least] or [context]
     estimates = (
-        estimate(
-            shape,
-            on,
-            "star",
-            context=context,
-            ranks=ranks,
-            block=size,
-            tokens_per_forward=tokens_per_forward,
-        )
+        estimate(shape, on, "star", plan_of(size), tokens_per_forward=tokens_per_forward)
         for size in sizes
     )
     return min(estimates, key=lambda candidate: candidate.encode_s)
-
-
-def _seconds(on: Hardware, flops: Flops) -> float:
-    linear = flops.linear + flops.expansion + flops.head
-    return linear / on.matrix + flops.attention / on.attention
 
 
 def _blocks(
     shape: ModelShape, on: Hardware, scheme: str, plan: BlockPlan, tokens_per_forward: int
 ) -> tuple[float, float, float]:
     """Return compute, wire and exposed seconds of phase 1 for sharded blocks."""
+    if plan.stripes is not None and plan.busy_ranks > 1:
+        return _stripes(shape, on, scheme, plan, tokens_per_forward)
     ranks_s = {
         rank: _rank_seconds(shape, on, scheme, plan, rank, tokens_per_forward)
         for rank in _candidate_ranks(plan)
@@ -217,7 +196,21 @@ def _blocks(
     )
     late_s = _anchor_late_s(shape, on, plan, tokens_per_forward)
     last_s = max(seconds + (late_s if rank else 0.0) for rank, seconds in ranks_s.items())
-    return last_s, wire_s, max(0.0, wire_s - _seconds(on, first))
+    return last_s, wire_s, max(0.0, wire_s - on.seconds(first))
+
+
+def _stripes(
+    shape: ModelShape, on: Hardware, scheme: str, plan: BlockPlan, tokens_per_forward: int
+) -> tuple[float, float, float]:
+    """Return compute, wire and exposed seconds of phase 1 where ranks look back to each other."""
+    sends_anchor = scheme not in _WITHOUT_BROADCAST and plan.anchor_size > 0
+    spent = rounds.times(shape, on, plan, sends_anchor=sends_anchor)
+    again_s = 0.0
+    if scheme == "star-local" and plan.anchor_size:
+        # Rank 0 waits for the others.
+        anchor = BlockPlan.dense(plan.anchor_size)
+        again_s = on.seconds(cost.phase1(shape, anchor, tokens_per_forward=tokens_per_forward))
+    return spent.compute_s + again_s, spent.wire_s, spent.exposed_s
 
 
 def _anchor_late_s(
@@ -235,7 +228,7 @@ def _anchor_late_s(
     if not before:
         return 0.0
     forwards = BlockPlan.dense(before)
-    return _seconds(on, cost.phase1(shape, forwards, tokens_per_forward=tokens_per_forward))
+    return on.seconds(cost.phase1(shape, forwards, tokens_per_forward=tokens_per_forward))
 
 
 def _rank_seconds(
@@ -256,7 +249,7 @@ def _rank_seconds(
         extra_anchors = sum(start > 0 for start, _ in plan.rank_blocks(rank))
     elif scheme == "star-local" and rank > 0:
         extra_anchors = 1
-    return _seconds(on, own) + extra_anchors * (_seconds(on, anchor) if plan.anchor_size else 0.0)
+    return on.seconds(own) + extra_anchors * (on.seconds(anchor) if plan.anchor_size else 0.0)
 
 
 def _ring(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 
@@ -22,6 +24,21 @@ class Transfer:
     def tokens(self) -> int:
         """Number of tokens."""
         return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """What decides what layers exchange, and for how long that takes.
+
+    Attributes:
+        token_bytes: bytes of a token's keys and values as computed.
+        lookback: blocks that the layer looks back.
+        call: its attention.
+    """
+
+    token_bytes: int
+    lookback: int
+    call: AttentionShape
 
 
 def in_round(plan: BlockPlan, number: int, lookback: int, *, anchor: bool) -> list[Transfer]:
@@ -54,6 +71,17 @@ def in_round(plan: BlockPlan, number: int, lookback: int, *, anchor: bool) -> li
                 if a < b
             ]
     return sorted(transfers)
+
+
+def layer_kinds(shape: ModelShape, plan: BlockPlan) -> Counter[LayerKind]:
+    """Count the layers that store keys and values, by what decides their exchanges."""
+    lookbacks = plan.lookbacks(len(shape.kv_elements_by_layer))
+    layers = zip(shape.kv_elements_by_layer, lookbacks, shape.attention, strict=True)
+    return Counter(
+        LayerKind(token_bytes=elements * shape.bytes_per_element, lookback=lookback, call=call)
+        for elements, lookback, call in layers
+        if elements
+    )
 
 
 def to_extend(

@@ -46,6 +46,11 @@ class Hardware:
             if field.name in _OPTIONAL and not value >= 0:
                 raise InvalidInputError(f"hardware {field.name} {quote(value)} is negative")
 
+    def seconds(self, flops: Flops) -> float:
+        """Return the seconds that operations take."""
+        linear = flops.linear + flops.expansion + flops.head
+        return linear / self.matrix + flops.attention / self.attention
+
     @property
     def exchange_s(self) -> float:
         """Seconds of a collective of a few kilobytes in a decode step."""

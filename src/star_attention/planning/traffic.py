@@ -154,16 +154,14 @@ def phase1_cp(
     anchor, and the blocks that others look back to, once per round.
     """
     broadcasts = anchor_source != "local" and plan.busy_ranks > 1 and plan.anchor_size > 0
-    stripes = plan.stripes
-    if stripes is not None:
+    if plan.stripes is not None:
         total = Traffic()
-        layers = shape.kv_elements_by_layer
-        for elements, lookback in zip(layers, plan.lookbacks(len(layers)), strict=True):
-            for number in range(stripes.rounds if elements else 0):
-                transfers = exchange.in_round(plan, number, lookback, anchor=broadcasts)
-                tokens = sum(transfer.tokens for transfer in transfers)
-                if tokens:
-                    total.add(tokens * elements * shape.bytes_per_element, tensor_parallel)
+        for kind, layers in exchange.layer_kinds(shape, plan).items():
+            for number in range(plan.stripes.rounds):
+                transfers = exchange.in_round(plan, number, kind.lookback, anchor=broadcasts)
+                if transfers:
+                    tokens = sum(transfer.tokens for transfer in transfers)
+                    total.add(tokens * kind.token_bytes * layers, layers * tensor_parallel)
         return total
     if not broadcasts:
         return Traffic()
