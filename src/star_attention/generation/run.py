@@ -124,14 +124,6 @@ class GenerationRun:
             yield tail
 
     def _out_of_memory(self) -> str:
-        if self.settings.second_look:
-            return (
-                f"out of memory in phase 2 with second_look {self.settings.second_look}, which"
-                f" takes one more copy of the context ({self._request.shard.nbytes:,} bytes on rank"
-                " 0): leave it out, keep the context in fp8 (kv_dtype) or in host memory"
-                " (kv_device), or lower tokens_per_forward (now"
-                f" {self._request.tokens_per_forward:,})"
-            )
         return (
             f"out of memory in phase 2 with {len(self._answers):,} answers at once over"
             f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or"

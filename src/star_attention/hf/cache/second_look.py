@@ -111,11 +111,10 @@ class Chosen:
             numbers = range(rows.before(start), rows.before(stop))
             own += numbers
             places += [positions[number] - start + offset for number in numbers]
-        return cls(
-            rows=rows,
-            own_S=None if len(own) == len(positions) else torch.tensor(own, device=device),
-            at_S=torch.tensor(places, device=device),
+        own_S, at_S = (
+            torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (own, places)
         )
+        return cls(rows=rows, own_S=None if len(own) == len(positions) else own_S, at_S=at_S)
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,8 @@ from star_attention.hf.execution.request import Request
 from star_attention.hf.execution.sampling import AsyncCopy
 from star_attention.hf.execution.timing import Lap
 from star_attention.planning.second_look import NEIGHBORS, chosen_tokens
+from star_attention.storage.kv import ContextKV
+from star_attention.storage.oom import translate_oom
 
 
 def look(request: Request) -> Request:
@@ -29,24 +31,41 @@ def look(request: Request) -> Request:
 
     Args:
         request: a request with one query.
+
+    Raises:
+        OutOfMemoryError: there is no room for the copy.
     """
-    handle, comm = request.handle, request.comm
-    lap = Lap(handle.device)
-    comm.tick("phase 2, choosing tokens for a second look")
-    positions = _chosen(request, _mass(request))
-    shard = request.shard.grown(request.shard.segments)
+    lap = Lap(request.handle.device)
+    with translate_oom(lambda: _out_of_memory(request)):
+        request.comm.tick("phase 2, choosing tokens for a second look")
+        positions = _chosen(request, _mass(request))
+        shard = request.shard.grown(request.shard.segments)
+        _renew(request, shard, positions)
+    lap.stop()
+    return replace(request, shard=shard, second_look=0.0, looked=lap)
+
+
+def _out_of_memory(request: Request) -> str:
+    return (
+        f"out of memory with second_look {request.second_look}, which takes one more copy of the"
+        f" context ({request.shard.nbytes:,} bytes on rank {request.comm.rank}): leave it out, keep"
+        " the context in fp8 (kv_dtype) or in host memory (kv_device), or lower tokens_per_forward"
+        f" (now {request.tokens_per_forward:,})"
+    )
+
+
+def _renew(request: Request, shard: ContextKV, positions: list[int]) -> None:
+    """Compute tokens again, and replace their keys and values in a rank's shard."""
+    handle, comm, size = request.handle, request.comm, request.tokens_per_forward
     cache = RenewCache(shard, handle.windows, comm, handle.device)
-    for start in range(0, len(positions), request.tokens_per_forward):
-        part = positions[start : start + request.tokens_per_forward]
-        comm.tick(
-            f"phase 2, second look at {start:,} to {start + len(part):,} of {len(positions):,}"
-        )
+    for start in range(0, len(positions), size):
+        part = positions[start : start + size]
+        place = f"{start:,} to {start + len(part):,} of {len(positions):,} tokens"
+        comm.tick(f"phase 2, second look, {place}")
         cache.choose(part)
         positions_S = torch.tensor(part)
         ids_1S = request.context_ids_L[positions_S][None].to(handle.device)
         handle.encode(ids_1S, positions_S[None].to(handle.device), cache, request.rope_length)
-    lap.stop()
-    return replace(request, shard=shard, second_look=0.0, looked=lap)
 
 
 def _mass(request: Request) -> Tensor:
