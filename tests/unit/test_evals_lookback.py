@@ -1,4 +1,4 @@
-"""Variants that look back: in runs, perplexity, figures and folders of earlier versions."""
+"""Variants that look back, or a second time: in runs, perplexity, figures, and older folders."""
 
 from __future__ import annotations
 
@@ -37,12 +37,34 @@ def test_a_run_records_what_was_seen(tmp_path: Path) -> None:
     assert "lookback" not in variants["star:/8"]["plans"][0]
 
 
+def test_a_run_with_a_second_look_records_it(tmp_path: Path) -> None:
+    """Everything computed again is dense attention, to the letter of the answers."""
+    look = "star:/8:second_look=1"
+    run(engine(), samples(2), parse_all(f"dense,star:/8,{look}"), tmp_path)
+    recorded = {line["variant"]: line["second_look"] for line in lines(tmp_path)}
+    assert recorded == {"dense": 0, "star:/8": 0, look: 1}
+    answers: dict[str, list[str]] = {}
+    for prediction in read_predictions(tmp_path):
+        answers.setdefault(prediction.variant, []).append(prediction.prediction)
+    assert answers[look] == answers["dense"] != answers["star:/8"]
+    variants = read_run(tmp_path)["variants"]
+    assert [plan["second_look"] for plan in variants[look]["plans"]] == [1]
+    assert "second_look" not in variants["star:/8"]["plans"][0]
+
+
+def test_perplexity_refuses_a_second_look() -> None:
+    star = engine()
+    windows = perplexity.windows_of(star.tokenizer, "one two three " * 90, length=64, count=1)
+    with pytest.raises(InvalidInputError, match="has a second look, which is taken for a query"):
+        perplexity.run(star, windows, parse_all("star:/8:second_look=0.1"), tail=8)
+
+
 def test_a_folder_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     """Its predictions lack the fields, and its plans must not be listed twice."""
     run(engine(), samples(2), parse_all("dense,star:/8"), tmp_path)
     earlier = lines(tmp_path)
     for line in earlier:
-        del line["lookback"], line["lookback_layers"]
+        del line["lookback"], line["lookback_layers"], line["second_look"]
     text = "".join(json.dumps(line) + "\n" for line in earlier)
     (tmp_path / PREDICTIONS).write_text(text)
     summary = run(engine(), samples(3), parse_all(f"dense,star:/8,{LOOKING_BACK}"), tmp_path)

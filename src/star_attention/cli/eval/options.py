@@ -18,7 +18,8 @@ Variants = Annotated[
     option(
         "Methods to compare, separated by commas: METHOD[:BLOCK[:ANCHOR]], such as dense, star"
         " (blocks as `generate` chooses them), star:/4 (a quarter of the length), star:4k:1k,"
-        " star:/8:lookback=2@lower (with look-back), star:/4:kv=fp8, ring,"
+        " star:/8:lookback=2@lower (with look-back), star:/8:second_look=0.1 (with a second look),"
+        " star:/4:kv=fp8, ring,"
         " streaming_llm:2k:64 (window and sinks).",
         "--variants",
         panel=PANEL,

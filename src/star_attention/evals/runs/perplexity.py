@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from star_attention.engine import StarLLM
-from star_attention.errors import ContextLengthError, InvalidInputError, SizeError
+from star_attention.errors import ContextLengthError, InvalidInputError, SizeError, quote
 from star_attention.evals import stats
 from star_attention.evals.runs import run_folder
 from star_attention.evals.runs.engines import encode_all, engine_for
@@ -125,6 +125,11 @@ def run(
     _check_lengths(star, len(windows[0]), tail)
     # Variants that this model cannot run are refused before the first is measured.
     for variant in variants:
+        if variant.second_look:
+            raise InvalidInputError(
+                f"variant {quote(variant.key)} has a second look, which is taken for a query;"
+                " perplexity has none, so leave it out"
+            )
         engine_for(star, variant, variant.sizes(len(windows[0])))
     rows: list[Perplexity] = []
     baseline: list[Scored] = []

@@ -49,6 +49,8 @@ class Prediction:
         query: Query and answer prefix; None in runs of earlier versions.
         lookback: Blocks before its own that each block saw; 0 in runs of earlier versions.
         lookback_layers: The layers that looked back; None for none.
+        second_look: Share of the context computed again for the query; 0 in runs of earlier
+            versions.
     """
 
     sample: str
@@ -79,6 +81,7 @@ class Prediction:
     query: str | None = None
     lookback: int = 0
     lookback_layers: str | None = None
+    second_look: float = 0.0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -105,7 +108,7 @@ class Prediction:
         names = {field.name for field in fields(cls)}
         # Earlier versions did not write them.
         earlier = {"reasoning": None, "query": None, "lookback": 0, "lookback_layers": None}
-        values = earlier | values
+        values = earlier | {"second_look": 0.0} | values
         if set(values) != names:
             differing = ", ".join(sorted(set(values) ^ names))
             raise ValueError(f"missing or unknown fields: {differing}")

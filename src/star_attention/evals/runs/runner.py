@@ -173,7 +173,8 @@ def _answer(
 ) -> None:
     def arguments(sample: Sample) -> dict[str, Any]:
         most = settings.max_new_tokens or sample.max_new_tokens
-        return query_kwargs(sample) | {"max_new_tokens": most} | GREEDY
+        look = {"second_look": variant.second_look} if variant.second_look else {}
+        return query_kwargs(sample) | {"max_new_tokens": most} | look | GREEDY
 
     longest = prepared.samples[job.longest]
     context = encode(
@@ -192,6 +193,7 @@ def _answer(
             context,
             generation,
             variant=variant.key,
+            second_look=variant.second_look,
             settings=prepared.settings_sha256,
             sharing=job.sharing,
             answer_s=time.perf_counter() - started,
@@ -371,6 +373,8 @@ def _variants_record(
             line |= {"block_size": plan.block_size, "anchor_size": plan.anchor_size}
         if plan.lookback:
             line |= {"lookback": plan.lookback, "lookback_layers": plan.lookback_layers}
+        if variant.second_look:
+            line |= {"second_look": variant.second_look}
         if line not in variants_by_key[variant.key]["plans"]:
             variants_by_key[variant.key]["plans"].append(line)
     return variants_by_key

@@ -12,15 +12,17 @@ from star_attention.config import KV_DTYPES, METHODS, StarConfig
 from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
 from star_attention.planning.lookback import ALL, LOOKBACK_ANCHOR, parse_layers
+from star_attention.planning.second_look import check_share
 from star_attention.planning.sizes import check_lookback, format_size, parse_size
 
 SAME = "="
 """An anchor as large as the block."""
 
 _FRACTION = re.compile(r"/([1-9][0-9]*)")
-_LOOKBACK = "lookback"
+_LOOKBACK, _SECOND_LOOK = "lookback", "second_look"
 _SETTINGS = {
     _LOOKBACK: "lookback",
+    _SECOND_LOOK: "second_look",
     "anchor": "anchor",
     "positions": "anchor_positions",
     "kv": "kv_dtype",
@@ -29,8 +31,9 @@ _SETTINGS = {
 
 SYNTAX = (
     "write METHOD[:BLOCK[:ANCHOR]] with sizes like 4k, or /4 for a quarter of the length"
-    " (= makes the anchor as large as the block), then lookback=BLOCKS[@LAYERS], kv=fp8,"
-    " anchor=NAME, positions=NAME; numbers of layers are joined by +, as 0-4+8"
+    " (= makes the anchor as large as the block), then lookback=BLOCKS[@LAYERS],"
+    " second_look=SHARE, kv=fp8, anchor=NAME, positions=NAME; numbers of layers are joined by +,"
+    " as 0-4+8"
 )
 
 
@@ -50,10 +53,11 @@ class Variant:
         kv_dtype: Precision of the stored KV; None keeps the engine's.
         lookback: Blocks before its own that each block sees; 0 for none.
         lookback_layers: Layers that look back, as `planning.lookback.parse_layers` writes them.
+        second_look: Share of the context that is computed again for each query; 0 for none.
 
     Raises:
-        InvalidInputError: For unknown names, and for sizes or look-back of a method that takes
-            none.
+        InvalidInputError: For unknown names, and for sizes, look-back or a second look of a method
+            that takes none.
         SizeError: For sizes out of range.
     """
 
@@ -65,6 +69,7 @@ class Variant:
     kv_dtype: str | None = None
     lookback: int = 0
     lookback_layers: str = ALL
+    second_look: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -82,6 +87,10 @@ class Variant:
             )
         self._check_ablation()
         self._check_lookback()
+        check_share(self.second_look)
+        refusal = methods.get(self.method).why_no_second_look()
+        if self.second_look and refusal is not None:
+            raise InvalidInputError(f"second_look {self.second_look} does not work: {refusal}")
         self._normalize_sizes()
 
     def _check_ablation(self) -> None:
@@ -199,9 +208,11 @@ class Variant:
         if self.lookback:
             layers = "" if self.lookback_layers == ALL else f"@{self.lookback_layers}"
             yield f"{_LOOKBACK}={self.lookback}{layers}"
+        if self.second_look:
+            yield f"{_SECOND_LOOK}={self.second_look:g}"
         for name, field in _SETTINGS.items():
             value = getattr(self, field)
-            if name != _LOOKBACK and value is not None:
+            if name not in (_LOOKBACK, _SECOND_LOOK) and value is not None:
                 yield f"{name}={value}"
 
     def sizes(self, tokens: int) -> tuple[int | None, int | None]:
@@ -246,7 +257,7 @@ def parse(text: str) -> Variant:
                     f"variant {quote(text)} contains {quote(part)}, which is not a setting;"
                     f" {SYNTAX}"
                 )
-            settings |= _read_lookback(value) if name == _LOOKBACK else {_SETTINGS[name]: value}
+            settings |= _read(name, value)
         elif settings or len(sizes) == 2:
             raise InvalidInputError(
                 f"variant {quote(text)} has {quote(part)} out of place; {SYNTAX}"
@@ -257,8 +268,17 @@ def parse(text: str) -> Variant:
     return Variant(method=method, block_size=block or None, anchor_size=anchor or None, **settings)
 
 
-def _read_lookback(text: str) -> dict[str, Any]:
-    """Read `2` or `2@lower`: blocks, and the layers that look back."""
+def _read(name: str, text: str) -> dict[str, Any]:
+    """Return the fields that the value of a setting stands for."""
+    if name == _SECOND_LOOK:
+        try:
+            return {_SETTINGS[name]: float(text)}
+        except ValueError:
+            # Refused by `Variant`.
+            return {_SETTINGS[name]: text}
+    if name != _LOOKBACK:
+        return {_SETTINGS[name]: text}
+    # `2` or `2@lower`: blocks, and the layers that look back.
     blocks, at, layers = text.partition("@")
     settings: dict[str, Any] = {"lookback": int(blocks) if blocks.isdecimal() else blocks}
     return settings | ({"lookback_layers": layers} if at else {})
