@@ -160,6 +160,8 @@ _MORE = {
     "deepseek": lambda: byte_level(r"[\r\n]|\s?\p{L}+|\s?[!-/:-~]+|\s+$|\p{N}+"),
     "qwen2": lambda: normalized(normalizers.NFC()),
     "lower case": lambda: normalized(normalizers.Lowercase()),
+    "stripped": lambda: normalized(normalizers.Strip()),
+    "stripped on the right": lambda: normalized(normalizers.Strip(left=False, right=True)),
 }
 MORE_FAMILIES = (*FAMILIES, *_MORE)
 """All, for tests that run no model."""

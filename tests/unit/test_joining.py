@@ -82,6 +82,23 @@ def test_joined_ids(family: str) -> None:
             assert same or not (text.endswith(SPACE) or query.startswith(SPACE)), (text, query)
 
 
+@pytest.mark.parametrize("count", [1, 99, 100, 400, 5000])
+@pytest.mark.parametrize("space", [" ", "\n", " \n"])
+@pytest.mark.parametrize("text", ["The cat sat", "The cat sat.", "12", "x" * 1200 + "."])
+@pytest.mark.parametrize("family", ["stripped", "stripped on the right", "llama3"])
+def test_long_white_space_at_the_end(family: str, text: str, space: str, count: int) -> None:
+    """Forbids the ids of `sat` and `what` where a tokenizer that strips ends has seen spaces."""
+    tokenizer = tokenizer_of(family)
+    reader = Reader(tokenizer)
+    text += space * count
+    ids, end = reader.raw_context(reader.raw(text, "context"))
+    assert end is not None
+    for query in ("what", "\nwhat", ". It"):
+        more, is_joined = joining.following_ids(tokenizer, end, reader.raw(query, "query"))
+        assert is_joined
+        assert ids + more == context_ids(tokenizer, text + query)
+
+
 @pytest.mark.filterwarnings("ignore:the tokenizer does not know all characters")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_context_without_what_follows_has_its_own_ids(family: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ _WINDOW = 100
 
 _LONGEST_WINDOW = 1000
 """The same, where no word begins before."""
+
+_LONGEST_SPACE = 10_000
+"""White space at the end of a context that is looked at, where the words before it have to be."""
 
 _LAST_IDS = 48
 """Token ids at the end of a context whose text is looked at, if ids are all there is."""
@@ -98,7 +102,17 @@ def hold_back(
         The token ids to encode, and the end of the context; None for a text that the tokenizer
         writes differently at its end than alone.
     """
-    end = text.slice(_window_start(text.text))
+    for start in _window_starts(text.text):
+        cut = _cut(tokenizer, text.slice(start), ids, most)
+        if cut is not None:
+            return cut
+    return ids, None
+
+
+def _cut(
+    tokenizer: Any, end: RenderedText, ids: list[int], most: int
+) -> tuple[list[int], ContextEnd] | None:
+    """Return what `hold_back` does for this end of the text; None if its ids are not the text's."""
     end_ids = rendered_ids(tokenizer, end)
     stable = _stable_tokens(tokenizer, end, end_ids) if most else len(end_ids)
     held, characters = 0, len(end)
@@ -108,7 +122,7 @@ def hold_back(
     # One token before the cut must agree, too: there the window continues the context.
     agree = min(held + 1, len(end_ids))
     if not end_ids or ids[len(ids) - agree :] != end_ids[len(end_ids) - agree :]:
-        return ids, None
+        return None
     if held > most:
         held, stable, characters = 0, len(end_ids), len(end)
     kept = len(ids) - held
@@ -176,6 +190,16 @@ def warn_about_cut(end: ContextEnd | None, more: RenderedText, name: str, warned
         " context with a line break or a whole word to avoid it",
         stacklevel=2,
     )
+
+
+def _window_starts(text: str) -> Iterator[int]:
+    """Yield where the end of a text may begin, the best place first."""
+    start = _window_start(text)
+    yield start
+    # Tokenizers that strip a text write nothing for white space at its end, however long it is.
+    words = text.rstrip()
+    if words and len(text) - len(words) <= _LONGEST_SPACE and _window_start(words) < start:
+        yield _window_start(words)
 
 
 def _window_start(text: str) -> int:
