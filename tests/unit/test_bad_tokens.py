@@ -54,6 +54,9 @@ BAD_IDS = [
     pytest.param([True, False], "bool values; token ids are integers", id="bools"),
     pytest.param([5, None], NOT_IDS, id="a gap"),
     pytest.param(5, "token ids or chat messages, got int", id="a number"),
+    pytest.param([5j], "complex64 values; token ids are integers", id="complex"),
+    pytest.param({"messages": MESSAGES}, "got dict; give its messages", id="a request"),
+    pytest.param([object()], "got 1 item of type object", id="objects"),
     pytest.param(io.StringIO("a text"), "got StringIO; give its text, file.read()", id="a file"),
     pytest.param(torch.tensor(5), "shape (); give one row of token ids", id="a scalar"),
     pytest.param(

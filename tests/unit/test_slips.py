@@ -12,6 +12,7 @@ import pytest
 from star_attention import EncodedContext, StarLLM, pipeline
 from star_attention.errors import ContextLengthError, InvalidInputError, TokenError
 from tests.engines import bundled_tokenizer, engine, ids, text_model
+from tests.talkers import CHATML, byte_level, talker
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,31 @@ def test_importing_is_quiet() -> None:
     code = "import star_attention; star_attention.StarLLM; star_attention.pipeline"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_messages_in_other_forms(star: StarLLM) -> None:
+    """Forbids a word of torch's in place of what to do."""
+    message = '{"role": ..., "content": ...}'
+    for given, said in (
+        ([("user", "x")], f"got 2 items, the first of type str; write a message as {message}"),
+        (iter([{"role": "user"}]), f"item of type dict; give a list of messages, each {message}"),
+        ([["a", "b"]], "got 2 items, the first of type str; join the texts into one"),
+    ):
+        with pytest.raises(TokenError) as raised:
+            star.encode(given)
+        assert str(raised.value).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"), [("User", "user"), ("human", "user"), ("AI", "assistant"), (" user", "user")]
+)
+def test_other_names_of_roles(role: str, meant: str) -> None:
+    """Forbids a turn of `User` in the prompt, with one of `user` after it, without a word."""
+    star = talker(byte_level(chat=CHATML))
+    messages = [{"role": "user", "content": "x"}, {"role": role, "content": "y"}]
+    said = rf"message 2 of 2 \(role '{role}'\) has a role that few .* know; give '{meant}' if that"
+    with pytest.warns(UserWarning, match=said):
+        star.encode(messages)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        star.encode([messages[0], {"role": "critic", "content": "y"}])

@@ -27,6 +27,9 @@ from tests.command_line import MODEL, NEEDLE, failed, run
 
 TEXT = "Élan at the café: a naïve coöperation.\n" + NEEDLE
 ASCII = "The hill is tall.\n" + NEEDLE
+CHINESE = "秘密的号码是四九一零五零八。猫坐在垫子上。\n" * 9
+KOREAN = "비밀 번호는 사구일영오입니다.\n" * 9
+JAPANESE = "秘密の番号は四九一です。\n" * 9
 CYRILLIC = "Съешь ещё этих мягких французских булок.\n"
 
 
@@ -49,6 +52,7 @@ def tarred(text: str) -> bytes:
 
 
 # What each file is called, and a word of the remedy.
+ESCAPED = "\x1b[31mred\x1b[0m, and a PDF begins with %PDF-1.7; version https://git-lfs"
 BINARY = {
     "report.xlsx": (zipped(xl__workbook_dot_xml="<x/>"), "an Excel workbook", "convert-to csv"),
     "talk.pptx": (zipped(ppt__a_dot_xml="<x/>"), "a PowerPoint file", "libreoffice"),
@@ -70,6 +74,17 @@ BINARY = {
     "a.parquet": (b"PAR1" + bytes(20), "a Parquet table", "export"),
     "a.rtf": (rb"{\rtf1\ansi The tea is hot.}", "an RTF document", "pandoc -f rtf"),
     "a.ps": (b"%!PS-Adobe-3.0\n(The tea is hot.) show", "a PostScript file", "ps2ascii"),
+    "marked.rtf": (b"\n{\\rtf1 The tea is hot.}", "an RTF document", "pandoc -f rtf"),
+    "marked.pdf": (b"\xef\xbb\xbf%PDF-1.4\n\xe2\xe3\xcf\xd3", "a PDF", "pdftotext"),
+    "late.pdf": (b"\r\nHTTP/1.1 200 OK\r\n%PDF-1.4\n\xe2\xe3\xcf\xd3", "a PDF", "pdftotext"),
+    "book.txt": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n",
+        "a pointer of git LFS",
+        "git lfs pull",
+    ),
+    "letter.asc": (b"-----BEGIN PGP MESSAGE-----\n\nhQEMA\n", "encrypted by PGP", "gpg -d"),
+    "letter.age": (b"age-encryption.org/v1\n-> X25519 a\n", "encrypted by age", "age -d"),
+    "letter.enc": (b"Salted__\x81\x92" + bytes(9), "encrypted by openssl", "decrypt it"),
     "a.gguf": (b"GGUF\x03" + bytes(20), "a GGUF model", "--model"),
 }
 
@@ -117,6 +132,10 @@ CONVERTED = {
     "cyrillic.txt": (CYRILLIC.encode("utf-16-le"), "looks like UTF-16LE", CYRILLIC),
     "le-32.txt": (TEXT.encode("utf-32-le"), "looks like UTF-32LE", TEXT),
     "be-32.txt": (TEXT.encode("utf-32-be"), "looks like UTF-32BE", TEXT),
+    "chinese-be.txt": (CHINESE.encode("utf-16-be"), "looks like UTF-16BE", CHINESE),
+    "chinese-le.txt": (CHINESE.encode("utf-16-le"), "looks like UTF-16LE", CHINESE),
+    "korean-le.txt": (KOREAN.encode("utf-16-le"), "looks like UTF-16LE", KOREAN),
+    "japanese.txt": (JAPANESE.encode("iso2022_jp"), "looks like ISO-2022-JP", JAPANESE),
     "latin book.txt": (TEXT.encode("cp1252"), "byte 0 of 88 is 0xc9", TEXT),
     "latin1.txt": (b"\x81" + TEXT.encode("latin-1"), "is 0x81", "\x81" + TEXT),
     "damaged.txt": (TEXT.encode()[:20] + b"\xff" + TEXT.encode()[20:], "damaged", TEXT),
@@ -171,8 +190,40 @@ def test_another_eight_bit_encoding_is_not_taken_for_a_western_one() -> None:
         assert "iconv -f ENCODING" in str(caught.value)
 
 
+def test_surrogates_written_as_utf_8_are_named() -> None:
+    """Forbids the advice to convert them from WINDOWS-1252; Java and databases write them."""
+    data = "The 😀 cat.\n".encode()
+    halves = "\ud83d\ude00".encode("utf-8", "surrogatepass")
+    data = data.replace("😀".encode(), halves)
+    with pytest.raises(TextError, match="it is CESU-8") as caught:
+        decode(data, "book.txt")
+    assert "byte 4 of 16 is 0xed" in str(caught.value)
+    assert "uconv -f CESU-8 -t UTF-8 book.txt > book.utf-8.txt" in str(caught.value)
+    # Half of a pair is damage.
+    with pytest.raises(TextError) as caught:
+        decode(data.replace(halves, halves[:3]), "book.txt")
+    assert "CESU" not in str(caught.value)
+
+
+def test_nuls_among_other_bytes_that_no_text_has_are_not_to_be_removed() -> None:
+    """Forbids the advice to drop the NULs of a program, which leaves garbage."""
+    for data in (b"\0asm\1\0\0\0", b"ITSF\x03\0\0\0 and more"):
+        with pytest.raises(TextError, match="so it is no text in any encoding; give a text"):
+            decode(data, "book.txt")
+
+
 def test_texts_are_left_alone() -> None:
-    for text in (TEXT, CYRILLIC, "", "%PDX", "BMW drives\0"[:-1], "GIF is a format", "\ufeffx"):
+    for text in (
+        TEXT,
+        CYRILLIC,
+        CHINESE,
+        "",
+        "%PDX",
+        "BMW drives\0"[:-1],
+        "GIF is a format",
+        "\ufeffx",
+        ESCAPED,
+    ):
         assert recognize(text.encode()) is None
         assert unmarked_encoding(text.encode()) == ""
         assert decode(text.encode(), "x") == text.removeprefix("\ufeff")

@@ -6,6 +6,7 @@ import codecs
 import io
 import re
 import shlex
+import unicodedata
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,23 @@ _UNZIP = FileKind(
 )
 DAMAGED = FileKind("a damaged zip archive or Office file", remedy="get it whole")
 
+PDF = FileKind("a PDF", "pdftotext {file} {text}", "pdftotext - -", ".pdf")
+_LFS = FileKind(
+    "a pointer of git LFS",
+    remedy="run `git lfs pull` in its folder, or download the file itself",
+)
+_PGP = FileKind("encrypted by PGP", "gpg -d -o {text} {file}", "gpg -d")
+
 _BY_START = (
-    (rb"\s*%PDF-\d", FileKind("a PDF", "pdftotext {file} {text}", "pdftotext - -", ".pdf")),
-    (rb"\{\\rtf\d", FileKind("an RTF document", *_pandoc("rtf"))),
+    (rb"(?:\xef\xbb\xbf)?\s*%PDF-\d", PDF),
+    (rb"\s*\{\\rtf\d", FileKind("an RTF document", *_pandoc("rtf"))),
+    (rb"version https://git-lfs\S+\r?\noid ", _LFS),
+    (rb"\s*-----BEGIN PGP MESSAGE-----", _PGP),
+    (
+        rb"age-encryption\.org/v1\n|-----BEGIN AGE ENCRYPTED FILE-----",
+        FileKind("encrypted by age", "age -d -o {text} {file}", "age -d"),
+    ),
+    (rb"Salted__", FileKind("encrypted by openssl", remedy="decrypt it first")),
     (rb"%!PS", FileKind("a PostScript file", "ps2ascii {file} {text}", "ps2ascii")),
     (rb"\x1f\x8b", FileKind("gzip", "gunzip -c {file} > {text}", "gunzip -c")),
     (rb"BZh\d1AY&SY", FileKind("bzip2", "bunzip2 -c {file} > {text}", "bunzip2 -c")),
@@ -156,12 +171,24 @@ def is_html(data: bytes) -> bool:
     return _HTML_START.match(data.removeprefix(b"\xef\xbb\xbf")[:8192]) is not None
 
 
+_HEADER_WITHIN = 1024
+"""Bytes in which the header of a PDF may come after something else, as its readers accept it."""
+
+
+def is_late_pdf(data: bytes) -> bool:
+    """True for what is no text, and has the header of a PDF near its beginning."""
+    return re.search(rb"%PDF-\d\.\d", data[:_HEADER_WITHIN]) is not None
+
+
 _MARKS = (
     (b"\xff\xfe\0\0", "UTF-32"),
     (b"\0\0\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
+
+_FEWEST_CHARACTERS = 40
+"""Characters from which on a binary file is unlikely to have those of texts alone in UTF-16."""
 
 _FEWEST_ZEROS = 0.05
 """Least share of characters with a zero byte in a text in UTF-16: at least its spaces have one."""
@@ -186,14 +213,45 @@ def unmarked_encoding(data: bytes) -> str:
     if _decodes(start, f"UTF-32{order}"):
         return f"UTF-32{order}"
     is_regular = min(zeros) * 10 <= max(zeros) >= _FEWEST_ZEROS * len(start) / 2
-    return f"UTF-16{order}" if is_regular and _decodes(start, f"UTF-16{order}") else ""
+    if is_regular and _decodes(start, f"UTF-16{order}"):
+        return f"UTF-16{order}"
+    # Texts in Chinese or Japanese have few zeros, and these may be anywhere.
+    return next((name for name in ("UTF-16LE", "UTF-16BE") if _is_all_text(start, name)), "")
+
+
+def escaped_encoding(data: bytes) -> str:
+    """Return the encoding of a text in ASCII that switches to others by escapes, or "".
+
+    Escapes of terminals are others.
+    """
+    return next((name for escape, name in _ESCAPES if escape in data), "")
+
+
+_ESCAPES = (
+    (b"\x1b$B", "ISO-2022-JP"),
+    (b"\x1b$@", "ISO-2022-JP"),
+    (b"\x1b$)C", "ISO-2022-KR"),
+    (b"\x1b$)A", "ISO-2022-CN"),
+    (b"\x1b$)G", "ISO-2022-CN"),
+)
 
 
 def _decodes(start: bytes, encoding: str) -> bool:
     """True if the beginning of a text is valid in an encoding, and has no NUL in it."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    try:
-        text = decoder.decode(start)
-    except UnicodeDecodeError:
-        return False
+    text = _decoded(start, encoding)
     return bool(text) and "\0" not in text
+
+
+def _is_all_text(start: bytes, encoding: str) -> bool:
+    """True if the beginning of a text has nothing but characters of texts in an encoding."""
+    text = _decoded(start, encoding)
+    kinds = {unicodedata.category(character) for character in text if character not in "\t\n\r\f"}
+    return len(text) >= _FEWEST_CHARACTERS and kinds.isdisjoint({"Cc", "Cn", "Co"})
+
+
+def _decoded(start: bytes, encoding: str) -> str:
+    """Return the beginning of a text in an encoding; "" if it is not valid."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(start)
+    except UnicodeDecodeError:
+        return ""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from star_attention.errors import TextError, quote_path
 from star_attention.files.kinds import (
+    PDF,
     STDIN,
     FileKind,
     byte_order_mark,
+    escaped_encoding,
+    is_late_pdf,
     recognize,
     shell,
     unmarked_encoding,
@@ -18,6 +22,9 @@ from star_attention.files.kinds import (
 _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 _START_BYTES = 1 << 16
 _INTO = " {file} > {text}"
+
+_BINARY = re.compile(rb"[\x01-\x06\x0e-\x1a]")
+"""Control characters that texts do not have; those of terminals and printers aside."""
 
 _FEW_FOREIGN_BYTES = 0.25
 """Share of bytes outside ASCII that Western European texts stay below."""
@@ -87,6 +94,11 @@ def decode(data: bytes, source: str) -> str:
         raise not_utf8(data, source) from None
     if "\0" in text:
         raise _nul_error(data, source)
+    escaped = escaped_encoding(data)
+    if escaped:
+        raise TextError(
+            f"{_shown(source)} looks like {escaped}, not UTF-8; {_iconv(escaped, source)}"
+        )
     return text.removeprefix(_BOM)
 
 
@@ -101,6 +113,8 @@ def not_utf8(data: bytes, source: str) -> TextError:
 
     if is_saved_header(data):
         return saved_context_error(source)
+    if is_late_pdf(data):
+        return kind_error(source, PDF)
     mark = byte_order_mark(data)
     encoding = mark or unmarked_encoding(data)
     if mark:
@@ -131,6 +145,13 @@ def _other_encoding(data: bytes, source: str) -> TextError:
     replaced = text.count("\N{REPLACEMENT CHARACTER}") - data.count(b"\xef\xbf\xbd")
     characters = sum(character > "\x7f" for character in text) - replaced
     found = f"{_shown(source)} is not UTF-8: {_bad_byte(data, start)} ({reason})"
+    if _is_cesu8(data):
+        command = "uconv -f CESU-8 -t UTF-8"
+        convert = shell(source, command + _INTO, command, same_format=True)
+        return TextError(
+            f"{found}; it is CESU-8, in which characters are two surrogates: convert it first, for"
+            f" example with ICU's {convert}"
+        )
     # No 8-bit encoding writes NULs: weights, arrays, programs, fonts, ...
     nuls = data.count(0)
     if nuls:
@@ -174,6 +195,11 @@ def _nul_error(data: bytes, source: str) -> TextError:
     if encoding:
         return not_utf8(data, source)
     count = data.count(0)
+    if _BINARY.search(data):
+        return TextError(
+            f"{_shown(source)} contains {count:,} NUL {'byte' if count == 1 else 'bytes'} and other"
+            " bytes that no text has, so it is no text in any encoding; give a text"
+        )
     command = "tr -d '\\000'"
     remove = shell(source, f"{command} < {{file}} > {{text}}", command, same_format=True)
     return TextError(
@@ -181,6 +207,16 @@ def _nul_error(data: bytes, source: str) -> TextError:
         f" {data.index(0):,} of {len(data):,}, and so is no plain text; give a text,"
         f" or remove them ({remove})"
     )
+
+
+def _is_cesu8(data: bytes) -> bool:
+    """True for a text that is UTF-8 but for pairs of surrogates, which Java and databases write."""
+    try:
+        text = data.decode("utf-8", "surrogatepass")
+        text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _bad_byte(data: bytes, at: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -12,6 +13,16 @@ from star_attention.hf.text.checks import checked_text
 Message = dict[str, Any]
 """A normalized message: a role, usually a content (a str or a list of text parts), and whatever
 else templates read, all of it JSON."""
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_OTHER_NAMES = {
+    "human": "user",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "gpt": "assistant",
+}
+"""Names of roles in other formats of chats."""
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -97,6 +108,7 @@ def _normalized(value: Any, where: str) -> Message:
             f"{where} has no role, but {quote(sorted(message))}; expected 'role' and 'content'"
         )
     where = f"{where} (role {quote(role)})"
+    _warn_about_role(role, where)
     for field, remedy in _UNKNOWN_FIELDS.items():
         if message.get(field):
             raise InvalidInputError(f"{where} has a {field}, which templates do not read; {remedy}")
@@ -107,6 +119,18 @@ def _normalized(value: Any, where: str) -> Message:
     elif not message.get("tool_calls") and not any(message.get(name) for name in _REASONING):
         raise _no_text(message, where)
     return message
+
+
+def _warn_about_role(role: str, where: str) -> None:
+    """Warn about another name of a role: many templates write whatever is there as a turn's."""
+    lower = role.strip().lower()
+    meant = _OTHER_NAMES.get(lower, lower if lower in _ROLES else role)
+    if role not in _ROLES and meant != role:
+        warnings.warn(
+            f"{where} has a role that few chat templates know; give {quote(meant)} if that is"
+            " meant",
+            stacklevel=2,
+        )
 
 
 def _content(content: Any, where: str) -> str | list[dict[str, Any]]:

@@ -42,6 +42,26 @@ def decode(tokenizer: Any, ids: list[int], *, skip_special_tokens: bool = True) 
     return text
 
 
+_ROLES = ("system", "developer", "user", "human", "assistant", "ai", "tool")
+_MESSAGE = '{"role": ..., "content": ...}'
+
+
+def _described(items: list[Any]) -> str:
+    """Describe a list that is no row of token ids, with what to do about it."""
+    item = items[0]
+    count = "1 item" if len(items) == 1 else f"{len(items):,} items, the first"
+    text = f"{count} of type {type(item).__name__}"
+    if len(items) == 2 and str(item) in _ROLES:
+        return f"{text}; write a message as {_MESSAGE}"
+    if isinstance(item, dict) or hasattr(item, "role"):
+        return f"{text}; give a list of messages, each {_MESSAGE}"
+    if isinstance(item, str):
+        return f"{text}; join the texts into one"
+    if isinstance(item, (int, list, tuple)):
+        return f"{text}; token ids are one row of integers"
+    return text
+
+
 def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
     """Return token ids as an int64 tensor `[tokens]` on CPU.
 
@@ -51,6 +71,7 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
     is_file = hasattr(ids, "read")
     if is_file or isinstance(ids, _NOT_IDS) or not isinstance(ids, (Tensor, Iterable)):
         remedy = "; put a single message into a list" if isinstance(ids, dict) else ""
+        remedy = "; give its messages" if remedy and "messages" in ids else remedy
         remedy = "; give its text, file.read()" if is_file else remedy
         if isinstance(ids, (bytes, bytearray)):
             remedy = f"; {bytes_remedy(ids)}"
@@ -59,10 +80,13 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
         )
     if not isinstance(ids, Tensor) and hasattr(ids, "input_ids"):
         raise TokenError(f"the {name} is a tokenizer's output; give its input_ids")
+    items = [] if isinstance(ids, Tensor) else list(ids)
     try:
-        tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids))
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TokenError(f"the {name} must be text, token ids or chat messages ({error})") from None
+        tensor = ids if isinstance(ids, Tensor) else torch.tensor(items)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TokenError(
+            f"the {name} must be text, token ids or chat messages, got {_described(items)}"
+        ) from None
     if tensor.dim() == 2 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.dim() != 1:
@@ -71,7 +95,7 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
         )
     if tensor.numel() == 0:
         raise TokenError(f"the {name} is empty (0 tokens); give at least 1 token")
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.is_complex():
         raise TokenError(f"the {name} has {tensor.dtype} values; token ids are integers")
     low, high = int(tensor.min()), int(tensor.max())
     if low < 0 or high >= vocab_size:
