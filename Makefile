@@ -15,7 +15,13 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist loadgroup
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output
 SMOKE_OUT ?= build/eval-smoke
+# Of results-real: how many evaluations run at a time, and samples of each task and length.
+JOBS ?= 2
+SAMPLES ?= 100
+REAL_MODEL ?= build/smollm2
+REAL_OUT ?= build/results-real
 
+COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
 MATRIX := .venv-matrix
@@ -57,7 +63,7 @@ INSTALL = echo "installing star-attention[$(1)] into $(VENV) (a few minutes the 
 	$(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(1)]"
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval-smoke test test-slow check test-matrix clean
+.PHONY: help setup demo eval-smoke results-real test test-slow check test-matrix clean
 
 help:
 	@echo "make demo         ask the bundled model about a long text; writes a page to $(DEMO_OUT)/"
@@ -65,6 +71,7 @@ help:
 	@echo "make test-slow    run the tests that take minutes"
 	@echo "make test-matrix  run the fast tests on the oldest and newest transformers and torch"
 	@echo "make eval-smoke   evaluate two tasks in about 20 seconds; writes a report to $(SMOKE_OUT)/"
+	@echo "make results-real measure a real model, SmolLM2-135M; hours on a CPU, JOBS=14 on a GPU"
 	@echo "make check        check format, lint, types and generated docs"
 	@echo "make setup        create the development environment in $(VENV)/"
 	@echo "make clean        remove environments, caches and outputs"
@@ -87,6 +94,10 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-venv $(REQUIREMENTS)
 	@$(call INSTALL,dev)
 	@touch $@
 
+$(VENV)/.stamp-real: $(VENV)/.stamp-venv $(REQUIREMENTS)
+	@$(call INSTALL,real-model$(COMMA)eval$(COMMA)plot)
+	@touch $@
+
 demo: export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.stamp-demo
 	$(BIN)/star-attention demo --out $(DEMO_OUT)
@@ -98,6 +109,14 @@ eval-smoke: $(VENV)/.stamp-test
 	$(BIN)/star-attention eval ruler -m models/needle-17m --dtype float32 --device cpu \
 	  --task niah_single_1,vt --length 1k,2k --samples 2 --max-new-tokens 32 \
 	  --variants dense,star:/4 --out $(SMOKE_OUT)
+
+$(REAL_MODEL)/config.json: | $(VENV)/.stamp-real
+	$(BIN)/python scripts/real_model.py $(REAL_MODEL)
+
+# Runs resume: a second call goes on where the first one ended.
+results-real: $(REAL_MODEL)/config.json
+	$(BIN)/python scripts/results.py --set real --model $(REAL_MODEL) --out $(REAL_OUT) \
+	  --jobs $(JOBS) --samples $(SAMPLES)
 
 test: export HF_HUB_OFFLINE := 1
 test: $(VENV)/.stamp-test

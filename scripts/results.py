@@ -1,6 +1,7 @@
-"""Measure the bundled model, several evaluations at a time; print the tables of docs/results.md.
+"""Measure a model, several evaluations at a time; print the tables of docs/results.md.
 
     python scripts/results.py --out results --jobs 16          # on a GPU, about 25 minutes; resumes
+    python scripts/results.py --set real --model build/smollm2 --out results-real --jobs 14
 
 Each evaluation is one `star-attention eval` with a folder of its own; its command is printed.
 """
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -36,9 +38,16 @@ BEYOND_TRAINING = "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,v
 RULER_VARIANTS = "dense,star:/4,star:2k,star:/4:0,streaming_llm:/4:64"
 STORY_VARIANTS = "dense,star:/4,star:/4:0,streaming_llm:/4:64"
 VARIANTS = "dense,star:/4,star:/4:0"
+# This model works across blocks in its upper half.
+LOOKBACK_VARIANTS = (
+    "dense,star:/4,star:/4:lookback=2@upper,star:/4:lookback=1,star:/4:lookback=3@upper,"
+    "star:/4:second_look=0.1"
+)
+LOOKBACK_TASKS = "niah_multivalue,cwe,fwe,vt,niah_single_2,niah_multikey_3"
+STORIES = "qa2,qa3"
 
 _SWEEP = f"sweep --length 16k --task {SWEPT}"
-EVALUATIONS: dict[str, str] = {
+BUNDLED: dict[str, str] = {
     **{f"ruler-{n}": f"ruler --length {n} --variants {RULER_VARIANTS}" for n in LENGTHS},
     **{
         f"babilong-{n}": f"babilong --length {n} --variants {STORY_VARIANTS}"
@@ -54,59 +63,129 @@ EVALUATIONS: dict[str, str] = {
     "ruler-64k": f"ruler --length 64k --task {BEYOND_TRAINING} --variants dense,star:/4",
     "shared-16k": f"shared --length 16k --variants {VARIANTS}",
     "niah": f"niah --length 4k,8k,16k,32k --variants {VARIANTS}",
+    # A task each, so that they run side by side.
+    **{
+        f"lookback-{length}-{label}-{task}": f"{suite} --length {length} --task {task}"
+        f" --variants {LOOKBACK_VARIANTS}"
+        for length in ("16k", "32k")
+        for label, suite, tasks in (
+            ("ruler", "ruler", LOOKBACK_TASKS),
+            ("stories", "babilong", STORIES),
+        )
+        for task in tasks.split(",")
+    },
 }
-"""Arguments of `star-attention eval`, by name."""
+"""Arguments of `star-attention eval` for the bundled model, by name."""
+
+REAL_TASKS = (
+    "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multivalue,niah_multiquery"
+)
+REAL_SIZES = (("4k", 8), ("4k", 16), ("2k", 8), ("8k", 8))
+"""Lengths, and the number of blocks."""
+
+
+def _real_variants(divisor: int) -> str:
+    """Star's price first: the paper's method and `balanced`, alone and with a second look."""
+    star, balanced = f"star:/{divisor}", f"star:/{divisor}:lookback=2@lower"
+    return ",".join(
+        [
+            "dense",
+            star,
+            balanced,
+            f"star:/{divisor}:lookback=6@lower",
+            f"{star}:second_look=0.1",
+            f"{balanced}:second_look=0.1",
+            f"streaming_llm:/{divisor}:64",
+        ]
+    )
+
+
+# Answers end with the line: a small model would go on, and only time would be lost.
+_REAL_ANSWER = "--max-new-tokens 64"
+REAL: dict[str, str] = {
+    **{
+        f"ruler-{length}-{divisor}-{task}": f"ruler --length {length} --task {task}"
+        f" --variants {_real_variants(divisor)} {_REAL_ANSWER}"
+        for length, divisor in REAL_SIZES
+        for task in REAL_TASKS.split(",")
+    },
+    "niah": f"niah --length 4k --variants {_real_variants(8)} {_REAL_ANSWER}",
+    "ablations-4k": f"ablations --length 4k --task {REAL_TASKS} {_REAL_ANSWER}",
+    "blocks-4k": f"sweep --length 4k --task {REAL_TASKS} --blocks 256,512,1k,2k {_REAL_ANSWER}",
+    "anchors-4k": f"sweep --length 4k --task {REAL_TASKS} --blocks /8 --anchors 0,16,64,256,="
+    f" {_REAL_ANSWER}",
+}
+"""The same for a real model, whose positions end at 8K."""
+
+SETS = {"bundled": BUNDLED, "real": REAL}
 
 WITH_WORDS = ("ruler", "ablations", "sweep", "niah", "shared")
-"""Commands that draw words; they get those that training has not seen."""
+"""Commands that draw words; the bundled model gets those that its training has not seen."""
 
-JOINED = ("ruler", "babilong", "infinitebench")
-"""Suites whose lengths are joined into one run, for the figures."""
-
-
-def command(name: str, model: str, out: Path, samples: int) -> list[str]:
-    """Arguments of `star-attention` for one evaluation."""
-    subcommand, *options = EVALUATIONS[name].split()
-    words = ["--words", "eval"] if subcommand in WITH_WORDS else []
-    count = {
-        # At each of eleven depths.
-        "niah": max(1, samples // 10),
-        # Ten questions on each context.
-        "shared-16k": 10 * samples,
-        # A quick look beyond the lengths of the training.
-        "ruler-64k": max(1, samples * 2 // 5),
-    }.get(name, samples)
-    return [
-        "eval",
-        subcommand,
-        "-m",
-        model,
-        *options,
-        *words,
-        "--samples",
-        str(count),
-        "--out",
-        str(out / name),
-    ]
+JOINED = (
+    *(f"ruler-{length}-{blocks}" for length, blocks in REAL_SIZES),
+    *(f"lookback-{length}-{suite}" for length in ("16k", "32k") for suite in ("ruler", "stories")),
+    "ruler",
+    "babilong",
+    "infinitebench",
+)
+"""Beginnings of names whose runs are joined into one, for the figures."""
 
 
-def run(names: Sequence[str], model: str, out: Path, samples: int, jobs: int) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to run, on which model, and where the results go.
+
+    Attributes:
+        evaluations: arguments of `star-attention eval`, by name.
+        model: folder or hub id.
+        words: which words samples draw; None for all.
+        out: folder that holds a folder of each evaluation.
+        samples: of each task and length.
+    """
+
+    evaluations: dict[str, str]
+    model: str
+    words: str | None
+    out: Path
+    samples: int
+
+    def command(self, name: str) -> list[str]:
+        """Arguments of `star-attention` for one evaluation."""
+        subcommand, *options = self.evaluations[name].split()
+        if self.words is not None and subcommand in WITH_WORDS:
+            options += ["--words", self.words]
+        count = {
+            # At each of eleven depths.
+            "niah": max(1, self.samples // 10),
+            # Ten questions on each context.
+            "shared-16k": 10 * self.samples,
+            # A quick look beyond the lengths of the training.
+            "ruler-64k": max(1, self.samples * 2 // 5),
+        }.get(name, self.samples)
+        sizes = ["--samples", str(count), "--out", str(self.out / name)]
+        return ["eval", subcommand, "-m", self.model, *options, *sizes]
+
+
+def run(plan: Plan, jobs: int) -> bool:
     """Run evaluations, the longest first, and return True if all succeed."""
-    out.mkdir(parents=True, exist_ok=True)
+    plan.out.mkdir(parents=True, exist_ok=True)
     waiting = sorted(
-        names, key=lambda name: ("32k" in name, "16k" in name, "niah" in name), reverse=True
+        plan.evaluations,
+        key=lambda name: ("32k" in name, "16k" in name, name == "niah"),
+        reverse=True,
     )
     running: dict[str, subprocess.Popen[bytes]] = {}
     started, succeeded = time.monotonic(), True
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
-            running[name] = _start(name, command(name, model, out, samples), out)
+            running[name] = _start(name, plan.command(name), plan.out)
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
                 succeeded &= process.returncode == 0
-                status = "done" if process.returncode == 0 else f"FAILED, see {out / name}.log"
+                status = "done" if process.returncode == 0 else f"FAILED, see {plan.out / name}.log"
                 seconds = time.monotonic() - started
                 print(f"{name}: {status}, {seconds:.0f} s after the start", flush=True)
         time.sleep(0.5)
@@ -159,6 +238,22 @@ def print_tables(names: Sequence[str], out: Path) -> None:
                 means = ["" if cell is None else accuracy(cell.mean) for cell in cells]
                 print(f"| {task} | {format_size(length)} | {max(counts)} | {' | '.join(means)} |")
         print("\n" + "\n".join(in_short(results)))
+        print_shares(results)
+
+
+def print_shares(results: Results) -> None:
+    """Print how much of the loss from dense attention to Star Attention each variant wins back.
+
+    Star Attention is the first variant without look-back; the mean is over all tasks and lengths.
+    """
+    means = {variant: results.compared(variant) for variant in results.variants}
+    scores = {variant: cell.mean.value for variant, cell in means.items() if cell is not None}
+    star = next((name for name in scores if name.startswith("star") and "=" not in name), None)
+    if star is None or "dense" not in scores or scores["dense"] <= scores[star]:
+        return
+    for variant, score in scores.items():
+        share = (score - scores[star]) / (scores["dense"] - scores[star])
+        print(f"share of the loss of {star} won back by {variant}: {share:.2f}")
 
 
 def main() -> None:
@@ -166,6 +261,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", choices=SETS, default="bundled", help="evaluations of which model")
     parser.add_argument("--model", default="models/needle-17m")
     parser.add_argument("--samples", type=int, default=50, help="of each task and length")
     parser.add_argument("--jobs", type=int, default=4, help="evaluations at a time")
@@ -175,11 +271,20 @@ def main() -> None:
     )
     options = parser.parse_args()
     prefixes = tuple(options.only.split(","))
-    names = [name for name in EVALUATIONS if name.startswith(prefixes)]
-    succeeded = options.tables or run(
-        names, options.model, options.out, options.samples, options.jobs
+    evaluations = {
+        name: arguments
+        for name, arguments in SETS[options.set].items()
+        if name.startswith(prefixes)
+    }
+    plan = Plan(
+        evaluations=evaluations,
+        model=options.model,
+        words="eval" if options.set == "bundled" else None,
+        out=options.out,
+        samples=options.samples,
     )
-    print_tables(join_lengths(names, options.out), options.out)
+    succeeded = options.tables or run(plan, options.jobs)
+    print_tables(join_lengths([*evaluations], options.out), options.out)
     sys.exit(not succeeded)
 
 
