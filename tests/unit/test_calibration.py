@@ -24,6 +24,7 @@ from star_attention.calibration.result import (
     student_t,
 )
 from star_attention.calibration.settings import CalibrationSettings
+from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError, SizeError
 from star_attention.planning.calibration import Calibration, Lookback, ModelFacts
 from star_attention.runtime import model_facts
@@ -116,14 +117,14 @@ def result(halves: list[float], *, near: float, noise: float = 0.01) -> Result:
         floor=replace(floor, variant=FLOOR),
         paper=replace(floor, variant=PAPER),
         near=measured(near, 1, "all"),
-        ceiling=measured(min(halves) - 0.1, 2, "all"),
+        ceiling=measured(min(halves) - 0.1, 3, "all"),
         groups=tuple(measured(1.9, 2, layers) for layers in layer_runs(12, 1)),
         # Of opposite signs in neighbors, which it would cancel out otherwise.
         halves=tuple(
             measured(loss, 2, layers, noise * (-1) ** number)
             for number, (loss, layers) in enumerate(zip(halves, runs, strict=True))
         ),
-        far=measured(min(halves) - 0.1, 4, runs[halves.index(min(halves))]),
+        far=measured(min(halves) - 0.1, 6, runs[halves.index(min(halves))]),
     )
 
 
@@ -133,7 +134,7 @@ def result(halves: list[float], *, near: float, noise: float = 0.01) -> Result:
 def test_the_best_half_of_the_layers_is_chosen(halves: list[float], layers: str) -> None:
     chosen = result(halves, near=1.5)
     assert chosen.balanced == Lookback(lookback=2, lookback_layers=layers)
-    assert chosen.high == Lookback(lookback=4, lookback_layers=layers)
+    assert chosen.high == Lookback(lookback=6, lookback_layers=layers)
     assert f"layers {layers} need other blocks" in chosen.reason
 
 
@@ -146,14 +147,14 @@ def test_halves_that_equal_all_layers_at_their_price_are_chosen() -> None:
     ("near", "noise", "reason"),
     [
         (1.1, 0.5, "layers do not differ beyond the noise"),
-        (0.9, 0.001, "one block in all layers is better than two in layers 0-5"),
+        (0.9, 0.001, "1 block in all layers is better than 2 in layers 0-5"),
     ],
 )
 def test_without_layers_to_choose_all_look_back(near: float, noise: float, reason: str) -> None:
     """Forbids choosing layers by chance."""
     chosen = result([1.0, 1.05, 1.02, 1.06], near=near, noise=noise)
     assert chosen.balanced == Lookback(lookback=1, lookback_layers="all")
-    assert chosen.high == Lookback(lookback=2, lookback_layers="all")
+    assert chosen.high == Lookback(lookback=3, lookback_layers="all")
     assert reason in chosen.reason
 
 
@@ -303,6 +304,11 @@ def test_a_calibration_is_written_drawn_and_used(tmp_path: Path) -> None:
     assert "3 contexts of 128 tokens in 4 blocks" in done.out
     assert "balanced  --lookback " in done.out
     written = json.loads(out.read_text())
+    balanced, high = (StarConfig.of(quality=name, block_size=32) for name in ("balanced", "high"))
+    measured = written["measured"]
+    assert {half["lookback"] for half in measured["halves"]} == {balanced.lookback}
+    assert measured["far"]["lookback"] == high.lookback
+    assert measured["anchor_size"] == high.plan(128).anchor_size
     assert written["model"]["layers"] == len(layer_runs(99, 1)[:2])
     assert json.loads(ok("calibrate", "-m", tiny, *options, "--json").out).keys() == written.keys()
 
@@ -337,5 +343,5 @@ def test_the_picture_shows_every_measurement() -> None:
     bars = [line.count("#") for line in text.splitlines() if "(" in line and ": " not in line]
     assert bars[7:11] == sorted(bars[7:11], reverse=True)
     assert text.endswith(
-        "balanced  --lookback 2 --lookback-layers 0-5\nhigh      --lookback 4 --lookback-layers 0-5"
+        "balanced  --lookback 2 --lookback-layers 0-5\nhigh      --lookback 6 --lookback-layers 0-5"
     )

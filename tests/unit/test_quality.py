@@ -12,6 +12,7 @@ from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
 from star_attention.planning.pairs import context_pairs
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.quality import QUALITIES, all_look_back
 from tests.command_line import failed, ok
 from tests.engines import BUNDLED, engine
 
@@ -57,6 +58,15 @@ def pairs(blocks: int, **settings: Any) -> float:
 @pytest.mark.parametrize("blocks", [4, 8, 16, 64])
 def test_balanced_costs_no_more_than_the_paper(blocks: int) -> None:
     assert pairs(blocks, quality="balanced") <= 1.1 * pairs(blocks, quality="paper")
+
+
+@pytest.mark.parametrize("quality", ["balanced", "high"])
+def test_half_as_far_in_all_layers_costs_the_same(quality: str) -> None:
+    """Calibration compares both, and says that they cost the same."""
+    far, near = QUALITIES[quality]["lookback"], all_look_back(quality)
+    in_all = pairs(64, lookback=near, lookback_layers="all")
+    assert in_all == pytest.approx(pairs(64, quality=quality), rel=0.03)
+    assert near < far
 
 
 @pytest.mark.parametrize(("blocks", "share"), [(4, 0.7), (8, 0.6), (16, 0.4), (64, 0.15)])

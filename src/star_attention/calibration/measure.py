@@ -11,7 +11,7 @@ from star_attention import StarLLM
 from star_attention.calibration.result import Loss, Measured, Variant
 from star_attention.calibration.settings import CalibrationSettings
 from star_attention.calibration.texts import Probe, Sample
-from star_attention.planning.lookback import LOOKBACK_ANCHOR
+from star_attention.planning.lookback import sink_size
 from star_attention.storage.context import EncodedContext
 
 Progress = Callable[[str], None]
@@ -38,8 +38,7 @@ def _engine(star: StarLLM, variant: Variant, settings: CalibrationSettings) -> S
     return star.with_config(
         method="star",
         block_size=block,
-        # Of small blocks, a sink that is much smaller.
-        anchor_size=block if variant.large_anchor else min(LOOKBACK_ANCHOR, block // 4),
+        anchor_size=block if variant.large_anchor else sink_size(block),
         **asdict(variant.settings),
     )
 

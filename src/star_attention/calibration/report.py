@@ -5,7 +5,9 @@ from __future__ import annotations
 import textwrap
 
 from star_attention.calibration.result import Measured, Result
-from star_attention.planning.calibration import BALANCED, HIGH, Calibration, Lookback
+from star_attention.planning.calibration import Calibration, Lookback
+from star_attention.planning.quality import BALANCED, HALF_LOOKS_BACK, HIGH
+from star_attention.planning.sizes import counted
 
 _WIDTH = 36
 """Columns of the longest bar."""
@@ -19,16 +21,19 @@ def as_text(calibration: Calibration, result: Result) -> str:
         ("", None),
         *((_layers(half), half) for half in result.halves),
         ("", None),
-        ("all layers, 1 block", result.near),
-        ("all layers, 2 blocks", result.ceiling),
-        (f"{_layers(result.far)}, 4 blocks", result.far),
+        *(
+            (f"all layers, {counted(_blocks(row), 'block')}", row)
+            for row in (result.near, result.ceiling)
+        ),
+        (f"{_layers(result.far)}, {counted(_blocks(result.far), 'block')}", result.far),
         ("anchor of a block", result.paper),
     ]
     most = max(row.gain(result.floor).value for _, row in rows if row is not None)
     lines = [
         f"{measured['samples']} contexts of {measured['length']:,} tokens in"
         f" {measured['blocks']} blocks: gain over no look-back, in nats per token",
-        "(these layers look back 2 blocks, the others none; in brackets the 95 % interval)",
+        f"(these layers look back {counted(HALF_LOOKS_BACK[BALANCED], 'block')}, the others none;"
+        " in brackets the 95 % interval)",
         "",
     ]
     lines += [
@@ -46,6 +51,10 @@ def as_text(calibration: Calibration, result: Result) -> str:
 
 def _layers(measured: Measured) -> str:
     return measured.variant.settings.lookback_layers
+
+
+def _blocks(measured: Measured) -> int:
+    return measured.variant.settings.lookback
 
 
 def _bar(measured: Measured, floor: Measured, most: float) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from star_attention.planning.calibration import Lookback
 from star_attention.planning.lookback import ALL
+from star_attention.planning.sizes import counted
 
 NUM_GROUPS = 6
 """Runs of layers that are measured alone; three of them are half of the layers."""
@@ -92,7 +93,8 @@ class Gain:
 def student_t(degrees: int) -> float:
     """Return the 97.5 % quantile of Student's t, within 1 % from 2 degrees of freedom on.
 
-    Source: Abramowitz and Stegun, 26.7.5.
+    Neither the standard library nor torch has it, and the bootstrap of evaluations needs more
+    samples than a calibration has. Source: Abramowitz and Stegun, 26.7.5.
     """
     z = statistics.NormalDist().inv_cdf(0.975)
     terms = (
@@ -132,11 +134,11 @@ class Result:
     Attributes:
         floor: blocks see a small anchor only.
         paper: the paper's method, an anchor as large as a block.
-        near: all layers look back one block.
-        ceiling: all layers look back two blocks.
-        groups: each group of layers alone looks back two blocks.
-        halves: each run of half of the layers looks back two blocks.
-        far: the best half looks back four blocks.
+        near: all layers look back, at the price of "balanced".
+        ceiling: all layers look back, at the price of "high".
+        groups: each group of layers alone looks back as far as "balanced".
+        halves: each run of half of the layers looks back as far as "balanced".
+        far: the best half looks back as far as "high".
     """
 
     floor: Measured
@@ -175,7 +177,7 @@ class Result:
 
     @property
     def high(self) -> Lookback:
-        """The settings at twice that price: the same layers look back twice as far."""
+        """The settings at the price of "high": the same layers look back further."""
         chosen = self.far if self.takes_half else self.ceiling
         return chosen.variant.settings
 
@@ -194,15 +196,22 @@ class Result:
         if not halves.is_seen:
             return (
                 f"layers do not differ beyond the noise ({best} against {worst}: {halves}), so all"
-                " look back one block"
+                f" look back {counted(self.balanced.lookback, 'block')}"
             )
         near = self.best_half.gain(self.near)
         if not self.takes_half:
-            return f"one block in all layers is better than two in layers {best} ({near})"
+            return (
+                f"{self._near} is better than"
+                f" {self.best_half.variant.settings.lookback} in layers {best} ({near})"
+            )
         return (
-            f"layers {best} need other blocks, {worst} do not as much ({halves}); against one block"
-            f" in all layers, at the same price: {near}"
+            f"layers {best} need other blocks, {worst} do not as much ({halves}); against"
+            f" {self._near}, at the same price: {near}"
         )
+
+    @property
+    def _near(self) -> str:
+        return f"{counted(self.near.variant.settings.lookback, 'block')} in all layers"
 
 
 def best_of(measured: Sequence[Measured]) -> Measured:

@@ -21,8 +21,10 @@ from star_attention.calibration.result import (
 from star_attention.calibration.settings import GPU_LENGTH, LENGTH, CalibrationSettings
 from star_attention.calibration.texts import prose, samples
 from star_attention.errors import SizeError, UnsupportedModelError
-from star_attention.planning.calibration import BALANCED, HIGH, Calibration, Lookback
-from star_attention.planning.lookback import ALL
+from star_attention.planning.calibration import Calibration, Lookback
+from star_attention.planning.lookback import ALL, sink_size
+from star_attention.planning.quality import BALANCED, HALF_LOOKS_BACK, HIGH, all_look_back
+from star_attention.planning.sizes import counted
 from star_attention.runtime import model_facts
 
 _TAIL = 512
@@ -98,27 +100,25 @@ def _check_fits(star: StarLLM, settings: CalibrationSettings) -> None:
 
 
 def _measured(num_layers: int, run: Any) -> Result:
-    def looking_back(lookback: int, layers: str, name: str = "") -> Variant:
+    def looking_back(lookback: int, layers: str) -> Variant:
         settings = Lookback(lookback=lookback, lookback_layers=layers)
-        return Variant(name=name or f"{lookback} blocks, layers {layers}", settings=settings)
+        where = "all layers" if layers == ALL else f"layers {layers}"
+        return Variant(name=f"{counted(lookback, 'block')}, {where}", settings=settings)
 
     floor, paper, near, ceiling = run(
-        FLOOR,
-        PAPER,
-        looking_back(1, ALL, "1 block, all layers"),
-        looking_back(2, ALL, "2 blocks, all layers"),
+        FLOOR, PAPER, *(looking_back(all_look_back(quality), ALL) for quality in HALF_LOOKS_BACK)
     )
-    runs = layer_runs(num_layers, 1)
-    halves = run(
-        *(looking_back(2, layers) for layers in layer_runs(num_layers, max(1, len(runs) // 2)))
-    )
-    (far,) = run(looking_back(4, best_of(halves).variant.settings.lookback_layers))
+    blocks, far_blocks = HALF_LOOKS_BACK[BALANCED], HALF_LOOKS_BACK[HIGH]
+    groups = layer_runs(num_layers, 1)
+    half = layer_runs(num_layers, max(1, len(groups) // 2))
+    halves = run(*(looking_back(blocks, layers) for layers in half))
+    (far,) = run(looking_back(far_blocks, best_of(halves).variant.settings.lookback_layers))
     return Result(
         floor=floor,
         paper=paper,
         near=near,
         ceiling=ceiling,
-        groups=run(*(looking_back(2, layers) for layers in runs)),
+        groups=run(*(looking_back(blocks, layers) for layers in groups)),
         halves=halves,
         far=far,
     )
@@ -139,6 +139,7 @@ def _record(
     return {
         **asdict(settings),
         "block_size": settings.block_size,
+        "anchor_size": sink_size(settings.block_size),
         "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
         "seconds": round(seconds, 1),
         "reason": result.reason,

@@ -15,12 +15,10 @@ from typing import Any
 
 from star_attention.errors import InvalidInputError, quote, quote_path
 from star_attention.planning.lookback import parse_layers
+from star_attention.planning.quality import BALANCED, HALF_LOOKS_BACK
 from star_attention.planning.sizes import check_lookback
 
 FORMAT, VERSION = "star-attention calibration", 1
-BALANCED, HIGH = "balanced", "high"
-QUALITIES = (BALANCED, HIGH)
-"""What a calibration has settings for: the price of the paper's method, and twice that."""
 
 _AGAIN = "run `star-attention calibrate` for this model"
 
@@ -86,7 +84,7 @@ class Calibration:
 
     Attributes:
         model: the model.
-        settings: for each of `QUALITIES`, how far which layers look back.
+        settings: for each preset that looks back, how far, and in which layers.
         measured: what it rests on, for readers.
     """
 
@@ -152,7 +150,7 @@ class Calibration:
         try:
             return cls(
                 model=ModelFacts(**values["model"]),
-                settings={name: Lookback(**values["settings"][name]) for name in QUALITIES},
+                settings={name: Lookback(**values["settings"][name]) for name in HALF_LOOKS_BACK},
                 measured=values.get("measured", {}),
             )
         except (KeyError, TypeError, InvalidInputError) as error:
@@ -168,7 +166,7 @@ class Calibration:
                 them chooses which of the calibration's are meant.
         """
         quality = settings.get("quality") or BALANCED
-        if quality not in QUALITIES:
+        if quality not in HALF_LOOKS_BACK:
             return dict(settings)
         given = {name: value for name, value in settings.items() if name != "quality"}
         return asdict(self.settings[quality]) | given

@@ -14,6 +14,12 @@ from star_attention.errors import InvalidInputError, quote
 LOOKBACK_ANCHOR = 64
 """Default anchor size with look-back: a sink. The blocks before are worth more than a large one."""
 
+
+def sink_size(block_size: int) -> int:
+    """Return the default anchor size with look-back, in tokens: at most a block."""
+    return min(LOOKBACK_ANCHOR, block_size)
+
+
 ALL, LOWER, UPPER = "all", "lower", "upper"
 
 _NUMBERS = re.compile(r"\d+(-\d+)?(\+\d+(-\d+)?)*")

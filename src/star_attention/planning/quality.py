@@ -10,10 +10,23 @@ from typing import Any
 from star_attention.errors import InvalidInputError, quote
 from star_attention.planning.lookback import ALL, LOWER
 
+PAPER, BALANCED, HIGH = "paper", "balanced", "high"
+
+HALF_LOOKS_BACK = {BALANCED: 2, HIGH: 6}
+"""Blocks that a preset looks back in half of the layers; a calibration says in which."""
+
+
+def all_look_back(quality: str) -> int:
+    """Return the blocks that all layers may look back at the price of a preset."""
+    return HALF_LOOKS_BACK[quality] // 2
+
+
 QUALITIES: dict[str, dict[str, Any]] = {
-    "paper": {"lookback": 0, "lookback_layers": ALL, "anchor_size": None},
-    "balanced": {"lookback": 2, "lookback_layers": LOWER, "anchor_size": None},
-    "high": {"lookback": 6, "lookback_layers": LOWER, "anchor_size": None},
+    PAPER: {"lookback": 0, "lookback_layers": ALL, "anchor_size": None},
+    **{
+        quality: {"lookback": blocks, "lookback_layers": LOWER, "anchor_size": None}
+        for quality, blocks in HALF_LOOKS_BACK.items()
+    },
 }
 """Fields of `StarConfig` by preset. None as the anchor is the default: the block size without
 look-back, a sink with it."""

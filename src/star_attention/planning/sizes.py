@@ -6,7 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 from star_attention.errors import SizeError, quote
-from star_attention.planning.lookback import LOOKBACK_ANCHOR
+from star_attention.planning.lookback import sink_size
 
 MIN_BLOCK_SIZE = 1024
 MAX_BLOCK_SIZE = 32768
@@ -102,7 +102,7 @@ def resolve_sizes(
             f"block_size {block} is below 1; give a positive number of tokens, or leave it out for"
             " the paper's rule"
         )
-    by_rule = min(LOOKBACK_ANCHOR, block) if lookback else block
+    by_rule = sink_size(block) if lookback else block
     anchor = by_rule if anchor_size is None else parse_size(anchor_size, "anchor_size")
     if anchor < 0:
         raise SizeError(

@@ -11,7 +11,7 @@ from star_attention import methods
 from star_attention.config import KV_DTYPES, METHODS, StarConfig
 from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
-from star_attention.planning.lookback import ALL, LOOKBACK_ANCHOR, parse_layers
+from star_attention.planning.lookback import ALL, LOOKBACK_ANCHOR, parse_layers, sink_size
 from star_attention.planning.second_look import check_share
 from star_attention.planning.sizes import check_lookback, format_size, parse_size
 
@@ -147,7 +147,7 @@ class Variant:
         """Write the anchor of a variant that looks back as a number, where the block's size is."""
         anchor, block = self.anchor_size, self.block_size
         if anchor is None:
-            anchor = min(LOOKBACK_ANCHOR, block) if isinstance(block, int) else LOOKBACK_ANCHOR
+            anchor = sink_size(block) if isinstance(block, int) else LOOKBACK_ANCHOR
         elif anchor in (SAME, block):
             anchor = block if isinstance(block, int) else SAME
         object.__setattr__(self, "anchor_size", anchor)
@@ -229,7 +229,7 @@ class Variant:
             anchor = block
         if self.lookback and block is not None and anchor == LOOKBACK_ANCHOR:
             # The default, which a short text's blocks may be smaller than.
-            anchor = min(anchor, block)
+            anchor = sink_size(block)
         if self._shares_anchor and block is not None and anchor is not None and anchor > block:
             raise SizeError(
                 f"variant {quote(self.key)} has an anchor of {anchor:,} tokens and blocks"
