@@ -18,7 +18,7 @@ from star_attention._version import __version__
 from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
-from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError, quote
+from star_attention.errors import InvalidInputError, RankError, UnsupportedModelError
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
@@ -360,14 +360,9 @@ class RuntimeView(Transient):
 
 def _check_lookback(config: StarConfig, handle: ModelHandle) -> None:
     """Refuse look-back of methods without blocks, and in layers that the model does not have."""
-    if not config.lookback:
-        return
-    if not methods.get(config.method).shares_anchor:
-        raise InvalidInputError(
-            f"lookback {config.lookback} does not work with method {quote(config.method)}, which"
-            " has no blocks that look back; use method 'star', or lookback=0 (quality 'paper')"
-        )
-    layer_numbers(config.lookback_layers, len(handle.windows))
+    methods.check_lookback(config.method, config.lookback)
+    if config.lookback:
+        layer_numbers(config.lookback_layers, len(handle.windows))
 
 
 def _check_sharded_model(

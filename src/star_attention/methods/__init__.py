@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Protocol
 
 from star_attention.config import METHODS, StarConfig
+from star_attention.errors import InvalidInputError, quote
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 
@@ -31,7 +32,8 @@ class Method(Protocol):
         takes_sizes: True if `block_size` and `anchor_size` have a meaning for it.
         size_names: what its block size and anchor size are called in tables.
         shares_anchor: True if blocks other than the first attend to an anchor. Such methods can be
-            compared by block and anchor size, and their anchor can be ablated.
+            compared by block and anchor size, their anchor can be ablated, and their blocks can
+            look back.
     """
 
     name: str
@@ -70,6 +72,19 @@ class Method(Protocol):
     def describe(self, plan: BlockPlan) -> str:
         """Describe a context's sizes in a few words: `8 blocks x 16k, anchor 16k`."""
         ...
+
+
+def check_lookback(name: str, lookback: int) -> None:
+    """Refuse look-back over `lookback` blocks with a method whose blocks cannot look back.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    if lookback and not get(name).shares_anchor:
+        raise InvalidInputError(
+            f"lookback {lookback} does not work with method {quote(name)}, which has no blocks that"
+            f" look back; use method {StarConfig.method!r}, or lookback=0 (quality 'paper')"
+        )
 
 
 def get(name: str) -> Method:

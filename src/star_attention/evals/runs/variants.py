@@ -114,14 +114,8 @@ class Variant:
         check_lookback(self.lookback)
         layers = parse_layers(self.lookback_layers) if self.lookback else ALL
         object.__setattr__(self, "lookback_layers", layers)
-        if not self.lookback:
-            return
-        if not self._shares_anchor:
-            raise InvalidInputError(
-                f"lookback {self.lookback} does not work with method {quote(self.method)}, which"
-                f" has no blocks that look back; use method {StarConfig.method!r}, or leave it out"
-            )
-        if self.is_ablation:
+        methods.check_lookback(self.method, self.lookback)
+        if self.lookback and self.is_ablation:
             raise InvalidInputError(
                 f"lookback {self.lookback} does not work with another anchor or other positions,"
                 " which are encoded as in the paper, without look-back; leave one of both out"
