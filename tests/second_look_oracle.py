@@ -31,10 +31,9 @@ NEIGHBORS = 17
 
 
 @torch.no_grad()
-def second_look_choice(
+def attention_mass(
     model: PreTrainedModel,
     ids: list[int],
-    share: float,
     *,
     context_len: int,
     query_len: int,
@@ -43,13 +42,12 @@ def second_look_choice(
     lookback: int = 0,
     lookback_layers: Collection[int] = (),
     rope_length: int | None = None,
-) -> list[int]:
-    """Return the positions of the share of the context that a query attends to most.
+) -> torch.Tensor:
+    """Return how much a query attends to each context token, in all heads and layers, `[L]`.
 
     Args:
         model: the model.
         ids: ids of context and query, at least.
-        share: share of the context's tokens.
         context_len: tokens of the context.
         query_len: tokens of the query.
         block_size: tokens of a block.
@@ -81,12 +79,27 @@ def second_look_choice(
     mass_L = torch.zeros(context_len)
     for weights_1HNN in output.attentions:
         mass_L += weights_1HNN[0, :, context_len:, :context_len].sum((0, 1))
+    return mass_L
+
+
+def second_look_choice(
+    model: PreTrainedModel, ids: list[int], share: float, **law: Any
+) -> list[int]:
+    """Return the positions of the share of the context that a query attends to most.
+
+    Args:
+        model: the model.
+        ids: ids of context and query, at least.
+        share: share of the context's tokens.
+        law: further arguments of `attention_mass`.
+    """
+    mass_L = attention_mass(model, ids, **law)
     around = [
         float(mass_L[max(0, at - NEIGHBORS // 2) : at + NEIGHBORS // 2 + 1].sum())
-        for at in range(context_len)
+        for at in range(len(mass_L))
     ]
-    order = sorted(range(context_len), key=lambda at: -around[at])
-    return sorted(order[: math.ceil(share * context_len - 1e-9)])
+    order = sorted(range(len(mass_L)), key=lambda at: -around[at])
+    return sorted(order[: math.ceil(share * len(mass_L) - 1e-9)])
 
 
 @torch.no_grad()
@@ -104,7 +117,7 @@ def second_look_logits(
 ) -> torch.Tensor:
     """Return the logits of query and answer, `[T, V]`, after chosen tokens were computed again.
 
-    Arguments as for `second_look_choice`; `ids` are those of context, query and answer.
+    Arguments as for `attention_mass`; `ids` are those of context, query and answer.
     """
     L, T = context_len, len(ids) - context_len
     positions = [*range(L), *chosen, *range(L, L + T)]

@@ -17,7 +17,17 @@ from star_attention.cli import output
 from star_attention.cli.escapes import unescape
 from star_attention.cli.formatting import answer_summary
 from star_attention.generation.result import Generation, Timings
-from tests.command_line import CHAT, MODEL, OTHER, OTHER_QUESTION, QUESTION, ok, start, usage_error
+from tests.command_line import (
+    CHAT,
+    MODEL,
+    OTHER,
+    OTHER_QUESTION,
+    QUESTION,
+    failed,
+    ok,
+    start,
+    usage_error,
+)
 from tests.engines import BUNDLED
 from tests.spelling import ids_of
 
@@ -281,3 +291,15 @@ def test_ask_without_a_terminal_needs_a_query(texts: Path) -> None:
     assert "--query or --query-file: give a query" in usage_error(
         "ask", *MODEL, texts / "book.star"
     )
+
+
+def test_a_second_look_shows_in_the_summary_and_in_json(texts: Path) -> None:
+    look = ["--second-look", "0.2", "--query", QUESTION]
+    done = ok("generate", *CHAT, texts / "book.txt", *look)
+    assert done.out == "The secret number for torpidity-kill is 4910508\n"
+    assert re.search(r"first token [\d.]+ s \(second look [\d.]+ s\)", done.err)
+    asked = json.loads(ok("ask", texts / "book.star", *MODEL, *look, "--json").out)
+    assert 0 < asked["second_look_s"] < asked["ttft_s"]
+    for share in ("1.1", "-0.1", "nan"):
+        message = failed("ask", texts / "book.star", "--second-look", share, "--query", QUESTION)
+        assert message.startswith(f"error: second_look {share} is not a share from 0 to 1; give")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import asyncio
 import weakref
 from typing import Any
 
 import pytest
 import torch
 
+import star_attention
 from star_attention import StarLLM
-from star_attention.errors import InvalidInputError
+from star_attention.errors import InvalidInputError, OutOfMemoryError
+from star_attention.hf.cache.second_look import MassCache
 from star_attention.planning.lookback import layer_numbers
 from star_attention.planning.second_look import chosen_tokens
 from star_attention.planning.segments import Segments
@@ -29,7 +31,7 @@ from tests.engines import (
     tiny,
 )
 from tests.families import FAMILIES, UNUSUAL
-from tests.second_look_oracle import second_look_choice, second_look_logits
+from tests.second_look_oracle import attention_mass, second_look_choice, second_look_logits
 
 STEPS = 4
 # Several blocks a forward, then pieces of one. The last block is ragged.
@@ -114,22 +116,28 @@ def test_a_look_at_a_share_is_the_explicit_mask(
     assert torch.equal(again.logits, plain.logits), "the context has changed"
 
 
-def test_a_learned_sink_takes_its_part_of_the_attention() -> None:
-    """Forbids a choice by probabilities among the tokens alone, without the layer's sinks."""
-    model = copy.deepcopy(tiny("gpt_oss"))
-    for name, parameter in model.named_parameters():
-        if name.endswith("sinks"):
-            parameter.data[::2] += 8
-    star = StarLLM(model, **GEOMETRIES[0])
+@pytest.mark.parametrize("name", VARIED)
+def test_the_choice_is_by_the_models_own_probabilities(name: str) -> None:
+    """Forbids a choice by other weights, such as those without a layer's learned sinks."""
+    star = engine(name, **GEOMETRIES[0])
     context, query_ids = star.encode(ids(CONTEXT)), ids(QUERY, seed=2)
-    all_ids = ids(CONTEXT) + query_ids
-    law: dict[str, Any] = dict(context_len=CONTEXT, block_size=16, anchor_size=16)
-    chosen = second_look_choice(model, all_ids, 0.15, query_len=QUERY, **law)
-    right_TV = second_look_logits(model, all_ids, chosen, **law)
-    reply = star.generate(
-        context, query_ids, max_new_tokens=1, return_logits=True, second_look=0.15
+    handle, device = star.runtime.handle, torch.device("cpu")
+    cache = MassCache(context.kv, handle.windows, CONTEXT, context.comm, device)
+    # In two forwards, as long queries are.
+    for part in (slice(3), slice(3, QUERY)):
+        positions_Q = torch.arange(CONTEXT, CONTEXT + QUERY)[part]
+        ids_1Q = torch.tensor([query_ids[part]])
+        handle.encode(ids_1Q, positions_Q[None], cache, context.rope_length)
+    right_L = attention_mass(
+        tiny(name),
+        ids(CONTEXT) + query_ids,
+        context_len=CONTEXT,
+        query_len=QUERY,
+        block_size=16,
+        anchor_size=16,
+        rope_length=context.rope_length,
     )
-    assert_close(reply.logits, right_TV[-1:])
+    assert_close(cache.position.mass_K, right_L, 1e-3)
 
 
 # ------------------------------------------------------------------ answers of every kind
@@ -238,6 +246,18 @@ def test_a_suspended_stream_keeps_its_look() -> None:
     assert not any(copy() for copy in copies)
 
 
+def test_the_pipeline_and_asyncio_look_too() -> None:
+    star = StarLLM(text_model(), bundled_tokenizer(), block_size=16, anchor_size=4)
+    look: dict[str, Any] = dict(second_look=0.2, max_new_tokens=6)
+    context = star.encode(spelling.CONTEXT)
+    right = star.generate(context, spelling.QUERY, **look).text
+    assert right != star.generate(context, spelling.QUERY, **look | dict(second_look=0)).text
+    pipe = star_attention.pipeline(star)
+    answer = pipe(spelling.CONTEXT, question=spelling.QUERY, chat=False, **look)
+    assert answer["answer"] == right
+    assert asyncio.run(star.agenerate(context, spelling.QUERY, **look)).text == right
+
+
 # ------------------------------------------------------------------ refusals
 
 
@@ -289,3 +309,17 @@ def test_methods_without_a_second_look_refuse_it(method: str, reason: str) -> No
 def test_shares_are_rounded_up(share: float, length: int, count: int) -> None:
     """Forbids 4 tokens of 30: 0.1 * 30 is a little more than 3."""
     assert chosen_tokens(share, length) == count
+
+
+def test_no_room_for_the_copy_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(kv: ContextKV, segments: Segments) -> ContextKV:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(ContextKV, "grown", fail)
+    star = engine("llama", **SIZES)
+    context = star.encode(ids(CONTEXT))
+    message = (
+        f"^out of memory with second_look 0.3, .* \\({context.nbytes:,} bytes on rank 0\\): leave"
+    )
+    with pytest.raises(OutOfMemoryError, match=message):
+        tokens(star, context, ids(QUERY))

@@ -16,6 +16,7 @@ from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.escapes import unescape
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
+from star_attention.planning.second_look import check_share
 from star_attention.planning.sizes import parse_size
 
 
@@ -160,8 +161,6 @@ class AnswerOptions:
             " of the encoded text.",
             panel="Answer",
             metavar="SHARE",
-            min=0.0,
-            max=1.0,
             show_default="none",
         ),
     ] = 0.0
@@ -272,7 +271,7 @@ class AnswerOptions:
         Raises:
             TextError: If a text is not UTF-8.
             SizeError: If max_new_tokens is not a number of tokens.
-            InvalidInputError: If it is not positive.
+            InvalidInputError: If it is not positive, or second_look is no share.
         """
         from star_attention.cli.inputs import check_utf8
 
@@ -281,6 +280,7 @@ class AnswerOptions:
                 check_utf8(name, text)
         max_new_tokens = parse_size(self.max_new_tokens, "max_new_tokens")
         check_max_new_tokens(max_new_tokens)
+        check_share(self.second_look)
         kwargs: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "seed": self.seed,
