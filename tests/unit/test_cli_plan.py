@@ -32,6 +32,21 @@ def test_plan_needs_no_weights(bare_config: Path) -> None:
         assert word in done.out
 
 
+def test_plan_counts_a_second_look(bare_config: Path) -> None:
+    command = ["plan", "-m", bare_config, "--context", "16k"]
+    plain, look = (
+        json.loads(ok(*command, "--second-look", share, "--json").out) for share in ("0", "0.1")
+    )
+    assert (plain["second_look"], look["second_look"]) == (0, 0.1)
+    assert plain["flops"]["second_look"]["total"] == 0 < look["flops"]["second_look"]["total"]
+    assert look["memory"]["total"] - plain["memory"]["total"] == look["memory"]["kv"]
+    assert "once more" in ok(*command, "--second-look", "0.1").out
+    assert "second look" not in ok(*command).out
+    assert failed(*command, "--second-look", "2").startswith(
+        "error: second_look 2.0 is not a share"
+    )
+
+
 def test_plan_as_json(bare_config: Path) -> None:
     sizes = ["--context", "16k", "--block-size", "4k", "--anchor-size", "1k", "--dtype", "float32"]
     plan = json.loads(ok("plan", "-m", bare_config, *sizes, "--json", "--queries", "3").out)

@@ -364,3 +364,31 @@ def test_other_kv_formats_and_devices_take_the_predicted_memory(name: str) -> No
     assert (offloaded.kv, offloaded.host) == (0, context.nbytes)
     assert offloaded.working - memory.working == 96 * shape.kv_bytes_per_token // shape.kv_layers
     assert cost.memory_per_rank(shape, plan, tokens_per_forward=48).anchor == 0
+
+
+def test_a_second_look_is_a_query_and_the_chosen_tokens_again() -> None:
+    """Chosen tokens see all tokens before them: those of a share of 1 are a dense encoding."""
+    sizes: dict[str, Any] = dict(tokens_per_forward=16, query_tokens=5)
+    query = cost.phase2(SHAPE, 40, query_tokens=5, answer_tokens=1)
+    dense = cost.phase1(SHAPE, BlockPlan.dense(40), tokens_per_forward=16)
+    scores = 2 * 6 * 5 * sum(40 + i + 1 + 9 for i in range(5))
+    whole = cost.second_look(SHAPE, 40, 1, **sizes, queries=2)
+    assert whole.linear == 2 * (query.linear + dense.linear)
+    assert whole.attention == 2 * (query.attention + scores + dense.attention)
+    assert whole.head == 0
+    tenth = cost.second_look(SHAPE, 40, 0.1, **sizes)
+    assert tenth.linear == query.linear + dense.linear // 10
+    assert cost.second_look(SHAPE, 40, 0, **sizes) == cost.Flops()
+    shape = ModelShape(**(vars(SHAPE) | {"expansion_parameters": 10}))
+    assert cost.second_look(shape, 40, 0.5, **sizes).expansion == 2 * 10 * (45 + 2 * 40)
+    plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7, ranks=3)
+    for place, twice in (({}, "copy"), (dict(kv_device="cpu"), "host")):
+        once, more = (
+            cost.memory_per_rank(
+                SHAPE, plan, tokens_per_forward=8, rank=1, looks_twice=looks_twice, **place
+            )
+            for looks_twice in (False, True)
+        )
+        stored = once.kv or once.host
+        assert getattr(more, twice) - getattr(once, twice) == stored > 0
+        assert more.total - once.total == (stored if twice == "copy" else 0)

@@ -19,6 +19,7 @@ from star_attention.config import StarConfig
 from star_attention.errors import quote
 from star_attention.planning.advice import small_blocks
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.second_look import check_share
 from star_attention.planning.sizes import parse_size
 
 _ESTIMATE_SETTINGS = (*SETTINGS, "quality")
@@ -44,6 +45,15 @@ class PlanWorkloadOptions(WorkloadOptions):
     queries: Annotated[
         int, option("Number of queries about the context.", panel="Workload", metavar="N", min=1)
     ] = 1
+    second_look: Annotated[
+        float,
+        option(
+            "Share of the context, 0 to 1, that is computed again for each query.",
+            panel="Workload",
+            metavar="SHARE",
+            show_default="none",
+        ),
+    ] = 0.0
 
 
 def plan(
@@ -89,7 +99,12 @@ def plan(
     """
     if deprecated.hardware is not None:
         say("`plan --hardware` is deprecated and will be removed; use `star-attention estimate`")
-        _check_estimate_options(settings, tensor_parallel=tensor_parallel, queries=workload.queries)
+        _check_estimate_options(
+            settings,
+            tensor_parallel=tensor_parallel,
+            queries=workload.queries,
+            second_look=workload.second_look or 1,
+        )
         estimate(
             shape=shape,
             context=context,
@@ -102,6 +117,7 @@ def plan(
         )
         return
     _check_plan_options(context, settings, ranks, deprecated)
+    check_share(workload.second_look)
     config = StarConfig.of(**settings)
     tokens = parse_size(context, "context")
     blocks = config.plan(tokens, int(ranks))
@@ -124,6 +140,7 @@ def plan(
             queries=workload.queries,
             query_tokens=workload.query_tokens,
             answer_tokens=workload.answer_tokens,
+            second_look=workload.second_look,
         )
     )
     print(json.dumps(costs.as_dict()) if as_json else costs_as_text(costs))
@@ -154,7 +171,7 @@ def _check_plan_options(
         )
 
 
-def _check_estimate_options(settings: dict[str, Any], **others: int) -> None:
+def _check_estimate_options(settings: dict[str, Any], **others: float) -> None:
     """Refuse options that estimates do not take into account."""
     StarConfig.of(**_passed_on(settings))
     ignored = [name for name, value in others.items() if value != 1]

@@ -39,6 +39,7 @@ class PlanRequest:
         queries: number of queries.
         query_tokens, answer_tokens: length of a query and of an answer.
         rope_scaling: rotary scaling in place of the config's (`--rope-scaling`).
+        second_look: share of the context that is computed again for each query.
     """
 
     model: str
@@ -51,6 +52,7 @@ class PlanRequest:
     query_tokens: int
     answer_tokens: int
     rope_scaling: str | None = None
+    second_look: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class PlanCosts:
     dense: Flops
     official: Flops
     answers: Flops
+    second_look: Flops
     phase1_traffic: Traffic
     phase1_tp_traffic: Traffic
     ring_traffic: Traffic
@@ -120,6 +123,7 @@ class PlanCosts:
             "queries": request.queries,
             "query_tokens": request.query_tokens,
             "answer_tokens": request.answer_tokens,
+            "second_look": request.second_look,
             "parameters": self.shape.parameters,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "saved_bytes": self.saved_bytes(self.request.config.kv_dtype),
@@ -133,6 +137,7 @@ class PlanCosts:
                 "phase1_dense": _as_dict(self.dense),
                 "phase1_official": _as_dict(self.official),
                 "phase2": _as_dict(self.answers),
+                "second_look": _as_dict(self.second_look),
             },
             "wire_bytes_phase1": self.phase1_traffic.bytes,
             "wire_calls_phase1": self.phase1_traffic.calls,
@@ -191,6 +196,14 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         ),
         official=cost.phase1_official(shape, paper),
         answers=cost.phase2(shape, plan.context_tokens, **answers),
+        second_look=cost.second_look(
+            shape,
+            plan.context_tokens,
+            request.second_look,
+            tokens_per_forward=tokens_per_forward,
+            query_tokens=request.query_tokens,
+            queries=request.queries,
+        ),
         phase1_traffic=traffic.phase1_cp(shape, plan, **phase1),
         phase1_tp_traffic=traffic.phase1_tp(shape, plan, **phase1),
         ring_traffic=traffic.ring_cp(
@@ -232,6 +245,7 @@ def _memory_by_rank(
             tail_tokens=request.queries * (request.query_tokens + request.answer_tokens),
             rank=rank,
             tensor_parallel=request.tensor_parallel,
+            looks_twice=request.second_look > 0,
             **request.config.kv_settings,
         )
         for rank in range(request.plan.ranks)

@@ -38,13 +38,14 @@ def _memory(costs: PlanCosts) -> str:
     rows = [
         ("weights", memory.weights, ""),
         ("keys and values", memory.kv, "of its blocks" if plan.ranks > 1 else ""),
+        ("  once more", memory.copy, "while a second look's answer lasts"),
         ("anchor", memory.anchor, "of the first block, as computed"),
         ("queries and answers", memory.tail, ""),
         ("working memory", memory.working, f"estimate, up to {largest} tokens per forward"),
         ("total", memory.total, ""),
         ("host memory", memory.host, "keys and values"),
     ]
-    optional = ("anchor", "host memory")
+    optional = ("anchor", "host memory", "  once more")
     shown = table(
         [
             (name, format_bytes(size), remark)
@@ -90,6 +91,8 @@ def _operations(costs: PlanCosts) -> str:
     if costs.devices > 1:
         rows.append(("  busiest device", _flop(costs.star_busiest), *[""] * (len(columns) - 1)))
     rows.append(("phase 2", *(_flop(costs.answers.total) for _ in columns)))
+    if request.second_look:
+        rows.append(("  second look", *(_flop(costs.second_look.total) for _ in columns)))
     answers = f"{request.queries} x ({request.query_tokens:,} + {request.answer_tokens:,}) tok"
     return f"operations (phase 2: {answers}, the same for each)\n" + table(rows)
 

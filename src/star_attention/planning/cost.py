@@ -21,6 +21,7 @@ from star_attention.planning.pairs import (
     streaming_pairs,
 )
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.second_look import chosen_tokens
 
 # --------------------------------------------------------------------------------------- operations
 
@@ -173,6 +174,51 @@ def phase2(
     )
 
 
+def second_look(
+    shape: ModelShape,
+    context_tokens: int,
+    share: float,
+    *,
+    tokens_per_forward: int,
+    query_tokens: int,
+    queries: int = 1,
+) -> Flops:
+    """Count the operations of `queries` second looks, in addition to those of `phase2`.
+
+    Each is a query's forward, of which the scores are computed twice, and forwards of the chosen
+    tokens, which attend to all tokens before them. They are counted as spread evenly over the
+    context.
+
+    Args:
+        shape: the model.
+        context_tokens: length of the context.
+        share: share of its tokens that are computed again.
+        tokens_per_forward: most tokens of a forward.
+        query_tokens: length of each query.
+        queries: number of queries.
+    """
+    chosen = chosen_tokens(share, context_tokens)
+    if not chosen:
+        return Flops()
+    query = phase2(shape, context_tokens, query_tokens=query_tokens, answer_tokens=1)
+    pairs = {
+        window: chosen * causal_pairs(context_tokens, window) // context_tokens
+        for window in {call.window for call in shape.attention}
+    }
+    attention = sum(call.flops_per_pair * pairs[call.window] for call in shape.attention)
+    scores = sum(
+        2 * call.heads * call.k_head_size * answer_pairs(context_tokens, query_tokens, call.window)
+        for call in shape.attention
+    )
+    forwards = -(-chosen // tokens_per_forward)
+    return Flops(
+        linear=queries * (query.linear + 2 * shape.linear_parameters * chosen),
+        attention=queries * (query.attention + scores + attention),
+        expansion=queries
+        * (query.expansion + 2 * shape.expansion_parameters * forwards * context_tokens),
+    )
+
+
 def _runs(plan: BlockPlan, rank: int | None) -> Runs:
     """Return the runs of blocks of one rank, or of all."""
     layout = plan.layout
@@ -221,6 +267,7 @@ class Memory:
         anchor: a copy of the anchor's keys and values, if the device needs one.
         tail: keys and values of queries and answers.
         working: estimate of the remaining memory of a forward.
+        copy: another copy of the keys and values, for a second look.
         host: keys and values stored in host memory instead; not part of `total`.
     """
 
@@ -229,12 +276,13 @@ class Memory:
     anchor: int
     tail: int
     working: int
+    copy: int = 0
     host: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of device memory."""
-        return self.weights + self.kv + self.anchor + self.tail + self.working
+        return self.weights + self.kv + self.copy + self.anchor + self.tail + self.working
 
 
 def memory_per_rank(
@@ -247,6 +295,7 @@ def memory_per_rank(
     tensor_parallel: int = 1,
     kv_dtype: str | None = None,
     kv_device: str | None = None,
+    looks_twice: bool = False,
 ) -> Memory:
     """Estimate the memory of one rank.
 
@@ -266,6 +315,7 @@ def memory_per_rank(
         tensor_parallel: number of tensor-parallel ranks.
         kv_dtype: as in `StarConfig`.
         kv_device: as in `StarConfig`.
+        looks_twice: True if queries are answered with a second look.
     """
     tokens = plan.rank_tokens(rank)
     stored = tokens * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
@@ -285,7 +335,8 @@ def memory_per_rank(
         anchor=plan.anchor_size * token_bytes // tensor_parallel if needs_anchor else 0,
         tail=tail_tokens * token_bytes // tensor_parallel if rank == plan.ranks - 1 else 0,
         working=working,
-        host=0 if kv_device is None else stored,
+        copy=stored if looks_twice and kv_device is None else 0,
+        host=0 if kv_device is None else stored * (1 + looks_twice),
     )
 
 
