@@ -27,7 +27,6 @@ from star_attention.hf.text.template import check_unused
 from star_attention.hf.text.tokens import checked_ids
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
-from star_attention.storage.kv import as_tensor_ids
 
 Message = chat.Message
 TextOrIds = str | Sequence[int] | Tensor
@@ -262,7 +261,8 @@ def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> Cont
         text = "" if source.chat is None else tokens.decode(runtime.tokenizer, ids_L.tolist())
         chat_state, end = chat.extended(runtime.tokenizer, source.chat, text), None
         new_ids = source.held_ids + ids_L.tolist()
-    ids_L = torch.cat([context.token_ids, as_tensor_ids(torch.tensor(new_ids, dtype=torch.int64))])
+    new_ids_N = torch.tensor(new_ids, dtype=torch.int64, device="cpu")
+    ids_L = torch.cat([context.token_ids, new_ids_N])
     remedy = f"cut the extension, {_MORE_POSITIONS}"
     runtime.positions.check(len(ids_L), "the extended context has", remedy)
     if context.rope_length is not None and len(ids_L) >= context.rope_length:

@@ -23,6 +23,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.hf.loading.identities import Identities
+from star_attention.hf.text.checks import check_tokenizer
 from star_attention.methods import Method
 from star_attention.planning.advice import small_blocks
 from star_attention.planning.calibration import ModelFacts
@@ -82,6 +83,7 @@ class Runtime(Transient):
         failure: Exception | None = None
         try:
             resolved = StarConfig.of(config, **settings)
+            check_tokenizer(tokenizer)
             handle = ModelHandle(model, compile=compile)
             _check_lookback(resolved, handle)
             if shard is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,13 @@ def test_a_foreign_safetensors_file_is_refused(path: Path) -> None:
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptContextError, match="is a folder; give the file of a saved context"):
         engine("llama").load_context(tmp_path)
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Forbids waiting for its other end for ever, with Python's lock held."""
+    os.mkfifo(tmp_path / "pipe.star")
+    with pytest.raises(CorruptContextError, match=r"pipe\.star is a pipe or a device; give a file"):
+        engine("llama").load_context(tmp_path / "pipe.star")
 
 
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:

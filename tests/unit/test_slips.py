@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,3 +150,17 @@ def test_other_names_of_roles(role: str, meant: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         star.encode([messages[0], {"role": "critic", "content": "y"}])
+
+
+def test_what_is_no_tokenizer_is_refused() -> None:
+    """Forbids a TypeError of its call, long after the slip."""
+    fast = bundled_tokenizer()
+    for tokenizer, said in (
+        ("gpt2", "of type str, expected a tokenizer of transformers; load one with transformers."),
+        (fast.backend_tokenizer, "PreTrainedTokenizerFast(tokenizer_object=...)"),
+        (SimpleNamespace(tokenizer=fast), "give the tokenizer inside of it, processor.tokenizer"),
+        (lambda text: [5], "of type function, expected a tokenizer of transformers"),
+    ):
+        with pytest.raises(InvalidInputError) as raised:
+            StarLLM(text_model(), tokenizer)
+        assert said in str(raised.value)

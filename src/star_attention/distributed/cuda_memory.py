@@ -66,7 +66,7 @@ class CudaMemory:
 
     def flag(self) -> torch.Tensor:
         """Return a number in host memory that kernels can read."""
-        return torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        return torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True)
 
     def _call(self, function: str, *arguments: Any) -> None:
         result = getattr(self._driver, function)(*arguments)

@@ -218,13 +218,13 @@ class WorldControl:
         if self.world.early_message is not None:
             message, self.world.early_message = self.world.early_message, None
             return message
-        packet = torch.empty(_PACKET, dtype=torch.uint8)
+        packet = torch.empty(_PACKET, dtype=torch.uint8, device="cpu")
         self._broadcast_bytes(packet)
         raw = packet.numpy().tobytes()
         length = int.from_bytes(raw[:_LENGTH], "little")
         data = raw[_LENGTH : _LENGTH + length]
         if length > len(data):
-            rest = torch.empty(length - len(data), dtype=torch.uint8)
+            rest = torch.empty(length - len(data), dtype=torch.uint8, device="cpu")
             self._broadcast_bytes(rest)
             data += rest.numpy().tobytes()
         return pickle.loads(data)
@@ -247,7 +247,7 @@ class WorldControl:
         """Return every rank's value, on all ranks, in the order of ranks."""
         data = pickle.dumps(value)
         everyone = self.world.everyone()
-        lengths = self.world.all_gather(torch.tensor([len(data)]), everyone)
+        lengths = self.world.all_gather(torch.tensor([len(data)], device="cpu"), everyone)
         longest = max(int(length) for length in lengths)
         padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
         parts = self.world.all_gather(padded, everyone)

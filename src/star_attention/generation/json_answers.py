@@ -18,7 +18,9 @@ from star_attention.errors import InvalidInputError, MissingPackageError, first_
 from star_attention.hf.text.answer import Reader
 from star_attention.hf.text.reasoning import ReasoningReader
 
-_BITS = [torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32) for bit in range(32)]
+_BITS = [
+    torch.tensor(1 << bit, dtype=torch.int64, device="cpu").to(torch.int32) for bit in range(32)
+]
 """Words with one bit set, as int32."""
 
 
@@ -159,9 +161,11 @@ class JsonProcessor(LogitsProcessor):
             )
             for reader in readers
         ]
-        self._bitmask_RW = self._xgrammar.allocate_token_bitmask(
-            len(readers), grammar.tokenizer_info.vocab_size
-        )
+        # It takes torch's default device, but fills the mask on the host.
+        with torch.device("cpu"):
+            self._bitmask_RW = self._xgrammar.allocate_token_bitmask(
+                len(readers), grammar.tokenizer_info.vocab_size
+            )
         self._ends = list(grammar.tokenizer_info.stop_token_ids)
         self._has_begun = False
 

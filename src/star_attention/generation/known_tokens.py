@@ -33,12 +33,15 @@ class KnownTokens(LogitsProcessor):
 def unknown_ids(tokenizer: Any, vocab_size: int) -> Tensor:
     """Return the token ids of a model that its tokenizer does not know, int64, ascending."""
     if vocab_size <= len(tokenizer):
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     version = (len(tokenizer), vocab_size)
     cached = _unknown.get(tokenizer)
     if cached is None or cached[0] != version:
         unknown = sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values()))
-        cached = _unknown[tokenizer] = (version, torch.tensor(unknown, dtype=torch.int64))
+        cached = _unknown[tokenizer] = (
+            version,
+            torch.tensor(unknown, dtype=torch.int64, device="cpu"),
+        )
     return cached[1]
 
 
@@ -67,5 +70,5 @@ def known_tokens(tokenizer: Any, vocab_size: int, ends: set[int]) -> list[Logits
         return []
     ids = unknown_ids(tokenizer, vocab_size)
     if ends:
-        ids = ids[~torch.isin(ids, torch.tensor(sorted(ends)))]
+        ids = ids[~torch.isin(ids, torch.tensor(sorted(ends), device="cpu"))]
     return [KnownTokens(ids)] if len(ids) else []

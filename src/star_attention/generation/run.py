@@ -287,5 +287,5 @@ class GenerationRun:
 
     def _stack(self, rows: list[Tensor]) -> Tensor:
         if not rows:
-            return torch.empty(0, self._request.handle.vocab_size)
+            return torch.empty(0, self._request.handle.vocab_size, device="cpu")
         return torch.stack(rows)

@@ -44,7 +44,9 @@ class Ring(Dense):
         stores = [
             phase1.empty(handle, job.segments, comm, job.kv_format) for _ in range(job.contexts)
         ]
-        positions_S = torch.cat([torch.arange(start, stop) for start, stop in job.segments])
+        positions_S = torch.cat(
+            [torch.arange(start, stop, device="cpu") for start, stop in job.segments]
+        )
         tokens = job.segments.tokens
         comm.tick(f"phase 1, ring over {job.plan.context_tokens:,} tokens")
         comm.progress(0, tokens)

@@ -100,6 +100,9 @@ def open_safetensors(path: Path, framework: str) -> Any:
             raise ContextNotFoundError(f"there is no saved context at {quote_path(path)}; {remedy}")
         if path.is_dir():
             raise CorruptContextError(f"{path} is a folder; give the file of a saved context")
+        if not path.is_file():
+            # A pipe would be waited for, and cannot be mapped into memory.
+            raise CorruptContextError(f"{path} is a pipe or a device; give a file")
         return safe_open(path, framework=framework, device="cpu")
     except (FileNotFoundError, CorruptContextError):
         raise

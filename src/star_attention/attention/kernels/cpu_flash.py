@@ -38,7 +38,7 @@ def attend(
 ) -> State:
     bias_B1QK = None
     if mask_BQK is not None:
-        bias_B1QK = torch.zeros(mask_BQK.shape, dtype=q_BQHD.dtype).masked_fill_(
+        bias_B1QK = mask_BQK.new_zeros(mask_BQK.shape, dtype=q_BQHD.dtype).masked_fill_(
             ~mask_BQK, float("-inf")
         )[:, None]
     out_BHQD, lse_BHQ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

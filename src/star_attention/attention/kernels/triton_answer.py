@@ -270,7 +270,7 @@ def addresses(layers: Sequence[Sequence[Tensor | None]]) -> Tensor:
         layers: tensors of each layer, in the order of the columns; None for one that is missing.
     """
     rows = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in layers]
-    return torch.tensor([row + [0] * (COLUMNS - len(row)) for row in rows])
+    return torch.tensor([row + [0] * (COLUMNS - len(row)) for row in rows], device="cpu")
 
 
 def lengths(
@@ -297,7 +297,7 @@ def lengths(
     shard_tokens = sum(stop - start for start, stop in segments)
     values = [shard_tokens, tail_tokens, capacity, context_tokens, int(holds_tail), len(segments)]
     values += [edge for segment in segments for edge in segment]
-    return torch.tensor(values + [0] * (LENGTHS - len(values)))
+    return torch.tensor(values + [0] * (LENGTHS - len(values)), device="cpu")
 
 
 def append(k_RGQD: Tensor, v_RGQD: Tensor, *, tables: KVTables, layer: int) -> None:

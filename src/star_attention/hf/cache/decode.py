@@ -160,7 +160,7 @@ class AnswerLayer(StarLayer[AnswerPosition]):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.tail.length:
             rows = self.tail.pair()[0].shape[0]
-            self.tail.select(torch.arange(rows).repeat_interleave(repeats))
+            self.tail.select(torch.arange(rows, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.tail.select(indices)

@@ -201,7 +201,9 @@ class GraphCache(StarCache):
                 holds_tail=comm.cp_rank == comm.cp_size - 1,
             )
         )
-        tables.padding_R[:rows].copy_(torch.tensor(cache.row_padding(rows), dtype=torch.int32))
+        tables.padding_R[:rows].copy_(
+            torch.tensor(cache.row_padding(rows), dtype=torch.int32, device="cpu")
+        )
         self._loaded = signature
 
     def ran(self, cache: AnswerCache, tails: TailBuffers, rows: int) -> None:

@@ -87,10 +87,10 @@ class Mirror:
         cache = self._cache
         assert cache is not None, f"{operation} before rank 0 has made a cache"
         if operation == FORWARD:
-            ids_BS, positions_BS = (torch.tensor(rows) for rows in arguments[:2])
+            ids_BS, positions_BS = (torch.tensor(rows, device="cpu") for rows in arguments[:2])
             self._forward(cache, ids_BS, positions_BS, arguments[2])
         elif operation == SELECT:
-            cache.batch_select_indices(torch.tensor(arguments[0]))
+            cache.batch_select_indices(torch.tensor(arguments[0], device="cpu"))
         elif operation == REPEAT:
             cache.batch_repeat_interleave(arguments[0])
         else:

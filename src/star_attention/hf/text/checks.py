@@ -113,6 +113,24 @@ def for_each(name: str, items: list[Any], call: Callable[[Any], _T]) -> list[_T]
     return results
 
 
+_TOKENIZER = ("__call__", "decode", "all_special_ids", "convert_ids_to_tokens", "get_added_vocab")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise `InvalidInputError` for what is no tokenizer of transformers, and not None."""
+    if tokenizer is None or all(hasattr(tokenizer, name) for name in _TOKENIZER):
+        return
+    remedy = "load one with transformers.AutoTokenizer.from_pretrained"
+    if hasattr(tokenizer, "tokenizer"):
+        remedy = "give the tokenizer inside of it, processor.tokenizer"
+    elif type(tokenizer).__module__.startswith("tokenizers"):
+        remedy = "wrap it: transformers.PreTrainedTokenizerFast(tokenizer_object=...)"
+    raise InvalidInputError(
+        f"the tokenizer is of type {type(tokenizer).__name__}, expected a tokenizer of"
+        f" transformers; {remedy}"
+    )
+
+
 def check_words(text: str, name: str) -> None:
     """Raise `TokenError` for a text that is empty or white space; `name` says of what."""
     if not text:

@@ -82,7 +82,7 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
         raise TokenError(f"the {name} is a tokenizer's output; give its input_ids")
     items = [] if isinstance(ids, Tensor) else list(ids)
     try:
-        tensor = ids if isinstance(ids, Tensor) else torch.tensor(items)
+        tensor = ids if isinstance(ids, Tensor) else torch.tensor(items, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise TokenError(
             f"the {name} must be text, token ids or chat messages, got {_described(items)}"
