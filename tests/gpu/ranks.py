@@ -84,7 +84,7 @@ def _serve(
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     if nccl_alone:
-        collectives.boot_id = lambda: f"machine {rank}"
+        collectives.host_of = lambda device: f"machine {rank}"
     try:
         torch.cuda.set_device(device)
         master = None

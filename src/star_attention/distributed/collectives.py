@@ -13,12 +13,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from star_attention.attention.kernels import triton_works
 from star_attention.attention.state import State, merge
 from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
 from star_attention.distributed.groups import all_gather
-from star_attention.distributed.mesh import Mesh, boot_id
+from star_attention.distributed.mesh import Mesh, host_of
 from star_attention.distributed.rendezvous import START_S, STARTUP, dist, rendezvous
 from star_attention.distributed.world import World
 from star_attention.errors import InvalidInputError, RankError, quote
@@ -47,7 +46,7 @@ class MeshComm(Mesh):
             tp_size: ranks that share the heads and weights of one cp rank.
             backend: "gloo" or "nccl".
             device: where the transport reaches tensors; None for the CPU.
-            hosts: the machine of each rank, "" where Triton does not run; None for all.
+            hosts: `host_of` of each rank; None for "" of all.
             merge_collective: see `TorchComm`.
         """
         super().__init__(world, tp_size=tp_size, backend=backend, device=device, hosts=hosts)
@@ -58,15 +57,14 @@ class MeshComm(Mesh):
     def on(self, device: torch.device, tp_size: int = 1) -> MeshComm:
         """Return the same ranks in another mesh, which exchanges tensors of `device`. Collective.
 
-        Tensors go by NCCL if every rank has a GPU of its own, and small ones of ranks of one
-        machine through GPU memory (`PeerGroup`); else by gloo.
+        Tensors go by NCCL if every rank has a GPU of its own, else by gloo; small ones of ranks of
+        one machine through GPU memory (`PeerGroup`) or sockets (`SocketGroup`).
         """
-        gpu, host = None, ""
+        gpu = None
         if device.type == "cuda":
             # By its UUID: where each rank sees one GPU only, all call theirs cuda:0.
             gpu = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
-            host = boot_id() if triton_works(device) else ""
-        places = self.gather((gpu, host))
+        places = self.gather((gpu, host_of(device)))
         gpus, hosts = [gpu for gpu, _ in places], [host for _, host in places]
         backend, transport_device = "gloo", torch.device("cpu")
         if None not in gpus and len(set(gpus)) == self.size and dist.is_nccl_available():
@@ -269,7 +267,8 @@ class MeshComm(Mesh):
             return gathered
         part = self._staged(tensor.contiguous(), fill=True)
         parts = part.new_empty(len(ranks), *part.shape)
-        self.world.issue(self._group(ranks), lambda group: all_gather(group, parts, part)).wait()
+        group = self._group_of_few(ranks, part.numel() * part.element_size())
+        self.world.issue(group, lambda group: all_gather(group, parts, part)).wait()
         return parts.to(tensor.device)
 
     def broadcast_step(self, packet: Tensor) -> Pending:
@@ -289,7 +288,8 @@ class MeshComm(Mesh):
         if self._rehearsing:
             return Pending()
         staged = self._staged(packet, fill=self.rank == 0)
-        pending = self.world.issue(self._group(everyone), lambda group: group.broadcast(staged, 0))
+        group = self._group_of_few(everyone, staged.numel() * staged.element_size())
+        pending = self.world.issue(group, lambda group: group.broadcast(staged, 0))
         return Pending(lambda: self._unstage(pending, staged, packet if self.rank else staged))
 
     def _count(self, bytes: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from star_attention.distributed.comm import Recording
 from star_attention.distributed.rendezvous import dist, wait_for_ranks
+from star_attention.distributed.sockets import SocketGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +26,14 @@ A collective that waits for another rank spins, and keeps its processors from th
 _NARROW_CTAS = 4
 _NCCL = ("nccl", NARROW_NCCL)
 
+Exchange = Callable[[str, str], list[str]]
+"""Sends a text, under a key, to all members of a group, and returns theirs."""
+
 PEERS = "peers"
 """Small tensors through GPU memory, by a `PeerGroup`."""
+
+SOCKETS = "sockets"
+"""Small tensors of CPU ranks of one host, by a `SocketGroup`."""
 
 # The watchdog decides how long to wait, not the transport.
 _FOREVER = timedelta(days=30)
@@ -42,6 +49,8 @@ _ABANDONED: list[Any] = []
 
 def all_gather(group: Any, parts: Tensor, part: Tensor) -> Any:
     """Start gathering every member's part in `parts`, `[members, *shape]`; both are contiguous."""
+    if isinstance(group, SocketGroup):
+        return group.gather(parts, part)
     room, is_gloo = parts.view(-1), type(group).__name__ == "ProcessGroupGloo"
     if is_gloo and 0 < parts.numel() * parts.element_size() <= _DIRECT_BYTES:
         # Gloo's gather passes parts on from rank to rank; between two it is slower, too.
@@ -78,7 +87,7 @@ class ProcessGroups:
         """Make the group of these ranks, of which this is one.
 
         Args:
-            backend: "gloo", "nccl", `NARROW_NCCL` or `PEERS`.
+            backend: "gloo", "nccl", `NARROW_NCCL`, `PEERS` or `SOCKETS`.
             epoch: recoveries so far; groups of different epochs do not meet.
             check: called while this rank waits for the others; may raise.
         """
@@ -88,9 +97,18 @@ class ProcessGroups:
         # theirs would end it: so wait here, until all are about to call it.
         store.set(f"here/{self._rank}", "")
         wait_for_ranks(store, {f"here/{rank}": rank for rank in ranks}, self._start_s, check)
+
+        def exchange(key: str, text: str) -> list[str]:
+            store.set(f"{key}/{self._rank}", text)
+            keys = {f"{key}/{rank}": rank for rank in ranks}
+            wait_for_ranks(store, keys, self._start_s, check)
+            return [store.get(key).decode() for key in keys]
+
         group: Any
         if backend == PEERS:
-            group = self._connected_peers(store, ranks, check)
+            group = self._connected_peers(ranks, exchange)
+        elif backend == SOCKETS:
+            group = self._connected_sockets(ranks, exchange)
         elif backend in _NCCL:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _FOREVER
@@ -104,22 +122,19 @@ class ProcessGroups:
         self._groups[backend, ranks] = group
         return group
 
-    def _connected_peers(
-        self, store: Any, ranks: range, check: Callable[[], None] | None
-    ) -> PeerGroup:
+    def _connected_peers(self, ranks: range, exchange: Exchange) -> PeerGroup:
         from star_attention.distributed.cuda_memory import CudaMemory
         from star_attention.distributed.peers import PeerGroup
-
-        def exchange(key: str, text: str) -> list[str]:
-            store.set(f"{key}/{self._rank}", text)
-            keys = {f"{key}/{rank}": rank for rank in ranks}
-            wait_for_ranks(store, keys, self._start_s, check)
-            return [store.get(key).decode() for key in keys]
 
         if ranks not in self._peers:
             self._peers[ranks] = PeerGroup(ranks.index(self._rank), len(ranks), CudaMemory())
         self._peers[ranks].connect(exchange)
         return self._peers[ranks]
+
+    def _connected_sockets(self, ranks: range, exchange: Exchange) -> SocketGroup:
+        group = SocketGroup(ranks.index(self._rank), len(ranks))
+        group.connect(exchange)
+        return group
 
     def abort(self) -> None:
         """End collectives that run on the device, where nothing else would notice a fault."""
@@ -141,6 +156,10 @@ class ProcessGroups:
         _ABANDONED.extend(self._groups.values())
 
     def clear(self) -> None:
+        """Leave all groups."""
+        for (backend, _), group in self._groups.items():
+            if backend == SOCKETS:
+                group.close()
         self._groups.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from star_attention.attention.kernels import triton_works
 from star_attention.distributed.comm import Recording
-from star_attention.distributed.groups import NARROW_NCCL, PEERS
+from star_attention.distributed.following import CLOSE
+from star_attention.distributed.groups import NARROW_NCCL, PEERS, SOCKETS
 from star_attention.distributed.messages import WorldControl
+from star_attention.distributed.sockets import MOST_BYTES, SocketGroup
 from star_attention.distributed.streams import Suspendable
 from star_attention.distributed.world import World
 from star_attention.planning.traffic import Traffic
@@ -20,7 +24,22 @@ if TYPE_CHECKING:
     from star_attention.distributed.peers import PeerGroup
 
 
-def boot_id() -> str:
+def host_of(device: torch.device) -> str:
+    """Return a name that ranks have in common if they may reach each other without torch's groups.
+
+    GPUs do in Triton's kernels, CPUs through sockets. "" if this rank does not.
+    """
+    if device.type == "cuda":
+        return _boot_id() if triton_works(device) else ""
+    try:
+        # A container with a network of its own is a host of its own.
+        network = os.readlink("/proc/self/ns/net")
+    except OSError:
+        return ""
+    return f"{_boot_id()} {network}"
+
+
+def _boot_id() -> str:
     """Return a name that processes have in common if they run on one machine; "" if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -53,7 +72,7 @@ class Mesh(WorldControl):
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
         self._device = device or torch.device("cpu")
         self.one_host = False
-        # Machines of all ranks whose GPUs run Triton; "" for other ranks.
+        # `host_of` of every rank.
         self._hosts = hosts or [""] * world.size
         self._connected_version = -1
         self._rehearsing = False
@@ -79,6 +98,13 @@ class Mesh(WorldControl):
         backend = NARROW_NCCL if narrow and self.backend == "nccl" else self.backend
         return self.world.group(backend, ranks)
 
+    def _group_of_few(self, ranks: range, bytes: int) -> Any:
+        """Return these ranks' group for tensors of so many bytes, which may be few."""
+        sockets: SocketGroup | None = self.world.groups.get(SOCKETS, ranks)
+        if self.backend == "nccl" or sockets is None or not sockets.usable or bytes > MOST_BYTES:
+            return self._group(ranks)
+        return sockets
+
     def _peers(self, ranks: range) -> PeerGroup | None:
         """Return the group of these ranks in which they reach each other's GPU memory."""
         peers: PeerGroup | None = self.world.groups.get(PEERS, ranks)
@@ -88,7 +114,9 @@ class Mesh(WorldControl):
     def collective(self, where: str, *, about: Any = None) -> Iterator[None]:
         """See `WorldControl.collective`; the call finds all groups connected."""
         with super().collective(where, about=about):
-            self._reconnect()
+            # Rank 0 leaves from another mesh, maybe before any call in this one.
+            if where != CLOSE:
+                self._reconnect()
             yield
 
     @contextmanager
@@ -105,16 +133,14 @@ class Mesh(WorldControl):
             self._connected_version = self.transport_version
 
     def _connect(self) -> None:
-        """Connect what a CUDA graph that is captured later could not connect."""
-        if self.backend != "nccl":
-            return
+        """Connect ranks of one host, and what a CUDA graph that is captured later could not."""
         lane, row, everyone = self._lane(), self._row(), range(self.size)
         for ranks in dict.fromkeys((lane, row, everyone)):
             if len(ranks) == 1:
                 continue
             if len({self._hosts[rank] for rank in ranks}) == 1 and self._hosts[self.rank]:
-                self.world.group(PEERS, ranks)
-            if ranks in (lane, row) or self._peers(ranks) is None:
+                self.world.group(PEERS if self.backend == "nccl" else SOCKETS, ranks)
+            if self.backend == "nccl" and (ranks in (lane, row) or self._peers(ranks) is None):
                 # NCCL connects in its first collective.
                 self.world.issue(self._group(ranks), self._greet).wait()
 
