@@ -39,16 +39,18 @@ def visible(window: int | None) -> torch.Tensor:
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 7, 40, 500])
-@pytest.mark.parametrize("tile", [1, 5, 64])
+@pytest.mark.parametrize(("tile", "step"), [(1, 1), (5, 1), (5, 8), (64, 1)])
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 def test_rows_see_the_keys_up_to_their_own(
     segments: list[tuple[int, int]],
     tile: int,
+    step: int,
     window: int | None,
     softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scattered, "_TILE_ROWS", {"cpu": tile})
+    monkeypatch.setattr(scattered, "_SHARED_STEP", {"cpu": step})
     q, k, v = tensors()
     rule = Rule(scale=SCALE, window=window, softcap=softcap)
     rows = Rows(POSITIONS, CPU)
@@ -107,19 +109,20 @@ def test_mass_is_the_sum_of_probabilities(
 
 
 @pytest.mark.parametrize("window", [None, 7, 40])
-@pytest.mark.parametrize("first_key", [0, 31])
-def test_the_triton_kernel(window: int | None, first_key: int) -> None:
+@pytest.mark.parametrize(("first_row", "first_key"), [(0, 0), (0, 31), (18, 0)])
+def test_the_triton_kernel(window: int | None, first_row: int, first_key: int) -> None:
+    """The last rows all see the first keys, which then take no limits."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("Triton's kernels do not run in its interpreter here")
     from star_attention.attention.kernels import triton_scattered
 
     q, k, v = tensors(D)
-    k, v = k[:, first_key:], v[:, first_key:]
-    last_Q = torch.tensor(POSITIONS, dtype=torch.int32) - first_key
+    q, k, v = q[:, first_row:], k[:, first_key:], v[:, first_key:]
+    last_Q = torch.tensor(POSITIONS[first_row:], dtype=torch.int32) - first_key
     rule = Rule(scale=SCALE, window=window)
     state = triton_scattered.attend(q, k, v, rule=rule, last_Q=last_Q)
-    keep_QK = visible(window)[:, first_key:]
+    keep_QK = visible(window)[first_row:, first_key:]
     right = masked_attention(q, k, v, keep_QK, scale=SCALE)
     torch.testing.assert_close(state.out_BQHD.double(), right.out_BQHD, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(state.lse_BQH, right.lse_BQH, atol=1e-5, rtol=1e-4)

@@ -19,9 +19,10 @@ from star_attention.attention.attend import Rule, attend, call_of, run
 from star_attention.attention.kernels import triton_works
 from star_attention.attention.state import State, empty_state, merge
 
-_TILE_ROWS = {"cpu": 256}
-_DEVICE_TILE_ROWS = 1024
+_TILE_ROWS = {"cpu": 256, "cuda": 1024}
 """Rows of a tile: more are more work with limits, fewer are more calls."""
+_SHARED_STEP = {"cuda": 4096}
+"""Keys without a mask are cut to a multiple of this: cuDNN prepares every new length anew."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,15 @@ def attend_rows(
             parts.append(empty_state(q_BQHD.shape[0], count, H, v_size, q_BQHD.device))
 
     add_empty(start)
-    tile = _TILE_ROWS.get(q_BQHD.device.type, _DEVICE_TILE_ROWS)
+    device = q_BQHD.device.type
+    tile, step = _TILE_ROWS.get(device, _TILE_ROWS["cpu"]), _SHARED_STEP.get(device, 1)
     for first in range(start, stop, tile):
         part = slice(first, min(first + tile, stop))
         q = q_BQHD[:, part]
         # Keys that all rows of the tile see, and those that some of them see.
-        shared = 0 if window is not None else rows.positions[part.start] - first_key + 1
+        shared = 0
+        if window is None:
+            shared = (rows.positions[part.start] - first_key + 1) // step * step
         lowest = 0 if window is None else rows.positions[part.start] - first_key - window + 1
         near = slice(max(shared, lowest), min(K, rows.positions[part.stop - 1] - first_key + 1))
         states: list[State] = []

@@ -28,7 +28,11 @@ def _step(
     d = tl.arange(0, BLOCK_D)
     mask = (n < keys)[:, None] & (d < D)[None, :]
     n64 = n.to(tl.int64)[:, None]
-    k_ND = tl.load(k_ptr + n64 * k_k + d[None, :], mask=mask, other=0.0)
+    # Loads without a mask are faster.
+    if LIMITED or D != BLOCK_D:
+        k_ND = tl.load(k_ptr + n64 * k_k + d[None, :], mask=mask, other=0.0)
+    else:
+        k_ND = tl.load(k_ptr + n64 * k_k + d[None, :])
     scores_MN = tl.dot(q_MD, tl.trans(k_ND)) * (scale * _LOG2_E)
     if LIMITED:
         back_MN = last_M[:, None] - n[None, :]
@@ -40,12 +44,15 @@ def _step(
     safe_M = tl.where(new_M == float("-inf"), 0.0, new_M)
     shrink_M = tl.exp2(top_M - safe_M)
     weight_MN = tl.exp2(scores_MN - safe_M[:, None])
-    v_ND = tl.load(v_ptr + n64 * v_k + d[None, :], mask=mask, other=0.0)
+    if LIMITED or D != BLOCK_D:
+        v_ND = tl.load(v_ptr + n64 * v_k + d[None, :], mask=mask, other=0.0)
+    else:
+        v_ND = tl.load(v_ptr + n64 * v_k + d[None, :])
     out_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, acc=out_MD * shrink_M[:, None])
     return new_M, sum_M * shrink_M + tl.sum(weight_MN, 1), out_MD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "queries", "keys"])
 def _rows(
     q_ptr, k_ptr, v_ptr, last_ptr, out_ptr, lse_ptr,
     scale, window, queries, keys,
