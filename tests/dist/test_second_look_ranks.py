@@ -60,6 +60,14 @@ def test_the_number_of_ranks_is_invisible(
         assert [result[0] for result in results] == [tokens] * ranks
 
 
+def test_weights_in_slices_answer_over_the_copy(pool: Pool) -> None:
+    arguments: dict[str, Any] = dict(name="llama_mha", look=LOOK)
+    tokens, logits = answer(SoloComm(), settings=RUNS, **arguments)
+    results = pool.run(answer, 3, settings=RUNS | dict(slice_weights=True), **arguments)
+    assert [result[0] for result in results] == [tokens] * 3
+    torch.testing.assert_close(results[0][1], logits, atol=1e-4, rtol=1e-4)
+
+
 def session(comm: Any) -> list[Any]:
     """Answer in every way, on all ranks alike; return what came back."""
     star = StarLLM(text_model(), bundled_tokenizer(), comm=comm, block_size=8, anchor_size=4)

@@ -95,7 +95,8 @@ def attend_rows(
         if shared:
             states.append(attend(q, k_BKGD[:, :shared], v_BKGD[:, :shared], rule=whole, offset=K))
         if near.start < near.stop:
-            last_Q = rows.on_device[part] - (first_key + near.start)
+            # Layers may lie on several devices.
+            last_Q = rows.on_device[part].to(q.device) - (first_key + near.start)
             keys, values = k_BKGD[:, near], v_BKGD[:, near]
             states.append(_limited(q, keys, values, replace(rule, window=window), last_Q))
         parts.append(merge(states, dtype=rule.dtype))

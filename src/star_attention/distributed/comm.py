@@ -85,9 +85,9 @@ class Collectives(Protocol):
     broadcast: the anchor (`phase1`).
     exchange: ring attention, blocks that are looked back to, what an extension needs.
     merge: attention states of phase 2.
-    cp_sum, cp_gather: sums after sliced layers, slices of logits.
+    cp_sum, cp_gather: sums after sliced layers, slices of logits, what a query attends to.
     broadcast_step: the tokens of a step of phase 2.
-    tp_sum, tp_gather: sums after row-parallel layers, heads of saved contexts.
+    tp_sum, tp_gather: sums after row-parallel layers, heads of saved contexts; what they attend to.
     rehearsal, recording: warm-up and replays of CUDA graphs.
     """
 
