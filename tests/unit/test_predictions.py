@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from star_attention.bench.models import SHAPES
+from star_attention.config import StarConfig
 from star_attention.hf.shape import model_shape
 from star_attention.planning import estimate
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.quality import QUALITIES
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SCHEMES = {
@@ -23,6 +25,8 @@ SCHEMES = {
     "ring": "ring",
     "ring-contiguous": "ring-plain",
     "dense": "ring",
+    "balanced": "star",
+    "high": "star",
 }
 """Schemes of an estimate by a benchmark's methods; on one rank a ring is dense attention."""
 
@@ -52,13 +56,17 @@ def predicted(row: dict[str, Any], scheme: str) -> Estimate:
         model_shape(LlamaConfig(**SHAPES["llama-3.1-8b"]), "bfloat16"),
         HARDWARE["h200-nvlink"],
         scheme,
-        BlockPlan.resolve(
-            row["context"], row["block"], ranks=row.get("ranks", 1) // tensor_parallel
-        ),
+        _plan(row, row.get("ranks", 1) // tensor_parallel),
         tokens_per_forward=16384,
         kv_dtype=row.get("kv_dtype"),
         tensor_parallel=tensor_parallel,
     )
+
+
+def _plan(row: dict[str, Any], ranks: int) -> BlockPlan:
+    method = row.get("method")
+    quality = method if method in QUALITIES else None
+    return StarConfig.of(quality=quality, block_size=row["block"]).plan(row["context"], ranks)
 
 
 def prefills(*patterns: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,6 +85,7 @@ def test_phase_1_is_predicted() -> None:
         assert abs(error) <= (PHASE_1_EAGER if _is_eager(row) else PHASE_1), (name, row, error)
         seen.add((row["method"], row.get("ranks", 1)))
     assert {("star", 1), ("star", 2), ("star", 4), ("ring", 2), ("ring", 4)} <= seen
+    assert {("balanced", 1), ("high", 1)} <= seen
 
 
 def _is_eager(row: dict[str, Any]) -> bool:
