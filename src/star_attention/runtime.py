@@ -23,6 +23,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.hf.loading.identities import Identities
+from star_attention.hf.loading.positions import doubt
 from star_attention.hf.text.checks import check_tokenizer
 from star_attention.methods import Method
 from star_attention.planning.advice import small_blocks
@@ -217,8 +218,15 @@ class Runtime(Transient):
     @property
     def positions(self) -> Positions:
         """The positions that a context, its query and its answer share."""
-        handle = self.handle
-        return Positions(handle.max_positions, self.config.reserve_tokens, handle.short_length)
+        handle, kwargs = self.handle, (self.source or {}).get("model_kwargs", {})
+        return Positions(
+            handle.max_positions,
+            self.config.reserve_tokens,
+            handle.short_length,
+            # Who gives the scaling knows.
+            doubt=None if kwargs.get("rope_scaling") else doubt(handle.config),
+            warned=self._warned,
+        )
 
     def need_tokenizer(self, purpose: str) -> Any:
         """Return the tokenizer.

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from star_attention.hf.loading.positions import max_positions
+from star_attention.hf.loading.positions import doubt, max_positions
 
 FACTORS = [1.0] * 48
 
@@ -160,3 +160,54 @@ def test_the_limit_is_the_published_length(name: str) -> None:
     """Forbids one reading of `factor` for all: Llama 3.2 and Gemma 3 4B got 262,144 and 1M."""
     kind, settings, positions = PUBLISHED[name]
     assert max_positions(kind(**settings).get_text_config(decoder=True)) == positions
+
+
+LINEAR = dict(type="linear", factor=8.0)
+DOUBTFUL: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "llama 2 7b 32k, which states the final length": (
+        LlamaConfig,
+        dict(max_position_embeddings=32768, rope_scaling=LINEAR),
+        32768,
+    ),
+    "deepseek coder, which states the final length": (
+        LlamaConfig,
+        dict(max_position_embeddings=16384, rope_scaling=dict(type="linear", factor=4.0)),
+        16384,
+    ),
+    "qwen 2.5 1m, with another attention for the rest": (
+        Qwen2Config,
+        dict(
+            max_position_embeddings=1010000,
+            dual_chunk_attention_config=dict(
+                chunk_size=262144, local_size=8192, original_max_position_embeddings=262144
+            ),
+        ),
+        262144,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTFUL)
+def test_a_limit_that_is_not_sure(name: str) -> None:
+    """Forbids 8 x 32,768 tokens for a model of 32K, without a word."""
+    kind, settings, length = DOUBTFUL[name]
+    config = kind(**settings).get_text_config(decoder=True)
+    unsure = doubt(config)
+    assert unsure is not None
+    assert unsure.length == length
+    limit = max_positions(config)
+    assert limit is not None
+    assert limit > length
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_limits_that_are_sure(name: str) -> None:
+    kind, settings, _ = PUBLISHED[name]
+    config = kind(**settings).get_text_config(decoder=True)
+    assert (doubt(config) is None) == (name != "llama 2, linear")
+
+
+def test_the_authors_field_for_the_final_length_leaves_no_doubt() -> None:
+    settings: dict[str, Any] = dict(max_position_embeddings=4096, rope_scaling=LINEAR)
+    assert doubt(LlamaConfig(**settings, max_sequence_length=32768)) is None
+    assert doubt(LlamaConfig(**settings, max_sequence_length=4096)) is not None

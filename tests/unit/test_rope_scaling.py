@@ -240,3 +240,24 @@ def test_a_saved_context_needs_the_same_scaling(tmp_path: Path) -> None:
     with pytest.raises(ContextMismatchError, match="--rope-scaling") as caught:
         load(path).load_context(tmp_path / "a.star")
     assert caught.value.field == "config.rope_parameters"
+
+
+def test_a_length_that_may_be_too_long_is_said_once(tmp_path: Path) -> None:
+    """A linear factor beside a length leaves open whether it is the final one."""
+    path = folder_of("llama", tmp_path, rope_scaling={"type": "linear", "factor": 2.0})
+    star = load(path)
+    limit = star.model.config.max_position_embeddings
+    star.encode(ids(limit))
+    said = (
+        rf"the context has {limit + 1:,} tokens, but the model may be good for {limit:,} only: its"
+        rf" config states {limit:,} positions beside linear scaling by 2, but not whether before or"
+        " after it; keep to the length on its card"
+    )
+    with pytest.warns(UserWarning, match=said):
+        context = star.encode(ids(limit + 1))
+    star.with_config(block_size=64).encode(ids(limit + 1))
+    star.generate(context, [5], max_new_tokens=1)
+    # Who gives the scaling knows what it is good for.
+    for name in ("rope_scaling", "rope_parameters"):
+        rescaled = load(path, **{name: {"rope_type": "linear", "factor": 2.0}})
+        assert len(rescaled.encode(ids(limit + 1))) == limit + 1

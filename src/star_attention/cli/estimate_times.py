@@ -114,7 +114,11 @@ def make_estimates(request: EstimateRequest) -> Estimates:
         for context in request.contexts
         for ranks in request.ranks
     ]
-    warn_beyond_positions(model_config, max(request.contexts) + request.tail_tokens)
+    warn_beyond_positions(
+        model_config,
+        max(request.contexts) + request.tail_tokens,
+        is_rescaled=request.rope_scaling is not None,
+    )
     return Estimates(model=request.model, hardware=hardware, schemes=schemes, fit=fit)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from star_attention.config import StarConfig
 from star_attention.hf.loading import load, rope_words
 from star_attention.hf.loading.model_config import load_config
-from star_attention.hf.loading.positions import max_positions
+from star_attention.hf.loading.positions import doubt, max_positions
 from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, estimate, traffic
@@ -255,7 +255,9 @@ def _memory_by_rank(
 def _warn(request: PlanRequest, model_config: Any) -> None:
     plan = request.plan
     warn_beyond_positions(
-        model_config, plan.context_tokens + request.query_tokens + request.answer_tokens
+        model_config,
+        plan.context_tokens + request.query_tokens + request.answer_tokens,
+        is_rescaled=request.rope_scaling is not None,
     )
     if getattr(model_config, "quantization_config", None) is not None:
         warnings.warn(
@@ -272,9 +274,21 @@ def _warn(request: PlanRequest, model_config: Any) -> None:
         )
 
 
-def warn_beyond_positions(model_config: Any, needed: int) -> None:
-    """Warn if context, query and answer need more positions than the model has."""
-    limit = max_positions(model_config.get_text_config(decoder=True))
+def warn_beyond_positions(model_config: Any, needed: int, *, is_rescaled: bool) -> None:
+    """Warn if context, query and answer need more positions than the model has, or may have.
+
+    Args:
+        model_config: The model's config.
+        needed: The tokens.
+        is_rescaled: True where the user gave the rotary scaling, and knows what it is good for.
+    """
+    text = model_config.get_text_config(decoder=True)
+    limit, unsure = max_positions(text), None if is_rescaled else doubt(text)
+    if unsure is not None and unsure.length < needed <= (limit or needed):
+        warnings.warn(
+            unsure.warning(needed, "context, query and answer need"),
+            stacklevel=3,
+        )
     if limit is not None and needed > limit:
         warnings.warn(
             f"context, query and answer need {needed:,} positions, but the model has {limit:,}:"

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from star_attention.errors import ContextLengthError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubt:
+    """A length up to which a model works for sure, below the limit that its config gives.
+
+    Attributes:
+        length: the length in tokens.
+        reason: why it may end there, as a sentence about the config.
+    """
+
+    length: int
+    reason: str
+
+    def warning(self, count: int, subject: str) -> str:
+        """Return the warning for a number of tokens beyond it; `subject` says of what."""
+        return (
+            f"{subject} {count:,} tokens, but the model may be good for {self.length:,} only:"
+            f" {self.reason}; keep to the length on its card"
+        )
 
 
 @dataclass(frozen=True)
@@ -16,19 +36,29 @@ class Positions:
         limit: how many there are; None for no limit.
         reserve_tokens: tokens after a context that its rotary frequencies are pinned for.
         short_length: most tokens that LongRoPE rotates by its short factors; None without it.
+        doubt: a length below the limit that may be the real one; None where the limit is sure.
+        warned: names of what has been warned of, to say it once.
     """
 
     limit: int | None
     reserve_tokens: int
     short_length: int | None = None
+    doubt: Doubt | None = None
+    warned: set[str] = field(default_factory=set)
 
     def check(self, count: int, subject: str, remedy: str) -> None:
-        """Raise `ContextLengthError` for more tokens than the model has positions."""
+        """Raise `ContextLengthError` for more tokens than the model has positions.
+
+        Warns where it may have fewer than its config says.
+        """
         if self.limit is not None and count > self.limit:
             raise ContextLengthError(
                 f"{subject} {count:,} tokens, more than the model's {self.limit:,} positions;"
                 f" {remedy}"
             )
+        if self.doubt is not None and count > self.doubt.length and "doubt" not in self.warned:
+            self.warned.add("doubt")
+            warnings.warn(self.doubt.warning(count, subject), stacklevel=3)
 
     def check_room(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from star_attention.planning.positions import Doubt
+
 
 def type_of(parameters: dict[str, Any]) -> str:
     """Return the rope type of rotary settings, which old configs call `type`."""
@@ -63,6 +65,36 @@ def _stretched(parameters: dict[str, Any], stated: int, per_layer_type: bool) ->
             # Their factor shapes the frequencies: Llama 3.2 has 32 x 8,192, and 131,072 positions.
             original = original if original == stated else None
     return int(original * factor) if original and factor else stated
+
+
+def doubt(config: Any) -> Doubt | None:
+    """Return the doubt about a text config's limit, None if its settings leave none."""
+    chunked = getattr(config, "dual_chunk_attention_config", None)
+    if isinstance(chunked, dict):
+        # Qwen2.5-1M. The field is not one of transformers'.
+        length = chunked.get("original_max_position_embeddings") or chunked.get("chunk_size")
+        if isinstance(length, int):
+            reason = "its config asks for dual chunk attention beyond, which transformers lacks"
+            return Doubt(length=length, reason=reason)
+    own = getattr(config, "rope_parameters", None) or {}
+    stated = getattr(config, "max_position_embeddings", None)
+    factor = own.get("factor")
+    if type_of(own) != "linear" or not isinstance(stated, int) or not factor or factor <= 1:
+        return None
+    final = int(stated * factor)
+    if own.get("original_max_position_embeddings") or final in _other_lengths(config):
+        return None
+    return Doubt(
+        length=stated,
+        reason=f"its config states {stated:,} positions beside linear scaling by {factor:g}, but"
+        " not whether before or after it",
+    )
+
+
+def _other_lengths(config: Any) -> list[Any]:
+    """Return lengths in fields that transformers does not read, but that authors write."""
+    names = ("max_sequence_length", "model_max_length", "seq_length", "max_seq_len")
+    return [getattr(config, name, None) for name in names]
 
 
 def most_positions(config: dict[str, Any]) -> int | None:

@@ -109,6 +109,9 @@ def source_of(
     source: dict[str, Any] = {"model": _absolute(path)}
     if adapter is not None:
         source["adapter"] = _absolute(adapter)
+    if model_kwargs.get("rope_parameters") is not None:
+        # The new name of the same settings.
+        model_kwargs = {"rope_scaling": model_kwargs["rope_parameters"]} | model_kwargs
     kept = {name: model_kwargs[name] for name in _KEPT if model_kwargs.get(name) is not None}
     return source | {"model_kwargs": json.loads(json.dumps(kept, default=str))}
 
