@@ -150,6 +150,7 @@ def _link(
             comm,
             plan,
             job.places,
+            job.handle.windows,
             recents=recents,
             anchors=anchors if comm.cp_rank > 0 else [],
             sends_anchor=sends_anchor,
@@ -202,7 +203,8 @@ def _send_to(
     """Send what `owner` needs of other ranks' blocks to extend a context. Collective."""
     plan, lookbacks = job.plan, job.plan.lookbacks(len(recents))
     for layer, place in job.places.items():
-        transfers = to_extend(plan, job.layout, lookbacks[layer], start=start, owner=owner)
+        window = job.handle.windows[layer]
+        transfers = to_extend(plan, job.layout, lookbacks[layer], window, start=start, owner=owner)
         if not transfers:
             continue
         arriving = begin(job.comm, transfers, kv.layers[layer].slice, layer=layer, place=place)

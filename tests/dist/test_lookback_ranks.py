@@ -101,9 +101,11 @@ def test_geometries(pool: Pool, settings: dict[str, Any], source: str) -> None:
 # ------------------------------------------------------------------ formats, files, more text
 
 
-def encode_and_extend(comm: Any, settings: dict[str, Any], path: Path | None) -> Any:
+def encode_and_extend(
+    comm: Any, settings: dict[str, Any], path: Path | None, name: str = "llama"
+) -> Any:
     """Encode a batch, save one context of it, and extend the other twice."""
-    star = engine("llama", comm=comm, **settings)
+    star = engine(name, comm=comm, **settings)
     first, second = star.encode([ids(70), ids(70, seed=3)])
     if path is not None:
         first.save(path)
@@ -171,6 +173,15 @@ def test_batches_formats_files_and_extensions_are_those_of_one_process(
     loaded = [load_and_extend(SoloComm(), **arguments)]
     assert_same([loaded[0][:1]], [alone[0][:1]], rounded=rounded)
     assert_same(pool.run(load_and_extend, 2, **arguments), loaded, rounded=rounded)
+
+
+@pytest.mark.parametrize("block", [8, 16])
+def test_windowed_layers_extend_what_their_window_reaches(pool: Pool, block: int) -> None:
+    """Windows of 20 tokens end inside a block."""
+    settings = dict(block_size=block, tokens_per_forward=16, anchor_size=6, lookback=5)
+    alone = [encode_and_extend(SoloComm(), settings, None, "gemma3")]
+    results = pool.run(encode_and_extend, 3, settings=settings, path=None, name="gemma3")
+    assert_same(results, alone, rounded=False)
 
 
 def answer_in_mesh(comm: Any, path: Path, **settings: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def by_blocks(
     """Compute phase 1's attention, one forward after the other, with the inputs of phase 1."""
     parts = []
     for span in plan.spans(forward):
-        first = plan.first_seen(span.block_start, plan.lookback)
+        first = plan.first_seen(span.block_start, plan.lookback, rule.window)
         own, before = slice(span.start, span.stop), slice(first, span.start)
         anchor = k_BLGD[:, : plan.anchor_size], v_BLGD[:, : plan.anchor_size]
         earlier = k_BLGD[:, before], v_BLGD[:, before]

@@ -87,13 +87,14 @@ def by_hand(*, link: float, **changes: Any) -> tuple[float, float]:
 
 
 def test_the_exchange_hides_after_attention_inside_the_block() -> None:
-    """Each round sends a block's keys and values both ways; the last one, one way."""
-    sent, own, own_in_window = 10 * 18 * 2, 55 * 2 * 6 * 9, 54 * 2 * 6 * 9
-    assert by_hand(link=1.0) == pytest.approx((4 * 4 * sent, 0))
+    """Each round sends keys and values both ways, of a block or as many as the window reaches."""
+    sent, sent_in_window = 10 * 18 * 2, 8 * 18 * 2
+    own, own_in_window = 55 * 2 * 6 * 9, 54 * 2 * 6 * 9
+    assert by_hand(link=1.0) == pytest.approx((4 * 2 * (sent + sent_in_window), 0))
     wire_s, exposed_s = by_hand(link=0.01)
-    assert wire_s == pytest.approx(4 * 4 * sent * 100)
+    assert wire_s == pytest.approx(4 * 2 * (sent + sent_in_window) * 100)
     assert exposed_s == pytest.approx(
-        4 * (2 * (sent * 100 - own) + 2 * (sent * 100 - own_in_window))
+        4 * 2 * (sent * 100 - own + sent_in_window * 100 - own_in_window)
     )
 
 

@@ -18,6 +18,8 @@ PLANS = block_plans(
     stripe_tokens=200,
 )
 
+WINDOWS = st.none() | st.integers(1, 150)
+
 
 def tokens_of(runs: Segments) -> list[int]:
     return [token for start, stop in runs for token in range(start, stop)]
@@ -59,9 +61,9 @@ def test_a_stripe_is_one_forward_and_a_short_last_block_another(
 
 
 @settings(max_examples=200, deadline=None)
-@given(PLANS, st.booleans(), st.integers(0, 9))
+@given(PLANS, st.booleans(), st.integers(0, 9), WINDOWS)
 def test_every_rank_gets_what_its_blocks_see_once_and_in_time(
-    plan: BlockPlan, anchor: bool, lookback: int
+    plan: BlockPlan, anchor: bool, lookback: int, window: int | None
 ) -> None:
     stripes = plan.stripes
     assert stripes is not None
@@ -69,7 +71,7 @@ def test_every_rank_gets_what_its_blocks_see_once_and_in_time(
     received: list[list[int]] = [[] for _ in range(plan.ranks)]
     for number in range(stripes.rounds):
         working = len(stripes.runs) - number * plan.ranks
-        for transfer in in_round(plan, number, lookback, anchor=anchor):
+        for transfer in in_round(plan, number, lookback, window, anchor=anchor):
             assert transfer.source != transfer.target
             assert max(transfer.source, transfer.target) < working, "others would be waited for"
             run = stripes.of_rank(transfer.source)[number]
@@ -77,7 +79,7 @@ def test_every_rank_gets_what_its_blocks_see_once_and_in_time(
             received[transfer.target] += range(transfer.start, transfer.stop)
         for rank in range(min(plan.ranks, working)):
             start, stop = stripes.of_rank(rank)[number]
-            seen = set(range(plan.first_seen(start, lookback), start))
+            seen = set(range(plan.first_seen(start, lookback, window), start))
             if anchor:
                 seen |= set(range(min(plan.anchor_size, start)))
             own = set(tokens_of(plan.layout[rank]))
@@ -88,9 +90,9 @@ def test_every_rank_gets_what_its_blocks_see_once_and_in_time(
 
 
 @settings(max_examples=200, deadline=None)
-@given(PLANS, st.integers(0, 9), st.integers(1, 100))
+@given(PLANS, st.integers(0, 9), WINDOWS, st.integers(1, 100))
 def test_the_owner_of_the_last_token_gets_what_new_tokens_see(
-    plan: BlockPlan, lookback: int, more: int
+    plan: BlockPlan, lookback: int, window: int | None, more: int
 ) -> None:
     start = plan.context_tokens
     owner = next(rank for rank, runs in enumerate(plan.layout) if runs and runs[-1][1] == start)
@@ -98,7 +100,7 @@ def test_the_owner_of_the_last_token_gets_what_new_tokens_see(
         start + more, plan.block_size, plan.anchor_size, plan.ranks, lookback
     )
     received: list[int] = []
-    for transfer in to_extend(longer, plan.layout, lookback, start=start, owner=owner):
+    for transfer in to_extend(longer, plan.layout, lookback, window, start=start, owner=owner):
         assert transfer.target == owner != transfer.source
         assert plan.layout[transfer.source].within(transfer.start, transfer.stop) == [
             (transfer.start, transfer.stop)
@@ -106,7 +108,7 @@ def test_the_owner_of_the_last_token_gets_what_new_tokens_see(
         received += range(transfer.start, transfer.stop)
     assert len(received) == len(set(received))
     block = start // plan.block_size * plan.block_size
-    seen = set(range(longer.first_seen(block, lookback), start))
+    seen = set(range(longer.first_seen(block, lookback, window), start))
     seen |= set(range(min(plan.anchor_size, start)))
     own = set(tokens_of(plan.layout[owner]))
     assert seen <= own | set(received)
@@ -121,3 +123,18 @@ def test_without_lookback_the_layout_is_contiguous() -> None:
         ((20, 40), (80, 90)),
         ((40, 60), (90, 100)),
     )
+
+
+@given(PLANS, st.integers(0, 9), st.integers(1, 150))
+def test_nothing_travels_that_a_window_does_not_reach(
+    plan: BlockPlan, lookback: int, window: int
+) -> None:
+    """Only the anchor, which begins a run that would begin inside it."""
+    stripes = plan.stripes
+    assert stripes is not None
+    for number in range(stripes.rounds):
+        for transfer in in_round(plan, number, lookback, window, anchor=False):
+            starts = [start for start, _ in stripes.of_rank(transfer.target)]
+            reader = min(start for start in starts if start >= transfer.stop)
+            reached = reader - (window - 1)
+            assert transfer.start >= reached or transfer.start < plan.anchor_size

@@ -40,7 +40,7 @@ def block_attention(
         anchor: returns keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are
             in the span or in `earlier`, or if there are none.
         earlier: returns keys and values of the tokens before the span, from the first one that its
-            first block sees (`BlockPlan.first_seen`); None if there are none.
+            first block sees through its window (`BlockPlan.first_seen`); None if there are none.
         span: the tokens: whole blocks, or a piece of one.
         plan: sizes of blocks and anchor.
         rule: scale, window and softcap.
@@ -91,6 +91,13 @@ def _whole_blocks(
     before = k_BKGD.shape[1] - Q
     if state is None:
         return attend(q_BQHD, k_BKGD, v_BKGD, rule=rule, offset=before)
+    if rule.window is not None:
+        lookback = min(lookback, -(-(rule.window - 1) // size))
+        # Only what the window reaches is there. The rest of its first block is out of sight.
+        missing = min(lookback * size, span.start) - before
+        if missing > 0:
+            k_BKGD, v_BKGD = (_padded(keys, missing) for keys in (k_BKGD, v_BKGD))
+            before += missing
     for distance in range(size, (lookback + 1) * size, size):
         # A block that is at least so far from the start sees the block at this distance.
         first = max(0, distance - span.start)
@@ -102,6 +109,11 @@ def _whole_blocks(
         )
         state = merge_last(state, at_distance)
     return state
+
+
+def _padded(keys_BKGD: Tensor, tokens: int) -> Tensor:
+    """Put zeros before keys or values."""
+    return torch.nn.functional.pad(keys_BKGD, (0, 0, 0, 0, tokens, 0))
 
 
 def _in_blocks(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from star_attention.planning.exchange import layer_kinds
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.pairs import (
     Runs,
@@ -245,13 +246,13 @@ def _keys_read(
 
     They are the tokens of its block so far, the blocks that it looks back to, and the anchor.
     """
-    lookbacks = plan.lookbacks(len(shape.attention))
+    calls = list(zip(shape.attention, plan.lookbacks(len(shape.attention)), strict=True))
     keys = 0
-    for lookback in lookbacks:
+    for call, lookback in calls:
         for span in plan.spans(tokens_per_forward, run=run):
-            first = plan.first_seen(span.block_start, lookback)
+            first = plan.first_seen(span.block_start, lookback, call.window)
             keys += span.stop - first + (plan.anchor_size if first else 0)
-    return keys // len(lookbacks)
+    return keys // len(calls)
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -350,15 +351,16 @@ def _recent_bytes(
     """
     if not plan.lookback:
         return 0
-    own, most = plan.layout[rank], 0
-    for span in plan.spans(tokens_per_forward, rank=rank):
-        first = plan.first_seen(span.block_start, plan.lookback)
-        stored = sum(stop - start for start, stop in own.within(first, span.stop))
-        most = max(most, span.stop - first - (stored if as_computed else 0))
-    layers = shape.kv_elements_by_layer
-    looking_back = zip(layers, plan.lookbacks(len(layers)), strict=True)
-    elements = sum(elements for elements, lookback in looking_back if lookback)
-    return most * elements * shape.bytes_per_element
+    own, spans = plan.layout[rank], list(plan.spans(tokens_per_forward, rank=rank))
+    kept = 0
+    for kind, layers in layer_kinds(shape, plan).items():
+        most = 0
+        for span in spans if kind.lookback else []:
+            first = plan.first_seen(span.block_start, kind.lookback, kind.call.window)
+            stored = sum(stop - start for start, stop in own.within(first, span.stop))
+            most = max(most, span.stop - first - (stored if as_computed else 0))
+        kept += most * kind.token_bytes * layers
+    return kept
 
 
 def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> int:

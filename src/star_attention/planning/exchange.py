@@ -41,17 +41,21 @@ class LayerKind:
     call: AttentionShape
 
 
-def in_round(plan: BlockPlan, number: int, lookback: int, *, anchor: bool) -> list[Transfer]:
+def in_round(
+    plan: BlockPlan, number: int, lookback: int, window: int | None = None, *, anchor: bool
+) -> list[Transfer]:
     """Return the transfers of a layer in one round of phase 1, sorted.
 
     In a round every rank encodes a stripe. It sends the end of the stripe to all ranks that will
     look back to it, in this round or a later one: each receives it once, and ranks without a stripe
-    have nothing to send or to receive. Rank 0 sends the anchor with its first stripe.
+    have nothing to send or to receive. Rank 0 sends the anchor with its first stripe. A layer with
+    a sliding window sends no more than the window reaches.
 
     Args:
         plan: the blocks, in stripes.
         number: the round, from 0.
         lookback: blocks that the layer looks back.
+        window: sliding window of the layer in tokens, None for full attention.
         anchor: True if rank 0 sends the anchor.
     """
     stripes, ranks = plan.stripes, plan.ranks
@@ -61,7 +65,7 @@ def in_round(plan: BlockPlan, number: int, lookback: int, *, anchor: bool) -> li
     for stripe, (start, stop) in enumerate(stripes.of_round(number), number * ranks):
         # The next stripe of each other rank sees the most of this one.
         for reader in range(stripe + 1, min(stripe + ranks, len(runs))):
-            first = max(start, plan.first_seen(runs[reader][0], lookback))
+            first = max(start, plan.first_seen(runs[reader][0], lookback, window))
             parts = [(first, stop)]
             if anchor and stripe == 0 and first > 0:
                 parts.append((0, plan.anchor_size))
@@ -85,7 +89,13 @@ def layer_kinds(shape: ModelShape, plan: BlockPlan) -> Counter[LayerKind]:
 
 
 def to_extend(
-    plan: BlockPlan, layout: Sequence[Segments], lookback: int, *, start: int, owner: int
+    plan: BlockPlan,
+    layout: Sequence[Segments],
+    lookback: int,
+    window: int | None = None,
+    *,
+    start: int,
+    owner: int,
 ) -> list[Transfer]:
     """Return what a layer of `owner` needs from other ranks to encode a context's new tokens.
 
@@ -93,10 +103,11 @@ def to_extend(
         plan: the plan of the extended context.
         layout: the tokens that each rank holds of the old one.
         lookback: blocks that the layer looks back.
+        window: sliding window of the layer in tokens, None for full attention.
         start: first new token.
         owner: the context-parallel rank that encodes the new tokens.
     """
-    first = plan.first_seen(start // plan.block_size * plan.block_size, lookback)
+    first = plan.first_seen(start // plan.block_size * plan.block_size, lookback, window)
     needed = [(first, start)]
     # Otherwise the anchor is in the first part: another rank's first block is whole.
     if first > 0:

@@ -168,9 +168,18 @@ class BlockPlan:
         looking_back = layer_numbers(self.lookback_layers, num_layers)
         return [self.lookback if layer in looking_back else 0 for layer in range(num_layers)]
 
-    def first_seen(self, block_start: int, lookback: int) -> int:
-        """Return the first token of the run that ends with a block and `lookback` before it."""
-        return max(0, block_start - lookback * self.block_size)
+    def first_seen(self, block_start: int, lookback: int, window: int | None = None) -> int:
+        """Return the first token of the run that ends with a block, and that the block sees.
+
+        Args:
+            block_start: first token of the block.
+            lookback: blocks before it that the layer looks back.
+            window: sliding window of the layer in tokens, None for full attention. A run that would
+                begin inside the anchor begins with it.
+        """
+        tokens = lookback * self.block_size
+        first = block_start - (tokens if window is None else min(tokens, window - 1))
+        return first if first >= self.anchor_size else 0
 
     @property
     def blocks(self) -> list[tuple[int, int]]:

@@ -53,7 +53,9 @@ def times(shape: ModelShape, on: Hardware, plan: BlockPlan, *, sends_anchor: boo
             for run in runs
         )
         for kind, layers in kinds.items():
-            transfers = exchange.in_round(plan, number, kind.lookback, anchor=sends_anchor)
+            transfers = exchange.in_round(
+                plan, number, kind.lookback, kind.call.window, anchor=sends_anchor
+            )
             spent_s = {
                 rank: size * kind.token_bytes / on.link + on.latency
                 for rank, size in _busiest_direction(transfers).items()

@@ -158,7 +158,9 @@ def phase1_cp(
         total = Traffic()
         for kind, layers in exchange.layer_kinds(shape, plan).items():
             for number in range(plan.stripes.rounds):
-                transfers = exchange.in_round(plan, number, kind.lookback, anchor=broadcasts)
+                transfers = exchange.in_round(
+                    plan, number, kind.lookback, kind.call.window, anchor=broadcasts
+                )
                 if transfers:
                     tokens = sum(transfer.tokens for transfer in transfers)
                     total.add(tokens * kind.token_bytes * layers, layers * tensor_parallel)

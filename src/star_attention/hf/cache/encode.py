@@ -182,7 +182,8 @@ class EncodeLayer(StarLayer[EncodePosition]):
     @property
     def _first_seen(self) -> int:
         """First token of the run that the span's first block sees."""
-        return self.position.plan.first_seen(self.position.span.block_start, self.lookback)
+        plan, start = self.position.plan, self.position.span.block_start
+        return plan.first_seen(start, self.lookback, self.window)
 
     @property
     def _needs_anchor(self) -> bool:

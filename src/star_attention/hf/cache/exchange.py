@@ -125,6 +125,7 @@ class StripeLink(KVLink):
         comm: Comm,
         plan: BlockPlan,
         places: Places,
+        windows: list[int | None],
         *,
         recents: list[Recent],
         anchors: list[ContextKV],
@@ -137,6 +138,7 @@ class StripeLink(KVLink):
             comm: the ranks.
             plan: the blocks, in stripes.
             places: the layers that store keys and values.
+            windows: sliding window of each layer in tokens, None for full attention.
             recents: for each layer, where blocks arrive.
             anchors: where the anchor arrives on ranks other than 0, one store for each context.
             sends_anchor: True if rank 0 sends the anchor.
@@ -150,8 +152,8 @@ class StripeLink(KVLink):
         self._rounds = stripes.rounds
         starts = [start for start, _ in stripes.of_rank(comm.cp_rank)]
         self._round_of = {start: number for number, start in enumerate(starts)}
-        self._lookbacks = plan.lookbacks(len(recents))
-        # The same for all layers that look back, and for all others.
+        self._lookbacks, self._windows = plan.lookbacks(len(windows)), windows
+        # The same for all layers that look back, with one window, and for all others.
         self._transfers = cache(partial(in_round, plan, anchor=sends_anchor))
         self._under_way: deque[LayerExchange] = deque()
 
@@ -180,7 +182,7 @@ class StripeLink(KVLink):
 
     def _begin(self, number: int, layer: int, read: Read) -> None:
         """Start a layer's exchange in a round."""
-        transfers = self._transfers(number, self._lookbacks[layer])
+        transfers = self._transfers(number, self._lookbacks[layer], self._windows[layer])
         if not transfers:
             return
         while len(self._under_way) >= _LAYERS_IN_FLIGHT:
