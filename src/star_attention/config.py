@@ -173,7 +173,7 @@ class StarConfig:
             can end its turn, and those of raw text control tokens, with a warning.
         slice_weights: What each rank multiplies in phase 2, where it holds all weights: True its
             slice of every layer that can be sliced, False all of them. None slices the parts of
-            the model where that is faster: large ones, on GPUs of one host. Answers are the same
+            the model where that is faster: large ones, on ranks of one host. Answers are the same
             up to rounding.
 
     Raises:
@@ -266,7 +266,7 @@ class StarConfig:
         "Whether each rank multiplies only its slice of the weights when it answers.",
         metavar="",
         panel="Ranks",
-        default_text="where it is faster: large models on GPUs of one host",
+        default_text="where it is faster: large models on one host",
     )
 
     @classmethod

@@ -120,7 +120,7 @@ def test_replaced_layers_are_found_again() -> None:
 
 def test_the_setting() -> None:
     handle, comm = ModelHandle(tiny("llama")), Rank(1, 3)
-    assert slices.choose(handle, comm, None) == (), "collectives between CPUs cost more"
+    assert slices.choose(handle, comm, None) == (), "too small"
     assert slices.choose(handle, comm, False) == ()
     assert slices.choose(handle, SoloComm(), True) == (), "one slice is the whole"
     assert slices.choose(handle, comm, True) == ("attention", "mlp", "head")
@@ -153,11 +153,12 @@ def test_tensor_parallelism_is_refused() -> None:
 
 def test_small_parts_are_not_worth_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     handle, comm = ModelHandle(tiny("llama")), Rank(0, 3)
-    monkeypatch.setattr(slices, "_is_fast", lambda handle, comm: True)
     assert slices.choose(handle, comm, None) == ()
     mlp = 3 * 72 * 112 * 4
-    monkeypatch.setattr(slices, "SAVED_BYTES", mlp * 2 // 3)
+    monkeypatch.setattr(slices, "SAVED_BYTES_ON_CPU", mlp * 2 // 3)
     assert slices.choose(handle, comm, None) == ("mlp",)
+    comm.one_host = False
+    assert slices.choose(handle, comm, None) == (), "it takes longer between hosts"
 
 
 # ------------------------------------------------------------------------- forwards

@@ -80,7 +80,7 @@ class MeshComm(Mesh):
             hosts=hosts,
             merge_collective=self.merge_collective,
         )
-        mesh.one_host = backend == "nccl" and len({host for host, _ in gpus}) == 1
+        mesh.gpus_on_one_host = backend == "nccl" and len({host for host, _ in gpus}) == 1
         return mesh
 
     def has_same_ranks(self, comm: Any) -> bool:

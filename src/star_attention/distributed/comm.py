@@ -135,7 +135,8 @@ class Comm(Control, Collectives, Progress, Protocol):
         cp_traffic: what crossed the wire between cp ranks, of all ranks together.
         tp_traffic: what this rank's tp ranks exchanged.
         transport_version: changes when groups are made again; graphs captured before are void.
-        one_host: True if each rank has a GPU of its own, all of one host.
+        one_host: True if all ranks are of one host, each with a GPU of its own or sockets to the
+            others.
         is_asynchronous: True if collectives run on the device, without waiting for Python.
     """
 
@@ -150,8 +151,10 @@ class Comm(Control, Collectives, Progress, Protocol):
     streams: Streams
     cp_traffic: Traffic
     tp_traffic: Traffic
-    one_host: bool
     is_asynchronous: bool
+
+    @property
+    def one_host(self) -> bool: ...
 
     @property
     def transport_version(self) -> int: ...

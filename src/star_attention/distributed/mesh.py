@@ -71,7 +71,7 @@ class Mesh(WorldControl):
         self.is_asynchronous = backend == "nccl"
         self.cp_traffic, self.tp_traffic = Traffic(), Traffic()
         self._device = device or torch.device("cpu")
-        self.one_host = False
+        self.gpus_on_one_host = False
         # `host_of` of every rank.
         self._hosts = hosts or [""] * world.size
         self._connected_version = -1
@@ -100,15 +100,24 @@ class Mesh(WorldControl):
 
     def _group_of_few(self, ranks: range, bytes: int) -> Any:
         """Return these ranks' group for tensors of so many bytes, which may be few."""
+        sockets = self._sockets(ranks) if bytes <= MOST_BYTES else None
+        return sockets or self._group(ranks)
+
+    def _sockets(self, ranks: range) -> SocketGroup | None:
+        """Return the group of these CPU ranks in which they send by themselves."""
         sockets: SocketGroup | None = self.world.groups.get(SOCKETS, ranks)
-        if self.backend == "nccl" or sockets is None or not sockets.usable or bytes > MOST_BYTES:
-            return self._group(ranks)
-        return sockets
+        is_usable = self.backend != "nccl" and sockets is not None and sockets.usable
+        return sockets if is_usable else None
 
     def _peers(self, ranks: range) -> PeerGroup | None:
         """Return the group of these ranks in which they reach each other's GPU memory."""
         peers: PeerGroup | None = self.world.groups.get(PEERS, ranks)
         return peers if peers is not None and peers.usable else None
+
+    @property
+    def one_host(self) -> bool:
+        """True if small tensors are quickly exchanged: see `Comm`."""
+        return self.gpus_on_one_host or self._sockets(self._lane()) is not None
 
     @contextmanager
     def collective(self, where: str, *, about: Any = None) -> Iterator[None]:

@@ -34,6 +34,9 @@ SAVED_BYTES = 32 * 2**20
 
 At 4 TB/s that is 8 us, what a collective of few tokens takes with the launches around it."""
 
+SAVED_BYTES_ON_CPU = 2 * 2**20
+"""The same for a CPU: there that takes 50 to 150 us, and a sum with Python's time some 40."""
+
 _COLLECTIVES = {ATTENTION: 3}
 """Collectives that slices of a group add, if not one. Packing and unpacking heads takes as long as
 a third."""
@@ -240,7 +243,8 @@ def choose(handle: Any, comm: Comm, wanted: bool | None) -> tuple[str, ...]:
         return ()
     found = _kept(handle, comm).found
     if wanted is None:
-        return _worthwhile(found, comm.cp_size)
+        on_cpu = handle.device.type == "cpu"
+        return _worthwhile(found, comm.cp_size, SAVED_BYTES_ON_CPU if on_cpu else SAVED_BYTES)
     if not found.parts:
         reasons = "; ".join(f"{part}: {reason}" for part, reason in found.reasons.items())
         raise InvalidInputError(
@@ -251,12 +255,13 @@ def choose(handle: Any, comm: Comm, wanted: bool | None) -> tuple[str, ...]:
 
 
 def _is_fast(handle: Any, comm: Comm) -> bool:
-    """True if collectives are quick beside the layers: GPUs of one host, without Python's time."""
-    return handle.device.type == "cuda" and comm.one_host and handle.graphs is not None
+    """True if collectives are quick beside the layers: on one host, and on GPUs without Python."""
+    without_python = handle.device.type == "cuda" and handle.graphs is not None
+    return comm.one_host and (handle.device.type == "cpu" or without_python)
 
 
-def _worthwhile(found: Groups, ranks: int) -> tuple[str, ...]:
-    """Return the parts whose slices save more time than their collectives take.
+def _worthwhile(found: Groups, ranks: int, saved_bytes: int) -> tuple[str, ...]:
+    """Return the parts whose slices save so many bytes for each collective.
 
     Experts are not among them: a token reads few of them, and it has not been measured.
     """
@@ -266,6 +271,6 @@ def _worthwhile(found: Groups, ranks: int) -> tuple[str, ...]:
             continue
         groups = [group for group in found.groups if group.part == part]
         saved = sum(group.nbytes for group in groups) * (ranks - 1) // ranks
-        if saved >= SAVED_BYTES * _COLLECTIVES.get(part, 1) * len(groups):
+        if saved >= saved_bytes * _COLLECTIVES.get(part, 1) * len(groups):
             parts.append(part)
     return tuple(parts)
