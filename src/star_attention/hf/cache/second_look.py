@@ -90,31 +90,45 @@ class MassCache(StarCache):
 class Chosen:
     """Context tokens that one forward computes again, in increasing order.
 
+    Each rank sends an equal number of them through the model, and gets the keys, values and queries
+    of all.
+
     Attributes:
-        rows: their positions.
-        own_S: numbers of those that are in this rank's shard; None for all.
-        at_S: places of these in the buffers.
+        rows: positions of the tokens.
+        share: numbers of those of this rank's forward; the last one repeats where they run out.
+        stored_S: numbers of those that are in this rank's shard; None for all.
+        places_S: places of these in the buffers.
     """
 
     rows: Rows
-    own_S: Tensor | None
-    at_S: Tensor
+    share: list[int]
+    stored_S: Tensor | None
+    places_S: Tensor
 
     @classmethod
-    def of(cls, positions: list[int], segments: Segments, device: torch.device) -> Chosen:
-        """Return tokens at these positions, as a shard of these segments holds them."""
+    def of(
+        cls, positions: list[int], segments: Segments, comm: Comm, device: torch.device
+    ) -> Chosen:
+        """Return tokens at these positions, as a rank with a shard of these segments sees them."""
         rows = Rows(positions, device)
-        own: list[int] = []
+        stored: list[int] = []
         places: list[int] = []
         offsets = accumulate((stop - start for start, stop in segments), initial=0)
         for (start, stop), offset in zip(segments, offsets, strict=False):
             numbers = range(rows.before(start), rows.before(stop))
-            own += numbers
+            stored += numbers
             places += [positions[number] - start + offset for number in numbers]
-        own_S, at_S = (
-            torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (own, places)
+        stored_S, places_S = (
+            torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (stored, places)
         )
-        return cls(rows=rows, own_S=None if len(own) == len(positions) else own_S, at_S=at_S)
+        size, last = -(-len(positions) // comm.cp_size), len(positions) - 1
+        first = comm.cp_rank * size
+        return cls(
+            rows=rows,
+            share=[min(number, last) for number in range(first, first + size)],
+            stored_S=None if len(stored) == len(positions) else stored_S,
+            places_S=places_S,
+        )
 
 
 @dataclass(kw_only=True)
@@ -124,42 +138,61 @@ class RenewPosition(ForwardPosition):
     comm: Comm
     chosen: Chosen
 
+    def of_all(self, *own_BSHD: Tensor) -> list[Tensor]:
+        """Return rows of all ranks, from tensors with those of each rank's share."""
+        if self.comm.cp_size == 1:
+            return list(own_BSHD)
+        widths = [own.shape[2] * own.shape[3] for own in own_BSHD]
+        parts = self.comm.cp_gather(torch.cat([own[0].flatten(1) for own in own_BSHD], 1))
+        rows = parts.flatten(0, 1)[: len(self.chosen.rows.positions)].split(widths, 1)
+        return [
+            part.unflatten(1, own.shape[2:])[None] for part, own in zip(rows, own_BSHD, strict=True)
+        ]
+
+    def of_share(self, state: State) -> State:
+        """Return the state of this rank's share, from that of all rows."""
+        if self.comm.cp_size == 1:
+            return state
+        share_S = torch.tensor(self.chosen.share, device=state.lse_BQH.device)
+        return State(state.out_BQHD[:, share_S], state.lse_BQH[:, share_S])
+
 
 class RenewLayer(StarLayer[RenewPosition]):
     """Replaces keys and values of the tokens, which then attend to all before them."""
 
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        position, chosen = self.position, self.position.chosen
+        k_BSGD, v_BSGD = position.of_all(*by_token((k_BGSD, v_BGSD)))
         if not self.kv.tokens:
             return k_BGSD, v_BGSD
-        chosen = self.position.chosen
-        k_GSD, v_GSD = k_BGSD[0], v_BGSD[0]
-        if chosen.own_S is not None:
-            own_S = chosen.own_S.to(k_GSD.device)
-            k_GSD, v_GSD = k_GSD.index_select(1, own_S), v_GSD.index_select(1, own_S)
-        self.kv.replace(chosen.at_S, k_GSD, v_GSD)
+        if chosen.stored_S is not None:
+            stored_S = chosen.stored_S.to(k_BSGD.device)
+            k_BSGD, v_BSGD = k_BSGD.index_select(1, stored_S), v_BSGD.index_select(1, stored_S)
+        self.kv.replace(chosen.places_S, *(t[0].transpose(0, 1) for t in (k_BSGD, v_BSGD)))
         return self.kv.pair() if self.kv.expands else (k_BGSD, v_BGSD)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        comm, rows = self.position.comm, self.position.chosen.rows
+        position, segments = self.position, self.kv.segments
+        (q_BQHD,) = position.of_all(q_BQHD)
         states = []
         if self.kv.tokens:
             if not self.kv.expands:
                 k_BKGD, v_BKGD = by_token(self.kv.pair())
-            lengths = [stop - start for start, stop in self.kv.segments]
+            lengths = [stop - start for start, stop in segments]
+            runs = zip(segments, k_BKGD.split(lengths, 1), v_BKGD.split(lengths, 1), strict=True)
             states = [
-                attend_rows(q_BQHD, keys, values, rule=rule, rows=rows, first_key=start)
-                for (start, _), keys, values in zip(
-                    self.kv.segments,
-                    k_BKGD.split(lengths, 1),
-                    v_BKGD.split(lengths, 1),
-                    strict=True,
+                attend_rows(
+                    q_BQHD, keys, values, rule=rule, rows=position.chosen.rows, first_key=start
                 )
+                for (start, _), keys, values in runs
             ]
         if not states:
             B, Q, H, _ = q_BQHD.shape
             states = [empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)]
         state = merge(states, dtype=rule.dtype)
-        return state if comm.cp_size == 1 else comm.merge(state)
+        return (
+            state if position.comm.cp_size == 1 else position.of_share(position.comm.merge(state))
+        )
 
 
 class RenewCache(StarCache):
@@ -178,9 +211,11 @@ class RenewCache(StarCache):
         self, shard: ContextKV, windows: list[int | None], comm: Comm, device: torch.device
     ) -> None:
         self._segments, self._device = shard.segments, device
-        position = RenewPosition(comm=comm, chosen=Chosen.of([], self._segments, device))
+        position = RenewPosition(comm=comm, chosen=Chosen.of([], self._segments, comm, device))
         super().__init__(build_layers(RenewLayer, windows, position, [shard]), position, comm)
 
-    def choose(self, positions: list[int]) -> None:
-        """Set the tokens of the next forward."""
-        self.position.chosen = Chosen.of(positions, self._segments, self._device)
+    def choose(self, positions: list[int]) -> list[int]:
+        """Set the tokens of the next forward; return the positions of this rank's share."""
+        chosen = Chosen.of(positions, self._segments, self.comm, self._device)
+        self.position.chosen = chosen
+        return [positions[number] for number in chosen.share]

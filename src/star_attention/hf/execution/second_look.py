@@ -62,8 +62,7 @@ def _renew(request: Request, shard: ContextKV, positions: list[int]) -> None:
         part = positions[start : start + size]
         place = f"{start:,} to {start + len(part):,} of {len(positions):,} tokens"
         comm.tick(f"phase 2, second look, {place}")
-        cache.choose(part)
-        positions_S = torch.tensor(part, device="cpu")
+        positions_S = torch.tensor(cache.choose(part), device="cpu")
         ids_1S = request.context_ids_L[positions_S][None].to(handle.device)
         handle.encode(ids_1S, positions_S[None].to(handle.device), cache, request.rope_length)
 
