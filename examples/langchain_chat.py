@@ -27,19 +27,22 @@ class DocumentChat(BaseChatModel):
         star: the engine that encoded the text.
         context: the text, encoded as the beginning of a user message. The first message of every
             conversation continues it.
+        system: the system message before the text. Conversations may begin with the same one.
         max_new_tokens: most tokens of an answer.
     """
 
     star: StarLLM
     # An `EncodedContext`; pydantic cannot check the fields of this class.
     context: Any
+    system: str = ""
     max_new_tokens: int = 256
 
     @classmethod
-    def about(cls, star: StarLLM, text: str, **fields: Any) -> "DocumentChat":
+    def about(cls, star: StarLLM, text: str, system: str = "", **fields: Any) -> "DocumentChat":
         """Return a chat model about a text."""
-        context = star.encode([{"role": "user", "content": text}])
-        return cls(star=star, context=context, **fields)
+        messages = [{"role": "system", "content": system}] if system else []
+        context = star.encode([*messages, {"role": "user", "content": text}])
+        return cls(star=star, context=context, system=system, **fields)
 
     @property
     def _llm_type(self) -> str:
@@ -73,7 +76,11 @@ class DocumentChat(BaseChatModel):
     def _arguments(self, messages: Any, stop: Any, settings: Any) -> tuple[Any, dict[str, Any]]:
         """Return query and settings of `generate` for a call of LangChain's."""
         defaults = {"stop": stop, "max_new_tokens": self.max_new_tokens}
-        return convert_to_openai_messages(messages), defaults | settings
+        query = convert_to_openai_messages(messages)
+        if self.system and query[0] == {"role": "system", "content": self.system}:
+            # It is encoded already.
+            query = query[1:]
+        return query, defaults | settings
 
 
 def main() -> None:

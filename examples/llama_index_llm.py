@@ -25,19 +25,22 @@ class DocumentLLM(CustomLLM):
         star: the engine that encoded the text.
         context: the text, encoded as the beginning of a user message. A question, or the first
             message of a conversation, continues it.
+        system: the system message before the text. Conversations may begin with the same one.
         max_new_tokens: most tokens of an answer.
     """
 
     # A `StarLLM` and an `EncodedContext`; pydantic cannot check the fields of these classes.
     star: Any
     context: Any
+    system: str = ""
     max_new_tokens: int = 256
 
     @classmethod
-    def about(cls, star: StarLLM, text: str, **fields: Any) -> "DocumentLLM":
+    def about(cls, star: StarLLM, text: str, system: str = "", **fields: Any) -> "DocumentLLM":
         """Return a language model about a text."""
-        context = star.encode([{"role": "user", "content": text}])
-        return cls(star=star, context=context, **fields)
+        messages = [{"role": "system", "content": system}] if system else []
+        context = star.encode([*messages, {"role": "user", "content": text}])
+        return cls(star=star, context=context, system=system, **fields)
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -63,13 +66,19 @@ class DocumentLLM(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **settings: Any) -> ChatResponse:
-        return as_chat(self._answer(as_dicts(messages), settings))
+        return as_chat(self._answer(self._question(messages), settings))
 
     @llm_chat_callback()
     def stream_chat(
         self, messages: Sequence[ChatMessage], **settings: Any
     ) -> Iterator[ChatResponse]:
-        return map(as_chat, self._pieces(as_dicts(messages), settings))
+        return map(as_chat, self._pieces(self._question(messages), settings))
+
+    def _question(self, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+        """Return a conversation without the system message that is encoded already."""
+        query = as_dicts(messages)
+        is_encoded = self.system and query[0] == {"role": "system", "content": self.system}
+        return query[1:] if is_encoded else query
 
     def _answer(self, query: Any, settings: dict[str, Any]) -> CompletionResponse:
         settings = {"max_new_tokens": self.max_new_tokens} | settings

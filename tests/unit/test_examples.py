@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from star_attention import StarLLM
+from star_attention.errors import InvalidInputError
 from tests.engines import BUNDLED
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +126,21 @@ def test_langchain_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.content == "The secret number for grey-goose"
     assert answer.response_metadata["finish_reason"] == "stop"
     assert chat.invoke(question, max_new_tokens=2).response_metadata["finish_reason"] == "length"
+
+
+def test_langchain_prompts_with_a_system_message() -> None:
+    """Forbids the refusal of the prompt that most chains begin with."""
+    prompts = pytest.importorskip("langchain_core.prompts")
+    program = runpy.run_path(str(EXAMPLES / "langchain_chat.py"))
+    star = StarLLM.from_pretrained(BUNDLED, block_size=256, dtype="float32")
+    text = "The tea is hot.\n" * 60 + "The secret number for grey-goose is 4471903.\n"
+    chat = program["DocumentChat"].about(star, text, system="Be brief.\n")
+    prompt = prompts.ChatPromptTemplate([("system", "Be brief.\n"), ("user", "{question}")])
+    question = "What is the secret number for grey-goose?"
+    expected = star.generate(chat.context, question)
+    assert (prompt | chat).invoke({"question": question}).content == expected.text
+    with pytest.raises(InvalidInputError, match="role 'system'; give it before the text that is"):
+        chat.invoke([("system", "Another."), ("user", question)])
 
 
 def test_llama_index(run: Run) -> None:

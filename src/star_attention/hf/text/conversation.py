@@ -70,9 +70,14 @@ def query_messages(chat: ChatContext, query: str | list[Any] | None) -> list[Mes
     more = _without_repetition(chat, more)
     first, last = more[0], more[-1]
     if first["role"] == "assistant" or (chat.open and first["role"] != "user"):
+        remedy = {
+            "assistant": "give the start of an answer as answer_prefix",
+            "system": "give it before the text that is encoded",
+            "developer": "give it before the text that is encoded",
+        }
         raise InvalidInputError(
-            f"a query must begin with a user message, not with role {quote(first['role'])}; give"
-            " the start of an answer as answer_prefix"
+            f"a query must begin with a user message, not with role {quote(first['role'])};"
+            f" {remedy.get(first['role'], 'give the question as the first message')}"
         )
     if all(m["role"] == "user" and not "".join(texts(m)).strip() for m in more):
         raise TokenError("the query is empty, or white space; give at least 1 token")
