@@ -15,6 +15,7 @@ import torch
 from star_attention import StarLLM
 from star_attention.bench.benchmark import Target
 from star_attention.bench.decode import Decode
+from star_attention.bench.models import weight_bytes_per_token
 from star_attention.bench.prefill.benchmark import Prefill
 from star_attention.bench.prefill.cases import Methods, plan_cases
 from star_attention.bench.prefill.contenders import EngineSettings
@@ -22,6 +23,7 @@ from star_attention.bench.questions import Questions
 from star_attention.bench.ranks import NOT_HERE, OUT_OF_MEMORY, attempt
 from star_attention.distributed import TorchComm
 from star_attention.errors import InvalidInputError, OutOfMemoryError
+from star_attention.hf.execution import slices
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, traffic
 from star_attention.planning.plan import BlockPlan
@@ -126,6 +128,37 @@ def test_answers_on_ranks_are_measured_beside_those_of_rank_0(pool: Pool) -> Non
     assert wire == sorted(set(wire)), "slices exchange more"
     assert all(row.read_bytes < alone.read_bytes for row in together)
     assert [row.encode_s is None for row in together] == [False, True]
+
+
+def chosen_slices(comm: TorchComm, slice_weights: bool | None) -> tuple[Any, int, int]:
+    """Return the row with slices where the MLPs alone save time; weights, and half of the MLPs."""
+    target = target_on(comm)
+    mlps = sum(w.nbytes for name, w in target.model.named_parameters() if ".mlp." in name)
+    with pytest.MonkeyPatch.context() as patch:
+        layers = target.model.config.num_hidden_layers
+        patch.setattr(slices, "SAVED_BYTES_ON_CPU", mlps // 2 // layers)
+        benchmark = Decode(
+            contexts=[CONTEXT],
+            block=BLOCK,
+            queries=1,
+            query_tokens=4,
+            answer_tokens=4,
+            repeats=1,
+            slice_weights=slice_weights,
+            alone=False,
+        )
+        *_, row = benchmark.run(target)
+    assert row.weights == "slices"
+    return row, weight_bytes_per_token(target.model), mlps // 2
+
+
+def test_slices_are_those_that_save_time(pool: Pool) -> None:
+    """Forbids a row that is slower than the default, which slices less."""
+    (every, *_), _ = pool.run(chosen_slices, 2, slice_weights=True)
+    (chosen, weights, saved), _ = pool.run(chosen_slices, 2, slice_weights=None)
+    assert chosen.wire_bytes < every.wire_bytes
+    assert chosen.read_bytes - every.read_bytes == weights - saved - weights // 2
+    assert chosen.floor_s == chosen.read_bytes / 1e9
 
 
 def prefill_rows(comm: TorchComm) -> list[Any]:

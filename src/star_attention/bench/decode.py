@@ -15,9 +15,16 @@ from star_attention.bench import decode_plots
 from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.bench.decode_rows import SLICES, DecodeRow, table
 from star_attention.bench.models import random_ids, weight_bytes_per_token
-from star_attention.bench.modes import block_of, ranks_of, weights_modes, weights_settings
+from star_attention.bench.modes import (
+    block_of,
+    by_rule,
+    ranks_of,
+    weights_modes,
+    weights_settings,
+)
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, measure
 from star_attention.engine import StarLLM
+from star_attention.hf.execution import slices
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.sizes import format_size
 from star_attention.storage.context import EncodedContext
@@ -35,7 +42,8 @@ class Decode(Benchmark[DecodeRow]):
         query_tokens, answer_tokens: length of a query and of an answer.
         repeats: runs of each, of which the median counts.
         compile: True or False; None measures both on a GPU and False elsewhere.
-        slice_weights: True or False; None measures both on several ranks.
+        slice_weights: True or False; None measures both on several ranks, and slices what saves
+            time, or all if nothing does.
         alone: of several ranks, also measure rank 0 by itself.
         kv_dtype, kv_device: as for `StarLLM`.
     """
@@ -120,6 +128,8 @@ class Decode(Benchmark[DecodeRow]):
 
     def _timed(self, row: DecodeRow, context: list[EncodedContext], target: Target) -> DecodeRow:
         star = self._engine(row, target)
+        if row.weights == SLICES and star.config.slice_weights is None:
+            row = self._with_chosen_slices(row, star, target)
         encode_s = None
         if not context:
             target.check_memory(star, row.context)
@@ -153,7 +163,17 @@ class Decode(Benchmark[DecodeRow]):
         settings = weights_settings(row.ranks, row.weights) | dict(
             block_size=row.block, kv_dtype=self.kv_dtype, kv_device=self.kv_device
         )
-        return target.engine(alone=row.ranks < target.ranks, compile=row.compiled, **settings)
+        alone = row.ranks < target.ranks
+        star = target.engine(alone=alone, compile=row.compiled, **settings)
+        return by_rule(star, row.weights, self.slice_weights)
+
+    def _with_chosen_slices(self, row: DecodeRow, star: StarLLM, target: Target) -> DecodeRow:
+        """Return the row with what is read if an engine slices only what saves time."""
+        handle, comm = star.runtime.handle, star.runtime.comm
+        saved = slices.saved_bytes(handle, comm, slices.choose(handle, comm, None))
+        weights = weight_bytes_per_token(target.model)
+        read_bytes = row.read_bytes + weights - weights // row.ranks - saved
+        return replace(row, read_bytes=read_bytes, floor_s=read_bytes / target.ceilings.bytes_per_s)
 
     def table(self, rows: list[DecodeRow]) -> list[tuple[str, ...]]:
         return table(rows)

@@ -9,8 +9,8 @@ from star_attention.bench.ranks import in_short
 from star_attention.planning.sizes import format_size
 
 WHOLE, SLICES, SHARD = "whole", "slices", "shard"
-"""Weights that a rank reads for a token: all of them, its slice of all (`slice_weights`), or those
-that it holds (`tensor_parallel`)."""
+"""Weights that a rank reads for a token: all of them, slices (`slice_weights`), or those that it
+holds (`tensor_parallel`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

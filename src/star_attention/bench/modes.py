@@ -8,6 +8,8 @@ from typing import Any
 from star_attention.bench.benchmark import Target
 from star_attention.bench.decode_rows import SHARD, SLICES, WHOLE
 from star_attention.config import StarConfig
+from star_attention.engine import StarLLM
+from star_attention.hf.execution import slices
 
 
 def ranks_of(target: Target, alone: bool) -> list[int]:
@@ -38,3 +40,16 @@ def weights_settings(ranks: int, weights: str) -> dict[str, Any]:
     settings = {"slice_weights": weights == SLICES}
     known = {field.name for field in fields(StarConfig)}
     return settings if weights == SLICES or "slice_weights" in known else {}
+
+
+def by_rule(star: StarLLM, weights: str, slice_weights: bool | None) -> StarLLM:
+    """Return an engine that slices what saves time, if anything does and not all is asked for.
+
+    Collective.
+    """
+    if weights != SLICES or slice_weights:
+        return star
+    comm, handle = star.runtime.comm, star.runtime.handle
+    with star.runtime.collective("a benchmark"):
+        parts = comm.run_on_rank_0(lambda: slices.choose(handle, comm, None))
+    return star.with_config(slice_weights=None) if parts else star

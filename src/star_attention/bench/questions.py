@@ -18,7 +18,13 @@ from transformers import GenerationConfig
 from star_attention.bench.benchmark import Benchmark, Target
 from star_attention.bench.decode_rows import WHOLE
 from star_attention.bench.models import random_ids
-from star_attention.bench.modes import block_of, ranks_of, weights_modes, weights_settings
+from star_attention.bench.modes import (
+    block_of,
+    by_rule,
+    ranks_of,
+    weights_modes,
+    weights_settings,
+)
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, in_short, measure
 from star_attention.planning.sizes import format_size
 from star_attention.storage.context import EncodedContext
@@ -85,7 +91,7 @@ class Questions(Benchmark[QuestionsRow]):
         query_tokens, answer_tokens: length of a question and of an answer.
         repeats: runs of each, of which the median counts.
         compile: as for `StarLLM`.
-        slice_weights: True or False; None measures both on several ranks.
+        slice_weights: as for `Decode`.
         alone: of several ranks, also measure rank 0 by itself.
         methods: None for `METHODS`, or `METHODS_ON_RANKS`.
     """
@@ -182,6 +188,7 @@ class Questions(Benchmark[QuestionsRow]):
             method=row.method,
             **weights_settings(row.ranks, row.weights),
         )
+        star = by_rule(star, row.weights, self.slice_weights)
         comm, encode_s = star.runtime.comm, None
         if not encoded:
             target.check_memory(star, row.context)

@@ -254,6 +254,12 @@ def choose(handle: Any, comm: Comm, wanted: bool | None) -> tuple[str, ...]:
     return found.parts
 
 
+def saved_bytes(handle: Any, comm: Comm, parts: tuple[str, ...]) -> int:
+    """Return the bytes of weights in these parts that a rank does not multiply."""
+    groups = [group for group in _kept(handle, comm).found.groups if group.part in parts]
+    return sum(group.nbytes for group in groups) * (comm.cp_size - 1) // comm.cp_size
+
+
 def _is_fast(handle: Any, comm: Comm) -> bool:
     """True if collectives are quick beside the layers: on one host, and on GPUs without Python."""
     without_python = handle.device.type == "cuda" and handle.graphs is not None
