@@ -120,6 +120,10 @@ def test_no_value_of_a_field_leads_to_a_traceback(tmp_path: Path, name: str) -> 
         ('{"context": "c", "query": "", "answers": ["x"]}', "has no query"),
         ('{"context": "c", "query": "q", "answers": ["x"], "id": 0}', "already that of line 1"),
         ('{"context": "c", "question": "q", "answer": true, "task": "vt"}', "got True"),
+        (
+            '{"context": "c", "context": "d", "query": "q", "answers": ["x"]}',
+            "the field 'context' comes twice.; correct it",
+        ),
     ],
     ids=lambda value: value[-40:],
 )
@@ -131,6 +135,14 @@ def test_errors_name_line_field_value_and_remedy(tmp_path: Path, line: str, mess
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(good)}\n\n{line}", encoding="utf-8")
     with pytest.raises(InvalidInputError, match=rf"data\.jsonl, line 3: .*{message}"):
+        read(path)
+
+
+def test_a_column_that_comes_twice(tmp_path: Path) -> None:
+    """Forbids reading the last one without a word."""
+    path = tmp_path / "data.csv"
+    path.write_text('context,query,answers,query\na,b,"[""x""]",c\n', encoding="utf-8")
+    with pytest.raises(InvalidInputError, match=r"line 1: the column 'query' comes twice; rename"):
         read(path)
 
 

@@ -128,8 +128,13 @@ def test_files_that_cannot_be_loaded(folder: Path) -> None:
     refused(ModelNotFoundError, message, call=lambda: load(broken))
     message = "holds 2 GGUF files, broken.gguf, tiny.gguf; give the path of one of them"
     refused(ModelNotFoundError, message, call=lambda: load(folder))
-    broken.write_bytes(file.read_bytes()[:300])
-    refused(ModelNotFoundError, f"no model could be read at {broken}", call=lambda: load(broken))
+    said = f"no model could be read at {broken}: the file is truncated or damaged; copy or"
+    for size in (10, 300, file.stat().st_size - 9):
+        broken.write_bytes(file.read_bytes()[:size])
+        refused(ModelNotFoundError, said, call=lambda: load(broken))
+    refused(
+        ModelNotFoundError, "/dev/null is neither a folder nor a", call=lambda: load("/dev/null")
+    )
     part = folder / "tiny-00001-of-00002.gguf"
     file.rename(part)
     message = f"{part} is one part of a GGUF file; join the parts with llama.cpp's"

@@ -276,6 +276,11 @@ def test_texts_of_options_are_checked(texts: Path) -> None:
         assert f"the {name} 'caf\\udce9' is not UTF-8; check the terminal's locale" in line
 
 
+def test_an_empty_name() -> None:
+    line = failed("generate", *MODEL, "", "--query", "x")
+    assert line == "error: the name of a text file is empty; give its path"
+
+
 def test_a_name_that_no_file_can_have() -> None:
     done = run("generate", *MODEL, "x" * 300, "--query", "x")
     assert done.status == 1

@@ -46,6 +46,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         TextError: the file is missing, a folder or unreadable.
     """
     shown = quote_path(path)
+    if not shown:
+        raise TextError("the name of a text file is empty; give its path")
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:

@@ -6,7 +6,7 @@ import csv
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def _parse(text: str, place: str, *, hint: str) -> Any:
         InvalidInputError: It is not JSON; the message names the place.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_fields)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text else ""
         found = f"{error.msg}, column {error.colno}"
@@ -107,8 +107,21 @@ def _parse(text: str, place: str, *, hint: str) -> Any:
             f"{place}{line}: invalid JSON ({found}, at {quote(excerpt)}); {hint}"
         ) from None
     except (ValueError, RecursionError) as error:
-        # Integers of more than 4,300 digits, and thousands of lists in lists.
-        raise InvalidInputError(f"{place}: invalid JSON ({error}); {hint}") from None
+        # Integers of more than 4,300 digits, thousands of lists in lists, and fields named twice.
+        raise InvalidInputError(f"{place}: invalid JSON ({error}); correct it") from None
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a JSON object, none of which may replace another."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"the field {quote(_repeated([name for name, _ in pairs]))} comes twice")
+    return fields
+
+
+def _repeated(names: Sequence[str]) -> str:
+    """Return the first name that comes again."""
+    return next(name for index, name in enumerate(names) if name in names[:index])
 
 
 def _csv_rows(path: Path) -> Iterator[NumberedRow]:
@@ -117,12 +130,17 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            if len(set(columns)) < len(columns):
+                raise InvalidInputError(
+                    f"{path}, line 1: the column {quote(_repeated(columns))} comes twice; rename"
+                    " one of them"
+                )
             for row in reader:
                 if None in row or None in row.values():
-                    columns = len(reader.fieldnames or [])
                     raise InvalidInputError(
-                        f"{path}, line {reader.line_num}: the header has {columns} columns, this"
-                        " row has a different number"
+                        f"{path}, line {reader.line_num}: the header has {len(columns)} columns,"
+                        " this row has a different number"
                     )
                 yield f"line {reader.line_num}", dict(row)
     except csv.Error as error:

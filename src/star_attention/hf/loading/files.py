@@ -245,7 +245,10 @@ def _gguf(folder: Path, name: str, location: dict[str, Any], adapter: str | None
             " out"
         )
     if not path.is_file():
-        raise ModelNotFoundError(f"there is no GGUF file {path}; check the path")
+        problem = f"there is no GGUF file {path}"
+        if path.exists():
+            problem = f"{path} is neither a folder nor a file"
+        raise ModelNotFoundError(f"{problem}; check the path")
     check_is_no_pointer(path)
     with open(path, "rb") as file:
         is_gguf = file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC

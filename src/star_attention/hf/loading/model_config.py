@@ -7,6 +7,7 @@ raised here.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -51,6 +52,10 @@ def config_of(model: ModelFiles, rotary: dict[str, Any] | None = None) -> Any:
         # Configs check their values with errors of any type.
         refuse_remote_code(model, error)
         problem = f"no model could be read at {model.gguf_file or model.path}"
+        if model.gguf_file is not None and _is_damaged(model.gguf_file):
+            raise ModelNotFoundError(
+                f"{problem}: the file is truncated or damaged; copy or download it again"
+            ) from error
         remedy = "check the path, or copy or download the model again"
         if model.folder is None:
             problem = f"there is no folder {model.path} here, and it could not be loaded as a hub"
@@ -60,6 +65,18 @@ def config_of(model: ModelFiles, rotary: dict[str, Any] | None = None) -> Any:
     if rotary:
         rope_scaling.apply(config, rotary)
     return config
+
+
+def _is_damaged(gguf_file: Path) -> bool:
+    """True for a GGUF file that its own reader cannot read to the end."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(gguf_file)
+    except Exception:
+        # Whatever slice or number the reader stumbles over.
+        return True
+    return False
 
 
 def without_remote_code(model: ModelFiles) -> dict[str, Any]:
