@@ -22,14 +22,14 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 def _step(
     q_MD, k_ptr, v_ptr, last_M, top_M, sum_M, out_MD, at, keys, scale, window, k_k, v_k,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LIMITED: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, LIMITED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     n = at + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     mask = (n < keys)[:, None] & (d < D)[None, :]
     n64 = n.to(tl.int64)[:, None]
     # Loads without a mask are faster.
-    if LIMITED or D != BLOCK_D:
+    if MASKED:
         k_ND = tl.load(k_ptr + n64 * k_k + d[None, :], mask=mask, other=0.0)
     else:
         k_ND = tl.load(k_ptr + n64 * k_k + d[None, :])
@@ -44,7 +44,7 @@ def _step(
     safe_M = tl.where(new_M == float("-inf"), 0.0, new_M)
     shrink_M = tl.exp2(top_M - safe_M)
     weight_MN = tl.exp2(scores_MN - safe_M[:, None])
-    if LIMITED or D != BLOCK_D:
+    if MASKED:
         v_ND = tl.load(v_ptr + n64 * v_k + d[None, :], mask=mask, other=0.0)
     else:
         v_ND = tl.load(v_ptr + n64 * v_k + d[None, :])
@@ -58,7 +58,8 @@ def _rows(
     scale, window, queries, keys,
     q_q, q_h, k_k, k_g, v_k, v_g,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     g = (h // (HEADS // KV_HEADS)).to(tl.int64)
@@ -92,12 +93,12 @@ def _rows(
     for at in tl.range(start, limit, BLOCK_N):
         top_M, sum_M, out_MD = _step(
             q_MD, k_ptr, v_ptr, last_M, top_M, sum_M, out_MD, at, keys, scale, window, k_k, v_k,
-            D, BLOCK_N, BLOCK_D, False, False,
+            D, BLOCK_N, BLOCK_D, PADDED, False, False,
         )  # fmt: skip
     for at in tl.range(limit, stop, BLOCK_N):
         top_M, sum_M, out_MD = _step(
             q_MD, k_ptr, v_ptr, last_M, top_M, sum_M, out_MD, at, keys, scale, window, k_k, v_k,
-            D, BLOCK_N, BLOCK_D, True, WINDOW,
+            D, BLOCK_N, BLOCK_D, True, True, WINDOW,
         )  # fmt: skip
 
     has_keys_M = sum_M > 0.0
@@ -145,6 +146,7 @@ def attend(q_1QHD: Tensor, k_1KGD: Tensor, v_1KGD: Tensor, *, rule: Rule, last_Q
         rule.scale, rule.window or 0, Q, K,
         *q_1QHD.stride()[1:3], *k_1KGD.stride()[1:3], *v_1KGD.stride()[1:3],
         HEADS=H, KV_HEADS=G, D=D, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        WINDOW=rule.window is not None, num_warps=8 if block_d <= 128 else 4, num_stages=2,
+        PADDED=D != block_d, WINDOW=rule.window is not None,
+        num_warps=8 if block_d <= 128 else 4, num_stages=2,
     )  # fmt: skip
     return State(out_1QHD, lse_1QH)

@@ -133,10 +133,11 @@ class Chosen:
 
 @dataclass(kw_only=True)
 class RenewPosition(ForwardPosition):
-    """The tokens that the current forward computes again."""
+    """The tokens that the current forward computes again, and the number of the last layer."""
 
     comm: Comm
     chosen: Chosen
+    last_index: int
 
     def of_all(self, *own_BSHD: Tensor) -> list[Tensor]:
         """Return rows of all ranks, from tensors with those of each rank's share."""
@@ -173,6 +174,10 @@ class RenewLayer(StarLayer[RenewPosition]):
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         position, segments = self.position, self.kv.segments
+        if self.index == position.last_index:
+            # Nothing reads what the last layer returns: its keys and values are what counts.
+            B, Q, H, _ = q_BQHD.shape
+            return empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
         (q_BQHD,) = position.of_all(q_BQHD)
         states = []
         if self.kv.tokens:
@@ -211,7 +216,8 @@ class RenewCache(StarCache):
         self, shard: ContextKV, windows: list[int | None], comm: Comm, device: torch.device
     ) -> None:
         self._segments, self._device = shard.segments, device
-        position = RenewPosition(comm=comm, chosen=Chosen.of([], self._segments, comm, device))
+        nothing = Chosen.of([], self._segments, comm, device)
+        position = RenewPosition(comm=comm, chosen=nothing, last_index=len(windows) - 1)
         super().__init__(build_layers(RenewLayer, windows, position, [shard]), position, comm)
 
     def choose(self, positions: list[int]) -> list[int]:
