@@ -147,8 +147,7 @@ class MeshComm(Mesh):
             heads: the query heads to merge, which may differ between ranks; None for all.
         """
         wanted = slice(None) if heads is None else heads
-        out_BQHD, lse_BQH = state.out_BQHD.float(), state.lse_BQH.contiguous()
-        rows, head_size = lse_BQH.numel(), out_BQHD.shape[-1]
+        rows, head_size = state.lse_BQH.numel(), state.out_BQHD.shape[-1]
         collective = self.merge_collective or traffic.merge_choice(self.cp_size, rows, head_size)
         peers = self._peers(self._lane()) if collective == "gather" else None
         if peers is not None and peers.fits_states(rows, head_size):
@@ -159,12 +158,14 @@ class MeshComm(Mesh):
                 return merged
             peers.merge(state, heads, rehearsal=True)
         if self._rehearsing:
-            return State(out_BQHD[:, :, wanted], lse_BQH[:, :, wanted])
-        merge_states = self._merge_gathered if collective == "gather" else self._merge_reduced
-        return merge_states(out_BQHD, lse_BQH, wanted)
+            return State(state.out_BQHD[:, :, wanted].float(), state.lse_BQH[:, :, wanted])
+        if collective == "gather":
+            return self._merge_gathered(state, wanted)
+        return self._merge_reduced(state.out_BQHD.float(), state.lse_BQH.contiguous(), wanted)
 
-    def _merge_gathered(self, out_BQHD: Tensor, lse_BQH: Tensor, heads: slice) -> State:
-        packed_BQHE = torch.cat([out_BQHD, lse_BQH[..., None]], -1)
+    def _merge_gathered(self, state: State, heads: slice) -> State:
+        # In fp32, as the lse is.
+        packed_BQHE = torch.cat([state.out_BQHD, state.lse_BQH[..., None]], -1)
         parts = self.cp_gather(packed_BQHE)[:, :, :, heads]
         return merge([State(part[..., :-1], part[..., -1]) for part in parts])
 

@@ -104,10 +104,9 @@ class SocketGroup:
 
     def gather(self, parts: Tensor, part: Tensor) -> Exchange:
         """Start gathering all members' parts in `parts`, `[size, *shape]`; both are contiguous."""
-        parts[self._member].copy_(part)
-        arriving = _bytes(parts)
-        size = len(arriving) // self._size
-        sent = _bytes(part)
+        arriving, sent = _bytes(parts), _bytes(part)
+        size = len(sent)
+        arriving[self._member * size : (self._member + 1) * size] = sent
         return Exchange(
             [(other, sent) for other in self._sockets.values()],
             [
