@@ -127,13 +127,13 @@ def _leading_runs(
     settings = prepared.settings
     assert settings is not None, "rank 0 prepares"
     settings.check_method(methods.get(context.method))
-    runtime.positions.check_room(
-        len(context), context.rope_length, prepared.prompts, settings.max_new_tokens
-    )
-    # A second look chooses for one query, and its copy of the context is for that one alone.
-    groups = [[prompt] for prompt in prepared.prompts]
-    if not settings.second_look:
-        groups = [prepared.prompts]
+    groups = [prepared.prompts]
+    if settings.second_look:
+        # It chooses for one query, and its copy of the context is for that one alone.
+        groups = [[prompt] for prompt in prepared.prompts]
+        runtime.positions.check_room(
+            len(context), context.rope_length, prepared.prompts, settings.max_new_tokens
+        )
     for number, prompts in enumerate(groups, start=1):
         run = _leading_run(runtime, context, replace(prepared, prompts=prompts))
         if streamed and (run.program is None or run.shape.answers_per_query > 1):

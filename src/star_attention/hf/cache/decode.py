@@ -118,9 +118,12 @@ class AnswerLayer(StarLayer[AnswerPosition]):
             # Keys that the model expanded: the shard's come before the tail's.
             k_1KGD, v_1KGD = k_BKGD[:, :shard_tokens], v_BKGD[:, :shard_tokens]
             k_BKGD, v_BKGD = k_BKGD[:, shard_tokens:], v_BKGD[:, shard_tokens:]
+        tail = k_BKGD, v_BKGD
+        if len(self.shard.segments) == 1:
+            return [(k_1KGD, v_1KGD)], tail
         lengths = [stop - start for start, stop in self.shard.segments]
         keys, values = k_1KGD.split(lengths, 1), v_1KGD.split(lengths, 1)
-        return list(zip(keys, values, strict=True)), (k_BKGD, v_BKGD)
+        return list(zip(keys, values, strict=True)), tail
 
     def first_query(self, queries: int) -> int:
         """Return the position of the first of the last `queries` tokens."""
