@@ -53,8 +53,14 @@ def check(text: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, dict(temperature=5.0, seed=3), dict(repetition_penalty=1.5), dict(top_k=3, seed=1)],
-    ids=["greedy", "hot", "penalty", "top_k"],
+    [
+        {},
+        dict(temperature=5.0, seed=3),
+        dict(repetition_penalty=1.5),
+        dict(top_k=3, seed=1),
+        dict(second_look=0.5),
+    ],
+    ids=["greedy", "hot", "penalty", "top_k", "second look"],
 )
 def test_an_answer_follows_the_schema(
     star: StarLLM, context: EncodedContext, options: dict[str, Any]
