@@ -2,7 +2,7 @@
 
 The choice is read off the attention weights of an eager forward. The answer is one more eager
 forward with an explicit mask, over the context, the chosen tokens once more at their own positions,
-and query and answer: these see, of each chosen token, the later one alone.
+and query and answer: the latter two see, of each chosen token, the later one alone.
 
 Axes: `L` context tokens, `T` tokens of query and answer, `N` all tokens of a forward, `V`
 vocabulary.
@@ -125,12 +125,19 @@ def second_look_logits(
     is_old_N = torch.arange(len(positions)) < L
     is_replaced_N = is_old_N & torch.isin(positions_N, torch.tensor(chosen))
 
-    def visible(window: int | None, lookback: int) -> torch.Tensor:
+    def visible(window: int | None, looks_back: int) -> torch.Tensor:
         ahead_NN = positions_N[:, None] - positions_N[None]
         keep_NN = (ahead_NN >= 0) & ~is_replaced_N[None]
+        law_LL = law_mask(L, L, block_size, anchor_size, None, looks_back)
         keep_NN[:L] = False
-        keep_NN[:L, :L] = law_mask(L, L, block_size, anchor_size, None, lookback)
-        return keep_NN if window is None else keep_NN & (ahead_NN < window)
+        keep_NN[:L, :L] = law_LL
+        if window is not None:
+            return keep_NN & (ahead_NN < window)
+        if not looks_back and lookback_layers:
+            # A token that is computed again sees what it saw before, and the others before it.
+            again = slice(L, L + len(chosen))
+            keep_NN[again, :L] &= law_LL[chosen]
+        return keep_NN
 
     def masks(lookback: int) -> Mask:
         return layer_masks(model, lambda window: visible(window, lookback))

@@ -372,15 +372,16 @@ def test_a_second_look_is_a_query_and_the_chosen_tokens_again() -> None:
     query = cost.phase2(SHAPE, 40, query_tokens=5, answer_tokens=1)
     dense = cost.phase1(SHAPE, BlockPlan.dense(40), tokens_per_forward=16)
     scores = 2 * 6 * 5 * sum(40 + i + 1 + 9 for i in range(5))
-    whole = cost.second_look(SHAPE, 40, 1, **sizes, queries=2)
+    paper = BlockPlan(context_tokens=40, block_size=16, anchor_size=7)
+    whole = cost.second_look(SHAPE, paper, 1, **sizes, queries=2)
     assert whole.linear == 2 * (query.linear + dense.linear)
     assert whole.attention == 2 * (query.attention + scores + dense.attention)
     assert whole.head == 0
-    tenth = cost.second_look(SHAPE, 40, 0.1, **sizes)
+    tenth = cost.second_look(SHAPE, paper, 0.1, **sizes)
     assert tenth.linear == query.linear + dense.linear // 10
-    assert cost.second_look(SHAPE, 40, 0, **sizes) == cost.Flops()
+    assert cost.second_look(SHAPE, paper, 0, **sizes) == cost.Flops()
     shape = ModelShape(**(vars(SHAPE) | {"expansion_parameters": 10}))
-    assert cost.second_look(shape, 40, 0.5, **sizes).expansion == 2 * 10 * (45 + 2 * 40)
+    assert cost.second_look(shape, paper, 0.5, **sizes).expansion == 2 * 10 * (45 + 2 * 40)
     plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7, ranks=3)
     for place, twice in (({}, "copy"), (dict(kv_device="cpu"), "host")):
         once, more = (

@@ -14,6 +14,8 @@ from star_attention import StarLLM
 from star_attention.errors import InvalidInputError, OutOfMemoryError
 from star_attention.hf.cache.second_look import MassCache
 from star_attention.planning.lookback import layer_numbers
+from star_attention.planning.pairs import renewed_pairs
+from star_attention.planning.plan import BlockPlan
 from star_attention.planning.second_look import chosen_tokens
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
@@ -323,3 +325,12 @@ def test_no_room_for_the_copy_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(OutOfMemoryError, match=message):
         tokens(star, context, ids(QUERY))
+
+
+def test_pairs_where_layers_look_back() -> None:
+    """A chosen token then sees its block, the anchor and the chosen tokens in the other layers."""
+    plan = BlockPlan(context_tokens=40, block_size=16, anchor_size=7)
+    own, anchor, others = (136 + 136 + 36) // 2, (8 + 4) * 7, int(8 * 9 / 2 + 4 * 25 / 2)
+    assert renewed_pairs(plan, 0.5, sees_all=False) == own + anchor + others
+    assert renewed_pairs(plan, 0.5, sees_all=True) == 40 * 41 // 4
+    assert renewed_pairs(plan, 1, sees_all=False) == 40 * 41 // 2

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend, call_of, run
 from star_attention.attention.kernels import triton_works
-from star_attention.attention.state import State, empty_state, merge
+from star_attention.attention.state import State, empty_state, join_rows, merge
 
 _TILE_ROWS = {"cpu": 256, "cuda": 1024}
 """Rows of a tile: more are more work with limits, fewer are more calls."""
@@ -27,7 +27,7 @@ _SHARED_STEP = {"cuda": 4096}
 
 @dataclass(frozen=True)
 class Rows:
-    """Positions of query rows in the context, in increasing order.
+    """Positions of query rows in the context, in increasing order; several may stand at one.
 
     Attributes:
         positions: the positions, known on the host: nothing waits for the device.
@@ -105,13 +105,7 @@ def attend_rows(
             parts.append(attend(q_BQHD[:, stop:], k_BKGD, v_BKGD, rule=whole, offset=K))
         else:
             add_empty(len(rows.positions) - stop)
-    if len(parts) == 1:
-        return parts[0]
-    dtype = rule.dtype or torch.float32
-    return State(
-        torch.cat([part.out_BQHD.to(dtype) for part in parts], 1),
-        torch.cat([part.lse_BQH for part in parts], 1),
-    )
+    return join_rows(parts, dtype=rule.dtype)
 
 
 def _limited(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, last_Q: Tensor) -> State:

@@ -41,6 +41,21 @@ def empty_state(
     return State(out_BQHD, lse_BQH)
 
 
+def join_rows(states: Sequence[State], *, dtype: torch.dtype | None = None) -> State:
+    """Return one state of the rows of several, in their order.
+
+    Args:
+        states: one or more. A single one is returned as it is.
+        dtype: precision of the joined `out`, fp32 by default.
+    """
+    if len(states) == 1:
+        return states[0]
+    return State(
+        torch.cat([state.out_BQHD.to(dtype or torch.float32) for state in states], 1),
+        torch.cat([state.lse_BQH for state in states], 1),
+    )
+
+
 def merge(states: Sequence[State], *, dtype: torch.dtype | None = None) -> State:
     """Merge states over disjoint sets of keys into the state over their union.
 

@@ -198,7 +198,7 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         answers=cost.phase2(shape, plan.context_tokens, **answers),
         second_look=cost.second_look(
             shape,
-            plan.context_tokens,
+            plan,
             request.second_look,
             tokens_per_forward=tokens_per_forward,
             query_tokens=request.query_tokens,

@@ -95,9 +95,10 @@ class GenerationSettings:
         answer_prefix: text that the answer is made to begin with, after the chat template's start
             of the answer where there is one; not part of the result.
         second_look: share of the context's tokens, 0 to 1, that are computed again before the query
-            is answered: those that it attends to most, with everything before them in sight, for
-            this answer alone. Queries are then answered one after another, each with a choice of
-            its own. It takes the memory of one more copy of the context.
+            is answered: those that it attends to most, with everything before them in sight (in
+            the layers that look back, if some do), for this answer alone. Queries are then answered
+            one after another, each with a choice of its own. It takes the memory of one more copy
+            of the context.
         chat_template_kwargs: what the chat template reads beside messages, where it differs from
             the context's.
         logits_processor, stopping_criteria: transformers' lists.

@@ -201,6 +201,7 @@ def _following_request(runtime: Runtime, context: EncodedContext) -> Request:
     return Request(
         handle=runtime.handle,
         context_ids_L=context.token_ids,
+        plan=context.plan,
         shard=context.kv,
         rope_length=context.rope_length,
         queries=[],
@@ -236,6 +237,7 @@ def _phase2_request(
     return Request(
         handle=runtime.handle,
         context_ids_L=context.token_ids,
+        plan=context.plan,
         shard=context.kv,
         rope_length=context.rope_length,
         queries=prompts,

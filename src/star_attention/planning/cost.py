@@ -19,6 +19,7 @@ from star_attention.planning.pairs import (
     blocks_of,
     causal_pairs,
     context_pairs,
+    renewed_pairs,
     streaming_pairs,
 )
 from star_attention.planning.plan import BlockPlan
@@ -177,7 +178,7 @@ def phase2(
 
 def second_look(
     shape: ModelShape,
-    context_tokens: int,
+    plan: BlockPlan,
     share: float,
     *,
     tokens_per_forward: int,
@@ -187,30 +188,32 @@ def second_look(
     """Count the operations of `queries` second looks, in addition to those of `phase2`.
 
     Each is a query's forward, of which the scores are computed twice, and forwards of the chosen
-    tokens, which attend to all tokens before them. They are counted as spread evenly over the
-    context.
+    tokens, which attend to all tokens before them where layers look back, and in all layers if none
+    does. They are counted as spread evenly over the context.
 
     Args:
         shape: the model.
-        context_tokens: length of the context.
+        plan: blocks and anchor of the context.
         share: share of its tokens that are computed again.
         tokens_per_forward: most tokens of a forward.
         query_tokens: length of each query.
         queries: number of queries.
     """
+    context_tokens = plan.context_tokens
     chosen = chosen_tokens(share, context_tokens)
     if not chosen:
         return Flops()
     query = phase2(shape, context_tokens, query_tokens=query_tokens, answer_tokens=1)
-    pairs = {
-        window: chosen * causal_pairs(context_tokens, window) // context_tokens
-        for window in {call.window for call in shape.attention}
-    }
-    attention = sum(call.flops_per_pair * pairs[call.window] for call in shape.attention)
-    scores = sum(
-        2 * call.heads * call.k_head_size * answer_pairs(context_tokens, query_tokens, call.window)
-        for call in shape.attention
-    )
+    attention = scores = 0
+    for call, lookback in zip(shape.attention, plan.lookbacks(len(shape.attention)), strict=True):
+        if call.window is None:
+            sees_all = not plan.lookback or lookback > 0
+            pairs = renewed_pairs(plan, chosen / context_tokens, sees_all=sees_all)
+        else:
+            pairs = chosen * causal_pairs(context_tokens, call.window) // context_tokens
+        attention += call.flops_per_pair * pairs
+        query_pairs = answer_pairs(context_tokens, query_tokens, call.window)
+        scores += 2 * call.heads * call.k_head_size * query_pairs
     forwards = -(-chosen // tokens_per_forward)
     return Flops(
         linear=queries * (query.linear + 2 * shape.linear_parameters * chosen),

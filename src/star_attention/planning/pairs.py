@@ -60,6 +60,25 @@ def context_pairs(
     return pairs
 
 
+def renewed_pairs(plan: BlockPlan, share: float, *, sees_all: bool) -> int:
+    """Count the pairs of tokens that a second look computes again, in a layer without a window.
+
+    Args:
+        plan: blocks and anchor.
+        share: share of the context's tokens, counted as spread evenly over it.
+        sees_all: whether they see all tokens before them, or only what they saw in phase 1 and the
+            others before them.
+    """
+    if sees_all:
+        return int(share * causal_pairs(plan.context_tokens))
+    pairs = 0.0
+    for start, stop in blocks_of(plan, [(0, plan.context_tokens)]):
+        anchor = min(plan.anchor_size, start)
+        from_afar = anchor + share * (start - anchor)
+        pairs += share * (causal_pairs(stop - start) + (stop - start) * from_afar)
+    return int(pairs)
+
+
 def streaming_pairs(plan: BlockPlan, window: int | None = None) -> int:
     """Count the pairs of StreamingLLM's phase 1.
 

@@ -1,13 +1,14 @@
 """The caches of a second look: one finds what a query attends to, one computes tokens again.
 
-Axes: B batch (1 here), G KV heads, S tokens computed again, Q queries, K keys of the shard,
-H query heads, D head size.
+Axes: B batch (1 here), G KV heads, S tokens computed again, Q queries, K keys of the shard, F keys
+that are seen from afar, H query heads, D head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from star_attention.attention.attend import Rule
 from star_attention.attention.mass import attention_mass
 from star_attention.attention.scattered import Rows, attend_rows
-from star_attention.attention.state import State, add_sink, empty_state, merge
+from star_attention.attention.state import State, add_sink, empty_state, join_rows, merge
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.base import (
     ForwardPosition,
@@ -25,6 +26,7 @@ from star_attention.hf.cache.base import (
     by_token,
 )
 from star_attention.hf.cache.decode import AnswerLayer, AnswerPosition
+from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
 
@@ -86,6 +88,18 @@ class MassCache(StarCache):
         super().__init__(build_layers(MassLayer, windows, position, [shard]), position, comm)
 
 
+def _stored(positions: list[int], segments: Segments) -> tuple[list[int], list[int]]:
+    """Return the numbers of those positions that a rank stores, and their places in its buffers."""
+    numbers: list[int] = []
+    places: list[int] = []
+    offsets = accumulate((stop - start for start, stop in segments), initial=0)
+    for (start, stop), offset in zip(segments, offsets, strict=False):
+        inside = range(bisect_left(positions, start), bisect_left(positions, stop))
+        numbers += inside
+        places += [positions[number] - start + offset for number in inside]
+    return numbers, places
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """Context tokens that one forward computes again, in increasing order.
@@ -110,34 +124,89 @@ class Chosen:
         cls, positions: list[int], segments: Segments, comm: Comm, device: torch.device
     ) -> Chosen:
         """Return tokens at these positions, as a rank with a shard of these segments sees them."""
-        rows = Rows(positions, device)
-        stored: list[int] = []
-        places: list[int] = []
-        offsets = accumulate((stop - start for start, stop in segments), initial=0)
-        for (start, stop), offset in zip(segments, offsets, strict=False):
-            numbers = range(rows.before(start), rows.before(stop))
-            stored += numbers
-            places += [positions[number] - start + offset for number in numbers]
+        stored, places = _stored(positions, segments)
         stored_S, places_S = (
             torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (stored, places)
         )
         size, last = -(-len(positions) // comm.cp_size), len(positions) - 1
         first = comm.cp_rank * size
         return cls(
-            rows=rows,
+            rows=Rows(positions, device),
             share=[min(number, last) for number in range(first, first + size)],
             stored_S=None if len(stored) == len(positions) else stored_S,
             places_S=places_S,
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Far:
+    """Keys of a rank that tokens see from afar: the anchor's, and those of all chosen tokens.
+
+    Attributes:
+        positions: where they stand in the context, in increasing order.
+        places_F: their places in the buffers.
+    """
+
+    positions: list[int]
+    places_F: Tensor
+
+    @classmethod
+    def of(
+        cls, chosen: list[int], anchor_size: int, segments: Segments, device: torch.device
+    ) -> Far:
+        """Return those of a rank with a shard of these segments."""
+        seen = [*range(anchor_size), *chosen[bisect_left(chosen, anchor_size) :]]
+        numbers, places = _stored(seen, segments)
+        places_F = torch.tensor(places, dtype=torch.int64, device=device)
+        return cls(positions=[seen[number] for number in numbers], places_F=places_F)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What the tokens of a forward see in layers that do not look back, while others do.
+
+    It is what they saw in phase 1, and all chosen tokens before them.
+
+    Attributes:
+        blocks: tokens of one block: which rows they are, their positions, and the block's start.
+        limits: for each row the number of the last far key before its block, -1 for none.
+    """
+
+    blocks: list[tuple[slice, Rows, int]]
+    limits: Rows
+
+    @classmethod
+    def of(cls, rows: Rows, block_size: int, far: Far) -> Sight:
+        """Return what rows see."""
+        starts = [at // block_size * block_size for at in rows.positions]
+        blocks, first = [], 0
+        for start, group in groupby(starts):
+            part = slice(first, first + len(list(group)))
+            blocks.append((part, Rows(rows.positions[part], rows.device), start))
+            first = part.stop
+        limits = [bisect_left(far.positions, start) - 1 for start in starts]
+        return cls(blocks=blocks, limits=Rows(limits, rows.device))
+
+
 @dataclass(kw_only=True)
 class RenewPosition(ForwardPosition):
-    """The tokens that the current forward computes again, and the number of the last layer."""
+    """The tokens that the current forward computes again.
+
+    Attributes:
+        comm: the ranks.
+        chosen: the tokens.
+        last_index: number of the last layer.
+        sees_all: for each layer, whether they see everything before them.
+        far: keys of this rank that they see from afar in the others.
+        sight: what they see there; None before the first forward.
+    """
 
     comm: Comm
     chosen: Chosen
     last_index: int
+    sees_all: list[bool]
+    far: Far
+    sight: Sight | None = None
 
     def of_all(self, *own_BSHD: Tensor) -> list[Tensor]:
         """Return rows of all ranks, from tensors with those of each rank's share."""
@@ -159,7 +228,7 @@ class RenewPosition(ForwardPosition):
 
 
 class RenewLayer(StarLayer[RenewPosition]):
-    """Replaces keys and values of the tokens, which then attend to all before them."""
+    """Replaces keys and values of the tokens, which then attend to those before them."""
 
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         position, chosen = self.position, self.position.chosen
@@ -173,31 +242,59 @@ class RenewLayer(StarLayer[RenewPosition]):
         return self.kv.pair() if self.kv.expands else (k_BGSD, v_BGSD)
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
-        position, segments = self.position, self.kv.segments
+        position = self.position
         if self.index == position.last_index:
             # Nothing reads what the last layer returns: its keys and values are what counts.
             B, Q, H, _ = q_BQHD.shape
             return empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
         (q_BQHD,) = position.of_all(q_BQHD)
-        states = []
-        if self.kv.tokens:
-            if not self.kv.expands:
-                k_BKGD, v_BKGD = by_token(self.kv.pair())
-            lengths = [stop - start for start, stop in segments]
-            runs = zip(segments, k_BKGD.split(lengths, 1), v_BKGD.split(lengths, 1), strict=True)
-            states = [
-                attend_rows(
-                    q_BQHD, keys, values, rule=rule, rows=position.chosen.rows, first_key=start
-                )
-                for (start, _), keys, values in runs
+        if self.kv.tokens and not self.kv.expands:
+            k_BKGD, v_BKGD = by_token(self.kv.pair())
+        if not self.kv.tokens:
+            B, Q, H, _ = q_BQHD.shape
+            state = empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
+        elif position.sees_all[self.index] or rule.window is not None:
+            state = self._run(q_BQHD, k_BKGD, v_BKGD, rule, position.chosen.rows, 0)
+        else:
+            state = self._see(q_BQHD, k_BKGD, v_BKGD, rule)
+        if position.comm.cp_size == 1:
+            return state
+        return position.of_share(position.comm.merge(state))
+
+    def _see(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
+        """Attend to what `Sight` says, as far as it is in this rank's shard."""
+        sight, far = self.position.sight, self.position.far
+        assert sight is not None
+        exact = replace(rule, dtype=None)
+        state = join_rows(
+            [
+                self._run(q_BQHD[:, part], k_BKGD, v_BKGD, exact, rows, first)
+                for part, rows, first in sight.blocks
             ]
+        )
+        if sight.limits.positions[-1] < 0:
+            return state
+        keys, values = (t.index_select(1, far.places_F.to(t.device)) for t in (k_BKGD, v_BKGD))
+        from_afar = attend_rows(q_BQHD, keys, values, rule=exact, rows=sight.limits, first_key=0)
+        return merge([state, from_afar], dtype=rule.dtype)
+
+    def _run(
+        self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule, rows: Rows, first: int
+    ) -> State:
+        """Attend to the tokens of the shard from `first` up to each row's own position."""
+        segments, states = self.kv.segments, []
+        for start, stop in segments.within(first, rows.positions[-1] + 1):
+            at = segments.offset(start)
+            part = slice(at, at + stop - start)
+            states.append(
+                attend_rows(
+                    q_BQHD, k_BKGD[:, part], v_BKGD[:, part], rule=rule, rows=rows, first_key=start
+                )
+            )
         if not states:
             B, Q, H, _ = q_BQHD.shape
-            states = [empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)]
-        state = merge(states, dtype=rule.dtype)
-        return (
-            state if position.comm.cp_size == 1 else position.of_share(position.comm.merge(state))
-        )
+            return empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
+        return merge(states, dtype=rule.dtype)
 
 
 class RenewCache(StarCache):
@@ -205,6 +302,8 @@ class RenewCache(StarCache):
 
     Args:
         shard: this rank's keys and values, which change.
+        plan: blocks and anchor of the context.
+        positions: positions of all tokens to compute again, in increasing order.
         windows: sliding window of each layer in tokens, None for full attention.
         comm: merges the attention of all ranks.
         device: where the tokens are.
@@ -213,15 +312,31 @@ class RenewCache(StarCache):
     position: RenewPosition
 
     def __init__(
-        self, shard: ContextKV, windows: list[int | None], comm: Comm, device: torch.device
+        self,
+        shard: ContextKV,
+        plan: BlockPlan,
+        positions: list[int],
+        windows: list[int | None],
+        comm: Comm,
+        device: torch.device,
     ) -> None:
         self._segments, self._device = shard.segments, device
-        nothing = Chosen.of([], self._segments, comm, device)
-        position = RenewPosition(comm=comm, chosen=nothing, last_index=len(windows) - 1)
+        self._block_size = plan.block_size
+        position = RenewPosition(
+            comm=comm,
+            chosen=Chosen.of([], self._segments, comm, device),
+            last_index=len(windows) - 1,
+            far=Far.of(positions, plan.anchor_size, self._segments, device),
+            # Where models combine what is far apart, and so in all layers if none looks back.
+            sees_all=[
+                not plan.lookback or lookback > 0 for lookback in plan.lookbacks(len(windows))
+            ],
+        )
         super().__init__(build_layers(RenewLayer, windows, position, [shard]), position, comm)
 
     def choose(self, positions: list[int]) -> list[int]:
         """Set the tokens of the next forward; return the positions of this rank's share."""
         chosen = Chosen.of(positions, self._segments, self.comm, self._device)
         self.position.chosen = chosen
+        self.position.sight = Sight.of(chosen.rows, self._block_size, self.position.far)
         return [positions[number] for number in chosen.share]

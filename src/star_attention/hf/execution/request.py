@@ -22,6 +22,7 @@ from star_attention.hf.execution import slices
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Lap
+from star_attention.planning.plan import BlockPlan
 from star_attention.storage.kv import ContextKV
 
 
@@ -58,6 +59,7 @@ class Request:
     Attributes:
         handle: the model.
         context_ids_L: token ids of the whole context, on CPU.
+        plan: blocks and anchor of the context.
         shard: this rank's keys and values of the context.
         rope_length: tokens that length-dependent rotary frequencies are computed for, or None.
         queries: token ids of each query.
@@ -75,6 +77,7 @@ class Request:
 
     handle: ModelHandle
     context_ids_L: Tensor
+    plan: BlockPlan
     shard: ContextKV
     rope_length: int | None
     queries: list[list[int]]

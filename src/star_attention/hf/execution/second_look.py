@@ -1,4 +1,4 @@
-"""A second look: what a query attends to most is computed again, with all before it in sight.
+"""A second look: what a query attends to most is computed again, with the rest of it in sight.
 
 The context that others ask stays as it is: the tokens are replaced in a copy of it, over which this
 query alone is answered.
@@ -57,7 +57,7 @@ def _out_of_memory(request: Request) -> str:
 def _renew(request: Request, shard: ContextKV, positions: list[int]) -> None:
     """Compute tokens again, and replace their keys and values in a rank's shard."""
     handle, comm, size = request.handle, request.comm, request.tokens_per_forward
-    cache = RenewCache(shard, handle.windows, comm, handle.device)
+    cache = RenewCache(shard, request.plan, positions, handle.windows, comm, handle.device)
     for start in range(0, len(positions), size):
         part = positions[start : start + size]
         place = f"{start:,} to {start + len(part):,} of {len(positions):,} tokens"
