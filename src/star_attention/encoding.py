@@ -67,7 +67,7 @@ def encode(
                 rope_length=lengths[indices[0]],
                 progress=callback,
             )
-            _warn_if_idle(job)
+            warn_if_idle(job)
             with runtime.measured() as stats:
                 stores = method.encode(job)
             comm.raise_if_any_failed(finite.problem_in(runtime.handle, stores))
@@ -92,7 +92,8 @@ def _batches(
     return batches
 
 
-def _warn_if_idle(job: EncodeJob) -> None:
+def warn_if_idle(job: EncodeJob) -> None:
+    """Warn of ranks that get no block."""
     idle = sum(not segments for segments in job.layout)
     if idle and job.comm.rank == 0:
         blocks = job.plan.num_blocks
@@ -111,7 +112,7 @@ def _context(
     kv: ContextKV,
     stats: list[RankStats],
 ) -> EncodedContext:
-    encode_s = _slowest(stats)
+    encode_s = slowest(stats)
     return EncodedContext(
         token_ids=source.ids_L,
         plan=job.plan,
@@ -122,6 +123,7 @@ def _context(
         rope_length=job.rope_length,
         chat=source.chat,
         end=source.end,
+        text=source.text,
         encode_s=encode_s,
         peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
         stats=tuple(stats),
@@ -153,7 +155,7 @@ def extend(
     ids_L, start = source.ids_L, len(old.token_ids)
     if len(ids_L) == start:
         # All that is new waits for what follows.
-        return replace(old, chat=source.chat, end=source.end, warned=set())
+        return replace(old, chat=source.chat, end=source.end, text=source.text, warned=set())
     owner = next(rank for rank, runs in enumerate(old.layout) if runs and runs[-1][1] == start)
     job = EncodeJob(
         handle=runtime.handle,
@@ -161,7 +163,7 @@ def extend(
         config=runtime.config,
         ids_BL=ids_L[None],
         plan=methods.get(old.method).extended_plan(old.plan, len(ids_L)),
-        layout=_extended_layout(old.layout, owner, len(ids_L)),
+        layout=extended_layout(old.layout, owner, len(ids_L)),
         rope_length=old.rope_length,
     )
     leads = runtime.comm.rank == 0
@@ -182,16 +184,18 @@ def extend(
         layout=job.layout,
         chat=source.chat,
         end=source.end,
+        text=source.text,
         warned=set(),
-        encode_s=old.encode_s + _slowest(stats),
+        encode_s=old.encode_s + slowest(stats),
         peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
         stats=tuple(before.then(more) for before, more in zip(old.stats, stats, strict=True)),
     )
 
 
-def _extended_layout(
+def extended_layout(
     layout: tuple[Segments, ...], owner: int, context_tokens: int
 ) -> tuple[Segments, ...]:
+    """Return a layout whose last block, on rank `owner`, ends with the context."""
     extended = [*layout]
     extended[owner] = layout[owner].grow_to(context_tokens)
     return tuple(extended)
@@ -262,7 +266,9 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
         chat=header["chat"],
         # Files of earlier versions have none.
         end=header.get("end"),
+        text=file.text(),
         encode_s=header["encode_s"],
+        reused_tokens=header.get("reused_tokens", 0),
         stats=tuple(stats),
         source=runtime.source or header.get("source"),
         model=weakref.ref(runtime.handle.model),
@@ -296,5 +302,6 @@ def _saved_layer(
     )
 
 
-def _slowest(stats: list[RankStats]) -> float:
+def slowest(stats: list[RankStats]) -> float:
+    """Return the seconds of the slowest rank."""
     return max(rank.busy_s or 0.0 for rank in stats)

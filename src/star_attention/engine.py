@@ -14,8 +14,10 @@ from star_attention import encoding, inputs
 from star_attention.config import StarConfig, StarSettings
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
+from star_attention.generation import editing
 from star_attention.generation import start as starts
 from star_attention.generation.asynchronous import AsyncCalls
+from star_attention.generation.editing import EditCalls
 from star_attention.generation.leading import FollowCalls
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
@@ -31,7 +33,7 @@ from star_attention.storage.context import EncodedContext
 _T = TypeVar("_T")
 
 
-class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
+class StarLLM(RuntimeView, AsyncCalls, EditCalls, FollowCalls):
     """A transformers decoder with two-phase Star Attention around it.
 
     On several ranks the context is sharded and every call is collective: all ranks make the same
@@ -197,6 +199,7 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        reuse: EncodedContext | None = None,
     ) -> EncodedContext: ...
 
     @overload
@@ -208,6 +211,7 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        reuse: EncodedContext | None = None,
     ) -> list[EncodedContext]: ...
 
     def encode(
@@ -218,6 +222,7 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
         query: Any = None,
         settings: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        reuse: EncodedContext | None = None,
     ) -> EncodedContext | list[EncodedContext]:
         """Encode a context (phase 1).
 
@@ -236,6 +241,8 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
             settings: keywords of `generate` for these queries.
             chat_template_kwargs: what the chat template reads beside messages: tools, documents,
                 enable_thinking, ... They are kept in the context, also for its queries.
+            reuse: a context of which this is a new version: its method, sizes and KV format are
+                taken, and blocks with the same tokens are copied (`edit` says which).
 
         Returns:
             An encoded context; for a list of contexts, a list.
@@ -248,12 +255,19 @@ class StarLLM(RuntimeView, AsyncCalls, FollowCalls):
         """
         comm = self.runtime.comm
         with self.runtime.collective("encode"):
-            several, contexts = comm.run_on_rank_0(
-                lambda: inputs.prepare_contexts(
-                    self.runtime, content, query, settings, chat_template_kwargs
+            (several, contexts), key = comm.run_on_rank_0(
+                lambda: (
+                    inputs.prepare_contexts(
+                        self.runtime, content, query, settings, chat_template_kwargs
+                    ),
+                    editing.reused_key(self.runtime, reuse),
                 )
             )
-            encoded = encoding.encode(self.runtime, contexts, progress)
+            if key is None:
+                encoded = encoding.encode(self.runtime, contexts, progress)
+            else:
+                old = encoding.local_context(self.runtime, reuse, key)
+                encoded = editing.encode_again(self.runtime, contexts, old, progress)
         return encoded if several else encoded[0]
 
     def extend(

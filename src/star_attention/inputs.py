@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from star_attention.hf.text.joining import ContextEnd
 from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
 from star_attention.hf.text.template import check_unused
-from star_attention.hf.text.tokens import checked_ids
+from star_attention.hf.text.tokens import checked_ids, is_several
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 
@@ -49,6 +49,7 @@ class ContextInput:
         ids_L: checked token ids, int64 on CPU.
         chat: how the chat continues after the context, or None for raw text.
         end: the end of its text, as a `ContextEnd` describes itself; None for token ids.
+        text: its text; None for chat messages and token ids.
         needed: tokens of context, longest query and answer; None if those are not known.
         warned: what has been warned of, to say it once.
     """
@@ -56,6 +57,7 @@ class ContextInput:
     ids_L: Tensor
     chat: dict[str, Any] | None
     end: dict[str, Any] | None = None
+    text: str | None = None
     needed: int | None = None
     warned: set[str] = field(default_factory=set)
 
@@ -63,7 +65,11 @@ class ContextInput:
     def of(cls, context: EncodedContext) -> ContextInput:
         """Return what an encoded context was made of."""
         return cls(
-            ids_L=context.token_ids, chat=context.chat, end=context.end, warned=context.warned
+            ids_L=context.token_ids,
+            chat=context.chat,
+            end=context.end,
+            text=context.text,
+            warned=context.warned,
         )
 
     @property
@@ -101,17 +107,6 @@ class Prepared:
                 f"the query was prepared for another context of {len(own.ids_L):,} tokens, got one"
                 f" of {len(ids_L):,}; encode the prepared one, or give the query itself"
             )
-
-
-def is_several(content: Any) -> bool:
-    """Return True for a list of contexts or queries, False for token ids or chat messages."""
-    if isinstance(content, Tensor):
-        return content.dim() == 2 and content.shape[0] > 1
-    if not isinstance(content, (list, tuple)) or chat.is_messages(content):
-        return False
-    return any(
-        item.dim() > 0 if isinstance(item, Tensor) else isinstance(item, Sized) for item in content
-    )
 
 
 def as_queries(query: Any) -> list[Any]:
@@ -234,6 +229,7 @@ def _context_input(
         ids_L=ids_L,
         chat=None if opened is None else opened.as_dict(),
         end=None if end is None else end.as_dict(),
+        text=content if isinstance(content, str) else None,
     )
 
 
@@ -271,7 +267,9 @@ def extended(runtime: Runtime, context: EncodedContext, more: TextOrIds) -> Cont
             f" to {context.rope_length:,}; encode the joined text again, or encode the first part"
             f" with a larger reserve_tokens (now {runtime.config.reserve_tokens:,})"
         )
-    return ContextInput(ids_L=ids_L, chat=chat_state, end=end)
+    text_is_known = source.text is not None and isinstance(more, str)
+    joined = f"{source.text}{more}" if text_is_known else None
+    return ContextInput(ids_L=ids_L, chat=chat_state, end=end, text=joined)
 
 
 def _extension(

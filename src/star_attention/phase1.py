@@ -26,6 +26,7 @@ from star_attention.hf.cache.links import AnchorReceiver, AnchorSender, Place, P
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.progress import Progress
+from star_attention.planning.edits import Share, copied_runs
 from star_attention.planning.exchange import to_extend
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
@@ -184,12 +185,58 @@ def extend(job: EncodeJob, kv: ContextKV, *, start: int, owner: int) -> ContextK
         _send_to(owner, job, kv, start, recents, anchors or [])
     if comm.cp_rank != owner:
         return kv
-    store = kv.grown(kv.segments.grow_to(plan.context_tokens))
+    store = kv.copied(kv.segments.grow_to(plan.context_tokens), kv.segments)
     cache = EncodeCache(
         plan, [store], windows, comm, anchors=anchors, recents=recents, keeps_own=False
     )
-    Forwards(job).run(cache, plan.from_token(start, job.tokens_per_forward))
+    spans = plan.between(start, plan.context_tokens, job.tokens_per_forward)
+    Forwards(job).run(cache, spans)
     return store
+
+
+def encode_again(job: EncodeJob, old: ContextKV, rounds: list[list[Share]]) -> ContextKV:
+    """Encode the changed blocks of a context, and copy the others.
+
+    Args:
+        job: one context, with its new ids.
+        old: this rank's share of the old context.
+        rounds: which rank encodes which tokens (`planning.edits.rounds`).
+
+    Returns:
+        This rank's share of the new context.
+    """
+    plan, rank = job.plan, job.comm.cp_rank
+    own = [
+        run for shares in rounds for share in shares if share.owner == rank for run in share.runs
+    ]
+    store = old.copied(job.segments, copied_runs(plan, job.segments, old.segments, own))
+    for shares in rounds:
+        _encode_round(job, store, shares)
+    return store
+
+
+def _encode_round(job: EncodeJob, store: ContextKV, shares: list[Share]) -> None:
+    """Encode this rank's share of a round, after all ranks sent each other what it takes."""
+    plan, comm, windows = job.plan, job.comm, job.handle.windows
+    recents = [Recent() for _ in windows]
+    anchors = None
+    if plan.anchor_size and not job.segments.holds(0):
+        anchors = [empty(job.handle, Segments.prefix(plan.anchor_size), comm)]
+    if comm.cp_size > 1:
+        for share in shares:
+            _send_to(share.owner, job, store, share.runs[0][0], recents, anchors or [])
+    spans = [
+        span
+        for share in shares
+        if share.owner == comm.cp_rank
+        for run in share.runs
+        for span in plan.between(*run, job.tokens_per_forward)
+    ]
+    if spans:
+        cache = EncodeCache(
+            plan, [store], windows, comm, anchors=anchors, recents=recents, keeps_own=False
+        )
+        Forwards(job).run(cache, spans)
 
 
 def _send_to(
@@ -200,7 +247,7 @@ def _send_to(
     recents: list[Recent],
     anchors: list[ContextKV],
 ) -> None:
-    """Send what `owner` needs of other ranks' blocks to extend a context. Collective."""
+    """Send what `owner` needs of other ranks to encode tokens from `start` on. Collective."""
     plan, lookbacks = job.plan, job.plan.lookbacks(len(recents))
     for layer, place in job.places.items():
         window = job.handle.windows[layer]

@@ -118,7 +118,7 @@ def test_a_grown_context_starts_with_a_copy_of_the_old_one() -> None:
     old = ContextKV(
         [written(seed=1, expands=True), LayerKV(ALL, expands=False), written(seed=2)], ALL
     )
-    new = old.grown(ALL.grow_to(L + 6))
+    new = old.copied(ALL.grow_to(L + 6), ALL)
     assert (new.tokens, [layer.tokens for layer in new.layers]) == (L + 6, [L + 6] * 3)
     assert [layer.expands for layer in new.layers] == [True, False, None]
     assert new.layers[1].is_empty

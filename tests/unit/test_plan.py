@@ -235,7 +235,10 @@ def test_forwards_cover_their_tokens_once(
     rank = data.draw(st.integers(0, plan.ranks - 1))
     start = data.draw(st.integers(0, plan.context_tokens))
     first, stop = plan.rank_range(rank)
-    spans, later = list(plan.spans(budget, rank=rank)), list(plan.from_token(start, budget))
+    spans, later = (
+        list(plan.spans(budget, rank=rank)),
+        list(plan.between(start, plan.context_tokens, budget)),
+    )
     assert [token for span in spans for token in range(span.start, span.stop)] == list(
         range(first, stop)
     )

@@ -38,6 +38,7 @@ FIELDS = {
     "ranks": "number of context-parallel ranks, which share the text; each consists of"
     " `tensor_parallel` processes",
     "tensor_parallel": "processes that share the heads and weights of a context-parallel rank",
+    "reused_tokens": "tokens that `--reuse` copied from an older version of the text",
     "encode_s": "seconds of encoding (for a saved context: when it was encoded)",
     "ttft_s": "seconds from the query to the first token (with beams: to the whole answer)",
     "second_look_s": "seconds of these that the second look took; null without one",

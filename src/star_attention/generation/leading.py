@@ -18,6 +18,7 @@ _ENGINE_CALLS: dict[str, Callable[[Any], Any]] = {
     "waiting for rank 0": lambda star: star.from_rank_0(None),
     "prepare": lambda star: star.prepare(None),
     "encode": lambda star: star.encode(None, progress=False),
+    "edit": lambda star: star.edit(None, 0, 0, "", progress=False),
     "extend": lambda star: star.extend(None, None, progress=False),
     "load_context": lambda star: star.load_context(None),
     "generate": lambda star: star.generate(None),
@@ -33,11 +34,11 @@ class FollowCalls:
     def follow(self: Any) -> None:
         """Do on this rank what rank 0 does, until it is done. For every rank but 0.
 
-        Rank 0 calls `encode`, `generate`, `stream`, `extend`, `load_context`, `prepare`, `logits`,
-        `context.save` and `with_config` as a single process would, on this engine and on all others
-        over these ranks. A context is kept here for as long as rank 0 keeps its own. Rank 0 may be
-        idle for any time, and its exceptions end nothing. This method returns when rank 0 calls
-        `close`, or at the end of its process.
+        Rank 0 calls `encode`, `generate`, `stream`, `extend`, `edit`, `load_context`, `prepare`,
+        `logits`, `context.save` and `with_config` as a single process would, on this engine and on
+        all others over these ranks. A context is kept here for as long as rank 0 keeps its own.
+        Rank 0 may be idle for any time, and its exceptions end nothing. This method returns when
+        rank 0 calls `close`, or at the end of its process.
 
             if star.rank > 0:
                 star.follow()

@@ -23,6 +23,7 @@ from star_attention.generation.stream import Stream
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.text.answer import Reading, TextSettings
+from star_attention.hf.text.tokens import is_several
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
@@ -296,13 +297,13 @@ def _prepared(
         contexts=(),
         prompts=inputs.query_prompts(runtime, after, queries, settings),
         settings=settings,
-        several_queries=inputs.is_several(query),
+        several_queries=is_several(query),
     )
 
 
 def _check_streamed(runtime: Runtime, query: Any) -> None:
     count = len(query.prompts) if isinstance(query, Prepared) else len(inputs.as_queries(query))
-    several = query.several_queries if isinstance(query, Prepared) else inputs.is_several(query)
+    several = query.several_queries if isinstance(query, Prepared) else is_several(query)
     if several:
         raise InvalidInputError(
             f"a stream answers one query, got {count}; use generate for several"

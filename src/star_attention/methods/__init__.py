@@ -61,6 +61,10 @@ class Method(Protocol):
         """Return why contexts on that many context-parallel ranks cannot be extended, or None."""
         ...
 
+    def why_not_reuse(self) -> str | None:
+        """Return why blocks of a context cannot be copied into a new version of it, or None."""
+        ...
+
     def why_no_second_look(self) -> str | None:
         """Return why tokens of a context cannot be computed again for a query, or None."""
         ...

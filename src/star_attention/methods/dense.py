@@ -22,6 +22,12 @@ class Dense(Star):
     def plan(self, config: StarConfig, context_tokens: int, ranks: int) -> BlockPlan:
         return BlockPlan.dense(context_tokens, ranks)
 
+    def why_not_reuse(self) -> str | None:
+        return (
+            f"a {self.name} context cannot be reused for a changed one: every token depends on all"
+            " tokens before it; encode the new text without it, or use method 'star'"
+        )
+
     def why_no_second_look(self) -> str | None:
         return (
             f"every token of a {self.name} context has seen all tokens before it; leave it out, or"

@@ -42,6 +42,9 @@ class Star:
     def why_not_extend(self, ranks: int) -> str | None:
         return None
 
+    def why_not_reuse(self) -> str | None:
+        return None
+
     def why_no_second_look(self) -> str | None:
         return None
 

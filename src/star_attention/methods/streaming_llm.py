@@ -54,6 +54,12 @@ class StreamingLLM(Star):
             " encode the joined text again"
         )
 
+    def why_not_reuse(self) -> str | None:
+        return (
+            f"a {self.name} context cannot be reused for a changed one: it holds its first and last"
+            " tokens only; encode the new text without it, or use method 'star'"
+        )
+
     def why_no_second_look(self) -> str | None:
         return (
             f"a {self.name} context holds its first and last tokens only; leave it out, or use"

@@ -278,9 +278,9 @@ class BlockPlan:
             most = tokens_per_forward if self.stripes is None else stop - start
             yield from self._spans(start, stop, most)
 
-    def from_token(self, start: int, tokens_per_forward: int) -> Iterator[Span]:
-        """Yield the forwards of all tokens from `start` on, to extend a context."""
-        return self._spans(start, self.context_tokens, tokens_per_forward)
+    def between(self, start: int, stop: int, tokens_per_forward: int) -> Iterator[Span]:
+        """Yield the forwards of the tokens `start..stop`, to extend or edit a context."""
+        return self._spans(start, stop, tokens_per_forward)
 
     def _spans(self, position: int, stop: int, tokens_per_forward: int) -> Iterator[Span]:
         while position < stop:

@@ -55,7 +55,7 @@ class RankStats:
 class EncodedContext(Transient):
     """A context after phase 1: its token ids, its block plan, and its keys and values.
 
-    Made by `StarLLM.encode`, `StarLLM.extend` and `StarLLM.load_context`. Generating from a context
+    Made by `StarLLM.encode`, `extend`, `edit` and `load_context`. Generating from a context
     never changes it, so that any number of queries can share one. `len(context)` is its number of
     tokens. It stays in its process: `save` takes it elsewhere, pickle and `copy.deepcopy` are
     refused.
@@ -72,10 +72,14 @@ class EncodedContext(Transient):
         chat: how a chat continues after the context; None for raw text and token ids.
         end: the end of the text, with what is held back of it for the queries (see
             `hf/text/joining.py`); None for token ids.
+        text: the whole text, with what is held back; None for chat messages and token ids, and
+            where token ids were added.
         warned: what has been warned of.
         encode_s: seconds that phase 1 took on the slowest rank; of an extended context, those of
-            its beginning too.
+            its beginning too, and of an edited one those of what was encoded again.
         peak_bytes: peak device memory of phase 1 on this rank; None if it is not measured (CPU).
+        reused_tokens: tokens whose keys and values were copied from the context that this one is a
+            new version of.
         stats: the statistics of every context-parallel rank.
         source: how the model was named to `StarLLM.from_pretrained`, for `star-attention ask`; None
             if it was loaded elsewhere.
@@ -94,9 +98,11 @@ class EncodedContext(Transient):
     rope_length: int | None = None
     chat: dict[str, Any] | None = None
     end: dict[str, Any] | None = field(default=None, repr=False)
+    text: str | None = field(default=None, repr=False)
     warned: set[str] = field(default_factory=set, repr=False)
     encode_s: float = 0.0
     peak_bytes: int | None = None
+    reused_tokens: int = 0
     stats: tuple[RankStats, ...] = ()
     source: dict[str, Any] | None = field(default=None, repr=False)
     model: weakref.ref[Any] | None = field(default=None, repr=False)
@@ -144,6 +150,11 @@ class EncodedContext(Transient):
         return self.kv.nbytes
 
     @property
+    def reused_blocks(self) -> int:
+        """Number of blocks that were copied from the context that this one is a new version of."""
+        return -(-self.reused_tokens // self.plan.block_size)
+
+    @property
     def wire(self) -> Traffic:
         """Traffic of phase 1 between context-parallel ranks, summed over all of them."""
         return self.stats[0].wire if self.stats else Traffic()
@@ -168,6 +179,7 @@ class EncodedContext(Transient):
             "blocks": self.plan.num_blocks,
             "ranks": self.plan.ranks,
             "tensor_parallel": self.comm.tp_size,
+            "reused_tokens": self.reused_tokens,
             "encode_s": self.encode_s,
             "wire_bytes_phase1": self.wire.bytes,
             "wire_calls_phase1": self.wire.calls,
@@ -187,8 +199,8 @@ class EncodedContext(Transient):
         ranks.
 
         One process writes a file (safetensors); several ranks write a folder with one file each, on
-        a file system that all machines share. The files contain the text's token ids: protect them
-        like the text.
+        a file system that all machines share. The files contain the text and its token ids: protect
+        them like the text.
 
         Args:
             path: the file, or on several ranks the folder. An earlier saved context there is
@@ -209,6 +221,7 @@ class EncodedContext(Transient):
             "chat": self.chat,
             "end": self.end,
             "encode_s": self.encode_s,
+            "reused_tokens": self.reused_tokens,
             "kv_dtype": self.kv.kv_format.dtype,
             "expands": [layer.expands for layer in self.kv.layers],
             "identity": self.identity,
@@ -225,6 +238,9 @@ class EncodedContext(Transient):
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors that this rank writes: tensor-parallel rank 0 writes all heads."""
         tensors = {"token_ids": self.token_ids} if self.comm.rank == 0 else {}
+        if self.comm.rank == 0 and self.text is not None:
+            data = bytearray(self.text.encode())
+            tensors["text"] = torch.frombuffer(data, dtype=torch.uint8)
         for index, layer in enumerate(self.kv.layers):
             if layer.is_empty:
                 continue

@@ -6,7 +6,7 @@ layer; the keys of a head are contiguous, which is how decoding reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -186,11 +186,14 @@ class LayerKV:
         """Bytes of the stored tensors."""
         return 0 if self.is_empty else sum(t.numel() * t.element_size() for t in self.stored())
 
-    def copy_from(self, other: LayerKV) -> None:
-        """Copy all that `other` stores, unconverted; this layer must hold those tokens too."""
+    def copy_from(self, other: LayerKV, runs: Iterable[tuple[int, int]]) -> None:
+        """Copy runs of tokens that both layers hold, unconverted.
+
+        What `other` has not yet read of a saved context, it does not keep.
+        """
         self._dtype, self._device = other._dtype, other._device
-        stored = other.stored()
-        for start, stop in other.segments:
+        stored = other.stored() if other._source is None else other._source()
+        for start, stop in runs:
             at = other.segments.offset(start)
             self._write(start, tuple(tensor[0, :, at : at + stop - start] for tensor in stored))
 
@@ -247,13 +250,14 @@ class ContextKV:
         """Bytes of keys and values. Reads every layer of a context loaded from a file."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def grown(self, segments: Segments) -> ContextKV:
-        """Return a copy with room for `segments`, which must begin with this shard's tokens."""
-        grown = ContextKV.empty(segments, [layer.expands for layer in self.layers], self.kv_format)
-        for layer, grown_layer in zip(self.layers, grown.layers, strict=True):
-            if not layer.is_empty:
-                grown_layer.copy_from(layer)
-        return grown
+    def copied(self, segments: Segments, runs: Iterable[tuple[int, int]]) -> ContextKV:
+        """Return a store with room for `segments`, and with copies of these runs of tokens."""
+        expands, runs = [layer.expands for layer in self.layers], list(runs)
+        copy = ContextKV.empty(segments, expands, self.kv_format)
+        for layer, copied_layer in zip(self.layers, copy.layers, strict=True):
+            if runs and not layer.is_empty:
+                copied_layer.copy_from(layer, runs)
+        return copy
 
 
 _INITIAL_CAPACITY = 64

@@ -58,6 +58,13 @@ class SavedContext:
         """Return the context's token ids, int64 `[tokens]`."""
         return self._parts[0][1].tensor("token_ids").clone()
 
+    def text(self) -> str | None:
+        """Return the context's text; None for chats and token ids, and in files without one."""
+        file = self._parts[0][1]
+        if "text" not in file.header["tensors"]:
+            return None
+        return bytes(file.tensor("text").numpy()).decode()
+
     def has_layer(self, index: int) -> bool:
         """True if layer `index` has keys and values of its own."""
         return f"layers.{index}.k" in self._parts[0][1].header["tensors"]

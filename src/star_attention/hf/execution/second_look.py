@@ -39,7 +39,7 @@ def look(request: Request) -> Request:
     with translate_oom(lambda: _out_of_memory(request)):
         request.comm.tick("phase 2, choosing tokens for a second look")
         positions = _chosen(request, _mass(request))
-        shard = request.shard.grown(request.shard.segments)
+        shard = request.shard.copied(request.shard.segments, request.shard.segments)
         _renew(request, shard, positions)
     lap.stop()
     return replace(request, shard=shard, second_look=0.0, looked=lap)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -11,10 +11,22 @@ from torch import Tensor
 from star_attention.errors import TokenError
 from star_attention.hf.text import special
 from star_attention.hf.text.checks import bytes_remedy
+from star_attention.hf.text.messages import is_messages
 from star_attention.storage.kv import as_tensor_ids
 
 _NOT_IDS = (bytes, bytearray, dict, set, frozenset)
 """Types that can be iterated, but are no row of token ids."""
+
+
+def is_several(content: Any) -> bool:
+    """Return True for a list of contexts or queries, False for token ids or chat messages."""
+    if isinstance(content, Tensor):
+        return content.dim() == 2 and content.shape[0] > 1
+    if not isinstance(content, (list, tuple)) or is_messages(content):
+        return False
+    return any(
+        item.dim() > 0 if isinstance(item, Tensor) else isinstance(item, Sized) for item in content
+    )
 
 
 def context_ids(tokenizer: Any, text: str) -> list[int]:
