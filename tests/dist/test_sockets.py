@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-import socket
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from star_attention.distributed.groups import SOCKETS
 from star_attention.distributed.sockets import Exchange, SocketGroup
 from tests.dist.pool import Pool
 from tests.dist.test_collectives import DTYPES, add_and_gather, merge_on_ranks, run_all, tensor_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems use gloo")
 
 CPU = torch.device("cpu")
 SOON = timedelta(seconds=0.05)
@@ -172,20 +175,33 @@ def test_nothing_of_a_failed_call_arrives_in_the_next(pool: Pool) -> None:
     assert pool.run(fail_and_go_on, 3) == [([0.0, 1.0, 2.0], True)] * 3
 
 
-def connect_without_a_place(comm: TorchComm) -> tuple[bool, list[float]]:
-    """Connect where rank 1 cannot reach a folder of another rank, then gather."""
+def connect_in_vain(comm: TorchComm, name: str, value: Any) -> tuple[bool, list[float]]:
+    """Connect where a setting of rank 1 prevents it, then gather."""
     with comm.collective("a test"), pytest.MonkeyPatch.context() as patch:
         if comm.rank == 1:
-            connect = socket.socket.connect
-            patch.setattr(socket.socket, "connect", lambda self, path: connect(self, "/no/socket"))
+            patch.setattr(name, value)
         group = connected(comm)
     with comm.collective("a test"):
         gathered = comm.cp_gather(torch.tensor([float(comm.rank)]))
     return group.usable, gathered.flatten().tolist()
 
 
-def test_no_rank_uses_sockets_that_one_cannot_open(pool: Pool) -> None:
-    assert pool.run(connect_without_a_place, 3) == [(False, [0.0, 1.0, 2.0])] * 3
+def refuse(*_: Any) -> None:
+    raise PermissionError("no")
+
+
+@pytest.mark.parametrize("prevented", ["its folder's name is too long", "it may not connect"])
+def test_no_rank_uses_sockets_that_one_cannot_open(
+    pool: Pool, tmp_path: Path, prevented: str
+) -> None:
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    name, value = {
+        "its folder's name is too long": ("tempfile.tempdir", str(folder)),
+        "it may not connect": ("socket.socket.connect", refuse),
+    }[prevented]
+    results = pool.run(connect_in_vain, 3, name=name, value=value)
+    assert results == [(False, [0.0, 1.0, 2.0])] * 3
 
 
 def pretend_two_hosts(comm: TorchComm, port: int) -> list[range]:
