@@ -69,6 +69,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "blocks",
         "ranks",
         "tensor_parallel",
+        "reused_tokens",
         "encode_s",
         "ttft_s",
         "second_look_s",

@@ -9,6 +9,7 @@ from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import ContextOptions, Files, Quiet, option
 from star_attention.cli.progress import Status
 from star_attention.cli.torchrun import is_rank_0
+from star_attention.planning.sizes import counted
 
 
 def encode(
@@ -18,6 +19,16 @@ def encode(
     output: Annotated[
         str, option("File to write.", "--output", "-o", panel="Output", metavar="FILE")
     ],
+    reuse: Annotated[
+        str | None,
+        option(
+            "Saved context of an older version of the text: blocks that are the same are copied"
+            " from it. Method, sizes and KV format are the file's.",
+            "--reuse",
+            panel="Context",
+            metavar="FILE",
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Encode texts once and save the result, for any number of questions with `ask`.
@@ -27,6 +38,7 @@ def encode(
 
     Example: star-attention encode -m models/needle-17m --chat examples/book.txt -o book.star
     """
+    from star_attention.cli import reuse as reusing
     from star_attention.cli import session
     from star_attention.cli.chat import check_chat
     from star_attention.cli.inputs import read_context
@@ -37,8 +49,16 @@ def encode(
     if is_rank_0():
         check_save_path(output)
         text = read_context(files, status.say, html_to_text=context.html_to_text)
-    star = session.load_for(model, context, status, text=text)
-    encoded = session.encode_text(star, text, status, context, save_to=output)
+    old = None
+    if reuse is None:
+        star = session.load_for(model, context, status, text=text)
+    else:
+        star, old = reusing.load(model, reuse, context, status, text=text)
+    encoded = session.encode_text(star, text, status, context, save_to=output, reuse=old)
+    if old is not None:
+        blocks = encoded.plan.num_blocks
+        again = f"{blocks - encoded.reused_blocks:,} of {counted(blocks, 'block')}"
+        status.say(f"encoded {again} again, copied {encoded.reused_tokens:,} tokens")
     where = " on rank 0" if encoded.plan.ranks > 1 else ""
     status.say(
         f"{context_summary(encoded)}, encode {format_seconds(encoded.encode_s)},"

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from star_attention.cli.model_options import MODEL_VARIABLE, SavedModelOptions, json_object
+from star_attention.cli.model_options import MODEL_VARIABLE, ModelOptions, json_object
 from star_attention.errors import ContextMismatchError, InvalidInputError, ModelNotFoundError
 from star_attention.hf.loading import files
 
@@ -24,7 +24,7 @@ _ARCHITECTURE = (
 """Fields of a config.json that are compared before a model is loaded."""
 
 
-def named_by(header: dict[str, Any], path: str, model: SavedModelOptions) -> SavedModelOptions:
+def named_by(header: dict[str, Any], path: str, model: ModelOptions) -> ModelOptions:
     """Complete the options by what a saved context says of its model.
 
     Args:
@@ -63,7 +63,7 @@ def named_by(header: dict[str, Any], path: str, model: SavedModelOptions) -> Sav
     return own
 
 
-def check_fits(header: dict[str, Any], path: str, model: SavedModelOptions) -> None:
+def check_fits(header: dict[str, Any], path: str, model: ModelOptions) -> None:
     """Check what can be checked of a context's model without loading it.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.chat import messages, template_kwargs
 from star_attention.cli.formatting import format_bytes
-from star_attention.cli.model_options import ModelOptions, SavedModelOptions
+from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import ContextOptions
 from star_attention.cli.progress import SizeNote, Status
 from star_attention.config import KV_DTYPES, StarConfig, check_device, check_dtype
@@ -246,7 +246,7 @@ def load_for(
 
 
 def load_saved(
-    model: SavedModelOptions, path: str, status: Status, **settings: Any
+    model: ModelOptions, path: str, status: Status, **settings: Any
 ) -> tuple[StarLLM, EncodedContext]:
     """Load a saved context and its model, with these settings.
 
@@ -280,11 +280,13 @@ def encode_text(
     queries: list[str] | None = None,
     generation_kwargs: dict[str, Any] | None = None,
     save_to: str | None = None,
+    reuse: EncodedContext | None = None,
 ) -> EncodedContext:
     """Encode a text, showing progress. Queries and generation settings are checked before.
 
     With `--chat`, the text starts a user message that the query completes. With `save_to`, where
-    the context will be saved, its size is said before.
+    the context will be saved, its size is said before. With `reuse`, blocks that are the same are
+    copied from that context.
 
     Raises:
         InvalidInputError: If the model has no chat template for `--chat`.
@@ -310,6 +312,7 @@ def encode_text(
             query=queries,
             settings=generation_kwargs,
             chat_template_kwargs=template_kwargs(context.chat_template_kwargs),
+            reuse=reuse,
         )
     _log.info("%s", encoded.plan)
     return encoded
