@@ -59,6 +59,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "token_ids",
         "finish_reason",
         "logprobs",
+        "sources",
         "method",
         "context_tokens",
         "query_tokens",
@@ -73,6 +74,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "encode_s",
         "ttft_s",
         "second_look_s",
+        "sources_s",
         "tokens_per_s",
         "peak_bytes",
         "wire_bytes_phase1",
@@ -304,3 +306,25 @@ def test_a_second_look_shows_in_the_summary_and_in_json(texts: Path) -> None:
     for share in ("1.1", "-0.1", "nan"):
         message = failed("ask", texts / "book.star", "--second-look", share, "--query", QUESTION)
         assert message.startswith(f"error: second_look {share} is not a share from 0 to 1; give")
+
+
+def test_sources_are_printed_on_stderr_and_in_json(texts: Path) -> None:
+    options = ["--sources", "2", "--query", QUESTION]
+    done = ok("generate", *CHAT, texts / "book.txt", *options)
+    assert done.out == "The secret number for torpidity-kill is 4910508\n"
+    lines = [line for line in done.err.splitlines() if line.startswith("source, weight 0.")]
+    assert len(lines) == 2
+    assert lines[0].endswith("The secret number for torpidity-kill is 4910508.")
+    asked = json.loads(ok("ask", texts / "book.star", *MODEL, *options, "--json").out)
+    best = asked["sources"][0]
+    assert list(best) == [
+        "start",
+        "stop",
+        "start_char",
+        "stop_char",
+        "message",
+        "text",
+        "weight",
+    ]
+    assert best["text"] == "The secret number for torpidity-kill is 4910508."
+    assert asked["sources_s"] > 0

@@ -44,6 +44,7 @@ _OTHERS: tuple[type, ...] = (
     AsyncStream,
     result.Delta,
     result.TokenLogprob,
+    result.Source,
     result.Timings,
     context.RankStats,
     traffic.Traffic,

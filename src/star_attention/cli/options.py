@@ -233,6 +233,17 @@ class AnswerOptions:
             min=0,
         ),
     ] = None
+    sources: Annotated[
+        int,
+        option(
+            "Name at most this number of passages of the text that the answer attended to most: on"
+            " stderr, or with --json in it.",
+            panel="Output",
+            metavar="N",
+            min=0,
+            show_default="none",
+        ),
+    ] = 0
     show_special_tokens: Annotated[
         bool,
         option(
@@ -289,6 +300,7 @@ class AnswerOptions:
             "answer_prefix": unescape(self.answer_prefix, "--answer-prefix"),
             "skip_special_tokens": not self.show_special_tokens,
             "second_look": self.second_look,
+            "sources": self.sources,
         }
         sampling = without_none(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
         if self.greedy and sampling:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from star_attention.cli.formatting import answer_summary, context_summary, format_seconds
 from star_attention.cli.options import AnswerOptions
 from star_attention.cli.progress import Status
+from star_attention.cli.streams import say
 from star_attention.cli.torchrun import is_rank_0
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ FIELDS = {
     "finish_reason": "`stop` or `length`",
     "logprobs": "with `--logprobs`: text, id and log probability of each token, and of the most"
     " likely ones in its place",
+    "sources": "with `--sources`: the passages that the answer attended to most, the best first,"
+    " each with tokens (`start`, `stop`), characters (`start_char`, `stop_char`; in a chat those of"
+    " the message), `message`, `text` and `weight`; null without",
     "method": "attention method",
     "context_tokens": "tokens of the encoded text",
     "query_tokens": "tokens of the query, including what the chat template adds",
@@ -42,6 +46,7 @@ FIELDS = {
     "encode_s": "seconds of encoding (for a saved context: when it was encoded)",
     "ttft_s": "seconds from the query to the first token (with beams: to the whole answer)",
     "second_look_s": "seconds of these that the second look took; null without one",
+    "sources_s": "seconds that the sources took, after the answer; null without them",
     "tokens_per_s": "tokens per second after the first; null for a single token, and with beams",
     "peak_bytes": "peak device memory while answering; null where it is not measured (CPU)",
     "wire_bytes_phase1": "bytes that all context-parallel ranks together sent while encoding;"
@@ -121,6 +126,7 @@ class Answerer:
         with self.star.stream(self.context, self._content(query), **self.kwargs) as stream:
             self._print_deltas(stream.deltas())
         print(flush=True)
+        self._print_sources(stream.result)
         return stream.result
 
     def _print_deltas(self, deltas: Iterable[Delta]) -> None:
@@ -158,6 +164,13 @@ class Answerer:
 
             self._print_deltas([Delta(reasoning=reply.reasoning or "", text=reply.text)])
             print(flush=True)
+            self._print_sources(reply)
+
+    def _print_sources(self, reply: Generation) -> None:
+        """Print the sources to stderr, a line each."""
+        for source in reply.sources or () if is_rank_0() else ():
+            place = f"tokens {source.start:,} to {source.stop:,}"
+            say(f"source, weight {source.weight:.2f}, {place}: {source.text}")
 
     def _print_summary(self, replies: list[Generation], note: str = "") -> None:
         summary = answer_summary(*replies, shows_reasoning=self.options.show_reasoning)

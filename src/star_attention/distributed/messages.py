@@ -27,6 +27,10 @@ RESUME = "resume"
 STREAM = "the rest of a stream"
 """What a rank that follows does after `RESUME`."""
 
+SOURCES = "sources"
+"""Kind of the message about a call of phase 2 that has its answers read once more: its number, and
+the texts (`hf/execution/sources.py`)."""
+
 END = "end"
 """Kind of the last message about a call of phase 2: its number, and the answers."""
 
@@ -145,7 +149,7 @@ class WorldControl:
         A message about another call is kept for the call that expects it.
         """
         message = self._receive_but_ends(number)
-        if message[0] in (RESUME, END) and message[1] == number:
+        if message[0] in (RESUME, SOURCES, END) and message[1] == number:
             return message
         self.push_back(message)
         return None

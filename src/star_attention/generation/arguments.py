@@ -16,7 +16,11 @@ from star_attention.errors import (
     StarAttentionError,
     UnknownOptionError,
     first_line,
+    quote,
 )
+
+DEFAULT_SOURCES = 3
+"""Sources of an answer, where no number is given."""
 
 _INSTEAD = {
     "generation_config": "the model's own is in use already: give the arguments that differ"
@@ -131,6 +135,26 @@ def resolve_generation_kwargs(
     return config, kwargs
 
 
+def most_sources(value: Any) -> int:
+    """Return how many sources `sources=value` asks for.
+
+    Raises:
+        InvalidInputError: neither a bool nor a number of them.
+    """
+    if isinstance(value, bool):
+        return DEFAULT_SOURCES if value else 0
+    if not isinstance(value, int):
+        raise InvalidInputError(
+            f"sources {quote(value)}: expected a bool or an int, got {type(value).__name__}; give"
+            f" True for {DEFAULT_SOURCES} passages, or their number"
+        )
+    if value < 0:
+        raise InvalidInputError(
+            f"sources {value} is below 0; give the most passages to name, or 0 for none"
+        )
+    return value
+
+
 def looking_back(config: GenerationConfig) -> dict[str, Any]:
     """Return the penalties and bans in effect that count the tokens of the context too."""
     values = {name: getattr(config, name, None) for name in _REPETITIONS}
@@ -166,6 +190,7 @@ def _check_names(generation_kwargs: dict[str, Any]) -> None:
                     "stop",
                     "seed",
                     "answer_prefix",
+                    "sources",
                     "ignore_eos",
                     "chat_template_kwargs",
                 },

@@ -6,9 +6,11 @@ from collections.abc import Callable, Generator, Iterator
 
 from star_attention import phase2
 from star_attention.distributed.comm import Comm
+from star_attention.distributed.messages import SOURCES
 from star_attention.errors import InvalidInputError
 from star_attention.generation.result import Delta, Generation
 from star_attention.generation.run import Shape, delta_of
+from star_attention.hf.execution import sources
 from star_attention.hf.text.answer import AnswerText
 from star_attention.storage.oom import translate_oom
 
@@ -43,7 +45,8 @@ class FollowerRun:
         """Yield the pieces that rank 0 streams."""
         while not self.ended:
             if self._follower.finished:
-                self._receive_answers()
+                if not self._receive():
+                    self.leave()
             elif delta := self._step():
                 yield delta
 
@@ -64,12 +67,17 @@ class FollowerRun:
         with translate_oom(_out_of_memory):
             return self._follower.step()
 
-    def _receive_answers(self) -> None:
+    def _receive(self) -> bool:
+        """Do what rank 0 says after the last step; False if it is in another call."""
         message = self._comm.receive_about(self.number)
         if message is None:
-            self.leave()
+            return False
+        if message[0] == SOURCES:
+            with translate_oom(_out_of_memory):
+                sources.attention_of(self._follower.request, message[2])
         else:
             self.end(message[2])
+        return True
 
     def finish(self) -> None:
         """Follow to the end: rank 0 decides when an answer ends, not this rank's reader."""
@@ -86,10 +94,8 @@ class FollowerRun:
         while not self.ended and not self.is_suspended:
             if not self._follower.finished:
                 self.is_suspended = self._run_step()[0] == phase2.SUSPENDED
-            elif message := self._comm.receive_about(self.number):
-                self.end(message[2])
             else:
-                self.is_suspended = True
+                self.is_suspended = not self._receive()
 
     def leave(self) -> None:
         """End the stream here, because rank 0 is in another call."""

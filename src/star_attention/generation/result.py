@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -22,12 +22,15 @@ class Timings:
         ttft_s: seconds from the call to the first token (with beams: to the whole answer).
         tokens_per_s: tokens per second after the first; None for one token, and for beams.
         second_look_s: seconds of `ttft_s` that the second look took; None without one.
+        sources_s: seconds that the sources of all answers of the call took, after the last token;
+            None without them.
     """
 
     encode_s: float
     ttft_s: float
     tokens_per_s: float | None
     second_look_s: float | None = None
+    sources_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,33 @@ class TokenLogprob:
         """Return the fields as JSON values."""
         top = [{"token": t.token, "id": t.id, "logprob": t.logprob} for t in self.top]
         return {"token": self.token, "id": self.id, "logprob": self.logprob, "top": top}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A passage of the context that an answer attended to.
+
+    Attributes:
+        start, stop: its tokens in the context: `context.token_ids[start:stop]`.
+        start_char, stop_char: its characters in the text of the context, or in the content of its
+            message (in parts: their texts, joined), as the tokenizer writes it; None where the
+            context came as token ids, and for what a chat template wrote.
+        message: number of its message in a chat, from 0; None in other contexts.
+        text: its text, without white space around it ("" without a tokenizer).
+        weight: its share of the attention to all passages, 0 to 1.
+    """
+
+    start: int
+    stop: int
+    start_char: int | None = None
+    stop_char: int | None = None
+    message: int | None = None
+    text: str = ""
+    weight: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +113,8 @@ class Generation:
         query_tokens: length of the query in tokens.
         timings: seconds and rates.
         logprobs: of each token of `token_ids`; None unless asked for.
+        sources: passages of the context that query and answer attended to most, the best first;
+            None unless asked for, and for a stream that was closed before its end.
         logits: fp32 `[tokens, vocabulary]` on CPU, before any processing; None unless asked for.
         peak_bytes: peak device memory of the call; None on a CPU.
         wire: traffic between context-parallel ranks during the call, all ranks together.
@@ -96,6 +128,7 @@ class Generation:
     timings: Timings
     reasoning: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    sources: tuple[Source, ...] | None = None
     logits: Tensor | None = None
     peak_bytes: int | None = None
     wire: Traffic = field(default_factory=Traffic)
@@ -121,7 +154,11 @@ class Generation:
             *([] if second_look_s is None else [f"second look {second_look_s:.2f} s of it"]),
             *([] if rate is None else [f"{rate:,.0f} tok/s"]),
         ]
-        return reasoning + html.prose(self.text) + html.note(", ".join(facts))
+        sources = "".join(
+            html.folded(f"source, weight {source.weight:.2f}", source.text or str(source))
+            for source in self.sources or ()
+        )
+        return reasoning + html.prose(self.text) + sources + html.note(", ".join(facts))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answer's part of a line of `--json`, without logits."""
@@ -131,10 +168,14 @@ class Generation:
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "logprobs": self.logprobs and [token.as_dict() for token in self.logprobs],
+            "sources": None
+            if self.sources is None
+            else [source.as_dict() for source in self.sources],
             "query_tokens": self.query_tokens,
             "encode_s": self.timings.encode_s,
             "ttft_s": self.timings.ttft_s,
             "second_look_s": self.timings.second_look_s,
+            "sources_s": self.timings.sources_s,
             "tokens_per_s": self.timings.tokens_per_s,
             "peak_bytes": self.peak_bytes,
             "wire_bytes_phase2": self.wire.bytes,

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from star_attention import phase2
-from star_attention.distributed.messages import END
+from star_attention.distributed.messages import END, SOURCES
 from star_attention.generation import stock
 from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.logprobs import LogprobRecorder
-from star_attention.generation.result import Delta, Generation, Timings
+from star_attention.generation.result import Delta, Generation, Source, Timings
 from star_attention.generation.settings import ResolvedSettings
+from star_attention.generation.sources import SourceFinder
 from star_attention.hf.execution.request import Program, Request
+from star_attention.hf.execution.sources import attention_of
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.text.answer import AnswerText, BeamStopCriteria
 from star_attention.planning.traffic import Traffic
@@ -53,6 +55,7 @@ class _Measurements:
 
     first_s: float = 0.0
     second_look_s: float | None = None
+    sources_s: float | None = None
     end_s: float = 0.0
     peak_bytes: int | None = None
     wire: Traffic = field(default_factory=Traffic)
@@ -71,6 +74,7 @@ class GenerationRun:
         tokenizer: Any,
         encode_s: float,
         number: int,
+        finder: SourceFinder | None = None,
     ) -> None:
         """Begin the call.
 
@@ -81,17 +85,21 @@ class GenerationRun:
             tokenizer: the model's, or None.
             encode_s: seconds that the context took.
             number: the call's number on all ranks.
+            finder: finds the answers' sources; None for none.
         """
         self._clock = Clock(request.handle.device)
         self._comm, self.number = request.comm, number
         self._wire_before = copy.copy(request.comm.cp_traffic)
         self._wire_within_before = copy.copy(request.comm.tp_traffic)
-        self._encode_s = encode_s
+        self._encode_s, self._finder = encode_s, finder
         self.settings, self.shape = settings, shape
         reading = settings.text.reading(tokenizer)
         if settings.stops and not settings.uses_own_loop:
             request.stop_after = lambda prompt_tokens: BeamStopCriteria(reading, prompt_tokens)
         self._request = request
+        # The request after its answers: a second look gives it another shard.
+        self._answered: Request | None = None
+        self._sources: list[tuple[Source, ...]] | None = None
         self.program: Program | None = None
         if settings.uses_own_loop:
             self.program = request.program(settings.answers_per_query)
@@ -118,6 +126,8 @@ class GenerationRun:
                     yield delta
         tail = delta_of(self._answers[0], self._close())
         self._warn_of_unanswered()
+        with translate_oom(self._out_of_memory):
+            self._find_sources()
         self._send_end()
         self._release()
         if tail:
@@ -148,6 +158,7 @@ class GenerationRun:
             piece = self._push(step)
             leader.settle(goes_on=any(answer.finish_reason is None for answer in self._answers))
             yield piece
+        self._answered = leader.request
 
     def _push(self, step: phase2.Step) -> str:
         """Append one step's tokens to all unfinished answers; return the first answer's text."""
@@ -173,6 +184,7 @@ class GenerationRun:
             request = stock.look(request)
         with translate_generation_errors():
             rows = stock.stock(request)
+        self._answered = request
         self._note_look(request)
         for answer, row in zip(self._answers, rows, strict=True):
             for token in row:
@@ -204,7 +216,7 @@ class GenerationRun:
 
     def _release(self) -> None:
         """Drop keys and values: a stream that has ended may be kept for its result."""
-        self._leader = None
+        self._leader = self._answered = None
 
     def repeat(self) -> None:
         raise AssertionError("rank 0 leads")
@@ -220,18 +232,40 @@ class GenerationRun:
         if self.ended:
             return ""
         self.ended = True
-        measured, comm = self._measured, self._comm
+        measured = self._measured
         measured.end_s, measured.peak_bytes = self._clock.stop()
         if self._leader is not None:
             self._note_look(self._leader.request)
-        measured.wire = comm.cp_traffic.since(self._wire_before)
-        # The tensor-parallel ranks of every context-parallel rank exchange the same amount.
-        within = comm.tp_traffic.since(self._wire_within_before)
-        measured.wire_within = Traffic(within.calls * comm.cp_size, within.bytes * comm.cp_size)
+        self._count_traffic()
         tails = [
             answer.end("length") if answer.finish_reason is None else "" for answer in self._answers
         ]
         return tails[0]
+
+    def _count_traffic(self) -> None:
+        measured, comm = self._measured, self._comm
+        measured.wire = comm.cp_traffic.since(self._wire_before)
+        # The tensor-parallel ranks of every context-parallel rank exchange the same amount.
+        within = comm.tp_traffic.since(self._wire_within_before)
+        measured.wire_within = Traffic(within.calls * comm.cp_size, within.bytes * comm.cp_size)
+
+    def _find_sources(self) -> None:
+        """Read queries and answers once more, with all ranks, for what they attend to."""
+        if self._finder is None:
+            return
+        assert self._answered is not None, "sources come after the answers"
+        started = self._clock.elapsed()
+        rows = [(self._query(row), answer.token_ids) for row, answer in enumerate(self._answers)]
+        readings = self._finder.readings(rows)
+        if self._comm.size > 1:
+            self._comm.broadcast_object((SOURCES, self.number, readings))
+        self._sources = self._finder.sources(attention_of(self._answered, readings))
+        _, self._measured.peak_bytes = self._clock.stop()
+        self._measured.sources_s = self._clock.elapsed() - started
+        self._count_traffic()
+
+    def _query(self, row: int) -> list[int]:
+        return self._request.queries[row // self.settings.answers_per_query]
 
     def _note_look(self, request: Request) -> None:
         """Note how long a second look took, once the answer is there."""
@@ -263,22 +297,23 @@ class GenerationRun:
         later_tokens = len(answer.token_ids) - 1
         later_s = measured.end_s - measured.first_s
         has_rate = self.settings.uses_own_loop and later_tokens > 0 and later_s > 0
-        query = self._request.queries[row // self.settings.answers_per_query]
         return Generation(
             text=answer.text,
             reasoning=answer.reasoning,
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
-            query_tokens=len(query),
+            query_tokens=len(self._query(row)),
             timings=Timings(
                 encode_s=self._encode_s,
                 ttft_s=measured.first_s,
                 tokens_per_s=later_tokens / later_s if has_rate else None,
                 second_look_s=measured.second_look_s,
+                sources_s=measured.sources_s,
             ),
             logprobs=None
             if self._logprobs is None
             else self._logprobs.of_row(row, answer.token_ids),
+            sources=None if self._sources is None else self._sources[row],
             logits=None if self._logits is None else self._stack(self._logits[row]),
             peak_bytes=measured.peak_bytes,
             wire=measured.wire,

@@ -14,6 +14,7 @@ from star_attention.errors import InvalidInputError, quote
 from star_attention.generation.arguments import (
     as_set,
     looking_back,
+    most_sources,
     resolve_generation_kwargs,
     warn_of_penalties,
 )
@@ -46,6 +47,7 @@ class GenerateOptions(TypedDict, total=False):
     return_logits: bool
     answer_prefix: str
     second_look: float
+    sources: bool | int
     chat_template_kwargs: dict[str, Any] | None
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
@@ -99,6 +101,8 @@ class GenerationSettings:
             the layers that look back, if some do), for this answer alone. Queries are then answered
             one after another, each with a choice of its own. It takes the memory of one more copy
             of the context.
+        sources: name the passages of the context that the answer attended to most: True for 3, or
+            their number (`Generation.sources`). Query and answer are read once more for it.
         chat_template_kwargs: what the chat template reads beside messages, where it differs from
             the context's.
         logits_processor, stopping_criteria: transformers' lists.
@@ -115,6 +119,7 @@ class GenerationSettings:
     return_logits: bool = False
     answer_prefix: str = ""
     second_look: float = 0.0
+    sources: bool | int = False
     chat_template_kwargs: dict[str, Any] | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
@@ -131,6 +136,7 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)
         check_share(self.second_look)
+        most_sources(self.sources)
         seed = self.seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise InvalidInputError(f"seed {quote(seed)} is not an integer")
@@ -291,6 +297,11 @@ class ResolvedSettings:
     @property
     def second_look(self) -> float:
         return self.arguments.second_look
+
+    @property
+    def sources(self) -> int:
+        """The most sources of an answer; 0 for none."""
+        return most_sources(self.arguments.sources)
 
     @property
     def answer_prefix(self) -> str:

@@ -19,6 +19,7 @@ from star_attention.generation.known_tokens import known_tokens
 from star_attention.generation.result import Generation
 from star_attention.generation.run import GenerationRun, Shape
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
+from star_attention.generation.sources import SourceFinder
 from star_attention.generation.stream import Stream
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.request import Program, Request
@@ -159,6 +160,14 @@ def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) 
         stopping_criteria=settings.arguments.stopping_criteria,
         second_look=settings.second_look,
     )
+    finder = None
+    if settings.sources:
+        finder = SourceFinder(
+            tokenizer=runtime.tokenizer,
+            context=ContextInput.of(context),
+            most=settings.sources,
+            tokens_per_forward=request.tokens_per_forward,
+        )
     return GenerationRun(
         request,
         settings,
@@ -169,6 +178,7 @@ def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) 
         tokenizer=runtime.tokenizer,
         encode_s=context.encode_s,
         number=runtime.comm.streams.new_number(),
+        finder=finder,
     )
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from star_attention.distributed.messages import END
+from star_attention.distributed.messages import END, SOURCES
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import Mirror
-from star_attention.hf.execution import second_look
+from star_attention.hf.execution import second_look, sources
 from star_attention.hf.execution.finite import FiniteCheck
 from star_attention.hf.execution.request import Request, follow_forward
 from star_attention.phase2 import CACHE_ARGUMENT
@@ -126,7 +126,9 @@ def follow(request: Request) -> Any:
         kind, *arguments = request.comm.receive_object()
         if kind == END:
             return arguments[1]
-        if kind == LOOK:
+        if kind == SOURCES:
+            sources.attention_of(request, arguments[1])
+        elif kind == LOOK:
             queries, tokens, share = arguments
             request = second_look.look(
                 replace(request, queries=queries, tokens_per_forward=tokens, second_look=share)

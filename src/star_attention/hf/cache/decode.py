@@ -134,19 +134,20 @@ class AnswerLayer(StarLayer[AnswerPosition]):
     ) -> list[State]:
         """Return a state for each segment of the shard."""
         first_query = self.first_query(q_BQHD.shape[1])
-        visible = self.position.visible
-        states = []
-        for (start, _), segment in zip(self.shard.segments, segments, strict=True):
-            always_visible = visible is None or start < visible.first
-            states.append(
-                shard_attention(
-                    q_BQHD,
-                    segment,
-                    rule=rule if always_visible else self._limited(rule),
-                    offsets=[first_query - pad - start for pad in padding],
-                )
+        return [
+            shard_attention(
+                q_BQHD,
+                segment,
+                rule=self.rule_of(start, rule),
+                offsets=[first_query - pad - start for pad in padding],
             )
-        return states
+            for (start, _), segment in zip(self.shard.segments, segments, strict=True)
+        ]
+
+    def rule_of(self, start: int, rule: Rule) -> Rule:
+        """Return the rule for the segment that starts at a position."""
+        visible = self.position.visible
+        return rule if visible is None or start < visible.first else self._limited(rule)
 
     def _limited(self, rule: Rule) -> Rule:
         """Limit a rule to the most recent keys, where only these are visible."""

@@ -49,7 +49,9 @@ class MassLayer(AnswerLayer):
         segments, _ = self.split(k_BKGD, v_BKGD)
         first_query, mass_K = self.first_query(q_BQHD.shape[1]), self.position.mass_K
         masses = [
-            attention_mass(q_BQHD, keys, lse_BQH, rule=rule, offset=first_query - start)
+            attention_mass(
+                q_BQHD, keys, lse_BQH, rule=self.rule_of(start, rule), offset=first_query - start
+            )
             for (start, _), (keys, _) in zip(self.shard.segments, segments, strict=True)
         ]
         if masses:

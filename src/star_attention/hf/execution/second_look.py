@@ -77,14 +77,23 @@ def _mass(request: Request) -> Tensor:
     cache = MassCache(request.shard, handle.windows, context_tokens, comm, handle.device)
     for ids_1S, positions_1S in request.query_forwards([0]):
         handle.encode(ids_1S, positions_1S, cache, request.rope_length)
+    return mass_of_all_ranks(request, cache)
+
+
+def mass_of_all_ranks(request: Request, cache: MassCache) -> Tensor:
+    """Return the attention that each context token has got through each rank's cache, fp32 `[L]`.
+
+    All ranks have the same bits. Collective.
+    """
+    comm, context_tokens = request.comm, len(request.context_ids_L)
     mass_K = comm.tp_sum(cache.position.mass_K)
-    if comm.cp_size == 1:
+    if len(mass_K) == context_tokens:
         return mass_K
     mass_L = mass_K.new_zeros(context_tokens)
     lengths = [stop - start for start, stop in request.shard.segments]
     for (start, stop), part in zip(request.shard.segments, mass_K.split(lengths), strict=True):
         mass_L[start:stop] = part
-    return comm.cp_sum(mass_L)
+    return mass_L if comm.cp_size == 1 else comm.cp_sum(mass_L)
 
 
 def _chosen(request: Request, mass_L: Tensor) -> list[int]:
