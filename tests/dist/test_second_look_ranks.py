@@ -141,13 +141,13 @@ def answer_without_memory(comm: Any) -> Any:
     """Ask where rank 1 has no room for its copy, and then where all have."""
     star = engine("llama", comm=comm, **RUNS)
     context = star.encode(ids(CONTEXT))
-    grown, messages = ContextKV.grown, []
+    copied, messages = ContextKV.copied, []
     if comm.rank == 1:
 
-        def fail(kv: ContextKV, segments: Any) -> ContextKV:
+        def fail(kv: ContextKV, segments: Any, runs: Any) -> ContextKV:
             raise torch.OutOfMemoryError("no room")
 
-        ContextKV.grown = fail  # type: ignore[method-assign]
+        ContextKV.copied = fail  # type: ignore[method-assign]
     try:
         star.generate(context, ids(QUERY, seed=2), **LOOK)
     except MemoryError as error:
@@ -155,7 +155,7 @@ def answer_without_memory(comm: Any) -> Any:
     except Exception as error:
         messages.append(f"{type(error).__name__}: {error}")
     finally:
-        ContextKV.grown = grown  # type: ignore[method-assign]
+        ContextKV.copied = copied  # type: ignore[method-assign]
     return messages, star.generate(context, ids(QUERY, seed=2), **LOOK).token_ids
 
 

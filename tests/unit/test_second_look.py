@@ -229,14 +229,14 @@ def test_a_suspended_stream_keeps_its_look() -> None:
         for share in (0.2, 0)
     )
     copies: list[weakref.ref[ContextKV]] = []
-    grown = ContextKV.grown
+    copied = ContextKV.copied
 
-    def noted(kv: ContextKV, segments: Segments) -> ContextKV:
-        copies.append(weakref.ref(copy := grown(kv, segments)))
+    def noted(kv: ContextKV, segments: Segments, runs: Any) -> ContextKV:
+        copies.append(weakref.ref(copy := copied(kv, segments, runs)))
         return copy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ContextKV, "grown", noted)
+        patch.setattr(ContextKV, "copied", noted)
         stream = star.stream(context, spelling.QUERY, **look)
         for _ in stream:
             assert star.generate(context, spelling.QUERY[::-1], **look)
@@ -314,10 +314,10 @@ def test_shares_are_rounded_up(share: float, length: int, count: int) -> None:
 
 
 def test_no_room_for_the_copy_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(kv: ContextKV, segments: Segments) -> ContextKV:
+    def fail(kv: ContextKV, segments: Segments, runs: Any) -> ContextKV:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(ContextKV, "grown", fail)
+    monkeypatch.setattr(ContextKV, "copied", fail)
     star = engine("llama", **SIZES)
     context = star.encode(ids(CONTEXT))
     message = (
