@@ -123,7 +123,7 @@ MISREAD = {
         "a zip archive, Word file or EPUB",
         "read_document",
     ),
-    "gzip": (gzip.compress(b"tea").decode("latin-1"), "gzip", "gunzip -c FILE > FILE.txt"),
+    "gzip": (gzip.compress(b"tea", mtime=0).decode("latin-1"), "gzip", "gunzip -c FILE > FILE.txt"),
     "png": (b"\x89PNG\r\n\x1a\n\0".decode("latin-1"), "a PNG image", "OCR"),
     "utf-16": ("tea is hot".encode("utf-16").decode("latin-1"), "10 NUL", 'encoding="utf-16"'),
     "utf-16-be": ("tea is".encode("utf-16-be").decode(), "6 NUL characters", 'encoding="utf-16"'),
@@ -155,7 +155,7 @@ def test_what_is_no_text_is_named_wherever_it_comes_in(
         (b"The tea is hot.", "got bytes; decode them, for example with data.decode()"),
         (bytearray(b"tea"), "got bytearray; decode them"),
         (b"%PDF-1.7\n", "they are a PDF: give star_attention.read_document(path)"),
-        (gzip.compress(b"tea"), "they are gzip: convert it first"),
+        (gzip.compress(b"tea", mtime=0), "they are gzip: convert it first"),
     ],
 )
 def test_bytes_are_named(star: StarLLM, data: bytes, remedy: str) -> None:

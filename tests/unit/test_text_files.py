@@ -118,7 +118,7 @@ def test_unknown_binary_files_are_no_text_in_another_encoding(tmp_path: Path) ->
 
 # Each is converted by the command in its error.
 CONVERTED = {
-    "book.txt.gz": (gzip.compress(TEXT.encode()), "gzip", TEXT),
+    "book.txt.gz": (gzip.compress(TEXT.encode(), mtime=0), "gzip", TEXT),
     "book.bz2": (bz2.compress(TEXT.encode()), "bzip2", TEXT),
     "book.txt.xz": (lzma.compress(TEXT.encode()), "xz", TEXT),
     "book.zip": (zipped(book_dot_txt=TEXT), "a zip archive", TEXT),
@@ -231,7 +231,7 @@ def test_texts_are_left_alone() -> None:
 
 def test_every_place_that_reads_a_text_names_the_file(texts: Path, tmp_path: Path) -> None:
     """Context files, query files, stdin, data sets, and texts of the evaluations."""
-    data, book = gzip.compress(TEXT.encode()), texts / "book.txt"
+    data, book = gzip.compress(TEXT.encode(), mtime=0), texts / "book.txt"
     packed = tmp_path / "packed.txt"
     packed.write_bytes(data)
     generate, query = ["generate", *MODEL], ["--query", "x"]
@@ -254,7 +254,7 @@ def test_data_sets_of_other_kinds(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"samples{suffix}"
     row = json.dumps({"context": "c", "query": "café", "answers": ["a"]}, ensure_ascii=False)
     for data, said in (
-        (gzip.compress(row.encode()), "is gzip"),
+        (gzip.compress(row.encode(), mtime=0), "is gzip"),
         (row.encode("utf-16"), "mark of UTF-16"),
         (row.encode("cp1252"), "iconv -f WINDOWS-1252"),
     ):
