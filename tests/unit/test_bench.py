@@ -92,6 +92,17 @@ def test_questions() -> None:
     _, record = bench("questions", *MODEL, *SMALL, "--answer-tokens", "2")
     assert [row["method"] for row in record["rows"]] == ["stock", "dense", "star"]
     assert all(row["question_s"] > 0 for row in record["rows"])
+    assert all(row["edit_s"] is None for row in record["rows"])
+
+
+def test_an_edit_beside_encoding_anew() -> None:
+    text, record = bench(
+        "questions", *MODEL, *SMALL, "--answer-tokens", "2", "--methods", "dense,star", "--edit"
+    )
+    dense, star = record["rows"]
+    assert dense["edit_s"] is None
+    assert star["edit_s"] > 0
+    assert "edit / text" in text
 
 
 def test_kernels() -> None:

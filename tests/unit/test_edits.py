@@ -90,9 +90,11 @@ def test_an_edited_context_is_the_one_encoded_anew(
     )
     assert edited.token_ids.tolist() == anew.token_ids.tolist()
     assert (edited.plan, edited.layout) == (anew.plan, anew.layout)
-    # A last block that only lost tokens was computed in a longer forward.
+    # A last block that only lost tokens was computed in a longer forward. Experts compute the
+    # tokens together that the router gives them, so that a changed one changes others' rounding.
     is_cut = start < stop == CONTEXT and not new
-    assert_same_kv(edited, anew, tolerance=1e-5 if is_cut else 0)
+    is_exact = name in ("llama", "gemma3") and not is_cut
+    assert_same_kv(edited, anew, tolerance=0 if is_exact else 1e-5)
     for layer, unchanged in zip(stored(old), before, strict=True):
         assert all(map(torch.equal, layer, unchanged)), "the old context changed"
 

@@ -26,6 +26,7 @@ from star_attention.bench.modes import (
     weights_settings,
 )
 from star_attention.bench.ranks import NOT_HERE, Spent, attempt, in_short, measure
+from star_attention.engine import StarLLM
 from star_attention.planning.sizes import format_size
 from star_attention.storage.context import EncodedContext
 from star_attention.tools import machine
@@ -49,6 +50,8 @@ class QuestionsRow:
         tensor_parallel: those that share the weights of one model.
         weights: what a rank reads of them for a token, as in `bench decode`.
         encode_s: time to encode the text, once; 0 if nothing is kept between questions.
+        edit_s: time to encode the text again with one block changed; None if not asked for, and for
+            methods that cannot reuse blocks.
         question_s: time of a batch of questions with their answers, divided by its size; the
             median.
         first_token_s: time to the first tokens of a batch's answers.
@@ -65,6 +68,7 @@ class QuestionsRow:
     tensor_parallel: int = 1
     weights: str = WHOLE
     encode_s: float | None = None
+    edit_s: float | None = None
     question_s: float | None = None
     first_token_s: float | None = None
     tokens_per_s: float | None = None
@@ -93,6 +97,7 @@ class Questions(Benchmark[QuestionsRow]):
         compile: as for `StarLLM`.
         slice_weights: as for `Decode`.
         alone: of several ranks, also measure rank 0 by itself.
+        edit: also measure an edit of one block. It takes the memory of a second context.
         methods: None for `METHODS`, or `METHODS_ON_RANKS`.
     """
 
@@ -107,6 +112,7 @@ class Questions(Benchmark[QuestionsRow]):
     compile: bool | None = None
     slice_weights: bool | None = None
     alone: bool = True
+    edit: bool = False
     methods: list[str] | None = None
 
     @property
@@ -189,7 +195,7 @@ class Questions(Benchmark[QuestionsRow]):
             **weights_settings(row.ranks, row.weights),
         )
         star = by_rule(star, row.weights, self.slice_weights)
-        comm, encode_s = star.runtime.comm, None
+        comm, encode_s, edit_s = star.runtime.comm, None, None
         if not encoded:
             target.check_memory(star, row.context)
             ids_L = random_ids(target.model, row.context)
@@ -201,6 +207,8 @@ class Questions(Benchmark[QuestionsRow]):
 
             runs = [measure(encode, target.device, comm) for _ in range(1 + self.repeats)][1:]
             encode_s = median(run.seconds for run in runs)
+            if self.edit and star.runtime.method.why_not_reuse() is None:
+                edit_s = self._time_edit(star, encoded[0], target)
         queries = [random_ids(target.model, self.query_tokens, 1 + i) for i in range(row.batch)]
         generate = partial(star.generate, encoded[0], queries, ignore_eos=True)
 
@@ -216,11 +224,21 @@ class Questions(Benchmark[QuestionsRow]):
             row,
             # The same text, in the rows after the first.
             encode_s=encode_s if encode_s is not None else encoded[0].encode_s,
+            edit_s=edit_s,
             question_s=whole_s / row.batch,
             first_token_s=first_s,
             tokens_per_s=later / (whole_s - first_s) if later and whole_s > first_s else None,
             peak_bytes=whole[-1].peak_bytes,
         )
+
+    def _time_edit(self, star: StarLLM, context: EncodedContext, target: Target) -> float:
+        """Return the time of changing a token of a block in the middle."""
+        at = context.plan.num_blocks // 2 * context.plan.block_size
+        changed_1 = (context.token_ids[at : at + 1] + 1) % target.model.config.vocab_size
+        edit = partial(star.edit, context, at, at + 1, changed_1)
+        comm = star.runtime.comm
+        runs = [measure(edit, target.device, comm) for _ in range(1 + self.repeats)][1:]
+        return median(run.seconds for run in runs)
 
     def table(self, rows: list[QuestionsRow]) -> list[tuple[str, ...]]:
         on_ranks = any(row.ranks > 1 for row in rows)
@@ -229,6 +247,7 @@ class Questions(Benchmark[QuestionsRow]):
             "method",
             *(["ranks", "weights"] if on_ranks else []),
             "text s",
+            *(["edit / text"] if self.edit else []),
             "question s",
             "questions",
             "total s",
@@ -237,7 +256,7 @@ class Questions(Benchmark[QuestionsRow]):
             "first tokens s",
             "tok/s",
         ]
-        lines = [header, *(_cells(row, rows, on_ranks) for row in rows)]
+        lines = [header, *(_cells(row, rows, on_ranks, edit=self.edit) for row in rows)]
         return [tuple(line + [""] * (len(header) - len(line))) for line in lines]
 
 
@@ -250,7 +269,7 @@ def _stock_generate(model: Any, ids_L: Tensor, tokens: int) -> Any:
     return model.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), generation_config=config)
 
 
-def _cells(row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool) -> list[str]:
+def _cells(row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool, *, edit: bool) -> list[str]:
     place = [str(row.ranks), row.weights] if on_ranks else []
     start = [format_size(row.context), row.method, *place]
     if row.total_s is None or row.encode_s is None or row.question_s is None:
@@ -258,6 +277,7 @@ def _cells(row: QuestionsRow, rows: list[QuestionsRow], on_ranks: bool) -> list[
     return [
         *start,
         f"{row.encode_s:,.3g}",
+        *(["" if row.edit_s is None else f"{row.edit_s / row.encode_s:.3f}"] if edit else []),
         f"{row.question_s:,.3g}",
         str(row.questions),
         f"{row.total_s:,.3g}",

@@ -246,6 +246,15 @@ class QuestionsOptions:
     compile: Compile = None
     slice_weights: SliceWeights = None
     alone: Alone = True
+    edit: Annotated[
+        bool,
+        option(
+            "Also time encoding the text with one block changed, as a share of encoding it anew;"
+            " takes the memory of a second copy.",
+            "--edit",
+            panel=PANEL,
+        ),
+    ] = False
 
     def benchmark(self) -> Questions:
         """Check the options."""
@@ -266,6 +275,7 @@ class QuestionsOptions:
             compile=self.compile,
             slice_weights=self.slice_weights,
             alone=self.alone,
+            edit=self.edit,
             methods=methods,
         )
 
