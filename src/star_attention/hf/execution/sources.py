@@ -53,7 +53,7 @@ def attention_of(request: Request, readings: Readings) -> list[Tensor]:
         parts = [part for part in (query[:-1], [*query[-1:], *answer[:-1]]) if part]
         means = _mean_attention(request, parts)
         more_L = (sum(means[1:], means[0]) / len(means) - usual_L).clamp_(min=0.0)
-        # A sink: the more a text has to say, the more of it.
+        # It takes what is not needed elsewhere, which may be more than of a line break.
         more_L[0] = 0.0
         rows.append(more_L)
     with request.comm.waiting():
