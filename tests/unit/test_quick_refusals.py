@@ -121,10 +121,15 @@ def test_a_gpu_that_is_hidden_or_has_no_driver(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "config.json is no JSON (Expecting property name"),
-        ('{"model_type": "llama"', "config.json is no JSON (Expecting ',' delimiter: line 1"),
+        ("{", "config.json is not valid JSON (Expecting property name"),
+        (
+            '{"model_type": "llama"',
+            "config.json is not valid JSON (Expecting ',' delimiter: line 1",
+        ),
         pytest.param(
-            "[" * 100_000, "config.json is no JSON (maximum recursion depth", id="deeply nested"
+            "[" * 100_000,
+            "config.json is not valid JSON (maximum recursion depth",
+            id="deeply nested",
         ),
         ("[1]", "config.json holds [1], expected an object of settings"),
         ("caf\udce9", "config.json is not UTF-8 text"),

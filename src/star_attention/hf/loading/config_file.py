@@ -54,7 +54,7 @@ def read(folder: Path, *, own_code: bool) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _unreadable(folder, f"{NAME} is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:
-        raise _unreadable(folder, f"{NAME} is no JSON ({error})") from error
+        raise _unreadable(folder, f"{NAME} is not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise _unreadable(folder, f"{NAME} holds {quote(config)}, expected an object of settings")
     if "auto_map" in config or own_code:

@@ -294,7 +294,7 @@ def _head(handle: Any, ranks: int) -> list[Group] | str:
         None,
     )
     if head is None or owner is None or not is_plain(head):
-        return "its language-model head is no plain linear layer"
+        return "its language-model head is not a plain linear layer"
     if padded_range(head.out_features, ranks, ranks - 1)[0] >= head.out_features:
         return f"its vocabulary has {head.out_features} entries, for {ranks} ranks"
     return [Group.of(HEAD, *owner)]

@@ -76,8 +76,8 @@ def edited_messages(chat: ChatContext, start: Any, stop: Any, new: Any) -> list[
 def _check_place(start: Any, stop: Any, length: int, unit: str) -> None:
     if any(type(place) is not int for place in (start, stop)):
         raise InvalidInputError(
-            f"an edit from {quote(start)} to {quote(stop)} is no place in the context; give two"
-            f" integers that count {unit}"
+            f"an edit from {quote(start)} to {quote(stop)}: expected two integers, got"
+            f" {type(start).__name__} and {type(stop).__name__}; count {unit}"
         )
     if not 0 <= start <= stop <= length:
         raise InvalidInputError(
