@@ -33,8 +33,8 @@ def encode(
 ) -> None:
     """Encode texts once and save the result, for any number of questions with `ask`.
 
-    The file contains the text's token ids: protect it like the text. An interrupted run leaves no
-    partial file.
+    The file contains the text and its token ids: protect it like the text. An interrupted run
+    leaves no partial file.
 
     Example: star-attention encode -m models/needle-17m --chat examples/book.txt -o book.star
     """

@@ -347,5 +347,6 @@ def save(context: EncodedContext, path: str, status: Status) -> None:
     files = target.iterdir() if target.is_dir() else [target]
     size = format_bytes(sum(file.stat().st_size for file in files))
     status.say(
-        f"saved to {path} ({size}); it contains the text's token ids: protect it like the text"
+        f"saved to {path} ({size}); it contains the text and its token ids: protect it like the"
+        " text"
     )
