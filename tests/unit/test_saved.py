@@ -145,7 +145,7 @@ def test_sizes_come_from_the_file(path: Path) -> None:
 
 
 def test_the_file_is_plain_safetensors_for_its_owner_only(path: Path) -> None:
-    """It contains the text and its token ids: only the owner may read it, and nothing in it runs."""
+    """It contains the text and its ids: only the owner may read it, and nothing in it runs."""
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with safe_open(path, framework="pt") as file:
         assert file.get_tensor("token_ids").tolist() == ids(CONTEXT)
