@@ -188,7 +188,7 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
     if program is None:
         return RepeaterRun(lambda: _repeat(runtime, context), message.shape)
     request = replace(
-        _following_request(runtime, context),
+        _bare_request(runtime, context),
         queries=program.queries,
         tokens_per_forward=program.tokens_per_forward,
         sliced=program.sliced,
@@ -204,11 +204,11 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
 
 def _repeat(runtime: Runtime, context: EncodedContext) -> Any:
     """Repeat rank 0's forwards; return what its last message holds."""
-    return stock.follow(_following_request(runtime, context))
+    return stock.follow(_bare_request(runtime, context))
 
 
-def _following_request(runtime: Runtime, context: EncodedContext) -> Request:
-    """Return a request on a context without what rank 0 decides."""
+def _bare_request(runtime: Runtime, context: EncodedContext) -> Request:
+    """Return a request on a context, without queries and what else rank 0 decides."""
     return Request(
         handle=runtime.handle,
         context_ids_L=context.token_ids,
@@ -245,15 +245,9 @@ def _phase2_request(
 ) -> Request:
     """Return a request of phase 2, after checking that there are positions for its answers."""
     runtime.positions.check_room(len(context), context.rope_length, prompts, max_new_tokens)
-    return Request(
-        handle=runtime.handle,
-        context_ids_L=context.token_ids,
-        plan=context.plan,
-        shard=context.kv,
-        rope_length=context.rope_length,
+    return replace(
+        _bare_request(runtime, context),
         queries=prompts,
-        tokens_per_forward=runtime.tokens_per_forward,
-        comm=runtime.comm,
         sliced=slices.choose(runtime.handle, runtime.comm, runtime.config.slice_weights),
         **options,
     )
