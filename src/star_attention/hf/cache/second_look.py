@@ -199,15 +199,15 @@ class RenewPosition(ForwardPosition):
         chosen: the tokens.
         last_index: number of the last layer.
         sees_all: for each layer, whether they see everything before them.
-        far: keys of this rank that they see from afar in the others.
-        sight: what they see there; None before the first forward.
+        far: keys of this rank that they see from afar in the others; None if there are no others.
+        sight: what they see there, likewise; None before the first forward, too.
     """
 
     comm: Comm
     chosen: Chosen
     last_index: int
     sees_all: list[bool]
-    far: Far
+    far: Far | None
     sight: Sight | None = None
 
     def of_all(self, *own_BSHD: Tensor) -> list[Tensor]:
@@ -266,7 +266,7 @@ class RenewLayer(StarLayer[RenewPosition]):
     def _see(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         """Attend to what `Sight` says, as far as it is in this rank's shard."""
         sight, far = self.position.sight, self.position.far
-        assert sight is not None
+        assert sight is not None and far is not None
         exact = replace(rule, dtype=None)
         state = join_rows(
             [
@@ -324,15 +324,17 @@ class RenewCache(StarCache):
     ) -> None:
         self._segments, self._device = shard.segments, device
         self._block_size = plan.block_size
+        # Where models combine what is far apart, and so in all layers if none looks back.
+        sees_all = [not plan.lookback or lookback > 0 for lookback in plan.lookbacks(len(windows))]
+        far = None
+        if not all(sees_all):
+            far = Far.of(positions, plan.anchor_size, shard.segments, device)
         position = RenewPosition(
             comm=comm,
             chosen=Chosen.of([], self._segments, comm, device),
             last_index=len(windows) - 1,
-            far=Far.of(positions, plan.anchor_size, self._segments, device),
-            # Where models combine what is far apart, and so in all layers if none looks back.
-            sees_all=[
-                not plan.lookback or lookback > 0 for lookback in plan.lookbacks(len(windows))
-            ],
+            far=far,
+            sees_all=sees_all,
         )
         super().__init__(build_layers(RenewLayer, windows, position, [shard]), position, comm)
 
@@ -340,5 +342,6 @@ class RenewCache(StarCache):
         """Set the tokens of the next forward; return the positions of this rank's share."""
         chosen = Chosen.of(positions, self._segments, self.comm, self._device)
         self.position.chosen = chosen
-        self.position.sight = Sight.of(chosen.rows, self._block_size, self.position.far)
+        if self.position.far is not None:
+            self.position.sight = Sight.of(chosen.rows, self._block_size, self.position.far)
         return [positions[number] for number in chosen.share]
