@@ -282,7 +282,7 @@ class AnswerOptions:
         Raises:
             TextError: If a text is not UTF-8.
             SizeError: If max_new_tokens is not a number of tokens.
-            InvalidInputError: If it is not positive, or second_look is no share.
+            InvalidInputError: If it is not positive, or second_look is outside of 0 to 1.
         """
         from star_attention.cli.inputs import check_utf8
 
