@@ -173,22 +173,51 @@ def extend(
     ):
         job = replace(job, progress=callback)
         store = phase1.extend(job, old.kv, start=start, owner=owner)
+    return version(
+        runtime,
+        old,
+        source,
+        job,
+        store,
+        encode_s=old.encode_s + slowest(stats),
+        peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
+        stats=tuple(before.then(more) for before, more in zip(old.stats, stats, strict=True)),
+    )
+
+
+def version(
+    runtime: Runtime,
+    old: EncodedContext,
+    source: ContextInput,
+    job: EncodeJob,
+    kv: ContextKV,
+    **measured: Any,
+) -> EncodedContext:
+    """Return a version of `old` with other tokens, after checking its keys. Collective.
+
+    Args:
+        runtime: the engine's.
+        old: the context that it is a version of.
+        source: what the version was made of.
+        job: how it was encoded.
+        kv: this rank's keys and values; those of `old` if this rank encoded nothing.
+        measured: fields that hold measurements.
+    """
     # A saved context of another rank need not be read for this.
-    changed = [] if store is old.kv else [store]
+    changed = [] if kv is old.kv else [kv]
     runtime.comm.raise_if_any_failed(finite.problem_in(runtime.handle, changed))
     return replace(
         old,
-        token_ids=ids_L,
+        token_ids=source.ids_L,
         plan=job.plan,
-        kv=store,
+        kv=kv,
         layout=job.layout,
+        rope_length=job.rope_length,
         chat=source.chat,
         end=source.end,
         text=source.text,
         warned=set(),
-        encode_s=old.encode_s + slowest(stats),
-        peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
-        stats=tuple(before.then(more) for before, more in zip(old.stats, stats, strict=True)),
+        **measured,
     )
 
 

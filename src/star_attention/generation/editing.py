@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from star_attention import encoding, inputs, methods, phase1
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
-from star_attention.hf.execution import finite
 from star_attention.hf.progress import Progress, shown
 from star_attention.hf.text import editing
 from star_attention.hf.text.conversation import ChatContext
@@ -183,19 +181,12 @@ def _version(
             store = old.kv
         else:
             store = phase1.encode_again(job, old.kv, steps)
-    changed = [] if store is old.kv else [store]
-    runtime.comm.raise_if_any_failed(finite.problem_in(runtime.handle, changed))
-    return replace(
+    return encoding.version(
+        runtime,
         old,
-        token_ids=source.ids_L,
-        plan=plan,
-        kv=store,
-        layout=layout,
-        rope_length=job.rope_length,
-        chat=source.chat,
-        end=source.end,
-        text=source.text,
-        warned=set(),
+        source,
+        job,
+        store,
         encode_s=encoding.slowest(stats),
         peak_bytes=stats[runtime.comm.cp_rank].peak_bytes,
         reused_tokens=len(source.ids_L) - encoded,
