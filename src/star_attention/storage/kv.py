@@ -319,6 +319,19 @@ class Tail:
         assert self._k_BGCD is not None and self._v_BGCD is not None, "the tail is empty"
         return self._k_BGCD[:, :, : self.length], self._v_BGCD[:, :, : self.length]
 
+    def row(self, number: int, padding: int = 0) -> Tail:
+        """Return the tail of one batch row, without its first `padding` tokens.
+
+        That is this tail itself, if it has no other row and no padding; a copy otherwise.
+        """
+        if self._k_BGCD is None or (self._k_BGCD.shape[0] == 1 and not padding):
+            return self
+        row = Tail()
+        one = slice(number, number + 1)
+        k_BGTD, v_BGTD = self.pair()
+        row.append(k_BGTD[one, :, padding:], v_BGTD[one, :, padding:])
+        return row
+
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder batch rows (beams)."""
         if self._k_BGCD is not None and self._v_BGCD is not None:

@@ -95,7 +95,7 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         segments, tail = self.split(k_BKGD, v_BKGD)
         states = self._attend_to_shard(q_BQHD, segments, rule, padding)
         if comm.cp_rank == comm.cp_size - 1:
-            near = self._limited(rule)
+            near = recent_rule(rule, self.position.visible)
             states.append(tail_attention(q_BQHD, *tail, rule=near, padding=padding))
         state = (
             merge(states, dtype=rule.dtype)
@@ -138,23 +138,11 @@ class AnswerLayer(StarLayer[AnswerPosition]):
             shard_attention(
                 q_BQHD,
                 segment,
-                rule=self.rule_of(start, rule),
+                rule=segment_rule(rule, self.position.visible, start),
                 offsets=[first_query - pad - start for pad in padding],
             )
             for (start, _), segment in zip(self.shard.segments, segments, strict=True)
         ]
-
-    def rule_of(self, start: int, rule: Rule) -> Rule:
-        """Return the rule for the segment that starts at a position."""
-        visible = self.position.visible
-        return rule if visible is None or start < visible.first else self._limited(rule)
-
-    def _limited(self, rule: Rule) -> Rule:
-        """Limit a rule to the most recent keys, where only these are visible."""
-        visible = self.position.visible
-        if visible is None:
-            return rule
-        return replace(rule, window=min(visible.recent, rule.window or visible.recent))
 
     # Beam search, several answers and assisted decoding change rows, which differ only in the tail.
 
@@ -178,6 +166,18 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         if tokens_to_remove > 0:
             tokens_to_remove -= self.position.context_tokens + self.tail.length
         self.tail.crop(-tokens_to_remove)
+
+
+def recent_rule(rule: Rule, visible: VisibleRange | None) -> Rule:
+    """Limit a layer's rule to the most recent keys, where only these are visible."""
+    if visible is None:
+        return rule
+    return replace(rule, window=min(visible.recent, rule.window or visible.recent))
+
+
+def segment_rule(rule: Rule, visible: VisibleRange | None, start: int) -> Rule:
+    """Return a layer's rule for the segment of a shard that starts at a position."""
+    return rule if visible is None or start < visible.first else recent_rule(rule, visible)
 
 
 def own_heads(comm: Comm, q_BQHD: Tensor) -> slice:

@@ -25,7 +25,7 @@ from star_attention.hf.cache.base import (
     build_layers,
     by_token,
 )
-from star_attention.hf.cache.decode import AnswerLayer, AnswerPosition
+from star_attention.hf.cache.decode import AnswerLayer, AnswerPosition, segment_rule
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
@@ -50,7 +50,11 @@ class MassLayer(AnswerLayer):
         first_query, mass_K = self.first_query(q_BQHD.shape[1]), self.position.mass_K
         masses = [
             attention_mass(
-                q_BQHD, keys, lse_BQH, rule=self.rule_of(start, rule), offset=first_query - start
+                q_BQHD,
+                keys,
+                lse_BQH,
+                rule=segment_rule(rule, self.position.visible, start),
+                offset=first_query - start,
             )
             for (start, _), (keys, _) in zip(self.shard.segments, segments, strict=True)
         ]

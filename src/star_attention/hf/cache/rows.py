@@ -1,0 +1,203 @@
+"""The cache of decode steps whose rows belong to different contexts and queries.
+
+A row is one answer under way. It has a tail of its own in every layer, and reads the shard of its
+context, which it may share with other rows. Rows come and go between forwards: each membership is a
+`RowSet` of its own.
+
+Axes: R rows, G KV heads, H query heads, K keys, D head size. A forward has one new token per row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.attend import Rule, attend
+from star_attention.attention.blocks import shard_attention
+from star_attention.attention.state import State, merge
+from star_attention.distributed.comm import Comm
+from star_attention.errors import UnsupportedModelError
+from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, by_token
+from star_attention.hf.cache.decode import AnswerCache, recent_rule, segment_rule
+from star_attention.storage.kv import ContextKV, LayerKV, Tail
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowKV:
+    """The keys and values of one row.
+
+    Attributes:
+        shard: those of its context.
+        context_tokens: tokens of the whole context.
+        tails: those of its query and answer, `[1, G, length, D]`, one tail for each cache layer. A
+            layer that reads another layer's keys has an empty one.
+    """
+
+    shard: ContextKV
+    context_tokens: int
+    tails: list[Tail]
+
+    @classmethod
+    def of(cls, cache: AnswerCache, shard: ContextKV, number: int, rows: int) -> RowKV:
+        """Take over a row of a cache, which is not to be used afterwards.
+
+        Args:
+            cache: the cache of a request that has read its queries.
+            shard: the shard of that request.
+            number: the row.
+            rows: all rows of the cache.
+        """
+        padding = cache.row_padding(rows)[number]
+        tails = [layer.tail.row(number, padding) for layer in cache.layers]
+        return cls(shard=shard, context_tokens=cache.context_tokens, tails=tails)
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens after the context."""
+        return self.tails[0].length
+
+    @property
+    def position(self) -> int:
+        """The position of the next token."""
+        return self.context_tokens + self.tails[0].length
+
+
+class RowSet:
+    """Rows that share decode forwards. A change of membership makes a new set.
+
+    Args:
+        rows: the rows, those of one shard next to each other.
+
+    Attributes:
+        groups: first row and the one after the last of each run of rows that read one shard.
+    """
+
+    def __init__(self, rows: Sequence[RowKV]) -> None:
+        self.rows = list(rows)
+        starts = [
+            index
+            for index, row in enumerate(self.rows)
+            if index == 0 or row.shard is not self.rows[index - 1].shard
+        ]
+        self.groups = list(itertools.pairwise([*starts, len(self.rows)]))
+        assert len({id(self.rows[start].shard) for start in starts}) == len(starts), (
+            "rows of one shard are neighbors"
+        )
+        self._number = next(_numbers)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """A value that no other membership has, and that changes whenever a tail's buffers move."""
+        # All tails of a row grow and move together; the first stands for them.
+        return self._number, sum(row.tails[0].version for row in self.rows)
+
+
+class RowsPosition(ForwardPosition):
+    """Where each row's next token stands."""
+
+    def __init__(self, rows: RowSet) -> None:
+        super().__init__()
+        self.rows = rows
+
+    @property
+    def seen_tokens(self) -> int:
+        # Of the longest row. Models take each row's position from the ids of positions.
+        return max(row.position for row in self.rows.rows)
+
+
+class RowsLayer(StarLayer[RowsPosition]):
+    """A layer of many contexts, each read once for all of its rows, and of each row's tail."""
+
+    def set_expands(self, expands: bool) -> None:
+        if expands:
+            raise UnsupportedModelError(
+                "a layer", ["it computes keys and values from the stored ones"]
+            )
+
+    def append(self, k_RG1D: Tensor, v_RG1D: Tensor) -> tuple[Tensor, Tensor]:
+        for number, row in enumerate(self.position.rows.rows):
+            one = slice(number, number + 1)
+            row.tails[self.index].append(k_RG1D[one], v_RG1D[one])
+        return k_RG1D, v_RG1D
+
+    def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
+        """Attend to each context for its rows, and to each row's tail."""
+        rows = self.position.rows
+        states = [
+            self._attend_to_context(q_R1HD[start:stop], rows.rows[start:stop], rule)
+            for start, stop in rows.groups
+        ]
+        tails = [
+            self._attend_to_tail(q_R1HD[number : number + 1], row, rule)
+            for number, row in enumerate(rows.rows)
+        ]
+        return merge([_stacked(states), _stacked(tails)], dtype=rule.dtype)
+
+    def _attend_to_context(self, q_R1HD: Tensor, rows: list[RowKV], rule: Rule) -> State:
+        shard = rows[0].shard
+        k_1KGD, v_1KGD = by_token(shard.layers[self.index].pair())
+        states, at = [], 0
+        for start, stop in shard.segments:
+            segment = slice(at, at + stop - start)
+            at = segment.stop
+            states.append(
+                shard_attention(
+                    q_R1HD,
+                    (k_1KGD[:, segment], v_1KGD[:, segment]),
+                    rule=segment_rule(rule, shard.visible, start),
+                    # The token of the forward is in the tail already.
+                    offsets=[row.context_tokens + self._length(row) - 1 - start for row in rows],
+                )
+            )
+        return merge(states)
+
+    def _length(self, row: RowKV) -> int:
+        return row.tails[self.index].length
+
+    def _attend_to_tail(self, q_11HD: Tensor, row: RowKV, rule: Rule) -> State:
+        near = recent_rule(rule, row.shard.visible)
+        pair = by_token(row.tails[self.index].pair())
+        return attend(q_11HD, *pair, rule=near, offset=self._length(row) - 1)
+
+
+def _stacked(states: list[State]) -> State:
+    """Return one state of the rows of several."""
+    if len(states) == 1:
+        return states[0]
+    return State(
+        torch.cat([state.out_BQHD for state in states]),
+        torch.cat([state.lse_BQH for state in states]),
+    )
+
+
+class RowsCache(StarCache):
+    """The cache of eager decode steps of many rows, on a single process.
+
+    Args:
+        rows: the rows; none of their layers expands its keys.
+        windows: sliding window of each layer in tokens, None for full attention.
+        comm: the process.
+    """
+
+    position: RowsPosition
+
+    def __init__(self, rows: RowSet, windows: list[int | None], comm: Comm) -> None:
+        position = RowsPosition(rows)
+        layers = [
+            RowsLayer(index, window, position, _stores(rows, index))
+            for index, window in enumerate(windows)
+        ]
+        super().__init__(layers, position, comm)
+
+
+def _stores(rows: RowSet, layer: int) -> list[LayerKV]:
+    return [rows.rows[start].shard.layers[layer] for start, _ in rows.groups]

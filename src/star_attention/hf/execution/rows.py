@@ -1,0 +1,72 @@
+"""Decode forwards of many rows: one new token of each, whatever context it belongs to.
+
+Axes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.rows import RowKV, RowsCache, RowSet
+from star_attention.hf.execution.handle import ModelHandle
+from star_attention.storage.kv import ContextKV
+
+__all__ = ["RowForwards", "RowKV", "RowSet", "kind_of"]
+
+
+def kind_of(shard: ContextKV, rope_length: int | None) -> Hashable | None:
+    """Return what rows must have in common to share forwards; None for rows that run alone.
+
+    Args:
+        shard: keys and values of a row's context, after its first forward.
+        rope_length: tokens that length-dependent rotary frequencies are computed for, or None.
+    """
+    if any(layer.expands for layer in shard.layers):
+        # Keys and values are expanded by the model, each row's in one piece (MLA).
+        return None
+    # Of rows in another format, or that see a part of their context, a graph can read none.
+    return rope_length, shard.kv_format, shard.visible is None, len(shard.segments) == 1
+
+
+class RowForwards:
+    """Runs the decode forwards of one model's rows.
+
+    Args:
+        handle: the model.
+        comm: the process; rows are not shared between several.
+    """
+
+    def __init__(self, handle: ModelHandle, comm: Comm) -> None:
+        self._handle, self._comm = handle, comm
+        self._cache: RowsCache | None = None
+
+    @torch.no_grad()
+    def run(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor:
+        """Run a forward of each row's newest token, which joins its tail.
+
+        Args:
+            rows: the rows, all of one kind.
+            tokens_R: their tokens, int64, on the model's device.
+            rope_length: that of the rows.
+
+        Returns:
+            Logits of the tokens that follow, fp32 `[R, V]`.
+        """
+        return self._eager(rows, tokens_R, rope_length)
+
+    def _eager(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor:
+        if self._cache is None or self._cache.position.rows is not rows:
+            self._cache = RowsCache(rows, self._handle.windows, self._comm)
+        positions_R = torch.tensor([row.position for row in rows.rows], device=tokens_R.device)
+        logits_R1V = self._handle.logits(
+            tokens_R[:, None], positions_R[:, None], self._cache, rope_length
+        )
+        return logits_R1V[:, -1].float()
+
+    def forget(self) -> None:
+        """Drop what belongs to the rows of the last forward."""
+        self._cache = None
