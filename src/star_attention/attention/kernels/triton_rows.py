@@ -1,0 +1,329 @@
+"""Attention of one new token of many rows, whose contexts differ, in Triton.
+
+A row is one answer under way: it reads a context, which it may share with other rows, and a tail of
+its own. Everything that depends on rows and contexts is in `RowTables` on the device, so that a
+CUDA graph serves any rows of its bucket.
+
+Contexts are cut into work items (`row_tables`), each of which reads its keys once for all query
+heads of all its rows, and tails into `TAIL_RUNS` each. A last kernel merges the runs of each row.
+
+Axes: R rows of the bucket, H query heads, G KV heads, D head size, P items, M query rows of a tile,
+N keys of one step, S runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.kernels.row_tables import (
+    ITEM_COLUMNS,
+    ROW_COLUMNS,
+    SHARD_COLUMNS,
+    RowTables,
+    tile_size,
+)
+from star_attention.attention.kernels.triton_run import run
+from star_attention.attention.state import State
+
+TAIL_RUNS = 4
+"""Runs over each row's tail."""
+
+_PER_SHARD: tl.constexpr = tl.constexpr(SHARD_COLUMNS)
+_PER_ITEM: tl.constexpr = tl.constexpr(ITEM_COLUMNS)
+_PER_ROW: tl.constexpr = tl.constexpr(ROW_COLUMNS)
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _append_rows(
+    k_ptr, v_ptr, tails_ptr, rows_ptr, k_r, k_g, v_r, v_g,
+    layer_rows,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
+    r = tl.program_id(0) // KV_HEADS
+    g = tl.program_id(0) % KV_HEADS
+    d = tl.arange(0, BLOCK_D)
+    slot = tl.load(rows_ptr + r * _PER_ROW)
+    capacity = tl.load(rows_ptr + r * _PER_ROW + 1)
+    mask = d < tl.where(slot < capacity, D, 0)
+    target = (g * capacity + slot).to(tl.int64) * D + d
+    at_ptr = tails_ptr + (layer_rows + r) * 2
+    k_tail_ptr = tl.load(at_ptr).to(tl.pointer_type(DTYPE))
+    v_tail_ptr = tl.load(at_ptr + 1).to(tl.pointer_type(DTYPE))
+    tl.store(k_tail_ptr + target, tl.load(k_ptr + r * k_r + g * k_g + d, mask=mask), mask=mask)
+    tl.store(v_tail_ptr + target, tl.load(v_ptr + r * v_r + g * v_g + d, mask=mask), mask=mask)
+
+
+@triton.jit
+def _of_context(
+    q_ptr, shards_ptr, items_ptr, rows_ptr, out_ptr, lse_ptr, layer_rows, item, g,
+    scale, softcap, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Attend to one item's run of a context's keys; the result is that of its tile."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    STORED: tl.constexpr = tl.float8e4nv if FP8 else DTYPE
+    item_ptr = items_ptr + item * _PER_ITEM
+    tokens = tl.load(item_ptr + 1)
+    rows = tl.load(item_ptr + 5)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    row_mask = m < rows * GROUP
+    row = tl.load(item_ptr + 4) + m // GROUP
+    at_M = (row * HEADS + g * GROUP + m % GROUP).to(tl.int64)
+    mask_MD = row_mask[:, None] & (d < D)[None, :]
+    q_MD = tl.load(q_ptr + at_M[:, None] * D + d[None, :], mask=mask_MD, other=0.0)
+
+    # Each row sees the keys from `first` on.
+    first_M = tl.zeros_like(m)
+    start = 0
+    if WINDOW:
+        row_ptr = rows_ptr + row * _PER_ROW
+        position = tl.load(row_ptr, mask=row_mask, other=0)
+        position += tl.load(row_ptr + 2, mask=row_mask, other=0)
+        first_M = tl.maximum(position - window + 1, 0)
+        start = tl.min(tl.where(row_mask, first_M, tokens)) // BLOCK_N * BLOCK_N
+    pieces = tl.load(item_ptr + 3)
+    length = tl.cdiv(tl.cdiv(tl.maximum(tokens - start, 0), pieces), BLOCK_N) * BLOCK_N
+    start += tl.load(item_ptr + 2) * length
+    stop = tl.minimum(start + length, tokens)
+
+    shard_ptr = shards_ptr + (layer_rows + tl.load(item_ptr)) * _PER_SHARD
+    # Addresses read on the device do not imply an alignment, and unaligned loads are slow.
+    base = tl.multiple_of(g.to(tl.int64) * tokens * D, 16)
+    k_ptr = tl.load(shard_ptr).to(tl.pointer_type(STORED)) + base
+    v_ptr = tl.load(shard_ptr + 1).to(tl.pointer_type(STORED)) + base
+    k_scale_ptr = tl.load(shard_ptr + 2).to(tl.pointer_type(tl.float32)) + g * tokens
+    v_scale_ptr = tl.load(shard_ptr + 3).to(tl.pointer_type(tl.float32)) + g * tokens
+    out_MD, lse_M = run(
+        q_MD, tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16), k_scale_ptr, v_scale_ptr,
+        first_M, start, stop, scale, softcap,
+        D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, FP8,
+    )  # fmt: skip
+    place_M = (item * KV_HEADS + g) * BLOCK_M + m
+    tl.store(out_ptr + place_M.to(tl.int64)[:, None] * D + d[None, :], out_MD, mask=mask_MD)
+    tl.store(lse_ptr + place_M, lse_M, mask=row_mask)
+
+
+@triton.jit
+def _of_tail(
+    q_ptr, tails_ptr, rows_ptr, out_ptr, lse_ptr, layer_rows, row, number, g,
+    scale, softcap, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    TAIL_RUNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to one run of a row's tail, which holds the new key already."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    row_ptr = rows_ptr + row * _PER_ROW
+    before = tl.load(row_ptr)
+    capacity = tl.load(row_ptr + 1)
+    tokens = tl.minimum(before + 1, capacity)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    row_mask = m < GROUP
+    mask_MD = row_mask[:, None] & (d < D)[None, :]
+    at_M = (row * HEADS + g * GROUP + m).to(tl.int64)
+    q_MD = tl.load(q_ptr + at_M[:, None] * D + d[None, :], mask=mask_MD, other=0.0)
+    first = 0
+    if WINDOW:
+        first = tl.maximum(before - window + 1, 0)
+    start = first // BLOCK_N * BLOCK_N
+    length = tl.cdiv(tl.cdiv(tl.maximum(tokens - start, 0), TAIL_RUNS), BLOCK_N) * BLOCK_N
+    start += number * length
+    stop = tl.minimum(start + length, tokens)
+    tail_ptr = tails_ptr + (layer_rows + row) * 2
+    base = tl.multiple_of(g.to(tl.int64) * capacity * D, 16)
+    k_ptr = tl.load(tail_ptr).to(tl.pointer_type(DTYPE)) + base
+    v_ptr = tl.load(tail_ptr + 1).to(tl.pointer_type(DTYPE)) + base
+    out_MD, lse_M = run(
+        q_MD, tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16), k_ptr, v_ptr,
+        tl.zeros_like(m) + first, start, stop, scale, softcap,
+        D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, False,
+    )  # fmt: skip
+    place_M = ((row * TAIL_RUNS + number) * HEADS + g * GROUP + m).to(tl.int64)
+    tl.store(out_ptr + place_M[:, None] * D + d[None, :], out_MD, mask=mask_MD)
+    tl.store(lse_ptr + place_M, lse_M, mask=row_mask)
+
+
+@triton.jit
+def _row_runs(
+    q_ptr, shards_ptr, tails_ptr, items_ptr, rows_ptr, out_ptr, lse_ptr,
+    tail_out_ptr, tail_lse_ptr, layer_rows, items, scale, softcap, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_RUNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    g = tl.program_id(0)
+    part = tl.program_id(1)
+    # Contexts come first: their runs take longer.
+    if part < items:
+        if tl.load(items_ptr + part * _PER_ITEM + 5) > 0:
+            _of_context(
+                q_ptr, shards_ptr, items_ptr, rows_ptr, out_ptr, lse_ptr, layer_rows, part, g,
+                scale, softcap, window,
+                HEADS, KV_HEADS, D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, FP8,
+            )  # fmt: skip
+    else:
+        _of_tail(
+            q_ptr, tails_ptr, rows_ptr, tail_out_ptr, tail_lse_ptr, layer_rows,
+            (part - items) // TAIL_RUNS, (part - items) % TAIL_RUNS, g, scale, softcap, window,
+            HEADS, KV_HEADS, D, TAIL_RUNS, TAIL_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_chunk(
+    out_ptr, lse_ptr, place_S, mask_S, top, total, out_D,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add runs to the state `top, total, out_D` of the runs before."""
+    d = tl.arange(0, BLOCK_D)
+    lse_S = tl.load(lse_ptr + place_S, mask=mask_S, other=float("-inf"))
+    # Of runs without keys nothing is read.
+    seen_SD = (lse_S > float("-inf"))[:, None] & (d < D)[None, :]
+    out_SD = tl.load(out_ptr + place_S.to(tl.int64)[:, None] * D + d[None, :], seen_SD, other=0.0)
+    new = tl.maximum(top, tl.max(lse_S))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(top - safe)
+    weight_S = tl.exp2(lse_S - safe)
+    out_D = out_D * shrink + tl.sum(out_SD * weight_S[:, None], 0)
+    return new, total * shrink + tl.sum(weight_S), out_D
+
+
+@triton.jit
+def _merged_rows(
+    out_ptr, lse_ptr, tail_out_ptr, tail_lse_ptr, rows_ptr, result_ptr, result_lse_ptr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_RUNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    h = tl.program_id(0)
+    row = tl.program_id(1)
+    row_ptr = rows_ptr + row * _PER_ROW
+    first = tl.load(row_ptr + 3)
+    items = tl.load(row_ptr + 4)
+    place = tl.load(row_ptr + 5) * GROUP + h % GROUP
+    t = tl.arange(0, BLOCK_T)
+    top, total, out_D = _merge_chunk(
+        tail_out_ptr, tail_lse_ptr, (row * TAIL_RUNS + t) * HEADS + h, t < TAIL_RUNS,
+        tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32),
+        tl.zeros((BLOCK_D,), tl.float32), D, BLOCK_D,
+    )  # fmt: skip
+    for chunk in tl.range(0, items, BLOCK_S):
+        s = chunk + tl.arange(0, BLOCK_S)
+        place_S = ((first + s) * KV_HEADS + h // GROUP) * BLOCK_M + place
+        top, total, out_D = _merge_chunk(
+            out_ptr, lse_ptr, place_S, s < items, top, total, out_D, D, BLOCK_D
+        )
+    has_keys = total > 0.0
+    total = tl.where(has_keys, total, 1.0)
+    d = tl.arange(0, BLOCK_D)
+    at = row * HEADS + h
+    tl.store(result_ptr + at * D + d, out_D / total, mask=d < D)
+    lse = tl.where(has_keys, (top + tl.log2(total)) / _LOG2_E, float("-inf"))
+    tl.store(result_lse_ptr + at, lse)
+
+
+def append(k_RGD: Tensor, v_RGD: Tensor, *, tables: RowTables, layer: int) -> None:
+    """Write each row's new key and value after its tail, which has room for them.
+
+    Args:
+        k_RGD: keys.
+        v_RGD: values.
+        tables: where the tails are.
+        layer: row of the addresses.
+    """
+    R, G, D = k_RGD.shape
+    k_RGD, v_RGD = (t if t.stride(2) == 1 else t.contiguous() for t in (k_RGD, v_RGD))
+    _append_rows[(R * G,)](
+        k_RGD, v_RGD, tables.tails, tables.rows, *k_RGD.stride()[:2], *v_RGD.stride()[:2],
+        layer * tables.tails.shape[1],
+        KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
+    )  # fmt: skip
+
+
+def launch_options(block_m: int, head_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the keys of a step, and how Triton runs the kernel.
+
+    Args:
+        block_m: query rows of a tile.
+        head_size: of keys and values.
+        dtype: of the queries.
+    """
+    return dict(
+        BLOCK_N=64 if head_size <= 128 else 32,
+        num_warps=8 if block_m > 64 else 4,
+        num_stages=3 if dtype.itemsize == 2 else 2,
+    )
+
+
+def attend(
+    q_RHD: Tensor,
+    kv_heads: int,
+    *,
+    tables: RowTables,
+    layer: int,
+    rule: Rule,
+    tile_rows: int,
+    fp8: bool = False,
+    **options: Any,
+) -> State:
+    """Compute attention of each row's new token over its context and its tail.
+
+    Call `append` first: a row sees itself in its tail. A row that sees no key, as unused ones, gets
+    zeros and an lse of -inf.
+
+    Args:
+        q_RHD: queries.
+        kv_heads: heads of keys and values.
+        tables: where contexts and tails are.
+        layer: row of the addresses.
+        rule: scale, window, softcap, and the precision of the result.
+        tile_rows: rows of a tile, for which the items were made.
+        fp8: True if contexts are in e4m3 with scales, False if they are in the queries' precision,
+            as tails always are.
+        options: instead of `launch_options`.
+
+    Returns:
+        The state, `[R, 1, H, D]`.
+    """
+    R, H, D = q_RHD.shape
+    q_RHD, device, items = q_RHD.contiguous(), q_RHD.device, len(tables.items)
+    block_m, block_d = tile_size(tile_rows, H // kv_heads), max(16, triton.next_power_of_2(D))
+    tile = items * kv_heads * block_m
+    out, tail_out, lse, tail_lse = (
+        torch.empty(shape, dtype=torch.float32, device=device)
+        for shape in ((tile, D), (R * TAIL_RUNS * H, D), (tile,), (R * TAIL_RUNS * H,))
+    )
+    shape = dict(HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_RUNS=TAIL_RUNS, BLOCK_D=block_d)
+    _row_runs[(kv_heads, items + R * TAIL_RUNS)](
+        q_RHD, tables.shards, tables.tails, tables.items, tables.rows, out, lse,
+        tail_out, tail_lse, layer * tables.tails.shape[1], items,
+        rule.scale, rule.softcap or 0.0, rule.window or 0,
+        BLOCK_M=block_m, TAIL_M=tile_size(1, H // kv_heads),
+        SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
+        PRECISION="ieee" if q_RHD.dtype == torch.float32 else "tf32", FP8=fp8,
+        **shape, **(launch_options(block_m, D, q_RHD.dtype) | options),
+    )  # fmt: skip
+    out_RHD = torch.empty(R, H, D, dtype=rule.dtype or torch.float32, device=device)
+    lse_RH = torch.empty(R, H, dtype=torch.float32, device=device)
+    _merged_rows[(H, R)](
+        out, lse, tail_out, tail_lse, tables.rows, out_RHD, lse_RH,
+        BLOCK_M=block_m, BLOCK_S=16,
+        BLOCK_T=triton.next_power_of_2(TAIL_RUNS), **shape, num_warps=2,
+    )  # fmt: skip
+    return State(out_RHD[:, None], lse_RH[:, None])

@@ -1,0 +1,101 @@
+"""Attention of a tile of query rows to one run of keys, in Triton: the loop of `triton_rows`.
+
+Axes: M query rows of a tile, D head size, N keys of one step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Scales of values are near 1/448 of the values: without this factor, weights of half precision
+# times them would be too small.
+_V_FACTOR: tl.constexpr = tl.constexpr(256.0)
+
+
+@triton.jit
+def _step(
+    q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, at, stop,
+    top_M, sum_M, out_MD, scale, softcap,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys `at` to `at + BLOCK_N`, of which those before `stop` count if `MASKED`."""
+    DTYPE: tl.constexpr = q_MD.dtype
+    n = at + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    place_ND = n.to(tl.int64)[:, None] * D + d[None, :]
+    if MASKED:
+        mask = (n < stop)[:, None] & (d < D)[None, :]
+        k_ND = tl.load(k_ptr + place_ND, mask=mask, other=0.0)
+    elif D == BLOCK_D:
+        k_ND = tl.load(k_ptr + place_ND)
+    else:
+        k_ND = tl.load(k_ptr + place_ND, mask=(d < D)[None, :], other=0.0)
+    scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(DTYPE)), input_precision=PRECISION) * scale
+    if FP8:
+        scores_MN = scores_MN * tl.load(k_scale_ptr + n, mask=n < stop, other=0.0)[None, :]
+    if SOFTCAP:
+        scores_MN = softcap * (2.0 * tl.sigmoid(2.0 * scores_MN / softcap) - 1.0)
+    scores_MN = scores_MN * _LOG2_E
+    if MASKED:
+        scores_MN = tl.where((n < stop)[None, :], scores_MN, float("-inf"))
+    if WINDOW:
+        scores_MN = tl.where(n[None, :] >= first_M[:, None], scores_MN, float("-inf"))
+    new_M = tl.maximum(top_M, tl.max(scores_MN, 1))
+    safe_M = tl.where(new_M == float("-inf"), 0.0, new_M) if WINDOW else new_M
+    shrink_M = tl.exp2(top_M - safe_M)
+    weight_MN = tl.exp2(scores_MN - safe_M[:, None])
+    sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
+    if FP8:
+        v_scale_N = tl.load(v_scale_ptr + n, mask=n < stop, other=0.0)
+        weight_MN = weight_MN * (v_scale_N * _V_FACTOR)[None, :]
+    if MASKED:
+        v_ND = tl.load(v_ptr + place_ND, mask=mask, other=0.0)
+    elif D == BLOCK_D:
+        v_ND = tl.load(v_ptr + place_ND)
+    else:
+        v_ND = tl.load(v_ptr + place_ND, mask=(d < D)[None, :], other=0.0)
+    out_MD = tl.dot(
+        weight_MN.to(DTYPE),
+        v_ND.to(DTYPE),
+        acc=out_MD * shrink_M[:, None],
+        input_precision=PRECISION,
+    )
+    return new_M, sum_M, out_MD
+
+
+@triton.jit
+def run(
+    q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, start, stop, scale, softcap,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys `start` to `stop`; return results and log2-sum-exps."""
+    top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    sum_M = tl.zeros((BLOCK_M,), tl.float32)
+    out_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    masked_from = start
+    if not WINDOW:
+        # Masks cost as much as the rest of a step: only the last keys need them.
+        masked_from = start + tl.maximum(stop - start, 0) // BLOCK_N * BLOCK_N
+        for at in tl.range(start, masked_from, BLOCK_N):
+            top_M, sum_M, out_MD = _step(
+                q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, at, stop,
+                top_M, sum_M, out_MD, scale, softcap,
+                D, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, FP8, False,
+            )  # fmt: skip
+    for at in tl.range(masked_from, stop, BLOCK_N):
+        top_M, sum_M, out_MD = _step(
+            q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, at, stop,
+            top_M, sum_M, out_MD, scale, softcap,
+            D, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, FP8, True,
+        )  # fmt: skip
+    if FP8:
+        out_MD = out_MD / _V_FACTOR
+    has_keys_M = sum_M > 0.0
+    sum_M = tl.where(has_keys_M, sum_M, 1.0)
+    lse_M = tl.where(has_keys_M, top_M + tl.log2(sum_M), float("-inf"))
+    return out_MD / sum_M[:, None], lse_M
