@@ -38,10 +38,10 @@ BEYOND_TRAINING = "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,v
 RULER_VARIANTS = "dense,star:/4,star:2k,star:/4:0,streaming_llm:/4:64"
 STORY_VARIANTS = "dense,star:/4,star:/4:0,streaming_llm:/4:64"
 VARIANTS = "dense,star:/4,star:/4:0"
-# This model works across blocks in its upper half.
+# This model works across blocks in its middle and upper layers.
 LOOKBACK_VARIANTS = (
-    "dense,star:/4,star:/4:lookback=2@upper,star:/4:lookback=1,star:/4:lookback=3@upper,"
-    "star:/4:second_look=0.1"
+    "dense,star:/4,star:/4:lookback=2@4-8,star:/4:lookback=2@upper,star:/4:lookback=1,"
+    "star:/4:lookback=3@upper,star:/4:second_look=0.1"
 )
 LOOKBACK_TASKS = "niah_multivalue,cwe,fwe,vt,niah_single_2,niah_multikey_3"
 STORIES = "qa2,qa3"
