@@ -136,7 +136,7 @@ class Leader(Decoding):
 
     def __init__(self, request: Request, program: Program) -> None:
         super().__init__(request, program)
-        ids_RS, self._processors, self._criteria, self._samples = _prepare(request, self._cache)
+        ids_RS, self._processors, self._criteria, self._samples = prepare(request, self._cache)
         rows, self._prompt_tokens = ids_RS.shape
         room_RT = ids_RS.new_empty(rows, program.max_new_tokens)
         self._ids_RT = torch.cat([ids_RS, room_RT], 1)
@@ -265,7 +265,7 @@ class Follower(Decoding):
         return flag, step
 
 
-def _prepare(
+def prepare(
     request: Request, cache: AnswerCache
 ) -> tuple[Tensor, LogitsProcessorList, StoppingCriteriaList, bool]:
     """Let transformers prepare a request.

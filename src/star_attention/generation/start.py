@@ -7,23 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList
 
-from star_attention import inputs, methods, phase2
+from star_attention import inputs, phase2
 from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
-from star_attention.generation import stock
+from star_attention.generation import requests, stock
 from star_attention.generation.following import FollowerRun, RepeaterRun
-from star_attention.generation.json_answers import JsonProcessor
-from star_attention.generation.known_tokens import known_tokens
 from star_attention.generation.result import Generation
 from star_attention.generation.run import GenerationRun, Shape
-from star_attention.generation.settings import GenerationSettings, ResolvedSettings
-from star_attention.generation.sources import SourceFinder
 from star_attention.generation.stream import Stream
-from star_attention.hf.execution import slices
 from star_attention.hf.execution.request import Program, Request
-from star_attention.hf.text.answer import Reading, TextSettings
+from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.tokens import is_several
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.runtime import Runtime
@@ -124,11 +118,9 @@ def _leading_runs(
     """Yield the runs of one call on rank 0, after checking all of it; True with the last one."""
     if streamed:
         _check_streamed(runtime, query)
-    runtime.check_context(context)
-    prepared = _prepared(runtime, context, query, options)
+    prepared = requests.prepared(runtime, context, query, options)
     settings = prepared.settings
     assert settings is not None, "rank 0 prepares"
-    settings.check_method(methods.get(context.method))
     groups = [prepared.prompts]
     if settings.second_look:
         # It chooses for one query, and its copy of the context is for that one alone.
@@ -149,25 +141,7 @@ def _leading_runs(
 def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> GenerationRun:
     settings = prepared.settings
     assert settings is not None, "rank 0 prepares"
-    request = _phase2_request(
-        runtime,
-        context,
-        prepared.prompts,
-        settings.max_new_tokens,
-        generation_kwargs=settings.generation_kwargs,
-        seed=settings.arguments.seed,
-        logits_processor=_processors(runtime, settings, prepared.prompts),
-        stopping_criteria=settings.arguments.stopping_criteria,
-        second_look=settings.second_look,
-    )
-    finder = None
-    if settings.sources:
-        finder = SourceFinder(
-            tokenizer=runtime.tokenizer,
-            context=ContextInput.of(context),
-            most=settings.sources,
-            tokens_per_forward=request.tokens_per_forward,
-        )
+    request = requests.for_answers(runtime, context, prepared.prompts, settings)
     return GenerationRun(
         request,
         settings,
@@ -178,7 +152,7 @@ def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) 
         tokenizer=runtime.tokenizer,
         encode_s=context.encode_s,
         number=runtime.comm.streams.new_number(),
-        finder=finder,
+        finder=requests.source_finder(runtime, context, settings),
     )
 
 
@@ -188,7 +162,7 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
     if program is None:
         return RepeaterRun(lambda: _repeat(runtime, context), message.shape)
     request = replace(
-        _bare_request(runtime, context),
+        requests.bare(runtime, context),
         queries=program.queries,
         tokens_per_forward=program.tokens_per_forward,
         sliced=program.sliced,
@@ -204,53 +178,7 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
 
 def _repeat(runtime: Runtime, context: EncodedContext) -> Any:
     """Repeat rank 0's forwards; return what its last message holds."""
-    return stock.follow(_bare_request(runtime, context))
-
-
-def _bare_request(runtime: Runtime, context: EncodedContext) -> Request:
-    """Return a request on a context, without queries and what else rank 0 decides."""
-    return Request(
-        handle=runtime.handle,
-        context_ids_L=context.token_ids,
-        plan=context.plan,
-        shard=context.kv,
-        rope_length=context.rope_length,
-        queries=[],
-        tokens_per_forward=runtime.tokens_per_forward,
-        comm=runtime.comm,
-    )
-
-
-def _processors(
-    runtime: Runtime, settings: ResolvedSettings, prompts: list[list[int]]
-) -> LogitsProcessorList | None:
-    """Return the user's logits processors, and ours after them."""
-    own = [*known_tokens(runtime.tokenizer, runtime.handle.vocab_size, settings.eos_ids)]
-    if settings.grammar is not None:
-        reading = Reading(runtime.tokenizer, [], settings.answer_prefix)
-        readers = [
-            reading.reader(prompt) for prompt in prompts for _ in range(settings.answers_per_query)
-        ]
-        own.append(JsonProcessor(settings.grammar, readers))
-    processors = settings.arguments.logits_processor
-    return LogitsProcessorList([*(processors or []), *own]) if own else processors
-
-
-def _phase2_request(
-    runtime: Runtime,
-    context: EncodedContext,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    **options: Any,
-) -> Request:
-    """Return a request of phase 2, after checking that there are positions for its answers."""
-    runtime.positions.check_room(len(context), context.rope_length, prompts, max_new_tokens)
-    return replace(
-        _bare_request(runtime, context),
-        queries=prompts,
-        sliced=slices.choose(runtime.handle, runtime.comm, runtime.config.slice_weights),
-        **options,
-    )
+    return stock.follow(requests.bare(runtime, context))
 
 
 def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tensor | None:
@@ -261,7 +189,7 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
         context: the context that is continued.
         continuation: text or token ids.
     """
-    requests: list[Request] = []
+    ready: list[Request] = []
     held: list[int] = []
 
     def prepare() -> int:
@@ -269,7 +197,7 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
         after = ContextInput.of(context)
         prompt = inputs.prompt_ids(runtime, after, continuation)
         held.append(inputs.held_tokens(after, prompt))
-        requests.append(_phase2_request(runtime, context, [prompt], 0))
+        ready.append(requests.checked(runtime, context, [prompt], 0))
         return context.key
 
     comm = runtime.comm
@@ -277,32 +205,9 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
     if comm.rank:
         _repeat(runtime, comm.contexts.get(key))
         return None
-    logits_QV = phase2.logits(requests[0])
+    logits_QV = phase2.logits(ready[0])
     comm.broadcast_object((END, comm.streams.new_number(), None))
     return logits_QV[held[0] :]
-
-
-def _prepared(
-    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
-) -> Prepared:
-    if isinstance(query, Prepared):
-        if options:
-            raise InvalidInputError(
-                f"a prepared query brings its own settings, got {', '.join(options)} too; give"
-                " them to prepare()"
-            )
-        query.check_fits(context)
-        return query
-    settings = GenerationSettings.of(**options).resolve(
-        runtime.handle, runtime.tokenizer, chat=context.chat is not None
-    )
-    queries, after = inputs.as_queries(query), ContextInput.of(context)
-    return Prepared(
-        contexts=(),
-        prompts=inputs.query_prompts(runtime, after, queries, settings),
-        settings=settings,
-        several_queries=is_several(query),
-    )
 
 
 def _check_streamed(runtime: Runtime, query: Any) -> None:

@@ -1,0 +1,143 @@
+"""Requests of phase 2: checked queries on a context become what the phase runs on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import LogitsProcessorList
+
+from star_attention import inputs, methods
+from star_attention.errors import InvalidInputError
+from star_attention.generation.json_answers import JsonProcessor
+from star_attention.generation.known_tokens import known_tokens
+from star_attention.generation.settings import GenerationSettings, ResolvedSettings
+from star_attention.generation.sources import SourceFinder
+from star_attention.hf.execution import slices
+from star_attention.hf.execution.request import Request
+from star_attention.hf.text.answer import Reading
+from star_attention.hf.text.tokens import is_several
+from star_attention.inputs import ContextInput, Prepared
+from star_attention.runtime import Runtime
+from star_attention.storage.context import EncodedContext
+
+
+def prepared(
+    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
+) -> Prepared:
+    """Return checked queries on a context, with the settings of their answers.
+
+    Args:
+        runtime: the engine's.
+        context: the context to ask.
+        query: a query, a list of them, or `Prepared`.
+        options: keywords of `generate`.
+    """
+    runtime.check_context(context)
+    prepared = _prepared(runtime, context, query, options)
+    assert prepared.settings is not None, "rank 0 prepares"
+    prepared.settings.check_method(methods.get(context.method))
+    return prepared
+
+
+def _prepared(
+    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
+) -> Prepared:
+    if isinstance(query, Prepared):
+        if options:
+            raise InvalidInputError(
+                f"a prepared query brings its own settings, got {', '.join(options)} too; give"
+                " them to prepare()"
+            )
+        query.check_fits(context)
+        return query
+    settings = GenerationSettings.of(**options).resolve(
+        runtime.handle, runtime.tokenizer, chat=context.chat is not None
+    )
+    queries, after = inputs.as_queries(query), ContextInput.of(context)
+    return Prepared(
+        contexts=(),
+        prompts=inputs.query_prompts(runtime, after, queries, settings),
+        settings=settings,
+        several_queries=is_several(query),
+    )
+
+
+def for_answers(
+    runtime: Runtime,
+    context: EncodedContext,
+    prompts: list[list[int]],
+    settings: ResolvedSettings,
+) -> Request:
+    """Return a request for answers to prompts, after checking that there are positions for them."""
+    return checked(
+        runtime,
+        context,
+        prompts,
+        settings.max_new_tokens,
+        generation_kwargs=settings.generation_kwargs,
+        seed=settings.arguments.seed,
+        logits_processor=_processors(runtime, settings, prompts),
+        stopping_criteria=settings.arguments.stopping_criteria,
+        second_look=settings.second_look,
+    )
+
+
+def source_finder(
+    runtime: Runtime, context: EncodedContext, settings: ResolvedSettings
+) -> SourceFinder | None:
+    """Return what finds the sources of answers; None if none are wanted."""
+    if not settings.sources:
+        return None
+    return SourceFinder(
+        tokenizer=runtime.tokenizer,
+        context=ContextInput.of(context),
+        most=settings.sources,
+        tokens_per_forward=runtime.tokens_per_forward,
+    )
+
+
+def bare(runtime: Runtime, context: EncodedContext) -> Request:
+    """Return a request on a context, without queries and what else rank 0 decides."""
+    return Request(
+        handle=runtime.handle,
+        context_ids_L=context.token_ids,
+        plan=context.plan,
+        shard=context.kv,
+        rope_length=context.rope_length,
+        queries=[],
+        tokens_per_forward=runtime.tokens_per_forward,
+        comm=runtime.comm,
+    )
+
+
+def _processors(
+    runtime: Runtime, settings: ResolvedSettings, prompts: list[list[int]]
+) -> LogitsProcessorList | None:
+    """Return the user's logits processors, and ours after them."""
+    own = [*known_tokens(runtime.tokenizer, runtime.handle.vocab_size, settings.eos_ids)]
+    if settings.grammar is not None:
+        reading = Reading(runtime.tokenizer, [], settings.answer_prefix)
+        readers = [
+            reading.reader(prompt) for prompt in prompts for _ in range(settings.answers_per_query)
+        ]
+        own.append(JsonProcessor(settings.grammar, readers))
+    processors = settings.arguments.logits_processor
+    return LogitsProcessorList([*(processors or []), *own]) if own else processors
+
+
+def checked(
+    runtime: Runtime,
+    context: EncodedContext,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    **options: Any,
+) -> Request:
+    """Return a request of phase 2, after checking that there are positions for its answers."""
+    runtime.positions.check_room(len(context), context.rope_length, prompts, max_new_tokens)
+    return replace(
+        bare(runtime, context),
+        queries=prompts,
+        sliced=slices.choose(runtime.handle, runtime.comm, runtime.config.slice_weights),
+        **options,
+    )
