@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from star_attention.config import StarConfig as StarConfig
     from star_attention.engine import StarLLM as StarLLM
     from star_attention.files.documents import read_document as read_document
+    from star_attention.generation.batching.batch import Batch as Batch
+    from star_attention.generation.batching.batch import Row as Row
     from star_attention.generation.result import Generation as Generation
     from star_attention.generation.stream import Stream as Stream
     from star_attention.hf.loading.pretrained import supported as supported
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
     from star_attention.storage.context import EncodedContext as EncodedContext
 
 _HOME = {
+    "Batch": "generation.batching.batch",
     "BlockPlan": "planning.plan",
     "EncodedContext": "storage.context",
     "Generation": "generation.result",
+    "Row": "generation.batching.batch",
     "StarConfig": "config",
     "StarLLM": "engine",
     "Stream": "generation.stream",
@@ -35,9 +39,11 @@ _HOME = {
 }
 
 __all__ = [
+    "Batch",
     "BlockPlan",
     "EncodedContext",
     "Generation",
+    "Row",
     "StarConfig",
     "StarLLM",
     "Stream",

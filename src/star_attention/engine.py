@@ -17,6 +17,7 @@ from star_attention.distributed.environment import from_environment
 from star_attention.generation import editing
 from star_attention.generation import start as starts
 from star_attention.generation.asynchronous import AsyncCalls
+from star_attention.generation.batching.batch import BatchCalls
 from star_attention.generation.editing import EditCalls
 from star_attention.generation.leading import FollowCalls
 from star_attention.generation.result import Generation
@@ -33,7 +34,7 @@ from star_attention.storage.context import EncodedContext
 _T = TypeVar("_T")
 
 
-class StarLLM(RuntimeView, AsyncCalls, EditCalls, FollowCalls):
+class StarLLM(RuntimeView, AsyncCalls, BatchCalls, EditCalls, FollowCalls):
     """A transformers decoder with two-phase Star Attention around it.
 
     On several ranks the context is sharded and every call is collective: all ranks make the same

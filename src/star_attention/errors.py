@@ -200,10 +200,15 @@ def release_frames_on_oom() -> Iterator[None]:
     try:
         yield
     except OutOfMemoryError as error:
-        for link in (error, error.__cause__):
-            if link is not None:
-                traceback.clear_frames(link.__traceback__)
+        release_frames(error)
         raise
+
+
+def release_frames(error: BaseException) -> None:
+    """Free the local variables of the calls that an error has come through."""
+    for link in (error, error.__cause__, error.__context__):
+        if link is not None:
+            traceback.clear_frames(link.__traceback__)
 
 
 def rebuild(

@@ -12,7 +12,16 @@ from star_attention.cli import api_page
 from star_attention.cli.api_page import public_members
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
-CLASSES = ("BlockPlan", "EncodedContext", "Generation", "StarConfig", "StarLLM", "Stream")
+CLASSES = (
+    "BlockPlan",
+    "EncodedContext",
+    "Generation",
+    "StarConfig",
+    "StarLLM",
+    "Stream",
+    "Batch",
+    "Row",
+)
 
 
 def section(heading: str) -> str:

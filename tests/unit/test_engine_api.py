@@ -29,9 +29,11 @@ def text_engine(**settings: Any) -> StarLLM:
 
 def test_public_names_are_the_documented_ones() -> None:
     assert set(star_attention.__all__) == {
+        "Batch",
         "BlockPlan",
         "EncodedContext",
         "Generation",
+        "Row",
         "StarConfig",
         "StarLLM",
         "Stream",

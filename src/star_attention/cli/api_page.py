@@ -33,7 +33,16 @@ _PUBLIC = (
     " what these take and return. What is not on this page may change at any time."
 )
 
-_FIRST = ("StarLLM", "StarConfig", "EncodedContext", "Generation", "Stream", "pipeline")
+_FIRST = (
+    "StarLLM",
+    "StarConfig",
+    "EncodedContext",
+    "Generation",
+    "Stream",
+    "Batch",
+    "Row",
+    "pipeline",
+)
 """The order of the page; other names follow as `star_attention.__all__` has them."""
 
 _OTHERS: tuple[type, ...] = (

@@ -13,6 +13,8 @@ from transformers import LogitsProcessor
 _unknown: weakref.WeakKeyDictionary[Any, tuple[tuple[int, int], Tensor]] = (
     weakref.WeakKeyDictionary()
 )
+_processors: weakref.WeakKeyDictionary[Any, tuple[Any, KnownTokens]] = weakref.WeakKeyDictionary()
+"""The last processor of each tokenizer, and what it was made for."""
 
 
 class KnownTokens(LogitsProcessor):
@@ -21,6 +23,9 @@ class KnownTokens(LogitsProcessor):
     Args:
         unknown_ids: the token ids, int64.
     """
+
+    reads_scores_only = True
+    """True: rows that share this object may be processed in one call."""
 
     def __init__(self, unknown_ids: Tensor) -> None:
         self._unknown_ids = unknown_ids
@@ -71,4 +76,11 @@ def known_tokens(tokenizer: Any, vocab_size: int, ends: set[int]) -> list[Logits
     ids = unknown_ids(tokenizer, vocab_size)
     if ends:
         ids = ids[~torch.isin(ids, torch.tensor(sorted(ends), device="cpu"))]
-    return [KnownTokens(ids)] if len(ids) else []
+    if not len(ids):
+        return []
+    # One object for all calls, so that rows of different calls are processed together.
+    version = (len(tokenizer), vocab_size, frozenset(ends))
+    known = _processors.get(tokenizer)
+    if known is None or known[0] != version:
+        known = _processors[tokenizer] = (version, KnownTokens(ids))
+    return [known[1]]

@@ -108,8 +108,8 @@ class Generation:
         reasoning: what the model marked as its reasoning, which is not part of the text; None for
             none.
         token_ids: every generated id, including the one that ended the answer.
-        finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion) or
-            "length" (`max_new_tokens`).
+        finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion), "length"
+            (`max_new_tokens`) or "canceled" (a row of a batch that was canceled).
         query_tokens: length of the query in tokens.
         timings: seconds and rates.
         logprobs: of each token of `token_ids`; None unless asked for.

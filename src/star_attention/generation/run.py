@@ -49,6 +49,23 @@ def delta_of(answer: AnswerText, text: str) -> Delta | None:
     return Delta(text=text, reasoning=reasoning) if text or reasoning else None
 
 
+def warn_of_unanswered(answers: list[AnswerText], max_new_tokens: int) -> None:
+    """Warn of answers that have tokens and no text."""
+    unsaid = [answer for answer in answers if answer.is_unsaid]
+    if any(answer.finish_reason == "length" and answer.reasoning for answer in unsaid):
+        warnings.warn(
+            "an answer ended inside the model's reasoning, so its text is empty; raise"
+            f" max_new_tokens (now {max_new_tokens:,})",
+            stacklevel=2,
+        )
+    elif unsaid:
+        warnings.warn(
+            f"an answer of {len(unsaid[0].token_ids):,} tokens has no text: they are special"
+            " tokens, reasoning or a tool's call, which skip_special_tokens=False shows",
+            stacklevel=2,
+        )
+
+
 @dataclass
 class _Measurements:
     """Times, memory and traffic of a run."""
@@ -125,7 +142,7 @@ class GenerationRun:
                 if delta := delta_of(self._answers[0], text):
                     yield delta
         tail = delta_of(self._answers[0], self._close())
-        self._warn_of_unanswered()
+        warn_of_unanswered(self._answers, self.settings.max_new_tokens)
         with translate_oom(self._out_of_memory):
             self._find_sources()
         self._send_end()
@@ -271,21 +288,6 @@ class GenerationRun:
         """Note how long a second look took, once the answer is there."""
         if request.looked is not None:
             self._measured.second_look_s = request.looked.seconds
-
-    def _warn_of_unanswered(self) -> None:
-        unsaid = [answer for answer in self._answers if answer.is_unsaid]
-        if any(answer.finish_reason == "length" and answer.reasoning for answer in unsaid):
-            warnings.warn(
-                "an answer ended inside the model's reasoning, so its text is empty; raise"
-                f" max_new_tokens (now {self.settings.max_new_tokens:,})",
-                stacklevel=2,
-            )
-        elif unsaid:
-            warnings.warn(
-                f"an answer of {len(unsaid[0].token_ids):,} tokens has no text: they are special"
-                " tokens, reasoning or a tool's call, which skip_special_tokens=False shows",
-                stacklevel=2,
-            )
 
     def generations(self) -> list[Generation]:
         """Return the answers, those to one query next to each other."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -314,6 +315,15 @@ class ResolvedSettings:
     @property
     def answers_per_query(self) -> int:
         return self.config.num_return_sequences or 1
+
+    def for_one_answer(self) -> ResolvedSettings:
+        """Return the settings of one of several answers to a query."""
+        if self.answers_per_query == 1:
+            return self
+        config = copy.copy(self.config)
+        config.num_return_sequences = 1
+        kwargs = self.generation_kwargs | {"num_return_sequences": 1}
+        return replace(self, config=config, generation_kwargs=kwargs)
 
     @property
     def text(self) -> TextSettings:

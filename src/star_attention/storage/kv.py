@@ -319,12 +319,15 @@ class Tail:
         assert self._k_BGCD is not None and self._v_BGCD is not None, "the tail is empty"
         return self._k_BGCD[:, :, : self.length], self._v_BGCD[:, :, : self.length]
 
-    def row(self, number: int, padding: int = 0) -> Tail:
+    def row(self, number: int, padding: int = 0, *, shares: bool = False) -> Tail:
         """Return the tail of one batch row, without its first `padding` tokens.
 
-        That is this tail itself, if it has no other row and no padding; a copy otherwise.
+        That is this tail itself, if it has no other row and no padding, and nobody else takes it;
+        a copy otherwise.
         """
-        if self._k_BGCD is None or (self._k_BGCD.shape[0] == 1 and not padding):
+        if self._k_BGCD is None:
+            return Tail()
+        if self._k_BGCD.shape[0] == 1 and not (padding or shares):
             return self
         row = Tail()
         one = slice(number, number + 1)

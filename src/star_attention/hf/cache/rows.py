@@ -44,7 +44,9 @@ class RowKV:
     tails: list[Tail]
 
     @classmethod
-    def of(cls, cache: AnswerCache, shard: ContextKV, number: int, rows: int) -> RowKV:
+    def of(
+        cls, cache: AnswerCache, shard: ContextKV, number: int, rows: int, *, shares: bool = False
+    ) -> RowKV:
         """Take over a row of a cache, which is not to be used afterwards.
 
         Args:
@@ -52,10 +54,17 @@ class RowKV:
             shard: the shard of that request.
             number: the row.
             rows: all rows of the cache.
+            shares: True if this row is taken over several times.
         """
         padding = cache.row_padding(rows)[number]
-        tails = [layer.tail.row(number, padding) for layer in cache.layers]
+        tails = [layer.tail.row(number, padding, shares=shares) for layer in cache.layers]
         return cls(shard=shard, context_tokens=cache.context_tokens, tails=tails)
+
+    def rewind(self, tail_tokens: int) -> None:
+        """Drop what a forward that failed has stored: the tails keep this many tokens."""
+        for tail in self.tails:
+            # A layer that reads another layer's keys has no tail.
+            tail.crop(max(0, tail.length - tail_tokens))
 
     @property
     def tail_tokens(self) -> int:

@@ -1,0 +1,281 @@
+"""`StarLLM.batch`: answers to different queries on different contexts, in shared decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Unpack
+
+from star_attention.errors import InvalidInputError, quote
+from star_attention.generation import requests
+from star_attention.generation.batching.scheduler import Scheduler
+from star_attention.generation.batching.task import RowTask, tasks_of
+from star_attention.generation.result import Delta, Generation
+from star_attention.generation.run import warn_of_unanswered
+from star_attention.generation.settings import GenerateOptions
+from star_attention.inputs import Content, Prepared
+from star_attention.runtime import Runtime
+from star_attention.storage.context import EncodedContext
+from star_attention.storage.transient import Transient
+
+MAX_ROWS = 64
+"""Most rows of a batch that run at once, where no number is given."""
+
+
+class Row(Transient):
+    """One answer of a batch, while it is generated and afterwards.
+
+    `result()` is the whole answer. `for piece in row` gives its text in pieces, and
+    `for delta in row.deltas()` the model's reasoning, too. Both run the batch, and with it all
+    other rows, as far as they need.
+    """
+
+    _instead_of_pickling = "take its result"
+    _instead_of_deepcopy = "add the query again, with the same seed"
+
+    def __init__(self, batch: Batch, task: RowTask) -> None:
+        self._batch, self._task = batch, task
+        self._result: Generation | None = None
+
+    @property
+    def text(self) -> str:
+        """The text so far; what may begin a stop string is held back."""
+        return self._task.answer.text.text
+
+    @property
+    def reasoning(self) -> str | None:
+        """What the model marked as its reasoning so far; None for none."""
+        return self._task.answer.text.reasoning
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The token ids so far."""
+        return list(self._task.answer.text.token_ids)
+
+    @property
+    def done(self) -> bool:
+        """True once no token follows."""
+        return self._task.done
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the row ended without an answer; None if it did not."""
+        return self._task.error
+
+    def result(self) -> Generation:
+        """Return the answer, after running the batch until it has ended.
+
+        Raises:
+            OutOfMemoryError: there was too little memory for this row.
+            NonFiniteError: the model computed NaN or infinity.
+        """
+        while not self.done:
+            self._batch.step()
+        if self._task.error is not None:
+            raise self._task.error
+        if self._result is None:
+            self._result = self._task.answer.generation()
+        return self._result
+
+    def __iter__(self) -> Iterator[str]:
+        for delta in self.deltas():
+            if delta.text:
+                yield delta.text
+
+    def deltas(self) -> Iterator[Delta]:
+        """Yield what was added to the answer since the last one, from the beginning.
+
+        Raises:
+            OutOfMemoryError, NonFiniteError: as for `result`.
+        """
+        text = reasoning = 0
+        while True:
+            done = self.done
+            whole, thoughts = self.text, self.reasoning or ""
+            if len(whole) > text or len(thoughts) > reasoning:
+                yield Delta(text=whole[text:], reasoning=thoughts[reasoning:])
+                text, reasoning = len(whole), len(thoughts)
+            elif done:
+                break
+            else:
+                self._batch.step()
+        if self._task.error is not None:
+            raise self._task.error
+
+    def cancel(self) -> None:
+        """End the answer here, and free what it holds; the result is the answer so far."""
+        self._batch.cancel(self)
+
+    def __repr__(self) -> str:
+        """Return e.g. `Row('It is', 3 tokens, running)`."""
+        state = "running"
+        if self.error is not None:
+            state = type(self.error).__name__
+        elif self.done:
+            state = str(self._task.answer.text.finish_reason)
+        return f"Row({quote(self.text)}, {len(self.token_ids)} tokens, {state})"
+
+
+class Batch(Transient):
+    """Answers that share decode steps, each with a context, a query and settings of its own.
+
+    Rows join and leave between steps: a row that is added while others run takes part in the next
+    step, and one that ends makes room for the next that waits. Nothing runs by itself: `step`,
+    iteration over the batch, and a row's `result` or pieces do the work. One thread is to use it.
+    A row's answer is the one that `generate` would give, up to rounding, whatever runs beside it.
+    """
+
+    _instead_of_pickling = "take the results of its rows"
+    _instead_of_deepcopy = "make another one"
+
+    def __init__(self, runtime: Runtime, max_rows: int) -> None:
+        self._runtime = runtime
+        self._scheduler = Scheduler(runtime, max_rows)
+        # Rows that have not ended.
+        self._rows: dict[RowTask, Row] = {}
+        self._ended_by: str | None = None
+
+    @property
+    def running(self) -> int:
+        """Rows that have begun and not ended."""
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait for others to end."""
+        return self._scheduler.waiting
+
+    def add(
+        self,
+        context: EncodedContext,
+        query: Content | Prepared | None = None,
+        **settings: Unpack[GenerateOptions],
+    ) -> Row:
+        """Add a row, which takes part from the next step on, as soon as there is room.
+
+        Args:
+            context: the context to ask. It is referred to until the row has ended.
+            query: one query, as for `StarLLM.generate`.
+            settings: those of `StarLLM.generate` for one answer by greedy search or sampling.
+
+        Raises:
+            InvalidInputError: a setting that cannot work here, several queries, or a batch that is
+                closed; and whatever `StarLLM.generate` raises.
+        """
+        self._check_open()
+        runtime = self._runtime
+        with runtime.collective("a batch"):
+            prepared = requests.prepared(runtime, context, query, dict(settings))
+            _check_single(prepared)
+            (task,) = tasks_of(runtime, context, prepared)
+        row = self._rows[task] = Row(self, task)
+        self._scheduler.add(task)
+        return row
+
+    def step(self) -> list[tuple[Row, Delta]]:
+        """Let rows that wait begin, as far as there is room, and draw a token of every row.
+
+        Returns:
+            The rows whose text or reasoning goes on, with what was added, and those that have
+            ended, whose delta may be empty.
+        """
+        self._check_open()
+        with self._running():
+            events = [(self._rows[task], delta) for task, delta in self._scheduler.step()]
+        for task in [task for task in self._rows if task.done]:
+            del self._rows[task]
+            if task.error is None:
+                warn_of_unanswered([task.answer.text], task.max_new_tokens)
+        return events
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Run a step; after an exception that is of no single row, the batch ends."""
+        try:
+            with self._runtime.collective("a batch"):
+                yield
+        except BaseException as error:
+            self._end(f"has failed ({type(error).__name__})", error)
+            raise
+
+    def __iter__(self) -> Iterator[tuple[Row, Delta]]:
+        """Step until all rows have ended, and yield what each step added."""
+        while self._rows:
+            yield from self.step()
+
+    def cancel(self, row: Row) -> None:
+        """End a row here, as `Row.cancel` does."""
+        for task in [task for task, own in self._rows.items() if own is row]:
+            self._scheduler.cancel(task)
+            del self._rows[task]
+
+    def close(self) -> None:
+        """Cancel all rows that have not ended; none can be added afterwards."""
+        if self._ended_by is None:
+            self._end("is closed")
+
+    def _end(self, why: str, failure: BaseException | None = None) -> None:
+        self._ended_by = why
+        for task, row in list(self._rows.items()):
+            self.cancel(row)
+            if isinstance(failure, Exception):
+                task.error = failure
+
+    def _check_open(self) -> None:
+        if self._ended_by is not None:
+            raise InvalidInputError(f"this batch {self._ended_by}; make a new one: star.batch()")
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        """Return e.g. `Batch(3 running, 1 waiting)`."""
+        return f"Batch({self.running} running, {self.waiting} waiting)"
+
+
+class BatchCalls:
+    """The method of `StarLLM` that makes batches."""
+
+    def batch(self: Any, *, max_rows: int = MAX_ROWS) -> Batch:
+        """Make a batch: answers that share decode steps, and join and leave between them.
+
+        Args:
+            max_rows: most rows that run at once; others wait for their turn.
+
+        Raises:
+            InvalidInputError: no such number of rows, or an engine on several ranks.
+        """
+        runtime: Runtime = self.runtime
+        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
+            raise InvalidInputError(
+                f"max_rows {quote(max_rows)} does not work; give the most rows at once, 1 or more"
+            )
+        if runtime.comm.size > 1:
+            raise InvalidInputError(
+                f"a batch runs on one process, this engine on {runtime.comm.size} ranks; use"
+                " generate with a list of queries"
+            )
+        return Batch(runtime, max_rows)
+
+
+def _check_single(prepared: Prepared) -> None:
+    """Check that there is one query, and one answer that our own loop gives."""
+    settings = prepared.settings
+    assert settings is not None, "rank 0 prepares"
+    if prepared.several_queries or len(prepared.prompts) != 1:
+        raise InvalidInputError(
+            f"a row answers one query, got {len(prepared.prompts)}; add them one by one"
+        )
+    if not settings.uses_own_loop:
+        raise InvalidInputError(
+            "a row is answered by greedy search or sampling, not by beams or prompt lookup; leave"
+            " them out, or use generate"
+        )
+    if settings.answers_per_query > 1:
+        raise InvalidInputError(
+            f"a row is one answer, got num_return_sequences {settings.answers_per_query}; add the"
+            " query several times, with another seed each"
+        )

@@ -1,0 +1,107 @@
+"""What runs next: rows that wait are admitted in order, then each cohort takes a step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+
+from star_attention.errors import release_frames
+from star_attention.generation.batching.answer import CANCELED
+from star_attention.generation.batching.cohort import Cohort, Event
+from star_attention.generation.batching.prefill import groups_of, prefill
+from star_attention.generation.batching.task import RowTask
+from star_attention.generation.result import Delta
+from star_attention.hf.execution.rows import RowForwards
+from star_attention.runtime import Runtime
+
+
+class Scheduler:
+    """The rows of one batch.
+
+    Args:
+        runtime: the engine's, of a single process.
+        max_rows: most rows that run at once.
+    """
+
+    def __init__(self, runtime: Runtime, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self._runtime = runtime
+        self._waiting: deque[RowTask] = deque()
+        self._cohorts: dict[Hashable, Cohort] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Rows that have begun and not ended."""
+        return sum(len(cohort.tasks) for cohort in self._cohorts.values())
+
+    def add(self, task: RowTask) -> None:
+        """Let a row wait for its turn."""
+        self._waiting.append(task)
+
+    def cancel(self, task: RowTask) -> None:
+        """End a row here, and free what it holds."""
+        if task.done:
+            return
+        task.answer.end(CANCELED)
+        task.release()
+        if task in self._waiting:
+            self._waiting.remove(task)
+        for cohort in self._cohorts.values():
+            cohort.drop_ended()
+        self._drop_empty()
+
+    def step(self) -> list[Event]:
+        """Admit rows as far as there is room, and draw a token of every row.
+
+        Returns:
+            What each row got, and rows that have ended.
+        """
+        events = self._admit()
+        for cohort in list(self._cohorts.values()):
+            events += cohort.step()
+        self._drop_empty()
+        return events
+
+    def _drop_empty(self) -> None:
+        self._cohorts = {key: each for key, each in self._cohorts.items() if each.tasks}
+
+    def _admit(self) -> list[Event]:
+        """Read the queries of waiting rows; return those that ended by it."""
+        admitted: list[RowTask] = []
+        # A long query keeps the others waiting for a forward, not for all that wait.
+        tokens, room = self._runtime.tokens_per_forward, self.max_rows - self.running
+        while self._waiting and len(admitted) < room and tokens > 0:
+            task = self._waiting.popleft()
+            admitted.append(task)
+            tokens -= task.query_tokens
+        events: list[Event] = []
+        for group in groups_of(admitted):
+            events += self._begin(group)
+        return events
+
+    def _begin(self, tasks: list[RowTask]) -> list[Event]:
+        """Read the queries of a group; a row that fails alone ends with its error."""
+        try:
+            logits_RV = prefill(tasks)
+        except Exception as error:
+            if len(tasks) == 1:
+                tasks[0].fail(error)
+                return [(tasks[0], Delta())]
+            release_frames(error)
+            return [event for task in tasks for event in self._begin([task])]
+        kind = tasks[0].kind
+        key = ("alone", tasks[0].number) if kind is None else kind
+        if key not in self._cohorts:
+            self._cohorts[key] = self._new_cohort()
+        self._cohorts[key].join(tasks, logits_RV)
+        return []
+
+    def _new_cohort(self) -> Cohort:
+        handle = self._runtime.handle
+        forwards = RowForwards(handle, self._runtime.comm)
+        return Cohort(handle, forwards, is_ahead=handle.device.type == "cuda")

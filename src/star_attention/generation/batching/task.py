@@ -1,0 +1,181 @@
+"""One row: what it is to answer, where its keys and values are, and how far it is."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from star_attention import phase2
+from star_attention.errors import release_frames
+from star_attention.generation import requests
+from star_attention.generation.arguments import translate_generation_errors
+from star_attention.generation.batching.answer import RowAnswer
+from star_attention.generation.result import Delta
+from star_attention.generation.settings import ResolvedSettings
+from star_attention.generation.sources import SourceFinder
+from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.cache.rows import RowKV
+from star_attention.hf.execution.drawing import Noise, RowDraw, own_criteria
+from star_attention.hf.execution.request import Request
+from star_attention.hf.execution.sources import attention_of
+from star_attention.inputs import Prepared
+from star_attention.runtime import Runtime
+from star_attention.storage.context import EncodedContext
+
+_numbers = itertools.count()
+
+
+@dataclass(kw_only=True, eq=False)
+class RowTask:
+    """One row, from its query to its last token.
+
+    Attributes:
+        request: its query, on its context; None once it has ended.
+        draw: how its tokens are drawn; None once it has ended.
+        answer: its answer.
+        max_new_tokens: most tokens of the answer.
+        finder: finds its sources; None for none.
+        kind: what it has in common with rows that share its forwards; None for a row alone.
+        kv: its keys and values, between its first forward and its end.
+        cache: the cache of a row alone, likewise.
+        error: why it ended without an answer; None if it did not.
+    """
+
+    request: Request | None
+    draw: RowDraw | None
+    answer: RowAnswer
+    max_new_tokens: int
+    finder: SourceFinder | None = None
+    kind: Hashable | None = None
+    kv: RowKV | None = None
+    cache: AnswerCache | None = None
+    error: Exception | None = None
+    number: int = field(default_factory=lambda: next(_numbers))
+    """Age: the youngest row has the largest number."""
+
+    @property
+    def done(self) -> bool:
+        return self.error is not None or self.answer.ended
+
+    @property
+    def query_tokens(self) -> int:
+        """Tokens of the query, until the row has ended."""
+        assert self.request is not None
+        return len(self.request.queries[0])
+
+    @property
+    def shard_key(self) -> int:
+        """The same for rows that read one shard."""
+        assert self.kv is not None
+        return id(self.kv.shard)
+
+    @property
+    def goes_on(self) -> bool:
+        """True if another token follows, unless one that ends the answer comes before."""
+        return len(self.answer.text.token_ids) + 1 < self.max_new_tokens
+
+    def push(self, token: int, logits_1V: Tensor, *, ended: bool) -> Delta | None:
+        """Add a token; at the end of the answer, find its sources and release what it held."""
+        delta = self.answer.push(token, logits_1V, ended=ended)
+        if self.answer.ended:
+            if self.finder is not None:
+                self._find_sources(self.finder)
+            self.release()
+        return delta
+
+    def _find_sources(self, finder: SourceFinder) -> None:
+        started = time.perf_counter()
+        request = self.request
+        assert request is not None
+        try:
+            readings = finder.readings([(request.queries[0], self.answer.text.token_ids)])
+            (self.answer.sources,) = finder.sources(attention_of(request, readings))
+        except Exception as error:
+            self.fail(error)
+        self.answer.sources_s = time.perf_counter() - started
+
+    def fail(self, error: Exception) -> None:
+        """End the row without an answer."""
+        release_frames(error)
+        self.error = error
+        self.release()
+
+    def release(self) -> None:
+        """Drop the context, keys and values, and what draws tokens."""
+        self.request = self.draw = self.kv = self.cache = self.finder = None
+
+
+def tasks_of(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> Iterator[RowTask]:
+    """Make the rows of one call: those of a query next to each other.
+
+    Args:
+        runtime: the engine's.
+        context: the context to ask.
+        prepared: checked queries on it, with their settings.
+
+    Raises:
+        InvalidInputError: settings that transformers refuses.
+        ContextLengthError: there are too few positions.
+    """
+    settings = prepared.settings
+    assert settings is not None, "rank 0 prepares"
+    runtime.positions.check_room(
+        len(context), context.rope_length, prepared.prompts, settings.max_new_tokens
+    )
+    several, settings = settings.answers_per_query, settings.for_one_answer()
+    device, seed = runtime.handle.device, settings.arguments.seed
+    made: _Processing | None = None
+    for prompt in prepared.prompts:
+        noise = Noise(seed, several, device)
+        for number in range(several):
+            request = requests.for_answers(runtime, context, [prompt], settings)
+            processors, criteria, samples = made = made or _processing(request)
+            draw = RowDraw(
+                processors=processors,
+                criteria=criteria,
+                noise=noise if samples else None,
+                number=number,
+            )
+            if draw.reads_text:
+                # They remember what they saw of an answer.
+                made = None
+            yield RowTask(
+                request=request,
+                draw=draw,
+                answer=_answer(runtime, context, prompt, settings),
+                max_new_tokens=settings.max_new_tokens,
+                finder=requests.source_finder(runtime, context, settings),
+            )
+
+
+_Processing = tuple[LogitsProcessorList, StoppingCriteriaList, bool]
+
+
+def _processing(request: Request) -> _Processing:
+    """Return logits processors, stopping criteria, and True to sample, as transformers makes them.
+
+    It only passes the cache on.
+    """
+    with translate_generation_errors():
+        _, processors, criteria, samples = phase2.prepare(request, request.cache(1))
+    return processors, own_criteria(criteria), samples
+
+
+def _answer(
+    runtime: Runtime, context: EncodedContext, prompt: list[int], settings: ResolvedSettings
+) -> RowAnswer:
+    reading = settings.text.reading(runtime.tokenizer)
+    (text,) = settings.text.answers(reading, [prompt])
+    return RowAnswer(
+        text,
+        settings,
+        tokenizer=runtime.tokenizer,
+        query_tokens=len(prompt),
+        encode_s=context.encode_s,
+        vocab_size=runtime.handle.vocab_size,
+    )
