@@ -18,7 +18,7 @@ from star_attention.hf.loading import identity
 from star_attention.hf.progress import Progress, ProgressBar, shown
 from star_attention.inputs import ContextInput, TextOrIds
 from star_attention.methods import Method
-from star_attention.phase1 import EncodeJob
+from star_attention.phase1 import EncodeJob, Steps
 from star_attention.planning.lookback import described
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
@@ -37,6 +37,17 @@ def encode(
     *,
     method: Method | None = None,
 ) -> list[EncodedContext]:
+    """Encode contexts without a pause; arguments as for `steps`. Collective."""
+    return phase1.finish(steps(runtime, contexts, progress, method=method))
+
+
+def steps(
+    runtime: Runtime,
+    contexts: list[ContextInput],
+    progress: Progress | bool | None = None,
+    *,
+    method: Method | None = None,
+) -> Steps[list[EncodedContext]]:
     """Encode contexts, those of equal length as one batch. Collective.
 
     Args:
@@ -69,7 +80,7 @@ def encode(
             )
             warn_if_idle(job)
             with runtime.measured() as stats:
-                stores = method.encode(job)
+                stores = yield from method.encode(job)
             comm.raise_if_any_failed(finite.problem_in(runtime.handle, stores))
             for i, store in zip(indices, stores, strict=True):
                 encoded[i] = _context(runtime, contexts[i], job, store, stats)
@@ -101,7 +112,7 @@ def warn_if_idle(job: EncodeJob) -> None:
             f"{idle} of {job.plan.ranks} context-parallel ranks are idle: the context has"
             f" {blocks:,} {'block' if blocks == 1 else 'blocks'}; a smaller block_size gives each"
             " rank work",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

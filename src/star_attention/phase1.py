@@ -11,9 +11,10 @@ Axes: B contexts, L tokens of each, S tokens of a forward.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
 from star_attention.storage.oom import translate_oom
+
+T = TypeVar("T")
 
 _WORTH_COMPILING = 4096
 """Fewest tokens of a forward that is compiled.
@@ -99,7 +102,21 @@ class EncodeJob:
         return KVFormat(dtype=self.config.kv_dtype, device=self.config.kv_device)
 
 
-def encode(job: EncodeJob) -> list[ContextKV]:
+Steps = Generator[Span, None, T]
+"""Work that pauses after each forward, with the tokens that it encoded, and returns a value."""
+
+
+def finish(steps: Steps[T]) -> T:
+    """Run work without a pause, and return its value."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+
+def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
     """Encode a batch of contexts, block by block.
 
     Blocks read the anchor as it was computed, whatever format the contexts are stored in.
@@ -128,8 +145,8 @@ def encode(job: EncodeJob) -> list[ContextKV]:
     )
     forwards = Forwards(job)
     if receives and not broadcasts:
-        forwards.run(cache, anchor_spans(plan, job.span_tokens))
-    forwards.run(cache, plan.spans(job.span_tokens, rank=comm.cp_rank))
+        yield from forwards.steps(cache, anchor_spans(plan, job.span_tokens))
+    yield from forwards.steps(cache, plan.spans(job.span_tokens, rank=comm.cp_rank))
     link.finish()
     return stores
 
@@ -293,6 +310,10 @@ class Forwards:
         self._job = job
 
     def run(self, cache: SpanCache, spans: Iterable[Span]) -> None:
+        """Encode spans in order, without a pause."""
+        finish(self.steps(cache, spans))
+
+    def steps(self, cache: SpanCache, spans: Iterable[Span]) -> Steps[None]:
         """Encode spans in order.
 
         Raises:
@@ -320,6 +341,7 @@ class Forwards:
                 comm.progress(done, max(done, own_tokens))
                 if job.progress is not None:
                     job.progress(span, plan)
+                yield span
 
     def _after_layer(self, cache: SpanCache) -> Callable[[], None] | None:
         """Return what reports a layer of the current forward, for callbacks that ask for it."""

@@ -16,6 +16,7 @@ from star_attention import inputs
 from star_attention.cli.markdown import WIDTH, paragraph, table
 from star_attention.generation import result, settings
 from star_attention.generation.asynchronous import AsyncStream
+from star_attention.generation.batching.encoding import Encoding
 from star_attention.hf.loading import pretrained
 from star_attention.planning import plan, traffic
 from star_attention.question_answering import StarPipeline
@@ -51,6 +52,7 @@ _OTHERS: tuple[type, ...] = (
     StarPipeline,
     pretrained.Support,
     AsyncStream,
+    Encoding,
     result.Delta,
     result.TokenLogprob,
     result.Source,
@@ -61,7 +63,7 @@ _OTHERS: tuple[type, ...] = (
 )
 """Classes that public names take or return."""
 
-_CALLED = ("__call__", "aclose")
+_CALLED = ("__call__", "aclose", "cancel", "result")
 """Methods of these classes that users call."""
 
 _TYPES = {

@@ -176,7 +176,7 @@ def _version(
     encoded = sum(share.tokens for shares in steps for share in shares)
     with runtime.measured() as stats:
         if is_new:
-            (store,) = method.encode(job)
+            (store,) = phase1.finish(method.encode(job))
         elif not steps and layout == old.layout:
             store = old.kv
         else:

@@ -20,7 +20,7 @@ from star_attention.planning.segments import Segments
 
 # Imports torch, which a command line does not need to be checked.
 if TYPE_CHECKING:
-    from star_attention.phase1 import EncodeJob
+    from star_attention.phase1 import EncodeJob, Steps
     from star_attention.storage.kv import ContextKV, VisibleRange
 
 
@@ -53,8 +53,8 @@ class Method(Protocol):
         """Return what queries see of the context; None for all of it."""
         ...
 
-    def encode(self, job: EncodeJob) -> list[ContextKV]:
-        """Encode a batch of contexts; return this rank's keys and values of each."""
+    def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
+        """Encode a batch of contexts in steps; return this rank's keys and values of each."""
         ...
 
     def why_not_extend(self, ranks: int) -> str | None:

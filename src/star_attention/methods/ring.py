@@ -13,7 +13,7 @@ from star_attention import phase1
 from star_attention.config import StarConfig
 from star_attention.hf.cache.ring import RingCache
 from star_attention.methods.dense import Dense
-from star_attention.phase1 import EncodeJob
+from star_attention.phase1 import EncodeJob, Steps
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.ring import ring_layout
 from star_attention.planning.segments import Segments
@@ -37,9 +37,9 @@ class Ring(Dense):
             " encode the joined text again"
         )
 
-    def encode(self, job: EncodeJob) -> list[ContextKV]:
+    def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
         if sum(bool(segments) for segments in job.layout) == 1:
-            return super().encode(job)
+            return (yield from super().encode(job))
         handle, comm = job.handle, job.comm
         stores = [
             phase1.empty(handle, job.segments, comm, job.kv_format) for _ in range(job.contexts)

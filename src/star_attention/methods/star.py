@@ -13,7 +13,7 @@ from star_attention.planning.sizes import counted, format_size
 
 # Imports torch, which a command line does not need to be checked.
 if TYPE_CHECKING:
-    from star_attention.phase1 import EncodeJob
+    from star_attention.phase1 import EncodeJob, Steps
     from star_attention.storage.kv import ContextKV, VisibleRange
 
 
@@ -34,7 +34,7 @@ class Star:
     def visible_range(self, plan: BlockPlan) -> VisibleRange | None:
         return None
 
-    def encode(self, job: EncodeJob) -> list[ContextKV]:
+    def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
         from star_attention import phase1
 
         return phase1.encode(job)

@@ -12,7 +12,7 @@ from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
 from star_attention.hf.cache.window import WindowCache
 from star_attention.methods.star import Star
-from star_attention.phase1 import EncodeJob, Forwards
+from star_attention.phase1 import EncodeJob, Forwards, Steps
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
 from star_attention.planning.sizes import counted, format_size, resolve_sizes
@@ -70,7 +70,7 @@ class StreamingLLM(Star):
         sinks = counted(plan.anchor_size, "sink")
         return f"{sinks}, window {format_size(plan.block_size)}"
 
-    def encode(self, job: EncodeJob) -> list[ContextKV]:
+    def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
         plan, windows = job.plan, job.handle.windows
         stores = [
             ContextKV.empty(
@@ -90,6 +90,6 @@ class StreamingLLM(Star):
             )
             for start in range(0, plan.context_tokens, job.span_tokens)
         ]
-        Forwards(job).run(cache, spans)
+        yield from Forwards(job).steps(cache, spans)
         cache.finish()
         return stores

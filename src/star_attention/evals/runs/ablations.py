@@ -21,7 +21,7 @@ from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError, quote
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
 from star_attention.methods.star import Star
-from star_attention.phase1 import EncodeJob
+from star_attention.phase1 import EncodeJob, Steps
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.kv import ContextKV
 from star_attention.tools.baselines import Anchor, official_encode
@@ -64,7 +64,9 @@ class AblatedStar(Star):
         self._content, self._positions, self._seed = content, positions, seed
         self._tokenizer = tokenizer
 
-    def encode(self, job: EncodeJob) -> list[ContextKV]:
+    def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
+        # In a single step.
+        yield from ()
         return [
             official_encode(
                 job.handle,

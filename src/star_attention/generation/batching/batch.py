@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
 
 from star_attention.errors import InvalidInputError, quote
 from star_attention.generation import requests
+from star_attention.generation.batching.encoding import Encoding, Encodings, encode_task
 from star_attention.generation.batching.scheduler import Scheduler
 from star_attention.generation.batching.task import RowTask, tasks_of
 from star_attention.generation.result import Delta, Generation
 from star_attention.generation.run import warn_of_unanswered
 from star_attention.generation.settings import GenerateOptions
-from star_attention.inputs import Content, Prepared
+from star_attention.hf.progress import Progress
+from star_attention.inputs import Content, Contents, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.transient import Transient
@@ -131,6 +134,7 @@ class Batch(Transient):
     def __init__(self, runtime: Runtime, max_rows: int) -> None:
         self._runtime = runtime
         self._scheduler = Scheduler(runtime, max_rows)
+        self._encodings = Encodings(runtime.device)
         # Rows that have not ended.
         self._rows: dict[RowTask, Row] = {}
         self._ended_by: str | None = None
@@ -172,8 +176,40 @@ class Batch(Transient):
         self._scheduler.add(task)
         return row
 
+    def encode(
+        self,
+        content: Content | Prepared,
+        *,
+        progress: Progress | bool | None = None,
+        query: Content | Contents | None = None,
+        settings: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Encoding:
+        """Encode a context between the steps of the rows, which it slows down but does not stop.
+
+        While rows run, decode steps get a sixth of the time, and none waits for longer than one
+        forward of the context (`tokens_per_forward`). Several contexts are encoded one after
+        another. The result equals that of `StarLLM.encode`.
+
+        Args:
+            content: a context, as for `StarLLM.encode`.
+            progress, query, settings, chat_template_kwargs: as for `StarLLM.encode`.
+
+        Raises:
+            InvalidInputError: several contexts, or a batch that is closed; and whatever
+                `StarLLM.encode` raises before it encodes anything.
+        """
+        self._check_open()
+        options = dict(query=query, settings=settings, chat_template_kwargs=chat_template_kwargs)
+        with self._runtime.collective("a batch"):
+            task = encode_task(self._runtime, content, progress, options)
+        self._encodings.add(task)
+        return Encoding(task, self.step)
+
     def step(self) -> list[tuple[Row, Delta]]:
         """Let rows that wait begin, as far as there is room, and draw a token of every row.
+
+        If contexts are encoded meanwhile, a forward of theirs may come before.
 
         Returns:
             The rows whose text or reasoning goes on, with what was added, and those that have
@@ -181,11 +217,15 @@ class Batch(Transient):
         """
         self._check_open()
         with self._running():
+            self._encodings.step()
+            started = time.perf_counter()
             events = [(self._rows[task], delta) for task, delta in self._scheduler.step()]
+            spent_s = time.perf_counter() - started
         for task in [task for task in self._rows if task.done]:
             del self._rows[task]
             if task.error is None:
                 warn_of_unanswered([task.answer.text], task.max_new_tokens)
+        self._encodings.spent(spent_s, more=bool(self._rows))
         return events
 
     @contextmanager
@@ -199,8 +239,8 @@ class Batch(Transient):
             raise
 
     def __iter__(self) -> Iterator[tuple[Row, Delta]]:
-        """Step until all rows have ended, and yield what each step added."""
-        while self._rows:
+        """Step until all rows have ended and all contexts are there; yield what was added."""
+        while self._rows or self._encodings:
             yield from self.step()
 
     def cancel(self, row: Row) -> None:
@@ -210,12 +250,13 @@ class Batch(Transient):
             del self._rows[task]
 
     def close(self) -> None:
-        """Cancel all rows that have not ended; none can be added afterwards."""
+        """Cancel all that has not ended; nothing can be added afterwards."""
         if self._ended_by is None:
             self._end("is closed")
 
     def _end(self, why: str, failure: BaseException | None = None) -> None:
         self._ended_by = why
+        self._encodings.close()
         for task, row in list(self._rows.items()):
             self.cancel(row)
             if isinstance(failure, Exception):

@@ -1,0 +1,193 @@
+"""Contexts that are encoded while rows are answered, forward by forward."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+
+from star_attention import encoding, inputs
+from star_attention.errors import InvalidInputError, release_frames
+from star_attention.hf.progress import Progress
+from star_attention.planning.plan import Span
+from star_attention.runtime import Runtime
+from star_attention.storage.context import EncodedContext
+from star_attention.storage.transient import Transient
+
+_SHARE = 0.2
+"""Time of decode steps between two forwards of a context, as a share of a forward's."""
+
+
+class EncodeTask:
+    """A context under way.
+
+    Attributes:
+        tokens: tokens of the context.
+        encoded: those that have been encoded.
+        context: the encoded context, once it is there.
+        error: why there is none; None if there is, or will be.
+        canceled: True if nobody waits for it any more.
+    """
+
+    def __init__(self, tokens: int, steps: Generator[Span, None, list[EncodedContext]]) -> None:
+        self.tokens, self.encoded = tokens, 0
+        self.context: EncodedContext | None = None
+        self.error: Exception | None = None
+        self.canceled = False
+        self._steps: Generator[Span, None, list[EncodedContext]] | None = steps
+
+    @property
+    def done(self) -> bool:
+        return self._steps is None
+
+    def step(self) -> None:
+        """Run a forward."""
+        assert self._steps is not None, "the context has been encoded"
+        try:
+            self.encoded += next(self._steps).tokens
+            return
+        except StopIteration as end:
+            (self.context,) = end.value
+        except Exception as error:
+            release_frames(error)
+            self.error = error
+        self._steps = None
+
+    def cancel(self) -> None:
+        """Stop here, and free what has been encoded."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps, self.canceled = None, True
+
+
+class Encodings:
+    """The contexts that a batch encodes, one after another.
+
+    A forward of a context comes after so many decode steps that these take a share of its time.
+
+    Args:
+        device: where forwards run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tasks: deque[EncodeTask] = deque()
+        self._owed_s = 0.0
+
+    def __bool__(self) -> bool:
+        """True while a context is under way."""
+        while self._tasks and self._tasks[0].done:
+            self._tasks.popleft()
+        return bool(self._tasks)
+
+    def add(self, task: EncodeTask) -> None:
+        self._tasks.append(task)
+
+    def step(self) -> None:
+        """Run a forward of the first context, if decode steps have had their share."""
+        if not self or self._owed_s > 0.0:
+            return
+        started = time.perf_counter()
+        self._tasks[0].step()
+        if self._device.type == "cuda":
+            # The time of a forward, not of its launch.
+            torch.cuda.synchronize(self._device)
+        self._owed_s = _SHARE * (time.perf_counter() - started)
+
+    def spent(self, seconds: float, *, more: bool) -> None:
+        """Count the time of a decode step.
+
+        Args:
+            seconds: the time.
+            more: True if other rows wait for the next one.
+        """
+        self._owed_s = self._owed_s - seconds if more else 0.0
+
+    def close(self) -> None:
+        """Cancel all."""
+        for task in self._tasks:
+            task.cancel()
+
+
+class Encoding(Transient):
+    """A context that a batch encodes while rows are answered."""
+
+    _instead_of_pickling = "take its result, and save it"
+    _instead_of_deepcopy = "take its result"
+
+    def __init__(self, task: EncodeTask, step: Callable[[], Any]) -> None:
+        self._task, self._step = task, step
+
+    @property
+    def done(self) -> bool:
+        """True once the context is there, or will never be."""
+        return self._task.done
+
+    @property
+    def context(self) -> EncodedContext | None:
+        """The encoded context, None before it is there."""
+        return self._task.context
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the context could not be encoded; None otherwise."""
+        return self._task.error
+
+    @property
+    def progress(self) -> float:
+        """The share of the context that has been encoded, 0 to 1."""
+        return self._task.encoded / self._task.tokens
+
+    def result(self) -> EncodedContext:
+        """Return the context, after running the batch until it has been encoded.
+
+        Raises:
+            OutOfMemoryError: there was too little memory for it.
+            InvalidInputError: it was canceled.
+        """
+        while not self.done:
+            self._step()
+        if self._task.error is not None:
+            raise self._task.error
+        if self._task.context is None:
+            raise InvalidInputError("this context was canceled; encode it again")
+        return self._task.context
+
+    def cancel(self) -> None:
+        """Stop encoding, and free what has been encoded."""
+        self._task.cancel()
+
+    def __repr__(self) -> str:
+        """Return e.g. `Encoding(4,096 of 16,384 tokens)`."""
+        return f"Encoding({self._task.encoded:,} of {self._task.tokens:,} tokens)"
+
+
+def encode_task(
+    runtime: Runtime, content: Any, progress: Progress | bool | None, options: dict[str, Any]
+) -> EncodeTask:
+    """Check a context, and return what encodes it.
+
+    Args:
+        runtime: the engine's.
+        content: a context, as for `StarLLM.encode`.
+        progress: as for `StarLLM.encode`.
+        options: `query`, `settings` and `chat_template_kwargs` of `StarLLM.encode`.
+
+    Raises:
+        InvalidInputError: several contexts; and whatever `StarLLM.encode` refuses.
+    """
+    several, contexts = inputs.prepare_contexts(
+        runtime,
+        content,
+        options.get("query"),
+        options.get("settings"),
+        options.get("chat_template_kwargs"),
+    )
+    if several:
+        raise InvalidInputError(
+            f"a batch encodes one context at a call, got {len(contexts)}; call encode for each"
+        )
+    return EncodeTask(len(contexts[0].ids_L), encoding.steps(runtime, contexts, progress))
