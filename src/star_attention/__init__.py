@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from star_attention.files.documents import read_document as read_document
     from star_attention.generation.batching.batch import Batch as Batch
     from star_attention.generation.batching.batch import Row as Row
+    from star_attention.generation.conversation import Conversation as Conversation
     from star_attention.generation.result import Generation as Generation
     from star_attention.generation.stream import Stream as Stream
     from star_attention.hf.loading.pretrained import supported as supported
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Batch": "generation.batching.batch",
     "BlockPlan": "planning.plan",
+    "Conversation": "generation.conversation",
     "EncodedContext": "storage.context",
     "Generation": "generation.result",
     "Row": "generation.batching.batch",
@@ -41,6 +43,7 @@ _HOME = {
 __all__ = [
     "Batch",
     "BlockPlan",
+    "Conversation",
     "EncodedContext",
     "Generation",
     "Row",

@@ -22,6 +22,7 @@ from star_attention.generation.editing import EditCalls
 from star_attention.generation.leading import FollowCalls
 from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
+from star_attention.generation.start import Asked
 from star_attention.generation.stream import Stream
 from star_attention.hf.loading.keywords import PretrainedSettings, check_keywords, split_settings
 from star_attention.hf.loading.pretrained import load_pretrained, source_of
@@ -312,25 +313,26 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, EditCalls, FollowCalls):
     @overload
     def generate(
         self,
-        context: EncodedContext,
+        context: Asked,
         query: Content | None = None,
         **settings: Unpack[GenerateOptions],
     ) -> Generation: ...
 
     @overload
     def generate(
-        self, context: EncodedContext, query: Contents, **settings: Unpack[GenerateOptions]
+        self, context: Asked, query: Contents, **settings: Unpack[GenerateOptions]
     ) -> list[Generation]: ...
 
     # For a prepared query, several answers to each query, and further arguments.
     @overload
-    def generate(self, context: EncodedContext, query: Any = None, **settings: Any) -> Any: ...
+    def generate(self, context: Asked, query: Any = None, **settings: Any) -> Any: ...
 
-    def generate(self, context: EncodedContext, query: Any = None, **settings: Any) -> Any:
+    def generate(self, context: Asked, query: Any = None, **settings: Any) -> Any:
         """Answer a query on a context (phase 2). The context is left as it was.
 
         Args:
-            context: the context to ask.
+            context: the context to ask; or an answer that was asked for with keep=True, or its
+                `conversation`, for the next query after it.
             query: text (tokenized together with the end of the context), token ids, chat messages,
                 what `prepare` returned, or a list of queries, answered as one batch: up to
                 rounding (in bfloat16 a near tie may turn), as each would be alone. May be left out
@@ -358,15 +360,15 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, EditCalls, FollowCalls):
     @overload
     def stream(
         self,
-        context: EncodedContext,
+        context: Asked,
         query: Content | Prepared | None = None,
         **settings: Unpack[GenerateOptions],
     ) -> Stream: ...
 
     @overload
-    def stream(self, context: EncodedContext, query: Any = None, **settings: Any) -> Stream: ...
+    def stream(self, context: Asked, query: Any = None, **settings: Any) -> Stream: ...
 
-    def stream(self, context: EncodedContext, query: Any = None, **settings: Any) -> Stream:
+    def stream(self, context: Asked, query: Any = None, **settings: Any) -> Stream:
         """Answer one query piece by piece.
 
         Pieces are whole characters; text that may begin a stop string is held back. The stream's

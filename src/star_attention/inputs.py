@@ -87,6 +87,7 @@ class Prepared:
         prompts: token ids of each query, with what the chat template adds.
         settings: the settings of the answers.
         several_queries: True if the queries came as a list.
+        queries: the queries themselves.
 
     On ranks other than 0, whose arguments do not count, it is empty.
     """
@@ -95,6 +96,7 @@ class Prepared:
     prompts: list[list[int]] = field(default_factory=list)
     settings: ResolvedSettings | None = None
     several_queries: bool = False
+    queries: list[Any] = field(default_factory=list)
 
     def check_fits(self, context: EncodedContext) -> None:
         """Raise `InvalidInputError` for a context other than the one prepared."""
@@ -123,14 +125,16 @@ def prepare(runtime: Runtime, content: Any, query: Any, options: dict[str, Any])
     settings = GenerationSettings.of(**options).resolve(
         runtime.handle, runtime.tokenizer, chat=chat.is_messages(content)
     )
+    queries = as_queries(query)
     context, prompts = _prepare_one(
-        runtime, content, as_queries(query), settings, settings.chat_template_kwargs, warn=True
+        runtime, content, queries, settings, settings.chat_template_kwargs, warn=True
     )
     return Prepared(
         contexts=(context,),
         prompts=prompts,
         settings=settings,
         several_queries=is_several(query),
+        queries=queries,
     )
 
 
@@ -316,6 +320,7 @@ def prompt_ids(
     *,
     warn: bool = True,
     template_kwargs: dict[str, Any] | None = None,
+    earlier: Sequence[Message] = (),
 ) -> list[int]:
     """Return the token ids that follow a context: the query and the start of its answer.
 
@@ -327,6 +332,7 @@ def prompt_ids(
         warn: warn where context and query are tokenized differently than the joined text.
         template_kwargs: what the chat template reads beside messages, where it differs from the
             context's.
+        earlier: messages of a chat between context and query.
     """
     reader = _reader(runtime)
     answer_start = reader.raw(answer_prefix, "answer prefix")
@@ -344,6 +350,7 @@ def prompt_ids(
             opened,
             query,
             template_kwargs,
+            earlier=earlier,
             warned=after.warned if warn else set(chat.WARNINGS),
         )
         text = reader.rendered(tail) + answer_start
@@ -378,13 +385,6 @@ def _prompt_of_ids(
         end = joining.end_of_ids(tokenizer, ids)
         ids += joining.following_ids(tokenizer, end, answer_start)[0]
     return after.held_ids + ids
-
-
-def held_tokens(source: ContextInput, prompt: list[int]) -> int:
-    """Count the tokens at the beginning of a prompt that are the context's, held back of it."""
-    held = source.held_ids
-    most = min(len(held), len(prompt) - 1)
-    return next((n for n in range(most) if prompt[n] != held[n]), most)
 
 
 def _context_end(runtime: Runtime, source: ContextInput) -> ContextEnd | None:

@@ -25,6 +25,8 @@ from star_attention.hf.execution import finite, second_look
 from star_attention.hf.execution.handle import cache_argument
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.sampling import AsyncCopy, Sampler
+from star_attention.storage.kept import kept_row
+from star_attention.storage.kv import Pair
 
 OWN_LOOP_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Modes that run in our own loop; transformers runs all others."""
@@ -85,7 +87,7 @@ class Decoding:
         self.finished = False
         self._comm = request.comm
         self._rows = len(program.queries) * program.answers_per_query
-        self._cache = request.cache(program.padded_tokens)
+        self._cache = request.cache(program.padded_tokens, program.kept_tokens)
         self._padding_R1: Tensor | None = None
         self._logits_RV: Tensor | None = None
         # Tokens whose forward comes next.
@@ -117,6 +119,11 @@ class Decoding:
         cache, padding_R1 = self._cache, self._padding_R1
         assert padding_R1 is not None, "the queries come first"
         return self.request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache)
+
+    def kept_row(self, row: int, tokens: int) -> list[Pair | None]:
+        """Return each layer's keys and values of a row's first tokens after the context."""
+        padding = self._cache.row_padding(self._rows)[row]
+        return kept_row(self._cache.tails, row, padding, tokens)
 
     def release(self) -> None:
         """Drop the keys and values, after the last step."""

@@ -63,6 +63,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "method",
         "context_tokens",
         "query_tokens",
+        "kept_tokens",
         "block_size",
         "anchor_size",
         "lookback",

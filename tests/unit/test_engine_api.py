@@ -31,6 +31,7 @@ def test_public_names_are_the_documented_ones() -> None:
     assert set(star_attention.__all__) == {
         "Batch",
         "BlockPlan",
+        "Conversation",
         "EncodedContext",
         "Generation",
         "Row",

@@ -14,7 +14,7 @@ from typing import Any, get_overloads
 import star_attention
 from star_attention import inputs
 from star_attention.cli.markdown import WIDTH, paragraph, table
-from star_attention.generation import result, settings
+from star_attention.generation import result, settings, turns
 from star_attention.generation.asynchronous import AsyncStream
 from star_attention.generation.batching.encoding import Encoding
 from star_attention.hf.loading import pretrained
@@ -39,6 +39,7 @@ _FIRST = (
     "StarConfig",
     "EncodedContext",
     "Generation",
+    "Conversation",
     "Stream",
     "Batch",
     "Row",
@@ -53,6 +54,7 @@ _OTHERS: tuple[type, ...] = (
     pretrained.Support,
     AsyncStream,
     Encoding,
+    turns.Turn,
     result.Delta,
     result.TokenLogprob,
     result.Source,
@@ -70,6 +72,7 @@ _TYPES = {
     "TextOrIds": "text, or token ids",
     "Content": "a context or a query: text, token ids, or chat messages",
     "Contents": "several contexts or queries",
+    "Asked": "a context; or a [`Conversation`](#conversation), or its last answer, to continue it",
     "Progress": "a function, called with the [`Span`](#span) that a forward encoded and the"
     " [`BlockPlan`](#blockplan)",
     "Unpack[StarSettings]": "the fields of [`StarConfig`](#starconfig) as keywords",

@@ -34,6 +34,7 @@ FIELDS = {
     "method": "attention method",
     "context_tokens": "tokens of the encoded text",
     "query_tokens": "tokens of the query, including what the chat template adds",
+    "kept_tokens": "tokens of these whose keys and values were kept of earlier turns; 0 without",
     "block_size": "tokens per block",
     "anchor_size": "tokens of the anchor",
     "lookback": "blocks before its own that a block sees in the layers that look back",

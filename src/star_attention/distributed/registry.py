@@ -32,13 +32,19 @@ class Registry:
         self._parts: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._held: dict[int, Any] | None = None
 
-    def add(self, part: Any) -> int:
-        """Register this rank's part of an object and return its key."""
-        self._last_key += 1
-        self._parts[self._last_key] = part
+    def add(self, part: Any, key: int | None = None) -> int:
+        """Register this rank's part of an object and return its key.
+
+        Args:
+            part: the part.
+            key: the key that rank 0 gave the object, where it says so; None for the next one.
+        """
+        self._last_key = self._last_key + 1 if key is None else max(key, self._last_key)
+        key = key or self._last_key
+        self._parts[key] = part
         if self._held is not None:
-            self._held[self._last_key] = part
-        return self._last_key
+            self._held[key] = part
+        return key
 
     def get(self, key: int | None) -> Any:
         """Return this rank's part of an object.
@@ -79,8 +85,9 @@ def contexts_of(rank: int) -> Registry:
     """Return the registry of a rank's contexts."""
     return Registry(
         rank,
-        "context",
-        "keep the result of encode or load_context on all ranks for as long as any rank uses it",
+        "context or conversation",
+        "keep the results of encode, load_context and generate on all ranks for as long as any rank"
+        " uses them",
     )
 
 

@@ -18,9 +18,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from star_attention.errors import InvalidInputError
 from star_attention.generation.result import Delta, Generation
+from star_attention.generation.start import Asked
 from star_attention.generation.stream import Stream
 from star_attention.inputs import Prepared
-from star_attention.storage.context import EncodedContext
 
 _workers: weakref.WeakKeyDictionary[Any, ThreadPoolExecutor] = weakref.WeakKeyDictionary()
 """The thread of each model."""
@@ -48,9 +48,7 @@ class AsyncCalls:
         call = functools.partial(self.encode, content, **options)
         return await _submit(self.runtime.handle, call, threading.Event())
 
-    async def agenerate(
-        self: Any, context: EncodedContext, query: Any = None, **settings: Any
-    ) -> Any:
+    async def agenerate(self: Any, context: Asked, query: Any = None, **settings: Any) -> Any:
         """Answer a query on a context, as `generate` does.
 
         Args:
@@ -64,9 +62,7 @@ class AsyncCalls:
         call = functools.partial(self.generate, context, query, **settings)
         return await _submit(self.runtime.handle, call, canceled)
 
-    def astream(
-        self: Any, context: EncodedContext, query: Any = None, **settings: Any
-    ) -> AsyncStream:
+    def astream(self: Any, context: Asked, query: Any = None, **settings: Any) -> AsyncStream:
         """Answer one query piece by piece, as `stream` does: `async for piece in astream(...)`.
 
         Errors of the arguments come with the first piece.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 
 from star_attention import phase2
-from star_attention.distributed.comm import Comm
 from star_attention.distributed.messages import SOURCES
 from star_attention.errors import InvalidInputError
+from star_attention.generation.conversation import Conversation, Keeper, Sent
 from star_attention.generation.result import Delta, Generation
-from star_attention.generation.run import Shape, delta_of
+from star_attention.generation.run import SentAnswer, Shape, delta_of
 from star_attention.hf.execution import sources
 from star_attention.hf.text.answer import AnswerText
 from star_attention.storage.oom import translate_oom
@@ -23,7 +24,7 @@ class FollowerRun:
         answer: the text of a stream's answer, for its pieces; None for `generate`.
         shape: grouping of the answers.
         number: the call's number on all ranks.
-        comm: the ranks.
+        keeper: keeps the answers for a next turn, as rank 0 does.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class FollowerRun:
         answer: AnswerText | None,
         shape: Shape,
         number: int,
-        comm: Comm,
+        keeper: Keeper,
     ) -> None:
-        self._follower, self._answer, self._comm = follower, answer, comm
+        self._follower, self._answer, self._keeper = follower, answer, keeper
+        self._comm = keeper.context.comm
         self._generations: list[Generation] = []
         self.shape, self.number = shape, number
         self.ended = False
@@ -103,9 +105,10 @@ class FollowerRun:
             self.ended = True
             self._follower.release()
 
-    def end(self, answers: list[Generation]) -> None:
+    def end(self, answers: list[SentAnswer]) -> None:
         """Take rank 0's answers."""
-        self._generations = answers
+        if not self.ended:
+            self._generations = arrived(answers, self._keeper, self._follower)
         self.leave()
 
     def generations(self) -> list[Generation]:
@@ -128,21 +131,49 @@ class RepeaterRun:
     Args:
         repeat: repeats rank 0's forwards, and returns its answers.
         shape: grouping of the answers.
+        keeper: makes the answers' conversations, if rank 0 does.
     """
 
-    def __init__(self, repeat: Callable[[], list[Generation]], shape: Shape) -> None:
-        self._repeat, self.shape = repeat, shape
+    def __init__(
+        self, repeat: Callable[[], list[SentAnswer]], shape: Shape, keeper: Keeper
+    ) -> None:
+        self._repeat, self.shape, self._keeper = repeat, shape, keeper
         self._generations: list[Generation] = []
 
     def pieces(self) -> Iterator[Delta]:
         """Run the call; there are no pieces."""
         with translate_oom(_out_of_memory):
-            self._generations = self._repeat()
+            self._generations = arrived(self._repeat(), self._keeper)
         return iter(())
 
     def generations(self) -> list[Generation]:
         """Return rank 0's answers."""
         return self._generations
+
+
+def arrived(
+    answers: list[SentAnswer], keeper: Keeper, follower: phase2.Follower | None = None
+) -> list[Generation]:
+    """Return rank 0's answers, with their conversations on this rank.
+
+    Args:
+        answers: what rank 0 sent.
+        keeper: makes the conversations.
+        follower: has the keys and values of those that rank 0 keeps.
+    """
+
+    def conversation(row: int, sent: Sent | None) -> Conversation | None:
+        if sent is None:
+            return None
+        layers = None
+        if sent.key and follower is not None:
+            layers = follower.kept_row(row, len(sent.ids))
+        return keeper.conversation(sent.turns, sent.ids, layers, sent.key or None)
+
+    return [
+        replace(answer, conversation=conversation(row, sent))
+        for row, (answer, sent) in enumerate(answers)
+    ]
 
 
 def _out_of_memory() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +14,23 @@ from star_attention.generation.json_answers import JsonProcessor
 from star_attention.generation.known_tokens import known_tokens
 from star_attention.generation.settings import GenerationSettings, ResolvedSettings
 from star_attention.generation.sources import SourceFinder
+from star_attention.generation.turns import Turn, prompts_after
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.request import Request
 from star_attention.hf.text.answer import Reading
 from star_attention.hf.text.tokens import is_several
 from star_attention.inputs import ContextInput, Prepared
+from star_attention.planning.sizes import counted
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 
 
 def prepared(
-    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
+    runtime: Runtime,
+    context: EncodedContext,
+    query: Any,
+    options: dict[str, Any],
+    turns: Sequence[Turn] = (),
 ) -> Prepared:
     """Return checked queries on a context, with the settings of their answers.
 
@@ -32,18 +39,28 @@ def prepared(
         context: the context to ask.
         query: a query, a list of them, or `Prepared`.
         options: keywords of `generate`.
+        turns: those of a conversation before the queries.
     """
     runtime.check_context(context)
-    prepared = _prepared(runtime, context, query, options)
+    prepared = _prepared(runtime, context, query, options, turns)
     assert prepared.settings is not None, "rank 0 prepares"
     prepared.settings.check_method(methods.get(context.method))
     return prepared
 
 
 def _prepared(
-    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
+    runtime: Runtime,
+    context: EncodedContext,
+    query: Any,
+    options: dict[str, Any],
+    turns: Sequence[Turn],
 ) -> Prepared:
     if isinstance(query, Prepared):
+        if turns:
+            raise InvalidInputError(
+                "a prepared query follows its context, and cannot follow"
+                f" {counted(len(turns), 'turn')} of a conversation; give the query itself"
+            )
         if options:
             raise InvalidInputError(
                 f"a prepared query brings its own settings, got {', '.join(options)} too; give"
@@ -57,9 +74,10 @@ def _prepared(
     queries, after = inputs.as_queries(query), ContextInput.of(context)
     return Prepared(
         contexts=(),
-        prompts=inputs.query_prompts(runtime, after, queries, settings),
+        prompts=prompts_after(runtime, after, turns, queries, settings),
         settings=settings,
         several_queries=is_several(query),
+        queries=queries,
     )
 
 
@@ -68,8 +86,17 @@ def for_answers(
     context: EncodedContext,
     prompts: list[list[int]],
     settings: ResolvedSettings,
+    **kept: Any,
 ) -> Request:
-    """Return a request for answers to prompts, after checking that there are positions for them."""
+    """Return a request for answers to prompts, after checking that there are positions for them.
+
+    Args:
+        runtime: the engine's.
+        context: the context.
+        prompts: token ids after it, of each query.
+        settings: settings of the answers.
+        kept: the fields of a request about keys and values that were kept.
+    """
     return checked(
         runtime,
         context,
@@ -80,13 +107,17 @@ def for_answers(
         logits_processor=_processors(runtime, settings, prompts),
         stopping_criteria=settings.arguments.stopping_criteria,
         second_look=settings.second_look,
+        **kept,
     )
 
 
 def source_finder(
-    runtime: Runtime, context: EncodedContext, settings: ResolvedSettings
+    runtime: Runtime, context: EncodedContext, settings: ResolvedSettings, earlier_tokens: int = 0
 ) -> SourceFinder | None:
-    """Return what finds the sources of answers; None if none are wanted."""
+    """Return what finds the sources of answers; None if none are wanted.
+
+    `earlier_tokens` are those of earlier turns, which do not count.
+    """
     if not settings.sources:
         return None
     return SourceFinder(
@@ -94,6 +125,7 @@ def source_finder(
         context=ContextInput.of(context),
         most=settings.sources,
         tokens_per_forward=runtime.tokens_per_forward,
+        earlier_tokens=earlier_tokens,
     )
 
 

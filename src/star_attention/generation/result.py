@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from star_attention.errors import quote
+from star_attention.errors import InvalidInputError, quote
+from star_attention.generation.conversation import Conversation, answer_to
 from star_attention.planning import html
 from star_attention.planning.sizes import counted
 from star_attention.planning.traffic import Traffic
@@ -110,11 +111,14 @@ class Generation:
         token_ids: every generated id, including the one that ended the answer.
         finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion), "length"
             (`max_new_tokens`) or "canceled" (a row of a batch that was canceled).
-        query_tokens: length of the query in tokens.
+        query_tokens: length of the query in tokens; of a conversation, with all turns before.
+        kept_tokens: tokens of these whose keys and values were kept of earlier turns.
         timings: seconds and rates.
         logprobs: of each token of `token_ids`; None unless asked for.
         sources: passages of the context that query and answer attended to most, the best first;
             None unless asked for, and for a stream that was closed before its end.
+        conversation: what a next turn goes on from (`continue_with`); None unless asked for by
+            `keep`.
         logits: fp32 `[tokens, vocabulary]` on CPU, before any processing; None unless asked for.
         peak_bytes: peak device memory of the call; None on a CPU.
         wire: traffic between context-parallel ranks during the call, all ranks together.
@@ -129,6 +133,8 @@ class Generation:
     reasoning: str | None = None
     logprobs: list[TokenLogprob] | None = None
     sources: tuple[Source, ...] | None = None
+    kept_tokens: int = 0
+    conversation: Conversation | None = None
     logits: Tensor | None = None
     peak_bytes: int | None = None
     wire: Traffic = field(default_factory=Traffic)
@@ -141,6 +147,28 @@ class Generation:
         """Return e.g. `Generation('It is 42.', 5 tokens, stop)`; a long text is cut."""
         tokens = counted(len(self.token_ids), "token")
         return f"Generation({quote(self.text)}, {tokens}, {self.finish_reason})"
+
+    def continue_with(self, query: Any = None, **settings: Any) -> Any:
+        """Answer the next query of the conversation; of an answer that was asked for with `keep`.
+
+        What was said before keeps its keys and values, so that only new tokens are computed. The
+        answer is kept in turn. This one stays: it can be continued in other directions, too.
+        `StarLLM.stream(reply, query)` does the same piece by piece.
+
+        Args:
+            query: text, in a chat also messages; token ids where the queries before were. In a
+                chat, messages that begin with one of the assistant give the answer before it
+                another form, such as tool calls.
+            settings: keywords of `generate`.
+
+        Returns:
+            What `generate` returns.
+
+        Raises:
+            InvalidInputError: the answer was not kept, or a query in another form than before.
+            ContextLengthError: context, conversation and answer exceed the positions.
+        """
+        return answer_to(conversation_of(self), query, settings)
 
     def _repr_html_(self) -> str:
         """Return the answer for a notebook: its text, and a line about it."""
@@ -172,6 +200,7 @@ class Generation:
             if self.sources is None
             else [source.as_dict() for source in self.sources],
             "query_tokens": self.query_tokens,
+            "kept_tokens": self.kept_tokens,
             "encode_s": self.timings.encode_s,
             "ttft_s": self.timings.ttft_s,
             "second_look_s": self.timings.second_look_s,
@@ -182,3 +211,16 @@ class Generation:
             "wire_calls_phase2": self.wire.calls,
             "wire_within_bytes_phase2": self.wire_within.bytes,
         }
+
+
+def conversation_of(reply: Generation) -> Conversation:
+    """Return the conversation of an answer.
+
+    Raises:
+        InvalidInputError: the answer was not asked for with `keep`.
+    """
+    if reply.conversation is None:
+        raise InvalidInputError(
+            "this answer cannot be continued, because it was not kept; ask with keep=True"
+        )
+    return reply.conversation

@@ -15,6 +15,7 @@ from star_attention import phase2
 from star_attention.distributed.messages import END, SOURCES
 from star_attention.generation import stock
 from star_attention.generation.arguments import translate_generation_errors
+from star_attention.generation.conversation import Conversation, LeadingKeeper, Sent, sent
 from star_attention.generation.logprobs import LogprobRecorder
 from star_attention.generation.result import Delta, Generation, Source, Timings
 from star_attention.generation.settings import ResolvedSettings
@@ -24,6 +25,7 @@ from star_attention.hf.execution.sources import attention_of
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.text.answer import AnswerText, BeamStopCriteria
 from star_attention.planning.traffic import Traffic
+from star_attention.storage.kv import Pair
 from star_attention.storage.oom import translate_oom
 
 
@@ -41,6 +43,18 @@ class Shape:
             return answers if self.several_queries else answers[0]
         groups = [answers[i : i + size] for i in range(0, len(answers), size)]
         return groups if self.several_queries else groups[0]
+
+
+SentAnswer = tuple[Generation, Sent | None]
+"""An answer as rank 0 sends it to the others, and its conversation."""
+
+
+def _sent(answer: Generation) -> SentAnswer:
+    conversation = answer.conversation
+    return (
+        replace(answer, logits=None, conversation=None),
+        None if conversation is None else sent(conversation),
+    )
 
 
 def delta_of(answer: AnswerText, text: str) -> Delta | None:
@@ -92,6 +106,7 @@ class GenerationRun:
         encode_s: float,
         number: int,
         finder: SourceFinder | None = None,
+        keeper: LeadingKeeper | None = None,
     ) -> None:
         """Begin the call.
 
@@ -103,12 +118,13 @@ class GenerationRun:
             encode_s: seconds that the context took.
             number: the call's number on all ranks.
             finder: finds the answers' sources; None for none.
+            keeper: keeps the answers for a next turn; None to keep none.
         """
         self._clock = Clock(request.handle.device)
         self._comm, self.number = request.comm, number
         self._wire_before = copy.copy(request.comm.cp_traffic)
         self._wire_within_before = copy.copy(request.comm.tp_traffic)
-        self._encode_s, self._finder = encode_s, finder
+        self._encode_s, self._finder, self._keeper = encode_s, finder, keeper
         self.settings, self.shape = settings, shape
         reading = settings.text.reading(tokenizer)
         if settings.stops and not settings.uses_own_loop:
@@ -117,6 +133,7 @@ class GenerationRun:
         # The request after its answers: a second look gives it another shard.
         self._answered: Request | None = None
         self._sources: list[tuple[Source, ...]] | None = None
+        self._conversations: list[Conversation] | None = None
         self.program: Program | None = None
         if settings.uses_own_loop:
             self.program = request.program(settings.answers_per_query)
@@ -145,6 +162,7 @@ class GenerationRun:
         warn_of_unanswered(self._answers, self.settings.max_new_tokens)
         with translate_oom(self._out_of_memory):
             self._find_sources()
+            self._keep()
         self._send_end()
         self._release()
         if tail:
@@ -161,7 +179,7 @@ class GenerationRun:
     def _send_end(self) -> None:
         if self._comm.size > 1 and not self._end_sent:
             self._end_sent = True
-            answers = [replace(answer, logits=None) for answer in self.generations()]
+            answers = [_sent(answer) for answer in self.generations()]
             self._comm.broadcast_object((END, self.number, answers))
 
     def _own_loop(self) -> Iterator[str]:
@@ -228,6 +246,8 @@ class GenerationRun:
         # The other ranks wait for no step of a suspended stream.
         if self._leader is not None and not self.is_suspended:
             self._leader.close()
+        with translate_oom(self._out_of_memory):
+            self._keep()
         self._send_end()
         self._release()
 
@@ -281,6 +301,20 @@ class GenerationRun:
         self._measured.sources_s = self._clock.elapsed() - started
         self._count_traffic()
 
+    def _keep(self) -> None:
+        """Make the conversations that next turns go on from."""
+        if self._keeper is None or self._conversations is not None:
+            return
+        self._conversations = [
+            self._keeper.after_answer(
+                row,
+                self._query(row),
+                answer,
+                _kept_row(self._leader, row, len(self._query(row)) + len(answer.token_ids) - 1),
+            )
+            for row, answer in enumerate(self._answers)
+        ]
+
     def _query(self, row: int) -> list[int]:
         return self._request.queries[row // self.settings.answers_per_query]
 
@@ -305,6 +339,8 @@ class GenerationRun:
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             query_tokens=len(self._query(row)),
+            kept_tokens=0 if self.program is None else self.program.kept_tokens,
+            conversation=None if self._conversations is None else self._conversations[row],
             timings=Timings(
                 encode_s=self._encode_s,
                 ttft_s=measured.first_s,
@@ -316,13 +352,27 @@ class GenerationRun:
             if self._logprobs is None
             else self._logprobs.of_row(row, answer.token_ids),
             sources=None if self._sources is None else self._sources[row],
-            logits=None if self._logits is None else self._stack(self._logits[row]),
+            logits=None
+            if self._logits is None
+            else _stacked(self._logits[row], self._request.handle.vocab_size),
             peak_bytes=measured.peak_bytes,
             wire=measured.wire,
             wire_within=measured.wire_within,
         )
 
-    def _stack(self, rows: list[Tensor]) -> Tensor:
-        if not rows:
-            return torch.empty(0, self._request.handle.vocab_size, device="cpu")
-        return torch.stack(rows)
+
+def _kept_row(leader: phase2.Leader | None, row: int, tokens: int) -> list[Pair | None] | None:
+    """Return keys and values of a row's query and of all tokens but the last of its answer.
+
+    The last one may not have been through the model. None where transformers' loops ran, where no
+    token came, and after a second look, whose choice is for one query.
+    """
+    if leader is None or not leader.tokens or leader.request.looked is not None:
+        return None
+    return leader.kept_row(row, tokens)
+
+
+def _stacked(rows: list[Tensor], vocab_size: int) -> Tensor:
+    if not rows:
+        return torch.empty(0, vocab_size, device="cpu")
+    return torch.stack(rows)

@@ -49,6 +49,7 @@ class GenerateOptions(TypedDict, total=False):
     answer_prefix: str
     second_look: float
     sources: bool | int
+    keep: bool
     chat_template_kwargs: dict[str, Any] | None
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
@@ -104,6 +105,8 @@ class GenerationSettings:
             of the context.
         sources: name the passages of the context that the answer attended to most: True for 3, or
             their number (`Generation.sources`). Query and answer are read once more for it.
+        keep: keep the keys and values of query and answer in memory, for a next turn
+            (`Generation.continue_with`). A turn of a conversation is kept unless it says False.
         chat_template_kwargs: what the chat template reads beside messages, where it differs from
             the context's.
         logits_processor, stopping_criteria: transformers' lists.
@@ -121,6 +124,7 @@ class GenerationSettings:
     answer_prefix: str = ""
     second_look: float = 0.0
     sources: bool | int = False
+    keep: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
@@ -148,11 +152,10 @@ class GenerationSettings:
                 f"answer_prefix {quote(self.answer_prefix)}: expected a str,"
                 f" got {type(self.answer_prefix).__name__}"
             )
-        if not isinstance(self.skip_special_tokens, bool):
-            raise InvalidInputError(
-                f"skip_special_tokens {quote(self.skip_special_tokens)} does not work; give True or"
-                " False"
-            )
+        for name in ("skip_special_tokens", "keep"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidInputError(f"{name} {quote(value)} does not work; give True or False")
         for name in ("logits_processor", "stopping_criteria"):
             value = getattr(self, name)
             if not isinstance(value, (list, type(None))):

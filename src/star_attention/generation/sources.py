@@ -26,19 +26,23 @@ class SourceFinder:
         context: the context.
         most: the most sources of an answer.
         tokens_per_forward: most tokens of one forward.
+        earlier_tokens: tokens of earlier turns, which the queries begin with.
     """
 
     tokenizer: Any
     context: ContextInput
     most: int
     tokens_per_forward: int
+    earlier_tokens: int = 0
 
-    def readings(self, rows: list[tuple[list[int], list[int]]]) -> Readings:
+    def readings(self, answers: list[tuple[list[int], list[int]]]) -> Readings:
         """Return what is to be read once more, for queries and their answers."""
         # A line break asks for nothing, in any language. Of thirteen neutral texts it did best.
         neutral = [int(self.context.ids_L[-1])]
         if self.tokenizer is not None:
             neutral = special.continued_ids(self.tokenizer, RenderedText("\n")) or neutral
+        start = self.earlier_tokens
+        rows = [(query[:start], query[start:], answer) for query, answer in answers]
         return Readings(neutral=neutral, rows=rows, tokens_per_forward=self.tokens_per_forward)
 
     def sources(self, attention: list[Tensor]) -> list[tuple[Source, ...]]:

@@ -12,8 +12,16 @@ from star_attention import inputs, phase2
 from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
 from star_attention.generation import requests, stock
+from star_attention.generation.conversation import (
+    Ask,
+    Conversation,
+    Keeper,
+    LeadingKeeper,
+    reusable,
+    said_tokens,
+)
 from star_attention.generation.following import FollowerRun, RepeaterRun
-from star_attention.generation.result import Generation
+from star_attention.generation.result import Generation, conversation_of
 from star_attention.generation.run import GenerationRun, Shape
 from star_attention.generation.stream import Stream
 from star_attention.hf.execution.request import Program, Request
@@ -22,6 +30,7 @@ from star_attention.hf.text.tokens import is_several
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
+from star_attention.storage.kept import KeptTail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,7 @@ class Start:
         program: the steps; None where rank 0 runs transformers' loops, or no loop.
         text: how a stream's answer becomes text; None without a stream.
         is_last: False if another run of the same call follows.
+        kept: key of the keys and values of earlier turns; None for none.
     """
 
     key: int
@@ -43,14 +53,19 @@ class Start:
     program: Program | None = None
     text: TextSettings | None = None
     is_last: bool = True
+    kept: int | None = None
 
 
-def generate(runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]) -> Any:
+Asked = EncodedContext | Conversation | Generation
+"""What a query can follow: a context, a conversation, or the answer that is its last turn."""
+
+
+def generate(runtime: Runtime, context: Asked, query: Any, options: dict[str, Any]) -> Any:
     """Answer one query or several on a context. Collective.
 
     Args:
         runtime: the engine's.
-        context: the context to ask.
+        context: the context to ask, or a conversation to continue.
         query: a query, a list of them, or `Prepared`.
         options: keywords of `generate`.
 
@@ -66,9 +81,7 @@ def generate(runtime: Runtime, context: EncodedContext, query: Any, options: dic
     return shape.group(answers)
 
 
-def stream(
-    runtime: Runtime, context: EncodedContext, query: Any, options: dict[str, Any]
-) -> Stream:
+def stream(runtime: Runtime, context: Asked, query: Any, options: dict[str, Any]) -> Stream:
     """Start a stream; arguments as for `generate`. Collective."""
     run = next(_runs(runtime, context, query, options, streamed=True))
     assert not isinstance(run, RepeaterRun), "transformers' loops do not stream"
@@ -78,27 +91,20 @@ def stream(
 
 def _runs(
     runtime: Runtime,
-    context: EncodedContext,
+    asked: Asked,
     query: Any,
     options: dict[str, Any],
     *,
     streamed: bool = False,
 ) -> Iterator[GenerationRun | FollowerRun | RepeaterRun]:
     """Start the runs of one call of phase 2, each after the one before has ended. Collective."""
-    leading = _leading_runs(runtime, context, query, options, streamed=streamed)
+    leading = _leading_runs(runtime, asked, query, options, streamed=streamed)
     runs: list[GenerationRun] = []
 
     def begin() -> Start:
-        run, is_last = next(leading)
+        start, run = next(leading)
         runs.append(run)
-        return Start(
-            key=context.key,
-            number=run.number,
-            shape=run.shape,
-            program=run.program,
-            text=run.settings.text if streamed else None,
-            is_last=is_last,
-        )
+        return start
 
     is_last = False
     while not is_last:
@@ -109,40 +115,96 @@ def _runs(
 
 def _leading_runs(
     runtime: Runtime,
-    context: EncodedContext,
+    asked: Asked,
     query: Any,
     options: dict[str, Any],
     *,
     streamed: bool,
-) -> Iterator[tuple[GenerationRun, bool]]:
-    """Yield the runs of one call on rank 0, after checking all of it; True with the last one."""
+) -> Iterator[tuple[Start, GenerationRun]]:
+    """Yield the runs of one call on rank 0, after checking all of it, and their messages."""
     if streamed:
         _check_streamed(runtime, query)
-    prepared = requests.prepared(runtime, context, query, options)
+    talk = _conversation(runtime, asked)
+    context = talk.context
+    options = {"keep": True} | options if talk.turns else options
+    prepared = requests.prepared(runtime, context, query, options, talk.turns)
     settings = prepared.settings
     assert settings is not None, "rank 0 prepares"
-    groups = [prepared.prompts]
-    if settings.second_look:
-        # It chooses for one query, and its copy of the context is for that one alone.
-        groups = [[prompt] for prompt in prepared.prompts]
+    groups = [prepared]
+    # A second look chooses for one query, and its copy of the context is for that one alone. Kept
+    # keys begin one query.
+    if settings.second_look or talk.turns:
+        groups = [
+            replace(prepared, prompts=[prompt], queries=[each])
+            for prompt, each in zip(prepared.prompts, prepared.queries, strict=True)
+        ]
         runtime.positions.check_room(
-            len(context), context.rope_length, prepared.prompts, settings.max_new_tokens
+            len(context),
+            context.rope_length,
+            prepared.prompts,
+            settings.max_new_tokens,
+            len(talk.turns),
         )
-    for number, prompts in enumerate(groups, start=1):
-        run = _leading_run(runtime, context, replace(prepared, prompts=prompts))
+    for number, group in enumerate(groups, start=1):
+        run, kept = _leading_run(runtime, talk, group)
         if streamed and (run.program is None or run.shape.answers_per_query > 1):
             raise InvalidInputError(
                 "a stream is one answer by greedy search or sampling; use generate for beams and"
                 " several answers"
             )
-        yield run, number == len(groups)
+        start = Start(
+            key=context.key,
+            number=run.number,
+            shape=run.shape,
+            program=run.program,
+            text=settings.text if streamed else None,
+            is_last=number == len(groups),
+            kept=None if kept is None else kept.key,
+        )
+        yield start, run
 
 
-def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> GenerationRun:
-    settings = prepared.settings
+def _conversation(runtime: Runtime, asked: Asked) -> Conversation:
+    """Return the conversation that a query follows; on a context one without turns."""
+    if isinstance(asked, Conversation):
+        return asked
+    if isinstance(asked, Generation):
+        return conversation_of(asked)
+    # `Runtime.check_context` refuses what is no context.
+    return Keeper(context=asked, ask=_ask(runtime)).conversation((), [], None)
+
+
+def _ask(runtime: Runtime) -> Ask:
+    def ask(conversation: Conversation, query: Any, options: dict[str, Any]) -> Any:
+        with runtime.collective("generate"):
+            return generate(runtime, conversation, query, options)
+
+    return ask
+
+
+def _leading_run(
+    runtime: Runtime, talk: Conversation, prepared: Prepared
+) -> tuple[GenerationRun, KeptTail | None]:
+    """Return a run on rank 0, and what it takes over from earlier turns."""
+    settings, context = prepared.settings, talk.context
     assert settings is not None, "rank 0 prepares"
-    request = requests.for_answers(runtime, context, prepared.prompts, settings)
-    return GenerationRun(
+    kept, kept_tokens = None, 0
+    if settings.uses_own_loop and not settings.second_look:
+        kept, kept_tokens = reusable(talk, prepared.prompts[0])
+    request = requests.for_answers(
+        runtime, context, prepared.prompts, settings, kept=kept, kept_tokens=kept_tokens
+    )
+    keeper = None
+    if settings.arguments.keep:
+        keeper = LeadingKeeper(
+            context=context,
+            ask=_ask(runtime),
+            tokenizer=runtime.tokenizer,
+            settings=settings,
+            turns=talk.turns,
+            queries=prepared.queries,
+        )
+    run = GenerationRun(
         request,
         settings,
         Shape(
@@ -152,28 +214,35 @@ def _leading_run(runtime: Runtime, context: EncodedContext, prepared: Prepared) 
         tokenizer=runtime.tokenizer,
         encode_s=context.encode_s,
         number=runtime.comm.streams.new_number(),
-        finder=requests.source_finder(runtime, context, settings),
+        finder=requests.source_finder(
+            runtime, context, settings, said_tokens(talk, prepared.prompts[0])
+        ),
+        keeper=keeper,
     )
+    return run, kept
 
 
 def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRun:
-    context: EncodedContext = runtime.comm.contexts.get(message.key)
+    contexts = runtime.comm.contexts
+    context: EncodedContext = contexts.get(message.key)
+    keeper = Keeper(context=context, ask=_ask(runtime))
     program = message.program
     if program is None:
-        return RepeaterRun(lambda: _repeat(runtime, context), message.shape)
+        return RepeaterRun(lambda: _repeat(runtime, context), message.shape, keeper)
     request = replace(
         requests.bare(runtime, context),
         queries=program.queries,
         tokens_per_forward=program.tokens_per_forward,
         sliced=program.sliced,
         second_look=program.second_look,
+        kept=None if message.kept is None else contexts.get(message.kept),
     )
     answer = None
     if message.text is not None:
         reading = message.text.reading(runtime.need_tokenizer("a stream of text"))
         (answer,) = message.text.answers(reading, program.queries)
     follower = phase2.Follower(request, program)
-    return FollowerRun(follower, answer, message.shape, message.number, runtime.comm)
+    return FollowerRun(follower, answer, message.shape, message.number, keeper)
 
 
 def _repeat(runtime: Runtime, context: EncodedContext) -> Any:
@@ -196,7 +265,7 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
         runtime.check_context(context)
         after = ContextInput.of(context)
         prompt = inputs.prompt_ids(runtime, after, continuation)
-        held.append(inputs.held_tokens(after, prompt))
+        held.append(_held_tokens(after, prompt))
         ready.append(requests.checked(runtime, context, [prompt], 0))
         return context.key
 
@@ -208,6 +277,13 @@ def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tens
     logits_QV = phase2.logits(ready[0])
     comm.broadcast_object((END, comm.streams.new_number(), None))
     return logits_QV[held[0] :]
+
+
+def _held_tokens(source: ContextInput, prompt: list[int]) -> int:
+    """Count the tokens at the beginning of a prompt that are the context's, held back of it."""
+    held = source.held_ids
+    most = min(len(held), len(prompt) - 1)
+    return next((n for n in range(most) if prompt[n] != held[n]), most)
 
 
 def _check_streamed(runtime: Runtime, query: Any) -> None:

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from star_attention.errors import ContextLengthError
+from star_attention.planning.sizes import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +67,25 @@ class Positions:
         rope_length: int | None,
         prompts: list[list[int]],
         max_new_tokens: int,
+        turns: int = 0,
     ) -> None:
-        """Raise `ContextLengthError` where context, query and answer need too many positions."""
+        """Raise `ContextLengthError` where context, query and answer need too many positions.
+
+        Args:
+            context_tokens: tokens of the context.
+            rope_length: tokens that its rotary frequencies are pinned to, or None.
+            prompts: token ids after it, of each query.
+            max_new_tokens: most tokens of an answer.
+            turns: earlier turns of a conversation in each prompt.
+        """
         query_tokens = max(len(prompt) for prompt in prompts)
         longest = context_tokens + query_tokens + max_new_tokens
         subject = f"context ({context_tokens:,}), query and answer ({max_new_tokens:,}) need"
-        self.check(
-            longest,
-            subject,
-            f"the query has {query_tokens:,}: lower max_new_tokens, or shorten the query or the"
-            " context",
-        )
+        query, shorten = f"the query has {query_tokens:,}", "shorten the query or the context"
+        if turns:
+            query += f" with {counted(turns, 'turn')} before it"
+            shorten = "undo turns, or begin another conversation"
+        self.check(longest, subject, f"{query}: lower max_new_tokens, or {shorten}")
         if rope_length is None:
             return
         if self.short_length is not None and longest <= self.short_length < rope_length:
@@ -90,6 +99,6 @@ class Positions:
         if longest > rope_length:
             raise ContextLengthError(
                 f"{subject} {longest:,} tokens, but the context's rotary frequencies are pinned to"
-                f" {rope_length:,}; the query has {query_tokens:,}: lower max_new_tokens, or encode"
+                f" {rope_length:,}; {query}: lower max_new_tokens, or encode"
                 f" the context with a larger reserve_tokens (now {self.reserve_tokens:,})"
             )

@@ -293,6 +293,13 @@ class Tail:
         assert self._k_BGCD is not None and self._v_BGCD is not None, "the tail is empty"
         return self._k_BGCD, self._v_BGCD
 
+    def start_with(self, pair: Pair, room: int) -> None:
+        """Begin with copies of keys and values, in buffers with room for more tokens."""
+        k_BGCD, v_BGCD = (_with_more_room(tensor, room) for tensor in pair)
+        self._k_BGCD, self._v_BGCD = k_BGCD, v_BGCD
+        self.length = pair[0].shape[2]
+        self.version += 1
+
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
         """Append the keys and values of S tokens."""
         self.reserve(k_BGSD, v_BGSD)
@@ -347,6 +354,14 @@ class Tail:
         """Drop the last `tokens` tokens."""
         assert 0 <= tokens <= self.length, "only the tail can be cropped, never the context"
         self.length -= tokens
+
+
+def _with_more_room(tensor_BGTD: Tensor, room: int) -> Tensor:
+    """Return a copy with room for more tokens."""
+    B, G, T, D = tensor_BGTD.shape
+    larger = allocate(lambda: tensor_BGTD.new_empty(B, G, max(_INITIAL_CAPACITY, T + room), D))
+    larger[:, :, :T] = tensor_BGTD
+    return larger
 
 
 def as_tensor_ids(ids: Tensor) -> Tensor:

@@ -315,6 +315,11 @@ def _check_single(prepared: Prepared) -> None:
             "a row is answered by greedy search or sampling, not by beams or prompt lookup; leave"
             " them out, or use generate"
         )
+    if settings.arguments.keep:
+        raise InvalidInputError(
+            "a row of a batch is not kept for a next turn, got keep True; leave it out, or use"
+            " generate"
+        )
     if settings.answers_per_query > 1:
         raise InvalidInputError(
             f"a row is one answer, got num_return_sequences {settings.answers_per_query}; add the"

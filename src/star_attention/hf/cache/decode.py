@@ -241,7 +241,7 @@ class AnswerCache(StarCache):
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         """Report this rank's progress, which other ranks name if it fails."""
-        self.comm.tick(f"phase 2, {self.position.tail.length:,} tokens after the context")
+        self.comm.tick(f"phase 2, {self.tail_tokens:,} tokens after the context")
 
     @property
     def context_tokens(self) -> int:
@@ -252,6 +252,16 @@ class AnswerCache(StarCache):
     def kv_format(self) -> KVFormat:
         """The format of the stored context."""
         return self.layers[0].shard.kv_format
+
+    @property
+    def tails(self) -> list[Tail]:
+        """The tail of each layer."""
+        return [layer.tail for layer in self.layers]
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens after the context, with padding."""
+        return self.position.tail.length
 
     def row_padding(self, rows: int) -> list[int]:
         """Return the padding of each of `rows` batch rows, in tokens."""

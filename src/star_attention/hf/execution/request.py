@@ -23,7 +23,11 @@ from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Lap
 from star_attention.planning.plan import BlockPlan
+from star_attention.storage.kept import KeptTail
 from star_attention.storage.kv import ContextKV
+
+_ANSWER_ROOM = 64
+"""Tokens of an answer for which the copy of a kept tail has room at first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class Program:
 
     Attributes:
         queries: token ids of each query.
+        kept_tokens: tokens at the beginning of a single query whose keys and values were kept of
+            an earlier answer.
         padded_tokens: length to which they are padded.
         answers_per_query: answers to each query.
         max_new_tokens: most tokens of an answer.
@@ -43,6 +49,7 @@ class Program:
     """
 
     queries: list[list[int]]
+    kept_tokens: int
     padded_tokens: int
     answers_per_query: int
     max_new_tokens: int
@@ -73,6 +80,8 @@ class Request:
         second_look: share of the context's tokens that are computed again for the query before it
             is answered (`hf.execution.second_look`).
         looked: time that this took, once it is done.
+        kept: keys and values that an earlier answer of a conversation left; None for none.
+        kept_tokens: tokens at the beginning of the only query that these are of.
     """
 
     handle: ModelHandle
@@ -91,6 +100,8 @@ class Request:
     stop_after: Callable[[int], StoppingCriteria] | None = None
     second_look: float = 0.0
     looked: Lap | None = None
+    kept: KeptTail | None = None
+    kept_tokens: int = 0
 
     @property
     def query_tokens(self) -> int:
@@ -108,11 +119,16 @@ class Request:
 
     def program(self, answers_per_query: int) -> Program:
         """Return what the other ranks need to know, as rank 0 decides."""
-        graphs = self.graphs
-        bucket = None if graphs is None else graphs.bucket(len(self.queries), self.query_tokens)
+        graphs, kept_tokens = self.graphs, self.kept_tokens
+        new_tokens = self.query_tokens - kept_tokens
+        bucket = None if graphs is None else graphs.bucket(len(self.queries), new_tokens)
+        if bucket is not None and kept_tokens:
+            # Padding has no place between two tokens: a few of those kept are computed again.
+            kept_tokens = max(0, self.query_tokens - bucket)
         return Program(
             queries=self.queries,
-            padded_tokens=bucket or self.query_tokens,
+            kept_tokens=kept_tokens,
+            padded_tokens=max(bucket or 0, self.query_tokens),
             answers_per_query=answers_per_query,
             max_new_tokens=int(self.generation_kwargs["max_new_tokens"]),
             tokens_per_forward=self.tokens_per_forward,
@@ -121,9 +137,17 @@ class Request:
             second_look=self.second_look,
         )
 
-    def cache(self, query_tokens: int) -> AnswerCache:
-        """Return a new cache for queries padded to a number of tokens."""
-        return self.cache_for(self.padding(query_tokens))
+    def cache(self, query_tokens: int, kept_tokens: int = 0) -> AnswerCache:
+        """Return a new cache for queries padded to a number of tokens.
+
+        It begins with the kept keys and values of `kept_tokens` tokens.
+        """
+        cache = self.cache_for(self.padding(query_tokens))
+        if kept_tokens:
+            assert self.kept is not None, "there are kept tokens"
+            room = query_tokens - kept_tokens + _ANSWER_ROOM
+            self.kept.copy_to(cache.tails, kept_tokens, room)
+        return cache
 
     def cache_for(self, padding: list[int]) -> AnswerCache:
         """Return a new cache for queries with this left padding, in tokens."""
@@ -156,10 +180,13 @@ class Request:
 
     def forwards(self, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids and positions of the queries, padded as the cache expects them."""
-        return self.query_forwards(cache.row_padding(len(self.queries)))
+        return self.query_forwards(cache.row_padding(len(self.queries)), cache.tail_tokens)
 
-    def query_forwards(self, padding: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ids and positions of the padded queries, `[B, S]` each, a pair for each forward."""
+    def query_forwards(self, padding: list[int], first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ids and positions of the padded queries, `[B, S]` each, a pair for each forward.
+
+        They begin with the queries' token `first`.
+        """
         ids_BQ = self.padded(padding)
         context_tokens = len(self.context_ids_L)
         # Padding has no position of its own; nothing sees it, so 0 will do.
@@ -168,7 +195,7 @@ class Request:
             context_tokens + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1
         ).clamp_(min=0)
         columns = max(1, self.tokens_per_forward // ids_BQ.shape[0])
-        for start in range(0, ids_BQ.shape[1], columns):
+        for start in range(first, ids_BQ.shape[1], columns):
             part = slice(start, start + columns)
             yield ids_BQ[:, part], positions_BQ[:, part]
 

@@ -21,12 +21,13 @@ class Readings:
 
     Attributes:
         neutral: token ids of a text that asks for nothing.
-        rows: token ids of each query and of its answer.
+        rows: token ids before each query, which do not count, those of the query, and those of
+            its answer.
         tokens_per_forward: most tokens of one forward.
     """
 
     neutral: list[int]
-    rows: list[tuple[list[int], list[int]]]
+    rows: list[tuple[list[int], list[int], list[int]]]
     tokens_per_forward: int
 
 
@@ -48,10 +49,10 @@ def attention_of(request: Request, readings: Readings) -> list[Tensor]:
     request.comm.tick("phase 2, reading what answers attended to")
     (usual_L,) = _mean_attention(request, [readings.neutral])
     rows = []
-    for query, answer in readings.rows:
+    for before, query, answer in readings.rows:
         # An answer's first token was drawn from the query's last one.
         parts = [part for part in (query[:-1], [*query[-1:], *answer[:-1]]) if part]
-        means = _mean_attention(request, parts)
+        means = _mean_attention(request, parts, before)
         more_L = (sum(means[1:], means[0]) / len(means) - usual_L).clamp_(min=0.0)
         # It takes what is not needed elsewhere, which may be more than of a line break.
         more_L[0] = 0.0
@@ -60,16 +61,18 @@ def attention_of(request: Request, readings: Readings) -> list[Tensor]:
         return [row_L.cpu() for row_L in rows]
 
 
-def _mean_attention(request: Request, parts: list[list[int]]) -> list[Tensor]:
+def _mean_attention(
+    request: Request, parts: list[list[int]], before: list[int] | None = None
+) -> list[Tensor]:
     """Return the attention of each part of a text after the context, fp32 `[L]` each.
 
     It is the mean over the part's tokens, and the sum over all heads and layers: the same bits on
-    every rank.
+    every rank. Tokens `before` the parts are read, too.
     """
     handle, context_tokens = request.handle, len(request.context_ids_L)
     cache = MassCache(request.shard, handle.windows, context_tokens, request.comm, handle.device)
     means = []
-    for part in parts:
+    for part in [before, *parts] if before else parts:
         cache.position.mass_K.zero_()
         for start in range(0, len(part), request.tokens_per_forward):
             ids = part[start : start + request.tokens_per_forward]
@@ -78,4 +81,4 @@ def _mean_attention(request: Request, parts: list[list[int]]) -> list[Tensor]:
             positions_S = torch.arange(first, first + len(ids), device=handle.device)
             handle.encode(ids_1S, positions_S[None], cache, request.rope_length)
         means.append(mass_of_all_ranks(request, cache) / len(part))
-    return means
+    return means[-len(parts) :]

@@ -13,12 +13,19 @@ answer, another result or a user message may follow.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from star_attention.errors import InvalidInputError, TokenError, quote
 from star_attention.hf.text import literal
-from star_attention.hf.text.conversation import ChatContext, joined, longer, query_messages
+from star_attention.hf.text.conversation import (
+    ChatContext,
+    after_turns,
+    joined,
+    longer,
+    query_messages,
+)
 from star_attention.hf.text.cut import moved, shared_head
 from star_attention.hf.text.messages import Message, is_messages, normalized, parts, texts
 from star_attention.hf.text.rendered import RenderedText
@@ -96,6 +103,7 @@ def continue_context(
     query: str | list[Any] | None,
     template_kwargs: dict[str, Any] | None = None,
     *,
+    earlier: Sequence[Message] = (),
     warned: set[str] | None = None,
 ) -> RenderedText:
     """Return the text of a query's turn and the start of the answer, as it follows the context.
@@ -107,6 +115,7 @@ def continue_context(
             the answer to it). A last message of the assistant is continued by the answer.
         template_kwargs: what the template reads beside the messages, where it differs from the
             context's.
+        earlier: messages between context and query, whose text comes first.
         warned: what has been warned of for this context, to say it once.
 
     Raises:
@@ -117,11 +126,12 @@ def continue_context(
     template = stored
     if template_kwargs:
         template = ChatTemplate(tokenizer, {**chat.template_kwargs, **template_kwargs})
-    more = query_messages(chat, query)
+    spoken = after_turns(chat, earlier)
+    more = query_messages(spoken, query)
     warned = set() if warned is None else warned
     if "rendered" not in warned and _warn_if_rendered(template, more):
         warned.add("rendered")
-    conversation = joined(chat, more)
+    conversation = joined(spoken, more)
     whole, start = literal.render(template, conversation), len(chat.head)
     if not whole.text.startswith(chat.head):
         whole, start = moved(stored, template, chat, conversation, warned)

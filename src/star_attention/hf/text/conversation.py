@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -126,6 +127,25 @@ def joined(chat: ChatContext, more: list[Message]) -> list[Message]:
     last = chat.messages[-1]
     content = _joined_content(last["content"], first["content"])
     return [*chat.messages[:-1], {**first, **last, "content": content}, *others]
+
+
+def after_turns(chat: ChatContext, earlier: Sequence[Message]) -> ChatContext:
+    """Return a chat with messages after the encoded ones, and the head of the encoded ones."""
+    if not earlier:
+        return chat
+    messages = joined(chat, list(earlier))
+    return replace(chat, messages=messages, open=False, parts=False, question=None)
+
+
+def answered(messages: list[Message], text: str, reasoning: str | None) -> list[Message]:
+    """Return the messages of a query with its answer, which may continue the last of them."""
+    answer: Message = {"role": "assistant", "content": text}
+    if messages and messages[-1]["role"] == "assistant":
+        *messages, start = messages
+        answer = {**start, "content": "".join(texts(start)) + text}
+    if reasoning:
+        answer["reasoning_content"] = reasoning
+    return [*messages, answer]
 
 
 def _joined_content(document: Any, query: Any) -> Any:

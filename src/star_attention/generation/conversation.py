@@ -1,0 +1,209 @@
+"""Conversations: what was said after a context, and its keys and values for the next turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from star_attention.errors import InvalidInputError
+from star_attention.generation.settings import ResolvedSettings
+from star_attention.generation.turns import Said, Turn, said_messages, with_turn
+from star_attention.hf.text.answer import AnswerText
+from star_attention.hf.text.conversation import ChatContext, joined
+from star_attention.hf.text.messages import Message
+from star_attention.inputs import ContextInput
+from star_attention.planning.sizes import counted
+from star_attention.storage.context import EncodedContext
+from star_attention.storage.kept import KeptTail
+from star_attention.storage.kv import Pair
+from star_attention.storage.transient import Transient
+
+Ask = Callable[["Conversation", Any, dict[str, Any]], Any]
+"""Answers a query after a conversation, with keywords of `generate`."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Conversation(Transient):
+    """A context with the turns that followed it; `generate` and `stream` take it like a context.
+
+    Answers that were asked for with `keep=True` have one. Nothing changes it: it can be continued
+    any number of times, in different directions. It keeps the keys and values of all queries and
+    answers in memory, `nbytes` of them, so that the next turn computes only what is new. The
+    memory is free when the conversation is dropped, or after `forget`.
+
+    Attributes:
+        context: the context.
+        turns: queries with their answers.
+    """
+
+    context: EncodedContext
+    turns: tuple[Turn, ...]
+    _ids: list[int] = field(repr=False)
+    _ask: Ask = field(repr=False)
+    _tail: KeptTail | None = field(default=None, repr=False)
+
+    _instead_of_pickling = "take its turns, or the answer's text"
+    _instead_of_deepcopy = "share it, since nothing changes it"
+
+    def __repr__(self) -> str:
+        """Return e.g. `Conversation(2 turns on 4,096 tokens, 57 tokens kept)`."""
+        turns = counted(len(self.turns), "turn")
+        on = f"{turns} on {len(self.context):,} tokens"
+        return f"Conversation({on}, {counted(self.kept_tokens, 'token')} kept)"
+
+    @property
+    def messages(self) -> list[Message] | None:
+        """The whole chat as messages, those of the context included; None outside of chats."""
+        if self.context.chat is None or any(turn.messages is None for turn in self.turns):
+            return None
+        chat = ChatContext.from_dict(self.context.chat)
+        said = said_messages(self.turns)
+        return joined(chat, said) if said else list(chat.messages)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens after the context whose keys and values are kept."""
+        return 0 if self._tail is None else len(self._ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the kept keys and values on this rank."""
+        return 0 if self._tail is None else self._tail.nbytes
+
+    def undo(self, turns: int = 1) -> Conversation:
+        """Return the conversation without its last turns; this one stays as it is.
+
+        Raises:
+            InvalidInputError: there are not so many turns.
+        """
+        most = len(self.turns)
+        if isinstance(turns, bool) or not isinstance(turns, int) or not 0 <= turns <= most:
+            raise InvalidInputError(
+                f"turns {turns} cannot be undone: the conversation has {most}; give 0..{most}"
+            )
+        return replace(self, turns=self.turns[: most - turns])
+
+    def forget(self) -> None:
+        """Free the keys and values. The next turn computes them again, where it needs them."""
+        self._tail = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A conversation as rank 0 sends it: `key` names the tails of all ranks, 0 for none."""
+
+    turns: tuple[Turn, ...]
+    ids: list[int]
+    key: int
+
+
+def answer_to(conversation: Conversation, query: Any, options: dict[str, Any]) -> Any:
+    """Return the answer to the next query, with keywords of `generate`."""
+    return conversation._ask(conversation, query, options)
+
+
+def said_tokens(conversation: Conversation, prompt: list[int]) -> int:
+    """Count the first tokens of a prompt that are those of earlier turns, all but one."""
+    if not conversation.turns:
+        return 0
+    pairs = zip(conversation._ids, prompt[:-1], strict=False)
+    most = min(len(conversation._ids), len(prompt) - 1)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), most)
+
+
+def reusable(conversation: Conversation, prompt: list[int]) -> tuple[KeptTail | None, int]:
+    """Return what is kept, and for how many of the first tokens of a prompt it holds."""
+    tail, tokens = conversation._tail, said_tokens(conversation, prompt)
+    return (tail, tokens) if tail is not None and tokens else (None, 0)
+
+
+def sent(conversation: Conversation) -> Sent:
+    """Return what the other ranks need to have this conversation, too."""
+    tail = conversation._tail
+    key = 0 if tail is None else tail.key
+    return Sent(turns=conversation.turns, ids=conversation._ids, key=key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """Makes the conversations of one call's answers.
+
+    Attributes:
+        context: the context on this rank.
+        ask: answers their next queries.
+    """
+
+    context: EncodedContext
+    ask: Ask
+
+    def conversation(
+        self,
+        turns: tuple[Turn, ...],
+        ids: list[int],
+        layers: list[Pair | None] | None,
+        key: int | None = None,
+    ) -> Conversation:
+        """Return a conversation.
+
+        Args:
+            turns: its turns.
+            ids: token ids after the context whose keys and values are known.
+            layers: these keys and values, on this rank; None to keep none.
+            key: names them to the other ranks; None for a new name.
+        """
+        tail = None
+        if layers is not None:
+            tail = KeptTail(layers)
+            comm = self.context.comm
+            if comm.size > 1:
+                tail.key = comm.contexts.add(tail, key)
+        return Conversation(context=self.context, turns=turns, _ids=ids, _ask=self.ask, _tail=tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeadingKeeper(Keeper):
+    """Makes them on rank 0, which knows what was asked.
+
+    Attributes:
+        tokenizer: the model's, or None.
+        settings: settings of the answers.
+        turns: turns before the queries.
+        queries: the queries, as given.
+    """
+
+    tokenizer: Any
+    settings: ResolvedSettings
+    turns: tuple[Turn, ...]
+    queries: list[Any]
+
+    def after_answer(
+        self, row: int, prompt: list[int], answer: AnswerText, layers: list[Pair | None] | None
+    ) -> Conversation:
+        """Return the conversation after an answer.
+
+        Args:
+            row: number of the answer in its call.
+            prompt: token ids of the query, earlier turns included.
+            answer: the answer.
+            layers: keys and values of the prompt and of all tokens but the last of the answer; None
+                to keep none.
+        """
+        context = ContextInput.of(self.context)
+        said = self._said(prompt, answer, is_chat=context.chat is not None)
+        query = self.queries[row // self.settings.answers_per_query]
+        turns = with_turn(context, self.turns, query, prompt, self.settings.answer_prefix, said)
+        return self.conversation(turns, prompt + answer.token_ids[:-1], layers)
+
+    def _said(self, prompt: list[int], answer: AnswerText, *, is_chat: bool) -> Said:
+        text, reasoning = answer.text, answer.reasoning
+        if is_chat and not self.settings.arguments.skip_special_tokens:
+            # The template writes the turn's end, and decides about reasoning.
+            settings = replace(self.settings.text, skip_special_tokens=True)
+            (reread,) = settings.answers(settings.reading(self.tokenizer), [prompt])
+            for token in answer.token_ids:
+                if reread.finish_reason is None:
+                    reread.push(token)
+            reread.end("length")
+            text, reasoning = reread.text, reread.reasoning
+        return Said(text=text, reasoning=reasoning, token_ids=answer.token_ids)

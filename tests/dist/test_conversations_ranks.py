@@ -1,0 +1,105 @@
+"""Conversations on several ranks are those of one, and every rank keeps its part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_attention import StarLLM
+from star_attention.distributed import SoloComm
+from tests.dist.pool import Pool
+from tests.dist.tp_models import model, on_disk, star_of
+from tests.engines import CONTEXT, QUERY, bundled_tokenizer, engine, ids, text_model
+
+RUNS: dict[str, Any] = dict(block_size=16, anchor_size=5, reserve_tokens=64)
+ANSWER: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+TEXT = "The tea is hot.\nThe hill is tall and the road is long.\n"
+
+
+def talk(star: StarLLM) -> list[Any]:
+    """Continue in two directions; return tokens and what was kept. Rank 0's queries count."""
+    leads = star.rank == 0
+
+    def query(*arguments: int) -> Any:
+        return ids(*arguments) if leads else None
+
+    first = star.generate(star.encode(ids(CONTEXT)), query(QUERY), keep=True, **ANSWER)
+    second = first.continue_with(query(5, 2), **ANSWER)
+    other = first.continue_with(query(9, 3), **ANSWER)
+    third = star.generate(second.conversation.undo(0), query(3, 4), **ANSWER)
+    undone = star.generate(third.conversation.undo(), query(3, 4), **ANSWER)
+    third.conversation.forget()
+    forgotten = third.continue_with(query(3, 5), **ANSWER)
+    queries = [query(4, 6), query(7, 7)] if leads else None
+    batch = star.generate(first.conversation.context, queries, keep=True, **ANSWER)
+    last = batch[1].continue_with(query(3, 8), **ANSWER)
+    beams = last.continue_with(query(3, 9), num_beams=2, **ANSWER)
+    end = beams.continue_with(query(3, 10), **ANSWER)
+    replies = [first, second, other, third, undone, forgotten, *batch, last, beams, end]
+    return [
+        (reply.token_ids, reply.kept_tokens, len(reply.conversation.turns)) for reply in replies
+    ]
+
+
+def talk_on(comm: Any, name: str, settings: dict[str, Any]) -> list[Any]:
+    return talk(engine(name, comm=comm, **RUNS | settings))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "settings"),
+    [
+        (2, "llama_mha", {}),
+        (3, "llama_mha", dict(lookback=1)),
+        (2, "llama_mha", dict(slice_weights=True)),
+        (2, "gemma3n", {}),
+        (2, "deepseek_v3", {}),
+    ],
+)
+def test_the_number_of_ranks_is_invisible(
+    pool: Pool, name: str, ranks: int, settings: dict[str, Any]
+) -> None:
+    alone = {key: value for key, value in settings.items() if key != "slice_weights"}
+    right = talk_on(SoloComm(), name, alone)
+    assert [kept for _, kept, _ in right][1:4] == [QUERY + 3, QUERY + 3, QUERY + 12]
+    assert pool.run(talk_on, ranks, name=name, settings=settings) == [right] * ranks
+
+
+def talk_in_mesh(comm: Any, path: Path) -> list[Any]:
+    return talk(star_of(comm, path, 2, block_size=16, anchor_size=5))
+
+
+def test_ranks_that_share_heads_keep_their_own(pool: Pool, models: Path) -> None:
+    right = talk(StarLLM(model("llama"), **RUNS))
+    assert pool.run(talk_in_mesh, 4, path=on_disk(models, "llama")) == [right] * 4
+
+
+def lead(comm: Any) -> Any:
+    """Let rank 0 alone talk; the others follow it, and keep what it keeps."""
+    star = StarLLM(text_model(), bundled_tokenizer(), comm=comm, block_size=8, anchor_size=4)
+    if star.rank > 0:
+        star.follow()
+        return len(comm.contexts.news()[1])
+    context = star.encode(TEXT)
+    stream = star.stream(context, "A", keep=True, **ANSWER)
+    next(stream)
+    star.generate(context, "dog", keep=True, **ANSWER)
+    list(stream)
+    reply = stream.result.continue_with(" and", **ANSWER)
+    with star.stream(reply, " so", max_new_tokens=20, ignore_eos=True) as closed:
+        next(closed)
+    last = closed.result.continue_with(" it", **ANSWER)
+    del stream, closed, reply
+    star.from_rank_0(None)
+    star.close()
+    return last.token_ids, last.kept_tokens
+
+
+def test_ranks_that_follow_keep_what_rank_0_keeps(pool: Pool) -> None:
+    right = lead(SoloComm())
+    assert right[1] > 0
+    first, *others = pool.run(lead, 3)
+    assert first == right
+    # Nothing but `follow` held them.
+    assert others == [0, 0]
