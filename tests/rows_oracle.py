@@ -43,7 +43,7 @@ CASES = {
     "one row": RowCase(),
     "no tail yet": RowCase(contexts=((257, (0,)),), G=1, D=128),
     "rows of one context": RowCase(contexts=((600, (3, 70, 0, 64, 17)),), H=6),
-    "more rows than a tile": RowCase(contexts=((70, (3,) * 11),), H=16, D=32),
+    "more rows than a tile": RowCase(contexts=((70, (3,) * 9),), G=1, D=32),
     "contexts of their own": RowCase(contexts=((513, (9,)), (1, (0,)), (1200, (128,)))),
     "many contexts": RowCase(contexts=((40, (1, 2, 3)), (700, (4, 5)), (90, (6,))), unused=2),
     "a long tail": RowCase(contexts=((100, (600, 2)),), H=4, D=80),

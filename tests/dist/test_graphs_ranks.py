@@ -15,6 +15,7 @@ import torch
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm, TorchComm
 from star_attention.hf.execution import graphs
+from star_attention.hf.execution.capture import Recorder
 from star_attention.storage import kv
 from star_attention.storage.kv import ContextKV
 from tests.dist.pool import Pool
@@ -30,34 +31,41 @@ from star_attention.attention.kernels import triton_answer  # noqa: E402
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
 
-class RunAgain(graphs.Graphs):
-    """Runs the work of a forward again at each replay."""
+class GraphsOfGloo(graphs.Graphs):
+    """Graphs that serve ranks over gloo, which would be refused."""
 
     def serve(self, shard: ContextKV, comm: Any) -> bool:
-        # gloo would be refused.
         return super().serve(shard, SoloComm())
 
-    def _record(
+
+class RunAgain(Recorder):
+    """Runs the work of a forward again at each replay."""
+
+    is_first = True
+
+    def record(
         self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Any
     ) -> Callable[[], None]:
-        if not self.captured:
+        if self.is_first:
             with comm.rehearsal():
                 warm_up()
+        self.is_first = False
         return work
 
 
-class NeverCaptures(RunAgain):
-    def _record(self, work: Any, *, warm_up: Any, comm: Any) -> Any:
+class NeverCaptures(Recorder):
+    def record(self, work: Any, *, warm_up: Any, comm: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def answers(star: StarLLM, kind: type[graphs.Graphs] | None) -> dict[str, Any]:
-    """Answer by graphs of that kind; None for plain forwards."""
+def answers(star: StarLLM, kind: type[Recorder] | None) -> dict[str, Any]:
+    """Answer by graphs of that recorder; None for plain forwards."""
     before = triton_answer.SPLITS, triton_answer.TAIL_SPLITS, graphs.BUCKETS, kv._INITIAL_CAPACITY
     # Few programs, since the interpreter takes a millisecond for each.
     triton_answer.SPLITS, triton_answer.TAIL_SPLITS = 2, 1
     graphs.BUCKETS, kv._INITIAL_CAPACITY = (1, 4), 5
-    made = None if kind is None else kind(star.runtime.handle)
+    handle = star.runtime.handle
+    made = None if kind is None else GraphsOfGloo(handle, kind(handle))
     star.runtime.handle.__dict__["graphs"] = made
     try:
         context = star.encode(ids(101))

@@ -344,11 +344,13 @@ def test_a_failed_capture_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -
     assert graphs is not None
     stream, number = torch.cuda.current_stream(), torch.ones(1, device="cuda")
     with pytest.raises(RuntimeError):
-        graphs._record(lambda: number.item() and None, warm_up=lambda: None, comm=star.runtime.comm)
+        graphs.recorder.record(
+            lambda: number.item() and None, warm_up=lambda: None, comm=star.runtime.comm
+        )
     assert torch.cuda.current_stream() == stream
     assert torch.rand(2, device="cuda").shape == (2,)
     results: list[Tensor] = []
-    replay = graphs._record(
+    replay = graphs.recorder.record(
         lambda: results.append(number + 1), warm_up=lambda: None, comm=star.runtime.comm
     )
     replay()

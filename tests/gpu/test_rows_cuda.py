@@ -1,14 +1,31 @@
-"""The kernel of decode steps of many rows on a GPU."""
+"""Decode steps of many rows on a GPU: the kernel, and CUDA graphs against eager forwards."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from star_attention import StarLLM
 from star_attention.attention.attend import Rule
+from star_attention.hf.cache.rows import RowSet
+from star_attention.hf.execution import compiled, row_graphs
+from star_attention.hf.execution.rows import RowForwards
+from tests.decode_rows import Row, prefilled
+from tests.families import FIRST_TOKEN, LAST_TOKEN, build
 from tests.rows_oracle import CASES, expected, setup, tables
 
 pytestmark = pytest.mark.gpu
+MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
+STEPS = 24
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,3 +57,93 @@ def test_attention_of_rows(name: str, dtype: torch.dtype) -> None:
     unit = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     assert (out.double().cpu() - right.out_BQHD).norm() <= 2 * unit * right.out_BQHD.norm()
     torch.testing.assert_close(lse.double().cpu(), right.lse_BQH, atol=1e-3, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- graphs
+
+TEXTS = (
+    "The secret number for otter is 12345.\n"
+    + "Rain falls on the hill and the dog sleeps.\n" * 600,
+    "The secret number for heron is 67890.\n" + "The sea is blue and the boat is red.\n" * 200,
+)
+QUESTIONS = (
+    "What is the secret number for otter?",
+    "Who sleeps?",
+    "heron",
+    "Is the sea blue? " * 9,
+)
+
+
+def rows_of_two_contexts(star: StarLLM, contexts: list[Any], queries: list[list[int]]) -> list[Row]:
+    """Return rows of each context, with the tokens and logits that `generate` gives for them."""
+    return [
+        row
+        for context in contexts
+        for query in queries
+        for row in prefilled(star, context, query, steps=STEPS)
+    ]
+
+
+def check_coming_and_going(star: StarLLM, rows: list[Row], plain_rows: list[Row]) -> list[bool]:
+    """Let rows join one after the other, and each leave after its last token.
+
+    Logits are those of plain forwards. Return if tokens are, for each step of each row.
+    """
+    forwards = RowForwards(star.runtime.handle, star.runtime.comm)
+    steps, row_set, members, same = [0] * len(rows), RowSet([]), [], []
+    for time in range(STEPS + 3 * len(rows)):
+        now = [n for n, done in enumerate(steps) if 3 * n <= time and done < STEPS]
+        if now != members:
+            members, row_set = now, RowSet([rows[n].kv for n in now])
+        if not now:
+            break
+        tokens_R = torch.tensor([plain_rows[n].token_ids[steps[n]] for n in now], device="cuda")
+        logits_RV = forwards.run(row_set, tokens_R, None).cpu()
+        right_RV = torch.stack([plain_rows[n].logits_SV[steps[n] + 1] for n in now]).cpu()
+        scale = max(1.0, right_RV.abs().max().item())
+        assert (logits_RV - right_RV).abs().max().item() <= 5e-4 * scale
+        same += (logits_RV.argmax(-1) == right_RV.argmax(-1)).tolist()
+        for n in now:
+            steps[n] += 1
+    assert steps == [STEPS] * len(rows)
+    return same
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_dtype": "fp8"}], ids=str)
+@pytest.mark.parametrize("mode", [compiled.ROWS, None], ids=str)
+def test_graphs_are_as_plain_forwards(
+    settings: dict[str, str], mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_graphs, "MODE", mode)
+    sizes: dict[str, Any] = dict(dtype="float32", block_size=2048, tokens_per_forward=4096)
+    engine, plain = (
+        StarLLM.from_pretrained(MODEL, device="cuda", compile=fast, **sizes, **settings)
+        for fast in (True, False)
+    )
+    contexts = [plain.encode(text) for text in TEXTS]
+    queries = [engine.tokenizer.encode(text, add_special_tokens=False) for text in QUESTIONS]
+    rows = rows_of_two_contexts(engine, contexts, queries)
+    assert all(check_coming_and_going(engine, rows, rows_of_two_contexts(plain, contexts, queries)))
+    captured = engine.runtime.handle.graphs.of_rows.captured
+    assert all(captured.values())
+    assert {key[0] for key in captured} == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gemma3n", "qwen3_moe"])
+def test_families(family: str) -> None:
+    """Windows, softcap, sinks, layers that share keys."""
+    sizes: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
+    model = build(family).to("cuda")
+    star = StarLLM(model, compile=True, **sizes)
+    torch.manual_seed(1)
+    contexts, queries = (
+        [torch.randint(FIRST_TOKEN, LAST_TOKEN + 1, (tokens,)).tolist() for tokens in lengths]
+        for lengths in ((101, 53), (4, 7))
+    )
+    plain = StarLLM(model, compile=False, **sizes)
+    encoded = [plain.encode(context) for context in contexts]
+    rows, plain_rows = (
+        rows_of_two_contexts(any_star, encoded, queries) for any_star in (star, plain)
+    )
+    check_coming_and_going(star, rows, plain_rows)
+    print(family, star.runtime.handle.graphs.of_rows.captured)

@@ -10,8 +10,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from star_attention import EncodedContext, StarLLM, phase1
+from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution.compiled import FULL, layers_of
+from star_attention.hf.execution.rows import RowForwards
+from tests.decode_rows import prefilled
 from tests.engines import engine, ids, tiny
+from tests.recorders import with_graphs
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -107,3 +111,20 @@ def test_a_forward_of_others_stays() -> None:
         assert "forward" in vars(layer)
     finally:
         del layer.forward
+
+
+@pytest.mark.slow
+def test_steps_of_any_number_of_rows_share_compiled_code() -> None:
+    pytest.importorskip("triton")
+    counters.clear()
+    star = engine("llama", compile=True, **SIZES)
+    rows = prefilled(star, star.encode(ids(70)), ids(4, seed=3), ids(5, seed=4), ids(9, seed=5))
+    graphs, forwards = with_graphs(star), RowForwards(star.runtime.handle, star.runtime.comm)
+    before = counters["stats"]["unique_graphs"]
+    for step, members in enumerate((rows, rows[1:])):
+        tokens_R = torch.tensor([row.token_ids[step] for row in members])
+        logits_RV = forwards.run(RowSet([row.kv for row in members]), tokens_R, None)
+        expected_RV = torch.stack([row.logits_SV[step + 1] for row in members])
+        torch.testing.assert_close(logits_RV, expected_RV, atol=2e-4, rtol=1e-4)
+    assert {key[0] for key in graphs.of_rows.captured} == {4, 2}
+    assert counters["stats"]["unique_graphs"] == before + 1

@@ -6,7 +6,6 @@ interpreter. tests/gpu/test_fast_cuda.py tests real graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from star_attention import EncodedContext, StarLLM
 from star_attention.hf.execution import graphs
 from star_attention.storage import kv
 from tests.engines import bundled_tokenizer, engine, ids, tiny
+from tests.recorders import CountingGraphs, refuse, with_graphs
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -33,35 +33,6 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
     monkeypatch.setattr(kv, "_INITIAL_CAPACITY", 6)
-
-
-class CountingGraphs(graphs.Graphs):
-    """Counts captures and replays."""
-
-    def __init__(self, handle: Any) -> None:
-        super().__init__(handle)
-        self.captures = self.replays = 0
-
-    def _record(
-        self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Any
-    ) -> Callable[[], None]:
-        self.captures += 1
-        # Each capture warms up on a GPU. One is enough here, where it takes long.
-        if self.captures == 1:
-            warm_up()
-
-        def replay() -> None:
-            self.replays += 1
-            work()
-
-        return replay
-
-
-def with_graphs(star: StarLLM) -> CountingGraphs:
-    counting = CountingGraphs(star.runtime.handle)
-    # `graphs` is a cached property.
-    star.runtime.handle.__dict__["graphs"] = counting
-    return counting
 
 
 def pair(name: str) -> tuple[StarLLM, StarLLM, CountingGraphs]:
@@ -90,7 +61,7 @@ def test_families(name: str) -> None:
     expected, reply = (
         star.generate(star.encode(ids(101)), ids(7, seed=2), **settings) for star in (plain, fast)
     )
-    assert counting.replays == 4
+    assert counting.recorder.replays == 4
     assert set(counting.captured) == {(1, 8, False, True, ()), (1, 1, False, True, ())}
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
@@ -119,16 +90,12 @@ def test_a_model_that_graphs_cannot_serve_runs_without(name: str) -> None:
         star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
     )
     assert reply.token_ids == expected.token_ids
-    assert counting.captures == 0
+    assert counting.recorder.captures == 0
 
 
 def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast, counting = pair("llama")
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(counting, "_record", refuse)
+    monkeypatch.setattr(counting.recorder, "record", refuse)
     expected, reply = (
         star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
     )
@@ -165,14 +132,14 @@ def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
 def test_every_way_to_answer() -> None:
     plain, fast, counting = pair("llama")
     assert answers(fast, fast.encode(ids(101))) == answers(plain, plain.encode(ids(101)))
-    captures = counting.captures
+    captures = counting.recorder.captures
     settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
     second = [
         star.generate(star.encode(ids(77, seed=8)), ids(4), **settings).token_ids
         for star in (plain, fast)
     ]
     assert second[0] == second[1]
-    assert counting.captures == captures, "no graph is captured for a second context"
+    assert counting.recorder.captures == captures, "no graph is captured for a second context"
 
 
 def test_streams_over_two_contexts_take_turns() -> None:
@@ -186,7 +153,7 @@ def test_streams_over_two_contexts_take_turns() -> None:
     while any([next(stream, None) is not None for stream in streams]):
         pass
     assert [stream.result.token_ids for stream in streams] == alone
-    assert (counting.captures, counting.replays) == (2, 16)
+    assert (counting.recorder.captures, counting.recorder.replays) == (2, 16)
 
 
 def test_an_end_before_the_last_token_leaves_no_trace() -> None:

@@ -96,7 +96,7 @@ def most_items(rows: int, kv_heads: int) -> int:
 
 
 def runs_wanted(kv_heads: int) -> int:
-    return max(8, PROGRAMS // kv_heads)
+    return max(1, PROGRAMS // kv_heads)
 
 
 def tile_rows(shared: int, group: int, *, head_size: int, dtype: torch.dtype) -> int:

@@ -85,7 +85,7 @@ def _of_context(
     q_MD = tl.load(q_ptr + at_M[:, None] * D + d[None, :], mask=mask_MD, other=0.0)
 
     # Each row sees the keys from `first` on.
-    first_M = tl.zeros_like(m)
+    first_M = m * 0
     start = 0
     if WINDOW:
         row_ptr = rows_ptr + row * _PER_ROW
@@ -117,7 +117,7 @@ def _of_context(
 
 @triton.jit
 def _of_tail(
-    q_ptr, tails_ptr, rows_ptr, out_ptr, lse_ptr, layer_rows, row, number, g,
+    q_ptr, tails_ptr, rows_ptr, out_ptr, lse_ptr, tails_at, layer_rows, row, number, g,
     scale, softcap, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
     TAIL_RUNS: tl.constexpr,
@@ -150,10 +150,10 @@ def _of_tail(
     v_ptr = tl.load(tail_ptr + 1).to(tl.pointer_type(DTYPE)) + base
     out_MD, lse_M = run(
         q_MD, tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16), k_ptr, v_ptr,
-        tl.zeros_like(m) + first, start, stop, scale, softcap,
+        m * 0 + first, start, stop, scale, softcap,
         D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, False,
     )  # fmt: skip
-    place_M = ((row * TAIL_RUNS + number) * HEADS + g * GROUP + m).to(tl.int64)
+    place_M = (tails_at + (row * TAIL_RUNS + number) * HEADS + g * GROUP + m).to(tl.int64)
     tl.store(out_ptr + place_M[:, None] * D + d[None, :], out_MD, mask=mask_MD)
     tl.store(lse_ptr + place_M, lse_M, mask=row_mask)
 
@@ -161,7 +161,7 @@ def _of_tail(
 @triton.jit
 def _row_runs(
     q_ptr, shards_ptr, tails_ptr, items_ptr, rows_ptr, out_ptr, lse_ptr,
-    tail_out_ptr, tail_lse_ptr, layer_rows, items, scale, softcap, window,
+    tails_at, layer_rows, items, scale, softcap, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_RUNS: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
@@ -178,38 +178,19 @@ def _row_runs(
             )  # fmt: skip
     else:
         _of_tail(
-            q_ptr, tails_ptr, rows_ptr, tail_out_ptr, tail_lse_ptr, layer_rows,
+            q_ptr, tails_ptr, rows_ptr, out_ptr, lse_ptr, tails_at, layer_rows,
             (part - items) // TAIL_RUNS, (part - items) % TAIL_RUNS, g, scale, softcap, window,
             HEADS, KV_HEADS, D, TAIL_RUNS, TAIL_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
-def _merge_chunk(
-    out_ptr, lse_ptr, place_S, mask_S, top, total, out_D,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add runs to the state `top, total, out_D` of the runs before."""
-    d = tl.arange(0, BLOCK_D)
-    lse_S = tl.load(lse_ptr + place_S, mask=mask_S, other=float("-inf"))
-    # Of runs without keys nothing is read.
-    seen_SD = (lse_S > float("-inf"))[:, None] & (d < D)[None, :]
-    out_SD = tl.load(out_ptr + place_S.to(tl.int64)[:, None] * D + d[None, :], seen_SD, other=0.0)
-    new = tl.maximum(top, tl.max(lse_S))
-    safe = tl.where(new == float("-inf"), 0.0, new)
-    shrink = tl.exp2(top - safe)
-    weight_S = tl.exp2(lse_S - safe)
-    out_D = out_D * shrink + tl.sum(out_SD * weight_S[:, None], 0)
-    return new, total * shrink + tl.sum(weight_S), out_D
-
-
-@triton.jit
 def _merged_rows(
-    out_ptr, lse_ptr, tail_out_ptr, tail_lse_ptr, rows_ptr, result_ptr, result_lse_ptr,
+    out_ptr, lse_ptr, rows_ptr, result_ptr, result_lse_ptr, tails_at,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_RUNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """Merge the runs over a row's context, and from place `tails_at` those over its tail."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     h = tl.program_id(0)
     row = tl.program_id(1)
@@ -217,23 +198,31 @@ def _merged_rows(
     first = tl.load(row_ptr + 3)
     items = tl.load(row_ptr + 4)
     place = tl.load(row_ptr + 5) * GROUP + h % GROUP
-    t = tl.arange(0, BLOCK_T)
-    top, total, out_D = _merge_chunk(
-        tail_out_ptr, tail_lse_ptr, (row * TAIL_RUNS + t) * HEADS + h, t < TAIL_RUNS,
-        tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32),
-        tl.zeros((BLOCK_D,), tl.float32), D, BLOCK_D,
-    )  # fmt: skip
-    for chunk in tl.range(0, items, BLOCK_S):
+    d = tl.arange(0, BLOCK_D)
+    d_mask = d < D
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    out_D = tl.full((BLOCK_D,), 0.0, tl.float32)
+    for chunk in tl.range(0, items + TAIL_RUNS, BLOCK_S):
         s = chunk + tl.arange(0, BLOCK_S)
-        place_S = ((first + s) * KV_HEADS + h // GROUP) * BLOCK_M + place
-        top, total, out_D = _merge_chunk(
-            out_ptr, lse_ptr, place_S, s < items, top, total, out_D, D, BLOCK_D
-        )
+        of_item = ((first + s) * KV_HEADS + h // GROUP) * BLOCK_M + place
+        of_tail = tails_at + (row * TAIL_RUNS + s - items) * HEADS + h
+        place_S = tl.where(s < items, of_item, of_tail).to(tl.int64)
+        lse_S = tl.load(lse_ptr + place_S, mask=s < items + TAIL_RUNS, other=float("-inf"))
+        # Of runs without keys nothing is read.
+        mask_SD = (lse_S > float("-inf"))[:, None] & d_mask[None, :]
+        out_SD = tl.load(out_ptr + place_S[:, None] * D + d[None, :], mask=mask_SD, other=0.0)
+        new = tl.maximum(top, tl.max(lse_S))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        shrink = tl.exp2(top - safe)
+        weight_S = tl.exp2(lse_S - safe)
+        out_D = out_D * shrink + tl.sum(out_SD * weight_S[:, None], 0)
+        total = total * shrink + tl.sum(weight_S)
+        top = new
     has_keys = total > 0.0
     total = tl.where(has_keys, total, 1.0)
-    d = tl.arange(0, BLOCK_D)
     at = row * HEADS + h
-    tl.store(result_ptr + at * D + d, out_D / total, mask=d < D)
+    tl.store(result_ptr + at * D + d, out_D / total, mask=d_mask)
     lse = tl.where(has_keys, (top + tl.log2(total)) / _LOG2_E, float("-inf"))
     tl.store(result_lse_ptr + at, lse)
 
@@ -304,15 +293,15 @@ def attend(
     R, H, D = q_RHD.shape
     q_RHD, device, items = q_RHD.contiguous(), q_RHD.device, len(tables.items)
     block_m, block_d = tile_size(tile_rows, H // kv_heads), max(16, triton.next_power_of_2(D))
-    tile = items * kv_heads * block_m
-    out, tail_out, lse, tail_lse = (
-        torch.empty(shape, dtype=torch.float32, device=device)
-        for shape in ((tile, D), (R * TAIL_RUNS * H, D), (tile,), (R * TAIL_RUNS * H,))
-    )
+    # Results of the runs over contexts, then of those over tails.
+    tails_at = items * kv_heads * block_m
+    runs = tails_at + R * TAIL_RUNS * H
+    out = torch.empty(runs, D, dtype=torch.float32, device=device)
+    lse = torch.empty(runs, dtype=torch.float32, device=device)
     shape = dict(HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_RUNS=TAIL_RUNS, BLOCK_D=block_d)
     _row_runs[(kv_heads, items + R * TAIL_RUNS)](
         q_RHD, tables.shards, tables.tails, tables.items, tables.rows, out, lse,
-        tail_out, tail_lse, layer * tables.tails.shape[1], items,
+        tails_at, layer * tables.tails.shape[1], items,
         rule.scale, rule.softcap or 0.0, rule.window or 0,
         BLOCK_M=block_m, TAIL_M=tile_size(1, H // kv_heads),
         SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
@@ -322,8 +311,7 @@ def attend(
     out_RHD = torch.empty(R, H, D, dtype=rule.dtype or torch.float32, device=device)
     lse_RH = torch.empty(R, H, dtype=torch.float32, device=device)
     _merged_rows[(H, R)](
-        out, lse, tail_out, tail_lse, tables.rows, out_RHD, lse_RH,
-        BLOCK_M=block_m, BLOCK_S=16,
-        BLOCK_T=triton.next_power_of_2(TAIL_RUNS), **shape, num_warps=2,
+        out, lse, tables.rows, out_RHD, lse_RH, tails_at,
+        BLOCK_M=block_m, BLOCK_S=16, **shape, num_warps=2,
     )  # fmt: skip
     return State(out_RHD[:, None], lse_RH[:, None])

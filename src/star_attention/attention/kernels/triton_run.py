@@ -75,8 +75,8 @@ def run(
 ):  # fmt: skip
     """Attend to keys `start` to `stop`; return results and log2-sum-exps."""
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    sum_M = tl.zeros((BLOCK_M,), tl.float32)
-    out_MD = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    sum_M = tl.full((BLOCK_M,), 0.0, tl.float32)
+    out_MD = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     masked_from = start
     if not WINDOW:
         # Masks cost as much as the rest of a step: only the last keys need them.

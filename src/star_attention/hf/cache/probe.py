@@ -62,10 +62,12 @@ class ProbeResult:
     Attributes:
         layer_shapes: shape of each cache layer's entries, None for layers that read another's keys.
         reads_own_keys: True if every attention reads the keys of its own layer alone, and once.
+        query_group: query heads of a KV head, at most.
     """
 
     layer_shapes: list[LayerKVShape | None]
     reads_own_keys: bool
+    query_group: int
 
 
 class ProbeLayer(StarLayer[P]):
@@ -108,12 +110,14 @@ class ProbeCache(StarCache):
             build_layers(ProbeLayer, windows, position, no_stores(windows)), position, SoloComm()
         )
         self.reads_own_keys = True
+        self.query_group = 1
 
     def attend(self, module: Any, q_BQHD: Tensor, key: Tensor, value: Tensor, rule: Rule) -> State:
         assert self.position.last_layer is not None, "attention before any update of the cache"
         last = self.layers[self.position.last_layer]
         own = getattr(module, "layer_idx", None) == last.index and last.owns(key, value)
         self.reads_own_keys = self.reads_own_keys and own and not last.was_read
+        self.query_group = max(self.query_group, q_BQHD.shape[2] // key.shape[1])
         last.was_read = True
         return super().attend(module, q_BQHD, key, value, rule)
 
@@ -137,4 +141,5 @@ def probe_layers(handle: Any) -> ProbeResult:
     return ProbeResult(
         layer_shapes=[layer.shape() for layer in cache.layers],
         reads_own_keys=cache.reads_own_keys,
+        query_group=cache.query_group,
     )

@@ -27,9 +27,9 @@ from star_attention.hf.execution import hook
 
 _log = logging.getLogger("star_attention")
 
-FULL, STEP = "full", "step"
-"""Modes of compiled layers: forwards of many tokens, all of one length (phase 1), or of one token
-(phase 2)."""
+FULL, STEP, ROWS = "full", "step", "rows"
+"""Modes of compiled layers: forwards of many tokens, all of one length (phase 1), of one token
+(phase 2), or of one token of each of any number of rows."""
 
 # Whole layers are compiled with constants for everything but weights and inputs. Kinds of layers,
 # lengths and models add up, and a layer that knows its index in other ways than by `layer_idx`
@@ -71,7 +71,7 @@ class CompiledLayers:
         self._gave_up = False
         # Calls after which their like compile nothing more.
         self._known: set[tuple[Any, ...]] = set()
-        self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}}
+        self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}, ROWS: {}}
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_row
 
@@ -88,7 +88,7 @@ class CompiledLayers:
                 self._dispatch(layer, min(indices), mode)
                 for layer, indices in zip(self._layers, cache_indices, strict=True)
             ]
-            for mode in (FULL, STEP)
+            for mode in (FULL, STEP, ROWS)
         }
 
     @property
@@ -99,7 +99,7 @@ class CompiledLayers:
 
     @contextmanager
     def active(self, mode: str) -> Iterator[None]:
-        """Install the layers compiled for `mode`, FULL or STEP, for the length of the block."""
+        """Install the layers compiled for `mode` for the length of the block."""
         # Linear layers that are sliced use the kernel by themselves (`slices`).
         plain = [linear for linear in self._linears if type(linear) is nn.Linear]
         linears = plain if mode == STEP else []
@@ -126,13 +126,20 @@ class CompiledLayers:
         """Make a layer's forward: compiled whole, in pieces or, outside of ours, the stock one."""
         stock = layer.forward
         options = self._options[mode]
-        whole = torch.compile(stock, dynamic=False, fullgraph=True, options=options)
+        # Code of one number of rows serves all.
+        dynamic = None if mode == ROWS else False
+        whole = torch.compile(stock, dynamic=dynamic, fullgraph=True, options=options)
         # Dynamic, so that code compiled with one layer's index serves all layers.
         pieces = torch.compile(stock, dynamic=True, options=options)
 
         def run(args: Any, kwargs: Any) -> Any:
             # Before torch 2.13 these settings are shared by all threads: another one may then
             # compile more often than it needs to.
+            if mode == ROWS:
+                rows = len(next(_tensors((args, kwargs))))
+                for tensor in _tensors((args, kwargs)):
+                    if tensor.dim() and len(tensor) == rows:
+                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
             if self.whole:
                 hook.enter_layer(cache_index)
                 try:

@@ -18,9 +18,8 @@ Axes: R rows, Q new tokens of each row, V vocabulary.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
-from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.graph import GraphCache, TailBuffers, can_read
 from star_attention.hf.execution import compiled, hook
-from star_attention.hf.loading import identity
+from star_attention.hf.execution.capture import Recorder
+from star_attention.hf.execution.row_graphs import RowGraphs
 from star_attention.storage.kv import ContextKV
 
 _log = logging.getLogger("star_attention")
@@ -40,9 +40,6 @@ BUCKETS = (1, 16, 32, 64, 128, 256)
 """New tokens of a row: one, or a query, padded on the left."""
 MAX_TOKENS = 512
 """Most new tokens of all rows together. Larger forwards do not wait for launches."""
-
-# Longest wait for a launch to return, before a graph is released.
-_LAUNCH_S = 1.0
 
 Key = tuple[int, int, bool, bool, tuple[str, ...]]
 """A kind of forward: rows, new tokens of each, whether the context is in fp8, whether there are
@@ -73,13 +70,19 @@ class Graphs:
 
     Args:
         handle: the `ModelHandle` of the model.
+        recorder: captures the graphs; None for a new one.
     """
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, recorder: Recorder | None = None) -> None:
         self._handle = handle
+        self.recorder = recorder or Recorder(handle)
         self._captures: dict[Comm, _Captures] = {}
-        self._pool: Any = None
         self._weights: int | None = None
+
+    @cached_property
+    def of_rows(self) -> RowGraphs:
+        """Decode forwards of many rows, whose contexts differ."""
+        return RowGraphs(self._handle, self.recorder)
 
     @property
     def captured(self) -> dict[Key, bool]:
@@ -95,11 +98,7 @@ class Graphs:
 
         Another rank may decide otherwise: its forwards have the same collectives.
         """
-        outer = self._handle.outer
-        weights = hash(
-            (*identity.adapters(outer), *(parameter.data_ptr() for parameter in outer.parameters()))
-        )
-        # Graphs hold addresses of weights, which may have moved, and know one set of adapters.
+        weights = self.recorder.weights()
         if weights != self._weights:
             self._weights = weights
             self._captures.clear()
@@ -190,7 +189,7 @@ class Graphs:
             cache.position.tables.lengths[1:2].add_(queries)
 
         try:
-            graph.replay = self._record(work, warm_up=forward, comm=cache.comm)
+            graph.replay = self.recorder.record(work, warm_up=forward, comm=cache.comm)
         except Exception as error:
             # The fault of another rank, if it is one.
             cache.comm.tick()
@@ -198,71 +197,6 @@ class Graphs:
             _log.info("no CUDA graph for %d x %d tokens: %s", rows, queries, error)
             return None
         return graph
-
-    def _record(
-        self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Comm
-    ) -> Callable[[], None]:
-        """Capture `work`, and return the function that replays it.
-
-        Neither the warm-up nor the capture waits for other ranks.
-
-        Args:
-            work: the forward; it also advances the length of the tail.
-            warm_up: the forward alone, which compiles and allocates at its first use.
-            comm: the ranks of its collectives.
-        """
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), comm.rehearsal():
-            for _ in range(2):
-                warm_up()
-        torch.cuda.current_stream().wait_stream(stream)
-        current = torch.cuda.current_stream()
-        try:
-            with comm.recording() as recorded:
-                graph = _capture(work, self._pool)
-        except Exception:
-            torch.cuda.set_stream(current)
-            _reset_after_broken_capture(self._handle.device, self._pool)
-            self._pool = None
-            raise
-
-        lock = threading.Lock()
-
-        def replay() -> None:
-            with lock:
-                graph.replay()
-            recorded.replayed()
-
-        def release() -> None:
-            # Another thread's launch may wait for the device.
-            if lock.acquire(timeout=_LAUNCH_S):
-                graph.reset()
-                lock.release()
-
-        recorded.release = release
-        return replay
-
-
-def _capture(work: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        work()
-    return graph
-
-
-def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
-    """Restore torch's state: it would keep allocating from the pool, and refuse random numbers."""
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
-    if end is not None:
-        # torch may have ended it by itself.
-        with suppress(RuntimeError):
-            end(device.index or 0, pool)
-    # A capture that succeeds ends the broken one for the random number generator.
-    scratch = torch.zeros(1, device=device)
-    _capture(lambda: scratch.zero_(), None)
 
 
 def can_capture(handle: Any) -> bool:

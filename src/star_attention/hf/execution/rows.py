@@ -56,6 +56,11 @@ class RowForwards:
         Returns:
             Logits of the tokens that follow, fp32 `[R, V]`.
         """
+        graphs = self._handle.graphs
+        if graphs is not None:
+            logits_RV = graphs.of_rows.run(rows, tokens_R, self._comm)
+            if logits_RV is not None:
+                return logits_RV
         return self._eager(rows, tokens_R, rope_length)
 
     def _eager(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor:

@@ -1,0 +1,255 @@
+"""The cache of rows' decode steps inside CUDA graphs: where keys and values are is in tables.
+
+A captured forward contains no data of rows or contexts. `RowGraphCache.load` fills the tables for
+the rows whose turn it is.
+
+Axes: R rows of the bucket, G KV heads, D head size, H query heads, L tokens of a context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.kernels import row_tables
+from star_attention.attention.kernels.row_tables import RowTables
+from star_attention.attention.state import State
+from star_attention.distributed.comm import Comm
+from star_attention.errors import UnsupportedModelError
+from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
+from star_attention.hf.cache.graph import Shapes, can_read
+from star_attention.hf.cache.probe import ProbeResult
+from star_attention.hf.cache.rows import RowKV, RowSet
+from star_attention.planning.segments import Segments
+from star_attention.storage.kv import ContextKV
+
+_ROOM = 256
+"""Tokens for which a tail gets room at least, when it has none: each time takes a millisecond."""
+
+
+class RowBuffers:
+    """Where the keys and values of rows and of their contexts are, as the kernel reads them.
+
+    Args:
+        probed: properties of the model's layers.
+        device: where keys and values are.
+    """
+
+    def __init__(self, probed: ProbeResult, device: torch.device) -> None:
+        self._shapes: Shapes = probed.layer_shapes
+        self._group = probed.query_group
+        self._device = device
+        # Addresses on the CPU: None for shards that the kernel cannot read, and of each row with
+        # the version of its tails.
+        self._shards: WeakKeyDictionary[ContextKV, Tensor | None] = WeakKeyDictionary()
+        self._tails: WeakKeyDictionary[RowKV, tuple[int, Tensor]] = WeakKeyDictionary()
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer, at most."""
+        return max(shape.k_heads for shape in self._shapes if shape is not None)
+
+    def can_read(self, rows: RowSet) -> bool:
+        """True if the kernel can read the contexts of all rows."""
+        shards = [rows.rows[start].shard for start, _ in rows.groups]
+        one_format = len({shard.kv_format for shard in shards}) == 1
+        return one_format and all(self._of_shard(shard) is not None for shard in shards)
+
+    def tile_rows(self, rows: RowSet) -> int:
+        """Return the rows of a tile for these rows."""
+        shape = next(shape for shape in self._shapes if shape is not None)
+        return row_tables.tile_rows(
+            max(stop - start for start, stop in rows.groups),
+            self._group,
+            head_size=shape.k_size,
+            dtype=shape.dtype,
+        )
+
+    def _of_shard(self, shard: ContextKV) -> Tensor | None:
+        """Return a context's addresses, `[layers, SHARD_COLUMNS]`; None if it cannot be read."""
+        if shard not in self._shards:
+            readable = (
+                len(shard.segments) == 1
+                and self._group <= row_tables.MOST_HEADS
+                and can_read(shard, self._shapes, self._device)
+            )
+            self._shards[shard] = _shard_addresses(shard) if readable else None
+        return self._shards[shard]
+
+    def _of_row(self, row: RowKV) -> Tensor:
+        """Return the addresses of a row's tails, `[layers, 2]`."""
+        version, addresses = self._tails.get(row, (-1, torch.empty(0)))
+        if version != row.tails[0].version:
+            version = row.tails[0].version
+            addresses = torch.tensor(
+                [
+                    [0, 0] if shape is None else [t.data_ptr() for t in tail.buffers()]
+                    for tail, shape in zip(row.tails, self._shapes, strict=True)
+                ],
+                device="cpu",
+            )
+            self._tails[row] = version, addresses
+        return addresses
+
+    def reserve(self, rows: RowSet) -> None:
+        """Make room for a new token in the tails of all rows."""
+        for row in rows.rows:
+            # All tails of a row grow and move together; the first stands for them.
+            if row.tail_tokens < row.tails[0].capacity(1):
+                continue
+            for tail, shape in zip(row.tails, self._shapes, strict=True):
+                if shape is not None:
+                    number = torch.empty(1, 1, 1, 1, dtype=shape.dtype, device=self._device)
+                    k_1GSD = number.expand(1, shape.k_heads, _ROOM, shape.k_size)
+                    tail.reserve(k_1GSD, k_1GSD)
+
+    def advance(self, rows: RowSet) -> None:
+        """Count the token of each row that a graph has appended."""
+        for row in rows.rows:
+            for tail, shape in zip(row.tails, self._shapes, strict=True):
+                if shape is not None:
+                    tail.length += 1
+
+    def tables(self, rows: RowSet, like: RowTables, tile_rows: int) -> RowTables:
+        """Make tables of these rows in host memory, of the sizes of others."""
+        layers, bucket = like.tails.shape[:2]
+        pinned = self._device.type == "cuda"
+        tables = RowTables.zeros(layers, bucket, len(like.items), "cpu", pinned=pinned)
+        shards = [rows.rows[start].shard for start, _ in rows.groups]
+        addresses = [self._of_shard(shard) for shard in shards]
+        tables.shards[:, : len(shards)] = torch.stack([t for t in addresses if t is not None], 1)
+        tables.tails[:, : len(rows)] = torch.stack([self._of_row(row) for row in rows.rows], 1)
+        sizes = [
+            (stop - start, shard.tokens)
+            for (start, stop), shard in zip(rows.groups, shards, strict=True)
+        ]
+        items, row_items = row_tables.work(sizes, tile_rows=tile_rows, kv_heads=self.kv_heads)
+        if items:
+            tables.items[: len(items)] = torch.tensor(items, dtype=torch.int32, device="cpu")
+        numbers = [
+            [row.tail_tokens, row.tails[0].capacity(1), row.context_tokens, *own_items]
+            for row, own_items in zip(rows.rows, row_items, strict=True)
+        ]
+        tables.rows[: len(rows)] = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+        return tables
+
+
+def _shard_addresses(shard: ContextKV) -> Tensor:
+    columns = row_tables.SHARD_COLUMNS
+    addresses = torch.zeros(len(shard.layers), columns, dtype=torch.int64, device="cpu")
+    for number, layer in enumerate(shard.layers):
+        stored = () if layer.is_empty else layer.stored()
+        for column, tensor in enumerate(stored):
+            addresses[number, column] = tensor.data_ptr()
+    return addresses
+
+
+class RowGraphPosition(ForwardPosition):
+    """The tables from which a captured forward reads where the keys of its rows are.
+
+    Args:
+        tables: the tables, on the device.
+        tile_rows: rows of a tile.
+        fp8: True if contexts are in fp8.
+    """
+
+    def __init__(self, tables: RowTables, tile_rows: int, fp8: bool) -> None:
+        from star_attention.attention.kernels import triton_rows
+
+        super().__init__()
+        self.kernel = triton_rows
+        self.tables, self.tile_rows, self.fp8 = tables, tile_rows, fp8
+
+    @property
+    def seen_tokens(self) -> int:
+        return 1
+
+
+class RowGraphLayer(StarLayer[RowGraphPosition]):
+    """A layer whose keys and values are where the tables say."""
+
+    def set_expands(self, expands: bool) -> None:
+        if expands:
+            raise UnsupportedModelError(
+                "a layer", ["it computes keys and values from the stored ones"]
+            )
+
+    def append(self, k_RG1D: Tensor, v_RG1D: Tensor) -> tuple[Tensor, Tensor]:
+        position = self.position
+        position.kernel.append(
+            k_RG1D[:, :, 0], v_RG1D[:, :, 0], tables=position.tables, layer=self.index
+        )
+        return k_RG1D, v_RG1D
+
+    def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
+        position = self.position
+        state: State = position.kernel.attend(
+            q_R1HD[:, 0],
+            k_R1GD.shape[2],
+            tables=position.tables,
+            layer=self.index,
+            rule=rule,
+            tile_rows=position.tile_rows,
+            fp8=position.fp8,
+        )
+        return state
+
+
+class RowGraphCache(StarCache):
+    """The cache of one captured forward.
+
+    Args:
+        windows: sliding window of each layer in tokens, None for full attention.
+        tables: tables of no rows, on the device.
+        tile_rows: rows of a tile.
+        fp8: True if contexts are in fp8.
+        comm: the process.
+    """
+
+    layers: list[RowGraphLayer]
+    position: RowGraphPosition
+
+    def __init__(
+        self,
+        windows: list[int | None],
+        tables: RowTables,
+        tile_rows: int,
+        fp8: bool,
+        comm: Comm,
+    ) -> None:
+        position = RowGraphPosition(tables, tile_rows, fp8)
+        no_stores = [ContextKV.empty(Segments(), [False] * len(windows))]
+        super().__init__(build_layers(RowGraphLayer, windows, position, no_stores), position, comm)
+        self._loaded: Any = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the new tokens, `[R, 1]`, computed on the device."""
+        rows = self.position.tables.rows
+        return (rows[:, :1] + rows[:, 2:3]).long()
+
+    def advance(self) -> None:
+        """Count the new token of each row, on the device."""
+        rows = self.position.tables.rows
+        # Unused rows stay where they are, without capacity.
+        rows[:, 0] += (rows[:, 1] > 0).int()
+
+    def load(self, rows: RowSet, buffers: RowBuffers) -> None:
+        """Fill the tables for these rows, unless their forward was the last one."""
+        signature = rows.version, _tokens(rows)
+        if signature != self._loaded:
+            position = self.position
+            position.tables.copy_(buffers.tables(rows, position.tables, position.tile_rows))
+            self._loaded = signature
+
+    def ran(self, rows: RowSet) -> None:
+        """Note that the forward has run on these rows: the tables count its new tokens."""
+        self._loaded = rows.version, _tokens(rows)
+
+
+def _tokens(rows: RowSet) -> int:
+    return sum(row.tail_tokens for row in rows.rows)

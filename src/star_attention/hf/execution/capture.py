@@ -1,0 +1,102 @@
+"""Capturing work on a GPU as a CUDA graph."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from star_attention.distributed.comm import Comm
+from star_attention.hf.loading import identity
+
+# Longest wait for a launch to return, before a graph is released.
+_LAUNCH_S = 1.0
+
+
+class Recorder:
+    """Captures the forwards of one model, which share the memory that they work in.
+
+    Args:
+        handle: the `ModelHandle` of the model.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._pool: Any = None
+
+    def weights(self) -> int:
+        """Return a number that changes when captured forwards are void.
+
+        They hold addresses of weights, which may have moved, and know one set of adapters.
+        """
+        outer = self._handle.outer
+        addresses = (parameter.data_ptr() for parameter in outer.parameters())
+        return hash((*identity.adapters(outer), *addresses))
+
+    def record(
+        self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Comm
+    ) -> Callable[[], None]:
+        """Capture `work`, and return the function that replays it.
+
+        Neither the warm-up nor the capture waits for other ranks.
+
+        Args:
+            work: the forward, and what follows it on the device.
+            warm_up: the forward alone, which compiles and allocates at its first use.
+            comm: the ranks of its collectives.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), comm.rehearsal():
+            for _ in range(2):
+                warm_up()
+        torch.cuda.current_stream().wait_stream(stream)
+        current = torch.cuda.current_stream()
+        try:
+            with comm.recording() as recorded:
+                graph = _capture(work, self._pool)
+        except Exception:
+            torch.cuda.set_stream(current)
+            _reset_after_broken_capture(self._handle.device, self._pool)
+            self._pool = None
+            raise
+
+        lock = threading.Lock()
+
+        def replay() -> None:
+            with lock:
+                graph.replay()
+            recorded.replayed()
+
+        def release() -> None:
+            # Another thread's launch may wait for the device.
+            if lock.acquire(timeout=_LAUNCH_S):
+                graph.reset()
+                lock.release()
+
+        recorded.release = release
+        return replay
+
+
+def _capture(work: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        work()
+    return graph
+
+
+def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
+    """Restore torch's state: it would keep allocating from the pool, and refuse random numbers."""
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is not None:
+        # torch may have ended it by itself.
+        with suppress(RuntimeError):
+            end(device.index or 0, pool)
+    # A capture that succeeds ends the broken one for the random number generator.
+    scratch = torch.zeros(1, device=device)
+    _capture(lambda: scratch.zero_(), None)

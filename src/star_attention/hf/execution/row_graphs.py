@@ -1,0 +1,147 @@
+"""Decode steps of many rows as CUDA graphs: one launch each, whichever rows they are.
+
+A graph is captured once for each bucket of rows and each number of rows that read a context
+together. It contains no data of rows: the kernel reads the addresses and lengths of their keys from
+tables on the device (`attention.kernels.row_tables`), which are filled when rows come or go.
+
+Not used: without CUDA graphs (`ModelHandle.graphs`); contexts in host memory, streaming_llm, odd
+head sizes, contexts in several segments (`RowBuffers.can_read`); more rows than the largest bucket;
+a capture that fails. The forward then runs eagerly.
+
+Axes: R rows of a bucket, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_attention.attention.kernels.row_tables import RowTables, most_items
+from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.row_graph import RowBuffers, RowGraphCache
+from star_attention.hf.cache.rows import RowSet
+from star_attention.hf.execution import compiled, hook
+from star_attention.hf.execution.capture import Recorder
+
+_log = logging.getLogger("star_attention")
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Rows of a graph. Unused ones cost little, since weights are read once for all rows, and each
+bucket takes a capture."""
+
+MODE: str | None = compiled.ROWS
+"""Mode of the compiled layers in graphs of several rows, None for layers as they are."""
+
+Key = tuple[int, int, bool]
+"""A kind of forward: rows of the bucket, rows of a tile, and whether contexts are in fp8."""
+
+
+class _RowGraph:
+    """One captured forward, and the tensors that it reads and writes."""
+
+    def __init__(self, cache: RowGraphCache, ids_R1: Tensor) -> None:
+        self.cache, self.ids_R1 = cache, ids_R1
+        self.logits_RV: Tensor
+        self.replay: Callable[[], None]
+
+
+class RowGraphs:
+    """The captured decode steps of one model's rows.
+
+    Args:
+        handle: the `ModelHandle` of the model.
+        recorder: captures the graphs.
+    """
+
+    def __init__(self, handle: Any, recorder: Recorder) -> None:
+        self._handle, self._recorder = handle, recorder
+        self._buffers = RowBuffers(handle.probe_result, handle.device)
+        self._graphs: dict[Key, _RowGraph | None] = {}
+        self._weights: int | None = None
+        # The rows of the last forward, and their kind.
+        self._rows: weakref.ref[RowSet] | None = None
+        self._key: Key | None = None
+
+    @property
+    def captured(self) -> dict[Key, bool]:
+        """True for kinds of forwards that were captured, False for those that could not be."""
+        return {key: graph is not None for key, graph in self._graphs.items()}
+
+    def run(self, rows: RowSet, tokens_R: Tensor, comm: Comm) -> Tensor | None:
+        """Run a forward of each row's newest token, which joins its tail.
+
+        Args:
+            rows: the rows.
+            tokens_R: their tokens, on the device.
+            comm: the process.
+
+        Returns:
+            Logits of the tokens that follow, fp32 `[rows, V]`. None if there is no graph for these
+            rows: nothing has happened then.
+        """
+        with hook.lock_of(self._handle.model):
+            key = self._key_of(rows)
+            if key is None:
+                return None
+            if key not in self._graphs:
+                with comm.working("capturing a CUDA graph"):
+                    self._graphs[key] = self._capture(key, comm)
+            graph = self._graphs[key]
+            if graph is None:
+                return None
+            self._buffers.reserve(rows)
+            graph.cache.load(rows, self._buffers)
+            graph.ids_R1[: len(rows)].copy_(tokens_R[:, None])
+            graph.replay()
+            # The next replay writes over it.
+            logits_RV = graph.logits_RV[: len(rows)].to(torch.float32, copy=True)
+            self._buffers.advance(rows)
+            graph.cache.ran(rows)
+        return logits_RV
+
+    def _key_of(self, rows: RowSet) -> Key | None:
+        """Return the kind of a forward, None if no graph can serve it."""
+        if self._rows is not None and self._rows() is rows:
+            return self._key
+        weights = self._recorder.weights()
+        if weights != self._weights:
+            self._weights = weights
+            self._graphs.clear()
+        bucket = next((size for size in BUCKETS if size >= len(rows)), None)
+        self._rows, self._key = weakref.ref(rows), None
+        if bucket is not None and self._buffers.can_read(rows):
+            fp8 = rows.rows[0].shard.kv_format.dtype == "fp8"
+            self._key = bucket, self._buffers.tile_rows(rows), fp8
+        return self._key
+
+    def _capture(self, key: Key, comm: Comm) -> _RowGraph | None:
+        bucket, tile_rows, fp8 = key
+        handle, device = self._handle, self._handle.device
+        items = most_items(bucket, self._buffers.kv_heads)
+        tables = RowTables.zeros(len(handle.windows), bucket, items, device)
+        cache = RowGraphCache(handle.windows, tables, tile_rows, fp8, comm)
+        graph = _RowGraph(cache, torch.zeros(bucket, 1, dtype=torch.int64, device=device))
+        mode = compiled.STEP if bucket == 1 else MODE
+
+        def forward() -> None:
+            logits_R1V = handle.logits(
+                graph.ids_R1, cache.positions, cache, None, compiled_for=mode
+            )
+            graph.logits_RV = logits_R1V[:, -1]
+
+        def work() -> None:
+            forward()
+            cache.advance()
+
+        try:
+            graph.replay = self._recorder.record(work, warm_up=forward, comm=comm)
+        except Exception as error:
+            # Whatever a model does that cannot be captured, the plain forward can do.
+            _log.info("no CUDA graph for %d rows: %s", bucket, error)
+            return None
+        return graph

@@ -1,0 +1,54 @@
+"""Stand-ins for the capture of CUDA graphs, which needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from star_attention import StarLLM
+from star_attention.hf.execution.capture import Recorder
+from star_attention.hf.execution.graphs import Graphs
+
+
+class CountingRecorder(Recorder):
+    """Runs the captured work at each replay, and counts captures and replays."""
+
+    def __init__(self, handle: Any) -> None:
+        super().__init__(handle)
+        self.captures = self.replays = 0
+
+    def record(
+        self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Any
+    ) -> Callable[[], None]:
+        self.captures += 1
+        # Each capture warms up on a GPU. One is enough here, where it takes long.
+        if self.captures == 1:
+            warm_up()
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+
+        return replay
+
+
+class CountingGraphs(Graphs):
+    """Graphs of a `CountingRecorder`."""
+
+    recorder: CountingRecorder
+
+    def __init__(self, handle: Any) -> None:
+        super().__init__(handle, CountingRecorder(handle))
+
+
+def with_graphs(star: StarLLM) -> CountingGraphs:
+    """Let an engine answer by graphs."""
+    counting = CountingGraphs(star.runtime.handle)
+    # `graphs` is a cached property.
+    star.runtime.handle.__dict__["graphs"] = counting
+    return counting
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    """Capture nothing, as where a model does what a graph cannot."""
+    raise RuntimeError("operation not permitted when stream is capturing")

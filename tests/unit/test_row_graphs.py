@@ -1,0 +1,142 @@
+"""The logic of rows' CUDA graphs: everything but the capture, which needs a GPU.
+
+A stand-in for a graph runs the captured work at each replay, and kernels run in Triton's
+interpreter. tests/gpu/test_rows_cuda.py tests real graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from star_attention import StarLLM
+from star_attention.attention.kernels import row_tables
+from star_attention.hf.cache import row_graph
+from star_attention.hf.cache.rows import RowSet
+from star_attention.hf.execution import row_graphs
+from star_attention.hf.execution.rows import RowForwards
+from star_attention.storage import kv
+from tests.decode_rows import Row, prefilled, step
+from tests.engines import engine, ids
+from tests.recorders import CountingGraphs, refuse, with_graphs
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
+
+from star_attention.attention.kernels import triton_rows  # noqa: E402
+
+SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs, since the interpreter takes a millisecond for each; tails that move."""
+    monkeypatch.setattr(row_tables, "PROGRAMS", 4)
+    monkeypatch.setattr(row_tables, "SHORTEST_RUN", 40)
+    monkeypatch.setattr(triton_rows, "TAIL_RUNS", 1)
+    monkeypatch.setattr(row_graph, "_ROOM", 2)
+    monkeypatch.setattr(kv, "_INITIAL_CAPACITY", 6)
+
+
+def rows_of_two_contexts(star: StarLLM, steps: int = 3) -> list[Row]:
+    first, second = star.encode(ids(70)), star.encode(ids(45, seed=2))
+    return [
+        *prefilled(star, first, ids(4, seed=3), ids(5, seed=4), steps=steps),
+        *prefilled(star, second, ids(9, seed=5), steps=steps),
+    ]
+
+
+def check(forwards: RowForwards, rows: list[Row], number: int, row_set: RowSet) -> None:
+    """Run a step, and compare its logits with those of the rows alone."""
+    logits_RV = step(forwards, rows, number, row_set)
+    expected_RV = torch.stack([row.logits_SV[number + 1] for row in rows])
+    torch.testing.assert_close(logits_RV, expected_RV, atol=2e-4, rtol=1e-4)
+
+
+def served(star: StarLLM) -> tuple[RowForwards, CountingGraphs]:
+    return RowForwards(star.runtime.handle, star.runtime.comm), with_graphs(star)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt_oss",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama", "qwen3", "gemma2", "gemma3", "gemma3n", "mistral")
+        ),
+    ],
+)
+def test_rows_come_and_go(name: str) -> None:
+    """Windows, softcap, sinks, shared keys: logits are those of each row alone."""
+    star = engine(name, **SIZES)
+    rows = rows_of_two_contexts(star)
+    forwards, counting = served(star)
+    check(forwards, rows[:2], 0, RowSet([row.kv for row in rows[:2]]))
+    # One leaves, another joins, which is a step behind.
+    both = [rows[0], rows[2]]
+    logits_RV = forwards.run(
+        RowSet([row.kv for row in both]),
+        torch.tensor([both[0].token_ids[1], both[1].token_ids[0]]),
+        None,
+    )
+    expected_RV = torch.stack([both[0].logits_SV[2], both[1].logits_SV[1]])
+    torch.testing.assert_close(logits_RV, expected_RV, atol=2e-4, rtol=1e-4)
+    check(forwards, rows[2:], 1, RowSet([rows[2].kv]))
+    assert counting.recorder.replays == 3
+    assert {key[0] for key in counting.of_rows.captured} == {1, 2}
+    assert [row.kv.tail_tokens for row in rows] == [4 + 2, 5 + 1, 9 + 2]
+
+
+def test_a_bucket_serves_fewer_rows_and_another_membership(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(row_graphs, "BUCKETS", (2,))
+    star = engine("llama", **SIZES)
+    rows = rows_of_two_contexts(star)[1:]
+    forwards, counting = served(star)
+    check(forwards, rows[:1], 0, RowSet([rows[0].kv]))
+    check(forwards, rows[1:], 0, RowSet([rows[1].kv]))
+    check(forwards, rows[::-1], 1, RowSet([rows[1].kv, rows[0].kv]))
+    assert (counting.recorder.captures, counting.recorder.replays) == (1, 3)
+
+
+@pytest.mark.slow
+def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
+    star = engine("llama", kv_dtype="fp8", **SIZES)
+    rows = rows_of_two_contexts(star)[1:]
+    forwards, counting = served(star)
+    check(forwards, rows, 0, RowSet([row.kv for row in rows]))
+    ((_rows, _tile_rows, fp8),) = counting.of_rows.captured
+    assert fp8
+
+
+def test_plain_forwards_in_between() -> None:
+    """The tables are filled again after steps that no graph has run."""
+    star = engine("llama", **SIZES)
+    rows = rows_of_two_contexts(star)[:1]
+    forwards, counting = served(star)
+    row_set = RowSet([rows[0].kv])
+    for number, graphs in enumerate((counting, None, counting)):
+        star.runtime.handle.__dict__["graphs"] = graphs
+        check(forwards, rows, number, row_set)
+    assert counting.recorder.replays == 2
+
+
+@pytest.mark.parametrize("why", ["no capture", "too many rows", "streaming_llm"])
+def test_what_graphs_cannot_serve_runs_without(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dict(block_size=20, anchor_size=3, method=why) if why == "streaming_llm" else SIZES
+    star = engine("llama", **settings)
+    rows = rows_of_two_contexts(star)
+    forwards, counting = served(star)
+    if why == "no capture":
+        monkeypatch.setattr(counting.recorder, "record", refuse)
+    if why == "too many rows":
+        monkeypatch.setattr(row_graphs, "BUCKETS", (1, 2))
+    for number in range(2):
+        check(forwards, rows, number, RowSet([row.kv for row in rows]))
+    assert counting.recorder.replays == 0
+    assert set(counting.of_rows.captured.values()) == ({False} if why == "no capture" else set())
