@@ -20,6 +20,8 @@ from star_attention.errors import (
     TokenError,
 )
 from star_attention.generation.conversation import reusable
+from star_attention.hf.execution.graphs import Graphs
+from star_attention.hf.execution.request import Request
 from tests.engines import CONTEXT, QUERY, VARIED, engine, ids
 from tests.families import FAMILIES
 
@@ -313,3 +315,42 @@ def test_conversations_stay_in_their_process(star: StarLLM, context: EncodedCont
             act(reply)
     assert isinstance(reply.conversation, Conversation)
     assert issubclass(InvalidInputError, StarAttentionError)
+
+
+# ---------------------------------------------------------------------------------------- graphs
+
+
+class Buckets(Graphs):
+    """Graphs that know their lengths, but record nothing: forwards run eagerly."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def run(self, cache: Any, ids_RQ: torch.Tensor, *rest: Any, **options: Any) -> None:
+        self.lengths.append(ids_RQ.shape[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3n"])
+def test_queries_of_fixed_lengths(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids padding between two turns, which graphs take from the left alone."""
+    star = engine(name, **SIZES)
+    context = star.encode(ids(CONTEXT))
+    graphs = Buckets()
+    text: list[int] = []
+    reply: Any = context
+    lengths = []
+    for turn, tokens in enumerate((3, 4, 15, 1, 20)):
+        query = ids(tokens, seed=turn)
+        with monkeypatch.context() as patched:
+            patched.setattr(Request, "graphs", graphs)
+            graphs.lengths.clear()
+            reply = star.generate(reply, query, keep=True, return_logits=True, **ANSWER)
+        text += query
+        whole = star.generate(context, text, return_logits=True, **ANSWER)
+        assert reply.token_ids == whole.token_ids
+        torch.testing.assert_close(reply.logits, whole.logits, atol=1e-3, rtol=1e-4)
+        assert graphs.lengths[1:] == [1] * 3
+        lengths.append((graphs.lengths[0], reply.kept_tokens))
+        text += reply.token_ids
+    # 11 tokens are fewer than a graph takes: all are computed, behind padding.
+    assert lengths == [(16, 0), (16, 0), (16, 14), (16, 19), (32, 27)]
