@@ -166,7 +166,9 @@ def extend(
     ids_L, start = source.ids_L, len(old.token_ids)
     if len(ids_L) == start:
         # All that is new waits for what follows.
-        return replace(old, chat=source.chat, end=source.end, text=source.text, warned=set())
+        return replace(
+            old, chat=source.chat, end=source.end, text=source.text, warned=set(), file=None
+        )
     owner = next(rank for rank, runs in enumerate(old.layout) if runs and runs[-1][1] == start)
     job = EncodeJob(
         handle=runtime.handle,
@@ -228,6 +230,7 @@ def version(
         end=source.end,
         text=source.text,
         warned=set(),
+        file=None,
         **measured,
     )
 
@@ -311,6 +314,8 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
         reused_tokens=header.get("reused_tokens", 0),
         stats=tuple(stats),
         source=runtime.source or header.get("source"),
+        # A file of a conversation may be replaced by a later state of it.
+        file=None if "conversation" in header else os.path.abspath(path),
         model=weakref.ref(runtime.handle.model),
         model_state=identity.state(runtime.handle.outer),
         comm=comm,

@@ -24,6 +24,7 @@ from star_attention.generation.result import Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
 from star_attention.generation.start import Asked
 from star_attention.generation.stream import Stream
+from star_attention.generation.talking import ConversationCalls
 from star_attention.hf.loading.keywords import PretrainedSettings, check_keywords, split_settings
 from star_attention.hf.loading.pretrained import load_pretrained, source_of
 from star_attention.hf.progress import Progress
@@ -35,7 +36,7 @@ from star_attention.storage.context import EncodedContext
 _T = TypeVar("_T")
 
 
-class StarLLM(RuntimeView, AsyncCalls, BatchCalls, EditCalls, FollowCalls):
+class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls, FollowCalls):
     """A transformers decoder with two-phase Star Attention around it.
 
     On several ranks the context is sharded and every call is collective: all ranks make the same

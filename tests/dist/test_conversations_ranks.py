@@ -9,6 +9,7 @@ import pytest
 
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm
+from star_attention.errors import ContextSaveError
 from tests.dist.pool import Pool
 from tests.dist.tp_models import model, on_disk, star_of
 from tests.engines import CONTEXT, QUERY, bundled_tokenizer, engine, ids, text_model
@@ -103,3 +104,47 @@ def test_ranks_that_follow_keep_what_rank_0_keeps(pool: Pool) -> None:
     assert first == right
     # Nothing but `follow` held them.
     assert others == [0, 0]
+
+
+def save(comm: Any, folder: Path) -> Any:
+    """Save on all ranks alike, and go on; the paths of other ranks do not count."""
+    star = engine("llama_mha", comm=comm, **RUNS)
+    leads = star.rank == 0
+    first = star.generate(
+        star.encode(ids(CONTEXT)), ids(QUERY) if leads else None, keep=True, **ANSWER
+    )
+    path = folder / "talk" if leads else None
+    first.conversation.save(path)
+    return load(star, path)
+
+
+def load(star: Any, path: Path | None) -> Any:
+    loaded = star.load_conversation(path)
+    reply = star.generate(loaded, ids(5, 2) if star.rank == 0 else None, **ANSWER)
+    return reply.token_ids, len(reply.conversation.turns)
+
+
+def save_alone(comm: Any, folder: Path) -> Any:
+    """Save on rank 0, which the others follow."""
+    star = engine("llama_mha", comm=comm, **RUNS)
+    if star.rank > 0:
+        star.follow()
+        return None
+    first = star.generate(star.encode(ids(CONTEXT)), ids(QUERY), keep=True, **ANSWER)
+    book = folder / "book"
+    first.conversation.context.save(book)
+    with pytest.raises(ContextSaveError, match="it is a saved context"):
+        first.conversation.save(book)
+    first.conversation.save(folder / "talk")
+    first.conversation.save(folder / "talk")
+    answer = load(star, folder / "talk")
+    star.close()
+    return answer
+
+
+def test_conversations_of_ranks_are_saved(pool: Pool, tmp_path: Path) -> None:
+    right = save(SoloComm(), tmp_path)
+    (tmp_path / "talk").unlink()
+    assert pool.run(save, 2, folder=tmp_path) == [right] * 2
+    assert load(engine("llama_mha", **RUNS), tmp_path / "talk") == right
+    assert pool.run(save_alone, 3, folder=tmp_path) == [right, None, None]

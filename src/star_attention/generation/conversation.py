@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from star_attention.errors import InvalidInputError
@@ -14,6 +15,7 @@ from star_attention.hf.text.conversation import ChatContext, joined
 from star_attention.hf.text.messages import Message
 from star_attention.inputs import ContextInput
 from star_attention.planning.sizes import counted
+from star_attention.storage import talks
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.kept import KeptTail
 from star_attention.storage.kv import Pair
@@ -43,7 +45,9 @@ class Conversation(Transient):
     _ask: Ask = field(repr=False)
     _tail: KeptTail | None = field(default=None, repr=False)
 
-    _instead_of_pickling = "take its turns, or the answer's text"
+    _instead_of_pickling = (
+        "write it with conversation.save(path), and read it there with star.load_conversation(path)"
+    )
     _instead_of_deepcopy = "share it, since nothing changes it"
 
     def __repr__(self) -> str:
@@ -83,6 +87,27 @@ class Conversation(Transient):
                 f"turns {turns} cannot be undone: the conversation has {most}; give 0..{most}"
             )
         return replace(self, turns=self.turns[: most - turns])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save the conversation, to be loaded by `StarLLM.load_conversation`.
+
+        The file holds the turns with their keys and values, and the context: as a reference to its
+        file if it was loaded from one, otherwise all of it, so that `load_context` loads it from
+        there, too. On several ranks the context is always in it, and keys and values of the turns
+        are not: they are computed again. The file contains the text and all turns: protect it like
+        them.
+
+        Args:
+            path: the file, or on several ranks the folder. An earlier conversation there is
+                replaced, a saved context is not.
+
+        Raises:
+            ContextSaveError: the conversation cannot be written.
+        """
+        context = self.context
+        layers = None if self._tail is None or context.comm.size > 1 else self._tail.layers
+        values = {"turns": [asdict(turn) for turn in self.turns], "ids": self._ids}
+        talks.write(path, context, values, layers)
 
     def forget(self) -> None:
         """Free the keys and values. The next turn computes them again, where it needs them."""

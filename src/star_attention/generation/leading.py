@@ -21,6 +21,7 @@ _ENGINE_CALLS: dict[str, Callable[[Any], Any]] = {
     "edit": lambda star: star.edit(None, 0, 0, "", progress=False),
     "extend": lambda star: star.extend(None, None, progress=False),
     "load_context": lambda star: star.load_context(None),
+    "load_conversation": lambda star: star.load_conversation(None),
     "generate": lambda star: star.generate(None),
     "a stream": lambda star: star.stream(None),
     "logits": lambda star: star.logits(None, None),
@@ -35,10 +36,10 @@ class FollowCalls:
         """Do on this rank what rank 0 does, until it is done. For every rank but 0.
 
         Rank 0 calls `encode`, `generate`, `stream`, `extend`, `edit`, `load_context`, `prepare`,
-        `logits`, `context.save` and `with_config` as a single process would, on this engine and on
-        all others over these ranks. A context is kept here for as long as rank 0 keeps its own.
-        Rank 0 may be idle for any time, and its exceptions end nothing. This method returns when
-        rank 0 calls `close`, or at the end of its process.
+        `load_conversation`, `logits`, `save` and `with_config` as a single process would, on this
+        engine and on all others over these ranks. A context, or a conversation, is kept here for as
+        long as rank 0 keeps its own. Rank 0 may be idle for any time, and its exceptions end
+        nothing. This method returns when rank 0 calls `close`, or at the end of its process.
 
             if star.rank > 0:
                 star.follow()

@@ -171,10 +171,12 @@ def _conversation(runtime: Runtime, asked: Asked) -> Conversation:
     if isinstance(asked, Generation):
         return conversation_of(asked)
     # `Runtime.check_context` refuses what is no context.
-    return Keeper(context=asked, ask=_ask(runtime)).conversation((), [], None)
+    return Keeper(context=asked, ask=ask_with(runtime)).conversation((), [], None)
 
 
-def _ask(runtime: Runtime) -> Ask:
+def ask_with(runtime: Runtime) -> Ask:
+    """Return what answers the next query of a conversation, on all ranks."""
+
     def ask(conversation: Conversation, query: Any, options: dict[str, Any]) -> Any:
         with runtime.collective("generate"):
             return generate(runtime, conversation, query, options)
@@ -198,7 +200,7 @@ def _leading_run(
     if settings.arguments.keep:
         keeper = LeadingKeeper(
             context=context,
-            ask=_ask(runtime),
+            ask=ask_with(runtime),
             tokenizer=runtime.tokenizer,
             settings=settings,
             turns=talk.turns,
@@ -225,7 +227,7 @@ def _leading_run(
 def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRun:
     contexts = runtime.comm.contexts
     context: EncodedContext = contexts.get(message.key)
-    keeper = Keeper(context=context, ask=_ask(runtime))
+    keeper = Keeper(context=context, ask=ask_with(runtime))
     program = message.program
     if program is None:
         return RepeaterRun(lambda: _repeat(runtime, context), message.shape, keeper)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +88,7 @@ class EncodedContext(Transient):
         model: weak reference to the model that encoded the context.
         model_state: fingerprint of that model's weights and adapters at the time.
         comm: the communicator of the ranks that hold the context.
+        file: the saved file or folder that it was loaded from; None for others.
         key: identifies the context to the other ranks.
     """
 
@@ -108,6 +111,7 @@ class EncodedContext(Transient):
     model: weakref.ref[Any] | None = field(default=None, repr=False)
     model_state: tuple[Any, ...] = field(default=(), repr=False)
     comm: Comm = field(default_factory=SoloComm, repr=False)
+    file: str | None = field(default=None, repr=False)
     key: int = field(init=False, repr=False)
 
     _instead_of_pickling = (
@@ -210,6 +214,10 @@ class EncodedContext(Transient):
             ContextSaveError: the context cannot be written (disk full, no permission, something
                 else is at the path). A context saved there before is left unchanged.
         """
+        save_context(self, path)
+
+    def _header(self) -> dict[str, Any]:
+        """Return what the header of a saved file says of the context, as JSON values."""
         header = {
             "method": self.method,
             "context_tokens": self.plan.context_tokens,
@@ -226,14 +234,7 @@ class EncodedContext(Transient):
             "expands": [layer.expands for layer in self.kv.layers],
             "identity": self.identity,
         }
-        if self.source is not None:
-            header["source"] = self.source
-        if self.comm.size == 1:
-            writing.write(path, header | {"segments": self.kv.segments}, self._tensors())
-            return
-        with self.comm.collective("save", about=self.key):
-            target: str = self.comm.run_on_rank_0(lambda: str(writing.as_path(path)))
-            writing.write_shared(target, header, self.kv.segments, self._tensors(), self.comm)
+        return header if self.source is None else header | {"source": self.source}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors that this rank writes: tensor-parallel rank 0 writes all heads."""
@@ -253,3 +254,39 @@ class EncodedContext(Transient):
                         else torch.cat([shard.cpu() for shard in shards], 1)
                     )
         return tensors
+
+
+def save_context(
+    context: EncodedContext,
+    path: str | os.PathLike[str],
+    conversation: dict[str, Any] | None = None,
+    tensors: dict[str, Tensor] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Save a context, with a conversation about it; see `EncodedContext.save`.
+
+    Args:
+        context: the context.
+        path: the file, or on several ranks the folder.
+        conversation: a conversation about it as JSON values, or None.
+        tensors: those of the conversation; on one process.
+        check: raises an error for a path that is not to be replaced; called on rank 0.
+    """
+
+    def target() -> Path:
+        target = writing.as_path(path)
+        if check is not None:
+            check(target)
+        return target
+
+    header = context._header()
+    if conversation is not None:
+        header["conversation"] = conversation
+    comm, segments = context.comm, context.kv.segments
+    if comm.size == 1:
+        all_tensors = context._tensors() | (tensors or {})
+        writing.write(target(), header | {"segments": segments}, all_tensors)
+        return
+    with comm.collective("save", about=context.key):
+        folder: str = comm.run_on_rank_0(lambda: str(target()))
+        writing.write_shared(folder, header, segments, context._tensors(), comm)

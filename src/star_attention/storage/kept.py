@@ -16,18 +16,18 @@ class KeptTail:
     """
 
     def __init__(self, layers: Sequence[Pair | None], key: int = 0) -> None:
-        self._layers = list(layers)
+        self.layers = list(layers)
         self.key = key
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values on this rank."""
-        pairs = [pair for pair in self._layers if pair is not None]
+        pairs = [pair for pair in self.layers if pair is not None]
         return sum(tensor.numel() * tensor.element_size() for pair in pairs for tensor in pair)
 
     def copy_to(self, tails: list[Tail], tokens: int, room: int) -> None:
         """Let the tails of an answer begin with the first tokens, and have room for more."""
-        for tail, pair in zip(tails, self._layers, strict=True):
+        for tail, pair in zip(tails, self.layers, strict=True):
             if pair is not None:
                 k_1GTD, v_1GTD = (tensor[:, :, :tokens] for tensor in pair)
                 tail.start_with((k_1GTD, v_1GTD), room)
