@@ -8,8 +8,11 @@ write through `.data`, not counted by torch, changes unless it leaves out exactl
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from ctypes import string_at
+from ctypes import Array, c_char
+from itertools import chain
+from operator import itemgetter
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -72,19 +75,10 @@ _RULES_OF_MODELS = (
 
 def weights(model: nn.Module) -> int:
     """Return a hash that changes with a model's parameters and buffers."""
-    signs: list[Any] = []
-    elsewhere: list[Tensor] = []
-    for tensor in _tensors(model):
-        signs += (id(tensor), _version(tensor), tensor.data_ptr())
-        if tensor.is_cpu and tensor.is_contiguous():
-            signs += _bytes_on_cpu(tensor)
-        else:
-            elsewhere.append(tensor)
-    # Reading all of them would take a fifth of a first token on a GPU.
-    few = elsewhere[:: -(-len(elsewhere) // _TENSORS) or 1]
-    for parts in _by_kind(_samples(few)).values():
-        signs.append(_bytes(torch.cat(parts)))
-    return hash(tuple(signs))
+    last = _LAST.get(model)
+    if last is None or not last.is_current():
+        last = _LAST[model] = _Reading(model)
+    return last.sign
 
 
 def signs(tensor: Tensor) -> tuple[Any, ...]:
@@ -92,8 +86,8 @@ def signs(tensor: Tensor) -> tuple[Any, ...]:
     result: list[Any] = [id(tensor)]
     for part in plain_parts(tensor):
         result += (part.data_ptr(), _version(part), part.shape, part.dtype)
-        if part.is_cpu and part.is_contiguous():
-            result += _bytes_on_cpu(part)
+        if _is_near(part):
+            result.append(b"".join(_places(part)))
         else:
             result += [_bytes(sample.contiguous()) for sample in _samples([part])]
     return tuple(result)
@@ -128,11 +122,86 @@ def tokenizer(tokenizer: Any) -> tuple[Any, ...]:
     )
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters and buffers, quantized ones as their parts; some maybe twice.
+class _Reading:
+    """What was read of a model: its modules, which tensors they have, and signs of each tensor.
 
-    Not by `named_parameters`, which takes several times as long. Frequencies that a model chooses
-    anew in its own forwards are left out.
+    To read it again takes a third of the time of walking through the model, which is noticeable in
+    a first token. It holds no module and no tensor.
+
+    Attributes:
+        sign: a hash of all of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [*_modules(model)]
+        # Frequencies that a model chooses anew in its own forwards are left out.
+        rotary = [module for module in modules if rope.is_length_dependent(module)]
+        self._whole = [ref(module) for module in modules if module not in rotary]
+        self._rotary = [ref(module) for module in rotary]
+        registered = self._registered()
+        assert registered is not None, "the model is alive"
+        self._ids = [*map(id, registered)]
+        tensors_at = [index for index, each in enumerate(registered) if isinstance(each, Tensor)]
+        self._plain = [index for index in tensors_at if type(registered[index]) in _PLAIN]
+        self._wrapped = [index for index in tensors_at if type(registered[index]) not in _PLAIN]
+        tensors = self._tensors(registered)
+        self._layout = _layout(tensors)
+        is_near = [_is_near(tensor) for tensor in tensors]
+        self._places = [
+            place
+            for tensor, near in zip(tensors, is_near, strict=True)
+            if near
+            for place in _places(tensor)
+        ]
+        elsewhere = [index for index, near in enumerate(is_near) if not near]
+        # Reading all of them would take a fifth of a first token on a GPU.
+        self._few = elsewhere[:: -(-len(elsewhere) // _TENSORS) or 1]
+        self._bytes = self._read(tensors)
+        self.sign = hash((*self._ids, *self._layout, *self._bytes))
+
+    def is_current(self) -> bool:
+        """True if the model is still as it was."""
+        registered = self._registered()
+        if registered is None or [*map(id, registered)] != self._ids:
+            return False
+        tensors = self._tensors(registered)
+        # First, because memory may only be read where it still is a tensor's.
+        return _layout(tensors) == self._layout and self._read(tensors) == self._bytes
+
+    def _registered(self) -> list[Any] | None:
+        """Return the parameters, buffers and modules of all modules; None if one has gone."""
+        whole, rotary = ([each() for each in refs] for refs in (self._whole, self._rotary))
+        if None in whole or None in rotary:
+            return None
+        tables = chain(map(_WHOLE, map(vars, whole)), map(_ROTARY, map(vars, rotary)))
+        # Most are empty.
+        filled = filter(None, chain.from_iterable(tables))
+        return [*chain.from_iterable(map(dict.values, filled))]
+
+    def _tensors(self, registered: list[Any]) -> list[Tensor]:
+        """Return the tensors of what is registered, quantized ones as their parts."""
+        tensors = [registered[index] for index in self._plain]
+        for index in self._wrapped:
+            tensors += plain_parts(registered[index])
+        return tensors
+
+    def _read(self, tensors: list[Tensor]) -> list[bytes]:
+        samples = _by_kind(_samples(tensors[index] for index in self._few))
+        return [b"".join(self._places), *(_bytes(torch.cat(each)) for each in samples.values())]
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_WHOLE = itemgetter("_parameters", "_buffers", "_modules")
+_ROTARY = itemgetter("_parameters", "_modules")
+
+_LAST: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
+"""For each model, what was read of it the last time."""
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and all within it, each once.
+
+    Not by `Module.modules`, which takes several times as long.
     """
     modules: list[nn.Module | None] = [model]
     seen: set[nn.Module] = set()
@@ -141,37 +210,44 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
         if module is None or module in seen:
             continue
         seen.add(module)
-        fields = vars(module)
-        own = [*fields["_parameters"].values()]
-        if fields["_buffers"] and not rope.is_length_dependent(module):
-            own += fields["_buffers"].values()
-        for tensor in own:
-            if tensor is None:
-                continue
-            if type(tensor) is Tensor or type(tensor) is nn.Parameter:
-                yield tensor
-            else:
-                yield from plain_parts(tensor)
-        modules.extend(fields["_modules"].values())
+        yield module
+        modules.extend(vars(module)["_modules"].values())
+
+
+def _layout(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """Return where and how the elements of tensors lie, and how often they were written."""
+    return [
+        (
+            tensor.data_ptr(),
+            tensor.nbytes,
+            tensor.dtype,
+            tensor.is_contiguous(),
+            0 if tensor.is_inference() else tensor._version,
+        )
+        for tensor in tensors
+    ]
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _bytes_on_cpu(tensor: Tensor) -> tuple[bytes, ...]:
-    """Return the first, middle and last bytes of a contiguous tensor.
+def _is_near(tensor: Tensor) -> bool:
+    """True for a tensor whose memory Python can read."""
+    return tensor.is_cpu and tensor.is_contiguous() and tensor.data_ptr() != 0
 
-    From its address: torch's own indexing takes ten times as long, noticeable in a first token.
+
+def _places(tensor: Tensor) -> Iterator[Array[c_char]]:
+    """Yield the first, middle and last bytes of a contiguous tensor on the CPU, where they lie.
+
+    By address: torch's own indexing takes ten times as long, noticeable in a first token.
     """
     size, address = tensor.nbytes, tensor.data_ptr()
     if size <= 3 * _BYTES:
-        return (string_at(address, size),)
-    return (
-        string_at(address, _BYTES),
-        string_at(address + size // 2, _BYTES),
-        string_at(address + size - _BYTES, _BYTES),
-    )
+        yield (c_char * size).from_address(address)
+        return
+    for start in (0, size // 2, size - _BYTES):
+        yield (c_char * _BYTES).from_address(address + start)
 
 
 @torch.no_grad()
@@ -179,7 +255,7 @@ def _samples(tensors: Iterable[Tensor]) -> list[Tensor]:
     samples = []
     for tensor in tensors:
         size = tensor.numel()
-        if tensor.is_meta or not size:
+        if not size or not tensor.data_ptr():
             continue
         if not tensor.is_contiguous():
             tensor = tensor.detach()[(0,) * (tensor.dim() - 1)].contiguous()

@@ -1,0 +1,62 @@
+"""What `fingerprint.weights` compares of a model that it has read before, and what it keeps."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from star_attention.hf.loading import fingerprint
+
+
+def other_data(make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        model[0].weight.data = make(model[0].weight.data)
+
+    return change
+
+
+SIGNS: dict[str, Callable[[Any], Any]] = {
+    "another order of the same memory": other_data(lambda data: data.t()),
+    "less of it": other_data(lambda data: data[:4]),
+    "another type of it": other_data(lambda data: data.view(torch.float16)),
+    "no memory": lambda model: model[0].weight.untyped_storage().resize_(0),
+    "one more buffer": lambda model: model[1].register_buffer("mask", torch.ones(3)),
+    "another table of buffers": lambda model: setattr(model[1], "_buffers", {"a": torch.ones(3)}),
+    "no bias": lambda model: model[0].register_parameter("bias", None),
+    "one more module": lambda model: model.append(nn.Linear(2, 2)),
+    "one module less": lambda model: model.pop(1),
+}
+
+
+@pytest.mark.parametrize("way", SIGNS)
+def test_more_than_values_is_compared(way: str) -> None:
+    """Forbids a look at fewer things, or at memory that has gone, because all was read before."""
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), nn.ReLU())
+    before = fingerprint.weights(model)
+    assert fingerprint.weights(model) == before
+    SIGNS[way](model)
+    after = fingerprint.weights(model)
+    assert after != before
+    assert fingerprint.weights(model) == after
+
+
+def test_nothing_of_a_model_is_kept() -> None:
+    """Forbids memory for weights and modules that a model has no more."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].outer = model
+    fingerprint.weights(model)
+    gone = [weakref.ref(model[0].weight), weakref.ref(model[1])]
+    model[0].weight = nn.Parameter(torch.ones(8, 8))
+    model[1] = nn.Linear(8, 8)
+    assert [each() for each in gone] == [None, None]
+    fingerprint.weights(model)
+    gone = [weakref.ref(model)]
+    del model
+    gc.collect()
+    assert gone[0]() is None
