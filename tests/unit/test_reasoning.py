@@ -13,7 +13,7 @@ from star_attention.cli.options import AnswerOptions
 from star_attention.cli.output import Answerer
 from star_attention.cli.progress import Status
 from star_attention.generation.result import Delta
-from star_attention.hf.text.reasoning import TAGS, Thinking
+from star_attention.hf.text.reasoning import TAGS, Markup, Thinking
 from tests.talkers import (
     CHANNEL_TOKENS,
     CHANNELS,
@@ -207,6 +207,23 @@ def test_tags_that_are_tokens(kind: str, chat: str | None) -> None:
     # Inside an answer a tag is a word of it, where decoding shows it.
     quoted = "the <think> world" if kind == "added" else "the  world"
     assert answers(star, "the <think> world") == (quoted, None)
+
+
+def test_marks_are_those_of_the_tokenizer_as_it_is() -> None:
+    """Forbids marks of the time before a template or a special token was added."""
+    tokenizer = byte_level(CHATML_TOKENS)
+    assert Markup.of(tokenizer) is None
+    seen = []
+    for change in (
+        lambda: setattr(tokenizer, "chat_template", OPENED),
+        lambda: tokenizer.add_tokens([*THINK]),
+        lambda: tokenizer.add_special_tokens({"extra_special_tokens": [*THINK]}),
+    ):
+        change()
+        marks = Markup.of(tokenizer)
+        assert marks is not None
+        seen.append((len(marks.openings[0]), {*marks.tag_tokens.values()}))
+    assert seen == [(7, set()), (1, set()), (1, {*THINK})]
 
 
 def test_the_name_of_a_channel_is_no_reasoning() -> None:

@@ -6,6 +6,7 @@ messages in channels, of which only `final` is for the reader (gpt-oss).
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -67,33 +68,36 @@ class Markup:
         Tags count where the closing one is a token, or the chat template writes one.
         """
         template = str(getattr(tokenizer, "chat_template", None) or "")
-        tags = {
-            opening: closing
-            for opening, closing in TAGS.items()
-            if opening in template
-            or closing in template
-            or token_id(tokenizer, closing) is not None
-        }
-        tokens = {text: token_id(tokenizer, text) for pair in tags.items() for text in pair}
-        controls = {}
-        if has_channels(tokenizer):
-            names = {token_id(tokenizer, text): name for text, name in _CONTROLS.items()}
-            controls = {token: name for token, name in names.items() if token is not None}
-        if not tags and not controls:
-            return None
-        return cls(
-            tags=tags,
-            tag_tokens={
-                token: text
-                for text, token in tokens.items()
-                if token is not None and not tokenizer.decode([token], skip_special_tokens=True)
-            },
-            controls=controls,
-            added=frozenset(tokenizer.added_tokens_decoder) - frozenset(tokens.values()),
-            openings=tuple(
-                tuple(tokenizer(tag, add_special_tokens=False).input_ids) for tag in tags
-            ),
-        )
+        state = len(tokenizer), *tokenizer.all_special_tokens
+        return _markup(tokenizer, template, state)
+
+
+@functools.lru_cache(maxsize=8)
+def _markup(tokenizer: Any, template: str, state: tuple[Any, ...]) -> Markup | None:
+    """Return what `Markup.of` does, of a tokenizer in a given state."""
+    tags = {
+        opening: closing
+        for opening, closing in TAGS.items()
+        if opening in template or closing in template or token_id(tokenizer, closing) is not None
+    }
+    tokens = {text: token_id(tokenizer, text) for pair in tags.items() for text in pair}
+    controls = {}
+    if has_channels(tokenizer):
+        names = {token_id(tokenizer, text): name for text, name in _CONTROLS.items()}
+        controls = {token: name for token, name in names.items() if token is not None}
+    if not tags and not controls:
+        return None
+    return Markup(
+        tags=tags,
+        tag_tokens={
+            token: text
+            for text, token in tokens.items()
+            if token is not None and not tokenizer.decode([token], skip_special_tokens=True)
+        },
+        controls=controls,
+        added=frozenset(tokenizer.added_tokens_decoder) - frozenset(tokens.values()),
+        openings=tuple(tuple(tokenizer(tag, add_special_tokens=False).input_ids) for tag in tags),
+    )
 
 
 class Thinking:
