@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import io
 import re
 import shlex
@@ -153,9 +154,9 @@ def recognize(data: bytes) -> FileKind | None:
         data: the whole file. Its beginning will do for all but the members of a zip archive.
     """
     start = data[:1024]
-    for pattern, kind in _BY_START:
-        if re.match(pattern, start):
-            return kind
+    match = _any_start().match(start)
+    if match is not None and match.lastindex is not None:
+        return _BY_START[match.lastindex - 1][1]
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         try:
             names = zipfile.ZipFile(io.BytesIO(data)).namelist()
@@ -164,6 +165,12 @@ def recognize(data: bytes) -> FileKind | None:
         kinds = (kind for member, kind in _BY_MEMBER if any(n.startswith(member) for n in names))
         return next(kinds, _UNZIP)
     return None
+
+
+@functools.cache
+def _any_start() -> re.Pattern[bytes]:
+    """Return a pattern of all beginnings, the first that matches being the group."""
+    return re.compile(b"|".join(b"(%s)" % pattern for pattern, _ in _BY_START))
 
 
 def is_html(data: bytes) -> bool:
