@@ -67,6 +67,7 @@ class Call:
         return self.queries == self.keys
 
 
+@cache
 def load(name: str) -> ModuleType:
     """Import and return a kernel's module."""
     return importlib.import_module(KERNELS[name])
