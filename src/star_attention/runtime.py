@@ -23,7 +23,6 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.hf.loading.identities import Identities
-from star_attention.hf.loading.positions import doubt
 from star_attention.hf.text.checks import check_tokenizer
 from star_attention.methods import Method
 from star_attention.planning.advice import small_blocks
@@ -224,7 +223,7 @@ class Runtime(Transient):
             self.config.reserve_tokens,
             handle.short_length,
             # Who gives the scaling knows.
-            doubt=None if kwargs.get("rope_scaling") else doubt(handle.config),
+            doubt=None if kwargs.get("rope_scaling") else handle.doubt,
             warned=self._warned,
         )
 

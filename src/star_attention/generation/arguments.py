@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def resolve_generation_kwargs(
     if kwargs.get("pad_token_id", defaults.pad_token_id) is None:
         eos_ids = as_set(kwargs.get("eos_token_id", defaults.eos_token_id))
         kwargs["pad_token_id"] = min(eos_ids, default=0)
-    config = copy.deepcopy(defaults)
+    config = copy.copy(defaults)
     with translate_generation_errors():
         config.update(**kwargs)
     return config, kwargs
@@ -177,8 +178,8 @@ def warn_of_penalties(model: Any, generation_kwargs: dict[str, Any]) -> None:
 
 
 def _check_names(generation_kwargs: dict[str, Any]) -> None:
-    known = set(GenerationConfig().to_dict()) - _SET_BY_US
     for name in generation_kwargs:
+        known = _known_names()
         if name in ("max_length", "min_length"):
             raise UnknownOptionError(f"{name} counts the context too; use {name[:3]}_new_tokens")
         if name in _INSTEAD or name not in known:
@@ -197,6 +198,12 @@ def _check_names(generation_kwargs: dict[str, Any]) -> None:
                 instead=_INSTEAD,
                 otherwise="it takes those of transformers' GenerationConfig",
             )
+
+
+@functools.cache
+def _known_names() -> frozenset[str]:
+    """Return the arguments of `GenerationConfig` that a call may give."""
+    return frozenset(GenerationConfig().to_dict()) - _SET_BY_US
 
 
 @contextmanager

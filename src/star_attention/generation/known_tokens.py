@@ -74,7 +74,7 @@ def known_tokens(tokenizer: Any, vocab_size: int, ends: set[int]) -> list[Logits
     if tokenizer is None:
         return []
     ids = unknown_ids(tokenizer, vocab_size)
-    if ends:
+    if ends and len(ids):
         ids = ids[~torch.isin(ids, torch.tensor(sorted(ends), device="cpu"))]
     if not len(ids):
         return []

@@ -133,9 +133,8 @@ class GenerationSettings:
     @classmethod
     def of(cls, **arguments: Any) -> GenerationSettings:
         """Sort the keywords of a call into our settings and arguments of `GenerationConfig`."""
-        names = {f.name for f in fields(cls)} - {"generation_kwargs"}
-        settings = {name: value for name, value in arguments.items() if name in names}
-        others = {name: value for name, value in arguments.items() if name not in names}
+        settings = {name: value for name, value in arguments.items() if name in _OWN}
+        others = {name: value for name, value in arguments.items() if name not in _OWN}
         return cls(**settings, generation_kwargs=others)
 
     def __post_init__(self) -> None:
@@ -265,6 +264,10 @@ class GenerationSettings:
                     f"{name} works with greedy search and sampling, not with beams; use"
                     " StarLLM.logits instead"
                 )
+
+
+_OWN = frozenset(f.name for f in fields(GenerationSettings)) - {"generation_kwargs"}
+"""Keywords of a call that are not transformers'."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,12 +39,12 @@ def problem_in(handle: ModelHandle, stores: Sequence[ContextKV]) -> NonFiniteErr
 
 
 def are_finite(logits_RV: Tensor) -> Tensor:
-    """Return 1 for rows of logits without NaN and plus infinity, else 0, int64 `[R]`.
+    """Return True for rows of logits without NaN and plus infinity, bool `[R]`.
 
     A model, or a processor of logits, may set some to minus infinity.
     """
     # NaN is the highest of all, and below nothing.
-    return (logits_RV.amax(-1) < math.inf).long()
+    return logits_RV.amax(-1) < math.inf
 
 
 def check(handle: ModelHandle, finite: Sequence[int]) -> None:

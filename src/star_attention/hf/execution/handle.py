@@ -23,7 +23,7 @@ from star_attention.hf.execution import graphs, hook
 from star_attention.hf.execution.compiled import CompiledLayers
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.loading import fingerprint, rope, support
-from star_attention.hf.loading.positions import max_positions
+from star_attention.hf.loading.positions import doubt, max_positions
 from star_attention.storage.transient import Transient
 
 # The name of the cache in transformers since 5.24, and before.
@@ -101,8 +101,7 @@ class ModelHandle(Transient):
         self.configs = [
             config for config in configs.values() if hasattr(config, "_attn_implementation")
         ]
-        self.max_positions = max_positions(self.config)
-        self._config_state = fingerprint.config(self.config)
+        self._read_config(fingerprint.config(self.config))
         self._compile = compile
         self.kept_slices: Any = None
         """What `hf.execution.slices` knows of the model."""
@@ -131,8 +130,13 @@ class ModelHandle(Transient):
                 "the config's sliding windows were edited after the engine was made; make a new"
                 " one: StarLLM(model)"
             )
-        self.max_positions = max_positions(self.config)
+        self._read_config(state)
+
+    def _read_config(self, state: int) -> None:
+        """Take what the config says of positions; `state` is its fingerprint."""
         self._config_state = state
+        self.max_positions = max_positions(self.config)
+        self.doubt = doubt(self.config)
 
     def rope_length(self, reserved: int, needed: int | None) -> int | None:
         """Return the length that rotary frequencies are computed for; None if independent of it.

@@ -174,7 +174,7 @@ class Request:
 
         Attention never sees the filler, but penalties do, so it is a token that every row holds.
         """
-        fill = int(self.context_ids_L[0])
+        fill = int(self.context_ids_L[0]) if any(padding) else 0
         rows = [[fill] * gap + query for gap, query in zip(padding, self.queries, strict=True)]
         return torch.tensor(rows, device=self.handle.device)
 
