@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers import LogitsProcessorList
@@ -129,17 +128,16 @@ def source_finder(
     )
 
 
-def bare(runtime: Runtime, context: EncodedContext) -> Request:
-    """Return a request on a context, without queries and what else rank 0 decides."""
+def on(runtime: Runtime, context: EncodedContext, **decided: Any) -> Request:
+    """Return a request on a context, with the fields that rank 0 has decided of it."""
     return Request(
         handle=runtime.handle,
         context_ids_L=context.token_ids,
         plan=context.plan,
         shard=context.kv,
         rope_length=context.rope_length,
-        queries=[],
-        tokens_per_forward=runtime.tokens_per_forward,
         comm=runtime.comm,
+        **{"tokens_per_forward": runtime.tokens_per_forward} | decided,
     )
 
 
@@ -167,8 +165,9 @@ def checked(
 ) -> Request:
     """Return a request of phase 2, after checking that there are positions for its answers."""
     runtime.positions.check_room(len(context), context.rope_length, prompts, max_new_tokens)
-    return replace(
-        bare(runtime, context),
+    return on(
+        runtime,
+        context,
         queries=prompts,
         sliced=slices.choose(runtime.handle, runtime.comm, runtime.config.slice_weights),
         **options,

@@ -231,8 +231,9 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
     program = message.program
     if program is None:
         return RepeaterRun(lambda: _repeat(runtime, context), message.shape, keeper)
-    request = replace(
-        requests.bare(runtime, context),
+    request = requests.on(
+        runtime,
+        context,
         queries=program.queries,
         tokens_per_forward=program.tokens_per_forward,
         sliced=program.sliced,
@@ -249,7 +250,7 @@ def _following_run(runtime: Runtime, message: Start) -> FollowerRun | RepeaterRu
 
 def _repeat(runtime: Runtime, context: EncodedContext) -> Any:
     """Repeat rank 0's forwards; return what its last message holds."""
-    return stock.follow(requests.bare(runtime, context))
+    return stock.follow(requests.on(runtime, context, queries=[]))
 
 
 def logits(runtime: Runtime, context: EncodedContext, continuation: Any) -> Tensor | None:
