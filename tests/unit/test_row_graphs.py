@@ -140,3 +140,15 @@ def test_what_graphs_cannot_serve_runs_without(why: str, monkeypatch: pytest.Mon
         check(forwards, rows, number, RowSet([row.kv for row in rows]))
     assert counting.recorder.replays == 0
     assert set(counting.of_rows.captured.values()) == ({False} if why == "no capture" else set())
+
+
+def test_tails_of_different_capacities_run_without() -> None:
+    """Forbids to write where one layer's tail has room and another's has not."""
+    star = engine("llama", **SIZES)
+    rows = rows_of_two_contexts(star)[:1]
+    forwards, counting = served(star)
+    (row,) = rows
+    # As after a forward that ran out of memory.
+    row.kv.tails[0].start_with(row.kv.tails[0].pair(), room=100)
+    check(forwards, rows, 0, RowSet([row.kv]))
+    assert counting.recorder.replays == 0

@@ -43,10 +43,10 @@ class RowBuffers:
         self._shapes: Shapes = probed.layer_shapes
         self._group = probed.query_group
         self._device = device
-        # Addresses on the CPU: None for shards that the kernel cannot read, and of each row with
-        # the version of its tails.
+        # Addresses on the CPU, None where the kernel cannot read; of rows with the version of
+        # their tails.
         self._shards: WeakKeyDictionary[ContextKV, Tensor | None] = WeakKeyDictionary()
-        self._tails: WeakKeyDictionary[RowKV, tuple[int, Tensor]] = WeakKeyDictionary()
+        self._tails: WeakKeyDictionary[RowKV, tuple[int, Tensor | None]] = WeakKeyDictionary()
 
     @property
     def kv_heads(self) -> int:
@@ -80,23 +80,28 @@ class RowBuffers:
             self._shards[shard] = _shard_addresses(shard) if readable else None
         return self._shards[shard]
 
-    def _of_row(self, row: RowKV) -> Tensor:
-        """Return the addresses of a row's tails, `[layers, 2]`."""
-        version, addresses = self._tails.get(row, (-1, torch.empty(0)))
+    def _of_row(self, row: RowKV) -> Tensor | None:
+        """Return the addresses of a row's tails, `[layers, 2]`; None if they cannot be read."""
+        version, addresses = self._tails.get(row, (-1, None))
         if version != row.tails[0].version:
             version = row.tails[0].version
-            addresses = torch.tensor(
-                [
-                    [0, 0] if shape is None else [t.data_ptr() for t in tail.buffers()]
-                    for tail, shape in zip(row.tails, self._shapes, strict=True)
-                ],
-                device="cpu",
-            )
+            addresses = self._tail_addresses(row)
             self._tails[row] = version, addresses
         return addresses
 
-    def reserve(self, rows: RowSet) -> None:
-        """Make room for a new token in the tails of all rows."""
+    def _tail_addresses(self, row: RowKV) -> Tensor | None:
+        pairs = list(zip(row.tails, self._shapes, strict=True))
+        # They differ after a forward that ran out of memory.
+        if len({tail.capacity(1) for tail, shape in pairs if shape is not None}) > 1:
+            return None
+        addresses = [
+            [0, 0] if shape is None else [buffer.data_ptr() for buffer in tail.buffers()]
+            for tail, shape in pairs
+        ]
+        return torch.tensor(addresses, device="cpu")
+
+    def reserve(self, rows: RowSet) -> bool:
+        """Make room for a new token in the tails of all rows; False if they cannot be read."""
         for row in rows.rows:
             # All tails of a row grow and move together; the first stands for them.
             if row.tail_tokens < row.tails[0].capacity(1):
@@ -106,6 +111,7 @@ class RowBuffers:
                     number = torch.empty(1, 1, 1, 1, dtype=shape.dtype, device=self._device)
                     k_1GSD = number.expand(1, shape.k_heads, _ROOM, shape.k_size)
                     tail.reserve(k_1GSD, k_1GSD)
+        return all(self._of_row(row) is not None for row in rows.rows)
 
     def advance(self, rows: RowSet) -> None:
         """Count the token of each row that a graph has appended."""
@@ -120,9 +126,8 @@ class RowBuffers:
         pinned = self._device.type == "cuda"
         tables = RowTables.zeros(layers, bucket, len(like.items), "cpu", pinned=pinned)
         shards = [rows.rows[start].shard for start, _ in rows.groups]
-        addresses = [self._of_shard(shard) for shard in shards]
-        tables.shards[:, : len(shards)] = torch.stack([t for t in addresses if t is not None], 1)
-        tables.tails[:, : len(rows)] = torch.stack([self._of_row(row) for row in rows.rows], 1)
+        tables.shards[:, : len(shards)] = _stacked([self._of_shard(shard) for shard in shards])
+        tables.tails[:, : len(rows)] = _stacked([self._of_row(row) for row in rows.rows])
         sizes = [
             (stop - start, shard.tokens)
             for (start, stop), shard in zip(rows.groups, shards, strict=True)
@@ -136,6 +141,11 @@ class RowBuffers:
         ]
         tables.rows[: len(rows)] = torch.tensor(numbers, dtype=torch.int32, device="cpu")
         return tables
+
+
+def _stacked(addresses: list[Tensor | None]) -> Tensor:
+    """Return the addresses of several, `[layers, several, columns]`."""
+    return torch.stack([part for part in addresses if part is not None], 1)
 
 
 def _shard_addresses(shard: ContextKV) -> Tensor:
@@ -240,11 +250,11 @@ class RowGraphCache(StarCache):
 
     def load(self, rows: RowSet, buffers: RowBuffers) -> None:
         """Fill the tables for these rows, unless their forward was the last one."""
-        signature = rows.version, _tokens(rows)
-        if signature != self._loaded:
+        if self._loaded != (rows.version, _tokens(rows)):
             position = self.position
             position.tables.copy_(buffers.tables(rows, position.tables, position.tile_rows))
-            self._loaded = signature
+        # Until `ran`, the tables may count a token that the rows do not have.
+        self._loaded = None
 
     def ran(self, rows: RowSet) -> None:
         """Note that the forward has run on these rows: the tables count its new tokens."""

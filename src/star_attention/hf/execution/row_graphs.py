@@ -92,9 +92,8 @@ class RowGraphs:
                 with comm.working("capturing a CUDA graph"):
                     self._graphs[key] = self._capture(key, comm)
             graph = self._graphs[key]
-            if graph is None:
+            if graph is None or not self._buffers.reserve(rows):
                 return None
-            self._buffers.reserve(rows)
             graph.cache.load(rows, self._buffers)
             graph.ids_R1[: len(rows)].copy_(tokens_R[:, None])
             graph.replay()
