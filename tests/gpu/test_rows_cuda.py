@@ -147,3 +147,39 @@ def test_families(family: str) -> None:
     )
     check_coming_and_going(star, rows, plain_rows)
     print(family, star.runtime.handle.graphs.of_rows.captured)
+
+
+def test_a_batch_is_as_generate() -> None:
+    """Rows that wait, begin, end and are canceled, greedy and with seeds, beside an encoding."""
+    star = StarLLM.from_pretrained(
+        MODEL,
+        device="cuda",
+        compile=True,
+        dtype="float32",
+        block_size=2048,
+        tokens_per_forward=4096,
+    )
+    contexts = [star.encode(text) for text in TEXTS]
+    asked = [
+        (context, question, dict(max_new_tokens=tokens, ignore_eos=True) | sampling)
+        for context in contexts
+        for question in QUESTIONS
+        for tokens, sampling in ((9, {}), (70, {}), (20, dict(do_sample=True, seed=3)))
+    ]
+    alone = [
+        star.generate(context, query, **settings).token_ids for context, query, settings in asked
+    ]
+    with star.batch(max_rows=6) as batch:
+        rows = [batch.add(context, query, **settings) for context, query, settings in asked]
+        encoding = batch.encode(TEXTS[1])
+        for _ in range(5):
+            batch.step()
+        rows[1].cancel()
+        results = [row.result().token_ids for row in rows]
+        assert encoding.result().token_ids.tolist() == contexts[1].token_ids.tolist()
+    canceled = results.pop(1)
+    assert canceled == alone.pop(1)[: len(canceled)]
+    assert results == alone
+    captured = star.runtime.handle.graphs.of_rows.captured
+    assert all(captured.values())
+    assert 8 in {key[0] for key in captured}

@@ -105,6 +105,24 @@ def test_an_edit_beside_encoding_anew() -> None:
     assert "edit / text" in text
 
 
+def test_rows() -> None:
+    cases = ["--texts", "2", "--rows", "1,3", "--cases", "lockstep,turnover,encode,turn"]
+    text, record = bench("rows", *MODEL, *SMALL, *cases, "--answer-tokens", "4")
+    rows = record["rows"]
+    assert [(row["case"], row["rows"]) for row in rows] == [
+        ("lockstep", 1),
+        ("lockstep", 3),
+        ("turnover", 3),
+        ("encode", 3),
+        ("turn", 1),
+    ]
+    assert all(row["failed"] is None for row in rows)
+    assert all(row["tokens_per_s"] > 0 for row in rows[:4])
+    assert rows[3]["longest_gap_s"] < rows[3]["encode_s"] > 0 < rows[3]["encode_alone_s"]
+    assert rows[4]["first_token_s"] > 0
+    assert "x lockstep" in text
+
+
 def test_kernels() -> None:
     _, record = bench("kernels", *MODEL, "--context", "512", "--block", "64", "--repeats", "1")
     calls = {row["what"] for row in record["rows"]}
@@ -113,7 +131,7 @@ def test_kernels() -> None:
 
 BELOW = "is below 1; give a positive number of tokens"
 LARGE_BLOCKS = ["--context", "1k,4k", "--block", "4k,3k"]
-COMMANDS = ("prefill", "decode", "questions", "kernels", "startup")
+COMMANDS = ("prefill", "decode", "questions", "kernels", "startup", "rows")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +158,8 @@ COMMANDS = ("prefill", "decode", "questions", "kernels", "startup")
             " blocks or longer contexts",
         ),
         (["decode", *MODEL, "--kv-device", "gpu"], "kv_device 'gpu' is unknown"),
+        (["rows", *MODEL, "--rows", "1,0"], "rows '0' is not a number from 1; give e.g. 1,32"),
+        (["rows", *MODEL, "--cases", "all"], "case 'all' is unknown; choose from lockstep, turn"),
         *(([name, *MODEL, "--context", "0"], f"context 0 {BELOW}") for name in COMMANDS),
         *(([name, *MODEL, "--block", "-1"], f"block_size -1 {BELOW}") for name in COMMANDS[1:]),
         (

@@ -20,6 +20,7 @@ from star_attention.bench.prefill.rows import (
     speed_up,
 )
 from star_attention.bench.questions import QuestionsRow
+from star_attention.bench.rows import Rows, RowsRow
 from star_attention.errors import InvalidInputError
 from star_attention.planning.cost import Flops
 
@@ -52,6 +53,35 @@ def test_ratios_of_answers() -> None:
     assert DECODE.over_floor == pytest.approx(1.5)
     row = QuestionsRow(method="star", context=10, questions=7, encode_s=3.0, question_s=2.0)
     assert row.total_s == 17.0
+
+
+def test_ratios_of_rows() -> None:
+    def row(case: str, rows: int, rate: float, texts: int = 2) -> RowsRow:
+        sizes = dict(context=1024, texts=texts, answer_tokens=5)
+        return RowsRow(case=case, rows=rows, tokens_per_s=rate, floor_tokens_per_s=80.0, **sizes)
+
+    rows = [
+        row("lockstep", 1, 10.0),
+        row("lockstep", 4, 30.0),
+        row("lockstep", 4, 90.0, texts=3),
+        row("turnover", 4, 24.0),
+    ]
+    benchmark = Rows(
+        contexts=[1024],
+        block=64,
+        texts=2,
+        rows=[1, 4],
+        cases=[],
+        encode_tokens=9,
+        query_tokens=3,
+        answer_tokens=5,
+        repeats=1,
+    )
+    header, *lines = benchmark.table(rows)
+    cells = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [cell["of floor"] for cell in cells] == ["0.12", "0.38", "1.12", "0.30"]
+    assert [cell["x one row"] for cell in cells] == ["", "3.00", "", ""]
+    assert [cell["x lockstep"] for cell in cells] == ["", "", "", "0.80"]
 
 
 def test_long_dense_times_are_extrapolated() -> None:

@@ -18,6 +18,7 @@ from star_attention.cli.bench.options import (
     TargetOptions,
 )
 from star_attention.cli.bench.ranks import RanksOptions, measure_ranks
+from star_attention.cli.bench.rows import RowsOptions
 from star_attention.cli.options import Quiet, option
 from star_attention.cli.paths import check_output_folder
 
@@ -51,6 +52,18 @@ def questions(target: TargetOptions, options: QuestionsOptions, quiet: Quiet = F
     One question is measured (the median of --repeats) and counted --questions times.
 
     Example: star-attention bench questions -m models/needle-17m --context 8k --questions 100
+    """
+    measure(options.benchmark(), target, quiet)
+
+
+def rows(target: TargetOptions, options: RowsOptions, quiet: Quiet = False) -> None:
+    """Tokens per second of many rows at once, compared with reading all they read once a step.
+
+    Rows share decode steps (`StarLLM.batch`). They are measured in a single process, on random
+    token ids.
+
+    Example: star-attention bench rows --shapes llama-3.1-8b --context 16k --texts 16 --rows 64
+    --cases lockstep,turnover
     """
     measure(options.benchmark(), target, quiet)
 
@@ -113,6 +126,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     prefill,
     decode,
     questions,
+    rows,
     ranks,
     kernels,
     startup,
