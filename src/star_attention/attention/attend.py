@@ -5,6 +5,7 @@ Axes: B batch, Q queries, K keys, H query heads, G KV heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from star_attention.attention import kernels
 from star_attention.attention.kernels import Call
-from star_attention.attention.state import State, empty_state, merge
+from star_attention.attention.state import State, empty_state, join_batches, merge
 
 _MASK_ROWS = 512
 """Query rows of one call with an explicit mask: more waste scores, fewer need more calls."""
@@ -153,19 +154,11 @@ def run(
     Raises:
         UnsupportedCallError: no kernel, or not the requested one, can run the call.
     """
-    B, Q, H, D = q_BQHD.shape
+    Q, D = q_BQHD.shape[1], q_BQHD.shape[3]
     G, v_size = k_BKGD.shape[2], v_BKGD.shape[3]
-    # On a CPU, attention of few rows to many keys spends its time on reading keys. Heads that share
-    # a KV head become rows of one head, so that its keys are read once.
-    packed = (
-        1 < H // G
-        and Q * (H // G) <= _PACKED_ROWS
-        and not causal
-        and mask_BQK is None
-        and q_BQHD.device.type == "cpu"
-    )
+    packed = _is_packed(q_BQHD, G) and not causal and mask_BQK is None
     if packed:
-        q_BQHD = q_BQHD.reshape(B, Q, G, H // G, D).transpose(2, 3).reshape(B, Q * (H // G), G, D)
+        q_BQHD = _packed(q_BQHD, G)
     # Kernels take one head size. Where keys and values differ (MLA), zeros pad the shorter ones.
     size = max(D, v_size)
     q_BQHD, k_BKGD, v_BKGD = (_widen(t, size) for t in (q_BQHD, k_BKGD, v_BKGD))
@@ -176,14 +169,77 @@ def run(
     state = kernels.load(name).attend(
         q_BQHD, k_BKGD, v_BKGD, call=call, scale=rule.scale, mask_BQK=mask_BQK
     )
-    out_BQHD, lse_BQH = state
-    out_BQHD = out_BQHD[..., :v_size]
-    if packed:
-        out_BQHD = (
-            out_BQHD.reshape(B, Q, H // G, G, v_size).transpose(2, 3).reshape(B, Q, H, v_size)
+    state = State(state.out_BQHD[..., :v_size], state.lse_BQH)
+    return _unpacked(state, Q) if packed else state
+
+
+def _is_packed(q_BQHD: Tensor, kv_heads: int) -> bool:
+    """True if heads that share a KV head become rows of one head, so that its keys are read once.
+
+    On a CPU, attention of few rows to many keys spends its time on reading keys.
+    """
+    group = q_BQHD.shape[2] // kv_heads
+    return group > 1 and q_BQHD.shape[1] * group <= _PACKED_ROWS and q_BQHD.device.type == "cpu"
+
+
+def _packed(q_BQHD: Tensor, kv_heads: int) -> Tensor:
+    B, Q, H, D = q_BQHD.shape
+    q_BQGRD = q_BQHD.reshape(B, Q, kv_heads, H // kv_heads, D)
+    return q_BQGRD.transpose(2, 3).reshape(B, -1, kv_heads, D)
+
+
+def _unpacked(state: State, queries: int) -> State:
+    B, _, G, D = state.out_BQHD.shape
+    out_BQRGD = state.out_BQHD.reshape(B, queries, -1, G, D)
+    lse_BQRG = state.lse_BQH.reshape(B, queries, -1, G)
+    return State(
+        out_BQRGD.transpose(2, 3).reshape(B, queries, -1, D),
+        lse_BQRG.transpose(2, 3).reshape(B, queries, -1),
+    )
+
+
+def attend_each(q_B1HD: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], *, rule: Rule) -> State:
+    """Compute attention of one query per row over keys of its own, the last of which is its own.
+
+    Args:
+        q_B1HD: queries.
+        pairs: keys and values of each row, `k_1KGD, v_1KGD`.
+        rule: scale, window and softcap.
+    """
+    if rule.window is not None:
+        near = slice(-rule.window, None)
+        pairs = [(k_1KGD[:, near], v_1KGD[:, near]) for k_1KGD, v_1KGD in pairs]
+    G = pairs[0][0].shape[2]
+    if q_B1HD.device.type != "cpu":
+        return join_batches(
+            [
+                run(q_B1HD[row : row + 1], k_1KGD, v_1KGD, rule=rule)
+                for row, (k_1KGD, v_1KGD) in enumerate(pairs)
+            ]
         )
-        lse_BQH = lse_BQH.reshape(B, Q, H // G, G).transpose(2, 3).reshape(B, Q, H)
-    return State(out_BQHD, lse_BQH)
+    # What `run` does, with everything but the kernel once for all rows.
+    packed = _is_packed(q_B1HD, G)
+    q_BMGD = _packed(q_B1HD, G) if packed else q_B1HD
+    v_size = pairs[0][1].shape[3]
+    size = max(q_B1HD.shape[3], v_size)
+    q_BMGD = _widen(q_BMGD, size)
+    call = call_of(q_BMGD, *pairs[0], rule)
+    kernel = kernels.load(kernels.choose(call))
+    state = join_batches(
+        [
+            kernel.attend(
+                q_1MGD,
+                _widen(k_1KGD, size),
+                _widen(v_1KGD, size),
+                call=call,
+                scale=rule.scale,
+                mask_BQK=None,
+            )
+            for q_1MGD, (k_1KGD, v_1KGD) in zip(q_BMGD.split(1), pairs, strict=True)
+        ]
+    )
+    state = State(state.out_BQHD[..., :v_size], state.lse_BQH)
+    return _unpacked(state, 1) if packed else state
 
 
 def _attend_masked(

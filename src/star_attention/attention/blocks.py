@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend
-from star_attention.attention.state import State, merge, merge_last
+from star_attention.attention.state import State, join_batches, merge, merge_last
 from star_attention.planning.plan import BlockPlan, Span
 
 KV = tuple[Tensor, Tensor]
@@ -148,7 +148,7 @@ def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]
     for b, offset in enumerate(offsets):
         k_1KGD, v_1KGD = shard if batch == 1 else (shard[0][b : b + 1], shard[1][b : b + 1])
         rows.append(attend(q_BQHD[b : b + 1], k_1KGD, v_1KGD, rule=rule, offset=offset))
-    return State(torch.cat([r.out_BQHD for r in rows]), torch.cat([r.lse_BQH for r in rows]))
+    return join_batches(rows)
 
 
 def tail_attention(

@@ -56,6 +56,16 @@ def join_rows(states: Sequence[State], *, dtype: torch.dtype | None = None) -> S
     )
 
 
+def join_batches(states: Sequence[State]) -> State:
+    """Return one state of the batch rows of several, in their order."""
+    if len(states) == 1:
+        return states[0]
+    return State(
+        torch.cat([state.out_BQHD for state in states]),
+        torch.cat([state.lse_BQH for state in states]),
+    )
+
+
 def merge(states: Sequence[State], *, dtype: torch.dtype | None = None) -> State:
     """Merge states over disjoint sets of keys into the state over their union.
 

@@ -304,10 +304,10 @@ class Tail:
         """Append the keys and values of S tokens."""
         self.reserve(k_BGSD, v_BGSD)
         assert self._k_BGCD is not None and self._v_BGCD is not None
-        stop = self.length + k_BGSD.shape[2]
-        self._k_BGCD[:, :, self.length : stop] = k_BGSD
-        self._v_BGCD[:, :, self.length : stop] = v_BGSD
-        self.length = stop
+        tokens = k_BGSD.shape[2]
+        self._k_BGCD.narrow(2, self.length, tokens).copy_(k_BGSD)
+        self._v_BGCD.narrow(2, self.length, tokens).copy_(v_BGSD)
+        self.length += tokens
 
     def _with_room(self, buffer: Tensor | None, new_BGSD: Tensor) -> Tensor:
         B, G, S, D = new_BGSD.shape
@@ -324,7 +324,8 @@ class Tail:
     def pair(self) -> Pair:
         """Return the keys and values in use, `[B, G, length, D]`."""
         assert self._k_BGCD is not None and self._v_BGCD is not None, "the tail is empty"
-        return self._k_BGCD[:, :, : self.length], self._v_BGCD[:, :, : self.length]
+        length = self.length
+        return self._k_BGCD.narrow(2, 0, length), self._v_BGCD.narrow(2, 0, length)
 
     def row(self, number: int, padding: int = 0, *, shares: bool = False) -> Tail:
         """Return the tail of one batch row, without its first `padding` tokens.

@@ -13,12 +13,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from star_attention.attention.attend import Rule, attend
+from star_attention.attention.attend import Rule, attend_each
 from star_attention.attention.blocks import shard_attention
-from star_attention.attention.state import State, merge
+from star_attention.attention.state import State, join_batches, merge
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, by_token
@@ -133,9 +132,9 @@ class RowsLayer(StarLayer[RowsPosition]):
             )
 
     def append(self, k_RG1D: Tensor, v_RG1D: Tensor) -> tuple[Tensor, Tensor]:
-        for number, row in enumerate(self.position.rows.rows):
-            one = slice(number, number + 1)
-            row.tails[self.index].append(k_RG1D[one], v_RG1D[one])
+        rows = self.position.rows.rows
+        for row, *new in zip(rows, k_RG1D.split(1), v_RG1D.split(1), strict=True):
+            row.tails[self.index].append(*new)
         return k_RG1D, v_RG1D
 
     def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
@@ -145,11 +144,7 @@ class RowsLayer(StarLayer[RowsPosition]):
             self._attend_to_context(q_R1HD[start:stop], rows.rows[start:stop], rule)
             for start, stop in rows.groups
         ]
-        tails = [
-            self._attend_to_tail(q_R1HD[number : number + 1], row, rule)
-            for number, row in enumerate(rows.rows)
-        ]
-        return merge([_stacked(states), _stacked(tails)], dtype=rule.dtype)
+        return merge([join_batches(states), self._attend_to_tails(q_R1HD, rule)], dtype=rule.dtype)
 
     def _attend_to_context(self, q_R1HD: Tensor, rows: list[RowKV], rule: Rule) -> State:
         shard = rows[0].shard
@@ -172,20 +167,19 @@ class RowsLayer(StarLayer[RowsPosition]):
     def _length(self, row: RowKV) -> int:
         return row.tails[self.index].length
 
-    def _attend_to_tail(self, q_11HD: Tensor, row: RowKV, rule: Rule) -> State:
-        near = recent_rule(rule, row.shard.visible)
-        pair = by_token(row.tails[self.index].pair())
-        return attend(q_11HD, *pair, rule=near, offset=self._length(row) - 1)
-
-
-def _stacked(states: list[State]) -> State:
-    """Return one state of the rows of several."""
-    if len(states) == 1:
-        return states[0]
-    return State(
-        torch.cat([state.out_BQHD for state in states]),
-        torch.cat([state.lse_BQH for state in states]),
-    )
+    def _attend_to_tails(self, q_R1HD: Tensor, rule: Rule) -> State:
+        rows = self.position.rows.rows
+        pairs = [by_token(row.tails[self.index].pair()) for row in rows]
+        # A cohort's contexts are all seen in part, or all in full, but the parts may differ.
+        rules = [recent_rule(rule, row.shard.visible) for row in rows]
+        if all(near is rule for near in rules):
+            return attend_each(q_R1HD, pairs, rule=rule)
+        return join_batches(
+            [
+                attend_each(q_R1HD[row : row + 1], [pair], rule=near)
+                for row, (pair, near) in enumerate(zip(pairs, rules, strict=True))
+            ]
+        )
 
 
 class RowsCache(StarCache):
