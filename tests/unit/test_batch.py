@@ -11,7 +11,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from star_attention import EncodedContext, Generation, StarLLM
-from tests.engines import VARIED, engine, ids
+from tests.engines import engine, ids
+from tests.families import FAMILIES, UNUSUAL
 
 DEFAULT = ["llama", "gemma2", "gpt_oss", "deepseek_v3"]
 
@@ -93,7 +94,14 @@ def check_mix(
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in VARIED],
+    [
+        *DEFAULT,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in [*FAMILIES, *UNUSUAL]
+            if name not in DEFAULT
+        ),
+    ],
 )
 def test_any_mix_of_rows_equals_single_answers(name: str) -> None:
     star = engine(name, block_size=16)

@@ -23,6 +23,7 @@ from star_attention.errors import (
     OutOfMemoryError,
     UnknownOptionError,
 )
+from star_attention.hf.cache.packed_tails import PackedTails
 from star_attention.hf.execution.rows import RowForwards
 from star_attention.storage.kv import Tail
 from tests.engines import bundled_tokenizer, engine, ids, text_model
@@ -217,26 +218,30 @@ def test_without_memory_for_a_query_its_row_ends_alone(monkeypatch: pytest.Monke
     assert star.generate(context, ids(4), max_new_tokens=5).token_ids == expected.token_ids
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "appends", "raises_at"),
+    # In the middle of the third step: of rows together, and of a row alone.
+    [("llama", PackedTails, 3 * 2 + 2), ("deepseek_v3", Tail, 3 * 3 * 2 + 2)],
+)
 def test_without_memory_for_a_step_the_youngest_row_ends(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, appends: Any, raises_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step is repeated for the others, whose tails hold each token once."""
     star = engine(name, block_size=16)
     context = star.encode(ids(70))
     settings: dict[str, Any] = dict(max_new_tokens=8, ignore_eos=True)
     expected = [star.generate(context, ids(4 + n), **settings).token_ids for n in range(3)]
-    append, calls = Tail.append, 0
+    append, calls = appends.append, 0
 
-    def without_memory(tail: Tail, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor) -> None:
+    def without_memory(self: Any, k_BGSD: torch.Tensor, v_BGSD: torch.Tensor) -> None:
         nonlocal calls
         calls += k_BGSD.shape[2] == 1
-        # In the middle of the third forward.
-        if calls == 2 * 3 * (3 if name == "llama" else 1) + 5:
+        if calls == raises_at:
+            calls += 1
             raise MemoryError
-        append(tail, k_BGSD, v_BGSD)
+        append(self, k_BGSD, v_BGSD)
 
-    monkeypatch.setattr(Tail, "append", without_memory)
+    monkeypatch.setattr(appends, "append", without_memory)
     with star.batch() as batch:
         rows = [batch.add(context, ids(4 + n), **settings) for n in range(3)]
         list(batch)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from star_attention.attention.attend import Rule, attend
+from star_attention.hf.cache.packed_tails import Lengths, PackedTails
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution.rows import RowForwards, kind_of
+from star_attention.storage.kv import Tail
 from tests.decode_rows import prefilled, step
 from tests.engines import VARIED, engine, ids
 
@@ -82,3 +86,40 @@ def test_layers_that_expand_their_keys_run_alone() -> None:
     llama = engine("llama", block_size=16)
     kinds = [kind_of(llama.encode(ids(length)).kv, None) for length in (20, 70)]
     assert kinds[0] == kinds[1] is not None
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 7, 30], [40, 63, 50], [2, 2, 400]], ids=str)
+def test_packed_tails_attend_as_each_tail(lengths: list[int], window: int | None) -> None:
+    """Tails of very different lengths stay apart; those that outgrow their buffers are moved."""
+    torch.manual_seed(0)
+    rows, heads, kv_heads, size = len(lengths), 6, 3, 16
+    tails = [Tail() for _ in range(rows)]
+    for tail, length in zip(tails, lengths, strict=True):
+        tail.append(*torch.randn(2, 1, kv_heads, length, size))
+    packed = PackedTails.of(tails, Lengths())
+    assert (packed is None) == (lengths[-1] == 400)
+    if packed is None:
+        return
+    rule = Rule(scale=0.3)
+    for _ in range(4):
+        if packed.is_full:
+            assert lengths[1] == 63
+            packed = PackedTails.of(tails, Lengths())
+            assert packed is not None
+        new_RG1D = torch.randn(2, rows, kv_heads, 1, size)
+        packed.append(*new_RG1D)
+        q_R1HD = torch.randn(rows, 1, heads, size)
+        state = packed.attend(q_R1HD, rule, [window] * rows)
+        for row, tail in enumerate(tails):
+            k_1GKD, v_1GKD = tail.pair()
+            assert torch.equal(k_1GKD[0, :, -1:], new_RG1D[0, row])
+            alone = attend(
+                q_R1HD[row : row + 1],
+                k_1GKD.transpose(1, 2),
+                v_1GKD.transpose(1, 2),
+                rule=replace(rule, window=window),
+                offset=tail.length - 1,
+            )
+            torch.testing.assert_close(state.out_BQHD[row], alone.out_BQHD[0])
+            torch.testing.assert_close(state.lse_BQH[row], alone.lse_BQH[0])

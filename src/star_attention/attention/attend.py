@@ -5,7 +5,6 @@ Axes: B batch, Q queries, K keys, H query heads, G KV heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from star_attention.attention import kernels
 from star_attention.attention.kernels import Call
-from star_attention.attention.state import State, empty_state, join_batches, merge
+from star_attention.attention.state import State, empty_state, merge
 
 _MASK_ROWS = 512
 """Query rows of one call with an explicit mask: more waste scores, fewer need more calls."""
@@ -198,48 +197,25 @@ def _unpacked(state: State, queries: int) -> State:
     )
 
 
-def attend_each(q_B1HD: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], *, rule: Rule) -> State:
-    """Compute attention of one query per row over keys of its own, the last of which is its own.
+def attend_padded(
+    q_B1HD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, *, rule: Rule, mask_BK: Tensor | None
+) -> State:
+    """Compute attention of one query per row over keys of its own, of which a mask leaves some.
 
     Args:
         q_B1HD: queries.
-        pairs: keys and values of each row, `k_1KGD, v_1KGD`.
-        rule: scale, window and softcap.
+        k_BKGD: keys of each row.
+        v_BKGD: values of each row.
+        rule: scale and softcap.
+        mask_BK: bool, False for keys that the row's query does not see; None if it sees all.
     """
-    if rule.window is not None:
-        near = slice(-rule.window, None)
-        pairs = [(k_1KGD[:, near], v_1KGD[:, near]) for k_1KGD, v_1KGD in pairs]
-    G = pairs[0][0].shape[2]
-    if q_B1HD.device.type != "cpu":
-        return join_batches(
-            [
-                run(q_B1HD[row : row + 1], k_1KGD, v_1KGD, rule=rule)
-                for row, (k_1KGD, v_1KGD) in enumerate(pairs)
-            ]
-        )
-    # What `run` does, with everything but the kernel once for all rows.
-    packed = _is_packed(q_B1HD, G)
-    q_BMGD = _packed(q_B1HD, G) if packed else q_B1HD
-    v_size = pairs[0][1].shape[3]
-    size = max(q_B1HD.shape[3], v_size)
-    q_BMGD = _widen(q_BMGD, size)
-    call = call_of(q_BMGD, *pairs[0], rule)
-    kernel = kernels.load(kernels.choose(call))
-    state = join_batches(
-        [
-            kernel.attend(
-                q_1MGD,
-                _widen(k_1KGD, size),
-                _widen(v_1KGD, size),
-                call=call,
-                scale=rule.scale,
-                mask_BQK=None,
-            )
-            for q_1MGD, (k_1KGD, v_1KGD) in zip(q_BMGD.split(1), pairs, strict=True)
-        ]
-    )
-    state = State(state.out_BQHD[..., :v_size], state.lse_BQH)
-    return _unpacked(state, 1) if packed else state
+    G = k_BKGD.shape[2]
+    if mask_BK is None or not _is_packed(q_B1HD, G):
+        mask_B1K = None if mask_BK is None else mask_BK[:, None]
+        return run(q_B1HD, k_BKGD, v_BKGD, rule=rule, mask_BQK=mask_B1K)
+    q_BMGD = _packed(q_B1HD, G)
+    mask_BMK = mask_BK[:, None].expand(-1, q_BMGD.shape[1], -1)
+    return _unpacked(run(q_BMGD, k_BKGD, v_BKGD, rule=rule, mask_BQK=mask_BMK), 1)
 
 
 def _attend_masked(

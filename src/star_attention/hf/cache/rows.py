@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from star_attention.attention.attend import Rule, attend_each
+from star_attention.attention.attend import Rule, attend
 from star_attention.attention.blocks import shard_attention
 from star_attention.attention.state import State, join_batches, merge
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, by_token
 from star_attention.hf.cache.decode import AnswerCache, recent_rule, segment_rule
+from star_attention.hf.cache.packed_tails import Lengths, PackedTails
 from star_attention.storage.kv import ContextKV, LayerKV, Tail
 
 _numbers = itertools.count()
@@ -115,6 +116,7 @@ class RowsPosition(ForwardPosition):
     def __init__(self, rows: RowSet) -> None:
         super().__init__()
         self.rows = rows
+        self.lengths = Lengths()
 
     @property
     def seen_tokens(self) -> int:
@@ -125,6 +127,13 @@ class RowsPosition(ForwardPosition):
 class RowsLayer(StarLayer[RowsPosition]):
     """A layer of many contexts, each read once for all of its rows, and of each row's tail."""
 
+    def __init__(
+        self, index: int, window: int | None, position: RowsPosition, stores: list[LayerKV]
+    ) -> None:
+        super().__init__(index, window, position, stores)
+        self._packed: PackedTails | None = None
+        self._is_packed = False
+
     def set_expands(self, expands: bool) -> None:
         if expands:
             raise UnsupportedModelError(
@@ -132,9 +141,16 @@ class RowsLayer(StarLayer[RowsPosition]):
             )
 
     def append(self, k_RG1D: Tensor, v_RG1D: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.position.rows.rows
-        for row, *new in zip(rows, k_RG1D.split(1), v_RG1D.split(1), strict=True):
-            row.tails[self.index].append(*new)
+        tails = [row.tails[self.index] for row in self.position.rows.rows]
+        if not self._is_packed or (self._packed is not None and self._packed.is_full):
+            # Rows whose buffers were common before may hold those of rows that have left.
+            self._packed = PackedTails.of(tails, self.position.lengths)
+            self._is_packed = True
+        if self._packed is not None:
+            self._packed.append(k_RG1D, v_RG1D)
+        else:
+            for tail, *new in zip(tails, k_RG1D.split(1), v_RG1D.split(1), strict=True):
+                tail.append(*new)
         return k_RG1D, v_RG1D
 
     def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
@@ -169,15 +185,18 @@ class RowsLayer(StarLayer[RowsPosition]):
 
     def _attend_to_tails(self, q_R1HD: Tensor, rule: Rule) -> State:
         rows = self.position.rows.rows
-        pairs = [by_token(row.tails[self.index].pair()) for row in rows]
-        # A cohort's contexts are all seen in part, or all in full, but the parts may differ.
         rules = [recent_rule(rule, row.shard.visible) for row in rows]
-        if all(near is rule for near in rules):
-            return attend_each(q_R1HD, pairs, rule=rule)
+        if self._packed is not None:
+            return self._packed.attend(q_R1HD, rule, [near.window for near in rules])
         return join_batches(
             [
-                attend_each(q_R1HD[row : row + 1], [pair], rule=near)
-                for row, (pair, near) in enumerate(zip(pairs, rules, strict=True))
+                attend(
+                    q_11HD,
+                    *by_token(row.tails[self.index].pair()),
+                    rule=near,
+                    offset=self._length(row) - 1,
+                )
+                for q_11HD, row, near in zip(q_R1HD.split(1), rows, rules, strict=True)
             ]
         )
 
