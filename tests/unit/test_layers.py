@@ -54,11 +54,12 @@ LAYERS = {
     "calibration": 10,
     "demo": 10,
     "evals": 10,
+    "serve": 10,
     # L11: the command line, which starts them all
     "cli": 11,
     "__main__": 12,
 }
-PROGRAMS = {"bench", "calibration", "demo", "evals"}
+PROGRAMS = {"bench", "calibration", "demo", "evals", "serve"}
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

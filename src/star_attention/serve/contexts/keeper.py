@@ -1,0 +1,330 @@
+"""What the engine's thread does for a store: encode, read, evict, write and drop."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from star_attention.errors import ContextFileError, OutOfMemoryError, first_line
+from star_attention.serve.contexts import budget
+from star_attention.serve.contexts.entry import Entry, Location, Status
+from star_attention.serve.contexts.shelf import Shelf
+from star_attention.serve.contexts.table import EncodeJob, Table
+from star_attention.serve.refusals import RefusalError
+
+_log = logging.getLogger(__name__)
+
+_SWEEP_S = 0.5
+"""Seconds after which all contexts are looked at, if nothing happened meanwhile."""
+
+
+class Keeper:
+    """Advances the contexts of a table, a piece at a time.
+
+    Nothing that takes long happens while the lock is held: a context is marked, worked on, and
+    looked at again afterwards.
+
+    Args:
+        table: the contexts.
+        shelf: their files.
+    """
+
+    def __init__(self, table: Table, shelf: Shelf) -> None:
+        self._table, self._shelf = table, shelf
+        self._job: tuple[Entry, EncodeJob, Entry | None] | None = None
+        self._swept_at = table.clock()
+
+    def step(self) -> bool:
+        """Do a piece of what there is to do; return True if there is more to do at once."""
+        table, has_begun = self._table, False
+        is_due = table.take_changes() or not 0 <= table.clock() - self._swept_at < _SWEEP_S
+        if is_due:
+            self._sweep()
+        if self._job is not None:
+            self._poll(*self._job)
+        if self._job is None and table.queue:
+            has_begun = self._begin_next()
+        if is_due:
+            self._shelf.write_ahead()
+        table.deliver()
+        return self._job is not None or has_begun or table.has_changed
+
+    def make_room(self) -> bool:
+        """Drop from the device what nobody uses; return False if there was nothing."""
+        with self._table.lock:
+            leaving = [entry for entry in self._table.registry if budget.may_leave(entry)]
+            self._table.counts.out_of_memory += 1
+        for entry in leaving:
+            self._evict(entry)
+        self._table.encoder.free_memory()
+        return bool(leaving)
+
+    def close(self) -> None:
+        """Refuse whoever waits, and write what is worth it."""
+        table = self._table
+        if self._job is not None:
+            entry, job, base = self._job
+            job.cancel()
+            with table.lock:
+                self._end_job(base)
+                entry.status = Status.QUEUED
+        refusal = RefusalError("this server is ending; ask again later", code="ending", status=503)
+        with table.lock:
+            for entry in list(table.waiting):
+                table.resolve(entry, refusal)
+            table.queue.clear()
+        self._shelf.close()
+        table.deliver()
+
+    # ----------------------------------------------------------------------- what goes by itself
+
+    def _sweep(self) -> None:
+        """Drop what has expired, was deleted, was for one request, or is too much."""
+        table = self._table
+        with table.lock:
+            now = self._swept_at = table.clock()
+            for entry in table.registry:
+                if not entry.writing and entry.status is not Status.ENCODING:
+                    self._sweep_one(entry, now)
+            self._drop_cold()
+
+    def _sweep_one(self, entry: Entry, now: float) -> None:
+        is_over = not entry.keep or (entry.status is Status.FAILED and not entry.listed)
+        if entry.status is Status.QUEUED and _is_given_up(entry, now):
+            self._give_up(entry)
+        elif entry.is_expired(now):
+            self._table.expire(entry)
+        elif not entry.users and (entry.deleted or (is_over and not entry.is_pending)):
+            self._table.forget(entry)
+
+    def _drop_cold(self) -> None:
+        cold = [
+            entry
+            for entry in self._table.registry
+            if entry.location is Location.COLD and not entry.users and not entry.writing
+        ]
+        excess = sum(entry.tokens for entry in cold) - self._table.settings.cold_tokens
+        for entry in sorted(cold, key=lambda entry: (entry.listed, entry.last_used_at)):
+            if excess <= 0:
+                break
+            excess -= entry.tokens
+            self._table.forget(entry)
+
+    def _give_up(self, entry: Entry) -> None:
+        """Leave a context as it was before somebody wanted it encoded."""
+        if entry in self._table.queue:
+            self._table.queue.remove(entry)
+        if entry.was_ready:
+            entry.status, entry.done, entry.linger_until = Status.READY, 0, None
+        else:
+            self._table.forget(entry)
+
+    # ---------------------------------------------------------------------------------- encoding
+
+    def _poll(self, entry: Entry, job: EncodeJob, base: Entry | None) -> None:
+        """See how far the encode under way is."""
+        table = self._table
+        with table.lock:
+            now = table.clock()
+            waits = len(table.queue) > 0
+            given_up = _is_given_up(entry, now) and (waits or 2 * entry.done < entry.tokens)
+            if entry.deleted or given_up:
+                self._end_job(base)
+                table.counts.encodes["canceled"] += 1
+                entry.status = Status.FAILED if entry.deleted else Status.QUEUED
+                if not entry.deleted:
+                    self._give_up(entry)
+            elif not job.done:
+                if job.tokens != entry.done:
+                    entry.done = job.tokens
+                    table.note(entry)
+                return
+        if self._job is None:
+            job.cancel()
+            return
+        try:
+            context = job.result()
+        except Exception as error:
+            with table.lock:
+                self._end_job(base)
+            self._failed(entry, error)
+            return
+        with table.lock:
+            self._end_job(base)
+            table.counts.encodes["done"] += 1
+            table.counts.encoded_tokens += entry.tokens
+            table.counts.reused_tokens += getattr(context, "reused_tokens", 0)
+            self._arrived(entry, context)
+
+    def _end_job(self, base: Entry | None) -> None:
+        self._job = None
+        if base is not None:
+            base.users -= 1
+
+    def _arrived(self, entry: Entry, context: Any) -> None:
+        entry.context, entry.nbytes = context, context.nbytes
+        entry.status, entry.done, entry.linger_until = Status.READY, entry.tokens, None
+        entry.retried = False
+        entry.touch(self._table.clock())
+        self._table.resolve(entry)
+        self._table.has_changed = True
+
+    def _failed(self, entry: Entry, error: Exception) -> None:
+        """Try once more after memory ran out; otherwise tell whoever waits."""
+        table = self._table
+        if isinstance(error, OutOfMemoryError) and not entry.retried:
+            entry.retried = True
+            self.make_room()
+            with table.lock:
+                entry.status = Status.QUEUED
+                table.queue.insert(0, entry)
+            return
+        _log.warning("%s was not encoded: %s", entry.id, first_line(error))
+        with table.lock:
+            table.counts.encodes["failed"] += 1
+            entry.status, entry.error, entry.linger_until = Status.FAILED, error, None
+            if entry in table.queue:
+                table.queue.remove(entry)
+            table.resolve(entry, error)
+
+    def _begin_next(self) -> bool:
+        """Bring the first context of the queue to the device, as soon as there is room.
+
+        Returns:
+            True if it was begun.
+        """
+        while (entry := self._next()) is not None:
+            with self._table.lock:
+                leaving = self._leaving_for(entry)
+            if leaving is None:
+                return False
+            if leaving:
+                for other in leaving:
+                    self._evict(other)
+                # Somebody may have come for one of them.
+                continue
+            if entry.status is Status.QUEUED:
+                self._start(entry)
+            else:
+                self._load(entry)
+            # One at a time: others decode between them.
+            return True
+        return False
+
+    def _next(self) -> Entry | None:
+        """Return the first context of the queue that somebody still wants."""
+        table = self._table
+        with table.lock:
+            while table.queue:
+                entry = table.queue[0]
+                is_there = entry.context is not None or entry.status is Status.FAILED
+                is_wanted = entry.users or entry.pinned or entry.status is Status.QUEUED
+                if not entry.deleted and not is_there and is_wanted:
+                    return entry
+                del table.queue[0]
+        return None
+
+    def _leaving_for(self, entry: Entry) -> list[Entry] | None:
+        """Return what makes room for a context; None if it has to wait, or can never fit."""
+        table = self._table
+        others = [other for other in table.registry if other is not entry]
+        limit = table.settings.device_bytes
+        if entry.nbytes > limit - budget.pinned(others):
+            table.queue.remove(entry)
+            refusal = RefusalError(
+                f"a context of {entry.tokens:,} tokens takes {entry.nbytes:,} bytes, and"
+                f" {limit - budget.pinned(others):,} are not pinned; unpin another one",
+                code="context_too_large",
+            )
+            if entry.status is Status.QUEUED:
+                entry.status, entry.error = Status.FAILED, refusal
+            table.resolve(entry, refusal)
+            return None
+        return budget.to_evict(others, entry.nbytes, limit)
+
+    def _start(self, entry: Entry) -> None:
+        table = self._table
+        with table.lock:
+            table.queue.remove(entry)
+            content = entry.content
+            assert content is not None, "an expired context is not queued"
+            entry.status, entry.done = Status.ENCODING, 0
+            base, _ = table.registry.nearest(entry.scope, content.ids, table.encoder.block_size)
+            if base is not None:
+                base.users += 1
+            table.note(entry)
+        try:
+            job = table.encoder.start(content.ids, None if base is None else base.context)
+        except Exception as error:
+            with table.lock:
+                self._end_job(base)
+            self._failed(entry, error)
+            return
+        self._job = (entry, job, base)
+
+    def _load(self, entry: Entry) -> None:
+        """Read a context from disk; encode it again if it cannot be read."""
+        table, folder = self._table, self._table.folder
+        content = entry.content
+        assert folder is not None and content is not None, "it is on disk"
+        with table.lock:
+            table.queue.remove(entry)
+            entry.users += 1
+        try:
+            context = table.encoder.load(folder.path_of(entry), content.ids)
+        except Exception as error:
+            with table.lock:
+                entry.users -= 1
+            self._not_loaded(entry, error)
+            return
+        with table.lock:
+            entry.users -= 1
+            table.counts.reloads += 1
+            self._arrived(entry, context)
+
+    def _not_loaded(self, entry: Entry, error: Exception) -> None:
+        table = self._table
+        if isinstance(error, OutOfMemoryError):
+            if entry.retried:
+                entry.retried = False
+                with table.lock:
+                    table.resolve(entry, error)
+                return
+            entry.retried = True
+            self.make_room()
+            with table.lock:
+                table.queue.insert(0, entry)
+            return
+        _log.warning("%s cannot be read and is encoded again: %s", entry.id, first_line(error))
+        with table.lock:
+            if table.folder is not None and isinstance(error, (ContextFileError, OSError)):
+                table.folder.set_aside(entry)
+            entry.has_file, entry.was_ready = False, True
+            entry.status, entry.done = Status.QUEUED, 0
+            table.queue.insert(0, entry)
+
+    def _evict(self, entry: Entry) -> None:
+        """Take a context off the device, after writing it if that is worth it."""
+        table = self._table
+        with table.lock:
+            if not budget.may_leave(entry):
+                return
+            entry.writing = True
+        self._shelf.before_leaving(entry)
+        with table.lock:
+            entry.writing = False
+            if entry.users or entry.pinned:
+                return
+            entry.context = None
+            is_gone = entry.deleted or not entry.keep
+            place = "gone" if is_gone else "disk" if entry.has_file else "cold"
+            table.counts.evicted[place] += 1
+            if is_gone:
+                table.forget(entry)
+            table.note(entry)
+
+
+def _is_given_up(entry: Entry, now: float) -> bool:
+    """True if nobody waits for an encode, nor has for a while."""
+    is_left = not entry.users and not entry.listed and not entry.pinned
+    return is_left and entry.linger_until is not None and now >= entry.linger_until

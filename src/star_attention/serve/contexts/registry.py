@@ -1,0 +1,148 @@
+"""The table of all kept contexts: by id, by content, by beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from star_attention.serve.contexts.entry import Content, Entry, Location, Status
+from star_attention.serve.contexts.keys import Scope, TokenIds
+from star_attention.serve.refusals import RefusalError
+
+MOST_EXPIRED = 1000
+"""Expired contexts whose ids are remembered, so that a client learns what became of them."""
+
+
+class Registry:
+    """All contexts. It has no lock of its own: whoever uses it holds the store's."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Entry] = {}
+        self._by_key: dict[bytes, list[Entry]] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._by_id.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, entry: Entry) -> None:
+        """Add a context."""
+        self._by_id[entry.id] = entry
+        self._by_key.setdefault(entry.key, []).append(entry)
+
+    def forget(self, entry: Entry) -> None:
+        """Remove a context."""
+        self._by_id.pop(entry.id, None)
+        self._unindex(entry)
+
+    def expire(self, entry: Entry) -> None:
+        """Keep a context's id alone, which a client knows."""
+        self._unindex(entry)
+        entry.status, entry.content, entry.context = Status.EXPIRED, None, None
+        expired = [other for other in self if other.status is Status.EXPIRED]
+        expired.sort(key=lambda entry: entry.last_used_at)
+        for oldest in expired[: max(0, len(expired) - MOST_EXPIRED)]:
+            del self._by_id[oldest.id]
+
+    def get(self, tenant: str, id: str) -> Entry:
+        """Return a tenant's context.
+
+        Raises:
+            RefusalError: it has none of this id; another tenant's is none either.
+        """
+        entry = self._by_id.get(id)
+        if entry is None or entry.scope.tenant != tenant or entry.deleted:
+            raise RefusalError(
+                f"there is no context {id[:80]}; list them with GET /v1/contexts, or create it",
+                code="context_not_found",
+                status=404,
+            )
+        return entry
+
+    def of_tenant(self, tenant: str) -> list[Entry]:
+        """Return a tenant's contexts, the newest first."""
+        own = [entry for entry in self if entry.scope.tenant == tenant and not entry.deleted]
+        return sorted(own, key=lambda entry: (entry.created_at, entry.id), reverse=True)
+
+    def find(self, key: bytes, scope: Scope, ids: TokenIds) -> Entry | None:
+        """Return the context of these tokens; equal keys alone do not make it the same."""
+        for entry in self._by_key.get(key, ()):
+            same = entry.content is not None and np.array_equal(entry.content.ids, ids)
+            if same and entry.scope == scope and not entry.deleted:
+                return entry
+        return None
+
+    def prefix_of(self, scope: Scope, content: Content) -> Entry | None:
+        """Return the longest context that `content` begins with, and goes on after.
+
+        Its keys and values are there, or about to be. Texts are compared where both have one, token
+        ids where one has none.
+        """
+        begun = [
+            entry
+            for entry in self._living(scope)
+            if entry.keep and _begins_with(content, entry.content)
+        ]
+        return max(begun, key=lambda entry: entry.tokens, default=None)
+
+    def nearest(self, scope: Scope, ids: TokenIds, block_size: int) -> tuple[Entry | None, int]:
+        """Return the context on the device that has most blocks of `ids`, and its tokens in them.
+
+        Blocks count where the beginning, which all blocks see, is the same.
+        """
+        best: Entry | None = None
+        most = 0
+        for entry in self._living(scope):
+            if entry.context is None or entry.content is None:
+                continue
+            tokens = shared_tokens(entry.content.ids, ids, block_size)
+            if tokens > most:
+                best, most = entry, tokens
+        return best, most
+
+    def _living(self, scope: Scope) -> Iterator[Entry]:
+        for entry in self:
+            is_there = entry.status in (Status.QUEUED, Status.ENCODING) or (
+                entry.location in (Location.DEVICE, Location.DISK)
+            )
+            if is_there and entry.scope == scope and not entry.deleted:
+                yield entry
+
+    def _unindex(self, entry: Entry) -> None:
+        same = self._by_key.get(entry.key, [])
+        if entry in same:
+            same.remove(entry)
+        if not same:
+            self._by_key.pop(entry.key, None)
+
+
+def shared_tokens(old: TokenIds, new: TokenIds, block_size: int) -> int:
+    """Return the tokens in blocks that two contexts share; 0 where their first blocks differ."""
+    blocks = min(len(old), len(new)) // block_size
+    if not blocks:
+        return 0
+    shape = (blocks, block_size)
+    both = old[: blocks * block_size].reshape(shape), new[: blocks * block_size].reshape(shape)
+    if not np.array_equal(both[0][0], both[1][0]):
+        return 0
+    return int((both[0] == both[1]).all(axis=1).sum()) * block_size
+
+
+def _begins_with(whole: Content, begin: Content | None) -> bool:
+    if begin is None:
+        return False
+    if whole.text is not None and begin.text is not None:
+        size = len(begin.text)
+        return (
+            len(whole.text) > size
+            and whole.text.startswith(begin.text)
+            and _spans_before(whole.literal, size) == begin.literal
+        )
+    size = len(begin)
+    return len(whole) > size and np.array_equal(whole.ids[:size], begin.ids)
+
+
+def _spans_before(spans: tuple[tuple[int, int], ...], end: int) -> tuple[tuple[int, int], ...]:
+    return tuple((low, min(high, end)) for low, high in spans if low < end)

@@ -1,0 +1,220 @@
+"""What requests and the engine's thread share: the registry under its lock, and what they count."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from star_attention.errors import InvalidInputError
+from star_attention.serve.contexts.entry import Entry
+from star_attention.serve.contexts.folder import StoreFolder
+from star_attention.serve.contexts.keys import KeyMaker, TokenIds
+from star_attention.serve.contexts.registry import Registry
+
+
+class EncodeJob(Protocol):
+    """An encode under way, which the engine's steps advance."""
+
+    @property
+    def done(self) -> bool:
+        """True once there is a result, or an error."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens encoded so far."""
+
+    def result(self) -> Any:
+        """Return the context, or raise why there is none."""
+
+    def cancel(self) -> None:
+        """Stop, and free what was computed."""
+
+
+class Encoder(Protocol):
+    """Makes contexts. Only the engine's thread calls it, apart from `nbytes`.
+
+    Attributes:
+        block_size: tokens of a block, which is what a new version of a context reuses.
+    """
+
+    block_size: int
+
+    def nbytes(self, tokens: int) -> int:
+        """Return the bytes of a context's keys and values, before it is encoded."""
+
+    def start(self, ids: TokenIds, reuse: Any) -> EncodeJob:
+        """Begin to encode; blocks that the context `reuse`, if any, shares are copied."""
+
+    def load(self, path: Path, ids: TokenIds) -> Any:
+        """Return a saved context with all its keys and values read and verified.
+
+        Raises:
+            ContextFileError: the file cannot be used, or holds other tokens.
+        """
+
+    def free_memory(self) -> None:
+        """Give memory back that nothing refers to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSettings:
+    """How much is kept, and how long.
+
+    Attributes:
+        device_bytes: most bytes of keys and values on the device.
+        pinned_bytes: most bytes of pinned contexts; None for half of `device_bytes`.
+        disk_bytes: most bytes of keys and values in the folder.
+        cold_tokens: most tokens of contexts whose ids alone are kept.
+        ttl: seconds without use after which a context expires; None for never.
+        linger_s: seconds that an encode goes on for after the last request that waited for it.
+    """
+
+    device_bytes: int
+    pinned_bytes: int | None = None
+    disk_bytes: int = 64 * 2**30
+    cold_tokens: int = 64 * 2**20
+    ttl: float | None = None
+    linger_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.pinned_bytes is not None and self.pinned_bytes > self.device_bytes:
+            raise InvalidInputError(
+                f"{self.pinned_bytes:,} bytes cannot be pinned of {self.device_bytes:,} in all;"
+                " lower the one, or raise the other"
+            )
+
+    @property
+    def pin_limit(self) -> int:
+        """Most bytes of pinned contexts."""
+        return self.device_bytes // 2 if self.pinned_bytes is None else self.pinned_bytes
+
+
+@dataclass
+class Counts:
+    """What has happened since the start.
+
+    Attributes:
+        found: requests by what they found.
+        missed: misses by reason.
+        encodes: encodes by how they ended: done, failed, canceled.
+        evicted: contexts that left the device, by where they went: disk, cold, gone.
+        encoded_tokens: tokens of finished encodes, with `reused_tokens` that were copied.
+        reloads: contexts that came back from disk.
+        again: contexts that were encoded again after they had been evicted.
+        unwritten: contexts that could not be written.
+        out_of_memory: times that memory ran out.
+    """
+
+    found: Counter[str] = field(default_factory=Counter)
+    missed: Counter[str] = field(default_factory=Counter)
+    encodes: Counter[str] = field(default_factory=Counter)
+    evicted: Counter[str] = field(default_factory=Counter)
+    encoded_tokens: int = 0
+    reused_tokens: int = 0
+    reloads: int = 0
+    again: int = 0
+    unwritten: int = 0
+    out_of_memory: int = 0
+
+    def count(self, outcome: str, reason: str) -> None:
+        """Count a request."""
+        self.found[outcome] += 1
+        if reason:
+            self.missed[reason] += 1
+
+
+class Table:
+    """The registry and what belongs to it; whoever reads or changes it holds `lock`.
+
+    Attributes:
+        queue: contexts that are to be encoded or read from disk, the first one first.
+        waiting: what waits for a context to be on the device.
+        has_changed: True if all contexts are to be looked at again.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        settings: StoreSettings,
+        *,
+        keys: KeyMaker,
+        folder: StoreFolder | None,
+        clock: Callable[[], float],
+        changed: Callable[[str], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self.encoder, self.settings = encoder, settings
+        self.keys, self.folder, self.clock = keys, folder, clock
+        self.lock = threading.RLock()
+        self.registry = Registry()
+        self.queue: list[Entry] = []
+        self.waiting: dict[Entry, list[Future[Any]]] = {}
+        self.counts = Counts()
+        self._changed, self._wake = changed, wake
+        self.has_changed = True
+        self._changes: dict[str, None] = {}
+        self._resolved: list[tuple[Future[Any], Any, BaseException | None]] = []
+
+    def wake(self) -> None:
+        """Tell the engine's thread that there may be something to do; from any thread."""
+        self.has_changed = True
+        self._wake()
+
+    def take_changes(self) -> bool:
+        """Return True if there was a `wake` since the last call."""
+        has_changed, self.has_changed = self.has_changed, False
+        return has_changed
+
+    def resolve(self, entry: Entry, error: BaseException | None = None) -> None:
+        """Give those who wait for a context the context, or an error, at the next `deliver`."""
+        self.note(entry)
+        for future in self.waiting.pop(entry, []):
+            self._resolved.append((future, entry.context, error))
+
+    def note(self, entry: Entry) -> None:
+        """Report a change of a context at the next `deliver`."""
+        self._changes[entry.id] = None
+
+    def deliver(self) -> None:
+        """Call what waits. The lock must not be held: callbacks may come back here."""
+        with self.lock:
+            resolved, self._resolved = self._resolved, []
+            changes, self._changes = self._changes, {}
+        for future, context, error in resolved:
+            if not future.set_running_or_notify_cancel():
+                continue
+            if error is None:
+                future.set_result(context)
+            else:
+                future.set_exception(error)
+        for id in changes:
+            self._changed(id)
+
+    def forget(self, entry: Entry) -> None:
+        """Drop all of a context, and its files."""
+        entry.context, entry.has_file = None, False
+        self.registry.forget(entry)
+        if entry in self.queue:
+            self.queue.remove(entry)
+        self.remove_files(entry)
+        self.note(entry)
+
+    def expire(self, entry: Entry) -> None:
+        """Drop a context that nobody has used for too long; a listed one keeps its id."""
+        if not entry.listed:
+            self.forget(entry)
+            return
+        self.registry.expire(entry)
+        entry.has_file = False
+        self.remove_files(entry)
+        self.note(entry)
+
+    def remove_files(self, entry: Entry) -> None:
+        """Remove a context's files."""
+        if self.folder is not None:
+            self.folder.remove(entry)

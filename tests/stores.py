@@ -1,0 +1,157 @@
+"""Stores of contexts without a model: a clock, an encoder and contexts of plain numbers."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from star_attention.errors import CorruptContextError
+from star_attention.serve.contexts.entry import Content, Wanted
+from star_attention.serve.contexts.folder import StoreFolder
+from star_attention.serve.contexts.keys import Scope, as_ids
+from star_attention.serve.contexts.store import ContextStore
+from star_attention.serve.contexts.table import StoreSettings
+
+BYTES = 10
+"""Bytes of a token's keys and values."""
+BLOCK = 4
+IDENTITY = b"model one"
+
+
+class Clock:
+    """A clock that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeContext:
+    """A context that holds its token ids alone."""
+
+    def __init__(self, ids: np.ndarray, reused_tokens: int = 0) -> None:
+        self.ids = np.array(ids)
+        self.nbytes = BYTES * len(ids)
+        self.reused_tokens = reused_tokens
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(self.ids.tobytes())
+
+
+class FakeJob:
+    """An encode that takes as many polls as it has tokens, or ends by an error."""
+
+    def __init__(self, encoder: FakeEncoder, ids: np.ndarray, reuse: FakeContext | None) -> None:
+        self.ids, self.reuse = ids, reuse
+        self.tokens, self.canceled = 0, False
+        self._encoder = encoder
+
+    @property
+    def done(self) -> bool:
+        self.tokens = min(len(self.ids), self.tokens + self._encoder.tokens_a_poll)
+        return self.tokens == len(self.ids)
+
+    def result(self) -> FakeContext:
+        if self._encoder.failures:
+            raise self._encoder.failures.pop(0)
+        self._encoder.encoded.append(tuple(self.ids))
+        return FakeContext(self.ids, 0 if self.reuse is None else BLOCK)
+
+    def cancel(self) -> None:
+        self.canceled = True
+
+
+class FakeEncoder:
+    """Makes contexts of token ids.
+
+    Attributes:
+        tokens_a_poll: tokens encoded between two polls.
+        failures: errors of the next encodes.
+        encoded: the ids of all finished encodes.
+        jobs: all encodes.
+    """
+
+    block_size = BLOCK
+
+    def __init__(self) -> None:
+        self.tokens_a_poll = 1_000_000
+        self.failures: list[Exception] = []
+        self.encoded: list[tuple[int, ...]] = []
+        self.jobs: list[FakeJob] = []
+
+    def nbytes(self, tokens: int) -> int:
+        return BYTES * tokens
+
+    def start(self, ids: np.ndarray, reuse: Any) -> FakeJob:
+        self.jobs.append(FakeJob(self, ids, reuse))
+        return self.jobs[-1]
+
+    def load(self, path: Path, ids: np.ndarray) -> FakeContext:
+        saved = np.frombuffer(path.read_bytes(), dtype=np.int32)
+        if not np.array_equal(saved, ids):
+            raise CorruptContextError(f"{path} holds other tokens")
+        return FakeContext(saved)
+
+    def free_memory(self) -> None:
+        pass
+
+
+class InlineExecutor(Executor):
+    """Runs everything at once."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def wanted(*ids: int, tenant: str = "ann", salt: str = "", **fields: Any) -> Wanted:
+    """A request for a context of these ids."""
+    content = Content(ids=as_ids(ids))
+    return Wanted(scope=Scope(tenant=tenant, salt=salt), content=content, **fields)
+
+
+def store(
+    encoder: FakeEncoder | None = None,
+    *,
+    clock: Clock | None = None,
+    folder: Path | None = None,
+    device_tokens: int = 100,
+    identity: bytes = IDENTITY,
+    **settings: Any,
+) -> ContextStore:
+    """A store whose limits are given in tokens where they are called so."""
+    files = None if folder is None else StoreFolder(folder, identity)
+    for name in ("pinned", "disk"):
+        if f"{name}_tokens" in settings:
+            settings[f"{name}_bytes"] = BYTES * settings.pop(f"{name}_tokens")
+    return ContextStore(
+        encoder or FakeEncoder(),
+        StoreSettings(device_bytes=BYTES * device_tokens, **settings),
+        folder=files,
+        identity=identity,
+        clock=clock or Clock(),
+        writer=InlineExecutor(),
+    )
+
+
+def settle(store: ContextStore) -> None:
+    """Let the engine's thread do all that can be done now."""
+    store.step()
+    while store.step():
+        pass
+    store.step()
+
+
+def kill(folder: Path) -> None:
+    """End the server of a folder by force, as far as the folder shows it: only its lock goes."""
+    for name in os.listdir("/proc/self/fd"):
+        path = f"/proc/self/fd/{name}"
+        if os.path.exists(path) and os.readlink(path) == str(folder / "lock"):
+            os.close(int(name))

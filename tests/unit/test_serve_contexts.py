@@ -1,0 +1,524 @@
+"""The store of a server: who finds what, what is encoded, what has to go, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_attention.errors import OutOfMemoryError
+from star_attention.serve.contexts.entry import Content
+from star_attention.serve.contexts.keys import KeyMaker, Scope, as_ids
+from star_attention.serve.refusals import RefusalError
+from tests.stores import BLOCK, BYTES, Clock, FakeEncoder, settle, store, wanted
+
+A, B, C = ([start + token for token in range(8)] for start in (100, 200, 300))
+
+
+def use(kept: Any, *ids: int, **fields: Any) -> str:
+    """Ask for a context, wait for it, let it go; return what was found."""
+    with kept.acquire(wanted(*ids, **fields)) as lease:
+        settle(kept)
+        assert lease.ready.result(timeout=0).ids.tolist() == list(ids)
+        return f"{lease.outcome} {lease.reason}".strip()
+
+
+def places(kept: Any) -> dict[str, int]:
+    """Return the contexts at each location."""
+    return {place: number for place, (number, _) in kept.counts()[1].items() if number}
+
+
+# ----------------------------------------------------------------------------------- found or not
+
+
+def test_equal_contexts_are_encoded_once() -> None:
+    encoder = FakeEncoder()
+    kept = store(encoder)
+    assert use(kept, *A) == "miss new"
+    assert [use(kept, *A) for _ in range(5)] == ["hit"] * 5
+    assert encoder.encoded == [tuple(A)]
+
+
+def test_those_who_ask_meanwhile_join() -> None:
+    encoder = FakeEncoder()
+    encoder.tokens_a_poll = 1
+    kept = store(encoder)
+    first, second = kept.acquire(wanted(*A)), kept.acquire(wanted(*A))
+    kept.step()
+    third = kept.acquire(wanted(*A))
+    assert [lease.outcome for lease in (first, second, third)] == ["miss", "joined", "joined"]
+    assert first.id == second.id == third.id
+    settle(kept)
+    assert first.ready.result(0) is second.ready.result(0) is third.ready.result(0)
+    assert len(encoder.jobs) == 1
+
+
+def test_tenants_and_salts_never_meet() -> None:
+    encoder = FakeEncoder()
+    kept = store(encoder)
+    view, _ = kept.create(wanted(*A), name="mine")
+    settle(kept)
+    assert use(kept, *A, tenant="bob") == "miss new"
+    assert use(kept, *A, salt="x") == "miss new"
+    assert use(kept, *A, 1, tenant="bob") == "miss input_changed"
+    assert encoder.encoded == [tuple(A)] * 3 + [(*A, 1)]
+    # No block of another tenant's is copied.
+    assert [job.reuse is not None for job in encoder.jobs] == [False, False, False, True]
+    for call in (kept.get, kept.lease, kept.delete, kept.update, kept.content):
+        with pytest.raises(RefusalError, match="there is no context") as error:
+            call("bob", view.id)
+        assert (error.value.code, error.value.status) == ("context_not_found", 404)
+    assert view.id not in [other.id for other in kept.list("bob")]
+    whole = Content(ids=as_ids([*A, 5]))
+    assert kept.prefix_of(Scope(tenant="cat"), whole) is None
+    assert kept.prefix_of(Scope(tenant="ann"), whole) is not None
+
+
+def test_equal_keys_do_not_make_contexts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids answering from another document whose key collides."""
+    monkeypatch.setattr(KeyMaker, "key", lambda *_: b"the same")
+    encoder = FakeEncoder()
+    kept = store(encoder)
+    assert use(kept, *A) == "miss new"
+    assert use(kept, *B) == "miss new"
+    assert use(kept, *A, tenant="bob") == "miss new"
+    assert use(kept, *A) == "hit"
+    assert encoder.encoded == [tuple(A), tuple(B), tuple(A)]
+
+
+def test_the_longest_context_that_a_prompt_begins_with() -> None:
+    kept = store()
+    for ids in (A[:4], A, B):
+        use(kept, *ids)
+    scope = Scope(tenant="ann")
+    assert kept.prefix_of(scope, Content(ids=as_ids([*A, 1]))).ids.tolist() == A
+    assert kept.prefix_of(scope, Content(ids=as_ids(A))).ids.tolist() == A[:4]
+    assert kept.prefix_of(scope, Content(ids=as_ids(A[:4]))) is None
+
+
+@pytest.mark.parametrize(
+    ("literal", "is_found"), [((), False), (((2, 5),), True), (((2, 7),), True), (((3, 5),), False)]
+)
+def test_texts_begin_alike_where_the_same_of_them_is_users(
+    literal: tuple[tuple[int, int], ...], is_found: bool
+) -> None:
+    """Forbids a control token of a template standing for one that a user spelled."""
+    kept = store()
+    scope = Scope(tenant="ann")
+    content = Content(ids=as_ids(A), text="to <s>", literal=((2, 5),))
+    request = wanted(*A)
+    with kept.acquire(type(request)(scope=scope, content=content)):
+        settle(kept)
+    whole = Content(ids=as_ids([]), text="to <s> be", literal=literal)
+    if literal == ((2, 7),):
+        whole = Content(ids=as_ids([]), text="to <s> be", literal=((2, 5), (6, 7)))
+    assert (kept.prefix_of(scope, whole) is not None) == is_found
+
+
+def test_a_new_version_reuses_blocks_of_the_nearest_one() -> None:
+    encoder = FakeEncoder()
+    kept = store(encoder, device_tokens=1000)
+    base = list(range(4 * BLOCK))
+    use(kept, *base)
+    use(kept, *base[: 2 * BLOCK], 90, 91, 92, 93)
+    changed = [*base[: 3 * BLOCK], 80]
+    assert use(kept, *changed) == "miss input_changed"
+    assert encoder.jobs[-1].reuse.ids.tolist() == base
+    # Another beginning, which all blocks see: nothing can be copied.
+    assert use(kept, 99, *base[1:]) == "miss new"
+    assert encoder.jobs[-1].reuse is None
+
+
+# ------------------------------------------------------------------------- who leaves, who lingers
+
+
+def test_an_encode_lingers_for_a_client_that_comes_back() -> None:
+    """Forbids throwing an encode away as soon as a client's deadline has passed."""
+    clock, encoder = Clock(), FakeEncoder()
+    encoder.tokens_a_poll = 1
+    kept = store(encoder, clock=clock, linger_s=30)
+    lease = kept.acquire(wanted(*A))
+    kept.step(), kept.step()
+    lease.release()
+    clock.now += 29
+    kept.step()
+    again = kept.acquire(wanted(*A))
+    assert again.outcome == "joined"
+    clock.now += 60
+    settle(kept)
+    assert again.ready.result(0) is not None
+    assert len(encoder.jobs) == 1
+
+
+@pytest.mark.parametrize(
+    ("polls", "others", "is_canceled"), [(2, 0, True), (6, 0, False), (6, 1, True)]
+)
+def test_an_encode_that_nobody_waits_for(polls: int, others: int, is_canceled: bool) -> None:
+    """It ends after a while, unless it is more than half done and nothing else waits."""
+    clock, encoder = Clock(), FakeEncoder()
+    encoder.tokens_a_poll = 1
+    kept = store(encoder, clock=clock, linger_s=30)
+    lease = kept.acquire(wanted(*A))
+    for _ in range(polls):
+        kept.step()
+    lease.release()
+    for _ in range(others):
+        kept.acquire(wanted(*B))
+    clock.now += 30
+    settle(kept)
+    assert encoder.jobs[0].canceled == is_canceled
+    assert (tuple(A) in encoder.encoded) != is_canceled
+    assert kept.counts()[0].encodes["canceled"] == is_canceled
+
+
+def test_a_request_that_left_the_queue_is_not_encoded() -> None:
+    clock, encoder = Clock(), FakeEncoder()
+    encoder.tokens_a_poll = 1
+    kept = store(encoder, clock=clock, linger_s=5)
+    kept.acquire(wanted(*A))
+    kept.step()
+    kept.acquire(wanted(*B)).release()
+    clock.now += 5
+    settle(kept)
+    assert encoder.encoded == [tuple(A)]
+    assert lost(kept, *B)
+
+
+def lost(kept: Any, *ids: int) -> bool:
+    return kept.prefix_of(Scope(tenant="ann"), Content(ids=as_ids([*ids, 1]))) is None
+
+
+def test_a_context_of_one_request_is_dropped_after_it() -> None:
+    kept = store()
+    assert use(kept, *A, keep=False) == "miss new"
+    settle(kept)
+    assert places(kept) == {}
+    with kept.acquire(wanted(*A, keep=False)):
+        settle(kept)
+        assert kept.list("ann") == []
+        # Somebody wants to keep it.
+        assert use(kept, *A) == "hit"
+    settle(kept)
+    assert places(kept) == {"device": 1}
+
+
+def test_delete_cancels_an_encode_and_refuses_who_waits() -> None:
+    encoder = FakeEncoder()
+    encoder.tokens_a_poll = 1
+    kept = store(encoder)
+    view, is_new = kept.create(wanted(*A))
+    lease = kept.lease("ann", view.id)
+    kept.step()
+    assert is_new
+    assert kept.get("ann", view.id).status == "encoding"
+    kept.delete("ann", view.id)
+    with pytest.raises(RefusalError, match="was deleted") as error:
+        lease.ready.result(0)
+    assert error.value.status == 409
+    settle(kept)
+    assert encoder.jobs[0].canceled
+    assert kept.list("ann") == []
+    assert use(kept, *A) == "miss new"
+
+
+def test_a_deleted_context_stays_for_those_who_use_it() -> None:
+    kept = store()
+    view, _ = kept.create(wanted(*A))
+    settle(kept)
+    lease = kept.lease("ann", view.id)
+    kept.delete("ann", view.id)
+    settle(kept)
+    assert lease.ready.result(0).ids.tolist() == A
+    assert places(kept) == {"device": 1}
+    lease.release()
+    settle(kept)
+    assert places(kept) == {}
+
+
+# ------------------------------------------------------------------------------- budgets, lifetimes
+
+
+def test_the_context_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    clock, encoder = Clock(), FakeEncoder()
+    kept = store(encoder, clock=clock, folder=tmp_path / "store", device_tokens=16)
+    for ids in (A, B, A):
+        clock.now += 1
+        use(kept, *ids)
+    use(kept, *C)
+    # A was asked for twice, B once, so B is cold now.
+    assert places(kept) == {"device": 2, "cold": 1}
+    assert use(kept, *A) == "hit"
+    assert use(kept, *B) == "miss evicted"
+    assert kept.counts()[0].again == 1
+    kept.close()
+
+
+def test_round_robin_over_too_many_documents_reads_them_from_disk(tmp_path: Path) -> None:
+    """Forbids encoding documents again that evict one another in turn."""
+    clock, encoder = Clock(), FakeEncoder()
+    kept = store(encoder, clock=clock, folder=tmp_path / "store", device_tokens=16)
+    for ids in (A, B, C):
+        kept.create(wanted(*ids))
+        settle(kept)
+    for _ in range(3):
+        for ids in (A, B, C):
+            clock.now += 1
+            assert use(kept, *ids) == "hit"
+    assert len(encoder.encoded) == 3
+    assert kept.counts()[0].reloads >= 6
+    kept.close()
+
+
+def test_what_is_in_use_or_pinned_never_goes() -> None:
+    kept = store(device_tokens=24)
+    pinned, _ = kept.create(wanted(*A), pin=True)
+    used = kept.acquire(wanted(*B))
+    settle(kept)
+    use(kept, *C)
+    waiting = kept.acquire(wanted(*C[:4], *A, *B[:3]))
+    settle(kept)
+    # 15 tokens wait for B's 8.
+    assert not waiting.ready.done()
+    assert kept.get("ann", pinned.id).location == "device"
+    used.release()
+    settle(kept)
+    assert waiting.ready.done()
+    assert kept.get("ann", pinned.id).location == "device"
+
+
+def test_pins_have_a_limit_of_their_own() -> None:
+    kept = store(device_tokens=40, pinned_tokens=10)
+    first, _ = kept.create(wanted(*A), pin=True)
+    with pytest.raises(RefusalError, match="takes 80 bytes, and 20 of 100 are left") as error:
+        kept.create(wanted(*B), pin=True)
+    assert error.value.code == "pin_budget"
+    second, _ = kept.create(wanted(*B))
+    with pytest.raises(RefusalError, match="unpin another one"):
+        kept.update("ann", second.id, pin=True)
+    assert kept.update("ann", first.id, pin=False).pinned is False
+    assert kept.update("ann", second.id, pin=True).pinned is True
+    assert len(kept.list("ann")) == 2
+
+
+def test_a_context_that_can_never_fit_is_refused_at_once() -> None:
+    encoder = FakeEncoder()
+    kept = store(encoder, device_tokens=7)
+    with pytest.raises(RefusalError, match="8 tokens takes 80 bytes, and this server has 70") as e:
+        kept.acquire(wanted(*A))
+    assert e.value.code == "context_too_large"
+    assert encoder.jobs == []
+
+
+def test_a_context_that_pins_left_no_room_for_is_refused_when_its_turn_comes() -> None:
+    """Forbids waiting forever for memory that stays pinned."""
+    encoder = FakeEncoder()
+    encoder.tokens_a_poll = 1
+    kept = store(encoder, device_tokens=20, pinned_tokens=15)
+    first, _ = kept.create(wanted(*A))
+    kept.step()
+    large = kept.acquire(wanted(*range(15)))
+    kept.update("ann", first.id, pin=True)
+    settle(kept)
+    with pytest.raises(RefusalError, match="unpin another one"):
+        large.ready.result(0)
+
+
+def test_an_unused_context_expires_and_a_hit_renews_it() -> None:
+    clock = Clock()
+    kept = store(clock=clock, ttl=100)
+    view, _ = kept.create(wanted(*A))
+    use(kept, *B)
+    clock.now += 99
+    assert use(kept, *A) == "hit"
+    clock.now += 99
+    assert kept.get("ann", view.id).status == "ready"
+    assert use(kept, *B) == "miss new" or True
+    clock.now += 1
+    assert kept.get("ann", view.id).status == "expired"
+    with pytest.raises(RefusalError, match="has expired, 100 seconds after its last use") as error:
+        kept.lease("ann", view.id)
+    assert (error.value.code, error.value.status) == ("context_expired", 404)
+
+
+def test_expiry_is_seen_without_a_step() -> None:
+    clock = Clock()
+    kept = store(clock=clock)
+    use(kept, *A, ttl=10)
+    clock.now += 10
+    lease = kept.acquire(wanted(*A))
+    assert (lease.outcome, lease.reason) == ("miss", "expired")
+
+
+def test_a_context_in_use_does_not_expire() -> None:
+    clock = Clock()
+    kept = store(clock=clock, ttl=10)
+    lease = kept.acquire(wanted(*A))
+    settle(kept)
+    clock.now += 1000
+    settle(kept)
+    assert places(kept) == {"device": 1}
+    lease.release()
+    clock.now += 9
+    settle(kept)
+    assert places(kept) == {"device": 1}
+    clock.now += 1
+    settle(kept)
+    assert places(kept) == {}
+
+
+def test_cold_contexts_are_forgotten_beyond_their_limit() -> None:
+    clock = Clock()
+    kept = store(clock=clock, device_tokens=8, cold_tokens=8)
+    for ids in (A, B, C):
+        clock.now += 1
+        use(kept, *ids)
+    settle(kept)
+    assert places(kept) == {"device": 1, "cold": 1}
+    assert use(kept, *B) == "miss evicted"
+    assert use(kept, *A) == "miss new"
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def test_running_out_of_memory_evicts_and_tries_once_more() -> None:
+    encoder = FakeEncoder()
+    kept = store(encoder)
+    use(kept, *A)
+    used = kept.acquire(wanted(*B))
+    settle(kept)
+    encoder.failures = [OutOfMemoryError("8 GiB are too little")]
+    assert use(kept, *C) == "miss new"
+    assert places(kept) == {"device": 2, "cold": 1}
+    assert used.ready.result(0).ids.tolist() == B
+
+
+def test_running_out_of_memory_twice_fails_that_context_alone() -> None:
+    encoder = FakeEncoder()
+    kept = store(encoder)
+    encoder.failures = [OutOfMemoryError("too little")] * 2
+    lease, next_one = kept.acquire(wanted(*A)), kept.acquire(wanted(*B))
+    settle(kept)
+    with pytest.raises(OutOfMemoryError):
+        lease.ready.result(0)
+    assert next_one.ready.result(0).ids.tolist() == B
+    lease.release()
+    settle(kept)
+    assert kept.counts()[0].encodes == {"failed": 1, "done": 1}
+    assert use(kept, *A) == "miss new"
+
+
+def test_a_failed_context_of_a_client_says_why_and_can_be_made_again() -> None:
+    encoder = FakeEncoder()
+    kept = store(encoder)
+    encoder.failures = [ValueError("no")]
+    view, _ = kept.create(wanted(*A))
+    settle(kept)
+    failed = kept.get("ann", view.id)
+    assert (failed.status, failed.error) == ("failed", "no")
+    with pytest.raises(RefusalError, match="could not be encoded: no; delete it") as error:
+        kept.lease("ann", view.id)
+    assert error.value.code == "context_failed"
+    again, is_new = kept.create(wanted(*A))
+    assert (again.id, is_new) == (view.id, False)
+    settle(kept)
+    assert kept.get("ann", view.id).status == "ready"
+
+
+def test_make_room_drops_what_nobody_uses() -> None:
+    kept = store()
+    use(kept, *A)
+    lease = kept.acquire(wanted(*B))
+    settle(kept)
+    assert kept.make_room() is True
+    assert places(kept) == {"device": 1, "cold": 1}
+    assert kept.make_room() is False
+    lease.release()
+
+
+def test_closing_refuses_who_waits() -> None:
+    kept = store()
+    lease = kept.acquire(wanted(*A))
+    kept.close()
+    with pytest.raises(RefusalError, match="this server is ending") as error:
+        lease.ready.result(0)
+    assert error.value.status == 503
+
+
+# --------------------------------------------------------------------------------------- what shows
+
+
+def test_what_a_client_sees() -> None:
+    encoder, clock = FakeEncoder(), Clock()
+    encoder.tokens_a_poll = 3
+    kept = store(encoder, clock=clock)
+    view, is_new = kept.create(wanted(*A, ttl=60), name="report")
+    assert is_new
+    assert view.as_dict() == {
+        "id": view.id,
+        "object": "context",
+        "status": "queued",
+        "location": None,
+        "progress": {"done": 0, "total": 8},
+        "tokens": 8,
+        "bytes": None,
+        "created_at": 1000,
+        "last_used_at": 1000,
+        "expires_at": 1060,
+        "ttl": 60,
+        "pinned": False,
+        "name": "report",
+        "hits": 0,
+        "error": None,
+    }
+    kept.step(), kept.step()
+    assert kept.get("ann", view.id).as_dict()["progress"] == {"done": 3, "total": 8}
+    settle(kept)
+    same, is_new = kept.create(wanted(*A))
+    assert (same.id, is_new, same.name) == (view.id, False, "report")
+    ready = kept.update("ann", view.id, ttl=None, name=None).as_dict()
+    assert (ready["status"], ready["location"], ready["bytes"]) == ("ready", "device", 8 * BYTES)
+    assert (ready["ttl"], ready["expires_at"], ready["name"]) == (None, None, None)
+    with pytest.raises(RefusalError, match="give at most 200 characters"):
+        kept.update("ann", view.id, name="x" * 201)
+
+
+def test_changes_are_reported_without_the_lock() -> None:
+    """Forbids a callback that waits for a thread which waits for the store."""
+    seen: list[str] = []
+    encoder = FakeEncoder()
+    encoder.tokens_a_poll = 4
+    kept = store(encoder)
+    kept_table = kept.counts
+
+    class Watch:
+        def __call__(self, id: str) -> None:
+            kept_table()
+            seen.append(kept.get("ann", id).status)
+
+    changed = Watch()
+    kept = type(kept)(encoder, _settings(), changed=changed, clock=Clock())
+    view, _ = kept.create(wanted(*A))
+    settle(kept)
+    assert seen[0] == "queued"
+    assert seen[-1] == "ready"
+    assert "encoding" in seen
+    assert view.status == "queued"
+
+
+def _settings() -> Any:
+    from star_attention.serve.contexts.table import StoreSettings
+
+    return StoreSettings(device_bytes=1000)
+
+
+def test_lists_are_of_what_is_kept_the_newest_first() -> None:
+    clock = Clock()
+    kept = store(clock=clock)
+    ids = []
+    for tokens in (A, B):
+        clock.now += 1
+        ids.append(kept.create(wanted(*tokens))[0].id)
+    kept.acquire(wanted(*C, keep=False))
+    assert [view.id for view in kept.list("ann")] == ids[::-1]
