@@ -17,6 +17,7 @@ from star_attention.cli import bench, config_file
 from star_attention.cli import eval as evaluation
 from star_attention.cli.ask import ask
 from star_attention.cli.calibrate import calibrate
+from star_attention.cli.chat import chat
 from star_attention.cli.command import Command, command
 from star_attention.cli.demo import demo
 from star_attention.cli.encode import encode
@@ -52,7 +53,7 @@ def _add_group(name: str, functions: Iterable[Callable[..., None]], help: str) -
     app.add_typer(group, name=name, help=help)
 
 
-_add(app, (generate, encode, ask, info, plan, estimate, calibrate, demo))
+_add(app, (generate, encode, ask, chat, info, plan, estimate, calibrate, demo))
 _add_group(
     "bench",
     bench.COMMANDS,

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from star_attention.cli.config_options import ConfigOptions
+from star_attention.cli.lines import edit_lines, read_line
 from star_attention.cli.model_options import SavedModelOptions
 from star_attention.cli.options import AnswerOptions, Quiet, TemplateKwargs
 from star_attention.cli.progress import Status
 from star_attention.cli.streams import say
 from star_attention.cli.torchrun import is_rank_0
-from star_attention.errors import StarAttentionError, TextError
+from star_attention.errors import StarAttentionError
 
 if TYPE_CHECKING:
     from star_attention.cli.output import Answerer
@@ -44,7 +45,7 @@ def ask(
     --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session
-    from star_attention.cli.chat import template_kwargs
+    from star_attention.cli.chat_options import template_kwargs
     from star_attention.cli.inputs import read_queries
     from star_attention.cli.output import Answerer
 
@@ -62,19 +63,15 @@ def ask(
     queries = star.from_rank_0(queries)
     answerer = Answerer(star, context, answer, kwargs, status, show_encode_time=False)
     if queries:
-        answerer.answer_all(queries)
+        answerer.answer_all(queries, batch=answer.batch)
     else:
         _converse(answerer, status)
 
 
 def _converse(answerer: Answerer, status: Status) -> None:
-    import contextlib
-
-    with contextlib.suppress(ImportError):
-        # Gives input() a history and keys to edit the line.
-        import readline  # noqa: F401
+    edit_lines()
     status.say("type one question per line; an empty line or Ctrl-D ends")
-    while query := answerer.star.from_rank_0(_read_query() if is_rank_0() else None):
+    while query := answerer.star.from_rank_0(_typed() if is_rank_0() else None):
         # An error (say, a query that is too long) or Ctrl-C ends this answer only. At the prompt,
         # Ctrl-C ends the command.
         try:
@@ -86,21 +83,5 @@ def _converse(answerer: Answerer, status: Status) -> None:
             say("interrupted")
 
 
-def _read_query() -> str:
-    """Prompt for a line and strip it; return "" at the end of input."""
-    from star_attention.cli.inputs import check_utf8
-
-    prompt = _PROMPT
-    if not sys.stdout.isatty():
-        # Answers go to a file: keep the prompt out of it.
-        print(prompt, end="", file=sys.stderr, flush=True)
-        prompt = ""
-    try:
-        query = input(prompt).strip()
-    except EOFError:
-        print(file=sys.stderr)
-        return ""
-    except UnicodeDecodeError:
-        raise TextError("the typed query is not UTF-8; check the terminal's locale") from None
-    check_utf8("typed query", query)
-    return query
+def _typed() -> str:
+    return (read_line(_PROMPT) or "").strip()

@@ -1,60 +1,169 @@
-"""The options of chats: `--chat`, `--system` and `--chat-template-kwargs`."""
+"""`star-attention chat`: talk about a text; every question follows the answers before it."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from star_attention.cli.inputs import check_utf8
-from star_attention.cli.options import ContextOptions
-from star_attention.errors import InvalidInputError, TokenError, quote
+import typer
+
+from star_attention.cli.model_options import MODEL_VARIABLE, SavedModelOptions
+from star_attention.cli.options import ContextOptions, Quiet, ReplyOptions, option
+from star_attention.cli.progress import Status
+from star_attention.cli.torchrun import is_rank_0
+from star_attention.config import StarConfig
+from star_attention.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from star_attention.engine import StarLLM
+    from star_attention.generation.conversation import Conversation
+    from star_attention.storage.context import EncodedContext
 
 
-def messages(text: str, context: ContextOptions) -> list[dict[str, Any]]:
-    """Return a text as a user message, after the system message if there is one."""
-    system = [] if context.system is None else [{"role": "system", "content": context.system}]
-    return [*system, {"role": "user", "content": text}]
+@dataclass(frozen=True, kw_only=True)
+class TalkOptions(ContextOptions):
+    """Settings of encoding the text that is talked about."""
+
+    chat: Annotated[
+        bool,
+        option(
+            "Use the model's chat template, where it has one; without, questions and answers"
+            " continue the text.",
+            "--chat/--no-chat",
+            panel="Context",
+        ),
+    ] = True
 
 
-def check_chat(context: ContextOptions) -> None:
-    """Refuse options about a chat where there is none, and those that cannot be read.
+def chat(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILES",
+            help="UTF-8 text files; with the extra `documents` also PDF, Word and EPUB. Or one"
+            " file that names its model: a text saved by `encode`, or a conversation saved by"
+            " `/save`.",
+        ),
+    ],
+    model: SavedModelOptions,
+    context: TalkOptions,
+    answer: ReplyOptions,
+    quiet: Quiet = False,
+) -> None:
+    """Talk about a text: every question follows the answers before it.
 
-    Raises:
-        InvalidInputError: A value without --chat, or not a JSON object.
-        TokenError: If the system message is empty.
-        TextError: If it is not UTF-8.
+    Reads one question per line, from a terminal or a pipe, and streams the answers to stdout. Only
+    what is new is computed. `/save FILE` saves the conversation, to go on with `chat FILE`; `/undo`
+    takes a turn back, `/reset` all of them; `/help` lists commands. Ctrl-C ends an answer, Ctrl-D
+    the conversation. The exit status is 1 if a question of a pipe could not be answered.
+
+    Example: star-attention chat book.star
     """
-    if context.system is not None:
-        check_utf8("system message", context.system)
-        if not context.system.strip():
-            raise TokenError("the system message is empty; give --system at least one word")
-    template_kwargs(context.chat_template_kwargs)
+    from star_attention.cli.chat_options import check_chat, template_kwargs
+    from star_attention.cli.talk import Talk
+    from star_attention.storage.header import is_saved
+
+    kwargs = answer.generation_kwargs() | {"keep": True}
+    check_chat(context)
+    status = Status(quiet=quiet)
+    conversation = None
+    if len(files) == 1 and is_saved(Path(files[0])):
+        _check_saved(context, files[0])
+        if context.chat_template_kwargs is not None:
+            kwargs["chat_template_kwargs"] = template_kwargs(context.chat_template_kwargs)
+        star, encoded, conversation = _load(model, files[0], context, status)
+        star.check_settings(**kwargs)
+    else:
+        star, encoded = _encode(files, model, context, kwargs, status)
+    talk = Talk(star, encoded, answer, kwargs, status, show_encode_time=conversation is None)
+    talk.begin(conversation, files[0])
+    if not talk.run() and not sys.stdin.isatty():
+        raise typer.Exit(1)
+
+
+def _load(
+    model: SavedModelOptions, path: str, context: ContextOptions, status: Status
+) -> tuple[StarLLM, EncodedContext, Conversation | None]:
+    from star_attention.cli import session
+
+    settings = {name: context.settings[name] for name in ("kv_device", "allow_special_tokens")}
+    star, header = session.load_for_saved(model, path, status, **settings)
+    if "conversation" not in header:
+        return star, star.load_context(path), None
+    conversation = star.load_conversation(path)
+    return star, conversation.context, conversation
+
+
+def _encode(
+    files: list[str],
+    model: SavedModelOptions,
+    context: ContextOptions,
+    kwargs: dict[str, Any],
+    status: Status,
+) -> tuple[StarLLM, EncodedContext]:
+    from star_attention.cli import session
+    from star_attention.cli.inputs import STDIN, read_context
+
+    name = model.model or os.environ.get(MODEL_VARIABLE, "")
+    if not name:
+        raise typer.BadParameter(
+            "give a model; saved texts and conversations name theirs", param_hint="--model"
+        )
+    if STDIN in files:
+        raise typer.BadParameter(
+            "stdin brings the questions; give the text as a file", param_hint="FILES"
+        )
+    text = ""
+    if is_rank_0():
+        text = read_context(files, status.say, html_to_text=context.html_to_text)
+    model = replace(model, model=name)
+    star = session.load_for(model, replace(context, chat=False), status, text=text)
+    star.check_settings(**kwargs)
+    text = star.from_rank_0(text)
+    if context.chat and not getattr(star.tokenizer, "chat_template", None):
+        _check_without_template(context)
+        status.say("this model has no chat template: questions and answers continue the text")
+        context = replace(context, chat=False)
+    return star, session.encode_text(star, text, status, context)
+
+
+def _check_without_template(context: ContextOptions) -> None:
     for name, value in (
         ("--system", context.system),
         ("--chat-template-kwargs", context.chat_template_kwargs),
     ):
-        if value is not None and not context.chat:
-            raise InvalidInputError(f"{name} has no effect without --chat; add --chat")
+        if value is not None:
+            raise InvalidInputError(
+                f"{name} has no effect, because this model has no chat template; leave it out"
+            )
 
 
-def template_kwargs(text: str | None) -> dict[str, Any] | None:
-    """Read `--chat-template-kwargs`.
-
-    Raises:
-        InvalidInputError: If it is not a JSON object.
-    """
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidInputError(
-            f"--chat-template-kwargs {quote(text)} is not JSON ({error}); give an object such as"
-            " '{\"enable_thinking\": false}'"
-        ) from None
-    if not isinstance(value, dict):
-        raise InvalidInputError(
-            f"--chat-template-kwargs {quote(text)}: expected a JSON object, got"
-            f" {type(value).__name__}; give one such as '{{\"enable_thinking\": false}}'"
+def _check_saved(context: TalkOptions, path: str) -> None:
+    """Refuse options about encoding, which a saved file has behind it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(StarConfig)}
+    given = [
+        name.replace("_", "-")
+        for name, value in context.settings.items()
+        if name not in ("kv_device", "allow_special_tokens")
+        and value is not None
+        and str(value) != str(defaults.get(name))
+    ]
+    given += [
+        name
+        for name, is_given in (
+            ("calibration", context.calibration is not None),
+            ("system", context.system is not None),
+            ("no-chat", not context.chat),
+            ("html-to-text", context.html_to_text),
         )
-    return value
+        if is_given
+    ]
+    if given:
+        raise InvalidInputError(
+            f"--{given[0]} has no effect on {path}, which is encoded; leave it out, or give the"
+            " text itself"
+        )

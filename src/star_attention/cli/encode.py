@@ -40,7 +40,7 @@ def encode(
     """
     from star_attention.cli import reuse as reusing
     from star_attention.cli import session
-    from star_attention.cli.chat import check_chat
+    from star_attention.cli.chat_options import check_chat
     from star_attention.cli.inputs import read_context
     from star_attention.cli.paths import check_save_path
 

@@ -37,7 +37,7 @@ def generate(
     --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session
-    from star_attention.cli.chat import check_chat
+    from star_attention.cli.chat_options import check_chat
     from star_attention.cli.inputs import read_context, read_queries
     from star_attention.cli.output import Answerer
     from star_attention.cli.paths import check_save_path
@@ -65,4 +65,5 @@ def generate(
     )
     if save is not None:
         session.save(encoded, save, status)
-    Answerer(star, encoded, answer, kwargs, status, show_encode_time=True).answer_all(queries)
+    answerer = Answerer(star, encoded, answer, kwargs, status, show_encode_time=True)
+    answerer.answer_all(queries, batch=answer.batch)

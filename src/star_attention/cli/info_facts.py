@@ -25,11 +25,14 @@ def of_context(path: str) -> dict[str, Any]:
     plan = plan_in(header)
     identity, chat, source = header["identity"], header["chat"], header.get("source") or {}
     config = identity["config"]
+    talk = header.get("conversation")
+    turns = None if talk is None else len(talk["turns"])
     return {
-        "kind": "saved context",
+        "kind": "saved context" if talk is None else "saved conversation",
         "path": path,
         "file_bytes": _size(Path(path)),
         "context_tokens": plan.context_tokens,
+        "turns": turns,
         "method": header["method"],
         "block_size": plan.block_size,
         "blocks": plan.num_blocks,

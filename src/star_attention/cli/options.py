@@ -116,8 +116,8 @@ class ContextOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
-    """The queries, how they are answered, and how answers are printed."""
+class QueryOptions:
+    """The queries."""
 
     query: Annotated[
         list[str] | None,
@@ -141,6 +141,12 @@ class AnswerOptions:
             panel="Query",
         ),
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyOptions:
+    """How queries are answered, and how answers are printed."""
+
     answer_prefix: Annotated[
         str,
         option(
@@ -323,6 +329,11 @@ class AnswerOptions:
 
         # The other ranks' arguments do not count.
         return read_json(self.json_schema) if is_rank_0() else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ReplyOptions, QueryOptions):
+    """The queries, how they are answered, and how answers are printed."""
 
 
 def without_none(**options: Any) -> dict[str, Any]:

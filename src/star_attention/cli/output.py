@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.formatting import answer_summary, context_summary, format_seconds
-from star_attention.cli.options import AnswerOptions
+from star_attention.cli.options import ReplyOptions
 from star_attention.cli.progress import Status
 from star_attention.cli.streams import say
 from star_attention.cli.torchrun import is_rank_0
@@ -76,27 +76,31 @@ class Answerer:
         kwargs: Keyword arguments of `StarLLM.generate`.
         status: Receives a one-line summary of each answer.
         show_encode_time: True if the context was encoded by this command.
+
+    Attributes:
+        asked: What queries follow: the context, or a conversation about it.
     """
 
     def __init__(
         self,
         star: StarLLM,
         context: EncodedContext,
-        options: AnswerOptions,
+        options: ReplyOptions,
         kwargs: dict[str, Any],
         status: Status,
         *,
         show_encode_time: bool,
     ) -> None:
         self.star, self.context = star, context
+        self.asked: Any = context
         self.options, self.kwargs, self.status = options, kwargs, status
         self.summary_head = context_summary(context) + ", "
         if show_encode_time:
             self.summary_head += f"encode {format_seconds(context.encode_s)}, "
 
-    def answer_all(self, queries: list[str]) -> None:
+    def answer_all(self, queries: list[str], *, batch: bool) -> None:
         """Answer queries one after another, or as one batch. Several get a header each."""
-        if self.options.batch and len(queries) > 1:
+        if batch and len(queries) > 1:
             replies = self.star.generate(
                 self.context, [self._content(query) for query in queries], **self.kwargs
             )
@@ -110,21 +114,22 @@ class Answerer:
                 self._print_header(query, first=not number)
             self.answer(query)
 
-    def answer(self, query: str) -> None:
+    def answer(self, query: str) -> Generation:
         """Answer one query, streaming it unless the options or a beam search forbid it."""
         if self.options.json or self.options.no_stream or (self.options.num_beams or 1) > 1:
-            reply = self.star.generate(self.context, self._content(query), **self.kwargs)
+            reply: Generation = self.star.generate(self.asked, self._content(query), **self.kwargs)
             self._print(query, reply)
         else:
             reply = self._stream(query)
         self._print_summary([reply])
+        return reply
 
     def _content(self, query: str) -> Any:
         """Return the query as the engine takes it: a user message if the context is a chat."""
         return query if self.context.chat is None else [{"role": "user", "content": query}]
 
     def _stream(self, query: str) -> Generation:
-        with self.star.stream(self.context, self._content(query), **self.kwargs) as stream:
+        with self.star.stream(self.asked, self._content(query), **self.kwargs) as stream:
             self._print_deltas(stream.deltas())
         print(flush=True)
         self._print_sources(stream.result)

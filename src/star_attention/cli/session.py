@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star_attention.cli.chat import messages, template_kwargs
+from star_attention.cli.chat_options import messages, template_kwargs
 from star_attention.cli.formatting import format_bytes
 from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import ContextOptions
@@ -26,6 +26,7 @@ from star_attention.planning.positions import Positions
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
+    from star_attention.generation.conversation import Conversation
     from star_attention.hf.loading.files import ModelFiles
     from star_attention.storage.context import EncodedContext
 
@@ -248,7 +249,15 @@ def load_for(
 def load_saved(
     model: ModelOptions, path: str, status: Status, **settings: Any
 ) -> tuple[StarLLM, EncodedContext]:
-    """Load a saved context and its model, with these settings.
+    """Load a saved context and its model, with these settings; see `load_for_saved`."""
+    star, _ = load_for_saved(model, path, status, **settings)
+    return star, star.load_context(path)
+
+
+def load_for_saved(
+    model: ModelOptions, path: str, status: Status, **settings: Any
+) -> tuple[StarLLM, dict[str, Any]]:
+    """Load the model of a saved context or conversation; return it with the file's header.
 
     Method and look-back are the file's, and so are the precision with `--dtype auto`, and the model
     without `--model`.
@@ -267,8 +276,7 @@ def load_saved(
     model = named_by(header, path, model)
     check_fits(header, path, model)
     settings |= {"method": header["method"], **lookback_in(header)}
-    star = load_with_tokenizer(model, status, **settings)
-    return star, star.load_context(path)
+    return load_with_tokenizer(model, status, **settings), header
 
 
 def encode_text(
@@ -340,9 +348,9 @@ def _saved_size(star: StarLLM, path: str, context_tokens: int) -> str:
     return f"the saved context will take about {format_bytes(size)}{smaller}"
 
 
-def save(context: EncodedContext, path: str, status: Status) -> None:
-    """Save a context, and report the size of the file or folder."""
-    context.save(path)
+def save(saved: EncodedContext | Conversation, path: str, status: Status) -> None:
+    """Save a context or a conversation, and report the size of the file or folder."""
+    saved.save(path)
     target = Path(path)
     files = target.iterdir() if target.is_dir() else [target]
     size = format_bytes(sum(file.stat().st_size for file in files))

@@ -216,26 +216,6 @@ class EncodedContext(Transient):
         """
         save_context(self, path)
 
-    def _header(self) -> dict[str, Any]:
-        """Return what the header of a saved file says of the context, as JSON values."""
-        header = {
-            "method": self.method,
-            "context_tokens": self.plan.context_tokens,
-            "block_size": self.plan.block_size,
-            "anchor_size": self.plan.anchor_size,
-            "lookback": self.plan.lookback,
-            "lookback_layers": self.plan.lookback_layers,
-            "rope_length": self.rope_length,
-            "chat": self.chat,
-            "end": self.end,
-            "encode_s": self.encode_s,
-            "reused_tokens": self.reused_tokens,
-            "kv_dtype": self.kv.kv_format.dtype,
-            "expands": [layer.expands for layer in self.kv.layers],
-            "identity": self.identity,
-        }
-        return header if self.source is None else header | {"source": self.source}
-
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors that this rank writes: tensor-parallel rank 0 writes all heads."""
         tensors = {"token_ids": self.token_ids} if self.comm.rank == 0 else {}
@@ -254,6 +234,27 @@ class EncodedContext(Transient):
                         else torch.cat([shard.cpu() for shard in shards], 1)
                     )
         return tensors
+
+
+def header_of(context: EncodedContext) -> dict[str, Any]:
+    """Return what the header of a saved file says of the context, as JSON values."""
+    header = {
+        "method": context.method,
+        "context_tokens": context.plan.context_tokens,
+        "block_size": context.plan.block_size,
+        "anchor_size": context.plan.anchor_size,
+        "lookback": context.plan.lookback,
+        "lookback_layers": context.plan.lookback_layers,
+        "rope_length": context.rope_length,
+        "chat": context.chat,
+        "end": context.end,
+        "encode_s": context.encode_s,
+        "reused_tokens": context.reused_tokens,
+        "kv_dtype": context.kv.kv_format.dtype,
+        "expands": [layer.expands for layer in context.kv.layers],
+        "identity": context.identity,
+    }
+    return header if context.source is None else header | {"source": context.source}
 
 
 def save_context(
@@ -279,7 +280,7 @@ def save_context(
             check(target)
         return target
 
-    header = context._header()
+    header = header_of(context)
     if conversation is not None:
         header["conversation"] = conversation
     comm, segments = context.comm, context.kv.segments

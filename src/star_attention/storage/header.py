@@ -150,6 +150,16 @@ def verified_header(path: Path, text: str, sha256: str) -> dict[str, Any]:
     return header
 
 
+def refuse_alone(path: str | os.PathLike[str], header: dict[str, Any]) -> None:
+    """Raise `CorruptContextError` for the file of a conversation whose context is in another."""
+    if "context_file" in header:
+        raise CorruptContextError(
+            f"{path} is a conversation, and the context that it is about is in"
+            f" {quote_path(header['context_file'])}; load that, or the conversation with"
+            " load_conversation (on the command line: `star-attention chat`)"
+        )
+
+
 def plan_in(header: dict[str, Any], ranks: int = 1) -> BlockPlan:
     """Return the plan of the context that a header describes, for a number of ranks."""
     return BlockPlan(

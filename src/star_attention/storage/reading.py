@@ -18,9 +18,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from star_attention.errors import CorruptContextError, quote_path
+from star_attention.errors import CorruptContextError
 from star_attention.planning.segments import Segments
-from star_attention.storage.header import ENCODE_AGAIN, header_of, open_safetensors, read_index
+from star_attention.storage.header import (
+    ENCODE_AGAIN,
+    header_of,
+    open_safetensors,
+    read_index,
+    refuse_alone,
+)
 from star_attention.storage.kv import NAMES, StoredKV
 
 
@@ -48,12 +54,7 @@ class SavedContext:
         if not os.path.isdir(self.path):
             file = SavedFile(self.path)
             self.header = file.header
-            if "context_file" in file.header:
-                raise CorruptContextError(
-                    f"{self.path} is a conversation, and the context that it is about is in"
-                    f" {quote_path(file.header['context_file'])}; load that, or the conversation"
-                    " with load_conversation (on the command line: `star-attention chat`)"
-                )
+            refuse_alone(self.path, file.header)
             self._parts.append((_segments(file.header["segments"]), file))
             return
         self.header = read_index(self.path)

@@ -22,7 +22,7 @@ from star_attention.errors import (
     quote_path,
 )
 from star_attention.storage import writing
-from star_attention.storage.context import EncodedContext, save_context
+from star_attention.storage.context import EncodedContext, header_of, save_context
 from star_attention.storage.header import CONVERSATION_VERSION, read_header
 from star_attention.storage.kv import Pair
 from star_attention.storage.reading import SavedFile, checksum
@@ -57,17 +57,16 @@ def write(
         return
     target = writing.as_path(path)
     _check_target(target, context.file)
-    header = {
+    # The text stays in its file.
+    chat = context.chat and {"template_kwargs": context.chat["template_kwargs"]}
+    header = header_of(context) | {
         "format_version": CONVERSATION_VERSION,
+        "chat": chat,
+        "end": None,
         "context_file": context.file,
         "conversation": conversation,
-        "identity": context.identity,
     }
-    writing.write(target, header | _named(context), tensors)
-
-
-def _named(context: EncodedContext) -> dict[str, Any]:
-    return {} if context.source is None else {"source": context.source}
+    writing.write(target, header, tensors)
 
 
 def _check_target(target: Path, context_file: str | None) -> None:

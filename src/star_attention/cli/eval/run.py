@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from star_attention.cli import session
-from star_attention.cli.chat import template_kwargs
+from star_attention.cli.chat_options import template_kwargs
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.eval.options import FILE_VARIANTS, AnchorSeed, RunOptions, Variants
 from star_attention.cli.model_options import ModelOptions
