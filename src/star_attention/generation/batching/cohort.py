@@ -22,6 +22,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.rows import RowForwards
 from star_attention.hf.execution.sampling import AsyncCopy
 from star_attention.storage.oom import is_out_of_memory
+from star_attention.storage.transfers import send
 
 Event = tuple[RowTask, Delta]
 """What a step added to a row; a row that has ended has one, which may be empty."""
@@ -71,7 +72,7 @@ class Cohort:
 
     def _select(self, order: list[int]) -> None:
         """Keep these rows, in this order."""
-        at_R = torch.tensor(order, dtype=torch.int64, device=self._handle.device)
+        at_R = send(order, self._handle.device)
         self.tasks = [self.tasks[index] for index in order]
         if self._logits_RV is not None:
             self._logits_RV = self._logits_RV[at_R] if order else None

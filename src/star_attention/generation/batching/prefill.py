@@ -17,6 +17,7 @@ from star_attention.hf.execution import second_look
 from star_attention.hf.execution.request import Request
 from star_attention.hf.execution.rows import kind_of
 from star_attention.storage.oom import translate_oom
+from star_attention.storage.transfers import send
 
 
 def groups_of(tasks: list[RowTask]) -> list[list[RowTask]]:
@@ -65,7 +66,7 @@ def prefill(tasks: list[RowTask]) -> Tensor:
         rows = [numbers[id(query)] for query in _queries(tasks)]
         for number, task in zip(rows, tasks, strict=True):
             _take_over(task, request, cache, number, shares=rows.count(number) > 1)
-    return logits_BV[torch.tensor(rows, device=logits_BV.device)]
+    return logits_BV[send(rows, logits_BV.device)]
 
 
 def _queries(tasks: list[RowTask]) -> list[list[int]]:

@@ -24,6 +24,7 @@ from star_attention.hf.cache.decode import AnswerCache, gather_heads, own_heads
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
+from star_attention.storage.transfers import overwrite
 
 Shapes = list[LayerKVShape | None]
 """Shape of each cache layer's entries, None for layers that read another layer's keys."""
@@ -191,19 +192,19 @@ class GraphCache(StarCache):
         if signature == self._loaded:
             return
         comm, kernel, tables = self.comm, self.position.kernel, self.position.tables
-        tables.addresses.copy_(kernel.addresses(tails.addressed()))
-        tables.lengths.copy_(
+        overwrite(tables.addresses, kernel.addresses(tails.addressed()))
+        overwrite(
+            tables.lengths,
             kernel.lengths(
                 cache.segments,
                 context_tokens=cache.context_tokens,
                 tail_tokens=tails.tokens,
                 capacity=tails.capacity(rows),
                 holds_tail=comm.cp_rank == comm.cp_size - 1,
-            )
+            ),
         )
-        tables.padding_R[:rows].copy_(
-            torch.tensor(cache.row_padding(rows), dtype=torch.int32, device="cpu")
-        )
+        padding = torch.tensor(cache.row_padding(rows), dtype=torch.int32, device="cpu")
+        overwrite(tables.padding_R[:rows], padding)
         self._loaded = signature
 
     def ran(self, cache: AnswerCache, tails: TailBuffers, rows: int) -> None:

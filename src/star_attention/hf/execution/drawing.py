@@ -21,6 +21,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from star_attention.storage.transfers import send
+
 _BY_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 """Processors of transformers that look at a row's scores and nothing else."""
 
@@ -173,7 +175,7 @@ def _processed(
     scores_RV = logits_RV.clone()
     for numbers in together.values():
         row = rows[numbers[0]]
-        at_N = torch.tensor(numbers, device=logits_RV.device)
+        at_N = send(numbers, logits_RV.device)
         part_NV = logits_RV[at_N]
         try:
             scores_RV[at_N] = row.processors(row.seen(part_NV), part_NV)
@@ -187,7 +189,7 @@ def _chosen(scores_RV: Tensor, rows: Sequence[RowDraw]) -> Tensor:
     sampled = [number for number, row in enumerate(rows) if row.noise is not None]
     if not sampled:
         return scores_RV.argmax(-1)
-    at_N = torch.tensor(sampled, device=scores_RV.device)
+    at_N = send(sampled, scores_RV.device)
     probabilities_NV = torch.softmax(scores_RV[at_N], -1)
     # What `multinomial` does for each row alone, with one division and argmax for all.
     ratios_RV = scores_RV.clone()

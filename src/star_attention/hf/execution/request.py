@@ -25,6 +25,7 @@ from star_attention.hf.execution.timing import Lap
 from star_attention.planning.plan import BlockPlan
 from star_attention.storage.kept import KeptTail
 from star_attention.storage.kv import ContextKV
+from star_attention.storage.transfers import send
 
 _ANSWER_ROOM = 64
 """Tokens of an answer for which the copy of a kept tail has room at first."""
@@ -176,7 +177,7 @@ class Request:
         """
         fill = int(self.context_ids_L[0]) if any(padding) else 0
         rows = [[fill] * gap + query for gap, query in zip(padding, self.queries, strict=True)]
-        return torch.tensor(rows, device=self.handle.device)
+        return send(rows, self.handle.device)
 
     def forwards(self, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids and positions of the queries, padded as the cache expects them."""
@@ -190,7 +191,7 @@ class Request:
         ids_BQ = self.padded(padding)
         context_tokens = len(self.context_ids_L)
         # Padding has no position of its own; nothing sees it, so 0 will do.
-        gap_B1 = torch.tensor(padding, device=ids_BQ.device)[:, None]
+        gap_B1 = send(padding, ids_BQ.device)[:, None]
         positions_BQ = (
             context_tokens + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1
         ).clamp_(min=0)

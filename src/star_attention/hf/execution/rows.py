@@ -60,6 +60,8 @@ class RowForwards:
         if graphs is not None:
             logits_RV = graphs.of_rows.run(rows, tokens_R, self._comm)
             if logits_RV is not None:
+                # It may have moved tails that the eager cache holds.
+                self.forget()
                 return logits_RV
         return self._eager(rows, tokens_R, rope_length)
 
