@@ -17,7 +17,7 @@ from star_attention.tools import machine
 
 LONGEST = 4
 """Tokens of an answer of random length at most, as a multiple of their mean."""
-_ROUNDS = 3
+_ROUNDS = 2
 """Rows that begin after the first ones in a run of turnover, for each of these."""
 
 
@@ -38,11 +38,10 @@ class RowRuns:
     query_tokens: int
     answer_tokens: int
 
-    def lockstep(self, answer_tokens: int | None = None) -> float:
+    def lockstep(self) -> float:
         """Return the tokens per second of rows that begin together and are of one length."""
-        tokens = answer_tokens or self.answer_tokens
         with self.star.batch(max_rows=self.rows) as batch:
-            rows = self._begun(batch, [tokens] * self.rows)
+            rows = self._begun(batch, [self.answer_tokens] * self.rows)
             before, started = _tokens(rows), time.perf_counter()
             while not any(row.done for row in rows):
                 batch.step()

@@ -21,6 +21,9 @@ LOCKSTEP, TURNOVER, ENCODE, TURN = CASES = ("lockstep", "turnover", "encode", "t
 """Rows that begin and end together; rows that end at random, each followed by another; a context
 that is encoded beside rows; the next turn of a conversation."""
 
+_SHORT = 8
+"""Tokens of an answer, in runs that are not measured."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowsRow:
@@ -156,10 +159,9 @@ class Rows(Benchmark[RowsRow]):
     def _rate(self, row: RowsRow, runs: RowRuns, target: Target) -> RowsRow:
         rates: list[float] = []
         work = runs.lockstep if row.case == LOCKSTEP else runs.turnover
-        # The first run captures graphs, with few tokens where they are known beforehand.
-        runs.lockstep(3)
-        if row.case == TURNOVER:
-            runs.turnover()
+        # A short run captures the graphs.
+        short = replace(runs, answer_tokens=min(_SHORT, self.answer_tokens))
+        short.lockstep() if row.case == LOCKSTEP else short.turnover()
         spent = [
             measure(lambda: rates.append(work()), target.device, target.comm)
             for _ in range(self.repeats)
@@ -184,7 +186,8 @@ class Rows(Benchmark[RowsRow]):
         alone = machine.time_repeatedly(
             lambda: star.encode(ids_L), repeats=self.repeats, device=target.device
         )
-        measured = [runs.beside_encoding(ids_L) for _ in range(1 + self.repeats)][1:]
+        replace(runs, answer_tokens=min(_SHORT, self.answer_tokens)).lockstep()
+        measured = [runs.beside_encoding(ids_L) for _ in range(self.repeats)]
         together = {name: median(each[name] for each in measured) for name in measured[0]}
         return together | dict(encode_alone_s=median(alone))
 
