@@ -77,8 +77,6 @@ class FakeEncoder:
         jobs: all encodes.
     """
 
-    block_size = BLOCK
-
     def __init__(self) -> None:
         self.tokens_a_poll = 1_000_000
         self.failures: list[Exception] = []
@@ -87,6 +85,9 @@ class FakeEncoder:
 
     def nbytes(self, tokens: int) -> int:
         return BYTES * tokens
+
+    def block_size(self, tokens: int) -> int:
+        return BLOCK
 
     def start(self, ids: np.ndarray, reuse: Any) -> FakeJob:
         self.jobs.append(FakeJob(self, ids, reuse))

@@ -211,7 +211,7 @@ def extend(job: EncodeJob, kv: ContextKV, *, start: int, owner: int) -> ContextK
     return store
 
 
-def encode_again(job: EncodeJob, old: ContextKV, rounds: list[list[Share]]) -> ContextKV:
+def encode_again(job: EncodeJob, old: ContextKV, rounds: list[list[Share]]) -> Steps[ContextKV]:
     """Encode the changed blocks of a context, and copy the others.
 
     Args:
@@ -228,11 +228,11 @@ def encode_again(job: EncodeJob, old: ContextKV, rounds: list[list[Share]]) -> C
     ]
     store = old.copied(job.segments, copied_runs(plan, job.segments, old.segments, own))
     for shares in rounds:
-        _encode_round(job, store, shares)
+        yield from _encode_round(job, store, shares)
     return store
 
 
-def _encode_round(job: EncodeJob, store: ContextKV, shares: list[Share]) -> None:
+def _encode_round(job: EncodeJob, store: ContextKV, shares: list[Share]) -> Steps[None]:
     """Encode this rank's share of a round, after all ranks sent each other what it takes."""
     plan, comm, windows = job.plan, job.comm, job.handle.windows
     recents = [Recent() for _ in windows]
@@ -253,7 +253,7 @@ def _encode_round(job: EncodeJob, store: ContextKV, shares: list[Share]) -> None
         cache = EncodeCache(
             plan, [store], windows, comm, anchors=anchors, recents=recents, keeps_own=False
         )
-        Forwards(job).run(cache, spans)
+        yield from Forwards(job).steps(cache, spans)
 
 
 def _send_to(

@@ -137,3 +137,17 @@ def test_refusals_come_with_the_call() -> None:
         assert list(batch) == []
     with pytest.raises(InvalidInputError, match="closed"):
         batch.encode("a text")
+
+
+def test_a_new_version_is_encoded_meanwhile() -> None:
+    star = engine("llama", block_size=16, anchor_size=8, tokens_per_forward=16)
+    old = star.encode(ids(100))
+    changed = [*ids(30), *ids(40, seed=7), *ids(100)[70:]]
+    with star.batch() as batch:
+        row = batch.add(old, ids(5), max_new_tokens=25, ignore_eos=True)
+        job = batch.encode(changed, reuse=old)
+        context = job.result()
+        assert job.progress == 1.0
+        assert row.result().text is not None
+    assert context.reused_tokens == 100 - 64
+    assert_same_kv(context, star.encode(changed), tolerance=1e-5)

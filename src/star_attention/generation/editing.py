@@ -11,7 +11,7 @@ from star_attention.hf.progress import Progress, shown
 from star_attention.hf.text import editing
 from star_attention.hf.text.conversation import ChatContext
 from star_attention.inputs import ContextInput, TextOrIds
-from star_attention.phase1 import EncodeJob
+from star_attention.phase1 import EncodeJob, Steps
 from star_attention.planning.edits import blocks_again, rounds
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
@@ -104,6 +104,16 @@ def encode_again(
     old: EncodedContext,
     progress: Progress | bool | None = None,
 ) -> list[EncodedContext]:
+    """Encode new versions of a context without a pause; as `steps`. Collective."""
+    return phase1.finish(steps(runtime, contexts, old, progress))
+
+
+def steps(
+    runtime: Runtime,
+    contexts: list[ContextInput],
+    old: EncodedContext,
+    progress: Progress | bool | None = None,
+) -> Steps[list[EncodedContext]]:
     """Encode new versions of a context, copying the blocks that are the same. Collective.
 
     Sizes, method and KV format are those of `old`.
@@ -113,10 +123,10 @@ def encode_again(
     blocks = comm.run_on_rank_0(lambda: [_blocks_again(runtime, old, each) for each in contexts])
     tokens = sum(map(len, blocks)) * old.plan.block_size
     with shown(progress, tokens // comm.cp_size, leads=comm.rank == 0) as callback:
-        return [
-            _version(runtime, old, source, again, callback)
-            for source, again in zip(contexts, blocks, strict=True)
-        ]
+        versions = []
+        for source, again in zip(contexts, blocks, strict=True):
+            versions.append((yield from _version(runtime, old, source, again, callback)))
+        return versions
 
 
 def _blocks_again(runtime: Runtime, old: EncodedContext, source: ContextInput) -> list[int]:
@@ -150,7 +160,7 @@ def _version(
     source: ContextInput,
     again: list[int],
     progress: Progress | None,
-) -> EncodedContext:
+) -> Steps[EncodedContext]:
     """Encode a new version of a context, in which the blocks `again` differ."""
     method, kv_format = methods.get(old.method), old.kv.kv_format
     config = StarConfig.of(runtime.config, kv_dtype=kv_format.dtype, kv_device=kv_format.device)
@@ -172,15 +182,15 @@ def _version(
         progress=progress,
     )
     encoding.warn_if_idle(job)
-    steps = rounds(plan, again, layout, old.layout)
-    encoded = sum(share.tokens for shares in steps for share in shares)
+    shares = rounds(plan, again, layout, old.layout)
+    encoded = sum(share.tokens for together in shares for share in together)
     with runtime.measured() as stats:
         if is_new:
-            (store,) = phase1.finish(method.encode(job))
-        elif not steps and layout == old.layout:
+            (store,) = yield from method.encode(job)
+        elif not shares and layout == old.layout:
             store = old.kv
         else:
-            store = phase1.encode_again(job, old.kv, steps)
+            store = yield from phase1.encode_again(job, old.kv, shares)
     return encoding.version(
         runtime,
         old,

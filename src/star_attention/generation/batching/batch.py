@@ -184,6 +184,7 @@ class Batch(Transient):
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        reuse: EncodedContext | None = None,
     ) -> Encoding:
         """Encode a context between the steps of the rows, which it slows down but does not stop.
 
@@ -193,14 +194,19 @@ class Batch(Transient):
 
         Args:
             content: a context, as for `StarLLM.encode`.
-            progress, query, settings, chat_template_kwargs: as for `StarLLM.encode`.
+            progress, query, settings, chat_template_kwargs, reuse: as for `StarLLM.encode`.
 
         Raises:
             InvalidInputError: several contexts, or a batch that is closed; and whatever
                 `StarLLM.encode` raises before it encodes anything.
         """
         self._check_open()
-        options = dict(query=query, settings=settings, chat_template_kwargs=chat_template_kwargs)
+        options = dict(
+            query=query,
+            settings=settings,
+            chat_template_kwargs=chat_template_kwargs,
+            reuse=reuse,
+        )
         with self._runtime.collective("a batch"):
             task = encode_task(self._runtime, content, progress, options)
         self._encodings.add(task)

@@ -11,6 +11,7 @@ import torch
 
 from star_attention import encoding, inputs
 from star_attention.errors import InvalidInputError, release_frames
+from star_attention.generation import editing
 from star_attention.hf.progress import Progress
 from star_attention.planning.plan import Span
 from star_attention.runtime import Runtime
@@ -139,6 +140,9 @@ class Encoding(Transient):
     @property
     def progress(self) -> float:
         """The share of the context that has been encoded, 0 to 1."""
+        if self.context is not None:
+            # Blocks that were copied are no forward's.
+            return 1.0
         return self._task.encoded / self._task.tokens
 
     def result(self) -> EncodedContext:
@@ -174,7 +178,7 @@ def encode_task(
         runtime: the engine's.
         content: a context, as for `StarLLM.encode`.
         progress: as for `StarLLM.encode`.
-        options: `query`, `settings` and `chat_template_kwargs` of `StarLLM.encode`.
+        options: `query`, `settings`, `chat_template_kwargs` and `reuse` of `StarLLM.encode`.
 
     Raises:
         InvalidInputError: several contexts; and whatever `StarLLM.encode` refuses.
@@ -190,4 +194,8 @@ def encode_task(
         raise InvalidInputError(
             f"a batch encodes one context at a call, got {len(contexts)}; call encode for each"
         )
-    return EncodeTask(len(contexts[0].ids_L), encoding.steps(runtime, contexts, progress))
+    reuse, tokens = options.get("reuse"), len(contexts[0].ids_L)
+    if reuse is None:
+        return EncodeTask(tokens, encoding.steps(runtime, contexts, progress))
+    editing.reused_key(runtime, reuse)
+    return EncodeTask(tokens, editing.steps(runtime, contexts, reuse, progress))

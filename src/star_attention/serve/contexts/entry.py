@@ -129,7 +129,7 @@ class Entry:
             requests.
         keep: False to drop it after its last user.
         ttl: seconds without use after which it expires; None for never.
-        marked: True if a request asked to keep it for a while.
+        marked: True if a request asked to keep it for a while, or came for it after it had gone.
         context: its keys and values on the device; None if they are not there.
         has_file: True if they are in the store's folder.
         users: requests and work that need it. It is not dropped while there are any.

@@ -82,6 +82,8 @@ class Finder:
             return Outcome.MISS, "failed"
         if entry.location is Location.COLD:
             self.again(entry)
+            # It is asked for too rarely to stay, and often enough to be worth a file.
+            entry.marked = True
             self._table.counts.again += 1
             return Outcome.MISS, "evicted"
         self.fetch(entry)
@@ -163,5 +165,6 @@ class Finder:
 
     def _why_new(self, wanted: Wanted) -> str:
         table = self._table
-        near, _ = table.registry.nearest(wanted.scope, wanted.content.ids, table.encoder.block_size)
+        ids = wanted.content.ids
+        near, _ = table.registry.nearest(wanted.scope, ids, table.encoder.block_size(len(ids)))
         return "new" if near is None else "input_changed"

@@ -249,7 +249,8 @@ class Keeper:
             content = entry.content
             assert content is not None, "an expired context is not queued"
             entry.status, entry.done = Status.ENCODING, 0
-            base, _ = table.registry.nearest(entry.scope, content.ids, table.encoder.block_size)
+            block_size = table.encoder.block_size(entry.tokens)
+            base, _ = table.registry.nearest(entry.scope, content.ids, block_size)
             if base is not None:
                 base.users += 1
             table.note(entry)

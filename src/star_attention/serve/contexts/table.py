@@ -36,16 +36,13 @@ class EncodeJob(Protocol):
 
 
 class Encoder(Protocol):
-    """Makes contexts. Only the engine's thread calls it, apart from `nbytes`.
-
-    Attributes:
-        block_size: tokens of a block, which is what a new version of a context reuses.
-    """
-
-    block_size: int
+    """Makes contexts. Only the engine's thread calls it, apart from the first two methods."""
 
     def nbytes(self, tokens: int) -> int:
         """Return the bytes of a context's keys and values, before it is encoded."""
+
+    def block_size(self, tokens: int) -> int:
+        """Return the tokens of a block of a context of that length."""
 
     def start(self, ids: TokenIds, reuse: Any) -> EncodeJob:
         """Begin to encode; blocks that the context `reuse`, if any, shares are copied."""

@@ -1,0 +1,110 @@
+"""Contexts for a store, made by an engine between the steps of its batch."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from star_attention.engine import StarLLM
+from star_attention.errors import CorruptContextError, quote_path
+from star_attention.generation.batching.batch import Batch
+from star_attention.generation.batching.encoding import Encoding
+from star_attention.serve.contexts.keys import TokenIds, identity_digest
+from star_attention.storage.context import EncodedContext
+
+_PLACES = ("kv_device",)
+"""Settings that say where contexts are, not what they are."""
+
+
+def engine_identity(star: StarLLM) -> bytes:
+    """Return a digest of what an engine's contexts depend on: model, tokenizer and settings."""
+    settings = {name: value for name, value in asdict(star.config).items() if name not in _PLACES}
+    return identity_digest({"settings": settings, **star.runtime.identity})
+
+
+class BatchEncoder:
+    """Encodes a store's contexts between the decode steps of a batch.
+
+    Args:
+        star: the engine.
+        batch: returns the batch whose steps the engine's thread takes.
+    """
+
+    def __init__(self, star: StarLLM, batch: Callable[[], Batch]) -> None:
+        self._star, self._batch = star, batch
+
+    def nbytes(self, tokens: int) -> int:
+        """Return the bytes of a context's keys and values, before it is encoded."""
+        return self._star.context_bytes(tokens)
+
+    def block_size(self, tokens: int) -> int:
+        """Return the tokens of a block of a context of that length."""
+        return self._star.runtime.plan_for(tokens).block_size
+
+    def start(self, ids: TokenIds, reuse: EncodedContext | None) -> BatchJob:
+        """Begin to encode; blocks that the context `reuse`, if any, shares are copied."""
+        if reuse is not None and not self._can_reuse(reuse, len(ids)):
+            reuse = None
+        ids_L = torch.from_numpy(ids.astype("int64"))
+        return BatchJob(self._batch().encode(ids_L, progress=False, reuse=reuse), len(ids))
+
+    def _can_reuse(self, old: EncodedContext, tokens: int) -> bool:
+        runtime = self._star.runtime
+        plan = runtime.plan_for(tokens)
+        # Sizes of the old context would become the new one's, which would depend on what is kept.
+        same = old.plan.block_size == plan.block_size and old.plan.anchor_size == plan.anchor_size
+        return same and runtime.method.why_not_reuse() is None
+
+    def load(self, path: Path, ids: TokenIds) -> EncodedContext:
+        """Return a saved context with all its keys and values read and verified.
+
+        Raises:
+            ContextFileError: the file cannot be used, or holds other tokens.
+        """
+        context = self._star.load_context(path)
+        if context.token_ids.tolist() != ids.tolist():
+            raise CorruptContextError(
+                f"{quote_path(path)} holds {len(context):,} other tokens than the {len(ids):,} of"
+                " its record; encode the context again"
+            )
+        # Each layer is read and verified when it is first used. Do that now: damage would show in
+        # the middle of an answer.
+        for layer in context.kv.layers:
+            if not layer.is_empty:
+                layer.stored()
+        return context
+
+    def free_memory(self) -> None:
+        """Give memory back that nothing refers to."""
+        gc.collect()
+        if self._star.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class BatchJob:
+    """An encode that the batch's steps advance."""
+
+    def __init__(self, encoding: Encoding, tokens: int) -> None:
+        self._encoding, self._tokens = encoding, tokens
+
+    @property
+    def done(self) -> bool:
+        """True once there is a context, or an error."""
+        return self._encoding.done
+
+    @property
+    def tokens(self) -> int:
+        """Tokens encoded so far."""
+        return round(self._encoding.progress * self._tokens)
+
+    def result(self) -> EncodedContext:
+        """Return the context, or raise why there is none."""
+        return self._encoding.result()
+
+    def cancel(self) -> None:
+        """Stop, and free what was encoded."""
+        self._encoding.cancel()
