@@ -87,7 +87,9 @@ class Decoding:
         self.finished = False
         self._comm = request.comm
         self._rows = len(program.queries) * program.answers_per_query
-        self._cache = request.cache(program.padded_tokens, program.kept_tokens)
+        self._cache = request.cache(
+            program.padded_tokens, program.kept_tokens, program.max_new_tokens
+        )
         self._padding_R1: Tensor | None = None
         self._logits_RV: Tensor | None = None
         # Tokens whose forward comes next.

@@ -18,9 +18,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SOLO = [sys.executable, "-m", "star_attention"]
 
 
-def torchrun(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: str | Path, stdin: str | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*TORCHRUN, "-m", "star_attention", *map(str, arguments)],
+        input=stdin,
         env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1") | env,
         capture_output=True,
         text=True,
@@ -104,3 +107,26 @@ def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path
     )
     assert on_two_ranks == on_one_rank
     assert read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2
+
+
+def test_ranks_talk_as_one(tmp_path: Path) -> None:
+    """Rank 0 reads the lines; all ranks keep, undo and save what was said."""
+    talk = tmp_path / "talk"
+    options = ["--block-size", "64", "--max-new-tokens", "8"]
+    lines = f"What is hot?\nWhat is blue?\n/undo\n/save {talk}\nWhat is blue?\n"
+    run = torchrun("chat", "-m", BUNDLED, *options, book(tmp_path), stdin=lines)
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second, again = run.stdout.splitlines()
+    assert second == again
+    assert run.stderr.count("1 turn left") == 1
+    solo = subprocess.run(
+        [*SOLO, "chat", talk, *options[2:]],
+        env=os.environ | dict(HF_HUB_OFFLINE="1"),
+        input="What is blue?\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert solo.stdout.splitlines() == [second]
+    assert f"going on after 1 turn; the last answer: {first.strip()}" in solo.stderr

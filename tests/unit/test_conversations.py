@@ -192,6 +192,11 @@ def test_memory_is_counted_and_freed(star: StarLLM, context: EncodedContext) -> 
     per_token = sum(shape.stored_bytes(None) for shape in shapes)
     assert talk.nbytes == talk.kept_tokens * per_token
     assert repr(talk) == f"Conversation(1 turn on {CONTEXT} tokens, {QUERY + 3} tokens kept)"
+    kept, _ = reusable(talk, [*ids(QUERY), *reply.token_ids])
+    assert kept is not None
+    held = [tensor.untyped_storage().nbytes() for pair in kept.layers if pair for tensor in pair]
+    assert sum(held) == talk.nbytes
+    del kept
     tail = weakref.ref(reusable(talk, [*ids(QUERY), *reply.token_ids])[0])
     following = reply.continue_with(ids(5), **ANSWER)
     del reply, talk

@@ -35,7 +35,12 @@ class KeptTail:
 
 def kept_row(tails: list[Tail], row: int, padding: int, tokens: int) -> list[Pair | None]:
     """Return keys and values of one row of an answer: its first tokens after the padding."""
-    pairs = [tail.row(row, padding).pair() if tail.length else None for tail in tails]
-    return [
-        None if pair is None else (pair[0][:, :, :tokens], pair[1][:, :, :tokens]) for pair in pairs
-    ]
+    return [_kept(tail.row(row, padding), tokens) if tail.length else None for tail in tails]
+
+
+def _kept(tail: Tail, tokens: int) -> Pair:
+    k_1GTD, v_1GTD = (tensor[:, :, :tokens] for tensor in tail.pair())
+    if tail.capacity(1) <= tokens + tokens // 4:
+        return k_1GTD, v_1GTD
+    # Buffers grow by doubling: their room is not to be kept.
+    return k_1GTD.clone(), v_1GTD.clone()

@@ -27,8 +27,8 @@ from star_attention.storage.kept import KeptTail
 from star_attention.storage.kv import ContextKV
 from star_attention.storage.transfers import send
 
-_ANSWER_ROOM = 64
-"""Tokens of an answer for which the copy of a kept tail has room at first."""
+_MOST_ROOM = 1024
+"""Most tokens of an answer for which the copy of a kept tail has room: growing copies it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +138,16 @@ class Request:
             second_look=self.second_look,
         )
 
-    def cache(self, query_tokens: int, kept_tokens: int = 0) -> AnswerCache:
+    def cache(self, query_tokens: int, kept_tokens: int = 0, answer_tokens: int = 0) -> AnswerCache:
         """Return a new cache for queries padded to a number of tokens.
 
-        It begins with the kept keys and values of `kept_tokens` tokens.
+        It begins with the kept keys and values of `kept_tokens` tokens, and has room for the query
+        and, up to a limit, for an answer of `answer_tokens`.
         """
         cache = self.cache_for(self.padding(query_tokens))
         if kept_tokens:
             assert self.kept is not None, "there are kept tokens"
-            room = query_tokens - kept_tokens + _ANSWER_ROOM
+            room = query_tokens - kept_tokens + min(answer_tokens, _MOST_ROOM)
             self.kept.copy_to(cache.tails, kept_tokens, room)
         return cache
 
