@@ -19,6 +19,8 @@ from star_attention.serve.contexts.table import StoreSettings
 BYTES = 10
 """Bytes of a token's keys and values."""
 BLOCK = 4
+A, B, C = ([start + token for token in range(8)] for start in (100, 200, 300))
+"""Contexts of eight tokens each."""
 IDENTITY = b"model one"
 
 
@@ -148,6 +150,19 @@ def settle(store: ContextStore) -> None:
     while store.step():
         pass
     store.step()
+
+
+def use(kept: Any, *ids: int, **fields: Any) -> str:
+    """Ask for a context, wait for it, let it go; return what was found."""
+    with kept.acquire(wanted(*ids, **fields)) as lease:
+        settle(kept)
+        assert lease.ready.result(timeout=0).ids.tolist() == list(ids)
+        return f"{lease.outcome} {lease.reason}".strip()
+
+
+def places(kept: Any) -> dict[str, int]:
+    """Return the contexts at each location."""
+    return {place: number for place, (number, _) in kept.counts()[1].items() if number}
 
 
 def kill(folder: Path) -> None:

@@ -14,9 +14,19 @@ from star_attention.serve.contexts.entry import Content, Wanted
 from star_attention.serve.contexts.folder import StoreFolder
 from star_attention.serve.contexts.keys import Scope, as_ids
 from star_attention.serve.refusals import RefusalError
-from tests.stores import IDENTITY, Clock, FakeContext, FakeEncoder, kill, settle, store, wanted
-
-A, B, C = ([start + token for token in range(8)] for start in (100, 200, 300))
+from tests.stores import (
+    IDENTITY,
+    A,
+    B,
+    C,
+    Clock,
+    FakeContext,
+    FakeEncoder,
+    kill,
+    settle,
+    store,
+    wanted,
+)
 
 
 def filled(folder: Path, *contexts: list[int], **settings: Any) -> list[str]:
