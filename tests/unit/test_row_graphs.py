@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=4
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, since the interpreter takes a millisecond for each; tails that move."""
-    monkeypatch.setattr(row_tables, "PROGRAMS", 4)
+    monkeypatch.setattr(row_tables, "PROGRAMS", 2)
     monkeypatch.setattr(row_tables, "SHORTEST_RUN", 40)
     monkeypatch.setattr(triton_rows, "TAIL_RUNS", 1)
     monkeypatch.setattr(row_graph, "_ROOM", 2)

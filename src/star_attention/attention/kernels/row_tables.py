@@ -106,10 +106,12 @@ def tile_rows(shared: int, group: int, *, head_size: int, dtype: torch.dtype) ->
         shared: the most rows that share a context.
         group: query heads of a KV head; `MOST_HEADS` at most.
         head_size: of keys and values.
-        dtype: of the queries. Tiles of large elements are smaller, since they take memory.
+        dtype: of the queries. Tiles of large elements are smaller, since registers hold them.
     """
     assert group <= MOST_HEADS
-    largest = 128 if head_size <= 128 and dtype.itemsize == 2 else 64
+    largest = 16
+    if dtype.itemsize == 2:
+        largest = 128 if head_size <= 128 else 64
     size = next((size for size in TILES if size >= shared * group), largest)
     return max(1, min(size, largest) // group)
 
