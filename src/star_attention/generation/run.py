@@ -63,6 +63,16 @@ def delta_of(answer: AnswerText, text: str) -> Delta | None:
     return Delta(text=text, reasoning=reasoning) if text or reasoning else None
 
 
+def out_of_memory(answers: int, context_tokens: int, tokens_per_forward: int) -> str:
+    """Return the message for a call without memory for all of its answers."""
+    return (
+        f"out of memory in phase 2 with {answers:,} answers at once over"
+        f" {context_tokens:,} context tokens: ask fewer queries at once, or"
+        " lower num_beams, num_return_sequences or tokens_per_forward"
+        f" (now {tokens_per_forward:,})"
+    )
+
+
 def warn_of_unanswered(answers: list[AnswerText], max_new_tokens: int) -> None:
     """Warn of answers that have tokens and no text."""
     unsaid = [answer for answer in answers if answer.is_unsaid]
@@ -169,11 +179,9 @@ class GenerationRun:
             yield tail
 
     def _out_of_memory(self) -> str:
-        return (
-            f"out of memory in phase 2 with {len(self._answers):,} answers at once over"
-            f" {len(self._request.context_ids_L):,} context tokens: ask fewer queries at once, or"
-            " lower num_beams, num_return_sequences or tokens_per_forward"
-            f" (now {self._request.tokens_per_forward:,})"
+        request = self._request
+        return out_of_memory(
+            len(self._answers), len(request.context_ids_L), request.tokens_per_forward
         )
 
     def _send_end(self) -> None:

@@ -12,6 +12,7 @@ from star_attention import inputs, phase2
 from star_attention.distributed.messages import END
 from star_attention.errors import InvalidInputError
 from star_attention.generation import requests, stock
+from star_attention.generation.batching.run import RowsRun, serves
 from star_attention.generation.conversation import (
     Ask,
     Conversation,
@@ -56,6 +57,7 @@ class Start:
     kept: int | None = None
 
 
+Run = GenerationRun | RowsRun | FollowerRun | RepeaterRun
 Asked = EncodedContext | Conversation | Generation
 """What a query can follow: a context, a conversation, or the answer that is its last turn."""
 
@@ -84,7 +86,7 @@ def generate(runtime: Runtime, context: Asked, query: Any, options: dict[str, An
 def stream(runtime: Runtime, context: Asked, query: Any, options: dict[str, Any]) -> Stream:
     """Start a stream; arguments as for `generate`. Collective."""
     run = next(_runs(runtime, context, query, options, streamed=True))
-    assert not isinstance(run, RepeaterRun), "transformers' loops do not stream"
+    assert isinstance(run, GenerationRun | FollowerRun), "other runs do not stream"
     runtime.comm.streams.add(run)
     return Stream(run, runtime.comm)
 
@@ -96,10 +98,10 @@ def _runs(
     options: dict[str, Any],
     *,
     streamed: bool = False,
-) -> Iterator[GenerationRun | FollowerRun | RepeaterRun]:
+) -> Iterator[Run]:
     """Start the runs of one call of phase 2, each after the one before has ended. Collective."""
     leading = _leading_runs(runtime, asked, query, options, streamed=streamed)
-    runs: list[GenerationRun] = []
+    runs: list[GenerationRun | RowsRun] = []
 
     def begin() -> Start:
         start, run = next(leading)
@@ -120,7 +122,7 @@ def _leading_runs(
     options: dict[str, Any],
     *,
     streamed: bool,
-) -> Iterator[tuple[Start, GenerationRun]]:
+) -> Iterator[tuple[Start, GenerationRun | RowsRun]]:
     """Yield the runs of one call on rank 0, after checking all of it, and their messages."""
     if streamed:
         _check_streamed(runtime, query)
@@ -146,6 +148,10 @@ def _leading_runs(
             len(talk.turns),
         )
     for number, group in enumerate(groups, start=1):
+        if not (streamed or talk.turns) and serves(runtime, context, group):
+            rows = RowsRun(runtime, context, group, runtime.comm.streams.new_number())
+            yield Start(key=context.key, number=rows.number, shape=rows.shape), rows
+            continue
         run, kept = _leading_run(runtime, talk, group)
         if streamed and (run.program is None or run.shape.answers_per_query > 1):
             raise InvalidInputError(

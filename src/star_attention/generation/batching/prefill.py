@@ -5,6 +5,7 @@ Axes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -19,22 +20,38 @@ from star_attention.hf.execution.rows import kind_of
 from star_attention.storage.oom import translate_oom
 from star_attention.storage.transfers import send
 
+_MOST_PADDED = 1.5
+"""Most tokens of a group, filler included, as a multiple of those of its queries."""
+
 
 def groups_of(tasks: list[RowTask]) -> list[list[RowTask]]:
     """Group rows whose queries are read together: on one context, of about the same length."""
-    groups: dict[object, list[RowTask]] = {}
+    same: dict[object, list[RowTask]] = {}
     for task in tasks:
         request = task.request
         assert request is not None
-        query = request.queries[0]
-        key: object = id(request.shard), request.rope_length, (len(query) - 1).bit_length()
+        key: object = id(request.shard), request.rope_length
         if request.second_look:
             # Its choice of tokens is for one query.
-            key = id(query)
+            key = id(request.queries[0])
         elif kind_of(request.shard, request.rope_length) is None:
             key = task.number
-        groups.setdefault(key, []).append(task)
-    return list(groups.values())
+        same.setdefault(key, []).append(task)
+    return [group for each in same.values() for group in _by_length(each)]
+
+
+def _by_length(tasks: list[RowTask]) -> Iterator[list[RowTask]]:
+    group: list[RowTask] = []
+    tokens = 0
+    for task in sorted(tasks, key=lambda task: task.query_tokens):
+        length = task.query_tokens
+        if group and (len(group) + 1) * length > _MOST_PADDED * (tokens + length):
+            yield group
+            group, tokens = [], 0
+        group.append(task)
+        tokens += length
+    if group:
+        yield group
 
 
 @torch.no_grad()

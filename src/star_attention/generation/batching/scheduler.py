@@ -75,9 +75,12 @@ class Scheduler:
         admitted: list[RowTask] = []
         # A long query keeps the others waiting for a forward, not for all that wait.
         tokens, room = self._runtime.tokens_per_forward, self.max_rows - self.running
-        while self._waiting and len(admitted) < room and tokens > 0:
-            task = self._waiting.popleft()
-            admitted.append(task)
+        while self._waiting and len(admitted) < room:
+            task = self._waiting[0]
+            # Answers to one query begin together: they share random numbers.
+            if tokens <= 0 and not (admitted and task.shares_query(admitted[-1])):
+                break
+            admitted.append(self._waiting.popleft())
             tokens -= task.query_tokens
         events: list[Event] = []
         for group in groups_of(admitted):

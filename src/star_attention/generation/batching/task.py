@@ -68,6 +68,12 @@ class RowTask:
         assert self.request is not None
         return len(self.request.queries[0])
 
+    def shares_query(self, other: RowTask) -> bool:
+        """True if both answer one query of a call."""
+        if self.request is None or other.request is None:
+            return False
+        return self.request.queries[0] is other.request.queries[0]
+
     @property
     def shard_key(self) -> int:
         """The same for rows that read one shard."""
@@ -110,13 +116,16 @@ class RowTask:
         self.request = self.draw = self.kv = self.cache = self.finder = None
 
 
-def tasks_of(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> Iterator[RowTask]:
+def tasks_of(
+    runtime: Runtime, context: EncodedContext, prepared: Prepared, *, with_sources: bool = True
+) -> Iterator[RowTask]:
     """Make the rows of one call: those of a query next to each other.
 
     Args:
         runtime: the engine's.
         context: the context to ask.
         prepared: checked queries on it, with their settings.
+        with_sources: find the sources of each row, where they are wanted.
 
     Raises:
         InvalidInputError: settings that transformers refuses.
@@ -129,6 +138,7 @@ def tasks_of(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> I
     )
     several, settings = settings.answers_per_query, settings.for_one_answer()
     device, seed = runtime.handle.device, settings.arguments.seed
+    finder = requests.source_finder(runtime, context, settings) if with_sources else None
     made: _Processing | None = None
     for prompt in prepared.prompts:
         noise = Noise(seed, several, device)
@@ -149,7 +159,7 @@ def tasks_of(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> I
                 draw=draw,
                 answer=_answer(runtime, context, prompt, settings),
                 max_new_tokens=settings.max_new_tokens,
-                finder=requests.source_finder(runtime, context, settings),
+                finder=finder,
             )
 
 
