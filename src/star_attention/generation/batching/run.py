@@ -20,6 +20,9 @@ from star_attention.inputs import Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 
+_WORTH_ROWS = 4
+"""Fewest tokens of an answer for which a row is worth its making."""
+
 
 def serves(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> bool:
     """True if the answers of a call are better given as rows.
@@ -32,6 +35,7 @@ def serves(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> boo
     return (
         runtime.comm.size == 1
         and len(prepared.prompts) * settings.answers_per_query > 1
+        and settings.max_new_tokens >= _WORTH_ROWS
         and settings.uses_own_loop
         and not settings.second_look
         and not arguments.keep
