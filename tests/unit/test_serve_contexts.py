@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from star_attention.serve.contexts.entry import Content
+from star_attention.serve.contexts.entry import Content, Wanted
 from star_attention.serve.contexts.keys import KeyMaker, Scope, as_ids
 from star_attention.serve.contexts.store import ContextStore
 from star_attention.serve.contexts.table import StoreSettings
@@ -112,6 +112,18 @@ def test_texts_begin_alike_where_the_same_of_them_is_users(
     if literal == ((2, 7),):
         whole = Content(ids=as_ids([]), text="to <s> be", literal=((2, 5), (6, 7)))
     assert (kept.prefix_of(scope, whole) is not None) == is_found
+
+
+def test_a_text_is_known_by_all_of_it() -> None:
+    kept = store()
+    ann, content = Scope(tenant="ann"), Content(ids=as_ids(A), text="a <s> b", literal=((2, 5),))
+    with kept.acquire(Wanted(scope=ann, content=content)):
+        settle(kept)
+    assert kept.of_text(ann, "a <s> b", ((2, 5),)) is content
+    assert kept.of_text(ann, "a <s> b") is None
+    assert kept.of_text(ann, "a <s> ", ((2, 5),)) is None
+    assert kept.of_text(Scope(tenant="bob"), "a <s> b", ((2, 5),)) is None
+    assert kept.of_text(Scope(tenant="ann", salt="x"), "a <s> b", ((2, 5),)) is None
 
 
 def test_a_new_version_reuses_blocks_of_the_nearest_one() -> None:

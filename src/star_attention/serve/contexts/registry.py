@@ -10,6 +10,8 @@ from star_attention.serve.contexts.entry import Content, Entry, Location, Status
 from star_attention.serve.contexts.keys import Scope, TokenIds
 from star_attention.serve.refusals import RefusalError
 
+Spans = tuple[tuple[int, int], ...]
+
 MOST_EXPIRED = 1000
 """Expired contexts whose ids are remembered, so that a client learns what became of them."""
 
@@ -72,6 +74,20 @@ class Registry:
             same = entry.content is not None and np.array_equal(entry.content.ids, ids)
             if same and entry.scope == scope and not entry.deleted:
                 return entry
+        return None
+
+    def of_text(self, scope: Scope, text: str, literal: Spans) -> Content | None:
+        """Return what is known of a text, so that it need not be tokenized again.
+
+        Args:
+            scope: whose contexts may tell.
+            text: what a chat template wrote, up to the end of a context.
+            literal: spans of it that users wrote.
+        """
+        for entry in self:
+            known, is_own = entry.content, entry.scope == scope and not entry.deleted
+            if is_own and known is not None and (known.text, known.literal) == (text, literal):
+                return known
         return None
 
     def prefix_of(self, scope: Scope, content: Content) -> Entry | None:
@@ -144,5 +160,5 @@ def _begins_with(whole: Content, begin: Content | None) -> bool:
     return len(whole) > size and np.array_equal(whole.ids[:size], begin.ids)
 
 
-def _spans_before(spans: tuple[tuple[int, int], ...], end: int) -> tuple[tuple[int, int], ...]:
+def _spans_before(spans: Spans, end: int) -> Spans:
     return tuple((low, min(high, end)) for low, high in spans if low < end)
