@@ -1,0 +1,198 @@
+"""Where a chat is cut: after its files, its marks, or what is likely to come again.
+
+All of it in characters of the rendered chat. How these become tokens says `prompts`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from star_attention.errors import InvalidInputError, quote
+from star_attention.hf.text.messages import Message, texts
+
+_MARKS = ("prompt_cache_breakpoint", "cache_control")
+_INSTRUCTIONS = ("system", "developer")
+_LAST_CHARACTERS = 2048
+"""Characters at the end of a single text in which its question is looked for: about 512 tokens."""
+_TTL = re.compile(r"(\d{1,6})([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+FileText = Callable[[dict[str, Any]], str]
+"""Returns the text of a message's part of type `file`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """A place in a chat that its client names.
+
+    Attributes:
+        rule: "file" or "mark".
+        message, part: it comes after this part of this message.
+        ttl: the least seconds to keep what is before it; None for the server's own.
+    """
+
+    rule: str
+    message: int
+    part: int
+    ttl: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkedChat:
+    """Messages without marks and files, and where these were."""
+
+    messages: list[Any]
+    boundaries: list[Boundary]
+
+    @property
+    def characters(self) -> int:
+        """About the characters of its texts."""
+        return sum(len(str(message)) for message in self.messages)
+
+
+def unmarked(messages: list[Any], file_text: FileText) -> MarkedChat:
+    """Take the marks out of messages, and put the texts of files in their place."""
+    boundaries: list[Boundary] = []
+    plain = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            plain.append(message)
+            continue
+        marks = {name: message[name] for name in _MARKS if name in message}
+        message = {key: value for key, value in message.items() if key not in _MARKS}
+        content = message.get("content")
+        if isinstance(content, list):
+            parts: list[Any] = []
+            message["content"] = parts
+            for part in content:
+                own, found = _unmarked_part(part, number, len(parts), file_text)
+                parts.append(own)
+                boundaries += found
+        last = len(content) - 1 if isinstance(content, list) else 0
+        boundaries += [
+            Boundary(rule="mark", message=number, part=last, ttl=ttl_of(mark))
+            for mark in marks.values()
+            if mark
+        ]
+        plain.append(message)
+    return MarkedChat(messages=plain, boundaries=boundaries)
+
+
+def _unmarked_part(
+    part: Any, message: int, number: int, file_text: FileText
+) -> tuple[Any, list[Boundary]]:
+    if not isinstance(part, dict):
+        return part, []
+    found = [
+        Boundary(rule="mark", message=message, part=number, ttl=ttl_of(part[name]))
+        for name in _MARKS
+        if part.get(name)
+    ]
+    part = {key: value for key, value in part.items() if key not in _MARKS}
+    if part.get("type") == "file":
+        part = {"type": "text", "text": file_text(part)}
+        found.append(Boundary(rule="file", message=message, part=number))
+    return part, found
+
+
+def ttl_of(mark: Any) -> float | None:
+    """Return the seconds of a mark's `ttl`, such as "30m"; None if it has none."""
+    ttl = mark.get("ttl") if isinstance(mark, dict) else None
+    if ttl is None:
+        return None
+    match = _TTL.fullmatch(ttl) if isinstance(ttl, str) else None
+    if match is None:
+        raise InvalidInputError(
+            f"ttl {quote(ttl)} of a mark does not work; give one like 30m or 1h"
+        )
+    return float(int(match[1]) * _SECONDS[match[2]])
+
+
+def for_template(messages: list[Message], template: str) -> list[Message]:
+    """Return messages with roles that a template knows."""
+    if "developer" in template:
+        return messages
+    return [
+        {**message, "role": "system"} if message["role"] == "developer" else message
+        for message in messages
+    ]
+
+
+def instructions_first(messages: list[Message]) -> list[Message]:
+    """Return messages whose instructions are one message at the beginning."""
+    first = [message for message in messages if message["role"] in _INSTRUCTIONS]
+    others = [message for message in messages if message["role"] not in _INSTRUCTIONS]
+    joined = "\n\n".join("".join(texts(message)) for message in first)
+    return [{"role": "system", "content": joined}, *others] if first else others
+
+
+def ends_of_parts(rendered: str, messages: list[Message]) -> dict[tuple[int, int], int]:
+    """Return where the texts of messages end in a rendered chat, by message and part.
+
+    A text that the template has changed, but for white space around it, is left out.
+    """
+    ends: dict[tuple[int, int], int] = {}
+    at = 0
+    for number, message in enumerate(messages):
+        for part, text in enumerate(texts(message)):
+            for form in (text, text.rstrip(), text.strip()):
+                start = rendered.find(form, at) if form else -1
+                if start >= 0:
+                    at = ends[number, part] = start + len(form)
+                    break
+    return ends
+
+
+def named_cut(
+    ends: dict[tuple[int, int], int], boundaries: list[Boundary], messages: list[Message]
+) -> tuple[int, Boundary] | None:
+    """Return the character after the last file, or else after the last mark, before a question.
+
+    A place with no text after it leaves no question, and does not count.
+    """
+    last = max(ends, default=(-1, -1))
+    for rule in ("file", "mark"):
+        for boundary in sorted(
+            boundaries, key=lambda boundary: (boundary.message, boundary.part), reverse=True
+        ):
+            place = boundary.message, boundary.part
+            if boundary.rule == rule and place in ends and place < last:
+                return ends[place], boundary
+    return None
+
+
+def likely_cut(
+    rendered: str, ends: dict[tuple[int, int], int], messages: list[Message]
+) -> int | None:
+    """Return the character before the last question of a chat, as far as it can be told.
+
+    That is before the last part of the last user message; in a message of one text, after its last
+    line break near its end, or before the message.
+    """
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        return None
+    last = users[-1]
+    parts = texts(messages[last])
+    if len(parts) > 1:
+        return ends.get((last, len(parts) - 2))
+    end = ends.get((last, 0))
+    if end is not None and parts:
+        start = end - len(parts[0].strip())
+        line = line_break(rendered[start:end])
+        if line:
+            return start + line
+    before = [place for place in ends if place[0] < last]
+    return ends[max(before)] if before else None
+
+
+def line_break(text: str) -> int:
+    """Return the character after the last line break near the end of a text; 0 for none.
+
+    What follows it has more than white space.
+    """
+    body = len(text.rstrip())
+    return text.rfind("\n", max(0, body - _LAST_CHARACTERS), body) + 1

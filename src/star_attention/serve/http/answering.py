@@ -1,0 +1,231 @@
+"""The answers of one request: awaited as a whole, or sent as events while they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from star_attention.generation.result import Generation
+from star_attention.serve.engine import Engine
+from star_attention.serve.http.events import DONE, comment, event
+from star_attention.serve.http.objects import Shape, Usage
+from star_attention.serve.http.problems import of_error, timed_out
+from star_attention.serve.jobs import Choice, EngineEndedError, Job
+from star_attention.serve.metrics import Metrics
+from star_attention.serve.settings import ServeSettings
+
+_LOOK_S = 5.0
+"""Seconds after which a request looks whether the engine still lives."""
+PROGRESS_S = 1.0
+"""Seconds between two chunks with progress, for clients that ask for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Tokens of one prompt.
+
+    Attributes:
+        prompt: all of them.
+        context: those of its context.
+        cached: those that were encoded before.
+        kept: True if its context is kept.
+    """
+
+    prompt: int
+    context: int
+    cached: int
+    kept: bool
+
+
+class Answering:
+    """The jobs of one request.
+
+    Args:
+        engine: does them.
+        jobs: one for each prompt; they share `changed`.
+        counts: of each prompt.
+        shape: how answers look.
+        settings: times of the server.
+        metrics: notes how they end.
+        request_id: for errors of defects.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        jobs: list[Job],
+        counts: list[Counts],
+        *,
+        shape: Shape,
+        settings: ServeSettings,
+        metrics: Metrics,
+        request_id: str,
+    ) -> None:
+        self._engine, self._jobs, self._counts, self._shape = engine, jobs, counts, shape
+        self._settings, self._metrics, self._request_id = settings, metrics, request_id
+        self._changed = jobs[0].changed
+        self._choices = [choice for job in jobs for choice in job.choices]
+        limit = settings.request_timeout
+        self._deadline = None if not limit else time.monotonic() + limit
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far."""
+        return Usage(
+            prompt=sum(count.prompt for count in self._counts),
+            answer=sum(choice.tokens for choice in self._choices),
+            cached=sum(count.cached for count in self._counts),
+            written=sum(count.context for count in self._counts if count.kept and not count.cached),
+        )
+
+    def close(self) -> None:
+        """Stop what has not ended, for a client that has left or an answer that has failed."""
+        left = [job for job in self._jobs if not job.done]
+        if left:
+            phase = "decode" if any(job.started for job in left) else "encode"
+            self._metrics.aborted.labels(phase).inc()
+        for job in self._jobs:
+            if not job.done or job.error is not None:
+                self._engine.cancel(job)
+
+    async def whole(self) -> dict[str, Any]:
+        """Return all answers once they are there.
+
+        Raises:
+            Exception: why there is none.
+        """
+        while not self._ended():
+            await self._wait(_LOOK_S)
+        self._note()
+        answers = [_result(choice) for choice in self._choices]
+        return self._shape.whole(answers, self.usage)
+
+    async def events(self, *, usage: bool, progress: bool) -> AsyncIterator[bytes]:
+        """Yield answers as events, and signs of life while there are none.
+
+        Args:
+            usage: True for a last chunk with the usage.
+            progress: True for chunks with how far the context is.
+        """
+        timer = _Timer(self._settings, progress=progress)
+
+        def chunk(*choices: dict[str, Any], **more: Any) -> bytes:
+            timer.chunk_sent()
+            return event(self._shape.chunk(list(choices), None, includes_usage=usage) | more)
+
+        for index in range(len(self._choices)):
+            yield chunk(self._shape.opening(index))
+        ended: set[int] = set()
+        try:
+            while not self._ended():
+                for piece in self._pieces(ended):
+                    yield chunk(piece)
+                if not await self._wait(timer.wait_s):
+                    if timer.wants_chunk:
+                        more = {"star": self._progress()} if progress else {}
+                        yield chunk(self._shape.piece(0, ""), **more)
+                    elif timer.wants_comment:
+                        timer.comment_sent()
+                        yield comment(self._keepalive())
+            for piece in self._pieces(ended):
+                yield chunk(piece)
+            self._note()
+            if usage:
+                yield event(self._shape.chunk([], self.usage, includes_usage=True))
+        except Exception as error:
+            problem = of_error(error, request_id=self._request_id)
+            self._metrics.errors.labels(problem.code or str(problem.status)).inc()
+            yield event(problem.envelope)
+        yield DONE
+
+    def _pieces(self, ended: set[int]) -> list[dict[str, Any]]:
+        """Return what came of all answers since the last call."""
+        pieces = []
+        for index, choice in enumerate(self._choices):
+            delta = choice.take()
+            if delta.text or delta.reasoning:
+                pieces.append(self._shape.piece(index, delta.text, delta.reasoning))
+            if choice.result is not None and index not in ended:
+                ended.add(index)
+                pieces.append(self._shape.ending(index, choice.result))
+        return pieces
+
+    def _ended(self) -> bool:
+        """True once all answers are there.
+
+        Raises:
+            Exception: why there is none.
+        """
+        for job in self._jobs:
+            if job.error is not None:
+                raise job.error
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise timed_out(self._settings.request_timeout or 0.0)
+        return all(job.done for job in self._jobs)
+
+    async def _wait(self, timeout_s: float) -> bool:
+        """Wait until something happens; False if nothing did for that time."""
+        if self._deadline is not None:
+            timeout_s = min(timeout_s, max(self._deadline - time.monotonic(), 0.0) + 0.001)
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except TimeoutError:
+            if not self._engine.alive:
+                raise EngineEndedError("the engine has ended; ask again later") from None
+            return False
+        self._changed.clear()
+        return True
+
+    def _note(self) -> None:
+        for job, count in zip(self._jobs, self._counts, strict=True):
+            self._metrics.finished(job, count.prompt)
+
+    def _progress(self) -> dict[str, Any]:
+        waiting = [job.lease.view() for job in self._jobs if job.lease and not job.started]
+        return {
+            "phase": "encode" if waiting else "decode",
+            "done": sum(view.done for view in waiting),
+            "total": sum(view.total for view in waiting),
+        }
+
+    def _keepalive(self) -> str:
+        progress = self._progress()
+        return f"keepalive {progress['phase']} {progress['done']}/{progress['total']}"
+
+
+class _Timer:
+    """When a stream without text is due a sign of life, by the clock."""
+
+    def __init__(self, settings: ServeSettings, *, progress: bool) -> None:
+        self._comments_s = settings.keepalive
+        self._chunks_s = PROGRESS_S if progress else settings.heartbeat
+        self._clock: Callable[[], float] = time.monotonic
+        self._last_chunk = self._last_byte = self._clock()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the next sign of life."""
+        due = min(self._last_byte + self._comments_s, self._last_chunk + self._chunks_s)
+        return min(max(due - self._clock(), 0.001), _LOOK_S)
+
+    @property
+    def wants_chunk(self) -> bool:
+        return self._clock() >= self._last_chunk + self._chunks_s
+
+    @property
+    def wants_comment(self) -> bool:
+        return self._clock() >= self._last_byte + self._comments_s
+
+    def chunk_sent(self) -> None:
+        self._last_chunk = self._last_byte = self._clock()
+
+    def comment_sent(self) -> None:
+        self._last_byte = self._clock()
+
+
+def _result(choice: Choice) -> Generation:
+    assert choice.result is not None, "all answers have ended"
+    return choice.result

@@ -1,0 +1,168 @@
+"""Bodies of requests: read within a limit, and fields checked one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from star_attention.errors import quote
+from star_attention.serve.http.problems import Problem, bad_request
+
+_LARGE = 2**20
+"""Bytes from which on JSON is parsed beside the event loop."""
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+def check_length(request: Request, limit: int) -> None:
+    """Raise a 413 for a body that says to be longer than allowed."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise body_too_large(f"{int(declared):,}", limit)
+
+
+def body_too_large(size: str, limit: int) -> Problem:
+    """Return the 413 for a body of some size."""
+    return Problem(
+        413,
+        f"the body has {size} bytes, more than the server's {limit:,}; shorten it, or start the"
+        " server with a larger --max-body",
+        code="request_too_large",
+    )
+
+
+async def read_bytes(request: Request, limit: int) -> bytes:
+    """Return a body. No more than the limit is held.
+
+    Raises:
+        Problem: 413 for a longer one.
+    """
+    check_length(request, limit)
+    blocks: list[bytes] = []
+    size = 0
+    try:
+        async for block in request.stream():
+            size += len(block)
+            if size > limit:
+                raise body_too_large(f"more than {limit:,}", limit)
+            blocks.append(block)
+    except ClientDisconnect:
+        raise Problem(400, "the client left before its request was complete") from None
+    return b"".join(blocks)
+
+
+async def read_object(request: Request, limit: int) -> Body:
+    """Return a body that is a JSON object.
+
+    Raises:
+        Problem: 413 for one beyond the limit, 400 for anything else than an object.
+    """
+    data = await read_bytes(request, limit)
+    parse = _parsed if len(data) < _LARGE else _in_thread
+    value = parse(data)
+    value = await value if asyncio.iscoroutine(value) else value
+    if not isinstance(value, dict):
+        raise bad_request(
+            f"the body is a {type(value).__name__}; expected a JSON object", code="invalid_json"
+        )
+    return Body(value)
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        # The message of the parser has a place, and no text.
+        place = str(error) if isinstance(error, json.JSONDecodeError) else "not UTF-8, or too deep"
+        raise bad_request(
+            f"the body is no JSON: {place}; send a JSON object", code="invalid_json"
+        ) from None
+
+
+async def _in_thread(data: bytes) -> Any:
+    return await asyncio.to_thread(_parsed, data)
+
+
+class Body:
+    """The fields of a JSON object, each taken once; a field that is null counts as absent.
+
+    Attributes:
+        fields: those that have not been taken.
+        nulls: names of those that are null.
+    """
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self.nulls = fields.keys() - self.fields.keys()
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """Return a field of any type, and count it as taken."""
+        return self.fields.pop(name, default)
+
+    def text(self, name: str, default: str | None = None, *, most: int | None = None) -> str | None:
+        """Return a str of at most so many characters."""
+        value = self.take(name, default)
+        if value is None or value is default:
+            return default
+        if not isinstance(value, str):
+            raise wrong_type(name, value, "a string")
+        if most is not None and len(value) > most:
+            raise bad_request(
+                f"{name} has {len(value):,} characters, more than {most:,}; shorten it", name
+            )
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """Return a boolean."""
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise wrong_type(name, value, "true or false")
+        return value
+
+    def integer(
+        self, name: str, default: int | None = None, *, least: int, most: int | None = None
+    ) -> int | None:
+        """Return an integer within bounds."""
+        value = self.take(name, default)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong_type(name, value, "an integer")
+        if value < least or (most is not None and value > most):
+            bound = f"{least} or more" if most is None else f"{least} to {most}"
+            raise bad_request(f"{name} {value} is out of range; give {bound}", name)
+        return value
+
+    def number(
+        self, name: str, *, least: float, most: float | None = None, default: float | None = None
+    ) -> float | None:
+        """Return a finite number within bounds."""
+        value = self.take(name, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong_type(name, value, "a number")
+        if not math.isfinite(value) or value < least or (most is not None and value > most):
+            bound = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+            raise bad_request(f"{name} {value} is out of range; give {bound}", name)
+        # Samplers take no integers.
+        return float(value)
+
+    def object(self, name: str) -> dict[str, Any]:
+        """Return an object; {} if it is absent."""
+        value = self.take(name, {})
+        if not isinstance(value, dict):
+            raise wrong_type(name, value, "an object")
+        return value
+
+
+def wrong_type(name: str, value: Any, expected: str) -> Problem:
+    """Return the 400 for a field of another type."""
+    return bad_request(f"{name} {quote(value)}: expected {expected}", name, code="invalid_type")

@@ -1,0 +1,191 @@
+"""`/v1/contexts`: documents that are encoded once, and kept as long as their client says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from star_attention.errors import quote
+from star_attention.serve.contexts.entry import ContextView, Status
+from star_attention.serve.contexts.store import UNCHANGED
+from star_attention.serve.http.body import Body, read_object, wrong_type
+from star_attention.serve.http.events import DONE, EventStream, event, unless_left
+from star_attention.serve.http.problems import bad_request
+from star_attention.serve.http.uploads import is_form, read_upload
+from star_attention.serve.prompts import Prompts
+from star_attention.serve.reading import Source
+from star_attention.serve.service import Service
+
+_LOOK_S = 0.05
+"""Seconds between two looks at a context that is being encoded."""
+_UNDER_WAY = (Status.QUEUED, Status.ENCODING)
+_FORM_NUMBERS = ("ttl",)
+_FORM_FLAGS = ("pin",)
+
+
+class ContextRoutes:
+    """The routes of contexts."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._prompts = Prompts(service)
+
+    async def create(self, request: Request) -> Response:
+        """Keep a document: from text, messages, token ids, or a file."""
+        limit = self._service.settings.max_body
+        if is_form(request):
+            upload = await read_upload(request, limit)
+            body, source = _form(upload.fields), Source(text=upload.text)
+            body.fields.setdefault("name", upload.name)
+        else:
+            body = await read_object(request, limit)
+            source = self._source(body, request.state.tenant)
+        return await self._create(request, body, source)
+
+    async def extend(self, request: Request) -> Response:
+        """Keep a new context that continues another one, which stays as it is."""
+        body = await read_object(request, self._service.settings.max_body)
+        text = body.text("text")
+        if not text:
+            raise wrong_type("text", text, "a text that is not empty")
+        old = self._service.store.content(*_named(request))
+        return await self._create(request, body, Source(text=text, after=old))
+
+    async def _create(self, request: Request, body: Body, source: Source) -> Response:
+        service = self._service
+        service.check_open()
+        salt = body.text("cache_salt", "", most=1024) or ""
+        ttl, pin = _ttl(body, None), body.flag("pin")
+        name, waits = body.text("name", most=200), _waits(request)
+        _ignore(service, body)
+        wanted = await self._prompts.of_document(request.state.tenant, salt, source, ttl)
+        view, is_new = service.store.create(wanted, name=name, pin=pin)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            headers = {"x-star-context": view.id}
+            return EventStream(self._events(request, view.id), headers, on_end=lambda: None)
+        if waits:
+            view = await unless_left(request.receive, self._ended(request, view.id))
+        status = 202 if view.status in _UNDER_WAY else 201 if is_new else 200
+        return JSONResponse(view.as_dict(), status_code=status)
+
+    def _source(self, body: Body, tenant: str) -> Source:
+        """Return what a context is made of: exactly one of four fields."""
+        fields = {name: body.take(name) for name in ("text", "messages", "token_ids", "file_id")}
+        given = [name for name, value in fields.items() if value is not None]
+        if len(given) != 1:
+            raise bad_request(
+                f"the body has {', '.join(given) or 'no document'}; give exactly one of text,"
+                " messages, token_ids and file_id, or upload a file",
+                given[-1] if given else "text",
+            )
+        (name,) = given
+        value = fields[name]
+        kwargs = body.object("chat_template_kwargs")
+        kinds = {"text": str, "messages": list, "token_ids": list, "file_id": str}
+        if not isinstance(value, kinds[name]):
+            raise wrong_type(name, value, "a list" if kinds[name] is list else "a string")
+        if name == "file_id":
+            return Source(text=self._service.files.get(tenant, value).text, template_kwargs=kwargs)
+        return Source(**{name: value}, template_kwargs=kwargs)
+
+    async def _ended(self, request: Request, id: str) -> ContextView:
+        """Return a context once it is there, or has failed."""
+        while True:
+            view = self._service.store.get(request.state.tenant, id)
+            if view.status not in _UNDER_WAY or not self._service.engine.alive:
+                return view
+            await asyncio.sleep(_LOOK_S)
+
+    async def _events(self, request: Request, id: str) -> AsyncIterator[bytes]:
+        """Yield a context whenever it has changed, until it is there or has failed."""
+        last: ContextView | None = None
+        while True:
+            view = self._service.store.get(request.state.tenant, id)
+            if view != last:
+                yield event(view.as_dict())
+                last = view
+            if view.status not in _UNDER_WAY or not self._service.engine.alive:
+                break
+            await asyncio.sleep(_LOOK_S)
+        yield DONE
+
+    async def list(self, request: Request) -> Response:
+        """List the tenant's contexts, the newest first; `after` and `limit` turn pages."""
+        views = self._service.store.list(request.state.tenant)
+        query = request.query_params
+        if query.get("order") == "asc":
+            views = views[::-1]
+        limit = query.get("limit", "100")
+        if not limit.isdigit() or not 1 <= int(limit) <= 1000:
+            raise bad_request(f"limit {quote(limit)} does not work; give 1 to 1000", "limit")
+        after = query.get("after")
+        if after is not None:
+            ids = [view.id for view in views]
+            if after not in ids:
+                raise bad_request(f"after {quote(after)} is no context in this list", "after")
+            views = views[ids.index(after) + 1 :]
+        page = [view.as_dict() for view in views[: int(limit)]]
+        ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
+        more = len(views) > len(page)
+        return JSONResponse({"object": "list", "data": page, "has_more": more, **ends})
+
+    async def get(self, request: Request) -> Response:
+        """Describe a context."""
+        return JSONResponse(self._service.store.get(*_named(request)).as_dict())
+
+    async def update(self, request: Request) -> Response:
+        """Change how long a context is kept, or its name."""
+        body = await read_object(request, self._service.settings.max_body)
+        # Null is a value here: no limit, and no name.
+        changes: dict[str, Any] = {
+            "ttl": None if "ttl" in body.nulls else _ttl(body, UNCHANGED),
+            "pin": body.flag("pin") if "pin" in body.fields else UNCHANGED,
+            "name": body.text("name", UNCHANGED, most=200) if "name" not in body.nulls else None,
+        }
+        if body.fields:
+            field = next(iter(body.fields))[:80]
+            raise bad_request(f"{field} cannot be changed; give ttl, pin or name", field)
+        view = self._service.store.update(*_named(request), **changes)
+        return JSONResponse(view.as_dict())
+
+    async def delete(self, request: Request) -> Response:
+        """Drop a context; one in use, after its last user."""
+        tenant, id = _named(request)
+        self._service.store.delete(tenant, id)
+        return JSONResponse({"id": id, "object": "context.deleted", "deleted": True})
+
+
+def _named(request: Request) -> tuple[str, str]:
+    return request.state.tenant, request.path_params["id"]
+
+
+def _waits(request: Request) -> bool:
+    return request.query_params.get("wait", "false").lower() in ("true", "1")
+
+
+def _ttl(body: Body, default: Any) -> Any:
+    """Return the seconds that a context is kept without use."""
+    seconds = body.number("ttl", least=1)
+    return default if seconds is None else float(seconds)
+
+
+def _ignore(service: Service, body: Body) -> None:
+    for _ in body.fields:
+        service.metrics.ignored.labels("other").inc()
+
+
+def _form(fields: dict[str, str]) -> Body:
+    """Return the fields of a form, numbers and flags as such."""
+    values: dict[str, Any] = dict(fields)
+    for name in (*_FORM_NUMBERS, *_FORM_FLAGS):
+        if name in values:
+            try:
+                values[name] = json.loads(values[name].lower())
+            except ValueError:
+                raise wrong_type(name, values[name], "a number, true or false") from None
+    return Body(values)

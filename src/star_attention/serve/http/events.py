@@ -1,0 +1,110 @@
+"""Server-sent events: a response that ends when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+_T = TypeVar("_T")
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    # Or nginx collects the whole answer before it passes it on.
+    "x-accel-buffering": "no",
+}
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """Return an event with a JSON object."""
+    return b"data: " + encoded(value) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """Return a line that clients skip."""
+    return f": {text}\n\n".encode()
+
+
+def encoded(value: Any) -> bytes:
+    """Return JSON in UTF-8; half characters are escaped."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection before it had its answer."""
+
+
+async def disconnected(receive: _Receive) -> None:
+    """Return once the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_left(receive: _Receive, work: Awaitable[_T]) -> _T:
+    """Return what `work` returns; cancel it if the client leaves before.
+
+    Servers cancel nothing by themselves where no answer has begun.
+
+    Raises:
+        ClientLeftError: the client has left.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeftError
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+class EventStream(Response):
+    """A response of events. Their source is closed when it ends and when the client leaves.
+
+    Args:
+        source: the events, as bytes.
+        headers: further headers.
+        on_end: called at its end, however it comes.
+    """
+
+    def __init__(
+        self, source: AsyncIterator[bytes], headers: dict[str, str], on_end: Callable[[], None]
+    ) -> None:
+        self._source, self._on_end = source, on_end
+        super().__init__(None, headers={**_HEADERS, **headers})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            with contextlib.suppress(ClientLeftError, OSError):
+                await send(start)
+                await unless_left(receive, self._write(send))
+        finally:
+            self._on_end()
+
+    async def _write(self, send: Any) -> None:
+        try:
+            async for block in self._source:
+                await send({"type": "http.response.body", "body": block, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            close = getattr(self._source, "aclose", None)
+            if close is not None:
+                await close()

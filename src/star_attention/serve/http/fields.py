@@ -1,0 +1,242 @@
+"""The fields of a request for answers: which are read, which are ignored, which are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from star_attention.errors import quote
+from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.problems import bad_request, not_supported
+from star_attention.serve.settings import ServeSettings
+
+MOST_SEED = 2**63 - 1
+MOST_LOGPROBS = 20
+MOST_STOP_CHARACTERS = 500
+
+IGNORED = frozenset(
+    (
+        "audio",
+        "client_metadata",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "store",
+        "user",
+    )
+)
+"""Fields that change no answer. Others that nobody knows are ignored, too, and counted as other."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "logit_bias": ({},),
+    "modalities": (["text"], []),
+    "presence_penalty": (0,),
+    "structured_outputs": ({},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "truncation": ("disabled",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Fields that would change the answer and are not served, with the values that ask for nothing."""
+
+_REMEDIES = {
+    "best_of": "ask for n answers",
+    "chat_template": "templates of requests are not run; set the model's own",
+    "echo": "put the prompt before the answer yourself",
+    "guided_json": "use response_format",
+    "truncate_prompt_tokens": "prompts are never cut; shorten it",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What a request asks for, besides its prompt.
+
+    Attributes:
+        model: the model's name; None for the one that is served.
+        options: keywords of `StarLLM.generate`, without a limit.
+        max_tokens: most tokens of an answer; None for the server's default.
+        answers: number of answers to each prompt.
+        stream: True for server-sent events.
+        include_usage: True for a last chunk with the usage.
+        include_progress: True for chunks that say how far the context is.
+        context: id of the context that the prompt is about.
+        salt: separates contexts of one key.
+        template_kwargs: what the chat template reads beside messages.
+        explicit: True to keep only what is marked.
+        ignored: names of fields that were ignored.
+    """
+
+    model: str | None
+    options: dict[str, Any]
+    max_tokens: int | None
+    answers: int
+    stream: bool
+    include_usage: bool
+    include_progress: bool
+    context: str | None
+    salt: str
+    template_kwargs: dict[str, Any]
+    explicit: bool
+    ignored: tuple[str, ...]
+
+
+def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
+    """Take all fields but the prompt.
+
+    Args:
+        body: the request's.
+        settings: the server's limits.
+        chat: True for a chat, whose `logprobs` is a flag.
+
+    Raises:
+        Problem: a value that cannot work, or a field that would change the answer and is not
+            supported.
+    """
+    stream_options = body.object("stream_options")
+    cache = body.object("prompt_cache_options")
+    template_kwargs = body.object("chat_template_kwargs") if chat else {}
+    effort = body.text("reasoning_effort") if chat else None
+    if effort is not None:
+        # A template that does not read it refuses it.
+        template_kwargs = {"reasoning_effort": effort, **template_kwargs}
+    options = _sampling(body) | _stopping(body, settings)
+    logprobs = _chat_logprobs(body) if chat else body.integer("logprobs", least=0, most=5)
+    if logprobs is not None:
+        options["logprobs"] = logprobs
+    schema = _schema(body.object("response_format"))
+    if schema is not None:
+        options["json_schema"] = schema
+    ask = dict(
+        model=body.text("model"),
+        options=options,
+        max_tokens=_limit(body, settings),
+        answers=body.integer("n", 1, least=1, most=settings.max_answers),
+        stream=body.flag("stream"),
+        include_usage=bool(stream_options.get("include_usage")),
+        include_progress=bool(stream_options.get("include_progress")),
+        context=body.text("context", most=100),
+        salt=body.text("cache_salt", "", most=1024),
+        template_kwargs=template_kwargs,
+        explicit=cache.get("mode") == "explicit",
+    )
+    return Ask(**ask, ignored=_rest(body))  # type: ignore[arg-type]
+
+
+def _limit(body: Body, settings: ServeSettings) -> int | None:
+    older = body.integer("max_tokens", least=1)
+    newer = body.integer("max_completion_tokens", least=1)
+    limit = older if newer is None else newer
+    if limit is not None and settings.max_tokens is not None and limit > settings.max_tokens:
+        name = "max_tokens" if newer is None else "max_completion_tokens"
+        raise bad_request(
+            f"{name} {limit:,} is more than this server allows, {settings.max_tokens:,}; ask for"
+            " fewer",
+            name,
+        )
+    return limit
+
+
+def _sampling(body: Body) -> dict[str, Any]:
+    options = {
+        "temperature": body.number("temperature", least=0, most=100),
+        "top_p": body.number("top_p", least=0, most=1),
+        "top_k": body.integer("top_k", least=-1),
+        "min_p": body.number("min_p", least=0, most=1),
+        "repetition_penalty": body.number("repetition_penalty", least=0.01, most=100),
+        "seed": body.integer("seed", least=-MOST_SEED, most=MOST_SEED),
+        "min_new_tokens": body.integer("min_tokens", 0, least=0),
+    }
+    # Values that ask for nothing would switch sampling on.
+    nothing = {
+        "top_p": (1,),
+        "top_k": (-1, 0),
+        "min_p": (0,),
+        "repetition_penalty": (1,),
+        "min_new_tokens": (0,),
+    }
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None and value not in nothing.get(name, ())
+    }
+
+
+def _stopping(body: Body, settings: ServeSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {"ignore_eos": True} if body.flag("ignore_eos") else {}
+    stop = body.take("stop")
+    stops = [stop] if isinstance(stop, str) else stop
+    if not stops:
+        return options
+    if not isinstance(stops, list) or not all(isinstance(each, str) and each for each in stops):
+        raise wrong_type("stop", stop, "a string, or a list of strings that are not empty")
+    longest = max(map(len, stops))
+    if len(stops) > settings.max_stops or longest > MOST_STOP_CHARACTERS:
+        raise bad_request(
+            f"stop has {len(stops)} strings of up to {longest} characters; give at most"
+            f" {settings.max_stops} of {MOST_STOP_CHARACTERS}",
+            "stop",
+        )
+    return options | {"stop": stops}
+
+
+def _chat_logprobs(body: Body) -> int | None:
+    wanted = body.flag("logprobs")
+    top = body.integer("top_logprobs", 0, least=0, most=MOST_LOGPROBS)
+    if top and not wanted:
+        raise bad_request(f"top_logprobs {top} needs logprobs true; set it", "top_logprobs")
+    return top if wanted else None
+
+
+def _schema(wanted: dict[str, Any]) -> Any:
+    """Return the JSON schema that an answer is to follow; None for any text."""
+    kind = wanted.get("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise not_supported(
+            "response_format", quote(kind), "give type text, json_object or json_schema"
+        )
+    described = wanted.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise bad_request(
+            "response_format of type json_schema has no schema; give it in json_schema.schema",
+            "response_format",
+        )
+    return schema
+
+
+def _rest(body: Body) -> tuple[str, ...]:
+    """Refuse what would change the answer, and return the names of what does not."""
+    ignored = []
+    for name, value in body.fields.items():
+        if name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
+                raise not_supported(name, quote(value), _REMEDIES.get(name, "leave it out"))
+        else:
+            ignored.append(name if name in IGNORED else "other")
+    return tuple(ignored)

@@ -1,0 +1,163 @@
+"""What every request passes before its route: who it is from, and what becomes of its errors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from star_attention.errors import quote
+from star_attention.serve.http.events import encoded
+from star_attention.serve.http.objects import new_id
+from star_attention.serve.http.problems import Problem, of_error
+from star_attention.serve.keys import OPEN, Keys
+from star_attention.serve.logs import log_failure
+from star_attention.serve.settings import ServeSettings, is_loopback
+
+_log = logging.getLogger(__name__)
+
+PUBLIC = frozenset(("/health", "/ready"))
+"""Paths that need no key."""
+
+
+class Guard:
+    """The outermost layer of the app: keys, request ids, errors in the envelope, a line in the log.
+
+    The log has no prompts, no keys and no query strings.
+
+    Args:
+        app: the app.
+        settings: the server's.
+        keys: its keys; None to serve everybody.
+        on_error: called with the code of each error.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        settings: ServeSettings,
+        keys: Keys | None,
+        on_error: Callable[[str], None],
+    ) -> None:
+        self._app, self._settings, self._keys, self._on_error = app, settings, keys, on_error
+        self._public = PUBLIC | ({"/metrics"} if settings.public_metrics else set())
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id, started, status = new_id("req_"), time.monotonic(), 0
+
+        async def named(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                ]
+            await send(message)
+
+        scope.setdefault("state", {})["request_id"] = request_id
+        # The router raises for a path that there is not, instead of answering in plain text.
+        scope["app"] = self
+        try:
+            scope["state"]["tenant"] = self._tenant(Request(scope))
+            await self._app(scope, receive, named)
+        except Exception as error:
+            problem = _problem(error, request_id, scope)
+            self._on_error(problem.code or str(problem.status))
+            if status:
+                # An answer that has begun cannot change its status.
+                log_failure(f"request {request_id}, after its answer began,", error)
+            else:
+                await _send(named, problem)
+        finally:
+            _log.info(
+                "%s %s %d %.3f s %s",
+                scope["method"],
+                scope["path"],
+                status,
+                time.monotonic() - started,
+                request_id,
+            )
+
+    def _tenant(self, request: Request) -> str:
+        """Return whose request it is.
+
+        Raises:
+            Problem: 401 without a key of this server, 403 for another site's script.
+        """
+        if self._keys is None:
+            self._check_host(request)
+            return OPEN
+        if request.url.path in self._public:
+            return ""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        tenant = self._keys.tenant(key) if key else None
+        if tenant is None:
+            raise Problem(
+                401,
+                "the key is not one of this server's; send one as `Authorization: Bearer KEY`"
+                if key
+                else "there is no key; send one as `Authorization: Bearer KEY`",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return tenant
+
+    def _check_host(self, request: Request) -> None:
+        """Refuse scripts of other sites, which a browser on this machine would send here."""
+        if self._settings.insecure:
+            return
+        origin = request.headers.get("origin")
+        names = [_hostname(request.headers.get("host", ""))]
+        names += [] if origin is None else [urlsplit(origin).hostname or origin]
+        for name in names:
+            if name and not is_loopback(name) and name not in self._settings.allowed_hosts:
+                raise Problem(
+                    403,
+                    f"the host {quote(name)} is not this server's, which serves this machine; add"
+                    " it with --allowed-hosts, or use keys",
+                    code="host_not_allowed",
+                )
+
+
+def _hostname(host: str) -> str:
+    return urlsplit(f"//{host}").hostname or ""
+
+
+def _problem(error: Exception, request_id: str, scope: Any) -> Problem:
+    if isinstance(error, HTTPException):
+        return _routing(error, scope)
+    problem = of_error(error, request_id=request_id)
+    if problem.status >= 500 and not isinstance(error, Problem):
+        log_failure(f"request {request_id}", error)
+    return problem
+
+
+def _routing(error: HTTPException, scope: Any) -> Problem:
+    """Return the answer for a path or a method that there is not."""
+    path, headers = quote(scope["path"]), dict(error.headers or {})
+    if error.status_code == 404:
+        return Problem(404, f"there is no path {path} on this server", code="not_found")
+    if error.status_code == 405:
+        message = f"{path} does not take {scope['method']}; it takes {headers.get('Allow', '')}"
+        return Problem(405, message, code="method_not_allowed", headers=headers)
+    return Problem(error.status_code, str(error.detail), headers=headers)
+
+
+async def _send(send: Any, problem: Problem) -> None:
+    headers = {"content-type": "application/json", **problem.headers}
+    body = encoded(problem.envelope)
+    headers["content-length"] = str(len(body))
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": problem.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

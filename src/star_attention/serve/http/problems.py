@@ -1,0 +1,146 @@
+"""Every answer that is no success, in the envelope that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from star_attention.errors import (
+    ContextLengthError,
+    InvalidInputError,
+    MissingPackageError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RankError,
+    StarAttentionError,
+    UnknownOptionError,
+    UnsupportedCallError,
+)
+from star_attention.serve.jobs import EngineEndedError
+from star_attention.serve.refusals import RefusalError
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+_NO_RETRY = {"x-should-retry": "false"}
+"""OpenAI's clients repeat a request after an error of the server's, unless this says no."""
+
+
+class Problem(Exception):  # noqa: N818 (it is an answer, not a defect)
+    """A request that is not answered as it asks.
+
+    Attributes:
+        status: the HTTP status.
+        message: what is wrong: value, limit, remedy.
+        code: a word for programs.
+        param: the field at fault, None for no single one.
+        headers: headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    @property
+    def envelope(self) -> dict[str, Any]:
+        """The body of the answer."""
+        by_side = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _TYPES.get(self.status, by_side)
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> Problem:
+    """Return a 400."""
+    return Problem(400, message, param=param, code=code or "invalid_value")
+
+
+def not_supported(param: str, value: str, remedy: str) -> Problem:
+    """Return a 400 for a field that would change the answer, and that this server cannot serve."""
+    return bad_request(
+        f"{param} {value} is not supported; {remedy}", param=param, code="unsupported_value"
+    )
+
+
+def busy(message: str, *, retry_after_s: int = 5) -> Problem:
+    """Return a 429: the request may work later."""
+    headers = {"retry-after": str(retry_after_s)}
+    return Problem(429, message, code="too_many_requests", headers=headers)
+
+
+def unavailable(message: str, code: str, *, retry_after_s: int = 10) -> Problem:
+    """Return a 503: the server starts, ends, or has failed."""
+    return Problem(503, message, code=code, headers={"retry-after": str(retry_after_s)})
+
+
+def timed_out(seconds: float) -> Problem:
+    """Return a 504 for a request that took longer than it may."""
+    return Problem(
+        504,
+        f"the request took longer than {seconds:g} seconds, the server's limit; ask for a shorter"
+        " answer, or keep the document as a context first",
+        code="request_timeout",
+        headers=_NO_RETRY,
+    )
+
+
+def too_long(
+    limit: int, prompt_tokens: int, answer_tokens: int, param: str = "messages"
+) -> Problem:
+    """Return the 400 for a prompt without room for its answer.
+
+    Clients recognize it by its code, and some by its first words.
+    """
+    return bad_request(
+        f"This model's maximum context length is {limit} tokens. The request asks for"
+        f" {prompt_tokens + answer_tokens} tokens: {prompt_tokens} of the prompt and"
+        f" {answer_tokens} of the answer. Shorten the prompt, or lower max_tokens.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def of_error(error: BaseException, *, request_id: str) -> Problem:
+    """Return the answer for an exception; of a defect it shows only the request's id."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, ContextLengthError):
+        return bad_request(str(error), "messages", "context_length_exceeded")
+    if isinstance(error, RefusalError):
+        return Problem(error.status, str(error), code=error.code)
+    if isinstance(error, EngineEndedError):
+        return unavailable(str(error), "shutting_down")
+    if isinstance(error, MissingPackageError):
+        return bad_request(str(error), code="unsupported_value")
+    if isinstance(error, InvalidInputError | UnknownOptionError | UnsupportedCallError):
+        return bad_request(str(error))
+    if isinstance(error, OutOfMemoryError):
+        return Problem(500, str(error), code="out_of_memory", headers=_NO_RETRY)
+    if isinstance(error, NonFiniteError):
+        return Problem(500, str(error), code="model_error", headers=_NO_RETRY)
+    if isinstance(error, RankError):
+        return unavailable(str(error), "rank_failed")
+    if isinstance(error, StarAttentionError):
+        return Problem(500, str(error), code="server_error")
+    return Problem(
+        500,
+        f"the server failed ({type(error).__name__}); its log has more under request {request_id}",
+        code="server_error",
+    )

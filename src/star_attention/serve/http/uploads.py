@@ -1,0 +1,91 @@
+"""Uploads: a multipart form with one file, read as text."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+
+from star_attention.files import documents
+from star_attention.files.text import decode
+from star_attention.serve.http.body import body_too_large, check_length
+from star_attention.serve.http.problems import bad_request
+
+_MOST_FIELDS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """One uploaded file.
+
+    Attributes:
+        name: its name, for messages and lists; it is never opened.
+        text: its text.
+        nbytes: its size as uploaded.
+        fields: the other fields of the form.
+    """
+
+    name: str
+    text: str
+    nbytes: int
+    fields: dict[str, str]
+
+
+def is_form(request: Request) -> bool:
+    """True for a body that is a form with files."""
+    return request.headers.get("content-type", "").startswith("multipart/form-data")
+
+
+async def read_upload(request: Request, limit: int) -> Upload:
+    """Return the file of a form, as text. Documents need the extra `documents`.
+
+    Raises:
+        Problem: 413 for a body beyond the limit, 400 for a form without a file.
+        TextError: it is no text.
+    """
+    check_length(request, limit)
+    limited = Request(request.scope, _limited(request, limit))
+    try:
+        form = await limited.form(max_files=1, max_fields=_MOST_FIELDS)
+    except MultiPartException as error:
+        raise bad_request(f"the form cannot be read: {error.message}", "file") from None
+    try:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise bad_request("the form has no file; send one in the field `file`", "file")
+        data = await file.read()
+        name = (file.filename or "file")[:255]
+        fields = {key: value for key, value in form.items() if isinstance(value, str)}
+    finally:
+        await form.close()
+    text = await asyncio.to_thread(text_of, data, name)
+    return Upload(name=name, text=text, nbytes=len(data), fields=fields)
+
+
+def text_of(data: bytes, name: str) -> str:
+    """Return the text of a file's bytes; documents need the extra `documents`.
+
+    Raises:
+        TextError: it is no text.
+    """
+    kind = documents.document_kind(data)
+    return decode(data, name) if kind is None else documents.document_text(data, kind, name)
+
+
+def _limited(request: Request, limit: int) -> Any:
+    """Return a `receive` that raises once a body is longer than the limit."""
+    size = 0
+
+    async def receive() -> Any:
+        nonlocal size
+        message = await request.receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise body_too_large(f"more than {limit:,}", limit)
+        return message
+
+    return receive

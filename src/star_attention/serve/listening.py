@@ -1,0 +1,26 @@
+"""The address of a server, taken before anything slow starts."""
+
+from __future__ import annotations
+
+import socket
+
+from star_attention.errors import InvalidInputError, first_line
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket with the address, so that one that is taken is known before a model is read.
+
+    Raises:
+        InvalidInputError: the address is taken, or is not this machine's.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InvalidInputError(
+            f"cannot listen on {host} port {port}: {first_line(error)}; give another --port or"
+            " --host"
+        ) from None
+    return listener

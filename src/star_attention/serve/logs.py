@@ -1,0 +1,14 @@
+"""What a server logs of its failures: where, and no user's text."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+_log = logging.getLogger(__name__)
+
+
+def log_failure(subject: str, error: BaseException) -> None:
+    """Log where an exception was raised, without its message, which may quote a prompt."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("%s failed with %s\n%s", subject, type(error).__name__, frames)

@@ -1,0 +1,160 @@
+"""A server from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from star_attention.engine import StarLLM
+from star_attention.serve.contexts.encoder import BatchEncoder, engine_identity
+from star_attention.serve.contexts.folder import StoreFolder
+from star_attention.serve.contexts.store import ContextStore
+from star_attention.serve.contexts.table import StoreSettings
+from star_attention.serve.engine import Engine
+from star_attention.serve.http.app import make_app
+from star_attention.serve.keys import Keys
+from star_attention.serve.service import Service
+from star_attention.serve.settings import ServeSettings
+
+_log = logging.getLogger(__name__)
+
+_LAST_S = 2
+"""Seconds that connections get after their answers, to take the last bytes."""
+_LOOK_S = 0.05
+
+
+def run(
+    service: Service,
+    keys: Keys | None,
+    listener: socket.socket,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until a signal ends it, and all answers under way have ended.
+
+    Args:
+        service: a server's state, whose engine is not running yet.
+        keys: its keys; None to serve everybody.
+        listener: where to listen.
+        ready: called once requests are taken.
+
+    Raises:
+        Exception: what ended the engine.
+    """
+    settings = service.settings
+    config = uvicorn.Config(
+        make_app(service, keys),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_LAST_S,
+        server_header=False,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    service.engine.start()
+    try:
+        asyncio.run(_Server(config, service, settings, ready).serve(sockets=[listener]))
+    finally:
+        service.close()
+    if service.engine.failure is not None:
+        raise service.engine.failure
+
+
+class _Server(uvicorn.Server):
+    """A server whose first signal lets answers end, and whose second one does not."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        settings: ServeSettings,
+        ready: Callable[[], None],
+    ) -> None:
+        super().__init__(config)
+        self._service, self._settings, self._ready = service, settings, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._watcher = asyncio.ensure_future(self._watch())
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Take a signal to end."""
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+        # In the main thread, between two steps of its event loop.
+        self._service.draining = True
+
+    async def _watch(self) -> None:
+        """End the server when it is to end, or when the engine has failed."""
+        service = self._service
+        while not service.draining and service.engine.alive:
+            await asyncio.sleep(_LOOK_S)
+        service.draining = True
+        if service.engine.alive and not self.should_exit:
+            _log.info("shutting down: %d requests are open", service.open)
+            await self._drain()
+        # What is left gets an error, and its stream an end.
+        await asyncio.to_thread(service.engine.stop, _LAST_S)
+        self.should_exit = True
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.drain_timeout
+        while self._service.open and loop.time() < deadline and not self.should_exit:
+            await asyncio.sleep(_LOOK_S)
+
+
+def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
+    """Return the state of a server over an engine, whose thread is not running yet.
+
+    Args:
+        star: the engine, on a single process.
+        name: the model's name for clients.
+        settings: the server's.
+
+    Raises:
+        InvalidInputError: the folder of contexts cannot be used.
+    """
+    engines: list[Engine] = []
+
+    def wake() -> None:
+        if engines:
+            engines[0].wake()
+
+    identity = engine_identity(star)
+    store = ContextStore(
+        BatchEncoder(star, lambda: engines[0].batch),
+        StoreSettings(
+            device_bytes=settings.max_context_bytes or free_bytes(star.device) // 2,
+            disk_bytes=settings.max_store_bytes,
+            ttl=settings.context_ttl,
+        ),
+        folder=None if settings.store is None else StoreFolder(settings.store, identity),
+        identity=identity,
+        wake=wake,
+    )
+    engine = Engine(star, store, max_rows=settings.max_rows)
+    engines.append(engine)
+    return Service(star, name, settings, store, engine)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a device that nothing uses."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        values = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(values["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,187 @@
+"""Texts and chats as the token ids of a context and of what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from star_attention.engine import StarLLM
+from star_attention.errors import InvalidInputError
+from star_attention.hf.text import chat, joining
+from star_attention.hf.text.conversation import ChatContext
+from star_attention.hf.text.joining import ContextEnd
+from star_attention.hf.text.reading import Reader
+from star_attention.hf.text.rendered import RenderedText
+from star_attention.hf.text.special import prefix_ids, rendered_ids, with_prefix
+from star_attention.hf.text.tokens import checked_ids
+from star_attention.serve.contexts.entry import Content
+from star_attention.serve.contexts.keys import as_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a context is to be made of: one of its first three fields.
+
+    Attributes:
+        text: a document.
+        messages: a conversation.
+        token_ids: token ids.
+        after: the context that the text continues; None for a new one.
+        template_kwargs: what the chat template reads beside messages.
+    """
+
+    text: str | None = None
+    messages: list[Any] | None = None
+    token_ids: list[int] | None = None
+    after: Content | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A cut prompt, before it is known what it is kept as."""
+
+    content: Content | None
+    query_ids: list[int]
+    rule: str
+    ttl: float | None = None
+    keep: bool = True
+
+
+def reader_of(star: StarLLM) -> Reader:
+    """Return what turns texts into ids by the settings of an engine."""
+    return Reader(star.tokenizer, star.config.allow_special_tokens)
+
+
+def cut_text(
+    star: StarLLM, text: RenderedText, at: int, rule: str, *, ttl: float | None = None
+) -> Piece:
+    """Cut a rendered chat so that the ids of both parts are those of the whole."""
+    if at <= 0:
+        return Piece(content=None, query_ids=rendered_ids(star.tokenizer, text), rule="none")
+    content = _rendered_content(star, text.slice(0, at))
+    end = None if content.end is None else ContextEnd.of(content.end)
+    query_ids, is_joined = joining.following_ids(star.tokenizer, end, text.slice(at))
+    if end is None or not is_joined:
+        # The cut is inside of a token: it moves to its beginning.
+        whole = rendered_ids(star.tokenizer, text)
+        shared = _shared(content.ids.tolist(), whole[:-1])
+        content = Content(ids=as_ids(whole[:shared]))
+        query_ids = whole[shared:]
+    if not len(content):
+        return Piece(content=None, query_ids=query_ids, rule="none")
+    return Piece(content=content, query_ids=query_ids, rule=rule, ttl=ttl)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of ids that two lists begin with alike."""
+    most = min(len(first), len(second))
+    return next((n for n in range(most) if first[n] != second[n]), most)
+
+
+def _rendered_content(star: StarLLM, head: RenderedText, **more: Any) -> Content:
+    ids, end = reader_of(star).chat_context(head)
+    return Content(
+        ids=as_ids(ids),
+        text=head.text,
+        literal=head.literal,
+        end=None if end is None else end.as_dict(),
+        **more,
+    )
+
+
+def raw_ids(star: StarLLM, text: str) -> list[int]:
+    """Return the ids of a text without a template, after what the tokenizer writes first."""
+    raw = reader_of(star).raw(text, "prompt")
+    return with_prefix(prefix_ids(star.tokenizer), rendered_ids(star.tokenizer, raw))
+
+
+def raw_content(star: StarLLM, text: str) -> Content:
+    """Return the content that a text without a template makes."""
+    reader = reader_of(star)
+    ids, end = reader.raw_context(reader.raw(text, "context"))
+    return Content(ids=as_ids(ids), end=None if end is None else end.as_dict())
+
+
+def checked(star: StarLLM, ids: list[int]) -> list[int]:
+    """Return token ids of a client, of which none is outside the vocabulary."""
+    known: list[int] = checked_ids(ids, "prompt", star.runtime.handle.vocab_size).tolist()
+    return known
+
+
+def following(star: StarLLM, content: Content, more: RenderedText) -> list[int]:
+    """Return the ids of a text that follows a context."""
+    ids = content.ids[-400:].tolist()
+    end = ContextEnd.of(content.end) if content.end else joining.end_of_ids(star.tokenizer, ids)
+    return joining.following_ids(star.tokenizer, end, more)[0]
+
+
+def after(star: StarLLM, content: Content, prompt: str | list[int]) -> list[int]:
+    """Return the ids of a text, or of ids, that follow a context."""
+    if isinstance(prompt, str):
+        return following(star, content, reader_of(star).raw(prompt, "prompt"))
+    held = [] if content.end is None else list(content.end["held_ids"])
+    return held + checked(star, prompt)
+
+
+def on_context(
+    star: StarLLM, content: Content, messages: list[Any], template_kwargs: dict[str, Any]
+) -> Piece:
+    """Return the query that messages are on the context of a chat."""
+    if content.messages is None:
+        raise InvalidInputError(
+            "this context was made of token ids, or without a chat template, so that messages"
+            " cannot follow it; ask with /v1/completions, or create it from text or messages"
+        )
+    opened = _opened(star, content)
+    text = chat.continue_context(
+        star.tokenizer, opened, messages, template_kwargs or None, warned=set(chat.WARNINGS)
+    )
+    query_ids = following(star, content, reader_of(star).rendered(text))
+    return Piece(content=content, query_ids=query_ids, rule="context")
+
+
+def _opened(star: StarLLM, content: Content) -> ChatContext:
+    assert content.messages is not None, "it is a chat"
+    return chat.open_context(star.tokenizer, content.messages, content.template_kwargs)
+
+
+def document(star: StarLLM, source: Source) -> Content:
+    """Return the content that a document makes: an open user message, where there is a template."""
+    if source.after is not None:
+        return _longer(star, source.after, source.text or "")
+    if source.token_ids is not None:
+        return Content(ids=as_ids(checked(star, source.token_ids)))
+    messages = source.messages
+    if messages is None:
+        if not getattr(star.tokenizer, "chat_template", None):
+            return raw_content(star, source.text or "")
+        messages = chat.user_message(source.text or "")
+    return _chat_content(
+        star, chat.open_context(star.tokenizer, messages, source.template_kwargs or None)
+    )
+
+
+def _chat_content(star: StarLLM, opened: ChatContext) -> Content:
+    return _rendered_content(
+        star,
+        reader_of(star).rendered(opened.rendered),
+        messages=opened.messages,
+        template_kwargs=opened.template_kwargs,
+    )
+
+
+def _longer(star: StarLLM, content: Content, more: str) -> Content:
+    """Return a context that continues with a text."""
+    if content.messages is not None:
+        state = chat.extended(star.tokenizer, _opened(star, content).as_dict(), more)
+        assert state is not None, "it is a chat"
+        return _chat_content(star, ChatContext.from_dict(state))
+    reader = reader_of(star)
+    end = None if content.end is None else ContextEnd.of(content.end)
+    ids, new_end, _ = reader.extension(end, reader.raw(more, "extension"))
+    return Content(
+        ids=as_ids([*content.ids.tolist(), *ids]),
+        end=None if new_end is None else new_end.as_dict(),
+    )

@@ -1,0 +1,185 @@
+"""What the routes of a server share: the model, its contexts, limits and counts."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from star_attention.engine import StarLLM
+from star_attention.serve.contexts.store import ContextStore
+from star_attention.serve.engine import Engine
+from star_attention.serve.http.files import Files
+from star_attention.serve.http.problems import busy, unavailable
+from star_attention.serve.metrics import Metrics, Numbers
+from star_attention.serve.settings import ServeSettings
+
+_T = TypeVar("_T")
+_MOST_BODIES = 8
+"""Largest bodies whose bytes all open requests may have together."""
+_LONG_CHARACTERS = 64 * 1024
+"""Characters of a request from which on its text is read in the lane of long ones."""
+
+
+class Lanes:
+    """Threads in which texts become token ids, each with a tokenizer of its own.
+
+    A tokenizer is no place for two threads, and a book is not to keep a short question waiting.
+
+    Args:
+        star: the engine.
+    """
+
+    def __init__(self, star: StarLLM) -> None:
+        self._lanes = [
+            (reader_of(star), ThreadPoolExecutor(1, thread_name_prefix=f"star-text-{name}"))
+            for name in ("short", "long")
+        ]
+
+    async def run(self, characters: int, function: Callable[[StarLLM], _T]) -> _T:
+        """Return what a function returns for an engine whose tokenizer it may use."""
+        star, lane = self._lanes[characters >= _LONG_CHARACTERS]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(lane, lambda: function(star))
+
+    def close(self) -> None:
+        """End the threads."""
+        for _, lane in self._lanes:
+            lane.shutdown(wait=False, cancel_futures=True)
+
+
+def reader_of(star: StarLLM) -> StarLLM:
+    """Return an engine over the same model with a tokenizer of its own."""
+    reader = star.with_config()
+    reader.tokenizer = copy.deepcopy(star.tokenizer)
+    return reader
+
+
+class Visit:
+    """One open request, from its body to its last token.
+
+    Args:
+        service: where it is counted.
+        nbytes: most bytes of its body.
+    """
+
+    def __init__(self, service: Service, nbytes: int) -> None:
+        self._service, self._nbytes = service, nbytes
+        self._at_end: list[Callable[[], None]] = []
+        self._is_kept = False
+        service.open += 1
+        service.open_bytes += nbytes
+
+    def at_end(self, function: Callable[[], None]) -> None:
+        """Have a function called at the end."""
+        self._at_end.append(function)
+
+    def keep(self) -> Callable[[], None]:
+        """Return what ends the visit, which `leave` does not any more."""
+        self._is_kept = True
+        return self._end
+
+    def leave(self) -> None:
+        """End the visit, unless it was kept."""
+        if not self._is_kept:
+            self._end()
+
+    def _end(self) -> None:
+        self._service.open -= 1
+        self._service.open_bytes -= self._nbytes
+        for function in self._at_end:
+            function()
+
+
+class Service:
+    """One server's state.
+
+    Args:
+        star: the engine.
+        name: the model's name for clients.
+        settings: limits and times.
+        store: the contexts.
+        engine: the thread that owns the model.
+
+    Attributes:
+        draining: True once no new requests are taken.
+        open, open_bytes: requests for answers that have begun and not ended, and the bytes of their
+            bodies.
+    """
+
+    def __init__(
+        self, star: StarLLM, name: str, settings: ServeSettings, store: ContextStore, engine: Engine
+    ) -> None:
+        self.star, self.name, self.settings = star, name, settings
+        self.store, self.engine = store, engine
+        self.created = int(time.time())
+        self.lanes = Lanes(star)
+        self.files = Files(4 * settings.max_body)
+        self.metrics = Metrics(self._gauges, self._counters)
+        self.draining = False
+        self.open = self.open_bytes = 0
+
+    def check_open(self) -> None:
+        """Raise a 503 if no requests are taken."""
+        if self.draining or not self.engine.alive:
+            raise unavailable("the server is shutting down; ask again in a moment", "shutting_down")
+
+    def admit(self, nbytes: int) -> Visit:
+        """Let a request in.
+
+        Args:
+            nbytes: most bytes of its body.
+
+        Raises:
+            Problem: 503 if no requests are taken, 429 if there are too many.
+        """
+        self.check_open()
+        settings = self.settings
+        most_bytes = _MOST_BODIES * settings.max_body
+        if self.open >= settings.max_waiting:
+            raise busy(
+                f"{self.open} requests are open, as many as this server takes; ask again in a"
+                " moment"
+            )
+        if self.open and self.open_bytes + nbytes > most_bytes:
+            raise busy(
+                f"the bodies of open requests have {self.open_bytes:,} bytes, of {most_bytes:,} in"
+                " all; ask again in a moment"
+            )
+        return Visit(self, nbytes)
+
+    def close(self) -> None:
+        """End the threads; contexts that are worth it are saved."""
+        self.draining = True
+        self.engine.stop()
+        self.lanes.close()
+
+    def _gauges(self) -> Numbers:
+        engine = self.engine
+        _, places, queued = self.store.counts()
+        return {
+            ("contexts", "location"): {place: number for place, (number, _) in places.items()},
+            ("context_bytes", "location"): {place: size for place, (_, size) in places.items()},
+            ("num_encodes_waiting", ""): {"": queued},
+            ("num_requests_running", ""): {"": engine.batch.running},
+            ("num_requests_waiting", ""): {"": engine.batch.waiting + engine.waiting},
+            ("num_requests_open", ""): {"": self.open},
+            ("engine_last_step_age_seconds", ""): {"": time.monotonic() - engine.beat},
+        }
+
+    def _counters(self) -> Numbers:
+        counts, _, _ = self.store.counts()
+        return {
+            ("context_lookups", "outcome"): dict(counts.found),
+            ("context_misses", "reason"): dict(counts.missed),
+            ("context_evictions", "to"): dict(counts.evicted),
+            ("context_reloads", ""): {"": counts.reloads},
+            ("contexts_encoded_again", ""): {"": counts.again},
+            ("encodes", "outcome"): dict(counts.encodes),
+            ("encode_tokens", ""): {"": counts.encoded_tokens},
+            ("encode_tokens_reused", ""): {"": counts.reused_tokens},
+            ("out_of_memory", ""): {"": counts.out_of_memory},
+        }

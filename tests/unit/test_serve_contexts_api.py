@@ -1,0 +1,219 @@
+"""`/v1/contexts`: documents that are kept, found again, asked, and dropped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from star_attention.serve.keys import Keys
+from tests.servers import (
+    ANSWER,
+    ASK,
+    DOCUMENT,
+    QUESTION,
+    Server,
+    engine,
+    eventually,
+    in_parts,
+    running,
+)
+
+pytest.importorskip("starlette")
+
+CHAT = "/v1/chat/completions"
+CONTEXTS = "/v1/contexts"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running(engine()) as server:
+        yield server
+
+
+def create(server: Server, **body: Any) -> dict[str, Any]:
+    response = server.post(f"{CONTEXTS}?wait=true", body)
+    assert response.status_code in (200, 201), response.text
+    context: dict[str, Any] = response.json()
+    assert context["status"] == "ready"
+    return context
+
+
+def ask(server: Server, messages: list[dict[str, Any]], **fields: Any) -> httpx.Response:
+    response = server.post(CHAT, {"messages": messages, "max_tokens": 30} | fields)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def text_of(response: httpx.Response) -> str:
+    text: str = response.json()["choices"][0]["message"]["content"]
+    return text
+
+
+def test_a_context_from_its_beginning_to_its_end(server: Server) -> None:
+    context = create(server, text=DOCUMENT, name="report", ttl=3600)
+    assert context["object"] == "context"
+    assert context["id"].startswith("ctx_")
+    assert context["name"] == "report"
+    assert context["location"] == "device"
+    assert context["progress"] == {"done": context["tokens"], "total": context["tokens"]}
+    assert context["expires_at"] == pytest.approx(context["last_used_at"] + 3600, abs=1)
+    path = f"{CONTEXTS}/{context['id']}"
+    answer = ask(server, ASK, context=context["id"])
+    assert ANSWER in text_of(answer)
+    assert answer.headers["x-star-cache"] == "hit"
+    assert answer.headers["x-star-rule"] == "context"
+    assert answer.headers["x-star-context"] == context["id"]
+    details = answer.json()["usage"]["prompt_tokens_details"]
+    assert details["cached_tokens"] == context["tokens"]
+    assert server.get(path).json()["hits"] == 1
+    changed = server.post(path, {"ttl": None, "pin": True, "name": "other"}).json()
+    assert (changed["expires_at"], changed["pinned"], changed["name"]) == (None, True, "other")
+    listed = server.get(CONTEXTS).json()
+    assert [each["id"] for each in listed["data"]] == [context["id"]]
+    assert (listed["object"], listed["has_more"]) == ("list", False)
+    gone = httpx.delete(f"{server.url}{path}").json()
+    assert gone == {"id": context["id"], "object": "context.deleted", "deleted": True}
+    assert server.get(path).status_code == 404
+    missing = server.post(CHAT, {"messages": ASK, "context": context["id"]})
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "context_not_found"
+    assert server.get(CONTEXTS).json()["data"] == []
+
+
+def test_the_same_document_is_the_same_context(server: Server) -> None:
+    first = server.post(CONTEXTS, {"text": DOCUMENT})
+    assert first.status_code == 202
+    again = create(server, text=DOCUMENT)
+    assert again["id"] == first.json()["id"]
+    other = create(server, text=DOCUMENT, cache_salt="mine")
+    assert other["id"] != again["id"]
+
+
+def test_twenty_questions_encode_once(server: Server) -> None:
+    """Forbids a full prefill for each question on one document, and other answers on a hit."""
+    miss = ask(server, in_parts(DOCUMENT, QUESTION))
+    assert miss.headers["x-star-cache"] == "miss"
+    usage = miss.json()["usage"]
+    tokens = int(miss.headers["x-star-context-tokens"])
+    assert usage["prompt_tokens_details"]["cache_write_tokens"] == tokens > 300
+    for _ in range(3):
+        hit = ask(server, in_parts(DOCUMENT, QUESTION))
+        assert hit.headers["x-star-cache"] == "hit"
+        assert hit.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens
+        assert text_of(hit) == text_of(miss)
+    ask(server, in_parts(DOCUMENT, "What else?"))
+    assert server.metric("encodes_total", outcome="done") == 1
+
+
+def test_marks_and_files_cut_alike(server: Server) -> None:
+    """Forbids a second encode of the same text because a mark came with it."""
+    marked = ask(server, in_parts(DOCUMENT, QUESTION, mark=True))
+    assert marked.headers["x-star-rule"] == "mark"
+    file = server.post("/v1/files", files={"file": ("a.txt", DOCUMENT.encode())}).json()
+    part = {"type": "file", "file": {"file_id": file["id"]}}
+    message = {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
+    by_file = ask(server, [message])
+    assert by_file.headers["x-star-rule"] == "file"
+    assert by_file.headers["x-star-cache"] == "hit"
+    assert text_of(by_file) == text_of(marked)
+    assert server.metric("encodes_total", outcome="done") == 1
+
+
+def test_nothing_is_kept_that_is_not_marked(tmp_path: Path) -> None:
+    with running(implicit=False) as server:
+        plain = ask(server, in_parts(DOCUMENT, QUESTION))
+        assert plain.headers["x-star-cache"] == "none"
+        assert server.get(CONTEXTS).json()["data"] == []
+        marked = ask(server, in_parts(DOCUMENT, QUESTION, mark=True))
+        assert marked.headers["x-star-cache"] == "miss"
+
+
+def test_short_prompts_keep_nothing(server: Server) -> None:
+    """Forbids that titles and tags, which clients ask for by themselves, evict documents."""
+    assert ask(server, ASK).headers["x-star-cache"] == "none"
+    assert server.metric("encodes_total", outcome="done") == 0
+
+
+def test_a_file_with_its_progress(server: Server) -> None:
+    with httpx.stream(
+        "POST",
+        f"{server.url}{CONTEXTS}",
+        files={"file": ("book.txt", DOCUMENT.encode())},
+        data={"ttl": "60", "pin": "true"},
+        headers={"accept": "text/event-stream"},
+        timeout=60,
+    ) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    states = [json.loads(line[6:]) for line in lines[:-1]]
+    assert states[-1]["status"] == "ready"
+    assert (states[-1]["name"], states[-1]["pinned"], states[-1]["ttl"]) == ("book.txt", True, 60)
+
+
+def test_a_context_that_goes_on(server: Server) -> None:
+    context = create(server, text=DOCUMENT)
+    more = "The secret number for amber-fox is 5550123.\n"
+    response = server.post(f"{CONTEXTS}/{context['id']}/extend?wait=true", {"text": more})
+    assert response.status_code in (200, 201), response.text
+    longer = response.json()
+    assert longer["tokens"] > context["tokens"]
+    question = [{"role": "user", "content": "What is the secret number for amber-fox?"}]
+    assert "5550123" in text_of(ask(server, question, context=longer["id"]))
+    assert create(server, text=DOCUMENT + more)["id"] == longer["id"]
+    assert server.get(f"{CONTEXTS}/{context['id']}").json()["status"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "give exactly one of text, messages, token_ids and file_id"),
+        ({"text": "a", "token_ids": [1]}, "the body has text, token_ids"),
+        ({"text": 5}, "text 5: expected a string"),
+        ({"text": ""}, "at least 1 token"),
+        ({"token_ids": [99999]}, "99999"),
+        ({"text": "a", "ttl": 0}, "ttl 0 is out of range; give 1 or more"),
+        ({"text": "a", "pin": "yes"}, "pin 'yes': expected true or false"),
+    ],
+)
+def test_documents_that_cannot_be_kept(server: Server, body: dict[str, Any], message: str) -> None:
+    response = server.post(CONTEXTS, body)
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+
+
+def test_contexts_of_another_tenant() -> None:
+    """Forbids hits across keys, and ids that work for others."""
+    keys = Keys.of({"key-of-ann": "ann", "key-of-bob": "bob"})
+    ann = {"headers": {"authorization": "Bearer key-of-ann"}}
+    bob = {"headers": {"authorization": "Bearer key-of-bob"}}
+    body = {"messages": in_parts(DOCUMENT, QUESTION, mark=True), "max_tokens": 2}
+    with running(keys=keys) as server:
+        first = server.post(CHAT, body, **ann)
+        id = first.headers["x-star-context"]
+        assert server.post(CHAT, body, **ann).headers["x-star-cache"] == "hit"
+        assert server.post(CHAT, body, **bob).headers["x-star-cache"] == "miss"
+        assert server.get(f"{CONTEXTS}/{id}", **ann).status_code == 200
+        assert server.get(f"{CONTEXTS}/{id}", **bob).status_code == 404
+        used = server.post(CHAT, {"messages": ASK, "context": id}, **bob)
+        assert used.json()["error"]["code"] == "context_not_found"
+        assert len(server.get(CONTEXTS, **bob).json()["data"]) == 1
+
+
+def test_contexts_survive_a_restart(tmp_path: Path) -> None:
+    with running(engine(), store=str(tmp_path)) as server:
+        context = create(server, text=DOCUMENT)
+        before = text_of(ask(server, ASK, context=context["id"]))
+    with running(engine(), store=str(tmp_path)) as server:
+        again = server.get(f"{CONTEXTS}/{context['id']}").json()
+        assert (again["status"], again["location"]) == ("ready", "disk")
+        answer = ask(server, ASK, context=context["id"])
+        assert text_of(answer) == before
+        assert answer.headers["x-star-cache"] == "hit"
+        assert ask(server, in_parts(DOCUMENT, QUESTION)).headers["x-star-cache"] == "hit"
+        assert eventually(server.is_idle)
+        assert server.metric("encodes_total", outcome="done") == 0
