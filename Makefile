@@ -15,6 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist loadgroup
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output
 SMOKE_OUT ?= build/eval-smoke
+SERVE_PORT ?= 8000
 # Of results-real: how many evaluations run at a time, and samples of each task and length.
 JOBS ?= 2
 SAMPLES ?= 100
@@ -63,10 +64,11 @@ INSTALL = echo "installing star-attention[$(1)] into $(VENV) (a few minutes the 
 	$(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(1)]"
 
 .NOTPARALLEL:
-.PHONY: help setup demo eval-smoke results-real test test-slow check test-matrix clean
+.PHONY: help setup demo serve eval-smoke results-real test test-slow check test-matrix clean
 
 help:
 	@echo "make demo         ask the bundled model about a long text; writes a page to $(DEMO_OUT)/"
+	@echo "make serve        serve the bundled model over HTTP, and print a request to try"
 	@echo "make test         run the fast tests, on the CPU"
 	@echo "make test-slow    run the tests that take minutes"
 	@echo "make test-matrix  run the fast tests on the oldest and newest transformers and torch"
@@ -86,6 +88,10 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-venv $(REQUIREMENTS)
 	@$(call INSTALL,plot)
 	@touch $@
 
+$(VENV)/.stamp-serve: $(VENV)/.stamp-venv $(REQUIREMENTS)
+	@$(call INSTALL,serve)
+	@touch $@
+
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv $(REQUIREMENTS)
 	@$(call INSTALL,test)
 	@touch $@
@@ -101,6 +107,15 @@ $(VENV)/.stamp-real: $(VENV)/.stamp-venv $(REQUIREMENTS)
 demo: export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.stamp-demo
 	$(BIN)/star-attention demo --out $(DEMO_OUT)
+
+# The line works in a second terminal, once the server says that it serves.
+serve: export HF_HUB_OFFLINE := 1
+serve: $(VENV)/.stamp-serve
+	@echo "Ask it, in another terminal:"
+	@echo "  curl http://127.0.0.1:$(SERVE_PORT)/v1/chat/completions \\"
+	@echo "    -d '{\"messages\": [{\"role\": \"user\", \"content\":" \
+	  "\"The secret number for otter is 1234567. What is the secret number for otter?\"}]}'"
+	$(BIN)/star-attention serve -m models/needle-17m --port $(SERVE_PORT)
 
 # Starts from an empty folder: a run resumes, and a finished one would have nothing left to do.
 eval-smoke: export HF_HUB_OFFLINE := 1

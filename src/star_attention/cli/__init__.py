@@ -25,6 +25,7 @@ from star_attention.cli.estimate import estimate
 from star_attention.cli.generate import generate
 from star_attention.cli.info import info
 from star_attention.cli.plan import plan
+from star_attention.cli.serve import serve
 from star_attention.cli.streams import open_streams, say, translate_stdout_errors
 from star_attention.cli.torchrun import mute_extra_ranks, wait_for_rank_0_error
 from star_attention.errors import StarAttentionError
@@ -53,7 +54,7 @@ def _add_group(name: str, functions: Iterable[Callable[..., None]], help: str) -
     app.add_typer(group, name=name, help=help)
 
 
-_add(app, (generate, encode, ask, chat, info, plan, estimate, calibrate, demo))
+_add(app, (generate, encode, ask, chat, serve, info, plan, estimate, calibrate, demo))
 _add_group(
     "bench",
     bench.COMMANDS,

@@ -1,0 +1,43 @@
+"""`star-attention serve`: an engine over HTTP."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from star_attention.cli.config_options import ConfigOptions
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.options import Quiet
+from star_attention.cli.progress import Status
+from star_attention.cli.serve_options import (
+    ConfigFile,
+    KeepOptions,
+    LimitOptions,
+    ServerOptions,
+    TimeOptions,
+    settings_of,
+)
+
+
+def serve(
+    model: ModelOptions,
+    server: ServerOptions,
+    limits: LimitOptions,
+    keep: KeepOptions,
+    times: TimeOptions,
+    settings: Annotated[
+        dict[str, Any],
+        ConfigOptions(without=("tokens_per_forward", "reserve_tokens", "slice_weights")),
+    ],
+    config: ConfigFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer OpenAI's clients over HTTP. A long document is encoded once and asked many times.
+
+    Needs the extra `serve`. Clients, contexts and limits: docs/serving.md.
+
+    Example: star-attention serve -m models/needle-17m
+    """
+    serve_settings = settings_of(server, limits, keep, times)
+    from star_attention.cli import serving
+
+    serving.serve(model, serve_settings, settings, Status(quiet=quiet))

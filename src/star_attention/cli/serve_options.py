@@ -1,0 +1,233 @@
+"""The options of `serve`, which are the fields of `ServeSettings`, and its file of settings."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from star_attention.cli.options import option
+from star_attention.errors import first_line
+from star_attention.serve.settings import ServeSettings
+
+_LISTEN, _LIMITS, _CONTEXTS, _TIMES = "Server", "Limits", "Contexts", "Times"
+_DEFAULTS = ServeSettings()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Where a server listens, and whom it serves."""
+
+    host: Annotated[
+        str, option("Address to listen on. Others than this machine's need --keys.", panel=_LISTEN)
+    ] = _DEFAULTS.host
+    port: Annotated[int, option("Port to listen on.", panel=_LISTEN, metavar="N")] = _DEFAULTS.port
+    keys: Annotated[
+        str | None,
+        option(
+            "File with a key per line: name:key, or name:sha256:HEX. Each name has contexts and"
+            " files of its own.",
+            panel=_LISTEN,
+            metavar="FILE",
+        ),
+    ] = None
+    insecure: Annotated[
+        bool, option("Serve other machines without keys.", "--insecure", panel=_LISTEN)
+    ] = False
+    allowed_hosts: Annotated[
+        list[str] | None,
+        option(
+            "Another name of this machine in browsers, without --keys; may be repeated.",
+            "--allowed-hosts",
+            panel=_LISTEN,
+            metavar="NAME",
+        ),
+    ] = None
+    public_metrics: Annotated[
+        bool, option("Show /metrics without a key.", "--public-metrics", panel=_LISTEN)
+    ] = False
+    served_model_name: Annotated[
+        str | None,
+        option(
+            "The model's name for clients.",
+            "--served-model-name",
+            panel=_LISTEN,
+            metavar="NAME",
+            show_default="the last part of MODEL",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """How much a request may ask for."""
+
+    max_rows: Annotated[
+        int, option("Most answers generated at once.", panel=_LIMITS, metavar="N", min=1)
+    ] = _DEFAULTS.max_rows
+    max_waiting: Annotated[
+        int,
+        option(
+            "Most open requests; others are told to come back.", panel=_LIMITS, metavar="N", min=1
+        ),
+    ] = _DEFAULTS.max_waiting
+    max_body: Annotated[str, option("Most bytes of a request.", panel=_LIMITS, metavar="SIZE")] = (
+        "64m"
+    )
+    default_max_tokens: Annotated[
+        str,
+        option(
+            "Most tokens of an answer whose request gives no limit.", panel=_LIMITS, metavar="SIZE"
+        ),
+    ] = str(_DEFAULTS.default_max_tokens)
+    max_tokens: Annotated[
+        str | None,
+        option(
+            "Most tokens of an answer that a request may ask for.",
+            panel=_LIMITS,
+            metavar="SIZE",
+            show_default="all that fit",
+        ),
+    ] = None
+    max_answers: Annotated[
+        int, option("Most answers to one request.", panel=_LIMITS, metavar="N", min=1)
+    ] = _DEFAULTS.max_answers
+    max_stops: Annotated[
+        int, option("Most stop strings of a request.", panel=_LIMITS, metavar="N", min=1)
+    ] = _DEFAULTS.max_stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions:
+    """How long things may take. All in seconds."""
+
+    request_timeout: Annotated[
+        float | None,
+        option(
+            "Most seconds from a request to its last token.",
+            panel=_TIMES,
+            metavar="X",
+            show_default="no limit",
+        ),
+    ] = None
+    drain_timeout: Annotated[
+        float,
+        option("Seconds that answers under way get at the end.", panel=_TIMES, metavar="X"),
+    ] = _DEFAULTS.drain_timeout
+    keepalive: Annotated[
+        float,
+        option(
+            "Seconds of silence after which a stream gets a comment.", panel=_TIMES, metavar="X"
+        ),
+    ] = _DEFAULTS.keepalive
+    heartbeat: Annotated[
+        float,
+        option(
+            "Seconds of silence after which a stream gets a chunk without text.",
+            panel=_TIMES,
+            metavar="X",
+        ),
+    ] = _DEFAULTS.heartbeat
+    engine_stall: Annotated[
+        float,
+        option(
+            "Seconds without a step after which /health answers 503.", panel=_TIMES, metavar="X"
+        ),
+    ] = _DEFAULTS.engine_stall
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepOptions:
+    """What is kept of prompts, and where."""
+
+    implicit: Annotated[
+        bool,
+        option(
+            "Keep the beginning of long prompts, though nothing in them is marked.",
+            "--implicit/--no-implicit",
+            panel=_CONTEXTS,
+        ),
+    ] = True
+    min_context_tokens: Annotated[
+        str,
+        option(
+            "Tokens of a prompt from which on its beginning is kept without a mark.",
+            panel=_CONTEXTS,
+            metavar="SIZE",
+        ),
+    ] = str(_DEFAULTS.min_context_tokens)
+    store: Annotated[
+        str | None,
+        option(
+            "Folder for contexts that survive a restart. It holds the clients' texts.",
+            "--store",
+            panel=_CONTEXTS,
+            metavar="FOLDER",
+        ),
+    ] = None
+    max_context_bytes: Annotated[
+        str | None,
+        option(
+            "Most bytes of contexts in the device's memory.",
+            panel=_CONTEXTS,
+            metavar="SIZE",
+            show_default="half of what is free",
+        ),
+    ] = None
+    max_store_bytes: Annotated[
+        str, option("Most bytes of contexts in FOLDER.", panel=_CONTEXTS, metavar="SIZE")
+    ] = "64g"
+    context_ttl: Annotated[
+        float | None,
+        option(
+            "Seconds without use after which a context is dropped.",
+            panel=_CONTEXTS,
+            metavar="X",
+            show_default="no limit",
+        ),
+    ] = None
+
+
+Groups = ServerOptions | LimitOptions | TimeOptions | KeepOptions
+
+
+def settings_of(*groups: Groups) -> ServeSettings:
+    """Return the settings that all options make together."""
+    values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+    return ServeSettings.of(**values)
+
+
+def _read_config(context: typer.Context, path: str | None) -> str | None:
+    """Take the values of a file as the defaults of the command's other options."""
+    if path is None or context.resilient_parsing:
+        return path
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {first_line(error)}") from None
+    names = {p.name for p in context.command.params if p.param_type_name == "option"}
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.removeprefix("--").replace("-", "_")
+        if name not in names:
+            raise typer.BadParameter(f"{path}: serve has no option --{name.replace('_', '-')}")
+        defaults[name] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="TOML file with options of this command as keys, such as max-rows = 32. Options of the"
+        " command line come first.",
+        rich_help_panel=_LISTEN,
+        callback=_read_config,
+        is_eager=True,
+    ),
+]

@@ -1,0 +1,75 @@
+"""The program of `serve`: what is checked before the model is read, and what is said."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from star_attention.cli import session
+from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.progress import Status
+from star_attention.errors import InvalidInputError, MissingPackageError
+from star_attention.serve.settings import ServeSettings
+
+_PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
+
+
+def serve(
+    model: ModelOptions, settings: ServeSettings, star_settings: dict[str, Any], status: Status
+) -> None:
+    """Serve a model until a signal ends it.
+
+    Raises:
+        MissingPackageError: the extra `serve` is not installed.
+        InvalidInputError: a setting that cannot work, or an address that is taken.
+    """
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(
+                f"serve needs the package {package.replace('_', '-')}"
+                " (pip install 'star-attention[serve]')"
+            )
+    from star_attention.serve.keys import Keys
+
+    keys = None if settings.keys is None else Keys.read(settings.keys)
+    _log_requests(quiet=status.quiet)
+    from star_attention.serve import listening
+
+    with listening.bind(settings.host, settings.port) as listener:
+        star = session.load_with_tokenizer(model, status, **star_settings)
+        if star.num_ranks > 1:
+            raise InvalidInputError(
+                f"serve runs on one process, this engine on {star.num_ranks} ranks; start it"
+                " without torchrun"
+            )
+        from star_attention.serve import program
+
+        name = settings.served_model_name or _name(model.model)
+        service = program.make_service(star, name, settings)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+
+        def ready() -> None:
+            status.say(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C ends it")
+
+        # They quote texts, which are clients' from now on.
+        warnings.simplefilter("ignore")
+        program.run(service, keys, listener, ready)
+
+
+def _name(model: str) -> str:
+    """Return the last part of a model's path or hub id."""
+    return Path(model.rstrip("/")).name or model
+
+
+def _log_requests(*, quiet: bool) -> None:
+    """Log a line about each request to stderr: no prompts, no keys."""
+    log = logging.getLogger("star_attention.serve")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
