@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,32 @@ def test_twenty_questions_encode_once(server: Server) -> None:
         assert text_of(hit) == text_of(miss)
     ask(server, in_parts(DOCUMENT, "What else?"))
     assert server.metric("encodes_total", outcome="done") == 1
+    assert server.metric("prefix_cache_queries_total") == 5 * tokens
+    assert server.metric("prefix_cache_hits_total") == 4 * tokens
+
+
+def test_a_client_that_leaves_and_comes_back() -> None:
+    """Forbids a second encode for a client that gave up waiting for the first one."""
+    body = {"messages": in_parts(DOCUMENT * 15, QUESTION, mark=True), "max_tokens": 2}
+    with running() as server:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}{CHAT}", json=body, timeout=0.2)
+        answer = server.post(CHAT, body)
+        assert answer.headers["x-star-cache"] in ("joined", "hit")
+        assert server.metric("encodes_total", outcome="done") == 1
+        assert server.metric("encodes_total", outcome="canceled") == 0
+
+
+def test_many_who_ask_about_a_new_document_at_once(server: Server) -> None:
+    """Forbids an encode for each of them, and other answers in company."""
+    body = {"messages": in_parts(DOCUMENT, QUESTION), "max_tokens": 20}
+    with ThreadPoolExecutor(6) as clients:
+        answers = list(clients.map(lambda _: server.post(CHAT, body), range(6)))
+    outcomes = sorted(answer.headers["x-star-cache"] for answer in answers)
+    assert outcomes.count("miss") == 1
+    assert server.metric("encodes_total", outcome="done") == 1
+    assert len({text_of(answer) for answer in answers}) == 1
+    assert ANSWER in text_of(answers[0])
 
 
 def test_marks_and_files_cut_alike(server: Server) -> None:

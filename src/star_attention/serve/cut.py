@@ -147,7 +147,7 @@ def ends_of_parts(rendered: str, messages: list[Message]) -> dict[tuple[int, int
 
 
 def named_cut(
-    ends: dict[tuple[int, int], int], boundaries: list[Boundary], messages: list[Message]
+    ends: dict[tuple[int, int], int], boundaries: list[Boundary]
 ) -> tuple[int, Boundary] | None:
     """Return the character after the last file, or else after the last mark, before a question.
 

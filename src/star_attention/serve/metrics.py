@@ -53,8 +53,16 @@ class Metrics:
         self.of_prompt = histogram("request_prompt_tokens", "Tokens of a prompt", _TOKENS)
         self.of_answer = histogram("request_generation_tokens", "Tokens of an answer", _TOKENS)
 
-    def finished(self, job: Job, prompt_tokens: int) -> None:
-        """Note a job whose answers are all there."""
+    def finished(self, job: Job, prompt_tokens: int, kept: int, cached: int) -> None:
+        """Note a job whose answers are all there.
+
+        Args:
+            job: the job.
+            prompt_tokens: tokens of its prompt.
+            kept, cached: those that are kept, and those that were before.
+        """
+        self.queries.inc(kept)
+        self.hits.inc(cached)
         self.prompt_tokens.inc(prompt_tokens)
         self.of_prompt.observe(prompt_tokens)
         for choice in job.choices:

@@ -14,6 +14,7 @@ import torch
 import uvicorn
 
 from star_attention.engine import StarLLM
+from star_attention.serve.answers import Answers
 from star_attention.serve.contexts.encoder import BatchEncoder, engine_identity
 from star_attention.serve.contexts.folder import StoreFolder
 from star_attention.serve.contexts.store import ContextStore
@@ -143,9 +144,11 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
         identity=identity,
         wake=wake,
     )
-    engine = Engine(star, store, max_rows=settings.max_rows)
+    engine = Engine(Answers(star, store, settings.max_rows), store)
     engines.append(engine)
-    return Service(star, name, settings, store, engine)
+    service = Service(star, name, settings, store, engine)
+    engine.on_step = service.metrics.step.observe
+    return service
 
 
 def free_bytes(device: torch.device) -> int:

@@ -173,7 +173,7 @@ class Prompts:
         check_written(text.text, messages)
         text = reader_of(star).rendered(text)
         ends = cut.ends_of_parts(text.text, messages)
-        named = cut.named_cut(ends, boundaries, messages)
+        named = cut.named_cut(ends, boundaries)
         if named is not None:
             at, boundary = named
             return cut_text(star, text, at, boundary.rule, ttl=boundary.ttl)

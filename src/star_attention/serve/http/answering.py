@@ -181,7 +181,8 @@ class Answering:
 
     def _note(self) -> None:
         for job, count in zip(self._jobs, self._counts, strict=True):
-            self._metrics.finished(job, count.prompt)
+            kept = count.context if count.kept else 0
+            self._metrics.finished(job, count.prompt, kept, count.cached)
 
     def _progress(self) -> dict[str, Any]:
         waiting = [job.lease.view() for job in self._jobs if job.lease and not job.started]
