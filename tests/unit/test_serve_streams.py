@@ -62,7 +62,7 @@ def test_signs_of_life_while_a_document_is_read(slow: Server) -> None:
 def test_progress_for_those_who_ask(slow: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("star_attention.serve.http.answering.PROGRESS_S", 0.02)
     body = {
-        "messages": in_parts(LONG + "More.", "Who?", mark=True),
+        "messages": in_parts("Other." + LONG, "Who?", mark=True),
         "max_tokens": 3,
         "stream": True,
         "stream_options": {"include_progress": True},
