@@ -92,20 +92,24 @@ def descriptors() -> int:
 )
 def test_nothing_is_left_of_a_crowd(visitors: int, visits: int) -> None:
     with running(max_rows=8) as server:
-        crowd(server, 2, 3)
-        assert eventually(server.is_idle)
-        before = descriptors(), threading.active_count()
-        crowd(server, visitors, visits)
-        assert eventually(server.is_idle, 120)
-        answer = server.post(CHAT, {"messages": ASK, "max_tokens": 3})
-        assert answer.status_code == 200
-        assert eventually(lambda: (descriptors(), threading.active_count()) <= before)
-        for context in server.get(CONTEXTS).json()["data"]:
-            httpx.delete(f"{server.url}{CONTEXTS}/{context['id']}")
-        assert eventually(lambda: sum(places(server)) == 0)
+        serve_crowds(server, visitors, visits)
     del server
     gc.collect()
     assert [each for each in gc.get_objects() if type(each) is EncodedContext] == []
+
+
+def serve_crowds(server: Server, visitors: int, visits: int) -> None:
+    crowd(server, 2, 3)
+    assert eventually(server.is_idle)
+    before = descriptors(), threading.active_count()
+    crowd(server, visitors, visits)
+    assert eventually(server.is_idle, 120)
+    answer = server.post(CHAT, {"messages": ASK, "max_tokens": 3})
+    assert answer.status_code == 200
+    assert eventually(lambda: (descriptors(), threading.active_count()) <= before)
+    for context in server.get(CONTEXTS).json()["data"]:
+        httpx.delete(f"{server.url}{CONTEXTS}/{context['id']}")
+    assert eventually(lambda: sum(places(server)) == 0)
 
 
 def places(server: Server) -> list[float]:
