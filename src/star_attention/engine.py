@@ -20,9 +20,8 @@ from star_attention.generation.asynchronous import AsyncCalls
 from star_attention.generation.batching.batch import BatchCalls
 from star_attention.generation.editing import EditCalls
 from star_attention.generation.leading import FollowCalls
-from star_attention.generation.result import Generation
+from star_attention.generation.result import Asked, Generation
 from star_attention.generation.settings import GenerateOptions, GenerationSettings
-from star_attention.generation.start import Asked
 from star_attention.generation.stream import Stream
 from star_attention.generation.talking import ConversationCalls
 from star_attention.hf.loading.keywords import PretrainedSettings, check_keywords, split_settings

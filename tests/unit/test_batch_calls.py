@@ -104,7 +104,6 @@ def test_refusals_come_with_add(star: StarLLM, context: EncodedContext) -> None:
         for error, fragment, call in [
             (InvalidInputError, "one query, got 2", lambda: batch.add(context, ["a", "b"])),
             (InvalidInputError, "not by beams", lambda: batch.add(context, "a", num_beams=2)),
-            (InvalidInputError, "keep True", lambda: batch.add(context, "a", keep=True)),
             (
                 InvalidInputError,
                 "num_return_sequences 3",

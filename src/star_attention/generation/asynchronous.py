@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from star_attention.errors import InvalidInputError
-from star_attention.generation.result import Delta, Generation
-from star_attention.generation.start import Asked
+from star_attention.generation.result import Asked, Delta, Generation
 from star_attention.generation.stream import Stream
 from star_attention.inputs import Prepared
 

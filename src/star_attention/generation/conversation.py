@@ -202,6 +202,27 @@ class LeadingKeeper(Keeper):
     turns: tuple[Turn, ...]
     queries: list[Any]
 
+    @classmethod
+    def of(
+        cls,
+        talk: Conversation,
+        queries: list[Any],
+        settings: ResolvedSettings,
+        tokenizer: Any,
+        ask: Ask,
+    ) -> LeadingKeeper | None:
+        """Return what keeps the answers to queries after a conversation; None to keep none."""
+        if not settings.arguments.keep:
+            return None
+        return cls(
+            context=talk.context,
+            ask=ask,
+            tokenizer=tokenizer,
+            settings=settings,
+            turns=talk.turns,
+            queries=queries,
+        )
+
     def after_answer(
         self, row: int, prompt: list[int], answer: AnswerText, layers: list[Pair | None] | None
     ) -> Conversation:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from star_attention.errors import InvalidInputError, quote
-from star_attention.generation.conversation import Conversation, answer_to
+from star_attention.generation.conversation import Ask, Conversation, Keeper, answer_to
 from star_attention.planning import html
 from star_attention.planning.sizes import counted
 from star_attention.planning.traffic import Traffic
+from star_attention.storage.context import EncodedContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,3 +225,19 @@ def conversation_of(reply: Generation) -> Conversation:
             "this answer cannot be continued, because it was not kept; ask with keep=True"
         )
     return reply.conversation
+
+
+Asked = EncodedContext | Conversation | Generation
+"""What a query can follow: a context, a conversation, or the answer that is its last turn."""
+
+
+def talk_after(asked: Any, ask: Ask) -> Conversation:
+    """Return the conversation that a query follows; on a context one without turns.
+
+    `ask` answers the queries after it. `Runtime.check_context` refuses what is no context.
+    """
+    if isinstance(asked, Conversation):
+        return asked
+    if isinstance(asked, Generation):
+        return conversation_of(asked)
+    return Keeper(context=asked, ask=ask).conversation((), [], None)

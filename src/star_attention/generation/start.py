@@ -22,7 +22,7 @@ from star_attention.generation.conversation import (
     said_tokens,
 )
 from star_attention.generation.following import FollowerRun, RepeaterRun
-from star_attention.generation.result import Generation, conversation_of
+from star_attention.generation.result import Asked, Generation, talk_after
 from star_attention.generation.run import GenerationRun, Shape
 from star_attention.generation.stream import Stream
 from star_attention.hf.execution.request import Program, Request
@@ -58,8 +58,6 @@ class Start:
 
 
 Run = GenerationRun | RowsRun | FollowerRun | RepeaterRun
-Asked = EncodedContext | Conversation | Generation
-"""What a query can follow: a context, a conversation, or the answer that is its last turn."""
 
 
 def generate(runtime: Runtime, context: Asked, query: Any, options: dict[str, Any]) -> Any:
@@ -126,7 +124,7 @@ def _leading_runs(
     """Yield the runs of one call on rank 0, after checking all of it, and their messages."""
     if streamed:
         _check_streamed(runtime, query)
-    talk = _conversation(runtime, asked)
+    talk = talk_after(asked, ask_with(runtime))
     context = talk.context
     options = {"keep": True} | options if talk.turns else options
     prepared = requests.prepared(runtime, context, query, options, talk.turns)
@@ -170,16 +168,6 @@ def _leading_runs(
         yield start, run
 
 
-def _conversation(runtime: Runtime, asked: Asked) -> Conversation:
-    """Return the conversation that a query follows; on a context one without turns."""
-    if isinstance(asked, Conversation):
-        return asked
-    if isinstance(asked, Generation):
-        return conversation_of(asked)
-    # `Runtime.check_context` refuses what is no context.
-    return Keeper(context=asked, ask=ask_with(runtime)).conversation((), [], None)
-
-
 def ask_with(runtime: Runtime) -> Ask:
     """Return what answers the next query of a conversation, on all ranks."""
 
@@ -202,16 +190,6 @@ def _leading_run(
     request = requests.for_answers(
         runtime, context, prepared.prompts, settings, kept=kept, kept_tokens=kept_tokens
     )
-    keeper = None
-    if settings.arguments.keep:
-        keeper = LeadingKeeper(
-            context=context,
-            ask=ask_with(runtime),
-            tokenizer=runtime.tokenizer,
-            settings=settings,
-            turns=talk.turns,
-            queries=prepared.queries,
-        )
     run = GenerationRun(
         request,
         settings,
@@ -225,7 +203,9 @@ def _leading_run(
         finder=requests.source_finder(
             runtime, context, settings, said_tokens(talk, prepared.prompts[0])
         ),
-        keeper=keeper,
+        keeper=LeadingKeeper.of(
+            talk, prepared.queries, settings, runtime.tokenizer, ask_with(runtime)
+        ),
     )
     return run, kept
 

@@ -33,14 +33,26 @@ class KeptTail:
                 tail.start_with((k_1GTD, v_1GTD), room)
 
 
-def kept_row(tails: list[Tail], row: int, padding: int, tokens: int) -> list[Pair | None]:
-    """Return keys and values of one row of an answer: its first tokens after the padding."""
-    return [_kept(tail.row(row, padding), tokens) if tail.length else None for tail in tails]
+def kept_row(
+    tails: list[Tail], row: int, padding: int, tokens: int, *, copies: bool = False
+) -> list[Pair | None]:
+    """Return keys and values of one row of an answer.
+
+    Args:
+        tails: the tail of each layer.
+        row: the row.
+        padding: tokens before its first one.
+        tokens: its first tokens, which are wanted.
+        copies: True where the buffers are not to be kept.
+    """
+    return [
+        _kept(tail.row(row, padding), tokens, copies) if tail.length else None for tail in tails
+    ]
 
 
-def _kept(tail: Tail, tokens: int) -> Pair:
+def _kept(tail: Tail, tokens: int, copies: bool) -> Pair:
     k_1GTD, v_1GTD = (tensor[:, :, :tokens] for tensor in tail.pair())
-    if tail.capacity(1) <= tokens + tokens // 4:
-        return k_1GTD, v_1GTD
     # Buffers grow by doubling: their room is not to be kept.
-    return k_1GTD.clone(), v_1GTD.clone()
+    if copies or tail.capacity(1) > tokens + tokens // 4:
+        return k_1GTD.clone(), v_1GTD.clone()
+    return k_1GTD, v_1GTD

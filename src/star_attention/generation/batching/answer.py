@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from star_attention.generation.conversation import Conversation
 from star_attention.generation.logprobs import LogprobRecorder
 from star_attention.generation.result import Delta, Generation, Source, Timings
 from star_attention.generation.run import delta_of
@@ -53,6 +54,10 @@ class RowAnswer:
         self.sources: tuple[Source, ...] | None = None
         """The sources, once they are found."""
         self.sources_s: float | None = None
+        self.kept_tokens = 0
+        """Tokens of the query that earlier turns of a conversation kept."""
+        self.conversation: Conversation | None = None
+        """What a next turn goes on from, once the answer has ended; None to keep none."""
 
     @property
     def ended(self) -> bool:
@@ -101,6 +106,8 @@ class RowAnswer:
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             query_tokens=self._query_tokens,
+            kept_tokens=self.kept_tokens,
+            conversation=self.conversation,
             timings=Timings(
                 encode_s=self._encode_s,
                 ttft_s=self._first_s,

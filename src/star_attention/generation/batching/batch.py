@@ -12,9 +12,10 @@ from star_attention.generation import requests
 from star_attention.generation.batching.encoding import Encoding, Encodings, encode_task
 from star_attention.generation.batching.scheduler import Scheduler
 from star_attention.generation.batching.task import RowTask, tasks_of
-from star_attention.generation.result import Delta, Generation
+from star_attention.generation.conversation import Ask, Conversation, LeadingKeeper
+from star_attention.generation.result import Asked, Delta, Generation, talk_after
 from star_attention.generation.run import warn_of_unanswered
-from star_attention.generation.settings import GenerateOptions
+from star_attention.generation.settings import GenerateOptions, ResolvedSettings
 from star_attention.hf.progress import Progress
 from star_attention.inputs import Content, Contents, Prepared
 from star_attention.runtime import Runtime
@@ -131,8 +132,8 @@ class Batch(Transient):
     _instead_of_pickling = "take the results of its rows"
     _instead_of_deepcopy = "make another one"
 
-    def __init__(self, runtime: Runtime, max_rows: int) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, max_rows: int, ask: Ask) -> None:
+        self._runtime, self._ask = runtime, ask
         self._scheduler = Scheduler(runtime, max_rows)
         self._encodings = Encodings(runtime.device)
         # Rows that have not ended.
@@ -151,14 +152,15 @@ class Batch(Transient):
 
     def add(
         self,
-        context: EncodedContext,
+        context: Asked,
         query: Content | Prepared | None = None,
         **settings: Unpack[GenerateOptions],
     ) -> Row:
         """Add a row, which takes part from the next step on, as soon as there is room.
 
         Args:
-            context: the context to ask. It is referred to until the row has ended.
+            context: the context to ask, or a conversation to go on with, as for
+                `StarLLM.generate`. It is referred to until the row has ended.
             query: one query, as for `StarLLM.generate`.
             settings: those of `StarLLM.generate` for one answer by greedy search or sampling.
 
@@ -169,12 +171,30 @@ class Batch(Transient):
         self._check_open()
         runtime = self._runtime
         with runtime.collective("a batch"):
-            prepared = requests.prepared(runtime, context, query, dict(settings))
-            _check_single(prepared)
-            (task,) = tasks_of(runtime, context, prepared)
+            task = self._task(talk_after(context, self._ask), query, dict(settings))
         row = self._rows[task] = Row(self, task)
         self._scheduler.add(task)
         return row
+
+    def _task(self, talk: Conversation, query: Any, options: dict[str, Any]) -> RowTask:
+        """Make a row for the query after a conversation, or after a context without turns."""
+        runtime, context = self._runtime, talk.context
+        options = {"keep": True} | options if talk.turns else options
+        prepared = requests.prepared(runtime, context, query, options, talk.turns)
+        settings = _check_single(prepared)
+        runtime.positions.check_room(
+            len(context),
+            context.rope_length,
+            prepared.prompts,
+            settings.max_new_tokens,
+            len(talk.turns),
+        )
+        (task,) = tasks_of(runtime, context, prepared)
+        task.go_on_from(talk)
+        task.keeper = LeadingKeeper.of(
+            talk, prepared.queries, settings, runtime.tokenizer, self._ask
+        )
+        return task
 
     def encode(
         self,
@@ -305,11 +325,16 @@ class BatchCalls:
                 f"a batch runs on one process, this engine on {runtime.comm.size} ranks; use"
                 " generate with a list of queries"
             )
-        return Batch(runtime, max_rows)
+        engine = self
+
+        def ask(conversation: Conversation, query: Any, options: dict[str, Any]) -> Any:
+            return engine.generate(conversation, query, **options)
+
+        return Batch(runtime, max_rows, ask)
 
 
-def _check_single(prepared: Prepared) -> None:
-    """Check that there is one query, and one answer that our own loop gives."""
+def _check_single(prepared: Prepared) -> ResolvedSettings:
+    """Check that there is one query, and one answer by our own loop; return the settings."""
     settings = prepared.settings
     assert settings is not None, "rank 0 prepares"
     if prepared.several_queries or len(prepared.prompts) != 1:
@@ -321,13 +346,9 @@ def _check_single(prepared: Prepared) -> None:
             "a row is answered by greedy search or sampling, not by beams or prompt lookup; leave"
             " them out, or use generate"
         )
-    if settings.arguments.keep:
-        raise InvalidInputError(
-            "a row of a batch is not kept for a next turn, got keep True; leave it out, or use"
-            " generate"
-        )
     if settings.answers_per_query > 1:
         raise InvalidInputError(
             f"a row is one answer, got num_return_sequences {settings.answers_per_query}; add the"
             " query several times, with another seed each"
         )
+    return settings

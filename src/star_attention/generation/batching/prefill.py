@@ -34,6 +34,9 @@ def groups_of(tasks: list[RowTask]) -> list[list[RowTask]]:
         if request.second_look:
             # Its choice of tokens is for one query.
             key = id(request.queries[0])
+        elif request.kept is not None:
+            # What was kept begins one query.
+            key = task.number
         elif kind_of(request.shard, request.rope_length) is None:
             key = task.number
         same.setdefault(key, []).append(task)
@@ -76,12 +79,14 @@ def prefill(tasks: list[RowTask]) -> Tensor:
     with translate_oom(lambda: _out_of_memory(request)):
         if request.second_look:
             request = second_look.look(request)
-        cache = request.cache(request.program(1).padded_tokens)
+        program = request.program(1)
+        cache = request.cache(program.padded_tokens, program.kept_tokens, program.max_new_tokens)
         for ids_BS, positions_BS in request.forwards(cache):
             logits_BV = request.forward(ids_BS, positions_BS, cache)
         assert logits_BV is not None
         rows = [numbers[id(query)] for query in _queries(tasks)]
         for number, task in zip(rows, tasks, strict=True):
+            task.answer.kept_tokens = program.kept_tokens
             _take_over(task, request, cache, number, shares=rows.count(number) > 1)
     return logits_BV[send(rows, logits_BV.device)]
 
@@ -107,7 +112,7 @@ def _take_over(
     if task.draw.reads_text:
         task.draw.begin(own.text(), task.max_new_tokens)
     task.answer.looked = request.looked
-    task.request = replace(own, shard=request.shard, second_look=0.0)
+    task.request = replace(own, shard=request.shard, second_look=0.0, kept=None, kept_tokens=0)
     task.kind = kind_of(request.shard, request.rope_length)
     if task.kind is None:
         # The only row of its group.

@@ -47,8 +47,7 @@ class Scheduler:
         """End a row here, and free what it holds."""
         if task.done:
             return
-        task.answer.end(CANCELED)
-        task.release()
+        task.end(CANCELED)
         if task in self._waiting:
             self._waiting.remove(task)
         for cohort in self._cohorts.values():

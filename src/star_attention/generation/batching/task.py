@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -15,6 +15,12 @@ from star_attention.errors import release_frames
 from star_attention.generation import requests
 from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.batching.answer import RowAnswer
+from star_attention.generation.conversation import (
+    Conversation,
+    LeadingKeeper,
+    reusable,
+    said_tokens,
+)
 from star_attention.generation.result import Delta
 from star_attention.generation.settings import ResolvedSettings
 from star_attention.generation.sources import SourceFinder
@@ -26,6 +32,8 @@ from star_attention.hf.execution.sources import attention_of
 from star_attention.inputs import Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
+from star_attention.storage.kept import kept_row
+from star_attention.storage.kv import Pair
 
 _numbers = itertools.count()
 
@@ -40,6 +48,7 @@ class RowTask:
         answer: its answer.
         max_new_tokens: most tokens of the answer.
         finder: finds its sources; None for none.
+        keeper: keeps its answer for a next turn; None to keep none.
         kind: what it has in common with rows that share its forwards; None for a row alone.
         kv: its keys and values, between its first forward and its end.
         cache: the cache of a row alone, likewise.
@@ -51,6 +60,7 @@ class RowTask:
     answer: RowAnswer
     max_new_tokens: int
     finder: SourceFinder | None = None
+    keeper: LeadingKeeper | None = None
     kind: Hashable | None = None
     kv: RowKV | None = None
     cache: AnswerCache | None = None
@@ -91,8 +101,43 @@ class RowTask:
         if self.answer.ended:
             if self.finder is not None:
                 self._find_sources(self.finder)
-            self.release()
+            self._end()
         return delta
+
+    def end(self, reason: str) -> None:
+        """End the answer here, and release what it held."""
+        self.answer.end(reason)
+        self._end()
+
+    def _end(self) -> None:
+        if self.keeper is not None and self.request is not None:
+            try:
+                prompt = self.request.queries[0]
+                self.answer.conversation = self.keeper.after_answer(
+                    0, prompt, self.answer.text, self._kept(len(prompt))
+                )
+            except Exception as error:
+                self.fail(error)
+        self.release()
+
+    def _kept(self, prompt_tokens: int) -> list[Pair | None] | None:
+        """Return keys and values of the query and of all tokens but the last of the answer."""
+        answer = self.answer
+        if self.kv is None or not answer.text.token_ids or answer.looked is not None:
+            return None
+        tokens = prompt_tokens + len(answer.text.token_ids) - 1
+        return kept_row(self.kv.tails, 0, 0, tokens, copies=True)
+
+    def go_on_from(self, talk: Conversation) -> None:
+        """Take over what a conversation keeps of the turns before the query."""
+        request = self.request
+        assert request is not None and self.kv is None, "it has not begun"
+        prompt = request.queries[0]
+        if not request.second_look:
+            kept, kept_tokens = reusable(talk, prompt)
+            self.request = replace(request, kept=kept, kept_tokens=kept_tokens)
+        if self.finder is not None:
+            self.finder = replace(self.finder, earlier_tokens=said_tokens(talk, prompt))
 
     def _find_sources(self, finder: SourceFinder) -> None:
         started = time.perf_counter()
@@ -113,7 +158,7 @@ class RowTask:
 
     def release(self) -> None:
         """Drop the context, keys and values, and what draws tokens."""
-        self.request = self.draw = self.kv = self.cache = self.finder = None
+        self.request = self.draw = self.kv = self.cache = self.finder = self.keeper = None
 
 
 def tasks_of(
