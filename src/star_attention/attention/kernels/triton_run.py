@@ -34,20 +34,21 @@ def _step(
         k_ND = tl.load(k_ptr + place_ND)
     else:
         k_ND = tl.load(k_ptr + place_ND, mask=(d < D)[None, :], other=0.0)
-    scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(DTYPE)), input_precision=PRECISION) * scale
+    scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(DTYPE)), input_precision=PRECISION)
     if FP8:
         scores_MN = scores_MN * tl.load(k_scale_ptr + n, mask=n < stop, other=0.0)[None, :]
     if SOFTCAP:
-        scores_MN = softcap * (2.0 * tl.sigmoid(2.0 * scores_MN / softcap) - 1.0)
-    scores_MN = scores_MN * _LOG2_E
+        scores_MN = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores_MN / softcap) - 1.0)
     if MASKED:
         scores_MN = tl.where((n < stop)[None, :], scores_MN, float("-inf"))
     if WINDOW:
         scores_MN = tl.where(n[None, :] >= first_M[:, None], scores_MN, float("-inf"))
-    new_M = tl.maximum(top_M, tl.max(scores_MN, 1))
+    # The scale comes last: one multiplication and subtraction for each score.
+    to_log2 = _LOG2_E if SOFTCAP else scale * _LOG2_E
+    new_M = tl.maximum(top_M, tl.max(scores_MN, 1) * to_log2)
     safe_M = tl.where(new_M == float("-inf"), 0.0, new_M) if WINDOW else new_M
     shrink_M = tl.exp2(top_M - safe_M)
-    weight_MN = tl.exp2(scores_MN - safe_M[:, None])
+    weight_MN = tl.exp2(scores_MN * to_log2 - safe_M[:, None])
     sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
     if FP8:
         v_scale_N = tl.load(v_scale_ptr + n, mask=n < stop, other=0.0)

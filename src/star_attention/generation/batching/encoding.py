@@ -18,8 +18,10 @@ from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.transient import Transient
 
-_SHARE = 0.2
+_SHARE = 0.18
 """Time of decode steps between two forwards of a context, as a share of a forward's."""
+_PART = 2
+"""A forward of a context has the tokens of one alone over this: rows wait for it."""
 
 
 class EncodeTask:
@@ -194,6 +196,7 @@ def encode_task(
         raise InvalidInputError(
             f"a batch encodes one context at a call, got {len(contexts)}; call encode for each"
         )
+    runtime = runtime.with_config(tokens_per_forward=max(1, runtime.tokens_per_forward // _PART))
     reuse, tokens = options.get("reuse"), len(contexts[0].ids_L)
     if reuse is None:
         return EncodeTask(tokens, encoding.steps(runtime, contexts, progress))
