@@ -11,6 +11,7 @@ from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.hf.text import literal
 from star_attention.hf.text.messages import normalized
+from star_attention.hf.text.rendered import RenderedText
 from star_attention.hf.text.template import ChatTemplate, check_written
 from star_attention.serve import cut
 from star_attention.serve.contexts.entry import Content, Wanted
@@ -19,6 +20,7 @@ from star_attention.serve.contexts.lease import Lease
 from star_attention.serve.http.fields import Ask
 from star_attention.serve.http.uploads import text_of
 from star_attention.serve.reading import (
+    Known,
     Piece,
     Source,
     after,
@@ -32,6 +34,11 @@ from star_attention.serve.reading import (
     reader_of,
 )
 from star_attention.serve.service import Service
+
+_LONGEST_QUERY = 4096
+"""Tokens that may follow a kept context for which nobody asked: a query is read in one piece."""
+_LAST_TOKENS = 512
+"""Tokens at the end of a prompt that has no better place for a cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +183,33 @@ class Prompts:
         named = cut.named_cut(ends, boundaries)
         if named is not None:
             at, boundary = named
-            return cut_text(star, text, at, boundary.rule, ttl=boundary.ttl)
-        if self._is_implicit(ask):
-            whole = Content(ids=as_ids([]), text=text.text, literal=text.literal)
-            kept = self._service.store.prefix_of(scope, whole)
-            if kept is not None and kept.text is not None:
-                query_ids = following(star, kept, text.slice(len(kept.text)))
-                return Piece(content=kept, query_ids=query_ids, rule="prefix")
+            known = self._known(scope)
+            return cut_text(star, text, at, boundary.rule, ttl=boundary.ttl, known=known)
         at = cut.likely_cut(text.text, ends, messages) or 0
-        return self._long_enough(cut_text(star, text, at, "implicit"), ask)
+        begun = self._begun(star, scope, text) if self._is_implicit(ask) else None
+        if begun is not None and begun.content is not None and begun.content.text is not None:
+            is_short = len(begun.query_ids) <= _LONGEST_QUERY
+            if is_short or at <= len(begun.content.text):
+                return begun
+        piece = cut_text(star, text, at, "implicit", known=self._known(scope))
+        ids = piece.query_ids
+        if piece.content is None and len(ids) > _LONGEST_QUERY:
+            # As a query, so much would be read in one piece. Nobody can find it again.
+            content = Content(ids=as_ids(ids[:-_LAST_TOKENS]))
+            return Piece(content=content, query_ids=ids[-_LAST_TOKENS:], rule="none", keep=False)
+        return self._long_enough(piece, ask)
+
+    def _begun(self, star: StarLLM, scope: Scope, text: RenderedText) -> Piece | None:
+        """Return the cut after the longest kept context that a chat begins with."""
+        whole = Content(ids=as_ids([]), text=text.text, literal=text.literal)
+        kept = self._service.store.prefix_of(scope, whole)
+        if kept is None or kept.text is None:
+            return None
+        query_ids = following(star, kept, text.slice(len(kept.text)))
+        return Piece(content=kept, query_ids=query_ids, rule="prefix")
+
+    def _known(self, scope: Scope) -> Known:
+        return lambda head: self._service.store.of_text(scope, head.text, head.literal)
 
     def _read_text(self, star: StarLLM, scope: Scope, prompt: str | list[int], ask: Ask) -> Piece:
         head = 0
@@ -194,15 +219,16 @@ class Prompts:
             ids = checked(star, prompt)
         if self._is_implicit(ask):
             kept = self._service.store.prefix_of(scope, Content(ids=as_ids(ids)))
-            if kept is not None:
+            if kept is not None and len(ids) - len(kept) <= _LONGEST_QUERY:
                 return Piece(content=kept, query_ids=ids[len(kept) :], rule="prefix")
         content = None
         if isinstance(prompt, str) and head:
             own = raw_content(star, prompt[:head])
             if own.ids.tolist() == ids[: len(own)] and len(own) < len(ids):
                 content = own
-        elif len(ids) > self._service.settings.min_context_tokens:
-            content = Content(ids=as_ids(ids[:-1]))
+        elif len(ids) > _LAST_TOKENS:
+            # The question is somewhere at the end.
+            content = Content(ids=as_ids(ids[:-_LAST_TOKENS]))
         tokens = 0 if content is None else len(content)
         piece = Piece(content=content, query_ids=ids[tokens:], rule="implicit")
         return self._long_enough(piece, ask)

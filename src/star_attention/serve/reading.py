@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,10 @@ class Source:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+Known = Callable[[RenderedText], Content | None]
+"""Returns the content that a rendered text is known to make; None for nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """A cut prompt, before it is known what it is kept as."""
@@ -55,12 +59,28 @@ def reader_of(star: StarLLM) -> Reader:
 
 
 def cut_text(
-    star: StarLLM, text: RenderedText, at: int, rule: str, *, ttl: float | None = None
+    star: StarLLM,
+    text: RenderedText,
+    at: int,
+    rule: str,
+    *,
+    ttl: float | None = None,
+    known: Known = lambda head: None,
 ) -> Piece:
-    """Cut a rendered chat so that the ids of both parts are those of the whole."""
+    """Cut a rendered chat so that the ids of both parts are those of the whole.
+
+    Args:
+        star: the engine.
+        text: the chat.
+        at: the character to cut before.
+        rule: why there.
+        ttl: the least seconds to keep the context.
+        known: returns what is known of the text before the cut, so that it is not tokenized again.
+    """
     if at <= 0:
         return Piece(content=None, query_ids=rendered_ids(star.tokenizer, text), rule="none")
-    content = _rendered_content(star, text.slice(0, at))
+    head = text.slice(0, at)
+    content = known(head) or _rendered_content(star, head)
     end = None if content.end is None else ContextEnd.of(content.end)
     query_ids, is_joined = joining.following_ids(star.tokenizer, end, text.slice(at))
     if end is None or not is_joined:

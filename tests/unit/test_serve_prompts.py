@@ -1,0 +1,98 @@
+"""How prompts of requests are read: what is tokenized, and how much may be a query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from star_attention.hf.text.reading import Reader
+from star_attention.hf.text.rendered import RenderedText
+from tests.servers import NAME, Server, in_parts, running
+
+WORDS = "The tide comes in and goes out again, and nobody asks it why. "
+LONG = WORDS * 700
+"""More than twice 4,096 tokens, without a line break."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running() as own:
+        yield own
+
+
+def chat(server: Server, messages: list[dict[str, Any]], **fields: Any) -> Any:
+    body = {"model": NAME, "messages": messages, "max_tokens": 2, **fields}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def complete(server: Server, prompt: str) -> Any:
+    body = {"model": NAME, "prompt": prompt, "max_tokens": 2, "cache_salt": "texts"}
+    answer = server.post("/v1/completions", body)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def found(answer: Any) -> tuple[str, str, int]:
+    headers = answer.headers
+    tokens = int(headers["x-star-context-tokens"])
+    return headers["x-star-rule"], headers["x-star-cache"], tokens
+
+
+@pytest.mark.parametrize("mark", [True, False])
+def test_a_known_document_is_not_tokenized_again(
+    server: Server, mark: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forbids reading a whole document for each question: half a second for 100,000 tokens."""
+    read: list[int] = []
+    chat_context = Reader.chat_context
+
+    def noted(self: Reader, head: str | RenderedText) -> Any:
+        read.append(len(head))
+        return chat_context(self, head)
+
+    monkeypatch.setattr(Reader, "chat_context", noted)
+    document = f"{mark}. {WORDS * 100}"
+    outcomes = []
+    for question in ("Why?", "Who?", "Why?"):
+        _, outcome, _ = found(chat(server, in_parts(document, question, mark=mark)))
+        outcomes.append(outcome)
+    assert outcomes == ["miss", "hit", "hit"]
+    assert len(read) == 1
+
+
+def test_a_short_context_does_not_make_a_long_document_a_query(server: Server) -> None:
+    """Forbids reading a document in one piece because its instructions are kept."""
+    system = {"role": "system", "content": f"Be brief. {WORDS * 40}"}
+    first = chat(server, [system, {"role": "user", "content": "Why?"}])
+    rule, outcome, tokens = found(first)
+    assert (rule, outcome) == ("implicit", "miss")
+    short = chat(server, [system, *in_parts(WORDS * 20, "Why?")])
+    assert found(short) == ("prefix", "hit", tokens)
+    rule, outcome, longer = found(chat(server, [system, *in_parts(LONG, "Why?")]))
+    assert (rule, outcome) == ("implicit", "miss")
+    assert longer > tokens + 4096
+
+
+def test_a_long_message_without_a_place_to_cut(server: Server) -> None:
+    """Forbids reading it in one piece, and keeping what nobody can find again."""
+    answer = chat(server, [{"role": "user", "content": LONG + "Why?"}])
+    assert found(answer)[0] == "none"
+    assert found(answer)[2] == answer.json()["usage"]["prompt_tokens"] - 512
+    assert "x-star-context" not in answer.headers
+    short = chat(server, [{"role": "user", "content": WORDS * 40 + "Why?"}])
+    assert found(short) == ("none", "none", 1)
+
+
+def test_a_text_without_a_line_break_leaves_its_end_to_the_query(server: Server) -> None:
+    """Forbids a question that blocks read as a part of the context."""
+    first = complete(server, f"{WORDS * 100}Why?")
+    rule, outcome, tokens = found(first)
+    assert (rule, outcome) == ("implicit", "miss")
+    assert tokens == first.json()["usage"]["prompt_tokens"] - 512
+    again = complete(server, f"{WORDS * 100}Who is it that asks the tide?")
+    assert found(again) == ("prefix", "hit", tokens)
+    assert complete(server, WORDS * 10).headers["x-star-rule"] == "none"
