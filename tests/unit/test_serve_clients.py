@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.servers import ASK, DOCUMENT, NAME, QUESTION, Server, engine, running
+from tests.command_line import NEEDLE, NOISE
+from tests.servers import ANSWER, ASK, DOCUMENT, NAME, QUESTION, Server, engine, in_parts, running
 
 pytest.importorskip("starlette")
 
@@ -160,6 +161,27 @@ def test_completions_take_texts_and_token_ids(client: openai.OpenAI) -> None:
     )
     chunks = client.completions.create(model=NAME, prompt=prompt, max_tokens=6, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_nothing_of_a_long_prompt_is_cut_off(client: openai.OpenAI, place: str) -> None:
+    """Forbids that a prompt is shortened in silence, at either end."""
+    text = NEEDLE + NOISE * 30 if place == "first" else NOISE * 30 + NEEDLE
+    messages = in_parts(text, QUESTION)
+    answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=30)
+    assert ANSWER in answer.choices[0].message.content
+    ids = engine().tokenizer.apply_chat_template(messages, return_dict=False)
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_answers_without_a_limit_say_whether_they_were_cut() -> None:
+    """Forbids that a small default cuts answers, and that nobody can tell."""
+    with running(engine(), default_max_tokens=5) as server, server.client() as client:
+        cut = client.chat.completions.create(model=NAME, messages=ASK)
+        assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 5)
+    with running(engine()) as server, server.client() as client:
+        whole = client.chat.completions.create(model=NAME, messages=ASK)
+        assert whole.choices[0].finish_reason == "stop"
 
 
 def test_an_answer_follows_a_schema(client: openai.OpenAI) -> None:

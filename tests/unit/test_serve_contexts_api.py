@@ -99,6 +99,7 @@ def test_twenty_questions_encode_once(server: Server) -> None:
     """Forbids a full prefill for each question on one document, and other answers on a hit."""
     miss = ask(server, in_parts(DOCUMENT, QUESTION))
     assert miss.headers["x-star-cache"] == "miss"
+    assert miss.headers["x-star-miss-reason"] == "new"
     usage = miss.json()["usage"]
     tokens = int(miss.headers["x-star-context-tokens"])
     assert usage["prompt_tokens_details"]["cache_write_tokens"] == tokens > 300

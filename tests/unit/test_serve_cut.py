@@ -15,7 +15,7 @@ from star_attention.hf.text.special import rendered_ids
 from star_attention.serve import cut
 from star_attention.serve.cut import ends_of_parts, likely_cut, named_cut, unmarked
 from star_attention.serve.reading import cut_text
-from tests.servers import quick_engine
+from tests.servers import quick_engine, running
 from tests.talkers import CHATML, byte_level, talker
 
 MARK = {"prompt_cache_breakpoint": {"mode": "explicit"}}
@@ -99,6 +99,28 @@ def test_what_is_likely_to_come_again() -> None:
     assert likely(user("A text. Who?"), answer, user("And when?")) == "<user>And when?"
     assert likely(user("A text. Who?")) is None
     assert likely({"role": "system", "content": "Be brief."}) is None
+
+
+def test_instructions_that_a_template_takes_at_the_beginning_only() -> None:
+    """Forbids refusing several system messages, or one in the middle, where they can be joined."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+        "{{ raise_exception('system comes first') }}{% endif %}[{{ m.role }}]{{ m.content }}"
+        "{% endfor %}"
+    )
+    star = talker(byte_level(chat=template))
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        user("the cat"),
+        {"role": "system", "content": "Be kind."},
+        user("and what"),
+    ]
+    with running(star) as server:
+        body = {"messages": messages, "max_tokens": 1}
+        counted = server.post("/v1/chat/completions/input_tokens", body).json()
+        assert server.post("/v1/chat/completions", body).status_code == 200
+    text = "[system]Be brief.\n\nBe kind.[user]the cat[user]and what"
+    assert counted["input_tokens"] == len(star.tokenizer(text).input_ids)
 
 
 @pytest.fixture(scope="module", params=["bundled", "chatml"])

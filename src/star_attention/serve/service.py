@@ -34,20 +34,20 @@ class Lanes:
     """
 
     def __init__(self, star: StarLLM) -> None:
-        self._lanes = [
+        self.lanes = [
             (reader_of(star), ThreadPoolExecutor(1, thread_name_prefix=f"star-text-{name}"))
             for name in ("short", "long")
         ]
 
     async def run(self, characters: int, function: Callable[[StarLLM], _T]) -> _T:
         """Return what a function returns for an engine whose tokenizer it may use."""
-        star, lane = self._lanes[characters >= _LONG_CHARACTERS]
+        star, lane = self.lanes[characters >= _LONG_CHARACTERS]
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(lane, lambda: function(star))
 
     def close(self) -> None:
         """End the threads."""
-        for _, lane in self._lanes:
+        for _, lane in self.lanes:
             lane.shutdown(wait=False, cancel_futures=True)
 
 

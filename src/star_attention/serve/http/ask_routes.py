@@ -243,4 +243,5 @@ def _headers(plan: Plan, job: Job) -> dict[str, str]:
     headers = {"x-star-rule": plan.rule, "x-star-context-tokens": str(plan.context_tokens)}
     if not plan.is_kept or job.lease is None:
         return headers | {"x-star-cache": "none"}
-    return headers | {"x-star-cache": str(job.lease.outcome), "x-star-context": job.lease.id}
+    headers |= {"x-star-cache": str(job.lease.outcome), "x-star-context": job.lease.id}
+    return headers | ({"x-star-miss-reason": job.lease.reason} if job.lease.reason else {})
