@@ -122,6 +122,11 @@ class Decoding:
         assert padding_R1 is not None, "the queries come first"
         return self.request.forward(tokens_R1, cache.seen_tokens - padding_R1, cache)
 
+    @property
+    def forwarded_tokens(self) -> int:
+        """Tokens of each answer that have been through the model."""
+        return self._cache.tail_tokens - self.program.padded_tokens
+
     def kept_row(self, row: int, tokens: int) -> list[Pair | None]:
         """Return each layer's keys and values of a row's first tokens after the context."""
         padding = self._cache.row_padding(self._rows)[row]
@@ -132,8 +137,12 @@ class Decoding:
         del self.request, self._cache
 
     def _follows(self, number: int) -> bool:
-        """True if a forward follows the packet of an answer's token of this number, 1, 2, ..."""
+        """True if another token follows an answer's token of this number, 1, 2, ..."""
         return number < self.program.max_new_tokens
+
+    def _is_forwarded(self, number: int) -> bool:
+        """True if a forward follows the packet of an answer's token of this number."""
+        return self.program.keeps or self._follows(number)
 
     def _undo(self) -> None:
         """Drop the forward of a packet without tokens."""
@@ -169,7 +178,7 @@ class Leader(Decoding):
         packet = torch.cat([tokens_R1[:, 0], self._ended_R.long(), self._flag])
         copied = AsyncCopy(packet)
         self.tokens += 1
-        if self._follows(self.tokens):
+        if self._is_forwarded(self.tokens):
             self._due_R1 = tokens_R1
         if self.program.is_ahead:
             self._comm.broadcast_step(packet).wait()
@@ -231,7 +240,7 @@ class Leader(Decoding):
     def _send_flag(self, flag: int) -> None:
         """Send a packet without tokens, and run the forward that others have issued after it."""
         self._send([0] * 2 * self._rows, flag)
-        if self._comm.size > 1 and self.program.is_ahead and self._follows(self.tokens + 1):
+        if self._comm.size > 1 and self.program.is_ahead and self._is_forwarded(self.tokens + 1):
             self._forward(torch.zeros_like(self._ids_RT[:, :1]))
             self._undo()
 
@@ -255,7 +264,7 @@ class Follower(Decoding):
         self._comm.broadcast_step(packet).wait()
         copied = AsyncCopy(packet)
         number = self.tokens + 1
-        if self._follows(number):
+        if self._is_forwarded(number):
             self._due_R1 = packet[:rows, None].to(device)
         if is_ahead:
             self._catch_up()
@@ -268,7 +277,7 @@ class Follower(Decoding):
             self.finished = flag == LAST or all(step.ended) or not self._follows(number)
         else:
             self.finished = flag == CLOSED
-            if is_ahead and self._follows(number):
+            if is_ahead and self._is_forwarded(number):
                 self._undo()
             self._due_R1 = None
         return flag, step

@@ -44,8 +44,10 @@ def talk(star: StarLLM) -> list[Any]:
     ]
 
 
-def talk_on(comm: Any, name: str, settings: dict[str, Any]) -> list[Any]:
-    return talk(engine(name, comm=comm, **RUNS | settings))
+def talk_on(comm: Any, name: str, settings: dict[str, Any], is_ahead: bool = False) -> list[Any]:
+    star = engine(name, comm=comm, **RUNS | settings)
+    star.runtime.comm.is_asynchronous = is_ahead
+    return talk(star)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,17 @@ def test_the_number_of_ranks_is_invisible(
     right = talk_on(SoloComm(), name, alone)
     assert [kept for _, kept, _ in right][1:4] == [QUERY + 3, QUERY + 3, QUERY + 12]
     assert pool.run(talk_on, ranks, name=name, settings=settings) == [right] * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_forwards_ahead_of_python_are_kept(pool: Pool, ranks: int) -> None:
+    """The last token of an answer has been through the model then, on all ranks."""
+    right = talk_on(SoloComm(), "llama_mha", {}, is_ahead=True)
+    assert [kept for _, kept, _ in right][1:4] == [QUERY + 4, QUERY + 4, QUERY + 13]
+    plain = talk_on(SoloComm(), "llama_mha", {})
+    assert [tokens for tokens, _, _ in right] == [tokens for tokens, _, _ in plain]
+    results = pool.run(talk_on, ranks, name="llama_mha", settings={}, is_ahead=True)
+    assert results == [right] * ranks
 
 
 def talk_in_mesh(comm: Any, path: Path) -> list[Any]:
@@ -100,8 +113,10 @@ def lead(comm: Any) -> Any:
 def test_ranks_that_follow_keep_what_rank_0_keeps(pool: Pool) -> None:
     right = lead(SoloComm())
     assert right[1] > 0
-    first, *others = pool.run(lead, 3)
-    assert first == right
+    (tokens, kept), *others = pool.run(lead, 3)
+    assert tokens == right[0]
+    # A stream that was suspended has its last token forwarded.
+    assert kept >= right[1]
     # Nothing but `follow` held them.
     assert others == [0, 0]
 

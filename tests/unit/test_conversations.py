@@ -138,7 +138,9 @@ def test_answers_of_one_batch_are_kept_one_by_one(star: StarLLM, context: Encode
     replies = star.generate(context, queries, **options)
     for query, reply in zip(queries, replies, strict=True):
         following = reply.continue_with(ids(4, seed=8), return_logits=True, **ANSWER)
-        assert following.kept_tokens == len(query) + len(reply.token_ids) - 1
+        # The longest answer's last token has not been through the model.
+        ended_last = len(reply.token_ids) == max(len(each.token_ids) for each in replies)
+        assert following.kept_tokens == len(query) + len(reply.token_ids) - ended_last
         text = [*query, *reply.token_ids, *ids(4, seed=8)]
         whole = star.generate(context, text, return_logits=True, **ANSWER)
         assert following.token_ids == whole.token_ids
@@ -354,8 +356,9 @@ def test_queries_of_fixed_lengths(name: str, monkeypatch: pytest.MonkeyPatch) ->
         whole = star.generate(context, text, return_logits=True, **ANSWER)
         assert reply.token_ids == whole.token_ids
         torch.testing.assert_close(reply.logits, whole.logits, atol=1e-3, rtol=1e-4)
-        assert graphs.lengths[1:] == [1] * 3
+        # The forward of the last token is for the next turn.
+        assert graphs.lengths[1:] == [1] * 4
         lengths.append((graphs.lengths[0], reply.kept_tokens))
         text += reply.token_ids
     # 11 tokens are fewer than a graph takes: all are computed, behind padding.
-    assert lengths == [(16, 0), (16, 0), (16, 14), (16, 19), (32, 27)]
+    assert lengths == [(16, 0), (16, 0), (16, 14), (1, 34), (32, 27)]

@@ -14,6 +14,7 @@ from star_attention.hf.text.answer import AnswerText
 from star_attention.hf.text.conversation import ChatContext, joined
 from star_attention.hf.text.messages import Message
 from star_attention.inputs import ContextInput
+from star_attention.phase2 import Leader
 from star_attention.planning.sizes import counted
 from star_attention.storage import talks
 from star_attention.storage.context import EncodedContext
@@ -224,7 +225,7 @@ class LeadingKeeper(Keeper):
         )
 
     def after_answer(
-        self, row: int, prompt: list[int], answer: AnswerText, layers: list[Pair | None] | None
+        self, row: int, prompt: list[int], answer: AnswerText, leader: Leader | None
     ) -> Conversation:
         """Return the conversation after an answer.
 
@@ -232,14 +233,29 @@ class LeadingKeeper(Keeper):
             row: number of the answer in its call.
             prompt: token ids of the query, earlier turns included.
             answer: the answer.
-            layers: keys and values of the prompt and of all tokens but the last of the answer; None
-                to keep none.
+            leader: the steps of the call, whose keys and values are kept; None where transformers'
+                loops ran. A second look's are not: its choice is for one query.
         """
+        ids, layers = prompt, None
+        if leader is not None and answer.token_ids and leader.request.looked is None:
+            ids = prompt + answer.token_ids[: leader.forwarded_tokens]
+            layers = leader.kept_row(row, len(ids))
+        return self.after(row, prompt, answer, ids, layers)
+
+    def after(
+        self,
+        row: int,
+        prompt: list[int],
+        answer: AnswerText,
+        ids: list[int],
+        layers: list[Pair | None] | None,
+    ) -> Conversation:
+        """Return the conversation after an answer, with keys and values of some token ids."""
         context = ContextInput.of(self.context)
         said = self._said(prompt, answer, is_chat=context.chat is not None)
         query = self.queries[row // self.settings.answers_per_query]
         turns = with_turn(context, self.turns, query, prompt, self.settings.answer_prefix, said)
-        return self.conversation(turns, prompt + answer.token_ids[:-1], layers)
+        return self.conversation(turns, ids, layers)
 
     def _said(self, prompt: list[int], answer: AnswerText, *, is_chat: bool) -> Said:
         text, reasoning = answer.text, answer.reasoning

@@ -25,7 +25,6 @@ from star_attention.hf.execution.sources import attention_of
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.text.answer import AnswerText, BeamStopCriteria
 from star_attention.planning.traffic import Traffic
-from star_attention.storage.kv import Pair
 from star_attention.storage.oom import translate_oom
 
 
@@ -146,7 +145,8 @@ class GenerationRun:
         self._conversations: list[Conversation] | None = None
         self.program: Program | None = None
         if settings.uses_own_loop:
-            self.program = request.program(settings.answers_per_query)
+            program = request.program(settings.answers_per_query)
+            self.program = replace(program, keeps=keeper is not None)
         self._leader: phase2.Leader | None = None
         prompts = [prompt for prompt in request.queries for _ in range(settings.answers_per_query)]
         self._answers = settings.text.answers(reading, prompts)
@@ -314,12 +314,7 @@ class GenerationRun:
         if self._keeper is None or self._conversations is not None:
             return
         self._conversations = [
-            self._keeper.after_answer(
-                row,
-                self._query(row),
-                answer,
-                _kept_row(self._leader, row, len(self._query(row)) + len(answer.token_ids) - 1),
-            )
+            self._keeper.after_answer(row, self._query(row), answer, self._leader)
             for row, answer in enumerate(self._answers)
         ]
 
@@ -367,17 +362,6 @@ class GenerationRun:
             wire=measured.wire,
             wire_within=measured.wire_within,
         )
-
-
-def _kept_row(leader: phase2.Leader | None, row: int, tokens: int) -> list[Pair | None] | None:
-    """Return keys and values of a row's query and of all tokens but the last of its answer.
-
-    The last one may not have been through the model. None where transformers' loops ran, where no
-    token came, and after a second look, whose choice is for one query.
-    """
-    if leader is None or not leader.tokens or leader.request.looked is not None:
-        return None
-    return leader.kept_row(row, tokens)
 
 
 def _stacked(rows: list[Tensor], vocab_size: int) -> Tensor:

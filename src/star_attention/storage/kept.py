@@ -51,6 +51,7 @@ def kept_row(
 
 
 def _kept(tail: Tail, tokens: int, copies: bool) -> Pair:
+    assert tokens <= tail.length, "a rank has kept less than rank 0"
     k_1GTD, v_1GTD = (tensor[:, :, :tokens] for tensor in tail.pair())
     # Buffers grow by doubling: their room is not to be kept.
     if copies or tail.capacity(1) > tokens + tokens // 4:

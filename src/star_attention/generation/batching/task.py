@@ -33,7 +33,6 @@ from star_attention.inputs import Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.kept import kept_row
-from star_attention.storage.kv import Pair
 
 _numbers = itertools.count()
 
@@ -112,21 +111,19 @@ class RowTask:
     def _end(self) -> None:
         if self.keeper is not None and self.request is not None:
             try:
-                prompt = self.request.queries[0]
-                self.answer.conversation = self.keeper.after_answer(
-                    0, prompt, self.answer.text, self._kept(len(prompt))
-                )
+                self.answer.conversation = self._conversation(self.keeper, self.request.queries[0])
             except Exception as error:
                 self.fail(error)
         self.release()
 
-    def _kept(self, prompt_tokens: int) -> list[Pair | None] | None:
-        """Return keys and values of the query and of all tokens but the last of the answer."""
-        answer = self.answer
-        if self.kv is None or not answer.text.token_ids or answer.looked is not None:
-            return None
-        tokens = prompt_tokens + len(answer.text.token_ids) - 1
-        return kept_row(self.kv.tails, 0, 0, tokens, copies=True)
+    def _conversation(self, keeper: LeadingKeeper, prompt: list[int]) -> Conversation:
+        text, kv = self.answer.text, self.kv
+        if kv is None or not text.token_ids or self.answer.looked is not None:
+            return keeper.after(0, prompt, text, prompt, None)
+        # The last token may not have been through the model.
+        ids = prompt + text.token_ids[: kv.tail_tokens - len(prompt)]
+        layers = kept_row(kv.tails, 0, 0, len(ids), copies=True)
+        return keeper.after(0, prompt, text, ids, layers)
 
     def go_on_from(self, talk: Conversation) -> None:
         """Take over what a conversation keeps of the turns before the query."""

@@ -47,6 +47,8 @@ class Program:
             the device works by itself.
         sliced: parts of the model whose weights are multiplied in slices.
         second_look: share of the context's tokens that are computed again for the query.
+        keeps: True for answers whose keys and values are kept: with `is_ahead` the forward of the
+            last token is run, too, so that the next turn need not.
     """
 
     queries: list[list[int]]
@@ -58,6 +60,7 @@ class Program:
     is_ahead: bool
     sliced: tuple[str, ...]
     second_look: float
+    keeps: bool = False
 
 
 @dataclass(kw_only=True)
