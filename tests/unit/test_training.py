@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import queue
 import random
 import re
+import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +205,20 @@ SETTINGS: dict[str, Any] = dict(
 )
 
 
+class ThreadWorker(threading.Thread):
+    """A worker of `data.Feed` that needs no seconds to import all modules again."""
+
+    def terminate(self) -> None:
+        """Do nothing: a daemon ends with its process."""
+
+
+def use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let threads make the batches of trainings that follow."""
+    context = SimpleNamespace(Queue=queue.Queue, Process=ThreadWorker)
+    contexts = SimpleNamespace(get_context=lambda _: context)
+    monkeypatch.setattr(data, "multiprocessing", contexts)
+
+
 def run(out: Path, **more: Any) -> None:
     arguments = ["--out", str(out), "--workers", "1", "--device", "cpu", "--every", "0"]
     for name, value in (SETTINGS | more).items():
@@ -210,8 +227,9 @@ def run(out: Path, **more: Any) -> None:
 
 
 def test_a_resumed_training_makes_the_model_of_an_uninterrupted_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    use_threads(monkeypatch)
     run(tmp_path / "whole")
     assert "done: " in capsys.readouterr().out
     for _ in range(3):
@@ -307,8 +325,11 @@ def test_a_row_may_have_a_single_bos() -> None:
     assert any(maker.encode.bos in data.row(2000, maker)[0][1:] for _ in range(8))
 
 
-def test_training_starts_from_the_weights_of_init(tmp_path: Path) -> None:
+def test_training_starts_from_the_weights_of_init(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tmp_path / "first", steps=1)
+    use_threads(monkeypatch)
     first = load_file(tmp_path / "first" / "model" / "model.safetensors")
     run(
         tmp_path / "second",
