@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from star_attention import StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError, OutOfMemoryError
+from star_attention.generation.batching import encoding
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.storage.kv import LayerKV
 from tests.engines import assert_same_kv, bundled_tokenizer, engine, ids, text_model
@@ -60,6 +64,31 @@ def test_steps_and_forwards_take_turns() -> None:
     assert [stop for stop, _ in seen] == [16, 32, 48, 64, 80, 96, 100]
     tokens = [count for _, count in seen]
     assert tokens == sorted(set(tokens))
+
+
+def test_steps_have_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, forwards = 0.0, 0
+
+    def steps() -> Iterator[Span]:
+        nonlocal now, forwards
+        while True:
+            now, forwards = now + 1.0, forwards + 1
+            yield Span(start=0, stop=1, block_start=0)
+
+    monkeypatch.setattr(encoding, "time", SimpleNamespace(perf_counter=lambda: now))
+    encodings = encoding.Encodings(torch.device("cpu"))
+    encodings.add(encoding.EncodeTask(100, steps()))  # type: ignore[arg-type]
+    for _ in range(160):
+        encodings.step()
+        encodings.spent(0.0625, more=True)
+    # Ten seconds of steps, and forwards of a second each.
+    assert 0.15 < 10 / forwards < 0.25
+    before = forwards
+    for _ in range(3):
+        encodings.spent(0.0625, more=False)
+        encodings.step()
+    assert forwards == before + 3
+    encodings.close()
 
 
 def test_without_rows_nothing_waits() -> None:
