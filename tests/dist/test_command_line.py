@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from star_attention.cli import app
@@ -109,6 +110,7 @@ def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path
     assert read_run(tmp_path / "two")["sessions"][0]["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_ranks_talk_as_one(tmp_path: Path) -> None:
     """Rank 0 reads the lines; all ranks keep, undo and save what was said."""
     talk = tmp_path / "talk"

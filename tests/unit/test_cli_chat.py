@@ -63,6 +63,7 @@ def test_a_pipe_gets_answers_alone(book: Path) -> None:
     assert "1 turn left" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_question_follows_the_answers_before(book: Path) -> None:
     """The same answers, tokens and counts as of the library."""
     done = ok("chat", *BOOK, book, "--json", stdin=lines(QUESTION, OTHER_QUESTION, QUESTION))
@@ -145,6 +146,7 @@ def test_commands_that_cannot_work(book: Path, tmp_path: Path) -> None:
     assert "/undo [N]     forget the last turn" in done.err
 
 
+@pytest.mark.slow
 def test_a_question_without_room_is_refused_and_forgotten(book: Path) -> None:
     context = json.loads(ok("chat", *BOOK, book, "--json", stdin=lines(QUESTION)).out)
     room = 65536 - context["context_tokens"] - context["query_tokens"] - 5
@@ -166,6 +168,7 @@ def test_options_that_do_not_fit(book: Path, tmp_path: Path) -> None:
     assert "seed" in failed("chat", saved, "--seed", str(2**70))
 
 
+@pytest.mark.slow
 def test_without_a_chat_template_the_text_goes_on(book: Path) -> None:
     options = [*BOOK, book, "--no-chat", "--max-new-tokens", "4", "--ignore-eos", "--json"]
     done = ok("chat", *options, stdin=lines("The hill", "A cold"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from collections.abc import Iterator
@@ -231,6 +232,18 @@ def test_streams_continue(star: StarLLM) -> None:
     said = f" The{first.text} cold wind"
     following = unread.result.continue_with(" wind", **ANSWER)
     assert following.token_ids == star.generate(context, said, **ANSWER).token_ids
+
+
+def test_asyncio_continues(star: StarLLM, context: EncodedContext) -> None:
+    async def talk() -> list[int]:
+        first = await star.agenerate(context, ids(QUERY), keep=True, **ANSWER)
+        second = await star.agenerate(first, ids(5, seed=2), **ANSWER)
+        assert second.kept_tokens == QUERY + 3
+        tokens: list[int] = second.token_ids
+        return tokens
+
+    right = star.generate(context, ids(QUERY), keep=True, **ANSWER)
+    assert asyncio.run(talk()) == right.continue_with(ids(5, seed=2), **ANSWER).token_ids
 
 
 @pytest.mark.parametrize("options", [dict(num_beams=2), dict(second_look=0.2)], ids=str)

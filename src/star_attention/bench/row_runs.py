@@ -102,7 +102,8 @@ class RowRuns:
             self.contexts[0], query, keep=True, max_new_tokens=self.answer_tokens, **settings
         )
         seconds = machine.time_repeatedly(
-            lambda: reply.continue_with(following, max_new_tokens=1, **settings),
+            # Keeping the answer takes a forward more, after its first token.
+            lambda: reply.continue_with(following, max_new_tokens=1, keep=False, **settings),
             repeats=repeats,
             device=self.star.runtime.device,
         )
