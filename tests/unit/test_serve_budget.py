@@ -116,11 +116,39 @@ def test_an_unused_context_expires_and_a_hit_renews_it() -> None:
 
 def test_expiry_is_seen_without_a_step() -> None:
     clock = Clock()
-    kept = store(clock=clock)
-    use(kept, *A, ttl=10)
+    kept = store(clock=clock, ttl=10)
+    use(kept, *A)
     clock.now += 10
     lease = kept.acquire(wanted(*A))
     assert (lease.outcome, lease.reason) == ("miss", "expired")
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "ttl"), [(None, 10, None), (5, 10, 10), (20, 10, 20), (20, None, 20)]
+)
+def test_a_request_may_ask_for_a_longer_life(
+    own: float | None, asked: float | None, ttl: float | None
+) -> None:
+    """Forbids a mark that shortens the life of what others keep."""
+    kept = store(ttl=own)
+    use(kept, *A, ttl=asked)
+    use(kept, *B)
+    use(kept, *B, ttl=asked)
+    assert [view.ttl for view in kept.list("ann")] == [ttl, ttl]
+
+
+def test_expired_contexts_are_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("star_attention.serve.contexts.registry.MOST_EXPIRED", 2)
+    clock = Clock()
+    kept = store(clock=clock, ttl=10)
+    for ids in (A, B, C):
+        kept.create(wanted(*ids))
+        settle(kept)
+        clock.now += 1
+    clock.now += 10
+    settle(kept)
+    assert [view.status for view in kept.list("ann")] == ["expired"] * 2
+    assert [view.created_at for view in kept.list("ann")] == [1002, 1001]
 
 
 def test_a_context_in_use_does_not_expire() -> None:

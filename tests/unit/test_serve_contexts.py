@@ -114,6 +114,17 @@ def test_texts_begin_alike_where_the_same_of_them_is_users(
     assert (kept.prefix_of(scope, whole) is not None) == is_found
 
 
+def test_why_a_document_is_encoded_again() -> None:
+    """A date at the top defeats every cache, which nobody sees without being told."""
+    kept = store(device_tokens=1000)
+    document = list(range(80))
+    assert use(kept, 900, *document) == "miss new"
+    assert use(kept, 901, *document) == "miss beginning_changed"
+    assert use(kept, 901, *document, 7) == "miss input_changed"
+    assert use(kept, 902, *document, tenant="bob") == "miss new"
+    assert use(kept, *A) == "miss new"
+
+
 def test_a_text_is_known_by_all_of_it() -> None:
     kept = store()
     ann, content = Scope(tenant="ann"), Content(ids=as_ids(A), text="a <s> b", literal=((2, 5),))

@@ -96,3 +96,13 @@ def test_a_text_without_a_line_break_leaves_its_end_to_the_query(server: Server)
     again = complete(server, f"{WORDS * 100}Who is it that asks the tide?")
     assert found(again) == ("prefix", "hit", tokens)
     assert complete(server, WORDS * 10).headers["x-star-rule"] == "none"
+
+
+def test_an_answer_says_why_its_document_was_encoded(server: Server) -> None:
+    """A date at the top of a prompt defeats every cache, which nobody sees without being told."""
+    reasons = []
+    for date in ("Monday", "Tuesday", "Tuesday"):
+        document = f"It is {date}. {WORDS * 50}"
+        answer = chat(server, in_parts(document, "Why?"), cache_salt="dates")
+        reasons.append(answer.headers.get("x-star-miss-reason"))
+    assert reasons == ["new", "beginning_changed", None]

@@ -61,7 +61,7 @@ class Wanted:
         scope: who may find it.
         content: what it is made of.
         keep: False for a context of this request alone, which is dropped after its last user.
-        ttl: the least seconds without use after which it is dropped; None for the server's own.
+        ttl: the least seconds without use after which it may expire; None for the server's own.
     """
 
     scope: Scope
@@ -200,7 +200,8 @@ class Entry:
     def is_expired(self, now: float) -> bool:
         """True if nobody has used it for too long, nor does now."""
         idle = not self.users and not self.writing and not self.is_pending
-        return idle and self.expires_at is not None and now >= self.expires_at
+        is_kept = self.status is not Status.EXPIRED
+        return idle and is_kept and self.expires_at is not None and now >= self.expires_at
 
     def touch(self, now: float) -> None:
         """Note a use."""

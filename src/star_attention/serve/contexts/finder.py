@@ -64,13 +64,12 @@ class Finder:
             table.expire(entry)
             entry, gone = None, "expired"
         if entry is None:
-            return self._new(wanted, key), Outcome.MISS, gone or self._why_new(wanted)
+            reason = gone or self._why_new(wanted)
+            return self._new(wanted, key), Outcome.MISS, reason
         outcome, reason = self.look(entry)
         entry.keep = entry.keep or wanted.keep
         if wanted.ttl is not None:
-            entry.marked = True
-            if entry.ttl is not None:
-                entry.ttl = max(entry.ttl, wanted.ttl)
+            entry.marked, entry.ttl = True, _longer(entry.ttl, wanted.ttl)
         return entry, outcome, reason
 
     def look(self, entry: Entry) -> tuple[Outcome, str]:
@@ -145,7 +144,7 @@ class Finder:
             created_at=now,
             last_used_at=now,
             keep=wanted.keep,
-            ttl=table.settings.ttl if wanted.ttl is None else wanted.ttl,
+            ttl=_longer(table.settings.ttl, wanted.ttl),
             marked=wanted.ttl is not None,
         )
         table.registry.add(entry)
@@ -164,7 +163,14 @@ class Finder:
             )
 
     def _why_new(self, wanted: Wanted) -> str:
-        table = self._table
-        ids = wanted.content.ids
-        near, _ = table.registry.nearest(wanted.scope, ids, table.encoder.block_size(len(ids)))
-        return "new" if near is None else "input_changed"
+        table, ids = self._table, wanted.content.ids
+        block_size = table.encoder.block_size(len(ids))
+        near, _ = table.registry.nearest(wanted.scope, ids, block_size)
+        if near is not None:
+            return "input_changed"
+        return "beginning_changed" if table.registry.ends_alike(wanted.scope, ids) else "new"
+
+
+def _longer(ttl: float | None, least: float | None) -> float | None:
+    """Return a time to live that is no shorter than wanted; None for no end."""
+    return ttl if ttl is None or least is None else max(ttl, least)

@@ -37,15 +37,14 @@ class Keeper:
     def step(self) -> bool:
         """Do a piece of what there is to do; return True if there is more to do at once."""
         table, has_begun = self._table, False
-        is_due = table.take_changes() or not 0 <= table.clock() - self._swept_at < _SWEEP_S
-        if is_due:
-            self._sweep()
+        if not 0 <= table.clock() - self._swept_at < _SWEEP_S:
+            table.all_changed = True
+        if table.has_changed:
+            self._shelf.write_ahead(self._sweep())
         if self._job is not None:
             self._poll(*self._job)
         if self._job is None and table.queue:
             has_begun = self._begin_next()
-        if is_due:
-            self._shelf.write_ahead()
         table.deliver()
         return self._job is not None or has_begun or table.has_changed
 
@@ -78,15 +77,23 @@ class Keeper:
 
     # ----------------------------------------------------------------------- what goes by itself
 
-    def _sweep(self) -> None:
-        """Drop what has expired, was deleted, was for one request, or is too much."""
+    def _sweep(self) -> list[Entry]:
+        """Drop what has expired, was deleted, was for one request, or is too much.
+
+        Returns:
+            The contexts that were looked at: those that have changed.
+        """
         table = self._table
         with table.lock:
-            now = self._swept_at = table.clock()
-            for entry in table.registry:
+            now, is_whole = table.clock(), table.all_changed
+            changed = table.take_changed()
+            for entry in changed:
                 if not entry.writing and entry.status is not Status.ENCODING:
                     self._sweep_one(entry, now)
-            self._drop_cold()
+            if is_whole:
+                self._swept_at = now
+                self._drop_cold()
+        return changed
 
     def _sweep_one(self, entry: Entry, now: float) -> None:
         is_over = not entry.keep or (entry.status is Status.FAILED and not entry.listed)
@@ -167,7 +174,7 @@ class Keeper:
         entry.retried = False
         entry.touch(self._table.clock())
         self._table.resolve(entry)
-        self._table.has_changed = True
+        self._table.changed[entry] = None
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         """Try once more after memory ran out; otherwise tell whoever waits."""
@@ -320,6 +327,7 @@ class Keeper:
             is_gone = entry.deleted or not entry.keep
             place = "gone" if is_gone else "disk" if entry.has_file else "cold"
             table.counts.evicted[place] += 1
+            table.all_changed = True
             if is_gone:
                 table.forget(entry)
             table.note(entry)

@@ -28,8 +28,9 @@ class Lease:
     Attributes:
         id: the context's id.
         outcome: what the request found.
-        reason: of a miss, why: "new", "input_changed" (a kept context begins alike), "evicted",
-            "expired" or "failed"; "" otherwise.
+        reason: of a miss, why: "new", "input_changed" (a kept context begins alike),
+            "beginning_changed" (one ends alike: a date before it, say), "evicted", "expired" or
+            "failed"; "" otherwise.
         ready: resolves to the context on its device, or to why there is none. It may resolve on the
             engine's thread.
     """

@@ -10,6 +10,9 @@ from star_attention.serve.contexts.entry import Content, Entry, Location, Status
 from star_attention.serve.contexts.keys import Scope, TokenIds
 from star_attention.serve.refusals import RefusalError
 
+_SAME_END = 64
+"""Tokens at the end of two contexts that are hardly the same by chance."""
+
 Spans = tuple[tuple[int, int], ...]
 
 MOST_EXPIRED = 1000
@@ -117,6 +120,14 @@ class Registry:
             if tokens > most:
                 best, most = entry, tokens
         return best, most
+
+    def ends_alike(self, scope: Scope, ids: TokenIds) -> bool:
+        """True if a context ends like this one, so that what differs is before: a date, say."""
+        last = ids[-_SAME_END:]
+        return len(last) == _SAME_END and any(
+            entry.content is not None and np.array_equal(entry.content.ids[-_SAME_END:], last)
+            for entry in self._living(scope)
+        )
 
     def _living(self, scope: Scope) -> Iterator[Entry]:
         for entry in self:

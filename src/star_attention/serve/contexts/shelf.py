@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from star_attention.errors import first_line
@@ -45,8 +46,8 @@ class Shelf:
         with self._table.lock:
             self._changed.add(entry)
 
-    def write_ahead(self) -> None:
-        """Write contexts that are worth it before they have to leave, one at a time."""
+    def write_ahead(self, entries: Iterable[Entry]) -> None:
+        """Write one of these contexts, if that is worth it, before it has to leave."""
         table = self._table
         if table.folder is None:
             return
@@ -59,7 +60,7 @@ class Shelf:
                 if entry.has_file and not entry.deleted:
                     self._write_record(entry)
             self._changed.clear()
-            entry_to_write = next(filter(self._should_write, table.registry), None)
+            entry_to_write = next(filter(self._should_write, entries), None)
             if entry_to_write is None:
                 return
             entry_to_write.writing = True

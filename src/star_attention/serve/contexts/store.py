@@ -90,7 +90,7 @@ class ContextStore:
         with self._table.lock:
             entry, outcome, reason = self._finder.of_content(wanted)
             lease = self._lease(entry, outcome, reason)
-        self._go_on()
+        self._go_on(entry)
         return lease
 
     def lease(self, tenant: str, id: str) -> Lease:
@@ -110,7 +110,7 @@ class ContextStore:
                 )
             outcome, reason = self._finder.look(entry)
             lease = self._lease(entry, outcome, reason)
-        self._go_on()
+        self._go_on(entry)
         return lease
 
     def create(
@@ -276,9 +276,9 @@ class ContextStore:
 
     # ----------------------------------------------------------------------------------- inside
 
-    def _go_on(self) -> None:
+    def _go_on(self, *entries: Entry) -> None:
         self._table.deliver()
-        self._table.wake()
+        self._table.wake(*entries)
 
     def _lease(self, entry: Entry, outcome: Outcome, reason: str) -> Lease:
         table = self._table
@@ -297,7 +297,7 @@ class ContextStore:
                 if not entry.users and entry.is_pending:
                     entry.linger_until = table.clock() + table.settings.linger_s
             lease.ready.cancel()
-            self._go_on()
+            self._go_on(entry)
 
         lease = Lease(entry.id, outcome, reason, view=view, release=release)
         entry.users += 1

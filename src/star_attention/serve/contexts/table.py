@@ -131,7 +131,7 @@ class Table:
     Attributes:
         queue: contexts that are to be encoded or read from disk, the first one first.
         waiting: what waits for a context to be on the device.
-        has_changed: True if all contexts are to be looked at again.
+        changed: contexts to look at again; `all_changed` is True if they all are.
     """
 
     def __init__(
@@ -152,20 +152,34 @@ class Table:
         self.queue: list[Entry] = []
         self.waiting: dict[Entry, list[Future[Any]]] = {}
         self.counts = Counts()
-        self._changed, self._wake = changed, wake
-        self.has_changed = True
+        self.changed: dict[Entry, None] = {}
+        self.all_changed = True
+        self._report, self._wake = changed, wake
         self._changes: dict[str, None] = {}
         self._resolved: list[tuple[Future[Any], Any, BaseException | None]] = []
 
-    def wake(self) -> None:
-        """Tell the engine's thread that there may be something to do; from any thread."""
-        self.has_changed = True
+    def wake(self, *entries: Entry) -> None:
+        """Tell the engine's thread that there may be something to do; from any thread.
+
+        Args:
+            entries: contexts to look at again; none for all.
+        """
+        with self.lock:
+            self.changed.update(dict.fromkeys(entries))
+            self.all_changed = self.all_changed or not entries
         self._wake()
 
-    def take_changes(self) -> bool:
-        """Return True if there was a `wake` since the last call."""
-        has_changed, self.has_changed = self.has_changed, False
-        return has_changed
+    @property
+    def has_changed(self) -> bool:
+        """True if contexts are to be looked at again."""
+        return self.all_changed or bool(self.changed)
+
+    def take_changed(self) -> list[Entry]:
+        """Return the contexts to look at again, once."""
+        entries = list(self.registry if self.all_changed else self.changed)
+        self.changed.clear()
+        self.all_changed = False
+        return entries
 
     def resolve(self, entry: Entry, error: BaseException | None = None) -> None:
         """Give those who wait for a context the context, or an error, at the next `deliver`."""
@@ -190,7 +204,7 @@ class Table:
             else:
                 future.set_exception(error)
         for id in changes:
-            self._changed(id)
+            self._report(id)
 
     def forget(self, entry: Entry) -> None:
         """Drop all of a context, and its files."""
