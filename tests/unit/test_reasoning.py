@@ -32,7 +32,7 @@ MODES: list[dict[str, Any]] = [{}, dict(num_beams=2)]
 
 
 def answers(star: StarLLM, spoken: str, **options: Any) -> tuple[str, str | None]:
-    """Text and reasoning of an answer, which are those of a stream too."""
+    """Text and reasoning of an answer, which are those of a stream and of a batch's row, too."""
     context = star.encode(MESSAGES if star.tokenizer.chat_template else "the cat")
     options |= {"max_new_tokens": len(star.tokenizer(spoken).input_ids)}
 
@@ -51,6 +51,13 @@ def answers(star: StarLLM, spoken: str, **options: Any) -> tuple[str, str | None
     deltas = list(star.stream(context, "what", **arguments()).deltas())
     assert "".join(delta.text for delta in deltas) == reply.text
     assert "".join(delta.reasoning for delta in deltas) == (reply.reasoning or "")
+    with star.batch() as batch:
+        row = batch.add(context, "what", **arguments())
+        events = [delta for own, delta in batch if own is row]
+    for deltas in (events, list(row.deltas())):
+        assert "".join(delta.text for delta in deltas) == row.text == reply.text
+        assert "".join(delta.reasoning for delta in deltas) == (reply.reasoning or "")
+    assert row.result().reasoning == row.reasoning == reply.reasoning
     return reply.text, reply.reasoning
 
 
