@@ -111,6 +111,8 @@ def test_more_requests_than_the_server_takes() -> None:
         assert "2 requests are open" in response.json()["error"]["message"]
         with server.client() as client, pytest.raises(openai.RateLimitError):
             client.chat.completions.create(model=NAME, messages=ASK)
+        for path in ("/v1/contexts", "/v1/files", "/v1/completions"):
+            assert server.post(path, {"text": "A"}).status_code == 429
         for connection in connections:
             connection.close()
         assert eventually(server.is_idle)

@@ -7,7 +7,9 @@ import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
+
+from starlette.requests import Request
 
 from star_attention.engine import StarLLM
 from star_attention.serve.contexts.store import ContextStore
@@ -87,6 +89,12 @@ class Visit:
         if not self._is_kept:
             self._end()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.leave()
+
     def _end(self) -> None:
         self._service.open -= 1
         self._service.open_bytes -= self._nbytes
@@ -122,22 +130,31 @@ class Service:
         self.draining = False
         self.open = self.open_bytes = 0
 
+    def check_queue(self) -> None:
+        """Raise a 429 if too many contexts wait for being encoded."""
+        _, _, queued = self.store.counts()
+        if queued >= self.settings.max_waiting:
+            raise busy(
+                f"{queued} contexts wait for being encoded, as many as this server takes; come back"
+                " later",
+                retry_after_s=30,
+            )
+
     def check_open(self) -> None:
         """Raise a 503 if no requests are taken."""
         if self.draining or not self.engine.alive:
             raise unavailable("the server is shutting down; ask again in a moment", "shutting_down")
 
-    def admit(self, nbytes: int) -> Visit:
-        """Let a request in.
-
-        Args:
-            nbytes: most bytes of its body.
+    def visit(self, request: Request) -> Visit:
+        """Let a request in, whose body has not been read.
 
         Raises:
             Problem: 503 if no requests are taken, 429 if there are too many.
         """
         self.check_open()
         settings = self.settings
+        declared = request.headers.get("content-length", "")
+        nbytes = min(int(declared), settings.max_body) if declared.isdigit() else settings.max_body
         most_bytes = _MOST_BODIES * settings.max_body
         if self.open >= settings.max_waiting:
             raise busy(

@@ -97,7 +97,7 @@ class AskRoutes:
             read: returns what a body asks, and its prompts.
         """
         service = self._service
-        visit = service.admit(_size(request, service.settings.max_body))
+        visit = service.visit(request)
         try:
             body = await read_object(request, service.settings.max_body)
             ask, plans = await unless_left(request.receive, read(body))
@@ -188,12 +188,6 @@ class AskRoutes:
                 job.release()
             raise
         return jobs
-
-
-def _size(request: Request, most: int) -> int:
-    """Return the bytes that a body says to have; the most there may be if it says nothing."""
-    declared = request.headers.get("content-length", "")
-    return min(int(declared), most) if declared.isdigit() else most
 
 
 def _messages(body: Body) -> list[Any]:

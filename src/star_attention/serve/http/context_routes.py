@@ -38,27 +38,29 @@ class ContextRoutes:
     async def create(self, request: Request) -> Response:
         """Keep a document: from text, messages, token ids, or a file."""
         limit = self._service.settings.max_body
-        if is_form(request):
-            upload = await read_upload(request, limit)
-            body, source = _form(upload.fields), Source(text=upload.text)
-            body.fields.setdefault("name", upload.name)
-        else:
-            body = await read_object(request, limit)
-            source = self._source(body, request.state.tenant)
-        return await self._create(request, body, source)
+        with self._service.visit(request):
+            if is_form(request):
+                upload = await read_upload(request, limit)
+                body, source = _form(upload.fields), Source(text=upload.text)
+                body.fields.setdefault("name", upload.name)
+            else:
+                body = await read_object(request, limit)
+                source = self._source(body, request.state.tenant)
+            return await self._create(request, body, source)
 
     async def extend(self, request: Request) -> Response:
         """Keep a new context that continues another one, which stays as it is."""
-        body = await read_object(request, self._service.settings.max_body)
-        text = body.text("text")
-        if not text:
-            raise wrong_type("text", text, "a text that is not empty")
-        old = self._service.store.content(*_named(request))
-        return await self._create(request, body, Source(text=text, after=old))
+        with self._service.visit(request):
+            body = await read_object(request, self._service.settings.max_body)
+            text = body.text("text")
+            if not text:
+                raise wrong_type("text", text, "a text that is not empty")
+            old = self._service.store.content(*_named(request))
+            return await self._create(request, body, Source(text=text, after=old))
 
     async def _create(self, request: Request, body: Body, source: Source) -> Response:
         service = self._service
-        service.check_open()
+        service.check_queue()
         salt = body.text("cache_salt", "", most=1024) or ""
         ttl, pin = _ttl(body, None), body.flag("pin")
         name, waits = body.text("name", most=200), _waits(request)

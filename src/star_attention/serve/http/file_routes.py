@@ -19,7 +19,8 @@ class FileRoutes:
 
     async def create(self, request: Request) -> Response:
         """Keep an uploaded text."""
-        upload = await read_upload(request, self._service.settings.max_body)
+        with self._service.visit(request):
+            upload = await read_upload(request, self._service.settings.max_body)
         file = self._service.files.add(
             request.state.tenant,
             upload.name,
