@@ -126,6 +126,23 @@ def test_a_client_that_leaves_and_comes_back() -> None:
         assert server.metric("encodes_total", outcome="canceled") == 0
 
 
+def test_a_context_that_is_deleted_before_it_is_there() -> None:
+    """Forbids an error for who did not name it; who did, learns that it is gone."""
+    document = DOCUMENT * 15
+    with running() as server, ThreadPoolExecutor(2) as clients:
+        context = server.post(CONTEXTS, {"text": document}).json()
+        named = {"messages": ASK, "context": context["id"], "max_tokens": 2}
+        marked = {"messages": in_parts(document, QUESTION, mark=True), "max_tokens": 2}
+        answers = [clients.submit(server.post, CHAT, body) for body in (named, marked)]
+        assert eventually(lambda: server.service.engine.waiting == 2)
+        assert httpx.delete(f"{server.url}{CONTEXTS}/{context['id']}").status_code == 200
+        gone, answer = (each.result() for each in answers)
+        assert gone.status_code == 409
+        assert gone.json()["error"]["code"] == "context_deleted"
+        assert answer.status_code == 200
+        assert eventually(server.is_idle)
+
+
 def test_many_who_ask_about_a_new_document_at_once(server: Server) -> None:
     """Forbids an encode for each of them, and other answers in company."""
     body = {"messages": in_parts(DOCUMENT, QUESTION), "max_tokens": 20}

@@ -88,7 +88,7 @@ def descriptors() -> int:
 
 
 @pytest.mark.parametrize(
-    ("visitors", "visits"), [(6, 6), pytest.param(40, 40, marks=pytest.mark.slow)]
+    ("visitors", "visits"), [(6, 6), pytest.param(20, 30, marks=pytest.mark.slow)]
 )
 def test_nothing_is_left_of_a_crowd(visitors: int, visits: int) -> None:
     with running(max_rows=8) as server:

@@ -129,9 +129,21 @@ class Engine:
             job.lease.ready.add_done_callback(lambda _: self.post(lambda: self._go_on(job)))
 
     def _go_on(self, job: Job) -> None:
+        """Ask a job's questions, whose context is there or will never be."""
         # A job that was canceled waits no more.
-        if job in self._answers.waiting:
+        if job not in self._answers.waiting:
+            return
+        if job.again is None or not job.lacks_context:
             self._answers.ask(job)
+            return
+        reopen, job.again = job.again, None
+        job.release()
+        try:
+            job.lease = reopen()
+        except Exception as error:
+            self._answers.fail(job, error)
+            return
+        self._begin(job)
 
     def _publish(self) -> None:
         """Hand each event loop its events, in one call."""

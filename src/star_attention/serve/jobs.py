@@ -11,6 +11,7 @@ from typing import Any
 from star_attention.errors import StarAttentionError
 from star_attention.generation.result import Delta, Generation
 from star_attention.serve.contexts.lease import Lease
+from star_attention.serve.refusals import RefusalError
 
 
 class EngineEndedError(StarAttentionError):
@@ -63,6 +64,8 @@ class Job:
         choices: the answers, in the order of the questions.
         error: why there is no answer; None if there is none.
         first_ids: a context of a token or so, for a prompt that is a query as a whole.
+        again: opens the context once more, if somebody deletes it before it is there; None for one
+            that the client has named.
         changed: set when something happens; jobs of one client share it.
         created, started, first, ended: times of `time.monotonic`, 0.0 before.
     """
@@ -71,6 +74,7 @@ class Job:
     questions: list[Question]
     loop: asyncio.AbstractEventLoop
     first_ids: tuple[int, ...] = ()
+    again: Callable[[], Lease] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     choices: list[Choice] = field(default_factory=list)
     error: BaseException | None = None
@@ -81,6 +85,12 @@ class Job:
 
     def __post_init__(self) -> None:
         self.choices = [Choice() for _ in self.questions]
+
+    @property
+    def lacks_context(self) -> bool:
+        """True if somebody has deleted the context before it was there."""
+        error = None if self.lease is None else self.lease.ready.exception()
+        return isinstance(error, RefusalError) and error.code == "context_deleted"
 
     def release(self) -> None:
         """Let the context go."""

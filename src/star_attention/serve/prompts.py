@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,11 @@ class Prompts:
         elif plan.wanted is not None:
             lease = store.acquire(plan.wanted)
         return lease
+
+    def reopening(self, plan: Plan) -> Callable[[], Lease] | None:
+        """Return what opens a plan's context again; None for one that the client has named."""
+        wanted = plan.wanted
+        return None if wanted is None else lambda: self._service.store.acquire(wanted)
 
     def cached_tokens(self, plan: Plan) -> int:
         """Return the tokens of a plan's context that are kept already."""

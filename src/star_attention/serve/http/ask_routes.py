@@ -182,7 +182,8 @@ class AskRoutes:
                     for number in range(ask.answers)
                 ]
                 lease = self._prompts.open(plan)
-                jobs.append(Job(lease, questions, loop, plan.first_ids, changed))
+                again = self._prompts.reopening(plan)
+                jobs.append(Job(lease, questions, loop, plan.first_ids, again, changed))
         except BaseException:
             for job in jobs:
                 job.release()
