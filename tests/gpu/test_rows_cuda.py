@@ -183,3 +183,49 @@ def test_a_batch_is_as_generate() -> None:
     captured = star.runtime.handle.graphs.of_rows.captured
     assert all(captured.values())
     assert 8 in {key[0] for key in captured}
+
+
+def test_steps_read_the_queries_of_rows_that_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are those alone, and most rows begin without a forward of their own."""
+    star = StarLLM.from_pretrained(
+        MODEL,
+        device="cuda",
+        compile=True,
+        dtype="float32",
+        block_size=2048,
+        tokens_per_forward=4096,
+    )
+    run, read = RowForwards.run_with_queries, []
+
+    def counted(self: RowForwards, *arguments: Any) -> torch.Tensor | None:
+        logits_RV = run(self, *arguments)
+        read.append(logits_RV is not None)
+        return logits_RV
+
+    monkeypatch.setattr(RowForwards, "run_with_queries", counted)
+    contexts = [star.encode(text) for text in TEXTS]
+    settings: dict[str, Any] = dict(max_new_tokens=12, ignore_eos=True)
+    asked = [(context, question) for context in contexts for question in QUESTIONS]
+    alone = [star.generate(*pair, **settings).token_ids for pair in asked]
+    reply = star.generate(contexts[0], QUESTIONS[0], keep=True, **settings)
+    more = star.generate(reply, QUESTIONS[1], **settings).token_ids
+    with star.batch() as batch:
+        first = batch.add(contexts[0], QUESTIONS[1], max_new_tokens=200, ignore_eos=True)
+        batch.step()
+        batch.step()
+        rows = []
+        for pair in asked:
+            rows.append(batch.add(*pair, **settings))
+            batch.step()
+        canceled = batch.add(contexts[1], QUESTIONS[0], **settings)
+        canceled.cancel()
+        again = batch.add(reply, QUESTIONS[1], **settings)
+        assert [row.result().token_ids for row in rows] == alone
+        assert again.result().token_ids == more
+        tokens = first.result().token_ids
+    assert (
+        tokens
+        == star.generate(contexts[0], QUESTIONS[1], max_new_tokens=200, ignore_eos=True).token_ids
+    )
+    assert len(read) >= len(asked)
+    assert all(read)

@@ -6,6 +6,7 @@ interpreter. tests/gpu/test_rows_cuda.py tests real graphs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import row_graphs
 from star_attention.hf.execution.rows import RowForwards
 from star_attention.storage import kv
+from star_attention.storage.kv import Tail
 from tests.decode_rows import Row, prefilled, step
 from tests.engines import engine, ids
 from tests.recorders import CountingGraphs, refuse, with_graphs
@@ -152,3 +154,64 @@ def test_tails_of_different_capacities_run_without() -> None:
     row.kv.tails[0].start_with(row.kv.tails[0].pair(), room=100)
     check(forwards, rows, 0, RowSet([row.kv]))
     assert counting.recorder.replays == 0
+
+
+# -------------------------------------------------------------------------------- queries
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mistral",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama", "gpt_oss", "gemma2", "gemma3n")
+        ),
+    ],
+)
+def test_a_forward_reads_queries_beside_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that share a tail see those before them: a new query, and one after kept tokens."""
+    monkeypatch.setattr(row_graphs, "BUCKETS", (5,))
+    star = engine(name, **SIZES)
+    query = ids(2, seed=3)
+    first, second = prefilled(star, star.encode(ids(70)), query, ids(5, seed=4))
+    (third,) = prefilled(star, star.encode(ids(45, seed=2)), ids(9, seed=5))
+    new = replace(first.kv, tails=[Tail() for _ in first.kv.tails])
+    row_set = RowSet([*new.of_next(2), second.kv, *third.kv.of_next(2)])
+    assert row_set.groups == [(0, 3), (3, 5)]
+    forwards, counting = served(star)
+    tokens = [*query, second.token_ids[0], *third.token_ids[:2]]
+    logits_RV = forwards.run_with_queries(row_set, torch.tensor(tokens), [1, 2, 4])
+    assert logits_RV is not None
+    expected = [first.logits_SV[0], second.logits_SV[1], third.logits_SV[2]]
+    torch.testing.assert_close(logits_RV, torch.stack(expected), atol=2e-4, rtol=1e-4)
+    assert [row.tail_tokens for row in (new, second.kv, third.kv)] == [2, 5 + 1, 9 + 2]
+    for tail, right in zip(new.tails, first.kv.tails, strict=True):
+        if right.length:
+            torch.testing.assert_close(tail.pair(), right.pair(), atol=2e-4, rtol=1e-4)
+    assert counting.recorder.replays == 1
+
+
+def test_queries_that_no_graph_serves_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    star = engine("llama", **SIZES)
+    rows = rows_of_two_contexts(star)[:1]
+    forwards, counting = served(star)
+    monkeypatch.setattr(counting.recorder, "record", refuse)
+    row_set = RowSet(rows[0].kv.of_next(2))
+    tokens = torch.tensor(rows[0].token_ids[:2])
+    assert forwards.run_with_queries(row_set, tokens, [1]) is None
+    check(forwards, rows, 0, RowSet([rows[0].kv]))
+    assert not forwards.by_graph
+
+
+def test_tiles_are_for_rows_and_the_average_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids tiles as large as a query for contexts that a row or two read."""
+    monkeypatch.setattr(row_tables, "tile_rows", lambda shared, *_, **__: shared)
+    star = engine("llama", **SIZES)
+    first, second, third = (row.kv for row in rows_of_two_contexts(star))
+    buffers = row_graph.RowBuffers(star.runtime.handle.probe_result, torch.device("cpu"))
+    assert buffers.tile_rows(RowSet([first, second, third])) == 2
+    assert buffers.tile_rows(RowSet(first.of_next(40))) == 40
+    # 40 rows for 70 keys, and 1 for 45.
+    assert buffers.tile_rows(RowSet([*first.of_next(40), third])) == 25
+    assert buffers.tile_rows(RowSet([first, second, *third.of_next(2)])) == 2

@@ -1,7 +1,8 @@
 """Rows that share decode forwards: a step draws a token of each, and runs their next forward.
 
 On a GPU that forward is issued before Python looks at the step's tokens: the device computes while
-rows end and others join. A row that has ended runs one forward for nothing.
+rows end and others join. A row that has ended runs one forward for nothing. Where CUDA graphs
+serve, the forward reads the queries of rows that join, too (`mixed`).
 
 Axes: R rows, V vocabulary.
 """
@@ -14,9 +15,16 @@ import torch
 from torch import Tensor
 
 from star_attention.errors import NonFiniteError, OutOfMemoryError
+from star_attention.generation.batching.mixed import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    MixedStep,
+    may_join,
+    tokens_of,
+)
 from star_attention.generation.batching.task import RowTask
 from star_attention.generation.result import Delta
-from star_attention.hf.cache.rows import RowSet
+from star_attention.hf.cache.rows import RowKV, RowSet, by_shard
 from star_attention.hf.execution import drawing, finite
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.rows import RowForwards
@@ -37,7 +45,7 @@ class Cohort:
         is_ahead: True to issue a forward before Python looks at its tokens.
 
     Attributes:
-        tasks: the rows.
+        tasks: the rows whose queries have been read.
     """
 
     def __init__(self, handle: ModelHandle, forwards: RowForwards, *, is_ahead: bool) -> None:
@@ -50,6 +58,33 @@ class Cohort:
         # Rows whose first logits have not been looked at.
         self._new: set[RowTask] = set()
         self._events: list[Event] = []
+        # Rows whose queries the next forward reads.
+        self._unread: list[RowTask] = []
+
+    def __len__(self) -> int:
+        return len(self.tasks) + len(self._unread)
+
+    def may_read(self, tasks: Sequence[RowTask]) -> bool:
+        """True if a step of these rows may read the queries of a group on a context."""
+        return (
+            self._forwards.by_graph
+            and may_join(tasks)
+            and 0 < len(self.tasks) <= MOST_ROWS - tokens_of(tasks)
+        )
+
+    def read(self, tasks: Sequence[RowTask]) -> bool:
+        """Let the next forward read queries; False if it has no room left for them."""
+        tokens = tokens_of([*self._unread, *tasks])
+        if tokens > min(MOST_TOKENS, MOST_ROWS - len(self.tasks)):
+            return False
+        self._unread += tasks
+        return True
+
+    def unreadable(self) -> list[RowTask]:
+        """Remove and return rows whose queries no forward of these rows reads."""
+        removed = [task for task in self._unread if task.reads_alone or not self.tasks]
+        self._unread = [task for task in self._unread if task not in removed]
+        return removed
 
     def join(self, tasks: Sequence[RowTask], logits_RV: Tensor) -> None:
         """Add rows after their first forward, with its logits."""
@@ -58,14 +93,11 @@ class Cohort:
             logits_RV = torch.cat([self._logits_RV, logits_RV])
         self._new |= set(tasks)
         self.tasks, self._logits_RV = [*self.tasks, *tasks], logits_RV
-        shards = list(dict.fromkeys(task.shard_key for task in self.tasks))
-        order = sorted(
-            range(len(self.tasks)), key=lambda index: shards.index(self.tasks[index].shard_key)
-        )
-        self._select(order)
+        self._select(by_shard(self._kvs()))
 
     def drop_ended(self) -> None:
         """Remove the rows that have ended."""
+        self._unread = [task for task in self._unread if not task.done]
         staying = [index for index, task in enumerate(self.tasks) if not task.done]
         if len(staying) < len(self.tasks):
             self._select(staying)
@@ -78,8 +110,11 @@ class Cohort:
             self._logits_RV = self._logits_RV[at_R] if order else None
         if self._due_R is not None:
             self._due_R = self._due_R[at_R] if order else None
-        self._rows = RowSet([task.kv for task in self.tasks if task.kv is not None])
+        self._rows = RowSet(self._kvs())
         self._forwards.forget()
+
+    def _kvs(self) -> list[RowKV]:
+        return [task.kv for task in self.tasks if task.kv is not None]
 
     @torch.no_grad()
     def step(self) -> list[Event]:
@@ -141,14 +176,39 @@ class Cohort:
                 raise
 
     def _run(self, tokens_R: Tensor) -> None:
-        lengths = [row.tail_tokens for row in self._rows.rows]
+        rows = self._rows.rows
+        lengths = [row.tail_tokens for row in rows]
         try:
-            self._logits_RV = self._forward(tokens_R)
+            if not self._run_with_queries(tokens_R):
+                self._logits_RV = self._forward(tokens_R)
         except BaseException:
-            for row, length in zip(self._rows.rows, lengths, strict=True):
+            for row, length in zip(rows, lengths, strict=True):
                 row.rewind(length)
             raise
         self._due_R = None
+
+    def _run_with_queries(self, tokens_R: Tensor) -> bool:
+        """Run the forward if it can read the queries that wait for it; these rows join."""
+        queries = [task for task in self._unread if not task.reads_alone]
+        if not queries:
+            return False
+        logits_RV = None
+        try:
+            step = MixedStep.of(self.tasks, tokens_R, queries)
+            logits_RV = self._forwards.run_with_queries(step.rows, step.tokens_R, step.wanted)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if logits_RV is None:
+            for task in queries:
+                task.reads_alone = True
+            return False
+        step.finish()
+        self._unread = [task for task in self._unread if task.reads_alone]
+        self._new |= set(queries)
+        self.tasks, self._logits_RV = step.tasks, logits_RV
+        self._rows = RowSet(self._kvs())
+        return True
 
     def _forward(self, tokens_R: Tensor) -> Tensor:
         first = self.tasks[0]

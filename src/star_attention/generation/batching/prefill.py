@@ -108,9 +108,8 @@ def _take_over(
         shares: True if other rows answer the same query.
     """
     own = task.request
-    assert own is not None and task.draw is not None
-    if task.draw.reads_text:
-        task.draw.begin(own.text(), task.max_new_tokens)
+    assert own is not None
+    task.begin_text()
     task.answer.looked = request.looked
     task.request = replace(own, shard=request.shard, second_look=0.0, kept=None, kept_tokens=0)
     task.kind = kind_of(request.shard, request.rope_length)

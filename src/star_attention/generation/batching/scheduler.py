@@ -11,7 +11,7 @@ from star_attention.generation.batching.cohort import Cohort, Event
 from star_attention.generation.batching.prefill import groups_of, prefill
 from star_attention.generation.batching.task import RowTask
 from star_attention.generation.result import Delta
-from star_attention.hf.execution.rows import RowForwards
+from star_attention.hf.execution.rows import RowForwards, kind_of
 from star_attention.runtime import Runtime
 
 
@@ -37,7 +37,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Rows that have begun and not ended."""
-        return sum(len(cohort.tasks) for cohort in self._cohorts.values())
+        return sum(len(cohort) for cohort in self._cohorts.values())
 
     def add(self, task: RowTask) -> None:
         """Let a row wait for its turn."""
@@ -52,7 +52,7 @@ class Scheduler:
             self._waiting.remove(task)
         for cohort in self._cohorts.values():
             cohort.drop_ended()
-        self._drop_empty()
+        self._tidy()
 
     def step(self) -> list[Event]:
         """Admit rows as far as there is room, and draw a token of every row.
@@ -63,14 +63,21 @@ class Scheduler:
         events = self._admit()
         for cohort in list(self._cohorts.values()):
             events += cohort.step()
-        self._drop_empty()
+        self._tidy()
         return events
 
-    def _drop_empty(self) -> None:
-        self._cohorts = {key: each for key, each in self._cohorts.items() if each.tasks}
+    def _tidy(self) -> None:
+        """Let rows wait again whose queries no step reads, and drop cohorts without rows."""
+        for cohort in self._cohorts.values():
+            self._wait_again(cohort.unreadable())
+        self._cohorts = {key: each for key, each in self._cohorts.items() if len(each)}
+
+    def _wait_again(self, tasks: list[RowTask]) -> None:
+        """Let rows wait before all others, which came later."""
+        self._waiting.extendleft(sorted(tasks, key=_age, reverse=True))
 
     def _admit(self) -> list[Event]:
-        """Read the queries of waiting rows; return those that ended by it."""
+        """Read the queries of waiting rows, or let a step do so; return those that ended by it."""
         admitted: list[RowTask] = []
         # A long query keeps the others waiting for a forward, not for all that wait.
         tokens, room = self._runtime.tokens_per_forward, self.max_rows - self.running
@@ -82,9 +89,24 @@ class Scheduler:
             admitted.append(self._waiting.popleft())
             tokens -= task.query_tokens
         events: list[Event] = []
-        for group in groups_of(admitted):
-            events += self._begin(group)
+        groups = sorted(groups_of(admitted), key=lambda group: min(map(_age, group)))
+        for at, group in enumerate(groups):
+            cohort = self._reader(group)
+            if cohort is None:
+                events += self._begin(group)
+            elif not cohort.read(group):
+                # Nobody overtakes them.
+                self._wait_again([task for later in groups[at:] for task in later])
+                break
         return events
+
+    def _reader(self, tasks: list[RowTask]) -> Cohort | None:
+        """Return the rows whose next step may read the queries of a group; None for no rows."""
+        request = tasks[0].request
+        assert request is not None
+        kind = kind_of(request.shard, request.rope_length)
+        cohort = None if kind is None else self._cohorts.get(kind)
+        return cohort if cohort is not None and cohort.may_read(tasks) else None
 
     def _begin(self, tasks: list[RowTask]) -> list[Event]:
         """Read the queries of a group; a row that fails alone ends with its error."""
@@ -107,3 +129,7 @@ class Scheduler:
         handle = self._runtime.handle
         forwards = RowForwards(handle, self._runtime.comm)
         return Cohort(handle, forwards, is_ahead=handle.device.type == "cuda")
+
+
+def _age(task: RowTask) -> int:
+    return task.number

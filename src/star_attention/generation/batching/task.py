@@ -52,6 +52,8 @@ class RowTask:
         kv: its keys and values, between its first forward and its end.
         cache: the cache of a row alone, likewise.
         error: why it ended without an answer; None if it did not.
+        reads_alone: True if its query has a forward without the rows under way, since a step could
+            not read it.
     """
 
     request: Request | None
@@ -64,6 +66,7 @@ class RowTask:
     kv: RowKV | None = None
     cache: AnswerCache | None = None
     error: Exception | None = None
+    reads_alone: bool = False
     number: int = field(default_factory=lambda: next(_numbers))
     """Age: the youngest row has the largest number."""
 
@@ -77,6 +80,12 @@ class RowTask:
         assert self.request is not None
         return len(self.request.queries[0])
 
+    @property
+    def unread_tokens(self) -> int:
+        """Tokens of the query that no earlier turn has kept."""
+        assert self.request is not None
+        return self.query_tokens - self.request.kept_tokens
+
     def shares_query(self, other: RowTask) -> bool:
         """True if both answer one query of a call."""
         if self.request is None or other.request is None:
@@ -84,15 +93,15 @@ class RowTask:
         return self.request.queries[0] is other.request.queries[0]
 
     @property
-    def shard_key(self) -> int:
-        """The same for rows that read one shard."""
-        assert self.kv is not None
-        return id(self.kv.shard)
-
-    @property
     def goes_on(self) -> bool:
         """True if another token follows, unless one that ends the answer comes before."""
         return len(self.answer.text.token_ids) + 1 < self.max_new_tokens
+
+    def begin_text(self) -> None:
+        """Give the text before the answer to processors and criteria, if any read it."""
+        assert self.request is not None and self.draw is not None
+        if self.draw.reads_text:
+            self.draw.begin(self.request.text(), self.max_new_tokens)
 
     def push(self, token: int, logits_1V: Tensor, *, ended: bool) -> Delta | None:
         """Add a token; at the end of the answer, find its sources and release what it held."""

@@ -25,7 +25,7 @@ from star_attention.hf.cache.graph import Shapes, can_read
 from star_attention.hf.cache.probe import ProbeResult
 from star_attention.hf.cache.rows import RowKV, RowSet
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV
+from star_attention.storage.kv import ContextKV, Tail
 
 _ROOM = 256
 """Tokens for which a tail gets room at least, when it has none: each time takes a millisecond."""
@@ -43,10 +43,10 @@ class RowBuffers:
         self._shapes: Shapes = probed.layer_shapes
         self._group = probed.query_group
         self._device = device
-        # Addresses on the CPU, None where the kernel cannot read; of rows with the version of
-        # their tails.
+        # Addresses on the CPU, None where the kernel cannot read; those of a row's tails with their
+        # version, by the first of them, since the tokens of a query share tails.
         self._shards: WeakKeyDictionary[ContextKV, Tensor | None] = WeakKeyDictionary()
-        self._tails: WeakKeyDictionary[RowKV, tuple[int, Tensor | None]] = WeakKeyDictionary()
+        self._tails: WeakKeyDictionary[Tail, tuple[int, Tensor | None]] = WeakKeyDictionary()
 
     @property
     def kv_heads(self) -> int:
@@ -63,7 +63,7 @@ class RowBuffers:
         """Return the rows of a tile for these rows."""
         shape = next(shape for shape in self._shapes if shape is not None)
         return row_tables.tile_rows(
-            max(stop - start for start, stop in rows.groups),
+            _shared(rows),
             self._group,
             head_size=shape.k_size,
             dtype=shape.dtype,
@@ -82,11 +82,12 @@ class RowBuffers:
 
     def _of_row(self, row: RowKV) -> Tensor | None:
         """Return the addresses of a row's tails, `[layers, 2]`; None if they cannot be read."""
-        version, addresses = self._tails.get(row, (-1, None))
-        if version != row.tails[0].version:
-            version = row.tails[0].version
+        first = row.tails[0]
+        version, addresses = self._tails.get(first, (-1, None))
+        if version != first.version:
+            version = first.version
             addresses = self._tail_addresses(row)
-            self._tails[row] = version, addresses
+            self._tails[first] = version, addresses
         return addresses
 
     def _tail_addresses(self, row: RowKV) -> Tensor | None:
@@ -102,14 +103,15 @@ class RowBuffers:
 
     def reserve(self, rows: RowSet) -> bool:
         """Make room for a new token in the tails of all rows; False if they cannot be read."""
-        for row in rows.rows:
+        # The last token of a query comes first: it needs room for all of them.
+        for row in reversed(rows.rows):
             # All tails of a row grow and move together; the first stands for them.
-            if row.tail_tokens < row.tails[0].capacity(1):
+            if row.tail_tokens + row.ahead < row.tails[0].capacity(1):
                 continue
             for tail, shape in zip(row.tails, self._shapes, strict=True):
                 if shape is not None:
                     number = torch.empty(1, 1, 1, 1, dtype=shape.dtype, device=self._device)
-                    k_1GSD = number.expand(1, shape.k_heads, _ROOM, shape.k_size)
+                    k_1GSD = number.expand(1, shape.k_heads, row.ahead + _ROOM, shape.k_size)
                     tail.reserve(k_1GSD, k_1GSD)
         return all(self._of_row(row) is not None for row in rows.rows)
 
@@ -136,11 +138,31 @@ class RowBuffers:
         if items:
             tables.items[: len(items)] = torch.tensor(items, dtype=torch.int32, device="cpu")
         numbers = [
-            [row.tail_tokens, row.tails[0].capacity(1), row.context_tokens, *own_items]
+            [
+                row.tail_tokens + row.ahead,
+                row.tails[0].capacity(1),
+                row.context_tokens,
+                *own_items,
+            ]
             for row, own_items in zip(rows.rows, row_items, strict=True)
         ]
         tables.rows[: len(rows)] = torch.tensor(numbers, dtype=torch.int32, device="cpu")
         return tables
+
+
+def _shared(rows: RowSet) -> int:
+    """Return how many rows a tile is to be for: the most that share a context.
+
+    The tokens of a query count as far as they are many for the average context. A tile that holds
+    all of one query would compute nothing in most of its rows for every other context.
+    """
+    answers = tokens = products = 0
+    for start, stop in rows.groups:
+        group = rows.rows[start:stop]
+        answers = max(answers, sum(not row.ahead for row in group))
+        tokens += group[0].shard.tokens
+        products += group[0].shard.tokens * len(group)
+    return max(answers, -(-products // max(1, tokens)))
 
 
 def _stacked(addresses: list[Tensor | None]) -> Tensor:

@@ -2,7 +2,7 @@
 
 A row is one answer under way. It has a tail of its own in every layer, and reads the shard of its
 context, which it may share with other rows. Rows come and go between forwards: each membership is a
-`RowSet` of its own.
+`RowSet` of its own. The tokens of a query may take part as rows that share a tail.
 
 Axes: R rows, G KV heads, H query heads, K keys, D head size. A forward has one new token per row.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -37,11 +37,14 @@ class RowKV:
         context_tokens: tokens of the whole context.
         tails: those of its query and answer, `[1, G, length, D]`, one tail for each cache layer. A
             layer that reads another layer's keys has an empty one.
+        ahead: tokens between the tails' end and this row's token, those of rows before it. Only
+            CUDA graphs serve such rows.
     """
 
     shard: ContextKV
     context_tokens: int
     tails: list[Tail]
+    ahead: int = 0
 
     @classmethod
     def of(
@@ -60,6 +63,10 @@ class RowKV:
         tails = [layer.tail.row(number, padding, shares=shares) for layer in cache.layers]
         return cls(shard=shard, context_tokens=cache.context_tokens, tails=tails)
 
+    def of_next(self, tokens: int) -> list[RowKV]:
+        """Return a row for each of the next tokens, which join these tails in one forward."""
+        return [replace(self, ahead=ahead) if ahead else self for ahead in range(tokens)]
+
     def rewind(self, tail_tokens: int) -> None:
         """Drop what a forward that failed has stored: the tails keep this many tokens."""
         for tail in self.tails:
@@ -73,8 +80,16 @@ class RowKV:
 
     @property
     def position(self) -> int:
-        """The position of the next token."""
-        return self.context_tokens + self.tails[0].length
+        """The position of the row's token."""
+        return self.context_tokens + self.tails[0].length + self.ahead
+
+
+def by_shard(rows: Sequence[RowKV]) -> list[int]:
+    """Return the order in which rows of one shard are neighbors, and otherwise stay."""
+    ranks: dict[ContextKV, int] = {}
+    for row in rows:
+        ranks.setdefault(row.shard, len(ranks))
+    return sorted(range(len(rows)), key=lambda index: ranks[rows[index].shard])
 
 
 class RowSet:

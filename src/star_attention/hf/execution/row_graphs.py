@@ -27,6 +27,7 @@ from star_attention.hf.cache.row_graph import RowBuffers, RowGraphCache
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import compiled, hook
 from star_attention.hf.execution.capture import Recorder
+from star_attention.storage.transfers import send
 
 _log = logging.getLogger("star_attention")
 
@@ -72,17 +73,20 @@ class RowGraphs:
         """True for kinds of forwards that were captured, False for those that could not be."""
         return {key: graph is not None for key, graph in self._graphs.items()}
 
-    def run(self, rows: RowSet, tokens_R: Tensor, comm: Comm) -> Tensor | None:
+    def run(
+        self, rows: RowSet, tokens_R: Tensor, comm: Comm, wanted: list[int] | None = None
+    ) -> Tensor | None:
         """Run a forward of each row's newest token, which joins its tail.
 
         Args:
             rows: the rows.
             tokens_R: their tokens, on the device.
             comm: the process.
+            wanted: rows whose logits are wanted, None for all.
 
         Returns:
-            Logits of the tokens that follow, fp32 `[rows, V]`. None if there is no graph for these
-            rows: nothing has happened then.
+            Logits of the tokens that follow, fp32 `[rows wanted, V]`. None if there is no graph for
+            these rows: nothing has happened then.
         """
         with hook.lock_of(self._handle.model):
             key = self._key_of(rows)
@@ -97,8 +101,11 @@ class RowGraphs:
             graph.cache.load(rows, self._buffers)
             graph.ids_R1[: len(rows)].copy_(tokens_R[:, None])
             graph.replay()
+            logits_RV = graph.logits_RV[: len(rows)]
+            if wanted is not None:
+                logits_RV = logits_RV[send(wanted, logits_RV.device)]
             # The next replay writes over it.
-            logits_RV = graph.logits_RV[: len(rows)].to(torch.float32, copy=True)
+            logits_RV = logits_RV.to(torch.float32, copy=True)
             self._buffers.advance(rows)
             graph.cache.ran(rows)
         return logits_RV

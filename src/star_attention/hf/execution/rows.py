@@ -43,6 +43,8 @@ class RowForwards:
     def __init__(self, handle: ModelHandle, comm: Comm) -> None:
         self._handle, self._comm = handle, comm
         self._cache: RowsCache | None = None
+        self.by_graph = False
+        """True if a CUDA graph has run the last forward: one may read queries, too."""
 
     @torch.no_grad()
     def run(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor:
@@ -56,14 +58,36 @@ class RowForwards:
         Returns:
             Logits of the tokens that follow, fp32 `[R, V]`.
         """
+        logits_RV = self._of_graph(rows, tokens_R)
+        self.by_graph = logits_RV is not None
+        return self._eager(rows, tokens_R, rope_length) if logits_RV is None else logits_RV
+
+    @torch.no_grad()
+    def run_with_queries(self, rows: RowSet, tokens_R: Tensor, wanted: list[int]) -> Tensor | None:
+        """Run a forward of rows' newest tokens and of queries, whose tokens share a tail each.
+
+        Args:
+            rows: the rows, all of one kind, as `RowKV.of_next` makes those of a query.
+            tokens_R: their tokens, int64, on the model's device.
+            wanted: rows whose logits are wanted.
+
+        Returns:
+            Logits of the tokens that follow these rows, fp32. None without a CUDA graph for them:
+            nothing has happened then.
+        """
+        return self._of_graph(rows, tokens_R, wanted)
+
+    def _of_graph(
+        self, rows: RowSet, tokens_R: Tensor, wanted: list[int] | None = None
+    ) -> Tensor | None:
         graphs = self._handle.graphs
-        if graphs is not None:
-            logits_RV = graphs.of_rows.run(rows, tokens_R, self._comm)
-            if logits_RV is not None:
-                # It may have moved tails that the eager cache holds.
-                self.forget()
-                return logits_RV
-        return self._eager(rows, tokens_R, rope_length)
+        if graphs is None:
+            return None
+        logits_RV: Tensor | None = graphs.of_rows.run(rows, tokens_R, self._comm, wanted)
+        if logits_RV is not None:
+            # It may have moved tails that the eager cache holds.
+            self.forget()
+        return logits_RV
 
     def _eager(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor:
         if self._cache is None or self._cache.position.rows is not rows:
