@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from star_attention.errors import CorruptContextError
+from star_attention.errors import ContextNotFoundError, CorruptContextError
 from star_attention.serve.contexts.entry import Content, Wanted
 from star_attention.serve.contexts.folder import StoreFolder
 from star_attention.serve.contexts.keys import Scope, as_ids
@@ -59,6 +59,9 @@ class FakeJob:
         self.tokens = min(len(self.ids), self.tokens + self._encoder.tokens_a_poll)
         return self.tokens == len(self.ids)
 
+    def advance(self) -> None:
+        pass
+
     def result(self) -> FakeContext:
         if self._encoder.failures:
             raise self._encoder.failures.pop(0)
@@ -67,6 +70,30 @@ class FakeJob:
 
     def cancel(self) -> None:
         self.canceled = True
+
+
+class FakeLoad:
+    """A context that is read in two pieces, and found damaged at the end."""
+
+    def __init__(self, path: Path, ids: np.ndarray) -> None:
+        self._path, self._ids, self._pieces = path, ids, 2
+        self.tokens = 0
+
+    @property
+    def done(self) -> bool:
+        return not self._pieces
+
+    def advance(self) -> None:
+        self._pieces -= 1
+
+    def result(self) -> FakeContext:
+        saved = np.frombuffer(self._path.read_bytes(), dtype=np.int32)
+        if not np.array_equal(saved, self._ids):
+            raise CorruptContextError(f"{self._path} holds other tokens")
+        return FakeContext(saved)
+
+    def cancel(self) -> None:
+        self._pieces = 0
 
 
 class FakeEncoder:
@@ -95,11 +122,10 @@ class FakeEncoder:
         self.jobs.append(FakeJob(self, ids, reuse))
         return self.jobs[-1]
 
-    def load(self, path: Path, ids: np.ndarray) -> FakeContext:
-        saved = np.frombuffer(path.read_bytes(), dtype=np.int32)
-        if not np.array_equal(saved, ids):
-            raise CorruptContextError(f"{path} holds other tokens")
-        return FakeContext(saved)
+    def load(self, path: Path, ids: np.ndarray) -> FakeLoad:
+        if not path.exists():
+            raise ContextNotFoundError(f"there is no saved context at {path}")
+        return FakeLoad(path, ids)
 
     def free_memory(self) -> None:
         pass

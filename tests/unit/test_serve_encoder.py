@@ -174,6 +174,24 @@ def test_rows_go_on_while_a_context_is_encoded() -> None:
         lease.release()
 
 
+def test_rows_go_on_while_a_context_is_read(tmp_path: Path) -> None:
+    """Forbids reading a large file in one piece, while everybody else waits."""
+    own, tokens = star(), ids(60)
+    with Server(own, tmp_path / "store") as server:
+        server.ask(tokens)
+        server.ask(tokens)
+    with Server(own, tmp_path / "store") as server:
+        short = server.store.acquire(wanted(*ids(30, seed=3)))
+        row = server.batch.add(server.context(short), QUERY, max_new_tokens=50, ignore_eos=True)
+        before = len(row.token_ids)
+        lease = server.store.acquire(wanted(*tokens))
+        server.context(lease)
+        # The model has layers, and each is read by itself.
+        assert len(row.token_ids) - before >= len(server.context(lease).kv.layers)
+        assert server.count("reloads") == 1
+        lease.release()
+
+
 def test_an_encode_that_is_deleted_stops() -> None:
     own = star()
     with Server(own) as server:

@@ -37,11 +37,11 @@ def to_evict(entries: Iterable[Entry], need: int, limit: int) -> list[Entry] | N
 
 
 def on_device(entries: Iterable[Entry]) -> int:
-    """Return the bytes on the device, with those of an encode under way."""
+    """Return the bytes on the device, with those that are on their way there."""
     return sum(
         entry.nbytes
         for entry in entries
-        if entry.context is not None or entry.status is Status.ENCODING
+        if entry.context is not None or entry.loading or entry.status is Status.ENCODING
     )
 
 

@@ -59,8 +59,8 @@ class BatchEncoder:
         same = old.plan.block_size == plan.block_size and old.plan.anchor_size == plan.anchor_size
         return same and runtime.method.why_not_reuse() is None
 
-    def load(self, path: Path, ids: TokenIds) -> EncodedContext:
-        """Return a saved context with all its keys and values read and verified.
+    def load(self, path: Path, ids: TokenIds) -> LoadJob:
+        """Begin to read and verify a saved context.
 
         Raises:
             ContextFileError: the file cannot be used, or holds other tokens.
@@ -71,12 +71,7 @@ class BatchEncoder:
                 f"{quote_path(path)} holds {len(context):,} other tokens than the {len(ids):,} of"
                 " its record; encode the context again"
             )
-        # Each layer is read and verified when it is first used. Do that now: damage would show in
-        # the middle of an answer.
-        for layer in context.kv.layers:
-            if not layer.is_empty:
-                layer.stored()
-        return context
+        return LoadJob(context)
 
     def free_memory(self) -> None:
         """Give memory back that nothing refers to."""
@@ -101,6 +96,9 @@ class BatchJob:
         """Tokens encoded so far."""
         return round(self._encoding.progress * self._tokens)
 
+    def advance(self) -> None:
+        """Do nothing: the batch's steps do."""
+
     def result(self) -> EncodedContext:
         """Return the context, or raise why there is none."""
         return self._encoding.result()
@@ -108,3 +106,47 @@ class BatchJob:
     def cancel(self) -> None:
         """Stop, and free what was encoded."""
         self._encoding.cancel()
+
+
+class LoadJob:
+    """A saved context that is read and verified, a layer at a time.
+
+    Layers are read when they are first used: damage would show in the middle of an answer, and the
+    first answer would wait for all of them at once, with everybody else's.
+
+    Args:
+        context: the context, as `StarLLM.load_context` returns it.
+    """
+
+    def __init__(self, context: EncodedContext) -> None:
+        self._context = context
+        self._layers = [layer for layer in context.kv.layers if not layer.is_empty]
+        self._read = 0
+        self._error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """True once all layers are read, or one cannot be."""
+        return self._error is not None or self._read == len(self._layers)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, as if they came one after another."""
+        return len(self._context) * self._read // max(1, len(self._layers))
+
+    def advance(self) -> None:
+        """Read a layer."""
+        try:
+            self._layers[self._read].stored()
+        except Exception as error:
+            self._error = error
+        self._read += self._error is None
+
+    def result(self) -> EncodedContext:
+        """Return the context, or raise why it cannot be read."""
+        if self._error is not None:
+            raise self._error
+        return self._context
+
+    def cancel(self) -> None:
+        """Leave the rest unread."""

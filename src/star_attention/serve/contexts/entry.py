@@ -137,6 +137,7 @@ class Entry:
         linger_until: when an encode that nobody waits for any more is canceled.
         retried: True if its encode ran out of memory before.
         writing: True while its file is written.
+        loading: True while it is read from its file.
         unwritable: True if writing failed, so that it is not tried again and again.
         was_ready: True if it was encoded before, and is encoded again.
     """
@@ -166,6 +167,7 @@ class Entry:
     linger_until: float | None = None
     retried: bool = False
     writing: bool = False
+    loading: bool = False
     unwritable: bool = False
     was_ready: bool = False
 

@@ -90,7 +90,8 @@ class Finder:
 
     def fetch(self, entry: Entry) -> None:
         """Have a context read that is on disk."""
-        if entry.location is Location.DISK and entry not in self._table.queue:
+        is_on_its_way = entry.loading or entry in self._table.queue
+        if entry.location is Location.DISK and not is_on_its_way:
             self._table.queue.append(entry)
 
     def again(self, entry: Entry) -> None:

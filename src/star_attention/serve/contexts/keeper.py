@@ -9,7 +9,7 @@ from star_attention.errors import ContextFileError, OutOfMemoryError, first_line
 from star_attention.serve.contexts import budget
 from star_attention.serve.contexts.entry import Entry, Location, Status
 from star_attention.serve.contexts.shelf import Shelf
-from star_attention.serve.contexts.table import EncodeJob, Table
+from star_attention.serve.contexts.table import ContextJob, Table
 from star_attention.serve.refusals import RefusalError
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Keeper:
 
     def __init__(self, table: Table, shelf: Shelf) -> None:
         self._table, self._shelf = table, shelf
-        self._job: tuple[Entry, EncodeJob, Entry | None] | None = None
+        self._job: tuple[Entry, ContextJob, Entry | None] | None = None
         self._swept_at = table.clock()
 
     def step(self) -> bool:
@@ -41,7 +41,9 @@ class Keeper:
             table.all_changed = True
         if table.has_changed:
             self._shelf.write_ahead(self._sweep())
-        if self._job is not None:
+        if self._job is not None and self._job[0].loading:
+            self._poll_load(*self._job[:2])
+        elif self._job is not None:
             self._poll(*self._job)
         if self._job is None and table.queue:
             has_begun = self._begin_next()
@@ -64,9 +66,12 @@ class Keeper:
         if self._job is not None:
             entry, job, base = self._job
             job.cancel()
-            with table.lock:
-                self._end_job(base)
-                entry.status = Status.QUEUED
+            if entry.loading:
+                self._end_load(entry)
+            else:
+                with table.lock:
+                    self._end_job(base)
+                    entry.status = Status.QUEUED
         refusal = RefusalError("this server is ending; ask again later", code="ending", status=503)
         with table.lock:
             for entry in list(table.waiting):
@@ -128,7 +133,7 @@ class Keeper:
 
     # ---------------------------------------------------------------------------------- encoding
 
-    def _poll(self, entry: Entry, job: EncodeJob, base: Entry | None) -> None:
+    def _poll(self, entry: Entry, job: ContextJob, base: Entry | None) -> None:
         """See how far the encode under way is."""
         table = self._table
         with table.lock:
@@ -271,24 +276,45 @@ class Keeper:
         self._job = (entry, job, base)
 
     def _load(self, entry: Entry) -> None:
-        """Read a context from disk; encode it again if it cannot be read."""
+        """Begin to read a context from disk."""
         table, folder = self._table, self._table.folder
         content = entry.content
         assert folder is not None and content is not None, "it is on disk"
         with table.lock:
             table.queue.remove(entry)
+            entry.loading = True
             entry.users += 1
         try:
-            context = table.encoder.load(folder.path_of(entry), content.ids)
+            self._job = (entry, table.encoder.load(folder.path_of(entry), content.ids), None)
         except Exception as error:
-            with table.lock:
-                entry.users -= 1
+            self._end_load(entry)
+            self._not_loaded(entry, error)
+
+    def _poll_load(self, entry: Entry, job: ContextJob) -> None:
+        """Read a piece of a context; encode it again if it cannot be read."""
+        if not entry.deleted and not job.done:
+            job.advance()
+        if not entry.deleted and not job.done:
+            return
+        self._end_load(entry)
+        if entry.deleted:
+            job.cancel()
+            return
+        try:
+            context = job.result()
+        except Exception as error:
             self._not_loaded(entry, error)
             return
-        with table.lock:
-            entry.users -= 1
-            table.counts.reloads += 1
+        with self._table.lock:
+            self._table.counts.reloads += 1
             self._arrived(entry, context)
+
+    def _end_load(self, entry: Entry) -> None:
+        self._job = None
+        with self._table.lock:
+            entry.loading = False
+            entry.users -= 1
+            self._table.changed[entry] = None
 
     def _not_loaded(self, entry: Entry, error: Exception) -> None:
         table = self._table

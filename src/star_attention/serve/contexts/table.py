@@ -17,8 +17,8 @@ from star_attention.serve.contexts.keys import KeyMaker, TokenIds
 from star_attention.serve.contexts.registry import Registry
 
 
-class EncodeJob(Protocol):
-    """An encode under way, which the engine's steps advance."""
+class ContextJob(Protocol):
+    """A context that is encoded, or read from disk, a piece at a time."""
 
     @property
     def done(self) -> bool:
@@ -27,6 +27,9 @@ class EncodeJob(Protocol):
     @property
     def tokens(self) -> int:
         """Tokens encoded so far."""
+
+    def advance(self) -> None:
+        """Do a piece, unless the engine's steps do."""
 
     def result(self) -> Any:
         """Return the context, or raise why there is none."""
@@ -44,14 +47,14 @@ class Encoder(Protocol):
     def block_size(self, tokens: int) -> int:
         """Return the tokens of a block of a context of that length."""
 
-    def start(self, ids: TokenIds, reuse: Any) -> EncodeJob:
+    def start(self, ids: TokenIds, reuse: Any) -> ContextJob:
         """Begin to encode; blocks that the context `reuse`, if any, shares are copied."""
 
-    def load(self, path: Path, ids: TokenIds) -> Any:
-        """Return a saved context with all its keys and values read and verified.
+    def load(self, path: Path, ids: TokenIds) -> ContextJob:
+        """Begin to read and verify a saved context.
 
-        Raises:
-            ContextFileError: the file cannot be used, or holds other tokens.
+        The result, or this call, raises `ContextFileError` for a file that cannot be used, or that
+        holds other tokens.
         """
 
     def free_memory(self) -> None:
