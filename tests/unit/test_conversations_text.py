@@ -187,6 +187,21 @@ def test_only_what_the_user_saw_is_said() -> None:
         assert seen == ids_of(tokenizer, whole_prompt(tokenizer, messages))
 
 
+def test_a_template_whose_day_changes_between_turns() -> None:
+    """Forbids that turns are left out where the prompt begins otherwise than it was encoded."""
+    monday = "<|im_start|>system\nMonday<|im_end|>\n" + CHATML
+    star = talker(byte_level(chat=monday))
+    context = star.encode([user("Hello")])
+    first, seen = ask(star, context, " you", "the cat")
+    star.tokenizer.chat_template = monday.replace("Monday", "Tuesday")
+    with pytest.warns(UserWarning, match="renders the context differently now"):
+        second, seen_next = ask(star, first, "And", "so")
+    assert seen_next[: len(seen)] == seen
+    rest = "the cat<|im_end|>\n<|im_start|>user\nAnd<|im_end|>\n<|im_start|>assistant\n"
+    assert star.tokenizer.decode(seen_next[len(seen) :]) == rest
+    assert second.kept_tokens > 0
+
+
 def test_control_tokens_that_an_answer_spells_are_text() -> None:
     """Forbids that an answer opens a turn of its own in the next prompt."""
     tokenizer = byte_level(chat=CHATML)
