@@ -105,6 +105,29 @@ def test_a_system_message_and_a_query_of_messages() -> None:
     assert repeated.conversation.messages == second.conversation.messages
 
 
+def test_clients_may_repeat_all_messages() -> None:
+    """As those of chat servers do, without the reasoning of answers; only the rest is new."""
+    tokenizer = byte_level(plain=("<think>", "</think>"), chat=CHATML)
+    star = talker(tokenizer)
+    answer = ids_of(tokenizer, "<think>the cat</think>the mat")
+    first, _ = ask(star, star.encode([user("Hello")]), " you", answer)
+    assert first.reasoning
+    talk = [user("Hello you"), assistant("the mat")]
+    second, seen = ask(star, first, [*talk, user("And")], "so")
+    assert seen == ids_of(tokenizer, whole_prompt(tokenizer, [*talk, user("And")]))
+    assert second.conversation is not None
+    assert [m["content"] for m in second.conversation.messages or ()] == [
+        "Hello you", "the mat", "And", "so",
+    ]  # fmt: skip
+    closed = star.encode(talk)
+    _, seen_closed = ask(star, closed, [*talk, user("And")], "so")
+    assert seen_closed == seen
+    # Another answer than was given is a question of its own.
+    other = [user("Hello you"), assistant("the cat"), user("And")]
+    _, seen_other = ask(star, first, other, "so")
+    assert seen_other == ids_of(tokenizer, whole_prompt(tokenizer, [*talk, *other]))
+
+
 def test_an_answer_continues_a_message_or_a_prefix() -> None:
     star = talker(byte_level(chat=CHATML))
     context = star.encode([user("Hello")])

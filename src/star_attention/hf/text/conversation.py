@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from star_attention.errors import InvalidInputError, TokenError, quote
-from star_attention.hf.text.messages import Message, normalized, parts, texts
+from star_attention.hf.text.messages import REASONING, Message, normalized, parts, texts
 from star_attention.hf.text.rendered import RenderedText
 
 
@@ -94,18 +94,36 @@ def query_messages(chat: ChatContext, query: str | list[Any] | None) -> list[Mes
 
 
 def _without_repetition(chat: ChatContext, more: list[Message]) -> list[Message]:
-    """Return a query without the encoded messages, if it repeats all from the system message on."""
+    """Return a query without the messages before it, if it repeats all of them.
+
+    That is sure where it begins with the system message, or where they hold an answer.
+    """
     messages, count = chat.messages, len(chat.messages)
+    has_answer = not chat.open and any(m["role"] == "assistant" for m in messages)
+    if has_answer and len(more) > count and _repeats(messages, more):
+        return more[count:]
     repeats = more[0] == messages[0] and more[0]["role"] in ("system", "developer")
     if not repeats or len(more) < count:
         return more
-    if not chat.open and more[:count] == messages and len(more) > count:
+    if not chat.open and len(more) > count and _repeats(messages, more):
         return more[count:]
     last = more[count - 1]
     if not chat.open or more[: count - 1] != messages[:-1] or last["role"] != "user":
         return more
     rest = _rest(messages[-1]["content"], last["content"])
     return [{**last, "content": rest}, *more[count:]] if rest else more
+
+
+def _repeats(messages: list[Message], more: list[Message]) -> bool:
+    """True if `more` begins with all messages; clients may leave an answer's reasoning out."""
+    return all(
+        _without_reasoning(old) == _without_reasoning(new)
+        for old, new in zip(messages, more, strict=False)
+    )
+
+
+def _without_reasoning(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key not in REASONING}
 
 
 def _rest(document: Any, content: Any) -> Any:

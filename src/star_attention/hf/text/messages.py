@@ -25,7 +25,8 @@ _OTHER_NAMES = {
 """Names of roles in other formats of chats."""
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of an answer's reasoning."""
 _UNKNOWN_FIELDS = {
     "function_call": "give it in tool_calls",
     "audio": "give its transcript as content",
@@ -116,7 +117,7 @@ def _normalized(value: Any, where: str) -> Message:
     _check_tool_calls(message, where)
     if "content" in message:
         message["content"] = _content(message["content"], where)
-    elif not message.get("tool_calls") and not any(message.get(name) for name in _REASONING):
+    elif not message.get("tool_calls") and not any(message.get(name) for name in REASONING):
         raise _no_text(message, where)
     return message
 
