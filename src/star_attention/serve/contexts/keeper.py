@@ -7,8 +7,9 @@ from typing import Any
 
 from star_attention.errors import ContextFileError, OutOfMemoryError, first_line
 from star_attention.serve.contexts import budget
-from star_attention.serve.contexts.entry import Entry, Location, Status
+from star_attention.serve.contexts.entry import Entry, Status
 from star_attention.serve.contexts.shelf import Shelf
+from star_attention.serve.contexts.sweeper import Sweeper, is_given_up
 from star_attention.serve.contexts.table import ContextJob, Table
 from star_attention.serve.refusals import RefusalError
 
@@ -32,15 +33,15 @@ class Keeper:
     def __init__(self, table: Table, shelf: Shelf) -> None:
         self._table, self._shelf = table, shelf
         self._job: tuple[Entry, ContextJob, Entry | None] | None = None
-        self._swept_at = table.clock()
+        self._sweeper = Sweeper(table)
 
     def step(self) -> bool:
         """Do a piece of what there is to do; return True if there is more to do at once."""
         table, has_begun = self._table, False
-        if not 0 <= table.clock() - self._swept_at < _SWEEP_S:
+        if not 0 <= table.clock() - self._sweeper.swept_at < _SWEEP_S:
             table.all_changed = True
         if table.has_changed:
-            self._shelf.write_ahead(self._sweep())
+            self._shelf.write_ahead(self._sweeper.sweep())
         if self._job is not None and self._job[0].loading:
             self._poll_load(*self._job[:2])
         elif self._job is not None:
@@ -80,72 +81,19 @@ class Keeper:
         self._shelf.close()
         table.deliver()
 
-    # ----------------------------------------------------------------------- what goes by itself
-
-    def _sweep(self) -> list[Entry]:
-        """Drop what has expired, was deleted, was for one request, or is too much.
-
-        Returns:
-            The contexts that were looked at: those that have changed.
-        """
-        table = self._table
-        with table.lock:
-            now, is_whole = table.clock(), table.all_changed
-            changed = table.take_changed()
-            for entry in changed:
-                if not entry.writing and entry.status is not Status.ENCODING:
-                    self._sweep_one(entry, now)
-            if is_whole:
-                self._swept_at = now
-                self._drop_cold()
-        return changed
-
-    def _sweep_one(self, entry: Entry, now: float) -> None:
-        is_over = not entry.keep or (entry.status is Status.FAILED and not entry.listed)
-        if entry.status is Status.QUEUED and _is_given_up(entry, now):
-            self._give_up(entry)
-        elif entry.is_expired(now):
-            self._table.expire(entry)
-        elif not entry.users and (entry.deleted or (is_over and not entry.is_pending)):
-            self._table.forget(entry)
-
-    def _drop_cold(self) -> None:
-        cold = [
-            entry
-            for entry in self._table.registry
-            if entry.location is Location.COLD and not entry.users and not entry.writing
-        ]
-        excess = sum(entry.tokens for entry in cold) - self._table.settings.cold_tokens
-        for entry in sorted(cold, key=lambda entry: (entry.listed, entry.last_used_at)):
-            if excess <= 0:
-                break
-            excess -= entry.tokens
-            self._table.forget(entry)
-
-    def _give_up(self, entry: Entry) -> None:
-        """Leave a context as it was before somebody wanted it encoded."""
-        if entry in self._table.queue:
-            self._table.queue.remove(entry)
-        if entry.was_ready:
-            entry.status, entry.done, entry.linger_until = Status.READY, 0, None
-        else:
-            self._table.forget(entry)
-
-    # ---------------------------------------------------------------------------------- encoding
-
     def _poll(self, entry: Entry, job: ContextJob, base: Entry | None) -> None:
         """See how far the encode under way is."""
         table = self._table
         with table.lock:
             now = table.clock()
             waits = len(table.queue) > 0
-            given_up = _is_given_up(entry, now) and (waits or 2 * entry.done < entry.tokens)
+            given_up = is_given_up(entry, now) and (waits or 2 * entry.done < entry.tokens)
             if entry.deleted or given_up:
                 self._end_job(base)
                 table.counts.encodes["canceled"] += 1
                 entry.status = Status.FAILED if entry.deleted else Status.QUEUED
                 if not entry.deleted:
-                    self._give_up(entry)
+                    self._sweeper.give_up(entry)
             elif not job.done:
                 if job.tokens != entry.done:
                     entry.done = job.tokens
@@ -357,9 +305,3 @@ class Keeper:
             if is_gone:
                 table.forget(entry)
             table.note(entry)
-
-
-def _is_given_up(entry: Entry, now: float) -> bool:
-    """True if nobody waits for an encode, nor has for a while."""
-    is_left = not entry.users and not entry.listed and not entry.pinned
-    return is_left and entry.linger_until is not None and now >= entry.linger_until
