@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engines import engine, ids
 from tests.families import FAMILIES, UNUSUAL
@@ -77,6 +78,26 @@ def test_a_seed_gives_the_same_answer_in_any_company() -> None:
                 batch.add(other, ids(3 + number), do_sample=True, max_new_tokens=20)
                 batch.step()
             assert_same(batch.add(context, ids(5), **settings).result(), expected)
+
+
+def test_without_a_seed_numbers_are_of_the_global_generator() -> None:
+    star = engine("llama", block_size=16)
+    context = star.encode(ids(70))
+    settings: dict[str, Any] = dict(do_sample=True, max_new_tokens=12)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected = star.generate(context, ids(5), **settings)
+        answers = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            with star.batch() as batch:
+                assert_same(batch.add(context, ids(5), **settings).result(), expected)
+                rows = [batch.add(context, ids(5), **settings) for _ in range(3)]
+                seeded = batch.add(context, ids(5), seed=11, **settings)
+                answers.append([row.result().token_ids for row in rows])
+                assert_same(seeded.result(), star.generate(context, ids(5), seed=11, **settings))
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers[0]))) == 3
 
 
 def test_rows_wait_for_their_turn_in_order() -> None:

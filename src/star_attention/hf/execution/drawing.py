@@ -45,6 +45,11 @@ class Noise:
         if seed is not None:
             self._generator = torch.Generator(device).manual_seed(seed)
 
+    @property
+    def is_global(self) -> bool:
+        """True for numbers of torch's global generator."""
+        return self._generator is None
+
     def fill(self, noise_NV: Tensor) -> None:
         """Draw the numbers of a step, of all answers."""
         noise_NV.exponential_(generator=self._generator)
@@ -199,10 +204,15 @@ def _chosen(scores_RV: Tensor, rows: Sequence[RowDraw]) -> Tensor:
 
 def _noise_of(like_NV: Tensor, rows: Sequence[RowDraw]) -> Tensor:
     noise_NV = torch.empty_like(like_NV)
+    if any(row.noise is not None and row.noise.is_global for row in rows):
+        # One call for all of these; what it draws for the others is drawn again.
+        noise_NV.exponential_()
     shared: dict[Noise, Tensor] = {}
     for at, row in enumerate(rows):
         noise = row.noise
         assert noise is not None
+        if noise.is_global:
+            continue
         if noise.answers == 1:
             noise.fill(noise_NV[at : at + 1])
             continue
