@@ -36,6 +36,13 @@ def server() -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def quick() -> Iterator[Server]:
+    """A server whose answers are nonsense."""
+    with running() as server:
+        yield server
+
+
 def create(server: Server, **body: Any) -> dict[str, Any]:
     response = server.post(f"{CONTEXTS}?wait=true", body)
     assert response.status_code in (200, 201), response.text
@@ -45,7 +52,7 @@ def create(server: Server, **body: Any) -> dict[str, Any]:
 
 
 def ask(server: Server, messages: list[dict[str, Any]], **fields: Any) -> httpx.Response:
-    response = server.post(CHAT, {"messages": messages, "max_tokens": 30} | fields)
+    response = server.post(CHAT, {"messages": messages, "max_tokens": 24} | fields)
     assert response.status_code == 200, response.text
     return response
 
@@ -86,12 +93,12 @@ def test_a_context_from_its_beginning_to_its_end(server: Server) -> None:
     assert server.get(CONTEXTS).json()["data"] == []
 
 
-def test_the_same_document_is_the_same_context(server: Server) -> None:
-    first = server.post(CONTEXTS, {"text": DOCUMENT})
+def test_the_same_document_is_the_same_context(quick: Server) -> None:
+    first = quick.post(CONTEXTS, {"text": DOCUMENT})
     assert first.status_code == 202
-    again = create(server, text=DOCUMENT)
+    again = create(quick, text=DOCUMENT)
     assert again["id"] == first.json()["id"]
-    other = create(server, text=DOCUMENT, cache_salt="mine")
+    other = create(quick, text=DOCUMENT, cache_salt="mine")
     assert other["id"] != again["id"]
 
 
@@ -103,15 +110,15 @@ def test_twenty_questions_encode_once(server: Server) -> None:
     usage = miss.json()["usage"]
     tokens = int(miss.headers["x-star-context-tokens"])
     assert usage["prompt_tokens_details"]["cache_write_tokens"] == tokens > 300
-    for _ in range(3):
+    for _ in range(2):
         hit = ask(server, in_parts(DOCUMENT, QUESTION))
         assert hit.headers["x-star-cache"] == "hit"
         assert hit.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == tokens
         assert text_of(hit) == text_of(miss)
     ask(server, in_parts(DOCUMENT, "What else?"))
     assert server.metric("encodes_total", outcome="done") == 1
-    assert server.metric("prefix_cache_queries_total") == 5 * tokens
-    assert server.metric("prefix_cache_hits_total") == 4 * tokens
+    assert server.metric("prefix_cache_queries_total") == 4 * tokens
+    assert server.metric("prefix_cache_hits_total") == 3 * tokens
 
 
 def test_a_client_that_leaves_and_comes_back() -> None:
@@ -155,18 +162,18 @@ def test_many_who_ask_about_a_new_document_at_once(server: Server) -> None:
     assert ANSWER in text_of(answers[0])
 
 
-def test_marks_and_files_cut_alike(server: Server) -> None:
+def test_marks_and_files_cut_alike(quick: Server) -> None:
     """Forbids a second encode of the same text because a mark came with it."""
-    marked = ask(server, in_parts(DOCUMENT, QUESTION, mark=True))
+    marked = ask(quick, in_parts(DOCUMENT, QUESTION, mark=True))
     assert marked.headers["x-star-rule"] == "mark"
-    file = server.post("/v1/files", files={"file": ("a.txt", DOCUMENT.encode())}).json()
+    file = quick.post("/v1/files", files={"file": ("a.txt", DOCUMENT.encode())}).json()
     part = {"type": "file", "file": {"file_id": file["id"]}}
     message = {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
-    by_file = ask(server, [message])
+    by_file = ask(quick, [message])
     assert by_file.headers["x-star-rule"] == "file"
     assert by_file.headers["x-star-cache"] == "hit"
     assert text_of(by_file) == text_of(marked)
-    assert server.metric("encodes_total", outcome="done") == 1
+    assert quick.metric("encodes_total", outcome="done") == 1
 
 
 def test_nothing_is_kept_that_is_not_marked(tmp_path: Path) -> None:
@@ -178,16 +185,16 @@ def test_nothing_is_kept_that_is_not_marked(tmp_path: Path) -> None:
         assert marked.headers["x-star-cache"] == "miss"
 
 
-def test_short_prompts_keep_nothing(server: Server) -> None:
+def test_short_prompts_keep_nothing(quick: Server) -> None:
     """Forbids that titles and tags, which clients ask for by themselves, evict documents."""
-    assert ask(server, ASK).headers["x-star-cache"] == "none"
-    assert server.metric("encodes_total", outcome="done") == 0
+    assert ask(quick, ASK).headers["x-star-cache"] == "none"
+    assert quick.metric("encodes_total", outcome="done") == 0
 
 
-def test_a_file_with_its_progress(server: Server) -> None:
+def test_a_file_with_its_progress(quick: Server) -> None:
     with httpx.stream(
         "POST",
-        f"{server.url}{CONTEXTS}",
+        f"{quick.url}{CONTEXTS}",
         files={"file": ("book.txt", DOCUMENT.encode())},
         data={"ttl": "60", "pin": "true"},
         headers={"accept": "text/event-stream"},
@@ -225,8 +232,8 @@ def test_a_context_that_goes_on(server: Server) -> None:
         ({"text": "a", "pin": "yes"}, "pin 'yes': expected true or false"),
     ],
 )
-def test_documents_that_cannot_be_kept(server: Server, body: dict[str, Any], message: str) -> None:
-    response = server.post(CONTEXTS, body)
+def test_documents_that_cannot_be_kept(quick: Server, body: dict[str, Any], message: str) -> None:
+    response = quick.post(CONTEXTS, body)
     assert response.status_code == 400, response.text
     assert message in response.json()["error"]["message"]
 
@@ -250,10 +257,10 @@ def test_contexts_of_another_tenant() -> None:
 
 
 def test_contexts_survive_a_restart(tmp_path: Path) -> None:
-    with running(engine(), store=str(tmp_path)) as server:
+    with running(store=str(tmp_path)) as server:
         context = create(server, text=DOCUMENT)
         before = text_of(ask(server, ASK, context=context["id"]))
-    with running(engine(), store=str(tmp_path)) as server:
+    with running(store=str(tmp_path)) as server:
         again = server.get(f"{CONTEXTS}/{context['id']}").json()
         assert (again["status"], again["location"]) == ("ready", "disk")
         answer = ask(server, ASK, context=context["id"])

@@ -136,10 +136,9 @@ class Engine:
         if job.again is None or not job.lacks_context:
             self._answers.ask(job)
             return
-        reopen, job.again = job.again, None
         job.release()
         try:
-            job.lease = reopen()
+            job.lease = job.again()
         except Exception as error:
             self._answers.fail(job, error)
             return
