@@ -125,16 +125,27 @@ def test_why_a_document_is_encoded_again() -> None:
     assert use(kept, *A) == "miss new"
 
 
-def test_a_text_is_known_by_all_of_it() -> None:
-    kept = store()
-    ann, content = Scope(tenant="ann"), Content(ids=as_ids(A), text="a <s> b", literal=((2, 5),))
-    with kept.acquire(Wanted(scope=ann, content=content)):
+@pytest.mark.parametrize(
+    ("scope", "fields", "is_known"),
+    [
+        (Scope(tenant="ann"), {}, True),
+        (Scope(tenant="bob"), {}, False),
+        (Scope(tenant="ann", salt="x"), {}, False),
+        (Scope(tenant="ann"), {"literal": ()}, False),
+        (Scope(tenant="ann"), {"text": "a <s> "}, False),
+        (Scope(tenant="ann"), {"raw": True}, False),
+    ],
+)
+def test_a_text_is_known_by_all_of_it(scope: Scope, fields: dict[str, Any], is_known: bool) -> None:
+    kept, text = store(), {"text": "a <s> b", "literal": ((2, 5),)}
+    content = Content(ids=as_ids(A), **text)
+    with kept.acquire(Wanted(scope=Scope(tenant="ann"), content=content)):
         settle(kept)
-    assert kept.of_text(ann, "a <s> b", ((2, 5),)) is content
-    assert kept.of_text(ann, "a <s> b") is None
-    assert kept.of_text(ann, "a <s> ", ((2, 5),)) is None
-    assert kept.of_text(Scope(tenant="bob"), "a <s> b", ((2, 5),)) is None
-    assert kept.of_text(Scope(tenant="ann", salt="x"), "a <s> b", ((2, 5),)) is None
+    found = kept.of_text(scope, Content(ids=as_ids([]), **(text | fields)))
+    assert (found is content) == is_known
+    longer = text | {"text": "a <s> b, c"} | ({} if "text" in fields else fields)
+    begun = kept.prefix_of(scope, Content(ids=as_ids([]), **longer))
+    assert (begun is content) == (is_known or "text" in fields)
 
 
 def test_a_new_version_reuses_blocks_of_the_nearest_one() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from star_attention.hf.text import special
 from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
+from tests.engines import bundled_tokenizer
 from tests.servers import NAME, Server, in_parts, running
 
 WORDS = "The tide comes in and goes out again, and nobody asks it why. "
@@ -62,6 +64,43 @@ def test_a_known_document_is_not_tokenized_again(
         outcomes.append(outcome)
     assert outcomes == ["miss", "hit", "hit"]
     assert len(read) == 1
+
+
+def test_a_known_text_is_not_tokenized_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain_ids = special.plain_ids
+
+    def noted(tokenizer: Any, text: str) -> list[int]:
+        read.append(len(text))
+        return plain_ids(tokenizer, text)
+
+    monkeypatch.setattr(special, "plain_ids", noted)
+    document = f"A text. {WORDS * 100}\n"
+    assert found(complete(server, f"{document}Why?"))[:2] == ("implicit", "miss")
+    assert max(read) > len(document)
+    read.clear()
+    assert found(complete(server, f"{document}Who?"))[:2] == ("prefix", "hit")
+    assert max(read) < 200
+
+
+@pytest.mark.parametrize(("end", "more"), [("the ti", "de"), ("the tide", "s"), ("the", " tide")])
+def test_a_context_that_ends_inside_of_a_token_is_no_prefix(
+    server: Server, end: str, more: str
+) -> None:
+    """Forbids other tokens than those of the whole prompt, because some of it is kept."""
+    document = f"{end}{more} {WORDS * 50}{end}"
+    chat(server, in_parts(document, "Why?", mark=True))
+    longer = in_parts(f"{document}{more} comes in.", "Who?")
+    count = server.post("/v1/chat/completions/input_tokens", {"messages": longer})
+    answer = chat(server, longer)
+    tokens = bundled_tokenizer().apply_chat_template(
+        [{"role": "user", "content": f"{document}{more} comes in.Who?"}],
+        add_generation_prompt=True,
+    )["input_ids"]
+    assert answer.json()["usage"]["prompt_tokens"] == len(tokens)
+    assert count.status_code == 200
 
 
 def test_a_short_context_does_not_make_a_long_document_a_query(server: Server) -> None:

@@ -28,11 +28,12 @@ from star_attention.serve.reading import (
     checked,
     cut_text,
     document,
-    following,
+    going_on,
     on_context,
     raw_content,
     raw_ids,
     reader_of,
+    unread,
 )
 from star_attention.serve.service import Service
 
@@ -205,21 +206,28 @@ class Prompts:
             return Piece(content=content, query_ids=ids[-_LAST_TOKENS:], rule="none", keep=False)
         return self._long_enough(piece, ask)
 
-    def _begun(self, star: StarLLM, scope: Scope, text: RenderedText) -> Piece | None:
-        """Return the cut after the longest kept context that a chat begins with."""
-        whole = Content(ids=as_ids([]), text=text.text, literal=text.literal)
-        kept = self._service.store.prefix_of(scope, whole)
+    def _begun(
+        self, star: StarLLM, scope: Scope, text: RenderedText, *, raw: bool = False
+    ) -> Piece | None:
+        """Return the cut after the longest kept context that a text begins with."""
+        kept = self._service.store.prefix_of(scope, unread(text, raw=raw))
         if kept is None or kept.text is None:
             return None
-        query_ids = following(star, kept, text.slice(len(kept.text)))
+        query_ids = going_on(star, kept, text)
+        if query_ids is None:
+            return None
         return Piece(content=kept, query_ids=query_ids, rule="prefix")
 
     def _known(self, scope: Scope) -> Known:
-        return lambda head: self._service.store.of_text(scope, head.text, head.literal)
+        return lambda head: self._service.store.of_text(scope, unread(head))
 
     def _read_text(self, star: StarLLM, scope: Scope, prompt: str | list[int], ask: Ask) -> Piece:
         head = 0
         if isinstance(prompt, str):
+            text = reader_of(star).raw(prompt, "prompt")
+            begun = self._begun(star, scope, text, raw=True) if self._is_implicit(ask) else None
+            if begun is not None and len(begun.query_ids) <= _LONGEST_QUERY:
+                return begun
             ids, head = raw_ids(star, prompt), cut.line_break(prompt)
         else:
             ids = checked(star, prompt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from star_attention.engine import StarLLM
@@ -120,8 +120,16 @@ def raw_ids(star: StarLLM, text: str) -> list[int]:
 def raw_content(star: StarLLM, text: str) -> Content:
     """Return the content that a text without a template makes."""
     reader = reader_of(star)
-    ids, end = reader.raw_context(reader.raw(text, "context"))
-    return Content(ids=as_ids(ids), end=None if end is None else end.as_dict())
+    raw = reader.raw(text, "context")
+    ids, end = reader.raw_context(raw)
+    return replace(
+        unread(raw, raw=True), ids=as_ids(ids), end=None if end is None else end.as_dict()
+    )
+
+
+def unread(text: RenderedText, *, raw: bool = False) -> Content:
+    """Return the content of a text before its token ids are known, to look it up by."""
+    return Content(ids=as_ids([]), text=text.text, literal=text.literal, raw=raw)
 
 
 def checked(star: StarLLM, ids: list[int]) -> list[int]:
@@ -135,6 +143,15 @@ def following(star: StarLLM, content: Content, more: RenderedText) -> list[int]:
     ids = content.ids[-400:].tolist()
     end = ContextEnd.of(content.end) if content.end else joining.end_of_ids(star.tokenizer, ids)
     return joining.following_ids(star.tokenizer, end, more)[0]
+
+
+def going_on(star: StarLLM, content: Content, text: RenderedText) -> list[int] | None:
+    """Return the ids that follow a context in a longer text; None where it ends inside a token."""
+    assert content.text is not None, "it was found by its text"
+    end = None if content.end is None else ContextEnd.of(content.end)
+    more = text.slice(len(content.text))
+    ids, is_joined = joining.following_ids(star.tokenizer, end, more)
+    return ids if is_joined and end is not None else None
 
 
 def after(star: StarLLM, content: Content, prompt: str | list[int]) -> list[int]:

@@ -36,6 +36,7 @@ class Content:
         ids: its token ids.
         text: the text that these are of, as the chat template wrote it; None where a client gave
             token ids. What is held back of it for the queries (`hf/text/joining.py`) is in it.
+        raw: True if no chat template wrote the text.
         literal: spans of the text that users wrote, as in `RenderedText`.
         end: its end, as a `ContextEnd` describes itself; None where queries are token ids.
         messages: the chat messages that it was rendered from; None for text without a template.
@@ -44,6 +45,7 @@ class Content:
 
     ids: TokenIds
     text: str | None = None
+    raw: bool = False
     literal: tuple[tuple[int, int], ...] = ()
     end: dict[str, Any] | None = None
     messages: list[dict[str, Any]] | None = None

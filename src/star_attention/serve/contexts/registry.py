@@ -79,17 +79,17 @@ class Registry:
                 return entry
         return None
 
-    def of_text(self, scope: Scope, text: str, literal: Spans) -> Content | None:
+    def of_text(self, scope: Scope, text: Content) -> Content | None:
         """Return what is known of a text, so that it need not be tokenized again.
 
         Args:
             scope: whose contexts may tell.
-            text: what a chat template wrote, up to the end of a context.
-            literal: spans of it that users wrote.
+            text: a content without token ids.
         """
+        wanted = text.text, text.literal, text.raw
         for entry in self:
             known, is_own = entry.content, entry.scope == scope and not entry.deleted
-            if is_own and known is not None and (known.text, known.literal) == (text, literal):
+            if is_own and known is not None and (known.text, known.literal, known.raw) == wanted:
                 return known
         return None
 
@@ -164,6 +164,7 @@ def _begins_with(whole: Content, begin: Content | None) -> bool:
         size = len(begin.text)
         return (
             len(whole.text) > size
+            and whole.raw == begin.raw
             and whole.text.startswith(begin.text)
             and _spans_before(whole.literal, size) == begin.literal
         )

@@ -23,7 +23,6 @@ from star_attention.serve.contexts.folder import StoreFolder
 from star_attention.serve.contexts.keeper import Keeper
 from star_attention.serve.contexts.keys import KeyMaker, Scope
 from star_attention.serve.contexts.lease import Lease, Outcome
-from star_attention.serve.contexts.registry import Spans
 from star_attention.serve.contexts.shelf import Shelf
 from star_attention.serve.contexts.table import Counts, Encoder, StoreSettings, Table
 from star_attention.serve.refusals import RefusalError
@@ -173,14 +172,17 @@ class ContextStore:
             assert content is not None, "it has not expired"
             return content
 
-    def of_text(self, scope: Scope, text: str, literal: Spans = ()) -> Content | None:
-        """Return what is known of a text that a chat template wrote; None for nothing.
+    def of_text(self, scope: Scope, text: Content) -> Content | None:
+        """Return what is known of a text; None for nothing.
 
-        Of a long document this is much faster than its tokens. Arguments as for
-        `Registry.of_text`.
+        Of a long document this is much faster than its tokens.
+
+        Args:
+            scope: whose contexts may tell.
+            text: a content without token ids.
         """
         with self._table.lock:
-            return self._table.registry.of_text(scope, text, literal)
+            return self._table.registry.of_text(scope, text)
 
     def prefix_of(self, scope: Scope, content: Content) -> Content | None:
         """Return the longest kept context that `content` begins with; None if there is none."""
