@@ -185,6 +185,26 @@ def test_nothing_is_kept_that_is_not_marked(tmp_path: Path) -> None:
         assert marked.headers["x-star-cache"] == "miss"
 
 
+def test_a_conversation_goes_on_from_its_document(quick: Server) -> None:
+    """Forbids that each turn of a chat reads the document again."""
+    messages = [{"role": "user", "content": f"{DOCUMENT}\n{QUESTION}"}]
+    first = ask(quick, messages)
+    assert (first.headers["x-star-rule"], first.headers["x-star-cache"]) == ("implicit", "miss")
+    messages.append({"role": "assistant", "content": "It is 7."})
+    messages.append({"role": "user", "content": "And what else?"})
+    second = ask(quick, messages)
+    assert (second.headers["x-star-rule"], second.headers["x-star-cache"]) == ("prefix", "hit")
+    assert second.headers["x-star-context"] == first.headers["x-star-context"]
+    ids = engine().tokenizer.apply_chat_template(messages, return_dict=False)
+    assert second.json()["usage"]["prompt_tokens"] == len(ids)
+    # Only what is marked counts for who asks for that.
+    explicit = ask(quick, messages, prompt_cache_options={"mode": "explicit"})
+    assert (explicit.headers["x-star-rule"], explicit.headers["x-star-cache"]) == ("none", "none")
+    counted = quick.post(f"{CHAT}/input_tokens", {"messages": messages}).json()
+    assert counted["input_tokens"] == len(ids)
+    assert counted["input_tokens_details"]["cached_tokens"] == counted["context_tokens"] > 300
+
+
 def test_short_prompts_keep_nothing(quick: Server) -> None:
     """Forbids that titles and tags, which clients ask for by themselves, evict documents."""
     assert ask(quick, ASK).headers["x-star-cache"] == "none"
