@@ -7,6 +7,7 @@ queries by the kernel: tests/unit/test_row_graphs.py, tests/gpu/test_rows_cuda.p
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from star_attention import StarLLM
+from star_attention.errors import NonFiniteError
 from star_attention.generation.batching import scheduler
 from star_attention.generation.batching.cohort import Cohort
 from star_attention.generation.batching.mixed import MOST_TOKENS
@@ -29,6 +31,7 @@ class TokenByToken:
     Attributes:
         queries: of each forward that has read queries, how many and their tokens.
         faults: what to do in place of forwards with queries: raise an exception, or return None.
+        broken: token whose logits are not numbers.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -36,6 +39,7 @@ class TokenByToken:
         self.of_rows = self
         self.queries: list[tuple[int, int]] = []
         self.faults: list[Exception | None] = []
+        self.broken: int | None = None
 
     def serve(self, *_: Any) -> bool:
         """Leave single answers alone."""
@@ -68,7 +72,8 @@ class TokenByToken:
         cache = RowsCache(RowSet([row]), self._handle.windows, comm)
         at = torch.tensor([[row.position]])
         logits_11V = self._handle.logits(torch.tensor([[token]]), at, cache, None)
-        return logits_11V[:, -1].float()
+        logits_1V = logits_11V[:, -1].float()
+        return logits_1V * math.nan if token == self.broken else logits_1V
 
 
 def served(star: StarLLM) -> TokenByToken:
@@ -184,6 +189,25 @@ def test_where_a_step_cannot_read_queries_nothing_is_lost(
     check_mix(star, contexts, rows=8, seed=4)
     assert len(graphs.faults) < 100
     assert not graphs.queries
+
+
+def test_a_row_whose_logits_are_not_numbers_ends_alone(ahead: bool) -> None:
+    star = engine("llama", block_size=16)
+    graphs = served(star)
+    context = star.encode(ids(70))
+    settings: dict[str, Any] = dict(max_new_tokens=12, ignore_eos=True)
+    expected = star.generate(context, ids(4), **settings)
+    graphs.broken = ids(5, seed=6)[-1]
+    assert graphs.broken not in expected.token_ids
+    with star.batch() as batch:
+        first = batch.add(context, ids(4), **settings)
+        batch.step()
+        batch.step()
+        broken = batch.add(context, ids(5, seed=6), **settings)
+        with pytest.raises(NonFiniteError, match="NaN"):
+            broken.result()
+        assert_same(first.result(), expected)
+    assert graphs.queries == [(1, 5)]
 
 
 def test_a_query_that_is_not_read_yet_can_be_canceled() -> None:

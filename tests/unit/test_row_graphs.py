@@ -215,3 +215,38 @@ def test_tiles_are_for_rows_and_the_average_of_queries(monkeypatch: pytest.Monke
     # 40 rows for 70 keys, and 1 for 45.
     assert buffers.tile_rows(RowSet([*first.of_next(40), third])) == 25
     assert buffers.tile_rows(RowSet([first, second, *third.of_next(2)])) == 2
+
+
+def test_a_query_gets_room_for_all_of_its_tokens_at_once() -> None:
+    star = engine("gemma3n", **SIZES)
+    row = rows_of_two_contexts(star)[0].kv
+    new = replace(row, tails=[Tail() for _ in row.tails])
+    buffers = row_graph.RowBuffers(star.runtime.handle.probe_result, torch.device("cpu"))
+    for begun, tokens in ((new, 20), (row, 4 + 20)):
+        version = begun.tails[0].version
+        assert buffers.reserve(RowSet(begun.of_next(20)))
+        # Keys and values have moved once each.
+        assert begun.tails[0].version == version + 2
+        stored = [tail for tail, own in zip(begun.tails, row.tails, strict=True) if own.length]
+        assert min(tail.capacity(1) for tail in stored) >= tokens
+
+
+@pytest.mark.slow
+def test_rows_of_a_batch_join_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `batch.add` to the kernel, answers are those alone."""
+    monkeypatch.setattr(row_graphs, "BUCKETS", (2, 5))
+    star = engine("llama", **SIZES)
+    contexts = [star.encode(ids(70)), star.encode(ids(45, seed=2))]
+    jobs = [(contexts[0], ids(4)), (contexts[1], ids(2, seed=2)), (contexts[0], ids(2, seed=3))]
+    settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
+    expected = [star.generate(*job, **settings).token_ids for job in jobs]
+    counting = with_graphs(star)
+    with star.batch() as batch:
+        rows = [batch.add(*jobs[0], **settings)]
+        batch.step()
+        batch.step()
+        captured = len(counting.captured)
+        rows += [batch.add(*job, **settings) for job in jobs[1:]]
+        assert [row.result().token_ids for row in rows] == expected
+        assert len(counting.captured) == captured, "no query has a forward of its own"
+    assert {key[0] for key in counting.of_rows.captured} == {2, 5}
