@@ -10,6 +10,10 @@ import pytest
 from star_attention.hf.text import special
 from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
+
+pytest.importorskip("starlette")
+pytest.importorskip("openai")
+
 from tests.engines import bundled_tokenizer
 from tests.servers import NAME, Server, in_parts, running
 
