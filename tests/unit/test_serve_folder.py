@@ -165,6 +165,30 @@ def test_a_context_on_disk_may_be_deleted_while_it_is_used(tmp_path: Path) -> No
     kept.close()
 
 
+def test_a_context_deleted_while_it_is_written_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = FakeContext.save
+
+    def slow_save(self: FakeContext, path: Path) -> None:
+        save(self, path)
+        kept.delete("ann", view.id)
+        written.append(path)
+
+    written: list[Path] = []
+    monkeypatch.setattr(FakeContext, "save", slow_save)
+    kept = store(folder=tmp_path)
+    view, _ = kept.create(wanted(*A))
+    while not written:
+        kept.step()
+    # Killed before anything was cleared away.
+    kill(tmp_path)
+    kept = store(folder=tmp_path)
+    assert kept.list("ann") == []
+    assert names(tmp_path) == []
+    kept.close()
+
+
 def test_files_are_for_this_user_alone(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     folder.mkdir(mode=0o755)

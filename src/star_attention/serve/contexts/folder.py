@@ -95,7 +95,9 @@ class StoreFolder:
         """
         self.write_content(entry)
         context.save(self.path_of(entry))
-        self.write_record(entry)
+        # Writing takes a while: a client may have deleted it, and it must not come back.
+        if not entry.deleted:
+            self.write_record(entry)
 
     def write_content(self, entry: Entry) -> None:
         """Write what a context is made of, if it is not there."""
