@@ -12,8 +12,6 @@ import pytest
 from tests.command_line import NEEDLE, NOISE
 from tests.servers import ANSWER, ASK, DOCUMENT, NAME, QUESTION, Server, engine, in_parts, running
 
-pytest.importorskip("starlette")
-
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:

@@ -24,8 +24,6 @@ from tests.servers import (
     running,
 )
 
-pytest.importorskip("starlette")
-
 CHAT = "/v1/chat/completions"
 CONTEXTS = "/v1/contexts"
 

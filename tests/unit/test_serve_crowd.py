@@ -16,8 +16,6 @@ import pytest
 from star_attention import EncodedContext
 from tests.servers import ASK, DOCUMENT, Server, eventually, in_parts, running
 
-pytest.importorskip("starlette")
-
 CHAT = "/v1/chat/completions"
 CONTEXTS = "/v1/contexts"
 

@@ -14,8 +14,6 @@ from star_attention.generation.batching import scheduler
 from tests.servers import ASK, DOCUMENT, NAME, Server, eventually, in_parts, running
 from tests.talkers import CHATML_TOKENS, byte_level, say, talker
 
-pytest.importorskip("starlette")
-
 CHAT = "/v1/chat/completions"
 SHORT = {"messages": ASK, "max_tokens": 3}
 

@@ -20,8 +20,6 @@ import pytest
 from tests.engines import BUNDLED
 from tests.servers import ASK, DOCUMENT, NAME, Server, eventually, running
 
-pytest.importorskip("starlette")
-
 CHAT = "/v1/chat/completions"
 LONG = {"messages": ASK, "max_tokens": 30_000, "ignore_eos": True}
 

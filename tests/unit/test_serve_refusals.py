@@ -12,8 +12,6 @@ import pytest
 
 from tests.servers import ASK, NAME, Server, running
 
-pytest.importorskip("starlette")
-
 CHAT = "/v1/chat/completions"
 LIMIT = 20_000
 

@@ -15,8 +15,6 @@ from star_attention.serve.service import Service
 from tests.servers import ASK, DOCUMENT, Server, eventually, in_parts, running
 from tests.talkers import byte_level, say, talker
 
-pytest.importorskip("starlette")
-
 CHAT = "/v1/chat/completions"
 LONG = DOCUMENT * 12
 

@@ -14,8 +14,6 @@ from star_attention.serve.keys import Keys
 from star_attention.serve.settings import ServeSettings
 from tests.servers import ASK, NAME, Server, running
 
-pytest.importorskip("starlette")
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
