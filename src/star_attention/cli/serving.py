@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,12 @@ def serve(
     from star_attention.serve.keys import Keys
 
     keys = None if settings.keys is None else Keys.read(settings.keys)
-    _log_requests(quiet=status.quiet)
     from star_attention.serve import listening
 
-    with listening.bind(settings.host, settings.port) as listener:
+    with (
+        _logged_requests(quiet=status.quiet),
+        listening.bind(settings.host, settings.port) as listener,
+    ):
         star = session.load_with_tokenizer(model, status, **star_settings)
         if star.num_ranks > 1:
             raise InvalidInputError(
@@ -55,9 +59,10 @@ def serve(
         def ready() -> None:
             status.say(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C ends it")
 
-        # They quote texts, which are clients' from now on.
-        warnings.simplefilter("ignore")
-        program.run(service, keys, listener, ready)
+        with warnings.catch_warnings():
+            # They quote texts, which are clients' from now on.
+            warnings.simplefilter("ignore")
+            program.run(service, keys, listener, ready)
 
 
 def _name(model: str) -> str:
@@ -65,11 +70,19 @@ def _name(model: str) -> str:
     return Path(model.rstrip("/")).name or model
 
 
-def _log_requests(*, quiet: bool) -> None:
-    """Log a line about each request to stderr: no prompts, no keys."""
+@contextmanager
+def _logged_requests(*, quiet: bool) -> Iterator[None]:
+    """Log a line about each request to stderr inside the block: no prompts, no keys."""
     log = logging.getLogger("star_attention.serve")
+    before = log.propagate, log.level
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate, level = before
+        log.setLevel(level)
