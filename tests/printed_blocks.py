@@ -34,9 +34,19 @@ class Block:
     @property
     def commands(self) -> list[list[str]]:
         """The words of each command of a shell block."""
-        joined = self.text.replace("\\\n", " ")
-        lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
-        return [words for words in lines if words]
+        commands: list[list[str]] = []
+        command = ""
+        for line in self.text.replace("\\\n", " ").splitlines():
+            command = f"{command}\n{line}" if command else line
+            try:
+                words = shlex.split(command, comments=True)
+            except ValueError:
+                # A quotation goes on in the next line.
+                continue
+            commands += [words] if words else []
+            command = ""
+        assert not command, f"{self} ends inside of a quotation"
+        return commands
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line}"

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -211,6 +212,12 @@ class Terminal:
         self.seen = self.seen.partition(text)[2]
 
 
+def _take_terminal() -> None:
+    """Let a new process have its terminal, and Ctrl-C, which one in the background ignores."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def terminal(*arguments: str | Path) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
     """Run the command in a terminal of its own, whose Ctrl-C reaches it."""
@@ -222,7 +229,7 @@ def terminal(*arguments: str | Path) -> Iterator[tuple[Terminal, subprocess.Pope
         stderr=inside,
         env=os.environ | {"TERM": "dumb"},
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
     )
     os.close(inside)
     try:

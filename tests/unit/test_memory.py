@@ -80,7 +80,9 @@ def working_bytes(tokens: int, forward: int = TOKENS_PER_FORWARD, block: int = 1
     return int(peak)
 
 
-@pytest.mark.parametrize("tokens", [4 * K, 8 * K, pytest.param(32 * K, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "tokens", [4 * K, *(pytest.param(n * K, marks=pytest.mark.slow) for n in (8, 32))]
+)
 def test_working_memory_does_not_depend_on_the_context(tokens: int) -> None:
     """Forbids memory that grows with the context, keys and values aside: masks, logits, states."""
     peak = working_bytes(tokens)
