@@ -50,25 +50,32 @@ def bundled_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
 
 
-@functools.cache
-def text_model() -> PreTrainedModel:
-    """A small random model with the vocabulary and special tokens of the bundled tokenizer."""
+def random_text_model(**sizes: Any) -> PreTrainedModel:
+    """A small random Llama with the vocabulary and special tokens of the bundled tokenizer."""
     tokens = bundled_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokens),
-        hidden_size=48,
-        intermediate_size=80,
         num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        initializer_range=0.15,
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
+        **sizes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def text_model() -> PreTrainedModel:
+    """A small random model with the vocabulary and special tokens of the bundled tokenizer."""
+    return random_text_model(
+        hidden_size=48,
+        intermediate_size=80,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        initializer_range=0.15,
+    )
 
 
 @functools.cache

@@ -14,8 +14,6 @@ from typing import Any
 
 import httpx
 import openai
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from star_attention import StarLLM
 from star_attention.serve.keys import Keys
@@ -24,7 +22,7 @@ from star_attention.serve.program import make_service, run
 from star_attention.serve.service import Service
 from star_attention.serve.settings import ServeSettings
 from tests.command_line import NEEDLE, NOISE, OTHER, QUESTION
-from tests.engines import bundled_model, bundled_tokenizer
+from tests.engines import bundled_model, bundled_tokenizer, random_text_model
 
 NAME = "needle-17m"
 DOCUMENT = NOISE * 12 + NEEDLE + NOISE * 8 + OTHER + NOISE * 4
@@ -43,23 +41,14 @@ def engine() -> StarLLM:
 @functools.cache
 def quick_engine() -> StarLLM:
     """A small random model with the bundled tokenizer, for what does not look at answers."""
-    tokens = bundled_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokens),
+    model = random_text_model(
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=65536,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).eval()
-    return StarLLM(model, tokens, block_size=64, anchor_size=64, tokens_per_forward=64)
+    return StarLLM(model, bundled_tokenizer(), block_size=64, anchor_size=64, tokens_per_forward=64)
 
 
 def in_parts(*texts: str, mark: bool = False) -> list[dict[str, Any]]:

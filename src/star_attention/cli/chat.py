@@ -143,7 +143,7 @@ def _check_without_template(context: ContextOptions) -> None:
 
 
 def _check_saved(context: TalkOptions, path: str) -> None:
-    """Refuse options about encoding, which a saved file has behind it."""
+    """Refuse options about encoding: a saved text has been encoded."""
     defaults = {field.name: field.default for field in dataclasses.fields(StarConfig)}
     given = [
         name.replace("_", "-")

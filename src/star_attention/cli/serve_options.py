@@ -70,9 +70,7 @@ class LimitOptions:
     ] = _DEFAULTS.max_rows
     max_waiting: Annotated[
         int,
-        option(
-            "Most open requests; others are told to come back.", panel=_LIMITS, metavar="N", min=1
-        ),
+        option("Most open requests; others get status 429.", panel=_LIMITS, metavar="N", min=1),
     ] = _DEFAULTS.max_waiting
     max_body: Annotated[str, option("Most bytes of a request.", panel=_LIMITS, metavar="SIZE")] = (
         "64m"

@@ -80,7 +80,7 @@ class Conversation(Transient):
         """Return the conversation without its last turns; this one stays as it is.
 
         Raises:
-            InvalidInputError: there are not so many turns.
+            InvalidInputError: it has fewer turns.
         """
         most = len(self.turns)
         if isinstance(turns, bool) or not isinstance(turns, int) or not 0 <= turns <= most:

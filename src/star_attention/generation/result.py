@@ -118,7 +118,7 @@ class Generation:
         logprobs: of each token of `token_ids`; None unless asked for.
         sources: passages of the context that query and answer attended to most, the best first;
             None unless asked for, and for a stream that was closed before its end.
-        conversation: what a next turn goes on from (`continue_with`); None unless asked for by
+        conversation: what a next turn continues (`continue_with`); None unless asked for by
             `keep`.
         logits: fp32 `[tokens, vocabulary]` on CPU, before any processing; None unless asked for.
         peak_bytes: peak device memory of the call; None on a CPU.
@@ -152,7 +152,7 @@ class Generation:
     def continue_with(self, query: Any = None, **settings: Any) -> Any:
         """Answer the next query of the conversation; of an answer that was asked for with `keep`.
 
-        What was said before keeps its keys and values, so that only new tokens are computed. The
+        Earlier turns keep their keys and values, so that only new tokens are computed. The
         answer is kept in turn. This one stays: it can be continued in other directions, too.
         `StarLLM.stream(reply, query)` does the same piece by piece.
 

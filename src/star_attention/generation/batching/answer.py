@@ -57,7 +57,7 @@ class RowAnswer:
         self.kept_tokens = 0
         """Tokens of the query that earlier turns of a conversation kept."""
         self.conversation: Conversation | None = None
-        """What a next turn goes on from, once the answer has ended; None to keep none."""
+        """What a next turn continues, once the answer has ended; None to keep none."""
 
     @property
     def ended(self) -> bool:

@@ -238,7 +238,7 @@ class Batch(Transient):
         If contexts are encoded meanwhile, a forward of theirs may come before.
 
         Returns:
-            The rows whose text or reasoning goes on, with what was added, and those that have
+            The rows whose text or reasoning continues, with what was added, and those that have
             ended, whose delta may be empty.
         """
         self._check_open()

@@ -55,6 +55,7 @@ class EncodeTask:
         except StopIteration as end:
             (self.context,) = end.value
         except Exception as error:
+            # It is this context's: rows and other contexts go on.
             release_frames(error)
             self.error = error
         self._steps = None

@@ -122,6 +122,7 @@ class RowTask:
             try:
                 self.answer.conversation = self._conversation(self.keeper, self.request.queries[0])
             except Exception as error:
+                # Whatever it is, it is this row's: the others go on.
                 self.fail(error)
         self.release()
 
@@ -153,6 +154,7 @@ class RowTask:
             readings = finder.readings([(request.queries[0], self.answer.text.token_ids)])
             (self.answer.sources,) = finder.sources(attention_of(request, readings))
         except Exception as error:
+            # As above.
             self.fail(error)
         self.answer.sources_s = time.perf_counter() - started
 

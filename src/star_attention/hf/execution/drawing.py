@@ -162,6 +162,7 @@ def draw(logits_RV: Tensor, rows: Sequence[RowDraw]) -> Drawn:
             try:
                 ended_R[number : number + 1] = row.criteria(row.seen(scores_1V), scores_1V)
             except Exception as error:
+                # A user's criterion may raise anything, which ends its row alone.
                 failures[number] = error
     return Drawn(tokens_R=tokens_R, ended_R=ended_R, failures=failures)
 
@@ -185,6 +186,7 @@ def _processed(
         try:
             scores_RV[at_N] = row.processors(row.seen(part_NV), part_NV)
         except Exception as error:
+            # So may a user's processor.
             failures |= dict.fromkeys(numbers, error)
     return scores_RV
 
