@@ -12,10 +12,11 @@ from star_attention.generation import requests
 from star_attention.generation.batching.encoding import Encoding, Encodings, encode_task
 from star_attention.generation.batching.scheduler import Scheduler
 from star_attention.generation.batching.task import RowTask, tasks_of
-from star_attention.generation.conversation import Ask, Conversation, LeadingKeeper
+from star_attention.generation.conversation import Conversation, LeadingKeeper
 from star_attention.generation.result import Asked, Delta, Generation, talk_after
 from star_attention.generation.run import warn_of_unanswered
 from star_attention.generation.settings import GenerateOptions, ResolvedSettings
+from star_attention.generation.start import ask_with
 from star_attention.hf.progress import Progress
 from star_attention.inputs import Content, Contents, Prepared
 from star_attention.runtime import Runtime
@@ -132,8 +133,8 @@ class Batch(Transient):
     _instead_of_pickling = "take the results of its rows"
     _instead_of_deepcopy = "make another one"
 
-    def __init__(self, runtime: Runtime, max_rows: int, ask: Ask) -> None:
-        self._runtime, self._ask = runtime, ask
+    def __init__(self, runtime: Runtime, max_rows: int) -> None:
+        self._runtime, self._ask = runtime, ask_with(runtime)
         self._scheduler = Scheduler(runtime, max_rows)
         self._encodings = Encodings(runtime.device)
         # Rows that have not ended.
@@ -325,12 +326,7 @@ class BatchCalls:
                 f"a batch runs on one process, this engine on {runtime.comm.size} ranks; use"
                 " generate with a list of queries"
             )
-        engine = self
-
-        def ask(conversation: Conversation, query: Any, options: dict[str, Any]) -> Any:
-            return engine.generate(conversation, query, **options)
-
-        return Batch(runtime, max_rows, ask)
+        return Batch(runtime, max_rows)
 
 
 def _check_single(prepared: Prepared) -> ResolvedSettings:
