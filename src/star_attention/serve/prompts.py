@@ -104,6 +104,12 @@ class Prompts:
         wanted = plan.wanted
         return None if wanted is None else lambda: self._service.store.acquire(wanted)
 
+    def content(self, plan: Plan) -> Content | None:
+        """Return what the kept context of a plan is made of; None if nothing is kept."""
+        if plan.context_id is not None:
+            return self._service.store.content(plan.tenant, plan.context_id)
+        return plan.wanted.content if plan.wanted is not None and plan.is_kept else None
+
     def cached_tokens(self, plan: Plan) -> int:
         """Return the tokens of a plan's context that are kept already."""
         if plan.context_id is not None:

@@ -153,11 +153,20 @@ def places(
         spans: the passages, in tokens.
         text: the context's text; None where there is none to count characters of.
     """
-    prefix = special.prefix_ids(tokenizer)
-    first = len(prefix) if ids[: len(prefix)] == prefix else 0
-    decoded = decode(tokenizer, ids[first:], skip_special_tokens=False)
+    first = _prefix_tokens(tokenizer, ids)
+    decoded = written(tokenizer, ids)
     found = (_place(tokenizer, ids[first:], decoded, (a - first, b - first)) for a, b in spans)
     return [_in_text(place, decoded, text) for place in found]
+
+
+def written(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text that a context's tokens write, without what the tokenizer puts first."""
+    return decode(tokenizer, ids[_prefix_tokens(tokenizer, ids) :], skip_special_tokens=False)
+
+
+def _prefix_tokens(tokenizer: Any, ids: list[int]) -> int:
+    prefix = special.prefix_ids(tokenizer)
+    return len(prefix) if ids[: len(prefix)] == prefix else 0
 
 
 def _in_text(place: Place, decoded: str, text: str | None) -> Place:

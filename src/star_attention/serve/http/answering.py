@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ _LOOK_S = 5.0
 """Seconds after which a request looks whether the engine still lives."""
 PROGRESS_S = 1.0
 """Seconds between two chunks with progress, for clients that ask for them."""
+
+
+Locate = Callable[[Generation], Awaitable[list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Answering:
         settings: times of the server.
         metrics: notes how they end.
         request_id: for errors of defects.
+        sources: returns the sources of an answer as JSON values; None if none are wanted.
     """
 
     def __init__(
@@ -63,9 +67,11 @@ class Answering:
         settings: ServeSettings,
         metrics: Metrics,
         request_id: str,
+        sources: Locate | None = None,
     ) -> None:
         self._engine, self._jobs, self._counts, self._shape = engine, jobs, counts, shape
         self._settings, self._metrics, self._request_id = settings, metrics, request_id
+        self._sources = sources
         self._changed = jobs[0].changed
         self._choices = [choice for job in jobs for choice in job.choices]
         limit = settings.request_timeout
@@ -101,7 +107,8 @@ class Answering:
             await self._wait(_LOOK_S)
         self._note()
         answers = [_result(choice) for choice in self._choices]
-        return self._shape.whole(answers, self.usage)
+        more = await self._more(answers[0])
+        return self._shape.whole(answers, self.usage) | more
 
     async def events(self, *, usage: bool, progress: bool) -> AsyncIterator[bytes]:
         """Yield answers as events, and signs of life while there are none.
@@ -121,8 +128,8 @@ class Answering:
         ended: set[int] = set()
         try:
             while not self._ended():
-                for piece in self._pieces(ended):
-                    yield chunk(piece)
+                for piece, result in self._pieces(ended):
+                    yield chunk(piece, **await self._more(result))
                 if not await self._wait(timer.wait_s):
                     if timer.wants_chunk:
                         more = {"star": self._progress()} if progress else {}
@@ -130,8 +137,8 @@ class Answering:
                     elif timer.wants_comment:
                         timer.comment_sent()
                         yield comment(self._keepalive())
-            for piece in self._pieces(ended):
-                yield chunk(piece)
+            for piece, result in self._pieces(ended):
+                yield chunk(piece, **await self._more(result))
             self._note()
             if usage:
                 yield event(self._shape.chunk([], self.usage, includes_usage=True))
@@ -141,17 +148,23 @@ class Answering:
             yield event(problem.envelope)
         yield DONE
 
-    def _pieces(self, ended: set[int]) -> list[dict[str, Any]]:
-        """Return what came of all answers since the last call."""
-        pieces = []
+    def _pieces(self, ended: set[int]) -> list[tuple[dict[str, Any], Generation | None]]:
+        """Return what came of all answers since the last call, and those that ended."""
+        pieces: list[tuple[dict[str, Any], Generation | None]] = []
         for index, choice in enumerate(self._choices):
             delta = choice.take()
             if delta.text or delta.reasoning:
-                pieces.append(self._shape.piece(index, delta.text, delta.reasoning))
+                pieces.append((self._shape.piece(index, delta.text, delta.reasoning), None))
             if choice.result is not None and index not in ended:
                 ended.add(index)
-                pieces.append(self._shape.ending(index, choice.result))
+                pieces.append((self._shape.ending(index, choice.result), choice.result))
         return pieces
+
+    async def _more(self, result: Generation | None) -> dict[str, Any]:
+        """Return the fields that come with the end of an answer."""
+        if result is None or self._sources is None:
+            return {}
+        return {"star": {"sources": await self._sources(result)}}
 
     def _ended(self) -> bool:
         """True once all answers are there.

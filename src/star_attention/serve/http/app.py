@@ -40,6 +40,7 @@ def make_app(service: Service, keys: Keys | None) -> Guard:
         ("POST", "/v1/contexts/{id}", contexts.update),
         ("DELETE", "/v1/contexts/{id}", contexts.delete),
         ("POST", "/v1/contexts/{id}/extend", contexts.extend),
+        ("GET", "/v1/contexts/{id}/text", contexts.text),
         ("POST", "/v1/files", files.create),
         ("GET", "/v1/files", files.list),
         ("GET", "/v1/files/{id}", files.get),

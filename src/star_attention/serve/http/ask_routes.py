@@ -9,20 +9,23 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from star_attention.generation.result import Generation
 from star_attention.hf.text.endings import turn_end_ids
-from star_attention.serve.http.answering import Answering, Counts
+from star_attention.serve.http.answering import Answering, Counts, Locate
 from star_attention.serve.http.body import Body, read_object, wrong_type
 from star_attention.serve.http.events import ClientLeftError, EventStream, unless_left
 from star_attention.serve.http.fields import Ask, read_ask
 from star_attention.serve.http.objects import ChatShape, Shape, TextShape
 from star_attention.serve.http.problems import (
     bad_request,
+    not_supported,
     too_long,
 )
 from star_attention.serve.http.state import check_model
 from star_attention.serve.jobs import Job, Question
 from star_attention.serve.prompts import Plan, Prompts
 from star_attention.serve.service import Service
+from star_attention.serve.texts import source_objects
 
 
 class AskRoutes:
@@ -103,6 +106,7 @@ class AskRoutes:
             ask, plans = await unless_left(request.receive, read(body))
             limits = [self._limit(each, ask) for each in plans]
             await self._check(plans, ask, limits)
+            sources = self._locate(plans[0]) if ask.sources else None
             jobs = self._jobs(plans, ask, limits)
             answering = Answering(
                 service.engine,
@@ -112,6 +116,7 @@ class AskRoutes:
                 settings=service.settings,
                 metrics=service.metrics,
                 request_id=request.state.request_id,
+                sources=sources,
             )
             visit.at_end(answering.close)
             for plan, job in zip(plans, jobs, strict=True):
@@ -149,6 +154,9 @@ class AskRoutes:
 
         A grammar may take a while to compile, so it is done beside the event loop.
         """
+        answers = len(plans) * ask.answers
+        if ask.sources and answers > 1:
+            raise not_supported("sources", f"of {answers} answers", "ask for a single answer")
         runtime = self._service.star.runtime
         for plan, limit in zip(plans, limits, strict=True):
             rope_length = runtime.rope_length(plan.context_tokens)
@@ -170,6 +178,19 @@ class AskRoutes:
             options["eos_token_id"] = sorted(ends) or None
         return options
 
+    def _locate(self, plan: Plan) -> Locate:
+        """Return what names the sources of an answer; there are none where no context is kept."""
+        content, lanes = self._prompts.content(plan), self._service.lanes
+
+        async def locate(answer: Generation) -> list[dict[str, Any]]:
+            sources = answer.sources or ()
+            if content is None or not sources:
+                return []
+            size = len(content.text or "") or len(content)
+            return await lanes.run(size, lambda star: source_objects(star, content, sources))
+
+        return locate
+
     def _jobs(self, plans: list[Plan], ask: Ask, limits: list[int]) -> list[Job]:
         """Open the contexts, and make a job of each prompt."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -177,6 +198,8 @@ class AskRoutes:
         try:
             for plan, limit in zip(plans, limits, strict=True):
                 options = self._options(ask, plan.is_chat) | {"max_new_tokens": limit}
+                if ask.sources and plan.is_kept:
+                    options["sources"] = ask.sources
                 questions = [
                     Question(ids=plan.query_ids, options=_seeded(options, number))
                     for number in range(ask.answers)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from star_attention.errors import quote
 from star_attention.serve.contexts.entry import ContextView, Status
@@ -20,6 +20,7 @@ from star_attention.serve.http.uploads import is_form, read_upload
 from star_attention.serve.prompts import Prompts
 from star_attention.serve.reading import Source
 from star_attention.serve.service import Service
+from star_attention.serve.texts import text_of
 
 _LOOK_S = 0.05
 """Seconds between two looks at a context that is being encoded."""
@@ -139,6 +140,13 @@ class ContextRoutes:
     async def get(self, request: Request) -> Response:
         """Describe a context."""
         return JSONResponse(self._service.store.get(*_named(request)).as_dict())
+
+    async def text(self, request: Request) -> Response:
+        """Return the text of a context, which places of sources are characters of."""
+        content = self._service.store.content(*_named(request))
+        size = len(content.text or "") or len(content)
+        text = await self._service.lanes.run(size, lambda star: text_of(star, content))
+        return PlainTextResponse(text, headers={"x-content-type-options": "nosniff"})
 
     async def update(self, request: Request) -> Response:
         """Change how long a context is kept, or its name."""

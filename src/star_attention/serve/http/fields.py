@@ -13,6 +13,7 @@ from star_attention.serve.settings import ServeSettings
 MOST_SEED = 2**63 - 1
 MOST_LOGPROBS = 20
 MOST_STOP_CHARACTERS = 500
+MOST_SOURCES = 20
 
 IGNORED = frozenset(
     (
@@ -81,6 +82,7 @@ class Ask:
         stream: True for server-sent events.
         include_usage: True for a last chunk with the usage.
         include_progress: True for chunks that say how far the context is.
+        sources: True or a number for the passages of the context that the answer came from.
         context: id of the context that the prompt is about.
         salt: separates contexts of one key.
         template_kwargs: what the chat template reads beside messages.
@@ -95,6 +97,7 @@ class Ask:
     stream: bool
     include_usage: bool
     include_progress: bool
+    sources: bool | int
     context: str | None
     salt: str
     template_kwargs: dict[str, Any]
@@ -136,6 +139,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
         stream=body.flag("stream"),
         include_usage=bool(stream_options.get("include_usage")),
         include_progress=bool(stream_options.get("include_progress")),
+        sources=_sources(body),
         context=body.text("context", most=100),
         salt=body.text("cache_salt", "", most=1024),
         template_kwargs=template_kwargs,
@@ -156,6 +160,14 @@ def _limit(body: Body, settings: ServeSettings) -> int | None:
             name,
         )
     return limit
+
+
+def _sources(body: Body) -> bool | int:
+    value = body.take("sources", False)
+    if isinstance(value, bool):
+        return value
+    body.fields["sources"] = value
+    return body.integer("sources", least=0, most=MOST_SOURCES) or 0
 
 
 def _sampling(body: Body) -> dict[str, Any]:
