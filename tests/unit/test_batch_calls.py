@@ -62,6 +62,7 @@ def test_stop_strings_and_pieces_are_those_of_a_stream(
         expected = star.generate(context, QUERY, stop=stop, **spell(context, text))
         assert pieces[row] == row.text == row.result().text == expected.text
         assert row.result().finish_reason == expected.finish_reason
+        assert row.result().stop_string == expected.stop_string
         assert "".join(row) == expected.text
 
 

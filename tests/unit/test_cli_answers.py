@@ -58,6 +58,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "reasoning",
         "token_ids",
         "finish_reason",
+        "stop_string",
         "logprobs",
         "sources",
         "method",

@@ -126,14 +126,14 @@ def test_a_stopping_criterion_is_a_stop(star: StarLLM, context: EncodedContext) 
 
 @pytest.mark.parametrize("kwargs", MODES, ids=["greedy", "beams", "sampling"])
 @pytest.mark.parametrize(
-    ("stop", "text"),
+    ("stop", "text", "read"),
     [
         # Inside a token, across tokens, and the first in the text rather than in the list.
-        ("number", "The secret "),
-        (["is 7", "nothing"], "The secret number "),
-        ("777", "The secret number is "),
-        (["secret", "The"], ""),
-        ("e", "Th"),
+        ("number", "The secret ", "number"),
+        (["is 7", "nothing"], "The secret number ", "is 7"),
+        ("777", "The secret number is ", "777"),
+        (["secret", "The"], "", "The"),
+        ("e", "Th", "e"),
     ],
 )
 def test_stop_strings_cut_the_text(
@@ -141,6 +141,7 @@ def test_stop_strings_cut_the_text(
     context: EncodedContext,
     stop: Any,
     text: str,
+    read: str,
     kwargs: dict[str, Any],
 ) -> None:
     spelled = "The secret number is 7777777"
@@ -148,7 +149,7 @@ def test_stop_strings_cut_the_text(
         context, QUERY, stop=stop, max_new_tokens=40, **kwargs, **spell(context, spelled)
     )
     assert reply.text == text
-    assert reply.finish_reason == "stop"
+    assert (reply.finish_reason, reply.stop_string) == ("stop", read)
     assert len(reply.token_ids) <= len(ids_of(spelled))
     assert spelled.startswith(star.tokenizer.decode(reply.token_ids))
 
@@ -185,6 +186,7 @@ def test_stop_strings_in_a_batch(
     assert [reply.text for reply in replies[:2]] == ["one", "a longer one, which goes on"]
     assert replies[2].text.startswith("no such word...")
     assert [reply.finish_reason for reply in replies] == ["stop", "stop", "length"]
+    assert [reply.stop_string for reply in replies] == [" STOP", " STOP", None]
 
 
 def test_the_beginning_of_a_stop_string_is_not_lost(star: StarLLM, context: EncodedContext) -> None:
@@ -192,6 +194,7 @@ def test_the_beginning_of_a_stop_string_is_not_lost(star: StarLLM, context: Enco
         context, QUERY, stop="is 78", max_new_tokens=40, **spell(context, "It is 7", then="<eos>")
     )
     assert (reply.text, reply.finish_reason) == ("It is 7", "stop")
+    assert reply.stop_string is None
 
 
 @pytest.mark.parametrize("stop", ["", ["a", ""], [3], 3])

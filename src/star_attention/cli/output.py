@@ -26,6 +26,7 @@ FIELDS = {
     "reasoning": "what the model marked as its reasoning, apart from the answer; null for none",
     "token_ids": "all generated tokens, including the one that ended the answer",
     "finish_reason": "`stop` or `length`",
+    "stop_string": "the stop string that ended the answer; null for another reason",
     "logprobs": "with `--logprobs`: text, id and log probability of each token, and of the most"
     " likely ones in its place",
     "sources": "with `--sources`: the passages that the answer attended to most, the best first,"

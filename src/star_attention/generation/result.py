@@ -112,6 +112,7 @@ class Generation:
         token_ids: every generated id, including the one that ended the answer.
         finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion), "length"
             (`max_new_tokens`) or "canceled" (a row of a batch that was canceled).
+        stop_string: the stop string that ended the answer; None for another reason.
         query_tokens: length of the query in tokens; of a conversation, with all turns before.
         kept_tokens: tokens of these whose keys and values were kept of earlier turns.
         timings: seconds and rates.
@@ -132,6 +133,7 @@ class Generation:
     query_tokens: int
     timings: Timings
     reasoning: str | None = None
+    stop_string: str | None = None
     logprobs: list[TokenLogprob] | None = None
     sources: tuple[Source, ...] | None = None
     kept_tokens: int = 0
@@ -196,6 +198,7 @@ class Generation:
             "reasoning": self.reasoning,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
+            "stop_string": self.stop_string,
             "logprobs": self.logprobs and [token.as_dict() for token in self.logprobs],
             "sources": None
             if self.sources is None

@@ -341,6 +341,7 @@ class GenerationRun:
             reasoning=answer.reasoning,
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
+            stop_string=answer.stop_string,
             query_tokens=len(self._query(row)),
             kept_tokens=0 if self.program is None else self.program.kept_tokens,
             conversation=None if self._conversations is None else self._conversations[row],

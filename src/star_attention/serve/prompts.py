@@ -275,7 +275,7 @@ class Prompts:
             tenant=scope.tenant,
             rule=piece.rule,
             is_chat=is_chat,
-            param="messages" if is_chat else "prompt",
+            param=ask.name("messages" if is_chat else "prompt"),
         )
         if content is None:
             if len(ids) < 2:

@@ -105,6 +105,7 @@ class RowAnswer:
             reasoning=answer.reasoning,
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
+            stop_string=answer.stop_string,
             query_tokens=self._query_tokens,
             kept_tokens=self.kept_tokens,
             conversation=self.conversation,

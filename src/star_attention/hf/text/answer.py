@@ -151,6 +151,11 @@ class AnswerText:
         return "".join(self._pieces)
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer; None for another reason."""
+        return self._stop.string
+
+    @property
     def is_unsaid(self) -> bool:
         """True if it has tokens, but none with a text: special tokens, reasoning, a tool's call.
 

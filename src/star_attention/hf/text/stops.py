@@ -67,14 +67,19 @@ class StopStringCutter:
     The end of the text is held back while it may be the beginning of a stop string.
 
     Attributes:
-        stopped: True once a stop string was read.
+        string: the stop string that was read; None before.
     """
 
     def __init__(self, stops: StopStrings | Iterable[str]) -> None:
         self._stops = stops if isinstance(stops, StopStrings) else StopStrings(stops)
         self._state = 0
         self._pending = ""
-        self.stopped = False
+        self.string: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string was read."""
+        return self.string is not None
 
     def push(self, piece: str) -> str:
         """Add a piece, and return the text that is now certain to precede any stop string."""
@@ -84,8 +89,9 @@ class StopStringCutter:
         for end in range(len(self._pending), len(text)):
             state = self._stops.step(state, text[end])
             if self._stops.match[state]:
-                self.stopped, self._pending = True, ""
-                return text[: end + 1 - self._stops.match[state]]
+                start = end + 1 - self._stops.match[state]
+                self.string, self._pending = text[start : end + 1], ""
+                return text[:start]
         self._state = state
         certain = len(text) - self._stops.depth[state]
         self._pending = text[certain:]

@@ -10,7 +10,7 @@ from typing import Any
 
 from star_attention.generation.result import Generation
 from star_attention.serve.engine import Engine
-from star_attention.serve.http.events import DONE, comment, event
+from star_attention.serve.http.events import comment
 from star_attention.serve.http.objects import Shape, Usage
 from star_attention.serve.http.problems import of_error, timed_out
 from star_attention.serve.jobs import Choice, EngineEndedError, Job
@@ -110,59 +110,52 @@ class Answering:
         more = await self._more(answers[0])
         return self._shape.whole(answers, self.usage) | more
 
-    async def events(self, *, usage: bool, progress: bool) -> AsyncIterator[bytes]:
+    async def events(self, *, progress: bool) -> AsyncIterator[bytes]:
         """Yield answers as events, and signs of life while there are none.
 
         Args:
-            usage: True for a last chunk with the usage.
-            progress: True for chunks with how far the context is.
+            progress: True for events with how far the context is.
         """
-        timer = _Timer(self._settings, progress=progress)
-
-        def chunk(*choices: dict[str, Any], **more: Any) -> bytes:
-            timer.chunk_sent()
-            return event(self._shape.chunk(list(choices), None, includes_usage=usage) | more)
-
-        for index in range(len(self._choices)):
-            yield chunk(self._shape.opening(index))
+        shape, timer = self._shape, _Timer(self._settings, progress=progress)
+        yield shape.opening(len(self._choices), self.usage)
         ended: set[int] = set()
         try:
             while not self._ended():
-                for piece, result in self._pieces(ended):
-                    yield chunk(piece, **await self._more(result))
+                if pieces := await self._pieces(ended):
+                    timer.chunk_sent()
+                    yield pieces
                 if not await self._wait(timer.wait_s):
                     if timer.wants_chunk:
-                        more = {"star": self._progress()} if progress else {}
-                        yield chunk(self._shape.piece(0, ""), **more)
+                        timer.chunk_sent()
+                        yield shape.beat(self._progress() if progress else None)
                     elif timer.wants_comment:
                         timer.comment_sent()
                         yield comment(self._keepalive())
-            for piece, result in self._pieces(ended):
-                yield chunk(piece, **await self._more(result))
+            if pieces := await self._pieces(ended):
+                yield pieces
             self._note()
-            if usage:
-                yield event(self._shape.chunk([], self.usage, includes_usage=True))
+            yield shape.closing(self.usage)
         except Exception as error:
             problem = of_error(error, request_id=self._request_id)
             self._metrics.errors.labels(problem.code or str(problem.status)).inc()
-            yield event(problem.envelope)
-        yield DONE
+            yield shape.failure(problem, self._request_id)
 
-    def _pieces(self, ended: set[int]) -> list[tuple[dict[str, Any], Generation | None]]:
-        """Return what came of all answers since the last call, and those that ended."""
-        pieces: list[tuple[dict[str, Any], Generation | None]] = []
+    async def _pieces(self, ended: set[int]) -> bytes:
+        """Return what came of all answers since the last call."""
+        pieces = b""
         for index, choice in enumerate(self._choices):
             delta = choice.take()
             if delta.text or delta.reasoning:
-                pieces.append((self._shape.piece(index, delta.text, delta.reasoning), None))
+                pieces += self._shape.piece(index, delta)
             if choice.result is not None and index not in ended:
                 ended.add(index)
-                pieces.append((self._shape.ending(index, choice.result), choice.result))
+                more = await self._more(choice.result)
+                pieces += self._shape.ending(index, choice.result, more)
         return pieces
 
-    async def _more(self, result: Generation | None) -> dict[str, Any]:
+    async def _more(self, result: Generation) -> dict[str, Any]:
         """Return the fields that come with the end of an answer."""
-        if result is None or self._sources is None:
+        if self._sources is None:
             return {}
         return {"star": {"sources": await self._sources(result)}}
 

@@ -91,14 +91,23 @@ async def _in_thread(data: bytes) -> Any:
 class Body:
     """The fields of a JSON object, each taken once; a field that is null counts as absent.
 
+    Args:
+        fields: the object.
+        names: what the client calls fields that have another name here.
+
     Attributes:
         fields: those that have not been taken.
         nulls: names of those that are null.
     """
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: dict[str, Any], names: dict[str, str] | None = None) -> None:
         self.fields = {name: value for name, value in fields.items() if value is not None}
         self.nulls = fields.keys() - self.fields.keys()
+        self.names = names or {}
+
+    def name(self, name: str) -> str:
+        """Return what the client calls a field."""
+        return self.names.get(name, name)
 
     def take(self, name: str, default: Any = None) -> Any:
         """Return a field of any type, and count it as taken."""
@@ -110,10 +119,11 @@ class Body:
         if value is None or value is default:
             return default
         if not isinstance(value, str):
-            raise wrong_type(name, value, "a string")
+            raise wrong_type(self.name(name), value, "a string")
         if most is not None and len(value) > most:
             raise bad_request(
-                f"{name} has {len(value):,} characters, more than {most:,}; shorten it", name
+                f"{self.name(name)} has {len(value):,} characters, more than {most:,}; shorten it",
+                self.name(name),
             )
         return value
 
@@ -121,7 +131,7 @@ class Body:
         """Return a boolean."""
         value = self.take(name, default)
         if not isinstance(value, bool):
-            raise wrong_type(name, value, "true or false")
+            raise wrong_type(self.name(name), value, "true or false")
         return value
 
     def integer(
@@ -134,10 +144,10 @@ class Body:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise wrong_type(name, value, "an integer")
+            raise wrong_type(self.name(name), value, "an integer")
         if value < least or (most is not None and value > most):
             bound = f"{least} or more" if most is None else f"{least} to {most}"
-            raise bad_request(f"{name} {value} is out of range; give {bound}", name)
+            raise _out_of_range(self.name(name), value, bound)
         return value
 
     def number(
@@ -148,10 +158,10 @@ class Body:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise wrong_type(name, value, "a number")
+            raise wrong_type(self.name(name), value, "a number")
         if not math.isfinite(value) or value < least or (most is not None and value > most):
             bound = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
-            raise bad_request(f"{name} {value} is out of range; give {bound}", name)
+            raise _out_of_range(self.name(name), value, bound)
         # Samplers take no integers.
         return float(value)
 
@@ -159,8 +169,12 @@ class Body:
         """Return an object; {} if it is absent."""
         value = self.take(name, {})
         if not isinstance(value, dict):
-            raise wrong_type(name, value, "an object")
+            raise wrong_type(self.name(name), value, "an object")
         return value
+
+
+def _out_of_range(name: str, value: float, bound: str) -> Problem:
+    return bad_request(f"{name} {value} is out of range; give {bound}", name)
 
 
 def wrong_type(name: str, value: Any, expected: str) -> Problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from star_attention.errors import quote
@@ -88,6 +88,7 @@ class Ask:
         template_kwargs: what the chat template reads beside messages.
         explicit: True to keep only what is marked.
         ignored: names of fields that were ignored.
+        names: what the client calls fields that have another name in a chat.
     """
 
     model: str | None
@@ -103,6 +104,11 @@ class Ask:
     template_kwargs: dict[str, Any]
     explicit: bool
     ignored: tuple[str, ...]
+    names: dict[str, str] = field(default_factory=dict)
+
+    def name(self, name: str) -> str:
+        """Return what the client calls a field."""
+        return self.names.get(name, name)
 
 
 def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
@@ -128,7 +134,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
     logprobs = _chat_logprobs(body) if chat else body.integer("logprobs", least=0, most=5)
     if logprobs is not None:
         options["logprobs"] = logprobs
-    schema = _schema(body.object("response_format"))
+    schema = _schema(body.object("response_format"), body.name("response_format"))
     if schema is not None:
         options["json_schema"] = schema
     ask = dict(
@@ -145,7 +151,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
         template_kwargs=template_kwargs,
         explicit=cache.get("mode") == "explicit",
     )
-    return Ask(**ask, ignored=_rest(body))  # type: ignore[arg-type]
+    return Ask(**ask, ignored=_rest(body), names=body.names)  # type: ignore[arg-type]
 
 
 def _limit(body: Body, settings: ServeSettings) -> int | None:
@@ -153,7 +159,7 @@ def _limit(body: Body, settings: ServeSettings) -> int | None:
     newer = body.integer("max_completion_tokens", least=1)
     limit = older if newer is None else newer
     if limit is not None and settings.max_tokens is not None and limit > settings.max_tokens:
-        name = "max_tokens" if newer is None else "max_completion_tokens"
+        name = body.name("max_tokens") if newer is None else "max_completion_tokens"
         raise bad_request(
             f"{name} {limit:,} is more than this server allows, {settings.max_tokens:,}; ask for"
             " fewer",
@@ -202,13 +208,14 @@ def _stopping(body: Body, settings: ServeSettings) -> dict[str, Any]:
     if not stops:
         return options
     if not isinstance(stops, list) or not all(isinstance(each, str) and each for each in stops):
-        raise wrong_type("stop", stop, "a string, or a list of strings that are not empty")
+        expected = "a string, or a list of strings that are not empty"
+        raise wrong_type(body.name("stop"), stop, expected)
     longest = max(map(len, stops))
     if len(stops) > settings.max_stops or longest > MOST_STOP_CHARACTERS:
         raise bad_request(
-            f"stop has {len(stops)} strings of up to {longest} characters; give at most"
-            f" {settings.max_stops} of {MOST_STOP_CHARACTERS}",
-            "stop",
+            f"{body.name('stop')} has {len(stops)} strings of up to {longest} characters; give at"
+            f" most {settings.max_stops} of {MOST_STOP_CHARACTERS}",
+            body.name("stop"),
         )
     return options | {"stop": stops}
 
@@ -221,7 +228,7 @@ def _chat_logprobs(body: Body) -> int | None:
     return top if wanted else None
 
 
-def _schema(wanted: dict[str, Any]) -> Any:
+def _schema(wanted: dict[str, Any], name: str) -> Any:
     """Return the JSON schema that an answer is to follow; None for any text."""
     kind = wanted.get("type", "text")
     if kind == "text":
@@ -229,15 +236,13 @@ def _schema(wanted: dict[str, Any]) -> Any:
     if kind == "json_object":
         return {"type": "object"}
     if kind != "json_schema":
-        raise not_supported(
-            "response_format", quote(kind), "give type text, json_object or json_schema"
-        )
+        raise not_supported(name, quote(kind), "give type text, json_object or json_schema")
     described = wanted.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
         raise bad_request(
-            "response_format of type json_schema has no schema; give it in json_schema.schema",
-            "response_format",
+            f"{name} of type json_schema has no schema; give it in json_schema.schema",
+            name,
         )
     return schema
 

@@ -1,4 +1,4 @@
-"""The objects of OpenAI's API, as JSON values."""
+"""How answers are written: the forms of all protocols, and those of OpenAI's chat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from star_attention._version import __version__
-from star_attention.generation.result import Generation, TokenLogprob
+from star_attention.generation.result import Delta, Generation, TokenLogprob
+from star_attention.serve.http.events import DONE, event
+from star_attention.serve.http.problems import Problem
 
 
 def new_id(prefix: str) -> str:
@@ -26,7 +28,6 @@ class Usage:
         answer: of all answers.
         cached: of the prompt, that were encoded before.
         written: of the prompt, that were encoded for this request and are kept.
-        reasoning: True if reasoning was among the answers.
     """
 
     prompt: int
@@ -54,21 +55,81 @@ class Usage:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What distinguishes the answers of `/v1/chat/completions` and `/v1/completions`.
+    """How the answers of one request are written, as a whole or as the events of a stream."""
+
+    def whole(self, answers: Sequence[Generation], usage: Usage) -> dict[str, Any]:
+        """Return answers that are not streamed."""
+        raise NotImplementedError
+
+    def opening(self, answers: int, usage: Usage) -> bytes:
+        """Return the first events of a stream with so many answers."""
+        raise NotImplementedError
+
+    def piece(self, index: int, delta: Delta) -> bytes:
+        """Return events with what an answer goes on with."""
+        raise NotImplementedError
+
+    def ending(self, index: int, answer: Generation, more: dict[str, Any]) -> bytes:
+        """Return events that say that and why an answer has ended, with further fields."""
+        raise NotImplementedError
+
+    def beat(self, progress: dict[str, Any] | None) -> bytes:
+        """Return an event without text, for clients that count only these.
+
+        Args:
+            progress: how far the context is; None if nobody has asked for it.
+        """
+        raise NotImplementedError
+
+    def closing(self, usage: Usage) -> bytes:
+        """Return the last events, after all answers."""
+        raise NotImplementedError
+
+    def failure(self, problem: Problem, request_id: str) -> bytes:
+        """Return the last events where something has failed."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoicesShape(Shape):
+    """What `/v1/chat/completions` and `/v1/completions` share.
 
     Attributes:
         model: the model's name, as it is served.
         id: id of the answer.
         created: its time, in seconds since 1970.
+        includes_usage: True for a last chunk with the usage.
     """
 
     model: str
     id: str
     created: int = field(default_factory=lambda: int(time.time()))
+    includes_usage: bool = False
     whole_kind: str = ""
     chunk_kind: str = ""
+
+    def whole(self, answers: Sequence[Generation], usage: Usage) -> dict[str, Any]:
+        choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
+        return self._envelope(self.whole_kind, choices) | {"usage": usage.as_dict()}
+
+    def opening(self, answers: int, usage: Usage) -> bytes:
+        return b"".join(self._chunk(self.first(index)) for index in range(answers))
+
+    def piece(self, index: int, delta: Delta) -> bytes:
+        return self._chunk(self.more(index, delta))
+
+    def ending(self, index: int, answer: Generation, more: dict[str, Any]) -> bytes:
+        return self._chunk(self.last(index, answer), **more)
+
+    def beat(self, progress: dict[str, Any] | None) -> bytes:
+        return self._chunk(self.more(0, Delta()), **({"star": progress} if progress else {}))
+
+    def closing(self, usage: Usage) -> bytes:
+        return (self._chunk(usage=usage.as_dict()) if self.includes_usage else b"") + DONE
+
+    def failure(self, problem: Problem, request_id: str) -> bytes:
+        return event(problem.envelope) + DONE
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -80,42 +141,35 @@ class Shape:
             "choices": choices,
         }
 
-    def whole(self, answers: Sequence[Generation], usage: Usage) -> dict[str, Any]:
-        """Return an answer that is not streamed."""
-        choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
-        return self._envelope(self.whole_kind, choices) | {"usage": usage.as_dict()}
-
-    def chunk(
-        self, choices: list[dict[str, Any]], usage: Usage | None, *, includes_usage: bool
-    ) -> dict[str, Any]:
-        """Return an event of a stream; without choices it is the last one, with the usage."""
-        found = {"usage": None if usage is None else usage.as_dict()} if includes_usage else {}
-        return self._envelope(self.chunk_kind, choices) | found
+    def _chunk(self, *choices: dict[str, Any], **more: Any) -> bytes:
+        usage = {"usage": None} if self.includes_usage else {}
+        return event(self._envelope(self.chunk_kind, list(choices)) | usage | more)
 
     def choice(self, index: int, answer: Generation) -> dict[str, Any]:
         """Return one of the answers."""
         raise NotImplementedError
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def first(self, index: int) -> dict[str, Any]:
         """Return the first chunk's choice, which says that the answer begins."""
         raise NotImplementedError
 
-    def piece(self, index: int, text: str, reasoning: str = "") -> dict[str, Any]:
+    def more(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return a chunk's choice with text."""
         raise NotImplementedError
 
-    def ending(self, index: int, answer: Generation) -> dict[str, Any]:
+    def last(self, index: int, answer: Generation) -> dict[str, Any]:
         """Return the last chunk's choice, with the reason."""
         raise NotImplementedError
 
 
-class ChatShape(Shape):
+class ChatShape(ChoicesShape):
     """Answers of `/v1/chat/completions`."""
 
     @classmethod
-    def new(cls, model: str) -> ChatShape:
+    def new(cls, model: str, includes_usage: bool) -> ChatShape:
         return cls(
             model=model,
+            includes_usage=includes_usage,
             id=new_id("chatcmpl-"),
             whole_kind="chat.completion",
             chunk_kind="chat.completion.chunk",
@@ -132,14 +186,16 @@ class ChatShape(Shape):
             "finish_reason": answer.finish_reason,
         }
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def first(self, index: int) -> dict[str, Any]:
         return self._piece(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str, reasoning: str = "") -> dict[str, Any]:
-        delta = {"reasoning_content": reasoning} if reasoning else {}
-        return self._piece(index, delta | ({"content": text} if text or not reasoning else {}))
+    def more(self, index: int, delta: Delta) -> dict[str, Any]:
+        fields = {"reasoning_content": delta.reasoning} if delta.reasoning else {}
+        if delta.text or not fields:
+            fields["content"] = delta.text
+        return self._piece(index, fields)
 
-    def ending(self, index: int, answer: Generation) -> dict[str, Any]:
+    def last(self, index: int, answer: Generation) -> dict[str, Any]:
         chunk = self._piece(index, {}) | {"finish_reason": answer.finish_reason}
         return chunk | {"logprobs": _chat_logprobs(answer.logprobs)}
 
@@ -147,13 +203,14 @@ class ChatShape(Shape):
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-class TextShape(Shape):
+class TextShape(ChoicesShape):
     """Answers of `/v1/completions`."""
 
     @classmethod
-    def new(cls, model: str) -> TextShape:
+    def new(cls, model: str, includes_usage: bool) -> TextShape:
         return cls(
             model=model,
+            includes_usage=includes_usage,
             id=new_id("cmpl-"),
             whole_kind="text_completion",
             chunk_kind="text_completion",
@@ -162,13 +219,13 @@ class TextShape(Shape):
     def choice(self, index: int, answer: Generation) -> dict[str, Any]:
         return self._piece(index, answer.text, answer.finish_reason, answer.logprobs)
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def first(self, index: int) -> dict[str, Any]:
         return self._piece(index, "")
 
-    def piece(self, index: int, text: str, reasoning: str = "") -> dict[str, Any]:
-        return self._piece(index, text)
+    def more(self, index: int, delta: Delta) -> dict[str, Any]:
+        return self._piece(index, delta.text)
 
-    def ending(self, index: int, answer: Generation) -> dict[str, Any]:
+    def last(self, index: int, answer: Generation) -> dict[str, Any]:
         return self._piece(index, "", answer.finish_reason, answer.logprobs)
 
     def _piece(

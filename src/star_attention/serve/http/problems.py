@@ -102,16 +102,22 @@ def timed_out(seconds: float) -> Problem:
 
 
 def too_long(
-    limit: int, prompt_tokens: int, answer_tokens: int, param: str = "messages"
+    limit: int, prompt_tokens: int, answer_tokens: int, *, param: str, limited_by: str
 ) -> Problem:
     """Return the 400 for a prompt without room for its answer.
 
     Clients recognize it by its code, and some by its first words.
+
+    Args:
+        limit: positions of the model.
+        prompt_tokens, answer_tokens: what is asked for.
+        param: the field of the prompt.
+        limited_by: the field of the answer's limit.
     """
     return bad_request(
         f"This model's maximum context length is {limit} tokens. The request asks for"
         f" {prompt_tokens + answer_tokens} tokens: {prompt_tokens} of the prompt and"
-        f" {answer_tokens} of the answer. Shorten the prompt, or lower max_tokens.",
+        f" {answer_tokens} of the answer. Shorten the prompt, or lower {limited_by}.",
         param=param,
         code="context_length_exceeded",
     )
