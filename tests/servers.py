@@ -23,6 +23,7 @@ from star_attention.serve.service import Service
 from star_attention.serve.settings import ServeSettings
 from tests.command_line import NEEDLE, NOISE, OTHER, QUESTION
 from tests.engines import bundled_model, bundled_tokenizer, random_text_model
+from tests.talkers import say
 
 NAME = "needle-17m"
 DOCUMENT = NOISE * 12 + NEEDLE + NOISE * 8 + OTHER + NOISE * 4
@@ -147,6 +148,20 @@ def running(
     assert not thread.is_alive(), "the server does not end"
     if failures:
         raise failures[0]
+
+
+def saying(text: str) -> Callable[[Service], None]:
+    """Return what has every answer of a server say a text."""
+
+    def before(service: Service) -> None:
+        add, tokenizer = service.engine.batch.add, service.star.tokenizer
+
+        def adding(context: Any, query: Any, **options: Any) -> Any:
+            return add(context, query, **(options | say(tokenizer, text)))
+
+        service.engine.batch.add = adding  # type: ignore[method-assign]
+
+    return before
 
 
 def eventually(condition: Callable[[], bool], seconds: float = _WAIT_S) -> bool:

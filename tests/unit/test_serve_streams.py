@@ -11,9 +11,8 @@ import httpx
 import pytest
 
 from star_attention.serve.http.app import make_app
-from star_attention.serve.service import Service
-from tests.servers import ASK, DOCUMENT, Server, eventually, in_parts, running
-from tests.talkers import byte_level, say, talker
+from tests.servers import ASK, DOCUMENT, Server, eventually, in_parts, running, saying
+from tests.talkers import byte_level, talker
 
 CHAT = "/v1/chat/completions"
 LONG = DOCUMENT * 12
@@ -87,22 +86,12 @@ def test_characters_of_several_tokens(text: str) -> None:
     """Forbids halves of characters, and characters twice."""
     tokenizer = byte_level(chat="{{ messages[0].content }}")
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "the cat"}]}
-    with running(talker(tokenizer), before=lambda service: always(service, text)) as server:
+    with running(talker(tokenizer), before=saying(text)) as server:
         whole = server.post(CHAT, body).json()
         stream = events(server.post(CHAT, body | {"stream": True}).text)
     assert whole["choices"][0]["message"]["content"] == text
     assert "".join(contents(stream)) == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in contents(stream))
-
-
-def always(service: Service, text: str) -> None:
-    """Have every answer say a text."""
-    add, tokenizer = service.engine.batch.add, service.star.tokenizer
-
-    def adding(context: Any, query: Any, **options: Any) -> Any:
-        return add(context, query, **(options | say(tokenizer, text)))
-
-    service.engine.batch.add = adding  # type: ignore[method-assign]
 
 
 def test_a_slow_reader_gets_larger_pieces() -> None:

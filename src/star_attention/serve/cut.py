@@ -94,7 +94,8 @@ def _unmarked_part(
     part = {key: value for key, value in part.items() if key not in _MARKS}
     if part.get("type") == "file":
         part = {"type": "text", "text": file_text(part)}
-        found.append(Boundary(rule="file", message=message, part=number))
+        ttl = max((mark.ttl for mark in found if mark.ttl is not None), default=None)
+        found.append(Boundary(rule="file", message=message, part=number, ttl=ttl))
     return part, found
 
 

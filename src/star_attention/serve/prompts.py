@@ -293,12 +293,15 @@ class Prompts:
         """Return the text of a message's file: one that was uploaded, or in the message itself."""
         file = part.get("file")
         file = file if isinstance(file, dict) else {}
+        text = file.get("text")
+        if isinstance(text, str):
+            return text
         if isinstance(file.get("file_id"), str):
             return self._service.files.get(tenant, file["file_id"]).text
         data = file.get("file_data")
         if not isinstance(data, str):
             raise InvalidInputError(
-                "a part of type file has neither file_id nor file_data; give one of them"
+                "a part of type file has neither file_id nor file_data nor text; give one of them"
             )
         try:
             content = base64.b64decode(data.rpartition(",")[2], validate=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from typing import Any
 
@@ -283,6 +284,21 @@ def _around(message: Message, arguments: dict[str, Any] | str | None = None) -> 
     ]
 
 
+def reads(tokenizer: Any, name: str) -> bool:
+    """True if a tokenizer's chat template reads an argument of this name."""
+    template = getattr(tokenizer, "chat_template", None)
+    return isinstance(template, str) and name in _names_in(template)
+
+
+@functools.lru_cache(maxsize=8)
+def _names_in(source: str) -> frozenset[str]:
+    """Return the names that a template reads."""
+    # Slow to import, and not needed without arguments.
+    from jinja2 import Environment
+
+    return frozenset(text for _, kind, text in Environment().lex(source) if kind == "name")
+
+
 def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, Any]:
     """Return arguments as JSON values; functions among the tools become their schemas."""
     if not isinstance(kwargs, (dict, type(None))):
@@ -293,9 +309,6 @@ def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, 
     kwargs = dict(kwargs or {})
     if not kwargs:
         return kwargs
-    # Slow to import, and not needed without arguments.
-    from jinja2 import Environment
-
     if isinstance(kwargs.get("tools"), (list, tuple)):
         from transformers.utils import get_json_schema
 
@@ -311,7 +324,7 @@ def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, 
         raise InvalidInputError(
             f"the chat template cannot be chosen: {first_line(error)}"
         ) from None
-    read = {text for _, kind, text in Environment().lex(source) if kind == "name"}
+    read = _names_in(source)
     for name, value in kwargs.items():
         if name in _SET_BY_US:
             raise InvalidInputError(

@@ -10,6 +10,7 @@ from star_attention.serve.http.ask_routes import AskRoutes
 from star_attention.serve.http.context_routes import ContextRoutes
 from star_attention.serve.http.file_routes import FileRoutes
 from star_attention.serve.http.guard import Guard
+from star_attention.serve.http.messages.routes import MessageRoutes
 from star_attention.serve.http.state import StateRoutes
 from star_attention.serve.keys import Keys
 from star_attention.serve.service import Service
@@ -24,6 +25,7 @@ def make_app(service: Service, keys: Keys | None) -> Guard:
     """
     asks, state = AskRoutes(service), StateRoutes(service)
     contexts, files = ContextRoutes(service), FileRoutes(service)
+    messages = MessageRoutes(service)
     table: list[tuple[str, str, Any]] = [
         ("GET", "/health", state.health),
         ("GET", "/ready", state.ready),
@@ -34,6 +36,8 @@ def make_app(service: Service, keys: Keys | None) -> Guard:
         ("POST", "/v1/chat/completions", asks.chat),
         ("POST", "/v1/chat/completions/input_tokens", asks.count),
         ("POST", "/v1/completions", asks.complete),
+        ("POST", "/v1/messages", messages.create),
+        ("POST", "/v1/messages/count_tokens", messages.count),
         ("POST", "/v1/contexts", contexts.create),
         ("GET", "/v1/contexts", contexts.list),
         ("GET", "/v1/contexts/{id}", contexts.get),

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from star_attention.serve.http.asking import Asked, Asking
 from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.fields import read_messages
 from star_attention.serve.http.objects import ChatShape, TextShape
 from star_attention.serve.http.problems import bad_request
 from star_attention.serve.service import Service
@@ -64,18 +65,6 @@ class AskRoutes:
                 "rule": plan.rule,
             }
         )
-
-
-def read_messages(body: Body) -> list[Any]:
-    """Return the messages of a chat.
-
-    Raises:
-        Problem: there are none.
-    """
-    messages = body.take("messages")
-    if not isinstance(messages, list) or not messages:
-        raise wrong_type("messages", messages, "a list of messages that is not empty")
-    return messages
 
 
 def _chat(body: Body) -> tuple[list[Any], Body]:

@@ -27,6 +27,11 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + encoded(value) + b"\n\n"
 
 
+def named_event(value: dict[str, Any]) -> bytes:
+    """Return an event with a JSON object, whose name is the object's type."""
+    return f"event: {value['type']}\n".encode() + event(value)
+
+
 def comment(text: str) -> bytes:
     """Return a line that clients skip."""
     return f": {text}\n\n".encode()

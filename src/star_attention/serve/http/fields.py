@@ -19,6 +19,8 @@ IGNORED = frozenset(
     (
         "audio",
         "client_metadata",
+        "context_management",
+        "inference_geo",
         "metadata",
         "parallel_tool_calls",
         "prediction",
@@ -47,7 +49,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "container": (),
     "logit_bias": ({},),
+    "mcp_servers": ([],),
     "modalities": (["text"], []),
     "presence_penalty": (0,),
     "structured_outputs": ({},),
@@ -152,6 +156,33 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
         explicit=cache.get("mode") == "explicit",
     )
     return Ask(**ask, ignored=_rest(body), names=body.names)  # type: ignore[arg-type]
+
+
+def read_messages(body: Body) -> list[Any]:
+    """Return the messages of a chat.
+
+    Raises:
+        Problem: there are none.
+    """
+    messages = body.take("messages")
+    if not isinstance(messages, list) or not messages:
+        raise wrong_type("messages", messages, "a list of messages that is not empty")
+    return messages
+
+
+def refuse_fields(body: Body, remedies: dict[str, str]) -> None:
+    """Refuse fields of a chat that another protocol has not.
+
+    Args:
+        body: a request.
+        remedies: what to do instead, by the field.
+
+    Raises:
+        Problem: one of them is there.
+    """
+    for name, remedy in remedies.items():
+        if name in body.fields:
+            raise not_supported(name, quote(body.fields[name]), remedy)
 
 
 def _limit(body: Body, settings: ServeSettings) -> int | None:

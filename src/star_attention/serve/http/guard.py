@@ -14,7 +14,7 @@ from starlette.requests import Request
 from star_attention.errors import quote
 from star_attention.serve.http.events import encoded
 from star_attention.serve.http.objects import new_id
-from star_attention.serve.http.problems import Problem, of_error
+from star_attention.serve.http.problems import Problem, anthropic_envelope, of_error
 from star_attention.serve.keys import OPEN, Keys
 from star_attention.serve.logs import log_failure
 from star_attention.serve.settings import ServeSettings, is_loopback
@@ -23,10 +23,12 @@ _log = logging.getLogger(__name__)
 
 PUBLIC = frozenset(("/health", "/ready"))
 """Paths that need no key."""
+_ANTHROPIC = "/v1/messages"
+"""The beginning of paths whose errors have Anthropic's form."""
 
 
 class Guard:
-    """The outermost layer of the app: keys, request ids, errors in the envelope, a line in the log.
+    """The outermost layer of the app: keys, request ids, envelopes of errors, a line in the log.
 
     The log has no prompts, no keys and no query strings.
 
@@ -58,12 +60,12 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                ]
+                own = [(name, request_id.encode()) for name in names]
+                message["headers"] = [*message["headers"], *own]
             await send(message)
 
+        is_anthropic = scope["path"].startswith(_ANTHROPIC)
+        names = [b"x-request-id", *([b"request-id"] if is_anthropic else [])]
         scope.setdefault("state", {})["request_id"] = request_id
         # The router raises for a path that there is not, instead of answering in plain text.
         scope["app"] = self
@@ -77,7 +79,10 @@ class Guard:
                 # An answer that has begun cannot change its status.
                 log_failure(f"request {request_id}, after its answer began,", error)
             else:
-                await _send(named, problem)
+                envelope = problem.envelope
+                if is_anthropic:
+                    envelope = anthropic_envelope(problem, request_id)
+                await _send(named, problem, envelope)
         finally:
             _log.info(
                 "%s %s %d %.3f s %s",
@@ -154,9 +159,9 @@ def _routing(error: HTTPException, scope: Any) -> Problem:
     return Problem(error.status_code, str(error.detail), headers=headers)
 
 
-async def _send(send: Any, problem: Problem) -> None:
+async def _send(send: Any, problem: Problem, envelope: dict[str, Any]) -> None:
     headers = {"content-type": "application/json", **problem.headers}
-    body = encoded(problem.envelope)
+    body = encoded(envelope)
     headers["content-length"] = str(len(body))
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": raw})

@@ -24,6 +24,16 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _NO_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients repeat a request after an error of the server's, unless this says no."""
 
@@ -54,7 +64,7 @@ class Problem(Exception):  # noqa: N818 (it is an answer, not a defect)
 
     @property
     def envelope(self) -> dict[str, Any]:
-        """The body of the answer."""
+        """The body of the answer, in OpenAI's form."""
         by_side = "invalid_request_error" if self.status < 500 else "server_error"
         kind = _TYPES.get(self.status, by_side)
         return {
@@ -65,6 +75,17 @@ class Problem(Exception):  # noqa: N818 (it is an answer, not a defect)
                 "code": self.code,
             }
         }
+
+
+def anthropic_envelope(problem: Problem, request_id: str) -> dict[str, Any]:
+    """Return the body of the answer in Anthropic's form."""
+    message = problem.message
+    if problem.code == "context_length_exceeded":
+        # Clients recognize it by these words.
+        message = f"prompt is too long: {message}"
+    kind = _ANTHROPIC_TYPES.get(problem.status, "invalid_request_error")
+    error = {"type": kind, "message": message, "param": problem.param, "code": problem.code}
+    return {"type": "error", "error": error, "request_id": request_id}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -51,8 +52,10 @@ class StateRoutes:
         )
 
     async def models(self, request: Request) -> Response:
-        """List the model."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """List the model, as clients of OpenAI's and of Anthropic's protocol read it."""
+        name = self._service.name
+        page = {"has_more": False, "first_id": name, "last_id": name}
+        return JSONResponse({"object": "list", "data": [self._model()], **page})
 
     async def model(self, request: Request) -> Response:
         """Describe the model."""
@@ -60,11 +63,16 @@ class StateRoutes:
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
-        limit = self._service.star.runtime.positions.limit
+        service = self._service
+        limit = service.star.runtime.positions.limit
+        created_at = datetime.fromtimestamp(service.created, UTC)
         return {
-            "id": self._service.name,
+            "id": service.name,
             "object": "model",
-            "created": self._service.created,
+            "type": "model",
+            "display_name": service.name,
+            "created": service.created,
+            "created_at": created_at.isoformat().replace("+00:00", "Z"),
             "owned_by": "star-attention",
             "max_model_len": limit,
             "context_length": limit,

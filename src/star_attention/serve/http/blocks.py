@@ -1,0 +1,68 @@
+"""Streams of a single answer in blocks: what it thinks, and what it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from star_attention.generation.result import Delta, Generation
+from star_attention.serve.http.objects import Shape
+
+REASONING, TEXT = "reasoning", "text"
+
+
+class BlockShape(Shape):
+    """What the protocols share whose answers are lists of blocks.
+
+    Attributes:
+        kind: the kind of the open block; None for none.
+        number: the open block's place among the answer's blocks, from 0.
+        written: the text of the open block.
+        answer: the answer, once it has ended.
+        more: further fields that come with its end.
+    """
+
+    def __init__(self) -> None:
+        self.kind: str | None = None
+        self.number = -1
+        self.written = ""
+        self.answer: Generation | None = None
+        self.more: dict[str, Any] = {}
+
+    def piece(self, index: int, delta: Delta) -> bytes:
+        events = b""
+        for kind, text in ((REASONING, delta.reasoning), (TEXT, delta.text)):
+            if text:
+                events += self._turn_to(kind) + self.add(text)
+                self.written += text
+        return events
+
+    def ending(self, index: int, answer: Generation, more: dict[str, Any]) -> bytes:
+        # An answer without text has a block without text.
+        events = self._turn_to(TEXT)
+        self.answer, self.more = answer, more
+        return events + self._end_block()
+
+    def begin_block(self) -> bytes:
+        """Return events that say that a block begins."""
+        raise NotImplementedError
+
+    def add(self, text: str) -> bytes:
+        """Return an event with what the open block goes on with."""
+        raise NotImplementedError
+
+    def end_block(self) -> bytes:
+        """Return events that say that the open block has ended."""
+        raise NotImplementedError
+
+    def _turn_to(self, kind: str) -> bytes:
+        """Open a block of a kind, unless one is open."""
+        if self.kind == kind:
+            return b""
+        events = self._end_block()
+        self.kind, self.number, self.written = kind, self.number + 1, ""
+        return events + self.begin_block()
+
+    def _end_block(self) -> bytes:
+        events = b"" if self.kind is None else self.end_block()
+        self.kind = None
+        return events

@@ -1,0 +1,168 @@
+"""Requests of `/v1/messages`, as those of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from star_attention.errors import quote
+from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.fields import read_messages, refuse_fields
+from star_attention.serve.http.problems import bad_request
+
+NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
+"""What the fields of a chat are called here."""
+
+_REFUSED = {
+    "logprobs": "ask /v1/chat/completions",
+    "max_completion_tokens": "give max_tokens",
+    "n": "ask once for each answer",
+    "reasoning_effort": "give output_config.effort",
+    "response_format": "give output_config.format",
+    "stop": "give stop_sequences",
+    "top_logprobs": "ask /v1/chat/completions",
+}
+"""Fields of a chat that this protocol has not, and what to do instead."""
+
+
+def read_chat(body: Body, reads: Callable[[str], bool]) -> tuple[list[Any], Body]:
+    """Return the messages of a request, and its other fields as those of a chat.
+
+    Args:
+        body: the request.
+        reads: tells whether the chat template reads an argument.
+    """
+    refuse_fields(body, _REFUSED)
+    system = body.take("system")
+    messages = [_message(message) for message in read_messages(body)]
+    if system:
+        messages.insert(0, {"role": "system", "content": _content(system, {})})
+    mark = body.take("cache_control")
+    if mark:
+        _mark_end(messages, mark)
+    fields = body.fields
+    if "stop_sequences" in fields:
+        fields["stop"] = fields.pop("stop_sequences")
+    tool_choice = fields.get("tool_choice")
+    if isinstance(tool_choice, dict) and tool_choice.get("type") in ("auto", "none"):
+        # Without tools it asks for nothing.
+        del fields["tool_choice"]
+    _take_thinking(body, reads)
+    return messages, Body(fields, NAMES)
+
+
+def _take_thinking(body: Body, reads: Callable[[str], bool]) -> None:
+    """Have the template think as the request says, if it reads such arguments."""
+    output, thinking = body.object("output_config"), body.object("thinking")
+    if output.get("format") is not None:
+        body.fields["response_format"] = _format(output["format"])
+    wanted: dict[str, Any] = {}
+    if thinking:
+        wanted["enable_thinking"] = thinking.get("type") != "disabled"
+    if output.get("effort") is not None:
+        wanted["reasoning_effort"] = output["effort"]
+    read = {name: value for name, value in wanted.items() if reads(name)}
+    if read:
+        body.fields["chat_template_kwargs"] = read | body.object("chat_template_kwargs")
+
+
+def _format(wanted: Any) -> Any:
+    """Return a chat's form of the format of an answer."""
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        return wanted
+    return {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+
+
+def _message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    own = dict(message)
+    content = _content(message.get("content"), own)
+    if content == []:
+        # What an assistant only thought.
+        del own["content"]
+        return own
+    return own | {"content": content}
+
+
+def _content(content: Any, message: dict[str, Any]) -> Any:
+    """Return content with blocks in the form of a chat's parts; thoughts go to the message."""
+    if not isinstance(content, list):
+        return content
+    parts: list[Any] = []
+    for block in content:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "document":
+            parts += _document(block)
+        elif kind == "thinking":
+            message["reasoning_content"] = str(block.get("thinking", ""))
+        elif kind == "text":
+            parts.append({key: value for key, value in block.items() if key != "citations"})
+        elif kind != "redacted_thinking":
+            # Text is all that can be read: others are refused by their type.
+            parts.append(block)
+    return parts
+
+
+def _document(block: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a document: what is said about it, and its text."""
+    citations = block.get("citations")
+    if isinstance(citations, dict) and citations.get("enabled"):
+        raise bad_request(
+            "citations of a document are not supported; leave them out, and ask for `sources`",
+            "messages",
+            "unsupported_value",
+        )
+    about = [block[name] for name in ("title", "context") if isinstance(block.get(name), str)]
+    parts = [{"type": "text", "text": f"{text}\n"} for text in about if text]
+    file = {"type": "file", "file": _file(block.get("source"), block.get("title"))}
+    if block.get("cache_control"):
+        file["cache_control"] = block["cache_control"]
+    return [*parts, file]
+
+
+def _file(source: Any, title: Any) -> dict[str, Any]:
+    """Return the file of a document's source."""
+    if not isinstance(source, dict):
+        raise wrong_type("source", source, "an object with the type text, base64, content or file")
+    kind = source.get("type")
+    if kind == "text" and isinstance(source.get("data"), str):
+        return {"text": source["data"]}
+    if kind == "base64" and isinstance(source.get("data"), str):
+        return {"file_data": source["data"], "filename": title or "document"}
+    if kind == "file" and isinstance(source.get("file_id"), str):
+        return {"file_id": source["file_id"]}
+    if kind == "content":
+        blocks = source.get("content")
+        texts = [blocks] if isinstance(blocks, str) else _texts(blocks)
+        return {"text": "".join(texts)}
+    raise bad_request(
+        f"a document has a source of type {quote(kind)}; give its text in a source of type text"
+        " (no URL is opened)",
+        "messages",
+        "unsupported_value",
+    )
+
+
+def _texts(blocks: Any) -> list[str]:
+    texts = []
+    for block in blocks if isinstance(blocks, list) else [blocks]:
+        text = block.get("text") if isinstance(block, dict) else None
+        if not isinstance(text, str):
+            raise bad_request(
+                "a document's content has blocks that are no text; give blocks of type text",
+                "messages",
+                "unsupported_value",
+            )
+        texts.append(text)
+    return texts
+
+
+def _mark_end(messages: list[Any], mark: Any) -> None:
+    """Put a mark of the whole request where its last part begins."""
+    last = messages[-1]
+    content = last.get("content") if isinstance(last, dict) else None
+    if isinstance(content, list) and len(content) > 1 and isinstance(content[-2], dict):
+        content[-2] = {**content[-2], "cache_control": mark}
+    elif len(messages) > 1 and isinstance(messages[-2], dict):
+        messages[-2] = {**messages[-2], "cache_control": mark}
