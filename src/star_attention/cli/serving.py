@@ -57,7 +57,8 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
 
         def ready() -> None:
-            status.say(f"serving {name} at http://{shown}:{port}/v1; Ctrl-C ends it")
+            base = f"http://{shown}:{port}/"
+            status.say(f"serving {name} at {base}v1, with a page at {base}; Ctrl-C ends it")
 
         with warnings.catch_warnings():
             # They quote texts, which are clients' from now on.

@@ -11,6 +11,7 @@ from star_attention.serve.http.context_routes import ContextRoutes
 from star_attention.serve.http.file_routes import FileRoutes
 from star_attention.serve.http.guard import Guard
 from star_attention.serve.http.messages.routes import MessageRoutes
+from star_attention.serve.http.page import PATHS, PageRoutes
 from star_attention.serve.http.state import StateRoutes
 from star_attention.serve.keys import Keys
 from star_attention.serve.service import Service
@@ -51,6 +52,8 @@ def make_app(service: Service, keys: Keys | None) -> Guard:
         ("GET", "/v1/files/{id}/content", files.content),
         ("DELETE", "/v1/files/{id}", files.delete),
     ]
+    page = PageRoutes()
+    table += [("GET", path, page.file) for path in sorted(PATHS)]
     router = Router([_route(path, table) for path in dict.fromkeys(path for _, path, _ in table)])
     router.redirect_slashes = False
 

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from star_attention.errors import quote
 from star_attention.serve.http.events import encoded
 from star_attention.serve.http.objects import new_id
+from star_attention.serve.http.page import PATHS
 from star_attention.serve.http.problems import Problem, anthropic_envelope, of_error
 from star_attention.serve.keys import OPEN, Keys
 from star_attention.serve.logs import log_failure
@@ -21,7 +22,7 @@ from star_attention.serve.settings import ServeSettings, is_loopback
 
 _log = logging.getLogger(__name__)
 
-PUBLIC = frozenset(("/health", "/ready"))
+PUBLIC = PATHS | {"/health", "/ready"}
 """Paths that need no key."""
 _ANTHROPIC = "/v1/messages"
 """The beginning of paths whose errors have Anthropic's form."""
