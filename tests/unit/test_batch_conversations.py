@@ -9,6 +9,7 @@ import torch
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError
+from star_attention.generation.conversation import kept_by
 from tests.engines import CONTEXT, QUERY, engine, ids
 
 SIZES: dict[str, Any] = dict(block_size=16, anchor_size=5, reserve_tokens=128)
@@ -115,3 +116,22 @@ def test_refusals(star: StarLLM, context: EncodedContext) -> None:
     long = small.generate(small.encode(ids(400)), ids(50), keep=True, **ANSWER)
     with small.batch() as batch, pytest.raises(ContextLengthError, match="1 turn before it"):
         batch.add(long, ids(60), **ANSWER)
+
+
+def test_what_was_kept_holds_after_an_equal_context(star: StarLLM, context: EncodedContext) -> None:
+    """Forbids that an answer's keys and values keep a context in memory, or need that very one."""
+    query = ids(QUERY)
+    with star.batch() as batch:
+        kept = kept_by(batch.add(context, query, keep=True, **ANSWER).result().conversation)
+        assert kept is not None
+        again = star.encode(ids(CONTEXT))
+        longer = [*kept.ids, *ids(5)]
+        row = batch.add(again, longer, begun=kept, keep=True, **ANSWER).result()
+        right = star.generate(context, longer, **ANSWER)
+        assert row.token_ids == right.token_ids
+        torch.testing.assert_close(row.logits, right.logits, atol=1e-3, rtol=1e-4)
+        assert row.kept_tokens == len(kept.ids)
+        # What differs is computed.
+        other = [*query[:4], *longer]
+        row = batch.add(again, other, begun=kept, **ANSWER).result()
+        assert row.token_ids == star.generate(context, other, **ANSWER).token_ids

@@ -20,7 +20,7 @@ SHORT = {"messages": ASK, "max_tokens": 3}
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with running() as server:
+    with running(max_conversations=0) as server:
         yield server
 
 

@@ -187,6 +187,23 @@ class KeepOptions:
             show_default="no limit",
         ),
     ] = None
+    max_conversations: Annotated[
+        int,
+        option(
+            "Most conversations whose next prompt computes only what is new; 0 for none.",
+            panel=_CONTEXTS,
+            metavar="N",
+            min=0,
+        ),
+    ] = _DEFAULTS.max_conversations
+    conversation_ttl: Annotated[
+        float,
+        option(
+            "Seconds without use after which a conversation is dropped.",
+            panel=_CONTEXTS,
+            metavar="X",
+        ),
+    ] = _DEFAULTS.conversation_ttl
 
 
 Groups = ServerOptions | LimitOptions | TimeOptions | KeepOptions

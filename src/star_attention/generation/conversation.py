@@ -131,17 +131,49 @@ def answer_to(conversation: Conversation, query: Any, options: dict[str, Any]) -
 
 def said_tokens(conversation: Conversation, prompt: list[int]) -> int:
     """Count the first tokens of a prompt that are those of earlier turns, all but one."""
-    if not conversation.turns:
-        return 0
+    return _shared_tokens(conversation, prompt) if conversation.turns else 0
+
+
+def reusable(conversation: Conversation, prompt: list[int]) -> tuple[KeptTail | None, int]:
+    """Return what is kept, and for how many of the first tokens of a prompt it holds."""
+    tail, tokens = conversation._tail, _shared_tokens(conversation, prompt)
+    return (tail, tokens) if tail is not None and tokens else (None, 0)
+
+
+def _shared_tokens(conversation: Conversation, prompt: list[int]) -> int:
     pairs = zip(conversation._ids, prompt[:-1], strict=False)
     most = min(len(conversation._ids), len(prompt) - 1)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), most)
 
 
-def reusable(conversation: Conversation, prompt: list[int]) -> tuple[KeptTail | None, int]:
-    """Return what is kept, and for how many of the first tokens of a prompt it holds."""
-    tail, tokens = conversation._tail, said_tokens(conversation, prompt)
-    return (tail, tokens) if tail is not None and tokens else (None, 0)
+@dataclass(frozen=True, kw_only=True)
+class KeptTokens:
+    """What a conversation keeps, without its context: it holds after any context equal to that.
+
+    Attributes:
+        ids: token ids after the context.
+        tail: their keys and values.
+    """
+
+    ids: list[int]
+    tail: KeptTail
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values on this rank."""
+        return self.tail.nbytes
+
+
+def kept_by(conversation: Conversation | None) -> KeptTokens | None:
+    """Return what a conversation keeps; None for nothing."""
+    if conversation is None or conversation._tail is None:
+        return None
+    return KeptTokens(ids=conversation._ids, tail=conversation._tail)
+
+
+def beginning_with(conversation: Conversation, kept: KeptTokens) -> Conversation:
+    """Return a conversation without turns, after which a query may begin with kept tokens."""
+    return replace(conversation, turns=(), _ids=kept.ids, _tail=kept.tail)
 
 
 def sent(conversation: Conversation) -> Sent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,9 +12,10 @@ import torch
 from star_attention.engine import StarLLM
 from star_attention.errors import OutOfMemoryError
 from star_attention.generation.batching.batch import Batch, Row
-from star_attention.generation.result import Delta
+from star_attention.generation.conversation import KeptTokens, kept_by
+from star_attention.generation.result import Delta, Generation
 from star_attention.serve import jobs
-from star_attention.serve.jobs import Event, Job
+from star_attention.serve.jobs import Event, Job, Question
 from star_attention.serve.logs import log_failure
 from star_attention.storage.context import EncodedContext
 
@@ -73,8 +75,9 @@ class Answers:
         try:
             context = self._context(job)
             for index, question in enumerate(job.questions):
-                row = self.batch.add(context, question.ids, **question.options)
+                row = self._add(job, context, question, job.begun)
                 self._rows[row] = job, index
+            job.begun = None
         except Exception as error:
             self.fail(job, error)
             return
@@ -105,6 +108,9 @@ class Answers:
         for row in [row for row, (other, _) in self._rows.items() if other is job]:
             del self._rows[row]
             row.cancel()
+            if job.keep is not None and row.done and row.error is None:
+                # Its client may go on with what it has seen.
+                self._kept(job, row)
         job.release()
 
     def fail(self, job: Job, error: BaseException) -> None:
@@ -150,9 +156,24 @@ class Answers:
         if row.error is not None:
             self.fail(job, row.error)
             return
-        self.events.append(jobs.ended(job, index, row.result()))
+        self.events.append(jobs.ended(job, index, self._kept(job, row)))
         if not any(other is job for other, _ in self._rows.values()):
             job.release()
+
+    def _add(
+        self, job: Job, context: EncodedContext, question: Question, begun: KeptTokens | None
+    ) -> Row:
+        keep = job.keep is not None
+        return self.batch.add(context, question.ids, begun=begun, keep=keep, **question.options)
+
+    def _kept(self, job: Job, row: Row) -> Generation:
+        """Return a row's answer after keeping what prompts that go on with it need."""
+        result = row.result()
+        kept = kept_by(result.conversation)
+        if kept is not None and job.keep is not None:
+            job.keep(kept)
+        # It refers to the context, which is the store's.
+        return replace(result, conversation=None)
 
     def _begins_again(self, row: Row, job: Job, index: int) -> bool:
         """True for an answer that had no memory to begin, and begins again with more."""
@@ -162,7 +183,7 @@ class Answers:
         del self._rows[row]
         question = job.questions[index]
         try:
-            again = self.batch.add(self._context(job), question.ids, **question.options)
+            again = self._add(job, self._context(job), question, None)
         except Exception as error:
             self.fail(job, error)
             return True

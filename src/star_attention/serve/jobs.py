@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from star_attention.errors import StarAttentionError
+from star_attention.generation.conversation import KeptTokens
 from star_attention.generation.result import Delta, Generation
 from star_attention.serve.contexts.lease import Lease
 from star_attention.serve.refusals import RefusalError
@@ -66,6 +67,8 @@ class Job:
         first_ids: a context of a token or so, for a prompt that is a query as a whole.
         again: opens the context once more, if somebody deletes it before it is there; None for one
             that the client has named.
+        begun: what an earlier answer has kept of the questions; dropped once they are asked.
+        keep: takes what the answer keeps, in the engine's thread; None to keep nothing.
         changed: set when something happens; jobs of one client share it.
         created, started, first, ended: times of `time.monotonic`, 0.0 before.
     """
@@ -75,6 +78,8 @@ class Job:
     loop: asyncio.AbstractEventLoop
     first_ids: tuple[int, ...] = ()
     again: Callable[[], Lease] | None = None
+    begun: KeptTokens | None = None
+    keep: Callable[[KeptTokens], None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     choices: list[Choice] = field(default_factory=list)
     error: BaseException | None = None

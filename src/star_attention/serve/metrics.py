@@ -43,6 +43,7 @@ class Metrics:
         self.generated = counter("generation_tokens", "Tokens of answers")
         self.queries = counter("prefix_cache_queries", "Tokens of prompts that could be kept")
         self.hits = counter("prefix_cache_hits", "Tokens of prompts that were kept")
+        self.said = counter("conversation_tokens", "Tokens of prompts that conversations had kept")
         self.rules = counter("context_rules", "Prompts by the rule that cut them", "rule")
         self.first_token = histogram("time_to_first_token_seconds", "Request to first token")
         self.between = histogram("inter_token_latency_seconds", "Mean time between tokens")
@@ -68,6 +69,7 @@ class Metrics:
         for choice in job.choices:
             assert choice.result is not None, "the job has ended"
             self.success.labels(choice.result.finish_reason).inc()
+            self.said.inc(choice.result.kept_tokens)
             self.generated.inc(choice.tokens)
             self.of_answer.observe(choice.tokens)
             if choice.tokens > 1:

@@ -139,6 +139,8 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
             device_bytes=settings.max_context_bytes or free_bytes(star.device) // 2,
             disk_bytes=settings.max_store_bytes,
             ttl=settings.context_ttl,
+            talks=settings.max_conversations,
+            talk_ttl=settings.conversation_ttl,
         ),
         folder=None if settings.store is None else StoreFolder(settings.store, identity),
         identity=identity,

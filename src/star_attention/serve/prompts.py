@@ -5,42 +5,22 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.hf.text import literal
-from star_attention.hf.text.messages import normalized
-from star_attention.hf.text.rendered import RenderedText
-from star_attention.hf.text.template import ChatTemplate, check_written
+from star_attention.generation.conversation import KeptTokens
 from star_attention.serve import cut
 from star_attention.serve.contexts.entry import Content, Wanted
 from star_attention.serve.contexts.keys import Scope, as_ids
 from star_attention.serve.contexts.lease import Lease
+from star_attention.serve.contexts.talks import Prompt, Talk
+from star_attention.serve.cutter import Cutter
 from star_attention.serve.http.fields import Ask
 from star_attention.serve.http.uploads import text_of
-from star_attention.serve.reading import (
-    Known,
-    Piece,
-    Source,
-    after,
-    checked,
-    cut_text,
-    document,
-    going_on,
-    on_context,
-    raw_content,
-    raw_ids,
-    reader_of,
-    unread,
-)
+from star_attention.serve.reading import Piece, Source, after, document, on_context
 from star_attention.serve.service import Service
-
-_LONGEST_QUERY = 4096
-"""Tokens that may follow a kept context for which nobody asked: a query is read in one piece."""
-_LAST_TOKENS = 512
-"""Tokens at the end of a prompt that has no better place for a cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +37,9 @@ class Plan:
         query_ids: token ids after it.
         is_chat: True if the end of a turn ends the answer.
         param: the field that the prompt came in.
+        prompt: the prompt as later ones go on with it; None to keep nothing of its answer.
+        talk: the conversation that it goes on with; None for none.
+        kept_tokens: its first query tokens that the conversation has kept.
     """
 
     tenant: str
@@ -68,11 +51,19 @@ class Plan:
     query_ids: list[int]
     is_chat: bool
     param: str
+    prompt: Prompt | None = None
+    talk: Talk | None = None
+    kept_tokens: int = 0
 
     @property
     def is_kept(self) -> bool:
         """True if the context outlives the request."""
         return self.context_id is not None or (self.wanted is not None and self.wanted.keep)
+
+    @property
+    def said_tokens(self) -> int:
+        """Tokens that a conversation has kept, beside those of a kept context."""
+        return self.kept_tokens + len(self.first_ids) if self.kept_tokens else 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,6 +79,7 @@ class Prompts:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._cutter = Cutter(service.store, service.settings)
 
     def open(self, plan: Plan) -> Lease | None:
         """Return a hold on a plan's context; None if it is a first token alone."""
@@ -104,6 +96,19 @@ class Prompts:
         wanted = plan.wanted
         return None if wanted is None else lambda: self._service.store.acquire(wanted)
 
+    def conversation(
+        self, plan: Plan
+    ) -> tuple[KeptTokens | None, Callable[[KeptTokens], None] | None]:
+        """Return what is kept of a plan's query, and what takes what its answer keeps."""
+        talks, prompt, talk = self._service.store.talks, plan.prompt, plan.talk
+        if talk is not None:
+            talks.use(talk)
+        begun = None if talk is None else talk.kept
+        if prompt is None:
+            return begun, None
+        first = prompt if talk is None else talk.first
+        return begun, lambda kept: talks.add(prompt, first, kept)
+
     def content(self, plan: Plan) -> Content | None:
         """Return what the kept context of a plan is made of; None if nothing is kept."""
         if plan.context_id is not None:
@@ -111,7 +116,10 @@ class Prompts:
         return plan.wanted.content if plan.wanted is not None and plan.is_kept else None
 
     def cached_tokens(self, plan: Plan) -> int:
-        """Return the tokens of a plan's context that are kept already."""
+        """Return the tokens of a plan's prompt that are kept already."""
+        return self._cached_context(plan) + plan.said_tokens
+
+    def _cached_context(self, plan: Plan) -> int:
         if plan.context_id is not None:
             return plan.context_tokens
         if plan.wanted is None:
@@ -135,9 +143,11 @@ class Prompts:
         scope = Scope(tenant=tenant, salt=ask.salt)
 
         def read(star: StarLLM) -> Piece:
-            if named is not None:
-                return on_context(star, named, marked.messages, ask.template_kwargs)
-            return self._read_chat(star, scope, marked, ask)
+            if named is None:
+                return self._cutter.chat(star, scope, marked, ask)
+            piece = on_context(star, named, marked.messages, ask.template_kwargs)
+            _, unsaid_tokens = self._cutter.endings.of(star, ask.template_kwargs)
+            return replace(piece, unsaid_tokens=unsaid_tokens)
 
         piece = await self._service.lanes.run(marked.characters, read)
         return self._plan(piece, scope, ask, is_chat=True)
@@ -154,7 +164,7 @@ class Prompts:
         def read(star: StarLLM) -> Piece:
             if named is not None:
                 return Piece(content=named, query_ids=after(star, named, prompt), rule="context")
-            return self._read_text(star, scope, prompt, ask)
+            return self._cutter.text(star, scope, prompt, ask)
 
         piece = await self._service.lanes.run(len(prompt), read)
         return self._plan(piece, scope, ask, is_chat=False)
@@ -174,101 +184,6 @@ class Prompts:
         )
         return Wanted(scope=Scope(tenant=tenant, salt=salt), content=content, ttl=ttl)
 
-    # -------------------------------------------------------------------------------- cutting
-
-    def _read_chat(self, star: StarLLM, scope: Scope, marked: cut.MarkedChat, ask: Ask) -> Piece:
-        template = ChatTemplate(star.tokenizer, ask.template_kwargs)
-        source = str(getattr(star.tokenizer, "chat_template", ""))
-        messages = cut.for_template(normalized(marked.messages), source)
-        boundaries = marked.boundaries
-        try:
-            text = literal.render(template, messages)
-        except InvalidInputError:
-            merged = cut.instructions_first(messages)
-            if merged == messages:
-                raise
-            # Places of marks have moved with the messages.
-            messages, boundaries = merged, []
-            text = literal.render(template, messages)
-        check_written(text.text, messages)
-        text = reader_of(star).rendered(text)
-        ends = cut.ends_of_parts(text.text, messages)
-        named = cut.named_cut(ends, boundaries)
-        if named is not None:
-            at, boundary = named
-            known = self._known(scope)
-            return cut_text(star, text, at, boundary.rule, ttl=boundary.ttl, known=known)
-        at = cut.likely_cut(text.text, ends, messages) or 0
-        begun = self._begun(star, scope, text) if self._is_implicit(ask) else None
-        if begun is not None and begun.content is not None and begun.content.text is not None:
-            is_short = len(begun.query_ids) <= _LONGEST_QUERY
-            if is_short or at <= len(begun.content.text):
-                return begun
-        piece = cut_text(star, text, at, "implicit", known=self._known(scope))
-        ids = piece.query_ids
-        if piece.content is None and len(ids) > _LONGEST_QUERY:
-            # As a query, so much would be read in one piece. Nobody can find it again.
-            content = Content(ids=as_ids(ids[:-_LAST_TOKENS]))
-            return Piece(content=content, query_ids=ids[-_LAST_TOKENS:], rule="none", keep=False)
-        return self._long_enough(piece, ask)
-
-    def _begun(
-        self, star: StarLLM, scope: Scope, text: RenderedText, *, raw: bool = False
-    ) -> Piece | None:
-        """Return the cut after the longest kept context that a text begins with."""
-        kept = self._service.store.prefix_of(scope, unread(text, raw=raw))
-        if kept is None or kept.text is None:
-            return None
-        query_ids = going_on(star, kept, text)
-        if query_ids is None:
-            return None
-        return Piece(content=kept, query_ids=query_ids, rule="prefix")
-
-    def _known(self, scope: Scope) -> Known:
-        return lambda head: self._service.store.of_text(scope, unread(head))
-
-    def _read_text(self, star: StarLLM, scope: Scope, prompt: str | list[int], ask: Ask) -> Piece:
-        head = 0
-        if isinstance(prompt, str):
-            text = reader_of(star).raw(prompt, "prompt")
-            begun = self._begun(star, scope, text, raw=True) if self._is_implicit(ask) else None
-            if begun is not None and len(begun.query_ids) <= _LONGEST_QUERY:
-                return begun
-            ids, head = raw_ids(star, prompt), cut.line_break(prompt)
-        else:
-            ids = checked(star, prompt)
-        if self._is_implicit(ask):
-            kept = self._service.store.prefix_of(scope, Content(ids=as_ids(ids)))
-            if kept is not None and len(ids) - len(kept) <= _LONGEST_QUERY:
-                return Piece(content=kept, query_ids=ids[len(kept) :], rule="prefix")
-        content = None
-        if isinstance(prompt, str) and head:
-            own = raw_content(star, prompt[:head])
-            if own.ids.tolist() == ids[: len(own)] and len(own) < len(ids):
-                content = own
-        elif len(ids) > _LAST_TOKENS:
-            # The question is somewhere at the end.
-            content = Content(ids=as_ids(ids[:-_LAST_TOKENS]))
-        tokens = 0 if content is None else len(content)
-        piece = Piece(content=content, query_ids=ids[tokens:], rule="implicit")
-        return self._long_enough(piece, ask)
-
-    def _is_implicit(self, ask: Ask) -> bool:
-        return self._service.settings.implicit and not ask.explicit
-
-    def _long_enough(self, piece: Piece, ask: Ask) -> Piece:
-        """Return what nobody named: kept if it may be, or else for this request alone.
-
-        A short one is no context at all.
-        """
-        content, least = piece.content, self._service.settings.min_context_tokens
-        if content is None or len(content) < max(least, 1):
-            before = [] if content is None else content.ids.tolist()
-            return Piece(content=None, query_ids=before + piece.query_ids, rule="none")
-        if self._is_implicit(ask):
-            return piece
-        return Piece(content=content, query_ids=piece.query_ids, rule="none", keep=False)
-
     def _plan(self, piece: Piece, scope: Scope, ask: Ask, *, is_chat: bool) -> Plan:
         content, ids = piece.content, piece.query_ids
         shared: dict[str, Any] = dict(
@@ -276,6 +191,7 @@ class Prompts:
             rule=piece.rule,
             is_chat=is_chat,
             param=ask.name("messages" if is_chat else "prompt"),
+            **self._continued(piece, scope, ask),
         )
         if content is None:
             if len(ids) < 2:
@@ -288,6 +204,27 @@ class Prompts:
             )
         wanted = Wanted(scope=scope, content=content, keep=piece.keep, ttl=piece.ttl)
         return Plan(wanted=wanted, context_tokens=len(content), query_ids=ids, **shared)
+
+    def _continued(self, piece: Piece, scope: Scope, ask: Ask) -> dict[str, Any]:
+        """Return the fields of a plan about its conversation."""
+        talks, content, ids = self._service.store.talks, piece.content, piece.query_ids
+        if not talks.is_on or ask.explicit or not piece.keep:
+            return {}
+        if content is None:
+            content, ids = Content(ids=as_ids(ids[:1])), ids[1:]
+        text = None if piece.text is None else piece.text[len(content.text or "") :]
+        prompt = Prompt(
+            scope=scope,
+            content=content,
+            ids=as_ids(ids),
+            text=text,
+            raw=piece.raw,
+            unsaid_tokens=piece.unsaid_tokens,
+        )
+        talk, kept_tokens = talks.after(prompt)
+        # Of several answers nobody knows which is gone on with.
+        own = prompt if ask.answers == 1 else None
+        return {"prompt": own, "talk": talk, "kept_tokens": kept_tokens}
 
     def _file_text(self, tenant: str, part: dict[str, Any]) -> str:
         """Return the text of a message's file: one that was uploaded, or in the message itself."""

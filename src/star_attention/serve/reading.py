@@ -44,13 +44,28 @@ Known = Callable[[RenderedText], Content | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A cut prompt, before it is known what it is kept as."""
+    """A cut prompt, before it is known what it is kept as.
+
+    Attributes:
+        content: its context; None where the whole is a query.
+        query_ids: token ids after it.
+        rule: what decided the cut.
+        ttl: the least seconds to keep the context.
+        keep: False for a context of this request alone.
+        text: the whole prompt up to a user's last word, by which later ones that go on with it are
+            looked for; None where they are not.
+        raw: True if no chat template wrote it.
+        unsaid_tokens: tokens after a user's last word.
+    """
 
     content: Content | None
     query_ids: list[int]
     rule: str
     ttl: float | None = None
     keep: bool = True
+    text: str | None = None
+    raw: bool = False
+    unsaid_tokens: int = 0
 
 
 def reader_of(star: StarLLM) -> Reader:

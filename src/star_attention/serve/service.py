@@ -177,9 +177,12 @@ class Service:
     def _gauges(self) -> Numbers:
         engine = self.engine
         _, places, queued = self.store.counts()
+        talks, talk_bytes, _ = self.store.talks.numbers()
         return {
             ("contexts", "location"): {place: number for place, (number, _) in places.items()},
             ("context_bytes", "location"): {place: size for place, (_, size) in places.items()},
+            ("conversations", ""): {"": talks},
+            ("conversation_bytes", ""): {"": talk_bytes},
             ("num_encodes_waiting", ""): {"": queued},
             ("num_requests_running", ""): {"": engine.batch.running},
             ("num_requests_waiting", ""): {"": engine.batch.waiting + engine.waiting},
@@ -189,12 +192,15 @@ class Service:
 
     def _counters(self) -> Numbers:
         counts, _, _ = self.store.counts()
+        _, _, talks = self.store.talks.numbers()
         return {
             ("context_lookups", "outcome"): dict(counts.found),
             ("context_misses", "reason"): dict(counts.missed),
             ("context_evictions", "to"): dict(counts.evicted),
             ("context_reloads", ""): {"": counts.reloads},
             ("contexts_encoded_again", ""): {"": counts.again},
+            ("conversation_hits", ""): {"": talks.hits},
+            ("conversations_dropped", "reason"): dict(talks.dropped),
             ("encodes", "outcome"): dict(counts.encodes),
             ("encode_tokens", ""): {"": counts.encoded_tokens},
             ("encode_tokens_reused", ""): {"": counts.reused_tokens},

@@ -19,6 +19,7 @@ SIZES = (
     "max_store_bytes",
 )
 """Settings that may be written as 64k, 1m or 8g."""
+_MAY_BE_ZERO = ("port", "drain_timeout", "min_context_tokens", "max_conversations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class ServeSettings:
         max_context_bytes: most bytes of contexts in memory; None for half of what is free.
         max_store_bytes: most bytes of contexts in the folder.
         context_ttl: seconds without use after which a context is dropped; None for no limit.
+        max_conversations: most conversations whose next prompt computes only what is new; 0 for
+            none.
+        conversation_ttl: seconds without use after which a conversation is dropped.
     """
 
     host: str = "127.0.0.1"
@@ -79,6 +83,8 @@ class ServeSettings:
     max_context_bytes: int | None = None
     max_store_bytes: int = 64 * 2**30
     context_ttl: float | None = None
+    max_conversations: int = 256
+    conversation_ttl: float = 1800.0
 
     @classmethod
     def of(cls, **values: Any) -> ServeSettings:
@@ -101,7 +107,7 @@ class ServeSettings:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            least = 0 if field.name in ("port", "drain_timeout", "min_context_tokens") else 1
+            least = 0 if field.name in _MAY_BE_ZERO else 1
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise InvalidInputError(
                     f"{field.name} {value} does not work; give a number of seconds, 0 or more"

@@ -12,7 +12,12 @@ from star_attention.generation import requests
 from star_attention.generation.batching.encoding import Encoding, Encodings, encode_task
 from star_attention.generation.batching.scheduler import Scheduler
 from star_attention.generation.batching.task import RowTask, tasks_of
-from star_attention.generation.conversation import Conversation, LeadingKeeper
+from star_attention.generation.conversation import (
+    Conversation,
+    KeptTokens,
+    LeadingKeeper,
+    beginning_with,
+)
 from star_attention.generation.result import Asked, Delta, Generation, talk_after
 from star_attention.generation.run import warn_of_unanswered
 from star_attention.generation.settings import GenerateOptions, ResolvedSettings
@@ -155,6 +160,8 @@ class Batch(Transient):
         self,
         context: Asked,
         query: Content | Prepared | None = None,
+        *,
+        begun: KeptTokens | None = None,
         **settings: Unpack[GenerateOptions],
     ) -> Row:
         """Add a row, which takes part from the next step on, as soon as there is room.
@@ -163,6 +170,8 @@ class Batch(Transient):
             context: the context to ask, or a conversation to go on with, as for
                 `StarLLM.generate`. It is referred to until the row has ended.
             query: one query, as for `StarLLM.generate`.
+            begun: what a conversation on an equal context kept; as far as the query begins with its
+                token ids, they are not computed again. For a context, not a conversation.
             settings: those of `StarLLM.generate` for one answer by greedy search or sampling.
 
         Raises:
@@ -172,7 +181,10 @@ class Batch(Transient):
         self._check_open()
         runtime = self._runtime
         with runtime.collective("a batch"):
-            task = self._task(talk_after(context, self._ask), query, dict(settings))
+            talk = talk_after(context, self._ask)
+            if begun is not None:
+                talk = beginning_with(talk, begun)
+            task = self._task(talk, query, dict(settings))
         row = self._rows[task] = Row(self, task)
         self._scheduler.add(task)
         return row

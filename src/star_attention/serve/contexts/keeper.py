@@ -42,6 +42,7 @@ class Keeper:
             table.all_changed = True
         if table.has_changed:
             self._shelf.write_ahead(self._sweeper.sweep())
+            self._make_talks_fit()
         if self._job is not None and self._job[0].loading:
             self._poll_load(*self._job[:2])
         elif self._job is not None:
@@ -58,8 +59,9 @@ class Keeper:
             self._table.counts.out_of_memory += 1
         for entry in leaving:
             self._evict(entry)
+        has_dropped = self._table.talks.make_room(0)
         self._table.encoder.free_memory()
-        return bool(leaving)
+        return bool(leaving) or has_dropped
 
     def close(self) -> None:
         """Refuse whoever waits, and write what is worth it."""
@@ -200,7 +202,29 @@ class Keeper:
                 entry.status, entry.error = Status.FAILED, refusal
             table.resolve(entry, refusal)
             return None
-        return budget.to_evict(others, entry.nbytes, limit)
+        talks = table.talks
+        leaving = budget.to_evict(others, entry.nbytes, limit - talks.nbytes)
+        if leaving is None:
+            # It needs all of the room.
+            leaving = budget.to_evict(others, entry.nbytes, limit)
+            if leaving is not None:
+                talks.make_room(0)
+        return leaving
+
+    def _make_talks_fit(self) -> None:
+        """Have contexts leave that conversations have taken the room of; drop old ones."""
+        table = self._table
+        table.talks.drop_old()
+        if not table.talks.nbytes:
+            return
+        with table.lock:
+            limit = table.settings.device_bytes
+            leaving = budget.to_evict(table.registry, table.talks.nbytes, limit)
+            if leaving is None:
+                # What is in use, or pinned, comes first.
+                table.talks.make_room(max(0, limit - budget.on_device(table.registry)))
+        for entry in leaving or ():
+            self._evict(entry)
 
     def _start(self, entry: Entry) -> None:
         table = self._table

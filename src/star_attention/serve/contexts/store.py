@@ -25,6 +25,7 @@ from star_attention.serve.contexts.keys import KeyMaker, Scope
 from star_attention.serve.contexts.lease import Lease, Outcome
 from star_attention.serve.contexts.shelf import Shelf
 from star_attention.serve.contexts.table import Counts, Encoder, StoreSettings, Table
+from star_attention.serve.contexts.talks import Talks
 from star_attention.serve.refusals import RefusalError
 
 UNCHANGED: Any = object()
@@ -77,6 +78,11 @@ class ContextStore:
         self._shelf = Shelf(self._table, writer)
         self._keeper = Keeper(self._table, self._shelf)
         self._shelf.rescan()
+
+    @property
+    def talks(self) -> Talks:
+        """What answers keep for prompts that go on with them."""
+        return self._table.talks
 
     # -------------------------------------------------------------------------- for requests
 
@@ -234,6 +240,7 @@ class ContextStore:
         with self._table.lock:
             entry = self._finder.of_id(tenant, id)
             entry.deleted = True
+            self._table.forget_talks(entry)
             refusal = RefusalError(
                 f"the context {id} was deleted; create it again",
                 code="context_deleted",

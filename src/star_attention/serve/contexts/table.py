@@ -15,6 +15,11 @@ from star_attention.serve.contexts.entry import Entry
 from star_attention.serve.contexts.folder import StoreFolder
 from star_attention.serve.contexts.keys import KeyMaker, TokenIds
 from star_attention.serve.contexts.registry import Registry
+from star_attention.serve.contexts.talks import Talks
+
+_TALK_SHARE = 8
+"""Conversations take one part in so many of the device's bytes: they are made again more quickly
+than contexts."""
 
 
 class ContextJob(Protocol):
@@ -66,12 +71,14 @@ class StoreSettings:
     """How much is kept, and how long.
 
     Attributes:
-        device_bytes: most bytes of keys and values on the device.
+        device_bytes: most bytes of keys and values on the device, those of conversations included.
         pinned_bytes: most bytes of pinned contexts; None for half of `device_bytes`.
         disk_bytes: most bytes of keys and values in the folder.
         cold_tokens: most tokens of contexts whose ids alone are kept.
         ttl: seconds without use after which a context expires; None for never.
         linger_s: seconds that an encode goes on for after the last request that waited for it.
+        talks: most conversations that can be gone on with; 0 for none.
+        talk_ttl: seconds without use after which one is dropped.
     """
 
     device_bytes: int
@@ -80,6 +87,8 @@ class StoreSettings:
     cold_tokens: int = 64 * 2**20
     ttl: float | None = None
     linger_s: float = 30.0
+    talks: int = 0
+    talk_ttl: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.pinned_bytes is not None and self.pinned_bytes > self.device_bytes:
@@ -92,6 +101,11 @@ class StoreSettings:
     def pin_limit(self) -> int:
         """Most bytes of pinned contexts."""
         return self.device_bytes // 2 if self.pinned_bytes is None else self.pinned_bytes
+
+    @property
+    def talk_bytes(self) -> int:
+        """Most bytes of conversations."""
+        return self.device_bytes // _TALK_SHARE
 
 
 @dataclass
@@ -135,6 +149,7 @@ class Table:
         queue: contexts that are to be encoded or read from disk, the first one first.
         waiting: what waits for a context to be on the device.
         changed: contexts to look at again; `all_changed` is True if they all are.
+        talks: what answers on the contexts keep.
     """
 
     def __init__(
@@ -155,6 +170,7 @@ class Table:
         self.queue: list[Entry] = []
         self.waiting: dict[Entry, list[Future[Any]]] = {}
         self.counts = Counts()
+        self.talks = Talks(settings.talks, settings.talk_bytes, settings.talk_ttl, clock)
         self.changed: dict[Entry, None] = {}
         self.all_changed = True
         self._report, self._wake = changed, wake
@@ -210,7 +226,8 @@ class Table:
             self._report(id)
 
     def forget(self, entry: Entry) -> None:
-        """Drop all of a context, and its files."""
+        """Drop all of a context, its files, and the conversations on it."""
+        self.forget_talks(entry)
         entry.context, entry.has_file = None, False
         self.registry.forget(entry)
         if entry in self.queue:
@@ -223,10 +240,16 @@ class Table:
         if not entry.listed:
             self.forget(entry)
             return
+        self.forget_talks(entry)
         self.registry.expire(entry)
         entry.has_file = False
         self.remove_files(entry)
         self.note(entry)
+
+    def forget_talks(self, entry: Entry) -> None:
+        """Drop the conversations on a context."""
+        if entry.content is not None:
+            self.talks.drop_of(entry.scope.tenant, entry.content.ids)
 
     def remove_files(self, entry: Entry) -> None:
         """Remove a context's files."""

@@ -34,6 +34,7 @@ class Counts:
         prompt: all of them.
         context: those of its context.
         cached: those that were encoded before.
+        said: others, which a conversation has kept.
         kept: True if its context is kept.
     """
 
@@ -41,6 +42,7 @@ class Counts:
     context: int
     cached: int
     kept: bool
+    said: int = 0
 
 
 class Answering:
@@ -83,7 +85,7 @@ class Answering:
         return Usage(
             prompt=sum(count.prompt for count in self._counts),
             answer=sum(choice.tokens for choice in self._choices),
-            cached=sum(count.cached for count in self._counts),
+            cached=sum(count.cached + count.said for count in self._counts),
             written=sum(count.context for count in self._counts if count.kept and not count.cached),
         )
 
@@ -188,7 +190,8 @@ class Answering:
     def _note(self) -> None:
         for job, count in zip(self._jobs, self._counts, strict=True):
             kept = count.context if count.kept else 0
-            self._metrics.finished(job, count.prompt, kept, count.cached)
+            cached = count.cached + count.said
+            self._metrics.finished(job, count.prompt, kept + count.said, cached)
 
     def _progress(self) -> dict[str, Any]:
         waiting = [job.lease.view() for job in self._jobs if job.lease and not job.started]

@@ -206,7 +206,19 @@ class Asking:
                 ]
                 lease = self.prompts.open(plan)
                 again = self.prompts.reopening(plan)
-                jobs.append(Job(lease, questions, loop, plan.first_ids, again, changed))
+                begun, keep = self.prompts.conversation(plan)
+                jobs.append(
+                    Job(
+                        lease,
+                        questions,
+                        loop,
+                        first_ids=plan.first_ids,
+                        again=again,
+                        begun=begun,
+                        keep=keep,
+                        changed=changed,
+                    )
+                )
         except BaseException:
             for job in jobs:
                 job.release()
@@ -226,6 +238,7 @@ def _counts(plan: Plan, job: Job) -> Counts:
         prompt=plan.prompt_tokens,
         context=plan.context_tokens,
         cached=plan.context_tokens if was_there else 0,
+        said=plan.said_tokens,
         kept=plan.is_kept,
     )
 
@@ -233,7 +246,9 @@ def _counts(plan: Plan, job: Job) -> Counts:
 def _headers(plan: Plan, job: Job) -> dict[str, str]:
     """Return what an answer says about its context."""
     headers = {"x-star-rule": plan.rule, "x-star-context-tokens": str(plan.context_tokens)}
+    if plan.kept_tokens:
+        headers["x-star-conversation-tokens"] = str(plan.kept_tokens)
     if not plan.is_kept or job.lease is None:
-        return headers | {"x-star-cache": "none"}
+        return headers | {"x-star-cache": "hit" if plan.kept_tokens else "none"}
     headers |= {"x-star-cache": str(job.lease.outcome), "x-star-context": job.lease.id}
     return headers | ({"x-star-miss-reason": job.lease.reason} if job.lease.reason else {})
