@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import islice, product
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from star_attention.config import check_dtype
 from star_attention.distributed import Comm, SoloComm
@@ -121,6 +126,24 @@ def _random_model(shapes: str, dtype: str, device: torch.device) -> Any:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02, generator=generator)
     return model
+
+
+def random_tokenizer(vocab_size: int) -> Any:
+    """Return a tokenizer for a model with random weights: every id has a text of its own.
+
+    Ids are bytes, then pairs of letters, then words of four of them.
+    """
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pairs = [first + second for first in letters for second in letters]
+    words = islice(product(pairs, pairs), max(0, vocab_size - 256 - len(pairs)))
+    merges: list[tuple[str, str]] = [*product(letters, letters), *words]
+    tokens = [*sorted(ByteLevel.alphabet()), *map("".join, merges)][:vocab_size]
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    merges = [merge for merge in merges if "".join(merge) in vocabulary]
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def model_name(model: Any) -> str:

@@ -197,6 +197,34 @@ class SavedModelOptions(ModelOptions):
     ] = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServedModelOptions(ModelOptions):
+    """The model of a server."""
+
+    model: Annotated[
+        str,
+        option(
+            "Model folder, GGUF file, folder of an adapter, or hub id.",
+            "--model",
+            "-m",
+            panel="Model",
+            metavar="MODEL",
+            envvar=MODEL_VARIABLE,
+            show_default=False,
+        ),
+    ] = ""
+    shapes: Annotated[
+        str | None,
+        option(
+            "Random weights in the shapes of llama-3.1-8b or llama-3.2-1b, instead of a model: to"
+            " measure with.",
+            "--shapes",
+            panel="Model",
+            metavar="NAME",
+        ),
+    ] = None
+
+
 def json_object(text: str | None, name: str) -> dict[str, Any]:
     """Return the value of an option that takes a JSON object; {} for None."""
     if text is None:

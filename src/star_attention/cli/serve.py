@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from star_attention.cli.config_options import ConfigOptions
-from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.model_options import ServedModelOptions
 from star_attention.cli.options import Quiet
 from star_attention.cli.progress import Status
 from star_attention.cli.serve_options import (
@@ -19,7 +19,7 @@ from star_attention.cli.serve_options import (
 
 
 def serve(
-    model: ModelOptions,
+    model: ServedModelOptions,
     server: ServerOptions,
     limits: LimitOptions,
     keep: KeepOptions,

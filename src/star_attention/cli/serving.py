@@ -8,19 +8,25 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from star_attention.cli import session
-from star_attention.cli.model_options import ModelOptions
+from star_attention.cli.model_options import ServedModelOptions
 from star_attention.cli.progress import Status
 from star_attention.errors import InvalidInputError, MissingPackageError
 from star_attention.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from star_attention.engine import StarLLM
 
 _PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
 
 def serve(
-    model: ModelOptions, settings: ServeSettings, star_settings: dict[str, Any], status: Status
+    model: ServedModelOptions,
+    settings: ServeSettings,
+    star_settings: dict[str, Any],
+    status: Status,
 ) -> None:
     """Serve a model until a signal ends it.
 
@@ -43,7 +49,7 @@ def serve(
         _logged_requests(quiet=status.quiet),
         listening.bind(settings.host, settings.port) as listener,
     ):
-        star = session.load_with_tokenizer(model, status, **star_settings)
+        star = _load(model, status, star_settings)
         if star.num_ranks > 1:
             raise InvalidInputError(
                 f"serve runs on one process, this engine on {star.num_ranks} ranks; start it"
@@ -51,7 +57,7 @@ def serve(
             )
         from star_attention.serve import program
 
-        name = settings.served_model_name or _name(model.model)
+        name = settings.served_model_name or _name(model.shapes or model.model)
         service = program.make_service(star, name, settings)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -64,6 +70,25 @@ def serve(
             # They quote texts, which are clients' from now on.
             warnings.simplefilter("ignore")
             program.run(service, keys, listener, ready)
+
+
+def _load(model: ServedModelOptions, status: Status, settings: dict[str, Any]) -> StarLLM:
+    """Load the model, or make one of random weights.
+
+    Raises:
+        InvalidInputError: both are wanted, or none.
+    """
+    if (model.shapes is None) == (not model.model):
+        raise InvalidInputError("give either a model (-m) or the shapes of one (--shapes)")
+    if model.shapes is None:
+        return session.load_with_tokenizer(model, status, **settings)
+    from star_attention.bench.models import load_model, random_tokenizer
+    from star_attention.engine import StarLLM
+
+    with status.waiting(f"making weights in the shapes of {model.shapes}"):
+        made = load_model(None, model.shapes, dtype=model.dtype, device=model.device)
+        tokenizer = random_tokenizer(made.config.vocab_size)
+        return StarLLM(made, tokenizer, compile=model.compile, **model.settings | settings)
 
 
 def _name(model: str) -> str:

@@ -99,9 +99,17 @@ def time_with_peak(work: Callable[[], Any], device: torch.device) -> tuple[float
 def record(device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
     """Return date, command, hardware, versions, commit and ceilings."""
     return {
+        **circumstances(),
+        "hardware": hardware(device),
+        "ceilings": asdict(ceilings),
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """Return date, command, versions and commit."""
+    return {
         "date": date.today().isoformat(),
         "command": command(),
-        "hardware": hardware(device),
         "versions": {
             "star_attention": __version__,
             "torch": torch.__version__,
@@ -110,7 +118,6 @@ def record(device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "git": git_revision(),
-        "ceilings": asdict(ceilings),
     }
 
 

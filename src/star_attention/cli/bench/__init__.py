@@ -19,6 +19,7 @@ from star_attention.cli.bench.options import (
 )
 from star_attention.cli.bench.ranks import RanksOptions, measure_ranks
 from star_attention.cli.bench.rows import RowsOptions
+from star_attention.cli.bench.serve import ServeBenchOptions, measure_server
 from star_attention.cli.options import Quiet, option
 from star_attention.cli.paths import check_output_folder
 
@@ -66,6 +67,17 @@ def rows(target: TargetOptions, options: RowsOptions, quiet: Quiet = False) -> N
     --cases lockstep,turnover
     """
     measure(options.benchmark(), target, quiet)
+
+
+def serve(target: TargetOptions, options: ServeBenchOptions, quiet: Quiet = False) -> None:
+    """Clients of a server over loopback, compared with the same work in Python.
+
+    The server runs in a process of its own, the clients in others. Times are those of the clients;
+    rates count from the first request to the last text.
+
+    Example: star-attention bench serve --shapes llama-3.1-8b --out results --budget 240
+    """
+    measure_server(options, target, quiet)
 
 
 def kernels(target: TargetOptions, options: KernelsOptions, quiet: Quiet = False) -> None:
@@ -127,6 +139,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     decode,
     questions,
     rows,
+    serve,
     ranks,
     kernels,
     startup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +24,23 @@ if TYPE_CHECKING:
     from star_attention.tools.machine import Ceilings
 
 
-def measure(benchmark: Benchmark[Any], options: TargetOptions, quiet: bool) -> None:
+def measure(
+    benchmark: Benchmark[Any],
+    options: TargetOptions,
+    quiet: bool,
+    budget_s: float | None = None,
+) -> None:
     """Measure in this process: print the ceilings, then the results, and save them if asked to.
 
-    Under torchrun all ranks measure together, and rank 0 prints and saves.
+    Under torchrun all ranks measure together, and rank 0 prints and saves. After `budget_s` seconds
+    no further row is begun.
 
     Raises:
         InvalidInputError: the model or the folder cannot be used.
         ContextLengthError: the model has too few positions.
         MissingPackageError: pictures are wanted, and matplotlib is not installed.
     """
-    run = Run.start([benchmark.name], options, quiet)
+    run = Run.start([benchmark.name], options, quiet, budget_s)
     target = run.load(benchmark.longest_input, options.tensor_parallel)
     rows = run.rows(benchmark, target, [])
     run.finish(benchmark, benchmark.record(target, rows), rows, target.ceilings)
@@ -147,6 +153,41 @@ class Run:
         _save(record, self.options, first=not rows)
         if self.options.out is not None:
             benchmark.draw(rows, ceilings, Path(self.options.out))
+
+
+def measure_elsewhere(
+    benchmark: Benchmark[Any],
+    measured: Callable[[Callable[[str], None]], Iterator[Any]],
+    head: dict[str, Any],
+    options: TargetOptions,
+    *,
+    quiet: bool,
+    budget_s: float | None,
+) -> list[Any]:
+    """Measure what runs somewhere else, without a model here; print and save its rows.
+
+    Args:
+        benchmark: the benchmark.
+        measured: yields its rows, given what to call with a line before each.
+        head: what the JSON says of the model.
+        options: where to save.
+        quiet: True to print no lines before rows.
+        budget_s: seconds after which no further row is begun; None for no limit.
+    """
+    from star_attention.tools import machine
+
+    run = Run.start([benchmark.name], options, quiet, budget_s)
+    rows: list[Any] = []
+    for row in measured(run.progress):
+        rows.append(row)
+        if run.out_of_time():
+            run.progress("no time is left for the other rows")
+            break
+    record = {"benchmark": benchmark.name, **head, **machine.circumstances()}
+    record["rows"] = [asdict(row) for row in rows]
+    _print(benchmark.table(rows), record, benchmark.comparison(rows))
+    _save(record, options, first=True)
+    return rows
 
 
 def measure_new_processes(
