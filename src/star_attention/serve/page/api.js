@@ -31,10 +31,11 @@ export class ApiError extends Error {
   }
 }
 
-const sentence = (text) => {
-  const capital = text.charAt(0).toUpperCase() + text.slice(1);
-  return /[.!?]$/.test(capital) ? capital : `${capital}.`;
-};
+// Messages begin small; a name of a file or a field stays as it is.
+function sentence(text) {
+  const begun = /^[a-z]+ /.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
+  return /[.!?]$/.test(begun) ? begun : `${begun}.`;
+}
 
 export const isAbort = (error) => error.name === "AbortError";
 

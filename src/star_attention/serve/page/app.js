@@ -35,7 +35,8 @@ async function start() {
     const [served] = data;
     model = served.id;
     const limit = served.max_model_len;
-    $("model").textContent = limit ? `${model} · up to ${number(limit)} tokens` : model;
+    $("model").textContent = model;
+    $("limit").textContent = limit ? ` · up to ${number(limit)} tokens` : "";
     await documents.start();
   } catch (error) {
     alertText(textOf(error), { label: "Try again", run: start });

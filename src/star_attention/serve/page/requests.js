@@ -7,7 +7,12 @@ export async function showRequest(body) {
   $("curl").value = asCurl(body);
   $("python").value = asPython(body);
   $("request-note").hidden = !hasKey();
-  await ask($("request-dialog"), $("curl"));
+  const closed = ask($("request-dialog"), $("curl"));
+  for (const area of [$("curl"), $("python")]) {
+    area.setSelectionRange(0, 0);
+    area.scrollTop = 0;
+  }
+  await closed;
 }
 
 export function startCopying() {

@@ -5,6 +5,9 @@ import { isReady, nameOf } from "./documents.js";
 import { $, announce, el, errorBox, number, percent } from "./dom.js";
 import { copyText, showRequest } from "./requests.js";
 
+const HINT = "Enter asks. Shift+Enter starts a line.";
+const OF_ALL = " of the attention";
+const SHARE = "Share of the model's attention to the document";
 const NEAR_PX = 80; // from the end, within which a conversation is scrolled along
 
 // `goTo(item, sources, index, from)` shows a source; `marked(item, sources)` marks all of an
@@ -76,10 +79,17 @@ export class Talks {
     const busy = Boolean(talk?.abort);
     // The button that has the focus does not go away under it.
     const moves = document.activeElement === $("send") || document.activeElement === $("stop");
-    $("welcome").hidden = talk !== null && talk.turns.length > 0;
+    const isNew = talk !== null && !talk.turns.length;
+    $("welcome").hidden = talk !== null;
+    $("begin").hidden = !isNew;
+    if (isNew) {
+      $("begin-title").textContent = `Ask about ${nameOf(talk.item)}`;
+      $("begin-state").textContent = beginText(talk.item);
+    }
     $("new-talk").hidden = !talk?.turns.length;
     $("send").hidden = busy;
     $("stop").hidden = !busy;
+    $("ask-hint").textContent = busy ? "An answer is under way." : HINT;
     $("send").disabled = talk === null || ["failed", "expired"].includes(talk.item.context.status);
     $("about").textContent = talk === null ? "" : `about ${nameOf(talk.item)}`;
     if (moves) (busy ? $("stop") : $("question")).focus();
@@ -100,7 +110,11 @@ export class Talks {
   submit() {
     const talk = this.current;
     const text = $("question").value.trim();
-    if (!talk || talk.abort) return;
+    if (!talk) return;
+    if (talk.abort) {
+      announce("An answer is under way. Wait for it, or stop it.");
+      return;
+    }
     if (!text) {
       $("question").focus();
       announce("Write a question first.");
@@ -133,7 +147,7 @@ export class Talks {
     } finally {
       talk.abort = null;
       if (talk === this.current) this.showState();
-      this.follow(talk);
+      this.follow(talk, { far: true });
     }
   }
 
@@ -226,11 +240,11 @@ export class Talks {
     turn.thoughts.textContent = turn.reasoning;
   }
 
-  // Scroll along with an answer, unless its reader has scrolled away.
-  follow(talk) {
+  // Scroll along with an answer, unless its reader has scrolled away; `far` for its end.
+  follow(talk, { far = false } = {}) {
     const box = $("talks");
     const left = box.scrollHeight - box.scrollTop - box.clientHeight;
-    if (talk === this.current && (left < NEAR_PX || talk.turns.at(-1)?.done)) {
+    if (talk === this.current && (far || left < NEAR_PX)) {
       talk.node.lastElementChild?.scrollIntoView({ block: "end" });
     }
   }
@@ -275,19 +289,14 @@ export class Talks {
   }
 }
 
-function sourceButton({ text, weight, start }, index, click) {
-  const share = percent(weight);
+function sourceButton({ text, weight }, index, click) {
+  const unseen = (textContent) => el("span", { className: "unseen", textContent });
   return el(
     "button",
-    {
-      type: "button",
-      className: "source",
-      attrs: { "aria-label": `Source ${index + 1}, ${share} of the attention: ${text}` },
-      on: { click },
-    },
-    el("span", { className: "badge", textContent: index + 1 }),
+    { type: "button", className: "source", on: { click } },
+    el("span", { className: "badge" }, unseen("Source "), String(index + 1)),
     el("span", { className: "passage", textContent: text }),
-    el("span", { className: "muted small share", textContent: start === null ? "" : share }),
+    el("span", { className: "muted small share", title: SHARE }, percent(weight), unseen(OF_ALL)),
   );
 }
 
@@ -308,6 +317,12 @@ function options() {
   if (!Number.isNaN(most)) wanted.max_tokens = most;
   if (!Number.isNaN(temperature)) wanted.temperature = temperature;
   return wanted;
+}
+
+function beginText(item) {
+  if (isReady(item)) return "It has been read. Answers come at once.";
+  if (["failed", "expired"].includes(item.context.status)) return "Add it again to ask about it.";
+  return "The model is reading it. Ask now, and the answer comes once it is through.";
 }
 
 function waitText(item) {
