@@ -144,9 +144,14 @@ def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
         plan, stores, job.handle.windows, comm, anchors=anchors, link=link, recents=recents
     )
     forwards = Forwards(job)
-    if receives and not broadcasts:
-        yield from forwards.steps(cache, anchor_spans(plan, job.span_tokens))
-    yield from forwards.steps(cache, plan.spans(job.span_tokens, rank=comm.cp_rank))
+    try:
+        if receives and not broadcasts:
+            yield from forwards.steps(cache, anchor_spans(plan, job.span_tokens))
+        yield from forwards.steps(cache, plan.spans(job.span_tokens, rank=comm.cp_rank))
+    except GeneratorExit:
+        # Ranks stop together between two turns: all that was sent has arrived.
+        link.finish()
+        raise
     link.finish()
     return stores
 

@@ -186,18 +186,3 @@ def test_ranks_that_differ_are_refused_at_startup(pool: Pool, field: str) -> Non
     messages = pool.run(start_with_odd_rank_1, 3, field=field)
     assert messages == [messages[0]] * 3
     assert len(pool.run(pass_bad_arguments, 3)) == 3, "and the next engine works"
-
-
-def make_a_batch(comm: TorchComm) -> str:
-    star = engine("llama", comm=comm, **SIZES)
-    with pytest.raises(InvalidInputError) as raised:
-        star.batch()
-    return str(raised.value)
-
-
-def test_a_batch_is_refused(pool: Pool) -> None:
-    for message in pool.run(make_a_batch, 2):
-        assert message == (
-            "a batch runs on one process, this engine on 2 ranks; use generate with a list of"
-            " queries"
-        )

@@ -49,6 +49,13 @@ def test_the_number_of_ranks_is_invisible(
     assert pool.run(answer, ranks, name=name, settings=settings) == [right] * ranks
 
 
+def test_a_rank_without_a_block_takes_part(pool: Pool) -> None:
+    """Forbids that ranks wait for each other where a single one holds the whole context."""
+    sizes = RUNS | dict(block_size=CONTEXT)
+    right = answer(SoloComm(), "llama", sizes)
+    assert pool.run(answer, 2, name="llama", settings=sizes) == [right] * 2
+
+
 def session(comm: Any) -> list[Any]:
     """Answer in every way, on all ranks alike; return all sources."""
     star = StarLLM(text_model(), bundled_tokenizer(), comm=comm, block_size=8, anchor_size=4)

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from star_attention import StarLLM
+from star_attention.distributed import SoloComm
 from star_attention.errors import ContextLengthError, InvalidInputError, OutOfMemoryError
 from star_attention.generation.batching import encoding
+from star_attention.generation.batching.leading import Encode, Lead
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.storage.kv import LayerKV
 from tests.engines import assert_same_kv, bundled_tokenizer, engine, ids, text_model
@@ -69,15 +71,16 @@ def test_steps_and_forwards_take_turns() -> None:
 def test_steps_have_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now, forwards = 0.0, 0
 
-    def steps() -> Iterator[Span]:
+    def turns() -> Iterator[int]:
         nonlocal now, forwards
         while True:
             now, forwards = now + 1.0, forwards + 1
-            yield Span(start=0, stop=1, block_start=0)
+            yield 1
 
     monkeypatch.setattr(encoding, "time", SimpleNamespace(perf_counter=lambda: now))
     encodings = encoding.Encodings(torch.device("cpu"))
-    encodings.add(encoding.EncodeTask(100, steps()))  # type: ignore[arg-type]
+    first, lead = Encode(number=1), Lead(SoloComm())
+    encodings.add(encoding.EncodeTask(100, turns(), lead, first))  # type: ignore[arg-type]
     for _ in range(160):
         encodings.step()
         encodings.spent(0.0625, more=True)

@@ -87,8 +87,8 @@ def served(star: StarLLM) -> TokenByToken:
 def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Forwards after Python has looked at a step's tokens, and before."""
 
-    def cohort(handle: Any, forwards: Any, *, is_ahead: bool) -> Cohort:
-        return Cohort(handle, forwards, is_ahead=request.param)
+    def cohort(*arguments: Any, is_ahead: bool) -> Cohort:
+        return Cohort(*arguments, is_ahead=request.param)
 
     monkeypatch.setattr(scheduler, "Cohort", cohort)
     return bool(request.param)

@@ -123,6 +123,8 @@ class Progress(Protocol):
     def progress(self, done: int, total: int) -> None: ...
     def working(self, what: str) -> AbstractContextManager[None]: ...
     def rank_status(self) -> list[dict[str, Any]]: ...
+    def watch_others(self, change: int) -> None: ...
+    def check(self) -> None: ...
 
 
 class Comm(Control, Collectives, Progress, Protocol):
@@ -138,6 +140,7 @@ class Comm(Control, Collectives, Progress, Protocol):
         one_host: True if all ranks are of one host, each with a GPU of its own or sockets to the
             others.
         is_asynchronous: True if collectives run on the device, without waiting for Python.
+        shared_error: the last exception that all ranks raised in the same place.
     """
 
     rank: int
@@ -152,6 +155,9 @@ class Comm(Control, Collectives, Progress, Protocol):
     cp_traffic: Traffic
     tp_traffic: Traffic
     is_asynchronous: bool
+
+    @property
+    def shared_error(self) -> BaseException | None: ...
 
     @property
     def one_host(self) -> bool: ...

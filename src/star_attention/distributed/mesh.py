@@ -203,6 +203,24 @@ class Mesh(WorldControl):
         """Return what each rank last reported: `where`, `state`, `done` and `total` tokens."""
         return list(self.world.watchdog.statuses)
 
+    def watch_others(self, change: int) -> None:
+        """Let rank 0 look after the ranks that follow while it is idle; `change` is 1 or -1."""
+        self.world.watch_others(change)
+
+    def check(self) -> None:
+        """Raise an error if another rank is lost, between two calls of rank 0.
+
+        Raises:
+            RankError: it died, hangs or failed.
+        """
+        with self.world.call("a look at the ranks"):
+            self.world.tick()
+
+    @property
+    def shared_error(self) -> BaseException | None:
+        """The last exception that all ranks raised in the same place."""
+        return self.world.shared_error
+
     # ------------------------------------------------------------------ graphs
 
     @contextmanager

@@ -34,6 +34,10 @@ the texts (`hf/execution/sources.py`)."""
 END = "end"
 """Kind of the last message about a call of phase 2: its number, and the answers."""
 
+BATCH = "batch"
+"""Kind of the message about a batch of rows: its number, and what comes next
+(`generation/batching/leading.py`)."""
+
 # Bytes of a broadcast; a longer message takes a second one.
 _PACKET = 2048
 _LENGTH = 8
@@ -144,12 +148,12 @@ class WorldControl:
         )
 
     def receive_about(self, number: int) -> Any:
-        """Return rank 0's next message if it is about this call of phase 2; None if it is not.
+        """Return rank 0's next message if it is about this call or batch; None if it is not.
 
         A message about another call is kept for the call that expects it.
         """
         message = self._receive_but_ends(number)
-        if message[0] in (RESUME, SOURCES, END) and message[1] == number:
+        if message[0] in (RESUME, SOURCES, END, BATCH) and message[1] == number:
             return message
         self.push_back(message)
         return None
@@ -200,6 +204,8 @@ class WorldControl:
 
     def dismiss(self) -> None:
         """Let the ranks that follow go: `next_call` returns None there. On rank 0."""
+        # Who is let go may end.
+        self.world.watch_others(None)
         if self.rank == 0 and self.world.broken is None and self.followers.any():
             with self.collective(CLOSE):
                 pass

@@ -83,6 +83,12 @@ class SoloProgress:
     def rank_status(self) -> list[dict[str, Any]]:
         return []
 
+    def watch_others(self, change: int) -> None:
+        return
+
+    def check(self) -> None:
+        return
+
 
 class SoloComm(SoloControl, SoloProgress):
     """One process that holds the whole context and the whole model."""
@@ -93,6 +99,7 @@ class SoloComm(SoloControl, SoloProgress):
     transport_version = 0
     one_host = True
     is_asynchronous = False
+    shared_error = None
 
     def __init__(self) -> None:
         self.contexts, self.engines = contexts_of(0), engines_of(0)

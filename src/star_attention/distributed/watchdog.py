@@ -24,7 +24,9 @@ from star_attention import errors
 from star_attention.distributed.cpu_time import Work
 from star_attention.errors import RankError
 
-IDLE, BUSY, WAITING, GONE = "idle", "busy", "waiting", "gone"
+IDLE, LEADING, BUSY, WAITING, GONE = "idle", "leading", "busy", "waiting", "gone"
+"""States of a rank. Between two calls it is idle, and nobody's end concerns it; rank 0 may be
+leading instead, and looks after the ranks that follow."""
 
 BETWEEN_CALLS = "between calls"
 """Place of a rank that is in no call."""
@@ -369,7 +371,8 @@ class Watchdog:
 
     def _exit_if_stuck(self, now: float) -> None:
         """End this process if its work hangs and so does not notice that the ranks failed."""
-        if self.fault is None or self._state in (IDLE, GONE) or self._progress != self._stuck[0]:
+        rests = self._state in (IDLE, LEADING, GONE)
+        if self.fault is None or rests or self._progress != self._stuck[0]:
             self._stuck = (self._progress, now)
         elif now - self._stuck[1] > self._stall_s:
             print(

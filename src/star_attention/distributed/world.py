@@ -24,7 +24,15 @@ from star_attention.distributed.pauses import Pauses
 from star_attention.distributed.registry import contexts_of, engines_of
 from star_attention.distributed.rendezvous import START_S, STARTUP, connect, dist
 from star_attention.distributed.streams import Streams
-from star_attention.distributed.watchdog import BETWEEN_CALLS, BUSY, GONE, IDLE, WAITING, Watchdog
+from star_attention.distributed.watchdog import (
+    BETWEEN_CALLS,
+    BUSY,
+    GONE,
+    IDLE,
+    LEADING,
+    WAITING,
+    Watchdog,
+)
 from star_attention.errors import (
     InvalidInputError,
     RankError,
@@ -78,6 +86,8 @@ class World:
         self.in_call = False
         # The state between calls.
         self._resting = IDLE
+        # What rank 0 has under way on ranks that follow.
+        self._led = 0
         # Collectives that nobody has waited for yet.
         self._open_collectives = 0
         self._lock = threading.RLock()
@@ -222,6 +232,17 @@ class World:
             finally:
                 self._resting = IDLE
                 self.watchdog.set_state(IDLE)
+
+    def watch_others(self, change: int | None) -> None:
+        """Look after the other ranks between calls, too, or leave it.
+
+        Args:
+            change: 1 for a reason to do so, -1 for one that has gone; None for all that have.
+        """
+        self._led = 0 if change is None else max(0, self._led + change)
+        self._resting = LEADING if self._led else IDLE
+        if not self.in_call:
+            self.watchdog.set_state(self._resting)
 
     def await_call(self, receive: Callable[[], Any]) -> Any:
         """Return what `receive` gets from rank 0 between two calls, however long that takes.

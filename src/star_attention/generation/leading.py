@@ -11,6 +11,7 @@ from typing import Any
 
 from star_attention.distributed.messages import STREAM
 from star_attention.errors import InvalidInputError
+from star_attention.generation.batching import following
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ _ENGINE_CALLS: dict[str, Callable[[Any], Any]] = {
     "generate": lambda star: star.generate(None),
     "a stream": lambda star: star.stream(None),
     "logits": lambda star: star.logits(None, None),
+    "a batch": lambda star: following.begin(star.runtime),
 }
 """Calls of an engine by their names (`Control.collective`): rank 0's arguments count."""
 
@@ -36,10 +38,11 @@ class FollowCalls:
         """Do on this rank what rank 0 does, until it is done. For every rank but 0.
 
         Rank 0 calls `encode`, `generate`, `stream`, `extend`, `edit`, `load_context`, `prepare`,
-        `load_conversation`, `logits`, `save` and `with_config` as a single process would, on this
-        engine and on all others over these ranks. A context, or a conversation, is kept here for as
-        long as rank 0 keeps its own. Rank 0 may be idle for any time, and its exceptions end
-        nothing. This method returns when rank 0 calls `close`, or at the end of its process.
+        `load_conversation`, `logits`, `batch`, `save` and `with_config` as a single process would,
+        on this engine and on all others over these ranks. A context, or a conversation, is kept
+        here for as long as rank 0 keeps its own. Rank 0 may be idle for any time, and its
+        exceptions end nothing. This method returns when rank 0 calls `close`, or at the end of its
+        process.
 
             if star.rank > 0:
                 star.follow()

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
 
-from star_attention.errors import InvalidInputError, quote
+from star_attention.errors import InvalidInputError, quote, release_frames_on_oom
 from star_attention.generation import requests
 from star_attention.generation.batching.encoding import Encoding, Encodings, encode_task
+from star_attention.generation.batching.leading import Lead
 from star_attention.generation.batching.scheduler import Scheduler
 from star_attention.generation.batching.task import RowTask, tasks_of
 from star_attention.generation.conversation import (
@@ -138,9 +139,9 @@ class Batch(Transient):
     _instead_of_pickling = "take the results of its rows"
     _instead_of_deepcopy = "make another one"
 
-    def __init__(self, runtime: Runtime, max_rows: int) -> None:
-        self._runtime, self._ask = runtime, ask_with(runtime)
-        self._scheduler = Scheduler(runtime, max_rows)
+    def __init__(self, runtime: Runtime, max_rows: int, lead: Lead) -> None:
+        self._runtime, self._ask, self._lead = runtime, ask_with(runtime), lead
+        self._scheduler = Scheduler(runtime, max_rows, lead)
         self._encodings = Encodings(runtime.device)
         # Rows that have not ended.
         self._rows: dict[RowTask, Row] = {}
@@ -179,8 +180,7 @@ class Batch(Transient):
                 closed; and whatever `StarLLM.generate` raises.
         """
         self._check_open()
-        runtime = self._runtime
-        with runtime.collective("a batch"):
+        with release_frames_on_oom():
             talk = talk_after(context, self._ask)
             if begun is not None:
                 talk = beginning_with(talk, begun)
@@ -202,7 +202,7 @@ class Batch(Transient):
             settings.max_new_tokens,
             len(talk.turns),
         )
-        (task,) = tasks_of(runtime, context, prepared)
+        (task,) = tasks_of(runtime, context, prepared, self._lead)
         task.go_on_from(talk)
         task.keeper = LeadingKeeper.of(
             talk, prepared.queries, settings, runtime.tokenizer, self._ask
@@ -240,8 +240,8 @@ class Batch(Transient):
             chat_template_kwargs=chat_template_kwargs,
             reuse=reuse,
         )
-        with self._runtime.collective("a batch"):
-            task = encode_task(self._runtime, content, progress, options)
+        with release_frames_on_oom():
+            task = encode_task(self._runtime, self._lead, content, progress, options)
         self._encodings.add(task)
         return Encoding(task, self.step)
 
@@ -253,9 +253,13 @@ class Batch(Transient):
         Returns:
             The rows whose text or reasoning continues, with what was added, and those that have
             ended, whose delta may be empty.
+
+        Raises:
+            RankError: a rank is lost, or a part of the step failed on one. The batch has ended.
         """
         self._check_open()
         with self._running():
+            self._lead.check()
             self._encodings.step()
             started = time.perf_counter()
             events = [(self._rows[task], delta) for task, delta in self._scheduler.step()]
@@ -265,13 +269,20 @@ class Batch(Transient):
             if task.error is None:
                 warn_of_unanswered([task.answer.text], task.max_new_tokens)
         self._encodings.spent(spent_s, more=bool(self._rows))
+        self._settle()
         return events
+
+    def _settle(self) -> None:
+        """Let all ranks free what has ended, if no step may follow for long."""
+        if not (self._rows or self._encodings):
+            with self._running():
+                self._lead.settle()
 
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Run a step; after an exception that is of no single row, the batch ends."""
         try:
-            with self._runtime.collective("a batch"):
+            with release_frames_on_oom():
                 yield
         except BaseException as error:
             self._end(f"has failed ({type(error).__name__})", error)
@@ -287,6 +298,8 @@ class Batch(Transient):
         for task in [task for task, own in self._rows.items() if own is row]:
             self._scheduler.cancel(task)
             del self._rows[task]
+        if self._ended_by is None:
+            self._settle()
 
     def close(self) -> None:
         """Cancel all that has not ended; nothing can be added afterwards."""
@@ -295,11 +308,12 @@ class Batch(Transient):
 
     def _end(self, why: str, failure: BaseException | None = None) -> None:
         self._ended_by = why
-        self._encodings.close()
+        self._encodings.close(failure)
         for task, row in list(self._rows.items()):
             self.cancel(row)
             if isinstance(failure, Exception):
                 task.error = failure
+        self._lead.close()
 
     def _check_open(self) -> None:
         if self._ended_by is not None:
@@ -326,19 +340,21 @@ class BatchCalls:
             max_rows: most rows that run at once; others wait for their turn.
 
         Raises:
-            InvalidInputError: no such number of rows, or an engine on several ranks.
+            InvalidInputError: no such number of rows, or a rank other than 0.
         """
         runtime: Runtime = self.runtime
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise InvalidInputError(
                 f"max_rows {quote(max_rows)} does not work; give the most rows at once, 1 or more"
             )
-        if runtime.comm.size > 1:
-            raise InvalidInputError(
-                f"a batch runs on one process, this engine on {runtime.comm.size} ranks; use"
-                " generate with a list of queries"
-            )
-        return Batch(runtime, max_rows)
+        with runtime.collective("a batch"):
+            if runtime.comm.rank > 0:
+                raise InvalidInputError(
+                    f"rank 0 runs a batch, and rank {runtime.comm.rank} follows it; call"
+                    " star.follow() there"
+                )
+            lead = Lead.begin(runtime)
+        return Batch(runtime, max_rows, lead)
 
 
 def _check_single(prepared: Prepared) -> ResolvedSettings:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from star_attention.errors import NonFiniteError, OutOfMemoryError
+from star_attention.generation.batching.leading import Forward, Lead, numbers
 from star_attention.generation.batching.mixed import (
     MOST_ROWS,
     MOST_TOKENS,
@@ -42,16 +43,22 @@ class Cohort:
     Args:
         handle: the model.
         forwards: runs the forwards that rows share.
+        lead: tells the other ranks.
         is_ahead: True to issue a forward before Python looks at its tokens.
 
     Attributes:
         tasks: the rows whose queries have been read.
     """
 
-    def __init__(self, handle: ModelHandle, forwards: RowForwards, *, is_ahead: bool) -> None:
+    def __init__(
+        self, handle: ModelHandle, forwards: RowForwards, lead: Lead, *, is_ahead: bool
+    ) -> None:
         self.tasks: list[RowTask] = []
         self._handle, self._forwards, self._is_ahead = handle, forwards, is_ahead
+        self._lead, self._number = lead, next(numbers)
         self._rows = RowSet([])
+        # The rows that the other ranks know.
+        self._told: RowSet | None = None
         # Logits from which the next tokens are drawn, or tokens whose forward comes before that.
         self._logits_RV: Tensor | None = None
         self._due_R: Tensor | None = None
@@ -154,7 +161,7 @@ class Cohort:
             try:
                 self._run(self._due_R)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if self._lead.has_failed or not is_out_of_memory(error):
                     raise
                 youngest = max(self.tasks, key=lambda task: task.number)
                 refusal = OutOfMemoryError(
@@ -214,14 +221,22 @@ class Cohort:
         first = self.tasks[0]
         request, cache = first.request, first.cache
         assert request is not None
-        if cache is None:
-            return self._forwards.run(self._rows, tokens_R, request.rope_length)
-        tokens_11 = tokens_R[:, None]
-        (padding,) = cache.row_padding(1)
-        positions_11 = torch.full_like(tokens_11, cache.seen_tokens - padding)
-        logits_RV = request.forward(tokens_11, positions_11, cache)
-        assert logits_RV is not None, "rows run on a single process"
+        with self._lead.command(lambda: self._command(tokens_R, request.rope_length)):
+            if cache is None:
+                logits_RV = self._forwards.run(self._rows, tokens_R, request.rope_length)
+            else:
+                logits_RV = request.forward_next(tokens_R, cache)
+        assert logits_RV is not None, "rank 0 has logits"
         return logits_RV
+
+    def _command(self, tokens_R: Tensor, rope_length: int | None) -> Forward:
+        known, self._told = self._told is self._rows, self._rows
+        return Forward(
+            cohort=self._number,
+            rows=None if known else [task.number for task in self.tasks],
+            tokens=tokens_R.tolist(),
+            rope_length=rope_length,
+        )
 
     def _fail(self, task: RowTask, error: Exception) -> None:
         task.fail(error)

@@ -12,8 +12,11 @@ import torch
 from star_attention import encoding, inputs
 from star_attention.errors import InvalidInputError, release_frames
 from star_attention.generation import editing
+from star_attention.generation.batching.leading import Encode, Lead, numbers
 from star_attention.hf.progress import Progress
-from star_attention.planning.plan import Span
+from star_attention.inputs import ContextInput
+from star_attention.phase1 import Steps, finish
+from star_attention.planning.turns import forwards_by_turn
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.transient import Transient
@@ -23,9 +26,19 @@ _SHARE = 0.18
 _PART = 2
 """A forward of a context has the tokens of one alone over this: rows wait for it."""
 
+Turns = Generator[int, None, list[EncodedContext]]
+"""Work that pauses after each turn, with the tokens that it encoded. All ranks take the same number
+of turns; in some of them a rank may have nothing to do."""
+
 
 class EncodeTask:
     """A context under way.
+
+    Args:
+        tokens: tokens of the context.
+        turns: what encodes it on this rank.
+        lead: tells the other ranks.
+        first: what they need to know before the first turn.
 
     Attributes:
         tokens: tokens of the context.
@@ -35,36 +48,60 @@ class EncodeTask:
         canceled: True if nobody waits for it any more.
     """
 
-    def __init__(self, tokens: int, steps: Generator[Span, None, list[EncodedContext]]) -> None:
+    def __init__(self, tokens: int, turns: Turns, lead: Lead, first: Encode) -> None:
         self.tokens, self.encoded = tokens, 0
         self.context: EncodedContext | None = None
         self.error: Exception | None = None
         self.canceled = False
-        self._steps: Generator[Span, None, list[EncodedContext]] | None = steps
+        self._turns: Turns | None = turns
+        self._lead, self._command, self._number = lead, first, first.number
 
     @property
     def done(self) -> bool:
-        return self._steps is None
+        return self._turns is None
 
     def step(self) -> None:
-        """Run a forward."""
-        assert self._steps is not None, "the context has been encoded"
+        """Take a turn.
+
+        Raises:
+            Exception: a fault in the middle of it, after which the ranks' rows differ.
+        """
+        turns = self._turns
+        assert turns is not None, "the context has been encoded"
         try:
-            self.encoded += next(self._steps).tokens
-            return
+            with self._lead.command(lambda: self._command):
+                self._take(turns)
+        except Exception as error:
+            if self._lead.has_failed:
+                raise
+            # It is this context's: rows and other contexts go on.
+            self.fail(error)
+        self._command = Encode(number=self._number)
+
+    def _take(self, turns: Turns) -> None:
+        try:
+            self.encoded = min(self.tokens, self.encoded + next(turns))
         except StopIteration as end:
             (self.context,) = end.value
-        except Exception as error:
-            # It is this context's: rows and other contexts go on.
-            release_frames(error)
-            self.error = error
-        self._steps = None
+            self._turns = None
+
+    def fail(self, error: Exception) -> None:
+        """End without a context."""
+        release_frames(error)
+        self.error = error
+        self._end()
 
     def cancel(self) -> None:
         """Stop here, and free what has been encoded."""
-        if self._steps is not None:
-            self._steps.close()
-            self._steps, self.canceled = None, True
+        if self._turns is not None:
+            self.canceled = True
+            self._end()
+
+    def _end(self) -> None:
+        if self._turns is not None:
+            self._turns.close()
+            self._turns = None
+            self._lead.drop(self._number)
 
 
 class Encodings:
@@ -110,9 +147,11 @@ class Encodings:
         """
         self._owed_s = self._owed_s - seconds if more else 0.0
 
-    def close(self) -> None:
-        """Cancel all."""
+    def close(self, failure: BaseException | None = None) -> None:
+        """Cancel all; after a failure they have its error."""
         for task in self._tasks:
+            if isinstance(failure, Exception) and not task.done:
+                task.fail(failure)
             task.cancel()
 
 
@@ -173,12 +212,17 @@ class Encoding(Transient):
 
 
 def encode_task(
-    runtime: Runtime, content: Any, progress: Progress | bool | None, options: dict[str, Any]
+    runtime: Runtime,
+    lead: Lead,
+    content: Any,
+    progress: Progress | bool | None,
+    options: dict[str, Any],
 ) -> EncodeTask:
     """Check a context, and return what encodes it.
 
     Args:
         runtime: the engine's.
+        lead: tells the other ranks.
         content: a context, as for `StarLLM.encode`.
         progress: as for `StarLLM.encode`.
         options: `query`, `settings`, `chat_template_kwargs` and `reuse` of `StarLLM.encode`.
@@ -197,9 +241,76 @@ def encode_task(
         raise InvalidInputError(
             f"a batch encodes one context at a call, got {len(contexts)}; call encode for each"
         )
+    reuse = options.get("reuse")
+    first = Encode(
+        number=next(numbers), contexts=contexts, reuse=editing.reused_key(runtime, reuse)
+    )
+    turns = turns_of(runtime, contexts, reuse, progress)
+    return EncodeTask(len(contexts[0].ids_L), turns, lead, first)
+
+
+def turns_of(
+    runtime: Runtime,
+    contexts: list[ContextInput],
+    reuse: EncodedContext | None,
+    progress: Progress | bool | None,
+) -> Turns:
+    """Return what encodes a context on this rank, turn by turn. Collective.
+
+    Args:
+        runtime: the engine's.
+        contexts: the context.
+        reuse: a context whose blocks are copied; None for none.
+        progress: as for `StarLLM.encode`.
+    """
     runtime = runtime.with_config(tokens_per_forward=max(1, runtime.tokens_per_forward // _PART))
-    reuse, tokens = options.get("reuse"), len(contexts[0].ids_L)
-    if reuse is None:
-        return EncodeTask(tokens, encoding.steps(runtime, contexts, progress))
-    editing.reused_key(runtime, reuse)
-    return EncodeTask(tokens, editing.steps(runtime, contexts, reuse, progress))
+    if reuse is not None:
+        # On several ranks, which of them encodes how much depends on what has changed.
+        once: list[int] | None = None if runtime.comm.size == 1 else []
+        return _in_turns(editing.steps(runtime, contexts, reuse, progress), once)
+    forwards = _forwards(runtime, len(contexts[0].ids_L))
+    shares = runtime.comm.cp_size
+    return _in_turns(encoding.steps(runtime, contexts, progress), forwards, shares)
+
+
+def _forwards(runtime: Runtime, tokens: int) -> list[int] | None:
+    """Return how many forwards this rank runs in each turn; None for one, until the end.
+
+    Where a rank's forward waits for many of other ranks', there is a single turn.
+    """
+    comm, method, plan = runtime.comm, runtime.method, runtime.plan_for(tokens)
+    if comm.size == 1:
+        return None
+    if plan.stripes is not None or method.layout(runtime.config, plan) != plan.layout:
+        return []
+    return forwards_by_turn(
+        plan,
+        runtime.tokens_per_forward,
+        rank=comm.cp_rank,
+        local_anchor=runtime.config.anchor_source == "local",
+    )
+
+
+def _in_turns(
+    steps: Steps[list[EncodedContext]], forwards: list[int] | None, shares: int = 1
+) -> Turns:
+    """Run work in turns.
+
+    Args:
+        steps: the work, which pauses after each forward.
+        forwards: forwards of each turn but the last, in which the rest is done; None for one a turn
+            until the end.
+        shares: ranks that encode as many tokens at the same time.
+    """
+    try:
+        if forwards is None:
+            while True:
+                yield next(steps).tokens
+        for count in forwards:
+            yield shares * sum(next(steps).tokens for _ in range(count))
+        return finish(steps)
+    except StopIteration as end:
+        contexts: list[EncodedContext] = end.value
+        return contexts
+    finally:
+        steps.close()

@@ -6,16 +6,17 @@ Axes: R rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from star_attention.generation.batching.leading import Lead, Read
 from star_attention.generation.batching.task import RowTask
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.rows import RowKV
 from star_attention.hf.execution import second_look
-from star_attention.hf.execution.request import Request
+from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.rows import kind_of
 from star_attention.storage.oom import translate_oom
 from star_attention.storage.transfers import send
@@ -57,9 +58,80 @@ def _by_length(tasks: list[RowTask]) -> Iterator[list[RowTask]]:
         yield group
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadRow:
+    """What a row has on one rank once its query has been read.
+
+    Attributes:
+        kv: its keys and values.
+        cache: the cache that read it, for a row whose forwards nobody shares; None for others.
+    """
+
+    kv: RowKV
+    cache: AnswerCache | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadQueries:
+    """Queries that have been read on one rank.
+
+    Attributes:
+        request: the request, over the context or, after a second look, a copy of it.
+        logits_BV: logits of each query's next token, fp32; None on ranks other than 0.
+        rows: the rows that answer them.
+    """
+
+    request: Request
+    logits_BV: Tensor | None
+    rows: list[ReadRow]
+
+
+def read(request: Request, program: Program, rows: list[int]) -> ReadQueries:
+    """Read queries on one context. Collective.
+
+    Args:
+        request: the queries, on this rank.
+        program: how they are read, as rank 0 decides.
+        rows: of each row the query that it answers; several may answer one.
+
+    Raises:
+        OutOfMemoryError: there is too little memory.
+    """
+    with translate_oom(lambda: _out_of_memory(request)):
+        if program.second_look:
+            request = second_look.look(request)
+        cache = request.cache(program.padded_tokens, program.kept_tokens, program.max_new_tokens)
+        logits_BV = None
+        for ids_BS, positions_BS in request.forwards(cache):
+            logits_BV = request.forward(ids_BS, positions_BS, cache)
+        own = [_of(request, cache, query, shares=rows.count(query) > 1) for query in rows]
+    return ReadQueries(request=request, logits_BV=logits_BV, rows=own)
+
+
+def _of(request: Request, cache: AnswerCache, query: int, *, shares: bool) -> ReadRow:
+    """Return a row's part of what its group has read.
+
+    Args:
+        request: the group's request.
+        cache: the group's cache.
+        query: the row's query.
+        shares: True if other rows answer it, too.
+    """
+    if kind_of(request.shard, request.rope_length) is None:
+        # The only row of its group.
+        kv = RowKV(shard=request.shard, context_tokens=cache.context_tokens, tails=cache.tails)
+        return ReadRow(kv=kv, cache=cache)
+    kv = RowKV.of(cache, request.shard, query, len(request.queries), shares=shares)
+    return ReadRow(kv=kv, cache=None)
+
+
 @torch.no_grad()
-def prefill(tasks: list[RowTask]) -> Tensor:
+def prefill(tasks: list[RowTask], lead: Lead) -> Tensor:
     """Read the queries of a group, and give each row its keys and values.
+
+    Args:
+        tasks: the rows.
+        lead: tells the other ranks.
 
     Returns:
         The logits of each row's first token, fp32 `[R, V]`.
@@ -68,59 +140,49 @@ def prefill(tasks: list[RowTask]) -> Tensor:
         OutOfMemoryError: there is too little memory.
     """
     # Several answers to a query read it once.
-    numbers: dict[int, int] = {}
+    queries: dict[int, int] = {}
     requests: list[Request] = []
+    rows: list[int] = []
     for task in tasks:
         assert task.request is not None
-        if id(task.request.queries[0]) not in numbers:
-            numbers[id(task.request.queries[0])] = len(requests)
+        prompt = task.request.queries[0]
+        if id(prompt) not in queries:
+            queries[id(prompt)] = len(requests)
             requests.append(task.request)
+        rows.append(queries[id(prompt)])
     request = replace(requests[0], queries=[each.queries[0] for each in requests])
+    program = request.program(1)
+    with lead.command(lambda: _command(tasks, program, rows)):
+        done = read(request, program, rows)
     with translate_oom(lambda: _out_of_memory(request)):
-        if request.second_look:
-            request = second_look.look(request)
-        program = request.program(1)
-        cache = request.cache(program.padded_tokens, program.kept_tokens, program.max_new_tokens)
-        for ids_BS, positions_BS in request.forwards(cache):
-            logits_BV = request.forward(ids_BS, positions_BS, cache)
-        assert logits_BV is not None
-        rows = [numbers[id(query)] for query in _queries(tasks)]
-        for number, task in zip(rows, tasks, strict=True):
+        for task, own in zip(tasks, done.rows, strict=True):
             task.answer.kept_tokens = program.kept_tokens
-            _take_over(task, request, cache, number, shares=rows.count(number) > 1)
-    return logits_BV[send(rows, logits_BV.device)]
+            _take_over(task, done.request, own)
+        assert done.logits_BV is not None, "rank 0 has logits"
+        return done.logits_BV[send(rows, done.logits_BV.device)]
 
 
-def _queries(tasks: list[RowTask]) -> list[list[int]]:
-    return [task.request.queries[0] for task in tasks if task.request is not None]
+def _command(tasks: list[RowTask], program: Program, rows: list[int]) -> Read:
+    context, request = tasks[0].context, tasks[0].request
+    assert context is not None and request is not None, "they have not ended"
+    return Read(
+        context=context.key,
+        program=program,
+        rows=[(task.number, query) for task, query in zip(tasks, rows, strict=True)],
+        kept=None if request.kept is None else request.kept.key,
+    )
 
 
-def _take_over(
-    task: RowTask, request: Request, cache: AnswerCache, number: int, *, shares: bool
-) -> None:
-    """Give a row its part of what its group has read.
-
-    Args:
-        task: the row.
-        request: the group's request.
-        cache: the group's cache.
-        number: the row's query in it.
-        shares: True if other rows answer the same query.
-    """
-    own = task.request
-    assert own is not None
-    task.begin_text()
-    task.answer.looked = request.looked
-    task.request = replace(own, shard=request.shard, second_look=0.0, kept=None, kept_tokens=0)
+def _take_over(task: RowTask, request: Request, own: ReadRow) -> None:
+    """Give a row its part of what its group has read."""
+    task.kv, task.cache = own.kv, own.cache
     task.kind = kind_of(request.shard, request.rope_length)
-    if task.kind is None:
-        # The only row of its group.
-        task.cache = cache
-        tails = [layer.tail for layer in cache.layers]
-        task.kv = RowKV(shard=request.shard, context_tokens=cache.context_tokens, tails=tails)
-    else:
-        rows = len(request.queries)
-        task.kv = RowKV.of(cache, request.shard, number, rows, shares=shares)
+    task.answer.looked = request.looked
+    assert task.request is not None
+    task.begin_text()
+    task.request = replace(
+        task.request, shard=request.shard, second_look=0.0, kept=None, kept_tokens=0
+    )
 
 
 def _out_of_memory(request: Request) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from star_attention.errors import OutOfMemoryError
 from star_attention.generation import requests
+from star_attention.generation.batching.leading import Lead
 from star_attention.generation.batching.scheduler import Scheduler
 from star_attention.generation.batching.task import tasks_of
 from star_attention.generation.result import Delta, Generation, Source
@@ -68,8 +69,9 @@ class RowsRun:
         self._runtime, self._context, self._prompts = runtime, context, prepared.prompts
         self._clock = Clock(runtime.device)
         # Sources are found for all answers at once.
-        self._tasks = list(tasks_of(runtime, context, prepared, with_sources=False))
-        self._scheduler = Scheduler(runtime, len(self._tasks))
+        lead = Lead(runtime.comm)
+        self._tasks = list(tasks_of(runtime, context, prepared, lead, with_sources=False))
+        self._scheduler = Scheduler(runtime, len(self._tasks), lead)
         self._peak_bytes: int | None = None
         self._sources: list[tuple[Source, ...]] | None = None
         self._sources_s: float | None = None

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 from star_attention.errors import release_frames
 from star_attention.generation.batching.answer import CANCELED
 from star_attention.generation.batching.cohort import Cohort, Event
+from star_attention.generation.batching.leading import Lead
 from star_attention.generation.batching.prefill import groups_of, prefill
 from star_attention.generation.batching.task import RowTask
 from star_attention.generation.result import Delta
@@ -19,13 +20,14 @@ class Scheduler:
     """The rows of one batch.
 
     Args:
-        runtime: the engine's, of a single process.
+        runtime: the engine's.
         max_rows: most rows that run at once.
+        lead: tells the other ranks.
     """
 
-    def __init__(self, runtime: Runtime, max_rows: int) -> None:
+    def __init__(self, runtime: Runtime, max_rows: int, lead: Lead) -> None:
         self.max_rows = max_rows
-        self._runtime = runtime
+        self._runtime, self._lead = runtime, lead
         self._waiting: deque[RowTask] = deque()
         self._cohorts: dict[Hashable, Cohort] = {}
 
@@ -111,8 +113,10 @@ class Scheduler:
     def _begin(self, tasks: list[RowTask]) -> list[Event]:
         """Read the queries of a group; a row that fails alone ends with its error."""
         try:
-            logits_RV = prefill(tasks)
+            logits_RV = prefill(tasks, self._lead)
         except Exception as error:
+            if self._lead.has_failed:
+                raise
             if len(tasks) == 1:
                 tasks[0].fail(error)
                 return [(tasks[0], Delta())]
@@ -128,7 +132,9 @@ class Scheduler:
     def _new_cohort(self) -> Cohort:
         handle = self._runtime.handle
         forwards = RowForwards(handle, self._runtime.comm)
-        return Cohort(handle, forwards, is_ahead=handle.device.type == "cuda")
+        # The other ranks wait for tokens that Python has seen.
+        is_ahead = handle.device.type == "cuda" and self._lead.is_alone
+        return Cohort(handle, forwards, self._lead, is_ahead=is_ahead)
 
 
 def _age(task: RowTask) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,11 +14,13 @@ from star_attention.errors import release_frames
 from star_attention.generation import requests
 from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.batching.answer import RowAnswer
+from star_attention.generation.batching.leading import Keep, Lead, ReadAgain, numbers
 from star_attention.generation.conversation import (
     Conversation,
     LeadingKeeper,
     reusable,
     said_tokens,
+    sent,
 )
 from star_attention.generation.result import Delta
 from star_attention.generation.settings import ResolvedSettings
@@ -34,14 +35,14 @@ from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 from star_attention.storage.kept import kept_row
 
-_numbers = itertools.count()
-
 
 @dataclass(kw_only=True, eq=False)
 class RowTask:
     """One row, from its query to its last token.
 
     Attributes:
+        lead: tells the other ranks.
+        context: its context; None once it has ended.
         request: its query, on its context; None once it has ended.
         draw: how its tokens are drawn; None once it has ended.
         answer: its answer.
@@ -56,6 +57,8 @@ class RowTask:
             not read it.
     """
 
+    lead: Lead
+    context: EncodedContext | None
     request: Request | None
     draw: RowDraw | None
     answer: RowAnswer
@@ -67,7 +70,7 @@ class RowTask:
     cache: AnswerCache | None = None
     error: Exception | None = None
     reads_alone: bool = False
-    number: int = field(default_factory=lambda: next(_numbers))
+    number: int = field(default_factory=lambda: next(numbers))
     """Age: the youngest row has the largest number."""
 
     @property
@@ -122,6 +125,8 @@ class RowTask:
             try:
                 self.answer.conversation = self._conversation(self.keeper, self.request.queries[0])
             except Exception as error:
+                if self.lead.has_failed:
+                    raise
                 # Whatever it is, it is this row's: the others go on.
                 self.fail(error)
         self.release()
@@ -133,7 +138,10 @@ class RowTask:
         # The last token may not have been through the model.
         ids = prompt + text.token_ids[: kv.tail_tokens - len(prompt)]
         layers = kept_row(kv.tails, 0, 0, len(ids), copies=True)
-        return keeper.after(0, prompt, text, ids, layers)
+        conversation = keeper.after(0, prompt, text, ids, layers)
+        key = sent(conversation).key
+        with self.lead.command(lambda: Keep(row=self.number, tokens=len(ids), key=key)):
+            return conversation
 
     def go_on_from(self, talk: Conversation) -> None:
         """Take over what a conversation keeps of the turns before the query."""
@@ -152,8 +160,12 @@ class RowTask:
         assert request is not None
         try:
             readings = finder.readings([(request.queries[0], self.answer.text.token_ids)])
-            (self.answer.sources,) = finder.sources(attention_of(request, readings))
+            with self.lead.command(lambda: ReadAgain(row=self.number, readings=readings)):
+                attention = attention_of(request, readings)
+            (self.answer.sources,) = finder.sources(attention)
         except Exception as error:
+            if self.lead.has_failed:
+                raise
             # As above.
             self.fail(error)
         self.answer.sources_s = time.perf_counter() - started
@@ -166,11 +178,19 @@ class RowTask:
 
     def release(self) -> None:
         """Drop the context, keys and values, and what draws tokens."""
+        if self.kv is not None:
+            self.lead.drop(self.number)
+        self.context = None
         self.request = self.draw = self.kv = self.cache = self.finder = self.keeper = None
 
 
 def tasks_of(
-    runtime: Runtime, context: EncodedContext, prepared: Prepared, *, with_sources: bool = True
+    runtime: Runtime,
+    context: EncodedContext,
+    prepared: Prepared,
+    lead: Lead,
+    *,
+    with_sources: bool = True,
 ) -> Iterator[RowTask]:
     """Make the rows of one call: those of a query next to each other.
 
@@ -178,6 +198,7 @@ def tasks_of(
         runtime: the engine's.
         context: the context to ask.
         prepared: checked queries on it, with their settings.
+        lead: the batch's.
         with_sources: find the sources of each row, where they are wanted.
 
     Raises:
@@ -208,6 +229,8 @@ def tasks_of(
                 # They remember what they saw of an answer.
                 made = None
             yield RowTask(
+                lead=lead,
+                context=context,
                 request=request,
                 draw=draw,
                 answer=_answer(runtime, context, prompt, settings),

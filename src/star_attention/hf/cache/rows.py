@@ -17,7 +17,7 @@ from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend
 from star_attention.attention.blocks import shard_attention
-from star_attention.attention.state import State, join_batches, merge
+from star_attention.attention.state import State, empty_state, join_batches, merge
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, by_token
@@ -126,11 +126,11 @@ class RowSet:
 
 
 class RowsPosition(ForwardPosition):
-    """Where each row's next token stands."""
+    """Where each row's next token stands, and the ranks that share its context."""
 
-    def __init__(self, rows: RowSet) -> None:
+    def __init__(self, rows: RowSet, comm: Comm) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.comm = rows, comm
         self.lengths = Lengths()
 
     @property
@@ -169,16 +169,31 @@ class RowsLayer(StarLayer[RowsPosition]):
         return k_RG1D, v_RG1D
 
     def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
-        """Attend to each context for its rows, and to each row's tail."""
-        rows = self.position.rows
-        states = [
-            self._attend_to_context(q_R1HD[start:stop], rows.rows[start:stop], rule)
-            for start, stop in rows.groups
-        ]
-        return merge([join_batches(states), self._attend_to_tails(q_R1HD, rule)], dtype=rule.dtype)
+        """Attend to this rank's shard of each context for its rows; merge over all ranks.
 
-    def _attend_to_context(self, q_R1HD: Tensor, rows: list[RowKV], rule: Rule) -> State:
+        The last rank attends to the rows' tails, too.
+        """
+        rows, comm = self.position.rows, self.position.comm
+        shards = join_batches(
+            [
+                self._attend_to_shard(q_R1HD[start:stop], v_R1GD, rows.rows[start:stop], rule)
+                for start, stop in rows.groups
+            ]
+        )
+        states = [shards]
+        if comm.cp_rank == comm.cp_size - 1:
+            states.append(self._attend_to_tails(q_R1HD, rule))
+        state = merge(states, dtype=rule.dtype)
+        return state if comm.cp_size == 1 else comm.merge(state)
+
+    def _attend_to_shard(
+        self, q_R1HD: Tensor, v_R1GD: Tensor, rows: list[RowKV], rule: Rule
+    ) -> State:
         shard = rows[0].shard
+        if not shard.segments:
+            # A short context has none on this rank.
+            R, _, H, _ = q_R1HD.shape
+            return empty_state(R, 1, H, v_R1GD.shape[3], q_R1HD.device)
         k_1KGD, v_1KGD = by_token(shard.layers[self.index].pair())
         states, at = [], 0
         for start, stop in shard.segments:
@@ -217,23 +232,27 @@ class RowsLayer(StarLayer[RowsPosition]):
 
 
 class RowsCache(StarCache):
-    """The cache of eager decode steps of many rows, on a single process.
+    """The cache of eager decode steps of many rows.
 
     Args:
         rows: the rows; none of their layers expands its keys.
         windows: sliding window of each layer in tokens, None for full attention.
-        comm: the process.
+        comm: merges the attention of all ranks.
     """
 
     position: RowsPosition
 
     def __init__(self, rows: RowSet, windows: list[int | None], comm: Comm) -> None:
-        position = RowsPosition(rows)
+        position = RowsPosition(rows, comm)
         layers = [
             RowsLayer(index, window, position, _stores(rows, index))
             for index, window in enumerate(windows)
         ]
         super().__init__(layers, position, comm)
+
+    def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
+        """Report this rank's progress, which other ranks name if it fails."""
+        self.comm.tick(f"phase 2, a step of {len(ids_BS):,} rows")
 
 
 def _stores(rows: RowSet, layer: int) -> list[LayerKV]:

@@ -227,6 +227,13 @@ class Request:
         follow_forward(self.handle, ids_RQ, positions_RQ, cache, self.rope_length)
         return None
 
+    def forward_next(self, tokens_R: Tensor, cache: AnswerCache) -> Tensor | None:
+        """Run a forward of each row's newest token; returns what `forward` does."""
+        tokens_R1 = tokens_R[:, None]
+        padding = cache.row_padding(len(tokens_R))
+        positions_R1 = cache.seen_tokens - send(padding, tokens_R.device)[:, None]
+        return self.forward(tokens_R1, positions_R1, cache)
+
     def text(self) -> Tensor:
         """Return filler, context and query of each row, `[B, L + Q]`.
 

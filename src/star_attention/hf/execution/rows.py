@@ -13,6 +13,7 @@ from torch import Tensor
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.rows import RowKV, RowsCache, RowSet
 from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.execution.request import follow_forward
 from star_attention.storage.kv import ContextKV
 
 __all__ = ["RowForwards", "RowKV", "RowSet", "kind_of"]
@@ -37,7 +38,7 @@ class RowForwards:
 
     Args:
         handle: the model.
-        comm: the process; rows are not shared between several.
+        comm: the ranks, each with its shard of every context.
     """
 
     def __init__(self, handle: ModelHandle, comm: Comm) -> None:
@@ -47,8 +48,8 @@ class RowForwards:
         """True if a CUDA graph has run the last forward: one may read queries, too."""
 
     @torch.no_grad()
-    def run(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor:
-        """Run a forward of each row's newest token, which joins its tail.
+    def run(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor | None:
+        """Run a forward of each row's newest token, which joins its tail. Collective.
 
         Args:
             rows: the rows, all of one kind.
@@ -56,7 +57,7 @@ class RowForwards:
             rope_length: that of the rows.
 
         Returns:
-            Logits of the tokens that follow, fp32 `[R, V]`.
+            Logits of the tokens that follow, fp32 `[R, V]`; None on ranks other than 0.
         """
         logits_RV = self._of_graph(rows, tokens_R)
         self.by_graph = logits_RV is not None
@@ -81,7 +82,8 @@ class RowForwards:
         self, rows: RowSet, tokens_R: Tensor, wanted: list[int] | None = None
     ) -> Tensor | None:
         graphs = self._handle.graphs
-        if graphs is None:
+        if graphs is None or self._comm.size > 1:
+            # The graphs of rows hold no collectives.
             return None
         logits_RV: Tensor | None = graphs.of_rows.run(rows, tokens_R, self._comm, wanted)
         if logits_RV is not None:
@@ -89,14 +91,15 @@ class RowForwards:
             self.forget()
         return logits_RV
 
-    def _eager(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor:
+    def _eager(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor | None:
         if self._cache is None or self._cache.position.rows is not rows:
             self._cache = RowsCache(rows, self._handle.windows, self._comm)
         positions_R = torch.tensor([row.position for row in rows.rows], device=tokens_R.device)
-        logits_R1V = self._handle.logits(
-            tokens_R[:, None], positions_R[:, None], self._cache, rope_length
-        )
-        return logits_R1V[:, -1].float()
+        inputs = tokens_R[:, None], positions_R[:, None], self._cache, rope_length
+        if self._comm.rank:
+            follow_forward(self._handle, *inputs)
+            return None
+        return self._handle.logits(*inputs)[:, -1].float()
 
     def forget(self) -> None:
         """Drop what belongs to the rows of the last forward."""

@@ -87,7 +87,7 @@ def mass_of_all_ranks(request: Request, cache: MassCache) -> Tensor:
     """
     comm, context_tokens = request.comm, len(request.context_ids_L)
     mass_K = comm.tp_sum(cache.position.mass_K)
-    if len(mass_K) == context_tokens:
+    if comm.cp_size == 1 and len(mass_K) == context_tokens:
         return mass_K
     mass_L = mass_K.new_zeros(context_tokens)
     lengths = [stop - start for start, stop in request.shard.segments]
