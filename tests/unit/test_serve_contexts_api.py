@@ -100,6 +100,20 @@ def test_the_same_document_is_the_same_context(quick: Server) -> None:
     assert other["id"] != again["id"]
 
 
+def test_a_context_of_a_request_can_be_named_once_it_is_created(tmp_path: Path) -> None:
+    """Forbids that messages cannot follow a document, because a chat has brought it before."""
+    store = str(tmp_path / "store")
+    with running(engine(), store=store) as server:
+        before = ask(server, in_parts(DOCUMENT, QUESTION, mark=True)).headers["x-star-context"]
+        id = create(server, text=DOCUMENT)["id"]
+        assert id == before
+        answer = text_of(ask(server, ASK, context=id))
+        assert ANSWER in answer
+    with running(engine(), store=store) as server:
+        assert text_of(ask(server, ASK, context=id)) == answer
+        assert server.metric("encodes_total", outcome="done") == 0
+
+
 def test_twenty_questions_encode_once(server: Server) -> None:
     """Forbids a full prefill for each question on one document, and other answers on a hit."""
     miss = ask(server, in_parts(DOCUMENT, QUESTION))

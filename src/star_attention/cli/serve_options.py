@@ -93,6 +93,15 @@ class LimitOptions:
     max_answers: Annotated[
         int, option("Most answers to one request.", panel=_LIMITS, metavar="N", min=1)
     ] = _DEFAULTS.max_answers
+    max_responses: Annotated[
+        int,
+        option(
+            "Most responses of a key that are kept, so that they can be continued; 0 for none.",
+            panel=_LIMITS,
+            metavar="N",
+            min=0,
+        ),
+    ] = _DEFAULTS.max_responses
     max_stops: Annotated[
         int, option("Most stop strings of a request.", panel=_LIMITS, metavar="N", min=1)
     ] = _DEFAULTS.max_stops

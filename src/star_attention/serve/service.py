@@ -16,6 +16,7 @@ from star_attention.serve.contexts.store import ContextStore
 from star_attention.serve.engine import Engine
 from star_attention.serve.http.files import Files
 from star_attention.serve.http.problems import busy, unavailable
+from star_attention.serve.http.responses.kept import KeptResponses
 from star_attention.serve.metrics import Metrics, Numbers
 from star_attention.serve.settings import ServeSettings
 
@@ -126,6 +127,7 @@ class Service:
         self.created = int(time.time())
         self.lanes = Lanes(star)
         self.files = Files(4 * settings.max_body)
+        self.responses = KeptResponses(settings.max_responses, 4 * settings.max_body)
         self.metrics = Metrics(self._gauges, self._counters)
         self.draining = False
         self.open = self.open_bytes = 0

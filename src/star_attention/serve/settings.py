@@ -19,7 +19,7 @@ SIZES = (
     "max_store_bytes",
 )
 """Settings that may be written as 64k, 1m or 8g."""
-_MAY_BE_ZERO = ("port", "drain_timeout", "min_context_tokens", "max_conversations")
+_MAY_BE_ZERO = ("port", "drain_timeout", "min_context_tokens", "max_conversations", "max_responses")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class ServeSettings:
         default_max_tokens: most tokens of an answer for which a request gives no limit.
         max_tokens: most tokens that a request may ask for; None for all that fit.
         max_answers: most answers to one request (`n`, or prompts times `n`).
+        max_responses: most responses of a key that are kept, so that they can be continued; 0 for
+            none.
         max_stops: most stop strings of a request.
         request_timeout: seconds from a request to its last token; None for no limit.
         drain_timeout: seconds that running answers get at the end.
@@ -71,6 +73,7 @@ class ServeSettings:
     default_max_tokens: int = 1024
     max_tokens: int | None = None
     max_answers: int = 16
+    max_responses: int = 1000
     max_stops: int = 16
     request_timeout: float | None = None
     drain_timeout: float = 30.0

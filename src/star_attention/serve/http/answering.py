@@ -13,7 +13,7 @@ from star_attention.serve.engine import Engine
 from star_attention.serve.http.events import comment
 from star_attention.serve.http.objects import Shape, Usage
 from star_attention.serve.http.problems import of_error, timed_out
-from star_attention.serve.jobs import Choice, EngineEndedError, Job
+from star_attention.serve.jobs import Choice, EngineEndedError, Job, failed
 from star_attention.serve.metrics import Metrics
 from star_attention.serve.settings import ServeSettings
 
@@ -98,6 +98,13 @@ class Answering:
         for job in self._jobs:
             if not job.done or job.error is not None:
                 self._engine.cancel(job)
+
+    def stop(self, error: Exception) -> None:
+        """End what has not ended with an error."""
+        for job in self._jobs:
+            if not job.done:
+                self._engine.cancel(job)
+                job.apply(failed(job, error))
 
     async def whole(self) -> dict[str, Any]:
         """Return all answers once they are there.

@@ -12,6 +12,7 @@ from star_attention.serve.http.file_routes import FileRoutes
 from star_attention.serve.http.guard import Guard
 from star_attention.serve.http.messages.routes import MessageRoutes
 from star_attention.serve.http.page import PATHS, PageRoutes
+from star_attention.serve.http.responses.routes import ResponseRoutes
 from star_attention.serve.http.state import StateRoutes
 from star_attention.serve.keys import Keys
 from star_attention.serve.service import Service
@@ -26,7 +27,7 @@ def make_app(service: Service, keys: Keys | None) -> Guard:
     """
     asks, state = AskRoutes(service), StateRoutes(service)
     contexts, files = ContextRoutes(service), FileRoutes(service)
-    messages = MessageRoutes(service)
+    messages, responses = MessageRoutes(service), ResponseRoutes(service)
     table: list[tuple[str, str, Any]] = [
         ("GET", "/health", state.health),
         ("GET", "/ready", state.ready),
@@ -39,6 +40,11 @@ def make_app(service: Service, keys: Keys | None) -> Guard:
         ("POST", "/v1/completions", asks.complete),
         ("POST", "/v1/messages", messages.create),
         ("POST", "/v1/messages/count_tokens", messages.count),
+        ("POST", "/v1/responses", responses.create),
+        ("POST", "/v1/responses/input_tokens", responses.count),
+        ("GET", "/v1/responses/{id}", responses.get),
+        ("DELETE", "/v1/responses/{id}", responses.delete),
+        ("POST", "/v1/responses/{id}/cancel", responses.cancel),
         ("POST", "/v1/contexts", contexts.create),
         ("GET", "/v1/contexts", contexts.list),
         ("GET", "/v1/contexts/{id}", contexts.get),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ IGNORED = frozenset(
         "client_metadata",
         "context_management",
         "inference_geo",
+        "max_tool_calls",
         "metadata",
         "parallel_tool_calls",
         "prediction",
@@ -38,6 +40,7 @@ IGNORED = frozenset(
 """Fields that change no answer. Others that nobody knows are ignored, too, and counted as other."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
     "best_of": (1,),
     "chat_template": (),
     "documents": ([],),
@@ -185,6 +188,19 @@ def refuse_fields(body: Body, remedies: dict[str, str]) -> None:
             raise not_supported(name, quote(body.fields[name]), remedy)
 
 
+def template_arguments(body: Body, wanted: dict[str, Any], reads: Callable[[str], bool]) -> None:
+    """Add arguments of the chat template that it reads; others have no effect on this model.
+
+    Args:
+        body: a request, whose own `chat_template_kwargs` come first.
+        wanted: the arguments.
+        reads: tells whether the template reads one.
+    """
+    read = {name: value for name, value in wanted.items() if reads(name)}
+    if read:
+        body.fields["chat_template_kwargs"] = read | body.object("chat_template_kwargs")
+
+
 def _limit(body: Body, settings: ServeSettings) -> int | None:
     older = body.integer("max_tokens", least=1)
     newer = body.integer("max_completion_tokens", least=1)
@@ -284,7 +300,8 @@ def _rest(body: Body) -> tuple[str, ...]:
     for name, value in body.fields.items():
         if name in _NEUTRAL:
             if value not in _NEUTRAL[name]:
-                raise not_supported(name, quote(value), _REMEDIES.get(name, "leave it out"))
+                remedy = _REMEDIES.get(name, "leave it out")
+                raise not_supported(body.name(name), quote(value), remedy)
         else:
             ignored.append(name if name in IGNORED else "other")
     return tuple(ignored)

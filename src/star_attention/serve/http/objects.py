@@ -246,13 +246,15 @@ class TextShape(ChoicesShape):
 def _chat_logprobs(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
     if logprobs is None:
         return None
-    return {
-        "content": [
-            _token(each) | {"top_logprobs": [_token(other) for other in each.top]}
-            for each in logprobs
-        ],
-        "refusal": None,
-    }
+    return {"content": logprob_objects(logprobs), "refusal": None}
+
+
+def logprob_objects(logprobs: list[TokenLogprob] | None) -> list[dict[str, Any]]:
+    """Return the tokens of an answer with their probabilities; none if nobody has asked."""
+    return [
+        _token(each) | {"top_logprobs": [_token(other) for other in each.top]}
+        for each in logprobs or ()
+    ]
 
 
 def _token(token: TokenLogprob) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from star_attention.errors import quote
 from star_attention.serve.http.body import Body, wrong_type
-from star_attention.serve.http.fields import read_messages, refuse_fields
+from star_attention.serve.http.fields import read_messages, refuse_fields, template_arguments
 from star_attention.serve.http.problems import bad_request
 
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
@@ -61,9 +61,7 @@ def _take_thinking(body: Body, reads: Callable[[str], bool]) -> None:
         wanted["enable_thinking"] = thinking.get("type") != "disabled"
     if output.get("effort") is not None:
         wanted["reasoning_effort"] = output["effort"]
-    read = {name: value for name, value in wanted.items() if reads(name)}
-    if read:
-        body.fields["chat_template_kwargs"] = read | body.object("chat_template_kwargs")
+    template_arguments(body, wanted, reads)
 
 
 def _format(wanted: Any) -> Any:

@@ -1,0 +1,1 @@
+"""`/v1/responses`: OpenAI's protocol for answers that are kept and continued."""

@@ -1,0 +1,192 @@
+"""Requests of `/v1/responses`, as those of a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from star_attention.errors import quote
+from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.fields import refuse_fields, template_arguments
+from star_attention.serve.http.problems import bad_request
+
+NAMES = {
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+}
+"""What the fields of a chat are called here."""
+
+_REFUSED = {
+    "conversation": "give previous_response_id",
+    "logprobs": "give include message.output_text.logprobs",
+    "max_completion_tokens": "give max_output_tokens",
+    "max_tokens": "give max_output_tokens",
+    "n": "ask once for each answer",
+    "prompt": "give its text as input",
+    "reasoning_effort": "give reasoning.effort",
+    "response_format": "give text.format",
+}
+"""Fields that this protocol or this server has not, and what to do instead."""
+
+_LOGPROBS = "message.output_text.logprobs"
+_TEXTS = ("input_text", "output_text", "text")
+_MARKS = ("prompt_cache_breakpoint", "cache_control")
+_ECHOED: dict[str, Any] = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "store": True,
+    "temperature": None,
+    "text": {"format": {"type": "text"}},
+    "top_p": None,
+    "user": None,
+}
+"""Fields of a request that come back with its answer, and what they are without a value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A request.
+
+    Attributes:
+        instructions: messages that come first, and that no next response inherits.
+        messages: what is new.
+        previous: id of the response that it continues; None for none.
+        keeps: True if the response can be continued.
+        fields: the other fields, as those of a chat.
+        echo: fields that come back with the answer.
+    """
+
+    instructions: list[Any]
+    messages: list[Any]
+    previous: str | None
+    keeps: bool
+    fields: Body
+    echo: dict[str, Any]
+
+
+def read_request(
+    body: Body, reads: Callable[[str], bool], item: Callable[[str], dict[str, Any]]
+) -> Wanted:
+    """Return what a request asks for.
+
+    Args:
+        body: the request.
+        reads: tells whether the chat template reads an argument.
+        item: returns the item of an earlier answer by its id.
+    """
+    refuse_fields(body, _REFUSED)
+    echo = {name: body.fields.get(name, default) for name, default in _ECHOED.items()}
+    instructions = body.text("instructions")
+    previous = body.text("previous_response_id", most=100)
+    keeps = body.flag("store", True)
+    messages = _messages(body.take("input"), item)
+    fields = body.fields
+    if "max_output_tokens" in fields:
+        fields["max_tokens"] = fields.pop("max_output_tokens")
+    _take_text(body)
+    _take_reasoning(body, reads)
+    include = body.take("include", [])
+    if not isinstance(include, list):
+        raise wrong_type("include", include, "a list of strings")
+    if _LOGPROBS in include or fields.get("top_logprobs"):
+        fields["logprobs"] = True
+    return Wanted(
+        instructions=[{"role": "system", "content": instructions}] if instructions else [],
+        messages=messages,
+        previous=previous,
+        keeps=keeps,
+        fields=Body(fields, NAMES),
+        echo=echo,
+    )
+
+
+def _take_text(body: Body) -> None:
+    text = body.object("text")
+    if text.get("verbosity") is not None:
+        body.fields["verbosity"] = text["verbosity"]
+    wanted = text.get("format")
+    if wanted is None:
+        return
+    if not isinstance(wanted, dict):
+        raise wrong_type("text.format", wanted, "an object")
+    if wanted.get("type") == "json_schema":
+        wanted = {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
+    body.fields["response_format"] = wanted
+
+
+def _take_reasoning(body: Body, reads: Callable[[str], bool]) -> None:
+    effort = body.object("reasoning").get("effort")
+    if effort is not None:
+        wanted = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        template_arguments(body, wanted, reads)
+
+
+def _messages(value: Any, item: Callable[[str], dict[str, Any]]) -> list[Any]:
+    """Return the messages of an input: a text, or a list of items."""
+    if isinstance(value, str) and value:
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise wrong_type("input", value, "a text, or a list of items that is not empty")
+    messages: list[Any] = []
+    thoughts = ""
+    for each in value:
+        if isinstance(each, dict) and each.get("type") == "item_reference":
+            each = item(str(each.get("id")))
+        kind = each.get("type", "message") if isinstance(each, dict) else "message"
+        if kind == "reasoning":
+            thoughts = _thoughts(each)
+        elif kind == "message":
+            messages.append(_message(each, thoughts))
+            thoughts = ""
+        else:
+            raise bad_request(
+                f"input has an item of type {quote(kind)}, which is not supported; give its text"
+                " in a message",
+                "input",
+                "unsupported_value",
+            )
+    return messages
+
+
+def _thoughts(item: dict[str, Any]) -> str:
+    content = item.get("content")
+    parts = content if isinstance(content, list) else []
+    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def _message(item: Any, thoughts: str) -> Any:
+    if not isinstance(item, dict):
+        return item
+    content = item.get("content")
+    if isinstance(content, list):
+        content = [_part(part) for part in content]
+    message = {"role": item.get("role"), "content": content}
+    message |= {name: item[name] for name in _MARKS if name in item}
+    return message | ({"reasoning_content": thoughts} if thoughts else {})
+
+
+def _part(part: Any) -> Any:
+    """Return a part in the form of a chat's."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in _TEXTS:
+        own: dict[str, Any] = {"type": "text", "text": part.get("text")}
+    elif kind == "refusal":
+        own = {"type": "text", "text": part.get("refusal")}
+    elif kind == "input_file":
+        if part.get("file_url"):
+            raise bad_request(
+                "input_file has a file_url; no URL is opened: give file_id or file_data",
+                "input",
+                "unsupported_value",
+            )
+        own = {"type": "file", "file": part}
+    else:
+        # Text is all that can be read: others are refused by their type.
+        return part
+    return own | {name: part[name] for name in _MARKS if name in part}
