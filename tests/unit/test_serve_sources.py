@@ -75,11 +75,24 @@ def test_a_stream_ends_with_its_sources(server: Server) -> None:
     check(last["star"]["sources"], ODD)
 
 
-def test_a_context_that_a_chat_made(server: Server) -> None:
-    """The text is what the tokens write, with what is held back for the query."""
+def test_a_document_that_a_chat_began_with(server: Server) -> None:
+    """Forbids a context that its own request can use, and nobody by its id."""
     answer = ask(server, in_parts(ODD, QUESTION))
+    id = answer.headers["x-star-context"]
+    assert text_of(server, id) == ODD
+    check(answer.json()["star"]["sources"], ODD)
+    by_id = ask(server, context=id).json()
+    assert by_id["choices"][0]["message"] == answer.json()["choices"][0]["message"]
+    assert by_id["usage"]["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    check(by_id["star"]["sources"], ODD)
+
+
+def test_a_chat_with_more_than_a_document(server: Server) -> None:
+    """The text is what the tokens write, with what is held back for the query."""
+    messages = [{"role": "system", "content": "Be brief."}, *in_parts(ODD, QUESTION)]
+    answer = ask(server, messages)
     text = text_of(server, answer.headers["x-star-context"])
-    assert ODD in text
+    assert text.endswith(ODD)
     check(answer.json()["star"]["sources"], text)
 
 

@@ -38,6 +38,9 @@ class Source:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+_PROBE = "A document."
+"""Shows what a chat template writes before one."""
+
 Known = Callable[[RenderedText], Content | None]
 """Returns the content that a rendered text is known to make; None for nothing."""
 
@@ -181,10 +184,12 @@ def on_context(
     star: StarLLM, content: Content, messages: list[Any], template_kwargs: dict[str, Any]
 ) -> Piece:
     """Return the query that messages are on the context of a chat."""
+    content = with_messages(star, content)
     if content.messages is None:
         raise InvalidInputError(
-            "this context was made of token ids, or without a chat template, so that messages"
-            " cannot follow it; ask with /v1/completions, or create it from text or messages"
+            "this context was made of token ids, of a part of a chat, or without a chat template,"
+            " so that messages cannot follow it; ask with /v1/completions, or create it from text"
+            " or messages"
         )
     opened = _opened(star, content)
     text = chat.continue_context(
@@ -192,6 +197,24 @@ def on_context(
     )
     query_ids = following(star, content, reader_of(star).rendered(text))
     return Piece(content=content, query_ids=query_ids, rule="context")
+
+
+def with_messages(star: StarLLM, content: Content) -> Content:
+    """Return the content of a document that a chat began with as that of the document.
+
+    Of a cut chat the text is known and not its messages. Here it becomes a message again, if the
+    chat template writes the same text for it.
+    """
+    if content.messages is not None or content.text is None or content.raw:
+        return content
+    before = chat.open_context(star.tokenizer, chat.user_message(_PROBE)).head.partition(_PROBE)[0]
+    document = content.text.removeprefix(before)
+    if not document.strip():
+        return content
+    opened = chat.open_context(star.tokenizer, chat.user_message(document))
+    if opened.head != content.text:
+        return content
+    return replace(content, messages=opened.messages, template_kwargs=opened.template_kwargs)
 
 
 def _opened(star: StarLLM, content: Content) -> ChatContext:

@@ -10,6 +10,7 @@ from star_attention.generation.result import Source
 from star_attention.hf.text import passages
 from star_attention.hf.text.messages import texts
 from star_attention.serve.contexts.entry import Content
+from star_attention.serve.reading import with_messages
 
 
 def text_of(star: StarLLM, content: Content) -> str:
@@ -18,6 +19,7 @@ def text_of(star: StarLLM, content: Content) -> str:
     Of a document it is the document. Of all else it is what the tokens write, with what the chat
     template wrote and with the end that is held back for the queries.
     """
+    content = with_messages(star, content)
     if content.messages is not None and len(content.messages) == 1:
         return "".join(texts(content.messages[0]))
     if content.raw and content.text is not None:
@@ -32,6 +34,7 @@ def source_objects(
 
     `start` and `end` are null where a tokenizer changes the text.
     """
+    content = with_messages(star, content)
     ids, spans = content.ids.tolist(), [(source.start, source.stop) for source in sources]
     if content.messages is not None and len(content.messages) == 1:
         places = passages.chat_places(star.tokenizer, ids, spans, content.messages, _held(content))

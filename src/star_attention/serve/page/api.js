@@ -17,6 +17,9 @@ const HINTS = {
   out_of_memory: "Delete documents that you do not need, or ask for a shorter answer.",
 };
 
+// Errors whose message is for programs alone.
+const TEXTS = { invalid_api_key: "This server needs a key. Enter one with “Key”, at the top." };
+
 export class ApiError extends Error {
   constructor(message, { status = 0, code = null, retryAfter = null } = {}) {
     super(message);
@@ -25,6 +28,7 @@ export class ApiError extends Error {
 
   // The message, and what to do.
   get text() {
+    if (this.code in TEXTS) return TEXTS[this.code];
     const hint = HINTS[this.code] ?? "";
     const wait = this.retryAfter ? `Try again in ${this.retryAfter} seconds.` : "";
     return [sentence(this.message), hint, wait].filter(Boolean).join(" ");
