@@ -123,7 +123,7 @@ def running(
         before: called with the server's state before its engine starts.
         settings: fields of `ServeSettings`.
     """
-    settings = {"min_context_tokens": 256, "drain_timeout": 5.0, **settings}
+    settings = {"min_context_tokens": 256, "drain_timeout": 5.0, "warm_up": False, **settings}
     service = make_service(star or quick_engine(), NAME, ServeSettings(port=0, **settings))
     before(service)
     failures: list[BaseException] = []

@@ -14,6 +14,7 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.attention.kernels import row_tables
+from star_attention.generation.batching import warming
 from star_attention.hf.cache import row_graph
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import row_graphs
@@ -250,3 +251,26 @@ def test_rows_of_a_batch_join_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [row.result().token_ids for row in rows] == expected
         assert len(counting.captured) == captured, "no query has a forward of its own"
     assert {key[0] for key in counting.of_rows.captured} == {2, 5}
+
+
+@pytest.mark.slow
+def test_nothing_is_captured_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids answers that wait for a capture, whichever rows come together."""
+    monkeypatch.setattr(row_graphs, "BUCKETS", (1, 2, 4))
+    monkeypatch.setattr(row_tables, "TILES", (4, 8))
+    monkeypatch.setattr(warming, "BUCKETS", (1, 16))
+    star = engine("llama", **SIZES)
+    counting = with_graphs(star)
+    pieces = list(warming.warm_up(star, max_rows=3))
+    assert pieces[0] == "a context of 72 tokens"
+    assert pieces[1:2] == ["a query of 16 tokens"]
+    captures = counting.recorder.captures
+    assert captures == len(counting.captured) + len(counting.of_rows.captured)
+    first, second = star.encode(ids(70)), star.encode(ids(45, seed=2))
+    with star.batch(max_rows=3) as batch:
+        for number, context in enumerate((first, second, first)):
+            batch.add(context, ids(11, seed=number), max_new_tokens=2 + number, ignore_eos=True)
+            batch.step()
+        for _ in batch:
+            pass
+    assert counting.recorder.captures == captures

@@ -59,6 +59,14 @@ class ServerOptions:
             show_default="the last part of MODEL",
         ),
     ] = None
+    warm_up: Annotated[
+        bool,
+        option(
+            "Compile and capture at the start what answers need; /ready says when it is done.",
+            "--warm-up/--no-warm-up",
+            panel=_LISTEN,
+        ),
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)

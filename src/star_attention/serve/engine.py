@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from star_attention.errors import StarAttentionError
 from star_attention.generation.batching.batch import Batch
@@ -15,8 +16,14 @@ from star_attention.serve.answers import Answers, Store
 from star_attention.serve.jobs import EngineEndedError, Event, Job
 from star_attention.serve.logs import log_failure
 
+_log = logging.getLogger(__name__)
+
 _IDLE_S = 0.5
 """Seconds that an idle engine waits before it looks again, and says that it lives."""
+
+
+def _nothing_cold() -> Iterator[str]:
+    return iter(())
 
 
 class Engine:
@@ -25,15 +32,20 @@ class Engine:
     Args:
         answers: the answers under way.
         store: the contexts, whose work is done between the steps of answers.
+        warm_up: does what the first answers would wait for, a piece at a time, and names the next.
 
     Attributes:
+        is_warm: True once that is done.
         on_step: called in the thread after each step of answers, with the seconds that it took.
         beat: when the thread last began a step or looked for work.
         failure: what ended the thread, if it has failed.
     """
 
-    def __init__(self, answers: Answers, store: Store) -> None:
-        self._answers, self._store = answers, store
+    def __init__(
+        self, answers: Answers, store: Store, warm_up: Callable[[], Iterator[str]] = _nothing_cold
+    ) -> None:
+        self._answers, self._store, self._warm_up = answers, store, warm_up
+        self.is_warm = False
         self.on_step: Callable[[float], object] = lambda seconds: None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ends = threading.Event()
@@ -91,6 +103,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._warm()
             while not self._ends.is_set():
                 self._turn()
             self._end(None)
@@ -98,6 +111,20 @@ class Engine:
             self.failure = error
             log_failure("the engine", error)
             self._end(error)
+
+    def _warm(self) -> None:
+        """Do what the first answers would wait for; a server that cannot is slower at first."""
+        started = time.monotonic()
+        try:
+            for piece in self._warm_up():
+                self.beat = time.monotonic()
+                if self._ends.is_set():
+                    return
+                _log.info("warming up: %s", piece)
+        except Exception as error:
+            log_failure("warming up", error)
+        _log.info("warm after %.1f s", time.monotonic() - started)
+        self.is_warm = True
 
     def _turn(self) -> None:
         """Take commands, let the store work, and take a step of all answers."""

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import uvicorn
 
 from star_attention.engine import StarLLM
+from star_attention.generation.batching.warming import warm_up
 from star_attention.serve.answers import Answers
 from star_attention.serve.contexts.encoder import BatchEncoder, engine_identity
 from star_attention.serve.contexts.folder import StoreFolder
@@ -146,7 +148,9 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
         identity=identity,
         wake=wake,
     )
-    engine = Engine(Answers(star, store, settings.max_rows), store)
+    warming = partial(warm_up, star, settings.max_rows)
+    answers = Answers(star, store, settings.max_rows)
+    engine = Engine(answers, store, warming) if settings.warm_up else Engine(answers, store)
     engines.append(engine)
     service = Service(star, name, settings, store, engine)
     engine.on_step = service.metrics.step.observe

@@ -35,6 +35,7 @@ class ServeSettings:
         public_metrics: True to show `/metrics` without a key.
         served_model_name: the model's name in requests and answers; None for the name of its
             folder.
+        warm_up: False to compile and capture when that is first needed, instead of at the start.
         max_rows: most answers that are generated at once.
         max_waiting: most requests that wait or run at once; more are refused with 429.
         max_body: most bytes of a request's body.
@@ -67,6 +68,7 @@ class ServeSettings:
     allowed_hosts: tuple[str, ...] = ()
     public_metrics: bool = False
     served_model_name: str | None = None
+    warm_up: bool = True
     max_rows: int = 64
     max_waiting: int = 256
     max_body: int = 64 * 2**20

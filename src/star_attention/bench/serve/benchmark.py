@@ -26,14 +26,16 @@ from star_attention.bench.serve.rows import (
     AGAIN,
     CASES,
     ENCODE,
+    IN_PYTHON,
     LEAVE,
     SHARED,
-    SPREAD,
     ServeRow,
 )
 from star_attention.bench.serve.server import Server, serving
 from star_attention.distributed import SoloComm
+from star_attention.engine import StarLLM
 from star_attention.errors import StarAttentionError
+from star_attention.generation.batching.warming import warm_up
 from star_attention.planning.sizes import counted, format_size
 from star_attention.storage.context import EncodedContext
 from star_attention.tools.machine import Ceilings
@@ -232,11 +234,14 @@ class Serve(Benchmark[ServeRow]):
         """Return rows with what the same work takes without a server, and its floor."""
         measured: list[ServeRow] = []
         encoded: list[EncodedContext] = []
+        if any(row.case in IN_PYTHON for row in rows):
+            for piece in warm_up(self._engine(target), max(row.clients for row in rows)):
+                target.progress(f"in Python: warming up, {piece}")
         for row in rows:
             if encoded and len(encoded) != row.texts:
                 encoded.clear()
             complete: ServeRow | None = row
-            if row.case in (SHARED, AGAIN, SPREAD):
+            if row.case in IN_PYTHON:
                 target.progress(f"in Python: {row.case}, context {format_size(row.context)}")
                 work = partial(self._timed_in_python, row, encoded, target)
                 complete, reason = attempt(target.comm, work)
@@ -254,12 +259,7 @@ class Serve(Benchmark[ServeRow]):
     def _timed_in_python(
         self, row: ServeRow, encoded: list[EncodedContext], target: Target
     ) -> ServeRow:
-        star = target.engine(
-            compile=self.compile,
-            block_size=block_of(self.block, self.short, target),
-            kv_dtype=self.kv_dtype,
-            kv_device=self.kv_device,
-        )
+        star = self._engine(target)
         if not encoded:
             target.check_memory(star, row.context * row.texts)
             for ids in random_questions(row.texts, row.context, seed=row.texts):
@@ -279,6 +279,14 @@ class Serve(Benchmark[ServeRow]):
             python_tokens_per_s=rate,
             read_bytes=read_bytes,
             floor_tokens_per_s=row.clients * target.ceilings.bytes_per_s / read_bytes,
+        )
+
+    def _engine(self, target: Target) -> StarLLM:
+        return target.engine(
+            compile=self.compile,
+            block_size=block_of(self.block, self.short, target),
+            kv_dtype=self.kv_dtype,
+            kv_device=self.kv_device,
         )
 
     # ------------------------------------------------------------------------- reports

@@ -13,6 +13,8 @@ from star_attention.planning.sizes import format_size
 SHARED, AGAIN, SPREAD, ENCODE, LEAVE = CASES = ("shared", "again", "spread", "encode", "leave")
 """Streams on one long context; a further question on it, alone; clients on contexts of their own;
 a long context that is encoded beside them; clients of which half leave their answers."""
+IN_PYTHON = (SHARED, AGAIN, SPREAD)
+"""Cases whose work is also done in Python."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,13 +57,21 @@ class RowBuffers:
         """True if the kernel can read the contexts of all rows."""
         shards = [rows.rows[start].shard for start, _ in rows.groups]
         one_format = len({shard.kv_format for shard in shards}) == 1
-        return one_format and all(self._of_shard(shard) is not None for shard in shards)
+        return one_format and all(self.reads(shard) for shard in shards)
+
+    def reads(self, shard: ContextKV) -> bool:
+        """True if the kernel can read a context."""
+        return self._of_shard(shard) is not None
 
     def tile_rows(self, rows: RowSet) -> int:
         """Return the rows of a tile for these rows."""
+        return self.tile_of(_shared(rows))
+
+    def tile_of(self, shared: int) -> int:
+        """Return the rows of a tile where so many rows share a context."""
         shape = next(shape for shape in self._shapes if shape is not None)
         return row_tables.tile_rows(
-            _shared(rows),
+            shared,
             self._group,
             head_size=shape.k_size,
             dtype=shape.dtype,

@@ -27,6 +27,7 @@ from star_attention.hf.cache.row_graph import RowBuffers, RowGraphCache
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import compiled, hook
 from star_attention.hf.execution.capture import Recorder
+from star_attention.storage.kv import ContextKV
 from star_attention.storage.transfers import send
 
 _log = logging.getLogger("star_attention")
@@ -40,6 +41,11 @@ MODE: str | None = compiled.ROWS
 
 Key = tuple[int, int, bool]
 """A kind of forward: rows of the bucket, rows of a tile, and whether contexts are in fp8."""
+
+
+def bucket_of(rows: int) -> int | None:
+    """Return the bucket of so many rows; None for more than the largest one."""
+    return next((size for size in BUCKETS if size >= rows), None)
 
 
 class _RowGraph:
@@ -92,10 +98,7 @@ class RowGraphs:
             key = self._key_of(rows)
             if key is None:
                 return None
-            if key not in self._graphs:
-                with comm.working("capturing a CUDA graph"):
-                    self._graphs[key] = self._capture(key, comm)
-            graph = self._graphs[key]
+            graph = self._graph_of(key, comm)
             if graph is None or not self._buffers.reserve(rows):
                 return None
             graph.cache.load(rows, self._buffers)
@@ -110,15 +113,45 @@ class RowGraphs:
             graph.cache.ran(rows)
         return logits_RV
 
-    def _key_of(self, rows: RowSet) -> Key | None:
-        """Return the kind of a forward, None if no graph can serve it."""
-        if self._rows is not None and self._rows() is rows:
-            return self._key
+    def usual(self, shard: ContextKV, most_rows: int) -> list[Key]:
+        """Return the kinds of forwards of up to so many rows on contexts like this one."""
+        if not self._buffers.reads(shard):
+            return []
+        largest = bucket_of(min(most_rows, BUCKETS[-1]))
+        fp8 = shard.kv_format.dtype == "fp8"
+        return [
+            (bucket, tile_rows, fp8)
+            for bucket in BUCKETS
+            if bucket <= (largest or 0)
+            for tile_rows in sorted({self._buffers.tile_of(n + 1) for n in range(bucket)})
+        ]
+
+    @torch.no_grad()
+    def prepare(self, key: Key, comm: Comm) -> None:
+        """Capture a kind of forward, unless that was done or tried before."""
+        with hook.lock_of(self._handle.model):
+            self._drop_void()
+            self._graph_of(key, comm)
+
+    def _graph_of(self, key: Key, comm: Comm) -> _RowGraph | None:
+        if key not in self._graphs:
+            with comm.working("capturing a CUDA graph"):
+                self._graphs[key] = self._capture(key, comm)
+        return self._graphs[key]
+
+    def _drop_void(self) -> None:
+        """Drop the graphs of weights that have moved."""
         weights = self._recorder.weights()
         if weights != self._weights:
             self._weights = weights
             self._graphs.clear()
-        bucket = next((size for size in BUCKETS if size >= len(rows)), None)
+
+    def _key_of(self, rows: RowSet) -> Key | None:
+        """Return the kind of a forward, None if no graph can serve it."""
+        if self._rows is not None and self._rows() is rows:
+            return self._key
+        self._drop_void()
+        bucket = bucket_of(len(rows))
         self._rows, self._key = weakref.ref(rows), None
         if bucket is not None and self._buffers.can_read(rows):
             fp8 = rows.rows[0].shard.kv_format.dtype == "fp8"

@@ -39,6 +39,8 @@ class StateRoutes:
         """Answer 200 if requests are taken."""
         if self._service.draining:
             raise unavailable("the server is shutting down", "shutting_down")
+        if not self._service.engine.is_warm and self._service.engine.alive:
+            raise unavailable("the server is warming up; ask again in a moment", "warming_up")
         return await self.health(request)
 
     async def version(self, request: Request) -> Response:
