@@ -26,8 +26,12 @@ BLOCK = 512
 WARPS = 8
 REGION = BLOCK + 32
 """Words of a program's region: a merge has an lse more for each row."""
-SPINS = 1024
-"""Reads of a waiting program between looks at the abort flag."""
+SPINS = 1 << 18
+"""Reads of a waiting program between looks at the abort flag: 0.2 s.
+
+A look is a read over PCIe, and hundreds of programs look at once: that takes 2 ms in all. Looks
+after a shorter wait make this rank late for the next exchange, where the other one looks: two H200s
+with 1,024 spent 2 ms in every exchange of some hundred kilobytes."""
 
 
 @triton.jit
