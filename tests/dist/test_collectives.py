@@ -35,6 +35,41 @@ def tensor_of(rank: int, dtype: torch.dtype, elements: int = 7) -> Tensor:
     return torch.randn(2, elements, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
+def heads_of(rank: int, dtype: torch.dtype, queries: int = Q) -> list[Tensor]:
+    """Return a rank's queries, keys and values: as many heads of each on every rank."""
+    random = torch.Generator().manual_seed(rank)
+    sizes = ((4, 8), (2, 8), (2, 5))
+    return [torch.randn(B, queries, *size, generator=random).to(dtype) for size in sizes]
+
+
+def gather_heads(comm: TorchComm, queries: int) -> list[tuple[list[Tensor], Traffic]]:
+    results = []
+    with comm.collective("a test"):
+        for dtype in DTYPES:
+            before = copy.copy(comm.cp_traffic)
+            # As a layer has them: heads before tokens.
+            own = [t.transpose(1, 2).contiguous() for t in heads_of(comm.rank, dtype, queries)]
+            heads = comm.gather_heads(*(t.transpose(1, 2) for t in own))
+            results.append((heads, comm.cp_traffic.since(before)))
+    return results
+
+
+def check_heads(results: list[list[tuple[list[Tensor], Traffic]]], queries: int) -> None:
+    for result in results:
+        for dtype, (heads, wire) in zip(DTYPES, result, strict=True):
+            parts = [heads_of(rank, dtype, queries) for rank in range(len(results))]
+            for all_heads, own in zip(heads, zip(*parts, strict=True), strict=True):
+                assert torch.equal(all_heads, torch.cat(own, 2))
+            part = sum(t.numel() * t.element_size() for t in parts[0])
+            assert wire == Traffic(1, traffic.gather_bytes(part, len(results)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_gather_heads(pool: Pool, ranks: int) -> None:
+    for queries in (1, 20):
+        check_heads(pool.run(gather_heads, ranks, queries=queries), queries)
+
+
 def merge_on_ranks(comm: TorchComm, queries: int) -> tuple[State, State, Traffic]:
     """Return the merge of all heads and of this rank's two heads, and the traffic of the first."""
     with comm.collective("a test"):
@@ -42,6 +77,8 @@ def merge_on_ranks(comm: TorchComm, queries: int) -> tuple[State, State, Traffic
         whole = comm.merge(state_of(comm.rank, queries))
         wire = comm.cp_traffic.since(before)
         own = comm.merge(state_of(comm.rank, queries), slice(2 * comm.rank, 2 * comm.rank + 2))
+        narrow = comm.merge(state_of(comm.rank, queries), dtype=torch.float16)
+        assert torch.equal(narrow.out_BQHD, whole.out_BQHD.half())
     return whole, own, wire
 
 

@@ -22,6 +22,9 @@ from tests.dist.test_collectives import (
     DTYPES,
     H,
     add_and_gather,
+    check_heads,
+    gather_heads,
+    heads_of,
     merge_on_ranks,
     rehearse,
     state_of,
@@ -32,6 +35,9 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
 )
+
+
+KINDS = ["add", "gather", "heads", "merge", "broadcast"]
 
 
 class HostMemory:
@@ -92,7 +98,7 @@ def random_operations(comm: TorchComm, operations: int) -> None:
         for number in range(operations):
             for _ in range(delay.randrange(100)):
                 torch.zeros(100).sum()
-            kind, dtype = draw.choice(["add", "gather", "merge", "broadcast"]), draw.choice(DTYPES)
+            kind, dtype = draw.choice(KINDS), draw.choice(DTYPES)
             seeds = [number * comm.size + rank for rank in range(comm.size)]
             elements = draw.choice([1, 7, 500, 1500])
             parts = [tensor_of(seed, dtype, elements) for seed in seeds]
@@ -106,6 +112,12 @@ def random_operations(comm: TorchComm, operations: int) -> None:
                 torch.testing.assert_close(peers.add(own), total.to(dtype), rtol=rtol, atol=0.0)
             elif kind == "gather":
                 assert torch.equal(peers.gather(own), torch.stack(parts)), (number, kind)
+            elif kind == "heads":
+                queries = draw.choice([1, 3, 20])
+                heads = [heads_of(seed, dtype, queries) for seed in seeds]
+                gathered = peers.gather_heads(heads[comm.rank])
+                for all_heads, of_ranks in zip(gathered, zip(*heads, strict=True), strict=True):
+                    assert torch.equal(all_heads, torch.cat(of_ranks, 2)), (number, kind)
             elif kind == "broadcast":
                 packets = [torch.arange(elements) + (seed << 40) for seed in seeds]
                 peers.broadcast(packets[comm.rank])
@@ -124,6 +136,9 @@ def check_merge(peers: Any, comm: TorchComm, states: list[State], draw: random.R
         torch.testing.assert_close(part, whole[:, :, first : first + 2])
     # Every rank computes the same bits.
     everything = peers.merge(states[comm.rank])
+    narrow = peers.merge(states[comm.rank], dtype=torch.float16)
+    assert torch.equal(narrow.out_BQHD, everything.out_BQHD.half())
+    assert torch.equal(narrow.lse_BQH, everything.lse_BQH)
     for part, whole in zip(merged, everything, strict=True):
         assert torch.equal(part, whole[:, :, first : first + 2])
     for other in comm.gather(everything):
@@ -149,7 +164,8 @@ def abort_and_begin_again(comm: TorchComm) -> list[float]:
             threading.Timer(0.3, peers.abort).start()
             # The other rank does not come.
             lost = peers.add(part), *peers.merge(state_of(1)), peers.gather(part)
-            for tensor in lost:
+            heads = peers.gather_heads(heads_of(0, torch.float32))
+            for tensor in (*lost, *heads):
                 assert not tensor.isnan().any()
         peers.connect(lambda key, text: comm.gather(text))
         total = peers.add(part)
@@ -172,6 +188,9 @@ def rehearse_alone(comm: TorchComm) -> None:
             peers.add(part, rehearsal=True)
             peers.merge(state_of(0), rehearsal=True)
             assert peers.gather(part, rehearsal=True).shape == (2, *part.shape)
+            own = heads_of(0, torch.float32)
+            for heads, t in zip(peers.gather_heads(own, rehearsal=True), own, strict=True):
+                assert heads.shape == (*t.shape[:2], 2 * t.shape[2], t.shape[3])
             peers.broadcast(part, rehearsal=True)
             assert torch.equal(part, tensor_of(0, torch.float32))
         total = tensor_of(0, torch.float32) + tensor_of(1, torch.float32)
@@ -191,7 +210,7 @@ def through_the_mesh(comm: TorchComm) -> tuple[Any, Any]:
         peers = connected(comm, memory)
     groups, everyone = comm.world.groups._groups, range(comm.size)
     used = []
-    for name in ("add", "gather", "merge", "broadcast"):
+    for name in ("add", "gather", "gather_heads", "merge", "broadcast"):
         operation = getattr(peers, name)
 
         def spy(*args: Any, name: str = name, operation: Any = operation, **kwargs: Any) -> Any:
@@ -201,8 +220,16 @@ def through_the_mesh(comm: TorchComm) -> tuple[Any, Any]:
         setattr(peers, name, spy)
     groups["peers", everyone] = peers
     try:
-        fast = merge_on_ranks(comm, 3), add_and_gather(comm, 7)
-        assert used == ["merge", "merge", "add", "add", "add", "gather", "broadcast"]
+        fast = merge_on_ranks(comm, 3), add_and_gather(comm, 7), gather_heads(comm, 5)
+        assert used == [
+            *3 * ["merge"],
+            "add",
+            "add",
+            "add",
+            "gather",
+            "broadcast",
+            *3 * ["gather_heads"],
+        ]
         if comm.size == 4:
             rehearse(comm)
             assert used[-1] == "broadcast"
@@ -214,9 +241,11 @@ def through_the_mesh(comm: TorchComm) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_mesh_uses_memory_for_small_tensors_and_counts_the_same(pool: Pool, ranks: int) -> None:
-    for plain, fast in pool.run(through_the_mesh, ranks):
+    results = pool.run(through_the_mesh, ranks)
+    check_heads([fast[2] for _, fast in results], 5)
+    for plain, fast in results:
         (whole, own, wire), added = plain
-        (fast_whole, fast_own, fast_wire), fast_added = fast
+        (fast_whole, fast_own, fast_wire), fast_added, _ = fast
         torch.testing.assert_close(fast_whole, whole)
         torch.testing.assert_close(fast_own, own)
         assert fast_wire == wire

@@ -18,12 +18,14 @@ from torch import Tensor
 from star_attention import StarLLM
 from star_attention.attention.state import State, merge
 from star_attention.errors import StarAttentionError
+from tests.dist.test_collectives import heads_of
 from tests.gpu import peer_ranks
 from tests.gpu import ranks as engine_ranks
 from tests.gpu.peer_ranks import Ranks
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["add", "gather", "heads", "merge", "broadcast"]
 SIZES = [1, 7, 512, 513, 4096, 33_000]
 HEADS = 6
 
@@ -55,7 +57,7 @@ def random_operations(ranks: Ranks, operations: int) -> float:
     checks: list[tuple[Any, Any, str]] = []
     started = time.monotonic()
     for number in range(operations):
-        kind, dtype = draw.choice(["add", "gather", "merge", "broadcast"]), draw.choice(DTYPES)
+        kind, dtype = draw.choice(KINDS), draw.choice(DTYPES)
         seeds = [(number % 50) * ranks.size + rank for rank in range(ranks.size)]
         elements, head_size = draw.choice(SIZES), draw.choice([16, 64, 80, 128, 256])
         queries, first = draw.choice([1, 3, 20]), draw.randrange(HEADS)
@@ -71,6 +73,13 @@ def random_operations(ranks: Ranks, operations: int) -> float:
                 expected = merge(wide)
                 for part, whole in zip(merged, expected, strict=True):
                     checks.append((part, whole[:, :, first : first + 2], where))
+            continue
+        if kind == "heads":
+            heads = [[t.cuda() for t in heads_of(seed, dtype, queries)] for seed in seeds]
+            gathered = peers.gather_heads(heads[ranks.rank])
+            if checked:
+                for all_heads, of_ranks in zip(gathered, zip(*heads, strict=True), strict=True):
+                    checks.append((all_heads, torch.cat(of_ranks, 2), where))
             continue
         part = tensor_of(seeds[ranks.rank], dtype, elements)
         if kind == "add":
@@ -108,6 +117,8 @@ def merged_bits(ranks: Ranks) -> None:
         state = state_of(ranks.rank + 10 * number, 5, 128, torch.bfloat16)
         whole = ranks.peers.merge(state)
         ranks.same_bits(*whole)
+        narrow = ranks.peers.merge(state, dtype=torch.bfloat16)
+        assert torch.equal(narrow.out_BQHD, whole.out_BQHD.bfloat16())
         own = ranks.peers.merge(state, slice(ranks.rank, ranks.rank + 3))
         for part, everything in zip(own, whole, strict=True):
             assert torch.equal(part, everything[:, :, ranks.rank : ranks.rank + 3])

@@ -9,15 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from star_attention.distributed.collectives import TorchComm as TorchComm
     from star_attention.distributed.comm import Comm as Comm
     from star_attention.distributed.environment import from_environment as from_environment
     from star_attention.distributed.solo import SoloComm as SoloComm
+    from star_attention.distributed.torch_comm import TorchComm as TorchComm
 
 _HOME = {
     "Comm": "comm",
     "SoloComm": "solo",
-    "TorchComm": "collectives",
+    "TorchComm": "torch_comm",
     "from_environment": "environment",
 }
 

@@ -1,4 +1,4 @@
-"""`TorchComm`: ranks over torch.distributed, and the tensors that they exchange.
+"""`MeshComm`: the tensors that ranks exchange.
 
 Axes: B batch, Q query rows, H query heads, D head size.
 """
@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from star_attention.attention.state import State, merge
-from star_attention.config import STALL_S
 from star_attention.distributed.comm import Pending
 from star_attention.distributed.groups import all_gather
 from star_attention.distributed.mesh import Mesh, host_of
-from star_attention.distributed.rendezvous import START_S, STARTUP, dist, rendezvous
+from star_attention.distributed.rendezvous import dist
 from star_attention.distributed.world import World
-from star_attention.errors import InvalidInputError, RankError, quote
 from star_attention.planning import traffic
 
 
@@ -139,12 +136,15 @@ class MeshComm(Mesh):
         pending = self.world.issue(group, lambda g: g.alltoall_base(arrived, staged, *split))
         return Pending(lambda: self._unstage(pending, arrived, received))
 
-    def merge(self, state: State, heads: slice | None = None) -> State:
+    def merge(
+        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
+    ) -> State:
         """Return the state over all cp ranks' keys, the same bits on every rank (Algorithm 2).
 
         Args:
             state: this rank's part, of all heads.
             heads: the query heads to merge, which may differ between ranks; None for all.
+            dtype: precision of the result's `out`, fp32 by default.
         """
         wanted = slice(None) if heads is None else heads
         rows, head_size = state.lse_BQH.numel(), state.out_BQHD.shape[-1]
@@ -154,14 +154,16 @@ class MeshComm(Mesh):
             if not self._rehearsing:
                 part, _ = traffic.state_bytes(rows, head_size)
                 self._count(traffic.gather_bytes(part, self.cp_size))
-                merged: State = self.world.launch(lambda: peers.merge(state, heads))
-                return merged
-            peers.merge(state, heads, rehearsal=True)
+                of_peers: State = self.world.launch(lambda: peers.merge(state, heads, dtype))
+                return of_peers
+            peers.merge(state, heads, dtype, rehearsal=True)
         if self._rehearsing:
-            return State(state.out_BQHD[:, :, wanted].float(), state.lse_BQH[:, :, wanted])
-        if collective == "gather":
-            return self._merge_gathered(state, wanted)
-        return self._merge_reduced(state.out_BQHD.float(), state.lse_BQH.contiguous(), wanted)
+            merged = State(state.out_BQHD[:, :, wanted].float(), state.lse_BQH[:, :, wanted])
+        elif collective == "gather":
+            merged = self._merge_gathered(state, wanted)
+        else:
+            merged = self._merge_reduced(state.out_BQHD.float(), state.lse_BQH.contiguous(), wanted)
+        return merged._replace(out_BQHD=merged.out_BQHD.to(dtype or torch.float32))
 
     def _merge_gathered(self, state: State, heads: slice) -> State:
         # In fp32, as the lse is.
@@ -248,6 +250,28 @@ class MeshComm(Mesh):
         """Return the cp ranks' tensors, of one shape, in their order: `[cp_size, *shape]`."""
         return self._gathered(tensor, self._lane(), self._count)
 
+    def gather_heads(self, *own_BSHD: Tensor) -> list[Tensor]:
+        """Return queries, keys and values of all cp ranks' heads, in one collective.
+
+        Args:
+            own_BSHD: those of this rank's heads.
+        """
+        peers = self._peers(self._lane())
+        if peers is not None and peers.fits_heads(own_BSHD):
+            if self._rehearsing:
+                return peers.gather_heads(own_BSHD, rehearsal=True)
+            part = sum(t.numel() * t.element_size() for t in own_BSHD)
+            self._count(traffic.gather_bytes(part, self.cp_size))
+            heads: list[Tensor] = self.world.launch(lambda: peers.gather_heads(own_BSHD))
+            return heads
+        B, S = own_BSHD[0].shape[:2]
+        parts = self.cp_gather(torch.cat([t.reshape(-1) for t in own_BSHD]))
+        return [
+            # From `[ranks, B, S, heads, D]`, in which a rank's heads follow those before it.
+            part.view(-1, *t.shape).movedim(0, 2).reshape(B, S, -1, t.shape[3])
+            for part, t in zip(parts.split([t.numel() for t in own_BSHD], 1), own_BSHD, strict=True)
+        ]
+
     def tp_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tp ranks' tensors, of one shape, in their order; on the CPU with gloo."""
         if self.tp_size == 1 or self._rehearsing:
@@ -308,91 +332,3 @@ class MeshComm(Mesh):
         pending.wait()
         if staged is not tensor:
             tensor.copy_(staged)
-
-
-class TorchComm(MeshComm):
-    """Ranks over torch.distributed's transports, before any mesh: every rank is a cp rank.
-
-    Creating one is collective. It makes process groups of its own and leaves torch's default group
-    alone. `from_environment` takes torchrun's ranks.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        host: str,
-        port: int,
-        *,
-        master: Any = None,
-        name: str = "star-attention",
-        stall_s: float = STALL_S,
-        start_s: float = START_S,
-        merge_collective: str | None = None,
-    ) -> None:
-        """Connect to the other ranks.
-
-        Args:
-            host: network name or address at which rank 0's `TCPStore` listens.
-            port: its port.
-            master: that store, on rank 0, to keep it alive.
-            name: prefix of all keys in the store; groups of ranks that share a store need
-                different ones.
-            stall_s: stall limit, the longest silence of a rank in seconds.
-            start_s: seconds to wait for the other ranks.
-            merge_collective: "gather" or "reduce" to merge states; None for the one that moves
-                fewer bytes.
-
-        Raises:
-            InvalidInputError: a value cannot work.
-            RankError: not all ranks connect.
-        """
-        if merge_collective not in (None, "gather", "reduce"):
-            raise InvalidInputError(
-                f"merge_collective {quote(merge_collective)} is unknown; use None, 'gather'"
-                " or 'reduce'"
-            )
-        world = World(
-            rank, size, host, port, server=master, name=name, stall_s=stall_s, start_s=start_s
-        )
-        super().__init__(world, merge_collective=merge_collective)
-
-    @classmethod
-    def from_environment(cls, *, start_s: float = START_S, **settings: Any) -> Self:
-        """Connect the ranks that torchrun's environment names.
-
-        The environment variables are RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `settings` are
-        keywords of `TorchComm`.
-
-        Raises:
-            InvalidInputError: the environment is incomplete or wrong.
-            RankError: not all ranks connect.
-        """
-        place = rendezvous(start_s)
-        return cls(
-            place.rank,
-            place.size,
-            place.host,
-            place.port,
-            master=place.server,
-            start_s=start_s,
-            **settings,
-        )
-
-    def diagnose(self, cause: str) -> RankError:
-        """Return why a signal ends this rank: the rank that died, or `cause` if all seem well."""
-        fault = self.world.watchdog.find_cause(cause)
-        return RankError(fault.rank, fault.where, fault.cause)
-
-    def close(self) -> None:
-        """Let the ranks that follow go, and leave the other ranks for good."""
-        world = self.world
-        # A program that fails right after startup may be faster than the ranks that will follow.
-        if self.rank == 0 and world.last_call == STARTUP:
-            self.followers.come(world.others_left)
-        # A daemon thread may still be in a call, which nothing can end in order.
-        if not world.in_call:
-            # What the others report is theirs.
-            with suppress(RankError):
-                self.dismiss()
-        world.close()

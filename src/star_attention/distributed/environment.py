@@ -9,9 +9,10 @@ from typing import Any
 import torch.distributed as dist
 
 from star_attention.config import STALL_S
-from star_attention.distributed.collectives import MeshComm, TorchComm
+from star_attention.distributed.collectives import MeshComm
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.solo import SoloComm
+from star_attention.distributed.torch_comm import TorchComm
 from star_attention.errors import InvalidInputError, quote
 
 _PROCESS_COMM: list[TorchComm] = []  # at most one, for all engines of a process

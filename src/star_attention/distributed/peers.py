@@ -9,7 +9,7 @@ Axes: B batch, Q query rows, H query heads, D head size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -154,27 +154,59 @@ class PeerGroup:
         assert packet.is_contiguous()
         self._copy(packet, packet, root=0, rehearsal=rehearsal)
 
+    def fits_heads(self, own: Sequence[Tensor]) -> bool:
+        """Return True if `gather_heads` takes tensors of these sizes."""
+        words = sum(t.numel() * max(1, t.element_size() // 4) for t in own)
+        return 0 < words <= self._programs * BLOCK
+
+    def gather_heads(self, own: Sequence[Tensor], *, rehearsal: bool = False) -> list[Tensor]:
+        """Return queries, keys and values of all members' heads, in the order of members.
+
+        Args:
+            own: this member's, `[B, S, heads, D]` each.
+        """
+        B, S = own[0].shape[:2]
+        own = [t.contiguous() for t in own]
+        heads = [t.new_empty(B, S, t.shape[2] * self._size, t.shape[3]) for t in own]
+        words = [_words(t) for t in own]
+        grid, rows = self._grid(sum(w.numel() for w in words), BLOCK, rehearsal)
+        widths = [w.numel() // (B * S) for w in words]
+        triton_peers.heads_kernel[grid](
+            *words, *(_words(t) for t in heads), self._table, self._epochs, self._member,
+            B * S if rows else 0,
+            WIDTH_Q=widths[0], WIDTH_K=widths[1], WIDTH_V=widths[2],
+            BLOCK=BLOCK, **self._constants(),
+        )  # fmt: skip
+        return heads
+
     def _copy(self, part: Tensor, parts: Tensor, *, root: int, rehearsal: bool) -> None:
-        dtype = {1: torch.uint8, 2: torch.int16}.get(part.element_size(), torch.int32)
-        words = part.view(-1).view(dtype)
+        words = _words(part)
         grid, n = self._grid(words.numel(), BLOCK, rehearsal)
         triton_peers.copy_kernel[grid](
-            words, parts.view(-1).view(dtype), self._table, self._epochs, self._member, n,
+            words, _words(parts), self._table, self._epochs, self._member, n,
             ROOT=root, BLOCK=BLOCK, **self._constants(),
         )  # fmt: skip
 
-    def merge(self, state: State, heads: slice | None = None, *, rehearsal: bool = False) -> State:
-        """Return the merge of all members' states, fp32; see `add`.
+    def merge(
+        self,
+        state: State,
+        heads: slice | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rehearsal: bool = False,
+    ) -> State:
+        """Return the merge of all members' states, in fp32; see `add`.
 
         Args:
             heads: the heads to merge, which may differ between members; None for all.
+            dtype: precision of the result's `out`, fp32 by default.
         """
         out_BQHD, lse_BQH = state.out_BQHD.contiguous(), state.lse_BQH.contiguous()
         B, Q, H, D = out_BQHD.shape
         first, stop, step = (heads or slice(None)).indices(H)
         assert step == 1
         wanted = max(0, stop - first)
-        merged_BQHD = torch.empty(B, Q, wanted, D, dtype=torch.float32, device=out_BQHD.device)
+        merged_BQHD = out_BQHD.new_empty(B, Q, wanted, D, dtype=dtype or torch.float32)
         merged_BQH = torch.empty(B, Q, wanted, dtype=torch.float32, device=out_BQHD.device)
         rows = _rows(D)
         grid, total = self._grid(B * Q * H, rows, rehearsal)
@@ -197,6 +229,12 @@ class PeerGroup:
             SPINS=triton_peers.SPINS,
             num_warps=triton_peers.WARPS,
         )
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """View a contiguous tensor as the integers that an exchange moves, 32 bits at most."""
+    dtype = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
+    return tensor.view(-1).view(dtype)
 
 
 def _rows(head_size: int) -> int:

@@ -119,18 +119,23 @@ class SoloComm(SoloControl, SoloProgress):
     def exchange(self, *args: Any, **options: Any) -> Pending:
         raise AssertionError("there is no other rank")
 
-    def merge(self, state: State, heads: slice | None = None) -> State:
-        if heads is None:
+    def merge(
+        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
+    ) -> State:
+        if heads is None and dtype is None:
             return state
-        return state._replace(
-            out_BQHD=state.out_BQHD[:, :, heads], lse_BQH=state.lse_BQH[:, :, heads]
-        )
+        wanted = slice(None) if heads is None else heads
+        out_BQHD = state.out_BQHD[:, :, wanted].to(dtype or state.out_BQHD.dtype)
+        return state._replace(out_BQHD=out_BQHD, lse_BQH=state.lse_BQH[:, :, wanted])
 
     def cp_sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def cp_gather(self, tensor: Tensor) -> Tensor:
         return tensor[None]
+
+    def gather_heads(self, *own_BSHD: Tensor) -> list[Tensor]:
+        return list(own_BSHD)
 
     def broadcast_step(self, packet: Tensor) -> Pending:
         return Pending()

@@ -137,6 +137,46 @@ def copy_kernel(
     tl.store(epochs + pid, epoch, mask=live)
 
 
+@triton.jit(do_not_specialize=["rank", "rows"])
+def heads_kernel(
+    q_ptr, k_ptr, v_ptr, all_q_ptr, all_k_ptr, all_v_ptr, table, epochs, rank, rows,
+    WIDTH_Q: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
+    SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
+    SPINS: tl.constexpr,
+):  # fmt: skip
+    """Copy the heads of all ranks next to each other, in the order of ranks.
+
+    A row is one token; a rank's heads of it are `WIDTH_Q`, `WIDTH_K` and `WIDTH_V` words.
+    """
+    pid = tl.program_id(0)
+    epoch = tl.load(epochs + pid) + 1
+    live = rows > 0
+    index = tl.arange(0, BLOCK)
+    at = pid * BLOCK + index
+    mask = at < rows * (WIDTH_Q + WIDTH_K + WIDTH_V)
+    # Queries come first, then keys, then values.
+    at_k = at - rows * WIDTH_Q
+    at_v = at_k - rows * WIDTH_K
+    is_q, is_v = at_k < 0, (at_v >= 0) & mask
+    is_k = (at_k >= 0) & (at_v < 0)
+    own = tl.load(q_ptr + at, mask=is_q & mask, other=0).to(tl.int32)
+    own += tl.load(k_ptr + at_k, mask=is_k, other=0).to(tl.int32)
+    own += tl.load(v_ptr + at_v, mask=is_v, other=0).to(tl.int32)
+    here = pid * REGION + index
+    _send(table, own, here, mask, rank, epoch, live, False, SIZE, SLOT)
+    # Where the first rank's word goes.
+    to_q = at // WIDTH_Q * (WIDTH_Q * SIZE) + at % WIDTH_Q
+    to_k = at_k // WIDTH_K * (WIDTH_K * SIZE) + at_k % WIDTH_K
+    to_v = at_v // WIDTH_V * (WIDTH_V * SIZE) + at_v % WIDTH_V
+    for r in tl.static_range(SIZE):
+        words = _receive(table, own, here, mask, rank, r, epoch, live, False, SIZE, SLOT, SPINS)
+        words = words.to(all_q_ptr.dtype.element_ty)
+        tl.store(all_q_ptr + to_q + r * WIDTH_Q, words, mask=is_q & mask)
+        tl.store(all_k_ptr + to_k + r * WIDTH_K, words, mask=is_k)
+        tl.store(all_v_ptr + to_v + r * WIDTH_V, words, mask=is_v)
+    tl.store(epochs + pid, epoch, mask=live)
+
+
 @triton.jit(do_not_specialize=["rank", "total", "heads", "first", "wanted"])
 def merge_kernel(
     out_ptr, lse_ptr, merged_ptr, merged_lse_ptr, table, epochs,

@@ -87,7 +87,7 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         comm, heads = self.position.comm, None
         if self.position.by_heads:
             heads = own_heads(comm, q_BQHD)
-            q_BQHD, *pair = gather_heads(comm, q_BQHD, k_BKGD, v_BKGD)
+            q_BQHD, *pair = comm.gather_heads(q_BQHD, k_BKGD, v_BKGD)
             self.tail.append(*(t.transpose(1, 2) for t in pair))
             k_BKGD, v_BKGD = by_token(self.tail.pair())
         B, Q, H, _ = q_BQHD.shape
@@ -184,21 +184,6 @@ def own_heads(comm: Comm, q_BQHD: Tensor) -> slice:
     """Return which of all query heads a rank's own queries are."""
     heads = q_BQHD.shape[2]
     return slice(comm.cp_rank * heads, (comm.cp_rank + 1) * heads)
-
-
-def gather_heads(
-    comm: Comm, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values of all heads, from each rank's own, in one collective."""
-    own = q_BSHD, k_BSGD, v_BSGD
-    parts = comm.cp_gather(torch.cat([t.reshape(-1) for t in own]))
-    B, S = q_BSHD.shape[:2]
-    q, k, v = (
-        # From `[ranks, B, S, heads, D]`, in which a rank's heads follow those of the one before.
-        part.view(-1, *t.shape).movedim(0, 2).reshape(B, S, -1, t.shape[3])
-        for part, t in zip(parts.split([t.numel() for t in own], 1), own, strict=True)
-    )
-    return q, k, v
 
 
 class AnswerCache(StarCache):

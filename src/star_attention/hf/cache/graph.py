@@ -20,7 +20,7 @@ from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
-from star_attention.hf.cache.decode import AnswerCache, gather_heads, own_heads
+from star_attention.hf.cache.decode import AnswerCache, own_heads
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
@@ -146,7 +146,7 @@ class GraphLayer(StarLayer[GraphPosition]):
         comm = position.comm
         if position.by_heads:
             heads = own_heads(comm, q_RQHD)
-            q_RQHD, k_RKGD, v_RKGD = gather_heads(comm, q_RQHD, k_RKGD, v_RKGD)
+            q_RQHD, k_RKGD, v_RKGD = comm.gather_heads(q_RQHD, k_RKGD, v_RKGD)
             self._store(k_RKGD.transpose(1, 2), v_RKGD.transpose(1, 2))
         state: State = position.kernel.attend(
             q_RQHD,
@@ -156,7 +156,11 @@ class GraphLayer(StarLayer[GraphPosition]):
             rule=rule,
             fp8=position.fp8,
         )
-        return state if comm.cp_size == 1 else comm.merge(state, heads)
+        if comm.cp_size == 1:
+            return state
+        # Sinks are added in fp32.
+        dtype = q_RQHD.dtype if rule.sink_H is None else None
+        return comm.merge(state, heads, dtype=dtype)
 
 
 class GraphCache(StarCache):
