@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.state import State
 from star_attention.distributed import triton_peers
 from star_attention.distributed.triton_peers import BLOCK, REGION
@@ -228,6 +229,7 @@ class PeerGroup:
             REGION=REGION,
             SPINS=triton_peers.SPINS,
             num_warps=triton_peers.WARPS,
+            **triton_pdl.options(self._memory.device),
         )
 
 

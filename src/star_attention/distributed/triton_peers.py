@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from star_attention.attention.kernels import triton_pdl
+
 BLOCK = 512
 """Words of a program: two for each thread, 16 bytes with their numbers."""
 WARPS = 8
@@ -88,9 +90,10 @@ def _receive(
 def add_kernel(
     part_ptr, sum_ptr, table, epochs, rank, n,
     SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
-    SPINS: tl.constexpr,
+    SPINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add up the ranks' parts in fp32, in the order of ranks."""
+    triton_pdl.begin(PDL)
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
     live = n > 0
@@ -115,9 +118,10 @@ def add_kernel(
 def copy_kernel(
     part_ptr, parts_ptr, table, epochs, rank, n,
     ROOT: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
-    REGION: tl.constexpr, SPINS: tl.constexpr,
+    REGION: tl.constexpr, SPINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Copy the parts of all ranks next to each other, or that of rank `ROOT` alone."""
+    triton_pdl.begin(PDL)
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
     live = n > 0
@@ -142,12 +146,13 @@ def heads_kernel(
     q_ptr, k_ptr, v_ptr, all_q_ptr, all_k_ptr, all_v_ptr, table, epochs, rank, rows,
     WIDTH_Q: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
     SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
-    SPINS: tl.constexpr,
+    SPINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Copy the heads of all ranks next to each other, in the order of ranks.
 
     A row is one token; a rank's heads of it are `WIDTH_Q`, `WIDTH_K` and `WIDTH_V` words.
     """
+    triton_pdl.begin(PDL)
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
     live = rows > 0
@@ -183,12 +188,14 @@ def merge_kernel(
     rank, total, heads, first, wanted,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, SLOT: tl.constexpr, REGION: tl.constexpr, SPINS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the ranks' states in the order of ranks, and keep the wanted heads.
 
     A row is one head of one query; a program has `ROWS` of them: all output rows, then the lse.
     """
     GAPS: tl.constexpr = BLOCK_D != D
+    triton_pdl.begin(PDL)
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
     live = total > 0

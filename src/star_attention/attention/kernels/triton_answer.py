@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_attention.attention.attend import Rule
+from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.state import State
 
 TAIL_SPLITS = 4
@@ -76,7 +77,9 @@ def _append(
     k_r, k_g, k_q, v_r, v_g, v_q,
     layer, queries,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    triton_pdl.begin(PDL)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     at = tl.program_id(0)
     q = at % queries
@@ -111,7 +114,9 @@ def _runs(
     TAIL_SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    triton_pdl.begin(PDL)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     g = tl.program_id(0)
@@ -242,8 +247,9 @@ def _runs(
 @triton.jit
 def _merged(
     out_ptr, lse_ptr, result_ptr, result_lse_ptr, runs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    triton_pdl.begin(PDL)
     at = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
@@ -315,7 +321,7 @@ def append(k_RGQD: Tensor, v_RGQD: Tensor, *, tables: KVTables, layer: int) -> N
         k_RGQD, v_RGQD, tables.addresses, tables.lengths,
         *k_RGQD.stride()[:3], *v_RGQD.stride()[:3], layer, Q,
         KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), COLUMNS=COLUMNS,
-        num_warps=1,
+        num_warps=1, **triton_pdl.options(k_RGQD.device),
     )  # fmt: skip
 
 
@@ -368,11 +374,13 @@ def attend(
         SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
         PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32", FP8=fp8,
         num_warps=4, num_stages=3 if q_RQHD.element_size() == 2 else 2,
+        **triton_pdl.options(q_RQHD.device),
     )  # fmt: skip
     out_RQHD = torch.empty(R, Q, H, D, dtype=rule.dtype or torch.float32, device=q_RQHD.device)
     lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=q_RQHD.device)
     _merged[(R * Q * H,)](
         out, lse, out_RQHD, lse_RQH, runs,
         D=D, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(runs), num_warps=4,
+        **triton_pdl.options(q_RQHD.device),
     )  # fmt: skip
     return State(out_RQHD, lse_RQH)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from star_attention.attention.kernels import triton_pdl
+
 _BLOCK_K = 1024
 
 MAX_MATRICES = 3
@@ -22,10 +24,17 @@ MAX_MATRICES = 3
 
 
 @triton.jit
-def _row(n, x_ptr, w_ptr, bias_ptr, out_ptr, K, stride, BLOCK_K: tl.constexpr, BIAS: tl.constexpr):
+def _row(
+    n, x_ptr, w_ptr, bias_ptr, out_ptr, K, stride,
+    BLOCK_K: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     n = n.to(tl.int64)
-    sum_K = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    k = tl.arange(0, BLOCK_K)
+    # Weights do not depend on the kernel before: the first ones are read while it ends.
+    w_K = tl.load(w_ptr + n * stride + k, mask=k < K, other=0.0).to(tl.float32)
+    triton_pdl.begin(PDL)
+    sum_K = w_K * tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    for start in range(BLOCK_K, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x_K = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         sum_K += x_K * tl.load(w_ptr + n * stride + k, mask=k < K, other=0.0).to(tl.float32)
@@ -42,14 +51,15 @@ def _rows(
     w1_ptr, bias1_ptr, out1_ptr, N1, stride1,
     w2_ptr, bias2_ptr, out2_ptr, stride2,
     BLOCK_K: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     if n < N0:
-        _row(n, x_ptr, w0_ptr, bias0_ptr, out0_ptr, K, stride0, BLOCK_K, BIAS0)
+        _row(n, x_ptr, w0_ptr, bias0_ptr, out0_ptr, K, stride0, BLOCK_K, BIAS0, PDL)
     elif n < N0 + N1:
-        _row(n - N0, x_ptr, w1_ptr, bias1_ptr, out1_ptr, K, stride1, BLOCK_K, BIAS1)
+        _row(n - N0, x_ptr, w1_ptr, bias1_ptr, out1_ptr, K, stride1, BLOCK_K, BIAS1, PDL)
     else:
-        _row(n - N0 - N1, x_ptr, w2_ptr, bias2_ptr, out2_ptr, K, stride2, BLOCK_K, BIAS2)
+        _row(n - N0 - N1, x_ptr, w2_ptr, bias2_ptr, out2_ptr, K, stride2, BLOCK_K, BIAS2, PDL)
 
 
 @torch.library.custom_op("star_attention::linears", mutates_args=())
@@ -96,6 +106,7 @@ def linears(
         x.contiguous(), K,
         *a, sizes[0], a[0].stride(0), *b, sizes[1], b[0].stride(0), *c, c[0].stride(0),
         BLOCK_K=_BLOCK_K, BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2], num_warps=4,
+        **triton_pdl.options(x.device),
     )  # fmt: skip
     return outs
 

@@ -73,7 +73,7 @@ class CompiledLayers:
         self._known: set[tuple[Any, ...]] = set()
         self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}, ROWS: {}}
         if triton_works(handle.device):
-            from star_attention.attention.kernels import triton_row
+            from star_attention.attention.kernels import triton_pdl, triton_row
 
             self._row_linear = triton_row.RowLinear
             self._linears = [
@@ -83,6 +83,9 @@ class CompiledLayers:
                 if triton_row.is_plain_linear(module)
             ]
             self._options[STEP] = {"post_grad_custom_pre_pass": _FUSE_LINEARS}
+            if triton_pdl.is_supported(handle.device):
+                # Torch's kernels take part, or ours would have to wait for their ends.
+                self._options[STEP]["triton.enable_pdl"] = True
         self._forwards = {
             mode: [
                 self._dispatch(layer, min(indices), mode)
