@@ -96,6 +96,48 @@ class FakeLoad:
         self._pieces = 0
 
 
+class FakeParked:
+    """A context in host memory."""
+
+    def __init__(self, context: FakeContext) -> None:
+        self.ids, self.nbytes = context.ids, context.nbytes
+
+    def on_host(self) -> FakeContext:
+        return FakeContext(self.ids)
+
+
+class FakeParking:
+    """A context that goes to host memory in two pieces."""
+
+    def __init__(self, context: FakeContext) -> None:
+        self._context, self._pieces = context, 2
+
+    @property
+    def done(self) -> bool:
+        return not self._pieces
+
+    def advance(self) -> None:
+        self._pieces -= 1
+
+    def result(self) -> FakeParked:
+        return FakeParked(self._context)
+
+    def cancel(self) -> None:
+        self._pieces = 0
+
+
+class FakeReturn(FakeParking):
+    """A context that comes back from there."""
+
+    tokens = 0
+
+    def __init__(self, parked: FakeParked) -> None:
+        super().__init__(parked.on_host())
+
+    def result(self) -> Any:
+        return self._context
+
+
 class FakeEncoder:
     """Makes contexts of token ids.
 
@@ -127,6 +169,17 @@ class FakeEncoder:
             raise ContextNotFoundError(f"there is no saved context at {path}")
         return FakeLoad(path, ids)
 
+    def host_bytes(self, context: FakeContext) -> int:
+        return context.nbytes
+
+    def park(self, context: FakeContext) -> FakeParking:
+        if self.failures:
+            raise self.failures.pop(0)
+        return FakeParking(context)
+
+    def bring_back(self, parked: FakeParked) -> FakeReturn:
+        return FakeReturn(parked)
+
     def free_memory(self) -> None:
         pass
 
@@ -157,7 +210,7 @@ def store(
 ) -> ContextStore:
     """A store whose limits are given in tokens where they are called so."""
     files = None if folder is None else StoreFolder(folder, identity)
-    for name in ("pinned", "disk"):
+    for name in ("pinned", "host", "disk"):
         if f"{name}_tokens" in settings:
             settings[f"{name}_bytes"] = BYTES * settings.pop(f"{name}_tokens")
     return ContextStore(

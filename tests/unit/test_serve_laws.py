@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     consumes,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -26,7 +27,7 @@ from star_attention.serve.contexts.lease import Lease
 from star_attention.serve.refusals import RefusalError
 from tests.stores import BLOCK, BYTES, Clock, FakeEncoder, kill, settle, store, wanted
 
-DEVICE, PINNED, DISK = 20, 9, 30
+DEVICE, PINNED, HOST, DISK = 20, 9, 15, 30
 # Some share a beginning, and so blocks.
 DOCUMENTS = [
     list(range(5)),
@@ -68,6 +69,14 @@ class StoreLaws(RuleBasedStateMachine):
         self.encoder.tokens_a_poll = 3
         self.held: dict[Lease, list[int]] = {}
         self.known: dict[str, tuple[str, list[int]]] = {}
+        self.host_tokens = 0
+        self.open()
+
+    @initialize(tokens=st.sampled_from([0, HOST]))
+    def begin(self, tokens: int) -> None:
+        """Let half of the runs have host memory between device and disk."""
+        self.kept.close()
+        self.host_tokens = tokens
         self.open()
 
     def open(self) -> None:
@@ -77,6 +86,7 @@ class StoreLaws(RuleBasedStateMachine):
             folder=Path(self.folder.name),
             device_tokens=DEVICE,
             pinned_tokens=PINNED,
+            host_tokens=self.host_tokens,
             disk_tokens=DISK,
             ttl=100,
             linger_s=10,
@@ -218,6 +228,7 @@ class StoreLaws(RuleBasedStateMachine):
         _, places, _ = self.kept.counts()
         encoding = [job for job in self.encoder.jobs[-1:] if not job.canceled]
         assert places["device"][1] <= BYTES * DEVICE
+        assert places["host"][1] <= BYTES * self.host_tokens
         assert len(encoding) <= 1
         views = [view for tenant in ("ann", "bob") for view in self.kept.list(tenant)]
         pinned = [view for view in views if view.pinned]

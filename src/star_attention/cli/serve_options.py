@@ -192,6 +192,15 @@ class KeepOptions:
             show_default="half of what is free",
         ),
     ] = None
+    max_host_bytes: Annotated[
+        str | None,
+        option(
+            "Most bytes of contexts in host memory that have left a GPU's; 0 for none.",
+            panel=_CONTEXTS,
+            metavar="SIZE",
+            show_default="a quarter of what is free",
+        ),
+    ] = None
     max_store_bytes: Annotated[
         str, option("Most bytes of contexts in FOLDER.", panel=_CONTEXTS, metavar="SIZE")
     ] = "64g"

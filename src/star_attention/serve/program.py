@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 from star_attention.engine import StarLLM
+from star_attention.errors import InvalidInputError
 from star_attention.generation.batching.warming import warm_up
 from star_attention.serve.answers import Answers
 from star_attention.serve.contexts.encoder import BatchEncoder, engine_identity
@@ -32,6 +33,8 @@ _log = logging.getLogger(__name__)
 _LAST_S = 2
 """Seconds that connections get after their answers, to take the last bytes."""
 _LOOK_S = 0.05
+_HOST_SHARE = 4
+"""Contexts that leave a GPU take up to one part in so many of the host memory that is free."""
 
 
 def run(
@@ -126,7 +129,8 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
         settings: the server's.
 
     Raises:
-        InvalidInputError: the folder of contexts cannot be used.
+        InvalidInputError: the folder of contexts cannot be used, or a setting does not fit the
+            device.
     """
     engines: list[Engine] = []
 
@@ -139,6 +143,7 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
         BatchEncoder(star, lambda: engines[0].batch),
         StoreSettings(
             device_bytes=settings.max_context_bytes or free_bytes(star.device) // 2,
+            host_bytes=_host_bytes(star, settings),
             disk_bytes=settings.max_store_bytes,
             ttl=settings.context_ttl,
             talks=settings.max_conversations,
@@ -155,6 +160,23 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
     service = Service(star, name, settings, store, engine)
     engine.on_step = service.metrics.step.observe
     return service
+
+
+def _host_bytes(star: StarLLM, settings: ServeSettings) -> int:
+    """Return the most bytes of host memory for contexts that leave the device.
+
+    Raises:
+        InvalidInputError: contexts are in host memory already.
+    """
+    wanted = settings.max_host_bytes
+    if star.device.type != "cpu" and star.config.kv_device is None:
+        return free_bytes(torch.device("cpu")) // _HOST_SHARE if wanted is None else wanted
+    if wanted:
+        raise InvalidInputError(
+            f"max_host_bytes {wanted:,} does not work here: contexts are in host memory from the"
+            " start; leave it out, and set max_context_bytes"
+        )
+    return 0
 
 
 def free_bytes(device: torch.device) -> int:

@@ -200,6 +200,7 @@ class Service:
             ("context_misses", "reason"): dict(counts.missed),
             ("context_evictions", "to"): dict(counts.evicted),
             ("context_reloads", ""): {"": counts.reloads},
+            ("context_returns", ""): {"": counts.returns},
             ("contexts_encoded_again", ""): {"": counts.again},
             ("conversation_hits", ""): {"": talks.hits},
             ("conversations_dropped", "reason"): dict(talks.dropped),

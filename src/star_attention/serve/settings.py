@@ -16,10 +16,18 @@ SIZES = (
     "max_tokens",
     "min_context_tokens",
     "max_context_bytes",
+    "max_host_bytes",
     "max_store_bytes",
 )
 """Settings that may be written as 64k, 1m or 8g."""
-_MAY_BE_ZERO = ("port", "drain_timeout", "min_context_tokens", "max_conversations", "max_responses")
+_MAY_BE_ZERO = (
+    "port",
+    "drain_timeout",
+    "min_context_tokens",
+    "max_conversations",
+    "max_host_bytes",
+    "max_responses",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,8 @@ class ServeSettings:
         implicit: False to keep only what a request marks or names.
         store: folder for contexts that survive a restart; None for memory only.
         max_context_bytes: most bytes of contexts in memory; None for half of what is free.
+        max_host_bytes: most bytes of contexts in host memory that have left a GPU's; None for a
+            quarter of what is free, 0 for none.
         max_store_bytes: most bytes of contexts in the folder.
         context_ttl: seconds without use after which a context is dropped; None for no limit.
         max_conversations: most conversations whose next prompt computes only what is new; 0 for
@@ -86,6 +96,7 @@ class ServeSettings:
     implicit: bool = True
     store: str | None = None
     max_context_bytes: int | None = None
+    max_host_bytes: int | None = None
     max_store_bytes: int = 64 * 2**30
     context_ttl: float | None = None
     max_conversations: int = 256

@@ -157,6 +157,21 @@ class LayerKV:
         assert self._buffers is not None, "this layer holds no keys"
         return self._buffers
 
+    def elsewhere(self, source: Callable[[], StoredKV] | None) -> LayerKV:
+        """Return the same layer with its tensors at another place; None for a layer without any.
+
+        Args:
+            source: returns them there, on first use.
+        """
+        return LayerKV(
+            self.segments,
+            expands=self.expands,
+            kv_format=self.kv_format,
+            source=source,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
     def pair(self) -> Pair:
         """Return all keys and values for attention, `[1, G, tokens, D]`.
 

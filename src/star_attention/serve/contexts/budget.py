@@ -45,6 +45,36 @@ def on_device(entries: Iterable[Entry]) -> int:
     )
 
 
+def parked(entries: Iterable[Entry]) -> int:
+    """Return the bytes in host memory."""
+    return sum(entry.parked.nbytes for entry in entries if entry.parked is not None)
+
+
+def parked_to_drop(entries: Iterable[Entry], need: int, limit: int) -> list[Entry] | None:
+    """Return the contexts that leave host memory to make room: copies first, then by last use.
+
+    Args:
+        entries: all contexts.
+        need: bytes that are needed.
+        limit: most bytes in host memory.
+
+    Returns:
+        As few as needed; None if there cannot be room.
+    """
+    there = [entry for entry in entries if entry.parked is not None]
+    excess = parked(there) + need - limit
+    removable = [entry for entry in there if not entry.writing and not entry.loading]
+    leaving: list[Entry] = []
+    for entry in sorted(removable, key=lambda entry: (entry.context is None, entry.last_used_at)):
+        if excess <= 0:
+            break
+        if entry.context is None and (entry.users or entry.pinned):
+            continue
+        leaving.append(entry)
+        excess -= entry.parked.nbytes
+    return leaving if excess <= 0 else None
+
+
 def pinned(entries: Iterable[Entry]) -> int:
     """Return the bytes of pinned contexts, wherever they are."""
     return sum(entry.nbytes for entry in entries if entry.pinned)
@@ -66,9 +96,15 @@ def files_to_remove(entries: Iterable[Entry], need: int, limit: int) -> list[Ent
     excess = sum(entry.nbytes for entry in files) + need - limit
     removable = [entry for entry in files if not entry.pinned and not entry.users]
     leaving: list[Entry] = []
-    for entry in sorted(removable, key=lambda entry: (entry.context is None, entry.last_used_at)):
+    for entry in sorted(
+        removable, key=lambda entry: (not _is_in_memory(entry), entry.last_used_at)
+    ):
         if excess <= 0:
             break
         leaving.append(entry)
         excess -= entry.nbytes
     return leaving if excess <= 0 else None
+
+
+def _is_in_memory(entry: Entry) -> bool:
+    return entry.context is not None or entry.parked is not None

@@ -15,6 +15,7 @@ from star_attention.generation.batching.batch import Batch
 from star_attention.generation.batching.encoding import Encoding
 from star_attention.serve.contexts.keys import TokenIds, identity_digest
 from star_attention.storage.context import EncodedContext
+from star_attention.storage.parked import ParkedContext, Parking, host_bytes
 
 _PLACES = ("kv_device",)
 """Settings that say where contexts are, not what they are."""
@@ -73,6 +74,19 @@ class BatchEncoder:
             )
         return LoadJob(context)
 
+    def host_bytes(self, context: EncodedContext) -> int:
+        """Return the bytes that a context takes in host memory."""
+        layers = [layer for layer in context.kv.layers if not layer.is_empty]
+        return sum(host_bytes(tensor) for layer in layers for tensor in layer.stored())
+
+    def park(self, context: EncodedContext) -> Parking:
+        """Begin to copy a context to host memory."""
+        return Parking(context)
+
+    def bring_back(self, parked: ParkedContext) -> LoadJob:
+        """Begin to copy a context back from host memory."""
+        return LoadJob(parked.back())
+
     def free_memory(self) -> None:
         """Give memory back that nothing refers to."""
         gc.collect()
@@ -109,13 +123,13 @@ class BatchJob:
 
 
 class LoadJob:
-    """A saved context that is read and verified, a layer at a time.
+    """A saved context that is read and verified, or one that comes from host memory, by layers.
 
     Layers are read when they are first used: damage would show in the middle of an answer, and the
     first answer would wait for all of them at once, with everybody else's.
 
     Args:
-        context: the context, as `StarLLM.load_context` returns it.
+        context: the context, as `StarLLM.load_context` or `ParkedContext.back` returns it.
     """
 
     def __init__(self, context: EncodedContext) -> None:

@@ -24,6 +24,7 @@ class Location(StrEnum):
     """Where keys and values are; a cold context has its token ids alone, and is encoded again."""
 
     DEVICE = "device"
+    HOST = "host"
     DISK = "disk"
     COLD = "cold"
 
@@ -138,15 +139,17 @@ class Entry:
         ttl: seconds without use after which it expires; None for never.
         marked: True if a request asked to keep it for a while, or came for it after it had gone.
         context: its keys and values on the device; None if they are not there.
+        parked: those in host memory; None if they are not there. They may be at both places.
         has_file: True if they are in the store's folder.
         has_new_content: True if the content in the folder, if any, tells less than this one.
         users: requests and work that need it. It is not dropped while there are any.
         deleted: True if it is to go after its last user, and not to be found before.
         linger_until: when an encode that nobody waits for any more is canceled.
         retried: True if its encode ran out of memory before.
-        writing: True while its file is written.
-        loading: True while it is read from its file.
+        writing: True while its file is written, or while it is copied to host memory.
+        loading: True while it comes back to the device.
         unwritable: True if writing failed, so that it is not tried again and again.
+        unparkable: True if moving it to host memory failed, likewise.
         was_ready: True if it was encoded before, and is encoded again.
     """
 
@@ -169,6 +172,7 @@ class Entry:
     done: int = 0
     error: Exception | None = None
     context: Any = None
+    parked: Any = None
     has_file: bool = False
     has_new_content: bool = False
     users: int = 0
@@ -178,6 +182,7 @@ class Entry:
     writing: bool = False
     loading: bool = False
     unwritable: bool = False
+    unparkable: bool = False
     was_ready: bool = False
 
     @property
@@ -190,6 +195,8 @@ class Entry:
             return None
         if self.context is not None:
             return Location.DEVICE
+        if self.parked is not None:
+            return Location.HOST
         return Location.DISK if self.has_file else Location.COLD
 
     @property

@@ -92,9 +92,10 @@ class Finder:
         return Outcome.HIT, ""
 
     def fetch(self, entry: Entry) -> None:
-        """Have a context read that is on disk."""
+        """Have a context brought back that is in host memory or on disk."""
         is_on_its_way = entry.loading or entry in self._table.queue
-        if entry.location is Location.DISK and not is_on_its_way:
+        is_elsewhere = entry.location in (Location.HOST, Location.DISK)
+        if is_elsewhere and not is_on_its_way:
             self._table.queue.append(entry)
 
     def again(self, entry: Entry) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from star_attention.errors import ContextFileError, OutOfMemoryError, first_line
 from star_attention.serve.contexts import budget
 from star_attention.serve.contexts.entry import Entry, Status
+from star_attention.serve.contexts.host import HostTier
 from star_attention.serve.contexts.shelf import Shelf
 from star_attention.serve.contexts.sweeper import Sweeper, is_given_up
 from star_attention.serve.contexts.table import ContextJob, Table
@@ -34,6 +35,7 @@ class Keeper:
         self._table, self._shelf = table, shelf
         self._job: tuple[Entry, ContextJob, Entry | None] | None = None
         self._sweeper = Sweeper(table)
+        self._host = HostTier(table, shelf)
 
     def step(self) -> bool:
         """Do a piece of what there is to do; return True if there is more to do at once."""
@@ -43,6 +45,7 @@ class Keeper:
         if table.has_changed:
             self._shelf.write_ahead(self._sweeper.sweep())
             self._make_talks_fit()
+        self._host.step()
         if self._job is not None and self._job[0].loading:
             self._poll_load(*self._job[:2])
         elif self._job is not None:
@@ -50,7 +53,8 @@ class Keeper:
         if self._job is None and table.queue:
             has_begun = self._begin_next()
         table.deliver()
-        return self._job is not None or has_begun or table.has_changed
+        is_busy = self._job is not None or self._host.is_moving
+        return is_busy or has_begun or table.has_changed
 
     def make_room(self) -> bool:
         """Drop from the device what nobody uses; return False if there was nothing."""
@@ -58,6 +62,7 @@ class Keeper:
             leaving = [entry for entry in self._table.registry if budget.may_leave(entry)]
             self._table.counts.out_of_memory += 1
         for entry in leaving:
+            self._host.take(entry)
             self._evict(entry)
         has_dropped = self._table.talks.make_room(0)
         self._table.encoder.free_memory()
@@ -66,6 +71,7 @@ class Keeper:
     def close(self) -> None:
         """Refuse whoever waits, and write what is worth it."""
         table = self._table
+        self._host.close()
         if self._job is not None:
             entry, job, base = self._job
             job.cancel()
@@ -161,8 +167,8 @@ class Keeper:
             if leaving is None:
                 return False
             if leaving:
-                for other in leaving:
-                    self._evict(other)
+                if not self._all_leave(leaving):
+                    return True
                 # Somebody may have come for one of them.
                 continue
             if entry.status is Status.QUEUED:
@@ -223,8 +229,15 @@ class Keeper:
             if leaving is None:
                 # What is in use, or pinned, comes first.
                 table.talks.make_room(max(0, limit - budget.on_device(table.registry)))
-        for entry in leaving or ():
+        self._all_leave(leaving or [])
+
+    def _all_leave(self, leaving: list[Entry]) -> bool:
+        """Take contexts off the device; False while one is on its way to host memory."""
+        for entry in leaving:
+            if self._host.is_moving or self._host.begin(entry):
+                return False
             self._evict(entry)
+        return True
 
     def _start(self, entry: Entry) -> None:
         table = self._table
@@ -248,16 +261,14 @@ class Keeper:
         self._job = (entry, job, base)
 
     def _load(self, entry: Entry) -> None:
-        """Begin to read a context from disk."""
-        table, folder = self._table, self._table.folder
-        content = entry.content
-        assert folder is not None and content is not None, "it is on disk"
+        """Begin to bring a context back from host memory or disk."""
+        table = self._table
         with table.lock:
             table.queue.remove(entry)
             entry.loading = True
             entry.users += 1
         try:
-            self._job = (entry, table.encoder.load(folder.path_of(entry), content.ids), None)
+            self._job = (entry, _coming(table, entry), None)
         except Exception as error:
             self._end_load(entry)
             self._not_loaded(entry, error)
@@ -278,7 +289,11 @@ class Keeper:
             self._not_loaded(entry, error)
             return
         with self._table.lock:
-            self._table.counts.reloads += 1
+            counts = self._table.counts
+            if entry.parked is None:
+                counts.reloads += 1
+            else:
+                counts.returns += 1
             self._arrived(entry, context)
 
     def _end_load(self, entry: Entry) -> None:
@@ -305,7 +320,7 @@ class Keeper:
         with table.lock:
             if table.folder is not None and isinstance(error, (ContextFileError, OSError)):
                 table.folder.set_aside(entry)
-            entry.has_file, entry.was_ready = False, True
+            entry.has_file, entry.parked, entry.was_ready = False, None, True
             entry.status, entry.done = Status.QUEUED, 0
             table.queue.insert(0, entry)
 
@@ -316,16 +331,26 @@ class Keeper:
             if not budget.may_leave(entry):
                 return
             entry.writing = True
-        self._shelf.before_leaving(entry)
+        if entry.parked is None:
+            self._shelf.before_leaving(entry)
         with table.lock:
             entry.writing = False
             if entry.users or entry.pinned:
                 return
             entry.context = None
             is_gone = entry.deleted or not entry.keep
-            place = "gone" if is_gone else "disk" if entry.has_file else "cold"
+            kept_in = "host" if entry.parked is not None else "disk" if entry.has_file else "cold"
+            place = "gone" if is_gone else kept_in
             table.counts.evicted[place] += 1
             table.all_changed = True
             if is_gone:
                 table.forget(entry)
             table.note(entry)
+
+
+def _coming(table: Table, entry: Entry) -> ContextJob:
+    """Return what brings a context back, from where that is quickest."""
+    if entry.parked is not None:
+        return table.encoder.bring_back(entry.parked)
+    assert table.folder is not None and entry.content is not None, "it is on disk"
+    return table.encoder.load(table.folder.path_of(entry), entry.content.ids)

@@ -45,7 +45,8 @@ class Registry:
     def expire(self, entry: Entry) -> None:
         """Keep a context's id alone, which a client knows."""
         self._unindex(entry)
-        entry.status, entry.content, entry.context = Status.EXPIRED, None, None
+        entry.status, entry.content = Status.EXPIRED, None
+        entry.context = entry.parked = None
         expired = [other for other in self if other.status is Status.EXPIRED]
         expired.sort(key=lambda entry: entry.last_used_at)
         for oldest in expired[: max(0, len(expired) - MOST_EXPIRED)]:
@@ -132,7 +133,7 @@ class Registry:
     def _living(self, scope: Scope) -> Iterator[Entry]:
         for entry in self:
             is_there = entry.status in (Status.QUEUED, Status.ENCODING) or (
-                entry.location in (Location.DEVICE, Location.DISK)
+                entry.location in (Location.DEVICE, Location.HOST, Location.DISK)
             )
             if is_there and entry.scope == scope and not entry.deleted:
                 yield entry

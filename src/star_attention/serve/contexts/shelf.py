@@ -71,7 +71,7 @@ class Shelf:
         future.add_done_callback(lambda _: table.wake())
 
     def before_leaving(self, entry: Entry) -> None:
-        """Write a context that is about to leave the device, if that is worth it."""
+        """Write a context that is about to leave memory, if that is worth it."""
         if self._should_write(entry):
             self._save(entry)
 
@@ -93,12 +93,15 @@ class Shelf:
         table.folder.close()
 
     def _should_write(self, entry: Entry) -> bool:
-        is_new = entry.context is not None and not entry.has_file and not entry.unwritable
+        is_there = entry.context is not None or entry.parked is not None
+        is_new = is_there and not entry.has_file and not entry.unwritable
         return self._table.folder is not None and is_new and entry.worth_keeping
 
     def _save(self, entry: Entry) -> None:
         """Write a context, if there is room for it."""
-        table, context = self._table, entry.context
+        table = self._table
+        # From host memory, where it is there, too: nothing waits for that.
+        context = entry.context if entry.parked is None else entry.parked.on_host()
         assert table.folder is not None
         try:
             if self._make_room(entry.nbytes):

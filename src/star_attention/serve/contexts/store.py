@@ -247,10 +247,10 @@ class ContextStore:
                 status=409,
             )
             self._table.resolve(entry, refusal)
-            if not entry.writing:
-                # Now, so that it does not come back after a sudden end.
-                self._table.remove_files(entry)
-                entry.has_file = False
+            # Now, so that it does not come back after a sudden end. What is being written goes when
+            # that has ended.
+            self._table.remove_files(entry)
+            entry.has_file = False
         self._go_on()
 
     def counts(self) -> tuple[Counts, dict[str, tuple[int, int]], int]:

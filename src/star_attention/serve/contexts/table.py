@@ -43,6 +43,23 @@ class ContextJob(Protocol):
         """Stop, and free what was computed."""
 
 
+class ParkJob(Protocol):
+    """A context that is copied to host memory, a piece at a time."""
+
+    @property
+    def done(self) -> bool:
+        """True once all of it is there."""
+
+    def advance(self) -> None:
+        """Copy a piece; raises if there is too little memory."""
+
+    def result(self) -> Any:
+        """Return the copy: `nbytes`, and `on_host()`, a context that can be saved."""
+
+    def cancel(self) -> None:
+        """Drop what is left of the work."""
+
+
 class Encoder(Protocol):
     """Makes contexts. Only the engine's thread calls it, apart from the first two methods."""
 
@@ -62,6 +79,15 @@ class Encoder(Protocol):
         holds other tokens.
         """
 
+    def host_bytes(self, context: Any) -> int:
+        """Return the bytes that a context takes in host memory."""
+
+    def park(self, context: Any) -> ParkJob:
+        """Begin to copy a context to host memory."""
+
+    def bring_back(self, parked: Any) -> ContextJob:
+        """Begin to copy a context back from host memory."""
+
     def free_memory(self) -> None:
         """Give memory back that nothing refers to."""
 
@@ -73,6 +99,8 @@ class StoreSettings:
     Attributes:
         device_bytes: most bytes of keys and values on the device, those of conversations included.
         pinned_bytes: most bytes of pinned contexts; None for half of `device_bytes`.
+        host_bytes: most bytes of keys and values in host memory; 0 for none, as where the device
+            has no memory of its own.
         disk_bytes: most bytes of keys and values in the folder.
         cold_tokens: most tokens of contexts whose ids alone are kept.
         ttl: seconds without use after which a context expires; None for never.
@@ -83,6 +111,7 @@ class StoreSettings:
 
     device_bytes: int
     pinned_bytes: int | None = None
+    host_bytes: int = 0
     disk_bytes: int = 64 * 2**30
     cold_tokens: int = 64 * 2**20
     ttl: float | None = None
@@ -116,9 +145,11 @@ class Counts:
         found: requests by what they found.
         missed: misses by reason.
         encodes: encodes by how they ended: done, failed, canceled.
-        evicted: contexts that left the device, by where they went: disk, cold, gone.
+        evicted: contexts that left the device or host memory, by where they went: host, disk, cold,
+            gone.
         encoded_tokens: tokens of finished encodes, with `reused_tokens` that were copied.
         reloads: contexts that came back from disk.
+        returns: contexts that came back from host memory.
         again: contexts that were encoded again after they had been evicted.
         unwritten: contexts that could not be written.
         out_of_memory: times that memory ran out.
@@ -131,6 +162,7 @@ class Counts:
     encoded_tokens: int = 0
     reused_tokens: int = 0
     reloads: int = 0
+    returns: int = 0
     again: int = 0
     unwritten: int = 0
     out_of_memory: int = 0
@@ -146,7 +178,7 @@ class Table:
     """The registry and what belongs to it; whoever reads or changes it holds `lock`.
 
     Attributes:
-        queue: contexts that are to be encoded or read from disk, the first one first.
+        queue: contexts that are to be encoded or brought back, the first one first.
         waiting: what waits for a context to be on the device.
         changed: contexts to look at again; `all_changed` is True if they all are.
         talks: what answers on the contexts keep.
@@ -228,7 +260,7 @@ class Table:
     def forget(self, entry: Entry) -> None:
         """Drop all of a context, its files, and the conversations on it."""
         self.forget_talks(entry)
-        entry.context, entry.has_file = None, False
+        entry.context, entry.parked, entry.has_file = None, None, False
         self.registry.forget(entry)
         if entry in self.queue:
             self.queue.remove(entry)
