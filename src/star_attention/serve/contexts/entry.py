@@ -55,11 +55,6 @@ class Content:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def tells_more_than(self, other: Content) -> bool:
-        """True if more can be asked of this than of another content of the same token ids."""
-        own, others = ((each.messages is not None, each.text is not None) for each in (self, other))
-        return own > others
-
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -141,7 +136,6 @@ class Entry:
         context: its keys and values on the device; None if they are not there.
         parked: those in host memory; None if they are not there. They may be at both places.
         has_file: True if they are in the store's folder.
-        has_new_content: True if the content in the folder, if any, tells less than this one.
         users: requests and work that need it. It is not dropped while there are any.
         deleted: True if it is to go after its last user, and not to be found before.
         linger_until: when an encode that nobody waits for any more is canceled.
@@ -174,7 +168,6 @@ class Entry:
     context: Any = None
     parked: Any = None
     has_file: bool = False
-    has_new_content: bool = False
     users: int = 0
     deleted: bool = False
     linger_until: float | None = None

@@ -68,9 +68,6 @@ class Finder:
             return self._new(wanted, key), Outcome.MISS, reason
         outcome, reason = self.look(entry)
         entry.keep = entry.keep or wanted.keep
-        if entry.content is not None and wanted.content.tells_more_than(entry.content):
-            # A request has made it, and a client makes it now as a chat, or the other way round.
-            entry.content, entry.has_new_content = wanted.content, True
         if wanted.ttl is not None:
             entry.marked, entry.ttl = True, _longer(entry.ttl, wanted.ttl)
         return entry, outcome, reason

@@ -100,18 +100,17 @@ class StoreFolder:
             self.write_record(entry)
 
     def write_content(self, entry: Entry) -> None:
-        """Write what a context is made of, if it is not there or tells more now."""
+        """Write what a context is made of, if it is not there."""
         content = entry.content
         assert content is not None, "an expired context is not written"
         path = self._path(entry.id, _CONTENT)
-        if entry.has_new_content or not path.exists():
-            entry.has_new_content = False
+        if not path.exists():
             fields = asdict(content) | {"ids": base64.b64encode(content.ids.tobytes()).decode()}
             _write(path, json.dumps(fields).encode())
 
     def write_record(self, entry: Entry) -> None:
         """Write whose a context is and how it is used, after its content."""
-        self.write_content(entry)
+        assert entry.content is not None, "an expired context is not written"
         record = {name: getattr(entry, name) for name in _SAVED_FIELDS} | {
             "id": entry.id,
             "tenant": entry.scope.tenant,
