@@ -14,12 +14,20 @@ import pytest
 pytest.importorskip("selenium")
 
 from tests.browsers import Page, browser, resize
-from tests.servers import DOCUMENT, Server, eventually, running
+from tests.servers import DOCUMENT, Server, engine, eventually, running
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 AXE = "STAR_ATTENTION_AXE"
 """Names the file axe.min.js of the npm package axe-core, for who has it."""
+DROP = """(([text]) => {
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([text], "dropped.txt"));
+  for (const name of ["dragover", "drop"]) {
+    document.body.dispatchEvent(
+      new DragEvent(name, {dataTransfer, bubbles: true, cancelable: true}));
+  }
+})(arguments)"""
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +91,29 @@ def test_an_answer_that_goes_on_beside_another_document(page: Page, tmp_path: Pa
     )
     page.button("Stop").click()
     page.wait_for(".wait", "Stopped.")
+
+
+def test_a_document_that_is_being_read(chrome: Page) -> None:
+    """Forbids buttons that are others before a click has ended, and progress of uploads alone."""
+    with running(engine()) as server:
+        server.post("/v1/contexts", {"text": DOCUMENT * 60, "name": "long.txt"})
+        chrome.open(server.url)
+        chrome.wait("document.querySelector('#list progress')?.value > 0")
+        chrome.run("(window.before = document.querySelector('[aria-label=\"Delete long.txt\"]'))")
+        share = chrome.run("document.querySelector('#list progress').value")
+        chrome.wait("document.querySelector('#list progress').value > arguments[0]", share)
+        assert chrome.run("document.contains(window.before)")
+        chrome.button("Delete long.txt").click()
+        chrome.button("Delete", "#delete-dialog").click()
+        chrome.wait("document.querySelectorAll('#list li').length === 0")
+        assert eventually(lambda: server.metric("encodes_total", outcome="canceled") == 1)
+
+
+def test_a_file_that_is_dropped(page: Page) -> None:
+    page.run(DROP, DOCUMENT[:2000])
+    page.wait_for("#list li.current .name", "dropped.txt")
+    page.wait_for("#list li.current", "in memory")
+    assert not page.find("#overlay").is_displayed()
 
 
 def test_what_the_server_refuses(page: Page, server: Server, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ _HEADERS = {
     "content-security-policy": _POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
     # Or a page of an earlier version would meet a server of a later one.
     "cache-control": "no-cache",
 }

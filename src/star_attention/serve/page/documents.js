@@ -63,7 +63,7 @@ export class Documents {
 
   async lookAtPending() {
     for (const item of this.byId.values()) {
-      if (item.watched || item.upload || !UNDER_WAY.includes(item.context.status)) continue;
+      if (item.watched || item.upload || !isUnderWay(item)) continue;
       try {
         this.update(await getJson(`v1/contexts/${item.id}`));
       } catch (error) {
@@ -229,13 +229,23 @@ export class Documents {
   }
 
   draw(item) {
-    const key = JSON.stringify([item.context, item.failure?.message, item === this.current]);
-    if (key === item.drawn) return;
+    const isCurrent = item === this.current;
+    const { context, failure, upload } = item;
+    const shown = [nameOf(item), upload, failure?.message, isUnderWay(item), context?.pinned];
+    const key = JSON.stringify([...shown, isCurrent]);
+    // Progress changes many times a second: a button must not be another one at the end of a click.
+    if (key !== item.drawn) this.rebuild(item);
     item.drawn = key;
+    item.node.className = isCurrent ? "current" : "";
+    if (failure) return;
+    item.state.textContent = stateOf(item);
+    if (item.bar && context?.status === "encoding") item.bar.value = shareOf(context);
+  }
+
+  rebuild(item) {
     const focused = item.node.contains(document.activeElement)
       ? document.activeElement.dataset.role
       : null;
-    item.node.className = item === this.current ? "current" : "";
     item.node.replaceChildren(...this.parts(item));
     // A redrawn button keeps the focus.
     if (focused) item.node.querySelector(`[data-role="${focused}"]`)?.focus();
@@ -255,10 +265,10 @@ export class Documents {
       nameOf(item),
     );
     if (item.failure) return [choose, this.failureOf(item)];
-    const parts = [choose, el("p", { className: "muted small", textContent: stateOf(item) })];
-    if (item.upload || UNDER_WAY.includes(item.context.status)) parts.push(progressOf(item));
-    parts.push(this.buttons(item));
-    return parts;
+    const label = item.upload ? "Uploading" : "Reading";
+    item.state = el("p", { className: "muted small" });
+    item.bar = isUnderWay(item) ? el("progress", { attrs: { "aria-label": label } }) : null;
+    return [choose, item.state, item.bar, this.buttons(item)].filter(Boolean);
   }
 
   buttons(item) {
@@ -286,6 +296,8 @@ export class Documents {
 }
 
 const readyText = (item) => `${nameOf(item)} is ready. Ask a question.`;
+
+const isUnderWay = (item) => Boolean(item.upload) || UNDER_WAY.includes(item.context.status);
 
 export const isReady = (item) => item?.context?.status === "ready";
 
@@ -323,13 +335,4 @@ function timeTo(seconds) {
   const minutes = Math.max(1, Math.round((seconds - Date.now() / 1000) / 60));
   if (minutes < 90) return `in ${minutes} min if unused`;
   return `in ${Math.round(minutes / 60)} h if unused`;
-}
-
-function progressOf({ upload, context }) {
-  const bar = el("progress", { attrs: { "aria-label": upload ? "Uploading" : "Reading" } });
-  if (!upload && context.status === "encoding") {
-    bar.max = 1;
-    bar.value = shareOf(context);
-  }
-  return bar;
 }
