@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from star_attention.cli import session
 from star_attention.cli.model_options import ServedModelOptions
 from star_attention.cli.progress import Status
+from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import InvalidInputError, MissingPackageError
 from star_attention.serve.settings import ServeSettings
 
@@ -28,7 +30,7 @@ def serve(
     star_settings: dict[str, Any],
     status: Status,
 ) -> None:
-    """Serve a model until a signal ends it.
+    """Serve a model until a signal ends it; under torchrun rank 0 serves, and the others follow.
 
     Raises:
         MissingPackageError: the extra `serve` is not installed.
@@ -40,6 +42,9 @@ def serve(
                 f"serve needs the package {package.replace('_', '-')}"
                 " (pip install 'star-attention[serve]')"
             )
+    if not is_rank_0():
+        _follow(model, settings, star_settings, status)
+        return
     from star_attention.serve.keys import Keys
 
     keys = None if settings.keys is None else Keys.read(settings.keys)
@@ -50,13 +55,9 @@ def serve(
         listening.bind(settings.host, settings.port) as listener,
     ):
         star = _load(model, status, star_settings)
-        if star.num_ranks > 1:
-            raise InvalidInputError(
-                f"serve runs on one process, this engine on {star.num_ranks} ranks; start it"
-                " without torchrun"
-            )
         from star_attention.serve import program
 
+        program.check_same(star, settings)
         name = settings.served_model_name or _name(model.shapes or model.model)
         service = program.make_service(star, name, settings)
         host, port = listener.getsockname()[:2]
@@ -70,6 +71,26 @@ def serve(
             # They quote texts, which are clients' from now on.
             warnings.simplefilter("ignore")
             program.run(service, keys, listener, ready)
+        star.close()
+
+
+def _follow(
+    model: ServedModelOptions,
+    settings: ServeSettings,
+    star_settings: dict[str, Any],
+    status: Status,
+) -> None:
+    """Do on this rank what the server on rank 0 does, until it ends."""
+    star = _load(model, status, star_settings)
+    from star_attention.serve import program
+
+    program.check_same(star, settings)
+    # A launcher sends them to all ranks. Rank 0 lets answers end, and then the other ranks go.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        star.follow()
 
 
 def _load(model: ServedModelOptions, status: Status, settings: dict[str, Any]) -> StarLLM:

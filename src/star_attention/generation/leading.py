@@ -12,6 +12,7 @@ from typing import Any
 from star_attention.distributed.messages import STREAM
 from star_attention.errors import InvalidInputError
 from star_attention.generation.batching import following
+from star_attention.storage.context import read_layer
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ def _counterpart(star: Any, where: str, about: Any) -> Callable[[], Any]:
     comm = star.runtime.comm
     if where == "save":
         return partial(comm.contexts.get(about).save, "")
+    if where == "read":
+        return partial(read_layer, comm.contexts.get(about[0]), about[1])
     if where not in _ENGINE_CALLS:
         raise InvalidInputError(
             f"rank {comm.rank} follows rank 0 and cannot take part in {where}, which needs"

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def run(
         service.close()
     if service.engine.failure is not None:
         raise service.engine.failure
+    # Whoever has lost a rank has not ended well.
+    service.star.runtime.comm.check()
 
 
 class _Server(uvicorn.Server):
@@ -124,7 +127,7 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
     """Return the state of a server over an engine, whose thread is not running yet.
 
     Args:
-        star: the engine, on a single process.
+        star: the engine; other ranks follow it.
         name: the model's name for clients.
         settings: the server's.
 
@@ -142,9 +145,10 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
     store = ContextStore(
         BatchEncoder(star, lambda: engines[0].batch),
         StoreSettings(
-            device_bytes=settings.max_context_bytes or free_bytes(star.device) // 2,
+            device_bytes=settings.max_context_bytes or _spare_bytes(star) // 2,
             host_bytes=_host_bytes(star, settings),
-            disk_bytes=settings.max_store_bytes,
+            # Sizes are those on one rank, and all ranks write.
+            disk_bytes=settings.max_store_bytes // star.num_ranks,
             ttl=settings.context_ttl,
             talks=settings.max_conversations,
             talk_ttl=settings.conversation_ttl,
@@ -166,9 +170,16 @@ def _host_bytes(star: StarLLM, settings: ServeSettings) -> int:
     """Return the most bytes of host memory for contexts that leave the device.
 
     Raises:
-        InvalidInputError: contexts are in host memory already.
+        InvalidInputError: contexts are in host memory already, or on several ranks.
     """
     wanted = settings.max_host_bytes
+    if star.num_ranks > 1:
+        if wanted:
+            raise InvalidInputError(
+                f"max_host_bytes {wanted:,} does not work on {star.num_ranks} ranks, where contexts"
+                " that leave the devices go to the store alone; leave it out"
+            )
+        return 0
     if star.device.type != "cpu" and star.config.kv_device is None:
         return free_bytes(torch.device("cpu")) // _HOST_SHARE if wanted is None else wanted
     if wanted:
@@ -177,6 +188,29 @@ def _host_bytes(star: StarLLM, settings: ServeSettings) -> int:
             " start; leave it out, and set max_context_bytes"
         )
     return 0
+
+
+def check_same(star: StarLLM, settings: ServeSettings) -> None:
+    """Check that all ranks were started with the same options. Collective.
+
+    Raises:
+        InvalidInputError: they were not.
+    """
+    own, first = asdict(settings), asdict(star.from_rank_0(settings))
+    names = [name for name, value in own.items() if value != first[name]]
+    refusal = InvalidInputError(
+        f"rank {star.rank} was started with another {', '.join(names)} than rank 0; start all ranks"
+        " with the same options"
+    )
+    with star.runtime.collective("startup"):
+        star.runtime.comm.raise_if_any_failed(refusal if names else None)
+
+
+def _spare_bytes(star: StarLLM) -> int:
+    """Return the memory for one rank that nothing uses."""
+    free = free_bytes(star.device)
+    # On a CPU other ranks take theirs of the same memory.
+    return free if star.device.type == "cuda" else free // star.num_ranks
 
 
 def free_bytes(device: torch.device) -> int:

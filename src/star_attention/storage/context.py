@@ -236,6 +236,27 @@ class EncodedContext(Transient):
         return tensors
 
 
+def read_layer(context: EncodedContext, layer: int) -> None:
+    """Read and verify a layer of a saved context, which is otherwise done at first use. Collective.
+
+    Args:
+        context: the context.
+        layer: number of the layer.
+
+    Raises:
+        CorruptContextError: a rank's part of it is damaged.
+    """
+    comm, kv, failure = context.comm, context.kv.layers[layer], None
+    with comm.collective("read", about=(context.key, layer)):
+        try:
+            if not kv.is_empty:
+                kv.stored()
+        except Exception as error:
+            # Whatever it is, all ranks raise it.
+            failure = error
+        comm.raise_if_any_failed(failure)
+
+
 def header_of(context: EncodedContext) -> dict[str, Any]:
     """Return what the header of a saved file says of the context, as JSON values."""
     header = {

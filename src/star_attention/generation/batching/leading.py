@@ -205,7 +205,9 @@ class Lead:
             self._comm.check()
 
     def _send(self, what: Any) -> None:
-        dropped, self._dropped = self._dropped, []
+        # Another thread may drop more meanwhile.
+        dropped = self._dropped[:]
+        del self._dropped[: len(dropped)]
         news = self._comm.contexts.news()
         changed = None if news == self._news else news
         self._news = news

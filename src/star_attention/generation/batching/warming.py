@@ -26,7 +26,7 @@ def warm_up(star: Any, max_rows: int) -> Iterator[str]:
     any number of rows. Elsewhere a short context and answer load what is loaded at first use.
 
     Args:
-        star: the engine, on a single process.
+        star: the engine, on rank 0.
         max_rows: most rows of the batch.
     """
     runtime = star.runtime
@@ -45,7 +45,8 @@ def warm_up(star: Any, max_rows: int) -> Iterator[str]:
                 yield f"a query of {length} tokens"
                 query = _ids(star, length)
                 batch.add(context, query, max_new_tokens=_ANSWER, ignore_eos=True).result()
-    if graphs is not None:
+    # On several ranks, steps have no graphs.
+    if graphs is not None and runtime.comm.size == 1:
         for key in graphs.of_rows.usual(context.kv, max_rows + MOST_TOKENS):
             yield f"steps of {key[0]} rows, {key[1]} in a tile"
             graphs.of_rows.prepare(key, runtime.comm)

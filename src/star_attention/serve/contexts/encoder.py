@@ -14,7 +14,7 @@ from star_attention.errors import CorruptContextError, quote_path
 from star_attention.generation.batching.batch import Batch
 from star_attention.generation.batching.encoding import Encoding
 from star_attention.serve.contexts.keys import TokenIds, identity_digest
-from star_attention.storage.context import EncodedContext
+from star_attention.storage.context import EncodedContext, read_layer
 from star_attention.storage.parked import ParkedContext, Parking, host_bytes
 
 _PLACES = ("kv_device",)
@@ -39,8 +39,15 @@ class BatchEncoder:
         self._star, self._batch = star, batch
 
     def nbytes(self, tokens: int) -> int:
-        """Return the bytes of a context's keys and values, before it is encoded."""
-        return self._star.context_bytes(tokens)
+        """Return the bytes of a context's keys and values, before it is encoded.
+
+        On several ranks, those of the rank that has most of them.
+        """
+        runtime = self._star.runtime
+        layout = runtime.method.layout(runtime.config, runtime.plan_for(tokens))
+        shares = [segments.tokens for segments in layout]
+        whole = self._star.context_bytes(tokens) // runtime.comm.tp_size
+        return whole * max(shares) // sum(shares)
 
     def block_size(self, tokens: int) -> int:
         """Return the tokens of a block of a context of that length."""
@@ -134,7 +141,8 @@ class LoadJob:
 
     def __init__(self, context: EncodedContext) -> None:
         self._context = context
-        self._layers = [layer for layer in context.kv.layers if not layer.is_empty]
+        layers = enumerate(context.kv.layers)
+        self._layers = [index for index, layer in layers if not layer.is_empty]
         self._read = 0
         self._error: Exception | None = None
 
@@ -151,7 +159,7 @@ class LoadJob:
     def advance(self) -> None:
         """Read a layer."""
         try:
-            self._layers[self._read].stored()
+            read_layer(self._context, self._layers[self._read])
         except Exception as error:
             self._error = error
         self._read += self._error is None

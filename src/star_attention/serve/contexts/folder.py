@@ -2,8 +2,9 @@
 
 `ctx_….json` says whose it is and when it was used, sealed by the server's secret; `ctx_….content`
 has its token ids and messages, and `ctx_….star` its keys and values, as `EncodedContext.save`
-writes them. The last may be missing: the context is cold then. A file is written under another name
-and renamed; the `.json` file comes last, and without it the others do not count.
+writes them: a folder on several ranks. The last may be missing: the context is cold then. A file is
+written under another name and renamed; the `.json` file comes last, and without it the others do
+not count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -124,12 +126,12 @@ class StoreFolder:
 
     def remove_keys(self, entry: Entry) -> None:
         """Remove a context's keys and values; it stays as a cold one."""
-        self._path(entry.id, _KEYS).unlink(missing_ok=True)
+        _remove(self._path(entry.id, _KEYS))
 
     def remove(self, entry: Entry) -> None:
         """Remove all of a context."""
         for suffix in (_RECORD, _KEYS, _CONTENT):
-            self._path(entry.id, suffix).unlink(missing_ok=True)
+            _remove(self._path(entry.id, suffix))
 
     def set_aside(self, entry: Entry) -> None:
         """Move a context's keys and values aside, because they cannot be read."""
@@ -149,12 +151,12 @@ class StoreFolder:
         for path in sorted(self._own.iterdir()):
             if path.name.startswith("."):
                 # Begun by a server that was killed.
-                _unlink(path)
-            elif path.suffix not in (_RECORD, _CONTENT, _KEYS) or path.is_dir():
+                _remove_quietly(path)
+            elif path.suffix not in (_RECORD, _CONTENT, _KEYS) or _is_odd_folder(path):
                 self._move_aside(path, "it is no file of a store")
             elif path.stem not in known:
                 # Written before its record, or removed after it.
-                _unlink(path)
+                _remove_quietly(path)
         return entries
 
     def close(self) -> None:
@@ -215,7 +217,7 @@ class StoreFolder:
             content=content,
             tokens=len(content),
             status=Status.READY,
-            has_file=self._path(record["id"], _KEYS).is_file(),
+            has_file=self._path(record["id"], _KEYS).exists(),
             **{name: record[name] for name in _SAVED_FIELDS},
         )
 
@@ -252,9 +254,22 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def _unlink(path: Path) -> None:
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder that several ranks wrote; it may be missing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_quietly(path: Path) -> None:
     with contextlib.suppress(OSError):
-        path.unlink()
+        _remove(path)
+
+
+def _is_odd_folder(path: Path) -> bool:
+    """True for a folder that is none of keys and values."""
+    return path.is_dir() and path.suffix != _KEYS
 
 
 def _locked(path: Path) -> int:
