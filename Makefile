@@ -26,6 +26,8 @@ COMMA := ,
 VENV := .venv
 BIN := $(VENV)/bin
 MATRIX := .venv-matrix
+CLIENTS_DIR := .venv-clients
+CLIENTS := newest openai-2
 CELLS := newest transformers-5.17 torch-2.11
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
@@ -64,13 +66,14 @@ INSTALL = echo "installing star-attention[$(1)] into $(VENV) (a few minutes the 
 	$(BIN)/python $(PIP_INSTALL) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[$(1)]"
 
 .NOTPARALLEL:
-.PHONY: help setup demo serve eval-smoke results-real test test-slow check test-matrix clean
+.PHONY: help setup demo serve eval-smoke results-real test test-slow test-clients check test-matrix clean
 
 help:
 	@echo "make demo         ask the bundled model about a long text; writes a page to $(DEMO_OUT)/"
 	@echo "make serve        serve the bundled model over HTTP, and print a request to try"
 	@echo "make test         run the fast tests, on the CPU"
 	@echo "make test-slow    run the tests that take minutes"
+	@echo "make test-clients run real clients against the server, in environments of their own"
 	@echo "make test-matrix  run the fast tests on the oldest and newest transformers and torch"
 	@echo "make eval-smoke   evaluate two tasks in about 20 seconds; writes a report to $(SMOKE_OUT)/"
 	@echo "make results-real measure a real model, SmolLM2-135M; hours on a CPU, JOBS=14 on a GPU"
@@ -142,6 +145,16 @@ test-slow: export HF_HUB_OFFLINE := 1
 test-slow: $(VENV)/.stamp-test
 	$(call PYTEST,$(BIN)) -m "slow and not gpu" $(PYTEST_ARGS)
 
+# Real clients, in environments of their own.
+test-clients: export HF_HUB_OFFLINE := 1
+test-clients: $(VENV)/.stamp-test $(CLIENTS:%=$(CLIENTS_DIR)/%/.stamp)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+
+$(CLIENTS:%=$(CLIENTS_DIR)/%/.stamp): $(CLIENTS_DIR)/%/.stamp: tests/clients/%.txt
+	@$(FIND_PYTHON); $(call NEW_VENV,$(@D))
+	@$(@D)/bin/python $(PIP_INSTALL) -r $<
+	@touch $@
+
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -194,5 +207,5 @@ $(MATRIX)/torch-2.11/.stamp: pyproject.toml constraints/torch-2.11.txt scripts/c
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(MATRIX) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(MATRIX) $(CLIENTS_DIR) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -252,7 +252,8 @@ def test_errors_have_anthropics_form(server: Server) -> None:
     missing = problem(server.post(PATH, body(model="claude")), 404)
     assert missing["type"] == "not_found_error"
     long = problem(server.post(PATH, body(max_tokens=70_000)), 400)
-    assert long["message"].startswith("prompt is too long: This model's maximum context length is")
+    assert long["message"].startswith("prompt is too long: 70")
+    assert "tokens > 65536 maximum. This model's maximum context length is" in long["message"]
     assert problem(server.get(PATH), 405)["type"] == "invalid_request_error"
     assert set(server.post(CHAT, {}).json()) == {"error"}
 

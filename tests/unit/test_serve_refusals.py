@@ -133,7 +133,10 @@ def test_a_prompt_beyond_the_positions(server: Server, stream: bool) -> None:
     assert error["code"] == "context_length_exceeded"
     assert error["param"] == "prompt"
     assert error["message"].startswith("This model's maximum context length is 65536 tokens.")
-    assert "65600 tokens: 65000 of the prompt and 600 of the answer" in error["message"]
+    assert (
+        "the prompt is too long: 65600 tokens, 65000 of the prompt and 600 of the answer"
+        in error["message"]
+    )
 
 
 def test_the_client_raises_its_own_errors(server: Server, client: openai.OpenAI) -> None:

@@ -145,7 +145,7 @@ class Asking:
                 plan.prompt_tokens,
                 wanted,
                 param=plan.param,
-                limited_by=ask.name("max_tokens"),
+                limited_by=ask.limited_by,
             )
         return wanted
 

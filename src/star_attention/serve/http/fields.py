@@ -85,6 +85,7 @@ class Ask:
         model: the model's name; None for the one that is served.
         options: keywords of `StarLLM.generate`, without a limit.
         max_tokens: most tokens of an answer; None for the server's default.
+        limited_by: the field that says so.
         answers: number of answers to each prompt.
         stream: True for server-sent events.
         include_usage: True for a last chunk with the usage.
@@ -101,6 +102,7 @@ class Ask:
     model: str | None
     options: dict[str, Any]
     max_tokens: int | None
+    limited_by: str
     answers: int
     stream: bool
     include_usage: bool
@@ -147,6 +149,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
     ask = dict(
         model=body.text("model"),
         options=options,
+        limited_by=_limit_name(body),
         max_tokens=_limit(body, settings),
         answers=body.integer("n", 1, least=1, most=settings.max_answers),
         stream=body.flag("stream"),
@@ -201,12 +204,17 @@ def template_arguments(body: Body, wanted: dict[str, Any], reads: Callable[[str]
         body.fields["chat_template_kwargs"] = read | body.object("chat_template_kwargs")
 
 
+def _limit_name(body: Body) -> str:
+    newer = "max_completion_tokens"
+    return newer if newer in body.fields else body.name("max_tokens")
+
+
 def _limit(body: Body, settings: ServeSettings) -> int | None:
+    name = _limit_name(body)
     older = body.integer("max_tokens", least=1)
     newer = body.integer("max_completion_tokens", least=1)
     limit = older if newer is None else newer
     if limit is not None and settings.max_tokens is not None and limit > settings.max_tokens:
-        name = body.name("max_tokens") if newer is None else "max_completion_tokens"
         raise bad_request(
             f"{name} {limit:,} is more than this server allows, {settings.max_tokens:,}; ask for"
             " fewer",

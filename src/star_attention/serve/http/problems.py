@@ -47,6 +47,8 @@ class Problem(Exception):  # noqa: N818 (it is an answer, not a defect)
         code: a word for programs.
         param: the field at fault, None for no single one.
         headers: headers of the answer.
+        tokens: of a prompt that is too long: those it takes with its answer, and the most; None for
+            other problems.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Problem(Exception):  # noqa: N818 (it is an answer, not a defect)
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.headers = dict(headers or {})
+        self.tokens: tuple[int, int] | None = None
 
     @property
     def envelope(self) -> dict[str, Any]:
@@ -80,9 +83,10 @@ class Problem(Exception):  # noqa: N818 (it is an answer, not a defect)
 def anthropic_envelope(problem: Problem, request_id: str) -> dict[str, Any]:
     """Return the body of the answer in Anthropic's form."""
     message = problem.message
-    if problem.code == "context_length_exceeded":
+    if problem.tokens is not None:
         # Clients recognize it by these words.
-        message = f"prompt is too long: {message}"
+        asked, most = problem.tokens
+        message = f"prompt is too long: {asked} tokens > {most} maximum. {message}"
     kind = _ANTHROPIC_TYPES.get(problem.status, "invalid_request_error")
     error = {"type": kind, "message": message, "param": problem.param, "code": problem.code}
     return {"type": "error", "error": error, "request_id": request_id}
@@ -135,13 +139,16 @@ def too_long(
         param: the field of the prompt.
         limited_by: the field of the answer's limit.
     """
-    return bad_request(
-        f"This model's maximum context length is {limit} tokens. The request asks for"
-        f" {prompt_tokens + answer_tokens} tokens: {prompt_tokens} of the prompt and"
-        f" {answer_tokens} of the answer. Shorten the prompt, or lower {limited_by}.",
+    asked = prompt_tokens + answer_tokens
+    problem = bad_request(
+        f"This model's maximum context length is {limit} tokens. For its answer the prompt is too"
+        f" long: {asked} tokens, {prompt_tokens} of the prompt and {answer_tokens} of the answer."
+        f" Shorten the prompt, or lower {limited_by}.",
         param=param,
         code="context_length_exceeded",
     )
+    problem.tokens = asked, limit
+    return problem
 
 
 def of_error(error: BaseException, *, request_id: str) -> Problem:
