@@ -67,7 +67,8 @@ _REQUIRED = tuple(
 #     at 128K, star at 512K: 2026-11-25-h200-prefill.json, 2026-11-26-h200-prefill-512k.json).
 # bandwidth: a copy. gap: what remained of a token at 16K and 128K (2026-11-26-h200-decode.json);
 #     half of it is in the four products of a layer, 3 to 4 us each that do not shrink with slices.
-# exchange: a one-shot collective of 8 KB in a CUDA graph, 6.3 us, and what waits for it.
+# exchange: a collective of 8 KB in a CUDA graph takes 2.5 to 3.7 us, launched while the kernel
+#     before it ends (2026-11-29-h200.md); fit to 2026-11-29-h200-ranks-decode.json.
 # Links are four fifths of their nominal rates: NVLink 4 has 450 GB/s each way, one 400 Gbit/s
 # adapter per device 50 GB/s, NVLink 3 300 GB/s, 10 Gbit/s Ethernet 1.25 GB/s.
 HARDWARE = {
@@ -82,7 +83,7 @@ HARDWARE = {
             link=360e9,
             latency=15e-6,
             gap=30e-6,
-            exchange=8e-6,
+            exchange=3.5e-6,
         ),
         Hardware(
             name="h200-ib",
