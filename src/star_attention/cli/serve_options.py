@@ -76,6 +76,16 @@ class LimitOptions:
     max_rows: Annotated[
         int, option("Most answers generated at once.", panel=_LIMITS, metavar="N", min=1)
     ] = _DEFAULTS.max_rows
+    max_rows_per_key: Annotated[
+        int | None,
+        option(
+            "Most answers of one key generated at once.",
+            panel=_LIMITS,
+            metavar="N",
+            min=1,
+            show_default="no limit",
+        ),
+    ] = None
     max_waiting: Annotated[
         int,
         option("Most open requests; others get status 429.", panel=_LIMITS, metavar="N", min=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import Counter
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from star_attention.generation.result import Delta, Generation
 from star_attention.serve import jobs
 from star_attention.serve.jobs import Event, Job, Question
 from star_attention.serve.logs import log_failure
+from star_attention.serve.turns import Turns
 from star_attention.storage.context import EncodedContext
 
 _MOST_FAILURES = 3
@@ -45,20 +47,26 @@ class Answers:
         star: the engine that has the model.
         store: where memory comes from.
         max_rows: most answers that are generated at once.
+        max_rows_per_key: most of them of one tenant; None for no limit.
 
     Attributes:
         batch: their rows; a new one after an error that is of no single answer.
         waiting: jobs that wait for their context.
+        queue: jobs that wait for a place in the batch.
         events: what happened since they were taken.
     """
 
-    def __init__(self, star: StarLLM, store: Store, max_rows: int) -> None:
+    def __init__(
+        self, star: StarLLM, store: Store, max_rows: int, max_rows_per_key: int | None = None
+    ) -> None:
         self._star, self._store, self._max_rows = star, store, max_rows
+        self._most, self._turns = max_rows_per_key or max_rows, Turns()
         self._rows: dict[Row, tuple[Job, int]] = {}
         self._retried: weakref.WeakSet[Row] = weakref.WeakSet()
         self._short: dict[tuple[int, ...], EncodedContext] = {}
         self._failures = 0
         self.waiting: dict[Job, None] = {}
+        self.queue: dict[Job, None] = {}
         self.events: list[Event] = []
         self.batch = self._new_batch()
         self.step_s = 0.0
@@ -67,21 +75,13 @@ class Answers:
     @property
     def running(self) -> bool:
         """True while answers are generated."""
-        return bool(self._rows)
+        return bool(self._rows or self.queue)
 
     def ask(self, job: Job) -> None:
-        """Add a job's questions to the batch, now that its context is there."""
+        """Let a job's questions wait for a place in the batch, now that its context is there."""
         self.waiting.pop(job, None)
-        try:
-            context = self._context(job)
-            for index, question in enumerate(job.questions):
-                row = self._add(job, context, question, job.begun)
-                self._rows[row] = job, index
-            job.begun = None
-        except Exception as error:
-            self.fail(job, error)
-            return
-        self.events.append(jobs.started(job))
+        self.queue[job] = None
+        self._admit()
 
     def step(self) -> bool:
         """Take a step; False if there was nothing to do.
@@ -99,12 +99,14 @@ class Answers:
         for row, delta in events:
             if row in self._rows:
                 self._take(row, delta)
+        self._admit()
         self.step_s = time.monotonic() - started
         return bool(events)
 
     def cancel(self, job: Job) -> None:
         """Stop what is done for a job."""
         self.waiting.pop(job, None)
+        self.queue.pop(job, None)
         for row in [row for row, (other, _) in self._rows.items() if other is job]:
             del self._rows[row]
             row.cancel()
@@ -120,7 +122,7 @@ class Answers:
 
     def fail_all(self, error: BaseException) -> None:
         """End all jobs."""
-        for job in {*self.waiting, *(job for job, _ in self._rows.values())}:
+        for job in {*self.waiting, *self.queue, *(job for job, _ in self._rows.values())}:
             self.fail(job, error)
 
     def take_events(self) -> list[Event]:
@@ -129,6 +131,35 @@ class Answers:
         return events
 
     # ----------------------------------------------------------------------------------- inside
+
+    def _admit(self) -> None:
+        """Add jobs to the batch while it has room: tenants take turns, and each job its own."""
+        while self.queue and self.batch.running + self.batch.waiting < self._max_rows:
+            rows = Counter(job.tenant for job, _ in self._rows.values())
+            fits = [
+                job
+                for job in self.queue
+                if not rows[job.tenant] or rows[job.tenant] + len(job.questions) <= self._most
+            ]
+            if not fits:
+                return
+            tenant = self._turns.first((job.tenant for job in fits), rows)
+            self._turns.note(tenant)
+            self._begin(next(job for job in fits if job.tenant == tenant))
+
+    def _begin(self, job: Job) -> None:
+        """Add a job's questions to the batch."""
+        del self.queue[job]
+        try:
+            context = self._context(job)
+            for index, question in enumerate(job.questions):
+                row = self._add(job, context, question, job.begun)
+                self._rows[row] = job, index
+            job.begun = None
+        except Exception as error:
+            self.fail(job, error)
+            return
+        self.events.append(jobs.started(job))
 
     def _new_batch(self) -> Batch:
         return self._star.batch(max_rows=self._max_rows)

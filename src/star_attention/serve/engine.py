@@ -68,8 +68,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for their context."""
-        return len(self._answers.waiting)
+        """Requests that wait for their context, or for a place among the answers."""
+        return len(self._answers.waiting) + len(self._answers.queue)
 
     def start(self) -> None:
         """Start the thread."""

@@ -64,6 +64,7 @@ class Job:
         loop: the event loop of its client.
         choices: the answers, in the order of the questions.
         error: why there is no answer; None if there is none.
+        tenant: whose they are.
         first_ids: a context of a token or so, for a prompt that is a query as a whole.
         again: opens the context once more, if somebody deletes it before it is there; None for one
             that the client has named.
@@ -76,6 +77,7 @@ class Job:
     lease: Lease | None
     questions: list[Question]
     loop: asyncio.AbstractEventLoop
+    tenant: str = ""
     first_ids: tuple[int, ...] = ()
     again: Callable[[], Lease] | None = None
     begun: KeptTokens | None = None

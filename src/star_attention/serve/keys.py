@@ -67,6 +67,11 @@ class Keys:
         """Return keys with the names of their tenants."""
         return cls([(_digest(key), tenant) for key, tenant in tenants.items()])
 
+    @property
+    def tenants(self) -> set[str]:
+        """Return the names of all tenants."""
+        return {name for _, name in self._digests}
+
     def tenant(self, key: str) -> str | None:
         """Return the name that a key belongs to; None for no key of this server."""
         given, found = _digest(key), None

@@ -158,7 +158,7 @@ def make_service(star: StarLLM, name: str, settings: ServeSettings) -> Service:
         wake=wake,
     )
     warming = partial(warm_up, star, settings.max_rows)
-    answers = Answers(star, store, settings.max_rows)
+    answers = Answers(star, store, settings.max_rows, settings.max_rows_per_key)
     engine = Engine(answers, store, warming) if settings.warm_up else Engine(answers, store)
     engines.append(engine)
     service = Service(star, name, settings, store, engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
@@ -66,15 +67,16 @@ class Visit:
 
     Args:
         service: where it is counted.
+        tenant: whose it is.
         nbytes: most bytes of its body.
     """
 
-    def __init__(self, service: Service, nbytes: int) -> None:
-        self._service, self._nbytes = service, nbytes
+    def __init__(self, service: Service, tenant: str, nbytes: int) -> None:
+        self._service, self._tenant, self._nbytes = service, tenant, nbytes
         self._at_end: list[Callable[[], None]] = []
         self._is_kept = False
-        service.open += 1
-        service.open_bytes += nbytes
+        service.requests[tenant] += 1
+        service.request_bytes[tenant] += nbytes
 
     def at_end(self, function: Callable[[], None]) -> None:
         """Have a function called at the end."""
@@ -97,8 +99,8 @@ class Visit:
         self.leave()
 
     def _end(self) -> None:
-        self._service.open -= 1
-        self._service.open_bytes -= self._nbytes
+        self._service.requests[self._tenant] -= 1
+        self._service.request_bytes[self._tenant] -= self._nbytes
         for function in self._at_end:
             function()
 
@@ -115,8 +117,9 @@ class Service:
 
     Attributes:
         draining: True once no new requests are taken.
-        open, open_bytes: requests for answers that have begun and not ended, and the bytes of their
-            bodies.
+        is_shared: True if several tenants have keys: one alone gets half of what may be open.
+        requests, request_bytes: requests that have begun and not ended, and the bytes of their
+            bodies, by tenant.
     """
 
     def __init__(
@@ -130,15 +133,29 @@ class Service:
         self.responses = KeptResponses(settings.max_responses, 4 * settings.max_body)
         self.metrics = Metrics(self._gauges, self._counters)
         self.draining = False
-        self.open = self.open_bytes = 0
+        self.is_shared = False
+        self.requests: Counter[str] = Counter()
+        self.request_bytes: Counter[str] = Counter()
 
-    def check_queue(self) -> None:
+    @property
+    def open(self) -> int:
+        """Requests that have begun and not ended."""
+        return self.requests.total()
+
+    def check_queue(self, tenant: str) -> None:
         """Raise a 429 if too many contexts wait for being encoded."""
-        _, _, queued = self.store.counts()
-        if queued >= self.settings.max_waiting:
+        queued = self.store.queued()
+        most = self.settings.max_waiting
+        if self.is_shared and queued[tenant] >= most // 2:
             raise busy(
-                f"{queued} contexts wait for being encoded, as many as this server takes; come back"
-                " later",
+                f"{queued[tenant]} contexts with your key wait for being encoded, as many as one"
+                " key may have; come back later",
+                retry_after_s=30,
+            )
+        if queued.total() >= most:
+            raise busy(
+                f"{queued.total()} contexts wait for being encoded, as many as this server takes;"
+                " come back later",
                 retry_after_s=30,
             )
 
@@ -157,18 +174,32 @@ class Service:
         settings = self.settings
         declared = request.headers.get("content-length", "")
         nbytes = min(int(declared), settings.max_body) if declared.isdigit() else settings.max_body
-        most_bytes = _MOST_BODIES * settings.max_body
-        if self.open >= settings.max_waiting:
+        tenant = request.state.tenant
+        self._check_share(self.requests, tenant, 1, settings.max_waiting, "{:,} requests are open")
+        self._check_share(
+            self.request_bytes,
+            tenant,
+            nbytes,
+            _MOST_BODIES * settings.max_body,
+            "the bodies of open requests have {:,} bytes",
+        )
+        return Visit(self, tenant, nbytes)
+
+    def _check_share(
+        self, held: Counter[str], tenant: str, more: int, most: int, what: str
+    ) -> None:
+        """Raise a 429 if a tenant's request is too much for all, or for the tenant's share.
+
+        A request always comes in where nothing is held.
+        """
+        total, own = held.total(), held[tenant]
+        if total and total + more > most:
+            raise busy(f"{what.format(total)}, of {most:,} in all; ask again in a moment")
+        if self.is_shared and own and own + more > most // 2:
             raise busy(
-                f"{self.open} requests are open, as many as this server takes; ask again in a"
+                f"{what.format(own)} with your key, of {most // 2:,} with one key; ask again in a"
                 " moment"
             )
-        if self.open and self.open_bytes + nbytes > most_bytes:
-            raise busy(
-                f"the bodies of open requests have {self.open_bytes:,} bytes, of {most_bytes:,} in"
-                " all; ask again in a moment"
-            )
-        return Visit(self, nbytes)
 
     def close(self) -> None:
         """End the threads; contexts that are worth it are saved."""

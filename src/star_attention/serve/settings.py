@@ -45,6 +45,7 @@ class ServeSettings:
             folder.
         warm_up: False to compile and capture when that is first needed, instead of at the start.
         max_rows: most answers that are generated at once.
+        max_rows_per_key: most answers of one key that are generated at once; None for no limit.
         max_waiting: most requests that wait or run at once; more are refused with 429.
         max_body: most bytes of a request's body.
         default_max_tokens: most tokens of an answer for which a request gives no limit.
@@ -80,6 +81,7 @@ class ServeSettings:
     served_model_name: str | None = None
     warm_up: bool = True
     max_rows: int = 64
+    max_rows_per_key: int | None = None
     max_waiting: int = 256
     max_body: int = 64 * 2**20
     default_max_tokens: int = 1024

@@ -13,6 +13,7 @@ from star_attention.serve.contexts.shelf import Shelf
 from star_attention.serve.contexts.sweeper import Sweeper, is_given_up
 from star_attention.serve.contexts.table import ContextJob, Table
 from star_attention.serve.refusals import RefusalError
+from star_attention.serve.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Keeper:
     def __init__(self, table: Table, shelf: Shelf) -> None:
         self._table, self._shelf = table, shelf
         self._job: tuple[Entry, ContextJob, Entry | None] | None = None
-        self._sweeper = Sweeper(table)
+        self._sweeper, self._turns = Sweeper(table), Turns()
         self._host = HostTier(table, shelf)
 
     def step(self) -> bool:
@@ -171,6 +172,7 @@ class Keeper:
                     return True
                 # Somebody may have come for one of them.
                 continue
+            self._turns.note(entry.scope.tenant)
             if entry.status is Status.QUEUED:
                 self._start(entry)
             else:
@@ -180,17 +182,14 @@ class Keeper:
         return False
 
     def _next(self) -> Entry | None:
-        """Return the first context of the queue that somebody still wants."""
+        """Return the context of the queue whose turn it is, of those that somebody still wants."""
         table = self._table
         with table.lock:
-            while table.queue:
-                entry = table.queue[0]
-                is_there = entry.context is not None or entry.status is Status.FAILED
-                is_wanted = entry.users or entry.pinned or entry.status is Status.QUEUED
-                if not entry.deleted and not is_there and is_wanted:
-                    return entry
-                del table.queue[0]
-        return None
+            table.queue[:] = [entry for entry in table.queue if _is_wanted(entry)]
+            if not table.queue:
+                return None
+            tenant = self._turns.first(entry.scope.tenant for entry in table.queue)
+            return next(entry for entry in table.queue if entry.scope.tenant == tenant)
 
     def _leaving_for(self, entry: Entry) -> list[Entry] | None:
         """Return what makes room for a context; None if it has to wait, or can never fit."""
@@ -354,3 +353,10 @@ def _coming(table: Table, entry: Entry) -> ContextJob:
         return table.encoder.bring_back(entry.parked)
     assert table.folder is not None and entry.content is not None, "it is on disk"
     return table.encoder.load(table.folder.path_of(entry), entry.content.ids)
+
+
+def _is_wanted(entry: Entry) -> bool:
+    """True if a context of the queue is still to be brought to the device."""
+    is_there = entry.context is not None or entry.status is Status.FAILED
+    is_wanted = bool(entry.users or entry.pinned or entry.status is Status.QUEUED)
+    return is_wanted and not entry.deleted and not is_there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
@@ -262,6 +263,11 @@ class ContextStore:
                     number, nbytes = places[entry.location]
                     places[entry.location] = (number + 1, nbytes + entry.nbytes)
             return copy.deepcopy(self._table.counts), places, len(self._table.queue)
+
+    def queued(self) -> Counter[str]:
+        """Return how many contexts of each tenant wait."""
+        with self._table.lock:
+            return Counter(entry.scope.tenant for entry in self._table.queue)
 
     # ------------------------------------------------------------------ for the engine's thread
 

@@ -25,6 +25,7 @@ def make_app(service: Service, keys: Keys | None) -> Guard:
         service: its state.
         keys: its keys; None to serve everybody.
     """
+    service.is_shared = keys is not None and len(keys.tenants) > 1
     asks, state = AskRoutes(service), StateRoutes(service)
     contexts, files = ContextRoutes(service), FileRoutes(service)
     messages, responses = MessageRoutes(service), ResponseRoutes(service)

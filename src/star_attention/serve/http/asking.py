@@ -212,6 +212,7 @@ class Asking:
                         lease,
                         questions,
                         loop,
+                        tenant=plan.tenant,
                         first_ids=plan.first_ids,
                         again=again,
                         begun=begun,

@@ -61,7 +61,7 @@ class ContextRoutes:
 
     async def _create(self, request: Request, body: Body, source: Source) -> Response:
         service = self._service
-        service.check_queue()
+        service.check_queue(request.state.tenant)
         salt = body.text("cache_salt", "", most=1024) or ""
         ttl, pin = _ttl(body, None), body.flag("pin")
         name, waits = body.text("name", most=200), _waits(request)
