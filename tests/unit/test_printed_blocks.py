@@ -37,6 +37,7 @@ NOT_RUN = {
     "my-adapter": "an adapter of the reader's",
     "star-attention serve": "a server, which runs until it is ended",
     "127.0.0.1:8000": "that server",
+    "client.responses": "that server",
     "printf": "a shell's pipe; tests of `chat` have one",
 }
 """Blocks that do not run here, by words in them, with what they need."""
