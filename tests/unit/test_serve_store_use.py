@@ -87,7 +87,7 @@ def test_many_threads_at_once(tmp_path: Path) -> None:
     settle(kept)
     assert kept.make_room() in (True, False)
     assert "device" not in places(kept)
-    assert kept.counts()[2] == 0
+    assert not kept.counts()[2]
     kept.close()
 
 

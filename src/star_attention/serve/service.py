@@ -144,7 +144,7 @@ class Service:
 
     def check_queue(self, tenant: str) -> None:
         """Raise a 429 if too many contexts wait for being encoded."""
-        queued = self.store.queued()
+        _, _, queued = self.store.counts()
         most = self.settings.max_waiting
         if self.is_shared and queued[tenant] >= most // 2:
             raise busy(
@@ -216,7 +216,7 @@ class Service:
             ("context_bytes", "location"): {place: size for place, (_, size) in places.items()},
             ("conversations", ""): {"": talks},
             ("conversation_bytes", ""): {"": talk_bytes},
-            ("num_encodes_waiting", ""): {"": queued},
+            ("num_encodes_waiting", ""): {"": queued.total()},
             ("num_requests_running", ""): {"": engine.batch.running},
             ("num_requests_waiting", ""): {"": engine.batch.waiting + engine.waiting},
             ("num_requests_open", ""): {"": self.open},

@@ -254,20 +254,16 @@ class ContextStore:
             entry.has_file = False
         self._go_on()
 
-    def counts(self) -> tuple[Counts, dict[str, tuple[int, int]], int]:
-        """Return counters; contexts and bytes by location; and the contexts that wait."""
+    def counts(self) -> tuple[Counts, dict[str, tuple[int, int]], Counter[str]]:
+        """Return counters; contexts and bytes by location; and contexts that wait, by tenant."""
         with self._table.lock:
             places = {place.value: (0, 0) for place in Location}
             for entry in self._table.registry:
                 if entry.location is not None:
                     number, nbytes = places[entry.location]
                     places[entry.location] = (number + 1, nbytes + entry.nbytes)
-            return copy.deepcopy(self._table.counts), places, len(self._table.queue)
-
-    def queued(self) -> Counter[str]:
-        """Return how many contexts of each tenant wait."""
-        with self._table.lock:
-            return Counter(entry.scope.tenant for entry in self._table.queue)
+            queued = Counter(entry.scope.tenant for entry in self._table.queue)
+            return copy.deepcopy(self._table.counts), places, queued
 
     # ------------------------------------------------------------------ for the engine's thread
 
