@@ -39,7 +39,7 @@ def chrome() -> Iterator[Page]:
 @pytest.fixture
 def server() -> Iterator[Server]:
     """A server whose answers are nonsense, and end at their limit alone."""
-    with running(default_max_tokens=3000) as server:
+    with running(default_max_tokens=20_000) as server:
         yield server
 
 
