@@ -40,6 +40,27 @@ WATCH = """(window.seen = [], new MutationObserver(() => {
 IN_SIGHT = """((inner, outer) => inner.top > outer.top && inner.bottom < outer.bottom)(
   ...[...arguments].map((each) => document.querySelector(each).getBoundingClientRect()))"""
 PROGRAMS = ("curl", "python")
+MARKDOWN = """const [text, done] = arguments;
+import("/page/markdown.js").then(({rendered}) => {
+  const box = document.createElement("div");
+  box.append(...rendered(text));
+  done(box.innerHTML);
+});"""
+ANSWER_LINES = (
+    "## Clocks",
+    "The **first** of `a * b`,",
+    "<b>not bold</b>",
+    "- one",
+    "  2) 2 * 3 * 4",
+    "```python",
+    "# code **as it is**",
+    "",
+    "- x",
+    "```",
+    "[a link](javascript:alert(1))",
+    "~~~",
+    "not ended",
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +186,20 @@ def test_a_hostile_document(page: Page, tmp_path: Path) -> None:
     assert page.all("main img, main script, main b") == []
     assert page.chrome.title == "Ask long documents"
     assert page.complaints() == []
+
+
+def test_answers_in_markdown(page: Page) -> None:
+    """Forbids that an answer becomes more than texts, or loses some of them."""
+    html = page.chrome.execute_async_script(MARKDOWN, "\n".join(ANSWER_LINES))
+    assert html == (
+        '<p class="heading">Clocks</p>'
+        "<p>The <strong>first</strong> of <code>a * b</code>,\n&lt;b&gt;not bold&lt;/b&gt;</p>"
+        '<div class="item level-0"><span class="mark">•</span><div>one</div></div>'
+        '<div class="item level-1"><span class="mark">2)</span><div>2 * 3 * 4</div></div>'
+        '<pre tabindex="0"><code># code **as it is**\n\n- x</code></pre>'
+        "<p>[a link](javascript:alert(1))</p>"
+        '<pre tabindex="0"><code>not ended</code></pre>'
+    )
 
 
 def test_pasted_text_and_the_keyboard_alone(page: Page) -> None:

@@ -135,6 +135,15 @@ def test_what_the_server_refuses(page: Page, server: Server, tmp_path: Path) -> 
     httpx.delete(f"{server.url}/v1/contexts/{id}")
     page.ask("Who?")
     page.wait_for(".error", "The document is gone. Add it again.")
+    # The list learns it at its next look; the conversation stays.
+    page.run("document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for("#list li.current", "No longer on the server. Add it again.")
+    assert len(page.answers()) == 2
+    assert not page.find("#send").is_enabled()
+    page.button("Delete a.txt").click()
+    page.button("Delete", "#delete-dialog").click()
+    page.wait_for("#no-documents", "No documents yet")
+    assert page.answers() == []
 
 
 def test_a_server_that_ends(chrome: Page, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ _FILES = {
             "documents.js",
             "dom.js",
             "icon.svg",
+            "markdown.js",
             "parts.css",
             "reader.js",
             "requests.js",

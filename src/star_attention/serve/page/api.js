@@ -85,7 +85,8 @@ function withKey(headers) {
 // ------------------------------------------------------------------------------------- requests
 
 // Send a request, and return the response once it is a success.
-export async function send(path, { json, form, method, signal, accept } = {}) {
+// A quiet one does not ask for a key.
+export async function send(path, { json, form, method, signal, accept, quiet = false } = {}) {
   const headers = json === undefined ? {} : { "content-type": "application/json" };
   if (accept) headers.accept = accept;
   const body = form ?? (json === undefined ? undefined : JSON.stringify(json));
@@ -95,7 +96,7 @@ export async function send(path, { json, form, method, signal, accept } = {}) {
     const response = await request(path, { ...options, headers });
     if (response.ok) return response;
     const error = await errorOf(response);
-    if (response.status !== 401) throw error;
+    if (response.status !== 401 || quiet) throw error;
     // Another request may have got a new key meanwhile.
     if (used !== sessionStorage.getItem(KEY)) continue;
     if (!(await askForKey(used === null ? "" : "The server does not know this key. Check it."))) {

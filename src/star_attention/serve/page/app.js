@@ -14,7 +14,7 @@ const talks = new Talks({
   goTo: (item, sources, index, from) => reader.goTo(item, sources, index, from),
   marked: (item, sources) => reader.show(item, sources),
 });
-const documents = new Documents({ chosen, gone });
+const documents = new Documents({ chosen, gone, isUsed: (item) => talks.hasTurns(item) });
 
 function chosen(item) {
   $("text-title").textContent = item === null ? "Text" : nameOf(item);

@@ -18,18 +18,20 @@ const BROKEN =
 const UNDER_WAY = ["queued", "encoding"];
 
 // Calls `chosen(document)` when another one is chosen, or the chosen one has changed, and
-// `gone(document)` when one is no more.
+// `gone(document)` when one is no more. `isUsed(document)` tells if there is a conversation about
+// it.
 export class Documents {
-  constructor({ chosen, gone }) {
+  constructor({ chosen, gone, isUsed }) {
     this.onChosen = chosen;
     this.onGone = gone;
+    this.isUsed = isUsed;
     this.byId = new Map(); // in the order of the list, the newest first
     this.current = null;
     this.uploads = 0;
   }
 
   async start() {
-    await this.refresh();
+    await this.refresh({ quiet: false });
     const first = [...this.byId.values()][0];
     if (first) this.choose(first.id);
     setInterval(() => document.hidden || this.quietly(this.refresh()), REFRESH_MS);
@@ -50,12 +52,12 @@ export class Documents {
 
   // ------------------------------------------------------------------------------ looking
 
-  async refresh() {
-    const { data } = await getJson(`v1/contexts?limit=${PAGE}`);
+  async refresh({ quiet = true } = {}) {
+    const { data } = await getJson(`v1/contexts?limit=${PAGE}`, { quiet });
     const ids = new Set(data.map((context) => context.id));
     for (const item of [...this.byId.values()]) {
       // One that is being uploaded has no id of the server's.
-      if (!item.upload && !ids.has(item.id)) this.remove(item);
+      if (!item.upload && !ids.has(item.id)) this.lose(item);
     }
     for (const context of data.reverse()) this.update(context);
     this.showEmpty();
@@ -65,11 +67,17 @@ export class Documents {
     for (const item of this.byId.values()) {
       if (item.watched || item.upload || !isUnderWay(item)) continue;
       try {
-        this.update(await getJson(`v1/contexts/${item.id}`));
+        this.update(await getJson(`v1/contexts/${item.id}`, { quiet: true }));
       } catch (error) {
-        if (error.status === 404) this.remove(item);
+        if (error.status === 404) this.lose(item);
       }
     }
+  }
+
+  // Note that the server has no such document any more; a conversation about it stays.
+  lose(item) {
+    if (this.isUsed(item)) this.update({ ...item.context, status: "gone", pinned: false });
+    else this.remove(item);
   }
 
   update(context) {
@@ -231,8 +239,8 @@ export class Documents {
   draw(item) {
     const isCurrent = item === this.current;
     const { context, failure, upload } = item;
-    const shown = [nameOf(item), upload, failure?.message, isUnderWay(item), context?.pinned];
-    const key = JSON.stringify([...shown, isCurrent]);
+    const state = [isUnderWay(item), isGone(item), context?.pinned, isCurrent];
+    const key = JSON.stringify([nameOf(item), upload, failure?.message, ...state]);
     // Progress changes many times a second: a button must not be another one at the end of a click.
     if (key !== item.drawn) this.rebuild(item);
     item.drawn = key;
@@ -280,11 +288,12 @@ export class Documents {
       };
       return el("div", { className: "row" }, button("Cancel", `Cancel ${name}`, cancel));
     }
+    const remove = button("Delete", `Delete ${name}`, () => this.delete(item));
+    if (isGone(item)) return el("div", { className: "row" }, remove);
     const { pinned } = item.context;
     const pin = button("Pin", `Pin ${name}`, () => this.pin(item));
     pin.setAttribute("aria-pressed", String(pinned));
     pin.title = "A pinned document always stays in memory";
-    const remove = button("Delete", `Delete ${name}`, () => this.delete(item));
     return el("div", { className: "row" }, pin, remove);
   }
 
@@ -298,6 +307,9 @@ export class Documents {
 const readyText = (item) => `${nameOf(item)} is ready. Ask a question.`;
 
 const isUnderWay = (item) => Boolean(item.upload) || UNDER_WAY.includes(item.context.status);
+
+// True for a document that nobody can ask any more.
+export const isGone = (item) => ["failed", "expired", "gone"].includes(item.context?.status);
 
 export const isReady = (item) => item?.context?.status === "ready";
 
@@ -326,6 +338,7 @@ function stateOf({ upload, context }) {
   if (context.status === "queued") return `${tokens} · waits to be read`;
   if (context.status === "encoding") return `${tokens} · reading, ${percent(shareOf(context))}`;
   if (context.status === "failed") return `Could not be read: ${context.error}. Add it again.`;
+  if (context.status === "gone") return "No longer on the server. Add it again.";
   if (context.status === "expired") return "Expired. Add it again.";
   const expires = context.expires_at === null ? "" : ` · goes ${timeTo(context.expires_at)}`;
   return `${tokens} · ${PLACES[context.location] ?? context.location ?? ""}${expires}`;

@@ -1,8 +1,9 @@
 // Conversations: one for each document, with answers that stream.
 
 import { ApiError, askForKey, eventsOf, isAbort, send, textOf } from "./api.js";
-import { isReady, nameOf } from "./documents.js";
+import { isGone, isReady, nameOf } from "./documents.js";
 import { $, announce, el, errorBox, number, percent } from "./dom.js";
+import { rendered } from "./markdown.js";
 import { copyText, showRequest } from "./requests.js";
 
 const HINT = "Enter asks. Shift+Enter starts a line.";
@@ -66,6 +67,10 @@ export class Talks {
     if (talk === this.current) this.show(null);
   }
 
+  hasTurns(item) {
+    return Boolean(this.byId.get(item.id)?.turns.length);
+  }
+
   sourcesOf(item) {
     return this.byId.get(item.id)?.sources ?? [];
   }
@@ -90,7 +95,7 @@ export class Talks {
     $("send").hidden = busy;
     $("stop").hidden = !busy;
     $("ask-hint").textContent = busy ? "An answer is under way." : HINT;
-    $("send").disabled = talk === null || ["failed", "expired"].includes(talk.item.context.status);
+    $("send").disabled = talk === null || isGone(talk.item);
     $("about").textContent = talk === null ? "" : `about ${nameOf(talk.item)}`;
     if (moves) (busy ? $("stop") : $("question")).focus();
   }
@@ -142,6 +147,7 @@ export class Talks {
       turn.seconds = (performance.now() - started) / 1000;
       this.end(talk, turn);
     } catch (error) {
+      this.drawNow(turn);
       if (isAbort(error)) this.stopped(talk, turn);
       else this.fail(talk, turn, error);
     } finally {
@@ -170,6 +176,7 @@ export class Talks {
   end(talk, turn) {
     turn.done = true;
     turn.wait.remove();
+    this.drawNow(turn);
     if (!turn.text) turn.answer.textContent = "(The answer is empty.)";
     turn.node.append(...this.sourceList(talk, turn), this.foot(talk, turn));
     if (turn.sources.length) this.mark(talk, turn);
@@ -225,10 +232,21 @@ export class Talks {
   }
 
   drawText(talk, turn) {
+    if (turn.isDrawing) return;
+    turn.isDrawing = true;
+    // Tokens may come faster than the screen shows them.
+    requestAnimationFrame(() => {
+      turn.isDrawing = false;
+      this.drawNow(turn);
+      this.follow(talk);
+    });
+  }
+
+  drawNow(turn) {
     if (turn.reasoning) this.drawReasoning(turn);
-    if (turn.answer.textContent === turn.text) return;
-    turn.answer.textContent = turn.text;
-    this.follow(talk);
+    if (turn.drawn === turn.text) return;
+    turn.drawn = turn.text;
+    turn.answer.replaceChildren(...rendered(turn.text));
   }
 
   drawReasoning(turn) {
@@ -321,7 +339,7 @@ function options() {
 
 function beginText(item) {
   if (isReady(item)) return "It has been read. Answers come at once.";
-  if (["failed", "expired"].includes(item.context.status)) return "Add it again to ask about it.";
+  if (isGone(item)) return "Add it again to ask about it.";
   return "The model is reading it. Ask now, and the answer comes once it is through.";
 }
 
