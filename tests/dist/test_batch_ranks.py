@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from star_attention.hf.cache.rows import RowKV
 from star_attention.hf.execution import finite, rows
 from star_attention.storage.kv import ContextKV
 from tests.dist.pool import Pool
+from tests.dist.tp_models import on_disk, star_of
 from tests.engines import assert_same_kv, engine, ids
 from tests.row_mixes import check_mix
 
@@ -51,6 +53,16 @@ def led(
     """
     settings = {"name": "llama", "block_size": 16, **(settings or {})}
     star = engine(settings.pop("name"), comm=comm, **settings)
+    return follow_or_lead(star, session, plant, **more)
+
+
+def follow_or_lead(
+    star: StarLLM,
+    session: Callable[..., Any],
+    plant: Callable[[], Any] | None = None,
+    **more: Any,
+) -> Any:
+    """Run a session as `led` does, on an engine that all ranks have made."""
     if star.rank == 0:
         try:
             return session(star, **more)
@@ -102,6 +114,37 @@ def test_any_mix_of_rows_equals_single_answers(
 ) -> None:
     _, *others = pool.run(led, ranks, session=mix, settings=settings, count=6)
     assert others == [(0, 0)] * (ranks - 1), "memory is held when nobody uses it"
+
+
+def mix_in_a_mesh(comm: TorchComm, path: Path) -> Any:
+    return follow_or_lead(star_of(comm, path, 2, block_size=16), mix, count=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_share_heads_take_part(pool: Pool, models: Path, ranks: int) -> None:
+    pool.run(mix_in_a_mesh, ranks, path=on_disk(models, "llama"))
+
+
+def sliced_traffic(star: StarLLM) -> int:
+    """Return how many collectives a step of two rows takes."""
+    context, comm = star.encode(ids(70)), star.runtime.comm
+    with star.batch() as batch:
+        for _ in range(2):
+            batch.add(context, ids(3), **QUICK)
+        batch.step()
+        before = comm.cp_traffic.calls
+        batch.step()
+        return comm.cp_traffic.calls - before
+
+
+def test_rows_multiply_slices_of_the_weights(pool: Pool) -> None:
+    counts = []
+    for sliced in (False, True):
+        settings = dict(name="llama_mha", slice_weights=sliced)
+        count, _ = pool.run(led, 2, session=sliced_traffic, settings=settings)
+        counts.append(count)
+    assert counts[1] > 2 * counts[0] > 0
 
 
 @pytest.mark.slow

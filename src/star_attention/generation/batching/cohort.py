@@ -223,7 +223,9 @@ class Cohort:
         assert request is not None
         with self._lead.command(lambda: self._command(tokens_R, request.rope_length)):
             if cache is None:
-                logits_RV = self._forwards.run(self._rows, tokens_R, request.rope_length)
+                logits_RV = self._forwards.run(
+                    self._rows, tokens_R, request.rope_length, request.sliced
+                )
             else:
                 logits_RV = request.forward_next(tokens_R, cache)
         assert logits_RV is not None, "rank 0 has logits"

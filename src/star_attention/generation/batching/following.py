@@ -53,7 +53,7 @@ class _Cohort:
     def forward(self, tokens_R: torch.Tensor, rope_length: int | None) -> None:
         first, *others = self.rows.values()
         if first.own.cache is None:
-            self._forwards.run(self._set, tokens_R, rope_length)
+            self._forwards.run(self._set, tokens_R, rope_length, first.request.sliced)
         else:
             assert not others, "it has forwards of its own"
             first.request.forward_next(tokens_R, first.own.cache)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from star_attention.attention.state import State, empty_state, join_batches, mer
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, by_token
-from star_attention.hf.cache.decode import AnswerCache, recent_rule, segment_rule
+from star_attention.hf.cache.decode import AnswerCache, own_heads, recent_rule, segment_rule
 from star_attention.hf.cache.packed_tails import Lengths, PackedTails
 from star_attention.storage.kv import ContextKV, LayerKV, Tail
 
@@ -126,11 +127,14 @@ class RowSet:
 
 
 class RowsPosition(ForwardPosition):
-    """Where each row's next token stands, and the ranks that share its context."""
+    """Where each row's next token stands, and the ranks that share its context.
 
-    def __init__(self, rows: RowSet, comm: Comm) -> None:
+    With `by_heads` each rank computes queries, keys and values of its own heads alone.
+    """
+
+    def __init__(self, rows: RowSet, comm: Comm, *, by_heads: bool) -> None:
         super().__init__()
-        self.rows, self.comm = rows, comm
+        self.rows, self.comm, self.by_heads = rows, comm, by_heads
         self.lengths = Lengths()
 
     @property
@@ -156,6 +160,12 @@ class RowsLayer(StarLayer[RowsPosition]):
             )
 
     def append(self, k_RG1D: Tensor, v_RG1D: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.position.by_heads:
+            self._store(k_RG1D, v_RG1D)
+        # Those of the other heads come with their queries, in `attend`.
+        return k_RG1D, v_RG1D
+
+    def _store(self, k_RG1D: Tensor, v_RG1D: Tensor) -> None:
         tails = [row.tails[self.index] for row in self.position.rows.rows]
         if not self._is_packed or (self._packed is not None and self._packed.is_full):
             # Rows whose buffers were common before may hold those of rows that have left.
@@ -166,14 +176,19 @@ class RowsLayer(StarLayer[RowsPosition]):
         else:
             for tail, *new in zip(tails, k_RG1D.split(1), v_RG1D.split(1), strict=True):
                 tail.append(*new)
-        return k_RG1D, v_RG1D
 
     def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
         """Attend to this rank's shard of each context for its rows; merge over all ranks.
 
-        The last rank attends to the rows' tails, too.
+        The last rank attends to the rows' tails, too. With weights in slices, queries, keys and
+        values are of this rank's heads, and so is the result.
         """
-        rows, comm = self.position.rows, self.position.comm
+        rows, comm, heads = self.position.rows, self.position.comm, None
+        if self.position.by_heads:
+            heads = own_heads(comm, q_R1HD)
+            q_R1HD, *pair = comm.gather_heads(q_R1HD, k_R1GD, v_R1GD)
+            k_RG1D, v_RG1D = (tensor.transpose(1, 2) for tensor in pair)
+            self._store(k_RG1D, v_RG1D)
         shards = join_batches(
             [
                 self._attend_to_shard(q_R1HD[start:stop], v_R1GD, rows.rows[start:stop], rule)
@@ -184,7 +199,7 @@ class RowsLayer(StarLayer[RowsPosition]):
         if comm.cp_rank == comm.cp_size - 1:
             states.append(self._attend_to_tails(q_R1HD, rule))
         state = merge(states, dtype=rule.dtype)
-        return state if comm.cp_size == 1 else comm.merge(state)
+        return state if comm.cp_size == 1 else comm.merge(state, heads)
 
     def _attend_to_shard(
         self, q_R1HD: Tensor, v_R1GD: Tensor, rows: list[RowKV], rule: Rule
@@ -238,17 +253,22 @@ class RowsCache(StarCache):
         rows: the rows; none of their layers expands its keys.
         windows: sliding window of each layer in tokens, None for full attention.
         comm: merges the attention of all ranks.
+        slices: slices of the weights that forwards multiply, None for all of them.
     """
 
     position: RowsPosition
 
-    def __init__(self, rows: RowSet, windows: list[int | None], comm: Comm) -> None:
-        position = RowsPosition(rows, comm)
+    def __init__(
+        self, rows: RowSet, windows: list[int | None], comm: Comm, slices: Any = None
+    ) -> None:
+        by_heads = slices is not None and slices.by_heads
+        position = RowsPosition(rows, comm, by_heads=by_heads)
         layers = [
             RowsLayer(index, window, position, _stores(rows, index))
             for index, window in enumerate(windows)
         ]
         super().__init__(layers, position, comm)
+        self.slices = slices
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         """Report this rank's progress, which other ranks name if it fails."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.rows import RowKV, RowsCache, RowSet
+from star_attention.hf.execution import slices
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.request import follow_forward
 from star_attention.storage.kv import ContextKV
@@ -48,20 +49,32 @@ class RowForwards:
         """True if a CUDA graph has run the last forward: one may read queries, too."""
 
     @torch.no_grad()
-    def run(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor | None:
+    def run(
+        self,
+        rows: RowSet,
+        tokens_R: Tensor,
+        rope_length: int | None,
+        sliced: tuple[str, ...] = (),
+    ) -> Tensor | None:
         """Run a forward of each row's newest token, which joins its tail. Collective.
 
         Args:
             rows: the rows, all of one kind.
             tokens_R: their tokens, int64, on the model's device.
             rope_length: that of the rows.
+            sliced: parts of the model whose weights ranks multiply in slices, for all rows.
 
         Returns:
             Logits of the tokens that follow, fp32 `[R, V]`; None on ranks other than 0.
         """
         logits_RV = self._of_graph(rows, tokens_R)
         self.by_graph = logits_RV is not None
-        return self._eager(rows, tokens_R, rope_length) if logits_RV is None else logits_RV
+        if logits_RV is not None:
+            return logits_RV
+        if self._cache is None or self._cache.position.rows is not rows:
+            own = slices.of(self._handle, sliced, self._comm)
+            self._cache = RowsCache(rows, self._handle.windows, self._comm, own)
+        return self._eager(self._cache, tokens_R, rope_length)
 
     @torch.no_grad()
     def run_with_queries(self, rows: RowSet, tokens_R: Tensor, wanted: list[int]) -> Tensor | None:
@@ -91,11 +104,10 @@ class RowForwards:
             self.forget()
         return logits_RV
 
-    def _eager(self, rows: RowSet, tokens_R: Tensor, rope_length: int | None) -> Tensor | None:
-        if self._cache is None or self._cache.position.rows is not rows:
-            self._cache = RowsCache(rows, self._handle.windows, self._comm)
-        positions_R = torch.tensor([row.position for row in rows.rows], device=tokens_R.device)
-        inputs = tokens_R[:, None], positions_R[:, None], self._cache, rope_length
+    def _eager(self, cache: RowsCache, tokens_R: Tensor, rope_length: int | None) -> Tensor | None:
+        positions = [row.position for row in cache.position.rows.rows]
+        positions_R = torch.tensor(positions, device=tokens_R.device)
+        inputs = tokens_R[:, None], positions_R[:, None], cache, rope_length
         if self._comm.rank:
             follow_forward(self._handle, *inputs)
             return None
