@@ -180,6 +180,15 @@ def serve_in_the_pool(comm: TorchComm) -> Any:
                 server.post(CHAT, json=body("", max_tokens=8) | {"context": None}).json()
             )
             assert server.get("/health").status_code == 200
+            chat = body("", NOISE + QUESTION, max_tokens=8) | {"context": None}
+            answers.append(server.post(CHAT, json=chat).json())
+            said = answers[-1]["choices"][0]["message"]
+            more = {"role": "user", "content": "What is hot?"}
+            chat["messages"] = [*chat["messages"], said, more]
+            response = server.post(CHAT, json=chat)
+            # Each rank goes on with what it has kept of the first turn.
+            assert int(response.headers["x-star-conversation-tokens"]) > 32
+            answers.append(response.json())
             return [(each["choices"][0]["message"], each["usage"]) for each in answers]
     finally:
         star.close()
