@@ -219,3 +219,15 @@ def test_a_defect_says_no_more_than_its_id(
     )
     assert request_id in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_the_log_tells_what_happened(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Forbids a log in which a refusal looks like any other, among lines of what is polled."""
+    caplog.set_level("INFO", "star_attention.serve")
+    answer = server.post(CHAT, {"messages": ASK, "max_tokens": 1})
+    refused = server.post(CHAT, {"messages": ASK, "n": 0})
+    server.get("/health")
+    server.get("/metrics")
+    ids = [response.headers["x-request-id"] for response in (answer, refused)]
+    told = [record.getMessage().partition(" s ")[2] for record in caplog.records]
+    assert told == [f"{ids[0]} none none", f"{ids[1]} invalid_value"]

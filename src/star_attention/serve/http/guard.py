@@ -22,6 +22,10 @@ from star_attention.serve.settings import ServeSettings, is_loopback
 
 _log = logging.getLogger(__name__)
 
+_TOLD = (b"x-star-rule", b"x-star-cache")
+"""Headers of answers that are logged."""
+_POLLED = ("/health", "/ready", "/metrics")
+
 PUBLIC = PATHS | {"/health", "/ready"}
 """Paths that need no key."""
 _ANTHROPIC = "/v1/messages"
@@ -56,11 +60,13 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request_id, started, status = new_id("req_"), time.monotonic(), 0
+        told: list[str] = []
 
         async def named(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                told.extend(value.decode() for name, value in message["headers"] if name in _TOLD)
                 own = [(name, request_id.encode()) for name in names]
                 message["headers"] = [*message["headers"], *own]
             await send(message)
@@ -76,6 +82,7 @@ class Guard:
         except Exception as error:
             problem = _problem(error, request_id, scope)
             self._on_error(problem.code or str(problem.status))
+            told.append(problem.code or "")
             if status:
                 # An answer that has begun cannot change its status.
                 log_failure(f"request {request_id}, after its answer began,", error)
@@ -85,13 +92,16 @@ class Guard:
                     envelope = anthropic_envelope(problem, request_id)
                 await _send(named, problem, envelope)
         finally:
-            _log.info(
+            # What is polled would hide all else.
+            level = logging.DEBUG if scope["path"] in _POLLED and status < 400 else logging.INFO
+            _log.log(
+                level,
                 "%s %s %d %.3f s %s",
                 scope["method"],
                 scope["path"],
                 status,
                 time.monotonic() - started,
-                request_id,
+                " ".join([request_id, *told]),
             )
 
     def _tenant(self, request: Request) -> str:
