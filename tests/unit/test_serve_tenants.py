@@ -41,7 +41,7 @@ def test_the_other_header(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/models", "/v1/files", "/v1/contexts", "/version", "/metrics", "/nowhere"]
+    "path", ["/v1/models", "/v1/files", "/v1/contexts", "/version", "/metrics", "/nowhere"]
 )
 def test_all_else_needs_a_key(server: Server, path: str) -> None:
     """Forbids a route that somebody adds and forgets to protect."""
