@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import version
 from typing import Any
 
-import litellm
-from trial import KEY, MODEL, QUESTION, SECOND, TOO_MANY, URL, parts, run
+# It would ask the network for prices.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+
+import litellm  # noqa: E402
+from trial import KEY, MODEL, QUESTION, SECOND, TOO_MANY, URL, parts, run  # noqa: E402
 
 OPENAI = {"model": f"hosted_vllm/{MODEL}", "api_base": f"{URL}/v1"}
 ANTHROPIC = {"model": f"anthropic/{MODEL}", "api_base": URL}
