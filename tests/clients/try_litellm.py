@@ -9,8 +9,8 @@ from typing import Any
 # It would ask the network for prices.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
-import litellm  # noqa: E402
-from trial import KEY, MODEL, QUESTION, SECOND, TOO_MANY, URL, parts, run  # noqa: E402
+import litellm
+from trial import KEY, MODEL, QUESTION, SECOND, TOO_MANY, URL, parts, run
 
 OPENAI = {"model": f"hosted_vllm/{MODEL}", "api_base": f"{URL}/v1"}
 ANTHROPIC = {"model": f"anthropic/{MODEL}", "api_base": URL}
