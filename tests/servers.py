@@ -151,13 +151,15 @@ def running(
 
 
 def saying(text: str) -> Callable[[Service], None]:
-    """Return what has every answer of a server say a text."""
+    """Return what has every answer of a server say a text, as far as its limit allows."""
 
     def before(service: Service) -> None:
         add, tokenizer = service.engine.batch.add, service.star.tokenizer
 
         def adding(context: Any, query: Any, **options: Any) -> Any:
-            return add(context, query, **(options | say(tokenizer, text)))
+            said = say(tokenizer, text)
+            limit = min(said["max_new_tokens"], options["max_new_tokens"])
+            return add(context, query, **(options | said | {"max_new_tokens": limit}))
 
         service.engine.batch.add = adding  # type: ignore[method-assign]
 

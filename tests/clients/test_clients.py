@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 from star_attention.serve import program
 from star_attention.serve.keys import Keys
+from star_attention.serve.service import Service
 from tests.clients.recording import FILE, KEY, Recorder
 from tests.servers import ANSWER, DOCUMENT, NAME, Server, engine, eventually, running
 
@@ -27,8 +29,10 @@ pytestmark = pytest.mark.clients
 FOLDER = Path(__file__).parent
 ENVIRONMENTS = Path(os.environ.get("STAR_CLIENTS", FOLDER.parents[1] / ".venv-clients"))
 OTHER_ANSWER = "8081780"
-SECOND = ("second", "stream", "message_stream")
+SECOND = ("second", "stream", "stream_later", "message_stream")
 """Steps that ask the second question."""
+CHUNK_S = 2
+"""Seconds after which LangChain gives up without a chunk: 120 by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +88,8 @@ def python_of(client: Client) -> str:
     return str(python)
 
 
-def results_of(client: Client, server: Server, folder: Path) -> dict[str, Any]:
-    """Return what a client's script says."""
+def results_of(client: Client, server: Server, folder: Path, **variables: str) -> dict[str, Any]:
+    """Return what a client's script says, with these variables of its environment."""
     document = folder / "book.txt"
     document.write_text(DOCUMENT, encoding="utf-8")
     settings = {"URL": server.url, "KEY": KEY, "MODEL": NAME, "DOCUMENT": str(document)}
@@ -94,7 +98,7 @@ def results_of(client: Client, server: Server, folder: Path) -> dict[str, Any]:
         cwd=FOLDER,
         env=os.environ
         | {f"STAR_{name}": value for name, value in settings.items()}
-        | {"PYTHONPATH": ""},
+        | {"PYTHONPATH": "", **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -130,6 +134,32 @@ def test_client(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check_answers(results)
     if "STAR_RECORD" in os.environ:
         write(client, results["version"], recorders[0].requests)
+
+
+def test_langchain_waits_for_a_document(tmp_path: Path) -> None:
+    """Forbids that a client gives up whose clock counts chunks, but no comments."""
+    langchain = next(client for client in CLIENTS if client.script == "langchain")
+
+    def slow(service: Service) -> None:
+        encode = service.engine.batch.encode
+
+        def encoding(*arguments: Any, **options: Any) -> Any:
+            time.sleep(3 * CHUNK_S)
+            return encode(*arguments, **options)
+
+        service.engine.batch.encode = encoding  # type: ignore[method-assign]
+
+    with running(
+        engine(), keys=Keys.of({KEY: "ann"}), before=slow, heartbeat=CHUNK_S / 4
+    ) as server:
+        results = results_of(
+            langchain,
+            server,
+            tmp_path,
+            LANGCHAIN_OPENAI_STREAM_CHUNK_TIMEOUT_S=str(CHUNK_S),
+            STAR_STEPS="stream_later",
+        )
+    assert OTHER_ANSWER in results["stream_later"]["text"]
 
 
 def check_answers(results: dict[str, Any]) -> None:

@@ -26,9 +26,15 @@ def parts(question: str, *, kind: str = "text", **mark: Any) -> list[dict[str, A
 
 
 def run(**steps: Callable[[], Any]) -> None:
-    """Take steps, and print what each of them returns, or the types of its error."""
+    """Take steps, and print what each of them returns, or the types of its error.
+
+    `STAR_STEPS` names those that are taken; all are without it.
+    """
     results: dict[str, Any] = {}
+    only = os.environ.get("STAR_STEPS", "").split()
     for name, step in steps.items():
+        if only and name not in only:
+            continue
         try:
             results[name] = step()
         except Exception as error:

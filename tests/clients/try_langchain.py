@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import langchain_anthropic
@@ -35,6 +36,18 @@ def streamed(model: Any, content: Any) -> dict[str, Any]:
     return _of(whole)
 
 
+def streamed_later(model: Any, content: Any) -> dict[str, Any]:
+    """Stream by `async`, where a clock counts chunks."""
+
+    async def stream() -> Any:
+        whole = None
+        async for chunk in model.astream([HumanMessage(content)]):
+            whole = chunk if whole is None else whole + chunk
+        return whole
+
+    return _of(asyncio.run(stream()))
+
+
 def _of(answer: Any) -> dict[str, Any]:
     details = (answer.usage_metadata or {}).get("input_token_details", {})
     return {"text": answer.text, "cached": details.get("cache_read")}
@@ -58,6 +71,7 @@ run(
     document=lambda: asked(openai(), parts(QUESTION, **MARK)),
     second=lambda: asked(openai(), parts(SECOND, **MARK)),
     stream=lambda: streamed(openai(stream_usage=True), parts(SECOND, **MARK)),
+    stream_later=lambda: streamed_later(openai(stream_usage=True), parts(SECOND, **MARK)),
     responses=lambda: asked(openai(use_responses_api=True), parts(QUESTION, **MARK)),
     response_stream=lambda: streamed(openai(use_responses_api=True), parts(QUESTION, **MARK)),
     messages=lambda: asked(anthropic(), mark(QUESTION)),
