@@ -100,6 +100,8 @@ def test_a_document_that_is_being_read(chrome: Page) -> None:
         chrome.open(server.url)
         chrome.wait("document.querySelector('#list progress')?.value > 0")
         chrome.run("(window.before = document.querySelector('[aria-label=\"Delete long.txt\"]'))")
+        send(chrome, "Who?")
+        chrome.wait_for(".wait", "Reading the document, ")
         share = chrome.run("document.querySelector('#list progress').value")
         chrome.wait("document.querySelector('#list progress').value > arguments[0]", share)
         assert chrome.run("document.contains(window.before)")
@@ -107,6 +109,24 @@ def test_a_document_that_is_being_read(chrome: Page) -> None:
         chrome.button("Delete", "#delete-dialog").click()
         chrome.wait("document.querySelectorAll('#list li').length === 0")
         assert eventually(lambda: server.metric("encodes_total", outcome="canceled") == 1)
+
+
+def test_many_documents_at_once(chrome: Page, tmp_path: Path) -> None:
+    """Forbids that streams of progress take all connections that a browser has to a server."""
+    with running(engine(), drain_timeout=0.0) as server:
+        chrome.open(server.url)
+        short, *others = [tmp_path / f"{number}.txt" for number in range(8)]
+        short.write_text(DOCUMENT, encoding="utf-8")
+        chrome.upload(short)
+        for path in others:
+            path.write_text(f"{path.name}\n{DOCUMENT * 30}", encoding="utf-8")
+        chrome.find("#files").send_keys("\n".join(map(str, others)))
+        chrome.wait("document.querySelectorAll('#list [aria-label=Reading]').length === 7")
+        # Only the first of them was chosen, and nothing after the user has turned elsewhere.
+        chrome.button("0.txt").click()
+        chrome.ask("Who?")
+        assert chrome.all("#list li.current .name")[0].text == "0.txt"
+        assert len(chrome.all("#list progress")) == 7
 
 
 def test_a_file_that_is_dropped(page: Page) -> None:

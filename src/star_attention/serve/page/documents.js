@@ -5,6 +5,7 @@ import { $, alertText, announce, ask, el, errorBox, number, percent, showPane } 
 
 const LOOK_MS = 1000; // between looks at documents that somebody else's request is having read
 const REFRESH_MS = 15000; // between looks at all
+const MOST_WATCHED = 2; // streams of progress: browsers have six connections to a server
 const PAGE = 1000; // documents of one list
 const PLACES = {
   device: "in memory",
@@ -101,6 +102,7 @@ export class Documents {
   async upload(source, name) {
     const item = this.add({ id: `upload-${++this.uploads}`, name, upload: true });
     item.abort = new AbortController();
+    item.before = this.current;
     this.draw(item);
     this.showEmpty();
     announce(`Uploading ${name}.`);
@@ -130,6 +132,9 @@ export class Documents {
       for await (const context of eventsOf(response)) {
         if (known === null) {
           known = this.arrived(item, context);
+          const watched = [...this.byId.values()].filter((other) => other.watched);
+          // The others are looked at now and then.
+          if (watched.length >= MOST_WATCHED) return;
           known.watched = true;
         }
         this.update(context);
@@ -154,7 +159,8 @@ export class Documents {
     const known = this.update(context);
     if (isThere) announce(`${nameOf(known)} is here already.`);
     if (context.status === "ready") announce(readyText(known));
-    this.choose(known.id);
+    // Whoever has turned to another document meanwhile stays there.
+    if (this.current === null || this.current === item.before) this.choose(known.id);
     return known;
   }
 

@@ -9,6 +9,7 @@ import { copyText, showRequest } from "./requests.js";
 const HINT = "Enter asks. Shift+Enter starts a line.";
 const OF_ALL = " of the attention";
 const SHARE = "Share of the model's attention to the document";
+const BUSY = "An answer is under way. Wait for it, or stop it.";
 const NEAR_PX = 80; // from the end, within which a conversation is scrolled along
 
 // `goTo(item, sources, index, from)` shows a source; `marked(item, sources)` marks all of an
@@ -37,7 +38,7 @@ export class Talks {
   show(item) {
     const talk = item === null ? null : this.of(item);
     if (talk !== this.current) {
-      this.keepDraft();
+      this.keepDraft(talk);
       this.current = talk;
       $("question").value = talk?.draft ?? "";
       for (const other of this.byId.values()) other.node.hidden = other !== talk;
@@ -75,8 +76,11 @@ export class Talks {
     return this.byId.get(item.id)?.sources ?? [];
   }
 
-  keepDraft() {
-    if (this.current) this.current.draft = $("question").value;
+  // Keep what is being written: with its document, or for the first one.
+  keepDraft(next) {
+    const written = $("question").value;
+    if (this.current) this.current.draft = written;
+    else if (next && written) next.draft ??= written;
   }
 
   showState() {
@@ -117,7 +121,7 @@ export class Talks {
     const text = $("question").value.trim();
     if (!talk) return;
     if (talk.abort) {
-      announce("An answer is under way. Wait for it, or stop it.");
+      announce(BUSY);
       return;
     }
     if (!text) {
@@ -193,6 +197,10 @@ export class Talks {
   fail(talk, turn, error) {
     turn.wait.remove();
     const again = () => {
+      if (talk.abort) {
+        announce(BUSY);
+        return;
+      }
       this.withdraw(talk, turn);
       this.answer(talk, turn.question);
     };
