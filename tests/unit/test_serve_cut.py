@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from star_attention import StarLLM
 from star_attention.errors import InvalidInputError
-from star_attention.hf.text.rendered import RenderedText
+from star_attention.hf.text.rendered import RenderedText, shared_prefix
 from star_attention.hf.text.special import rendered_ids
 from star_attention.serve import cut
 from star_attention.serve.cut import ends_of_parts, likely_cut, named_cut, unmarked
@@ -18,6 +18,7 @@ from star_attention.serve.reading import cut_text
 from tests.servers import quick_engine, running
 from tests.talkers import CHATML, byte_level, talker
 
+DOCUMENT = "A tale of the sea. " * 200
 MARK = {"prompt_cache_breakpoint": {"mode": "explicit"}}
 
 
@@ -149,3 +150,27 @@ def test_the_context_does_not_depend_on_the_question(star: StarLLM) -> None:
         for question in ("Who?", " and", "\n", "1", "<|im_end|>")
     ]
     assert len({piece.content.ids.tobytes() for piece in pieces if piece.content}) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "end"),
+    [
+        ("\nWhat is it?\nAnswer:", "\nWhere is it?\nAnswer:", "\n"),
+        ("\n\nWhat?\nAnswer:", "\n\nHow?\nAnswer:", "\n\n"),
+        # Without a line break, a word is not cut.
+        ("It is wide.\nSo:", "It is wild.\nSo:", "It is "),
+        # The likely cut is before what differs.
+        ("\nWhat?", "\nWhere?", None),
+        # What differs is far from the question.
+        ("x" * 3000 + "\nSo:", "y" * 3000 + "\nSo:", None),
+        ("\nThe same.\nSo:", "\nThe same.\nSo:", None),
+    ],
+)
+def test_a_cut_is_learned_from_what_two_texts_share(
+    first: str, second: str, end: str | None
+) -> None:
+    texts = [DOCUMENT + first, DOCUMENT + second]
+    at = [cut.line_break(text) for text in texts]
+    shared = len(shared_prefix([texts[0][: at[0]], texts[1]]))
+    learned = cut.learned_cut(texts[1], shared, at[1])
+    assert learned == (None if end is None else len(DOCUMENT + end))

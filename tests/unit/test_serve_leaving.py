@@ -92,7 +92,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_request(server: Server) -> No
 
 
 def test_rubbish_ends_nothing(server: Server) -> None:
-    for head in ("\0\1\2\n\n", "GET / HTTP/9.9\n\n", "POST /v1/chat/completions\n\n"):
+    for head in ("\0\1\2\n\n", "GET /nowhere HTTP/9.9\n\n", "POST /v1/chat/completions\n\n"):
         with server.raw(head) as connection:
             assert b" 40" in connection.recv(65536).partition(b"\r\n")[0]
     assert server.get("/ready").status_code == 200

@@ -149,3 +149,50 @@ def test_an_answer_says_why_its_document_was_encoded(server: Server) -> None:
         answer = chat(server, in_parts(document, "Why?"), cache_salt="dates")
         reasons.append(answer.headers.get("x-star-miss-reason"))
     assert reasons == ["new", "beginning_changed", None]
+
+
+def question(word: str) -> str:
+    """A question of two lines, of which the likely cut leaves the last one to the query."""
+    return f"\nQuestion: {word} is it that asks the tide?\nAnswer:"
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_what_two_prompts_begin_alike_with_is_found_by_the_third(server: Server, kind: str) -> None:
+    """Forbids that a question of several lines makes every prompt a context of its own."""
+    document = f"A {kind} to learn. {WORDS * 50}"
+
+    def ask(word: str, salt: str = "learned", **fields: Any) -> Any:
+        prompt = document + question(word)
+        if kind == "text":
+            body = {"prompt": prompt, "max_tokens": 2, "cache_salt": salt, **fields}
+            return server.post("/v1/completions", body)
+        messages = [{"role": "user", "content": prompt}]
+        return chat(server, messages, cache_salt=salt, **fields)
+
+    assert found(ask("Who"))[:2] == ("implicit", "miss")
+    # Another salt learns nothing from it, and an explicit request from nothing.
+    assert found(ask("What", salt="other"))[0] == "implicit"
+    assert found(ask("What", prompt_cache_options={"mode": "explicit"}))[0] == "none"
+    rule, outcome, tokens = found(ask("Where"))
+    assert (rule, outcome) == ("learned", "miss")
+    assert found(ask("When")) == ("prefix", "hit", tokens)
+    # The question is no part of it, and the document is.
+    whole = bundled_tokenizer()(document).input_ids
+    assert len(whole) - 1 <= tokens <= len(whole) + 3
+
+
+def test_nothing_is_learned_from_another_version_of_a_document(server: Server) -> None:
+    """Forbids reading the rest of a document with every question, from where it has changed."""
+    document = f"Once. {WORDS * 60}"
+    changed = document[:600] + "It is another one. " + document[600:]
+    chat(server, [{"role": "user", "content": document + question("Who")}])
+    answer = chat(server, [{"role": "user", "content": changed + question("What")}])
+    assert found(answer)[:2] == ("implicit", "miss")
+    assert answer.headers["x-star-miss-reason"] == "input_changed"
+
+
+def test_nothing_is_learned_where_the_server_s_state_does_not_count() -> None:
+    with running(implicit=False) as own:
+        for word in ("Who", "What", "When"):
+            messages = [{"role": "user", "content": f"{WORDS * 50}{question(word)}"}]
+            assert found(chat(own, messages))[0] == "none"

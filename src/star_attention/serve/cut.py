@@ -190,6 +190,28 @@ def likely_cut(
     return ends[max(before)] if before else None
 
 
+def learned_cut(text: str, shared: int, at: int) -> int | None:
+    """Return where a text is better cut than at its likely place, by what it shares with another.
+
+    The other was cut at its own likely place, and has another text there: a question of several
+    lines, most often. What they share, up to a line or a word, is likely to come again.
+
+    Args:
+        text: the text.
+        shared: characters that both begin alike with.
+        at: the likely place.
+
+    Returns:
+        The character to cut before; None where the likely place is as good, or far away: what is in
+        between would be read with every question.
+    """
+    if shared >= at:
+        return None
+    near = max(0, shared - _LAST_CHARACTERS)
+    place = text.rfind("\n", near, shared) + 1 or text.rfind(" ", near, shared) + 1
+    return place if place and at - place <= _LAST_CHARACTERS else None
+
+
 def line_break(text: str) -> int:
     """Return the character after the last line break near the end of a text; 0 for none.
 

@@ -98,7 +98,8 @@ class Cutter:
             is_short = len(begun.query_ids) <= _LONGEST_QUERY
             if is_short or at <= len(begun.content.text):
                 return begun
-        piece = cut_text(star, text, at, "implicit", known=self._known(scope))
+        at, rule = self._learned(scope, text, at, ask, raw=False)
+        piece = cut_text(star, text, at, rule, known=self._known(scope))
         ids = piece.query_ids
         if piece.content is None and len(ids) > _LONGEST_QUERY:
             # As a query, so much would be read in one piece. Nobody can find it again.
@@ -127,6 +128,17 @@ class Cutter:
             return None
         return Piece(content=kept, query_ids=query_ids, rule="prefix")
 
+    def _learned(
+        self, scope: Scope, text: RenderedText, at: int, ask: Ask, *, raw: bool
+    ) -> tuple[int, str]:
+        """Return where a text is cut that begins with no kept context, and by which rule."""
+        if at and self._is_implicit(ask):
+            shared = self._store.shared_text(scope, unread(text, raw=raw))
+            learned = cut.learned_cut(text.text, shared, at)
+            if learned is not None:
+                return learned, "learned"
+        return at, "implicit"
+
     def _known(self, scope: Scope) -> Known:
         return lambda head: self._store.of_text(scope, unread(head))
 
@@ -140,13 +152,14 @@ class Cutter:
         return replace(piece, text=prompt, raw=True) if isinstance(prompt, str) else piece
 
     def _cut_text(self, star: StarLLM, scope: Scope, prompt: str | list[int], ask: Ask) -> Piece:
-        head, store = 0, self._store
+        head, rule, store = 0, "implicit", self._store
         if isinstance(prompt, str):
             text = reader_of(star).raw(prompt, "prompt")
             begun = self._begun(star, scope, text, raw=True) if self._is_implicit(ask) else None
             if begun is not None and len(begun.query_ids) <= _LONGEST_QUERY:
                 return begun
             ids, head = raw_ids(star, prompt), cut.line_break(prompt)
+            head, rule = self._learned(scope, text, head, ask, raw=True)
         else:
             ids = checked(star, prompt)
         if self._is_implicit(ask):
@@ -165,7 +178,7 @@ class Cutter:
             # The question is somewhere at the end.
             content = Content(ids=as_ids(ids[:-_LAST_TOKENS]))
         tokens = 0 if content is None else len(content)
-        piece = Piece(content=content, query_ids=ids[tokens:], rule="implicit")
+        piece = Piece(content=content, query_ids=ids[tokens:], rule=rule)
         return self._long_enough(piece, ask)
 
     def _is_implicit(self, ask: Ask) -> bool:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from star_attention.hf.text.rendered import shared_prefix
 from star_attention.serve.contexts.entry import Content, Entry, Location, Status
 from star_attention.serve.contexts.keys import Scope, TokenIds
 from star_attention.serve.refusals import RefusalError
 
+_BEGINNING = 256
+"""Characters that texts begin alike with at least, if they are to share anything."""
 _SAME_END = 64
 """Tokens at the end of two contexts that are hardly the same by chance."""
 
@@ -107,6 +110,22 @@ class Registry:
         ]
         return max(begun, key=lambda entry: entry.tokens, default=None)
 
+    def shared_text(self, scope: Scope, text: Content) -> int:
+        """Return the most characters that a text and a kept context begin alike with.
+
+        Args:
+            scope: whose contexts count.
+            text: a content without token ids.
+        """
+        return max(
+            (
+                _shared_text(text, entry.content)
+                for entry in self._living(scope)
+                if entry.keep and entry.content is not None
+            ),
+            default=0,
+        )
+
     def nearest(self, scope: Scope, ids: TokenIds, block_size: int) -> tuple[Entry | None, int]:
         """Return the context on the device that has most blocks of `ids`, and its tokens in them.
 
@@ -171,6 +190,17 @@ def _begins_with(whole: Content, begin: Content | None) -> bool:
         )
     size = len(begin)
     return len(whole) > size and np.array_equal(whole.ids[:size], begin.ids)
+
+
+def _shared_text(first: Content, second: Content) -> int:
+    if first.text is None or second.text is None or first.raw != second.raw:
+        return 0
+    # Most begin otherwise, which is seen at once.
+    if first.text[:_BEGINNING] != second.text[:_BEGINNING]:
+        return 0
+    size = len(shared_prefix((first.text, second.text)))
+    same = _spans_before(first.literal, size) == _spans_before(second.literal, size)
+    return size if same else 0
 
 
 def _spans_before(spans: Spans, end: int) -> Spans:

@@ -51,6 +51,9 @@ class ContextStore:
         changed: called with the id of a context whose status or progress has changed.
         clock: returns seconds since 1970.
         writer: runs the writing of files; None for a thread of its own.
+
+    Attributes:
+        talks: what answers keep for prompts that go on with them.
     """
 
     def __init__(
@@ -75,15 +78,11 @@ class ContextStore:
             changed=changed,
             wake=wake,
         )
+        self.talks: Talks = self._table.talks
         self._finder = Finder(self._table)
         self._shelf = Shelf(self._table, writer)
         self._keeper = Keeper(self._table, self._shelf)
         self._shelf.rescan()
-
-    @property
-    def talks(self) -> Talks:
-        """What answers keep for prompts that go on with them."""
-        return self._table.talks
 
     # -------------------------------------------------------------------------- for requests
 
@@ -190,6 +189,16 @@ class ContextStore:
         """
         with self._table.lock:
             return self._table.registry.of_text(scope, text)
+
+    def shared_text(self, scope: Scope, text: Content) -> int:
+        """Return how many characters a text begins alike with some kept context.
+
+        Args:
+            scope: whose contexts count.
+            text: a content without token ids.
+        """
+        with self._table.lock:
+            return self._table.registry.shared_text(scope, text)
 
     def prefix_of(self, scope: Scope, content: Content) -> Content | None:
         """Return the longest kept context that `content` begins with; None if there is none."""
