@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,3 +102,14 @@ def test_every_setting_is_an_option_with_its_help(field: dataclasses.Field[Any])
 )
 def test_format_seconds(value: float, text: str) -> None:
     assert format_seconds(value) == text
+
+
+def test_the_listings_say_what_the_commands_say() -> None:
+    """Groups list commands without importing them. Forbids a listing that is out of date."""
+    root: Any = typer.main.get_command(app)
+    for group in (root, root.commands["bench"], root.commands["eval"]):
+        for name, listed in group.commands.for_listing().items():
+            command = group.commands[name]
+            assert listed.name == command.name == name
+            summary = inspect.cleandoc(command.help).split("\n\n")[0]
+            assert " ".join(summary.split()) == listed.help

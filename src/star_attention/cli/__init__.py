@@ -1,39 +1,77 @@
 """The command line `star-attention`, one file per command.
 
-`--help` imports neither torch nor transformers.
+A command is imported when it is used, and `--help` imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
 from star_attention._version import __version__
 from star_attention.cli import bench, config_file
 from star_attention.cli import eval as evaluation
-from star_attention.cli.ask import ask
-from star_attention.cli.calibrate import calibrate
-from star_attention.cli.chat import chat
-from star_attention.cli.command import Command, command
-from star_attention.cli.demo import demo
-from star_attention.cli.encode import encode
-from star_attention.cli.estimate import estimate
-from star_attention.cli.generate import generate
-from star_attention.cli.info import info
-from star_attention.cli.plan import plan
-from star_attention.cli.serve import serve
+from star_attention.cli.lazy import Entry, LazyGroup
 from star_attention.cli.streams import open_streams, say, translate_stdout_errors
 from star_attention.cli.torchrun import mute_extra_ranks, wait_for_rank_0_error
 from star_attention.errors import StarAttentionError
 
 NAME = "star-attention"
 
+
+class _Root(LazyGroup):
+    entries: ClassVar = {
+        "generate": Entry(
+            "Encode texts and answer queries about them.", "star_attention.cli.generate:generate"
+        ),
+        "encode": Entry(
+            "Encode texts once and save the result, for any number of questions with `ask`.",
+            "star_attention.cli.encode:encode",
+        ),
+        "ask": Entry(
+            "Answer queries about a text saved by `encode`.", "star_attention.cli.ask:ask"
+        ),
+        "chat": Entry(
+            "Talk about a text: every question follows the answers before it.",
+            "star_attention.cli.chat:chat",
+        ),
+        "serve": Entry(
+            "Answer OpenAI's clients over HTTP. A long document is encoded once and asked many"
+            " times.",
+            "star_attention.cli.serve:serve",
+        ),
+        "info": Entry(
+            "Show what a saved context or a model is, and whether the model can run.",
+            "star_attention.cli.info:info",
+        ),
+        "plan": Entry(
+            "Show how a context is split into blocks, and the memory, operations and time it"
+            " takes.",
+            "star_attention.cli.plan:plan",
+        ),
+        "estimate": Entry(
+            "Estimate the time to encode a context and to generate a token, on given hardware.",
+            "star_attention.cli.estimate:estimate",
+        ),
+        "calibrate": Entry(
+            "Measure which layers of a model need other blocks, and write the settings of"
+            " look-back.",
+            "star_attention.cli.calibrate:calibrate",
+        ),
+        "demo": Entry(
+            "Plant facts in a long text and ask about them, with dense attention and with Star"
+            " Attention.",
+            "star_attention.cli.demo:demo",
+        ),
+    }
+
+
 app = typer.Typer(
     name=NAME,
+    cls=_Root,
     no_args_is_help=True,
     # Joins and rewraps the lines of a paragraph.
     rich_markup_mode="markdown",
@@ -43,26 +81,19 @@ app = typer.Typer(
 )
 
 
-def _add(group: typer.Typer, functions: Iterable[Callable[..., None]]) -> None:
-    for function in functions:
-        group.command(cls=Command)(command(function))
+def _add_group(name: str, group: type[LazyGroup], help: str) -> None:
+    commands = typer.Typer(cls=group, no_args_is_help=True, rich_markup_mode="markdown")
+    app.add_typer(commands, name=name, help=help)
 
 
-def _add_group(name: str, functions: Iterable[Callable[..., None]], help: str) -> None:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
-    _add(group, functions)
-    app.add_typer(group, name=name, help=help)
-
-
-_add(app, (generate, encode, ask, chat, serve, info, plan, estimate, calibrate, demo))
 _add_group(
     "bench",
-    bench.COMMANDS,
+    bench.Group,
     help="Measure speed, next to the hardware's limits and to the alternatives.",
 )
 _add_group(
     "eval",
-    evaluation.COMMANDS,
+    evaluation.Group,
     help="Compare the accuracy of methods on the same samples, with confidence intervals.",
 )
 

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
-from star_attention.cli.eval.perplexity import perplexity
-from star_attention.cli.eval.run import report, run
-from star_attention.cli.eval.suite_commands import suite_command
-from star_attention.cli.eval.sweeps import ablations, sweep
-from star_attention.evals import suites
+from star_attention.cli.lazy import Entry, LazyGroup
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    run,
-    # ruler, babilong, ...: options from evals/suites/NAME/__init__.py
-    *(suite_command(suites.get(name)) for name in suites.SUITES),
-    sweep,
-    ablations,
-    perplexity,
-    report,
-)
+_SUITE = "star_attention.cli.eval.suite_commands:suite_command"
+
+
+class Group(LazyGroup):
+    """The commands of `eval`. Those of suites come from evals/suites/NAME/__init__.py."""
+
+    entries: ClassVar = {
+        "run": Entry(
+            "Answer the samples of data sets with several methods, and report.",
+            "star_attention.cli.eval.run:run",
+        ),
+        "ruler": Entry(
+            "RULER: needles, variable tracking, word counts, and questions about documents.",
+            _SUITE,
+            "ruler",
+        ),
+        "babilong": Entry(
+            "BABILong: facts of short stories, scattered in a long text (qa1 to qa5).",
+            _SUITE,
+            "babilong",
+        ),
+        "infinitebench": Entry(
+            "InfiniteBench: the tasks that can be generated; `eval run` reads its published files.",
+            _SUITE,
+            "infinitebench",
+        ),
+        "niah": Entry("One needle at each depth and length, drawn as heat maps.", _SUITE, "niah"),
+        "shared": Entry(
+            "Several questions on each context, which is encoded once.", _SUITE, "shared"
+        ),
+        "sweep": Entry(
+            "Accuracy against block size or anchor size, with dense attention: the paper's figures"
+            " 5a, 5b.",
+            "star_attention.cli.eval.sweeps:sweep",
+        ),
+        "ablations": Entry(
+            "Other tokens in place of the anchor, or other positions, with dense attention:"
+            " table 4.",
+            "star_attention.cli.eval.sweeps:ablations",
+        ),
+        "perplexity": Entry(
+            "Perplexity of the tails of a text given their heads, compared with the first variant.",
+            "star_attention.cli.eval.perplexity:perplexity",
+        ),
+        "report": Entry(
+            "Write the reports of a run again, from its predictions; or join runs, and report.",
+            "star_attention.cli.eval.run:report",
+        ),
+    }

@@ -155,8 +155,9 @@ def _suite_option(declared: SuiteOption) -> inspect.Parameter:
     return _parameter(declared.name, Annotated[kind | None, setting], None)
 
 
-def suite_command(suite: Suite) -> Callable[..., None]:
-    """Return the command that evaluates a suite."""
+def suite_command(name: str) -> Callable[..., None]:
+    """Return the command that evaluates the suite of this name."""
+    suite = suites.get(name)
 
     def evaluate_suite(
         *,
