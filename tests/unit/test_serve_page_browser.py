@@ -46,6 +46,16 @@ import("/page/markdown.js").then(({rendered}) => {
   box.append(...rendered(text));
   done(box.innerHTML);
 });"""
+SHOW = """const [text, sources, done] = arguments;
+import("/page/reader.js").then(async ({Reader}) => {
+  const reader = new Reader();
+  reader.texts.set("id", text);
+  await reader.show({id: "id"}, sources);
+  const marksOf = (_, index) => [...document.querySelectorAll(`mark[data-source="${index}"]`)];
+  const textOf = (marks) => marks.map((mark) => mark.textContent).join("");
+  const sizes = [...document.querySelectorAll(".chunk")].map((each) => each.textContent.length);
+  done([document.getElementById("reader").textContent, sources.map(marksOf).map(textOf), sizes]);
+});"""
 ANSWER_LINES = (
     "## Clocks",
     "The **first** of `a * b`,",
@@ -186,6 +196,18 @@ def test_a_hostile_document(page: Page, tmp_path: Path) -> None:
     assert page.all("main img, main script, main b") == []
     assert page.chrome.title == "Ask long documents"
     assert page.complaints() == []
+
+
+@pytest.mark.parametrize("unit", ["word🦭 ", "🦭", "line\n", "\r\n", "ab\tc"])
+def test_long_texts_are_shown_as_they_are(page: Page, unit: str) -> None:
+    """Forbids texts and marks that change where the page cuts a text into parts."""
+    text = "\ufeff" + unit * (60_000 // len(unit))
+    spans = [(0, 3), (14_990, 17_010), (len(text) // 2, len(text) // 2 + 5), (59_000, 59_004)]
+    sources = [{"start": start, "end": end, "weight": 0.2} for start, end in spans]
+    shown, marks, sizes = page.chrome.execute_async_script(SHOW, text, sources)
+    assert shown == text
+    assert marks == [text[start:end] for start, end in spans]
+    assert max(sizes) <= 2 * 2 * 8000
 
 
 def test_answers_in_markdown(page: Page) -> None:

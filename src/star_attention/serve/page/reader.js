@@ -180,18 +180,25 @@ export class Reader {
 
 const isSame = (a, b) => a === b || (b !== null && !a.length && !b.length);
 
-// Cut a text after line ends, into parts of about the same length.
+// Cut a text into parts of about the same length: after a line's end, or else after a word.
 function* chunksOf(text) {
   let start = 0;
   while (start < text.length) {
-    const line = text.indexOf("\n", start + CHUNK);
-    const isNear = line >= 0 && line < start + 2 * CHUNK;
-    let end = isNear ? line + 1 : Math.min(text.length, start + 2 * CHUNK);
-    // Not inside of a character.
-    if (/[\ud800-\udbff]/.test(text.charAt(end - 1))) end += 1;
+    const end = endOfChunk(text, start);
     yield [start, end];
     start = end;
   }
+}
+
+function endOfChunk(text, start) {
+  const most = start + 2 * CHUNK;
+  if (most >= text.length) return text.length;
+  const line = text.indexOf("\n", start + CHUNK);
+  if (line >= 0 && line < most) return line + 1;
+  const word = text.lastIndexOf(" ", most - 1);
+  if (word > start + CHUNK) return word + 1;
+  // Not inside of a character.
+  return /[\ud800-\udbff]/.test(text.charAt(most - 1)) ? most + 1 : most;
 }
 
 // Return the nodes of a part of a text.
