@@ -142,6 +142,7 @@ def test_what_the_server_refuses(page: Page, server: Server, tmp_path: Path) -> 
     page.ask("Who?")
     page.wait_for(".error", "maximum context length is 65536 tokens")
     page.wait_for(".error", "Ask for a shorter answer in Options")
+    assert "max_tokens" not in page.find(".error").text
     page.run("(document.getElementById('max-tokens').value = '4')")
     page.button("Ask again").click()
     page.wait_for(".foot", "4 tokens")

@@ -31,7 +31,8 @@ export class ApiError extends Error {
     if (this.code in TEXTS) return TEXTS[this.code];
     const hint = HINTS[this.code] ?? "";
     const wait = this.retryAfter ? `Try again in ${this.retryAfter} seconds.` : "";
-    return [sentence(this.message), hint, wait].filter(Boolean).join(" ");
+    const message = hint ? withoutFields(this.message) : this.message;
+    return [sentence(message), hint, wait].filter(Boolean).join(" ");
   }
 }
 
@@ -40,6 +41,9 @@ function sentence(text) {
   const begun = /^[a-z]+ /.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
   return /[.!?]$/.test(begun) ? begun : `${begun}.`;
 }
+
+// What a program would do about it, by names of fields that this page does not show.
+const withoutFields = (text) => text.replace(/ Shorten the prompt, or lower max_tokens\.$/, "");
 
 export const isAbort = (error) => error.name === "AbortError";
 
