@@ -147,13 +147,19 @@ test-slow: $(VENV)/.stamp-test
 
 # Real clients, in environments of their own.
 test-clients: export HF_HUB_OFFLINE := 1
-test-clients: $(VENV)/.stamp-test $(CLIENTS:%=$(CLIENTS_DIR)/%/.stamp)
+test-clients: $(VENV)/.stamp-test $(CLIENTS:%=$(CLIENTS_DIR)/%/.stamp) $(CLIENTS_DIR)/node/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
 $(CLIENTS:%=$(CLIENTS_DIR)/%/.stamp): $(CLIENTS_DIR)/%/.stamp: tests/clients/%.txt
 	@$(FIND_PYTHON); $(call NEW_VENV,$(@D))
 	@$(@D)/bin/python $(PIP_INSTALL) -r $<
 	@touch $@
+
+# Without npm its clients are left out.
+$(CLIENTS_DIR)/node/.stamp: tests/clients/node.json
+	@if command -v npm >/dev/null; then \
+	  rm -rf $(@D) && mkdir -p $(@D) && cp $< $(@D)/package.json && \
+	  (cd $(@D) && npm install --silent --no-audit --no-fund) && touch $@; fi
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff format --check .

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.clients
 FOLDER = Path(__file__).parent
 ENVIRONMENTS = Path(os.environ.get("STAR_CLIENTS", FOLDER.parents[1] / ".venv-clients"))
 OTHER_ANSWER = "8081780"
-SECOND = ("second", "stream", "stream_later", "message_stream")
+SECOND = ("second", "stream", "stream_later", "message_stream", "sdk_stream")
 """Steps that ask the second question."""
 CHUNK_S = 2
 """Seconds after which LangChain gives up without a chunk: 120 by itself."""
@@ -40,7 +40,7 @@ class Client:
     """A client, and what it makes of the server's answers.
 
     Attributes:
-        script: `try_….py` of this folder.
+        script: `try_….py` or `try_….mjs` of this folder.
         environment: where it is installed; None for a command of the system.
         too_long, wrong_key: types of its errors, or codes in answers that it does not look at.
         contexts: the most contexts that its requests have encoded.
@@ -56,7 +56,7 @@ class Client:
 
     @property
     def name(self) -> str:
-        return self.script if self.environment in ("newest", None) else f"{self.script}-2"
+        return f"{self.script}-2" if self.environment == "openai-2" else self.script
 
 
 CLIENTS = [
@@ -67,6 +67,7 @@ CLIENTS = [
     Client(script="llama_index", environment="openai-2", too_long="BadRequestError"),
     Client(script="litellm", too_long="ContextWindowExceededError"),
     Client(script="llm", too_long="BadRequestError", leaves=False),
+    Client(script="node", environment="node", too_long="BadRequestError"),
     Client(
         script="curl",
         environment=None,
@@ -76,25 +77,34 @@ CLIENTS = [
 ]
 
 
-def python_of(client: Client) -> str:
-    """Return the interpreter that has a client, or skip the test."""
-    if client.environment is None:
+def command_of(client: Client) -> list[str]:
+    """Return the command that runs a client's script, or skip the test."""
+    command, script = [sys.executable], f"try_{client.script}.py"
+    if client.environment in (None, "node"):
         if shutil.which(client.script) is None:
             pytest.skip(f"there is no {client.script} on this machine")
-        return sys.executable
-    python = ENVIRONMENTS / client.environment / "bin" / "python"
-    if not python.exists():
+    else:
+        command = [str(ENVIRONMENTS / client.environment / "bin" / "python")]
+    if client.environment == "node":
+        command, script = ["node"], "try_node.mjs"
+    if client.environment and not (ENVIRONMENTS / client.environment).exists():
         pytest.skip("`make test-clients` makes the clients' environments")
-    return str(python)
+    return [*command, script]
 
 
 def results_of(client: Client, server: Server, folder: Path, **variables: str) -> dict[str, Any]:
     """Return what a client's script says, with these variables of its environment."""
     document = folder / "book.txt"
     document.write_text(DOCUMENT, encoding="utf-8")
-    settings = {"URL": server.url, "KEY": KEY, "MODEL": NAME, "DOCUMENT": str(document)}
+    settings = {
+        "URL": server.url,
+        "KEY": KEY,
+        "MODEL": NAME,
+        "DOCUMENT": str(document),
+        "NODE": str(ENVIRONMENTS / "node"),
+    }
     done = subprocess.run(
-        [python_of(client), f"try_{client.script}.py"],
+        command_of(client),
         cwd=FOLDER,
         env=os.environ
         | {f"STAR_{name}": value for name, value in settings.items()}
