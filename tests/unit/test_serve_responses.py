@@ -333,6 +333,22 @@ def test_what_asks_for_nothing_is_ignored(server: Server) -> None:
     assert answer_of(answer) == answer_of(plain)
 
 
+def test_answers_follow_a_schema_in_every_protocol(server: Server) -> None:
+    pytest.importorskip("xgrammar")
+    schema = {
+        "type": "object",
+        "properties": {"number": {"type": "integer"}},
+        "required": ["number"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "name": "n", "schema": schema}
+    response = server.post(PATH, body(text={"format": wanted})).json()
+    fields = {"messages": ASK, "max_tokens": 8, "output_config": {"format": wanted}}
+    message = server.post("/v1/messages", fields).json()
+    for answer in (answer_of(response), message["content"][0]["text"]):
+        assert answer.startswith('{"number"')
+
+
 def test_logprobs(server: Server) -> None:
     request = body(include=["message.output_text.logprobs"], top_logprobs=2)
     content = server.post(PATH, request).json()["output"][0]["content"][0]
