@@ -56,6 +56,15 @@ import("/page/reader.js").then(async ({Reader}) => {
   const sizes = [...document.querySelectorAll(".chunk")].map((each) => each.textContent.length);
   done([document.getElementById("reader").textContent, sources.map(marksOf).map(textOf), sizes]);
 });"""
+SLOW_TEXTS = """((fetch) => {
+  const waits = new Promise((resolve) => (window.goOn = resolve));
+  window.fetch = async (url, options) => {
+    const response = await fetch(url, options);
+    if (url.endsWith("/text")) await waits;
+    return response;
+  };
+})(window.fetch)"""
+"""Holds texts of documents back until `goOn` is called."""
 ANSWER_LINES = (
     "## Clocks",
     "The **first** of `a * b`,",
@@ -186,6 +195,19 @@ def test_documents_of_earlier_and_of_others(page: Page, server: Server) -> None:
     page.wait_for("#reader", "海へ行く")
     page.ask(QUESTION)
     assert page.texts("mark[data-source='0']") == [NEEDLE.strip()]
+
+
+def test_sources_that_come_before_the_text(page: Page, tmp_path: Path) -> None:
+    """Forbids that marks are lost, or a place is not found, while a long text is on its way."""
+    page.run(SLOW_TEXTS)
+    page.upload(written(tmp_path, "a.txt", ODD))
+    page.ask(QUESTION)
+    page.wait_for("#text-note", "Loading the text")
+    page.find(".source").click()
+    page.run("window.goOn()")
+    page.wait("document.activeElement.tagName === 'MARK'")
+    assert page.texts("mark[data-source='0']") == [NEEDLE.strip()]
+    assert len(page.all(".tick")) == 3
 
 
 def test_a_hostile_document(page: Page, tmp_path: Path) -> None:

@@ -36,22 +36,28 @@ export class Reader {
       this.drawStrip();
       return;
     }
-    let text = this.texts.get(item.id);
-    if (text === undefined) {
-      if (!isOther && this.loading) return;
-      text = await this.load(item);
-      if (text === undefined) return;
-    }
-    if (this.document !== item.id) return;
-    this.shown = sources;
-    this.draw(text, placed(text, sources), isOther);
+    // What is wanted may change while the text comes.
+    this.wanted = sources;
+    const text = this.texts.get(item.id) ?? (await this.textOf(item, isOther));
+    if (text === undefined || this.document !== item.id || this.shown !== null) return;
+    this.shown = this.wanted;
+    this.draw(text, placed(text, this.shown), isOther);
     this.markAt(0)?.scrollIntoView({ block: "center" });
   }
 
-  // Return a document's text; undefined if it did not come, or is not wanted any more.
+  // Return a document's text, which may be on its way; undefined if it does not come.
+  textOf(item, isOther) {
+    if (isOther || !this.coming) {
+      const coming = this.load(item).finally(() => {
+        if (this.coming === coming) this.coming = null;
+      });
+      this.coming = coming;
+    }
+    return this.coming;
+  }
+
   async load(item) {
     this.abort = new AbortController();
-    this.loading = true;
     this.note("Loading the text …");
     $("reader").replaceChildren();
     try {
@@ -65,8 +71,6 @@ export class Reader {
       const again = () => this.show(item);
       $("reader").replaceChildren(errorBox(textOf(error), { label: "Try again", run: again }));
       return undefined;
-    } finally {
-      this.loading = false;
     }
   }
 
