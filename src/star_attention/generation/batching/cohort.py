@@ -57,8 +57,8 @@ class Cohort:
         self._handle, self._forwards, self._is_ahead = handle, forwards, is_ahead
         self._lead, self._number = lead, next(numbers)
         self._rows = RowSet([])
-        # The rows that the other ranks know.
-        self._told: RowSet | None = None
+        # The rows that the other ranks know, unless there were more faults.
+        self._told: tuple[RowSet, int] | None = None
         # Logits from which the next tokens are drawn, or tokens whose forward comes before that.
         self._logits_RV: Tensor | None = None
         self._due_R: Tensor | None = None
@@ -160,7 +160,9 @@ class Cohort:
         while self._due_R is not None:
             try:
                 self._run(self._due_R)
-            except (MemoryError, RuntimeError) as error:
+            except Exception as error:
+                if self._lead.was_late and not self._lead.has_failed:
+                    continue
                 if self._lead.has_failed or not is_out_of_memory(error):
                     raise
                 youngest = max(self.tasks, key=lambda task: task.number)
@@ -232,10 +234,11 @@ class Cohort:
         return logits_RV
 
     def _command(self, tokens_R: Tensor, rope_length: int | None) -> Forward:
-        known, self._told = self._told is self._rows, self._rows
+        told, self._told = self._told, (self._rows, self._lead.faults)
+        tails = {task.number: task.kv.tail_tokens for task in self.tasks if task.kv is not None}
         return Forward(
             cohort=self._number,
-            rows=None if known else [task.number for task in self.tasks],
+            rows=None if told == self._told else tails,
             tokens=tokens_R.tolist(),
             rope_length=rope_length,
         )

@@ -55,6 +55,7 @@ class EncodeTask:
         self.canceled = False
         self._turns: Turns | None = turns
         self._lead, self._command, self._number = lead, first, first.number
+        self._faults: int | None = None
 
     @property
     def done(self) -> bool:
@@ -66,13 +67,18 @@ class EncodeTask:
         Raises:
             Exception: a fault in the middle of it, after which the ranks' rows differ.
         """
-        turns = self._turns
+        turns, lead = self._turns, self._lead
         assert turns is not None, "the context has been encoded"
+        if lead.failure is not None and self._faults not in (None, lead.faults):
+            # What its ranks send each other may not arrive.
+            self.fail(lead.failure)
+            return
+        self._faults = lead.faults
         try:
-            with self._lead.command(lambda: self._command):
+            with lead.command(lambda: self._command):
                 self._take(turns)
         except Exception as error:
-            if self._lead.has_failed:
+            if lead.has_failed:
                 raise
             # It is this context's: rows and other contexts go on.
             self.fail(error)

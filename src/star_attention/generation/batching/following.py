@@ -51,6 +51,16 @@ class _Cohort:
         self._set = RowSet([row.own.kv for row in rows.values()])
 
     def forward(self, tokens_R: torch.Tensor, rope_length: int | None) -> None:
+        """Run a forward; one that fails leaves nothing in the rows."""
+        before = [row.tail_tokens for row in self._set.rows]
+        try:
+            self._forward(tokens_R, rope_length)
+        except BaseException:
+            for row, tokens in zip(self._set.rows, before, strict=True):
+                row.rewind(tokens)
+            raise
+
+    def _forward(self, tokens_R: torch.Tensor, rope_length: int | None) -> None:
         first, *others = self.rows.values()
         if first.own.cache is None:
             self._forwards.run(self._set, tokens_R, rope_length, first.request.sliced)
@@ -74,6 +84,8 @@ class BatchFollower:
         self._rows: dict[int, _Row] = {}
         self._cohorts: dict[int, _Cohort] = {}
         self._encodings: dict[int, Turns] = {}
+        # The last command that has been run, all of it.
+        self._done = 0
 
     def repeat(self) -> None:
         """Do what rank 0 says until it suspends the batch or ends it."""
@@ -84,9 +96,9 @@ class BatchFollower:
                     self.leave()
                 else:
                     self._take(message[2])
-        except BaseException:
-            # Rows that differ between ranks cannot go on.
-            self.leave()
+        except Exception:
+            # Rank 0 has it, too, and asks how far this rank is.
+            self.is_suspended = True
             raise
 
     def suspend(self) -> bool:
@@ -113,6 +125,7 @@ class BatchFollower:
             self._comm.contexts.heed(command.news)
         try:
             self._run(command.what)
+            self._done = command.number or self._done
         except Exception as error:
             if error is not self._comm.shared_error:
                 raise
@@ -135,6 +148,8 @@ class BatchFollower:
         match what:
             case None:
                 pass
+            case leading.Report():
+                self._comm.gather(self._done)
             case leading.Suspend():
                 self.is_suspended = True
             case leading.End():
@@ -173,6 +188,9 @@ class BatchFollower:
         if what.rows is not None:
             forwards = RowForwards(self._runtime.handle, self._comm)
             rows = {number: self._rows[number] for number in what.rows}
+            for number, tokens in what.rows.items():
+                # This rank may have run a forward that has failed on another one.
+                rows[number].own.kv.rewind(tokens)
             self._cohorts[what.cohort] = _Cohort(forwards, rows)
         tokens_R = send(what.tokens, self._runtime.device)
         self._cohorts[what.cohort].forward(tokens_R, what.rope_length)

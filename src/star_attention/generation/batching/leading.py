@@ -48,13 +48,14 @@ class Forward:
 
     Attributes:
         cohort: the cohort's number.
-        rows: the numbers of its rows; None for those of its last forward.
-        tokens: their tokens.
+        rows: the numbers of its rows, with the tokens of each after the context; None for those of
+            its last forward.
+        tokens: their newest tokens.
         rope_length: that of the rows.
     """
 
     cohort: int
-    rows: list[int] | None
+    rows: dict[int, int] | None
     tokens: list[int]
     rope_length: int | None
 
@@ -92,6 +93,11 @@ class Encode:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Say which command was the last that this rank has run."""
+
+
+@dataclass(frozen=True)
 class Suspend:
     """Leave the batch for another call."""
 
@@ -109,11 +115,13 @@ class Command:
         dropped: numbers of rows and contexts that have ended.
         news: what rank 0 still has of contexts and kept keys; None if that is what it had before.
         what: one of the commands above; None for nothing more.
+        number: counts the commands that are part of a step; 0 for others.
     """
 
     dropped: list[int]
     news: News | None
     what: Any
+    number: int
 
 
 class Lead:
@@ -128,15 +136,24 @@ class Lead:
     Attributes:
         number: the batch's number on all ranks.
         ended: True once no step follows.
-        has_failed: True after an exception in the middle of a step, which leaves the ranks' rows
-            different: the batch cannot go on.
+        failure: the last exception of a single rank, which has interrupted the others.
+        faults: how many there were.
+        was_late: True if the last one was of a context, in a command before the one that it
+            interrupted: that one is to be repeated.
+        has_failed: True if the batch cannot go on, because ranks are lost or have different rows.
     """
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         self.number = 0
         self.is_suspended, self.ended, self.has_failed = True, False, False
+        self.failure: Exception | None = None
+        self.faults, self.was_late = 0, False
+        # The last command that has been run, and the last one that has changed rows.
+        self._done = self._rows_done = 0
         self._dropped: list[int] = []
+        # What was sent last.
+        self._sent: list[int] = []
         self._news: News | None = None
 
     @classmethod
@@ -157,17 +174,41 @@ class Lead:
 
     @contextmanager
     def command(self, what: Callable[[], Any]) -> Iterator[None]:
-        """Run a part of a step that all ranks run. `what` makes the command for the others."""
+        """Run a part of a step that all ranks run. `what` makes the command for the others.
+
+        After an exception on one rank, all ranks have it. If they have all done what came before,
+        they go on as if nothing of this part had happened. They may lack a part of a context, whose
+        encoding ends then: rank 0 does not wait for the others there.
+        """
         if self.is_alone:
             yield
             return
+        self.was_late = False
         try:
             with self._comm.streaming(self):
-                self._send(what())
+                command = what()
+                self._send(command, self._done + 1)
                 yield
+            self._done += 1
+            if not isinstance(command, Encode):
+                self._rows_done = self._done
         except BaseException as error:
-            self.has_failed |= error is not self._comm.shared_error
+            if error is not self._comm.shared_error:
+                self._recover(error)
             raise
+
+    def _recover(self, error: BaseException) -> None:
+        """Find out if the batch can go on after an exception."""
+        self.has_failed, self.is_suspended = True, True
+        if not isinstance(error, Exception):
+            return
+        self.failure, self.faults = error, self.faults + 1
+        # Nobody knows what has arrived.
+        self._dropped, self._news = self._sent + self._dropped, None
+        with suppress(Exception), self._comm.streaming(self):
+            self._send(Report())
+            done = min(self._comm.gather(self._done))
+            self.has_failed, self.was_late = done < self._rows_done, done < self._done
 
     def drop(self, number: int) -> None:
         """Note that a row or a context has ended; the next command says so."""
@@ -196,22 +237,29 @@ class Lead:
         self._comm.watch_others(-1)
 
     def check(self) -> None:
-        """Raise an error if a rank is lost; rank 0 may be idle.
+        """Raise an error if the batch cannot go on; rank 0 may be idle.
 
         Raises:
             RankError: a rank died or hangs.
+            Exception: that of a rank that lacks something now.
         """
-        if not self.is_alone:
+        if self.is_alone:
+            return
+        try:
             self._comm.check()
+        except Exception as error:
+            self._recover(error)
+            if self.has_failed:
+                raise
 
-    def _send(self, what: Any) -> None:
+    def _send(self, what: Any, number: int = 0) -> None:
         # Another thread may drop more meanwhile.
-        dropped = self._dropped[:]
+        self._sent = dropped = self._dropped[:]
         del self._dropped[: len(dropped)]
         news = self._comm.contexts.news()
         changed = None if news == self._news else news
         self._news = news
-        command = Command(dropped=dropped, news=changed, what=what)
+        command = Command(dropped=dropped, news=changed, what=what, number=number)
         self._comm.broadcast_object((BATCH, self.number, command))
 
     # The stream, as other calls see it.

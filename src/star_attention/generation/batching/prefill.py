@@ -152,8 +152,14 @@ def prefill(tasks: list[RowTask], lead: Lead) -> Tensor:
         rows.append(queries[id(prompt)])
     request = replace(requests[0], queries=[each.queries[0] for each in requests])
     program = request.program(1)
-    with lead.command(lambda: _command(tasks, program, rows)):
-        done = read(request, program, rows)
+    try:
+        with lead.command(lambda: _command(tasks, program, rows)):
+            done = read(request, program, rows)
+    except BaseException:
+        for task in tasks:
+            # Other ranks may have them.
+            lead.drop(task.number)
+        raise
     with translate_oom(lambda: _out_of_memory(request)):
         for task, own in zip(tasks, done.rows, strict=True):
             task.answer.kept_tokens = program.kept_tokens

@@ -117,6 +117,8 @@ class Scheduler:
         except Exception as error:
             if self._lead.has_failed:
                 raise
+            if self._lead.was_late:
+                return self._begin(tasks)
             if len(tasks) == 1:
                 tasks[0].fail(error)
                 return [(tasks[0], Delta())]
