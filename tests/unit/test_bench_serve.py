@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def test_every_case_over_http(tmp_path: Path) -> None:
         measured = list(SMALL.run_at(server, lambda line: None))
         assert own.get("/v1/contexts").json()["data"] == []
     assert [row.case for row in measured] == list(rows.CASES)
-    assert [(row.failed, row.error) for row in measured] == [(None, None)] * 5
-    shared, again, spread, encode, leave = measured
-    assert (shared.answers, again.answers, spread.answers) == (3 * 2, 3, 4 * 2)
+    assert [(row.failed, row.error) for row in measured] == [(None, None)] * 6
+    single, shared, again, spread, encode, leave = measured
+    assert (single.answers, shared.answers, again.answers, spread.answers) == (2, 3 * 2, 3, 4 * 2)
     # A client that is slow to read hears several tokens at once, and may hear the end.
     assert leave.answers + leave.left == 4 * 2
     assert leave.left
@@ -109,8 +110,10 @@ def test_tables_compare_with_python() -> None:
         first_p50_s=0.011,
         python_first_s=0.01,
     )
-    header, cells = rows.table([row])
+    single = replace(row, case="single", clients=1, tokens_per_s=20.0)
+    header, _, cells = rows.table([single, row])
     named = dict(zip(header, cells, strict=True))
+    assert named["x single"] == "4.00"
     assert (named["of Python"], named["of floor"]) == ("0.80", "0.50")
     assert rows.overhead([row])[1:] == [
         ("shared, first token", "11.0 ms", "10.0 ms", "1.0 ms"),
@@ -134,7 +137,7 @@ def test_urls_may_end_as_those_of_clients_do() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cases", "none"], "case 'none' is unknown; choose from shared, again"),
+        (["--cases", "none"], "case 'none' is unknown; choose from single, shared"),
         (["--url", "http://127.0.0.1:1", "-m", "x"], "has a model already; leave out --model"),
         (["--url", "http://127.0.0.1:1"], "/v1/models: ConnectionRefusedError"),
     ],
@@ -166,7 +169,8 @@ def test_a_server_of_its_own(tmp_path: Path) -> None:
     assert process.exit_code == 0, process.output
     record = json.loads(process.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "serve.json").read_text()) == record
-    shared, again, spread, encode, leave = record["rows"]
+    single, shared, again, spread, encode, leave = record["rows"]
+    assert single["answers"] == 2
     assert all(row["failed"] is None and not row["errors"] for row in record["rows"])
     assert shared["python_tokens_per_s"]
     assert spread["floor_tokens_per_s"]

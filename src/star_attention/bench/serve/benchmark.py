@@ -29,6 +29,7 @@ from star_attention.bench.serve.rows import (
     IN_PYTHON,
     LEAVE,
     SHARED,
+    SINGLE,
     ServeRow,
 )
 from star_attention.bench.serve.server import Server, serving
@@ -112,13 +113,13 @@ class Serve(Benchmark[ServeRow]):
         """Return the rows without numbers, those of the same contexts next to each other."""
         rows = []
         for case in CASES:
-            is_long, is_alone = case in (SHARED, AGAIN), case == AGAIN
+            is_long, is_alone = case in (SINGLE, SHARED, AGAIN), case in (SINGLE, AGAIN)
             row = ServeRow(
                 case=case,
                 context=self.context if is_long else self.short,
                 texts=1 if is_long else self.texts,
                 clients=1 if is_alone else self.streams if is_long else self.clients,
-                answer_tokens=1 if is_alone else self.answer_tokens,
+                answer_tokens=1 if case == AGAIN else self.answer_tokens,
             )
             rows += [row] if case in self.cases else []
         return rows

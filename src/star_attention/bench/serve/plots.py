@@ -7,6 +7,7 @@ from typing import Any
 
 from star_attention.bench import figures
 from star_attention.bench.serve.rows import ServeRow, overhead, table
+from star_attention.planning.sizes import counted
 from star_attention.tools import machine
 from star_attention.tools.plotting import BLACK, GRAY, new_figure
 
@@ -40,7 +41,7 @@ def draw(rows: list[ServeRow], folder: Path) -> list[Path]:
 def rates_figure(rows: list[ServeRow]) -> Any:
     """Draw tokens per second of each case, over HTTP, in Python, and at most."""
     figure, axes = new_figure("case", "tokens per second")
-    _bars(axes, [row for row in rows if row.clients > 1], _RATES, 1.0)
+    _bars(axes, [row for row in rows if row.answer_tokens > 1], _RATES, 1.0)
     return figure
 
 
@@ -69,7 +70,9 @@ def _bars(
             linewidth=0.4,
             label=label,
         )
-    axes.set_xticks(range(len(rows)), [f"{row.case}\n{row.clients} clients" for row in rows])
+    axes.set_xticks(
+        range(len(rows)), [f"{row.case}\n{counted(row.clients, 'client')}" for row in rows]
+    )
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

@@ -10,10 +10,11 @@ from star_attention.bench.ranks import in_short
 from star_attention.bench.serve.crowd import Report
 from star_attention.planning.sizes import format_size
 
-SHARED, AGAIN, SPREAD, ENCODE, LEAVE = CASES = ("shared", "again", "spread", "encode", "leave")
-"""Streams on one long context; a further question on it, alone; clients on contexts of their own;
-a long context that is encoded beside them; clients of which half leave their answers."""
-IN_PYTHON = (SHARED, AGAIN, SPREAD)
+CASES = ("single", "shared", "again", "spread", "encode", "leave")
+"""A client of one long context; many of them; a further question on it, alone; clients of contexts
+of their own; a long context that is encoded beside them; clients of which half leave."""
+SINGLE, SHARED, AGAIN, SPREAD, ENCODE, LEAVE = CASES
+IN_PYTHON = (SINGLE, SHARED, AGAIN, SPREAD)
 """Cases whose work is also done in Python."""
 
 
@@ -102,7 +103,7 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 _HEADER = (
-    *("case", "context", "texts", "clients", "tok/s", "of Python", "of floor"),
+    *("case", "context", "texts", "clients", "tok/s", "x single", "of Python", "of floor"),
     *("first ms p50", "p95", "gap ms p95", "longest", "encode / alone"),
     *("errors", "cores, server", "client"),
 )
@@ -110,17 +111,23 @@ _HEADER = (
 
 def table(rows: list[ServeRow]) -> list[tuple[str, ...]]:
     """Return the cells of the table."""
-    lines = [list(_HEADER), *map(_cells, rows)]
+    lines = [list(_HEADER), *(_cells(row, _single(rows)) for row in rows)]
     return [tuple(line + [""] * (len(_HEADER) - len(line))) for line in lines]
 
 
-def _cells(row: ServeRow) -> list[str]:
+def _single(rows: list[ServeRow]) -> ServeRow | None:
+    return next((row for row in rows if row.case == SINGLE), None)
+
+
+def _cells(row: ServeRow, single: ServeRow | None) -> list[str]:
     start = [row.case, format_size(row.context), str(row.texts), str(row.clients)]
     if row.failed is not None:
         return [*start, in_short(row.failed)]
+    rate = single.tokens_per_s if single is not None and row.case == SHARED else None
     return [
         *start,
         "" if row.answer_tokens == 1 else _number(row.tokens_per_s, "{:,.0f}"),
+        _over(row.tokens_per_s, rate),
         _over(row.tokens_per_s, row.python_tokens_per_s),
         _over(row.tokens_per_s, row.floor_tokens_per_s),
         *(_number(s, "{:,.1f}", 1e3) for s in (row.first_p50_s, row.first_p95_s)),

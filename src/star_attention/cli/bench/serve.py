@@ -45,14 +45,15 @@ class ServeBenchOptions:
     cases: Annotated[
         str,
         option(
-            "What is measured, separated by commas: shared (--streams clients on one context),"
+            "What is measured, separated by commas: single (a client of the long context), shared"
+            " (--streams of them at once),"
             " again (a further question on it, alone), spread (--clients on --texts contexts),"
             " encode (a long context is encoded beside them), leave (half of them leave their"
             " answers).",
             panel=PANEL,
             metavar="NAMES",
         ),
-    ] = "shared,again,spread,encode,leave"
+    ] = "single,shared,again,spread,encode,leave"
     context: Annotated[
         str, option("Length of the long context in tokens.", panel=PANEL, metavar="SIZE")
     ] = "128k"

@@ -186,7 +186,9 @@ class Answering:
         if self._deadline is not None:
             timeout_s = min(timeout_s, max(self._deadline - time.monotonic(), 0.0) + 0.001)
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            # Not `wait_for`, which makes a task: this runs for every token of every stream.
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
         except TimeoutError:
             if not self._engine.alive:
                 raise EngineEndedError("the engine has ended; ask again later") from None
