@@ -82,6 +82,20 @@ def test_a_client_that_leaves_before_its_context_is_there(stream: bool) -> None:
         assert answer.status_code == 200
 
 
+def test_a_client_that_leaves_while_it_waits_for_a_context(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Forbids an error 500 in the log, and an answer to nobody."""
+    caplog.set_level("INFO")
+    before = server.metric("request_errors_total", code="server_error")
+    body = {"text": "A long text. " * 3000}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/contexts?wait=true", json=body, timeout=0.3)
+    assert eventually(lambda: " 499 " in caplog.text)
+    assert eventually(server.is_idle)
+    assert server.metric("request_errors_total", code="server_error") == before
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_request(server: Server) -> None:
     connection = server.raw(
         f"POST {CHAT} HTTP/1.1\nHost: localhost\nContent-Length: 500\n\n", b'{"messages": ['

@@ -109,6 +109,19 @@ def test_contexts_are_encoded_in_turn() -> None:
     assert encoder.encoded == [(10, 11), (40, 41), (20, 21), (30, 31)]
 
 
+def test_contexts_that_somebody_waits_for_come_first() -> None:
+    """Forbids that clients who leave keep others waiting for what nobody wants any more."""
+    encoder = FakeEncoder()
+    kept = store(encoder)
+    for start in (10, 20):
+        kept.acquire(wanted(start, start + 1)).release()
+    lease = kept.acquire(wanted(30, 31))
+    kept.create(wanted(40, 41))
+    settle(kept)
+    assert lease.ready.result(0)
+    assert encoder.encoded == [(30, 31), (40, 41), (10, 11), (20, 21)]
+
+
 def stream(server: Server, headers: dict[str, str]) -> Any:
     body = b'{"messages": [{"role": "user", "content": "A"}], "stream": true, "ignore_eos": true}'
     lines = [f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]

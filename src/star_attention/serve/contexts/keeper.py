@@ -186,10 +186,12 @@ class Keeper:
         table = self._table
         with table.lock:
             table.queue[:] = [entry for entry in table.queue if _is_wanted(entry)]
-            if not table.queue:
+            # Those that nobody waits for any more come last.
+            due = [entry for entry in table.queue if entry.linger_until is None] or table.queue
+            if not due:
                 return None
-            tenant = self._turns.first(entry.scope.tenant for entry in table.queue)
-            return next(entry for entry in table.queue if entry.scope.tenant == tenant)
+            tenant = self._turns.first(entry.scope.tenant for entry in due)
+            return next(entry for entry in due if entry.scope.tenant == tenant)
 
     def _leaving_for(self, entry: Entry) -> list[Entry] | None:
         """Return what makes room for a context; None if it has to wait, or can never fit."""

@@ -14,7 +14,7 @@ from star_attention.generation.result import Generation
 from star_attention.hf.text.endings import turn_end_ids
 from star_attention.serve.http.answering import Answering, Counts, Locate
 from star_attention.serve.http.body import Body, read_object
-from star_attention.serve.http.events import ClientLeftError, EventStream, unless_left
+from star_attention.serve.http.events import EventStream, unless_left
 from star_attention.serve.http.fields import Ask, read_ask
 from star_attention.serve.http.objects import Shape
 from star_attention.serve.http.problems import not_supported, too_long
@@ -122,9 +122,6 @@ class Asking:
                 return EventStream(events, headers, on_end=visit.keep())
             whole = await unless_left(request.receive, answering.whole())
             return JSONResponse(whole, headers=headers)
-        except ClientLeftError:
-            # Nobody reads it.
-            return Response(status_code=499)
         finally:
             visit.leave()
 

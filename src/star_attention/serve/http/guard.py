@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from star_attention.errors import quote
-from star_attention.serve.http.events import encoded
+from star_attention.serve.http.events import ClientLeftError, encoded
 from star_attention.serve.http.objects import new_id
 from star_attention.serve.http.page import PATHS
 from star_attention.serve.http.problems import Problem, anthropic_envelope, of_error
@@ -79,6 +79,9 @@ class Guard:
         try:
             scope["state"]["tenant"] = self._tenant(Request(scope))
             await self._app(scope, receive, named)
+        except ClientLeftError:
+            # For the log: nobody reads an answer.
+            status = status or 499
         except Exception as error:
             problem = _problem(error, request_id, scope)
             self._on_error(problem.code or str(problem.status))
