@@ -142,6 +142,7 @@ class Plan:
         words: which words samples draw; None for all.
         out: folder that holds a folder of each evaluation.
         samples: of each task and length.
+        rows: answers of an evaluation at a time.
     """
 
     evaluations: dict[str, str]
@@ -149,6 +150,7 @@ class Plan:
     words: str | None
     out: Path
     samples: int
+    rows: int = 1
 
     def command(self, name: str) -> list[str]:
         """Arguments of `star-attention` for one evaluation."""
@@ -164,7 +166,8 @@ class Plan:
             "ruler-64k": max(1, self.samples * 2 // 5),
         }.get(name, self.samples)
         sizes = ["--samples", str(count), "--out", str(self.out / name)]
-        return ["eval", subcommand, "-m", self.model, *options, *sizes]
+        rows = ["--rows", str(self.rows)] if self.rows > 1 else []
+        return ["eval", subcommand, "-m", self.model, *options, *sizes, *rows]
 
 
 def run(plan: Plan, jobs: int) -> bool:
@@ -265,6 +268,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/needle-17m")
     parser.add_argument("--samples", type=int, default=50, help="of each task and length")
     parser.add_argument("--jobs", type=int, default=4, help="evaluations at a time")
+    parser.add_argument("--rows", type=int, default=1, help="answers of an evaluation at a time")
     parser.add_argument("--only", default="", help="prefixes of names, separated by commas")
     parser.add_argument(
         "--tables", action="store_true", help="run nothing, and print the tables of finished runs"
@@ -282,6 +286,7 @@ def main() -> None:
         words="eval" if options.set == "bundled" else None,
         out=options.out,
         samples=options.samples,
+        rows=options.rows,
     )
     succeeded = options.tables or run(plan, options.jobs)
     print_tables(join_lengths([*evaluations], options.out), options.out)

@@ -50,11 +50,14 @@ def run(
     variants: Sequence[Variant],
     out: Path,
     *,
+    rows: int = 1,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> RunSummary:
     """`runner.run`, with the fields of `RunSettings` as keywords."""
-    return runner.run(star, samples, variants, out, RunSettings(**settings), progress=progress)
+    return runner.run(
+        star, samples, variants, out, RunSettings(**settings), rows=rows, progress=progress
+    )
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

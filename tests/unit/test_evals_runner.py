@@ -60,6 +60,30 @@ def test_predictions_are_the_engines_answers(tmp_path: Path) -> None:
     assert record["settings"]["model"]["weights"]
 
 
+def test_rows_give_the_same_answers(tmp_path: Path) -> None:
+    """Of several contexts and questions at once, with look-back and a second look among them."""
+    four = [replace(s, max_new_tokens=n) for n, s in enumerate(samples(4, sharing=2), start=2)]
+    variants = parse_all("dense,star:/4,star:/8:lookback=2@lower,star:/4:second_look=0.5")
+    said: list[str] = []
+    run(engine(), four, variants, tmp_path / "single")
+    # As of a run that was killed: the rest is answered in rows.
+    (tmp_path / "rows").mkdir()
+    run(engine(), four[:1], variants[:1], tmp_path / "rows")
+    summary = run(engine(), four, variants, tmp_path / "rows", rows=3, progress=said.append)
+    assert (summary.new, summary.earlier) == (15, 1)
+    assert said[-1].startswith("16 of 16 answers") or said[-1].startswith("15 of 15 answers")
+    single, together = (
+        {line.key: (line.prediction, line.answer_tokens, line.query_tokens) for line in lines}
+        for lines in (read_predictions(tmp_path / name) for name in ("single", "rows"))
+    )
+    assert together == single
+
+
+def test_numbers_of_rows_that_do_not_work(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="rows 0 does not work; give 1 or more"):
+        run(engine(), samples(), VARIANTS, tmp_path, rows=0)
+
+
 def test_a_shared_context_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encodings = []
     encode = StarLLM.encode

@@ -83,4 +83,15 @@ class RunOptions:
             panel=PANEL,
         ),
     ] = False
+    rows: Annotated[
+        int,
+        option(
+            "Answers at once, in shared decode steps; their contexts are in memory together. The"
+            " same answers up to rounding, sooner where they are long beside the contexts.",
+            "--rows",
+            panel=PANEL,
+            metavar="N",
+            min=1,
+        ),
+    ] = 1
     quiet: Quiet = False

@@ -164,6 +164,7 @@ def evaluate(
         options.out,
         run_settings,
         left_out=left_out,
+        rows=options.rows,
         progress=status.say,
     )
     if not is_rank_0():

@@ -7,13 +7,12 @@ never repeated. Under torchrun all ranks make the same calls; rank 0 reads, writ
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import transformers
@@ -21,9 +20,9 @@ import transformers
 from star_attention import __version__
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError, quote
-from star_attention.evals.metrics import score
 from star_attention.evals.runs import record, run_folder
-from star_attention.evals.runs.engines import encode, engine_for
+from star_attention.evals.runs.answering import Prepared, answer_all
+from star_attention.evals.runs.engines import engine_for
 from star_attention.evals.runs.jobs import Job, build_jobs, limited, measure, with_nominal_lengths
 from star_attention.evals.runs.predictions import (
     PREDICTIONS,
@@ -31,15 +30,14 @@ from star_attention.evals.runs.predictions import (
     canonical,
     open_predictions,
     read_predictions,
-    sample_sha256,
     sha256,
 )
-from star_attention.evals.runs.progress import Progress, ProgressReporter
-from star_attention.evals.runs.prompts import check_template, content_of, query_kwargs
-from star_attention.evals.runs.settings import GREEDY, RunSettings
+from star_attention.evals.runs.progress import Progress
+from star_attention.evals.runs.prompts import check_template
+from star_attention.evals.runs.rows import Rows
+from star_attention.evals.runs.settings import RunSettings
 from star_attention.evals.runs.variants import Variant
 from star_attention.evals.samples.sample import Sample
-from star_attention.storage.context import EncodedContext
 from star_attention.tools import machine
 
 
@@ -60,19 +58,6 @@ class RunSummary:
     skipped: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A run that is ready to be answered; on rank 0 only."""
-
-    samples: list[Sample]
-    variants: list[Variant]
-    jobs: list[Job]
-    settings_sha256: str
-    file: IO[bytes]
-    earlier: int
-    skipped: int
-
-
 def run(
     star: StarLLM,
     samples: Iterable[Sample],
@@ -81,6 +66,7 @@ def run(
     settings: RunSettings | None = None,
     *,
     left_out: Mapping[str, str] | None = None,
+    rows: int = 1,
     progress: Progress | None = None,
 ) -> RunSummary:
     """Answer every sample with every variant, except those that `out` holds answers of.
@@ -95,6 +81,8 @@ def run(
         out: The run folder, new or of an earlier run with the same settings.
         settings: How samples are made and answered.
         left_out: Samples that were not made, with the reasons, for the record.
+        rows: Answers at once, in shared decode steps, on one rank. They are the same up to
+            rounding, and their contexts are in memory together.
         progress: Called with a line every few seconds.
 
     Raises:
@@ -104,7 +92,8 @@ def run(
             the first answer.
     """
     settings = settings or RunSettings()
-    on_rank_0: list[_Prepared] = []
+    shared_rows = Rows(star, rows) if rows != 1 else None
+    on_rank_0: list[Prepared] = []
 
     def prepare() -> tuple[list[Job], list[Variant], RunSettings]:
         selected = limited(with_nominal_lengths(list(samples)), settings.limit)
@@ -116,8 +105,10 @@ def run(
         jobs, all_variants, shared_settings = star.runtime.comm.run_on_rank_0(prepare)
     prepared = on_rank_0[0] if on_rank_0 else None
     try:
-        _answer_all(star, all_variants, jobs, shared_settings, prepared, progress)
+        answer_all(star, all_variants, jobs, shared_settings, prepared, shared_rows, progress)
     finally:
+        if shared_rows is not None:
+            shared_rows.close()
         if prepared is not None:
             prepared.file.close()
     if prepared is None:
@@ -139,102 +130,6 @@ def versions() -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------- answering
-
-
-def _answer_all(
-    star: StarLLM,
-    variants: Sequence[Variant],
-    jobs: Sequence[Job],
-    settings: RunSettings,
-    prepared: _Prepared | None,
-    progress: Progress | None,
-) -> None:
-    reporter = ProgressReporter(jobs, progress if prepared is not None else None)
-    for job in jobs:
-        variant = variants[job.variant]
-        engine = engine_for(star, variant, job.sizes)
-        if prepared is None:
-            _follow(engine, variant, job, settings)
-        else:
-            _answer(engine, variant, job, settings, prepared)
-        reporter.job_done(job, variant)
-
-
-def _follow(engine: StarLLM, variant: Variant, job: Job, settings: RunSettings) -> None:
-    """Make the same calls as rank 0, whose texts count."""
-    context = encode(engine, variant, "", seed=settings.seed)
-    for _ in job.samples:
-        engine.generate(context, max_new_tokens=1, **GREEDY)
-
-
-def _answer(
-    engine: StarLLM, variant: Variant, job: Job, settings: RunSettings, prepared: _Prepared
-) -> None:
-    def arguments(sample: Sample) -> dict[str, Any]:
-        most = settings.max_new_tokens or sample.max_new_tokens
-        look = {"second_look": variant.second_look} if variant.second_look else {}
-        return query_kwargs(sample) | {"max_new_tokens": most} | look | GREEDY
-
-    longest = prepared.samples[job.longest]
-    context = encode(
-        engine,
-        variant,
-        content_of(longest, chat=settings.chat),
-        seed=settings.seed,
-        template_kwargs=settings.chat_template_kwargs,
-        answering=arguments(longest),
-    )
-    for index in job.samples:
-        sample, started = prepared.samples[index], time.perf_counter()
-        generation = engine.generate(context, **arguments(sample))
-        prediction = _prediction(
-            sample,
-            context,
-            generation,
-            variant=variant.key,
-            second_look=variant.second_look,
-            settings=prepared.settings_sha256,
-            sharing=job.sharing,
-            answer_s=time.perf_counter() - started,
-        )
-        prepared.file.write(prediction.to_json().encode())
-        prepared.file.flush()
-
-
-def _prediction(
-    sample: Sample, context: EncodedContext, generation: Any, **recorded: Any
-) -> Prediction:
-    peaks = [peak for peak in (context.peak_bytes, generation.peak_bytes) if peak is not None]
-    return Prediction(
-        sample=sample.id,
-        task=sample.task,
-        group=sample.group,
-        length=sample.length,
-        sample_sha256=sample_sha256(sample),
-        context_sha256=sha256(sample.context),
-        prediction=generation.text,
-        answers=sample.answers,
-        metric=sample.metric,
-        score=score(generation.text, sample),
-        finish_reason=generation.finish_reason,
-        context_tokens=context.plan.context_tokens,
-        query_tokens=generation.query_tokens,
-        answer_tokens=len(generation.token_ids),
-        block_size=context.plan.block_size,
-        anchor_size=context.plan.anchor_size,
-        blocks=context.plan.num_blocks,
-        lookback=context.plan.lookback,
-        lookback_layers=context.plan.lookback_layers if context.plan.lookback else None,
-        encode_s=context.encode_s,
-        peak_bytes=max(peaks, default=None),
-        meta=sample.meta,
-        reasoning=generation.reasoning,
-        query=sample.query + sample.answer_prefix,
-        **recorded,
-    )
-
-
 # ---------------------------------------------------------------- before the first answer
 
 
@@ -245,7 +140,7 @@ def _prepare(
     out: Path,
     settings: RunSettings,
     left_out: Mapping[str, str],
-) -> _Prepared:
+) -> Prepared:
     """Check everything that can be checked, and write run.json."""
     _check(star, samples, variants, settings)
     recorded = _recorded_settings(star, settings)
@@ -293,7 +188,7 @@ def _prepare(
         if file is not None:
             file.close()
         raise
-    return _Prepared(
+    return Prepared(
         samples=samples,
         variants=variants,
         jobs=jobs,
