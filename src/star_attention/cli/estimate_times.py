@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from star_attention.cli.formatting import format_bytes, table
+from star_attention.cli.model_facts import ModelRequest, read_model
 from star_attention.cli.plan_costs import warn_beyond_positions
 from star_attention.cli.sizes import QUARTER
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
-from star_attention.hf.loading import rope_words
-from star_attention.hf.loading.model_config import load_config
-from star_attention.hf.shape import model_shape
 from star_attention.planning import estimate
 from star_attention.planning.cost import Flops
 from star_attention.planning.estimate import Estimate
@@ -24,7 +22,6 @@ from star_attention.planning.hardware import Hardware, calibrate, parse_hardware
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.sizes import format_size, parse_size
-from star_attention.tools import machine
 
 _MEASURED_METHODS = ("dense", "star", "official")
 """Methods of `bench prefill` that calibrate."""
@@ -105,9 +102,15 @@ class Estimates:
 
 def make_estimates(request: EstimateRequest) -> Estimates:
     """Estimate every scheme for every length and number of ranks."""
-    rotary, _ = rope_words.take({"rope_scaling": request.rope_scaling})
-    model_config = load_config(request.model, rotary, **request.location)
-    shape = model_shape(model_config, request.dtype)
+    model = read_model(
+        ModelRequest(
+            model=request.model,
+            location=request.location,
+            dtype=request.dtype,
+            rope_scaling=request.rope_scaling,
+        )
+    )
+    shape = model.shape
     hardware, fit = _calibrated(parse_hardware(request.hardware), request.calibrate)
     schemes = [
         _schemes(shape, hardware, context, ranks, request)
@@ -115,7 +118,7 @@ def make_estimates(request: EstimateRequest) -> Estimates:
         for ranks in request.ranks
     ]
     warn_beyond_positions(
-        model_config,
+        model.text_config,
         max(request.contexts) + request.tail_tokens,
         is_rescaled=request.rope_scaling is not None,
     )
@@ -158,6 +161,8 @@ def _calibrated(hardware: Hardware, path: str | None) -> tuple[Hardware, list[di
     """
     if path is None:
         return hardware, []
+    from star_attention.tools import machine
+
     results = machine.read_record(Path(path), "prefill")
     try:
         rows = [

@@ -6,12 +6,10 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from star_attention.cli.model_facts import ModelFacts, ModelRequest, read_model
 from star_attention.config import StarConfig
-from star_attention.hf.loading import load, rope_words
-from star_attention.hf.loading.model_config import load_config
+from star_attention.hf.loading.devices import default_device
 from star_attention.hf.loading.positions import doubt, max_positions
-from star_attention.hf.loading.tensor_parallel import check as check_tensor_parallel
-from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, estimate, traffic
 from star_attention.planning.cost import Flops, Memory
 from star_attention.planning.estimate import Estimate
@@ -163,11 +161,17 @@ def _as_dict(flops: Flops) -> dict[str, int]:
 
 def plan_costs(request: PlanRequest) -> PlanCosts:
     """Compute the costs of a plan, and warn about what would not run or not run well."""
-    rotary, _ = rope_words.take({"rope_scaling": request.rope_scaling})
-    model_config = load_config(request.model, rotary, **request.location)
-    check_tensor_parallel(model_config, request.tensor_parallel)
-    shape, plan, config = model_shape(model_config, request.dtype), request.plan, request.config
-    tokens_per_forward = config.forward_size(load.pick_device("auto"))
+    model = read_model(
+        ModelRequest(
+            model=request.model,
+            location=request.location,
+            dtype=request.dtype,
+            rope_scaling=request.rope_scaling,
+            tensor_parallel=request.tensor_parallel,
+        )
+    )
+    shape, plan, config = model.shape, request.plan, request.config
+    tokens_per_forward = config.forward_size(default_device())
     forwards: dict[str, Any] = dict(
         tokens_per_forward=tokens_per_forward, tensor_parallel=request.tensor_parallel
     )
@@ -182,7 +186,7 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         for rank in range(plan.ranks)
     )
     paper = without_lookback(plan)
-    _warn(request, model_config)
+    _warn(request, model)
     return PlanCosts(
         request=request,
         shape=shape,
@@ -252,14 +256,14 @@ def _memory_by_rank(
     ]
 
 
-def _warn(request: PlanRequest, model_config: Any) -> None:
+def _warn(request: PlanRequest, model: ModelFacts) -> None:
     plan = request.plan
     warn_beyond_positions(
-        model_config,
+        model.text_config,
         plan.context_tokens + request.query_tokens + request.answer_tokens,
         is_rescaled=request.rope_scaling is not None,
     )
-    if getattr(model_config, "quantization_config", None) is not None:
+    if model.is_quantized:
         warnings.warn(
             "the checkpoint is quantized: its weights take less memory than the plain weights"
             " counted here",
@@ -274,15 +278,14 @@ def _warn(request: PlanRequest, model_config: Any) -> None:
         )
 
 
-def warn_beyond_positions(model_config: Any, needed: int, *, is_rescaled: bool) -> None:
+def warn_beyond_positions(text: Any, needed: int, *, is_rescaled: bool) -> None:
     """Warn if context, query and answer need more positions than the model has, or may have.
 
     Args:
-        model_config: The model's config.
+        text: The model's text config.
         needed: The tokens.
         is_rescaled: True where the user gave the rotary scaling, and knows what it is good for.
     """
-    text = model_config.get_text_config(decoder=True)
     limit, unsure = max_positions(text), None if is_rescaled else doubt(text)
     if unsure is not None and unsure.length < needed <= (limit or needed):
         warnings.warn(

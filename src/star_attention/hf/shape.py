@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed import SoloComm
-from star_attention.errors import InvalidInputError, UnsupportedModelError, quote
+from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, build_layers
 from star_attention.hf.cache.probe import TOKENS, ProbeLayer, no_stores, run_probe
 from star_attention.hf.execution.handle import ModelHandle
-from star_attention.hf.loading import support, tensor_parallel
+from star_attention.hf.loading import plain_shape, support, tensor_parallel
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 
 
@@ -126,9 +126,7 @@ def _dtype(config: Any, dtype: str) -> torch.dtype:
     if dtype != "auto":
         named = getattr(torch, dtype, None)
         if not isinstance(named, torch.dtype):
-            raise InvalidInputError(
-                f"dtype {quote(dtype)} is unknown; use auto, float32, bfloat16 or float16"
-            )
+            raise plain_shape.unknown_dtype(dtype)
         return named
     stated = getattr(config, "dtype", None) or getattr(
         config.get_text_config(decoder=True), "dtype", None

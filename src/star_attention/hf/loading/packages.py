@@ -100,14 +100,14 @@ def check_device_is_here(device: str) -> None:
         return
     elif hidden is not None and hidden.strip() in ("", "-1"):
         problem = f"CUDA_VISIBLE_DEVICES={hidden} hides every GPU; unset it, or use cpu"
-    elif not _has_cuda_driver():
+    elif not has_cuda_driver():
         problem = "this machine has no driver of NVIDIA (libcuda); install it, or use cpu"
     if problem is not None:
         raise InvalidInputError(f"device {quote(device)} is not available: {problem}")
 
 
-def _has_cuda_driver() -> bool:
-    """True if the driver that torch would load is here. Starts nothing on a GPU."""
+def has_cuda_driver() -> bool:
+    """Return True if the driver that torch would load is here. Starts nothing on a GPU."""
     name = {"win32": "nvcuda.dll"}.get(sys.platform, "libcuda.so.1")
     try:
         ctypes.CDLL(name)

@@ -28,6 +28,7 @@ from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.execution import sums
 from star_attention.hf.loading import files, identity, load, support
 from star_attention.hf.loading.model_config import load_config, location_kwargs
+from star_attention.hf.loading.plain_shape import cannot_shard, indivisible
 
 _SHARDED = ("colwise", "rowwise")
 _EXPERTS = ("packed_colwise", "moe_tp_experts")
@@ -97,9 +98,7 @@ def reasons(config: Any, tensor_parallel: int) -> list[str]:
     for field in _SIZES:
         for size in sorted(_sizes(text_config, field)):
             if size % tensor_parallel:
-                reasons.append(
-                    f"its {field} {size} does not divide by tensor_parallel {tensor_parallel}"
-                )
+                reasons.append(indivisible(field, size, tensor_parallel))
     return reasons
 
 
@@ -111,9 +110,7 @@ def check(config: Any, tensor_parallel: int) -> None:
     """
     against = reasons(config, tensor_parallel) if tensor_parallel > 1 else []
     if against:
-        raise UnsupportedModelError(
-            f"{config.model_type} with tensor_parallel {tensor_parallel}", against
-        )
+        raise cannot_shard(config.model_type, tensor_parallel, against)
 
 
 def needs_whole_width(config: Any) -> bool:
