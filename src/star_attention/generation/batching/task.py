@@ -7,14 +7,13 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from star_attention import phase2
 from star_attention.errors import release_frames
 from star_attention.generation import requests
-from star_attention.generation.arguments import translate_generation_errors
+from star_attention.generation.batching import processing
 from star_attention.generation.batching.answer import RowAnswer
 from star_attention.generation.batching.leading import Keep, Lead, ReadAgain, numbers
+from star_attention.generation.batching.processing import Processing
 from star_attention.generation.conversation import (
     Conversation,
     LeadingKeeper,
@@ -27,7 +26,7 @@ from star_attention.generation.settings import ResolvedSettings
 from star_attention.generation.sources import SourceFinder
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.rows import RowKV
-from star_attention.hf.execution.drawing import Noise, RowDraw, own_criteria
+from star_attention.hf.execution.drawing import Noise, RowDraw
 from star_attention.hf.execution.request import Request
 from star_attention.hf.execution.sources import attention_of
 from star_attention.inputs import Prepared
@@ -213,21 +212,20 @@ def tasks_of(
     several, settings = settings.answers_per_query, settings.for_one_answer()
     device, seed = runtime.handle.device, settings.arguments.seed
     finder = requests.source_finder(runtime, context, settings) if with_sources else None
-    made: _Processing | None = None
+    made: Processing | None = None
     for prompt in prepared.prompts:
         noise = Noise(seed, several, device)
         for number in range(several):
             request = requests.for_answers(runtime, context, [prompt], settings)
-            processors, criteria, samples = made = made or _processing(request)
+            # What reads an answer remembers what it saw.
+            if made is None or made.reads_text:
+                made = processing.of(request, settings)
             draw = RowDraw(
-                processors=processors,
-                criteria=criteria,
-                noise=noise if samples else None,
+                processors=made.processors,
+                criteria=made.criteria,
+                noise=noise if made.samples else None,
                 number=number,
             )
-            if draw.reads_text:
-                # They remember what they saw of an answer.
-                made = None
             yield RowTask(
                 lead=lead,
                 context=context,
@@ -237,19 +235,6 @@ def tasks_of(
                 max_new_tokens=settings.max_new_tokens,
                 finder=finder,
             )
-
-
-_Processing = tuple[LogitsProcessorList, StoppingCriteriaList, bool]
-
-
-def _processing(request: Request) -> _Processing:
-    """Return logits processors, stopping criteria, and True to sample, as transformers makes them.
-
-    It only passes the cache on.
-    """
-    with translate_generation_errors():
-        _, processors, criteria, samples = phase2.prepare(request, request.cache(1))
-    return processors, own_criteria(criteria), samples
 
 
 def _answer(

@@ -79,7 +79,7 @@ class RowDraw:
     """What rows have in common whose processors run in one call; None for a row of its own."""
 
     def __post_init__(self) -> None:
-        self.shared_key = _key(self.processors)
+        self.shared_key = scores_key(self.processors)
 
     @property
     def reads_text(self) -> bool:
@@ -110,7 +110,8 @@ def own_criteria(criteria: StoppingCriteriaList) -> StoppingCriteriaList:
     return StoppingCriteriaList([each for each in criteria if not isinstance(each, known)])
 
 
-def _key(processors: LogitsProcessorList) -> Hashable | None:
+def scores_key(processors: Sequence[Any]) -> Hashable | None:
+    """Return what equal processors have in common; None if some look at more than scores."""
     parts: list[Hashable] = []
     for processor in processors:
         if getattr(processor, "reads_scores_only", False):
