@@ -116,6 +116,7 @@ def test_what_is_of_one_row_ends_it_alone(pool: Pool, ranks: int, fault: dict[st
     assert context in (expected[3], fault["error"])
 
 
+@pytest.mark.slow
 def test_what_is_of_one_context_ends_it_alone(pool: Pool) -> None:
     """Rank 0 does not wait for the other one there, and hears of its fault in a later command."""
     expected = kinds(three_rows(engine("llama", **SIZES)))
@@ -125,15 +126,13 @@ def test_what_is_of_one_context_ends_it_alone(pool: Pool) -> None:
     assert kinds(outcomes) == [*expected[:3], MEMORY]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
         # Rank 0 has gone on meanwhile.
         dict(rank=1, place="end of a step", number=6, after=True, error=MEMORY),
-        pytest.param(
-            dict(rank=1, place="step", number=6, after=False, error=ZeroDivisionError),
-            marks=pytest.mark.slow,
-        ),
+        dict(rank=1, place="step", number=6, after=False, error=ZeroDivisionError),
     ],
     ids=str,
 )

@@ -138,6 +138,7 @@ def sliced_traffic(star: StarLLM) -> int:
         return comm.cp_traffic.calls - before
 
 
+@pytest.mark.slow
 def test_rows_multiply_slices_of_the_weights(pool: Pool) -> None:
     counts = []
     for sliced in (False, True):
@@ -334,6 +335,7 @@ def batch_with_a_bad_context(star: StarLLM) -> None:
         assert len(after.result()) == 40
 
 
+@pytest.mark.slow
 def test_an_error_that_is_of_one_row_or_context_is_its_own(pool: Pool) -> None:
     pool.run(led, 2, session=batch_with_a_bad_context, plant=see_infinity_once)
 
