@@ -31,14 +31,14 @@ class Kept:
 
 
 def prompt(ids: list[int], scope: Scope = ANN, context: Content = CONTEXT, **more: Any) -> Prompt:
-    return Prompt(scope=scope, content=context, ids=as_ids(ids), **more)
+    return Prompt(scope=scope, content=context, ids=ids, **more)
 
 
 def add(talks: Talks, asked: Prompt, answer: list[int]) -> None:
     """Answer a prompt that goes on with what is kept."""
     talk, _ = talks.after(asked)
     first = asked if talk is None else talk.first
-    talks.add(asked, first, Kept([*asked.ids.tolist(), *answer]))
+    talks.add(asked, first, Kept([*asked.ids, *answer]))
 
 
 @pytest.fixture

@@ -155,7 +155,6 @@ class Answers:
             for index, question in enumerate(job.questions):
                 row = self._add(job, context, question, job.begun)
                 self._rows[row] = job, index
-            job.begun = None
         except Exception as error:
             self.fail(job, error)
             return
@@ -179,6 +178,8 @@ class Answers:
         job, index = self._rows[row]
         if self._begins_again(row, job, index):
             return
+        # It has a copy of its own now.
+        job.begun = None
         if delta.text or delta.reasoning:
             self.events.append(jobs.grew(job, index, delta, len(row.token_ids)))
         if not row.done:
@@ -214,7 +215,7 @@ class Answers:
         del self._rows[row]
         question = job.questions[index]
         try:
-            again = self._add(job, self._context(job), question, None)
+            again = self._add(job, self._context(job), question, job.begun)
         except Exception as error:
             self.fail(job, error)
             return True

@@ -6,15 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.hf.text.rendered import RenderedText
 from star_attention.hf.text.special import rendered_ids
 from star_attention.hf.text.template import PROBES, ChatTemplate
 from star_attention.serve.contexts.entry import Content
-from star_attention.serve.contexts.keys import Scope, TokenIds, as_ids
+from star_attention.serve.contexts.keys import Scope, as_ids
 from star_attention.serve.contexts.talks import Talk, Talks
 from star_attention.serve.reading import Piece, going_on, raw_ids
 
@@ -48,7 +46,7 @@ def of_text(
         raw: True if no chat template wrote it.
         most_new: most tokens that may follow.
     """
-    known: dict[int, TokenIds | None] = {}
+    known: dict[int, list[int] | None] = {}
     found = []
     for talk in talks.begun(scope, text.text, raw=raw):
         key = id(talk.content)
@@ -61,12 +59,12 @@ def of_text(
 
 def of_ids(talks: Talks, scope: Scope, ids: list[int], *, most_new: int) -> Continued | None:
     """Return the cut of token ids where a conversation was that they go on with."""
-    all_ids = as_ids(ids)
-    found = [(talk, all_ids[len(talk.content) :]) for talk in talks.of_ids(scope, all_ids)]
+    begun = talks.of_ids(scope, as_ids(ids))
+    found = [(talk, ids[len(talk.content) :]) for talk in begun]
     return _best(found, most_new)
 
 
-def _best(found: list[tuple[Talk, TokenIds]], most_new: int) -> Continued | None:
+def _best(found: list[tuple[Talk, list[int]]], most_new: int) -> Continued | None:
     """Return the cut after which most tokens are known; None for none."""
     best: Continued | None = None
     for talk, ids in found:
@@ -75,7 +73,7 @@ def _best(found: list[tuple[Talk, TokenIds]], most_new: int) -> Continued | None
         if not shared or len(ids) - shared > most_new or (best and tokens <= best.tokens):
             continue
         content: Content | None = talk.content
-        query_ids = ids.tolist()
+        query_ids = ids
         if is_first(talk.content):
             content, query_ids = None, talk.content.ids.tolist() + query_ids
         piece = Piece(content=content, query_ids=query_ids, rule=RULE)
@@ -88,15 +86,13 @@ def is_first(content: Content) -> bool:
     return len(content) == 1 and content.text is None
 
 
-def _after(star: StarLLM, content: Content, text: RenderedText, *, raw: bool) -> TokenIds | None:
+def _after(star: StarLLM, content: Content, text: RenderedText, *, raw: bool) -> list[int] | None:
     """Return the ids after a context in a longer text; None where it does not begin so."""
     if content.text is not None:
-        ids = going_on(star, content, text)
-        return None if ids is None else as_ids(ids)
-    whole = as_ids(raw_ids(star, text.text) if raw else rendered_ids(star.tokenizer, text))
+        return going_on(star, content, text)
+    whole = raw_ids(star, text.text) if raw else rendered_ids(star.tokenizer, text)
     size = len(content)
-    begins = len(whole) > size and np.array_equal(whole[:size], content.ids)
-    return whole[size:] if begins else None
+    return whole[size:] if whole[:size] == content.ids.tolist() else None
 
 
 class Endings:

@@ -68,7 +68,7 @@ class Job:
         first_ids: a context of a token or so, for a prompt that is a query as a whole.
         again: opens the context once more, if somebody deletes it before it is there; None for one
             that the client has named.
-        begun: what an earlier answer has kept of the questions; dropped once they are asked.
+        begun: what an earlier answer has kept of the questions; dropped once an answer has begun.
         keep: takes what the answer keeps, in the engine's thread; None to keep nothing.
         changed: set when something happens; jobs of one client share it.
         created, started, first, ended: times of `time.monotonic`, 0.0 before.

@@ -216,7 +216,7 @@ class Prompts:
         prompt = Prompt(
             scope=scope,
             content=content,
-            ids=as_ids(ids),
+            ids=ids,
             text=text,
             raw=piece.raw,
             unsaid_tokens=piece.unsaid_tokens,

@@ -89,7 +89,7 @@ class Scheduler:
             if tokens <= 0 and not (admitted and task.shares_query(admitted[-1])):
                 break
             admitted.append(self._waiting.popleft())
-            tokens -= task.query_tokens
+            tokens -= task.unread_tokens
         events: list[Event] = []
         groups = sorted(groups_of(admitted), key=lambda group: min(map(_age, group)))
         for at, group in enumerate(groups):

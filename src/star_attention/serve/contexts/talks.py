@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from star_attention.serve.contexts.entry import Content
-from star_attention.serve.contexts.keys import Scope, TokenIds, as_ids
+from star_attention.serve.contexts.keys import Scope, TokenIds
 
 _LEAST_TOKENS = 32
 """Tokens from which on a conversation is worth a forward of its own: other queries on a context are
@@ -37,7 +37,7 @@ class Prompt:
 
     scope: Scope
     content: Content
-    ids: TokenIds
+    ids: list[int]
     text: str | None = None
     raw: bool = False
     unsaid_tokens: int = 0
@@ -56,46 +56,48 @@ class Talk:
         first, last: its first and last prompt.
         content: what its context is made of.
         ids: token ids after the context: those of the last prompt, and of the answer.
-        kept: their keys and values, with a field `nbytes`.
+        kept: their keys and values.
+        nbytes: bytes of these.
         used_at: when it was last used.
     """
 
     first: Prompt
     last: Prompt
     content: Content
-    ids: TokenIds
+    ids: list[int]
     kept: Any
-    used_at: float = 0.0
+    nbytes: int
+    used_at: float
 
     @property
     def scope(self) -> Scope:
         """Who may go on with it."""
         return self.last.scope
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its keys and values."""
-        return int(self.kept.nbytes)
-
-    def shared(self, ids: TokenIds) -> int:
+    def shared(self, ids: list[int]) -> int:
         """Return how many tokens after the context it shares with a prompt; 0 for another talk.
 
         A prompt that goes on with it repeats at least its first prompt. The prompt's last token is
         never shared: the answer comes from it.
         """
-        shared = _shared(self.ids, ids[:-1])
-        least = max(min(self.first.said_tokens, len(ids) - 1), _LEAST_TOKENS)
-        return shared if shared >= least else 0
+        most = len(ids) - 1
+        least = max(min(self.first.said_tokens, most), _LEAST_TOKENS)
+        return _shared(self.ids, ids, least, most)
 
     def is_said_by(self, other: Talk) -> bool:
         """True if another one has all that a client can still go on with."""
-        return _shared(self.ids, other.ids) >= self.last.said_tokens
+        least = max(self.last.said_tokens, 1)
+        return _shared(self.ids, other.ids, least, len(other.ids)) > 0
 
 
-def _shared(first: TokenIds, second: TokenIds) -> int:
-    most = min(len(first), len(second))
-    differing = np.flatnonzero(first[:most] != second[:most])
-    return int(differing[0]) if len(differing) else most
+def _shared(first: list[int], second: list[int], least: int, most: int) -> int:
+    """Return how many of `most` ids both begin alike with; 0 for fewer than `least`, at least 1."""
+    most = min(most, len(first))
+    # Of many talks about a document, most differ where a question ends.
+    if most < least or first[least - 1] != second[least - 1] or first[:least] != second[:least]:
+        return 0
+    pairs = zip(first[least:most], second[least:most], strict=True)
+    return next((least + n for n, (one, other) in enumerate(pairs) if one != other), most)
 
 
 _REASONS = ("room", "age", "context")
@@ -133,6 +135,7 @@ class Talks:
         self._lock = threading.Lock()
         # The one used longest ago comes first.
         self._talks: list[Talk] = []
+        self._nbytes = 0
         self._counts = TalkCounts()
 
     @property
@@ -143,13 +146,12 @@ class Talks:
     def numbers(self) -> tuple[int, int, TalkCounts]:
         """Return the number of conversations, their bytes, and what has happened."""
         with self._lock:
-            return len(self._talks), self._nbytes(), copy.deepcopy(self._counts)
+            return len(self._talks), self._nbytes, copy.deepcopy(self._counts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        with self._lock:
-            return self._nbytes()
+        return self._nbytes
 
     def add(self, prompt: Prompt, first: Prompt, kept: Any) -> None:
         """Keep the conversation after an answer, in place of those whose turns it repeats.
@@ -159,25 +161,28 @@ class Talks:
         Args:
             prompt: what was answered.
             first: the first prompt of its conversation.
-            kept: token ids after the context (`ids`), with their keys and values.
+            kept: token ids after the context (`ids`), with their keys and values, of `nbytes`.
         """
-        if kept.nbytes > self._most_bytes:
+        nbytes: int = kept.nbytes
+        if nbytes > self._most_bytes:
             return
         with self._lock:
-            same = [talk for talk in self._talks if _is_on(talk, prompt.scope, prompt.content)]
+            same = self._on(prompt)
             talk = Talk(
                 first=first,
                 last=prompt,
                 # One array for all talks about a document.
                 content=_shared_content(same, prompt.content),
-                ids=as_ids(kept.ids),
+                ids=kept.ids,
                 kept=kept,
+                nbytes=nbytes,
                 used_at=self._clock(),
             )
             for each in same:
                 if each.is_said_by(talk):
-                    self._talks.remove(each)
+                    self._remove(each)
             self._talks.append(talk)
+            self._nbytes += nbytes
             self._drop_excess(self._most_bytes)
 
     def begun(self, scope: Scope, text: str, *, raw: bool) -> list[Talk]:
@@ -209,7 +214,7 @@ class Talks:
         The one that it shares most with; None, and 0, for none.
         """
         with self._lock:
-            talks = [talk for talk in self._talks if _is_on(talk, prompt.scope, prompt.content)]
+            talks = self._on(prompt)
         shared = [talk.shared(prompt.ids) for talk in talks]
         most = max(shared, default=0)
         return (talks[shared.index(most)], most) if most else (None, 0)
@@ -247,28 +252,37 @@ class Talks:
             self._drop_excess(most_bytes)
             return len(self._talks) < before
 
+    def _on(self, prompt: Prompt) -> list[Talk]:
+        """Return the conversations on a prompt's context, which talks share."""
+        known = {id(prompt.content): True}
+        talks = []
+        for talk in self._talks:
+            if talk.scope != prompt.scope:
+                continue
+            key = id(talk.content)
+            if key not in known:
+                known[key] = np.array_equal(talk.content.ids, prompt.content.ids)
+            if known[key]:
+                talks.append(talk)
+        return talks
+
     def _drop_excess(self, most_bytes: int) -> None:
-        while self._talks and (self._nbytes() > most_bytes or len(self._talks) > self._most):
+        while self._talks and (self._nbytes > most_bytes or len(self._talks) > self._most):
             self._drop(self._talks[:1], "room")
 
     def _drop(self, talks: list[Talk], reason: str) -> None:
         for talk in talks:
-            self._talks.remove(talk)
+            self._remove(talk)
             self._counts.dropped[reason] += 1
 
-    def _nbytes(self) -> int:
-        return sum(talk.nbytes for talk in self._talks)
+    def _remove(self, talk: Talk) -> None:
+        self._talks.remove(talk)
+        self._nbytes -= talk.nbytes
 
 
 def _shared_content(talks: list[Talk], content: Content) -> Content:
     contents = (talk.content for talk in talks if talk.content.text == content.text)
     return next(contents, content)
-
-
-def _is_on(talk: Talk, scope: Scope, content: Content) -> bool:
-    return talk.scope == scope and (
-        talk.content is content or np.array_equal(talk.content.ids, content.ids)
-    )
 
 
 def _begins_with(ids: TokenIds, begin: TokenIds) -> bool:
