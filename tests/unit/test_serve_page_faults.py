@@ -151,6 +151,7 @@ def test_what_the_server_refuses(page: Page, server: Server, tmp_path: Path) -> 
     picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     page.find("#files").send_keys(str(picture))
     page.wait_for("#list .error", "photo.txt")
+    assert [each.text for each in page.all("#list .error button")] == ["Close"]
     page.button("Close photo.txt").click()
     id = server.get("/v1/contexts").json()["data"][0]["id"]
     httpx.delete(f"{server.url}/v1/contexts/{id}")

@@ -110,12 +110,15 @@ export class Documents {
       await this.watch(item, source, name);
     } catch (error) {
       if (isAbort(error)) return;
-      const isBroken = error.status === 0;
-      item.again = () => {
-        this.remove(item);
-        this.upload(source, name);
-      };
-      this.fail(item, isBroken ? new ApiError(BROKEN) : error);
+      const { status } = error;
+      // A file that the server refuses once, it refuses again.
+      if (!status || status >= 500 || [401, 429].includes(status)) {
+        item.again = () => {
+          this.remove(item);
+          this.upload(source, name);
+        };
+      }
+      this.fail(item, status === 0 ? new ApiError(BROKEN) : error);
     }
   }
 
@@ -304,7 +307,8 @@ export class Documents {
   }
 
   failureOf(item) {
-    const box = errorBox(textOf(item.failure), { label: "Try again", run: item.again });
+    const action = item.again ? { label: "Try again", run: item.again } : null;
+    const box = errorBox(textOf(item.failure), action);
     box.append(button("Close", `Close ${nameOf(item)}`, () => this.remove(item)));
     return box;
   }

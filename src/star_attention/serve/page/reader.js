@@ -14,7 +14,8 @@ export class Reader {
     this.sources = [];
     this.from = null; // what to go back to
     $("reader").addEventListener("scroll", () => this.showSight(), { passive: true });
-    new ResizeObserver(() => this.drawStrip()).observe($("strip"));
+    const redraw = () => requestAnimationFrame(() => this.drawStrip());
+    new ResizeObserver(redraw).observe($("strip"));
     $("back").addEventListener("click", () => this.goBack());
     $("text").addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.from) this.goBack();
