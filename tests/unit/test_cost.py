@@ -241,7 +241,9 @@ def test_only_experts_that_a_token_is_routed_to_count() -> None:
 def test_mla_is_recognized() -> None:
     shape = model_shape(FAMILIES["deepseek_v3"]())
     assert shape.kv_elements_per_token == 3 * (20 + 8)
-    assert shape.attention[0] == AttentionShape(heads=6, kv_heads=6, k_head_size=24, v_head_size=12)
+    assert shape.attention[0] == AttentionShape(
+        heads=6, kv_heads=6, k_head_size=24, v_head_size=12, compressed_size=20, rotary_size=8
+    )
     expansion = sum(
         p.numel() for n, p in tiny("deepseek_v3").named_parameters() if "kv_b_proj" in n
     )

@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
-from star_attention.distributed import SoloComm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf.cache.base import ForwardPosition, StarCache, build_layers
-from star_attention.hf.cache.probe import TOKENS, ProbeLayer, no_stores, run_probe
+from star_attention.hf.cache.base import ForwardPosition, build_layers
+from star_attention.hf.cache.probe import TOKENS, ProbeCache, ProbeLayer, no_stores, run_probe
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import plain_shape, support, tensor_parallel
 from star_attention.planning.model_shape import AttentionShape, ModelShape
@@ -59,6 +58,8 @@ class _RecordingLayer(ProbeLayer[_Record]):
             k_head_size=k_BKGD.shape[3],
             v_head_size=v_BKGD.shape[3],
             window=rule.window,
+            compressed_size=0 if self.latent is None else self.latent.compressed_size,
+            rotary_size=0 if self.latent is None else k_BKGD.shape[3] - self.latent.plain_size,
         )
         record.attention.append(call)
         return super().attend(q_BQHD, k_BKGD, v_BKGD, rule)
@@ -88,7 +89,7 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
             layers = build_layers(
                 _RecordingLayer, handle.windows, record, no_stores(handle.windows)
             )
-            run_probe(handle, StarCache(layers, record, SoloComm()))
+            run_probe(handle, ProbeCache(layers, record))
     except (RuntimeError, NotImplementedError) as error:
         raise InvalidInputError(
             f"the cost of {config.model_type} cannot be derived from its config: its code reads"

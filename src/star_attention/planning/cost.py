@@ -150,8 +150,9 @@ def phase2(
 ) -> Flops:
     """Count the operations of answering `queries` queries; they are the same for every method.
 
-    The last answer token is never fed back, and the head runs for answer tokens only. MLA expands
-    the whole context at every step: once for the query, once for each token after it. Source: arXiv
+    The last answer token is never fed back, and the head runs for answer tokens only. Where a
+    forward has few tokens, MLA attends to compressed keys: its weights multiply each query and each
+    output instead of every key, and a key that the model expands by itself. Source: arXiv
     2411.17116, section 2.2 and Algorithm 2.
 
     Args:
@@ -162,15 +163,21 @@ def phase2(
         queries: number of queries.
     """
     steps = max(answer_tokens - 1, 0)
-    new_tokens = query_tokens + steps
-    expanded = (steps + 1) * (context_tokens + query_tokens) + steps * (steps + 1) // 2
+    new_tokens, before = query_tokens + steps, context_tokens + query_tokens
+    expanded = attention = 0
+    # The query in one forward, and each token of the answer in one.
+    for forwards, size, first in ((1, query_tokens, context_tokens), (steps, 1, before)):
+        compressed = size <= shape.most_compressed
+        keys = forwards * (first + size) + size * forwards * (forwards - 1) // 2
+        expanded += forwards * (size + 1) if compressed else keys
+        attention += sum(
+            (call.flops_per_compressed_pair if compressed else call.flops_per_pair)
+            * answer_pairs(first, forwards * size, call.window)
+            for call in shape.attention
+        )
     return Flops(
         linear=2 * shape.linear_parameters * new_tokens * queries,
-        attention=queries
-        * sum(
-            call.flops_per_pair * answer_pairs(context_tokens, new_tokens, call.window)
-            for call in shape.attention
-        ),
+        attention=attention * queries,
         expansion=2 * shape.expansion_parameters * expanded * queries,
         head=2 * shape.head_parameters * answer_tokens * queries,
     )
@@ -203,7 +210,8 @@ def second_look(
     chosen = chosen_tokens(share, context_tokens)
     if not chosen:
         return Flops()
-    query = phase2(shape, context_tokens, query_tokens=query_tokens, answer_tokens=1)
+    # The query's forward measures attention to each key, for which all are expanded.
+    query = phase2(shape.expanding, context_tokens, query_tokens=query_tokens, answer_tokens=1)
     attention = scores = 0
     for call, lookback in zip(shape.attention, plan.lookbacks(len(shape.attention)), strict=True):
         if call.window is None:

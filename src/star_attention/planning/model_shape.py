@@ -5,7 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 STORED_BYTES = {"fp8": 1}
 """Bytes of an element in each precision of `config.KV_DTYPES`."""
@@ -15,6 +15,23 @@ SCALE_BYTES = 4
 
 TOKEN_ID_BYTES = 8
 """Bytes of a token's id, in a saved context beside keys and values."""
+
+
+def most_compressed(compressed_size: int, plain_size: int, v_head_size: int) -> int:
+    """Return the queries of a forward up to which it attends to compressed keys (MLA).
+
+    A key's expansion takes `2 * compressed_size * (plain_size + v_head_size)` operations a head.
+    Without it, each query takes `2 * (2 * compressed_size - plain_size - v_head_size)` more.
+
+    Args:
+        compressed_size: elements that keys and values are expanded from.
+        plain_size: elements of a key that are.
+        v_head_size: elements of a value.
+    """
+    expanded_size = plain_size + v_head_size
+    # Where the compressed size is hardly larger, expanding is never less work.
+    more = max(1, 2 * compressed_size - expanded_size)
+    return compressed_size * expanded_size // more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +44,9 @@ class AttentionShape:
         k_head_size: elements of a key.
         v_head_size: elements of a value.
         window: sliding window in tokens, None for full attention.
+        compressed_size: elements that keys and values are expanded from and that phase 2 attends to
+            instead (MLA); 0 if it cannot.
+        rotary_size: elements of a key that are stored as they are beside them.
     """
 
     heads: int
@@ -34,11 +54,26 @@ class AttentionShape:
     k_head_size: int
     v_head_size: int
     window: int | None = None
+    compressed_size: int = 0
+    rotary_size: int = 0
 
     @property
     def flops_per_pair(self) -> int:
         """Operations per pair: `2 * k_head_size` for a score, `2 * v_head_size` for an output."""
         return 2 * self.heads * (self.k_head_size + self.v_head_size)
+
+    @property
+    def flops_per_compressed_pair(self) -> int:
+        """Operations per pair of a query that is compressed, too (MLA)."""
+        return 2 * self.heads * (2 * self.compressed_size + self.rotary_size)
+
+    @property
+    def most_compressed(self) -> int:
+        """Queries of a forward up to which it attends to compressed keys, 0 for none."""
+        if not self.compressed_size:
+            return 0
+        plain_size = self.k_head_size - self.rotary_size
+        return most_compressed(self.compressed_size, plain_size, self.v_head_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +93,8 @@ class ModelShape:
         sharded_parameters: weights that tensor parallelism shards, 0 if it cannot run.
         all_reduced_elements_per_token: elements that tensor parallelism sums over its ranks.
         all_reduces: collectives per forward that do so.
-        expansion_parameters: weights that every key is multiplied with each time it is attended to
-            (MLA's expansion).
+        expansion_parameters: weights that every key is multiplied with each time it is attended to,
+            unless it stays compressed (MLA's expansion).
         head_parameters: weights of the language-model head.
         parameters: all weights, tied ones once.
         bytes_per_element: of weights, keys and values as computed.
@@ -79,6 +114,17 @@ class ModelShape:
     head_parameters: int
     parameters: int
     bytes_per_element: int
+
+    @property
+    def most_compressed(self) -> int:
+        """Queries of a forward up to which all layers attend to compressed keys, 0 for none."""
+        return min((call.most_compressed for call in self.attention), default=0)
+
+    @property
+    def expanding(self) -> ModelShape:
+        """The same model, where forwards of few tokens expand all keys, too."""
+        calls = tuple(replace(call, compressed_size=0) for call in self.attention)
+        return replace(self, attention=calls)
 
     @property
     def weight_bytes(self) -> int:

@@ -6,6 +6,7 @@ H query heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from star_attention.attention.attend import Rule
 from star_attention.attention.blocks import KV, shard_attention, tail_attention
+from star_attention.attention.latent import compressed_shard_attention, compressed_tail_attention
 from star_attention.attention.state import State, empty_state, merge
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.base import (
@@ -23,7 +25,8 @@ from star_attention.hf.cache.base import (
     build_layers,
     by_token,
 )
-from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Tail, VisibleRange
+from star_attention.hf.cache.latent import Latents
+from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Pair, Tail, VisibleRange
 
 
 @dataclass(kw_only=True)
@@ -35,6 +38,7 @@ class AnswerPosition(ForwardPosition):
         padding: left padding of each query, in tokens.
         visible: the part of the context that queries see, None for all of it.
         by_heads: True if each rank computes queries, keys and values of its own heads alone.
+        latents: of each layer the attention that need not expand what it stores; None for others.
         tail: the first layer's tail, for its length.
     """
 
@@ -43,6 +47,7 @@ class AnswerPosition(ForwardPosition):
     visible: VisibleRange | None
     comm: Comm
     by_heads: bool = False
+    latents: Latents | None = None
     tail: Tail = field(default_factory=Tail)
 
     @property
@@ -64,12 +69,19 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         super().__init__(index, window, position, stores)
         (self.shard,) = stores
         self.tail = position.tail if index == 0 else Tail()
+        self._latent = None if position.latents is None else position.latents[index]
+        self._is_compressed = False
 
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         if self.position.by_heads:
             # Those of the other heads come with their queries, in `attend`.
             return k_BGSD, v_BGSD
         self.tail.append(k_BGSD, v_BGSD)
+        latent = self._latent
+        self._is_compressed = latent is not None and k_BGSD.shape[2] <= latent.most_queries
+        if self._is_compressed:
+            # The model expands what is returned, of which nothing is used.
+            return k_BGSD[:, :, :1], v_BGSD[:, :, :1]
         k_BGTD, v_BGTD = self.tail.pair()
         if not self.shard.expands or not self.shard.tokens:
             return k_BGTD, v_BGTD
@@ -84,6 +96,8 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         With weights in slices, `q_BQHD`, `k_BKGD` and `v_BKGD` are of this rank's heads, and so is
         the result; in between are all heads.
         """
+        if self._is_compressed:
+            return self._attend_compressed(q_BQHD, rule)
         comm, heads = self.position.comm, None
         if self.position.by_heads:
             heads = own_heads(comm, q_BQHD)
@@ -103,6 +117,45 @@ class AnswerLayer(StarLayer[AnswerPosition]):
             else empty_state(B, Q, H, v_BKGD.shape[3], q_BQHD.device)
         )
         return state if comm.cp_size == 1 else comm.merge(state, heads)
+
+    def _attend_compressed(self, q_BQHD: Tensor, rule: Rule) -> State:
+        """Do as `attend` does, to compressed keys and values."""
+        assert self._latent is not None
+        comm, expansion = self.position.comm, self._latent.expansion()
+        q_BQHE = expansion.absorb(q_BQHD)
+        B, Q, H, _ = q_BQHE.shape
+        padding = self.position.row_padding(B)
+        states, first_query, visible = [], self.first_query(Q), self.position.visible
+        for start, (c_1KC, r_1KR) in self._compressed_segments():
+            states.append(
+                compressed_shard_attention(
+                    q_BQHE,
+                    c_1KC,
+                    r_1KR,
+                    rule=segment_rule(rule, visible, start),
+                    offsets=[first_query - pad - start for pad in padding],
+                )
+            )
+        if comm.cp_rank == comm.cp_size - 1:
+            tail = (part[:, 0] for part in self.tail.pair())
+            near = recent_rule(rule, visible)
+            states.append(compressed_tail_attention(q_BQHE, *tail, rule=near, padding=padding))
+        if not states:
+            states = [empty_state(B, Q, H, self._latent.compressed_size, q_BQHE.device)]
+        # Expanded before ranks merge: values are smaller than what they are made of.
+        state = expansion.expand(merge(states), rule.dtype)
+        return state if comm.cp_size == 1 else comm.merge(state)
+
+    def _compressed_segments(self) -> Iterator[tuple[int, Pair]]:
+        """Yield the first token of each segment of the shard, and what is stored of it."""
+        if not self.shard.tokens:
+            return
+        c_1KC, r_1KR = (part[:, 0] for part in self.shard.pair())
+        at = 0
+        for start, stop in self.shard.segments:
+            part = slice(at, at + stop - start)
+            yield start, (c_1KC[:, part], r_1KR[:, part])
+            at = part.stop
 
     def split(self, k_BKGD: Tensor, v_BKGD: Tensor) -> tuple[list[KV], KV]:
         """Return keys and values of each segment of the shard, and those of the tail.
@@ -196,6 +249,7 @@ class AnswerCache(StarCache):
         padding: left padding of each query of the batch, in tokens.
         comm: merges the attention of all ranks.
         slices: slices of the weights that forwards multiply, None for all of them.
+        latents: of each layer the attention that need not expand what it stores; None for others.
 
     Attributes:
         segments: the context tokens of the shard.
@@ -212,6 +266,7 @@ class AnswerCache(StarCache):
         padding: list[int],
         comm: Comm,
         slices: Any = None,
+        latents: Latents | None = None,
     ) -> None:
         position = AnswerPosition(
             context_tokens=context_tokens,
@@ -219,6 +274,7 @@ class AnswerCache(StarCache):
             visible=shard.visible,
             comm=comm,
             by_heads=slices is not None and slices.by_heads,
+            latents=latents,
         )
         super().__init__(build_layers(AnswerLayer, windows, position, [shard]), position, comm)
         self.slices = slices

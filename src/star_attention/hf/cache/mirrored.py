@@ -17,6 +17,7 @@ from torch import Tensor
 
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.cache.latent import Latents
 from star_attention.storage.kv import ContextKV
 
 NEW, FORWARD, SELECT, REPEAT, CROP = "cache", "forward", "select", "repeat", "crop"
@@ -34,8 +35,9 @@ class MirroredCache(AnswerCache):
         padding: list[int],
         comm: Comm,
         slices: Any = None,
+        latents: Latents | None = None,
     ) -> None:
-        super().__init__(shard, windows, context_tokens, padding, comm, slices)
+        super().__init__(shard, windows, context_tokens, padding, comm, slices, latents)
         comm.broadcast_object((NEW, padding, () if slices is None else slices.parts))
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:

@@ -15,6 +15,7 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed import SoloComm
 from star_attention.hf.cache.base import ForwardPosition, P, StarCache, StarLayer, build_layers
+from star_attention.hf.cache.latent import LatentAttention, Latents
 from star_attention.planning.model_shape import SCALE_BYTES, STORED_BYTES
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, LayerKV
@@ -63,11 +64,14 @@ class ProbeResult:
         layer_shapes: shape of each cache layer's entries, None for layers that read another's keys.
         reads_own_keys: True if every attention reads the keys of its own layer alone, and once.
         query_group: query heads of a KV head, at most.
+        latents: of each cache layer the attention that expands what it stores; None if there is
+            none, or if it does so in a way that is not known.
     """
 
     layer_shapes: list[LayerKVShape | None]
     reads_own_keys: bool
     query_group: int
+    latents: Latents
 
 
 class ProbeLayer(StarLayer[P]):
@@ -77,6 +81,7 @@ class ProbeLayer(StarLayer[P]):
         super().__init__(index, window, position, stores)
         self.pair: tuple[Tensor, Tensor] | None = None
         self.was_read = False
+        self.latent: LatentAttention | None = None
 
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         self.pair = k_BGSD, v_BGSD
@@ -85,6 +90,13 @@ class ProbeLayer(StarLayer[P]):
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:
         out_BQHD = q_BQHD.new_zeros(*q_BQHD.shape[:3], v_BKGD.shape[3], dtype=torch.float32)
         return State(out_BQHD, out_BQHD[..., 0])
+
+    def note_reading(self, module: Any, key: Tensor, value: Tensor) -> None:
+        """Note that an attention module reads this layer, as keys and values `[B, G, K, D]`."""
+        self.latent = None
+        if not (self.was_read or self.pair is None or self.owns(key, value)):
+            self.latent = LatentAttention.of(module, self.pair, (key, value))
+        self.was_read = True
 
     def shape(self) -> LayerKVShape | None:
         """Return the shape of the layer's entries, None if it reads another layer's keys."""
@@ -104,11 +116,8 @@ class ProbeLayer(StarLayer[P]):
 class ProbeCache(StarCache):
     layers: list[ProbeLayer[ForwardPosition]]
 
-    def __init__(self, windows: list[int | None]) -> None:
-        position = ForwardPosition()
-        super().__init__(
-            build_layers(ProbeLayer, windows, position, no_stores(windows)), position, SoloComm()
-        )
+    def __init__(self, layers: list[Any], position: ForwardPosition) -> None:
+        super().__init__(layers, position, SoloComm())
         self.reads_own_keys = True
         self.query_group = 1
 
@@ -118,7 +127,7 @@ class ProbeCache(StarCache):
         own = getattr(module, "layer_idx", None) == last.index and last.owns(key, value)
         self.reads_own_keys = self.reads_own_keys and own and not last.was_read
         self.query_group = max(self.query_group, q_BQHD.shape[2] // key.shape[1])
-        last.was_read = True
+        last.note_reading(module, key, value)
         return super().attend(module, q_BQHD, key, value, rule)
 
 
@@ -136,10 +145,13 @@ def run_probe(handle: Any, cache: StarCache) -> None:
 
 def probe_layers(handle: Any) -> ProbeResult:
     """Probe the decoder of a `ModelHandle` with a forward of a few tokens."""
-    cache = ProbeCache(handle.windows)
+    position = ForwardPosition()
+    stores = no_stores(handle.windows)
+    cache = ProbeCache(build_layers(ProbeLayer, handle.windows, position, stores), position)
     run_probe(handle, cache)
     return ProbeResult(
         layer_shapes=[layer.shape() for layer in cache.layers],
         reads_own_keys=cache.reads_own_keys,
         query_group=cache.query_group,
+        latents=[layer.latent for layer in cache.layers],
     )

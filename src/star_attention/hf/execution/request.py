@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.cache.latent import usable
 from star_attention.hf.cache.mirrored import MirroredCache
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.graphs import Graphs
@@ -172,6 +173,7 @@ class Request:
             padding,
             self.comm,
             sliced,
+            usable(self.handle.probe_result.latents),
         )
 
     def padded(self, padding: list[int]) -> Tensor:
