@@ -8,13 +8,14 @@ import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from star_attention import EncodedContext
-from tests.servers import ASK, DOCUMENT, Server, eventually, in_parts, running
+from tests.servers import ASK, DOCUMENT, Server, engine, eventually, in_parts, running
 
 CHAT = "/v1/chat/completions"
 CONTEXTS = "/v1/contexts"
@@ -116,3 +117,26 @@ def places(server: Server) -> list[float]:
     lines = [line for line in text.splitlines() if line.startswith("star:contexts{")]
     assert lines
     return [float(line.rpartition(" ")[2]) for line in lines]
+
+
+@pytest.mark.slow
+def test_clients_of_one_document_get_the_answers_of_one_client() -> None:
+    """Whatever runs beside it, an answer is the same: greedy, in float32, of 4K tokens."""
+    book = (Path(__file__).parents[2] / "examples/book.txt").read_text(encoding="utf-8")[:16_000]
+    places = ("quiet-harbor", "the lamp", "two seals", "bread", "March", "the tower", "rain", "oil")
+
+    def ask(server: Server, place: str) -> str:
+        messages = in_parts(book, f"\nWhat is said of {place}?", mark=True)
+        body = {"messages": messages, "max_tokens": 32, "ignore_eos": True, "temperature": 0}
+        answer = server.post(CHAT, body)
+        assert answer.status_code == 200, answer.text
+        text: str = answer.json()["choices"][0]["message"]["content"]
+        return text
+
+    with running(engine()) as server, ThreadPoolExecutor(len(places)) as pool:
+        alone = [ask(server, place) for place in places]
+        assert len(set(alone)) > 1
+        assert server.metric("encodes_total", outcome="done") == 1
+        for _ in range(2):
+            assert list(pool.map(lambda place: ask(server, place), places)) == alone
+        assert server.metric("encodes_total", outcome="done") == 1
