@@ -90,6 +90,8 @@ HELPED = (
     "estimate",
     "calibrate",
     "demo",
+    "serve",
+    "warmup",
     "bench",
     "bench prefill",
     "eval",

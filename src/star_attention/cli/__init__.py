@@ -43,6 +43,10 @@ class _Root(LazyGroup):
             " times.",
             "star_attention.cli.serve:serve",
         ),
+        "warmup": Entry(
+            "Compile and capture what `generate` and `serve` need, and fill the caches on disk.",
+            "star_attention.cli.warmup:warmup",
+        ),
         "info": Entry(
             "Show what a saved context or a model is, and whether the model can run.",
             "star_attention.cli.info:info",

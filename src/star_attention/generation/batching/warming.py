@@ -19,7 +19,7 @@ _ANSWER = 3
 """Tokens of an answer: the last ones come from steps alone."""
 
 
-def warm_up(star: Any, max_rows: int) -> Iterator[str]:
+def warm_up(star: Any, max_rows: int, *, is_for_generate: bool = False) -> Iterator[str]:
     """Compile and capture what a batch needs, a piece at a time; yield the name of the next one.
 
     On a GPU these are forwards of a context in blocks of the size that is set, of queries, and of
@@ -28,13 +28,14 @@ def warm_up(star: Any, max_rows: int) -> Iterator[str]:
     Args:
         star: the engine, on rank 0.
         max_rows: most rows of the batch.
+        is_for_generate: True for answers of `star.generate`, too, whose steps are others.
     """
     runtime = star.runtime
     graphs, block_size = runtime.handle.graphs, star.config.block_size
     limit = runtime.positions.limit or 2**62
     lengths = [length for length in BUCKETS if length > 1] if graphs is not None else [1]
     tokens = _SHORT
-    if graphs is not None and block_size is not None:
+    if runtime.handle.compiled is not None and block_size is not None:
         tokens = max(_SHORT, _BLOCKS * block_size)
     tokens = min(tokens, limit // 2)
     yield f"a context of {tokens:,} tokens"
@@ -45,6 +46,9 @@ def warm_up(star: Any, max_rows: int) -> Iterator[str]:
                 yield f"a query of {length} tokens"
                 query = _ids(star, length)
                 batch.add(context, query, max_new_tokens=_ANSWER, ignore_eos=True).result()
+    if is_for_generate:
+        yield "an answer by itself"
+        star.generate(context, _ids(star, 1), max_new_tokens=_ANSWER, ignore_eos=True)
     # On several ranks, steps have no graphs.
     if graphs is not None and runtime.comm.size == 1:
         for key in graphs.of_rows.usual(context.kv, max_rows + MOST_TOKENS):
