@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("starlette")
+pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
 from star_attention import StarLLM  # noqa: E402

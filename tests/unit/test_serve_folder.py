@@ -70,6 +70,19 @@ def test_contexts_come_back_after_a_restart(tmp_path: Path) -> None:
     kept.close()
 
 
+def test_a_folder_of_several_ranks_is_kept_and_removed_as_a_file_is(tmp_path: Path) -> None:
+    (id,) = filled(tmp_path, A)
+    keys = own(tmp_path) / f"{id}.star"
+    keys.unlink()
+    keys.mkdir()
+    (keys / "rank-0").touch()
+    kept = store(folder=tmp_path)
+    assert kept.get("ann", id).location == "disk"
+    kept.delete("ann", id)
+    kept.close()
+    assert names(tmp_path) == []
+
+
 def test_what_was_noted_of_a_context_comes_back(tmp_path: Path) -> None:
     (id,) = filled(tmp_path, A)
     kept = store(folder=tmp_path)
