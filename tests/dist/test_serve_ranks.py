@@ -262,6 +262,17 @@ def test_a_rank_that_is_lost_while_all_are_idle(tmp_path: Path, how: signal.Sign
 
 
 @pytest.mark.slow
+def test_a_launcher_that_ends_the_others_of_a_lost_rank(tmp_path: Path) -> None:
+    """Forbids that such a server ends with 0, as if it had been asked to."""
+    with served(tmp_path, 2) as server:
+        server.ask(server.add(DOCUMENT))
+        server.processes[1].kill()
+        server.processes[0].send_signal(signal.SIGTERM)
+        assert server.end() == [1, -signal.SIGKILL], server.said
+        assert "rank 1 failed" in server.said[0]
+
+
+@pytest.mark.slow
 def test_the_store_of_several_ranks(tmp_path: Path) -> None:
     """Contexts come back on as many ranks and on fewer; a damaged part is encoded again."""
     store = tmp_path / "store"
