@@ -157,6 +157,14 @@ def test_what_is_not_stored_is_not_there(client: openai.OpenAI) -> None:
     assert "send the whole conversation" in missing.value.message
 
 
+def test_what_comes_back_may_have_any_character(server: Server) -> None:
+    """Forbids 500 for half of a character, which JSON can hold and UTF-8 cannot."""
+    data = json.dumps(body(metadata={"a": "\ud83e", "b": "🦦"}, user="\ud83e"))
+    answer = httpx.post(f"{server.url}{PATH}", content=data)
+    assert answer.json()["metadata"] == {"a": "\ud83e", "b": "🦦"}
+    assert server.get(f"{PATH}/{answer.json()['id']}").json() == answer.json()
+
+
 def test_a_server_that_keeps_none() -> None:
     with running(max_responses=0) as server:
         response = server.post(PATH, body()).json()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from star_attention.serve.http.asking import Asked, Asking
 from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.events import ObjectResponse
 from star_attention.serve.http.fields import read_messages
 from star_attention.serve.http.objects import ChatShape, TextShape
 from star_attention.serve.http.problems import bad_request
@@ -56,7 +57,7 @@ class AskRoutes:
     async def count(self, request: Request) -> Response:
         """Answer `/v1/chat/completions/input_tokens`: tokens, and what is kept of them."""
         plan, cached = await self._asking.count(request, _chat)
-        return JSONResponse(
+        return ObjectResponse(
             {
                 "object": "response.input_tokens",
                 "input_tokens": plan.prompt_tokens,

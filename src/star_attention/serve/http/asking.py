@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from star_attention.generation.result import Generation
 from star_attention.hf.text.endings import turn_end_ids
 from star_attention.serve.http.answering import Answering, Counts, Locate
 from star_attention.serve.http.body import Body, read_object
-from star_attention.serve.http.events import EventStream, unless_left
+from star_attention.serve.http.events import EventStream, ObjectResponse, unless_left
 from star_attention.serve.http.fields import Ask, read_ask
 from star_attention.serve.http.objects import Shape
 from star_attention.serve.http.problems import not_supported, too_long
@@ -121,7 +121,7 @@ class Asking:
                 events = answering.events(progress=ask.include_progress)
                 return EventStream(events, headers, on_end=visit.keep())
             whole = await unless_left(request.receive, answering.whole())
-            return JSONResponse(whole, headers=headers)
+            return ObjectResponse(whole, headers=headers)
         finally:
             visit.leave()
 

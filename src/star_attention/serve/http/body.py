@@ -75,13 +75,18 @@ async def read_object(request: Request, limit: int) -> Body:
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         # The message of the parser has a place, and no text.
-        place = str(error) if isinstance(error, json.JSONDecodeError) else "not UTF-8, or too deep"
+        is_plain = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
+        place = str(error) if is_plain else "not UTF-8, or too deep"
         raise bad_request(
             f"the body is no JSON: {place}; send a JSON object", code="invalid_json"
         ) from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 async def _in_thread(data: bytes) -> Any:
@@ -159,11 +164,15 @@ class Body:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise wrong_type(self.name(name), value, "a number")
-        if not math.isfinite(value) or value < least or (most is not None and value > most):
+        try:
+            # Samplers take no integers.
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or number < least or (most is not None and number > most):
             bound = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
             raise _out_of_range(self.name(name), value, bound)
-        # Samplers take no integers.
-        return float(value)
+        return number
 
     def object(self, name: str) -> dict[str, Any]:
         """Return an object; {} if it is absent."""
@@ -174,7 +183,7 @@ class Body:
 
 
 def _out_of_range(name: str, value: float, bound: str) -> Problem:
-    return bad_request(f"{name} {value} is out of range; give {bound}", name)
+    return bad_request(f"{name} {quote(value)} is out of range; give {bound}", name)
 
 
 def wrong_type(name: str, value: Any, expected: str) -> Problem:

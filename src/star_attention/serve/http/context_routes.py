@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from star_attention.errors import quote
 from star_attention.serve.contexts.entry import ContextView, Status
 from star_attention.serve.contexts.store import UNCHANGED
 from star_attention.serve.http.body import Body, read_object, wrong_type
-from star_attention.serve.http.events import DONE, EventStream, event, unless_left
+from star_attention.serve.http.events import DONE, EventStream, ObjectResponse, event, unless_left
 from star_attention.serve.http.problems import bad_request
 from star_attention.serve.http.uploads import is_form, read_upload
 from star_attention.serve.prompts import Prompts
@@ -74,7 +74,7 @@ class ContextRoutes:
         if waits:
             view = await unless_left(request.receive, self._ended(request, view.id))
         status = 202 if view.status in _UNDER_WAY else 201 if is_new else 200
-        return JSONResponse(view.as_dict(), status_code=status)
+        return ObjectResponse(view.as_dict(), status_code=status)
 
     def _source(self, body: Body, tenant: str) -> Source:
         """Return what a context is made of: exactly one of four fields."""
@@ -135,11 +135,11 @@ class ContextRoutes:
         page = [view.as_dict() for view in views[: int(limit)]]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
         more = len(views) > len(page)
-        return JSONResponse({"object": "list", "data": page, "has_more": more, **ends})
+        return ObjectResponse({"object": "list", "data": page, "has_more": more, **ends})
 
     async def get(self, request: Request) -> Response:
         """Describe a context."""
-        return JSONResponse(self._service.store.get(*_named(request)).as_dict())
+        return ObjectResponse(self._service.store.get(*_named(request)).as_dict())
 
     async def text(self, request: Request) -> Response:
         """Return the text of a context, which places of sources are characters of."""
@@ -161,13 +161,13 @@ class ContextRoutes:
             field = next(iter(body.fields))[:80]
             raise bad_request(f"{field} cannot be changed; give ttl, pin or name", field)
         view = self._service.store.update(*_named(request), **changes)
-        return JSONResponse(view.as_dict())
+        return ObjectResponse(view.as_dict())
 
     async def delete(self, request: Request) -> Response:
         """Drop a context; one in use, after its last user."""
         tenant, id = _named(request)
         self._service.store.delete(tenant, id)
-        return JSONResponse({"id": id, "object": "context.deleted", "deleted": True})
+        return ObjectResponse({"id": id, "object": "context.deleted", "deleted": True})
 
 
 def _named(request: Request) -> tuple[str, str]:

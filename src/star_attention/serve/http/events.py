@@ -1,4 +1,4 @@
-"""Server-sent events: a response that ends when its client leaves."""
+"""Bodies of responses: JSON, and events that end when their client leaves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 _T = TypeVar("_T")
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -44,6 +44,14 @@ def encoded(value: Any) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
+
+
+class ObjectResponse(JSONResponse):
+    """A response that is JSON, whatever characters clients have sent."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the bytes of the body."""
+        return encoded(content)
 
 
 class ClientLeftError(Exception):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from star_attention.errors import quote
+from star_attention.serve.http.events import ObjectResponse
 from star_attention.serve.http.problems import bad_request
 from star_attention.serve.http.uploads import read_upload
 from star_attention.serve.service import Service
@@ -29,17 +30,17 @@ class FileRoutes:
             purpose=upload.fields.get("purpose", "user_data")[:64],
             ttl=_ttl(upload.fields.get("expires_after[seconds]")),
         )
-        return JSONResponse(file.as_dict())
+        return ObjectResponse(file.as_dict())
 
     async def list(self, request: Request) -> Response:
         """List the tenant's files."""
         data = [file.as_dict() for file in self._service.files.of_tenant(request.state.tenant)]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {}
-        return JSONResponse({"object": "list", "data": data, "has_more": False, **ends})
+        return ObjectResponse({"object": "list", "data": data, "has_more": False, **ends})
 
     async def get(self, request: Request) -> Response:
         """Describe a file."""
-        return JSONResponse(self._service.files.get(*_named(request)).as_dict())
+        return ObjectResponse(self._service.files.get(*_named(request)).as_dict())
 
     async def content(self, request: Request) -> Response:
         """Return a file's text."""
@@ -49,7 +50,7 @@ class FileRoutes:
         """Drop a file."""
         tenant, id = _named(request)
         self._service.files.delete(tenant, id)
-        return JSONResponse({"id": id, "object": "file", "deleted": True})
+        return ObjectResponse({"id": id, "object": "file", "deleted": True})
 
 
 def _named(request: Request) -> tuple[str, str]:

@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from star_attention._version import __version__
 from star_attention.errors import quote
+from star_attention.serve.http.events import ObjectResponse
 from star_attention.serve.http.problems import Problem, unavailable
 from star_attention.serve.service import Service
 
@@ -33,7 +34,7 @@ class StateRoutes:
                 " the server",
                 "engine_hangs",
             )
-        return JSONResponse({"status": "ok"})
+        return ObjectResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
         """Answer 200 if requests are taken."""
@@ -45,7 +46,7 @@ class StateRoutes:
 
     async def version(self, request: Request) -> Response:
         """Answer with the version."""
-        return JSONResponse({"version": __version__})
+        return ObjectResponse({"version": __version__})
 
     async def metrics(self, request: Request) -> Response:
         """Answer with the metrics in Prometheus' format."""
@@ -57,12 +58,12 @@ class StateRoutes:
         """List the model, as clients of OpenAI's and of Anthropic's protocol read it."""
         name = self._service.name
         page = {"has_more": False, "first_id": name, "last_id": name}
-        return JSONResponse({"object": "list", "data": [self._model()], **page})
+        return ObjectResponse({"object": "list", "data": [self._model()], **page})
 
     async def model(self, request: Request) -> Response:
         """Describe the model."""
         check_model(self._service, request.path_params["name"])
-        return JSONResponse(self._model())
+        return ObjectResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
         service = self._service

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from star_attention.hf.text.template import reads
 from star_attention.serve.http.asking import Asked, Asking
 from star_attention.serve.http.body import Body
+from star_attention.serve.http.events import ObjectResponse
 from star_attention.serve.http.messages.reading import read_chat
 from star_attention.serve.http.messages.writing import MessageShape
 from star_attention.serve.service import Service
@@ -41,7 +42,7 @@ class MessageRoutes:
     async def count(self, request: Request) -> Response:
         """Answer `/v1/messages/count_tokens`."""
         plan, _ = await self._asking.count(request, self._chat)
-        return JSONResponse({"input_tokens": plan.prompt_tokens})
+        return ObjectResponse({"input_tokens": plan.prompt_tokens})
 
     def _chat(self, body: Body) -> tuple[list[Any], Body]:
         tokenizer = self._service.star.tokenizer

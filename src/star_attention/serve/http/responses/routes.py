@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from star_attention.errors import quote
 from star_attention.generation.result import Generation
@@ -14,6 +14,7 @@ from star_attention.hf.text.template import reads
 from star_attention.serve.http.answering import Answering
 from star_attention.serve.http.asking import Asked, Asking
 from star_attention.serve.http.body import Body
+from star_attention.serve.http.events import ObjectResponse
 from star_attention.serve.http.problems import Problem, bad_request
 from star_attention.serve.http.responses.kept import KeptResponse
 from star_attention.serve.http.responses.reading import Wanted, read_request
@@ -57,17 +58,19 @@ class ResponseRoutes:
             return wanted.instructions + self._messages(tenant, wanted), wanted.fields
 
         plan, _ = await self._asking.count(request, read)
-        return JSONResponse({"object": "response.input_tokens", "input_tokens": plan.prompt_tokens})
+        return ObjectResponse(
+            {"object": "response.input_tokens", "input_tokens": plan.prompt_tokens}
+        )
 
     async def get(self, request: Request) -> Response:
         """Return a response."""
-        return JSONResponse(self._kept.get(*_named(request)).response)
+        return ObjectResponse(self._kept.get(*_named(request)).response)
 
     async def delete(self, request: Request) -> Response:
         """Drop a response."""
         tenant, id = _named(request)
         self._kept.delete(tenant, id)
-        return JSONResponse({"id": id, "object": "response", "deleted": True})
+        return ObjectResponse({"id": id, "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
         """Stop a response that another connection waits for."""
@@ -80,7 +83,7 @@ class ResponseRoutes:
             )
         kept.answering.stop(Problem(409, "the response was canceled", code=CANCELLED))
         kept.response["status"] = "cancelled"
-        return JSONResponse(kept.response)
+        return ObjectResponse(kept.response)
 
     def _read(self, tenant: str, body: Body) -> Wanted:
         tokenizer = self._service.star.tokenizer
