@@ -205,6 +205,7 @@ def retrieve(comm: Any) -> list[str]:
     return [str(reply.token_ids) for reply in replies]
 
 
+@pytest.mark.slow
 def test_the_bundled_model_retrieves_over_ranks(pool: Pool) -> None:
     solo = retrieve(SoloComm())
     for ranks in (2, 4):

@@ -84,6 +84,7 @@ def test_misuse_is_reported_once_and_without_a_traceback(tmp_path: Path) -> None
         assert "star_attention/cli" not in run.stderr, own_stderr
 
 
+@pytest.mark.slow
 def test_evaluations_on_several_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
     options = [
         "--dtype",

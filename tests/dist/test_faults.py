@@ -103,7 +103,6 @@ def files_written(tmp_path: Path) -> list[str]:
 QUICK = {
     ("killed", 1, 2),
     ("killed", 2, 0),
-    ("hanging", 1, 2),
     ("stopped", 2, 2),
     ("failing", 1, 0),
     ("full", 2, 2),

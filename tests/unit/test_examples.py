@@ -157,6 +157,7 @@ def test_several_gpus_on_one_process(run: Run) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_notebook_on_two_ranks() -> None:
     """The other ranks end with the notebook, and say nothing."""
     done = subprocess.run(

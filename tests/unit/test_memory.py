@@ -94,6 +94,7 @@ def test_working_memory_does_not_depend_on_the_context(tokens: int) -> None:
     assert abs(peak - working_bytes(4 * K)) < NOISE
 
 
+@pytest.mark.slow
 def test_working_memory_follows_the_tokens_per_forward() -> None:
     """The measurement works: four times the tokens per forward raise the peak."""
     assert working_bytes(4 * K, forward=2 * K) > 2 * working_bytes(4 * K)

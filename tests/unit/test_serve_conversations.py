@@ -86,7 +86,13 @@ def check_equal(response: Any, star: StarLLM, messages: list[dict[str, Any]]) ->
     return right
 
 
-@pytest.mark.parametrize("document", [DOCUMENT, SHORT], ids=["context", "query"])
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(DOCUMENT, id="context", marks=pytest.mark.slow),
+        pytest.param(SHORT, id="query"),
+    ],
+)
 def test_each_turn_computes_what_is_new(server: Server, document: str) -> None:
     """Forbids reading a whole conversation again with every message of it."""
     messages = asking(document)
@@ -142,7 +148,10 @@ def test_openai_s_client_goes_on_in_streams(server: Server) -> None:
     assert all(0 < prompt - known < 16 for known, prompt in cached[1:])
 
 
-@pytest.mark.parametrize("change", ["cut", "edited", "undone"])
+@pytest.mark.parametrize(
+    "change",
+    ["edited", *(pytest.param(each, marks=pytest.mark.slow) for each in ("cut", "undone"))],
+)
 def test_what_a_client_changes_is_computed(server: Server, change: str) -> None:
     """Forbids an answer from keys and values of other words than the prompt has."""
     messages = asking(f"{SHORT} It was {change}. ")

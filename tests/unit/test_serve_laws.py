@@ -245,7 +245,7 @@ class StoreLaws(RuleBasedStateMachine):
 
 
 TestStoreLaws = StoreLaws.TestCase
-TestStoreLaws.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestStoreLaws.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 
 
 def test_only_one_encode_runs_at_a_time_for_a_document() -> None:
