@@ -221,7 +221,7 @@ def test_without_memory_for_a_query_its_row_ends_alone(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "appends", "raises_at"),
     # In the middle of the third step: of rows together, and of a row alone.
-    [("llama", PackedTails, 3 * 2 + 2), ("deepseek_v3", Tail, 3 * 3 * 2 + 2)],
+    [("llama", PackedTails, 3 * 2 + 2), ("jetmoe", Tail, 3 * 3 * 2 + 2)],
 )
 def test_without_memory_for_a_step_the_youngest_row_ends(
     name: str, appends: Any, raises_at: int, monkeypatch: pytest.MonkeyPatch

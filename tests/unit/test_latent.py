@@ -66,7 +66,7 @@ def test_absorbed_queries_attend_as_expanded_keys_do(keys: int, window: int | No
     expansion = Expansion(weight_HXC.float(), N)
     q_BQHE = expansion.absorb(q_BQHD.float())
     compressed = compressed_shard_attention(
-        q_BQHE, c_1KC.float(), r_1KR.float(), rule=rule, offsets=offsets
+        q_BQHE, (c_1KC.float()[:, :, None], r_1KR.float()[:, :, None]), rule=rule, offsets=offsets
     )
     state = expansion.expand(compressed, None)
 
@@ -124,6 +124,28 @@ def test_forwards_of_many_tokens_expand_the_keys(absorbed: list[int]) -> None:
         absorbed.clear()
         star.generate(context, ids(length, seed=2), max_new_tokens=2, ignore_eos=True)
         assert list(dict.fromkeys(absorbed)) == queries
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_dtype": "fp8"}, {"method": "streaming_llm"}])
+def test_rows_of_several_contexts_share_compressed_steps(
+    settings: dict[str, Any], absorbed: list[int]
+) -> None:
+    """Answers of a batch are those alone: tails of about one length, and of very different ones."""
+    star = engine("deepseek_v3", block_size=24, anchor_size=10, **settings)
+    contexts = [star.encode(ids(length)) for length in (CONTEXT, 70)]
+    asked = [(contexts[at], ids(QUERY + n, seed=2 + n)) for at, n in ((0, 0), (0, 3), (1, 2))]
+    asked.append((contexts[1], ids(150, seed=9)))
+    wanted: dict[str, Any] = dict(max_new_tokens=9, ignore_eos=True)
+    expected = [star.generate(*pair, **wanted).token_ids for pair in asked]
+    absorbed.clear()
+
+    with star.batch() as batch:
+        rows = [batch.add(*pair, **wanted) for pair in asked]
+        list(batch)
+
+    assert [row.result().token_ids for row in rows] == expected
+    # In each of three layers one call a step for all rows.
+    assert absorbed.count(1) <= 3 * 12
 
 
 class _Wrapped(nn.Linear):

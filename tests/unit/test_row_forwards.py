@@ -80,11 +80,13 @@ def test_the_version_is_that_of_membership_and_buffers() -> None:
 
 
 def test_layers_that_expand_their_keys_run_alone() -> None:
-    star = engine("deepseek_v3", block_size=16)
-    context = star.encode(ids(70))
-    assert kind_of(context.kv, None) is None
+    for name, alone in (("jetmoe", True), ("deepseek_v3", False)):
+        star = engine(name, block_size=16)
+        kind = kind_of(star.runtime.handle, star.encode(ids(70)).kv, None)
+        assert (kind is None) == alone
     llama = engine("llama", block_size=16)
-    kinds = [kind_of(llama.encode(ids(length)).kv, None) for length in (20, 70)]
+    handle = llama.runtime.handle
+    kinds = [kind_of(handle, llama.encode(ids(length)).kv, None) for length in (20, 70)]
     assert kinds[0] == kinds[1] is not None
 
 

@@ -5,8 +5,9 @@ rotary part `r`. So the query `[q, p]` has the score `(q W_k) c + p r`, and the 
 is `W_v` times the mean of the `c` (DeepSeek-V2, arXiv 2405.04434, section 2.1.2 and appendix C).
 Each `c` is read once for all heads, as the key and the value of one head of attention.
 
-Axes: B batch, Q queries, K keys, H query heads, M rows (Q x H), D head size of expanded keys, N
-their part without rotation, V head size of expanded values, C compressed size, R rotary size, E
+Axes: B batch, Q queries, K keys, P keys of a piece, T tail tokens, H query heads, G heads of what
+is stored (1), M rows (Q x H), D head size of expanded keys, N their part without rotation, V head
+size of expanded values, X elements that are expanded (N + V), C compressed size, R rotary size, E
 elements of an absorbed query (C + R).
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule
-from star_attention.attention.blocks import shard_attention, tail_attention
+from star_attention.attention.blocks import KV, shard_attention, tail_attention
 from star_attention.attention.state import State, merge
 
 _MAX_SCORES = 2**24
@@ -60,14 +61,14 @@ class Expansion:
 
 
 def compressed_shard_attention(
-    q_BQHE: Tensor, c_1KC: Tensor, r_1KR: Tensor, *, rule: Rule, offsets: list[int]
+    q_BQHE: Tensor, shard: KV, *, rule: Rule, offsets: list[int]
 ) -> State:
     """Compute attention of all query rows over compressed keys of one context.
 
     Args:
         q_BQHE: absorbed queries.
-        c_1KC: compressed keys, which are the values, too.
-        r_1KR: rotary parts of the keys.
+        shard: compressed keys, which are the values, too, and rotary parts of the keys:
+            `c_1KGC, r_1KGR` of one head.
         rule: scale, window and softcap.
         offsets: tokens from the first key to the first query of each batch row.
 
@@ -75,14 +76,15 @@ def compressed_shard_attention(
         The state over compressed values.
     """
     B, Q, H, E = q_BQHE.shape
-    if rule.window is None and rule.softcap is None and min(offsets) >= c_1KC.shape[1] - 1:
-        state = _over_all(q_BQHE.reshape(1, B * Q, H, E), c_1KC, r_1KR, rule.scale)
+    sees_all = min(offsets) >= shard[0].shape[1] - 1
+    if sees_all and rule.window is None and rule.softcap is None:
+        state = _over_all(q_BQHE.reshape(1, B * Q, H, E), *shard, rule.scale)
         return State(state.out_BQHD.view(B, Q, H, -1), state.lse_BQH.view(B, Q, H))
-    return shard_attention(q_BQHE, _as_heads(c_1KC, r_1KR), rule=rule, offsets=offsets)
+    return shard_attention(q_BQHE, as_one_head(*shard), rule=rule, offsets=offsets)
 
 
 def compressed_tail_attention(
-    q_BQHE: Tensor, c_BTC: Tensor, r_BTR: Tensor, *, rule: Rule, padding: list[int]
+    q_BQHE: Tensor, c_BTGC: Tensor, r_BTGR: Tensor, *, rule: Rule, padding: list[int]
 ) -> State:
     """Compute attention of query rows over the compressed tail, whose last Q keys are their own.
 
@@ -91,18 +93,19 @@ def compressed_tail_attention(
     """
     sees_all = q_BQHE.shape[1] == 1 and not any(padding)
     if sees_all and rule.window is None and rule.softcap is None:
-        return _over_all(q_BQHE, c_BTC, r_BTR, rule.scale)
-    return tail_attention(q_BQHE, *_as_heads(c_BTC, r_BTR), rule=rule, padding=padding)
+        return _over_all(q_BQHE, c_BTGC, r_BTGR, rule.scale)
+    return tail_attention(q_BQHE, *as_one_head(c_BTGC, r_BTGR), rule=rule, padding=padding)
 
 
-def _as_heads(c_BKC: Tensor, r_BKR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values of one head, `[B, K, 1, E]` and `[B, K, 1, C]`."""
-    return torch.cat([c_BKC, r_BKR], -1)[:, :, None], c_BKC[:, :, None]
+def as_one_head(c_BKGC: Tensor, r_BKGR: Tensor) -> KV:
+    """Return what is stored as keys and values of one head, `k_BKGE, v_BKGC`."""
+    return torch.cat([c_BKGC, r_BKGR], -1), c_BKGC
 
 
-def _over_all(q_BQHE: Tensor, c_BKC: Tensor, r_BKR: Tensor, scale: float) -> State:
+def _over_all(q_BQHE: Tensor, c_BKGC: Tensor, r_BKGR: Tensor, scale: float) -> State:
     """Compute attention of queries that see every key."""
     B, Q, H, _ = q_BQHE.shape
+    c_BKC, r_BKR = c_BKGC[:, :, 0], r_BKGR[:, :, 0]
     K, C = c_BKC.shape[1:]
     # Scaled before: there are far more scores than queries.
     q_BMC, q_BMR = (q_BQHE.flatten(1, 2) * scale).tensor_split([C], -1)

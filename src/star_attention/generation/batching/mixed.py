@@ -111,7 +111,7 @@ class MixedStep:
             if task.kv is None:
                 task.answer.kept_tokens = request.kept_tokens
                 task.request = replace(request, kept=None, kept_tokens=0)
-                task.kind = kind_of(request.shard, request.rope_length)
+                task.kind = kind_of(request.handle, request.shard, request.rope_length)
                 task.kv = kv
 
 

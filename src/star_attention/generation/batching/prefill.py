@@ -38,7 +38,7 @@ def groups_of(tasks: list[RowTask]) -> list[list[RowTask]]:
         elif request.kept is not None:
             # What was kept begins one query.
             key = task.number
-        elif kind_of(request.shard, request.rope_length) is None:
+        elif kind_of(request.handle, request.shard, request.rope_length) is None:
             key = task.number
         same.setdefault(key, []).append(task)
     return [group for each in same.values() for group in _by_length(each)]
@@ -117,7 +117,7 @@ def _of(request: Request, cache: AnswerCache, query: int, *, shares: bool) -> Re
         query: the row's query.
         shares: True if other rows answer it, too.
     """
-    if kind_of(request.shard, request.rope_length) is None:
+    if kind_of(request.handle, request.shard, request.rope_length) is None:
         # The only row of its group.
         kv = RowKV(shard=request.shard, context_tokens=cache.context_tokens, tails=cache.tails)
         return ReadRow(kv=kv, cache=cache)
@@ -182,7 +182,7 @@ def _command(tasks: list[RowTask], program: Program, rows: list[int]) -> Read:
 def _take_over(task: RowTask, request: Request, own: ReadRow) -> None:
     """Give a row its part of what its group has read."""
     task.kv, task.cache = own.kv, own.cache
-    task.kind = kind_of(request.shard, request.rope_length)
+    task.kind = kind_of(request.handle, request.shard, request.rope_length)
     task.answer.looked = request.looked
     assert task.request is not None
     task.begin_text()

@@ -42,7 +42,7 @@ def serves(runtime: Runtime, context: EncodedContext, prepared: Prepared) -> boo
         and not arguments.keep
         and arguments.logits_processor is None
         and arguments.stopping_criteria is None
-        and kind_of(context.kv, context.rope_length) is not None
+        and kind_of(runtime.handle, context.kv, context.rope_length) is not None
     )
 
 

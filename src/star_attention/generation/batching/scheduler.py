@@ -106,7 +106,7 @@ class Scheduler:
         """Return the rows whose next step may read the queries of a group; None for no rows."""
         request = tasks[0].request
         assert request is not None
-        kind = kind_of(request.shard, request.rope_length)
+        kind = kind_of(request.handle, request.shard, request.rope_length)
         cohort = None if kind is None else self._cohorts.get(kind)
         return cohort if cohort is not None and cohort.may_read(tasks) else None
 

@@ -26,7 +26,7 @@ from star_attention.hf.cache.base import (
     by_token,
 )
 from star_attention.hf.cache.latent import Latents
-from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Pair, Tail, VisibleRange
+from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Tail, VisibleRange
 
 
 @dataclass(kw_only=True)
@@ -126,18 +126,17 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         B, Q, H, _ = q_BQHE.shape
         padding = self.position.row_padding(B)
         states, first_query, visible = [], self.first_query(Q), self.position.visible
-        for start, (c_1KC, r_1KR) in self._compressed_segments():
+        for start, segment in self._compressed_segments():
             states.append(
                 compressed_shard_attention(
                     q_BQHE,
-                    c_1KC,
-                    r_1KR,
+                    segment,
                     rule=segment_rule(rule, visible, start),
                     offsets=[first_query - pad - start for pad in padding],
                 )
             )
         if comm.cp_rank == comm.cp_size - 1:
-            tail = (part[:, 0] for part in self.tail.pair())
+            tail = by_token(self.tail.pair())
             near = recent_rule(rule, visible)
             states.append(compressed_tail_attention(q_BQHE, *tail, rule=near, padding=padding))
         if not states:
@@ -146,15 +145,15 @@ class AnswerLayer(StarLayer[AnswerPosition]):
         state = expansion.expand(merge(states), rule.dtype)
         return state if comm.cp_size == 1 else comm.merge(state)
 
-    def _compressed_segments(self) -> Iterator[tuple[int, Pair]]:
+    def _compressed_segments(self) -> Iterator[tuple[int, KV]]:
         """Yield the first token of each segment of the shard, and what is stored of it."""
         if not self.shard.tokens:
             return
-        c_1KC, r_1KR = (part[:, 0] for part in self.shard.pair())
+        c_1KGC, r_1KGR = by_token(self.shard.pair())
         at = 0
         for start, stop in self.shard.segments:
             part = slice(at, at + stop - start)
-            yield start, (c_1KC[:, part], r_1KR[:, part])
+            yield start, (c_1KGC[:, part], r_1KGR[:, part])
             at = part.stop
 
     def split(self, k_BKGD: Tensor, v_BKGD: Tensor) -> tuple[list[KV], KV]:

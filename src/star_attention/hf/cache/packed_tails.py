@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend_padded
+from star_attention.attention.latent import as_one_head
 from star_attention.attention.state import State
 from star_attention.storage.kv import Tail
 from star_attention.storage.oom import allocate
@@ -111,19 +112,29 @@ class PackedTails:
         for tail in self._tails:
             tail.length += 1
 
-    def attend(self, q_R1HD: Tensor, rule: Rule, windows: Sequence[int | None]) -> State:
+    def attend(
+        self,
+        q_R1HD: Tensor,
+        rule: Rule,
+        windows: Sequence[int | None],
+        *,
+        compressed: bool = False,
+    ) -> State:
         """Compute attention of each row's newest token over its tail.
 
         Args:
             q_R1HD: queries.
             rule: scale and softcap.
             windows: the latest keys that each row sees, None for all.
+            compressed: True for queries that attend to compressed keys (`attention.latent`).
         """
         lengths = [tail.length for tail in self._tails]
         mask_RK = self._lengths.mask(lengths, windows, q_R1HD.device)
         keys = max(lengths)
         k_RKGD = self._k_RGCD.narrow(2, 0, keys).transpose(1, 2)
         v_RKGD = self._v_RGCD.narrow(2, 0, keys).transpose(1, 2)
+        if compressed:
+            k_RKGD, v_RKGD = as_one_head(k_RKGD, v_RKGD)
         return attend_padded(q_R1HD, k_RKGD, v_RKGD, rule=rule, mask_BK=mask_RK)
 
 

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend
 from star_attention.attention.blocks import shard_attention
+from star_attention.attention.latent import as_one_head, compressed_shard_attention
 from star_attention.attention.state import State, empty_state, join_batches, merge
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, by_token
 from star_attention.hf.cache.decode import AnswerCache, own_heads, recent_rule, segment_rule
+from star_attention.hf.cache.latent import Latents
 from star_attention.hf.cache.packed_tails import Lengths, PackedTails
 from star_attention.storage.kv import ContextKV, LayerKV, Tail
 
@@ -132,9 +134,11 @@ class RowsPosition(ForwardPosition):
     With `by_heads` each rank computes queries, keys and values of its own heads alone.
     """
 
-    def __init__(self, rows: RowSet, comm: Comm, *, by_heads: bool) -> None:
+    def __init__(
+        self, rows: RowSet, comm: Comm, *, by_heads: bool, latents: Latents | None
+    ) -> None:
         super().__init__()
-        self.rows, self.comm, self.by_heads = rows, comm, by_heads
+        self.rows, self.comm, self.by_heads, self.latents = rows, comm, by_heads, latents
         self.lengths = Lengths()
 
     @property
@@ -152,9 +156,10 @@ class RowsLayer(StarLayer[RowsPosition]):
         super().__init__(index, window, position, stores)
         self._packed: PackedTails | None = None
         self._is_packed = False
+        self._latent = None if position.latents is None else position.latents[index]
 
     def set_expands(self, expands: bool) -> None:
-        if expands:
+        if expands and self._latent is None:
             raise UnsupportedModelError(
                 "a layer", ["it computes keys and values from the stored ones"]
             )
@@ -189,33 +194,41 @@ class RowsLayer(StarLayer[RowsPosition]):
             q_R1HD, *pair = comm.gather_heads(q_R1HD, k_R1GD, v_R1GD)
             k_RG1D, v_RG1D = (tensor.transpose(1, 2) for tensor in pair)
             self._store(k_RG1D, v_RG1D)
+        expansion = None if self._latent is None else self._latent.expansion()
+        value_size = v_R1GD.shape[3]
+        if self._latent is not None and expansion is not None:
+            q_R1HD, value_size = expansion.absorb(q_R1HD), self._latent.compressed_size
         shards = join_batches(
             [
-                self._attend_to_shard(q_R1HD[start:stop], v_R1GD, rows.rows[start:stop], rule)
+                self._attend_to_shard(q_R1HD[start:stop], value_size, rows.rows[start:stop], rule)
                 for start, stop in rows.groups
             ]
         )
         states = [shards]
         if comm.cp_rank == comm.cp_size - 1:
             states.append(self._attend_to_tails(q_R1HD, rule))
-        state = merge(states, dtype=rule.dtype)
+        if expansion is not None:
+            state = expansion.expand(merge(states), rule.dtype)
+        else:
+            state = merge(states, dtype=rule.dtype)
         return state if comm.cp_size == 1 else comm.merge(state, heads)
 
     def _attend_to_shard(
-        self, q_R1HD: Tensor, v_R1GD: Tensor, rows: list[RowKV], rule: Rule
+        self, q_R1HD: Tensor, value_size: int, rows: list[RowKV], rule: Rule
     ) -> State:
         shard = rows[0].shard
         if not shard.segments:
             # A short context has none on this rank.
             R, _, H, _ = q_R1HD.shape
-            return empty_state(R, 1, H, v_R1GD.shape[3], q_R1HD.device)
+            return empty_state(R, 1, H, value_size, q_R1HD.device)
         k_1KGD, v_1KGD = by_token(shard.layers[self.index].pair())
+        over_segment = shard_attention if self._latent is None else compressed_shard_attention
         states, at = [], 0
         for start, stop in shard.segments:
             segment = slice(at, at + stop - start)
             at = segment.stop
             states.append(
-                shard_attention(
+                over_segment(
                     q_R1HD,
                     (k_1KGD[:, segment], v_1KGD[:, segment]),
                     rule=segment_rule(rule, shard.visible, start),
@@ -232,37 +245,40 @@ class RowsLayer(StarLayer[RowsPosition]):
         rows = self.position.rows.rows
         rules = [recent_rule(rule, row.shard.visible) for row in rows]
         if self._packed is not None:
-            return self._packed.attend(q_R1HD, rule, [near.window for near in rules])
-        return join_batches(
-            [
-                attend(
-                    q_11HD,
-                    *by_token(row.tails[self.index].pair()),
-                    rule=near,
-                    offset=self._length(row) - 1,
-                )
-                for q_11HD, row, near in zip(q_R1HD.split(1), rows, rules, strict=True)
-            ]
-        )
+            windows, compressed = [near.window for near in rules], self._latent is not None
+            return self._packed.attend(q_R1HD, rule, windows, compressed=compressed)
+        states = []
+        for q_11HD, row, near in zip(q_R1HD.split(1), rows, rules, strict=True):
+            pair = by_token(row.tails[self.index].pair())
+            if self._latent is not None:
+                pair = as_one_head(*pair)
+            states.append(attend(q_11HD, *pair, rule=near, offset=self._length(row) - 1))
+        return join_batches(states)
 
 
 class RowsCache(StarCache):
     """The cache of eager decode steps of many rows.
 
     Args:
-        rows: the rows; none of their layers expands its keys.
+        rows: the rows; none of their layers needs its keys expanded.
         windows: sliding window of each layer in tokens, None for full attention.
         comm: merges the attention of all ranks.
         slices: slices of the weights that forwards multiply, None for all of them.
+        latents: of each layer the attention that need not expand what it stores; None for others.
     """
 
     position: RowsPosition
 
     def __init__(
-        self, rows: RowSet, windows: list[int | None], comm: Comm, slices: Any = None
+        self,
+        rows: RowSet,
+        windows: list[int | None],
+        comm: Comm,
+        slices: Any = None,
+        latents: Latents | None = None,
     ) -> None:
         by_heads = slices is not None and slices.by_heads
-        position = RowsPosition(rows, comm, by_heads=by_heads)
+        position = RowsPosition(rows, comm, by_heads=by_heads, latents=latents)
         layers = [
             RowsLayer(index, window, position, _stores(rows, index))
             for index, window in enumerate(windows)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.latent import usable
 from star_attention.hf.cache.rows import RowKV, RowsCache, RowSet
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.handle import ModelHandle
@@ -20,16 +21,20 @@ from star_attention.storage.kv import ContextKV
 __all__ = ["RowForwards", "RowKV", "RowSet", "kind_of"]
 
 
-def kind_of(shard: ContextKV, rope_length: int | None) -> Hashable | None:
+def kind_of(handle: ModelHandle, shard: ContextKV, rope_length: int | None) -> Hashable | None:
     """Return what rows must have in common to share forwards; None for rows that run alone.
 
     Args:
+        handle: the model.
         shard: keys and values of a row's context, after its first forward.
         rope_length: tokens that length-dependent rotary frequencies are computed for, or None.
     """
     if any(layer.expands for layer in shard.layers):
-        # Keys and values are expanded by the model, each row's in one piece (MLA).
-        return None
+        latents = usable(handle.probe_result.latents)
+        expanding = zip(shard.layers, latents, strict=True)
+        if any(layer.expands and latent is None for layer, latent in expanding):
+            # Keys and values are expanded by the model, each row's in one piece.
+            return None
     # Of rows in another format, or that see a part of their context, a graph can read none.
     return rope_length, shard.kv_format, shard.visible is None, len(shard.segments) == 1
 
@@ -73,7 +78,8 @@ class RowForwards:
             return logits_RV
         if self._cache is None or self._cache.position.rows is not rows:
             own = slices.of(self._handle, sliced, self._comm)
-            self._cache = RowsCache(rows, self._handle.windows, self._comm, own)
+            latents = usable(self._handle.probe_result.latents)
+            self._cache = RowsCache(rows, self._handle.windows, self._comm, own, latents)
         return self._eager(self._cache, tokens_R, rope_length)
 
     @torch.no_grad()
