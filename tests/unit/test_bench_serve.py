@@ -183,3 +183,15 @@ def test_a_server_that_does_not_start_says_why() -> None:
     said = "the server has not started: error: there is no model folder"
     with pytest.raises(StarAttentionError, match=said), serving(["-m", "./none"]):
         pass
+
+
+@pytest.mark.slow
+def test_without_time_there_is_one_case_over_http_and_none_in_python() -> None:
+    sizes = "--context 512 --short 256 --texts 2 --block 256 --answer-tokens 8 --rounds 1"
+    model = ["-m", str(BUNDLED), "--dtype", "float32", "--device", "cpu"]
+    arguments = ["bench", "serve", *model, *sizes.split(), "--budget", "0.01"]
+    process = CliRunner().invoke(app, arguments)
+    assert process.exit_code == 0, process.output
+    (row,) = json.loads(process.stdout.splitlines()[-1])["rows"]
+    assert row["tokens_per_s"]
+    assert row["python_tokens_per_s"] is None

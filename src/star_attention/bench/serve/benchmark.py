@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ class Serve(Benchmark[ServeRow]):
         rounds: questions of each client.
         questions: further questions that are asked alone.
         processes: most processes that clients are spread over.
+        budget: seconds for all of it, of which the work in Python may take half; None for no limit.
         compile: as for `StarLLM`.
         kv_dtype, kv_device: as for `StarLLM`.
     """
@@ -90,6 +92,7 @@ class Serve(Benchmark[ServeRow]):
     rounds: int
     questions: int
     processes: int
+    budget: float | None = None
     compile: bool | None = None
     kv_dtype: str | None = None
     kv_device: str | None = None
@@ -235,14 +238,17 @@ class Serve(Benchmark[ServeRow]):
         """Return rows with what the same work takes without a server, and its floor."""
         measured: list[ServeRow] = []
         encoded: list[EncodedContext] = []
+        stop_at = math.inf if self.budget is None else time.monotonic() + self.budget / 2
         if any(row.case in IN_PYTHON for row in rows):
             for piece in warm_up(self._engine(target), max(row.clients for row in rows)):
                 target.progress(f"in Python: warming up, {piece}")
+                if time.monotonic() > stop_at:
+                    break
         for row in rows:
             if encoded and len(encoded) != row.texts:
                 encoded.clear()
             complete: ServeRow | None = row
-            if row.case in IN_PYTHON:
+            if row.case in IN_PYTHON and time.monotonic() < stop_at:
                 target.progress(f"in Python: {row.case}, context {format_size(row.context)}")
                 work = partial(self._timed_in_python, row, encoded, target)
                 complete, reason = attempt(target.comm, work)

@@ -84,7 +84,7 @@ class ServeBenchOptions:
     budget: Annotated[
         float | None,
         option(
-            "Seconds after which no further case is begun.",
+            "Seconds after which no further case is begun, half of them for the work in Python.",
             "--budget",
             panel=PANEL,
             metavar="X",
@@ -112,7 +112,7 @@ class ServeBenchOptions:
                 raise InvalidInputError(
                     f"case {quote(case)} is unknown; choose from {', '.join(CASES)}"
                 )
-        own = ("cases", "context", "short", "block", "url", "budget", "settings")
+        own = ("cases", "context", "short", "block", "url", "settings")
         rest = {name: value for name, value in asdict(self).items() if name not in own}
         return Serve(
             options=self._options(target),
