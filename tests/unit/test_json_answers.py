@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from star_attention.generation.json_answers import JsonProcessor, compile_schema
 from tests.command_line import MODEL, failed, ok
 from tests.talkers import CHANNEL_TOKENS, CHANNELS, CHATML, byte_level, say, talker
 
-pytest.importorskip("xgrammar")
+xgrammar = pytest.importorskip("xgrammar")
 
 SCHEMA = {
     "type": "object",
@@ -189,6 +190,28 @@ def test_a_token_that_does_not_fit_is_refused(star: StarLLM, context: EncodedCon
     processors = [JsonProcessor(grammar, [None]), *spoken]
     with pytest.raises(InvalidInputError, match="does not continue the JSON"):
         star.generate(context, "what", logits_processor=processors, max_new_tokens=5)
+
+
+def test_a_grammar_is_compiled_once_for_copies_of_a_tokenizer(
+    star: StarLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once more in the engine's thread, where all answers would wait for it."""
+    compilers: list[Any] = []
+    make = xgrammar.GrammarCompiler
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        compilers.append(make(*arguments, **options))
+        return compilers[-1]
+
+    monkeypatch.setattr(xgrammar, "GrammarCompiler", counted)
+    schema = {"type": "object", "properties": {"copies": {"type": "integer"}}}
+    for _ in range(3):
+        tokenizer = copy.deepcopy(star.tokenizer)
+        compile_schema(schema, tokenizer, star.runtime.handle.vocab_size, {0, 7})
+    (compiler,) = compilers
+    once = compiler.get_cache_size_bytes()
+    assert 0 < once < 10**7
+    assert compiler.cache_limit_bytes == 64 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,19 @@ def test_cold_contexts_are_forgotten_beyond_their_limit() -> None:
     assert use(kept, *A) == "miss new"
 
 
+def test_short_cold_contexts_are_forgotten_beyond_a_number() -> None:
+    """Tokens alone would let somebody keep millions of them, which every request looks through."""
+    clock = Clock()
+    kept = store(clock=clock, device_tokens=8, cold_contexts=1)
+    for ids in (A, B, C):
+        clock.now += 1
+        use(kept, *ids)
+    settle(kept)
+    assert places(kept) == {"device": 1, "cold": 1}
+    assert use(kept, *B) == "miss evicted"
+    assert use(kept, *A) == "miss new"
+
+
 # ------------------------------------------------------------------------------------------ faults
 
 

@@ -25,10 +25,10 @@ def test_the_oldest_responses_of_a_tenant_are_dropped() -> None:
 
 def test_who_has_most_loses_responses_first() -> None:
     """Forbids that one client's documents drop the conversations of another one."""
-    responses = KeptResponses(100, 50)
-    responses.add(kept("bob", "b"))
+    responses = KeptResponses(100, 5500)
+    responses.add(kept("bob", "b", 1000))
     for number in range(6):
-        responses.add(kept("ann", f"a{number}"))
+        responses.add(kept("ann", f"a{number}", 1000))
     assert list(responses.of_tenant("bob")) == ["b"]
     assert list(responses.of_tenant("ann")) == ["a2", "a3", "a4", "a5"]
     with pytest.raises(RefusalError):

@@ -158,9 +158,9 @@ def test_the_client_raises_its_own_errors(server: Server, client: openai.OpenAI)
     [
         (b"{", "the body is no JSON: Expecting property name"),
         (b"[1]", "the body is a list; expected a JSON object"),
-        (b'{"a": "\xff"}', "the body is no JSON: not UTF-8"),
+        (b'{"a": "\xff"}', "the body is no JSON: it is not UTF-8"),
         (b'{"a": NaN}', "the body is no JSON: NaN is no number of JSON"),
-        (b"[" * 5000, "the body is no JSON"),
+        (b"[" * 5000, "more than 100 lists or objects in each other"),
         (b"", "the body is no JSON: Expecting value"),
     ],
 )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +24,10 @@ _BITS = [
     torch.tensor(1 << bit, dtype=torch.int64, device="cpu").to(torch.int32) for bit in range(32)
 ]
 """Words with one bit set, as int32."""
+_CACHE_BYTES = 64 * 2**20
+"""Most bytes of grammars that are kept for one vocabulary."""
+_PLACE = re.compile(r"^\[[\d:]+\] \S+: ")
+"""The time and the place in xgrammar's own code, before its messages."""
 
 
 def compile_schema(
@@ -48,14 +54,15 @@ def compile_schema(
             "json_schema needs an end-of-sequence token, which this model's settings do not name or"
             " ignore_eos ignores; give eos_token_id, and leave ignore_eos out"
         )
-    compiler = _compiler(tokenizer, vocab_size, tuple(sorted(eos_ids)))
+    # A grammar that was compiled for a copy of the tokenizer, in another thread, is not again.
+    compiler = _compiler(_vocabulary(tokenizer, vocab_size, tuple(sorted(eos_ids))))
     try:
         return compiler.compile_json_schema(_as_text(schema), any_whitespace=False)
     except Exception as error:
         # The library raises RuntimeError and several others of its own.
         raise InvalidInputError(
-            f"json_schema cannot be followed: {first_line(error)}; give a JSON schema as a dict, or"
-            " a pydantic model"
+            f"json_schema cannot be followed: {_PLACE.sub('', first_line(error))}; give a JSON"
+            " schema as a dict, or a pydantic model"
         ) from error
 
 
@@ -77,13 +84,30 @@ def _xgrammar() -> Any:
         ) from error
 
 
-@functools.lru_cache(maxsize=2)
-def _compiler(tokenizer: Any, vocab_size: int, eos_ids: tuple[int, ...]) -> Any:
-    xgrammar = _xgrammar()
-    info = xgrammar.TokenizerInfo.from_huggingface(
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What a grammar depends on besides its schema: alike for copies of a tokenizer.
+
+    Attributes:
+        text: all of it, to compare.
+        info: what xgrammar reads it from.
+    """
+
+    text: str
+    info: Any = field(compare=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(tokenizer: Any, vocab_size: int, eos_ids: tuple[int, ...]) -> _Vocabulary:
+    info = _xgrammar().TokenizerInfo.from_huggingface(
         tokenizer, vocab_size=vocab_size, stop_token_ids=list(eos_ids)
     )
-    return xgrammar.GrammarCompiler(info)
+    return _Vocabulary(info.serialize_json(), info)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiler(vocabulary: _Vocabulary) -> Any:
+    return _xgrammar().GrammarCompiler(vocabulary.info, cache_limit_bytes=_CACHE_BYTES)
 
 
 class _Row:

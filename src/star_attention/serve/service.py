@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from starlette.requests import Request
 
 from star_attention.engine import StarLLM
 from star_attention.serve.contexts.store import ContextStore
 from star_attention.serve.engine import Engine
+from star_attention.serve.http.body import whole_number
 from star_attention.serve.http.files import Files
 from star_attention.serve.http.problems import busy, unavailable
 from star_attention.serve.http.responses.kept import KeptResponses
@@ -42,6 +44,9 @@ class Lanes:
             (reader_of(star), ThreadPoolExecutor(1, thread_name_prefix=f"star-text-{name}"))
             for name in ("short", "long")
         ]
+        # Of a schema nobody knows how long it takes.
+        self._checks = ThreadPoolExecutor(1, thread_name_prefix="star-text-check")
+        self._checker: StarLLM | None = None
 
     async def run(self, characters: int, function: Callable[[StarLLM], _T]) -> _T:
         """Return what a function returns for an engine whose tokenizer it may use."""
@@ -49,9 +54,20 @@ class Lanes:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(lane, lambda: function(star))
 
+    async def check(self, options: dict[str, Any]) -> None:
+        """Raise what `generate` would raise for options; the schema among them is compiled."""
+        if "json_schema" not in options:
+            await self.run(0, lambda star: star.check_settings(**options))
+            return
+        # A tokenizer is copied where nobody else uses it.
+        if self._checker is None:
+            self._checker = await self.run(0, reader_of)
+        check = functools.partial(self._checker.check_settings, **options)
+        await asyncio.get_running_loop().run_in_executor(self._checks, check)
+
     def close(self) -> None:
         """End the threads."""
-        for _, lane in self.lanes:
+        for lane in (*(lane for _, lane in self.lanes), self._checks):
             lane.shutdown(wait=False, cancel_futures=True)
 
 
@@ -129,7 +145,7 @@ class Service:
         self.store, self.engine = store, engine
         self.created = int(time.time())
         self.lanes = Lanes(star)
-        self.files = Files(4 * settings.max_body)
+        self.files = Files(4 * settings.max_body, is_shared=lambda: self.is_shared)
         self.responses = KeptResponses(settings.max_responses, 4 * settings.max_body)
         self.metrics = Metrics(self._gauges, self._counters)
         self.draining = False
@@ -172,8 +188,8 @@ class Service:
         """
         self.check_open()
         settings = self.settings
-        declared = request.headers.get("content-length", "")
-        nbytes = min(int(declared), settings.max_body) if declared.isdigit() else settings.max_body
+        declared = whole_number(request.headers.get("content-length", ""))
+        nbytes = settings.max_body if declared is None else min(declared, settings.max_body)
         tenant = request.state.tenant
         self._check_share(self.requests, tenant, 1, settings.max_waiting, "{:,} requests are open")
         self._check_share(

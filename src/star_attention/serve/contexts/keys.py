@@ -79,7 +79,9 @@ class KeyMaker:
 
     def key(self, scope: Scope, ids: TokenIds) -> bytes:
         """Return the key of a context of these tokens in a scope."""
-        fields = (scope.tenant.encode(), scope.salt.encode(), self.identity, ids.tobytes())
+        # JSON can hold half a character.
+        salt = scope.salt.encode(errors="surrogatepass")
+        fields = (scope.tenant.encode(), salt, self.identity, ids.tobytes())
         return self.seal("context", *fields)
 
     def seal(self, purpose: str, *fields: bytes) -> bytes:

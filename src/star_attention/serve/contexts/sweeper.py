@@ -50,11 +50,14 @@ class Sweeper:
             for entry in self._table.registry
             if entry.location is Location.COLD and not entry.users and not entry.writing
         ]
-        excess = sum(entry.tokens for entry in cold) - self._table.settings.cold_tokens
+        settings = self._table.settings
+        excess = sum(entry.tokens for entry in cold) - settings.cold_tokens
+        too_many = len(cold) - settings.cold_contexts
         for entry in sorted(cold, key=lambda entry: (entry.listed, entry.last_used_at)):
-            if excess <= 0:
+            if excess <= 0 and too_many <= 0:
                 break
             excess -= entry.tokens
+            too_many -= 1
             self._table.forget(entry)
 
     def give_up(self, entry: Entry) -> None:

@@ -103,6 +103,7 @@ class StoreSettings:
             has no memory of its own.
         disk_bytes: most bytes of keys and values in the folder.
         cold_tokens: most tokens of contexts whose ids alone are kept.
+        cold_contexts: most of these contexts: all of them are looked at often, however short.
         ttl: seconds without use after which a context expires; None for never.
         linger_s: seconds that an encode goes on for after the last request that waited for it.
         talks: most conversations that can be gone on with; 0 for none.
@@ -114,6 +115,7 @@ class StoreSettings:
     host_bytes: int = 0
     disk_bytes: int = 64 * 2**30
     cold_tokens: int = 64 * 2**20
+    cold_contexts: int = 10_000
     ttl: float | None = None
     linger_s: float = 30.0
     talks: int = 0

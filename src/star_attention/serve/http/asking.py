@@ -159,7 +159,7 @@ class Asking:
             rope_length = runtime.rope_length(plan.context_tokens)
             runtime.positions.check_room(plan.context_tokens, rope_length, [plan.query_ids], limit)
         options = self._options(ask, plans[0].is_chat) | {"max_new_tokens": max(limits)}
-        await self._service.lanes.run(0, lambda star: star.check_settings(**options))
+        await self._service.lanes.check(options)
 
     def _options(self, ask: Ask, is_chat: bool) -> dict[str, Any]:
         options = dict(ask.options)

@@ -15,15 +15,25 @@ from star_attention.serve.http.problems import Problem, bad_request
 
 _LARGE = 2**20
 """Bytes from which on JSON is parsed beside the event loop."""
+_MOST_DEPTH = 100
+"""Levels of lists and objects in each other; what reads values further on recurses into them."""
+_MOST_DIGITS = 18
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 def check_length(request: Request, limit: int) -> None:
     """Raise a 413 for a body that says to be longer than allowed."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise body_too_large(f"{int(declared):,}", limit)
+    declared = whole_number(request.headers.get("content-length", ""))
+    if declared is not None and declared > limit:
+        raise body_too_large(f"{declared:,}", limit)
+
+
+def whole_number(text: str) -> int | None:
+    """Return the number that a header or a field of a form has in ASCII digits; None for others."""
+    # Other digits, such as a raised 2, are no int; very many of them are slow, or refused.
+    is_number = text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+    return int(text) if is_number else None
 
 
 def body_too_large(size: str, limit: int) -> Problem:
@@ -34,6 +44,11 @@ def body_too_large(size: str, limit: int) -> Problem:
         " server with a larger --max-body",
         code="request_too_large",
     )
+
+
+def client_left() -> Problem:
+    """Return the 400 for a body that never ended; nobody reads it."""
+    return Problem(400, "the client left before its request was complete")
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
@@ -52,7 +67,7 @@ async def read_bytes(request: Request, limit: int) -> bytes:
                 raise body_too_large(f"more than {limit:,}", limit)
             blocks.append(block)
     except ClientDisconnect:
-        raise Problem(400, "the client left before its request was complete") from None
+        raise client_left() from None
     return b"".join(blocks)
 
 
@@ -75,18 +90,57 @@ async def read_object(request: Request, limit: int) -> Body:
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        # The message of the parser has a place, and no text.
-        is_plain = isinstance(error, ValueError) and not isinstance(error, UnicodeError)
-        place = str(error) if is_plain else "not UTF-8, or too deep"
+        # Not by the parser, which guesses other encodings.
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
         raise bad_request(
-            f"the body is no JSON: {place}; send a JSON object", code="invalid_json"
+            f"the body is no JSON: {_why(error)}; send a JSON object", code="invalid_json"
         ) from None
+    # Most bodies have too few brackets to be deep.
+    if data.count(b"[") + data.count(b"{") > _MOST_DEPTH and _depth(value) > _MOST_DEPTH:
+        raise _too_deep()
+    return value
+
+
+def _why(error: ValueError) -> str:
+    """Return what is wrong with a body, and no text of it."""
+    if isinstance(error, (json.JSONDecodeError, _ConstantError)):
+        # It has a place, and no text.
+        return str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return "a number has too many digits"
+
+
+def _depth(value: Any) -> int:
+    """Return the levels of lists and objects in each other, or one more than allowed."""
+    level, depth = [value], 0
+    while depth <= _MOST_DEPTH:
+        level = [each for each in level if isinstance(each, (list, dict)) and each]
+        if not level:
+            break
+        depth += 1
+        level = [
+            inner for each in level for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return depth
+
+
+def _too_deep() -> Problem:
+    return bad_request(
+        f"the body has more than {_MOST_DEPTH} lists or objects in each other; send a flatter one",
+        code="invalid_json",
+    )
+
+
+class _ConstantError(ValueError):
+    """A word that only some parsers take for a number."""
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise _ConstantError(f"{name} is no number of JSON")
 
 
 async def _in_thread(data: bytes) -> Any:

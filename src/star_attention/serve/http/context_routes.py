@@ -13,8 +13,9 @@ from starlette.responses import PlainTextResponse, Response
 from star_attention.errors import quote
 from star_attention.serve.contexts.entry import ContextView, Status
 from star_attention.serve.contexts.store import UNCHANGED
-from star_attention.serve.http.body import Body, read_object, wrong_type
+from star_attention.serve.http.body import Body, read_object, whole_number, wrong_type
 from star_attention.serve.http.events import DONE, EventStream, ObjectResponse, event, unless_left
+from star_attention.serve.http.fields import MOST_TTL_S, read_template_kwargs
 from star_attention.serve.http.problems import bad_request
 from star_attention.serve.http.uploads import is_form, read_upload
 from star_attention.serve.prompts import Prompts
@@ -88,7 +89,7 @@ class ContextRoutes:
             )
         (name,) = given
         value = fields[name]
-        kwargs = body.object("chat_template_kwargs")
+        kwargs = read_template_kwargs(body)
         kinds = {"text": str, "messages": list, "token_ids": list, "file_id": str}
         if not isinstance(value, kinds[name]):
             raise wrong_type(name, value, "a list" if kinds[name] is list else "a string")
@@ -123,16 +124,17 @@ class ContextRoutes:
         query = request.query_params
         if query.get("order") == "asc":
             views = views[::-1]
-        limit = query.get("limit", "100")
-        if not limit.isdigit() or not 1 <= int(limit) <= 1000:
-            raise bad_request(f"limit {quote(limit)} does not work; give 1 to 1000", "limit")
+        limit = whole_number(query.get("limit", "100")) or 0
+        if not 1 <= limit <= 1000:
+            wanted = quote(query["limit"])
+            raise bad_request(f"limit {wanted} does not work; give 1 to 1000", "limit")
         after = query.get("after")
         if after is not None:
             ids = [view.id for view in views]
             if after not in ids:
                 raise bad_request(f"after {quote(after)} is no context in this list", "after")
             views = views[ids.index(after) + 1 :]
-        page = [view.as_dict() for view in views[: int(limit)]]
+        page = [view.as_dict() for view in views[:limit]]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}
         more = len(views) > len(page)
         return ObjectResponse({"object": "list", "data": page, "has_more": more, **ends})
@@ -180,7 +182,7 @@ def _waits(request: Request) -> bool:
 
 def _ttl(body: Body, default: Any) -> Any:
     """Return the seconds that a context is kept without use."""
-    seconds = body.number("ttl", least=1)
+    seconds = body.number("ttl", least=1, most=MOST_TTL_S)
     return default if seconds is None else float(seconds)
 
 
@@ -196,6 +198,6 @@ def _form(fields: dict[str, str]) -> Body:
         if name in values:
             try:
                 values[name] = json.loads(values[name].lower())
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise wrong_type(name, values[name], "a number, true or false") from None
     return Body(values)

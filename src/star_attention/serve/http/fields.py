@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ MOST_SEED = 2**63 - 1
 MOST_LOGPROBS = 20
 MOST_STOP_CHARACTERS = 500
 MOST_SOURCES = 20
+MOST_SCHEMA_CHARACTERS = 2**16
+MOST_TTL_S = 10**9
+"""Seconds, about 32 years: the end of a longer time is no date any more."""
 
 IGNORED = frozenset(
     (
@@ -134,7 +138,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
     """
     stream_options = body.object("stream_options")
     cache = body.object("prompt_cache_options")
-    template_kwargs = body.object("chat_template_kwargs") if chat else {}
+    template_kwargs = read_template_kwargs(body) if chat else {}
     effort = body.text("reasoning_effort") if chat else None
     if effort is not None:
         # A template that does not read it refuses it.
@@ -162,6 +166,19 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
         explicit=cache.get("mode") == "explicit",
     )
     return Ask(**ask, ignored=_rest(body), names=body.names)  # type: ignore[arg-type]
+
+
+def read_template_kwargs(body: Body) -> dict[str, Any]:
+    """Return what the chat template reads beside messages.
+
+    Raises:
+        Problem: a template of the client's is among it.
+    """
+    name = "chat_template"
+    kwargs = body.object("chat_template_kwargs")
+    if name in kwargs:
+        raise not_supported(f"chat_template_kwargs.{name}", quote(kwargs[name]), _REMEDIES[name])
+    return kwargs
 
 
 def read_messages(body: Body) -> list[Any]:
@@ -297,6 +314,13 @@ def _schema(wanted: dict[str, Any], name: str) -> Any:
     if not isinstance(schema, dict):
         raise bad_request(
             f"{name} of type json_schema has no schema; give it in json_schema.schema",
+            name,
+        )
+    size = len(json.dumps(schema, ensure_ascii=False))
+    if size > MOST_SCHEMA_CHARACTERS:
+        raise bad_request(
+            f"{name} has a schema of {size:,} characters, more than {MOST_SCHEMA_CHARACTERS:,};"
+            " shorten it",
             name,
         )
     return schema

@@ -6,7 +6,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from star_attention.errors import quote
+from star_attention.serve.http.body import whole_number
 from star_attention.serve.http.events import ObjectResponse
+from star_attention.serve.http.fields import MOST_TTL_S
 from star_attention.serve.http.problems import bad_request
 from star_attention.serve.http.uploads import read_upload
 from star_attention.serve.service import Service
@@ -60,9 +62,11 @@ def _named(request: Request) -> tuple[str, str]:
 def _ttl(seconds: str | None) -> float | None:
     if seconds is None:
         return None
-    if not seconds.isdigit() or not int(seconds):
+    number = whole_number(seconds) or 0
+    if not 1 <= number <= MOST_TTL_S:
         raise bad_request(
-            f"expires_after[seconds] {quote(seconds)} is no number of seconds; give 1 or more",
+            f"expires_after[seconds] {quote(seconds)} is no number of seconds; give 1 to"
+            f" {MOST_TTL_S}",
             "expires_after",
         )
-    return float(seconds)
+    return float(number)

@@ -11,6 +11,9 @@ from typing import Any
 from star_attention.serve.http.objects import new_id
 from star_attention.serve.refusals import RefusalError
 
+_HELD_BESIDES = 1024
+"""Bytes that a file takes beside its text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextFile:
@@ -35,6 +38,11 @@ class TextFile:
     created_at: float
     expires_at: float | None
 
+    @property
+    def held(self) -> int:
+        """Bytes that count for the budget: the text of a packed document has more than the file."""
+        return max(self.nbytes, len(self.text)) + _HELD_BESIDES
+
     def as_dict(self) -> dict[str, Any]:
         """Return OpenAI's object."""
         return {
@@ -55,10 +63,16 @@ class Files:
     Args:
         most_bytes: most bytes in all.
         clock: the time.
+        is_shared: tells whether there are several tenants, of which each may have half.
     """
 
-    def __init__(self, most_bytes: int, clock: Callable[[], float] = time.time) -> None:
-        self._most_bytes, self._clock = most_bytes, clock
+    def __init__(
+        self,
+        most_bytes: int,
+        clock: Callable[[], float] = time.time,
+        is_shared: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._most_bytes, self._clock, self._is_shared = most_bytes, clock, is_shared
         self._files: dict[str, TextFile] = {}
         self._lock = threading.Lock()
 
@@ -83,14 +97,11 @@ class Files:
         )
         with self._lock:
             self._drop_expired(now)
-            held = sum(other.nbytes for other in self._files.values())
-            if held + nbytes > self._most_bytes:
-                raise RefusalError(
-                    f"the file has {nbytes:,} bytes, and {held:,} of {self._most_bytes:,} are in"
-                    " use by files; delete some, or let them expire",
-                    code="files_full",
-                    status=507,
-                )
+            others = list(self._files.values())
+            self._check_room(file, others, self._most_bytes, "files")
+            if self._is_shared():
+                own = [other for other in others if other.tenant == tenant]
+                self._check_room(file, own, self._most_bytes // 2, "files with your key")
             self._files[file.id] = file
         return file
 
@@ -123,6 +134,16 @@ class Files:
         self.get(tenant, id)
         with self._lock:
             self._files.pop(id, None)
+
+    def _check_room(self, file: TextFile, others: list[TextFile], most: int, whose: str) -> None:
+        held = sum(other.held for other in others)
+        if held + file.held > most:
+            raise RefusalError(
+                f"the file takes {file.held:,} bytes, and {held:,} of {most:,} are in use by"
+                f" {whose}; delete some, or let them expire",
+                code="files_full",
+                status=507,
+            )
 
     def _drop_expired(self, now: float) -> None:
         for file in list(self._files.values()):

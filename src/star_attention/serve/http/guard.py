@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote as percent
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 
 _TOLD = (b"x-star-rule", b"x-star-cache")
 """Headers of answers that are logged."""
+_MOST_PATH = 200
+"""Characters of a path in the log."""
 _POLLED = ("/health", "/ready", "/metrics")
 
 PUBLIC = PATHS | {"/health", "/ready"}
@@ -101,7 +104,8 @@ class Guard:
                 level,
                 "%s %s %d %.3f s %s",
                 scope["method"],
-                scope["path"],
+                # Line breaks and colors of a path would write lines of their own.
+                percent(scope["path"][:_MOST_PATH]),
                 status,
                 time.monotonic() - started,
                 " ".join([request_id, *told]),

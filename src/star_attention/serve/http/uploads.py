@@ -8,12 +8,12 @@ from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from star_attention.files import documents
 from star_attention.files.text import decode
-from star_attention.serve.http.body import body_too_large, check_length
-from star_attention.serve.http.problems import bad_request
+from star_attention.serve.http.body import body_too_large, check_length, client_left
+from star_attention.serve.http.problems import Problem, bad_request
 
 _MOST_FIELDS = 20
 
@@ -53,6 +53,10 @@ async def read_upload(request: Request, limit: int) -> Upload:
         form = await limited.form(max_files=1, max_fields=_MOST_FIELDS)
     except MultiPartException as error:
         raise bad_request(f"the form cannot be read: {error.message}", "file") from None
+    except ClientDisconnect:
+        raise client_left() from None
+    except UnicodeError:
+        raise _not_utf8() from None
     try:
         file = form.get("file")
         if not isinstance(file, UploadFile):
@@ -60,6 +64,9 @@ async def read_upload(request: Request, limit: int) -> Upload:
         data = await file.read()
         name = (file.filename or "file")[:255]
         fields = {key: value for key, value in form.items() if isinstance(value, str)}
+        "".join([name, *fields, *fields.values()]).encode()
+    except UnicodeEncodeError:
+        raise _not_utf8() from None
     finally:
         await form.close()
     text = await asyncio.to_thread(text_of, data, name)
@@ -74,6 +81,10 @@ def text_of(data: bytes, name: str) -> str:
     """
     kind = documents.document_kind(data)
     return decode(data, name) if kind is None else documents.document_text(data, kind, name)
+
+
+def _not_utf8() -> Problem:
+    return bad_request("the form has text that is not UTF-8; send its fields in UTF-8", "file")
 
 
 def _limited(request: Request, limit: int) -> Any:

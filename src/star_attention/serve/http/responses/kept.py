@@ -31,7 +31,8 @@ class KeptResponse:
     characters: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.characters = sum(len(str(message)) for message in self.messages)
+        # The fields of its request that come back with it may be as long as a document.
+        self.characters = sum(len(str(each)) for each in (*self.messages, self.response))
 
 
 class KeptResponses:
@@ -39,8 +40,8 @@ class KeptResponses:
 
     Args:
         most: most responses of a tenant.
-        most_characters: most characters of all conversations; those that share messages count
-            each.
+        most_characters: most characters of all responses and their conversations; those that share
+            messages count each.
     """
 
     def __init__(self, most: int, most_characters: int) -> None:
