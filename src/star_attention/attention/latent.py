@@ -57,7 +57,8 @@ class Expansion:
         weight_HVC = self.weight_HXC[:, self.plain_size :]
         mean_BQHC = state.out_BQHD.to(weight_HVC.dtype)
         out_BQHV = torch.einsum("bqhc,hvc->bqhv", mean_BQHC, weight_HVC)
-        return State(out_BQHV.to(dtype or torch.float32), state.lse_BQH)
+        out_BQHV = out_BQHV.to(dtype or torch.float32).contiguous()
+        return State(out_BQHV, state.lse_BQH)
 
 
 def compressed_shard_attention(

@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.decode import AnswerCache
-from star_attention.hf.cache.latent import usable
+from star_attention.hf.cache.latent import Latents, usable
 from star_attention.hf.cache.mirrored import MirroredCache
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.graphs import Graphs
@@ -173,7 +173,7 @@ class Request:
             padding,
             self.comm,
             sliced,
-            usable(self.handle.probe_result.latents),
+            latents_of(self.handle, self.shard),
         )
 
     def padded(self, padding: list[int]) -> Tensor:
@@ -249,6 +249,16 @@ class Request:
             for gap, ids_Q in zip(padding, ids_BQ, strict=True)
         ]
         return torch.stack(rows)
+
+
+def latents_of(handle: ModelHandle, shard: ContextKV) -> Latents | None:
+    """Return of each layer the attention that need not expand what a shard stores.
+
+    None for a model of which no layer expands anything: it need not be probed.
+    """
+    if not any(layer.expands for layer in shard.layers):
+        return None
+    return usable(handle.probe_result.latents)
 
 
 def has_sliced_head(cache: AnswerCache) -> bool:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed.comm import Comm
-from star_attention.hf.cache.latent import usable
 from star_attention.hf.cache.rows import RowKV, RowsCache, RowSet
 from star_attention.hf.execution import slices
 from star_attention.hf.execution.handle import ModelHandle
-from star_attention.hf.execution.request import follow_forward
+from star_attention.hf.execution.request import follow_forward, latents_of
 from star_attention.storage.kv import ContextKV
 
 __all__ = ["RowForwards", "RowKV", "RowSet", "kind_of"]
@@ -29,8 +28,8 @@ def kind_of(handle: ModelHandle, shard: ContextKV, rope_length: int | None) -> H
         shard: keys and values of a row's context, after its first forward.
         rope_length: tokens that length-dependent rotary frequencies are computed for, or None.
     """
-    if any(layer.expands for layer in shard.layers):
-        latents = usable(handle.probe_result.latents)
+    latents = latents_of(handle, shard)
+    if latents is not None:
         expanding = zip(shard.layers, latents, strict=True)
         if any(layer.expands and latent is None for layer, latent in expanding):
             # Keys and values are expanded by the model, each row's in one piece.
@@ -78,7 +77,7 @@ class RowForwards:
             return logits_RV
         if self._cache is None or self._cache.position.rows is not rows:
             own = slices.of(self._handle, sliced, self._comm)
-            latents = usable(self._handle.probe_result.latents)
+            latents = latents_of(self._handle, rows.rows[0].shard)
             self._cache = RowsCache(rows, self._handle.windows, self._comm, own, latents)
         return self._eager(self._cache, tokens_R, rope_length)
 
