@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 pytest.importorskip("starlette")
 pytest.importorskip("openai")
 
-from star_attention.bench.models import SHAPES, random_tokenizer
+from star_attention.bench.models import random_tokenizer
 from star_attention.bench.serve import plots, rows
 from star_attention.bench.serve.benchmark import Serve
 from star_attention.bench.serve.crowd import Report, crowd
@@ -38,7 +38,7 @@ SMALL = Serve(
     answer_tokens=40,
     rounds=2,
     questions=3,
-    processes=2,
+    processes=1,
 )
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_measured(options: list[str], message: str) -> None:
 
 
 def test_a_tokenizer_for_random_weights_has_a_text_for_every_id() -> None:
-    for size in (300, SHAPES["llama-3.1-8b"]["vocab_size"]):
+    for size in (300, 20_000):
         tokenizer = random_tokenizer(size)
         assert len(tokenizer) == size
         assert len({tokenizer.decode([id]) for id in range(256, size)}) == size - 256

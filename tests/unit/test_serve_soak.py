@@ -46,7 +46,7 @@ def test_a_few_clients_for_a_moment() -> None:
         for tenant in tenants:
             # A hit would tell that another one has asked the document that all have.
             assert asyncio.run(ask_alone(server.url, tenant, QUESTION)) == ["miss", "miss"]
-        asyncio.run(visit(server.url, tenants, QUESTION, visitors=9, seconds=2))
+        asyncio.run(visit(server.url, tenants, QUESTION, visitors=9, seconds=1))
         assert eventually(server.is_idle)
 
 
