@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from star_attention.generation import settings
+from star_attention.generation.json_answers import compile_schema
+from star_attention.serve.http import body
 from star_attention.serve.http.files import Files
 from star_attention.serve.keys import Keys
 from star_attention.serve.refusals import RefusalError
-from tests.servers import ASK, Server, running
+from tests.servers import ASK, Server, eventually, running
 
 CHAT = "/v1/chat/completions"
 ANN, BOB = ({"authorization": f"Bearer key-{name}"} for name in ("ann", "bob"))
@@ -37,8 +38,7 @@ def refused(response: httpx.Response, code: str, message: str = "") -> None:
 
 
 def chat(server: Server, **fields: Any) -> httpx.Response:
-    body = {"messages": ASK, "max_tokens": 1} | fields
-    return server.post(CHAT, headers=ANN, json=body)
+    return server.post(CHAT, headers=ANN, json={"messages": ASK, "max_tokens": 1} | fields)
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "repetition_penalty"])
@@ -107,12 +107,12 @@ def test_a_deep_body_is_refused_before_anything_reads_it(server: Server, depth: 
     """Not a defect after a long recursion."""
     lists, objects = "[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth
     for value in (lists, objects):
-        for body in (
+        for sent in (
             f'{{"messages": [{{"role": "user", "content": "hello", "x": {value}}}]}}',
             f'{{"messages": [], "chat_template_kwargs": {{"enable_thinking": {value}}}}}',
             f'{{"messages": [], "response_format": {value}}}',
         ):
-            response = server.post(CHAT, headers=ANN, content=body)
+            response = server.post(CHAT, headers=ANN, content=sent)
             refused(response, "invalid_json", "more than 100 lists or objects in each other")
 
 
@@ -165,14 +165,13 @@ def test_a_slow_schema_holds_up_nobody(server: Server, monkeypatch: pytest.Monke
     """It held up all requests, whosever they were, in the lane of short texts."""
     pytest.importorskip("xgrammar")
     started, goes_on = threading.Event(), threading.Event()
-    compile_schema = settings.compile_schema
 
     def slow(*arguments: Any) -> Any:
         started.set()
         assert goes_on.wait(20)
         return compile_schema(*arguments)
 
-    monkeypatch.setattr(settings, "compile_schema", slow)
+    monkeypatch.setattr("star_attention.generation.settings.compile_schema", slow)
     wanted = {"response_format": {"type": "json_object"}}
     answers: list[int] = []
     client = threading.Thread(target=lambda: answers.append(chat(server, **wanted).status_code))
@@ -210,3 +209,42 @@ def test_what_comes_back_with_a_response_counts(server: Server) -> None:
         body = {"input": "hello", "max_output_tokens": 1, "metadata": {"a": "a" * 300_000}}
         assert server.post("/v1/responses", headers=ANN, json=body).status_code == 200
     assert len(list(most.of_tenant("ann"))) == 5
+
+
+@pytest.mark.parametrize("form", [True, False])
+def test_a_body_that_never_ends_holds_no_place(
+    server: Server, monkeypatch: pytest.MonkeyPatch, form: bool
+) -> None:
+    """Connections of machines that are gone took all places, for ever."""
+    monkeypatch.setattr(body, "MOST_BODY_S", 0.2)
+    path, kind = (
+        ("/v1/files", "multipart/form-data; boundary=x") if form else (CHAT, "application/json")
+    )
+    head = f"POST {path} HTTP/1.1\nhost: x\nauthorization: Bearer key-ann\ncontent-type: {kind}\n"
+    with server.raw(f"{head}content-length: 50\n\n", b"--x\r\n") as connection:
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body_timeout" in answer
+    assert eventually(server.is_idle)
+
+
+def test_a_body_has_one_length(server: Server) -> None:
+    """What follows the shorter one would be a request of its own, past the eyes of a proxy."""
+    head = "POST /v1/chat/completions HTTP/1.1\nhost: x\nauthorization: Bearer key-ann\n"
+    both = f"{head}content-length: 40\ntransfer-encoding: chunked\n\n"
+    hidden = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+    with server.raw(both, hidden) as connection:
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"send one of them" in answer
+
+
+@pytest.mark.parametrize("header", ["host", "origin"])
+def test_what_is_no_host_is_refused(header: str) -> None:
+    """Not a defect, where a server without keys looks at hosts."""
+    with running() as server:
+        for value in ("http://[::1", "null"):
+            response = server.get("/v1/models", headers={header: value})
+            assert response.json()["error"]["code"] == "host_not_allowed"
+        own = {"host": "[::1]:1", "origin": "http://[::1]:1"}[header]
+        assert server.get("/v1/models", headers={header: own}).status_code == 200

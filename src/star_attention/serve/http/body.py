@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -18,6 +19,8 @@ _LARGE = 2**20
 _MOST_DEPTH = 100
 """Levels of lists and objects in each other; what reads values further on recurses into them."""
 _MOST_DIGITS = 18
+MOST_BODY_S = 300.0
+"""Seconds in which a body has to come."""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -60,15 +63,35 @@ async def read_bytes(request: Request, limit: int) -> bytes:
     check_length(request, limit)
     blocks: list[bytes] = []
     size = 0
-    try:
+    async with arriving():
         async for block in request.stream():
             size += len(block)
             if size > limit:
                 raise body_too_large(f"more than {limit:,}", limit)
             blocks.append(block)
+    return b"".join(blocks)
+
+
+@contextlib.asynccontextmanager
+async def arriving() -> AsyncIterator[None]:
+    """Wait for a body in the block, for so long: others need the place of one that never ends.
+
+    Raises:
+        Problem: 408 for a body that takes too long, 400 for one that its client has left.
+    """
+    try:
+        async with asyncio.timeout(MOST_BODY_S):
+            yield
+    except TimeoutError:
+        raise Problem(
+            408,
+            f"the body was not complete after {MOST_BODY_S:g} seconds, the most that it may take;"
+            " send a shorter one, or over a faster connection",
+            code="body_timeout",
+            headers={"connection": "close"},
+        ) from None
     except ClientDisconnect:
         raise client_left() from None
-    return b"".join(blocks)
 
 
 async def read_object(request: Request, limit: int) -> Body:

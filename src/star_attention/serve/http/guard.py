@@ -80,7 +80,9 @@ class Guard:
         # The router raises for a path that there is not, instead of answering in plain text.
         scope["app"] = self
         try:
-            scope["state"]["tenant"] = self._tenant(Request(scope))
+            request = Request(scope)
+            _check_length_is_clear(request)
+            scope["state"]["tenant"] = self._tenant(request)
             await self._app(scope, receive, named)
         except ClientLeftError:
             # For the log: nobody reads an answer.
@@ -141,8 +143,9 @@ class Guard:
         if self._settings.insecure:
             return
         origin = request.headers.get("origin")
-        names = [_hostname(request.headers.get("host", ""))]
-        names += [] if origin is None else [urlsplit(origin).hostname or origin]
+        host = request.headers.get("host", "")
+        names = [host and _hostname(f"//{host}")]
+        names += [] if origin is None else [_hostname(origin)]
         for name in names:
             if name and not is_loopback(name) and name not in self._settings.allowed_hosts:
                 raise Problem(
@@ -153,8 +156,23 @@ class Guard:
                 )
 
 
-def _hostname(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or ""
+def _hostname(url: str) -> str:
+    """Return the name in a URL; of what is none, all of it."""
+    try:
+        return urlsplit(url).hostname or url
+    except ValueError:
+        return url
+
+
+def _check_length_is_clear(request: Request) -> None:
+    """Refuse a body with two lengths, of which a proxy may have read the other one."""
+    if "content-length" in request.headers and "transfer-encoding" in request.headers:
+        raise Problem(
+            400,
+            "the body has a Content-Length and a Transfer-Encoding; send one of them",
+            code="invalid_value",
+            headers={"connection": "close"},
+        )
 
 
 def _problem(error: Exception, request_id: str, scope: Any) -> Problem:

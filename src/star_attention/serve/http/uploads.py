@@ -8,11 +8,11 @@ from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from star_attention.files import documents
 from star_attention.files.text import decode
-from star_attention.serve.http.body import body_too_large, check_length, client_left
+from star_attention.serve.http.body import arriving, body_too_large, check_length
 from star_attention.serve.http.problems import Problem, bad_request
 
 _MOST_FIELDS = 20
@@ -50,11 +50,10 @@ async def read_upload(request: Request, limit: int) -> Upload:
     check_length(request, limit)
     limited = Request(request.scope, _limited(request, limit))
     try:
-        form = await limited.form(max_files=1, max_fields=_MOST_FIELDS)
+        async with arriving():
+            form = await limited.form(max_files=1, max_fields=_MOST_FIELDS)
     except MultiPartException as error:
         raise bad_request(f"the form cannot be read: {error.message}", "file") from None
-    except ClientDisconnect:
-        raise client_left() from None
     except UnicodeError:
         raise _not_utf8() from None
     try:
