@@ -33,8 +33,9 @@ TURNS = 10
 
 @contextmanager
 def counted(star: StarLLM) -> Iterator[list[int]]:
-    """Yield a list that gets the number of tokens of each forward."""
+    """Yield a list that gets the number of tokens of each forward, without a model's first look."""
     sizes: list[int] = []
+    assert star.runtime.handle.probe_result
 
     def note(module: Any, args: Any, output: torch.Tensor) -> None:
         sizes.append(output.shape[0] * output.shape[1])
