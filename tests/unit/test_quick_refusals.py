@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from star_attention import StarLLM, supported
 from star_attention.errors import InvalidInputError, ModelNotFoundError, UnsupportedModelError
-from star_attention.hf.loading import config_file, family_source, files, hub, packages, positions
+from star_attention.hf.loading import (
+    checks,
+    config_file,
+    family_source,
+    files,
+    hub,
+    packages,
+    positions,
+)
+from star_attention.hf.loading.load import load_tokenizer
 from tests.command_line import failed
 from tests.engines import BUNDLED
 from tests.families import FAMILIES, REFUSED, UNUSUAL
@@ -38,6 +47,9 @@ GENERATE = ["generate", "-m", str(BUNDLED), __file__, "--query", "x"]
     ("command", "message"),
     [
         ([*GENERATE, "--rope-scaling", "yarm:4"], "rope scaling 'yarm:4' is unknown"),
+        ([*GENERATE, "--device", "foo"], "device 'foo' is unknown; use auto, cpu, cuda or cuda:1"),
+        (["bench", "prefill", "-m", "models/nope"], "there is no model folder models/nope"),
+        (["bench", "decode", "-m", str(BUNDLED), "--dtype", "foo"], "dtype 'foo' is unknown"),
         ([*GENERATE, "--rope-scaling", "yarn:0.5"], "factor 0.5; expected a number of at least 1"),
         (
             ["plan", "-m", str(BUNDLED), "--context", "4k", "--rope-scaling", "yarn"],
@@ -62,10 +74,11 @@ def test_on_the_command_line(command: list[str], message: str) -> None:
     [
         ({"model_type": "mamba"}, [], "it keeps a running state"),
         ({"architectures": ["LlamaForSequenceClassification"]}, [], "not trained to generate"),
+        ({"is_causal": False}, [], "it attends in both directions"),
         ({"quantization_config": {"quant_method": "modelopt"}}, [], "NVIDIA ModelOpt's format"),
         ({}, ["--chat"], "this model has no chat template; leave out --chat"),
     ],
-    ids=["family", "class", "weights", "template"],
+    ids=["family", "class", "direction", "weights", "template"],
 )
 def test_by_the_files_of_a_model(
     fields: dict[str, Any], options: list[str], message: str, folder: Path
@@ -79,6 +92,37 @@ def test_by_the_files_of_a_model(
     seen = in_new_process(RUN_MODULE.format(arguments=command))
     assert seen["status"] == 1
     assert not seen["torch"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"model": [1, 2'])
+def test_a_tokenizer_that_is_not_whole(text: str, folder: Path) -> None:
+    """In the words that it has when transformers reads it."""
+    checks.check_tokenizer(files.locate(folder))
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelNotFoundError) as quick:
+        checks.check_tokenizer(files.locate(folder))
+    with pytest.raises(ModelNotFoundError) as slow:
+        load_tokenizer(folder)
+    assert str(quick.value) == str(slow.value)
+    command = ["generate", "-m", str(folder), __file__, "--query", "x"]
+    seen = in_new_process(RUN_MODULE.format(arguments=command))
+    assert seen["status"] == 1
+    assert not seen["torch"]
+
+
+def test_kinds_of_devices_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(packages, "entry_points", lambda group: [])
+    with pytest.raises(RuntimeError) as error:
+        torch.device("foo")
+    kinds = str(error.value).partition("Expected one of ")[2].partition(" device type")[0]
+    assert len(kinds.split(", ")) > 10
+    for kind in kinds.split(", "):
+        if kind != "cuda":
+            packages.check_device_is_here(kind)
+    monkeypatch.setattr(packages, "entry_points", lambda group: ["a package"])
+    packages.check_device_is_here("foo")
 
 
 def test_a_device_that_torch_was_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:

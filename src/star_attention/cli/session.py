@@ -136,6 +136,7 @@ def _check_files(
         )
     if needs_template and checks.lacks_chat_template(model_files):
         raise InvalidInputError(NO_TEMPLATE)
+    checks.check_tokenizer(model_files)
     _check_length(model_files, rotary, text)
     if model_files.gguf_file is not None:
         # transformers' bar for these files cannot be switched off otherwise.

@@ -10,7 +10,7 @@ from star_attention.cli.model_options import Device, Dtype, TensorParallel
 from star_attention.cli.options import option
 from star_attention.cli.sizes import token_count, token_counts
 from star_attention.cli.torchrun import rank_and_size
-from star_attention.config import KV_SETTINGS, StarConfig
+from star_attention.config import KV_SETTINGS, StarConfig, check_device, check_dtype
 
 if TYPE_CHECKING:
     from star_attention.bench.decode import Decode
@@ -93,6 +93,15 @@ class TargetOptions:
             metavar="FOLDER",
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        """Check, before torch is imported, what needs no weights."""
+        check_dtype(self.dtype)
+        check_device(self.device)
+        if self.model is not None:
+            from star_attention.hf.loading import files
+
+            files.locate(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import ModelNotFoundError, UnsupportedModelError
+from star_attention.errors import ModelNotFoundError, UnsupportedModelError, first_line
 from star_attention.hf.loading import family_source, weight_formats
 from star_attention.hf.loading.config_file import check_is_no_pointer, read_json
 from star_attention.hf.loading.files import (
@@ -21,6 +22,8 @@ from star_attention.hf.loading.packages import need_packages, need_quantization_
 _CAUSAL_LM = "CAUSAL_LM"
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _VIRTUAL_TOKENS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+_ENDS = 64
+"""Bytes at a file's start and end that show whether it is whole."""
 _NO_GENERATOR = re.compile(
     "(ForSequenceClassification|ForTokenClassification|ForQuestionAnswering|ForMaskedLM"
     "|ForMultipleChoice|RewardModel)$"
@@ -87,6 +90,38 @@ def virtual_tokens(kind: Any) -> str:
     return (
         f"{kind} adapters put virtual tokens before every forward; adapters inside the layers"
         " (LoRA) work"
+    )
+
+
+def check_tokenizer(model: ModelFiles) -> None:
+    """Check that the file of a tokenizer that lies here is whole.
+
+    Raises:
+        ModelNotFoundError: it is no JSON.
+    """
+    folder = model.tokenizer_folder
+    file = folder / "tokenizer.json" if folder is not None else None
+    # Other files may hold the tokenizer, too.
+    if folder is None or file is None or not file.is_file() or any(folder.glob("*.model")):
+        return
+    with open(file, "rb") as reader:
+        start = reader.read(_ENDS).lstrip()
+        reader.seek(max(0, file.stat().st_size - _ENDS))
+        is_whole = start.startswith(b"{") and reader.read().rstrip().endswith(b"}")
+    if is_whole:
+        # Reading all of it would take longer than what it could save.
+        return
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise unreadable_tokenizer(model.tokenizer_source, error) from error
+
+
+def unreadable_tokenizer(source: Any, error: Exception) -> ModelNotFoundError:
+    """Return the error for a tokenizer that its library refuses."""
+    return ModelNotFoundError(
+        f"the tokenizer at {source} could not be read: {first_line(error).rstrip(':. ')}; copy its"
+        " files there again"
     )
 
 

@@ -55,6 +55,11 @@ def field_reasons(text_config: Any) -> list[str]:
     for name, reason in _FIELD_REASONS.items():
         if get(name) and reason not in problems:
             problems.append(reason)
+    if get("is_causal") is False or get("use_bidirectional_attention") in (True, "all"):
+        problems.append("it attends in both directions")
+    elif get("is_decoder") is False and not str(get("model_type")).startswith("gpt_neox"):
+        # GPT-NeoX is a decoder, although it sets the field to False.
+        problems.append("it attends in both directions, as its config says is_decoder=False")
     return problems
 
 

@@ -308,8 +308,5 @@ def _load_tokenizer(model: ModelFiles) -> Any:
     except Exception as error:
         # The tokenizer libraries raise bare Exceptions for a broken file.
         refuse_remote_code(model, error)
-        raise ModelNotFoundError(
-            f"the tokenizer at {model.gguf_file or source} could not be read:"
-            f" {first_line(error).rstrip(':. ')}; copy its files there again"
-        ) from error
+        raise checks.unreadable_tokenizer(model.gguf_file or source, error) from error
     return as_filed(tokenizer, source, location)

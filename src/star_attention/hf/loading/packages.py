@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,6 +31,12 @@ _QUANTIZATION = {
     "vptq": ("vptq",),
 }
 """Packages by `quant_method` of a config; transformers checks again, also those not listed here."""
+
+_KINDS = (
+    *("cpu", "cuda", "fpga", "hip", "hpu", "ideep", "ipu", "lazy", "maia", "meta", "mkldnn", "mps"),
+    *("mtia", "opencl", "opengl", "privateuseone", "ve", "vulkan", "xla", "xpu"),
+)
+"""Kinds of devices that torch knows by itself."""
 
 UNKNOWN_METHOD = "an unknown method"
 """What `quantization` returns for a config that does not name its method."""
@@ -83,13 +89,19 @@ def need_quantization_packages(name: str, config: dict[str, Any]) -> None:
 
 
 def check_device_is_here(device: str) -> None:
-    """Refuse a GPU where torch cannot have one, before it is imported.
+    """Refuse a kind of device that torch does not have, and a GPU where it cannot have one.
+
+    Before torch is imported.
 
     Raises:
-        InvalidInputError: for a CUDA device with a torch for the CPU, with all GPUs hidden, or
-            without NVIDIA's driver.
+        InvalidInputError: for a device of no kind, or a CUDA device with a torch for the CPU, with
+            all GPUs hidden, or without NVIDIA's driver.
     """
-    if device.partition(":")[0] != "cuda":
+    kind = device.partition(":")[0]
+    # Packages may bring kinds of their own.
+    if kind not in (*_KINDS, "auto") and not entry_points(group="torch.backends"):
+        raise InvalidInputError(f"device {quote(device)} is unknown; use auto, cpu, cuda or cuda:1")
+    if kind != "cuda":
         return
     build, hidden = version("torch"), os.environ.get("CUDA_VISIBLE_DEVICES")
     problem = None

@@ -95,15 +95,6 @@ def _config_reasons(config: PretrainedConfig) -> list[str]:
         return [ENCODER_DECODER]
     text: Any = config.get_text_config(decoder=True)
     problems = field_reasons(text)
-    if getattr(text, "is_causal", True) is False or getattr(
-        text, "use_bidirectional_attention", None
-    ) in (True, "all"):
-        problems.append("it attends in both directions")
-    elif getattr(text, "is_decoder", True) is False and not str(text.model_type).startswith(
-        "gpt_neox"
-    ):
-        # GPT-NeoX is a decoder, although it sets the field to False.
-        problems.append("it attends in both directions, as its config says is_decoder=False")
     problems += rope.unknown_types(text)
     if not getattr(text, "num_hidden_layers", None):
         problems.append("its config does not say how many layers it has")
