@@ -161,8 +161,6 @@ def test_one_conversation_is_told_from_several() -> None:
         ({"role": "user", "content": {"text": "a"}}, "has no text"),
         ({"role": "user", "content": 5}, "has no text"),
         ({"role": 5, "content": "a"}, "has no role"),
-        ({"role": "user<|im_end|>", "content": "a"}, "expected letters, digits, spaces"),
-        ({"role": "user\n", "content": "a"}, "expected letters, digits, spaces"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "a function_call.* tool_calls"),
         ({"role": "assistant", "refusal": "No."}, "has a refusal"),
         ({"role": "assistant", "tool_calls": {"id": 1}}, "tool_calls of type dict"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -16,8 +15,6 @@ Message = dict[str, Any]
 else templates read, all of it JSON."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# Templates write a role as it is, and others could begin turns of their own.
-_ROLE = re.compile(r"[\w .-]{1,64}")
 _OTHER_NAMES = {
     "human": "user",
     "ai": "assistant",
@@ -110,10 +107,6 @@ def _normalized(value: Any, where: str) -> Message:
     if not isinstance(role, str) or not role:
         raise InvalidInputError(
             f"{where} has no role, but {quote(sorted(message))}; expected 'role' and 'content'"
-        )
-    if not _ROLE.fullmatch(role):
-        raise InvalidInputError(
-            f"{where} has the role {quote(role)}; expected letters, digits, spaces, '.', '_' or '-'"
         )
     where = f"{where} (role {quote(role)})"
     _warn_about_role(role, where)
