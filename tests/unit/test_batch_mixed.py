@@ -126,7 +126,7 @@ def test_rows_of_other_contexts(settings: dict[str, Any], ahead: bool) -> None:
 
 def test_rows_that_no_step_reads() -> None:
     """Second looks, and layers that expand their keys."""
-    for name, more in (("llama", {"second_look": 0.3}), ("deepseek_v3", {})):
+    for name, more in (("llama", {"second_look": 0.3}), ("jetmoe", {})):
         star = engine(name, block_size=16)
         graphs = served(star)
         check_mix(star, [star.encode(ids(70))], rows=5, seed=7, **more)

@@ -196,10 +196,13 @@ def test_blocks_left_out_are_reported_and_rows_are_counted() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_measurement_is_never_overwritten(tmp_path: Path, command: str) -> None:
-    """Checked before the model is loaded: there is none here."""
+def test_a_measurement_is_never_overwritten(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked before the model is loaded."""
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("it is loaded"))
     (tmp_path / f"{command}.json").write_text("a day's work")
-    line = failed(command, "-m", "no such model", "--out", tmp_path)
+    line = failed(command, "-m", BUNDLED, "--out", tmp_path)
     assert (
         line == f"error: {tmp_path / command}.json exists, and a measurement is never overwritten;"
         " give another folder with --out"
@@ -211,8 +214,8 @@ def test_results_go_to_folders(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("a book")
     for command in (
-        ["decode", "-m", "no such model"],
-        ["startup", "-m", "no such model"],
+        ["decode", "-m", BUNDLED],
+        ["startup", "-m", BUNDLED],
         ["plot", "none.json"],
     ):
         for out in (book, book / "new"):

@@ -138,7 +138,10 @@ def test_urls_may_end_as_those_of_clients_do() -> None:
     ("options", "message"),
     [
         (["--cases", "none"], "case 'none' is unknown; choose from single, shared"),
-        (["--url", "http://127.0.0.1:1", "-m", "x"], "has a model already; leave out --model"),
+        (
+            ["--url", "http://127.0.0.1:1", "-m", str(BUNDLED)],
+            "has a model already; leave out --model",
+        ),
         (["--url", "http://127.0.0.1:1"], "/v1/models: ConnectionRefusedError"),
     ],
 )

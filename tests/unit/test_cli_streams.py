@@ -72,6 +72,7 @@ class Interrupted:
         if name == "star_attention.cli.generate":
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupted())
+sys.argv = ["star-attention", "generate", "--help"]
 (script,) = entry_points(group="console_scripts", name="star-attention")
 script.load()()
 """

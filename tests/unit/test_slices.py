@@ -52,6 +52,9 @@ class Rank(SoloComm):
     def cp_gather(self, tensor: Tensor) -> Tensor:
         return tensor.expand(self.cp_size, *tensor.shape)
 
+    def gather_heads(self, *own_BSHD: Tensor) -> list[Tensor]:
+        return [t.repeat(1, 1, self.cp_size, 1) for t in own_BSHD]
+
 
 def cache_of(handle: ModelHandle, comm: SoloComm, sliced: slices.Slices | None) -> StarCache:
     store = ContextKV.empty(Segments(), [False] * len(handle.windows))
