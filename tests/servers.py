@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
 import socket
 import threading
@@ -148,6 +149,19 @@ def running(
     assert not thread.is_alive(), "the server does not end"
     if failures:
         raise failures[0]
+
+
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """Return the events of a stream, each with the name of its type."""
+    found = []
+    for block in response.text.split("\n\n"):
+        if not block or block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        found.append(event)
+    return found
 
 
 def saying(text: str) -> Callable[[Service], None]:

@@ -168,22 +168,11 @@ def test_a_context_in_use_does_not_expire() -> None:
     assert places(kept) == {}
 
 
-def test_cold_contexts_are_forgotten_beyond_their_limit() -> None:
+# Tokens alone would let somebody keep millions of short ones, which every request looks through.
+@pytest.mark.parametrize("limit", [{"cold_tokens": 8}, {"cold_contexts": 1}], ids=str)
+def test_cold_contexts_are_forgotten_beyond_a_limit(limit: dict[str, int]) -> None:
     clock = Clock()
-    kept = store(clock=clock, device_tokens=8, cold_tokens=8)
-    for ids in (A, B, C):
-        clock.now += 1
-        use(kept, *ids)
-    settle(kept)
-    assert places(kept) == {"device": 1, "cold": 1}
-    assert use(kept, *B) == "miss evicted"
-    assert use(kept, *A) == "miss new"
-
-
-def test_short_cold_contexts_are_forgotten_beyond_a_number() -> None:
-    """Tokens alone would let somebody keep millions of them, which every request looks through."""
-    clock = Clock()
-    kept = store(clock=clock, device_tokens=8, cold_contexts=1)
+    kept = store(clock=clock, device_tokens=8, **limit)
     for ids in (A, B, C):
         clock.now += 1
         use(kept, *ids)

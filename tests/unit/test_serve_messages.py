@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from star_attention.serve.http.body import Body
 from star_attention.serve.http.messages.reading import read_chat
 from star_attention.serve.keys import Keys
 from tests.engines import bundled_tokenizer
-from tests.servers import ASK, DOCUMENT, NAME, QUESTION, Server, running, saying
+from tests.servers import ASK, DOCUMENT, NAME, QUESTION, Server, events_of, running, saying
 from tests.talkers import CHATML, byte_level, talker
 
 PATH = "/v1/messages"
@@ -41,19 +40,6 @@ def document(data: str, **fields: Any) -> dict[str, Any]:
     return {"type": "document", "source": source, **fields}
 
 
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """Return the events of a stream, each with the name of its type."""
-    found = []
-    for block in response.text.split("\n\n"):
-        if not block or block.startswith(":"):
-            continue
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append(event)
-    return found
-
-
 def problem(response: httpx.Response, status: int) -> dict[str, Any]:
     """Return the error of a response, which is in Anthropic's envelope."""
     assert response.status_code == status, response.text
@@ -78,7 +64,7 @@ def test_an_answer_is_that_of_a_chat(server: Server) -> None:
 def test_events_in_their_order(server: Server) -> None:
     request = body(document(DOCUMENT + "Order."), text(QUESTION))
     whole = server.post(PATH, request).json()
-    start, ping, begin, *deltas, end, last, stop = events(
+    start, ping, begin, *deltas, end, last, stop = events_of(
         server.post(PATH, request | {"stream": True})
     )
     message = start["message"]
@@ -160,7 +146,7 @@ def test_the_stop_sequence_is_named(server: Server, stream: bool) -> None:
     response = server.post(PATH, body(stop_sequences=["zzz", stop], stream=stream))
     expected = {"stop_reason": "stop_sequence", "stop_sequence": stop}
     if stream:
-        assert events(response)[-2]["delta"] == expected
+        assert events_of(response)[-2]["delta"] == expected
     else:
         answer = response.json()
         assert {key: answer[key] for key in expected} == expected
@@ -299,7 +285,7 @@ def test_thoughts_come_in_a_block_of_their_own() -> None:
     said = "<think>the cat</think>hello"
     with running(talker(tokenizer), before=saying(said)) as server:
         answer = server.post(PATH, body(messages=ASK)).json()
-        stream = events(server.post(PATH, body(messages=ASK, stream=True)))
+        stream = events_of(server.post(PATH, body(messages=ASK, stream=True)))
         again = [*ASK, {"role": "assistant", "content": answer["content"]}, *ASK]
         assert server.post(PATH, body(messages=again)).status_code == 200
     assert answer["content"] == [

@@ -12,7 +12,17 @@ import openai
 import pytest
 
 from star_attention.serve.keys import Keys
-from tests.servers import ASK, DOCUMENT, NAME, QUESTION, Server, eventually, running, saying
+from tests.servers import (
+    ASK,
+    DOCUMENT,
+    NAME,
+    QUESTION,
+    Server,
+    events_of,
+    eventually,
+    running,
+    saying,
+)
 from tests.talkers import CHATML, byte_level, talker
 
 PATH = "/v1/responses"
@@ -43,16 +53,9 @@ def text(value: str, **fields: Any) -> dict[str, Any]:
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """Return the events of a stream, each with the name of its type, numbered from 0."""
-    found = []
-    for block in response.text.split("\n\n"):
-        if not block or block.startswith(":"):
-            continue
-        name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        assert event["sequence_number"] == len(found)
-        found.append(event)
+    """Return the events of a stream, which are numbered from 0."""
+    found = events_of(response)
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 
 

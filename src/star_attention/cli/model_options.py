@@ -17,17 +17,20 @@ from star_attention.errors import InvalidInputError, quote
 MODEL_VARIABLE = "STAR_ATTENTION_MODEL"
 """Environment variable with the default of --model."""
 
-Model = Annotated[
-    str,
-    option(
+
+def _model(**more: Any) -> Any:
+    return option(
         "Model folder, GGUF file, folder of an adapter, or hub id.",
         "--model",
         "-m",
         panel="Model",
         metavar="MODEL",
         envvar=MODEL_VARIABLE,
-    ),
-]
+        **more,
+    )
+
+
+Model = Annotated[str, _model()]
 Dtype = Annotated[
     str,
     option(
@@ -201,18 +204,7 @@ class SavedModelOptions(ModelOptions):
 class ServedModelOptions(ModelOptions):
     """The model of a server."""
 
-    model: Annotated[
-        str,
-        option(
-            "Model folder, GGUF file, folder of an adapter, or hub id.",
-            "--model",
-            "-m",
-            panel="Model",
-            metavar="MODEL",
-            envvar=MODEL_VARIABLE,
-            show_default=False,
-        ),
-    ] = ""
+    model: Annotated[str, _model(show_default=False)] = ""
     shapes: Annotated[
         str | None,
         option(

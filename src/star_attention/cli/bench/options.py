@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from star_attention.cli.options import option
 from star_attention.cli.sizes import token_count, token_counts
 from star_attention.cli.torchrun import rank_and_size
 from star_attention.config import KV_SETTINGS, StarConfig, check_device, check_dtype
+from star_attention.errors import InvalidInputError, quote
 
 if TYPE_CHECKING:
     from star_attention.bench.decode import Decode
@@ -351,3 +353,20 @@ class StartupOptions:
 def names_of(text: str) -> list[str]:
     """Split names that are separated by commas."""
     return [name.strip() for name in text.split(",")]
+
+
+def known_names(what: str, text: str, known: Iterable[str]) -> list[str]:
+    """Split names that are separated by commas, and check that they are known.
+
+    Args:
+        what: what the names are of, for the error.
+        text: the names.
+        known: those that there are.
+    """
+    names, known = names_of(text), list(known)
+    for name in names:
+        if name not in known:
+            raise InvalidInputError(
+                f"{what} {quote(name)} is unknown; choose from {', '.join(known)}"
+            )
+    return names

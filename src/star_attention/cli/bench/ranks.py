@@ -16,6 +16,7 @@ from star_attention.cli.bench.options import (
     QueryTokens,
     Repeats,
     TargetOptions,
+    known_names,
     names_of,
 )
 from star_attention.cli.options import option
@@ -112,12 +113,7 @@ class RanksOptions:
 
     def benchmarks(self, device: str, tensor_parallel: int) -> list[Benchmark[Any]]:
         """Return the benchmarks of a mesh. Those of tensor parallelism have no questions."""
-        parts = names_of(self.parts)
-        for part in parts:
-            if part not in PARTS:
-                raise InvalidInputError(
-                    f"part {quote(part)} is unknown; choose from {', '.join(PARTS)}"
-                )
+        parts = known_names("part", self.parts, PARTS)
         whole = tensor_parallel == 1
         made: list[Benchmark[Any]] = []
         if "decode" in parts:

@@ -12,6 +12,7 @@ from star_attention.cli.bench.options import (
     Contexts,
     QueryTokens,
     Repeats,
+    known_names,
     names_of,
 )
 from star_attention.cli.config_options import ConfigOptions
@@ -79,19 +80,13 @@ class RowsOptions:
                 f"rows are measured in a single process, not on {ranks} ranks; start it without"
                 " torchrun"
             )
-        cases = names_of(self.cases)
-        for case in cases:
-            if case not in CASES:
-                raise InvalidInputError(
-                    f"case {quote(case)} is unknown; choose from {', '.join(CASES)}"
-                )
         contexts = token_counts(self.context, "context")
         return Rows(
             contexts=contexts,
             block=token_count(self.block, "block_size"),
             texts=self.texts,
             rows=_numbers_of(self.rows),
-            cases=cases,
+            cases=known_names("case", self.cases, CASES),
             encode_tokens=max(contexts)
             if self.encode_tokens is None
             else token_count(self.encode_tokens, "encode-tokens"),

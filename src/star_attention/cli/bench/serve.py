@@ -14,7 +14,7 @@ from star_attention.cli.bench.options import (
     Compile,
     QueryTokens,
     TargetOptions,
-    names_of,
+    known_names,
 )
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.options import option
@@ -106,17 +106,11 @@ class ServeBenchOptions:
                 f"a server is measured from a single process, not from {ranks} ranks; start it"
                 " without torchrun"
             )
-        cases = names_of(self.cases)
-        for case in cases:
-            if case not in CASES:
-                raise InvalidInputError(
-                    f"case {quote(case)} is unknown; choose from {', '.join(CASES)}"
-                )
         own = ("cases", "context", "short", "block", "url", "settings")
         rest = {name: value for name, value in asdict(self).items() if name not in own}
         return Serve(
             options=self._options(target),
-            cases=cases,
+            cases=known_names("case", self.cases, CASES),
             context=token_count(self.context, "context"),
             short=token_count(self.short, "short"),
             block=token_count(self.block, "block_size"),
