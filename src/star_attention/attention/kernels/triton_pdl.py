@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel starts while the one before it ends.
 
 A decode step is some 500 small kernels, one after the other. Each of ours lets the next one start
-early, and waits for the one before before it touches what that wrote (CUDA programming guide,
+early, and waits for its predecessor before it touches what that wrote (CUDA programming guide,
 "Programmatic Dependent Launch and Synchronization"). Needs a GPU of compute capability 9.0.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def begin(PDL: tl.constexpr) -> None:
-    """Wait for the kernel before, and let the next one start. The first thing a kernel does."""
+    """Wait for the kernel before, and let the next one start; call it before reading."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

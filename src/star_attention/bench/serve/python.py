@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -64,14 +65,9 @@ class PythonRuns:
         context, device = self.contexts[0], self.star.runtime.device
         seconds = []
         for ids in [questions[0], *questions]:
-            query = torch.tensor(ids)
-            seconds.append(
-                machine.time_once(
-                    lambda query=query: self.star.generate(  # type: ignore[misc]
-                        context, query, max_new_tokens=1, **OPTIONS
-                    ),
-                    device,
-                )
+            answer = partial(
+                self.star.generate, context, torch.tensor(ids), max_new_tokens=1, **OPTIONS
             )
+            seconds.append(machine.time_once(answer, device))
         # The first one may compile, and capture graphs.
         return median(seconds[1:])

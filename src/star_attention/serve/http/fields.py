@@ -150,7 +150,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
     schema = _schema(body.object("response_format"), body.name("response_format"))
     if schema is not None:
         options["json_schema"] = schema
-    ask = dict(
+    ask: dict[str, Any] = dict(
         model=body.text("model"),
         options=options,
         limited_by=_limit_name(body),
@@ -165,7 +165,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
         template_kwargs=template_kwargs,
         explicit=cache.get("mode") == "explicit",
     )
-    return Ask(**ask, ignored=_rest(body), names=body.names)  # type: ignore[arg-type]
+    return Ask(**ask, ignored=_rest(body), names=body.names)
 
 
 def read_template_kwargs(body: Body) -> dict[str, Any]:
