@@ -16,7 +16,7 @@ from star_attention import StarLLM
 from star_attention.distributed import SoloComm, TorchComm
 from star_attention.hf.execution import graphs
 from star_attention.hf.execution.capture import Recorder
-from star_attention.storage import kv
+from star_attention.storage import tail
 from star_attention.storage.kv import ContextKV
 from tests.dist.pool import Pool
 from tests.dist.tp_models import on_disk, star_of
@@ -60,10 +60,10 @@ class NeverCaptures(Recorder):
 
 def answers(star: StarLLM, kind: type[Recorder] | None) -> dict[str, Any]:
     """Answer by graphs of that recorder; None for plain forwards."""
-    before = triton_answer.SPLITS, triton_answer.TAIL_SPLITS, graphs.BUCKETS, kv._INITIAL_CAPACITY
+    before = triton_answer.SPLITS, triton_answer.TAIL_SPLITS, graphs.BUCKETS, tail._INITIAL_CAPACITY
     # Few programs, since the interpreter takes a millisecond for each.
     triton_answer.SPLITS, triton_answer.TAIL_SPLITS = 2, 1
-    graphs.BUCKETS, kv._INITIAL_CAPACITY = (1, 4), 5
+    graphs.BUCKETS, tail._INITIAL_CAPACITY = (1, 4), 5
     handle = star.runtime.handle
     made = None if kind is None else GraphsOfGloo(handle, kind(handle))
     star.runtime.handle.__dict__["graphs"] = made
@@ -75,7 +75,7 @@ def answers(star: StarLLM, kind: type[Recorder] | None) -> dict[str, Any]:
     finally:
         star.runtime.handle.__dict__.pop("graphs")
         triton_answer.SPLITS, triton_answer.TAIL_SPLITS = before[:2]
-        graphs.BUCKETS, kv._INITIAL_CAPACITY = before[2:]
+        graphs.BUCKETS, tail._INITIAL_CAPACITY = before[2:]
     return dict(
         tokens=[first.token_ids, *(reply.token_ids for reply in both)],
         logits=first.logits,

@@ -25,7 +25,7 @@ from star_attention.errors import (
 )
 from star_attention.hf.cache.packed_tails import PackedTails
 from star_attention.hf.execution.rows import RowForwards
-from star_attention.storage.kv import Tail
+from star_attention.storage.tail import Tail
 from tests.engines import bundled_tokenizer, engine, ids, text_model
 from tests.families import build
 from tests.spelling import CONTEXT, QUERY, spell

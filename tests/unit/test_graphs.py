@@ -13,7 +13,7 @@ import torch
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.hf.execution import graphs
-from star_attention.storage import kv
+from star_attention.storage import tail
 from tests.engines import bundled_tokenizer, engine, ids, tiny
 from tests.recorders import CountingGraphs, refuse, with_graphs
 
@@ -32,7 +32,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_answer, "SPLITS", 2)
     monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
-    monkeypatch.setattr(kv, "_INITIAL_CAPACITY", 6)
+    monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 6)
 
 
 def pair(name: str) -> tuple[StarLLM, StarLLM, CountingGraphs]:

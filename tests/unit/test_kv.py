@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, LayerKV, Pair, Tail, as_tensor_ids
+from star_attention.storage.kv import ContextKV, LayerKV, Pair, as_tensor_ids
+from star_attention.storage.tail import Tail
 
 G, L, DK, DV = 3, 37, 8, 5
 ALL = Segments.prefix(L)

@@ -12,7 +12,7 @@ from star_attention.attention.attend import Rule, attend
 from star_attention.hf.cache.packed_tails import Lengths, PackedTails
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution.rows import RowForwards, kind_of
-from star_attention.storage.kv import Tail
+from star_attention.storage.tail import Tail
 from tests.decode_rows import prefilled, step
 from tests.engines import VARIED, engine, ids
 

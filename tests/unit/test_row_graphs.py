@@ -19,8 +19,8 @@ from star_attention.hf.cache import row_graph
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import row_graphs
 from star_attention.hf.execution.rows import RowForwards
-from star_attention.storage import kv
-from star_attention.storage.kv import Tail
+from star_attention.storage import tail
+from star_attention.storage.tail import Tail
 from tests.decode_rows import Row, prefilled, step
 from tests.engines import engine, ids
 from tests.recorders import CountingGraphs, refuse, with_graphs
@@ -41,7 +41,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_tables, "SHORTEST_RUN", 40)
     monkeypatch.setattr(triton_rows, "TAIL_RUNS", 1)
     monkeypatch.setattr(row_graph, "_ROOM", 2)
-    monkeypatch.setattr(kv, "_INITIAL_CAPACITY", 6)
+    monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 6)
 
 
 def rows_of_two_contexts(star: StarLLM, steps: int = 3) -> list[Row]:
@@ -187,9 +187,9 @@ def test_a_forward_reads_queries_beside_rows(name: str, monkeypatch: pytest.Monk
     expected = [first.logits_SV[0], second.logits_SV[1], third.logits_SV[2]]
     torch.testing.assert_close(logits_RV, torch.stack(expected), atol=2e-4, rtol=1e-4)
     assert [row.tail_tokens for row in (new, second.kv, third.kv)] == [2, 5 + 1, 9 + 2]
-    for tail, right in zip(new.tails, first.kv.tails, strict=True):
+    for new_tail, right in zip(new.tails, first.kv.tails, strict=True):
         if right.length:
-            torch.testing.assert_close(tail.pair(), right.pair(), atol=2e-4, rtol=1e-4)
+            torch.testing.assert_close(new_tail.pair(), right.pair(), atol=2e-4, rtol=1e-4)
     assert counting.recorder.replays == 1
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from star_attention.storage.kv import Pair, Tail
+from star_attention.storage.kv import Pair
+from star_attention.storage.tail import Tail
 
 
 class KeptTail:

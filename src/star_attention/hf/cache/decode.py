@@ -26,7 +26,8 @@ from star_attention.hf.cache.base import (
     by_token,
 )
 from star_attention.hf.cache.latent import Latents
-from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, Tail, VisibleRange
+from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, VisibleRange
+from star_attention.storage.tail import Tail
 
 
 @dataclass(kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from star_attention.attention.attend import Rule, attend_padded
 from star_attention.attention.latent import as_one_head
 from star_attention.attention.state import State
-from star_attention.storage.kv import Tail
 from star_attention.storage.oom import allocate
+from star_attention.storage.tail import Tail
 
 _LEAST_CAPACITY = 64
 

@@ -25,7 +25,8 @@ from star_attention.hf.cache.graph import Shapes, can_read
 from star_attention.hf.cache.probe import ProbeResult
 from star_attention.hf.cache.rows import RowKV, RowSet
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, Tail
+from star_attention.storage.kv import ContextKV
+from star_attention.storage.tail import Tail
 
 _ROOM = 256
 """Tokens for which a tail gets room at least, when it has none: each time takes a millisecond."""

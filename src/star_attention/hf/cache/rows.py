@@ -26,7 +26,8 @@ from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, 
 from star_attention.hf.cache.decode import AnswerCache, own_heads, recent_rule, segment_rule
 from star_attention.hf.cache.latent import Latents
 from star_attention.hf.cache.packed_tails import Lengths, PackedTails
-from star_attention.storage.kv import ContextKV, LayerKV, Tail
+from star_attention.storage.kv import ContextKV, LayerKV
+from star_attention.storage.tail import Tail
 
 _numbers = itertools.count()
 
