@@ -76,4 +76,4 @@ def test_a_server_that_warms_up_can_end(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_warm_up_encodes_and_answers_and_leaves_nothing() -> None:
     star = quick_engine()
-    assert [*warm_up(star, 4)] == ["a context of 64 tokens", "a query of 1 tokens"]
+    assert [*warm_up(star, 4)] == ["a context of 64 tokens", "a query of 1 token"]

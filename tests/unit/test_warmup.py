@@ -31,7 +31,7 @@ def test_it_refuses_what_generate_refuses() -> None:
 def test_a_server_does_not_warm_up_what_it_never_runs() -> None:
     star = engine("llama")
     pieces = list(warm_up(star, 2))
-    assert pieces == ["a context of 64 tokens", "a query of 1 tokens"]
+    assert pieces == ["a context of 64 tokens", "a query of 1 token"]
     assert list(warm_up(star, 2, is_for_generate=True)) == [*pieces, "an answer by itself"]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from star_attention.generation.batching.mixed import MOST_TOKENS
 from star_attention.hf.execution.graphs import BUCKETS
+from star_attention.planning.sizes import counted
 
 _BLOCKS = 3
 """Blocks of a context after which forwards of its length are compiled."""
@@ -38,12 +39,12 @@ def warm_up(star: Any, max_rows: int, *, is_for_generate: bool = False) -> Itera
     if runtime.handle.compiled is not None and block_size is not None:
         tokens = max(_SHORT, _BLOCKS * block_size)
     tokens = min(tokens, limit // 2)
-    yield f"a context of {tokens:,} tokens"
+    yield f"a context of {counted(tokens, 'token')}"
     with star.batch() as batch:
         context = batch.encode(_ids(star, tokens), progress=False).result()
         for length in lengths:
             if tokens + length + _ANSWER <= limit:
-                yield f"a query of {length} tokens"
+                yield f"a query of {counted(length, 'token')}"
                 query = _ids(star, length)
                 batch.add(context, query, max_new_tokens=_ANSWER, ignore_eos=True).result()
     if is_for_generate:
@@ -52,7 +53,7 @@ def warm_up(star: Any, max_rows: int, *, is_for_generate: bool = False) -> Itera
     # On several ranks, steps have no graphs.
     if graphs is not None and runtime.comm.size == 1:
         for key in graphs.of_rows.usual(context.kv, max_rows + MOST_TOKENS):
-            yield f"steps of {key[0]} rows, {key[1]} in a tile"
+            yield f"steps of {counted(key[0], 'row')}, {key[1]} in a tile"
             graphs.of_rows.prepare(key, runtime.comm)
 
 
