@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
+import time
 from typing import Any, cast
 
 import pytest
@@ -150,3 +153,28 @@ def test_one_key_alone_gets_all() -> None:
     with running(keys=keys, max_waiting=2, max_rows=1) as server, stream(server, ANN):
         assert eventually(lambda: server.service.open == 1)
         assert server.post("/v1/contexts", {"text": "A"}, headers=ANN).status_code == 202
+
+
+def test_many_commands_are_no_gap_between_tokens() -> None:
+    """Forbids that a burst of requests and cancels stops all streams until the last of it."""
+    steps: list[float] = []
+    taken: list[int] = []
+
+    def command(number: int) -> None:
+        time.sleep(0.004)
+        taken.append(number)
+
+    with running() as server:
+        engine = server.service.engine
+        engine.on_step = lambda seconds: steps.append(time.monotonic())
+        with stream(server, {}):
+            assert eventually(lambda: len(steps) > 3)
+            for number in range(400):
+                engine.post(functools.partial(command, number))
+            begun = len(steps)
+            assert eventually(lambda: len(taken) == 400)
+            times = steps[begun - 1 :]
+    assert taken == sorted(taken)
+    # In one go they would take 1.6 seconds.
+    assert max(later - sooner for sooner, later in itertools.pairwise(times)) < 0.8
+    assert len(times) > 20

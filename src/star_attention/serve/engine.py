@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -20,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 _IDLE_S = 0.5
 """Seconds that an idle engine waits before it looks again, and says that it lives."""
+_LEAST_COMMANDS_S = 0.002
+"""Seconds that commands get between two steps, however short these are."""
 
 
 def _nothing_cold() -> Iterator[str]:
@@ -127,8 +130,13 @@ class Engine:
         self.is_warm = True
 
     def _turn(self) -> None:
-        """Take commands, let the store work, and take a step of all answers."""
-        self._take_commands(wait_s=0.0 if self._has_more else _IDLE_S)
+        """Take commands, let the store work, and take a step of all answers.
+
+        While there are answers, commands get as long as the last step took: many of them at once
+        would be a gap in all streams.
+        """
+        most_s = max(self._answers.step_s, _LEAST_COMMANDS_S) if self._answers.running else math.inf
+        self._take_commands(wait_s=0.0 if self._has_more else _IDLE_S, most_s=most_s)
         self.beat = time.monotonic()
         self._has_more = self._store.step()
         if self._answers.step():
@@ -137,7 +145,9 @@ class Engine:
         self._has_more |= self._answers.running
         self._publish()
 
-    def _take_commands(self, *, wait_s: float) -> None:
+    def _take_commands(self, *, wait_s: float, most_s: float = math.inf) -> None:
+        """Take at least one command, if there is any, and others for so long."""
+        ends = time.monotonic() + most_s
         while True:
             try:
                 command = self._commands.get(block=wait_s > 0, timeout=wait_s or None)
@@ -145,6 +155,8 @@ class Engine:
                 return
             command()
             wait_s = 0.0
+            if time.monotonic() >= ends:
+                return
 
     def _begin(self, job: Job) -> None:
         if self._ends.is_set():
