@@ -19,6 +19,7 @@ from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.generation.batching.warming import warm_up
 from star_attention.serve.answers import Answers
+from star_attention.serve.connection import Connection
 from star_attention.serve.contexts.encoder import BatchEncoder, engine_identity
 from star_attention.serve.contexts.folder import StoreFolder
 from star_attention.serve.contexts.store import ContextStore
@@ -60,6 +61,8 @@ def run(
         make_app(service, keys),
         log_config=None,
         access_log=False,
+        http=Connection,
+        ws="none",
         lifespan="off",
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_LAST_S,
