@@ -67,6 +67,12 @@ CLIENTS = [
     Client(script="llama_index", environment="openai-2", too_long="BadRequestError"),
     Client(script="litellm", too_long="ContextWindowExceededError"),
     Client(script="llm", too_long="BadRequestError", leaves=False),
+    Client(
+        script="open_webui",
+        environment="open-webui",
+        too_long="context_length_exceeded",
+        wrong_key="the key is not one of this server's",
+    ),
     Client(script="node", environment="node", too_long="BadRequestError"),
     Client(
         script="curl",
