@@ -59,7 +59,7 @@ class EstimateRequest:
 
     @property
     def tokens_per_forward(self) -> int:
-        return self.config.forward_size("cuda")
+        return self.config.forward_size
 
 
 @dataclass(frozen=True, kw_only=True)

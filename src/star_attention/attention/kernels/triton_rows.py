@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_attention.attention.attend import Rule
+from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.row_tables import (
     ITEM_COLUMNS,
     ROW_COLUMNS,
@@ -28,11 +29,13 @@ from star_attention.attention.kernels.row_tables import (
     RowTables,
     tile_size,
 )
-from star_attention.attention.kernels.triton_run import run
+from star_attention.attention.kernels.triton_run import launch_options, run
 from star_attention.attention.state import State
 
 TAIL_RUNS = 4
-"""Runs over each row's tail."""
+"""Runs over each row's tail, at most."""
+_MANY_TAILS = 128
+"""Tails of so many rows and KV heads fill a large GPU with two runs each."""
 
 _PER_SHARD: tl.constexpr = tl.constexpr(SHARD_COLUMNS)
 _PER_ITEM: tl.constexpr = tl.constexpr(ITEM_COLUMNS)
@@ -44,8 +47,9 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 def _append_rows(
     k_ptr, v_ptr, tails_ptr, rows_ptr, k_r, k_g, v_r, v_g,
     layer_rows,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    triton_pdl.begin(PDL)
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     r = tl.program_id(0) // KV_HEADS
     g = tl.program_id(0) % KV_HEADS
@@ -107,8 +111,8 @@ def _of_context(
     v_scale_ptr = tl.load(shard_ptr + 3).to(tl.pointer_type(tl.float32)) + g * tokens
     out_MD, lse_M = run(
         q_MD, tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16), k_scale_ptr, v_scale_ptr,
-        first_M, start, stop, scale, softcap,
-        D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, FP8,
+        first_M, first_M, start, stop, scale, softcap,
+        D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, False, PRECISION, FP8,
     )  # fmt: skip
     place_M = (item * KV_HEADS + g) * BLOCK_M + m
     tl.store(out_ptr + place_M.to(tl.int64)[:, None] * D + d[None, :], out_MD, mask=mask_MD)
@@ -150,8 +154,8 @@ def _of_tail(
     v_ptr = tl.load(tail_ptr + 1).to(tl.pointer_type(DTYPE)) + base
     out_MD, lse_M = run(
         q_MD, tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16), k_ptr, v_ptr,
-        m * 0 + first, start, stop, scale, softcap,
-        D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, False,
+        m * 0 + first, m, start, stop, scale, softcap,
+        D, BLOCK_M, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, False, PRECISION, False,
     )  # fmt: skip
     place_M = (tails_at + (row * TAIL_RUNS + number) * HEADS + g * GROUP + m).to(tl.int64)
     tl.store(out_ptr + place_M[:, None] * D + d[None, :], out_MD, mask=mask_MD)
@@ -165,7 +169,9 @@ def _row_runs(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_RUNS: tl.constexpr,
     BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    triton_pdl.begin(PDL)
     g = tl.program_id(0)
     part = tl.program_id(1)
     # Contexts come first: their runs take longer.
@@ -188,9 +194,10 @@ def _row_runs(
 def _merged_rows(
     out_ptr, lse_ptr, rows_ptr, result_ptr, result_lse_ptr, tails_at,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TAIL_RUNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the runs over a row's context, and from place `tails_at` those over its tail."""
+    triton_pdl.begin(PDL)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     h = tl.program_id(0)
     row = tl.program_id(1)
@@ -242,30 +249,8 @@ def append(k_RGD: Tensor, v_RGD: Tensor, *, tables: RowTables, layer: int) -> No
         k_RGD, v_RGD, tables.tails, tables.rows, *k_RGD.stride()[:2], *v_RGD.stride()[:2],
         layer * tables.tails.shape[1],
         KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
+        **triton_pdl.options(k_RGD.device),
     )  # fmt: skip
-
-
-def launch_options(block_m: int, head_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the keys of a step, and how Triton runs the kernel.
-
-    Args:
-        block_m: query rows of a tile.
-        head_size: of keys and values.
-        dtype: of the queries.
-    """
-    options = dict(
-        BLOCK_N=64 if head_size <= 128 else 32,
-        num_warps=8 if block_m > 64 else 4,
-        num_stages=3 if dtype.itemsize == 2 else 2,
-    )
-    if dtype.itemsize == 2 and head_size <= 128:
-        # As measured on an H200. Large tiles gain by a second program on each multiprocessor, small
-        # ones, which wait for keys, by more of them on the way.
-        if block_m > 64:
-            options |= dict(num_stages=2, maxnreg=128)
-        elif block_m == 16:
-            options |= dict(num_stages=4)
-    return options
 
 
 def attend(
@@ -303,23 +288,26 @@ def attend(
     block_m, block_d = tile_size(tile_rows, H // kv_heads), max(16, triton.next_power_of_2(D))
     # Results of the runs over contexts, then of those over tails.
     tails_at = items * kv_heads * block_m
-    runs = tails_at + R * TAIL_RUNS * H
+    # Each run is a partial result to merge.
+    tail_runs = TAIL_RUNS if R * kv_heads < _MANY_TAILS else min(2, TAIL_RUNS)
+    runs = tails_at + R * tail_runs * H
     out = torch.empty(runs, D, dtype=torch.float32, device=device)
     lse = torch.empty(runs, dtype=torch.float32, device=device)
-    shape = dict(HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_RUNS=TAIL_RUNS, BLOCK_D=block_d)
-    _row_runs[(kv_heads, items + R * TAIL_RUNS)](
+    shape = dict(HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_RUNS=tail_runs, BLOCK_D=block_d)
+    early = triton_pdl.options(device)
+    _row_runs[(kv_heads, items + R * tail_runs)](
         q_RHD, tables.shards, tables.tails, tables.items, tables.rows, out, lse,
         tails_at, layer * tables.tails.shape[1], items,
         rule.scale, rule.softcap or 0.0, rule.window or 0,
         BLOCK_M=block_m, TAIL_M=tile_size(1, H // kv_heads),
         SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
         PRECISION="ieee" if q_RHD.dtype == torch.float32 else "tf32", FP8=fp8,
-        **shape, **(launch_options(block_m, D, q_RHD.dtype) | options),
+        **shape, **early, **(launch_options(block_m, D, q_RHD.dtype) | options),
     )  # fmt: skip
     out_RHD = torch.empty(R, H, D, dtype=rule.dtype or torch.float32, device=device)
     lse_RH = torch.empty(R, H, dtype=torch.float32, device=device)
     _merged_rows[(H, R)](
         out, lse, tables.rows, out_RHD, lse_RH, tails_at,
-        BLOCK_M=block_m, BLOCK_S=16, **shape, num_warps=2,
+        BLOCK_M=block_m, BLOCK_S=16, **shape, **early, num_warps=2,
     )  # fmt: skip
     return State(out_RHD[:, None], lse_RH[:, None])

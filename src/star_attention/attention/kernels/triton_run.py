@@ -1,10 +1,14 @@
-"""Attention of a tile of query rows to one run of keys, in Triton: the loop of `triton_rows`.
+"""Attention of a tile of query rows to one run of keys, in Triton: the loop of `triton_answer` and
+`triton_rows`.
 
 Axes: M query rows of a tile, D head size, N keys of one step.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -16,11 +20,11 @@ _V_FACTOR: tl.constexpr = tl.constexpr(256.0)
 
 @triton.jit
 def _step(
-    q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, at, stop,
+    q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, last_M, at, stop,
     top_M, sum_M, out_MD, scale, softcap,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
-    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Attend to keys `at` to `at + BLOCK_N`, of which those before `stop` count if `MASKED`."""
     DTYPE: tl.constexpr = q_MD.dtype
@@ -41,12 +45,14 @@ def _step(
         scores_MN = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores_MN / softcap) - 1.0)
     if MASKED:
         scores_MN = tl.where((n < stop)[None, :], scores_MN, float("-inf"))
-    if WINDOW:
+    if FIRST:
         scores_MN = tl.where(n[None, :] >= first_M[:, None], scores_MN, float("-inf"))
+    if LAST:
+        scores_MN = tl.where(n[None, :] <= last_M[:, None], scores_MN, float("-inf"))
     # The scale comes last: one multiplication and subtraction for each score.
     to_log2 = _LOG2_E if SOFTCAP else scale * _LOG2_E
     new_M = tl.maximum(top_M, tl.max(scores_MN, 1) * to_log2)
-    safe_M = tl.where(new_M == float("-inf"), 0.0, new_M) if WINDOW else new_M
+    safe_M = tl.where(new_M == float("-inf"), 0.0, new_M) if FIRST or LAST else new_M
     shrink_M = tl.exp2(top_M - safe_M)
     weight_MN = tl.exp2(scores_MN * to_log2 - safe_M[:, None])
     sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
@@ -70,29 +76,33 @@ def _step(
 
 @triton.jit
 def run(
-    q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, start, stop, scale, softcap,
+    q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, last_M, start, stop, scale, softcap,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, FP8: tl.constexpr,
+    SOFTCAP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Attend to keys `start` to `stop`; return results and log2-sum-exps."""
+    """Attend to keys `start` to `stop`; return results and log2-sum-exps.
+
+    With `FIRST`, a row sees no keys before its `first_M`, and with `LAST` none after its `last_M`.
+    """
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_M = tl.full((BLOCK_M,), 0.0, tl.float32)
     out_MD = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     masked_from = start
-    if not WINDOW:
+    if not FIRST and not LAST:
         # Masks cost as much as the rest of a step: only the last keys need them.
         masked_from = start + tl.maximum(stop - start, 0) // BLOCK_N * BLOCK_N
         for at in tl.range(start, masked_from, BLOCK_N):
             top_M, sum_M, out_MD = _step(
-                q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, at, stop,
+                q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, last_M, at, stop,
                 top_M, sum_M, out_MD, scale, softcap,
-                D, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, FP8, False,
+                D, BLOCK_N, BLOCK_D, SOFTCAP, FIRST, LAST, PRECISION, FP8, False,
             )  # fmt: skip
     for at in tl.range(masked_from, stop, BLOCK_N):
         top_M, sum_M, out_MD = _step(
-            q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, at, stop,
+            q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, last_M, at, stop,
             top_M, sum_M, out_MD, scale, softcap,
-            D, BLOCK_N, BLOCK_D, SOFTCAP, WINDOW, PRECISION, FP8, True,
+            D, BLOCK_N, BLOCK_D, SOFTCAP, FIRST, LAST, PRECISION, FP8, True,
         )  # fmt: skip
     if FP8:
         out_MD = out_MD / _V_FACTOR
@@ -100,3 +110,26 @@ def run(
     sum_M = tl.where(has_keys_M, sum_M, 1.0)
     lse_M = tl.where(has_keys_M, top_M + tl.log2(sum_M), float("-inf"))
     return out_MD / sum_M[:, None], lse_M
+
+
+def launch_options(block_m: int, head_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the keys of a step, and how Triton runs the kernel.
+
+    Args:
+        block_m: query rows of a tile.
+        head_size: of keys and values.
+        dtype: of the queries.
+    """
+    options = dict(
+        BLOCK_N=64 if head_size <= 128 else 32,
+        num_warps=8 if block_m > 64 else 4,
+        num_stages=3 if dtype.itemsize == 2 else 2,
+    )
+    if dtype.itemsize == 2 and head_size <= 128:
+        # As measured on an H200. Large tiles gain by a second program on each multiprocessor, small
+        # ones, which wait for keys, by more of them on the way.
+        if block_m > 64:
+            options |= dict(num_stages=2, maxnreg=128)
+        elif block_m == 16:
+            options |= dict(num_stages=4)
+    return options

@@ -222,8 +222,8 @@ class Batch(Transient):
         """Encode a context between the steps of the rows, which it slows down but does not stop.
 
         While rows run, decode steps get a seventh of the time, and none waits for longer than one
-        forward of the context, of half of `tokens_per_forward`. Several contexts are encoded one
-        after another. The result equals that of `StarLLM.encode`, up to rounding.
+        forward of the context. Several contexts are encoded one after another. The result
+        equals that of `StarLLM.encode`, up to rounding.
 
         Args:
             content: a context, as for `StarLLM.encode`.

@@ -23,8 +23,6 @@ from star_attention.storage.transient import Transient
 
 _SHARE = 0.18
 """Time of decode steps between two forwards of a context, as a share of a forward's."""
-_PART = 2
-"""A forward of a context has the tokens of one alone over this: rows wait for it."""
 
 Turns = Generator[int, None, list[EncodedContext]]
 """Work that pauses after each turn, with the tokens that it encoded. All ranks take the same number
@@ -269,7 +267,6 @@ def turns_of(
         reuse: a context whose blocks are copied; None for none.
         progress: as for `StarLLM.encode`.
     """
-    runtime = runtime.with_config(tokens_per_forward=max(1, runtime.tokens_per_forward // _PART))
     if reuse is not None:
         # On several ranks, which of them encodes how much depends on what has changed.
         once: list[int] | None = None if runtime.comm.size == 1 else []

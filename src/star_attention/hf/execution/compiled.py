@@ -85,7 +85,8 @@ class CompiledLayers:
             self._options[STEP] = {"post_grad_custom_pre_pass": _FUSE_LINEARS}
             if triton_pdl.is_supported(handle.device):
                 # Torch's kernels take part, or ours would have to wait for their ends.
-                self._options[STEP]["triton.enable_pdl"] = True
+                for mode in (STEP, ROWS):
+                    self._options[mode]["triton.enable_pdl"] = True
         self._forwards = {
             mode: [
                 self._dispatch(layer, min(indices), mode)
