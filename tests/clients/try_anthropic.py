@@ -36,6 +36,17 @@ def stream() -> dict[str, Any]:
     return {"text": text, "cached": answer.usage.cache_read_input_tokens}
 
 
+def cited() -> dict[str, Any]:
+    """Have the answer cite its document, which the client puts together from a stream."""
+    content = document(QUESTION)
+    content[0]["citations"] = {"enabled": True}
+    with client.messages.stream(**messages(content)) as events:
+        (block,) = events.get_final_message().content
+    places = [DOCUMENT[c.start_char_index : c.end_char_index] for c in block.citations]
+    assert places == [c.cited_text for c in block.citations]
+    return {"text": block.text + places[0]}
+
+
 def left() -> bool:
     options = messages("Count.") | {"max_tokens": 60_000, "extra_body": {"ignore_eos": True}}
     with client.messages.create(stream=True, **options) as events:
@@ -58,6 +69,7 @@ run(
     models=lambda: [model.id for model in client.models.list()],
     chat=lambda: asked(QUESTION)["text"],
     document=lambda: asked(document(QUESTION)),
+    cited=cited,
     second=lambda: asked(parts(SECOND, **MARK)),
     instructed=lambda: asked(QUESTION, system=[{"type": "text", "text": "Be brief."}])["stop"],
     stopped=lambda: asked(parts(QUESTION, **MARK), stop_sequences=["910"])["stop"],

@@ -43,6 +43,11 @@ def file() -> dict[str, Any]:
     file = client.files.create(file=("book.txt", DOCUMENT.encode()), purpose="user_data")
     part = {"type": "file", "file": {"file_id": file.id}}
     answer = asked([part, {"type": "text", "text": QUESTION}])
+    asking = [{"type": "input_file", "file_id": file.id}, {"type": "input_text", "text": QUESTION}]
+    (output,) = respond(asking, extra_body={"sources": True}).output
+    cited = output.content[0].annotations[0]
+    assert (cited.file_id, cited.filename) == (file.id, "book.txt")
+    answer["text"] += cited.star["text"]
     client.files.delete(file.id)
     return answer
 

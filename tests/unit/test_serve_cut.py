@@ -13,7 +13,7 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.text.rendered import RenderedText, shared_prefix
 from star_attention.hf.text.special import rendered_ids
 from star_attention.serve import cut
-from star_attention.serve.cut import ends_of_parts, likely_cut, named_cut, unmarked
+from star_attention.serve.cut import Document, ends_of_parts, likely_cut, named_cut, unmarked
 from star_attention.serve.reading import cut_text
 from tests.servers import quick_engine, running
 from tests.talkers import CHATML, byte_level, talker
@@ -32,7 +32,7 @@ def user(*parts: Any) -> dict[str, Any]:
 
 def named(messages: list[dict[str, Any]]) -> tuple[str, str, float | None] | None:
     """Return the text before the cut that messages name, its rule and its ttl."""
-    marked = unmarked(messages, lambda part: part["file"]["file_data"])
+    marked = unmarked(messages, lambda part: Document(text=part["file"]["file_data"]))
     rendered = "".join(
         f"<{message['role']}>"
         + (

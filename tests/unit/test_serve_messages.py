@@ -213,7 +213,6 @@ def test_a_file_that_was_uploaded(server: Server) -> None:
         ([], {"output_config": {"format": {"type": "xml"}}}, "output_config.format 'xml'"),
         ([{"type": "image", "source": {}}], {}, "parts of type image; only text can be encoded"),
         ([{"type": "tool_use", "id": "t"}], {}, "parts of type tool_use; only text"),
-        ([document("D", citations={"enabled": True})], {}, "citations of a document"),
         (
             [{"type": "document", "source": {"type": "url", "url": "http://x"}}],
             {},

@@ -20,8 +20,24 @@ _LAST_CHARACTERS = 2048
 _TTL = re.compile(r"(\d{1,6})([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-FileText = Callable[[dict[str, Any]], str]
-"""Returns the text of a message's part of type `file`."""
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A file of a chat.
+
+    Attributes:
+        text: its text.
+        name: its title or file name; None if it has none.
+        file_id: id of the file that was uploaded; None for one in the message itself.
+    """
+
+    text: str
+    name: str | None = None
+    file_id: str | None = None
+
+
+ReadFile = Callable[[dict[str, Any]], Document]
+"""Returns what a message's part of type `file` has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +58,17 @@ class Boundary:
 
 @dataclass(frozen=True, kw_only=True)
 class MarkedChat:
-    """Messages without marks and files, and where these were."""
+    """Messages without marks and files, and where these were.
+
+    Attributes:
+        messages: the messages, with the texts of files as parts.
+        boundaries: where marks and files were.
+        documents: the files, in their order.
+    """
 
     messages: list[Any]
     boundaries: list[Boundary]
+    documents: list[Document]
 
     @property
     def characters(self) -> int:
@@ -53,9 +76,15 @@ class MarkedChat:
         return sum(len(str(message)) for message in self.messages)
 
 
-def unmarked(messages: list[Any], file_text: FileText) -> MarkedChat:
+def unmarked(messages: list[Any], read_file: ReadFile) -> MarkedChat:
     """Take the marks out of messages, and put the texts of files in their place."""
     boundaries: list[Boundary] = []
+    documents: list[Document] = []
+
+    def read(part: dict[str, Any]) -> str:
+        documents.append(read_file(part))
+        return documents[-1].text
+
     plain = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
@@ -68,7 +97,7 @@ def unmarked(messages: list[Any], file_text: FileText) -> MarkedChat:
             parts: list[Any] = []
             message["content"] = parts
             for part in content:
-                own, found = _unmarked_part(part, number, len(parts), file_text)
+                own, found = _unmarked_part(part, number, len(parts), read)
                 parts.append(own)
                 boundaries += found
         last = len(content) - 1 if isinstance(content, list) else 0
@@ -78,11 +107,11 @@ def unmarked(messages: list[Any], file_text: FileText) -> MarkedChat:
             if mark
         ]
         plain.append(message)
-    return MarkedChat(messages=plain, boundaries=boundaries)
+    return MarkedChat(messages=plain, boundaries=boundaries, documents=documents)
 
 
 def _unmarked_part(
-    part: Any, message: int, number: int, file_text: FileText
+    part: Any, message: int, number: int, file_text: Callable[[dict[str, Any]], str]
 ) -> tuple[Any, list[Boundary]]:
     if not isinstance(part, dict):
         return part, []

@@ -40,6 +40,7 @@ class Plan:
         prompt: the prompt as later ones go on with it; None to keep nothing of its answer.
         talk: the conversation that it goes on with; None for none.
         kept_tokens: its first query tokens that the conversation has kept.
+        documents: the files of a chat.
     """
 
     tenant: str
@@ -54,6 +55,7 @@ class Plan:
     prompt: Prompt | None = None
     talk: Talk | None = None
     kept_tokens: int = 0
+    documents: tuple[cut.Document, ...] = ()
 
     @property
     def is_kept(self) -> bool:
@@ -139,7 +141,7 @@ class Prompts:
             InvalidInputError: messages that cannot be read.
         """
         named = None if ask.context is None else self._service.store.content(tenant, ask.context)
-        marked = cut.unmarked(messages, lambda part: self._file_text(tenant, part))
+        marked = cut.unmarked(messages, lambda part: self._file(tenant, part))
         scope = Scope(tenant=tenant, salt=ask.salt)
 
         def read(star: StarLLM) -> Piece:
@@ -150,7 +152,8 @@ class Prompts:
             return replace(piece, unsaid_tokens=unsaid_tokens)
 
         piece = await self._service.lanes.run(marked.characters, read)
-        return self._plan(piece, scope, ask, is_chat=True)
+        plan = self._plan(piece, scope, ask, is_chat=True)
+        return replace(plan, documents=tuple(marked.documents))
 
     async def of_text(self, tenant: str, prompt: str | list[int], ask: Ask) -> Plan:
         """Return the plan of a text or of token ids.
@@ -226,15 +229,17 @@ class Prompts:
         own = prompt if ask.answers == 1 else None
         return {"prompt": own, "talk": talk, "kept_tokens": kept_tokens}
 
-    def _file_text(self, tenant: str, part: dict[str, Any]) -> str:
-        """Return the text of a message's file: one that was uploaded, or in the message itself."""
+    def _file(self, tenant: str, part: dict[str, Any]) -> cut.Document:
+        """Return a message's file: one that was uploaded, or in the message itself."""
         file = part.get("file")
         file = file if isinstance(file, dict) else {}
-        text = file.get("text")
+        text, name = file.get("text"), file.get("filename")
+        name = name[:255] if isinstance(name, str) else None
         if isinstance(text, str):
-            return text
+            return cut.Document(text=text, name=name)
         if isinstance(file.get("file_id"), str):
-            return self._service.files.get(tenant, file["file_id"]).text
+            kept = self._service.files.get(tenant, file["file_id"])
+            return cut.Document(text=kept.text, name=kept.name, file_id=kept.id)
         data = file.get("file_data")
         if not isinstance(data, str):
             raise InvalidInputError(
@@ -246,4 +251,4 @@ class Prompts:
             raise InvalidInputError(
                 "file_data is not base64; give a data URL such as data:text/plain;base64,..."
             ) from None
-        return text_of(content, str(file.get("filename") or "file")[:255])
+        return cut.Document(text=text_of(content, name or "file"), name=name)

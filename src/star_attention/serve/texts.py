@@ -10,6 +10,7 @@ from star_attention.generation.result import Source
 from star_attention.hf.text import passages
 from star_attention.hf.text.messages import texts
 from star_attention.serve.contexts.entry import Content
+from star_attention.serve.cut import Document
 from star_attention.serve.reading import with_messages
 
 
@@ -28,11 +29,22 @@ def text_of(star: StarLLM, content: Content) -> str:
 
 
 def source_objects(
-    star: StarLLM, content: Content, sources: Sequence[Source]
+    star: StarLLM,
+    content: Content,
+    sources: Sequence[Source],
+    documents: Sequence[Document] | None = (),
 ) -> list[dict[str, Any]]:
     """Return sources as JSON values, with their characters in `text_of`.
 
-    `start` and `end` are null where a tokenizer changes the text.
+    `start` and `end` are null where a tokenizer changes the text. A source in one of the documents
+    has a `document`, with its characters there.
+
+    Args:
+        star: the engine.
+        content: what the context is made of.
+        sources: the sources.
+        documents: the files in the context, in their order; None for a context that is one as a
+            whole.
     """
     content = with_messages(star, content)
     ids, spans = content.ids.tolist(), [(source.start, source.stop) for source in sources]
@@ -40,15 +52,50 @@ def source_objects(
         places = passages.chat_places(star.tokenizer, ids, spans, content.messages, _held(content))
     else:
         places = passages.places(star.tokenizer, ids, spans, text_of(star, content))
+    begun = _begun(star, content, documents)
     return [
         {
             "start": place.start_char,
             "end": place.stop_char,
             "weight": round(source.weight, 4),
             "text": place.text,
+            **_within(begun, place.start_char, place.stop_char),
         }
         for source, place in zip(sources, places, strict=True)
     ]
+
+
+def _begun(
+    star: StarLLM, content: Content, documents: Sequence[Document] | None
+) -> list[tuple[int, Document]]:
+    """Return the documents that are in `text_of`, with where they begin."""
+    if documents is not None and not documents:
+        return []
+    text = text_of(star, content)
+    if documents is None:
+        return [(0, Document(text=text))]
+    begun, after = [], 0
+    for document in documents:
+        at = text.find(document.text, after)
+        if at < 0:
+            break
+        begun.append((at, document))
+        after = at + len(document.text)
+    return begun
+
+
+def _within(
+    begun: list[tuple[int, Document]], start: int | None, end: int | None
+) -> dict[str, Any]:
+    """Return the document that a place begins in, and the place in its text."""
+    for number, (at, document) in enumerate(begun):
+        size = len(document.text)
+        if start is not None and end is not None and at <= start < at + size:
+            about = {"name": document.name, "file_id": document.file_id}
+            place = {"index": number, "start": start - at, "end": min(end - at, size)}
+            known = {name: value for name, value in about.items() if value is not None}
+            return {"document": place | known}
+    return {}
 
 
 def _held(content: Content) -> str:

@@ -23,7 +23,7 @@ PROGRESS_S = 1.0
 """Seconds between two chunks with progress, for clients that ask for them."""
 
 
-Locate = Callable[[Generation], Awaitable[list[dict[str, Any]]]]
+Locate = Callable[[Generation], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class Answering:
         settings: times of the server.
         metrics: notes how they end.
         request_id: for errors of defects.
-        sources: returns the sources of an answer as JSON values; None if none are wanted.
+        sources: returns the sources of an answer, with the id of its context, as JSON values; None
+            if none are wanted.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Answering:
         self._note()
         answers = [_result(choice) for choice in self._choices]
         more = await self._more(answers[0])
-        return self._shape.whole(answers, self.usage) | more
+        return self._shape.whole(answers, self.usage, more)
 
     async def events(self, *, progress: bool) -> AsyncIterator[bytes]:
         """Yield answers as events, and signs of life while there are none.
@@ -166,7 +167,7 @@ class Answering:
         """Return the fields that come with the end of an answer."""
         if self._sources is None:
             return {}
-        return {"star": {"sources": await self._sources(result)}}
+        return {"star": await self._sources(result)}
 
     def _ended(self) -> bool:
         """True once all answers are there.

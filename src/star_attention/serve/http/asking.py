@@ -99,8 +99,8 @@ class Asking:
             ask, plans = asked.ask, asked.plans
             limits = [self._limit(each, ask) for each in plans]
             await self._check(plans, ask, limits)
-            sources = self._locate(plans[0]) if ask.sources else None
             jobs = self._jobs(plans, ask, limits)
+            sources = self._locate(plans[0], jobs[0]) if ask.sources else None
             answering = Answering(
                 service.engine,
                 jobs,
@@ -175,16 +175,20 @@ class Asking:
             options["eos_token_id"] = sorted(ends) or None
         return options
 
-    def _locate(self, plan: Plan) -> Locate:
+    def _locate(self, plan: Plan, job: Job) -> Locate:
         """Return what names the sources of an answer; there are none where no context is kept."""
         content, lanes = self.prompts.content(plan), self._service.lanes
+        documents = None if plan.context_id is not None else plan.documents
 
-        async def locate(answer: Generation) -> list[dict[str, Any]]:
+        async def locate(answer: Generation) -> dict[str, Any]:
             sources = answer.sources or ()
-            if content is None or not sources:
-                return []
+            if content is None or job.lease is None:
+                return {"sources": []}
             size = len(content.text or "") or len(content)
-            return await lanes.run(size, lambda star: source_objects(star, content, sources))
+            found = await lanes.run(
+                size, lambda star: source_objects(star, content, sources, documents)
+            )
+            return {"context": job.lease.id, "sources": found}
 
         return locate
 

@@ -19,6 +19,7 @@ class BlockShape(Shape):
         written: the text of the open block.
         answer: the answer, once it has ended.
         more: further fields that come with its end.
+        citations: where it came from, in the protocol's form.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,7 @@ class BlockShape(Shape):
         self.written = ""
         self.answer: Generation | None = None
         self.more: dict[str, Any] = {}
+        self.citations: list[dict[str, Any]] = []
 
     def piece(self, index: int, delta: Delta) -> bytes:
         events = b""
@@ -40,7 +42,23 @@ class BlockShape(Shape):
         # An answer without text has a block without text.
         events = self._turn_to(TEXT)
         self.answer, self.more = answer, more
+        self.take_citations(more)
+        events += b"".join(map(self.cite, range(len(self.citations))))
         return events + self._end_block()
+
+    def take_citations(self, more: dict[str, Any]) -> None:
+        """Take the citations from the further fields of an answer."""
+        star = more.get("star", {})
+        found = (self.citation(source, star) for source in star.get("sources", ()))
+        self.citations = [each for each in found if each is not None]
+
+    def citation(self, source: dict[str, Any], star: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a source as the protocol cites it; None for one that it cannot cite."""
+        raise NotImplementedError
+
+    def cite(self, number: int) -> bytes:
+        """Return an event with a citation of the open block."""
+        raise NotImplementedError
 
     def begin_block(self) -> bytes:
         """Return events that say that a block begins."""

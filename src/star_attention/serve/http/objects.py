@@ -58,8 +58,10 @@ class Usage:
 class Shape:
     """How the answers of one request are written, as a whole or as the events of a stream."""
 
-    def whole(self, answers: Sequence[Generation], usage: Usage) -> dict[str, Any]:
-        """Return answers that are not streamed."""
+    def whole(
+        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return answers that are not streamed, with further fields."""
         raise NotImplementedError
 
     def opening(self, answers: int, usage: Usage) -> bytes:
@@ -109,9 +111,11 @@ class ChoicesShape(Shape):
     whole_kind: str = ""
     chunk_kind: str = ""
 
-    def whole(self, answers: Sequence[Generation], usage: Usage) -> dict[str, Any]:
+    def whole(
+        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+    ) -> dict[str, Any]:
         choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
-        return self._envelope(self.whole_kind, choices) | {"usage": usage.as_dict()}
+        return self._envelope(self.whole_kind, choices) | {"usage": usage.as_dict()} | more
 
     def opening(self, answers: int, usage: Usage) -> bytes:
         return b"".join(self._chunk(self.first(index)) for index in range(answers))

@@ -34,7 +34,10 @@ def read_chat(body: Body, reads: Callable[[str], bool]) -> tuple[list[Any], Body
     """
     refuse_fields(body, _REFUSED)
     system = body.take("system")
-    messages = [_message(message) for message in read_messages(body)]
+    given = read_messages(body)
+    if _wants_citations(given):
+        body.fields.setdefault("sources", True)
+    messages = [_message(message) for message in given]
     if system:
         messages.insert(0, {"role": "system", "content": _content(system, {})})
     mark = body.take("cache_control")
@@ -49,6 +52,14 @@ def read_chat(body: Body, reads: Callable[[str], bool]) -> tuple[list[Any], Body
         del fields["tool_choice"]
     _take_thinking(body, reads)
     return messages, Body(fields, NAMES)
+
+
+def _wants_citations(messages: list[Any]) -> bool:
+    """True if the answer is to cite one of the documents."""
+    contents = [each.get("content") for each in messages if isinstance(each, dict)]
+    blocks = [block for content in contents if isinstance(content, list) for block in content]
+    wanted = [block.get("citations") for block in blocks if isinstance(block, dict)]
+    return any(isinstance(each, dict) and each.get("enabled") is True for each in wanted)
 
 
 def _take_thinking(body: Body, reads: Callable[[str], bool]) -> None:
@@ -104,22 +115,17 @@ def _content(content: Any, message: dict[str, Any]) -> Any:
 
 def _document(block: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the parts of a document: what is said about it, and its text."""
-    citations = block.get("citations")
-    if isinstance(citations, dict) and citations.get("enabled"):
-        raise bad_request(
-            "citations of a document are not supported; leave them out, and ask for `sources`",
-            "messages",
-            "unsupported_value",
-        )
     about = [block[name] for name in ("title", "context") if isinstance(block.get(name), str)]
     parts = [{"type": "text", "text": f"{text}\n"} for text in about if text]
-    file = {"type": "file", "file": _file(block.get("source"), block.get("title"))}
+    title = block.get("title")
+    named = {"filename": title} if isinstance(title, str) and title else {}
+    file = {"type": "file", "file": {**named, **_file(block.get("source"))}}
     if block.get("cache_control"):
         file["cache_control"] = block["cache_control"]
     return [*parts, file]
 
 
-def _file(source: Any, title: Any) -> dict[str, Any]:
+def _file(source: Any) -> dict[str, Any]:
     """Return the file of a document's source."""
     if not isinstance(source, dict):
         raise wrong_type("source", source, "an object with the type text, base64, content or file")
@@ -127,7 +133,7 @@ def _file(source: Any, title: Any) -> dict[str, Any]:
     if kind == "text" and isinstance(source.get("data"), str):
         return {"text": source["data"]}
     if kind == "base64" and isinstance(source.get("data"), str):
-        return {"file_data": source["data"], "filename": title or "document"}
+        return {"file_data": source["data"]}
     if kind == "file" and isinstance(source.get("file_id"), str):
         return {"file_id": source["file_id"]}
     if kind == "content":

@@ -33,13 +33,17 @@ class MessageShape(BlockShape):
             "stop_sequence": None,
         }
 
-    def whole(self, answers: Sequence[Generation], usage: Usage) -> dict[str, Any]:
+    def whole(
+        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+    ) -> dict[str, Any]:
         (answer,) = answers
+        self.take_citations(more)
         content: list[dict[str, Any]] = []
         if answer.reasoning:
             content.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
-        content.append({"type": "text", "text": answer.text, "citations": None})
-        return self._message | {"content": content} | _stop(answer) | {"usage": self._usage(usage)}
+        text = {"type": "text", "text": answer.text, "citations": self.citations or None}
+        ended = {"content": [*content, text], "usage": self._usage(usage)}
+        return self._message | ended | _stop(answer) | more
 
     def opening(self, answers: int, usage: Usage) -> bytes:
         message = self._message | {"usage": self._usage(usage)}
@@ -62,6 +66,25 @@ class MessageShape(BlockShape):
             if self.kind == REASONING
             else {"type": "text_delta", "text": text}
         )
+        return self._event("content_block_delta", delta=delta)
+
+    def citation(self, source: dict[str, Any], star: dict[str, Any]) -> dict[str, Any] | None:
+        document = source.get("document")
+        if document is None:
+            return None
+        start, end = document["start"], document["end"]
+        return {
+            "type": "char_location",
+            "cited_text": source["text"][: end - start],
+            "document_index": document["index"],
+            "document_title": document.get("name"),
+            "start_char_index": start,
+            "end_char_index": end,
+            "file_id": document.get("file_id"),
+        }
+
+    def cite(self, number: int) -> bytes:
+        delta = {"type": "citations_delta", "citation": self.citations[number]}
         return self._event("content_block_delta", delta=delta)
 
     def end_block(self) -> bytes:

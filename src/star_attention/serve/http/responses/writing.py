@@ -53,14 +53,19 @@ class ResponseShape(BlockShape):
 
     # ------------------------------------------------------------------------------- whole
 
-    def whole(self, answers: Sequence[Generation], usage: Usage) -> dict[str, Any]:
+    def whole(
+        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+    ) -> dict[str, Any]:
         (answer,) = answers
+        self.take_citations(more)
         output = []
         if answer.reasoning:
-            output.append(_item(REASONING, new_id("rs_"), answer.reasoning, None, ended=True))
-        output.append(_item(TEXT, new_id("msg_"), answer.text, answer, ended=True))
+            part = self._part(REASONING, answer.reasoning, None)
+            output.append(_item(REASONING, new_id("rs_"), part, None, ended=True))
+        part = self._part(TEXT, answer.text, answer)
+        output.append(_item(TEXT, new_id("msg_"), part, answer, ended=True))
         self.response["output"] = output
-        return self._end(answer, usage)
+        return self._end(answer, usage) | more
 
     def _end(self, answer: Generation, usage: Usage) -> dict[str, Any]:
         """Return the response, which ends with this answer."""
@@ -87,7 +92,7 @@ class ResponseShape(BlockShape):
         self._item_id = new_id("rs_" if self.kind == REASONING else "msg_")
         item = _item(self.kind, self._item_id, None, None, ended=False)
         return self._of_item("response.output_item.added", item=item) + self._of_part(
-            "response.content_part.added", part=_part(self.kind, "", None)
+            "response.content_part.added", part=self._part(self.kind, "", None)
         )
 
     def add(self, text: str) -> bytes:
@@ -95,10 +100,28 @@ class ResponseShape(BlockShape):
             return self._of_part("response.reasoning_text.delta", delta=text)
         return self._of_part("response.output_text.delta", delta=text, logprobs=[])
 
+    def citation(self, source: dict[str, Any], star: dict[str, Any]) -> dict[str, Any] | None:
+        document = source.get("document", {})
+        return {
+            "type": "file_citation",
+            "file_id": document.get("file_id", star["context"]),
+            "filename": document.get("name", ""),
+            "index": document.get("index", 0),
+            "star": source,
+        }
+
+    def cite(self, number: int) -> bytes:
+        return self._of_part(
+            "response.output_text.annotation.added",
+            annotation_index=number,
+            annotation=self.citations[number],
+        )
+
     def end_block(self) -> bytes:
         assert self.kind is not None, "a block ends"
         kind, text, answer = self.kind, self.written, self.answer
-        part, item = _part(kind, text, answer), _item(kind, self._item_id, text, answer, ended=True)
+        part = self._part(kind, text, answer)
+        item = _item(kind, self._item_id, part, answer, ended=True)
         self.response["output"] = [*self.response["output"], item]
         if kind == REASONING:
             events = self._of_part("response.reasoning_text.done", text=text)
@@ -129,6 +152,18 @@ class ResponseShape(BlockShape):
             error=error,
         )
 
+    def _part(self, kind: str, text: str, answer: Generation | None) -> dict[str, Any]:
+        if kind == REASONING:
+            return {"type": "reasoning_text", "text": text}
+        logprobs = logprob_objects(answer.logprobs if answer is not None else None)
+        annotations = self.citations
+        return {
+            "type": "output_text",
+            "text": text,
+            "annotations": annotations,
+            "logprobs": logprobs,
+        }
+
     def _of_item(self, kind: str, **fields: Any) -> bytes:
         return self._event(kind, output_index=self.number, **fields)
 
@@ -141,23 +176,16 @@ class ResponseShape(BlockShape):
 
 
 def _item(
-    kind: str, id: str, text: str | None, answer: Generation | None, *, ended: bool
+    kind: str, id: str, part: dict[str, Any] | None, answer: Generation | None, *, ended: bool
 ) -> dict[str, Any]:
     """Return an item of the output: a message, or the thoughts before it."""
     is_cut = answer is not None and answer.finish_reason == "length"
     status = ("incomplete" if is_cut else "completed") if ended else "in_progress"
-    content = [] if text is None else [_part(kind, text, answer)]
+    content = [] if part is None else [part]
     item = {"id": id, "status": status, "content": content}
     if kind == REASONING:
         return item | {"type": "reasoning", "summary": []}
     return item | {"type": "message", "role": "assistant"}
-
-
-def _part(kind: str, text: str, answer: Generation | None) -> dict[str, Any]:
-    if kind == REASONING:
-        return {"type": "reasoning_text", "text": text}
-    logprobs = logprob_objects(answer.logprobs if answer is not None else None)
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
