@@ -98,7 +98,8 @@ def test_a_streamed_response_cites_its_file(client: openai.OpenAI) -> None:
     added = [each for each in events if each.type == "response.output_text.annotation.added"]
     annotations = answer.output[0].content[0].annotations  # type: ignore[union-attr]
     assert [each.annotation_index for each in added] == list(range(len(annotations)))
-    assert [each.annotation for each in added] == annotations
+    sent = [dict(each.annotation) for each in added]
+    assert sent == [each.model_dump() for each in annotations]
     check_annotations(annotations, id, "book.txt")
 
 
