@@ -104,7 +104,8 @@ class Prepared:
             return
         own, ids_L = self.contexts[0], context.token_ids
         held_ids = ContextInput.of(context).held_ids
-        if not torch.equal(own.ids_L, ids_L) or own.held_ids != held_ids:
+        is_same = own.ids_L is ids_L or torch.equal(own.ids_L, ids_L)
+        if not is_same or own.held_ids != held_ids:
             raise InvalidInputError(
                 f"the query was prepared for another context of {len(own.ids_L):,} tokens, got one"
                 f" of {len(ids_L):,}; encode the prepared one, or give the query itself"

@@ -12,27 +12,22 @@ forward, T tokens of an answer and all before it, L context tokens, V vocabulary
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.execution import finite, second_look
-from star_attention.hf.execution.handle import cache_argument
+from star_attention.hf.execution.drawing import Text, seen
+from star_attention.hf.execution.processing import Processing
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.sampling import AsyncCopy, Sampler
 from star_attention.storage.kept import kept_row
 from star_attention.storage.kv import Pair
+from star_attention.storage.transfers import send
 
 OWN_LOOP_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """Modes that run in our own loop; transformers runs all others."""
-
-CACHE_ARGUMENT = cache_argument(GenerationMixin.prepare_inputs_for_generation)
-"""The name of the cache in the arguments of transformers' `generate`."""
 
 GO_ON, LAST, CLOSED, SUSPENDED = range(4)
 """Flags of packets: tokens that more may follow; the last tokens; no tokens, the answers have
@@ -115,7 +110,7 @@ class Decoding:
             if self._logits_RV is not None:
                 self._logits_RV = self._logits_RV.repeat_interleave(answers, 0)
         padding = cache.row_padding(self._rows)
-        self._padding_R1 = torch.tensor(padding, device=self.request.handle.device)[:, None]
+        self._padding_R1 = send(padding, self.request.handle.device)[:, None]
 
     def _forward(self, tokens_R1: Tensor) -> Tensor | None:
         cache, padding_R1 = self._cache, self._padding_R1
@@ -150,18 +145,25 @@ class Decoding:
 
 
 class Leader(Decoding):
-    """Rank 0's steps: it draws the tokens, and decides when the answers end."""
+    """Rank 0's steps: it draws the tokens, and decides when the answers end.
 
-    def __init__(self, request: Request, program: Program) -> None:
+    Args:
+        request: the request on this rank.
+        program: what rank 0 decided about it.
+        processing: what becomes of the scores.
+    """
+
+    def __init__(self, request: Request, program: Program, processing: Processing) -> None:
         super().__init__(request, program)
-        ids_RS, self._processors, self._criteria, self._samples = prepare(request, self._cache)
-        rows, self._prompt_tokens = ids_RS.shape
-        room_RT = ids_RS.new_empty(rows, program.max_new_tokens)
-        self._ids_RT = torch.cat([ids_RS, room_RT], 1)
-        self._ended_R = torch.zeros(rows, dtype=torch.bool, device=ids_RS.device)
-        self._flag = torch.tensor([GO_ON], device=ids_RS.device)
+        self._processing, self._device = processing, request.handle.device
+        self._text: Text | None = None
+        if processing.reads_text:
+            text_RS = request.text().repeat_interleave(program.answers_per_query, 0)
+            self._text = Text(text_RS, program.max_new_tokens)
+        self._ended_R = torch.zeros(self._rows, dtype=torch.bool, device=self._device)
+        self._flag = send([GO_ON], self._device)
         self._sampler = Sampler(
-            request.seed if self._samples else None, len(request.queries), ids_RS.device
+            request.seed if processing.samples else None, len(request.queries), self._device
         )
         self._values: list[int] = []
         self._all_ended = False
@@ -196,20 +198,28 @@ class Leader(Decoding):
 
     def _draw(self, logits_RV: Tensor) -> Tensor:
         """Return the next token of each row, `[R, 1]`, and note which rows end with it."""
-        stop = self._prompt_tokens + self.tokens
-        ids_RS = self._ids_RT[:, :stop]
-        processors = self._processors
-        scores_RV = processors(ids_RS, logits_RV.clone()) if processors else logits_RV
-        if self._samples and not self.tokens:
+        processing, text = self._processing, self._text
+        scores_RV = logits_RV
+        if processing.processors:
+            scores_RV = processing.processors(seen(text, logits_RV), logits_RV.clone())
+        if processing.samples and not self.tokens:
             # A GPU never recovers from drawing by NaN; `step` refuses them.
             scores_RV = scores_RV.nan_to_num(0.0, neginf=float("-inf"))
         tokens_R1 = (
-            self._sampler.draw(scores_RV) if self._samples else scores_RV.argmax(-1, keepdim=True)
+            self._sampler.draw(scores_RV)
+            if processing.samples
+            else scores_RV.argmax(-1, keepdim=True)
         )
-        self._ids_RT[:, stop] = tokens_R1[:, 0]
+        if text is not None:
+            text.add(tokens_R1[:, 0])
         # A row that has ended continues unseen next to the others, and criteria that look at the
         # last token alone would forget its end.
-        self._ended_R = self._ended_R | self._criteria(self._ids_RT[:, : stop + 1], scores_RV)
+        if not self._follows(self.tokens + 1):
+            self._ended_R = torch.ones_like(self._ended_R)
+        if processing.ends:
+            self._ended_R = self._ended_R | processing.ends(tokens_R1, scores_RV)
+        if processing.criteria:
+            self._ended_R = self._ended_R | processing.criteria(seen(text, scores_RV), scores_RV)
         return tokens_R1
 
     def settle(self, *, goes_on: bool) -> None:
@@ -241,14 +251,13 @@ class Leader(Decoding):
         """Send a packet without tokens, and run the forward that others have issued after it."""
         self._send([0] * 2 * self._rows, flag)
         if self._comm.size > 1 and self.program.is_ahead and self._is_forwarded(self.tokens + 1):
-            self._forward(torch.zeros_like(self._ids_RT[:, :1]))
+            self._forward(torch.zeros(self._rows, 1, dtype=torch.int64, device=self._device))
             self._undo()
 
     def _send(self, values: list[int], flag: int) -> None:
         if self._comm.size > 1:
-            device = self._ids_RT.device if self.program.is_ahead else None
-            packet = torch.tensor([*values, flag], device=device)
-            self._comm.broadcast_step(packet).wait()
+            device = self._device if self.program.is_ahead else torch.device("cpu")
+            self._comm.broadcast_step(send([*values, flag], device)).wait()
 
 
 class Follower(Decoding):
@@ -281,38 +290,3 @@ class Follower(Decoding):
                 self._undo()
             self._due_R1 = None
         return flag, step
-
-
-def prepare(
-    request: Request, cache: AnswerCache
-) -> tuple[Tensor, LogitsProcessorList, StoppingCriteriaList, bool]:
-    """Let transformers prepare a request.
-
-    Returns:
-        The text of each row, `[R, L + Q]`, logits processors, stopping criteria, and True to
-        sample.
-    """
-
-    def custom_generate(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **model_kwargs: Any,
-    ) -> Any:
-        return input_ids, logits_processor, stopping_criteria, bool(generation_config.do_sample)
-
-    ids_BS = request.text()
-    prepared: tuple[Tensor, LogitsProcessorList, StoppingCriteriaList, bool]
-    prepared = request.handle.model.generate(
-        ids_BS,
-        # Only transformers' preparation reads this mask; `Request.forwards` handles padding.
-        attention_mask=torch.ones_like(ids_BS),
-        logits_processor=request.logits_processor,
-        stopping_criteria=request.stopping_criteria,
-        custom_generate=custom_generate,
-        **{CACHE_ARGUMENT: cache},
-        **request.generation_kwargs,
-    )
-    return prepared

@@ -13,8 +13,10 @@ from transformers import LogitsProcessor
 _unknown: weakref.WeakKeyDictionary[Any, tuple[tuple[int, int], Tensor]] = (
     weakref.WeakKeyDictionary()
 )
-_processors: weakref.WeakKeyDictionary[Any, tuple[Any, KnownTokens]] = weakref.WeakKeyDictionary()
-"""The last processor of each tokenizer, and what it was made for."""
+_processors: weakref.WeakKeyDictionary[Any, tuple[Any, list[KnownTokens]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""The last processor of each tokenizer, if it needs one, and what it was made for."""
 
 
 class KnownTokens(LogitsProcessor):
@@ -71,16 +73,15 @@ def known_tokens(tokenizer: Any, vocab_size: int, ends: set[int]) -> list[Logits
         vocab_size: token ids of the model.
         ends: token ids that end an answer, and need no text.
     """
-    if tokenizer is None:
-        return []
-    ids = unknown_ids(tokenizer, vocab_size)
-    if ends and len(ids):
-        ids = ids[~torch.isin(ids, torch.tensor(sorted(ends), device="cpu"))]
-    if not len(ids):
+    if tokenizer is None or vocab_size <= len(tokenizer):
         return []
     # One object for all calls, so that rows of different calls are processed together.
     version = (len(tokenizer), vocab_size, frozenset(ends))
     known = _processors.get(tokenizer)
     if known is None or known[0] != version:
-        known = _processors[tokenizer] = (version, KnownTokens(ids))
-    return [known[1]]
+        ids = unknown_ids(tokenizer, vocab_size)
+        if ends and len(ids):
+            ids = ids[~torch.isin(ids, torch.tensor(sorted(ends), device="cpu"))]
+        made = [KnownTokens(ids)] if len(ids) else []
+        known = _processors[tokenizer] = (version, made)
+    return [*known[1]]

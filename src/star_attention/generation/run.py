@@ -20,6 +20,7 @@ from star_attention.generation.logprobs import LogprobRecorder
 from star_attention.generation.result import Delta, Generation, Source, Timings
 from star_attention.generation.settings import ResolvedSettings
 from star_attention.generation.sources import SourceFinder
+from star_attention.hf.execution import processing
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.sources import attention_of
 from star_attention.hf.execution.timing import Clock
@@ -194,7 +195,9 @@ class GenerationRun:
         assert self.program is not None
         # transformers makes its logits processors in here.
         with translate_generation_errors():
-            self._leader = leader = phase2.Leader(self._request, self.program)
+            self._leader = leader = phase2.Leader(
+                self._request, self.program, processing.of(self._request)
+            )
         while not leader.finished:
             step = leader.step()
             self._measured.first_s = self._measured.first_s or self._clock.elapsed()

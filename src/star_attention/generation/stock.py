@@ -17,8 +17,8 @@ from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.mirrored import Mirror
 from star_attention.hf.execution import second_look, sources
 from star_attention.hf.execution.finite import FiniteCheck
+from star_attention.hf.execution.processing import CACHE_ARGUMENT
 from star_attention.hf.execution.request import Request, follow_forward
-from star_attention.phase2 import CACHE_ARGUMENT
 
 LOOK = "look"
 """Kind of the message with which rank 0 begins a second look."""

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from star_attention.errors import release_frames
 from star_attention.generation import requests
-from star_attention.generation.batching import processing
+from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.batching.answer import RowAnswer
 from star_attention.generation.batching.leading import Keep, Lead, ReadAgain, numbers
-from star_attention.generation.batching.processing import Processing
 from star_attention.generation.conversation import (
     Conversation,
     LeadingKeeper,
@@ -26,7 +25,9 @@ from star_attention.generation.settings import ResolvedSettings
 from star_attention.generation.sources import SourceFinder
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.rows import RowKV
-from star_attention.hf.execution.drawing import Noise, RowDraw
+from star_attention.hf.execution import processing
+from star_attention.hf.execution.drawing import Noise, RowDraw, Text
+from star_attention.hf.execution.processing import Processing
 from star_attention.hf.execution.request import Request
 from star_attention.hf.execution.sources import attention_of
 from star_attention.inputs import Prepared
@@ -103,7 +104,7 @@ class RowTask:
         """Give the text before the answer to processors and criteria, if any read it."""
         assert self.request is not None and self.draw is not None
         if self.draw.reads_text:
-            self.draw.begin(self.request.text(), self.max_new_tokens)
+            self.draw.text = Text(self.request.text(), self.max_new_tokens)
 
     def push(self, token: int, logits_1V: Tensor, *, ended: bool) -> Delta | None:
         """Add a token; at the end of the answer, find its sources and release what it held."""
@@ -217,9 +218,9 @@ def tasks_of(
         noise = Noise(seed, several, device)
         for number in range(several):
             request = requests.for_answers(runtime, context, [prompt], settings)
-            # What reads an answer remembers what it saw.
-            if made is None or made.reads_text:
-                made = processing.of(request, settings)
+            if made is None or made.remembers:
+                with translate_generation_errors():
+                    made = processing.of(request)
             draw = RowDraw(
                 processors=made.processors,
                 criteria=made.criteria,

@@ -1,6 +1,7 @@
 """Drawing of the next token of many rows, each by settings of its own.
 
-Axes: R rows, N rows that are handled together, V vocabulary, T tokens of context, query and answer.
+Axes: R rows, N rows that are handled together, V vocabulary, S tokens of context and query, T with
+those of the answer so far.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -55,6 +54,35 @@ class Noise:
         noise_NV.exponential_(generator=self._generator)
 
 
+class Text:
+    """Context, query and answer so far of some rows, for processors and criteria that read them.
+
+    Args:
+        text_RS: the text before the answers.
+        max_new_tokens: most tokens of an answer.
+    """
+
+    def __init__(self, text_RS: Tensor, max_new_tokens: int) -> None:
+        rows, self._tokens = text_RS.shape
+        self._ids_RT = torch.cat([text_RS, text_RS.new_empty(rows, max_new_tokens)], 1)
+
+    def seen(self) -> Tensor:
+        """Return the tokens so far, `[R, T]`."""
+        return self._ids_RT[:, : self._tokens]
+
+    def add(self, tokens_R: Tensor) -> None:
+        """Append the drawn token of each row."""
+        self._ids_RT[:, self._tokens] = tokens_R
+        self._tokens += 1
+
+
+def seen(text: Text | None, scores_RV: Tensor) -> Tensor:
+    """Return the tokens so far of the rows of scores, `[R, T]`; none where nothing reads them."""
+    if text is None:
+        return scores_RV.new_empty(len(scores_RV), 0, dtype=torch.int64)
+    return text.seen()
+
+
 @dataclass(kw_only=True, eq=False)
 class RowDraw:
     """How the tokens of one row are drawn.
@@ -64,17 +92,15 @@ class RowDraw:
         criteria: its stopping criteria, without those of length and of end-of-sequence tokens.
         noise: random numbers for sampling; None for the most likely token.
         number: the row's number among the answers that share `noise`.
-        text_1T: context, query and answer so far, with room for the rest of it, where processors
-            or criteria read it; None elsewhere.
-        tokens: tokens of `text_1T` so far.
+        text: context, query and answer so far, where processors or criteria read it; None
+            elsewhere.
     """
 
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     noise: Noise | None = None
     number: int = 0
-    text_1T: Tensor | None = None
-    tokens: int = 0
+    text: Text | None = None
     shared_key: Hashable | None = field(init=False)
     """What rows have in common whose processors run in one call; None for a row of its own."""
 
@@ -85,29 +111,6 @@ class RowDraw:
     def reads_text(self) -> bool:
         """True if processors or criteria look at the tokens before the next one."""
         return bool(self.criteria) or self.shared_key is None
-
-    def begin(self, text_1S: Tensor, max_new_tokens: int) -> None:
-        """Set the text before the answer, context and query, which processors or criteria read."""
-        room_1T = text_1S.new_empty(1, max_new_tokens)
-        self.text_1T, self.tokens = torch.cat([text_1S, room_1T], 1), text_1S.shape[1]
-
-    def seen(self, scores_1V: Tensor) -> Tensor:
-        """Return the tokens so far, `[1, T]`; none where nothing reads them."""
-        if self.text_1T is None:
-            return scores_1V.new_empty(len(scores_1V), 0, dtype=torch.int64)
-        return self.text_1T[:, : self.tokens]
-
-    def add(self, token: Tensor) -> None:
-        """Append a drawn token."""
-        if self.text_1T is not None:
-            self.text_1T[0, self.tokens] = token
-            self.tokens += 1
-
-
-def own_criteria(criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-    """Return those criteria that the text of an answer does not know by itself."""
-    known = (MaxLengthCriteria, EosTokenCriteria)
-    return StoppingCriteriaList([each for each in criteria if not isinstance(each, known)])
 
 
 def scores_key(processors: Sequence[Any]) -> Hashable | None:
@@ -157,11 +160,12 @@ def draw(logits_RV: Tensor, rows: Sequence[RowDraw]) -> Drawn:
     for number, row in enumerate(rows):
         if number in failures:
             continue
-        row.add(tokens_R[number])
+        if row.text is not None:
+            row.text.add(tokens_R[number])
         if row.criteria:
             scores_1V = scores_RV[number : number + 1]
             try:
-                ended_R[number : number + 1] = row.criteria(row.seen(scores_1V), scores_1V)
+                ended_R[number : number + 1] = row.criteria(seen(row.text, scores_1V), scores_1V)
             except Exception as error:
                 # A user's criterion may raise anything, which ends its row alone.
                 failures[number] = error
@@ -185,7 +189,7 @@ def _processed(
         at_N = send(numbers, logits_RV.device)
         part_NV = logits_RV[at_N]
         try:
-            scores_RV[at_N] = row.processors(row.seen(part_NV), part_NV)
+            scores_RV[at_N] = row.processors(seen(row.text, part_NV), part_NV)
         except Exception as error:
             # So may a user's processor.
             failures |= dict.fromkeys(numbers, error)
