@@ -16,6 +16,7 @@ from star_attention.errors import InvalidInputError, SizeError, UnknownOptionErr
 from star_attention.planning.lookback import ALL, parse_layers
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 from star_attention.planning.quality import expanded
+from star_attention.planning.residency import check_share
 from star_attention.planning.ring import RING_LAYOUTS
 from star_attention.planning.sizes import check_lookback, format_size, parse_size, resolve_sizes
 from star_attention.planning.stripes import STRIPE_TOKENS
@@ -125,6 +126,7 @@ class StarSettings(TypedDict, total=False):
     ring_layout: str
     kv_dtype: str | None
     kv_device: str | None
+    kv_resident: float | str
     allow_special_tokens: bool | None
     slice_weights: bool | None
 
@@ -167,7 +169,8 @@ class StarConfig:
             larger than a forward reads its own earlier part rounded.
         kv_device: Where the context's keys and values are stored. None leaves them on the device
             that computed them, "cpu" moves them to host memory, from which each layer is copied
-            back when it is needed.
+            back while those before it compute.
+        kv_resident: Share of the layers, 0 to 1, that stay on the device in spite of `kv_device`.
         allow_special_tokens: What special tokens in a text (`<|im_end|>`) are: True makes them
             control tokens, False text. None makes those of chat messages text, so that no document
             can end its turn, and those of raw text control tokens, with a warning.
@@ -247,11 +250,16 @@ class StarConfig:
     )
     kv_device: str | None = _setting(
         None,
-        "Where the context's keys and values are stored: cpu means host memory, if the GPU's is"
-        " too small.",
+        "Where the context's keys and values are stored; cpu means host memory.",
         metavar="DEVICE",
         panel="Context",
         default_text="where they are computed",
+    )
+    kv_resident: float = _setting(
+        0.0,
+        "Share of the layers, 0 to 1, that stay on the GPU in spite of --kv-device.",
+        metavar="SHARE",
+        panel="Context",
     )
     allow_special_tokens: bool | None = _setting(
         None,
@@ -353,6 +361,7 @@ class StarConfig:
                     f"{name} {quote(getattr(self, name))} is unknown;"
                     f" choose {', '.join(known)}, or leave it out"
                 )
+        object.__setattr__(self, "kv_resident", check_share(self.kv_resident, self.kv_device))
 
     def _check_lookback(self) -> None:
         lookback: Any = self.lookback

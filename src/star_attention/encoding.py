@@ -26,6 +26,7 @@ from star_attention.planning.traffic import Traffic
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.header import lookback_in, plan_in
+from star_attention.storage.host import pinned
 from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, StoredKV
 from star_attention.storage.reading import SavedContext
 
@@ -286,7 +287,10 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
     plan = plan_in(header, comm.cp_size)
     layout = runtime.method.layout(runtime.config, plan)
     segments = layout[comm.cp_rank]
-    kv_format = KVFormat(dtype=header.get("kv_dtype"), device=runtime.config.kv_device)
+    config = runtime.config
+    kv_format = KVFormat(
+        dtype=header.get("kv_dtype"), device=config.kv_device, resident=config.kv_resident
+    )
     layers = [
         _saved_layer(runtime, file, index, segments, kv_format)
         for index in range(len(header["expands"]))
@@ -326,21 +330,24 @@ def _saved_layer(
     runtime: Runtime, file: SavedContext, index: int, segments: Segments, kv_format: KVFormat
 ) -> LayerKV:
     """Return a layer that is read, verified and moved to its device at first use."""
-    expands = file.header["expands"][index]
+    expands = file.header["expands"]
     if not segments or not file.has_layer(index):
-        return LayerKV(segments, expands=expands, kv_format=kv_format)
+        return LayerKV(segments, expands=expands[index], kv_format=kv_format)
     device = runtime.handle.layer_device(index)
-    stored_on = device if kv_format.device is None else torch.device(kv_format.device)
+    on_host = kv_format.on_host(index, len(expands))
     tp_rank, tp_size = runtime.comm.tp_rank, runtime.comm.tp_size
 
     def source() -> StoredKV:
-        tensors = file.layer(index, segments)
-        return tuple(tensor.chunk(tp_size, 1)[tp_rank].to(stored_on) for tensor in tensors)
+        tensors = (part.chunk(tp_size, 1)[tp_rank] for part in file.layer(index, segments))
+        if on_host:
+            return tuple(pinned.copy_of(tensor, device) for tensor in tensors)
+        return tuple(tensor.to(device) for tensor in tensors)
 
     return LayerKV(
         segments,
-        expands=expands,
+        expands=expands[index],
         kv_format=kv_format,
+        on_host=on_host,
         source=source,
         dtype=runtime.handle.dtype,
         device=device,

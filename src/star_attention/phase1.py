@@ -99,7 +99,8 @@ class EncodeJob:
     @property
     def kv_format(self) -> KVFormat:
         """The format that the contexts' keys and values are stored in."""
-        return KVFormat(dtype=self.config.kv_dtype, device=self.config.kv_device)
+        config = self.config
+        return KVFormat(dtype=config.kv_dtype, device=config.kv_device, resident=config.kv_resident)
 
 
 Steps = Generator[Span, None, T]

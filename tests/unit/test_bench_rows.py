@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from star_attention.bench import decode_plots, pictures
 from star_attention.bench.decode_rows import DecodeRow
+from star_attention.bench.decode_rows import table as decode_table
 from star_attention.bench.prefill import plots
 from star_attention.bench.prefill.rows import (
     PrefillRow,
@@ -34,6 +35,8 @@ DECODE = DecodeRow(
     query_tokens=1,
     tokens=2,
     token_s=0.3,
+    ttft_s=0.4,
+    first_s=0.5,
     floor_s=0.2,
 )
 
@@ -51,6 +54,15 @@ def test_ratios_of_prefill() -> None:
 
 def test_ratios_of_answers() -> None:
     assert DECODE.over_floor == pytest.approx(1.5)
+    assert DECODE.over_link is None
+    far = replace(DECODE, link_bytes=4 * 10**8, link_bytes_per_s=2e9)
+    assert far.over_link == pytest.approx(1.5)
+    header, near_cells, far_cells = decode_table([DECODE, far])
+    start = header.index("link MB per token")
+    assert header[start : start + 3] == ("link MB per token", "link GB/s", "over link")
+    assert near_cells[start : start + 3] == ("", "", "")
+    assert far_cells[start : start + 3] == ("400", "2", "1.50")
+    assert "over link" not in decode_table([DECODE])[0]
     row = QuestionsRow(method="star", context=10, questions=7, encode_s=3.0, question_s=2.0)
     assert row.total_s == 17.0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,8 +26,10 @@ from star_attention.bench.ranks import NOT_HERE, Spent, attempt, measure
 from star_attention.engine import StarLLM
 from star_attention.hf.execution import slices
 from star_attention.planning.plan import BlockPlan
+from star_attention.planning.residency import staying
 from star_attention.planning.sizes import format_size
 from star_attention.storage.context import EncodedContext
+from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings
 
 
@@ -45,7 +47,7 @@ class Decode(Benchmark[DecodeRow]):
         slice_weights: True or False; None measures both on several ranks, and slices what saves
             time, or all if nothing does.
         alone: of several ranks, also measure rank 0 by itself.
-        kv_dtype, kv_device: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
     """
 
     name: ClassVar[str] = "decode"
@@ -60,6 +62,7 @@ class Decode(Benchmark[DecodeRow]):
     alone: bool = True
     kv_dtype: str | None = None
     kv_device: str | None = None
+    kv_resident: float | str = 0.0
 
     @property
     def longest_input(self) -> int:
@@ -111,8 +114,20 @@ class Decode(Benchmark[DecodeRow]):
             tokens=self.answer_tokens,
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
+            kv_resident=float(self.kv_resident),
             read_bytes=read_bytes,
             floor_s=read_bytes / target.ceilings.bytes_per_s,
+            **self._link(kv_bytes // tensor_parallel, target),
+        )
+
+    def _link(self, kv_bytes: int, target: Target) -> dict[str, Any]:
+        """Return what a token takes over the link from host memory, and the link's rate."""
+        if self.kv_device is None:
+            return {}
+        layers = len(target.shape.kv_elements_by_layer)
+        near = kv_bytes * staying(layers, float(self.kv_resident)) // layers
+        return dict(
+            link_bytes=kv_bytes - near, link_bytes_per_s=machine.measure_link(target.device)
         )
 
     def _measured(self, row: DecodeRow, context: list[EncodedContext], target: Target) -> DecodeRow:
@@ -161,7 +176,10 @@ class Decode(Benchmark[DecodeRow]):
 
     def _engine(self, row: DecodeRow, target: Target) -> StarLLM:
         settings = weights_settings(row.ranks, row.weights) | dict(
-            block_size=row.block, kv_dtype=self.kv_dtype, kv_device=self.kv_device
+            block_size=row.block,
+            kv_dtype=self.kv_dtype,
+            kv_device=self.kv_device,
+            kv_resident=self.kv_resident,
         )
         alone = row.ranks < target.ranks
         star = target.engine(alone=alone, compile=row.compiled, **settings)

@@ -26,11 +26,13 @@ class DecodeRow:
         ranks: ranks that answer together.
         tensor_parallel: those that share the weights of one model.
         weights: `WHOLE`, `SLICES` or `SHARD`.
-        kv_dtype, kv_device: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
         token_s: time per token of an answer through `StarLLM.generate`:
             (time of all tokens - time of one) / (tokens - 1).
         read_bytes: bytes of weights, keys and values that the fullest rank reads for a token.
         floor_s: the same over the copy rate.
+        link_bytes: bytes that the fullest rank's GPU reads from host memory for a token.
+        link_bytes_per_s: rate of large copies from there; None where there are none.
         ttft_s: time to the first token of a further query on the same context.
         first_s: time of the first query, which compiles and captures.
         encode_s: time to encode the context, in the first row of a context; compiles as well.
@@ -50,9 +52,12 @@ class DecodeRow:
     weights: str = WHOLE
     kv_dtype: str | None = None
     kv_device: str | None = None
+    kv_resident: float = 0.0
     token_s: float | None = None
     read_bytes: int = 0
     floor_s: float = 0.0
+    link_bytes: int = 0
+    link_bytes_per_s: float | None = None
     ttft_s: float | None = None
     first_s: float | None = None
     encode_s: float | None = None
@@ -63,6 +68,13 @@ class DecodeRow:
     @property
     def over_floor(self) -> float | None:
         return None if self.token_s is None else self.token_s / self.floor_s
+
+    @property
+    def over_link(self) -> float | None:
+        """The time of a token over that of its bytes from host memory."""
+        if self.token_s is None or not (self.link_bytes and self.link_bytes_per_s):
+            return None
+        return self.token_s * self.link_bytes_per_s / self.link_bytes
 
     @property
     def mesh(self) -> str:
@@ -110,6 +122,7 @@ def series(rows: list[DecodeRow]) -> Iterator[tuple[str, list[DecodeRow]]]:
 def table(rows: list[DecodeRow]) -> list[tuple[str, ...]]:
     """Return the cells of the table."""
     on_ranks = any(row.ranks > 1 for row in rows)
+    by_link = any(row.link_bytes and row.link_bytes_per_s for row in rows)
     header = [
         "context",
         *(["ranks", "weights"] if on_ranks else []),
@@ -117,17 +130,18 @@ def table(rows: list[DecodeRow]) -> list[tuple[str, ...]]:
         "ms per token",
         "floor ms",
         "over floor",
+        *(["link MB per token", "link GB/s", "over link"] if by_link else []),
         *(["x one rank"] if on_ranks else []),
         "tok/s",
         "next query s",
         "first query s",
         *(["wire KB per token", "peak GiB"] if on_ranks else []),
     ]
-    lines = [_cells(row, rows, on_ranks) for row in rows]
+    lines = [_cells(row, rows, on_ranks, by_link) for row in rows]
     return [tuple(line + [""] * (len(header) - len(line))) for line in [header, *lines]]
 
 
-def _cells(row: DecodeRow, rows: list[DecodeRow], on_ranks: bool) -> list[str]:
+def _cells(row: DecodeRow, rows: list[DecodeRow], on_ranks: bool, by_link: bool) -> list[str]:
     place = [row.mesh if row.ranks > 1 else "1", row.weights] if on_ranks else []
     start = [format_size(row.context), *place, row.layers]
     if row.token_s is None or row.ttft_s is None or row.first_s is None:
@@ -139,10 +153,21 @@ def _cells(row: DecodeRow, rows: list[DecodeRow], on_ranks: bool) -> list[str]:
         f"{row.token_s * 1e3:,.3g}",
         f"{row.floor_s * 1e3:,.3g}",
         f"{row.over_floor:.2f}",
+        *(_link_cells(row) if by_link else []),
         *(["" if faster is None else f"{faster:.2f}"] if on_ranks else []),
         f"{row.queries / row.token_s:,.0f}",
         f"{row.ttft_s:,.3f}",
         f"{row.first_s:,.3g}",
         *([f"{row.wire_bytes / 1e3:,.4g}"] if on_ranks else []),
         *(["" if peak is None else f"{peak:.1f}"] if on_ranks else []),
+    ]
+
+
+def _link_cells(row: DecodeRow) -> list[str]:
+    if row.over_link is None or row.link_bytes_per_s is None:
+        return ["", "", ""]
+    return [
+        f"{row.link_bytes / 1e6:,.4g}",
+        f"{row.link_bytes_per_s / 1e9:,.3g}",
+        f"{row.over_link:.2f}",
     ]

@@ -76,7 +76,7 @@ class Rows(Benchmark[RowsRow]):
         query_tokens, answer_tokens: length of a query and of an answer.
         repeats: runs of each after the first, of which the median counts.
         compile: as for `StarLLM`.
-        kv_dtype, kv_device: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
     """
 
     name: ClassVar[str] = "rows"
@@ -92,6 +92,7 @@ class Rows(Benchmark[RowsRow]):
     compile: bool | None = None
     kv_dtype: str | None = None
     kv_device: str | None = None
+    kv_resident: float | str = 0.0
 
     @property
     def longest_input(self) -> int:
@@ -138,6 +139,7 @@ class Rows(Benchmark[RowsRow]):
             block_size=block_of(self.block, row.context, target),
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
+            kv_resident=self.kv_resident,
         )
         if not encoded:
             target.check_memory(star, row.context * row.texts)

@@ -14,6 +14,7 @@ import typer
 from star_attention.cli.model_options import MODEL_VARIABLE, SavedModelOptions
 from star_attention.cli.options import ContextOptions, Quiet, ReplyOptions, option
 from star_attention.cli.progress import Status
+from star_attention.cli.reuse import ANYWHERE
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
@@ -90,7 +91,7 @@ def _load(
 ) -> tuple[StarLLM, EncodedContext, Conversation | None]:
     from star_attention.cli import session
 
-    settings = {name: context.settings[name] for name in ("kv_device", "allow_special_tokens")}
+    settings = {name: context.settings[name] for name in ANYWHERE}
     star, header = session.load_for_saved(model, path, status, **settings)
     if "conversation" not in header:
         return star, star.load_context(path), None
@@ -148,9 +149,7 @@ def _check_saved(context: TalkOptions, path: str) -> None:
     given = [
         name.replace("_", "-")
         for name, value in context.settings.items()
-        if name not in ("kv_device", "allow_special_tokens")
-        and value is not None
-        and str(value) != str(defaults.get(name))
+        if name not in ANYWHERE and value is not None and str(value) != str(defaults.get(name))
     ]
     given += [
         name

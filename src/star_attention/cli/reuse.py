@@ -14,6 +14,9 @@ from star_attention.errors import InvalidInputError
 from star_attention.planning.lookback import parse_layers
 from star_attention.planning.sizes import parse_size
 
+ANYWHERE = ("kv_device", "kv_resident", "allow_special_tokens")
+"""Settings that may differ from those with which a saved context was encoded."""
+
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
     from star_attention.storage.context import EncodedContext
@@ -34,7 +37,7 @@ def load(
     refusal = methods.get(header["method"]).why_not_reuse()
     if refusal is not None:
         raise InvalidInputError(refusal)
-    settings = {name: context.settings[name] for name in ("kv_device", "allow_special_tokens")}
+    settings = {name: context.settings[name] for name in ANYWHERE}
     settings |= {name: header.get(name) for name in ("block_size", "anchor_size", "kv_dtype")}
     return session.load_saved(
         model, path, status, needs_template=context.chat, text=text, **settings

@@ -163,7 +163,12 @@ def _version(
 ) -> Steps[EncodedContext]:
     """Encode a new version of a context, in which the blocks `again` differ."""
     method, kv_format = methods.get(old.method), old.kv.kv_format
-    config = StarConfig.of(runtime.config, kv_dtype=kv_format.dtype, kv_device=kv_format.device)
+    config = StarConfig.of(
+        runtime.config,
+        kv_dtype=kv_format.dtype,
+        kv_device=kv_format.device,
+        kv_resident=kv_format.resident,
+    )
     plan = method.extended_plan(old.plan, len(source.ids_L))
     is_new = len(again) == plan.num_blocks
     layout = method.layout(config, plan)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from star_attention.planning import residency
 from star_attention.planning.exchange import layer_kinds
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.pairs import (
@@ -307,6 +308,7 @@ def memory_per_rank(
     tensor_parallel: int = 1,
     kv_dtype: str | None = None,
     kv_device: str | None = None,
+    kv_resident: float = 0.0,
     looks_twice: bool = False,
 ) -> Memory:
     """Estimate the memory of one rank.
@@ -315,8 +317,7 @@ def memory_per_rank(
     leaves embeddings and the language-model head whole. Only the last context-parallel rank holds
     the tail. If keys and values are not stored as computed (`kv_dtype`, `kv_device`), every rank
     that holds a block also needs the anchor as computed, and the blocks that it looks back to;
-    else only what other ranks hold of both. KV in host memory takes one layer of `working` memory
-    on the device while answering.
+    else only what other ranks hold of both. KV in host memory takes some on the device.
 
     Args:
         shape: the model.
@@ -325,8 +326,7 @@ def memory_per_rank(
         tail_tokens: tokens of queries and answers together.
         rank: context-parallel rank.
         tensor_parallel: number of tensor-parallel ranks.
-        kv_dtype: as in `StarConfig`.
-        kv_device: as in `StarConfig`.
+        kv_dtype, kv_device, kv_resident: as in `StarConfig`.
         looks_twice: True if queries are answered with a second look.
     """
     tokens = plan.rank_tokens(rank)
@@ -336,19 +336,18 @@ def memory_per_rank(
     unsharded = shape.sharded_parameters - shape.sharded_parameters // tensor_parallel
     longest = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
     working = working_bytes(shape, longest, tensor_parallel) + expanded_bytes(shape, tokens)
-    recent = _recent_bytes(shape, plan, tokens_per_forward, rank, as_computed)
-    working += recent // tensor_parallel
-    if kv_device is not None:
-        working += tokens * shape.kv_bytes_per_token // tensor_parallel // max(1, shape.kv_layers)
-    token_bytes = shape.kv_bytes_per_token
+    working += _recent_bytes(shape, plan, tokens_per_forward, rank, as_computed) // tensor_parallel
+    token_bytes, layers = shape.kv_bytes_per_token, shape.kv_layers
+    computed = tokens * token_bytes // tensor_parallel
+    near, arriving = residency.on_device(stored, computed, layers, kv_device, kv_resident)
     return Memory(
         weights=shape.weight_bytes - unsharded * shape.bytes_per_element,
-        kv=0 if kv_device is not None else stored,
+        kv=near,
         anchor=plan.anchor_size * token_bytes // tensor_parallel if needs_anchor else 0,
         tail=tail_tokens * token_bytes // tensor_parallel if rank == plan.ranks - 1 else 0,
-        working=working,
-        copy=stored if looks_twice and kv_device is None else 0,
-        host=0 if kv_device is None else stored * (1 + looks_twice),
+        working=working + arriving,
+        copy=near if looks_twice else 0,
+        host=(stored - near) * (1 + looks_twice),
     )
 
 

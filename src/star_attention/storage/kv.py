@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from star_attention.planning.residency import stays
 from star_attention.planning.segments import Segments
+from star_attention.storage.host import pinned
+from star_attention.storage.host.streams import Outbox
 from star_attention.storage.oom import allocate
 
 Pair = tuple[Tensor, Tensor]
@@ -33,15 +37,21 @@ class KVFormat:
             a little over half the bytes of bfloat16.
         device: None stores them on the device that computed them; "cpu" stores them in host memory,
             from which each layer is copied back when it is read.
+        resident: share of the layers that stay on the device, whatever `device` says.
     """
 
     dtype: str | None = None
     device: str | None = None
+    resident: float = 0.0
 
     @property
     def as_computed(self) -> bool:
-        """True if attention can read the buffers directly."""
+        """True if attention can read the buffers of all layers directly."""
         return self.dtype is None and self.device is None
+
+    def on_host(self, layer: int, layers: int) -> bool:
+        """True if a layer of so many is in host memory."""
+        return self.device is not None and not stays(layer, layers, self.resident)
 
 
 DEFAULT_FORMAT = KVFormat()
@@ -68,6 +78,16 @@ Each turns `[..., D]` into stored values `[..., D]` and one scale per row, `[...
 """
 
 
+class Feeder(Protocol):
+    """Brings layers from host memory ahead of their use (`storage.host.feed`)."""
+
+    def take(self, layer: LayerKV) -> StoredKV:
+        """Return a layer's stored tensors on its device."""
+
+    def forget(self, layer: LayerKV) -> None:
+        """Bring a layer again, which has changed."""
+
+
 class LayerKV:
     """One layer's context keys and values, `[1, G, tokens, D]`: written once, block by block.
 
@@ -75,10 +95,15 @@ class LayerKV:
         segments: the context tokens that the buffers hold.
         expands: True for layers whose attention expands compressed KV to keys and values (MLA);
             None while unknown.
-        kv_format: how keys and values are stored.
+        kv_format: how keys and values of all layers are stored.
+        on_host: True if those of this layer are in host memory.
+        outbox: writes there, for all layers.
         source: reads the stored tensors of a saved context, on first use.
         dtype: dtype in which attention reads a saved context.
         device: device on which attention reads a saved context.
+
+    Attributes:
+        feed: returns what brings the layer from host memory to its device, or None.
     """
 
     def __init__(
@@ -87,6 +112,8 @@ class LayerKV:
         *,
         expands: bool | None = None,
         kv_format: KVFormat = DEFAULT_FORMAT,
+        on_host: bool = False,
+        outbox: Outbox | None = None,
         source: Callable[[], StoredKV] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -95,6 +122,11 @@ class LayerKV:
         self.tokens = segments.tokens
         self.expands = expands
         self.kv_format = kv_format
+        self.on_host = on_host
+        self.feed: Callable[[], Feeder | None] | None = None
+        self._outbox = outbox
+        # The latest write to host memory, until somebody has waited for it.
+        self._written: Any = None
         self._source = source
         self._dtype, self._device = dtype, device
         self._buffers: StoredKV | None = None
@@ -115,6 +147,7 @@ class LayerKV:
             if buffer.dtype == FP8:
                 buffer, part = buffer.view(torch.uint8), part.view(torch.uint8)
             buffer[0].index_copy_(1, at_S.to(buffer.device), part.to(buffer.device))
+        self._has_changed()
 
     def _as_stored(self, k_GSD: Tensor, v_GSD: Tensor) -> StoredKV:
         if self.kv_format.dtype is None:
@@ -127,17 +160,40 @@ class LayerKV:
         if self._buffers is None:
             self._buffers = tuple(self._new_buffer(part) for part in parts)
         at = self.segments.offset(start)
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            buffer[0, :, at : at + part.shape[1]].copy_(part, non_blocking=True)
+        targets = [buffer[0, :, at : at + parts[0].shape[1]] for buffer in self._buffers]
+        if self.on_host and parts[0].is_cuda:
+            assert self._outbox is not None, "layers in host memory have an outbox"
+            self._written = self._outbox.write(targets, list(parts))
+        else:
+            for target, part in zip(targets, parts, strict=True):
+                target.copy_(part, non_blocking=True)
+        self._has_changed()
 
     def _new_buffer(self, part: Tensor) -> Tensor:
         shape = (1, part.shape[0], self.tokens, *part.shape[2:])
-        device = self.kv_format.device
-        if device is None or part.device.type == "cpu":
-            return allocate(lambda: part.new_empty(shape))
-        return allocate(
-            lambda: torch.empty(shape, dtype=part.dtype, device=device, pin_memory=True)
-        )
+        if not self.on_host:
+            return allocate(lambda: part.new_empty(shape, device=self._device))
+        assert self._device is not None
+        return pinned.empty(shape, part.dtype, self._device)
+
+    def _has_changed(self) -> None:
+        feed = self._feeding()
+        if feed is not None:
+            feed.forget(self)
+
+    def _feeding(self) -> Feeder | None:
+        return None if self.feed is None else self.feed()
+
+    @property
+    def comes_from_host(self) -> bool:
+        """True if the layer is copied to a GPU to be read."""
+        return self.on_host and not self.is_empty and self.reads_on.type == "cuda"
+
+    @property
+    def reads_on(self) -> torch.device:
+        """The device on which attention reads the layer."""
+        assert self._device is not None, "this layer holds no keys"
+        return self._device
 
     @property
     def is_empty(self) -> bool:
@@ -154,6 +210,9 @@ class LayerKV:
         if self._source is not None:
             self._buffers = self._source()
             self._source = None
+        if self._written is not None and self._outbox is not None:
+            self._outbox.wait(self._written)
+            self._written = None
         assert self._buffers is not None, "this layer holds no keys"
         return self._buffers
 
@@ -167,6 +226,8 @@ class LayerKV:
             self.segments,
             expands=self.expands,
             kv_format=self.kv_format,
+            on_host=self.on_host,
+            outbox=self._outbox,
             source=source,
             dtype=self._dtype,
             device=self._device,
@@ -176,8 +237,11 @@ class LayerKV:
         """Return all keys and values for attention, `[1, G, tokens, D]`.
 
         These are the buffers themselves if they are stored as computed, converted copies otherwise.
+        Of a layer from host memory they may be overwritten after the next layer's `pair`: queue
+        what reads them before.
         """
-        return self._read(self.stored())
+        feed = self._feeding()
+        return self._read(self.stored() if feed is None else feed.take(self))
 
     def slice(self, start: int, stop: int) -> Pair:
         """Return KV of tokens `start..stop` of one segment, `[1, G, stop - start, D]`."""
@@ -187,8 +251,8 @@ class LayerKV:
     def _read(self, stored: StoredKV) -> Pair:
         if self.kv_format.as_computed:
             return stored[0], stored[1]
-        assert self._dtype is not None
-        k_1GLD, v_1GLD, *scales = (tensor.to(self._device, non_blocking=True) for tensor in stored)
+        assert self._dtype is not None and self._device is not None
+        k_1GLD, v_1GLD, *scales = (_on(self._device, tensor) for tensor in stored)
         if scales:
             k_1GLD, v_1GLD = (
                 tensor.to(self._dtype).mul_(scale[..., None])
@@ -252,7 +316,17 @@ class ContextKV:
         visible: VisibleRange | None = None,
     ) -> ContextKV:
         """Return a store to write `segments` to; `expands` has one entry per layer."""
-        layers = [LayerKV(segments, expands=value, kv_format=kv_format) for value in expands]
+        outbox = None if kv_format.device is None else Outbox()
+        layers = [
+            LayerKV(
+                segments,
+                expands=value,
+                kv_format=kv_format,
+                on_host=kv_format.on_host(index, len(expands)),
+                outbox=outbox,
+            )
+            for index, value in enumerate(expands)
+        ]
         return cls(layers, segments, visible)
 
     @property
@@ -273,6 +347,17 @@ class ContextKV:
             if runs and not layer.is_empty:
                 copied_layer.copy_from(layer, runs)
         return copy
+
+
+def _on(device: torch.device, tensor_1GLD: Tensor) -> Tensor:
+    """Return a stored tensor on a device, without waiting for a copy from pinned memory."""
+    if tensor_1GLD.device == device or tensor_1GLD.is_contiguous() or device.type != "cuda":
+        return tensor_1GLD.to(device, non_blocking=True)
+    copy_1GLD = torch.empty(tensor_1GLD.shape, dtype=tensor_1GLD.dtype, device=device)
+    # A head at a time: torch copies only contiguous memory without waiting.
+    for target_LD, source_LD in zip(copy_1GLD[0], tensor_1GLD[0], strict=True):
+        target_LD.copy_(source_LD, non_blocking=True)
+    return copy_1GLD
 
 
 def as_tensor_ids(ids: Tensor) -> Tensor:

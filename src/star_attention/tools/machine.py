@@ -22,6 +22,7 @@ import transformers
 from star_attention import __version__
 from star_attention.errors import InvalidInputError
 from star_attention.planning.sizes import counted
+from star_attention.storage.host import pinned
 
 Progress = Callable[[str], None]
 """Called with a line about the next measurement."""
@@ -60,6 +61,20 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     target = torch.empty_like(source)
     copy_s = median(time_repeatedly(lambda: target.copy_(source), repeats=10, device=device))
     return Ceilings(flops_per_s=2 * size**3 / product_s, bytes_per_s=2 * source.numel() / copy_s)
+
+
+def measure_link(device: torch.device) -> float | None:
+    """Return the bytes per second of large copies from pinned memory to a GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    source = pinned.empty((2**28,), torch.uint8, device).zero_()
+    target = torch.empty_like(source, device=device)
+
+    def copies() -> None:
+        for _ in range(4):
+            target.copy_(source, non_blocking=True)
+
+    return 4 * source.numel() / median(time_repeatedly(copies, repeats=5, device=device))
 
 
 def time_repeatedly(work: Callable[[], Any], *, repeats: int, device: torch.device) -> list[float]:

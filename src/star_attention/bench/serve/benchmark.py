@@ -75,7 +75,7 @@ class Serve(Benchmark[ServeRow]):
         processes: most processes that clients are spread over.
         budget: seconds for all of it, of which the work in Python may take half; None for no limit.
         compile: as for `StarLLM`.
-        kv_dtype, kv_device: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
     """
 
     name: ClassVar[str] = "serve"
@@ -96,6 +96,7 @@ class Serve(Benchmark[ServeRow]):
     compile: bool | None = None
     kv_dtype: str | None = None
     kv_device: str | None = None
+    kv_resident: float | str = 0.0
 
     @property
     def longest_input(self) -> int:
@@ -294,6 +295,7 @@ class Serve(Benchmark[ServeRow]):
             block_size=block_of(self.block, self.short, target),
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
+            kv_resident=self.kv_resident,
         )
 
     # ------------------------------------------------------------------------- reports

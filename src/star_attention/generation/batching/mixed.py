@@ -121,5 +121,5 @@ def _begun(task: RowTask) -> tuple[RowKV, list[int]]:
     assert request is not None
     task.begin_text()
     cache = request.cache(task.query_tokens, request.kept_tokens, task.max_new_tokens)
-    kv = RowKV(shard=request.shard, context_tokens=cache.context_tokens, tails=cache.tails)
+    kv = RowKV.of_whole(cache, request.shard)
     return kv, request.queries[0][request.kept_tokens :]

@@ -119,7 +119,7 @@ def _of(request: Request, cache: AnswerCache, query: int, *, shares: bool) -> Re
     """
     if kind_of(request.handle, request.shard, request.rope_length) is None:
         # The only row of its group.
-        kv = RowKV(shard=request.shard, context_tokens=cache.context_tokens, tails=cache.tails)
+        kv = RowKV.of_whole(cache, request.shard)
         return ReadRow(kv=kv, cache=cache)
     kv = RowKV.of(cache, request.shard, query, len(request.queries), shares=shares)
     return ReadRow(kv=kv, cache=None)

@@ -26,6 +26,7 @@ from star_attention.hf.cache.base import (
     by_token,
 )
 from star_attention.hf.cache.latent import Latents
+from star_attention.storage.host.feed import feeds_of
 from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, VisibleRange
 from star_attention.storage.tail import Tail
 
@@ -279,6 +280,8 @@ class AnswerCache(StarCache):
         super().__init__(build_layers(AnswerLayer, windows, position, [shard]), position, comm)
         self.slices = slices
         self.segments = shard.segments
+        self.feeds = feeds_of(shard)
+        """What brings layers from host memory, as long as it is kept."""
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         """Report this rank's progress, which other ranks name if it fails."""

@@ -26,7 +26,7 @@ from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, 
 from star_attention.hf.cache.decode import AnswerCache, own_heads, recent_rule, segment_rule
 from star_attention.hf.cache.latent import Latents
 from star_attention.hf.cache.packed_tails import Lengths, PackedTails
-from star_attention.storage.kv import ContextKV, LayerKV
+from star_attention.storage.kv import ContextKV, Feeder, LayerKV
 from star_attention.storage.tail import Tail
 
 _numbers = itertools.count()
@@ -41,6 +41,7 @@ class RowKV:
         context_tokens: tokens of the whole context.
         tails: those of its query and answer, `[1, G, length, D]`, one tail for each cache layer. A
             layer that reads another layer's keys has an empty one.
+        feeds: what brings the shard's layers from host memory, as long as it is kept.
         ahead: tokens between the tails' end and this row's token, those of rows before it. Only
             CUDA graphs serve such rows.
     """
@@ -48,6 +49,7 @@ class RowKV:
     shard: ContextKV
     context_tokens: int
     tails: list[Tail]
+    feeds: list[Feeder]
     ahead: int = 0
 
     @classmethod
@@ -65,7 +67,17 @@ class RowKV:
         """
         padding = cache.row_padding(rows)[number]
         tails = [layer.tail.row(number, padding, shares=shares) for layer in cache.layers]
-        return cls(shard=shard, context_tokens=cache.context_tokens, tails=tails)
+        return cls(shard=shard, context_tokens=cache.context_tokens, tails=tails, feeds=cache.feeds)
+
+    @classmethod
+    def of_whole(cls, cache: AnswerCache, shard: ContextKV) -> RowKV:
+        """Return the only row of a cache, which goes on using it."""
+        return cls(
+            shard=shard,
+            context_tokens=cache.context_tokens,
+            tails=cache.tails,
+            feeds=cache.feeds,
+        )
 
     def of_next(self, tokens: int) -> list[RowKV]:
         """Return a row for each of the next tokens, which join these tails in one forward."""

@@ -28,6 +28,7 @@ from star_attention.hf.cache.base import (
 from star_attention.hf.cache.decode import AnswerLayer, AnswerPosition, segment_rule
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
+from star_attention.storage.host.feed import feeds_of
 from star_attention.storage.kv import ContextKV
 
 
@@ -91,6 +92,7 @@ class MassCache(StarCache):
             comm=comm,
             mass_K=torch.zeros(shard.tokens, dtype=torch.float32, device=device),
         )
+        self.feeds = feeds_of(shard)
         super().__init__(build_layers(MassLayer, windows, position, [shard]), position, comm)
 
 

@@ -17,7 +17,7 @@ from star_attention.serve.contexts.keys import TokenIds, identity_digest
 from star_attention.storage.context import EncodedContext, read_layer
 from star_attention.storage.parked import ParkedContext, Parking, host_bytes
 
-_PLACES = ("kv_device",)
+_PLACES = ("kv_device", "kv_resident")
 """Settings that say where contexts are, not what they are."""
 
 

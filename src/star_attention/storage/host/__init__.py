@@ -1,0 +1,1 @@
+"""Contexts in host memory: layers travel to and from a device while it computes."""
