@@ -114,8 +114,8 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
             model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (quantization_config,
                 device_map, ...).
             compile: as for `StarLLM`.
-            settings: fields of `StarConfig`, and which files to load (`PretrainedSettings`):
-                adapter, gguf_file, subfolder, revision, trust_remote_code, calibration.
+            settings: fields of `StarConfig`, and what to load (`PretrainedSettings`): adapter,
+                gguf_file, subfolder, revision, trust_remote_code, weights, calibration.
 
         Raises:
             ModelNotFoundError: no model or tokenizer at the path.
@@ -127,9 +127,9 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         check_keywords(list(settings), known=[name for name in parameters if name != "settings"])
         comm = from_environment(comm)
         files, config_settings = split_settings(dict(settings))
-        calibration = files.pop("calibration", None)
-        location = {name: value for name, value in files.items() if name != "adapter"}
-        model_kwargs = (model_kwargs or {}) | location
+        names = ("calibration", "adapter", "weights")
+        calibration, adapter, weights = (files.pop(name, None) for name in names)
+        model_kwargs = (model_kwargs or {}) | files
         resolved: list[StarConfig] = []
         calibrated: Calibration | None = None
         failure: Exception | None = None
@@ -146,11 +146,12 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
             tensor_parallel=tensor_parallel,
             dtype=str(dtype),
             device=device,
-            adapter=files.get("adapter"),
+            adapter=adapter,
+            weights=weights,
             model_kwargs=model_kwargs,
         )
         engine = cls(model, tokenizer, config=resolved[0], compile=compile, comm=comm)
-        engine.runtime.source = source_of(path, files.get("adapter"), model_kwargs)
+        engine.runtime.source = source_of(path, adapter, model_kwargs)
         if calibrated is not None:
             calibrated.check(model_facts(engine.runtime))
             engine = engine.with_config(**calibrated.under(config_settings))

@@ -114,7 +114,9 @@ def test_a_single_row_times_a_matrix(shape: tuple[int, int]) -> None:
     assert (triton_row.linear(x, weight, None) - exact).norm() <= budget
     short, bias = torch.randn(5, shape[1]).cuda().bfloat16(), torch.randn(5).cuda().bfloat16()
     parts = [0, shape[0], 0, 0, 5, 0, 0, shape[0], 0]
-    first, second, third = triton_row.linears(x, [weight, short, weight], [None, bias, None], parts)
+    first, second, third = triton_row.linears(
+        x, [weight, short, weight], [None, bias, None], parts, [None] * 3
+    )
     assert torch.equal(first, third)
     assert torch.equal(first, triton_row.linear(x, weight, None))
     assert torch.equal(second, triton_row.linear(x, short, bias))

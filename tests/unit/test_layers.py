@@ -26,6 +26,7 @@ LAYERS = {
     "planning": 0,
     # L1: torch
     "attention": 1,
+    "linear": 1,
     # L2: other ranks, and where keys and values live
     "distributed": 2,
     "storage": 2,

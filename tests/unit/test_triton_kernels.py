@@ -138,7 +138,7 @@ def test_a_single_row_times_several_matrices() -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(1, 1, 70), [torch.randn(N, 70) for N in (37, 4, 16)]
     biases = [None, torch.randn(4), None]
-    outs = triton_row.linears(x, weights, biases, [0, 37, 0, 0, 4, 0, 0, 16, 0])
+    outs = triton_row.linears(x, weights, biases, [0, 37, 0, 0, 4, 0, 0, 16, 0], [None] * 3)
     for out, weight, bias_N in zip(outs, weights, biases, strict=True):
         torch.testing.assert_close(out, linear(x, weight, bias_N), atol=1e-4, rtol=1e-5)
 

@@ -14,6 +14,7 @@ from star_attention.bench.models import model_name, weight_bytes
 from star_attention.distributed import Comm, SoloComm
 from star_attention.engine import StarLLM
 from star_attention.errors import OutOfMemoryError
+from star_attention.hf.loading import fp8
 from star_attention.hf.shape import model_shape
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.segments import Segments
@@ -63,7 +64,7 @@ class Target:
             ceilings = comm.run_on_rank_0(lambda: ceilings)
         return cls(
             model=model,
-            shape=model_shape(model.config, _dtype_name(weight.dtype)),
+            shape=_shape(model, _dtype_name(weight.dtype)),
             ceilings=ceilings,
             progress=progress,
             comm=comm,
@@ -143,6 +144,11 @@ class Target:
     def dtype_name(self) -> str:
         return _dtype_name(self.dtype)
 
+    @property
+    def weights(self) -> str | None:
+        """Precision of the linear layers, if it is not that of the model."""
+        return self.shape.weights
+
 
 class Benchmark(ABC, Generic[RowT]):
     """A benchmark: a frozen dataclass of its settings.
@@ -183,11 +189,17 @@ class Benchmark(ABC, Generic[RowT]):
             "benchmark": self.name,
             "model": target.name,
             "dtype": target.dtype_name,
+            "weights": target.weights,
             "ranks": target.ranks,
             "tensor_parallel": target.tensor_parallel,
             **machine.record(target.device, target.ceilings),
             "rows": [asdict(row) for row in rows],
         }
+
+
+def _shape(model: Any, dtype: str) -> ModelShape:
+    shape = model_shape(model.config, dtype)
+    return shape if fp8.precision(model) == fp8.AS_LOADED else shape.in_fp8()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

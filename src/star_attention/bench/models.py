@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from star_attention.config import check_dtype
 from star_attention.distributed import Comm, SoloComm
 from star_attention.errors import InvalidInputError, quote
-from star_attention.hf.loading import load
+from star_attention.hf.loading import fp8, load
 from star_attention.hf.loading import tensor_parallel as shards
 from star_attention.hf.loading.pretrained import load_pretrained
+from star_attention.hf.loading.weight_formats import check_name
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": dict(
@@ -52,6 +53,7 @@ def load_model(
     device: str,
     comm: Comm | None = None,
     tensor_parallel: int = 1,
+    weights: str | None = None,
 ) -> Any:
     """Load a model, or build one with random weights on the device, in evaluation mode. Collective.
 
@@ -63,6 +65,7 @@ def load_model(
         device: "auto", or a torch device; "auto" and "cuda" are each rank's own GPU.
         comm: the ranks; None for this process alone.
         tensor_parallel: ranks that share the weights of one model.
+        weights: "fp8" for linear layers in fp8, as for `StarLLM.from_pretrained`.
 
     Raises:
         InvalidInputError: unless exactly one of model and shapes is given, and for unknown shapes.
@@ -79,6 +82,7 @@ def load_model(
             dtype=dtype,
             device=device,
             model_kwargs={},
+            weights=weights,
         )[0]
     if shapes not in SHAPES:
         raise InvalidInputError(
@@ -91,7 +95,10 @@ def load_model(
         )
     if comm.size > 1:
         device = load.device_of_rank(device)
+    check_name(weights)
     built = _random_model(shapes, check_dtype(dtype), torch.device(load.pick_device(device)))
+    if weights is not None:
+        fp8.quantize(built, fp8.layers(built), None)
     if tensor_parallel > 1:
         shard_model(built, comm, tensor_parallel)
     return built

@@ -109,6 +109,7 @@ def estimate(
             model=shape.model,
             location=shape.location.kwargs(),
             dtype=shape.dtype,
+            weights=shape.weights,
             rope_scaling=shape.rope_scaling,
             hardware=on.hardware,
             contexts=contexts,

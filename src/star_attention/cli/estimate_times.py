@@ -43,6 +43,7 @@ class EstimateRequest:
         tail_tokens: length of a query and its answer.
         calibrate: path of JSON of `bench prefill`, whose rates replace those of the hardware.
         rope_scaling: rotary scaling in place of the config's (`--rope-scaling`).
+        weights: precision of linear layers (`--weights`).
     """
 
     model: str
@@ -56,6 +57,7 @@ class EstimateRequest:
     tail_tokens: int
     calibrate: str | None
     rope_scaling: str | None = None
+    weights: str | None = None
 
     @property
     def tokens_per_forward(self) -> int:
@@ -107,11 +109,14 @@ def make_estimates(request: EstimateRequest) -> Estimates:
             model=request.model,
             location=request.location,
             dtype=request.dtype,
+            weights=request.weights,
             rope_scaling=request.rope_scaling,
         )
     )
     shape = model.shape
-    hardware, fit = _calibrated(parse_hardware(request.hardware), request.calibrate)
+    hardware, fit = _calibrated(
+        parse_hardware(request.hardware).with_fp8(shape.quantized_share), request
+    )
     schemes = [
         _schemes(shape, hardware, context, ranks, request)
         for context in request.contexts
@@ -153,17 +158,25 @@ def _schemes(
     }
 
 
-def _calibrated(hardware: Hardware, path: str | None) -> tuple[Hardware, list[dict[str, Any]]]:
+def _calibrated(
+    hardware: Hardware, request: EstimateRequest
+) -> tuple[Hardware, list[dict[str, Any]]]:
     """Take rates from the JSON of `bench prefill`; return measured and predicted times as well.
 
     Raises:
-        InvalidInputError: If the file is not such JSON.
+        InvalidInputError: If the file is not such JSON, or of weights in another precision.
     """
+    path = request.calibrate
     if path is None:
         return hardware, []
     from star_attention.tools import machine
 
     results = machine.read_record(Path(path), "prefill")
+    if results.get("weights") != request.weights:
+        raise InvalidInputError(
+            f"{path} was measured with weights {results.get('weights') or 'as in the files'}, not"
+            f" {request.weights or 'as in the files'}; give --weights as it was measured"
+        )
     try:
         rows = [
             (row, Flops(linear=row["linear_flops"], attention=row["attention_flops"]))

@@ -15,6 +15,7 @@ from star_attention.cli.options import Json
 _LABELS = {
     "file_bytes": "files",
     "weight_bytes": "weights as loaded",
+    "fp8_weight_bytes": "weights in fp8",
     "kv_bytes_per_token": "keys and values per token",
 }
 """What sizes in bytes are called."""

@@ -9,6 +9,7 @@ from typing import Any
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.loading import checks, files
 from star_attention.hf.loading.packages import quantization
+from star_attention.hf.loading.weight_formats import WEIGHTS
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
 
@@ -24,7 +25,7 @@ def of_context(path: str) -> dict[str, Any]:
     header = read_header(path)
     plan = plan_in(header)
     identity, chat, source = header["identity"], header["chat"], header.get("source") or {}
-    config = identity["config"]
+    config, weights = identity["config"], identity.get("linear_weights")
     talk = header.get("conversation")
     turns = None if talk is None else len(talk["turns"])
     return {
@@ -42,6 +43,7 @@ def of_context(path: str) -> dict[str, Any]:
         "saved_by_ranks": len(header["parts"]) if "parts" in header else 1,
         "kv_dtype": header.get("kv_dtype") or identity["dtype"].removeprefix("torch."),
         "dtype": identity["dtype"].removeprefix("torch."),
+        "weights": weights if weights in WEIGHTS else None,
         "model": source.get("model"),
         "adapter": source.get("adapter"),
         "family": config.get("model_type"),
@@ -115,6 +117,7 @@ def _shape(config: Any) -> dict[str, Any]:
         "parameters": shape.parameters,
         "bytes_per_parameter": shape.bytes_per_element,
         "weight_bytes": shape.weight_bytes,
+        "fp8_weight_bytes": shape.in_fp8().weight_bytes if shape.quantizable_parameters else None,
         "kv_bytes_per_token": shape.kv_bytes_per_token,
     }
 

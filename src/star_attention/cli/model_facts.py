@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from star_attention.hf.loading import files, plain_shape, rope_words
@@ -19,6 +19,7 @@ class ModelRequest:
         dtype: dtype of the weights.
         rope_scaling: rotary scaling in place of the config's (`--rope-scaling`).
         tensor_parallel: devices that share the weights.
+        weights: precision of linear layers (`--weights`); None for `dtype`.
     """
 
     model: str
@@ -26,6 +27,7 @@ class ModelRequest:
     dtype: str
     rope_scaling: str | None = None
     tensor_parallel: int = 1
+    weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +48,20 @@ class ModelFacts:
 def read_model(request: ModelRequest) -> ModelFacts:
     """Return what a model's config says; torch is imported only for unusual ones.
 
+    The shape is that of the weights as they are held.
+
     Raises:
         ModelNotFoundError: If there is no model, or its config cannot be read.
         UnsupportedModelError: If Star Attention cannot run it, or not on so many devices.
         InvalidInputError: If the rotary scaling or the dtype cannot be.
     """
+    facts = _as_in_the_files(request)
+    if request.weights is None:
+        return facts
+    return replace(facts, shape=facts.shape.in_fp8())
+
+
+def _as_in_the_files(request: ModelRequest) -> ModelFacts:
     rotary, _ = rope_words.take({"rope_scaling": request.rope_scaling})
     plain_shape.check_dtype(request.dtype)
     config = files.locate(request.model, request.location).config

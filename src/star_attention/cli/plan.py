@@ -133,6 +133,7 @@ def plan(
             model=shape.model,
             location=shape.location.kwargs(),
             dtype=shape.dtype,
+            weights=shape.weights,
             rope_scaling=shape.rope_scaling,
             plan=blocks,
             config=config,

@@ -36,6 +36,7 @@ class PlanRequest:
         queries: number of queries.
         query_tokens, answer_tokens: length of a query and of an answer.
         rope_scaling: rotary scaling in place of the config's (`--rope-scaling`).
+        weights: precision of linear layers (`--weights`).
         second_look: share of the context that is computed again for each query.
     """
 
@@ -49,6 +50,7 @@ class PlanRequest:
     query_tokens: int
     answer_tokens: int
     rope_scaling: str | None = None
+    weights: str | None = None
     second_look: float = 0.0
 
 
@@ -122,6 +124,7 @@ class PlanCosts:
             "answer_tokens": request.answer_tokens,
             "second_look": request.second_look,
             "parameters": self.shape.parameters,
+            "weights": request.weights,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "saved_bytes": self.saved_bytes(self.request.config.kv_dtype),
             **request.config.kv_settings,
@@ -165,6 +168,7 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
             model=request.model,
             location=request.location,
             dtype=request.dtype,
+            weights=request.weights,
             rope_scaling=request.rope_scaling,
             tensor_parallel=request.tensor_parallel,
         )

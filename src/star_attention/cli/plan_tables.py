@@ -23,9 +23,12 @@ def _model(costs: PlanCosts) -> str:
     widest = max(shape.attention, key=lambda call: call.heads)
     windowed = sum(call.window is not None for call in shape.attention)
     window = f", {windowed} with a sliding window" if windowed else ""
+    quantized = ""
+    if shape.weights is not None:
+        quantized = f" ({shape.quantizable_parameters:,} of them in {shape.weights})"
     return (
         f"model {costs.request.model} ({shape.name}): {shape.parameters:,} parameters of"
-        f" {shape.bytes_per_element} bytes, {counted(shape.layers, 'layer')}{window}\n"
+        f" {shape.bytes_per_element} bytes{quantized}, {counted(shape.layers, 'layer')}{window}\n"
         f"attention: {counted(widest.heads, 'query head')}, {counted(widest.kv_heads, 'KV head')},"
         f" key size {widest.k_head_size}, value size {widest.v_head_size};"
         f" {costs.kv_bytes_per_token:,} bytes of keys and values per token"

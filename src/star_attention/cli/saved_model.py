@@ -10,6 +10,7 @@ from typing import Any
 from star_attention.cli.model_options import MODEL_VARIABLE, ModelOptions, json_object
 from star_attention.errors import ContextMismatchError, InvalidInputError, ModelNotFoundError
 from star_attention.hf.loading import files
+from star_attention.hf.loading.weight_formats import WEIGHTS
 
 _ARCHITECTURE = (
     "model_type",
@@ -38,6 +39,8 @@ def named_by(header: dict[str, Any], path: str, model: ModelOptions) -> ModelOpt
     """
     if model.dtype == "auto":
         model = replace(model, dtype=header["identity"]["dtype"].removeprefix("torch."))
+    if model.weights is None:
+        model = replace(model, weights=_weights(header))
     source = header.get("source") or {}
     name = model.model or source.get("model") or os.environ.get(MODEL_VARIABLE)
     if not name:
@@ -63,6 +66,12 @@ def named_by(header: dict[str, Any], path: str, model: ModelOptions) -> ModelOpt
     return own
 
 
+def _weights(header: dict[str, Any]) -> str | None:
+    """Return the precision of a context's linear layers; None for that of the files."""
+    weights = header["identity"].get("linear_weights")
+    return weights if weights in WEIGHTS else None
+
+
 def check_fits(header: dict[str, Any], path: str, model: ModelOptions) -> None:
     """Check what can be checked of a context's model without loading it.
 
@@ -76,6 +85,13 @@ def check_fits(header: dict[str, Any], path: str, model: ModelOptions) -> None:
             "dtype",
             f"{path} does not fit: it differs in dtype: {dtype} in the context, {model.dtype} as"
             " asked for; leave out --dtype, or encode the context again",
+        )
+    weights = _weights(header)
+    if model.weights != weights:
+        raise ContextMismatchError(
+            "linear_weights",
+            f"{path} does not fit: its linear layers were {weights or 'as in the files'},"
+            f" {model.weights} is asked for; leave out --weights, or encode the context again",
         )
     kwargs = model.kwargs()
     location = {key: kwargs[key] for key in files.LOCATION if key in kwargs}

@@ -107,7 +107,9 @@ def _load(model: ServedModelOptions, status: Status, settings: dict[str, Any]) -
     from star_attention.engine import StarLLM
 
     with status.waiting(f"making weights in the shapes of {model.shapes}"):
-        made = load_model(None, model.shapes, dtype=model.dtype, device=model.device)
+        made = load_model(
+            None, model.shapes, dtype=model.dtype, device=model.device, weights=model.weights
+        )
         tokenizer = random_tokenizer(made.config.vocab_size)
         return StarLLM(made, tokenizer, compile=model.compile, **model.settings | settings)
 

@@ -91,16 +91,19 @@ def load(
             model_kwargs=model_kwargs,
             compile=model.compile,
             adapter=model.adapter,
+            weights=model.weights,
             calibration=calibration,
             **lookback,
         )
 
 
 def _check_words(model: ModelOptions) -> None:
-    """Check what names a precision or a device."""
+    """Check what names precisions and a device."""
     from star_attention.hf.loading.packages import check_device_is_here
+    from star_attention.hf.loading.weight_formats import check_name
 
     check_dtype(model.dtype)
+    check_name(model.weights)
     check_device(model.device)
     check_device_is_here(model.device)
 
@@ -128,6 +131,7 @@ def _check_files(
     model_files = _located(model, model_kwargs)
     checks.check_loadable(model_files)
     checks.check_weights(model_files, model_kwargs)
+    checks.check_can_quantize(model_files, model_kwargs, model.weights)
     rotary, _ = rope_words.take(model_kwargs)
     if needs_tokenizer and model_files.tokenizer_source is None:
         raise ModelNotFoundError(

@@ -23,7 +23,7 @@ from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, build_layers
 from star_attention.hf.cache.probe import TOKENS, ProbeCache, ProbeLayer, no_stores, run_probe
 from star_attention.hf.execution.handle import ModelHandle
-from star_attention.hf.loading import plain_shape, support, tensor_parallel
+from star_attention.hf.loading import fp8, plain_shape, support, tensor_parallel
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 
 
@@ -97,6 +97,7 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
             " instead"
         ) from error
     head = model.get_output_embeddings()
+    quantizable = [layer.weight for _, layer in fp8.layers(model)]
     sharded = [] if tensor_parallel.reasons(config, 1) else list(tensor_parallel.layers(model))
     # Outputs that tensor parallelism sums over its ranks.
     summed = [module.out_features for _, module, style in sharded if style == "rowwise"]
@@ -120,6 +121,8 @@ def model_shape(config: Any, dtype: str = "auto") -> ModelShape:
         head_parameters=0 if head is None else head.weight.numel(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes_per_element=torch_dtype.itemsize,
+        quantizable_parameters=sum(weight.numel() for weight in quantizable),
+        quantizable_rows=sum(len(weight) for weight in quantizable),
     )
 
 

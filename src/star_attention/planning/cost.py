@@ -333,7 +333,7 @@ def memory_per_rank(
     stored = tokens * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
     as_computed = kv_dtype is None and kv_device is None
     needs_anchor = tokens > 0 and (rank > 0 if as_computed else plan.num_blocks > 1)
-    unsharded = shape.sharded_parameters - shape.sharded_parameters // tensor_parallel
+    elsewhere = shape.sharded_bytes - shape.sharded_bytes // tensor_parallel
     longest = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
     working = working_bytes(shape, longest, tensor_parallel) + expanded_bytes(shape, tokens)
     working += _recent_bytes(shape, plan, tokens_per_forward, rank, as_computed) // tensor_parallel
@@ -341,7 +341,7 @@ def memory_per_rank(
     computed = tokens * token_bytes // tensor_parallel
     near, arriving = residency.on_device(stored, computed, layers, kv_device, kv_resident)
     return Memory(
-        weights=shape.weight_bytes - unsharded * shape.bytes_per_element,
+        weights=shape.weight_bytes - elsewhere,
         kv=near,
         anchor=plan.anchor_size * token_bytes // tensor_parallel if needs_anchor else 0,
         tail=tail_tokens * token_bytes // tensor_parallel if rank == plan.ranks - 1 else 0,

@@ -100,6 +100,7 @@ def estimate(
             f"scheme {quote(scheme)} is unknown; choose one of {', '.join(SCHEMES)}"
         )
     is_ring = scheme.startswith("ring")
+    on = on.with_fp8(shape.quantized_share)
     context, ranks = plan.context_tokens, plan.ranks
     if is_ring:
         plan = BlockPlan.dense(context, ranks)

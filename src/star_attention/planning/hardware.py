@@ -23,6 +23,7 @@ class Hardware:
         latency: seconds of a collective or a message.
         gap: seconds that a layer of a decode step takes beyond reading bytes.
         exchange: seconds of a collective of a few kilobytes in a decode step; 0 for `latency`.
+        matrix_fp8: operations per second of linear layers in fp8, with quantizing; 0 for `matrix`.
 
     Raises:
         InvalidInputError: a rate or size that is not above 0, or a negative one of the last two.
@@ -37,6 +38,7 @@ class Hardware:
     latency: float
     gap: float = 0.0
     exchange: float = 0.0
+    matrix_fp8: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -51,13 +53,21 @@ class Hardware:
         linear = flops.linear + flops.expansion + flops.head
         return linear / self.matrix + flops.attention / self.attention
 
+    def with_fp8(self, share: float) -> Hardware:
+        """Return the device with the rate of linear layers of which a share is in fp8."""
+        if not share or not self.matrix_fp8:
+            return self
+        matrix = 1 / (share / self.matrix_fp8 + (1 - share) / self.matrix)
+        # Once: what is derived of this one has the same weights.
+        return replace(self, matrix=matrix, matrix_fp8=0.0)
+
     @property
     def exchange_s(self) -> float:
         """Seconds of a collective of a few kilobytes in a decode step."""
         return self.exchange or self.latency
 
 
-_OPTIONAL = ("gap", "exchange")
+_OPTIONAL = ("gap", "exchange", "matrix_fp8")
 _REQUIRED = tuple(
     field.name for field in fields(Hardware) if field.name not in ("name", *_OPTIONAL)
 )
@@ -65,6 +75,8 @@ _REQUIRED = tuple(
 # An H200, measured with this library in bf16; the files are those of bench/results.
 # matrix, attention: fit to whole encodings, with norms, merges and launches in them (star and dense
 #     at 128K, star at 512K: 2026-11-25-h200-prefill.json, 2026-11-26-h200-prefill-512k.json).
+# matrix_fp8: the same times 1,196 / 653, the rates of a product alone at 16,384 tokens, in fp8 with
+#     quantizing and in bf16; to be fitted to whole encodings.
 # bandwidth: a copy. gap: what remained of a token at 16K and 128K (2026-11-26-h200-decode.json);
 #     half of it is in the four products of a layer, 3 to 4 us each that do not shrink with slices.
 # exchange: a collective of 8 KB in a CUDA graph takes 2.5 to 3.7 us, launched while the kernel
@@ -77,6 +89,7 @@ HARDWARE = {
         Hardware(
             name="h200-nvlink",
             matrix=610e12,
+            matrix_fp8=1117e12,
             attention=625e12,
             bandwidth=4.3e12,
             memory=141e9,
@@ -88,6 +101,7 @@ HARDWARE = {
         Hardware(
             name="h200-ib",
             matrix=610e12,
+            matrix_fp8=1117e12,
             attention=625e12,
             bandwidth=4.3e12,
             memory=141e9,

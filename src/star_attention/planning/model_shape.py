@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from star_attention.errors import InvalidInputError
+
 STORED_BYTES = {"fp8": 1}
 """Bytes of an element in each precision of `config.KV_DTYPES`."""
 
 SCALE_BYTES = 4
-"""Bytes of the fp32 scale that a quantized key or value has (`storage.kv.QUANTIZERS`)."""
+"""Bytes of the fp32 scale of a quantized key or value (`storage.kv.QUANTIZERS`), and of an output
+row of a linear layer in fp8."""
+
+FP8_STEP = 16
+"""What inputs and outputs of a linear layer in fp8 are multiples of (`torch._scaled_mm`)."""
 
 TOKEN_ID_BYTES = 8
 """Bytes of a token's id, in a saved context beside keys and values."""
@@ -98,6 +104,9 @@ class ModelShape:
         head_parameters: weights of the language-model head.
         parameters: all weights, tied ones once.
         bytes_per_element: of weights, keys and values as computed.
+        quantizable_parameters: weights that may be held in fp8 (`hf.loading.fp8`).
+        quantizable_rows: their output rows, each with a scale.
+        weights: "fp8" if they are; None for plain weights.
     """
 
     name: str
@@ -114,6 +123,9 @@ class ModelShape:
     head_parameters: int
     parameters: int
     bytes_per_element: int
+    quantizable_parameters: int = 0
+    quantizable_rows: int = 0
+    weights: str | None = None
 
     @property
     def most_compressed(self) -> int:
@@ -128,8 +140,46 @@ class ModelShape:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self.parameters * self.bytes_per_element
+        """Bytes of all weights, with their scales."""
+        return self._bytes_of(self.parameters)
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of `linear_parameters`, which a token reads."""
+        return self._bytes_of(self.linear_parameters)
+
+    @property
+    def sharded_bytes(self) -> int:
+        """Bytes of `sharded_parameters`."""
+        return self._bytes_of(self.sharded_parameters)
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the operations of linear layers whose weights are in fp8."""
+        if self.weights is None:
+            return 0.0
+        return min(1.0, self.quantizable_parameters / self.linear_parameters)
+
+    def _bytes_of(self, parameters: int) -> int:
+        """Return the bytes of so many weights, among them as many in fp8 as there can be."""
+        plain = parameters * self.bytes_per_element
+        if self.weights is None:
+            return plain
+        quantized = min(parameters, self.quantizable_parameters)
+        scales = SCALE_BYTES * self.quantizable_rows * quantized // self.quantizable_parameters
+        return plain - quantized * (self.bytes_per_element - STORED_BYTES["fp8"]) + scales
+
+    def in_fp8(self) -> ModelShape:
+        """Return the shape of the same model with linear layers in fp8.
+
+        Raises:
+            InvalidInputError: it has none that may be.
+        """
+        if not self.quantizable_parameters:
+            raise InvalidInputError(
+                f"{self.name} has no plain linear layers to hold in fp8; leave out weights"
+            )
+        return replace(self, weights="fp8")
 
     @property
     def kv_elements_per_token(self) -> int:

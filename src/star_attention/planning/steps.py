@@ -48,7 +48,8 @@ def weight_bytes_read(shape: ModelShape, mesh: Mesh) -> int:
     layers -= sharded - sharded // mesh.tensor_parallel
     if mesh.sliced:
         layers, head = layers // mesh.ranks, head // mesh.ranks
-    return (layers + head) * shape.bytes_per_element
+    read = layers * shape.linear_bytes // max(1, shape.linear_parameters)
+    return read + head * shape.bytes_per_element
 
 
 def token_traffic(shape: ModelShape, mesh: Mesh) -> Traffic:

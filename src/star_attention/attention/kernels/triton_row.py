@@ -2,7 +2,8 @@
 
 In the shapes of an 8B model's layers, cuBLAS multiplies a single token at 0.44 to 0.83 of an H200's
 memory bandwidth, this kernel at 0.71 to 0.94 (bench/results/2026-11-26-h200.md). With much larger
-matrices cuBLAS is as fast.
+matrices cuBLAS is as fast. Matrices in fp8 (`star_attention.linear.fp8`) have a scale a row, which
+its sum is multiplied with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from star_attention.attention.kernels import triton_pdl
 
-_BLOCK_K = 1024
+_TILES = {1: (2, 2048), 2: (1, 1024), 4: (1, 1024)}
+"""Rows of a matrix that a program sums, one or two, and their elements that it reads at once, by
+the bytes of an element. In fp8 two rows share the loads of `x`, which has twice their bytes."""
 
 MAX_MATRICES = 3
 """Matrices of one launch, at most."""
@@ -25,20 +28,40 @@ MAX_MATRICES = 3
 
 @triton.jit
 def _row(
-    n, x_ptr, w_ptr, bias_ptr, out_ptr, K, stride,
-    BLOCK_K: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    tile, x_ptr, w_ptr, bias_ptr, scale_ptr, out_ptr, N, K, stride,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    n = n.to(tl.int64)
+    n = tile.to(tl.int64) * ROWS
+    # Of two rows, the second may be the first again.
+    other = tl.minimum(n + ROWS - 1, N - 1)
+    w_ptr, other_ptr = w_ptr + n * stride, w_ptr + other * stride
     k = tl.arange(0, BLOCK_K)
     # Weights do not depend on the kernel before: the first ones are read while it ends.
-    w_K = tl.load(w_ptr + n * stride + k, mask=k < K, other=0.0).to(tl.float32)
+    w_K = tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if ROWS == 2:
+        v_K = tl.load(other_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     triton_pdl.begin(PDL)
-    sum_K = w_K * tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    x_K = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    sum_K = w_K * x_K
+    if ROWS == 2:
+        other_sum_K = v_K * x_K
     for start in range(BLOCK_K, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x_K = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        sum_K += x_K * tl.load(w_ptr + n * stride + k, mask=k < K, other=0.0).to(tl.float32)
+        sum_K += x_K * tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if ROWS == 2:
+            other_sum_K += x_K * tl.load(other_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    _store(n, sum_K, bias_ptr, scale_ptr, out_ptr, BIAS, SCALE)
+    if ROWS == 2:
+        _store(other, other_sum_K, bias_ptr, scale_ptr, out_ptr, BIAS, SCALE)
+
+
+@triton.jit
+def _store(n, sum_K, bias_ptr, scale_ptr, out_ptr, BIAS: tl.constexpr, SCALE: tl.constexpr):
     out = tl.sum(sum_K, 0)
+    if SCALE:
+        out *= tl.load(scale_ptr + n)
     if BIAS:
         out += tl.load(bias_ptr + n).to(tl.float32)
     tl.store(out_ptr + n, out)
@@ -47,19 +70,67 @@ def _row(
 @triton.jit
 def _rows(
     x_ptr, K,
-    w0_ptr, bias0_ptr, out0_ptr, N0, stride0,
-    w1_ptr, bias1_ptr, out1_ptr, N1, stride1,
-    w2_ptr, bias2_ptr, out2_ptr, stride2,
-    BLOCK_K: tl.constexpr, BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    w0_ptr, bias0_ptr, scale0_ptr, out0_ptr, N0, stride0,
+    w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, stride1,
+    w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, stride2,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
+    SCALE0: tl.constexpr, SCALE1: tl.constexpr, SCALE2: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0)
-    if n < N0:
-        _row(n, x_ptr, w0_ptr, bias0_ptr, out0_ptr, K, stride0, BLOCK_K, BIAS0, PDL)
-    elif n < N0 + N1:
-        _row(n - N0, x_ptr, w1_ptr, bias1_ptr, out1_ptr, K, stride1, BLOCK_K, BIAS1, PDL)
+    tile = tl.program_id(0)
+    tiles0, tiles1 = tl.cdiv(N0, ROWS), tl.cdiv(N1, ROWS)
+    if tile < tiles0:
+        _row(
+            tile,
+            x_ptr,
+            w0_ptr,
+            bias0_ptr,
+            scale0_ptr,
+            out0_ptr,
+            N0,
+            K,
+            stride0,
+            ROWS,
+            BLOCK_K,
+            BIAS0,
+            SCALE0,
+            PDL,
+        )
+    elif tile < tiles0 + tiles1:
+        _row(
+            tile - tiles0,
+            x_ptr,
+            w1_ptr,
+            bias1_ptr,
+            scale1_ptr,
+            out1_ptr,
+            N1,
+            K,
+            stride1,
+            ROWS,
+            BLOCK_K,
+            BIAS1,
+            SCALE1,
+            PDL,
+        )
     else:
-        _row(n - N0 - N1, x_ptr, w2_ptr, bias2_ptr, out2_ptr, K, stride2, BLOCK_K, BIAS2, PDL)
+        _row(
+            tile - tiles0 - tiles1,
+            x_ptr,
+            w2_ptr,
+            bias2_ptr,
+            scale2_ptr,
+            out2_ptr,
+            N2,
+            K,
+            stride2,
+            ROWS,
+            BLOCK_K,
+            BIAS2,
+            SCALE2,
+            PDL,
+        )
 
 
 @torch.library.custom_op("star_attention::linears", mutates_args=())
@@ -68,6 +139,7 @@ def linears(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     parts: Sequence[int],
+    scales: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """`torch.nn.functional.linear` of a single row and up to `MAX_MATRICES` matrices in one launch.
 
@@ -79,6 +151,7 @@ def linears(
         weights: Weights of each matrix, of which a part `[N, K]` is multiplied.
         biases: Bias of each matrix as a whole, or None.
         parts: First row, number of rows and first column of each matrix's part.
+        scales: Scale of each row of each matrix as a whole, fp32, or None.
 
     Returns:
         A result `[..., N]` for each matrix.
@@ -90,22 +163,26 @@ def linears(
     products = [
         (
             weight[first : first + size, column : column + K],
-            None if bias is None else bias[first : first + size],
+            *(None if each is None else each[first : first + size] for each in (bias, scale)),
             out,
         )
-        for weight, bias, first, size, column, out in zip(
-            weights, biases, firsts, sizes, parts[2::3], outs, strict=True
+        for weight, bias, scale, first, size, column, out in zip(
+            weights, biases, scales, firsts, sizes, parts[2::3], outs, strict=True
         )
     ]
     # Missing matrices are the first one again, which no program reaches: their size is 0.
     products += products[:1] * (MAX_MATRICES - len(products))
     sizes += [0] * (MAX_MATRICES - len(outs))
-    (a, b, c) = ((w, w if bias is None else bias, out) for w, bias, out in products)
-    bias = [bias is not None for _, bias, _ in products]
-    _rows[(sum(sizes),)](
-        x.contiguous(), K,
-        *a, sizes[0], a[0].stride(0), *b, sizes[1], b[0].stride(0), *c, c[0].stride(0),
-        BLOCK_K=_BLOCK_K, BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2], num_warps=4,
+    (a, b, c) = (
+        (w, w if bias is None else bias, w if scale is None else scale, out, size, w.stride(0))
+        for (w, bias, scale, out), size in zip(products, sizes, strict=True)
+    )
+    bias, scale = ([each[at] is not None for each in products] for at in (1, 2))
+    rows, block_K = _TILES[max(weight.itemsize for weight in weights)]
+    _rows[(sum(-(-size // rows) for size in sizes),)](
+        x.contiguous(), K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K,
+        BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2],
+        SCALE0=scale[0], SCALE1=scale[1], SCALE2=scale[2], num_warps=4,
         **triton_pdl.options(x.device),
     )  # fmt: skip
     return outs
@@ -113,7 +190,11 @@ def linears(
 
 @linears.register_fake
 def _(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], parts: Sequence[int]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    parts: Sequence[int],
+    scales: Sequence[Tensor | None],
 ) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], size) for size in parts[1::3]]
 
@@ -125,6 +206,7 @@ def linear(
     *,
     rows: tuple[int, int] | None = None,
     first_column: int = 0,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`, with sums in fp32.
 
@@ -134,9 +216,11 @@ def linear(
         bias: its bias, of the whole matrix, or None.
         rows: the N rows of the matrix that are multiplied, as (first, stop); None for all.
         first_column: the first of its K columns that are multiplied.
+        scale: scale of each row of the whole matrix, fp32, or None.
     """
     first, stop = rows or (0, weight.shape[0])
-    outs: list[Tensor] = linears(x, [weight], [bias], [first, stop - first, first_column])
+    parts = [first, stop - first, first_column]
+    outs: list[Tensor] = linears(x, [weight], [bias], parts, [scale])
     return outs[0]
 
 
@@ -176,14 +260,14 @@ def _fuse(graph: torch.fx.Graph, row: Any, nodes: list[Any]) -> None:
     """Replace several products with one row by a single call, if all their weights are inputs."""
     # Inputs of the layer's graph are there before the first of the nodes.
     inputs = [
-        item for node in nodes for part in node.args[1:3] for item in part if item is not None
+        item for node in nodes for at in (1, 2, 4) for item in node.args[at] if item is not None
     ]
     if any(item.op != "placeholder" for item in inputs) or any(
         len(node.args[1]) != 1 for node in nodes
     ):
         return
     with graph.inserting_before(nodes[0]):
-        joined = [[item for node in nodes for item in node.args[at]] for at in (1, 2, 3)]
+        joined = [[item for node in nodes for item in node.args[at]] for at in (1, 2, 3, 4)]
         fused = graph.call_function(nodes[0].target, (row, *joined))
     fused.meta["val"] = [node.meta["val"][0] for node in nodes]
     for index, node in enumerate(nodes):

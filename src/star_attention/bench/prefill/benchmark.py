@@ -20,6 +20,7 @@ from star_attention.bench.prefill.contenders import (
 )
 from star_attention.bench.prefill.rows import PrefillRow, extrapolate, table
 from star_attention.bench.ranks import NOT_HERE, attempt, measure
+from star_attention.planning.sizes import parse_size
 from star_attention.tools.machine import Ceilings
 
 
@@ -62,6 +63,9 @@ class Prefill(Benchmark[PrefillRow]):
             ranks=case.ranks,
             tensor_parallel=1 if case.ranks == 1 else target.tensor_parallel,
             kv_dtype=self.engine.kv_dtype,
+            anchor=None
+            if self.engine.anchor_size is None or not CONTENDERS[case.method].takes_block
+            else parse_size(self.engine.anchor_size, "anchor_size"),
         )
 
     def _measure(self, row: PrefillRow, target: Target) -> PrefillRow:

@@ -29,6 +29,7 @@ from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stoc
 class EngineSettings:
     """Settings of this library's engine; `StarLLM` explains them."""
 
+    anchor_size: str | None = None
     tokens_per_forward: str | None = None
     compile: bool | None = None
     kv_dtype: str | None = None
@@ -173,6 +174,7 @@ class Engine(Contender):
             block_size=job.block,
             method=self.method,
             quality=self.quality,
+            anchor_size=job.settings.anchor_size if self.takes_block else None,
             tokens_per_forward=job.settings.tokens_per_forward,
             kv_dtype=job.settings.kv_dtype,
         )

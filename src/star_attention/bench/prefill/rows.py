@@ -37,6 +37,7 @@ class PrefillRow:
         peak_bytes: peak memory of each rank.
         wire_bytes: bytes that the ranks exchanged, all together.
         kv_dtype: precision of the stored keys and values, if it is not the model's.
+        anchor: anchor size in tokens, if it was given.
         extrapolated: True if the time is computed from the method's two longest runs.
         failed: the reason if there are no numbers.
     """
@@ -60,6 +61,7 @@ class PrefillRow:
     ranks: int = 1
     tensor_parallel: int = 1
     kv_dtype: str | None = None
+    anchor: int | None = None
     extrapolated: bool = False
     failed: str | None = None
 
@@ -67,7 +69,9 @@ class PrefillRow:
     def label(self) -> str:
         """The method and its settings."""
         block = None if self.asked is None else f"block {self.asked.replace('/', 'length / ')}"
-        return ", ".join(part for part in (self.method, block, self.kv_dtype, self.mesh) if part)
+        anchor = None if self.anchor is None else f"anchor {format_size(self.anchor)}"
+        parts = (self.method, block, anchor, self.kv_dtype, self.mesh)
+        return ", ".join(part for part in parts if part)
 
     @property
     def mesh(self) -> str:

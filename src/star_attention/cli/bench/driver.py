@@ -98,6 +98,7 @@ class Run:
             options.model,
             options.shapes,
             dtype=options.dtype,
+            weights=options.weights,
             device=options.device,
             comm=comm,
             tensor_parallel=tensor_parallel,
@@ -110,7 +111,8 @@ class Run:
             )
         target = Target.of(model, self.progress, comm, tensor_parallel)
         ranks = "" if comm.size == 1 else f"{comm.size} ranks, each a "
-        print(f"{target.name}, {target.dtype_name}, on {ranks}{machine.hardware(target.device)}")
+        dtype = target.dtype_name + (f", weights {target.weights}" if target.weights else "")
+        print(f"{target.name}, {dtype}, on {ranks}{machine.hardware(target.device)}")
         print(f"{target.ceilings}\n", flush=True)
         return target
 

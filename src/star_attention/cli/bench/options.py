@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from star_attention.cli.config_options import ConfigOptions
-from star_attention.cli.model_options import Device, Dtype, TensorParallel
+from star_attention.cli.model_options import Device, Dtype, TensorParallel, Weights
 from star_attention.cli.options import option
 from star_attention.cli.sizes import token_count, token_counts
 from star_attention.cli.torchrun import rank_and_size
@@ -84,6 +84,7 @@ class TargetOptions:
         ),
     ] = None
     dtype: Dtype = "auto"
+    weights: Weights = None
     device: Device = "auto"
     tensor_parallel: TensorParallel = 1
     out: Annotated[
@@ -100,10 +101,13 @@ class TargetOptions:
         """Check, before torch is imported, what needs no weights."""
         check_dtype(self.dtype)
         check_device(self.device)
-        if self.model is not None:
-            from star_attention.hf.loading import files
+        from star_attention.hf.loading import weight_formats
 
-            files.locate(self.model)
+        weight_formats.check_name(self.weights)
+        if self.model is not None:
+            from star_attention.hf.loading import checks, files
+
+            checks.check_can_quantize(files.locate(self.model), {}, self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +144,9 @@ class PrefillOptions:
             metavar="NAMES",
         ),
     ] = "star"
-    settings: Annotated[dict[str, Any], ConfigOptions("tokens_per_forward", "kv_dtype")] = field(
-        default_factory=dict
-    )
+    settings: Annotated[
+        dict[str, Any], ConfigOptions("anchor_size", "tokens_per_forward", "kv_dtype")
+    ] = field(default_factory=dict)
     repeats: Annotated[
         int,
         option(
@@ -345,6 +349,8 @@ class StartupOptions:
             arguments += ["--model", target.model]
         if target.shapes is not None:
             arguments += ["--shapes", target.shapes]
+        if target.weights is not None:
+            arguments += ["--weights", target.weights]
         if self.compile is not None:
             arguments.append("--compile" if self.compile else "--no-compile")
         return arguments

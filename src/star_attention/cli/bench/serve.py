@@ -121,7 +121,11 @@ class ServeBenchOptions:
     def _options(self, target: TargetOptions) -> list[str]:
         """Return the options of the server that is started."""
         options = ["--dtype", target.dtype, "--device", target.device]
-        for name, value in (("--model", target.model), ("--shapes", target.shapes)):
+        for name, value in (
+            ("--model", target.model),
+            ("--shapes", target.shapes),
+            ("--weights", target.weights),
+        ):
             options += [] if value is None else [name, value]
         for name, value in self.settings.items():
             options += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]

@@ -24,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from star_attention.attention.kernels import triton_works
 from star_attention.hf.execution import hook
+from star_attention.linear.fp8 import Fp8Linear, share_quantizing
 
 _log = logging.getLogger("star_attention")
 
@@ -72,6 +73,8 @@ class CompiledLayers:
         # Calls after which their like compile nothing more.
         self._known: set[tuple[Any, ...]] = set()
         self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}, ROWS: {}}
+        if any(isinstance(each, Fp8Linear) for layer in self._layers for each in layer.modules()):
+            self._options[FULL] = {"post_grad_custom_pre_pass": _SHARE_QUANTIZING}
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_pdl, triton_row
 
@@ -180,10 +183,20 @@ class _FuseLinearsPass(CustomGraphPass):
         triton_row.fuse_linears(graph)
 
     def uuid(self) -> str:
-        return "star_attention: fuse linears, 2"
+        return "star_attention: fuse linears, 3"
 
 
-_FUSE_LINEARS = _FuseLinearsPass()
+class _ShareQuantizingPass(CustomGraphPass):
+    """`linear.fp8.share_quantizing`, with a name for torch's caches on disk."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        share_quantizing(graph)
+
+    def uuid(self) -> str:
+        return "star_attention: share quantizing, 1"
+
+
+_FUSE_LINEARS, _SHARE_QUANTIZING = _FuseLinearsPass(), _ShareQuantizingPass()
 """One instance for all: compiled code serves another layer only if their passes are equal."""
 
 

@@ -28,6 +28,8 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.execution import hook, sliced_experts, sums
 from star_attention.hf.loading import slice_groups
 from star_attention.hf.loading.slice_groups import ATTENTION, EXPERTS, HEAD, Group, Groups
+from star_attention.linear import fp8
+from star_attention.linear.fp8 import Fp8Linear
 
 SAVED_BYTES = 32 * 2**20
 """Bytes of weights that a collective must save a rank, to be worth its time.
@@ -53,10 +55,11 @@ class _OutputSlice(nn.Linear):
         if not hook.is_slicing():
             return super().forward(input)
         if self.row_linear is not None and _is_compiled_row(input):
-            rows = (self.first, self.stop)
-            return self.row_linear(input, self.weight, self.bias, rows=rows)
-        bias = None if self.bias is None else self.bias[self.first : self.stop]
-        return functional.linear(input, self.weight[self.first : self.stop], bias)
+            rows, scale = (self.first, self.stop), _scale(self)
+            return self.row_linear(input, self.weight, self.bias, rows=rows, scale=scale)
+        own = slice(self.first, self.stop)
+        bias = None if self.bias is None else self.bias[own]
+        return _product(self, input, self.weight[own], bias, rows=own)
 
 
 class _InputSlice(nn.Linear):
@@ -73,9 +76,11 @@ class _InputSlice(nn.Linear):
         # The bias is added once, although the results of all ranks are summed.
         bias = self.bias if self.adds_bias else None
         if self.row_linear is not None and _is_compiled_row(input):
-            part = self.row_linear(input, self.weight, bias, first_column=self.first)
+            part = self.row_linear(
+                input, self.weight, bias, first_column=self.first, scale=_scale(self)
+            )
         else:
-            part = functional.linear(input, self.weight[:, self.first : self.stop], bias)
+            part = _product(self, input, self.weight[:, self.first : self.stop], bias)
         return sums.sum_over(part, "cp")
 
 
@@ -99,24 +104,38 @@ class _HeadSlice(nn.Linear):
         return logits[..., : self.out_features]
 
 
+def _product(
+    layer: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None, rows: slice = slice(None)
+) -> Tensor:
+    """Multiply a part of a layer's weight, of which `rows` are the rows."""
+    if isinstance(layer, Fp8Linear):
+        return fp8.linear(x, weight, layer.scale[rows], bias, kernels=layer.has_kernels)
+    return functional.linear(x, weight, bias)
+
+
+def _scale(layer: nn.Linear) -> Tensor | None:
+    return layer.scale if isinstance(layer, Fp8Linear) else None
+
+
 def _is_compiled_row(input: Tensor) -> bool:
     return torch.compiler.is_dynamo_compiling() and input.numel() == input.shape[-1]
 
 
 @functools.cache
 def _sliced_class(
-    base: type[nn.Linear], use_kernel: bool = False, **attributes: Any
+    base: type[nn.Linear], stock: type[nn.Linear], use_kernel: bool = False, **attributes: Any
 ) -> type[nn.Linear]:
     """Return the class of slices of one size, the same for all layers: they share compiled code.
 
     Offsets and sizes are the class's, since a layer's own attributes would stay in the model.
+    `stock` is the layers' own class.
     """
     attributes["row_linear"] = None
     if use_kernel:
         from star_attention.attention.kernels import triton_row
 
         attributes["row_linear"] = staticmethod(triton_row.linear)
-    return type(base.__name__, (base,), attributes)
+    return type(base.__name__, (base, stock), attributes)
 
 
 class Slices:
@@ -160,7 +179,7 @@ class Slices:
         if group.part == HEAD:
             (head,) = group.layers
             first, stop, most = slice_groups.padded_range(head.out_features, ranks, rank)
-            yield head, _sliced_class(_HeadSlice, first=first, stop=stop, most=most)
+            yield head, _sliced_class(_HeadSlice, nn.Linear, first=first, stop=stop, most=most)
             return
         for layer in group.layers:
             is_last = layer is group.layers[-1]
@@ -169,11 +188,13 @@ class Slices:
                 first, stop = size // ranks * rank, size // ranks * (rank + 1)
             else:
                 first, stop = slice_groups.own_range(size, ranks, rank)
-            attributes: dict[str, Any] = dict(first=first, stop=stop, use_kernel=self._use_kernel)
+            stock = type(layer)
+            use_kernel = self._use_kernel and getattr(layer, "has_kernels", True)
+            attributes: dict[str, Any] = dict(first=first, stop=stop, use_kernel=use_kernel)
             if is_last:
-                yield layer, _sliced_class(_InputSlice, adds_bias=rank == 0, **attributes)
+                yield layer, _sliced_class(_InputSlice, stock, adds_bias=rank == 0, **attributes)
             else:
-                yield layer, _sliced_class(_OutputSlice, **attributes)
+                yield layer, _sliced_class(_OutputSlice, stock, **attributes)
 
     @contextmanager
     def active(self) -> Iterator[None]:

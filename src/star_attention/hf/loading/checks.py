@@ -7,7 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import ModelNotFoundError, UnsupportedModelError, first_line
+from star_attention.errors import (
+    InvalidInputError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    first_line,
+    quote,
+)
 from star_attention.hf.loading import family_source, weight_formats
 from star_attention.hf.loading.config_file import check_is_no_pointer, read_json
 from star_attention.hf.loading.files import (
@@ -17,7 +23,11 @@ from star_attention.hf.loading.files import (
     WEIGHTS,
     ModelFiles,
 )
-from star_attention.hf.loading.packages import need_packages, need_quantization_packages
+from star_attention.hf.loading.packages import (
+    need_packages,
+    need_quantization_packages,
+    quantization,
+)
 
 _CAUSAL_LM = "CAUSAL_LM"
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
@@ -165,6 +175,48 @@ def check_weights(model: ModelFiles, model_kwargs: dict[str, Any]) -> None:
         check_is_no_pointer(folder / shard)
     if "quantization_config" not in model_kwargs:
         weight_formats.check(folder, name, model.config or {})
+
+
+def check_can_quantize(
+    model: ModelFiles, model_kwargs: dict[str, Any], weights: str | None
+) -> None:
+    """Check that the linear layers of a model can be loaded in another precision.
+
+    Args:
+        model: the model.
+        model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
+        weights: the precision, of `weight_formats.WEIGHTS`; None for the files' own.
+
+    Raises:
+        InvalidInputError: an unknown precision, or weights that are quantized already.
+        UnsupportedModelError: an adapter that reads the layers' weights.
+    """
+    weight_formats.check_name(weights)
+    if weights is None:
+        return
+    if "quantization_config" in model_kwargs:
+        raise InvalidInputError(
+            f"weights={quote(weights)} does not work with quantization_config in model_kwargs;"
+            " leave one of them out"
+        )
+    method = None if model.gguf_file is not None else quantization(model.config or {})
+    if method is not None:
+        raise InvalidInputError(
+            f"the weights at {model.path} are quantized already ({method}), and"
+            f" weights={quote(weights)} needs plain ones; leave it out, or give the original model"
+            " or a GGUF file of it"
+        )
+    if model.adapter is not None:
+        settings = read_json(Path(model.adapter) / ADAPTER_CONFIG)
+        kind = settings.get("peft_type")
+        if kind not in (None, "LORA") or settings.get("use_dora"):
+            raise UnsupportedModelError(
+                f"the adapter at {model.adapter} with weights={quote(weights)}",
+                [
+                    f"{'DoRA' if kind == 'LORA' else kind} reads the weights of the layers; merge"
+                    " the adapter into the model, or load without weights"
+                ],
+            )
 
 
 def _without_weights(folder: Path) -> str:

@@ -260,6 +260,9 @@ def _samples(tensors: Iterable[Tensor]) -> list[Tensor]:
         if not tensor.is_contiguous():
             tensor = tensor.detach()[(0,) * (tensor.dim() - 1)].contiguous()
             size = tensor.numel()
+        if tensor.itemsize == 1:
+            # Numbers of one byte cannot be joined in every precision.
+            tensor = tensor.detach().view(torch.uint8)
         count = min(_ELEMENTS, size)
         samples.append(tensor.as_strided((count,), (size // count,)))
     return samples

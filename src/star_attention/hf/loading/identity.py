@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from star_attention.errors import ContextMismatchError
-from star_attention.hf.loading import fingerprint, rope, support
+from star_attention.hf.loading import fingerprint, fp8, rope, support
 from star_attention.hf.loading.checksum import digests, to_cpu
 
 _AS_CONFIGURED = "as the config says"
@@ -49,6 +49,7 @@ def model_identity(model: Any, outer: Any, *, fresh: bool = False) -> dict[str, 
             and "dropout" not in name
             and not name.startswith("_attn")
         },
+        "linear_weights": fp8.precision(model),
         "dtype": str(model.dtype),
         "adapters": adapters(outer),
         "adapter_layers": _digest(_adapter_layers(outer)),
@@ -165,7 +166,7 @@ def check(name: str, context: dict[str, Any], model: dict[str, Any]) -> None:
     """
     # Files of earlier versions lack these fields.
     unknown = {name: model.get(name) for name in ("checksum", "adapter_layers")}
-    context = {"rotary": _AS_CONFIGURED} | unknown | context
+    context = {"rotary": _AS_CONFIGURED, "linear_weights": fp8.AS_LOADED} | unknown | context
     mismatch = difference(context, model)
     if mismatch is None:
         return
@@ -174,6 +175,10 @@ def check(name: str, context: dict[str, Any], model: dict[str, Any]) -> None:
     remedy = "load the model that encoded it"
     if field == "dtype":
         remedy = f"load the model in {context_value.removeprefix('torch.')} (dtype=, or --dtype)"
+    if field == "linear_weights":
+        is_fp8 = context_value != fp8.AS_LOADED
+        how = 'with weights="fp8" (--weights fp8)' if is_fp8 else "without weights= (--weights)"
+        remedy = f"load the model {how}"
     if field == "lookback":
         remedy = "make the engine with the context's lookback and lookback_layers"
     hint = ""

@@ -16,8 +16,12 @@ _INSTEAD = {
 
 
 class PretrainedSettings(StarSettings, total=False):
-    """The keywords of `StarLLM.from_pretrained` that say which files a model is made of.
+    """The keywords of `StarLLM.from_pretrained` that say which files a model is made of, and how
+    its weights are held.
 
+    weights: "fp8" holds the linear layers of the decoder in fp8 (e4m3), with a scale for each
+        output row: half of the bytes, and faster products on GPUs of compute capability 8.9 and
+        above. None leaves them as they are in the files.
     adapter: folder or hub id of a PEFT adapter to load around the model.
     gguf_file: name of a GGUF file in the folder or repository.
     subfolder: folder inside `path` that holds the model.
@@ -27,6 +31,7 @@ class PretrainedSettings(StarSettings, total=False):
         unless lookback or lookback_layers are keywords, too.
     """
 
+    weights: str | None
     adapter: str | os.PathLike[str] | None
     gguf_file: str | None
     subfolder: str | None

@@ -24,7 +24,15 @@ from star_attention.errors import (
     first_line,
     quote,
 )
-from star_attention.hf.loading import adapters, checks, files, rope_scaling, rope_words, support
+from star_attention.hf.loading import (
+    adapters,
+    checks,
+    files,
+    fp8,
+    rope_scaling,
+    rope_words,
+    support,
+)
 from star_attention.hf.loading.files import ModelFiles
 from star_attention.hf.loading.gguf_tokenizer import with_special_tokens
 from star_attention.hf.loading.model_config import (
@@ -106,6 +114,8 @@ def load(
     device: str,
     model_kwargs: dict[str, Any],
     adapter: str | os.PathLike[str] | None = None,
+    weights: str | None = None,
+    quantize_on: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a model in evaluation mode, and its tokenizer.
 
@@ -115,6 +125,8 @@ def load(
         device: "auto", or a torch device; ignored if `model_kwargs` has a `device_map`.
         model_kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
         adapter: folder or hub id of an adapter to load around the model.
+        weights: precision of linear layers, of `weight_formats.WEIGHTS`; None for the files' own.
+        quantize_on: where they are quantized, if not on the device that the model is moved to.
 
     Returns:
         The model, and the tokenizer, None if the folder has none.
@@ -137,6 +149,7 @@ def load(
     if "device_map" not in model_kwargs:
         device = pick_device(device)
     checks.check_weights(model_files, model_kwargs)
+    checks.check_can_quantize(model_files, model_kwargs, weights)
     _check_quantization(config, model_files.path)
     # Before the weights: it is quick, and may be broken.
     tokenizer = _load_tokenizer(model_files)
@@ -148,11 +161,25 @@ def load(
         # The file says otherwise.
         options = _with_config(config, options)
     model = _load_weights(model_files, options)
+    # An adapter puts layers of its own around them.
+    linears = None if weights is None else list(fp8.layers(model))
+    plain = model
     if model_files.adapter is not None:
         model = adapters.attach(model, model_files.adapter, tokenizer)
-    if "device_map" not in model_kwargs:
-        model = model.to(device)
-    return model.eval(), tokenizer
+    place = None if "device_map" in model_kwargs else device
+    if linears is not None:
+        _quantize(plain, linears, quantize_on or place, back_to=quantize_on and place)
+    return (model if place is None else model.to(place)).eval(), tokenizer
+
+
+def _quantize(model: Any, linears: list[Any], device: str | None, *, back_to: str | None) -> None:
+    try:
+        fp8.quantize(model, linears, device, back_to=back_to)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"out of memory while quantizing weights on {device}: use a larger device, or"
+            " tensor_parallel to share the weights over several"
+        ) from error
 
 
 def _check_quantization(config: Any, path: str) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from star_attention.errors import InvalidInputError, UnsupportedModelError, quote
-from star_attention.planning.model_shape import AttentionShape, ModelShape
+from star_attention.planning.model_shape import FP8_STEP, AttentionShape, ModelShape
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LIKE_TORCHS = re.compile("[bcq]?u?(int|float|double|half|bool|bits?|complex|long|short)[0-9a-z_]*")
@@ -165,6 +165,7 @@ def _shape(family: _Family, config: dict[str, Any], element_bytes: int) -> Model
         experts, expert = _experts(config), 3 * hidden * config[family.expert_width]
         mlp, active = expert * experts, expert * config["num_experts_per_tok"]
         router = hidden * experts
+    quantizable = _quantizable(family, config, heads * head_size, kv_heads * head_size)
     embedding = config["vocab_size"] * hidden
     is_tied = config.get("tie_word_embeddings", family.is_tied)
     layer = projections + biases + norms + mlp + router
@@ -192,7 +193,23 @@ def _shape(family: _Family, config: dict[str, Any], element_bytes: int) -> Model
         head_parameters=embedding,
         parameters=embedding * (1 if is_tied else 2) + layers * layer + hidden,
         bytes_per_element=element_bytes,
+        quantizable_parameters=layers * sum(rows * columns for rows, columns in quantizable),
+        quantizable_rows=layers * sum(rows for rows, _ in quantizable),
     )
+
+
+def _quantizable(
+    family: _Family, config: dict[str, Any], q_size: int, kv_size: int
+) -> list[tuple[int, int]]:
+    """Return the sizes of a layer's matrices that `hf.loading.fp8` quantizes.
+
+    Experts are tensors of their own kind.
+    """
+    hidden, width = config["hidden_size"], config["intermediate_size"]
+    sizes = [(q_size, hidden), (kv_size, hidden), (kv_size, hidden), (hidden, q_size)]
+    if family.expert_width is None:
+        sizes += [(width, hidden), (width, hidden), (hidden, width)]
+    return [size for size in sizes if not any(each % FP8_STEP for each in size)]
 
 
 def _experts(config: dict[str, Any]) -> int:

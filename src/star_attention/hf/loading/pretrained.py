@@ -50,6 +50,7 @@ def load_pretrained(
     device: str,
     model_kwargs: dict[str, Any],
     adapter: str | os.PathLike[str] | None = None,
+    weights: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a model, or this rank's shard of it, with its tokenizer. Collective.
 
@@ -61,6 +62,7 @@ def load_pretrained(
         device: "auto", "cpu", "cuda" or "cuda:1"; of several ranks each takes its own GPU.
         model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
         adapter: folder or hub id of an adapter to load around the model.
+        weights: precision of linear layers, as for `load.load`.
 
     Raises:
         What any rank raised, on all ranks.
@@ -78,12 +80,20 @@ def load_pretrained(
             device=device,
             model_kwargs=model_kwargs,
             adapter=adapter,
+            weights=weights,
         )
     loaded: list[tuple[Any, Any]] = []
     failure: Exception | None = None
     try:
         loaded.append(
-            load.load(path, dtype=dtype, device=device, model_kwargs=model_kwargs, adapter=adapter)
+            load.load(
+                path,
+                dtype=dtype,
+                device=device,
+                model_kwargs=model_kwargs,
+                adapter=adapter,
+                weights=weights,
+            )
         )
     except Exception as error:
         failure = error

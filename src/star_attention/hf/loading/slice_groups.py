@@ -16,6 +16,7 @@ from torch import nn
 
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.loading import tensor_parallel
+from star_attention.linear.fp8 import Fp8Linear
 from star_attention.planning.traffic import ALIGNMENT, padded_share
 
 ATTENTION, MLP, EXPERTS, HEAD = "attention", "mlp", "experts", "head"
@@ -104,9 +105,10 @@ def padded_range(size: int, ranks: int, rank: int) -> tuple[int, int, int]:
 
 
 def is_plain(module: Any) -> bool:
-    """True for a linear layer as torch made it: no adapter, no quantization, weights in place."""
+    """True for a linear layer as torch or we made it: no adapter, weights in place, no others'
+    quantization."""
     return (
-        type(module) is nn.Linear
+        type(module) in (nn.Linear, Fp8Linear)
         and type(module.weight) is nn.Parameter
         and module.weight.is_floating_point()
         and module.weight.stride(1) == 1

@@ -29,6 +29,7 @@ from star_attention.hf.execution import sums
 from star_attention.hf.loading import files, identity, load, support
 from star_attention.hf.loading.model_config import load_config, location_kwargs
 from star_attention.hf.loading.plain_shape import cannot_shard, indivisible
+from star_attention.linear.fp8 import Fp8Linear
 
 _SHARDED = ("colwise", "rowwise")
 _EXPERTS = ("packed_colwise", "moe_tp_experts")
@@ -139,6 +140,7 @@ def load_shard(
     device: str,
     model_kwargs: dict[str, Any],
     adapter: str | os.PathLike[str] | None = None,
+    weights: str | None = None,
 ) -> tuple[Any, Any]:
     """Load this rank's shard of a model, in evaluation mode, and the tokenizer. Collective.
 
@@ -152,6 +154,8 @@ def load_shard(
         device: where the shard is moved to.
         model_kwargs: for `AutoModelForCausalLM.from_pretrained`.
         adapter: an adapter that was asked for, which cannot be sharded.
+        weights: precision of linear layers, as for `load.load`. Their scales are those of the whole
+            layers, which pass through the device one by one.
 
     Raises:
         UnsupportedModelError: the model cannot be sharded, with the reasons.
@@ -166,9 +170,17 @@ def load_shard(
         location = location_kwargs(model_kwargs)
         _check_no_adapter(files.locate(path, location, adapter), tensor_parallel)
         check(load_config(path, **location), tensor_parallel)
-        model, tokenizer = load.load(path, dtype=dtype, device="cpu", model_kwargs=model_kwargs)
+        place = load.pick_device(device)
+        model, tokenizer = load.load(
+            path,
+            dtype=dtype,
+            device="cpu",
+            model_kwargs=model_kwargs,
+            weights=weights,
+            quantize_on=place,
+        )
         shard(model, mesh)
-        return model.to(load.pick_device(device)), tokenizer
+        return model.to(place), tokenizer
 
     for turn in range(tensor_parallel):
         failure: Exception | None = None
@@ -271,8 +283,8 @@ class _OddLayerError(Exception):
     """A layer is not as the plan assumes; the message continues the layer's name."""
 
 
-def _shard_linear(module: nn.Module, style: str, comm: Comm) -> None:
-    if type(module) is not nn.Linear:
+def _shard_linear(module: Any, style: str, comm: Comm) -> None:
+    if type(module) not in (nn.Linear, Fp8Linear):
         raise _OddLayerError(
             f"is a {type(module).__name__}, and tensor_parallel needs plain linear layers; remove"
             " adapters"
@@ -280,6 +292,8 @@ def _shard_linear(module: nn.Module, style: str, comm: Comm) -> None:
     bias: nn.Parameter | None = module.bias
     if style == "colwise":
         module.weight = _part(module.weight, 0, comm)
+        if isinstance(module, Fp8Linear):
+            module.scale = _part(module.scale, 0, comm).data
         bias = None if bias is None else _part(bias, 0, comm)
     else:
         module.weight = _part(module.weight, 1, comm)

@@ -10,8 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from star_attention.errors import ModelNotFoundError
+from star_attention.errors import InvalidInputError, ModelNotFoundError, quote
 from star_attention.hf.loading.packages import UNKNOWN_METHOD, quantization
+
+WEIGHTS = ("fp8",)
+"""Precisions that linear layers may be loaded in, other than that of the model's files."""
 
 _NOT_TAKEN = {
     "exl2": "ExLlamaV2's format",
@@ -35,6 +38,18 @@ _SCALES = (
 
 _LONGEST_HEADER = 1 << 27
 _REMEDY = "give the original model, a GGUF file of it, or weights quantized for transformers"
+
+
+def check_name(weights: Any) -> None:
+    """Check the name of a precision of linear layers; None is the files' own.
+
+    Raises:
+        InvalidInputError: linear layers are not loaded in it.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise InvalidInputError(
+            f"weights {quote(weights)} is unknown; choose {', '.join(WEIGHTS)}, or leave it out"
+        )
 
 
 def check(folder: Path, weights: str, config: dict[str, Any]) -> None:

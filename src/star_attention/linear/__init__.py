@@ -1,0 +1,1 @@
+"""Linear layers whose weights are in fp8, and their kernels."""

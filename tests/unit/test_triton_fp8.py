@@ -1,0 +1,133 @@
+"""Our kernels for matrices in fp8 in Triton's interpreter, which has no products in bf16.
+
+tests/gpu/test_fp8_weights_cuda.py runs them on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import Tensor
+from torch.nn.functional import linear
+
+from star_attention.hf.execution import compiled
+from star_attention.linear import fp8
+from star_attention.linear.fp8 import Fp8Linear
+from tests.fp8_models import quantized
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
+
+from star_attention.attention.kernels import triton_row  # noqa: E402
+from star_attention.linear import triton_fp8  # noqa: E402
+
+
+def matrix(N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a weight in fp8, its scales, and its values."""
+    q_NK, scale_N1 = fp8.quantize(torch.randn(N, K))
+    return q_NK, scale_N1[:, 0].contiguous(), q_NK.float() * scale_N1
+
+
+@pytest.mark.parametrize("N", [37, 64, 1])
+@pytest.mark.parametrize("K", [96, 2048, 4500])
+def test_a_single_row(N: int, K: int) -> None:
+    torch.manual_seed(0)
+    weight, scale, values = matrix(N, K)
+    x, bias = torch.randn(1, 1, K), torch.randn(N)
+    out = triton_row.linear(x, weight, bias, scale=scale)
+    torch.testing.assert_close(out, linear(x, values, bias), atol=1e-3, rtol=1e-4)
+
+
+def test_a_single_row_times_slices_of_several_matrices() -> None:
+    torch.manual_seed(0)
+    matrices = [matrix(N, 100) for N in (37, 4, 16)]
+    x, bias = torch.randn(1, 1, 64), torch.randn(4)
+    outs = triton_row.linears(
+        x,
+        [weight for weight, _, _ in matrices],
+        [None, bias, None],
+        [5, 16, 30, 0, 4, 0, 3, 13, 36],
+        [scale for _, scale, _ in matrices],
+    )
+    rights = [
+        linear(x, matrices[0][2][5:21, 30:94]),
+        linear(x, matrices[1][2][:, :64], bias),
+        linear(x, matrices[2][2][3:16, 36:]),
+    ]
+    for out, right in zip(outs, rights, strict=True):
+        torch.testing.assert_close(out, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (37, 96), (130, 1040), (16, 2048)])
+@pytest.mark.parametrize("rows", [2, 7, 16, 33, 64, 100])
+def test_a_few_rows(shape: tuple[int, int], rows: int) -> None:
+    torch.manual_seed(0)
+    weight, scale, values = matrix(*shape)
+    x = torch.randn(rows, 1, shape[1]).half()
+    out = triton_fp8.linear(x, weight, scale)
+    assert out.shape == (rows, 1, shape[0])
+    assert out.dtype == torch.float16
+    right = linear(x.float(), values)
+    assert (out.float() - right).norm() <= 1e-3 * right.norm()
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_splits_add_up(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_fp8, "_processors", lambda device: 8)
+    assert triton_fp8._splits(2, 2100, torch.device("cpu")) == (4, 640)
+    weight, scale, values = matrix(100, 2100)
+    x = torch.randn(rows, 2100).half()
+    right = linear(x.float(), values)
+    assert (triton_fp8.linear(x, weight, scale).float() - right).norm() <= 1e-3 * right.norm()
+
+
+def test_parts_of_a_matrix() -> None:
+    """Rows and columns of a weight, and rows of the input that are not next to each other."""
+    weight, scale, values = matrix(96, 128)
+    x = torch.randn(5, 2, 80).half()[:, 1]
+    part = slice(16, 64), slice(32, 112)
+    out = triton_fp8.linear(x, weight[part], scale[part[0]])
+    right = linear(x.float(), values[part])
+    assert (out.float() - right).norm() <= 1e-3 * right.norm()
+
+
+def test_more_rows_than_the_kernel_takes() -> None:
+    weight, scale, values = matrix(16, 32)
+    x = torch.randn(triton_fp8.MOST + 1, 1, 32).half()
+    right = linear(x.float(), values)
+    out = triton_fp8.linear(x, weight, scale).float()
+    assert (out - right).norm() <= 1e-3 * right.norm()
+
+
+def test_a_compiled_step_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gate and up in one launch, then down."""
+    layer: Any = quantized("llama").model.layers[0].mlp
+    x = torch.randn(1, 1, layer.gate_proj.in_features)
+    expected = layer(x)
+    launches: list[int] = []
+    fuse = triton_row.fuse_linears
+
+    def counted(graph: torch.fx.Graph) -> None:
+        fuse(graph)
+        op = torch.ops.star_attention.linears.default
+        launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
+
+    monkeypatch.setattr(triton_row, "fuse_linears", counted)
+    for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
+        assert isinstance(module, Fp8Linear)
+        module.has_kernels = True
+    fast = torch.compile(
+        layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
+    )
+    fresh = (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    )
+    with torch.no_grad(), fresh[0], fresh[1]:
+        torch.testing.assert_close(fast(x), expected, atol=1e-4, rtol=1e-4)
+    assert launches == [2, 1]
