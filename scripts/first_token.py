@@ -1,10 +1,12 @@
 """Compares the first token of an answer, and encoding, between checkouts of this repository.
 
     python scripts/first_token.py ../base .
+    python scripts/first_token.py ../base . --shapes llama-3.1-8b --tokens 131072 --block 16384
 
 Each checkout runs in a process of its own; they take turns with every measurement, so that what
 else the machine does meets both. After a few rounds both start again, since a process keeps its
-luck with memory. Both sides use the model, the text and the queries of the second checkout.
+luck with memory. Both sides use the model, the text and the queries of the second checkout; or
+random weights in the shapes of a known model, with queries of 64 random tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkouts", nargs=2, help="folders: the base, and what is compared")
     parser.add_argument("--model", help="model folder; by default that of the second checkout")
+    parser.add_argument("--shapes", help="shapes of random weights, instead of a model")
+    parser.add_argument("--block", type=int, help="block size; by default the engine's")
     parser.add_argument("--tokens", type=int, default=2048, help="length of the context")
     parser.add_argument("--processes", type=int, default=3, help="processes of each checkout")
     parser.add_argument("--pairs", type=int, default=60, help="first tokens of each process")
@@ -72,8 +77,9 @@ def _measure(arguments: argparse.Namespace) -> dict[str, tuple[list[float], list
 
 def _started(folder: str, arguments: argparse.Namespace) -> Any:
     source = (Path(folder) / "src").resolve()
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("tokens", "settings")]
-    options.append(f"--model={_model(arguments)}")
+    names = ("shapes", "block", "tokens", "settings")
+    values = {name: getattr(arguments, name) for name in names} | {"model": _model(arguments)}
+    options = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return subprocess.Popen(
         [sys.executable, __file__, *arguments.checkouts, "--worker", *options],
         stdin=subprocess.PIPE,
@@ -96,16 +102,11 @@ def _asked(worker: Any, work: str) -> float:
 
 def _work(arguments: argparse.Namespace) -> None:
     """Answer each line of the standard input with the seconds of what it names."""
-    from star_attention import StarLLM
-
-    star = StarLLM.from_pretrained(_model(arguments))
-    words = " ".join(f"The grass of field {number} is green." for number in range(arguments.tokens))
-    ids = star.tokenizer(words)["input_ids"][: arguments.tokens]
+    star, ids, query = _prepared(arguments)
     context, settings = star.encode(ids), json.loads(arguments.settings)
 
     def first(number: int, tokens: int = 1) -> Any:
-        query = QUESTION.format(f"{number}th")
-        return star.generate(context, query, max_new_tokens=tokens, **settings)
+        return star.generate(context, query(number), max_new_tokens=tokens, **settings)
 
     for number in range(5):
         first(number)
@@ -117,6 +118,23 @@ def _work(arguments: argparse.Namespace) -> None:
         else:
             first(number)
         print(time.perf_counter() - started, flush=True)
+
+
+def _prepared(arguments: argparse.Namespace) -> tuple[Any, Any, Callable[[int], Any]]:
+    """Return an engine, the ids of a context, and what makes different queries of one length."""
+    from star_attention import StarLLM
+
+    if arguments.shapes:
+        from star_attention.bench.models import load_model, random_ids
+
+        model = load_model(None, arguments.shapes, dtype="auto", device="auto")
+        star = StarLLM(model, block_size=arguments.block)
+        ids = random_ids(model, arguments.tokens)
+        return star, ids, lambda number: random_ids(model, 64, 1 + number)
+    star = StarLLM.from_pretrained(arguments.model, block_size=arguments.block)
+    words = " ".join(f"The grass of field {number} is green." for number in range(arguments.tokens))
+    ids = star.tokenizer(words)["input_ids"][: arguments.tokens]
+    return star, ids, lambda number: QUESTION.format(f"{number}th")
 
 
 if __name__ == "__main__":

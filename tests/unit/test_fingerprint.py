@@ -46,6 +46,46 @@ def test_more_than_values_is_compared(way: str) -> None:
     assert fingerprint.weights(model) == after
 
 
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "data of its own": other_data(torch.clone),
+    "another parameter": lambda model: setattr(model[0], "weight", nn.Parameter(torch.ones(8, 8))),
+    "another module": lambda model: model.__setitem__(0, nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("first", [fingerprint.addresses, fingerprint.weights])
+@pytest.mark.parametrize("way", MOVES)
+def test_parameters_that_move_are_noticed(way: str, first: Callable[[nn.Module], int]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    first(model)
+    before = fingerprint.addresses(model)
+    MOVES[way](model)
+    after = fingerprint.addresses(model)
+    assert after != before
+    assert fingerprint.addresses(model) == after
+
+
+def test_what_is_written_in_place_has_not_moved() -> None:
+    """Forbids to capture graphs again for a change of numbers, and to miss the change meanwhile."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    places, before = fingerprint.addresses(model), fingerprint.weights(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    model.register_buffer("mask", torch.ones(3))
+    assert fingerprint.addresses(model) == places
+    assert fingerprint.weights(model) != before
+
+
+def test_tensors_of_inference_mode_are_read() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8))
+    before = fingerprint.weights(model)
+    assert fingerprint.weights(model) == before
+    with torch.inference_mode():
+        model[0].weight[0, 0] = 5.0
+    assert fingerprint.weights(model) != before
+
+
 def test_nothing_of_a_model_is_kept() -> None:
     """Forbids memory for weights and modules that a model has no more."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))

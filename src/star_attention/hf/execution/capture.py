@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from star_attention.distributed.comm import Comm
-from star_attention.hf.loading import identity
+from star_attention.hf.loading import fingerprint, identity
 
 # Longest wait for a launch to return, before a graph is released.
 _LAUNCH_S = 1.0
@@ -33,8 +33,7 @@ class Recorder:
         They hold addresses of weights, which may have moved, and know one set of adapters.
         """
         outer = self._handle.outer
-        addresses = (parameter.data_ptr() for parameter in outer.parameters())
-        return hash((*identity.adapters(outer), *addresses))
+        return hash((*identity.adapters(outer), fingerprint.addresses(outer)))
 
     def record(
         self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Comm
