@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_answer  # noqa: E402
+from star_attention.attention.kernels import triton_answer, triton_latent  # noqa: E402
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -60,10 +60,14 @@ class NeverCaptures(Recorder):
 
 def answers(star: StarLLM, kind: type[Recorder] | None) -> dict[str, Any]:
     """Answer by graphs of that recorder; None for plain forwards."""
-    before = triton_answer.SPLITS, triton_answer.TAIL_SPLITS, graphs.BUCKETS, tail._INITIAL_CAPACITY
+    before = (
+        *(triton_answer.SPLITS, triton_answer.TAIL_SPLITS, graphs.BUCKETS, tail._INITIAL_CAPACITY),
+        *(triton_latent.SPLITS, triton_latent.TAIL_SPLITS),
+    )
     # Few programs, since the interpreter takes a millisecond for each.
     triton_answer.SPLITS, triton_answer.TAIL_SPLITS = 2, 1
     graphs.BUCKETS, tail._INITIAL_CAPACITY = (1, 4), 5
+    triton_latent.SPLITS, triton_latent.TAIL_SPLITS = 2, 1
     handle = star.runtime.handle
     made = None if kind is None else GraphsOfGloo(handle, kind(handle))
     star.runtime.handle.__dict__["graphs"] = made
@@ -75,7 +79,8 @@ def answers(star: StarLLM, kind: type[Recorder] | None) -> dict[str, Any]:
     finally:
         star.runtime.handle.__dict__.pop("graphs")
         triton_answer.SPLITS, triton_answer.TAIL_SPLITS = before[:2]
-        graphs.BUCKETS, tail._INITIAL_CAPACITY = before[2:]
+        graphs.BUCKETS, tail._INITIAL_CAPACITY = before[2:4]
+        triton_latent.SPLITS, triton_latent.TAIL_SPLITS = before[4:]
     return dict(
         tokens=[first.token_ids, *(reply.token_ids for reply in both)],
         logits=first.logits,
@@ -107,6 +112,7 @@ def check(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         (2, "gemma3", [RunAgain], {}),
         (2, "llama", [RunAgain, None], {}),
         (2, "llama", [NeverCaptures, RunAgain], {}),
+        (2, "deepseek_v3", [RunAgain, None], {}),
         # The last rank, which holds the tail, has no part of the context.
         (3, "llama", [RunAgain], dict(block_size=64, anchor_size=64)),
         (2, "gemma2", [RunAgain], dict(method="ring", block_size=None, anchor_size=None)),

@@ -131,6 +131,23 @@ def test_kernels() -> None:
 
 BELOW = "is below 1; give a positive number of tokens"
 LARGE_BLOCKS = ["--context", "1k,4k", "--block", "4k,3k"]
+
+
+def test_a_token_reads_the_experts_that_it_is_routed_to() -> None:
+    """Two of five experts in two of three layers, and no input embedding."""
+    model = tiny("deepseek_v3")
+    whole = models.weight_bytes(model) - model.get_input_embeddings().weight.nbytes
+    experts: Any = model.model.layers[2].mlp.experts
+    one = (experts.gate_up_proj.nbytes + experts.down_proj.nbytes) // 5
+    layers = sum(hasattr(layer.mlp, "experts") for layer in model.model.layers)
+    assert models.weight_bytes_per_token(model) == whole - layers * 3 * one < whole
+    dense = tiny("llama")
+    assert models.weight_bytes_per_token(dense) in (
+        models.weight_bytes(dense),
+        models.weight_bytes(dense) - dense.get_input_embeddings().weight.nbytes,
+    )
+
+
 COMMANDS = ("prefill", "decode", "questions", "kernels", "startup", "rows")
 
 

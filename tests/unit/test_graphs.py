@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_answer  # noqa: E402
+from star_attention.attention.kernels import triton_answer, triton_latent  # noqa: E402
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -31,6 +31,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, since the interpreter takes a millisecond for each."""
     monkeypatch.setattr(triton_answer, "SPLITS", 2)
     monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
+    monkeypatch.setattr(triton_latent, "SPLITS", 2)
+    monkeypatch.setattr(triton_latent, "TAIL_SPLITS", 1)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
     monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 6)
 
@@ -41,7 +43,7 @@ def pair(name: str) -> tuple[StarLLM, StarLLM, CountingGraphs]:
     return plain, fast, with_graphs(fast)
 
 
-QUICK = ("gemma2", "gpt_oss")
+QUICK = ("gemma2", "gpt_oss", "deepseek_v3")
 
 
 @pytest.mark.parametrize(
@@ -50,12 +52,21 @@ QUICK = ("gemma2", "gpt_oss")
         *QUICK,
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("llama", "qwen3", "gemma3", "gemma3n", "mistral")
+            for name in (
+                "llama",
+                "qwen3",
+                "gemma3",
+                "gemma3n",
+                "mistral",
+                "deepseek_v2",
+                "minicpm3",
+                "longcat_flash",
+            )
         ),
     ],
 )
 def test_families(name: str) -> None:
-    """Windows, softcap, sinks, shared keys: tokens and logits are the same as without graphs."""
+    """Windows, softcap, sinks, shared keys, MLA: tokens and logits are those without graphs."""
     plain, fast, counting = pair(name)
     settings: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
     expected, reply = (
@@ -67,8 +78,9 @@ def test_families(name: str) -> None:
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
 
 
-def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
-    plain, fast = (engine("llama", kv_dtype="fp8", **SIZES) for _ in range(2))
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_contexts_in_fp8_have_graphs_of_their_own(name: str) -> None:
+    plain, fast = (engine(name, kv_dtype="fp8", **SIZES) for _ in range(2))
     counting = with_graphs(fast)
     settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True, return_logits=True)
     expected, reply = (
@@ -76,21 +88,38 @@ def test_contexts_in_fp8_have_graphs_of_their_own() -> None:
     )
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
-    unquantized = engine("llama", **SIZES).encode(ids(101))
+    unquantized = engine(name, **SIZES).encode(ids(101))
     unquantized_reply = fast.generate(unquantized, ids(4), **settings)
     assert not torch.equal(unquantized_reply.logits, reply.logits)
     kinds = {(1, size, fp8, True, ()) for size in (4, 1) for fp8 in (True, False)}
     assert set(counting.captured) == kinds
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3"])
-def test_a_model_that_graphs_cannot_serve_runs_without(name: str) -> None:
-    plain, fast, counting = pair(name)
-    expected, reply = (
-        star.generate(star.encode(ids(101)), ids(7), max_new_tokens=4) for star in (plain, fast)
-    )
-    assert reply.token_ids == expected.token_ids
-    assert counting.recorder.captures == 0
+def test_a_model_that_graphs_cannot_serve_runs_without() -> None:
+    """Weights that expand compressed keys, and cannot be read as a matrix at the moment."""
+    plain, fast, counting = pair("deepseek_v3")
+    kwargs: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+    right = plain.generate(plain.encode(ids(101)), ids(7), **kwargs).token_ids
+    context = fast.encode(ids(101))
+    assert fast.generate(context, ids(7), **kwargs).token_ids == right
+    assert (counting.recorder.captures, counting.recorder.replays) == (2, 4)
+    attention: Any = tiny("deepseek_v3").model.layers[1].self_attn
+    hook = attention.kv_b_proj.register_forward_hook(lambda *_: None)
+    try:
+        assert fast.generate(context, ids(7), **kwargs).token_ids == right
+        assert counting.recorder.replays == 4
+    finally:
+        hook.remove()
+    assert fast.generate(context, ids(7), **kwargs).token_ids == right
+    assert counting.recorder.replays == 8
+
+
+def test_a_long_query_of_compressed_keys_expands_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many tokens, expanding the context once is less work than a graph's forward."""
+    monkeypatch.setattr(graphs, "BUCKETS", (1, 64))
+    _, fast, counting = pair("deepseek_v3")
+    assert fast.generate(fast.encode(ids(101)), ids(60), max_new_tokens=2, ignore_eos=True)
+    assert set(counting.captured) == {(1, 1, False, True, ())}
 
 
 def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from star_attention.config import check_dtype
 from star_attention.distributed import Comm, SoloComm
@@ -39,8 +39,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=128256,
         tie_word_embeddings=True,
     ),
+    "deepseek-v2-lite": dict(
+        model_type="deepseek_v2",
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        topk_method="greedy",
+        vocab_size=102400,
+    ),
 }
-"""Known models. Speed depends on shapes alone, so their weights are not needed."""
+"""Known models, Llamas if not said otherwise. Speed depends on shapes alone: weights are random."""
 
 _POSITIONS = 2**21
 
@@ -120,13 +140,17 @@ def _random_model(shapes: str, dtype: str, device: torch.device) -> Any:
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     rope = {"rope_type": "default", "rope_theta": 500000.0}
-    config = LlamaConfig(**SHAPES[shapes], max_position_embeddings=_POSITIONS, rope_parameters=rope)
+    config = AutoConfig.for_model(
+        **{"model_type": "llama"} | SHAPES[shapes],
+        max_position_embeddings=_POSITIONS,
+        rope_parameters=rope,
+    )
     config.name_or_path = shapes
     default_dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(getattr(torch, dtype))
         with device:
-            model = LlamaForCausalLM(config).eval()
+            model = AutoModelForCausalLM.from_config(config).eval()
     finally:
         torch.set_default_dtype(default_dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -165,13 +189,26 @@ def weight_bytes_per_token(model: Any) -> int:
     """Bytes of the weights that a forward of one token reads.
 
     These are all weights but the input embedding, of which one row is read, unless it is tied to
-    the head.
+    the head, and but the experts that a token is not routed to.
     """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    total = weight_bytes(model)
+    total = weight_bytes(model) - _idle_expert_bytes(model)
     return total if tied else total - int(embedding.numel() * embedding.element_size())
+
+
+def _idle_expert_bytes(model: Any) -> int:
+    """Bytes of experts that a token is not routed to: all experts of a layer are one tensor."""
+    routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    idle = 0
+    for module in model.modules() if routed else ():
+        experts = getattr(module, "num_experts", None)
+        for weight in module.parameters(recurse=False):
+            if weight.dim() == 3 and weight.shape[0] == experts:
+                nbytes = weight.numel() * weight.element_size()
+                idle += nbytes * max(0, experts - routed) // experts
+    return idle
 
 
 def random_ids(model: Any, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -77,7 +77,8 @@ class TargetOptions:
     shapes: Annotated[
         str | None,
         option(
-            "Random weights in the shapes of llama-3.1-8b or llama-3.2-1b, instead of a model.",
+            "Random weights in the shapes of llama-3.1-8b, llama-3.2-1b or deepseek-v2-lite,"
+            " instead of a model.",
             "--shapes",
             panel=PANEL,
             metavar="NAME",

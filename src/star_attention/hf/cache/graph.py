@@ -21,6 +21,7 @@ from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
 from star_attention.hf.cache.decode import AnswerCache, own_heads
+from star_attention.hf.cache.latent import LatentAttention, Latents
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
@@ -65,8 +66,10 @@ class TailBuffers:
         for layer, shape in self._layers:
             if shape is not None:
                 number = torch.empty(1, 1, 1, 1, dtype=shape.dtype, device=self._device)
-                k_RGQD = number.expand(rows, shape.k_heads, tokens, shape.k_size)
-                layer.tail.reserve(k_RGQD, k_RGQD)
+                layer.tail.reserve(
+                    number.expand(rows, shape.k_heads, tokens, shape.k_size),
+                    number.expand(rows, shape.v_heads, tokens, shape.v_size),
+                )
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a graph has appended."""
@@ -103,15 +106,17 @@ class GraphPosition(ForwardPosition):
     """
 
     def __init__(self, layers: int, rows: int, device: torch.device, comm: Comm) -> None:
-        from star_attention.attention.kernels import triton_answer
+        from star_attention.attention.kernels import triton_answer, triton_latent
 
         super().__init__()
-        self.kernel = triton_answer
+        self.kernel, self.latent_kernel = triton_answer, triton_latent
         self.tables = triton_answer.KVTables.zeros(layers, rows, device)
         self.comm = comm
         # Of the forward that is being captured: how the context is stored, and whether each rank
         # computes queries, keys and values of its own heads alone.
         self.fp8 = self.by_heads = False
+        # And of each layer the attention that need not expand what it stores.
+        self.latents: Latents | None = None
 
     @property
     def seen_tokens(self) -> int:
@@ -121,8 +126,13 @@ class GraphPosition(ForwardPosition):
 class GraphLayer(StarLayer[GraphPosition]):
     """A layer whose keys and values are where the tables say."""
 
+    @property
+    def _latent(self) -> LatentAttention | None:
+        latents = self.position.latents
+        return None if latents is None else latents[self.index]
+
     def set_expands(self, expands: bool) -> None:
-        if expands:
+        if expands and self._latent is None:
             raise UnsupportedModelError(
                 "a layer", ["it computes keys and values from the stored ones"]
             )
@@ -130,18 +140,24 @@ class GraphLayer(StarLayer[GraphPosition]):
     def append(self, k_RGQD: Tensor, v_RGQD: Tensor) -> tuple[Tensor, Tensor]:
         if not self.position.by_heads:
             self._store(k_RGQD, v_RGQD)
+        if self._latent is not None:
+            # The model expands what is returned, of which nothing is used.
+            return k_RGQD[:, :, :1], v_RGQD[:, :, :1]
         # Those of the other heads come with their queries, in `attend`.
         return k_RGQD, v_RGQD
 
     def _store(self, k_RGQD: Tensor, v_RGQD: Tensor) -> None:
         position = self.position
-        position.kernel.append(k_RGQD, v_RGQD, tables=position.tables, layer=self.index)
+        kernel = position.kernel if self._latent is None else position.latent_kernel
+        kernel.append(k_RGQD, v_RGQD, tables=position.tables, layer=self.index)
 
     def attend(self, q_RQHD: Tensor, k_RKGD: Tensor, v_RKGD: Tensor, rule: Rule) -> State:
         """Attend to this rank's shard, on the last rank also to the tail; merge over all ranks.
 
         With weights in slices, arguments and result are of this rank's heads.
         """
+        if self._latent is not None:
+            return self._attend_compressed(self._latent, q_RQHD, rule)
         position, heads = self.position, None
         comm = position.comm
         if position.by_heads:
@@ -161,6 +177,22 @@ class GraphLayer(StarLayer[GraphPosition]):
         # Sinks are added in fp32.
         dtype = q_RQHD.dtype if rule.sink_H is None else None
         return comm.merge(state, heads, dtype=dtype)
+
+    def _attend_compressed(self, latent: LatentAttention, q_RQHD: Tensor, rule: Rule) -> State:
+        """Do as `attend` does, to compressed keys and values."""
+        position, expansion = self.position, latent.expansion()
+        assert not position.by_heads, "MLA's heads share what is stored"
+        compressed = position.latent_kernel.attend(
+            expansion.absorb(q_RQHD),
+            latent.compressed_size,
+            tables=position.tables,
+            layer=self.index,
+            rule=rule,
+            fp8=position.fp8,
+        )
+        # Expanded before ranks merge: values are smaller than what they are made of.
+        state = expansion.expand(compressed, rule.dtype)
+        return state if position.comm.cp_size == 1 else position.comm.merge(state)
 
 
 class GraphCache(StarCache):
@@ -189,6 +221,7 @@ class GraphCache(StarCache):
         self.slices = cache.slices
         self.position.fp8 = cache.kv_format.dtype == "fp8"
         self.position.by_heads = cache.position.by_heads
+        self.position.latents = cache.position.latents
 
     def load(self, cache: AnswerCache, tails: TailBuffers, rows: int) -> None:
         """Point the tables at a cache, unless its forward was the last one."""
@@ -224,18 +257,39 @@ def _signature(cache: AnswerCache, tails: TailBuffers, rows: int) -> tuple[Any, 
     return weakref.ref(cache), tails.version, tails.tokens, rows
 
 
-def can_read(shard: ContextKV, shapes: Shapes, device: torch.device) -> bool:
-    """True if all of a rank's shard is stored as the kernel reads it; it may be empty."""
+def can_read(
+    shard: ContextKV, shapes: Shapes, device: torch.device, latents: Latents | None = None
+) -> bool:
+    """True if all of a rank's shard is stored as a kernel reads it; it may be empty.
+
+    Args:
+        shard: the rank's part of a context.
+        shapes: shapes of the layers' entries.
+        device: where the kernel runs.
+        latents: of each layer the attention that need not expand what it stores, where there is a
+            kernel for that.
+    """
     from star_attention.attention.kernels import triton_answer
 
     kv_format = shard.kv_format
     if kv_format.dtype not in (None, "fp8") or shard.visible is not None:
         return False
-    if len(shard.segments) > triton_answer.MAX_SEGMENTS or not _has_one_kind(shapes):
+    known = _has_one_kind(shapes) if latents is None else _are_latent(shapes, latents)
+    if len(shard.segments) > triton_answer.MAX_SEGMENTS or not known:
         return False
     stored = [layer.stored()[:2] for layer in shard.layers if not layer.is_empty]
     tensors = [tensor for pair in stored for tensor in pair]
     return all(tensor.is_contiguous() and tensor.device == device for tensor in tensors)
+
+
+def _are_latent(shapes: Shapes, latents: Latents) -> bool:
+    """True if all layers store compressed keys that the kernel over them knows, in one dtype."""
+    from star_attention.attention.kernels.triton_latent import MOST_COMPRESSED
+
+    layers = [(shape, latent) for shape, latent in zip(shapes, latents, strict=True) if shape]
+    return len({shape.dtype for shape, _ in layers}) == 1 and all(
+        latent is not None and shape.k_size <= MOST_COMPRESSED for shape, latent in layers
+    )
 
 
 def _has_one_kind(shapes: Shapes) -> bool:

@@ -8,9 +8,10 @@ On several ranks the collectives are part of the graph. Each rank captures by it
 without a graph runs eagerly beside the others: both do the same collectives in the same order.
 
 Not used: without compiled layers (`ModelHandle.graphs`); length-dependent rotary frequencies,
-several devices, no Triton, ranks over gloo (`can_capture`, `Graphs.serve`); MLA, KV in host memory,
-streaming_llm, odd head sizes (`can_read`); too many new tokens (`Graphs.bucket`); beams and
-assisted decoding (`phase2.stock`); a capture that fails. The forward then runs eagerly.
+several devices, no Triton, ranks over gloo (`can_capture`, `Graphs.serve`); KV in host memory,
+streaming_llm, odd head sizes, MLA with weights that are not a plain matrix (`can_read`); too many
+new tokens (`Graphs.bucket`); beams and assisted decoding (`phase2.stock`); a capture that fails.
+The forward then runs eagerly.
 
 Axes: R rows, Q new tokens of each row, V vocabulary.
 """
@@ -29,6 +30,7 @@ from star_attention.attention.kernels import triton_works
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.graph import GraphCache, TailBuffers, can_read
+from star_attention.hf.cache.latent import Latents, usable
 from star_attention.hf.execution import compiled, hook
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.execution.row_graphs import RowGraphs
@@ -105,12 +107,29 @@ class Graphs:
         # Collectives over gloo wait on the host.
         if comm.size > 1 and not comm.is_asynchronous:
             return False
-        return can_read(shard, self._handle.layer_shapes, self._handle.device)
+        latents = self._latents()
+        if latents is not None and any(window is not None for window in self._handle.windows):
+            return False
+        return can_read(shard, self._handle.layer_shapes, self._handle.device, latents)
+
+    def _latents(self) -> Latents | None:
+        """Return of each layer the attention that need not expand, None if no layer expands."""
+        probed = self._handle.probe_result
+        expands = any(shape is not None and shape.expands for shape in probed.layer_shapes)
+        return usable(probed.latents) if expands else None
 
     def bucket(self, rows: int, queries: int) -> int | None:
         """Return the tokens to which each of `rows` queries is padded, None if too many."""
         size = next((size for size in BUCKETS if size >= queries), None)
-        return None if size is None or rows * size > MAX_TOKENS else size
+        if size is None or rows * size > MAX_TOKENS or size > self._most_queries:
+            return None
+        return size
+
+    @cached_property
+    def _most_queries(self) -> int:
+        """Most new tokens of a row: with more, expanding a context once is less work."""
+        known = [latent.most_queries for latent in self._handle.probe_result.latents if latent]
+        return min(known, default=MAX_TOKENS)
 
     def run(
         self, cache: AnswerCache, ids_RQ: Tensor, positions_RQ: Tensor, *, logits: bool = True

@@ -4,9 +4,9 @@ A graph is captured once for each bucket of rows and each number of rows that re
 together. It contains no data of rows: the kernel reads the addresses and lengths of their keys from
 tables on the device (`attention.kernels.row_tables`), which are filled when rows come or go.
 
-Not used: without CUDA graphs (`ModelHandle.graphs`); contexts in host memory, streaming_llm, odd
-head sizes, contexts in several segments (`RowBuffers.can_read`); more rows than the largest bucket;
-a capture that fails. The forward then runs eagerly.
+Not used: without CUDA graphs (`ModelHandle.graphs`); contexts in host memory, streaming_llm, MLA,
+odd head sizes, contexts in several segments (`RowBuffers.can_read`); more rows than the largest
+bucket; a capture that fails. The forward then runs eagerly.
 
 Axes: R rows of a bucket, V vocabulary.
 """

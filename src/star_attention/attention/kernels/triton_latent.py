@@ -1,0 +1,333 @@
+"""Phase 2's attention over MLA's compressed keys in Triton, as `triton_answer` does over others.
+
+The one head's key is `[c, r]`, and its value is `c` again (`attention.latent`). So a step reads `c`
+once, for the scores and for the results of all query heads, which are rows of one tile. Tables,
+runs and ranks are those of `triton_answer`; the table has `c` in the place of keys, and `r` in that
+of values.
+
+Axes: R batch rows, Q new tokens of each, H query heads, M query rows of a tile, C compressed size,
+P rotary size, E elements of an absorbed query (C + P), N keys of one step, S runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.kernels import triton_pdl
+from star_attention.attention.kernels.row_tables import tile_size
+from star_attention.attention.kernels.triton_answer import COLUMNS, KVTables
+from star_attention.attention.state import State
+
+MOST_COMPRESSED = 512
+"""Largest compressed size: registers hold a tile's results."""
+TAIL_SPLITS = 4
+"""Runs over each row's tail."""
+SPLITS = 128
+"""Runs over the context. There is one head: a program for each multiprocessor of a large GPU."""
+_LARGEST_TILES = {2: 64, 4: 16}
+"""Query rows of a tile at most, by the bytes of an element: shared memory holds them."""
+_MERGED_C = 64
+"""Elements of a result that a program of the merge holds, of all runs."""
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Scales are near 1/448 of the values: without this factor, weights of half precision times them
+# would be too small.
+_FACTOR: tl.constexpr = tl.constexpr(256.0)
+
+
+@triton.jit
+def _append(
+    c_ptr, r_ptr, table_ptr, lengths_ptr, c_row, c_q, r_row, r_q, layer, queries,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    triton_pdl.begin(PDL)
+    DTYPE: tl.constexpr = c_ptr.dtype.element_ty
+    at = tl.program_id(0)
+    q = at % queries
+    row = at // queries
+    slot = row * tl.load(lengths_ptr + 2) + tl.load(lengths_ptr + 1) + q
+    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    c_C = tl.load(c_ptr + row * c_row + q * c_q + c, mask=c < C)
+    r_P = tl.load(r_ptr + row * r_row + q * r_q + p, mask=p < P)
+    tail_ptr = table_ptr + layer * COLUMNS + 2
+    tl.store(tl.load(tail_ptr).to(tl.pointer_type(DTYPE)) + slot * C + c, c_C, mask=c < C)
+    tl.store(tl.load(tail_ptr + 1).to(tl.pointer_type(DTYPE)) + slot * P + p, r_P, mask=p < P)
+
+
+@triton.jit
+def _step(
+    q_MC, q_MP, c_ptr, r_ptr, c_scale_ptr, r_scale_ptr, first_M, last_M, at, stop,
+    top_M, sum_M, out_MC, scale,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, LIMITS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys `at` to `at + BLOCK_N`, of which those before `stop` count if `MASKED`."""
+    DTYPE: tl.constexpr = q_MC.dtype
+    n = at + tl.arange(0, BLOCK_N)
+    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    c_ptr += n.to(tl.int64)[:, None] * C + c[None, :]
+    r_ptr += n.to(tl.int64)[:, None] * P + p[None, :]
+    if MASKED:
+        c_NC = tl.load(c_ptr, mask=(n < stop)[:, None] & (c < C)[None, :], other=0.0).to(DTYPE)
+        r_NP = tl.load(r_ptr, mask=(n < stop)[:, None] & (p < P)[None, :], other=0.0).to(DTYPE)
+    elif C == BLOCK_C and P == BLOCK_P:
+        c_NC, r_NP = tl.load(c_ptr).to(DTYPE), tl.load(r_ptr).to(DTYPE)
+    else:
+        c_NC = tl.load(c_ptr, mask=(c < C)[None, :], other=0.0).to(DTYPE)
+        r_NP = tl.load(r_ptr, mask=(p < P)[None, :], other=0.0).to(DTYPE)
+    scores_MN = tl.dot(q_MC, tl.trans(c_NC), input_precision=PRECISION)
+    rotary_MN = tl.dot(q_MP, tl.trans(r_NP), input_precision=PRECISION)
+    if FP8:
+        c_scale_N = tl.load(c_scale_ptr + n, mask=n < stop, other=0.0)
+        r_scale_N = tl.load(r_scale_ptr + n, mask=n < stop, other=0.0)
+        scores_MN = scores_MN * c_scale_N[None, :]
+        rotary_MN = rotary_MN * r_scale_N[None, :]
+    scores_MN += rotary_MN
+    if MASKED:
+        scores_MN = tl.where((n < stop)[None, :], scores_MN, float("-inf"))
+    if LIMITS:
+        visible = (n[None, :] >= first_M[:, None]) & (n[None, :] <= last_M[:, None])
+        scores_MN = tl.where(visible, scores_MN, float("-inf"))
+    new_M = tl.maximum(top_M, tl.max(scores_MN, 1) * scale * _LOG2_E)
+    safe_M = tl.where(new_M == float("-inf"), 0.0, new_M) if LIMITS else new_M
+    shrink_M = tl.exp2(top_M - safe_M)
+    weight_MN = tl.exp2(scores_MN * (scale * _LOG2_E) - safe_M[:, None])
+    sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
+    if FP8:
+        weight_MN = weight_MN * (c_scale_N * _FACTOR)[None, :]
+    out_MC = tl.dot(
+        weight_MN.to(DTYPE), c_NC, acc=out_MC * shrink_M[:, None], input_precision=PRECISION
+    )
+    return new_M, sum_M, out_MC
+
+
+@triton.jit
+def _run(
+    q_MC, q_MP, c_ptr, r_ptr, c_scale_ptr, r_scale_ptr, first_M, last_M, start, stop, scale,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LIMITS: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Attend to keys `start` to `stop`; return results and log2-sum-exps.
+
+    With `LIMITS`, a row sees the keys from its `first_M` to its `last_M`.
+    """
+    top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    sum_M = tl.full((BLOCK_M,), 0.0, tl.float32)
+    out_MC = tl.full((BLOCK_M, BLOCK_C), 0.0, tl.float32)
+    # Only the last keys need a mask.
+    masked_from = start + tl.maximum(stop - start, 0) // BLOCK_N * BLOCK_N
+    for at in tl.range(start, masked_from, BLOCK_N):
+        top_M, sum_M, out_MC = _step(
+            q_MC, q_MP, c_ptr, r_ptr, c_scale_ptr, r_scale_ptr, first_M, last_M, at, stop,
+            top_M, sum_M, out_MC, scale,
+            C, P, BLOCK_N, BLOCK_C, BLOCK_P, LIMITS, False, PRECISION, FP8,
+        )  # fmt: skip
+    for at in tl.range(masked_from, stop, BLOCK_N):
+        top_M, sum_M, out_MC = _step(
+            q_MC, q_MP, c_ptr, r_ptr, c_scale_ptr, r_scale_ptr, first_M, last_M, at, stop,
+            top_M, sum_M, out_MC, scale,
+            C, P, BLOCK_N, BLOCK_C, BLOCK_P, LIMITS, True, PRECISION, FP8,
+        )  # fmt: skip
+    if FP8:
+        out_MC = out_MC / _FACTOR
+    has_keys_M = sum_M > 0.0
+    sum_M = tl.where(has_keys_M, sum_M, 1.0)
+    lse_M = tl.where(has_keys_M, top_M + tl.log2(sum_M), float("-inf"))
+    return out_MC / sum_M[:, None], lse_M
+
+
+@triton.jit
+def _piece(
+    q_MC, q_MP, address_ptr, scales_ptr, slot, tokens, number, pieces, first_M, last_M, scale,
+    out_ptr, lse_ptr, place_M, row_mask,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LIMITS: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Attend to one of several runs of `tokens` keys, which begin at a slot of the buffers."""
+    STORED: tl.constexpr = tl.float8e4nv if FP8 else q_MC.dtype
+    length = tl.cdiv(tl.cdiv(tokens, pieces), BLOCK_N) * BLOCK_N
+    start = number * length
+    c_ptr = tl.load(address_ptr).to(tl.pointer_type(STORED)) + slot * C
+    r_ptr = tl.load(address_ptr + 1).to(tl.pointer_type(STORED)) + slot * P
+    if C % 16 == 0 and P % 16 == 0:
+        # Addresses read on the device do not imply an alignment, and unaligned loads are slow.
+        c_ptr, r_ptr = tl.multiple_of(c_ptr, 16), tl.multiple_of(r_ptr, 16)
+    out_MC, lse_M = _run(
+        q_MC, q_MP, c_ptr, r_ptr,
+        tl.load(scales_ptr).to(tl.pointer_type(tl.float32)),
+        tl.load(scales_ptr + 1).to(tl.pointer_type(tl.float32)),
+        first_M, last_M, start, tl.minimum(start + length, tokens), scale,
+        C, P, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_P, LIMITS, PRECISION, FP8,
+    )  # fmt: skip
+    c = tl.arange(0, BLOCK_C)
+    mask_MC = row_mask[:, None] & (c < C)[None, :]
+    tl.store(out_ptr + place_M[:, None] * C + c[None, :], out_MC, mask=mask_MC)
+    tl.store(lse_ptr + place_M, lse_M, mask=row_mask)
+
+
+@triton.jit
+def _runs(
+    q_ptr, table_ptr, lengths_ptr, padding_ptr, out_ptr, lse_ptr, layer, scale,
+    rows, queries, tiles, tail_tiles, splits,
+    HEADS: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TAIL_SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    triton_pdl.begin(PDL)
+    part = tl.program_id(0)
+    # The context comes first, whose runs take longer: for all rows together, then each row's tail.
+    of_context = part < splits * tiles
+    after = part - splits * tiles
+    number = tl.where(of_context, part % splits, after % TAIL_SPLITS)
+    tile = tl.where(of_context, part // splits, after // TAIL_SPLITS % tail_tiles)
+    tail_row = tl.where(of_context, 0, after // TAIL_SPLITS // tail_tiles)
+    # Query rows are ordered by batch row, query and head.
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tail_row + m // (queries * HEADS)
+    query = m // HEADS % queries
+    row_mask = m < tl.where(of_context, rows, 1) * queries * HEADS
+    at_M = ((row * queries + query) * HEADS + m % HEADS).to(tl.int64)
+    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    q_at_M = q_ptr + at_M * (C + P)
+    mask_MC = row_mask[:, None] & (c < C)[None, :]
+    q_MC = tl.load(q_at_M[:, None] + c[None, :], mask=mask_MC, other=0.0)
+    mask_MP = row_mask[:, None] & (p < P)[None, :]
+    q_MP = tl.load(q_at_M[:, None] + C + p[None, :], mask=mask_MP, other=0.0)
+
+    address_ptr = table_ptr + layer * COLUMNS
+    before = tl.load(lengths_ptr + 1).to(tl.int32)
+    first_M = tl.load(padding_ptr + row, mask=row_mask, other=0)
+    place_M = at_M * (splits + TAIL_SPLITS) + number
+    if of_context:
+        _piece(
+            q_MC, q_MP, address_ptr, address_ptr + 4, 0,
+            tl.load(lengths_ptr).to(tl.int32), number, splits,
+            first_M, before + query, scale, out_ptr, lse_ptr, place_M, row_mask,
+            C, P, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_P, False, PRECISION, FP8,
+        )  # fmt: skip
+    else:
+        _piece(
+            q_MC, q_MP, address_ptr + 2, address_ptr + 4, tail_row * tl.load(lengths_ptr + 2),
+            tl.where(tl.load(lengths_ptr + 4) != 0, before + queries, 0), number, TAIL_SPLITS,
+            first_M, before + query, scale, out_ptr, lse_ptr, place_M + splits, row_mask,
+            C, P, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_P, True, PRECISION, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merged(
+    out_ptr, lse_ptr, result_ptr, result_lse_ptr, runs,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    triton_pdl.begin(PDL)
+    at = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lse_S = tl.load(lse_ptr + at * runs + s, mask=s < runs, other=float("-inf"))
+    # A rank may hold no keys that a query sees.
+    top = tl.max(lse_S)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight_S = tl.exp2(lse_S - top)
+    weights = tl.sum(weight_S)
+    mask_SC = (s < runs)[:, None] & (c < C)[None, :]
+    out_SC = tl.load(out_ptr + (at * runs + s)[:, None] * C + c[None, :], mask=mask_SC, other=0.0)
+    has_keys = weights > 0.0
+    weights = tl.where(has_keys, weights, 1.0)
+    tl.store(result_ptr + at * C + c, tl.sum(out_SC * weight_S[:, None], 0) / weights, mask=c < C)
+    lse = tl.where(has_keys, (top + tl.log2(weights)) / _LOG2_E, float("-inf"))
+    tl.store(result_lse_ptr + at, lse, mask=tl.program_id(1) == 0)
+
+
+def append(c_R1QC: Tensor, r_R1QP: Tensor, *, tables: KVTables, layer: int) -> None:
+    """Write new compressed keys after each row's tail, which has room for them.
+
+    Args:
+        c_R1QC: what is compressed.
+        r_R1QP: rotary parts of the keys.
+        tables: where the tail is.
+        layer: row of the addresses.
+    """
+    R, _, Q, C = c_R1QC.shape
+    P = r_R1QP.shape[3]
+    c_R1QC, r_R1QP = (t if t.stride(3) == 1 else t.contiguous() for t in (c_R1QC, r_R1QP))
+    _append[(R * Q,)](
+        c_R1QC, r_R1QP, tables.addresses, tables.lengths,
+        c_R1QC.stride(0), c_R1QC.stride(2), r_R1QP.stride(0), r_R1QP.stride(2), layer, Q,
+        C=C, P=P, BLOCK_C=triton.next_power_of_2(C), BLOCK_P=triton.next_power_of_2(P),
+        COLUMNS=COLUMNS, num_warps=1, **triton_pdl.options(c_R1QC.device),
+    )  # fmt: skip
+
+
+def attend(
+    q_RQHE: Tensor,
+    compressed_size: int,
+    *,
+    tables: KVTables,
+    layer: int,
+    rule: Rule,
+    fp8: bool = False,
+    splits: int | None = None,
+    **options: Any,
+) -> State:
+    """Compute attention of new tokens over the shard and, where this rank holds it, their tail.
+
+    Call `append` first: a query sees itself in the tail. Results of queries that are padding are
+    meaningless; a query that sees no key here gets zeros and an lse of -inf.
+
+    Args:
+        q_RQHE: absorbed queries (`attention.latent.Expansion.absorb`).
+        compressed_size: C, `MOST_COMPRESSED` at most.
+        tables: where context and tail are.
+        layer: row of the addresses.
+        rule: the scale; no window and no softcap.
+        fp8: True if the context is in e4m3 with scales, False if it is in the queries' precision,
+            as the tail always is.
+        splits: runs over the context, `SPLITS` by default.
+        options: of Triton's launch, instead of ours.
+
+    Returns:
+        The state over compressed values, in fp32.
+    """
+    assert rule.window is None and rule.softcap is None, "MLA has neither"
+    R, Q, H, E = q_RQHE.shape
+    C, P = compressed_size, E - compressed_size
+    q_RQHE = q_RQHE.contiguous()
+    nbytes = q_RQHE.element_size()
+    block_m = min(_LARGEST_TILES[nbytes], tile_size(R * Q * H, 1))
+    tiles, tail_tiles = triton.cdiv(R * Q * H, block_m), triton.cdiv(Q * H, block_m)
+    splits = splits or SPLITS
+    # Several tiles make programs enough, and every run more is a partial result to merge.
+    if tiles > 1:
+        splits = max(min(4, splits), splits // tiles)
+    runs = splits + TAIL_SPLITS
+    fp32: dict[str, Any] = dict(dtype=torch.float32, device=q_RQHE.device)
+    out, lse = torch.empty(R, Q, H, runs, C, **fp32), torch.empty(R, Q, H, runs, **fp32)
+    early = triton_pdl.options(q_RQHE.device)
+    # With half of the warps, registers do not hold a tile's results.
+    launch = dict(num_warps=8, num_stages=3 if nbytes == 2 else 2)
+    _runs[(splits * tiles + R * tail_tiles * TAIL_SPLITS,)](
+        q_RQHE, tables.addresses, tables.lengths, tables.padding_R, out, lse, layer, rule.scale,
+        R, Q, tiles, tail_tiles, splits,
+        HEADS=H, C=C, P=P, TAIL_SPLITS=TAIL_SPLITS, COLUMNS=COLUMNS,
+        BLOCK_M=block_m, BLOCK_N=32, BLOCK_C=max(16, triton.next_power_of_2(C)),
+        BLOCK_P=max(16, triton.next_power_of_2(P)),
+        PRECISION="ieee" if q_RQHE.dtype == torch.float32 else "tf32", FP8=fp8,
+        **early, **(launch | options),
+    )  # fmt: skip
+    out_RQHC, lse_RQH = torch.empty(R, Q, H, C, **fp32), torch.empty(R, Q, H, **fp32)
+    _merged[(R * Q * H, triton.cdiv(C, _MERGED_C))](
+        out, lse, out_RQHC, lse_RQH, runs,
+        C=C, BLOCK_C=_MERGED_C, BLOCK_S=triton.next_power_of_2(runs), num_warps=4, **early,
+    )  # fmt: skip
+    return State(out_RQHC, lse_RQH)
