@@ -18,7 +18,13 @@ from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 from star_attention.planning.quality import expanded
 from star_attention.planning.residency import check_share
 from star_attention.planning.ring import RING_LAYOUTS
-from star_attention.planning.sizes import check_lookback, format_size, parse_size, resolve_sizes
+from star_attention.planning.sizes import (
+    DEFAULT_FORWARD_RULE,
+    check_lookback,
+    default_forward_size,
+    parse_size,
+    resolve_sizes,
+)
 from star_attention.planning.stripes import STRIPE_TOKENS
 
 METHODS = {
@@ -46,9 +52,6 @@ RESERVE_TOKENS = 1024
 """Tokens reserved for query and answer where rotary frequencies depend on the total length.
 
 LongRoPE and dynamic NTK scaling do."""
-
-TOKENS_PER_FORWARD = 8192
-"""Forwards of twice as many tokens encode an 8B model no faster on an H200, in 0.7 GiB more."""
 
 DEFAULT_BLOCK_RULE = "a quarter of the context, rounded up to a power of two, 1k to 32k"
 """`planning.sizes.default_block_size`, in words."""
@@ -158,7 +161,7 @@ class StarConfig:
             (the lowest), or numbers counted from 0 (`[0, 1, 2]`, "0-14+20").
         method: "star", "dense" (ordinary attention), "ring" (exact, over ranks) or "streaming_llm".
         tokens_per_forward: Maximum context tokens in one forward of phase 1, which bounds its
-            working memory. None takes 8192.
+            working memory. None takes 8192, on a CPU 2048.
         reserve_tokens: Tokens reserved for query and answer in models whose rotary frequencies
             depend on the total length.
         anchor_source: How ranks other than the first get the anchor: "broadcast", or "local". With
@@ -218,7 +221,7 @@ class StarConfig:
         "Maximum tokens in one forward pass; bounds the working memory.",
         metavar="SIZE",
         panel="Model",
-        default_text=format_size(TOKENS_PER_FORWARD),
+        default_text=DEFAULT_FORWARD_RULE,
     )
     reserve_tokens: int = _setting(
         RESERVE_TOKENS,
@@ -376,10 +379,9 @@ class StarConfig:
         """The settings that say how keys and values are stored: the fields `KV_SETTINGS`."""
         return {name: getattr(self, name) for name in KV_SETTINGS}
 
-    @property
-    def forward_size(self) -> int:
-        """The maximum context tokens in one forward."""
-        return self.tokens_per_forward or TOKENS_PER_FORWARD
+    def forward_size(self, device_type: str) -> int:
+        """Return the maximum context tokens in one forward on a device type ("cpu", "cuda")."""
+        return self.tokens_per_forward or default_forward_size(device_type)
 
     def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:
         """Return the block plan of these sizes for a context of `context_tokens`."""

@@ -80,7 +80,7 @@ class EncodeJob:
     @property
     def tokens_per_forward(self) -> int:
         """Most tokens of one forward, over all contexts of the batch."""
-        return self.config.forward_size
+        return self.config.forward_size(self.handle.device.type)
 
     @property
     def span_tokens(self) -> int:
@@ -342,7 +342,14 @@ class Forwards:
                 positions_1S = torch.arange(span.start, span.stop, device=handle.device)[None]
                 ids_BS = ids_BL[:, span.start : span.stop]
                 mode = FULL if span.tokens == usual else None
-                handle.encode(ids_BS, positions_1S, cache, job.rope_length, compiled_for=mode)
+                handle.encode(
+                    ids_BS,
+                    positions_1S,
+                    cache,
+                    job.rope_length,
+                    compiled_for=mode,
+                    keys_only=True,
+                )
                 done += span.tokens
                 comm.progress(done, max(done, own_tokens))
                 if job.progress is not None:

@@ -164,7 +164,7 @@ class Runtime(Transient):
     @property
     def tokens_per_forward(self) -> int:
         """Most context tokens in one forward."""
-        return self.config.forward_size
+        return self.config.forward_size(self.device.type)
 
     def plan_for(self, context_tokens: int) -> BlockPlan:
         """Return the block plan of a context of that length."""

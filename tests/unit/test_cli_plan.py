@@ -142,7 +142,7 @@ def test_plan_with_lookback_shows_what_blocks_see_and_what_the_paper_costs(
     assert plan["flops"]["phase1_paper"] == paper["flops"]["phase1_star"]
     assert plan["flops"]["phase1_official"] == paper["flops"]["phase1_official"]
     fp8 = json.loads(ok("plan", "-m", bare_config, *sizes, "--kv-dtype", "fp8", "--json").out)
-    recent = 2 * 2048 + 8192
+    recent = 2 * 2048 + 2048
     assert fp8["memory"]["working"] - plan["memory"]["working"] == recent * 5 * 2 * 2 * 64 * 2
 
 

@@ -174,13 +174,18 @@ def test_every_context_token_goes_through_each_layer_once(name: str) -> None:
         assert isinstance(hidden, torch.Tensor)
         rows[module] += hidden.shape[-3:-1].numel()
 
+    star = StarLLM(model, block_size=24, anchor_size=10, tokens_per_forward=30)
+    shapes = star.runtime.handle.layer_shapes
     handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
     try:
-        StarLLM(model, block_size=24, anchor_size=10, tokens_per_forward=30).encode(ids(CONTEXT))
+        star.encode(ids(CONTEXT))
     finally:
         for handle in handles:
             handle.remove()
-    assert [rows[layer] for layer in layers] == [CONTEXT] * len(layers)
+    # Gemma 3n's last layers read the keys of others, and encoding leaves them out.
+    shared = sum(shape is None for shape in shapes)
+    expected = [CONTEXT] * (len(layers) - shared) + [0] * shared
+    assert [rows[layer] for layer in layers] == expected
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class EstimateRequest:
 
     @property
     def tokens_per_forward(self) -> int:
-        return self.config.forward_size
+        return self.config.forward_size("cuda")
 
 
 @dataclass(frozen=True, kw_only=True)

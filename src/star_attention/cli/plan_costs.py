@@ -8,6 +8,7 @@ from typing import Any
 
 from star_attention.cli.model_facts import ModelFacts, ModelRequest, read_model
 from star_attention.config import StarConfig
+from star_attention.hf.loading.devices import default_device
 from star_attention.hf.loading.positions import doubt, max_positions
 from star_attention.planning import cost, estimate, traffic
 from star_attention.planning.cost import Flops, Memory
@@ -174,7 +175,7 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         )
     )
     shape, plan, config = model.shape, request.plan, request.config
-    tokens_per_forward = config.forward_size
+    tokens_per_forward = config.forward_size(default_device())
     forwards: dict[str, Any] = dict(
         tokens_per_forward=tokens_per_forward, tensor_parallel=request.tensor_parallel
     )
@@ -235,7 +236,7 @@ def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | Non
         HARDWARE[PREDICTED_ON],
         schemes[anchor_source],
         request.plan,
-        tokens_per_forward=config.forward_size,
+        tokens_per_forward=config.forward_size("cuda"),
         kv_dtype=config.kv_dtype,
         tensor_parallel=request.tensor_parallel,
     )

@@ -54,7 +54,8 @@ def phase1(
 
     Every token goes through the linear layers once, because blocks share the anchor's keys and
     values. MLA expands the keys that each forward reads, so that its cost depends on how the plan
-    is cut into forwards. Source: arXiv 2411.17116, section 2.1 and Algorithm 1.
+    is cut into forwards. The last layer counts in full, of which the library computes the keys and
+    values alone. Source: arXiv 2411.17116, section 2.1 and Algorithm 1.
 
     Args:
         shape: the model.

@@ -46,6 +46,13 @@ class ForwardPosition:
         return 0
 
 
+class KeysAreStored(BaseException):
+    """Ends a forward of which nothing but its keys and values is wanted, once all are stored.
+
+    It is no error: transformers' own code, which it passes through, is not to catch it.
+    """
+
+
 P = TypeVar("P", bound=ForwardPosition)
 L = TypeVar("L", bound="StarLayer[Any]")
 
@@ -94,6 +101,9 @@ class StarLayer(CacheLayerMixin, Generic[P]):
             rule: scale, window and softcap.
         """
         raise NotImplementedError
+
+    def leave_out(self) -> None:
+        """Do in place of `attend` what others wait for, where nobody reads its result."""
 
     @property
     def kv(self) -> LayerKV:
@@ -173,6 +183,8 @@ class StarCache(Cache):
         """Attention calls so far."""
         self.after_layer: Callable[[], None] | None = None
         """Called after each of them."""
+        self.last_wanted: int | None = None
+        """Index of the layer that stores the last keys, if a forward ends with them."""
         self.entered = 0
         """Index of the layer that runs, where layers are compiled whole."""
         self.slices: Any = None
@@ -200,14 +212,23 @@ class StarCache(Cache):
             key: keys, `[B, G, K, D]`, as the model passes them.
             value: values, likewise.
             rule: scale, window and softcap; the window of the layer is added to it.
+
+        Raises:
+            KeysAreStored: the layer is `last_wanted`.
         """
         layer = self._find_layer(module, key, value)
         self.calls += 1
         self.comm.tick()
-        rule = rule if rule.window is not None else replace(rule, window=layer.window)
-        state = layer.attend(q_BQHD, *by_token((key, value)), rule)
+        is_last = layer.index == self.last_wanted
+        if is_last:
+            layer.leave_out()
+        else:
+            rule = rule if rule.window is not None else replace(rule, window=layer.window)
+            state = layer.attend(q_BQHD, *by_token((key, value)), rule)
         if self.after_layer is not None:
             self.after_layer()
+        if is_last:
+            raise KeysAreStored
         return state
 
     def _find_layer(self, module: Any, key: Tensor, value: Tensor) -> StarLayer[Any]:

@@ -179,6 +179,10 @@ class EncodeLayer(StarLayer[EncodePosition]):
             lookback=self.lookback,
         )
 
+    def leave_out(self) -> None:
+        if self._needs_anchor or self._first_seen < self.position.span.start:
+            self.position.link.wait_for(self.index)
+
     @property
     def _first_seen(self) -> int:
         """First token of the run that the span's first block sees."""

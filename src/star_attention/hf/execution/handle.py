@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +17,12 @@ from transformers.cache_utils import Cache
 
 from star_attention.attention.kernels import triton_works
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf.cache.base import StarCache
+from star_attention.hf.cache.base import KeysAreStored, StarCache
 from star_attention.hf.cache.probe import LayerKVShape, ProbeResult, probe_layers
 from star_attention.hf.execution import graphs, hook
 from star_attention.hf.execution.compiled import CompiledLayers
 from star_attention.hf.execution.graphs import Graphs
+from star_attention.hf.execution.last_layer import has_other_forwards, last_kv_layer
 from star_attention.hf.loading import fingerprint, rope, support
 from star_attention.hf.loading.positions import doubt, max_positions
 from star_attention.storage.transient import Transient
@@ -96,11 +97,9 @@ class ModelHandle(Transient):
         configs = {
             id(config): config
             for module in self.decoder.modules()
-            if (config := getattr(module, "config", None)) is not None
+            if hasattr(config := getattr(module, "config", None), "_attn_implementation")
         }
-        self.configs = [
-            config for config in configs.values() if hasattr(config, "_attn_implementation")
-        ]
+        self.configs = list(configs.values())
         self._read_config(fingerprint.config(self.config))
         self._compile = compile
         self.kept_slices: Any = None
@@ -188,9 +187,8 @@ class ModelHandle(Transient):
         """The layers through torch.compile, None if they run as they are."""
         with hook.lock_of(self.model):
             # Forwards that others have installed stay: accelerate's bring each module's weights.
-            replaced = any("forward" in vars(module) for module in self.decoder.modules())
             wanted = triton_works(self.device) if self._compile is None else self._compile
-            return CompiledLayers(self) if wanted and not replaced else None
+            return CompiledLayers(self) if wanted and not has_other_forwards(self.decoder) else None
 
     @cached_property
     def graphs(self) -> Graphs | None:
@@ -234,6 +232,7 @@ class ModelHandle(Transient):
         *,
         logits_to_keep: int = 0,
         compiled_for: str | None = None,
+        keys_only: bool = False,
     ) -> None:
         """Run one forward of the decoder alone, for its keys and values: no logits.
 
@@ -245,9 +244,11 @@ class ModelHandle(Transient):
             logits_to_keep: last tokens whose logits another rank computes, 0 for all: some decoders
                 send only these through their last layers.
             compiled_for: mode of the compiled layers, None for layers as they are.
+            keys_only: end the forward with the last layer's keys, where it may (`last_layer`).
         """
         extra = {"logits_to_keep": logits_to_keep} if self._decoder_takes_logits_to_keep else {}
-        with self.running(cache, rope_length, compiled_for):
+        cache.last_wanted = last_kv_layer(self) if keys_only else None
+        with suppress(KeysAreStored), self.running(cache, rope_length, compiled_for):
             self.decoder(
                 input_ids=ids_BS,
                 position_ids=positions_BS.expand(ids_BS.shape[0], -1),
