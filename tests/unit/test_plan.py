@@ -248,7 +248,8 @@ def test_forwards_cover_their_tokens_once(
     for span in spans + later:
         assert 1 <= span.tokens <= budget
         assert span.block_start == span.start // plan.block_size * plan.block_size
-        whole = span.start == span.block_start and span.tokens % plan.block_size == 0
+        ends_block = span.tokens % plan.block_size == 0 or span.stop == plan.context_tokens
+        whole = span.start == span.block_start and ends_block
         piece = span.stop <= min(span.block_start + plan.block_size, plan.context_tokens)
         assert whole or piece
 
@@ -260,6 +261,30 @@ def test_forwards_are_as_large_as_possible(plan: BlockPlan, budget: int) -> None
         return
     spans = [span for span in plan.spans(budget) if span.tokens >= plan.block_size]
     assert all(span.tokens + plan.block_size > budget for span in spans[:-1])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "budget", "expected"),
+    [
+        (4000, 1024, 8192, [4000]),  # As dense attention would take.
+        (8192 + 100, 1024, 8192, [8192, 100]),
+        (8192 + 2048 + 100, 1024, 8192, [8192, 2148]),
+        (3 * 6000 + 100, 6000, 8192, [6000, 6000, 6000, 100]),  # Compiled for 6000.
+        (6000 + 100, 6000, 8192, [6100]),
+    ],
+)
+def test_a_short_last_block_joins_the_blocks_before_it(
+    tokens: int, block: int, budget: int, expected: list[int]
+) -> None:
+    """Forbids a forward for a few tokens, where all of them wait for launches."""
+    plan = BlockPlan.resolve(tokens, block)
+    assert [span.tokens for span in plan.spans(budget)] == expected
+    striped = BlockPlan.resolve(tokens, block, ranks=2, lookback=1)
+    for rank in range(2):
+        assert all(
+            span.tokens % block == 0 or span.tokens < block
+            for span in striped.spans(budget, rank=rank)
+        )
 
 
 # ---------------------------------------------------------------------- the picture

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule, attend
-from star_attention.attention.state import State, join_batches, merge, merge_last
+from star_attention.attention.state import State, join_batches, join_rows, merge, merge_last
 from star_attention.planning.plan import BlockPlan, Span
 
 KV = tuple[Tensor, Tensor]
@@ -80,8 +80,10 @@ def _whole_blocks(
 ) -> State:
     """Compute attention of several whole blocks over themselves and the blocks before them."""
     size, Q = plan.block_size, q_BQHD.shape[1]
-    assert Q % size == 0, "a forward holds whole blocks or a piece of one"
-    sees_all = lookback > 0 and span.stop - size <= lookback * size
+    ends_blocks = Q % size == 0 or span.stop == plan.context_tokens
+    assert ends_blocks, "a forward holds whole blocks or a piece of one"
+    last_start = (span.stop - 1) // size * size
+    sees_all = lookback > 0 and last_start <= lookback * size
     state = None if sees_all else _in_blocks(size, q_BQHD, *own, rule=rule, offset=0)
     if state is not None and not lookback:
         return state
@@ -103,7 +105,8 @@ def _whole_blocks(
         first = max(0, distance - span.start)
         if first >= Q:
             break
-        keys = slice(before + first - distance, before + Q - distance)
+        # A short last block sees all of a block before it.
+        keys = slice(before + first - distance, before + last_start + size - span.start - distance)
         at_distance = _in_blocks(
             size, q_BQHD[:, first:], k_BKGD[:, keys], v_BKGD[:, keys], rule=rule, offset=distance
         )
@@ -119,12 +122,22 @@ def _padded(keys_BKGD: Tensor, tokens: int) -> Tensor:
 def _in_blocks(
     size: int, q_BQHD: Tensor, k_BQGD: Tensor, v_BQGD: Tensor, *, rule: Rule, offset: int
 ) -> State:
-    """Let each block of queries attend to the block of keys at the same place, as a batch."""
+    """Let each block of queries attend to the block of keys at the same place, as a batch.
+
+    The last block of queries may be short; it sees all keys from its own place on.
+    """
     B, Q, H, _ = q_BQHD.shape
     N = Q // size
-    q, k, v = (t.reshape(B * N, size, *t.shape[2:]) for t in (q_BQHD, k_BQGD, v_BQGD))
-    folded = attend(q, k, v, rule=rule, offset=offset)
-    return State(folded.out_BQHD.reshape(B, Q, H, -1), folded.lse_BQH.reshape(B, Q, H))
+    full = N * size
+    states = []
+    if N:
+        q, k, v = (t[:, :full].reshape(B * N, size, *t.shape[2:]) for t in (q_BQHD, k_BQGD, v_BQGD))
+        out, lse = attend(q, k, v, rule=rule, offset=offset)
+        states.append(State(out.reshape(B, full, H, -1), lse.reshape(B, full, H)))
+    if full < Q:
+        rest = (t[:, full:] for t in (q_BQHD, k_BQGD, v_BQGD))
+        states.append(attend(*rest, rule=rule, offset=offset))
+    return join_rows(states, dtype=states[0].out_BQHD.dtype)
 
 
 def shard_attention(q_BQHD: Tensor, shard: KV, *, rule: Rule, offsets: list[int]) -> State:

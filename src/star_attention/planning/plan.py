@@ -40,8 +40,8 @@ ANCHOR_SOURCES = ("broadcast", "local")
 class Span:
     """Consecutive context tokens that go through the model in one forward.
 
-    A span is either whole blocks of one size (several full ones, or the short last one), or a piece
-    of a single block.
+    A span is either whole blocks (full ones, the short last one, or these before it), or a piece of
+    a single block.
 
     Attributes:
         start: first token.
@@ -265,9 +265,9 @@ class BlockPlan:
 
         A forward takes several small blocks, or a piece of a block larger than
         `tokens_per_forward`, so that working memory depends on `tokens_per_forward` alone. A
-        shorter last block is a forward of its own, because the blocks of one forward are computed
-        as a batch. A stripe is a forward of any size: its blocks are read by other ranks, which
-        could not begin before a last piece has ended.
+        shorter last block joins the blocks before it where they are the only forward, or a shorter
+        one than the others. A stripe is a forward of any size, and a short last block one of its
+        own: other ranks read a stripe's blocks, and could not begin before a last piece has ended.
 
         Args:
             tokens_per_forward: most tokens of a forward.
@@ -283,13 +283,19 @@ class BlockPlan:
         return self._spans(start, stop, tokens_per_forward)
 
     def _spans(self, position: int, stop: int, tokens_per_forward: int) -> Iterator[Span]:
+        first, most = position, tokens_per_forward // self.block_size * self.block_size
+        full_blocks_end = self.context_tokens // self.block_size * self.block_size
         while position < stop:
             offset = position % self.block_size
             tokens = 0
             if not offset:
-                full_blocks_end = self.context_tokens // self.block_size * self.block_size
                 whole = min(stop, full_blocks_end) - position
-                tokens = min(whole, tokens_per_forward) // self.block_size * self.block_size
+                tokens = min(whole, most) // self.block_size * self.block_size
+                # Forwards of the usual length stay so: they are compiled for it.
+                is_usual = tokens == most and position > first
+                rest = stop - position
+                if tokens == whole < rest <= tokens_per_forward and not is_usual:
+                    tokens = rest if self.stripes is None else tokens
             # No whole block fits: take a piece of one, or the shorter last block.
             if not tokens:
                 tokens = min(self.block_size - offset, stop - position, tokens_per_forward)
