@@ -104,7 +104,13 @@ def test_thought_role_and_answer_do_not_run_together(
             "<|channel|>commentary to=functions.f<|message|>{}<|end|><|start|>assistant"
             "<|channel|>final<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
             "a\n\nb",
-            "{}",
+            None,
+        ),
+        (
+            "<|channel|>analysis<|message|>the<|end|><|start|>assistant to=functions.f<|channel|>"
+            "commentary json<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>hello",
+            "hello",
+            "the",
         ),
         ("<|channel|>final<|message|>hello<|end|><|start|>assist", "hello", None),
         ("<|channel|>final<|message|>hello<|end|><|start|>assistant<|channel|>ana", "hello", None),
@@ -124,7 +130,7 @@ def test_a_call_of_a_tool_ends_the_answer(channel_chat: StarLLM) -> None:
     spoken = say(channel_chat.tokenizer, call + "<|start|>functions.f")
     with pytest.warns(UserWarning, match="has no text: they are .* a tool's call"):
         reply = channel_chat.generate(context, "what", **spoken)
-    assert (reply.text, reply.reasoning, reply.finish_reason) == ("", "{}", "stop")
+    assert (reply.text, reply.reasoning, reply.finish_reason) == ("", None, "stop")
     shown = say(channel_chat.tokenizer, call) | dict(skip_special_tokens=False)
     assert channel_chat.generate(context, "what", **shown).text == call
 

@@ -174,3 +174,10 @@ def _check_tool_calls(message: Message, where: str) -> None:
         raise InvalidInputError(
             f"{where} has tool_calls of type {type(calls).__name__}; expected a list of dicts"
         )
+    for call in calls or ():
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidInputError(
+                f"{where} has the tool call {quote(call)}, which names no function; expected"
+                ' {"function": {"name": ..., "arguments": ...}}'
+            )

@@ -37,6 +37,8 @@ _CONTROLS = {
     "<|call|>": "end",
     "<|return|>": "end",
 }
+_CALL = "to=functions."
+"""What a message's header has that is the call of a tool."""
 _MOST_SPACE = 8
 """Characters of white space before an opening tag."""
 _PROMPT_END = 32
@@ -203,6 +205,7 @@ class ReasoningReader:
         # The message being read, the name of its channel, and what separates it from another one.
         self._part = "text"
         self._channel: str | None = None
+        self._header = ""
         self._separator = ""
 
     @property
@@ -273,20 +276,28 @@ class ReasoningReader:
         if control == "message":
             is_final = not self._channel or self._channel.split()[:1] == ["final"]
             self._part = "text" if is_final else "reasoning"
+            if _CALL in self._header:
+                # Neither is it said, nor thought.
+                self._part = "call"
+                return
             if self._has_text if is_final else self._reasoning:
                 self._separator = "\n\n"
         elif control == "end":
             self._part = "text"
         else:
             self._part, self._channel = "header", "" if control == "channel" else None
+            self._header = "" if control == "start" else self._header
 
     def _route(self, piece: str) -> str:
         """Add a piece to the part being read; return what belongs to the answer."""
         if not piece:
             return ""
         if self._part == "header":
+            self._header += piece
             if self._channel is not None:
                 self._channel += piece
+            return ""
+        if self._part == "call":
             return ""
         piece, self._separator = self._separator + piece, ""
         reasoning, text = (piece, "") if self._part == "reasoning" else self._thinking.push(piece)
