@@ -38,6 +38,7 @@ NOT_RUN = {
     "star-attention serve": "a server, which runs until it is ended",
     "127.0.0.1:8000": "that server",
     "client.responses": "that server",
+    "Qwen3-8B": "a model that calls tools",
     "llm -m kept": "that server",
     "printf": "a shell's pipe; tests of `chat` have one",
 }

@@ -201,8 +201,9 @@ def test_a_file_that_was_uploaded(server: Server) -> None:
 @pytest.mark.parametrize(
     ("content", "fields", "message"),
     [
-        ([], {"tools": [{"name": "f"}]}, "tools [{'name': 'f'}] is not supported; leave it out"),
-        ([], {"tool_choice": {"type": "any"}}, "tool_choice {'type': 'any'} is not supported"),
+        ([], {"tools": [{"name": "f"}]}, "tools ['f'] is not supported; the model's chat template"),
+        ([], {"tools": [{"type": "bash_20250124"}]}, "tools of type 'bash_20250124' is not"),
+        ([], {"tool_choice": {"type": "any"}}, "tool_choice 'required' is not supported"),
         ([], {"mcp_servers": [{"url": "http://x"}]}, "mcp_servers"),
         ([], {"stop": "a"}, "stop 'a' is not supported; give stop_sequences"),
         ([], {"n": 2}, "n 2 is not supported; ask once for each answer"),
@@ -212,7 +213,12 @@ def test_a_file_that_was_uploaded(server: Server) -> None:
         ([], {"messages": []}, "messages []: expected a list of messages"),
         ([], {"output_config": {"format": {"type": "xml"}}}, "output_config.format 'xml'"),
         ([{"type": "image", "source": {}}], {}, "parts of type image; only text can be encoded"),
-        ([{"type": "tool_use", "id": "t"}], {}, "parts of type tool_use; only text"),
+        ([{"type": "tool_use", "id": "t"}], {}, "which names no function"),
+        (
+            [{"type": "tool_use", "id": "t", "name": "f"}],
+            {},
+            "does not write the tool_calls of message 1",
+        ),
         (
             [{"type": "document", "source": {"type": "url", "url": "http://x"}}],
             {},

@@ -294,7 +294,7 @@ def test_a_conversation_of_items(server: Server) -> None:
     [
         ({"input": []}, "input", "expected a text, or a list of items that is not empty"),
         ({"input": ""}, "input", "input '': expected a text"),
-        ({"tools": [{"type": "web_search"}]}, "tools", "is not supported; leave it out"),
+        ({"tools": [{"type": "web_search"}]}, "tools", "give tools of type function"),
         ({"background": True}, "background", "background True is not supported"),
         ({"conversation": "c"}, "conversation", "give previous_response_id"),
         ({"prompt": {"id": "p"}}, "prompt", "give its text as input"),
@@ -305,7 +305,7 @@ def test_a_conversation_of_items(server: Server) -> None:
         ({"text": {"format": {"type": "xml"}}}, "text.format", "text.format 'xml'"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "text.verbosity 'low'"),
         ({"include": "all"}, "include", "include 'all': expected a list of strings"),
-        ({"input": [{"type": "function_call"}]}, "input", "an item of type 'function_call'"),
+        ({"input": [{"type": "x_call"}]}, "input", "an item of type 'x_call'"),
         ({"input": [{"type": "item_reference", "id": "m"}]}, None, "there is no item 'm'"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_url": "u"}]}]},

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from star_attention.generation.result import Generation
+from star_attention.generation.result import Delta, Generation
+from star_attention.hf.text.calls import CallHolder
 from star_attention.serve.engine import Engine
 from star_attention.serve.http.events import comment
 from star_attention.serve.http.objects import Shape, Usage
 from star_attention.serve.http.problems import of_error, timed_out
+from star_attention.serve.http.tools import Answer, Call
 from star_attention.serve.jobs import Choice, EngineEndedError, Job, failed
 from star_attention.serve.metrics import Metrics
 from star_attention.serve.settings import ServeSettings
@@ -22,8 +24,20 @@ _LOOK_S = 5.0
 PROGRESS_S = 1.0
 """Seconds between two chunks with progress, for clients that ask for them."""
 
-
 Locate = Callable[[Generation], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """What finds the calls of tools in answers.
+
+    Attributes:
+        holder: returns what holds them back from the text of an answer.
+        read: returns those of an answer that has ended.
+    """
+
+    holder: Callable[[], CallHolder]
+    read: Callable[[Generation], Awaitable[tuple[Call, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +72,7 @@ class Answering:
         request_id: for errors of defects.
         sources: returns the sources of an answer, with the id of its context, as JSON values; None
             if none are wanted.
+        calls: finds calls of tools; None where there are no tools.
     """
 
     def __init__(
@@ -71,12 +86,14 @@ class Answering:
         metrics: Metrics,
         request_id: str,
         sources: Locate | None = None,
+        calls: Calls | None = None,
     ) -> None:
         self._engine, self._jobs, self._counts, self._shape = engine, jobs, counts, shape
         self._settings, self._metrics, self._request_id = settings, metrics, request_id
-        self._sources = sources
+        self._sources, self._calls = sources, calls
         self._changed = jobs[0].changed
         self._choices = [choice for job in jobs for choice in job.choices]
+        self._holders = [] if calls is None else [calls.holder() for _ in self._choices]
         limit = settings.request_timeout
         self._deadline = None if not limit else time.monotonic() + limit
 
@@ -116,8 +133,14 @@ class Answering:
         while not self._ended():
             await self._wait(_LOOK_S)
         self._note()
-        answers = [_result(choice) for choice in self._choices]
-        more = await self._more(answers[0])
+        results = [_result(choice) for choice in self._choices]
+        said = [self._said(index, result.text) for index, result in enumerate(results)]
+        ends = [await self._end(index, result) for index, result in enumerate(results)]
+        answers = [
+            Answer.of(result, text + end, calls)
+            for result, text, (end, calls) in zip(results, said, ends, strict=True)
+        ]
+        more = await self._more(results[0])
         return self._shape.whole(answers, self.usage, more)
 
     async def events(self, *, progress: bool) -> AsyncIterator[bytes]:
@@ -155,13 +178,29 @@ class Answering:
         pieces = b""
         for index, choice in enumerate(self._choices):
             delta = choice.take()
+            delta = replace(delta, text=self._said(index, delta.text))
             if delta.text or delta.reasoning:
                 pieces += self._shape.piece(index, delta)
-            if choice.result is not None and index not in ended:
+            result = choice.result
+            if result is not None and index not in ended:
                 ended.add(index)
-                more = await self._more(choice.result)
-                pieces += self._shape.ending(index, choice.result, more)
+                end, calls = await self._end(index, result)
+                if end:
+                    pieces += self._shape.piece(index, Delta(text=end))
+                more = await self._more(result)
+                pieces += self._shape.ending(index, Answer.of(result, None, calls), more)
         return pieces
+
+    def _said(self, index: int, text: str) -> str:
+        """Return what an answer goes on with, without what is or may be a call."""
+        return self._holders[index].push(text) if self._holders else text
+
+    async def _end(self, index: int, result: Generation) -> tuple[str, tuple[Call, ...]]:
+        """Return the rest of an answer's text, or its calls."""
+        if self._calls is None:
+            return "", ()
+        calls = await self._calls.read(result)
+        return ("" if calls else self._holders[index].flush()), calls
 
     async def _more(self, result: Generation) -> dict[str, Any]:
         """Return the fields that come with the end of an answer."""

@@ -12,13 +12,14 @@ from starlette.responses import Response
 
 from star_attention.generation.result import Generation
 from star_attention.hf.text.endings import turn_end_ids
-from star_attention.serve.http.answering import Answering, Counts, Locate
+from star_attention.serve.http.answering import Answering, Calls, Counts, Locate
 from star_attention.serve.http.body import Body, read_object
 from star_attention.serve.http.events import EventStream, ObjectResponse, unless_left
 from star_attention.serve.http.fields import Ask, read_ask
 from star_attention.serve.http.objects import Shape
 from star_attention.serve.http.problems import not_supported, too_long
 from star_attention.serve.http.state import check_model
+from star_attention.serve.http.tools import Call, CallReader, reader_of
 from star_attention.serve.jobs import Job, Question
 from star_attention.serve.prompts import Plan, Prompts
 from star_attention.serve.service import Service
@@ -66,7 +67,19 @@ class Asking:
         for field in ask.ignored:
             self._service.metrics.ignored.labels(field).inc()
         check_model(self._service, ask.model)
+        if ask.tools is not None:
+            self._reader(ask)
         return ask
+
+    def _reader(self, ask: Ask) -> CallReader | None:
+        """Return what reads calls of tools; None where there are no tools.
+
+        Raises:
+            Problem: the model cannot call any.
+        """
+        if ask.tools is None:
+            return None
+        return reader_of(ask.tools, self._service.star.tokenizer, ask.name("tools"))
 
     async def count(
         self, request: Request, read: Callable[[Body], tuple[list[Any], Body]]
@@ -110,6 +123,7 @@ class Asking:
                 metrics=service.metrics,
                 request_id=request.state.request_id,
                 sources=sources,
+                calls=self._calls(ask),
             )
             visit.at_end(answering.close)
             visit.at_end(asked.begin(answering))
@@ -191,6 +205,17 @@ class Asking:
             return {"context": job.lease.id, "sources": found}
 
         return locate
+
+    def _calls(self, ask: Ask) -> Calls | None:
+        """Return what finds the calls in answers; None where there are no tools."""
+        reader, lanes = self._reader(ask), self._service.lanes
+        if reader is None:
+            return None
+
+        async def read(answer: Generation) -> tuple[Call, ...]:
+            return await lanes.run(0, lambda star: reader.calls(star, answer))
+
+        return Calls(holder=reader.holder, read=read)
 
     def _jobs(self, plans: list[Plan], ask: Ask, limits: list[int]) -> list[Job]:
         """Open the contexts, and make a job of each prompt."""

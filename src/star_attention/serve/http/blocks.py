@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from star_attention.generation.result import Delta, Generation
+from star_attention.generation.result import Delta
 from star_attention.serve.http.objects import Shape
+from star_attention.serve.http.tools import Answer, Call
 
 REASONING, TEXT = "reasoning", "text"
 
@@ -26,7 +27,7 @@ class BlockShape(Shape):
         self.kind: str | None = None
         self.number = -1
         self.written = ""
-        self.answer: Generation | None = None
+        self.answer: Answer | None = None
         self.more: dict[str, Any] = {}
         self.citations: list[dict[str, Any]] = []
 
@@ -38,13 +39,22 @@ class BlockShape(Shape):
                 self.written += text
         return events
 
-    def ending(self, index: int, answer: Generation, more: dict[str, Any]) -> bytes:
-        # An answer without text has a block without text.
-        events = self._turn_to(TEXT)
+    def ending(self, index: int, answer: Answer, more: dict[str, Any]) -> bytes:
+        # An answer without text has a block without text, unless it calls tools.
+        events = b"" if answer.calls else self._turn_to(TEXT)
         self.answer, self.more = answer, more
         self.take_citations(more)
-        events += b"".join(map(self.cite, range(len(self.citations))))
-        return events + self._end_block()
+        if self.kind == TEXT:
+            events += b"".join(map(self.cite, range(len(self.citations))))
+        events += self._end_block()
+        for call in answer.calls:
+            self.number += 1
+            events += self.call(call)
+        return events
+
+    def call(self, call: Call) -> bytes:
+        """Return the events of a block that is a call of a tool."""
+        raise NotImplementedError
 
     def take_citations(self, more: dict[str, Any]) -> None:
         """Take the citations from the further fields of an answer."""

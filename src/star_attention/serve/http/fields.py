@@ -10,6 +10,7 @@ from typing import Any
 from star_attention.errors import quote
 from star_attention.serve.http.body import Body, wrong_type
 from star_attention.serve.http.problems import bad_request, not_supported
+from star_attention.serve.http.tools import Tools, read_tools
 from star_attention.serve.settings import ServeSettings
 
 MOST_SEED = 2**63 - 1
@@ -75,6 +76,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _REMEDIES = {
     "best_of": "ask for n answers",
     "chat_template": "templates of requests are not run; set the model's own",
+    "function_call": "give tool_choice",
+    "functions": "give tools",
     "echo": "put the prompt before the answer yourself",
     "guided_json": "use response_format",
     "truncate_prompt_tokens": "prompts are never cut; shorten it",
@@ -99,6 +102,7 @@ class Ask:
         salt: separates contexts of one key.
         template_kwargs: what the chat template reads beside messages.
         explicit: True to keep only what is marked.
+        tools: the tools that the answer may call; None for none.
         ignored: names of fields that were ignored.
         names: what the client calls fields that have another name in a chat.
     """
@@ -116,6 +120,7 @@ class Ask:
     salt: str
     template_kwargs: dict[str, Any]
     explicit: bool
+    tools: Tools | None
     ignored: tuple[str, ...]
     names: dict[str, str] = field(default_factory=dict)
 
@@ -143,11 +148,22 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
     if effort is not None:
         # A template that does not read it refuses it.
         template_kwargs = {"reasoning_effort": effort, **template_kwargs}
+    tools = read_tools(body) if chat else None
+    if tools is not None:
+        template_kwargs = {**template_kwargs, "tools": tools.given}
     options = _sampling(body) | _stopping(body, settings)
     logprobs = _chat_logprobs(body) if chat else body.integer("logprobs", least=0, most=5)
     if logprobs is not None:
         options["logprobs"] = logprobs
     schema = _schema(body.object("response_format"), body.name("response_format"))
+    if schema is not None and tools is not None:
+        raise not_supported(
+            body.name("response_format"),
+            "of an answer that may call tools",
+            "leave one of them out",
+        )
+    if tools is not None:
+        schema = tools.schema
     if schema is not None:
         options["json_schema"] = schema
     ask: dict[str, Any] = dict(
@@ -164,6 +180,7 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
         salt=body.text("cache_salt", "", most=1024),
         template_kwargs=template_kwargs,
         explicit=cache.get("mode") == "explicit",
+        tools=tools,
     )
     return Ask(**ask, ignored=_rest(body), names=body.names)
 

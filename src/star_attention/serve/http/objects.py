@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from star_attention._version import __version__
-from star_attention.generation.result import Delta, Generation, TokenLogprob
+from star_attention.generation.result import Delta, TokenLogprob
 from star_attention.serve.http.events import DONE, event
 from star_attention.serve.http.problems import Problem
+from star_attention.serve.http.tools import Answer
 
 
 def new_id(prefix: str) -> str:
@@ -59,7 +60,7 @@ class Shape:
     """How the answers of one request are written, as a whole or as the events of a stream."""
 
     def whole(
-        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+        self, answers: Sequence[Answer], usage: Usage, more: dict[str, Any]
     ) -> dict[str, Any]:
         """Return answers that are not streamed, with further fields."""
         raise NotImplementedError
@@ -72,7 +73,7 @@ class Shape:
         """Return events with what an answer goes on with."""
         raise NotImplementedError
 
-    def ending(self, index: int, answer: Generation, more: dict[str, Any]) -> bytes:
+    def ending(self, index: int, answer: Answer, more: dict[str, Any]) -> bytes:
         """Return events that say that and why an answer has ended, with further fields."""
         raise NotImplementedError
 
@@ -112,7 +113,7 @@ class ChoicesShape(Shape):
     chunk_kind: str = ""
 
     def whole(
-        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+        self, answers: Sequence[Answer], usage: Usage, more: dict[str, Any]
     ) -> dict[str, Any]:
         choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
         return self._envelope(self.whole_kind, choices) | {"usage": usage.as_dict()} | more
@@ -123,8 +124,9 @@ class ChoicesShape(Shape):
     def piece(self, index: int, delta: Delta) -> bytes:
         return self._chunk(self.more(index, delta))
 
-    def ending(self, index: int, answer: Generation, more: dict[str, Any]) -> bytes:
-        return self._chunk(self.last(index, answer), **more)
+    def ending(self, index: int, answer: Answer, more: dict[str, Any]) -> bytes:
+        calls = b"".join(self._chunk(each) for each in self.calls(index, answer))
+        return calls + self._chunk(self.last(index, answer), **more)
 
     def beat(self, progress: dict[str, Any] | None) -> bytes:
         return self._chunk(self.more(0, Delta()), **({"star": progress} if progress else {}))
@@ -149,7 +151,7 @@ class ChoicesShape(Shape):
         usage = {"usage": None} if self.includes_usage else {}
         return event(self._envelope(self.chunk_kind, list(choices)) | usage | more)
 
-    def choice(self, index: int, answer: Generation) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """Return one of the answers."""
         raise NotImplementedError
 
@@ -161,7 +163,11 @@ class ChoicesShape(Shape):
         """Return a chunk's choice with text."""
         raise NotImplementedError
 
-    def last(self, index: int, answer: Generation) -> dict[str, Any]:
+    def calls(self, index: int, answer: Answer) -> list[dict[str, Any]]:
+        """Return the choices of chunks with the calls of an answer."""
+        return []
+
+    def last(self, index: int, answer: Answer) -> dict[str, Any]:
         """Return the last chunk's choice, with the reason."""
         raise NotImplementedError
 
@@ -179,13 +185,10 @@ class ChatShape(ChoicesShape):
             chunk_kind="chat.completion.chunk",
         )
 
-    def choice(self, index: int, answer: Generation) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-        if answer.reasoning is not None:
-            message["reasoning_content"] = answer.reasoning
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         return {
             "index": index,
-            "message": message,
+            "message": answer.message | {"refusal": None},
             "logprobs": _chat_logprobs(answer.logprobs),
             "finish_reason": answer.finish_reason,
         }
@@ -199,7 +202,13 @@ class ChatShape(ChoicesShape):
             fields["content"] = delta.text
         return self._piece(index, fields)
 
-    def last(self, index: int, answer: Generation) -> dict[str, Any]:
+    def calls(self, index: int, answer: Answer) -> list[dict[str, Any]]:
+        return [
+            self._piece(index, {"tool_calls": [{"index": number, **call.as_dict()}]})
+            for number, call in enumerate(answer.calls)
+        ]
+
+    def last(self, index: int, answer: Answer) -> dict[str, Any]:
         chunk = self._piece(index, {}) | {"finish_reason": answer.finish_reason}
         return chunk | {"logprobs": _chat_logprobs(answer.logprobs)}
 
@@ -220,7 +229,7 @@ class TextShape(ChoicesShape):
             chunk_kind="text_completion",
         )
 
-    def choice(self, index: int, answer: Generation) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         return self._piece(index, answer.text, answer.finish_reason, answer.logprobs)
 
     def first(self, index: int) -> dict[str, Any]:
@@ -229,7 +238,7 @@ class TextShape(ChoicesShape):
     def more(self, index: int, delta: Delta) -> dict[str, Any]:
         return self._piece(index, delta.text)
 
-    def last(self, index: int, answer: Generation) -> dict[str, Any]:
+    def last(self, index: int, answer: Answer) -> dict[str, Any]:
         return self._piece(index, "", answer.finish_reason, answer.logprobs)
 
     def _piece(

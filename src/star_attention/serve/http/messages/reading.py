@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from star_attention.serve.http.problems import bad_request
 
 NAMES = {"stop": "stop_sequences", "response_format": "output_config.format"}
 """What the fields of a chat are called here."""
+
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 _REFUSED = {
     "logprobs": "ask /v1/chat/completions",
@@ -37,7 +40,7 @@ def read_chat(body: Body, reads: Callable[[str], bool]) -> tuple[list[Any], Body
     given = read_messages(body)
     if _wants_citations(given):
         body.fields.setdefault("sources", True)
-    messages = [_message(message) for message in given]
+    messages = [own for message in given for own in _messages(message)]
     if system:
         messages.insert(0, {"role": "system", "content": _content(system, {})})
     mark = body.take("cache_control")
@@ -46,10 +49,7 @@ def read_chat(body: Body, reads: Callable[[str], bool]) -> tuple[list[Any], Body
     fields = body.fields
     if "stop_sequences" in fields:
         fields["stop"] = fields.pop("stop_sequences")
-    tool_choice = fields.get("tool_choice")
-    if isinstance(tool_choice, dict) and tool_choice.get("type") in ("auto", "none"):
-        # Without tools it asks for nothing.
-        del fields["tool_choice"]
+    _take_tools(fields)
     _take_thinking(body, reads)
     return messages, Body(fields, NAMES)
 
@@ -82,16 +82,73 @@ def _format(wanted: Any) -> Any:
     return {"type": "json_schema", "json_schema": {"schema": wanted.get("schema")}}
 
 
-def _message(message: Any) -> Any:
+def _take_tools(fields: dict[str, Any]) -> None:
+    """Put tools and their choice into the form of a chat."""
+    tools = fields.get("tools")
+    if isinstance(tools, list):
+        fields["tools"] = [_tool(tool) for tool in tools]
+    choice = fields.get("tool_choice")
+    if not isinstance(choice, dict):
+        return
+    if choice.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
+    kind = choice.get("type")
+    if kind in _CHOICES:
+        fields["tool_choice"] = _CHOICES[kind]
+    elif kind == "tool":
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
+
+
+def _tool(tool: Any) -> Any:
+    """Return a client's tool in the form of a chat; those that a server runs stay as they are."""
+    if not isinstance(tool, dict) or tool.get("type", "custom") != "custom":
+        return tool
+    about = {name: tool.get(name) for name in ("name", "description")}
+    return {"type": "function", "function": {**about, "parameters": tool.get("input_schema")}}
+
+
+def _messages(message: Any) -> list[Any]:
+    """Return a message as those of a chat: each result of a tool is one of its own."""
     if not isinstance(message, dict):
-        return message
+        return [message]
     own = dict(message)
-    content = _content(message.get("content"), own)
+    blocks = message.get("content")
+    results: list[Any] = []
+    if isinstance(blocks, list):
+        calls = [_call(block) for block in blocks if _is(block, "tool_use")]
+        if calls:
+            own["tool_calls"] = calls
+        results = [_result(block) for block in blocks if _is(block, "tool_result")]
+        blocks = [b for b in blocks if not (_is(b, "tool_use") or _is(b, "tool_result"))]
+    content = _content(blocks, own)
+    if content == [] and results:
+        return results
     if content == []:
-        # What an assistant only thought.
+        # What an assistant only thought, or calls.
         del own["content"]
-        return own
-    return own | {"content": content}
+        return [own]
+    return [*results, own | {"content": content}]
+
+
+def _is(block: Any, kind: str) -> bool:
+    return isinstance(block, dict) and block.get("type") == kind
+
+
+def _call(block: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
+    function = {"name": block.get("name"), "arguments": arguments}
+    return {"id": block.get("id"), "type": "function", "function": function}
+
+
+def _result(block: dict[str, Any]) -> dict[str, Any]:
+    content = block.get("content")
+    mark = {name: block[name] for name in ("cache_control",) if block.get(name)}
+    return {
+        "role": "tool",
+        "tool_call_id": block.get("tool_use_id"),
+        "content": _content(content, {}) if content else "",
+        **mark,
+    }
 
 
 def _content(content: Any, message: dict[str, Any]) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from star_attention.generation.result import Generation
 from star_attention.serve.http.blocks import REASONING, BlockShape
 from star_attention.serve.http.events import named_event
 from star_attention.serve.http.objects import Usage, new_id
 from star_attention.serve.http.problems import Problem, anthropic_envelope
+from star_attention.serve.http.tools import Answer, Call
+
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessageShape(BlockShape):
@@ -34,15 +37,18 @@ class MessageShape(BlockShape):
         }
 
     def whole(
-        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+        self, answers: Sequence[Answer], usage: Usage, more: dict[str, Any]
     ) -> dict[str, Any]:
         (answer,) = answers
         self.take_citations(more)
         content: list[dict[str, Any]] = []
         if answer.reasoning:
             content.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
-        text = {"type": "text", "text": answer.text, "citations": self.citations or None}
-        ended = {"content": [*content, text], "usage": self._usage(usage)}
+        if answer.text or not answer.calls:
+            citations = self.citations or None
+            content.append({"type": "text", "text": answer.text, "citations": citations})
+        content += [_tool_use(call, json.loads(call.arguments)) for call in answer.calls]
+        ended = {"content": content, "usage": self._usage(usage)}
         return self._message | ended | _stop(answer) | more
 
     def opening(self, answers: int, usage: Usage) -> bytes:
@@ -90,6 +96,14 @@ class MessageShape(BlockShape):
     def end_block(self) -> bytes:
         return self._event("content_block_stop")
 
+    def call(self, call: Call) -> bytes:
+        delta = {"type": "input_json_delta", "partial_json": call.arguments}
+        return (
+            self._event("content_block_start", content_block=_tool_use(call, {}))
+            + self._event("content_block_delta", delta=delta)
+            + self._event("content_block_stop")
+        )
+
     def closing(self, usage: Usage) -> bytes:
         assert self.answer is not None, "the answer has ended"
         last = {
@@ -120,9 +134,13 @@ class MessageShape(BlockShape):
         }
 
 
-def _stop(answer: Generation) -> dict[str, Any]:
+def _tool_use(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
+
+
+def _stop(answer: Answer) -> dict[str, Any]:
     """Return why an answer has ended."""
     if answer.stop_string is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": answer.stop_string}
-    reason = "max_tokens" if answer.finish_reason == "length" else "end_turn"
+    reason = _REASONS.get(answer.finish_reason, "end_turn")
     return {"stop_reason": reason, "stop_sequence": None}

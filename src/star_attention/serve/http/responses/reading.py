@@ -43,6 +43,9 @@ _ECHOED: dict[str, Any] = {
     "store": True,
     "temperature": None,
     "text": {"format": {"type": "text"}},
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
     "top_p": None,
     "user": None,
 }
@@ -90,6 +93,7 @@ def read_request(
     if "max_output_tokens" in fields:
         fields["max_tokens"] = fields.pop("max_output_tokens")
     _take_text(body)
+    _take_tools(fields)
     _take_reasoning(body, reads)
     include = body.take("include", [])
     if not isinstance(include, list):
@@ -120,6 +124,22 @@ def _take_text(body: Body) -> None:
     body.fields["response_format"] = wanted
 
 
+def _take_tools(fields: dict[str, Any]) -> None:
+    """Put tools and their choice into the form of a chat."""
+    if isinstance(fields.get("tools"), list):
+        fields["tools"] = [_tool(tool) for tool in fields["tools"]]
+    choice = fields.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
+
+
+def _tool(tool: Any) -> Any:
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        return tool
+    about = {name: value for name, value in tool.items() if name != "type"}
+    return {"type": "function", "function": about}
+
+
 def _take_reasoning(body: Body, reads: Callable[[str], bool]) -> None:
     effort = body.object("reasoning").get("effort")
     if effort is not None:
@@ -144,6 +164,11 @@ def _messages(value: Any, item: Callable[[str], dict[str, Any]]) -> list[Any]:
         elif kind == "message":
             messages.append(_message(each, thoughts))
             thoughts = ""
+        elif kind == "function_call":
+            _add_call(messages, each, thoughts)
+            thoughts = ""
+        elif kind == "function_call_output":
+            messages.append(_output(each))
         else:
             raise bad_request(
                 f"input has an item of type {quote(kind)}, which is not supported; give its text"
@@ -152,6 +177,25 @@ def _messages(value: Any, item: Callable[[str], dict[str, Any]]) -> list[Any]:
                 "unsupported_value",
             )
     return messages
+
+
+def _add_call(messages: list[Any], item: dict[str, Any], thoughts: str) -> None:
+    """Add a call to the message of the assistant that it belongs to."""
+    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    call = {"id": item.get("call_id"), "type": "function", "function": function}
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    if last.get("role") == "assistant" and not thoughts:
+        messages[-1] = {**last, "tool_calls": [*last.get("tool_calls", []), call]}
+        return
+    message: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    messages.append(message | ({"reasoning_content": thoughts} if thoughts else {}))
+
+
+def _output(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a call."""
+    output = item.get("output")
+    content = [_part(part) for part in output] if isinstance(output, list) else output
+    return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
 
 
 def _thoughts(item: dict[str, Any]) -> str:

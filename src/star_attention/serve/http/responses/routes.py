@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from star_attention.errors import quote
-from star_attention.generation.result import Generation
 from star_attention.hf.text.template import reads
 from star_attention.serve.http.answering import Answering
 from star_attention.serve.http.asking import Asked, Asking
@@ -19,6 +18,7 @@ from star_attention.serve.http.problems import Problem, bad_request
 from star_attention.serve.http.responses.kept import KeptResponse
 from star_attention.serve.http.responses.reading import Wanted, read_request
 from star_attention.serve.http.responses.writing import CANCELLED, ResponseShape
+from star_attention.serve.http.tools import Answer
 from star_attention.serve.service import Service
 
 
@@ -116,10 +116,10 @@ class ResponseRoutes:
                 answering=answering,
             )
 
-            def end(answer: Generation | None) -> None:
+            def end(answer: Answer | None) -> None:
                 kept.answering = None
                 if answer is not None:
-                    kept.messages = [*messages, _said(answer)]
+                    kept.messages = [*messages, answer.message]
 
             def leave() -> None:
                 if kept.answering is not None:
@@ -132,11 +132,6 @@ class ResponseRoutes:
             return leave
 
         return begin
-
-
-def _said(answer: Generation) -> dict[str, Any]:
-    message = {"role": "assistant", "content": answer.text}
-    return message | ({"reasoning_content": answer.reasoning} if answer.reasoning else {})
 
 
 def _named(request: Request) -> tuple[str, str]:

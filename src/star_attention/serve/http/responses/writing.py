@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from star_attention.generation.result import Generation
 from star_attention.serve.http.blocks import REASONING, TEXT, BlockShape
 from star_attention.serve.http.events import named_event
 from star_attention.serve.http.objects import Usage, logprob_objects, new_id
 from star_attention.serve.http.problems import Problem
+from star_attention.serve.http.tools import Answer, Call
 
 CANCELLED = "response_cancelled"
 """The code of a response that its client has canceled."""
@@ -30,7 +30,7 @@ class ResponseShape(BlockShape):
 
     def __init__(self, model: str, echo: dict[str, Any]) -> None:
         super().__init__()
-        self.on_end: Callable[[Generation | None], None] = lambda answer: None
+        self.on_end: Callable[[Answer | None], None] = lambda answer: None
         self.response: dict[str, Any] = {
             "id": new_id("resp_"),
             "object": "response",
@@ -54,7 +54,7 @@ class ResponseShape(BlockShape):
     # ------------------------------------------------------------------------------- whole
 
     def whole(
-        self, answers: Sequence[Generation], usage: Usage, more: dict[str, Any]
+        self, answers: Sequence[Answer], usage: Usage, more: dict[str, Any]
     ) -> dict[str, Any]:
         (answer,) = answers
         self.take_citations(more)
@@ -62,12 +62,14 @@ class ResponseShape(BlockShape):
         if answer.reasoning:
             part = self._part(REASONING, answer.reasoning, None)
             output.append(_item(REASONING, new_id("rs_"), part, None, ended=True))
-        part = self._part(TEXT, answer.text, answer)
-        output.append(_item(TEXT, new_id("msg_"), part, answer, ended=True))
+        if answer.text or not answer.calls:
+            part = self._part(TEXT, answer.text, answer)
+            output.append(_item(TEXT, new_id("msg_"), part, answer, ended=True))
+        output += [_call_item(call) for call in answer.calls]
         self.response["output"] = output
         return self._end(answer, usage) | more
 
-    def _end(self, answer: Generation, usage: Usage) -> dict[str, Any]:
+    def _end(self, answer: Answer, usage: Usage) -> dict[str, Any]:
         """Return the response, which ends with this answer."""
         is_cut = answer.finish_reason == "length"
         self.response |= {
@@ -131,6 +133,19 @@ class ResponseShape(BlockShape):
         events += self._of_part("response.content_part.done", part=part)
         return events + self._of_item("response.output_item.done", item=item)
 
+    def call(self, call: Call) -> bytes:
+        item = _call_item(call)
+        begun = item | {"arguments": "", "status": "in_progress"}
+        arguments, id = call.arguments, item["id"]
+        self.response["output"] = [*self.response["output"], item]
+        kind = "response.function_call_arguments"
+        return (
+            self._of_item("response.output_item.added", item=begun)
+            + self._of_item(f"{kind}.delta", item_id=id, delta=arguments)
+            + self._of_item(f"{kind}.done", item_id=id, name=call.name, arguments=arguments)
+            + self._of_item("response.output_item.done", item=item)
+        )
+
     def closing(self, usage: Usage) -> bytes:
         assert self.answer is not None, "the answer has ended"
         response = self._end(self.answer, usage) | self.more
@@ -152,7 +167,7 @@ class ResponseShape(BlockShape):
             error=error,
         )
 
-    def _part(self, kind: str, text: str, answer: Generation | None) -> dict[str, Any]:
+    def _part(self, kind: str, text: str, answer: Answer | None) -> dict[str, Any]:
         if kind == REASONING:
             return {"type": "reasoning_text", "text": text}
         logprobs = logprob_objects(answer.logprobs if answer is not None else None)
@@ -175,8 +190,19 @@ class ResponseShape(BlockShape):
         return named_event({"type": kind, "sequence_number": number, **fields})
 
 
+def _call_item(call: Call) -> dict[str, Any]:
+    return {
+        "type": "function_call",
+        "id": new_id("fc_"),
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+        "status": "completed",
+    }
+
+
 def _item(
-    kind: str, id: str, part: dict[str, Any] | None, answer: Generation | None, *, ended: bool
+    kind: str, id: str, part: dict[str, Any] | None, answer: Answer | None, *, ended: bool
 ) -> dict[str, Any]:
     """Return an item of the output: a message, or the thoughts before it."""
     is_cut = answer is not None and answer.finish_reason == "length"
