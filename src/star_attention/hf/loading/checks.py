@@ -201,11 +201,7 @@ def check_can_quantize(
         )
     method = None if model.gguf_file is not None else quantization(model.config or {})
     if method is not None:
-        raise InvalidInputError(
-            f"the weights at {model.path} are quantized already ({method}), and"
-            f" weights={quote(weights)} needs plain ones; leave it out, or give the original model"
-            " or a GGUF file of it"
-        )
+        raise quantized_already(model, method, weights)
     if model.adapter is not None:
         settings = read_json(Path(model.adapter) / ADAPTER_CONFIG)
         kind = settings.get("peft_type")
@@ -217,6 +213,15 @@ def check_can_quantize(
                     " the adapter into the model, or load without weights"
                 ],
             )
+
+
+def quantized_already(model: ModelFiles, method: str, weights: str) -> InvalidInputError:
+    """Return the error for weights that were quantized by a method, and are to be once more."""
+    return InvalidInputError(
+        f"the weights at {model.path} are quantized already ({method}), and"
+        f" weights={quote(weights)} needs plain ones; leave it out, or give the original model or a"
+        " GGUF file of it"
+    )
 
 
 def _without_weights(folder: Path) -> str:

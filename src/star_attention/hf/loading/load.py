@@ -150,7 +150,7 @@ def load(
         device = pick_device(device)
     checks.check_weights(model_files, model_kwargs)
     checks.check_can_quantize(model_files, model_kwargs, weights)
-    _check_quantization(config, model_files.path)
+    _check_quantization(config, model_files, weights)
     # Before the weights: it is quick, and may be broken.
     tokenizer = _load_tokenizer(model_files)
     options = {"dtype": name if name == "auto" else getattr(torch, name)}
@@ -182,19 +182,25 @@ def _quantize(model: Any, linears: list[Any], device: str | None, *, back_to: st
         ) from error
 
 
-def _check_quantization(config: Any, path: str) -> None:
-    """Refuse weights quantized by a method that transformers does not know, but would load."""
+def _check_quantization(config: Any, model_files: ModelFiles, weights: str | None) -> None:
+    """Refuse weights quantized by a method that transformers does not know, but would load.
+
+    So are those of the hub that are to be quantized once more: their config is known by now.
+    """
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method is None:
         return
+    if weights is not None and model_files.gguf_file is None:
+        raise checks.quantized_already(model_files, method, weights)
     # Imports the packages of every quantizer.
     from transformers.quantizers import AutoHfQuantizer
 
     if not AutoHfQuantizer.supports_quant_method(settings):
         raise ModelNotFoundError(
-            f"the weights at {path} are quantized with {method}, which this version of transformers"
-            " does not know; update transformers, or give the original model or a GGUF file of it"
+            f"the weights at {model_files.path} are quantized with {method}, which this version of"
+            " transformers does not know; update transformers, or give the original model or a GGUF"
+            " file of it"
         )
 
 
