@@ -23,6 +23,7 @@ from star_attention.serve.keys import Keys
 from star_attention.serve.service import Service
 from tests.clients.recording import FILE, KEY, Recorder
 from tests.servers import ANSWER, DOCUMENT, NAME, Server, engine, eventually, running
+from tests.unit.test_serve_tools import ARGUMENTS, CALL, server_saying
 
 pytestmark = pytest.mark.clients
 
@@ -176,6 +177,16 @@ def test_langchain_waits_for_a_document(tmp_path: Path) -> None:
             STAR_STEPS="stream_later",
         )
     assert OTHER_ANSWER in results["stream_later"]["text"]
+
+
+def test_tools(tmp_path: Path) -> None:
+    """Forbids calls that clients cannot put together, and prompts that cannot have them."""
+    client = Client(script="tools", too_long="")
+    with server_saying(f"Let me see.\n{CALL}", keys=Keys.of({KEY: "ann"})) as server:
+        results = results_of(client, server, tmp_path)
+    assert results.pop("litellm") == [ARGUMENTS]
+    assert list(results) == ["anthropic", "langchain", "responses"]
+    assert all(result == [ARGUMENTS] * 2 for result in results.values()), results
 
 
 def check_answers(results: dict[str, Any]) -> None:

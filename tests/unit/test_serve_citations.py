@@ -104,11 +104,11 @@ def test_a_streamed_response_cites_its_file(client: openai.OpenAI) -> None:
 
 
 def test_a_context_is_cited_by_its_own_id(server: Server, client: openai.OpenAI) -> None:
-    made = server.post("/v1/contexts?wait=true", {"text": ODD}).json()
+    made = server.post("/v1/contexts?wait=true", {"text": ODD, "name": "a book"}).json()
     asked = request() | {"extra_body": {"sources": 1, "context": made["id"]}}
     answer = client.responses.create(**asked)
     (annotation,) = answer.output[0].content[0].annotations  # type: ignore[union-attr]
-    check_annotations([annotation], made["id"], "")
+    check_annotations([annotation], made["id"], "a book")
     assert answer.star["context"] == made["id"]  # type: ignore[attr-defined]
 
 

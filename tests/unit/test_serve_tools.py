@@ -36,8 +36,9 @@ def engine() -> StarLLM:
     return talker(byte_level(CHATML_TOKENS, plain=plain, chat=TEMPLATES["qwen3"]))
 
 
-def server_saying(said: str) -> Any:
-    return running(engine(), before=saying(f"{said}<|im_end|>"), max_context_bytes=2**24)
+def server_saying(said: str, **settings: Any) -> Any:
+    said = f"{said}<|im_end|>"
+    return running(engine(), before=saying(said), max_context_bytes=2**24, **settings)
 
 
 @pytest.fixture(scope="module")

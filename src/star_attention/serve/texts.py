@@ -33,6 +33,7 @@ def source_objects(
     content: Content,
     sources: Sequence[Source],
     documents: Sequence[Document] | None = (),
+    name: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return sources as JSON values, with their characters in `text_of`.
 
@@ -45,6 +46,7 @@ def source_objects(
         sources: the sources.
         documents: the files in the context, in their order; None for a context that is one as a
             whole.
+        name: that of such a context.
     """
     content = with_messages(star, content)
     ids, spans = content.ids.tolist(), [(source.start, source.stop) for source in sources]
@@ -52,7 +54,7 @@ def source_objects(
         places = passages.chat_places(star.tokenizer, ids, spans, content.messages, _held(content))
     else:
         places = passages.places(star.tokenizer, ids, spans, text_of(star, content))
-    begun = _begun(star, content, documents)
+    begun = _begun(star, content, documents, name)
     return [
         {
             "start": place.start_char,
@@ -66,14 +68,14 @@ def source_objects(
 
 
 def _begun(
-    star: StarLLM, content: Content, documents: Sequence[Document] | None
+    star: StarLLM, content: Content, documents: Sequence[Document] | None, name: str | None
 ) -> list[tuple[int, Document]]:
     """Return the documents that are in `text_of`, with where they begin."""
     if documents is not None and not documents:
         return []
     text = text_of(star, content)
     if documents is None:
-        return [(0, Document(text=text))]
+        return [(0, Document(text=text, name=name))]
     begun, after = [], 0
     for document in documents:
         at = text.find(document.text, after)

@@ -192,7 +192,8 @@ class Asking:
     def _locate(self, plan: Plan, job: Job) -> Locate:
         """Return what names the sources of an answer; there are none where no context is kept."""
         content, lanes = self.prompts.content(plan), self._service.lanes
-        documents = None if plan.context_id is not None else plan.documents
+        documents = plan.documents if plan.context_id is None else None
+        name = None if job.lease is None else job.lease.view().name
 
         async def locate(answer: Generation) -> dict[str, Any]:
             sources = answer.sources or ()
@@ -200,7 +201,7 @@ class Asking:
                 return {"sources": []}
             size = len(content.text or "") or len(content)
             found = await lanes.run(
-                size, lambda star: source_objects(star, content, sources, documents)
+                size, lambda star: source_objects(star, content, sources, documents, name)
             )
             return {"context": job.lease.id, "sources": found}
 
