@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from star_attention import EncodedContext, StarLLM
+from star_attention import EncodedContext, StarLLM, phase2
+from star_attention.generation import requests
+from star_attention.hf.execution import processing
 from star_attention.hf.execution.sampling import Sampler
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +57,29 @@ def test_drawing_does_not_wait_for_the_device(queries: int, seed: int | None) ->
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens_R1.shape == (6, 1)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("settings", [{}, SAMPLING], ids=["greedy", "sampled"])
+def test_a_further_first_token_does_not_wait_for_the_device(
+    star: StarLLM, context: EncodedContext, settings: dict[str, Any]
+) -> None:
+    """transformers prepared each answer anew, and asked the device for values meanwhile."""
+    if star.runtime.handle.graphs is None:
+        pytest.skip("transformers' own forwards may wait")
+    options = settings | {"max_new_tokens": 1}
+    expected = star.generate(context, QUESTION, **options).token_ids
+    prepared = requests.prepared(star.runtime, context, QUESTION, options)
+    assert prepared.settings is not None
+    request = requests.for_answers(star.runtime, context, prepared.prompts, prepared.settings)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        leader = phase2.Leader(request, request.program(1), processing.of(request))
+        step = leader.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.tokens == expected
 
 
 def test_log_probabilities_are_those_of_the_logits(star: StarLLM, context: EncodedContext) -> None:
