@@ -157,9 +157,6 @@ class Leader(Decoding):
         super().__init__(request, program)
         self._processing, self._device = processing, request.handle.device
         self._text: Text | None = None
-        if processing.reads_text:
-            text_RS = request.text().repeat_interleave(program.answers_per_query, 0)
-            self._text = Text(text_RS, program.max_new_tokens)
         self._ended_R = torch.zeros(self._rows, dtype=torch.bool, device=self._device)
         self._flag = send([GO_ON], self._device)
         self._sampler = Sampler(
@@ -198,7 +195,7 @@ class Leader(Decoding):
 
     def _draw(self, logits_RV: Tensor) -> Tensor:
         """Return the next token of each row, `[R, 1]`, and note which rows end with it."""
-        processing, text = self._processing, self._text
+        processing, text = self._processing, self._read_text()
         scores_RV = logits_RV
         if processing.processors:
             scores_RV = processing.processors(seen(text, logits_RV), logits_RV.clone())
@@ -221,6 +218,17 @@ class Leader(Decoding):
         if processing.criteria:
             self._ended_R = self._ended_R | processing.criteria(seen(text, scores_RV), scores_RV)
         return tokens_R1
+
+    def _read_text(self) -> Text | None:
+        """Return the tokens so far, if something reads them.
+
+        The text is put together while the device reads the queries.
+        """
+        if self._text is None and self._processing.reads_text:
+            program = self.program
+            text_RS = self.request.text().repeat_interleave(program.answers_per_query, 0)
+            self._text = Text(text_RS, program.max_new_tokens)
+        return self._text
 
     def settle(self, *, goes_on: bool) -> None:
         """Let all ranks know if more steps follow the last one, once Python has looked at it."""

@@ -22,6 +22,11 @@ def send(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) ->
     return on_host.to(device, non_blocking=True)
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without waiting for what runs there."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 def overwrite(target: Tensor, values: Tensor) -> None:
     """Copy numbers from the host into a tensor, without waiting for its device."""
     target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)

@@ -26,7 +26,7 @@ from star_attention.hf.execution.timing import Lap
 from star_attention.planning.plan import BlockPlan
 from star_attention.storage.kept import KeptTail
 from star_attention.storage.kv import ContextKV
-from star_attention.storage.transfers import send
+from star_attention.storage.transfers import send, sent
 
 _MOST_ROOM = 1024
 """Most tokens of an answer for which the copy of a kept tail has room: growing copies it again."""
@@ -243,7 +243,7 @@ class Request:
         """
         padding = self.padding()
         ids_BQ = self.padded(padding)
-        context_L = self.context_ids_L.to(ids_BQ.device)
+        context_L = sent(self.context_ids_L, ids_BQ.device)
         rows = [
             torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]])
             for gap, ids_Q in zip(padding, ids_BQ, strict=True)
