@@ -192,7 +192,7 @@ class StarConfig:
         "Tokens per block.",
         metavar="SIZE",
         panel="Context",
-        default_text=DEFAULT_BLOCK_RULE,
+        default_text=f"{DEFAULT_BLOCK_RULE}; one where a GPU gains nothing",
     )
     anchor_size: int | None = _setting(
         None,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.timing import Clock
 from star_attention.hf.loading import identity, tensor_parallel
 from star_attention.hf.loading.identities import Identities
+from star_attention.hf.shape import model_shape
 from star_attention.hf.text.checks import check_tokenizer
 from star_attention.methods import Method
 from star_attention.planning.advice import small_blocks
@@ -30,6 +32,7 @@ from star_attention.planning.calibration import ModelFacts
 from star_attention.planning.lookback import layer_numbers
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.positions import Positions
+from star_attention.planning.short import chosen_plan
 from star_attention.planning.sizes import parse_size
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.transient import Transient
@@ -168,7 +171,10 @@ class Runtime(Transient):
 
     def plan_for(self, context_tokens: int) -> BlockPlan:
         """Return the block plan of a context of that length."""
-        return self.method.plan(self.config, context_tokens, self.comm.cp_size)
+        plan = self.method.plan(self.config, context_tokens, self.comm.cp_size)
+        return chosen_plan(plan, self.config, self.device.type, lambda: self._shape)
+
+    _shape = cached_property(lambda self: model_shape(self.handle.model.config))
 
     def rope_length(self, context_tokens: int, needed: int | None = None) -> int | None:
         """Return the length that rotary frequencies are computed for; None if independent of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from star_attention.cli.model_facts import ModelFacts, ModelRequest, read_model
@@ -16,6 +16,7 @@ from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan, without_lookback
+from star_attention.planning.short import chosen_plan
 from star_attention.planning.sizes import counted
 from star_attention.planning.traffic import Traffic
 
@@ -174,8 +175,10 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
             tensor_parallel=request.tensor_parallel,
         )
     )
-    shape, plan, config = model.shape, request.plan, request.config
-    tokens_per_forward = config.forward_size(default_device())
+    shape, config, device = model.shape, request.config, default_device()
+    plan = chosen_plan(request.plan, config, device, lambda: shape)
+    request = replace(request, plan=plan)
+    tokens_per_forward = config.forward_size(device)
     forwards: dict[str, Any] = dict(
         tokens_per_forward=tokens_per_forward, tensor_parallel=request.tensor_parallel
     )

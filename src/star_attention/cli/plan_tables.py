@@ -6,12 +6,17 @@ from star_attention.cli.formatting import format_bytes, format_quantity, table
 from star_attention.cli.plan_costs import PREDICTED_ON, PlanCosts
 from star_attention.planning.sizes import counted, format_size
 
+DENSE_NOTE = "one block is dense attention; --block-size cuts the context into blocks"
+
 _FLOP = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
 
 
 def costs_as_text(costs: PlanCosts) -> str:
     """Return the picture of the plan, and tables of memory, operations and traffic."""
-    parts = [str(costs.request.plan), _model(costs), _memory(costs), _operations(costs)]
+    plan = str(costs.request.plan)
+    if costs.request.plan.is_dense:
+        plan += "\n" + DENSE_NOTE
+    parts = [plan, _model(costs), _memory(costs), _operations(costs)]
     if costs.devices > 1:
         parts.append(_traffic(costs))
     parts.append(_times(costs))

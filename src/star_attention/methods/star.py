@@ -52,6 +52,8 @@ class Star:
         return replace(plan, context_tokens=context_tokens)
 
     def describe(self, plan: BlockPlan) -> str:
+        if plan.is_dense:
+            return f"1 block of {format_size(plan.context_tokens)}, which is dense attention"
         blocks = f"{counted(plan.num_blocks, 'block')} x {format_size(plan.block_size)}"
         sizes = f"{blocks}, anchor {format_size(plan.anchor_size)}"
         if not plan.lookback:

@@ -127,7 +127,9 @@ class EncodedContext(Transient):
 
     def __repr__(self) -> str:
         plan, visible = self.plan, self.kv.visible
-        if visible is None:
+        if visible is None and plan.is_dense:
+            sizes = "1 block: dense"
+        elif visible is None:
             sizes = f"{plan.num_blocks} x {plan.block_size:,}, anchor {plan.anchor_size:,}"
             if plan.lookback:
                 sizes += f", look-back {described(plan.lookback, plan.lookback_layers)}"

@@ -13,7 +13,12 @@ from star_attention.errors import InvalidInputError, SizeError, quote
 from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
 from star_attention.planning.lookback import ALL, LOOKBACK_ANCHOR, parse_layers, sink_size
 from star_attention.planning.second_look import check_share
-from star_attention.planning.sizes import check_lookback, format_size, parse_size
+from star_attention.planning.sizes import (
+    check_lookback,
+    default_block_size,
+    format_size,
+    parse_size,
+)
 
 SAME = "="
 """An anchor as large as the block."""
@@ -221,6 +226,9 @@ class Variant:
         block, anchor = _resolved(self.block_size, tokens), _resolved(self.anchor_size, tokens)
         if self.anchor_size == SAME:
             anchor = block
+        if self._shares_anchor and block is None:
+            # Blocks are what is measured, also where a GPU encodes the text faster as one.
+            block = default_block_size(tokens)
         if self.lookback and block is not None and anchor == LOOKBACK_ANCHOR:
             # The default, which a short text's blocks may be smaller than.
             anchor = sink_size(block)
