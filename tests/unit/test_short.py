@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from star_attention import StarConfig, StarLLM
+from star_attention.bench.prefill.cases import Methods, plan_cases
+from star_attention.bench.prefill.contenders import BASELINES
 from star_attention.evals.runs.variants import parse
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.short import chosen_plan
@@ -90,3 +92,17 @@ def test_evaluations_compare_blocks() -> None:
     """Forbids an evaluation of star that compares dense attention with itself."""
     assert parse("star").sizes(4096) == (1024, None)
     assert parse("dense").sizes(4096) == (None, None)
+
+
+def test_the_benchmark_measures_the_default() -> None:
+    """It has no block size of its own, and is no dense baseline of others."""
+    methods = Methods.of(["dense", "default"], [], 1)
+    cases = plan_cases([4096, 8192], ["1k"], methods, device="cpu", dense_up_to=4096)
+    assert [(case.method, case.block, case.extrapolated) for case in cases] == [
+        ("dense", None, False),
+        ("default", None, False),
+        ("dense", None, True),
+        ("default", None, False),
+    ]
+    assert "dense" in BASELINES
+    assert "default" not in BASELINES

@@ -39,6 +39,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=128256,
         tie_word_embeddings=True,
     ),
+    "smollm2-135m": dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
     "deepseek-v2-lite": dict(
         model_type="deepseek_v2",
         hidden_size=2048,

@@ -146,7 +146,8 @@ def plan_cases(
             if CONTENDERS[method].takes_block:
                 cases += [replace(case, block=size, block_option=options[size]) for size in sizes]
             else:
-                beyond = dense_up_to is not None and context > dense_up_to
+                is_dense = not CONTENDERS[method].by_rule
+                beyond = is_dense and dense_up_to is not None and context > dense_up_to
                 cases.append(replace(case, extrapolated=beyond))
     if not cases:
         raise InvalidInputError(

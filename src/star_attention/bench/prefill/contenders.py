@@ -97,6 +97,7 @@ class Contender(ABC):
 
     Attributes:
         takes_block: True if each block size has its own row; False for dense attention.
+        by_rule: True if the engine chooses the block size.
         needs_cuda: True if it runs on CUDA devices only.
         needs_ranks: True if it shares the work of one context over several ranks only.
         needs_solitude: True if it runs on one rank only.
@@ -104,6 +105,7 @@ class Contender(ABC):
     """
 
     takes_block: bool
+    by_rule: bool = False
     needs_cuda: bool = False
     needs_ranks: bool = False
     needs_solitude: bool = False
@@ -262,11 +264,16 @@ CONTENDERS: dict[str, Contender] = {
         for quality in QUALITIES
         if quality != "paper"
     },
+    "default": Engine(method="star", takes_block=False, by_rule=True),
     "star": Engine(method="star", takes_block=True, featured=True),
 }
 """By name, in the order of measurement: baselines first."""
 
-BASELINES = tuple(name for name, contender in CONTENDERS.items() if not contender.takes_block)
+BASELINES = tuple(
+    name
+    for name, contender in CONTENDERS.items()
+    if not (contender.takes_block or contender.by_rule)
+)
 """Dense attention, which speed-ups are relative to."""
 OURS_FIRST = ("dense", *STOCK_BACKENDS)
 """That of one rank, this library's first."""

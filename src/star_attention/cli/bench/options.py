@@ -77,8 +77,8 @@ class TargetOptions:
     shapes: Annotated[
         str | None,
         option(
-            "Random weights in the shapes of llama-3.1-8b, llama-3.2-1b or deepseek-v2-lite,"
-            " instead of a model.",
+            "Random weights in the shapes of llama-3.1-8b, llama-3.2-1b, smollm2-135m or"
+            " deepseek-v2-lite, instead of a model.",
             "--shapes",
             panel=PANEL,
             metavar="NAME",
@@ -128,8 +128,9 @@ class PrefillOptions:
             "Methods, separated by commas: stock (transformers), stock-cudnn (the same with"
             " cuDNN's attention), dense and star (this library), balanced and high (star with that"
             " preset of look-back), official (the paper's implementation, which encodes the anchor"
-            " with each block), streaming_llm (the block is its window); on several ranks also"
-            " ring and ring-contiguous (exact attention over ranks, balanced and as in the paper).",
+            " with each block), streaming_llm (the block is its window), default (star with the"
+            " block size of the engine's rule); on several ranks also ring and ring-contiguous"
+            " (exact attention over ranks, balanced and as in the paper).",
             panel=PANEL,
             metavar="NAMES",
             show_default="stock,dense,official,star; on several ranks"
