@@ -44,7 +44,8 @@ def quantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     largest_M1 = x_MK.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)
     # Rounded up, the largest element would be beyond the range, where e4m3 has no infinity.
     q_MK = (x_MK * (LARGEST / largest_M1)).clamp(-LARGEST, LARGEST)
-    return q_MK.to(DTYPE), largest_M1 / LARGEST
+    # Not divided by it, which CPUs and GPUs round differently: identities are of bits.
+    return q_MK.to(DTYPE), largest_M1 * (1 / LARGEST)
 
 
 def has_kernels(device: torch.device) -> bool:
