@@ -161,7 +161,7 @@ class StarConfig:
             (the lowest), or numbers counted from 0 (`[0, 1, 2]`, "0-14+20").
         method: "star", "dense" (ordinary attention), "ring" (exact, over ranks) or "streaming_llm".
         tokens_per_forward: Maximum context tokens in one forward of phase 1, which bounds its
-            working memory. None takes 8192, on a CPU 2048.
+            working memory. None takes 8192 on one rank and 16384 on several, on a CPU 2048.
         reserve_tokens: Tokens reserved for query and answer in models whose rotary frequencies
             depend on the total length.
         anchor_source: How ranks other than the first get the anchor: "broadcast", or "local". With
@@ -379,9 +379,9 @@ class StarConfig:
         """The settings that say how keys and values are stored: the fields `KV_SETTINGS`."""
         return {name: getattr(self, name) for name in KV_SETTINGS}
 
-    def forward_size(self, device_type: str) -> int:
-        """Return the maximum context tokens in one forward on a device type ("cpu", "cuda")."""
-        return self.tokens_per_forward or default_forward_size(device_type)
+    def forward_size(self, device_type: str, ranks: int = 1) -> int:
+        """Return the most context tokens in a forward on so many "cpu" or "cuda" ranks."""
+        return self.tokens_per_forward or default_forward_size(device_type, ranks)
 
     def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:
         """Return the block plan of these sizes for a context of `context_tokens`."""

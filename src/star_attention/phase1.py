@@ -80,7 +80,7 @@ class EncodeJob:
     @property
     def tokens_per_forward(self) -> int:
         """Most tokens of one forward, over all contexts of the batch."""
-        return self.config.forward_size(self.handle.device.type)
+        return self.config.forward_size(self.handle.device.type, self.comm.cp_size)
 
     @property
     def span_tokens(self) -> int:

@@ -167,7 +167,7 @@ class Runtime(Transient):
     @property
     def tokens_per_forward(self) -> int:
         """Most context tokens in one forward."""
-        return self.config.forward_size(self.device.type)
+        return self.config.forward_size(self.device.type, self.comm.cp_size)
 
     def plan_for(self, context_tokens: int) -> BlockPlan:
         """Return the block plan of a context of that length."""

@@ -14,10 +14,10 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm, TorchComm
-from star_attention.hf.execution import graphs
+from star_attention.hf.cache.rows import RowSet
+from star_attention.hf.execution import graphs, row_graphs
 from star_attention.hf.execution.capture import Recorder
 from star_attention.storage import tail
-from star_attention.storage.kv import ContextKV
 from tests.dist.pool import Pool
 from tests.dist.tp_models import on_disk, star_of
 from tests.engines import ids, tiny
@@ -26,7 +26,12 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_answer, triton_latent  # noqa: E402
+from star_attention.attention.kernels import (  # noqa: E402
+    row_tables,
+    triton_answer,
+    triton_latent,
+    triton_rows,
+)
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -34,8 +39,8 @@ SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=4
 class GraphsOfGloo(graphs.Graphs):
     """Graphs that serve ranks over gloo, which would be refused."""
 
-    def serve(self, shard: ContextKV, comm: Any) -> bool:
-        return super().serve(shard, SoloComm())
+    def runs_on(self, comm: Any) -> bool:
+        return True
 
 
 class RunAgain(Recorder):
@@ -137,3 +142,76 @@ def test_graphs_on_a_mesh(pool: Pool, models: Path) -> None:
     results = pool.run(answer_sharded, 4, path=path, kind=RunAgain, tensor_parallel=2)
     check(results, answer_sharded(SoloComm(), path, None, 1))
     assert all(result["captured"] for result in results)
+
+
+# ----------------------------------------------------------------------------------- rows
+
+
+def answer_rows(
+    comm: TorchComm, name: str, kinds: list[type[Recorder] | None], **settings: Any
+) -> dict[str, Any]:
+    """Answer in a batch whose rows come and go, by graphs of each rank's kind of recorder."""
+    star = StarLLM(tiny(name), comm=comm, **(SIZES | settings))
+    kind, handle = kinds[comm.rank % len(kinds)], star.runtime.handle
+    made = None if kind is None else GraphsOfGloo(handle, kind(handle))
+    handle.__dict__["graphs"] = made
+    tokens: list[list[int]] = []
+    runs: list[RowSet] = []
+
+    def run(graphs: Any, rows: RowSet, *arguments: Any) -> Any:
+        runs.append(rows)
+        return run_rows(graphs, rows, *arguments)
+
+    run_rows = row_graphs.RowGraphs.run
+    with pytest.MonkeyPatch.context() as patched:
+        # Few programs, since the interpreter takes a millisecond for each; tails that move.
+        patched.setattr(row_tables, "PROGRAMS", 2)
+        patched.setattr(row_tables, "SHORTEST_RUN", 40)
+        patched.setattr(triton_rows, "TAIL_RUNS", 1)
+        patched.setattr(row_graphs, "BUCKETS", (2,))
+        patched.setattr(row_graphs.RowGraphs, "run", run)
+        patched.setattr(tail, "_INITIAL_CAPACITY", 5)
+        if comm.rank:
+            star.follow()
+        else:
+            tokens = _tokens_of_rows(star)
+            star.close()
+    return dict(tokens=tokens, runs=len(runs))
+
+
+def _tokens_of_rows(star: StarLLM) -> list[list[int]]:
+    contexts = [star.encode(ids(101)), star.encode(ids(60, seed=2))]
+    with star.batch(max_rows=2) as batch:
+        rows = [
+            batch.add(contexts[number % 2], ids(4, seed=number), max_new_tokens=length)
+            for number, length in enumerate((4, 2, 2))
+        ]
+        return [row.result().token_ids for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "kinds", "settings"),
+    [
+        (2, "llama", [RunAgain], {}),
+        pytest.param(2, "qwen3", [RunAgain], dict(slice_weights=True), marks=pytest.mark.slow),
+        # The last rank, which holds the tails, has no part of a context.
+        pytest.param(
+            3, "llama", [RunAgain], dict(block_size=64, anchor_size=64), marks=pytest.mark.slow
+        ),
+        # One rank has no graphs, or windows are not known in parts of contexts: none runs any.
+        (2, "llama", [RunAgain, None], {}),
+        pytest.param(2, "llama", [NeverCaptures, RunAgain], {}, marks=pytest.mark.slow),
+        pytest.param(2, "gemma3", [RunAgain], {}, marks=pytest.mark.slow),
+    ],
+)
+def test_graphs_of_rows_on_ranks(
+    pool: Pool, ranks: int, name: str, kinds: list[Any], settings: dict[str, Any]
+) -> None:
+    results = pool.run(answer_rows, ranks, name=name, kinds=kinds, **settings)
+    alone = {key: value for key, value in settings.items() if key != "slice_weights"}
+    assert results[0]["tokens"] == answer_rows(SoloComm(), name, [None], **alone)["tokens"]
+    runs = [result["runs"] for result in results]
+    if kinds == [RunAgain] and name != "gemma3":
+        assert min(runs) == max(runs) > 2
+    else:
+        assert max(runs) == 0

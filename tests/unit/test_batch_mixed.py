@@ -46,7 +46,12 @@ class TokenByToken:
         return False
 
     def run(
-        self, rows: RowSet, tokens_R: torch.Tensor, comm: Any, wanted: list[int] | None = None
+        self,
+        rows: RowSet,
+        tokens_R: torch.Tensor,
+        comm: Any,
+        wanted: list[int] | None = None,
+        sliced: tuple[str, ...] = (),
     ) -> torch.Tensor | None:
         tokens = tokens_R.tolist()
         if wanted is not None:

@@ -154,7 +154,8 @@ def test_tails_of_different_capacities_run_without() -> None:
     # As after a forward that ran out of memory.
     row.kv.tails[0].start_with(row.kv.tails[0].pair(), room=100)
     check(forwards, rows, 0, RowSet([row.kv]))
-    assert counting.recorder.replays == 0
+    assert counting.recorder.replays == 1
+    assert len({tail.capacity(1) for tail in row.kv.tails}) == 1
 
 
 # -------------------------------------------------------------------------------- queries
@@ -210,7 +211,9 @@ def test_tiles_are_for_rows_and_the_average_of_queries(monkeypatch: pytest.Monke
     monkeypatch.setattr(row_tables, "tile_rows", lambda shared, *_, **__: shared)
     star = engine("llama", **SIZES)
     first, second, third = (row.kv for row in rows_of_two_contexts(star))
-    buffers = row_graph.RowBuffers(star.runtime.handle.probe_result, torch.device("cpu"))
+    buffers = row_graph.RowBuffers(
+        star.runtime.handle.probe_result, torch.device("cpu"), is_part=False
+    )
     assert buffers.tile_rows(RowSet([first, second, third])) == 2
     assert buffers.tile_rows(RowSet(first.of_next(40))) == 40
     # 40 rows for 70 keys, and 1 for 45.
@@ -222,10 +225,12 @@ def test_a_query_gets_room_for_all_of_its_tokens_at_once() -> None:
     star = engine("gemma3n", **SIZES)
     row = rows_of_two_contexts(star)[0].kv
     new = replace(row, tails=[Tail() for _ in row.tails])
-    buffers = row_graph.RowBuffers(star.runtime.handle.probe_result, torch.device("cpu"))
+    buffers = row_graph.RowBuffers(
+        star.runtime.handle.probe_result, torch.device("cpu"), is_part=False
+    )
     for begun, tokens in ((new, 20), (row, 4 + 20)):
         version = begun.tails[0].version
-        assert buffers.reserve(RowSet(begun.of_next(20)))
+        buffers.reserve(RowSet(begun.of_next(20)))
         # Keys and values have moved once each.
         assert begun.tails[0].version == version + 2
         stored = [tail for tail, own in zip(begun.tails, row.tails, strict=True) if own.length]

@@ -59,10 +59,6 @@ class EstimateRequest:
     rope_scaling: str | None = None
     weights: str | None = None
 
-    @property
-    def tokens_per_forward(self) -> int:
-        return self.config.forward_size("cuda")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
@@ -133,7 +129,7 @@ def make_estimates(request: EstimateRequest) -> Estimates:
 def _schemes(
     shape: ModelShape, hardware: Hardware, context: int, ranks: int, request: EstimateRequest
 ) -> dict[str, Estimate]:
-    forward = request.tokens_per_forward
+    forward = request.config.forward_size("cuda", ranks)
 
     def plan_of(block: int | None) -> BlockPlan:
         return replace(request.config, block_size=block).plan(context, ranks)

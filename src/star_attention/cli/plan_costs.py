@@ -178,7 +178,7 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
     shape, config, device = model.shape, request.config, default_device()
     plan = chosen_plan(request.plan, config, device, lambda: shape)
     request = replace(request, plan=plan)
-    tokens_per_forward = config.forward_size(device)
+    tokens_per_forward = config.forward_size(device, plan.ranks)
     forwards: dict[str, Any] = dict(
         tokens_per_forward=tokens_per_forward, tensor_parallel=request.tensor_parallel
     )
@@ -239,7 +239,7 @@ def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | Non
         HARDWARE[PREDICTED_ON],
         schemes[anchor_source],
         request.plan,
-        tokens_per_forward=config.forward_size("cuda"),
+        tokens_per_forward=config.forward_size("cuda", request.plan.ranks),
         kv_dtype=config.kv_dtype,
         tensor_parallel=request.tensor_parallel,
     )

@@ -52,8 +52,9 @@ class Tail:
 
     def move_to(self, k_BGCD: Tensor, v_BGCD: Tensor) -> None:
         """Copy the keys and values in use to other buffers, which are the tail's from now on."""
-        for buffer, used in zip((k_BGCD, v_BGCD), self.pair(), strict=True):
-            buffer.narrow(2, 0, self.length).copy_(used)
+        if self.length:
+            for buffer, used in zip((k_BGCD, v_BGCD), self.pair(), strict=True):
+                buffer.narrow(2, 0, self.length).copy_(used)
         self._k_BGCD, self._v_BGCD = k_BGCD, v_BGCD
         self.version += 1
 

@@ -174,8 +174,8 @@ def _row_runs(
     triton_pdl.begin(PDL)
     g = tl.program_id(0)
     part = tl.program_id(1)
-    # Contexts come first: their runs take longer.
-    if part < items:
+    # Contexts come first: their runs take longer. Without runs over tails there is nothing else.
+    if TAIL_RUNS == 0 or part < items:
         if tl.load(items_ptr + part * _PER_ITEM + 5) > 0:
             _of_context(
                 q_ptr, shards_ptr, items_ptr, rows_ptr, out_ptr, lse_ptr, layer_rows, part, g,
@@ -262,12 +262,13 @@ def attend(
     rule: Rule,
     tile_rows: int,
     fp8: bool = False,
+    holds_tails: bool = True,
     **options: Any,
 ) -> State:
     """Compute attention of each row's new token over its context and its tail.
 
     Call `append` first: a row sees itself in its tail. A row that sees no key, as unused ones, gets
-    zeros and an lse of -inf.
+    zeros and an lse of -inf. Of a rank's shard of contexts, windows are not known.
 
     Args:
         q_RHD: queries.
@@ -278,6 +279,7 @@ def attend(
         tile_rows: rows of a tile, for which the items were made.
         fp8: True if contexts are in e4m3 with scales, False if they are in the queries' precision,
             as tails always are.
+        holds_tails: True if this rank attends to the tails.
         options: instead of `launch_options`.
 
     Returns:
@@ -290,6 +292,7 @@ def attend(
     tails_at = items * kv_heads * block_m
     # Each run is a partial result to merge.
     tail_runs = TAIL_RUNS if R * kv_heads < _MANY_TAILS else min(2, TAIL_RUNS)
+    tail_runs = tail_runs if holds_tails else 0
     runs = tails_at + R * tail_runs * H
     out = torch.empty(runs, D, dtype=torch.float32, device=device)
     lse = torch.empty(runs, dtype=torch.float32, device=device)

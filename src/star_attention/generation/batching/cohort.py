@@ -235,6 +235,8 @@ class Cohort:
 
     def _command(self, tokens_R: Tensor, rope_length: int | None) -> Forward:
         told, self._told = self._told, (self._rows, self._lead.faults)
+        if told != self._told:
+            self._forwards.renew()
         tails = {task.number: task.kv.tail_tokens for task in self.tasks if task.kv is not None}
         return Forward(
             cohort=self._number,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from star_attention.generation.batching.mixed import MOST_TOKENS
 from star_attention.hf.execution.graphs import BUCKETS
+from star_attention.hf.execution.row_graphs import BUCKETS as ROW_BUCKETS
 from star_attention.planning.sizes import counted
 
 _BLOCKS = 3
@@ -50,11 +51,22 @@ def warm_up(star: Any, max_rows: int, *, is_for_generate: bool = False) -> Itera
     if is_for_generate:
         yield "an answer by itself"
         star.generate(context, _ids(star, 1), max_new_tokens=_ANSWER, ignore_eos=True)
-    # On several ranks, steps have no graphs.
-    if graphs is not None and runtime.comm.size == 1:
+    if graphs is None:
+        return
+    if runtime.comm.size == 1:
         for key in graphs.of_rows.usual(context.kv, max_rows + MOST_TOKENS):
             yield f"steps of {counted(key[0], 'row')}, {key[1]} in a tile"
             graphs.of_rows.prepare(key, runtime.comm)
+        return
+    # The other ranks capture their part in a step.
+    for rows in (bucket for bucket in ROW_BUCKETS if bucket <= max_rows):
+        yield f"steps of {counted(rows, 'row')}"
+        with star.batch(max_rows=rows) as batch:
+            for row in [
+                batch.add(context, _ids(star, 1), max_new_tokens=2, ignore_eos=True)
+                for _ in range(rows)
+            ]:
+                row.result()
 
 
 def _ids(star: Any, tokens: int) -> Tensor:

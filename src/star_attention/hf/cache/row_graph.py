@@ -1,13 +1,15 @@
 """The cache of rows' decode steps inside CUDA graphs: where keys and values are is in tables.
 
 A captured forward contains no data of rows or contexts. `RowGraphCache.load` fills the tables for
-the rows whose turn it is.
+the rows whose turn it is. On several ranks each reads its shard of the contexts, and the last one
+the tails; the merge is part of the graph.
 
 Axes: R rows of the bucket, G KV heads, D head size, H query heads, L tokens of a context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,8 +23,9 @@ from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
+from star_attention.hf.cache.decode import own_heads
 from star_attention.hf.cache.graph import Shapes, can_read
-from star_attention.hf.cache.probe import ProbeResult
+from star_attention.hf.cache.probe import LayerKVShape, ProbeResult
 from star_attention.hf.cache.rows import RowKV, RowSet
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
@@ -38,9 +41,11 @@ class RowBuffers:
     Args:
         probed: properties of the model's layers.
         device: where keys and values are.
+        is_part: True if a shard may be a part of its context.
     """
 
-    def __init__(self, probed: ProbeResult, device: torch.device) -> None:
+    def __init__(self, probed: ProbeResult, device: torch.device, *, is_part: bool) -> None:
+        self._is_part = is_part
         self._shapes: Shapes = probed.layer_shapes
         self._group = probed.query_group
         self._device = device
@@ -82,52 +87,63 @@ class RowBuffers:
         """Return a context's addresses, `[layers, SHARD_COLUMNS]`; None if it cannot be read."""
         if shard not in self._shards:
             readable = (
-                len(shard.segments) == 1
+                (self._is_part or len(shard.segments) == 1)
                 and self._group <= row_tables.MOST_HEADS
                 and can_read(shard, self._shapes, self._device)
             )
             self._shards[shard] = _shard_addresses(shard) if readable else None
         return self._shards[shard]
 
-    def _of_row(self, row: RowKV) -> Tensor | None:
-        """Return the addresses of a row's tails, `[layers, 2]`; None if they cannot be read."""
+    def _of_row(self, row: RowKV) -> Tensor:
+        """Return the addresses of a row's tails, `[layers, 2]`."""
         first = row.tails[0]
         version, addresses = self._tails.get(first, (-1, None))
-        if version != first.version:
-            version = first.version
+        if addresses is None or version != first.version:
+            self._even(row)
             addresses = self._tail_addresses(row)
-            self._tails[first] = version, addresses
+            self._tails[first] = first.version, addresses
         return addresses
 
-    def _tail_addresses(self, row: RowKV) -> Tensor | None:
-        pairs = list(zip(row.tails, self._shapes, strict=True))
-        # They differ after a forward that ran out of memory.
-        if len({tail.capacity(1) for tail, shape in pairs if shape is not None}) > 1:
-            return None
+    def _tail_addresses(self, row: RowKV) -> Tensor:
         addresses = [
             [0, 0] if shape is None else [buffer.data_ptr() for buffer in tail.buffers()]
-            for tail, shape in pairs
+            for tail, shape in self._stored(row)
         ]
         return torch.tensor(addresses, device="cpu")
 
-    def reserve(self, rows: RowSet) -> bool:
-        """Make room for a new token in the tails of all rows; False if they cannot be read."""
+    def _stored(self, row: RowKV) -> Iterator[tuple[Tail, LayerKVShape | None]]:
+        return zip(row.tails, self._shapes, strict=True)
+
+    def _even(self, row: RowKV) -> None:
+        """Give all tails of a row the same room, which a forward without memory has not done."""
+        tails = [(tail, shape) for tail, shape in self._stored(row) if shape is not None]
+        most = max(tail.capacity(1) for tail, _ in tails)
+        for tail, shape in tails:
+            if tail.capacity(1) < most:
+                k_1GCD = torch.empty(
+                    1, shape.k_heads, most, shape.k_size, dtype=shape.dtype, device=self._device
+                )
+                tail.move_to(k_1GCD, torch.empty_like(k_1GCD))
+
+    def reserve(self, rows: RowSet) -> None:
+        """Make room for a new token in the tails of all rows."""
         # The last token of a query comes first: it needs room for all of them.
         for row in reversed(rows.rows):
             # All tails of a row grow and move together; the first stands for them.
             if row.tail_tokens + row.ahead < row.tails[0].capacity(1):
                 continue
-            for tail, shape in zip(row.tails, self._shapes, strict=True):
+            for tail, shape in self._stored(row):
                 if shape is not None:
                     number = torch.empty(1, 1, 1, 1, dtype=shape.dtype, device=self._device)
                     k_1GSD = number.expand(1, shape.k_heads, row.ahead + _ROOM, shape.k_size)
                     tail.reserve(k_1GSD, k_1GSD)
-        return all(self._of_row(row) is not None for row in rows.rows)
+        for row in rows.rows:
+            self._of_row(row)
 
     def advance(self, rows: RowSet) -> None:
         """Count the token of each row that a graph has appended."""
         for row in rows.rows:
-            for tail, shape in zip(row.tails, self._shapes, strict=True):
+            for tail, shape in self._stored(row):
                 if shape is not None:
                     tail.length += 1
 
@@ -137,8 +153,11 @@ class RowBuffers:
         pinned = self._device.type == "cuda"
         tables = RowTables.zeros(layers, bucket, len(like.items), "cpu", pinned=pinned)
         shards = [rows.rows[start].shard for start, _ in rows.groups]
-        tables.shards[:, : len(shards)] = _stacked([self._of_shard(shard) for shard in shards])
-        tables.tails[:, : len(rows)] = _stacked([self._of_row(row) for row in rows.rows])
+        read = [self._of_shard(shard) for shard in shards]
+        tables.shards[:, : len(shards)] = torch.stack(
+            [part for part in read if part is not None], 1
+        )
+        tables.tails[:, : len(rows)] = torch.stack([self._of_row(row) for row in rows.rows], 1)
         sizes = [
             (stop - start, shard.tokens)
             for (start, stop), shard in zip(rows.groups, shards, strict=True)
@@ -174,11 +193,6 @@ def _shared(rows: RowSet) -> int:
     return max(answers, -(-products // max(1, tokens)))
 
 
-def _stacked(addresses: list[Tensor | None]) -> Tensor:
-    """Return the addresses of several, `[layers, several, columns]`."""
-    return torch.stack([part for part in addresses if part is not None], 1)
-
-
 def _shard_addresses(shard: ContextKV) -> Tensor:
     columns = row_tables.SHARD_COLUMNS
     addresses = torch.zeros(len(shard.layers), columns, dtype=torch.int64, device="cpu")
@@ -196,14 +210,19 @@ class RowGraphPosition(ForwardPosition):
         tables: the tables, on the device.
         tile_rows: rows of a tile.
         fp8: True if contexts are in fp8.
+        comm: merges the attention of all ranks.
+        by_heads: True if each rank computes queries, keys and values of its own heads alone.
     """
 
-    def __init__(self, tables: RowTables, tile_rows: int, fp8: bool) -> None:
+    def __init__(
+        self, tables: RowTables, tile_rows: int, fp8: bool, comm: Comm, *, by_heads: bool
+    ) -> None:
         from star_attention.attention.kernels import triton_rows
 
         super().__init__()
         self.kernel = triton_rows
         self.tables, self.tile_rows, self.fp8 = tables, tile_rows, fp8
+        self.comm, self.by_heads = comm, by_heads
 
     @property
     def seen_tokens(self) -> int:
@@ -220,14 +239,26 @@ class RowGraphLayer(StarLayer[RowGraphPosition]):
             )
 
     def append(self, k_RG1D: Tensor, v_RG1D: Tensor) -> tuple[Tensor, Tensor]:
-        position = self.position
-        position.kernel.append(
-            k_RG1D[:, :, 0], v_RG1D[:, :, 0], tables=position.tables, layer=self.index
-        )
+        if not self.position.by_heads:
+            self._store(k_RG1D[:, :, 0], v_RG1D[:, :, 0])
+        # Those of the other heads come with their queries, in `attend`.
         return k_RG1D, v_RG1D
 
-    def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
+    def _store(self, k_RGD: Tensor, v_RGD: Tensor) -> None:
         position = self.position
+        position.kernel.append(k_RGD, v_RGD, tables=position.tables, layer=self.index)
+
+    def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
+        """Attend to this rank's shards, on the last rank also to the tails; merge over all ranks.
+
+        With weights in slices, arguments and result are of this rank's heads.
+        """
+        position, heads = self.position, None
+        comm = position.comm
+        if position.by_heads:
+            heads = own_heads(comm, q_R1HD)
+            q_R1HD, k_R1GD, v_R1GD = comm.gather_heads(q_R1HD, k_R1GD, v_R1GD)
+            self._store(k_R1GD[:, 0], v_R1GD[:, 0])
         state: State = position.kernel.attend(
             q_R1HD[:, 0],
             k_R1GD.shape[2],
@@ -236,8 +267,13 @@ class RowGraphLayer(StarLayer[RowGraphPosition]):
             rule=rule,
             tile_rows=position.tile_rows,
             fp8=position.fp8,
+            holds_tails=comm.cp_rank == comm.cp_size - 1,
         )
-        return state
+        if comm.cp_size == 1:
+            return state
+        # Sinks are added in fp32.
+        dtype = q_R1HD.dtype if rule.sink_H is None else None
+        return comm.merge(state, heads, dtype=dtype)
 
 
 class RowGraphCache(StarCache):
@@ -248,7 +284,8 @@ class RowGraphCache(StarCache):
         tables: tables of no rows, on the device.
         tile_rows: rows of a tile.
         fp8: True if contexts are in fp8.
-        comm: the process.
+        comm: the ranks whose collectives the graph contains.
+        slices: slices of the weights that forwards multiply, None for all of them.
     """
 
     layers: list[RowGraphLayer]
@@ -261,10 +298,13 @@ class RowGraphCache(StarCache):
         tile_rows: int,
         fp8: bool,
         comm: Comm,
+        slices: Any = None,
     ) -> None:
-        position = RowGraphPosition(tables, tile_rows, fp8)
+        by_heads = slices is not None and slices.by_heads
+        position = RowGraphPosition(tables, tile_rows, fp8, comm, by_heads=by_heads)
         no_stores = [ContextKV.empty(Segments(), [False] * len(windows))]
         super().__init__(build_layers(RowGraphLayer, windows, position, no_stores), position, comm)
+        self.slices = slices
         self._loaded: Any = None
 
     @property

@@ -104,13 +104,17 @@ class Graphs:
         if weights != self._weights:
             self._weights = weights
             self._captures.clear()
-        # Collectives over gloo wait on the host.
-        if comm.size > 1 and not comm.is_asynchronous:
-            return False
         latents = self._latents()
         if latents is not None and any(window is not None for window in self._handle.windows):
             return False
-        return can_read(shard, self._handle.layer_shapes, self._handle.device, latents)
+        return self.runs_on(comm) and can_read(
+            shard, self._handle.layer_shapes, self._handle.device, latents
+        )
+
+    def runs_on(self, comm: Comm) -> bool:
+        """Return True if graphs can hold the collectives of these ranks."""
+        # Those over gloo wait on the host.
+        return comm.size == 1 or comm.is_asynchronous
 
     def _latents(self) -> Latents | None:
         """Return of each layer the attention that need not expand, None if no layer expands."""

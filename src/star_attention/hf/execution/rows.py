@@ -49,8 +49,10 @@ class RowForwards:
     def __init__(self, handle: ModelHandle, comm: Comm) -> None:
         self._handle, self._comm = handle, comm
         self._cache: RowsCache | None = None
+        # On several ranks: whether all of them have a graph for the rows.
+        self._agreed: bool | None = None
         self.by_graph = False
-        """True if a CUDA graph has run the last forward: one may read queries, too."""
+        """True if the next forward may read queries, too: a CUDA graph has run the last one."""
 
     @torch.no_grad()
     def run(
@@ -71,10 +73,11 @@ class RowForwards:
         Returns:
             Logits of the tokens that follow, fp32 `[R, V]`; None on ranks other than 0.
         """
-        logits_RV = self._of_graph(rows, tokens_R)
-        self.by_graph = logits_RV is not None
+        logits_RV = self._of_graph(rows, tokens_R, sliced=sliced)
+        # Ranks read queries in forwards of their own.
+        self.by_graph = logits_RV is not None and self._comm.size == 1
         if logits_RV is not None:
-            return logits_RV
+            return logits_RV if self._comm.rank == 0 else None
         if self._cache is None or self._cache.position.rows is not rows:
             own = slices.of(self._handle, sliced, self._comm)
             latents = latents_of(self._handle, rows.rows[0].shard)
@@ -97,17 +100,39 @@ class RowForwards:
         return self._of_graph(rows, tokens_R, wanted)
 
     def _of_graph(
-        self, rows: RowSet, tokens_R: Tensor, wanted: list[int] | None = None
+        self,
+        rows: RowSet,
+        tokens_R: Tensor,
+        wanted: list[int] | None = None,
+        sliced: tuple[str, ...] = (),
     ) -> Tensor | None:
         graphs = self._handle.graphs
-        if graphs is None or self._comm.size > 1:
-            # The graphs of rows hold no collectives.
+        agreed = self._agree(rows, sliced)
+        if graphs is None or not agreed:
             return None
-        logits_RV: Tensor | None = graphs.of_rows.run(rows, tokens_R, self._comm, wanted)
+        logits_RV: Tensor | None = graphs.of_rows.run(rows, tokens_R, self._comm, wanted, sliced)
         if logits_RV is not None:
             # It may have moved tails that the eager cache holds.
             self.forget()
         return logits_RV
+
+    def _agree(self, rows: RowSet, sliced: tuple[str, ...]) -> bool:
+        """Return True if all ranks run the forwards of these rows by a CUDA graph. Collective."""
+        graphs, comm = self._handle.graphs, self._comm
+        if comm.size == 1:
+            return graphs is not None
+        if self._agreed is None:
+            can_run = (
+                graphs is not None
+                and graphs.runs_on(comm)
+                and graphs.of_rows.can_run(rows, comm, sliced)
+            )
+            self._agreed = all(comm.gather(can_run))
+        return self._agreed
+
+    def renew(self) -> None:
+        """Let ranks agree anew on how forwards run: with new rows, or after a fault."""
+        self._agreed = None
 
     def _eager(self, cache: RowsCache, tokens_R: Tensor, rope_length: int | None) -> Tensor | None:
         positions = [row.position for row in cache.position.rows.rows]
