@@ -31,7 +31,7 @@ from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.graph import GraphCache, TailBuffers, can_read
 from star_attention.hf.cache.latent import Latents, usable
-from star_attention.hf.execution import compiled, hook
+from star_attention.hf.execution import compiled, hook, row_graphs
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.execution.row_graphs import RowGraphs
 from star_attention.storage.kv import ContextKV
@@ -197,7 +197,9 @@ class Graphs:
     ) -> _Graph | None:
         rows, queries = ids_RQ.shape
         graph = _Graph(ids_RQ, positions_RQ)
-        mode = compiled.STEP if rows * queries == 1 else None
+        mode = None
+        if queries == 1:
+            mode = compiled.STEP if rows == 1 else row_graphs.MODE
         inputs = graph.ids_RQ, graph.positions_RQ, cache, None
 
         def forward() -> None:
