@@ -39,6 +39,7 @@ class Engine:
 
     Attributes:
         is_warm: True once that is done.
+        on_warm: called in the thread after the warm-up.
         on_step: called in the thread after each step of answers, with the seconds that it took.
         beat: when the thread last began a step or looked for work.
         failure: what ended the thread, if it has failed.
@@ -49,6 +50,7 @@ class Engine:
     ) -> None:
         self._answers, self._store, self._warm_up = answers, store, warm_up
         self.is_warm = False
+        self.on_warm: Callable[[], object] = lambda: None
         self.on_step: Callable[[float], object] = lambda seconds: None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._ends = threading.Event()
@@ -126,6 +128,7 @@ class Engine:
                 _log.info("warming up: %s", piece)
         except Exception as error:
             log_failure("warming up", error)
+        self.on_warm()
         _log.info("warm after %.1f s", time.monotonic() - started)
         self.is_warm = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -69,6 +70,7 @@ def run(
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
     )
+    service.engine.on_warm = _leave_garbage
     service.engine.start()
     try:
         asyncio.run(_Server(config, service, settings, ready).serve(sockets=[listener]))
@@ -78,6 +80,16 @@ def run(
         raise service.engine.failure
     # Whoever has lost a rank has not ended well.
     service.star.runtime.comm.check()
+
+
+def _leave_garbage() -> None:
+    """Let the garbage collector pass over what is here: all of it stays until the end.
+
+    Importing and compiling leave half a million objects and more, which take a collection a second
+    or longer, in the middle of answers.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class _Server(uvicorn.Server):
