@@ -178,7 +178,8 @@ class Answering:
         pieces = b""
         for index, choice in enumerate(self._choices):
             delta = choice.take()
-            delta = replace(delta, text=self._said(index, delta.text))
+            if self._holders:
+                delta = replace(delta, text=self._said(index, delta.text))
             if delta.text or delta.reasoning:
                 pieces += self._shape.piece(index, delta)
             result = choice.result
