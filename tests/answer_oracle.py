@@ -144,7 +144,7 @@ def tables(
     )
     kv_tables = triton_answer.KVTables(
         addresses=triton_answer.addresses([[], addressed]).to(k.device),
-        lengths=lengths.to(k.device),
+        lengths=lengths[None].to(k.device),
         padding_R=tensors.padding_R,
     )
     return kv_tables, addressed

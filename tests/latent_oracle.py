@@ -87,7 +87,7 @@ class Tensors:
         )
         tables = triton_answer.KVTables(
             addresses=triton_answer.addresses([[], addressed]).to(device),
-            lengths=lengths.to(device),
+            lengths=lengths[None].to(device),
             padding_R=torch.tensor(self.case.padding, dtype=torch.int32, device=device),
         )
         return tables, addressed

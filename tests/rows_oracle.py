@@ -22,7 +22,7 @@ class RowCase:
     """Lengths of the axes, and the rule of attention.
 
     `contexts` has the tokens of each context and the tail tokens of each of its rows; `unused` rows
-    of the bucket come after them.
+    of the bucket come after them. With `keeps_window`, stored are the last tokens of contexts.
     """
 
     contexts: tuple[tuple[int, tuple[int, ...]], ...] = ((300, (5,)),)
@@ -33,6 +33,11 @@ class RowCase:
     window: int | None = None
     softcap: float | None = None
     fp8: bool = False
+    keeps_window: bool = False
+
+    def first_kept(self, tokens: int) -> int:
+        """The first stored token of a context."""
+        return max(0, tokens - self.window + 1) if self.keeps_window and self.window else 0
 
     @property
     def tails(self) -> list[int]:
@@ -52,6 +57,12 @@ CASES = {
     "a softcap": RowCase(contexts=((300, (5, 1)), (20, (2,))), softcap=30.0, D=96),
     "fp8": RowCase(contexts=((290, (70, 2)), (900, (0,))), fp8=True),
     "fp8, a window": RowCase(contexts=((600, (4,)), (70, (80, 3))), D=80, window=150, fp8=True),
+    "a kept window": RowCase(
+        contexts=((900, (5, 90, 120)), (60, (0, 300))), window=100, keeps_window=True
+    ),
+    "fp8, a kept window": RowCase(
+        contexts=((600, (4,)), (300, (80, 3))), D=48, window=150, fp8=True, keeps_window=True
+    ),
 }
 
 
@@ -82,6 +93,11 @@ def setup(case: RowCase, dtype: torch.dtype, device: str) -> RowSetup:
             (k8.double() * k_scale[..., None], v8.double() * v_scale[..., None])
             for k8, v8, k_scale, v_scale in stored
         ]
+    firsts = [case.first_kept(L) for L, _ in case.contexts]
+    stored = [
+        tuple(tensor[:, first:].contiguous() for tensor in tensors)
+        for tensors, first in zip(stored, firsts, strict=True)
+    ]
     return RowSetup(
         case=case,
         stored=stored,
@@ -113,6 +129,9 @@ def tables(tensors: RowSetup) -> tuple[Any, int]:
     for number, stored in enumerate(tensors.stored):
         addresses = [tensor.data_ptr() for tensor in stored]
         filled.shards[1, number, : len(stored)] = torch.tensor(addresses)
+        first = case.first_kept(case.contexts[number][0])
+        kept = torch.tensor([stored[0].shape[1], first])
+        filled.shards[1, number, row_tables.SHARD_ADDRESSES :] = kept
     context_of = [tokens for tokens, tails in case.contexts for _ in tails]
     for row, (k_GCD, v_GCD) in enumerate(tensors.tails):
         filled.tails[1, row] = torch.tensor([k_GCD.data_ptr(), v_GCD.data_ptr()])

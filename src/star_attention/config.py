@@ -26,6 +26,7 @@ from star_attention.planning.sizes import (
     resolve_sizes,
 )
 from star_attention.planning.stripes import STRIPE_TOKENS
+from star_attention.planning.windows import KV_WINDOWS, LAST
 
 METHODS = {
     "star": "star_attention.methods.star:Star",
@@ -130,6 +131,7 @@ class StarSettings(TypedDict, total=False):
     kv_dtype: str | None
     kv_device: str | None
     kv_resident: float | str
+    kv_windows: str
     allow_special_tokens: bool | None
     slice_weights: bool | None
 
@@ -174,6 +176,8 @@ class StarConfig:
             that computed them, "cpu" moves them to host memory, from which each layer is copied
             back while those before it compute.
         kv_resident: Share of the layers, 0 to 1, that stay on the device in spite of `kv_device`.
+        kv_windows: What layers with a sliding window keep: "last" keeps the last window, all that
+            answers and `extend` see, "all" every token, for second looks and edits with look-back.
         allow_special_tokens: What special tokens in a text (`<|im_end|>`) are: True makes them
             control tokens, False text. None makes those of chat messages text, so that no document
             can end its turn, and those of raw text control tokens, with a warning.
@@ -264,6 +268,12 @@ class StarConfig:
         metavar="SHARE",
         panel="Context",
     )
+    kv_windows: str = _setting(
+        LAST,
+        "What layers with a sliding window keep: last, all that answers see, or all tokens.",
+        metavar="TOKENS",
+        panel="Context",
+    )
     allow_special_tokens: bool | None = _setting(
         None,
         "Whether special tokens in texts and queries (<|im_end|>) are control tokens or text.",
@@ -329,41 +339,21 @@ class StarConfig:
             raise SizeError(
                 f"reserve_tokens {self.reserve_tokens} is below 1; a query needs at least one token"
             )
-        if not isinstance(self.method, str) or self.method not in METHODS:
-            raise InvalidInputError(
-                f"method {quote(self.method)} is unknown; choose one of {', '.join(METHODS)}"
-            )
-
-        if self.anchor_source not in ANCHOR_SOURCES:
-            raise InvalidInputError(
-                f"anchor_source {quote(self.anchor_source)} is unknown;"
-                f" choose one of {', '.join(ANCHOR_SOURCES)}"
-            )
-
-        if self.ring_layout not in RING_LAYOUTS:
-            raise InvalidInputError(
-                f"ring_layout {quote(self.ring_layout)} is unknown;"
-                f" choose one of {', '.join(RING_LAYOUTS)}"
-            )
-
-        if self.allow_special_tokens not in (None, True, False):
-            raise InvalidInputError(
-                f"allow_special_tokens {quote(self.allow_special_tokens)} is neither True, False"
-                " nor None; leave it out for text in chats alone"
-            )
-
-        if self.slice_weights not in (None, True, False):
-            raise InvalidInputError(
-                f"slice_weights {quote(self.slice_weights)} is neither True, False nor None; leave"
-                " it out to slice where it is faster"
-            )
-
-        for name, known in (("kv_dtype", KV_DTYPES), ("kv_device", KV_DEVICES)):
-            if getattr(self, name) not in (None, *known):
+        for name, known in _NAMED.items():
+            if getattr(self, name) not in known:
+                names, value = ", ".join(filter(None, known)), quote(getattr(self, name))
+                remedy = f"one of {names}" if None not in known else f"{names}, or leave it out"
+                raise InvalidInputError(f"{name} {value} is unknown; choose {remedy}")
+        for name, otherwise in (
+            ("allow_special_tokens", "for text in chats alone"),
+            ("slice_weights", "to slice where it is faster"),
+        ):
+            if getattr(self, name) not in (None, True, False):
                 raise InvalidInputError(
-                    f"{name} {quote(getattr(self, name))} is unknown;"
-                    f" choose {', '.join(known)}, or leave it out"
+                    f"{name} {quote(getattr(self, name))} is neither True, False nor None; leave it"
+                    f" out {otherwise}"
                 )
+
         object.__setattr__(self, "kv_resident", check_share(self.kv_resident, self.kv_device))
 
     def _check_lookback(self) -> None:
@@ -395,6 +385,16 @@ class StarConfig:
             self.tokens_per_forward or STRIPE_TOKENS,
         )
 
+
+_NAMED: dict[str, tuple[str | None, ...]] = {
+    "method": tuple(METHODS),
+    "anchor_source": ANCHOR_SOURCES,
+    "ring_layout": RING_LAYOUTS,
+    "kv_windows": KV_WINDOWS,
+    "kv_dtype": (None, *KV_DTYPES),
+    "kv_device": (None, *KV_DEVICES),
+}
+"""Fields of `StarConfig` that take one of several names."""
 
 KV_SETTINGS = tuple(field.name for field in fields(StarConfig) if field.name.startswith("kv_"))
 """Fields of `StarConfig` about the storage of keys and values."""

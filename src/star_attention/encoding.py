@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from star_attention import inputs, methods, phase1
+from star_attention import inputs, methods, phase1, phase1_versions
 from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.execution import finite
 from star_attention.hf.loading import identity
@@ -23,6 +23,7 @@ from star_attention.planning.lookback import described
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
+from star_attention.planning.windows import ALL
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext, RankStats
 from star_attention.storage.header import lookback_in, plan_in
@@ -186,7 +187,7 @@ def extend(
         runtime.measured() as stats,
     ):
         job = replace(job, progress=callback)
-        store = phase1.extend(job, old.kv, start=start, owner=owner)
+        store = phase1_versions.extend(job, old.kv, start=start, owner=owner)
     return version(
         runtime,
         old,
@@ -289,12 +290,14 @@ def load(runtime: Runtime, path: str | os.PathLike[str]) -> EncodedContext:
     segments = layout[comm.cp_rank]
     config = runtime.config
     kv_format = KVFormat(
-        dtype=header.get("kv_dtype"), device=config.kv_device, resident=config.kv_resident
+        dtype=header.get("kv_dtype"),
+        device=config.kv_device,
+        resident=config.kv_resident,
+        # Files of earlier versions hold everything.
+        windows=header.get("kv_windows", ALL),
     )
-    layers = [
-        _saved_layer(runtime, file, index, segments, kv_format)
-        for index in range(len(header["expands"]))
-    ]
+    kept = runtime.method.kept(plan, segments, runtime.handle.windows, kv_format.windows)
+    layers = [_saved_layer(runtime, file, index, own, kv_format) for index, own in enumerate(kept)]
     ids_L = file.token_ids()
     # Wait here, so that a rank that cannot find its part fails on all ranks.
     comm.gather(None)

@@ -197,6 +197,7 @@ def _prepare_one(
     prompts: list[list[int]] = []
     if settings is not None:
         settings.check_method(runtime.method)
+        settings.check_windows(runtime.handle.windows, len(ids_L), runtime.config.kv_windows)
         prompts = query_prompts(runtime, source, queries, settings, warn=warn)
         needed = len(ids_L) + max(map(len, prompts)) + settings.max_new_tokens
         source = replace(source, needed=needed)

@@ -22,15 +22,14 @@ from torch import Tensor
 from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.encode import EncodeCache, KVLink, Recent, SpanCache
-from star_attention.hf.cache.exchange import StripeLink, begin, keep_anchor
+from star_attention.hf.cache.exchange import StripeLink
 from star_attention.hf.cache.links import AnchorReceiver, AnchorSender, Place, Places
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.progress import Progress
-from star_attention.planning.edits import Share, copied_runs
-from star_attention.planning.exchange import to_extend
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
+from star_attention.planning.windows import dropping, first_kept, kept_by_layer
 from star_attention.storage.kv import DEFAULT_FORMAT, ContextKV, KVFormat
 from star_attention.storage.oom import translate_oom
 
@@ -100,7 +99,17 @@ class EncodeJob:
     def kv_format(self) -> KVFormat:
         """The format that the contexts' keys and values are stored in."""
         config = self.config
-        return KVFormat(dtype=config.kv_dtype, device=config.kv_device, resident=config.kv_resident)
+        return KVFormat(
+            dtype=config.kv_dtype,
+            device=config.kv_device,
+            resident=config.kv_resident,
+            windows=config.kv_windows,
+        )
+
+    def kept(self, kv_format: KVFormat) -> list[Segments]:
+        """Return which of this rank's tokens each layer keeps in a format."""
+        tokens, windows = self.plan.context_tokens, self.handle.windows
+        return kept_by_layer(self.segments, windows, tokens, kv_format.windows)
 
 
 Steps = Generator[Span, None, T]
@@ -130,7 +139,10 @@ def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
             what was allocated is freed.
     """
     plan, comm = job.plan, job.comm
-    stores = _empty_stores(job, job.segments, job.kv_format)
+    stores = [
+        empty(job.handle, job.segments, comm, job.kv_format, job.kept(job.kv_format))
+        for _ in range(job.contexts)
+    ]
     if comm.cp_rank >= plan.busy_ranks:
         return stores
     shares_anchor = plan.busy_ranks > 1 and plan.anchor_size > 0
@@ -138,7 +150,7 @@ def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
     receives = shares_anchor and comm.cp_rank > 0
     anchors: list[ContextKV] | None = None
     if receives or (not job.kv_format.as_computed and plan.anchor_size > 0 and plan.num_blocks > 1):
-        anchors = _empty_stores(job, Segments.prefix(plan.anchor_size))
+        anchors = _anchor_stores(job, received=receives and broadcasts)
     recents = [Recent() for _ in job.handle.windows]
     link = _link(job, recents, anchors or [], sends_anchor=broadcasts)
     cache = EncodeCache(
@@ -187,120 +199,39 @@ def _link(
     return AnchorReceiver(comm, plan, job.places, anchors, span_tokens=job.span_tokens)
 
 
-def extend(job: EncodeJob, kv: ContextKV, *, start: int, owner: int) -> ContextKV:
-    """Encode the tokens from `start` on, after a context whose keys and values `kv` holds.
+def _anchor_stores(job: EncodeJob, *, received: bool) -> list[ContextKV]:
+    """Return stores for the anchor as it was computed, one for each context.
 
     Args:
-        job: one context, with all of its ids, old and new.
-        kv: this rank's share of the old context.
-        start: first new token.
-        owner: the context-parallel rank that holds the last old token; it encodes the new ones.
-
-    Returns:
-        The share with the new tokens on the owner, `kv` itself on the other ranks.
+        job: the contexts.
+        received: True if it comes from another rank: of what is out of the window, nothing is kept.
     """
-    plan, comm, windows = job.plan, job.comm, job.handle.windows
-    recents = [Recent() for _ in windows]
-    anchors = None
-    if plan.anchor_size and not job.layout[owner].holds(0):
-        anchors = [empty(job.handle, Segments.prefix(plan.anchor_size), comm)]
-    if comm.cp_size > 1:
-        _send_to(owner, job, kv, start, recents, anchors or [])
-    if comm.cp_rank != owner:
-        return kv
-    store = kv.copied(kv.segments.grow_to(plan.context_tokens), kv.segments)
-    cache = EncodeCache(
-        plan, [store], windows, comm, anchors=anchors, recents=recents, keeps_own=False
-    )
-    spans = plan.between(start, plan.context_tokens, job.tokens_per_forward)
-    Forwards(job).run(cache, spans)
-    return store
-
-
-def encode_again(job: EncodeJob, old: ContextKV, rounds: list[list[Share]]) -> Steps[ContextKV]:
-    """Encode the changed blocks of a context, and copy the others.
-
-    Args:
-        job: one context, with its new ids.
-        old: this rank's share of the old context.
-        rounds: which rank encodes which tokens (`planning.edits.rounds`).
-
-    Returns:
-        This rank's share of the new context.
-    """
-    plan, rank = job.plan, job.comm.cp_rank
-    own = [
-        run for shares in rounds for share in shares if share.owner == rank for run in share.runs
-    ]
-    store = old.copied(job.segments, copied_runs(plan, job.segments, old.segments, own))
-    for shares in rounds:
-        yield from _encode_round(job, store, shares)
-    return store
-
-
-def _encode_round(job: EncodeJob, store: ContextKV, shares: list[Share]) -> Steps[None]:
-    """Encode this rank's share of a round, after all ranks sent each other what it takes."""
-    plan, comm, windows = job.plan, job.comm, job.handle.windows
-    recents = [Recent() for _ in windows]
-    anchors = None
-    if plan.anchor_size and not job.segments.holds(0):
-        anchors = [empty(job.handle, Segments.prefix(plan.anchor_size), comm)]
-    if comm.cp_size > 1:
-        for share in shares:
-            _send_to(share.owner, job, store, share.runs[0][0], recents, anchors or [])
-    spans = [
-        span
-        for share in shares
-        if share.owner == comm.cp_rank
-        for run in share.runs
-        for span in plan.between(*run, job.tokens_per_forward)
-    ]
-    if spans:
-        cache = EncodeCache(
-            plan, [store], windows, comm, anchors=anchors, recents=recents, keeps_own=False
-        )
-        yield from Forwards(job).steps(cache, spans)
-
-
-def _send_to(
-    owner: int,
-    job: EncodeJob,
-    kv: ContextKV,
-    start: int,
-    recents: list[Recent],
-    anchors: list[ContextKV],
-) -> None:
-    """Send what `owner` needs of other ranks to encode tokens from `start` on. Collective."""
-    plan, lookbacks = job.plan, job.plan.lookbacks(len(recents))
-    for layer, place in job.places.items():
-        window = job.handle.windows[layer]
-        transfers = to_extend(plan, job.layout, lookbacks[layer], window, start=start, owner=owner)
-        if not transfers:
-            continue
-        arriving = begin(job.comm, transfers, kv.layers[layer].slice, layer=layer, place=place)
-        for piece in arriving.pieces():
-            recents[layer].add(*piece)
-            keep_anchor(piece, anchors, layer, plan.anchor_size)
-
-
-def _empty_stores(
-    job: EncodeJob, segments: Segments, kv_format: KVFormat = DEFAULT_FORMAT
-) -> list[ContextKV]:
-    return [empty(job.handle, segments, job.comm, kv_format) for _ in range(job.contexts)]
+    anchor, kept = Segments.prefix(job.plan.anchor_size), None
+    if received:
+        first, tokens = job.segments[0][0], job.plan.context_tokens
+        kept = [
+            Segments(anchor.within(first_kept(first, window), first))
+            for window in dropping(job.handle.windows, tokens, job.config.kv_windows)
+        ]
+    return [empty(job.handle, anchor, job.comm, kept=kept) for _ in range(job.contexts)]
 
 
 def empty(
-    handle: ModelHandle, segments: Segments, comm: Comm, kv_format: KVFormat = DEFAULT_FORMAT
+    handle: ModelHandle,
+    segments: Segments,
+    comm: Comm,
+    kv_format: KVFormat = DEFAULT_FORMAT,
+    kept: list[Segments] | None = None,
 ) -> ContextKV:
-    """Return an empty store for these tokens.
+    """Return an empty store for these tokens, or what each layer keeps of them.
 
     The first forward shows which layers expand what they store. A rank of several may have no
     forward of its own, so they probe the model instead.
     """
     if comm.cp_size == 1:
-        return ContextKV.empty(segments, [None] * len(handle.windows), kv_format)
+        return ContextKV.empty(segments, [None] * len(handle.windows), kv_format, kept=kept)
     expands = [None if shape is None else shape.expands for shape in handle.layer_shapes]
-    return ContextKV.empty(segments, expands, kv_format)
+    return ContextKV.empty(segments, expands, kv_format, kept=kept)
 
 
 def anchor_spans(plan: BlockPlan, span_tokens: int) -> Iterator[Span]:

@@ -344,13 +344,12 @@ class RuntimeView(Transient):
             kv_dtype: precision of keys and values, such as "fp8"; None for the engine's.
         """
         runtime = self.runtime
+        config = runtime.config
+        if kv_dtype is not None:
+            config = StarConfig.of(config, kv_dtype=kv_dtype)
         plan = runtime.plan_for(parse_size(context_tokens, "context_tokens"))
-        layout = runtime.method.layout(runtime.config, plan)
-        stored = sum(segments.tokens for segments in layout)
-        kv_dtype = StarConfig(kv_dtype=kv_dtype).kv_dtype or runtime.config.kv_dtype
-        shapes = filter(None, runtime.handle.layer_shapes)
-        per_token = sum(shape.stored_bytes(kv_dtype) for shape in shapes)
-        return stored * per_token * runtime.comm.tp_size
+        by_rank = methods.rank_bytes(runtime.method, config, plan, runtime.handle)
+        return sum(by_rank) * runtime.comm.tp_size
 
     def rank_progress(self) -> list[tuple[int, int]]:
         """Return, for each context-parallel rank, tokens encoded so far and in all; [] on one."""

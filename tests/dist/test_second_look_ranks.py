@@ -22,7 +22,7 @@ from tests.spelling import CONTEXT as TEXT
 VARIED = ["llama", "gemma3", "deepseek_v3", "gemma3n", "gpt_oss"]
 OTHERS = sorted(set(FAMILIES) - set(VARIED))
 # Seven blocks, the last one ragged: in runs, and in stripes that look back. Rank 3 of 4 has one.
-RUNS: dict[str, Any] = dict(block_size=16, anchor_size=5, tokens_per_forward=16)
+RUNS: dict[str, Any] = dict(block_size=16, anchor_size=5, tokens_per_forward=16, kv_windows="all")
 STRIPES: dict[str, Any] = RUNS | dict(lookback=1, lookback_layers="lower")
 LOOK: dict[str, Any] = dict(second_look=0.3, max_new_tokens=4, ignore_eos=True, return_logits=True)
 

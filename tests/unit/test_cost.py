@@ -18,7 +18,7 @@ from star_attention.attention.oracle import law_mask
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.shape import model_shape
-from star_attention.planning import cost, pairs
+from star_attention.planning import cost, pairs, stored
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.plan import BlockPlan
 from tests.engines import BUNDLED, engine, ids, tiny
@@ -162,9 +162,8 @@ def test_mla_expands_the_keys_that_a_forward_reads() -> None:
     assert cost.phase2(shape, 40, query_tokens=5, answer_tokens=3).expansion == 2 * 10 * (
         45 + 46 + 47
     )
-    assert cost.memory_per_rank(shape, plan, tokens_per_forward=8).working == (
-        cost.working_bytes(shape, 8) + 40 * 3 * (5 + 4) * 2
-    )
+    memory = cost.memory_per_rank(shape, plan, tokens_per_forward=8, kv_windows="all")
+    assert memory.working == cost.working_bytes(shape, 8) + 40 * 3 * (5 + 4) * 2
 
 
 # ------------------------------------------------------------------ memory
@@ -173,9 +172,9 @@ def test_mla_expands_the_keys_that_a_forward_reads() -> None:
 def test_memory_of_every_rank() -> None:
     # One block, one block, and one with the short last block.
     plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7, ranks=3)
+    sizes: dict[str, Any] = dict(tokens_per_forward=16, tail_tokens=11, kv_windows="all")
     first, middle, last = (
-        cost.memory_per_rank(SHAPE, plan, tokens_per_forward=16, tail_tokens=11, rank=rank)
-        for rank in range(3)
+        cost.memory_per_rank(SHAPE, plan, rank=rank, **sizes) for rank in range(3)
     )
     token = SHAPE.kv_bytes_per_token
     assert token == 2 * 54
@@ -213,7 +212,8 @@ def test_a_rank_without_blocks_holds_weights_only() -> None:
 def test_kv_bytes_equal_those_of_an_encoded_context(name: str) -> None:
     """GQA, MQA, fused projections, KV sharing, MLA, and heads that differ between layers."""
     shape = model_shape(FAMILIES[name]())
-    context = engine(name, block_size=16, anchor_size=7).encode(ids(50))
+    star = engine(name, block_size=16, anchor_size=7, kv_windows="all")
+    context = star.encode(ids(50))
     assert 50 * shape.kv_bytes_per_token == context.nbytes
     assert shape.parameters == sum(parameter.numel() for parameter in tiny(name).parameters())
     assert shape.weight_bytes == 4 * shape.parameters
@@ -355,7 +355,7 @@ def test_other_kv_formats_and_devices_take_the_predicted_memory(name: str) -> No
     shape = model_shape(tiny(name).config, "float32")
     star = engine(name, block_size=24, anchor_size=10, tokens_per_forward=48, kv_dtype="fp8")
     context = star.encode(ids(96))
-    assert shape.stored_bytes_per_token("fp8") * 96 == context.nbytes
+    assert stored.context_bytes(shape, 96, "fp8") == context.nbytes
     plan = context.plan
     memory = cost.memory_per_rank(shape, plan, tokens_per_forward=48, kv_dtype="fp8")
     assert (memory.kv, memory.host) == (context.nbytes, 0)
@@ -364,7 +364,9 @@ def test_other_kv_formats_and_devices_take_the_predicted_memory(name: str) -> No
         shape, plan, tokens_per_forward=48, kv_dtype="fp8", kv_device="cpu"
     )
     assert (offloaded.kv, offloaded.host) == (0, context.nbytes)
-    arriving = min(3, shape.kv_layers) * context.nbytes + 96 * shape.kv_bytes_per_token
+    # Buffers are as large as the largest layer, whatever windows keep.
+    arriving = min(3, shape.kv_layers) * 96 * shape.stored_bytes_per_token("fp8")
+    arriving += 96 * shape.kv_bytes_per_token
     assert offloaded.working - memory.working == arriving // shape.kv_layers
     assert cost.memory_per_rank(shape, plan, tokens_per_forward=48).anchor == 0
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from star_attention.hf.text.tokens import as_tensor_ids
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV, LayerKV, Pair, as_tensor_ids
+from star_attention.storage.kv import ContextKV, LayerKV, Pair
 from star_attention.storage.tail import Tail
 
 G, L, DK, DV = 3, 37, 8, 5

@@ -35,6 +35,7 @@ LAYERS = {
     "hf": 3,
     # L4: the two phases
     "phase1": 4,
+    "phase1_versions": 4,
     "phase2": 4,
     # L5: what differs between methods
     "methods": 5,

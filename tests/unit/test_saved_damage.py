@@ -144,9 +144,9 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor
 
 
 def test_a_format_of_the_future_is_refused_by_its_version(path: Path) -> None:
-    rewrite(path, lambda header, _: header.update(format_version=4))
+    rewrite(path, lambda header, _: header.update(format_version=5))
     with pytest.raises(
-        CorruptContextError, match="has format version 4, this library reads up to version 3"
+        CorruptContextError, match="has format version 5, this library reads up to version 4"
     ):
         engine("llama").load_context(path)
 

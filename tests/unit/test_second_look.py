@@ -33,13 +33,15 @@ from tests.engines import (
     tiny,
 )
 from tests.families import FAMILIES, UNUSUAL
+from tests.family_configs import WINDOW
 from tests.second_look_oracle import attention_mass, second_look_choice, second_look_logits
 
 STEPS = 4
 # Several blocks a forward, then pieces of one. The last block is ragged.
 GEOMETRIES: list[dict[str, Any]] = [
-    dict(block_size=16, anchor_size=16, tokens_per_forward=40),
-    dict(block_size=24, anchor_size=10, tokens_per_forward=9, lookback=1, lookback_layers="lower"),
+    dict(block_size=16, anchor_size=16, tokens_per_forward=40, kv_windows="all"),
+    dict(block_size=24, anchor_size=10, tokens_per_forward=9, kv_windows="all")
+    | dict(lookback=1, lookback_layers="lower"),
 ]
 TOLERANCE = 1e-4
 
@@ -51,7 +53,7 @@ def assert_close(actual: Any, right: torch.Tensor, tolerance: float = TOLERANCE)
 @pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
 def test_a_look_at_everything_is_the_stock_model(name: str) -> None:
     """Law: with a share of 1 every family answers like stock `generate`; the context stays."""
-    star = engine(name, block_size=16, anchor_size=4, tokens_per_forward=40)
+    star = engine(name, **SIZES)
     context_ids, query_ids = ids(CONTEXT), ids(QUERY, seed=2)
     context = star.encode(context_ids)
     before = stored(context)
@@ -144,7 +146,7 @@ def test_the_choice_is_by_the_models_own_probabilities(name: str) -> None:
 
 # ------------------------------------------------------------------ answers of every kind
 
-SIZES: dict[str, Any] = dict(block_size=16, anchor_size=4, tokens_per_forward=40)
+SIZES: dict[str, Any] = dict(block_size=16, anchor_size=4, tokens_per_forward=40, kv_windows="all")
 LOOK: dict[str, Any] = dict(second_look=0.3, max_new_tokens=STEPS, ignore_eos=True)
 
 
@@ -303,6 +305,33 @@ def test_methods_without_a_second_look_refuse_it(method: str, reason: str) -> No
     ):
         with pytest.raises(InvalidInputError, match=message):
             call()
+
+
+def test_contexts_that_keep_the_last_window_refuse_it() -> None:
+    """Forbids tokens computed again without what they saw; before anything is encoded."""
+    star, query, look = (
+        engine(
+            "gemma3",
+            **SIZES,
+        ),
+        ids(QUERY),
+        dict(second_look=0.1),
+    )
+    star = star.with_config(kv_windows="last")
+    message = (
+        r"^second_look 0.1 does not work: 2 of 3 layers have a sliding window, of which a context"
+        r" of 101 tokens keeps the last one alone; encode it with kv_windows='all'"
+        r" \(--kv-windows all\), or leave it out"
+    )
+    for call in (
+        lambda: star.generate(star.encode(ids(CONTEXT)), query, **look),
+        lambda: star.prepare(ids(CONTEXT), query, **look),
+        lambda: star.encode(ids(CONTEXT), query=query, settings=look),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            call()
+    # As long as nothing has been dropped, nothing is missing.
+    star.generate(star.encode(ids(WINDOW - 1)), query, max_new_tokens=1, **look)
 
 
 @pytest.mark.parametrize(

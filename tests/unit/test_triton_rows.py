@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -64,8 +66,8 @@ def test_items_cover_each_context_for_each_row(kv_heads: int) -> None:
     rows = sum(rows for rows, _ in shards)
     assert len(row_items) == rows
     assert len(items) <= row_tables.most_items(rows, kv_heads)
-    longest = max(-(-tokens // runs) for _, tokens, _, runs, _, _ in items)
-    total = sum(tokens / runs for _, tokens, _, runs, _, _ in items)
+    lengths = [shards[number][1] / runs for number, _, runs, _, _ in items]
+    longest, total = math.ceil(max(lengths)), sum(lengths)
     assert longest <= max(32, total / row_tables.runs_wanted(kv_heads) + 1)
     row = 0
     for number, (shard_rows, tokens) in enumerate(shards):
@@ -73,6 +75,6 @@ def test_items_cover_each_context_for_each_row(kv_heads: int) -> None:
             first, runs, place = row_items[row]
             assert (runs == 0) == (tokens == 0)
             for index, item in enumerate(items[first : first + runs]):
-                assert item[:4] == [number, tokens, index, runs]
-                assert item[4] + place == row < item[4] + item[5]
+                assert item[:3] == [number, index, runs]
+                assert item[3] + place == row < item[3] + item[4]
             row += 1

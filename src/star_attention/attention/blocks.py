@@ -37,8 +37,9 @@ def block_attention(
     Args:
         q_BQHD: queries of the span's tokens.
         own: keys and values of these tokens, `k_BQGD, v_BQGD`.
-        anchor: returns keys and values of the anchor, `k_BAGD, v_BAGD`; None while its tokens are
-            in the span or in `earlier`, or if there are none.
+        anchor: returns keys and values of the anchor, `k_BAGD, v_BAGD`, or of its end if the rest
+            is out of the window; None while its tokens are in the span or in `earlier`, or if there
+            are none.
         earlier: returns keys and values of the tokens before the span, from the first one that its
             first block sees through its window (`BlockPlan.first_seen`); None if there are none.
         span: the tokens: whole blocks, or a piece of one.
@@ -59,13 +60,16 @@ def block_attention(
     first = max(0, (lookback + 1) * plan.block_size - span.start)
     if plan.anchor_size == 0 or first >= Q:
         return state
+    if rule.window is not None and span.start + first - plan.anchor_size + 1 >= rule.window:
+        return state
     if anchor is None:
         keys, values = own if earlier is None else earlier()
         assert span.start in (0, keys.shape[1]), "later forwards need the anchor"
         keys, values = keys[:, : plan.anchor_size], values[:, : plan.anchor_size]
     else:
         keys, values = anchor()
-    over_anchor = attend(q_BQHD[:, first:], keys, values, rule=rule, offset=span.start + first)
+    offset = span.start + first - plan.anchor_size + keys.shape[1]
+    over_anchor = attend(q_BQHD[:, first:], keys, values, rule=rule, offset=offset)
     return merge_last(state, over_anchor, dtype=rule.dtype)
 
 

@@ -18,6 +18,7 @@ from star_attention.hf.loading import fp8
 from star_attention.hf.shape import model_shape
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.segments import Segments
+from star_attention.planning.stored import segments_bytes
 from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings, Progress
 
@@ -108,8 +109,10 @@ class Target:
             return
         plan, comm = star.runtime.plan_for(context_tokens), star.runtime.comm
         tokens = (layout or plan.layout)[comm.cp_rank]
-        stored = self.shape.stored_bytes_per_token(star.config.kv_dtype)
-        needed = weight_bytes(self.model) + sum(b - a for a, b in tokens) * stored // comm.tp_size
+        kv = segments_bytes(
+            self.shape, tokens, context_tokens, star.config.kv_dtype, star.config.kv_windows
+        )
+        needed = weight_bytes(self.model) + kv // comm.tp_size
         memory = torch.cuda.get_device_properties(self.device).total_memory
         if needed > memory:
             raise OutOfMemoryError(

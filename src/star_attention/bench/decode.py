@@ -28,6 +28,8 @@ from star_attention.hf.execution import slices
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.residency import staying
 from star_attention.planning.sizes import format_size
+from star_attention.planning.stored import stored_bytes
+from star_attention.planning.windows import LAST
 from star_attention.storage.context import EncodedContext
 from star_attention.tools import machine
 from star_attention.tools.machine import Ceilings
@@ -47,7 +49,7 @@ class Decode(Benchmark[DecodeRow]):
         slice_weights: True or False; None measures both on several ranks, and slices what saves
             time, or all if nothing does.
         alone: of several ranks, also measure rank 0 by itself.
-        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident, kv_windows: as for `StarLLM`.
     """
 
     name: ClassVar[str] = "decode"
@@ -63,6 +65,7 @@ class Decode(Benchmark[DecodeRow]):
     kv_dtype: str | None = None
     kv_device: str | None = None
     kv_resident: float | str = 0.0
+    kv_windows: str = LAST
 
     @property
     def longest_input(self) -> int:
@@ -96,8 +99,10 @@ class Decode(Benchmark[DecodeRow]):
         compiled, weights = mode
         block, tensor_parallel = block_of(self.block, context, target), target.tensor_parallel
         plan = BlockPlan.resolve(context, block, None, ranks // tensor_parallel)
-        shard_tokens = max(plan.rank_tokens(rank) for rank in range(plan.ranks))
-        kv_bytes = shard_tokens * target.shape.stored_bytes_per_token(self.kv_dtype)
+        kv_bytes = max(
+            stored_bytes(target.shape, plan, rank, self.kv_dtype, self.kv_windows)
+            for rank in range(plan.ranks)
+        )
         read_bytes = weight_bytes_per_token(target.model)
         if weights == SLICES:
             read_bytes //= ranks
@@ -115,6 +120,7 @@ class Decode(Benchmark[DecodeRow]):
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
             kv_resident=float(self.kv_resident),
+            kv_windows=self.kv_windows,
             read_bytes=read_bytes,
             floor_s=read_bytes / target.ceilings.bytes_per_s,
             **self._link(kv_bytes // tensor_parallel, target),
@@ -180,6 +186,7 @@ class Decode(Benchmark[DecodeRow]):
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
             kv_resident=self.kv_resident,
+            kv_windows=self.kv_windows,
         )
         alone = row.ranks < target.ranks
         star = target.engine(alone=alone, compile=row.compiled, **settings)

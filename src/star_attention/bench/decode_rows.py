@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from star_attention.bench.ranks import in_short
 from star_attention.planning.sizes import format_size
+from star_attention.planning.windows import LAST
 
 WHOLE, SLICES, SHARD = "whole", "slices", "shard"
 """Weights that a rank reads for a token: all of them, slices (`slice_weights`), or those that it
@@ -26,7 +27,7 @@ class DecodeRow:
         ranks: ranks that answer together.
         tensor_parallel: those that share the weights of one model.
         weights: `WHOLE`, `SLICES` or `SHARD`.
-        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident, kv_windows: as for `StarLLM`.
         token_s: time per token of an answer through `StarLLM.generate`:
             (time of all tokens - time of one) / (tokens - 1).
         read_bytes: bytes of weights, keys and values that the fullest rank reads for a token.
@@ -53,6 +54,7 @@ class DecodeRow:
     kv_dtype: str | None = None
     kv_device: str | None = None
     kv_resident: float = 0.0
+    kv_windows: str = LAST
     token_s: float | None = None
     read_bytes: int = 0
     floor_s: float = 0.0

@@ -68,8 +68,33 @@ SHAPES: dict[str, dict[str, Any]] = {
         topk_method="greedy",
         vocab_size=102400,
     ),
+    # Five of six layers have a window of 1,024 tokens.
+    "gemma-3-4b": dict(
+        model_type="gemma3_text",
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        sliding_window=1024,
+        vocab_size=262208,
+    ),
+    "gemma-3-12b": dict(
+        model_type="gemma3_text",
+        hidden_size=3840,
+        intermediate_size=15360,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        sliding_window=1024,
+        vocab_size=262208,
+    ),
 }
 """Known models, Llamas if not said otherwise. Speed depends on shapes alone: weights are random."""
+
+_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 _POSITIONS = 2**21
 
@@ -145,16 +170,21 @@ def shard_model(model: Any, comm: Comm, tensor_parallel: int) -> None:
     shards.shard(model, mesh)
 
 
+def _config(shapes: str) -> Any:
+    """Return the config of a known model, for contexts of any length."""
+    sizes = {"model_type": "llama", **SHAPES[shapes], "max_position_embeddings": _POSITIONS}
+    rope: dict[str, Any] = _ROPE
+    if "sliding_window" in sizes:
+        rope = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+    config = AutoConfig.for_model(**sizes, rope_parameters=rope)
+    config.name_or_path = shapes
+    return config
+
+
 def _random_model(shapes: str, dtype: str, device: torch.device) -> Any:
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
-    config = AutoConfig.for_model(
-        **{"model_type": "llama"} | SHAPES[shapes],
-        max_position_embeddings=_POSITIONS,
-        rope_parameters=rope,
-    )
-    config.name_or_path = shapes
+    config = _config(shapes)
     default_dtype = torch.get_default_dtype()
     try:
         torch.set_default_dtype(getattr(torch, dtype))

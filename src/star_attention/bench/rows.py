@@ -14,6 +14,8 @@ from star_attention.bench.ranks import attempt, in_short, measure
 from star_attention.bench.row_runs import LONGEST, RowRuns
 from star_attention.engine import StarLLM
 from star_attention.planning.sizes import counted, format_size
+from star_attention.planning.stored import context_bytes
+from star_attention.planning.windows import LAST
 from star_attention.storage.context import EncodedContext
 from star_attention.tools import machine
 
@@ -76,7 +78,7 @@ class Rows(Benchmark[RowsRow]):
         query_tokens, answer_tokens: length of a query and of an answer.
         repeats: runs of each after the first, of which the median counts.
         compile: as for `StarLLM`.
-        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident, kv_windows: as for `StarLLM`.
     """
 
     name: ClassVar[str] = "rows"
@@ -93,6 +95,7 @@ class Rows(Benchmark[RowsRow]):
     kv_dtype: str | None = None
     kv_device: str | None = None
     kv_resident: float | str = 0.0
+    kv_windows: str = LAST
 
     @property
     def longest_input(self) -> int:
@@ -140,6 +143,7 @@ class Rows(Benchmark[RowsRow]):
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
             kv_resident=self.kv_resident,
+            kv_windows=self.kv_windows,
         )
         if not encoded:
             target.check_memory(star, row.context * row.texts)
@@ -168,8 +172,8 @@ class Rows(Benchmark[RowsRow]):
             measure(lambda: rates.append(work()), target.device, target.comm)
             for _ in range(self.repeats)
         ]
-        stored = target.shape.stored_bytes_per_token(self.kv_dtype)
-        contexts = min(row.texts, row.rows) * row.context * stored
+        stored = context_bytes(target.shape, row.context, self.kv_dtype, self.kv_windows)
+        contexts = min(row.texts, row.rows) * stored
         # Of a tail, half is there on average.
         tails = row.rows * (self.query_tokens + self.answer_tokens // 2)
         read_bytes = weight_bytes_per_token(target.model) + contexts

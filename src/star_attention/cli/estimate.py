@@ -23,6 +23,7 @@ SETTINGS = (
     "lookback_layers",
     "tokens_per_forward",
     "kv_dtype",
+    "kv_windows",
 )
 """Fields of `StarConfig` that estimates take into account, beside the block size."""
 

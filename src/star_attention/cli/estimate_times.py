@@ -149,6 +149,7 @@ def _schemes(
             plan,
             tokens_per_forward=forward,
             kv_dtype=request.config.kv_dtype,
+            kv_windows=request.config.kv_windows,
         )
         for scheme in estimate.SCHEMES
     }

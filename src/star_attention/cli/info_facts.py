@@ -42,6 +42,7 @@ def of_context(path: str) -> dict[str, Any]:
         "lookback_layers": plan.lookback_layers if plan.lookback else None,
         "saved_by_ranks": len(header["parts"]) if "parts" in header else 1,
         "kv_dtype": header.get("kv_dtype") or identity["dtype"].removeprefix("torch."),
+        "kv_windows": header.get("kv_windows", "all"),
         "dtype": identity["dtype"].removeprefix("torch."),
         "weights": weights if weights in WEIGHTS else None,
         "model": source.get("model"),

@@ -16,8 +16,10 @@ from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan, without_lookback
+from star_attention.planning.second_look import check_keeps
 from star_attention.planning.short import chosen_plan
 from star_attention.planning.sizes import counted
+from star_attention.planning.stored import saved_bytes
 from star_attention.planning.traffic import Traffic
 
 PREDICTED_ON = "h200-nvlink"
@@ -94,7 +96,9 @@ class PlanCosts:
 
     def saved_bytes(self, kv_dtype: str | None) -> int:
         """Return the bytes of the saved context, all ranks' files together."""
-        return self.shape.saved_bytes(self.request.plan.context_tokens, kv_dtype)
+        request = self.request
+        tokens, kv_windows = request.plan.context_tokens, request.config.kv_windows
+        return saved_bytes(self.shape, tokens, kv_dtype, kv_windows)
 
     @property
     def memory(self) -> Memory:
@@ -177,6 +181,8 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
     )
     shape, config, device = model.shape, request.config, default_device()
     plan = chosen_plan(request.plan, config, device, lambda: shape)
+    windows = [call.window for call in shape.attention]
+    check_keeps(request.second_look, windows, plan.context_tokens, config.kv_windows)
     request = replace(request, plan=plan)
     tokens_per_forward = config.forward_size(device, plan.ranks)
     forwards: dict[str, Any] = dict(
@@ -241,6 +247,7 @@ def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | Non
         request.plan,
         tokens_per_forward=config.forward_size("cuda", request.plan.ranks),
         kv_dtype=config.kv_dtype,
+        kv_windows=config.kv_windows,
         tensor_parallel=request.tensor_parallel,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from star_attention.cli.formatting import format_bytes, format_quantity, table
 from star_attention.cli.plan_costs import PREDICTED_ON, PlanCosts
 from star_attention.planning.sizes import counted, format_size
+from star_attention.planning.windows import LAST
 
 DENSE_NOTE = "one block is dense attention; --block-size cuts the context into blocks"
 
@@ -31,6 +32,8 @@ def _model(costs: PlanCosts) -> str:
     quantized = ""
     if shape.weights is not None:
         quantized = f" ({shape.quantizable_parameters:,} of them in {shape.weights})"
+    if windowed and costs.request.config.kv_windows == LAST:
+        window += " (the last one is kept)"
     return (
         f"model {costs.request.model} ({shape.name}): {shape.parameters:,} parameters of"
         f" {shape.bytes_per_element} bytes{quantized}, {counted(shape.layers, 'layer')}{window}\n"

@@ -44,11 +44,15 @@ def load(
     )
 
 
+_NAMED = ("method", "kv_windows")
+"""Options with a default: with it, they need not have been given."""
+
+
 def _check_options(header: dict[str, Any], path: str, context: ContextOptions) -> None:
     """Refuse options that ask for something else than the saved context has."""
     settings = context.settings
     # What a file of format 1 lacks is 0 and "all".
-    saved = {"lookback": 0, "lookback_layers": "all"} | header
+    saved = {"lookback": 0, "lookback_layers": "all", "kv_windows": "all"} | header
     for name, read in (
         ("method", str),
         ("block_size", parse_size),
@@ -56,9 +60,10 @@ def _check_options(header: dict[str, Any], path: str, context: ContextOptions) -
         ("lookback", int),
         ("lookback_layers", parse_layers),
         ("kv_dtype", str),
+        ("kv_windows", str),
     ):
         value = settings.get(name)
-        is_default = name == "method" and value == StarConfig.method
+        is_default = name in _NAMED and value == getattr(StarConfig, name)
         if value is None or is_default or read(value) == saved.get(name):
             continue
         raise InvalidInputError(

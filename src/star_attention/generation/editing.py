@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from star_attention import encoding, inputs, methods, phase1
+from star_attention import encoding, inputs, methods, phase1, phase1_versions
 from star_attention.config import StarConfig
 from star_attention.errors import InvalidInputError
 from star_attention.hf.progress import Progress, shown
@@ -12,7 +12,14 @@ from star_attention.hf.text import editing
 from star_attention.hf.text.conversation import ChatContext
 from star_attention.inputs import ContextInput, TextOrIds
 from star_attention.phase1 import EncodeJob, Steps
-from star_attention.planning.edits import blocks_again, rounds
+from star_attention.planning.edits import (
+    blocks_again,
+    blocks_with_windows,
+    lacks_windows,
+    rounds,
+)
+from star_attention.planning.plan import BlockPlan
+from star_attention.planning.windows import dropping
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
 
@@ -137,15 +144,30 @@ def _blocks_again(runtime: Runtime, old: EncodedContext, source: ContextInput) -
     unscaled = runtime.handle.unscaled_length or 0
     if max(old.rope_length or 0, unscaled) != max(rope_length or 0, unscaled):
         return list(range(plan.num_blocks))
-    layers = 1 + max(index for index, layer in enumerate(old.kv.layers) if not layer.is_empty)
     windows = runtime.handle.windows
-    return blocks_again(
+    # What is empty here and keeps less than the shard may be elsewhere.
+    layers = 1 + max(
+        index
+        for index, layer in enumerate(old.kv.layers)
+        if not layer.is_empty or layer.segments != old.kv.segments
+    )
+    again = blocks_again(
         plan,
         old.token_ids.tolist(),
         source.ids_L.tolist(),
         plan.lookbacks(len(windows))[:layers],
         windows[:layers],
     )
+    dropped = dropped_windows(windows, old, plan)
+    return blocks_with_windows(plan, again, len(old), dropped)
+
+
+def dropped_windows(
+    windows: list[int | None], old: EncodedContext, plan: BlockPlan
+) -> list[int | None]:
+    """Return the windows of layers of which a context or its new version drops tokens, or None."""
+    tokens = max(len(old), plan.context_tokens)
+    return dropping(windows, tokens, old.kv.kv_format.windows)
 
 
 def _rope_length(runtime: Runtime, old: EncodedContext, source: ContextInput) -> int | None:
@@ -162,12 +184,13 @@ def _version(
     progress: Progress | None,
 ) -> Steps[EncodedContext]:
     """Encode a new version of a context, in which the blocks `again` differ."""
-    method, kv_format = methods.get(old.method), old.kv.kv_format
+    method, kv_format, windows = methods.get(old.method), old.kv.kv_format, runtime.handle.windows
     config = StarConfig.of(
         runtime.config,
         kv_dtype=kv_format.dtype,
         kv_device=kv_format.device,
         kv_resident=kv_format.resident,
+        kv_windows=kv_format.windows,
     )
     plan = method.extended_plan(old.plan, len(source.ids_L))
     is_new = len(again) == plan.num_blocks
@@ -176,6 +199,11 @@ def _version(
         # Every block stays where it is.
         owner = next(rank for rank, runs in enumerate(old.layout) if runs.holds(len(old) - 1))
         layout = encoding.extended_layout(old.layout, owner, len(source.ids_L))
+    shares = rounds(plan, again, layout, old.layout)
+    dropped = dropped_windows(windows, old, plan)
+    if not is_new and lacks_windows(plan, shares, plan.lookbacks(len(windows)), dropped):
+        is_new, layout = True, method.layout(config, plan)
+        shares = rounds(plan, range(plan.num_blocks), layout, old.layout)
     job = EncodeJob(
         handle=runtime.handle,
         comm=runtime.comm,
@@ -187,7 +215,6 @@ def _version(
         progress=progress,
     )
     encoding.warn_if_idle(job)
-    shares = rounds(plan, again, layout, old.layout)
     encoded = sum(share.tokens for together in shares for share in together)
     with runtime.measured() as stats:
         if is_new:
@@ -195,7 +222,7 @@ def _version(
         elif not shares and layout == old.layout:
             store = old.kv
         else:
-            store = yield from phase1.encode_again(job, old.kv, shares)
+            store = yield from phase1_versions.encode_again(job, old.kv, shares)
     return encoding.version(
         runtime,
         old,

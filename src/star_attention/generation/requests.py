@@ -44,6 +44,9 @@ def prepared(
     prepared = _prepared(runtime, context, query, options, turns)
     assert prepared.settings is not None, "rank 0 prepares"
     prepared.settings.check_method(methods.get(context.method))
+    prepared.settings.check_windows(
+        runtime.handle.windows, len(context), context.kv.kv_format.windows
+    )
     return prepared
 
 

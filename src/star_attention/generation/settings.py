@@ -28,7 +28,7 @@ from star_attention.hf.text.checks import whole_characters
 from star_attention.hf.text.endings import turn_end_ids, warn_of_unseen_stops
 from star_attention.methods import Method
 from star_attention.phase2 import OWN_LOOP_MODES
-from star_attention.planning.second_look import check_share
+from star_attention.planning.second_look import check_keeps, check_share
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -296,6 +296,18 @@ class ResolvedSettings:
         share, refusal = self.second_look, method.why_no_second_look()
         if share and refusal is not None:
             raise InvalidInputError(f"second_look {share} does not work: {refusal}")
+
+    def check_windows(
+        self, windows: list[int | None], context_tokens: int, kv_windows: str
+    ) -> None:
+        """Raise `InvalidInputError` for a second look at a context that lacks keys for it.
+
+        Args:
+            windows: sliding window of each layer in tokens, None for full attention.
+            context_tokens: tokens of the context.
+            kv_windows: what it keeps of layers with a window.
+        """
+        check_keeps(self.second_look, windows, context_tokens, kv_windows)
 
     @property
     def max_new_tokens(self) -> int:

@@ -17,9 +17,11 @@ from star_attention.config import METHODS, StarConfig
 from star_attention.errors import InvalidInputError, quote
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
+from star_attention.planning.windows import Windows
 
 # Imports torch, which a command line does not need to be checked.
 if TYPE_CHECKING:
+    from star_attention.hf.execution.handle import ModelHandle
     from star_attention.phase1 import EncodeJob, Steps
     from star_attention.storage.kv import ContextKV, VisibleRange
 
@@ -51,6 +53,12 @@ class Method(Protocol):
 
     def visible_range(self, plan: BlockPlan) -> VisibleRange | None:
         """Return what queries see of the context; None for all of it."""
+        ...
+
+    def kept(
+        self, plan: BlockPlan, segments: Segments, windows: Windows, kv_windows: str
+    ) -> list[Segments]:
+        """Return which of a rank's tokens each layer keeps, by the setting `kv_windows`."""
         ...
 
     def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
@@ -89,6 +97,21 @@ def check_lookback(name: str, lookback: int) -> None:
             f"lookback {lookback} does not work with method {quote(name)}, which has no blocks that"
             f" look back; use method {StarConfig.method!r}, or lookback=0 (quality 'paper')"
         )
+
+
+def rank_bytes(
+    method: Method, config: StarConfig, plan: BlockPlan, handle: ModelHandle
+) -> list[int]:
+    """Return the bytes of a context's keys and values on each context-parallel rank."""
+    windows, shapes = handle.windows, handle.layer_shapes
+    by_rank = []
+    for segments in method.layout(config, plan):
+        kept = method.kept(plan, segments, windows, config.kv_windows)
+        pairs = zip(shapes, kept, strict=True)
+        by_rank.append(
+            sum(shape.stored_bytes(config.kv_dtype) * own.tokens for shape, own in pairs if shape)
+        )
+    return by_rank
 
 
 def get(name: str) -> Method:

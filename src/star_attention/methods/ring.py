@@ -42,7 +42,8 @@ class Ring(Dense):
             return (yield from super().encode(job))
         handle, comm = job.handle, job.comm
         stores = [
-            phase1.empty(handle, job.segments, comm, job.kv_format) for _ in range(job.contexts)
+            phase1.empty(handle, job.segments, comm, job.kv_format, job.kept(job.kv_format))
+            for _ in range(job.contexts)
         ]
         positions_S = torch.cat(
             [torch.arange(start, stop, device="cpu") for start, stop in job.segments]

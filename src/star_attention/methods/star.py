@@ -10,6 +10,7 @@ from star_attention.planning.lookback import described
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.sizes import counted, format_size
+from star_attention.planning.windows import Windows, kept_by_layer
 
 # Imports torch, which a command line does not need to be checked.
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ class Star:
 
     def visible_range(self, plan: BlockPlan) -> VisibleRange | None:
         return None
+
+    def kept(
+        self, plan: BlockPlan, segments: Segments, windows: Windows, kv_windows: str
+    ) -> list[Segments]:
+        return kept_by_layer(segments, windows, plan.context_tokens, kv_windows)
 
     def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
         from star_attention import phase1

@@ -16,6 +16,7 @@ from star_attention.phase1 import EncodeJob, Forwards, Steps
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
 from star_attention.planning.sizes import counted, format_size, resolve_sizes
+from star_attention.planning.windows import Windows
 from star_attention.storage.kv import ContextKV, VisibleRange
 
 SINKS = 4
@@ -47,6 +48,12 @@ class StreamingLLM(Star):
 
     def visible_range(self, plan: BlockPlan) -> VisibleRange | None:
         return VisibleRange(first=plan.anchor_size, recent=plan.block_size)
+
+    def kept(
+        self, plan: BlockPlan, segments: Segments, windows: Windows, kv_windows: str
+    ) -> list[Segments]:
+        # The window of the method is short enough.
+        return [segments] * len(windows)
 
     def why_not_extend(self, ranks: int) -> str | None:
         return (

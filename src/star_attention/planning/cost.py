@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from star_attention.planning import residency
-from star_attention.planning.exchange import layer_kinds
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.pairs import (
     Runs,
@@ -25,6 +24,8 @@ from star_attention.planning.pairs import (
 )
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.second_look import chosen_tokens
+from star_attention.planning.stored import recent_bytes, stored_bytes
+from star_attention.planning.windows import LAST
 
 # --------------------------------------------------------------------------------------- operations
 
@@ -310,6 +311,7 @@ def memory_per_rank(
     kv_dtype: str | None = None,
     kv_device: str | None = None,
     kv_resident: float = 0.0,
+    kv_windows: str = LAST,
     looks_twice: bool = False,
 ) -> Memory:
     """Estimate the memory of one rank.
@@ -318,7 +320,8 @@ def memory_per_rank(
     leaves embeddings and the language-model head whole. Only the last context-parallel rank holds
     the tail. If keys and values are not stored as computed (`kv_dtype`, `kv_device`), every rank
     that holds a block also needs the anchor as computed, and the blocks that it looks back to;
-    else only what other ranks hold of both. KV in host memory takes some on the device.
+    else only what other ranks hold of both. Beside stores of the last window (`kv_windows`) is the
+    window before a forward. KV in host memory takes some on the device.
 
     Args:
         shape: the model.
@@ -327,20 +330,24 @@ def memory_per_rank(
         tail_tokens: tokens of queries and answers together.
         rank: context-parallel rank.
         tensor_parallel: number of tensor-parallel ranks.
-        kv_dtype, kv_device, kv_resident: as in `StarConfig`.
+        kv_dtype, kv_device, kv_resident, kv_windows: as in `StarConfig`.
         looks_twice: True if queries are answered with a second look.
     """
     tokens = plan.rank_tokens(rank)
-    stored = tokens * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
+    stored = stored_bytes(shape, plan, rank, kv_dtype, kv_windows) // tensor_parallel
     as_computed = kv_dtype is None and kv_device is None
     needs_anchor = tokens > 0 and (rank > 0 if as_computed else plan.num_blocks > 1)
     elsewhere = shape.sharded_bytes - shape.sharded_bytes // tensor_parallel
     longest = max((span.tokens for span in plan.spans(tokens_per_forward, rank=rank)), default=0)
     working = working_bytes(shape, longest, tensor_parallel) + expanded_bytes(shape, tokens)
-    working += _recent_bytes(shape, plan, tokens_per_forward, rank, as_computed) // tensor_parallel
+    recent = recent_bytes(
+        shape, plan, tokens_per_forward, rank, as_computed=as_computed, kv_windows=kv_windows
+    )
+    working += recent // tensor_parallel
     token_bytes, layers = shape.kv_bytes_per_token, shape.kv_layers
     computed = tokens * token_bytes // tensor_parallel
-    near, arriving = residency.on_device(stored, computed, layers, kv_device, kv_resident)
+    whole = tokens * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
+    near, arriving = residency.on_device(stored, whole, computed, layers, kv_device, kv_resident)
     return Memory(
         weights=shape.weight_bytes - elsewhere,
         kv=near,
@@ -350,28 +357,6 @@ def memory_per_rank(
         copy=near if looks_twice else 0,
         host=(stored - near) * (1 + looks_twice),
     )
-
-
-def _recent_bytes(
-    shape: ModelShape, plan: BlockPlan, tokens_per_forward: int, rank: int, as_computed: bool
-) -> int:
-    """Return the bytes of blocks that are kept to be looked back to, at most.
-
-    A rank keeps what it reads of other ranks' blocks, and what the stores do not hold as computed
-    of its own, with those of the forward.
-    """
-    if not plan.lookback:
-        return 0
-    own, spans = plan.layout[rank], list(plan.spans(tokens_per_forward, rank=rank))
-    kept = 0
-    for kind, layers in layer_kinds(shape, plan).items():
-        most = 0
-        for span in spans if kind.lookback else []:
-            first = plan.first_seen(span.block_start, kind.lookback, kind.call.window)
-            stored = sum(stop - start for start, stop in own.within(first, span.stop))
-            most = max(most, span.stop - first - (stored if as_computed else 0))
-        kept += most * kind.token_bytes * layers
-    return kept
 
 
 def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> int:

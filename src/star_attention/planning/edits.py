@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
+from star_attention.planning.windows import Windows, first_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def blocks_again(
     old_ids: Sequence[int],
     new_ids: Sequence[int],
     lookbacks: Sequence[int],
-    windows: Sequence[int | None],
+    windows: Windows,
 ) -> list[int]:
     """Return the numbers of the blocks whose keys and values differ from those of an old context.
 
@@ -72,6 +73,67 @@ def _seen(plan: BlockPlan, number: int, lookback: int, window: int | None) -> ra
     if window is not None:
         first = max(first, (number * plan.block_size - window + 1) // plan.block_size)
     return range(max(0, first), number)
+
+
+def blocks_with_windows(
+    plan: BlockPlan, again: Collection[int], old_tokens: int, windows: Windows
+) -> list[int]:
+    """Return the blocks of a changed context to encode again, given those that differ.
+
+    Added are blocks of which later tokens now see what an old context has dropped, and the first
+    one where the anchor is in a window: all of the anchor that the old context may have dropped.
+
+    Args:
+        plan: the plan of the new context.
+        again: numbers of the blocks that differ from those of the old one.
+        old_tokens: tokens of the old context.
+        windows: windows of the layers of which either context drops tokens, else None.
+    """
+    blocks = set(again)
+    for window in {window for window in windows if window is not None}:
+        kept_before = first_kept(old_tokens, window)
+        first = first_kept(plan.context_tokens, window)
+        blocks |= {
+            number
+            for number, (start, stop) in enumerate(plan.blocks)
+            if max(start, first) < min(stop, kept_before)
+        }
+    starts = [plan.blocks[number][0] for number in blocks]
+    if any(_sees_anchor(plan, start, window) for start in starts for window in windows):
+        blocks.add(0)
+    return sorted(blocks)
+
+
+def lacks_windows(
+    plan: BlockPlan, rounds: Sequence[list[Share]], lookbacks: Sequence[int], windows: Windows
+) -> bool:
+    """True if encoding a context's changes takes keys that its old version has dropped.
+
+    Args:
+        plan: the plan of the new context.
+        rounds: what ranks encode again, as `rounds` returns it.
+        lookbacks: blocks that each layer looks back.
+        windows: windows of the layers of which either version drops tokens, else None.
+    """
+    return any(
+        lookback > 0 or (_sees_anchor(plan, start, window) and not has_anchor)
+        for start, has_anchor in _starts(plan, rounds)
+        for lookback, window in zip(lookbacks, windows, strict=True)
+        if window is not None and start > 0
+    )
+
+
+def _starts(plan: BlockPlan, rounds: Sequence[list[Share]]) -> Iterator[tuple[int, bool]]:
+    """Yield where each run starts, and True if the rank has encoded the anchor just before."""
+    for share in [share for shares in rounds for share in shares]:
+        for start, _ in share.runs:
+            # Where blocks look back, each run is a round of its own.
+            yield start, share.runs[0][0] == 0 and not plan.lookback
+
+
+def _sees_anchor(plan: BlockPlan, start: int, window: int | None) -> bool:
+    """True if a block after the first sees a part of the anchor in a layer with a window."""
+    return window is not None and 0 < start < plan.anchor_size + window - 1
 
 
 def rounds(

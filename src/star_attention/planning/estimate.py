@@ -24,6 +24,8 @@ from star_attention.planning.hardware import Hardware
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan, without_lookback
 from star_attention.planning.steps import Mesh, token_seconds
+from star_attention.planning.stored import stored_bytes
+from star_attention.planning.windows import LAST
 
 SCHEMES = ("star", "star-local", "official", "ring", "ring-plain")
 # Schemes in which every rank computes the anchor, so that phase 1 needs no communication.
@@ -78,6 +80,7 @@ def estimate(
     *,
     tokens_per_forward: int,
     kv_dtype: str | None = None,
+    kv_windows: str = LAST,
     tensor_parallel: int = 1,
 ) -> Estimate:
     """Estimate one scheme.
@@ -90,6 +93,7 @@ def estimate(
             paper's blocks, which do not look back.
         tokens_per_forward: most tokens of a forward.
         kv_dtype: as in `StarConfig`.
+        kv_windows: as in `StarConfig`.
         tensor_parallel: devices of each rank, which share the weights.
 
     Raises:
@@ -105,13 +109,11 @@ def estimate(
     if is_ring:
         plan = BlockPlan.dense(context, ranks)
         compute_s, wire_s, exposed_s = _ring(shape, on, scheme, plan, tokens_per_forward)
-        shard = -(-context // ranks)
-        stored = BlockPlan.dense(shard)
+        stored = BlockPlan.dense(-(-context // ranks))
     else:
         if scheme == "official":
             plan = without_lookback(plan)
         compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
-        shard = max(plan.rank_tokens(rank) for rank in _candidate_ranks(plan))
         stored = plan
     if tensor_parallel > 1:
         sums_s = _sums_s(shape, on, plan, tokens_per_forward, tensor_parallel)
@@ -123,16 +125,20 @@ def estimate(
             stored,
             tokens_per_forward=tokens_per_forward,
             kv_dtype=kv_dtype,
+            kv_windows=kv_windows,
             rank=rank,
             tensor_parallel=tensor_parallel,
         ).total
         for rank in _candidate_ranks(stored)
     )
-    stored_bytes = shard * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
+    kv_bytes = max(
+        stored_bytes(shape, stored, rank, kv_dtype, kv_windows) for rank in _candidate_ranks(stored)
+    )
+    kv_bytes //= tensor_parallel
     whole = Mesh(ranks=ranks, tensor_parallel=tensor_parallel)
     sliced = None
     if ranks > 1 and tensor_parallel == 1:
-        sliced = token_seconds(shape, on, replace(whole, sliced=True), stored_bytes)
+        sliced = token_seconds(shape, on, replace(whole, sliced=True), kv_bytes)
     return Estimate(
         scheme=scheme,
         ranks=ranks,
@@ -141,7 +147,7 @@ def estimate(
         compute_s=compute_s,
         wire_s=wire_s,
         exposed_s=exposed_s,
-        token_s=token_seconds(shape, on, whole, stored_bytes),
+        token_s=token_seconds(shape, on, whole, kv_bytes),
         sliced_token_s=sliced,
         memory=memory,
         fits=memory <= on.memory,

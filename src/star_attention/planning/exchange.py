@@ -96,6 +96,7 @@ def to_extend(
     *,
     start: int,
     owner: int,
+    first_kept: int = 0,
 ) -> list[Transfer]:
     """Return what a layer of `owner` needs from other ranks to encode a context's new tokens.
 
@@ -106,12 +107,13 @@ def to_extend(
         window: sliding window of the layer in tokens, None for full attention.
         start: first new token.
         owner: the context-parallel rank that encodes the new tokens.
+        first_kept: first token that ranks keep of the layer, and that new tokens see.
     """
     first = plan.first_seen(start // plan.block_size * plan.block_size, lookback, window)
-    needed = [(first, start)]
+    needed = [(max(first, first_kept), start)]
     # Otherwise the anchor is in the first part: another rank's first block is whole.
     if first > 0:
-        needed.append((0, plan.anchor_size))
+        needed.append((first_kept, plan.anchor_size))
     return sorted(
         Transfer(source=source, target=owner, start=a, stop=b)
         for source, segments in enumerate(layout)

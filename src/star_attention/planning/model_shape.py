@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from star_attention.errors import InvalidInputError
@@ -206,6 +207,17 @@ class ModelShape:
         element_bytes = STORED_BYTES[kv_dtype]
         return self.kv_elements_per_token * element_bytes + SCALE_BYTES * self.kv_scales_per_token
 
-    def saved_bytes(self, tokens: int, kv_dtype: str | None) -> int:
-        """Return the bytes of a saved context, but for its header of a few KB."""
-        return tokens * (self.stored_bytes_per_token(kv_dtype) + TOKEN_ID_BYTES)
+    def stored_bytes_by_window(self, kv_dtype: str | None) -> dict[int | None, int]:
+        """Return the bytes of a token as stored in all layers with a window; None for the others.
+
+        Layers without keys of their own are the last ones: their calls are left out.
+        """
+        element_bytes, scale_bytes = self.bytes_per_element, 0
+        if kv_dtype is not None:
+            element_bytes, scale_bytes = STORED_BYTES[kv_dtype], SCALE_BYTES
+        sizes: Counter[int | None] = Counter()
+        for elements, call in zip(self.kv_elements_by_layer, self.attention, strict=False):
+            if elements and call.window is not None:
+                sizes[call.window] += elements * element_bytes + 2 * call.kv_heads * scale_bytes
+        rest = self.stored_bytes_per_token(kv_dtype) - sizes.total()
+        return {None: rest, **sizes}

@@ -34,12 +34,14 @@ def staying(layers: int, share: float) -> int:
 
 
 def on_device(
-    stored: int, computed: int, layers: int, kv_device: str | None, share: float
+    stored: int, whole: int, computed: int, layers: int, kv_device: str | None, share: float
 ) -> tuple[int, int]:
     """Return the bytes of a context that stay on a device, and those of layers that arrive there.
 
     Args:
         stored: bytes of all layers as they are stored.
+        whole: bytes that these would take if none kept its last window alone: buffers are as large
+            as the largest layer.
         computed: bytes as they are computed with; of one layer at a time, if these are more.
         layers: layers that store keys and values.
         kv_device, share: the settings `kv_device` and `kv_resident`.
@@ -48,8 +50,8 @@ def on_device(
         return stored, 0
     layers = max(1, layers)
     kept = staying(layers, share)
-    arriving = min(BUFFERS, layers - kept) * stored // layers
-    converted = computed // layers if arriving and computed > stored else 0
+    arriving = min(BUFFERS, layers - kept) * whole // layers
+    converted = computed // layers if arriving and computed > whole else 0
     return stored * kept // layers, arriving + converted
 
 

@@ -19,6 +19,7 @@ from star_attention.planning.plan import BlockPlan
 from star_attention.planning.segments import Segments
 from star_attention.planning.traffic import Traffic
 from star_attention.storage import writing
+from star_attention.storage.header import WINDOWS_VERSION
 from star_attention.storage.kv import NAMES, ContextKV
 from star_attention.storage.transient import Transient
 
@@ -274,10 +275,25 @@ def header_of(context: EncodedContext) -> dict[str, Any]:
         "encode_s": context.encode_s,
         "reused_tokens": context.reused_tokens,
         "kv_dtype": context.kv.kv_format.dtype,
+        "kv_windows": context.kv.kv_format.windows,
         "expands": [layer.expands for layer in context.kv.layers],
         "identity": context.identity,
     }
     return header if context.source is None else header | {"source": context.source}
+
+
+def place_of(kv: ContextKV) -> dict[str, Any]:
+    """Return what a file's header says of the tokens in it, as JSON values.
+
+    Files of which layers keep different tokens are of a later version.
+    """
+    kept = {
+        str(index): layer.segments
+        for index, layer in enumerate(kv.layers)
+        if layer.segments != kv.segments
+    }
+    place: dict[str, Any] = {"segments": kv.segments}
+    return place | {"kept": kept, "format_version": WINDOWS_VERSION} if kept else place
 
 
 def save_context(
@@ -306,11 +322,11 @@ def save_context(
     header = header_of(context)
     if conversation is not None:
         header["conversation"] = conversation
-    comm, segments = context.comm, context.kv.segments
+    comm, place = context.comm, place_of(context.kv)
     if comm.size == 1:
         all_tensors = context._tensors() | (tensors or {})
-        writing.write(target(), header | {"segments": segments}, all_tensors)
+        writing.write(target(), header | place, all_tensors)
         return
     with comm.collective("save", about=context.key):
         folder: str = comm.run_on_rank_0(lambda: str(target()))
-        writing.write_shared(folder, header, segments, context._tensors(), comm)
+        writing.write_shared(folder, header, place, context._tensors(), comm)

@@ -23,6 +23,8 @@ FORMAT_VERSION = 2
 """Version 2 added look-back. Version 1 is read, too."""
 CONVERSATION_VERSION = 3
 """Version of a conversation without its context, which earlier releases are to refuse."""
+WINDOWS_VERSION = 4
+"""Version of a file in which layers with a sliding window lack tokens that others have."""
 INDEX = "index.json"
 METADATA_KEY = "star_attention"
 # A safetensors file begins with the length of its header in eight bytes, then the header.
@@ -138,10 +140,10 @@ def verified_header(path: Path, text: str, sha256: str) -> dict[str, Any]:
         )
     header: dict[str, Any] = json.loads(text)
     version = header.get("format_version")
-    if version not in range(1, CONVERSATION_VERSION + 1):
+    if version not in range(1, WINDOWS_VERSION + 1):
         raise CorruptContextError(
             f"{path} has format version {version}, this library reads up to version"
-            f" {CONVERSATION_VERSION}; encode the context again, or use the version that wrote it"
+            f" {WINDOWS_VERSION}; encode the context again, or use the version that wrote it"
         )
     if not isinstance(header.get("tensors", header.get("parts")), (dict, list)):
         raise CorruptContextError(

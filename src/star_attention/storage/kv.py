@@ -6,7 +6,7 @@ layer; the keys of a head are contiguous, which is how decoding reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from star_attention.planning.residency import stays
 from star_attention.planning.segments import Segments
+from star_attention.planning.windows import ALL
 from star_attention.storage.host import pinned
 from star_attention.storage.host.streams import Outbox
 from star_attention.storage.oom import allocate
@@ -30,7 +31,7 @@ _FP8_MAX = torch.finfo(FP8).max
 
 @dataclass(frozen=True, kw_only=True)
 class KVFormat:
-    """Precision and place of a context's stored keys and values.
+    """Precision, place and extent of a context's stored keys and values.
 
     Attributes:
         dtype: None stores them as computed; "fp8" stores e4m3 with one scale per token and head,
@@ -38,11 +39,13 @@ class KVFormat:
         device: None stores them on the device that computed them; "cpu" stores them in host memory,
             from which each layer is copied back when it is read.
         resident: share of the layers that stay on the device, whatever `device` says.
+        windows: what is kept of layers with a sliding window, as `kv_windows` in `StarConfig`.
     """
 
     dtype: str | None = None
     device: str | None = None
     resident: float = 0.0
+    windows: str = ALL
 
     @property
     def as_computed(self) -> bool:
@@ -197,7 +200,7 @@ class LayerKV:
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing was written: the layer reads another layer's KV (KV sharing)."""
+        """True if nothing was written: it reads another layer's KV, or keeps none of the shard."""
         return self._buffers is None and self._source is None
 
     @property
@@ -266,13 +269,14 @@ class LayerKV:
         return 0 if self.is_empty else sum(t.numel() * t.element_size() for t in self.stored())
 
     def copy_from(self, other: LayerKV, runs: Iterable[tuple[int, int]]) -> None:
-        """Copy runs of tokens that both layers hold, unconverted.
+        """Copy what both layers hold of runs of tokens, unconverted.
 
         What `other` has not yet read of a saved context, it does not keep.
         """
         self._dtype, self._device = other._dtype, other._device
         stored = other.stored() if other._source is None else other._source()
-        for start, stop in runs:
+        both = [part for run in runs for part in other.segments.within(*run)]
+        for start, stop in [part for run in both for part in self.segments.within(*run)]:
             at = other.segments.offset(start)
             self._write(start, tuple(tensor[0, :, at : at + stop - start] for tensor in stored))
 
@@ -294,7 +298,7 @@ class ContextKV:
     """The shard of a context that one rank holds, all layers; on one rank the whole context.
 
     Args:
-        layers: one `LayerKV` per layer.
+        layers: one `LayerKV` per layer, which keeps all tokens of the shard, or the last of them.
         segments: the context tokens of the shard.
         visible: the part of the context that queries see; None for all of it.
     """
@@ -314,18 +318,20 @@ class ContextKV:
         expands: list[bool | None],
         kv_format: KVFormat = DEFAULT_FORMAT,
         visible: VisibleRange | None = None,
+        kept: Sequence[Segments] | None = None,
     ) -> ContextKV:
-        """Return a store to write `segments` to; `expands` has one entry per layer."""
+        """Return a store to write `segments` to; `expands` and what is `kept` are by layer."""
         outbox = None if kv_format.device is None else Outbox()
+        pairs = zip(kept or [segments] * len(expands), expands, strict=True)
         layers = [
             LayerKV(
-                segments,
+                own,
                 expands=value,
                 kv_format=kv_format,
                 on_host=kv_format.on_host(index, len(expands)),
                 outbox=outbox,
             )
-            for index, value in enumerate(expands)
+            for index, (own, value) in enumerate(pairs)
         ]
         return cls(layers, segments, visible)
 
@@ -339,10 +345,15 @@ class ContextKV:
         """Bytes of keys and values. Reads every layer of a context loaded from a file."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def copied(self, segments: Segments, runs: Iterable[tuple[int, int]]) -> ContextKV:
-        """Return a store with room for `segments`, and with copies of these runs of tokens."""
+    def copied(
+        self,
+        segments: Segments,
+        runs: Iterable[tuple[int, int]],
+        kept: Sequence[Segments] | None = None,
+    ) -> ContextKV:
+        """Return a store for `segments`, as `empty`, with copies of these runs of tokens."""
         expands, runs = [layer.expands for layer in self.layers], list(runs)
-        copy = ContextKV.empty(segments, expands, self.kv_format)
+        copy = ContextKV.empty(segments, expands, self.kv_format, kept=kept)
         for layer, copied_layer in zip(self.layers, copy.layers, strict=True):
             if runs and not layer.is_empty:
                 copied_layer.copy_from(layer, runs)
@@ -358,8 +369,3 @@ def _on(device: torch.device, tensor_1GLD: Tensor) -> Tensor:
     for target_LD, source_LD in zip(copy_1GLD[0], tensor_1GLD[0], strict=True):
         target_LD.copy_(source_LD, non_blocking=True)
     return copy_1GLD
-
-
-def as_tensor_ids(ids: Tensor) -> Tensor:
-    """Return token ids as a contiguous 1-D int64 CPU tensor."""
-    return ids.detach().to(device="cpu", dtype=torch.int64).reshape(-1).contiguous()

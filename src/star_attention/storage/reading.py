@@ -74,7 +74,8 @@ class SavedContext:
 
     def has_layer(self, index: int) -> bool:
         """True if layer `index` has keys and values of its own."""
-        return f"layers.{index}.k" in self._parts[0][1].header["tensors"]
+        name = f"layers.{index}.k"
+        return any(name in file.header["tensors"] for _, file in self._parts)
 
     def layer(self, index: int, segments: Segments) -> StoredKV:
         """Return a layer's tensors for some tokens, `[1, G, tokens, ...]`.
@@ -82,14 +83,15 @@ class SavedContext:
         Tokens come in the order of `segments`. The tensors are the file's own pages if one file
         holds exactly these tokens.
         """
-        for part_segments, file in self._parts:
-            if part_segments == segments:
+        kept = [file.kept(index, own) for own, file in self._parts]
+        for (_, file), own in zip(self._parts, kept, strict=True):
+            if own == segments:
                 return file.layer(index)
         layers: dict[int, StoredKV] = {}
         pieces: list[StoredKV] = []
         for start, stop in segments:
             while start < stop:
-                part, offset, end = self._find(start)
+                part, offset, end = self._find(start, kept)
                 if part not in layers:
                     layers[part] = self._parts[part][1].layer(index)
                 tokens = min(stop, end) - start
@@ -99,9 +101,9 @@ class SavedContext:
                 start += tokens
         return tuple(torch.cat(parts, 2) for parts in zip(*pieces, strict=True))
 
-    def _find(self, token: int) -> tuple[int, int, int]:
+    def _find(self, token: int, kept: list[Segments]) -> tuple[int, int, int]:
         """Return the part that holds a token, its offset in that part, and the end of its run."""
-        for part, (segments, _) in enumerate(self._parts):
+        for part, segments in enumerate(kept):
             for start, stop in segments:
                 if start <= token < stop:
                     return part, segments.offset(token), stop
@@ -132,6 +134,11 @@ class SavedFile:
                 f"{self.path} does not hold the tensors that its header lists: the file was"
                 f" modified; {ENCODE_AGAIN}"
             )
+
+    def kept(self, index: int, segments: Segments) -> Segments:
+        """Return the tokens that the file holds of a layer, given those that it holds of others."""
+        kept: dict[str, Any] = self.header.get("kept", {})
+        return _segments(kept[str(index)]) if str(index) in kept else segments
 
     def layer(self, index: int) -> StoredKV:
         """Return the stored tensors of a layer."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from star_attention.distributed import Comm
 from star_attention.errors import ContextSaveError, quote, quote_path
-from star_attention.planning.segments import Segments
 from star_attention.storage.header import (
     FORMAT_VERSION,
     INDEX,
@@ -79,7 +78,7 @@ def write(path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[st
 
 
 def write_shared(
-    path: str, header: dict[str, Any], segments: Segments, tensors: dict[str, Tensor], comm: Comm
+    path: str, header: dict[str, Any], place: dict[str, Any], tensors: dict[str, Tensor], comm: Comm
 ) -> None:
     """Write a context that several ranks hold to a folder. Collective.
 
@@ -88,7 +87,7 @@ def write_shared(
     Args:
         path: the folder.
         header: sizes, settings and identity of the context.
-        segments: the context tokens that this rank holds.
+        place: what the header of this rank's file says of the tokens in it.
         tensors: what this rank writes; empty for ranks that write nothing.
         comm: the ranks.
 
@@ -98,10 +97,11 @@ def write_shared(
     target = Path(path)
     folder = Path(comm.run_on_rank_0(lambda: str(_new_folder(target))))
     try:
-        part = _write_part(folder, segments, tensors, comm) if tensors else None
+        part = _write_part(folder, place, tensors, comm) if tensors else None
         parts = [part for part in comm.gather(part) if part is not None]
         if comm.rank == 0:
-            text = _header_text(header | {"parts": parts})
+            version = max(part.pop("format_version") for part in parts)
+            text = _header_text(header | {"parts": parts, "format_version": version})
             index = {"header": text, "sha256": text_checksum(text)}
             _finish(folder, target, json.dumps(index))
         # No rank returns before the folder is in place.
@@ -113,17 +113,23 @@ def write_shared(
 
 
 def _write_part(
-    folder: Path, segments: Segments, tensors: dict[str, Tensor], comm: Comm
+    folder: Path, place: dict[str, Any], tensors: dict[str, Tensor], comm: Comm
 ) -> dict[str, Any]:
-    """Write this rank's file, and return its entry in the index."""
+    """Write this rank's file, and return its entry in the index, with the file's version."""
     if not folder.is_dir():
         raise ContextSaveError(
             f"rank {comm.rank} does not see {folder}, which rank 0 created; save to a file system"
             " that all machines share"
         )
     name = f"rank-{comm.cp_rank}.safetensors"
-    write(folder / name, {"segments": segments}, tensors)
-    return {"file": name, "segments": segments, "sha256": SavedFile(folder / name).sha256}
+    write(folder / name, place, tensors)
+    file = SavedFile(folder / name)
+    return {
+        "file": name,
+        "segments": place["segments"],
+        "sha256": file.sha256,
+        "format_version": file.header["format_version"],
+    }
 
 
 def _entries(tensors: dict[str, Tensor]) -> dict[str, Any]:

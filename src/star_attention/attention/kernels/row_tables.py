@@ -25,11 +25,13 @@ TILES = (16, 64, 128)
 MOST_HEADS = TILES[-1]
 """Query heads of a KV head, at most, since those of a row are in one tile."""
 
-SHARD_COLUMNS = 4
+SHARD_ADDRESSES = 4
 """Addresses of a shard: keys, values, `[G, tokens, D]`, and in fp8 their scales, `[G, tokens]`."""
-ITEM_COLUMNS = 6
-"""Numbers of an item: its shard, the shard's tokens, the number of the run and how many runs they
-are cut into, the first row, and rows; no rows for an item that is empty."""
+SHARD_COLUMNS = SHARD_ADDRESSES + 2
+"""After the addresses come the tokens that the layer keeps of the shard, and the first of them."""
+ITEM_COLUMNS = 5
+"""Numbers of an item: its shard, the number of the run and how many runs the tokens are cut into,
+the first row, and rows; no rows for an item that is empty."""
 ROW_COLUMNS = 6
 """Numbers of a row: tokens of its tail before the new one, the tail's capacity, tokens of its
 context, its first item, how many items, and its place in their tiles. An unused row has none of
@@ -43,7 +45,7 @@ class RowTables:
     Attributes:
         addresses: int64; the memory of `shards` and `tails`.
         numbers: int32; the memory of `items` and `rows`.
-        shards: `[layers, R, SHARD_COLUMNS]`: a context for each row, if there are as many.
+        shards: `[layers, R, SHARD_COLUMNS]`, a context for each row, if there are as many.
         tails: addresses of each row's keys and values, `[G, capacity, D]`: `[layers, R, 2]`.
         items: `[P, ITEM_COLUMNS]`.
         rows: `[R, ROW_COLUMNS]`.
@@ -147,5 +149,5 @@ def work(
     for number, tokens, row, rows in tiles:
         runs = -(-tokens // run)
         row_items += [[len(items), runs, place] for place in range(rows)]
-        items += [[number, tokens, index, runs, row, rows] for index in range(runs)]
+        items += [[number, index, runs, row, rows] for index in range(runs)]
     return items, row_items

@@ -55,7 +55,7 @@ class KVTables:
 
     Attributes:
         addresses: int64 `[layers, COLUMNS]`.
-        lengths: int64 `[LENGTHS]`, see `lengths`.
+        lengths: int64 `[kinds, LENGTHS]`, see `lengths`; a kind of layers keeps the same tokens.
         padding_R: tokens of padding at the beginning of each row's tail, int32.
     """
 
@@ -64,11 +64,11 @@ class KVTables:
     padding_R: Tensor
 
     @classmethod
-    def zeros(cls, layers: int, rows: int, device: torch.device) -> KVTables:
+    def zeros(cls, layers: int, rows: int, device: torch.device, kinds: int = 1) -> KVTables:
         """Make tables to be filled later, for up to `rows` batch rows."""
         return cls(
             addresses=torch.zeros(layers, COLUMNS, dtype=torch.int64, device=device),
-            lengths=torch.zeros(LENGTHS, dtype=torch.int64, device=device),
+            lengths=torch.zeros(kinds, LENGTHS, dtype=torch.int64, device=device),
             padding_R=torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
@@ -293,12 +293,12 @@ def lengths(
 ) -> Tensor:
     """Return the lengths for `KVTables`, on the CPU: `[LENGTHS]`.
 
-    Those are the shard's tokens, the tail's before the new ones, the tail's capacity, the whole
+    Those are the tokens kept, the tail's before the new ones, the tail's capacity, the whole
     context's tokens, whether this rank attends to the tail, the number of segments, and these.
 
     Args:
-        segments: context tokens of the shard, in the order in which it is stored and of their
-            positions; `MAX_SEGMENTS` at most.
+        segments: context tokens that layers of a kind keep, in the order in which they are stored
+            and of their positions; `MAX_SEGMENTS` at most.
         context_tokens: tokens of the whole context.
         tail_tokens: tokens of the tail before the new ones.
         capacity: tokens for which the tail has room.
@@ -322,7 +322,7 @@ def append(k_RGQD: Tensor, v_RGQD: Tensor, *, tables: KVTables, layer: int) -> N
     R, G, Q, D = k_RGQD.shape
     k_RGQD, v_RGQD = (t if t.stride(3) == 1 else t.contiguous() for t in (k_RGQD, v_RGQD))
     _append[(R * G * Q,)](
-        k_RGQD, v_RGQD, tables.addresses, tables.lengths,
+        k_RGQD, v_RGQD, tables.addresses, tables.lengths[0],
         *k_RGQD.stride()[:3], *v_RGQD.stride()[:3], layer, Q,
         KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), COLUMNS=COLUMNS,
         num_warps=1, **triton_pdl.options(k_RGQD.device),
@@ -336,6 +336,7 @@ def attend(
     tables: KVTables,
     layer: int,
     rule: Rule,
+    kind: int = 0,
     fp8: bool = False,
     splits: int | None = None,
     **options: Any,
@@ -349,10 +350,9 @@ def attend(
         q_RQHD: queries.
         kv_heads: heads of keys and values.
         tables: where context and tail are.
-        layer: row of the addresses.
+        layer, kind: rows of the addresses and of the lengths.
         rule: scale, window, softcap, and the precision of the result.
-        fp8: True if the context is in e4m3 with scales, False if it is in the queries' precision,
-            as the tail always is.
+        fp8: True if the context is in e4m3 with scales; the tail is in the queries' precision.
         splits: runs over the context, `SPLITS` by default.
         options: instead of `launch_options`.
     """
@@ -376,7 +376,7 @@ def attend(
         options = dict(num_stages=4 if block_m > 64 else 3, maxnreg=None) | options
     early = triton_pdl.options(q_RQHD.device)
     _runs[(kv_heads, splits * tiles + R * tail_tiles * TAIL_SPLITS)](
-        q_RQHD, tables.addresses, tables.lengths, tables.padding_R, out, lse,
+        q_RQHD, tables.addresses, tables.lengths[kind], tables.padding_R, out, lse,
         layer, rule.scale, rule.softcap or 0.0, rule.window or 0,
         R, Q, tiles, tail_tiles, splits,
         HEADS=H, KV_HEADS=kv_heads, D=D, TAIL_SPLITS=TAIL_SPLITS, COLUMNS=COLUMNS,

@@ -262,7 +262,7 @@ def append(c_R1QC: Tensor, r_R1QP: Tensor, *, tables: KVTables, layer: int) -> N
     P = r_R1QP.shape[3]
     c_R1QC, r_R1QP = (t if t.stride(3) == 1 else t.contiguous() for t in (c_R1QC, r_R1QP))
     _append[(R * Q,)](
-        c_R1QC, r_R1QP, tables.addresses, tables.lengths,
+        c_R1QC, r_R1QP, tables.addresses, tables.lengths[0],
         c_R1QC.stride(0), c_R1QC.stride(2), r_R1QP.stride(0), r_R1QP.stride(2), layer, Q,
         C=C, P=P, BLOCK_C=triton.next_power_of_2(C), BLOCK_P=triton.next_power_of_2(P),
         COLUMNS=COLUMNS, num_warps=1, **triton_pdl.options(c_R1QC.device),
@@ -317,7 +317,7 @@ def attend(
     # With half of the warps, registers do not hold a tile's results.
     launch = dict(num_warps=8, num_stages=3 if nbytes == 2 else 2)
     _runs[(splits * tiles + R * tail_tiles * TAIL_SPLITS,)](
-        q_RQHE, tables.addresses, tables.lengths, tables.padding_R, out, lse, layer, rule.scale,
+        q_RQHE, tables.addresses, tables.lengths[0], tables.padding_R, out, lse, layer, rule.scale,
         R, Q, tiles, tail_tiles, splits,
         HEADS=H, C=C, P=P, TAIL_SPLITS=TAIL_SPLITS, COLUMNS=COLUMNS,
         BLOCK_M=block_m, BLOCK_N=32, BLOCK_C=max(16, triton.next_power_of_2(C)),

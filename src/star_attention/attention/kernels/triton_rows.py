@@ -78,12 +78,13 @@ def _of_context(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     STORED: tl.constexpr = tl.float8e4nv if FP8 else DTYPE
     item_ptr = items_ptr + item * _PER_ITEM
-    tokens = tl.load(item_ptr + 1)
-    rows = tl.load(item_ptr + 5)
+    shard_ptr = shards_ptr + (layer_rows + tl.load(item_ptr)) * _PER_SHARD
+    tokens = tl.load(shard_ptr + 4).to(tl.int32)
+    rows = tl.load(item_ptr + 4)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     row_mask = m < rows * GROUP
-    row = tl.load(item_ptr + 4) + m // GROUP
+    row = tl.load(item_ptr + 3) + m // GROUP
     at_M = (row * HEADS + g * GROUP + m % GROUP).to(tl.int64)
     mask_MD = row_mask[:, None] & (d < D)[None, :]
     q_MD = tl.load(q_ptr + at_M[:, None] * D + d[None, :], mask=mask_MD, other=0.0)
@@ -95,14 +96,14 @@ def _of_context(
         row_ptr = rows_ptr + row * _PER_ROW
         position = tl.load(row_ptr, mask=row_mask, other=0)
         position += tl.load(row_ptr + 2, mask=row_mask, other=0)
+        position -= tl.load(shard_ptr + 5).to(tl.int32)
         first_M = tl.maximum(position - window + 1, 0)
         start = tl.min(tl.where(row_mask, first_M, tokens)) // BLOCK_N * BLOCK_N
-    pieces = tl.load(item_ptr + 3)
+    pieces = tl.load(item_ptr + 2)
     length = tl.cdiv(tl.cdiv(tl.maximum(tokens - start, 0), pieces), BLOCK_N) * BLOCK_N
-    start += tl.load(item_ptr + 2) * length
+    start += tl.load(item_ptr + 1) * length
     stop = tl.minimum(start + length, tokens)
 
-    shard_ptr = shards_ptr + (layer_rows + tl.load(item_ptr)) * _PER_SHARD
     # Addresses read on the device do not imply an alignment, and unaligned loads are slow.
     base = tl.multiple_of(g.to(tl.int64) * tokens * D, 16)
     k_ptr = tl.load(shard_ptr).to(tl.pointer_type(STORED)) + base
@@ -176,7 +177,7 @@ def _row_runs(
     part = tl.program_id(1)
     # Contexts come first: their runs take longer. Without runs over tails there is nothing else.
     if TAIL_RUNS == 0 or part < items:
-        if tl.load(items_ptr + part * _PER_ITEM + 5) > 0:
+        if tl.load(items_ptr + part * _PER_ITEM + 4) > 0:
             _of_context(
                 q_ptr, shards_ptr, items_ptr, rows_ptr, out_ptr, lse_ptr, layer_rows, part, g,
                 scale, softcap, window,

@@ -22,6 +22,8 @@ from star_attention.planning.plan import BlockPlan
 from star_attention.planning.quality import QUALITIES
 from star_attention.planning.ring import ring_layout
 from star_attention.planning.segments import Segments
+from star_attention.planning.stored import segments_bytes
+from star_attention.planning.windows import ALL, LAST
 from star_attention.tools.baselines import STOCK_BACKENDS, official_encode, stock_prefill
 
 
@@ -225,6 +227,10 @@ class Official(Engine):
     def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
         return cost.phase1_official(shape, plan, rank)
 
+    def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
+        # It drops nothing.
+        return _kv_bytes(job, plan, job.settings.kv_dtype, rank, ALL)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RingEngine(Engine):
@@ -244,9 +250,9 @@ class RingEngine(Engine):
         return ring_layout(plan.context_tokens, plan.ranks, self.layout)
 
     def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
-        tokens = self.stored(plan)[rank].tokens
-        stored = job.target.shape.stored_bytes_per_token(job.settings.kv_dtype)
-        return tokens * stored // job.tensor_parallel
+        own, kv_dtype = self.stored(plan)[rank], job.settings.kv_dtype
+        kv_bytes = segments_bytes(job.target.shape, own, plan.context_tokens, kv_dtype)
+        return kv_bytes // job.tensor_parallel
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -295,12 +301,15 @@ def _sum(parts: Iterable[Flops]) -> Flops:
     )
 
 
-def _kv_bytes(job: Job, plan: BlockPlan, kv_dtype: str | None, rank: int) -> int:
+def _kv_bytes(
+    job: Job, plan: BlockPlan, kv_dtype: str | None, rank: int, kv_windows: str = LAST
+) -> int:
     memory = cost.memory_per_rank(
         job.target.shape,
         plan,
         tokens_per_forward=1,
         kv_dtype=kv_dtype,
+        kv_windows=kv_windows,
         rank=rank,
         tensor_parallel=job.tensor_parallel,
     )

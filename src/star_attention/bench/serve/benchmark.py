@@ -39,6 +39,8 @@ from star_attention.engine import StarLLM
 from star_attention.errors import StarAttentionError
 from star_attention.generation.batching.warming import warm_up
 from star_attention.planning.sizes import counted, format_size
+from star_attention.planning.stored import context_bytes
+from star_attention.planning.windows import LAST
 from star_attention.storage.context import EncodedContext
 from star_attention.tools.machine import Ceilings
 
@@ -75,7 +77,7 @@ class Serve(Benchmark[ServeRow]):
         processes: most processes that clients are spread over.
         budget: seconds for all of it, of which the work in Python may take half; None for no limit.
         compile: as for `StarLLM`.
-        kv_dtype, kv_device, kv_resident: as for `StarLLM`.
+        kv_dtype, kv_device, kv_resident, kv_windows: as for `StarLLM`.
     """
 
     name: ClassVar[str] = "serve"
@@ -97,6 +99,7 @@ class Serve(Benchmark[ServeRow]):
     kv_dtype: str | None = None
     kv_device: str | None = None
     kv_resident: float | str = 0.0
+    kv_windows: str = LAST
 
     @property
     def longest_input(self) -> int:
@@ -104,8 +107,11 @@ class Serve(Benchmark[ServeRow]):
 
     def run(self, target: Target) -> Iterator[ServeRow]:
         rows = self._in_python(self._rows(), target)
-        contexts = (self.context, self.short * self.texts, self.context)
-        nbytes = sum(contexts) * target.shape.stored_bytes_per_token(self.kv_dtype)
+        contexts = [self.context, *[self.short] * self.texts, self.context]
+        nbytes = sum(
+            context_bytes(target.shape, tokens, self.kv_dtype, self.kv_windows)
+            for tokens in contexts
+        )
         options = ["--max-context-bytes", str(nbytes * 5 // 4)]
         options += ["--max-rows", str(max(self.streams, self.clients))]
         options += ["--block-size", str(block_of(self.block, self.short, target))]
@@ -277,8 +283,8 @@ class Serve(Benchmark[ServeRow]):
             return replace(row, python_first_s=runs.first_s(questions[0]))
         runs.tokens_per_s(self._questions(row, rounds=1), _SHORT)
         rate = runs.tokens_per_s(questions, row.answer_tokens)
-        stored = target.shape.stored_bytes_per_token(self.kv_dtype)
-        read_bytes = weight_bytes_per_token(target.model) + row.texts * row.context * stored
+        stored = context_bytes(target.shape, row.context, self.kv_dtype, self.kv_windows)
+        read_bytes = weight_bytes_per_token(target.model) + row.texts * stored
         # Of a tail, half is there on average.
         tails = row.clients * (self.query_tokens + row.answer_tokens // 2)
         read_bytes += tails * target.shape.stored_bytes_per_token(None)
@@ -296,6 +302,7 @@ class Serve(Benchmark[ServeRow]):
             kv_dtype=self.kv_dtype,
             kv_device=self.kv_device,
             kv_resident=self.kv_resident,
+            kv_windows=self.kv_windows,
         )
 
     # ------------------------------------------------------------------------- reports

@@ -77,8 +77,8 @@ class TargetOptions:
     shapes: Annotated[
         str | None,
         option(
-            "Random weights in the shapes of llama-3.1-8b, llama-3.2-1b, smollm2-135m or"
-            " deepseek-v2-lite, instead of a model.",
+            "Random weights in the shapes of llama-3.1-8b, llama-3.2-1b, smollm2-135m,"
+            " deepseek-v2-lite, gemma-3-4b or gemma-3-12b, instead of a model.",
             "--shapes",
             panel=PANEL,
             metavar="NAME",

@@ -11,6 +11,7 @@ from star_attention.evals.runs.anchors import CONTENTS, POSITIONS
 from star_attention.evals.runs.settings import GREEDY
 from star_attention.evals.runs.variants import Variant
 from star_attention.inputs import Content
+from star_attention.planning.windows import ALL
 from star_attention.storage.context import EncodedContext
 
 
@@ -21,11 +22,14 @@ def engine_for(star: StarLLM, variant: Variant, sizes: tuple[int | None, int | N
         InvalidInputError: For look-back in layers that the model does not have.
     """
     block_size, anchor_size = sizes
+    # A second look takes keys that answers alone do not.
+    kv_windows = ALL if variant.second_look else star.config.kv_windows
     return star.with_config(
         method=variant.method,
         block_size=block_size,
         anchor_size=anchor_size,
         kv_dtype=variant.kv_dtype or star.config.kv_dtype,
+        kv_windows=kv_windows,
         lookback=variant.lookback,
         lookback_layers=variant.lookback_layers,
     )

@@ -219,6 +219,12 @@ class StarCache(Cache):
         layer = self._find_layer(module, key, value)
         self.calls += 1
         self.comm.tick()
+        if layer.window is not None and (rule.window or 0) > layer.window:
+            # What is further back may not be kept.
+            raise UnsupportedModelError(
+                type(module).__name__,
+                [f"a layer sees {rule.window:,} tokens, and its config says {layer.window:,}"],
+            )
         is_last = layer.index == self.last_wanted
         if is_last:
             layer.leave_out()

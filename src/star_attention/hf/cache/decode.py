@@ -26,6 +26,7 @@ from star_attention.hf.cache.base import (
     by_token,
 )
 from star_attention.hf.cache.latent import Latents
+from star_attention.planning.segments import Segments
 from star_attention.storage.host.feed import feeds_of
 from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, VisibleRange
 from star_attention.storage.tail import Tail
@@ -251,9 +252,6 @@ class AnswerCache(StarCache):
         comm: merges the attention of all ranks.
         slices: slices of the weights that forwards multiply, None for all of them.
         latents: of each layer the attention that need not expand what it stores; None for others.
-
-    Attributes:
-        segments: the context tokens of the shard.
     """
 
     layers: list[AnswerLayer]
@@ -279,7 +277,6 @@ class AnswerCache(StarCache):
         )
         super().__init__(build_layers(AnswerLayer, windows, position, [shard]), position, comm)
         self.slices = slices
-        self.segments = shard.segments
         self.feeds = feeds_of(shard)
         """What brings layers from host memory, as long as it is kept."""
 
@@ -291,6 +288,13 @@ class AnswerCache(StarCache):
     def context_tokens(self) -> int:
         """Tokens of the whole context."""
         return self.position.context_tokens
+
+    def kept_with(self, window: int | None) -> Segments:
+        """Return the tokens of the shard that layers with a window keep; None for full attention.
+
+        All of them keep the same.
+        """
+        return next(layer.shard.segments for layer in self.layers if layer.window == window)
 
     @property
     def kv_format(self) -> KVFormat:

@@ -25,6 +25,8 @@ from star_attention.hf.cache.base import (
     by_token,
 )
 from star_attention.planning.plan import BlockPlan, Span
+from star_attention.planning.segments import Segments
+from star_attention.planning.windows import dropping
 from star_attention.storage.kv import ContextKV, LayerKV
 
 
@@ -57,6 +59,10 @@ class SpanPosition(ForwardPosition):
 class EncodePosition(SpanPosition):
     """The span, where the anchor is stored if not with the context, and how it gets there."""
 
+    segments: Segments
+    """The context tokens of this rank."""
+    dropping: list[int | None]
+    """Windows of the layers of which the context does not keep all tokens, None for others."""
     anchors: list[ContextKV] | None
     link: KVLink
     lookbacks: list[int]
@@ -89,7 +95,7 @@ class SpanCache(StarCache):
     def bytes_per_token(self) -> int:
         """Bytes stored so far for each token, of all contexts together."""
         stores: list[LayerKV] = [store for layer in self.layers for store in layer.stores]
-        return sum(store.nbytes for store in stores) // max(1, stores[0].tokens)
+        return sum(store.nbytes for store in stores) // max(store.tokens or 1 for store in stores)
 
 
 Piece = tuple[int, Tensor, Tensor]
@@ -106,14 +112,19 @@ class Recent:
         """Add the tokens from `start` on."""
         self._pieces.append((start, k_BGSD, v_BGSD))
 
+    def add_last(self, tokens: int, start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+        """Add the last tokens of those from `start` on, as copies: the others are not kept."""
+        skipped = max(0, k_BGSD.shape[2] - tokens)
+        self.add(start + skipped, k_BGSD[:, :, skipped:].clone(), v_BGSD[:, :, skipped:].clone())
+
     def drop_before(self, first: int) -> None:
         """Drop tokens before `first`."""
         self._pieces = [piece for piece in self._pieces if piece[0] + piece[1].shape[2] > first]
 
     def between(self, first: int, stop: int) -> list[Piece]:
-        """Return what there is of the tokens `first..stop`."""
+        """Return what there is of the tokens `first..stop`, in order."""
         pieces = []
-        for start, k_BGSD, v_BGSD in self._pieces:
+        for start, k_BGSD, v_BGSD in sorted(self._pieces, key=lambda piece: piece[0]):
             part = slice(max(0, first - start), stop - start)
             if start < stop and part.start < k_BGSD.shape[2]:
                 pieces.append((start + part.start, k_BGSD[:, :, part], v_BGSD[:, :, part]))
@@ -126,10 +137,14 @@ class EncodeLayer(StarLayer[EncodePosition]):
     ) -> None:
         super().__init__(index, window, position, stores)
         anchors = position.anchors
+        # Later tokens see what is in the window alone: no rank's stores keep the rest.
+        self._drops = position.dropping[index] is not None
+        if self._drops and position.segments.holds(0):
+            anchors = None
         self.anchors = stores if anchors is None else [kv.layers[index] for kv in anchors]
         self.lookback = position.lookbacks[index]
         self._recent = position.recents[index]
-        self._keeps_own = position.keeps_own and self.lookback > 0
+        self._keeps_own = self._drops or (position.keeps_own and self.lookback > 0)
 
     def set_expands(self, expands: bool) -> None:
         for store in (*self.stores, *self.anchors):
@@ -138,15 +153,19 @@ class EncodeLayer(StarLayer[EncodePosition]):
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         span, plan = self.position.span, self.position.plan
         stores = self._stores_of(span.start)
-        _write(stores, span.start, k_BGSD, v_BGSD)
+        write_kept(stores, span.start, k_BGSD, v_BGSD)
         anchor_tokens = min(span.stop, plan.anchor_size) - span.start
         if stores is not self.anchors and anchor_tokens > 0:
-            _write(
+            write_kept(
                 self.anchors, span.start, k_BGSD[:, :, :anchor_tokens], v_BGSD[:, :, :anchor_tokens]
             )
         self.position.link.send(self.index, span, k_BGSD, v_BGSD)
-        self._recent.drop_before(self._first_seen)
-        if self._keeps_own and stores is self.stores:
+        # The anchor in a window may be before the blocks that are seen.
+        self._recent.drop_before(self._in_window if self._drops else self._first_seen)
+        if self._drops and stores is self.stores:
+            assert self.window is not None
+            self._recent.add_last(self.window - 1, span.start, k_BGSD, v_BGSD)
+        elif self._keeps_own and stores is self.stores:
             self._recent.add(span.start, k_BGSD, v_BGSD)
         if not self.kv.expands or span.start == 0:
             return k_BGSD, v_BGSD
@@ -163,12 +182,12 @@ class EncodeLayer(StarLayer[EncodePosition]):
         anchor: Callable[[], KV] = partial(_by_token, self._anchor)
         earlier: Callable[[], KV] = partial(_by_token, self._earlier)
         if self.kv.expands and span.start > 0:
-            a = plan.anchor_size if self._needs_anchor else 0
+            a = plan.anchor_size - self._in_window if self._needs_anchor else 0
             e = a + span.start - first
             anchor = partial(_part, k_BKGD, v_BKGD, slice(a))
             earlier = partial(_part, k_BKGD, v_BKGD, slice(a, e))
             k_BKGD, v_BKGD = k_BKGD[:, e:], v_BKGD[:, e:]
-        return block_attention(
+        state = block_attention(
             q_BQHD,
             (k_BKGD, v_BKGD),
             anchor=anchor if self._needs_anchor else None,
@@ -178,25 +197,35 @@ class EncodeLayer(StarLayer[EncodePosition]):
             rule=rule,
             lookback=self.lookback,
         )
+        # Other ranks wait until what they sent has arrived, whether it is seen here or not.
+        self.position.link.wait_for(self.index)
+        return state
+
+    @property
+    def _in_window(self) -> int:
+        """First token that the span sees, where only what is in the window is kept; else 0."""
+        if not self._drops:
+            return 0
+        assert self.window is not None
+        return max(0, self.position.span.start - self.window + 1)
 
     def leave_out(self) -> None:
-        if self._needs_anchor or self._first_seen < self.position.span.start:
-            self.position.link.wait_for(self.index)
+        self.position.link.wait_for(self.index)
 
     @property
     def _first_seen(self) -> int:
         """First token of the run that the span's first block sees."""
         plan, start = self.position.plan, self.position.span.block_start
-        return plan.first_seen(start, self.lookback, self.window)
+        return max(self._in_window, plan.first_seen(start, self.lookback, self.window))
 
     @property
     def _needs_anchor(self) -> bool:
-        """True if the anchor is neither in the span nor in the run before it."""
-        return self.position.plan.anchor_size > 0 and self._first_seen > 0
+        """True if a part of the anchor is seen that is not in the span or in the run before it."""
+        return self.position.plan.anchor_size > self._in_window and self._first_seen > 0
 
     def _stores_of(self, token: int) -> list[LayerKV]:
-        """Return the stores that hold a token: the context's, or the anchor's own."""
-        return self.stores if self.stores[0].holds(token) else self.anchors
+        """Return the stores that a token is written to: the context's, or the anchor's own."""
+        return self.stores if self.position.segments.holds(token) else self.anchors
 
     def _earlier(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of the tokens before this forward that its first block sees."""
@@ -214,8 +243,12 @@ class EncodeLayer(StarLayer[EncodePosition]):
         return _joined([pair for _, *pair in pieces], 2)
 
     def _anchor(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the anchor, as far as it is in the window."""
+        first, stop = self._in_window, self.position.plan.anchor_size
         self.position.link.wait_for(self.index)
-        return _batch(store.slice(0, self.position.plan.anchor_size) for store in self.anchors)
+        if self.anchors is self.stores and self._drops:
+            return _joined([pair for _, *pair in self._recent.between(first, stop)], 2)
+        return _batch(store.slice(first, stop) for store in self.anchors)
 
 
 class EncodeCache(SpanCache):
@@ -248,6 +281,8 @@ class EncodeCache(SpanCache):
     ) -> None:
         position = EncodePosition(
             plan=plan,
+            segments=stores[0].segments,
+            dropping=dropping(windows, plan.context_tokens, stores[0].kv_format.windows),
             anchors=anchors,
             link=link or KVLink(),
             lookbacks=plan.lookbacks(len(windows)),
@@ -265,9 +300,12 @@ def _part(k_BKGD: Tensor, v_BKGD: Tensor, part: slice) -> KV:
     return k_BKGD[:, part], v_BKGD[:, part]
 
 
-def _write(stores: list[LayerKV], start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
-    for store, k_GSD, v_GSD in zip(stores, k_BGSD, v_BGSD, strict=True):
-        store.write(start, k_GSD, v_GSD)
+def write_kept(stores: list[LayerKV], start: int, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
+    """Store what a layer keeps of the tokens from `start` on, of each context of the batch."""
+    for first, stop in stores[0].segments.within(start, start + k_BGSD.shape[2]):
+        part = slice(first - start, stop - start)
+        for store, k_GSD, v_GSD in zip(stores, k_BGSD, v_BGSD, strict=True):
+            store.write(first, k_GSD[:, part], v_GSD[:, part])
 
 
 def _batch(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

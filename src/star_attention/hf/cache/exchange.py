@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed.comm import Comm, Pending
-from star_attention.hf.cache.encode import KVLink, Piece, Recent
+from star_attention.hf.cache.encode import KVLink, Piece, Recent, write_kept
 from star_attention.hf.cache.links import Place, Places, pack, unpack
 from star_attention.planning.exchange import Transfer, in_round
 from star_attention.planning.plan import BlockPlan, Span
@@ -208,11 +208,12 @@ class StripeLink(KVLink):
 
 
 def keep_anchor(piece: Piece, anchors: list[ContextKV], layer: int, anchor_size: int) -> None:
-    """Store the anchor of each context if a piece begins with it."""
+    """Store what a piece has of the anchor of each context."""
     start, k_BGSD, v_BGSD = piece
-    if start == 0:
-        for store, k_GSD, v_GSD in zip(anchors, k_BGSD, v_BGSD, strict=True):
-            store.layers[layer].write(0, k_GSD[:, :anchor_size], v_GSD[:, :anchor_size])
+    if anchors and start < anchor_size:
+        part = slice(anchor_size - start)
+        stores = [store.layers[layer] for store in anchors]
+        write_kept(stores, start, k_BGSD[:, :, part], v_BGSD[:, :, part])
 
 
 def _nothing(start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -99,18 +99,22 @@ class GraphPosition(ForwardPosition):
     """The tables on the device from which captured kernels read where the keys are.
 
     Args:
-        layers: layers of the cache.
+        windows: sliding window of each layer in tokens, None for full attention. Layers with the
+            same one are of a kind: they keep the same tokens of a context.
         rows: most rows of a forward.
         device: where the tables are.
         comm: merges the attention of all ranks.
     """
 
-    def __init__(self, layers: int, rows: int, device: torch.device, comm: Comm) -> None:
+    def __init__(
+        self, windows: list[int | None], rows: int, device: torch.device, comm: Comm
+    ) -> None:
         from star_attention.attention.kernels import triton_answer, triton_latent
 
         super().__init__()
         self.kernel, self.latent_kernel = triton_answer, triton_latent
-        self.tables = triton_answer.KVTables.zeros(layers, rows, device)
+        self.kinds = list(dict.fromkeys(windows))
+        self.tables = triton_answer.KVTables.zeros(len(windows), rows, device, len(self.kinds))
         self.comm = comm
         # Of the forward that is being captured: how the context is stored, and whether each rank
         # computes queries, keys and values of its own heads alone.
@@ -170,6 +174,7 @@ class GraphLayer(StarLayer[GraphPosition]):
             tables=position.tables,
             layer=self.index,
             rule=rule,
+            kind=position.kinds.index(self.window),
             fp8=position.fp8,
         )
         if comm.cp_size == 1:
@@ -211,7 +216,7 @@ class GraphCache(StarCache):
     def __init__(
         self, windows: list[int | None], rows: int, device: torch.device, comm: Comm
     ) -> None:
-        position = GraphPosition(len(windows), rows, device, comm)
+        position = GraphPosition(windows, rows, device, comm)
         no_stores = [ContextKV.empty(Segments(), [False] * len(windows))]
         super().__init__(build_layers(GraphLayer, windows, position, no_stores), position, comm)
         self._loaded: tuple[Any, ...] = ()
@@ -230,16 +235,17 @@ class GraphCache(StarCache):
             return
         comm, kernel, tables = self.comm, self.position.kernel, self.position.tables
         overwrite(tables.addresses, kernel.addresses(tails.addressed()))
-        overwrite(
-            tables.lengths,
+        by_kind = [
             kernel.lengths(
-                cache.segments,
+                cache.kept_with(window),
                 context_tokens=cache.context_tokens,
                 tail_tokens=tails.tokens,
                 capacity=tails.capacity(rows),
                 holds_tail=comm.cp_rank == comm.cp_size - 1,
-            ),
-        )
+            )
+            for window in self.position.kinds
+        ]
+        overwrite(tables.lengths, torch.stack(by_kind))
         padding = torch.tensor(cache.row_padding(rows), dtype=torch.int32, device="cpu")
         overwrite(tables.padding_R[:rows], padding)
         self._loaded = signature

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from star_attention.distributed.comm import Comm, Pending
-from star_attention.hf.cache.encode import KVLink
+from star_attention.hf.cache.encode import KVLink, write_kept
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.storage.kv import ContextKV
@@ -129,5 +129,5 @@ class AnchorReceiver(KVLink):
         pending.wait()
         shape = self._places[part.layer].shape
         k_BGSD, v_BGSD = unpack(packed, shape, len(self._anchors), part.tokens)
-        for store, k_GSD, v_GSD in zip(self._anchors, k_BGSD, v_BGSD, strict=True):
-            store.layers[part.layer].write(part.start, k_GSD, v_GSD)
+        stores = [store.layers[part.layer] for store in self._anchors]
+        write_kept(stores, part.start, k_BGSD, v_BGSD)

@@ -17,6 +17,7 @@ from star_attention.attention.attend import Rule, attend
 from star_attention.attention.state import State, empty_state, merge
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
+from star_attention.hf.cache.encode import write_kept
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV
 
@@ -31,11 +32,11 @@ class RingPosition(ForwardPosition):
 
 class RingLayer(StarLayer[RingPosition]):
     def append(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        for store, k_GSD, v_GSD in zip(self.stores, k_BGSD, v_BGSD, strict=True):
-            for start, stop in store.segments:
-                at = store.segments.offset(start)
-                part = slice(at, at + stop - start)
-                store.write(start, k_GSD[:, part], v_GSD[:, part])
+        own = self.position.layout[self.position.comm.cp_rank]
+        for start, stop in own:
+            at = own.offset(start)
+            part = slice(at, at + stop - start)
+            write_kept(self.stores, start, k_BGSD[:, :, part], v_BGSD[:, :, part])
         return k_BGSD, v_BGSD
 
     def attend(self, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, rule: Rule) -> State:

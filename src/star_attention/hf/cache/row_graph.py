@@ -200,6 +200,10 @@ def _shard_addresses(shard: ContextKV) -> Tensor:
         stored = () if layer.is_empty else layer.stored()
         for column, tensor in enumerate(stored):
             addresses[number, column] = tensor.data_ptr()
+        if layer.segments:
+            # Where there are several, on ranks, no layer has a window, and all keys are seen.
+            place = torch.tensor([layer.tokens, layer.segments[0][0]])
+            addresses[number, row_tables.SHARD_ADDRESSES :] = place
     return addresses
 
 

@@ -230,14 +230,15 @@ class RowsLayer(StarLayer[RowsPosition]):
         self, q_R1HD: Tensor, value_size: int, rows: list[RowKV], rule: Rule
     ) -> State:
         shard = rows[0].shard
-        if not shard.segments:
-            # A short context has none on this rank.
+        layer = shard.layers[self.index]
+        if not layer.segments:
+            # A short context has none on this rank, and a window may be on others.
             R, _, H, _ = q_R1HD.shape
             return empty_state(R, 1, H, value_size, q_R1HD.device)
-        k_1KGD, v_1KGD = by_token(shard.layers[self.index].pair())
+        k_1KGD, v_1KGD = by_token(layer.pair())
         over_segment = shard_attention if self._latent is None else compressed_shard_attention
         states, at = [], 0
-        for start, stop in shard.segments:
+        for start, stop in layer.segments:
             segment = slice(at, at + stop - start)
             at = segment.stop
             states.append(

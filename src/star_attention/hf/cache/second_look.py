@@ -60,7 +60,8 @@ class MassLayer(AnswerLayer):
             for (start, _), (keys, _) in zip(self.shard.segments, segments, strict=True)
         ]
         if masses:
-            mass_K += torch.cat(masses).to(mass_K.device)
+            # A layer with a window may keep the last tokens of the shard alone.
+            mass_K[-self.shard.tokens :] += torch.cat(masses).to(mass_K.device)
         return state
 
 

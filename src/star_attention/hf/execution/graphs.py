@@ -211,7 +211,7 @@ class Graphs:
 
         def work() -> None:
             forward()
-            cache.position.tables.lengths[1:2].add_(queries)
+            cache.position.tables.lengths[:, 1].add_(queries)
 
         try:
             graph.replay = self.recorder.record(work, warm_up=forward, comm=cache.comm)

@@ -12,7 +12,6 @@ from star_attention.errors import TokenError
 from star_attention.hf.text import special
 from star_attention.hf.text.checks import bytes_remedy
 from star_attention.hf.text.messages import is_messages
-from star_attention.storage.kv import as_tensor_ids
 
 _NOT_IDS = (bytes, bytearray, dict, set, frozenset)
 """Types that can be iterated, but are no row of token ids."""
@@ -116,3 +115,8 @@ def checked_ids(ids: Any, name: str, vocab_size: int) -> Tensor:
             f" 0..{vocab_size - 1}; is the tokenizer the model's own?"
         )
     return as_tensor_ids(tensor)
+
+
+def as_tensor_ids(ids: Tensor) -> Tensor:
+    """Return token ids as a contiguous 1-D int64 CPU tensor."""
+    return ids.detach().to(device="cpu", dtype=torch.int64).reshape(-1).contiguous()

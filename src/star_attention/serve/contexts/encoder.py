@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from star_attention import methods
 from star_attention.engine import StarLLM
 from star_attention.errors import CorruptContextError, quote_path
 from star_attention.generation.batching.batch import Batch
@@ -44,10 +45,8 @@ class BatchEncoder:
         On several ranks, those of the rank that has most of them.
         """
         runtime = self._star.runtime
-        layout = runtime.method.layout(runtime.config, runtime.plan_for(tokens))
-        shares = [segments.tokens for segments in layout]
-        whole = self._star.context_bytes(tokens) // runtime.comm.tp_size
-        return whole * max(shares) // sum(shares)
+        plan = runtime.plan_for(tokens)
+        return max(methods.rank_bytes(runtime.method, runtime.config, plan, runtime.handle))
 
     def block_size(self, tokens: int) -> int:
         """Return the tokens of a block of a context of that length."""
