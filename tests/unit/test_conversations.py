@@ -346,7 +346,8 @@ def test_conversations_stay_in_their_process(star: StarLLM, context: EncodedCont
 class Buckets(Graphs):
     """Graphs that know their lengths, but record nothing: forwards run eagerly."""
 
-    def __init__(self) -> None:
+    def __init__(self, handle: Any) -> None:
+        super().__init__(handle)
         self.lengths: list[int] = []
 
     def run(self, cache: Any, ids_RQ: torch.Tensor, *rest: Any, **options: Any) -> None:
@@ -358,7 +359,7 @@ def test_queries_of_fixed_lengths(name: str, monkeypatch: pytest.MonkeyPatch) ->
     """Forbids padding between two turns, which graphs take from the left alone."""
     star = engine(name, **SIZES)
     context = star.encode(ids(CONTEXT))
-    graphs = Buckets()
+    graphs = Buckets(star.runtime.handle)
     text: list[int] = []
     reply: Any = context
     lengths = []

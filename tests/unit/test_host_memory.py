@@ -44,7 +44,7 @@ def test_layers_that_arrive_in_turn_answer_as_those_in_place(
     name: str, kv_dtype: str | None, buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed_module, "BUFFERS", buffers)
-    star = engine(name, **SIZES, kv_dtype=kv_dtype, kv_device="cpu")
+    star = engine(name, **SIZES, kv_dtype=kv_dtype, kv_device="cpu", kv_windows="all")
     context = star.encode(ids(101))
     queries = [ids(5, seed=3), ids(9, seed=4)]
     kwargs: dict[str, Any] = dict(max_new_tokens=6, ignore_eos=True)

@@ -29,7 +29,8 @@ def test_a_share_of_the_layers_stays_on_the_device(kept: int) -> None:
     plan = BlockPlan(context_tokens=50, block_size=16, anchor_size=7)
     places: tuple[dict[str, Any], ...] = (dict(kv_device="cpu", kv_resident=kept / 10), {})
     memory, plain = (
-        cost.memory_per_rank(shape, plan, tokens_per_forward=8, **place) for place in places
+        cost.memory_per_rank(shape, plan, tokens_per_forward=8, kv_windows="all", **place)
+        for place in places
     )
     layer = plain.kv // shape.kv_layers
     assert (memory.kv, memory.host) == (layer * kept, layer * (10 - kept))

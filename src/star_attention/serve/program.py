@@ -76,6 +76,7 @@ def run(
         asyncio.run(_Server(config, service, settings, ready).serve(sockets=[listener]))
     finally:
         service.close()
+        gc.unfreeze()
     if service.engine.failure is not None:
         raise service.engine.failure
     # Whoever has lost a rank has not ended well.
@@ -83,7 +84,7 @@ def run(
 
 
 def _leave_garbage() -> None:
-    """Let the garbage collector pass over what is here: all of it stays until the end.
+    """Let the garbage collector pass over what is here: it stays until the server ends.
 
     Importing and compiling leave half a million objects and more, which take a collection a second
     or longer, in the middle of answers.
