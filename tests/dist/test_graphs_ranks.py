@@ -180,11 +180,11 @@ def answer_rows(
 
 
 def _tokens_of_rows(star: StarLLM) -> list[list[int]]:
-    contexts = [star.encode(ids(101)), star.encode(ids(60, seed=2))]
+    contexts = [star.encode(ids(101)), star.encode(ids(40, seed=2))]
     with star.batch(max_rows=2) as batch:
         rows = [
             batch.add(contexts[number % 2], ids(4, seed=number), max_new_tokens=length)
-            for number, length in enumerate((4, 2, 2))
+            for number, length in enumerate((3, 2, 2))
         ]
         return [row.result().token_ids for row in rows]
 
@@ -199,7 +199,7 @@ def _tokens_of_rows(star: StarLLM) -> list[list[int]]:
             3, "llama", [RunAgain], dict(block_size=64, anchor_size=64), marks=pytest.mark.slow
         ),
         # One rank has no graphs, or windows are not known in parts of contexts: none runs any.
-        (2, "llama", [RunAgain, None], {}),
+        pytest.param(2, "llama", [RunAgain, None], {}, marks=pytest.mark.slow),
         pytest.param(2, "llama", [NeverCaptures, RunAgain], {}, marks=pytest.mark.slow),
         pytest.param(2, "gemma3", [RunAgain], {}, marks=pytest.mark.slow),
     ],
@@ -212,6 +212,6 @@ def test_graphs_of_rows_on_ranks(
     assert results[0]["tokens"] == answer_rows(SoloComm(), name, [None], **alone)["tokens"]
     runs = [result["runs"] for result in results]
     if kinds == [RunAgain] and name != "gemma3":
-        assert min(runs) == max(runs) > 2
+        assert min(runs) == max(runs) > 1
     else:
         assert max(runs) == 0
