@@ -171,6 +171,7 @@ def test_every_way_to_answer() -> None:
     assert counting.recorder.captures == captures, "no graph is captured for a second context"
 
 
+@pytest.mark.slow
 def test_streams_over_two_contexts_take_turns() -> None:
     """They share a graph, which loads each of them before its turn."""
     star = StarLLM(tiny("llama"), bundled_tokenizer(), **SIZES)
@@ -185,6 +186,7 @@ def test_streams_over_two_contexts_take_turns() -> None:
     assert (counting.recorder.captures, counting.recorder.replays) == (2, 16)
 
 
+@pytest.mark.slow
 def test_an_end_before_the_last_token_leaves_no_trace() -> None:
     """The forward of the next token has begun by the time the end is noticed."""
     plain, fast, _ = pair("llama")
