@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_quantized_weights_are_refused_by_name(
 
 def test_quantization_in_two_ways_is_refused() -> None:
     kwargs = {"quantization_config": {"quant_method": "torchao"}}
-    call = lambda: load(model_kwargs=kwargs)  # noqa: E731
+    call = partial(load, model_kwargs=kwargs)
     refused(InvalidInputError, "quantization_config", "leave one of them out", call=call)
 
 
@@ -110,7 +111,7 @@ def test_weights_elsewhere_are_refused() -> None:
     model: Any = build("llama", **SIZES)
     model.model.layers[1].mlp.up_proj.to("meta")
     words = ("moved for each forward", "layers.1.mlp.up_proj", "tensor_parallel")
-    call = lambda: loading.quantize(model, loading.layers(model), None)  # noqa: E731
+    call = partial(loading.quantize, model, loading.layers(model), None)
     refused(InvalidInputError, *words, call=call)
 
 

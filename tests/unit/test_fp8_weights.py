@@ -20,6 +20,7 @@ from star_attention.hf.execution import compiled
 from star_attention.hf.loading import fp8 as loading
 from star_attention.linear import fp8
 from star_attention.linear.fp8 import Fp8Linear
+from tests.compiling import fresh_code
 from tests.dist.checks import answer_with, check_model
 from tests.engines import BUNDLED, bundled_tokenizer, ids, tiny
 from tests.families import build
@@ -150,11 +151,7 @@ def test_compiled_layers_quantize_an_input_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
     model = quantized("llama")
     sizes: dict[str, Any] = dict(block_size=128, tokens_per_forward=128)
-    fresh = (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    )
-    with fresh[0], fresh[1]:
+    with fresh_code():
         contexts = [
             StarLLM(model, compile=compile, **sizes).encode(ids(256)) for compile in (True, False)
         ]

@@ -11,6 +11,7 @@ import torch._inductor.config
 
 from star_attention.hf.execution import compiled, slices
 from star_attention.hf.execution.handle import ModelHandle
+from tests.compiling import counted_launches, fresh_code
 from tests.families import build
 from tests.unit.test_slices import Rank, cache_of
 
@@ -18,35 +19,20 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_row  # noqa: E402
-
 
 def test_a_sliced_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of gate and up in one launch, then that of down; biases are added once."""
     monkeypatch.setattr(slices, "triton_works", lambda device: True)
-    launches: list[int] = []
-    fuse = triton_row.fuse_linears
-
-    def counted(graph: torch.fx.Graph) -> None:
-        fuse(graph)
-        op = torch.ops.star_attention.linears.default
-        launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
-        assert not graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
-
-    monkeypatch.setattr(triton_row, "fuse_linears", counted)
+    launches = counted_launches(monkeypatch, slices=False)
     model: Any = build("llama", mlp_bias=True)
     handle, layer = ModelHandle(model), model.model.layers[0].mlp
     for bias in (layer.gate_proj.bias, layer.down_proj.bias):
         torch.nn.init.normal_(bias)
     x = torch.randn(1, 1, layer.gate_proj.in_features)
-    fresh = (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    )
     options = {"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
     fast = torch.compile(layer, fullgraph=True, options=options)
     parts = []
-    with torch.no_grad(), fresh[0], fresh[1]:
+    with torch.no_grad(), fresh_code():
         for rank in range(2):
             comm = Rank(rank, 2)
             handle.kept_slices = None

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from star_attention.hf.execution import compiled
 from star_attention.linear import fp8
 from star_attention.linear.fp8 import Fp8Linear
+from tests.compiling import counted_launches, fresh_code
 from tests.fp8_models import quantized
 
 triton = pytest.importorskip("triton")
@@ -109,25 +110,13 @@ def test_a_compiled_step_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> No
     layer: Any = quantized("llama").model.layers[0].mlp
     x = torch.randn(1, 1, layer.gate_proj.in_features)
     expected = layer(x)
-    launches: list[int] = []
-    fuse = triton_row.fuse_linears
-
-    def counted(graph: torch.fx.Graph) -> None:
-        fuse(graph)
-        op = torch.ops.star_attention.linears.default
-        launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
-
-    monkeypatch.setattr(triton_row, "fuse_linears", counted)
+    launches = counted_launches(monkeypatch)
     for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
         assert isinstance(module, Fp8Linear)
         module.has_kernels = True
     fast = torch.compile(
         layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
     )
-    fresh = (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    )
-    with torch.no_grad(), fresh[0], fresh[1]:
+    with torch.no_grad(), fresh_code():
         torch.testing.assert_close(fast(x), expected, atol=1e-4, rtol=1e-4)
     assert launches == [2, 1]

@@ -24,6 +24,7 @@ from tests.answer_oracle import (
     setup,
     tables,
 )
+from tests.compiling import counted_launches, fresh_code
 from tests.engines import tiny
 
 triton = pytest.importorskip("triton")
@@ -180,24 +181,12 @@ def test_a_compiled_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> N
     layer: Any = tiny("llama").model.layers[0].mlp
     x = torch.randn(1, 1, layer.gate_proj.in_features)
     expected = layer(x)
-    launches: list[int] = []
-    fuse = triton_row.fuse_linears
-
-    def counted(graph: torch.fx.Graph) -> None:
-        fuse(graph)
-        op = torch.ops.star_attention.linears.default
-        launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
-
-    monkeypatch.setattr(triton_row, "fuse_linears", counted)
+    launches = counted_launches(monkeypatch)
     for module in (layer.gate_proj, layer.up_proj, layer.down_proj):
         module.__class__ = triton_row.RowLinear
     compiled_layer = torch.compile(
         layer, fullgraph=True, options={"post_grad_custom_pre_pass": compiled._FUSE_LINEARS}
     )
-    fresh = (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-    )
-    with torch.no_grad(), fresh[0], fresh[1]:
+    with torch.no_grad(), fresh_code():
         torch.testing.assert_close(compiled_layer(x), expected, atol=1e-5, rtol=1e-4)
     assert launches == [2, 1]

@@ -29,7 +29,7 @@ from torch import Tensor
 from star_attention.attention.attend import Rule
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.row_tables import tile_size
-from star_attention.attention.kernels.triton_run import launch_options, run
+from star_attention.attention.kernels.triton_run import launch_options, merged, run
 from star_attention.attention.state import State
 
 TAIL_SPLITS = 4
@@ -45,8 +45,6 @@ MAX_SEGMENTS = 128
 LENGTHS = 6 + 2 * MAX_SEGMENTS
 """Numbers of a forward, see `lengths`."""
 _SEGMENTS: tl.constexpr = tl.constexpr(6)
-
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,31 +246,6 @@ def _runs(
         )  # fmt: skip
 
 
-@triton.jit
-def _merged(
-    out_ptr, lse_ptr, result_ptr, result_lse_ptr, runs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    triton_pdl.begin(PDL)
-    at = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
-    d_mask = d < D
-    lse_S = tl.load(lse_ptr + at * runs + s, mask=s < runs, other=float("-inf"))
-    # A rank may hold no keys that a query sees.
-    top = tl.max(lse_S)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weight_S = tl.exp2(lse_S - top)
-    weights = tl.sum(weight_S)
-    run_mask = (s < runs)[:, None] & d_mask[None, :]
-    out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=run_mask, other=0.0)
-    has_keys = weights > 0.0
-    weights = tl.where(has_keys, weights, 1.0)
-    tl.store(result_ptr + at * D + d, tl.sum(out_SD * weight_S[:, None], 0) / weights, mask=d_mask)
-    lse = tl.where(has_keys, (top + tl.log2(weights)) / _LOG2_E, float("-inf"))
-    tl.store(result_lse_ptr + at, lse)
-
-
 def addresses(layers: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """Return the addresses for `KVTables`, on the CPU, with zeros for missing tensors.
 
@@ -387,7 +360,7 @@ def attend(
     )  # fmt: skip
     out_RQHD = torch.empty(R, Q, H, D, dtype=rule.dtype or torch.float32, device=q_RQHD.device)
     lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=q_RQHD.device)
-    _merged[(R * Q * H,)](
+    merged[(R * Q * H, 1)](
         out, lse, out_RQHD, lse_RQH, runs,
         D=D, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(runs), num_warps=4, **early,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.row_tables import tile_size
 from star_attention.attention.kernels.triton_answer import COLUMNS, KVTables
+from star_attention.attention.kernels.triton_run import merged
 from star_attention.attention.state import State
 
 MOST_COMPRESSED = 512
@@ -225,30 +226,6 @@ def _runs(
         )  # fmt: skip
 
 
-@triton.jit
-def _merged(
-    out_ptr, lse_ptr, result_ptr, result_lse_ptr, runs,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    triton_pdl.begin(PDL)
-    at = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    lse_S = tl.load(lse_ptr + at * runs + s, mask=s < runs, other=float("-inf"))
-    # A rank may hold no keys that a query sees.
-    top = tl.max(lse_S)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weight_S = tl.exp2(lse_S - top)
-    weights = tl.sum(weight_S)
-    mask_SC = (s < runs)[:, None] & (c < C)[None, :]
-    out_SC = tl.load(out_ptr + (at * runs + s)[:, None] * C + c[None, :], mask=mask_SC, other=0.0)
-    has_keys = weights > 0.0
-    weights = tl.where(has_keys, weights, 1.0)
-    tl.store(result_ptr + at * C + c, tl.sum(out_SC * weight_S[:, None], 0) / weights, mask=c < C)
-    lse = tl.where(has_keys, (top + tl.log2(weights)) / _LOG2_E, float("-inf"))
-    tl.store(result_lse_ptr + at, lse, mask=tl.program_id(1) == 0)
-
-
 def append(c_R1QC: Tensor, r_R1QP: Tensor, *, tables: KVTables, layer: int) -> None:
     """Write new compressed keys after each row's tail, which has room for them.
 
@@ -299,7 +276,7 @@ def attend(
     Returns:
         The state over compressed values, in fp32.
     """
-    assert rule.window is None and rule.softcap is None, "MLA has neither"
+    assert rule.window is None and rule.softcap is None, "expected no window or softcap"
     R, Q, H, E = q_RQHE.shape
     C, P = compressed_size, E - compressed_size
     q_RQHE = q_RQHE.contiguous()
@@ -326,8 +303,8 @@ def attend(
         **early, **(launch | options),
     )  # fmt: skip
     out_RQHC, lse_RQH = torch.empty(R, Q, H, C, **fp32), torch.empty(R, Q, H, **fp32)
-    _merged[(R * Q * H, triton.cdiv(C, _MERGED_C))](
+    merged[(R * Q * H, triton.cdiv(C, _MERGED_C))](
         out, lse, out_RQHC, lse_RQH, runs,
-        C=C, BLOCK_C=_MERGED_C, BLOCK_S=triton.next_power_of_2(runs), num_warps=4, **early,
+        D=C, BLOCK_D=_MERGED_C, BLOCK_S=triton.next_power_of_2(runs), num_warps=4, **early,
     )  # fmt: skip
     return State(out_RQHC, lse_RQH)

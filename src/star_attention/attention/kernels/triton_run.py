@@ -1,5 +1,5 @@
 """Attention of a tile of query rows to one run of keys, in Triton: the loop of `triton_answer` and
-`triton_rows`.
+`triton_rows`, and the merge of the runs of a query.
 
 Axes: M query rows of a tile, D head size, N keys of one step.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from star_attention.attention.kernels import triton_pdl
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Scales of values are near 1/448 of the values: without this factor, weights of half precision
@@ -110,6 +112,31 @@ def run(
     sum_M = tl.where(has_keys_M, sum_M, 1.0)
     lse_M = tl.where(has_keys_M, top_M + tl.log2(sum_M), float("-inf"))
     return out_MD / sum_M[:, None], lse_M
+
+
+@triton.jit
+def merged(
+    out_ptr, lse_ptr, result_ptr, result_lse_ptr, runs,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Merge the runs of each query and head; a program has `BLOCK_D` elements of the results."""
+    triton_pdl.begin(PDL)
+    at = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    lse_S = tl.load(lse_ptr + at * runs + s, mask=s < runs, other=float("-inf"))
+    # A rank may hold no keys that a query sees.
+    top = tl.max(lse_S)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight_S = tl.exp2(lse_S - top)
+    weights = tl.sum(weight_S)
+    mask_SD = (s < runs)[:, None] & (d < D)[None, :]
+    out_SD = tl.load(out_ptr + (at * runs + s)[:, None] * D + d[None, :], mask=mask_SD, other=0.0)
+    has_keys = weights > 0.0
+    weights = tl.where(has_keys, weights, 1.0)
+    tl.store(result_ptr + at * D + d, tl.sum(out_SD * weight_S[:, None], 0) / weights, mask=d < D)
+    lse = tl.where(has_keys, (top + tl.log2(weights)) / _LOG2_E, float("-inf"))
+    tl.store(result_lse_ptr + at, lse, mask=tl.program_id(1) == 0)
 
 
 def launch_options(block_m: int, head_size: int, dtype: torch.dtype) -> dict[str, Any]:

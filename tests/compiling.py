@@ -1,0 +1,42 @@
+"""What torch.compile makes of a layer, looked at by tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@contextmanager
+def fresh_code() -> Iterator[None]:
+    """Compile anew what is on disk already: our passes have to see its graphs."""
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
+def counted_launches(monkeypatch: pytest.MonkeyPatch, *, slices: bool = True) -> list[int]:
+    """Return a list that receives the matrices of each launch of the row kernel.
+
+    Args:
+        monkeypatch: the test's.
+        slices: False to check that no graph takes a slice of a tensor.
+    """
+    from star_attention.attention.kernels import triton_row
+
+    launches: list[int] = []
+    fuse = triton_row.fuse_linears
+
+    def counted(graph: torch.fx.Graph) -> None:
+        fuse(graph)
+        op = torch.ops.star_attention.linears.default
+        launches.extend(len(node.args[1]) for node in graph.nodes if node.target == op)
+        taken = graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor)
+        assert slices or not taken
+
+    monkeypatch.setattr(triton_row, "fuse_linears", counted)
+    return launches
