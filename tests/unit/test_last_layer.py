@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from star_attention import StarLLM, phase1
+from star_attention.hf.execution.last_layer import last_kv_layer
 from tests.engines import ids, tiny
 
 CONTEXT = 70
@@ -89,10 +90,13 @@ def test_a_forward_of_others_on_the_last_layer_runs_to_its_end() -> None:
 
     layer.forward = forward
     try:
-        StarLLM(model, block_size=16).encode(ids(CONTEXT))
+        star = StarLLM(model, block_size=16)
+        star.encode(ids(CONTEXT))
+        assert last_kv_layer(star.runtime.handle) is None
     finally:
         del layer.forward
     assert ends[0] > 0
+    assert last_kv_layer(star.runtime.handle) == len(star.runtime.handle.windows) - 1
 
 
 def test_callbacks_hear_of_the_last_layer() -> None:
