@@ -13,6 +13,7 @@ import torch
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.hf.execution import graphs
+from star_attention.hf.execution.handle import ModelHandle
 from star_attention.storage import tail
 from tests.engines import bundled_tokenizer, engine, ids, tiny
 from tests.recorders import CountingGraphs, refuse, with_graphs
@@ -130,6 +131,38 @@ def test_a_forward_that_cannot_be_captured_runs_without(monkeypatch: pytest.Monk
     )
     assert reply.token_ids == expected.token_ids
     assert set(counting.captured.values()) == {False}
+
+
+def test_a_graph_that_compiled_layers_cannot_be_in_holds_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, fast, counting = pair("llama")
+    stock, record = ModelHandle.logits, counting.recorder.record
+
+    def logits(*args: Any, compiled_for: str | None = None, **kwargs: Any) -> Any:
+        if compiled_for is not None:
+            raise RuntimeError("no such code")
+        return stock(*args, **kwargs)
+
+    def warm_recorded(*args: Any, warm_up: Any, **kwargs: Any) -> Any:
+        warm_up()
+        return record(*args, warm_up=warm_up, **kwargs)
+
+    monkeypatch.setattr(ModelHandle, "logits", logits)
+    monkeypatch.setattr(counting.recorder, "record", warm_recorded)
+    settings: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+    context = fast.encode(ids(101))
+    with caplog.at_level("INFO", logger="star_attention"):
+        replies = [fast.generate(context, [ids(7)] * rows, **settings) for rows in (1, 2)]
+    expected = plain.generate(plain.encode(ids(101)), ids(7), **settings)
+    assert [reply.token_ids for reply in (replies[0][0], *replies[1])] == [expected.token_ids] * 3
+    assert {key[:2] for key, made in counting.captured.items() if made} == {(1, 8), (1, 1), (2, 8)}
+    assert {key[0] for key, made in counting.of_rows.captured.items() if made} == {2}
+    said = [record.message for record in caplog.records if "compiled layers" in record.message]
+    assert said == [
+        f"no compiled layers in the CUDA graph for {subject}: no such code"
+        for subject in ("1 x 1 tokens", "2 rows")
+    ]
 
 
 def answers(star: StarLLM, context: EncodedContext) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,8 @@ import torch
 
 from star_attention.distributed.comm import Comm
 from star_attention.hf.loading import fingerprint, identity
+
+_log = logging.getLogger("star_attention")
 
 # Longest wait for a launch to return, before a graph is released.
 _LAUNCH_S = 1.0
@@ -26,6 +29,8 @@ class Recorder:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._pool: Any = None
+        # Modes of compiled layers that no graph can hold: compiling them takes long.
+        self._broken: set[str] = set()
 
     def weights(self) -> int:
         """Return a number that changes when captured forwards are void.
@@ -34,6 +39,50 @@ class Recorder:
         """
         outer = self._handle.outer
         return hash((*identity.adapters(outer), fingerprint.addresses(outer)))
+
+    def try_record(
+        self,
+        forward: Callable[[str | None], None],
+        *,
+        mode: str | None,
+        after: Callable[[], Any],
+        comm: Comm,
+        subject: str,
+    ) -> Callable[[], None] | None:
+        """Capture a forward by compiled layers or, if that fails, by the layers as they are.
+
+        Args:
+            forward: runs the forward by layers compiled for a mode, None for layers as they are.
+            mode: the mode to try first (`hf.execution.compiled`).
+            after: what follows the forward on the device.
+            comm: the ranks of its collectives.
+            subject: what is captured, for the log.
+
+        Returns:
+            The function that replays it, None if it cannot be captured.
+        """
+        modes = [mode] if mode is not None and mode not in self._broken else []
+        for chosen in (*modes, None):
+
+            def warm_up(chosen: str | None = chosen) -> None:
+                forward(chosen)
+
+            def work(chosen: str | None = chosen) -> None:
+                forward(chosen)
+                after()
+
+            try:
+                return self.record(work, warm_up=warm_up, comm=comm)
+            except Exception as error:
+                # The fault of another rank, if it is one.
+                comm.tick()
+                # Whatever a model does that cannot be captured, the plain forward can do.
+                failed = "CUDA graph" if chosen is None else "compiled layers in the CUDA graph"
+                details = _log.isEnabledFor(logging.DEBUG)
+                _log.info("no %s for %s: %s", failed, subject, error, exc_info=details)
+                if chosen is not None:
+                    self._broken.add(chosen)
+        return None
 
     def record(
         self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Comm

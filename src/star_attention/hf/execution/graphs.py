@@ -18,7 +18,6 @@ Axes: R rows, Q new tokens of each row, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -35,8 +34,6 @@ from star_attention.hf.execution import compiled, hook, row_graphs
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.execution.row_graphs import RowGraphs
 from star_attention.storage.kv import ContextKV
-
-_log = logging.getLogger("star_attention")
 
 BUCKETS = (1, 16, 32, 64, 128, 256)
 """New tokens of a row: one, or a query, padded on the left."""
@@ -202,25 +199,23 @@ class Graphs:
             mode = compiled.STEP if rows == 1 else row_graphs.MODE
         inputs = graph.ids_RQ, graph.positions_RQ, cache, None
 
-        def forward() -> None:
+        def forward(mode: str | None) -> None:
             if logits:
                 logits_R1V: Tensor = self._handle.logits(*inputs, compiled_for=mode)
                 graph.logits_RV = logits_R1V[:, -1].float()
             else:
                 self._handle.encode(*inputs, logits_to_keep=1, compiled_for=mode)
 
-        def work() -> None:
-            forward()
-            cache.position.tables.lengths[:, 1].add_(queries)
-
-        try:
-            graph.replay = self.recorder.record(work, warm_up=forward, comm=cache.comm)
-        except Exception as error:
-            # The fault of another rank, if it is one.
-            cache.comm.tick()
-            # Whatever a model does that cannot be captured, the plain forward can do.
-            _log.info("no CUDA graph for %d x %d tokens: %s", rows, queries, error)
+        replay = self.recorder.try_record(
+            forward,
+            mode=mode,
+            after=lambda: cache.position.tables.lengths[:, 1].add_(queries),
+            comm=cache.comm,
+            subject=f"{rows} x {queries} tokens",
+        )
+        if replay is None:
             return None
+        graph.replay = replay
         return graph
 
 

@@ -17,7 +17,6 @@ Axes: R rows of a bucket, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +33,6 @@ from star_attention.hf.execution import compiled, hook, slices
 from star_attention.hf.execution.capture import Recorder
 from star_attention.storage.kv import ContextKV
 from star_attention.storage.transfers import send
-
-_log = logging.getLogger("star_attention")
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Rows of a graph. Unused ones cost little, since weights are read once for all rows, and each
@@ -214,27 +211,23 @@ class RowGraphs:
         own = slices.of(handle, sliced, comm)
         cache = RowGraphCache(handle.windows, tables, tile_rows, fp8, comm, own)
         graph = _RowGraph(cache, torch.zeros(bucket, 1, dtype=torch.int64, device=device))
-        mode = compiled.STEP if bucket == 1 else MODE
-
         has_logits = comm.rank == 0 or (own is not None and own.has_head)
 
-        def forward() -> None:
+        def forward(mode: str | None) -> None:
             inputs = graph.ids_R1, cache.positions, cache, None
             if has_logits:
                 graph.logits_RV = handle.logits(*inputs, compiled_for=mode)[:, -1]
             else:
                 handle.encode(*inputs, logits_to_keep=1, compiled_for=mode)
 
-        def work() -> None:
-            forward()
-            cache.advance()
-
-        try:
-            graph.replay = self._recorder.record(work, warm_up=forward, comm=comm)
-        except Exception as error:
-            # The fault of another rank, if it is one.
-            comm.tick()
-            # Whatever a model does that cannot be captured, the plain forward can do.
-            _log.info("no CUDA graph for %d rows: %s", bucket, error)
+        replay = self._recorder.try_record(
+            forward,
+            mode=compiled.STEP if bucket == 1 else MODE,
+            after=cache.advance,
+            comm=comm,
+            subject=f"{bucket} rows",
+        )
+        if replay is None:
             return None
+        graph.replay = replay
         return graph
