@@ -24,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from star_attention.attention.kernels import triton_works
 from star_attention.hf.execution import hook
+from star_attention.hf.execution.complex_products import multiply_reals
 from star_attention.linear.fp8 import Fp8Linear, share_quantizing
 
 _log = logging.getLogger("star_attention")
@@ -32,6 +33,8 @@ FULL, STEP, ROWS = "full", "step", "rows"
 """Modes of compiled layers: forwards of many tokens, all of one length (phase 1), of one token
 (phase 2), or of one token of each of any number of rows."""
 
+# The option of torch.compile for passes of ours.
+_PASSES = "post_grad_custom_pre_pass"
 # Whole layers are compiled with constants for everything but weights and inputs. Kinds of layers,
 # lengths and models add up, and a layer that knows its index in other ways than by `layer_idx`
 # would be compiled again and again without a limit.
@@ -72,9 +75,11 @@ class CompiledLayers:
         self._gave_up = False
         # Calls after which their like compile nothing more.
         self._known: set[tuple[Any, ...]] = set()
-        self._options: dict[str, dict[str, Any]] = {FULL: {}, STEP: {}, ROWS: {}}
+        self._options: dict[str, dict[str, Any]] = {
+            mode: {_PASSES: _PLAIN} for mode in (FULL, STEP, ROWS)
+        }
         if any(isinstance(each, Fp8Linear) for layer in self._layers for each in layer.modules()):
-            self._options[FULL] = {"post_grad_custom_pre_pass": _SHARE_QUANTIZING}
+            self._options[FULL][_PASSES] = _SHARE_QUANTIZING
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_pdl, triton_row
 
@@ -85,7 +90,7 @@ class CompiledLayers:
                 for module in layer.modules()
                 if triton_row.is_plain_linear(module)
             ]
-            self._options[STEP] = {"post_grad_custom_pre_pass": _FUSE_LINEARS}
+            self._options[STEP][_PASSES] = _FUSE_LINEARS
             if triton_pdl.is_supported(handle.device):
                 # Torch's kernels take part, or ours would have to wait for their ends.
                 for mode in (STEP, ROWS):
@@ -174,29 +179,29 @@ class CompiledLayers:
         return forward
 
 
-class _FuseLinearsPass(CustomGraphPass):
-    """`triton_row.fuse_linears`, with a name for torch's caches on disk."""
+class _Passes(CustomGraphPass):
+    """Passes over the graph of a layer, with a name for torch's caches on disk."""
+
+    def __init__(self, name: str, *passes: Callable[[torch.fx.Graph], None]) -> None:
+        self._name, self._passes = name, passes
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        from star_attention.attention.kernels import triton_row
-
-        triton_row.fuse_linears(graph)
-
-    def uuid(self) -> str:
-        return "star_attention: fuse linears, 3"
-
-
-class _ShareQuantizingPass(CustomGraphPass):
-    """`linear.fp8.share_quantizing`, with a name for torch's caches on disk."""
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        share_quantizing(graph)
+        for each in self._passes:
+            each(graph)
 
     def uuid(self) -> str:
-        return "star_attention: share quantizing, 1"
+        return f"star_attention: {self._name}"
 
 
-_FUSE_LINEARS, _SHARE_QUANTIZING = _FuseLinearsPass(), _ShareQuantizingPass()
+def _fuse_linears(graph: torch.fx.Graph) -> None:
+    from star_attention.attention.kernels import triton_row
+
+    triton_row.fuse_linears(graph)
+
+
+_PLAIN = _Passes("reals 1", multiply_reals)
+_FUSE_LINEARS = _Passes("reals 1, fuse linears 3", multiply_reals, _fuse_linears)
+_SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""
 
 
