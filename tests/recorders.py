@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from star_attention import StarLLM
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.execution.graphs import Graphs
@@ -39,6 +41,17 @@ class CountingGraphs(Graphs):
 
     def __init__(self, handle: Any) -> None:
         super().__init__(handle, CountingRecorder(handle))
+
+
+class Buckets(Graphs):
+    """Graphs that know their lengths, but record nothing: forwards run eagerly."""
+
+    def __init__(self, handle: Any) -> None:
+        super().__init__(handle)
+        self.lengths: list[int] = []
+
+    def run(self, cache: Any, ids_RQ: torch.Tensor, *rest: Any, **options: Any) -> None:
+        self.lengths.append(ids_RQ.shape[1])
 
 
 def with_graphs(star: StarLLM) -> CountingGraphs:

@@ -10,6 +10,8 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.attention.attend import Rule
+from star_attention.generation.batching.warming import warm_up
+from star_attention.generation.conversation import kept_by
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import compiled, row_graphs
 from star_attention.hf.execution.rows import RowForwards
@@ -229,3 +231,20 @@ def test_steps_read_the_queries_of_rows_that_join(monkeypatch: pytest.MonkeyPatc
     )
     assert len(read) >= len(asked)
     assert all(read)
+
+
+def test_a_question_asked_again_captures_nothing() -> None:
+    """Forbids seconds before the first token of an answer, where a warm-up has captured before."""
+    star = StarLLM.from_pretrained(
+        MODEL, device="cuda", compile=True, dtype="float32", block_size=2048
+    )
+    list(warm_up(star, 4))
+    graphs, context, query = star.runtime.handle.graphs, star.encode(TEXTS[0]), list(range(50, 114))
+    settings: dict[str, Any] = dict(max_new_tokens=8, ignore_eos=True)
+    captured = dict(graphs.captured)
+    with star.batch(max_rows=4) as batch:
+        first = batch.add(context, query, keep=True, **settings).result()
+        again = batch.add(context, query, begun=kept_by(first.conversation), **settings).result()
+    assert again.kept_tokens > 0
+    assert again.token_ids == first.token_ids
+    assert graphs.captured == captured

@@ -10,7 +10,9 @@ import torch
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import ContextLengthError, InvalidInputError
 from star_attention.generation.conversation import kept_by
+from star_attention.hf.execution.request import Request
 from tests.engines import CONTEXT, QUERY, engine, ids
+from tests.recorders import Buckets
 
 SIZES: dict[str, Any] = dict(block_size=16, anchor_size=5, reserve_tokens=128)
 ANSWER: dict[str, Any] = dict(max_new_tokens=6, ignore_eos=True, return_logits=True)
@@ -135,3 +137,25 @@ def test_what_was_kept_holds_after_an_equal_context(star: StarLLM, context: Enco
         other = [*query[:4], *longer]
         row = batch.add(again, other, begun=kept, **ANSWER).result()
         assert row.token_ids == star.generate(context, other, **ANSWER).token_ids
+
+
+def test_a_question_asked_again_needs_no_graph_of_its_own(
+    star: StarLLM, context: EncodedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forbids that an answer waits for the capture of a graph that nothing else runs.
+
+    All of the question but its last token is kept, and steps of rows have graphs of their own.
+    """
+    graphs = Buckets(star.runtime.handle)
+    monkeypatch.setattr(Request, "graphs", graphs)
+    query = ids(30)
+    with star.batch() as batch:
+        first = batch.add(context, query, keep=True, **ANSWER).result()
+        kept = kept_by(first.conversation)
+        again = batch.add(context, query, begun=kept, **ANSWER).result()
+        single = batch.add(context, query[:1], **ANSWER).result()
+    assert graphs.lengths == [32, 16, 16]
+    assert again.kept_tokens == 14
+    assert again.token_ids == first.token_ids
+    torch.testing.assert_close(again.logits, first.logits, atol=1e-3, rtol=1e-4)
+    assert single.token_ids == star.generate(context, query[:1], **ANSWER).token_ids

@@ -64,6 +64,19 @@ def test_every_case_over_http(tmp_path: Path) -> None:
     assert names == {"serve.md", "serve-rates.png", "serve-times.png"}
 
 
+def test_no_question_is_asked_twice() -> None:
+    """Forbids that a server goes on with a conversation where Python reads a question."""
+    cases = SMALL._rows()
+
+    def asked(rounds: int | None) -> list[tuple[int, ...]]:
+        clients = [client for case in cases for client in SMALL._questions(case, rounds)]
+        return [tuple(ids) for questions in clients for ids in questions]
+
+    measured = asked(None)
+    assert len(set(measured)) == len(measured)
+    assert not {*measured} & {*asked(1)}
+
+
 def test_what_a_server_refuses_is_counted() -> None:
     with running(quick_engine()) as own:
         server = Server(Address.of(own.url))

@@ -21,10 +21,10 @@ from star_attention.errors import (
     TokenError,
 )
 from star_attention.generation.conversation import reusable
-from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.request import Request
 from tests.engines import CONTEXT, QUERY, VARIED, engine, ids
 from tests.families import FAMILIES
+from tests.recorders import Buckets
 
 SIZES: dict[str, Any] = dict(block_size=16, anchor_size=5, reserve_tokens=128)
 ANSWER: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
@@ -341,17 +341,6 @@ def test_conversations_stay_in_their_process(star: StarLLM, context: EncodedCont
 
 
 # ---------------------------------------------------------------------------------------- graphs
-
-
-class Buckets(Graphs):
-    """Graphs that know their lengths, but record nothing: forwards run eagerly."""
-
-    def __init__(self, handle: Any) -> None:
-        super().__init__(handle)
-        self.lengths: list[int] = []
-
-    def run(self, cache: Any, ids_RQ: torch.Tensor, *rest: Any, **options: Any) -> None:
-        self.lengths.append(ids_RQ.shape[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3n"])

@@ -48,6 +48,8 @@ _IDS = range(100, 4000)
 """Token ids that all vocabularies have."""
 _SHORT = 8
 """Tokens of an answer, in runs that are not measured."""
+_UNMEASURED = len(CASES)
+"""Stands for a case in runs that are not measured: their questions are others."""
 _LEAVE_AFTER = 4
 """Pieces of text after which a client leaves its answer."""
 _FREE_S = 10.0
@@ -224,10 +226,15 @@ class Serve(Benchmark[ServeRow]):
         ]
 
     def _questions(self, row: ServeRow, rounds: int | None = None) -> list[list[list[int]]]:
-        """Return the token ids of the questions of each client."""
+        """Return the token ids of the questions of each client: of `rounds`, unmeasured ones.
+
+        A question that was asked before goes on with the conversation that the server has kept of
+        it, which the work in Python does not.
+        """
+        case = CASES.index(row.case) if rounds is None else _UNMEASURED
         rounds = rounds or (self.questions if row.case == AGAIN else self.rounds)
         return [
-            random_questions(rounds, self.query_tokens, seed=1000 + client)
+            random_questions(rounds, self.query_tokens, seed=1000 * (case + 1) + client)
             for client in range(row.clients)
         ]
 

@@ -16,11 +16,15 @@ from star_attention.generation.batching.task import RowTask
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.rows import RowKV
 from star_attention.hf.execution import second_look
+from star_attention.hf.execution.graphs import BUCKETS
 from star_attention.hf.execution.request import Program, Request
 from star_attention.hf.execution.rows import kind_of
 from star_attention.storage.oom import translate_oom
 from star_attention.storage.transfers import send
 
+_LEAST_TOKENS = BUCKETS[1]
+"""Least tokens of a query that a CUDA graph reads. Steps of rows have graphs of their own: that of
+a single token would be captured for a query of which a conversation kept all but the last one."""
 _MOST_PADDED = 1.5
 """Most tokens of a group, filler included, as a multiple of those of its queries."""
 
@@ -151,7 +155,7 @@ def prefill(tasks: list[RowTask], lead: Lead) -> Tensor:
             requests.append(task.request)
         rows.append(queries[id(prompt)])
     request = replace(requests[0], queries=[each.queries[0] for each in requests])
-    program = request.program(1)
+    program = request.program(1, least_tokens=_LEAST_TOKENS)
     try:
         with lead.command(lambda: _command(tasks, program, rows)):
             done = read(request, program, rows)

@@ -122,11 +122,19 @@ class Request:
         """Return the left padding of each query to a number of tokens, or to the longest query."""
         return [(tokens or self.query_tokens) - len(query) for query in self.queries]
 
-    def program(self, answers_per_query: int) -> Program:
-        """Return what the other ranks need to know, as rank 0 decides."""
+    def program(self, answers_per_query: int, *, least_tokens: int = 1) -> Program:
+        """Return what the other ranks need to know, as rank 0 decides.
+
+        Args:
+            answers_per_query: answers to each query.
+            least_tokens: read so many tokens of a query at least, if a graph can: the graph of
+                fewer may be used for nothing else, and capturing it takes seconds.
+        """
         graphs, kept_tokens = self.graphs, self.kept_tokens
-        new_tokens = self.query_tokens - kept_tokens
-        bucket = None if graphs is None else graphs.bucket(len(self.queries), new_tokens)
+        new_tokens, bucket = self.query_tokens - kept_tokens, None
+        if graphs is not None:
+            bucket = graphs.bucket(len(self.queries), max(new_tokens, least_tokens))
+            bucket = bucket or graphs.bucket(len(self.queries), new_tokens)
         if bucket is not None and kept_tokens:
             # Padding has no place between two tokens: a few of those kept are computed again.
             kept_tokens = max(0, self.query_tokens - bucket)
