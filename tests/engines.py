@@ -55,11 +55,10 @@ def random_text_model(**sizes: Any) -> PreTrainedModel:
     tokens = bundled_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokens),
-        num_hidden_layers=2,
         bos_token_id=tokens.bos_token_id,
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
-        **sizes,
+        **(dict(num_hidden_layers=2) | sizes),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -55,7 +55,7 @@ def loaded(comm: Any, path: Path, tensor_parallel: int, weights: str | None = "f
 
 def answer_of_shards(comm: TorchComm, path: Path, tensor_parallel: int) -> dict[str, Any]:
     star = loaded(comm, path, tensor_parallel)
-    layer = star.model.model.layers[0].mlp.down_proj
+    layer = star.model.model.layers[1].mlp.down_proj
     assert type(layer) is Fp8Linear
     assert layer.in_features * tensor_parallel == SHAPE["intermediate_size"]
     assert star.runtime.identity["linear_weights"] == "fp8"

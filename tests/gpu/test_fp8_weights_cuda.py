@@ -210,6 +210,7 @@ def test_loading_holds_one_plain_layer_at_a_time() -> None:
         each - before for each in (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
     )
     largest = 8192 * 2048
-    assert held < 0.6 * plain_bytes
+    # Two of the eight layers stay plain.
+    assert held < 0.7 * plain_bytes
     # bf16, two copies in fp32 and their results.
     assert peak < held + 20 * largest

@@ -21,7 +21,7 @@ from star_attention.linear.fp8 import Fp8Linear
 from star_attention.planning import cost, steps
 from star_attention.planning.hardware import HARDWARE
 from star_attention.planning.plan import BlockPlan
-from tests.engines import BUNDLED, bundled_tokenizer, ids, text_model
+from tests.engines import BUNDLED, bundled_tokenizer, ids, random_text_model, text_model
 from tests.families import build
 from tests.fp8_models import SIZES, dequantized, quantized
 from tests.refusals import refused
@@ -59,7 +59,7 @@ def test_a_change_of_a_weight_or_a_scale_is_noticed() -> None:
     model = quantized("llama")
     star = StarLLM(model, block_size=24)
     before = star.runtime.identity
-    layer = model.model.layers[0].mlp.up_proj
+    layer = model.model.layers[1].mlp.up_proj
     with torch.no_grad():
         layer.scale[3] *= 2
     changed = star.runtime.identity
@@ -121,7 +121,7 @@ def test_weights_elsewhere_are_refused() -> None:
 def lora(folder: Path, **settings: Any) -> Path:
     """Save a small model with an adapter; return the adapter's folder."""
     peft = pytest.importorskip("peft")
-    text_model().save_pretrained(folder / "base")
+    random_text_model(num_hidden_layers=3, **SIZES).save_pretrained(folder / "base")
     bundled_tokenizer().save_pretrained(folder / "base")
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -138,7 +138,7 @@ def test_an_adapter_stays_as_it_is_around_layers_in_fp8(tmp_path: Path) -> None:
     path = lora(tmp_path)
     sizes: dict[str, Any] = dict(block_size=16, tokens_per_forward=48)
     stars = [load(path, weights=weights, **sizes) for weights in (None, "fp8")]
-    layer = stars[1].model.base_model.model.model.layers[0].self_attn.q_proj
+    layer = stars[1].model.base_model.model.model.layers[1].self_attn.q_proj
     assert type(layer.base_layer) is Fp8Linear
     assert layer.lora_A["default"].weight.dtype == torch.float32
     plain = dict(stars[0].model.named_modules())
@@ -173,18 +173,22 @@ def test_predicted_times_and_memory() -> None:
     memory, large = (
         cost.memory_per_rank(each, plan, tokens_per_forward=2**14) for each in (small, shape)
     )
-    assert large.weights - memory.weights == shape.linear_parameters - 4 * small.quantizable_rows
+    inner = shape.linear_parameters * 30 // 32
+    assert small.quantizable_parameters == inner, "all layers but the first and the last"
+    assert large.weights - memory.weights == inner - 4 * small.quantizable_rows
     mesh = steps.Mesh()
     read = steps.weight_bytes_read(small, mesh)
-    assert read == shape.linear_parameters + 4 * small.quantizable_rows + 2 * shape.head_parameters
+    plain = shape.linear_parameters - inner + shape.head_parameters
+    assert read == inner + 4 * small.quantizable_rows + 2 * plain
     device = HARDWARE["h200-nvlink"]
     flops = cost.phase1(shape, plan, tokens_per_forward=2**14)
     quick = device.with_fp8(small.quantized_share)
-    saved = flops.linear / device.matrix - flops.linear / device.matrix_fp8
+    saved = flops.linear * (1 / device.matrix - 1 / device.matrix_fp8) * 30 / 32
     assert device.seconds(flops) - quick.seconds(flops) == pytest.approx(saved)
     assert HARDWARE["a100-nvlink"].with_fp8(1.0) is HARDWARE["a100-nvlink"]
 
 
-def test_a_shape_without_such_layers_is_refused() -> None:
-    shape = model_shape(build("gpt2").config)
+@pytest.mark.parametrize(("name", "sizes"), [("gpt2", {}), ("llama", dict(num_hidden_layers=2))])
+def test_a_shape_without_such_layers_is_refused(name: str, sizes: dict[str, Any]) -> None:
+    shape = model_shape(build(name, **sizes).config)
     refused(InvalidInputError, "no plain linear layers", call=shape.in_fp8)

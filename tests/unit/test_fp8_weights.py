@@ -155,7 +155,8 @@ def test_compiled_layers_quantize_an_input_once(monkeypatch: pytest.MonkeyPatch)
         contexts = [
             StarLLM(model, compile=compile, **sizes).encode(ids(256)) for compile in (True, False)
         ]
-    assert set(counts) == {4}, "before q, k, v; o; gate, up; down"
+    # None in the first layer, and before q, k, v; o; gate, up; down.
+    assert set(counts) == {0, 4}
     for fast, slow in zip(*(context.kv.layers for context in contexts), strict=True):
         for a, b in zip(fast.stored(), slow.stored(), strict=True):
             # A number in between two of e4m3 may be rounded to either.
@@ -192,14 +193,11 @@ def test_answers_are_those_of_plain_weights_of_the_same_values(
 
 def test_what_stays_as_it_is() -> None:
     model = quantized("qwen3_moe")
-    kinds = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, Fp8Linear)
-    }
-    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    names = [name for name, module in model.named_modules() if isinstance(module, Fp8Linear)]
+    # Neither the first nor the last of three layers.
+    assert sorted(names) == [f"model.layers.1.self_attn.{kind}_proj" for kind in "koqv"]
     assert model.get_output_embeddings().weight.dtype == torch.float32
-    experts = model.model.layers[0].mlp.experts
+    experts = model.model.layers[1].mlp.experts
     assert experts.gate_up_proj.dtype == torch.float32
     latent = [name for name, _ in loading.layers(tiny("deepseek_v3"))]
     assert latent
@@ -209,13 +207,14 @@ def test_what_stays_as_it_is() -> None:
 def test_layers_of_odd_sizes_stay_as_they_are() -> None:
     """`torch._scaled_mm` takes sizes in steps of 16."""
     model = quantized("llama", **SIZES | dict(num_key_value_heads=1, head_dim=24))
-    attention = model.model.layers[0].self_attn
+    attention = model.model.layers[1].self_attn
     assert type(attention.k_proj) is nn.Linear
     assert type(attention.o_proj) is Fp8Linear
 
 
-def test_a_model_without_such_layers_is_refused() -> None:
-    model = build("gpt2")
+@pytest.mark.parametrize(("name", "sizes"), [("gpt2", {}), ("llama", dict(num_hidden_layers=2))])
+def test_a_model_without_such_layers_is_refused(name: str, sizes: dict[str, Any]) -> None:
+    model = build(name, **sizes)
     refused(
         UnsupportedModelError,
         "no plain linear layers",
@@ -229,7 +228,7 @@ def test_a_model_without_such_layers_is_refused() -> None:
 @pytest.mark.parametrize("task", ["niah_single_noise", "niah_single_code", "niah_multikey"])
 def test_needles_and_logits_of_the_bundled_model(task: str) -> None:
     """Answers are those of plain weights. Teacher-forced logits of question and answer differ by
-    less than 2 %: the 2-norm of their difference, over all tokens and the vocabulary, to theirs."""
+    less than 1 %: the 2-norm of their difference, over all tokens and the vocabulary, to theirs."""
     engines = [load(weights=weights, dtype="float32", block_size=256) for weights in (None, "fp8")]
     sample = make(task, bundled_tokenizer(), 1024, seed=0)
     fact = sample.facts[len(sample.facts) // 2]
@@ -248,7 +247,7 @@ def test_needles_and_logits_of_the_bundled_model(task: str) -> None:
     assert exact is not None
     assert quick is not None
     error = (quick - exact).norm() / exact.norm()
-    assert 0.002 < error <= 0.02
+    assert 0.002 < error <= 0.01, "1.1 % with the first and last layer in fp8"
 
 
 def test_with_contexts_in_fp8() -> None:

@@ -42,8 +42,9 @@ Dtype = Annotated[
 Weights = Annotated[
     str | None,
     option(
-        "fp8: the decoder's linear layers in fp8, half of the bytes and faster on GPUs that"
-        " multiply fp8. A saved context remembers it.",
+        "fp8: the linear layers in fp8, except those of the first and the last decoder layer:"
+        " about half of the bytes, and faster on GPUs that multiply fp8. A saved context remembers"
+        " it.",
         "--weights",
         panel="Model",
         metavar="TYPE",

@@ -20,6 +20,9 @@ row of a linear layer in fp8."""
 FP8_STEP = 16
 """What inputs and outputs of a linear layer in fp8 are multiples of (`torch._scaled_mm`)."""
 
+FP8_ENDS = 1
+"""Decoder layers at each end that are not held in fp8 (`hf.loading.fp8`)."""
+
 TOKEN_ID_BYTES = 8
 """Bytes of a token's id, in a saved context beside keys and values."""
 

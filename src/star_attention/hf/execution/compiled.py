@@ -35,10 +35,10 @@ FULL, STEP, ROWS = "full", "step", "rows"
 
 # The option of torch.compile for passes of ours.
 _PASSES = "post_grad_custom_pre_pass"
-# Whole layers are compiled with constants for everything but weights and inputs. Kinds of layers,
-# lengths and models add up, and a layer that knows its index in other ways than by `layer_idx`
-# would be compiled again and again without a limit.
-_WHOLE = {"recompile_limit": 16}
+# Whole layers are compiled with constants for everything but weights and inputs. Kinds of layers
+# (the ends of a model in fp8 are one), lengths and models add up, and a layer that knows its index
+# in other ways than by `layer_idx` would be compiled again and again without a limit.
+_WHOLE = {"recompile_limit": 24}
 # Pieces read their layer's index, which must not be a constant then.
 _PIECES = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 

@@ -1,8 +1,9 @@
 """Which linear layers of a model are loaded in fp8, and their quantizing, one by one.
 
-They are the plain linear layers in the decoder's layers. Embeddings, the language-model head and
-norms are elsewhere or of another kind; what `_KEPT` names stays as it is, and so do experts whose
-weights are one tensor.
+They are the plain linear layers in the decoder's layers, except its first and its last one: what
+those get wrong weighs most (docs/models.md has what was measured). Embeddings, the language-model
+head and norms are elsewhere or of another kind; what `_KEPT` names stays as it is, and so do
+experts whose weights are one tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from star_attention.errors import InvalidInputError, UnsupportedModelError
 from star_attention.hf.execution.compiled import layers_of
 from star_attention.linear.fp8 import Fp8Linear
-from star_attention.planning.model_shape import FP8_STEP
+from star_attention.planning.model_shape import FP8_ENDS, FP8_STEP
 
 AS_LOADED = "as loaded"
 
@@ -28,7 +29,8 @@ choose another one, and the expansion of MLA, whose matrix phase 2 reads (`hf.ca
 def layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the layers of a model that are loaded in fp8, with their names in the decoder."""
     decoder = model.get_decoder()
-    inside = {id(module) for layer in layers_of(decoder) for module in layer.modules()}
+    inner = layers_of(decoder)[FP8_ENDS:-FP8_ENDS]
+    inside = {id(module) for layer in inner for module in layer.modules()}
     for name, module in decoder.named_modules():
         if id(module) in inside and _can_be_quantized(name, module):
             yield name, module
@@ -70,7 +72,10 @@ def quantize(
     if not found:
         raise UnsupportedModelError(
             f'{type(model).__name__} with weights="fp8"',
-            [f"its layers have no plain linear layers with sizes in steps of {FP8_STEP}"],
+            [
+                "between its first and its last layer there are no plain linear layers with sizes"
+                f" in steps of {FP8_STEP}"
+            ],
         )
     for name, layer in found:
         if layer.weight.is_meta or "forward" in vars(layer):

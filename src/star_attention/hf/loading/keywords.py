@@ -19,9 +19,9 @@ class PretrainedSettings(StarSettings, total=False):
     """The keywords of `StarLLM.from_pretrained` that say which files a model is made of, and how
     its weights are held.
 
-    weights: "fp8" holds the linear layers of the decoder in fp8 (e4m3), with a scale for each
-        output row: half of the bytes, and faster products on GPUs of compute capability 8.9 and
-        above. None leaves them as they are in the files.
+    weights: "fp8" holds the linear layers of all decoder layers but the first and the last in fp8
+        (e4m3), with a scale for each output row: about half of the bytes, and faster products on
+        GPUs of compute capability 8.9 and above. None leaves them as they are in the files.
     adapter: folder or hub id of a PEFT adapter to load around the model.
     gguf_file: name of a GGUF file in the folder or repository.
     subfolder: folder inside `path` that holds the model.

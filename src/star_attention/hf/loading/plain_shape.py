@@ -14,7 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from star_attention.errors import InvalidInputError, UnsupportedModelError, quote
-from star_attention.planning.model_shape import FP8_STEP, AttentionShape, ModelShape
+from star_attention.planning.model_shape import (
+    FP8_ENDS,
+    FP8_STEP,
+    AttentionShape,
+    ModelShape,
+)
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LIKE_TORCHS = re.compile("[bcq]?u?(int|float|double|half|bool|bits?|complex|long|short)[0-9a-z_]*")
@@ -166,6 +171,7 @@ def _shape(family: _Family, config: dict[str, Any], element_bytes: int) -> Model
         mlp, active = expert * experts, expert * config["num_experts_per_tok"]
         router = hidden * experts
     quantizable = _quantizable(family, config, heads * head_size, kv_heads * head_size)
+    inner = max(0, layers - 2 * FP8_ENDS)
     embedding = config["vocab_size"] * hidden
     is_tied = config.get("tie_word_embeddings", family.is_tied)
     layer = projections + biases + norms + mlp + router
@@ -193,15 +199,15 @@ def _shape(family: _Family, config: dict[str, Any], element_bytes: int) -> Model
         head_parameters=embedding,
         parameters=embedding * (1 if is_tied else 2) + layers * layer + hidden,
         bytes_per_element=element_bytes,
-        quantizable_parameters=layers * sum(rows * columns for rows, columns in quantizable),
-        quantizable_rows=layers * sum(rows for rows, _ in quantizable),
+        quantizable_parameters=inner * sum(rows * columns for rows, columns in quantizable),
+        quantizable_rows=inner * sum(rows for rows, _ in quantizable),
     )
 
 
 def _quantizable(
     family: _Family, config: dict[str, Any], q_size: int, kv_size: int
 ) -> list[tuple[int, int]]:
-    """Return the sizes of a layer's matrices that `hf.loading.fp8` quantizes.
+    """Return the sizes of an inner layer's matrices that `hf.loading.fp8` quantizes.
 
     Experts are tensors of their own kind.
     """
