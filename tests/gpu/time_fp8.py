@@ -27,7 +27,7 @@ MANY = 16384
 COPIES_BYTES = 400 << 20
 """Bytes of copies of a weight that are multiplied in turn, so that no cache holds them."""
 
-ROW_TILES = [(1, 1024), (1, 2048), (1, 4096), (2, 1024), (2, 2048), (2, 4096)]
+ROW_TILES = [(8, 512), (8, 1024), (4, 512), (4, 1024), (2, 1024), (2, 2048)]
 FEW_TILES = [(64, 128, 2), (64, 128, 4), (64, 256, 2), (128, 128, 1), (128, 128, 2), (32, 256, 4)]
 """Rows and columns of a tile, and programs for each multiprocessor."""
 
@@ -64,12 +64,12 @@ def weights_of(N: int, K: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]
 
 @contextmanager
 def tiles_of_rows(rows: int, columns: int) -> Iterator[None]:
-    before = triton_row._TILES[1]
-    triton_row._TILES[1] = rows, columns
+    before, of_few = triton_row._TILES[1], triton_row._TILE_OF_FEW
+    triton_row._TILES[1] = triton_row._TILE_OF_FEW = rows, columns
     try:
         yield
     finally:
-        triton_row._TILES[1] = before
+        triton_row._TILES[1], triton_row._TILE_OF_FEW = before, of_few
 
 
 @contextmanager

@@ -343,7 +343,7 @@ def attend(
         torch.empty(shape, dtype=torch.float32, device=q_RQHD.device)
         for shape in ((R, Q, H, runs, D), (R, Q, H, runs))
     )
-    if q_RQHD.element_size() == 2:
+    if q_RQHD.element_size() == 2 and not fp8:
         # As measured on an H200. Tiles are fewer than those of rows, so that large ones are alone
         # on their multiprocessor and gain by more keys on the way.
         options = dict(num_stages=4 if block_m > 64 else 3, maxnreg=None) | options
@@ -356,7 +356,7 @@ def attend(
         BLOCK_M=block_m, TAIL_M=tail_m, BLOCK_D=block_d,
         SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
         PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32", FP8=fp8,
-        **early, **(launch_options(block_m, D, q_RQHD.dtype) | options),
+        **early, **(launch_options(block_m, D, q_RQHD.dtype, fp8=fp8) | options),
     )  # fmt: skip
     out_RQHD = torch.empty(R, Q, H, D, dtype=rule.dtype or torch.float32, device=q_RQHD.device)
     lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=q_RQHD.device)

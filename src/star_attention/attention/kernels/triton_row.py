@@ -3,7 +3,7 @@
 In the shapes of an 8B model's layers, cuBLAS multiplies a single token at 0.44 to 0.83 of an H200's
 memory bandwidth, this kernel at 0.71 to 0.94 (bench/results/2026-11-26-h200.md). With much larger
 matrices cuBLAS is as fast. Matrices in fp8 (`star_attention.linear.fp8`) have a scale a row, which
-its sum is multiplied with.
+its sum is multiplied with; they are read at 0.66 to 0.82 of the bandwidth.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 from star_attention.attention.kernels import triton_pdl
 
-_TILES = {1: (2, 2048), 2: (1, 1024), 4: (1, 1024)}
-"""Rows of a matrix that a program sums, one or two, and their elements that it reads at once, by
-the bytes of an element. In fp8 two rows share the loads of `x`, which has twice their bytes."""
+_TILES = {1: (8, 512), 2: (1, 1024), 4: (1, 1024)}
+"""Rows of a matrix that a program sums, and their elements that it reads at once, by the bytes of
+an element. In fp8 rows share the loads of `x`, which has twice their bytes."""
+_TILE_OF_FEW = (8, 1024)
+"""The same in fp8 where all matrices of a launch have up to `_FEW` rows: few programs need more
+bytes on the way each."""
+_FEW = 4096
 
 MAX_MATRICES = 3
 """Matrices of one launch, at most."""
@@ -29,42 +33,33 @@ MAX_MATRICES = 3
 @triton.jit
 def _row(
     tile, x_ptr, w_ptr, bias_ptr, scale_ptr, out_ptr, N, K, stride,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
-    PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    n = tile.to(tl.int64) * ROWS
-    # Of two rows, the second may be the first again.
-    other = tl.minimum(n + ROWS - 1, N - 1)
-    w_ptr, other_ptr = w_ptr + n * stride, w_ptr + other * stride
+    # Rows beyond the last one are the last one again.
+    n = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1)
     k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * stride + k[None, :]
     # Weights do not depend on the kernel before: the first ones are read while it ends.
-    w_K = tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    if ROWS == 2:
-        v_K = tl.load(other_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    w_NK = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(k < K)[None, :], other=0.0)
     triton_pdl.begin(PDL)
-    x_K = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    sum_K = w_K * x_K
-    if ROWS == 2:
-        other_sum_K = v_K * x_K
+    x_K = tl.load(x_ptr + k) if EVEN else tl.load(x_ptr + k, mask=k < K, other=0.0)
+    sum_NK = w_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
     for start in range(BLOCK_K, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_K = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        sum_K += x_K * tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        if ROWS == 2:
-            other_sum_K += x_K * tl.load(other_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-    _store(n, sum_K, bias_ptr, scale_ptr, out_ptr, BIAS, SCALE)
-    if ROWS == 2:
-        _store(other, other_sum_K, bias_ptr, scale_ptr, out_ptr, BIAS, SCALE)
-
-
-@triton.jit
-def _store(n, sum_K, bias_ptr, scale_ptr, out_ptr, BIAS: tl.constexpr, SCALE: tl.constexpr):
-    out = tl.sum(sum_K, 0)
+        if EVEN:
+            w_NK = tl.load(w_ptrs + start)
+            x_K = tl.load(x_ptr + start + k)
+        else:
+            inside = start + k < K
+            w_NK = tl.load(w_ptrs + start, mask=inside[None, :], other=0.0)
+            x_K = tl.load(x_ptr + start + k, mask=inside, other=0.0)
+        sum_NK += w_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
+    out_N = tl.sum(sum_NK, 1)
     if SCALE:
-        out *= tl.load(scale_ptr + n)
+        out_N *= tl.load(scale_ptr + n)
     if BIAS:
-        out += tl.load(bias_ptr + n).to(tl.float32)
-    tl.store(out_ptr + n, out)
+        out_N += tl.load(bias_ptr + n).to(tl.float32)
+    tl.store(out_ptr + n, out_N)
 
 
 @triton.jit
@@ -73,7 +68,7 @@ def _rows(
     w0_ptr, bias0_ptr, scale0_ptr, out0_ptr, N0, stride0,
     w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, stride1,
     w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, stride2,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     SCALE0: tl.constexpr, SCALE1: tl.constexpr, SCALE2: tl.constexpr,
     PDL: tl.constexpr,
@@ -93,6 +88,7 @@ def _rows(
             stride0,
             ROWS,
             BLOCK_K,
+            EVEN,
             BIAS0,
             SCALE0,
             PDL,
@@ -110,6 +106,7 @@ def _rows(
             stride1,
             ROWS,
             BLOCK_K,
+            EVEN,
             BIAS1,
             SCALE1,
             PDL,
@@ -127,6 +124,7 @@ def _rows(
             stride2,
             ROWS,
             BLOCK_K,
+            EVEN,
             BIAS2,
             SCALE2,
             PDL,
@@ -178,9 +176,11 @@ def linears(
         for (w, bias, scale, out), size in zip(products, sizes, strict=True)
     )
     bias, scale = ([each[at] is not None for each in products] for at in (1, 2))
-    rows, block_K = _TILES[max(weight.itemsize for weight in weights)]
+    nbytes = max(weight.itemsize for weight in weights)
+    is_few = nbytes == 1 and sum(sizes) <= _FEW
+    rows, block_K = _TILE_OF_FEW if is_few else _TILES[nbytes]
     _rows[(sum(-(-size // rows) for size in sizes),)](
-        x.contiguous(), K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K,
+        x.contiguous(), K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K, EVEN=K % block_K == 0,
         BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2],
         SCALE0=scale[0], SCALE1=scale[1], SCALE2=scale[2], num_warps=4,
         **triton_pdl.options(x.device),

@@ -306,7 +306,7 @@ def attend(
         BLOCK_M=block_m, TAIL_M=tile_size(1, H // kv_heads),
         SOFTCAP=rule.softcap is not None, WINDOW=rule.window is not None,
         PRECISION="ieee" if q_RHD.dtype == torch.float32 else "tf32", FP8=fp8,
-        **shape, **early, **(launch_options(block_m, D, q_RHD.dtype) | options),
+        **shape, **early, **(launch_options(block_m, D, q_RHD.dtype, fp8=fp8) | options),
     )  # fmt: skip
     out_RHD = torch.empty(R, H, D, dtype=rule.dtype or torch.float32, device=device)
     lse_RH = torch.empty(R, H, dtype=torch.float32, device=device)

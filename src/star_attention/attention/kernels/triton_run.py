@@ -15,15 +15,29 @@ import triton.language as tl
 from star_attention.attention.kernels import triton_pdl
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# Scales of values are near 1/448 of the values: without this factor, weights of half precision
-# times them would be too small.
-_V_FACTOR: tl.constexpr = tl.constexpr(256.0)
+# In fp8, queries and weights times scales are made as large as these in fp16, whose range is small.
+_LARGEST_Q: tl.constexpr = tl.constexpr(1024.0)
+_LARGEST_WEIGHT: tl.constexpr = tl.constexpr(32768.0)
+_SCALES: tl.constexpr = tl.constexpr(2048)
+_TINY: tl.constexpr = tl.constexpr(1e-30)
+
+
+@triton.jit
+def _load(ptr, n, d, stop, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Load rows `n` of `SIZE` elements, those before `stop` if `MASKED`."""
+    place = n.to(tl.int64)[:, None] * SIZE + d[None, :]
+    if MASKED:
+        return tl.load(ptr + place, mask=(n < stop)[:, None] & (d < SIZE)[None, :], other=0.0)
+    elif SIZE == BLOCK:
+        return tl.load(ptr + place)
+    else:
+        return tl.load(ptr + place, mask=(d < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
 def _step(
     q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, last_M, at, stop,
-    top_M, sum_M, out_MD, scale, softcap,
+    top_M, sum_MS, out_MD, odd_MD, scale, softcap, q_factor, v_factor,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTCAP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     PRECISION: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
@@ -31,18 +45,11 @@ def _step(
     """Attend to keys `at` to `at + BLOCK_N`, of which those before `stop` count if `MASKED`."""
     DTYPE: tl.constexpr = q_MD.dtype
     n = at + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    place_ND = n.to(tl.int64)[:, None] * D + d[None, :]
-    if MASKED:
-        mask = (n < stop)[:, None] & (d < D)[None, :]
-        k_ND = tl.load(k_ptr + place_ND, mask=mask, other=0.0)
-    elif D == BLOCK_D:
-        k_ND = tl.load(k_ptr + place_ND)
-    else:
-        k_ND = tl.load(k_ptr + place_ND, mask=(d < D)[None, :], other=0.0)
+    k_ND = _load(k_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
     scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(DTYPE)), input_precision=PRECISION)
     if FP8:
-        scores_MN = scores_MN * tl.load(k_scale_ptr + n, mask=n < stop, other=0.0)[None, :]
+        k_scale_N = tl.load(k_scale_ptr + n, mask=n < stop, other=0.0)
+        scores_MN = scores_MN * (k_scale_N * q_factor)[None, :]
     if SOFTCAP:
         scores_MN = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores_MN / softcap) - 1.0)
     if MASKED:
@@ -57,23 +64,31 @@ def _step(
     safe_M = tl.where(new_M == float("-inf"), 0.0, new_M) if FIRST or LAST else new_M
     shrink_M = tl.exp2(top_M - safe_M)
     weight_MN = tl.exp2(scores_MN * to_log2 - safe_M[:, None])
-    sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
+    # A sum over keys waits for all warps: few rows have it once, after the last step.
+    added_MS = weight_MN if sum_MS.shape[1] == BLOCK_N else tl.sum(weight_MN, 1, keep_dims=True)
+    sum_MS = sum_MS * shrink_M[:, None] + added_MS
+    out_MD *= shrink_M[:, None]
     if FP8:
         v_scale_N = tl.load(v_scale_ptr + n, mask=n < stop, other=0.0)
-        weight_MN = weight_MN * (v_scale_N * _V_FACTOR)[None, :]
-    if MASKED:
-        v_ND = tl.load(v_ptr + place_ND, mask=mask, other=0.0)
-    elif D == BLOCK_D:
-        v_ND = tl.load(v_ptr + place_ND)
+        weight_MN = (weight_MN * (v_scale_N * v_factor)[None, :]).to(DTYPE)
+        # Two values at a time: single bytes would come from shared memory one by one.
+        pair_ptr = v_ptr.to(tl.pointer_type(tl.int16))
+        v_NP = _load(
+            pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED
+        )
+        even_NP, odd_NP = _fp8(v_NP & 0xFF, DTYPE), _fp8(v_NP >> 8, DTYPE)
+        out_MD = tl.dot(weight_MN, even_NP, acc=out_MD, input_precision=PRECISION)
+        odd_MD = odd_MD * shrink_M[:, None]
+        odd_MD = tl.dot(weight_MN, odd_NP, acc=odd_MD, input_precision=PRECISION)
     else:
-        v_ND = tl.load(v_ptr + place_ND, mask=(d < D)[None, :], other=0.0)
-    out_MD = tl.dot(
-        weight_MN.to(DTYPE),
-        v_ND.to(DTYPE),
-        acc=out_MD * shrink_M[:, None],
-        input_precision=PRECISION,
-    )
-    return new_M, sum_M, out_MD
+        v_ND = _load(v_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
+        out_MD = tl.dot(weight_MN.to(DTYPE), v_ND, acc=out_MD, input_precision=PRECISION)
+    return new_M, sum_MS, out_MD, odd_MD
+
+
+@triton.jit
+def _fp8(byte, DTYPE: tl.constexpr):
+    return byte.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
 
 
 @triton.jit
@@ -87,27 +102,47 @@ def run(
 
     With `FIRST`, a row sees no keys before its `first_M`, and with `LAST` none after its `last_M`.
     """
+    q_factor, v_factor = 1.0, 1.0
+    if FP8:
+        largest = tl.zeros((_SCALES,), tl.float32)
+        for at in tl.range(start, stop, _SCALES):
+            n = at + tl.arange(0, _SCALES)
+            largest = tl.maximum(largest, tl.load(v_scale_ptr + n, mask=n < stop, other=0.0))
+        v_factor = _LARGEST_WEIGHT / tl.maximum(tl.max(largest), _TINY)
+        if q_MD.dtype != tl.float32:
+            # One instruction makes fp16 of two elements in e4m3; bf16 takes eight times as long.
+            # Divided by a power of two, queries in bf16 lose nothing in fp16.
+            q_MD = q_MD.to(tl.float32)
+            largest_q = tl.maximum(tl.max(tl.abs(q_MD)), _TINY)
+            power = (largest_q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            q_factor = power / _LARGEST_Q
+            q_MD = (q_MD / q_factor).to(tl.float16)
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    sum_M = tl.full((BLOCK_M,), 0.0, tl.float32)
-    out_MD = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
+    sum_MS = tl.full((BLOCK_M, BLOCK_N if BLOCK_M == 16 else 1), 0.0, tl.float32)
+    # In fp8, even and odd elements of the values are summed apart.
+    out_MD = tl.full((BLOCK_M, BLOCK_D // 2 if FP8 else BLOCK_D), 0.0, tl.float32)
+    odd_MD = tl.full((BLOCK_M, BLOCK_D // 2 if FP8 else 1), 0.0, tl.float32)
     masked_from = start
     if not FIRST and not LAST:
         # Masks cost as much as the rest of a step: only the last keys need them.
         masked_from = start + tl.maximum(stop - start, 0) // BLOCK_N * BLOCK_N
         for at in tl.range(start, masked_from, BLOCK_N):
-            top_M, sum_M, out_MD = _step(
+            top_M, sum_MS, out_MD, odd_MD = _step(
                 q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, last_M, at, stop,
-                top_M, sum_M, out_MD, scale, softcap,
+                top_M, sum_MS, out_MD, odd_MD, scale, softcap, q_factor, v_factor,
                 D, BLOCK_N, BLOCK_D, SOFTCAP, FIRST, LAST, PRECISION, FP8, False,
             )  # fmt: skip
-    for at in tl.range(masked_from, stop, BLOCK_N):
-        top_M, sum_M, out_MD = _step(
+    # Short runs: fewer keys on the way leave shared memory for more programs.
+    STAGES: tl.constexpr = None if FIRST and not LAST else 2
+    for at in tl.range(masked_from, stop, BLOCK_N, num_stages=STAGES):
+        top_M, sum_MS, out_MD, odd_MD = _step(
             q_MD, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, first_M, last_M, at, stop,
-            top_M, sum_M, out_MD, scale, softcap,
+            top_M, sum_MS, out_MD, odd_MD, scale, softcap, q_factor, v_factor,
             D, BLOCK_N, BLOCK_D, SOFTCAP, FIRST, LAST, PRECISION, FP8, True,
         )  # fmt: skip
     if FP8:
-        out_MD = out_MD / _V_FACTOR
+        out_MD = tl.reshape(tl.join(out_MD, odd_MD), (BLOCK_M, BLOCK_D)) / v_factor
+    sum_M = tl.sum(sum_MS, 1)
     has_keys_M = sum_M > 0.0
     sum_M = tl.where(has_keys_M, sum_M, 1.0)
     lse_M = tl.where(has_keys_M, top_M + tl.log2(sum_M), float("-inf"))
@@ -139,13 +174,16 @@ def merged(
     tl.store(result_lse_ptr + at, lse, mask=tl.program_id(1) == 0)
 
 
-def launch_options(block_m: int, head_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def launch_options(
+    block_m: int, head_size: int, dtype: torch.dtype, *, fp8: bool = False
+) -> dict[str, Any]:
     """Return the keys of a step, and how Triton runs the kernel.
 
     Args:
         block_m: query rows of a tile.
         head_size: of keys and values.
         dtype: of the queries.
+        fp8: True if contexts are in e4m3.
     """
     options = dict(
         BLOCK_N=64 if head_size <= 128 else 32,
@@ -156,7 +194,7 @@ def launch_options(block_m: int, head_size: int, dtype: torch.dtype) -> dict[str
         # As measured on an H200. Large tiles gain by a second program on each multiprocessor, small
         # ones, which wait for keys, by more of them on the way.
         if block_m > 64:
-            options |= dict(num_stages=2, maxnreg=128)
+            options |= dict(num_warps=4) if fp8 else dict(num_stages=2, maxnreg=128)
         elif block_m == 16:
-            options |= dict(num_stages=4)
+            options |= dict(BLOCK_N=128) if fp8 else dict(num_stages=4)
     return options
