@@ -140,14 +140,13 @@ def test_activations_in_fp8_are_refused() -> None:
 def test_compiled_layers_quantize_an_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Query, key and value of a layer share it, and so do both halves of its MLP."""
     counts: list[int] = []
-    share = compiled.share_quantizing
 
     def counted(graph: torch.fx.Graph) -> None:
-        share(graph)
+        fp8.share_quantizing(graph)
         op = torch.ops.aten.amax.default
         counts.append(len(list(graph.find_nodes(op="call_function", target=op))))
 
-    monkeypatch.setattr(compiled, "share_quantizing", counted)
+    monkeypatch.setattr(compiled, "_SHARE_QUANTIZING", compiled._Passes("counted", counted))
     monkeypatch.setattr(phase1, "_WORTH_COMPILING", 1)
     model = quantized("llama")
     sizes: dict[str, Any] = dict(block_size=128, tokens_per_forward=128)
