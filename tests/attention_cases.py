@@ -83,21 +83,45 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return (actual.double() - exact.double())[finite].abs().max().item() if finite.any() else 0.0
 
 
-def assert_within_budget(
-    state: State, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, keep_BQK: Tensor, rule: Rule
-) -> None:
+@dataclass(frozen=True)
+class Right:
+    """The oracle's state, and how far another one may be from it.
+
+    Attributes:
+        state: the oracle's, in float64.
+        budgets: largest errors of its two tensors.
+        empty_BQ: which queries see no key.
+    """
+
+    state: State
+    budgets: tuple[float, float]
+    empty_BQ: Tensor
+
+    def check(self, state: State) -> None:
+        assert state.lse_BQH.dtype == torch.float32
+        for value, right, budget in zip(state, self.state, self.budgets, strict=True):
+            assert not value.isnan().any()
+            assert error(value, right) <= budget
+        assert (state.out_BQHD[self.empty_BQ] == 0).all()
+        assert (state.lse_BQH[self.empty_BQ] == float("-inf")).all()
+
+
+def right_of(q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, keep_BQK: Tensor, rule: Rule) -> Right:
     exact = masked_attention(
         q_BQHD, k_BKGD, v_BKGD, keep_BQK, scale=rule.scale, softcap=rule.softcap
     )
     rough = plain(q_BQHD, k_BKGD, v_BKGD, keep_BQK, rule)
-    assert state.lse_BQH.dtype == torch.float32
-    for value, rough_value, exact_value in zip(state, rough, exact, strict=True):
-        assert not value.isnan().any()
-        budget = FACTOR * error(rough_value, exact_value) + FLOOR[q_BQHD.dtype]
-        assert error(value, exact_value) <= budget
-    empty_BQ = ~keep_BQK.any(-1)
-    assert (state.out_BQHD[empty_BQ] == 0).all()
-    assert (state.lse_BQH[empty_BQ] == float("-inf")).all()
+    out, lse = (
+        FACTOR * error(value, right) + FLOOR[q_BQHD.dtype]
+        for value, right in zip(rough, exact, strict=True)
+    )
+    return Right(exact, (out, lse), ~keep_BQK.any(-1))
+
+
+def assert_within_budget(
+    state: State, q_BQHD: Tensor, k_BKGD: Tensor, v_BKGD: Tensor, keep_BQK: Tensor, rule: Rule
+) -> None:
+    right_of(q_BQHD, k_BKGD, v_BKGD, keep_BQK, rule).check(state)
 
 
 def rule_of(case: Case, D: int) -> Rule:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 
 from star_attention.cli import app
 from tests.engines import BUNDLED
+from tests.warm import python
 
 NOISE = (
     "The hill is tall and the road is long.\n"
@@ -72,7 +72,7 @@ def usage_error(*arguments: str | Path) -> str:
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """Start the command line in a process of its own, with Ctrl-C handled as from a shell."""
     return subprocess.Popen(
-        [sys.executable, "-m", "star_attention", *map(str, arguments)],
+        python("-m", "star_attention", *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

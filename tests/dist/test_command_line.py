@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,17 @@ from star_attention.cli import app
 from star_attention.evals.runs.predictions import read_predictions
 from star_attention.evals.runs.run_folder import read_run
 from tests.engines import BUNDLED
+from tests.warm import python
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SOLO = [sys.executable, "-m", "star_attention"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def torchrun(
     *arguments: str | Path, stdin: str | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
+    """Run a command on two ranks, whose processes are fresh."""
     return subprocess.run(
-        [*TORCHRUN, "-m", "star_attention", *map(str, arguments)],
+        python(*TORCHRUN, "-m", "star_attention", *arguments),
         input=stdin,
         env=os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1") | env,
         capture_output=True,
@@ -52,7 +52,7 @@ def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
         line.startswith("context ") and "tok, 2 ranks, ring, encode " in line for line in lines
     )
     solo_run = subprocess.run(
-        [*SOLO, "encode", "-m", BUNDLED, book(tmp_path), "-o", saved],
+        python("-m", "star_attention", "encode", "-m", BUNDLED, book(tmp_path), "-o", saved),
         env=os.environ | dict(HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
@@ -123,7 +123,7 @@ def test_ranks_talk_as_one(tmp_path: Path) -> None:
     assert second == again
     assert run.stderr.count("1 turn left") == 1
     solo = subprocess.run(
-        [*SOLO, "chat", talk, *options[2:]],
+        python("-m", "star_attention", "chat", talk, *options[2:]),
         env=os.environ | dict(HF_HUB_OFFLINE="1"),
         input="What is blue?\n",
         capture_output=True,

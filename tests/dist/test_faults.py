@@ -6,13 +6,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.engines import BUNDLED
+from tests.warm import python
 
 STALL_S = 5
 RANKS = 3
@@ -35,7 +35,7 @@ def launch(
 
 def start(tmp_path: Path, arguments: list[str], ranks: int) -> list[subprocess.Popen[str]]:
     """Start `faulty.py` with these arguments on several ranks."""
-    command = [sys.executable, str(FAULTY), *arguments]
+    command = python(FAULTY, *arguments)
     processes = []
     for rank in range(ranks):
         environment = dict(
@@ -191,11 +191,11 @@ def test_torchrun_ends_the_others_and_they_say_why(tmp_path: Path) -> None:
     """torchrun sends SIGTERM to all ranks when one has died: they find out which before they go."""
     text = tmp_path / "book.txt"
     text.write_text("The tea is hot and the cup is blue.\n" * 150)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
-    command += ["--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", f"127.0.0.1:{os.environ['TEST_PORT']}"]
-    command += [str(FAULTY), "killed", "1", "2", "generate", "-m", str(BUNDLED), *OPTIONS]
-    command += ["--query", "x", "--stall-limit", str(STALL_S), str(text)]
+    options = ["--nproc-per-node", str(RANKS), "--rdzv-backend", "c10d"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{os.environ['TEST_PORT']}", "--no-python"]
+    rank = [FAULTY, "killed", "1", "2", "generate", "-m", BUNDLED, *OPTIONS]
+    rank += ["--query", "x", "--stall-limit", str(STALL_S), text]
+    command = python("-m", "torch.distributed.run", *options, *python(*rank))
     environment = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", FAULT_TIME=str(tmp_path / "fault"))
     run = subprocess.run(
         command,

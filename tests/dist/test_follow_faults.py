@@ -80,10 +80,11 @@ def test_ranks_that_share_heads_end_too(tmp_path: Path, fault: str, phase: str) 
 def test_a_pause_beyond_the_stall_limit_is_no_fault(tmp_path: Path) -> None:
     """Rank 0 then ends without a word, and the others return from follow()."""
     started = time.monotonic()
-    processes = start(tmp_path, ["none", "1", "0", *session(STALL_S + 3)], 3)
+    stall_s, pause_s = 3, 5
+    processes = start(tmp_path, ["none", "1", "0", *session(pause_s, stall_s=stall_s)], 3)
     statuses, stderrs, _ = wait_for_end(tmp_path, processes, None)
     assert (statuses, stderrs) == ([0] * 3, [""] * 3)
-    assert time.monotonic() - started > STALL_S + 3
+    assert time.monotonic() - started > pause_s > stall_s
 
 
 def test_an_error_right_after_startup_is_rank_0s_own(tmp_path: Path) -> None:

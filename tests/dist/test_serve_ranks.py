@@ -316,7 +316,8 @@ def test_ranks_with_other_options_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_starts_and_ends_a_server(tmp_path: Path) -> None:
-    command = [*TORCHRUN, "-m", "star_attention", "serve", "-m", str(BUNDLED), "--port", "0"]
+    command = [sys.executable, *TORCHRUN, "-m", "star_attention", "serve", "-m", str(BUNDLED)]
+    command += ["--port", "0"]
     log = tmp_path / "log.txt"
     with open(log, "w", encoding="utf-8") as stderr:
         process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL)

@@ -20,7 +20,7 @@ from star_attention.attention.blocks import block_attention, shard_attention, ta
 from star_attention.attention.oracle import law_mask
 from star_attention.attention.state import State, merge
 from star_attention.planning.plan import BlockPlan, Span
-from tests.attention_cases import BATCH, DTYPES, Case, assert_within_budget, tensors
+from tests.attention_cases import BATCH, DTYPES, Case, assert_within_budget, right_of, tensors
 
 LENGTH, H, G, D, V = 101, 6, 3, 16, 12
 
@@ -85,9 +85,9 @@ def test_blocks_equal_the_law(
     )
     if block * (lookback + 1) >= LENGTH and window is None:
         assert torch.equal(keep_LL, torch.ones_like(keep_LL).tril()), "law 1: one block is dense"
+    right = right_of(q_BLHD, k_BLGD, v_BLGD, keep_LL.expand(BATCH, -1, -1), rule)
     for forward in (7, 20, 45, 1000):
-        state = by_blocks(plan, forward, rule, q_BLHD, k_BLGD, v_BLGD)
-        assert_within_budget(state, q_BLHD, k_BLGD, v_BLGD, keep_LL.expand(BATCH, -1, -1), rule)
+        right.check(by_blocks(plan, forward, rule, q_BLHD, k_BLGD, v_BLGD))
 
 
 def test_a_forward_holds_whole_blocks_or_a_piece_of_one() -> None:

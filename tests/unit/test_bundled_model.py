@@ -104,13 +104,13 @@ def check_against_oracle(anchor: str, tokens: int, questions: int) -> None:
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)
-def test_answers_at_4k_are_the_oracles(anchor: str) -> None:
-    check_against_oracle(anchor, 4096, questions=8)
+def test_answers_at_2k_are_the_oracles(anchor: str) -> None:
+    check_against_oracle(anchor, 2048, questions=8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("anchor", ANCHORS)
-@pytest.mark.parametrize("tokens", [8192, 16384])
+@pytest.mark.parametrize("tokens", [4096, 8192, 16384])
 def test_longer_answers_are_the_oracles(anchor: str, tokens: int) -> None:
     check_against_oracle(anchor, tokens, questions=16)
 

@@ -33,6 +33,7 @@ from tests.command_line import (
     usage_error,
 )
 from tests.engines import BUNDLED
+from tests.warm import python
 
 FIRST = "The secret number for torpidity-kill is 4910508"
 SECOND = "The secret number for lyric-known is 8081780"
@@ -53,7 +54,7 @@ def lines(*given: str) -> str:
 def test_a_pipe_gets_answers_alone(book: Path) -> None:
     """In a process of its own: no prompt on stdout, and every answer on a line."""
     done = subprocess.run(
-        [sys.executable, "-m", "star_attention", "chat", *map(str, BOOK), str(book)],
+        python("-m", "star_attention", "chat", *BOOK, book),
         input=lines(QUESTION, "", OTHER_QUESTION, "/undo", OTHER_QUESTION),
         capture_output=True,
         text=True,

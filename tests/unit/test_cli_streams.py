@@ -17,6 +17,7 @@ import pytest
 
 from star_attention.storage import writing
 from tests.command_line import CHAT, MODEL, NOISE, QUESTION, Done, failed, run, start
+from tests.warm import python
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
         options = [*CHAT, "--tokens-per-forward", "256", tmp_path / "long.txt"]
         options += ["-o", tmp_path / "long.star"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "star_attention", "encode", *map(str, options)],
+            python("-m", "star_attention", "encode", *options),
             stdout=subprocess.PIPE,
             stderr=inside,
             env=os.environ | {"TERM": "xterm", "COLUMNS": "120"},
@@ -156,7 +157,7 @@ def test_a_reader_that_closes_the_pipe_is_not_an_error(texts: Path) -> None:
 
 
 def through_a_shell(redirection: str, *arguments: str | Path, **env: str) -> Done:
-    """Run a command in a shell that redirects its streams."""
+    """Run a command in a shell that redirects its streams, in a fresh process."""
     command = [sys.executable, "-m", "star_attention", *map(str, arguments)]
     done = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", *command],

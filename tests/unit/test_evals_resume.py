@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from star_attention.evals.runs.predictions import PREDICTIONS, open_predictions
 from star_attention.evals.runs.run_folder import FORMAT, MARKDOWN, METRICS, RUN, read_run
 from tests.engines import bundled_tokenizer, text_model
 from tests.evals_runs import VARIANTS, engine, lines, run, samples
+from tests.warm import python
 
 SCRIPT = """
 import sys
@@ -38,7 +38,7 @@ def test_a_killed_run_resumes_to_the_same_report(tmp_path: Path) -> None:
     bundled_tokenizer().save_pretrained(model)
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, model, killed],
+        python("-c", SCRIPT, model, killed),
         cwd=root,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{root / 'src'}:{root}"},

@@ -15,6 +15,7 @@ import pytest
 from star_attention import StarLLM
 from star_attention.errors import InvalidInputError
 from tests.engines import BUNDLED
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -177,9 +178,9 @@ def test_a_notebook_on_two_ranks() -> None:
 
 @pytest.mark.dist
 def test_several_gpus_on_two_ranks() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = python("-m", "torch.distributed.run", "--standalone", "--no-python")
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "several_gpus.py")],
+        [*torchrun, "--nproc-per-node", "2", *python(EXAMPLES / "several_gpus.py")],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

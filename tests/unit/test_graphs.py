@@ -44,6 +44,7 @@ def pair(name: str) -> tuple[StarLLM, StarLLM, CountingGraphs]:
     return plain, fast, with_graphs(fast)
 
 
+# A window with softcap, a window with sinks, compressed keys: each kernel and each of its rules.
 QUICK = ("gemma2", "gpt_oss", "deepseek_v3")
 
 
@@ -69,21 +70,22 @@ QUICK = ("gemma2", "gpt_oss", "deepseek_v3")
 def test_families(name: str) -> None:
     """Windows, softcap, sinks, shared keys, MLA: tokens and logits are those without graphs."""
     plain, fast, counting = pair(name)
-    settings: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
+    settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True, return_logits=True)
     expected, reply = (
         star.generate(star.encode(ids(101)), ids(7, seed=2), **settings) for star in (plain, fast)
     )
-    assert counting.recorder.replays == 4
+    assert counting.recorder.replays == 3
     assert set(counting.captured) == {(1, 8, False, True, ()), (1, 1, False, True, ())}
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+# The kernel over compressed keys in fp8 has fast tests of its own.
+@pytest.mark.parametrize("name", ["llama", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_contexts_in_fp8_have_graphs_of_their_own(name: str) -> None:
     plain, fast = (engine(name, kv_dtype="fp8", **SIZES) for _ in range(2))
     counting = with_graphs(fast)
-    settings: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True, return_logits=True)
+    settings: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True, return_logits=True)
     expected, reply = (
         star.generate(star.encode(ids(101)), ids(4), **settings) for star in (plain, fast)
     )
@@ -99,20 +101,20 @@ def test_contexts_in_fp8_have_graphs_of_their_own(name: str) -> None:
 def test_a_model_that_graphs_cannot_serve_runs_without() -> None:
     """Weights that expand compressed keys, and cannot be read as a matrix at the moment."""
     plain, fast, counting = pair("deepseek_v3")
-    kwargs: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True)
+    kwargs: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
     right = plain.generate(plain.encode(ids(101)), ids(7), **kwargs).token_ids
     context = fast.encode(ids(101))
     assert fast.generate(context, ids(7), **kwargs).token_ids == right
-    assert (counting.recorder.captures, counting.recorder.replays) == (2, 4)
+    assert (counting.recorder.captures, counting.recorder.replays) == (2, 2)
     attention: Any = tiny("deepseek_v3").model.layers[1].self_attn
     hook = attention.kv_b_proj.register_forward_hook(lambda *_: None)
     try:
         assert fast.generate(context, ids(7), **kwargs).token_ids == right
-        assert counting.recorder.replays == 4
+        assert counting.recorder.replays == 2
     finally:
         hook.remove()
     assert fast.generate(context, ids(7), **kwargs).token_ids == right
-    assert counting.recorder.replays == 8
+    assert counting.recorder.replays == 4
 
 
 def test_a_long_query_of_compressed_keys_expands_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,8 +152,8 @@ def test_an_unwritten_layer_is_empty() -> None:
 def test_the_bundled_model_still_finds_its_facts() -> None:
     hits = {}
     for kv_dtype in (None, "fp8"):
-        star = StarLLM.from_pretrained(BUNDLED, dtype="float32", block_size=1024, kv_dtype=kv_dtype)
-        sample = make("niah_multikey", star.tokenizer, 4096, seed=0)
+        star = StarLLM.from_pretrained(BUNDLED, dtype="float32", block_size=512, kv_dtype=kv_dtype)
+        sample = make("niah_multikey", star.tokenizer, 2048, seed=0)
         context = star.encode(sample.context)
         replies = star.generate(context, [fact.query for fact in sample.facts], max_new_tokens=12)
         hits[kv_dtype] = [

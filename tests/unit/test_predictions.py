@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from star_attention.bench.models import SHAPES
 from star_attention.config import StarConfig
-from star_attention.hf.shape import model_shape
+from star_attention.hf.shape import ModelShape, model_shape
 from star_attention.planning import estimate
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
@@ -48,12 +49,17 @@ def rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield path.name, row
 
 
-def predicted(row: dict[str, Any], scheme: str) -> Estimate:
+@functools.cache
+def shape() -> ModelShape:
     from transformers import LlamaConfig
 
+    return model_shape(LlamaConfig(**SHAPES["llama-3.1-8b"]), "bfloat16")
+
+
+def predicted(row: dict[str, Any], scheme: str) -> Estimate:
     tensor_parallel = row.get("tensor_parallel", 1)
     return estimate.estimate(
-        model_shape(LlamaConfig(**SHAPES["llama-3.1-8b"]), "bfloat16"),
+        shape(),
         HARDWARE["h200-nvlink"],
         scheme,
         _plan(row, row.get("ranks", 1) // tensor_parallel),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from star_attention.errors import (
     InvalidInputError,
 )
 from tests.engines import BUNDLED, CONTEXT, QUERY, engine, ids
+from tests.warm import python
 
 SIZES: dict[str, Any] = dict(block_size=16, anchor_size=5, reserve_tokens=128)
 ANSWER: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
@@ -188,7 +188,7 @@ def test_another_process_goes_on(tmp_path: Path) -> None:
     first.conversation.save(tmp_path / "talk.star")
     right = first.continue_with("And the hill?", max_new_tokens=8)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(BUNDLED), str(tmp_path / "talk.star")],
+        python("-c", PROGRAM, BUNDLED, tmp_path / "talk.star"),
         capture_output=True,
         text=True,
         check=True,
