@@ -9,11 +9,14 @@ import gc
 import os
 import shutil
 
+from tests.interpreter import quicken
+
 # Defaults of whoever runs the tests do not count.
 os.environ["STAR_ATTENTION_CONFIG"] = ""
 os.environ.pop("STAR_ATTENTION_MODEL", None)
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    quicken()
 
 
 def pytest_collection_finish() -> None:

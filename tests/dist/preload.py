@@ -7,5 +7,8 @@ import star_attention.engine  # noqa: F401
 import tests.engines
 import tests.families
 import tests.model_oracle
+from tests.interpreter import quicken
 
 __all__ = ["tests"]
+
+quicken()
