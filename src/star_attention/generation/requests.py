@@ -40,7 +40,8 @@ def prepared(
         options: keywords of `generate`.
         turns: those of a conversation before the queries.
     """
-    runtime.check_context(context)
+    if not runtime.is_frozen:
+        runtime.check_context(context)
     prepared = _prepared(runtime, context, query, options, turns)
     assert prepared.settings is not None, "rank 0 prepares"
     prepared.settings.check_method(methods.get(context.method))

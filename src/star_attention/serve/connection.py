@@ -8,6 +8,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from star_attention.serve.http.events import encoded
 from star_attention.serve.http.problems import Problem
+from star_attention.serve.outbox import Outbox
 
 MOST_HEAD_S = 30.0
 """Seconds in which the head of a request has to come."""
@@ -28,7 +29,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
-        super().connection_made(transport)
+        super().connection_made(Outbox(transport, self.loop))  # type: ignore[arg-type]
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -71,16 +72,28 @@ def run(
         h11_max_incomplete_event_size=64 * 1024,
     )
     service.engine.on_warm = _leave_garbage
-    service.engine.start()
-    try:
+    with _serving(service):
         asyncio.run(_Server(config, service, settings, ready).serve(sockets=[listener]))
-    finally:
-        service.close()
-        gc.unfreeze()
     if service.engine.failure is not None:
         raise service.engine.failure
     # Whoever has lost a rank has not ended well.
     service.star.runtime.comm.check()
+
+
+@contextlib.contextmanager
+def _serving(service: Service) -> Iterator[None]:
+    """Let the engine run while the block does, in a process that serves and does nothing else."""
+    runtime = service.star.runtime
+    # Signs of the weights lie on the device, where every question would wait for the step under
+    # way to read them. Contexts are checked when they are made or loaded.
+    runtime.is_frozen = True
+    service.engine.start()
+    try:
+        yield
+    finally:
+        service.close()
+        gc.unfreeze()
+        runtime.is_frozen = False
 
 
 def _leave_garbage() -> None:

@@ -57,7 +57,8 @@ class Lanes:
     async def check(self, options: dict[str, Any]) -> None:
         """Raise what `generate` would raise for options; the schema among them is compiled."""
         if "json_schema" not in options:
-            await self.run(0, lambda star: star.check_settings(**options))
+            # It tokenizes nothing: to wait for a thread would take longer.
+            self.lanes[0][0].check_settings(**options)
             return
         # A tokenizer is copied where nobody else uses it.
         if self._checker is None:
@@ -115,10 +116,13 @@ class Visit:
         self.leave()
 
     def _end(self) -> None:
-        self._service.requests[self._tenant] -= 1
-        self._service.request_bytes[self._tenant] -= self._nbytes
-        for function in self._at_end:
-            function()
+        try:
+            for function in self._at_end:
+                function()
+        finally:
+            # Whoever sees nothing open finds all of it counted.
+            self._service.requests[self._tenant] -= 1
+            self._service.request_bytes[self._tenant] -= self._nbytes
 
 
 class Service:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from star_attention.storage.kv import Pair
 from star_attention.storage.tail import Tail
@@ -46,15 +50,34 @@ def kept_row(
         tokens: its first tokens, which are wanted.
         copies: True where the buffers are not to be kept.
     """
-    return [
-        _kept(tail.row(row, padding), tokens, copies) if tail.length else None for tail in tails
-    ]
-
-
-def _kept(tail: Tail, tokens: int, copies: bool) -> Pair:
-    assert tokens <= tail.length, "a rank has kept less than rank 0"
-    k_1GTD, v_1GTD = (tensor[:, :, :tokens] for tensor in tail.pair())
+    own = [tail.row(row, padding) if tail.length else None for tail in tails]
+    pairs = [None if tail is None else _first(tail, tokens) for tail in own]
     # Buffers grow by doubling: their room is not to be kept.
-    if copies or tail.capacity(1) > tokens + tokens // 4:
-        return k_1GTD.clone(), v_1GTD.clone()
-    return k_1GTD, v_1GTD
+    room = max((tail.capacity(1) for tail in own if tail is not None), default=0)
+    return _copied(pairs) if copies or room > tokens + tokens // 4 else pairs
+
+
+def _first(tail: Tail, tokens: int) -> Pair:
+    assert tokens <= tail.length, "a rank has kept less than rank 0"
+    k_BGCD, v_BGCD = tail.buffers()
+    return k_BGCD.narrow(2, 0, tokens), v_BGCD.narrow(2, 0, tokens)
+
+
+def _copied(pairs: Sequence[Pair | None]) -> list[Pair | None]:
+    """Return copies of keys and values, those of one shape by a single operation.
+
+    On a GPU each operation costs a launch, and other answers wait while a conversation is kept.
+    """
+    alike: dict[Any, list[tuple[int, int]]] = {}
+    for layer, pair in enumerate(pairs):
+        for side, tensor in enumerate(pair or ()):
+            kind = tensor.shape, tensor.dtype, tensor.device
+            alike.setdefault(kind, []).append((layer, side))
+    copies: dict[tuple[int, int], Tensor] = {}
+    for places in alike.values():
+        tensors = [pairs[layer][side] for layer, side in places]  # type: ignore[index]
+        copies |= zip(places, torch.cat(tensors).split(1), strict=True)
+    return [
+        None if pair is None else (copies[layer, 0], copies[layer, 1])
+        for layer, pair in enumerate(pairs)
+    ]

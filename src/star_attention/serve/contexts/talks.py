@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,7 +134,10 @@ class Talks:
         self._most, self._most_bytes, self._ttl, self._clock = most, most_bytes, ttl, clock
         self._lock = threading.Lock()
         # The one used longest ago comes first.
-        self._talks: list[Talk] = []
+        self._talks: dict[Talk, None] = {}
+        # By their first tokens; and those that others may take the place of which begin otherwise.
+        self._starts: dict[tuple[Scope, tuple[int, ...]], dict[Talk, None]] = {}
+        self._short: dict[Talk, None] = {}
         self._nbytes = 0
         self._counts = TalkCounts()
 
@@ -167,12 +170,13 @@ class Talks:
         if nbytes > self._most_bytes:
             return
         with self._lock:
-            same = self._on(prompt)
+            alike = self._starts.get(_start(prompt.scope, kept.ids), {})
+            same = self._on(prompt, alike | self._short)
             talk = Talk(
                 first=first,
                 last=prompt,
                 # One array for all talks about a document.
-                content=_shared_content(same, prompt.content),
+                content=self._known_content(prompt.content),
                 ids=kept.ids,
                 kept=kept,
                 nbytes=nbytes,
@@ -181,8 +185,7 @@ class Talks:
             for each in same:
                 if each.is_said_by(talk):
                     self._remove(each)
-            self._talks.append(talk)
-            self._nbytes += nbytes
+            self._add(talk)
             self._drop_excess(self._most_bytes)
 
     def begun(self, scope: Scope, text: str, *, raw: bool) -> list[Talk]:
@@ -214,7 +217,7 @@ class Talks:
         The one that it shares most with; None, and 0, for none.
         """
         with self._lock:
-            talks = self._on(prompt)
+            talks = self._on(prompt, self._starts.get(_start(prompt.scope, prompt.ids), {}))
         shared = [talk.shared(prompt.ids) for talk in talks]
         most = max(shared, default=0)
         return (talks[shared.index(most)], most) if most else (None, 0)
@@ -225,8 +228,8 @@ class Talks:
             self._counts.hits += 1
             if talk in self._talks:
                 talk.used_at = self._clock()
-                self._talks.remove(talk)
-                self._talks.append(talk)
+                del self._talks[talk]
+                self._talks[talk] = None
 
     def drop_old(self) -> None:
         """Drop what nobody has gone on with for too long."""
@@ -252,11 +255,11 @@ class Talks:
             self._drop_excess(most_bytes)
             return len(self._talks) < before
 
-    def _on(self, prompt: Prompt) -> list[Talk]:
-        """Return the conversations on a prompt's context, which talks share."""
+    def _on(self, prompt: Prompt, among: Iterable[Talk]) -> list[Talk]:
+        """Return those conversations that are on a prompt's context, which talks share."""
         known = {id(prompt.content): True}
         talks = []
-        for talk in self._talks:
+        for talk in among:
             if talk.scope != prompt.scope:
                 continue
             key = id(talk.content)
@@ -266,9 +269,28 @@ class Talks:
                 talks.append(talk)
         return talks
 
+    def _known_content(self, content: Content) -> Content:
+        """Return the content of conversations on an equal context, so that all share one array."""
+        contents = {id(talk.content): talk.content for talk in self._talks}
+        if id(content) in contents:
+            return content
+        equal = (
+            each
+            for each in contents.values()
+            if each.text == content.text and np.array_equal(each.ids, content.ids)
+        )
+        return next(equal, content)
+
+    def _add(self, talk: Talk) -> None:
+        self._talks[talk] = None
+        self._starts.setdefault(_start(talk.scope, talk.ids), {})[talk] = None
+        if talk.last.said_tokens < _LEAST_TOKENS:
+            self._short[talk] = None
+        self._nbytes += talk.nbytes
+
     def _drop_excess(self, most_bytes: int) -> None:
         while self._talks and (self._nbytes > most_bytes or len(self._talks) > self._most):
-            self._drop(self._talks[:1], "room")
+            self._drop([next(iter(self._talks))], "room")
 
     def _drop(self, talks: list[Talk], reason: str) -> None:
         for talk in talks:
@@ -276,13 +298,18 @@ class Talks:
             self._counts.dropped[reason] += 1
 
     def _remove(self, talk: Talk) -> None:
-        self._talks.remove(talk)
+        del self._talks[talk]
+        start = _start(talk.scope, talk.ids)
+        del self._starts[start][talk]
+        if not self._starts[start]:
+            del self._starts[start]
+        self._short.pop(talk, None)
         self._nbytes -= talk.nbytes
 
 
-def _shared_content(talks: list[Talk], content: Content) -> Content:
-    contents = (talk.content for talk in talks if talk.content.text == content.text)
-    return next(contents, content)
+def _start(scope: Scope, ids: list[int]) -> tuple[Scope, tuple[int, ...]]:
+    """Return what two prompts have in common of which one goes on with the other's talk."""
+    return scope, tuple(ids[:_LEAST_TOKENS])
 
 
 def _begins_with(ids: TokenIds, begin: TokenIds) -> bool:

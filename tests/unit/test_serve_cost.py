@@ -1,0 +1,113 @@
+"""What a request costs beside its answer: nothing that a server need not do."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+
+from star_attention import StarLLM
+from star_attention.errors import ContextMismatchError
+from star_attention.hf.loading import fingerprint
+from star_attention.serve.outbox import Outbox
+from star_attention.storage.kept import kept_row
+from star_attention.storage.tail import Tail
+from tests.engines import bundled_tokenizer
+from tests.servers import quick_engine, running
+
+
+class Wire:
+    """A transport that remembers what it sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.sent.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def get_write_buffer_size(self) -> int:
+        return 100
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_is_written_in_a_turn_leaves_at_once() -> None:
+    async def write() -> list[bytes]:
+        wire = Wire()
+        outbox: Any = Outbox(wire, asyncio.get_running_loop())  # type: ignore[arg-type]
+        outbox.write(b"head ")
+        outbox.write(b"piece")
+        assert wire.sent == []
+        assert outbox.get_write_buffer_size() == 100 + 10
+        await asyncio.sleep(0)
+        assert outbox.get_write_buffer_size() == 100
+        outbox.write(b"end")
+        outbox.close()
+        assert outbox.is_closing()
+        # Nothing follows a close, as on any transport.
+        outbox.write(b"late")
+        await asyncio.sleep(0)
+        return wire.sent
+
+    assert asyncio.run(write()) == [b"head piece", b"end"]
+
+
+def test_no_question_reads_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids that a question waits for the step under way, which reading from a GPU does.
+
+    Once the server has ended, the engine looks at its model again.
+    """
+    star = StarLLM(quick_engine().model, bundled_tokenizer(), block_size=64, anchor_size=64)
+    read, weights = [], fingerprint.weights
+
+    def counted(model: Any) -> int:
+        read.append(model)
+        return weights(model)
+
+    monkeypatch.setattr(fingerprint, "weights", counted)
+    with running(star) as server:
+        id = server.post("/v1/contexts?wait=true", {"text": "The sky is blue."}).json()["id"]
+        read.clear()
+        for question in ("Why?", "Since when?"):
+            body = {"context": id, "prompt": question, "max_tokens": 2}
+            assert server.post("/v1/completions", body).status_code == 200
+        assert read == []
+    context = star.encode("The sky is blue.")
+    weight = star.model.lm_head.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.add_(1.0)
+        with pytest.raises(ContextMismatchError):
+            star.generate(context, "Why?", max_new_tokens=2)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_kept_keys_and_values_are_those_of_each_layer(*, copies: bool) -> None:
+    """Layers of one shape are copied together, and hold nothing of the buffers' room."""
+    shapes = [(2, 8), (2, 8), (3, 4)]
+    tails = []
+    for heads, size in shapes:
+        tail = Tail()
+        tail.append(torch.randn(1, heads, 70, size), torch.randn(1, heads, 70, size))
+        tails.append(tail)
+    kept = kept_row([*tails[:2], Tail(), tails[2]], 0, 0, 50, copies=copies)
+    assert kept[2] is None
+    for tail, pair in zip(tails, [*kept[:2], kept[3]], strict=True):
+        assert pair is not None
+        for tensor, whole in zip(pair, tail.pair(), strict=True):
+            assert torch.equal(tensor, whole[:, :, :50])
+            shares = tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+            # 70 tokens of room are too many for 50, so that both are copies.
+            assert not shares
+            assert tensor.is_contiguous()
