@@ -6,6 +6,7 @@ tests/dist/test_slices.py has the answers of several ranks.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,6 +120,30 @@ def test_replaced_layers_are_found_again() -> None:
     mlp = model.model.layers[1].mlp
     mlp.down_proj = nn.Linear(mlp.down_proj.in_features, mlp.down_proj.out_features, bias=False)
     assert slices.of(handle, parts, comm) is not first
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a class": lambda layer: setattr(layer, "__class__", type("Other", (nn.Linear,), {})),
+    "a forward": lambda layer: setattr(layer, "forward", lambda x: x),
+    "a hook": lambda layer: layer.register_forward_hook(lambda *_: None),
+    "a hook before": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "a module within": lambda layer: layer.add_module("adapter", nn.Identity()),
+    "a kind of weight": lambda layer: layer.register_parameter("weight", None),
+    "a place of a weight": lambda layer: layer.to("meta"),
+    "a dtype": lambda layer: layer.to(torch.float64),
+    "its numbers": lambda layer: layer.weight.data.mul_(2),
+    "strides": lambda layer: setattr(layer.weight, "data", layer.weight.data.T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_layers_are_noticed(change: str) -> None:
+    """Forbids slices of layers that have become something else, in their places."""
+    model: Any = build("llama")
+    found = slice_groups.find(ModelHandle(model), 3)
+    assert found.is_current
+    CHANGES[change](model.model.layers[1].mlp.down_proj)
+    assert found.is_current == (change == "its numbers"), "those are read in every forward"
 
 
 def test_the_setting() -> None:

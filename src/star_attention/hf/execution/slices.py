@@ -216,6 +216,8 @@ class _Kept:
     ranks: tuple[int, int]
     found: Groups
     slices: dict[tuple[str, ...], Slices] = field(default_factory=dict)
+    worthwhile: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Parts, by the bytes that a collective must save."""
 
 
 def _kept(handle: Any, comm: Comm) -> _Kept:
@@ -262,10 +264,13 @@ def choose(handle: Any, comm: Comm, wanted: bool | None) -> tuple[str, ...]:
         return ()
     if wanted is None and not _is_fast(handle, comm):
         return ()
-    found = _kept(handle, comm).found
+    kept = _kept(handle, comm)
+    found = kept.found
     if wanted is None:
-        on_cpu = handle.device.type == "cpu"
-        return _worthwhile(found, comm.cp_size, SAVED_BYTES_ON_CPU if on_cpu else SAVED_BYTES)
+        least = SAVED_BYTES_ON_CPU if handle.device.type == "cpu" else SAVED_BYTES
+        if least not in kept.worthwhile:
+            kept.worthwhile[least] = _worthwhile(found, comm.cp_size, least)
+        return kept.worthwhile[least]
     if not found.parts:
         reasons = "; ".join(f"{part}: {reason}" for part, reason in found.reasons.items())
         raise InvalidInputError(

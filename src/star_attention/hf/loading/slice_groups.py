@@ -9,10 +9,13 @@ tensor-parallel plan names the layers; shapes are checked here, since everything
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, repeat
+from operator import attrgetter, contains, itemgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.loading import tensor_parallel
@@ -23,6 +26,10 @@ ATTENTION, MLP, EXPERTS, HEAD = "attention", "mlp", "experts", "head"
 PARTS = (ATTENTION, MLP, EXPERTS, HEAD)
 """Parts of a model that are sliced, each as a whole: attention by heads, MLPs and experts by hidden
 rows, the language-model head by rows of the vocabulary."""
+
+_MODULES, _PARAMETERS = itemgetter("_modules"), itemgetter("_parameters")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_KIND = attrgetter("shape", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +64,6 @@ class Group:
         check = are_plain_experts if self.part == EXPERTS else is_plain
         return all(check(layer) for layer in self.layers)
 
-    @property
-    def is_current(self) -> bool:
-        """True unless layers were replaced, or changed, since the group was made."""
-        return self.is_plain and all(
-            getattr(owner, name) is layer
-            for (owner, name), layer in zip(self.owners, self.layers, strict=True)
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
@@ -77,11 +76,37 @@ class Groups:
 
     groups: list[Group] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    _signs: list[list[Any]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_signs", list(self._read_signs()))
 
     @property
     def is_current(self) -> bool:
         """True unless layers of a group were replaced, or changed, since."""
-        return all(group.is_current for group in self.groups)
+        return all(now == then for now, then in zip(self._read_signs(), self._signs, strict=True))
+
+    def _read_signs(self) -> Iterator[list[Any]]:
+        """Yield what changes with the layers: places, classes, forwards, hooks, shapes of weights.
+
+        By functions in C, over all layers: every answer of several ranks begins with it, and asking
+        each layer whether it is plain takes milliseconds of its first token.
+        """
+        owners = [owner for group in self.groups for owner, _ in group.owners]
+        names = [name for group in self.groups for _, name in group.owners]
+        layers = [layer for group in self.groups for layer in group.layers]
+        own = [*map(vars, layers)]
+        yield [*map(id, map(dict.get, map(_MODULES, map(vars, owners)), names))]
+        yield [*map(type, layers)]
+        yield [*map(contains, own, repeat("forward"))]
+        yield [*map(len, chain.from_iterable(map(_HOOKS, own)))]
+        yield [*map(id, chain.from_iterable(map(dict.values, map(_MODULES, own))))]
+        weights = [*chain.from_iterable(map(dict.values, map(_PARAMETERS, own)))]
+        # Only weights of these classes are asked for more.
+        yield [*map(type, weights)]
+        present = [weight for weight in weights if weight is not None]
+        yield [*map(_KIND, present)]
+        yield [*map(Tensor.stride, present)]
 
     @property
     def parts(self) -> tuple[str, ...]:
