@@ -5,7 +5,8 @@ tests/gpu/test_graphs_ranks_cuda.py tests real graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +64,28 @@ class NeverCaptures(Recorder):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
+@contextlib.contextmanager
+def few_programs() -> Iterator[pytest.MonkeyPatch]:
+    """Few programs, since the interpreter takes a millisecond for each; tails that move."""
+    with pytest.MonkeyPatch.context() as patched:
+        for kernel in (triton_answer, triton_latent):
+            patched.setattr(kernel, "SPLITS", 2)
+            patched.setattr(kernel, "TAIL_SPLITS", 1)
+        patched.setattr(graphs, "BUCKETS", (1, 4))
+        patched.setattr(tail, "_INITIAL_CAPACITY", 5)
+        yield patched
+
+
 def answers(star: StarLLM, kind: type[Recorder] | None) -> dict[str, Any]:
     """Answer by graphs of that recorder; None for plain forwards."""
-    before = (
-        *(triton_answer.SPLITS, triton_answer.TAIL_SPLITS, graphs.BUCKETS, tail._INITIAL_CAPACITY),
-        *(triton_latent.SPLITS, triton_latent.TAIL_SPLITS),
-    )
-    # Few programs, since the interpreter takes a millisecond for each.
-    triton_answer.SPLITS, triton_answer.TAIL_SPLITS = 2, 1
-    graphs.BUCKETS, tail._INITIAL_CAPACITY = (1, 4), 5
-    triton_latent.SPLITS, triton_latent.TAIL_SPLITS = 2, 1
     handle = star.runtime.handle
     made = None if kind is None else GraphsOfGloo(handle, kind(handle))
-    star.runtime.handle.__dict__["graphs"] = made
-    try:
+    with few_programs() as patched:
+        patched.setitem(star.runtime.handle.__dict__, "graphs", made)
         context = star.encode(ids(101))
         length: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
         first = star.generate(context, ids(4), return_logits=True, **length)
         both = star.generate(context, [ids(3), ids(2, seed=4)], **length)
-    finally:
-        star.runtime.handle.__dict__.pop("graphs")
-        triton_answer.SPLITS, triton_answer.TAIL_SPLITS = before[:2]
-        graphs.BUCKETS, tail._INITIAL_CAPACITY = before[2:4]
-        triton_latent.SPLITS, triton_latent.TAIL_SPLITS = before[4:]
     return dict(
         tokens=[first.token_ids, *(reply.token_ids for reply in both)],
         logits=first.logits,
@@ -165,14 +165,12 @@ def answer_rows(
         return run_rows(graphs, rows, *arguments)
 
     run_rows = row_graphs.RowGraphs.run
-    with pytest.MonkeyPatch.context() as patched:
-        # Few programs, since the interpreter takes a millisecond for each; tails that move.
+    with few_programs() as patched:
         patched.setattr(row_tables, "PROGRAMS", 2)
         patched.setattr(row_tables, "SHORTEST_RUN", 40)
         patched.setattr(triton_rows, "TAIL_RUNS", 1)
         patched.setattr(row_graphs, "BUCKETS", (2,))
         patched.setattr(row_graphs.RowGraphs, "run", run)
-        patched.setattr(tail, "_INITIAL_CAPACITY", 5)
         if comm.rank:
             star.follow()
         else:

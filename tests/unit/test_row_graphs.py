@@ -29,7 +29,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_rows  # noqa: E402
+from star_attention.attention.kernels import triton_answer, triton_rows  # noqa: E402
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -40,6 +40,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_tables, "PROGRAMS", 2)
     monkeypatch.setattr(row_tables, "SHORTEST_RUN", 40)
     monkeypatch.setattr(triton_rows, "TAIL_RUNS", 1)
+    monkeypatch.setattr(triton_answer, "SPLITS", 2)
+    monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
     monkeypatch.setattr(row_graph, "_ROOM", 2)
     monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 6)
 
