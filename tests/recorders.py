@@ -13,11 +13,11 @@ from star_attention.hf.execution.graphs import Graphs
 
 
 class CountingRecorder(Recorder):
-    """Runs the captured work at each replay, and counts captures and replays."""
+    """Runs the captured work at each replay, and counts captures, replays and interludes."""
 
     def __init__(self, handle: Any) -> None:
         super().__init__(handle)
-        self.captures = self.replays = 0
+        self.captures = self.replays = self.interludes = 0
 
     def record(
         self, work: Callable[[], None], *, warm_up: Callable[[], Any], comm: Any
@@ -32,6 +32,10 @@ class CountingRecorder(Recorder):
             work()
 
         return replay
+
+    def interlude(self, act: Callable[[], None]) -> None:
+        self.interludes += 1
+        act()
 
 
 class CountingGraphs(Graphs):

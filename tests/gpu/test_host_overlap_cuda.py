@@ -6,6 +6,7 @@ The model is small and in fp32, so that a layer that is read too early or too la
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,33 @@ def test_a_long_answer_is_the_same(pair: tuple[StarLLM, StarLLM]) -> None:
     reply = far.generate(far.encode(TEXT), QUERY, **LONG, return_logits=True)
     assert reply.token_ids == right.token_ids
     torch.testing.assert_close(reply.logits, right.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(kv_dtype="fp8"), dict(kv_resident=0.3)], ids=str)
+def test_graphs_answer_as_with_the_context_on_the_gpu(settings: dict[str, Any]) -> None:
+    """The same kernels read the same bytes, in whichever buffer, so that logits are the same."""
+    far = StarLLM.from_pretrained(MODEL, compile=True, kv_device="cpu", **SIZES, **settings)
+    near = far.with_config(kv_device=None, kv_resident=0.0)
+    graphs = far.runtime.handle.graphs
+    assert graphs is not None
+    replies, rows = [], []
+    for star in (near, far):
+        contexts = [star.encode(text) for text in (TEXT, OTHER)]
+        # Twice, and in turn: the second time a layer begins at another place.
+        few: dict[str, Any] = dict(max_new_tokens=60, ignore_eos=True, return_logits=True)
+        replies.append([star.generate(contexts[at], QUERY, **few) for at in (0, 1, 0)])
+        with star.batch() as batch:
+            added = [
+                batch.add(contexts[number % 2], f"{number}. {QUERY}", max_new_tokens=40 + number)
+                for number in range(5)
+            ]
+            rows.append([row.result().token_ids for row in added])
+    for right, reply in zip(*replies, strict=True):
+        assert reply.token_ids == right.token_ids
+        assert torch.equal(reply.logits, right.logits)
+    assert rows[0] == rows[1]
+    assert all(graphs.captured.values()), "a forward was not captured"
+    assert all(graphs.of_rows.captured.values()), "a step of rows was not captured"
 
 
 @pytest.mark.parametrize("share", [0.3, 0.75, 1.0])
@@ -201,10 +229,12 @@ def test_memory_is_freed_with_its_owner() -> None:
     assert star.generate(star.encode(OTHER), QUERY, max_new_tokens=3).token_ids
 
 
-def test_copies_run_while_the_gpu_computes() -> None:
+@pytest.mark.parametrize(("compile", "most"), [(False, 1.3), (True, 1.1)])
+def test_copies_run_while_the_gpu_computes(compile: bool, most: float) -> None:
     """A token takes little more than its bytes need over the link, with attention as work.
 
-    Twelve wide layers and 32K tokens: the link needs far longer than the GPU.
+    Twelve wide layers and 32K tokens: the link needs far longer than the GPU. Other tests may use
+    both meanwhile, so that the best of some answers counts, each against the link at that time.
     """
     config = LlamaConfig(
         vocab_size=512,
@@ -216,17 +246,24 @@ def test_copies_run_while_the_gpu_computes() -> None:
         max_position_embeddings=2**16,
     )
     model = LlamaForCausalLM(config).eval().to("cuda", torch.bfloat16)
-    star = StarLLM(model, compile=False, kv_device="cpu", block_size=8192)
-    ids = torch.randint(5, 500, (32768,))
+    star = StarLLM(model, compile=compile, kv_device="cpu", block_size=8192)
+    ids, device = torch.randint(5, 500, (32768,)), torch.device("cuda", 0)
     context = star.encode(ids)
-    link = measure_link(torch.device("cuda", 0))
-    assert link is not None
-    star.generate(context, ids[:16], max_new_tokens=4, ignore_eos=True)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    star.generate(context, ids[:16], max_new_tokens=21, ignore_eos=True)
-    end.record()
-    end.synchronize()
-    token_s = start.elapsed_time(end) / 1e3 / 21
-    assert token_s < 1.3 * context.nbytes / link
-    assert copy_stream(torch.device("cuda", 0), TO_DEVICE).query()
+
+    def seconds(tokens: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        star.generate(context, ids[:16], max_new_tokens=tokens, ignore_eos=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def over_link() -> float:
+        # The first token takes a forward of its own, with buffers that are still empty.
+        token_s = (seconds(21) - seconds(1)) / 20
+        link = measure_link(device)
+        assert link is not None
+        return token_s * link / context.nbytes
+
+    seconds(4)
+    assert min(over_link() for _ in range(4)) < most
+    assert copy_stream(device, TO_DEVICE).query()

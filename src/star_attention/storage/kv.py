@@ -87,6 +87,12 @@ class Feeder(Protocol):
     def take(self, layer: LayerKV) -> StoredKV:
         """Return a layer's stored tensors on its device."""
 
+    def bring(self, layer: LayerKV) -> int:
+        """Bring a layer to its device, and return which of its places it is at."""
+
+    def places(self, layer: LayerKV) -> list[StoredKV]:
+        """Return a layer's tensors at each place where it may arrive."""
+
     def forget(self, layer: LayerKV) -> None:
         """Bring a layer again, which has changed."""
 
@@ -180,11 +186,13 @@ class LayerKV:
         return pinned.empty(shape, part.dtype, self._device)
 
     def _has_changed(self) -> None:
-        feed = self._feeding()
+        feed = self.feeder
         if feed is not None:
             feed.forget(self)
 
-    def _feeding(self) -> Feeder | None:
+    @property
+    def feeder(self) -> Feeder | None:
+        """What brings the layer from host memory now."""
         return None if self.feed is None else self.feed()
 
     @property
@@ -243,7 +251,7 @@ class LayerKV:
         Of a layer from host memory they may be overwritten after the next layer's `pair`: queue
         what reads them before.
         """
-        feed = self._feeding()
+        feed = self.feeder
         return self._read(self.stored() if feed is None else feed.take(self))
 
     def slice(self, start: int, stop: int) -> Pair:

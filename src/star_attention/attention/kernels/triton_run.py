@@ -73,9 +73,7 @@ def _step(
         weight_MN = (weight_MN * (v_scale_N * v_factor)[None, :]).to(DTYPE)
         # Two values at a time: single bytes would come from shared memory one by one.
         pair_ptr = v_ptr.to(tl.pointer_type(tl.int16))
-        v_NP = _load(
-            pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED
-        )
+        v_NP = _load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
         even_NP, odd_NP = _fp8(v_NP & 0xFF, DTYPE), _fp8(v_NP >> 8, DTYPE)
         out_MD = tl.dot(weight_MN, even_NP, acc=out_MD, input_precision=PRECISION)
         odd_MD = odd_MD * shrink_M[:, None]

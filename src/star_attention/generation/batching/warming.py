@@ -56,7 +56,7 @@ def warm_up(star: Any, max_rows: int, *, is_for_generate: bool = False) -> Itera
     if runtime.comm.size == 1:
         for key in graphs.of_rows.usual(context.kv, max_rows + MOST_TOKENS):
             yield f"steps of {counted(key[0], 'row')}, {key[1]} in a tile"
-            graphs.of_rows.prepare(key, runtime.comm)
+            graphs.of_rows.prepare(key, context.kv, runtime.comm)
         return
     # The other ranks capture their part in a step.
     for rows in (bucket for bucket in ROW_BUCKETS if bucket <= max_rows):

@@ -19,12 +19,19 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
+from star_attention.hf.cache.arrivals import (
+    Arrivals,
+    Arriving,
+    arrives,
+    at_place,
+    count_places,
+)
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
 from star_attention.hf.cache.decode import AnswerCache, own_heads
 from star_attention.hf.cache.latent import LatentAttention, Latents
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV
+from star_attention.storage.kv import ContextKV, LayerKV
 from star_attention.storage.transfers import overwrite
 
 Shapes = list[LayerKVShape | None]
@@ -77,11 +84,14 @@ class TailBuffers:
             if shape is not None:
                 layer.tail.length += tokens
 
-    def addressed(self) -> list[tuple[Tensor | None, ...]]:
+    def addressed(self, place: int = 0) -> list[tuple[Tensor | None, ...]]:
         """Return the tensors whose addresses the kernels read, in the order of the table's columns.
 
         Each layer's shard and tail, keys and values each, and scales in fp8; nothing for a layer
         that reads another layer's keys.
+
+        Args:
+            place: which of a layer's places, for those that arrive from host memory.
         """
         layers: list[tuple[Tensor | None, ...]] = []
         for layer, shape in self._layers:
@@ -90,7 +100,7 @@ class TailBuffers:
             elif layer.shard.is_empty:
                 layers.append((None, None, *layer.tail.buffers()))
             else:
-                k, v, *scales = layer.shard.stored()
+                k, v, *scales = at_place(layer.shard, place)
                 layers.append((k, v, *layer.tail.buffers(), *scales))
         return layers
 
@@ -104,10 +114,16 @@ class GraphPosition(ForwardPosition):
         rows: most rows of a forward.
         device: where the tables are.
         comm: merges the attention of all ranks.
+        arrivals: the layers that arrive from host memory.
     """
 
     def __init__(
-        self, windows: list[int | None], rows: int, device: torch.device, comm: Comm
+        self,
+        windows: list[int | None],
+        rows: int,
+        device: torch.device,
+        comm: Comm,
+        arrivals: Arrivals,
     ) -> None:
         from star_attention.attention.kernels import triton_answer, triton_latent
 
@@ -121,6 +137,7 @@ class GraphPosition(ForwardPosition):
         self.fp8 = self.by_heads = False
         # And of each layer the attention that need not expand what it stores.
         self.latents: Latents | None = None
+        self.arrivals = arrivals
 
     @property
     def seen_tokens(self) -> int:
@@ -160,6 +177,7 @@ class GraphLayer(StarLayer[GraphPosition]):
 
         With weights in slices, arguments and result are of this rank's heads.
         """
+        self.position.arrivals.wait_for(self.index)
         if self._latent is not None:
             return self._attend_compressed(self._latent, q_RQHD, rule)
         position, heads = self.position, None
@@ -208,15 +226,21 @@ class GraphCache(StarCache):
         rows: most rows of a forward.
         device: the GPU.
         comm: the ranks whose collectives the graphs contain.
+        arrivals: the layers that arrive from host memory.
     """
 
     layers: list[GraphLayer]
     position: GraphPosition
 
     def __init__(
-        self, windows: list[int | None], rows: int, device: torch.device, comm: Comm
+        self,
+        windows: list[int | None],
+        rows: int,
+        device: torch.device,
+        comm: Comm,
+        arrivals: Arrivals,
     ) -> None:
-        position = GraphPosition(windows, rows, device, comm)
+        position = GraphPosition(windows, rows, device, comm, arrivals)
         no_stores = [ContextKV.empty(Segments(), [False] * len(windows))]
         super().__init__(build_layers(GraphLayer, windows, position, no_stores), position, comm)
         self._loaded: tuple[Any, ...] = ()
@@ -234,7 +258,12 @@ class GraphCache(StarCache):
         if signature == self._loaded:
             return
         comm, kernel, tables = self.comm, self.position.kernel, self.position.tables
-        overwrite(tables.addresses, kernel.addresses(tails.addressed()))
+        shards, arrivals = [layer.shard for layer in cache.layers], self.position.arrivals
+        places = range(count_places(shards))
+        addresses = [kernel.addresses(tails.addressed(place)) for place in places]
+        overwrite(tables.addresses, addresses[0])
+        if arrivals.layers:
+            arrivals.load([Arriving(shards, tables.addresses, addresses)])
         by_kind = [
             kernel.lengths(
                 cache.kept_with(window),
@@ -283,9 +312,16 @@ def can_read(
     known = _has_one_kind(shapes) if latents is None else _are_latent(shapes, latents)
     if len(shard.segments) > triton_answer.MAX_SEGMENTS or not known:
         return False
-    stored = [layer.stored()[:2] for layer in shard.layers if not layer.is_empty]
-    tensors = [tensor for pair in stored for tensor in pair]
-    return all(tensor.is_contiguous() and tensor.device == device for tensor in tensors)
+    return all(_is_read_on(layer, device) for layer in shard.layers if not layer.is_empty)
+
+
+def _is_read_on(layer: LayerKV, device: torch.device) -> bool:
+    """True if the kernel finds a layer on the device; it may arrive there from host memory."""
+    pair = layer.stored()[:2]
+    is_there = all(tensor.device == device for tensor in pair)
+    return (is_there or (arrives(layer) and layer.reads_on == device)) and all(
+        tensor.is_contiguous() for tensor in pair
+    )
 
 
 def _are_latent(shapes: Shapes, latents: Latents) -> bool:

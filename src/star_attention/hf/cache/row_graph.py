@@ -22,6 +22,13 @@ from star_attention.attention.kernels.row_tables import RowTables
 from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
+from star_attention.hf.cache.arrivals import (
+    Arrivals,
+    Arriving,
+    arriving,
+    at_place,
+    count_places,
+)
 from star_attention.hf.cache.base import ForwardPosition, StarCache, StarLayer, build_layers
 from star_attention.hf.cache.decode import own_heads
 from star_attention.hf.cache.graph import Shapes, can_read
@@ -49,9 +56,10 @@ class RowBuffers:
         self._shapes: Shapes = probed.layer_shapes
         self._group = probed.query_group
         self._device = device
-        # Addresses on the CPU, None where the kernel cannot read; those of a row's tails with their
-        # version, by the first of them, since the tokens of a query share tails.
-        self._shards: WeakKeyDictionary[ContextKV, Tensor | None] = WeakKeyDictionary()
+        # Addresses on the CPU; those of a row's tails with their version, by the first of them,
+        # since the tokens of a query share tails.
+        self._readable: WeakKeyDictionary[ContextKV, bool] = WeakKeyDictionary()
+        self._shards: WeakKeyDictionary[ContextKV, list[Tensor]] = WeakKeyDictionary()
         self._tails: WeakKeyDictionary[Tail, tuple[int, Tensor | None]] = WeakKeyDictionary()
 
     @property
@@ -67,7 +75,13 @@ class RowBuffers:
 
     def reads(self, shard: ContextKV) -> bool:
         """True if the kernel can read a context."""
-        return self._of_shard(shard) is not None
+        if shard not in self._readable:
+            self._readable[shard] = (
+                (self._is_part or len(shard.segments) == 1)
+                and self._group <= row_tables.MOST_HEADS
+                and can_read(shard, self._shapes, self._device)
+            )
+        return self._readable[shard]
 
     def tile_rows(self, rows: RowSet) -> int:
         """Return the rows of a tile for these rows."""
@@ -83,15 +97,14 @@ class RowBuffers:
             dtype=shape.dtype,
         )
 
-    def _of_shard(self, shard: ContextKV) -> Tensor | None:
-        """Return a context's addresses, `[layers, SHARD_COLUMNS]`; None if it cannot be read."""
+    def of_shard(self, shard: ContextKV) -> list[Tensor]:
+        """Return a context's addresses, `[layers, SHARD_COLUMNS]`, at each of its places."""
+        if arriving(shard.layers):
+            # Its places may be others each time.
+            places = range(count_places(shard.layers))
+            return [_shard_addresses(shard, place) for place in places]
         if shard not in self._shards:
-            readable = (
-                (self._is_part or len(shard.segments) == 1)
-                and self._group <= row_tables.MOST_HEADS
-                and can_read(shard, self._shapes, self._device)
-            )
-            self._shards[shard] = _shard_addresses(shard) if readable else None
+            self._shards[shard] = [_shard_addresses(shard)]
         return self._shards[shard]
 
     def _of_row(self, row: RowKV) -> Tensor:
@@ -153,10 +166,8 @@ class RowBuffers:
         pinned = self._device.type == "cuda"
         tables = RowTables.zeros(layers, bucket, len(like.items), "cpu", pinned=pinned)
         shards = [rows.rows[start].shard for start, _ in rows.groups]
-        read = [self._of_shard(shard) for shard in shards]
-        tables.shards[:, : len(shards)] = torch.stack(
-            [part for part in read if part is not None], 1
-        )
+        read = [self.of_shard(shard)[0] for shard in shards]
+        tables.shards[:, : len(shards)] = torch.stack(read, 1)
         tables.tails[:, : len(rows)] = torch.stack([self._of_row(row) for row in rows.rows], 1)
         sizes = [
             (stop - start, shard.tokens)
@@ -193,17 +204,17 @@ def _shared(rows: RowSet) -> int:
     return max(answers, -(-products // max(1, tokens)))
 
 
-def _shard_addresses(shard: ContextKV) -> Tensor:
+def _shard_addresses(shard: ContextKV, place: int = 0) -> Tensor:
     columns = row_tables.SHARD_COLUMNS
     addresses = torch.zeros(len(shard.layers), columns, dtype=torch.int64, device="cpu")
     for number, layer in enumerate(shard.layers):
-        stored = () if layer.is_empty else layer.stored()
+        stored = () if layer.is_empty else at_place(layer, place)
         for column, tensor in enumerate(stored):
             addresses[number, column] = tensor.data_ptr()
         if layer.segments:
             # Where there are several, on ranks, no layer has a window, and all keys are seen.
-            place = torch.tensor([layer.tokens, layer.segments[0][0]])
-            addresses[number, row_tables.SHARD_ADDRESSES :] = place
+            kept = torch.tensor([layer.tokens, layer.segments[0][0]])
+            addresses[number, row_tables.SHARD_ADDRESSES :] = kept
     return addresses
 
 
@@ -215,18 +226,26 @@ class RowGraphPosition(ForwardPosition):
         tile_rows: rows of a tile.
         fp8: True if contexts are in fp8.
         comm: merges the attention of all ranks.
+        arrivals: the layers that arrive from host memory.
         by_heads: True if each rank computes queries, keys and values of its own heads alone.
     """
 
     def __init__(
-        self, tables: RowTables, tile_rows: int, fp8: bool, comm: Comm, *, by_heads: bool
+        self,
+        tables: RowTables,
+        tile_rows: int,
+        fp8: bool,
+        comm: Comm,
+        arrivals: Arrivals,
+        *,
+        by_heads: bool,
     ) -> None:
         from star_attention.attention.kernels import triton_rows
 
         super().__init__()
         self.kernel = triton_rows
         self.tables, self.tile_rows, self.fp8 = tables, tile_rows, fp8
-        self.comm, self.by_heads = comm, by_heads
+        self.comm, self.arrivals, self.by_heads = comm, arrivals, by_heads
 
     @property
     def seen_tokens(self) -> int:
@@ -258,6 +277,7 @@ class RowGraphLayer(StarLayer[RowGraphPosition]):
         With weights in slices, arguments and result are of this rank's heads.
         """
         position, heads = self.position, None
+        position.arrivals.wait_for(self.index)
         comm = position.comm
         if position.by_heads:
             heads = own_heads(comm, q_R1HD)
@@ -289,6 +309,7 @@ class RowGraphCache(StarCache):
         tile_rows: rows of a tile.
         fp8: True if contexts are in fp8.
         comm: the ranks whose collectives the graph contains.
+        arrivals: the layers that arrive from host memory.
         slices: slices of the weights that forwards multiply, None for all of them.
     """
 
@@ -302,10 +323,11 @@ class RowGraphCache(StarCache):
         tile_rows: int,
         fp8: bool,
         comm: Comm,
+        arrivals: Arrivals,
         slices: Any = None,
     ) -> None:
         by_heads = slices is not None and slices.by_heads
-        position = RowGraphPosition(tables, tile_rows, fp8, comm, by_heads=by_heads)
+        position = RowGraphPosition(tables, tile_rows, fp8, comm, arrivals, by_heads=by_heads)
         no_stores = [ContextKV.empty(Segments(), [False] * len(windows))]
         super().__init__(build_layers(RowGraphLayer, windows, position, no_stores), position, comm)
         self.slices = slices
@@ -327,7 +349,16 @@ class RowGraphCache(StarCache):
         """Fill the tables for these rows, unless their forward was the last one."""
         if self._loaded != (rows.version, _tokens(rows)):
             position = self.position
-            position.tables.copy_(buffers.tables(rows, position.tables, position.tile_rows))
+            tables, arrivals = position.tables, position.arrivals
+            tables.copy_(buffers.tables(rows, tables, position.tile_rows))
+            if arrivals.layers:
+                shards = [rows.rows[start].shard for start, _ in rows.groups]
+                arrivals.load(
+                    [
+                        Arriving(shard.layers, tables.shards[:, number], buffers.of_shard(shard))
+                        for number, shard in enumerate(shards)
+                    ]
+                )
         # Until `ran`, the tables may count a token that the rows do not have.
         self._loaded = None
 

@@ -31,6 +31,7 @@ class Recorder:
         self._pool: Any = None
         # Modes of compiled layers that no graph can hold: compiling them takes long.
         self._broken: set[str] = set()
+        self._chain: _Chain | None = None
 
     def weights(self) -> int:
         """Return a number that changes when captured forwards are void.
@@ -107,12 +108,15 @@ class Recorder:
         current = torch.cuda.current_stream()
         try:
             with comm.recording() as recorded:
-                graph = _capture(work, self._pool)
+                self._chain = graph = _Chain()
+                _capture(work, graph, self._pool)
         except Exception:
             torch.cuda.set_stream(current)
             _reset_after_broken_capture(self._handle.device, self._pool)
             self._pool = None
             raise
+        finally:
+            self._chain = None
 
         lock = threading.Lock()
 
@@ -130,12 +134,55 @@ class Recorder:
         recorded.release = release
         return replay
 
+    def interlude(self, act: Callable[[], None]) -> None:
+        """Let Python do something at this place of the captured work, at every replay.
 
-def _capture(work: Callable[[], Any], pool: Any) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
+        One graph ends here, and another begins. A warm-up has no interludes.
+        """
+        if self._chain is not None:
+            self._chain.cut(act)
+
+
+class _Chain:
+    """CUDA graphs that run one after the other, and what Python does between them.
+
+    They are captured as one: `torch.cuda.graph` takes this for a graph.
+    """
+
+    def __init__(self) -> None:
+        self._graphs = [torch.cuda.CUDAGraph()]
+        self._acts: list[Callable[[], None]] = []
+        self._options: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def capture_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._options = args, kwargs
+        self._graphs[-1].capture_begin(*args, **kwargs)
+
+    def cut(self, act: Callable[[], None]) -> None:
+        self.capture_end()
+        self._acts.append(act)
+        self._graphs.append(torch.cuda.CUDAGraph())
+        args, kwargs = self._options
+        self.capture_begin(*args, **kwargs)
+
+    def capture_end(self) -> None:
+        self._graphs[-1].capture_end()
+
+    def replay(self) -> None:
+        first, *others = self._graphs
+        first.replay()
+        for act, graph in zip(self._acts, others, strict=True):
+            act()
+            graph.replay()
+
+    def reset(self) -> None:
+        for graph in self._graphs:
+            graph.reset()
+
+
+def _capture(work: Callable[[], Any], graph: Any, pool: Any) -> None:
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         work()
-    return graph
 
 
 def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
@@ -147,4 +194,4 @@ def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
             end(device.index or 0, pool)
     # A capture that succeeds ends the broken one for the random number generator.
     scratch = torch.zeros(1, device=device)
-    _capture(lambda: scratch.zero_(), None)
+    _capture(lambda: scratch.zero_(), torch.cuda.CUDAGraph(), None)

@@ -4,12 +4,15 @@ A graph is captured once for each number of rows and new tokens. It contains no 
 kernels read the addresses and lengths of the keys from tables on the device
 (`attention.kernels.triton_answer`), so one graph serves every context, query and step.
 
+Layers of a context in host memory arrive between graphs: a forward then has one more of these than
+such layers (`hf.cache.arrivals`).
+
 On several ranks the collectives are part of the graph. Each rank captures by itself, and a rank
 without a graph runs eagerly beside the others: both do the same collectives in the same order.
 
 Not used: without compiled layers (`ModelHandle.graphs`); length-dependent rotary frequencies,
-several devices, no Triton, ranks over gloo (`can_capture`, `Graphs.serve`); KV in host memory,
-streaming_llm, odd head sizes, MLA with weights that are not a plain matrix (`can_read`); too many
+several devices, no Triton, ranks over gloo (`can_capture`, `Graphs.serve`); streaming_llm, odd
+head sizes, MLA with weights that are not a plain matrix (`can_read`); too many
 new tokens (`Graphs.bucket`); beams and assisted decoding (`phase2.stock`); a capture that fails.
 The forward then runs eagerly.
 
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from star_attention.attention.kernels import triton_works
 from star_attention.distributed.comm import Comm
+from star_attention.hf.cache.arrivals import Arrivals, arriving
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.graph import GraphCache, TailBuffers, can_read
 from star_attention.hf.cache.latent import Latents, usable
@@ -75,7 +79,7 @@ class Graphs:
     def __init__(self, handle: Any, recorder: Recorder | None = None) -> None:
         self._handle = handle
         self.recorder = recorder or Recorder(handle)
-        self._captures: dict[Comm, _Captures] = {}
+        self._captures: dict[tuple[Comm, tuple[int, ...]], _Captures] = {}
         self._weights: int | None = None
 
     @cached_property
@@ -152,7 +156,7 @@ class Graphs:
         if self.bucket(rows, queries) != queries:
             return None
         with hook.lock_of(self._handle.model):
-            captures = self._captures_of(cache.comm)
+            captures = self._captures_of(cache)
             tables = captures.cache
             tails = TailBuffers(cache, self._handle.layer_shapes, self._handle.device)
             if tails.tokens + queries > tails.capacity(rows):
@@ -180,13 +184,17 @@ class Graphs:
             tables.ran(cache, tails, rows)
         return logits_RV
 
-    def _captures_of(self, comm: Comm) -> _Captures:
-        """Return the graphs with the collectives of `comm`, none of them of groups that failed."""
-        captures = self._captures.get(comm)
+    def _captures_of(self, cache: AnswerCache) -> _Captures:
+        """Return the graphs with a cache's collectives, between which its layers arrive.
+
+        None of them has collectives of groups that failed.
+        """
+        comm, layers = cache.comm, arriving([layer.shard for layer in cache.layers])
+        captures = self._captures.get((comm, layers))
         if captures is None or captures.transport_version != comm.transport_version:
-            handle = self._handle
-            cache = GraphCache(handle.windows, MAX_TOKENS, handle.device, comm)
-            captures = self._captures[comm] = _Captures(cache)
+            handle, arrivals = self._handle, Arrivals(layers, self.recorder.interlude)
+            tables = GraphCache(handle.windows, MAX_TOKENS, handle.device, comm, arrivals)
+            captures = self._captures[comm, layers] = _Captures(tables)
         return captures
 
     def _capture_forward(

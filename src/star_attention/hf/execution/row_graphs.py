@@ -7,8 +7,10 @@ tables on the device (`attention.kernels.row_tables`), which are filled when row
 On several ranks the collectives are part of the graph. A forward has other sizes there than one
 without a graph, so that all ranks run it by graphs, or none does (`hf.execution.rows`).
 
-Not used: without CUDA graphs (`ModelHandle.graphs`); ranks over gloo; contexts in host memory,
-streaming_llm, MLA, odd head sizes (`RowBuffers.can_read`); on one rank contexts in several
+Layers of contexts in host memory arrive between graphs, of which a forward then has more than one.
+
+Not used: without CUDA graphs (`ModelHandle.graphs`); ranks over gloo; streaming_llm, MLA, odd head
+sizes (`RowBuffers.can_read`); on one rank contexts in several
 segments, on several ranks sliding windows; more rows than the largest bucket; a capture that fails.
 The forward then runs eagerly.
 
@@ -27,6 +29,7 @@ from torch import Tensor
 from star_attention.attention.kernels.row_tables import RowTables, most_items
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.solo import SoloComm
+from star_attention.hf.cache.arrivals import Arrivals, arriving
 from star_attention.hf.cache.row_graph import RowBuffers, RowGraphCache
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import compiled, hook, slices
@@ -43,8 +46,9 @@ MODE: str | None = compiled.ROWS
 
 Key = tuple[int, int, bool]
 """A kind of forward: rows of the bucket, rows of a tile, and whether contexts are in fp8."""
-_Where = tuple[Comm, int, tuple[str, ...]]
-"""The ranks, the version of their transport, and the parts of the model that are in slices."""
+_Where = tuple[Comm, int, tuple[str, ...], tuple[int, ...]]
+"""The ranks, the version of their transport, the parts of the model that are in slices, and the
+layers that arrive from host memory."""
 
 
 def bucket_of(rows: int) -> int | None:
@@ -78,6 +82,7 @@ class RowGraphs:
         # The rows of the last forward, and their kind.
         self._rows: weakref.ref[RowSet] | None = None
         self._key: Key | None = None
+        self._arriving: tuple[int, ...] = ()
 
     @property
     def captured(self) -> dict[Key, bool]:
@@ -147,11 +152,17 @@ class RowGraphs:
         ]
 
     @torch.no_grad()
-    def prepare(self, key: Key, comm: Comm) -> None:
-        """Capture a kind of forward of whole weights, unless that was done or tried before."""
+    def prepare(self, key: Key, shard: ContextKV, comm: Comm) -> None:
+        """Capture a kind of forward of whole weights, unless that was done or tried before.
+
+        Args:
+            key: the kind.
+            shard: a context of its rows; those of others arrive from host memory as its do.
+            comm: the ranks.
+        """
         with hook.lock_of(self._handle.model):
             self._drop_void()
-            self._graph_of(key, comm, ())
+            self._graph_of(key, comm, (), arriving(shard.layers))
 
     def _buffers_of(self, comm: Comm) -> RowBuffers:
         is_part = comm.size > 1
@@ -162,10 +173,12 @@ class RowGraphs:
 
     def _graph_for(self, rows: RowSet, comm: Comm, sliced: tuple[str, ...]) -> _RowGraph | None:
         key = self._key_of(rows, comm)
-        return None if key is None else self._graph_of(key, comm, sliced)
+        return None if key is None else self._graph_of(key, comm, sliced, self._arriving)
 
-    def _graph_of(self, key: Key, comm: Comm, sliced: tuple[str, ...]) -> _RowGraph | None:
-        where = comm, comm.transport_version, sliced
+    def _graph_of(
+        self, key: Key, comm: Comm, sliced: tuple[str, ...], layers: tuple[int, ...]
+    ) -> _RowGraph | None:
+        where = comm, comm.transport_version, sliced, layers
         if where not in self._graphs:
             # Those with collectives of groups that failed are of no use.
             self._graphs = {
@@ -177,7 +190,7 @@ class RowGraphs:
         graphs = self._graphs[where]
         if key not in graphs:
             with comm.working("capturing a CUDA graph"):
-                graphs[key] = self._capture(key, comm, sliced)
+                graphs[key] = self._capture(key, comm, sliced, layers)
         return graphs[key]
 
     def _drop_void(self) -> None:
@@ -201,15 +214,20 @@ class RowGraphs:
         if bucket is not None and buffers.can_read(rows):
             fp8 = rows.rows[0].shard.kv_format.dtype == "fp8"
             self._key = bucket, buffers.tile_rows(rows), fp8
+            shards = [rows.rows[start].shard for start, _ in rows.groups]
+            self._arriving = tuple(sorted({n for shard in shards for n in arriving(shard.layers)}))
         return self._key
 
-    def _capture(self, key: Key, comm: Comm, sliced: tuple[str, ...]) -> _RowGraph | None:
+    def _capture(
+        self, key: Key, comm: Comm, sliced: tuple[str, ...], layers: tuple[int, ...]
+    ) -> _RowGraph | None:
         bucket, tile_rows, fp8 = key
         handle, device = self._handle, self._handle.device
         items = most_items(bucket, self._buffers_of(comm).kv_heads)
         tables = RowTables.zeros(len(handle.windows), bucket, items, device)
         own = slices.of(handle, sliced, comm)
-        cache = RowGraphCache(handle.windows, tables, tile_rows, fp8, comm, own)
+        arrivals = Arrivals(layers, self._recorder.interlude)
+        cache = RowGraphCache(handle.windows, tables, tile_rows, fp8, comm, arrivals, own)
         graph = _RowGraph(cache, torch.zeros(bucket, 1, dtype=torch.int64, device=device))
         has_logits = comm.rank == 0 or (own is not None and own.has_head)
 

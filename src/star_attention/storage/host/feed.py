@@ -86,8 +86,16 @@ class Feed:
 
     def take(self, layer: LayerKV) -> StoredKV:
         """Return a layer's stored tensors on the device, for work that is queued until the next."""
+        return self._slots.view(self.bring(layer), self._numbers[id(layer)])
+
+    def bring(self, layer: LayerKV) -> int:
+        """Bring a layer as `take` does, and return which of its `places` it is at."""
+        return self._carousel.take(self._numbers[id(layer)], self._reader())
+
+    def places(self, layer: LayerKV) -> list[StoredKV]:
+        """Return a layer's tensors at each place on the device where it may arrive."""
         number = self._numbers[id(layer)]
-        return self._slots.view(self._carousel.take(number, self._reader()), number)
+        return [self._slots.view(buffer, number) for buffer in range(len(self._slots.buffers))]
 
     def forget(self, layer: LayerKV) -> None:
         """Bring a layer again, which has changed."""
