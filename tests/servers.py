@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import httpx
 import openai
 
 from star_attention import StarLLM
+from star_attention.serve import program
 from star_attention.serve.keys import Keys
 from star_attention.serve.listening import bind
 from star_attention.serve.program import make_service, run
@@ -32,6 +34,14 @@ DOCUMENT = NOISE * 12 + NEEDLE + NOISE * 8 + OTHER + NOISE * 4
 ANSWER = "4910508"
 ASK = [{"role": "user", "content": QUESTION}]
 _WAIT_S = 20
+
+# A server collects garbage at its start, which takes a quarter of a second with pytest's, and its
+# end would let all later collections look at what tests/conftest.py has frozen.
+program.gc = types.SimpleNamespace(  # type: ignore[assignment]
+    collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None
+)
+# How often it looks for a signal to end: hundreds of them end in a session.
+program._LOOK_S = 0.01
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -77,3 +78,17 @@ def test_a_server_that_warms_up_can_end(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_warm_up_encodes_and_answers_and_leaves_nothing() -> None:
     star = quick_engine()
     assert [*warm_up(star, 4)] == ["a context of 64 tokens", "a query of 1 token"]
+
+
+def test_collections_pass_over_what_was_there_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbids that an answer waits while all of torch's objects are looked at."""
+    monkeypatch.setattr(program, "gc", gc)
+    gc.unfreeze()
+    try:
+        with running() as server:
+            assert eventually(lambda: server.service.engine.is_warm)
+            assert gc.get_freeze_count() > 100_000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.collect()
+        gc.freeze()
