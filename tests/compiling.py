@@ -26,7 +26,7 @@ def counted_launches(monkeypatch: pytest.MonkeyPatch, *, slices: bool = True) ->
         monkeypatch: the test's.
         slices: False to check that no graph takes a slice of a tensor.
     """
-    from star_attention.attention.kernels import triton_row
+    from star_attention.linear import triton_row
 
     launches: list[int] = []
     fuse = triton_row.fuse_linears

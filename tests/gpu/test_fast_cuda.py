@@ -105,7 +105,7 @@ def test_attention_of_phase_2_over_shards(name: str, shards: str, dtype: torch.d
 
 @pytest.mark.parametrize("shape", [(128, 4096), (1000, 96), (37, 14336)])
 def test_a_single_row_times_a_matrix(shape: tuple[int, int]) -> None:
-    from star_attention.attention.kernels import triton_row
+    from star_attention.linear import triton_row
 
     torch.manual_seed(0)
     weight, x = torch.randn(shape).cuda().bfloat16(), torch.randn(1, 1, shape[1]).cuda().bfloat16()

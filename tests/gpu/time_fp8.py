@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from star_attention.attention.kernels import triton_row
-from star_attention.linear import fp8, triton_fp8
+from star_attention.linear import fp8, triton_few, triton_row
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
 ROWS = (1, 2, 8, 16, 32, 64, 128, 256)
@@ -75,14 +74,14 @@ def tiles_of_rows(rows: int, columns: int) -> Iterator[None]:
 @contextmanager
 def tiles_of_few(rows: int, columns: int, programs: int) -> Iterator[None]:
     names = ("_BLOCK_N", "_BLOCK_K", "_PROGRAMS")
-    before = [getattr(triton_fp8, name) for name in names]
+    before = [getattr(triton_few, name) for name in names]
     for name, value in zip(names, (rows, columns, programs), strict=True):
-        setattr(triton_fp8, name, value)
+        setattr(triton_few, name, value)
     try:
         yield
     finally:
         for name, value in zip(names, before, strict=True):
-            setattr(triton_fp8, name, value)
+            setattr(triton_few, name, value)
 
 
 def few_rows(name: str, tiles: bool) -> Iterator[dict[str, Any]]:
@@ -92,7 +91,9 @@ def few_rows(name: str, tiles: bool) -> Iterator[dict[str, Any]]:
         x = torch.randn(rows, 1, K, device="cuda", dtype=torch.bfloat16)
 
         def measured(x: Tensor = x) -> float:
-            return seconds([lambda q=q, s=s: triton_fp8.linear(x, q, s) for q, s in quantized])
+            return seconds(
+                [lambda q=q, s=s: triton_row.linear(x, q, None, scale=s) for q, s in quantized]
+            )
 
         row: dict[str, Any] = dict(layer=name, rows=rows)
         row["bf16_s"] = seconds([lambda w=w, x=x: linear(x, w) for w in plain])

@@ -1,4 +1,4 @@
-"""Our kernels for matrices in fp8 in Triton's interpreter, which has no products in bf16.
+"""Our kernels for one row and for a few in Triton's interpreter, which has no products in bf16.
 
 tests/gpu/test_fp8_weights_cuda.py runs them on a GPU.
 """
@@ -24,8 +24,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_row  # noqa: E402
-from star_attention.linear import triton_fp8  # noqa: E402
+from star_attention.linear import triton_few, triton_row  # noqa: E402
 
 
 def matrix(N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +69,7 @@ def test_a_few_rows(shape: tuple[int, int], rows: int) -> None:
     torch.manual_seed(0)
     weight, scale, values = matrix(*shape)
     x = torch.randn(rows, 1, shape[1]).half()
-    out = triton_fp8.linear(x, weight, scale)
+    out = triton_row.linear(x, weight, None, scale=scale)
     assert out.shape == (rows, 1, shape[0])
     assert out.dtype == torch.float16
     right = linear(x.float(), values)
@@ -79,12 +78,54 @@ def test_a_few_rows(shape: tuple[int, int], rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [3, 40])
 def test_splits_add_up(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_fp8, "_processors", lambda device: 8)
-    assert triton_fp8._splits(2, 2100, torch.device("cpu")) == (4, 640)
+    monkeypatch.setattr(triton_few, "_processors", lambda device: 8)
+    assert triton_few._splits(2, 2100, torch.device("cpu")) == (4, 640)
     weight, scale, values = matrix(100, 2100)
     x = torch.randn(rows, 2100).half()
     right = linear(x.float(), values)
-    assert (triton_fp8.linear(x, weight, scale).float() - right).norm() <= 1e-3 * right.norm()
+    assert (
+        triton_row.linear(x, weight, None, scale=scale).float() - right
+    ).norm() <= 1e-3 * right.norm()
+
+
+@pytest.mark.parametrize("kind", ["plain", "biased", "fp8"])
+@pytest.mark.parametrize("processors", [1, 8])
+def test_a_few_rows_times_slices_of_several_matrices(
+    kind: str, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one launch, or in two where the columns are split."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(triton_few, "_processors", lambda device: processors)
+    x = torch.randn(5, 1, 1200).half()
+    parts = [(3, 90, 0), (0, 64, 7), (1, 20, 16)]
+    made = [matrix(N, 1300) for N in (130, 64, 21)]
+    biases = [torch.randn(len(each)).half() if kind == "biased" else None for each, _, _ in made]
+    scales = [scale if kind == "fp8" else None for _, scale, _ in made]
+    weights = [weight if kind == "fp8" else values.half() for weight, _, values in made]
+    outs = triton_row.linears(
+        x, weights, biases, [number for part in parts for number in part], scales
+    )
+    for out, values, bias, (first, size, column) in zip(
+        outs, (values for _, _, values in made), biases, parts, strict=True
+    ):
+        rows = slice(first, first + size)
+        right = linear(x.float(), values[rows, column : column + 1200])
+        right += 0 if bias is None else bias[rows].float()
+        assert (out.float() - right).norm() <= 1e-3 * right.norm()
+
+
+def test_a_few_rows_of_matrices_that_differ() -> None:
+    """A matrix in fp8 and one with a bias each take a launch of their own, many rows torch."""
+    torch.manual_seed(0)
+    weight, scale, values = matrix(48, 64)
+    plain, bias = torch.randn(32, 64).half(), torch.randn(32).half()
+    for rows in (2, 70, 300):
+        x = torch.randn(rows, 1, 64).half()
+        parts = [0, 48, 0, 0, 32, 0]
+        first, second = triton_row.linears(x, [weight, plain], [None, bias], parts, [scale, None])
+        right = linear(x.float(), values)
+        assert (first.float() - right).norm() <= 1e-3 * right.norm()
+        torch.testing.assert_close(second, linear(x, plain, bias), atol=2e-2, rtol=1e-3)
 
 
 def test_parts_of_a_matrix() -> None:
@@ -92,16 +133,16 @@ def test_parts_of_a_matrix() -> None:
     weight, scale, values = matrix(96, 128)
     x = torch.randn(5, 2, 80).half()[:, 1]
     part = slice(16, 64), slice(32, 112)
-    out = triton_fp8.linear(x, weight[part], scale[part[0]])
+    out = triton_row.linear(x, weight[part], None, scale=scale[part[0]])
     right = linear(x.float(), values[part])
     assert (out.float() - right).norm() <= 1e-3 * right.norm()
 
 
 def test_more_rows_than_the_kernel_takes() -> None:
     weight, scale, values = matrix(16, 32)
-    x = torch.randn(triton_fp8.MOST + 1, 1, 32).half()
+    x = torch.randn(triton_few.MOST[1] + 1, 1, 32).half()
     right = linear(x.float(), values)
-    out = triton_fp8.linear(x, weight, scale).float()
+    out = triton_row.linear(x, weight, None, scale=scale).float()
     assert (out - right).norm() <= 1e-3 * right.norm()
 
 

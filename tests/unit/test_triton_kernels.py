@@ -31,7 +31,8 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_answer, triton_merge, triton_row  # noqa: E402
+from star_attention.attention.kernels import triton_answer, triton_merge  # noqa: E402
+from star_attention.linear import triton_row  # noqa: E402
 
 
 @pytest.mark.parametrize(

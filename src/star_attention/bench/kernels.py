@@ -233,7 +233,7 @@ def _linear_tasks(hidden_size: int, calls: AttentionCalls) -> Iterator[Task]:
     name, moved = f"one row, {hidden_size} to {4 * hidden_size}", _nbytes(weight)
     yield Task(call=name, kernel="torch", work=partial(linear, x, weight), bytes=moved)
     if kernels.triton_works(calls.device):
-        from star_attention.attention.kernels import triton_row
+        from star_attention.linear import triton_row
 
         work = partial(triton_row.linear, x, weight, None)
         yield Task(call=name, kernel="triton", work=work, bytes=moved)

@@ -5,7 +5,7 @@ activations as they are: reading the weights bounds them. Longer ones quantize e
 activations, too, with a scale of its own, and multiply fp8 with fp8. A token's scales depend on no
 other token, and the rule on no other row of the batch.
 
-Kernels: for one row `attention.kernels.triton_row`, for a few `linear.triton_fp8`, for many
+Kernels: for one row `linear.triton_row`, for a few `linear.triton_few`, for many
 `torch._scaled_mm`. Without them (`has_kernels`) torch multiplies the same numbers in the
 activations' precision: no faster than plain weights, and slower where little else is done.
 
@@ -83,9 +83,9 @@ def linear(
     if not is_few(x):
         out = _quantized(x, weight_NK, scale_N, kernels=kernels)
     elif kernels and (x.dtype != torch.float32 or x.numel() == x.shape[-1]):
-        from star_attention.linear import triton_fp8
+        from star_attention.linear import triton_row
 
-        out = triton_fp8.linear(x, weight_NK, scale_N)
+        out = triton_row.linear(x, weight_NK, None, scale=scale_N)
     else:
         out = _as_they_are(x, weight_NK, scale_N)
     return out if bias_N is None else out + bias_N

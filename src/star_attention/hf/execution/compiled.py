@@ -1,8 +1,9 @@
 """The decoder's layers through torch.compile, for our forwards only.
 
 Each layer is compiled by itself: norms, rotary embeddings, activations and residual sums become few
-kernels. For a single token, linear layers go through a kernel of ours, those with the same input in
-one launch. Layers of one kind share compiled code, so each kind is compiled once.
+kernels. For a single token, or one of each of a few rows, linear layers go through kernels of ours,
+those with the same input in one launch. Layers of one kind share compiled code, so each kind is
+compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
 not possible it is compiled in pieces around the attention, each of which takes its time to compile:
@@ -81,7 +82,8 @@ class CompiledLayers:
         if any(isinstance(each, Fp8Linear) for layer in self._layers for each in layer.modules()):
             self._options[FULL][_PASSES] = _SHARE_QUANTIZING
         if triton_works(handle.device):
-            from star_attention.attention.kernels import triton_pdl, triton_row
+            from star_attention.attention.kernels import triton_pdl
+            from star_attention.linear import triton_row
 
             self._row_linear = triton_row.RowLinear
             self._linears = [
@@ -90,7 +92,8 @@ class CompiledLayers:
                 for module in layer.modules()
                 if triton_row.is_plain_linear(module)
             ]
-            self._options[STEP][_PASSES] = _FUSE_LINEARS
+            for mode in (STEP, ROWS):
+                self._options[mode][_PASSES] = _FUSE_LINEARS
             if triton_pdl.is_supported(handle.device):
                 # Torch's kernels take part, or ours would have to wait for their ends.
                 for mode in (STEP, ROWS):
@@ -114,7 +117,7 @@ class CompiledLayers:
         """Install the layers compiled for `mode` for the length of the block."""
         # Linear layers that are sliced use the kernel by themselves (`slices`).
         plain = [linear for linear in self._linears if type(linear) is nn.Linear]
-        linears = plain if mode == STEP else []
+        linears = [] if mode == FULL else plain
         for layer, forward in zip(self._layers, self._forwards[mode], strict=True):
             layer.forward = forward
         for linear in linears:
@@ -194,7 +197,7 @@ class _Passes(CustomGraphPass):
 
 
 def _fuse_linears(graph: torch.fx.Graph) -> None:
-    from star_attention.attention.kernels import triton_row
+    from star_attention.linear import triton_row
 
     triton_row.fuse_linears(graph)
 

@@ -28,7 +28,7 @@ from star_attention.errors import InvalidInputError
 from star_attention.hf.execution import hook, sliced_experts, sums
 from star_attention.hf.loading import slice_groups
 from star_attention.hf.loading.slice_groups import ATTENTION, EXPERTS, HEAD, Group, Groups
-from star_attention.linear import fp8
+from star_attention.linear import fp8, is_one_token
 from star_attention.linear.fp8 import Fp8Linear
 
 SAVED_BYTES = 32 * 2**20
@@ -118,7 +118,7 @@ def _scale(layer: nn.Linear) -> Tensor | None:
 
 
 def _is_compiled_row(input: Tensor) -> bool:
-    return torch.compiler.is_dynamo_compiling() and input.numel() == input.shape[-1]
+    return torch.compiler.is_dynamo_compiling() and is_one_token(input)
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def _sliced_class(
     """
     attributes["row_linear"] = None
     if use_kernel:
-        from star_attention.attention.kernels import triton_row
+        from star_attention.linear import triton_row
 
         attributes["row_linear"] = staticmethod(triton_row.linear)
     return type(base.__name__, (base, stock), attributes)

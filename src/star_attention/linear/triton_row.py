@@ -1,8 +1,9 @@
-"""Matrices times a single row, in Triton.
+"""Matrices times a single row, in Triton, and the operation for that and for a few rows.
 
 In the shapes of an 8B model's layers, cuBLAS multiplies a single token at 0.44 to 0.83 of an H200's
 memory bandwidth, this kernel at 0.71 to 0.94 (bench/results/2026-11-26-h200.md). With much larger
-matrices cuBLAS is as fast. Matrices in fp8 (`star_attention.linear.fp8`) have a scale a row, which
+matrices cuBLAS is as fast. A few rows are multiplied by `triton_few`.
+Matrices in fp8 (`linear.fp8`) have a scale a row, which
 its sum is multiplied with; they are read at 0.66 to 0.82 of the bandwidth.
 """
 
@@ -15,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.nn import functional
 
 from star_attention.attention.kernels import triton_pdl
+from star_attention.linear import is_one_token, triton_few
 
 _TILES = {1: (8, 512), 2: (1, 1024), 4: (1, 1024)}
 """Rows of a matrix that a program sums, and their elements that it reads at once, by the bytes of
@@ -139,13 +142,13 @@ def linears(
     parts: Sequence[int],
     scales: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """`torch.nn.functional.linear` of a single row and up to `MAX_MATRICES` matrices in one launch.
+    """`torch.nn.functional.linear` of rows and up to `MAX_MATRICES` matrices in one launch.
 
     Sums are in fp32. One launch loads the next matrix's weights while it finishes the last one's
-    sums.
+    sums. Many rows are multiplied by torch.
 
     Args:
-        x: The row, `[..., K]`.
+        x: The rows, `[..., K]`.
         weights: Weights of each matrix, of which a part `[N, K]` is multiplied.
         biases: Bias of each matrix as a whole, or None.
         parts: First row, number of rows and first column of each matrix's part.
@@ -155,37 +158,65 @@ def linears(
         A result `[..., N]` for each matrix.
     """
     K = x.shape[-1]
-    firsts, sizes = parts[::3], list(parts[1::3])
-    outs = [torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device) for size in sizes]
+    outs = [
+        torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device) for size in parts[1::3]
+    ]
     # Views are made here: in a compiled layer they would be operations of their own.
-    products = [
+    products: list[Any] = [
         (
             weight[first : first + size, column : column + K],
             *(None if each is None else each[first : first + size] for each in (bias, scale)),
             out,
         )
         for weight, bias, scale, first, size, column, out in zip(
-            weights, biases, scales, firsts, sizes, parts[2::3], outs, strict=True
+            weights, biases, scales, parts[::3], parts[1::3], parts[2::3], outs, strict=True
         )
     ]
+    if x.numel() == K:
+        _launch(x.contiguous(), products)
+    elif triton_few.serves(x, products):
+        triton_few.launch(x, products)
+    else:
+        for product in products:
+            if triton_few.serves(x, [product]):
+                triton_few.launch(x, [product])
+            else:
+                product[-1].copy_(_by_torch(x, *product[:-1]))
+    return outs
+
+
+def _launch(x: Tensor, products: list[Any]) -> None:
+    """Multiply a single row; arguments as of `triton_few.launch`."""
+    sizes = [weight.shape[0] for weight, *_ in products]
+    nbytes = max(weight.itemsize for weight, *_ in products)
+    is_few = nbytes == 1 and sum(sizes) <= _FEW
+    rows, block_K = _TILE_OF_FEW if is_few else _TILES[nbytes]
+    K = x.shape[-1]
+    bias, scale = ([each[at] is not None for each in products] for at in (1, 2))
     # Missing matrices are the first one again, which no program reaches: their size is 0.
-    products += products[:1] * (MAX_MATRICES - len(products))
-    sizes += [0] * (MAX_MATRICES - len(outs))
+    missing = MAX_MATRICES - len(products)
+    products, sizes = products + products[:1] * missing, sizes + [0] * missing
+    bias, scale = bias + bias[:1] * missing, scale + scale[:1] * missing
     (a, b, c) = (
         (w, w if bias is None else bias, w if scale is None else scale, out, size, w.stride(0))
         for (w, bias, scale, out), size in zip(products, sizes, strict=True)
     )
-    bias, scale = ([each[at] is not None for each in products] for at in (1, 2))
-    nbytes = max(weight.itemsize for weight in weights)
-    is_few = nbytes == 1 and sum(sizes) <= _FEW
-    rows, block_K = _TILE_OF_FEW if is_few else _TILES[nbytes]
     _rows[(sum(-(-size // rows) for size in sizes),)](
-        x.contiguous(), K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K, EVEN=K % block_K == 0,
+        x, K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K, EVEN=K % block_K == 0,
         BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2],
         SCALE0=scale[0], SCALE1=scale[1], SCALE2=scale[2], num_warps=4,
         **triton_pdl.options(x.device),
     )  # fmt: skip
-    return outs
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Multiply rows for which there is no kernel."""
+    if scale is None:
+        return functional.linear(x, weight, bias)
+    # Numbers up to 448 are too large to be summed in fp16.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    out = functional.linear(x.to(dtype), weight.to(dtype)).float() * scale
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 @linears.register_fake
@@ -208,10 +239,10 @@ def linear(
     first_column: int = 0,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.linear` of a single row, `[..., K]` to `[..., N]`, with sums in fp32.
+    """`torch.nn.functional.linear` of one row or a few, `[..., K]` to `[..., N]`.
 
     Args:
-        x: the row.
+        x: the rows.
         weight: the matrix.
         bias: its bias, of the whole matrix, or None.
         rows: the N rows of the matrix that are multiplied, as (first, stop); None for all.
@@ -225,10 +256,10 @@ def linear(
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that, where it is compiled, multiplies a single row by `linear`."""
+    """A linear layer that, where it is compiled, multiplies one token of each row by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and input.numel() == input.shape[-1]:
+        if torch.compiler.is_compiling() and is_one_token(input):
             return linear(input, self.weight, self.bias)
         return super().forward(input)
 
@@ -243,7 +274,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def fuse_linears(graph: torch.fx.Graph) -> None:
-    """Compute products with the same row in one launch: query, key and value, or both halves of a
+    """Compute products with the same rows in one launch: query, key and value, or both halves of a
     gated layer."""
     by_row: dict[Any, list[Any]] = {}
     op = torch.ops.star_attention.linears.default
