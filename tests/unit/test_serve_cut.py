@@ -42,7 +42,8 @@ def named(messages: list[dict[str, Any]]) -> tuple[str, str, float | None] | Non
         )
         for message in marked.messages
     )
-    found = named_cut(ends_of_parts(rendered, marked.messages), marked.boundaries)
+    ends = ends_of_parts(rendered, marked.messages)
+    found = named_cut(ends, marked.boundaries, marked.messages)
     return None if found is None else (rendered[: found[0]], found[1].rule, found[1].ttl)
 
 

@@ -177,13 +177,14 @@ def ends_of_parts(rendered: str, messages: list[Message]) -> dict[tuple[int, int
 
 
 def named_cut(
-    ends: dict[tuple[int, int], int], boundaries: list[Boundary]
+    ends: dict[tuple[int, int], int], boundaries: list[Boundary], messages: list[Message]
 ) -> tuple[int, Boundary] | None:
     """Return the character after the last file, or else after the last mark, before a question.
 
-    A place with no text after it leaves no question, and does not count.
+    A place with no text after it but instructions leaves no question, and does not count.
     """
-    last = max(ends, default=(-1, -1))
+    said = [place for place in ends if messages[place[0]]["role"] not in _INSTRUCTIONS]
+    last = max(said or ends, default=(-1, -1))
     for rule in ("file", "mark"):
         for boundary in sorted(
             boundaries, key=lambda boundary: (boundary.message, boundary.part), reverse=True
@@ -192,6 +193,24 @@ def named_cut(
             if boundary.rule == rule and place in ends and place < last:
                 return ends[place], boundary
     return None
+
+
+def after_tools(
+    rendered: str, ends: dict[tuple[int, int], int], messages: list[Message], boundary: Boundary
+) -> int:
+    """Return the character after a place and, if it ends the instructions, after the tools.
+
+    Some chat templates write the tools of a request behind its instructions, where clients that
+    mark these mean both.
+    """
+    place = boundary.message, boundary.part
+    following = min((each for each in ends if each > place), default=None)
+    is_instruction = messages[place[0]]["role"] in _INSTRUCTIONS
+    if following is None or not is_instruction or following[0] == place[0]:
+        return ends[place]
+    text, end = texts(messages[following[0]])[following[1]], ends[following]
+    forms = (text, text.rstrip(), text.strip())
+    return next(end - len(form) for form in forms if rendered.startswith(form, end - len(form)))
 
 
 def likely_cut(

@@ -85,9 +85,11 @@ class Cutter:
         ask: Ask,
     ) -> Piece:
         ends = cut.ends_of_parts(text.text, messages)
-        named = cut.named_cut(ends, boundaries)
+        named = cut.named_cut(ends, boundaries, messages)
         if named is not None:
             at, boundary = named
+            if ask.tools is not None:
+                at = cut.after_tools(text.text, ends, messages, boundary)
             known = self._known(scope)
             return cut_text(star, text, at, boundary.rule, ttl=boundary.ttl, known=known)
         at = cut.likely_cut(text.text, ends, messages) or 0

@@ -40,6 +40,7 @@ IGNORED = frozenset(
         "session_id",
         "store",
         "user",
+        "web_search",
     )
 )
 """Fields that change no answer. Others that nobody knows are ignored, too, and counted as other."""

@@ -166,6 +166,11 @@ def read_tools(body: Body) -> Tools | None:
     single = body.take("parallel_tool_calls", True) is False
     if not isinstance(given, list) or len(given) > MOST_TOOLS:
         raise wrong_type(body.name("tools"), given, f"a list of up to {MOST_TOOLS} tools")
+    own = [tool for tool in given if not _is_search(tool)]
+    if own and len(own) < len(given):
+        # Programs that write code send it with every request. A model need not search.
+        body.fields["web_search"] = True
+        given = own
     tools = [_tool(tool, body.name("tools")) for tool in given]
     if not tools:
         # A choice without tools is refused with the other fields.
@@ -195,6 +200,12 @@ def reader_of(tools: Tools, tokenizer: Any, name: str) -> CallReader:
             " leave them out",
         )
     return CallReader(tools, form)
+
+
+def _is_search(tool: Any) -> bool:
+    """True for the search of a server that has one."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return isinstance(kind, str) and kind.startswith("web_search")
 
 
 def _tool(tool: Any, name: str) -> dict[str, Any]:

@@ -34,6 +34,8 @@ _REFUSED = {
 _LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text")
 _MARKS = ("prompt_cache_breakpoint", "cache_control")
+_JOINT = "__"
+"""Between the name of a namespace and that of a function in it."""
 _ECHOED: dict[str, Any] = {
     "instructions": None,
     "max_output_tokens": None,
@@ -127,10 +129,18 @@ def _take_text(body: Body) -> None:
 def _take_tools(fields: dict[str, Any]) -> None:
     """Put tools and their choice into the form of a chat."""
     if isinstance(fields.get("tools"), list):
-        fields["tools"] = [_tool(tool) for tool in fields["tools"]]
+        fields["tools"] = [own for tool in fields["tools"] for own in _tools(tool)]
     choice = fields.get("tool_choice")
     if isinstance(choice, dict) and choice.get("type") == "function":
         fields["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
+
+
+def _tools(tool: Any) -> list[Any]:
+    """Return a tool as those of a chat: a namespace becomes its functions."""
+    inner = _inner(tool)
+    if inner is None:
+        return [_tool(tool)]
+    return [_tool({**each, "name": _joint_name(tool["name"], each["name"])}) for each in inner]
 
 
 def _tool(tool: Any) -> Any:
@@ -138,6 +148,33 @@ def _tool(tool: Any) -> Any:
         return tool
     about = {name: value for name, value in tool.items() if name != "type"}
     return {"type": "function", "function": about}
+
+
+def _inner(tool: Any) -> list[dict[str, Any]] | None:
+    """Return the tools of a namespace; None for a tool that is none."""
+    inner = tool.get("tools") if isinstance(tool, dict) else None
+    if not isinstance(inner, list) or tool.get("type") != "namespace":
+        return None
+    names = [tool.get("name"), *(each.get("name") for each in inner if isinstance(each, dict))]
+    is_named = len(names) == len(inner) + 1 and all(isinstance(name, str) for name in names)
+    return inner if is_named else None
+
+
+def _joint_name(namespace: str, name: str) -> str:
+    return f"{namespace}{_JOINT}{name}"
+
+
+def own_names(tools: Any) -> dict[str, dict[str, str]]:
+    """Return of each function in a namespace, by its name in a chat, its fields in a call."""
+    spaces = [tool for tool in tools if _inner(tool)] if isinstance(tools, list) else []
+    return {
+        _joint_name(space["name"], each["name"]): {
+            "namespace": space["name"],
+            "name": each["name"],
+        }
+        for space in spaces
+        for each in space["tools"]
+    }
 
 
 def _take_reasoning(body: Body, reads: Callable[[str], bool]) -> None:
@@ -181,7 +218,10 @@ def _messages(value: Any, item: Callable[[str], dict[str, Any]]) -> list[Any]:
 
 def _add_call(messages: list[Any], item: dict[str, Any], thoughts: str) -> None:
     """Add a call to the message of the assistant that it belongs to."""
-    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    name, namespace = item.get("name"), item.get("namespace")
+    if isinstance(name, str) and isinstance(namespace, str):
+        name = _joint_name(namespace, name)
+    function = {"name": name, "arguments": item.get("arguments")}
     call = {"id": item.get("call_id"), "type": "function", "function": function}
     last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
     if last.get("role") == "assistant" and not thoughts:

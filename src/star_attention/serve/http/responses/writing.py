@@ -10,6 +10,7 @@ from star_attention.serve.http.blocks import REASONING, TEXT, BlockShape
 from star_attention.serve.http.events import named_event
 from star_attention.serve.http.objects import Usage, logprob_objects, new_id
 from star_attention.serve.http.problems import Problem
+from star_attention.serve.http.responses.reading import own_names
 from star_attention.serve.http.tools import Answer, Call
 
 CANCELLED = "response_cancelled"
@@ -48,6 +49,7 @@ class ResponseShape(BlockShape):
             "usage": None,
             **echo,
         }
+        self._own_names = own_names(echo.get("tools"))
         self._sequence = 0
         self._item_id = ""
 
@@ -65,9 +67,20 @@ class ResponseShape(BlockShape):
         if answer.text or not answer.calls:
             part = self._part(TEXT, answer.text, answer)
             output.append(_item(TEXT, new_id("msg_"), part, answer, ended=True))
-        output += [_call_item(call) for call in answer.calls]
+        output += [self._call_item(call) for call in answer.calls]
         self.response["output"] = output
         return self._end(answer, usage) | more
+
+    def _call_item(self, call: Call) -> dict[str, Any]:
+        return {
+            "type": "function_call",
+            "id": new_id("fc_"),
+            "call_id": call.id,
+            "name": call.name,
+            "arguments": call.arguments,
+            "status": "completed",
+            **self._own_names.get(call.name, {}),
+        }
 
     def _end(self, answer: Answer, usage: Usage) -> dict[str, Any]:
         """Return the response, which ends with this answer."""
@@ -134,7 +147,7 @@ class ResponseShape(BlockShape):
         return events + self._of_item("response.output_item.done", item=item)
 
     def call(self, call: Call) -> bytes:
-        item = _call_item(call)
+        item = self._call_item(call)
         begun = item | {"arguments": "", "status": "in_progress"}
         arguments, id = call.arguments, item["id"]
         self.response["output"] = [*self.response["output"], item]
@@ -142,7 +155,7 @@ class ResponseShape(BlockShape):
         return (
             self._of_item("response.output_item.added", item=begun)
             + self._of_item(f"{kind}.delta", item_id=id, delta=arguments)
-            + self._of_item(f"{kind}.done", item_id=id, name=call.name, arguments=arguments)
+            + self._of_item(f"{kind}.done", item_id=id, name=item["name"], arguments=arguments)
             + self._of_item("response.output_item.done", item=item)
         )
 
@@ -188,17 +201,6 @@ class ResponseShape(BlockShape):
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._sequence = self._sequence, self._sequence + 1
         return named_event({"type": kind, "sequence_number": number, **fields})
-
-
-def _call_item(call: Call) -> dict[str, Any]:
-    return {
-        "type": "function_call",
-        "id": new_id("fc_"),
-        "call_id": call.id,
-        "name": call.name,
-        "arguments": call.arguments,
-        "status": "completed",
-    }
 
 
 def _item(
