@@ -38,17 +38,22 @@ class Wire:
         self.closed = True
 
 
-def test_what_is_written_in_a_turn_leaves_at_once() -> None:
+def test_a_head_leaves_with_what_follows() -> None:
+    head = b"HTTP/1.1 200 OK\r\n\r\n"
+
     async def write() -> list[bytes]:
         wire = Wire()
         outbox: Any = Outbox(wire, asyncio.get_running_loop())  # type: ignore[arg-type]
-        outbox.write(b"head ")
-        outbox.write(b"piece")
+        outbox.write(head)
         assert wire.sent == []
-        assert outbox.get_write_buffer_size() == 100 + 10
-        await asyncio.sleep(0)
+        assert outbox.get_write_buffer_size() == 100 + len(head)
+        outbox.write(b"piece")
+        # Pieces of a stream do not wait for each other.
+        outbox.write(b"piece")
         assert outbox.get_write_buffer_size() == 100
-        outbox.write(b"end")
+        outbox.write(head)
+        await asyncio.sleep(0)
+        outbox.write(head)
         outbox.close()
         assert outbox.is_closing()
         # Nothing follows a close, as on any transport.
@@ -56,7 +61,7 @@ def test_what_is_written_in_a_turn_leaves_at_once() -> None:
         await asyncio.sleep(0)
         return wire.sent
 
-    assert asyncio.run(write()) == [b"head piece", b"end"]
+    assert asyncio.run(write()) == [head + b"piece", b"piece", head, head]
 
 
 def test_no_question_reads_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,10 +164,9 @@ class Answering:
                     elif timer.wants_comment:
                         timer.comment_sent()
                         yield comment(self._keepalive())
-            if pieces := await self._pieces(ended):
-                yield pieces
+            pieces = await self._pieces(ended)
             self._note()
-            yield shape.closing(self.usage)
+            yield pieces + shape.closing(self.usage)
         except Exception as error:
             problem = of_error(error, request_id=self._request_id)
             self._metrics.errors.labels(problem.code or str(problem.status)).inc()
