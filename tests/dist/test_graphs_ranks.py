@@ -72,7 +72,7 @@ def few_programs() -> Iterator[pytest.MonkeyPatch]:
             patched.setattr(kernel, "SPLITS", 2)
             patched.setattr(kernel, "TAIL_SPLITS", 1)
         patched.setattr(graphs, "BUCKETS", (1, 4))
-        patched.setattr(tail, "_INITIAL_CAPACITY", 5)
+        patched.setattr(tail, "_INITIAL_CAPACITY", 1)
         yield patched
 
 

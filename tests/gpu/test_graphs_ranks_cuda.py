@@ -48,7 +48,7 @@ def answers(star: StarLLM) -> dict[str, Any]:
         star.generate(context, ids(5), repetition_penalty=1.3, **LENGTH).token_ids,
         star.generate(context, ids(5), num_beams=2, max_new_tokens=3).token_ids,
         # The tail moves as it grows.
-        star.generate(context, ids(5), ignore_eos=True, max_new_tokens=60).token_ids,
+        star.generate(context, ids(5), ignore_eos=True, max_new_tokens=90).token_ids,
     ]
     # As an array, because a tensor's memory would go with its process.
     return dict(tokens=tokens, logits=None if star.rank else first.logits.numpy())

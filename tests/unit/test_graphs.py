@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from star_attention import EncodedContext, StarLLM
+from star_attention.generation import requests
+from star_attention.hf.cache.decode import AnswerCache
+from star_attention.hf.cache.graph import TailBuffers
 from star_attention.hf.execution import graphs
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.storage import tail
@@ -35,7 +38,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_latent, "SPLITS", 2)
     monkeypatch.setattr(triton_latent, "TAIL_SPLITS", 1)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
-    monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 6)
+    monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 1)
 
 
 def pair(name: str) -> tuple[StarLLM, StarLLM, CountingGraphs]:
@@ -188,7 +191,7 @@ def answers(star: StarLLM, context: EncodedContext) -> list[Any]:
         ).token_ids,
         star.generate(context, ids(5), num_beams=2, **settings).token_ids,
         star.generate(star.extend(context, ids(30, seed=9)), ids(5), **settings).token_ids,
-        # The tail, which has room for 6 tokens, moves as it grows.
+        # The tail, which has room for the query and a token, moves as it grows.
         star.generate(context, ids(5), max_new_tokens=4, ignore_eos=True).token_ids,
     ]
 
@@ -233,3 +236,28 @@ def test_an_end_before_the_last_token_leaves_no_trace() -> None:
     ]
     assert ends[0] == ends[1] == free[: free.index(free[2]) + 1]
     assert fast.generate(contexts[1], ids(7), max_new_tokens=5, ignore_eos=True).token_ids == free
+
+
+def test_buffers_of_tails_are_parts_of_one_tensor() -> None:
+    """Forbids an allocation for each layer's keys and values, which a first token waits for."""
+    star = engine("llama", **SIZES)
+    shapes = star.runtime.handle.layer_shapes
+    request = requests.on(star.runtime, star.encode(ids(40)), queries=[ids(3)])
+    cache = request.cache_for([0])
+    buffers = TailBuffers(cache, shapes, star.device)
+    buffers.reserve(1, 8)
+    assert buffers.capacity(1) == 9
+    used = [torch.full_like(k[:, :, :8], layer) for layer, (k, _) in enumerate(pairs(cache))]
+    for each, tensor in zip(cache.tails, used, strict=True):
+        each.append(tensor, tensor + 0.5)
+    buffers.reserve(1, 4)
+    assert buffers.capacity(1) == 18
+    tensors = [tensor for pair in pairs(cache) for tensor in pair]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert len({tensor.data_ptr() for tensor in tensors}) == 2 * len(shapes)
+    for each, tensor in zip(cache.tails, used, strict=True):
+        assert all(map(torch.equal, each.pair(), (tensor, tensor + 0.5)))
+
+
+def pairs(cache: AnswerCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [each.buffers() for each in cache.tails]

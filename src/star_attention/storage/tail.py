@@ -11,7 +11,7 @@ from star_attention.storage.kv import Pair
 from star_attention.storage.oom import allocate
 
 _INITIAL_CAPACITY = 64
-"""Tokens that a tail has room for at first."""
+"""Tokens that a tail has room for at first, in a CUDA graph beside those of its query."""
 
 
 class Tail:
@@ -100,6 +100,11 @@ class Tail:
         k_BGTD, v_BGTD = self.pair()
         row.append(k_BGTD[one, :, padding:], v_BGTD[one, :, padding:])
         return row
+
+    def room_for(self, tokens: int) -> int:
+        """Return the room of new buffers for so many more tokens, and for some that follow."""
+        room = 0 if self._k_BGCD is None else self._k_BGCD.shape[2]
+        return max(self.length + tokens + _INITIAL_CAPACITY, 2 * room)
 
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder batch rows (beams)."""

@@ -10,6 +10,8 @@ the shard.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from star_attention.hf.cache.latent import LatentAttention, Latents
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, LayerKV
+from star_attention.storage.oom import allocate
 from star_attention.storage.transfers import overwrite
 
 Shapes = list[LayerKVShape | None]
@@ -69,14 +72,28 @@ class TailBuffers:
         return self._first.capacity(rows)
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for new tokens in all tails."""
-        for layer, shape in self._layers:
-            if shape is not None:
-                number = torch.empty(1, 1, 1, 1, dtype=shape.dtype, device=self._device)
-                layer.tail.reserve(
-                    number.expand(rows, shape.k_heads, tokens, shape.k_size),
-                    number.expand(rows, shape.v_heads, tokens, shape.v_size),
-                )
+        """Make room for new tokens in all tails: buffers of one shape are parts of one tensor.
+
+        The first token of an answer would wait for an allocation for each of them.
+        """
+        stored = [(layer.tail, shape) for layer, shape in self._layers if shape is not None]
+        room = max(tail.room_for(tokens) for tail, _ in stored)
+        kinds = [
+            ((shape.k_heads, shape.k_size, shape.dtype), (shape.v_heads, shape.v_size, shape.dtype))
+            for _, shape in stored
+        ]
+        free = {
+            kind: list(self._allocate(count, rows, room, *kind).unbind())
+            for kind, count in Counter(chain.from_iterable(kinds)).items()
+        }
+        for (tail, _), (k_kind, v_kind) in zip(stored, kinds, strict=True):
+            tail.move_to(free[k_kind].pop(), free[v_kind].pop())
+
+    def _allocate(
+        self, count: int, rows: int, room: int, heads: int, size: int, dtype: torch.dtype
+    ) -> Tensor:
+        shape = count, rows, heads, room, size
+        return allocate(lambda: torch.empty(shape, dtype=dtype, device=self._device))
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a graph has appended."""
