@@ -14,6 +14,7 @@ from star_attention import StarLLM, phase1
 from star_attention.attention.attend import Rule
 from star_attention.attention.state import merge
 from star_attention.errors import OutOfMemoryError
+from star_attention.hf.cache import graph as graph_cache
 from tests.answer_oracle import (
     CASES,
     SHARDED_CASES,
@@ -337,6 +338,34 @@ def test_families_against_the_mask_oracle(family: str, monkeypatch: pytest.Monke
         family,
         star.runtime.handle.graphs and star.runtime.handle.graphs.captured,
     )
+
+
+def test_a_query_in_parts_is_the_query_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts hold the same kernels in the same order, in the same memory."""
+    launches: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        launches.append(id(graph))
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    few: dict[str, Any] = dict(max_new_tokens=20, ignore_eos=True, return_logits=True)
+    replies, counts = [], []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(graph_cache, "parts", lambda layers: frozenset())
+        star = StarLLM.from_pretrained(MODEL, compile=True, dtype="float32", block_size=512)
+        context = star.encode(chat(TEXT))
+        # A second answer begins where the first one's graphs have worked.
+        replies.append([star.generate(context, QUESTION, **few) for _ in range(2)])
+        launches.clear()
+        star.generate(context, QUESTION, max_new_tokens=1)
+        counts.append(len(launches))
+    assert counts == [4, 1], "ten layers are parted at 1, 3 and 7"
+    for part, one in zip(*replies, strict=True):
+        assert part.token_ids == one.token_ids
+        assert torch.equal(part.logits, one.logits)
 
 
 def test_a_failed_capture_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -> None:

@@ -14,7 +14,7 @@ import torch
 from star_attention import EncodedContext, StarLLM
 from star_attention.generation import requests
 from star_attention.hf.cache.decode import AnswerCache
-from star_attention.hf.cache.graph import TailBuffers
+from star_attention.hf.cache.graph import TailBuffers, parts
 from star_attention.hf.execution import graphs
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.storage import tail
@@ -236,6 +236,21 @@ def test_an_end_before_the_last_token_leaves_no_trace() -> None:
     ]
     assert ends[0] == ends[1] == free[: free.index(free[2]) + 1]
     assert fast.generate(contexts[1], ids(7), max_new_tokens=5, ignore_eos=True).token_ids == free
+
+
+def test_a_query_is_launched_in_parts_that_double() -> None:
+    """Forbids a device that waits until all layers of a query are launched."""
+    assert parts(1) == parts(2) == frozenset()
+    assert parts(3) == {1}
+    assert parts(32) == {1, 3, 7, 15}
+    star = engine("llama", **SIZES)
+    assert parts(len(star.runtime.handle.layer_shapes)) == {1}
+    recorder = with_graphs(star).recorder
+    context = star.encode(ids(40))
+    star.generate(context, ids(3), max_new_tokens=1)
+    assert (recorder.replays, recorder.interludes) == (1, 2), "in the warm-up, too"
+    star.generate(context, ids(4), max_new_tokens=4, ignore_eos=True)
+    assert (recorder.replays, recorder.interludes) == (5, 3), "steps are launched ahead"
 
 
 def test_buffers_of_tails_are_parts_of_one_tensor() -> None:

@@ -64,9 +64,18 @@ class Arrivals:
         if index in self.layers:
             self._interlude(partial(self._bring, index))
 
+    def part(self) -> None:
+        """Let another graph begin here, unless graphs end for layers that arrive."""
+        if not self.layers:
+            self._interlude(_nothing)
+
     def _bring(self, index: int) -> None:
         for context in self._contexts:
             context.bring(index)
+
+
+def _nothing() -> None:
+    pass
 
 
 def arrives(layer: LayerKV) -> bool:

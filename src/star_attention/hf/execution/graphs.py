@@ -165,7 +165,7 @@ class Graphs:
             sliced = () if cache.slices is None else cache.slices.parts
             key = rows, queries, cache.kv_format.dtype == "fp8", logits, sliced
             if key not in captures.graphs:
-                tables.prepare_capture(cache)
+                tables.prepare_capture(cache, queries)
                 with cache.comm.working("capturing a CUDA graph"):
                     captures.graphs[key] = self._capture_forward(
                         tables, ids_RQ, positions_RQ, logits=logits
