@@ -94,10 +94,12 @@ def at_place(layer: LayerKV, place: int) -> StoredKV:
 
 def arriving(layers: Sequence[LayerKV]) -> tuple[int, ...]:
     """Return the indices of the layers that arrive from host memory."""
-    return tuple(index for index, layer in enumerate(layers) if arrives(layer))
+    # Before each forward, of contexts that are on the device as a rule: asked with few calls.
+    far = [index for index, layer in enumerate(layers) if layer.on_host or layer.feed is not None]
+    return tuple(index for index in far if arrives(layers[index]))
 
 
 def count_places(layers: Sequence[LayerKV]) -> int:
     """Return the most places at which a layer may arrive; 1 if none does."""
-    feeders = [(layer, layer.feeder) for layer in layers]
+    feeders = [(layer, layer.feeder) for layer in layers if layer.feed is not None]
     return max((len(feeder.places(layer)) for layer, feeder in feeders if feeder), default=1)

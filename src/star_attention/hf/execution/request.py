@@ -185,13 +185,13 @@ class Request:
         )
 
     def padded(self, padding: list[int]) -> Tensor:
-        """Return the queries padded on the left, `[B, Q]`.
+        """Return the queries padded on the left, `[B, Q]` in host memory.
 
         Attention never sees the filler, but penalties do, so it is a token that every row holds.
         """
         fill = int(self.context_ids_L[0]) if any(padding) else 0
         rows = [[fill] * gap + query for gap, query in zip(padding, self.queries, strict=True)]
-        return send(rows, self.handle.device)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def forwards(self, cache: AnswerCache) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids and positions of the queries, padded as the cache expects them."""
@@ -203,12 +203,11 @@ class Request:
         They begin with the queries' token `first`.
         """
         ids_BQ = self.padded(padding)
-        context_tokens = len(self.context_ids_L)
+        at_Q = torch.arange(ids_BQ.shape[1], device="cpu") + len(self.context_ids_L)
         # Padding has no position of its own; nothing sees it, so 0 will do.
-        gap_B1 = send(padding, ids_BQ.device)[:, None]
-        positions_BQ = (
-            context_tokens + torch.arange(ids_BQ.shape[1], device=ids_BQ.device)[None] - gap_B1
-        ).clamp_(min=0)
+        positions_BQ = (at_Q - torch.tensor(padding, device="cpu")[:, None]).clamp_(min=0)
+        # By one copy: the first token waits for each.
+        ids_BQ, positions_BQ = sent(torch.stack([ids_BQ, positions_BQ]), self.handle.device)
         columns = max(1, self.tokens_per_forward // ids_BQ.shape[0])
         for start in range(first, ids_BQ.shape[1], columns):
             part = slice(start, start + columns)
@@ -250,7 +249,7 @@ class Request:
         That is what logits processors read: context and query in one piece.
         """
         padding = self.padding()
-        ids_BQ = self.padded(padding)
+        ids_BQ = sent(self.padded(padding), self.handle.device)
         context_L = sent(self.context_ids_L, ids_BQ.device)
         rows = [
             torch.cat([ids_Q[:gap], context_L, ids_Q[gap:]])
