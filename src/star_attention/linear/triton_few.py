@@ -10,7 +10,7 @@ Axes: M rows of the input, N rows of a matrix, K columns, S splits of K.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -126,63 +126,68 @@ def _sum(
         _store(total, at, N0 + N1, columns, bias2_ptr, scale2_ptr, out2_ptr, N2, SIZE, BIAS, SCALE)
 
 
-def serves(x: Tensor, products: list[Any]) -> bool:
-    """Return True if the kernels multiply these rows, in half precision, with these matrices.
+class Product(NamedTuple):
+    """A matrix that rows `[..., K]` are multiplied with.
 
-    Arguments as of `launch`.
+    Attributes:
+        weight: `[N, K]`, whose rows are contiguous.
+        bias: `[N]`, or None.
+        scale: the scale of each of its rows, fp32, or None for a weight in the rows' precision.
+        out: where the result goes, `[..., N]`, contiguous.
     """
-    weights = [weight for weight, *_ in products]
-    # Of some matrices with a bias or a scale, and some without, each takes a launch of its own.
-    alike = all(len({product[at] is None for product in products}) == 1 for at in (1, 2))
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    out: Tensor
+
+
+def serves(x: Tensor, products: list[Product]) -> bool:
+    """Return True if the kernels multiply these rows with these matrices in one launch."""
+    weight, bias, scale, _ = products[0]
     return (
         x.element_size() == 2
-        and x.shape[:-1].numel() <= MOST[weights[0].element_size()]
-        and len({weight.dtype for weight in weights}) == 1
-        and (products[0][2] is not None or weights[0].dtype == x.dtype)
-        and alike
+        and x.shape[:-1].numel() <= MOST.get(weight.element_size(), 0)
+        and (scale is not None or weight.dtype == x.dtype)
+        and all(
+            each.weight.dtype == weight.dtype
+            and (each.bias is None) == (bias is None)
+            and (each.scale is None) == (scale is None)
+            for each in products
+        )
     )
 
 
-def launch(x: Tensor, products: list[Any]) -> None:
-    """Multiply rows with up to three matrices, with sums in fp32.
-
-    Args:
-        x: rows `[..., K]` in bf16 or fp16.
-        products: of each matrix the weight `[N, K]`, whose rows are contiguous, the bias or None,
-            the scale of each of its rows in fp32, or None for a weight in the rows' precision, and
-            where the result goes, `[..., N]`, contiguous.
-    """
+def launch(x: Tensor, products: list[Product]) -> None:
+    """Multiply rows `[..., K]` in half precision with up to three matrices, with sums in fp32."""
     K = x.shape[-1]
     x_MK = x.reshape(-1, K)
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     M, (_, bias, scale, _) = len(x_MK), products[0]
-    sizes = [each.shape[0] for each, *_ in products]
+    sizes = [each.weight.shape[0] for each in products]
     block_M = min(64, max(16, triton.next_power_of_2(M)))
     tiles = sum(triton.cdiv(size, _BLOCK_N) for size in sizes), triton.cdiv(M, block_M)
     splits, split_K = _splits(tiles[0] * tiles[1], K, x.device)
     parts = x.new_empty(splits, M, sum(sizes), dtype=torch.float32) if splits > 1 else x_MK
     # Missing matrices are the first one again, which no program reaches: their size is 0.
-    filled = [(*product, size) for product, size in zip(products, sizes, strict=True)]
-    filled += [(*products[0], 0)] * (3 - len(products))
-    ends = [
-        (x if bias is None else each_bias, x if scale is None else each_scale, out, size)
-        for _, each_bias, each_scale, out, size in filled
-    ]
+    missing = 3 - len(products)
+    matrices: list[Any] = []
+    results: list[Any] = []
+    for each, size in zip(products + products[:1] * missing, sizes + [0] * missing, strict=True):
+        # Pointers that no kernel reads need a type all the same.
+        result = x if bias is None else each.bias, x if scale is None else each.scale, each.out
+        results += *result, size
+        matrices += each.weight, *result, size, each.weight.stride(0)
     flags = dict(BIAS=bias is not None, SCALE=scale is not None, **triton_pdl.options(x.device))
     _products[(*tiles, splits)](
-        x_MK, parts, M, K, x_MK.stride(0), split_K,
-        *(
-            argument
-            for (each, *_), end in zip(filled, ends, strict=True)
-            for argument in (each, *end, each.stride(0))
-        ),
+        x_MK, parts, M, K, x_MK.stride(0), split_K, *matrices,
         BLOCK_M=block_M, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
         EVEN=K % split_K == 0 and split_K % _BLOCK_K == 0,
         SPLIT=splits > 1, num_warps=4, num_stages=_STAGES, **flags,
     )  # fmt: skip
     if splits > 1:
         _sum[(triton.cdiv(M * sum(sizes), _SUM_BLOCK),)](
-            parts, M, *(argument for end in ends for argument in end),
+            parts, M, *results,
             S=splits, BLOCK=_SUM_BLOCK, MATRICES=len(products), num_warps=4, **flags,
         )  # fmt: skip
 

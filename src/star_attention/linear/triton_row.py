@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from star_attention.attention.kernels import triton_pdl
 from star_attention.linear import is_one_token, triton_few
+from star_attention.linear.triton_few import Product
 
 _TILES = {1: (8, 512), 2: (1, 1024), 4: (1, 1024)}
 """Rows of a matrix that a program sums, and their elements that it reads at once, by the bytes of
@@ -162,10 +163,11 @@ def linears(
         torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device) for size in parts[1::3]
     ]
     # Views are made here: in a compiled layer they would be operations of their own.
-    products: list[Any] = [
-        (
+    products = [
+        Product(
             weight[first : first + size, column : column + K],
-            *(None if each is None else each[first : first + size] for each in (bias, scale)),
+            None if bias is None else bias[first : first + size],
+            None if scale is None else scale[first : first + size],
             out,
         )
         for weight, bias, scale, first, size, column, out in zip(
@@ -181,31 +183,32 @@ def linears(
             if triton_few.serves(x, [product]):
                 triton_few.launch(x, [product])
             else:
-                product[-1].copy_(_by_torch(x, *product[:-1]))
+                product.out.copy_(_by_torch(x, product.weight, product.bias, product.scale))
     return outs
 
 
-def _launch(x: Tensor, products: list[Any]) -> None:
-    """Multiply a single row; arguments as of `triton_few.launch`."""
-    sizes = [weight.shape[0] for weight, *_ in products]
-    nbytes = max(weight.itemsize for weight, *_ in products)
+def _launch(x: Tensor, products: list[Product]) -> None:
+    """Multiply a single row with up to three matrices."""
+    sizes = [each.weight.shape[0] for each in products]
+    nbytes = max(each.weight.itemsize for each in products)
     is_few = nbytes == 1 and sum(sizes) <= _FEW
     rows, block_K = _TILE_OF_FEW if is_few else _TILES[nbytes]
     K = x.shape[-1]
-    bias, scale = ([each[at] is not None for each in products] for at in (1, 2))
     # Missing matrices are the first one again, which no program reaches: their size is 0.
     missing = MAX_MATRICES - len(products)
     products, sizes = products + products[:1] * missing, sizes + [0] * missing
-    bias, scale = bias + bias[:1] * missing, scale + scale[:1] * missing
     (a, b, c) = (
         (w, w if bias is None else bias, w if scale is None else scale, out, size, w.stride(0))
         for (w, bias, scale, out), size in zip(products, sizes, strict=True)
     )
+    flags = {
+        f"{name}{at}": value is not None
+        for at, each in enumerate(products)
+        for name, value in (("BIAS", each.bias), ("SCALE", each.scale))
+    }
     _rows[(sum(-(-size // rows) for size in sizes),)](
         x, K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K, EVEN=K % block_K == 0,
-        BIAS0=bias[0], BIAS1=bias[1], BIAS2=bias[2],
-        SCALE0=scale[0], SCALE1=scale[1], SCALE2=scale[2], num_warps=4,
-        **triton_pdl.options(x.device),
+        num_warps=4, **flags, **triton_pdl.options(x.device),
     )  # fmt: skip
 
 
