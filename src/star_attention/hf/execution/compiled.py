@@ -2,8 +2,8 @@
 
 Each layer is compiled by itself: norms, rotary embeddings, activations and residual sums become few
 kernels. For a single token, or one of each of a few rows, linear layers go through kernels of ours,
-those with the same input in one launch. Layers of one kind share compiled code, so each kind is
-compiled once.
+those with the same input in one launch, and a single token's experts through another. Layers of one
+kind share compiled code, so each kind is compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
 not possible it is compiled in pieces around the attention, each of which takes its time to compile:
@@ -43,6 +43,9 @@ _WHOLE = {"recompile_limit": 24}
 # Pieces read their layer's index, which must not be a constant then.
 _PIECES = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 
+# A module, its own class, and that of our kernel.
+_Change = tuple[nn.Module, type[nn.Module], type[nn.Module]]
+
 
 def layers_of(decoder: nn.Module) -> list[nn.Module]:
     """Return the decoder's layers: members of its module lists that contain attention."""
@@ -68,6 +71,7 @@ class CompiledLayers:
         self._handle = handle
         self._layers: list[Any] = layers_of(handle.decoder)
         self._linears: list[nn.Module] = []
+        self._experts: list[_Change] = []
         cache_indices: list[set[Any]] = [
             {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
             for layer in self._layers
@@ -83,6 +87,7 @@ class CompiledLayers:
             self._options[FULL][_PASSES] = _SHARE_QUANTIZING
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_pdl
+            from star_attention.hf.execution import row_experts
             from star_attention.linear import triton_row
 
             self._row_linear = triton_row.RowLinear
@@ -92,6 +97,7 @@ class CompiledLayers:
                 for module in layer.modules()
                 if triton_row.is_plain_linear(module)
             ]
+            self._experts = row_experts.find(self._layers)
             for mode in (STEP, ROWS):
                 self._options[mode][_PASSES] = _FUSE_LINEARS
             if triton_pdl.is_supported(handle.device):
@@ -115,20 +121,22 @@ class CompiledLayers:
     @contextmanager
     def active(self, mode: str) -> Iterator[None]:
         """Install the layers compiled for `mode` for the length of the block."""
-        # Linear layers that are sliced use the kernel by themselves (`slices`).
-        plain = [linear for linear in self._linears if type(linear) is nn.Linear]
-        linears = [] if mode == FULL else plain
+        # Linear layers and experts that are sliced have classes of their own (`slices`).
+        known: list[_Change] = list(self._experts) if mode == STEP else []
+        if mode != FULL:
+            known += [(linear, nn.Linear, self._row_linear) for linear in self._linears]
+        changed = [each for each in known if type(each[0]) is each[1]]
         for layer, forward in zip(self._layers, self._forwards[mode], strict=True):
             layer.forward = forward
-        for linear in linears:
-            linear.__class__ = self._row_linear
+        for module, _, of_rows in changed:
+            module.__class__ = of_rows
         try:
             yield
         finally:
             for layer in self._layers:
                 del layer.forward
-            for linear in linears:
-                linear.__class__ = nn.Linear
+            for module, stock, _ in changed:
+                module.__class__ = stock
 
     def _compiling(self, *call: Any) -> AbstractContextManager[None]:
         """Return the block for a call: at its first time it may compile, which takes long."""

@@ -75,6 +75,10 @@ class _ExpertsSlice(nn.Module):
         return sums.sum_over(out.to(hidden_states.dtype), "cp")
 
 
+def is_sliced(module: nn.Module) -> bool:
+    return isinstance(module, _ExpertsSlice)
+
+
 @functools.cache
 def sliced_class(stock: type[nn.Module], first: int, stop: int) -> type[nn.Module]:
     """Return the class of a slice of a stock class's experts."""

@@ -8,7 +8,6 @@ tensor-parallel plan names the layers; shapes are checked here, since everything
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from star_attention.hf.cache.probe import LayerKVShape
 from star_attention.hf.loading import tensor_parallel
+from star_attention.hf.loading.plain_experts import are_plain_experts
 from star_attention.linear.fp8 import Fp8Linear
 from star_attention.planning.traffic import ALIGNMENT, padded_share
 
@@ -141,28 +141,6 @@ def is_plain(module: Any) -> bool:
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
-    )
-
-
-def are_plain_experts(module: Any) -> bool:
-    """True for experts in two tensors without biases, with a forward of transformers' form."""
-    weights = dict(module.named_parameters())
-    if set(weights) != {"gate_up_proj", "down_proj"} or not hasattr(module, "_apply_gate"):
-        return False
-    up, down = weights["gate_up_proj"], weights["down_proj"]
-    return (
-        not getattr(module, "is_transposed", False)
-        and not getattr(module, "has_post_expert_norm", False)
-        and up.dim() == down.dim() == 3
-        and up.shape == (down.shape[0], 2 * down.shape[2], down.shape[1])
-        and all(type(weight) is nn.Parameter for weight in (up, down))
-        and all(weight.is_floating_point() and weight.is_contiguous() for weight in (up, down))
-        and up.device.type != "meta"
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and list(inspect.signature(module.forward).parameters)
-        == ["hidden_states", "top_k_index", "top_k_weights"]
     )
 
 
