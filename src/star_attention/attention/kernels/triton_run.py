@@ -23,7 +23,7 @@ _TINY: tl.constexpr = tl.constexpr(1e-30)
 
 
 @triton.jit
-def load(ptr, n, d, stop, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def _load(ptr, n, d, stop, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Load rows `n` of `SIZE` elements, those before `stop` if `MASKED`."""
     place = n.to(tl.int64)[:, None] * SIZE + d[None, :]
     if MASKED:
@@ -45,7 +45,7 @@ def _step(
     """Attend to keys `at` to `at + BLOCK_N`, of which those before `stop` count if `MASKED`."""
     DTYPE: tl.constexpr = q_MD.dtype
     n = at + tl.arange(0, BLOCK_N)
-    k_ND = load(k_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
+    k_ND = _load(k_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
     scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(DTYPE)), input_precision=PRECISION)
     if FP8:
         k_scale_N = tl.load(k_scale_ptr + n, mask=n < stop, other=0.0)
@@ -73,42 +73,20 @@ def _step(
         weight_MN = (weight_MN * (v_scale_N * v_factor)[None, :]).to(DTYPE)
         # Two values at a time: single bytes would come from shared memory one by one.
         pair_ptr = v_ptr.to(tl.pointer_type(tl.int16))
-        v_NP = load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
-        even_NP, odd_NP = from_fp8(v_NP & 0xFF, DTYPE), from_fp8(v_NP >> 8, DTYPE)
+        v_NP = _load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
+        even_NP, odd_NP = _fp8(v_NP & 0xFF, DTYPE), _fp8(v_NP >> 8, DTYPE)
         out_MD = tl.dot(weight_MN, even_NP, acc=out_MD, input_precision=PRECISION)
         odd_MD = odd_MD * shrink_M[:, None]
         odd_MD = tl.dot(weight_MN, odd_NP, acc=odd_MD, input_precision=PRECISION)
     else:
-        v_ND = load(v_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
+        v_ND = _load(v_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
         out_MD = tl.dot(weight_MN.to(DTYPE), v_ND, acc=out_MD, input_precision=PRECISION)
     return new_M, sum_MS, out_MD, odd_MD
 
 
 @triton.jit
-def from_fp8(byte, DTYPE: tl.constexpr):
+def _fp8(byte, DTYPE: tl.constexpr):
     return byte.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
-
-
-@triton.jit
-def weight_factor(scale_ptr, start, stop):
-    """Return what makes weights times the scales of values as large as fp16 can hold."""
-    largest = tl.zeros((_SCALES,), tl.float32)
-    for at in tl.range(start, stop, _SCALES):
-        n = at + tl.arange(0, _SCALES)
-        largest = tl.maximum(largest, tl.load(scale_ptr + n, mask=n < stop, other=0.0))
-    return _LARGEST_WEIGHT / tl.maximum(tl.max(largest), _TINY)
-
-
-@triton.jit
-def query_factor(largest):
-    """Return what queries in fp32, `largest` at most, are divided by to be held in fp16.
-
-    One instruction makes fp16 of two elements in e4m3; bf16 takes eight times as long. Divided by a
-    power of two, queries in bf16 lose nothing in fp16.
-    """
-    largest = tl.maximum(largest, _TINY)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return power / _LARGEST_Q
 
 
 @triton.jit
@@ -124,10 +102,18 @@ def run(
     """
     q_factor, v_factor = 1.0, 1.0
     if FP8:
-        v_factor = weight_factor(v_scale_ptr, start, stop)
+        largest = tl.zeros((_SCALES,), tl.float32)
+        for at in tl.range(start, stop, _SCALES):
+            n = at + tl.arange(0, _SCALES)
+            largest = tl.maximum(largest, tl.load(v_scale_ptr + n, mask=n < stop, other=0.0))
+        v_factor = _LARGEST_WEIGHT / tl.maximum(tl.max(largest), _TINY)
         if q_MD.dtype != tl.float32:
+            # One instruction makes fp16 of two elements in e4m3; bf16 takes eight times as long.
+            # Divided by a power of two, queries in bf16 lose nothing in fp16.
             q_MD = q_MD.to(tl.float32)
-            q_factor = query_factor(tl.max(tl.abs(q_MD)))
+            largest_q = tl.maximum(tl.max(tl.abs(q_MD)), _TINY)
+            power = (largest_q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            q_factor = power / _LARGEST_Q
             q_MD = (q_MD / q_factor).to(tl.float16)
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_MS = tl.full((BLOCK_M, BLOCK_N if BLOCK_M == 16 else 1), 0.0, tl.float32)
