@@ -104,25 +104,6 @@ def test_attention_of_phase_2_over_shards(name: str, shards: str, dtype: torch.d
     torch.testing.assert_close(lse.double().cpu()[real], right.lse_BQH[real], atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(128, 4096), (1000, 96), (37, 14336)])
-def test_a_single_row_times_a_matrix(shape: tuple[int, int]) -> None:
-    from star_attention.linear import triton_row
-
-    torch.manual_seed(0)
-    weight, x = torch.randn(shape).cuda().bfloat16(), torch.randn(1, 1, shape[1]).cuda().bfloat16()
-    exact = x.double() @ weight.double().T
-    budget = 2 * (x @ weight.T - exact).norm()
-    assert (triton_row.linear(x, weight, None) - exact).norm() <= budget
-    short, bias = torch.randn(5, shape[1]).cuda().bfloat16(), torch.randn(5).cuda().bfloat16()
-    parts = [0, shape[0], 0, 0, 5, 0, 0, shape[0], 0]
-    first, second, third = triton_row.linears(
-        x, [weight, short, weight], [None, bias, None], parts, [None] * 3
-    )
-    assert torch.equal(first, third)
-    assert torch.equal(first, triton_row.linear(x, weight, None))
-    assert torch.equal(second, triton_row.linear(x, short, bias))
-
-
 # ---------------------------------------------------------------------- the bundled model
 
 
