@@ -27,6 +27,7 @@ def _once(patch: Callable[[Any], Any], scope_type: type) -> Callable[[Any], Any]
 
     done: set[tuple[bool, ...]] = set()
 
+    # The class is one of Triton's own, found at run time.
     class Launch(scope_type):  # type: ignore[misc]
         """What a launch has replaced: its end puts back the originals."""
 

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from star_attention import StarLLM
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.execution.graphs import Graphs
+
+
+def few_runs(patch: pytest.MonkeyPatch) -> None:
+    """Cut attention by graphs into few runs: the interpreter takes a millisecond for each program.
+
+    The kernels are imported here, after the caller has looked for Triton.
+    """
+    from star_attention.attention.kernels import triton_answer, triton_latent
+
+    for kernel in (triton_answer, triton_latent):
+        patch.setattr(kernel, "SPLITS", 2)
+        patch.setattr(kernel, "TAIL_SPLITS", 1)
 
 
 class CountingRecorder(Recorder):

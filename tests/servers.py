@@ -36,7 +36,8 @@ ASK = [{"role": "user", "content": QUESTION}]
 _WAIT_S = 20
 
 # A server collects garbage at its start, which takes a quarter of a second with pytest's, and its
-# end would let all later collections look at what tests/conftest.py has frozen.
+# end would let all later collections look at what tests/conftest.py has frozen. Only the server's
+# own name for the module is replaced.
 program.gc = types.SimpleNamespace(  # type: ignore[assignment]
     collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None
 )

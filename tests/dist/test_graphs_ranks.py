@@ -22,6 +22,7 @@ from star_attention.storage import tail
 from tests.dist.pool import Pool
 from tests.dist.tp_models import on_disk, star_of
 from tests.engines import ids, tiny
+from tests.recorders import few_runs
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -29,8 +30,6 @@ if not triton.knobs.runtime.interpret:
 
 from star_attention.attention.kernels import (  # noqa: E402
     row_tables,
-    triton_answer,
-    triton_latent,
     triton_rows,
 )
 
@@ -68,9 +67,7 @@ class NeverCaptures(Recorder):
 def few_programs() -> Iterator[pytest.MonkeyPatch]:
     """Few programs, since the interpreter takes a millisecond for each; tails that move."""
     with pytest.MonkeyPatch.context() as patched:
-        for kernel in (triton_answer, triton_latent):
-            patched.setattr(kernel, "SPLITS", 2)
-            patched.setattr(kernel, "TAIL_SPLITS", 1)
+        few_runs(patched)
         patched.setattr(graphs, "BUCKETS", (1, 4))
         patched.setattr(tail, "_INITIAL_CAPACITY", 1)
         yield patched

@@ -19,13 +19,12 @@ from star_attention.hf.execution import graphs
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.storage import tail
 from tests.engines import bundled_tokenizer, engine, ids, tiny
-from tests.recorders import CountingGraphs, refuse, with_graphs
+from tests.recorders import CountingGraphs, few_runs, refuse, with_graphs
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_answer, triton_latent  # noqa: E402
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -33,10 +32,7 @@ SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=4
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, since the interpreter takes a millisecond for each."""
-    monkeypatch.setattr(triton_answer, "SPLITS", 2)
-    monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
-    monkeypatch.setattr(triton_latent, "SPLITS", 2)
-    monkeypatch.setattr(triton_latent, "TAIL_SPLITS", 1)
+    few_runs(monkeypatch)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
     monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 1)
 

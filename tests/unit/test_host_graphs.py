@@ -24,14 +24,14 @@ from star_attention.storage.host import feed as feed_module
 from star_attention.storage.host.feed import Feed
 from tests.decode_rows import Row, prefilled, step
 from tests.engines import engine, ids
-from tests.recorders import with_graphs
+from tests.recorders import few_runs, with_graphs
 from tests.timelines import Now
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_answer, triton_latent, triton_rows  # noqa: E402
+from star_attention.attention.kernels import triton_rows  # noqa: E402
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 FEW: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
@@ -41,10 +41,7 @@ TWO = FEW | dict(max_new_tokens=2)
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs, since the interpreter takes a millisecond for each; two buffers."""
-    monkeypatch.setattr(triton_answer, "SPLITS", 2)
-    monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
-    monkeypatch.setattr(triton_latent, "SPLITS", 2)
-    monkeypatch.setattr(triton_latent, "TAIL_SPLITS", 1)
+    few_runs(monkeypatch)
     monkeypatch.setattr(graphs, "BUCKETS", (1, 4, 8))
     monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 6)
     monkeypatch.setattr(feed_module, "BUFFERS", 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from star_attention.hf.loading.plain_experts import are_plain_experts
 from tests.engines import tiny
 
 triton = pytest.importorskip("triton")
@@ -95,6 +96,20 @@ class Limited(nn.Module):
 
     def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
         return hidden_states
+
+
+@pytest.mark.parametrize(
+    "name", ["is_transposed", "has_post_expert_norm", "forward", "bias", "hook"]
+)
+def test_experts_of_another_form_are_not_plain(name: str) -> None:
+    module = Limited()
+    assert are_plain_experts(module)
+    if name == "hook":
+        module.register_forward_hook(lambda *_: None)
+    else:
+        bias = nn.Parameter(torch.zeros(2))
+        setattr(module, name, dict(forward=module.forward, bias=bias).get(name, True))
+    assert not are_plain_experts(module)
 
 
 def test_other_experts_are_left_alone() -> None:

@@ -23,13 +23,13 @@ from star_attention.storage import tail
 from star_attention.storage.tail import Tail
 from tests.decode_rows import Row, prefilled, step
 from tests.engines import engine, ids
-from tests.recorders import CountingGraphs, refuse, with_graphs
+from tests.recorders import CountingGraphs, few_runs, refuse, with_graphs
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_answer, triton_rows  # noqa: E402
+from star_attention.attention.kernels import triton_rows  # noqa: E402
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -40,8 +40,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_tables, "PROGRAMS", 2)
     monkeypatch.setattr(row_tables, "SHORTEST_RUN", 40)
     monkeypatch.setattr(triton_rows, "TAIL_RUNS", 1)
-    monkeypatch.setattr(triton_answer, "SPLITS", 2)
-    monkeypatch.setattr(triton_answer, "TAIL_SPLITS", 1)
+    few_runs(monkeypatch)
     monkeypatch.setattr(row_graph, "_ROOM", 2)
     monkeypatch.setattr(tail, "_INITIAL_CAPACITY", 6)
 
