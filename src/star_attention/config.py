@@ -370,7 +370,7 @@ class StarConfig:
         return {name: getattr(self, name) for name in KV_SETTINGS}
 
     def forward_size(self, device_type: str, ranks: int = 1) -> int:
-        """Return the most context tokens of a forward on such a device, with so many ranks."""
+        """Return the most context tokens of a forward on this kind of device and these ranks."""
         return self.tokens_per_forward or default_forward_size(device_type, ranks)
 
     def plan(self, context_tokens: int, ranks: int = 1) -> BlockPlan:

@@ -19,12 +19,16 @@ from torch import Tensor
 
 from star_attention.attention.kernels import triton_pdl
 
+MAX_MATRICES = 3
+"""Matrices of one launch, at most."""
+
 MOST = {1: 256, 2: 64}
 """Rows up to which the kernels are used, by the bytes of a weight. With more, the arithmetic
 counts, and torch multiplies: weights in fp8 are written as bf16 before."""
 
-_BLOCK_N = 64
-_BLOCK_K, _STAGES = 128, 4
+_BLOCK_N, _BLOCK_K = 64, 128
+_STAGES = 4
+"""Blocks of columns that are on the way, or multiplied, at a time."""
 _LEAST_K = 512
 """Columns of a split, at least."""
 _PROGRAMS = 2
@@ -170,7 +174,7 @@ def launch(x: Tensor, products: list[Product]) -> None:
     splits, split_K = _splits(tiles[0] * tiles[1], K, x.device)
     parts = x.new_empty(splits, M, sum(sizes), dtype=torch.float32) if splits > 1 else x_MK
     # Missing matrices are the first one again, which no program reaches: their size is 0.
-    missing = 3 - len(products)
+    missing = MAX_MATRICES - len(products)
     matrices: list[Any] = []
     results: list[Any] = []
     for each, size in zip(products + products[:1] * missing, sizes + [0] * missing, strict=True):

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from star_attention.attention.kernels import triton_pdl
 from star_attention.linear import is_one_token, triton_few
-from star_attention.linear.triton_few import Product
+from star_attention.linear.triton_few import MAX_MATRICES, Product
 
 _TILES = {1: (8, 512), 2: (1, 1024), 4: (1, 1024)}
 """Rows of a matrix that a program sums, and their elements that it reads at once, by the bytes of
@@ -29,9 +29,6 @@ _TILE_OF_FEW = (8, 1024)
 """The same in fp8 where all matrices of a launch have up to `_FEW` rows: few programs need more
 bytes on the way each."""
 _FEW = 4096
-
-MAX_MATRICES = 3
-"""Matrices of one launch, at most."""
 
 
 @triton.jit

@@ -29,6 +29,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
+        # An outbox does all that uvicorn asks of a transport, without being one by its class.
         super().connection_made(Outbox(transport, self.loop))  # type: ignore[arg-type]
         self._wait_for_head()
 

@@ -68,15 +68,14 @@ def _copied(pairs: Sequence[Pair | None]) -> list[Pair | None]:
 
     On a GPU each operation costs a launch, and other answers wait while a conversation is kept.
     """
-    alike: dict[Any, list[tuple[int, int]]] = {}
+    alike: dict[Any, dict[tuple[int, int], Tensor]] = {}
     for layer, pair in enumerate(pairs):
         for side, tensor in enumerate(pair or ()):
             kind = tensor.shape, tensor.dtype, tensor.device
-            alike.setdefault(kind, []).append((layer, side))
+            alike.setdefault(kind, {})[layer, side] = tensor
     copies: dict[tuple[int, int], Tensor] = {}
-    for places in alike.values():
-        tensors = [pairs[layer][side] for layer, side in places]  # type: ignore[index]
-        copies |= zip(places, torch.cat(tensors).split(1), strict=True)
+    for tensors in alike.values():
+        copies |= zip(tensors, torch.cat([*tensors.values()]).split(1), strict=True)
     return [
         None if pair is None else (copies[layer, 0], copies[layer, 1])
         for layer, pair in enumerate(pairs)

@@ -22,7 +22,7 @@ from star_attention.attention.attend import Rule
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.row_tables import tile_size
 from star_attention.attention.kernels.triton_answer import COLUMNS, KVTables
-from star_attention.attention.kernels.triton_run import merged
+from star_attention.attention.kernels.triton_run import load, merged
 from star_attention.attention.state import State
 
 MOST_COMPRESSED = 512
@@ -73,17 +73,8 @@ def _step(
     """Attend to keys `at` to `at + BLOCK_N`, of which those before `stop` count if `MASKED`."""
     DTYPE: tl.constexpr = q_MC.dtype
     n = at + tl.arange(0, BLOCK_N)
-    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    c_ptr += n.to(tl.int64)[:, None] * C + c[None, :]
-    r_ptr += n.to(tl.int64)[:, None] * P + p[None, :]
-    if MASKED:
-        c_NC = tl.load(c_ptr, mask=(n < stop)[:, None] & (c < C)[None, :], other=0.0).to(DTYPE)
-        r_NP = tl.load(r_ptr, mask=(n < stop)[:, None] & (p < P)[None, :], other=0.0).to(DTYPE)
-    elif C == BLOCK_C and P == BLOCK_P:
-        c_NC, r_NP = tl.load(c_ptr).to(DTYPE), tl.load(r_ptr).to(DTYPE)
-    else:
-        c_NC = tl.load(c_ptr, mask=(c < C)[None, :], other=0.0).to(DTYPE)
-        r_NP = tl.load(r_ptr, mask=(p < P)[None, :], other=0.0).to(DTYPE)
+    c_NC = load(c_ptr, n, tl.arange(0, BLOCK_C), stop, C, BLOCK_C, MASKED).to(DTYPE)
+    r_NP = load(r_ptr, n, tl.arange(0, BLOCK_P), stop, P, BLOCK_P, MASKED).to(DTYPE)
     scores_MN = tl.dot(q_MC, tl.trans(c_NC), input_precision=PRECISION)
     rotary_MN = tl.dot(q_MP, tl.trans(r_NP), input_precision=PRECISION)
     if FP8:
@@ -276,7 +267,9 @@ def attend(
     Returns:
         The state over compressed values, in fp32.
     """
-    assert rule.window is None and rule.softcap is None, "expected no window or softcap"
+    assert rule.window is None and rule.softcap is None, (
+        f"expected neither window nor softcap, got {rule}"
+    )
     R, Q, H, E = q_RQHE.shape
     C, P = compressed_size, E - compressed_size
     q_RQHE = q_RQHE.contiguous()

@@ -35,7 +35,7 @@ from star_attention.attention.state import State
 TAIL_RUNS = 4
 """Runs over each row's tail, at most."""
 _MANY_TAILS = 128
-"""With so many tails (rows times KV heads), two runs of each fill a large GPU."""
+"""Tails (rows times KV heads) from which on two runs of each fill a large GPU."""
 
 _PER_SHARD: tl.constexpr = tl.constexpr(SHARD_COLUMNS)
 _PER_ITEM: tl.constexpr = tl.constexpr(ITEM_COLUMNS)

@@ -18,12 +18,14 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # In fp8, queries and weights times scales are made as large as these in fp16, whose range is small.
 _LARGEST_Q: tl.constexpr = tl.constexpr(1024.0)
 _LARGEST_WEIGHT: tl.constexpr = tl.constexpr(32768.0)
+# Scales read at once, to find the largest of a run.
 _SCALES: tl.constexpr = tl.constexpr(2048)
+# Instead of a largest number of zero, by which nothing can be divided.
 _TINY: tl.constexpr = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _load(ptr, n, d, stop, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+def load(ptr, n, d, stop, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Load rows `n` of `SIZE` elements, those before `stop` if `MASKED`."""
     place = n.to(tl.int64)[:, None] * SIZE + d[None, :]
     if MASKED:
@@ -45,7 +47,7 @@ def _step(
     """Attend to keys `at` to `at + BLOCK_N`, of which those before `stop` count if `MASKED`."""
     DTYPE: tl.constexpr = q_MD.dtype
     n = at + tl.arange(0, BLOCK_N)
-    k_ND = _load(k_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
+    k_ND = load(k_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
     scores_MN = tl.dot(q_MD, tl.trans(k_ND.to(DTYPE)), input_precision=PRECISION)
     if FP8:
         k_scale_N = tl.load(k_scale_ptr + n, mask=n < stop, other=0.0)
@@ -73,13 +75,13 @@ def _step(
         weight_MN = (weight_MN * (v_scale_N * v_factor)[None, :]).to(DTYPE)
         # Two values at a time: single bytes would come from shared memory one by one.
         pair_ptr = v_ptr.to(tl.pointer_type(tl.int16))
-        v_NP = _load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
+        v_NP = load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
         even_NP, odd_NP = _fp8(v_NP & 0xFF, DTYPE), _fp8(v_NP >> 8, DTYPE)
         out_MD = tl.dot(weight_MN, even_NP, acc=out_MD, input_precision=PRECISION)
         odd_MD = odd_MD * shrink_M[:, None]
         odd_MD = tl.dot(weight_MN, odd_NP, acc=odd_MD, input_precision=PRECISION)
     else:
-        v_ND = _load(v_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
+        v_ND = load(v_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
         out_MD = tl.dot(weight_MN.to(DTYPE), v_ND, acc=out_MD, input_precision=PRECISION)
     return new_M, sum_MS, out_MD, odd_MD
 

@@ -228,8 +228,8 @@ class Serve(Benchmark[ServeRow]):
     def _questions(self, row: ServeRow, rounds: int | None = None) -> list[list[list[int]]]:
         """Return the token ids of the questions of each client: of `rounds`, unmeasured ones.
 
-        A question that was asked before goes on with the conversation that the server has kept of
-        it, which the work in Python does not.
+        A repeated question would resume the conversation that the server has kept of it; the work
+        in Python would not.
         """
         case = CASES.index(row.case) if rounds is None else _UNMEASURED
         rounds = rounds or (self.questions if row.case == AGAIN else self.rounds)

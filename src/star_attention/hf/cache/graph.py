@@ -267,7 +267,7 @@ class GraphCache(StarCache):
         self._loaded: tuple[Any, ...] = ()
 
     def prepare_capture(self, cache: AnswerCache, queries: int) -> None:
-        """Let the forward that is captured next be as those of `cache`, of so many new tokens."""
+        """Prepare to capture a forward like those of `cache`, of `queries` new tokens a row."""
         self.position.parts = parts(len(self.layers)) if queries > 1 else frozenset()
         self.slices = cache.slices
         self.position.fp8 = cache.kv_format.dtype == "fp8"
