@@ -13,8 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from star_attention.distributed import TorchComm, world
+from star_attention.distributed.faults import Fault
 from star_attention.distributed.rendezvous import connect
-from star_attention.distributed.watchdog import Fault, Watchdog
+from star_attention.distributed.watchdog import BUSY, WAITING, Watchdog
 from star_attention.errors import RankError
 from tests.dist.pool import Pool
 
@@ -96,6 +97,27 @@ def test_the_loss_of_the_store_ends_what_runs_on_the_device() -> None:
         assert "store is unreachable" in watchdog.fault.cause
     finally:
         watchdog.close()
+
+
+def test_rank_0_leaves_when_the_others_know_why() -> None:
+    """Its store ends with it: they would take rank 0 for the rank at fault."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port, stall_s = server.port, 5.0
+    ranks = [
+        Watchdog(lambda: connect("127.0.0.1", port, 1.0), rank, 3, stall_s, on_fault=lambda: None)
+        for rank in range(3)
+    ]
+    try:
+        for watchdog, state in zip(ranks, (WAITING, WAITING, BUSY), strict=True):
+            watchdog.set_state(state)
+        ranks[0].fault = Fault(rank=2, where="phase 2", cause="it hangs")
+        started = time.monotonic()
+        ranks[0].leave("rank 2 failed")
+        assert time.monotonic() - started < stall_s / 2
+        assert ranks[1].fault == ranks[2].fault == ranks[0].fault
+    finally:
+        for watchdog in ranks:
+            watchdog.close()
 
 
 def test_the_rank_that_took_the_store_with_it_is_at_fault() -> None:

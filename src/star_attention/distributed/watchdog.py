@@ -17,12 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from star_attention import errors
 from star_attention.distributed.cpu_time import Work
-from star_attention.errors import RankError
+from star_attention.distributed.faults import Fault
 
 IDLE, LEADING, BUSY, WAITING, GONE = "idle", "leading", "busy", "waiting", "gone"
 """States of a rank. Between two calls it is idle, and nobody's end concerns it; rank 0 may be
@@ -30,32 +29,6 @@ leading instead, and looks after the ranks that follow."""
 
 BETWEEN_CALLS = "between calls"
 """Place of a rank that is in no call."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """The reason why the ranks cannot continue.
-
-    rank: the rank at fault; None if no single rank is at fault. name, message: type and text of
-    the exception, if the rank raised one.
-    """
-
-    rank: int | None
-    where: str
-    cause: str
-    name: str | None = None
-    message: str = ""
-
-    @property
-    def is_exception(self) -> bool:
-        return self.name is not None
-
-    def as_error(self) -> BaseException:
-        """Return the rank's own exception if it raised one that users know, else a `RankError`."""
-        if self.name is None:
-            return RankError(self.rank, self.where, self.cause)
-        message = f"{self.message} (on rank {self.rank}, in {self.where})"
-        return errors.rebuild(self.name, message, None, self.rank)
 
 
 class _LastSeen:
@@ -162,6 +135,9 @@ class Watchdog:
         """Stop taking part for good; the others get the known fault, or `cause` as this rank's."""
         self.fault = self.fault or Fault(rank=self._rank, where=self._where, cause=cause)
         self.set_state(GONE)
+        if self._rank == 0:
+            # The store ends with rank 0: without the reason the others would blame it.
+            self._wait_until_read()
 
     @property
     def where(self) -> str:
@@ -193,6 +169,27 @@ class Watchdog:
         self.epoch += 1
         self.fault = None
         return True
+
+    def _wait_until_read(self) -> None:
+        """Wait until every rank that still beats has read this rank's status."""
+        deadline = time.monotonic() + 8 * self._interval_s
+
+        def wait(done: Callable[[], bool]) -> None:
+            while not done() and self._thread.is_alive() and time.monotonic() < deadline:
+                time.sleep(self._interval_s / 10)
+
+        # A beat may be half done when it is seen: the second one after it is whole.
+        own = self._beats + 2
+        wait(lambda: self._beats >= own)
+        beats = [status.get("beat") for status in self.statuses]
+
+        def has_read(rank: int) -> bool:
+            beat, seen = beats[rank], self._last_seen[rank]
+            left = self.statuses[rank].get("state") == GONE
+            silent = self._contact_at - seen.beat_at > 3 * self._interval_s
+            return beat is None or left or silent or self.statuses[rank]["beat"] >= beat + 2
+
+        wait(lambda: all(has_read(rank) for rank in range(1, self._size)))
 
     def check(self) -> Fault | None:
         """Return the known fault. The thread itself may hang in the store's socket."""
