@@ -76,7 +76,7 @@ def _step(
         # Two values at a time: single bytes would come from shared memory one by one.
         pair_ptr = v_ptr.to(tl.pointer_type(tl.int16))
         v_NP = load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
-        even_NP, odd_NP = _fp8(v_NP & 0xFF, DTYPE), _fp8(v_NP >> 8, DTYPE)
+        even_NP, odd_NP = from_fp8(v_NP & 0xFF, DTYPE), from_fp8(v_NP >> 8, DTYPE)
         out_MD = tl.dot(weight_MN, even_NP, acc=out_MD, input_precision=PRECISION)
         odd_MD = odd_MD * shrink_M[:, None]
         odd_MD = tl.dot(weight_MN, odd_NP, acc=odd_MD, input_precision=PRECISION)
@@ -87,8 +87,30 @@ def _step(
 
 
 @triton.jit
-def _fp8(byte, DTYPE: tl.constexpr):
+def from_fp8(byte, DTYPE: tl.constexpr):
     return byte.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def weight_factor(scale_ptr, start, stop):
+    """Return what makes weights times the scales of values as large as fp16 can hold."""
+    largest = tl.zeros((_SCALES,), tl.float32)
+    for at in tl.range(start, stop, _SCALES):
+        n = at + tl.arange(0, _SCALES)
+        largest = tl.maximum(largest, tl.load(scale_ptr + n, mask=n < stop, other=0.0))
+    return _LARGEST_WEIGHT / tl.maximum(tl.max(largest), _TINY)
+
+
+@triton.jit
+def query_factor(largest):
+    """Return what queries in fp32, `largest` at most, are divided by to be held in fp16.
+
+    One instruction makes fp16 of two elements in e4m3; bf16 takes eight times as long. Divided by a
+    power of two, queries in bf16 lose nothing in fp16.
+    """
+    largest = tl.maximum(largest, _TINY)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return power / _LARGEST_Q
 
 
 @triton.jit
@@ -104,18 +126,10 @@ def run(
     """
     q_factor, v_factor = 1.0, 1.0
     if FP8:
-        largest = tl.zeros((_SCALES,), tl.float32)
-        for at in tl.range(start, stop, _SCALES):
-            n = at + tl.arange(0, _SCALES)
-            largest = tl.maximum(largest, tl.load(v_scale_ptr + n, mask=n < stop, other=0.0))
-        v_factor = _LARGEST_WEIGHT / tl.maximum(tl.max(largest), _TINY)
+        v_factor = weight_factor(v_scale_ptr, start, stop)
         if q_MD.dtype != tl.float32:
-            # One instruction makes fp16 of two elements in e4m3; bf16 takes eight times as long.
-            # Divided by a power of two, queries in bf16 lose nothing in fp16.
             q_MD = q_MD.to(tl.float32)
-            largest_q = tl.maximum(tl.max(tl.abs(q_MD)), _TINY)
-            power = (largest_q.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            q_factor = power / _LARGEST_Q
+            q_factor = query_factor(tl.max(tl.abs(q_MD)))
             q_MD = (q_MD / q_factor).to(tl.float16)
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_MS = tl.full((BLOCK_M, BLOCK_N if BLOCK_M == 16 else 1), 0.0, tl.float32)

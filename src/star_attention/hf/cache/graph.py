@@ -363,7 +363,8 @@ def _are_latent(shapes: Shapes, latents: Latents) -> bool:
 
     layers = [(shape, latent) for shape, latent in zip(shapes, latents, strict=True) if shape]
     return len({shape.dtype for shape, _ in layers}) == 1 and all(
-        latent is not None and shape.k_size <= MOST_COMPRESSED for shape, latent in layers
+        latent is not None and shape.k_size <= MOST_COMPRESSED and shape.k_size % 2 == 0
+        for shape, latent in layers
     )
 
 
