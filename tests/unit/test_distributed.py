@@ -11,9 +11,9 @@ import pytest
 import star_attention.distributed
 from star_attention.distributed import SoloComm
 from star_attention.distributed.comm import Recording
+from star_attention.distributed.faults import Fault
 from star_attention.distributed.groups import ProcessGroups
 from star_attention.distributed.registry import contexts_of
-from star_attention.distributed.faults import Fault
 from star_attention.errors import InvalidInputError, RankError, TokenError
 
 
