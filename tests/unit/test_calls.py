@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
-from star_attention.hf.text.calls import CallForm, CallHolder, ToolCall
+from star_attention.hf.text.argument_calls import ArgumentForm
+from star_attention.hf.text.call_forms import Form, call_form
+from star_attention.hf.text.calls import CallHolder, ToolCall
+from star_attention.hf.text.json_values import typed
 from tests.conversations import TEMPLATES, tokenizer_with
 from tests.talkers import byte_level
 
-TOOLS = ["weather", "clock"]
+TOOLS: dict[str, Any] = {"weather": None, "clock": None}
 PARIS = ToolCall(name="weather", arguments={"city": "Paris, {1}", "days": 2})
 NOW = ToolCall(name="clock", arguments={})
 TEXT = json.dumps(PARIS.arguments)
@@ -29,25 +32,38 @@ COUNTED = NAMED.replace(
     "[TOOL_CALLS]{{ c.function.name }}[ARGS]",
     "{{ '<|all|>' if loop.first }}<|call_begin|>{{ c.function.name }}:{{ loop.index0 }}<|args|>",
 )
-# As GLM's: each argument by itself.
+# Each argument by itself, and nothing that ends them.
 BY_ARGUMENT = NAMED.replace(
     "[ARGS]{{ c.function.arguments | tojson }}",
     "{% for k, v in c.function.arguments.items() %}<k>{{ k }}</k><v>{{ v }}</v>{% endfor %}",
+)
+# As MiniMax's, with a tag around all calls.
+INVOKED = NAMED.replace(
+    "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
+    "{{ '<mini:calls>\n' if loop.first }}<invoke name=\"{{ c.function.name }}\">\n"
+    '{% for k, v in c.function.arguments.items() %}<parameter name="{{ k }}">'
+    "{{ v if v is string else v | tojson }}</parameter>\n{% endfor %}</invoke>\n"
+    "{{ '</mini:calls>' if loop.last }}",
 )
 MARKS = ("[TOOL_CALLS]", "[ARGS]", "<|all|>", "<|call_begin|>", "<|args|>")
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def form_of(template: str) -> CallForm:
+def form_of(template: str) -> Form:
     tokenizer = byte_level((*CHATML_TOKENS, *MARKS), plain=("<tool_call>",), chat=template)
-    form = CallForm.of(tokenizer)
+    return known_form(tokenizer)
+
+
+def known_form(tokenizer: Any) -> Form:
+    form = call_form(tokenizer)
     assert form is not None
     return form
 
 
 FORMS = {name: form_of(TEMPLATES[name]) for name in ("llama3", "mistral_v3", "qwen3")}
-FORMS |= {"named": form_of(NAMED), "counted": form_of(COUNTED)}
-FORMS["harmony"] = CallForm.of(tokenizer_with(TEMPLATES["harmony"]))  # type: ignore[assignment]
+FORMS |= {"named": form_of(NAMED), "counted": form_of(COUNTED), "invoked": form_of(INVOKED)}
+OF_FAMILIES = ("llama3", "mistral_v3", "qwen3", "harmony", "qwen3_coder", "glm45")
+FORMS |= {name: known_form(tokenizer_with(TEMPLATES[name])) for name in OF_FAMILIES[3:]}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +128,45 @@ FORMS["harmony"] = CallForm.of(tokenizer_with(TEMPLATES["harmony"]))  # type: ig
             [NOW],
         ),
         ("harmony", "<|channel|>final<|message|>to=functions.weather {}<|return|>", []),
+        (
+            "qwen3_coder",
+            "Now.\n<tool_call>\n<function=weather>\n<parameter=city>\nParis, {1}\n</parameter>\n"
+            "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n"
+            "<function=clock>\n</function>\n</tool_call><|im_end|>",
+            [PARIS, NOW],
+        ),
+        # Without the tag around it, and with other white space.
+        (
+            "qwen3_coder",
+            "<function=weather><parameter=city>Paris, {1}</parameter> <parameter=days> 2"
+            " </parameter></function>",
+            [PARIS],
+        ),
+        ("qwen3_coder", "<tool_call><function=weather><parameter=city>\nPar", []),
+        ("qwen3_coder", "<tool_call><function=weather><parameter=city>\nParis</parameter>\n", []),
+        ("qwen3_coder", "<think>\n<function=clock></function>\n</think>\nNo.", []),
+        ("qwen3_coder", "<tool_call>weather</tool_call>", []),
+        (
+            "glm45",
+            "\n<think>A <tool_call>?</think>\n<tool_call>weather\n<arg_key>city</arg_key>\n"
+            "<arg_value>Paris, {1}</arg_value>\n<arg_key>days</arg_key>\n<arg_value>2</arg_value>"
+            "\n</tool_call>\n<tool_call>clock\n</tool_call><|observation|>",
+            [PARIS, NOW],
+        ),
+        # As later versions write it.
+        (
+            "glm45",
+            "<tool_call>weather<arg_key>city</arg_key><arg_value>Paris, {1}</arg_value>"
+            "<arg_key>days</arg_key><arg_value>2</arg_value></tool_call>",
+            [PARIS],
+        ),
+        (
+            "invoked",
+            '<mini:calls>\n<invoke name="clock">\n</invoke>\n<invoke name="weather">\n<parameter'
+            ' name="city">Paris, {1}</parameter>\n<parameter name="days">2</parameter>\n</invoke>\n'
+            "</mini:calls>",
+            [NOW, PARIS],
+        ),
     ],
 )
 def test_calls_that_are_written(form: str, written: str, calls: list[ToolCall]) -> None:
@@ -120,12 +175,12 @@ def test_calls_that_are_written(form: str, written: str, calls: list[ToolCall]) 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma", "phi3", "needle"])
 def test_templates_without_tools(name: str) -> None:
-    assert CallForm.of(tokenizer_with(TEMPLATES[name])) is None
+    assert call_form(tokenizer_with(TEMPLATES[name])) is None
 
 
 def test_a_form_that_is_not_known() -> None:
     tokenizer = byte_level((*CHATML_TOKENS, *MARKS), chat=BY_ARGUMENT)
-    assert CallForm.of(tokenizer) is None
+    assert call_form(tokenizer) is None
 
 
 @pytest.mark.parametrize(
@@ -141,6 +196,12 @@ def test_a_form_that_is_not_known() -> None:
         ("named", "Look: weather{}", "Look:"),
         ("named", "The weather is fine.", "The weather is fine."),
         ("harmony", "A plain answer.", "A plain answer."),
+        ("qwen3_coder", "So.\n\n<tool_call>\n<function=weather>\n<par", "So."),
+        ("qwen3_coder", "So.\n<function=weather>", "So."),
+        ("qwen3_coder", "a <func> < b <function", "a <func> < b"),
+        ("glm45", "So.\n<tool_call>weather\n<arg_key>", "So."),
+        ("invoked", "So.\n<mini:calls>\n", "So."),
+        ("invoked", '<invoke name="clock">', ""),
     ],
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -149,7 +210,7 @@ def test_what_may_be_a_call_is_held_back(form: str, text: str, certain: str, siz
     known = FORMS[form]
 
     def holder() -> CallHolder:
-        return CallHolder(known.beginnings(TOOLS), starts=not known.opening)
+        return CallHolder(known.beginnings(list(TOOLS)), starts=not known.opening)
 
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     growing = holder()
@@ -158,21 +219,133 @@ def test_what_may_be_a_call_is_held_back(form: str, text: str, certain: str, siz
     assert shown + growing.flush() == text
 
 
-def test_every_form_is_read_as_its_template_writes_it() -> None:
+def said_by(name: str, calls: list[ToolCall]) -> tuple[Form, str]:
+    """Return a form, and calls as the template writes them after the prompt."""
+    tokenizer: Any = tokenizer_with(TEMPLATES[name])
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "a1b2c3d4e", **call.as_dict()} for call in calls],
+        },
+    ]
+    prompt = tokenizer.apply_chat_template(
+        messages[:1], tools=[], add_generation_prompt=True, tokenize=False
+    )
+    whole = tokenizer.apply_chat_template(messages, tools=[], tokenize=False)
+    return known_form(tokenizer), whole.removeprefix(prompt)
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
+def test_every_form_is_read_as_its_template_writes_it(name: str) -> None:
     """The call of a conversation, as it would be generated, is the call that is read."""
-    for name in ("llama3", "mistral_v3", "qwen3", "harmony"):
-        tokenizer: Any = tokenizer_with(TEMPLATES[name])
-        form = CallForm.of(tokenizer)
-        assert form is not None, name
-        function = {"name": "weather", "arguments": PARIS.arguments}
-        call = {"id": "a1b2c3d4e", "type": "function", "function": function}
-        messages = [
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        prompt = tokenizer.apply_chat_template(
-            messages[:1], tools=[], add_generation_prompt=True, tokenize=False
-        )
-        whole = tokenizer.apply_chat_template(messages, tools=[], tokenize=False)
-        said = whole.removeprefix(prompt)
-        assert form.calls_in(said, TOOLS) == [PARIS], name
+    form, said = said_by(name, [PARIS])
+    assert form.calls_in(said, TOOLS) == [PARIS]
+
+
+EVERYTHING: dict[str, tuple[Any, Any]] = {
+    "text": ("42", {"type": "string"}),
+    "code": ('if a < b:\n\n\tprint("</parameter> </arg_value>")\n', {"type": "string"}),
+    "path": (" \n ", {"type": ["string"]}),
+    "thought": ("<think>\n</think>", {"type": "string"}),
+    "empty": ("", {"type": "string"}),
+    "count": (-7, {"type": "integer"}),
+    "share": (0.5, {"type": "number"}),
+    "whole": (3, {"type": "number"}),
+    "yes": (True, {"type": "boolean"}),
+    "nothing": (None, {"type": ["string", "null"]}),
+    "either": (2, {"anyOf": [{"type": "string"}, {"type": "integer"}]}),
+    "place": ({"lat": 1.5, "name": "Zoë </x>"}, {"$ref": "#/$defs/place"}),
+    "rows": ([[1, "a"], []], {"type": "array", "items": {"type": "array"}}),
+    "mode": ("fast", {"enum": ["fast", "slow"]}),
+    "level": (2, {"enum": [1, 2]}),
+    "untyped": ({"a": [True]}, {}),
+    "unknown": ([1], None),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45"])
+def test_arguments_come_back_as_they_were(name: str) -> None:
+    """What the template makes of arguments is read as these arguments, by the tool's schema."""
+    properties = {key: schema for key, (_, schema) in EVERYTHING.items() if schema is not None}
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "$defs": {"place": {"type": "object", "properties": {"lat": {"type": "number"}}}},
+    }
+    call = ToolCall(name="do", arguments={key: value for key, (value, _) in EVERYTHING.items()})
+    form, said = said_by(name, [call, NOW])
+    found = form.calls_in(said, {"do": schema, "clock": None})
+    assert found == [call, NOW]
+    kinds = [type(value) for value in found[0].arguments.values()]
+    assert kinds == [type(value) for value, _ in EVERYTHING.values()]
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("42", {"type": "string"}, "42"),
+        (" 42\n", {"type": "integer"}, 42),
+        ("4.0", {"type": "integer"}, 4),
+        ("4.5", {"type": "integer"}, "4.5"),
+        ("4", {"type": "number"}, 4),
+        ("forty", {"type": "number"}, "forty"),
+        ("9" * 5000, {"type": "number"}, "9" * 5000),
+        ("NaN", {"type": "number"}, "NaN"),
+        ("1e999", {"type": "number"}, "1e999"),
+        ("True", {"type": "boolean"}, True),
+        ("FALSE", {"type": "boolean"}, False),
+        ("1", {"type": "boolean"}, "1"),
+        ("None", {"type": "object", "nullable": True}, None),
+        ("None", {"type": "string", "nullable": True}, None),
+        ("None", {}, "None"),
+        ("null", {}, None),
+        ('{"a": 1}', {"type": "object"}, {"a": 1}),
+        ("{'a': 1}", {"type": "object"}, "{'a': 1}"),
+        ('{"a": 1', {"type": "object"}, '{"a": 1'),
+        ('{"a": 1} x', {"type": "object"}, '{"a": 1} x'),
+        ("[" * 100_000, {"type": "array"}, "[" * 100_000),
+        ('"Paris"', {}, '"Paris"'),
+        ("Paris", {}, "Paris"),
+        ("12", None, 12),
+        ("12", {"allOf": [{"description": "x"}, {"type": "string"}]}, "12"),
+        ("12", {"const": "12"}, "12"),
+        ("[1]", {"items": {"type": "integer"}}, [1]),
+        ('{"a": 1}', {"$ref": "#/$defs/loop"}, {"a": 1}),
+        ("x", {"$ref": "https://example.com/schema"}, "x"),
+        ("12", {"type": 7}, 12),
+    ],
+)
+def test_a_value_is_typed_by_its_schema(text: str, schema: Any, value: Any) -> None:
+    """Forbids strings that turn into numbers, and values that are lost."""
+    found = typed(text, schema, {"$defs": {"loop": {"$ref": "#/$defs/loop"}}})
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_closing_tag_in_an_argument_is_no_reasoning() -> None:
+    call = ToolCall(name="weather", arguments={"city": "</think>"})
+    for name in ("qwen3", "qwen3_coder"):
+        form, said = said_by(name, [call])
+        assert form.calls_in(said, TOOLS) == [call]
+        assert form.calls_in(f"Hm.</think>\n{said}", TOOLS, has_reasoning=True) == [call]
+        assert form.calls_in(f"</think>\n{said}", TOOLS) == [call]
+        # Reasoning that has not ended has no calls.
+        plain = said_by(name, [NOW])[1].rpartition("</think>")[2]
+        assert form.calls_in(f"<think>{plain}", TOOLS) == []
+        assert form.calls_in(plain, TOOLS, has_reasoning=True) == []
+
+
+def test_a_call_with_values_that_json_cannot_hold_is_text() -> None:
+    """Forbids arguments that are no JSON, and an error for ten thousand brackets."""
+    for value in ("NaN", "1e999", "[" * 100_000):
+        said = f'<tool_call>{{"name": "weather", "arguments": {{"city": {value}}}}}</tool_call>'
+        assert FORMS["qwen3"].calls_in(said, TOOLS) == []
+
+
+def test_arguments_one_by_one_that_are_quoted_are_no_known_form() -> None:
+    """Their text would be read with its quotes."""
+    quoted = INVOKED.replace("{{ v if v is string else v | tojson }}", "{{ v | tojson }}")
+    tokenizer = byte_level((*CHATML_TOKENS, *MARKS), chat=quoted)
+    assert call_form(tokenizer) is None
+    assert isinstance(FORMS["invoked"], ArgumentForm)

@@ -20,6 +20,14 @@ MESSAGES = "/v1/messages"
 ARGUMENTS = {"city": "Paris", "days": 2}
 TEXT = json.dumps(ARGUMENTS)
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {TEXT}}}\n</tool_call>'
+CALLS = {
+    "qwen3": CALL,
+    "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+    "glm45": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>",
+}
+"""One call as several families write it."""
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
@@ -31,20 +39,22 @@ TOOLS = [{"type": "function", "function": function} for function in (WEATHER, CL
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "How is the weather in Paris?"}]
 
 
-def engine() -> StarLLM:
+def engine(family: str = "qwen3") -> StarLLM:
     plain = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-    return talker(byte_level(CHATML_TOKENS, plain=plain, chat=TEMPLATES["qwen3"]))
+    return talker(byte_level(CHATML_TOKENS, plain=plain, chat=TEMPLATES[family]))
 
 
-def server_saying(said: str, **settings: Any) -> Any:
-    said = f"{said}<|im_end|>"
-    return running(engine(), before=saying(said), max_context_bytes=2**24, **settings)
+def server_saying(said: str, family: str = "qwen3", **settings: Any) -> Any:
+    # Not every family ends its turns with the first of these.
+    said = f"{said}<|im_end|><|endoftext|>"
+    return running(engine(family), before=saying(said), max_context_bytes=2**24, **settings)
 
 
-@pytest.fixture(scope="module")
-def caller() -> Iterator[Server]:
-    """A server whose answers think, say something, and call a tool."""
-    with server_saying(f"<think>\nHm.\n</think>\n\nLet me see.\n{CALL}") as server:
+@pytest.fixture(scope="module", params=CALLS)
+def caller(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server whose answers think, say something, and call a tool, as a family writes it."""
+    said = f"<think>\nHm.\n</think>\n\nLet me see.\n{CALLS[request.param]}"
+    with server_saying(said, request.param) as server:
         yield server
 
 
@@ -255,8 +265,9 @@ def test_answers_with_and_without_calls(
             assert call["function"]["name"] == calls[0]
 
 
-def test_a_call_that_is_cut_is_text() -> None:
-    with server_saying(CALL) as server:
+@pytest.mark.parametrize("family", CALLS)
+def test_a_call_that_is_cut_is_text(family: str) -> None:
+    with server_saying(CALLS[family], family) as server:
         choice = checked(server.post(CHAT, body(max_tokens=20)))["choices"][0]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"].startswith("<tool_call>")

@@ -1,27 +1,19 @@
-"""Calls of tools in an answer, found by how the model's chat template writes them.
+"""Calls of tools in an answer whose arguments are a JSON object, and what holds calls back.
 
-A template is asked to write a call, and what it writes tells the form. Three are read: a JSON
-object with name and arguments (Llama, Qwen, Mistral), a name before a JSON object of arguments
-(newer Mistral, DeepSeek, Kimi), and messages in channels (gpt-oss).
+Three forms are read: a JSON object with name and arguments (Llama, Qwen, Mistral), a name before a
+JSON object of arguments (newer Mistral, DeepSeek, Kimi), and messages in channels (gpt-oss).
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from star_attention.errors import InvalidInputError
-from star_attention.hf.text.endings import has_channels
+from star_attention.hf.text.json_values import decoded
 from star_attention.hf.text.reasoning import TAGS
-from star_attention.hf.text.template import ChatTemplate, reads
 
-_NAME, _KEY, _VALUE = "probe_tool", "probe_key", "probe_value"
-_ANSWER = "\u2063star-attention-answer\u2063"
-_DECODER = json.JSONDecoder(strict=False)
 _SEPARATORS = re.compile(r"[\s,;]*")
 _NAMES = r"([\w.-]+)"
 _ARGUMENTS = ("arguments", "parameters")
@@ -43,6 +35,13 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the call in the form of a chat message's `tool_calls`."""
+        return {
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +66,21 @@ class CallForm:
     shown_between: str = ""
     in_channels: bool = False
 
-    @classmethod
-    def of(cls, tokenizer: Any) -> CallForm | None:
-        """Return a tokenizer's form; None for another one, and for a template without tools."""
-        if not reads(tokenizer, "tools"):
-            return None
-        return _form(tokenizer, str(tokenizer.chat_template), len(tokenizer))
-
-    def calls_in(self, text: str, tools: Collection[str]) -> list[ToolCall]:
+    def calls_in(
+        self, text: str, tools: Mapping[str, Any], *, has_reasoning: bool = False
+    ) -> list[ToolCall]:
         """Return the calls in an answer.
 
         Args:
             text: the answer with its special tokens.
-            tools: names of the tools. Where nothing marks a call, others are none.
+            tools: JSON schemas of the tools' arguments, by name. Where nothing marks a call, other
+                names are none.
+            has_reasoning: True if the answer begins with reasoning.
         """
         if self.in_channels:
             found = [(name, _object(value)) for name, value in _CHANNEL_CALL.findall(text)]
             return [ToolCall(name=name, arguments=each) for name, each in found if each is not None]
-        for closing in TAGS.values():
-            text = text.rpartition(closing)[2]
+        text = after_reasoning(text, has_reasoning)
         before, opening, after = text.partition(self.opening) if self.opening else (text, "", "")
         if self.shown and not opening:
             return []
@@ -103,18 +98,18 @@ class CallForm:
         if self.in_channels:
             return []
         if self.shown:
-            return [_dense(self.shown)]
+            return [dense(self.shown)]
         if self.name_key:
             keys = dict.fromkeys((self.name_key, "type", "function"))
             return [f'{bracket}{{"{key}":' for bracket in ("", "[") for key in keys]
-        return [_dense(f"{name}{self.shown_between}") + "{" for name in tools]
+        return [dense(f"{name}{self.shown_between}") + "{" for name in tools]
 
     def _objects(self, text: str, tools: Collection[str] | None) -> list[ToolCall]:
         calls: list[ToolCall] = []
         at = 0
         while text[at : at + 1] in ("{", "["):
             try:
-                value, at = _DECODER.raw_decode(text, at)
+                value, at = decoded(text, at)
             except ValueError:
                 break
             found = [self._call(each) for each in (value if isinstance(value, list) else [value])]
@@ -144,7 +139,7 @@ class CallForm:
         match = pattern.match(text)
         while match and (tools is None or match[1] in tools):
             try:
-                arguments, at = _DECODER.raw_decode(text, match.end())
+                arguments, at = decoded(text, match.end())
             except ValueError:
                 break
             calls.append(ToolCall(name=match[1], arguments=arguments))
@@ -202,7 +197,7 @@ class CallHolder:
         for at in places:
             if text[at].isspace():
                 continue
-            found = _dense(text[at : at + self._most])
+            found = dense(text[at : at + self._most])
             if any(found.startswith(begun) for begun in self._beginnings):
                 self._holds = True
                 return at
@@ -211,7 +206,24 @@ class CallHolder:
         return len(text)
 
 
-def _dense(text: str) -> str:
+def after_reasoning(text: str, has_reasoning: bool) -> str:
+    """Return what follows the reasoning that an answer begins with.
+
+    An argument may hold a closing tag, too: without reasoning none is looked for.
+
+    Args:
+        text: the answer with its special tokens.
+        has_reasoning: True if there is reasoning, also where the prompt has opened it.
+    """
+    begun = text.lstrip()
+    for opening, closing in TAGS.items():
+        if begun.startswith((opening, closing)) or (has_reasoning and closing in text):
+            return text.partition(closing)[2]
+    return "" if has_reasoning else text
+
+
+def dense(text: str) -> str:
+    """Return a text without white space."""
     return "".join(text.split())
 
 
@@ -220,83 +232,7 @@ def _object(text: str) -> dict[str, Any] | None:
     if not text.strip():
         return {}
     try:
-        value, _ = _DECODER.raw_decode(text.lstrip())
+        value, _ = decoded(text.lstrip())
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-@functools.lru_cache(maxsize=8)
-def _form(tokenizer: Any, source: str, vocab_size: int) -> CallForm | None:
-    """Return what `CallForm.of` does, of a tokenizer in a given state."""
-    if has_channels(tokenizer) and "<|channel|>" in source:
-        return CallForm(in_channels=True)
-    function = {"name": _NAME, "arguments": {_KEY: _VALUE}}
-    call = {"type": "function", "id": "call12345", "function": function}
-    user = {"role": "user", "content": "Hi"}
-    result = {"role": "tool", "name": _NAME, "tool_call_id": "call12345", "content": "Hi"}
-    template = ChatTemplate(tokenizer)
-    try:
-        called = template.render(
-            [user, {"role": "assistant", "content": "", "tool_calls": [call]}, result]
-        )
-        said = template.render([user, {"role": "assistant", "content": _ANSWER}, user])
-    except InvalidInputError:
-        return None
-    pairs = enumerate(zip(called, said, strict=False))
-    written = called[next((at for at, (one, other) in pairs if one != other), 0) :]
-    return _of_object(tokenizer, written) or _of_name(tokenizer, written)
-
-
-def _of_object(tokenizer: Any, written: str) -> CallForm | None:
-    """Return the form of a call that is one object."""
-    end = written.find(_NAME)
-    for start in (match.start() for match in re.finditer(r"\{", written[: max(end, 0)])):
-        try:
-            value, _ = _DECODER.raw_decode(written, start)
-        except ValueError:
-            continue
-        value = value.get("function", value)
-        names = [key for key, each in value.items() if each == _NAME]
-        arguments = [key for key, each in value.items() if _KEY in str(each)]
-        if names and arguments:
-            opening = written[:start].rstrip().removesuffix("[").strip()
-            return CallForm(
-                opening=opening,
-                shown=_shown(tokenizer, opening),
-                name_key=names[0],
-                arguments_key=arguments[0],
-            )
-    return None
-
-
-def _of_name(tokenizer: Any, written: str) -> CallForm | None:
-    """Return the form of a name before its arguments."""
-    before, found, after = written.partition(_NAME)
-    at = after.find("{")
-    if not found or at < 0:
-        return None
-    try:
-        value, _ = _DECODER.raw_decode(after, at)
-    except ValueError:
-        return None
-    if value != {_KEY: _VALUE}:
-        return None
-    # Of several marks, the last one is before each call.
-    marks = [token for token in tokenizer.get_added_vocab() if token.strip() and token in before]
-    starts = [before.rindex(token) for token in marks]
-    opening = before[max(starts, default=0) :].strip()
-    return CallForm(
-        opening=opening,
-        shown=_shown(tokenizer, opening),
-        between=after[:at],
-        shown_between=_shown(tokenizer, after[:at]),
-    )
-
-
-def _shown(tokenizer: Any, text: str) -> str:
-    """Return what an answer's text shows of what a model writes."""
-    for token, number in tokenizer.get_added_vocab().items():
-        if token in text and not tokenizer.decode([number], skip_special_tokens=True):
-            text = text.replace(token, "")
-    return text.strip()

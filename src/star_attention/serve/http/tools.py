@@ -11,7 +11,8 @@ from typing import Any
 from star_attention.engine import StarLLM
 from star_attention.errors import quote
 from star_attention.generation.result import Generation, TokenLogprob
-from star_attention.hf.text.calls import CallForm, CallHolder, ToolCall
+from star_attention.hf.text.call_forms import Form, call_form
+from star_attention.hf.text.calls import CallHolder, ToolCall
 from star_attention.hf.text.tokens import decode
 from star_attention.serve.http.body import Body, wrong_type
 from star_attention.serve.http.problems import bad_request, not_supported
@@ -39,6 +40,12 @@ class Tools:
     def names(self) -> list[str]:
         """The names of the tools."""
         return [tool["function"]["name"] for tool in self.given]
+
+    @property
+    def schemas(self) -> dict[str, Any]:
+        """The JSON schemas of the tools' arguments, by name."""
+        functions = (tool["function"] for tool in self.given)
+        return {each["name"]: each.get("parameters") for each in functions}
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -128,7 +135,7 @@ class CallReader:
         form: how the model writes calls.
     """
 
-    def __init__(self, tools: Tools, form: CallForm) -> None:
+    def __init__(self, tools: Tools, form: Form) -> None:
         self._tools, self._form = tools, form
 
     def holder(self) -> CallHolder:
@@ -152,7 +159,9 @@ class CallReader:
             found = _forced(result.text)
         else:
             written = decode(star.tokenizer, result.token_ids, skip_special_tokens=False)
-            found = self._form.calls_in(written, self._tools.names)
+            found = self._form.calls_in(
+                written, self._tools.schemas, has_reasoning=result.reasoning is not None
+            )
         return tuple(map(Call.of, found[:1] if self._tools.is_single else found))
 
 
@@ -191,7 +200,7 @@ def reader_of(tools: Tools, tokenizer: Any, name: str) -> CallReader:
     Raises:
         Problem: the model's chat template takes no tools, or writes calls in an unknown form.
     """
-    form = CallForm.of(tokenizer)
+    form = call_form(tokenizer)
     if form is None:
         raise not_supported(
             name,
