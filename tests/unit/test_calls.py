@@ -227,7 +227,7 @@ def said_by(name: str, calls: list[ToolCall]) -> tuple[Form, str]:
         {
             "role": "assistant",
             "content": "",
-            "tool_calls": [{"id": "a1b2c3d4e", **call.as_dict()} for call in calls],
+            "tool_calls": [{**call.as_dict(), "id": "a1b2c3d4e"} for call in calls],
         },
     ]
     prompt = tokenizer.apply_chat_template(

@@ -60,6 +60,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "finish_reason",
         "stop_string",
         "logprobs",
+        "tool_calls",
         "sources",
         "method",
         "context_tokens",

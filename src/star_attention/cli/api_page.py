@@ -18,6 +18,7 @@ from star_attention.generation import result, settings, turns
 from star_attention.generation.asynchronous import AsyncStream
 from star_attention.generation.batching.encoding import Encoding
 from star_attention.hf.loading import pretrained
+from star_attention.hf.text.calls import ToolCall
 from star_attention.planning import plan, traffic
 from star_attention.question_answering import StarPipeline
 from star_attention.storage import context
@@ -58,6 +59,7 @@ _OTHERS: tuple[type, ...] = (
     result.Delta,
     result.TokenLogprob,
     result.Source,
+    ToolCall,
     result.Timings,
     context.RankStats,
     traffic.Traffic,

@@ -136,6 +136,7 @@ def _check_without_template(context: ContextOptions) -> None:
     for name, value in (
         ("--system", context.system),
         ("--chat-template-kwargs", context.chat_template_kwargs),
+        ("--tools", context.tools),
     ):
         if value is not None:
             raise InvalidInputError(
@@ -156,6 +157,7 @@ def _check_saved(context: TalkOptions, path: str) -> None:
         for name, is_given in (
             ("calibration", context.calibration is not None),
             ("system", context.system is not None),
+            ("tools", context.tools is not None),
             ("no-chat", not context.chat),
             ("html-to-text", context.html_to_text),
         )

@@ -1,12 +1,13 @@
-"""The options of chats: `--chat`, `--system` and `--chat-template-kwargs`."""
+"""The options of chats: `--chat`, `--system`, `--chat-template-kwargs` and `--tools`."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from star_attention.cli.inputs import check_utf8
+from star_attention.cli.inputs import STDIN, check_utf8, read_json
 from star_attention.cli.options import ContextOptions
+from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import InvalidInputError, TokenError, quote
 
 
@@ -22,19 +23,47 @@ def check_chat(context: ContextOptions) -> None:
     Raises:
         InvalidInputError: A value without --chat, or not a JSON object.
         TokenError: If the system message is empty.
-        TextError: If it is not UTF-8.
+        TextError: If it is not UTF-8, or the file of tools cannot be read.
     """
     if context.system is not None:
         check_utf8("system message", context.system)
         if not context.system.strip():
             raise TokenError("the system message is empty; give --system at least one word")
-    template_kwargs(context.chat_template_kwargs)
+    context_kwargs(context)
     for name, value in (
         ("--system", context.system),
         ("--chat-template-kwargs", context.chat_template_kwargs),
+        ("--tools", context.tools),
     ):
         if value is not None and not context.chat:
             raise InvalidInputError(f"{name} has no effect without --chat; add --chat")
+
+
+def context_kwargs(context: ContextOptions) -> dict[str, Any] | None:
+    """Return what the chat template reads beside messages: `--chat-template-kwargs` and `--tools`.
+
+    Raises:
+        InvalidInputError: If one of them has another form.
+        TextError: If the file of tools cannot be read, or is not JSON.
+    """
+    kwargs = template_kwargs(context.chat_template_kwargs)
+    # The other ranks' arguments do not count.
+    if context.tools is None or not is_rank_0():
+        return kwargs
+    if "tools" in (kwargs or {}):
+        raise InvalidInputError(
+            "tools are given twice, by --tools and in --chat-template-kwargs; give one of them"
+        )
+    if context.tools == STDIN:
+        raise InvalidInputError("--tools - does not work: stdin has texts and queries; give a file")
+    tools = read_json(context.tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidInputError(
+            f"{context.tools}: expected a list of tools such as"
+            ' [{"type": "function", "function": {"name": ..., "parameters": {...}}}], got'
+            f" {quote(tools)}"
+        )
+    return {**(kwargs or {}), "tools": tools}
 
 
 def template_kwargs(text: str | None) -> dict[str, Any] | None:

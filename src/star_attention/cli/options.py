@@ -105,6 +105,16 @@ class ContextOptions:
         ),
     ] = None
     chat_template_kwargs: TemplateKwargs = None
+    tools: Annotated[
+        str | None,
+        option(
+            "JSON file with a list of tools in OpenAI's form that the model may call, with --chat."
+            " Its calls are printed to stderr, or with --json in it.",
+            "--tools",
+            panel="Context",
+            metavar="FILE",
+        ),
+    ] = None
     html_to_text: Annotated[
         bool,
         option(

@@ -29,6 +29,8 @@ FIELDS = {
     "stop_string": "the stop string that ended the answer; null for another reason",
     "logprobs": "with `--logprobs`: text, id and log probability of each token, and of the most"
     " likely ones in its place",
+    "tool_calls": "with `--tools`: the tools that the answer calls, each with `name` and"
+    " `arguments`; null without",
     "sources": "with `--sources`: the passages that the answer attended to most, the best first,"
     " each with tokens (`start`, `stop`), characters (`start_char`, `stop_char`; in a chat those of"
     " the message), `message`, `text` and `weight`; null without",
@@ -133,7 +135,7 @@ class Answerer:
         with self.star.stream(self.asked, self._content(query), **self.kwargs) as stream:
             self._print_deltas(stream.deltas())
         print(flush=True)
-        self._print_sources(stream.result)
+        self._print_notes(stream.result)
         return stream.result
 
     def _print_deltas(self, deltas: Iterable[Delta]) -> None:
@@ -171,10 +173,12 @@ class Answerer:
 
             self._print_deltas([Delta(reasoning=reply.reasoning or "", text=reply.text)])
             print(flush=True)
-            self._print_sources(reply)
+            self._print_notes(reply)
 
-    def _print_sources(self, reply: Generation) -> None:
-        """Print the sources to stderr, a line each."""
+    def _print_notes(self, reply: Generation) -> None:
+        """Print calls of tools and sources to stderr, a line each."""
+        for call in reply.tool_calls or () if is_rank_0() else ():
+            say(f"calls {call.name} {json.dumps(call.arguments, ensure_ascii=False)}")
         for source in reply.sources or () if is_rank_0() else ():
             place = f"tokens {source.start:,} to {source.stop:,}"
             say(f"source, weight {source.weight:.2f}, {place}: {source.text}")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star_attention.cli.chat_options import messages, template_kwargs
+from star_attention.cli.chat_options import context_kwargs, messages
 from star_attention.cli.formatting import format_bytes
 from star_attention.cli.model_options import ModelOptions
 from star_attention.cli.options import ContextOptions
@@ -312,8 +312,14 @@ def encode_text(
         raise InvalidInputError(NO_TEMPLATE)
     if not chat and has_template:
         status.say("using the text as it is; --chat applies this model's chat template")
+    kwargs = context_kwargs(context)
     if chat:
         content = messages(text, context)
+        if kwargs is not None and "tools" in kwargs:
+            # Imports transformers, which a model has loaded by now.
+            from star_attention.hf.text.tool_reader import check_tools
+
+            check_tools(star.tokenizer, kwargs["tools"], None)
     _log.info("%r", star)
     with status.progress(star.rank_progress) as progress:
         if save_to is not None:
@@ -324,7 +330,7 @@ def encode_text(
             progress=progress or False,
             query=queries,
             settings=generation_kwargs,
-            chat_template_kwargs=template_kwargs(context.chat_template_kwargs),
+            chat_template_kwargs=kwargs,
             reuse=reuse,
         )
     _log.info("%s", encoded.plan)

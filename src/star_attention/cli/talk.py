@@ -153,7 +153,7 @@ class Talk(Answerer):
             self._print_deltas(_until(is_stopped, stream.deltas()))
             self._is_stopped = is_stopped()
         print(flush=True)
-        self._print_sources(stream.result)
+        self._print_notes(stream.result)
         return stream.result
 
     def _print_summary(self, replies: list[Generation], note: str = "") -> None:

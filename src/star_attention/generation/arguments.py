@@ -46,7 +46,7 @@ _INSTEAD = {
     "presence_penalty": "use repetition_penalty=",
     "frequency_penalty": "use repetition_penalty=",
     **dict.fromkeys(
-        ("enable_thinking", "thinking", "reasoning_effort", "tools", "documents"),
+        ("enable_thinking", "thinking", "reasoning_effort", "documents"),
         "the chat template reads it: use chat_template_kwargs={name: value}",
     ),
     "prefix_allowed_tokens_fn": "give transformers' PrefixConstrainedLogitsProcessor in"
@@ -194,6 +194,7 @@ def _check_names(generation_kwargs: dict[str, Any]) -> None:
                     "sources",
                     "ignore_eos",
                     "chat_template_kwargs",
+                    "tools",
                 },
                 instead=_INSTEAD,
                 otherwise="it takes those of transformers' GenerationConfig",

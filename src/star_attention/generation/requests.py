@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import LogitsProcessorList
@@ -18,6 +19,7 @@ from star_attention.hf.execution import slices
 from star_attention.hf.execution.request import Request
 from star_attention.hf.text.answer import Reading
 from star_attention.hf.text.tokens import is_several
+from star_attention.hf.text.tool_reader import ToolReader
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.planning.sizes import counted
 from star_attention.runtime import Runtime
@@ -44,10 +46,10 @@ def prepared(
         runtime.check_context(context)
     prepared = _prepared(runtime, context, query, options, turns)
     assert prepared.settings is not None, "rank 0 prepares"
-    prepared.settings.check_method(methods.get(context.method))
-    prepared.settings.check_windows(
-        runtime.handle.windows, len(context), context.kv.kv_format.windows
-    )
+    settings = _reading_calls(prepared.settings, runtime.tokenizer, context.chat)
+    prepared = replace(prepared, settings=settings)
+    settings.check_method(methods.get(context.method))
+    settings.check_windows(runtime.handle.windows, len(context), context.kv.kv_format.windows)
     return prepared
 
 
@@ -82,6 +84,16 @@ def _prepared(
         several_queries=is_several(query),
         queries=queries,
     )
+
+
+def _reading_calls(
+    settings: ResolvedSettings, tokenizer: Any, chat: dict[str, Any] | None
+) -> ResolvedSettings:
+    """Return settings that find the calls of tools in answers, where the prompt has tools."""
+    if chat is None:
+        return settings
+    kwargs = chat.get("template_kwargs", {}) | (settings.chat_template_kwargs or {})
+    return replace(settings, tool_reader=ToolReader.of(tokenizer, kwargs.get("tools")))
 
 
 def for_answers(

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from star_attention.errors import InvalidInputError, quote
 from star_attention.generation.conversation import Ask, Conversation, Keeper, answer_to
+from star_attention.generation.settings import ResolvedSettings
+from star_attention.hf.text.answer import AnswerText
+from star_attention.hf.text.calls import ToolCall
 from star_attention.planning import html
 from star_attention.planning.sizes import counted
 from star_attention.planning.traffic import Traffic
@@ -110,6 +113,9 @@ class Generation:
         reasoning: what the model marked as its reasoning, which is not part of the text; None for
             none.
         token_ids: every generated id, including the one that ended the answer.
+        tool_calls: the calls of tools in an answer to a prompt with tools; None without tools. The
+            text has them, too, as the model writes them (gpt-oss apart).
+        content: the text without these calls; None without tools.
         finish_reason: "stop" (end-of-sequence token, stop string or stopping criterion), "length"
             (`max_new_tokens`) or "canceled" (a row of a batch that was canceled).
         stop_string: the stop string that ended the answer; None for another reason.
@@ -136,6 +142,8 @@ class Generation:
     stop_string: str | None = None
     logprobs: list[TokenLogprob] | None = None
     sources: tuple[Source, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    content: str | None = None
     kept_tokens: int = 0
     conversation: Conversation | None = None
     logits: Tensor | None = None
@@ -150,6 +158,20 @@ class Generation:
         """Return e.g. `Generation('It is 42.', 5 tokens, stop)`; a long text is cut."""
         tokens = counted(len(self.token_ids), "token")
         return f"Generation({quote(self.text)}, {tokens}, {self.finish_reason})"
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of a chat, with its calls of tools.
+
+        A query of a conversation that begins with it gives the tools' results after it.
+        """
+        content = self.text if self.content is None else self.content
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_dict() for call in self.tool_calls]
+        return message
 
     def continue_with(self, query: Any = None, **settings: Any) -> Any:
         """Answer the next query of the conversation; of an answer that was asked for with `keep`.
@@ -200,6 +222,9 @@ class Generation:
             "finish_reason": self.finish_reason,
             "stop_string": self.stop_string,
             "logprobs": self.logprobs and [token.as_dict() for token in self.logprobs],
+            "tool_calls": None
+            if self.tool_calls is None
+            else [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls],
             "sources": None
             if self.sources is None
             else [source.as_dict() for source in self.sources],
@@ -215,6 +240,17 @@ class Generation:
             "wire_calls_phase2": self.wire.calls,
             "wire_within_bytes_phase2": self.wire_within.bytes,
         }
+
+
+def called(settings: ResolvedSettings, answer: AnswerText) -> dict[str, Any]:
+    """Return the fields of a `Generation` about calls of tools."""
+    reader, prefix = settings.tool_reader, settings.answer_prefix
+    if reader is None:
+        return {}
+    has_reasoning = answer.reasoning is not None
+    calls = reader.calls(answer.token_ids, has_reasoning=has_reasoning, answer_prefix=prefix)
+    said = reader.holder().push(prefix + answer.text)[len(prefix) :] if calls else answer.text
+    return {"tool_calls": calls, "content": said}
 
 
 def conversation_of(reply: Generation) -> Conversation:

@@ -17,7 +17,7 @@ from star_attention.generation import stock
 from star_attention.generation.arguments import translate_generation_errors
 from star_attention.generation.conversation import Conversation, LeadingKeeper, Sent, sent
 from star_attention.generation.logprobs import LogprobRecorder
-from star_attention.generation.result import Delta, Generation, Source, Timings
+from star_attention.generation.result import Delta, Generation, Source, Timings, called
 from star_attention.generation.settings import ResolvedSettings
 from star_attention.generation.sources import SourceFinder
 from star_attention.hf.execution import processing
@@ -73,13 +73,17 @@ def out_of_memory(answers: int, context_tokens: int, tokens_per_forward: int) ->
     )
 
 
-def warn_of_unanswered(answers: list[AnswerText], max_new_tokens: int) -> None:
-    """Warn of answers that have tokens and no text."""
-    unsaid = [answer for answer in answers if answer.is_unsaid]
+def warn_of_unanswered(answers: list[AnswerText], settings: ResolvedSettings) -> None:
+    """Warn of answers that have tokens, but neither text nor calls of tools."""
+    unsaid = [
+        answer
+        for answer in answers
+        if answer.is_unsaid and not called(settings, answer).get("tool_calls")
+    ]
     if any(answer.finish_reason == "length" and answer.reasoning for answer in unsaid):
         warnings.warn(
             "an answer ended inside the model's reasoning, so its text is empty; raise"
-            f" max_new_tokens (now {max_new_tokens:,})",
+            f" max_new_tokens (now {settings.max_new_tokens:,})",
             stacklevel=2,
         )
     elif unsaid:
@@ -170,7 +174,7 @@ class GenerationRun:
                 if delta := delta_of(self._answers[0], text):
                     yield delta
         tail = delta_of(self._answers[0], self._close())
-        warn_of_unanswered(self._answers, self.settings.max_new_tokens)
+        warn_of_unanswered(self._answers, self.settings)
         with translate_oom(self._out_of_memory):
             self._find_sources()
             self._keep()
@@ -345,6 +349,7 @@ class GenerationRun:
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             stop_string=answer.stop_string,
+            **called(self.settings, answer),
             query_tokens=len(self._query(row)),
             kept_tokens=0 if self.program is None else self.program.kept_tokens,
             conversation=None if self._conversations is None else self._conversations[row],

@@ -26,6 +26,7 @@ from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.checks import whole_characters
 from star_attention.hf.text.endings import turn_end_ids, warn_of_unseen_stops
+from star_attention.hf.text.tool_reader import ToolReader, check_tools
 from star_attention.methods import Method
 from star_attention.phase2 import OWN_LOOP_MODES
 from star_attention.planning.second_look import check_keeps, check_share
@@ -51,6 +52,7 @@ class GenerateOptions(TypedDict, total=False):
     sources: bool | int
     keep: bool
     chat_template_kwargs: dict[str, Any] | None
+    tools: Sequence[Any] | None
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
     do_sample: bool | None
@@ -109,6 +111,9 @@ class GenerationSettings:
             (`Generation.continue_with`). A turn of a conversation is kept unless it says False.
         chat_template_kwargs: what the chat template reads beside messages, where it differs from
             the context's.
+        tools: in a chat, what the model may call: functions with types and docstrings, or dicts in
+            OpenAI's form; those that the context was encoded with (`chat_template_kwargs`), where
+            the chat template writes tools before it (`Generation.tool_calls`).
         logits_processor, stopping_criteria: transformers' lists.
         generation_kwargs: arguments of transformers' `GenerationConfig`.
     """
@@ -126,6 +131,7 @@ class GenerationSettings:
     sources: bool | int = False
     keep: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Sequence[Any] | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -177,6 +183,8 @@ class GenerationSettings:
             UnknownOptionError: an argument that `GenerationConfig` does not have.
         """
         generation_config.check(self.generation_kwargs, self.max_new_tokens, handle.vocab_size)
+        if self.tools is not None:
+            check_tools(tokenizer, self.tools, self.chat_template_kwargs)
         turn_ends = turn_end_ids(tokenizer) if chat else set()
         config, generation_kwargs = resolve_generation_kwargs(
             handle.model,
@@ -282,6 +290,7 @@ class ResolvedSettings:
             defaults.
         uses_own_loop: True if phase 2 runs our decoding loop, False if it runs transformers' own.
         grammar: the compiled `json_schema`, or None.
+        tool_reader: finds the calls of tools in answers; None where the prompt has no tools.
     """
 
     arguments: GenerationSettings
@@ -290,6 +299,7 @@ class ResolvedSettings:
     generation_kwargs: dict[str, Any]
     uses_own_loop: bool
     grammar: Any = None
+    tool_reader: ToolReader | None = None
 
     def check_method(self, method: Method) -> None:
         """Raise `InvalidInputError` for settings that contexts of a method cannot have."""
@@ -328,7 +338,8 @@ class ResolvedSettings:
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any] | None:
-        return self.arguments.chat_template_kwargs
+        kwargs, tools = self.arguments.chat_template_kwargs, self.arguments.tools
+        return kwargs if tools is None else {**(kwargs or {}), "tools": list(tools)}
 
     @property
     def answers_per_query(self) -> int:

@@ -141,7 +141,8 @@ def _entries(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _header_text(header: dict[str, Any]) -> str:
-    return json.dumps({"format_version": FORMAT_VERSION, **header}, sort_keys=True)
+    # Not sorted: chat templates write tools with their keys in the order in which they were given.
+    return json.dumps({"format_version": FORMAT_VERSION, **header})
 
 
 def _new_folder(target: Path) -> Path:

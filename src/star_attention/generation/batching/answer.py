@@ -10,7 +10,7 @@ from torch import Tensor
 
 from star_attention.generation.conversation import Conversation
 from star_attention.generation.logprobs import LogprobRecorder
-from star_attention.generation.result import Delta, Generation, Source, Timings
+from star_attention.generation.result import Delta, Generation, Source, Timings, called
 from star_attention.generation.run import delta_of
 from star_attention.generation.settings import ResolvedSettings
 from star_attention.hf.execution.timing import Lap
@@ -42,7 +42,7 @@ class RowAnswer:
         encode_s: float,
         vocab_size: int,
     ) -> None:
-        self.text, self._settings = text, settings
+        self.text, self.settings = text, settings
         self._query_tokens, self._encode_s, self._vocab_size = query_tokens, encode_s, vocab_size
         self._logits: list[Tensor] | None = [] if settings.arguments.return_logits else None
         alternatives = settings.arguments.logprobs
@@ -78,7 +78,7 @@ class RowAnswer:
             self._logits.append(logits_1V[0].cpu())
         text = self.text.push(token)
         if not self.ended:
-            if len(self.text.token_ids) >= self._settings.max_new_tokens:
+            if len(self.text.token_ids) >= self.settings.max_new_tokens:
                 text += self.text.end("length")
             elif ended:
                 text += self.text.end("stop")
@@ -106,6 +106,7 @@ class RowAnswer:
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             stop_string=answer.stop_string,
+            **called(self.settings, answer),
             query_tokens=self._query_tokens,
             kept_tokens=self.kept_tokens,
             conversation=self.conversation,

@@ -267,7 +267,7 @@ class Batch(Transient):
         for task in [task for task in self._rows if task.done]:
             del self._rows[task]
             if task.error is None:
-                warn_of_unanswered([task.answer.text], task.max_new_tokens)
+                warn_of_unanswered([task.answer.text], task.answer.settings)
         self._encodings.spent(spent_s, more=bool(self._rows))
         self._settle()
         return events

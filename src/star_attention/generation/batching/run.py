@@ -92,7 +92,7 @@ class RowsRun:
             for task in self._tasks:
                 self._scheduler.cancel(task)
         _, self._peak_bytes = self._clock.stop()
-        warn_of_unanswered([task.answer.text for task in self._tasks], self.settings.max_new_tokens)
+        warn_of_unanswered([task.answer.text for task in self._tasks], self.settings)
         self._find_sources()
         return iter(())
 

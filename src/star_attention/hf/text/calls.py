@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from star_attention.hf.text.json_values import decoded
@@ -31,17 +31,17 @@ class ToolCall:
     Attributes:
         name: the tool's.
         arguments: an object of JSON values.
+        id: tells the calls of an answer apart.
     """
 
     name: str
     arguments: dict[str, Any]
+    id: str = field(default="", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the call in the form of a chat message's `tool_calls`."""
-        return {
-            "type": "function",
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, kw_only=True)

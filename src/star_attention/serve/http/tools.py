@@ -13,7 +13,7 @@ from star_attention.errors import quote
 from star_attention.generation.result import Generation, TokenLogprob
 from star_attention.hf.text.call_forms import Form, call_form
 from star_attention.hf.text.calls import CallHolder, ToolCall
-from star_attention.hf.text.tokens import decode
+from star_attention.hf.text.tool_reader import ToolReader, schemas
 from star_attention.serve.http.body import Body, wrong_type
 from star_attention.serve.http.problems import bad_request, not_supported
 
@@ -40,12 +40,6 @@ class Tools:
     def names(self) -> list[str]:
         """The names of the tools."""
         return [tool["function"]["name"] for tool in self.given]
-
-    @property
-    def schemas(self) -> dict[str, Any]:
-        """The JSON schemas of the tools' arguments, by name."""
-        functions = (tool["function"] for tool in self.given)
-        return {each["name"]: each.get("parameters") for each in functions}
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -143,10 +137,7 @@ class CallReader:
         if self._tools.schema is not None:
             # Nothing but a call comes.
             return CallHolder(["{"], starts=True)
-        return CallHolder(
-            self._form.beginnings(self._tools.names),
-            starts=not self._form.opening,
-        )
+        return self._reader(None).holder()
 
     def calls(self, star: StarLLM, result: Generation) -> tuple[Call, ...]:
         """Return the calls of an answer.
@@ -158,11 +149,15 @@ class CallReader:
         if self._tools.schema is not None:
             found = _forced(result.text)
         else:
-            written = decode(star.tokenizer, result.token_ids, skip_special_tokens=False)
-            found = self._form.calls_in(
-                written, self._tools.schemas, has_reasoning=result.reasoning is not None
+            has_reasoning = result.reasoning is not None
+            found = self._reader(star.tokenizer).calls(
+                result.token_ids, has_reasoning=has_reasoning
             )
         return tuple(map(Call.of, found[:1] if self._tools.is_single else found))
+
+    def _reader(self, tokenizer: Any) -> ToolReader:
+        given = schemas(self._tools.given)
+        return ToolReader(form=self._form, schemas=given, tokenizer=tokenizer)
 
 
 def read_tools(body: Body) -> Tools | None:
@@ -256,10 +251,10 @@ def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _forced(text: str) -> list[ToolCall]:
+def _forced(text: str) -> tuple[ToolCall, ...]:
     """Return the call that a text is; none if it was cut."""
     try:
         value = json.loads(text)
     except ValueError:
-        return []
-    return [ToolCall(name=value["name"], arguments=value["arguments"])]
+        return ()
+    return (ToolCall(name=value["name"], arguments=value["arguments"]),)

@@ -1,0 +1,86 @@
+"""`--tools` of the commands: what the template gets, and the calls that are printed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import CHAT, MODEL, NOISE, failed, ok
+from tests.conversations import TEMPLATES
+from tests.engines import BUNDLED
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "n": {"type": "integer"}},
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
+CALL = (
+    r"So.\n<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n"
+    r"<parameter=n>\n2\n</parameter>\n</function>\n</tool_call>"
+)
+ASK = ["--query", "How is it?", "--answer-prefix", CALL, "--max-new-tokens", "1"]
+MADE = {"name": "weather", "arguments": {"city": "Paris", "n": 2}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A text, tools, and the bundled model with a chat template for tools."""
+    (tmp_path / "book.txt").write_text(NOISE, encoding="utf-8")
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS), encoding="utf-8")
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED, model)
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] = TEMPLATES["qwen3_coder"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path
+
+
+def test_calls_are_printed(folder: Path) -> None:
+    """On stderr beside the answer, with --json in it, and of a saved text as well."""
+    book = [folder / "book.txt", "--chat", "--tools", folder / "tools.json"]
+    model = ["-m", folder / "model", "--block-size", "256"]
+    for more in ([], ["--no-stream"]):
+        done = ok("generate", *model, *book, *ASK, *more)
+        line = f"calls weather {json.dumps(MADE['arguments'])}"
+        assert done.err.splitlines().count(line) == 1
+    reply = json.loads(ok("generate", *model, *book, *ASK, "--json").out)
+    plain = json.loads(ok("generate", *model, folder / "book.txt", "--chat", *ASK, "--json").out)
+    assert (reply["tool_calls"], plain["tool_calls"]) == ([MADE], None)
+    assert reply["context_tokens"] > plain["context_tokens"] + 50
+    ok("encode", *model, *book, "-o", folder / "book.star")
+    asked = ok("ask", "-m", folder / "model", folder / "book.star", *ASK, "--json")
+    assert json.loads(asked.out)["tool_calls"] == [MADE]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--tools", "tools.json"], "--tools has no effect without --chat; add --chat"),
+        (["--chat", "--tools", "none.json"], "none.json"),
+        (["--chat", "--tools", "book.txt"], "book.txt is not JSON"),
+        (["--chat", "--tools", "object.json"], "expected a list of tools"),
+        (["--chat", "--tools", "-"], "give a file"),
+        (
+            ["--chat", "--tools", "tools.json", "--chat-template-kwargs", '{"tools": []}'],
+            "tools are given twice",
+        ),
+    ],
+)
+def test_tools_that_cannot_work_are_refused(
+    arguments: list[str], error: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("object.json").write_text("{}", encoding="utf-8")
+    for command in (["generate", *MODEL, *ASK], ["encode", *MODEL, "-o", "never.star"]):
+        assert error in failed(*command, folder / "book.txt", *arguments)
+
+
+def test_a_model_without_tools_says_so(folder: Path) -> None:
+    tools = ["--tools", folder / "tools.json"]
+    error = failed("generate", *CHAT, folder / "book.txt", *ASK, *tools)
+    assert "the model's chat template takes no tools" in error
+    ok("encode", *CHAT, folder / "book.txt", "-o", folder / "book.star")
+    assert "--tools has no effect on" in failed("chat", folder / "book.star", *tools)

@@ -1,0 +1,191 @@
+"""Tools from Python: what the chat template gets, and the calls that replies have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from star_attention import StarLLM
+from star_attention.errors import InvalidInputError
+from star_attention.hf.text.calls import ToolCall
+from tests.conversations import TEMPLATES
+from tests.printed_blocks import ROOT, blocks
+from tests.talkers import CHANNEL_TOKENS, CHATML_TOKENS, byte_level, say, talker
+
+
+def weather(city: str, days: int = 1) -> str:
+    """Tell the weather.
+
+    Args:
+        city: where.
+        days: how many.
+    """
+    return f"{city}: rain for {days} days"
+
+
+CALL = ToolCall(name="weather", arguments={"city": "Paris", "days": 2})
+JSON_CALL = f'<tool_call>\n{{"name": "weather", "arguments": {json.dumps(CALL.arguments)}}}\n'
+WRITTEN = {
+    "qwen3": JSON_CALL + "</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n"
+    "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+}
+DOCUMENT = [{"role": "user", "content": "the cat sat on the mat. " * 4}]
+QUESTION = "How is the weather?"
+
+
+def engine(family: str) -> StarLLM:
+    plain = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    return talker(byte_level(CHATML_TOKENS, plain=plain, chat=TEMPLATES[family]))
+
+
+def said(star: StarLLM, text: str) -> dict[str, Any]:
+    return say(star.tokenizer, f"{text}<|im_end|>")
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_reply_has_calls(family: str) -> None:
+    star, written = engine(family), WRITTEN[family]
+    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    text = f"<think>\nHm.\n</think>\n\nLet me see.\n{written}"
+    # The tools of the context count, and may be said again.
+    for more in ({}, {"tools": [weather]}):
+        reply = star.generate(context, QUESTION, **said(star, text), **more)
+        assert reply.tool_calls == (CALL,)
+        assert (reply.text, reply.content) == (f"Let me see.\n{written}", "Let me see.")
+        assert (reply.reasoning, reply.finish_reason) == ("Hm.", "stop")
+    assert reply.as_dict()["tool_calls"] == [{"name": "weather", "arguments": CALL.arguments}]
+    with star.stream(context, QUESTION, **said(star, text), tools=[weather]) as stream:
+        assert "".join(stream) == reply.text
+    replies = star.generate(context, [QUESTION, "And now?"], **said(star, text))
+    assert [each.tool_calls for each in (stream.result, *replies)] == [(CALL,)] * 3
+    batch = star.batch()
+    row = batch.add(context, QUESTION, **said(star, text))
+    assert row.result().tool_calls == (CALL,)
+    prepared = star.prepare(DOCUMENT, QUESTION, **said(star, text), tools=[weather])
+    assert star.generate(star.encode(prepared), prepared).tool_calls == (CALL,)
+
+
+def test_replies_without_calls() -> None:
+    star = engine("qwen3")
+    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    cut = JSON_CALL[:40]
+    for text in ("It rains.", cut, ""):
+        reply = star.generate(context, QUESTION, **said(star, text))
+        assert (reply.tool_calls, reply.content) == ((), text)
+    plain = star.generate(star.encode(DOCUMENT), QUESTION, **said(star, WRITTEN["qwen3"]))
+    assert (plain.tool_calls, plain.content) == (None, None)
+    assert plain.message == {"role": "assistant", "content": WRITTEN["qwen3"]}
+    assert plain.as_dict()["tool_calls"] is None
+    ids = star.encode(list(range(40)))
+    assert star.generate(ids, [1, 2, 3], **said(star, "x")).tool_calls is None
+
+
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_conversation_goes_on_after_a_call(family: str) -> None:
+    """The prompt is that of the template, with the call and its result."""
+    star = engine(family)
+    tools = {"tools": [weather]}
+    context = star.encode(DOCUMENT, chat_template_kwargs=tools)
+    text = f"Let me see.\n{WRITTEN[family]}"
+    reply = star.generate(context, QUESTION, **said(star, text), keep=True)
+    (call,) = reply.tool_calls
+    result = {"role": "tool", "tool_call_id": call.id, "content": weather(**call.arguments)}
+    more = reply.continue_with([reply.message, result], **said(star, "Rain."))
+    assert (more.text, more.tool_calls) == ("Rain.", ())
+    assert more.kept_tokens > 10
+    whole = [
+        {"role": "user", "content": DOCUMENT[0]["content"] + QUESTION},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call.as_dict()]},
+        result,
+    ]
+    prompt = star.tokenizer.apply_chat_template(
+        whole, tools=[weather], add_generation_prompt=True, return_dict=False
+    )
+    assert len(context) + more.query_tokens == len(prompt)
+
+
+def test_a_saved_context_keeps_its_tools(tmp_path: Path) -> None:
+    """Forbids tools whose keys come back in another order: the prompt would be another one."""
+    star = engine("qwen3")
+    tool = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": tool}]
+    star.encode(DOCUMENT, chat_template_kwargs={"tools": tools}).save(tmp_path / "a.star")
+    context = star.load_context(tmp_path / "a.star")
+    reply = star.generate(context, QUESTION, **said(star, WRITTEN["qwen3"]), tools=tools)
+    assert reply.tool_calls == (CALL,)
+
+
+def test_a_call_in_a_channel_is_no_empty_answer() -> None:
+    """Forbids the warning of an answer without text (warnings are errors)."""
+    star = talker(byte_level(CHANNEL_TOKENS, chat=TEMPLATES["harmony"]))
+    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    text = f"<|channel|>commentary to=functions.weather<|message|>{json.dumps(CALL.arguments)}"
+    reply = star.generate(context, QUESTION, **say(star.tokenizer, f"{text}<|call|>"))
+    assert (reply.text, reply.content, reply.tool_calls) == ("", "", (CALL,))
+
+
+def test_an_answer_that_was_made_to_begin_with_a_call() -> None:
+    star = engine("qwen3")
+    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    begun, rest = "So.\n<tool_call>", WRITTEN["qwen3"].removeprefix("<tool_call>")
+    reply = star.generate(context, QUESTION, **said(star, rest), answer_prefix=begun)
+    assert (reply.tool_calls, reply.content) == ((CALL,), "")
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("weather", "tools 'weather': expected a list of functions"),
+        ([7], r"tools \[7\]: expected a list of functions"),
+    ],
+)
+def test_tools_that_cannot_be_read(tools: Any, message: str) -> None:
+    star = engine("qwen3")
+    with pytest.raises(InvalidInputError, match=message):
+        star.generate(star.encode(DOCUMENT), QUESTION, tools=tools)
+
+
+def test_tools_that_nothing_would_see() -> None:
+    """Forbids an answer that has not seen its tools."""
+    star = engine("qwen3")
+    with pytest.raises(InvalidInputError, match=r"'tools'.* change the encoded part of the prompt"):
+        star.generate(star.encode(DOCUMENT), QUESTION, tools=[weather])
+    with pytest.raises(InvalidInputError, match=r"'tools'.* have no effect"):
+        star.generate(star.encode("the cat sat on the mat"), QUESTION, tools=[weather])
+    both = {"tools": [weather], "chat_template_kwargs": {"tools": [weather]}}
+    with pytest.raises(InvalidInputError, match="tools are given twice"):
+        star.generate(star.encode(DOCUMENT), QUESTION, **both)
+    simple = engine("chatml")
+    with pytest.raises(InvalidInputError, match="takes no tools, or writes calls of them in an"):
+        simple.generate(simple.encode(DOCUMENT), QUESTION, tools=[weather])
+
+
+class Saying(StarLLM):
+    """An engine whose next answers are given beforehand."""
+
+    texts: list[str]
+
+    def generate(self, context: Any, query: Any = None, **settings: Any) -> Any:
+        forced = said(self, self.texts.pop(0))
+        return super().generate(context, query, **settings, **forced)
+
+
+def test_the_example_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs as printed, on a small model whose answers are given."""
+    (block,) = [
+        block for block in blocks(ROOT / "docs" / "models.md") if "def weather" in block.text
+    ]
+    star = engine("qwen3")
+    star.__class__ = Saying
+    star.texts = [WRITTEN["qwen3"], "It will rain."]  # type: ignore[attr-defined]
+    monkeypatch.setattr(StarLLM, "from_pretrained", lambda path: star)
+    names: dict[str, Any] = {}
+    exec(compile(block.text, str(block), "exec"), names)
+    (result,) = names["results"]
+    assert result["content"] == "2 days of rain in Paris"
+    assert names["answer"].text == "It will rain."
+    assert names["answer"].kept_tokens > 10
