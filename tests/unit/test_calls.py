@@ -9,6 +9,7 @@ import pytest
 
 from star_attention.hf.text.argument_calls import ArgumentForm
 from star_attention.hf.text.call_forms import Form, call_form
+from star_attention.hf.text.call_grammar import call_grammar
 from star_attention.hf.text.calls import CallHolder, ToolCall
 from star_attention.hf.text.json_values import typed
 from tests.conversations import TEMPLATES, tokenizer_with
@@ -321,6 +322,49 @@ def test_a_value_is_typed_by_its_schema(text: str, schema: Any, value: Any) -> N
     """Forbids strings that turn into numbers, and values that are lost."""
     found = typed(text, schema, {"$defs": {"loop": {"$ref": "#/$defs/loop"}}})
     assert (found, type(found)) == (value, type(value))
+
+
+INVOCATION = """<mini:calls>
+<invoke name="weather">
+<parameter name="city">Paris, {1}</parameter>
+<parameter name="days">2</parameter>
+</invoke>
+</mini:calls>"""
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "invoked"])
+def test_the_grammar_of_a_call(name: str) -> None:
+    """It takes what the template writes, also without what may be left out, and nothing else."""
+    xgrammar = pytest.importorskip("xgrammar")
+    form, said = FORMS[name], INVOCATION
+    if name != "invoked":
+        form, said = said_by(name, [PARIS])
+        said = said.rpartition("</think>")[2].removesuffix("<|im_end|>\n").strip()
+    assert isinstance(form, ArgumentForm)
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+    }
+    functions = [{"name": "weather", "parameters": schema}, {"name": "clock", "parameters": {}}]
+    grammar = xgrammar.Grammar.from_structural_tag(call_grammar(form, functions))
+
+    def takes(text: str) -> bool:
+        taken: bool = xgrammar.testing._is_grammar_accept_string(grammar, text)
+        return taken
+
+    assert takes(said)
+    assert takes(said.replace("Paris", "a </b> <c>\n"))
+    assert not takes(said.replace("2", "two"))
+    assert not takes(said.replace("weather", "clock"))
+    assert not takes(said.replace("weather", "other"))
+    assert not takes(said[:-1])
+    assert not takes(f"{said}\n{said}")
+    before, _, rest = said.partition(form.before_key + "days")
+    assert takes(before + rest.partition(form.after_value)[2])
+    named = form.opening + "clock" + form.name_end + form.end
+    assert takes(named)
+    assert form.calls_in(named, TOOLS) == [NOW]
 
 
 def test_a_closing_tag_in_an_argument_is_no_reasoning() -> None:

@@ -281,21 +281,28 @@ def test_a_call_that_is_cut_is_text(family: str) -> None:
         ({"type": "function", "function": {"name": "clock"}}, {"clock"}),
     ],
 )
-def test_a_call_that_has_to_be_made(choice: Any, names: set[str]) -> None:
+@pytest.mark.parametrize("family", CALLS)
+def test_a_call_that_has_to_be_made(choice: Any, names: set[str], family: str) -> None:
     """The answer follows a schema of calls; a random model says whatever that allows."""
     pytest.importorskip("xgrammar")
-    short = {"type": "object", "properties": {"x": {"enum": [1]}}, "required": ["x"]}
-    short |= {"additionalProperties": False}
+    short: dict[str, Any] = {"type": "object", "required": ["x", "mode", "rows"]}
+    short["properties"] = {
+        "x": {"enum": [1]},
+        "mode": {"type": "string", "enum": ["a </b>"]},
+        "rows": {"type": "array", "items": {"$ref": "#/$defs/row"}, "minItems": 1, "maxItems": 1},
+    }
+    short |= {"additionalProperties": False, "$defs": {"row": {"const": True}}}
+    made = {"x": 1, "mode": "a </b>", "rows": [True]}
     tools = [
         {"type": "function", "function": {"name": name, "parameters": short}}
         for name in ("weather", "clock")
     ]
-    with running(engine(), max_context_bytes=2**24) as server:
+    with running(engine(family), max_context_bytes=2**24) as server:
         asked = body(tools=tools, tool_choice=choice, temperature=0)
         answer = checked(server.post(CHAT, asked))["choices"][0]
         (call,) = answer["message"]["tool_calls"]
         assert call["function"]["name"] in names
-        assert json.loads(call["function"]["arguments"]) == {"x": 1}
+        assert json.loads(call["function"]["arguments"]) == made
         assert (answer["message"]["content"], answer["finish_reason"]) == (None, "tool_calls")
         named = choice if isinstance(choice, str) else choice["function"]["name"]
         wanted = {"type": "any"} if named == "required" else {"type": "tool", "name": named}

@@ -18,6 +18,7 @@ from transformers import LogitsProcessor
 
 from star_attention.errors import InvalidInputError, MissingPackageError, first_line
 from star_attention.hf.text.answer import Reader
+from star_attention.hf.text.call_grammar import TagGrammar
 from star_attention.hf.text.reasoning import ReasoningReader
 
 _BITS = [
@@ -38,7 +39,7 @@ def compile_schema(
     Its JSON is on a single line: white space without end would be JSON, too.
 
     Args:
-        schema: a JSON schema, or a pydantic model.
+        schema: a JSON schema, a pydantic model, or the grammar of a call of a tool.
         tokenizer: a transformers tokenizer.
         vocab_size: the model's number of token ids.
         eos_ids: token ids that end an answer.
@@ -57,6 +58,8 @@ def compile_schema(
     # A grammar that was compiled for a copy of the tokenizer, in another thread, is not again.
     compiler = _compiler(_vocabulary(tokenizer, vocab_size, tuple(sorted(eos_ids))))
     try:
+        if isinstance(schema, TagGrammar):
+            return compiler.compile_structural_tag(schema)
         return compiler.compile_json_schema(_as_text(schema), any_whitespace=False)
     except Exception as error:
         # The library raises RuntimeError and several others of its own.

@@ -14,6 +14,7 @@ from star_attention.hf.text.json_values import typed
 _NAME, _KEY = r"([\w.:/-]+)", r"([^<>\n]+?)"
 _TAG = r"<[^<>]*>"
 # Before the first of several calls there may be a tag around all of them.
+_CLOSING_TAGS = re.compile(r"(?:\s*</[^<>]*>)+")
 _OPENING_TAGS = re.compile(r"(?:<[^<>/][^<>]*>\s*)*\Z")
 
 
@@ -28,7 +29,8 @@ class ArgumentForm:
         mark: what it writes right before each name.
         name_end: what it writes after a name.
         before_key, after_key, after_value: what it writes around an argument.
-        closing: what it writes after the arguments.
+        closing: the tag that it writes after the arguments.
+        end: what it writes after the arguments of a last call, with that tag.
         shown, shown_mark, shown_after: what an answer's text shows of opening and mark, and of what
             follows the name.
     """
@@ -40,6 +42,7 @@ class ArgumentForm:
     after_key: str
     after_value: str
     closing: str
+    end: str
     shown: str = ""
     shown_mark: str = ""
     shown_after: str = ""
@@ -56,7 +59,8 @@ class ArgumentForm:
             arguments: the two arguments of each.
         """
         (key, value), (other_key, other_value) = arguments.items()
-        parts = [names[0], key, value, other_key, other_value, names[1], key]
+        call = [key, value, other_key, other_value]
+        parts = [names[0], *call, names[1], *call]
         between, at = [], 0
         for part in parts:
             found = written.find(part, at)
@@ -64,7 +68,7 @@ class ArgumentForm:
                 return None
             between.append(written[at:found])
             at = found + len(part)
-        before, after_name, after_key, to_key, _, to_name, _ = between
+        before, after_name, after_key, to_key, _, to_name, *_ = between
         if "<" not in to_key or to_key.startswith('"'):
             return None
         after_value, before_key = _at_last_tag(to_key)
@@ -78,14 +82,16 @@ class ArgumentForm:
         if not before.endswith(mark):
             return None
         around = _OPENING_TAGS.search(before.removesuffix(mark))
+        end = _CLOSING_TAGS.match(written, at + len(after_value.rstrip()))
         return cls(
             opening=(around[0] if around else "") + mark,
             mark=mark,
-            name_end=name_end.strip(),
+            name_end=name_end,
             before_key=before_key,
             after_key=after_key,
-            after_value=after_value.rstrip(),
+            after_value=after_value,
             closing=closing[1],
+            end=(end[0] if end else closing[1]).lstrip(),
         )
 
     def calls_in(

@@ -38,7 +38,7 @@ def typed(text: str, schema: Any, root: Any = None) -> Any:
         schema: the JSON schema of the value; anything else allows all types.
         root: the schema that references are looked up in.
     """
-    kinds = _kinds(schema, root, _MOST_STEPS)
+    kinds = kinds_of(schema, root)
     if kinds == {"string"}:
         return text
     for value in _readings(text.strip(), kinds):
@@ -48,6 +48,16 @@ def typed(text: str, schema: Any, root: Any = None) -> Any:
         if not kinds or kind in kinds or (kind == "integer" and "number" in kinds):
             return value
     return text
+
+
+def kinds_of(schema: Any, root: Any) -> frozenset[str]:
+    """Return the types that a schema allows, in the words of schemas; none for all.
+
+    Args:
+        schema: a JSON schema; anything else allows all.
+        root: the schema that references are looked up in.
+    """
+    return _kinds(schema, root, _MOST_STEPS)
 
 
 def _readings(text: str, kinds: frozenset[str]) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -67,9 +67,10 @@ class Asking:
         for field in ask.ignored:
             self._service.metrics.ignored.labels(field).inc()
         check_model(self._service, ask.model)
-        if ask.tools is not None:
-            self._reader(ask)
-        return ask
+        reader = self._reader(ask)
+        if reader is None or (grammar := reader.grammar) is None:
+            return ask
+        return replace(ask, options={**ask.options, "json_schema": grammar})
 
     def _reader(self, ask: Ask) -> CallReader | None:
         """Return what reads calls of tools; None where there are no tools.

@@ -163,8 +163,6 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
             "of an answer that may call tools",
             "leave one of them out",
         )
-    if tools is not None:
-        schema = tools.schema
     if schema is not None:
         options["json_schema"] = schema
     ask: dict[str, Any] = dict(

@@ -11,7 +11,9 @@ from typing import Any
 from star_attention.engine import StarLLM
 from star_attention.errors import quote
 from star_attention.generation.result import Generation, TokenLogprob
+from star_attention.hf.text.argument_calls import ArgumentForm
 from star_attention.hf.text.call_forms import Form, call_form
+from star_attention.hf.text.call_grammar import call_grammar, call_schema
 from star_attention.hf.text.calls import CallHolder, ToolCall
 from star_attention.hf.text.tool_reader import ToolReader, schemas
 from star_attention.serve.http.body import Body, wrong_type
@@ -42,15 +44,12 @@ class Tools:
         return [tool["function"]["name"] for tool in self.given]
 
     @property
-    def schema(self) -> dict[str, Any] | None:
-        """The JSON schema of a call that has to be made; None where none has to."""
-        if self.choice == "auto":
-            return None
+    def forced(self) -> list[dict[str, Any]]:
+        """The functions of which one has to be called; none where none has to."""
         functions = [tool["function"] for tool in self.given]
-        if self.choice != "required":
-            functions = [each for each in functions if each["name"] == self.choice]
-        calls = [_call_schema(each) for each in functions]
-        return calls[0] if len(calls) == 1 else {"anyOf": calls}
+        if self.choice in ("auto", "required"):
+            return functions if self.choice == "required" else []
+        return [each for each in functions if each["name"] == self.choice]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +130,22 @@ class CallReader:
 
     def __init__(self, tools: Tools, form: Form) -> None:
         self._tools, self._form = tools, form
+        self._is_json = bool(tools.forced) and not isinstance(form, ArgumentForm)
+
+    @property
+    def grammar(self) -> dict[str, Any] | None:
+        """What an answer that has to be a call follows; None where none has to be one.
+
+        Arguments in tags are forced as the template writes them, other calls as JSON.
+        """
+        forced = self._tools.forced
+        if forced and isinstance(self._form, ArgumentForm):
+            return call_grammar(self._form, forced)
+        return call_schema(forced) if forced else None
 
     def holder(self) -> CallHolder:
         """Return what holds calls back from the text of an answer."""
-        if self._tools.schema is not None:
+        if self._is_json:
             # Nothing but a call comes.
             return CallHolder(["{"], starts=True)
         return self._reader(None).holder()
@@ -146,7 +157,7 @@ class CallReader:
             star: an engine whose tokenizer may be used.
             result: the answer.
         """
-        if self._tools.schema is not None:
+        if self._is_json:
             found = _forced(result.text)
         else:
             has_reasoning = result.reasoning is not None
@@ -239,16 +250,6 @@ def _choice(body: Body, names: Collection[str]) -> str:
             "tool_choice",
         )
     return str(name)
-
-
-def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
-    arguments = function.get("parameters") or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
 
 
 def _forced(text: str) -> tuple[ToolCall, ...]:
