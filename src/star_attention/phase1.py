@@ -157,6 +157,10 @@ def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
         plan, stores, job.handle.windows, comm, anchors=anchors, link=link, recents=recents
     )
     forwards = Forwards(job)
+    span = forwards.by_graph(cache, stores)
+    if span is not None:
+        yield span
+        return stores
     try:
         if receives and not broadcasts:
             yield from forwards.steps(cache, anchor_spans(plan, job.span_tokens))
@@ -249,6 +253,30 @@ class Forwards:
     def run(self, cache: SpanCache, spans: Iterable[Span]) -> None:
         """Encode spans in order, without a pause."""
         finish(self.steps(cache, spans))
+
+    def by_graph(self, cache: SpanCache, stores: list[ContextKV]) -> Span | None:
+        """Encode whole contexts that are one forward by a CUDA graph, if there is one for them.
+
+        Returns:
+            The tokens; None if nothing has happened.
+
+        Raises:
+            OutOfMemoryError: with the size to lower.
+        """
+        job, plan, graphs = self._job, self._job.plan, self._job.handle.graphs
+        if graphs is None or plan.context_tokens > job.span_tokens:
+            return None
+        spans = list(plan.spans(job.span_tokens))
+        if len(spans) > 1:
+            return None
+        cache.span = spans[0]
+        mode = None if self._usual_tokens(spans) is None else FULL
+        with translate_oom(lambda: self._out_of_memory(cache)):
+            if not graphs.of_encoding.run(job.ids_BL, plan, stores, job.comm, compiled_for=mode):
+                return None
+        if job.progress is not None:
+            job.progress(spans[0], plan)
+        return spans[0]
 
     def steps(self, cache: SpanCache, spans: Iterable[Span]) -> Steps[None]:
         """Encode spans in order.

@@ -55,6 +55,17 @@ def chosen_plan(
     return dense
 
 
+def waits_for_launches(parameters: int, layers: int, tokens: int) -> bool:
+    """Return True if a device computes a forward in less time than its launches take.
+
+    Args:
+        parameters: those of the decoder.
+        layers: its layers.
+        tokens: tokens of the forward.
+    """
+    return ON.seconds(cost.Flops(linear=2 * parameters * tokens)) < layers * DENSE_LAYER_S
+
+
 def _seconds(shape: ModelShape, plan: BlockPlan, layer_s: float) -> float:
     """Estimate one forward: the device's work, or the launches if they take longer."""
     flops = cost.phase1(shape, plan, tokens_per_forward=plan.context_tokens)

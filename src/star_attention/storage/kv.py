@@ -149,6 +149,19 @@ class LayerKV:
         self._dtype, self._device = k_GSD.dtype, k_GSD.device
         self._write(start, self._as_stored(k_GSD, v_GSD))
 
+    def reserve(self, k_GSD: Tensor, v_GSD: Tensor) -> Pair:
+        """Make room for what a kernel will write by address, and return the buffers.
+
+        Args:
+            k_GSD: keys of any number of tokens, for their shape, dtype and device.
+            v_GSD: values, likewise.
+        """
+        assert self.kv_format.as_computed, "others are converted when they are written"
+        self._dtype, self._device = k_GSD.dtype, k_GSD.device
+        k_1GLD, v_1GLD = (self._new_buffer(part) for part in (k_GSD, v_GSD))
+        self._buffers = k_1GLD, v_1GLD
+        return k_1GLD, v_1GLD
+
     def replace(self, at_S: Tensor, k_GSD: Tensor, v_GSD: Tensor) -> None:
         """Replace what is stored at places `at_S` of the buffers."""
         for buffer, part in zip(self.stored(), self._as_stored(k_GSD, v_GSD), strict=True):

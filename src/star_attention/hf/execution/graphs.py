@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from star_attention.hf.execution import compiled, hook, row_graphs
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.execution.row_graphs import RowGraphs
 from star_attention.storage.kv import ContextKV
+
+if TYPE_CHECKING:
+    from star_attention.hf.execution.encode_graphs import EncodeGraphs
 
 BUCKETS = (1, 16, 32, 64, 128, 256)
 """New tokens of a row: one, or a query, padded on the left."""
@@ -86,6 +89,13 @@ class Graphs:
     def of_rows(self) -> RowGraphs:
         """Decode forwards of many rows, whose contexts differ."""
         return RowGraphs(self._handle, self.recorder)
+
+    @cached_property
+    def of_encoding(self) -> EncodeGraphs:
+        """Forwards that encode short contexts."""
+        from star_attention.hf.execution.encode_graphs import EncodeGraphs
+
+        return EncodeGraphs(self._handle, self.recorder)
 
     @property
     def captured(self) -> dict[Key, bool]:
