@@ -10,7 +10,9 @@ import httpx
 import openai
 import pytest
 
-from tests.servers import ASK, NAME, Server, running
+from star_attention.cli import serving
+from star_attention.serve.logs import log_failure
+from tests.servers import ASK, NAME, Server, eventually, running
 
 CHAT = "/v1/chat/completions"
 LIMIT = 20_000
@@ -237,3 +239,37 @@ def test_the_log_tells_what_happened(server: Server, caplog: pytest.LogCaptureFi
     told = [line.partition(" s ")[2] for line in lines]
     assert [each for each in told if each.split()[0] in ids] == expected
     assert not any(path in line for line in lines for path in ("/health", "/metrics"))
+
+
+def test_a_log_of_json_objects(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is an object, also of a path with line breaks and of a defect with its places."""
+    written: list[str] = []
+
+    def are_written() -> bool:
+        # A line comes after its answer.
+        written.append(capsys.readouterr().err)
+        return all(each in "".join(written) for each in ids)
+
+    with serving._logged_requests(quiet=False, as_json=True):
+        server.get("/health")
+        log_failure("request \n1", KeyError("the secret prompt"))
+        responses = [
+            server.post(CHAT, {"messages": ASK, "max_tokens": 1}),
+            server.post(CHAT, {"messages": ASK, "n": 0}),
+            server.get("/a%0Ab"),
+        ]
+        ids = [response.headers["x-request-id"] for response in responses]
+        assert eventually(are_written)
+    lines = [json.loads(line) for line in "".join(written).splitlines()]
+    by_id = {line.get("request_id"): line for line in lines}
+    asked, refused, unknown = (by_id[each] for each in ids)
+    assert {line.get("path") for line in lines} <= {CHAT, "/metrics", "/a%0Ab", None}
+    assert asked["seconds"] >= 0
+    wanted = {"message": "request", "level": "info", "method": "POST", "path": CHAT, "status": 200}
+    wanted |= {"rule": "none", "cache": "none"}
+    assert {name: asked[name] for name in wanted} == wanted
+    assert (refused["status"], refused["code"]) == (400, "invalid_value")
+    assert (unknown["status"], unknown["path"]) == (404, "/a%0Ab")
+    assert "secret" not in json.dumps(lines)
+    assert [line["level"] for line in lines if line["message"] != "request"] == ["error"]
+    assert all(line["time"].endswith("+00:00") for line in lines)

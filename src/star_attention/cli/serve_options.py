@@ -49,6 +49,14 @@ class ServerOptions:
     public_metrics: Annotated[
         bool, option("Show /metrics without a key.", "--public-metrics", panel=_LISTEN)
     ] = False
+    log_json: Annotated[
+        bool,
+        option(
+            "Log a JSON object a line, with the fields of each request.",
+            "--log-json",
+            panel=_LISTEN,
+        ),
+    ] = False
     served_model_name: Annotated[
         str | None,
         option(

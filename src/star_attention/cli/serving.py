@@ -51,7 +51,7 @@ def serve(
     from star_attention.serve import listening
 
     with (
-        _logged_requests(quiet=status.quiet),
+        _logged_requests(quiet=status.quiet, as_json=settings.log_json),
         listening.bind(settings.host, settings.port) as listener,
     ):
         star = _load(model, status, star_settings)
@@ -120,12 +120,15 @@ def _name(model: str) -> str:
 
 
 @contextmanager
-def _logged_requests(*, quiet: bool) -> Iterator[None]:
+def _logged_requests(*, quiet: bool, as_json: bool) -> Iterator[None]:
     """Log a line about each request to stderr inside the block: no prompts, no keys."""
+    from star_attention.serve.logs import JsonFormatter
+
     log = logging.getLogger("star_attention.serve")
     before = log.propagate, log.level
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonFormatter() if as_json else text)
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(logging.WARNING if quiet else logging.INFO)

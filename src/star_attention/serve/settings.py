@@ -43,6 +43,7 @@ class ServeSettings:
         public_metrics: True to show `/metrics` without a key.
         served_model_name: the model's name in requests and answers; None for the name of its
             folder.
+        log_json: True to log a JSON object a line.
         warm_up: False to compile and capture when that is first needed, instead of at the start.
         max_rows: most answers that are generated at once.
         max_rows_per_key: most answers of one key that are generated at once; None for no limit.
@@ -79,6 +80,7 @@ class ServeSettings:
     allowed_hosts: tuple[str, ...] = ()
     public_metrics: bool = False
     served_model_name: str | None = None
+    log_json: bool = False
     warm_up: bool = True
     max_rows: int = 64
     max_rows_per_key: int | None = None

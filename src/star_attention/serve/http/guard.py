@@ -23,8 +23,8 @@ from star_attention.serve.settings import ServeSettings, is_loopback
 
 _log = logging.getLogger(__name__)
 
-_TOLD = (b"x-star-rule", b"x-star-cache")
-"""Headers of answers that are logged."""
+_TOLD = {b"x-star-rule": "rule", b"x-star-cache": "cache"}
+"""Headers of answers that are logged, and their names there."""
 _MOST_PATH = 200
 """Characters of a path in the log."""
 _POLLED = ("/health", "/ready", "/metrics")
@@ -63,13 +63,15 @@ class Guard:
             await self._app(scope, receive, send)
             return
         request_id, started, status = new_id("req_"), time.monotonic(), 0
-        told: list[str] = []
+        told: dict[str, str] = {}
 
         async def named(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                told.extend(value.decode() for name, value in message["headers"] if name in _TOLD)
+                for name, value in message["headers"]:
+                    if name in _TOLD:
+                        told[_TOLD[name]] = value.decode()
                 own = [(name, request_id.encode()) for name in names]
                 message["headers"] = [*message["headers"], *own]
             await send(message)
@@ -90,7 +92,7 @@ class Guard:
         except Exception as error:
             problem = _problem(error, request_id, scope)
             self._on_error(problem.code or str(problem.status))
-            told.append(problem.code or "")
+            told["code"] = problem.code or ""
             if status:
                 # An answer that has begun cannot change its status.
                 log_failure(f"request {request_id}, after its answer began,", error)
@@ -102,16 +104,7 @@ class Guard:
         finally:
             # What is polled would hide all else.
             level = logging.DEBUG if scope["path"] in _POLLED and status < 400 else logging.INFO
-            _log.log(
-                level,
-                "%s %s %d %.3f s %s",
-                scope["method"],
-                # Line breaks and colors of a path would write lines of their own.
-                percent(scope["path"][:_MOST_PATH]),
-                status,
-                time.monotonic() - started,
-                " ".join([request_id, *told]),
-            )
+            _log_request(level, scope, status, time.monotonic() - started, request_id, told)
 
     def _tenant(self, request: Request) -> str:
         """Return whose request it is.
@@ -173,6 +166,32 @@ def _check_length_is_clear(request: Request) -> None:
             code="invalid_value",
             headers={"connection": "close"},
         )
+
+
+def _log_request(
+    level: int, scope: Any, status: int, spent_s: float, request_id: str, told: dict[str, str]
+) -> None:
+    # Line breaks and colors of a path would write lines of their own.
+    path = percent(scope["path"][:_MOST_PATH])
+    told = {"request_id": request_id, **told}
+    _log.log(
+        level,
+        "%s %s %d %.3f s %s",
+        scope["method"],
+        path,
+        status,
+        spent_s,
+        " ".join(told.values()),
+        extra={
+            "request": {
+                "method": scope["method"],
+                "path": path,
+                "status": status,
+                "seconds": round(spent_s, 3),
+                **told,
+            }
+        },
+    )
 
 
 def _problem(error: Exception, request_id: str, scope: Any) -> Problem:
