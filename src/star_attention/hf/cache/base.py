@@ -229,7 +229,8 @@ class StarCache(Cache):
         if is_last:
             layer.leave_out()
         else:
-            rule = rule if rule.window is not None else replace(rule, window=layer.window)
+            if rule.window is None and layer.window is not None:
+                rule = replace(rule, window=layer.window)
             state = layer.attend(q_BQHD, *by_token((key, value)), rule)
         if self.after_layer is not None:
             self.after_layer()

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from star_attention.hf.execution import hook
+from star_attention.hf.loading import fingerprint
 
 
 def has_other_forwards(decoder: nn.Module) -> bool:
     """True if others have replaced the forward of a module. Not to be asked in our forwards."""
-    return any("forward" in vars(module) for module in decoder.modules())
+    return any("forward" in vars(module) for module in fingerprint.modules_of(decoder))
 
 
 def last_kv_layer(handle: Any) -> int | None:
@@ -25,10 +26,11 @@ def last_kv_layer(handle: Any) -> int | None:
     Forwards and hooks of others run after a module, too: accelerate's take its weights away again.
     """
     decoder = handle.decoder
+    modules = [*map(vars, fingerprint.modules_of(decoder))]
     with hook.lock_of(handle.model):
         # Between forwards of ours, in whichever thread.
-        other_forwards = has_other_forwards(decoder)
-    if other_forwards or any(module._forward_hooks for module in decoder.modules()):
+        other_forwards = any("forward" in attributes for attributes in modules)
+    if other_forwards or any(attributes["_forward_hooks"] for attributes in modules):
         return None
     if not getattr(handle.config, "num_kv_shared_layers", None):
         return len(handle.windows) - 1

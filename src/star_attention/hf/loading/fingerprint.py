@@ -142,7 +142,7 @@ class _Reading:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [*_modules(model)]
+        modules = [*modules_of(model)]
         # Frequencies that a model chooses anew in its own forwards are left out.
         rotary = [module for module in modules if rope.is_length_dependent(module)]
         self._whole = [ref(module) for module in modules if module not in rotary]
@@ -227,7 +227,7 @@ _LAST: WeakKeyDictionary[nn.Module, _Reading] = WeakKeyDictionary()
 """For each model, what was read of it the last time."""
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """Yield a module and all within it, each once.
 
     Not by `Module.modules`, which takes several times as long.
