@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from star_attention.hf.text.argument_calls import ArgumentForm
 from star_attention.hf.text.call_forms import Form, call_form
 from star_attention.hf.text.call_grammar import call_grammar
 from star_attention.hf.text.calls import CallHolder, ToolCall
-from star_attention.hf.text.json_values import typed
 from tests.conversations import TEMPLATES, tokenizer_with
 from tests.talkers import byte_level
 
@@ -283,47 +283,6 @@ def test_arguments_come_back_as_they_were(name: str) -> None:
     assert kinds == [type(value) for value, _ in EVERYTHING.values()]
 
 
-@pytest.mark.parametrize(
-    ("text", "schema", "value"),
-    [
-        ("42", {"type": "string"}, "42"),
-        (" 42\n", {"type": "integer"}, 42),
-        ("4.0", {"type": "integer"}, 4),
-        ("4.5", {"type": "integer"}, "4.5"),
-        ("4", {"type": "number"}, 4),
-        ("forty", {"type": "number"}, "forty"),
-        ("9" * 5000, {"type": "number"}, "9" * 5000),
-        ("NaN", {"type": "number"}, "NaN"),
-        ("1e999", {"type": "number"}, "1e999"),
-        ("True", {"type": "boolean"}, True),
-        ("FALSE", {"type": "boolean"}, False),
-        ("1", {"type": "boolean"}, "1"),
-        ("None", {"type": "object", "nullable": True}, None),
-        ("None", {"type": "string", "nullable": True}, None),
-        ("None", {}, "None"),
-        ("null", {}, None),
-        ('{"a": 1}', {"type": "object"}, {"a": 1}),
-        ("{'a': 1}", {"type": "object"}, "{'a': 1}"),
-        ('{"a": 1', {"type": "object"}, '{"a": 1'),
-        ('{"a": 1} x', {"type": "object"}, '{"a": 1} x'),
-        ("[" * 100_000, {"type": "array"}, "[" * 100_000),
-        ('"Paris"', {}, '"Paris"'),
-        ("Paris", {}, "Paris"),
-        ("12", None, 12),
-        ("12", {"allOf": [{"description": "x"}, {"type": "string"}]}, "12"),
-        ("12", {"const": "12"}, "12"),
-        ("[1]", {"items": {"type": "integer"}}, [1]),
-        ('{"a": 1}', {"$ref": "#/$defs/loop"}, {"a": 1}),
-        ("x", {"$ref": "https://example.com/schema"}, "x"),
-        ("12", {"type": 7}, 12),
-    ],
-)
-def test_a_value_is_typed_by_its_schema(text: str, schema: Any, value: Any) -> None:
-    """Forbids strings that turn into numbers, and values that are lost."""
-    found = typed(text, schema, {"$defs": {"loop": {"$ref": "#/$defs/loop"}}})
-    assert (found, type(found)) == (value, type(value))
-
-
 INVOCATION = """<mini:calls>
 <invoke name="weather">
 <parameter name="city">Paris, {1}</parameter>
@@ -385,6 +344,23 @@ def test_a_call_with_values_that_json_cannot_hold_is_text() -> None:
     for value in ("NaN", "1e999", "[" * 100_000):
         said = f'<tool_call>{{"name": "weather", "arguments": {{"city": {value}}}}}</tool_call>'
         assert FORMS["qwen3"].calls_in(said, TOOLS) == []
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_white_space_and_marks_without_end_take_linear_time(name: str) -> None:
+    """Forbids an answer that holds up the server for minutes: what repeats is searched once."""
+    form, many = FORMS[name], 50_000
+    marks = ["to=functions.weather", "weather", "{"]
+    if isinstance(form, ArgumentForm):
+        head = form.mark + "weather" + form.name_end
+        marks += [head, head + form.before_key, head + form.before_key + "a" + form.after_key]
+    else:
+        marks += [form.opening + "weather", form.opening + "weather" + form.between]
+    started = time.process_time()
+    for mark in marks:
+        for text in (mark + " " * many, mark * (many // len(mark))):
+            assert form.calls_in(text, TOOLS) == []
+    assert time.process_time() - started < 5
 
 
 def test_arguments_one_by_one_that_are_quoted_are_no_known_form() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from star_attention.hf.text.calls import ToolCall, after_reasoning, dense
 from star_attention.hf.text.json_values import typed
 
-_NAME, _KEY = r"([\w.:/-]+)", r"([^<>\n]+?)"
+# What is repeated gives nothing back, or ends soon: a model may write white space for ever.
+_NAME, _KEY = r"([\w.:/-]++)", r"([^<>\n]{1,200}?)"
 _TAG = r"<[^<>]*>"
 # Before the first of several calls there may be a tag around all of them.
 _CLOSING_TAGS = re.compile(r"(?:\s*</[^<>]*>)+")
@@ -143,21 +144,21 @@ class ArgumentForm:
 
     @cached_property
     def _head(self) -> re.Pattern[str]:
-        follows = rf"(?=\s*(?:{_spaced(self.before_key)}|{_spaced(self.closing)}))"
-        return re.compile(rf"{_spaced(self.mark)}\s*{_NAME}\s*{_spaced(self.name_end)}{follows}")
+        follows = rf"(?=\s*+(?:{_spaced(self.before_key)}|{_spaced(self.closing)}))"
+        return re.compile(rf"{_spaced(self.mark)}\s*+{_NAME}\s*+{_spaced(self.name_end)}{follows}")
 
     @cached_property
     def _argument(self) -> re.Pattern[str]:
         key, value = _spaced(self.before_key), _spaced(self.after_value)
         # A value may hold the tag that ends it: it counts before another argument and at the end.
-        follows = rf"(?=\s*(?:{key}|{_spaced(self.closing)}))"
+        follows = rf"(?=\s*+(?:{key}|{_spaced(self.closing)}))"
         return re.compile(
-            rf"\s*{key}\s*{_KEY}\s*{_spaced(self.after_key)}(.*?){value}{follows}", re.DOTALL
+            rf"\s*+{key}\s*+{_KEY}\s*+{_spaced(self.after_key)}(.*?){value}{follows}", re.DOTALL
         )
 
     @cached_property
     def _end(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*{_spaced(self.closing)}")
+        return re.compile(rf"\s*+{_spaced(self.closing)}")
 
     @property
     def _space_before(self) -> str:
@@ -176,4 +177,4 @@ def _at_last_tag(text: str) -> tuple[str, str]:
 
 def _spaced(text: str) -> str:
     """Return a pattern of a text, with any white space where it has some inside."""
-    return r"\s*".join(map(re.escape, text.split()))
+    return r"\s*+".join(map(re.escape, text.split()))

@@ -18,7 +18,7 @@ _SEPARATORS = re.compile(r"[\s,;]*")
 _NAMES = r"([\w.-]+)"
 _ARGUMENTS = ("arguments", "parameters")
 _CHANNEL_CALL = re.compile(
-    rf"to=functions\.{_NAMES}(?:(?!<\|message\|>).)*<\|message\|>(.*?)"
+    rf"to=functions\.{_NAMES}(?:(?!<\|message\|>).){{0,200}}<\|message\|>(.*?)"
     r"(?=<\|call\|>|<\|end\|>|<\|start\|>|\Z)",
     re.DOTALL,
 )
@@ -134,7 +134,7 @@ class CallForm:
     def _named(self, text: str, tools: Collection[str] | None) -> list[ToolCall]:
         # Kimi counts its calls in between.
         between = re.sub(r"\d+", r"\\d+", re.escape(self.between.strip()))
-        pattern = re.compile(rf"{_NAMES}\s*{between}\s*(?=\{{)")
+        pattern = re.compile(rf"{_NAMES}\s*+{between}\s*+(?=\{{)")
         calls: list[ToolCall] = []
         match = pattern.match(text)
         while match and (tools is None or match[1] in tools):
