@@ -59,6 +59,8 @@ class CountingGraphs(Graphs):
 
     def __init__(self, handle: Any) -> None:
         super().__init__(handle, CountingRecorder(handle))
+        # Tests of answers count those alone.
+        self.of_encoding.is_on = False
 
 
 class Buckets(Graphs):
@@ -66,6 +68,7 @@ class Buckets(Graphs):
 
     def __init__(self, handle: Any) -> None:
         super().__init__(handle)
+        self.of_encoding.is_on = False
         self.lengths: list[int] = []
 
     def run(self, cache: Any, ids_RQ: torch.Tensor, *rest: Any, **options: Any) -> None:

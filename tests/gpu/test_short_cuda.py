@@ -55,10 +55,9 @@ def test_a_short_context_is_one_forward_in_blocks_too(model: Any) -> None:
     assert spans == [4000]
 
 
-def _switched_on(star: StarLLM) -> EncodeGraphs:
+def _graphs_of(star: StarLLM) -> EncodeGraphs:
     graphs = star.runtime.handle.graphs
     assert graphs is not None
-    graphs.of_encoding.is_on = True
     return graphs.of_encoding
 
 
@@ -69,7 +68,7 @@ def test_graphs_store_the_keys_of_plain_forwards(
 ) -> None:
     """In bfloat16, up to the rounding of kernels for other lengths; each context keeps its own."""
     plain, fast = StarLLM(model, compile=False, **settings), StarLLM(model, **settings)
-    graphs = _switched_on(fast)
+    graphs = _graphs_of(fast)
     contents = [list(range(start, start + tokens)) for start in (100, 200, 300)]
     contexts = [fast.encode(content) for content in contents]
     assert len(graphs.captured) == 1
@@ -86,8 +85,6 @@ def test_encoding_by_graphs_is_no_slower_in_blocks_than_dense(model: Any) -> Non
     engines = {"dense": StarLLM(model, method="dense"), "star": StarLLM(model, block_size=2048)}
     ids = torch.arange(100, 8292)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for star in engines.values():
-        _switched_on(star)
     for number in range(12):
         for name, star in engines.items():
             torch.cuda.synchronize()

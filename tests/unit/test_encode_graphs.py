@@ -169,11 +169,3 @@ def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         fast.encode(ids(tokens))
     kept = [plan.context_tokens for _, plan in counting.of_encoding.captured]
     assert kept == [48, 96]
-
-
-def test_off_until_measured() -> None:
-    fast = engine("llama", **SIZES)
-    counting = with_graphs(fast)
-    for _ in range(3):
-        fast.encode(ids(101))
-    assert counting.recorder.captures == 0

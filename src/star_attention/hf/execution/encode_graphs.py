@@ -70,8 +70,8 @@ class EncodeGraphs:
         self._met: set[Key] = set()
         self._weights: int | None = None
         self._broken = False
-        self.is_on = False
-        """False until measurements show what graphs of phase 1 gain."""
+        self.is_on = True
+        """False to run forwards without graphs, for comparisons."""
 
     @property
     def captured(self) -> list[Key]:
