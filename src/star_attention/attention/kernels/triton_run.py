@@ -20,6 +20,9 @@ _LARGEST_Q: tl.constexpr = tl.constexpr(1024.0)
 _LARGEST_WEIGHT: tl.constexpr = tl.constexpr(32768.0)
 # Scales read at once, to find the largest of a run.
 _SCALES: tl.constexpr = tl.constexpr(2048)
+# Head size for which keys and values in fp8 become fp16, values two at a time. With heads of 64 in
+# bf16 that read wrong addresses on an H200 (NaN, or an illegal memory access), others did not run.
+_PAIRED: tl.constexpr = tl.constexpr(128)
 # Instead of a largest number of zero, by which nothing can be divided.
 _TINY: tl.constexpr = tl.constexpr(1e-30)
 
@@ -73,6 +76,7 @@ def _step(
     if FP8:
         v_scale_N = tl.load(v_scale_ptr + n, mask=n < stop, other=0.0)
         weight_MN = (weight_MN * (v_scale_N * v_factor)[None, :]).to(DTYPE)
+    if FP8 and (D == _PAIRED or DTYPE == tl.float32):
         # Two values at a time: single bytes would come from shared memory one by one.
         pair_ptr = v_ptr.to(tl.pointer_type(tl.int16))
         v_NP = load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
@@ -82,7 +86,7 @@ def _step(
         odd_MD = tl.dot(weight_MN, odd_NP, acc=odd_MD, input_precision=PRECISION)
     else:
         v_ND = load(v_ptr, n, tl.arange(0, BLOCK_D), stop, D, BLOCK_D, MASKED)
-        out_MD = tl.dot(weight_MN.to(DTYPE), v_ND, acc=out_MD, input_precision=PRECISION)
+        out_MD = tl.dot(weight_MN.to(DTYPE), v_ND.to(DTYPE), acc=out_MD, input_precision=PRECISION)
     return new_M, sum_MS, out_MD, odd_MD
 
 
@@ -125,17 +129,18 @@ def run(
     With `FIRST`, a row sees no keys before its `first_M`, and with `LAST` none after its `last_M`.
     """
     q_factor, v_factor = 1.0, 1.0
+    PAIRS: tl.constexpr = FP8 and (D == _PAIRED or q_MD.dtype == tl.float32)
     if FP8:
         v_factor = weight_factor(v_scale_ptr, start, stop)
-        if q_MD.dtype != tl.float32:
+        if q_MD.dtype != tl.float32 and D == _PAIRED:
             q_MD = q_MD.to(tl.float32)
             q_factor = query_factor(tl.max(tl.abs(q_MD)))
             q_MD = (q_MD / q_factor).to(tl.float16)
     top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_MS = tl.full((BLOCK_M, BLOCK_N if BLOCK_M == 16 else 1), 0.0, tl.float32)
     # In fp8, even and odd elements of the values are summed apart.
-    out_MD = tl.full((BLOCK_M, BLOCK_D // 2 if FP8 else BLOCK_D), 0.0, tl.float32)
-    odd_MD = tl.full((BLOCK_M, BLOCK_D // 2 if FP8 else 1), 0.0, tl.float32)
+    out_MD = tl.full((BLOCK_M, BLOCK_D // 2 if PAIRS else BLOCK_D), 0.0, tl.float32)
+    odd_MD = tl.full((BLOCK_M, BLOCK_D // 2 if PAIRS else 1), 0.0, tl.float32)
     masked_from = start
     if not FIRST and not LAST:
         # Masks cost as much as the rest of a step: only the last keys need them.
@@ -154,8 +159,10 @@ def run(
             top_M, sum_MS, out_MD, odd_MD, scale, softcap, q_factor, v_factor,
             D, BLOCK_N, BLOCK_D, SOFTCAP, FIRST, LAST, PRECISION, FP8, True,
         )  # fmt: skip
+    if PAIRS:
+        out_MD = tl.reshape(tl.join(out_MD, odd_MD), (BLOCK_M, BLOCK_D))
     if FP8:
-        out_MD = tl.reshape(tl.join(out_MD, odd_MD), (BLOCK_M, BLOCK_D)) / v_factor
+        out_MD = out_MD / v_factor
     sum_M = tl.sum(sum_MS, 1)
     has_keys_M = sum_M > 0.0
     sum_M = tl.where(has_keys_M, sum_M, 1.0)
@@ -199,6 +206,7 @@ def launch_options(
         dtype: of the queries.
         fp8: True if contexts are in e4m3.
     """
+    fp8 = fp8 and head_size == _PAIRED.value
     options = dict(
         BLOCK_N=64 if head_size <= 128 else 32,
         num_warps=8 if block_m > 64 else 4,
