@@ -19,6 +19,27 @@ _log = logging.getLogger("star_attention")
 _LAUNCH_S = 1.0
 
 
+class Validity:
+    """Tells when captured forwards are void.
+
+    They hold addresses of weights, which may have moved, and know one set of adapters.
+
+    Args:
+        handle: the `ModelHandle` of the model.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._weights: int | None = None
+
+    def has_ended(self) -> bool:
+        """Return True if what was captured before the last call is void."""
+        outer = self._handle.outer
+        weights = hash((*identity.adapters(outer), fingerprint.addresses(outer)))
+        before, self._weights = self._weights, weights
+        return weights != before
+
+
 class Recorder:
     """Captures the forwards of one model, which share the memory that they work in.
 
@@ -33,13 +54,9 @@ class Recorder:
         self._broken: set[str] = set()
         self._chain: _Chain | None = None
 
-    def weights(self) -> int:
-        """Return a number that changes when captured forwards are void.
-
-        They hold addresses of weights, which may have moved, and know one set of adapters.
-        """
-        outer = self._handle.outer
-        return hash((*identity.adapters(outer), fingerprint.addresses(outer)))
+    def validity(self) -> Validity:
+        """Return what tells the owner of captured forwards when to drop them."""
+        return Validity(self._handle)
 
     def try_record(
         self,

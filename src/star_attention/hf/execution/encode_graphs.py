@@ -68,7 +68,7 @@ class EncodeGraphs:
         self._handle, self._recorder = handle, recorder
         self._graphs: dict[Key, _Graph] = {}
         self._met: set[Key] = set()
-        self._weights: int | None = None
+        self._validity = recorder.validity()
         self._broken = False
         self.is_on = True
         """False to run forwards without graphs, for comparisons."""
@@ -103,7 +103,8 @@ class EncodeGraphs:
         if not self._may_run(plan, stores, comm):
             return False
         with hook.lock_of(self._handle.model):
-            self._drop_void()
+            if self._validity.has_ended():
+                self._graphs.clear()
             graph = self._graph_for((len(ids_BS), self._padded(plan)), comm, compiled_for)
             if graph is None:
                 return False
@@ -147,13 +148,6 @@ class EncodeGraphs:
         if plan.is_dense:
             return BlockPlan.dense(tokens)
         return replace(plan, context_tokens=tokens)
-
-    def _drop_void(self) -> None:
-        """Drop the graphs of weights that are elsewhere now."""
-        weights = self._recorder.weights()
-        if weights != self._weights:
-            self._graphs.clear()
-            self._weights = weights
 
     def _graph_for(self, key: Key, comm: Comm, mode: str | None) -> _Graph | None:
         if key not in self._met:

@@ -83,7 +83,7 @@ class Graphs:
         self._handle = handle
         self.recorder = recorder or Recorder(handle)
         self._captures: dict[tuple[Comm, tuple[int, ...]], _Captures] = {}
-        self._weights: int | None = None
+        self._validity = self.recorder.validity()
 
     @cached_property
     def of_rows(self) -> RowGraphs:
@@ -111,9 +111,7 @@ class Graphs:
 
         Another rank may decide otherwise: its forwards have the same collectives.
         """
-        weights = self.recorder.weights()
-        if weights != self._weights:
-            self._weights = weights
+        if self._validity.has_ended():
             self._captures.clear()
         latents = self._latents()
         if latents is not None and any(window is not None for window in self._handle.windows):

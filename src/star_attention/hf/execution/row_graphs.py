@@ -78,7 +78,7 @@ class RowGraphs:
         self._handle, self._recorder = handle, recorder
         self._buffers: dict[bool, RowBuffers] = {}
         self._graphs: dict[_Where, dict[Key, _RowGraph | None]] = {}
-        self._weights: int | None = None
+        self._validity = recorder.validity()
         # The rows of the last forward, and their kind.
         self._rows: weakref.ref[RowSet] | None = None
         self._key: Key | None = None
@@ -194,10 +194,7 @@ class RowGraphs:
         return graphs[key]
 
     def _drop_void(self) -> None:
-        """Drop the graphs of weights that have moved."""
-        weights = self._recorder.weights()
-        if weights != self._weights:
-            self._weights = weights
+        if self._validity.has_ended():
             self._graphs.clear()
 
     def _key_of(self, rows: RowSet, comm: Comm) -> Key | None:
