@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,18 @@ def test_calls_are_printed(folder: Path) -> None:
     ok("encode", *model, *book, "-o", folder / "book.star")
     asked = ok("ask", "-m", folder / "model", folder / "book.star", *ASK, "--json")
     assert json.loads(asked.out)["tool_calls"] == [MADE]
+
+
+def test_tools_may_come_by_a_pipe(folder: Path) -> None:
+    """As with `--tools <(command)` in a shell: what is read once is gone."""
+    pipe = folder / "pipe"
+    os.mkfifo(pipe)
+    text = (folder / "tools.json").read_text(encoding="utf-8")
+    writer = threading.Thread(target=pipe.write_text, args=(text,), daemon=True)
+    writer.start()
+    book = [folder / "book.txt", "--chat", "--tools", pipe]
+    done = ok("generate", "-m", folder / "model", "--block-size", "256", *book, *ASK, "--json")
+    assert json.loads(done.out)["tool_calls"] == [MADE]
 
 
 @pytest.mark.parametrize(

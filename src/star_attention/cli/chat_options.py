@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from star_attention.cli.inputs import STDIN, check_utf8, read_json
+from star_attention.cli.inputs import STDIN, check_utf8
 from star_attention.cli.options import ContextOptions
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import InvalidInputError, TokenError, quote
@@ -56,7 +56,7 @@ def context_kwargs(context: ContextOptions) -> dict[str, Any] | None:
         )
     if context.tools == STDIN:
         raise InvalidInputError("--tools - does not work: stdin has texts and queries; give a file")
-    tools = read_json(context.tools)
+    tools = context.tools_read
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InvalidInputError(
             f"{context.tools}: expected a list of tools such as"

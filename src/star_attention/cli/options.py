@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 import typer
@@ -123,6 +124,14 @@ class ContextOptions:
             panel="Context",
         ),
     ] = False
+
+    @cached_property
+    def tools_read(self) -> Any:
+        """What the file of tools holds. It is read once, and so may be a pipe."""
+        from star_attention.cli.inputs import read_json
+
+        assert self.tools is not None, "only asked for where there is a file"
+        return read_json(self.tools)
 
 
 @dataclass(frozen=True, kw_only=True)
