@@ -76,7 +76,7 @@ def _step(
     if FP8:
         v_scale_N = tl.load(v_scale_ptr + n, mask=n < stop, other=0.0)
         weight_MN = (weight_MN * (v_scale_N * v_factor)[None, :]).to(DTYPE)
-    if FP8 and (D == _PAIRED or DTYPE == tl.float32):
+    if odd_MD.shape[1] > 1:
         # Two values at a time: single bytes would come from shared memory one by one.
         pair_ptr = v_ptr.to(tl.pointer_type(tl.int16))
         v_NP = load(pair_ptr, n, tl.arange(0, BLOCK_D // 2), stop, D // 2, BLOCK_D // 2, MASKED)
@@ -132,7 +132,7 @@ def run(
     PAIRS: tl.constexpr = FP8 and (D == _PAIRED or q_MD.dtype == tl.float32)
     if FP8:
         v_factor = weight_factor(v_scale_ptr, start, stop)
-        if q_MD.dtype != tl.float32 and D == _PAIRED:
+        if PAIRS and q_MD.dtype != tl.float32:
             q_MD = q_MD.to(tl.float32)
             q_factor = query_factor(tl.max(tl.abs(q_MD)))
             q_MD = (q_MD / q_factor).to(tl.float16)

@@ -110,7 +110,7 @@ def _row_for(store: LayerKV, like: tuple[Tensor, Tensor] | None) -> list[int]:
     if like is None or not store.segments:
         return [0, 0, 0, 0]
     k_GLD, v_GLD = store.reserve(like[0][0], like[1][0])
-    (first, stop), = store.segments  # fmt: skip
+    [(first, stop)] = store.segments
     return [k_GLD.data_ptr(), v_GLD.data_ptr(), first, stop - first]
 
 
