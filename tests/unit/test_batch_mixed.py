@@ -10,6 +10,7 @@ import gc
 import math
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,8 @@ class TokenByToken:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self.of_rows = self
+        # No contexts are encoded by graphs.
+        self.of_encoding = SimpleNamespace(run=lambda *_, **__: False)
         self.queries: list[tuple[int, int]] = []
         self.faults: list[type[Exception] | None] = []
         self.broken: int | None = None
