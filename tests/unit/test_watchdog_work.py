@@ -74,7 +74,8 @@ def test_a_rank_that_hangs_while_it_compiles_is_at_fault(
     with ranks[2].working("compiling"):
         spin(STALL_S / 2)
         # Processes that other tests have left to this one may work meanwhile.
-        monkeypatch.setattr(cpu_time, "work_seconds", lambda: 0.0)
+        monkeypatch.setattr(cpu_time, "own_seconds", lambda: 0.0)
+        monkeypatch.setattr(cpu_time, "seconds_below", lambda: 0.0)
         seconds_to_fault(ranks[0])
     fault = ranks[0].fault
     assert fault is not None

@@ -22,35 +22,54 @@ class Work:
     """
 
     def __init__(self, stall_s: float) -> None:
-        self._least_s = _LEAST_WORK * stall_s
+        least_s = _LEAST_WORK * stall_s
+        self._own, self._all = _Meter(least_s), _Meter(least_s)
         self._ends_at = time.monotonic() + _MOST_WORK_S
-        self._seen_s: float | None = None
 
     def has_advanced(self) -> bool:
         """True if it has used enough CPU time since this was last true."""
-        now_s = work_seconds()
+        if time.monotonic() > self._ends_at:
+            return False
+        own_s = own_seconds()
+        # While this process works in Python, each file of /proc waits for its lock: a look at all
+        # processes would take seconds.
+        return self._own.has_grown(own_s) or self._all.has_grown(own_s + seconds_below())
+
+
+class _Meter:
+    """Tells when a number of seconds has grown enough."""
+
+    def __init__(self, least_s: float) -> None:
+        self._least_s = least_s
+        # A first look counts as growth: the work has begun.
+        self._seen_s = 0.0
+
+    def has_grown(self, now_s: float) -> bool:
+        """True if the number has grown by the least since this was last true."""
         # Less than before: the time of a process that has ended may be lost.
-        if self._seen_s is None or now_s < self._seen_s:
-            self._seen_s = now_s
-        if now_s - self._seen_s < self._least_s or time.monotonic() > self._ends_at:
+        self._seen_s = min(self._seen_s, now_s)
+        if now_s - self._seen_s < self._least_s:
             return False
         self._seen_s = now_s
         return True
 
 
-def work_seconds() -> float:
-    """Return CPU seconds of this process and of all processes below it, but not of this thread.
+def own_seconds() -> float:
+    """Return CPU seconds of this process and of those below it that have ended.
+
+    Those of this thread are left out.
+    """
+    times = os.times()
+    ended = times.children_user + times.children_system
+    return time.process_time() - time.thread_time() + ended
+
+
+def seconds_below() -> float:
+    """Return the CPU seconds of all living processes below this one, and of their ended children.
 
     torch.compile runs Triton and C compilers in worker processes. Where there is no /proc, those
     count when they have ended.
     """
-    times = os.times()
-    ended = times.children_user + times.children_system
-    return time.process_time() - time.thread_time() + ended + _below(os.getpid())
-
-
-def _below(pid: int) -> float:
-    """Return the CPU seconds of all living processes below one, and of their ended children."""
     children: dict[int, list[int]] = {}
     seconds: dict[int, float] = {}
     for path in _PROC.glob("[0-9]*/stat"):
@@ -63,7 +82,7 @@ def _below(pid: int) -> float:
         child, parent = int(path.parent.name), int(fields[1])
         children.setdefault(parent, []).append(child)
         seconds[child] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    total, waiting = 0.0, [pid]
+    total, waiting = 0.0, [os.getpid()]
     while waiting:
         below = children.get(waiting.pop(), [])
         total += sum(seconds[child] for child in below)
