@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from star_attention.linear import fp8, triton_few, triton_row
+from star_attention.linear import fp8, triton_few, triton_row, triton_row_fp8
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate, up": (28672, 4096), "down": (4096, 14336)}
 ROWS = (1, 2, 8, 16, 32, 64, 128, 256)
@@ -26,7 +26,11 @@ MANY = 16384
 COPIES_BYTES = 400 << 20
 """Bytes of copies of a weight that are multiplied in turn, so that no cache holds them."""
 
-ROW_TILES = [(8, 512), (8, 1024), (4, 512), (4, 1024), (2, 1024), (2, 2048)]
+ROW_TILES = [
+    triton_row_fp8.Tile(*each, ahead)
+    for each in ((8, 512, 8), (16, 512, 8), (16, 1024, 16), (8, 256, 4), (16, 256, 4))
+    for ahead in (1, 2)
+]
 FEW_TILES = [(64, 128, 2), (64, 128, 4), (64, 256, 2), (128, 128, 1), (128, 128, 2), (32, 256, 4)]
 """Rows and columns of a tile, and programs for each multiprocessor."""
 
@@ -62,13 +66,13 @@ def weights_of(N: int, K: int) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]
 
 
 @contextmanager
-def tiles_of_rows(rows: int, columns: int) -> Iterator[None]:
-    before, of_few = triton_row._TILES[1], triton_row._TILE_OF_FEW
-    triton_row._TILES[1] = triton_row._TILE_OF_FEW = rows, columns
+def tiles_of_rows(tile: triton_row_fp8.Tile) -> Iterator[None]:
+    before = triton_row_fp8.tile
+    triton_row_fp8.tile = lambda rows: tile
     try:
         yield
     finally:
-        triton_row._TILES[1], triton_row._TILE_OF_FEW = before, of_few
+        triton_row_fp8.tile = before
 
 
 @contextmanager
@@ -106,7 +110,7 @@ def few_rows(name: str, tiles: bool) -> Iterator[dict[str, Any]]:
         if tiles:
             row["tiles"] = {}
             for tile in ROW_TILES if rows == 1 else FEW_TILES:
-                with tiles_of_rows(*tile) if rows == 1 else tiles_of_few(*tile):
+                with tiles_of_rows(tile) if rows == 1 else tiles_of_few(*tile):
                     try:
                         row["tiles"][str(tile)] = measured()
                     except Exception as error:

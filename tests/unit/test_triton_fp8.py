@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.linear import triton_few, triton_row  # noqa: E402
+from star_attention.linear import triton_few, triton_row, triton_row_fp8  # noqa: E402
 
 
 def matrix(N: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,6 +61,58 @@ def test_a_single_row_times_slices_of_several_matrices() -> None:
     ]
     for out, right in zip(outs, rights, strict=True):
         torch.testing.assert_close(out, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("tile", "K"), [("_TILE", 512), ("_TILE_OF_MANY", 1536), ("_TILE_OF_FEW", 3072)]
+)
+def test_a_single_row_in_words(
+    tile: str, K: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of e4m3, also subnormals and both zeros, several matrices, a bias."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(triton_row_fp8, "tile", lambda rows: getattr(triton_row_fp8, tile))
+    numbers = torch.arange(256, dtype=torch.uint8).view(fp8.DTYPE)
+    numbers = numbers[numbers.float().isfinite()]
+    weights = [numbers[torch.randint(0, len(numbers), (N, K))] for N in (37, 16, 1)]
+    scales = [torch.rand(N) / fp8.LARGEST for N in (37, 16, 1)]
+    x, bias = torch.randn(1, 1, K).to(dtype), torch.randn(16).to(dtype)
+    assert triton_row_fp8.serves(x, weights)
+    parts = [0, 37, 0, 0, 16, 0, 0, 1, 0]
+    outs = triton_row.linears(x, weights, [None, bias, None], parts, scales)
+    for out, weight, scale, bias_N in zip(outs, weights, scales, [0, bias, 0], strict=True):
+        right = linear(x.double(), weight.double() * scale[:, None]) + bias_N
+        # Rounded once.
+        torch.testing.assert_close(out, right.to(dtype), atol=1e-5, rtol=torch.finfo(dtype).eps)
+
+
+def test_rows_that_are_not_read_in_words() -> None:
+    """Addresses between words, other precisions and lengths take the loop for any of them."""
+    weight, scale, values = matrix(20, 2100)
+    for x, first in ((torch.randn(2048).half(), 2), (torch.randn(2049)[1:].half(), 4)):
+        assert not triton_row_fp8.serves(x, [weight[:, 2 : 2 + 2048]])
+        out = triton_row.linear(x, weight, None, first_column=first, scale=scale)
+        right = linear(x.float(), values[:, first : first + 2048])
+        torch.testing.assert_close(out.float(), right, atol=1e-2, rtol=1e-3)
+    x = torch.randn(2048).half()
+    aligned = [weight[:, 4:2052]]
+    assert triton_row_fp8.serves(x, aligned)
+    assert not triton_row_fp8.serves(x.float(), aligned)
+    assert not triton_row_fp8.serves(torch.randn(2049).half()[1:], aligned)
+    assert not triton_row_fp8.serves(x, [*aligned, values[:, 4:2052].half()])
+
+
+def test_tiles_by_rows_and_columns() -> None:
+    """Columns are whole tiles, and as many as are on the way."""
+    many, some, few = (torch.empty(N, 2560, dtype=fp8.DTYPE) for N in (8193, 8192, 4096))
+    assert len({triton_row_fp8.tile(len(each)) for each in (many, some, few)}) == 3
+    for K, served in ((512, [many, some]), (1024, [many, some]), (2048, [many, some, few])):
+        x = torch.empty(K, dtype=torch.bfloat16)
+        for weight in (many, some, few):
+            assert triton_row_fp8.serves(x, [weight[:, :K]]) == any(weight is it for it in served)
+    assert not triton_row_fp8.serves(torch.empty(500).half(), [many[:, :500]])
+    assert not triton_row_fp8.serves(torch.empty(2560).half(), [few])
 
 
 @pytest.mark.parametrize("shape", [(48, 80), (37, 96), (130, 1040), (16, 2048)])

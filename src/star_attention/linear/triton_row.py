@@ -3,8 +3,8 @@
 In the shapes of an 8B model's layers, cuBLAS multiplies a single token at 0.44 to 0.83 of an H200's
 memory bandwidth, this kernel at 0.71 to 0.94 (bench/results/2026-11-26-h200.md). With much larger
 matrices cuBLAS is as fast. A few rows are multiplied by `triton_few`.
-Matrices in fp8 (`linear.fp8`) have a scale a row, which
-its sum is multiplied with; they are read at 0.66 to 0.82 of the bandwidth.
+Matrices in fp8 (`linear.fp8`) have a scale a row, which its sum is multiplied with;
+`triton_row_fp8` reads most of them, at 0.64 to 0.80 of the bandwidth.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from star_attention.attention.kernels import triton_pdl
-from star_attention.linear import is_one_token, triton_few
+from star_attention.linear import is_one_token, triton_few, triton_row_fp8
 from star_attention.linear.triton_few import MAX_MATRICES, Product
 
 _TILES = {1: (8, 512), 2: (1, 1024), 4: (1, 1024)}
 """Rows of a matrix that a program sums, and their elements that it reads at once, by the bytes of
-an element. In fp8 rows share the loads of `x`, which has twice their bytes."""
+an element. In fp8 rows share the loads of `x`, which has twice their bytes; most rows in fp8 are
+read by `triton_row_fp8`."""
 _TILE_OF_FEW = (8, 1024)
 """The same in fp8 where all matrices of a launch have up to `_FEW` rows: few programs need more
 bytes on the way each."""
@@ -32,13 +33,11 @@ _FEW = 4096
 
 
 @triton.jit
-def _row(
-    tile, x_ptr, w_ptr, bias_ptr, scale_ptr, out_ptr, N, K, stride,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+def _sums(
+    n, x_ptr, w_ptr, K, stride,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # Rows beyond the last one are the last one again.
-    n = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1)
+    """Return the sums of rows `n`."""
     k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + n.to(tl.int64)[:, None] * stride + k[None, :]
     # Weights do not depend on the kernel before: the first ones are read while it ends.
@@ -55,7 +54,21 @@ def _row(
             w_NK = tl.load(w_ptrs + start, mask=inside[None, :], other=0.0)
             x_K = tl.load(x_ptr + start + k, mask=inside, other=0.0)
         sum_NK += w_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
-    out_N = tl.sum(sum_NK, 1)
+    return tl.sum(sum_NK, 1)
+
+
+@triton.jit
+def _row(
+    tile, x_ptr, w_ptr, bias_ptr, scale_ptr, out_ptr, N, K, stride,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # Rows beyond the last one are the last one again.
+    n = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1)
+    if AHEAD:
+        out_N = triton_row_fp8.sums(n, x_ptr, w_ptr, K, stride, ROWS, BLOCK_K, AHEAD, PDL)
+    else:
+        out_N = _sums(n, x_ptr, w_ptr, K, stride, BLOCK_K, EVEN, PDL)
     if SCALE:
         out_N *= tl.load(scale_ptr + n)
     if BIAS:
@@ -69,7 +82,7 @@ def _rows(
     w0_ptr, bias0_ptr, scale0_ptr, out0_ptr, N0, stride0,
     w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, stride1,
     w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, stride2,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     SCALE0: tl.constexpr, SCALE1: tl.constexpr, SCALE2: tl.constexpr,
     PDL: tl.constexpr,
@@ -90,6 +103,7 @@ def _rows(
             ROWS,
             BLOCK_K,
             EVEN,
+            AHEAD,
             BIAS0,
             SCALE0,
             PDL,
@@ -108,6 +122,7 @@ def _rows(
             ROWS,
             BLOCK_K,
             EVEN,
+            AHEAD,
             BIAS1,
             SCALE1,
             PDL,
@@ -126,6 +141,7 @@ def _rows(
             ROWS,
             BLOCK_K,
             EVEN,
+            AHEAD,
             BIAS2,
             SCALE2,
             PDL,
@@ -187,9 +203,7 @@ def linears(
 def _launch(x: Tensor, products: list[Product]) -> None:
     """Multiply a single row with up to three matrices."""
     sizes = [each.weight.shape[0] for each in products]
-    nbytes = max(each.weight.itemsize for each in products)
-    is_few = nbytes == 1 and sum(sizes) <= _FEW
-    rows, block_K = _TILE_OF_FEW if is_few else _TILES[nbytes]
+    rows, block_K, warps, ahead = _tile(x, [each.weight for each in products])
     K = x.shape[-1]
     # Missing matrices are the first one again, which no program reaches: their size is 0.
     missing = MAX_MATRICES - len(products)
@@ -205,8 +219,18 @@ def _launch(x: Tensor, products: list[Product]) -> None:
     }
     _rows[(sum(-(-size // rows) for size in sizes),)](
         x, K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K, EVEN=K % block_K == 0,
-        num_warps=4, **flags, **triton_pdl.options(x.device),
+        AHEAD=ahead, num_warps=warps, **flags, **triton_pdl.options(x.device),
     )  # fmt: skip
+
+
+def _tile(x: Tensor, weights: list[Tensor]) -> tuple[int, int, int, int]:
+    """Return a program's rows, columns and warps, and tiles of `triton_row_fp8` or 0 for others."""
+    rows = sum(weight.shape[0] for weight in weights)
+    if triton_row_fp8.serves(x, weights):
+        return triton_row_fp8.tile(rows)
+    nbytes = max(weight.itemsize for weight in weights)
+    tile = _TILE_OF_FEW if nbytes == 1 and rows <= _FEW else _TILES[nbytes]
+    return *tile, 4, 0
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:

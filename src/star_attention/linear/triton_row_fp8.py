@@ -1,0 +1,146 @@
+"""Rows of a matrix in fp8 (e4m3) times a single row in half precision: the loop of `triton_row`.
+
+Four weights are read as an int32, and the four numbers that they are multiplied with as an int64.
+The sums of a row and the threads that read it then stay apart until the end: a loop without
+barriers, with few registers, so that many bytes are on the way.
+
+Axes: N rows of a tile, Q groups of four columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_attention.attention.kernels import triton_pdl
+
+
+
+class Tile(NamedTuple):
+    """Rows and columns that a program reads at once, its warps, and tiles on the way.
+
+    Triton loads `x` in the order of the weights, instead of passing it through shared memory, if it
+    has fewer elements, here int64, than there are threads.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    ahead: int
+
+
+# By the rows of all matrices of a launch; of few, each program needs more bytes on the way.
+_FEW, _MANY = 4096, 8192
+_TILE_OF_FEW = Tile(16, 1024, 16, 2)
+_TILE = Tile(8, 512, 8, 1)
+_TILE_OF_MANY = Tile(16, 512, 8, 1)
+_ASM: tl.constexpr = tl.constexpr("""{
+    .reg .b16 low, high, a, b, c, d;
+    .reg .b32 ab, cd;
+    mov.b32 {low, high}, $4;
+    cvt.rn.f16x2.e4m3x2 ab, low;
+    cvt.rn.f16x2.e4m3x2 cd, high;
+    mov.b32 {a, b}, ab;
+    mov.b32 {c, d}, cd;
+    cvt.f32.f16 $0, a;
+    cvt.f32.f16 $1, b;
+    cvt.f32.f16 $2, c;
+    cvt.f32.f16 $3, d;
+}""")
+
+
+@triton.jit
+def _weight(word, AT: tl.constexpr):
+    return ((word >> (8 * AT)) & 0xFF).to(tl.int8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _weights(word, ASM: tl.constexpr):
+    """Return the four weights of each int32, in fp32."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _ASM, "=f,=f,=f,=f,r", [word],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return _weight(word, 0), _weight(word, 1), _weight(word, 2), _weight(word, 3)
+
+
+@triton.jit
+def _number(word, AT: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the number in half precision at one of four places of each int64, in fp32."""
+    half = (word >> (32 * (AT // 2))).to(tl.int32) >> (16 * (AT % 2))
+    if DTYPE == tl.bfloat16:
+        return (half << 16).to(tl.float32, bitcast=True)
+    else:
+        return half.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _added(sum_NQ, w_NQ, x_Q, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    a_NQ, b_NQ, c_NQ, d_NQ = _weights(w_NQ, ASM)
+    sum_NQ += a_NQ * _number(x_Q, 0, DTYPE)[None, :]
+    sum_NQ += b_NQ * _number(x_Q, 1, DTYPE)[None, :]
+    sum_NQ += c_NQ * _number(x_Q, 2, DTYPE)[None, :]
+    sum_NQ += d_NQ * _number(x_Q, 3, DTYPE)[None, :]
+    return sum_NQ
+
+
+@triton.jit
+def sums(
+    n, x_ptr, w_ptr, K, stride,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Return the sums of rows `n`; K is a multiple of `BLOCK_K`, and at least `AHEAD` of them."""
+    BLOCK_Q: tl.constexpr = BLOCK_K // 4
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    q = tl.arange(0, BLOCK_Q)
+    w_ptrs = w_ptr.to(tl.pointer_type(tl.int32)) + n.to(tl.int64)[:, None] * (stride // 4)
+    w_ptrs += q[None, :]
+    x_ptrs = x_ptr.to(tl.pointer_type(tl.int64)) + q
+    sum_NQ = tl.zeros((ROWS, BLOCK_Q), tl.float32)
+    # Weights do not depend on the kernel before: the first ones are read while it ends.
+    w_NQ = tl.load(w_ptrs)
+    if AHEAD == 2:
+        after_NQ = tl.load(w_ptrs + BLOCK_Q)
+    triton_pdl.begin(PDL)
+    for start in range(AHEAD * BLOCK_Q, K // 4, BLOCK_Q):
+        last_NQ = tl.load(w_ptrs + start)
+        sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs + start - AHEAD * BLOCK_Q), DTYPE, PDL)
+        if AHEAD == 2:
+            w_NQ = after_NQ
+            after_NQ = last_NQ
+        else:
+            w_NQ = last_NQ
+    x_ptrs += K // 4 - BLOCK_Q
+    if AHEAD == 2:
+        sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs - BLOCK_Q), DTYPE, PDL)
+        w_NQ = after_NQ
+    sum_NQ = _added(sum_NQ, w_NQ, tl.load(x_ptrs), DTYPE, PDL)
+    return tl.sum(sum_NQ, 1)
+
+
+def tile(rows: int) -> Tile:
+    """Return the tile for matrices that have so many rows together."""
+    if rows <= _FEW:
+        return _TILE_OF_FEW
+    return _TILE if rows <= _MANY else _TILE_OF_MANY
+
+
+def serves(x: Tensor, weights: list[Tensor]) -> bool:
+    """True for a row `x` and weights that `sums` reads, which have addresses of whole words."""
+    chosen = tile(sum(weight.shape[0] for weight in weights))
+    K = x.shape[-1]
+    return (
+        x.element_size() == 2
+        and K % chosen.columns == 0
+        and K >= chosen.ahead * chosen.columns
+        and x.data_ptr() % 8 == 0
+        and all(
+            weight.element_size() == 1 and weight.data_ptr() % 4 == weight.stride(0) % 4 == 0
+            for weight in weights
+        )
+    )
