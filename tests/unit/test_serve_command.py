@@ -90,14 +90,15 @@ def test_what_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
     assert "give another --port or --host" in error
 
 
-def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [["serve"], ["bench", "serve"]])
+def test_a_package_that_is_missing(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
 
     def find_spec(name: str, *arguments: Any) -> Any:
         return None if name == "prometheus_client" else found(name, *arguments)
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
-    error = failed("serve", *MODEL)
+    error = failed(*command, *MODEL)
     assert "serve needs the package prometheus-client" in error
     assert "pip install 'star-attention[serve]'" in error
 

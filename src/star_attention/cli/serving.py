@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 _PACKAGES = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
 
+def check_packages() -> None:
+    """Raise an error if a server cannot start.
+
+    Raises:
+        MissingPackageError: the extra `serve` is not installed.
+    """
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(
+                f"serve needs the package {package.replace('_', '-')}"
+                " (pip install 'star-attention[serve]')"
+            )
+
+
 def serve(
     model: ServedModelOptions,
     settings: ServeSettings,
@@ -36,12 +50,7 @@ def serve(
         MissingPackageError: the extra `serve` is not installed.
         InvalidInputError: a setting that cannot work, or an address that is taken.
     """
-    for package in _PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(
-                f"serve needs the package {package.replace('_', '-')}"
-                " (pip install 'star-attention[serve]')"
-            )
+    check_packages()
     if not is_rank_0():
         _follow(model, settings, star_settings, status)
         return

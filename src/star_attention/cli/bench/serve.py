@@ -18,6 +18,7 @@ from star_attention.cli.bench.options import (
 )
 from star_attention.cli.config_options import ConfigOptions
 from star_attention.cli.options import option
+from star_attention.cli.serving import check_packages
 from star_attention.cli.sizes import token_count
 from star_attention.cli.torchrun import rank_and_size
 from star_attention.config import KV_SETTINGS, StarConfig
@@ -138,6 +139,8 @@ def measure_server(options: ServeBenchOptions, target: TargetOptions, quiet: boo
     """Measure a server that is started for it, or one that runs already."""
     benchmark = options.benchmark(target)
     if options.url is None:
+        # The same work in Python comes first, and takes minutes.
+        check_packages()
         measure(benchmark, target, quiet, options.budget)
         return
     if target.model is not None or target.shapes is not None:
