@@ -91,8 +91,9 @@ def answers_of(
         result = answers(star)
         graphs = star.runtime.handle.graphs
         captured = None if graphs is None else graphs.captured
+        steps = None if graphs is None else graphs.of_rows.captured
         seconds = time.perf_counter() - started
-        results.append(result | dict(captured=captured, seconds=seconds))
+        results.append(result | dict(captured=captured, steps=steps, seconds=seconds))
     return results
 
 
@@ -115,11 +116,13 @@ def check(results: list[list[dict[str, Any]]], several: list[Settings]) -> None:
 
 
 def check_captured(results: list[list[dict[str, Any]]]) -> None:
-    """One token and a query, of one row and of several, are graphs on every rank."""
+    """A token of one row and of several, and their queries, are graphs on every rank."""
     for result in [one for of_rank in results for one in of_rank]:
         kinds = {key[:2] for key, captured in result["captured"].items() if captured}
-        assert {(1, 1), (1, 16), (3, 1), (3, 32)} <= kinds
+        assert {(1, 1), (1, 16), (3, 32)} <= kinds
         assert all(result["captured"].values())
+        assert result["steps"], "no step of several rows was captured"
+        assert all(result["steps"].values())
 
 
 def test_graphs_on_two_ranks() -> None:

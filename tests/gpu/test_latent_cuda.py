@@ -91,9 +91,10 @@ def test_graphs_answer_as_eager_forwards(dtype: torch.dtype, kv_dtype: str | Non
             assert graphs is not None
             assert {key[:2] for key, made in graphs.captured.items() if made} == {(1, 1), (1, 16)}
     for by_graph, eager in zip(*replies, strict=True):
-        # In bfloat16 a near tie may turn an answer.
+        # Random weights rank tokens by less than bfloat16 resolves: only logits are alike there.
         same = 60 if dtype == torch.float32 else 1
-        assert by_graph.token_ids[:same] == eager.token_ids[:same]
+        if dtype == torch.float32:
+            assert by_graph.token_ids == eager.token_ids
         error = (by_graph.logits[:same] - eager.logits[:same]).norm() / eager.logits[:same].norm()
         assert error < (1e-4 if dtype == torch.float32 else 2e-2)
 
