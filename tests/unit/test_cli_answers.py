@@ -56,6 +56,7 @@ def test_json_has_exactly_the_documented_fields(texts: Path) -> None:
         "query",
         "text",
         "reasoning",
+        "reasoning_tokens",
         "token_ids",
         "finish_reason",
         "stop_string",
@@ -227,8 +228,9 @@ def test_the_summary_says_what_ended_or_is_missing(texts: Path) -> None:
         query_tokens=1,
         timings=timings,
         reasoning="why",
+        reasoning_tokens=3,
     )
-    expected = "first token 0.5 s, 3 characters of reasoning not shown (see --show-reasoning)"
+    expected = "first token 0.5 s, 3 tokens of reasoning not shown (see --show-reasoning)"
     assert answer_summary(reply) == expected
     # A batch counts the tokens of all.
     fast = replace(reply, timings=replace(timings, tokens_per_s=7.0), finish_reason="length")

@@ -43,11 +43,13 @@ def answers(star: StarLLM, spoken: str, **options: Any) -> tuple[str, str | None
     assert reply.as_dict()["reasoning"] == reply.reasoning
     beams = star.generate(context, "what", num_beams=2, **arguments())
     assert (beams.text, beams.reasoning) == (reply.text, reply.reasoning)
+    assert reply.as_dict()["reasoning_tokens"] == beams.reasoning_tokens == reply.reasoning_tokens
     stream = star.stream(context, "what", **arguments())
     pieces = list(stream)
     assert all(pieces)
     assert "".join(pieces) == stream.result.text == reply.text
     assert stream.result.reasoning == reply.reasoning
+    assert stream.result.reasoning_tokens == reply.reasoning_tokens
     deltas = list(star.stream(context, "what", **arguments()).deltas())
     assert "".join(delta.text for delta in deltas) == reply.text
     assert "".join(delta.reasoning for delta in deltas) == (reply.reasoning or "")
@@ -58,6 +60,7 @@ def answers(star: StarLLM, spoken: str, **options: Any) -> tuple[str, str | None
         assert "".join(delta.text for delta in deltas) == row.text == reply.text
         assert "".join(delta.reasoning for delta in deltas) == (reply.reasoning or "")
     assert row.result().reasoning == row.reasoning == reply.reasoning
+    assert row.result().reasoning_tokens == reply.reasoning_tokens
     return reply.text, reply.reasoning
 
 
@@ -318,6 +321,59 @@ def test_tags_may_come_in_pieces(opening: str, closing: str, size: int) -> None:
     parts.append(thinking.flush())
     reasoning, answer = ("".join(part) for part in zip(*parts, strict=True))
     assert (reasoning, answer) == ("a < b</x>", f"hello {opening} {closing}")
+
+
+# ------------------------------------------------------------------------- tokens of reasoning
+
+
+OPENED_BY_PROMPT = "{# <think> #}" + OPENED
+CHAT_THINKS = "{# <think> #}" + CHATML
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chat", "thought", "said"),
+    [
+        # Tags that are tokens, that are text, and that the prompt has opened.
+        (dict(plain=THINK), CHATML, "<think>\nthe cat\n</think>", "\n\nhello"),
+        ({}, CHAT_THINKS, " <think>the cat</think>", "hello"),
+        (dict(plain=THINK), OPENED_BY_PROMPT, "the cat</think>", "\n\nhello"),
+        (dict(plain=THINK), OPENED_BY_PROMPT, "</think>", "hello"),
+        # None, one that begins to look like a tag, and what only quotes one.
+        (dict(plain=THINK), CHATML, "", "hello <think> the cat</think>"),
+        ({}, CHAT_THINKS, "", " <thin"),
+        # Reasoning that the answer ends in.
+        (dict(plain=THINK), CHATML, "<think>the cat sat", ""),
+        ({}, CHAT_THINKS, "<think>", ""),
+        # Messages in channels, with their headers; a call is neither.
+        (
+            dict(special=CHANNEL_TOKENS),
+            CHANNELS,
+            "<|channel|>analysis<|message|>the cat<|end|>",
+            "<|start|>assistant<|channel|>final<|message|>hello",
+        ),
+        (dict(special=CHANNEL_TOKENS), CHANNELS, "", "<|channel|>final<|message|>hello"),
+        (
+            dict(special=CHANNEL_TOKENS),
+            CHANNELS,
+            "<|channel|>analysis<|message|>the cat<|end|>",
+            "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|>",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:an answer")
+def test_tokens_of_reasoning(tokens: dict[str, Any], chat: str, thought: str, said: str) -> None:
+    """They are those up to the end of its last mark, however the marks are tokenized."""
+    star = talker(byte_level(**tokens, chat=chat))
+    context = star.encode(MESSAGES)
+    ids, more = (
+        star.tokenizer(each, add_special_tokens=False).input_ids for each in (thought, said)
+    )
+    reply = star.generate(context, "what", **say(star.tokenizer, ids + more))
+    assert reply.token_ids == ids + more
+    assert reply.reasoning_tokens == len(ids)
+    whole = say(star.tokenizer, ids + more) | dict(skip_special_tokens=False)
+    shown = star.generate(context, "what", **whole)
+    assert (shown.reasoning, shown.reasoning_tokens) == (None, 0)
 
 
 # ------------------------------------------------------------------------- special tokens

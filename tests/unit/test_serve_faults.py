@@ -154,10 +154,14 @@ def test_reasoning_is_apart() -> None:
             assert message.content == "A cat."
             assert message.reasoning_content.strip() == "It is a cat."  # type: ignore[attr-defined]
             said |= say(tokens, "<think>\nIt is a cat.\n</think>\n\nA cat.")
-            deltas = [
-                chunk.choices[0].delta
-                for chunk in client.chat.completions.create(model=NAME, messages=ASK, stream=True)
-            ]
+            options: Any = dict(stream=True, stream_options={"include_usage": True})
+            *chunks, last = client.chat.completions.create(model=NAME, messages=ASK, **options)
+            deltas = [chunk.choices[0].delta for chunk in chunks]
+    thought = tokens("<think>\nIt is a cat.\n</think>").input_ids
+    for usage in (whole.usage, last.usage):
+        assert usage is not None
+        assert usage.completion_tokens > len(thought)
+        assert usage.completion_tokens_details.reasoning_tokens == len(thought)
     assert "".join(delta.content or "" for delta in deltas) == "A cat."
     thoughts = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
     assert thoughts.strip() == "It is a cat."

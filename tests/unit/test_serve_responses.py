@@ -380,6 +380,8 @@ def test_thoughts_are_an_item_of_their_own() -> None:
         assert (thoughts["type"], message["type"]) == ("reasoning", "message")
         assert thoughts["content"] == [{"type": "reasoning_text", "text": "the cat"}]
         assert message["content"][0]["text"] == "hello"
+        thought = tokenizer("<think>the cat</think>").input_ids
+        assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": len(thought)}
     added = [each["output_index"] for each in stream if each["type"].endswith("item.added")]
     assert added == [0, 1]
     deltas = [each["delta"] for each in stream if each["type"] == "response.reasoning_text.delta"]

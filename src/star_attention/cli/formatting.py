@@ -36,9 +36,9 @@ def answer_summary(*replies: Generation, shows_reasoning: bool = False) -> str:
     if cut:
         number = f"{len(cut)} " if len(replies) > 1 else ""
         summary += f", {number}ended by --max-new-tokens after {max(cut):,} tokens"
-    reasoning = sum(len(reply.reasoning or "") for reply in replies)
+    reasoning = sum(reply.reasoning_tokens for reply in replies if reply.reasoning)
     if reasoning and not shows_reasoning:
-        summary += f", {reasoning:,} characters of reasoning not shown (see --show-reasoning)"
+        summary += f", {reasoning:,} tokens of reasoning not shown (see --show-reasoning)"
     return summary
 
 

@@ -24,6 +24,8 @@ FIELDS = {
     "query": "the query",
     "text": "the answer, without special tokens, cut before a stop string",
     "reasoning": "what the model marked as its reasoning, apart from the answer; null for none",
+    "reasoning_tokens": "how many of `token_ids` the reasoning took, with the tags or the headers"
+    " around it",
     "token_ids": "all generated tokens, including the one that ended the answer",
     "finish_reason": "`stop` or `length`",
     "stop_string": "the stop string that ended the answer; null for another reason",

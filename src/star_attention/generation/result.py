@@ -112,6 +112,8 @@ class Generation:
         text: the answer without special tokens, cut before a stop string ("" without a tokenizer).
         reasoning: what the model marked as its reasoning, which is not part of the text; None for
             none.
+        reasoning_tokens: how many of `token_ids` the reasoning took, with the tags or the headers
+            around it.
         token_ids: every generated id, including the one that ended the answer.
         tool_calls: the calls of tools in an answer to a prompt with tools; None without tools. The
             text has them, too, as the model writes them (gpt-oss apart).
@@ -139,6 +141,7 @@ class Generation:
     query_tokens: int
     timings: Timings
     reasoning: str | None = None
+    reasoning_tokens: int = 0
     stop_string: str | None = None
     logprobs: list[TokenLogprob] | None = None
     sources: tuple[Source, ...] | None = None
@@ -218,6 +221,7 @@ class Generation:
         return {
             "text": self.text,
             "reasoning": self.reasoning,
+            "reasoning_tokens": self.reasoning_tokens,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "stop_string": self.stop_string,

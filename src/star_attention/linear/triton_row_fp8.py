@@ -18,7 +18,6 @@ from torch import Tensor
 from star_attention.attention.kernels import triton_pdl
 
 
-
 class Tile(NamedTuple):
     """Rows and columns that a program reads at once, its warps, and tiles on the way.
 

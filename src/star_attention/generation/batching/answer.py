@@ -103,6 +103,7 @@ class RowAnswer:
         return Generation(
             text=answer.text,
             reasoning=answer.reasoning,
+            reasoning_tokens=answer.reasoning_tokens,
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
             stop_string=answer.stop_string,

@@ -169,6 +169,11 @@ class AnswerText:
         """The reasoning so far, if the model marks any."""
         return self._reader.reasoning if isinstance(self._reader, ReasoningReader) else None
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """The tokens that the reasoning took so far, with its marks."""
+        return self._reader.reasoning_tokens if isinstance(self._reader, ReasoningReader) else 0
+
     def take_reasoning(self) -> str:
         """Return the reasoning since the last call."""
         return self._reader.take_reasoning() if isinstance(self._reader, ReasoningReader) else ""

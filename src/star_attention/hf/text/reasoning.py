@@ -202,6 +202,8 @@ class ReasoningReader:
         self._taken = 0
         self._space: list[str] | None = None
         self._has_text = False
+        # Tokens of reasoning, and those after them of which is not known yet what they begin.
+        self._tokens = self._undecided = 0
         # The message being read, the name of its channel, and what separates it from another one.
         self._part = "text"
         self._channel: str | None = None
@@ -212,6 +214,11 @@ class ReasoningReader:
     def reasoning(self) -> str | None:
         """The reasoning so far, without white space around it; None where there is none."""
         return "".join(self._reasoning).strip() or None
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """The tokens that the reasoning took so far, with its marks."""
+        return self._tokens
 
     def take_reasoning(self) -> str:
         """Return the reasoning since the last call, without white space around the whole.
@@ -235,6 +242,11 @@ class ReasoningReader:
         return self._part == "text" and not self._thinking.is_inside
 
     @property
+    def _is_thought(self) -> bool:
+        """True while what comes is reasoning."""
+        return self._part == "reasoning" or self._thinking.is_inside
+
+    @property
     def openings(self) -> list[tuple[int, ...]]:
         """Token ids that would begin reasoning, or another message, in place of text."""
         if not self.in_text:
@@ -246,6 +258,22 @@ class ReasoningReader:
 
     def push(self, token: int) -> str:
         """Add a token, and return the text of the answer that is now certain."""
+        was_thought = self._is_thought
+        piece = self._read(token)
+        self._undecided += 1
+        self._count(was_thought and self._part != "header")
+        return piece
+
+    def flush(self) -> str:
+        """Return the text of the answer held back."""
+        piece = self._route(self._detokenizer.flush())
+        reasoning, text = self._thinking.flush()
+        self._reasoning.append(reasoning)
+        self._count()
+        return piece + text
+
+    def _read(self, token: int) -> str:
+        """Return the text of the answer that is certain with a token."""
         if (control := self._markup.controls.get(token)) is not None:
             piece = self._route(self._detokenizer.flush())
             self._begin(control)
@@ -254,12 +282,18 @@ class ReasoningReader:
             return self._route(self._detokenizer.flush() + self._markup.tag_tokens[token])
         return self._route(self._detokenizer.push(token))
 
-    def flush(self) -> str:
-        """Return the text of the answer held back."""
-        piece = self._route(self._detokenizer.flush())
-        reasoning, text = self._thinking.flush()
-        self._reasoning.append(reasoning)
-        return piece + text
+    def _count(self, ended: bool = False) -> None:
+        """Count the tokens read as reasoning or not, where that is known.
+
+        Args:
+            ended: True if the last one ended the reasoning.
+        """
+        if ended or self._is_thought:
+            self._tokens += self._undecided
+        elif self._part == "header" or (self._part == "text" and self._thinking.looks_for_tags):
+            # A header names its channel at the end, and an opening tag may take several tokens.
+            return
+        self._undecided = 0
 
     def follow(self, tokens: list[int]) -> None:
         """Read the control tokens at the end of a prompt, which the answer continues."""
@@ -270,6 +304,7 @@ class ReasoningReader:
         if self._part == "header" and self._channel is None:
             self._part = "text"
         self._reasoning, self._has_text, self._separator = [], False, ""
+        self._tokens = self._undecided = 0
 
     def _begin(self, control: str) -> None:
         """Begin another part at a control token."""

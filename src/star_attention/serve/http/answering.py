@@ -103,6 +103,9 @@ class Answering:
         return Usage(
             prompt=sum(count.prompt for count in self._counts),
             answer=sum(choice.tokens for choice in self._choices),
+            reasoning=sum(
+                choice.result.reasoning_tokens for choice in self._choices if choice.result
+            ),
             cached=sum(count.cached + count.said for count in self._counts),
             written=sum(count.context for count in self._counts if count.kept and not count.cached),
         )

@@ -27,12 +27,14 @@ class Usage:
     Attributes:
         prompt: of the prompt.
         answer: of all answers.
+        reasoning: of these, those that the model's reasoning took, once an answer has ended.
         cached: of the prompt, that were encoded before.
         written: of the prompt, that were encoded for this request and are kept.
     """
 
     prompt: int
     answer: int
+    reasoning: int = 0
     cached: int = 0
     written: int = 0
 
@@ -48,7 +50,7 @@ class Usage:
                 "audio_tokens": 0,
             },
             "completion_tokens_details": {
-                "reasoning_tokens": 0,
+                "reasoning_tokens": self.reasoning,
                 "audio_tokens": 0,
                 "accepted_prediction_tokens": 0,
                 "rejected_prediction_tokens": 0,

@@ -224,6 +224,6 @@ def _usage(usage: Usage) -> dict[str, Any]:
             "cache_write_tokens": usage.written,
         },
         "output_tokens": usage.answer,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
         "total_tokens": usage.prompt + usage.answer,
     }
