@@ -103,9 +103,8 @@ class Prepared:
         if not self.contexts:
             return
         own, ids_L = self.contexts[0], context.token_ids
-        held_ids = ContextInput.of(context).held_ids
         is_same = own.ids_L is ids_L or torch.equal(own.ids_L, ids_L)
-        if not is_same or own.held_ids != held_ids:
+        if not is_same or own.held_ids != ContextInput.of(context).held_ids:
             raise InvalidInputError(
                 f"the query was prepared for another context of {len(own.ids_L):,} tokens, got one"
                 f" of {len(ids_L):,}; encode the prepared one, or give the query itself"
@@ -196,6 +195,7 @@ def _prepare_one(
     runtime.warn_of_small_blocks(len(ids_L))
     prompts: list[list[int]] = []
     if settings is not None:
+        settings.reading_calls(source.chat, runtime.tokenizer, runtime.handle.vocab_size)
         settings.check_method(runtime.method)
         settings.check_windows(runtime.handle.windows, len(ids_L), runtime.config.kv_windows)
         prompts = query_prompts(runtime, source, queries, settings, warn=warn)
@@ -214,8 +214,7 @@ def _context_input(
     opened: chat.ChatContext | None = None
     ids: Any = content
     end: ContextEnd | None = None
-    if not chat.is_messages(content):
-        check_unused("context", template_kwargs)
+    check_unused("context", None if chat.is_messages(content) else template_kwargs)
     if chat.is_messages(content):
         opened = chat.open_context(runtime.tokenizer, list(content), template_kwargs)
         ids, end = _reader(runtime).chat_context(opened.rendered)

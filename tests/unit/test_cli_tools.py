@@ -57,6 +57,49 @@ def test_calls_are_printed(folder: Path) -> None:
     assert json.loads(asked.out)["tool_calls"] == [MADE]
 
 
+@pytest.mark.parametrize(
+    ("choice", "error"),
+    [
+        ("clock", "tool_choice 'clock' is none of the tools ['weather']"),
+        ("required", "tool_choice 'required' needs tools to choose from"),
+    ],
+)
+def test_a_choice_that_no_answer_can_follow(folder: Path, choice: str, error: str) -> None:
+    """Refused before anything is encoded, and before the first question of a chat."""
+    tools = ["--tools", folder / "tools.json"] if choice == "clock" else []
+    book, model = folder / "book.txt", ["-m", folder / "model", "--block-size", "256"]
+    chosen = ["--tool-choice", choice]
+    assert error in failed("generate", *model, book, "--chat", *tools, *ASK, *chosen)
+    assert error in failed("chat", *model, book, *tools, *chosen, stdin="Hi\n")
+    ok("encode", *model, book, "--chat", *tools, "-o", folder / "book.star")
+    for command in ("ask", "chat"):
+        query = ["--query-file", "-"] if command == "ask" else []
+        saved = [command, "-m", folder / "model", folder / "book.star", *query, *chosen]
+        assert error in failed(*saved, stdin="Hi\n")
+
+
+def test_a_call_that_has_to_be_made(folder: Path) -> None:
+    pytest.importorskip("xgrammar")
+    mode = {"type": "string", "enum": ["a"]}
+    parameters = {"type": "object", "properties": {"mode": mode}, "required": ["mode"]}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name in ("weather", "clock")
+    ]
+    (folder / "tools.json").write_text(json.dumps(tools), encoding="utf-8")
+    book = [folder / "book.txt", "--chat", "--tools", folder / "tools.json", "--save"]
+    model = ["-m", folder / "model", "--block-size", "256"]
+    ask = ["--query", "How is it?", "--max-new-tokens", "200", "--tool-choice", "clock", "--json"]
+    made = [{"name": "clock", "arguments": {"mode": "a"}}]
+    done = ok("generate", *model, *book, folder / "book.star", *ask)
+    assert json.loads(done.out)["tool_calls"] == made
+    asked = ok("ask", "-m", folder / "model", folder / "book.star", *ask)
+    assert json.loads(asked.out)["tool_calls"] == made
+    none = [*ask[:-2], "none", "--json", "--max-new-tokens", "4"]
+    quiet = ok("ask", "-m", folder / "model", folder / "book.star", *none)
+    assert json.loads(quiet.out)["tool_calls"] is None
+
+
 def test_tools_may_come_by_a_pipe(folder: Path) -> None:
     """As with `--tools <(command)` in a shell: what is read once is gone."""
     pipe = folder / "pipe"

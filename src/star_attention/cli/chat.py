@@ -64,7 +64,7 @@ def chat(
 
     Example: star-attention chat book.star
     """
-    from star_attention.cli.chat_options import check_chat, template_kwargs
+    from star_attention.cli.chat_options import check_chat, check_choice, template_kwargs
     from star_attention.cli.talk import Talk
     from star_attention.storage.header import is_saved
 
@@ -78,6 +78,8 @@ def chat(
             kwargs["chat_template_kwargs"] = template_kwargs(context.chat_template_kwargs)
         star, encoded, conversation = _load(model, files[0], context, status)
         star.check_settings(**kwargs)
+        stored = (encoded.chat or {}).get("template_kwargs")
+        check_choice(star, kwargs, stored, kwargs.get("chat_template_kwargs"))
     else:
         star, encoded = _encode(files, model, context, kwargs, status)
     talk = Talk(star, encoded, answer, kwargs, status, show_encode_time=conversation is None)
@@ -107,6 +109,7 @@ def _encode(
     status: Status,
 ) -> tuple[StarLLM, EncodedContext]:
     from star_attention.cli import session
+    from star_attention.cli.chat_options import check_choice, context_kwargs
     from star_attention.cli.inputs import STDIN, read_context
 
     name = model.model or os.environ.get(MODEL_VARIABLE, "")
@@ -129,6 +132,7 @@ def _encode(
         _check_without_template(context)
         status.say("this model has no chat template: questions and answers continue the text")
         context = replace(context, chat=False)
+    check_choice(star, kwargs, context_kwargs(context))
     return star, session.encode_text(star, text, status, context)
 
 

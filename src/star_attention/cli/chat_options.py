@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from star_attention.cli.inputs import STDIN, check_utf8
 from star_attention.cli.options import ContextOptions
 from star_attention.cli.torchrun import is_rank_0
 from star_attention.errors import InvalidInputError, TokenError, quote
+
+if TYPE_CHECKING:
+    from star_attention.engine import StarLLM
 
 
 def messages(text: str, context: ContextOptions) -> list[dict[str, Any]]:
@@ -64,6 +67,23 @@ def context_kwargs(context: ContextOptions) -> dict[str, Any] | None:
             f" {quote(tools)}"
         )
     return {**(kwargs or {}), "tools": tools}
+
+
+def check_choice(star: StarLLM, kwargs: dict[str, Any], *known: dict[str, Any] | None) -> None:
+    """Refuse a `--tool-choice` that no answer can follow, before there is any question. Collective.
+
+    Args:
+        star: The engine.
+        kwargs: Keyword arguments of `StarLLM.generate`.
+        known: What the chat template reads beside messages; later ones override.
+
+    Raises:
+        InvalidInputError: There are no tools, none of this name, or none that can be called.
+    """
+    if "tool_choice" in kwargs:
+        read = {name: value for each in known for name, value in (each or {}).items()}
+        tools = star.from_rank_0(read.get("tools") or [])
+        star.check_settings(tools=tools, tool_choice=kwargs["tool_choice"])
 
 
 def template_kwargs(text: str | None) -> dict[str, Any] | None:

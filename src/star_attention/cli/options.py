@@ -294,6 +294,17 @@ class ReplyOptions:
             metavar="FILE",
         ),
     ] = None
+    tool_choice: Annotated[
+        str | None,
+        option(
+            "Which of the tools answers call: auto (any or none), none, required (one of them), or"
+            " the name of one. A call that has to be made needs the extra `json`.",
+            "--tool-choice",
+            panel="Answer",
+            metavar="CHOICE",
+            show_default="auto",
+        ),
+    ] = None
     json: Json = False
     no_stream: Annotated[
         bool, option("Print each answer only when it is complete.", "--no-stream", panel="Output")
@@ -339,6 +350,7 @@ class ReplyOptions:
             repetition_penalty=self.repetition_penalty,
             logprobs=self.logprobs,
             json_schema=self._schema(),
+            tool_choice=self.tool_choice,
         )
 
     def _schema(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from star_attention.errors import (
     first_line,
     quote,
 )
+from star_attention.hf.text.checks import whole_characters
+from star_attention.hf.text.tool_reader import is_forced
 
 DEFAULT_SOURCES = 3
 """Sources of an answer, where no number is given."""
@@ -195,6 +197,7 @@ def _check_names(generation_kwargs: dict[str, Any]) -> None:
                     "ignore_eos",
                     "chat_template_kwargs",
                     "tools",
+                    "tool_choice",
                 },
                 instead=_INSTEAD,
                 otherwise="it takes those of transformers' GenerationConfig",
@@ -229,3 +232,71 @@ def translate_generation_errors() -> Iterator[None]:
 
 def as_set(ids: int | list[int] | None) -> set[int]:
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    """Return checked stop strings.
+
+    Raises:
+        InvalidInputError: a value other than a str or a list of non-empty str.
+    """
+    if not isinstance(stop, (str, list, tuple, type(None))):
+        raise InvalidInputError(
+            f"stop {quote(stop)}: expected a str or a list of str, got {type(stop).__name__}"
+        )
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    for string in stops:
+        if not isinstance(string, str) or not string:
+            raise InvalidInputError(
+                f"stop string {quote(string)} is empty or not a str; give at least one character"
+            )
+    return [whole_characters(string, "the stop string") for string in stops]
+
+
+def stops_of_model(model: Any, tokenizer: Any) -> list[str]:
+    """Return the stop strings of a model's own settings.
+
+    Raises:
+        InvalidInputError: they cannot work.
+    """
+    try:
+        stops = stop_strings(getattr(model.generation_config, "stop_strings", None))
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"the model's generation_config has stop_strings that cannot work ({error}); give"
+            " stop=[] to do without, or set model.generation_config.stop_strings"
+        ) from error
+    if stops and tokenizer is None:
+        warnings.warn(
+            f"the model's generation_config sets stop_strings {stops}, which have no effect"
+            " without a tokenizer; give one to StarLLM, or stop=[] to do without",
+            stacklevel=2,
+        )
+        return []
+    return stops
+
+
+def check_choice(choice: Any, *, json_schema: Any, skip_special_tokens: bool) -> None:
+    """Raise `InvalidInputError` for a `tool_choice` that cannot work with other arguments.
+
+    Args:
+        choice: the choice of tools.
+        json_schema, skip_special_tokens: the other arguments.
+    """
+    if not isinstance(choice, (str, type(None))):
+        raise InvalidInputError(
+            f'tool_choice {quote(choice)}: expected "auto", "none", "required" or the name of a'
+            f" tool, got {type(choice).__name__}"
+        )
+    if not is_forced(choice):
+        return
+    if json_schema is not None:
+        raise InvalidInputError(
+            f"tool_choice {quote(choice)} makes the answer the call of a tool, and json_schema"
+            " something else; leave one of them out"
+        )
+    if not skip_special_tokens:
+        raise InvalidInputError(
+            f"tool_choice {quote(choice)} does not work with skip_special_tokens=False, which keeps"
+            " reasoning in the text; leave it out"
+        )

@@ -18,7 +18,7 @@ from transformers import LogitsProcessor
 
 from star_attention.errors import InvalidInputError, MissingPackageError, first_line
 from star_attention.hf.text.answer import Reader
-from star_attention.hf.text.call_grammar import TagGrammar
+from star_attention.hf.text.call_grammar import CallSchema, TagGrammar
 from star_attention.hf.text.reasoning import ReasoningReader
 
 _BITS = [
@@ -30,6 +30,8 @@ _CACHE_BYTES = 64 * 2**20
 _PLACE = re.compile(r"^\[[\d:]+\] \S+: ")
 """The time and the place in xgrammar's own code, before its messages."""
 
+_SCHEMA_REMEDY = "give a JSON schema as a dict, or a pydantic model"
+
 
 def compile_schema(
     schema: dict[str, Any] | type, tokenizer: Any, vocab_size: int, eos_ids: set[int]
@@ -39,7 +41,7 @@ def compile_schema(
     Its JSON is on a single line: white space without end would be JSON, too.
 
     Args:
-        schema: a JSON schema, a pydantic model, or the grammar of a call of a tool.
+        schema: a JSON schema, a pydantic model, or what a call of a tool follows.
         tokenizer: a transformers tokenizer.
         vocab_size: the model's number of token ids.
         eos_ids: token ids that end an answer.
@@ -50,9 +52,11 @@ def compile_schema(
     """
     if tokenizer is None:
         raise InvalidInputError("json_schema needs a tokenizer; give one to StarLLM")
+    is_call = isinstance(schema, (CallSchema, TagGrammar))
     if not eos_ids:
+        name = "tool_choice" if is_call else "json_schema"
         raise InvalidInputError(
-            "json_schema needs an end-of-sequence token, which this model's settings do not name or"
+            f"{name} needs an end-of-sequence token, which this model's settings do not name or"
             " ignore_eos ignores; give eos_token_id, and leave ignore_eos out"
         )
     # A grammar that was compiled for a copy of the tokenizer, in another thread, is not again.
@@ -63,10 +67,10 @@ def compile_schema(
         return compiler.compile_json_schema(_as_text(schema), any_whitespace=False)
     except Exception as error:
         # The library raises RuntimeError and several others of its own.
-        raise InvalidInputError(
-            f"json_schema cannot be followed: {_PLACE.sub('', first_line(error))}; give a JSON"
-            " schema as a dict, or a pydantic model"
-        ) from error
+        what = "the tools' parameters" if is_call else "json_schema"
+        remedy = "change them, or call no tool by force" if is_call else _SCHEMA_REMEDY
+        reason = _PLACE.sub("", first_line(error))
+        raise InvalidInputError(f"{what} cannot be followed: {reason}; {remedy}") from error
 
 
 def _as_text(schema: Any) -> str:
@@ -82,7 +86,7 @@ def _xgrammar() -> Any:
         return importlib.import_module("xgrammar")
     except ImportError as error:
         raise MissingPackageError(
-            "xgrammar, which json_schema needs, is not installed;"
+            "xgrammar, which json_schema and tools that have to be called need, is not installed;"
             ' run: pip install "star-attention[json]"'
         ) from error
 

@@ -19,7 +19,6 @@ from star_attention.hf.execution import slices
 from star_attention.hf.execution.request import Request
 from star_attention.hf.text.answer import Reading
 from star_attention.hf.text.tokens import is_several
-from star_attention.hf.text.tool_reader import ToolReader
 from star_attention.inputs import ContextInput, Prepared
 from star_attention.planning.sizes import counted
 from star_attention.runtime import Runtime
@@ -46,7 +45,8 @@ def prepared(
         runtime.check_context(context)
     prepared = _prepared(runtime, context, query, options, turns)
     assert prepared.settings is not None, "rank 0 prepares"
-    settings = _reading_calls(prepared.settings, runtime.tokenizer, context.chat)
+    vocab_size = runtime.handle.vocab_size
+    settings = prepared.settings.reading_calls(context.chat, runtime.tokenizer, vocab_size)
     prepared = replace(prepared, settings=settings)
     settings.check_method(methods.get(context.method))
     settings.check_windows(runtime.handle.windows, len(context), context.kv.kv_format.windows)
@@ -84,16 +84,6 @@ def _prepared(
         several_queries=is_several(query),
         queries=queries,
     )
-
-
-def _reading_calls(
-    settings: ResolvedSettings, tokenizer: Any, chat: dict[str, Any] | None
-) -> ResolvedSettings:
-    """Return settings that find the calls of tools in answers, where the prompt has tools."""
-    if chat is None:
-        return settings
-    kwargs = chat.get("template_kwargs", {}) | (settings.chat_template_kwargs or {})
-    return replace(settings, tool_reader=ToolReader.of(tokenizer, kwargs.get("tools")))
 
 
 def for_answers(

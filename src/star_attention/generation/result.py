@@ -252,8 +252,10 @@ def called(settings: ResolvedSettings, answer: AnswerText) -> dict[str, Any]:
     if reader is None:
         return {}
     has_reasoning = answer.reasoning is not None
-    calls = reader.calls(answer.token_ids, has_reasoning=has_reasoning, answer_prefix=prefix)
-    said = reader.holder().push(prefix + answer.text)[len(prefix) :] if calls else answer.text
+    calls = reader.calls(
+        answer.text, answer.token_ids, has_reasoning=has_reasoning, answer_prefix=prefix
+    )
+    said = reader.said(answer.text, prefix) if calls else answer.text
     return {"tool_calls": calls, "content": said}
 
 

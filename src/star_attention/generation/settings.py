@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
@@ -14,9 +13,12 @@ from star_attention.config import MAX_NEW_TOKENS, check_max_new_tokens
 from star_attention.errors import InvalidInputError, quote
 from star_attention.generation.arguments import (
     as_set,
+    check_choice,
     looking_back,
     most_sources,
     resolve_generation_kwargs,
+    stop_strings,
+    stops_of_model,
     warn_of_penalties,
 )
 from star_attention.generation.json_answers import compile_schema
@@ -24,9 +26,8 @@ from star_attention.hf import generation_config
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.text.answer import TextSettings
-from star_attention.hf.text.checks import whole_characters
 from star_attention.hf.text.endings import turn_end_ids, warn_of_unseen_stops
-from star_attention.hf.text.tool_reader import ToolReader, check_tools
+from star_attention.hf.text.tool_reader import ToolReader, check_tools, is_forced
 from star_attention.methods import Method
 from star_attention.phase2 import OWN_LOOP_MODES
 from star_attention.planning.second_look import check_keeps, check_share
@@ -53,6 +54,7 @@ class GenerateOptions(TypedDict, total=False):
     keep: bool
     chat_template_kwargs: dict[str, Any] | None
     tools: Sequence[Any] | None
+    tool_choice: str | None
     logits_processor: LogitsProcessorList | None
     stopping_criteria: StoppingCriteriaList | None
     do_sample: bool | None
@@ -114,6 +116,9 @@ class GenerationSettings:
         tools: in a chat, what the model may call: functions with types and docstrings, or dicts in
             OpenAI's form; those that the context was encoded with (`chat_template_kwargs`), where
             the chat template writes tools before it (`Generation.tool_calls`).
+        tool_choice: "auto" leaves it to the model; "required", or the name of a tool, makes the
+            answer one call (the extra `json`; greedy search and sampling); "none" leaves `tools`
+            out of the prompt, and looks for no calls.
         logits_processor, stopping_criteria: transformers' lists.
         generation_kwargs: arguments of transformers' `GenerationConfig`.
     """
@@ -132,6 +137,7 @@ class GenerationSettings:
     keep: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Sequence[Any] | None = None
+    tool_choice: str | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -145,6 +151,11 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_max_new_tokens(self.max_new_tokens)
+        check_choice(
+            self.tool_choice,
+            json_schema=self.json_schema,
+            skip_special_tokens=self.skip_special_tokens,
+        )
         check_share(self.second_look)
         most_sources(self.sources)
         seed = self.seed
@@ -185,6 +196,7 @@ class GenerationSettings:
         generation_config.check(self.generation_kwargs, self.max_new_tokens, handle.vocab_size)
         if self.tools is not None:
             check_tools(tokenizer, self.tools, self.chat_template_kwargs)
+            ToolReader.of(tokenizer, self.tools, self.tool_choice)
         turn_ends = turn_end_ids(tokenizer) if chat else set()
         config, generation_kwargs = resolve_generation_kwargs(
             handle.model,
@@ -199,7 +211,8 @@ class GenerationSettings:
         stops = stop_strings(self.stop)
         if stops and tokenizer is None:
             raise InvalidInputError("a stop string needs a tokenizer; give one to StarLLM")
-        stops += self._stops_of(handle.model, tokenizer)
+        if not self.ignore_eos and self.stop != []:
+            stops += stops_of_model(handle.model, tokenizer)
         if stops and self.skip_special_tokens:
             warn_of_unseen_stops(tokenizer, stops)
         grammar = None
@@ -215,26 +228,6 @@ class GenerationSettings:
             uses_own_loop=uses_own_loop,
             grammar=grammar,
         )
-
-    def _stops_of(self, model: Any, tokenizer: Any) -> list[str]:
-        """Return the stop strings of the model's own settings, unless the call turns them off."""
-        if self.ignore_eos or self.stop == []:
-            return []
-        try:
-            stops = stop_strings(getattr(model.generation_config, "stop_strings", None))
-        except InvalidInputError as error:
-            raise InvalidInputError(
-                f"the model's generation_config has stop_strings that cannot work ({error}); give"
-                " stop=[] to do without, or set model.generation_config.stop_strings"
-            ) from error
-        if stops and tokenizer is None:
-            warnings.warn(
-                f"the model's generation_config sets stop_strings {stops}, which have no effect"
-                " without a tokenizer; give one to StarLLM, or stop=[] to do without",
-                stacklevel=2,
-            )
-            return []
-        return stops
 
     def _check_combinations(
         self, handle: ModelHandle, config: GenerationConfig, uses_own_loop: bool
@@ -258,9 +251,12 @@ class GenerationSettings:
                 "guidance_scale needs extra forwards, which the other tensor-parallel ranks do not"
                 " follow; leave it out, or use tensor_parallel 1"
             )
-        if self.json_schema is not None and (not uses_own_loop or config.min_new_tokens):
+        is_call = is_forced(self.tool_choice)
+        has_grammar = is_call or self.json_schema is not None
+        if has_grammar and (not uses_own_loop or config.min_new_tokens):
+            name = f"tool_choice {quote(self.tool_choice)}" if is_call else "json_schema"
             raise InvalidInputError(
-                "json_schema works with greedy search and sampling, and decides the length itself;"
+                f"{name} works with greedy search and sampling, and decides the length itself;"
                 " leave out beams, prompt lookup and min_new_tokens"
             )
         for name, wanted in (
@@ -289,8 +285,8 @@ class ResolvedSettings:
         generation_kwargs: arguments for transformers' `generate`; they override the model's
             defaults.
         uses_own_loop: True if phase 2 runs our decoding loop, False if it runs transformers' own.
-        grammar: the compiled `json_schema`, or None.
-        tool_reader: finds the calls of tools in answers; None where the prompt has no tools.
+        grammar: the compiled `json_schema`, or the call that has to be made; None for neither.
+        tool_reader: finds the calls of tools in answers; None where none are looked for.
     """
 
     arguments: GenerationSettings
@@ -338,7 +334,10 @@ class ResolvedSettings:
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any] | None:
+        """What the chat template reads for a query, with its tools if they may be called."""
         kwargs, tools = self.arguments.chat_template_kwargs, self.arguments.tools
+        if self.arguments.tool_choice == "none":
+            return kwargs and {name: value for name, value in kwargs.items() if name != "tools"}
         return kwargs if tools is None else {**(kwargs or {}), "tools": list(tools)}
 
     @property
@@ -354,6 +353,27 @@ class ResolvedSettings:
         kwargs = self.generation_kwargs | {"num_return_sequences": 1}
         return replace(self, config=config, generation_kwargs=kwargs)
 
+    def reading_calls(
+        self, chat: dict[str, Any] | None, tokenizer: Any, vocab_size: int
+    ) -> ResolvedSettings:
+        """Return settings that find the calls of tools in answers, and force one if it has to be.
+
+        Args:
+            chat: the chat of the context; None for raw text and token ids.
+            tokenizer: the model's, or None.
+            vocab_size: the model's number of token ids.
+
+        Raises:
+            InvalidInputError: a call has to be made, and cannot.
+        """
+        own = self.chat_template_kwargs if chat is not None else None
+        tools = ((chat or {}).get("template_kwargs", {}) | (own or {})).get("tools")
+        reader = ToolReader.of(tokenizer, tools, self.arguments.tool_choice)
+        if reader is None or reader.grammar is None:
+            return replace(self, tool_reader=reader)
+        grammar = compile_schema(reader.grammar, tokenizer, vocab_size, self.eos_ids)
+        return replace(self, tool_reader=reader, grammar=grammar)
+
     @property
     def text(self) -> TextSettings:
         """How answers become text."""
@@ -368,22 +388,3 @@ class ResolvedSettings:
     def eos_ids(self) -> set[int]:
         """Ids of end-of-sequence tokens."""
         return as_set(self.config.eos_token_id)
-
-
-def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
-    """Return checked stop strings.
-
-    Raises:
-        InvalidInputError: a value other than a str or a list of non-empty str.
-    """
-    if not isinstance(stop, (str, list, tuple, type(None))):
-        raise InvalidInputError(
-            f"stop {quote(stop)}: expected a str or a list of str, got {type(stop).__name__}"
-        )
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
-    for string in stops:
-        if not isinstance(string, str) or not string:
-            raise InvalidInputError(
-                f"stop string {quote(string)} is empty or not a str; give at least one character"
-            )
-    return [whole_characters(string, "the stop string") for string in stops]

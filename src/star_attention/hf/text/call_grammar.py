@@ -12,7 +12,15 @@ Format = dict[str, Any]
 """A format of xgrammar's structural tags."""
 
 
-def call_schema(functions: list[dict[str, Any]]) -> dict[str, Any]:
+class CallSchema(dict[str, Any]):
+    """A JSON schema of calls of tools."""
+
+
+class TagGrammar(dict[str, Any]):
+    """A structural tag of xgrammar's, where a JSON schema may stand."""
+
+
+def call_schema(functions: list[dict[str, Any]]) -> CallSchema:
     """Return the JSON schema of one call of one of several functions.
 
     Args:
@@ -34,7 +42,7 @@ def call_schema(functions: list[dict[str, Any]]) -> dict[str, Any]:
                 "additionalProperties": False,
             }
         )
-    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": shared}
+    return CallSchema({**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": shared})
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -48,10 +56,6 @@ def _moved(schema: Any, place: str) -> Any:
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = f"#/$defs/{place}{reference[1:]}"
     return moved
-
-
-class TagGrammar(dict[str, Any]):
-    """A structural tag of xgrammar's, where a JSON schema may stand."""
 
 
 def call_grammar(form: ArgumentForm, functions: Iterable[dict[str, Any]]) -> TagGrammar:

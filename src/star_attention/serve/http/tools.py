@@ -11,11 +11,9 @@ from typing import Any
 from star_attention.engine import StarLLM
 from star_attention.errors import quote
 from star_attention.generation.result import Generation, TokenLogprob
-from star_attention.hf.text.argument_calls import ArgumentForm
 from star_attention.hf.text.call_forms import Form, call_form
-from star_attention.hf.text.call_grammar import call_grammar, call_schema
 from star_attention.hf.text.calls import CallHolder, ToolCall
-from star_attention.hf.text.tool_reader import ToolReader, schemas
+from star_attention.hf.text.tool_reader import CHOICES, ToolReader, forced_of, functions_of, schemas
 from star_attention.serve.http.body import Body, wrong_type
 from star_attention.serve.http.problems import bad_request, not_supported
 
@@ -42,14 +40,6 @@ class Tools:
     def names(self) -> list[str]:
         """The names of the tools."""
         return [tool["function"]["name"] for tool in self.given]
-
-    @property
-    def forced(self) -> list[dict[str, Any]]:
-        """The functions of which one has to be called; none where none has to."""
-        functions = [tool["function"] for tool in self.given]
-        if self.choice in ("auto", "required"):
-            return functions if self.choice == "required" else []
-        return [each for each in functions if each["name"] == self.choice]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,24 +120,14 @@ class CallReader:
 
     def __init__(self, tools: Tools, form: Form) -> None:
         self._tools, self._form = tools, form
-        self._is_json = bool(tools.forced) and not isinstance(form, ArgumentForm)
 
     @property
     def grammar(self) -> dict[str, Any] | None:
-        """What an answer that has to be a call follows; None where none has to be one.
-
-        Arguments in tags are forced as the template writes them, other calls as JSON.
-        """
-        forced = self._tools.forced
-        if forced and isinstance(self._form, ArgumentForm):
-            return call_grammar(self._form, forced)
-        return call_schema(forced) if forced else None
+        """What an answer that has to be a call follows; None where none has to be one."""
+        return self._reader(None).grammar
 
     def holder(self) -> CallHolder:
         """Return what holds calls back from the text of an answer."""
-        if self._is_json:
-            # Nothing but a call comes.
-            return CallHolder(["{"], starts=True)
         return self._reader(None).holder()
 
     def calls(self, star: StarLLM, result: Generation) -> tuple[Call, ...]:
@@ -157,18 +137,20 @@ class CallReader:
             star: an engine whose tokenizer may be used.
             result: the answer.
         """
-        if self._is_json:
-            found = _forced(result.text)
-        else:
-            has_reasoning = result.reasoning is not None
-            found = self._reader(star.tokenizer).calls(
-                result.token_ids, has_reasoning=has_reasoning
-            )
+        has_reasoning = result.reasoning is not None
+        found = self._reader(star.tokenizer).calls(
+            result.text, result.token_ids, has_reasoning=has_reasoning
+        )
         return tuple(map(Call.of, found[:1] if self._tools.is_single else found))
 
     def _reader(self, tokenizer: Any) -> ToolReader:
-        given = schemas(self._tools.given)
-        return ToolReader(form=self._form, schemas=given, tokenizer=tokenizer)
+        functions = functions_of(self._tools.given)
+        return ToolReader(
+            form=self._form,
+            schemas=schemas(functions),
+            tokenizer=tokenizer,
+            forced=forced_of(self._tools.choice, functions),
+        )
 
 
 def read_tools(body: Body) -> Tools | None:
@@ -239,7 +221,7 @@ def _tool(tool: Any, name: str) -> dict[str, Any]:
 
 def _choice(body: Body, names: Collection[str]) -> str:
     choice = body.take("tool_choice", "auto")
-    if choice in ("none", "auto", "required"):
+    if choice in CHOICES:
         return str(choice)
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -250,12 +232,3 @@ def _choice(body: Body, names: Collection[str]) -> str:
             "tool_choice",
         )
     return str(name)
-
-
-def _forced(text: str) -> tuple[ToolCall, ...]:
-    """Return the call that a text is; none if it was cut."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return ()
-    return (ToolCall(name=value["name"], arguments=value["arguments"]),)
