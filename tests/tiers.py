@@ -15,7 +15,7 @@ def in_turn(share: int, *axes: Sequence[Any]) -> list[Any]:
     The quick ones take turns: each value of an axis meets every `share`-th value of another.
 
     Args:
-        share: how many cases make one quick case.
+        share: how many cases make one quick case; 0 for none.
         axes: values of one parameter, or tuples of those of several.
     """
     cases = []
@@ -24,5 +24,6 @@ def in_turn(share: int, *axes: Sequence[Any]) -> list[Any]:
         for axis, number in zip(axes, numbers, strict=True):
             value = axis[number]
             values += value if isinstance(value, tuple) else (value,)
-        cases.append(pytest.param(*values, marks=pytest.mark.slow if sum(numbers) % share else ()))
+        is_quick = share and sum(numbers) % share == 0
+        cases.append(pytest.param(*values, marks=() if is_quick else pytest.mark.slow))
     return cases
