@@ -23,11 +23,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
 }
-"""Activations of the gate that the kernel knows."""
+"""Activations of the gate that the kernels know."""
 
 
 @triton.jit
-def _activate(x, KIND: tl.constexpr):
+def activate(x, KIND: tl.constexpr):
     if KIND == "silu":
         return x * tl.sigmoid(x)
     elif KIND == "gelu":
@@ -57,7 +57,7 @@ def _up(
         x_K = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         gate_K += x_K * tl.load(gate_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         up_K += x_K * tl.load(gate_ptr + W * K + k, mask=k < K, other=0.0).to(tl.float32)
-    tl.store(out_ptr + pair * W + w, _activate(tl.sum(gate_K, 0), KIND) * tl.sum(up_K, 0))
+    tl.store(out_ptr + pair * W + w, activate(tl.sum(gate_K, 0), KIND) * tl.sum(up_K, 0))
 
 
 @triton.jit

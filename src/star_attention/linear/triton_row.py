@@ -34,12 +34,12 @@ _FEW = 4096
 
 @triton.jit
 def _sums(
-    n, x_ptr, w_ptr, K, stride,
+    at_N, x_ptr, w_ptr, K,
     BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of rows `n`."""
+    """Return the sums of rows, each `at_N` elements after `w_ptr`."""
     k = tl.arange(0, BLOCK_K)
-    w_ptrs = w_ptr + n.to(tl.int64)[:, None] * stride + k[None, :]
+    w_ptrs = w_ptr + at_N[:, None] + k[None, :]
     # Weights do not depend on the kernel before: the first ones are read while it ends.
     w_NK = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=(k < K)[None, :], other=0.0)
     triton_pdl.begin(PDL)
@@ -58,94 +58,65 @@ def _sums(
 
 
 @triton.jit
+def products(
+    n, second, stride, x_ptr, w_ptr, K,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Return the products of `x` and rows `n`, each `second` elements later."""
+    if AHEAD:
+        at_N = n.to(tl.int64) * (stride // 4) + second // 4
+        return triton_row_fp8.sums(at_N, x_ptr, w_ptr, K, BLOCK_K, AHEAD, PDL)
+    else:
+        at_N = n.to(tl.int64) * stride + second
+        return _sums(at_N, x_ptr, w_ptr, K, BLOCK_K, EVEN, PDL)
+
+
+@triton.jit
 def _row(
-    tile, x_ptr, w_ptr, bias_ptr, scale_ptr, out_ptr, N, K, stride,
+    tile, x_ptr, w_ptr, bias_ptr, scale_ptr, out_ptr, N, K, stride, add_ptr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Rows beyond the last one are the last one again.
     n = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1)
-    if AHEAD:
-        out_N = triton_row_fp8.sums(n, x_ptr, w_ptr, K, stride, ROWS, BLOCK_K, AHEAD, PDL)
-    else:
-        out_N = _sums(n, x_ptr, w_ptr, K, stride, BLOCK_K, EVEN, PDL)
+    out_N = products(n, 0, stride, x_ptr, w_ptr, K, BLOCK_K, EVEN, AHEAD, PDL)
     if SCALE:
         out_N *= tl.load(scale_ptr + n)
     if BIAS:
         out_N += tl.load(bias_ptr + n).to(tl.float32)
+    if ADD:
+        out_N += tl.load(add_ptr + n).to(tl.float32)
     tl.store(out_ptr + n, out_N)
 
 
 @triton.jit
 def _rows(
-    x_ptr, K,
+    x_ptr, K, add_ptr,
     w0_ptr, bias0_ptr, scale0_ptr, out0_ptr, N0, stride0,
     w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, stride1,
     w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, stride2,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr,
     SCALE0: tl.constexpr, SCALE1: tl.constexpr, SCALE2: tl.constexpr,
-    PDL: tl.constexpr,
+    ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     tiles0, tiles1 = tl.cdiv(N0, ROWS), tl.cdiv(N1, ROWS)
     if tile < tiles0:
         _row(
-            tile,
-            x_ptr,
-            w0_ptr,
-            bias0_ptr,
-            scale0_ptr,
-            out0_ptr,
-            N0,
-            K,
-            stride0,
-            ROWS,
-            BLOCK_K,
-            EVEN,
-            AHEAD,
-            BIAS0,
-            SCALE0,
-            PDL,
-        )
+            tile, x_ptr, w0_ptr, bias0_ptr, scale0_ptr, out0_ptr, N0, K, stride0,
+            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, BIAS0, SCALE0, ADD, PDL,
+        )  # fmt: skip
     elif tile < tiles0 + tiles1:
         _row(
-            tile - tiles0,
-            x_ptr,
-            w1_ptr,
-            bias1_ptr,
-            scale1_ptr,
-            out1_ptr,
-            N1,
-            K,
-            stride1,
-            ROWS,
-            BLOCK_K,
-            EVEN,
-            AHEAD,
-            BIAS1,
-            SCALE1,
-            PDL,
-        )
+            tile - tiles0, x_ptr, w1_ptr, bias1_ptr, scale1_ptr, out1_ptr, N1, K, stride1,
+            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, BIAS1, SCALE1, False, PDL,
+        )  # fmt: skip
     else:
         _row(
-            tile - tiles0 - tiles1,
-            x_ptr,
-            w2_ptr,
-            bias2_ptr,
-            scale2_ptr,
-            out2_ptr,
-            N2,
-            K,
-            stride2,
-            ROWS,
-            BLOCK_K,
-            EVEN,
-            AHEAD,
-            BIAS2,
-            SCALE2,
-            PDL,
-        )
+            tile - tiles0 - tiles1, x_ptr, w2_ptr, bias2_ptr, scale2_ptr, out2_ptr, N2, K, stride2,
+            add_ptr, ROWS, BLOCK_K, EVEN, AHEAD, BIAS2, SCALE2, False, PDL,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("star_attention::linears", mutates_args=())
@@ -175,20 +146,9 @@ def linears(
     outs = [
         torch.empty(*x.shape[:-1], size, dtype=x.dtype, device=x.device) for size in parts[1::3]
     ]
-    # Views are made here: in a compiled layer they would be operations of their own.
-    products = [
-        Product(
-            weight[first : first + size, column : column + K],
-            None if bias is None else bias[first : first + size],
-            None if scale is None else scale[first : first + size],
-            out,
-        )
-        for weight, bias, scale, first, size, column, out in zip(
-            weights, biases, scales, parts[::3], parts[1::3], parts[2::3], outs, strict=True
-        )
-    ]
+    products = made_products(K, weights, biases, parts, scales, outs)
     if x.numel() == K:
-        _launch(x.contiguous(), products)
+        launch(x.contiguous(), products)
     elif triton_few.serves(x, products):
         triton_few.launch(x, products)
     else:
@@ -200,11 +160,40 @@ def linears(
     return outs
 
 
-def _launch(x: Tensor, products: list[Product]) -> None:
-    """Multiply a single row with up to three matrices."""
+def made_products(
+    K: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    parts: Sequence[int],
+    scales: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+) -> list[Product]:
+    """Return the products of `linears`."""
+    # Views are made here: in a compiled layer they would be operations of their own.
+    return [
+        Product(
+            weight[first : first + size, column : column + K],
+            None if bias is None else bias[first : first + size],
+            None if scale is None else scale[first : first + size],
+            out,
+        )
+        for weight, bias, scale, first, size, column, out in zip(
+            weights, biases, scales, parts[::3], parts[1::3], parts[2::3], outs, strict=True
+        )
+    ]
+
+
+def launch(x: Tensor, products: list[Product], residual: Tensor | None = None) -> None:
+    """Multiply a single row with up to three matrices.
+
+    Args:
+        x: the row, contiguous.
+        products: what it is multiplied with.
+        residual: what is added to the result of a single matrix, contiguous, or None.
+    """
     sizes = [each.weight.shape[0] for each in products]
-    rows, block_K, warps, ahead = _tile(x, [each.weight for each in products])
-    K = x.shape[-1]
+    tile = tile_of(x, [each.weight for each in products])
+    rows, K = tile["ROWS"], x.shape[-1]
     # Missing matrices are the first one again, which no program reaches: their size is 0.
     missing = MAX_MATRICES - len(products)
     products, sizes = products + products[:1] * missing, sizes + [0] * missing
@@ -218,19 +207,25 @@ def _launch(x: Tensor, products: list[Product]) -> None:
         for name, value in (("BIAS", each.bias), ("SCALE", each.scale))
     }
     _rows[(sum(-(-size // rows) for size in sizes),)](
-        x, K, *a, *b, *c, ROWS=rows, BLOCK_K=block_K, EVEN=K % block_K == 0,
-        AHEAD=ahead, num_warps=warps, **flags, **triton_pdl.options(x.device),
+        x, K, x if residual is None else residual, *a, *b, *c,
+        ADD=residual is not None, **tile, **flags, **triton_pdl.options(x.device),
     )  # fmt: skip
 
 
-def _tile(x: Tensor, weights: list[Tensor]) -> tuple[int, int, int, int]:
-    """Return a program's rows, columns and warps, and tiles of `triton_row_fp8` or 0 for others."""
-    rows = sum(weight.shape[0] for weight in weights)
-    if triton_row_fp8.serves(x, weights):
-        return triton_row_fp8.tile(rows)
+def tile_of(x: Tensor, weights: list[Tensor], least: int = 1) -> dict[str, Any]:
+    """Return the arguments that say what a program reads at once, `least` rows or more.
+
+    `AHEAD` is 0 where `triton_row_fp8` does not read the weights.
+    """
+    warps, ahead = 4, 0
+    N, K = sum(weight.shape[0] for weight in weights), x.shape[-1]
     nbytes = max(weight.itemsize for weight in weights)
-    tile = _TILE_OF_FEW if nbytes == 1 and rows <= _FEW else _TILES[nbytes]
-    return *tile, 4, 0
+    if triton_row_fp8.serves(x, weights):
+        rows, block_K, warps, ahead = triton_row_fp8.tile(N)
+    else:
+        rows, block_K = _TILE_OF_FEW if nbytes == 1 and N <= _FEW else _TILES[nbytes]
+    even = K % block_K == 0
+    return dict(ROWS=max(rows, least), BLOCK_K=block_K, EVEN=even, AHEAD=ahead, num_warps=warps)
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -90,17 +90,19 @@ def _added(sum_NQ, w_NQ, x_Q, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def sums(
-    n, x_ptr, w_ptr, K, stride,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    at_N, x_ptr, w_ptr, K,
+    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of rows `n`; K is a multiple of `BLOCK_K`, and at least `AHEAD` of them."""
+    """Return the sums of rows, each `at_N` words of four weights after `w_ptr`.
+
+    K is a multiple of `BLOCK_K`, and at least `AHEAD` of them.
+    """
     BLOCK_Q: tl.constexpr = BLOCK_K // 4
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     q = tl.arange(0, BLOCK_Q)
-    w_ptrs = w_ptr.to(tl.pointer_type(tl.int32)) + n.to(tl.int64)[:, None] * (stride // 4)
-    w_ptrs += q[None, :]
+    w_ptrs = w_ptr.to(tl.pointer_type(tl.int32)) + at_N[:, None] + q[None, :]
     x_ptrs = x_ptr.to(tl.pointer_type(tl.int64)) + q
-    sum_NQ = tl.zeros((ROWS, BLOCK_Q), tl.float32)
+    sum_NQ = tl.zeros((at_N.shape[0], BLOCK_Q), tl.float32)
     # Weights do not depend on the kernel before: the first ones are read while it ends.
     w_NQ = tl.load(w_ptrs)
     if AHEAD == 2:

@@ -36,6 +36,8 @@ TAIL_SPLITS = 4
 """Runs over each row's tail."""
 SPLITS = 32
 """Runs over the context."""
+_MERGED_D = 32
+"""Elements of a head that a program of the merge holds: one token has few heads."""
 
 COLUMNS = 6
 """Addresses of a layer: the context's keys and values, `[G, tokens, D]`, the tail's,
@@ -360,9 +362,9 @@ def attend(
     )  # fmt: skip
     out_RQHD = torch.empty(R, Q, H, D, dtype=rule.dtype or torch.float32, device=q_RQHD.device)
     lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=q_RQHD.device)
-    merged[(R * Q * H, 1)](
+    merged[(R * Q * H, triton.cdiv(D, _MERGED_D))](
         out, lse, out_RQHD, lse_RQH, runs,
-        D=D, BLOCK_D=block_d, BLOCK_S=triton.next_power_of_2(runs), num_warps=4, **early,
+        D=D, BLOCK_D=_MERGED_D, BLOCK_S=triton.next_power_of_2(runs), num_warps=4, **early,
     )  # fmt: skip
     return State(out_RQHD, lse_RQH)
 

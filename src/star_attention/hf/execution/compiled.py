@@ -2,8 +2,9 @@
 
 Each layer is compiled by itself: norms, rotary embeddings, activations and residual sums become few
 kernels. For a single token, or one of each of a few rows, linear layers go through kernels of ours,
-those with the same input in one launch, and a single token's experts through another. Layers of one
-kind share compiled code, so each kind is compiled once.
+those with the same input in one launch, and a single token's experts through another. A single
+token's gates and residual sums are part of the launches next to them (`linear.folding`).
+Layers of one kind share compiled code, so each kind is compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
 not possible it is compiled in pieces around the attention, each of which takes its time to compile:
@@ -98,8 +99,9 @@ class CompiledLayers:
                 if triton_row.is_plain_linear(module)
             ]
             self._experts = row_experts.find(self._layers)
-            for mode in (STEP, ROWS):
-                self._options[mode][_PASSES] = _FUSE_LINEARS
+            # Rotary embeddings of query and key are kernels that do not wait for each other.
+            self._options[STEP] = {_PASSES: _FOLD, "combo_kernels": True}
+            self._options[ROWS][_PASSES] = _FUSE_LINEARS
             if triton_pdl.is_supported(handle.device):
                 # Torch's kernels take part, or ours would have to wait for their ends.
                 for mode in (STEP, ROWS):
@@ -210,8 +212,15 @@ def _fuse_linears(graph: torch.fx.Graph) -> None:
     triton_row.fuse_linears(graph)
 
 
+def _fold(graph: torch.fx.Graph) -> None:
+    from star_attention.linear import folding
+
+    folding.fold(graph)
+
+
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, fuse linears 3", multiply_reals, _fuse_linears)
+_FOLD = _Passes("reals 1, fuse linears 3, fold 2", multiply_reals, _fuse_linears, _fold)
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""
 

@@ -1,0 +1,195 @@
+"""Find the work around a single row's products in a layer's graph, and have our kernels do it.
+
+Two kinds: an activation that gates one of two products, and the sum with a residual. Activations
+are recognized by what they compute, not by how a model or torch writes them: candidates are run on
+a few numbers. What is not recognized stays as it is. The norm before products stays, too: each
+program would read its weight and sum its squares, which takes longer than its launch.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+# Imported for its operation.
+from star_attention.linear import triton_folded  # noqa: F401
+from star_attention.linear.triton_experts import ACTIVATIONS
+
+_aten, _convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
+_LINEARS = torch.ops.star_attention.linears.default
+_FOLDED = torch.ops.star_attention.folded_linears.default
+_MOST_NODES = 24
+"""Nodes of an activation, at most."""
+
+
+def fold(graph: Graph) -> None:
+    """Fold what surrounds the products of a single row into their launches.
+
+    Args:
+        graph: of a layer for one token, after `triton_row.fuse_linears`.
+    """
+    for node in graph.find_nodes(op="call_function", target=_LINEARS):
+        x, weights, *_ = cast(Any, node.args)
+        if _is_single_row(x) and len(weights) == 1:
+            _fold_residual(graph, node)
+        elif _is_single_row(x) and len(weights) == 2:
+            _fold_gate(graph, node)
+
+
+def _is_single_row(x: Any) -> bool:
+    value = _value(x)
+    if value is None or not all(isinstance(size, int) for size in value.shape):
+        return False
+    return value.dim() > 1 and value.numel() == value.shape[-1]
+
+
+def _value(node: Any) -> Tensor | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _fold_gate(graph: Graph, node: Node) -> None:
+    """Fold the activation of one of two products, and the product with the other."""
+    taken = {user.args[1]: user for user in node.users if user.target == operator.getitem}
+    if set(taken) != {0, 1} or len(node.users) != 2 or not _have_one_shape(node):
+        return
+    for at_gate, gate in taken.items():
+        up = taken[1 - at_gate]  # type: ignore[operator]
+        gated = next(iter(up.users), None)
+        if len(up.users) != 1 or gated is None or gated.target != _aten.mul.Tensor:
+            continue
+        other = next((arg for arg in gated.args if arg is not up), None)
+        activation = _activation_of(other, gate, gated)
+        if activation is not None and _like(gated, up):
+            name, chain = activation
+            _become_gated(graph, node, gated, gate is taken[1], name)
+            _erase(graph, [*chain, gate, up, node])
+            return
+
+
+def _have_one_shape(node: Node) -> bool:
+    """True for two matrices of the same rows, and with weights of one kind."""
+    _, given, _, parts, scales = cast(Any, node.args)
+    weights: list[Any] = [_value(weight) for weight in given]
+    return (
+        None not in weights
+        and parts[1] == parts[4]
+        and (scales[0] is None) == (scales[1] is None)
+        and weights[0].dtype == weights[1].dtype
+        and weights[0].stride() == weights[1].stride()
+    )
+
+
+def _activation_of(node: Any, gate: Node, gated: Node) -> tuple[str, list[Node]] | None:
+    """Return the activation that a node is of the gate, and its nodes, if it is one."""
+    if not isinstance(node, Node) or node is gate:
+        return None
+    chain, leaves = _walk(node, _is_pointwise)
+    inside = {*chain, gated}
+    alone = all(user in inside for each in (*chain, gate) for user in each.users)
+    if leaves != [gate] or not alone:
+        return None
+    values = torch.linspace(-12, 12, 193).double()
+    try:
+        out = _computed(node, chain, {gate: values})
+    except (RuntimeError, TypeError):
+        return None
+    for name, activation in ACTIVATIONS.items():
+        if _equal(out, activation(values)):
+            return name, chain
+    return None
+
+
+def _is_pointwise(node: Node) -> bool:
+    target: Any = node.target
+    is_pointwise = node.op == "call_function" and torch.Tag.pointwise in getattr(target, "tags", ())
+    return target == _convert or is_pointwise
+
+
+def _become_gated(graph: Graph, node: Node, gated: Node, swapped: bool, name: str) -> None:
+    """Compute a gated product by a node of its own, at the place of the products."""
+    order = slice(None, None, -1) if swapped else slice(None)
+    x, weights, biases, parts, scales = cast(Any, node.args)
+    parts = parts[3:] + parts[:3] if swapped else parts
+    weights, biases, scales = (list(each)[order] for each in (weights, biases, scales))
+    with graph.inserting_before(node):
+        _become(graph, gated, (x, weights, biases, parts, scales, None, name))
+
+
+def _fold_residual(graph: Graph, node: Node) -> None:
+    """Fold the sum of a single product and a residual."""
+    user = next(iter(node.users), None)
+    if len(node.users) != 1 or user is None or user.target != operator.getitem:
+        return
+    if len(user.users) != 1:
+        return
+    added = next(iter(user.users))
+    if added.target != _aten.add.Tensor or added.kwargs:
+        return
+    residual = next((arg for arg in added.args if arg is not user), None)
+    if not isinstance(residual, Node) or not _like(residual, user) or not _like(added, user):
+        return
+    with graph.inserting_before(added):
+        _become(graph, added, (*node.args, residual, ""))
+    _erase(graph, [user, node])
+
+
+def _become(graph: Graph, node: Node, args: tuple[Any, ...]) -> None:
+    """Make a node a folded one."""
+    made = graph.call_function(_FOLDED, args)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _like(node: Node, other: Node) -> bool:
+    a, b = _value(node), _value(other)
+    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
+
+
+def _walk(node: Node, inside: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
+    """Return the nodes that a node is computed by, and those that they begin with; each sorted.
+
+    No nodes where they are too many.
+    """
+    found: set[Node] = set()
+    leaves: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if each in found or each in leaves:
+            continue
+        if not inside(each):
+            leaves.add(each)
+            continue
+        found.add(each)
+        if len(found) > _MOST_NODES:
+            return [], []
+        waiting += each.all_input_nodes
+    return sorted(found), sorted(leaves)
+
+
+def _computed(node: Node, chain: list[Node], values: dict[Node, Tensor]) -> Tensor:
+    """Run nodes on values in fp64, without converting them."""
+    values = dict(values)
+    for each in chain:
+        target: Any = each.target
+        args: Any = [values[arg] if isinstance(arg, Node) else arg for arg in each.args]
+        values[each] = args[0] if target == _convert else target(*args, **each.kwargs)
+    return values[node]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+def _erase(graph: Graph, nodes: list[Node]) -> None:
+    """Erase those nodes that have no users."""
+    for node in sorted(nodes, reverse=True):
+        if not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,108 @@
+"""Gates and residuals in the launches of a single row on a GPU, against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from star_attention import StarLLM
+from star_attention.linear import fp8
+from star_attention.linear.triton_experts import ACTIVATIONS
+from tests.needles import make
+
+triton_folded = pytest.importorskip("star_attention.linear.triton_folded")
+
+pytestmark = pytest.mark.gpu
+
+MODEL = Path(__file__).parents[2] / "models" / "needle-17m"
+# Columns, and rows of each matrix: whole tiles of each kind, and cut ones.
+SHAPES = [(4096, 1024), (4096, 3000), (4096, 6000), (2560, 3000), (1000, 37)]
+
+
+def weight_of(
+    N: int, K: int, kind: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return a weight, its scales or None, and its values."""
+    weight = torch.randn(N, K, device="cuda") * K**-0.5
+    if kind == "fp8":
+        q, scale = fp8.quantize(weight)
+        return q, scale[:, 0].contiguous(), q.double() * scale.double()
+    weight = weight.to(dtype)
+    return weight, None, weight.double()
+
+
+def graphed(work: Callable[..., Tensor], *args: object) -> Tensor:
+    """Return what the second replay of a CUDA graph with three launches of the work leaves."""
+    work(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            out = work(*args)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    return out
+
+
+def close(out: Tensor, exact: Tensor) -> None:
+    """Check a result against one in float64: rounded once, or as near as sums in float32 are."""
+    eps = max(torch.finfo(out.dtype).eps, 1e-6)
+    assert (out.double() - exact).norm() <= eps * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_gates(dtype: torch.dtype, kind: str, shape: tuple[int, int], activation: str) -> None:
+    torch.manual_seed(0)
+    K, N = shape
+    x = torch.randn(1, 1, K, device="cuda").to(dtype) * 3
+    made = [weight_of(N, K, kind, dtype) for _ in range(2)]
+    bias = torch.randn(N, device="cuda").to(dtype)
+    out = graphed(
+        triton_folded.folded_linears,
+        x, [made[0][0], made[1][0]], [None, bias], [0, N, 0] * 2, [made[0][1], made[1][1]],
+        None, activation,
+    )  # fmt: skip
+    up = linear(x.double(), made[1][2], bias.double())
+    close(out, ACTIVATIONS[activation](linear(x.double(), made[0][2])) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["plain", "fp8"])
+@pytest.mark.parametrize("shape", [(4096, 14336), (4096, 4096), (37, 1000)])
+def test_residuals(dtype: torch.dtype, kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    N, K = shape
+    weight, scale, values = weight_of(N, K, kind, dtype)
+    x = torch.randn(1, 1, K, device="cuda").to(dtype)
+    residual = torch.randn(1, 1, N, device="cuda").to(dtype)
+    out = graphed(
+        triton_folded.folded_linears,
+        x, [weight], [None], [0, N, 0], [scale], residual, "",
+    )  # fmt: skip
+    close(out, linear(x.double(), values) + residual.double())
+
+
+@pytest.mark.parametrize("weights", [None, "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_of_a_model(weights: str | None, dtype: str) -> None:
+    """Compiled steps in CUDA graphs answer as plain forwards do."""
+    if weights and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU that multiplies fp8")
+    replies = []
+    for compiled in (True, False):
+        star = StarLLM.from_pretrained(
+            MODEL, dtype=dtype, block_size=512, device="cuda", weights=weights, compile=compiled
+        )
+        sample = make("niah_multikey", star.tokenizer, 2048, seed=0)
+        context = star.encode(sample.context)
+        queries = [fact.query for fact in sample.facts[:4]]
+        replies.append([star.generate(context, each, max_new_tokens=12).text for each in queries])
+    assert replies[0] == replies[1]
