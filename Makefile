@@ -9,8 +9,9 @@
 PYTHON ?=
 PYTEST_ARGS ?=
 # Tests are many small computations: several single-threaded processes finish sooner than one
-# process with many threads.
-WORKERS ?= 2
+# process with many threads. One more than the two cores of CI, since tests of servers, ranks and
+# time limits wait a third of their time.
+WORKERS ?= 3
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n $(WORKERS) --dist loadgroup
 CONSTRAINTS ?= constraints/cpu.txt
 DEMO_OUT ?= demo-output

@@ -6,8 +6,9 @@ import math
 import os
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -16,7 +17,7 @@ from star_attention.errors import InvalidInputError, quote
 from star_attention.hf.execution import finite
 from star_attention.hf.loading import identity
 from star_attention.hf.progress import Progress, ProgressBar, shown
-from star_attention.inputs import ContextInput, TextOrIds
+from star_attention.inputs import Content, Contents, ContextInput, TextOrIds
 from star_attention.methods import Method
 from star_attention.phase1 import EncodeJob, Steps
 from star_attention.planning.lookback import described
@@ -30,6 +31,17 @@ from star_attention.storage.header import lookback_in, plan_in
 from star_attention.storage.host import pinned
 from star_attention.storage.kv import ContextKV, KVFormat, LayerKV, StoredKV
 from star_attention.storage.reading import SavedContext
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Keywords of `StarLLM.encode`, for editors and type checkers."""
+
+    progress: Progress | bool | None
+    query: Content | Contents | None
+    settings: dict[str, Any] | None
+    tools: Sequence[Any] | None
+    chat_template_kwargs: dict[str, Any] | None
+    reuse: EncodedContext | None
 
 
 def encode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any, TypeVar, Unpack, overload
 
 import torch
@@ -14,6 +15,7 @@ from star_attention import encoding, inputs
 from star_attention.config import StarConfig, StarSettings
 from star_attention.distributed.comm import Comm
 from star_attention.distributed.environment import from_environment
+from star_attention.encoding import EncodeOptions
 from star_attention.generation import editing
 from star_attention.generation import start as starts
 from star_attention.generation.asynchronous import AsyncCalls
@@ -27,6 +29,7 @@ from star_attention.generation.talking import ConversationCalls
 from star_attention.hf.loading.keywords import PretrainedSettings, check_keywords, split_settings
 from star_attention.hf.loading.pretrained import load_pretrained, source_of
 from star_attention.hf.progress import Progress
+from star_attention.hf.text.tool_reader import with_tools
 from star_attention.inputs import Content, Contents, Prepared, TextOrIds
 from star_attention.planning.calibration import Calibration
 from star_attention.runtime import Runtime, RuntimeView, model_facts
@@ -184,7 +187,8 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         Args:
             content: a context, as for `encode`.
             query: a query or a list of them, as for `generate`.
-            settings: keywords of `generate`. `chat_template_kwargs` are also the context's.
+            settings: keywords of `generate`. `tools` and `chat_template_kwargs` are also the
+                context's.
         """
         prepared: list[Prepared] = []
         with self.runtime.collective("prepare"):
@@ -195,26 +199,12 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
 
     @overload
     def encode(
-        self,
-        content: Content | Prepared,
-        *,
-        progress: Progress | bool | None = None,
-        query: Content | Contents | None = None,
-        settings: dict[str, Any] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        reuse: EncodedContext | None = None,
+        self, content: Content | Prepared, **options: Unpack[EncodeOptions]
     ) -> EncodedContext: ...
 
     @overload
     def encode(
-        self,
-        content: Contents,
-        *,
-        progress: Progress | bool | None = None,
-        query: Content | Contents | None = None,
-        settings: dict[str, Any] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        reuse: EncodedContext | None = None,
+        self, content: Contents, **options: Unpack[EncodeOptions]
     ) -> list[EncodedContext]: ...
 
     def encode(
@@ -224,6 +214,7 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
         progress: Progress | bool | None = None,
         query: Any = None,
         settings: dict[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         reuse: EncodedContext | None = None,
     ) -> EncodedContext | list[EncodedContext]:
@@ -242,7 +233,10 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
                 `generate` would refuse (no positions left for its answer) is refused before
                 anything is encoded.
             settings: keywords of `generate` for these queries.
-            chat_template_kwargs: what the chat template reads beside messages: tools, documents,
+            tools: in a chat, what the model may call: functions with types and docstrings, or dicts
+                in OpenAI's form. They are kept in the context, also for its queries and in its
+                file; its queries can have no others (`Generation.tool_calls`).
+            chat_template_kwargs: what else the chat template reads beside messages: documents,
                 enable_thinking, ... They are kept in the context, also for its queries.
             reuse: a context of which this is a new version: its method, sizes and KV format are
                 taken, and blocks with the same tokens are copied (`edit` says which).
@@ -261,7 +255,11 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
             (several, contexts), key = comm.run_on_rank_0(
                 lambda: (
                     inputs.prepare_contexts(
-                        self.runtime, content, query, settings, chat_template_kwargs
+                        self.runtime,
+                        content,
+                        query,
+                        settings,
+                        with_tools(self.tokenizer, chat_template_kwargs, tools),
                     ),
                     editing.reused_key(self.runtime, reuse),
                 )

@@ -13,6 +13,7 @@ from star_attention.distributed import SoloComm, TorchComm
 from star_attention.errors import InvalidInputError
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, bundled_model, bundled_tokenizer, ids, text_model, tiny
+from tests.tiers import in_turn
 
 SIZES = dict(block_size=24, anchor_size=10)
 MODES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -54,8 +55,7 @@ def answer_in_all_modes(comm: Any, name: str) -> dict[str, Any]:
     return answers
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("name", "ranks"), in_turn(2, ["llama", "gemma3", "deepseek_v3"], [2, 3]))
 def test_every_mode_is_as_on_one_rank(pool: Pool, name: str, ranks: int) -> None:
     expected = answer_in_all_modes(SoloComm(), name)
     assert any(reason == "stop" for _, reason in expected["end of sequence"])
@@ -170,8 +170,9 @@ def grow_contexts(comm: Any, name: str) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "gemma3n"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("name", "ranks"), in_turn(2, ["llama", "gemma2", "deepseek_v3", "gemma3n"], [2, 3])
+)
 def test_batches_and_growing_contexts(pool: Pool, name: str, ranks: int) -> None:
     solo = grow_contexts(SoloComm(), name)
     results = pool.run(grow_contexts, ranks, name=name)

@@ -80,7 +80,7 @@ def answers(star: StarLLM, kind: type[Recorder] | None) -> dict[str, Any]:
     with few_programs() as patched:
         patched.setitem(star.runtime.handle.__dict__, "graphs", made)
         context = star.encode(ids(101))
-        length: dict[str, Any] = dict(max_new_tokens=3, ignore_eos=True)
+        length: dict[str, Any] = dict(max_new_tokens=2, ignore_eos=True)
         first = star.generate(context, ids(4), return_logits=True, **length)
         both = star.generate(context, [ids(3), ids(2, seed=4)], **length)
     return dict(

@@ -15,6 +15,7 @@ from tests.dist.checks import answer, answer_with, check_tiny
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, QUERY, ids, tiny
 from tests.families import FAMILIES as ALL
+from tests.tiers import in_turn
 
 FAMILIES = [
     "llama",
@@ -44,15 +45,16 @@ def test_every_geometry(pool: Pool, geometry: str, ranks: int) -> None:
     check_tiny(pool.run(answer, ranks, name="llama", **sizes), "llama", **sizes)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+WAYS = [
+    (2, "gather", "broadcast"),
+    (3, "reduce", "local"),
+    (4, "reduce", "broadcast"),
+    (4, "gather", "local"),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "merge_collective", "source"),
-    [
-        (2, "gather", "broadcast"),
-        (3, "reduce", "local"),
-        (4, "reduce", "broadcast"),
-        (4, "gather", "local"),
-    ],
+    ("name", "ranks", "merge_collective", "source"), in_turn(2, FAMILIES, WAYS)
 )
 def test_every_family(
     pool: Pool, name: str, ranks: int, merge_collective: str, source: str
@@ -61,7 +63,7 @@ def test_every_family(
     check_tiny(pool.run(answer, ranks, name=name, **settings, **SIZES), name, **SIZES)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - set(FAMILIES)))
+@pytest.mark.parametrize("name", in_turn(2, sorted(set(ALL) - set(FAMILIES))))
 def test_every_other_decoder(pool: Pool, name: str) -> None:
     check_tiny(pool.run(answer, 2, name=name, **SIZES), name, **SIZES)
 

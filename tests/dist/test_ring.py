@@ -16,13 +16,16 @@ from tests.dist.checks import answer, check_tiny
 from tests.dist.pool import Pool
 from tests.dist.test_ranks_are_invisible import FAMILIES
 from tests.engines import CONTEXT, engine, ids, tiny
+from tests.tiers import in_turn
 from tests.unit.test_golden import CASES, close, expected_logits, star_with, tensors
 
 DENSE = dict(block_size=CONTEXT, anchor_size=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("ranks", "layout"), [(2, "zigzag"), (3, "contiguous"), (4, "zigzag")])
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout"),
+    in_turn(2, FAMILIES, [(2, "zigzag"), (3, "contiguous"), (4, "zigzag")]),
+)
 def test_every_family(pool: Pool, name: str, ranks: int, layout: str) -> None:
     results = pool.run(answer, ranks, name=name, method="ring", ring_layout=layout)
     assert all(result["layout"][rank] for rank, result in enumerate(results)), (
@@ -62,8 +65,11 @@ def test_bytes_are_the_plans(pool: Pool, name: str, ranks: int) -> None:
     assert pool.run(count_bytes, ranks, name=name)[0] == expected
 
 
-def answer_golden_case(comm: TorchComm, number: int) -> dict[str, Any]:
-    case = CASES[number]
+CASES_BY_NAME = {case["name"]: case for case in CASES}
+
+
+def answer_golden_case(comm: TorchComm, name: str) -> dict[str, Any]:
+    case = CASES_BY_NAME[name]
     sizes: dict[str, Any] = dict(method=case["mode"])
     if case["mode"] == "star":
         anchor = case["anchor_block_size"]
@@ -80,12 +86,11 @@ def answer_golden_case(comm: TorchComm, number: int) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[case["name"] for case in CASES])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_golden_cases(pool: Pool, number: int, ranks: int) -> None:
+@pytest.mark.parametrize(("name", "ranks"), in_turn(2, list(CASES_BY_NAME), [2, 3]))
+def test_golden_cases(pool: Pool, name: str, ranks: int) -> None:
     """The official implementation's cases, on other numbers of ranks than it used."""
-    case = CASES[number]
-    results = pool.run(answer_golden_case, ranks, number=number)
+    case = CASES_BY_NAME[name]
+    results = pool.run(answer_golden_case, ranks, name=name)
     expected_query_QV, expected_steps_TV, tolerance = expected_logits(case)
     close(results[0]["query"], expected_query_QV, tolerance)
     close(results[0]["steps"], expected_steps_TV, tolerance)

@@ -16,6 +16,7 @@ from star_attention.errors import ContextSaveError, CorruptContextError
 from star_attention.storage import writing
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, ids, tiny
+from tests.tiers import in_turn
 
 SIZES = dict(block_size=16, anchor_size=10)
 
@@ -41,11 +42,11 @@ def load(comm: Any, path: Path, name: str = "llama", method: str = "star") -> An
     return star.logits(context, [5, 6, 7]), tokens, context.kv.tokens
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [("llama", "star"), ("llama", "ring"), ("deepseek_v3", "star"), ("gemma3n", "star")],
-)
-@pytest.mark.parametrize(("writers", "readers"), [(3, 1), (1, 3), (3, 2), (2, 4), (4, 4), (3, 7)])
+KINDS = [("llama", "star"), ("llama", "ring"), ("deepseek_v3", "star"), ("gemma3n", "star")]
+RANKS = [(3, 1), (1, 3), (3, 2), (2, 4), (4, 4), (3, 7)]
+
+
+@pytest.mark.parametrize(("name", "method", "writers", "readers"), in_turn(2, KINDS, RANKS))
 def test_any_number_of_ranks_reads_what_any_other_wrote(
     pool: Pool, tmp_path: Path, name: str, method: str, writers: int, readers: int
 ) -> None:

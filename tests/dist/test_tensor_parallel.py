@@ -18,6 +18,7 @@ from tests.dist.checks import answer_with, check_model
 from tests.dist.pool import Pool
 from tests.dist.tp_models import SIZES, model, on_disk, star_of
 from tests.engines import BUNDLED, CONTEXT, ids
+from tests.tiers import in_turn
 
 NO_SIZES: dict[str, Any] = dict(block_size=None, anchor_size=None)
 FAMILIES = [
@@ -68,10 +69,8 @@ def answer(comm: TorchComm, path: Path, tensor_parallel: int, **settings: Any) -
     return answer_with(star) | dict(weights=weights)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(
-    ("ranks", "tensor_parallel"),
-    [(4, 2), (4, 4), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 2), (6, 2)))],
+    ("name", "ranks", "tensor_parallel"), in_turn(4, FAMILIES, [(4, 2), (2, 2), (4, 4), (6, 2)])
 )
 def test_every_family_against_the_oracle(
     pool: Pool, models: Path, name: str, ranks: int, tensor_parallel: int
@@ -157,8 +156,10 @@ def load(comm: Any, path: Path, tensor_parallel: int, book: Path) -> Any:
 MESHES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
 
 
-@pytest.mark.parametrize("readers", MESHES)
-@pytest.mark.parametrize("writers", MESHES)
+@pytest.mark.parametrize(
+    ("writers", "readers"),
+    in_turn(2, [(writers,) for writers in MESHES], [(readers,) for readers in MESHES]),
+)
 def test_any_mesh_reads_what_any_other_wrote(
     pool: Pool, models: Path, tmp_path: Path, writers: tuple[int, int], readers: tuple[int, int]
 ) -> None:
@@ -244,16 +245,17 @@ def count_bytes(
     return context.wire, context.wire_within, reply.wire, reply.wire_within
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("tokens_per_forward", [4, 48])
+WAYS = [
+    (2, 2, None, "broadcast"),
+    (4, 2, "reduce", "local"),
+    (6, 2, "gather", "broadcast"),
+    (4, 1, None, "broadcast"),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "tensor_parallel", "merge_collective", "source"),
-    [
-        (2, 2, None, "broadcast"),
-        (4, 2, "reduce", "local"),
-        (6, 2, "gather", "broadcast"),
-        (4, 1, None, "broadcast"),
-    ],
+    ("name", "tokens_per_forward", "ranks", "tensor_parallel", "merge_collective", "source"),
+    in_turn(2, ["llama", "mixtral"], [4, 48], WAYS),
 )
 def test_bytes_are_the_plans(
     pool: Pool,

@@ -18,7 +18,7 @@ def calls_on(comm: Any) -> list[Any]:
     """Return what each answer calls and says; the answers are made to begin with a call."""
     star = talker(byte_level(chat=TEMPLATES["qwen3_coder"]), comm=comm)
     document = [{"role": "user", "content": "the cat sat on the mat. " * 4}]
-    context = star.encode(document, chat_template_kwargs={"tools": TOOLS})
+    context = star.encode(document, tools=TOOLS)
     asked: dict[str, Any] = dict(answer_prefix=CALL, max_new_tokens=1)
     with star.stream(context, "What time is it?", **asked) as stream:
         for _ in stream:

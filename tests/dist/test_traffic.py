@@ -15,6 +15,7 @@ from star_attention.planning.plan import BlockPlan
 from star_attention.planning.traffic import Traffic, merge_choice
 from tests.dist.pool import Pool
 from tests.engines import CONTEXT, ids, tiny
+from tests.tiers import in_turn
 
 SIZES = dict(block_size=24, anchor_size=10)
 QUERY, ANSWER = 9, 5
@@ -35,16 +36,17 @@ def count_bytes(
     return dict(phase1=context.wire, phase2=reply.wire, stats=context.stats)
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "gemma3n"])
-@pytest.mark.parametrize("tokens_per_forward", [4, 48])
+WAYS = [
+    (2, None, "broadcast"),
+    (3, "reduce", "local"),
+    (4, "gather", "broadcast"),
+    (7, None, "broadcast"),
+]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "merge_collective", "source"),
-    [
-        (2, None, "broadcast"),
-        (3, "reduce", "local"),
-        (4, "gather", "broadcast"),
-        (7, None, "broadcast"),
-    ],
+    ("name", "tokens_per_forward", "ranks", "merge_collective", "source"),
+    in_turn(2, ["llama", "deepseek_v3", "gemma3n"], [4, 48], WAYS),
 )
 def test_bytes_are_the_plans(
     pool: Pool,

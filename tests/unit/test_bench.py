@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ from star_attention.tools.baselines import official_encode, stock_prefill
 from tests.engines import BUNDLED, bundled_model, ids, tiny
 
 MODEL = ["-m", str(BUNDLED), "--dtype", "float32", "--device", "cpu", "--quiet"]
+
+
+ceilings_of_this_machine = functools.cache(machine.measure_ceilings)
+
+
+@pytest.fixture(autouse=True)
+def ceilings_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half a second, and are those of the same machine for every test."""
+    monkeypatch.setattr(machine, "measure_ceilings", ceilings_of_this_machine)
 
 
 def bench(*arguments: object) -> tuple[str, dict[str, Any]]:

@@ -103,7 +103,14 @@ def check_against_oracle(anchor: str, tokens: int, questions: int) -> None:
     assert low <= accuracy <= high
 
 
-@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize(
+    "anchor",
+    [
+        "anchor_block",
+        "no_anchor",
+        *(pytest.param(anchor, marks=pytest.mark.slow) for anchor in ("anchor_quarter", "dense")),
+    ],
+)
 def test_answers_at_2k_are_the_oracles(anchor: str) -> None:
     check_against_oracle(anchor, 2048, questions=8)
 

@@ -26,12 +26,16 @@ from tests.engines import (
     tiny,
 )
 from tests.families import build
+from tests.tiers import in_turn
 
 SETTINGS: list[dict[str, Any]] = [dict(method="dense"), dict(block_size=16, anchor_size=10)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["dense", "star"])
-@pytest.mark.parametrize("name", [*VARIED, "longcat_flash", "jetmoe", "diffllama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    in_turn(2, [*VARIED, "longcat_flash", "jetmoe", "diffllama", "gpt2"], SETTINGS),
+    ids=str,
+)
 def test_contexts_encoded_together_equal_single_ones(name: str, settings: dict[str, Any]) -> None:
     """Equal lengths form a batch, also in layers that expand compressed KV, which failed once."""
     star = engine(name, tokens_per_forward=70, **settings)

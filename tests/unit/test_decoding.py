@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
 from tests.engines import CONTEXT, VARIED, engine, ids, tiny
+from tests.tiers import in_turn
 
 STEPS = 8
 
@@ -33,9 +34,10 @@ class _Follow(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("name", VARIED)
 @pytest.mark.parametrize(
-    "settings", [dict(method="dense"), dict(block_size=16, anchor_size=10)], ids=["dense", "star"]
+    ("name", "settings"),
+    in_turn(2, VARIED, [dict(method="dense"), dict(block_size=16, anchor_size=10)]),
+    ids=str,
 )
 def test_prompt_lookup_gives_the_greedy_answer(name: str, settings: dict[str, Any]) -> None:
     """Forbids encoding the context twice: transformers passes it again although it is cached.

@@ -33,28 +33,31 @@ def saved(star: StarLLM, context: EncodedContext, folder: Path) -> EncodedContex
     return star.load_context(folder / "x.star")
 
 
+FEW = dict(max_new_tokens=8)
 CALLS: dict[str, Callable[[StarLLM, EncodedContext, Path], Any]] = {
-    "greedy": lambda star, c, _: star.generate(c, "A dog").token_ids,
-    "batch": lambda star, c, _: [r.token_ids for r in star.generate(c, ["A", "A long dog"])],
-    "sample": lambda star, c, _: star.generate(c, "A", do_sample=True, seed=1, top_p=0.9).token_ids,
+    "greedy": lambda star, c, _: star.generate(c, "A dog", **FEW).token_ids,
+    "batch": lambda star, c, _: [r.token_ids for r in star.generate(c, ["A", "A long dog"], **FEW)],
+    "sample": lambda star, c, _: (
+        star.generate(c, "A", do_sample=True, seed=1, top_p=0.9, **FEW).token_ids
+    ),
     "penalties": lambda star, c, _: (
         star.generate(
-            c, "A", repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=[[5]]
+            c, "A", repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=[[5]], **FEW
         ).token_ids
     ),
-    "lookup": lambda star, c, _: star.generate(c, "A", prompt_lookup_num_tokens=2).token_ids,
-    "logprobs": lambda star, c, _: star.generate(c, "A", logprobs=2).logprobs,
+    "lookup": lambda star, c, _: star.generate(c, "A", prompt_lookup_num_tokens=2, **FEW).token_ids,
+    "logprobs": lambda star, c, _: star.generate(c, "A", logprobs=2, **FEW).logprobs,
     "logits": lambda star, c, _: star.logits(c, "A dog").tolist(),
-    "stream": lambda star, c, _: list(star.stream(c, "A dog", max_new_tokens=8)),
-    "extend": lambda star, c, _: star.generate(star.extend(c, "The cat."), "A").token_ids,
-    "save": lambda star, c, folder: star.generate(saved(star, c, folder), "A").token_ids,
+    "stream": lambda star, c, _: list(star.stream(c, "A dog", **FEW)),
+    "extend": lambda star, c, _: star.generate(star.extend(c, "The cat."), "A", **FEW).token_ids,
+    "save": lambda star, c, folder: star.generate(saved(star, c, folder), "A", **FEW).token_ids,
     "fp8": lambda star, _, __: encoded_by(star.with_config(kv_dtype="fp8")),
     "look-back": lambda star, _, __: encoded_by(star.with_config(lookback=1)),
 }
 
 
 def encoded_by(star: StarLLM) -> list[int]:
-    return star.generate(star.encode(TEXT), "A", max_new_tokens=8).token_ids
+    return star.generate(star.encode(TEXT), "A", **FEW).token_ids
 
 
 @pytest.mark.parametrize("name", CALLS)

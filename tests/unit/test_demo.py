@@ -36,6 +36,9 @@ from star_attention.errors import (
 )
 from tests.engines import BUNDLED
 
+# One of pytest's processes runs the demo, once.
+pytestmark = pytest.mark.xdist_group("demo")
+
 # ------------------------------------------------------------------ what the report says
 
 

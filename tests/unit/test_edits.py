@@ -24,6 +24,7 @@ from tests.engines import (
     tiny,
 )
 from tests.families import FAMILIES
+from tests.tiers import in_turn
 
 BLOCK = 16
 NEW = [7, 8]
@@ -68,14 +69,11 @@ def same_blocks(one: EncodedContext, other: EncodedContext) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("lookback", LOOKBACKS)
-@pytest.mark.parametrize(("start", "stop", "new"), EDITS)
 @pytest.mark.parametrize(
-    "name",
+    ("name", "lookback", "start", "stop", "new"),
     [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES)),
-        "llama",
-        "gemma3",
+        *in_turn(2, ["llama", "gemma3"], LOOKBACKS, EDITS),
+        *in_turn(0, sorted(set(FAMILIES) - {"llama", "gemma3"}), LOOKBACKS, EDITS),
     ],
 )
 def test_an_edited_context_is_the_one_encoded_anew(

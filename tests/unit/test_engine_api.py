@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import star_attention
 from star_attention import StarConfig, StarLLM
 from star_attention.config import StarSettings
+from star_attention.encoding import EncodeOptions
 from star_attention.errors import (
     ContextLengthError,
     InvalidInputError,
@@ -65,6 +67,12 @@ def test_typed_keywords_of_generate_are_all_taken() -> None:
             pytest.fail(str(error))
         except InvalidInputError:
             pass
+
+
+def test_typed_keywords_of_encode_are_its_own() -> None:
+    """Forbids a keyword that only the typed calls or only `encode` has."""
+    _, _, *own = inspect.signature(StarLLM.encode).parameters
+    assert list(EncodeOptions.__annotations__) == own
 
 
 def test_config_as_an_object_and_keywords_on_top_of_it() -> None:

@@ -1,4 +1,7 @@
-"""Each program in `examples/` runs offline on the bundled model and prints the right answers."""
+"""Each program in `examples/` runs offline on the bundled model and prints the right answers.
+
+Most of them read a book that is shorter than that of the checkout.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import pytest
 
 from star_attention import StarLLM
 from star_attention.errors import InvalidInputError
+from tests.desks import BOOK_TOKENS, lay_out
 from tests.engines import BUNDLED
 from tests.warm import python
 
@@ -23,10 +27,15 @@ EXAMPLES = ROOT / "examples"
 Run = Callable[..., str]
 
 
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lay_out(tmp_path_factory.mktemp("desk"))
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run an example in this process, as `python examples/NAME ARGUMENTS` at the root would."""
-    monkeypatch.chdir(ROOT)
+def run(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run an example in this process, as `python examples/NAME ARGUMENTS` in that folder would."""
+    monkeypatch.chdir(desk)
 
     def run_example(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -50,7 +59,7 @@ def test_both_phases_in_one_file_equal_the_mask(run: Run) -> None:
 
 
 def test_ask_a_book(run: Run) -> None:
-    printed = run("ask_a_book.py")
+    printed = run("ask_a_book.py", str(EXAMPLES / "book.txt"))
     assert "tokens in 5 blocks" in printed
     assert "The secret number for quiet-harbor is 8811503\n" in printed
 
@@ -87,8 +96,8 @@ def test_questions_in_an_asyncio_program(run: Run) -> None:
 def test_saved_contexts(run: Run, tmp_path: Path) -> None:
     saved = str(tmp_path / "book.star")
     first, second = (run("saved_contexts.py", "--saved", saved) for _ in range(2))
-    assert "encoded 4,910 tokens and saved them to" in first
-    assert "loaded 4,910 tokens from" in second
+    assert f"encoded {BOOK_TOKENS:,} tokens and saved them to" in first
+    assert f"loaded {BOOK_TOKENS:,} tokens from" in second
     assert first.splitlines()[1:] == second.splitlines()[1:]
     assert "velvet-raven is 0bd3-6911\n" in second
     assert "extended by 36 tokens\n" in second
@@ -100,7 +109,8 @@ def test_langchain_chat(run: Run) -> None:
     printed = run("langchain_chat.py")
     # Once, in pieces, and twice in a batch.
     assert printed.count("The secret number for rusty-anchor is b34a-fe4c") == 4
-    assert "{'input_tokens': 4925, 'output_tokens': 20, 'total_tokens': 4945}" in printed
+    usage = dict(input_tokens=BOOK_TOKENS + 15, output_tokens=20, total_tokens=BOOK_TOKENS + 35)
+    assert str(usage) in printed
 
 
 def test_langchain_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +162,7 @@ def test_llama_index(run: Run) -> None:
 
 
 def test_several_gpus_on_one_process(run: Run) -> None:
-    printed = run("several_gpus.py")
+    printed = run("several_gpus.py", str(EXAMPLES / "book.txt"))
     assert "rank 0 of 1 holds 24.0 MiB" in printed
     assert "The secret number for silver-otter is 7382745\n" in printed
 

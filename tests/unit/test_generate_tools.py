@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from star_attention import StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.hf.text.calls import ToolCall
+from star_attention.storage.context import EncodedContext
 from tests.conversations import TEMPLATES
 from tests.printed_blocks import ROOT, blocks
 from tests.talkers import CHANNEL_TOKENS, CHATML_TOKENS, byte_level, say, talker
@@ -49,7 +51,9 @@ def said(star: StarLLM, text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", WRITTEN)
 def test_a_reply_has_calls(family: str) -> None:
     star, written = engine(family), WRITTEN[family]
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    context = star.encode(DOCUMENT, tools=[weather])
+    same = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    assert torch.equal(context.token_ids, same.token_ids)
     text = f"<think>\nHm.\n</think>\n\nLet me see.\n{written}"
     # The tools of the context count, and may be said again.
     for more in ({}, {"tools": [weather]}):
@@ -71,7 +75,7 @@ def test_a_reply_has_calls(family: str) -> None:
 
 def test_replies_without_calls() -> None:
     star = engine("qwen3")
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    context = star.encode(DOCUMENT, tools=[weather])
     cut = JSON_CALL[:40]
     for text in ("It rains.", cut, ""):
         reply = star.generate(context, QUESTION, **said(star, text))
@@ -113,7 +117,7 @@ def test_a_saved_context_keeps_its_tools(tmp_path: Path) -> None:
     star = engine("qwen3")
     tool = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
     tools = [{"type": "function", "function": tool}]
-    star.encode(DOCUMENT, chat_template_kwargs={"tools": tools}).save(tmp_path / "a.star")
+    star.encode(DOCUMENT, tools=tools).save(tmp_path / "a.star")
     context = star.load_context(tmp_path / "a.star")
     reply = star.generate(context, QUESTION, **said(star, WRITTEN["qwen3"]), tools=tools)
     assert reply.tool_calls == (CALL,)
@@ -122,7 +126,7 @@ def test_a_saved_context_keeps_its_tools(tmp_path: Path) -> None:
 def test_a_call_in_a_channel_is_no_empty_answer() -> None:
     """Forbids the warning of an answer without text (warnings are errors)."""
     star = talker(byte_level(CHANNEL_TOKENS, chat=TEMPLATES["harmony"]))
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    context = star.encode(DOCUMENT, tools=[weather])
     text = f"<|channel|>commentary to=functions.weather<|message|>{json.dumps(CALL.arguments)}"
     reply = star.generate(context, QUESTION, **say(star.tokenizer, f"{text}<|call|>"))
     assert (reply.text, reply.content, reply.tool_calls) == ("", "", (CALL,))
@@ -130,10 +134,63 @@ def test_a_call_in_a_channel_is_no_empty_answer() -> None:
 
 def test_an_answer_that_was_made_to_begin_with_a_call() -> None:
     star = engine("qwen3")
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [weather]})
+    context = star.encode(DOCUMENT, tools=[weather])
     begun, rest = "So.\n<tool_call>", WRITTEN["qwen3"].removeprefix("<tool_call>")
     reply = star.generate(context, QUESTION, **said(star, rest), answer_prefix=begun)
     assert (reply.tool_calls, reply.content) == ((CALL,), "")
+
+
+def clock(zone: str) -> str:
+    """Tell the time.
+
+    Args:
+        zone: where.
+    """
+    return zone
+
+
+@pytest.mark.parametrize("family", [*WRITTEN, "llama3", "glm45", "mistral_v3"])
+def test_the_tools_of_a_context_are_its_own(family: str, tmp_path: Path) -> None:
+    """Forbids an answer that has seen other tools than its caller says, or none."""
+    star = engine(family)
+    dated = {"chat_template_kwargs": {"date_string": "1 Jan 2026"}} if family == "llama3" else {}
+    plain = star.encode(DOCUMENT, **dated)
+    made = star.encode(DOCUMENT, tools=[weather], **dated)
+    made.save(tmp_path / "a.star")
+    (listed,) = star.encode([DOCUMENT], tools=[weather], **dated)
+    batched = star.batch().encode(DOCUMENT, tools=[weather], **dated).result()
+    loaded = star.load_context(tmp_path / "a.star")
+    edited = star.encode(DOCUMENT, tools=[weather], reuse=made, **dated)
+    ends: list[EncodedContext] = [listed, batched, loaded, edited]
+    assert all(torch.equal(each.token_ids, made.token_ids) for each in ends)
+    asked = {"max_new_tokens": 1}
+    for context in (made, loaded, star.extend(made, " And it sat.")):
+        told = star.generate(context, QUESTION, **asked)
+        assert told.tool_calls == ()
+        again = star.generate(context, QUESTION, **asked, tools=[weather])
+        assert again.query_tokens == told.query_tokens
+        with pytest.raises(
+            InvalidInputError,
+            match=r"the tools \['clock'\] change the encoded .* encoded with \['weather'\];",
+        ):
+            star.generate(context, QUESTION, **asked, tools=[clock])
+        tool = {"type": "function", "function": {"name": "weather", "description": "Else."}}
+        with pytest.raises(InvalidInputError, match="of other descriptions or parameters"):
+            star.generate(context, QUESTION, **asked, tools=[tool])
+    with pytest.raises(InvalidInputError, match="encoded without any; give these tools to encode"):
+        star.generate(plain, QUESTION, **asked, tools=[weather])
+
+
+def test_the_prompt_of_a_context_with_tools_is_that_of_the_template() -> None:
+    star = engine("qwen3")
+    context = star.encode(DOCUMENT, tools=[weather])
+    reply = star.generate(context, QUESTION, max_new_tokens=1)
+    whole = [{"role": "user", "content": DOCUMENT[0]["content"] + QUESTION}]
+    prompt = star.tokenizer.apply_chat_template(
+        whole, tools=[weather], add_generation_prompt=True, return_dict=False
+    )
+    assert prompt[: len(context)] == context.token_ids.tolist()
+    assert len(context) + reply.query_tokens == len(prompt)
 
 
 @pytest.mark.parametrize(
@@ -147,21 +204,33 @@ def test_tools_that_cannot_be_read(tools: Any, message: str) -> None:
     star = engine("qwen3")
     with pytest.raises(InvalidInputError, match=message):
         star.generate(star.encode(DOCUMENT), QUESTION, tools=tools)
+    with pytest.raises(InvalidInputError, match=message):
+        star.encode(DOCUMENT, tools=tools)
 
 
 def test_tools_that_nothing_would_see() -> None:
     """Forbids an answer that has not seen its tools."""
     star = engine("qwen3")
-    with pytest.raises(InvalidInputError, match=r"'tools'.* change the encoded part of the prompt"):
+    with pytest.raises(InvalidInputError, match=r"tools \['weather'\] change the encoded part"):
         star.generate(star.encode(DOCUMENT), QUESTION, tools=[weather])
-    with pytest.raises(InvalidInputError, match=r"'tools'.* have no effect"):
+    with pytest.raises(InvalidInputError, match=r"^tools have no effect, because the query"):
         star.generate(star.encode("the cat sat on the mat"), QUESTION, tools=[weather])
+    for content in ("the cat sat on the mat", [1, 2, 3]):
+        with pytest.raises(InvalidInputError, match=r"^tools have no effect, because the context"):
+            star.encode(content, tools=[weather])
+    prepared = star.prepare(DOCUMENT, QUESTION)
+    with pytest.raises(InvalidInputError, match="brings its own query and settings"):
+        star.encode(prepared, tools=[weather])
     both = {"tools": [weather], "chat_template_kwargs": {"tools": [weather]}}
     with pytest.raises(InvalidInputError, match="tools are given twice"):
         star.generate(star.encode(DOCUMENT), QUESTION, **both)
+    with pytest.raises(InvalidInputError, match="tools are given twice"):
+        star.encode(DOCUMENT, **both)
     simple = engine("chatml")
     with pytest.raises(InvalidInputError, match="takes no tools, or writes calls of them in an"):
         simple.generate(simple.encode(DOCUMENT), QUESTION, tools=[weather])
+    with pytest.raises(InvalidInputError, match="takes no tools, or writes calls of them in an"):
+        simple.encode(DOCUMENT, tools=[weather])
 
 
 class Saying(StarLLM):

@@ -17,6 +17,7 @@ from star_attention.storage.host import pinned
 from star_attention.storage.host.feed import Feed, feeds_of
 from star_attention.storage.kv import LayerKV, StoredKV
 from tests.engines import engine, ids
+from tests.tiers import in_turn
 from tests.timelines import Now
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
@@ -37,9 +38,10 @@ def fed(context: EncodedContext) -> Counting:
     return Counting(layers, CPU, copies=Now(), reader=Now)
 
 
-@pytest.mark.parametrize("buffers", [1, 2])
-@pytest.mark.parametrize("kv_dtype", [None, "fp8"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3", "gemma3n"])
+@pytest.mark.parametrize(
+    ("name", "kv_dtype", "buffers"),
+    in_turn(2, ["llama", "gemma2", "deepseek_v3", "gemma3n"], [None, "fp8"], [1, 2]),
+)
 def test_layers_that_arrive_in_turn_answer_as_those_in_place(
     name: str, kv_dtype: str | None, buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from star_attention.storage.header import FORMAT_VERSION, WINDOWS_VERSION, read_
 from tests.engines import CONTEXT, QUERY, assert_same_kv, engine, ids, tiny
 from tests.families import FAMILIES
 from tests.family_configs import WINDOW
+from tests.tiers import in_turn
 
 SIZES: dict[str, Any] = dict(block_size=16, anchor_size=10, reserve_tokens=64)
 WINDOWED = ["mistral", "gemma2", "gemma3", "cohere2", "exaone4", "ministral", "gpt_oss", "gemma3n"]
@@ -73,20 +74,18 @@ def test_ranks_keep_their_part_of_the_window() -> None:
     assert kept_by_layer(runs[2], [25, None], 101, "all") == [runs[2]] * 2
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(tokens_per_forward=40),
-        dict(tokens_per_forward=7),
-        dict(tokens_per_forward=32, lookback=1),
-        dict(tokens_per_forward=5, lookback=2, lookback_layers="lower"),
-        dict(tokens_per_forward=16, kv_device="cpu"),
-        dict(method="dense", block_size=None, anchor_size=None, tokens_per_forward=9),
-        dict(block_size=64, anchor_size=64, tokens_per_forward=12),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", WINDOWED)
+WAYS: list[dict[str, Any]] = [
+    dict(tokens_per_forward=40),
+    dict(tokens_per_forward=7),
+    dict(tokens_per_forward=32, lookback=1),
+    dict(tokens_per_forward=5, lookback=2, lookback_layers="lower"),
+    dict(tokens_per_forward=16, kv_device="cpu"),
+    dict(method="dense", block_size=None, anchor_size=None, tokens_per_forward=9),
+    dict(block_size=64, anchor_size=64, tokens_per_forward=12),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), in_turn(2, WINDOWED, WAYS), ids=str)
 def test_answers_are_those_of_contexts_that_keep_everything(
     name: str, settings: dict[str, Any]
 ) -> None:

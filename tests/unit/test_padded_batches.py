@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from star_attention import EncodedContext, StarLLM
 from tests.engines import CONTEXT, VARIED, engine, ids
+from tests.tiers import in_turn
 
 STEPS = 8
 
@@ -106,10 +107,13 @@ def test_padded_beams_see_no_filler_inside_their_text(
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(method="dense"), dict(block_size=16, anchor_size=10)], ids=["dense", "star"]
-)
-@pytest.mark.parametrize(
-    "name", [*VARIED, "gpt2", "opt", "mixtral", "ministral3", "longcat_flash", "diffllama"]
+    ("name", "settings"),
+    in_turn(
+        2,
+        [*VARIED, "gpt2", "opt", "mixtral", "ministral3", "longcat_flash", "diffllama"],
+        [dict(method="dense"), dict(block_size=16, anchor_size=10)],
+    ),
+    ids=str,
 )
 def test_queries_in_a_padded_batch_equal_single_ones(name: str, settings: dict[str, Any]) -> None:
     """Each row has the tokens and the logits of its single run."""

@@ -176,7 +176,14 @@ def run_at_once(*works: Callable[[], Any]) -> list[list[Any]]:
         return [future.result() for future in futures]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_longrope", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        "phi3_longrope",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "deepseek_v3")),
+    ],
+)
 def test_threads_on_one_model_get_the_answers_of_one_thread(name: str) -> None:
     """Two engines and the plain model, all at once, answer as each does alone."""
     model = tiny(name)

@@ -1,7 +1,7 @@
 """Every shell and Python block of the README and of docs/ runs as printed.
 
 A document's blocks run in order, in a folder of their own with the checkout's `models`, `examples`
-and `scripts` in it, and its Python blocks share their names.
+(of a shorter book) and `scripts` in it, and its Python blocks share their names.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import typer
 
 from star_attention.cli import app
 from tests.command_line import Done, run
+from tests.desks import lay_out
 from tests.printed_blocks import DOCUMENTS, ROOT, Block, blocks
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
@@ -65,9 +66,7 @@ def is_slow(block: Block) -> bool:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader's: the checkout's texts and models, and nothing else."""
-    for name in ("models", "examples", "scripts"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(lay_out(tmp_path))
     return tmp_path
 
 

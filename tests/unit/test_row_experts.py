@@ -26,9 +26,21 @@ def experts_of(family: str) -> Any:
     return found[-1]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+# Sizes in one tile with every activation; in several, which take seconds, with one.
+SIZES = [(1, 6, 40, 70), (2, 2, 530, 16), (1, 1, 16, 1100)]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "chosen", "width", "hidden"), [(1, 6, 40, 70), (3, 2, 700, 16), (1, 1, 16, 1100)]
+    ("tokens", "chosen", "width", "hidden", "activation"),
+    [
+        pytest.param(
+            *sizes,
+            activation,
+            marks=pytest.mark.slow if sizes != SIZES[0] and activation != "silu" else [],
+        )
+        for sizes in SIZES
+        for activation in ACTIVATIONS
+    ],
 )
 def test_few_tokens(tokens: int, chosen: int, width: int, hidden: int, activation: str) -> None:
     torch.manual_seed(0)

@@ -35,6 +35,7 @@ from tests.engines import (
 from tests.families import FAMILIES, UNUSUAL
 from tests.family_configs import WINDOW
 from tests.second_look_oracle import attention_mass, second_look_choice, second_look_logits
+from tests.tiers import in_turn
 
 STEPS = 4
 # Several blocks a forward, then pieces of one. The last block is ragged.
@@ -50,7 +51,7 @@ def assert_close(actual: Any, right: torch.Tensor, tolerance: float = TOLERANCE)
     torch.testing.assert_close(actual, right, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *UNUSUAL])
+@pytest.mark.parametrize("name", in_turn(2, [*FAMILIES, *UNUSUAL]))
 def test_a_look_at_everything_is_the_stock_model(name: str) -> None:
     """Law: with a share of 1 every family answers like stock `generate`; the context stays."""
     star = engine(name, **SIZES)

@@ -35,7 +35,8 @@ SCHEMA = {
 }
 WEATHER = {"name": "weather", "description": "Tells the weather.", "parameters": SCHEMA}
 CLOCK = {"name": "clock", "parameters": {"type": "object", "properties": {}}}
-TOOLS = [{"type": "function", "function": function} for function in (WEATHER, CLOCK)]
+FUNCTIONS = (WEATHER, CLOCK)
+TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
 ASK: list[dict[str, Any]] = [{"role": "user", "content": "How is the weather in Paris?"}]
 
 
@@ -361,11 +362,19 @@ def test_a_model_without_tools_says_so(path: str) -> None:
 def test_tools_of_a_kept_context() -> None:
     """A context keeps the tools that it was made with; others would be another context."""
     with server_saying(CALL) as server:
-        made = {
-            "messages": [{"role": "system", "content": "Be brief."}, *ASK],
-            "chat_template_kwargs": {"tools": TOOLS},
-        }
-        context = checked(server.post("/v1/contexts?wait=true", made))
+        made = {"messages": [{"role": "system", "content": "Be brief."}, *ASK]}
+        kwargs = {"chat_template_kwargs": {"tools": TOOLS}}
+        # Fields without a value are those of no function, as in a request.
+        nulls = [{"type": "function", "function": {**each, "strict": None}} for each in FUNCTIONS]
+        by_kwargs, context = (
+            checked(server.post("/v1/contexts?wait=true", made | more))
+            for more in (kwargs, {"tools": nulls})
+        )
+        assert by_kwargs["tokens"] == context["tokens"]
+        twice = server.post("/v1/contexts", made | kwargs | {"tools": TOOLS})
+        assert (twice.status_code, twice.json()["error"]["param"]) == (400, "tools")
+        unread = server.post("/v1/contexts", {"token_ids": [1, 2, 3], "tools": TOOLS})
+        assert "no effect on token_ids" in unread.json()["error"]["message"]
         asked = body(messages=[{"role": "user", "content": " And then?"}], context=context["id"])
         answer = checked(server.post(CHAT, asked))["choices"][0]
         assert answer["finish_reason"] == "tool_calls"

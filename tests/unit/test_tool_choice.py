@@ -48,7 +48,7 @@ def test_a_call_that_has_to_be_made(
     """A random model calls the tool, whichever way its template writes calls."""
     pytest.importorskip("xgrammar")
     star = engine(family)
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": TOOLS})
+    context = star.encode(DOCUMENT, tools=TOOLS)
     options = limits(tool_choice=choice)
     reply = star.generate(context, QUESTION, **options)
     (call,) = reply.tool_calls
@@ -69,7 +69,7 @@ def test_a_call_that_has_to_be_made(
 def test_the_call_comes_after_reasoning_and_a_prefix() -> None:
     pytest.importorskip("xgrammar")
     star = engine("qwen3")
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": TOOLS})
+    context = star.encode(DOCUMENT, tools=TOOLS)
     call = json.dumps({"name": "clock", "arguments": MADE})
     spoken = say(star.tokenizer, f"<think>\nHm.\n</think>\n\n{call}<|im_end|>")
     reply = star.generate(context, QUESTION, **spoken, tool_choice="clock")
@@ -84,7 +84,7 @@ def test_a_forced_call_of_a_model_with_channels() -> None:
     """Its call is the JSON of its last message."""
     pytest.importorskip("xgrammar")
     star = talker(byte_level(CHANNEL_TOKENS, chat=TEMPLATES["harmony"]))
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": TOOLS})
+    context = star.encode(DOCUMENT, tools=TOOLS)
     call = json.dumps({"name": "clock", "arguments": MADE})
     thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
     spoken = say(star.tokenizer, f"{thought}<|channel|>final<|message|>{call}<|return|>")
@@ -95,7 +95,7 @@ def test_a_forced_call_of_a_model_with_channels() -> None:
 def test_a_call_that_is_cut_is_text() -> None:
     pytest.importorskip("xgrammar")
     star = engine("qwen3")
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": TOOLS})
+    context = star.encode(DOCUMENT, tools=TOOLS)
     reply = star.generate(context, QUESTION, **limits(tool_choice="clock", max_new_tokens=12))
     assert (reply.tool_calls, reply.finish_reason) == ((), "length")
     assert reply.content == reply.text
@@ -116,7 +116,7 @@ def test_none_leaves_tools_out_of_the_prompt() -> None:
     assert (none.query_tokens, none.tool_calls) == (plain.query_tokens, None)
     star = engine("qwen3")
     written = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": TOOLS})
+    context = star.encode(DOCUMENT, tools=TOOLS)
     for choice, calls in ((None, 1), ("auto", 1), ("none", None)):
         reply = star.generate(
             context, QUESTION, **say(star.tokenizer, f"{written}<|im_end|>"), tool_choice=choice
@@ -146,7 +146,7 @@ def test_choices_that_cannot_work(options: dict[str, Any], message: str) -> None
     """Refused before anything is encoded, too, as far as the context's tools are known."""
     pytest.importorskip("xgrammar")
     star = engine("qwen3")
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": TOOLS})
+    context = star.encode(DOCUMENT, tools=TOOLS)
     options = {"tool_choice": "required"} | options
     with pytest.raises(InvalidInputError, match=message):
         star.generate(context, QUESTION, **options)
@@ -185,6 +185,6 @@ def test_parameters_that_no_answer_can_follow() -> None:
     pytest.importorskip("xgrammar")
     star = engine("qwen3")
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}}
-    context = star.encode(DOCUMENT, chat_template_kwargs={"tools": [tool]})
+    context = star.encode(DOCUMENT, tools=[tool])
     with pytest.raises(InvalidInputError, match="the tools' parameters cannot be followed"):
         star.generate(context, QUESTION, tool_choice="f")

@@ -312,14 +312,9 @@ def encode_text(
         raise InvalidInputError(NO_TEMPLATE)
     if not chat and has_template:
         status.say("using the text as it is; --chat applies this model's chat template")
-    kwargs = context_kwargs(context)
+    kwargs = dict(context_kwargs(context) or {})
     if chat:
         content = messages(text, context)
-        if kwargs is not None and "tools" in kwargs:
-            # Imports transformers, which a model has loaded by now.
-            from star_attention.hf.text.tool_reader import check_tools
-
-            check_tools(star.tokenizer, kwargs["tools"], None)
     _log.info("%r", star)
     with status.progress(star.rank_progress) as progress:
         if save_to is not None:
@@ -330,7 +325,8 @@ def encode_text(
             progress=progress or False,
             query=queries,
             settings=generation_kwargs,
-            chat_template_kwargs=kwargs,
+            tools=kwargs.pop("tools", None),
+            chat_template_kwargs=kwargs or None,
             reuse=reuse,
         )
     _log.info("%s", encoded.plan)

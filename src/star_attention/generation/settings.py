@@ -114,8 +114,9 @@ class GenerationSettings:
         chat_template_kwargs: what the chat template reads beside messages, where it differs from
             the context's.
         tools: in a chat, what the model may call: functions with types and docstrings, or dicts in
-            OpenAI's form; those that the context was encoded with (`chat_template_kwargs`), where
-            the chat template writes tools before it (`Generation.tool_calls`).
+            OpenAI's form (`Generation.tool_calls`). Not needed where the context was encoded with
+            tools, which its queries have. Others are refused, unless the chat template writes
+            tools after the context.
         tool_choice: "auto" leaves it to the model; "required", or the name of a tool, makes the
             answer one call (the extra `json`; greedy search and sampling); "none" leaves `tools`
             out of the prompt, and looks for no calls.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Unpack
 
@@ -24,6 +24,7 @@ from star_attention.generation.run import warn_of_unanswered
 from star_attention.generation.settings import GenerateOptions, ResolvedSettings
 from star_attention.generation.start import ask_with
 from star_attention.hf.progress import Progress
+from star_attention.hf.text.tool_reader import with_tools
 from star_attention.inputs import Content, Contents, Prepared
 from star_attention.runtime import Runtime
 from star_attention.storage.context import EncodedContext
@@ -216,6 +217,7 @@ class Batch(Transient):
         progress: Progress | bool | None = None,
         query: Content | Contents | None = None,
         settings: dict[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         reuse: EncodedContext | None = None,
     ) -> Encoding:
@@ -227,7 +229,7 @@ class Batch(Transient):
 
         Args:
             content: a context, as for `StarLLM.encode`.
-            progress, query, settings, chat_template_kwargs, reuse: as for `StarLLM.encode`.
+            progress, query, settings, tools, chat_template_kwargs, reuse: as for `StarLLM.encode`.
 
         Raises:
             InvalidInputError: several contexts, or a batch that is closed; and whatever
@@ -237,7 +239,7 @@ class Batch(Transient):
         options = dict(
             query=query,
             settings=settings,
-            chat_template_kwargs=chat_template_kwargs,
+            chat_template_kwargs=with_tools(self._runtime.tokenizer, chat_template_kwargs, tools),
             reuse=reuse,
         )
         with release_frames_on_oom():

@@ -11,6 +11,7 @@ from star_attention.hf.text.conversation import ChatContext, joined, longer
 from star_attention.hf.text.messages import Message, parts
 from star_attention.hf.text.rendered import RenderedText, shared_prefix
 from star_attention.hf.text.template import PROBES, ChatTemplate, check_written, left_out
+from star_attention.hf.text.tool_reader import functions_of
 
 _INSTRUCTIONS = ("system", "developer")
 _ATTEMPTS = 3
@@ -122,6 +123,8 @@ def moved(
             return whole, len(now)
     names = [name for name in template.kwargs if template.kwargs[name] != stored.kwargs.get(name)]
     if names and shared_head(template, chat).text != now:
+        if names == ["tools"]:
+            raise _other_tools(stored, template)
         raise InvalidInputError(
             f"chat_template_kwargs {quote(names)} change the encoded part of the prompt; encode"
             " the context with them"
@@ -130,6 +133,21 @@ def moved(
         "the chat template writes the encoded messages differently before the messages of this"
         f" query (it has {_differing(whole.text, now)}); encode the conversation up to its last"
         " question, and ask that alone"
+    )
+
+
+def _other_tools(stored: ChatTemplate, template: ChatTemplate) -> InvalidInputError:
+    """Return the error for tools that are not those of the encoded context."""
+    own, other = (
+        [function["name"] for function in functions_of(each.kwargs.get("tools") or ())]
+        for each in (stored, template)
+    )
+    encoded = f"with {quote(own)}" if own else "without any"
+    if own == other:
+        encoded += ", of other descriptions or parameters"
+    return InvalidInputError(
+        f"the tools {quote(other)} change the encoded part of the prompt, because the context was"
+        f" encoded {encoded}; give these tools to encode, or leave them out here"
     )
 
 

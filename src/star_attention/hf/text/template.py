@@ -207,9 +207,10 @@ def check_template(tokenizer: Any) -> None:
 def check_unused(name: str, kwargs: dict[str, Any] | None) -> None:
     """Raise `InvalidInputError` for arguments where no template is rendered."""
     if kwargs:
+        given = "tools" if [*kwargs] == ["tools"] else f"chat_template_kwargs {quote([*kwargs])}"
         raise InvalidInputError(
-            f"chat_template_kwargs {quote(list(kwargs))} have no effect, because the {name} is not"
-            " rendered by a chat template; give chat messages, or leave them out"
+            f"{given} have no effect, because the {name} is not rendered by a chat template; give"
+            " chat messages, or leave them out"
         )
 
 

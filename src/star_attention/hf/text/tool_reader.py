@@ -185,6 +185,25 @@ def _whole_call(text: str) -> list[ToolCall]:
     return [ToolCall(name=value["name"], arguments=value["arguments"])]
 
 
+def with_tools(
+    tokenizer: Any, template_kwargs: dict[str, Any] | None, tools: Any
+) -> dict[str, Any] | None:
+    """Return what a chat template reads beside messages, with the tools of a context.
+
+    Args:
+        tokenizer: a transformers tokenizer, or None.
+        template_kwargs: what it reads beside messages and tools.
+        tools: functions with types and docstrings, or dicts in the form of a chat; None for none.
+
+    Raises:
+        InvalidInputError: tools that the model cannot call, or that come twice.
+    """
+    if tools is None:
+        return template_kwargs
+    check_tools(tokenizer, tools, template_kwargs)
+    return {**(template_kwargs or {}), "tools": list(tools)}
+
+
 def check_tools(tokenizer: Any, tools: Any, template_kwargs: Any) -> None:
     """Raise `InvalidInputError` for tools that a model cannot call, or that come twice."""
     if isinstance(template_kwargs, dict) and "tools" in template_kwargs:

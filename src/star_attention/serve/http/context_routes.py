@@ -17,6 +17,7 @@ from star_attention.serve.http.body import Body, read_object, whole_number, wron
 from star_attention.serve.http.events import DONE, EventStream, ObjectResponse, event, unless_left
 from star_attention.serve.http.fields import MOST_TTL_S, read_template_kwargs
 from star_attention.serve.http.problems import bad_request
+from star_attention.serve.http.tools import read_tools, reader_of
 from star_attention.serve.http.uploads import is_form, read_upload
 from star_attention.serve.prompts import Prompts
 from star_attention.serve.reading import Source
@@ -89,13 +90,34 @@ class ContextRoutes:
             )
         (name,) = given
         value = fields[name]
-        kwargs = read_template_kwargs(body)
+        kwargs = self._template_kwargs(body)
+        if kwargs and name == "token_ids":
+            raise bad_request(
+                f"{quote(list(kwargs))} have no effect on token_ids, which no chat template reads;"
+                " leave them out, or give messages",
+                next(iter(kwargs)),
+            )
         kinds = {"text": str, "messages": list, "token_ids": list, "file_id": str}
         if not isinstance(value, kinds[name]):
             raise wrong_type(name, value, "a list" if kinds[name] is list else "a string")
         if name == "file_id":
             return Source(text=self._service.files.get(tenant, value).text, template_kwargs=kwargs)
         return Source(**{name: value}, template_kwargs=kwargs)
+
+    def _template_kwargs(self, body: Body) -> dict[str, Any]:
+        """Return what the chat template reads beside messages, with the tools of the context.
+
+        They have the form that requests on it give them.
+        """
+        kwargs, tools = read_template_kwargs(body), read_tools(body)
+        if tools is None:
+            return kwargs
+        if "tools" in kwargs:
+            raise bad_request(
+                "tools are given twice, also in chat_template_kwargs; give one of them", "tools"
+            )
+        reader_of(tools, self._service.star.tokenizer, "tools")
+        return {**kwargs, "tools": tools.given}
 
     async def _ended(self, request: Request, id: str) -> ContextView:
         """Return a context once it is there, or has failed."""
