@@ -7,6 +7,7 @@ values in messages cut.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,16 @@ from star_attention.config import METHODS
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "star_attention"
-TREES = {
-    str(path.relative_to(SOURCE)): ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(SOURCE.rglob("*.py"))
-}
+
+
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """Each file's tree; not read by processes of pytest that only collect these tests."""
+    return {
+        str(path.relative_to(SOURCE)): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(SOURCE.rglob("*.py"))
+    }
+
 
 MOST_LINES = 400
 MOST_METHODS = 15
@@ -34,7 +41,7 @@ def test_files_can_be_read_in_one_go() -> None:
 
 
 def test_the_root_holds_few_modules() -> None:
-    assert sum("/" not in file for file in TREES) <= MOST_ROOT_MODULES
+    assert sum("/" not in file for file in trees()) <= MOST_ROOT_MODULES
 
 
 def large_classes(tree: ast.Module) -> Iterator[str]:
@@ -49,7 +56,7 @@ def large_classes(tree: ast.Module) -> Iterator[str]:
 
 
 def test_classes_have_one_subject() -> None:
-    assert [(file, name) for file, tree in TREES.items() for name in large_classes(tree)] == []
+    assert [(file, name) for file, tree in trees().items() for name in large_classes(tree)] == []
 
 
 def test_a_large_class_is_seen() -> None:
@@ -102,9 +109,9 @@ def private_reaches(tree: ast.Module, ours: set[str]) -> Iterator[str]:
 
 
 def test_modules_leave_the_private_parts_of_others_alone() -> None:
-    ours = set().union(*map(private_names, TREES.values()))
+    ours = set().union(*map(private_names, trees().values()))
     assert len(ours) > 300
-    reaches = [(file, use) for file, tree in TREES.items() for use in private_reaches(tree, ours)]
+    reaches = [(file, use) for file, tree in trees().items() for use in private_reaches(tree, ours)]
     assert reaches == []
 
 
@@ -135,7 +142,7 @@ def test_a_method_answers_for_itself() -> None:
     """Forbids a comparison with a method's name, which a new method would have to find."""
     checks = [
         (file, check)
-        for file, tree in TREES.items()
+        for file, tree in trees().items()
         if not file.startswith("methods/")
         for check in method_name_checks(tree)
     ]
@@ -152,7 +159,7 @@ def test_a_comparison_with_a_methods_name_is_seen() -> None:
 
 def test_messages_quote_values_through_one_helper() -> None:
     """Forbids `{value!r}` in a message: a value that is a whole document would be printed."""
-    places = [f"{file}:{line}" for file, tree in TREES.items() for line in unbounded(tree)]
+    places = [f"{file}:{line}" for file, tree in trees().items() for line in unbounded(tree)]
     assert places == [], "show values by errors.quote"
 
 
