@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from star_attention import EncodedContext, StarLLM
 from star_attention.generation import requests
@@ -162,8 +163,23 @@ def test_a_graph_that_compiled_layers_cannot_be_in_holds_plain_ones(
     said = [record.message for record in caplog.records if "compiled layers" in record.message]
     assert said == [
         f"no compiled layers in the CUDA graph for {subject}: no such code"
-        for subject in ("1 x 1 tokens", "2 rows")
+        for subject in ("1 x 8 tokens", "1 x 1 tokens", "2 rows")
     ]
+
+
+def test_queries_of_all_lengths_share_compiled_layers() -> None:
+    plain, fast = engine("llama", **SIZES), engine("llama", compile=True, **SIZES)
+    counting = with_graphs(fast)
+    counting.recorder.always_warms_up = True
+    settings: dict[str, Any] = dict(max_new_tokens=1, ignore_eos=True, return_logits=True)
+    context = fast.encode(ids(101))
+    torch._dynamo.utils.counters.clear()
+    for tokens in (3, 7):
+        reply = fast.generate(context, ids(tokens), **settings)
+        expected = plain.generate(plain.encode(ids(101)), ids(tokens), **settings)
+        torch.testing.assert_close(reply.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert {key[:2] for key, made in counting.captured.items() if made} == {(1, 4), (1, 8)}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def answers(star: StarLLM, context: EncodedContext) -> list[Any]:

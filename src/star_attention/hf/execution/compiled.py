@@ -31,9 +31,11 @@ from star_attention.linear.fp8 import Fp8Linear, share_quantizing
 
 _log = logging.getLogger("star_attention")
 
-FULL, STEP, ROWS = "full", "step", "rows"
+FULL, STEP, ROWS, QUERY = "full", "step", "rows", "query"
 """Modes of compiled layers: forwards of many tokens, all of one length (phase 1), of one token
-(phase 2), or of one token of each of any number of rows."""
+(phase 2), of one token of each of any number of rows, or of any number of one row's (a query)."""
+_VARYING = {ROWS: 0, QUERY: 1}
+"""The axis of activations whose length varies from forward to forward: one code serves all."""
 
 # The option of torch.compile for passes of ours.
 _PASSES = "post_grad_custom_pre_pass"
@@ -82,7 +84,7 @@ class CompiledLayers:
         # Calls after which their like compile nothing more.
         self._known: set[tuple[Any, ...]] = set()
         self._options: dict[str, dict[str, Any]] = {
-            mode: {_PASSES: _PLAIN} for mode in (FULL, STEP, ROWS)
+            mode: {_PASSES: _PLAIN} for mode in (FULL, STEP, ROWS, QUERY)
         }
         if any(isinstance(each, Fp8Linear) for layer in self._layers for each in layer.modules()):
             self._options[FULL][_PASSES] = _SHARE_QUANTIZING
@@ -111,7 +113,7 @@ class CompiledLayers:
                 self._dispatch(layer, min(indices), mode)
                 for layer, indices in zip(self._layers, cache_indices, strict=True)
             ]
-            for mode in (FULL, STEP, ROWS)
+            for mode in (FULL, STEP, ROWS, QUERY)
         }
 
     @property
@@ -125,7 +127,7 @@ class CompiledLayers:
         """Install the layers compiled for `mode` for the length of the block."""
         # Linear layers and experts that are sliced have classes of their own (`slices`).
         known: list[_Change] = list(self._experts) if mode == STEP else []
-        if mode != FULL:
+        if mode in (STEP, ROWS):
             known += [(linear, nn.Linear, self._row_linear) for linear in self._linears]
         changed = [each for each in known if type(each[0]) is each[1]]
         for layer, forward in zip(self._layers, self._forwards[mode], strict=True):
@@ -151,8 +153,8 @@ class CompiledLayers:
         """Make a layer's forward: compiled whole, in pieces or, outside of ours, the stock one."""
         stock = layer.forward
         options = self._options[mode]
-        # Code of one number of rows serves all.
-        dynamic = None if mode == ROWS else False
+        axis = _VARYING.get(mode)
+        dynamic = False if axis is None else None
         whole = torch.compile(stock, dynamic=dynamic, fullgraph=True, options=options)
         # Dynamic, so that code compiled with one layer's index serves all layers.
         pieces = torch.compile(stock, dynamic=True, options=options)
@@ -160,11 +162,11 @@ class CompiledLayers:
         def run(args: Any, kwargs: Any) -> Any:
             # Before torch 2.13 these settings are shared by all threads: another one may then
             # compile more often than it needs to.
-            if mode == ROWS:
-                rows = len(next(_tensors((args, kwargs))))
+            if axis is not None:
+                length = next(_tensors((args, kwargs))).shape[axis]
                 for tensor in _tensors((args, kwargs)):
-                    if tensor.dim() and len(tensor) == rows:
-                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                    if tensor.dim() > axis and tensor.shape[axis] == length:
+                        torch._dynamo.maybe_mark_dynamic(tensor, axis)
             if self.whole:
                 hook.enter_layer(cache_index)
                 try:

@@ -210,9 +210,7 @@ class Graphs:
     ) -> _Graph | None:
         rows, queries = ids_RQ.shape
         graph = _Graph(ids_RQ, positions_RQ)
-        mode = None
-        if queries == 1:
-            mode = compiled.STEP if rows == 1 else row_graphs.MODE
+        mode = _mode(rows, queries)
         inputs = graph.ids_RQ, graph.positions_RQ, cache, None
 
         def forward(mode: str | None) -> None:
@@ -233,6 +231,13 @@ class Graphs:
             return None
         graph.replay = replay
         return graph
+
+
+def _mode(rows: int, queries: int) -> str | None:
+    """Return the mode of the compiled layers of a forward, None for layers as they are."""
+    if queries == 1:
+        return compiled.STEP if rows == 1 else row_graphs.MODE
+    return compiled.QUERY if rows == 1 else None
 
 
 def can_capture(handle: Any) -> bool:
