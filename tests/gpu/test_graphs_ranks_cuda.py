@@ -67,57 +67,53 @@ ON_TWO_RANKS: list[Settings] = [
 
 
 def answers_of(
-    comm: Any, device: str, compile: tuple[bool, ...], several: list[Settings]
-) -> list[dict[str, Any]]:
-    """Answer with the bundled model under several settings.
+    comm: Any, device: str, compile: tuple[bool, ...], settings: Settings
+) -> dict[str, Any]:
+    """Answer with the bundled model.
 
     Args:
         comm: the ranks.
         device: the GPU.
         compile: for each rank, True for compiled layers and graphs.
-        several: settings of each engine.
+        settings: of the engine.
     """
-    results = []
-    for settings in several:
-        started = time.perf_counter()
-        star = StarLLM.from_pretrained(
-            MODEL,
-            dtype="float32",
-            device=device,
-            comm=comm,
-            compile=compile[comm.rank % len(compile)],
-            **settings,
-        )
-        result = answers(star)
-        graphs = star.runtime.handle.graphs
-        captured = None if graphs is None else graphs.captured
-        steps = None if graphs is None else graphs.of_rows.captured
-        seconds = time.perf_counter() - started
-        results.append(result | dict(captured=captured, steps=steps, seconds=seconds))
-    return results
+    started = time.perf_counter()
+    star = StarLLM.from_pretrained(
+        MODEL,
+        dtype="float32",
+        device=device,
+        comm=comm,
+        compile=compile[comm.rank % len(compile)],
+        **settings,
+    )
+    result = answers(star)
+    graphs = star.runtime.handle.graphs
+    return result | dict(
+        captured=None if graphs is None else graphs.captured,
+        steps=None if graphs is None else graphs.of_rows.captured,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def check(results: list[list[dict[str, Any]]], several: list[Settings]) -> None:
+def check(results: list[dict[str, Any]], settings: Settings) -> None:
     """Compare all ranks' answers with those of one rank without graphs."""
-    for number, settings in enumerate(several):
-        alone = {name: value for name, value in settings.items() if name != "tensor_parallel"}
-        if alone.get("method") == "ring":
-            alone["method"] = "dense"
-        (expected,) = answers_of(SoloComm(), "cuda", (False,), [alone])
-        of_ranks = [result[number] for result in results]
-        difference = np.abs(of_ranks[0]["logits"] - expected["logits"]).max()
-        print(
-            f"{len(results)} ranks {settings}: largest difference of a logit {difference:.1e},"
-            f" {of_ranks[0]['seconds']:.1f} s, captured {[one['captured'] for one in of_ranks]}"
-        )
-        for result in of_ranks:
-            assert result["tokens"] == expected["tokens"]
-        assert difference <= 1e-4 * max(1.0, np.abs(expected["logits"]).max())
+    alone = {name: value for name, value in settings.items() if name != "tensor_parallel"}
+    if alone.get("method") == "ring":
+        alone["method"] = "dense"
+    expected = answers_of(SoloComm(), "cuda", (False,), alone)
+    difference = np.abs(results[0]["logits"] - expected["logits"]).max()
+    print(
+        f"{len(results)} ranks {settings}: largest difference of a logit {difference:.1e},"
+        f" {results[0]['seconds']:.1f} s, captured {[result['captured'] for result in results]}"
+    )
+    for result in results:
+        assert result["tokens"] == expected["tokens"]
+    assert difference <= 1e-4 * max(1.0, np.abs(expected["logits"]).max())
 
 
-def check_captured(results: list[list[dict[str, Any]]]) -> None:
+def check_captured(results: list[dict[str, Any]]) -> None:
     """A token of one row and of several, and their queries, are graphs on every rank."""
-    for result in [one for of_rank in results for one in of_rank]:
+    for result in results:
         kinds = {key[:2] for key, captured in result["captured"].items() if captured}
         assert {(1, 1), (1, 16), (3, 32)} <= kinds
         assert all(result["captured"].values())
@@ -125,9 +121,10 @@ def check_captured(results: list[list[dict[str, Any]]]) -> None:
         assert all(result["steps"].values())
 
 
-def test_graphs_on_two_ranks() -> None:
-    results = ranks.run(answers_of, 2, compile=(True,), several=ON_TWO_RANKS)
-    check(results, ON_TWO_RANKS)
+@pytest.mark.parametrize("settings", ON_TWO_RANKS, ids=str)
+def test_graphs_on_two_ranks(settings: Settings) -> None:
+    results = ranks.run(answers_of, 2, compile=(True,), settings=settings)
+    check(results, settings)
     check_captured(results)
 
 
@@ -135,20 +132,20 @@ def test_graphs_on_two_ranks() -> None:
     ("size", "settings"), [(3, STAR), (4, dict(block_size=1024, tensor_parallel=2))]
 )
 def test_graphs_on_more_ranks(size: int, settings: Settings) -> None:
-    results = ranks.run(answers_of, size, compile=(True,), several=[settings])
-    check(results, [settings])
+    results = ranks.run(answers_of, size, compile=(True,), settings=settings)
+    check(results, settings)
     check_captured(results)
 
 
 @pytest.mark.parametrize("with_graphs", [(True, False), (False, True)])
 def test_ranks_with_graphs_and_without(with_graphs: tuple[bool, bool]) -> None:
-    check(ranks.run(answers_of, 2, compile=with_graphs, several=[STAR]), [STAR])
+    check(ranks.run(answers_of, 2, compile=with_graphs, settings=STAR), STAR)
 
 
-def test_nccl_inside_graphs() -> None:
-    several: list[Settings] = [STAR, dict(block_size=1024, tensor_parallel=2)]
-    results = ranks.run(answers_of, 2, nccl_alone=True, compile=(True,), several=several)
-    check(results, several)
+@pytest.mark.parametrize("settings", [STAR, dict(block_size=1024, tensor_parallel=2)], ids=str)
+def test_nccl_inside_graphs(settings: Settings) -> None:
+    results = ranks.run(answers_of, 2, nccl_alone=True, compile=(True,), settings=settings)
+    check(results, settings)
     check_captured(results)
 
 

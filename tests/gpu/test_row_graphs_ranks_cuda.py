@@ -29,14 +29,8 @@ def ids(tokens: int, seed: int = 1) -> list[int]:
     return torch.randint(5, 4096, (tokens,), generator=generator).tolist()
 
 
-def rows_of(
-    comm: Any, device: str, compile: bool, several: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def rows_of(comm: Any, device: str, compile: bool, settings: dict[str, Any]) -> dict[str, Any]:
     """Answer in batches whose rows come and go; rank 0 leads."""
-    return [_answered(comm, device, compile, settings) for settings in several]
-
-
-def _answered(comm: Any, device: str, compile: bool, settings: dict[str, Any]) -> dict[str, Any]:
     star = StarLLM.from_pretrained(
         MODEL,
         dtype="float32",
@@ -66,13 +60,12 @@ def _answered(comm: Any, device: str, compile: bool, settings: dict[str, Any]) -
     return dict(tokens=tokens, captured={} if graphs is None else graphs.of_rows.captured)
 
 
-def test_rows_on_two_ranks() -> None:
-    results = ranks.run(rows_of, 2, compile=True, several=SETTINGS)
-    for number, settings in enumerate(SETTINGS):
-        alone = {name: settings[name] for name in ("kv_dtype", "block_size") if name in settings}
-        (expected,) = rows_of(SoloComm(), "cuda", False, [alone])
-        print(f"{settings}: captured {[result[number]['captured'] for result in results]}")
-        assert results[0][number]["tokens"] == expected["tokens"]
-        for result in results:
-            assert {key[0] for key in result[number]["captured"]} >= {4, 8}
-            assert all(result[number]["captured"].values())
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_rows_on_two_ranks(settings: dict[str, Any]) -> None:
+    results = ranks.run(rows_of, 2, compile=True, settings=settings)
+    alone = {name: settings[name] for name in ("kv_dtype", "block_size") if name in settings}
+    expected = rows_of(SoloComm(), "cuda", False, alone)
+    assert results[0]["tokens"] == expected["tokens"]
+    for result in results:
+        assert {key[0] for key in result["captured"]} >= {4, 8}
+        assert all(result["captured"].values())
