@@ -351,6 +351,24 @@ def test_a_query_in_parts_is_the_query_in_one(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(part.logits, one.logits)
 
 
+def test_weights_that_move(caplog: pytest.LogCaptureFixture) -> None:
+    """All graphs are void then, and others are captured in their memory, by compiled layers."""
+    star = StarLLM.from_pretrained(
+        MODEL, dtype="float32", device="cuda", block_size=2048, compile=True
+    )
+    context = star.encode(chat(TEXT))
+    before = star.generate(context, QUESTION, max_new_tokens=8)
+    weight = star.model.lm_head.weight
+    weight.data = weight.data.clone()
+    with caplog.at_level("INFO", logger="star_attention"):
+        after = star.generate(context, QUESTION, max_new_tokens=8)
+    assert after.token_ids == before.token_ids
+    graphs = star.runtime.handle.graphs
+    assert graphs is not None
+    assert all(graphs.captured.values())
+    assert "no compiled layers" not in caplog.text
+
+
 def test_a_failed_capture_leaves_torch_as_it_was(engines: dict[bool, StarLLM]) -> None:
     """Random numbers, the current stream and later captures still work."""
     star = engines[True]

@@ -50,6 +50,8 @@ class Recorder:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._pool: Any = None
+        # A graph of the pool, which torch frees with its last graph and could not use again.
+        self._keeper: torch.cuda.CUDAGraph | None = None
         # Modes of compiled layers that no graph can hold: compiling them takes long.
         self._broken: set[str] = set()
         self._chain: _Chain | None = None
@@ -116,6 +118,8 @@ class Recorder:
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            self._keeper = torch.cuda.CUDAGraph()
+            _capture_little(self._keeper, self._pool, self._handle.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), comm.rehearsal():
@@ -210,5 +214,9 @@ def _reset_after_broken_capture(device: torch.device, pool: Any) -> None:
         with suppress(RuntimeError):
             end(device.index or 0, pool)
     # A capture that succeeds ends the broken one for the random number generator.
+    _capture_little(torch.cuda.CUDAGraph(), None, device)
+
+
+def _capture_little(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
     scratch = torch.zeros(1, device=device)
-    _capture(lambda: scratch.zero_(), torch.cuda.CUDAGraph(), None)
+    _capture(lambda: scratch.zero_(), graph, pool)
