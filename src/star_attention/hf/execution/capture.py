@@ -50,7 +50,7 @@ class Recorder:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._pool: Any = None
-        # A graph of the pool, which torch frees with its last graph and could not use again.
+        # Keeps the pool: torch frees a pool with its last graph, and cannot use it again.
         self._keeper: torch.cuda.CUDAGraph | None = None
         # Modes of compiled layers that no graph can hold: compiling them takes long.
         self._broken: set[str] = set()
@@ -117,9 +117,7 @@ class Recorder:
             comm: the ranks of its collectives.
         """
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._keeper = torch.cuda.CUDAGraph()
-            _capture_little(self._keeper, self._pool, self._handle.device)
+            self._open_pool()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), comm.rehearsal():
@@ -154,6 +152,15 @@ class Recorder:
 
         recorded.release = release
         return replay
+
+    def _open_pool(self) -> None:
+        pool, keeper = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        try:
+            _capture_little(keeper, pool, self._handle.device)
+        except Exception:
+            _reset_after_broken_capture(self._handle.device, pool)
+            raise
+        self._pool, self._keeper = pool, keeper
 
     def interlude(self, act: Callable[[], None]) -> None:
         """Let Python do something at this place of the captured work, at every replay.

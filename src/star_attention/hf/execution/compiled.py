@@ -87,7 +87,8 @@ class CompiledLayers:
             mode: {_PASSES: _PLAIN} for mode in (FULL, STEP, ROWS, QUERY)
         }
         if any(isinstance(each, Fp8Linear) for layer in self._layers for each in layer.modules()):
-            self._options[FULL][_PASSES] = _SHARE_QUANTIZING
+            for mode in (FULL, QUERY):
+                self._options[mode][_PASSES] = _SHARE_QUANTIZING
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_pdl
             from star_attention.hf.execution import row_experts
@@ -173,6 +174,9 @@ class CompiledLayers:
                     with torch._dynamo.config.patch(_WHOLE):
                         return whole(*args, **kwargs)
                 except torch._dynamo.exc.TorchDynamoException as error:
+                    if mode == QUERY:
+                        # Other modes may do, and the query's layers run as they are.
+                        raise
                     # Nothing of the layer has run.
                     _log.info("layers are compiled in pieces: %s", error)
                     self._gave_up = True
