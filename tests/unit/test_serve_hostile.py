@@ -146,15 +146,14 @@ def test_no_template_of_a_request_is_run(server: Server, path: str, fields: Any)
 
 
 def test_a_path_writes_no_line_of_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        server.get("/%0AINFO%20GET%20/forged%20200%1b[31m" + "a" * 500, headers=ANN)
-
     def lines() -> list[str]:
         own = (each for each in caplog.records if each.name.startswith("star_attention"))
         return [each.getMessage() for each in own if "forged" in each.getMessage()]
 
-    # A line comes after its answer.
-    assert eventually(lambda: bool(lines()))
+    with caplog.at_level(logging.INFO):
+        server.get("/%0AINFO%20GET%20/forged%20200%1b[31m" + "a" * 500, headers=ANN)
+        # A line comes after its answer.
+        assert eventually(lambda: bool(lines()))
     (line,) = lines()
     assert line.startswith("GET /%0AINFO%20GET%20/forged%20200%1B%5B31maaa")
     assert len(line) < 400
