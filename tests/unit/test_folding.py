@@ -12,7 +12,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from star_attention.hf.execution import compiled, graphs
+from star_attention.hf.execution import compiled, graphs, sums
+from star_attention.hf.execution.handle import ModelHandle
 from star_attention.linear import fp8
 from tests.compiling import fresh_code
 from tests.engines import engine, ids
@@ -32,11 +33,15 @@ class Row(nn.Linear):
         return triton_row.linear(input, self.weight, self.bias)
 
 
-def traced(function: Callable[..., Any], *args: Tensor) -> torch.fx.GraphModule:
+def traced(
+    function: Callable[..., Any], *args: Tensor, mode: Any = "real", fuse: bool = True
+) -> torch.fx.GraphModule:
     """Return the graph that torch.compile's passes see: operations are decomposed."""
-    module = make_fx(function, decomposition_table=select_decomp_table())(*args)
+    decomposed = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode=mode)
+    module = decomposed(*args)
     module.graph.eliminate_dead_code()
-    triton_row.fuse_linears(module.graph)
+    if fuse:
+        triton_row.fuse_linears(module.graph)
     module.recompile()
     return module
 
@@ -46,6 +51,10 @@ def folded(module: torch.fx.GraphModule) -> list[tuple[Any, ...]]:
     folding.fold(module.graph)
     module.graph.lint()
     module.recompile()
+    return launches_of(module)
+
+
+def launches_of(module: torch.fx.GraphModule) -> list[tuple[Any, ...]]:
     found = []
     for node in module.graph.nodes:
         if node.target == torch.ops.star_attention.linears.default:
@@ -210,6 +219,36 @@ def _both_of_gate(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
     return functional.silu(gate) * gate * _linear(x, b)
 
 
+def _clamped_gate(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    return functional.silu(_linear(x, a).clamp(max=16)) * _linear(x, b)
+
+
+def _clamped_activation(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    return functional.silu(_linear(x, a)).clamp(max=16) * _linear(x, b)
+
+
+def _clamped_far_away(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    return functional.silu(_linear(x, a)).clamp(max=3e4) * _linear(x, b)
+
+
+def _gate_of_integers(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    return functional.silu(_linear(x, a).int().float()) * _linear(x, b)
+
+
+def _gate_in_fp8(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    return functional.silu(_linear(x, a).to(fp8.DTYPE).float()) * _linear(x, b)
+
+
+def _sum_over_ranks(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    """Each rank would add the residual. This is `sums.sum_over` in compiled layers."""
+    return x + sums._sum_op(_linear(x, a), "cp", sums._NO_SHARD)
+
+
+def _gate_of_ranks(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    gate = sums._sum_op(_linear(x, a), "cp", sums._NO_SHARD)
+    return functional.silu(gate) * _linear(x, b)
+
+
 def _product_used_twice(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
     out = _linear(x, a)
     return x + out, out
@@ -238,6 +277,13 @@ def _several_rows(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
         _other_activation,
         _gate_used_twice,
         _both_of_gate,
+        _clamped_gate,
+        _clamped_activation,
+        _clamped_far_away,
+        _gate_of_integers,
+        _gate_in_fp8,
+        _sum_over_ranks,
+        _gate_of_ranks,
         _product_used_twice,
         _broadcast_sum,
         _sum_of_other_precision,
@@ -248,7 +294,8 @@ def _several_rows(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
 def test_what_is_not_recognized_stays(function: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     args = torch.randn(1, 1, 48), torch.rand(48), torch.randn(48, 48), torch.randn(48, 48)
-    module = traced(function, *args)
+    # Not run: a sum over ranks needs a forward.
+    module = traced(function, *args, mode="fake")
     before = module.code
     assert all(each[1:] == (False, "") for each in folded(module))
     assert module.code == before
@@ -269,3 +316,30 @@ def test_gates_in_either_order_of_matrices() -> None:
     right = functional.gelu(functional.linear(x, gate, bias)[..., 5:23])
     right = right * functional.linear(x, up)[..., 2:20]
     torch.testing.assert_close(module(x, up, gate, bias), right, atol=1e-5, rtol=1e-4)
+
+
+def _residual_and_gate(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Any:
+    x = x + _linear(x, w)
+    return functional.silu(_linear(x, a)) * _linear(x, b)
+
+
+def test_passes_of_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one token are folded; rows, whose number varies, are not."""
+    monkeypatch.setattr(compiled, "triton_works", lambda device: True)
+    layers = compiled.CompiledLayers(ModelHandle(build("llama")))
+    for mode, launches in (
+        (compiled.STEP, [ADDED, (2, False, "silu")]),
+        (compiled.ROWS, [PLAIN, (2, False, "")]),
+    ):
+        module = traced(
+            _residual_and_gate, torch.randn(1, 1, 48), *torch.randn(3, 48, 48), fuse=False
+        )
+        layers._options[mode][compiled._PASSES](module.graph)
+        assert launches_of(module) == launches
+
+
+def test_another_default_device() -> None:
+    """Activations are recognized where tensors without a device cannot be read."""
+    module = traced(_residual_and_gate, torch.randn(1, 1, 48), *torch.randn(3, 48, 48))
+    with torch.device("meta"):
+        assert folded(module) == [ADDED, (2, False, "silu")]

@@ -2,8 +2,9 @@
 
 Two kinds: an activation that gates one of two products, and the sum with a residual. Activations
 are recognized by what they compute, not by how a model or torch writes them: candidates are run on
-a few numbers. What is not recognized stays as it is. The norm before products stays, too: each
-program would read its weight and sum its squares, which takes longer than its launch.
+numbers near and far. What is not recognized stays as it is. The norm before products stays, too:
+folded, each program would read the norm's weight and sum the squares of the whole row, which takes
+longer than launching the norm.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _LINEARS = torch.ops.star_attention.linears.default
 _FOLDED = torch.ops.star_attention.folded_linears.default
 _MOST_NODES = 24
 """Nodes of an activation, at most."""
+_FAR = (1e2, 1e4, 1e30)
+"""Where limits of an activation show, such as a clamp, if they lie beyond its curve."""
 
 
 def fold(graph: Graph) -> None:
@@ -94,7 +97,7 @@ def _activation_of(node: Any, gate: Node, gated: Node) -> tuple[str, list[Node]]
     alone = all(user in inside for each in (*chain, gate) for user in each.users)
     if leaves != [gate] or not alone:
         return None
-    values = torch.linspace(-12, 12, 193).double()
+    values = _probe()
     try:
         out = _computed(node, chain, {gate: values})
     except (RuntimeError, TypeError):
@@ -105,10 +108,20 @@ def _activation_of(node: Any, gate: Node, gated: Node) -> tuple[str, list[Node]]
     return None
 
 
+def _probe() -> Tensor:
+    """Return the numbers that activations are compared at, in fp64."""
+    # Not on torch's default device, where there may be nothing to read.
+    near = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu").tolist()
+    far = [sign * value for value in _FAR for sign in (1, -1)]
+    return torch.tensor([*near, *far], dtype=torch.float64, device="cpu")
+
+
 def _is_pointwise(node: Node) -> bool:
     target: Any = node.target
-    is_pointwise = node.op == "call_function" and torch.Tag.pointwise in getattr(target, "tags", ())
-    return target == _convert or is_pointwise
+    if target == _convert:
+        # Others than these are more than a rounding, which folded launches do without.
+        return node.args[1] in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return node.op == "call_function" and torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 def _become_gated(graph: Graph, node: Node, gated: Node, swapped: bool, name: str) -> None:

@@ -226,7 +226,7 @@ def _fold(graph: torch.fx.Graph) -> None:
 
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, fuse linears 3", multiply_reals, _fuse_linears)
-_FOLD = _Passes("reals 1, fuse linears 3, fold 2", multiply_reals, _fuse_linears, _fold)
+_FOLD = _Passes("reals 1, fuse linears 3, fold 3", multiply_reals, _fuse_linears, _fold)
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""
 
