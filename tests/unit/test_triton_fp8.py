@@ -90,8 +90,8 @@ def test_a_single_row_in_words(
 def test_rows_that_are_not_read_in_words() -> None:
     """Addresses between words, other precisions and lengths take the loop for any of them."""
     weight, scale, values = matrix(20, 2100)
-    for x, first in ((torch.randn(2048).half(), 2), (torch.randn(2049)[1:].half(), 4)):
-        assert not triton_row_fp8.serves(x, [weight[:, 2 : 2 + 2048]])
+    for x, first in ((torch.randn(2048).half(), 2), (torch.randn(2049).half()[1:], 4)):
+        assert not triton_row_fp8.serves(x, [weight[:, first : first + 2048]])
         out = triton_row.linear(x, weight, None, first_column=first, scale=scale)
         right = linear(x.float(), values[:, first : first + 2048])
         torch.testing.assert_close(out.float(), right, atol=1e-2, rtol=1e-3)
