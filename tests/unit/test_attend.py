@@ -117,7 +117,7 @@ def test_kernels_equal_the_oracle(name: str, kernel: str | None, dtype: torch.dt
 )
 def test_many_rows_are_cut_into_chunks(case: Case, kernel: str) -> None:
     """Masks are written out 512 rows at a time."""
-    q_BQHD, k_BKGD, v_BKGD = tensors(case, (2, 1), (16, 16), torch.float32)
+    q_BQHD, k_BKGD, v_BKGD = tensors(case, (3, 1), (16, 16), torch.float32)
     rule = rule_of(case, 16)
     state = attend(
         q_BQHD,
