@@ -45,10 +45,11 @@ def test_every_geometry(pool: Pool, geometry: str, ranks: int) -> None:
     check_tiny(pool.run(answer, ranks, name="llama", **sizes), "llama", **sizes)
 
 
+# Each turn has both sources and both collectives.
 WAYS = [
     (2, "gather", "broadcast"),
-    (3, "reduce", "local"),
     (4, "reduce", "broadcast"),
+    (3, "reduce", "local"),
     (4, "gather", "local"),
 ]
 

@@ -20,12 +20,11 @@ from tests.tiers import in_turn
 from tests.unit.test_golden import CASES, close, expected_logits, star_with, tensors
 
 DENSE = dict(block_size=CONTEXT, anchor_size=0)
+# Each turn has both layouts.
+WAYS = [(2, "zigzag"), (4, "zigzag"), (3, "contiguous"), (2, "contiguous")]
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks", "layout"),
-    in_turn(2, FAMILIES, [(2, "zigzag"), (3, "contiguous"), (4, "zigzag")]),
-)
+@pytest.mark.parametrize(("name", "ranks", "layout"), in_turn(2, FAMILIES, WAYS))
 def test_every_family(pool: Pool, name: str, ranks: int, layout: str) -> None:
     results = pool.run(answer, ranks, name=name, method="ring", ring_layout=layout)
     assert all(result["layout"][rank] for rank, result in enumerate(results)), (

@@ -43,7 +43,8 @@ def load(comm: Any, path: Path, name: str = "llama", method: str = "star") -> An
 
 
 KINDS = [("llama", "star"), ("llama", "ring"), ("deepseek_v3", "star"), ("gemma3n", "star")]
-RANKS = [(3, 1), (1, 3), (3, 2), (2, 4), (4, 4), (3, 7)]
+# Each turn has more readers than writers, and fewer.
+RANKS = [(3, 1), (1, 3), (2, 4), (3, 2), (4, 4), (3, 7)]
 
 
 @pytest.mark.parametrize(("name", "method", "writers", "readers"), in_turn(2, KINDS, RANKS))

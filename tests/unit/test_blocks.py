@@ -20,14 +20,14 @@ from star_attention.attention.oracle import law_mask
 from star_attention.attention.state import State, merge
 from star_attention.planning.plan import BlockPlan, Span
 from tests.attention_cases import BATCH, DTYPES, Case, assert_within_budget, right_of, tensors
+from tests.tiers import in_turn
 
 LENGTH, H, G, D, V = 101, 6, 3, 16, 12
 # Each dtype, and softcap in one of them: what it adds does not depend on the dtype.
-KINDS = [
-    pytest.param(dtype, softcap, marks=[pytest.mark.slow] if softcap and dtype.itemsize < 4 else [])
-    for dtype in DTYPES
-    for softcap in (None, 2.0)
-]
+PLAIN = (torch.float32, None)
+HALVES = [dtype for dtype in DTYPES if dtype.itemsize < 4]
+KINDS = [PLAIN, (torch.float32, 2.0), *((dtype, None) for dtype in HALVES)]
+OTHER_KINDS = [(dtype, 2.0) for dtype in HALVES]
 
 
 def context(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,40 +62,25 @@ def by_blocks(
 
 
 BLOCKS = [(20, 20), (20, 7), (20, 0), (20, 1), (101, 9), (200, 200), (1, 1), (50, 50)]
+WINDOWS = [None, 1, 13, 30, 90]
+LOOKBACKS = [0, 1, 2, 6]
 
 
-def is_quick(number: int, dtype: torch.dtype, softcap: float | None) -> bool:
-    """True for everything in float32, and in turn for softcap and the other dtypes, apart."""
-    if softcap is None and dtype == torch.float32:
-        return True
-    return (softcap is None or dtype == torch.float32) and number % 3 == DTYPES.index(dtype)
-
-
-LAWS = [
-    pytest.param(
-        *sizes,
-        window,
-        dtype,
-        softcap,
-        lookback,
-        marks=[] if is_quick(first + second + third, dtype, softcap) else pytest.mark.slow,
-    )
-    for first, sizes in enumerate(BLOCKS)
-    for second, window in enumerate((None, 1, 13, 30, 90))
-    for third, lookback in enumerate((0, 1, 2, 6))
-    for dtype in DTYPES
-    for softcap in (None, 2.0)
-]
-
-
-@pytest.mark.parametrize(("block", "anchor", "window", "dtype", "softcap", "lookback"), LAWS)
+# Each law in float32 without softcap, and in turn in one of the other quick kinds.
+@pytest.mark.parametrize(
+    ("block", "anchor", "window", "lookback", "dtype", "softcap"),
+    [
+        *in_turn(3, BLOCKS, WINDOWS, LOOKBACKS, KINDS, quick=lambda *case: case[4:] == PLAIN),
+        *in_turn(0, BLOCKS, WINDOWS, LOOKBACKS, OTHER_KINDS),
+    ],
+)
 def test_blocks_equal_the_law(
     block: int,
     anchor: int,
     window: int | None,
+    lookback: int,
     dtype: torch.dtype,
     softcap: float | None,
-    lookback: int,
 ) -> None:
     """Blocks as a batch, one block at a time, and pieces of blocks; the last one is ragged."""
     q_BLHD, k_BLGD, v_BLGD = context(dtype)
@@ -132,7 +117,7 @@ def test_a_forward_holds_whole_blocks_or_a_piece_of_one() -> None:
         )
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), KINDS)
+@pytest.mark.parametrize(("dtype", "softcap"), [*KINDS, *in_turn(0, OTHER_KINDS)])
 @pytest.mark.parametrize("window", [None, 1, 9, 40, 300])
 @pytest.mark.parametrize("padding", [[0, 0], [0, 4], [8, 3]])
 @pytest.mark.parametrize(("tail", "queries"), [(9, 9), (23, 9), (14, 1)])

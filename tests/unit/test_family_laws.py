@@ -18,6 +18,7 @@ from tests.engines import CONTEXT, QUERY, VARIED, engine, ids, stock_generate, s
 from tests.families import FAMILIES, UNUSUAL
 from tests.family_configs import WINDOW
 from tests.model_oracle import oracle_forward
+from tests.tiers import in_turn
 
 STEPS = 4
 # (block_size, anchor_size, tokens_per_forward): several whole blocks a forward, then pieces of one.
@@ -26,7 +27,6 @@ GEOMETRIES = [(16, 16, 40), (24, 10, 9)]
 # (lookback, lookback_layers): the paper's method, then forwards that hold more and fewer blocks
 # than they look back.
 LOOKBACKS = [(0, "all"), (1, "lower"), (3, "all")]
-
 
 TOLERANCE = 1e-4
 # These two do not scale their scores (attention_multiplier is 1, not head_size ** -0.5 = 1/4), and
@@ -40,19 +40,6 @@ def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> Non
 
 
 # Families that vary meet every pair of a geometry and a look-back, the others each of both.
-LAWS = [
-    pytest.param(
-        name,
-        *geometry,
-        *lookback,
-        marks=[] if name in VARIED or (number + first + second) % 2 == 0 else [pytest.mark.slow],
-    )
-    for number, name in enumerate([*FAMILIES, *UNUSUAL])
-    for first, geometry in enumerate(GEOMETRIES)
-    for second, lookback in enumerate(LOOKBACKS)
-]
-
-
 @pytest.mark.parametrize(
     (
         "name",
@@ -62,7 +49,7 @@ LAWS = [
         "lookback",
         "lookback_layers",
     ),
-    LAWS,
+    in_turn(2, [*FAMILIES, *UNUSUAL], GEOMETRIES, LOOKBACKS, quick=lambda name, *_: name in VARIED),
 )
 def test_engine_equals_the_explicit_mask(
     name: str,

@@ -74,11 +74,12 @@ def test_ranks_keep_their_part_of_the_window() -> None:
     assert kept_by_layer(runs[2], [25, None], 101, "all") == [runs[2]] * 2
 
 
+# Each turn has forwards of several blocks and of pieces.
 WAYS: list[dict[str, Any]] = [
     dict(tokens_per_forward=40),
     dict(tokens_per_forward=7),
-    dict(tokens_per_forward=32, lookback=1),
     dict(tokens_per_forward=5, lookback=2, lookback_layers="lower"),
+    dict(tokens_per_forward=32, lookback=1),
     dict(tokens_per_forward=16, kv_device="cpu"),
     dict(method="dense", block_size=None, anchor_size=None, tokens_per_forward=9),
     dict(block_size=64, anchor_size=64, tokens_per_forward=12),

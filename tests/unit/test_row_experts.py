@@ -10,6 +10,7 @@ from torch import nn
 
 from star_attention.hf.loading.plain_experts import are_plain_experts
 from tests.engines import tiny
+from tests.tiers import in_turn
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -27,20 +28,14 @@ def experts_of(family: str) -> Any:
 
 
 # Sizes in one tile with every activation; in several, which take seconds, with one.
-SIZES = [(1, 6, 40, 70), (2, 2, 530, 16), (1, 1, 16, 1100)]
+SIZES = [(1, 6, 40, 70), (3, 2, 530, 16), (1, 1, 16, 1100)]
 
 
 @pytest.mark.parametrize(
     ("tokens", "chosen", "width", "hidden", "activation"),
-    [
-        pytest.param(
-            *sizes,
-            activation,
-            marks=pytest.mark.slow if sizes != SIZES[0] and activation != "silu" else [],
-        )
-        for sizes in SIZES
-        for activation in ACTIVATIONS
-    ],
+    in_turn(
+        0, SIZES, list(ACTIVATIONS), quick=lambda *case: case[:4] == SIZES[0] or case[4] == "silu"
+    ),
 )
 def test_few_tokens(tokens: int, chosen: int, width: int, hidden: int, activation: str) -> None:
     torch.manual_seed(0)
