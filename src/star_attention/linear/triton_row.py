@@ -4,7 +4,8 @@ In the shapes of an 8B model's layers, cuBLAS multiplies a single token at 0.44 
 memory bandwidth, this kernel at 0.71 to 0.94 (bench/results/2026-11-26-h200.md). With much larger
 matrices cuBLAS is as fast. A few rows are multiplied by `triton_few`.
 Matrices in fp8 (`linear.fp8`) have a scale a row, which its sum is multiplied with;
-`triton_row_fp8` reads most of them, at 0.64 to 0.80 of the bandwidth.
+`triton_row_fp8` reads most of them, at 0.64 to 0.80 of the bandwidth
+(bench/results/2026-11-30-h200.md).
 """
 
 from __future__ import annotations
