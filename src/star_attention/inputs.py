@@ -168,9 +168,8 @@ def prepare_contexts(
     several, queries = is_several(content), as_queries(query)
     settings = None
     if query is not None or options is not None:
-        settings = GenerationSettings.of(**(options or {})).resolve(
-            runtime.handle, runtime.tokenizer
-        )
+        given = GenerationSettings.of(**(options or {}))
+        settings = given.resolve(runtime.handle, runtime.tokenizer)
     return several, for_each(
         "context",
         list(content) if several else [content],
@@ -195,6 +194,7 @@ def _prepare_one(
     runtime.warn_of_small_blocks(len(ids_L))
     prompts: list[list[int]] = []
     if settings is not None:
+        # Raises for a call that cannot be made.
         settings.reading_calls(source.chat, runtime.tokenizer, runtime.handle.vocab_size)
         settings.check_method(runtime.method)
         settings.check_windows(runtime.handle.windows, len(ids_L), runtime.config.kv_windows)
@@ -214,13 +214,14 @@ def _context_input(
     opened: chat.ChatContext | None = None
     ids: Any = content
     end: ContextEnd | None = None
-    check_unused("context", None if chat.is_messages(content) else template_kwargs)
     if chat.is_messages(content):
         opened = chat.open_context(runtime.tokenizer, list(content), template_kwargs)
         ids, end = _reader(runtime).chat_context(opened.rendered)
         if len(content) == 1:
             warn_about_file_name(content[0].get("content"))  # type: ignore[union-attr]
-    elif isinstance(content, str):
+    else:
+        check_unused("context", template_kwargs)
+    if isinstance(content, str):
         check_words(content, "context")
         warn_about_file_name(content)
         runtime.need_tokenizer("text")

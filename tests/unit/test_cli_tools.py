@@ -78,6 +78,31 @@ def test_a_choice_that_no_answer_can_follow(folder: Path, choice: str, error: st
         assert error in failed(*saved, stdin="Hi\n")
 
 
+def test_a_choice_that_forces_nothing(folder: Path) -> None:
+    """It goes with a template of an unknown form of calls, of which no call can be forced."""
+    config = json.loads((folder / "model" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    writes = (
+        "{% if tools %}{{ tools }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    config["chat_template"] = writes
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = ["-m", folder / "model", "--block-size", "256"]
+    text = [folder / "book.txt", "--chat-template-kwargs", json.dumps({"tools": TOOLS})]
+    ok("encode", *model, *text, "--chat", "-o", folder / "book.star")
+    saved = ["-m", folder / "model", folder / "book.star", "--max-new-tokens", "1"]
+    ask = ["--query", "Hi", "--json"]
+    for choice in ("auto", "none"):
+        chosen = ["--tool-choice", choice]
+        asked = ok("ask", *saved, *ask, *chosen)
+        made = ok("generate", *model, *text, "--chat", *ask, "--max-new-tokens", "1", *chosen)
+        for done in (asked, made):
+            assert json.loads(done.out)["tool_calls"] is None
+        ok("chat", *saved, *chosen, stdin="Hi\n")
+        ok("chat", *model, *text, "--max-new-tokens", "1", *chosen, stdin="Hi\n")
+    for command in (["ask", *saved, "--query", "Hi"], ["chat", *saved], ["chat", *model, *text]):
+        assert "unknown form" in failed(*command, "--tool-choice", "required", stdin="Hi\n")
+
+
 def test_a_call_that_has_to_be_made(folder: Path) -> None:
     pytest.importorskip("xgrammar")
     mode = {"type": "string", "enum": ["a"]}

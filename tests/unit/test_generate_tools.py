@@ -208,6 +208,27 @@ def test_tools_that_cannot_be_read(tools: Any, message: str) -> None:
         star.encode(DOCUMENT, tools=tools)
 
 
+@pytest.mark.parametrize("value", ["enable_thinking", ["enable_thinking"], 7])
+@pytest.mark.parametrize("more", [{}, {"tools": [weather]}, {"tool_choice": "none"}])
+def test_arguments_of_the_template_that_are_no_dict(value: Any, more: dict[str, Any]) -> None:
+    """The same error, whatever reads them first."""
+    star = engine("qwen3")
+    message = f"chat_template_kwargs: expected a dict, got {type(value).__name__}"
+    wrong: dict[str, Any] = {"chat_template_kwargs": value}
+    for settings in (wrong | more, wrong | more | {"max_new_tokens": 1}):
+        with pytest.raises(InvalidInputError, match=message):
+            star.encode(DOCUMENT, query=QUESTION, settings=settings)
+        with pytest.raises(InvalidInputError, match=message):
+            star.prepare(DOCUMENT, QUESTION, **settings)
+        with pytest.raises(InvalidInputError, match=message):
+            star.generate(star.encode(DOCUMENT), QUESTION, **settings)
+    for content in (DOCUMENT, "the cat sat on the mat"):
+        with pytest.raises(InvalidInputError, match=message):
+            star.encode(content, **wrong, tools=more.get("tools"))
+        with pytest.raises(InvalidInputError, match=message):
+            star.batch().encode(content, **wrong, tools=more.get("tools"))
+
+
 def test_tools_that_nothing_would_see() -> None:
     """Forbids an answer that has not seen its tools."""
     star = engine("qwen3")

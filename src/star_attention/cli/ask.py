@@ -45,7 +45,7 @@ def ask(
     --query "What is the secret number for quiet-harbor?"
     """
     from star_attention.cli import session
-    from star_attention.cli.chat_options import check_choice, template_kwargs
+    from star_attention.cli.chat_options import check_choice_on, template_kwargs
     from star_attention.cli.inputs import read_queries
     from star_attention.cli.output import Answerer
 
@@ -60,8 +60,7 @@ def ask(
         )
     status = Status(quiet=quiet)
     star, context = session.load_saved(model, file, status, **settings)
-    stored = (context.chat or {}).get("template_kwargs")
-    check_choice(star, kwargs, stored, kwargs.get("chat_template_kwargs"))
+    check_choice_on(star, context, kwargs)
     queries = star.from_rank_0(queries)
     answerer = Answerer(star, context, answer, kwargs, status, show_encode_time=False)
     if queries:

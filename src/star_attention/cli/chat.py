@@ -64,7 +64,7 @@ def chat(
 
     Example: star-attention chat book.star
     """
-    from star_attention.cli.chat_options import check_chat, check_choice, template_kwargs
+    from star_attention.cli.chat_options import check_chat, check_choice_on, template_kwargs
     from star_attention.cli.talk import Talk
     from star_attention.storage.header import is_saved
 
@@ -78,8 +78,7 @@ def chat(
             kwargs["chat_template_kwargs"] = template_kwargs(context.chat_template_kwargs)
         star, encoded, conversation = _load(model, files[0], context, status)
         star.check_settings(**kwargs)
-        stored = (encoded.chat or {}).get("template_kwargs")
-        check_choice(star, kwargs, stored, kwargs.get("chat_template_kwargs"))
+        check_choice_on(star, encoded, kwargs)
     else:
         star, encoded = _encode(files, model, context, kwargs, status)
     talk = Talk(star, encoded, answer, kwargs, status, show_encode_time=conversation is None)

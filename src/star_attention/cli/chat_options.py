@@ -12,6 +12,7 @@ from star_attention.errors import InvalidInputError, TokenError, quote
 
 if TYPE_CHECKING:
     from star_attention.engine import StarLLM
+    from star_attention.storage.context import EncodedContext
 
 
 def messages(text: str, context: ContextOptions) -> list[dict[str, Any]]:
@@ -54,9 +55,10 @@ def context_kwargs(context: ContextOptions) -> dict[str, Any] | None:
     if context.tools is None or not is_rank_0():
         return kwargs
     if "tools" in (kwargs or {}):
-        raise InvalidInputError(
-            "tools are given twice, by --tools and in --chat-template-kwargs; give one of them"
-        )
+        # Slow to import.
+        from star_attention.hf.text.tool_reader import given_twice
+
+        raise InvalidInputError(given_twice("by --tools and in --chat-template-kwargs"))
     if context.tools == STDIN:
         raise InvalidInputError("--tools - does not work: stdin has texts and queries; give a file")
     tools = context.tools_read
@@ -80,10 +82,22 @@ def check_choice(star: StarLLM, kwargs: dict[str, Any], *known: dict[str, Any] |
     Raises:
         InvalidInputError: There are no tools, none of this name, or none that can be called.
     """
-    if "tool_choice" in kwargs:
+    from star_attention.hf.text.tool_reader import is_forced
+
+    if is_forced(kwargs.get("tool_choice")):
         read = {name: value for each in known for name, value in (each or {}).items()}
         tools = star.from_rank_0(read.get("tools") or [])
         star.check_settings(tools=tools, tool_choice=kwargs["tool_choice"])
+
+
+def check_choice_on(star: StarLLM, context: EncodedContext, kwargs: dict[str, Any]) -> None:
+    """Do as `check_choice` for questions on an encoded context. Collective.
+
+    Raises:
+        InvalidInputError: As there.
+    """
+    stored = (context.chat or {}).get("template_kwargs")
+    check_choice(star, kwargs, stored, kwargs.get("chat_template_kwargs"))
 
 
 def template_kwargs(text: str | None) -> dict[str, Any] | None:

@@ -313,6 +313,8 @@ def encode_text(
     if not chat and has_template:
         status.say("using the text as it is; --chat applies this model's chat template")
     kwargs = dict(context_kwargs(context) or {})
+    # Those of --chat-template-kwargs are what the template reads, whatever calls it writes.
+    tools = None if context.tools is None else kwargs.pop("tools", None)
     if chat:
         content = messages(text, context)
     _log.info("%r", star)
@@ -325,7 +327,7 @@ def encode_text(
             progress=progress or False,
             query=queries,
             settings=generation_kwargs,
-            tools=kwargs.pop("tools", None),
+            tools=tools,
             chat_template_kwargs=kwargs or None,
             reuse=reuse,
         )

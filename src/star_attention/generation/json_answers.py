@@ -68,7 +68,7 @@ def compile_schema(
     except Exception as error:
         # The library raises RuntimeError and several others of its own.
         what = "the tools' parameters" if is_call else "json_schema"
-        remedy = "change them, or call no tool by force" if is_call else _SCHEMA_REMEDY
+        remedy = "change them, or leave tool_choice out" if is_call else _SCHEMA_REMEDY
         reason = _PLACE.sub("", first_line(error))
         raise InvalidInputError(f"{what} cannot be followed: {reason}; {remedy}") from error
 

@@ -27,6 +27,7 @@ from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.loading import tensor_parallel
 from star_attention.hf.text.answer import TextSettings
 from star_attention.hf.text.endings import turn_end_ids, warn_of_unseen_stops
+from star_attention.hf.text.template import check_kwargs
 from star_attention.hf.text.tool_reader import ToolReader, check_tools, is_forced
 from star_attention.methods import Method
 from star_attention.phase2 import OWN_LOOP_MODES
@@ -157,6 +158,7 @@ class GenerationSettings:
             json_schema=self.json_schema,
             skip_special_tokens=self.skip_special_tokens,
         )
+        check_kwargs(self.chat_template_kwargs)
         check_share(self.second_look)
         most_sources(self.sources)
         seed = self.seed
@@ -197,6 +199,7 @@ class GenerationSettings:
         generation_config.check(self.generation_kwargs, self.max_new_tokens, handle.vocab_size)
         if self.tools is not None:
             check_tools(tokenizer, self.tools, self.chat_template_kwargs)
+            # Raises for a call that cannot be made.
             ToolReader.of(tokenizer, self.tools, self.tool_choice)
         turn_ends = turn_end_ids(tokenizer) if chat else set()
         config, generation_kwargs = resolve_generation_kwargs(

@@ -206,6 +206,7 @@ def check_template(tokenizer: Any) -> None:
 
 def check_unused(name: str, kwargs: dict[str, Any] | None) -> None:
     """Raise `InvalidInputError` for arguments where no template is rendered."""
+    check_kwargs(kwargs)
     if kwargs:
         given = "tools" if [*kwargs] == ["tools"] else f"chat_template_kwargs {quote([*kwargs])}"
         raise InvalidInputError(
@@ -300,13 +301,18 @@ def _names_in(source: str) -> frozenset[str]:
     return frozenset(text for _, kind, text in Environment().lex(source) if kind == "name")
 
 
-def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Return arguments as JSON values; functions among the tools become their schemas."""
+def check_kwargs(kwargs: Any) -> None:
+    """Raise `InvalidInputError` for `chat_template_kwargs` that are no dict."""
     if not isinstance(kwargs, (dict, type(None))):
         raise InvalidInputError(
             f"chat_template_kwargs: expected a dict, got {type(kwargs).__name__}; for example"
             ' {"enable_thinking": False}'
         )
+
+
+def _checked_kwargs(tokenizer: Any, kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Return arguments as JSON values; functions among the tools become their schemas."""
+    check_kwargs(kwargs)
     kwargs = dict(kwargs or {})
     if not kwargs:
         return kwargs

@@ -12,15 +12,16 @@ from star_attention.hf.text.argument_calls import ArgumentForm
 from star_attention.hf.text.call_forms import Form, call_form
 from star_attention.hf.text.call_grammar import call_grammar, call_schema
 from star_attention.hf.text.calls import CallHolder, ToolCall
+from star_attention.hf.text.template import check_kwargs
 from star_attention.hf.text.tokens import decode
 
-CHOICES = ("auto", "none", "required")
+_UNFORCED = ("auto", "none")
+CHOICES = (*_UNFORCED, "required")
 """What a choice of tools may be, beside the name of one: any or no call, none, or one of any."""
 
-_NO_FORM = (
-    "the model's chat template takes no tools, or writes calls of them in an unknown form; leave"
-    " tools out, or set tokenizer.chat_template"
-)
+NO_FORM = "the model's chat template takes no tools, or writes calls of them in an unknown form"
+"""Why a model cannot call tools."""
+_NO_FORM = f"{NO_FORM}; leave tools out, or set tokenizer.chat_template"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,7 +146,7 @@ def schemas(functions: Collection[dict[str, Any]]) -> dict[str, Any]:
 
 def is_forced(choice: str | None) -> bool:
     """True for a choice of tools that makes an answer a call."""
-    return choice not in (None, "auto", "none")
+    return choice is not None and choice not in _UNFORCED
 
 
 def forced_of(choice: str | None, functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,11 +170,16 @@ def forced_of(choice: str | None, functions: list[dict[str, Any]]) -> list[dict[
         return functions
     names = [function["name"] for function in functions]
     if choice not in names:
-        raise InvalidInputError(
-            f"tool_choice {quote(choice)} is none of the tools {quote(names)}; give none, auto,"
-            " required, or the name of one of them"
-        )
+        raise InvalidInputError(no_such_tool(choice, names))
     return [function for function in functions if function["name"] == choice]
+
+
+def no_such_tool(choice: Any, names: list[str]) -> str:
+    """Return the message for a choice that is none of the tools of these names."""
+    return (
+        f"tool_choice {quote(choice)} is none of the tools {quote(names)}; give none, auto,"
+        " required, or one of them"
+    )
 
 
 def _whole_call(text: str) -> list[ToolCall]:
@@ -204,12 +210,16 @@ def with_tools(
     return {**(template_kwargs or {}), "tools": list(tools)}
 
 
+def given_twice(places: str) -> str:
+    """Return the message for tools that come in two places."""
+    return f"tools are given twice, {places}; give one of them"
+
+
 def check_tools(tokenizer: Any, tools: Any, template_kwargs: Any) -> None:
     """Raise `InvalidInputError` for tools that a model cannot call, or that come twice."""
-    if isinstance(template_kwargs, dict) and "tools" in template_kwargs:
-        raise InvalidInputError(
-            "tools are given twice, as tools= and in chat_template_kwargs; give one of them"
-        )
+    check_kwargs(template_kwargs)
+    if "tools" in (template_kwargs or {}):
+        raise InvalidInputError(given_twice("as tools= and in chat_template_kwargs"))
     if not isinstance(tools, (list, tuple)) or not all(
         callable(tool) or isinstance(tool, dict) for tool in tools
     ):
