@@ -101,7 +101,7 @@ async def read_object(request: Request, limit: int) -> Body:
         Problem: 413 for one beyond the limit, 400 for anything else than an object.
     """
     data = await read_bytes(request, limit)
-    parse = _parsed if len(data) < _LARGE else _in_thread
+    parse = parsed if len(data) < _LARGE else _in_thread
     value = parse(data)
     value = await value if asyncio.iscoroutine(value) else value
     if not isinstance(value, dict):
@@ -111,7 +111,16 @@ async def read_object(request: Request, limit: int) -> Body:
     return Body(value)
 
 
-def _parsed(data: bytes) -> Any:
+def parsed(data: bytes, param: str | None = None) -> Any:
+    """Return the JSON value of a body, or of a field of a form.
+
+    Args:
+        data: the JSON, in UTF-8.
+        param: the field's name; None for the body.
+
+    Raises:
+        Problem: it is no JSON, or too deep.
+    """
     try:
         # Not by the parser, which guesses other encodings.
         value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
@@ -119,7 +128,10 @@ def _parsed(data: bytes) -> Any:
         raise _too_deep() from None
     except ValueError as error:
         raise bad_request(
-            f"the body is no JSON: {_why(error)}; send a JSON object", code="invalid_json"
+            f"{param or 'the body'} is no JSON: {_why(error)}; send"
+            f" {'it as JSON' if param else 'a JSON object'}",
+            param,
+            code="invalid_json",
         ) from None
     # Most bodies have too few brackets to be deep.
     if data.count(b"[") + data.count(b"{") > _MOST_DEPTH and _depth(value) > _MOST_DEPTH:
@@ -167,7 +179,7 @@ def _no_constant(name: str) -> None:
 
 
 async def _in_thread(data: bytes) -> Any:
-    return await asyncio.to_thread(_parsed, data)
+    return await asyncio.to_thread(parsed, data)
 
 
 class Body:

@@ -11,11 +11,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from star_attention.errors import quote
+from star_attention.hf.text.tool_reader import given_twice
 from star_attention.serve.contexts.entry import ContextView, Status
 from star_attention.serve.contexts.store import UNCHANGED
-from star_attention.serve.http.body import Body, read_object, whole_number, wrong_type
+from star_attention.serve.http.body import Body, parsed, read_object, whole_number, wrong_type
 from star_attention.serve.http.events import DONE, EventStream, ObjectResponse, event, unless_left
-from star_attention.serve.http.fields import MOST_TTL_S, read_template_kwargs
+from star_attention.serve.http.fields import MOST_TTL_S, read_template_kwargs, refuse_fields
 from star_attention.serve.http.problems import bad_request
 from star_attention.serve.http.tools import read_tools, reader_of
 from star_attention.serve.http.uploads import is_form, read_upload
@@ -29,6 +30,11 @@ _LOOK_S = 0.05
 _UNDER_WAY = (Status.QUEUED, Status.ENCODING)
 _FORM_NUMBERS = ("ttl",)
 _FORM_FLAGS = ("pin",)
+_FORM_JSON = ("tools", "chat_template_kwargs")
+_CHOICES = ("tool_choice", "parallel_tool_calls")
+
+_KEPT = "a context that goes on keeps what it was made with; leave it out"
+_ASKED = "requests on the context say what they call; leave it out"
 
 
 class ContextRoutes:
@@ -44,17 +50,18 @@ class ContextRoutes:
         with self._service.visit(request):
             if is_form(request):
                 upload = await read_upload(request, limit)
-                body, source = _form(upload.fields), Source(text=upload.text)
+                body, file = _form(upload.fields), upload.text
                 body.fields.setdefault("name", upload.name)
             else:
-                body = await read_object(request, limit)
-                source = self._source(body, request.state.tenant)
+                body, file = await read_object(request, limit), None
+            source = self._source(body, request.state.tenant, file)
             return await self._create(request, body, source)
 
     async def extend(self, request: Request) -> Response:
         """Keep a new context that continues another one, which stays as it is."""
         with self._service.visit(request):
             body = await read_object(request, self._service.settings.max_body)
+            refuse_fields(body, dict.fromkeys((*_FORM_JSON, *_CHOICES), _KEPT))
             text = body.text("text")
             if not text:
                 raise wrong_type("text", text, "a text that is not empty")
@@ -78,9 +85,10 @@ class ContextRoutes:
         status = 202 if view.status in _UNDER_WAY else 201 if is_new else 200
         return ObjectResponse(view.as_dict(), status_code=status)
 
-    def _source(self, body: Body, tenant: str) -> Source:
-        """Return what a context is made of: exactly one of four fields."""
-        fields = {name: body.take(name) for name in ("text", "messages", "token_ids", "file_id")}
+    def _source(self, body: Body, tenant: str, file: str | None) -> Source:
+        """Return what a context is made of: exactly one of four fields, or the text of a file."""
+        names = ("text", "messages", "token_ids", "file_id")
+        fields: dict[str, Any] = {name: body.take(name) for name in names} | {"file": file}
         given = [name for name, value in fields.items() if value is not None]
         if len(given) != 1:
             raise bad_request(
@@ -89,33 +97,45 @@ class ContextRoutes:
                 given[-1] if given else "text",
             )
         (name,) = given
-        value = fields[name]
+        value: Any = fields[name]
         kwargs = self._template_kwargs(body)
-        if kwargs and name == "token_ids":
-            raise bad_request(
-                f"{quote(list(kwargs))} have no effect on token_ids, which no chat template reads;"
-                " leave them out, or give messages",
-                next(iter(kwargs)),
-            )
-        kinds = {"text": str, "messages": list, "token_ids": list, "file_id": str}
-        if not isinstance(value, kinds[name]):
-            raise wrong_type(name, value, "a list" if kinds[name] is list else "a string")
+        self._check_read(name, kwargs)
+        is_list = name in ("messages", "token_ids")
+        if is_list and not isinstance(value, list):
+            raise wrong_type(name, value, "a list")
+        if not is_list and not isinstance(value, str):
+            raise wrong_type(name, value, "a string")
         if name == "file_id":
-            return Source(text=self._service.files.get(tenant, value).text, template_kwargs=kwargs)
-        return Source(**{name: value}, template_kwargs=kwargs)
+            value = self._service.files.get(tenant, value).text
+        made: dict[str, Any] = {"text" if name in ("file", "file_id") else name: value}
+        return Source(**made, template_kwargs=kwargs)
+
+    def _check_read(self, name: str, kwargs: dict[str, Any]) -> None:
+        """Refuse what a chat template reads beside messages where none is rendered."""
+        if name == "token_ids":
+            why = "no chat template reads them; leave them out, or give messages"
+        elif name != "messages" and not getattr(
+            self._service.star.tokenizer, "chat_template", None
+        ):
+            why = "this model has no chat template; leave them out"
+        else:
+            return
+        if kwargs:
+            raise bad_request(
+                f"{quote(list(kwargs))} have no effect on {name}: {why}", next(iter(kwargs))
+            )
 
     def _template_kwargs(self, body: Body) -> dict[str, Any]:
         """Return what the chat template reads beside messages, with the tools of the context.
 
         They have the form that requests on it give them.
         """
+        refuse_fields(body, dict.fromkeys(_CHOICES, _ASKED))
         kwargs, tools = read_template_kwargs(body), read_tools(body)
         if tools is None:
             return kwargs
         if "tools" in kwargs:
-            raise bad_request(
-                "tools are given twice, also in chat_template_kwargs; give one of them", "tools"
-            )
+            raise bad_request(given_twice("as tools and in chat_template_kwargs"), "tools")
         reader_of(tools, self._service.star.tokenizer, "tools")
         return {**kwargs, "tools": tools.given}
 
@@ -214,7 +234,7 @@ def _ignore(service: Service, body: Body) -> None:
 
 
 def _form(fields: dict[str, str]) -> Body:
-    """Return the fields of a form, numbers and flags as such."""
+    """Return the fields of a form, numbers and flags as such, and JSON as what it is."""
     values: dict[str, Any] = dict(fields)
     for name in (*_FORM_NUMBERS, *_FORM_FLAGS):
         if name in values:
@@ -222,4 +242,7 @@ def _form(fields: dict[str, str]) -> Body:
                 values[name] = json.loads(values[name].lower())
             except (ValueError, RecursionError):
                 raise wrong_type(name, values[name], "a number, true or false") from None
+    for name in _FORM_JSON:
+        if name in values:
+            values[name] = parsed(values[name].encode(), name)
     return Body(values)

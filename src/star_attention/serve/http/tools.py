@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,15 @@ from star_attention.errors import quote
 from star_attention.generation.result import Generation, TokenLogprob
 from star_attention.hf.text.call_forms import Form, call_form
 from star_attention.hf.text.calls import CallHolder, ToolCall
-from star_attention.hf.text.tool_reader import CHOICES, ToolReader, forced_of, functions_of, schemas
+from star_attention.hf.text.tool_reader import (
+    CHOICES,
+    NO_FORM,
+    ToolReader,
+    forced_of,
+    functions_of,
+    no_such_tool,
+    schemas,
+)
 from star_attention.serve.http.body import Body, wrong_type
 from star_attention.serve.http.problems import bad_request, not_supported
 
@@ -190,12 +197,7 @@ def reader_of(tools: Tools, tokenizer: Any, name: str) -> CallReader:
     """
     form = call_form(tokenizer)
     if form is None:
-        raise not_supported(
-            name,
-            quote(tools.names),
-            "the model's chat template takes no tools, or writes calls of them in an unknown form;"
-            " leave them out",
-        )
+        raise not_supported(name, quote(tools.names), f"{NO_FORM}; leave them out")
     return CallReader(tools, form)
 
 
@@ -219,16 +221,12 @@ def _tool(tool: Any, name: str) -> dict[str, Any]:
     return {"type": "function", "function": plain}
 
 
-def _choice(body: Body, names: Collection[str]) -> str:
+def _choice(body: Body, names: list[str]) -> str:
     choice = body.take("tool_choice", "auto")
     if choice in CHOICES:
         return str(choice)
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:
-        raise bad_request(
-            f"tool_choice {quote(choice)} is none of the tools {quote(list(names))}; give none,"
-            " auto, required, or a function that is one of them",
-            "tool_choice",
-        )
+        raise bad_request(no_such_tool(choice, names), "tool_choice")
     return str(name)
