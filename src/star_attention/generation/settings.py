@@ -373,9 +373,10 @@ class ResolvedSettings:
         own = self.chat_template_kwargs if chat is not None else None
         tools = ((chat or {}).get("template_kwargs", {}) | (own or {})).get("tools")
         reader = ToolReader.of(tokenizer, tools, self.arguments.tool_choice)
-        if reader is None or reader.grammar is None:
+        schema = None if reader is None else reader.grammar
+        if schema is None:
             return replace(self, tool_reader=reader)
-        grammar = compile_schema(reader.grammar, tokenizer, vocab_size, self.eos_ids)
+        grammar = compile_schema(schema, tokenizer, vocab_size, self.eos_ids)
         return replace(self, tool_reader=reader, grammar=grammar)
 
     @property

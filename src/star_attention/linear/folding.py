@@ -38,9 +38,11 @@ def fold(graph: Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=_LINEARS):
         x, weights, *_ = cast(Any, node.args)
-        if _is_single_row(x) and len(weights) == 1:
+        if not _is_single_row(x):
+            continue
+        if len(weights) == 1:
             _fold_residual(graph, node)
-        elif _is_single_row(x) and len(weights) == 2:
+        elif len(weights) == 2:
             _fold_gate(graph, node)
 
 
@@ -58,11 +60,13 @@ def _value(node: Any) -> Tensor | None:
 
 def _fold_gate(graph: Graph, node: Node) -> None:
     """Fold the activation of one of two products, and the product with the other."""
-    taken = {user.args[1]: user for user in node.users if user.target == operator.getitem}
+    taken = {
+        cast(int, user.args[1]): user for user in node.users if user.target == operator.getitem
+    }
     if set(taken) != {0, 1} or len(node.users) != 2 or not _have_one_shape(node):
         return
     for at_gate, gate in taken.items():
-        up = taken[1 - at_gate]  # type: ignore[operator]
+        up = taken[1 - at_gate]
         gated = next(iter(up.users), None)
         if len(up.users) != 1 or gated is None or gated.target != _aten.mul.Tensor:
             continue

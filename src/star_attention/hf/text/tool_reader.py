@@ -157,7 +157,7 @@ def forced_of(choice: str | None, functions: list[dict[str, Any]]) -> list[dict[
         functions: dicts with `name`.
 
     Raises:
-        InvalidInputError: there is none, or none of this name.
+        InvalidInputError: there are no functions, or the choice names another one.
     """
     if not is_forced(choice):
         return []
@@ -175,7 +175,7 @@ def forced_of(choice: str | None, functions: list[dict[str, Any]]) -> list[dict[
 
 
 def no_such_tool(choice: Any, names: list[str]) -> str:
-    """Return the message for a choice that is none of the tools of these names."""
+    """Return the message for a choice that names another tool than these."""
     return (
         f"tool_choice {quote(choice)} is none of the tools {quote(names)}; give none, auto,"
         " required, or one of them"
