@@ -60,7 +60,7 @@ def test_calls_are_printed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("choice", "error"),
     [
-        ("clock", "tool_choice 'clock' is none of the tools ['weather']"),
+        ("clock", "or one of the tools ['weather'], got 'clock'"),
         ("required", "tool_choice 'required' needs tools to choose from"),
     ],
 )

@@ -56,7 +56,7 @@ def test_tools_of_a_form() -> None:
         assert told[0]["tokens"] == told[1]["tokens"] > plain["tokens"] + 100
         assert told[0]["id"] == told[1]["id"] != plain["id"]
         for field, message in (
-            ({"tools": "weather"}, "tools is no JSON: "),
+            ({"tools": "weather"}, "tools cannot be read as JSON: "),
             ({"tools": "{}"}, "tools {}: expected a list of up to 128 tools"),
             ({"tools": "[" * 120 + "]" * 120}, "more than 100 lists or objects in each other"),
             ({"chat_template_kwargs": "[]"}, "chat_template_kwargs []: expected an object"),

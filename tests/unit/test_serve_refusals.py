@@ -158,12 +158,12 @@ def test_the_client_raises_its_own_errors(server: Server, client: openai.OpenAI)
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"{", "the body is no JSON: Expecting property name"),
+        (b"{", "the body cannot be read as JSON: Expecting property name"),
         (b"[1]", "the body is a list; expected a JSON object"),
-        (b'{"a": "\xff"}', "the body is no JSON: it is not UTF-8"),
-        (b'{"a": NaN}', "the body is no JSON: NaN is no number of JSON"),
+        (b'{"a": "\xff"}', "the body cannot be read as JSON: it is not UTF-8"),
+        (b'{"a": NaN}', "the body cannot be read as JSON: NaN is not a number in JSON"),
         (b"[" * 5000, "more than 100 lists or objects in each other"),
-        (b"", "the body is no JSON: Expecting value"),
+        (b"", "the body cannot be read as JSON: Expecting value"),
     ],
 )
 def test_bodies_that_are_no_objects(server: Server, body: bytes, message: str) -> None:

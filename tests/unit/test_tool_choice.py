@@ -132,7 +132,7 @@ def test_none_leaves_tools_out_of_the_prompt() -> None:
     [
         (
             {"tool_choice": "lamp"},
-            r"tool_choice 'lamp' is none of the tools \['weather', 'clock'\]",
+            r"or one of the tools \['weather', 'clock'\], got 'lamp'",
         ),
         ({"tool_choice": TOOLS[0]}, "tool_choice .*expected .* or the name of a tool, got dict"),
         ({"num_beams": 2}, "tool_choice 'required' works with greedy search and sampling"),

@@ -237,7 +237,7 @@ def json_object(text: str | None, name: str) -> dict[str, Any]:
     """Return the value of an option that takes a JSON object; {} for None."""
     if text is None:
         return {}
-    problem = "it is no object"
+    problem = "it is something else"
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -158,8 +158,8 @@ def _other_encoding(data: bytes, source: str) -> TextError:
     nuls = data.count(0)
     if nuls:
         return TextError(
-            f"{found}, and contains {nuls:,} NUL {'byte' if nuls == 1 else 'bytes'}, so it is no"
-            " text in any encoding; give a text, or get it whole if it was one"
+            f"{found}, and contains {nuls:,} NUL {'byte' if nuls == 1 else 'bytes'}, so no"
+            " encoding reads it as text; give a text, or get it whole if it was one"
         )
     if characters > replaced:
         drop = "iconv -c -f UTF-8 -t UTF-8"
@@ -200,13 +200,13 @@ def _nul_error(data: bytes, source: str) -> TextError:
     if _BINARY.search(data):
         return TextError(
             f"{_shown(source)} contains {count:,} NUL {'byte' if count == 1 else 'bytes'} and other"
-            " bytes that no text has, so it is no text in any encoding; give a text"
+            " bytes that no text has, so no encoding reads it as text; give a text"
         )
     command = "tr -d '\\000'"
     remove = shell(source, f"{command} < {{file}} > {{text}}", command, same_format=True)
     return TextError(
         f"{_shown(source)} contains {count:,} NUL {'byte' if count == 1 else 'bytes'}, the first at"
-        f" {data.index(0):,} of {len(data):,}, and so is no plain text; give a text,"
+        f" {data.index(0):,} of {len(data):,}, and so is not plain text; give a text,"
         f" or remove them ({remove})"
     )
 

@@ -93,7 +93,7 @@ def quantize(
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise InvalidInputError(
-        'this model was loaded with weights="fp8", which is no format of files; load it without'
+        'this model was loaded with weights="fp8", which files cannot hold; load it without'
         " weights to save it"
     )
 

@@ -46,7 +46,7 @@ def whole_characters(text: str, name: str) -> str:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         raise TextError(
             f"{name} has half a character, U+{ord(text[lone.start()]):04X}, at offset"
-            f" {lone.start():,} of {len(text):,}: a lone surrogate, which is no text; read the text"
+            f" {lone.start():,} of {len(text):,}: a lone surrogate, which is not text; read it"
             " again in its own encoding, or replace it with"
             ' text.encode("utf-8", "replace").decode()'
         ) from None
@@ -66,7 +66,7 @@ def check_is_text(text: str, name: str) -> None:
         return
     found = (
         f"{name} has {nuls:,} NUL {'character' if nuls == 1 else 'characters'}, the first at offset"
-        f" {text.index(chr(0)):,} of {len(text):,}, and so is no plain text"
+        f" {text.index(chr(0)):,} of {len(text):,}, and so is not plain text"
     )
     if 1 < nuls >= _WIDE * len(text):
         raise TextError(

@@ -124,7 +124,7 @@ def _referenced(reference: Any, root: Any) -> Any:
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _finite(text: str) -> float:

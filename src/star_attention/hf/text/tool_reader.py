@@ -177,8 +177,8 @@ def forced_of(choice: str | None, functions: list[dict[str, Any]]) -> list[dict[
 def no_such_tool(choice: Any, names: list[str]) -> str:
     """Return the message for a choice that names another tool than these."""
     return (
-        f"tool_choice {quote(choice)} is none of the tools {quote(names)}; give none, auto,"
-        " required, or one of them"
+        f"expected a tool_choice of none, auto, required, or one of the tools {quote(names)}, got"
+        f" {quote(choice)}"
     )
 
 

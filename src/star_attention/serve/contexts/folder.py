@@ -153,7 +153,7 @@ class StoreFolder:
                 # Begun by a server that was killed.
                 _remove_quietly(path)
             elif path.suffix not in (_RECORD, _CONTENT, _KEYS) or _is_odd_folder(path):
-                self._move_aside(path, "it is no file of a store")
+                self._move_aside(path, "this store did not write it")
             elif path.stem not in known:
                 # Written before its record, or removed after it.
                 _remove_quietly(path)

@@ -128,7 +128,7 @@ def parsed(data: bytes, param: str | None = None) -> Any:
         raise _too_deep() from None
     except ValueError as error:
         raise bad_request(
-            f"{param or 'the body'} is no JSON: {_why(error)}; send"
+            f"{param or 'the body'} cannot be read as JSON: {_why(error)}; send"
             f" {'it as JSON' if param else 'a JSON object'}",
             param,
             code="invalid_json",
@@ -175,7 +175,7 @@ class _ConstantError(ValueError):
 
 
 def _no_constant(name: str) -> None:
-    raise _ConstantError(f"{name} is no number of JSON")
+    raise _ConstantError(f"{name} is not a number in JSON")
 
 
 async def _in_thread(data: bytes) -> Any:

@@ -174,7 +174,9 @@ class ContextRoutes:
         if after is not None:
             ids = [view.id for view in views]
             if after not in ids:
-                raise bad_request(f"after {quote(after)} is no context in this list", "after")
+                raise bad_request(
+                    f"after: expected a context of this list, got {quote(after)}", "after"
+                )
             views = views[ids.index(after) + 1 :]
         page = [view.as_dict() for view in views[:limit]]
         ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {}

@@ -65,8 +65,7 @@ def _ttl(seconds: str | None) -> float | None:
     number = whole_number(seconds) or 0
     if not 1 <= number <= MOST_TTL_S:
         raise bad_request(
-            f"expires_after[seconds] {quote(seconds)} is no number of seconds; give 1 to"
-            f" {MOST_TTL_S}",
+            f"expires_after[seconds]: expected 1 to {MOST_TTL_S} seconds, got {quote(seconds)}",
             "expires_after",
         )
     return float(number)
