@@ -11,11 +11,12 @@ from torch._dynamo.utils import counters
 
 from star_attention import EncodedContext, StarLLM, phase1
 from star_attention.hf.cache.rows import RowSet
+from star_attention.hf.execution import graphs
 from star_attention.hf.execution.compiled import FULL, layers_of
 from star_attention.hf.execution.rows import RowForwards
 from tests.decode_rows import prefilled
 from tests.engines import engine, ids, tiny
-from tests.recorders import with_graphs
+from tests.recorders import few_runs, with_graphs
 
 SIZES: dict[str, Any] = dict(block_size=24, anchor_size=10, tokens_per_forward=48)
 
@@ -128,3 +129,27 @@ def test_steps_of_any_number_of_rows_share_compiled_code() -> None:
         torch.testing.assert_close(logits_RV, expected_RV, atol=2e-4, rtol=1e-4)
     assert {key[0] for key in graphs.of_rows.captured} == {4, 2}
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_layers_that_attend_to_what_they_store_are_compiled_whole(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLA in graphs, where nothing that the model expands is used."""
+    pytest.importorskip("triton")
+    few_runs(monkeypatch)
+    monkeypatch.setattr(graphs, "BUCKETS", (1, 8))
+    plain, fast = engine(name, compile=False, **SIZES), engine(name, compile=True, **SIZES)
+    counting = with_graphs(fast)
+    context = plain.encode(ids(101))
+    counters.clear()
+    settings: dict[str, Any] = dict(max_new_tokens=4, ignore_eos=True, return_logits=True)
+    expected, reply = (star.generate(context, ids(7), **settings) for star in (plain, fast))
+    assert reply.token_ids == expected.token_ids
+    torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
+    assert counting.recorder.replays == 4
+    # A query and a step, each through a layer with experts and one without.
+    assert counters["stats"]["unique_graphs"] == 4
+    assert not counters["graph_break"]
+    assert not fast.runtime.handle.compiled._gave_up

@@ -199,6 +199,12 @@ class StarCache(Cache):
         return self.position.seen_tokens
 
     @property
+    def attends_compressed(self) -> bool:
+        """True if all layers attend to what they store, and nobody reads what the model expands it
+        to (MLA)."""
+        return False
+
+    @property
     def merges_ranks(self) -> bool:
         """True if a layer's states are merged with those of other ranks."""
         return self.comm.cp_size > 1

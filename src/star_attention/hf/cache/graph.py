@@ -266,6 +266,11 @@ class GraphCache(StarCache):
         super().__init__(build_layers(GraphLayer, windows, position, no_stores), position, comm)
         self._loaded: tuple[Any, ...] = ()
 
+    @property
+    def attends_compressed(self) -> bool:
+        latents = self.position.latents
+        return latents is not None and None not in latents
+
     def prepare_capture(self, cache: AnswerCache, queries: int) -> None:
         """Prepare to capture a forward like those of `cache`, of `queries` new tokens a row."""
         self.position.parts = parts(len(self.layers)) if queries > 1 else frozenset()

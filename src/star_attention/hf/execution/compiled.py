@@ -8,8 +8,8 @@ Layers of one kind share compiled code, so each kind is compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
 not possible it is compiled in pieces around the attention, each of which takes its time to compile:
-in models whose layers do not simply read their own keys (KV sharing, MLA), and for layers that
-torch.compile cannot trace without a break.
+in models whose layers do not simply read their own keys (KV sharing; MLA, where a forward expands
+the context), and for layers that torch.compile cannot trace without a break.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from star_attention.attention.kernels import triton_works
+from star_attention.hf.cache.base import StarCache
 from star_attention.hf.execution import hook
 from star_attention.hf.execution.complex_products import multiply_reals
 from star_attention.linear.fp8 import Fp8Linear, share_quantizing
@@ -119,9 +120,23 @@ class CompiledLayers:
 
     @property
     def whole(self) -> bool:
-        """True if layers are compiled together with their attention."""
+        """True if layers of all forwards are compiled together with their attention."""
         reads_own_keys: bool = self._handle.probe_result.reads_own_keys
-        return self._one_cache_layer_each and not self._gave_up and reads_own_keys
+        return self._may_be_whole and reads_own_keys
+
+    def way(self, cache: StarCache) -> str:
+        """Return how layers of a forward through `cache` attend (`hook`).
+
+        Within compiled layers where these read their own keys, or what they expand to keys (MLA).
+        """
+        if self.whole:
+            return hook.WITHIN
+        compressed = self._may_be_whole and cache.attends_compressed
+        return hook.COMPRESSED if compressed else hook.OVER
+
+    @property
+    def _may_be_whole(self) -> bool:
+        return self._one_cache_layer_each and not self._gave_up
 
     @contextmanager
     def active(self, mode: str) -> Iterator[None]:
@@ -142,6 +157,10 @@ class CompiledLayers:
                 del layer.forward
             for module, stock, _ in changed:
                 module.__class__ = stock
+
+    def _is_within(self) -> bool:
+        """True if the forward that runs has its attention within compiled layers."""
+        return any(map(hook.is_within, self._handle.configs))
 
     def _compiling(self, *call: Any) -> AbstractContextManager[None]:
         """Return the block for a call: at its first time it may compile, which takes long."""
@@ -168,7 +187,7 @@ class CompiledLayers:
                 for tensor in _tensors((args, kwargs)):
                     if tensor.dim() > axis and tensor.shape[axis] == length:
                         torch._dynamo.maybe_mark_dynamic(tensor, axis)
-            if self.whole:
+            if self._is_within():
                 hook.enter_layer(cache_index)
                 try:
                     with torch._dynamo.config.patch(_WHOLE):
@@ -192,7 +211,7 @@ class CompiledLayers:
             if not hook.in_our_forward():
                 return stock(*args, **kwargs)
             hidden = next(_tensors((args, kwargs)))
-            with self._compiling(mode, cache_index, hidden.shape, self.whole):
+            with self._compiling(mode, cache_index, hidden.shape, self._is_within()):
                 return run(args, kwargs)
 
         return forward

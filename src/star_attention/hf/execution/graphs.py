@@ -205,20 +205,21 @@ class Graphs:
             captures = self._captures[comm, layers] = _Captures(tables)
         return captures
 
-    def _mode(self, rows: int, queries: int) -> str | None:
+    def _mode(self, cache: GraphCache, rows: int, queries: int) -> str | None:
         """Return the mode of the compiled layers of a forward, None for layers as they are."""
         if queries == 1:
             return compiled.STEP if rows == 1 else row_graphs.MODE
         layers = self._handle.compiled
         # In pieces, code for any length computes rotary embeddings slowly (`compiled`).
-        return compiled.QUERY if rows == 1 and layers is not None and layers.whole else None
+        whole = layers is not None and layers.way(cache) != hook.OVER
+        return compiled.QUERY if rows == 1 and whole else None
 
     def _capture_forward(
         self, cache: GraphCache, ids_RQ: Tensor, positions_RQ: Tensor, *, logits: bool
     ) -> _Graph | None:
         rows, queries = ids_RQ.shape
         graph = _Graph(ids_RQ, positions_RQ)
-        mode = self._mode(rows, queries)
+        mode = self._mode(cache, rows, queries)
         inputs = graph.ids_RQ, graph.positions_RQ, cache, None
 
         def forward(mode: str | None) -> None:

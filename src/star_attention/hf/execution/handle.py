@@ -208,15 +208,13 @@ class ModelHandle(Transient):
                 they are.
         """
         compiled = None if compiled_for is None else self.compiled
-        within = compiled is not None and compiled.whole
+        way = hook.OVER if compiled is None else compiled.way(cache)
         sliced = nullcontext() if cache.slices is None else cache.slices.active()
         fast: AbstractContextManager[None] = nullcontext()
         if compiled_for is not None and compiled is not None:
             fast = compiled.active(compiled_for)
         with (
-            hook.running(
-                self.model, self.configs, self.rotaries, cache, rope_length, within=within
-            ),
+            hook.running(self.model, self.configs, self.rotaries, cache, rope_length, way),
             sliced,
             fast,
         ):
@@ -357,6 +355,7 @@ class _UniformCacheView(Cache):
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling() and hook.is_within(self._config):
             # The attention operation stores them.
+            hook.note_stored(self._config, key_states, value_states)
             return key_states, value_states
         return self._store(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
 

@@ -33,9 +33,20 @@ from star_attention.hf.loading import rope
 
 _ACTIVE: ContextVar[StarCache | None] = ContextVar("star_attention_cache", default=None)
 
-# Two functions are registered over each implementation of transformers: "within" is one operation
-# of a compiled layer, "over" runs outside of compiled code.
-_OVER, _WITHIN = "star_attention_over_", "star_attention_within_"
+OVER, WITHIN, COMPRESSED = (f"star_attention_{way}_" for way in ("over", "within", "compressed"))
+"""Three functions are registered over each implementation of transformers, under these prefixes:
+"within" is one operation of a compiled layer, "compressed" is one, too, whose keys and values are
+what the layer stores, not what it expands that to (MLA), and "over" runs outside of compiled code.
+"""
+
+
+class _Stored:
+    """While a layer is traced, what it passed to its cache."""
+
+    pair: tuple[Tensor, Tensor] | None = None
+
+
+_stored = _Stored()
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -119,6 +130,7 @@ def _layer_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    value_size: int,
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
@@ -126,8 +138,9 @@ def _layer_op(
 ) -> Tensor:
     """Store a layer's new keys and values and attend, as one operation of a compiled layer.
 
-    Shapes as in `_star_attention`. `enter_layer` names the layer beforehand: as an argument, its
-    index would be a constant of the compiled code, or make all of it dynamic.
+    Shapes as in `_star_attention`; the result has `value_size` elements for each head, to which MLA
+    expands values. `enter_layer` names the layer beforehand: as an argument, its index would be a
+    constant of the compiled code, or make all of it dynamic.
     """
     cache = _ACTIVE.get()
     if cache is None:
@@ -142,23 +155,23 @@ def _layer_op(
 
 
 @_layer_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, value_size: int, *_: Any) -> Tensor:
     B, H, Q, _D = query.shape
-    return query.new_empty(B, Q, H, value.shape[-1])
+    return query.new_empty(B, Q, H, value_size)
 
 
-def implementation(stock: str, *, within: bool = False) -> str:
+def implementation(stock: str, way: str = OVER) -> str:
     """Register our function over an attention implementation of transformers.
 
     Args:
         stock: name of the implementation that other threads and plain forwards keep using.
-        within: take the function that is one operation of a compiled layer.
+        way: which of our functions: `OVER`, `WITHIN` or `COMPRESSED`.
 
     Returns:
         The name under which transformers finds our function.
     """
     plain = stock.replace("/", "_").replace("|", "_")
-    name = (_WITHIN if within else _OVER) + plain
+    name = way + plain
     if name in AttentionInterface._global_mapping:
         return name
 
@@ -190,7 +203,12 @@ def implementation(stock: str, *, within: bool = False) -> str:
             return outside(module, query, key, value, attention_mask, **kwargs)
         _refuse_unknown_arguments(module, attention_mask, **kwargs)
         rule = (kwargs.get(field) for field in ("scaling", "sliding_window", "softcap", "s_aux"))
-        return _layer_op(query, key, value, *rule), None
+        value_size = value.shape[-1]
+        if _stored.pair is not None:
+            key, value = _stored.pair
+            # It is no result of the compiled layer.
+            _stored.pair = None
+        return _layer_op(query, key, value, value_size, *rule), None
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         # Our cache masks by position, so no mask is built. The name must be registered all the
@@ -199,7 +217,7 @@ def implementation(stock: str, *, within: bool = False) -> str:
             return None
         return ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
 
-    for prefix, attention in ((_OVER, outside), (_WITHIN, inside)):
+    for prefix, attention in ((OVER, outside), (WITHIN, inside), (COMPRESSED, inside)):
         if stock in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(prefix + plain, mask)
         AttentionInterface.register(prefix + plain, attention)
@@ -215,15 +233,22 @@ def enter_layer(index: int) -> None:
 
 def is_within(config: Any) -> bool:
     """True while a model's attention is an operation of compiled layers."""
-    return str(config._attn_implementation).startswith(_WITHIN)
+    return str(config._attn_implementation).startswith((WITHIN, COMPRESSED))
+
+
+def note_stored(config: Any, key: Tensor, value: Tensor) -> None:
+    """Note what a layer that is traced stores, where it attends to that."""
+    if str(config._attn_implementation).startswith(COMPRESSED):
+        _stored.pair = key, value
 
 
 def step_outside(configs: list[Any]) -> None:
     """Take attention out of compiled layers for the rest of the current `running` block."""
     for config in configs:
         name = config._attn_implementation
-        if name.startswith(_WITHIN):
-            config._attn_implementation_internal = _OVER + name.removeprefix(_WITHIN)
+        for prefix in (WITHIN, COMPRESSED):
+            if name.startswith(prefix):
+                config._attn_implementation_internal = OVER + name.removeprefix(prefix)
 
 
 def in_our_forward() -> bool:
@@ -286,8 +311,7 @@ def running(
     rotaries: list[nn.Module],
     cache: StarCache,
     rope_length: int | None,
-    *,
-    within: bool = False,
+    way: str = OVER,
 ) -> Iterator[None]:
     """Send this thread's forwards through `cache`, and restore everything when the block ends.
 
@@ -297,7 +321,7 @@ def running(
         rotaries: its rotary modules whose frequencies depend on the length.
         cache: the cache that stores and attends.
         rope_length: tokens for which those frequencies are taken.
-        within: make attention an operation of compiled layers, until `step_outside`.
+        way: which of our functions attends, until `step_outside`.
 
     Raises:
         InvalidInputError: torch.autocast is on, for another precision than the model's.
@@ -308,9 +332,7 @@ def running(
         try:
             for config, stock in zip(configs, before, strict=True):
                 # Not the public setter, which would also change the configs of vision towers.
-                config._attn_implementation_internal = implementation(
-                    stock or "eager", within=within
-                )
+                config._attn_implementation_internal = implementation(stock or "eager", way)
             with rope.pinned(rotaries, rope_length, active=lambda: _ACTIVE.get() is cache):
                 yield
         finally:
