@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from star_attention.hf.text.detokenizer import Detokenizer
 from star_attention.hf.text.stops import StopStringCutter
+from star_attention.hf.text.tokens import decode, decoder
 from tests.engines import bundled_tokenizer
 from tests.talkers import byte_fallback, byte_level
 
@@ -167,3 +169,25 @@ def test_the_stop_string_that_is_complete_first_counts() -> None:
         text = "xabcd"
         pieces = [cutter.push(text[at : at + size]) for at in range(0, len(text), size)]
         assert ("".join(pieces), cutter.stopped) == ("xa", True)
+
+
+def test_tokenizers_of_their_own_decode_by_themselves() -> None:
+    """The short way around transformers is for tokenizers that only pass ids on."""
+    usual = bundled_tokenizer()
+    ids = usual("The sky is blue .").input_ids
+    assert decoder(usual).func == usual.backend_tokenizer.decode
+    for skip in (True, False):
+        whole = [*ids, usual.eos_token_id]
+        wanted = decode(usual, whole, skip_special_tokens=skip)
+        assert decoder(usual, skip_special_tokens=skip)(whole) == wanted
+
+    class Shouting(type(usual)):  # type: ignore[misc]
+        def _decode(self, *args: Any, **kwargs: Any) -> str:
+            return super()._decode(*args, **kwargs).upper()
+
+    shouting = copy.deepcopy(usual)
+    shouting.__class__ = Shouting
+    assert decoder(shouting)(ids) == decode(usual, ids).upper()
+    patched = copy.deepcopy(usual)
+    patched.decode = lambda ids, **options: "!"
+    assert decoder(patched)(ids) == "!"

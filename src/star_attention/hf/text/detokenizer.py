@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from star_attention.hf.text.tokens import decode
+from star_attention.hf.text.tokens import decoder
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_PENDING = 4
@@ -25,6 +25,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._decode = decoder(tokenizer, skip_special_tokens=skip_special_tokens)
         # Tokens that are decoded together: some whose text is out already, then the pending ones.
         self._window: list[int] = []
         self._pending = 0
@@ -77,6 +78,3 @@ class Detokenizer:
         return self._skip_special_tokens and bool(
             self._tokenizer.decode([token], skip_special_tokens=False) and not self._decode([token])
         )
-
-    def _decode(self, ids: list[int]) -> str:
-        return decode(self._tokenizer, ids, skip_special_tokens=self._skip_special_tokens)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from star_attention.errors import TokenError
 from star_attention.hf.text import special
@@ -51,6 +53,18 @@ def decode(tokenizer: Any, ids: list[int], *, skip_special_tokens: bool = True) 
         ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
     return text
+
+
+def decoder(tokenizer: Any, *, skip_special_tokens: bool = True) -> Callable[[list[int]], str]:
+    """Return `decode` for many short calls: around most tokenizers transformers takes longer."""
+    names, usual = ("decode", "_decode"), PreTrainedTokenizerFast
+    is_usual = isinstance(tokenizer, usual) and all(
+        name not in vars(tokenizer) and getattr(type(tokenizer), name) is getattr(usual, name)
+        for name in names
+    )
+    if not is_usual:
+        return partial(decode, tokenizer, skip_special_tokens=skip_special_tokens)
+    return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=skip_special_tokens)
 
 
 _ROLES = ("system", "developer", "user", "human", "assistant", "ai", "tool")
