@@ -181,7 +181,7 @@ class Answers:
         # It has a copy of its own now.
         job.begun = None
         if delta.text or delta.reasoning:
-            self.events.append(jobs.grew(job, index, delta, len(row.token_ids)))
+            self.events.append(jobs.grew(job, index, delta, row.num_tokens))
         if not row.done:
             return
         del self._rows[row]

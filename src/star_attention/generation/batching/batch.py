@@ -65,6 +65,11 @@ class Row(Transient):
         return list(self._task.answer.text.token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """The number of tokens so far."""
+        return len(self._task.answer.text.token_ids)
+
+    @property
     def done(self) -> bool:
         """True once no token follows."""
         return self._task.done
@@ -125,7 +130,7 @@ class Row(Transient):
             state = type(self.error).__name__
         elif self.done:
             state = str(self._task.answer.text.finish_reason)
-        return f"Row({quote(self.text)}, {len(self.token_ids)} tokens, {state})"
+        return f"Row({quote(self.text)}, {self.num_tokens} tokens, {state})"
 
 
 class Batch(Transient):
