@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from star_attention.serve.http.events import encoded
+from star_attention.serve.http.line import offer
 from star_attention.serve.http.problems import Problem
 from star_attention.serve.outbox import Outbox
 
@@ -26,6 +28,15 @@ class Connection(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _read_timer: asyncio.TimerHandle | None = None
     _has_begun = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._app, self.app = self.app, self._run_app
+
+    async def _run_app(self, scope: Any, receive: Any, send: Any) -> None:
+        # The next request of a connection begins after the end of this one's answer.
+        offer(scope, self.cycle)
+        await self._app(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""

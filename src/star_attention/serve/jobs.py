@@ -19,6 +19,10 @@ class EngineEndedError(StarAttentionError):
     """The engine ends, or has ended: nobody will answer."""
 
 
+def _pass_nothing_on(number: int) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """What is asked of a context once it is there.
@@ -71,6 +75,8 @@ class Job:
         begun: what an earlier answer has kept of the questions; dropped once an answer has begun.
         keep: takes what the answer keeps, in the engine's thread; None to keep nothing.
         changed: set when something happens; jobs of one client share it.
+        pass_on: takes the number of an answer that goes on, and sends what came of it at once;
+            False if it cannot, and somebody is to be woken for it.
         created, started, first, ended: times of `time.monotonic`, 0.0 before.
     """
 
@@ -83,6 +89,7 @@ class Job:
     begun: KeptTokens | None = None
     keep: Callable[[KeptTokens], None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    pass_on: Callable[[int], bool] = _pass_nothing_on
     choices: list[Choice] = field(default_factory=list)
     error: BaseException | None = None
     created: float = field(default_factory=time.monotonic)
@@ -112,6 +119,8 @@ class Job:
     def apply(self, event: Event) -> None:
         """Take in what happened; in the event loop."""
         event.change(self)
+        if event.grown is not None and self.pass_on(event.grown):
+            return
         if self.done:
             self.ended = self.ended or time.monotonic()
         self.changed.set()
@@ -119,10 +128,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that the engine tells the event loop about a job."""
+    """Something that the engine tells the event loop about a job.
+
+    Attributes:
+        job: the job.
+        change: notes it there.
+        grown: the number of the answer that goes on; None for all else.
+    """
 
     job: Job
     change: Callable[[Job], None]
+    grown: int | None = None
 
 
 def started(job: Job) -> Event:
@@ -144,7 +160,7 @@ def grew(job: Job, index: int, delta: Delta, tokens: int) -> Event:
         choice.tokens = tokens
         job.first = job.first or time.monotonic()
 
-    return Event(job, change)
+    return Event(job, change, index)
 
 
 def ended(job: Job, index: int, result: Generation) -> Event:

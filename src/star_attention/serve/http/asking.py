@@ -16,6 +16,7 @@ from star_attention.serve.http.answering import Answering, Calls, Counts, Locate
 from star_attention.serve.http.body import Body, read_object
 from star_attention.serve.http.events import EventStream, ObjectResponse, unless_left
 from star_attention.serve.http.fields import Ask, read_ask
+from star_attention.serve.http.line import line_of
 from star_attention.serve.http.objects import Shape
 from star_attention.serve.http.problems import not_supported, too_long
 from star_attention.serve.http.state import check_model
@@ -125,6 +126,7 @@ class Asking:
                 request_id=request.state.request_id,
                 sources=sources,
                 calls=self._calls(ask),
+                line=line_of(request.scope) if ask.stream else None,
             )
             visit.at_end(answering.close)
             visit.at_end(asked.begin(answering))

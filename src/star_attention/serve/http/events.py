@@ -13,6 +13,9 @@ from starlette.responses import JSONResponse, Response
 _T = TypeVar("_T")
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+_AS_IT_IS = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_ESCAPED = json.JSONEncoder(separators=(",", ":"))
+
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -39,11 +42,10 @@ def comment(text: str) -> bytes:
 
 def encoded(value: Any) -> bytes:
     """Return JSON in UTF-8; half characters are escaped."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
-        return text.encode()
+        return _AS_IT_IS.encode(value).encode()
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return _ESCAPED.encode(value).encode()
 
 
 class ObjectResponse(JSONResponse):

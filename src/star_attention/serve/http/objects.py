@@ -10,9 +10,12 @@ from typing import Any
 
 from star_attention._version import __version__
 from star_attention.generation.result import Delta, TokenLogprob
-from star_attention.serve.http.events import DONE, event
+from star_attention.serve.http.events import DONE, encoded, event
 from star_attention.serve.http.problems import Problem
 from star_attention.serve.http.tools import Answer
+
+_MARK = "a piece of an answer"
+"""Stands for one, to find its place in a chunk."""
 
 
 def new_id(prefix: str) -> str:
@@ -113,6 +116,7 @@ class ChoicesShape(Shape):
     includes_usage: bool = False
     whole_kind: str = ""
     chunk_kind: str = ""
+    _around: dict[int, tuple[bytes, bytes]] = field(default_factory=dict, repr=False)
 
     def whole(
         self, answers: Sequence[Answer], usage: Usage, more: dict[str, Any]
@@ -124,7 +128,16 @@ class ChoicesShape(Shape):
         return b"".join(self._chunk(self.first(index)) for index in range(answers))
 
     def piece(self, index: int, delta: Delta) -> bytes:
-        return self._chunk(self.more(index, delta))
+        if delta.reasoning:
+            return self._chunk(self.more(index, delta))
+        # All of it but the text is the same in every piece of an answer.
+        if index not in self._around:
+            chunk = self._chunk(self.more(index, Delta(text=_MARK)))
+            before, mark, after = chunk.rpartition(encoded(_MARK))
+            assert mark, "a chunk has its text"
+            self._around[index] = before, after
+        before, after = self._around[index]
+        return before + encoded(delta.text) + after
 
     def ending(self, index: int, answer: Answer, more: dict[str, Any]) -> bytes:
         calls = b"".join(self._chunk(each) for each in self.calls(index, answer))
