@@ -208,7 +208,7 @@ def encode_meanwhile(star: StarLLM, canceled_after: int) -> list[int]:
     seen: list[int] = []
     with star.batch() as batch:
         row = batch.add(asked, ids(4), max_new_tokens=60, ignore_eos=True)
-        job = batch.encode(ids(64, seed=8))
+        job = batch.encode(ids(100, seed=8))
         while job.progress == 0.0:
             batch.step()
         for _ in range(canceled_after):
@@ -242,7 +242,7 @@ def encode_meanwhile(star: StarLLM, canceled_after: int) -> list[int]:
 def test_rows_go_on_while_ranks_encode(
     pool: Pool, ranks: int, settings: dict[str, Any], turns: int
 ) -> None:
-    sizes = dict(tokens_per_forward=8, **settings)
+    sizes = dict(tokens_per_forward=4, **settings)
     for canceled_after in (0, 3):
         seen, *others = pool.run(
             led,
