@@ -23,9 +23,11 @@ from star_attention.config import StarConfig
 from star_attention.distributed.comm import Comm
 from star_attention.hf.cache.encode import EncodeCache, KVLink, Recent, SpanCache
 from star_attention.hf.cache.exchange import StripeLink
+from star_attention.hf.cache.helping import Helping
 from star_attention.hf.cache.links import AnchorReceiver, AnchorSender, Place, Places
 from star_attention.hf.execution.compiled import FULL
 from star_attention.hf.execution.handle import ModelHandle
+from star_attention.hf.execution.layer_part import LayerPart
 from star_attention.hf.progress import Progress
 from star_attention.planning.plan import BlockPlan, Span
 from star_attention.planning.segments import Segments
@@ -126,10 +128,14 @@ def finish(steps: Steps[T]) -> T:
             return value
 
 
-def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
+def encode(job: EncodeJob, helping: Helping | None = None) -> Steps[list[ContextKV]]:
     """Encode a batch of contexts, block by block.
 
     Blocks read the anchor as it was computed, whatever format the contexts are stored in.
+
+    Args:
+        job: the contexts.
+        helping: what rank 0 computes for others; None for nothing.
 
     Returns:
         This rank's keys and values, one store for each context.
@@ -156,7 +162,9 @@ def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
     cache = EncodeCache(
         plan, stores, job.handle.windows, comm, anchors=anchors, link=link, recents=recents
     )
-    forwards = Forwards(job)
+    helping = helping or Helping()
+    forwards = Forwards(job, helping)
+    helping.begin(forwards.one, stores, anchors or stores)
     span = forwards.by_graph(cache, stores)
     if span is not None:
         yield span
@@ -164,12 +172,15 @@ def encode(job: EncodeJob) -> Steps[list[ContextKV]]:
     try:
         if receives and not broadcasts:
             yield from forwards.steps(cache, anchor_spans(plan, job.span_tokens))
-        yield from forwards.steps(cache, plan.spans(job.span_tokens, rank=comm.cp_rank))
+        spans = plan.spans(job.span_tokens, rank=comm.cp_rank)
+        yield from forwards.steps(cache, helping.in_order(spans))
     except GeneratorExit:
         # Ranks stop together between two turns: all that was sent has arrived.
         link.finish()
+        helping.finish()
         raise
     link.finish()
+    helping.finish()
     return stores
 
 
@@ -247,8 +258,15 @@ def anchor_spans(plan: BlockPlan, span_tokens: int) -> Iterator[Span]:
 class Forwards:
     """Runs spans of a batch of contexts through the decoder."""
 
-    def __init__(self, job: EncodeJob) -> None:
-        self._job = job
+    def __init__(self, job: EncodeJob, helping: Helping | None = None) -> None:
+        self._job, self._helping = job, helping or Helping()
+        self._usual: int | None = None
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        """The token ids on the model's device, `[B, L]`."""
+        # All at once: a copy from host memory waits for whatever the device has to do before.
+        return self._job.ids_BL.to(self._job.handle.device)
 
     def run(self, cache: SpanCache, spans: Iterable[Span]) -> None:
         """Encode spans in order, without a pause."""
@@ -284,36 +302,45 @@ class Forwards:
         Raises:
             OutOfMemoryError: with the size to lower.
         """
-        job, handle, plan, comm = self._job, self._job.handle, self._job.plan, self._job.comm
+        job, comm = self._job, self._job.comm
         with translate_oom(lambda: self._out_of_memory(cache)):
             own_tokens = job.segments.tokens
             comm.progress(0, own_tokens)
             done, spans = 0, list(spans)
-            usual = self._usual_tokens(spans)
+            self._usual = self._usual_tokens(spans)
             cache.after_layer = self._after_layer(cache)
-            # All at once: a copy from host memory waits for whatever the device has to do before.
-            ids_BL = job.ids_BL.to(handle.device)
             for span in spans:
-                cache.span = span
-                comm.tick(
-                    f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}"
-                )
-                positions_1S = torch.arange(span.start, span.stop, device=handle.device)[None]
-                ids_BS = ids_BL[:, span.start : span.stop]
-                mode = FULL if span.tokens == usual else None
-                handle.encode(
-                    ids_BS,
-                    positions_1S,
-                    cache,
-                    job.rope_length,
-                    compiled_for=mode,
-                    keys_only=True,
-                )
+                self.one(cache, span, self._helping.part(span))
+                self._helping.after(span)
                 done += span.tokens
                 comm.progress(done, max(done, own_tokens))
                 if job.progress is not None:
-                    job.progress(span, plan)
+                    job.progress(span, job.plan)
                 yield span
+
+    def one(self, cache: SpanCache, span: Span, part: LayerPart | None = None) -> None:
+        """Run one forward.
+
+        Args:
+            cache: where it stores and what it attends to.
+            span: its tokens.
+            part: the layers that run; None for all.
+        """
+        job, handle, plan = self._job, self._job.handle, self._job.plan
+        cache.span, cache.part = span, part
+        if part is not None:
+            # Layers that do not run count for `_after_layer`.
+            cache.calls += part.first
+        job.comm.tick(f"phase 1, tokens {span.start:,} to {span.stop:,} of {plan.context_tokens:,}")
+        handle.encode(
+            self._ids[:, span.start : span.stop],
+            torch.arange(span.start, span.stop, device=handle.device)[None],
+            cache,
+            job.rope_length,
+            compiled_for=FULL if span.tokens == self._usual else None,
+            keys_only=part is None or part.is_last,
+        )
+        cache.part = None
 
     def _after_layer(self, cache: SpanCache) -> Callable[[], None] | None:
         """Return what reports a layer of the current forward, for callbacks that ask for it."""

@@ -87,8 +87,12 @@ def test_plan_shows_the_memory_of_each_rank(bare_config: Path) -> None:
     plan = json.loads(ok("plan", *sizes, "--json").out)
     first, second, third = plan["memory_by_rank"]
     block = 4096 * plan["kv_bytes_per_token"]
-    # Three blocks each; the second also holds the anchor.
-    assert second - first == block
+    # Three blocks each; the second also holds the anchor, and the first some layers of a block,
+    # of which a copy is on its way to the second.
+    (helped,) = plan["helped"]
+    assert (helped["rank"], helped["stop"] - helped["start"]) == (1, 4096)
+    assert second - first == block - block * helped["layers"] // 10
+    assert f"other ranks' last blocks: {helped['layers']} for rank 1\n" in ok("plan", *sizes).out
     assert third < second
     assert plan["memory"]["total"] == max(first, second, third)
     assert re.search(

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 from star_attention import EncodedContext, StarLLM, phase1
 from star_attention.hf.cache.rows import RowSet
 from star_attention.hf.execution import graphs
-from star_attention.hf.execution.compiled import FULL, layers_of
+from star_attention.hf.execution.compiled import FULL
+from star_attention.hf.execution.layer_part import layers_of
 from star_attention.hf.execution.rows import RowForwards
 from tests.decode_rows import prefilled
 from tests.engines import engine, ids, tiny

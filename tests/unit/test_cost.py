@@ -163,7 +163,7 @@ def test_mla_expands_the_keys_that_a_forward_reads() -> None:
         45 + 46 + 47
     )
     memory = cost.memory_per_rank(shape, plan, tokens_per_forward=8, kv_windows="all")
-    assert memory.working == cost.working_bytes(shape, 8) + 40 * 3 * (5 + 4) * 2
+    assert memory.working == stored.working_bytes(shape, 8) + 40 * 3 * (5 + 4) * 2
 
 
 # ------------------------------------------------------------------ memory
@@ -182,7 +182,7 @@ def test_memory_of_every_rank() -> None:
     assert [memory.anchor for memory in (first, middle, last)] == [0, 7 * token, 7 * token]
     assert [memory.tail for memory in (first, middle, last)] == [0, 0, 11 * token]
     assert first.weights == last.weights == 2600
-    assert last.working == first.working == cost.working_bytes(SHAPE, 16)
+    assert last.working == first.working == stored.working_bytes(SHAPE, 16)
     assert first.total == 2600 + first.kv + first.working
 
 

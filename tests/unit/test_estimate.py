@@ -132,10 +132,10 @@ def test_a_slow_link_shows() -> None:
 
 
 def test_memory_is_that_of_the_fullest_rank() -> None:
-    kv = SHAPE.kv_bytes_per_token
-    two = seconds("star", context=512 * K)
-    assert two.memory - seconds("star").memory == 32 * K * kv, (
-        "two blocks per rank, next to the anchor"
+    kv, two = SHAPE.kv_bytes_per_token, seconds("star", context=512 * K)
+    arriving = 2 * kv // SHAPE.layers + SHAPE.hidden_size * SHAPE.bytes_per_element
+    assert two.memory - seconds("star").memory == 32 * K * (kv + arriving), (
+        "two blocks per rank, next to the anchor, and what rank 0 computes of the second"
     )
     assert seconds("star", ranks=1, context=2**20).fits is False
     assert seconds("star", ranks=16, context=2**20).fits

@@ -302,7 +302,7 @@ def test_computed_memory_of_ranks() -> None:
     ]
     kept_tokens = [memory.kv // layer for memory in memories]
     assert kept_tokens == [32, 32, 32 + 2 * (WINDOW - 1)]
-    windows = {memory.working - cost.working_bytes(shape, 16) for memory in memories}
+    windows = {memory.working - stored.working_bytes(shape, 16) for memory in memories}
     assert windows == {2 * 32 * layer}
 
 

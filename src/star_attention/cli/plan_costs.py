@@ -14,6 +14,7 @@ from star_attention.planning import cost, estimate, traffic
 from star_attention.planning.cost import Flops, Memory
 from star_attention.planning.estimate import Estimate
 from star_attention.planning.hardware import HARDWARE
+from star_attention.planning.helping import Help, helps_of_shape
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan, without_lookback
 from star_attention.planning.second_look import check_keeps
@@ -62,6 +63,7 @@ class PlanRequest:
 class PlanCosts:
     """The costs of a plan.
 
+    helps: what rank 0 computes for others in phase 1.
     memory_by_rank: the fullest device of each context-parallel rank. paper: operations of phase 1
     without look-back, with a whole block as anchor. star_busiest: those of the busiest device.
     *_traffic: between context-parallel ranks; *_tp_traffic: within them; ring_traffic: what ring
@@ -72,6 +74,7 @@ class PlanCosts:
     request: PlanRequest
     shape: ModelShape
     tokens_per_forward: int
+    helps: list[Help]
     memory_by_rank: list[Memory]
     star: Flops
     paper: Flops
@@ -134,6 +137,7 @@ class PlanCosts:
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "saved_bytes": self.saved_bytes(self.request.config.kv_dtype),
             **request.config.kv_settings,
+            "helped": [asdict(each) for each in self.helps],
             "memory": asdict(self.memory) | {"total": self.memory.total},
             "memory_by_rank": [memory.total for memory in self.memory_by_rank],
             "flops": {
@@ -194,8 +198,13 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         answer_tokens=request.answer_tokens,
         queries=request.queries,
     )
+    helps = helps_of_shape(
+        shape, plan, tokens_per_forward=tokens_per_forward, anchor_source=config.anchor_source
+    )
     busiest = max(
-        cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank).total
+        cost.phase1(
+            shape, plan, tokens_per_forward=tokens_per_forward, rank=rank, helps=helps
+        ).total
         for rank in range(plan.ranks)
     )
     paper = without_lookback(plan)
@@ -204,7 +213,8 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
         request=request,
         shape=shape,
         tokens_per_forward=tokens_per_forward,
-        memory_by_rank=_memory_by_rank(request, shape, tokens_per_forward),
+        helps=helps,
+        memory_by_rank=_memory_by_rank(request, shape, tokens_per_forward, helps),
         star=cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward),
         paper=cost.phase1(shape, paper, tokens_per_forward=tokens_per_forward),
         star_busiest=busiest // request.tensor_parallel,
@@ -253,7 +263,7 @@ def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | Non
 
 
 def _memory_by_rank(
-    request: PlanRequest, shape: ModelShape, tokens_per_forward: int
+    request: PlanRequest, shape: ModelShape, tokens_per_forward: int, helps: list[Help]
 ) -> list[Memory]:
     return [
         cost.memory_per_rank(
@@ -264,6 +274,7 @@ def _memory_by_rank(
             rank=rank,
             tensor_parallel=request.tensor_parallel,
             looks_twice=request.second_look > 0,
+            helps=helps,
             **request.config.kv_settings,
         )
         for rank in range(request.plan.ranks)

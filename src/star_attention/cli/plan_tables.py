@@ -105,7 +105,19 @@ def _operations(costs: PlanCosts) -> str:
     if request.second_look:
         rows.append(("  second look", *(_flop(costs.second_look.total) for _ in columns)))
     answers = f"{request.queries} x ({request.query_tokens:,} + {request.answer_tokens:,}) tok"
-    return f"operations (phase 2: {answers}, the same for each)\n" + table(rows)
+    heading = f"operations (phase 2: {answers}, the same for each)\n"
+    return heading + table(rows) + _helped(costs)
+
+
+def _helped(costs: PlanCosts) -> str:
+    """Say what rank 0 computes for other ranks."""
+    layers = [f"{given.layers} for rank {given.rank}" for given in costs.helps]
+    if not layers:
+        return ""
+    return (
+        f"\nrank 0 also computes first layers (of {costs.shape.layers}) of other ranks' last"
+        f" blocks: {', '.join(layers)}"
+    )
 
 
 def _flop(count: int) -> str:
@@ -114,7 +126,7 @@ def _flop(count: int) -> str:
 
 def _traffic(costs: PlanCosts) -> str:
     traffics = [
-        ("phase 1", costs.phase1_traffic, "the anchor to every rank"),
+        ("phase 1", costs.phase1_traffic, _phase1_remark(costs)),
         ("  ring attention", costs.ring_traffic, "for comparison"),
         ("phase 2", costs.phase2_traffic, "states of all answers"),
     ]
@@ -131,6 +143,11 @@ def _traffic(costs: PlanCosts) -> str:
             calls = counted(traffic.calls, "collective")
             rows.append((name, format_bytes(traffic.bytes), calls, "sums of partial results"))
     return "traffic between devices, all together\n" + table(rows)
+
+
+def _phase1_remark(costs: PlanCosts) -> str:
+    remark = "the anchor to every rank"
+    return f"{remark}, layers to {len(costs.helps)}" if costs.helps else remark
 
 
 def _times(costs: PlanCosts) -> str:

@@ -42,8 +42,9 @@ class Star:
 
     def encode(self, job: EncodeJob) -> Steps[list[ContextKV]]:
         from star_attention import phase1
+        from star_attention.methods.helping import helping_of
 
-        return phase1.encode(job)
+        return phase1.encode(job, helping_of(job))
 
     def why_not_extend(self, ranks: int) -> str | None:
         return None

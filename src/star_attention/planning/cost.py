@@ -8,10 +8,11 @@ Communication is counted in `traffic.py`. Printed by `plan`. Standard library on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from star_attention.planning import residency
+from star_attention.planning.helping import Help, helped_bytes
 from star_attention.planning.model_shape import AttentionShape, ModelShape
 from star_attention.planning.pairs import (
     Runs,
@@ -24,7 +25,12 @@ from star_attention.planning.pairs import (
 )
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.second_look import chosen_tokens
-from star_attention.planning.stored import recent_bytes, stored_bytes
+from star_attention.planning.stored import (
+    expanded_bytes,
+    recent_bytes,
+    stored_bytes,
+    working_bytes,
+)
 from star_attention.planning.windows import LAST
 
 # --------------------------------------------------------------------------------------- operations
@@ -44,9 +50,23 @@ class Flops:
         """All operations."""
         return self.linear + self.attention + self.expansion + self.head
 
+    def plus(self, other: Flops, times: int, parts: int) -> Flops:
+        """Return these operations and `times` of `parts` equal parts of others."""
+        return Flops(
+            linear=self.linear + other.linear * times // parts,
+            attention=self.attention + other.attention * times // parts,
+            expansion=self.expansion + other.expansion * times // parts,
+            head=self.head + other.head * times // parts,
+        )
+
 
 def phase1(
-    shape: ModelShape, plan: BlockPlan, *, tokens_per_forward: int, rank: int | None = None
+    shape: ModelShape,
+    plan: BlockPlan,
+    *,
+    tokens_per_forward: int,
+    rank: int | None = None,
+    helps: Sequence[Help] = (),
 ) -> Flops:
     """Count the operations of encoding a context as this library does.
 
@@ -63,8 +83,15 @@ def phase1(
         plan: the blocks; `BlockPlan.dense` gives dense attention.
         tokens_per_forward: most tokens of a forward.
         rank: count this context-parallel rank only; None counts all.
+        helps: what rank 0 computes for others; all ranks together compute the same.
     """
-    return phase1_runs(shape, plan, _runs(plan, rank), tokens_per_forward=tokens_per_forward)
+    own = phase1_runs(shape, plan, _runs(plan, rank), tokens_per_forward=tokens_per_forward)
+    for given in helps:
+        if rank in (0, given.rank):
+            run = [(given.start, given.stop)]
+            moved = phase1_runs(shape, plan, run, tokens_per_forward=tokens_per_forward)
+            own = own.plus(moved, given.layers if rank == 0 else -given.layers, shape.layers)
+    return own
 
 
 def phase1_runs(
@@ -313,6 +340,7 @@ def memory_per_rank(
     kv_resident: float = 0.0,
     kv_windows: str = LAST,
     looks_twice: bool = False,
+    helps: Sequence[Help] = (),
 ) -> Memory:
     """Estimate the memory of one rank.
 
@@ -332,6 +360,7 @@ def memory_per_rank(
         tensor_parallel: number of tensor-parallel ranks.
         kv_dtype, kv_device, kv_resident, kv_windows: as in `StarConfig`.
         looks_twice: True if queries are answered with a second look.
+        helps: what rank 0 computes for others.
     """
     tokens = plan.rank_tokens(rank)
     stored = stored_bytes(shape, plan, rank, kv_dtype, kv_windows) // tensor_parallel
@@ -343,7 +372,7 @@ def memory_per_rank(
     recent = recent_bytes(
         shape, plan, tokens_per_forward, rank, as_computed=as_computed, kv_windows=kv_windows
     )
-    working += recent // tensor_parallel
+    working += recent // tensor_parallel + helped_bytes(shape, helps, rank, tensor_parallel)
     token_bytes, layers = shape.kv_bytes_per_token, shape.kv_layers
     computed = tokens * token_bytes // tensor_parallel
     whole = tokens * shape.stored_bytes_per_token(kv_dtype) // tensor_parallel
@@ -357,29 +386,3 @@ def memory_per_rank(
         copy=near if looks_twice else 0,
         host=(stored - near) * (1 + looks_twice),
     )
-
-
-def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> int:
-    """Estimate the working memory of a forward of `tokens` tokens, for a context of any length.
-
-    Nearly every weight matrix has the hidden size on one side, so `linear_parameters / (layers *
-    hidden_size)` is the number of elements per token that a layer's matrices read and write apart
-    from hidden states. Added to these are four hidden states (the residual stream, its norm, a
-    result, a sum) and the fp32 states of attention during a merge (own block, anchor, result, and a
-    temporary).
-    """
-    widths = -(-shape.linear_parameters // (shape.layers * shape.hidden_size * tensor_parallel))
-    widest = max((call.heads * call.v_head_size for call in shape.attention), default=0)
-    states = 4 * 4 * widest // tensor_parallel
-    return tokens * ((widths + 4 * shape.hidden_size) * shape.bytes_per_element + states)
-
-
-def expanded_bytes(shape: ModelShape, keys: int) -> int:
-    """Return the bytes of one layer's MLA expansion of `keys` keys.
-
-    In phase 2 a query reads the whole shard at once.
-    """
-    if not shape.expansion_parameters:
-        return 0
-    widest = max(call.kv_heads * (call.k_head_size + call.v_head_size) for call in shape.attention)
-    return keys * widest * shape.bytes_per_element

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from star_attention.errors import InvalidInputError, quote
 from star_attention.planning import cost, rounds, traffic
 from star_attention.planning.hardware import Hardware
+from star_attention.planning.helping import Help, helps_of_shape
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan, without_lookback
 from star_attention.planning.steps import Mesh, token_seconds
@@ -119,6 +120,7 @@ def estimate(
         sums_s = _sums_s(shape, on, plan, tokens_per_forward, tensor_parallel)
         compute_s, exposed_s = compute_s / tensor_parallel, exposed_s + sums_s
         wire_s += sums_s
+    helps = _helps(shape, scheme, stored, tokens_per_forward)
     memory = max(
         cost.memory_per_rank(
             shape,
@@ -128,6 +130,7 @@ def estimate(
             kv_windows=kv_windows,
             rank=rank,
             tensor_parallel=tensor_parallel,
+            helps=helps,
         ).total
         for rank in _candidate_ranks(stored)
     )
@@ -238,6 +241,13 @@ def _anchor_late_s(
     return on.seconds(cost.phase1(shape, forwards, tokens_per_forward=tokens_per_forward))
 
 
+def _helps(shape: ModelShape, scheme: str, plan: BlockPlan, tokens_per_forward: int) -> list[Help]:
+    """Return what rank 0 computes for others."""
+    if scheme in _WITHOUT_BROADCAST or scheme.startswith("ring"):
+        return []
+    return helps_of_shape(shape, plan, tokens_per_forward=tokens_per_forward)
+
+
 def _rank_seconds(
     shape: ModelShape,
     on: Hardware,
@@ -247,7 +257,8 @@ def _rank_seconds(
     tokens_per_forward: int,
 ) -> float:
     """Return the seconds that one rank computes in phase 1."""
-    own = cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank)
+    helps = _helps(shape, scheme, plan, tokens_per_forward)
+    own = cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank, helps=helps)
     anchor = cost.phase1(
         shape, BlockPlan.dense(max(1, plan.anchor_size)), tokens_per_forward=tokens_per_forward
     )

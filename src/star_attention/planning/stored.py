@@ -1,4 +1,4 @@
-"""Bytes of keys and values that a rank stores of a context, and keeps while encoding it.
+"""Bytes of keys and values that a rank stores of a context, and those that encoding takes.
 
 Standard library only.
 """
@@ -109,3 +109,29 @@ def recent_bytes(
             most = max(most, span.stop - first - (stored if as_computed else 0))
         kept += most * kind.token_bytes * layers
     return in_windows + kept
+
+
+def working_bytes(shape: ModelShape, tokens: int, tensor_parallel: int = 1) -> int:
+    """Estimate the working memory of a forward of `tokens` tokens, for a context of any length.
+
+    Nearly every weight matrix has the hidden size on one side, so `linear_parameters / (layers *
+    hidden_size)` is the number of elements per token that a layer's matrices read and write apart
+    from hidden states. Added to these are four hidden states (the residual stream, its norm, a
+    result, a sum) and the fp32 states of attention during a merge (own block, anchor, result, and a
+    temporary).
+    """
+    widths = -(-shape.linear_parameters // (shape.layers * shape.hidden_size * tensor_parallel))
+    widest = max((call.heads * call.v_head_size for call in shape.attention), default=0)
+    states = 4 * 4 * widest // tensor_parallel
+    return tokens * ((widths + 4 * shape.hidden_size) * shape.bytes_per_element + states)
+
+
+def expanded_bytes(shape: ModelShape, keys: int) -> int:
+    """Return the bytes of one layer's MLA expansion of `keys` keys.
+
+    In phase 2 a query reads the whole shard at once.
+    """
+    if not shape.expansion_parameters:
+        return 0
+    widest = max(call.kv_heads * (call.k_head_size + call.v_head_size) for call in shape.attention)
+    return keys * widest * shape.bytes_per_element

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from star_attention.planning import exchange
+from star_attention.planning.helping import helps_of_shape
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 
@@ -150,8 +151,9 @@ def phase1_cp(
 
     The first rank broadcasts the anchor's keys and values to all others that hold a block: once per
     layer that stores KV and per forward that contains a part of the anchor, and with tensor
-    parallelism once per shard of the heads. Where blocks look back, each layer exchanges the
-    anchor, and the blocks that others look back to, once per round.
+    parallelism once per shard of the heads. Then it sends what it computes for others: keys and
+    values of each layer and forward, and hidden states. Where blocks look back, each layer
+    exchanges the anchor, and the blocks that others look back to, once per round.
     """
     broadcasts = anchor_source != "local" and plan.busy_ranks > 1 and plan.anchor_size > 0
     if plan.stripes is not None:
@@ -169,9 +171,17 @@ def phase1_cp(
         return Traffic()
     forwards = sum(span.start < plan.anchor_size for span in plan.spans(tokens_per_forward, rank=0))
     payload = plan.anchor_size * shape.kv_bytes_per_token
-    return Traffic(
+    total = Traffic(
         forwards * shape.kv_layers * tensor_parallel, broadcast_bytes(payload, plan.busy_ranks)
     )
+    for given in helps_of_shape(shape, plan, tokens_per_forward=tokens_per_forward):
+        forwards = len(given.spans(plan, tokens_per_forward))
+        # Every shard has whole hidden states.
+        hidden = shape.hidden_size * shape.bytes_per_element * tensor_parallel
+        keys = shape.kv_bytes_per_token * given.layers // shape.layers
+        calls = forwards * (given.layers + 1) * tensor_parallel
+        total.add(given.tokens * (keys + hidden), calls)
+    return total
 
 
 def phase1_tp(

@@ -101,6 +101,7 @@ class Prefill(Benchmark[PrefillRow]):
             linear_flops=workload.flops.linear,
             attention_flops=workload.flops.attention,
             busiest_flops=workload.busiest_flops,
+            helped_layers=workload.helped_layers,
             flops_per_s=rate,
             of_ceiling=rate / job.target.ceilings.flops_per_s,
             working_bytes=None if peaks is None else _working_bytes(peaks, workload.fixed_bytes),

@@ -17,6 +17,7 @@ from star_attention.distributed import Comm
 from star_attention.engine import StarLLM
 from star_attention.planning import cost
 from star_attention.planning.cost import Flops
+from star_attention.planning.helping import Help, helps_of_shape
 from star_attention.planning.model_shape import ModelShape
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.quality import QUALITIES
@@ -80,6 +81,7 @@ class Workload:
         comm: counts what the ranks exchange.
         flops: operations that the method needs, on all ranks together.
         busiest_flops: operations of the busiest device.
+        helped_layers: layers that rank 0 computes for each of the other ranks that it helps.
         fixed_bytes: weights, and keys and values of the context, of each context-parallel rank.
         kv_dtype: precision of the stored keys and values, if it is not the model's.
     """
@@ -89,6 +91,7 @@ class Workload:
     comm: Comm
     flops: Flops
     busiest_flops: int
+    helped_layers: tuple[int, ...] = ()
     fixed_bytes: list[int]
     kv_dtype: str | None = None
 
@@ -160,6 +163,7 @@ class Engine(Contender):
                 self.flops(shape, plan, forward, rank).total for rank in range(job.cp_ranks)
             )
             // job.tensor_parallel,
+            helped_layers=tuple(given.layers for given in self.helps(shape, plan, forward)),
             fixed_bytes=[
                 weight_bytes(job.target.model) + self.kv_bytes(job, plan, rank)
                 for rank in range(job.cp_ranks)
@@ -187,7 +191,12 @@ class Engine(Contender):
         return partial(star.encode, job.ids_L)
 
     def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
-        return cost.phase1(shape, plan, tokens_per_forward=forward, rank=rank)
+        helps = self.helps(shape, plan, forward)
+        return cost.phase1(shape, plan, tokens_per_forward=forward, rank=rank, helps=helps)
+
+    def helps(self, shape: ModelShape, plan: BlockPlan, forward: int) -> list[Help]:
+        """Return what rank 0 computes for others."""
+        return helps_of_shape(shape, plan, tokens_per_forward=forward)
 
     def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
         return _kv_bytes(job, plan, job.settings.kv_dtype, rank)
@@ -224,6 +233,9 @@ class Official(Engine):
             cp_rank=star.runtime.comm.cp_rank,
         )
 
+    def helps(self, shape: ModelShape, plan: BlockPlan, forward: int) -> list[Help]:
+        return []
+
     def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
         return cost.phase1_official(shape, plan, rank)
 
@@ -242,6 +254,9 @@ class RingEngine(Engine):
 
     def engine(self, job: Job) -> StarLLM:
         return super().engine(job).with_config(ring_layout=self.layout)
+
+    def helps(self, shape: ModelShape, plan: BlockPlan, forward: int) -> list[Help]:
+        return []
 
     def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
         return cost.phase1_ring(shape, self.stored(plan)[rank])

@@ -30,6 +30,7 @@ class PrefillRow:
         flops: operations that the method needs, on all ranks together.
         linear_flops, attention_flops: the parts of it that extrapolation needs.
         busiest_flops: operations of the busiest rank.
+        helped_layers: layers that rank 0 computed for each of the other ranks that it helped.
         flops_per_s: its rate.
         of_ceiling: the rate relative to that of a large matrix product.
         working_bytes: peak memory of a rank beyond weights, keys and values; None where it is not
@@ -53,6 +54,7 @@ class PrefillRow:
     linear_flops: int = 0
     attention_flops: int = 0
     busiest_flops: int = 0
+    helped_layers: tuple[int, ...] = ()
     flops_per_s: float | None = None
     of_ceiling: float | None = None
     working_bytes: int | None = None

@@ -189,6 +189,8 @@ class StarCache(Cache):
         """Index of the layer that runs, where layers are compiled whole."""
         self.slices: Any = None
         """The slices of weights that forwards multiply (`hf.execution.slices`), None for all."""
+        self.part: Any = None
+        """The part of the layers that a forward runs (`hf.execution.layer_part`), None for all."""
 
     def begin(self, ids_BS: Tensor, positions_BS: Tensor, logits_to_keep: int) -> None:
         """Run before each forward of the whole model; arguments as in `ModelHandle.logits`."""

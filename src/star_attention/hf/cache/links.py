@@ -63,10 +63,14 @@ class AnchorSender(KVLink):
         if tokens > 0:
             packed = pack(k_BGSD[:, :, :tokens], v_BGSD[:, :, :tokens])
             self._pending.append(self._comm.broadcast(packed, self._plan.busy_ranks))
+        else:
+            # All have arrived by now; copies of the anchor are as large as itself.
+            self.finish()
 
     def finish(self) -> None:
         for pending in self._pending:
             pending.wait()
+        self._pending.clear()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from star_attention.attention.state import State
 from star_attention.distributed import SoloComm
 from star_attention.hf.cache.base import ForwardPosition, P, StarCache, StarLayer, build_layers
 from star_attention.hf.cache.latent import LatentAttention, Latents
+from star_attention.hf.execution.layer_part import HiddenShape, HiddenStates
 from star_attention.planning.model_shape import SCALE_BYTES, STORED_BYTES
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, LayerKV
@@ -66,12 +67,14 @@ class ProbeResult:
         query_group: query heads of a KV head, at most.
         latents: of each cache layer the attention that expands what it stores; None if there is
             none, or if it does so in a way that is not known.
+        hidden: what layers take and return; None if a forward cannot run a part of them.
     """
 
     layer_shapes: list[LayerKVShape | None]
     reads_own_keys: bool
     query_group: int
     latents: Latents
+    hidden: HiddenShape | None
 
 
 class ProbeLayer(StarLayer[P]):
@@ -148,10 +151,13 @@ def probe_layers(handle: Any) -> ProbeResult:
     position = ForwardPosition()
     stores = no_stores(handle.windows)
     cache = ProbeCache(build_layers(ProbeLayer, handle.windows, position, stores), position)
+    watched = HiddenStates(handle.decoder, len(handle.windows))
+    cache.part = watched
     run_probe(handle, cache)
     return ProbeResult(
         layer_shapes=[layer.shape() for layer in cache.layers],
         reads_own_keys=cache.reads_own_keys,
         query_group=cache.query_group,
         latents=[layer.latent for layer in cache.layers],
+        hidden=watched.shape if cache.reads_own_keys else None,
     )

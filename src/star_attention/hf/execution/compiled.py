@@ -28,6 +28,7 @@ from star_attention.attention.kernels import triton_works
 from star_attention.hf.cache.base import StarCache
 from star_attention.hf.execution import hook
 from star_attention.hf.execution.complex_products import multiply_reals
+from star_attention.hf.execution.layer_part import layers_of
 from star_attention.linear.fp8 import Fp8Linear, share_quantizing
 
 _log = logging.getLogger("star_attention")
@@ -49,17 +50,6 @@ _PIECES = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 
 # A module, its own class, and that of our kernel.
 _Change = tuple[nn.Module, type[nn.Module], type[nn.Module]]
-
-
-def layers_of(decoder: nn.Module) -> list[nn.Module]:
-    """Return the decoder's layers: members of its module lists that contain attention."""
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    return [
-        layer
-        for layers in lists
-        for layer in layers
-        if any(hasattr(module, "layer_idx") for module in layer.modules())
-    ]
 
 
 class CompiledLayers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -209,15 +209,15 @@ class ModelHandle(Transient):
         """
         compiled = None if compiled_for is None else self.compiled
         way = hook.OVER if compiled is None else compiled.way(cache)
-        sliced = nullcontext() if cache.slices is None else cache.slices.active()
-        fast: AbstractContextManager[None] = nullcontext()
-        if compiled_for is not None and compiled is not None:
-            fast = compiled.active(compiled_for)
-        with (
-            hook.running(self.model, self.configs, self.rotaries, cache, rope_length, way),
-            sliced,
-            fast,
-        ):
+        model = (self.model, self.configs, self.rotaries)
+        with ExitStack() as entered:
+            entered.enter_context(hook.running(*model, cache, rope_length, way))
+            if cache.slices is not None:
+                entered.enter_context(cache.slices.active())
+            if compiled_for is not None and compiled is not None:
+                entered.enter_context(compiled.active(compiled_for))
+            if cache.part is not None:
+                entered.enter_context(cache.part.active())
             yield
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from star_attention.errors import InvalidInputError, UnsupportedModelError
-from star_attention.hf.execution.compiled import layers_of
+from star_attention.hf.execution.layer_part import layers_of
 from star_attention.linear.fp8 import Fp8Linear
 from star_attention.planning.model_shape import FP8_ENDS, FP8_STEP
 
