@@ -64,7 +64,7 @@ class _Helper(_Part):
     def after(self, span: Span) -> None:
         anchor_size = self._job.plan.anchor_size
         if span.start >= anchor_size:
-            # All has arrived by now.
+            # Other ranks have asked for it after their first forward: drop what was sent.
             self.finish()
         if span.start < anchor_size <= span.stop:
             for given in self._helps:
@@ -103,7 +103,6 @@ class _Helped(_Part):
         super().__init__(job, given)
         own = [each for each in given if each.rank == job.comm.cp_rank]
         self._own = own[0] if own else None
-        self._forwards = 0
 
     def begin(self, run: RunForward, stores: list[ContextKV], anchors: list[ContextKV]) -> None:
         job = self._job
@@ -122,13 +121,10 @@ class _Helped(_Part):
         return self._layers(first=own.layers, hidden_BSE=self._receiver.hidden_states(span))
 
     def after(self, span: Span) -> None:
-        self._forwards += 1
-        if self._forwards == 1:
-            # The anchor has arrived, after which rank 0 sends this.
-            for given in self._helps:
-                self._receiver.request(given, self._spans(given))
-        elif self._forwards == 2:
-            self._receiver.keep()
+        # Behind the first forward, which the anchor has arrived in: rank 0 sends this next.
+        while self._helps:
+            given = self._helps.pop(0)
+            self._receiver.request(given, self._spans(given))
 
     def finish(self) -> None:
         self._receiver.finish()

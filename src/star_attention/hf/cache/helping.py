@@ -155,7 +155,7 @@ class HelpReceiver:
         else:
             self._others.append(pending)
 
-    def keep(self) -> None:
+    def _keep(self) -> None:
         """Wait for all that was requested, and store it."""
         batch = len(self._stores)
         for each in self._take():
@@ -170,7 +170,7 @@ class HelpReceiver:
 
     def hidden_states(self, span: Span) -> Tensor:
         """Return what the first layer of this rank takes of a forward, once."""
-        self.keep()
+        self._keep()
         return self._hidden_states.pop(span)
 
     def finish(self) -> None:

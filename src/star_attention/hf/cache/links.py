@@ -57,14 +57,18 @@ class AnchorSender(KVLink):
     def __init__(self, comm: Comm, plan: BlockPlan) -> None:
         self._comm, self._plan = comm, plan
         self._pending: list[Pending] = []
+        self._next: Span | None = None
 
     def send(self, layer: int, span: Span, k_BGSD: Tensor, v_BGSD: Tensor) -> None:
         tokens = min(span.stop, self._plan.anchor_size) - span.start
         if tokens > 0:
             packed = pack(k_BGSD[:, :, :tokens], v_BGSD[:, :, :tokens])
             self._pending.append(self._comm.broadcast(packed, self._plan.busy_ranks))
+        elif self._next in (None, span):
+            # Other ranks may still be in their first forward, which the anchor arrives in.
+            self._next = span
         else:
-            # All have arrived by now; copies of the anchor are as large as itself.
+            # It has arrived: drop what was sent, which is as large as the anchor.
             self.finish()
 
     def finish(self) -> None:
