@@ -211,7 +211,7 @@ def test_a_defect_says_no_more_than_its_id(
 ) -> None:
     """Forbids tracebacks and prompts in answers and in the log."""
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise KeyError("the secret prompt")
 
     monkeypatch.setattr(server.service.lanes, "run", fail)

@@ -151,7 +151,10 @@ class Prompts:
             _, unsaid_tokens = self._cutter.endings.of(star, ask.template_kwargs)
             return replace(piece, unsaid_tokens=unsaid_tokens)
 
-        piece = await self._service.lanes.run(marked.characters, read)
+        kept = 0 if named is None else len(named.text or "")
+        # Schemas of tools are as long as texts.
+        size = marked.characters + (len(str(ask.template_kwargs)) if ask.template_kwargs else 0)
+        piece = await self._service.lanes.run(size, read, kept=kept)
         plan = self._plan(piece, scope, ask, is_chat=True)
         return replace(plan, documents=tuple(marked.documents))
 

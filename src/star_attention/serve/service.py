@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, Self, TypeVar
 
 from starlette.requests import Request
@@ -28,6 +30,9 @@ _MOST_BODIES = 8
 """Largest bodies whose bytes all open requests may have together."""
 _LONG_CHARACTERS = 64 * 1024
 """Characters of a request from which on its text is read in the lane of long ones."""
+_FEW_CHARACTERS = 2048
+"""Characters that are read where they are, in about a millisecond: two threads would have to wake
+for them, and each waits until another one lets go of Python."""
 
 
 class Lanes:
@@ -44,15 +49,33 @@ class Lanes:
             (reader_of(star), ThreadPoolExecutor(1, thread_name_prefix=f"star-text-{name}"))
             for name in ("short", "long")
         ]
+        # Held by who uses the tokenizer of short texts.
+        self._short = threading.Lock()
         # Of a schema nobody knows how long it takes.
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="star-text-check")
         self._checker: StarLLM | None = None
 
-    async def run(self, characters: int, function: Callable[[StarLLM], _T]) -> _T:
-        """Return what a function returns for an engine whose tokenizer it may use."""
-        star, lane = self.lanes[characters >= _LONG_CHARACTERS]
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(lane, lambda: function(star))
+    async def run(self, characters: int, function: Callable[[StarLLM], _T], *, kept: int = 0) -> _T:
+        """Return what a function returns for an engine whose tokenizer it may use.
+
+        Args:
+            characters: those that it reads.
+            function: what reads them.
+            kept: characters of a kept context that it goes through, too.
+        """
+        is_long = characters >= _LONG_CHARACTERS
+        star, lane = self.lanes[is_long]
+        if characters + kept <= _FEW_CHARACTERS and self._short.acquire(blocking=False):
+            try:
+                return function(star)
+            finally:
+                self._short.release()
+
+        def work() -> _T:
+            with nullcontext() if is_long else self._short:
+                return function(star)
+
+        return await asyncio.get_running_loop().run_in_executor(lane, work)
 
     async def check(self, options: dict[str, Any]) -> None:
         """Raise what `generate` would raise for options; the schema among them is compiled."""

@@ -217,7 +217,8 @@ class Asking:
             return None
 
         async def read(answer: Generation) -> tuple[Call, ...]:
-            return await lanes.run(0, lambda star: reader.calls(star, answer))
+            size = len(answer.token_ids)
+            return await lanes.run(size, lambda star: reader.calls(star, answer))
 
         return Calls(holder=reader.holder, read=read)
 
