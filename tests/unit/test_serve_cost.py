@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from star_attention import StarLLM
 from star_attention.errors import ContextMismatchError
 from star_attention.hf.loading import fingerprint
+from star_attention.serve.http.events import ClientLeftError, EventStream
 from star_attention.serve.outbox import Outbox
+from star_attention.serve.service import Lanes
 from star_attention.storage.kept import kept_row
 from star_attention.storage.tail import Tail
 from tests.engines import bundled_tokenizer
-from tests.servers import quick_engine, running
+from tests.servers import ASK, quick_engine, running
 
 
 class Wire:
@@ -116,3 +121,81 @@ def test_kept_keys_and_values_are_those_of_each_layer(*, copies: bool) -> None:
             # 70 tokens of room are too many for 50, so that both are copies.
             assert not shares
             assert tensor.is_contiguous()
+
+
+def test_a_stream_opens_before_its_first_token() -> None:
+    """Its head waits a moment for what comes first, and not for the model."""
+    goes_on = threading.Event()
+    body = {"messages": ASK, "max_tokens": 3, "stream": True}
+    with running() as server:
+        server.service.engine.post(lambda: goes_on.wait(20))
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+            pieces = response.iter_text()
+            first = next(pieces)
+            goes_on.set()
+            rest = "".join(pieces)
+    assert first.count("data: ") == 1
+    assert '"role":"assistant"' in first
+    assert '"role"' not in rest
+    assert rest.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_client_that_leaves_before_the_head_is_told_apart(*, has_begun: bool) -> None:
+    """For the log: no status was sent."""
+    sent: list[str] = []
+    ended: list[bool] = []
+
+    async def source() -> AsyncIterator[bytes]:
+        if has_begun:
+            yield b"data: 1\n\n"
+        await asyncio.sleep(60)
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message["type"])
+
+    stream = EventStream(source(), {}, lambda: ended.append(True))
+    if has_begun:
+        asyncio.run(stream({}, receive, send))
+    else:
+        with pytest.raises(ClientLeftError):
+            asyncio.run(stream({}, receive, send))
+    assert sent == (["http.response.start", "http.response.body"] if has_begun else [])
+    assert ended == [True]
+
+
+def test_few_characters_are_read_where_they_are() -> None:
+    """No other thread is woken for them, unless it is using the tokenizer."""
+    lanes, here = Lanes(quick_engine()), threading.get_ident()
+    started, goes_on = threading.Event(), threading.Event()
+    reading: list[Any] = []
+
+    def read(star: StarLLM) -> int:
+        reading.append(star)
+        assert len(reading) == 1, "a tokenizer is used by two threads"
+        reading.remove(star)
+        return threading.get_ident()
+
+    def read_slowly(star: StarLLM) -> int:
+        started.set()
+        goes_on.wait(20)
+        return read(star)
+
+    async def run() -> tuple[int, int, int, int]:
+        short, long = await lanes.run(100, read), await lanes.run(5000, read)
+        slow = asyncio.create_task(lanes.run(5000, read_slowly))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        behind = asyncio.create_task(lanes.run(100, read))
+        await asyncio.sleep(0.01)
+        goes_on.set()
+        return short, long, await slow, await behind
+
+    short, *others = asyncio.run(run())
+    lanes.close()
+    assert short == here
+    assert here not in others

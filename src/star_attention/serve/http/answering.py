@@ -23,6 +23,8 @@ from star_attention.serve.settings import ServeSettings
 
 _LOOK_S = 5.0
 """Seconds after which a request looks whether the engine still lives."""
+OPENING_S = 0.004
+"""Most seconds until a stream opens."""
 PROGRESS_S = 1.0
 """Seconds between two chunks with progress, for clients that ask for them."""
 
@@ -165,13 +167,17 @@ class Answering:
         """
         shape, timer = self._shape, _Timer(self._settings, progress=progress)
         self._timer = timer
-        yield shape.opening(len(self._choices), self.usage)
         ended: set[int] = set()
+        pieces = b""
         try:
+            # The engine has just been asked, and begins sooner if nobody needs Python meanwhile.
+            await self._wait(OPENING_S)
+            pieces = shape.opening(len(self._choices), self.usage)
             while not self._ended():
-                if pieces := await self._pieces(ended):
+                if pieces := pieces + await self._pieces(ended):
                     timer.chunk_sent()
                     yield pieces
+                    pieces = b""
                 if not await self._rest(timer.wait_s):
                     if timer.wants_chunk:
                         timer.chunk_sent()
@@ -179,13 +185,13 @@ class Answering:
                     elif timer.wants_comment:
                         timer.comment_sent()
                         yield comment(self._keepalive())
-            pieces = await self._pieces(ended)
+            pieces += await self._pieces(ended)
             self._note()
             yield pieces + shape.closing(self.usage)
         except Exception as error:
             problem = of_error(error, request_id=self._request_id)
             self._metrics.errors.labels(problem.code or str(problem.status)).inc()
-            yield shape.failure(problem, self._request_id)
+            yield pieces + shape.failure(problem, self._request_id)
 
     def _pass_on(self, first: int, number: int) -> bool:
         """Send what came of an answer, if all before it is sent; False if `events` is to do it.

@@ -100,23 +100,30 @@ class EventStream(Response):
     def __init__(
         self, source: AsyncIterator[bytes], headers: dict[str, str], on_end: Callable[[], None]
     ) -> None:
-        self._source, self._on_end = source, on_end
+        self._source, self._on_end, self._has_begun = source, on_end, False
         super().__init__(None, headers={**_HEADERS, **headers})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
-            with contextlib.suppress(ClientLeftError, OSError):
-                await send(start)
+            with contextlib.suppress(OSError):
                 await unless_left(receive, self._write(send))
+        except ClientLeftError:
+            # An answer that has not begun is logged as one that nobody reads.
+            if not self._has_begun:
+                raise
         finally:
             self._on_end()
 
     async def _write(self, send: Any) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             async for block in self._source:
+                if not self._has_begun:
+                    # With the first events, so that both are one write.
+                    self._has_begun = True
+                    await send(start)
                 await send({"type": "http.response.body", "body": block, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
