@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def traced(function: Callable[..., Any], *args: Tensor, mode: Any = "real") -> torch.fx.GraphModule:
+    """Return the graph that torch.compile's passes see: operations are decomposed."""
+    decomposed = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode=mode)
+    module = decomposed(*args)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 @contextmanager

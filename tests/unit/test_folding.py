@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from star_attention.hf.execution import compiled, graphs, sums
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.linear import fp8
+from tests import compiling
 from tests.compiling import fresh_code
 from tests.engines import engine, ids
 from tests.families import build
@@ -36,10 +35,8 @@ class Row(nn.Linear):
 def traced(
     function: Callable[..., Any], *args: Tensor, mode: Any = "real", fuse: bool = True
 ) -> torch.fx.GraphModule:
-    """Return the graph that torch.compile's passes see: operations are decomposed."""
-    decomposed = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode=mode)
-    module = decomposed(*args)
-    module.graph.eliminate_dead_code()
+    """Return the graph that is folded."""
+    module = compiling.traced(function, *args, mode=mode)
     if fuse:
         triton_row.fuse_linears(module.graph)
     module.recompile()

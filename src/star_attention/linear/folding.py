@@ -38,7 +38,7 @@ def fold(graph: Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=_LINEARS):
         x, weights, *_ = cast(Any, node.args)
-        if not _is_single_row(x):
+        if not is_single_row(x):
             continue
         if len(weights) == 1:
             _fold_residual(graph, node)
@@ -46,14 +46,14 @@ def fold(graph: Graph) -> None:
             _fold_gate(graph, node)
 
 
-def _is_single_row(x: Any) -> bool:
-    value = _value(x)
+def is_single_row(x: Any) -> bool:
+    value = value_of(x)
     if value is None or not all(isinstance(size, int) for size in value.shape):
         return False
     return value.dim() > 1 and value.numel() == value.shape[-1]
 
 
-def _value(node: Any) -> Tensor | None:
+def value_of(node: Any) -> Tensor | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
 
@@ -75,14 +75,14 @@ def _fold_gate(graph: Graph, node: Node) -> None:
         if activation is not None and _like(gated, up):
             name, chain = activation
             _become_gated(graph, node, gated, gate is taken[1], name)
-            _erase(graph, [*chain, gate, up, node])
+            erase(graph, [*chain, gate, up, node])
             return
 
 
 def _have_one_shape(node: Node) -> bool:
     """True for two matrices of the same rows, and with weights of one kind."""
     _, given, _, parts, scales = cast(Any, node.args)
-    weights: list[Any] = [_value(weight) for weight in given]
+    weights: list[Any] = [value_of(weight) for weight in given]
     return (
         None not in weights
         and parts[1] == parts[4]
@@ -96,18 +96,18 @@ def _activation_of(node: Any, gate: Node, gated: Node) -> tuple[str, list[Node]]
     """Return the activation that a node is of the gate, and its nodes, if it is one."""
     if not isinstance(node, Node) or node is gate:
         return None
-    chain, leaves = _walk(node, _is_pointwise)
+    chain, leaves = walk(node, is_pointwise)
     inside = {*chain, gated}
     alone = all(user in inside for each in (*chain, gate) for user in each.users)
     if leaves != [gate] or not alone:
         return None
     values = _probe()
     try:
-        out = _computed(node, chain, {gate: values})
+        out = computed(node, chain, {gate: values})
     except (RuntimeError, TypeError):
         return None
     for name, activation in ACTIVATIONS.items():
-        if _equal(out, activation(values)):
+        if equal(out, activation(values)):
             return name, chain
     return None
 
@@ -120,7 +120,7 @@ def _probe() -> Tensor:
     return torch.tensor([*near, *far], dtype=torch.float64, device="cpu")
 
 
-def _is_pointwise(node: Node) -> bool:
+def is_pointwise(node: Node) -> bool:
     target: Any = node.target
     if target == _convert:
         # Others than these are more than a rounding, which folded launches do without.
@@ -153,7 +153,7 @@ def _fold_residual(graph: Graph, node: Node) -> None:
         return
     with graph.inserting_before(added):
         _become(graph, added, (*node.args, residual, ""))
-    _erase(graph, [user, node])
+    erase(graph, [user, node])
 
 
 def _become(graph: Graph, node: Node, args: tuple[Any, ...]) -> None:
@@ -165,11 +165,11 @@ def _become(graph: Graph, node: Node, args: tuple[Any, ...]) -> None:
 
 
 def _like(node: Node, other: Node) -> bool:
-    a, b = _value(node), _value(other)
+    a, b = value_of(node), value_of(other)
     return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
 
 
-def _walk(node: Node, inside: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
+def walk(node: Node, inside: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
     """Return the nodes that a node is computed by, and those that they begin with; each sorted.
 
     No nodes where they are too many.
@@ -191,7 +191,7 @@ def _walk(node: Node, inside: Callable[[Node], bool]) -> tuple[list[Node], list[
     return sorted(found), sorted(leaves)
 
 
-def _computed(node: Node, chain: list[Node], values: dict[Node, Tensor]) -> Tensor:
+def computed(node: Node, chain: list[Node], values: dict[Node, Tensor]) -> Tensor:
     """Run nodes on values in fp64, without converting them."""
     values = dict(values)
     for each in chain:
@@ -201,11 +201,11 @@ def _computed(node: Node, chain: list[Node], values: dict[Node, Tensor]) -> Tens
     return values[node]
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-9)
 
 
-def _erase(graph: Graph, nodes: list[Node]) -> None:
+def erase(graph: Graph, nodes: list[Node]) -> None:
     """Erase those nodes that have no users."""
     for node in sorted(nodes, reverse=True):
         if not node.users:

@@ -3,7 +3,8 @@
 Each layer is compiled by itself: norms, rotary embeddings, activations and residual sums become few
 kernels. For a single token, or one of each of a few rows, linear layers go through kernels of ours,
 those with the same input in one launch, and a single token's experts through another. A single
-token's gates and residual sums are part of the launches next to them (`linear.folding`).
+token's gates and residual sums are part of the launches next to them (`linear.folding`), and its
+experts are chosen by kernels of ours (`linear.routing`).
 Layers of one kind share compiled code, so each kind is compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
@@ -233,9 +234,17 @@ def _fold(graph: torch.fx.Graph) -> None:
     folding.fold(graph)
 
 
+def _route(graph: torch.fx.Graph) -> None:
+    from star_attention.linear import routing
+
+    routing.route(graph)
+
+
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, fuse linears 3", multiply_reals, _fuse_linears)
-_FOLD = _Passes("reals 1, fuse linears 3, fold 3", multiply_reals, _fuse_linears, _fold)
+_FOLD = _Passes(
+    "reals 1, fuse linears 3, fold 3, route 1", multiply_reals, _fuse_linears, _fold, _route
+)
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""
 
