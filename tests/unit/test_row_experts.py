@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from star_attention.hf.loading.plain_experts import are_plain_experts
+from tests.compiling import traced
 from tests.engines import tiny
 from tests.tiers import in_turn
 
@@ -17,7 +18,10 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
 from star_attention.hf.execution.row_experts import row_class  # noqa: E402
+from star_attention.linear import folding, shared_experts, triton_row  # noqa: E402
 from star_attention.linear.triton_experts import ACTIVATIONS, experts  # noqa: E402
+
+OPS = torch.ops.star_attention
 
 
 def experts_of(family: str) -> Any:
@@ -50,7 +54,7 @@ def test_few_tokens(tokens: int, chosen: int, width: int, hidden: int, activatio
             gate, up = (gate_up[expert].double() @ x[token].double()).chunk(2)
             inner = ACTIVATIONS[activation](gate) * up
             right[token] += weight * (down[expert].double() @ inner)
-    out = experts(x, gate_up, down, index, share, activation)
+    out = experts(x, gate_up, down, index, share, activation, [], None)
     torch.testing.assert_close(out.double(), right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
 
 
@@ -58,10 +62,73 @@ def test_half_precision() -> None:
     torch.manual_seed(0)
     x, gate_up, down = torch.randn(1, 64), torch.randn(4, 48, 64) / 8, torch.randn(4, 64, 24) / 5
     index, share = torch.tensor([[3, 1]]), torch.tensor([[0.7, 0.3]])
-    right = experts(x, gate_up, down, index, share, "silu")
-    out = experts(x.half(), gate_up.half(), down.half(), index, share, "silu")
+    right = experts(x, gate_up, down, index, share, "silu", [], None)
+    out = experts(x.half(), gate_up.half(), down.half(), index, share, "silu", [], None)
     assert out.dtype == torch.float16
     assert (out.float() - right).norm() < 4e-3 * right.norm()
+
+
+@pytest.mark.parametrize(("width", "shared_width", "hidden"), [(24, 40, 70), (530, 1040, 16)])
+def test_a_shared_expert_and_a_residual(width: int, shared_width: int, hidden: int) -> None:
+    torch.manual_seed(0)
+    tokens = 2
+    x, residual = torch.randn(tokens, hidden), torch.randn(1, tokens, hidden)
+    gate_up, down = torch.randn(4, 2 * width, hidden) / 8, torch.randn(4, hidden, width)
+    index, share = torch.tensor([[3, 1], [0, 3]]), torch.rand(tokens, 2)
+    # Rows of larger matrices.
+    gate, up = (torch.randn(shared_width, hidden + 3)[:, :hidden] / 8 for _ in range(2))
+    second = torch.randn(hidden, shared_width + 5)[:, :shared_width]
+    inner = nn.functional.silu(x @ gate.T) * (x @ up.T)
+    right = experts(x, gate_up, down, index, share, "silu", [], None)
+    right += inner @ second.T + residual[0]
+    out = experts(x, gate_up, down, index, share, "silu", [gate, up, second], residual)
+    torch.testing.assert_close(out, right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts_alone", "launches"),
+    [
+        ("shared", False, 0),
+        ("other activation", True, 2),
+        ("other input", True, 2),
+        ("bias", True, 2),
+        ("no shared expert", True, 0),
+    ],
+)
+def test_what_is_added_to_experts(kind: str, experts_alone: bool, launches: int) -> None:
+    """Launches of products that are left, and if a shared expert is not part of the others'."""
+    torch.manual_seed(0)
+    hidden, width = 48, 24
+    x, residual = torch.randn(1, 1, hidden), torch.randn(1, 1, hidden)
+    weights = [torch.randn(4, 2 * width, hidden) / 7, torch.randn(4, hidden, width) / 5]
+    chosen = [torch.tensor([[3, 1]]), torch.rand(1, 2)]
+    shared = [torch.randn(*shape) / 6 for shape in ((40, hidden), (40, hidden), (hidden, 40))]
+    bias = [torch.randn(40)] if kind == "bias" else []
+    activation = "gelu" if kind == "other activation" else "silu"
+
+    def layer(x: Tensor, residual: Tensor, *given: Tensor) -> Tensor:
+        up, down, index, share, gate, other, second, *rest = given
+        mixed = experts(x.view(1, -1), up, down, index, share, "silu", [], None).view(x.shape)
+        if kind == "no shared expert":
+            return residual + mixed
+        of = residual if kind == "other input" else x
+        inner = ACTIVATIONS[activation](triton_row.linear(of, gate, rest[0] if rest else None))
+        inner = inner * triton_row.linear(of, other, None)
+        return residual + (mixed + triton_row.linear(inner, second, None))
+
+    inputs = x, residual, *weights, *chosen, *shared, *bias
+    module = traced(layer, *inputs)
+    for each in (triton_row.fuse_linears, folding.fold, shared_experts.mix):
+        each(module.graph)
+    module.graph.lint()
+    module.recompile()
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    (node,) = (node for node in nodes if node.target == OPS.experts.default)
+    assert (node.args[6] == []) == experts_alone
+    assert (node.args[7] is not None) == (launches == 0)
+    folded = [node for node in nodes if node.target == OPS.folded_linears.default]
+    assert len(folded) == launches
+    torch.testing.assert_close(module(*inputs), layer(*inputs))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "mixtral", "qwen3_moe", "olmoe"])

@@ -72,7 +72,7 @@ def _fold_gate(graph: Graph, node: Node) -> None:
             continue
         other = next((arg for arg in gated.args if arg is not up), None)
         activation = _activation_of(other, gate, gated)
-        if activation is not None and _like(gated, up):
+        if activation is not None and are_alike(gated, up):
             name, chain = activation
             _become_gated(graph, node, gated, gate is taken[1], name)
             erase(graph, [*chain, gate, up, node])
@@ -149,7 +149,7 @@ def _fold_residual(graph: Graph, node: Node) -> None:
     if added.target != _aten.add.Tensor or added.kwargs:
         return
     residual = next((arg for arg in added.args if arg is not user), None)
-    if not isinstance(residual, Node) or not _like(residual, user) or not _like(added, user):
+    if not isinstance(residual, Node) or not are_alike(residual, user, added):
         return
     with graph.inserting_before(added):
         _become(graph, added, (*node.args, residual, ""))
@@ -164,9 +164,10 @@ def _become(graph: Graph, node: Node, args: tuple[Any, ...]) -> None:
     graph.erase_node(node)
 
 
-def _like(node: Node, other: Node) -> bool:
-    a, b = value_of(node), value_of(other)
-    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
+def are_alike(*nodes: Node) -> bool:
+    """True for tensors of one shape and precision; nodes without a value have another each."""
+    values = [value_of(node) for node in nodes]
+    return len({None if value is None else (value.shape, value.dtype) for value in values}) == 1
 
 
 def walk(node: Node, inside: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:

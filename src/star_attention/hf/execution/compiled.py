@@ -240,10 +240,17 @@ def _route(graph: torch.fx.Graph) -> None:
     routing.route(graph)
 
 
+def _mix(graph: torch.fx.Graph) -> None:
+    from star_attention.linear import shared_experts
+
+    shared_experts.mix(graph)
+
+
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, fuse linears 3", multiply_reals, _fuse_linears)
 _FOLD = _Passes(
-    "reals 1, fuse linears 3, fold 3, route 1", multiply_reals, _fuse_linears, _fold, _route
+    "reals 1, fuse linears 3, fold 3, route 1, mix 1",
+    *(multiply_reals, _fuse_linears, _fold, _route, _mix),
 )
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""

@@ -34,6 +34,8 @@ class _RowExperts(nn.Module):
                 top_k_index,
                 top_k_weights,
                 self.activation,
+                [],
+                None,
             )
             return row
         stock: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
