@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -154,3 +156,27 @@ def test_layers_that_attend_to_what_they_store_are_compiled_whole(
     assert counters["stats"]["unique_graphs"] == 4
     assert not counters["graph_break"]
     assert not fast.runtime.handle.compiled._gave_up
+
+
+def test_operations_are_known_before_code_from_disk_calls_them() -> None:
+    """torch's caches on disk hold compiled code: passes, which import operations, do not run."""
+    pytest.importorskip("triton")
+    script = """
+import importlib, pkgutil
+import torch
+from star_attention import StarLLM, linear
+from star_attention.hf.execution import compiled
+from tests.engines import tiny
+compiled.triton_works = lambda device: True
+assert StarLLM(tiny("llama"), compile=True).runtime.handle.compiled is not None
+
+def known():
+    return {name for name in torch._C._dispatch_get_all_op_names() if "star_attention::" in name}
+
+before = known()
+for module in pkgutil.iter_modules(linear.__path__):
+    importlib.import_module(f"{linear.__name__}.{module.name}")
+print(sorted(known() - before))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"

@@ -84,7 +84,14 @@ class CompiledLayers:
         if triton_works(handle.device):
             from star_attention.attention.kernels import triton_pdl
             from star_attention.hf.execution import row_experts
-            from star_attention.linear import triton_row
+
+            # Code from torch's caches on disk calls the operations that passes put into it, but the
+            # passes do not run.
+            from star_attention.linear import (  # noqa: F401
+                triton_folded,
+                triton_router,
+                triton_row,
+            )
 
             self._row_linear = triton_row.RowLinear
             self._linears = [
