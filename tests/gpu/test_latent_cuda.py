@@ -9,6 +9,8 @@ import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from star_attention import StarLLM
+from star_attention.attention.kernels import triton_absorb
+from star_attention.attention.latent import Expansion
 from star_attention.attention.state import merge
 from tests.engines import ids
 from tests.latent_oracle import CASES, SHARDS, Case, Tensors
@@ -41,6 +43,26 @@ def test_ranks_merge_to_the_whole(shards: str) -> None:
         for rank, segments in enumerate(layout, start=1)
     ]
     tensors.check(merge(states), 4 * torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_around_a_token(dtype: torch.dtype) -> None:
+    """Within the rounding of the results; the new key is stored."""
+    case, N, V = Case(C=512, P=64), 128, 128
+    tensors = Tensors(case, dtype, "cuda")
+    weight = (torch.randn(case.H, N + V, case.C) / case.C**0.5).to("cuda", dtype)
+    expansion, exact = Expansion(weight, N), Expansion(weight.double(), N)
+    q = torch.randn(1, case.H, 1, N + case.P).to("cuda", dtype).transpose(1, 2)
+    tables, _addressed = tensors.tables([(0, case.L)])
+    out = triton_absorb.absorb(q, tensors.new, expansion, tables=tables, layer=1)
+    for tail, new in zip(tensors.tails, tensors.new, strict=True):
+        assert torch.equal(tail[:, :, case.T : case.T + 1], new)
+    eps, right = torch.finfo(dtype).eps, exact.absorb(q.double())
+    assert (out.double() - right).norm() <= eps * right.norm()
+    mean = torch.randn(1, 1, case.H, case.C, device="cuda")
+    right = torch.einsum("bqhc,hvc->bqhv", mean.double(), exact.weight_HXC[:, N:])
+    out = triton_absorb.expand(mean, expansion, dtype)
+    assert (out.double() - right).norm() <= eps * right.norm()
 
 
 def deepseek(dtype: torch.dtype) -> Any:

@@ -12,7 +12,8 @@ triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton's kernels do not run in its interpreter here", allow_module_level=True)
 
-from star_attention.attention.kernels import triton_latent  # noqa: E402
+from star_attention.attention.kernels import triton_absorb, triton_latent  # noqa: E402
+from star_attention.attention.latent import Expansion  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,27 @@ def test_a_query_that_sees_no_key_of_a_rank() -> None:
     out, lse = tensors.attend([], holds_tail=False)
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
+
+
+@pytest.mark.parametrize(("N", "V", "C", "P"), [(16, 12, 32, 8), (20, 33, 100, 10)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_around_a_token(N: int, V: int, C: int, P: int, dtype: torch.dtype) -> None:
+    """Against torch's products; the key is stored as by `append`."""
+    case = Case(C=C, P=P, H=3)
+    tensors, again = Tensors(case, dtype), Tensors(case, dtype)
+    expansion = Expansion((torch.randn(3, N + V, C) / C**0.5).to(dtype), N)
+    # As models have it: heads before tokens.
+    q = torch.randn(1, 3, 1, N + P).to(dtype).transpose(1, 2)
+    tables, _addressed = tensors.tables([(0, case.L)])
+    out = triton_absorb.absorb(q, tensors.new, expansion, tables=tables, layer=1)
+    tables, _addressed = again.tables([(0, case.L)])
+    triton_latent.append(*again.new, tables=tables, layer=1)
+    for tail, expected in zip(tensors.tails, again.tails, strict=True):
+        assert torch.equal(tail[:, :, : case.T + 1], expected[:, :, : case.T + 1])
+    eps = torch.finfo(dtype).eps
+    right = Expansion(expansion.weight_HXC.double(), N).absorb(q.double())
+    torch.testing.assert_close(out, right.to(dtype), atol=8 * eps, rtol=2 * eps)
+    mean = torch.randn(1, 1, 3, C)
+    right = torch.einsum("bqhc,hvc->bqhv", mean.double(), expansion.weight_HXC[:, N:].double())
+    out = triton_absorb.expand(mean, expansion, dtype)
+    torch.testing.assert_close(out, right.to(dtype), atol=8 * eps, rtol=2 * eps)

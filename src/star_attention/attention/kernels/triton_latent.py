@@ -46,23 +46,34 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def store_new(
+    c_ptr, r_ptr, address_ptr, slot,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Write a new compressed key and its rotary part into a slot of a layer's tail."""
+    DTYPE: tl.constexpr = c_ptr.dtype.element_ty
+    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+    c_C, r_P = tl.load(c_ptr + c, mask=c < C), tl.load(r_ptr + p, mask=p < P)
+    tail_ptr = address_ptr + 2
+    tl.store(tl.load(tail_ptr).to(tl.pointer_type(DTYPE)) + slot * C + c, c_C, mask=c < C)
+    tl.store(tl.load(tail_ptr + 1).to(tl.pointer_type(DTYPE)) + slot * P + p, r_P, mask=p < P)
+
+
+@triton.jit
 def _append(
     c_ptr, r_ptr, table_ptr, lengths_ptr, c_row, c_q, r_row, r_q, layer, queries,
     C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     triton_pdl.begin(PDL)
-    DTYPE: tl.constexpr = c_ptr.dtype.element_ty
     at = tl.program_id(0)
     q = at % queries
     row = at // queries
     slot = row * tl.load(lengths_ptr + 2) + tl.load(lengths_ptr + 1) + q
-    c, p = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
-    c_C = tl.load(c_ptr + row * c_row + q * c_q + c, mask=c < C)
-    r_P = tl.load(r_ptr + row * r_row + q * r_q + p, mask=p < P)
-    tail_ptr = table_ptr + layer * COLUMNS + 2
-    tl.store(tl.load(tail_ptr).to(tl.pointer_type(DTYPE)) + slot * C + c, c_C, mask=c < C)
-    tl.store(tl.load(tail_ptr + 1).to(tl.pointer_type(DTYPE)) + slot * P + p, r_P, mask=p < P)
+    store_new(
+        c_ptr + row * c_row + q * c_q, r_ptr + row * r_row + q * r_q,
+        table_ptr + layer * COLUMNS, slot, C, P, BLOCK_C, BLOCK_P,
+    )  # fmt: skip
 
 
 @triton.jit

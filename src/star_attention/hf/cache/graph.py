@@ -142,10 +142,11 @@ class GraphPosition(ForwardPosition):
         comm: Comm,
         arrivals: Arrivals,
     ) -> None:
-        from star_attention.attention.kernels import triton_answer, triton_latent
+        from star_attention.attention.kernels import triton_absorb, triton_answer, triton_latent
 
         super().__init__()
         self.kernel, self.latent_kernel = triton_answer, triton_latent
+        self.token_kernel = triton_absorb
         self.kinds = list(dict.fromkeys(windows))
         self.tables = triton_answer.KVTables.zeros(len(windows), rows, device, len(self.kinds))
         self.comm = comm
@@ -177,7 +178,13 @@ class GraphLayer(StarLayer[GraphPosition]):
                 "a layer", ["it computes keys and values from the stored ones"]
             )
 
+    _new: tuple[Tensor, Tensor] | None = None
+    """What a single token stores, which the kernel that absorbs its query does."""
+
     def append(self, k_RGQD: Tensor, v_RGQD: Tensor) -> tuple[Tensor, Tensor]:
+        if self._latent is not None and k_RGQD.shape[0] == k_RGQD.shape[2] == 1:
+            self._new = k_RGQD, v_RGQD
+            return k_RGQD[:], v_RGQD[:]
         if not self.position.by_heads:
             self._store(k_RGQD, v_RGQD)
         if self._latent is not None:
@@ -226,16 +233,16 @@ class GraphLayer(StarLayer[GraphPosition]):
         """Do as `attend` does, to compressed keys and values."""
         position, expansion = self.position, latent.expansion()
         assert not position.by_heads, "MLA's heads share what is stored"
-        compressed = position.latent_kernel.attend(
-            expansion.absorb(q_RQHD),
-            latent.compressed_size,
-            tables=position.tables,
-            layer=self.index,
-            rule=rule,
-            fp8=position.fp8,
-        )
+        where: dict[str, Any] = dict(tables=position.tables, layer=self.index, rule=rule)
+        new, self._new = self._new, None
+        if new is not None:
+            state = position.token_kernel.attend(q_RQHD, new, expansion, fp8=position.fp8, **where)
+        else:
+            compressed = position.latent_kernel.attend(
+                expansion.absorb(q_RQHD), latent.compressed_size, fp8=position.fp8, **where
+            )
+            state = expansion.expand(compressed, rule.dtype)
         # Expanded before ranks merge: values are smaller than what they are made of.
-        state = expansion.expand(compressed, rule.dtype)
         return state if position.comm.cp_size == 1 else position.comm.merge(state)
 
 

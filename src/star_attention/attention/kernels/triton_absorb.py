@@ -1,0 +1,147 @@
+"""What surrounds the attention of a single token to MLA's compressed keys, in Triton.
+
+`attention.latent.Expansion` has the same products. A launch absorbs the query and stores the new
+key, another one expands the result. Both read their weights while the kernel before ends.
+
+Axes: H query heads, N elements of a query without rotation, V values of a head, X rows of a head's
+weight (N + V), C compressed size, P rotary size, E elements of an absorbed query (C + P).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_attention.attention.attend import Rule
+from star_attention.attention.kernels import triton_latent, triton_pdl
+from star_attention.attention.kernels.triton_answer import COLUMNS, KVTables
+from star_attention.attention.latent import Expansion
+from star_attention.attention.state import State
+
+_ABSORBED = 64
+"""Elements of an absorbed query that a program computes."""
+_EXPANDED = 8
+"""Elements of a result that a program computes."""
+
+
+@triton.jit
+def _absorb(
+    q_ptr, weight_ptr, c_ptr, r_ptr, table_ptr, lengths_ptr, out_ptr, layer, q_head, weight_head,
+    HEADS: tl.constexpr, N: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = (C + BLOCK_E - 1) // BLOCK_E
+    head, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    if head < HEADS:
+        n, c = tl.arange(0, BLOCK_N), part * BLOCK_E + tl.arange(0, BLOCK_E)
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        weight_ptr += head * weight_head
+        weight_NC = tl.load(weight_ptr + n[:, None] * C + c[None, :], mask=inside, other=0.0)
+        triton_pdl.begin(PDL)
+        q_ptr += head * q_head
+        out_ptr += head * (C + P)
+        q_N = tl.load(q_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(out_ptr + c, tl.sum(weight_NC.to(tl.float32) * q_N[:, None], 0), mask=c < C)
+        if part == 0:
+            p = tl.arange(0, BLOCK_P)
+            tl.store(out_ptr + C + p, tl.load(q_ptr + N + p, mask=p < P), mask=p < P)
+    else:
+        triton_pdl.begin(PDL)
+        slot = tl.load(lengths_ptr + 1)
+        triton_latent.store_new(
+            c_ptr, r_ptr, table_ptr + layer * COLUMNS, slot, C, P, BLOCK_C, BLOCK_P
+        )
+
+
+@triton.jit
+def _expand(
+    mean_ptr, weight_ptr, out_ptr, weight_head,
+    N: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK_C)
+    inside = (v < V)[:, None] & (c < C)[None, :]
+    weight_ptr += head * weight_head + N * C
+    weight_VC = tl.load(weight_ptr + v[:, None] * C + c[None, :], mask=inside, other=0.0)
+    triton_pdl.begin(PDL)
+    mean_C = tl.load(mean_ptr + head * C + c, mask=c < C, other=0.0)
+    tl.store(out_ptr + head * V + v, tl.sum(weight_VC.to(tl.float32) * mean_C, 1), mask=v < V)
+
+
+def attend(
+    q_11HD: Tensor,
+    new: tuple[Tensor, Tensor],
+    expansion: Expansion,
+    *,
+    tables: KVTables,
+    layer: int,
+    rule: Rule,
+    fp8: bool = False,
+) -> State:
+    """Store a token's key, and compute its attention, as `triton_latent` does for several tokens.
+
+    Args:
+        q_11HD: its queries, for expanded keys.
+        new: what is compressed and the rotary part of its key, `c_111C` and `r_111P`.
+        expansion: the weights.
+        tables: where context and tail are, which has room for the key.
+        layer: row of the addresses.
+        rule: the scale and the result's precision, fp32 by default; no window and no softcap.
+        fp8: True if the context is in e4m3 with scales.
+
+    Returns:
+        The state over expanded values.
+    """
+    q_11HE = absorb(q_11HD, new, expansion, tables=tables, layer=layer)
+    C = expansion.weight_HXC.shape[2]
+    mean_11HC, lse_11H = triton_latent.attend(
+        q_11HE, C, tables=tables, layer=layer, rule=rule, fp8=fp8
+    )
+    return State(expand(mean_11HC, expansion, rule.dtype or torch.float32), lse_11H)
+
+
+def absorb(
+    q_11HD: Tensor,
+    new: tuple[Tensor, Tensor],
+    expansion: Expansion,
+    *,
+    tables: KVTables,
+    layer: int,
+) -> Tensor:
+    """Return a token's queries for compressed keys, `[1, 1, H, E]`, and store its own key.
+
+    Arguments as of `attend`.
+    """
+    c_111C, r_111P = (t if t.stride(3) == 1 else t.contiguous() for t in new)
+    q_11HD = q_11HD if q_11HD.stride(3) == 1 else q_11HD.contiguous()
+    (H, D), C, P = q_11HD.shape[2:], c_111C.shape[3], r_111P.shape[3]
+    weight_HXC, N = expansion.weight_HXC, expansion.plain_size
+    assert D == N + P, f"expected queries of {N + P} elements, got {D}"
+    out_11HE = q_11HD.new_empty(1, 1, H, C + P)
+    _absorb[(H * triton.cdiv(C, _ABSORBED) + 1,)](
+        q_11HD, weight_HXC, c_111C, r_111P, tables.addresses, tables.lengths[0], out_11HE, layer,
+        q_11HD.stride(2), weight_HXC.stride(0),
+        HEADS=H, N=N, C=C, P=P,
+        BLOCK_N=triton.next_power_of_2(N), BLOCK_E=_ABSORBED,
+        BLOCK_C=triton.next_power_of_2(C), BLOCK_P=triton.next_power_of_2(P),
+        COLUMNS=COLUMNS, num_warps=4, **triton_pdl.options(q_11HD.device),
+    )  # fmt: skip
+    return out_11HE
+
+
+def expand(mean_11HC: Tensor, expansion: Expansion, dtype: torch.dtype) -> Tensor:
+    """Return a token's results in a precision, `[1, 1, H, V]`, of those over compressed values."""
+    weight_HXC, N = expansion.weight_HXC, expansion.plain_size
+    H, X, C = weight_HXC.shape
+    out_11HV = mean_11HC.new_empty(1, 1, H, X - N, dtype=dtype)
+    _expand[(triton.cdiv(X - N, _EXPANDED), H)](
+        mean_11HC.contiguous(), weight_HXC, out_11HV, weight_HXC.stride(0),
+        N=N, V=X - N, C=C, ROWS=_EXPANDED, BLOCK_C=triton.next_power_of_2(C),
+        num_warps=4, **triton_pdl.options(mean_11HC.device),
+    )  # fmt: skip
+    return out_11HV
