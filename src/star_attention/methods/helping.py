@@ -17,7 +17,7 @@ from star_attention.phase1 import EncodeJob, empty
 from star_attention.planning.helping import Help, helps, in_order
 from star_attention.planning.plan import ANCHOR_SOURCES, Span
 from star_attention.planning.segments import Segments
-from star_attention.storage.kv import ContextKV
+from star_attention.storage.kv import ContextKV, KVFormat
 
 
 def helping_of(job: EncodeJob) -> Helping:
@@ -74,11 +74,11 @@ class _Helper(_Part):
         job, plan = self._job, self._job.plan
         link = HelpSender(job.comm, given.rank, plan.busy_ranks)
         self._links.append(link)
-        # A block of several forwards reads what the ones before have stored.
-        own = Segments([(given.start, given.stop)])
+        # A block of several forwards reads what the ones before have stored, as it is stored.
+        own, kv_format = Segments([(given.start, given.stop)]), KVFormat(dtype=job.config.kv_dtype)
         cache = EncodeCache(
             plan,
-            [empty(job.handle, own, job.comm) for _ in range(job.contexts)],
+            [empty(job.handle, own, job.comm, kv_format) for _ in range(job.contexts)],
             job.handle.windows,
             job.comm,
             anchors=self._anchors,
