@@ -173,6 +173,7 @@ def test_needles_and_logits(settings: dict[str, Any]) -> None:
         captured = star.runtime.handle.graphs.captured
         assert captured
         assert all(captured.values())
+        assert not star.runtime.handle.graphs.recorder.broken
 
 
 def test_rows_in_one_step() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from star_attention.distributed.comm import Comm
+from star_attention.errors import first_line
 from star_attention.hf.loading import fingerprint, identity
 
 _log = logging.getLogger("star_attention")
@@ -45,6 +46,9 @@ class Recorder:
 
     Args:
         handle: the `ModelHandle` of the model.
+
+    Attributes:
+        broken: modes of compiled layers that no graph can hold: compiling them takes long.
     """
 
     def __init__(self, handle: Any) -> None:
@@ -52,8 +56,7 @@ class Recorder:
         self._pool: Any = None
         # Keeps the pool: torch frees a pool with its last graph, and cannot use it again.
         self._keeper: torch.cuda.CUDAGraph | None = None
-        # Modes of compiled layers that no graph can hold: compiling them takes long.
-        self._broken: set[str] = set()
+        self.broken: set[str] = set()
         self._chain: _Chain | None = None
 
     def validity(self) -> Validity:
@@ -81,7 +84,7 @@ class Recorder:
         Returns:
             The function that replays it, None if it cannot be captured.
         """
-        modes = [mode] if mode is not None and mode not in self._broken else []
+        modes = [mode] if mode is not None and mode not in self.broken else []
         for chosen in (*modes, None):
 
             def warm_up(chosen: str | None = chosen) -> None:
@@ -97,11 +100,17 @@ class Recorder:
                 # The fault of another rank, if it is one.
                 comm.tick()
                 # Whatever a model does that cannot be captured, the plain forward can do.
-                failed = "CUDA graph" if chosen is None else "compiled layers in the CUDA graph"
                 details = _log.isEnabledFor(logging.DEBUG)
-                _log.info("no %s for %s: %s", failed, subject, error, exc_info=details)
-                if chosen is not None:
-                    self._broken.add(chosen)
+                if chosen is None:
+                    _log.info("no CUDA graph for %s: %s", subject, error, exc_info=details)
+                    continue
+                self.broken.add(chosen)
+                _log.warning(
+                    "no compiled layers in the CUDA graph for %s, plain ones take longer: %s",
+                    subject,
+                    first_line(error),
+                    exc_info=details,
+                )
         return None
 
     def record(
