@@ -21,7 +21,7 @@ from star_attention.hf.execution import finite, second_look
 from star_attention.hf.execution.drawing import Text, seen
 from star_attention.hf.execution.processing import Processing
 from star_attention.hf.execution.request import Program, Request
-from star_attention.hf.execution.sampling import AsyncCopy, Sampler
+from star_attention.hf.execution.sampling import AsyncCopy, Sampler, highest
 from star_attention.storage.kept import kept_row
 from star_attention.storage.kv import Pair
 from star_attention.storage.transfers import send
@@ -203,9 +203,7 @@ class Leader(Decoding):
             # A GPU never recovers from drawing by NaN; `step` refuses them.
             scores_RV = scores_RV.nan_to_num(0.0, neginf=float("-inf"))
         tokens_R1 = (
-            self._sampler.draw(scores_RV)
-            if processing.samples
-            else scores_RV.argmax(-1, keepdim=True)
+            self._sampler.draw(scores_RV) if processing.samples else highest(scores_RV)[:, None]
         )
         if text is not None:
             text.add(tokens_R1[:, 0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from star_attention.hf.execution import compiled, graphs, sums
+from star_attention.hf.execution import compiled, graphs, hook, sums
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.linear import fp8
 from tests import compiling
@@ -333,6 +333,38 @@ def test_passes_of_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         layers._options[mode][compiled._PASSES](module.graph)
         assert launches_of(module) == launches
+
+
+def test_the_ends_of_a_step_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The final norm and the rotary embeddings of a token run as compiled code, others' do not."""
+    model = build("llama")
+    ends = {"norm": model.model.norm, "rotary_emb": model.model.rotary_emb}
+    calls: list[str] = []
+    for name, module in ends.items():
+
+        def counted(
+            *args: Any, name: str = name, stock: Any = module.forward, **kwargs: Any
+        ) -> Any:
+            if not torch.compiler.is_compiling():
+                calls.append(name)
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", counted)
+    stock = dict(norm=ends["norm"].forward, rotary_emb=ends["rotary_emb"].forward)
+    ends_of = {name: compiled._compiled_end(module, {}) for name, module in ends.items()}
+    hidden, positions = torch.randn(1, 1, model.config.hidden_size), torch.tensor([[70]])
+    inputs = dict(norm=(hidden,), rotary_emb=(hidden, positions))
+    for name, end in ends_of.items():
+        expected = stock[name](*inputs[name])
+        calls.clear()
+        end(*inputs[name])
+        assert calls == [name]  # outside of our forwards
+        monkeypatch.setattr(hook, "in_our_forward", lambda: True)
+        end(*inputs[name])
+        calls.clear()
+        torch.testing.assert_close(end(*inputs[name]), expected)
+        assert calls == []
+        monkeypatch.setattr(hook, "in_our_forward", lambda: False)
 
 
 def test_another_default_device() -> None:

@@ -40,6 +40,9 @@ FULL, STEP, ROWS, QUERY = "full", "step", "rows", "query"
 _VARYING = {ROWS: 0, QUERY: 1}
 """The axis of activations whose length varies from forward to forward: one code serves all."""
 
+_ENDS = ("norm", "final_layernorm", "rotary_emb")
+"""Names that transformers gives the modules of a decoder before and after its layers."""
+
 # The option of torch.compile for passes of ours.
 _PASSES = "post_grad_custom_pre_pass"
 # Whole layers are compiled with constants for everything but weights and inputs. Kinds of layers
@@ -75,6 +78,12 @@ class CompiledLayers:
         self._gave_up = False
         # Calls after which their like compile nothing more.
         self._known: set[tuple[Any, ...]] = set()
+        # The final norm and the rotary embeddings: between the layers of two tokens.
+        self._ends = [
+            module
+            for name, module in handle.decoder.named_children()
+            if name in _ENDS and not any(True for _ in module.children())
+        ]
         self._options: dict[str, dict[str, Any]] = {
             mode: {_PASSES: _PLAIN} for mode in (FULL, STEP, ROWS, QUERY)
         }
@@ -108,6 +117,8 @@ class CompiledLayers:
                 # Torch's kernels take part, or ours would have to wait for their ends.
                 for mode in (STEP, ROWS):
                     self._options[mode]["triton.enable_pdl"] = True
+        step = self._options[STEP]
+        self._ends_of_step = [_compiled_end(module, step) for module in self._ends]
         self._forwards = {
             mode: [
                 self._dispatch(layer, min(indices), mode)
@@ -146,13 +157,16 @@ class CompiledLayers:
         changed = [each for each in known if type(each[0]) is each[1]]
         for layer, forward in zip(self._layers, self._forwards[mode], strict=True):
             layer.forward = forward
+        ends = self._ends if mode == STEP else []
+        for end, forward in zip(ends, self._ends_of_step, strict=False):
+            end.forward = forward
         for module, _, of_rows in changed:
             module.__class__ = of_rows
         try:
             yield
         finally:
-            for layer in self._layers:
-                del layer.forward
+            for module in (*self._layers, *ends):
+                del module.forward
             for module, stock, _ in changed:
                 module.__class__ = stock
 
@@ -213,6 +227,35 @@ class CompiledLayers:
                 return run(args, kwargs)
 
         return forward
+
+
+def _compiled_end(module: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """Make a forward of one token: compiled or, outside of ours and where it fails, the stock one.
+
+    Torch's own kernels would take as long as a layer's products, a launch for each operation.
+    """
+    stock = module.forward
+    compiled = torch.compile(stock, dynamic=False, fullgraph=True, options=options)
+    failed: bool | None = None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal failed
+        if hook.in_our_forward() and not failed:
+            if failed is None:
+                # Torch compiles nothing for complex numbers (rotary embeddings of some families).
+                found = stock(*args, **kwargs)
+                failed = any(map(torch.is_complex, _tensors(found)))
+                if failed:
+                    return found
+            try:
+                with torch._dynamo.config.patch(_WHOLE):
+                    return compiled(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _log.info("%s is not compiled: %s", type(module).__name__, error)
+                failed = True
+        return stock(*args, **kwargs)
+
+    return forward
 
 
 class _Passes(CustomGraphPass):

@@ -20,6 +20,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from star_attention.hf.execution.sampling import highest
 from star_attention.storage.transfers import send
 
 _BY_SCORES = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -200,13 +201,13 @@ def _chosen(scores_RV: Tensor, rows: Sequence[RowDraw]) -> Tensor:
     """Return a token of each row, `[R]`: the most likely, or a sample."""
     sampled = [number for number, row in enumerate(rows) if row.noise is not None]
     if not sampled:
-        return scores_RV.argmax(-1)
+        return highest(scores_RV)
     at_N = send(sampled, scores_RV.device)
     probabilities_NV = torch.softmax(scores_RV[at_N], -1)
     # What `multinomial` does for each row alone, with one division and argmax for all.
     ratios_RV = scores_RV.clone()
     ratios_RV[at_N] = probabilities_NV / _noise_of(probabilities_NV, [rows[n] for n in sampled])
-    return ratios_RV.argmax(-1)
+    return highest(ratios_RV)
 
 
 def _noise_of(like_NV: Tensor, rows: Sequence[RowDraw]) -> Tensor:

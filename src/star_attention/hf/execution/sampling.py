@@ -5,8 +5,33 @@ Axes: R rows = queries x answers each, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+_PARTS = 256
+"""Parts of a row of scores, at most, whose highest are found side by side."""
+_LEAST_PARTS = 8
+
+
+def highest(scores_RV: Tensor) -> Tensor:
+    """Return the place of the highest score of each row, `[R]`: of equal ones, the first.
+
+    Torch gives a whole row to one block of threads of a GPU, which takes 27 us for 128K scores.
+    """
+    parts = math.gcd(scores_RV.shape[1], _PARTS)
+    if not scores_RV.is_cuda or parts < _LEAST_PARTS:
+        return scores_RV.argmax(-1)
+    return highest_by_parts(scores_RV, parts)
+
+
+def highest_by_parts(scores_RV: Tensor, parts: int) -> Tensor:
+    """`highest` in two steps: of each of equal parts of a row, and of these."""
+    rows, vocabulary = scores_RV.shape
+    tops = scores_RV.reshape(rows, parts, vocabulary // parts).max(-1)
+    part_R1 = tops.values.argmax(-1, keepdim=True)
+    return (part_R1 * (vocabulary // parts) + tops.indices.gather(1, part_R1))[:, 0]
 
 
 class Sampler:
@@ -37,7 +62,7 @@ class Sampler:
         rows = len(noise_RV) // len(self._generators)
         for index, generator in enumerate(self._generators):
             noise_RV[index * rows : (index + 1) * rows].exponential_(generator=generator)
-        return (probabilities_RV / noise_RV).argmax(-1, keepdim=True)
+        return highest(probabilities_RV / noise_RV)[:, None]
 
 
 class AsyncCopy:
