@@ -61,8 +61,6 @@ class Runtime(Transient):
         self._identities = Identities(handle.model, handle.outer)
         # Shared with the engines of `with_config`, so that one of them warns.
         self._warned: set[str] = set()
-        # True in a server, where nothing changes the model: no question reads its weights.
-        self.is_frozen = False
 
     @classmethod
     def start(

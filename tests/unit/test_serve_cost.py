@@ -13,13 +13,14 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.errors import ContextMismatchError
+from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.loading import fingerprint
 from star_attention.serve.http.events import ClientLeftError, EventStream
 from star_attention.serve.outbox import Outbox
 from star_attention.serve.service import Lanes
 from star_attention.storage.kept import kept_row
 from star_attention.storage.tail import Tail
-from tests.engines import bundled_tokenizer
+from tests.engines import bundled_tokenizer, random_text_model
 from tests.servers import ASK, quick_engine, running
 
 
@@ -100,6 +101,31 @@ def test_no_question_reads_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         with torch.no_grad():
             weight.copy_(before)
+
+
+def test_graphs_of_a_server_stay_valid_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question, and each answer that ends, would look where all weights are.
+
+    Once the server has ended, a change is seen.
+    """
+    star = StarLLM(random_text_model())
+    validity, addresses = Recorder(star.runtime.handle).validity(), fingerprint.addresses
+    looked: list[Any] = []
+
+    def counted(model: Any) -> int:
+        looked.append(model)
+        return addresses(model)
+
+    monkeypatch.setattr(fingerprint, "addresses", counted)
+    star.runtime.handle.is_frozen = True
+    assert validity.has_ended()
+    assert [validity.has_ended() for _ in range(3)] == [False] * 3
+    assert len(looked) == 1
+    star.runtime.handle.is_frozen = False
+    assert not validity.has_ended()
+    weight = star.model.lm_head.weight
+    weight.data = weight.detach().clone()
+    assert validity.has_ended()
 
 
 @pytest.mark.parametrize("copies", [True, False])

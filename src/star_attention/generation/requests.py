@@ -41,7 +41,7 @@ def prepared(
         options: keywords of `generate`.
         turns: those of a conversation before the queries.
     """
-    if not runtime.is_frozen:
+    if not runtime.handle.is_frozen:
         runtime.check_context(context)
     prepared = _prepared(runtime, context, query, options, turns)
     assert prepared.settings is not None, "rank 0 prepares"

@@ -196,7 +196,9 @@ class Answers:
         self, job: Job, context: EncodedContext, question: Question, begun: KeptTokens | None
     ) -> Row:
         keep = job.keep is not None
-        return self.batch.add(context, question.ids, begun=begun, keep=keep, **question.options)
+        # A tensor is token ids; of a list each item would be looked at to know that.
+        ids = torch.tensor(question.ids, device="cpu")
+        return self.batch.add(context, ids, begun=begun, keep=keep, **question.options)
 
     def _kept(self, job: Job, row: Row) -> Generation:
         """Return a row's answer after keeping what prompts that go on with it need."""

@@ -83,17 +83,17 @@ def run(
 @contextlib.contextmanager
 def _serving(service: Service) -> Iterator[None]:
     """Let the engine run while the block does, in a process that serves and does nothing else."""
-    runtime = service.star.runtime
+    handle = service.star.runtime.handle
     # Signs of the weights lie on the device, where every question would wait for the step under
     # way to read them. Contexts are checked when they are made or loaded.
-    runtime.is_frozen = True
+    handle.is_frozen = True
     service.engine.start()
     try:
         yield
     finally:
         service.close()
         gc.unfreeze()
-        runtime.is_frozen = False
+        handle.is_frozen = False
 
 
 def _leave_garbage() -> None:

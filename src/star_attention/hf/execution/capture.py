@@ -35,6 +35,8 @@ class Validity:
 
     def has_ended(self) -> bool:
         """Return True if what was captured before the last call is void."""
+        if self._handle.is_frozen and self._weights is not None:
+            return False
         outer = self._handle.outer
         weights = hash((*identity.adapters(outer), fingerprint.addresses(outer)))
         before, self._weights = self._weights, weights

@@ -101,9 +101,10 @@ class ModelHandle(Transient):
         }
         self.configs = list(configs.values())
         self._read_config(fingerprint.config(self.config))
-        self._compile = compile
+        # Frozen in a server, where nothing changes the model: no question looks at its weights.
+        self._compile, self.is_frozen = compile, False
+        # What `hf.execution.slices` knows of the model.
         self.kept_slices: Any = None
-        """What `hf.execution.slices` knows of the model."""
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._decoder_cache, self._model_cache = (
             cache_argument(self.decoder.forward),
