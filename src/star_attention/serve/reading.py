@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -184,14 +185,13 @@ def on_context(
     star: StarLLM, content: Content, messages: list[Any], template_kwargs: dict[str, Any]
 ) -> Piece:
     """Return the query that messages are on the context of a chat."""
-    content = with_messages(star, content)
-    if content.messages is None:
+    content, opened = _CHATS.of(star, content)
+    if opened is None:
         raise InvalidInputError(
             "this context was made of token ids, of a part of a chat, or without a chat template,"
             " so that messages cannot follow it; ask with /v1/completions, or create it from text"
             " or messages"
         )
-    opened = _opened(star, content)
     text = chat.continue_context(
         star.tokenizer, opened, messages, template_kwargs or None, warned=set(chat.WARNINGS)
     )
@@ -205,21 +205,46 @@ def with_messages(star: StarLLM, content: Content) -> Content:
     Of a cut chat the text is known and not its messages. Here it becomes a message again, if the
     chat template writes the same text for it.
     """
-    if content.messages is not None or content.text is None or content.raw:
-        return content
+    return _CHATS.of(star, content)[0]
+
+
+class _Chats:
+    """The chats that contents are, as long as these are kept: a template takes long for a book."""
+
+    def __init__(self) -> None:
+        # Of each content by its identity: one with messages in its place, and the chat.
+        self._known: dict[int, tuple[weakref.ref[Content], Content | None, ChatContext | None]] = {}
+
+    def of(self, star: StarLLM, content: Content) -> tuple[Content, ChatContext | None]:
+        """Return a content as `with_messages` does, and its chat; None for what is none."""
+        key = id(content)
+        is_of, other, opened = self._known.get(key, (None, None, None))
+        if is_of is None or is_of() is not content:
+            other, opened = _chat_of(star, content)
+            is_of = weakref.ref(content, lambda _: self._known.pop(key, None))
+            self._known[key] = is_of, other, opened
+        return content if other is None else other, opened
+
+
+_CHATS = _Chats()
+
+
+def _chat_of(star: StarLLM, content: Content) -> tuple[Content | None, ChatContext | None]:
+    """Return the content with messages in the place of one without, and the chat."""
+    if content.messages is not None:
+        opened = chat.open_context(star.tokenizer, content.messages, content.template_kwargs)
+        return None, opened
+    if content.text is None or content.raw:
+        return None, None
     before = chat.open_context(star.tokenizer, chat.user_message(_PROBE)).head.partition(_PROBE)[0]
     document = content.text.removeprefix(before)
     if not document.strip():
-        return content
+        return None, None
     opened = chat.open_context(star.tokenizer, chat.user_message(document))
     if opened.head != content.text:
-        return content
-    return replace(content, messages=opened.messages, template_kwargs=opened.template_kwargs)
-
-
-def _opened(star: StarLLM, content: Content) -> ChatContext:
-    assert content.messages is not None, "it is a chat"
-    return chat.open_context(star.tokenizer, content.messages, content.template_kwargs)
+        return None, None
+    kwargs = opened.template_kwargs
+    return replace(content, messages=opened.messages, template_kwargs=kwargs), opened
 
 
 def document(star: StarLLM, source: Source) -> Content:
@@ -250,7 +275,9 @@ def _chat_content(star: StarLLM, opened: ChatContext) -> Content:
 def _longer(star: StarLLM, content: Content, more: str) -> Content:
     """Return a context that continues with a text."""
     if content.messages is not None:
-        state = chat.extended(star.tokenizer, _opened(star, content).as_dict(), more)
+        _, opened = _CHATS.of(star, content)
+        assert opened is not None, "it has messages"
+        state = chat.extended(star.tokenizer, opened.as_dict(), more)
         assert state is not None, "it is a chat"
         return _chat_content(star, ChatContext.from_dict(state))
     reader = reader_of(star)
