@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,38 @@ def test_the_next_turn_takes_the_place_of_the_one_before(talks: Talks) -> None:
     assert talks.numbers()[0] == 2
     assert after(talks, [*NEXT, *ANSWER, 1])[1] == len(NEXT) + len(ANSWER)
     assert after(talks, [*edited, *ANSWER, 1])[1] == len(edited) + len(ANSWER)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_talk_takes_the_place_of_all_that_it_repeats(seed: int) -> None:
+    """Found by what it begins with, among short ones too, and not by comparing it with all."""
+    chance, clock = random.Random(seed), Clock()
+    talks = Talks(1000, 10**9, 100.0, clock)
+    contexts = [CONTEXT, Content(ids=as_ids(A[:-1]))]
+    kept: list[tuple[Prompt, list[int]]] = []
+    for _ in range(150):
+        scope, context = chance.choice([ANN, BOB]), chance.choice(contexts)
+        # Few ids, so that many begin alike; some longer than what is compared at first.
+        ids = chance.choices(range(2), k=chance.choice([1, 2, 3, 5, 8, 40]))
+        asked = prompt(ids, scope, context, unsaid_tokens=chance.randrange(3))
+        whole = [*ids, *chance.choices(range(2), k=chance.randrange(1, 4))]
+        talks.add(asked, asked, Kept(whole))
+        kept = [
+            (other, said)
+            for other, said in kept
+            if other.scope != scope
+            or other.content is not context
+            or whole[: max(other.said_tokens, 1)] != said[: max(other.said_tokens, 1)]
+        ]
+        kept.append((asked, whole))
+        assert talks.numbers()[0] == len(kept)
+    assert len(kept) < 140
+    own = [each for each, _ in kept if each.scope == ANN and each.content is CONTEXT]
+    assert {talk.last for talk in talks.of_ids(ANN, as_ids([*A, 1]))} >= set(own)
+    clock.now += 1000
+    talks.drop_old()
+    assert talks.numbers()[:2] == (0, 0)
+    assert talks._starts == talks._short == talks._contents == {}
 
 
 def test_texts_tell_which_conversations_to_look_at(talks: Talks) -> None:

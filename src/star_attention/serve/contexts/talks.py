@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,11 @@ class Talk:
         """Who may go on with it."""
         return self.last.scope
 
+    @property
+    def beginning(self) -> tuple[Scope, tuple[int, ...]]:
+        """What a prompt repeats at least that has all which a client can still go on with."""
+        return self.scope, tuple(self.ids[: max(self.last.said_tokens, 1)])
+
     def shared(self, ids: list[int]) -> int:
         """Return how many tokens after the context it shares with a prompt; 0 for another talk.
 
@@ -135,9 +141,11 @@ class Talks:
         self._lock = threading.Lock()
         # The one used longest ago comes first.
         self._talks: dict[Talk, None] = {}
-        # By their first tokens; and those that others may take the place of which begin otherwise.
+        # By their first tokens. Of others, whose place one may take that begins otherwise, by less.
         self._starts: dict[tuple[Scope, tuple[int, ...]], dict[Talk, None]] = {}
-        self._short: dict[Talk, None] = {}
+        self._short: dict[tuple[Scope, tuple[int, ...]], dict[Talk, None]] = {}
+        # What they are on, by its identity, and how many are.
+        self._contents: dict[int, tuple[Content, int]] = {}
         self._nbytes = 0
         self._counts = TalkCounts()
 
@@ -171,7 +179,7 @@ class Talks:
             return
         with self._lock:
             alike = self._starts.get(_start(prompt.scope, kept.ids), {})
-            same = self._on(prompt, alike | self._short)
+            same = self._on(prompt, alike | self._short_in(prompt.scope, kept.ids))
             talk = Talk(
                 first=first,
                 last=prompt,
@@ -235,8 +243,9 @@ class Talks:
         """Drop what nobody has gone on with for too long."""
         now = self._clock()
         with self._lock:
-            old = [talk for talk in self._talks if now >= talk.used_at + self._ttl]
-            self._drop(old, "age")
+            # Others were used later than the first that is not old.
+            old = takewhile(lambda talk: now >= talk.used_at + self._ttl, self._talks)
+            self._drop(list(old), "age")
 
     def drop_of(self, tenant: str, ids: TokenIds) -> None:
         """Drop the conversations on a tenant's context, which goes."""
@@ -271,12 +280,11 @@ class Talks:
 
     def _known_content(self, content: Content) -> Content:
         """Return the content of conversations on an equal context, so that all share one array."""
-        contents = {id(talk.content): talk.content for talk in self._talks}
-        if id(content) in contents:
+        if id(content) in self._contents:
             return content
         equal = (
             each
-            for each in contents.values()
+            for each, _ in self._contents.values()
             if each.text == content.text and np.array_equal(each.ids, content.ids)
         )
         return next(equal, content)
@@ -285,8 +293,17 @@ class Talks:
         self._talks[talk] = None
         self._starts.setdefault(_start(talk.scope, talk.ids), {})[talk] = None
         if talk.last.said_tokens < _LEAST_TOKENS:
-            self._short[talk] = None
+            self._short.setdefault(talk.beginning, {})[talk] = None
+        content, number = self._contents.get(id(talk.content), (talk.content, 0))
+        self._contents[id(content)] = content, number + 1
         self._nbytes += talk.nbytes
+
+    def _short_in(self, scope: Scope, ids: list[int]) -> dict[Talk, None]:
+        """Return the conversations of less than a start that ids begin with."""
+        found: dict[Talk, None] = {}
+        for tokens in range(1, _LEAST_TOKENS):
+            found |= self._short.get((scope, tuple(ids[:tokens])), {})
+        return found
 
     def _drop_excess(self, most_bytes: int) -> None:
         while self._talks and (self._nbytes > most_bytes or len(self._talks) > self._most):
@@ -299,11 +316,17 @@ class Talks:
 
     def _remove(self, talk: Talk) -> None:
         del self._talks[talk]
-        start = _start(talk.scope, talk.ids)
-        del self._starts[start][talk]
-        if not self._starts[start]:
-            del self._starts[start]
-        self._short.pop(talk, None)
+        for table, key in (
+            (self._starts, _start(talk.scope, talk.ids)),
+            (self._short, talk.beginning),
+        ):
+            if talk in table.get(key, {}):
+                del table[key][talk]
+                if not table[key]:
+                    del table[key]
+        content, number = self._contents.pop(id(talk.content))
+        if number > 1:
+            self._contents[id(content)] = content, number - 1
         self._nbytes -= talk.nbytes
 
 
