@@ -22,10 +22,11 @@ from tests.dist.test_collectives import heads_of
 from tests.gpu import peer_ranks
 from tests.gpu import ranks as engine_ranks
 from tests.gpu.peer_ranks import Ranks
+from tests.runs_oracle import even_runs, runs_by_table
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["add", "gather", "heads", "merge", "broadcast"]
+KINDS = ["add", "gather", "heads", "merge", "runs", "broadcast"]
 SIZES = [1, 7, 512, 513, 4096, 33_000]
 HEADS = 6
 
@@ -74,6 +75,15 @@ def random_operations(ranks: Ranks, operations: int) -> float:
                 for part, whole in zip(merged, expected, strict=True):
                     checks.append((part, whole[:, :, first : first + 2], where))
             continue
+        if kind == "runs":
+            make = even_runs if queries == 20 else runs_by_table
+            parts = [make(seed, B=3, D=head_size, device="cuda") for seed in seeds]
+            merged = peers.merge(parts[ranks.rank][0], slice(first, first + 2))
+            if checked:
+                expected = merge([state for _, state in parts])
+                for part, whole in zip(merged, expected, strict=True):
+                    checks.append((part, whole[:, :, first : first + 2], f"{where} merge"))
+            continue
         if kind == "heads":
             heads = [[t.cuda() for t in heads_of(seed, dtype, queries)] for seed in seeds]
             gathered = peers.gather_heads(heads[ranks.rank])
@@ -117,6 +127,9 @@ def merged_bits(ranks: Ranks) -> None:
         state = state_of(ranks.rank + 10 * number, 5, 128, torch.bfloat16)
         whole = ranks.peers.merge(state)
         ranks.same_bits(*whole)
+        # Of one token, as a rank with a graph and one without have it.
+        runs, merged = even_runs(number, B=1, Q=1, H=32, D=128, count=36, device="cuda")
+        ranks.same_bits(*ranks.peers.merge(merged if ranks.rank else runs))
         narrow = ranks.peers.merge(state, dtype=torch.bfloat16)
         assert torch.equal(narrow.out_BQHD, whole.out_BQHD.bfloat16())
         own = ranks.peers.merge(state, slice(ranks.rank, ranks.rank + 3))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
 
 
@@ -104,7 +105,7 @@ class Collectives(Protocol):
         narrow: bool = False,
     ) -> Pending: ...
     def merge(
-        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
+        self, part: State | Runs, heads: slice | None = None, *, dtype: torch.dtype | None = None
     ) -> State: ...
     def cp_sum(self, tensor: Tensor) -> Tensor: ...
     def cp_gather(self, tensor: Tensor) -> Tensor: ...

@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 
 from star_attention.attention.kernels import triton_pdl
+from star_attention.attention.kernels.row_tables import ROW_COLUMNS
+from star_attention.attention.runs import Runs, shape_of
 from star_attention.attention.state import State
 from star_attention.distributed import triton_peers
 from star_attention.distributed.triton_peers import BLOCK, REGION
@@ -26,6 +28,10 @@ _log = logging.getLogger("star_attention")
 
 _PROGRAMS = 2048
 """Programs of a collective at most, times ranks: 18 MB of buffers."""
+_FEWEST_ELEMENTS = 32
+"""Elements of a row, in programs of a merge of few rows."""
+_FEWEST_RUNS, _MOST_RUNS, _LOADED = 8, 64, 2048
+"""Runs that a program of a merge reads at once, and about how many numbers of them."""
 
 
 class Memory(Protocol):
@@ -127,7 +133,7 @@ class PeerGroup:
 
     def fits_states(self, rows: int, head_size: int) -> bool:
         """Return True if `merge` takes states of `rows` batch x queries x heads."""
-        return 0 < rows <= self._programs * _rows(head_size)
+        return rows > 0 and _merge_tile(rows, head_size, self._programs) is not None
 
     def add(self, part: Tensor, *, rehearsal: bool = False) -> Tensor:
         """Return the sum of all members' parts, added up in fp32, in the part's precision.
@@ -190,7 +196,7 @@ class PeerGroup:
 
     def merge(
         self,
-        state: State,
+        part: State | Runs,
         heads: slice | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -198,23 +204,29 @@ class PeerGroup:
     ) -> State:
         """Return the merge of all members' states, in fp32; see `add`.
 
+        Some members may have runs, which are merged first, and others a state.
+
         Args:
             heads: the heads to merge, which may differ between members; None for all.
             dtype: precision of the result's `out`, fp32 by default.
         """
-        out_BQHD, lse_BQH = state.out_BQHD.contiguous(), state.lse_BQH.contiguous()
-        B, Q, H, D = out_BQHD.shape
+        B, Q, H, D = shape_of(part)
         first, stop, step = (heads or slice(None)).indices(H)
         assert step == 1
         wanted = max(0, stop - first)
-        merged_BQHD = out_BQHD.new_empty(B, Q, wanted, D, dtype=dtype or torch.float32)
-        merged_BQH = torch.empty(B, Q, wanted, dtype=torch.float32, device=out_BQHD.device)
-        rows = _rows(D)
-        grid, total = self._grid(B * Q * H, rows, rehearsal)
-        triton_peers.merge_kernel[grid](
-            out_BQHD, lse_BQH, merged_BQHD, merged_BQH, self._table, self._epochs,
-            self._member, total, H, first, wanted,
-            D=D, BLOCK_D=triton.next_power_of_2(D), ROWS=rows, **self._constants(),
+        device = self._memory.device
+        merged_BQHD = torch.empty(B, Q, wanted, D, dtype=dtype or torch.float32, device=device)
+        merged_BQH = torch.empty(B, Q, wanted, dtype=torch.float32, device=device)
+        tile = _merge_tile(B * Q * H, D, self._programs)
+        assert tile is not None
+        rows, block_d = tile
+        programs = triton.cdiv(B * Q * H, rows) * triton.cdiv(D, block_d)
+        tensors, numbers, constants = _source(part, rows * block_d)
+        triton_peers.merge_kernel[(1 if rehearsal else programs,)](
+            *tensors, merged_BQHD, merged_BQH, self._table, self._epochs,
+            self._member, 0 if rehearsal else B * Q * H, first, wanted, *numbers,
+            HEADS=H, D=D, BLOCK_D=block_d, ROWS=rows,
+            **constants, **(self._constants() | _warps(rows * block_d)),
         )  # fmt: skip
         return State(merged_BQHD, merged_BQH)
 
@@ -239,9 +251,39 @@ def _words(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(dtype)
 
 
-def _rows(head_size: int) -> int:
-    """Return the rows of one program of a merge; 0 if not even one fits."""
-    rows: int = BLOCK // triton.next_power_of_2(head_size)
-    while rows * (head_size + 1) > REGION:
-        rows //= 2
-    return rows
+def _merge_tile(rows: int, head_size: int, programs: int) -> tuple[int, int] | None:
+    """Return the rows of a program of a merge, and how many elements of each; None if too many.
+
+    The same on all members, whatever they merge: one token's few rows are for many programs, which
+    read their runs at once.
+    """
+    tile_rows, elements = 1, min(_FEWEST_ELEMENTS, triton.next_power_of_2(head_size))
+    while triton.cdiv(rows, tile_rows) * triton.cdiv(head_size, elements) > programs:
+        if 2 * tile_rows * elements > BLOCK or 2 * tile_rows * (elements + 1) > REGION:
+            return None
+        if elements < head_size:
+            elements *= 2
+        else:
+            tile_rows *= 2
+    return tile_rows, elements
+
+
+def _source(
+    part: State | Runs, elements: int
+) -> tuple[tuple[Tensor, ...], tuple[int, int], dict[str, int]]:
+    """Return what a merge kernel needs of a member's part: tensors, numbers and constants."""
+    if not isinstance(part, Runs):
+        out_BQHD, lse_BQH = part.out_BQHD.contiguous(), part.lse_BQH.contiguous()
+        none = dict(KV_HEADS=1, TILE=0, ROW_COLUMNS=0, BLOCK_S=0)
+        return (out_BQHD, lse_BQH, lse_BQH), (0, 0), none
+    table = part.table
+    constants = dict(BLOCK_S=max(_FEWEST_RUNS, min(_MOST_RUNS, _LOADED // elements)))
+    if table is None:
+        constants |= dict(KV_HEADS=1, TILE=0, ROW_COLUMNS=0)
+        return (part.out_PD, part.lse_P, part.lse_P), (part.count, 0), constants
+    constants |= dict(KV_HEADS=table.kv_heads, TILE=table.tile_size, ROW_COLUMNS=ROW_COLUMNS)
+    return (part.out_PD, part.lse_P, table.rows), (part.count, table.tails_at), constants
+
+
+def _warps(elements: int) -> dict[str, int]:
+    return dict(num_warps=4 if elements <= BLOCK // 4 else triton_peers.WARPS)

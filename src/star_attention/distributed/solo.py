@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
 
 
@@ -120,8 +121,11 @@ class SoloComm(SoloControl, SoloProgress):
         raise AssertionError("there is no other rank")
 
     def merge(
-        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
+        self, part: State | Runs, heads: slice | None = None, *, dtype: torch.dtype | None = None
     ) -> State:
+        from star_attention.attention.runs import Runs
+
+        state = part.merged() if isinstance(part, Runs) else part
         if heads is None and dtype is None:
             return state
         wanted = slice(None) if heads is None else heads
