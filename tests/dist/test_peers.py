@@ -31,6 +31,7 @@ from tests.dist.test_collectives import (
     state_of,
     tensor_of,
 )
+from tests.new_oracle import new_tokens
 from tests.runs_oracle import even_runs, runs_by_table
 
 pytest.importorskip("triton")
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KINDS = ["add", "gather", "heads", "merge", "runs", "broadcast"]
+KINDS = ["add", "gather", "heads", "merge", "runs", "new", "broadcast"]
 
 
 class HostMemory:
@@ -120,6 +121,11 @@ def random_operations(comm: TorchComm, operations: int) -> None:
                 gathered = peers.gather_heads(heads[comm.rank])
                 for all_heads, of_ranks in zip(gathered, zip(*heads, strict=True), strict=True):
                     assert torch.equal(all_heads, torch.cat(of_ranks, 2)), (number, kind)
+            elif kind == "new":
+                new = new_tokens(number, comm.size, dtype, draw)
+                before = new.copies()
+                queries = peers.gather_new(new.own[comm.rank], new.tails, new.rotation)
+                new.check(queries, before)
             elif kind == "broadcast":
                 packets = [torch.arange(elements) + (seed << 40) for seed in seeds]
                 peers.broadcast(packets[comm.rank])
@@ -188,7 +194,9 @@ def abort_and_begin_again(comm: TorchComm) -> list[float]:
             # The other rank does not come.
             lost = peers.add(part), *peers.merge(even_runs(1)[0]), peers.gather(part)
             heads = peers.gather_heads(heads_of(0, torch.float32))
-            for tensor in (*lost, *heads):
+            new = new_tokens(0, 2, torch.float32, random.Random(0))
+            queries = peers.gather_new(new.own[0], new.tails, new.rotation)
+            for tensor in (*lost, *heads, queries):
                 assert not tensor.isnan().any()
         peers.connect(lambda key, text: comm.gather(text))
         total = peers.add(part)
@@ -215,6 +223,11 @@ def rehearse_alone(comm: TorchComm) -> None:
             own = heads_of(0, torch.float32)
             for heads, t in zip(peers.gather_heads(own, rehearsal=True), own, strict=True):
                 assert heads.shape == (*t.shape[:2], 2 * t.shape[2], t.shape[3])
+            new = new_tokens(0, 2, torch.float32, random.Random(0))
+            before = new.copies()
+            assert peers.gather_new(new.own[0], new.tails, rehearsal=True).shape[2] == 12
+            for pair, old in zip(new.stored, before, strict=True):
+                assert torch.equal(torch.stack(pair), torch.stack(old))
             peers.broadcast(part, rehearsal=True)
             assert torch.equal(part, tensor_of(0, torch.float32))
         total = tensor_of(0, torch.float32) + tensor_of(1, torch.float32)

@@ -22,11 +22,12 @@ from tests.dist.test_collectives import heads_of
 from tests.gpu import peer_ranks
 from tests.gpu import ranks as engine_ranks
 from tests.gpu.peer_ranks import Ranks
+from tests.new_oracle import new_tokens
 from tests.runs_oracle import even_runs, runs_by_table
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["add", "gather", "heads", "merge", "runs", "broadcast"]
+KINDS = ["add", "gather", "heads", "merge", "runs", "new", "broadcast"]
 SIZES = [1, 7, 512, 513, 4096, 33_000]
 HEADS = 6
 
@@ -83,6 +84,13 @@ def random_operations(ranks: Ranks, operations: int) -> float:
                 expected = merge([state for _, state in parts])
                 for part, whole in zip(merged, expected, strict=True):
                     checks.append((part, whole[:, :, first : first + 2], f"{where} merge"))
+            continue
+        if kind == "new":
+            new = new_tokens(number, ranks.size, dtype, draw, device="cuda")
+            before = new.copies() if checked else []
+            rotated = peers.gather_new(new.own[ranks.rank], new.tails, new.rotation)
+            if checked:
+                new.check(rotated, before)
             continue
         if kind == "heads":
             heads = [[t.cuda() for t in heads_of(seed, dtype, queries)] for seed in seeds]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from star_attention.attention import kernels
 from star_attention.attention.kernels import Call
+from star_attention.attention.rotation import Rotation
 from star_attention.attention.state import State, empty_state, merge
 
 _MASK_ROWS = 512
@@ -34,6 +35,9 @@ class Rule:
             they are merged further.
         sink_H: the learned sink of each query head as a score, which the caller adds to the result
             (`state.add_sink`); None for none.
+        rotation: rotary embeddings of queries and keys that the layer is still to compute, and
+            to store the keys; None if the model did. Only for layers that say so
+            (`StarCache.rotates`).
     """
 
     scale: float
@@ -41,6 +45,7 @@ class Rule:
     softcap: float | None = None
     dtype: torch.dtype | None = None
     sink_H: Tensor | None = None
+    rotation: Rotation | None = None
 
 
 def attend(

@@ -6,8 +6,8 @@ Axes: B batch, Q query rows, H query heads, D head size.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from star_attention.distributed.mesh import Mesh, host_of
 from star_attention.distributed.rendezvous import dist
 from star_attention.distributed.world import World
 from star_attention.planning import traffic
+
+if TYPE_CHECKING:
+    from star_attention.attention.kernels.triton_new import Tails
+    from star_attention.attention.rotation import Rotation
 
 
 class MeshComm(Mesh):
@@ -264,8 +268,7 @@ class MeshComm(Mesh):
         if peers is not None and peers.fits_heads(own_BSHD):
             if self._rehearsing:
                 return peers.gather_heads(own_BSHD, rehearsal=True)
-            part = sum(t.numel() * t.element_size() for t in own_BSHD)
-            self._count(traffic.gather_bytes(part, self.cp_size))
+            self._count_heads(own_BSHD)
             heads: list[Tensor] = self.world.launch(lambda: peers.gather_heads(own_BSHD))
             return heads
         B, S = own_BSHD[0].shape[:2]
@@ -275,6 +278,39 @@ class MeshComm(Mesh):
             part.view(-1, *t.shape).movedim(0, 2).reshape(B, S, -1, t.shape[3])
             for part, t in zip(parts.split([t.numel() for t in own_BSHD], 1), own_BSHD, strict=True)
         ]
+
+    def gather_new(
+        self,
+        q_RQHD: Tensor,
+        k_RQGD: Tensor,
+        v_RQGD: Tensor,
+        tails: Tails,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        """Return the queries of all cp ranks' heads; their keys and values go to the tails.
+
+        Args:
+            q_RQHD: queries of this rank's heads.
+            k_RQGD: keys; `v_RQGD` likewise.
+            tails: where all ranks' keys and values go.
+            rotation: rotates queries and keys first; None if that is done.
+        """
+        own, peers = (q_RQHD, k_RQGD, v_RQGD), self._peers(self._lane())
+        if peers is not None and peers.fits_heads(own):
+            if self._rehearsing:
+                return peers.gather_new(own, tails, rotation, rehearsal=True)
+            self._count_heads(own)
+            heads: Tensor = self.world.launch(lambda: peers.gather_new(own, tails, rotation))
+            return heads
+        if rotation is not None:
+            own = rotation.rotate(q_RQHD), rotation.rotate(k_RQGD), v_RQGD
+        all_q_RQHD, all_k_RQGD, all_v_RQGD = self.gather_heads(*own)
+        tails.store(None, all_k_RQGD, all_v_RQGD, None)
+        return all_q_RQHD
+
+    def _count_heads(self, own: Sequence[Tensor]) -> None:
+        part = sum(t.numel() * t.element_size() for t in own)
+        self._count(traffic.gather_bytes(part, self.cp_size))
 
     def tp_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tp ranks' tensors, of one shape, in their order; on the CPU with gloo."""

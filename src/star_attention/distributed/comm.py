@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from star_attention.attention.kernels.triton_new import Tails
+    from star_attention.attention.rotation import Rotation
     from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
 
@@ -110,6 +112,14 @@ class Collectives(Protocol):
     def cp_sum(self, tensor: Tensor) -> Tensor: ...
     def cp_gather(self, tensor: Tensor) -> Tensor: ...
     def gather_heads(self, *own_BSHD: Tensor) -> list[Tensor]: ...
+    def gather_new(
+        self,
+        q_RQHD: Tensor,
+        k_RQGD: Tensor,
+        v_RQGD: Tensor,
+        tails: Tails,
+        rotation: Rotation | None = None,
+    ) -> Tensor: ...
     def broadcast_step(self, packet: Tensor) -> Pending: ...
     def tp_sum(self, tensor: Tensor, *, in_place: bool = True) -> Tensor: ...
     def tp_gather(self, tensor: Tensor) -> list[Tensor]: ...

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.row_tables import ROW_COLUMNS
+from star_attention.attention.kernels.triton_new import NOT, Tails, rotation_arguments
+from star_attention.attention.rotation import Rotation
 from star_attention.attention.runs import Runs, shape_of
 from star_attention.attention.state import State
 from star_attention.distributed import triton_peers
@@ -162,9 +164,10 @@ class PeerGroup:
         self._copy(packet, packet, root=0, rehearsal=rehearsal)
 
     def fits_heads(self, own: Sequence[Tensor]) -> bool:
-        """Return True if `gather_heads` takes tensors of these sizes."""
-        words = sum(t.numel() * max(1, t.element_size() // 4) for t in own)
-        return 0 < words <= self._programs * BLOCK
+        """Return True if `gather_heads` and `gather_new` take tensors of these sizes."""
+        words = sum(t.numel() for t in own)
+        is_known = all(t.element_size() in (2, 4) for t in own)
+        return is_known and 0 < words <= self._programs * BLOCK
 
     def gather_heads(self, own: Sequence[Tensor], *, rehearsal: bool = False) -> list[Tensor]:
         """Return queries, keys and values of all members' heads, in the order of members.
@@ -173,18 +176,56 @@ class PeerGroup:
             own: this member's, `[B, S, heads, D]` each.
         """
         B, S = own[0].shape[:2]
-        own = [t.contiguous() for t in own]
         heads = [t.new_empty(B, S, t.shape[2] * self._size, t.shape[3]) for t in own]
-        words = [_words(t) for t in own]
-        grid, rows = self._grid(sum(w.numel() for w in words), BLOCK, rehearsal)
-        widths = [w.numel() // (B * S) for w in words]
-        triton_peers.heads_kernel[grid](
-            *words, *(_words(t) for t in heads), self._table, self._epochs, self._member,
-            B * S if rows else 0,
-            WIDTH_Q=widths[0], WIDTH_K=widths[1], WIDTH_V=widths[2],
-            BLOCK=BLOCK, **self._constants(),
-        )  # fmt: skip
+        # Not rotated, and not stored in tails: nothing is read of these.
+        unused = self._table, self._table, 0, 0, self._table, self._epochs, 0
+        constants = dict(ROTATED=NOT, E=1, STORED=False, BY_ROW=False, KV_HEADS=1)
+        self._gather(own, heads, unused, constants, rehearsal)
         return heads
+
+    def gather_new(
+        self,
+        own: Sequence[Tensor],
+        tails: Tails,
+        rotation: Rotation | None = None,
+        *,
+        rehearsal: bool = False,
+    ) -> Tensor:
+        """Return the queries of all members' heads, and write keys and values into tails.
+
+        Args:
+            own: this member's queries, keys and values, `[R, Q, heads, D]` each.
+            tails: where keys and values of all members' heads go.
+            rotation: rotates queries and keys first.
+        """
+        R, Q, G, D = own[1].shape
+        q_RQHD = own[0].new_empty(R, Q, own[0].shape[2] * self._size, D)
+        angles: Any = (self._table, self._table, 0, 0)
+        constants = dict(ROTATED=NOT, E=1)
+        if rotation is not None:
+            angles, constants = rotation_arguments(rotation, R)
+        where = *angles, tails.addresses, tails.numbers, tails.first
+        constants |= dict(STORED=True, BY_ROW=tails.by_row, KV_HEADS=G * self._size)
+        self._gather(own, [q_RQHD, q_RQHD, q_RQHD], where, constants, rehearsal)
+        return q_RQHD
+
+    def _gather(
+        self,
+        own: Sequence[Tensor],
+        heads: Sequence[Tensor],
+        where: tuple[Any, ...],
+        constants: dict[str, Any],
+        rehearsal: bool,
+    ) -> None:
+        R, Q = own[0].shape[:2]
+        own = [t.contiguous() for t in own]
+        grid, words = self._grid(sum(t.numel() for t in own), BLOCK, rehearsal)
+        widths = [t.shape[2] * t.shape[3] for t in own]
+        triton_peers.heads_kernel[grid](
+            *own, *heads, self._table, self._epochs, self._member, R * Q if words else 0, Q, *where,
+            WIDTH_Q=widths[0], WIDTH_K=widths[1], WIDTH_V=widths[2], D=own[0].shape[3],
+            BLOCK=BLOCK, **constants, **self._constants(),
+        )  # fmt: skip
 
     def _copy(self, part: Tensor, parts: Tensor, *, root: int, rehearsal: bool) -> None:
         words = _words(part)

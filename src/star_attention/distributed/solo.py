@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from star_attention.attention.kernels.triton_new import Tails
+    from star_attention.attention.rotation import Rotation
     from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
 
@@ -140,6 +142,17 @@ class SoloComm(SoloControl, SoloProgress):
 
     def gather_heads(self, *own_BSHD: Tensor) -> list[Tensor]:
         return list(own_BSHD)
+
+    def gather_new(
+        self,
+        q_RQHD: Tensor,
+        k_RQGD: Tensor,
+        v_RQGD: Tensor,
+        tails: Tails,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
+        rotated = tails.store(q_RQHD, k_RQGD, v_RQGD, rotation)
+        return q_RQHD if rotated is None else rotated
 
     def broadcast_step(self, packet: Tensor) -> Pending:
         return Pending()

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from star_attention.attention.kernels import triton_pdl
+from star_attention.attention.kernels.triton_new import rotated, tail_place
 from star_attention.attention.kernels.triton_run import merged_tile
 
 BLOCK = 512
@@ -170,18 +171,55 @@ def copy_kernel(
     tl.store(epochs + pid, epoch, mask=live)
 
 
-@triton.jit(do_not_specialize=["rank", "rows"])
+@triton.jit
+def _as_words(x):
+    """Return the bits of floating-point numbers, 32 of them at most."""
+    if x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _from_words(words, DTYPE: tl.constexpr):
+    if DTYPE.primitive_bitwidth == 16:
+        return words.to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        return words.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _own_head(
+    x_ptr, cos_ptr, sin_ptr, at, token, queries, angles_r, angles_q, mask,
+    D: tl.constexpr, ROTATED: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Load elements of this rank's queries or keys, rotated if they are to be."""
+    if ROTATED:
+        angles = token // queries * angles_r + token % queries * angles_q
+        x = rotated(x_ptr, cos_ptr, sin_ptr, at, angles, at % D, mask, ROTATED, E, D)
+        x = x.to(x_ptr.dtype.element_ty)
+    else:
+        x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    return _as_words(x)
+
+
+@triton.jit(do_not_specialize=["rank", "rows", "first"])
 def heads_kernel(
-    q_ptr, k_ptr, v_ptr, all_q_ptr, all_k_ptr, all_v_ptr, table, epochs, rank, rows,
-    WIDTH_Q: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, all_q_ptr, all_k_ptr, all_v_ptr, table, epochs, rank, rows, queries,
+    cos_ptr, sin_ptr, angles_r, angles_q, addresses_ptr, numbers_ptr, first,
+    WIDTH_Q: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, D: tl.constexpr,
+    ROTATED: tl.constexpr, E: tl.constexpr, STORED: tl.constexpr, BY_ROW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
     SPINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Copy the heads of all ranks next to each other, in the order of ranks.
 
-    A row is one token; a rank's heads of it are `WIDTH_Q`, `WIDTH_K` and `WIDTH_V` words.
+    A row is one token; a rank's heads of it are `WIDTH_Q`, `WIDTH_K` and `WIDTH_V` elements. If
+    they are `STORED`, keys and values go to the tails instead (`triton_new.tail_place`).
     """
     triton_pdl.begin(PDL)
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
     live = rows > 0
@@ -191,23 +229,44 @@ def heads_kernel(
     # Queries come first, then keys, then values.
     at_k = at - rows * WIDTH_Q
     at_v = at_k - rows * WIDTH_K
-    is_q, is_v = at_k < 0, (at_v >= 0) & mask
-    is_k = (at_k >= 0) & (at_v < 0)
-    own = tl.load(q_ptr + at, mask=is_q & mask, other=0).to(tl.int32)
-    own += tl.load(k_ptr + at_k, mask=is_k, other=0).to(tl.int32)
-    own += tl.load(v_ptr + at_v, mask=is_v, other=0).to(tl.int32)
+    is_q, is_v = mask & (at_k < 0), mask & (at_v >= 0)
+    is_k = mask & (at_k >= 0) & (at_v < 0)
+    token_k, token_v = at_k // WIDTH_K, at_v // WIDTH_V
+    own = _own_head(
+        q_ptr, cos_ptr, sin_ptr, at, at // WIDTH_Q, queries, angles_r, angles_q, is_q,
+        D, ROTATED, E,
+    )  # fmt: skip
+    own += _own_head(
+        k_ptr, cos_ptr, sin_ptr, at_k, token_k, queries, angles_r, angles_q, is_k, D, ROTATED, E
+    )
+    own += _as_words(tl.load(v_ptr + at_v, mask=is_v, other=0.0))
     here = pid * REGION + index
     _send(table, own, here, mask, rank, epoch, live, False, SIZE, SLOT)
     # Where the first rank's word goes.
     to_q = at // WIDTH_Q * (WIDTH_Q * SIZE) + at % WIDTH_Q
-    to_k = at_k // WIDTH_K * (WIDTH_K * SIZE) + at_k % WIDTH_K
-    to_v = at_v // WIDTH_V * (WIDTH_V * SIZE) + at_v % WIDTH_V
+    if STORED:
+        stored = is_k | is_v
+        token = tl.where(stored, tl.where(is_k, token_k, token_v), 0)
+        inside = tl.where(is_k, at_k % WIDTH_K, at_v % WIDTH_V)
+        pair_ptr, place, capacity, fits = tail_place(
+            addresses_ptr, numbers_ptr, first, token // queries, token % queries, KV_HEADS, BY_ROW
+        )
+        tail = tl.load(pair_ptr + tl.where(is_v, 1, 0), mask=stored, other=0)
+        tail_ptr = tail.to(tl.pointer_type(DTYPE)) + inside % D
+        stored = stored & fits
+    else:
+        to_k = token_k * (WIDTH_K * SIZE) + at_k % WIDTH_K
+        to_v = token_v * (WIDTH_V * SIZE) + at_v % WIDTH_V
     for r in tl.static_range(SIZE):
         words = _receive(table, own, here, mask, rank, r, epoch, live, False, SIZE, SLOT, SPINS)
-        words = words.to(all_q_ptr.dtype.element_ty)
-        tl.store(all_q_ptr + to_q + r * WIDTH_Q, words, mask=is_q & mask)
-        tl.store(all_k_ptr + to_k + r * WIDTH_K, words, mask=is_k)
-        tl.store(all_v_ptr + to_v + r * WIDTH_V, words, mask=is_v)
+        x = _from_words(words, DTYPE)
+        tl.store(all_q_ptr + to_q + r * WIDTH_Q, x, mask=is_q)
+        if STORED:
+            g = inside // D + r * (WIDTH_K // D)
+            tl.store(tail_ptr + (place + g * capacity) * D, x, mask=stored)
+        else:
+            tl.store(all_k_ptr + to_k + r * WIDTH_K, x, mask=is_k)
+            tl.store(all_v_ptr + to_v + r * WIDTH_V, x, mask=is_v)
     tl.store(epochs + pid, epoch, mask=live)
 
 

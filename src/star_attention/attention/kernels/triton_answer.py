@@ -29,6 +29,7 @@ from torch import Tensor
 from star_attention.attention.attend import Rule
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.row_tables import tile_size
+from star_attention.attention.kernels.triton_new import Tails
 from star_attention.attention.kernels.triton_run import launch_options, merged, run
 from star_attention.attention.runs import Runs
 from star_attention.attention.state import State
@@ -72,38 +73,6 @@ class KVTables:
             lengths=torch.zeros(kinds, LENGTHS, dtype=torch.int64, device=device),
             padding_R=torch.zeros(rows, dtype=torch.int32, device=device),
         )
-
-
-@triton.jit
-def _append(
-    k_ptr, v_ptr, table_ptr, lengths_ptr,
-    k_r, k_g, k_q, v_r, v_g, v_q,
-    layer, queries,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    triton_pdl.begin(PDL)
-    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
-    at = tl.program_id(0)
-    q = at % queries
-    g = at // queries % KV_HEADS
-    r = at // queries // KV_HEADS
-    d = tl.arange(0, BLOCK_D)
-    d_mask = d < D
-    slot = tl.load(lengths_ptr + 1) + q
-    target = ((r * KV_HEADS + g) * tl.load(lengths_ptr + 2) + slot) * D + d
-    k_D = tl.load(k_ptr + r * k_r + g * k_g + q * k_q + d, mask=d_mask)
-    v_D = tl.load(v_ptr + r * v_r + g * v_g + q * v_q + d, mask=d_mask)
-    tl.store(
-        tl.load(table_ptr + layer * COLUMNS + 2).to(tl.pointer_type(DTYPE)) + target,
-        k_D,
-        mask=d_mask,
-    )
-    tl.store(
-        tl.load(table_ptr + layer * COLUMNS + 3).to(tl.pointer_type(DTYPE)) + target,
-        v_D,
-        mask=d_mask,
-    )
 
 
 @triton.jit
@@ -295,14 +264,17 @@ def append(k_RGQD: Tensor, v_RGQD: Tensor, *, tables: KVTables, layer: int) -> N
         tables: where the tail is.
         layer: row of the addresses.
     """
-    R, G, Q, D = k_RGQD.shape
-    k_RGQD, v_RGQD = (t if t.stride(3) == 1 else t.contiguous() for t in (k_RGQD, v_RGQD))
-    _append[(R * G * Q,)](
-        k_RGQD, v_RGQD, tables.addresses, tables.lengths[0],
-        *k_RGQD.stride()[:3], *v_RGQD.stride()[:3], layer, Q,
-        KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), COLUMNS=COLUMNS,
-        num_warps=1, **triton_pdl.options(k_RGQD.device),
-    )  # fmt: skip
+    tails_of(tables, layer).store(None, k_RGQD.transpose(1, 2), v_RGQD.transpose(1, 2), None)
+
+
+def tails_of(tables: KVTables, layer: int) -> Tails:
+    """Return where a layer's new keys and values go."""
+    return Tails(
+        addresses=tables.addresses,
+        numbers=tables.lengths[0],
+        first=layer * COLUMNS + 2,
+        by_row=False,
+    )
 
 
 def attend_runs(

@@ -29,6 +29,7 @@ from star_attention.attention.kernels.row_tables import (
     RowTables,
     tile_size,
 )
+from star_attention.attention.kernels.triton_new import Tails
 from star_attention.attention.kernels.triton_run import launch_options, run
 from star_attention.attention.runs import Runs, RunTable
 from star_attention.attention.state import State
@@ -42,28 +43,6 @@ _PER_SHARD: tl.constexpr = tl.constexpr(SHARD_COLUMNS)
 _PER_ITEM: tl.constexpr = tl.constexpr(ITEM_COLUMNS)
 _PER_ROW: tl.constexpr = tl.constexpr(ROW_COLUMNS)
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _append_rows(
-    k_ptr, v_ptr, tails_ptr, rows_ptr, k_r, k_g, v_r, v_g,
-    layer_rows,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    triton_pdl.begin(PDL)
-    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
-    r = tl.program_id(0) // KV_HEADS
-    g = tl.program_id(0) % KV_HEADS
-    d = tl.arange(0, BLOCK_D)
-    slot = tl.load(rows_ptr + r * _PER_ROW)
-    capacity = tl.load(rows_ptr + r * _PER_ROW + 1)
-    mask = d < tl.where(slot < capacity, D, 0)
-    target = (g * capacity + slot).to(tl.int64) * D + d
-    at_ptr = tails_ptr + (layer_rows + r) * 2
-    k_tail_ptr = tl.load(at_ptr).to(tl.pointer_type(DTYPE))
-    v_tail_ptr = tl.load(at_ptr + 1).to(tl.pointer_type(DTYPE))
-    tl.store(k_tail_ptr + target, tl.load(k_ptr + r * k_r + g * k_g + d, mask=mask), mask=mask)
-    tl.store(v_tail_ptr + target, tl.load(v_ptr + r * v_r + g * v_g + d, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -245,14 +224,13 @@ def append(k_RGD: Tensor, v_RGD: Tensor, *, tables: RowTables, layer: int) -> No
         tables: where the tails are.
         layer: row of the addresses.
     """
-    R, G, D = k_RGD.shape
-    k_RGD, v_RGD = (t if t.stride(2) == 1 else t.contiguous() for t in (k_RGD, v_RGD))
-    _append_rows[(R * G,)](
-        k_RGD, v_RGD, tables.tails, tables.rows, *k_RGD.stride()[:2], *v_RGD.stride()[:2],
-        layer * tables.tails.shape[1],
-        KV_HEADS=G, D=D, BLOCK_D=triton.next_power_of_2(D), num_warps=1,
-        **triton_pdl.options(k_RGD.device),
-    )  # fmt: skip
+    tails_of(tables, layer).store(None, k_RGD[:, None], v_RGD[:, None], None)
+
+
+def tails_of(tables: RowTables, layer: int) -> Tails:
+    """Return where a layer's new keys and values go."""
+    first = layer * tables.tails.shape[1] * 2
+    return Tails(addresses=tables.tails, numbers=tables.rows, first=first, by_row=True)
 
 
 def attend_runs(

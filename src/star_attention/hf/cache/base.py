@@ -131,10 +131,14 @@ class StarLayer(CacheLayerMixin, Generic[P]):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         k_BGKD, v_BGKD = self.append(key_states, value_states)
+        self.expect(k_BGKD, v_BGKD)
+        return k_BGKD, v_BGKD
+
+    def expect(self, k_BGKD: Tensor, v_BGKD: Tensor) -> None:
+        """Know these keys and values as the layer's when they come to its attention."""
         self._returned = weakref.ref(k_BGKD), weakref.ref(v_BGKD)
         self.returned_tokens = k_BGKD.shape[2]
         self.position.last_layer = self.index
-        return k_BGKD, v_BGKD
 
     def get_seq_length(self) -> int:
         return self.position.seen_tokens
@@ -204,6 +208,11 @@ class StarCache(Cache):
     def attends_compressed(self) -> bool:
         """True if all layers attend to what they store, and nobody reads what the model expands it
         to (MLA)."""
+        return False
+
+    @property
+    def rotates(self) -> bool:
+        """True if layers compute rotary embeddings while they store new keys (`Rule.rotation`)."""
         return False
 
     @property

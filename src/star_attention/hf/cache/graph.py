@@ -209,15 +209,16 @@ class GraphLayer(StarLayer[GraphPosition]):
             self.position.arrivals.part()
         if self._latent is not None:
             return self._attend_compressed(self._latent, q_RQHD, rule)
-        position, heads = self.position, None
-        comm = position.comm
+        position, heads, kv_heads = self.position, None, k_RKGD.shape[2]
+        comm, tails = position.comm, position.kernel.tails_of(position.tables, self.index)
         if position.by_heads:
-            heads = own_heads(comm, q_RQHD)
-            q_RQHD, k_RKGD, v_RKGD = comm.gather_heads(q_RQHD, k_RKGD, v_RKGD)
-            self._store(k_RKGD.transpose(1, 2), v_RKGD.transpose(1, 2))
+            heads, kv_heads = own_heads(comm, q_RQHD), kv_heads * comm.cp_size
+            q_RQHD = comm.gather_new(q_RQHD, k_RKGD, v_RKGD, tails, rule.rotation)
+        elif rule.rotation is not None:
+            q_RQHD = tails.store(q_RQHD, k_RKGD, v_RKGD, rule.rotation)
         runs: Runs = position.kernel.attend_runs(
             q_RQHD,
-            k_RKGD.shape[2],
+            kv_heads,
             tables=position.tables,
             layer=self.index,
             rule=rule,
@@ -278,6 +279,10 @@ class GraphCache(StarCache):
     def attends_compressed(self) -> bool:
         latents = self.position.latents
         return latents is not None and None not in latents
+
+    @property
+    def rotates(self) -> bool:
+        return self.position.latents is None
 
     def prepare_capture(self, cache: AnswerCache, queries: int) -> None:
         """Prepare to capture a forward like those of `cache`, of `queries` new tokens a row."""

@@ -263,30 +263,30 @@ class RowGraphLayer(StarLayer[RowGraphPosition]):
             )
 
     def append(self, k_RG1D: Tensor, v_RG1D: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.position.by_heads:
-            self._store(k_RG1D[:, :, 0], v_RG1D[:, :, 0])
+        position = self.position
+        if not position.by_heads:
+            position.kernel.append(
+                k_RG1D[:, :, 0], v_RG1D[:, :, 0], tables=position.tables, layer=self.index
+            )
         # Those of the other heads come with their queries, in `attend`.
         return k_RG1D, v_RG1D
-
-    def _store(self, k_RGD: Tensor, v_RGD: Tensor) -> None:
-        position = self.position
-        position.kernel.append(k_RGD, v_RGD, tables=position.tables, layer=self.index)
 
     def attend(self, q_R1HD: Tensor, k_R1GD: Tensor, v_R1GD: Tensor, rule: Rule) -> State:
         """Attend to this rank's shards, on the last rank also to the tails; merge over all ranks.
 
         With weights in slices, arguments and result are of this rank's heads.
         """
-        position, heads = self.position, None
+        position, heads, kv_heads = self.position, None, k_R1GD.shape[2]
         position.arrivals.wait_for(self.index)
-        comm = position.comm
+        comm, tails = position.comm, position.kernel.tails_of(position.tables, self.index)
         if position.by_heads:
-            heads = own_heads(comm, q_R1HD)
-            q_R1HD, k_R1GD, v_R1GD = comm.gather_heads(q_R1HD, k_R1GD, v_R1GD)
-            self._store(k_R1GD[:, 0], v_R1GD[:, 0])
+            heads, kv_heads = own_heads(comm, q_R1HD), kv_heads * comm.cp_size
+            q_R1HD = comm.gather_new(q_R1HD, k_R1GD, v_R1GD, tails, rule.rotation)
+        elif rule.rotation is not None:
+            q_R1HD = tails.store(q_R1HD, k_R1GD, v_R1GD, rule.rotation)
         runs: Runs = position.kernel.attend_runs(
             q_R1HD[:, 0],
-            k_R1GD.shape[2],
+            kv_heads,
             tables=position.tables,
             layer=self.index,
             rule=rule,
@@ -333,6 +333,10 @@ class RowGraphCache(StarCache):
         super().__init__(build_layers(RowGraphLayer, windows, position, no_stores), position, comm)
         self.slices = slices
         self._loaded: Any = None
+
+    @property
+    def rotates(self) -> bool:
+        return True
 
     @property
     def positions(self) -> Tensor:

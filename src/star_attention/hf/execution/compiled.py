@@ -4,7 +4,8 @@ Each layer is compiled by itself: norms, rotary embeddings, activations and resi
 kernels. For a single token, or one of each of a few rows, linear layers go through kernels of ours,
 those with the same input in one launch, and a single token's experts through another. A single
 token's gates and residual sums are part of the launches next to them (`linear.folding`), and its
-experts are chosen by kernels of ours (`linear.routing`).
+experts are chosen by kernels of ours (`linear.routing`). Rotary embeddings are computed where new
+keys are stored (`rotary`).
 Layers of one kind share compiled code, so each kind is compiled once.
 
 A layer is compiled whole, with our attention as one custom operation in it (`hook`). Where that is
@@ -296,11 +297,17 @@ def _mix(graph: torch.fx.Graph) -> None:
     shared_experts.mix(graph)
 
 
+def _rotate(graph: torch.fx.Graph) -> None:
+    from star_attention.hf.execution import rotary
+
+    rotary.leave_to_kernels(graph)
+
+
 _PLAIN = _Passes("reals 1", multiply_reals)
-_FUSE_LINEARS = _Passes("reals 1, fuse linears 3", multiply_reals, _fuse_linears)
+_FUSE_LINEARS = _Passes("reals 1, rotary 1, fuse linears 3", multiply_reals, _rotate, _fuse_linears)
 _FOLD = _Passes(
-    "reals 1, fuse linears 3, fold 3, route 1, mix 1",
-    *(multiply_reals, _fuse_linears, _fold, _route, _mix),
+    "reals 1, rotary 1, fuse linears 3, fold 3, route 1, mix 1",
+    *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix),
 )
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""

@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from star_attention.attention.attend import Rule
+from star_attention.attention.rotation import Rotation
 from star_attention.attention.state import add_sink
 from star_attention.distributed.comm import Comm
 from star_attention.errors import InvalidInputError, UnsupportedModelError
@@ -91,6 +92,7 @@ def _star_attention(
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
+    rotation: Rotation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention of one layer, with the parameters of transformers' attention functions.
@@ -100,6 +102,7 @@ def _star_attention(
         query: `[B, H, Q, D]`.
         key: `[B, G, K, D]`; `value` likewise.
         s_aux: learned sinks, `[H]`.
+        rotation: `Rule.rotation`.
 
     Returns:
         The output, `[B, Q, H, D]`, and None for the attention weights.
@@ -113,6 +116,7 @@ def _star_attention(
         softcap=softcap,
         dtype=query.dtype if s_aux is None and not cache.merges_ranks else None,
         sink_H=s_aux,
+        rotation=rotation,
     )
     state = cache.attend(module, query.transpose(1, 2), key, value, rule)
     if s_aux is not None:
@@ -155,6 +159,45 @@ def _layer_op(
 
 
 @_layer_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, value_size: int, *_: Any) -> Tensor:
+    B, H, Q, _D = query.shape
+    return query.new_empty(B, Q, H, value_size)
+
+
+@torch.library.custom_op("star_attention::rotary_layer", mutates_args=())
+def _rotary_layer_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    value_size: int,
+    cos: Tensor,
+    sin: Tensor,
+    pairs: bool,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Do as `_layer_op` does with queries and keys that are still to be rotated.
+
+    `rotary` puts it in its place. `cos`, `sin` and `pairs` are those of `Rotation`.
+    """
+    cache = _ACTIVE.get()
+    rotation = Rotation(cos_RQE=cos, sin_RQE=sin, pairs=pairs)
+    if cache is None or not cache.rotates:
+        query, key = (rotation.rotate(t.transpose(1, 2)).transpose(1, 2) for t in (query, key))
+        out: Tensor = _layer_op(
+            query, key, value, value_size, scaling, sliding_window, softcap, s_aux
+        )
+        return out
+    cache.layers[cache.entered].expect(key, value)
+    rule: dict[str, Any] = dict(
+        scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
+    )
+    return _star_attention(cache, None, query, key, value, None, rotation=rotation, **rule)[0]
+
+
+@_rotary_layer_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, value_size: int, *_: Any) -> Tensor:
     B, H, Q, _D = query.shape
     return query.new_empty(B, Q, H, value_size)
