@@ -193,7 +193,8 @@ def test_steps_of_an_engine_are_folded(monkeypatch: pytest.MonkeyPatch) -> None:
                     return_logits=True,
                 )
             )
-    assert launches == [3]
+    # The norm after the layers is compiled, too, and has none.
+    assert [count for count in launches if count] == [3]
     assert replies[0].token_ids == replies[1].token_ids
     torch.testing.assert_close(replies[0].logits, replies[1].logits, atol=1e-4, rtol=1e-4)
 
