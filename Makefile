@@ -99,11 +99,12 @@ $(VENV)/.stamp-serve: $(VENV)/.stamp-venv $(REQUIREMENTS)
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-venv $(REQUIREMENTS)
 	@$(call INSTALL,test)
-	@touch $@
+	@touch $@ $(VENV)/.stamp-serve $(VENV)/.stamp-demo
 
+# It has what the smaller ones have.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv $(REQUIREMENTS)
 	@$(call INSTALL,dev)
-	@touch $@
+	@touch $@ $(VENV)/.stamp-test $(VENV)/.stamp-serve $(VENV)/.stamp-demo
 
 $(VENV)/.stamp-real: $(VENV)/.stamp-venv $(REQUIREMENTS)
 	@$(call INSTALL,real-model$(COMMA)eval$(COMMA)plot)

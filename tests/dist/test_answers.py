@@ -55,7 +55,7 @@ def answer_in_all_modes(comm: Any, name: str) -> dict[str, Any]:
     return answers
 
 
-@pytest.mark.parametrize(("name", "ranks"), in_turn(2, ["llama", "gemma3", "deepseek_v3"], [2, 3]))
+@pytest.mark.parametrize(("name", "ranks"), in_turn(3, ["llama", "gemma3", "deepseek_v3"], [2, 3]))
 def test_every_mode_is_as_on_one_rank(pool: Pool, name: str, ranks: int) -> None:
     expected = answer_in_all_modes(SoloComm(), name)
     assert any(reason == "stop" for _, reason in expected["end of sequence"])

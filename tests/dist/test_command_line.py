@@ -64,24 +64,33 @@ def test_one_rank_speaks_for_all(tmp_path: Path) -> None:
     assert "loading" not in solo_run.stderr, "before any work"
 
 
-def test_misuse_is_reported_once_and_without_a_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--query", "x", "--block-size", "4x"], "block_size '4x' is not a number"),
+        (["--qury", "x"], "No such option: --qury"),
+        pytest.param(
+            [],
+            "Invalid value for --query or --query-file: give a query",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_misuse_is_reported_once_and_without_a_traceback(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
     """A late reporting rank reports too: the launcher would end it with the first that ends."""
     text = book(tmp_path)
     late = "import os, time\ntime.sleep(1.5 * (os.environ.get('LOCAL_RANK') == '0'))\n"
     (tmp_path / "sitecustomize.py").write_text(late)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    for options, message in (
-        ([], "Invalid value for --query or --query-file: give a query"),
-        (["--qury", "x"], "No such option: --qury"),
-        (["--query", "x", "--block-size", "4x"], "block_size '4x' is not a number"),
-    ):
-        run = torchrun("generate", "-m", BUNDLED, text, *options, PYTHONPATH=path)
-        assert run.returncode != 0
-        stderr = " ".join(run.stderr.replace("│", " ").split())
-        assert stderr.count(message) == 1, run.stderr[-3000:]
-        # torchrun's own report has a traceback.
-        own_stderr = run.stderr.partition("torch/distributed/elastic")[0]
-        assert "star_attention/cli" not in run.stderr, own_stderr
+    run = torchrun("generate", "-m", BUNDLED, text, *options, PYTHONPATH=path)
+    assert run.returncode != 0
+    stderr = " ".join(run.stderr.replace("│", " ").split())
+    assert stderr.count(message) == 1, run.stderr[-3000:]
+    # torchrun's own report has a traceback.
+    own_stderr = run.stderr.partition("torch/distributed/elastic")[0]
+    assert "star_attention/cli" not in run.stderr, own_stderr
 
 
 @pytest.mark.slow
