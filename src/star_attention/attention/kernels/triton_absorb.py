@@ -22,18 +22,43 @@ from star_attention.attention.state import State
 
 _ABSORBED = 64
 """Elements of an absorbed query that a program computes."""
+_STEP: tl.constexpr = tl.constexpr(64)
+"""Keys of a step of that kernel."""
+FETCHED = 128
+"""Keys of each run of the context that are on the way to the L2 cache meanwhile, at most."""
 _EXPANDED = 8
 """Elements of a result that a program computes."""
 
 
 @triton.jit
+def _fetch_run(
+    address_ptr, tokens, runs, fetched,
+    C_BYTES: tl.constexpr, P_BYTES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Fetch the first keys of a run of the context, which the next kernel attends to."""
+    length = tl.cdiv(tl.cdiv(tokens, runs), _STEP) * _STEP
+    start = tl.program_id(0) * length
+    keys = tl.minimum(tl.minimum(length, fetched), tokens - start)
+    if keys > 0:
+        c, r = tl.load(address_ptr), tl.load(address_ptr + 1)
+        triton_pdl.fetch(c + start.to(tl.int64) * C_BYTES, keys * C_BYTES, PDL)
+        triton_pdl.fetch(r + start.to(tl.int64) * P_BYTES, keys * P_BYTES, PDL)
+
+
+@triton.jit
 def _absorb(
     q_ptr, weight_ptr, c_ptr, r_ptr, table_ptr, lengths_ptr, out_ptr, layer, q_head, weight_head,
+    runs, fetched,
     HEADS: tl.constexpr, N: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    STORED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = (C + BLOCK_E - 1) // BLOCK_E
+    if PDL:
+        _fetch_run(
+            table_ptr + layer * COLUMNS, tl.load(lengths_ptr).to(tl.int32), runs, fetched,
+            C * STORED, P * STORED, PDL,
+        )  # fmt: skip
     head, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     if head < HEADS:
         n, c = tl.arange(0, BLOCK_N), part * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -97,7 +122,7 @@ def attend(
     Returns:
         The state over expanded values.
     """
-    q_11HE = absorb(q_11HD, new, expansion, tables=tables, layer=layer)
+    q_11HE = absorb(q_11HD, new, expansion, tables=tables, layer=layer, fp8=fp8)
     C = expansion.weight_HXC.shape[2]
     mean_11HC, lse_11H = triton_latent.attend(
         q_11HE, C, tables=tables, layer=layer, rule=rule, fp8=fp8
@@ -112,6 +137,7 @@ def absorb(
     *,
     tables: KVTables,
     layer: int,
+    fp8: bool = False,
 ) -> Tensor:
     """Return a token's queries for compressed keys, `[1, 1, H, E]`, and store its own key.
 
@@ -123,10 +149,13 @@ def absorb(
     weight_HXC, N = expansion.weight_HXC, expansion.plain_size
     assert D == N + P, f"expected queries of {N + P} elements, got {D}"
     out_11HE = q_11HD.new_empty(1, 1, H, C + P)
+    stored = 1 if fp8 else q_11HD.element_size()
+    # Of other sizes, keys do not begin where memory can be fetched.
+    fetched = 0 if C * stored % 16 or P * stored % 16 else FETCHED
     _absorb[(H * triton.cdiv(C, _ABSORBED) + 1,)](
         q_11HD, weight_HXC, c_111C, r_111P, tables.addresses, tables.lengths[0], out_11HE, layer,
-        q_11HD.stride(2), weight_HXC.stride(0),
-        HEADS=H, N=N, C=C, P=P,
+        q_11HD.stride(2), weight_HXC.stride(0), triton_latent.SPLITS, fetched,
+        HEADS=H, N=N, C=C, P=P, STORED=stored,
         BLOCK_N=triton.next_power_of_2(N), BLOCK_E=_ABSORBED,
         BLOCK_C=triton.next_power_of_2(C), BLOCK_P=triton.next_power_of_2(P),
         COLUMNS=COLUMNS, num_warps=4, **triton_pdl.options(q_11HD.device),

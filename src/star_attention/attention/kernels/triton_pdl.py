@@ -23,6 +23,31 @@ def begin(PDL: tl.constexpr) -> None:
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def fetch(ptr, nbytes, PDL: tl.constexpr):
+    """Bring some memory, 16 bytes or a multiple, to the L2 cache, for the kernels that follow.
+
+    What a kernel before writes need not be there yet: reading it later is right all the same.
+    """
+    if PDL:
+        # One thread of the program asks for all of it.
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r",
+            [ptr.to(tl.int64), nbytes.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 def options(device: torch.device) -> dict[str, Any]:
     """Return the arguments of a launch: `PDL` for the kernel, and an option of Triton's."""
     return dict(PDL=True, launch_pdl=True) if is_supported(device) else dict(PDL=False)

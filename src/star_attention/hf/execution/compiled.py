@@ -306,7 +306,7 @@ def _rotate(graph: torch.fx.Graph) -> None:
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, rotary 1, fuse linears 3", multiply_reals, _rotate, _fuse_linears)
 _FOLD = _Passes(
-    "reals 1, rotary 1, fuse linears 3, fold 3, route 1, mix 1",
+    "reals 1, rotary 1, fuse linears 3, fold 3, route 2, mix 2",
     *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix),
 )
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
