@@ -133,7 +133,9 @@ def random_operations(comm: TorchComm, operations: int) -> None:
             elif kind == "runs":
                 # Tails are read by one rank alone, and the others have no runs over them.
                 make, counts = draw.choice([(even_runs, [1, 70]), (runs_by_table, [0, 3])])
-                sizes = dict(D=draw.choice([5, 80]), count=draw.choice(counts))
+                # Few rows: the interpreter takes milliseconds for each program.
+                sizes = dict(B=draw.choice([1, 2]), D=draw.choice([5, 40]))
+                sizes["count"] = draw.choice(counts)
                 check_runs(peers, comm, [make(seed, **sizes) for seed in seeds])  # type: ignore[operator]
             else:
                 check_merge(peers, comm, [state_of(seed) for seed in seeds], draw)
