@@ -32,6 +32,8 @@ _PROGRAMS = 2048
 """Programs of a collective at most, times ranks: 18 MB of buffers."""
 _FEWEST_ELEMENTS = 32
 """Elements of a row, in programs of a merge of few rows."""
+_MOST_WARPS = 4096
+"""Warps of a merge that a large GPU runs at once: programs that come later are late for others."""
 _FEWEST_RUNS, _MOST_RUNS, _LOADED = 8, 64, 2048
 """Runs that a program of a merge reads at once, and about how many numbers of them."""
 
@@ -267,7 +269,7 @@ class PeerGroup:
             *tensors, merged_BQHD, merged_BQH, self._table, self._epochs,
             self._member, 0 if rehearsal else B * Q * H, first, wanted, *numbers,
             HEADS=H, D=D, BLOCK_D=block_d, ROWS=rows,
-            **constants, **(self._constants() | _warps(rows * block_d)),
+            **constants, **(self._constants() | dict(num_warps=_warps(rows * block_d))),
         )  # fmt: skip
         return State(merged_BQHD, merged_BQH)
 
@@ -299,14 +301,14 @@ def _merge_tile(rows: int, head_size: int, programs: int) -> tuple[int, int] | N
     read their runs at once.
     """
     tile_rows, elements = 1, min(_FEWEST_ELEMENTS, triton.next_power_of_2(head_size))
-    while triton.cdiv(rows, tile_rows) * triton.cdiv(head_size, elements) > programs:
-        if 2 * tile_rows * elements > BLOCK or 2 * tile_rows * (elements + 1) > REGION:
-            return None
-        if elements < head_size:
-            elements *= 2
-        else:
-            tile_rows *= 2
-    return tile_rows, elements
+    while True:
+        count = triton.cdiv(rows, tile_rows) * triton.cdiv(head_size, elements)
+        if count <= min(programs, _MOST_WARPS // _warps(tile_rows * elements)):
+            return tile_rows, elements
+        larger = (tile_rows, 2 * elements) if elements < head_size else (2 * tile_rows, elements)
+        if larger[0] * larger[1] > BLOCK or larger[0] * (larger[1] + 1) > REGION:
+            return (tile_rows, elements) if count <= programs else None
+        tile_rows, elements = larger
 
 
 def _source(
@@ -326,5 +328,5 @@ def _source(
     return (part.out_PD, part.lse_P, table.rows), (part.count, table.tails_at), constants
 
 
-def _warps(elements: int) -> dict[str, int]:
-    return dict(num_warps=4 if elements <= BLOCK // 4 else triton_peers.WARPS)
+def _warps(elements: int) -> int:
+    return 4 if elements <= BLOCK // 4 else triton_peers.WARPS
