@@ -183,6 +183,8 @@ class GraphLayer(StarLayer[GraphPosition]):
     """What a single token stores, which the kernel that absorbs its query does."""
 
     def append(self, k_RGQD: Tensor, v_RGQD: Tensor) -> tuple[Tensor, Tensor]:
+        # Nothing is left of a forward that failed.
+        self._new = None
         if self._latent is not None and k_RGQD.shape[0] == k_RGQD.shape[2] == 1:
             self._new = k_RGQD, v_RGQD
             return k_RGQD[:], v_RGQD[:]
