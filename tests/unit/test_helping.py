@@ -19,6 +19,7 @@ from star_attention.planning.helping import helps, helps_of_shape
 from star_attention.planning.plan import BlockPlan
 from tests.engines import tiny
 from tests.families import FAMILIES
+from tests.tiers import in_turn
 
 K = 1024
 
@@ -127,7 +128,7 @@ def test_phase_1_is_predicted_to_take_less_time(
     assert with_help > (less - 0.02) * encode_s()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", in_turn(4, list(FAMILIES)))
 def test_models_whose_layers_can_be_split_are_those_that_are_counted(name: str) -> None:
     """What the plan of a config says, the model itself must allow."""
     model = tiny(name)
