@@ -14,8 +14,10 @@ from star_attention import StarLLM
 from star_attention.linear import fp8
 from star_attention.linear.triton_experts import ACTIVATIONS
 from tests.needles import make
+from tests.row_norms import PARTS, check, norms_of
 
 triton_folded = pytest.importorskip("star_attention.linear.triton_folded")
+triton_norm = pytest.importorskip("star_attention.linear.triton_norm")
 
 pytestmark = pytest.mark.gpu
 
@@ -88,6 +90,26 @@ def test_residuals(dtype: torch.dtype, kind: str, shape: tuple[int, int]) -> Non
         x, [weight], [None], [0, N, 0], [scale], residual, "",
     )  # fmt: skip
     close(out, linear(x.double(), values) + residual.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [48, 1000, 2560, 4096, 16384])
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_rows_and_what_follows(
+    dtype: torch.dtype, size: int, parts: tuple[bool, bool, bool]
+) -> None:
+    torch.manual_seed(0)
+    row = torch.randn(1, 1, size, device="cuda").to(dtype) * 3
+    norms = norms_of(row, parts, seed=1)
+    norms.after(row)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            results = norms.after(row)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    check(results, row, norms)
 
 
 @pytest.mark.parametrize("weights", [None, "fp8"])

@@ -2,9 +2,9 @@
 
 Two kinds: an activation that gates one of two products, and the sum with a residual. Activations
 are recognized by what they compute, not by how a model or torch writes them: candidates are run on
-numbers near and far. What is not recognized stays as it is. The norm before products stays, too:
-folded, each program would read the norm's weight and sum the squares of the whole row, which takes
-longer than launching the norm.
+numbers near and far. What is not recognized stays as it is. The norm before products is a launch
+of its own (`norm_folding`): folded into them, each program would read the norm's weight and sum the
+squares of the whole row, which takes longer.
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ class CompiledLayers:
             # passes do not run.
             from star_attention.linear import (  # noqa: F401
                 triton_folded,
+                triton_norm,
                 triton_router,
                 triton_row,
             )
@@ -303,11 +304,17 @@ def _rotate(graph: torch.fx.Graph) -> None:
     rotary.leave_to_kernels(graph)
 
 
+def _fold_norms(graph: torch.fx.Graph) -> None:
+    from star_attention.linear import norm_folding
+
+    norm_folding.fold(graph)
+
+
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, rotary 1, fuse linears 3", multiply_reals, _rotate, _fuse_linears)
 _FOLD = _Passes(
-    "reals 1, rotary 1, fuse linears 3, fold 3, route 2, mix 2",
-    *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix),
+    "reals 1, rotary 1, fuse linears 3, fold 3, route 2, mix 2, norms 1",
+    *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix, _fold_norms),
 )
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
 """One instance for all: compiled code serves another layer only if their passes are equal."""

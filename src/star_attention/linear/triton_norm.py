@@ -1,0 +1,189 @@
+"""A single row's norm, and the sum with a residual around it, as one program.
+
+The program reads the row at once, and the norm's weight while the kernel before ends. Inductor's
+kernel reads a row of a few thousand numbers in turns, twice, and its weight afterwards.
+`distributed.triton_peer_rows` begins with the sum over ranks.
+
+Nothing in between is rounded, except a sum over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from star_attention.attention.kernels import triton_pdl
+from star_attention.linear import triton_words
+
+MAX_SIZE = 16384
+"""Numbers of a row, at most: registers hold them."""
+_THREADS_WORDS = 4
+"""Words of a thread: 16 bytes."""
+
+
+class RowNorms(NamedTuple):
+    """What follows a row `x`, in this order. Each part may be missing, but not all.
+
+    Attributes:
+        post: weight of the RMS norm of the row, `[K]`, or None; only before a residual.
+        times: what it is multiplied with.
+        residual: what is added then, of the row's shape, or None. The sum is the first result.
+        pre: weight of the RMS norm of that, `[K]`, or None. The norm is the last result.
+        offsets: what is added to each weight, of `post` and `pre`.
+        eps: what is added to each mean square.
+    """
+
+    post: Tensor | None
+    times: float
+    residual: Tensor | None
+    pre: Tensor | None
+    offsets: tuple[float, float]
+    eps: tuple[float, float]
+
+    def after(self, row: Tensor) -> list[Tensor]:
+        """Return the results for a row, by a launch of their own."""
+        return run(row, self)
+
+    def outs(self, row: Tensor) -> list[Tensor]:
+        """Return room for the results."""
+        results = (self.residual is not None) + (self.pre is not None)
+        return [row.new_empty(row.shape) for _ in range(results)]
+
+    def arguments(self, row: Tensor, outs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Return a kernel's arguments: of every launch, and constants.
+
+        Args:
+            row: a contiguous row that stands for missing tensors.
+        """
+        tensors = [self.residual, self.post, self.pre, *outs[:1], *outs[-1:]]
+        words = [triton_words.view(row if each is None else each) for each in tensors]
+        constants = dict(
+            POST=self.post is not None,
+            ADD=self.residual is not None,
+            PRE=self.pre is not None,
+            POST_OFFSET=self.offsets[0],
+            PRE_OFFSET=self.offsets[1],
+            DTYPE=triton_words.dtype_of(row),
+        )
+        return [*words, row.shape[-1], self.times, *self.eps], constants
+
+
+@triton.jit
+def normed(first, second, words, K, eps, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the RMS norm of a row in two halves, by the words of its weight."""
+    factor = tl.math.rsqrt(tl.sum(first * first + second * second) / K + eps)
+    weight0, weight1 = triton_words.numbers(words, DTYPE)
+    return first * factor * (weight0 + OFFSET), second * factor * (weight1 + OFFSET)
+
+
+@triton.jit
+def finish(
+    first, second, added, post, pre, sum_ptr, out_ptr, at, mask, K, times, post_eps, pre_eps,
+    POST: tl.constexpr, ADD: tl.constexpr, PRE: tl.constexpr,
+    POST_OFFSET: tl.constexpr, PRE_OFFSET: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Do what follows a row in two halves; `added`, `post` and `pre` are words."""
+    if POST:
+        first, second = normed(first, second, post, K, post_eps, POST_OFFSET, DTYPE)
+    if ADD:
+        added0, added1 = triton_words.numbers(added, DTYPE)
+        first, second = first * times + added0, second * times + added1
+        tl.store(sum_ptr + at, triton_words.words_of(first, second, DTYPE), mask=mask)
+    if PRE:
+        first, second = normed(first, second, pre, K, pre_eps, PRE_OFFSET, DTYPE)
+        tl.store(out_ptr + at, triton_words.words_of(first, second, DTYPE), mask=mask)
+
+
+@triton.jit
+def _row(
+    x_ptr, add_ptr, post_ptr, pre_ptr, sum_ptr, out_ptr, K, times, post_eps, pre_eps, words,
+    BLOCK: tl.constexpr, POST: tl.constexpr, ADD: tl.constexpr, PRE: tl.constexpr,
+    POST_OFFSET: tl.constexpr, PRE_OFFSET: tl.constexpr, DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, BLOCK)
+    mask = at < words
+    # Weights do not depend on the kernel before.
+    post = tl.load(post_ptr + at, mask=mask, other=0) if POST else at
+    pre = tl.load(pre_ptr + at, mask=mask, other=0) if PRE else at
+    triton_pdl.begin(PDL)
+    x = tl.load(x_ptr + at, mask=mask, other=0)
+    added = tl.load(add_ptr + at, mask=mask, other=0) if ADD else at
+    first, second = triton_words.numbers(x, DTYPE)
+    finish(
+        first, second, added, post, pre, sum_ptr, out_ptr, at, mask, K, times, post_eps, pre_eps,
+        POST, ADD, PRE, POST_OFFSET, PRE_OFFSET, DTYPE,
+    )  # fmt: skip
+
+
+def run(x: Tensor, norms: RowNorms) -> list[Tensor]:
+    """Do what follows a row, by one launch.
+
+    Args:
+        x: the row, `[..., K]`.
+        norms: what follows; all tensors have the row's precision.
+    """
+    x, outs = x.contiguous(), norms.outs(x)
+    arguments, constants = norms.arguments(x, outs)
+    words = triton_words.view(x)
+    _row[(1,)](
+        words, *arguments, words.numel(),
+        BLOCK=triton.next_power_of_2(words.numel()), num_warps=warps(words.numel()),
+        **constants, **triton_pdl.options(x.device),
+    )  # fmt: skip
+    return outs
+
+
+def serves(x: Tensor) -> bool:
+    """Return True if there is a kernel for a row, `[..., K]`."""
+    return x.shape[-1] <= MAX_SIZE and triton_words.dtype_of(x) is not None
+
+
+def warps(words: int) -> int:
+    """Return the warps of a program that reads so many words."""
+    padded: int = triton.next_power_of_2(words)
+    return max(1, min(16, padded // (32 * _THREADS_WORDS)))
+
+
+@torch.library.custom_op("star_attention::row_norms", mutates_args=())
+def row_norms(
+    x: Tensor,
+    post: Tensor | None,
+    times: float,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    offsets: Sequence[float],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    """`run` in a compiled layer: arguments are those of `RowNorms`."""
+    return run(x, made(post, times, residual, pre, offsets, eps))
+
+
+def made(
+    post: Tensor | None,
+    times: float,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    offsets: Sequence[float],
+    eps: Sequence[float],
+) -> RowNorms:
+    """Return an operation's arguments as `RowNorms`."""
+    return RowNorms(post, times, residual, pre, (offsets[0], offsets[1]), (eps[0], eps[1]))
+
+
+@row_norms.register_fake
+def _(
+    x: Tensor,
+    post: Tensor | None,
+    times: float,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    offsets: Sequence[float],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    return made(post, times, residual, pre, offsets, eps).outs(x)
