@@ -125,3 +125,25 @@ def test_packed_tails_attend_as_each_tail(lengths: list[int], window: int | None
             )
             torch.testing.assert_close(state.out_BQHD[row], alone.out_BQHD[0])
             torch.testing.assert_close(state.lse_BQH[row], alone.lse_BQH[0])
+
+
+@pytest.mark.parametrize("padding", [[0, 0, 0], [0, 3, 1]])
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [2, 0], [1, 1, 1, 2]])
+def test_rows_of_a_group_take_over_its_tails(numbers: list[int], padding: list[int]) -> None:
+    """In one buffer, as it would be row by row; none moves for a while, nor changes another."""
+    group = Tail()
+    group.append(torch.randn(3, 2, 70, 4), torch.randn(3, 2, 70, 8))
+    taken = group.rows(numbers, padding, 10)
+    assert len({tail.buffers()[0].untyped_storage().data_ptr() for tail in taken}) == 1
+    new = torch.randn(1, 2, 10, 4), torch.randn(1, 2, 10, 8)
+    for number, tail in zip(numbers, taken, strict=True):
+        wanted = group.row(number, padding[number])
+        assert tail.length == wanted.length == 70 - padding[number]
+        version = tail.version
+        for own in (tail, wanted):
+            own.append(*new)
+        assert tail.version == version
+        assert all(buffer.is_contiguous() for buffer in tail.buffers())
+        for tensor, expected in zip(tail.pair(), wanted.pair(), strict=True):
+            assert torch.equal(tensor, expected)
+    assert [tail.length for tail in Tail().rows(numbers, padding, 10)] == [0] * len(numbers)

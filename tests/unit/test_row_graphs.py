@@ -279,3 +279,23 @@ def test_nothing_is_captured_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) ->
         for _ in batch:
             pass
     assert counting.recorder.captures == captures
+
+
+def test_rows_that_begin_together_have_room() -> None:
+    """Forbids copying each row's tails twice, when it leaves its group and for its first token."""
+    star = engine("llama", **SIZES)
+    graphs = with_graphs(star)
+    context = star.encode(ids(40))
+    with star.batch() as batch:
+        rows = [
+            batch.add(context, ids(16, seed=seed), max_new_tokens=5, ignore_eos=True)
+            for seed in (1, 2)
+        ]
+        batch.step()
+        tails = [row._task.kv.tails for row in rows if row._task.kv is not None]
+        versions = [[tail.version for tail in each] for each in tails]
+        for _ in range(3):
+            batch.step()
+        assert graphs.recorder.replays >= 3
+        assert [each[0].length for each in tails] == [19, 19]
+        assert [[tail.version for tail in each] for each in tails] == versions

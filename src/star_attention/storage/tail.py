@@ -5,10 +5,12 @@ Axes: B batch rows, G KV heads, S new tokens, T tail tokens, C room for tokens, 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from star_attention.storage.kv import Pair
 from star_attention.storage.oom import allocate
+from star_attention.storage.transfers import send
 
 _INITIAL_CAPACITY = 64
 """Tokens that a tail has room for at first, in a CUDA graph beside those of its query."""
@@ -85,21 +87,41 @@ class Tail:
         length = self.length
         return self._k_BGCD.narrow(2, 0, length), self._v_BGCD.narrow(2, 0, length)
 
-    def row(self, number: int, padding: int = 0, *, shares: bool = False) -> Tail:
+    def row(self, number: int, padding: int = 0) -> Tail:
         """Return the tail of one batch row, without its first `padding` tokens.
 
-        That is this tail itself, if it has no other row and no padding, and nobody else takes it;
-        a copy otherwise.
+        That is this tail itself, if it has no other row and no padding; a copy otherwise.
         """
         if self._k_BGCD is None:
             return Tail()
-        if self._k_BGCD.shape[0] == 1 and not (padding or shares):
+        if self._k_BGCD.shape[0] == 1 and not padding:
             return self
         row = Tail()
         one = slice(number, number + 1)
         k_BGTD, v_BGTD = self.pair()
         row.append(k_BGTD[one, :, padding:], v_BGTD[one, :, padding:])
         return row
+
+    def rows(self, numbers: list[int], padding: list[int], room: int) -> list[Tail]:
+        """Return copies of the tails of batch rows, all in one buffer: copying each takes longer.
+
+        Args:
+            numbers: a batch row for each tail; several may be of one.
+            padding: the first tokens of each batch row, which are left out.
+            room: tokens that may follow before a tail moves to a buffer of its own.
+        """
+        if self._k_BGCD is None:
+            return [Tail() for _ in numbers]
+        buffers = [_selected(tensor, numbers, padding, room) for tensor in self.pair()]
+        tails = []
+        for number, k_1GCD, v_1GCD in zip(
+            numbers, *(each.split(1) for each in buffers), strict=True
+        ):
+            tail = Tail()
+            tail._k_BGCD, tail._v_BGCD = k_1GCD, v_1GCD
+            tail.length, tail.version = self.length - padding[number], 1
+            tails.append(tail)
+        return tails
 
     def room_for(self, tokens: int) -> int:
         """Return the room of new buffers for so many more tokens, and for some that follow."""
@@ -118,6 +140,21 @@ class Tail:
         """Drop the last `tokens` tokens."""
         assert 0 <= tokens <= self.length, "only the tail can be cropped, never the context"
         self.length -= tokens
+
+
+def _selected(tensor_BGTD: Tensor, numbers: list[int], padding: list[int], room: int) -> Tensor:
+    """Return a copy of batch rows without their padding, with room for more tokens."""
+    B, _, T, _ = tensor_BGTD.shape
+    device = tensor_BGTD.device
+    rows_RGTD = tensor_BGTD
+    if numbers != list(range(B)):
+        rows_RGTD = rows_RGTD.index_select(0, send(numbers, device))
+    if any(padding):
+        # What follows a row's last token is not used.
+        at_RT = send([padding[number] for number in numbers], device)[:, None]
+        at_RT = (at_RT + torch.arange(T, device=device)).clamp_(max=T - 1)
+        rows_RGTD = rows_RGTD.gather(2, at_RT[:, None, :, None].expand_as(rows_RGTD))
+    return _with_more_room(rows_RGTD, room)
 
 
 def _with_more_room(tensor_BGTD: Tensor, room: int) -> Tensor:

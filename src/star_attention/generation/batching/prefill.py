@@ -25,6 +25,9 @@ from star_attention.storage.transfers import send
 _LEAST_TOKENS = BUCKETS[1]
 """Least tokens of a query that a CUDA graph reads. Steps of rows have graphs of their own: that of
 a single token would be captured for a query of which a conversation kept all but the last one."""
+_MOST_ROOM = 256
+"""Most tokens of an answer for which a row has room beside the others of its group: rows that go on
+leave what they have in common, and with it the memory of those that have ended."""
 _MOST_PADDED = 1.5
 """Most tokens of a group, filler included, as a multiple of those of its queries."""
 
@@ -108,25 +111,29 @@ def read(request: Request, program: Program, rows: list[int]) -> ReadQueries:
         logits_BV = None
         for ids_BS, positions_BS in request.forwards(cache):
             logits_BV = request.forward(ids_BS, positions_BS, cache)
-        own = [_of(request, cache, query, shares=rows.count(query) > 1) for query in rows]
+        own = _taken(request, cache, rows, program.max_new_tokens)
     return ReadQueries(request=request, logits_BV=logits_BV, rows=own)
 
 
-def _of(request: Request, cache: AnswerCache, query: int, *, shares: bool) -> ReadRow:
-    """Return a row's part of what its group has read.
+def _taken(
+    request: Request, cache: AnswerCache, queries: list[int], max_new_tokens: int
+) -> list[ReadRow]:
+    """Return each row's part of what its group has read.
 
     Args:
         request: the group's request.
         cache: the group's cache.
-        query: the row's query.
-        shares: True if other rows answer it, too.
+        queries: each row's query.
+        max_new_tokens: most tokens of an answer.
     """
     if kind_of(request.handle, request.shard, request.rope_length) is None:
         # The only row of its group.
         kv = RowKV.of_whole(cache, request.shard)
-        return ReadRow(kv=kv, cache=cache)
-    kv = RowKV.of(cache, request.shard, query, len(request.queries), shares=shares)
-    return ReadRow(kv=kv, cache=None)
+        return [ReadRow(kv=kv, cache=cache)]
+    # Steps without CUDA graphs collect the tails in buffers of their own.
+    room = 0 if request.handle.graphs is None else min(max_new_tokens, _MOST_ROOM)
+    rows = RowKV.of_all(cache, request.shard, queries, len(request.queries), room)
+    return [ReadRow(kv=kv, cache=None) for kv in rows]
 
 
 @torch.no_grad()

@@ -53,9 +53,7 @@ class RowKV:
     ahead: int = 0
 
     @classmethod
-    def of(
-        cls, cache: AnswerCache, shard: ContextKV, number: int, rows: int, *, shares: bool = False
-    ) -> RowKV:
+    def of(cls, cache: AnswerCache, shard: ContextKV, number: int, rows: int) -> RowKV:
         """Take over a row of a cache, which is not to be used afterwards.
 
         Args:
@@ -63,11 +61,37 @@ class RowKV:
             shard: the shard of that request.
             number: the row.
             rows: all rows of the cache.
-            shares: True if this row is taken over several times.
         """
         padding = cache.row_padding(rows)[number]
-        tails = [layer.tail.row(number, padding, shares=shares) for layer in cache.layers]
+        tails = [layer.tail.row(number, padding) for layer in cache.layers]
         return cls(shard=shard, context_tokens=cache.context_tokens, tails=tails, feeds=cache.feeds)
+
+    @classmethod
+    def of_all(
+        cls, cache: AnswerCache, shard: ContextKV, numbers: list[int], rows: int, room: int
+    ) -> list[RowKV]:
+        """Take over rows of a cache, which is not to be used afterwards.
+
+        Args:
+            cache: the cache of a request that has read its queries.
+            shard: the shard of that request.
+            numbers: the rows; one may be taken over several times.
+            rows: all rows of the cache.
+            room: tokens that may follow before a row's tails move.
+        """
+        if numbers == [0] and rows == 1:
+            return [cls.of(cache, shard, 0, 1)]
+        padding = cache.row_padding(rows)
+        tails = [layer.tail.rows(numbers, padding, room) for layer in cache.layers]
+        return [
+            cls(
+                shard=shard,
+                context_tokens=cache.context_tokens,
+                tails=list(own),
+                feeds=cache.feeds,
+            )
+            for own in zip(*tails, strict=True)
+        ]
 
     @classmethod
     def of_whole(cls, cache: AnswerCache, shard: ContextKV) -> RowKV:
