@@ -200,7 +200,8 @@ def _own_head(
         x = x.to(x_ptr.dtype.element_ty)
     else:
         x = tl.load(x_ptr + at, mask=mask, other=0.0)
-    return _as_words(x)
+    # Words of other parts are added: outside of the mask not even a sign may be left.
+    return tl.where(mask, _as_words(x), 0)
 
 
 @triton.jit(do_not_specialize=["rank", "rows", "first"])

@@ -249,6 +249,8 @@ def lengths(
         capacity: tokens for which the tail has room.
         holds_tail: True if this rank attends to the tail.
     """
+    # A key without room is not stored.
+    assert tail_tokens < capacity, f"a tail of {tail_tokens} tokens has room for {capacity}"
     shard_tokens = sum(stop - start for start, stop in segments)
     values = [shard_tokens, tail_tokens, capacity, context_tokens, int(holds_tail), len(segments)]
     values += [edge for segment in segments for edge in segment]

@@ -190,6 +190,7 @@ def _rotary_layer_op(
             query, key, value, value_size, scaling, sliding_window, softcap, s_aux
         )
         return out
+    # Not `update`: the layer stores the keys when it attends, since only then it has the rotation.
     cache.layers[cache.entered].expect(key, value)
     rule: dict[str, Any] = dict(
         scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux
