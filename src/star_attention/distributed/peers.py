@@ -329,4 +329,5 @@ def _source(
 
 
 def _warps(elements: int) -> int:
-    return 4 if elements <= BLOCK // 4 else triton_peers.WARPS
+    """Return warps none of whose threads hold copies of the others' words: all see them arrive."""
+    return max(1, min(triton_peers.WARPS, elements // 32))

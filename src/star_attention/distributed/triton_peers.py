@@ -88,34 +88,6 @@ def _receive(
     return words
 
 
-@triton.jit
-def _receive_state(
-    table, words, lse, at, lse_at, rank, r, epoch, live,
-    SIZE: tl.constexpr, SLOT: tl.constexpr, SPINS: tl.constexpr,
-):  # fmt: skip
-    """Return the words of rank r and their lse, read at once; see `_receive`."""
-    if live & (r != rank):
-        buffer = tl.multiple_of(tl.load(table + rank).to(tl.pointer_type(tl.int64)), 16)
-        buffer += (r * 2 + (epoch & 1)) * SLOT
-        numbered = tl.load(buffer + at, volatile=True)
-        numbered_lse = tl.load(buffer + lse_at, volatile=True)
-        late = _late(numbered, None, epoch, False) | _late(numbered_lse, None, epoch, False)
-        spins = 0
-        while late != 0:
-            numbered = tl.load(buffer + at, volatile=True)
-            numbered_lse = tl.load(buffer + lse_at, volatile=True)
-            late = _late(numbered, None, epoch, False) | _late(numbered_lse, None, epoch, False)
-            spins += 1
-            if spins % SPINS == 0:
-                aborted = tl.load(table + SIZE).to(tl.pointer_type(tl.int32))
-                if tl.load(aborted, volatile=True) != 0:
-                    late = 0
-                    numbered = numbered * 0
-                    numbered_lse = numbered_lse * 0
-        words, lse = numbered.to(tl.int32), numbered_lse.to(tl.int32)
-    return words.to(tl.float32, bitcast=True), lse.to(tl.float32, bitcast=True)
-
-
 @triton.jit(do_not_specialize=["rank", "n"])
 def add_kernel(
     part_ptr, sum_ptr, table, epochs, rank, n,
@@ -315,9 +287,14 @@ def merge_kernel(
     weights = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(SIZE):
-        part, lse = _receive_state(
-            table, own, own_lse, here, lse_here, rank, r, epoch, live, SIZE, SLOT, SPINS
+        # One wait after the other: threads that hold copies of an lse may see it at different
+        # times, and those that wait for the rest have to agree.
+        part = _receive(table, own, here, mask, rank, r, epoch, live, False, SIZE, SLOT, SPINS).to(
+            tl.float32, bitcast=True
         )
+        lse = _receive(
+            table, own_lse, lse_here, inside, rank, r, epoch, live, False, SIZE, SLOT, SPINS
+        ).to(tl.float32, bitcast=True)
         higher = tl.maximum(top, lse)
         # Rows without keys: -inf - -inf is NaN.
         safe = tl.where(higher == float("-inf"), 0.0, higher)
