@@ -34,7 +34,7 @@ _COMPARED: tl.constexpr = tl.constexpr(64)
 def _order(x):
     """Return integers in the order of numbers; NaN comes last, as torch has it."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
@@ -101,10 +101,11 @@ def scores(x: Tensor, weight: Tensor, dtype: torch.dtype, ahead: Sequence[Tensor
     N, K = weight.shape
     out = x.new_empty(*x.shape[:-1], N, dtype=dtype)
     first, second = ahead or (weight, weight)
+    fetches = bool(ahead) and not any(each.data_ptr() % 16 for each in ahead)
     block_K = min(_COLUMNS, triton.next_power_of_2(K))
     _scores[(N,)](
         x.contiguous(), weight, out, K, weight.stride(0), first, second,
-        first.nbytes // 16 * 16 if ahead else 0,
+        first.nbytes // 16 * 16 if fetches else 0,
         BLOCK_K=block_K, EVEN=K % block_K == 0, num_warps=4, **triton_pdl.options(x.device),
     )  # fmt: skip
     return out

@@ -41,8 +41,10 @@ def _fetch_run(
     keys = tl.minimum(tl.minimum(length, fetched), tokens - start)
     if keys > 0:
         c, r = tl.load(address_ptr), tl.load(address_ptr + 1)
-        triton_pdl.fetch(c + start.to(tl.int64) * C_BYTES, keys * C_BYTES, PDL)
-        triton_pdl.fetch(r + start.to(tl.int64) * P_BYTES, keys * P_BYTES, PDL)
+        # Only memory at a multiple of 16 bytes can be fetched.
+        if (c % 16 == 0) & (r % 16 == 0):
+            triton_pdl.fetch(c + start.to(tl.int64) * C_BYTES, keys * C_BYTES, PDL)
+            triton_pdl.fetch(r + start.to(tl.int64) * P_BYTES, keys * P_BYTES, PDL)
 
 
 @triton.jit

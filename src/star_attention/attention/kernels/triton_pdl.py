@@ -1,8 +1,10 @@
 """Programmatic dependent launch: a kernel starts while the one before it ends.
 
 A decode step is some 500 small kernels, one after the other. Each of ours lets the next one start
-early, and waits for its predecessor before it touches what that wrote (CUDA programming guide,
-"Programmatic Dependent Launch and Synchronization"). Needs a GPU of compute capability 9.0.
+early, and waits for its predecessor before it touches what that wrote; since all programs of a
+kernel wait before they let the next one start, what earlier kernels wrote is there by then (CUDA
+programming guide, "Programmatic Dependent Launch and Synchronization"). Needs a GPU of compute
+capability 9.0.
 """
 
 from __future__ import annotations
