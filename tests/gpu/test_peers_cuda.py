@@ -23,11 +23,10 @@ from tests.gpu import peer_ranks
 from tests.gpu import ranks as engine_ranks
 from tests.gpu.peer_ranks import Ranks
 from tests.new_oracle import new_tokens
-from tests.runs_oracle import even_runs, runs_by_table
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["add", "gather", "heads", "merge", "runs", "new", "broadcast"]
+KINDS = ["add", "gather", "heads", "merge", "new", "broadcast"]
 SIZES = [1, 7, 512, 513, 4096, 33_000]
 HEADS = 6
 
@@ -75,15 +74,6 @@ def random_operations(ranks: Ranks, operations: int) -> float:
                 expected = merge(wide)
                 for part, whole in zip(merged, expected, strict=True):
                     checks.append((part, whole[:, :, first : first + 2], where))
-            continue
-        if kind == "runs":
-            make = even_runs if queries == 20 else runs_by_table
-            parts = [make(seed, B=3, D=head_size, device="cuda") for seed in seeds]
-            merged = peers.merge(parts[ranks.rank][0], slice(first, first + 2))
-            if checked:
-                expected = merge([state for _, state in parts])
-                for part, whole in zip(merged, expected, strict=True):
-                    checks.append((part, whole[:, :, first : first + 2], f"{where} merge"))
             continue
         if kind == "new":
             new = new_tokens(number, ranks.size, dtype, draw, device="cuda")
@@ -135,9 +125,6 @@ def merged_bits(ranks: Ranks) -> None:
         state = state_of(ranks.rank + 10 * number, 5, 128, torch.bfloat16)
         whole = ranks.peers.merge(state)
         ranks.same_bits(*whole)
-        # Of one token, as a rank with a graph and one without have it.
-        runs, merged = even_runs(number, B=1, Q=1, H=32, D=128, count=36, device="cuda")
-        ranks.same_bits(*ranks.peers.merge(merged if ranks.rank else runs))
         narrow = ranks.peers.merge(state, dtype=torch.bfloat16)
         assert torch.equal(narrow.out_BQHD, whole.out_BQHD.bfloat16())
         own = ranks.peers.merge(state, slice(ranks.rank, ranks.rank + 3))

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from star_attention.attention.kernels.triton_new import Tails
     from star_attention.attention.rotation import Rotation
-    from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
 
 
@@ -123,11 +122,8 @@ class SoloComm(SoloControl, SoloProgress):
         raise AssertionError("there is no other rank")
 
     def merge(
-        self, part: State | Runs, heads: slice | None = None, *, dtype: torch.dtype | None = None
+        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
     ) -> State:
-        from star_attention.attention.runs import Runs
-
-        state = part.merged() if isinstance(part, Runs) else part
         if heads is None and dtype is None:
             return state
         wanted = slice(None) if heads is None else heads

@@ -23,7 +23,6 @@ import triton.language as tl
 
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.triton_new import rotated, tail_place
-from star_attention.attention.kernels.triton_run import merged_tile
 
 BLOCK = 512
 """Words of a program: two for each thread, 16 bytes with their numbers."""
@@ -243,55 +242,46 @@ def heads_kernel(
     tl.store(epochs + pid, epoch, mask=live)
 
 
-@triton.jit(do_not_specialize=["rank", "total", "first", "wanted", "runs", "tails_at"])
+@triton.jit(do_not_specialize=["rank", "total", "heads", "first", "wanted"])
 def merge_kernel(
-    out_ptr, lse_ptr, rows_ptr, merged_ptr, merged_lse_ptr, table, epochs,
-    rank, total, first, wanted, runs, tails_at,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    ROW_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ROWS: tl.constexpr,
+    out_ptr, lse_ptr, merged_ptr, merged_lse_ptr, table, epochs,
+    rank, total, heads, first, wanted,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, SLOT: tl.constexpr, REGION: tl.constexpr, SPINS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the ranks' states in the order of ranks, and keep the wanted heads.
 
-    A row is one head of one query; a program has `BLOCK_D` elements of `ROWS` of them, and in its
-    region these, row by row, before each row's lse. With a `BLOCK_S`, this rank's part are runs,
-    which are merged first (`triton_run.merged_tile`).
+    A row is one head of one query; a program has `ROWS` of them: all output rows, then the lse.
     """
+    GAPS: tl.constexpr = BLOCK_D != D
     triton_pdl.begin(PDL)
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
     live = total > 0
-    PARTS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     index = tl.arange(0, ROWS)
-    row = pid // PARTS * ROWS + index
+    row = pid * ROWS + index
     inside = row < total
-    d = pid % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = inside[:, None] & (d < D)[None, :]
-    if BLOCK_S:
-        own, own_lse = merged_tile(
-            out_ptr, lse_ptr, rows_ptr, row, inside, d, runs, tails_at,
-            HEADS, KV_HEADS, D, TILE, ROW_COLUMNS, BLOCK_D, BLOCK_S,
-        )  # fmt: skip
-    else:
-        place = row.to(tl.int64)[:, None] * D + d[None, :]
-        own = tl.load(out_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        own_lse = tl.load(lse_ptr + row, mask=inside, other=float("-inf"))
-    own = own.to(tl.int32, bitcast=True)
-    own_lse = own_lse.to(tl.int32, bitcast=True)
-    here = pid * REGION + index[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    lse_here = pid * REGION + ROWS * BLOCK_D + index
-    _send(table, own, here, mask, rank, epoch, live, False, SIZE, SLOT)
+    d = tl.arange(0, BLOCK_D)
+    columns = (d < D)[None, :] & (index >= 0)[:, None]
+    mask = inside[:, None] & columns
+    own = (
+        tl.load(out_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        .to(tl.float32)
+        .to(tl.int32, bitcast=True)
+    )
+    own_lse = tl.load(lse_ptr + row, mask=inside, other=float("-inf")).to(tl.int32, bitcast=True)
+    here = pid * REGION + index[:, None] * D + d[None, :]
+    lse_here = pid * REGION + ROWS * D + index
+    _send(table, own, here, columns, rank, epoch, live, GAPS, SIZE, SLOT)
     _send(table, own_lse, lse_here, inside, rank, epoch, live, False, SIZE, SLOT)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     weights = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(SIZE):
-        # One wait after the other: threads that hold copies of an lse may see it at different
-        # times, and those that wait for the rest have to agree.
-        part = _receive(table, own, here, mask, rank, r, epoch, live, False, SIZE, SLOT, SPINS).to(
-            tl.float32, bitcast=True
-        )
+        part = _receive(
+            table, own, here, columns, rank, r, epoch, live, GAPS, SIZE, SLOT, SPINS
+        ).to(tl.float32, bitcast=True)
         lse = _receive(
             table, own_lse, lse_here, inside, rank, r, epoch, live, False, SIZE, SLOT, SPINS
         ).to(tl.float32, bitcast=True)
@@ -303,15 +293,13 @@ def merge_kernel(
         weights = weights * before + now
         top = higher
     weights = tl.where(weights > 0.0, weights, 1.0)
-    head = row % HEADS - first
+    head = row % heads - first
     keep = inside & (head >= 0) & (head < wanted)
-    target = row // HEADS * wanted + head
+    target = row // heads * wanted + head
     tl.store(
         merged_ptr + target.to(tl.int64)[:, None] * D + d[None, :],
         out / weights[:, None],
         mask=mask & keep[:, None],
     )
-    # Programs that share a row have the same lse: the first of them writes it.
-    keep = keep & (index >= pid % PARTS * ROWS)
     tl.store(merged_lse_ptr + target, top + tl.log(weights), mask=keep)
     tl.store(epochs + pid, epoch, mask=live)
