@@ -217,7 +217,7 @@ class Asking:
             return None
 
         async def read(answer: Generation) -> tuple[Call, ...]:
-            size = len(answer.token_ids)
+            size = len(answer.text)
             return await lanes.run(size, lambda star: reader.calls(star, answer))
 
         return Calls(holder=reader.holder, read=read)

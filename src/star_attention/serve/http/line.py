@@ -8,6 +8,8 @@ from typing import Any
 import h11
 
 _EXTENSION = "star_attention.line"
+_OF_CYCLE = ("disconnected", "response_complete", "flow", "conn", "transport")
+"""What this reads of uvicorn's state, which another version may not have."""
 
 
 class Line:
@@ -40,7 +42,7 @@ class Line:
 
 def offer(scope: MutableMapping[str, Any], cycle: Any) -> None:
     """Let an app find the line of a request, if its answer is sent in chunks."""
-    if scope["http_version"] == "1.1":
+    if scope["http_version"] == "1.1" and all(hasattr(cycle, name) for name in _OF_CYCLE):
         scope.setdefault("extensions", {})[_EXTENSION] = Line(cycle)
 
 
