@@ -226,9 +226,10 @@ class StarLLM(RuntimeView, AsyncCalls, BatchCalls, ConversationCalls, EditCalls,
                 equal length are encoded as one batch.
             progress: a function that is called after each forward with the `Span` that it encoded
                 (`span.start`, `span.stop`: tokens of the context; on several ranks not always in
-                their order) and the `BlockPlan` (`plan.context_tokens`, `plan.num_blocks`); True shows a bar, False none. None shows
-                it on terminals and in notebooks after a second, unless transformers' progress bars
-                are off (`transformers.utils.logging.disable_progress_bar()`).
+                their order) and the `BlockPlan` (`plan.context_tokens`, `plan.num_blocks`); True
+                shows a bar, False none. None shows it on terminals and in notebooks after a second,
+                unless transformers' progress bars are off
+                (`transformers.utils.logging.disable_progress_bar()`).
             query: queries that will be asked of each context, where they are known: one that
                 `generate` would refuse (no positions left for its answer) is refused before
                 anything is encoded.
