@@ -71,7 +71,7 @@ def test_a_change_of_a_weight_or_a_scale_is_noticed() -> None:
 
 def test_such_a_model_is_not_saved(tmp_path: Path) -> None:
     model = load(dtype="float32").model
-    refused(InvalidInputError, "no format of files", call=lambda: model.save_pretrained(tmp_path))
+    refused(InvalidInputError, "files cannot hold", call=lambda: model.save_pretrained(tmp_path))
 
 
 # -------------------------------------------------------------------------------- refusals

@@ -57,7 +57,7 @@ def test_what_is_no_number_of_seconds_leaves_no_file(server: Server, value: str)
         files={"file": ("a.txt", b"text")},
         data={"expires_after[seconds]": value},
     )
-    refused(response, "invalid_value", "give 1 to 1000000000")
+    refused(response, "invalid_value", "expected 1 to 1000000000 seconds")
     assert server.get("/v1/files", headers=ANN).json()["data"] == []
 
 
