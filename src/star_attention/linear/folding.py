@@ -166,14 +166,20 @@ def _become(graph: Graph, node: Node, args: tuple[Any, ...]) -> None:
 
 def are_alike(*nodes: Node) -> bool:
     """True for tensors of one shape and precision; nodes without a value have another each."""
-    values = [value_of(node) for node in nodes]
-    return len({None if value is None else (value.shape, value.dtype) for value in values}) == 1
+    first, *others = (value_of(node) for node in nodes)
+    # Sizes that vary cannot be hashed.
+    return first is not None and all(
+        other is not None and other.shape == first.shape and other.dtype == first.dtype
+        for other in others
+    )
 
 
-def walk(node: Node, inside: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
+def walk(
+    node: Node, inside: Callable[[Node], bool], *, most: int = _MOST_NODES
+) -> tuple[list[Node], list[Node]]:
     """Return the nodes that a node is computed by, and those that they begin with; each sorted.
 
-    No nodes where they are too many.
+    No nodes where they are more than `most`.
     """
     found: set[Node] = set()
     leaves: set[Node] = set()
@@ -186,7 +192,7 @@ def walk(node: Node, inside: Callable[[Node], bool]) -> tuple[list[Node], list[N
             leaves.add(each)
             continue
         found.add(each)
-        if len(found) > _MOST_NODES:
+        if len(found) > most:
             return [], []
         waiting += each.all_input_nodes
     return sorted(found), sorted(leaves)
@@ -208,6 +214,6 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 def erase(graph: Graph, nodes: list[Node]) -> None:
     """Erase those nodes that have no users."""
-    for node in sorted(nodes, reverse=True):
+    for node in sorted(set(nodes), reverse=True):
         if not node.users:
             graph.erase_node(node)

@@ -94,7 +94,8 @@ def _kind(x: Node, value: Tensor) -> tuple[str, Node]:
     if len(leaves) != 1 or not chain:
         return "", x
     (leaf,) = leaves
-    if not folding.is_single_row(leaf) or folding.value_of(leaf).shape != value.shape:  # type: ignore[union-attr]
+    row = folding.value_of(leaf)
+    if row is None or not folding.is_single_row(leaf) or row.shape != value.shape:
         return "", x
     probe = torch.linspace(-3, 4, value.numel(), dtype=torch.float64, device="cpu")
     probe = probe.sin().reshape(value.shape) * 5

@@ -45,14 +45,14 @@ def _take_shared(graph: Graph, node: Node) -> Node | None:
         return None
     x, *_, activation = cast(Any, node.args[:6])
     weights = [*_whole(first), *_whole(second)]
-    stored = [folding.value_of(weight) for weight in (*weights, node.args[1])]
+    stored: list[Any] = [folding.value_of(weight) for weight in (*weights, node.args[1])]
     if (
         len(weights) != 3
         or first.args[5] is not None
         or first.args[6] != activation
         or _base(first.args[0]) is not _base(x)
         or len({value.dtype for value in stored if value is not None}) != 1
-        or stored[0].stride() != stored[1].stride()  # type: ignore[union-attr]
+        or stored[0].stride() != stored[1].stride()
     ):
         return None
     _fetch_ahead(graph, x, weights[:2])
@@ -102,11 +102,11 @@ def _whole(node: Any) -> list[Node]:
     _, weights, biases, parts, scales, *_ = node.args
     if any(each is not None for each in (*biases, *scales)):
         return []
+    row: Any = folding.value_of(node.args[0])
     values = [folding.value_of(weight) for weight in weights]
     whole = [size for value in values if value is not None for size in (0, value.shape[0], 0)]
     same = whole == list(parts) and all(
-        value is not None and value.shape[1] == folding.value_of(node.args[0]).shape[-1]  # type: ignore[union-attr]
-        for value in values
+        value is not None and value.shape[1] == row.shape[-1] for value in values
     )
     return list(weights) if same else []
 

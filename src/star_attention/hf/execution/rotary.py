@@ -11,13 +11,14 @@ import operator
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymInt
 from torch.fx import Graph, Node
 
 from star_attention.attention.rotation import Rotation
 
 # Imported for its operations.
 from star_attention.hf.execution import hook  # noqa: F401
+from star_attention.linear import folding
 
 _aten, _convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
 _LAYER = torch.ops.star_attention.layer.default
@@ -72,19 +73,18 @@ def leave_to_kernels(graph: Graph) -> None:
         made.meta = {"val": node.meta["val"]}
         node.replace_all_uses_with(made)
         graph.erase_node(node)
-        _erase(graph, query)
-        _erase(graph, key)
+        folding.erase(graph, [*_walk(query, None)[0], *_walk(key, None)[0]])
 
 
 def _find(node: Any) -> _Found | None:
     """Return the rotary embedding that a node ends, if it does."""
-    value = _value(node)
+    value = folding.value_of(node)
     if value is None or value.dim() != 4 or not isinstance(value.shape[3], int):
         return None
     everything = [each for part in _walk(node, None) for each in part]
     # The latest candidate comes first: what is rotated may be the result of a norm.
     for x in sorted(everything, reverse=True):
-        if x is node or not _is_like(x, node):
+        if x is node or not folding.are_alike(x, node):
             continue
         chain, leaves = _walk(node, x)
         angles = [each for each in leaves if each is not x]
@@ -98,28 +98,17 @@ def _find(node: Any) -> _Found | None:
 
 
 def _walk(node: Node, stop: Node | None) -> tuple[list[Node], list[Node]]:
-    """Return the nodes that a node is computed by, and those that they begin with; each sorted.
-
-    No nodes where they are too many.
+    """Return what `folding.walk` does, but for sizes.
 
     Args:
         stop: a node with which they begin in any case.
     """
-    found: set[Node] = set()
-    leaves: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        each = waiting.pop()
-        if each in found or each in leaves or _is_size(each):
-            continue
-        if each is stop or not _is_inside(each):
-            leaves.add(each)
-            continue
-        found.add(each)
-        if len(found) > _MOST_NODES:
-            return [], []
-        waiting += each.all_input_nodes
-    return sorted(found), sorted(leaves)
+
+    def inside(each: Node) -> bool:
+        return each is not stop and not _is_size(each) and _is_inside(each)
+
+    chain, leaves = folding.walk(node, inside, most=_MOST_NODES)
+    return chain, [each for each in leaves if not _is_size(each)]
 
 
 def _is_inside(node: Node) -> bool:
@@ -171,33 +160,15 @@ def _size(value: Any) -> int:
 
 
 def _sizes(node: Node) -> tuple[int, ...]:
-    value = _value(node)
+    value = folding.value_of(node)
     assert value is not None
     return tuple(size if isinstance(size, int) else _ROWS for size in value.shape)
 
 
 def _are_angles(node: Node, rotated: Node) -> bool:
     """True for a number, or one for each two, of each element of a head, for each token."""
-    if _value(node) is None:
+    if folding.value_of(node) is None:
         return False
     R, _, Q, D = _sizes(rotated)
     sizes = _sizes(node)
     return sizes[:-1] in ((R, Q), (1, Q)) and sizes[-1] in (D, D // 2)
-
-
-def _is_like(node: Node, other: Node) -> bool:
-    a, b = _value(node), _value(other)
-    return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
-
-
-def _value(node: Any) -> Tensor | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def _erase(graph: Graph, node: Node) -> None:
-    """Erase what nobody reads any more, from a node on."""
-    chain, _ = _walk(node, None)
-    for each in reversed(chain):
-        if not each.users:
-            graph.erase_node(each)
