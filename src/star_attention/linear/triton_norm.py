@@ -2,9 +2,8 @@
 
 The program reads the row at once, and the norm's weight while the kernel before ends. Inductor's
 kernel reads a row of a few thousand numbers in turns, twice, and its weight afterwards.
-`distributed.triton_peer_rows` begins with the sum over ranks.
 
-Nothing in between is rounded, except a sum over ranks.
+Nothing in between is rounded.
 """
 
 from __future__ import annotations
@@ -42,20 +41,28 @@ class RowNorms(NamedTuple):
     times: float
     residual: Tensor | None
     pre: Tensor | None
-    offsets: tuple[float, float]
-    eps: tuple[float, float]
+    offsets: Sequence[float]
+    eps: Sequence[float]
 
     def after(self, row: Tensor) -> list[Tensor]:
-        """Return the results for a row, by a launch of their own."""
-        return run(row, self)
+        """Return the results for a row `[..., K]`, by one launch; all have its precision."""
+        row = row.contiguous()
+        outs, words = self.outs(row), triton_words.view(row)
+        arguments, constants = self._arguments(row, outs)
+        _row[(1,)](
+            words, *arguments, words.numel(),
+            BLOCK=triton.next_power_of_2(words.numel()), num_warps=_warps(words.numel()),
+            **constants, **triton_pdl.options(row.device),
+        )  # fmt: skip
+        return outs
 
     def outs(self, row: Tensor) -> list[Tensor]:
         """Return room for the results."""
         results = (self.residual is not None) + (self.pre is not None)
         return [row.new_empty(row.shape) for _ in range(results)]
 
-    def arguments(self, row: Tensor, outs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """Return a kernel's arguments: of every launch, and constants.
+    def _arguments(self, row: Tensor, outs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the kernel's arguments after the row's words, and constants.
 
         Args:
             row: a contiguous row that stands for missing tensors.
@@ -121,30 +128,12 @@ def _row(
     )  # fmt: skip
 
 
-def run(x: Tensor, norms: RowNorms) -> list[Tensor]:
-    """Do what follows a row, by one launch.
-
-    Args:
-        x: the row, `[..., K]`.
-        norms: what follows; all tensors have the row's precision.
-    """
-    x, outs = x.contiguous(), norms.outs(x)
-    arguments, constants = norms.arguments(x, outs)
-    words = triton_words.view(x)
-    _row[(1,)](
-        words, *arguments, words.numel(),
-        BLOCK=triton.next_power_of_2(words.numel()), num_warps=warps(words.numel()),
-        **constants, **triton_pdl.options(x.device),
-    )  # fmt: skip
-    return outs
-
-
 def serves(x: Tensor) -> bool:
     """Return True if there is a kernel for a row, `[..., K]`."""
     return x.shape[-1] <= MAX_SIZE and triton_words.dtype_of(x) is not None
 
 
-def warps(words: int) -> int:
+def _warps(words: int) -> int:
     """Return the warps of a program that reads so many words."""
     padded: int = triton.next_power_of_2(words)
     return max(1, min(16, padded // (32 * _THREADS_WORDS)))
@@ -160,20 +149,8 @@ def row_norms(
     offsets: Sequence[float],
     eps: Sequence[float],
 ) -> list[Tensor]:
-    """`run` in a compiled layer: arguments are those of `RowNorms`."""
-    return run(x, made(post, times, residual, pre, offsets, eps))
-
-
-def made(
-    post: Tensor | None,
-    times: float,
-    residual: Tensor | None,
-    pre: Tensor | None,
-    offsets: Sequence[float],
-    eps: Sequence[float],
-) -> RowNorms:
-    """Return an operation's arguments as `RowNorms`."""
-    return RowNorms(post, times, residual, pre, (offsets[0], offsets[1]), (eps[0], eps[1]))
+    """`RowNorms.after` in a compiled layer: the other arguments are those of `RowNorms`."""
+    return RowNorms(post, times, residual, pre, offsets, eps).after(x)
 
 
 @row_norms.register_fake
@@ -186,4 +163,4 @@ def _(
     offsets: Sequence[float],
     eps: Sequence[float],
 ) -> list[Tensor]:
-    return made(post, times, residual, pre, offsets, eps).outs(x)
+    return RowNorms(post, times, residual, pre, offsets, eps).outs(x)

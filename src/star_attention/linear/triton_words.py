@@ -1,6 +1,6 @@
 """Rows of 16-bit numbers as words of 32 bits, of two numbers each, in Triton.
 
-Ranks send words, and a thread reads fewer of them. A row of other numbers has one for each word.
+A thread reads fewer of them. A row of other numbers has one for each word.
 """
 
 from __future__ import annotations
