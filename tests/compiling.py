@@ -22,6 +22,20 @@ def traced(function: Callable[..., Any], *args: Tensor, mode: Any = "real") -> t
     return module
 
 
+def of_weights(layer: torch.nn.Module, rotary: Any) -> Callable[..., Tensor]:
+    """Return a layer's forward as a function of hidden states and of all its parameters."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    def forward(x: Tensor, *values: Tensor) -> Tensor:
+        named = dict(zip(names, values, strict=True))
+        call = torch.func.functional_call(
+            layer, named, (x,), dict(position_embeddings=rotary, attention_mask=None)
+        )
+        return call if isinstance(call, Tensor) else call[0]
+
+    return forward
+
+
 @contextmanager
 def fresh_code() -> Iterator[None]:
     """Compile anew what is on disk already: our passes have to see its graphs."""

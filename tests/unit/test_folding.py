@@ -14,7 +14,7 @@ from star_attention.hf.execution import compiled, graphs, hook, sums
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.linear import fp8
 from tests import compiling
-from tests.compiling import fresh_code
+from tests.compiling import fresh_code, of_weights
 from tests.engines import engine, ids
 from tests.families import build
 from tests.recorders import few_runs, with_graphs
@@ -141,13 +141,7 @@ def test_layers_of_families(family: str, launches: list[tuple[Any, ...]]) -> Non
     x = torch.randn(1, 1, hidden).to(dtype)
     rotary = model.model.rotary_emb(x, torch.tensor([[7]]))
     weights = dict(layer.named_parameters())
-
-    def forward(x: Tensor, *values: Tensor) -> Tensor:
-        named = dict(zip(weights, values, strict=True))
-        call = torch.func.functional_call(
-            layer, named, (x,), dict(position_embeddings=rotary, attention_mask=None)
-        )
-        return call if isinstance(call, Tensor) else call[0]
+    forward = of_weights(layer, rotary)
 
     with torch.no_grad():
         expected = forward(x, *weights.values())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from star_attention.hf.execution import compiled
 from star_attention.hf.execution.handle import ModelHandle
+from tests.compiling import of_weights
 from tests.families import build
 from tests.row_norms import PARTS, check, norms_of
 from tests.unit.test_folding import Row, traced
@@ -101,13 +102,7 @@ def check_layer(family: str, launches: list[str], last: type[nn.Linear], sums: A
     types: Any = {} if family != "gemma3" else dict(layer_type="sliding_attention")
     rotary = model.model.rotary_emb(x, torch.tensor([[7]]), **types)
     weights = dict(layer.named_parameters())
-
-    def forward(x: Tensor, *values: Tensor) -> Tensor:
-        named = dict(zip(weights, values, strict=True))
-        call = torch.func.functional_call(
-            layer, named, (x,), dict(position_embeddings=rotary, attention_mask=None)
-        )
-        return call if isinstance(call, Tensor) else call[0]
+    forward = of_weights(layer, rotary)
 
     with torch.no_grad():
         expected = forward(x, *weights.values())
