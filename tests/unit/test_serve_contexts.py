@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +269,22 @@ def test_a_deleted_context_stays_for_those_who_use_it() -> None:
     lease.release()
     settle(kept)
     assert places(kept) == {}
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_nothing_of_a_deleted_context_is_held(tmp_path: Path, *, has_folder: bool) -> None:
+    """Forbids a server that remembers the texts of all contexts that clients ever made."""
+    kept = store(folder=tmp_path if has_folder else None)
+    asked = wanted(*A)
+    gone = weakref.ref(asked.content)
+    view, _ = kept.create(asked)
+    del asked
+    settle(kept)
+    kept.update("ann", view.id, name="a book")
+    kept.delete("ann", view.id)
+    settle(kept)
+    gc.collect()
+    assert gone() is None
 
 
 # --------------------------------------------------------------------------------------- what shows

@@ -43,6 +43,9 @@ class Shelf:
 
     def note_change(self, entry: Entry) -> None:
         """Remember to write what a client has changed of a context."""
+        if self._table.folder is None:
+            # Nothing would be written, and so nothing forgotten.
+            return
         with self._table.lock:
             self._changed.add(entry)
 
