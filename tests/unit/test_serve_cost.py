@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-import weakref
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -18,8 +15,6 @@ from star_attention import StarLLM
 from star_attention.errors import ContextMismatchError
 from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.loading import fingerprint
-from star_attention.hf.text import chat
-from star_attention.serve import reading
 from star_attention.serve.http.events import ClientLeftError, EventStream
 from star_attention.serve.outbox import Outbox
 from star_attention.serve.service import Lanes
@@ -131,36 +126,6 @@ def test_graphs_of_a_server_stay_valid_without_a_look(monkeypatch: pytest.Monkey
     weight = star.model.lm_head.weight
     weight.data = weight.detach().clone()
     assert validity.has_ended()
-
-
-@pytest.mark.parametrize("is_cut", [False, True])
-def test_a_kept_chat_is_opened_once(monkeypatch: pytest.MonkeyPatch, *, is_cut: bool) -> None:
-    """Forbids a question that renders a whole book several times, for 20 ms; none is held on to."""
-    star, opened, open_context = quick_engine(), [], chat.open_context
-
-    def counted(*arguments: Any) -> Any:
-        opened.append(arguments)
-        return open_context(*arguments)
-
-    monkeypatch.setattr(chat, "open_context", counted)
-    content = reading.document(star, reading.Source(text="The sky is blue. " * 50))
-    if is_cut:
-        # What is kept of a chat that was cut after its document.
-        content = replace(content, messages=None)
-    asked = [{"role": "user", "content": "Why?"}]
-    first = reading.on_context(star, content, asked, {})
-    opened.clear()
-    again = reading.on_context(star, content, asked, {})
-    assert again.query_ids == first.query_ids
-    assert (again.content is content) == (not is_cut)
-    assert opened == []
-    other = replace(content)
-    assert reading.on_context(star, other, asked, {}).query_ids == first.query_ids
-    assert opened
-    gone = weakref.ref(content)
-    del content, first, again
-    gc.collect()
-    assert gone() is None
 
 
 @pytest.mark.parametrize("copies", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from star_attention.serve.reading import Piece, going_on, raw_ids
 
 RULE = "conversation"
 _MOST_ENDINGS = 64
+_LONGEST_ENDING = 4096
+"""Characters of an ending that is remembered; templates write a line or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +102,21 @@ class Endings:
     """What a chat template writes after the last word of a user: the start of an answer."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[str, int]] = {}
+        # By digests: schemas of tools may be as long as a book.
+        self._known: dict[bytes, tuple[str, int]] = {}
 
     def of(self, star: StarLLM, template_kwargs: dict[str, Any]) -> tuple[str, int]:
         """Return the text, and the number of its tokens."""
-        key = json.dumps(template_kwargs, sort_keys=True)
-        if key not in self._known:
+        key = hashlib.sha256(json.dumps(template_kwargs, sort_keys=True).encode()).digest()
+        if (known := self._known.get(key)) is not None:
+            return known
+        text = _start_of_answer(star, template_kwargs)
+        ids = star.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        if len(text) <= _LONGEST_ENDING:
             if len(self._known) >= _MOST_ENDINGS:
                 self._known.clear()
-            text = _start_of_answer(star, template_kwargs)
-            ids = star.tokenizer(text, add_special_tokens=False).input_ids if text else []
             self._known[key] = text, len(ids)
-        return self._known[key]
+        return text, len(ids)
 
 
 def _start_of_answer(star: StarLLM, template_kwargs: dict[str, Any]) -> str:

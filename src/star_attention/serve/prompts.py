@@ -142,12 +142,12 @@ class Prompts:
         """
         named = None if ask.context is None else self._service.store.content(tenant, ask.context)
         marked = cut.unmarked(messages, lambda part: self._file(tenant, part))
-        scope = Scope(tenant=tenant, salt=ask.salt)
+        scope, chats = Scope(tenant=tenant, salt=ask.salt), self._service.chats
 
         def read(star: StarLLM) -> Piece:
             if named is None:
                 return self._cutter.chat(star, scope, marked, ask)
-            piece = on_context(star, named, marked.messages, ask.template_kwargs)
+            piece = on_context(chats, star, named, marked.messages, ask.template_kwargs)
             _, unsaid_tokens = self._cutter.endings.of(star, ask.template_kwargs)
             return replace(piece, unsaid_tokens=unsaid_tokens)
 
@@ -184,7 +184,8 @@ class Prompts:
             InvalidInputError: it cannot be read.
         """
         size = len(source.text or source.token_ids or str(source.messages))
-        content = await self._service.lanes.run(size, lambda star: document(star, source))
+        chats = self._service.chats
+        content = await self._service.lanes.run(size, lambda star: document(chats, star, source))
         self._service.star.runtime.positions.check(
             len(content), "the context has", "cut the document"
         )

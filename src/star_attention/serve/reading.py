@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +15,7 @@ from star_attention.hf.text.reading import Reader
 from star_attention.hf.text.rendered import RenderedText
 from star_attention.hf.text.special import prefix_ids, rendered_ids, with_prefix
 from star_attention.hf.text.tokens import checked_ids
+from star_attention.serve.chats import Chats
 from star_attention.serve.contexts.entry import Content
 from star_attention.serve.contexts.keys import as_ids
 
@@ -38,9 +38,6 @@ class Source:
     after: Content | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
-
-_PROBE = "A document."
-"""Shows what a chat template writes before one."""
 
 Known = Callable[[RenderedText], Content | None]
 """Returns the content that a rendered text is known to make; None for nothing."""
@@ -182,10 +179,14 @@ def after(star: StarLLM, content: Content, prompt: str | list[int]) -> list[int]
 
 
 def on_context(
-    star: StarLLM, content: Content, messages: list[Any], template_kwargs: dict[str, Any]
+    chats: Chats,
+    star: StarLLM,
+    content: Content,
+    messages: list[Any],
+    template_kwargs: dict[str, Any],
 ) -> Piece:
     """Return the query that messages are on the context of a chat."""
-    content, opened = _CHATS.of(star, content)
+    content, opened = chats.of(star, content)
     if opened is None:
         raise InvalidInputError(
             "this context was made of token ids, of a part of a chat, or without a chat template,"
@@ -199,58 +200,10 @@ def on_context(
     return Piece(content=content, query_ids=query_ids, rule="context")
 
 
-def with_messages(star: StarLLM, content: Content) -> Content:
-    """Return the content of a document that a chat began with as that of the document.
-
-    Of a cut chat the text is known and not its messages. Here it becomes a message again, if the
-    chat template writes the same text for it.
-    """
-    return _CHATS.of(star, content)[0]
-
-
-class _Chats:
-    """The chats that contents are, as long as these are kept: a template takes long for a book."""
-
-    def __init__(self) -> None:
-        # Of each content by its identity: one with messages in its place, and the chat.
-        self._known: dict[int, tuple[weakref.ref[Content], Content | None, ChatContext | None]] = {}
-
-    def of(self, star: StarLLM, content: Content) -> tuple[Content, ChatContext | None]:
-        """Return a content as `with_messages` does, and its chat; None for what is none."""
-        key = id(content)
-        is_of, other, opened = self._known.get(key, (None, None, None))
-        if is_of is None or is_of() is not content:
-            other, opened = _chat_of(star, content)
-            is_of = weakref.ref(content, lambda _: self._known.pop(key, None))
-            self._known[key] = is_of, other, opened
-        return content if other is None else other, opened
-
-
-_CHATS = _Chats()
-
-
-def _chat_of(star: StarLLM, content: Content) -> tuple[Content | None, ChatContext | None]:
-    """Return the content with messages in the place of one without, and the chat."""
-    if content.messages is not None:
-        opened = chat.open_context(star.tokenizer, content.messages, content.template_kwargs)
-        return None, opened
-    if content.text is None or content.raw:
-        return None, None
-    before = chat.open_context(star.tokenizer, chat.user_message(_PROBE)).head.partition(_PROBE)[0]
-    document = content.text.removeprefix(before)
-    if not document.strip():
-        return None, None
-    opened = chat.open_context(star.tokenizer, chat.user_message(document))
-    if opened.head != content.text:
-        return None, None
-    kwargs = opened.template_kwargs
-    return replace(content, messages=opened.messages, template_kwargs=kwargs), opened
-
-
-def document(star: StarLLM, source: Source) -> Content:
+def document(chats: Chats, star: StarLLM, source: Source) -> Content:
     """Return the content that a document makes: an open user message, where there is a template."""
     if source.after is not None:
-        return _longer(star, source.after, source.text or "")
+        return _longer(chats, star, source.after, source.text or "")
     if source.token_ids is not None:
         return Content(ids=as_ids(checked(star, source.token_ids)))
     messages = source.messages
@@ -272,10 +225,10 @@ def _chat_content(star: StarLLM, opened: ChatContext) -> Content:
     )
 
 
-def _longer(star: StarLLM, content: Content, more: str) -> Content:
+def _longer(chats: Chats, star: StarLLM, content: Content, more: str) -> Content:
     """Return a context that continues with a text."""
     if content.messages is not None:
-        _, opened = _CHATS.of(star, content)
+        _, opened = chats.of(star, content)
         assert opened is not None, "it has messages"
         state = chat.extended(star.tokenizer, opened.as_dict(), more)
         assert state is not None, "it is a chat"

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 from starlette.requests import Request
 
 from star_attention.engine import StarLLM
+from star_attention.serve.chats import Chats
 from star_attention.serve.contexts.store import ContextStore
 from star_attention.serve.engine import Engine
 from star_attention.serve.http.body import whole_number
@@ -28,6 +29,8 @@ from star_attention.serve.settings import ServeSettings
 _T = TypeVar("_T")
 _MOST_BODIES = 8
 """Largest bodies whose bytes all open requests may have together."""
+_MOST_HELD = 4
+"""Largest bodies whose bytes files, responses and opened chats may have, each."""
 _LONG_CHARACTERS = 64 * 1024
 """Characters of a request from which on its text is read in the lane of long ones."""
 _FEW_CHARACTERS = 2048
@@ -172,8 +175,9 @@ class Service:
         self.store, self.engine = store, engine
         self.created = int(time.time())
         self.lanes = Lanes(star)
-        self.files = Files(4 * settings.max_body, is_shared=lambda: self.is_shared)
-        self.responses = KeptResponses(settings.max_responses, 4 * settings.max_body)
+        self.chats = Chats(_MOST_HELD * settings.max_body)
+        self.files = Files(_MOST_HELD * settings.max_body, is_shared=lambda: self.is_shared)
+        self.responses = KeptResponses(settings.max_responses, _MOST_HELD * settings.max_body)
         self.metrics = Metrics(self._gauges, self._counters)
         self.draining = False
         self.is_shared = False

@@ -9,18 +9,22 @@ from star_attention.engine import StarLLM
 from star_attention.generation.result import Source
 from star_attention.hf.text import passages
 from star_attention.hf.text.messages import texts
+from star_attention.serve.chats import Chats
 from star_attention.serve.contexts.entry import Content
 from star_attention.serve.cut import Document
-from star_attention.serve.reading import with_messages
 
 
-def text_of(star: StarLLM, content: Content) -> str:
+def text_of(chats: Chats, star: StarLLM, content: Content) -> str:
     """Return the text that places of sources are characters of.
 
     Of a document it is the document. Of all else it is what the tokens write, with what the chat
     template wrote and with the end that is held back for the queries.
     """
-    content = with_messages(star, content)
+    return _text_of(star, chats.of(star, content)[0])
+
+
+def _text_of(star: StarLLM, content: Content) -> str:
+    """Return the text of a content that has its messages."""
     if content.messages is not None and len(content.messages) == 1:
         return "".join(texts(content.messages[0]))
     if content.raw and content.text is not None:
@@ -29,6 +33,7 @@ def text_of(star: StarLLM, content: Content) -> str:
 
 
 def source_objects(
+    chats: Chats,
     star: StarLLM,
     content: Content,
     sources: Sequence[Source],
@@ -41,6 +46,7 @@ def source_objects(
     has a `document`, with its characters there.
 
     Args:
+        chats: the chats that contents are.
         star: the engine.
         content: what the context is made of.
         sources: the sources.
@@ -48,12 +54,12 @@ def source_objects(
             whole.
         name: that of such a context.
     """
-    content = with_messages(star, content)
+    content, _ = chats.of(star, content)
     ids, spans = content.ids.tolist(), [(source.start, source.stop) for source in sources]
     if content.messages is not None and len(content.messages) == 1:
         places = passages.chat_places(star.tokenizer, ids, spans, content.messages, _held(content))
     else:
-        places = passages.places(star.tokenizer, ids, spans, text_of(star, content))
+        places = passages.places(star.tokenizer, ids, spans, _text_of(star, content))
     begun = _begun(star, content, documents, name)
     return [
         {
@@ -73,7 +79,7 @@ def _begun(
     """Return the documents that are in `text_of`, with where they begin."""
     if documents is not None and not documents:
         return []
-    text = text_of(star, content)
+    text = _text_of(star, content)
     if documents is None:
         return [(0, Document(text=text, name=name))]
     begun, after = [], 0

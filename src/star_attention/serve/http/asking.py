@@ -195,6 +195,7 @@ class Asking:
     def _locate(self, plan: Plan, job: Job) -> Locate:
         """Return what names the sources of an answer; there are none where no context is kept."""
         content, lanes = self.prompts.content(plan), self._service.lanes
+        chats = self._service.chats
         documents = plan.documents if plan.context_id is None else None
         name = None if job.lease is None else job.lease.view().name
 
@@ -204,7 +205,7 @@ class Asking:
                 return {"sources": []}
             size = len(content.text or "") or len(content)
             found = await lanes.run(
-                size, lambda star: source_objects(star, content, sources, documents, name)
+                size, lambda star: source_objects(chats, star, content, sources, documents, name)
             )
             return {"context": job.lease.id, "sources": found}
 

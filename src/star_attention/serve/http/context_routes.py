@@ -191,7 +191,8 @@ class ContextRoutes:
         """Return the text of a context, which places of sources are characters of."""
         content = self._service.store.content(*_named(request))
         size = len(content.text or "") or len(content)
-        text = await self._service.lanes.run(size, lambda star: text_of(star, content))
+        chats = self._service.chats
+        text = await self._service.lanes.run(size, lambda star: text_of(chats, star, content))
         return PlainTextResponse(text, headers={"x-content-type-options": "nosniff"})
 
     async def update(self, request: Request) -> Response:
