@@ -41,13 +41,41 @@ VARIED = [
 @functools.cache
 def tiny(name: str) -> PreTrainedModel:
     """The tiny model of a family, shared by all tests of a process: nothing may stay in it."""
-    return build(name)
+    return _shared(name, build(name))
 
 
 @functools.cache
 def bundled_model() -> PreTrainedModel:
     """The bundled model in float32."""
-    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    return _shared("the bundled model", model)
+
+
+_SHARED: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {}
+"""The models that tests share, and what they were made of."""
+
+
+def _shared(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    _SHARED[name] = model, _parts(model)
+    return model
+
+
+def _parts(model: PreTrainedModel) -> dict[str, Any]:
+    # No hooks: transformers installs some of its own, which stay.
+    return {
+        name: (type(module), "forward" in vars(module)) for name, module in model.named_modules()
+    }
+
+
+def left_in_shared_models() -> list[str]:
+    """Return the modules of shared models that a test has left changed; only once."""
+    found = []
+    for shared, (model, before) in _SHARED.items():
+        after = _parts(model)
+        changed = {name for name in before.keys() | after if before.get(name) != after.get(name)}
+        found += [f"{shared}: {name}" for name in sorted(changed)]
+        _SHARED[shared] = model, after
+    return found
 
 
 def random_text_model(**sizes: Any) -> PreTrainedModel:
@@ -68,13 +96,14 @@ def random_text_model(**sizes: Any) -> PreTrainedModel:
 @functools.cache
 def text_model() -> PreTrainedModel:
     """A small random model with the vocabulary and special tokens of the bundled tokenizer."""
-    return random_text_model(
+    model = random_text_model(
         hidden_size=48,
         intermediate_size=80,
         num_attention_heads=6,
         num_key_value_heads=3,
         initializer_range=0.15,
     )
+    return _shared("the text model", model)
 
 
 @functools.cache

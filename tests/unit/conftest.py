@@ -1,13 +1,21 @@
-"""Fixtures for tests of the command line."""
+"""Fixtures for tests of the command line, and what no test may leave behind."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import CHAT, NEEDLE, NOISE, OTHER, ok
-from tests.engines import BUNDLED
+from tests.engines import BUNDLED, left_in_shared_models
+
+
+@pytest.fixture(autouse=True)
+def models_as_they_were() -> Iterator[None]:
+    """Blame the test that changes a shared model, not one that fails by it in the same process."""
+    yield
+    assert left_in_shared_models() == []
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from star_attention.hf.loading.plain_experts import are_plain_experts
 from tests.compiling import traced
-from tests.engines import tiny
+from tests.families import build
 from tests.tiers import in_turn
 
 triton = pytest.importorskip("triton")
@@ -27,7 +27,7 @@ OPS = torch.ops.star_attention
 def experts_of(family: str) -> Any:
     """Return the experts of a small model's last layer."""
     torch.manual_seed(0)
-    found = [m for m in tiny(family).modules() if type(m).__name__.endswith("Experts")]
+    found = [m for m in build(family).modules() if type(m).__name__.endswith("Experts")]
     return found[-1]
 
 

@@ -25,7 +25,7 @@ from tests.answer_oracle import (
     tables,
 )
 from tests.compiling import counted_launches, fresh_code
-from tests.engines import tiny
+from tests.families import build
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -179,7 +179,7 @@ def test_products_with_the_same_row_share_launches(matrices: int) -> None:
 
 def test_a_compiled_layer_has_few_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """gate and up in one launch, then down: the pass recognizes the graphs of torch.compile."""
-    layer: Any = tiny("llama").model.layers[0].mlp
+    layer: Any = build("llama").model.layers[0].mlp
     x = torch.randn(1, 1, layer.gate_proj.in_features)
     expected = layer(x)
     launches = counted_launches(monkeypatch)
