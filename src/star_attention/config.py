@@ -6,13 +6,12 @@ The command line builds its options from the fields of `StarConfig`: a new setti
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
-from star_attention.errors import InvalidInputError, SizeError, UnknownOptionError, quote
+from star_attention.errors import InvalidInputError, SizeError, quote, unknown_option
 from star_attention.planning.lookback import ALL, parse_layers
 from star_attention.planning.plan import ANCHOR_SOURCES, BlockPlan
 from star_attention.planning.quality import expanded
@@ -95,23 +94,6 @@ def check_max_new_tokens(tokens: Any) -> None:
         )
 
 
-def unknown_option(
-    call: str, name: str, *, known: Iterable[str], instead: Mapping[str, str], otherwise: str
-) -> UnknownOptionError:
-    """Return the error for a keyword that a call does not take.
-
-    Args:
-        call: the call, as the user writes it.
-        name: the unknown keyword.
-        known: keywords that the call takes; the nearest one is suggested.
-        instead: what to use instead of keywords that other libraries take.
-        otherwise: the remedy where no keyword is near.
-    """
-    near = difflib.get_close_matches(name, known, n=1)
-    remedy = instead.get(name) or (f"did you mean {quote(near[0])}?" if near else otherwise)
-    return UnknownOptionError(f"{call} does not take {quote(name)}; {remedy}")
-
-
 class StarSettings(TypedDict, total=False):
     """The fields of `StarConfig` as keywords, for editors and type checkers.
 
@@ -127,6 +109,7 @@ class StarSettings(TypedDict, total=False):
     tokens_per_forward: int | str | None
     reserve_tokens: int | str
     anchor_source: str
+    balance_ranks: bool
     ring_layout: str
     kv_dtype: str | None
     kv_device: str | None
@@ -168,6 +151,8 @@ class StarConfig:
             depend on the total length.
         anchor_source: How ranks other than the first get the anchor: "broadcast", or "local". With
             "local" each rank computes it again, and phase 1 does not communicate at all.
+        balance_ranks: Whether rank 0, whose first block takes less time, computes layers of other
+            ranks' last blocks in phase 1. Answers are the same.
         ring_layout: How `ring` shards tokens: "zigzag" (balanced), or "contiguous" as in the paper.
         kv_dtype: Precision of the context's keys and values. None keeps the model's, "fp8" stores
             e4m3 with a scale per token and head. Blocks read the anchor as computed; an anchor
@@ -240,6 +225,13 @@ class StarConfig:
         " links).",
         metavar="NAME",
         panel="Ranks",
+    )
+    balance_ranks: bool = _setting(
+        True,
+        "Whether rank 0, which would be ready first, computes layers for other ranks.",
+        metavar="",
+        panel="Ranks",
+        default_text="on",
     )
     ring_layout: str = _setting(
         RING_LAYOUTS[0],
@@ -353,7 +345,10 @@ class StarConfig:
                     f"{name} {quote(getattr(self, name))} is neither True, False nor None; leave it"
                     f" out {otherwise}"
                 )
-
+        if self.balance_ranks not in (True, False):
+            raise InvalidInputError(
+                f"balance_ranks {quote(self.balance_ranks)} is neither True nor False"
+            )
         object.__setattr__(self, "kv_resident", check_share(self.kv_resident, self.kv_device))
 
     def _check_lookback(self) -> None:

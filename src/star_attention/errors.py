@@ -28,9 +28,10 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import difflib
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -190,6 +191,23 @@ def quote_path(path: object) -> str:
     folder, file = os.path.split(name)
     is_path = bool(folder) and len(file) <= _LONGEST_FILE_NAME and os.path.isdir(folder)
     return name if is_path or len(name) <= QUOTED_CHARACTERS else f"...{name[-QUOTED_CHARACTERS:]}"
+
+
+def unknown_option(
+    call: str, name: str, *, known: Iterable[str], instead: Mapping[str, str], otherwise: str
+) -> UnknownOptionError:
+    """Return the error for a keyword that a call does not take.
+
+    Args:
+        call: the call, as the user writes it.
+        name: the unknown keyword.
+        known: keywords that the call takes; the nearest one is suggested.
+        instead: what to use instead of keywords that other libraries take.
+        otherwise: the remedy where no keyword is near.
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    remedy = instead.get(name) or (f"did you mean {quote(near[0])}?" if near else otherwise)
+    return UnknownOptionError(f"{call} does not take {quote(name)}; {remedy}")
 
 
 @contextlib.contextmanager

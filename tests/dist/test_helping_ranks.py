@@ -102,14 +102,19 @@ def count_work(comm: TorchComm, **settings: Any) -> tuple[list[int], Any]:
             hook.remove()
 
 
-@pytest.mark.parametrize(("ranks", "sizes"), in_turn(2, [2, 3, 4], SIZES))
-def test_work_and_bytes_are_the_plans(pool: Pool, ranks: int, sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "balance_ranks"),
+    [*in_turn(2, [2, 3, 4], SIZES, [True]), (2, SIZES[0], False)],
+)
+def test_work_and_bytes_are_the_plans(
+    pool: Pool, ranks: int, sizes: dict[str, int], balance_ranks: bool
+) -> None:
     forward, block, anchor = (
         sizes[name] for name in ("tokens_per_forward", "block_size", "anchor_size")
     )
-    given = planned("llama", ranks, forward, block, anchor)
+    given = planned("llama", ranks, forward, block, anchor) if balance_ranks else []
     plan = BlockPlan(context_tokens=CONTEXT, block_size=block, anchor_size=anchor, ranks=ranks)
-    results = pool.run(count_work, ranks, **sizes)
+    results = pool.run(count_work, ranks, balance_ranks=balance_ranks, **sizes)
     for rank, (tokens, _) in enumerate(results):
         # Of the last layer nothing but keys is computed.
         expected = [plan.rank_tokens(rank)] * 2 + [0]
@@ -119,7 +124,9 @@ def test_work_and_bytes_are_the_plans(pool: Pool, ranks: int, sizes: dict[str, i
         assert tokens == expected
     shape = model_shape(tiny("llama").config, "float32")
     with attention_counts():
-        predicted = traffic.phase1_cp(shape, plan, tokens_per_forward=forward)
+        predicted = traffic.phase1_cp(
+            shape, plan, tokens_per_forward=forward, balance_ranks=balance_ranks
+        )
     assert [wire for _, wire in results] == [predicted] * ranks
 
 
@@ -177,6 +184,7 @@ KINDS = [
     dict(kv_device="cpu"),
     dict(anchor_size=7),
     dict(anchor_source="local"),
+    dict(balance_ranks=False),
 ]
 
 

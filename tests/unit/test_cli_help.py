@@ -94,7 +94,8 @@ def test_every_setting_is_an_option_with_its_help(field: dataclasses.Field[Any])
     assert option.rich_help_panel == field.metadata["panel"]
     # A preset gives way to fields that are given, so that their options have no default.
     is_by_rule = field.default is None or field.name in QUALITIES["paper"]
-    assert option.default == (None if is_by_rule else str(field.default))
+    default = field.default if isinstance(field.default, bool) else str(field.default)
+    assert option.default == (None if is_by_rule else default)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,27 @@ def test_plan_shows_the_memory_of_each_rank(bare_config: Path) -> None:
     assert "fullest" not in single
 
 
+def test_plan_follows_the_switch_of_ranks(bare_config: Path) -> None:
+    """All that rank 0 would do for others is left out: layers, bytes, operations and time."""
+    sizes = ["-m", bare_config, "--context", "32k", "--block-size", "8k", "--ranks", "2"]
+    sizes += ["--tokens-per-forward", "4k"]
+    on, off = (
+        json.loads(ok("plan", *sizes, flag, "--json").out)
+        for flag in ("--balance-ranks", "--no-balance-ranks")
+    )
+    assert json.loads(ok("plan", *sizes, "--json").out) == on
+    assert on["helped"]
+    assert not off["helped"]
+    assert off["wire_bytes_phase1"] == 8192 * off["kv_bytes_per_token"] < on["wire_bytes_phase1"]
+    busiest = "phase1_star_busiest_rank"
+    assert off["flops"][busiest] > on["flops"][busiest]
+    assert off["predicted"]["phase1_s"] > on["predicted"]["phase1_s"]
+    assert "last blocks:" not in ok("plan", *sizes, "--no-balance-ranks").out
+    for plan, flag in ((on, "--balance-ranks"), (off, "--no-balance-ranks")):
+        (times,) = json.loads(ok("estimate", *sizes, flag, "--json").out)["estimates"]
+        assert times["star"]["encode_s"] == plan["predicted"]["phase1_s"]
+
+
 @pytest.mark.filterwarnings("default")
 def test_plan_warns_about_positions_and_idle_ranks(bare_config: Path) -> None:
     err = ok("plan", "-m", bare_config, "--context", "64k", "--ranks", "8").err

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from star_attention import StarLLM
+from star_attention import StarConfig, StarLLM
 from star_attention.bench.models import SHAPES
+from star_attention.errors import InvalidInputError
 from star_attention.hf.execution.layer_part import HiddenShape, LayerPart, layers_of
 from star_attention.hf.shape import model_shape
 from star_attention.planning import cost, estimate, helping
@@ -57,6 +58,7 @@ def test_nobody_is_helped_where_blocks_look_back_or_ranks_compute_anchors() -> N
     settings: dict[str, Any] = dict(tokens_per_forward=16 * K)
     assert helps_of_shape(shape, plan, **settings)
     assert not helps_of_shape(shape, plan, **settings, anchor_source="local")
+    assert not helps_of_shape(shape, plan, **settings, balance_ranks=False)
     assert not helps_of_shape(shape, plan_of(128, 32, 2, lookback=1), **settings)
     assert not helps_of_shape(shape, plan_of(128, 32, 2, anchor_size=0), **settings)
     assert not helps_of_shape(shape, plan_of(128, 32, 1), **settings)
@@ -111,21 +113,25 @@ def test_operations_move_from_rank_to_rank() -> None:
 
 
 @pytest.mark.parametrize(("block", "less"), [(32, 0.85), (16, 0.97)])
-def test_phase_1_is_predicted_to_take_less_time(
-    block: int, less: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_phase_1_is_predicted_to_take_less_time(block: int, less: float) -> None:
     from transformers import LlamaConfig
 
     shape = model_shape(LlamaConfig(**SHAPES["llama-3.1-8b"]), "bfloat16")
 
-    def encode_s() -> float:
-        plan, on = plan_of(128, block, 2), HARDWARE["h200-nvlink"]
-        return estimate.estimate(shape, on, "star", plan, tokens_per_forward=16 * K).encode_s
+    plan, on = plan_of(128, block, 2), HARDWARE["h200-nvlink"]
+    balanced_s, own_s = (
+        estimate.estimate(
+            shape, on, "star", plan, tokens_per_forward=16 * K, balance_ranks=balance_ranks
+        ).encode_s
+        for balance_ranks in (True, False)
+    )
+    assert (less - 0.02) * own_s < balanced_s < less * 1.02 * own_s
 
-    with_help = encode_s()
-    monkeypatch.setattr(estimate, "helps_of_shape", lambda *_, **__: [])
-    assert with_help < less * 1.02 * encode_s()
-    assert with_help > (less - 0.02) * encode_s()
+
+def test_the_switch_is_on_or_off() -> None:
+    assert StarConfig().balance_ranks
+    with pytest.raises(InvalidInputError, match="balance_ranks 'no' is neither True nor False"):
+        StarConfig(balance_ranks="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", in_turn(4, list(FAMILIES)))

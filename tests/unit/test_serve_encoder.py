@@ -209,7 +209,8 @@ def test_an_encode_that_is_deleted_stops() -> None:
 def test_an_identity_is_of_model_tokenizer_and_settings() -> None:
     base = engine_identity(star())
     assert engine_identity(star()) == base
-    assert engine_identity(star(kv_device="cpu")) == base
+    for settings in ({"kv_device": "cpu"}, {"balance_ranks": False}):
+        assert engine_identity(star(**settings)) == base
     for settings in ({"lookback": 1}, {"kv_dtype": "fp8"}, {"reserve_tokens": 7}):
         assert engine_identity(star(**settings)) != base
     assert engine_identity(engine("mistral", block_size=16, anchor_size=8)) != base

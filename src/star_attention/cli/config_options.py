@@ -63,7 +63,7 @@ class ConfigOptions(DeclaredOptions):
             yield inspect.Parameter(
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=None if default is None else str(default),
+                default=default if default is None or _is_flag(name) else str(default),
                 annotation=Annotated[kind, _option(name)],
             )
 

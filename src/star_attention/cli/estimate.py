@@ -24,6 +24,7 @@ SETTINGS = (
     "tokens_per_forward",
     "kv_dtype",
     "kv_windows",
+    "balance_ranks",
 )
 """Fields of `StarConfig` that estimates take into account, beside the block size."""
 

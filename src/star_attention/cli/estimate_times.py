@@ -136,7 +136,12 @@ def _schemes(
 
     if request.block == QUARTER:
         block = estimate.best_block(
-            shape, hardware, plan_of, smallest=-(-context // 4), tokens_per_forward=forward
+            shape,
+            hardware,
+            plan_of,
+            smallest=-(-context // 4),
+            tokens_per_forward=forward,
+            balance_ranks=request.config.balance_ranks,
         ).block
     else:
         block = None if request.block is None else parse_size(request.block, "block_size")
@@ -150,6 +155,7 @@ def _schemes(
             tokens_per_forward=forward,
             kv_dtype=request.config.kv_dtype,
             kv_windows=request.config.kv_windows,
+            balance_ranks=request.config.balance_ranks,
         )
         for scheme in estimate.SCHEMES
     }

@@ -192,15 +192,15 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
     forwards: dict[str, Any] = dict(
         tokens_per_forward=tokens_per_forward, tensor_parallel=request.tensor_parallel
     )
-    phase1: dict[str, Any] = forwards | dict(anchor_source=config.anchor_source)
     answers: dict[str, Any] = dict(
         query_tokens=request.query_tokens,
         answer_tokens=request.answer_tokens,
         queries=request.queries,
     )
-    helps = helps_of_shape(
-        shape, plan, tokens_per_forward=tokens_per_forward, anchor_source=config.anchor_source
+    choices: dict[str, Any] = dict(
+        anchor_source=config.anchor_source, balance_ranks=config.balance_ranks
     )
+    helps = helps_of_shape(shape, plan, tokens_per_forward=tokens_per_forward, **choices)
     busiest = max(
         cost.phase1(
             shape, plan, tokens_per_forward=tokens_per_forward, rank=rank, helps=helps
@@ -231,8 +231,10 @@ def plan_costs(request: PlanRequest) -> PlanCosts:
             query_tokens=request.query_tokens,
             queries=request.queries,
         ),
-        phase1_traffic=traffic.phase1_cp(shape, plan, **phase1),
-        phase1_tp_traffic=traffic.phase1_tp(shape, plan, **phase1),
+        phase1_traffic=traffic.phase1_cp(shape, plan, **forwards, **choices),
+        phase1_tp_traffic=traffic.phase1_tp(
+            shape, plan, **forwards, anchor_source=config.anchor_source
+        ),
         ring_traffic=traffic.ring_cp(
             shape, plan.context_tokens, plan.ranks, request.tensor_parallel
         ),
@@ -258,6 +260,7 @@ def _predicted(request: PlanRequest, shape: ModelShape, anchor_source: str | Non
         tokens_per_forward=config.forward_size("cuda", request.plan.ranks),
         kv_dtype=config.kv_dtype,
         kv_windows=config.kv_windows,
+        balance_ranks=config.balance_ranks,
         tensor_parallel=request.tensor_parallel,
     )
 

@@ -26,7 +26,10 @@ def serve(
     times: TimeOptions,
     settings: Annotated[
         dict[str, Any],
-        ConfigOptions(without=("tokens_per_forward", "reserve_tokens", "slice_weights")),
+        # Contexts are encoded beside rows, where ranks take turns.
+        ConfigOptions(
+            without=("tokens_per_forward", "reserve_tokens", "slice_weights", "balance_ranks")
+        ),
     ],
     config: ConfigFile = None,
     quiet: Quiet = False,

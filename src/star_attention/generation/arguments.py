@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from star_attention.config import unknown_option
 from star_attention.errors import (
     InvalidInputError,
     StarAttentionError,
     UnknownOptionError,
     first_line,
     quote,
+    unknown_option,
 )
 from star_attention.hf.text.checks import whole_characters
 from star_attention.hf.text.tool_reader import is_forced

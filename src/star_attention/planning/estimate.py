@@ -82,6 +82,7 @@ def estimate(
     tokens_per_forward: int,
     kv_dtype: str | None = None,
     kv_windows: str = LAST,
+    balance_ranks: bool = True,
     tensor_parallel: int = 1,
 ) -> Estimate:
     """Estimate one scheme.
@@ -93,8 +94,7 @@ def estimate(
         plan: context, blocks and ranks; ring takes its context and ranks alone, and official the
             paper's blocks, which do not look back.
         tokens_per_forward: most tokens of a forward.
-        kv_dtype: as in `StarConfig`.
-        kv_windows: as in `StarConfig`.
+        kv_dtype: as in `StarConfig`; `kv_windows` and `balance_ranks` likewise.
         tensor_parallel: devices of each rank, which share the weights.
 
     Raises:
@@ -104,7 +104,7 @@ def estimate(
         raise InvalidInputError(
             f"scheme {quote(scheme)} is unknown; choose one of {', '.join(SCHEMES)}"
         )
-    is_ring = scheme.startswith("ring")
+    is_ring, helps = scheme.startswith("ring"), list[Help]()
     on = on.with_fp8(shape.quantized_share)
     context, ranks = plan.context_tokens, plan.ranks
     if is_ring:
@@ -114,13 +114,14 @@ def estimate(
     else:
         if scheme == "official":
             plan = without_lookback(plan)
-        compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward)
+        if balance_ranks and scheme not in _WITHOUT_BROADCAST:
+            helps = helps_of_shape(shape, plan, tokens_per_forward=tokens_per_forward)
+        compute_s, wire_s, exposed_s = _blocks(shape, on, scheme, plan, tokens_per_forward, helps)
         stored = plan
     if tensor_parallel > 1:
         sums_s = _sums_s(shape, on, plan, tokens_per_forward, tensor_parallel)
         compute_s, exposed_s = compute_s / tensor_parallel, exposed_s + sums_s
         wire_s += sums_s
-    helps = _helps(shape, scheme, stored, tokens_per_forward)
     memory = max(
         cost.memory_per_rank(
             shape,
@@ -165,6 +166,7 @@ def best_block(
     *,
     smallest: int,
     tokens_per_forward: int,
+    balance_ranks: bool = True,
 ) -> Estimate:
     """Estimate `star` with its fastest block size.
 
@@ -174,25 +176,38 @@ def best_block(
         plan_of: returns the plan of a context with blocks of a size.
         smallest: smallest block that is accurate enough; only powers of two from there are tried.
         tokens_per_forward: most tokens of a forward.
+        balance_ranks: as in `StarConfig`.
     """
     context = plan_of(smallest).context_tokens
     least = min(smallest, context)
     sizes = [size for size in _powers(_SMALLEST_BLOCK, context) if size >= least] or [context]
     estimates = (
-        estimate(shape, on, "star", plan_of(size), tokens_per_forward=tokens_per_forward)
+        estimate(
+            shape,
+            on,
+            "star",
+            plan_of(size),
+            tokens_per_forward=tokens_per_forward,
+            balance_ranks=balance_ranks,
+        )
         for size in sizes
     )
     return min(estimates, key=lambda candidate: candidate.encode_s)
 
 
 def _blocks(
-    shape: ModelShape, on: Hardware, scheme: str, plan: BlockPlan, tokens_per_forward: int
+    shape: ModelShape,
+    on: Hardware,
+    scheme: str,
+    plan: BlockPlan,
+    tokens_per_forward: int,
+    helps: list[Help],
 ) -> tuple[float, float, float]:
     """Return compute, wire and exposed seconds of phase 1 for sharded blocks."""
     if plan.stripes is not None and plan.busy_ranks > 1:
         return _stripes(shape, on, scheme, plan, tokens_per_forward)
     ranks_s = {
-        rank: _rank_seconds(shape, on, scheme, plan, rank, tokens_per_forward)
+        rank: _rank_seconds(shape, on, scheme, plan, rank, tokens_per_forward, helps)
         for rank in _candidate_ranks(plan)
     }
     busiest = max(ranks_s.values(), default=0.0)
@@ -241,13 +256,6 @@ def _anchor_late_s(
     return on.seconds(cost.phase1(shape, forwards, tokens_per_forward=tokens_per_forward))
 
 
-def _helps(shape: ModelShape, scheme: str, plan: BlockPlan, tokens_per_forward: int) -> list[Help]:
-    """Return what rank 0 computes for others."""
-    if scheme in _WITHOUT_BROADCAST or scheme.startswith("ring"):
-        return []
-    return helps_of_shape(shape, plan, tokens_per_forward=tokens_per_forward)
-
-
 def _rank_seconds(
     shape: ModelShape,
     on: Hardware,
@@ -255,9 +263,9 @@ def _rank_seconds(
     plan: BlockPlan,
     rank: int,
     tokens_per_forward: int,
+    helps: list[Help],
 ) -> float:
     """Return the seconds that one rank computes in phase 1."""
-    helps = _helps(shape, scheme, plan, tokens_per_forward)
     own = cost.phase1(shape, plan, tokens_per_forward=tokens_per_forward, rank=rank, helps=helps)
     anchor = cost.phase1(
         shape, BlockPlan.dense(max(1, plan.anchor_size)), tokens_per_forward=tokens_per_forward

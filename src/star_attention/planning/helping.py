@@ -102,8 +102,11 @@ def helps_of_shape(
     *,
     tokens_per_forward: int,
     anchor_source: str = ANCHOR_SOURCES[0],
+    balance_ranks: bool = True,
 ) -> list[Help]:
     """Return `helps` for a model; none where each rank computes the anchor by itself.
+
+    `anchor_source` and `balance_ranks` are those of `StarConfig`.
 
     Layers with a window, or without keys of their own, or that store compressed ones, take too
     different times.
@@ -113,7 +116,7 @@ def helps_of_shape(
         and all(call.window is None for call in shape.attention)
         and not shape.expansion_parameters
     )
-    if not alike or anchor_source != ANCHOR_SOURCES[0]:
+    if not (alike and balance_ranks) or anchor_source != ANCHOR_SOURCES[0]:
         return []
     return helps(plan, layers=shape.layers, tokens_per_forward=tokens_per_forward)
 

@@ -145,6 +145,7 @@ def phase1_cp(
     *,
     tokens_per_forward: int,
     anchor_source: str = ANCHOR_SOURCES[0],
+    balance_ranks: bool = True,
     tensor_parallel: int = 1,
 ) -> Traffic:
     """Count the traffic of phase 1 between context-parallel ranks.
@@ -174,7 +175,10 @@ def phase1_cp(
     total = Traffic(
         forwards * shape.kv_layers * tensor_parallel, broadcast_bytes(payload, plan.busy_ranks)
     )
-    for given in helps_of_shape(shape, plan, tokens_per_forward=tokens_per_forward):
+    helps = helps_of_shape(
+        shape, plan, tokens_per_forward=tokens_per_forward, balance_ranks=balance_ranks
+    )
+    for given in helps:
         forwards = len(given.spans(plan, tokens_per_forward))
         # Every shard has whole hidden states.
         hidden = shape.hidden_size * shape.bytes_per_element * tensor_parallel

@@ -36,6 +36,7 @@ class EngineSettings:
     tokens_per_forward: str | None = None
     compile: bool | None = None
     kv_dtype: str | None = None
+    balance_ranks: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,18 +153,17 @@ class Engine(Contender):
         star = self.engine(job)
         plan = star.runtime.plan_for(len(job.ids_L))
         job.target.check_memory(star, len(job.ids_L), self.stored(plan))
-        shape, forward = job.target.shape, star.tokens_per_forward
-        kv_dtype = job.settings.kv_dtype
+        forward, kv_dtype = star.tokens_per_forward, job.settings.kv_dtype
         return Workload(
             encode=self.work(star, job, plan),
             warm_up=partial(star.encode, job.ids_L[: 2 * forward * job.cp_ranks]),
             comm=star.runtime.comm,
-            flops=_sum(self.flops(shape, plan, forward, rank) for rank in range(job.cp_ranks)),
+            flops=_sum(self.flops(job, plan, forward, rank) for rank in range(job.cp_ranks)),
             busiest_flops=max(
-                self.flops(shape, plan, forward, rank).total for rank in range(job.cp_ranks)
+                self.flops(job, plan, forward, rank).total for rank in range(job.cp_ranks)
             )
             // job.tensor_parallel,
-            helped_layers=tuple(given.layers for given in self.helps(shape, plan, forward)),
+            helped_layers=tuple(given.layers for given in self.helps(job, plan, forward)),
             fixed_bytes=[
                 weight_bytes(job.target.model) + self.kv_bytes(job, plan, rank)
                 for rank in range(job.cp_ranks)
@@ -185,18 +185,22 @@ class Engine(Contender):
             anchor_size=job.settings.anchor_size if self.takes_block else None,
             tokens_per_forward=job.settings.tokens_per_forward,
             kv_dtype=job.settings.kv_dtype,
+            balance_ranks=job.settings.balance_ranks,
         )
 
     def work(self, star: StarLLM, job: Job, plan: BlockPlan) -> Callable[[], Any]:
         return partial(star.encode, job.ids_L)
 
-    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
-        helps = self.helps(shape, plan, forward)
+    def flops(self, job: Job, plan: BlockPlan, forward: int, rank: int) -> Flops:
+        shape, helps = job.target.shape, self.helps(job, plan, forward)
         return cost.phase1(shape, plan, tokens_per_forward=forward, rank=rank, helps=helps)
 
-    def helps(self, shape: ModelShape, plan: BlockPlan, forward: int) -> list[Help]:
+    def helps(self, job: Job, plan: BlockPlan, forward: int) -> list[Help]:
         """Return what rank 0 computes for others."""
-        return helps_of_shape(shape, plan, tokens_per_forward=forward)
+        balance_ranks = job.settings.balance_ranks
+        return helps_of_shape(
+            job.target.shape, plan, tokens_per_forward=forward, balance_ranks=balance_ranks
+        )
 
     def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
         return _kv_bytes(job, plan, job.settings.kv_dtype, rank)
@@ -211,8 +215,8 @@ class Window(Engine):
     def stored(self, plan: BlockPlan) -> Sequence[Segments]:
         return [Segments.prefix(min(plan.context_tokens, plan.anchor_size + plan.block_size))]
 
-    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
-        return cost.phase1_streaming(shape, plan)
+    def flops(self, job: Job, plan: BlockPlan, forward: int, rank: int) -> Flops:
+        return cost.phase1_streaming(job.target.shape, plan)
 
     def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
         stored = min(plan.context_tokens, plan.anchor_size + plan.block_size)
@@ -233,11 +237,11 @@ class Official(Engine):
             cp_rank=star.runtime.comm.cp_rank,
         )
 
-    def helps(self, shape: ModelShape, plan: BlockPlan, forward: int) -> list[Help]:
+    def helps(self, job: Job, plan: BlockPlan, forward: int) -> list[Help]:
         return []
 
-    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
-        return cost.phase1_official(shape, plan, rank)
+    def flops(self, job: Job, plan: BlockPlan, forward: int, rank: int) -> Flops:
+        return cost.phase1_official(job.target.shape, plan, rank)
 
     def kv_bytes(self, job: Job, plan: BlockPlan, rank: int) -> int:
         # It drops nothing.
@@ -255,11 +259,11 @@ class RingEngine(Engine):
     def engine(self, job: Job) -> StarLLM:
         return super().engine(job).with_config(ring_layout=self.layout)
 
-    def helps(self, shape: ModelShape, plan: BlockPlan, forward: int) -> list[Help]:
+    def helps(self, job: Job, plan: BlockPlan, forward: int) -> list[Help]:
         return []
 
-    def flops(self, shape: ModelShape, plan: BlockPlan, forward: int, rank: int) -> Flops:
-        return cost.phase1_ring(shape, self.stored(plan)[rank])
+    def flops(self, job: Job, plan: BlockPlan, forward: int, rank: int) -> Flops:
+        return cost.phase1_ring(job.target.shape, self.stored(plan)[rank])
 
     def stored(self, plan: BlockPlan) -> Sequence[Segments]:
         return ring_layout(plan.context_tokens, plan.ranks, self.layout)

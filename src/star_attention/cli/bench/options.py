@@ -147,7 +147,8 @@ class PrefillOptions:
         ),
     ] = "star"
     settings: Annotated[
-        dict[str, Any], ConfigOptions("anchor_size", "tokens_per_forward", "kv_dtype")
+        dict[str, Any],
+        ConfigOptions("anchor_size", "tokens_per_forward", "kv_dtype", "balance_ranks"),
     ] = field(default_factory=dict)
     repeats: Annotated[
         int,

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from star_attention.config import StarSettings, unknown_option
+from star_attention.config import StarSettings
+from star_attention.errors import unknown_option
 
 _INSTEAD = {
     "torch_dtype": "use dtype=",

@@ -18,8 +18,8 @@ from star_attention.serve.contexts.keys import TokenIds, identity_digest
 from star_attention.storage.context import EncodedContext, read_layer
 from star_attention.storage.parked import ParkedContext, Parking, host_bytes
 
-_PLACES = ("kv_device", "kv_resident")
-"""Settings that say where contexts are, not what they are."""
+_PLACES = ("kv_device", "kv_resident", "balance_ranks")
+"""Settings that say where contexts are or are computed, not what they are."""
 
 
 def engine_identity(star: StarLLM) -> bytes:
