@@ -152,7 +152,7 @@ class StarConfig:
         anchor_source: How ranks other than the first get the anchor: "broadcast", or "local". With
             "local" each rank computes it again, and phase 1 does not communicate at all.
         balance_ranks: Whether rank 0, whose first block takes less time, computes layers of other
-            ranks' last blocks in phase 1. Answers are the same.
+            ranks' last blocks in phase 1. Answers are the same. Batches and servers go without.
         ring_layout: How `ring` shards tokens: "zigzag" (balanced), or "contiguous" as in the paper.
         kv_dtype: Precision of the context's keys and values. None keeps the model's, "fp8" stores
             e4m3 with a scale per token and head. Blocks read the anchor as computed; an anchor

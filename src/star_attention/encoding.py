@@ -61,6 +61,7 @@ def steps(
     progress: Progress | bool | None = None,
     *,
     method: Method | None = None,
+    in_turns: bool = False,
 ) -> Steps[list[EncodedContext]]:
     """Encode contexts, those of equal length as one batch. Collective.
 
@@ -70,6 +71,7 @@ def steps(
         progress: a callback, or whether to show a bar (`hf.progress.shown`).
         method: a method object to use in place of the configured one, with the same plan and
             layout.
+        in_turns: as for `EncodeJob`.
     """
     runtime.handle.check_config()
     method = method or runtime.method
@@ -91,6 +93,7 @@ def steps(
                 layout=method.layout(runtime.config, plan),
                 rope_length=lengths[indices[0]],
                 progress=callback,
+                in_turns=in_turns,
             )
             warn_if_idle(job)
             with runtime.measured() as stats:

@@ -57,6 +57,7 @@ class EncodeJob:
         layout: the segments that each context-parallel rank keeps.
         rope_length: tokens that length-dependent rotary frequencies are computed for, or None.
         progress: called after each forward.
+        in_turns: True if all ranks pause together between forwards (`planning.turns`).
     """
 
     handle: ModelHandle
@@ -67,6 +68,7 @@ class EncodeJob:
     layout: tuple[Segments, ...]
     rope_length: int | None = None
     progress: Progress | None = None
+    in_turns: bool = False
 
     @property
     def contexts(self) -> int:
@@ -177,7 +179,6 @@ def encode(job: EncodeJob, helping: Helping | None = None) -> Steps[list[Context
     except GeneratorExit:
         # Ranks stop together between two turns: all that was sent has arrived.
         link.finish()
-        helping.finish()
         raise
     link.finish()
     helping.finish()

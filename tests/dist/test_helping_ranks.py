@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from star_attention.planning.helping import Help, helps_of_shape
 from star_attention.planning.plan import BlockPlan
 from tests.dist.checks import answer, answer_with, check_model, check_tiny
 from tests.dist.pool import Pool
+from tests.dist.test_batch_ranks import led
 from tests.dist.tp_models import model as tp_model
 from tests.dist.tp_models import on_disk, star_of
 from tests.engines import CONTEXT, ids, tiny
@@ -149,6 +150,44 @@ def answer_sharded(comm: TorchComm, path: Path, **settings: Any) -> dict[str, An
     with attention_counts():
         star = star_of(comm, path, 2, **settings)
         return answer_with(star) | dict(wire=star.encode(ids(CONTEXT)).wire)
+
+
+def encode_in_a_batch(star: StarLLM) -> list[Any]:
+    """Return what two contexts sent, of which a batch has encoded the first, and both shards."""
+    with star.batch() as batch:
+        # Rows would send something, too.
+        context = batch.encode(ids(CONTEXT)).result()
+        row = batch.add(context, ids(5), max_new_tokens=8, ignore_eos=True)
+        canceled = batch.encode(ids(CONTEXT, seed=2))
+        while not canceled.progress:
+            batch.step()
+        canceled.cancel()
+        row.result()
+    contexts = [context, star.encode(ids(CONTEXT))]
+    return [[context.wire for context in contexts], shards(contexts)]
+
+
+def led_helped(comm: TorchComm, session: Callable[..., Any], **arguments: Any) -> Any:
+    with attention_counts():
+        return led(comm, session, **arguments)
+
+
+def test_rank_0_computes_nothing_for_others_in_a_batch(pool: Pool) -> None:
+    """Ranks pause together there, and would all wait for it; calls after a canceled one may."""
+    settings = dict(block_size=16, tokens_per_forward=16)
+    (wires, (beside, alone)), _ = pool.run(
+        led_helped, 2, session=encode_in_a_batch, settings=settings
+    )
+    shape = model_shape(tiny("llama").config, "float32")
+    plan = BlockPlan(context_tokens=CONTEXT, block_size=16, anchor_size=16, ranks=2)
+    with attention_counts():
+        expected = [
+            traffic.phase1_cp(shape, plan, tokens_per_forward=16, balance_ranks=balance_ranks)
+            for balance_ranks in (False, True)
+        ]
+    assert wires == expected
+    assert expected[0].bytes < expected[1].bytes
+    torch.testing.assert_close(beside, alone, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------ settings and later calls

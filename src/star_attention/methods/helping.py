@@ -31,7 +31,8 @@ def helping_of(job: EncodeJob) -> Helping:
 def _helps(job: EncodeJob) -> list[Help]:
     """Return what rank 0 computes for others: the same on all ranks."""
     handle, plan = job.handle, job.plan
-    if not job.config.balance_ranks:
+    # Other ranks would wait for rank 0 before their next turn.
+    if not job.config.balance_ranks or job.in_turns:
         return []
     if plan.busy_ranks < 2 or job.layout != plan.layout or any(handle.windows):
         return []

@@ -273,7 +273,8 @@ def turns_of(
         return _in_turns(editing.steps(runtime, contexts, reuse, progress), once)
     forwards = _forwards(runtime, len(contexts[0].ids_L))
     shares = runtime.comm.cp_size
-    return _in_turns(encoding.steps(runtime, contexts, progress), forwards, shares)
+    steps = encoding.steps(runtime, contexts, progress, in_turns=True)
+    return _in_turns(steps, forwards, shares)
 
 
 def _forwards(runtime: Runtime, tokens: int) -> list[int] | None:
