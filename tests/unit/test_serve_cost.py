@@ -17,7 +17,6 @@ from star_attention.hf.execution.capture import Recorder
 from star_attention.hf.loading import fingerprint
 from star_attention.serve.http.events import ClientLeftError, EventStream
 from star_attention.serve.outbox import Outbox
-from star_attention.serve.service import Lanes
 from star_attention.storage.kept import kept_row
 from star_attention.storage.tail import Tail
 from tests.engines import bundled_tokenizer, random_text_model
@@ -192,36 +191,3 @@ def test_a_client_that_leaves_before_the_head_is_told_apart(*, has_begun: bool) 
             asyncio.run(stream({}, receive, send))
     assert sent == (["http.response.start", "http.response.body"] if has_begun else [])
     assert ended == [True]
-
-
-def test_few_characters_are_read_where_they_are() -> None:
-    """No other thread is woken for them, unless it is using the tokenizer."""
-    lanes, here = Lanes(quick_engine()), threading.get_ident()
-    started, goes_on = threading.Event(), threading.Event()
-    reading: list[Any] = []
-
-    def read(star: StarLLM) -> int:
-        reading.append(star)
-        assert len(reading) == 1, "a tokenizer is used by two threads"
-        reading.remove(star)
-        return threading.get_ident()
-
-    def read_slowly(star: StarLLM) -> int:
-        started.set()
-        goes_on.wait(20)
-        return read(star)
-
-    async def run() -> tuple[int, int, int, int]:
-        short, long = await lanes.run(100, read), await lanes.run(5000, read)
-        slow = asyncio.create_task(lanes.run(5000, read_slowly))
-        while not started.is_set():
-            await asyncio.sleep(0.001)
-        behind = asyncio.create_task(lanes.run(100, read))
-        await asyncio.sleep(0.01)
-        goes_on.set()
-        return short, long, await slow, await behind
-
-    short, *others = asyncio.run(run())
-    lanes.close()
-    assert short == here
-    assert here not in others

@@ -79,7 +79,7 @@ def test_a_document_that_never_fits() -> None:
 
 def test_a_long_text_holds_up_nobody(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forbids that a book which is tokenized blocks health checks, or short questions."""
-    monkeypatch.setattr("star_attention.serve.service._LONG_CHARACTERS", 1000)
+    monkeypatch.setattr("star_attention.serve.lanes.LONG_CHARACTERS", 1000)
     started, goes_on = threading.Event(), threading.Event()
     (_, (star, _)) = server.service.lanes.lanes
     tokenize = star.tokenizer.__class__.__call__

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
 
 from star_attention.engine import StarLLM
 from star_attention.hf.text import chat
 from star_attention.hf.text.conversation import ChatContext
 from star_attention.serve.contexts.entry import Content
+from star_attention.serve.values import bytes_of
 
 _PROBE = "A document."
 """Shows what a chat template writes before one."""
@@ -27,7 +26,7 @@ class _Opened:
         of: the content.
         other: one with messages in its place; None where it has them, or is no chat.
         chat: the chat; None for what is none.
-        nbytes: bytes of the last two.
+        nbytes: about the bytes of the last two, with those that are the content's own.
     """
 
     of: weakref.ref[Content]
@@ -91,7 +90,8 @@ class Chats:
             # One text instead of two equal ones.
             found = replace(found, head=content.text)
         of = weakref.ref(content, lambda _: self._drop(key))
-        return _Opened(of=of, other=other, chat=found, nbytes=_nbytes(found))
+        nbytes = _HELD_BESIDES + (0 if found is None else bytes_of(*vars(found).values()))
+        return _Opened(of=of, other=other, chat=found, nbytes=nbytes)
 
     def _drop(self, key: int) -> None:
         with self._lock:
@@ -120,18 +120,3 @@ def _chat_of(star: StarLLM, content: Content) -> tuple[Content | None, ChatConte
         return None, None
     kwargs = opened.template_kwargs
     return replace(content, messages=opened.messages, template_kwargs=kwargs), opened
-
-
-def _nbytes(found: ChatContext | None) -> int:
-    """Return about the bytes of a chat, those that it shares with its content among them."""
-    if found is None:
-        return _HELD_BESIDES
-    nbytes, values = _HELD_BESIDES, [*vars(found).values()]
-    while values:
-        value: Any = values.pop()
-        nbytes += sys.getsizeof(value)
-        if isinstance(value, dict):
-            values += [*value, *value.values()]
-        elif isinstance(value, list):
-            values += value
-    return nbytes

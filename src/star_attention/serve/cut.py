@@ -70,10 +70,12 @@ class MarkedChat:
     boundaries: list[Boundary]
     documents: list[Document]
 
-    @property
-    def characters(self) -> int:
-        """About the characters of its texts."""
-        return sum(len(str(message)) for message in self.messages)
+
+def has_files(messages: list[Any]) -> bool:
+    """True if there may be a file in messages, as data that has to be read, or by its id."""
+    contents = [each.get("content") for each in messages if isinstance(each, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") == "file" for part in parts)
 
 
 def unmarked(messages: list[Any], read_file: ReadFile) -> MarkedChat:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from star_attention.engine import StarLLM
 from star_attention.errors import InvalidInputError
@@ -19,8 +22,10 @@ from star_attention.serve.contexts.talks import Prompt, Talk
 from star_attention.serve.cutter import Cutter
 from star_attention.serve.http.fields import Ask
 from star_attention.serve.http.uploads import text_of
+from star_attention.serve.lanes import LONG_CHARACTERS, MESSAGE_CHARACTERS
 from star_attention.serve.reading import Piece, Source, after, document, on_context
 from star_attention.serve.service import Service
+from star_attention.serve.values import characters_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ class Prompts:
             return 0
         scope, content = plan.wanted.scope, plan.wanted.content
         # Its own context is the longest one that a longer prompt begins with.
-        ids = as_ids([*content.ids.tolist(), *plan.query_ids])
+        ids = np.concatenate([content.ids, as_ids(plan.query_ids)])
         kept = self._service.store.prefix_of(scope, Content(ids=ids))
         return plan.context_tokens if kept and len(kept) == len(content) else 0
 
@@ -141,7 +146,7 @@ class Prompts:
             InvalidInputError: messages that cannot be read.
         """
         named = None if ask.context is None else self._service.store.content(tenant, ask.context)
-        marked = cut.unmarked(messages, lambda part: self._file(tenant, part))
+        marked = await self._unmarked(tenant, messages)
         scope, chats = Scope(tenant=tenant, salt=ask.salt), self._service.chats
 
         def read(star: StarLLM) -> Piece:
@@ -152,9 +157,11 @@ class Prompts:
             return replace(piece, unsaid_tokens=unsaid_tokens)
 
         kept = 0 if named is None else len(named.text or "")
+        # With tools or other arguments a template may write something else altogether.
+        kind = "chat", named is None, bool(ask.template_kwargs)
         # Schemas of tools are as long as texts.
-        size = marked.characters + (len(str(ask.template_kwargs)) if ask.template_kwargs else 0)
-        piece = await self._service.lanes.run(size, read, kept=kept)
+        size = _size(marked.messages, ask.template_kwargs)
+        piece = await self._service.lanes.run(size, read, kept=kept, kind=kind)
         plan = self._plan(piece, scope, ask, is_chat=True)
         return replace(plan, documents=tuple(marked.documents))
 
@@ -172,7 +179,7 @@ class Prompts:
                 return Piece(content=named, query_ids=after(star, named, prompt), rule="context")
             return self._cutter.text(star, scope, prompt, ask)
 
-        piece = await self._service.lanes.run(len(prompt), read)
+        piece = await self._service.lanes.run(len(prompt), read, kind="text")
         return self._plan(piece, scope, ask, is_chat=False)
 
     async def of_document(
@@ -183,9 +190,14 @@ class Prompts:
         Raises:
             InvalidInputError: it cannot be read.
         """
-        size = len(source.text or source.token_ids or str(source.messages))
+        size = len(source.text or source.token_ids or ())
+        size += _size(source.messages or [], source.template_kwargs)
+        # All of a chat that goes on is rendered again.
+        kept = 0 if source.after is None else len(source.after.text or source.after)
         chats = self._service.chats
-        content = await self._service.lanes.run(size, lambda star: document(chats, star, source))
+        content = await self._service.lanes.run(
+            size, lambda star: document(chats, star, source), kept=kept, kind="document"
+        )
         self._service.star.runtime.positions.check(
             len(content), "the context has", "cut the document"
         )
@@ -233,6 +245,15 @@ class Prompts:
         own = prompt if ask.answers == 1 else None
         return {"prompt": own, "talk": talk, "kept_tokens": kept_tokens}
 
+    async def _unmarked(self, tenant: str, messages: list[Any]) -> cut.MarkedChat:
+        """Return messages without marks and files, which are read beside the event loop."""
+
+        def read() -> cut.MarkedChat:
+            return cut.unmarked(messages, lambda part: self._file(tenant, part))
+
+        is_long = characters_in(messages, most=LONG_CHARACTERS) >= LONG_CHARACTERS
+        return await asyncio.to_thread(read) if is_long or cut.has_files(messages) else read()
+
     def _file(self, tenant: str, part: dict[str, Any]) -> cut.Document:
         """Return a message's file: one that was uploaded, or in the message itself."""
         file = part.get("file")
@@ -256,3 +277,9 @@ class Prompts:
                 "file_data is not base64; give a data URL such as data:text/plain;base64,..."
             ) from None
         return cut.Document(text=text_of(content, name or "file"), name=name)
+
+
+def _size(messages: list[Any], template_kwargs: dict[str, Any]) -> int:
+    """Return the characters that a chat template has work with, as far as that matters."""
+    characters = characters_in(messages, template_kwargs, most=LONG_CHARACTERS)
+    return characters + MESSAGE_CHARACTERS * len(messages)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import functools
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from typing import Any, Self, TypeVar
+from typing import Self
 
 from starlette.requests import Request
 
 from star_attention.engine import StarLLM
+from star_attention.hf.text.call_forms import call_form
+from star_attention.hf.text.endings import turn_end_ids
 from star_attention.serve.chats import Chats
 from star_attention.serve.contexts.store import ContextStore
 from star_attention.serve.engine import Engine
@@ -23,86 +19,14 @@ from star_attention.serve.http.body import whole_number
 from star_attention.serve.http.files import Files
 from star_attention.serve.http.problems import busy, unavailable
 from star_attention.serve.http.responses.kept import KeptResponses
+from star_attention.serve.lanes import Lanes
 from star_attention.serve.metrics import Metrics, Numbers
 from star_attention.serve.settings import ServeSettings
 
-_T = TypeVar("_T")
 _MOST_BODIES = 8
 """Largest bodies whose bytes all open requests may have together."""
 _MOST_HELD = 4
 """Largest bodies whose bytes files, responses and opened chats may have, each."""
-_LONG_CHARACTERS = 64 * 1024
-"""Characters of a request from which on its text is read in the lane of long ones."""
-_FEW_CHARACTERS = 2048
-"""Characters that are read where they are, in about a millisecond: two threads would have to wake
-for them, and each waits until another one lets go of Python."""
-
-
-class Lanes:
-    """Threads in which texts become token ids, each with a tokenizer of its own.
-
-    A tokenizer is no place for two threads, and a book is not to keep a short question waiting.
-
-    Args:
-        star: the engine.
-    """
-
-    def __init__(self, star: StarLLM) -> None:
-        self.lanes = [
-            (reader_of(star), ThreadPoolExecutor(1, thread_name_prefix=f"star-text-{name}"))
-            for name in ("short", "long")
-        ]
-        # Held by who uses the tokenizer of short texts.
-        self._short = threading.Lock()
-        # Of a schema nobody knows how long it takes.
-        self._checks = ThreadPoolExecutor(1, thread_name_prefix="star-text-check")
-        self._checker: StarLLM | None = None
-
-    async def run(self, characters: int, function: Callable[[StarLLM], _T], *, kept: int = 0) -> _T:
-        """Return what a function returns for an engine whose tokenizer it may use.
-
-        Args:
-            characters: those that it reads.
-            function: what reads them.
-            kept: characters of a kept context that it goes through, too.
-        """
-        is_long = characters >= _LONG_CHARACTERS
-        star, lane = self.lanes[is_long]
-        if characters + kept <= _FEW_CHARACTERS and self._short.acquire(blocking=False):
-            try:
-                return function(star)
-            finally:
-                self._short.release()
-
-        def work() -> _T:
-            with nullcontext() if is_long else self._short:
-                return function(star)
-
-        return await asyncio.get_running_loop().run_in_executor(lane, work)
-
-    async def check(self, options: dict[str, Any]) -> None:
-        """Raise what `generate` would raise for options; the schema among them is compiled."""
-        if "json_schema" not in options:
-            # It tokenizes nothing: to wait for a thread would take longer.
-            self.lanes[0][0].check_settings(**options)
-            return
-        # A tokenizer is copied where nobody else uses it.
-        if self._checker is None:
-            self._checker = await self.run(0, reader_of)
-        check = functools.partial(self._checker.check_settings, **options)
-        await asyncio.get_running_loop().run_in_executor(self._checks, check)
-
-    def close(self) -> None:
-        """End the threads."""
-        for lane in (*(lane for _, lane in self.lanes), self._checks):
-            lane.shutdown(wait=False, cancel_futures=True)
-
-
-def reader_of(star: StarLLM) -> StarLLM:
-    """Return an engine over the same model with a tokenizer of its own."""
-    reader = star.with_config()
-    reader.tokenizer = copy.deepcopy(star.tokenizer)
-    return reader
 
 
 class Visit:
@@ -175,6 +99,9 @@ class Service:
         self.store, self.engine = store, engine
         self.created = int(time.time())
         self.lanes = Lanes(star)
+        # The chat template is asked once for these: not when streams wait for it.
+        turn_end_ids(star.tokenizer)
+        call_form(star.tokenizer)
         self.chats = Chats(_MOST_HELD * settings.max_body)
         self.files = Files(_MOST_HELD * settings.max_body, is_shared=lambda: self.is_shared)
         self.responses = KeptResponses(settings.max_responses, _MOST_HELD * settings.max_body)

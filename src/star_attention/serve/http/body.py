@@ -14,8 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from star_attention.errors import quote
 from star_attention.serve.http.problems import Problem, bad_request
 
-_LARGE = 2**20
-"""Bytes from which on JSON is parsed beside the event loop."""
+_LARGE = 2**18
+"""Bytes from which on JSON is parsed beside the event loop, where so many take up to 4 ms."""
 _MOST_DEPTH = 100
 """Levels of lists and objects in each other; what reads values further on recurses into them."""
 _MOST_DIGITS = 18

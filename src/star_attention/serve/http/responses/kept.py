@@ -9,6 +9,7 @@ from typing import Any
 from star_attention.errors import quote
 from star_attention.serve.http.answering import Answering
 from star_attention.serve.refusals import RefusalError
+from star_attention.serve.values import characters_in
 
 
 @dataclass(eq=False, kw_only=True)
@@ -32,7 +33,7 @@ class KeptResponse:
 
     def __post_init__(self) -> None:
         # The fields of its request that come back with it may be as long as a document.
-        self.characters = sum(len(str(each)) for each in (*self.messages, self.response))
+        self.characters = characters_in(self.messages, self.response)
 
 
 class KeptResponses:
