@@ -131,13 +131,14 @@ def test_steps_of_any_number_of_rows_share_compiled_code() -> None:
         expected_RV = torch.stack([row.logits_SV[step + 1] for row in members])
         torch.testing.assert_close(logits_RV, expected_RV, atol=2e-4, rtol=1e-4)
     assert {key[0] for key in graphs.of_rows.captured} == {4, 2}
-    assert counters["stats"]["unique_graphs"] == before + 1
+    # A layer, the final norm and the rotary embeddings.
+    assert counters["stats"]["unique_graphs"] == before + 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(("name", "ends"), [("deepseek_v2", 1), ("deepseek_v3", 2)])
 def test_layers_that_attend_to_what_they_store_are_compiled_whole(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, ends: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLA in graphs, where nothing that the model expands is used."""
     pytest.importorskip("triton")
@@ -152,8 +153,9 @@ def test_layers_that_attend_to_what_they_store_are_compiled_whole(
     assert reply.token_ids == expected.token_ids
     torch.testing.assert_close(reply.logits, expected.logits, atol=2e-4, rtol=1e-4)
     assert counting.recorder.replays == 4
-    # A query and a step, each through a layer with experts and one without.
-    assert counters["stats"]["unique_graphs"] == 4
+    # A query and a step, each through a layer with experts and one without. And a step's final norm
+    # and rotary embeddings, where these are not complex numbers.
+    assert counters["stats"]["unique_graphs"] == 4 + ends
     assert not counters["graph_break"]
     assert not fast.runtime.handle.compiled._gave_up
 

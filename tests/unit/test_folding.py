@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 
 from star_attention.hf.execution import compiled, graphs, hook, sums
@@ -330,8 +331,12 @@ def test_passes_of_each_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launches_of(module) == launches
 
 
-def test_the_ends_of_a_step_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The final norm and the rotary embeddings of a token run as compiled code, others' do not."""
+@pytest.mark.parametrize(("axis", "lengths"), [(None, [1]), (0, [5, 3, 8])])
+def test_the_ends_of_a_step_are_compiled(
+    axis: int | None, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The final norm and the rotary embeddings of new tokens run as compiled code, once for all
+    numbers of rows; others' do not."""
     model = build("llama")
     ends = {"norm": model.model.norm, "rotary_emb": model.model.rotary_emb}
     calls: list[str] = []
@@ -346,20 +351,24 @@ def test_the_ends_of_a_step_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(module, "forward", counted)
     stock = dict(norm=ends["norm"].forward, rotary_emb=ends["rotary_emb"].forward)
-    ends_of = {name: compiled._compiled_end(module, {}) for name, module in ends.items()}
-    hidden, positions = torch.randn(1, 1, model.config.hidden_size), torch.tensor([[70]])
-    inputs = dict(norm=(hidden,), rotary_emb=(hidden, positions))
+    ends_of = {name: compiled._compiled_end(module, axis, {}) for name, module in ends.items()}
     for name, end in ends_of.items():
-        expected = stock[name](*inputs[name])
-        calls.clear()
-        end(*inputs[name])
-        assert calls == [name]  # outside of our forwards
-        monkeypatch.setattr(hook, "in_our_forward", lambda: True)
-        end(*inputs[name])
-        calls.clear()
-        torch.testing.assert_close(end(*inputs[name]), expected)
-        assert calls == []
-        monkeypatch.setattr(hook, "in_our_forward", lambda: False)
+        made = counters["stats"]["unique_graphs"]
+        for length in lengths:
+            hidden = torch.randn(length, 1, model.config.hidden_size)
+            positions = torch.arange(70, 70 + length)[:, None]
+            inputs = (hidden,) if name == "norm" else (hidden, positions)
+            expected = stock[name](*inputs)
+            calls.clear()
+            end(*inputs)
+            assert calls == [name]  # outside of our forwards
+            monkeypatch.setattr(hook, "in_our_forward", lambda: True)
+            end(*inputs)
+            calls.clear()
+            torch.testing.assert_close(end(*inputs), expected)
+            assert calls == []
+            monkeypatch.setattr(hook, "in_our_forward", lambda: False)
+        assert counters["stats"]["unique_graphs"] == made + 1
 
 
 def test_another_default_device() -> None:

@@ -177,14 +177,15 @@ def _merged_rows(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the runs over a row's context, and from place `tails_at` those over its tail."""
-    triton_pdl.begin(PDL)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     h = tl.program_id(0)
     row = tl.program_id(1)
+    # The kernel of the runs does not write these.
     row_ptr = rows_ptr + row * _PER_ROW
     first = tl.load(row_ptr + 3)
     items = tl.load(row_ptr + 4)
     place = tl.load(row_ptr + 5) * GROUP + h % GROUP
+    triton_pdl.begin(PDL)
     d = tl.arange(0, BLOCK_D)
     d_mask = d < D
     top = tl.full((), float("-inf"), tl.float32)

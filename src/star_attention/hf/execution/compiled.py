@@ -79,7 +79,7 @@ class CompiledLayers:
         self._gave_up = False
         # Calls after which their like compile nothing more.
         self._known: set[tuple[Any, ...]] = set()
-        # The final norm and the rotary embeddings: between the layers of two tokens.
+        # The final norm and the rotary embeddings: between the layers of two steps.
         self._ends = [
             module
             for name, module in handle.decoder.named_children()
@@ -119,8 +119,13 @@ class CompiledLayers:
                 # Torch's kernels take part, or ours would have to wait for their ends.
                 for mode in (STEP, ROWS):
                     self._options[mode]["triton.enable_pdl"] = True
-        step = self._options[STEP]
-        self._ends_of_step = [_compiled_end(module, step) for module in self._ends]
+        self._forwards_of_ends = {
+            mode: [
+                _compiled_end(module, _VARYING.get(mode), self._options[mode])
+                for module in self._ends
+            ]
+            for mode in (STEP, ROWS)
+        }
         self._forwards = {
             mode: [
                 self._dispatch(layer, min(indices), mode)
@@ -159,15 +164,15 @@ class CompiledLayers:
         changed = [each for each in known if type(each[0]) is each[1]]
         for layer, forward in zip(self._layers, self._forwards[mode], strict=True):
             layer.forward = forward
-        ends = self._ends if mode == STEP else []
-        for end, forward in zip(ends, self._ends_of_step, strict=False):
+        ends = list(zip(self._ends, self._forwards_of_ends.get(mode, ()), strict=False))
+        for end, forward in ends:
             end.forward = forward
         for module, _, of_rows in changed:
             module.__class__ = of_rows
         try:
             yield
         finally:
-            for module in (*self._layers, *ends):
+            for module in (*self._layers, *(end for end, _ in ends)):
                 del module.forward
             for module, stock, _ in changed:
                 module.__class__ = stock
@@ -196,11 +201,7 @@ class CompiledLayers:
         def run(args: Any, kwargs: Any) -> Any:
             # Before torch 2.13 these settings are shared by all threads: another one may then
             # compile more often than it needs to.
-            if axis is not None:
-                length = next(_tensors((args, kwargs))).shape[axis]
-                for tensor in _tensors((args, kwargs)):
-                    if tensor.dim() > axis and tensor.shape[axis] == length:
-                        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+            _mark_varying(axis, args, kwargs)
             if self._is_within():
                 hook.enter_layer(cache_index)
                 try:
@@ -231,13 +232,14 @@ class CompiledLayers:
         return forward
 
 
-def _compiled_end(module: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """Make a forward of one token: compiled or, outside of ours and where it fails, the stock one.
+def _compiled_end(module: Any, axis: int | None, options: dict[str, Any]) -> Callable[..., Any]:
+    """Make a forward of new tokens: compiled or, outside of ours and where it fails, the stock one.
 
     Torch's own kernels would take as long as a layer's products, a launch for each operation.
     """
     stock = module.forward
-    compiled = torch.compile(stock, dynamic=False, fullgraph=True, options=options)
+    dynamic = False if axis is None else None
+    compiled = torch.compile(stock, dynamic=dynamic, fullgraph=True, options=options)
     failed: bool | None = None
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -249,6 +251,7 @@ def _compiled_end(module: Any, options: dict[str, Any]) -> Callable[..., Any]:
                 failed = any(map(torch.is_complex, _tensors(found)))
                 if failed:
                     return found
+            _mark_varying(axis, args, kwargs)
             try:
                 with torch._dynamo.config.patch(_WHOLE):
                     return compiled(*args, **kwargs)
@@ -258,6 +261,16 @@ def _compiled_end(module: Any, options: dict[str, Any]) -> Callable[..., Any]:
         return stock(*args, **kwargs)
 
     return forward
+
+
+def _mark_varying(axis: int | None, *call: Any) -> None:
+    """Let a call's code serve other lengths of an axis, too; the first tensor has it."""
+    if axis is None:
+        return
+    length = next(_tensors(call)).shape[axis]
+    for tensor in _tensors(call):
+        if tensor.dim() > axis and tensor.shape[axis] == length:
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 class _Passes(CustomGraphPass):
