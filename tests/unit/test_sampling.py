@@ -12,7 +12,6 @@ import torch
 from star_attention import EncodedContext, StarLLM
 from star_attention.errors import InvalidInputError
 from star_attention.generation.arguments import resolve_generation_kwargs
-from star_attention.hf.execution.sampling import highest_by_parts
 from tests.engines import CONTEXT, QUERY, engine, ids, stock_generate, tiny
 from tests.tiers import in_turn
 
@@ -226,12 +225,3 @@ def test_logits_are_the_stock_ones_before_processing() -> None:
         InvalidInputError, match="return_logits works with greedy search and sampling"
     ):
         star.generate(context, query, num_beams=2, return_logits=True)
-
-
-@pytest.mark.parametrize("parts", [8, 32])
-def test_the_highest_score_by_parts_is_the_first_of_equal_ones(parts: int) -> None:
-    scores_RV = torch.randint(0, 4, (6, 96)).float()
-    scores_RV[1, 50:] = float("nan")
-    scores_RV[2] = float("-inf")
-    scores_RV[3, 95] = 9
-    assert torch.equal(highest_by_parts(scores_RV, parts), scores_RV.argmax(-1))

@@ -27,6 +27,7 @@ from star_attention.attention.kernels.row_tables import (
     ROW_COLUMNS,
     SHARD_COLUMNS,
     RowTables,
+    runs_wanted,
     tile_size,
 )
 from star_attention.attention.kernels.triton_new import Tails
@@ -36,7 +37,10 @@ from star_attention.attention.state import State
 TAIL_RUNS = 4
 """Runs over each row's tail, at most."""
 _MANY_TAILS = 128
-"""Tails (rows times KV heads) from which on two runs of each fill a large GPU."""
+"""Tails (rows times KV heads) from which on two runs of each fill a large GPU; of twice as many one
+does."""
+_MERGED = (16, 64)
+"""Runs that a program of the merge reads at once, at least and at most."""
 
 _PER_SHARD: tl.constexpr = tl.constexpr(SHARD_COLUMNS)
 _PER_ITEM: tl.constexpr = tl.constexpr(ITEM_COLUMNS)
@@ -271,8 +275,9 @@ def attend(
     # Results of the runs over contexts, then of those over tails.
     tails_at = items * kv_heads * block_m
     # Each run is a partial result to merge.
-    tail_runs = TAIL_RUNS if R * kv_heads < _MANY_TAILS else min(2, TAIL_RUNS)
-    tail_runs = tail_runs if holds_tails else 0
+    tails = R * kv_heads
+    most = TAIL_RUNS if tails < _MANY_TAILS else 2 if tails < 2 * _MANY_TAILS else 1
+    tail_runs = min(most, TAIL_RUNS) if holds_tails else 0
     runs = tails_at + R * tail_runs * H
     out = torch.empty(runs, D, dtype=torch.float32, device=device)
     lse = torch.empty(runs, dtype=torch.float32, device=device)
@@ -289,8 +294,11 @@ def attend(
     )  # fmt: skip
     out_RHD = torch.empty(R, H, D, dtype=rule.dtype or torch.float32, device=device)
     lse_RH = torch.empty(R, H, dtype=torch.float32, device=device)
+    # Rows that fill their tiles have so many runs over their contexts.
+    merged = triton.next_power_of_2(runs_wanted(kv_heads) * tile_rows // R + tail_runs)
     _merged_rows[(H, R)](
         out, lse, tables.rows, out_RHD, lse_RH, tails_at,
-        BLOCK_M=block_m, BLOCK_S=16, **shape, **early, num_warps=2,
+        BLOCK_M=block_m, BLOCK_S=min(max(merged, _MERGED[0]), _MERGED[1]), num_warps=2,
+        **shape, **early,
     )  # fmt: skip
     return State(out_RHD[:, None], lse_RH[:, None])
