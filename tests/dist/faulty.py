@@ -2,9 +2,9 @@
 
 Usage: python faulty.py FAULT PHASE VICTIM <arguments of star-attention>
        python faulty.py FAULT PHASE VICTIM session STALL_S PAUSE_S TENSOR_PARALLEL
-PHASE is 1, 2, or in a session "follow": while the other ranks wait for rank 0's next call. The
-fault comes in the third forward of its phase, in phase 2 in number FAULT_FORWARD, if that is set;
-replays of CUDA graphs count.
+PHASE is 1, 2, "help" or in a session "follow": while the other ranks wait for rank 0's next call.
+The fault comes in the third forward of its phase, in phase 2 in number FAULT_FORWARD, if that is
+set; replays of CUDA graphs count. In "help" rank 0 is in the middle of what it computes for others.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from star_attention.cli import main
 from star_attention.distributed.messages import WorldControl
 from star_attention.hf.cache.decode import AnswerCache
 from star_attention.hf.cache.encode import EncodeCache
+from star_attention.hf.cache.helping import HelpReceiver, HelpSender
 from star_attention.hf.execution.graphs import Graphs
 from star_attention.hf.execution.handle import ModelHandle
 
@@ -88,6 +89,43 @@ def plant_in_graphs(real: Any) -> Any:
 ModelHandle.encode = plant(ModelHandle.encode)  # type: ignore[method-assign]
 ModelHandle.logits = plant(ModelHandle.logits)  # type: ignore[method-assign]
 Graphs.run = plant_in_graphs(Graphs.run)  # type: ignore[method-assign]
+
+
+def fail_while_rank_0_helps() -> None:
+    """Let a rank fail while rank 0 computes the second layer for another one.
+
+    Rank 0 takes a second for it. It fails itself, or another rank in the forward after its first.
+    """
+    sent: list[None] = []
+    send, request = HelpSender.send, HelpReceiver.request
+
+    def slow_send(self: Any, *args: Any) -> None:
+        sent.append(None)
+        if len(sent) == 2:
+            time.sleep(1)
+            if os.environ["RANK"] == victim:
+                fail()
+        send(self, *args)
+
+    def request_and_fail(self: Any, *args: Any) -> None:
+        request(self, *args)
+        encode = ModelHandle.encode
+
+        def fail_in_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.5)
+            ModelHandle.encode = encode  # type: ignore[method-assign]
+            fail()
+            return encode(self, *args, **kwargs)
+
+        ModelHandle.encode = fail_in_forward  # type: ignore[method-assign]
+
+    HelpSender.send = slow_send  # type: ignore[method-assign]
+    if os.environ["RANK"] == victim:
+        HelpReceiver.request = request_and_fail  # type: ignore[method-assign]
+
+
+if phase == "help":
+    fail_while_rank_0_helps()
 
 
 def fail_while_following() -> None:

@@ -22,7 +22,7 @@ QUERY = ["--query", "What is the secret number for otter?", "--max-new-tokens", 
 
 
 def launch(
-    tmp_path: Path, fault: str, phase: int, victim: int, *options: str, ranks: int = RANKS
+    tmp_path: Path, fault: str, phase: int | str, victim: int, *options: str, ranks: int = RANKS
 ) -> list[subprocess.Popen[str]]:
     """Start the command on several ranks, without torchrun: only this library ends a rank."""
     text = tmp_path / "book.txt"
@@ -141,9 +141,36 @@ def test_ranks_that_look_back_stop_too(tmp_path: Path) -> None:
     check_stops(tmp_path, "killed", 1, 1, "--lookback", "2", "--anchor-size", "0")
 
 
-def check_stops(
-    tmp_path: Path, fault: str, phase: int, victim: int, *options: str, ranks: int = RANKS
+# Rank 0 computes two layers of the last block of rank 2. Rank 1 takes part in what it sends.
+HELP_QUICK = {("killed", 0), ("hanging", 2)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "victim"),
+    [
+        pytest.param(fault, victim, marks=[] if (fault, victim) in HELP_QUICK else pytest.mark.slow)
+        for fault in CAUSES
+        for victim in (0, 1, 2)
+    ],
+)
+def test_ranks_stop_while_rank_0_computes_for_others(
+    tmp_path: Path, fault: str, victim: int
 ) -> None:
+    lines = check_stops(tmp_path, fault, "help", victim)
+    assert any("in phase 1" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "victim"), [("killed", 3), ("hanging", 1)])
+def test_ranks_that_share_heads_stop_then_too(tmp_path: Path, fault: str, victim: int) -> None:
+    options = ["--tensor-parallel", "2", "--block-size", "192"]
+    check_stops(tmp_path, fault, "help", victim, *options, ranks=4)
+
+
+def check_stops(
+    tmp_path: Path, fault: str, phase: int | str, victim: int, *options: str, ranks: int = RANKS
+) -> list[str]:
+    """Let a rank fail; check that all ranks end in time, and return the lines that say why."""
     save = ["--save", str(tmp_path / "book.star")]
     processes = launch(tmp_path, fault, phase, victim, *save, *options, ranks=ranks)
     statuses, stderrs, ended_at = wait_for_end(tmp_path, processes, victim)
@@ -154,11 +181,15 @@ def check_stops(
         "the stall limit, and what it takes to notice and to end on a busy machine"
     )
     lines = [line for stderr in stderrs for line in stderr.splitlines() if ": error: " in line]
-    assert any(
-        f"rank {victim}" in line and any(cause in line for cause in CAUSES[fault]) for line in lines
-    ), lines
+    told = [
+        line
+        for line in lines
+        if f"rank {victim}" in line and any(cause in line for cause in CAUSES[fault])
+    ]
+    assert told, lines
     assert ("book.star" in files_written(tmp_path)) == (phase == 2)
     assert set(files_written(tmp_path)) <= {"book.star"}, "nothing half-written"
+    return told
 
 
 @pytest.mark.slow

@@ -14,12 +14,17 @@ from tests.dist.test_faults import CAUSES, STALL_S, port, start, wait_for_end
 
 __all__ = ["port"]
 
-QUICK = {("killed", "follow", 0), ("stopped", "follow", 1), ("hanging", "2", 2)}
+QUICK = {
+    ("killed", "follow", 0),
+    ("stopped", "follow", 1),
+    ("hanging", "2", 2),
+    ("killed", "help", 2),
+}
 FAULTS = [
     pytest.param(
         fault, phase, victim, marks=[] if (fault, phase, victim) in QUICK else pytest.mark.slow
     )
-    for phase, victims in {"1": (0, 2), "2": (0, 2), "follow": (0, 1)}.items()
+    for phase, victims in {"1": (0, 2), "help": (0, 2), "2": (0, 2), "follow": (0, 1)}.items()
     for fault in ("killed", "hanging", "stopped")
     for victim in victims
     # Rank 0 thinks: no fault.
@@ -62,7 +67,7 @@ def check_session_ends(
     print(f"{fault} rank {victim} in {phase}: {noticed} s")
     # Python itself takes a while to end on a busy machine.
     assert max(noticed) <= stall_s + 4
-    place = {"1": "phase 1", "2": "phase 2"}.get(phase, "")
+    place = {"1": "phase 1", "help": "phase 1", "2": "phase 2"}.get(phase, "")
     for rank, stderr in enumerate(stderrs):
         if rank == victim:
             continue

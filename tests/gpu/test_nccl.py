@@ -159,7 +159,7 @@ def test_a_lost_rank_ends_the_others(
 LATE = dict(FAULT_FORWARD="20")
 
 
-@pytest.mark.parametrize("phase", ["1", "2", "follow"])
+@pytest.mark.parametrize("phase", ["1", "help", "2", "follow"])
 @pytest.mark.parametrize("fault", ["killed", "hanging", "stopped"])
 def test_a_lost_rank_ends_a_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, phase: str
@@ -168,9 +168,14 @@ def test_a_lost_rank_ends_a_session(
     check_session_ends(tmp_path, fault, phase, 1, ranks=2, stall_s=STALL_S)
 
 
-def test_a_lost_rank_0_ends_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fault", "phase"), [("killed", "2"), ("killed", "help"), ("hanging", "help")]
+)
+def test_a_lost_rank_0_ends_a_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, phase: str
+) -> None:
     set_environment(monkeypatch)
-    check_session_ends(tmp_path, "killed", "2", 0, ranks=2, stall_s=STALL_S)
+    check_session_ends(tmp_path, fault, phase, 0, ranks=2, stall_s=STALL_S)
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch) -> None:

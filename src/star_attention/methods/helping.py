@@ -8,6 +8,7 @@ layers by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 
 from star_attention.hf.cache.encode import EncodeCache
@@ -18,6 +19,7 @@ from star_attention.planning.helping import Help, helps, in_order
 from star_attention.planning.plan import ANCHOR_SOURCES, Span
 from star_attention.planning.segments import Segments
 from star_attention.storage.kv import ContextKV, KVFormat
+from star_attention.storage.oom import translate_oom
 
 
 def helping_of(job: EncodeJob) -> Helping:
@@ -53,6 +55,16 @@ class _Part(Helping):
     def _spans(self, given: Help) -> list[Span]:
         return given.spans(self._job.plan, self._job.span_tokens)
 
+    def _memory_for(self, what: str) -> AbstractContextManager[None]:
+        """Return a block in which memory that runs out is what this feature takes."""
+        tokens = self._job.tokens_per_forward
+        return translate_oom(
+            lambda: (
+                f"out of memory in phase 1 for {what}: set balance_ranks=False"
+                f" (--no-balance-ranks), or lower tokens_per_forward (now {tokens:,})"
+            )
+        )
+
 
 class _Helper(_Part):
     """Rank 0's side."""
@@ -70,8 +82,9 @@ class _Helper(_Part):
             # Other ranks have asked for it after their first forward: drop what was sent.
             self.finish()
         if span.start < anchor_size <= span.stop:
-            for given in self._helps:
-                self._help(given)
+            with self._memory_for("layers that rank 0 computes for other ranks"):
+                for given in self._helps:
+                    self._help(given)
 
     def _help(self, given: Help) -> None:
         job, plan = self._job, self._job.plan
@@ -121,13 +134,15 @@ class _Helped(_Part):
         own = self._own
         if own is None or not own.start <= span.start < own.stop:
             return None
-        return self._layers(first=own.layers, hidden_BSE=self._receiver.hidden_states(span))
+        with self._memory_for("layers that rank 0 has computed for this rank"):
+            return self._layers(first=own.layers, hidden_BSE=self._receiver.hidden_states(span))
 
     def after(self, span: Span) -> None:
         # Behind the first forward, which the anchor has arrived in: rank 0 sends this next.
-        while self._helps:
-            given = self._helps.pop(0)
-            self._receiver.request(given, self._spans(given))
+        with self._memory_for("layers that rank 0 computes for this rank"):
+            while self._helps:
+                given = self._helps.pop(0)
+                self._receiver.request(given, self._spans(given))
 
     def finish(self) -> None:
         self._receiver.finish()
