@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from star_attention.attention.runs import Runs
 from star_attention.attention.state import State, merge
 from star_attention.distributed import TorchComm
 from tests.dist.pool import Pool
@@ -31,6 +32,7 @@ from tests.dist.test_collectives import (
     tensor_of,
 )
 from tests.new_oracle import new_tokens
+from tests.runs_oracle import even_runs, runs_by_table
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -38,7 +40,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KINDS = ["add", "gather", "heads", "merge", "new", "broadcast"]
+KINDS = ["add", "gather", "heads", "merge", "runs", "new", "broadcast"]
 
 
 class HostMemory:
@@ -128,6 +130,13 @@ def random_operations(comm: TorchComm, operations: int) -> None:
                 packets = [torch.arange(elements) + (seed << 40) for seed in seeds]
                 peers.broadcast(packets[comm.rank])
                 assert torch.equal(packets[comm.rank], packets[0]), (number, kind)
+            elif kind == "runs":
+                # Tails are read by one rank alone, and the others have no runs over them.
+                make, counts = draw.choice([(even_runs, [1, 70]), (runs_by_table, [0, 3])])
+                # Few rows: the interpreter takes milliseconds for each program.
+                sizes = dict(B=draw.choice([1, 2]), D=draw.choice([5, 40]))
+                sizes["count"] = draw.choice(counts)
+                check_runs(peers, comm, [make(seed, **sizes) for seed in seeds])  # type: ignore[operator]
             else:
                 check_merge(peers, comm, [state_of(seed) for seed in seeds], draw)
         memory.unlink(peers._own)
@@ -152,6 +161,22 @@ def check_merge(peers: Any, comm: TorchComm, states: list[State], draw: random.R
         assert torch.equal(other.lse_BQH, everything.lse_BQH)
 
 
+def check_runs(peers: Any, comm: TorchComm, parts: list[tuple[Runs, State]]) -> None:
+    """All ranks merge runs, or the first one runs and the others states."""
+    expected = merge([state for _, state in parts])
+    runs, state = parts[comm.rank]
+    mixed = peers.merge(state if comm.rank else runs, slice(1, 3))
+    for part, whole in zip(mixed, expected, strict=True):
+        torch.testing.assert_close(part, whole[:, :, 1:3])
+    merged = peers.merge(runs)
+    torch.testing.assert_close(merged, expected)
+    narrow = peers.merge(runs, slice(comm.rank, comm.rank + 2), dtype=torch.float16)
+    assert torch.equal(narrow.out_BQHD, merged.out_BQHD[:, :, comm.rank : comm.rank + 2].half())
+    for other in comm.gather(merged):
+        assert torch.equal(other.out_BQHD, merged.out_BQHD)
+        assert torch.equal(other.lse_BQH, merged.lse_BQH)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_operations_in_any_order_equal_the_plain_ones(pool: Pool, ranks: int) -> None:
     pool.run(random_operations, ranks, operations=30)
@@ -169,7 +194,7 @@ def abort_and_begin_again(comm: TorchComm) -> list[float]:
         if comm.rank == 0:
             threading.Timer(0.3, peers.abort).start()
             # The other rank does not come.
-            lost = peers.add(part), *peers.merge(state_of(1)), peers.gather(part)
+            lost = peers.add(part), *peers.merge(even_runs(1)[0]), peers.gather(part)
             heads = peers.gather_heads(heads_of(0, torch.float32))
             new = new_tokens(0, 2, torch.float32, random.Random(0))
             queries = peers.gather_new(new.own[0], new.tails, new.rotation)
@@ -195,6 +220,7 @@ def rehearse_alone(comm: TorchComm) -> None:
         if comm.rank == 0:
             peers.add(part, rehearsal=True)
             peers.merge(state_of(0), rehearsal=True)
+            peers.merge(even_runs(0)[0], rehearsal=True)
             assert peers.gather(part, rehearsal=True).shape == (2, *part.shape)
             own = heads_of(0, torch.float32)
             for heads, t in zip(peers.gather_heads(own, rehearsal=True), own, strict=True):
@@ -298,4 +324,5 @@ def test_sizes_that_fit() -> None:
     assert peers.fits_states(programs * 4, 128)
     assert not peers.fits_states(programs * 4 + 1, 128)
     assert peers.fits_states(programs * 32, 16)
-    assert not peers.fits_states(1, 1024)
+    assert peers.fits_states(programs // 2, 1024)
+    assert not peers.fits_states(programs // 2 + 1, 1024)

@@ -23,12 +23,14 @@ from tests.gpu import peer_ranks
 from tests.gpu import ranks as engine_ranks
 from tests.gpu.peer_ranks import Ranks
 from tests.new_oracle import new_tokens
+from tests.runs_oracle import even_runs, runs_by_table
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["add", "gather", "heads", "merge", "new", "broadcast"]
+KINDS = ["add", "gather", "heads", "merge", "runs", "new", "broadcast"]
 SIZES = [1, 7, 512, 513, 4096, 33_000]
 HEADS = 6
+QUESTION: Any = dict(B=1, Q=64, H=32, D=128, count=2, device="cuda")
 
 
 def tensor_of(seed: int, dtype: torch.dtype, elements: int) -> Tensor:
@@ -74,6 +76,15 @@ def random_operations(ranks: Ranks, operations: int) -> float:
                 expected = merge(wide)
                 for part, whole in zip(merged, expected, strict=True):
                     checks.append((part, whole[:, :, first : first + 2], where))
+            continue
+        if kind == "runs":
+            make = even_runs if queries == 20 else runs_by_table
+            parts = [make(seed, B=3, D=head_size, device="cuda") for seed in seeds]
+            merged = peers.merge(parts[ranks.rank][0], slice(first, first + 2))
+            if checked:
+                expected = merge([state for _, state in parts])
+                for part, whole in zip(merged, expected, strict=True):
+                    checks.append((part, whole[:, :, first : first + 2], f"{where} merge"))
             continue
         if kind == "new":
             new = new_tokens(number, ranks.size, dtype, draw, device="cuda")
@@ -125,6 +136,9 @@ def merged_bits(ranks: Ranks) -> None:
         state = state_of(ranks.rank + 10 * number, 5, 128, torch.bfloat16)
         whole = ranks.peers.merge(state)
         ranks.same_bits(*whole)
+        # Of one token, as a rank with a graph and one without have it.
+        runs, merged = even_runs(number, B=1, Q=1, H=32, D=128, count=36, device="cuda")
+        ranks.same_bits(*ranks.peers.merge(merged if ranks.rank else runs))
         narrow = ranks.peers.merge(state, dtype=torch.bfloat16)
         assert torch.equal(narrow.out_BQHD, whole.out_BQHD.bfloat16())
         own = ranks.peers.merge(state, slice(ranks.rank, ranks.rank + 3))
@@ -132,9 +146,28 @@ def merged_bits(ranks: Ranks) -> None:
             assert torch.equal(part, everything[:, :, ranks.rank : ranks.rank + 3])
 
 
+def question_bits(ranks: Ranks) -> None:
+    """Merge the runs of a question, in programs of several rows and warps, many times."""
+    members = [even_runs(rank, **QUESTION) for rank in range(ranks.size)]
+    runs, state = members[ranks.rank]
+    whole = merge([merged for _, merged in members])
+    for number in range(300):
+        merged = ranks.peers.merge(runs if (number + ranks.rank) % 3 else state)
+        if number % 100 == 0:
+            for part, expected in zip(merged, whole, strict=True):
+                torch.testing.assert_close(part, expected)
+            ranks.same_bits(*merged)
+    ranks.same_bits(*merged)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_merges_have_the_same_bits_on_all_ranks(size: int) -> None:
     peer_ranks.run(merged_bits, size)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_merges_of_a_question(size: int) -> None:
+    peer_ranks.run(question_bits, size)
 
 
 def replay(ranks: Ranks, layers: int, replays: int) -> None:
@@ -194,7 +227,10 @@ def abort(ranks: Ranks) -> tuple[float, float]:
     assert (total == ranks.size).all()
     ranks.meet()
     waited = 0.0
+    runs, _ = even_runs(0, **QUESTION)
     if not lost:
+        # All warps of a program have to end together.
+        peers.merge(runs)
         graph.replay()
         peers.merge(state_of(1, 3, 64, torch.bfloat16))
         done = torch.cuda.Event()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from star_attention.attention.kernels import triton_answer
+from star_attention.attention.runs import Runs
 from star_attention.attention.state import State
 from tests.gpu import peer_ranks
 from tests.gpu.peer_ranks import Ranks
@@ -33,6 +35,8 @@ def time_all(ranks: Ranks) -> list[str]:
         lines += _sums(ranks, group, rows)
     for rows in (1, 4, 16, 32, 64, 128):
         lines += _merges(ranks, group, rows)
+    for rows in (1, 16, 32, 64):
+        lines += _runs(ranks, rows)
     packet = torch.zeros(3, dtype=torch.int64, device="cuda")
     lines.append(_line(ranks, "24 B broadcast, peers", lambda: ranks.peers.broadcast(packet)))
     if group is not None:
@@ -68,6 +72,23 @@ def _merges(ranks: Ranks, group: Any, rows: int) -> list[str]:
         gather = lambda: group._allgather_base(parts.view(-1), packed.view(-1)).wait()  # noqa: E731
         lines.append(_line(ranks, f"{name}, gather alone by NCCL", gather))
     return lines
+
+
+def _runs(ranks: Ranks, rows: int) -> list[str]:
+    """Time merges of one token's runs, or of rows with a few runs each."""
+    heads, size, count = 32, 128, 36 if rows == 1 else 12
+    shape = rows, 1, heads, count, size
+    out, lse = torch.ones(shape, device="cuda"), torch.zeros(shape[:-1], device="cuda")
+
+    def state() -> State:
+        return triton_answer.merge_runs(out, lse, torch.float32)
+
+    runs = Runs(shape=(rows, 1, heads, size), out_PD=out, lse_P=lse, count=count, merged=state)
+    name = f"{count} runs of {rows} x {heads} heads"
+    return [
+        _line(ranks, f"{name}, merge", lambda: ranks.peers.merge(runs)),
+        _line(ranks, f"{name}, in two launches", lambda: ranks.peers.merge(runs.merged())),
+    ]
 
 
 def _line(ranks: Ranks, name: str, operation: Callable[[], Any]) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from star_attention.attention.runs import Runs, shape_of
 from star_attention.attention.state import State, merge
 from star_attention.distributed.comm import Pending
 from star_attention.distributed.groups import all_gather
@@ -141,26 +142,29 @@ class MeshComm(Mesh):
         return Pending(lambda: self._unstage(pending, arrived, received))
 
     def merge(
-        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
+        self, part: State | Runs, heads: slice | None = None, *, dtype: torch.dtype | None = None
     ) -> State:
         """Return the state over all cp ranks' keys, the same bits on every rank (Algorithm 2).
 
         Args:
-            state: this rank's part, of all heads.
+            part: this rank's state, of all heads, or runs that are not merged yet.
             heads: the query heads to merge, which may differ between ranks; None for all.
             dtype: precision of the result's `out`, fp32 by default.
         """
         wanted = slice(None) if heads is None else heads
-        rows, head_size = state.lse_BQH.numel(), state.out_BQHD.shape[-1]
+        B, Q, H, head_size = shape_of(part)
+        rows = B * Q * H
         collective = self.merge_collective or traffic.merge_choice(self.cp_size, rows, head_size)
         peers = self._peers(self._lane()) if collective == "gather" else None
         if peers is not None and peers.fits_states(rows, head_size):
             if not self._rehearsing:
-                part, _ = traffic.state_bytes(rows, head_size)
-                self._count(traffic.gather_bytes(part, self.cp_size))
-                of_peers: State = self.world.launch(lambda: peers.merge(state, heads, dtype))
+                sent, _ = traffic.state_bytes(rows, head_size)
+                self._count(traffic.gather_bytes(sent, self.cp_size))
+                of_peers: State = self.world.launch(lambda: peers.merge(part, heads, dtype))
                 return of_peers
-            peers.merge(state, heads, dtype, rehearsal=True)
+            # No numbers, but none that later layers could stumble over.
+            return State(*(t.zero_() for t in peers.merge(part, heads, dtype, rehearsal=True)))
+        state = part.merged() if isinstance(part, Runs) else part
         if self._rehearsing:
             merged = State(state.out_BQHD[:, :, wanted].float(), state.lse_BQH[:, :, wanted])
         elif collective == "gather":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from star_attention.attention.kernels.triton_new import Tails
     from star_attention.attention.rotation import Rotation
+    from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
 
 
@@ -106,7 +107,7 @@ class Collectives(Protocol):
         narrow: bool = False,
     ) -> Pending: ...
     def merge(
-        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
+        self, part: State | Runs, heads: slice | None = None, *, dtype: torch.dtype | None = None
     ) -> State: ...
     def cp_sum(self, tensor: Tensor) -> Tensor: ...
     def cp_gather(self, tensor: Tensor) -> Tensor: ...

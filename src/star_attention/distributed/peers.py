@@ -17,8 +17,10 @@ import triton
 from torch import Tensor
 
 from star_attention.attention.kernels import triton_pdl
+from star_attention.attention.kernels.row_tables import ROW_COLUMNS
 from star_attention.attention.kernels.triton_new import NOT, Tails, rotation_arguments
 from star_attention.attention.rotation import Rotation
+from star_attention.attention.runs import Runs, shape_of
 from star_attention.attention.state import State
 from star_attention.distributed import triton_peers
 from star_attention.distributed.triton_peers import BLOCK, REGION
@@ -28,6 +30,12 @@ _log = logging.getLogger("star_attention")
 
 _PROGRAMS = 2048
 """Programs of a collective at most, times ranks: 18 MB of buffers."""
+_FEWEST_ELEMENTS = 32
+"""Elements of a program in a merge of few rows: one for each thread of a warp."""
+_MOST_WARPS = 4096
+"""Warps of a merge that a large GPU runs at once: programs that come later are late for others."""
+_FEWEST_RUNS, _MOST_RUNS, _LOADED = 8, 64, 2048
+"""Runs that a program of a merge reads at once, and about how many numbers of them."""
 
 
 class Memory(Protocol):
@@ -129,7 +137,7 @@ class PeerGroup:
 
     def fits_states(self, rows: int, head_size: int) -> bool:
         """Return True if `merge` takes states of `rows` batch x queries x heads."""
-        return 0 < rows <= self._programs * _rows(head_size)
+        return rows > 0 and _merge_tile(rows, head_size, self._programs) is not None
 
     def add(self, part: Tensor, *, rehearsal: bool = False) -> Tensor:
         """Return the sum of all members' parts, added up in fp32, in the part's precision.
@@ -231,7 +239,7 @@ class PeerGroup:
 
     def merge(
         self,
-        state: State,
+        part: State | Runs,
         heads: slice | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -239,23 +247,29 @@ class PeerGroup:
     ) -> State:
         """Return the merge of all members' states, in fp32; see `add`.
 
+        Some members may have runs, which are merged first, and others a state.
+
         Args:
             heads: the heads to merge, which may differ between members; None for all.
             dtype: precision of the result's `out`, fp32 by default.
         """
-        out_BQHD, lse_BQH = state.out_BQHD.contiguous(), state.lse_BQH.contiguous()
-        B, Q, H, D = out_BQHD.shape
+        B, Q, H, D = shape_of(part)
         first, stop, step = (heads or slice(None)).indices(H)
         assert step == 1
         wanted = max(0, stop - first)
-        merged_BQHD = out_BQHD.new_empty(B, Q, wanted, D, dtype=dtype or torch.float32)
-        merged_BQH = torch.empty(B, Q, wanted, dtype=torch.float32, device=out_BQHD.device)
-        rows = _rows(D)
-        grid, total = self._grid(B * Q * H, rows, rehearsal)
-        triton_peers.merge_kernel[grid](
-            out_BQHD, lse_BQH, merged_BQHD, merged_BQH, self._table, self._epochs,
-            self._member, total, H, first, wanted,
-            D=D, BLOCK_D=triton.next_power_of_2(D), ROWS=rows, **self._constants(),
+        device = self._memory.device
+        merged_BQHD = torch.empty(B, Q, wanted, D, dtype=dtype or torch.float32, device=device)
+        merged_BQH = torch.empty(B, Q, wanted, dtype=torch.float32, device=device)
+        tile = _merge_tile(B * Q * H, D, self._programs)
+        assert tile is not None
+        rows, block_d = tile
+        programs = triton.cdiv(B * Q * H, rows) * triton.cdiv(D, block_d)
+        tensors, numbers, constants = _source(part, rows * block_d)
+        triton_peers.merge_kernel[(1 if rehearsal else programs,)](
+            *tensors, merged_BQHD, merged_BQH, self._table, self._epochs,
+            self._member, 0 if rehearsal else B * Q * H, first, wanted, *numbers,
+            HEADS=H, D=D, BLOCK_D=block_d, ROWS=rows,
+            **constants, **(self._constants() | dict(num_warps=_warps(rows * block_d))),
         )  # fmt: skip
         return State(merged_BQHD, merged_BQH)
 
@@ -280,9 +294,41 @@ def _words(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(dtype)
 
 
-def _rows(head_size: int) -> int:
-    """Return the rows of one program of a merge; 0 if not even one fits."""
-    rows: int = BLOCK // triton.next_power_of_2(head_size)
-    while rows * (head_size + 1) > REGION:
-        rows //= 2
-    return rows
+def _merge_tile(rows: int, head_size: int, programs: int) -> tuple[int, int] | None:
+    """Return the rows of a program of a merge, and how many elements of each; None if too many.
+
+    The same on all members, whatever they merge: one token's few rows are for many programs, which
+    read their runs at once.
+    """
+    elements = min(_FEWEST_ELEMENTS, triton.next_power_of_2(head_size))
+    tile_rows = _FEWEST_ELEMENTS // elements
+    while True:
+        count = triton.cdiv(rows, tile_rows) * triton.cdiv(head_size, elements)
+        if count <= min(programs, _MOST_WARPS // _warps(tile_rows * elements)):
+            return tile_rows, elements
+        larger = (tile_rows, 2 * elements) if elements < head_size else (2 * tile_rows, elements)
+        if larger[0] * larger[1] > BLOCK or larger[0] * (larger[1] + 1) > REGION:
+            return (tile_rows, elements) if count <= programs else None
+        tile_rows, elements = larger
+
+
+def _source(
+    part: State | Runs, elements: int
+) -> tuple[tuple[Tensor, ...], tuple[int, int], dict[str, int]]:
+    """Return what a merge kernel needs of a member's part: tensors, numbers and constants."""
+    if not isinstance(part, Runs):
+        out_BQHD, lse_BQH = part.out_BQHD.contiguous(), part.lse_BQH.contiguous()
+        none = dict(KV_HEADS=1, TILE=0, ROW_COLUMNS=0, BLOCK_S=0)
+        return (out_BQHD, lse_BQH, lse_BQH), (0, 0), none
+    table = part.table
+    constants = dict(BLOCK_S=max(_FEWEST_RUNS, min(_MOST_RUNS, _LOADED // elements)))
+    if table is None:
+        constants |= dict(KV_HEADS=1, TILE=0, ROW_COLUMNS=0)
+        return (part.out_PD, part.lse_P, part.lse_P), (part.count, 0), constants
+    constants |= dict(KV_HEADS=table.kv_heads, TILE=table.tile_size, ROW_COLUMNS=ROW_COLUMNS)
+    return (part.out_PD, part.lse_P, table.rows), (part.count, table.tails_at), constants
+
+
+def _warps(elements: int) -> int:
+    """Return warps none of whose threads hold copies of the others' words: all see them arrive."""
+    return min(triton_peers.WARPS, elements // 32)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from star_attention.attention.kernels.triton_new import Tails
     from star_attention.attention.rotation import Rotation
+    from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
 
 
@@ -122,8 +123,11 @@ class SoloComm(SoloControl, SoloProgress):
         raise AssertionError("there is no other rank")
 
     def merge(
-        self, state: State, heads: slice | None = None, *, dtype: torch.dtype | None = None
+        self, part: State | Runs, heads: slice | None = None, *, dtype: torch.dtype | None = None
     ) -> State:
+        from star_attention.attention.runs import Runs
+
+        state = part.merged() if isinstance(part, Runs) else part
         if heads is None and dtype is None:
             return state
         wanted = slice(None) if heads is None else heads

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.triton_new import rotated, tail_place
+from star_attention.attention.kernels.triton_run import merged_tile
 
 BLOCK = 512
 """Words of a program: two for each thread, 16 bytes with their numbers."""
@@ -63,6 +64,16 @@ def _late(numbered, mask, epoch, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _is_aborted(table, at, SIZE: tl.constexpr):
+    """Return what all threads of a program agree on, as each of them may read another flag.
+
+    A wait has barriers in its loop, and so all threads have to leave it together.
+    """
+    flag = tl.load(table + SIZE).to(tl.pointer_type(tl.int32))
+    return tl.max(tl.where(at >= 0, tl.load(flag, volatile=True), 0)) != 0
+
+
+@triton.jit
 def _receive(
     table, words, at, mask, rank, r, epoch, live,
     MASKED: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, SPINS: tl.constexpr,
@@ -79,12 +90,52 @@ def _receive(
             late = _late(numbered, mask, epoch, MASKED)
             spins += 1
             if spins % SPINS == 0:
-                aborted = tl.load(table + SIZE).to(tl.pointer_type(tl.int32))
-                if tl.load(aborted, volatile=True) != 0:
+                aborted = _is_aborted(table, at, SIZE)
+                if aborted:
                     late = 0
                     numbered = numbered * 0
         words = numbered.to(tl.int32)
     return words
+
+
+@triton.jit
+def _late_state(numbered, numbered_lse, epoch):
+    late = (numbered >> 32).to(tl.int32) != epoch
+    late = late | ((numbered_lse >> 32).to(tl.int32) != epoch)
+    return tl.max(late.to(tl.int32))
+
+
+@triton.jit
+def _receive_state(
+    table, words, lse, at, lse_at, rank, r, epoch, live,
+    SIZE: tl.constexpr, SLOT: tl.constexpr, SPINS: tl.constexpr,
+):  # fmt: skip
+    """Return the words of rank r and the lse of each, in one wait; see `_receive`.
+
+    Each thread reads an lse next to each of its words, and whether one is late is found out of all
+    of these. Were a row's lse one number, of which several threads read copies at different times,
+    they could not agree when to go on.
+    """
+    if live & (r != rank):
+        buffer = tl.multiple_of(tl.load(table + rank).to(tl.pointer_type(tl.int64)), 16)
+        buffer += (r * 2 + (epoch & 1)) * SLOT
+        numbered = tl.load(buffer + at, volatile=True)
+        numbered_lse = tl.load(buffer + lse_at, volatile=True)
+        late = _late_state(numbered, numbered_lse, epoch)
+        spins = 0
+        while late != 0:
+            numbered = tl.load(buffer + at, volatile=True)
+            numbered_lse = tl.load(buffer + lse_at, volatile=True)
+            late = _late_state(numbered, numbered_lse, epoch)
+            spins += 1
+            if spins % SPINS == 0:
+                aborted = _is_aborted(table, at, SIZE)
+                if aborted:
+                    late = 0
+                    numbered = numbered * 0
+                    numbered_lse = numbered_lse * 0
+        words, lse = numbered.to(tl.int32), numbered_lse.to(tl.int32)
+    return words.to(tl.float32, bitcast=True), lse.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["rank", "n"])
@@ -242,64 +293,70 @@ def heads_kernel(
     tl.store(epochs + pid, epoch, mask=live)
 
 
-@triton.jit(do_not_specialize=["rank", "total", "heads", "first", "wanted"])
+@triton.jit(do_not_specialize=["rank", "total", "first", "wanted", "runs", "tails_at"])
 def merge_kernel(
-    out_ptr, lse_ptr, merged_ptr, merged_lse_ptr, table, epochs,
-    rank, total, heads, first, wanted,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    out_ptr, lse_ptr, rows_ptr, merged_ptr, merged_lse_ptr, table, epochs,
+    rank, total, first, wanted, runs, tails_at,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    ROW_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ROWS: tl.constexpr,
     SIZE: tl.constexpr, SLOT: tl.constexpr, REGION: tl.constexpr, SPINS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Merge the ranks' states in the order of ranks, and keep the wanted heads.
 
-    A row is one head of one query; a program has `ROWS` of them: all output rows, then the lse.
+    A row is one head of one query; a program has `BLOCK_D` elements of `ROWS` of them, and in its
+    region these, row by row, before each row's lse. With a `BLOCK_S`, this rank's part are runs,
+    which are merged first (`triton_run.merged_tile`).
     """
-    GAPS: tl.constexpr = BLOCK_D != D
     triton_pdl.begin(PDL)
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
     live = total > 0
+    PARTS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     index = tl.arange(0, ROWS)
-    row = pid * ROWS + index
+    row = pid // PARTS * ROWS + index
     inside = row < total
-    d = tl.arange(0, BLOCK_D)
-    columns = (d < D)[None, :] & (index >= 0)[:, None]
-    mask = inside[:, None] & columns
-    own = (
-        tl.load(out_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
-        .to(tl.float32)
-        .to(tl.int32, bitcast=True)
-    )
-    own_lse = tl.load(lse_ptr + row, mask=inside, other=float("-inf")).to(tl.int32, bitcast=True)
-    here = pid * REGION + index[:, None] * D + d[None, :]
-    lse_here = pid * REGION + ROWS * D + index
-    _send(table, own, here, columns, rank, epoch, live, GAPS, SIZE, SLOT)
+    d = pid % PARTS * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (d < D)[None, :]
+    if BLOCK_S:
+        own, own_lse = merged_tile(
+            out_ptr, lse_ptr, rows_ptr, row, inside, d, runs, tails_at,
+            HEADS, KV_HEADS, D, TILE, ROW_COLUMNS, BLOCK_D, BLOCK_S,
+        )  # fmt: skip
+    else:
+        place = row.to(tl.int64)[:, None] * D + d[None, :]
+        own = tl.load(out_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        own_lse = tl.load(lse_ptr + row, mask=inside, other=float("-inf"))
+    own = own.to(tl.int32, bitcast=True)
+    own_lse = own_lse.to(tl.int32, bitcast=True)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    here = pid * REGION + index[:, None] * BLOCK_D + column
+    lse_here = pid * REGION + ROWS * BLOCK_D + index
+    _send(table, own, here, mask, rank, epoch, live, False, SIZE, SLOT)
     _send(table, own_lse, lse_here, inside, rank, epoch, live, False, SIZE, SLOT)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    weights = tl.zeros([ROWS], tl.float32)
+    # From here on each element has a copy of its row's lse.
+    own_lse, lse_here = own_lse[:, None] + column * 0, lse_here[:, None] + column * 0
+    top = tl.full([ROWS, BLOCK_D], float("-inf"), tl.float32)
+    weights = tl.zeros([ROWS, BLOCK_D], tl.float32)
     out = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for r in tl.static_range(SIZE):
-        part = _receive(
-            table, own, here, columns, rank, r, epoch, live, GAPS, SIZE, SLOT, SPINS
-        ).to(tl.float32, bitcast=True)
-        lse = _receive(
-            table, own_lse, lse_here, inside, rank, r, epoch, live, False, SIZE, SLOT, SPINS
-        ).to(tl.float32, bitcast=True)
+        part, lse = _receive_state(
+            table, own, own_lse, here, lse_here, rank, r, epoch, live, SIZE, SLOT, SPINS
+        )
         higher = tl.maximum(top, lse)
         # Rows without keys: -inf - -inf is NaN.
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         before, now = tl.exp(top - safe), tl.exp(lse - safe)
-        out = out * before[:, None] + part * now[:, None]
+        out = out * before + part * now
         weights = weights * before + now
         top = higher
     weights = tl.where(weights > 0.0, weights, 1.0)
-    head = row % heads - first
-    keep = inside & (head >= 0) & (head < wanted)
-    target = row // heads * wanted + head
+    head = row % HEADS - first
+    keep = (inside & (head >= 0) & (head < wanted))[:, None]
+    target = (row // HEADS * wanted + head)[:, None]
+    tl.store(merged_ptr + target.to(tl.int64) * D + d[None, :], out / weights, mask=mask & keep)
+    # The first element of a row writes its lse.
     tl.store(
-        merged_ptr + target.to(tl.int64)[:, None] * D + d[None, :],
-        out / weights[:, None],
-        mask=mask & keep[:, None],
+        merged_lse_ptr + target + column * 0, top + tl.log(weights), mask=keep & (d == 0)[None, :]
     )
-    tl.store(merged_lse_ptr + target, top + tl.log(weights), mask=keep)
     tl.store(epochs + pid, epoch, mask=live)

@@ -31,6 +31,7 @@ from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.row_tables import tile_size
 from star_attention.attention.kernels.triton_new import Tails
 from star_attention.attention.kernels.triton_run import launch_options, merged, run
+from star_attention.attention.runs import Runs
 from star_attention.attention.state import State
 
 TAIL_SPLITS = 4
@@ -278,7 +279,7 @@ def tails_of(tables: KVTables, layer: int) -> Tails:
     )
 
 
-def attend(
+def attend_runs(
     q_RQHD: Tensor,
     kv_heads: int,
     *,
@@ -289,7 +290,7 @@ def attend(
     fp8: bool = False,
     splits: int | None = None,
     **options: Any,
-) -> State:
+) -> Runs:
     """Compute attention of new tokens over the shard and, where this rank holds it, their tail.
 
     Call `append` first: a query sees itself in the tail. Results of queries that are padding are
@@ -334,11 +335,30 @@ def attend(
         PRECISION="ieee" if q_RQHD.dtype == torch.float32 else "tf32", FP8=fp8,
         **early, **(launch_options(block_m, D, q_RQHD.dtype, fp8=fp8) | options),
     )  # fmt: skip
-    out_RQHD = torch.empty(R, Q, H, D, dtype=rule.dtype or torch.float32, device=q_RQHD.device)
-    lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=q_RQHD.device)
+    return Runs(
+        shape=(R, Q, H, D),
+        out_PD=out,
+        lse_P=lse,
+        count=runs,
+        merged=lambda: merge_runs(out, lse, rule.dtype or torch.float32),
+    )
+
+
+def attend(q_RQHD: Tensor, kv_heads: int, **options: Any) -> State:
+    """Do as `attend_runs` does, and merge the runs."""
+    return attend_runs(q_RQHD, kv_heads, **options).merged()
+
+
+def merge_runs(out_RQHSD: Tensor, lse_RQHS: Tensor, dtype: torch.dtype) -> State:
+    """Merge the runs of each query and head, in a result of that precision."""
+    R, Q, H, runs, D = out_RQHSD.shape
+    device = out_RQHSD.device
+    out_RQHD = torch.empty(R, Q, H, D, dtype=dtype, device=device)
+    lse_RQH = torch.empty(R, Q, H, dtype=torch.float32, device=device)
     merged[(R * Q * H, triton.cdiv(D, _MERGED_D))](
-        out, lse, out_RQHD, lse_RQH, runs,
-        D=D, BLOCK_D=_MERGED_D, BLOCK_S=triton.next_power_of_2(runs), num_warps=4, **early,
+        out_RQHSD, lse_RQHS, out_RQHD, lse_RQH, runs,
+        D=D, BLOCK_D=_MERGED_D, BLOCK_S=triton.next_power_of_2(runs), num_warps=4,
+        **triton_pdl.options(device),
     )  # fmt: skip
     return State(out_RQHD, lse_RQH)
 

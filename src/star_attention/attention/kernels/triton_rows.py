@@ -32,6 +32,7 @@ from star_attention.attention.kernels.row_tables import (
 )
 from star_attention.attention.kernels.triton_new import Tails
 from star_attention.attention.kernels.triton_run import launch_options, run
+from star_attention.attention.runs import Runs, RunTable
 from star_attention.attention.state import State
 
 TAIL_RUNS = 4
@@ -237,7 +238,7 @@ def tails_of(tables: RowTables, layer: int) -> Tails:
     return Tails(addresses=tables.tails, numbers=tables.rows, first=first, by_row=True)
 
 
-def attend(
+def attend_runs(
     q_RHD: Tensor,
     kv_heads: int,
     *,
@@ -248,7 +249,7 @@ def attend(
     fp8: bool = False,
     holds_tails: bool = True,
     **options: Any,
-) -> State:
+) -> Runs:
     """Compute attention of each row's new token over its context and its tail.
 
     Call `append` first: a row sees itself in its tail. A row that sees no key, as unused ones, gets
@@ -267,7 +268,7 @@ def attend(
         options: instead of `launch_options`.
 
     Returns:
-        The state, `[R, 1, H, D]`.
+        The runs of the state, `[R, 1, H, D]`.
     """
     R, H, D = q_RHD.shape
     q_RHD, device, items = q_RHD.contiguous(), q_RHD.device, len(tables.items)
@@ -292,13 +293,42 @@ def attend(
         PRECISION="ieee" if q_RHD.dtype == torch.float32 else "tf32", FP8=fp8,
         **shape, **early, **(launch_options(block_m, D, q_RHD.dtype, fp8=fp8) | options),
     )  # fmt: skip
-    out_RHD = torch.empty(R, H, D, dtype=rule.dtype or torch.float32, device=device)
-    lse_RH = torch.empty(R, H, dtype=torch.float32, device=device)
     # Rows that fill their tiles have so many runs over their contexts.
-    merged = triton.next_power_of_2(runs_wanted(kv_heads) * tile_rows // R + tail_runs)
+    seen = triton.next_power_of_2(runs_wanted(kv_heads) * tile_rows // R + tail_runs)
+    chunk = min(max(seen, _MERGED[0]), _MERGED[1])
+    dtype = rule.dtype or torch.float32
+    table = RunTable(rows=tables.rows, tails_at=tails_at, kv_heads=kv_heads, tile_size=block_m)
+    return Runs(
+        shape=(R, 1, H, D),
+        out_PD=out,
+        lse_P=lse,
+        count=tail_runs,
+        table=table,
+        merged=lambda: _merged(out, lse, table, (R, H), tail_runs, chunk, dtype),
+    )
+
+
+def attend(q_RHD: Tensor, kv_heads: int, **options: Any) -> State:
+    """Do as `attend_runs` does, and merge the runs."""
+    return attend_runs(q_RHD, kv_heads, **options).merged()
+
+
+def _merged(
+    out_PD: Tensor,
+    lse_P: Tensor,
+    table: RunTable,
+    rows: tuple[int, int],
+    tail_runs: int,
+    chunk: int,
+    dtype: torch.dtype,
+) -> State:
+    (R, H), D, device = rows, out_PD.shape[1], out_PD.device
+    out_R1HD = torch.empty(R, 1, H, D, dtype=dtype, device=device)
+    lse_R1H = torch.empty(R, 1, H, dtype=torch.float32, device=device)
     _merged_rows[(H, R)](
-        out, lse, tables.rows, out_RHD, lse_RH, tails_at,
-        BLOCK_M=block_m, BLOCK_S=min(max(merged, _MERGED[0]), _MERGED[1]), num_warps=2,
-        **shape, **early,
+        out_PD, lse_P, table.rows, out_R1HD, lse_R1H, table.tails_at,
+        HEADS=H, KV_HEADS=table.kv_heads, D=D, TAIL_RUNS=tail_runs, BLOCK_M=table.tile_size,
+        BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=chunk, num_warps=2,
+        **triton_pdl.options(device),
     )  # fmt: skip
-    return State(out_RHD[:, None], lse_RH[:, None])
+    return State(out_R1HD, lse_R1H)

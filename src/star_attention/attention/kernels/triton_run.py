@@ -195,6 +195,65 @@ def merged(
     tl.store(result_lse_ptr + at, lse, mask=tl.program_id(1) == 0)
 
 
+@triton.jit
+def merged_tile(
+    out_ptr, lse_ptr, rows_ptr, row_R, inside_R, d, runs, tails_at,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    ROW_COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Merge the runs of some rows, each of them one head of a query; return states in fp32.
+
+    With a `TILE`, runs are those of `triton_rows`, where `rows_ptr` says; else a row's runs are one
+    after the other.
+
+    Args:
+        row_R: numbers of the rows, of which those count that are `inside_R`.
+        d: elements of the results.
+    """
+    items_R, first_R, tail_R = row_R * 0, row_R * 0, row_R * runs
+    if TILE:
+        # The runs over a row's context, and from place `tails_at` those over its tail.
+        GROUP: tl.constexpr = HEADS // KV_HEADS
+        h_R = row_R % HEADS
+        row_ptr = rows_ptr + row_R // HEADS * ROW_COLUMNS
+        items_R = tl.load(row_ptr + 4, mask=inside_R, other=0)
+        first_R = tl.load(row_ptr + 3, mask=inside_R, other=0) * KV_HEADS + h_R // GROUP
+        place_R = tl.load(row_ptr + 5, mask=inside_R, other=0)
+        first_R = first_R * TILE + place_R * GROUP + h_R % GROUP
+        tail_R = tails_at + row_R // HEADS * runs * HEADS + h_R
+    # From one run of a row to the next.
+    STEP: tl.constexpr = KV_HEADS * TILE
+    TAIL_STEP: tl.constexpr = HEADS if TILE else 1
+    top_R = tl.full(row_R.shape, float("-inf"), tl.float32)
+    sum_R = tl.zeros(row_R.shape, tl.float32)
+    out_RD = tl.zeros((row_R.shape[0], BLOCK_D), tl.float32)
+    count_R = tl.where(inside_R, items_R + runs, 0)
+    for chunk in tl.range(0, tl.max(count_R), BLOCK_S):
+        s = chunk + tl.arange(0, BLOCK_S)
+        after_RS = s[None, :] - items_R[:, None]
+        of_item_RS = first_R[:, None] + s[None, :] * STEP
+        of_tail_RS = tail_R[:, None] + after_RS * TAIL_STEP
+        place_RS = tl.where(after_RS < 0, of_item_RS, of_tail_RS).to(tl.int64)
+        mask_RS = s[None, :] < count_R[:, None]
+        lse_RS = tl.load(lse_ptr + place_RS, mask=mask_RS, other=float("-inf"))
+        mask_RSD = mask_RS[:, :, None] & (d < D)[None, None, :]
+        out_RSD = tl.load(
+            out_ptr + place_RS[:, :, None] * D + d[None, None, :], mask=mask_RSD, other=0.0
+        )
+        new_R = tl.maximum(top_R, tl.max(lse_RS, 1))
+        # There may be no keys that a query sees.
+        safe_R = tl.where(new_R == float("-inf"), 0.0, new_R)
+        shrink_R = tl.exp2(top_R - safe_R)
+        weight_RS = tl.exp2(lse_RS - safe_R[:, None])
+        out_RD = out_RD * shrink_R[:, None] + tl.sum(out_RSD * weight_RS[:, :, None], 1)
+        sum_R = sum_R * shrink_R + tl.sum(weight_RS, 1)
+        top_R = new_R
+    has_keys_R = sum_R > 0.0
+    sum_R = tl.where(has_keys_R, sum_R, 1.0)
+    lse_R = tl.where(has_keys_R, (top_R + tl.log2(sum_R)) / _LOG2_E, float("-inf"))
+    return out_RD / sum_R[:, None], lse_R
+
+
 def launch_options(
     block_m: int, head_size: int, dtype: torch.dtype, *, fp8: bool = False
 ) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from star_attention.attention.attend import Rule
+from star_attention.attention.runs import Runs
 from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
@@ -217,7 +218,7 @@ class GraphLayer(StarLayer[GraphPosition]):
             q_RQHD = comm.gather_new(q_RQHD, k_RKGD, v_RKGD, tails, rule.rotation)
         elif rule.rotation is not None:
             q_RQHD = tails.store(q_RQHD, k_RKGD, v_RKGD, rule.rotation)
-        state: State = position.kernel.attend(
+        runs: Runs = position.kernel.attend_runs(
             q_RQHD,
             kv_heads,
             tables=position.tables,
@@ -227,10 +228,10 @@ class GraphLayer(StarLayer[GraphPosition]):
             fp8=position.fp8,
         )
         if comm.cp_size == 1:
-            return state
+            return runs.merged()
         # Sinks are added in fp32.
         dtype = q_RQHD.dtype if rule.sink_H is None else None
-        return comm.merge(state, heads, dtype=dtype)
+        return comm.merge(runs, heads, dtype=dtype)
 
     def _attend_compressed(self, latent: LatentAttention, q_RQHD: Tensor, rule: Rule) -> State:
         """Do as `attend` does, to compressed keys and values."""

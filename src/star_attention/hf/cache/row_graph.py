@@ -19,6 +19,7 @@ from torch import Tensor
 from star_attention.attention.attend import Rule
 from star_attention.attention.kernels import row_tables
 from star_attention.attention.kernels.row_tables import RowTables
+from star_attention.attention.runs import Runs
 from star_attention.attention.state import State
 from star_attention.distributed.comm import Comm
 from star_attention.errors import UnsupportedModelError
@@ -283,7 +284,7 @@ class RowGraphLayer(StarLayer[RowGraphPosition]):
             q_R1HD = comm.gather_new(q_R1HD, k_R1GD, v_R1GD, tails, rule.rotation)
         elif rule.rotation is not None:
             q_R1HD = tails.store(q_R1HD, k_R1GD, v_R1GD, rule.rotation)
-        state: State = position.kernel.attend(
+        runs: Runs = position.kernel.attend_runs(
             q_R1HD[:, 0],
             kv_heads,
             tables=position.tables,
@@ -294,10 +295,10 @@ class RowGraphLayer(StarLayer[RowGraphPosition]):
             holds_tails=comm.cp_rank == comm.cp_size - 1,
         )
         if comm.cp_size == 1:
-            return state
+            return runs.merged()
         # Sinks are added in fp32.
         dtype = q_R1HD.dtype if rule.sink_H is None else None
-        return comm.merge(state, heads, dtype=dtype)
+        return comm.merge(runs, heads, dtype=dtype)
 
 
 class RowGraphCache(StarCache):
