@@ -19,6 +19,7 @@ from star_attention.attention.runs import Runs
 from star_attention.attention.state import State, merge
 from star_attention.distributed import TorchComm
 from tests.dist.pool import Pool
+from tests.dist.row_checks import check_product, check_row, check_sums, sum_rows
 from tests.dist.test_collectives import (
     DTYPES,
     H,
@@ -32,6 +33,7 @@ from tests.dist.test_collectives import (
     tensor_of,
 )
 from tests.new_oracle import new_tokens
+from tests.row_norms import PARTS, norms_of
 from tests.runs_oracle import even_runs, runs_by_table
 
 pytest.importorskip("triton")
@@ -40,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-KINDS = ["add", "gather", "heads", "merge", "runs", "new", "broadcast"]
+KINDS = ["add", "row", "product", "gather", "heads", "merge", "runs", "new", "broadcast"]
 
 
 class HostMemory:
@@ -107,12 +109,20 @@ def random_operations(comm: TorchComm, operations: int) -> None:
             parts = [tensor_of(seed, dtype, elements) for seed in seeds]
             own = parts[comm.rank].clone()
             if kind == "add":
+                # A whole number of words or not, which begin where one does or not.
+                taken = draw.choice([slice(None), slice(1, None), slice(1, -1)])
+                parts = [part.view(-1)[taken] for part in parts] if elements > 1 else parts
+                own = parts[comm.rank]
                 total = parts[0].float()
                 for part in parts[1:]:
                     total = total + part.float()
                 # The interpreter rounds to bfloat16 towards zero.
                 rtol = 2**-7 if dtype == torch.bfloat16 else 0.0
                 torch.testing.assert_close(peers.add(own), total.to(dtype), rtol=rtol, atol=0.0)
+            elif kind == "row":
+                check_row(peers, comm, [part.view(1, -1) for part in parts], number)
+            elif kind == "product":
+                check_product(peers, comm, draw.choice([20, 40, 40, 1030]), number)
             elif kind == "gather":
                 assert torch.equal(peers.gather(own), torch.stack(parts)), (number, kind)
             elif kind == "heads":
@@ -184,6 +194,7 @@ def test_operations_in_any_order_equal_the_plain_ones(pool: Pool, ranks: int) ->
 
 def abort_and_begin_again(comm: TorchComm) -> list[float]:
     from star_attention.distributed import triton_peers
+    from star_attention.linear.triton_few import Product
 
     with comm.collective("a test"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_peers, "SPINS", 8)
@@ -195,6 +206,10 @@ def abort_and_begin_again(comm: TorchComm) -> list[float]:
             threading.Timer(0.3, peers.abort).start()
             # The other rank does not come.
             lost = peers.add(part), *peers.merge(even_runs(1)[0]), peers.gather(part)
+            lost += tuple(peers.add_row(part, norms_of(part, PARTS[-1])))
+            product = Product(torch.ones(200, 8).half(), None, None, torch.empty(1, 200).half())
+            norms = norms_of(product.out, PARTS[-1])
+            lost += tuple(peers.add_product(torch.ones(1, 8).half(), product, norms))
             heads = peers.gather_heads(heads_of(0, torch.float32))
             new = new_tokens(0, 2, torch.float32, random.Random(0))
             queries = peers.gather_new(new.own[0], new.tails, new.rotation)
@@ -213,6 +228,8 @@ def test_an_abort_ends_a_kernel_that_waits(pool: Pool) -> None:
 
 def rehearse_alone(comm: TorchComm) -> None:
     """Run every operation on one rank alone, which must not wait or count, then all together."""
+    from star_attention.linear.triton_few import Product
+
     with comm.collective("a test"):
         memory = HostMemory()
         peers = connected(comm, memory)
@@ -221,6 +238,12 @@ def rehearse_alone(comm: TorchComm) -> None:
             peers.add(part, rehearsal=True)
             peers.merge(state_of(0), rehearsal=True)
             peers.merge(even_runs(0)[0], rehearsal=True)
+            row = part.view(1, -1)
+            assert len(peers.add_row(row, norms_of(row, PARTS[-1]), rehearsal=True)) == 2
+            half = row.half()
+            product = Product(torch.ones(6, row.shape[-1]).half(), None, None, half[:, :6])
+            norms = norms_of(product.out, PARTS[-1])
+            assert len(peers.add_product(half, product, norms, rehearsal=True)) == 2
             assert peers.gather(part, rehearsal=True).shape == (2, *part.shape)
             own = heads_of(0, torch.float32)
             for heads, t in zip(peers.gather_heads(own, rehearsal=True), own, strict=True):
@@ -244,12 +267,13 @@ def test_a_rehearsal_needs_no_other_rank(pool: Pool) -> None:
 def through_the_mesh(comm: TorchComm) -> tuple[Any, Any]:
     """Return what collectives of the mesh give through memory and without, with their traffic."""
     plain = merge_on_ranks(comm, 3), add_and_gather(comm, 7)
+    check_sums(sum_rows(comm), comm.size)
     memory = HostMemory()
     with comm.collective("a test"):
         peers = connected(comm, memory)
     groups, everyone = comm.world.groups._groups, range(comm.size)
     used = []
-    for name in ("add", "gather", "gather_heads", "merge", "broadcast"):
+    for name in ("add", "add_row", "add_product", "gather", "gather_heads", "merge", "broadcast"):
         operation = getattr(peers, name)
 
         def spy(*args: Any, name: str = name, operation: Any = operation, **kwargs: Any) -> Any:
@@ -269,6 +293,9 @@ def through_the_mesh(comm: TorchComm) -> tuple[Any, Any]:
             "broadcast",
             *3 * ["gather_heads"],
         ]
+        check_sums(sum_rows(comm), comm.size)
+        # Products of numbers in fp32 are not sent by the kernel that multiplies.
+        assert used[-4:] == ["add_row", "add_row", "add_row", "add_product"]
         if comm.size == 4:
             rehearse(comm)
             assert used[-1] == "broadcast"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,13 +12,15 @@ import torch
 
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm, TorchComm
+from star_attention.distributed.groups import PEERS
 from star_attention.hf.cache.decode import AnswerCache
-from star_attention.hf.execution import slices
+from star_attention.hf.execution import compiled, slices
 from star_attention.hf.execution.compiled import STEP
 from star_attention.hf.shape import model_shape
 from star_attention.planning import traffic
 from tests.dist.checks import answer_with, check_model
 from tests.dist.pool import Pool
+from tests.dist.test_peers import HostMemory, connected
 from tests.engines import CONTEXT, ids
 from tests.families import build
 
@@ -123,30 +128,73 @@ def test_the_setting_of_an_engine(pool: Pool) -> None:
     assert by_rule == (whole, fewer_calls), "gloo ranks take whole weights"
 
 
-def answer_compiled(comm: TorchComm) -> Any:
-    """One token through compiled layers, as CUDA graphs capture it."""
-    star = StarLLM(build("llama", **HEADS), comm=comm, compile=True, **SIZES)
-    context = star.encode(ids(CONTEXT))
-    handle, mesh = star.runtime.handle, star.runtime.comm
-    results = []
-    for parts in ((), ("attention", "mlp", "head")):
-        sliced = slices.of(handle, parts, mesh)
-        cache = AnswerCache(context.kv, handle.windows, CONTEXT, [0], mesh, sliced)
-        for position in range(CONTEXT, CONTEXT + 2):
-            ids_11, positions_11 = torch.tensor([[7]]), torch.tensor([[position]])
-            logits = handle.logits(ids_11, positions_11, cache, None, compiled_for=STEP)
-        results.append(logits)
+def answer_compiled(comm: TorchComm, kernels: str = "") -> Any:
+    """One token through compiled layers, as CUDA graphs capture it.
+
+    Args:
+        kernels: the operation of ranks that write into each other's memory which sums over them,
+            in Triton's interpreter; "" for plain operations.
+    """
+    dtype = torch.half if kernels == "add_product" else torch.float
+    with pytest.MonkeyPatch.context() as patch:
+        if kernels:
+            patch.setattr(compiled, "triton_works", lambda device: True)
+            patch.setattr(slices, "triton_works", lambda device: True)
+        star = StarLLM(build("llama", **HEADS).to(dtype), comm=comm, compile=True, **SIZES)
+        context = star.encode(ids(CONTEXT))
+        handle, mesh = star.runtime.handle, star.runtime.comm
+        results = []
+        for parts in ((), ("attention", "mlp", "head")):
+            sliced = slices.of(handle, parts, mesh)
+            cache = AnswerCache(context.kv, handle.windows, CONTEXT, [0], mesh, sliced)
+            with memory_of(comm, kernels) as calls:
+                for position in range(CONTEXT, CONTEXT + 2):
+                    ids_11, positions_11 = torch.tensor([[7]]), torch.tensor([[position]])
+                    logits = handle.logits(ids_11, positions_11, cache, None, compiled_for=STEP)
+            results.append(logits.float())
     assert handle.compiled is not None
     assert handle.compiled.whole
-    return results
+    return results, len(calls)
+
+
+@contextmanager
+def memory_of(comm: TorchComm, operation: str) -> Iterator[list[int]]:
+    """Let ranks write into each other's memory, and note the calls of an operation."""
+    calls: list[int] = []
+    if not operation:
+        yield calls
+        return
+    memory = HostMemory()
+    with comm.collective("a test"):
+        peers = connected(comm, memory)
+    run = getattr(peers, operation)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return run(*args, **options)
+
+    setattr(peers, operation, noted)
+    key = PEERS, range(comm.size)
+    comm.world.groups._groups[key] = peers
+    try:
+        yield calls
+    finally:
+        del comm.world.groups._groups[key]
+        memory.unlink(peers._own)
 
 
 @pytest.mark.slow
-def test_compiled_layers(pool: Pool) -> None:
-    results = pool.run(answer_compiled, 2)
-    for whole, sliced in results:
-        torch.testing.assert_close(sliced, whole, atol=1e-4, rtol=1e-4)
-        assert torch.equal(sliced, results[0][1])
+@pytest.mark.parametrize("kernels", ["", "add_row", "add_product"])
+def test_compiled_layers(pool: Pool, kernels: str) -> None:
+    if kernels and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs Triton's interpreter")
+    results = pool.run(answer_compiled, 2, kernels=kernels)
+    margin = 2e-2 if kernels == "add_product" else 1e-4
+    for (whole, sliced), calls in results:
+        torch.testing.assert_close(sliced, whole, atol=margin, rtol=margin)
+        assert torch.equal(sliced, results[0][0][1])
+        # Two sums in each of three layers, of two tokens.
+        assert calls == (2 * 2 * 3 if kernels else 0)
 
 
 # ------------------------------------------------------------------ traffic

@@ -23,11 +23,12 @@ from tests.gpu import peer_ranks
 from tests.gpu import ranks as engine_ranks
 from tests.gpu.peer_ranks import Ranks
 from tests.new_oracle import new_tokens
+from tests.row_norms import PARTS, check, norms_of
 from tests.runs_oracle import even_runs, runs_by_table
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ["add", "gather", "heads", "merge", "runs", "new", "broadcast"]
+KINDS = ["add", "row", "gather", "heads", "merge", "runs", "new", "broadcast"]
 SIZES = [1, 7, 512, 513, 4096, 33_000]
 HEADS = 6
 QUESTION: Any = dict(B=1, Q=64, H=32, D=128, count=2, device="cuda")
@@ -58,6 +59,7 @@ def random_operations(ranks: Ranks, operations: int) -> float:
     """Run operations of random kinds and sizes, without waiting, and compare all at the end."""
     draw, peers = random.Random(0), ranks.peers
     checks: list[tuple[Any, Any, str]] = []
+    rows: list[tuple[list[Tensor], Tensor, Any]] = []
     started = time.monotonic()
     for number in range(operations):
         kind, dtype = draw.choice(KINDS), draw.choice(DTYPES)
@@ -101,7 +103,17 @@ def random_operations(ranks: Ranks, operations: int) -> float:
                     checks.append((all_heads, torch.cat(of_ranks, 2), where))
             continue
         part = tensor_of(seeds[ranks.rank], dtype, elements)
-        if kind == "add":
+        row = part.view(1, -1)
+        if kind == "row" and peers.fits_row(row):
+            # Some ranks only add up, as those do that do not compile their layers.
+            norms = norms_of(row, PARTS[number % len(PARTS)], number)
+            alone = number % 3 == 0 and ranks.rank == 0
+            results = [peers.add(row)] if alone else peers.add_row(row, norms)
+            if checked:
+                total = added([tensor_of(seed, dtype, elements) for seed in seeds])
+                rows.append((results, total.view(1, -1), None if alone else norms))
+            continue
+        if kind in ("add", "row"):
             result = peers.add(part)
         elif kind == "gather":
             result = peers.gather(part)
@@ -110,10 +122,20 @@ def random_operations(ranks: Ranks, operations: int) -> float:
             peers.broadcast(result)
         if checked:
             parts = [tensor_of(seed, dtype, elements) for seed in seeds]
-            plain = {"add": added, "gather": torch.stack, "broadcast": lambda parts: parts[0]}
+            plain = {
+                "add": added,
+                "row": added,
+                "gather": torch.stack,
+                "broadcast": lambda parts: parts[0],
+            }
             checks.append((result, plain[kind](parts), where))
     torch.cuda.synchronize()
     seconds = time.monotonic() - started
+    for results, total, norms in rows:
+        if norms is None:
+            assert torch.equal(results[0], total)
+        else:
+            check(results, total, norms)
     for result, expected, where in checks:
         if "merge" in where:
             torch.testing.assert_close(result, expected, msg=lambda m, where=where: f"{where}: {m}")

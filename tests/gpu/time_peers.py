@@ -6,6 +6,7 @@ graph. With fewer GPUs than ranks there is no NCCL, and times are those of takin
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -18,8 +19,11 @@ import torch.distributed as dist
 from star_attention.attention.kernels import triton_answer
 from star_attention.attention.runs import Runs
 from star_attention.attention.state import State
+from star_attention.linear import triton_row
+from star_attention.linear.triton_few import Product
 from tests.gpu import peer_ranks
 from tests.gpu.peer_ranks import Ranks
+from tests.row_norms import norms_of
 
 REPEATS = 50
 ROUNDS = 5
@@ -54,7 +58,47 @@ def _sums(ranks: Ranks, group: Any, rows: int) -> list[str]:
         lines.append(_line(ranks, f"{name}, peers", lambda: ranks.peers.add(part)))
     if group is not None:
         lines.append(_line(ranks, f"{name}, NCCL", lambda: group.allreduce(part).wait()))
+    row = part[:1].view(1, 1, -1)
+    if rows == 1:
+        for name, parts in (
+            ("and norm", (False, True, True)),
+            ("and two norms", (True, True, True)),
+        ):
+            norms = norms_of(row, parts)
+            work = functools.partial(ranks.peers.add_row, row, norms)
+            lines.append(_line(ranks, f"8 KB sum, residual {name}", work))
+            separate = functools.partial(_separate, ranks, row, norms)
+            lines.append(_line(ranks, f"8 KB sum; residual {name}", separate))
+        lines += _products(ranks)
     return lines
+
+
+def _products(ranks: Ranks) -> list[str]:
+    """Products of Llama-3.1-8B's shapes in slices of two ranks, with what follows."""
+    lines = []
+    for name, K in (("output", 2048), ("down", 7168)):
+        x = torch.ones(1, 1, K, dtype=torch.bfloat16, device="cuda")
+        weight = torch.ones(4096, K, dtype=torch.bfloat16, device="cuda")
+        product = Product(weight, None, None, x.new_empty(1, 1, 4096))
+        norms = norms_of(product.out, (False, True, True))
+        sent = functools.partial(ranks.peers.add_product, x, product, norms)
+        lines.append(_line(ranks, f"{name} product, sum and norm: sent", sent))
+
+        def separate(x: Any = x, product: Any = product, norms: Any = norms) -> Any:
+            triton_row.launch(x, [product])
+            return ranks.peers.add_row(product.out, norms)
+
+        lines.append(_line(ranks, f"{name} product; sum and norm", separate))
+
+        def alone(x: Any = x, product: Any = product) -> None:
+            triton_row.launch(x, [product])
+
+        lines.append(_line(ranks, f"{name} product alone", alone))
+    return lines
+
+
+def _separate(ranks: Ranks, row: torch.Tensor, norms: Any) -> Any:
+    return norms.after(ranks.peers.add(row))
 
 
 def _merges(ranks: Ranks, group: Any, rows: int) -> list[str]:

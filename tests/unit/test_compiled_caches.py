@@ -58,9 +58,13 @@ def test_layers_know_the_operations_of_their_passes() -> None:
         "from tests.families import build\n"
         "compiled.triton_works = lambda device: True\n"
         "compiled.CompiledLayers(ModelHandle(build('llama')))\n"
-        "print(torch.ops.star_attention.folded_linears)"
+        "operations = torch.ops.star_attention\n"
+        "print(operations.folded_linears, operations.row_norms, operations.sum_product_norms)"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], env=INTERPRETED, capture_output=True, text=True
     )
-    assert found.stdout.strip() == "star_attention.folded_linears", found.stderr
+    names = [
+        f"star_attention.{name}" for name in ("folded_linears", "row_norms", "sum_product_norms")
+    ]
+    assert found.stdout.split() == names, found.stderr

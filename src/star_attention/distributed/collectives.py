@@ -16,8 +16,9 @@ from star_attention.attention.runs import Runs, shape_of
 from star_attention.attention.state import State, merge
 from star_attention.distributed.comm import Pending
 from star_attention.distributed.groups import all_gather
-from star_attention.distributed.mesh import Mesh, host_of
+from star_attention.distributed.mesh import host_of
 from star_attention.distributed.rendezvous import dist
+from star_attention.distributed.row_sums import RowSums
 from star_attention.distributed.world import World
 from star_attention.planning import traffic
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from star_attention.attention.rotation import Rotation
 
 
-class MeshComm(Mesh):
+class MeshComm(RowSums):
     """The ranks of a world in a mesh, and the transport of their tensors.
 
     Tensors travel in a lane of the mesh or in a row of it.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from star_attention.attention.rotation import Rotation
     from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
+    from star_attention.linear.triton_few import Product
+    from star_attention.linear.triton_norm import RowNorms
 
 
 class Pending:
@@ -91,6 +93,7 @@ class Collectives(Protocol):
     cp_sum, cp_gather: sums after sliced layers, slices of logits, what a query attends to.
     broadcast_step: the tokens of a step of phase 2.
     tp_sum, tp_gather: sums after row-parallel layers, heads of saved contexts; what they attend to.
+    sum_row, sum_product: one of these sums with what is around it, in compiled layers.
     rehearsal, recording: warm-up and replays of CUDA graphs.
     """
 
@@ -122,6 +125,10 @@ class Collectives(Protocol):
     ) -> Tensor: ...
     def broadcast_step(self, packet: Tensor) -> Pending: ...
     def tp_sum(self, tensor: Tensor, *, in_place: bool = True) -> Tensor: ...
+    def sum_row(self, part: Tensor, over: str, norms: RowNorms) -> list[Tensor]: ...
+    def sum_product(
+        self, x: Tensor, product: Product, over: str, norms: RowNorms
+    ) -> list[Tensor]: ...
     def tp_gather(self, tensor: Tensor) -> list[Tensor]: ...
     def rehearsal(self) -> AbstractContextManager[None]: ...
     def recording(self) -> AbstractContextManager[Recording]: ...

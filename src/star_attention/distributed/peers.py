@@ -23,8 +23,10 @@ from star_attention.attention.rotation import Rotation
 from star_attention.attention.runs import Runs, shape_of
 from star_attention.attention.state import State
 from star_attention.distributed import triton_peers
+from star_attention.distributed.peer_rows import PeerRows
 from star_attention.distributed.triton_peers import BLOCK, REGION
 from star_attention.errors import first_line
+from star_attention.linear import triton_words
 
 _log = logging.getLogger("star_attention")
 
@@ -51,7 +53,7 @@ class Memory(Protocol):
     def flag(self) -> Tensor: ...
 
 
-class PeerGroup:
+class PeerGroup(PeerRows):
     """Some ranks of one host, as one of them sees them.
 
     Members call the same operations in the same order, with tensors of the same shape. All results
@@ -145,12 +147,14 @@ class PeerGroup:
         Args:
             rehearsal: only compile the kernel, and return nothing of use.
         """
-        part = part.contiguous()
-        total = torch.empty_like(part)
-        grid, n = self._grid(part.numel(), BLOCK, rehearsal)
+        dtype = triton_words.dtype_of(part)
+        if dtype is None:
+            return self.add(part.float(), rehearsal=rehearsal).to(part.dtype)
+        words, total = triton_words.view(part), part.new_empty(part.shape)
+        grid, n = self._grid(words.numel(), BLOCK, rehearsal)
         triton_peers.add_kernel[grid](
-            part, total, self._table, self._epochs, self._member, n,
-            BLOCK=BLOCK, **self._constants(),
+            words, triton_words.view(total), self._table, self._epochs, self._member, n,
+            DTYPE=dtype, BLOCK=BLOCK, **self._constants(),
         )  # fmt: skip
         return total
 

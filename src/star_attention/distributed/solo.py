@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from star_attention.attention.rotation import Rotation
     from star_attention.attention.runs import Runs
     from star_attention.attention.state import State
+    from star_attention.linear.triton_few import Product
+    from star_attention.linear.triton_norm import RowNorms
 
 
 class SoloControl:
@@ -93,7 +95,20 @@ class SoloProgress:
         return
 
 
-class SoloComm(SoloControl, SoloProgress):
+class SoloRowSums:
+    """What is around the sum of a single row over ranks."""
+
+    def sum_row(self, part: Tensor, over: str, norms: RowNorms) -> list[Tensor]:
+        return norms.after(part)
+
+    def sum_product(self, x: Tensor, product: Product, over: str, norms: RowNorms) -> list[Tensor]:
+        from star_attention.linear import triton_row
+
+        triton_row.launch(x.contiguous(), [product])
+        return norms.after(product.out)
+
+
+class SoloComm(SoloControl, SoloProgress, SoloRowSums):
     """One process that holds the whole context and the whole model."""
 
     rank, size = 0, 1

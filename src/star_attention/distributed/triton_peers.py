@@ -24,6 +24,7 @@ import triton.language as tl
 from star_attention.attention.kernels import triton_pdl
 from star_attention.attention.kernels.triton_new import rotated, tail_place
 from star_attention.attention.kernels.triton_run import merged_tile
+from star_attention.linear import triton_words
 
 BLOCK = 512
 """Words of a program: two for each thread, 16 bytes with their numbers."""
@@ -74,27 +75,36 @@ def _is_aborted(table, at, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _arrived(
+    table, at, mask, rank, r, epoch,
+    MASKED: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, SPINS: tl.constexpr,
+):  # fmt: skip
+    """Return the words that arrive in this rank's buffer from rank r."""
+    buffer = tl.multiple_of(tl.load(table + rank).to(tl.pointer_type(tl.int64)), 16)
+    arriving = buffer + (r * 2 + (epoch & 1)) * SLOT + at
+    numbered = tl.load(arriving, volatile=True)
+    late = _late(numbered, mask, epoch, MASKED)
+    spins = 0
+    while late != 0:
+        numbered = tl.load(arriving, volatile=True)
+        late = _late(numbered, mask, epoch, MASKED)
+        spins += 1
+        if spins % SPINS == 0:
+            aborted = _is_aborted(table, at, SIZE)
+            if aborted:
+                late = 0
+                numbered = numbered * 0
+    return numbered.to(tl.int32)
+
+
+@triton.jit
 def _receive(
     table, words, at, mask, rank, r, epoch, live,
     MASKED: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, SPINS: tl.constexpr,
 ):  # fmt: skip
     """Return the words of rank r, which arrive in this rank's buffer; `words` are its own."""
     if live & (r != rank):
-        buffer = tl.multiple_of(tl.load(table + rank).to(tl.pointer_type(tl.int64)), 16)
-        arriving = buffer + (r * 2 + (epoch & 1)) * SLOT + at
-        numbered = tl.load(arriving, volatile=True)
-        late = _late(numbered, mask, epoch, MASKED)
-        spins = 0
-        while late != 0:
-            numbered = tl.load(arriving, volatile=True)
-            late = _late(numbered, mask, epoch, MASKED)
-            spins += 1
-            if spins % SPINS == 0:
-                aborted = _is_aborted(table, at, SIZE)
-                if aborted:
-                    late = 0
-                    numbered = numbered * 0
-        words = numbered.to(tl.int32)
+        words = _arrived(table, at, mask, rank, r, epoch, MASKED, SIZE, SLOT, SPINS)
     return words
 
 
@@ -138,13 +148,40 @@ def _receive_state(
     return words.to(tl.float32, bitcast=True), lse.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def added_up(
+    table, own, at, room, mask, rank, epoch, live,
+    DTYPE: tl.constexpr, SENT: tl.constexpr, MASKED: tl.constexpr, SIZE: tl.constexpr,
+    SLOT: tl.constexpr, SPINS: tl.constexpr,
+):  # fmt: skip
+    """Exchange words, and return the sums of their numbers in fp32, in the order of ranks.
+
+    Words outside `mask` may be sent, if there is room for them, but are not waited for. `SENT` if
+    this rank's words are on their way, to itself, too.
+    """
+    if not SENT:
+        _send(table, own, at, room, rank, epoch, live, MASKED, SIZE, SLOT)
+    # Of itself it then receives, too.
+    sender = -1 if SENT else rank
+    first, second = triton_words.numbers(own * 0, DTYPE)
+    for r in tl.static_range(SIZE):
+        words = own
+        if live & (r != sender):
+            words = _arrived(table, at, mask, rank, r, epoch, True, SIZE, SLOT, SPINS)
+        more_first, more_second = triton_words.numbers(words, DTYPE)
+        # Not beginning with 0, which makes 0 of -0.
+        first = more_first if r == 0 else first + more_first
+        second = more_second if r == 0 else second + more_second
+    return first, second
+
+
 @triton.jit(do_not_specialize=["rank", "n"])
 def add_kernel(
     part_ptr, sum_ptr, table, epochs, rank, n,
-    SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr, REGION: tl.constexpr,
-    SPINS: tl.constexpr, PDL: tl.constexpr,
+    DTYPE: tl.constexpr, SIZE: tl.constexpr, SLOT: tl.constexpr, BLOCK: tl.constexpr,
+    REGION: tl.constexpr, SPINS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add up the ranks' parts in fp32, in the order of ranks."""
+    """Add up the ranks' parts, as words of numbers (`triton_words`)."""
     triton_pdl.begin(PDL)
     pid = tl.program_id(0)
     epoch = tl.load(epochs + pid) + 1
@@ -152,17 +189,12 @@ def add_kernel(
     index = tl.arange(0, BLOCK)
     at = pid * BLOCK + index
     mask = at < n
-    here = pid * REGION + index
-    own = tl.load(part_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
-    _send(table, own, here, mask, rank, epoch, live, False, SIZE, SLOT)
-    total = _receive(table, own, here, mask, rank, 0, epoch, live, False, SIZE, SLOT, SPINS).to(
-        tl.float32, bitcast=True
-    )
-    for r in tl.static_range(1, SIZE):
-        total += _receive(
-            table, own, here, mask, rank, r, epoch, live, False, SIZE, SLOT, SPINS
-        ).to(tl.float32, bitcast=True)
-    tl.store(sum_ptr + at, total.to(sum_ptr.dtype.element_ty), mask=mask)
+    own = tl.load(part_ptr + at, mask=mask, other=0)
+    first, second = added_up(
+        table, own, pid * REGION + index, mask, mask, rank, epoch, live,
+        DTYPE, False, False, SIZE, SLOT, SPINS,
+    )  # fmt: skip
+    tl.store(sum_ptr + at, triton_words.words_of(first, second, DTYPE), mask=mask)
     tl.store(epochs + pid, epoch, mask=live)
 
 

@@ -48,7 +48,7 @@ class RowNorms(NamedTuple):
         """Return the results for a row `[..., K]`, by one launch; all have its precision."""
         row = row.contiguous()
         outs, words = self.outs(row), triton_words.view(row)
-        arguments, constants = self._arguments(row, outs)
+        arguments, constants = self.arguments(row, outs)
         _row[(1,)](
             words, *arguments, words.numel(),
             BLOCK=triton.next_power_of_2(words.numel()), num_warps=_warps(words.numel()),
@@ -61,7 +61,7 @@ class RowNorms(NamedTuple):
         results = (self.residual is not None) + (self.pre is not None)
         return [row.new_empty(row.shape) for _ in range(results)]
 
-    def _arguments(self, row: Tensor, outs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, row: Tensor, outs: list[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Return the kernel's arguments after the row's words, and constants.
 
         Args:

@@ -50,6 +50,17 @@ def fetch(ptr, nbytes, PDL: tl.constexpr):
         )
 
 
+@triton.jit
+def go_on(PDL: tl.constexpr) -> None:
+    """Let the next kernel start, and do not wait for the one before.
+
+    For a kernel that finds out by itself when all that the one before does is done, and that reads
+    nothing else of it. That one has waited for those before it.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def options(device: torch.device) -> dict[str, Any]:
     """Return the arguments of a launch: `PDL` for the kernel, and an option of Triton's."""
     return dict(PDL=True, launch_pdl=True) if is_supported(device) else dict(PDL=False)

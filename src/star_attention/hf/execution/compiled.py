@@ -28,7 +28,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from star_attention.attention.kernels import triton_works
 from star_attention.hf.cache.base import StarCache
-from star_attention.hf.execution import hook
+from star_attention.hf.execution import hook, sums
 from star_attention.hf.execution.complex_products import multiply_reals
 from star_attention.hf.execution.layer_part import layers_of
 from star_attention.linear.fp8 import Fp8Linear, share_quantizing
@@ -320,13 +320,13 @@ def _rotate(graph: torch.fx.Graph) -> None:
 def _fold_norms(graph: torch.fx.Graph) -> None:
     from star_attention.linear import norm_folding
 
-    norm_folding.fold(graph)
+    norm_folding.fold(graph, sums.OPERATIONS)
 
 
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, rotary 1, fuse linears 3", multiply_reals, _rotate, _fuse_linears)
 _FOLD = _Passes(
-    "reals 1, rotary 1, fuse linears 3, fold 3, route 2, mix 2, norms 1",
+    "reals 1, rotary 1, fuse linears 3, fold 3, route 2, mix 2, norms 2",
     *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix, _fold_norms),
 )
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -62,13 +62,106 @@ def summing(comm: Comm) -> Callable[[nn.Module, Any, Tensor], Tensor]:
 
 @torch.library.custom_op("star_attention::sum", mutates_args=())
 def _sum_op(part: Tensor, ranks: str, shard: int) -> Tensor:
-    comm = _comms[shard] if shard != _NO_SHARD else hook.comm_of_forward()
-    return _summed(comm, part, ranks)
+    return _summed(_comm_of(shard), part, ranks)
 
 
 @_sum_op.register_fake
 def _(part: Tensor, ranks: str, shard: int) -> Tensor:
     return torch.empty_like(part, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("star_attention::sum_norms", mutates_args=())
+def _sum_norms_op(
+    part: Tensor,
+    ranks: str,
+    shard: int,
+    post: Tensor | None,
+    times: float,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    offsets: Sequence[float],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    """The sum of a single row and what follows: see `linear.triton_norm.RowNorms`."""
+    from star_attention.linear.triton_norm import RowNorms
+
+    norms = RowNorms(post, times, residual, pre, offsets, eps)
+    return _comm_of(shard).sum_row(part, ranks, norms)
+
+
+@_sum_norms_op.register_fake
+def _(
+    part: Tensor,
+    ranks: str,
+    shard: int,
+    post: Tensor | None,
+    times: float,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    offsets: Sequence[float],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    results = (residual is not None) + (pre is not None)
+    return [part.new_empty(part.shape) for _ in range(results)]
+
+
+@torch.library.custom_op("star_attention::sum_product_norms", mutates_args=())
+def _sum_product_norms_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    part: Sequence[int],
+    scale: Tensor | None,
+    ranks: str,
+    shard: int,
+    post: Tensor | None,
+    times: float,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    offsets: Sequence[float],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    """The same with the product before it: arguments are those of `triton_row.linears`."""
+    from star_attention.linear import triton_row
+    from star_attention.linear.triton_norm import RowNorms
+
+    out = x.new_empty(*x.shape[:-1], part[1])
+    (product,) = triton_row.made_products(x.shape[-1], [weight], [bias], part, [scale], [out])
+    norms = RowNorms(post, times, residual, pre, offsets, eps)
+    return _comm_of(shard).sum_product(x, product, ranks, norms)
+
+
+@_sum_product_norms_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    part: Sequence[int],
+    scale: Tensor | None,
+    ranks: str,
+    shard: int,
+    post: Tensor | None,
+    times: float,
+    residual: Tensor | None,
+    pre: Tensor | None,
+    offsets: Sequence[float],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    results = (residual is not None) + (pre is not None)
+    return [x.new_empty(*x.shape[:-1], part[1]) for _ in range(results)]
+
+
+OPERATIONS = (
+    torch.ops.star_attention.sum.default,
+    torch.ops.star_attention.sum_norms.default,
+    torch.ops.star_attention.sum_product_norms.default,
+)
+"""The sum, that of a single row with what follows, and with the product before it
+(`linear.norm_folding`)."""
+
+
+def _comm_of(shard: int) -> Comm:
+    return _comms[shard] if shard != _NO_SHARD else hook.comm_of_forward()
 
 
 def _summed(comm: Comm, part: Tensor, ranks: str) -> Tensor:
