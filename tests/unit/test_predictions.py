@@ -36,6 +36,8 @@ PHASE_1, PHASE_1_EAGER = 0.13, 0.25
 activations take longer; docs/performance.md states them."""
 TOKEN = 0.05
 """Largest relative error of a token."""
+MORE_LAUNCHES = ("2026-11-29-h200-ranks-decode.json", "2026-11-30-h200-ranks-decode.json")
+"""Before sums over ranks took in what follows them, a token in slices had more launches."""
 
 
 def rows(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -101,15 +103,18 @@ def _is_eager(row: dict[str, Any]) -> bool:
 
 
 def test_a_token_is_predicted() -> None:
-    seen = []
+    seen = set()
     for name, row in rows("*-h200-*decode.json"):
         # Products with one row did not share launches before.
         if row["compiled"] and row.get("kv_device") is None and name > "2026-11-26":
             expected = predicted(row, "star")
             is_sliced = row.get("weights") == "slices"
+            if is_sliced and name in MORE_LAUNCHES:
+                continue
             token_s = expected.sliced_token_s if is_sliced else expected.token_s
             assert token_s is not None
             error = token_s / row["token_s"] - 1
             assert error == pytest.approx(0, abs=TOKEN), (name, row, error)
-            seen.append(row["context"])
-    assert {16384, 131072} <= set(seen)
+            seen.add((row["context"], row.get("ranks", 1), is_sliced))
+    kinds = {(1, False), (2, False), (2, True)}
+    assert {(context, *kind) for context in (16384, 131072) for kind in kinds} <= seen

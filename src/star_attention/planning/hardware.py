@@ -77,10 +77,11 @@ _REQUIRED = tuple(
 #     at 128K, star at 512K: 2026-11-25-h200-prefill.json, 2026-11-26-h200-prefill-512k.json).
 # matrix_fp8: the same times 1,196 / 653, the rates of a product alone at 16,384 tokens, in fp8 with
 #     quantizing and in bf16; to be fitted to whole encodings.
-# bandwidth: a copy. gap: what remained of a token at 16K and 128K (2026-11-26-h200-decode.json);
-#     half of it is in the four products of a layer, 3 to 4 us each that do not shrink with slices.
-# exchange: a collective of 8 KB in a CUDA graph takes 2.5 to 3.7 us, launched while the kernel
-#     before it ends (2026-11-29-h200.md); fit to 2026-11-29-h200-ranks-decode.json.
+# bandwidth: a copy. gap, exchange: what remains of a token at 16K and 128K, on one GPU (from
+#     2026-11-26-h200-decode.json on) and on two (2026-11-30-h200-ranks-late-decode.json). Half of
+#     the gap is in the four products of a layer, 3 to 4 us each that do not shrink with slices. A
+#     collective of 8 KB takes 2.7 to 3.9 us in a CUDA graph, some of it in the place of kernels
+#     that one rank has too (2026-11-30-h200.md).
 # Links are four fifths of their nominal rates: NVLink 4 has 450 GB/s each way, one 400 Gbit/s
 # adapter per device 50 GB/s, NVLink 3 300 GB/s, 10 Gbit/s Ethernet 1.25 GB/s.
 HARDWARE = {
@@ -95,8 +96,8 @@ HARDWARE = {
             memory=141e9,
             link=360e9,
             latency=15e-6,
-            gap=30e-6,
-            exchange=3.5e-6,
+            gap=26e-6,
+            exchange=2.5e-6,
         ),
         Hardware(
             name="h200-ib",
@@ -107,7 +108,7 @@ HARDWARE = {
             memory=141e9,
             link=40e9,
             latency=30e-6,
-            gap=30e-6,
+            gap=26e-6,
         ),
         Hardware(
             name="a100-nvlink",
