@@ -23,7 +23,7 @@ from star_attention.serve.keys import Keys
 from star_attention.serve.service import Service
 from tests.clients.recording import FILE, KEY, Recorder
 from tests.servers import ANSWER, DOCUMENT, NAME, Server, engine, eventually, running
-from tests.unit.test_serve_tools import ARGUMENTS, CALL, server_saying
+from tests.unit.test_serve_tools import ARGUMENTS, CALLS, server_saying
 
 pytestmark = pytest.mark.clients
 
@@ -179,10 +179,12 @@ def test_langchain_waits_for_a_document(tmp_path: Path) -> None:
     assert OTHER_ANSWER in results["stream_later"]["text"]
 
 
-def test_tools(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", CALLS)
+def test_tools(family: str, tmp_path: Path) -> None:
     """Forbids calls that clients cannot put together, and prompts that cannot have them."""
     client = Client(script="tools", too_long="")
-    with server_saying(f"Let me see.\n{CALL}", keys=Keys.of({KEY: "ann"})) as server:
+    said = f"Let me see.\n{CALLS[family]}"
+    with server_saying(said, family, keys=Keys.of({KEY: "ann"})) as server:
         results = results_of(client, server, tmp_path)
     assert results.pop("litellm") == [ARGUMENTS]
     assert list(results) == ["anthropic", "langchain", "responses"]

@@ -16,7 +16,10 @@ from langchain_openai import ChatOpenAI
 from trial import KEY, MODEL, URL, run
 
 QUESTION = "How is the weather in Paris?"
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+}
 FUNCTION = {"name": "weather", "description": "Tells the weather.", "parameters": SCHEMA}
 TOOLS = [{"type": "function", "function": FUNCTION}]
 
