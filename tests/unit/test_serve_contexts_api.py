@@ -260,7 +260,11 @@ def test_a_context_that_goes_on(server: Server) -> None:
         ({"text": 5}, "text 5: expected a string"),
         ({"text": ""}, "at least 1 token"),
         ({"token_ids": [99999]}, "99999"),
-        ({"text": "a", "ttl": 0}, "ttl 0 is out of range; give 1 to 1e+09"),
+        ({"text": "a", "ttl": 0}, "ttl 0 is out of range; give 1 to 1,000,000,000"),
+        ({"text": "a", "ttl": "1h"}, "ttl '1h': expected a number of seconds"),
+        ({"text": "a", "pinned": True}, "pinned True is not supported; give pin"),
+        ({"token_ids": ["a"]}, "token_ids ['a']: expected a list of integers"),
+        ({"token_ids": [True]}, "expected a list of integers"),
         ({"text": "a", "pin": "yes"}, "pin 'yes': expected true or false"),
     ],
 )

@@ -62,7 +62,8 @@ def problem(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"response_format": {"type": "json_schema"}}, "response_format", "has no schema"),
         ({"chat_template": "{{ x }}"}, "chat_template", "templates of requests are not run"),
         ({"messages": []}, "messages", "expected a list of messages that is not empty"),
-        ({"messages": None}, "messages", "expected a list of messages that is not empty"),
+        ({"messages": None}, "messages", "messages is missing: expected a list of messages"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "template does not read it; leave it"),
     ],
 )
 def test_fields_that_cannot_work(
@@ -188,9 +189,44 @@ def test_a_body_beyond_the_limit(server: Server) -> None:
     assert httpx.post(f"{server.url}{CHAT}", content=most, timeout=30).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHAT, {"prompt": "Hi"}, "prompt is for /v1/completions"),
+        (CHAT, {"input": "Hi"}, "input is for /v1/responses"),
+        ("/v1/completions", {"messages": ASK}, "messages is for /v1/chat/completions"),
+        ("/v1/responses", {"messages": ASK}, "messages is for /v1/chat/completions"),
+        ("/v1/completions", {}, "prompt is missing: expected a string, a list of strings, or"),
+        ("/v1/responses", {}, "input is missing: expected a text, or a list of items"),
+    ],
+)
+def test_requests_without_a_prompt(
+    server: Server, path: str, body: dict[str, Any], message: str
+) -> None:
+    """Forbids "messages None", for a field that the client did not send."""
+    error = problem(server.post(path, body), 400)
+    assert message in error["message"]
+    assert error["code"] == "missing_required_parameter"
+
+
+def test_a_context_that_there_is_not(server: Server) -> None:
+    for path, prompt in ((CHAT, {"messages": ASK}), ("/v1/completions", {"prompt": "Hi there"})):
+        error = problem(server.post(path, {**prompt, "context": "ctx_none"}), 404)
+        assert (error["param"], error["code"]) == ("context", "context_not_found")
+
+
 def test_paths_and_methods_that_are_not_there(server: Server) -> None:
     error = problem(server.get("/v1/embeddings"), 404)
     assert error["code"] == "not_found"
+    assert error["message"] == "there is no path '/v1/embeddings' on this server"
+    for path, meant in (
+        ("/chat/completions", CHAT),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/responses", "/v1/responses"),
+    ):
+        # A base URL without /v1, or with it where the client adds it.
+        message = problem(server.post(path, {}), 404)["message"]
+        assert f"but {meant}; change the client's base URL" in message
     response = server.get(CHAT)
     error = problem(response, 405)
     assert "takes POST" in error["message"]

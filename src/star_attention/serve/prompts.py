@@ -24,6 +24,7 @@ from star_attention.serve.http.fields import Ask
 from star_attention.serve.http.uploads import text_of
 from star_attention.serve.lanes import LONG_CHARACTERS, MESSAGE_CHARACTERS
 from star_attention.serve.reading import Piece, Source, after, document, on_context
+from star_attention.serve.refusals import RefusalError
 from star_attention.serve.service import Service
 from star_attention.serve.values import characters_in
 
@@ -145,7 +146,7 @@ class Prompts:
         Raises:
             InvalidInputError: messages that cannot be read.
         """
-        named = None if ask.context is None else self._service.store.content(tenant, ask.context)
+        named = self._named(tenant, ask)
         marked = await self._unmarked(tenant, messages)
         scope, chats = Scope(tenant=tenant, salt=ask.salt), self._service.chats
 
@@ -171,7 +172,7 @@ class Prompts:
         Raises:
             InvalidInputError: ids outside the vocabulary, or no tokens.
         """
-        named = None if ask.context is None else self._service.store.content(tenant, ask.context)
+        named = self._named(tenant, ask)
         scope = Scope(tenant=tenant, salt=ask.salt)
 
         def read(star: StarLLM) -> Piece:
@@ -215,7 +216,8 @@ class Prompts:
         if content is None:
             if len(ids) < 2:
                 # A context and a query need a token each; the second one is answered from both.
-                raise InvalidInputError(f"the prompt has {len(ids)} tokens; give at least 2")
+                tokens = "no tokens" if not ids else "one token alone"
+                raise InvalidInputError(f"the prompt has {tokens}; give at least 2")
             return Plan(first_ids=(ids[0],), context_tokens=1, query_ids=ids[1:], **shared)
         if piece.rule == "context":
             return Plan(
@@ -244,6 +246,20 @@ class Prompts:
         # Of several answers nobody knows which is gone on with.
         own = prompt if ask.answers == 1 else None
         return {"prompt": own, "talk": talk, "kept_tokens": kept_tokens}
+
+    def _named(self, tenant: str, ask: Ask) -> Content | None:
+        """Return what the context is made of that a request names; None where it names none.
+
+        Raises:
+            RefusalError: there is none.
+        """
+        if ask.context is None:
+            return None
+        try:
+            return self._service.store.content(tenant, ask.context)
+        except RefusalError as error:
+            error.param = "context"
+            raise
 
     async def _unmarked(self, tenant: str, messages: list[Any]) -> cut.MarkedChat:
         """Return messages without marks and files, which are read beside the event loop."""

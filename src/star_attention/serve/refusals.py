@@ -11,8 +11,10 @@ class RefusalError(InvalidInputError):
     Attributes:
         code: what programs tell refusals apart by, such as `context_not_found`.
         status: the HTTP status.
+        param: the field of a request at fault, set by who read it; None for none.
     """
 
     def __init__(self, message: str, *, code: str, status: int = 400) -> None:
         self.code, self.status = code, status
+        self.param: str | None = None
         super().__init__(message)

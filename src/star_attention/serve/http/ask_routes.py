@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from star_attention.serve.http.asking import Asked, Asking
-from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.body import Body, is_id, missing, wrong_type
 from star_attention.serve.http.events import ObjectResponse
 from star_attention.serve.http.fields import read_messages
 from star_attention.serve.http.objects import ChatShape, TextShape
@@ -74,18 +74,16 @@ def _chat(body: Body) -> tuple[list[Any], Body]:
 
 def _prompts(body: Body) -> list[str | list[int]]:
     """Return the prompts of a completion: texts, or lists of token ids."""
-    prompt = body.take("prompt")
+    prompt, expected = body.take("prompt"), "a string, a list of strings, or token ids"
+    if prompt is None:
+        raise missing("prompt", expected, body, {"messages": "/v1/chat/completions"})
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
         if all(isinstance(each, str) for each in prompt):
             return prompt
-        if all(_is_id(each) for each in prompt):
+        if all(is_id(each) for each in prompt):
             return [prompt]
-        if all(isinstance(each, list) and each and all(map(_is_id, each)) for each in prompt):
+        if all(isinstance(each, list) and each and all(map(is_id, each)) for each in prompt):
             return prompt
-    raise wrong_type("prompt", prompt, "a string, a list of strings, or token ids")
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    raise wrong_type("prompt", prompt, expected)

@@ -10,8 +10,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from star_attention.errors import quote
 from star_attention.generation.result import Generation
 from star_attention.hf.text.endings import turn_end_ids
+from star_attention.hf.text.template import reads
 from star_attention.serve.http.answering import Answering, Calls, Counts, Locate
 from star_attention.serve.http.body import Body, read_object
 from star_attention.serve.http.events import EventStream, ObjectResponse, unless_left
@@ -64,6 +66,10 @@ class Asking:
 
     def read(self, body: Body, *, chat: bool = True) -> Ask:
         """Return what a body asks for, besides its prompt."""
+        effort, tokenizer = "reasoning_effort", self._service.star.tokenizer
+        if chat and effort in body.fields and not reads(tokenizer, effort):
+            remedy = "the model's chat template does not read it; leave it out"
+            raise not_supported(effort, quote(body.fields[effort]), remedy)
         ask = read_ask(body, self._service.settings, chat=chat)
         for field in ask.ignored:
             self._service.metrics.ignored.labels(field).inc()

@@ -240,7 +240,7 @@ class Body:
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong_type(self.name(name), value, "an integer")
         if value < least or (most is not None and value > most):
-            bound = f"{least} or more" if most is None else f"{least} to {most}"
+            bound = f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
             raise _out_of_range(self.name(name), value, bound)
         return value
 
@@ -259,7 +259,7 @@ class Body:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number) or number < least or (most is not None and number > most):
-            bound = f"{least:g} or more" if most is None else f"{least:g} to {most:g}"
+            bound = f"{least:,.12g}" + (" or more" if most is None else f" to {most:,.12g}")
             raise _out_of_range(self.name(name), value, bound)
         return number
 
@@ -271,8 +271,32 @@ class Body:
         return value
 
 
+def is_id(value: Any) -> bool:
+    """True for a number that may be a token id."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _out_of_range(name: str, value: float, bound: str) -> Problem:
     return bad_request(f"{name} {quote(value)} is out of range; give {bound}", name)
+
+
+def missing(name: str, expected: str, body: Body, elsewhere: dict[str, str]) -> Problem:
+    """Return the 400 for a field that a request has to have.
+
+    Args:
+        name: the field.
+        expected: what it has to be.
+        body: the request's other fields.
+        elsewhere: paths of other requests, by fields that these have.
+    """
+    hints = [
+        f"; {field} is for {path}" for field, path in elsewhere.items() if field in body.fields
+    ]
+    return bad_request(
+        f"{name} is missing: expected {expected}{''.join(hints[:1])}",
+        name,
+        code="missing_required_parameter",
+    )
 
 
 def wrong_type(name: str, value: Any, expected: str) -> Problem:

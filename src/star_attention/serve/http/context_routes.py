@@ -14,7 +14,14 @@ from star_attention.errors import quote
 from star_attention.hf.text.tool_reader import given_twice
 from star_attention.serve.contexts.entry import ContextView, Status
 from star_attention.serve.contexts.store import UNCHANGED
-from star_attention.serve.http.body import Body, parsed, read_object, whole_number, wrong_type
+from star_attention.serve.http.body import (
+    Body,
+    is_id,
+    parsed,
+    read_object,
+    whole_number,
+    wrong_type,
+)
 from star_attention.serve.http.events import DONE, EventStream, ObjectResponse, event, unless_left
 from star_attention.serve.http.fields import MOST_TTL_S, read_template_kwargs, refuse_fields
 from star_attention.serve.http.problems import bad_request
@@ -70,6 +77,7 @@ class ContextRoutes:
 
     async def _create(self, request: Request, body: Body, source: Source) -> Response:
         service = self._service
+        refuse_fields(body, {"pinned": "give pin"})
         service.check_queue(request.state.tenant)
         salt = body.text("cache_salt", "", most=1024) or ""
         ttl, pin = _ttl(body, None), body.flag("pin")
@@ -103,6 +111,8 @@ class ContextRoutes:
         is_list = name in ("messages", "token_ids")
         if is_list and not isinstance(value, list):
             raise wrong_type(name, value, "a list")
+        if name == "token_ids" and not all(map(is_id, value)):
+            raise wrong_type(name, value, "a list of integers")
         if not is_list and not isinstance(value, str):
             raise wrong_type(name, value, "a string")
         if name == "file_id":
@@ -164,7 +174,10 @@ class ContextRoutes:
         """List the tenant's contexts, the newest first; `after` and `limit` turn pages."""
         views = self._service.store.list(request.state.tenant)
         query = request.query_params
-        if query.get("order") == "asc":
+        order = query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise bad_request(f"order: expected asc or desc, got {quote(order)}", "order")
+        if order == "asc":
             views = views[::-1]
         limit = whole_number(query.get("limit", "100")) or 0
         if not 1 <= limit <= 1000:
@@ -227,6 +240,10 @@ def _waits(request: Request) -> bool:
 
 def _ttl(body: Body, default: Any) -> Any:
     """Return the seconds that a context is kept without use."""
+    given = body.fields.get("ttl")
+    if isinstance(given, str):
+        # Marks of chats take such as 1h.
+        raise wrong_type("ttl", given, "a number of seconds")
     seconds = body.number("ttl", least=1, most=MOST_TTL_S)
     return default if seconds is None else float(seconds)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from star_attention.errors import quote
-from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.body import Body, missing, wrong_type
 from star_attention.serve.http.problems import bad_request, not_supported
 from star_attention.serve.http.tools import Tools, read_tools
 from star_attention.serve.settings import ServeSettings
@@ -147,7 +147,6 @@ def read_ask(body: Body, settings: ServeSettings, *, chat: bool) -> Ask:
     template_kwargs = read_template_kwargs(body) if chat else {}
     effort = body.text("reasoning_effort") if chat else None
     if effort is not None:
-        # A template that does not read it refuses it.
         template_kwargs = {"reasoning_effort": effort, **template_kwargs}
     tools = read_tools(body) if chat else None
     if tools is not None:
@@ -203,9 +202,12 @@ def read_messages(body: Body) -> list[Any]:
     Raises:
         Problem: there are none.
     """
-    messages = body.take("messages")
+    messages, expected = body.take("messages"), "a list of messages that is not empty"
+    if messages is None:
+        others = {"prompt": "/v1/completions", "input": "/v1/responses"}
+        raise missing("messages", expected, body, others)
     if not isinstance(messages, list) or not messages:
-        raise wrong_type("messages", messages, "a list of messages that is not empty")
+        raise wrong_type("messages", messages, expected)
     return messages
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote as percent
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import BaseRoute, Match, Router
 
 from star_attention.errors import quote
 from star_attention.serve.http.events import ClientLeftError, encoded
@@ -31,6 +32,8 @@ _POLLED = ("/health", "/ready", "/metrics")
 
 PUBLIC = PATHS | {"/health", "/ready"}
 """Paths that need no key."""
+_VERSION = "/v1"
+"""What the paths of all protocols begin with, and OpenAI's base URL ends with."""
 _ANTHROPIC = "/v1/messages"
 """The beginning of paths whose errors have Anthropic's form."""
 
@@ -49,7 +52,7 @@ class Guard:
 
     def __init__(
         self,
-        app: Any,
+        app: Router,
         settings: ServeSettings,
         keys: Keys | None,
         on_error: Callable[[str], None],
@@ -90,7 +93,7 @@ class Guard:
             # For the log: nobody reads an answer.
             status = status or 499
         except Exception as error:
-            problem = _problem(error, request_id, scope)
+            problem = self._problem(error, request_id, scope)
             self._on_error(problem.code or str(problem.status))
             told["code"] = problem.code or ""
             if status:
@@ -105,6 +108,14 @@ class Guard:
             # What is polled would hide all else.
             level = logging.DEBUG if scope["path"] in _POLLED and status < 400 else logging.INFO
             _log_request(level, scope, status, time.monotonic() - started, request_id, told)
+
+    def _problem(self, error: Exception, request_id: str, scope: Any) -> Problem:
+        if isinstance(error, HTTPException):
+            return _routing(error, scope, self._app.routes)
+        problem = of_error(error, request_id=request_id)
+        if problem.status >= 500 and not isinstance(error, Problem):
+            log_failure(f"request {request_id}", error)
+        return problem
 
     def _tenant(self, request: Request) -> str:
         """Return whose request it is.
@@ -194,24 +205,26 @@ def _log_request(
     )
 
 
-def _problem(error: Exception, request_id: str, scope: Any) -> Problem:
-    if isinstance(error, HTTPException):
-        return _routing(error, scope)
-    problem = of_error(error, request_id=request_id)
-    if problem.status >= 500 and not isinstance(error, Problem):
-        log_failure(f"request {request_id}", error)
-    return problem
-
-
-def _routing(error: HTTPException, scope: Any) -> Problem:
+def _routing(error: HTTPException, scope: Any, routes: Sequence[BaseRoute]) -> Problem:
     """Return the answer for a path or a method that there is not."""
     path, headers = quote(scope["path"]), dict(error.headers or {})
     if error.status_code == 404:
-        return Problem(404, f"there is no path {path} on this server", code="not_found")
+        meant = _meant(scope, routes)
+        hint = f", but {meant}; change the client's base URL" if meant else ""
+        return Problem(404, f"there is no path {path} on this server{hint}", code="not_found")
     if error.status_code == 405:
         message = f"{path} does not take {scope['method']}; it takes {headers.get('Allow', '')}"
         return Problem(405, message, code="method_not_allowed", headers=headers)
     return Problem(error.status_code, str(error.detail), headers=headers)
+
+
+def _meant(scope: Any, routes: Sequence[BaseRoute]) -> str | None:
+    """Return the path of a request whose client has a base URL without /v1, or with it twice."""
+    path: str = scope["path"]
+    is_twice = path.startswith(_VERSION * 2)
+    other = path.removeprefix(_VERSION) if is_twice else _VERSION + path
+    matches = (route.matches({**scope, "path": other})[0] for route in routes)
+    return other if Match.FULL in matches else None
 
 
 async def _send(send: Any, problem: Problem, envelope: dict[str, Any]) -> None:

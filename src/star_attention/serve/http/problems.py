@@ -158,7 +158,7 @@ def of_error(error: BaseException, *, request_id: str) -> Problem:
     if isinstance(error, ContextLengthError):
         return bad_request(str(error), "messages", "context_length_exceeded")
     if isinstance(error, RefusalError):
-        return Problem(error.status, str(error), code=error.code)
+        return Problem(error.status, str(error), code=error.code, param=error.param)
     if isinstance(error, EngineEndedError):
         return unavailable(str(error), "shutting_down")
     if isinstance(error, MissingPackageError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from star_attention.errors import quote
-from star_attention.serve.http.body import Body, wrong_type
+from star_attention.serve.http.body import Body, missing, wrong_type
 from star_attention.serve.http.fields import refuse_fields, template_arguments
 from star_attention.serve.http.problems import bad_request
 
@@ -31,6 +31,7 @@ _REFUSED = {
 }
 """Fields that this protocol or this server has not, and what to do instead."""
 
+_INPUT = "a text, or a list of items that is not empty"
 _LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "text")
 _MARKS = ("prompt_cache_breakpoint", "cache_control")
@@ -90,7 +91,10 @@ def read_request(
     instructions = body.text("instructions")
     previous = body.text("previous_response_id", most=100)
     keeps = body.flag("store", True)
-    messages = _messages(body.take("input"), item)
+    given = body.take("input")
+    if given is None:
+        raise missing("input", _INPUT, body, {"messages": "/v1/chat/completions"})
+    messages = _messages(given, item)
     fields = body.fields
     if "max_output_tokens" in fields:
         fields["max_tokens"] = fields.pop("max_output_tokens")
@@ -189,7 +193,7 @@ def _messages(value: Any, item: Callable[[str], dict[str, Any]]) -> list[Any]:
     if isinstance(value, str) and value:
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise wrong_type("input", value, "a text, or a list of items that is not empty")
+        raise wrong_type("input", value, _INPUT)
     messages: list[Any] = []
     thoughts = ""
     for each in value:
