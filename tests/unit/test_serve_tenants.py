@@ -133,7 +133,14 @@ def test_other_machines_need_keys() -> None:
         ({"max_body": "many"}, "max_body 'many' is not a size; write 4096, '64k', '64m' or '8g'"),
         ({"max_rows": 0}, "max_rows 0 does not work; give 1 or more"),
         ({"port": 70_000}, "port 70000 does not exist; give one up to 65535"),
-        ({"request_timeout": -1.0}, "request_timeout -1.0 does not work"),
+        ({"request_timeout": -1.0}, "request_timeout -1 does not work"),
+        # Zero would be no time at all, and not no limit.
+        ({"request_timeout": 0}, "request_timeout 0 does not .* above 0, or leave it out for no"),
+        ({"context_ttl": 0.0}, "give a number of seconds above 0, or leave it out for no limit"),
+        ({"keepalive": 0.0}, "keepalive 0 does not work; give a number of seconds above 0$"),
+        ({"heartbeat": 0}, "heartbeat 0 does not work"),
+        ({"engine_stall": 0}, "engine_stall 0 does not work"),
+        ({"drain_timeout": -1}, "drain_timeout -1 does not work; .* 0 or more"),
         ({"heartbeat": float("nan")}, "heartbeat nan does not work"),
     ],
 )

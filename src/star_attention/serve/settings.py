@@ -127,12 +127,11 @@ class ServeSettings:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
+            if "float" in str(field.type):
+                _check_seconds(field.name, value, has_default=field.default is not None)
+                continue
             least = 0 if field.name in _MAY_BE_ZERO else 1
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise InvalidInputError(
-                    f"{field.name} {value} does not work; give a number of seconds, 0 or more"
-                )
-            if isinstance(value, int) and value < least:
+            if value < least:
                 raise InvalidInputError(f"{field.name} {value} does not work; give {least} or more")
         if self.port > 65535:
             raise InvalidInputError(f"port {self.port} does not exist; give one up to 65535")
@@ -142,6 +141,18 @@ class ServeSettings:
                 " anybody may use the model; give a file of keys, or listen on 127.0.0.1 (insecure"
                 " serves everybody)"
             )
+
+
+def _check_seconds(name: str, value: float, *, has_default: bool) -> None:
+    """Raise `InvalidInputError` for a time that is none, or that would stop everything."""
+    may_be_zero = name in _MAY_BE_ZERO
+    if math.isfinite(value) and (value > 0 or (value == 0 and may_be_zero)):
+        return
+    wanted = "0 or more" if may_be_zero else "above 0"
+    unlimited = "" if has_default else ", or leave it out for no limit"
+    raise InvalidInputError(
+        f"{name} {value:g} does not work; give a number of seconds {wanted}{unlimited}"
+    )
 
 
 def _size(value: Any, name: str) -> int:
