@@ -17,10 +17,10 @@ from star_attention.distributed import TorchComm
 from star_attention.hf.cache.helping import HelpReceiver, HelpSender
 from star_attention.hf.execution.handle import ModelHandle
 from star_attention.hf.execution.layer_part import layers_of
+from tests.dist.helped import attention_counts, shards
 from tests.dist.pool import Pool
 from tests.dist.test_batch_faults_ranks import fail_in
 from tests.dist.test_batch_ranks import follow_or_lead
-from tests.dist.test_helping_ranks import attention_counts, shards
 from tests.engines import CONTEXT, bundled_tokenizer, ids, text_model
 
 SIZES: dict[str, Any] = dict(block_size=16, anchor_size=16, tokens_per_forward=16)
