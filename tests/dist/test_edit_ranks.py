@@ -11,6 +11,7 @@ import torch
 from star_attention import StarLLM
 from star_attention.distributed import SoloComm
 from star_attention.errors import InvalidInputError
+from star_attention.planning.segments import Segments
 from tests.dist.pool import Pool
 from tests.dist.tp_models import on_disk, star_of
 from tests.engines import CONTEXT, QUERY, engine, ids
@@ -53,9 +54,16 @@ def session(star: StarLLM, folder: Path) -> list[Any]:
 def summary(star: StarLLM, context: Any) -> Any:
     """Return an answer, and keys and values by token."""
     reply = star.generate(context, ids(QUERY), max_new_tokens=4, return_logits=True)
-    tokens = torch.cat([torch.arange(*run) for run in context.kv.segments] or [torch.tensor([])])
-    layers = [torch.cat(layer.pair(), -1)[0] for layer in context.kv.layers if not layer.is_empty]
-    return reply.token_ids, reply.logits, tokens, layers, context.reused_tokens
+    # Layers with a sliding window keep fewer tokens than the others, which may be none of a rank's.
+    layers = [
+        None if layer.is_empty else (tokens_of(layer.segments), torch.cat(layer.pair(), -1)[0])
+        for layer in context.kv.layers
+    ]
+    return reply.token_ids, reply.logits, layers, context.reused_tokens
+
+
+def tokens_of(segments: Segments) -> torch.Tensor:
+    return torch.cat([torch.arange(*run) for run in segments] or [torch.tensor([])])
 
 
 def on_ranks(comm: Any, name: str, folder: Path, **settings: Any) -> list[Any]:
@@ -79,9 +87,12 @@ def following(comm: Any, folder: Path, **settings: Any) -> list[Any]:
 def joined(results: list[Any], number: int) -> tuple[Any, Any, list[torch.Tensor]]:
     """Join the ranks' parts of a context's keys and values."""
     parts = [result[number] for result in results]
-    order = torch.cat([tokens for _, _, tokens, _, _ in parts]).argsort()
-    holders = [layers for _, _, tokens, layers, _ in parts if len(tokens)]
-    layers = [torch.cat(layer, 1)[:, order] for layer in zip(*holders, strict=True)]
+    layers = []
+    for of_ranks in zip(*(layers for _, _, layers, _ in parts), strict=True):
+        held = [part for part in of_ranks if part is not None]
+        if held:
+            tokens, pairs = zip(*held, strict=True)
+            layers.append(torch.cat(pairs, 1)[:, torch.cat(tokens).argsort()])
     return parts[0][0], parts[0][1], layers
 
 
@@ -117,7 +128,9 @@ def test_versions_on_ranks_are_those_of_one_process(
     reused, reused_alone = ([version[-1] for version in each] for each in (results[0], alone))
     # Only blocks that moved to another rank make a difference.
     assert reused[:3] == reused_alone[:3]
-    assert all(0 < tokens for tokens in [reused[0], *reused[3:6]])
+    # Layers that keep their window alone may have nothing of earlier blocks.
+    if name not in ("gemma3", "gemma3n"):
+        assert all(0 < tokens for tokens in [reused[0], *reused[3:6]])
     assert all(tokens <= most for tokens, most in zip(reused, reused_alone, strict=True))
 
 
