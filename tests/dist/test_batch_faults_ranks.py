@@ -120,7 +120,7 @@ def test_what_is_of_one_row_ends_it_alone(pool: Pool, ranks: int, fault: dict[st
 def test_what_is_of_one_context_ends_it_alone(pool: Pool) -> None:
     """Rank 0 does not wait for the other one there, and hears of its fault in a later command."""
     expected = kinds(three_rows(engine("llama", **SIZES)))
-    fault = dict(rank=1, place="context", number=17, after=False, error=MEMORY)
+    fault = dict(rank=1, place="context", number=12, after=False, error=MEMORY)
     outcomes, held = pool.run(with_a_fault, 2, session=three_rows, **fault)
     assert held == (0, 0)
     assert kinds(outcomes) == [*expected[:3], MEMORY]
