@@ -274,6 +274,22 @@ def test_documents_that_cannot_be_kept(quick: Server, body: dict[str, Any], mess
     assert message in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ttl": "soon"}, "ttl 'soon': expected a number of seconds"),
+        ({"pin": "maybe"}, "pin 'maybe': expected true or false"),
+    ],
+)
+def test_fields_of_a_form_that_cannot_work(
+    quick: Server, fields: dict[str, str], message: str
+) -> None:
+    files = {"file": ("sky.txt", b"The sky is blue.")}
+    response = quick.post(CONTEXTS, files=files, data=fields)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"] == message
+
+
 def test_contexts_of_another_tenant() -> None:
     """Forbids hits across keys, and ids that work for others."""
     keys = Keys.of({"key-of-ann": "ann", "key-of-bob": "bob"})

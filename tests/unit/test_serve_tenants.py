@@ -49,6 +49,11 @@ def test_all_else_needs_a_key(server: Server, path: str) -> None:
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
     assert "there is no key" in response.json()["error"]["message"]
+    for header in ("key-of-ann", "Bearer", "Token key-of-ann"):
+        response = server.get(path, headers={"authorization": header})
+        assert response.status_code == 401
+        message = response.json()["error"]["message"]
+        assert message.startswith("the header Authorization has no key after the word Bearer;")
 
 
 def test_health_needs_none(server: Server) -> None:

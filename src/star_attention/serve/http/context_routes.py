@@ -261,7 +261,8 @@ def _form(fields: dict[str, str]) -> Body:
             try:
                 values[name] = json.loads(values[name].lower())
             except (ValueError, RecursionError):
-                raise wrong_type(name, values[name], "a number, true or false") from None
+                expected = "a number of seconds" if name in _FORM_NUMBERS else "true or false"
+                raise wrong_type(name, values[name], expected) from None
     for name in _FORM_JSON:
         if name in values:
             values[name] = parsed(values[name].encode(), name)

@@ -128,15 +128,17 @@ class Guard:
             return OPEN
         if request.url.path in self._public:
             return ""
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        header = request.headers.get("authorization", "")
+        scheme, _, token = header.partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         tenant = self._keys.tenant(key) if key else None
         if tenant is None:
+            wrong = "the key is not one of this server's" if key else "there is no key"
+            if header and not key:
+                wrong = "the header Authorization has no key after the word Bearer"
             raise Problem(
                 401,
-                "the key is not one of this server's; send one as `Authorization: Bearer KEY`"
-                if key
-                else "there is no key; send one as `Authorization: Bearer KEY`",
+                f"{wrong}; send one as `Authorization: Bearer KEY`",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
