@@ -90,10 +90,12 @@ class Registry:
             scope: whose contexts may tell.
             text: a content without token ids.
         """
-        wanted = text.text, text.literal, text.raw
         for entry in self:
-            known, is_own = entry.content, entry.scope == scope and not entry.deleted
-            if is_own and known is not None and (known.text, known.literal, known.raw) == wanted:
+            known = entry.content
+            # There may be thousands, and hardly any has this text: all else is asked of few.
+            if known is None or known.text != text.text or entry.deleted:
+                continue
+            if (known.literal, known.raw) == (text.literal, text.raw) and entry.scope == scope:
                 return known
         return None
 
@@ -103,11 +105,14 @@ class Registry:
         Its keys and values are there, or about to be. Texts are compared where both have one, token
         ids where one has none.
         """
-        begun = [
+        begun = (
             entry
-            for entry in self._living(scope)
-            if entry.keep and _begins_with(content, entry.content)
-        ]
+            for entry in self
+            if entry.content is not None
+            and _begins_with(content, entry.content)
+            and entry.keep
+            and _is_living(entry, scope)
+        )
         return max(begun, key=lambda entry: entry.tokens, default=None)
 
     def shared_text(self, scope: Scope, text: Content) -> int:
@@ -117,14 +122,15 @@ class Registry:
             scope: whose contexts count.
             text: a content without token ids.
         """
-        return max(
-            (
-                _shared_text(text, entry.content)
-                for entry in self._living(scope)
-                if entry.keep and entry.content is not None
-            ),
-            default=0,
+        alike = (
+            entry.content
+            for entry in self
+            if entry.content is not None
+            and _begin_alike(text, entry.content)
+            and entry.keep
+            and _is_living(entry, scope)
         )
+        return max((_shared_text(text, content) for content in alike), default=0)
 
     def nearest(self, scope: Scope, ids: TokenIds, block_size: int) -> tuple[Entry | None, int]:
         """Return the context on the device that has most blocks of `ids`, and its tokens in them.
@@ -150,12 +156,7 @@ class Registry:
         )
 
     def _living(self, scope: Scope) -> Iterator[Entry]:
-        for entry in self:
-            is_there = entry.status in (Status.QUEUED, Status.ENCODING) or (
-                entry.location in (Location.DEVICE, Location.HOST, Location.DISK)
-            )
-            if is_there and entry.scope == scope and not entry.deleted:
-                yield entry
+        return (entry for entry in self if _is_living(entry, scope))
 
     def _unindex(self, entry: Entry) -> None:
         same = self._by_key.get(entry.key, [])
@@ -163,6 +164,14 @@ class Registry:
             same.remove(entry)
         if not same:
             self._by_key.pop(entry.key, None)
+
+
+def _is_living(entry: Entry, scope: Scope) -> bool:
+    """True for a context of a scope whose keys and values are there, or about to be."""
+    is_there = entry.status in (Status.QUEUED, Status.ENCODING) or (
+        entry.location in (Location.DEVICE, Location.HOST, Location.DISK)
+    )
+    return is_there and not entry.deleted and entry.scope == scope
 
 
 def shared_tokens(old: TokenIds, new: TokenIds, block_size: int) -> int:
@@ -177,9 +186,7 @@ def shared_tokens(old: TokenIds, new: TokenIds, block_size: int) -> int:
     return int((both[0] == both[1]).all(axis=1).sum()) * block_size
 
 
-def _begins_with(whole: Content, begin: Content | None) -> bool:
-    if begin is None:
-        return False
+def _begins_with(whole: Content, begin: Content) -> bool:
     if whole.text is not None and begin.text is not None:
         size = len(begin.text)
         return (
@@ -192,12 +199,15 @@ def _begins_with(whole: Content, begin: Content | None) -> bool:
     return len(whole) > size and np.array_equal(whole.ids[:size], begin.ids)
 
 
-def _shared_text(first: Content, second: Content) -> int:
+def _begin_alike(first: Content, second: Content) -> bool:
+    """False where two texts share nothing: most begin otherwise, which is seen at once."""
     if first.text is None or second.text is None or first.raw != second.raw:
-        return 0
-    # Most begin otherwise, which is seen at once.
-    if first.text[:_BEGINNING] != second.text[:_BEGINNING]:
-        return 0
+        return False
+    return first.text[:_BEGINNING] == second.text[:_BEGINNING]
+
+
+def _shared_text(first: Content, second: Content) -> int:
+    assert first.text is not None and second.text is not None, "they begin alike"
     size = len(shared_prefix((first.text, second.text)))
     same = _spans_before(first.literal, size) == _spans_before(second.literal, size)
     return size if same else 0
