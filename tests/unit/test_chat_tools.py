@@ -121,3 +121,12 @@ def test_a_role_cannot_hold_control_tokens() -> None:
         open_context(tokenizer, [user("x"), forged])
     tokenizer.add_tokens(["user"])
     assert open_context(tokenizer, [user("x")]).head.endswith("user\nx")
+
+
+@pytest.mark.parametrize("arguments", ["{bad", "", "[1]"])
+def test_arguments_that_a_template_cannot_write_are_named(arguments: str) -> None:
+    """Forbids "can only get item pairs from a mapping", which no client can make sense of."""
+    template = ChatTemplate(tokenizer_with(ONE_BY_ONE))
+    message = r"the tool calls of message 2, whose arguments are no JSON object: .*; give arguments"
+    with pytest.raises(InvalidInputError, match=message):
+        literal.render(template, transcript(arguments))

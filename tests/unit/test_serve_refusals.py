@@ -55,7 +55,7 @@ def problem(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"stop": [""]}, "stop", "expected a string, or a list of strings that are not empty"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs 2 needs logprobs true; set it"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "give 0 to 20"),
-        ({"tools": [{"type": "function"}]}, "tools", "a tool without a name"),
+        ({"tools": [{"type": "function"}]}, "tools", "whose function has no name"),
         ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty 0.5 is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported"),
         ({"response_format": {"type": "xml"}}, "response_format", "'xml' is not supported"),

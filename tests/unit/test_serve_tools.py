@@ -323,7 +323,8 @@ def test_a_call_that_has_to_be_made(choice: Any, names: set[str], family: str) -
     [
         ({"tools": "all"}, "tools", "expected a list of up to 128 tools"),
         ({"tools": [{"type": "web_search"}]}, "tools", "of type 'web_search' is not supported"),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools", "a tool without a name"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools", "whose function has no name"),
+        ({"tools": [WEATHER]}, "tools", "put its name and parameters into an object `function`"),
         ({"tool_choice": "always"}, "tool_choice", "got 'always'"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "is not supported"),
         (

@@ -171,6 +171,10 @@ class ChatTemplate:
         rejected, remedy = "these messages", "change them, or use raw text instead"
         for number, message in enumerate(messages, start=1):
             role = message["role"]
+            if tool_calls.has_odd_arguments(message):
+                rejected = f"the tool calls of message {number}, whose arguments are no JSON object"
+                remedy = 'give arguments such as {"city": "Paris"}'
+                break
             probe = _around({"role": role, "content": PROBES[0]})
             if role not in ("user", "assistant") and not self._writes(probe, PROBES[:1]):
                 rejected = f"message {number} (role {quote(role)})"

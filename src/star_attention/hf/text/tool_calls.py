@@ -25,6 +25,13 @@ def with_arguments(message: Message, takes: Callable[[type], bool]) -> Message:
     return {**message, "tool_calls": [_converted(call, takes) for call in calls]}
 
 
+def has_odd_arguments(message: Message) -> bool:
+    """True if the arguments of a tool call are a text that is no JSON object."""
+    functions = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    given = [function.get("arguments") for function in functions]
+    return any(isinstance(each, str) and _object(each) is None for each in given)
+
+
 def is_written(text: str, name: str, value: str) -> bool:
     """True if a text has the arguments `{name: value}`, and not as a quoted text or in Python."""
     quoted = f'\\"{name}', f"'{name}'", f"'{{\"{name}"

@@ -213,7 +213,10 @@ def _tool(tool: Any, name: str) -> dict[str, Any]:
     if kind != "function":
         raise not_supported(name, f"of type {quote(kind)}", "give tools of type function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise bad_request(f"{name} has a tool without a name; give one", name)
+        # As the tools of /v1/responses are written.
+        remedy = "put its name and parameters into an object `function`"
+        remedy = remedy if "name" in tool else "give one"
+        raise bad_request(f"{name} has a tool whose function has no name; {remedy}", name)
     schema = function.get("parameters")
     if schema is not None and not isinstance(schema, dict):
         raise wrong_type(f"{name}.parameters", schema, "a JSON schema")
