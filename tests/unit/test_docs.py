@@ -39,6 +39,20 @@ def test_prose_is_wrapped_at_100_columns(document: Path) -> None:
     assert long == []
 
 
+def test_serving_lists_every_code_of_an_error() -> None:
+    """Forbids an answer that nobody can look up."""
+    source = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / "src" / "star_attention" / "serve").rglob("*.py"))
+    )
+    calls = re.findall(r"\b(?:unavailable|_missing)\([^()]*?\"(\w+)\"\)", source)
+    codes = {*re.findall(r"\bcode=\"(\w+)\"", source), *calls}
+    assert {"pin_budget", "warming_up", "response_not_found"} <= codes
+    table = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    table = table.partition("\n## Errors\n")[2].partition("\n## ")[0]
+    assert sorted(code for code in codes if f"`{code}`" not in table) == []
+
+
 def anchors(path: Path) -> set[str]:
     """GitHub's anchors of a document's headings."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -215,6 +215,16 @@ def test_a_context_that_there_is_not(server: Server) -> None:
         assert (error["param"], error["code"]) == ("context", "context_not_found")
 
 
+def test_files_that_do_not_fit_beside_others() -> None:
+    """A client that asks again at once finds as little room."""
+    with running(max_body=4096) as server:
+        file, form = {"file": ("a.txt", b"x" * 3000)}, {"purpose": "user_data"}
+        made = [server.post("/v1/files", files=file, data=form) for _ in range(5)]
+        assert [each.status_code for each in made] == [200, 200, 200, 200, 507]
+        assert problem(made[-1], 507)["code"] == "files_full"
+        assert made[-1].headers["x-should-retry"] == "false"
+
+
 def test_paths_and_methods_that_are_not_there(server: Server) -> None:
     error = problem(server.get("/v1/embeddings"), 404)
     assert error["code"] == "not_found"

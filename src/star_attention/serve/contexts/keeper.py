@@ -82,7 +82,9 @@ class Keeper:
                 with table.lock:
                     self._end_job(base)
                     entry.status = Status.QUEUED
-        refusal = RefusalError("this server is ending; ask again later", code="ending", status=503)
+        refusal = RefusalError(
+            "this server is ending; ask again later", code="shutting_down", status=503
+        )
         with table.lock:
             for entry in list(table.waiting):
                 table.resolve(entry, refusal)

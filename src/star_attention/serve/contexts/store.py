@@ -335,5 +335,5 @@ def _check_name(name: str | None) -> None:
     if name is not None and len(name) > _LONGEST_NAME:
         raise RefusalError(
             f"the name {quote(name)} is too long; give at most {_LONGEST_NAME} characters",
-            code="invalid_name",
+            code="invalid_value",
         )

@@ -158,7 +158,11 @@ def of_error(error: BaseException, *, request_id: str) -> Problem:
     if isinstance(error, ContextLengthError):
         return bad_request(str(error), "messages", "context_length_exceeded")
     if isinstance(error, RefusalError):
-        return Problem(error.status, str(error), code=error.code, param=error.param)
+        # Only files that do not fit are an error of the server's that lasts.
+        headers = _NO_RETRY if error.status == 507 else None
+        return Problem(
+            error.status, str(error), code=error.code, param=error.param, headers=headers
+        )
     if isinstance(error, EngineEndedError):
         return unavailable(str(error), "shutting_down")
     if isinstance(error, MissingPackageError):
