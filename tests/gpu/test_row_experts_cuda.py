@@ -51,7 +51,7 @@ def test_a_choice_of_experts(count: int, chosen: int, kind: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 2048, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(count, 2048, device="cuda") / 2048**0.5
-    scores = triton_router.scores(x, weight, torch.float32, [])
+    scores = triton_router.scores(x, weight, torch.float32)
     right = x.double() @ weight.double().T
     torch.testing.assert_close(scores.double(), right, atol=1e-5, rtol=1e-5)
     values, places = triton_router.largest(scores, chosen, kind, torch.float32)

@@ -49,7 +49,7 @@ def test_scores(dtypes: str) -> None:
     x, weight = torch.randn(1, 300), torch.randn(9, 300)
     x = x if dtypes == "fp32" else x.half()
     weight = weight.half() if dtypes == "fp16" else weight
-    out = triton_router.scores(x, weight, torch.float32, [])
+    out = triton_router.scores(x, weight, torch.float32)
     torch.testing.assert_close(out, functional.linear(x.float(), weight.float()))
 
 

@@ -45,7 +45,7 @@ def _score(graph: Graph, node: Node) -> None:
         return
     with graph.inserting_before(node):
         made = graph.call_function(
-            torch.ops.star_attention.scores.default, (x, weight, node.meta["val"].dtype, [])
+            torch.ops.star_attention.scores.default, (x, weight, node.meta["val"].dtype)
         )
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)

@@ -11,11 +11,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, Node
 
-# Imported for its operations.
-from star_attention.linear import (
-    folding,
-    triton_router,  # noqa: F401
-)
+from star_attention.linear import folding
 
 _aten, _ops = torch.ops.aten, torch.ops.star_attention
 _VIEWS = (_aten.reshape.default, _aten.view.default)
@@ -55,20 +51,7 @@ def _take_shared(graph: Graph, node: Node) -> Node | None:
         or stored[0].stride() != stored[1].stride()
     ):
         return None
-    _fetch_ahead(graph, x, weights[:2])
     return _become(graph, second, (*node.args[:6], weights, None), [second, first, seen, node])
-
-
-def _fetch_ahead(graph: Graph, x: Any, weights: list[Node]) -> None:
-    """Have the first kernel that chooses experts fetch the weights that do not depend on it."""
-    values = [folding.value_of(weight) for weight in weights]
-    if any(weight.op != "placeholder" for weight in weights) or not all(
-        value is not None and value.is_contiguous() for value in values
-    ):
-        return
-    for node in graph.find_nodes(op="call_function", target=_ops.scores.default):
-        if _base(node.args[0]) is _base(x):
-            node.args = (*node.args[:3], weights)
 
 
 def _take_residual(graph: Graph, node: Node) -> None:

@@ -176,13 +176,14 @@ def _launch(
     shared: list[Tensor],
     residual: Tensor | None,
     up: tuple[int, int, int] = (1, 2048, 4),
-    down: tuple[int, int, int] = (2, 1024, 4),
+    down: tuple[int, int, int] = (2, 1024, 2),
 ) -> Tensor:
     """Do as `experts` does.
 
     Args:
         up: rows of both matrices that a program multiplies, bytes of each at once, and warps.
-        down: the same of the second product.
+        down: the same of the second product. With more warps for a row, they exchange what they
+            read of `inner` at every step.
     """
     (T, X), (_, K, W) = index_TX.shape, down_EKW.shape
     gate, other, second = shared or [gate_up_EVK] * 3

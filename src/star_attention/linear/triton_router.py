@@ -6,8 +6,6 @@ bit for as long as several of a layer's products take. Here each score counts ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from star_attention.attention.kernels import triton_pdl
 from star_attention.linear import triton_row
+from star_attention.linear.triton_few import Product
 
 MOST_SCORES = 1024
 """Scores of a token, at most."""
@@ -24,8 +23,6 @@ KINDS = {
     "sigmoid": torch.sigmoid,
 }
 """What the kernel computes of scores before it chooses."""
-_COLUMNS = 1024
-"""Elements of a weight that a program reads at once."""
 _COMPARED: tl.constexpr = tl.constexpr(64)
 """Scores that a score is compared with at once."""
 
@@ -64,55 +61,22 @@ def _largest(
     tl.store(index_ptr + place_N, n.to(tl.int64), mask=chosen)
 
 
-@triton.jit
-def _fetch_part(ptr, total: tl.int64, PDL: tl.constexpr):
-    """Bring a program's part of some memory to the L2 cache."""
-    part = tl.cdiv(tl.cdiv(total, tl.num_programs(0)), 16) * 16
-    first = tl.program_id(0) * part
-    nbytes = tl.minimum(part, total - first)
-    if nbytes > 0:
-        triton_pdl.fetch(ptr.to(tl.int64) + first, nbytes, PDL)
-
-
-@triton.jit
-def _scores(
-    x_ptr, weight_ptr, out_ptr, K, stride, ahead0_ptr, ahead1_ptr, ahead: tl.int64,
-    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        _fetch_part(ahead0_ptr, ahead, PDL)
-        _fetch_part(ahead1_ptr, ahead, PDL)
-    n = tl.program_id(0) + tl.arange(0, 1)
-    out_N = triton_row.products(n, 0, stride, x_ptr, weight_ptr, K, BLOCK_K, EVEN, 0, PDL)
-    tl.store(out_ptr + n, out_N)
-
-
 @torch.library.custom_op("star_attention::scores", mutates_args=())
-def scores(x: Tensor, weight: Tensor, dtype: torch.dtype, ahead: Sequence[Tensor]) -> Tensor:
+def scores(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply a single row by a matrix, both of any precision; sums are in fp32.
 
     Args:
         x: The row, `[..., K]`.
         weight: The matrix, `[N, K]`, whose rows are contiguous.
         dtype: Precision of the result, `[..., N]`.
-        ahead: Two weights of one size that kernels after the next one read, or none: they are on
-            the way to the L2 cache meanwhile, since experts wait for two short kernels.
     """
-    N, K = weight.shape
-    out = x.new_empty(*x.shape[:-1], N, dtype=dtype)
-    first, second = ahead or (weight, weight)
-    fetches = bool(ahead) and not any(each.data_ptr() % 16 for each in ahead)
-    block_K = min(_COLUMNS, triton.next_power_of_2(K))
-    _scores[(N,)](
-        x.contiguous(), weight, out, K, weight.stride(0), first, second,
-        first.nbytes // 16 * 16 if fetches else 0,
-        BLOCK_K=block_K, EVEN=K % block_K == 0, num_warps=4, **triton_pdl.options(x.device),
-    )  # fmt: skip
+    out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    triton_row.launch(x.contiguous(), [Product(weight, None, None, out)])
     return out
 
 
 @scores.register_fake
-def _(x: Tensor, weight: Tensor, dtype: torch.dtype, ahead: Sequence[Tensor]) -> Tensor:
+def _(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 

@@ -326,7 +326,7 @@ def _fold_norms(graph: torch.fx.Graph) -> None:
 _PLAIN = _Passes("reals 1", multiply_reals)
 _FUSE_LINEARS = _Passes("reals 1, rotary 1, fuse linears 3", multiply_reals, _rotate, _fuse_linears)
 _FOLD = _Passes(
-    "reals 1, rotary 1, fuse linears 3, fold 3, route 2, mix 2, norms 2",
+    "reals 1, rotary 1, fuse linears 3, fold 3, route 3, mix 3, norms 2",
     *(multiply_reals, _rotate, _fuse_linears, _fold, _route, _mix, _fold_norms),
 )
 _SHARE_QUANTIZING = _Passes("reals 1, share quantizing 1", multiply_reals, share_quantizing)
