@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +215,19 @@ def test_blocks_left_out_are_reported_and_rows_are_counted() -> None:
     arguments.remove("--quiet")
     process = CliRunner().invoke(app, ["bench", *arguments])
     assert process.exit_code == 0, process.output
-    assert process.stderr.splitlines() == [
-        "warning: context 256 does not hold two blocks of 256; this block size is left out",
+    said, *rest = process.stderr.splitlines()
+    assert said == (
+        "warning: context 256 does not hold two blocks of 256; this block size is left out"
+    )
+    # Each row is followed by its figures, for those who wait for the others.
+    assert rest[::2] == [
         "1 of 3: star, context 256, block 64",
         "2 of 3: star, context 512, block 256",
         "3 of 3: star, context 512, block 128",
     ]
+    for line, start in zip(rest[1::2], ["256", "512", "512"], strict=True):
+        assert line.startswith(f"context {start}, method star, block ")
+        assert re.search(r", s [\d.]+, TFLOP/s [\d.]+", line)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ def test_a_server_of_its_own(tmp_path: Path) -> None:
     assert process.exit_code == 0, process.output
     record = json.loads(process.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "serve.json").read_text()) == record
+    assert re.search(r"in Python: shared, context 512\n[\d,]+ tok/s\n", process.stderr)
     single, shared, again, spread, encode, leave = record["rows"]
     assert single["answers"] == 2
     assert all(row["failed"] is None and not row["errors"] for row in record["rows"])

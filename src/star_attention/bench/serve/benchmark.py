@@ -269,6 +269,8 @@ class Serve(Benchmark[ServeRow]):
                 if complete is None:
                     encoded.clear()
                     target.progress(f"in Python: {reason}")
+                else:
+                    target.progress(f"  {serve_rows.in_python(complete)}")
             measured.append(complete or row)
         encoded.clear()
         gc.collect()

@@ -115,6 +115,13 @@ def table(rows: list[ServeRow]) -> list[tuple[str, ...]]:
     return [tuple(line + [""] * (len(_HEADER) - len(line))) for line in lines]
 
 
+def in_python(row: ServeRow) -> str:
+    """Return what was measured of a row without a server, in a line."""
+    if row.python_first_s is not None:
+        return f"first token after {1e3 * row.python_first_s:,.1f} ms"
+    return f"{_number(row.python_tokens_per_s, '{:,.0f}')} tok/s"
+
+
 def _single(rows: list[ServeRow]) -> ServeRow | None:
     return next((row for row in rows if row.case == SINGLE), None)
 

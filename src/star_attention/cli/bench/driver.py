@@ -125,6 +125,7 @@ class Run:
         rows = list(earlier)
         for row in benchmark.run(target):
             rows.append(row)
+            self.progress(_line(benchmark, row))
             if self.comm.rank == 0:
                 record = benchmark.record(target, rows) | {"finished": False}
                 _save(record, self.options, first=len(rows) == 1)
@@ -179,16 +180,19 @@ def measure_elsewhere(
     from star_attention.tools import machine
 
     run = Run.start([benchmark.name], options, quiet, budget_s)
+    record: dict[str, Any] = {"benchmark": benchmark.name, **head, **machine.circumstances()}
     rows: list[Any] = []
     for row in measured(run.progress):
         rows.append(row)
+        run.progress(_line(benchmark, row))
+        record["rows"] = [asdict(row) for row in rows]
+        _save(record | {"finished": False}, options, first=len(rows) == 1)
         if run.out_of_time():
             run.progress("no time is left for the other rows")
             break
-    record = {"benchmark": benchmark.name, **head, **machine.circumstances()}
     record["rows"] = [asdict(row) for row in rows]
     _print(benchmark.table(rows), record, benchmark.comparison(rows))
-    _save(record, options, first=True)
+    _save(record, options, first=not rows)
     return rows
 
 
@@ -236,6 +240,13 @@ def _json_file(benchmark: str, options: TargetOptions) -> Path | None:
 
 def _progress(quiet: bool) -> Callable[[str], None]:
     return (lambda line: None) if quiet or not is_rank_0() else say
+
+
+def _line(benchmark: Benchmark[Any], row: Any) -> str:
+    """Return a row's figures in a line, for those who wait for the others."""
+    head, cells = benchmark.table([row])[:2]
+    named = (f"{name} {cell}".strip() for name, cell in zip(head, cells, strict=False) if cell)
+    return f"  {', '.join(named)}"
 
 
 def _print(
