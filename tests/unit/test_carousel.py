@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_attention.storage.host.carousel import Carousel
@@ -71,6 +71,7 @@ class Recorder:
         self.world.run_all()
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), max_size=40),
     st.integers(1, 4),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_attention import StarConfig, StarLLM
@@ -64,6 +64,7 @@ def test_nobody_is_helped_where_blocks_look_back_or_ranks_compute_anchors() -> N
     assert not helps_of_shape(shape, plan_of(128, 32, 1), **settings)
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(1, 400),
     block=st.integers(1, 40),

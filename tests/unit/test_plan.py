@@ -7,7 +7,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from star_attention import StarConfig
 from star_attention.errors import SizeError, TokenError
@@ -90,6 +90,7 @@ def test_invalid_sizes(text: Any) -> None:
         parse_size(text, "block_size")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**40))
 def test_a_formatted_size_parses_to_the_same(tokens: int) -> None:
     assert parse_size(format_size(tokens).replace(",", "")) == tokens
@@ -126,6 +127,7 @@ def test_the_papers_block_sizes(tokens: int, block: int) -> None:
     assert resolve_sizes(tokens, None, 0) == (block, 0)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**21))
 def test_the_default_is_the_smallest_power_of_two_within_limits(tokens: int) -> None:
     powers = [2**n for n in range(10, 16)]
@@ -193,6 +195,7 @@ def test_a_config_resolves_to_a_plan() -> None:
 # ---------------------------------------------------------------------- blocks
 
 
+@settings(deadline=None)
 @given(PLANS)
 def test_blocks_cover_the_context_once(plan: BlockPlan) -> None:
     blocks = plan.blocks
@@ -205,6 +208,7 @@ def test_blocks_cover_the_context_once(plan: BlockPlan) -> None:
     assert plan.is_dense == (plan.context_tokens <= plan.block_size)
 
 
+@settings(deadline=None)
 @given(PLANS)
 def test_ranks_hold_contiguous_runs_that_cover_all_blocks(plan: BlockPlan) -> None:
     runs = [plan.rank_blocks(rank) for rank in range(plan.ranks)]
@@ -217,6 +221,7 @@ def test_ranks_hold_contiguous_runs_that_cover_all_blocks(plan: BlockPlan) -> No
         )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000))
 def test_dense_is_one_block_without_an_anchor(tokens: int) -> None:
     plan = BlockPlan.dense(tokens)
@@ -228,6 +233,7 @@ def test_dense_is_one_block_without_an_anchor(tokens: int) -> None:
 # ---------------------------------------------------------------------- forwards
 
 
+@settings(deadline=None)
 @given(PLANS, st.integers(1, 900), st.data())
 def test_forwards_cover_their_tokens_once(
     plan: BlockPlan, budget: int, data: st.DataObject
@@ -254,6 +260,7 @@ def test_forwards_cover_their_tokens_once(
         assert whole or piece
 
 
+@settings(deadline=None)
 @given(PLANS, st.integers(1, 900))
 def test_forwards_are_as_large_as_possible(plan: BlockPlan, budget: int) -> None:
     """Forbids one forward per block if several blocks fit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from star_attention.errors import InvalidInputError
 from star_attention.serve.contexts.keys import KeyMaker, Scope, as_ids, identity_digest
@@ -18,6 +18,7 @@ FIELDS = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(FIELDS, FIELDS)
 def test_keys_are_equal_for_equal_fields_alone(a: tuple, b: tuple) -> None:
     """Forbids fields that run into each other: tenant "ab" without salt is not "a" with "b"."""

@@ -25,6 +25,7 @@ def tokens_of(runs: Segments) -> list[int]:
     return [token for start, stop in runs for token in range(start, stop)]
 
 
+@settings(deadline=None)
 @given(PLANS)
 def test_ranks_take_stripes_in_turn(plan: BlockPlan) -> None:
     stripes = plan.stripes
@@ -39,6 +40,7 @@ def test_ranks_take_stripes_in_turn(plan: BlockPlan) -> None:
     assert sum(bool(runs) for runs in plan.layout) == plan.busy_ranks
 
 
+@settings(deadline=None)
 @given(PLANS)
 def test_no_layout_takes_fewer_blocks_one_after_another(plan: BlockPlan) -> None:
     stripes = plan.stripes
@@ -48,6 +50,7 @@ def test_no_layout_takes_fewer_blocks_one_after_another(plan: BlockPlan) -> None
     assert sum(rounds) == -(-plan.num_blocks // plan.ranks)
 
 
+@settings(deadline=None)
 @given(PLANS, st.integers(1, 100))
 def test_a_stripe_is_one_forward_and_a_short_last_block_another(
     plan: BlockPlan, tokens_per_forward: int
@@ -125,6 +128,7 @@ def test_without_lookback_the_layout_is_contiguous() -> None:
     )
 
 
+@settings(deadline=None)
 @given(PLANS, st.integers(0, 9), st.integers(1, 150))
 def test_nothing_travels_that_a_window_does_not_reach(
     plan: BlockPlan, lookback: int, window: int

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from star_attention.planning.plan import BlockPlan
 from star_attention.planning.turns import forwards_by_turn
 
 
+@settings(deadline=None)
 @given(
     tokens=st.integers(1, 200),
     block=st.integers(1, 40),
