@@ -42,6 +42,8 @@ _MANY_TAILS = 128
 does."""
 _MERGED = (16, 64)
 """Runs that a program of the merge reads at once, at least and at most."""
+_MERGED_NUMBERS = 8192
+"""Numbers of these runs, at most: with 64 runs of heads of 256, registers do not hold them."""
 
 _PER_SHARD: tl.constexpr = tl.constexpr(SHARD_COLUMNS)
 _PER_ITEM: tl.constexpr = tl.constexpr(ITEM_COLUMNS)
@@ -295,7 +297,7 @@ def attend_runs(
     )  # fmt: skip
     # Rows that fill their tiles have so many runs over their contexts.
     seen = triton.next_power_of_2(runs_wanted(kv_heads) * tile_rows // R + tail_runs)
-    chunk = min(max(seen, _MERGED[0]), _MERGED[1])
+    chunk = min(max(seen, _MERGED[0]), _MERGED[1], _MERGED_NUMBERS // block_d)
     dtype = rule.dtype or torch.float32
     table = RunTable(rows=tables.rows, tails_at=tails_at, kv_heads=kv_heads, tile_size=block_m)
     return Runs(
