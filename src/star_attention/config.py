@@ -347,7 +347,8 @@ class StarConfig:
                 )
         if self.balance_ranks not in (True, False):
             raise InvalidInputError(
-                f"balance_ranks {quote(self.balance_ranks)} is neither True nor False"
+                f"balance_ranks {quote(self.balance_ranks)} is neither True nor False; leave it out"
+                " for True"
             )
         object.__setattr__(self, "kv_resident", check_share(self.kv_resident, self.kv_device))
 
