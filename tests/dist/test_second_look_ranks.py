@@ -24,6 +24,8 @@ OTHERS = sorted(set(FAMILIES) - set(VARIED))
 # Seven blocks, the last one ragged: in runs, and in stripes that look back. Rank 3 of 4 has one.
 RUNS: dict[str, Any] = dict(block_size=16, anchor_size=5, tokens_per_forward=16, kv_windows="all")
 STRIPES: dict[str, Any] = RUNS | dict(lookback=1, lookback_layers="lower")
+# Fewer blocks than ranks.
+IDLE: dict[str, Any] = dict(block_size=40, anchor_size=9, kv_windows="all")
 LOOK: dict[str, Any] = dict(second_look=0.3, max_new_tokens=4, ignore_eos=True, return_logits=True)
 
 
@@ -41,7 +43,7 @@ def answer(comm: Any, name: str, settings: dict[str, Any], look: dict[str, Any])
         (3, STRIPES),
         pytest.param(3, RUNS, marks=pytest.mark.slow),
         pytest.param(4, STRIPES | dict(kv_dtype="fp8"), marks=pytest.mark.slow),
-        pytest.param(5, dict(block_size=40, anchor_size=9), marks=pytest.mark.slow, id="idle"),
+        pytest.param(5, IDLE, marks=pytest.mark.slow, id="idle"),
     ],
 )
 @pytest.mark.parametrize(
