@@ -48,6 +48,7 @@ def row_kernel(
     # Neither weights nor the table depend on the kernel before.
     post = tl.load(post_ptr + at, mask=mask, other=0) if POST else at
     pre = tl.load(pre_ptr + at, mask=mask, other=0) if PRE else at
+    # Addresses are never 0: this brings the table near before it is needed.
     live = (live != 0) & (tl.load(table + rank) != 0)
     if SENT:
         triton_pdl.go_on(PDL)
@@ -83,6 +84,7 @@ def product_kernel(
     """Multiply a row in half precision as `triton_row` does, and send the words of the result."""
     HALF: tl.constexpr = ROWS // 2
     pid = tl.program_id(0)
+    # As in `row_kernel`.
     live = (live != 0) & (tl.load(table + rank) != 0)
     # Rows beyond the last one are the last one again.
     n = tl.minimum(pid * ROWS + tl.arange(0, ROWS), N - 1)

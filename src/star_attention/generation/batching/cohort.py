@@ -141,8 +141,8 @@ class Cohort:
         self._due_R, self._logits_RV, self._new = drawn.tokens_R, None, set()
         if self._is_ahead and any(task.goes_on for task in tasks):
             self._run_ahead()
-        rows = len(tasks)
-        tokens, ended, numbers = (copied.wait()[at : at + rows] for at in (0, rows, 2 * rows))
+        rows, values = len(tasks), copied.wait()
+        tokens, ended, numbers = (values[at : at + rows] for at in (0, rows, 2 * rows))
         for index, task in enumerate(tasks):
             if index in drawn.failures:
                 self._fail(task, drawn.failures[index])
