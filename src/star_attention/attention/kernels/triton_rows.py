@@ -310,11 +310,6 @@ def attend_runs(
     )
 
 
-def attend(q_RHD: Tensor, kv_heads: int, **options: Any) -> State:
-    """Do as `attend_runs` does, and merge the runs."""
-    return attend_runs(q_RHD, kv_heads, **options).merged()
-
-
 def _merged(
     out_PD: Tensor,
     lse_P: Tensor,

@@ -245,15 +245,17 @@ def _compiled_end(module: Any, axis: int | None, options: dict[str, Any]) -> Cal
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal failed
         if hook.in_our_forward() and not failed:
+            compiling: AbstractContextManager[None] = nullcontext()
             if failed is None:
                 # Torch compiles nothing for complex numbers (rotary embeddings of some families).
                 found = stock(*args, **kwargs)
                 failed = any(map(torch.is_complex, _tensors(found)))
                 if failed:
                     return found
+                compiling = hook.comm_of_forward().working("compiling")
             _mark_varying(axis, args, kwargs)
             try:
-                with torch._dynamo.config.patch(_WHOLE):
+                with compiling, torch._dynamo.config.patch(_WHOLE):
                     return compiled(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 _log.info("%s is not compiled: %s", type(module).__name__, error)
