@@ -187,7 +187,7 @@ def test_health_while_the_engine_hangs() -> None:
 
 
 def test_answers_under_way_end_before_the_server_does() -> None:
-    with running() as server:
+    with running(drain_timeout=120.0) as server:
         connection = send(
             server, {"messages": ASK, "max_tokens": 200, "ignore_eos": True, "stream": True}
         )
