@@ -187,7 +187,7 @@ def check_runs(peers: Any, comm: TorchComm, parts: list[tuple[Runs, State]]) -> 
         assert torch.equal(other.lse_BQH, merged.lse_BQH)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_operations_in_any_order_equal_the_plain_ones(pool: Pool, ranks: int) -> None:
     pool.run(random_operations, ranks, operations=30)
 

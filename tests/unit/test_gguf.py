@@ -54,6 +54,7 @@ def test_a_file_answers_as_the_model_it_was_made_of(written: Path) -> None:
     assert star.tokenizer.eos_token == "<eos>"
 
 
+@pytest.mark.slow
 def test_every_way_to_name_a_file(folder: Path) -> None:
     expected = load(folder / "tiny.gguf").encode(TEXT).kv.layers[1].stored()[0]
     ways: list[tuple[Path, dict[str, Any]]] = [
