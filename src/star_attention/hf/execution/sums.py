@@ -101,8 +101,9 @@ def _(
     offsets: Sequence[float],
     eps: Sequence[float],
 ) -> list[Tensor]:
-    results = (residual is not None) + (pre is not None)
-    return [part.new_empty(part.shape) for _ in range(results)]
+    from star_attention.linear.triton_norm import RowNorms
+
+    return RowNorms(post, times, residual, pre, offsets, eps).outs(part)
 
 
 @torch.library.custom_op("star_attention::sum_product_norms", mutates_args=())
@@ -147,8 +148,10 @@ def _(
     offsets: Sequence[float],
     eps: Sequence[float],
 ) -> list[Tensor]:
-    results = (residual is not None) + (pre is not None)
-    return [x.new_empty(*x.shape[:-1], part[1]) for _ in range(results)]
+    from star_attention.linear.triton_norm import RowNorms
+
+    out = x.new_empty(*x.shape[:-1], part[1])
+    return RowNorms(post, times, residual, pre, offsets, eps).outs(out)
 
 
 OPERATIONS = (
